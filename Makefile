@@ -1,0 +1,70 @@
+# `make quickstart` and `make test` need nothing but Python 3.11 or newer with its venv module, and a package index.
+# PYTHON=python3.12 picks another interpreter; PIP_ARGS reaches every `pip install`.
+SHELL := /bin/bash
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt
+CODE := icrl_megatron kernels recipes tests tools
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev quickstart test lint format bench reproduce-small clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.made:
+	@command -v $(PYTHON) > /dev/null || { echo "error: no $(PYTHON); install Python 3.11 or newer: \
+	sudo apt-get install -y python3 python3-venv (or name another: make PYTHON=python3.12)" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is \
+	$$($(PYTHON) --version 2>&1); Python 3.11 or newer is needed: make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2> /dev/null || { echo "error: $(PYTHON) has no venv module; \
+	install it: sudo apt-get install -y python3-venv" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (some minutes, about 2 GB)"
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing the development tools"
+	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	@echo "installing what the benchmarks compare with"
+	$(INSTALL) -e '.[bench]'
+	@touch $@
+
+install: $(VENV)/.installed ## Make .venv and install icrl-megatron into it
+
+install-dev: $(VENV)/.installed-dev
+
+quickstart: $(VENV)/.installed ## Train a tiny model with ICRL on this machine and show what it learned
+	$(BIN)/icrl train quickstart
+
+test: $(VENV)/.installed-dev ## Run every test that runs on this machine
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.installed-dev ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## Put the code into the house's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-bench ## Compare with other implementations on this CPU
+	$(BIN)/python tools/bench_head.py
+	$(BIN)/python tools/bench_step.py
+
+reproduce-small: $(VENV)/.installed ## ICRL, its ablations and GRPO over three seeds (up to an hour on 2 cores)
+	$(BIN)/python tools/reproduce_small.py
+
+clean: ## Remove caches and build products, not .venv and not runs
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,139 @@
+"""The actor: a Megatron model that scores and trains packed plans, and does not know what a critic is."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from icrl_kernels import Terms
+from torch import Tensor
+
+from icrl_megatron.actor.grid import Grid
+from icrl_megatron.actor.measure import Totals, measure
+from icrl_megatron.actor.model import build
+from icrl_megatron.actor.optimizer import Optimizer, wrap
+from icrl_megatron.actor.passes import Frozen, HeadPlan, head_shard, score_pass, train_pass
+from icrl_megatron.actor.weights import load_hf, rows
+from icrl_megatron.config import Settings
+from icrl_megatron.shape import Qwen3Shape
+from icrl_megatron.types import StepPlan, StepStats
+
+RATIO_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
+"""|ratio - 1| allowed between a scoring and a training pass of the same weights, by precision."""
+MISMATCH_TOLERANCE_FP32 = 1e-4
+"""|log pi_train - log pi_engine| allowed right after a sync when both compute in fp32."""
+
+ScoredPlan = tuple[tuple[Frozen, ...], ...]
+"""[update][micro-batch], beside `StepPlan.updates`."""
+
+
+class InvariantError(RuntimeError):
+    """A quantity that is known in advance came out otherwise: the run must not go on."""
+
+
+class Actor:
+    """One rank's part of the model and its optimizer. All ranks call the same methods in the same order."""
+
+    def __init__(self, settings: Settings, folder: Path, grid: Grid) -> None:
+        """Builds the model and loads `folder` (a Hugging Face Qwen3). Raises ConfigError on a bad folder."""
+        self.settings, self.grid = settings, grid
+        self.shape = Qwen3Shape.read(folder)
+        self.model = build(self.shape, settings.actor, grid)
+        self.rows = rows(self.model, self.shape, grid)
+        load_hf(self.rows, folder)
+        self.reference = self._frozen_copy(folder) if settings.algo.kl_coef > 0 else None
+        self.wrapped = wrap(self.model)
+        self.optimizer = Optimizer(self.wrapped, settings.actor, settings.optim)
+        self.head = HeadPlan(
+            terms=_terms(settings),
+            shard=head_shard(self.shape, grid),
+            chunk_tokens=settings.actor.head_chunk_tokens,
+            mismatch_cap=settings.algo.mismatch_correction.cap if settings.algo.mismatch_correction.enabled else None,
+        )
+        self._checked_first_step = False
+
+    def score(self, plan: StepPlan, behaviour: StepPlan | None = None) -> ScoredPlan:
+        """Frozen log-probs for a plan: of the old policy, of the behaviour prompts (`behaviour`, packed alike) and of
+        the reference model, each only where it is needed.
+
+        With one update a step the training pass is itself the old policy, and scoring it again would give the same
+        numbers; that is shown once a run, at the first step, where the ratio is asserted to be 1.
+        """
+        algo = self.settings.algo
+        needs_old = len(plan.updates) > 1 or algo.mismatch_correction.enabled or not self._checked_first_step
+        old = self._score(self.wrapped, plan) if needs_old else None
+        behind = self._score(self.wrapped, behaviour) if behaviour is not None else None
+        reference = self._score(self.reference, plan) if self.reference is not None else None
+        scored = []
+        for u, update in enumerate(plan.updates):
+            of_update = []
+            for m in range(len(update)):
+                of_update.append(
+                    Frozen(*[None if s is None or not s[u] else s[u][m] for s in (old, behind, reference)])
+                )
+            scored.append(tuple(of_update))
+        return tuple(scored)
+
+    def train(self, plan: StepPlan, scored: ScoredPlan, learning_rate: float) -> StepStats:
+        """Applies the plan's updates. Raises InvariantError if the first update of the run does not see ratio 1."""
+        totals = Totals()
+        measuring = partial(measure, self.head.terms.w_max)
+        norms: list[float] = []
+        skipped = 0
+        for number, (update, frozen) in enumerate(zip(plan.updates, scored, strict=True)):
+            self.wrapped.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            of_update = Totals()
+            for measured in train_pass(self.wrapped, self.head, list(zip(update, frozen, strict=True)), measuring):
+                of_update.add(measured if self.grid.tensor_rank == 0 else {})
+            of_update.reduce(self.grid)
+            if number == 0:
+                self._check_first_step(of_update)
+            done = self.optimizer.step(learning_rate, healthy=of_update.sums.get("non_finite", 0.0) == 0)
+            skipped += not done.applied
+            norms.append(done.grad_norm)
+            totals.merge(of_update)
+        tokens = sum(int(b.cu_seqlens[-1]) for update in plan.updates for b in update)
+        return StepStats(
+            loss=totals.sums.get("loss", 0.0),
+            grad_norm=max(norms),
+            learning_rate=learning_rate,
+            skipped_updates=skipped,
+            loss_tokens=plan.global_loss_tokens,
+            tokens=tokens * self.grid.data,
+            metrics=totals.means(),
+        )
+
+    def _score(self, model: Any, plan: StepPlan) -> list[list[Tensor]]:
+        return [score_pass(model, self.head, list(update)) for update in plan.updates]
+
+    def _frozen_copy(self, folder: Path) -> Any:
+        model = build(self.shape, self.settings.actor, self.grid).requires_grad_(False)
+        load_hf(rows(model, self.shape, self.grid), folder)
+        return model
+
+    def _check_first_step(self, measured: Totals) -> None:
+        """The first update was scored beforehand, by the same weights: ratio 1 and KL 0, to rounding."""
+        if self._checked_first_step:
+            return
+        self._checked_first_step = True
+        tolerance = RATIO_TOLERANCE[self.settings.actor.precision]
+        deviation = measured.maxima.get("ratio_deviation", 0.0)
+        if not deviation <= tolerance:
+            raise InvariantError(
+                f"first step: a ratio of the unchanged policy is off 1 by {deviation:.2e} (allowed {tolerance:.0e}); "
+                "the scoring and the training pass do not compute the same model"
+            )
+
+
+def _terms(settings: Settings) -> Terms:
+    algo = settings.algo
+    return Terms(
+        temperature=settings.rollout.temperature,
+        clip_low=algo.clip_low,
+        clip_high=algo.clip_high,
+        w_max=algo.calibration.w_max,
+        kl_coef=algo.kl_coef,
+        entropy_coef=algo.entropy_coef,
+    )

@@ -1,0 +1,108 @@
+"""The TP x PP x DP grid of ranks, and the few collectives the trainer makes on host objects."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from icrl_megatron.actor import platform
+from icrl_megatron.config import Settings
+
+
+@dataclass(frozen=True)
+class Grid:
+    """This rank's place. Ranks of one tensor-parallel group are neighbours; pipeline stages lie furthest apart."""
+
+    rank: int
+    world: int
+    tensor: int
+    tensor_rank: int
+    pipeline: int
+    pipeline_rank: int
+    data: int
+    data_rank: int
+    host_group: Any
+    """A gloo group of all ranks, for Python objects."""
+
+    @property
+    def first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline - 1
+
+
+def build(settings: Settings) -> Grid:
+    """Joins the process group and Megatron's parallel state from torchrun's environment."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    timeout = datetime.timedelta(seconds=settings.launch.timeout_s)
+    if not dist.is_initialized():
+        dist.init_process_group(platform.backend(), timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=settings.actor.tensor_parallel,
+        pipeline_model_parallel_size=settings.actor.pipeline_parallel,
+        distributed_timeout_minutes=max(1, round(settings.launch.timeout_s / 60)),
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(settings.seed + 1)
+    return Grid(
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        tensor=parallel_state.get_tensor_model_parallel_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        data=parallel_state.get_data_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        host_group=dist.new_group(backend="gloo", timeout=timeout),
+    )
+
+
+def single_process() -> None:
+    """Environment of a one-rank job for programs that were not started by torchrun (tools, conversions, tests)."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def shutdown() -> None:
+    """Leaves Megatron's parallel state and the process group."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def gather_objects(grid: Grid, mine: Any) -> list[Any]:
+    """Every rank's object, in rank order, on every rank."""
+    out: list[Any] = [None] * grid.world
+    dist.all_gather_object(out, mine, group=grid.host_group)
+    return out
+
+
+def any_rank(grid: Grid, flag: bool) -> bool:
+    """True on all ranks if it is True on any: how a signal to one rank stops all of them at the same step."""
+    value = torch.tensor([int(flag)])
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=grid.host_group)
+    return bool(value.item())
+
+
+def sum_over_ranks(grid: Grid, values: dict[str, float]) -> dict[str, float]:
+    """Sums by key over all ranks; every rank passes the same keys."""
+    names = sorted(values)
+    total = torch.tensor([values[n] for n in names], dtype=torch.float64)
+    dist.all_reduce(total, group=grid.host_group)
+    return dict(zip(names, total.tolist(), strict=True))

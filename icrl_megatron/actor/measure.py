@@ -1,0 +1,112 @@
+"""What is measured of the objective: sums over loss tokens, made per micro-batch and reduced once per update."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+import torch.distributed as dist
+from icrl_kernels import HeadOutput
+
+from icrl_megatron.actor.grid import Grid
+from icrl_megatron.actor.passes import Frozen
+from icrl_megatron.types import MicroBatch
+
+MAXIMUM = "max/"
+_PER = {
+    "calibration_weight": "calibrated",
+    "calibration_at_max": "calibrated",
+    "calibration_under_half": "calibrated",
+    "mismatch_abs": "mismatched",
+    "mismatch_ratio": "mismatched",
+}
+"""Sums whose mean is over part of the tokens only; all others are divided by `tokens`."""
+_PLAIN = ("loss", "non_finite", "calibrated", "mismatched", "tokens")
+
+
+def measure(w_max: float, batch: MicroBatch, frozen: Frozen, out: HeadOutput) -> dict[str, float]:
+    """Sums (and `max/` maxima) over one micro-batch's loss tokens of everything worth logging of the objective."""
+    log_ratio_L = out.ratio_L.log()
+    device = out.logprobs_L.device
+    calibrated_L = torch.from_numpy(batch.calibrated_L).to(device)
+    weight_C = out.calibration_weight_L[calibrated_L]
+    rollout_L = torch.from_numpy(batch.rollout_logprobs_L).to(device)
+    trainer_L = out.logprobs_L if frozen.old_L is None else frozen.old_L
+    same_prompt_L = ~calibrated_L
+    if frozen.behaviour_L is not None:
+        trainer_L, same_prompt_L = torch.where(calibrated_L, frozen.behaviour_L, trainer_L), torch.ones_like(calibrated_L)
+    mismatch_M = (trainer_L - rollout_L)[same_prompt_L]
+    numbers: dict[str, torch.Tensor | float] = {
+        "loss": out.loss.detach(),
+        "tokens": len(batch.targets_L),
+        "entropy": out.entropy_L.sum(),
+        "nll": -out.logprobs_L.sum(),
+        "ratio": out.ratio_L.sum(),
+        "kl_old": (out.ratio_L - 1.0 - log_ratio_L).sum(),
+        "clip_low": out.clipped_low_L.sum(),
+        "clip_high": out.clipped_high_L.sum(),
+        "calibrated": len(weight_C),
+        "calibration_weight": weight_C.sum(),
+        "calibration_at_max": (weight_C >= w_max).sum(),
+        "calibration_under_half": (weight_C < 0.5).sum(),
+        "mismatched": len(mismatch_M),
+        "mismatch_abs": mismatch_M.abs().sum(),
+        "mismatch_ratio": mismatch_M.exp().sum(),
+        "non_finite": out.non_finite,
+        "max/ratio_deviation": (out.ratio_L - 1.0).abs().amax() if len(out.ratio_L) else 0.0,
+        "max/mismatch": mismatch_M.abs().amax() if len(mismatch_M) else 0.0,
+    }
+    numbers["kl_reference"] = 0.0
+    if frozen.reference_L is not None:
+        gap_L = frozen.reference_L - out.logprobs_L
+        numbers["kl_reference"] = (torch.expm1(gap_L) - gap_L).sum()
+    return {name: float(value) for name, value in numbers.items()}
+
+
+class Totals:
+    """Sums and maxima by name, over micro-batches, ranks and updates."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = defaultdict(float)
+        self.maxima: dict[str, float] = {}
+
+    def add(self, numbers: dict[str, float]) -> None:
+        for name, value in numbers.items():
+            if name.startswith(MAXIMUM):
+                self._raise(name.removeprefix(MAXIMUM), value)
+            else:
+                self.sums[name] += value
+
+    def merge(self, other: Totals) -> None:
+        for name, value in other.sums.items():
+            self.sums[name] += value
+        for name, value in other.maxima.items():
+            self._raise(name, value)
+
+    def reduce(self, grid: Grid) -> None:
+        """Over all ranks. Only last stages measured anything, and of a tensor-parallel group only its first rank's
+        numbers may have been added: its ranks all measured the same tokens."""
+        everyone: list[tuple[dict[str, float], dict[str, float]]] = [({}, {})] * grid.world
+        dist.all_gather_object(everyone, (dict(self.sums), self.maxima), group=grid.host_group)
+        self.sums, self.maxima = defaultdict(float), {}
+        for sums, maxima in everyone:
+            for name, value in sums.items():
+                self.sums[name] += value
+            for name, value in maxima.items():
+                self._raise(name, value)
+
+    def means(self) -> dict[str, float]:
+        """Token means, maxima as `<name>_max`, and counts; a mean over no token is left out."""
+        found = {f"{name}_max": value for name, value in self.maxima.items()}
+        for name, value in self.sums.items():
+            count = self.sums[_PER.get(name, "tokens")]
+            if name in _PLAIN:
+                found[name] = value
+            elif count > 0:
+                found[name] = value / count
+        return found
+
+    def _raise(self, name: str, value: float) -> None:
+        # Not max(): NaN must win, wherever it stands.
+        if name not in self.maxima or not value <= self.maxima[name]:
+            self.maxima[name] = value

@@ -1,0 +1,136 @@
+"""Megatron's distributed optimizer (Adam), and its state in the parameters' own shapes for checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from torch import Tensor
+
+from icrl_megatron.actor.model import DTYPES, Qwen3
+from icrl_megatron.config import ActorSettings, OptimSettings
+
+STATES = ("param", "exp_avg", "exp_avg_sq")
+"""fp32 tensors kept per parameter: main weight, first and second moment."""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What one optimizer step did."""
+
+    grad_norm: float
+    """Global 2-norm before clipping; may be inf or NaN, and then nothing was applied."""
+    applied: bool
+
+
+def wrap(model: Qwen3) -> DistributedDataParallel:
+    """The model with a flat fp32 gradient buffer whose sum over data-parallel ranks is scattered to their shards."""
+    config = model.config
+    config.finalize_model_grads_func = _finalize
+    return DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+        model,
+    )
+
+
+def _finalize(model: list[Any], num_tokens: Tensor | None, **kwargs: Any) -> None:
+    """Megatron's reduction over all ranks without its division: the coefficients of the tokens are already global."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+class Optimizer:
+    """One optimizer step at a time, with the learning rate chosen by the caller."""
+
+    def __init__(self, model: DistributedDataParallel, actor: ActorSettings, optim: OptimSettings) -> None:
+        self.optim = optim
+        self.megatron: Any = get_megatron_optimizer(
+            OptimizerConfig(
+                lr=optim.learning_rate,
+                weight_decay=optim.weight_decay,
+                adam_beta1=optim.beta1,
+                adam_beta2=optim.beta2,
+                adam_eps=optim.eps,
+                clip_grad=optim.clip_grad,
+                bf16=actor.precision == "bf16",
+                params_dtype=DTYPES[actor.precision],
+                use_distributed_optimizer=True,
+            ),
+            [model],
+            use_gloo_process_groups=False,
+        )
+        self.distributed: Any = self.megatron.chained_optimizers[0]
+
+    def zero_grad(self) -> None:
+        self.megatron.zero_grad()
+
+    def step(self, learning_rate: float, healthy: bool) -> Applied:
+        """Clips and applies the reduced gradients unless they, or the loss (`healthy`), are not finite."""
+        for group in self.megatron.param_groups:
+            group["lr"] = learning_rate
+        self.megatron.prepare_grads()
+        norm = float(self.megatron.get_grad_norm())
+        if not (healthy and math.isfinite(norm)):
+            return Applied(norm, False)
+        if self.optim.clip_grad > 0:
+            self.distributed.clip_grad_norm(self.optim.clip_grad)
+        self.megatron.step_with_ready_grads()
+        return Applied(norm, True)
+
+    @torch.no_grad()
+    def read(self, param: torch.nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+        """(state name, fp32 tensor in the parameter's shape) for each of STATES; every data-parallel rank takes part."""
+        shards = self._shards(param)
+        span = self.distributed._get_model_param_range_map(param)["param"] if shards else None
+        for name in STATES:
+            flat = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
+            if span is not None:
+                flat[span.start : span.end] = shards[name].flatten()
+            # Shards do not overlap, so the sum is their concatenation whatever buckets cut a parameter.
+            dist.all_reduce(flat, group=parallel_state.get_data_parallel_group())
+            yield name, flat.view(param.shape)
+
+    @torch.no_grad()
+    def write(self, param: torch.nn.Parameter, states: dict[str, Tensor]) -> None:
+        """Sets this rank's shard, and the parameter itself, from tensors of the parameter's shape."""
+        param.copy_(states["param"])
+        shards = self._shards(param)
+        if not shards:
+            return
+        span = self.distributed._get_model_param_range_map(param)["param"]
+        for name in STATES:
+            shards[name].copy_(states[name].flatten()[span.start : span.end].view_as(shards[name]))
+
+    @property
+    def steps(self) -> int:
+        """Updates applied so far."""
+        state = self.distributed.optimizer.state
+        counts = [int(s["step"]) for s in state.values() if "step" in s]
+        return max(counts, default=0)
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        for state in self.distributed.optimizer.state.values():
+            state["step"] = torch.tensor(float(value)) if torch.is_tensor(state["step"]) else value
+        for group in self.distributed.optimizer.param_groups:
+            if "step" in group:
+                group["step"] = value
+
+    def _shards(self, param: torch.nn.Parameter) -> dict[str, Tensor]:
+        """This rank's flat shards of the parameter's states, created as zeros before the first step; {} if it has none."""
+        if param not in self.distributed.model_param_group_index_map:
+            return {}
+        group, order = self.distributed.model_param_group_index_map[param]
+        main = self.distributed.optimizer.param_groups[group]["params"][order]
+        state = self.distributed.optimizer.state[main]
+        if "exp_avg" not in state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(main), torch.zeros_like(main)
+        return {"param": main, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}

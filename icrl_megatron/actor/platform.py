@@ -1,0 +1,193 @@
+"""The only module that knows a CPU from a GPU: device, backend, layer spec, FP8, and what Megatron needs on a CPU.
+
+Megatron-Core 0.16 names CUDA in places that a CPU run passes through: factory calls with `device="cuda"`, the RNG
+tracker, `Tensor.type()` strings that the optimizers compare. `prepare()` must run before Megatron is imported; on a CPU
+it answers those calls with their CPU equivalents, and on a GPU it does nothing but pick the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from icrl_megatron.config import ActorSettings, ConfigError
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise", "blockwise": "blockwise"}
+"""Our names to Megatron's `fp8_recipe`."""
+_NAMES_CUDA = (
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.utils",
+)
+"""Megatron modules on a CPU run's path that make tensors with a literal device="cuda"."""
+
+_device: torch.device | None = None
+
+
+def prepare(choice: str = "auto") -> torch.device:
+    """Picks this rank's device and readies the process for Megatron; call it before importing megatron.
+
+    Args:
+        choice: auto | cpu | cuda (`launch.device`).
+
+    Raises:
+        ConfigError: cuda was asked for and there is none.
+    """
+    global _device
+    has_cuda = torch.cuda.is_available()
+    if choice == "cuda" and not has_cuda:
+        raise ConfigError("launch.device=cuda: torch sees no GPU here; use launch.device=auto, or see `icrl doctor`")
+    if choice == "cpu" or not has_cuda:
+        if _device is None:
+            _stand_in_for_cuda()
+        _device = torch.device("cpu")
+    else:
+        _device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_device)
+    return _device
+
+
+def device() -> torch.device:
+    """The device chosen by `prepare`."""
+    if _device is None:
+        raise RuntimeError("platform.prepare() has not run")
+    return _device
+
+
+def backend() -> str:
+    """torch.distributed's backend: NCCL for GPU tensors with gloo beside it for host ones, gloo alone on a CPU."""
+    return "gloo" if device().type == "cpu" else "cpu:gloo,cuda:nccl"
+
+
+def synchronize() -> None:
+    """Waits for the device's queue, so that a phase's wall-clock time is the phase's own."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def block_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+    """Qwen3's decoder layers: Transformer Engine's modules on a GPU, the same shape from plain torch on a CPU."""
+    if device().type == "cpu":
+        from icrl_megatron.actor.cpu_layers import cpu_block_spec
+
+        return cpu_block_spec(config)
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+
+
+def fp8_config(settings: ActorSettings) -> dict[str, Any]:
+    """TransformerConfig arguments for `actor.fp8`; empty when off.
+
+    E4M3 forward and E5M2 backward for delayed scaling, E4M3 throughout for the finer-grained recipes. The last layers
+    and the head stay in bf16 by Megatron's own default of quantising only the decoder's linears.
+
+    Raises:
+        ConfigError: the recipe is unknown, precision is not bf16, or the hardware has no FP8.
+    """
+    if settings.fp8 == "off":
+        return {}
+    if settings.fp8 not in FP8_RECIPES:
+        raise ConfigError(f"actor.fp8={settings.fp8}: expected off or one of {', '.join(FP8_RECIPES)}")
+    if settings.precision != "bf16":
+        raise ConfigError(f"actor.fp8={settings.fp8} needs actor.precision=bf16, got {settings.precision}")
+    require_fp8_hardware(settings.fp8)
+    return {
+        "fp8": "hybrid" if settings.fp8 == "delayed" else "e4m3",
+        "fp8_recipe": FP8_RECIPES[settings.fp8],
+        "fp8_margin": 0,
+        "fp8_amax_history_len": 1024 if settings.fp8 == "delayed" else 1,
+        "fp8_amax_compute_algo": "max" if settings.fp8 == "delayed" else "most_recent",
+    }
+
+
+def require_fp8_hardware(recipe: str) -> None:
+    """Raises ConfigError unless the device has FP8 tensor cores (compute capability 8.9; 9.0 for blockwise scaling)."""
+    remedy = "use actor.fp8=off, or run on Hopper or newer"
+    if device().type == "cpu":
+        raise ConfigError(f"actor.fp8={recipe}: this machine has no GPU with FP8; {remedy}")
+    found = torch.cuda.get_device_capability(device())
+    needed = (9, 0) if recipe == "blockwise" else (8, 9)
+    if found < needed:
+        raise ConfigError(f"actor.fp8={recipe} needs compute capability {needed}, this GPU has {found}; {remedy}")
+
+
+class _Stream:
+    """A CPU has one implicit queue: every wait on it is already over. A class, because annotations name it."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def wait_stream(self, _: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def _stand_in_for_cuda() -> None:
+    """Answers the CUDA calls that Megatron makes on every path. Only in a process that has no use for CUDA."""
+    cpu = torch.device("cpu")
+    cuda: Any = torch.cuda
+    tensor_class: Any = torch.Tensor
+    module_class: Any = torch.nn.Module
+    cuda.current_device = lambda: cpu
+    cuda.synchronize = cuda.empty_cache = lambda *_: None
+    cuda.Stream = _Stream
+    cuda.stream = lambda stream: stream
+    cuda.current_stream = cuda.default_stream = lambda *_: _Stream()
+    cuda.get_rng_state = lambda *_: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *_: torch.set_rng_state(state)
+    cuda.manual_seed = torch.manual_seed
+    tensor_class.cuda = module_class.cuda = lambda self, *_, **__: self
+    tensor_class.type = _typed_as_cuda(torch.Tensor.type)
+    _patch_megatron()
+
+
+class _TorchOnCPU:
+    """torch as those Megatron modules see it: factories read a literal `device="cuda"` as the CPU. Patching torch itself
+    would hide its factories from device contexts (transformers builds models under one)."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(torch, name)
+        if name not in ("tensor", "zeros"):
+            return found
+
+        def made(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("device") == "cuda":
+                kwargs["device"] = "cpu"
+            return found(*args, **kwargs)
+
+        return made
+
+
+def _typed_as_cuda(original: Any) -> Any:
+    """`Tensor.type()` with the name that Megatron's optimizers look for; conversions are untouched."""
+
+    @functools.wraps(original)
+    def typed(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = original(self, *args, **kwargs)
+        return found.replace("torch.", "torch.cuda.", 1) if isinstance(found, str) else found
+
+    return typed
+
+
+def _patch_megatron() -> None:
+    """Inside Megatron: the tensor factories above, and the RNG tracker, which keeps CUDA generator states."""
+    for name in _NAMES_CUDA:
+        importlib.import_module(name).torch = _TorchOnCPU()  # type: ignore[attr-defined]
+    rng: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    rng._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    rng._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)

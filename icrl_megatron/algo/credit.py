@@ -1,0 +1,135 @@
+"""Credit: rewards -> advantages, inside groups that share a baseline (paper Eq. 5), and the two published presets."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+
+from icrl_megatron.algo.samples import to_samples
+from icrl_megatron.config import AlgoSettings, ConfigError, GroupFilter, MismatchCorrection
+from icrl_megatron.types import Episode, Sample
+
+STD_FLOOR = 1e-6
+"""Added to a group's deviation (Eq. 5)."""
+NO_SPREAD = 1e-8
+"""Rewards closer than this are equal: differences of outcomes carry rounding, which must not become a signal."""
+
+
+@dataclass(frozen=True)
+class CreditReport:
+    """The samples of a step with their advantages, and what became of their groups."""
+
+    samples: tuple[Sample, ...]
+    """Sorted by sample_id. Samples with advantage 0 are among them: they count in the loss normaliser (the mean of
+    `sequence_mean` is over the whole batch, as in the paper and in the reference) and in the KL and entropy terms."""
+    groups: int
+    """All groups, the dropped ones included."""
+    flat_groups: int
+    """Kept groups whose members all have advantage 0."""
+    dropped_groups: int
+    """Groups taken out by `algo.group_filter`; their samples are gone, also from the normaliser."""
+    dropped_samples: int
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether any token of the batch would be pushed up or down; without it the batch should be drawn again."""
+        return any(s.advantage != 0.0 and any(s.loss_mask) for s in self.samples)
+
+
+def credit(episodes: Iterable[Episode], settings: AlgoSettings, train_critic: bool) -> CreditReport:
+    """Samples of all episodes of a step with normalised advantages. The order of the episodes does not matter.
+
+    Raises ConfigError on an outcome outside [0, 1], and ValueError on two episodes of a task with the same index.
+    """
+    groups: dict[str, list[Sample]] = defaultdict(list)
+    for episode in episodes:
+        for sample in to_samples(episode, settings, train_critic):
+            groups[sample.group].append(sample)
+
+    kept: list[Sample] = []
+    flat = dropped = dropped_samples = 0
+    for _, members in sorted(groups.items()):
+        members.sort(key=lambda s: s.sample_id)
+        if settings.group_filter.enabled and _hopeless(members, settings.group_filter):
+            dropped += 1
+            dropped_samples += len(members)
+            continue
+        values = advantages([m.reward for m in members], settings.normalise_std, settings.pseudo_positive)
+        flat += not any(values)
+        kept += [replace(m, advantage=a) for m, a in zip(members, values, strict=True)]
+
+    kept.sort(key=lambda s: s.sample_id)
+    _check_unique(kept)
+    return CreditReport(tuple(kept), len(groups), flat, dropped, dropped_samples)
+
+
+def advantages(rewards: Sequence[float], normalise_std: bool = True, pseudo_positive: bool = False) -> list[float]:
+    """Eq. 5: A_i = (r_i - mean(r)) / (std(r) + 1e-6) over one group; not `normalise_std` takes off the mean only.
+
+    The deviation is the sample deviation (n - 1), as in the reference. `pseudo_positive` adds one reward of 1 to what
+    mean and deviation are taken over, so that a group which failed throughout is pushed down. Groups of one, and groups
+    without spread (the pseudo reward included), give 0.
+    """
+    baseline = np.asarray([*rewards, 1.0] if pseudo_positive else rewards, dtype=np.float64)
+    if len(rewards) < 2 or np.ptp(baseline) < NO_SPREAD:
+        return [0.0] * len(rewards)
+    centred = np.asarray(rewards, dtype=np.float64) - baseline.mean()
+    if normalise_std:
+        centred /= baseline.std(ddof=1) + STD_FLOOR
+    return [float(a) for a in centred]
+
+
+def _hopeless(members: Sequence[Sample], group_filter: GroupFilter) -> bool:
+    """True for a critique or revision group in which nobody succeeded, or whose mean reward is too low."""
+    if any(m.role == "attempt" for m in members):
+        return False
+    rewards = [m.reward for m in members]
+    return max(rewards) < 1.0 or float(np.mean(rewards)) < group_filter.min_mean_reward
+
+
+def _check_unique(samples: Sequence[Sample]) -> None:
+    for first, second in pairwise(samples):
+        if first.sample_id == second.sample_id:
+            raise ValueError(
+                f"Sample {first.sample_id!r} came twice in one step: episodes of the same task need different indices."
+            )
+
+
+def apply_preset(settings: AlgoSettings, name: str) -> AlgoSettings:
+    """A copy of `settings` with one preset's grouping and weights; all else stays. Raises ConfigError on the name.
+
+    paper: groups by task and role (Eq. 5), no pseudo sample, no filter, mismatch measured only.
+    reference: groups by task, round and role with a pseudo sample of reward 1, hopeless critique and revision groups
+    dropped, and one truncated weight on all samples: calibration against the engine's log-probs for revisions, the
+    engine mismatch with the same cap for all others.
+    """
+    rollout = replace(settings.calibration, enabled=True, denominator="rollout", w_max=2.0)
+    if name == "paper":
+        return replace(
+            settings,
+            preset=name,
+            group_by="task_role",
+            normalise_std=True,
+            pseudo_positive=False,
+            group_filter=replace(settings.group_filter, enabled=False),
+            internalise=True,
+            calibration=rollout,
+            mismatch_correction=replace(settings.mismatch_correction, enabled=False),
+        )
+    if name == "reference":
+        return replace(
+            settings,
+            preset=name,
+            group_by="task_round_role",
+            normalise_std=True,
+            pseudo_positive=True,
+            group_filter=GroupFilter(enabled=True, min_mean_reward=0.3),
+            internalise=True,
+            calibration=rollout,
+            mismatch_correction=MismatchCorrection(enabled=True, cap=rollout.w_max),
+        )
+    raise ConfigError(f"algo.preset is {name!r}: choose paper or reference.")

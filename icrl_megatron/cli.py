@@ -1,0 +1,130 @@
+"""`icrl`: a thin command line. Each command imports what it needs when it runs, so that help costs no torch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from icrl_megatron.config import ConfigError, Settings
+
+app = typer.Typer(
+    help="Trains a model with ICRL on Megatron-Core.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Recipe = Annotated[str, typer.Argument(help="A name that `icrl recipes` lists.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, e.g. optim.learning_rate=1e-5 steps=50."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings, check them, and stop.")]
+
+
+@app.command()
+def train(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Train. Given the same command again, a run that was stopped goes on from its last checkpoint."""
+    resolved = _resolve(recipe, overrides, dry_run)
+    if not dry_run:
+        from icrl_megatron import pipeline
+
+        _finish(pipeline.run(resolved))
+
+
+@app.command()
+def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Only the supervised warm start of a recipe: demonstrations in the three prompt forms."""
+    resolved = _resolve(recipe, overrides, dry_run)
+    if resolved.warm_start.steps == 0:
+        raise ConfigError("warm_start.steps=0: nothing to do; give a number of steps, e.g. warm_start.steps=300")
+    if not dry_run:
+        from icrl_megatron import pipeline
+
+        _finish(pipeline.warm_start(resolved))
+
+
+def _resolve(recipe: str, overrides: list[str] | None, show: bool) -> Settings:
+    from icrl_megatron import settings, validate
+
+    resolved = settings.load(recipe, overrides or [])
+    if show:
+        typer.echo(settings.to_yaml(resolved), nl=False)
+    validate.validate(resolved)
+    return resolved
+
+
+def _finish(code: int) -> NoReturn:
+    from icrl_megatron.launch import STOPPED
+
+    if code == STOPPED:
+        typer.echo("stopped on request, and saved; the same command goes on from here", err=True)
+    raise typer.Exit(code)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="HF_FOLDER", help="A Hugging Face folder with a dense Qwen3.")],
+    target: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Where the checkpoint is written.")],
+) -> None:
+    """Turn a Hugging Face folder into a checkpoint that training can start from."""
+    from icrl_megatron.actor.convert import import_hf
+
+    import_hf(source, target)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint of a run.")],
+    target: Annotated[Path, typer.Argument(metavar="HF_FOLDER", help="Where the Hugging Face folder is written.")],
+) -> None:
+    """Turn a checkpoint into a Hugging Face folder, weights and tokenizer, that transformers and SGLang load."""
+    from icrl_megatron.actor.convert import export_hf
+
+    export_hf(source, target)
+
+
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    step: Annotated[int | None, typer.Option(help="Training step; the last one by default.")] = None,
+    episode: Annotated[int | None, typer.Option(help="Which episode of the step.")] = None,
+) -> None:
+    """Print an episode of a run: attempt, critique, revision, rewards."""
+    from icrl_megatron.telemetry.show import show as show_episode
+
+    show_episode(run, step, episode)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from icrl_recipes import registry
+
+    table = Table("recipe", "what it is", box=None, pad_edge=False)
+    for name, recipe in registry().items():
+        table.add_row(name, (recipe.__doc__ or "").split("\n\n")[0].replace("\n    ", " "))
+    Console().print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can do and what is missing, with the command that mends it."""
+    from icrl_megatron.doctor import report
+
+    raise typer.Exit(report())
+
+
+def main() -> None:
+    """Entry point. A ConfigError ends the process with code 2 and one plain message on stderr."""
+    try:
+        app()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

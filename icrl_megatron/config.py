@@ -1,0 +1,244 @@
+"""Every setting of the trainer: plain dataclasses, no torch. Recipes return `Settings`; OmegaConf merges overrides.
+
+A field's docstring is its help text. Defaults are the paper's (arXiv 2605.15224) where it names one. What makes values
+wrong together is checked in `validate.py`, before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class TinyModel:
+    """An embedded Qwen3 made on the spot with its own word tokenizer, for machines without a GPU and for tests."""
+
+    layers: int = 2
+    hidden: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    ffn: int = 192
+    tie_embeddings: bool = True
+    max_positions: int = 1024
+
+
+@dataclass
+class ModelSettings:
+    path: str = ""
+    """A Hugging Face folder with a dense Qwen3. Empty with `init` set: made in the run folder."""
+    init: TinyModel | None = None
+    """Make this tiny model (random weights) when `path` is empty."""
+
+
+@dataclass
+class TaskSource:
+    name: str = "rulebook_hard"
+    weight: float = 1.0
+
+
+@dataclass
+class TaskSettings:
+    sources: list[TaskSource] = field(default_factory=lambda: [TaskSource()])
+    """Mixture the training tasks are drawn from."""
+    limit: int | None = None
+    """At most this many training problems of each source (the first ones)."""
+
+
+@dataclass
+class WarmStart:
+    """The supervised stage (`icrl sft`): demonstrations of the task sets' teachers in the three prompt forms."""
+
+    steps: int = 0
+    """0: none."""
+    episodes_per_step: int = 64
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.0
+    warmup_steps: int = 20
+    decay: bool = True
+    """Linear decay to a tenth over the last half."""
+
+
+@dataclass
+class RolloutSettings:
+    tasks_per_step: int = 16
+    """B."""
+    episodes_per_task: int = 8
+    """G."""
+    rounds: int = 2
+    """K: attempts per episode. 1 is plain GRPO."""
+    critic: str = "self"
+    """self: the trained backbone; frozen: the starting weights, never trained; empty: no text at all (a control)."""
+    temperature: float = 1.0
+    max_turn_tokens: int = 2048
+    max_critique_tokens: int = 1024
+    max_turns: int = 30
+    """Upper bound; an environment may ask for fewer."""
+    repeat_limit: int = 3
+    """The same action this many times in a row ends the attempt."""
+    context_tokens: int = 16384
+    """Prompt and response together."""
+    observation_chars: int = 800
+    """Observations are cut at this length in the critic's prompt."""
+    templates: str = "standard"
+    """standard | compact | a folder with attempt.jinja, revision.jinja and critique.jinja."""
+    chat_template_args: dict[str, bool | str] = field(default_factory=dict)
+    """Handed to the tokenizer's chat template, e.g. enable_thinking."""
+    environment_timeout_s: float = 60.0
+    concurrency: int = 512
+    """Episodes in flight per engine."""
+
+
+@dataclass
+class EngineSettings:
+    kind: str = "local"
+    """local: transformers in the rank's own process."""
+    tensor_parallel: int = 1
+    max_batch: int = 256
+    """Sequences decoded together."""
+    request_timeout_s: float = 600.0
+
+
+@dataclass
+class Calibration:
+    enabled: bool = True
+    denominator: str = "rollout"
+    """rollout: pi(y|q,c) from the engine's log-probs; recomputed: scored by the trainer (one more frozen pass)."""
+    w_max: float = 2.0
+
+
+@dataclass
+class MismatchCorrection:
+    enabled: bool = False
+    cap: float = 2.0
+    """pi_train / pi_engine under the same prompt, truncated here, multiplies the token's loss."""
+
+
+@dataclass
+class GroupFilter:
+    """Reference preset: drops critique and revision groups that look hopeless."""
+
+    enabled: bool = False
+    min_mean_reward: float = 0.3
+
+
+@dataclass
+class AlgoSettings:
+    preset: str = "paper"
+    """paper | reference: a bundle of the values below; explicit overrides win over it."""
+    group_by: str = "task_role"
+    """task_role (paper Eq. 5) | task_round_role (reference) | task (no role groups: an ablation)."""
+    normalise_std: bool = True
+    pseudo_positive: bool = False
+    """Adds one pseudo sample of reward 1 to each group before mean and deviation are taken (reference)."""
+    group_filter: GroupFilter = field(default_factory=GroupFilter)
+    internalise: bool = True
+    """Train revisions under the critique-free prompt. False: under the prompt they were written with (an ablation)."""
+    calibration: Calibration = field(default_factory=Calibration)
+    mismatch_correction: MismatchCorrection = field(default_factory=MismatchCorrection)
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+    loss_normalisation: str = "sequence_mean"
+    """sequence_mean | token_mean."""
+    updates_per_step: int = 1
+    """Optimizer updates made from one step's samples."""
+    max_resamples: int = 4
+    """Times a batch without any signal is drawn again before the run ends with an error that names its tasks."""
+
+
+@dataclass
+class ActorSettings:
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    sequence_parallel: bool = False
+    precision: str = "bf16"
+    """bf16 | fp32."""
+    fp8: str = "off"
+    """off | delayed | current | blockwise: Transformer Engine's recipes, on GPUs with FP8 only."""
+    recompute: str = "none"
+    """none | selective | full."""
+    micro_batch_tokens: int = 16384
+    """Token budget of a packed micro-batch; a longer sequence gets one of its own."""
+    head_chunk_tokens: int = 4096
+    """Loss tokens whose logits exist at once."""
+
+
+@dataclass
+class OptimSettings:
+    learning_rate: float = 1e-6
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+    warmup_steps: int = 0
+
+
+@dataclass
+class EvalSettings:
+    interval: int = 0
+    """Steps between critique-free evaluations on held-out problems; 0: only before and after."""
+    problems: int = 64
+    """Held-out problems of each task source."""
+    samples: int = 1
+    """Attempts per problem, at temperature 1."""
+    control_problems: int = 128
+    """Failed attempts retried in the control report (critique, empty critique, another attempt); 0: no report."""
+
+
+@dataclass
+class CheckpointSettings:
+    interval: int = 50
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+
+
+@dataclass
+class DebugSettings:
+    mode: str = "train"
+    """train | rollout_only (no update) | from_dump (train on episodes that a run dumped) | fake_data (random samples)."""
+    dump: str = ""
+    """Run folder whose rollouts `from_dump` reads."""
+
+
+@dataclass
+class LaunchSettings:
+    ranks: int = 1
+    """Processes that `icrl train` starts on this machine when it is not already inside torchrun."""
+    device: str = "auto"
+    """auto | cpu | cuda."""
+    timeout_s: float = 1800.0
+    """No collective waits longer."""
+
+
+@dataclass
+class Settings:
+    """One run. `icrl train RECIPE key=value ...` resolves to one of these, and it is saved with the run."""
+
+    name: str = "run"
+    run_dir: str = ""
+    """Where everything is written; empty: runs/<name>."""
+    seed: int = 0
+    steps: int = 300
+    max_generated_tokens: int | None = None
+    """Ends training once this many tokens were generated (for comparisons at equal cost)."""
+    baseline: str = ""
+    """Also train this baseline (grpo) from the same start with the same number of generated tokens, and compare."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    tasks: TaskSettings = field(default_factory=TaskSettings)
+    warm_start: WarmStart = field(default_factory=WarmStart)
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    algo: AlgoSettings = field(default_factory=AlgoSettings)
+    actor: ActorSettings = field(default_factory=ActorSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    debug: DebugSettings = field(default_factory=DebugSettings)
+    launch: LaunchSettings = field(default_factory=LaunchSettings)
+
+
+class ConfigError(ValueError):
+    """A setting, file or grid is wrong: the message names it, its value and the remedy. The process exits with 2."""

@@ -1,0 +1,79 @@
+"""Which tasks a step plays: a pure function of (seed, step, resample), so there is no data position to save."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from icrl_megatron.config import ConfigError, TaskSource
+from icrl_megatron.types import Task
+
+
+class TaskSampler:
+    """Draws training tasks from a weighted mixture of sources, each walked round in its own shuffled order.
+
+    All steps read one endless row of slots; a slot belongs to the source that is furthest behind its weight, so the
+    mixture holds within one task at every moment, and every problem of a source comes once before any comes again.
+
+    `problems` maps a source's name to its training problems. Raises ConfigError on no source, a source that is empty or
+    named twice, and a weight that is not a positive number.
+    """
+
+    def __init__(self, sources: Sequence[TaskSource], problems: Mapping[str, Sequence[Task]], seed: int) -> None:
+        _check(sources, problems)
+        total = math.fsum(s.weight for s in sources)
+        self._weights = [s.weight / total for s in sources]
+        self._orders: list[list[Task]] = []
+        for source in sources:
+            order = list(problems[source.name])
+            random.Random(f"{seed}/order/{source.name}").shuffle(order)
+            self._orders.append(order)
+        self._seed = seed
+        self._slots: list[tuple[int, int]] = []
+        self._taken = [0] * len(sources)
+
+    def draw(self, step: int, resample: int, n: int) -> list[Task]:
+        """The `n` tasks of a step (the same `n` at every step), a function of the seed and the arguments alone.
+
+        `resample` > 0 asks for the same mixture again with other problems. A draw holds a problem twice only when its
+        source has fewer problems than its share of `n`.
+        """
+        slots = self._row(step * n, (step + 1) * n)
+        if resample == 0:
+            return [self._orders[s][position % len(self._orders[s])] for s, position in slots]
+        rng = random.Random(f"{self._seed}/redraw/{step}/{resample}")
+        tasks: list[Task] = []
+        for source, share in sorted(Counter(s for s, _ in slots).items()):
+            rounds, rest = divmod(share, len(self._orders[source]))
+            tasks += self._orders[source] * rounds + rng.sample(self._orders[source], rest)
+        rng.shuffle(tasks)
+        return tasks
+
+    def _row(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Slots as (source, how many slots that source had before); grown on demand, the same however asked for."""
+        while len(self._slots) < stop:
+            k = len(self._slots) + 1
+            source = max(range(len(self._weights)), key=lambda s: (k * self._weights[s] - self._taken[s], -s))
+            self._slots.append((source, self._taken[source]))
+            self._taken[source] += 1
+        return self._slots[start:stop]
+
+
+def _check(sources: Sequence[TaskSource], problems: Mapping[str, Sequence[Task]]) -> None:
+    if not sources:
+        raise ConfigError("tasks.sources is empty: name at least one task set.")
+    for name, times in Counter(s.name for s in sources).items():
+        if times > 1:
+            raise ConfigError(f"tasks.sources names {name!r} {times} times: name it once and add the weights up.")
+    for source in sources:
+        if not (math.isfinite(source.weight) and source.weight > 0.0):
+            raise ConfigError(
+                f"tasks.sources: {source.name!r} has weight {source.weight}: it must be a positive number."
+            )
+        if not problems.get(source.name):
+            raise ConfigError(
+                f"Task set {source.name!r} has no training problems: raise tasks.limit, mend the task set's data, "
+                "or take it out of tasks.sources."
+            )

@@ -1,0 +1,225 @@
+"""Starts torchrun on this machine and stays its parent: one signal a rank, no orphans, exit codes that mean something.
+
+    icrl train (launcher, no torch)  ->  icrl_megatron.agent (torchrun)  ->  ranks (icrl_megatron.train)
+
+torchrun turns every failure into exit code 1 and shows a traceback of its own, so the ranks leave what happened in a
+small file that the launcher reads. The ranks' side, `run_rank` and `StopRequest`, works under a plain torchrun too.
+
+Exit codes: 0 done; 1 failed; 2 ConfigError; 3 stopped on request after saving (the same command goes on); 130 killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import psutil
+
+from icrl_megatron.config import ConfigError
+
+CONFIG_ERROR = 2
+STOPPED = 3
+KILLED = 130
+
+OUTCOME_ENV = "ICRL_OUTCOME"
+"""File that the first rank with something to say writes {"code", "message"} to; whoever starts torchrun may set it."""
+STOP_ENV = "ICRL_STOP"
+"""File whose existence means stop: a signal that comes before a rank listens would be lost."""
+PARENT_ENV = "ICRL_PARENT"
+"""Process id of the parent that a child must not outlive."""
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_PR_SET_PDEATHSIG = 1
+
+
+def inside_torchrun() -> bool:
+    """Whether this process is a rank already."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def torchrun(
+    settings_path: Path,
+    ranks: int,
+    log_dir: Path,
+    module: str = "icrl_megatron.train",
+    stop_timeout_s: float = 1800.0,
+) -> int:
+    """Runs `python -m MODULE SETTINGS` in `ranks` processes and returns one of the exit codes above.
+
+    Rank 0 owns the terminal; the others write to files under `log_dir`, and the end of the one that failed first is
+    shown. The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 reaches each rank as one SIGUSR1; they have `stop_timeout_s` to
+    save before they are killed. A second SIGINT kills them at once. Must be called from the main thread.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    outcome, stop = (log_dir / "outcome.json").resolve(), (log_dir / "stop").resolve()
+    outcome.unlink(missing_ok=True)
+    stop.unlink(missing_ok=True)
+    quiet = ",".join(f"{rank}:3" for rank in range(1, ranks))  # 3: both streams
+    command = [sys.executable, "-m", "icrl_megatron.agent", "--standalone", "--local-addr=127.0.0.1"]
+    command += [f"--nproc-per-node={ranks}", f"--log-dir={log_dir}", *([f"--redirects={quiet}"] if quiet else [])]
+    command += ["-m", module, str(settings_path)]
+    with _counting_signals() as received:
+        # Its own session: Ctrl-C in a terminal reaches the launcher alone, and the ranks hear of it once.
+        agent = subprocess.Popen(command, env=_environment(ranks, outcome, stop), start_new_session=True)
+        try:
+            killed = _wait(agent, received, stop, stop_timeout_s)
+        finally:
+            _kill_tree(agent)
+    return killed or _exit_code(agent.returncode, outcome)
+
+
+def run_rank(main: Callable[[], int]) -> NoReturn:
+    """What a rank's entry point wraps itself in: dies with its parent, and leaves its outcome for the launcher.
+
+    `main` returns 0, or STOPPED when all ranks agreed to stop. The process then exits with 0 in both cases, because
+    torchrun kills the other ranks as soon as one exits otherwise; with 2 after a ConfigError.
+    """
+    die_with_parent()
+    try:
+        code = main()
+    except ConfigError as error:
+        if not _write_outcome(CONFIG_ERROR, str(error)):
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(CONFIG_ERROR)
+    if code == STOPPED:
+        _write_outcome(STOPPED, "stopped on request")
+        code = 0
+    sys.exit(code)
+
+
+class StopRequest:
+    """Whether this rank was asked to stop. A flag only: the loop agrees on it with all ranks between two steps."""
+
+    def __init__(self) -> None:
+        """Starts listening to SIGUSR1 and SIGTERM; call it in the main thread, before anything slow."""
+        self._set = False
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        self._set |= bool(os.environ.get(STOP_ENV)) and Path(os.environ[STOP_ENV]).exists()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._set = True
+
+    def __bool__(self) -> bool:
+        return self._set
+
+
+def die_with_parent() -> None:
+    """Asks Linux to SIGKILL this process when its parent dies, even of SIGKILL; ends it if that already happened."""
+    if sys.platform != "linux":
+        return
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    # Taken out, so that a child of this process does not compare with its grandparent.
+    parent = os.environ.pop(PARENT_ENV, "")
+    if parent and os.getppid() != int(parent):
+        os._exit(1)
+
+
+def read_outcome(path: Path) -> tuple[int, str] | None:
+    """(exit code, message) that a rank left, None if none did."""
+    try:
+        left = json.loads(path.read_text(encoding="utf-8"))
+        return int(left["code"]), str(left["message"])
+    except FileNotFoundError:
+        return None
+
+
+def _write_outcome(code: int, message: str) -> bool:
+    """True if there is a file for it; the first rank to write wins."""
+    name = os.environ.get(OUTCOME_ENV)
+    if not name:
+        return False
+    path = Path(name)
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_text(json.dumps({"code": code, "message": message}), encoding="utf-8")
+    with contextlib.suppress(FileExistsError):
+        os.link(part, path)
+    part.unlink()
+    return True
+
+
+def _environment(ranks: int, outcome: Path, stop: Path) -> dict[str, str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, cores // ranks)),
+        # A host whose name does not resolve would stop gloo; all ranks are on this machine.
+        **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
+    }
+    ours = {OUTCOME_ENV: str(outcome), STOP_ENV: str(stop), PARENT_ENV: str(os.getpid())}
+    return {**defaults, **os.environ, **ours}
+
+
+@contextlib.contextmanager
+def _counting_signals() -> Iterator[dict[int, int]]:
+    """Counts the stop signals by number instead of dying of them; puts the former handlers back."""
+    received = dict.fromkeys(map(int, _STOP_SIGNALS), 0)
+
+    def count(number: int, frame: FrameType | None) -> None:
+        received[number] += 1
+
+    before = {number: signal.signal(number, count) for number in _STOP_SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(agent: subprocess.Popen[bytes], received: dict[int, int], stop: Path, stop_timeout_s: float) -> int:
+    """Until the agent ends: 0 then, or an exit code of ours when it has to be killed. Forwards one stop request."""
+    deadline = None
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            agent.wait(timeout=0.1)
+            return 0
+        if deadline is None and any(received.values()):
+            deadline = time.monotonic() + stop_timeout_s
+            stop.touch()
+            for rank in _children(agent.pid, recursive=False):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    rank.send_signal(signal.SIGUSR1)
+            print("stopping: the ranks save first; Ctrl-C again ends them at once", file=sys.stderr)
+        if received[signal.SIGINT] > 1:
+            return KILLED
+        if deadline is not None and time.monotonic() > deadline:
+            print(f"error: the ranks did not stop within {stop_timeout_s:.0f} s and were killed", file=sys.stderr)
+            return 1
+
+
+def _children(pid: int, recursive: bool) -> list[psutil.Process]:
+    try:
+        return list(psutil.Process(pid).children(recursive=recursive))
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _kill_tree(agent: subprocess.Popen[bytes]) -> None:
+    """Kills what is left below the agent, and reaps it; nothing when it has ended by itself."""
+    if agent.poll() is None:
+        below = _children(agent.pid, recursive=True)
+        agent.kill()
+        for process in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        agent.wait()
+
+
+def _exit_code(returncode: int, outcome: Path) -> int:
+    left = read_outcome(outcome)
+    if left is not None and left[0] == CONFIG_ERROR:
+        print(f"error: {left[1]}", file=sys.stderr)
+        return CONFIG_ERROR
+    if returncode != 0:
+        return 1
+    return left[0] if left is not None else 0

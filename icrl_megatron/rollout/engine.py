@@ -1,0 +1,50 @@
+"""The engine protocol: what the rollout asks of whoever generates tokens, fitted to SGLang's native API."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from icrl_megatron.types import Completion
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling parameters of one request. No top-p and no top-k: the log-probs must be those of the policy."""
+
+    temperature: float
+    """0 means greedy; log-probs are then those of temperature 1."""
+    max_new_tokens: int
+    seed: int
+    """Of this request alone: the same seed, prompt and weights give the same tokens whatever else is in the batch."""
+    stop_ids: tuple[int, ...]
+
+
+class EngineError(RuntimeError):
+    """The engine failed or timed out; the message says what was waited for and what to do."""
+
+
+class Engine(Protocol):
+    """Requests from many concurrent episodes; a weight update takes effect between requests and is stamped on them."""
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion: ...
+
+    def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Takes Hugging-Face-named full tensors, streamed. Raises EngineError on a missing, unknown or wrong one."""
+        ...
+
+    def sleep(self) -> None:
+        """Gives memory back while the actor trains; generate is refused until `wake`."""
+        ...
+
+    def wake(self) -> None: ...
+
+    def health(self) -> str:
+        """ "ok", or what is wrong."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,292 @@
+"""One ICRL episode, and many at once.
+
+    for round in 0..K-1:  attempt (with the latest critique, if any); stop if it succeeded or was the last; critique
+
+Failures of an environment or of its grading cost the episode (`DroppedEpisode`); wrong settings, rewards that are no
+rewards and engine failures end the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import numbers
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from icrl_megatron.config import ConfigError, RolloutSettings
+from icrl_megatron.rollout.prompts import Prompter, parse_critique
+from icrl_megatron.rollout.speakers import Ask, Casting, Seeds, Speaker
+from icrl_megatron.tasks.base import Environment, EnvironmentFailure, StepResult
+from icrl_megatron.types import Attempt, Completion, Critique, DroppedEpisode, Episode, Ids, Role, Task, Turn
+
+T = TypeVar("T")
+StopReason = Literal["done", "max_turns", "repeated", "context", "length"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What all episodes of a run share."""
+
+    environment: Callable[[Task], Environment]
+    prompter: Prompter
+    settings: RolloutSettings
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which episode this is: all that its seeds and its messages need."""
+
+    task: Task
+    index: int
+    seeds: Seeds
+
+    def seed(self, round: int, role: Role, turn: int) -> int:
+        return self.seeds.of(self.task.task_id, self.index, round, role, turn)
+
+
+class GuardedEnvironment:
+    """An environment whose every failure is an `EnvironmentFailure`, and whose outcome is a reward.
+
+    A time limit is set around each coroutine; one that never suspends never gives it a chance to fire, so the embedded
+    environments stay independent of the clock. Raises ConfigError on a reward that is NaN or outside [0, 1].
+    """
+
+    def __init__(self, task: Task, factory: Callable[[Task], Environment], timeout_s: float) -> None:
+        self._task = task
+        self._timeout_s = timeout_s
+        self._environment = self._guard("construction", lambda: factory(task))
+        self.max_turns = self._environment.max_turns
+
+    async def reset(self) -> str:
+        return await self._limited("reset", self._environment.reset)
+
+    async def step(self, action: str) -> StepResult:
+        return await self._limited("step", lambda: self._environment.step(action))
+
+    def parse(self, reply: str) -> str | None:
+        return self._guard("parse", lambda: self._environment.parse(reply))
+
+    def hint(self) -> str:
+        return self._guard("hint", self._environment.hint)
+
+    def success(self) -> bool:
+        return bool(self._guard("success", self._environment.success))
+
+    def summary(self) -> str:
+        return self._guard("summary", self._environment.summary)
+
+    def outcome(self) -> float:
+        value = self._guard("outcome", self._environment.outcome)
+        if not isinstance(value, numbers.Real) or not 0 <= value <= 1:  # NaN fails every comparison
+            raise ConfigError(
+                f"The reward of task {self._task.task_id!r} (task set {self._task.source!r}) is {value!r}: outcome() "
+                "must return a finite number in [0, 1]; divide scores by their maximum."
+            )
+        return float(value)
+
+    def _guard(self, what: str, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except (ConfigError, EnvironmentFailure):
+            raise
+        except Exception as error:
+            raise EnvironmentFailure(f"{what} raised {type(error).__name__}: {error}") from error
+
+    async def _limited(self, what: str, call: Callable[[], Awaitable[T]]) -> T:
+        limit = asyncio.timeout(self._timeout_s)
+        try:
+            async with limit:
+                return await call()
+        except (ConfigError, EnvironmentFailure):
+            raise
+        except Exception as error:
+            late = f"took longer than rollout.environment_timeout_s = {self._timeout_s} s"
+            reason = late if limit.expired() else f"raised {type(error).__name__}: {error}"
+            raise EnvironmentFailure(f"{what} {reason}") from error
+
+
+async def play_episode(
+    task: Task, index: int, stage: Stage, casting: Casting, seeds: Seeds
+) -> Episode | DroppedEpisode:
+    """Plays up to `rollout.rounds` attempts at one task.
+
+    Raises ConfigError on a prompt longer than `rollout.context_tokens` and on a reward outside [0, 1], EngineError from
+    the engine.
+    """
+    place = Place(task, index, seeds)
+    try:
+        cast = casting(task, index)
+        environment = GuardedEnvironment(task, stage.environment, stage.settings.environment_timeout_s)
+        attempts: list[Attempt] = []
+        critiques: list[Critique] = []
+        for round in range(stage.settings.rounds):
+            advice = critiques[-1].text if critiques else None
+            problem, attempt = await play_attempt(place, round, advice, environment, stage, cast.solver)
+            attempts.append(attempt)
+            if attempt.success or round + 1 == stage.settings.rounds:
+                break
+            critiques.append(await play_critique(place, problem, attempt, stage, cast.critic))
+    except EnvironmentFailure as failure:
+        return DroppedEpisode(task, index, str(failure))
+    return Episode(task, index, tuple(attempts), tuple(critiques))
+
+
+async def play_attempt(
+    place: Place, round: int, critique: str | None, environment: GuardedEnvironment, stage: Stage, solver: Speaker
+) -> tuple[str, Attempt]:
+    """One try, from a reset on: (the problem as the solver first read it, the attempt).
+
+    Raises EnvironmentFailure, ConfigError and EngineError as `play_episode` describes.
+    """
+    problem = await environment.reset()
+    plain = stage.prompter.attempt(problem)
+    prompt = plain if critique is None else stage.prompter.revision(problem, critique)
+    role: Role = "attempt" if round == 0 else "revision"
+    _require_room(place.task, role, len(prompt), stage.settings)
+    conversation = _Conversation(place, round, role, critique, environment, stage, solver, prompt)
+    stop_reason = await conversation.run(problem)
+    success, summary = environment.success(), environment.summary()
+    attempt = Attempt(
+        round, prompt, plain, tuple(conversation.turns), environment.outcome(), success, summary, stop_reason
+    )
+    return problem, attempt
+
+
+async def play_critique(place: Place, problem: str, attempt: Attempt, stage: Stage, critic: Speaker) -> Critique:
+    """The critic reads the attempt. Its first turns are left out as far as the whole does not fit the context.
+
+    Raises ConfigError when even the task and its outcome do not fit, and EngineError.
+    """
+    settings = stage.settings
+    turns = [stage.prompter.turn_text(i + 1, turn.text, turn.observation) for i, turn in enumerate(attempt.turns)]
+    omitted = 0
+    prompt = stage.prompter.critique(problem, turns, attempt.summary)
+    while len(prompt) + settings.max_critique_tokens > settings.context_tokens and omitted < len(turns):
+        omitted += 1
+        prompt = stage.prompter.critique(problem, turns[omitted:], attempt.summary, omitted)
+    _require_room(place.task, "critique", len(prompt), settings)
+    room = min(settings.max_critique_tokens, settings.context_tokens - len(prompt))
+    seed = place.seed(attempt.round, "critique", 0)
+    completion = await critic.reply(Ask("critique", prompt, room, seed, attempt.summary, None))
+    text = parse_critique(stage.prompter.decode(completion.ids))
+    return Critique(attempt.round, prompt, completion, text)
+
+
+class _Conversation:
+    """The turns of one attempt; the context only ever grows by ids that were generated or are encoded once."""
+
+    def __init__(
+        self,
+        place: Place,
+        round: int,
+        role: Role,
+        critique: str | None,
+        environment: GuardedEnvironment,
+        stage: Stage,
+        solver: Speaker,
+        prompt: Ids,
+    ) -> None:
+        self.turns: list[Turn] = []
+        self._place, self._round, self._role, self._critique = place, round, role, critique
+        self._environment, self._stage, self._solver = environment, stage, solver
+        self._context = list(prompt)
+        self._repeated = 0
+
+    async def run(self, problem: str) -> StopReason:
+        observation = problem
+        limit = min(self._stage.settings.max_turns, self._environment.max_turns)
+        for number in range(limit):
+            completion = await self._ask(number, observation)
+            text = self._stage.prompter.decode(completion.ids)
+            if completion.finish_reason != "stop":
+                self._end(completion, text, None, "")
+                return "context" if len(completion.ids) >= self._room() else "length"
+            action = self._environment.parse(text)
+            result = await self._step(action)
+            stop = self._stop_reason(action, result, last=number + 1 == limit)
+            between = self._stage.prompter.observation_ids(
+                result.observation, self._stage.prompter.ended(completion.ids)
+            )
+            if stop is None and self._room() <= len(completion.ids) + len(between):
+                stop = "context"
+            if stop is not None:
+                self._end(completion, text, action, result.observation)
+                return stop
+            self.turns.append(Turn(completion, text, action, result.observation, between))
+            self._context += [*completion.ids, *between]
+            observation = result.observation
+        raise AssertionError("the last turn always has a stop reason")
+
+    async def _ask(self, number: int, observation: str) -> Completion:
+        room = min(self._stage.settings.max_turn_tokens, self._room())
+        seed = self._place.seed(self._round, self._role, number)
+        ask = Ask(self._role, tuple(self._context), room, seed, observation, self._critique)
+        return await self._solver.reply(ask)
+
+    async def _step(self, action: str | None) -> StepResult:
+        if action is None:
+            return StepResult(self._environment.hint(), done=False)
+        return await self._environment.step(action)
+
+    def _stop_reason(self, action: str | None, result: StepResult, last: bool) -> StopReason | None:
+        same = action is not None and bool(self.turns) and self.turns[-1].action == action
+        self._repeated = self._repeated + 1 if same else 1
+        if result.done:
+            return "done"
+        if action is not None and self._repeated >= self._stage.settings.repeat_limit:
+            return "repeated"
+        return "max_turns" if last else None
+
+    def _end(self, completion: Completion, text: str, action: str | None, observation: str) -> None:
+        self.turns.append(Turn(completion, text, action, observation, ()))
+
+    def _room(self) -> int:
+        return self._stage.settings.context_tokens - len(self._context)
+
+
+async def play(
+    tasks: Sequence[Task],
+    episodes: int,
+    stage: Stage,
+    casting: Casting,
+    seeds: Seeds,
+    on_end: Callable[[Episode | DroppedEpisode], None] | None = None,
+) -> tuple[list[Episode], list[DroppedEpisode]]:
+    """Plays every task `episodes` times, at most `rollout.concurrency` at once. Results are in the order of `tasks`,
+    then of the index, whatever ended first; `on_end` hears of each as it ends (for progress bars).
+
+    The first ConfigError or EngineError cancels the rest and is raised.
+    """
+    gate = asyncio.Semaphore(stage.settings.concurrency)
+
+    async def one(task: Task, index: int) -> Episode | DroppedEpisode:
+        async with gate:
+            result = await play_episode(task, index, stage, casting, seeds)
+        if on_end is not None:
+            on_end(result)
+        return result
+
+    results = await gather([one(task, index) for task in tasks for index in range(episodes)])
+    played = [r for r in results if isinstance(r, Episode)]
+    dropped = [r for r in results if isinstance(r, DroppedEpisode)]
+    return played, dropped
+
+
+async def gather(jobs: Sequence[Awaitable[T]]) -> list[T]:
+    """Results in the order of `jobs`; the first failure cancels the others, waits for them, and is raised as it is."""
+    running = [asyncio.ensure_future(job) for job in jobs]
+    try:
+        return await asyncio.gather(*running)
+    finally:
+        for job in running:
+            job.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+def _require_room(task: Task, role: Role, length: int, settings: RolloutSettings) -> None:
+    if length >= settings.context_tokens:
+        raise ConfigError(
+            f"The {role} prompt of task {task.task_id!r} has {length} tokens, and rollout.context_tokens is "
+            f"{settings.context_tokens}: raise it above the prompt, or shorten the task or rollout.max_critique_tokens."
+        )

@@ -1,0 +1,191 @@
+"""What a solver can do: alone, with critique over K rounds, and whether it is the critique that carries the gain."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from icrl_megatron.rollout.episode import (
+    GuardedEnvironment,
+    Place,
+    Stage,
+    gather,
+    play,
+    play_attempt,
+    play_critique,
+)
+from icrl_megatron.rollout.speakers import Casting, Seeds
+from icrl_megatron.tasks.base import EnvironmentFailure
+from icrl_megatron.types import DroppedEpisode, Episode, Task
+
+_Z = 1.959963984540054
+"""Standard normal quantile of a two-sided 95 % interval."""
+_RESAMPLES = 4000
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """Successes of n trials, with Wilson's 95 % interval. Without trials the mean is 0 and the interval [0, 1]."""
+
+    successes: int
+    n: int
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of paired differences in success, with a 95 % percentile bootstrap interval over the pairs."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class SourceResult:
+    source: str
+    rounds: tuple[Proportion, ...]
+    """rounds[r]: succeeded in round r or before. rounds[0] is the solver alone."""
+    dropped: int
+    """Episodes that failed for reasons which are not the model's; in no denominator."""
+    critique_tokens: float
+    """Mean length of a critique; 0 when none was written."""
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    by_source: tuple[SourceResult, ...]
+    overall: SourceResult
+    """Over all episodes; its `source` is "all"."""
+    generated_tokens: int
+
+
+@dataclass(frozen=True)
+class ControlResult:
+    """Second tries after the same failed first attempts, three ways."""
+
+    failures: int
+    """Failed first attempts that were retried: the n of each arm."""
+    first_attempts: int
+    dropped: int
+    critique: Proportion
+    """Revision with the critic's critique."""
+    empty: Proportion
+    """Revision prompt with an empty critique."""
+    plain: Proportion
+    """Another attempt, critique-free."""
+    critique_minus_empty: Difference
+    critique_minus_plain: Difference
+
+
+async def critique_free(
+    problems: Sequence[Task],
+    samples: int,
+    stage: Stage,
+    casting: Casting,
+    seeds: Seeds,
+    rounds: int = 1,
+    on_end: Callable[[Episode | DroppedEpisode], None] | None = None,
+) -> EvalResult:
+    """Plays every problem `samples` times. With `rounds` above 1 the casting's critic helps from the second round on;
+    the first stays the critique-free number. Raises what `episode.play` raises."""
+    staged = replace(stage, settings=replace(stage.settings, rounds=rounds))
+    episodes, dropped = await play(problems, samples, staged, casting, seeds, on_end)
+    sources = sorted({task.source for task in problems})
+    by_source = tuple(
+        _source_result(
+            source,
+            [e for e in episodes if e.task.source == source],
+            sum(d.task.source == source for d in dropped),
+            rounds,
+        )
+        for source in sources
+    )
+    overall = _source_result("all", episodes, len(dropped), rounds)
+    return EvalResult(by_source, overall, sum(e.generated_tokens() for e in episodes))
+
+
+async def control(problems: Sequence[Task], limit: int, stage: Stage, casting: Casting, seeds: Seeds) -> ControlResult:
+    """Lets the solver fail, and retries each failed attempt with its critique, with an empty one, and afresh.
+
+    At most `limit` failures are retried, the first ones in the order of `problems`; each problem is tried once. The
+    three arms draw independent samples. Raises what `episode.play` raises.
+    """
+    staged = replace(stage, settings=replace(stage.settings, rounds=1))
+    episodes, dropped = await play(problems, 1, staged, casting, replace(seeds, purpose=f"{seeds.purpose}/first"))
+    failed = [e for e in episodes if not e.attempts[0].success][:limit]
+    gate = asyncio.Semaphore(stage.settings.concurrency)
+    retries = await gather([_retry(gate, episode, stage, casting, seeds) for episode in failed])
+    arms = np.array([r for r in retries if r is not None], dtype=np.int64).reshape(-1, 3)
+    critique, empty, plain = (proportion(int(arm.sum()), len(arms)) for arm in arms.T)
+    return ControlResult(
+        failures=len(arms),
+        first_attempts=len(episodes),
+        dropped=len(dropped) + sum(r is None for r in retries),
+        critique=critique,
+        empty=empty,
+        plain=plain,
+        critique_minus_empty=paired_difference(arms[:, 0] - arms[:, 1]),
+        critique_minus_plain=paired_difference(arms[:, 0] - arms[:, 2]),
+    )
+
+
+async def _retry(
+    gate: asyncio.Semaphore, first: Episode, stage: Stage, casting: Casting, seeds: Seeds
+) -> tuple[bool, bool, bool] | None:
+    """Success of the three arms after one failed attempt; None when the environment failed."""
+    task, index, attempt = first.task, first.index, first.attempts[0]
+
+    async def arm(name: str, critique: str | None) -> bool:
+        place = Place(task, index, replace(seeds, purpose=f"{seeds.purpose}/{name}"))
+        environment = GuardedEnvironment(task, stage.environment, stage.settings.environment_timeout_s)
+        round = 0 if critique is None else 1
+        _, retried = await play_attempt(place, round, critique, environment, stage, casting(task, index).solver)
+        return retried.success
+
+    async with gate:
+        try:
+            place = Place(task, index, replace(seeds, purpose=f"{seeds.purpose}/critique"))
+            environment = GuardedEnvironment(task, stage.environment, stage.settings.environment_timeout_s)
+            problem = await environment.reset()
+            critique = await play_critique(place, problem, attempt, stage, casting(task, index).critic)
+            return await arm("critique", critique.text), await arm("empty", ""), await arm("plain", None)
+        except EnvironmentFailure:
+            return None
+
+
+def proportion(successes: int, n: int) -> Proportion:
+    """Wilson's score interval, which stays inside [0, 1] and is honest near its ends."""
+    if n == 0:
+        return Proportion(0, 0, 0.0, 0.0, 1.0)
+    mean = successes / n
+    scale = 1 + _Z**2 / n
+    centre = (mean + _Z**2 / (2 * n)) / scale
+    half = _Z / scale * math.sqrt(mean * (1 - mean) / n + _Z**2 / (4 * n**2))
+    return Proportion(successes, n, mean, max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half)))
+
+
+def paired_difference(differences: np.ndarray) -> Difference:
+    """`differences` [n]: one value in [-1, 1] per pair. Without pairs nothing is known: 0 in [-1, 1]."""
+    n = len(differences)
+    if n == 0:
+        return Difference(0.0, -1.0, 1.0)
+    picks = np.random.Generator(np.random.Philox(key=0)).integers(0, n, size=(_RESAMPLES, n))
+    low, high = np.quantile(differences[picks].mean(axis=1), [0.025, 0.975])
+    return Difference(float(differences.mean()), float(low), float(high))
+
+
+def _source_result(source: str, episodes: Sequence[Episode], dropped: int, rounds: int) -> SourceResult:
+    # Attempts end with the first success, so an episode succeeded by round r when any of its first r + 1 attempts did.
+    by_round = tuple(
+        proportion(sum(any(a.success for a in e.attempts[: r + 1]) for e in episodes), len(episodes))
+        for r in range(rounds)
+    )
+    lengths = [len(c.completion.ids) for e in episodes for c in e.critiques]
+    return SourceResult(source, by_round, dropped, sum(lengths) / len(lengths) if lengths else 0.0)

@@ -1,0 +1,181 @@
+"""The three prompt forms of one backbone, as token ids: attempt, revision (attempt after a critique) and critique.
+
+Text enters here once and leaves as ids; generated ids are never decoded and encoded again. Whatever comes from a task,
+an environment or a model is untrusted: it is encoded apart from the chat template's own text, and so cannot open or
+close a turn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from icrl_megatron.config import ConfigError, RolloutSettings
+from icrl_megatron.types import Ids
+
+FORMS = ("attempt", "revision", "critique")
+_BUILT_IN = Path(__file__).parent / "templates"
+_CRITIC = re.compile(r"<critic>(.*?)</critic>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class TurnText:
+    """One turn as the critic reads it."""
+
+    number: int
+    """Counted from 1."""
+    text: str
+    observation: str
+    """Cut at `rollout.observation_chars`; empty when nothing was observed."""
+
+
+def parse_critique(reply: str) -> str:
+    """What a critic hands to the solver: its last text between <critic> tags, or the whole reply without tags."""
+    tagged = _CRITIC.findall(reply)
+    return str(tagged[-1] if tagged else reply).strip()
+
+
+def template_folder(name: str) -> Path:
+    """`standard` and `compact` are built in; any other name is a folder. Raises ConfigError when a form is missing."""
+    folder = _BUILT_IN / name if name in ("standard", "compact") else Path(name)
+    missing = [f"{form}.jinja" for form in FORMS if not (folder / f"{form}.jinja").is_file()]
+    if missing:
+        raise ConfigError(
+            f"rollout.templates is {name!r}: no {', '.join(missing)} in {folder}. Use standard, compact, or a folder "
+            f"that holds {', '.join(f'{form}.jinja' for form in FORMS)}."
+        )
+    return folder
+
+
+def template_words(name: str) -> set[str]:
+    """Every whitespace-separated word that the templates of this name can add to a prompt."""
+    environment, folder = jinja2.Environment(), template_folder(name)
+    words: set[str] = set()
+    for form in FORMS:
+        source = (folder / f"{form}.jinja").read_text(encoding="utf-8")
+        words.update(word for _, kind, text in environment.lex(source) if kind == "data" for word in text.split())
+    return words
+
+
+class Prompter:
+    """Builds prompts for one tokenizer and one set of templates.
+
+    Raises ConfigError when a template is missing or broken, and when the tokenizer's chat template is missing, changes
+    the content of a message, or does not end a reply with a special token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: RolloutSettings) -> None:
+        self._tokenizer = tokenizer
+        self._observation_chars = settings.observation_chars
+        self._templates = _load_templates(settings.templates)
+        self._control_ids = _control_ids(tokenizer)
+        head, turn_end, tail = _chat_parts(tokenizer, settings.chat_template_args)
+        self._head, self._turn_end, self._tail = (self._encode_trusted(part) for part in (head, turn_end, tail))
+        if not self._turn_end or self._turn_end[0] not in self._control_ids:
+            raise ConfigError(
+                f"The chat template of {tokenizer.name_or_path!r} closes a reply with {turn_end!r}, which does not "
+                "start with a special token: a generated reply could not end itself. Use a template like ChatML."
+            )
+        self._end_id = self._turn_end[0]
+        self._between = self._turn_end[1:]
+        eos = tokenizer.eos_token_id
+        self.stop_ids: Ids = (self._end_id,) if eos is None or eos == self._end_id else (self._end_id, int(eos))
+        """Ids that end a reply: the template's end of turn first, then the tokenizer's end of text if it is another."""
+
+    def attempt(self, observation: str) -> Ids:
+        """The critique-free prompt of a task."""
+        return self._message("attempt", observation=observation)
+
+    def revision(self, observation: str, critique: str) -> Ids:
+        """The prompt of an attempt that follows a critique; only the latest critique is shown."""
+        return self._message("revision", observation=observation, critique=critique)
+
+    def critique(self, observation: str, turns: Sequence[TurnText], summary: str, omitted: int = 0) -> Ids:
+        """The critic's prompt: task, trajectory and outcome. `omitted` leading turns were left out for lack of room."""
+        return self._message("critique", observation=observation, turns=turns, summary=summary, omitted=omitted)
+
+    def turn_text(self, number: int, text: str, observation: str) -> TurnText:
+        return TurnText(number, text.strip(), observation[: self._observation_chars].strip())
+
+    def observation_ids(self, observation: str, ended: bool) -> Ids:
+        """What is appended between two replies: end of turn (unless the reply `ended` itself with it), the observation
+        as a user message, and the header of the next reply."""
+        closing = self._between if ended else (self._end_id, *self._between)
+        return (*closing, *self._encode_untrusted(observation.strip()), *self._tail)
+
+    def ended(self, ids: Ids) -> bool:
+        """Whether a reply closed its turn by itself."""
+        return bool(ids) and ids[-1] == self._end_id
+
+    def encode_reply(self, text: str) -> Ids:
+        """A reply written by a script, as a model would have generated it: its text and the end of turn."""
+        return (*self._encode_untrusted(text.strip()), self._end_id)
+
+    def decode(self, ids: Ids) -> str:
+        """For people and parsers: without special tokens, never to be encoded again."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _message(self, form: str, **values: object) -> Ids:
+        content = self._templates[form].render(**values).strip()
+        return (*self._head, *self._encode_untrusted(content), *self._tail)
+
+    def _encode_trusted(self, text: str) -> Ids:
+        return tuple(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _encode_untrusted(self, text: str) -> Ids:
+        ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        # A word-level vocabulary holds its special tokens as plain words, so splitting alone does not keep them out.
+        return tuple(i for i in ids if i not in self._control_ids)
+
+
+def _load_templates(name: str) -> dict[str, jinja2.Template]:
+    folder = template_folder(name)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder), autoescape=False, undefined=jinja2.StrictUndefined
+    )
+    try:
+        templates = {form: environment.get_template(f"{form}.jinja") for form in FORMS}
+        for template in templates.values():  # a misspelt variable is found here, not in the middle of a run
+            template.render(observation="", critique="", turns=[TurnText(1, "", "")], summary="", omitted=0)
+        return templates
+    except jinja2.TemplateError as error:
+        raise ConfigError(f"rollout.templates is {name!r}: a template in {folder} fails: {error}") from error
+
+
+def _control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Special ids that text must never produce. The unknown word stays allowed where it is nothing but that."""
+    added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {int(i) for i in tokenizer.all_special_ids} | {i for i, token in added.items() if token.special}
+    used = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
+    unknown = tokenizer.unk_token_id
+    return frozenset(special if unknown in used else special - {unknown})
+
+
+def _chat_parts(tokenizer: PreTrainedTokenizerBase, arguments: dict[str, bool | str]) -> tuple[str, str, str]:
+    """(before the first user message, end of a reply up to the next user message, after a user message)."""
+    where = f"The chat template of {tokenizer.name_or_path!r}"
+    if not tokenizer.chat_template:
+        raise ConfigError(f"{where} is missing: the model folder needs a chat_template.jinja.")
+    first, reply, second = "firstmessage", "thereply", "secondmessage"
+    messages = [
+        {"role": "user", "content": first},
+        {"role": "assistant", "content": reply},
+        {"role": "user", "content": second},
+    ]
+    try:
+        render = tokenizer.apply_chat_template
+        text = cast(str, render(messages, tokenize=False, add_generation_prompt=True, **arguments))
+        single = cast(str, render(messages[:1], tokenize=False, add_generation_prompt=True, **arguments))
+    except jinja2.TemplateError as error:
+        raise ConfigError(f"{where} cannot render a dialogue of user, assistant, user: {error}") from error
+    if any(text.count(part) != 1 for part in (first, reply, second)) or single.count(first) != 1:
+        raise ConfigError(f"{where} does not show each message once and unchanged: it rendered {text!r}.")
+    head, tail = single.split(first)
+    turn_end = text[text.index(reply) + len(reply) : text.index(second)]
+    return head, turn_end, tail

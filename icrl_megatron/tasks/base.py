@@ -1,0 +1,94 @@
+"""What a task set is: where problems come from, how one is played, how an answer is judged.
+
+A new task is one file with one class that satisfies `TaskSet`, and one line in `registry.py`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from icrl_megatron.types import Split, Task
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The environment's answer to one action."""
+
+    observation: str
+    done: bool
+
+
+class Environment(Protocol):
+    """One playable problem. An instance belongs to one attempt at a time; `reset` starts the same problem afresh.
+
+    `reset` and `step` are coroutines because environments may live behind a network; the embedded ones never wait.
+    Failures of infrastructure raise `EnvironmentFailure`; they cost the episode, never a reward of 0.
+    """
+
+    max_turns: int
+
+    async def reset(self) -> str:
+        """Returns the problem as the solver first reads it."""
+        ...
+
+    def parse(self, reply: str) -> str | None:
+        """The action inside a reply, or None if there is none (a turn is then lost and `hint()` is observed)."""
+        ...
+
+    def hint(self) -> str:
+        """What is observed after a reply without an action."""
+        ...
+
+    async def step(self, action: str) -> StepResult: ...
+
+    def outcome(self) -> float:
+        """Reward of the attempt so far, in [0, 1]."""
+        ...
+
+    def success(self) -> bool: ...
+
+    def summary(self) -> str:
+        """The outcome in words, for the critic's prompt only."""
+        ...
+
+
+class Teacher(Protocol):
+    """A scripted player that writes the demonstrations of `icrl sft`, imperfect by design: it teaches the forms (attempt,
+    critique, attempt after critique) and a prior, not the solution. One instance plays one episode."""
+
+    def act(self, observation: str, critique: str | None) -> str:
+        """The solver's next reply. `observation` is the newest one; `critique` is None in round 0."""
+        ...
+
+    def criticise(self, summary: str) -> str:
+        """A critique of the failed attempt that just ended."""
+        ...
+
+
+@runtime_checkable
+class TaskSet(Protocol):
+    name: str
+
+    def problems(self, split: Split) -> Sequence[Task]:
+        """All problems of a split, in a fixed order; the two splits share none."""
+        ...
+
+    def environment(self, task: Task) -> Environment: ...
+
+
+@runtime_checkable
+class Teachable(TaskSet, Protocol):
+    """A task set that can also warm-start a model."""
+
+    def teacher(self, task: Task, rng: random.Random) -> Teacher: ...
+
+    def vocabulary(self) -> Iterator[str]:
+        """Every word its texts use, for the embedded tokenizer."""
+        ...
+
+
+class EnvironmentFailure(RuntimeError):
+    """The infrastructure behind an environment failed (not the model): the episode is dropped and counted."""

@@ -1,0 +1,127 @@
+"""Episodes on disk: one readable JSON object per episode and line, from which the same episodes can be made again.
+
+A line holds the episode itself, the texts of its prompts, and what each of its samples was credited with.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from icrl_megatron.config import ConfigError
+from icrl_megatron.telemetry.files import write_atomically
+from icrl_megatron.types import Attempt, Completion, Critique, Episode, Ids, Sample, Task, Turn
+
+ROLLOUTS_FOLDER = "rollouts"
+
+
+@dataclass(frozen=True)
+class Credited:
+    """What one sample of an episode was worth."""
+
+    reward: float
+    advantage: float
+
+
+@dataclass(frozen=True)
+class DumpRecord:
+    """One line of a dump."""
+
+    episode: Episode
+    prompts: dict[str, str]
+    """Decoded prompts by "<round>/<role>", as the engine saw them."""
+    credit: dict[str, Credited]
+    """By "<round>/<role>"; a sample that was not trained (frozen critic, filtered group) has no entry."""
+
+
+def dump_path(run_dir: str | Path, step: int) -> Path:
+    return Path(run_dir) / ROLLOUTS_FOLDER / f"step_{step:06d}.jsonl"
+
+
+def dumped_steps(run_dir: str | Path) -> list[int]:
+    """Steps whose rollouts this run folder holds, in order."""
+    names = (p.name for p in (Path(run_dir) / ROLLOUTS_FOLDER).glob("step_*.jsonl"))
+    return sorted(int(m[1]) for m in map(re.compile(r"step_(\d+)\.jsonl").fullmatch, names) if m)
+
+
+def write_dump(
+    run_dir: str | Path,
+    step: int,
+    episodes: Iterable[Episode],
+    samples: Sequence[Sample],
+    decode: Callable[[Ids], str],
+) -> Path:
+    """Writes rollouts/step_<step>.jsonl in one go, the episodes sorted by task and index; returns its path."""
+    credited = {s.sample_id: Credited(s.reward, s.advantage) for s in samples}
+    ordered = sorted(episodes, key=lambda e: (e.task.task_id, e.index))
+    path = dump_path(run_dir, step)
+    write_atomically(path, (_line(_record(e, credited, decode)) for e in ordered))
+    return path
+
+
+def read_dump(path: str | Path) -> list[DumpRecord]:
+    """Raises ConfigError on a missing or damaged file."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(
+            f"No rollouts at {path}: {error.strerror}. Give the folder of a run that has dumped some."
+        ) from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(_parse(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path}, line {number} is not a dumped episode ({error!r}): take a whole dump."
+            ) from error
+    return records
+
+
+def read_episodes(path: str | Path) -> list[Episode]:
+    """The episodes of a dump, equal to those that were written. Raises ConfigError on a missing or damaged file."""
+    return [record.episode for record in read_dump(path)]
+
+
+def _record(episode: Episode, credited: dict[str, Credited], decode: Callable[[Ids], str]) -> DumpRecord:
+    prompts = {f"{a.round}/{'revision' if a.round else 'attempt'}": decode(a.prompt_ids) for a in episode.attempts}
+    prompts |= {f"{c.round}/critique": decode(c.prompt_ids) for c in episode.critiques}
+    stem = f"{episode.task.task_id}#{episode.index}"
+    return DumpRecord(episode, prompts, {k: credited[f"{stem}/{k}"] for k in prompts if f"{stem}/{k}" in credited})
+
+
+def _line(record: DumpRecord) -> str:
+    # Dataclasses become objects of their fields, at any depth.
+    return json.dumps({k: vars(record)[k] for k in ("prompts", "credit", "episode")}, default=vars, ensure_ascii=False)
+
+
+def _parse(line: dict[str, Any]) -> DumpRecord:
+    e = line["episode"]
+    episode = Episode(
+        task=Task(**e["task"]),
+        index=e["index"],
+        attempts=tuple(map(_attempt, e["attempts"])),
+        critiques=tuple(
+            Critique(**{**c, "prompt_ids": tuple(c["prompt_ids"]), "completion": _completion(c["completion"])})
+            for c in e["critiques"]
+        ),
+    )
+    return DumpRecord(episode, line["prompts"], {k: Credited(**c) for k, c in line["credit"].items()})
+
+
+def _attempt(fields: dict[str, Any]) -> Attempt:
+    turns = tuple(
+        Turn(**{**t, "completion": _completion(t["completion"]), "observation_ids": tuple(t["observation_ids"])})
+        for t in fields["turns"]
+    )
+    ids = {name: tuple(fields[name]) for name in ("prompt_ids", "plain_prompt_ids")}
+    return Attempt(**{**fields, **ids, "turns": turns})
+
+
+def _completion(fields: dict[str, Any]) -> Completion:
+    return Completion(**{**fields, "ids": tuple(fields["ids"]), "logprobs": tuple(fields["logprobs"])})

@@ -1,0 +1,86 @@
+"""What a step's episodes say about learning, as flat numbers. A name is left out where nothing was measured."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from icrl_megatron.algo.credit import CreditReport
+from icrl_megatron.algo.samples import critique_reward
+from icrl_megatron.types import Attempt, DroppedEpisode, Episode
+
+CRITIQUE_FREE = "success/critique_free"
+"""Share of first attempts that succeeded: the solver alone, the number that counts."""
+WITH_CRITIQUE = "success/with_critique"
+"""Share of episodes that succeeded in any round."""
+GENERATED = "tokens/generated"
+"""Tokens that solver and critic generated in this step."""
+HELDOUT = "heldout/critique_free"
+"""Critique-free success on held-out problems."""
+
+Values = dict[str, list[float]]
+
+
+def rollout_metrics(
+    episodes: Sequence[Episode], dropped: Sequence[DroppedEpisode], report: CreditReport
+) -> dict[str, float]:
+    """Means over the episodes of one step; shares are in [0, 1], lengths in tokens.
+
+    reward/<role>, reward/round_<k>, success/critique_free, success/with_critique, success/round_<k> (of the attempts of
+    that round), success/source/<name> (critique-free), revision/gain (mean r(next) - r(this)), critique/tokens,
+    attempt/tokens, attempt/turns, attempt/lost_turns, attempt/stop_<reason>, tokens/generated, episodes/*, groups/*.
+    """
+    values: Values = defaultdict(list)
+    for episode in episodes:
+        _episode(episode, values)
+    counts: dict[str, float] = {
+        GENERATED: sum(e.generated_tokens() for e in episodes),
+        "episodes/played": len(episodes),
+        "episodes/dropped": len(dropped),
+        "groups/count": report.groups,
+        "groups/dropped": report.dropped_groups,
+        "samples/count": len(report.samples),
+        "samples/dropped": report.dropped_samples,
+    }
+    if report.groups:
+        counts["groups/flat_share"] = report.flat_groups / report.groups
+    if report.samples:
+        counts["samples/flat_share"] = sum(s.advantage == 0.0 for s in report.samples) / len(report.samples)
+    means = {name: sum(of) / len(of) for name, of in values.items()}
+    return dict(sorted((means | {name: float(n) for name, n in counts.items()}).items()))
+
+
+def heldout_metrics(episodes: Iterable[Episode]) -> dict[str, float]:
+    """Critique-free success and outcome on held-out problems, over all and by task set; from first attempts only."""
+    values: Values = defaultdict(list)
+    for episode in episodes:
+        first = episode.attempts[0]
+        values[HELDOUT].append(first.success)
+        values[f"{HELDOUT}/{episode.task.source}"].append(first.success)
+        values["heldout/reward"].append(first.outcome)
+    return {name: sum(of) / len(of) for name, of in sorted(values.items())}
+
+
+def _episode(episode: Episode, values: Values) -> None:
+    values[CRITIQUE_FREE].append(episode.attempts[0].success)
+    values[f"success/source/{episode.task.source}"].append(episode.attempts[0].success)
+    values[WITH_CRITIQUE].append(any(a.success for a in episode.attempts))
+    for attempt in episode.attempts:
+        _attempt(attempt, values)
+    for critique in episode.critiques:
+        this, following = episode.attempts[critique.round : critique.round + 2]
+        values["reward/critique"].append(critique_reward(this, following))
+        values["revision/gain"].append(following.outcome - this.outcome)
+        values["critique/tokens"].append(len(critique.completion.ids))
+
+
+def _attempt(attempt: Attempt, values: Values) -> None:
+    role = "revision" if attempt.round else "attempt"
+    values[f"reward/{role}"].append(attempt.outcome)
+    values[f"reward/round_{attempt.round}"].append(attempt.outcome)
+    values[f"success/round_{attempt.round}"].append(attempt.success)
+    values["attempt/tokens"].append(sum(len(t.completion.ids) for t in attempt.turns))
+    values["attempt/turns"].append(len(attempt.turns))
+    values["attempt/lost_turns"].append(sum(t.action is None for t in attempt.turns))
+    for reason in ("done", "max_turns", "repeated", "context", "length"):
+        values[f"attempt/stop_{reason}"].append(attempt.stop_reason == reason)

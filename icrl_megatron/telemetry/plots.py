@@ -1,0 +1,74 @@
+"""The picture of a run: critique-free success against what it cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from icrl_megatron.telemetry.metrics import CRITIQUE_FREE, GENERATED, HELDOUT
+
+if TYPE_CHECKING:
+    from icrl_megatron.telemetry.writer import Row
+
+COLOURS = ("#d1495b", "#30638e", "#edae49", "#00798c", "#7d5ba6", "#6b705c")
+
+
+def learning_curve(runs: Sequence[tuple[str, Sequence[Row]]], path: str | Path, title: str = "") -> Path:
+    """Draws critique-free success over generated tokens (left) and steps (right), one colour per run, as a PNG.
+
+    A thin line is each step's training success, a thick one its running mean, circles are held-out evaluations.
+    `runs` are (label, rows of metrics.jsonl); rows may lack any of the numbers.
+    """
+    with mpl.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(11, 4.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        by_tokens, by_steps = figure.subplots(1, 2, sharey=True)
+        for number, (label, rows) in enumerate(runs):
+            colour = COLOURS[number % len(COLOURS)]
+            tokens = list(accumulate(row.get(GENERATED, 0.0) for row in rows))
+            _draw(by_tokens, [t / 1e6 for t in tokens], rows, label, colour)
+            _draw(by_steps, [row["step"] for row in rows], rows, label, colour)
+        by_tokens.set(xlabel="generated tokens (millions)", ylabel="critique-free success", ylim=(-0.02, 1.02))
+        by_steps.set(xlabel="step")
+        for axes in (by_tokens, by_steps):
+            axes.grid(alpha=0.25, linewidth=0.7)
+        handles, labels = by_tokens.get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)
+        if title:
+            figure.suptitle(title)
+        figure.savefig(path, dpi=140)
+    return Path(path)
+
+
+def _draw(axes: Axes, costs: Sequence[float], rows: Sequence[Row], label: str, colour: str) -> None:
+    trained = _points(costs, rows, CRITIQUE_FREE)
+    if trained:
+        x, y = zip(*trained, strict=True)
+        axes.plot(x, y, color=colour, alpha=0.22, linewidth=0.9)
+        axes.plot(x, smoothed(y), color=colour, linewidth=2.2, label=f"{label}, training")
+    heldout = _points(costs, rows, HELDOUT)
+    if heldout:
+        x, y = zip(*heldout, strict=True)
+        axes.plot(
+            x, y, "o--", color=colour, markeredgecolor="white", markersize=8, linewidth=1, label=f"{label}, held-out"
+        )
+
+
+def _points(costs: Sequence[float], rows: Sequence[Row], name: str) -> list[tuple[float, float]]:
+    return [(c, row[name]) for c, row in zip(costs, rows, strict=True) if math.isfinite(row.get(name, math.nan))]
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Running mean over a window of a twelfth of the run, centred and cut at both ends, so that it is never late."""
+    half = max(1, len(values) // 24)
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(w) / len(w) for w in windows]

@@ -1,0 +1,312 @@
+"""Everything that can be known to be wrong with a run before anything heavy is imported. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from icrl_megatron import settings as settings_module
+from icrl_megatron.config import ActorSettings, AlgoSettings, ConfigError, Settings
+from icrl_megatron.shape import Qwen3Shape, check_folder
+from icrl_megatron.tasks import registry
+from icrl_megatron.telemetry.dumps import dumped_steps
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "baseline": ("", "grpo"),
+    "rollout.critic": ("self", "frozen", "empty"),
+    "engine.kind": ("local",),
+    "algo.preset": ("paper", "reference"),
+    "algo.group_by": ("task_role", "task_round_role", "task"),
+    "algo.calibration.denominator": ("rollout", "recomputed"),
+    "algo.loss_normalisation": ("sequence_mean", "token_mean"),
+    "actor.precision": ("bf16", "fp32"),
+    "actor.fp8": ("off", "delayed", "current", "blockwise"),
+    "actor.recompute": ("none", "selective", "full"),
+    "debug.mode": ("train", "rollout_only", "from_dump", "fake_data"),
+    "launch.device": ("auto", "cpu", "cuda"),
+}
+"""Settings that name one of a few things."""
+
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**31 - 1),
+    "steps": (0, math.inf),
+    "max_generated_tokens": (1, math.inf),
+    "tasks.limit": (1, math.inf),
+    "warm_start.steps": (0, math.inf),
+    "warm_start.episodes_per_step": (1, math.inf),
+    "warm_start.learning_rate": (0, math.inf),
+    "warm_start.weight_decay": (0, math.inf),
+    "warm_start.warmup_steps": (0, math.inf),
+    "rollout.tasks_per_step": (1, math.inf),
+    "rollout.episodes_per_task": (1, math.inf),
+    "rollout.rounds": (1, math.inf),
+    "rollout.temperature": (1e-3, math.inf),
+    "rollout.max_turn_tokens": (1, math.inf),
+    "rollout.max_critique_tokens": (1, math.inf),
+    "rollout.max_turns": (1, math.inf),
+    "rollout.repeat_limit": (2, math.inf),
+    "rollout.context_tokens": (2, math.inf),
+    "rollout.observation_chars": (1, math.inf),
+    "rollout.environment_timeout_s": (1e-3, math.inf),
+    "rollout.concurrency": (1, math.inf),
+    "engine.tensor_parallel": (1, math.inf),
+    "engine.max_batch": (1, math.inf),
+    "engine.request_timeout_s": (1e-3, math.inf),
+    "algo.group_filter.min_mean_reward": (-1, 1),
+    "algo.calibration.w_max": (1e-6, math.inf),
+    "algo.mismatch_correction.cap": (1e-6, math.inf),
+    "algo.clip_low": (0, 1),
+    "algo.clip_high": (0, math.inf),
+    "algo.kl_coef": (0, math.inf),
+    "algo.entropy_coef": (0, math.inf),
+    "algo.updates_per_step": (1, math.inf),
+    "algo.max_resamples": (0, math.inf),
+    "actor.tensor_parallel": (1, math.inf),
+    "actor.pipeline_parallel": (1, math.inf),
+    "actor.micro_batch_tokens": (1, math.inf),
+    "actor.head_chunk_tokens": (1, math.inf),
+    "optim.learning_rate": (0, math.inf),
+    "optim.beta1": (0, 1 - 1e-9),
+    "optim.beta2": (0, 1 - 1e-9),
+    "optim.eps": (0, math.inf),
+    "optim.weight_decay": (0, math.inf),
+    "optim.clip_grad": (0, math.inf),
+    "optim.warmup_steps": (0, math.inf),
+    "eval.interval": (0, math.inf),
+    "eval.problems": (1, math.inf),
+    "eval.samples": (1, math.inf),
+    "eval.control_problems": (0, math.inf),
+    "checkpoint.interval": (1, math.inf),
+    "checkpoint.keep": (1, math.inf),
+    "launch.ranks": (1, math.inf),
+    "launch.timeout_s": (1, math.inf),
+    **{f"model.init.{name}": (1, math.inf) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn")},
+    "model.init.max_positions": (2, math.inf),
+}
+"""Smallest and largest value of each number; null is in range where it is allowed."""
+
+MAY_CHANGE_ON_RESUME = (
+    "steps",
+    "max_generated_tokens",
+    "run_dir",
+    "eval.",
+    "checkpoint.",
+    "launch.",
+    "engine.",
+    "rollout.concurrency",
+    "rollout.environment_timeout_s",
+    "actor.tensor_parallel",
+    "actor.pipeline_parallel",
+    "actor.sequence_parallel",
+    "actor.recompute",
+    "actor.micro_batch_tokens",
+    "actor.head_chunk_tokens",
+)
+"""What a run that goes on may have different from how it began, names or sections: how long, how often, how fast and
+on which grid. Anything else would make the curve of one run out of two experiments."""
+
+
+def validate(settings: Settings) -> None:
+    """Raises ConfigError naming the first wrong setting, file or combination, its value and the remedy.
+
+    Touches the file system: reads the model folder's headers, and makes sure that the run folder can be written.
+    """
+    _check_values(settings)
+    _check_tasks(settings)
+    _check_algo(settings.algo, settings)
+    _check_grid(settings)
+    shape = _check_model(settings)
+    _check_split(settings.actor, shape)
+    _check_context(settings, shape)
+    _check_debug(settings)
+    folder = settings_module.run_folder(settings)
+    _check_writable(folder)
+    saved = folder / settings_module.SAVED_NAME
+    if saved.exists():
+        check_resume(settings_module.load_saved(saved), settings, folder)
+
+
+def check_resume(saved: Settings, settings: Settings, folder: Path) -> None:
+    """Raises ConfigError if `settings` cannot go on with a run that was begun with `saved`, naming what differs."""
+    differing = {
+        name: values
+        for name, values in settings_module.changed(saved, settings).items()
+        if not any(name == free or (free.endswith(".") and name.startswith(free)) for free in MAY_CHANGE_ON_RESUME)
+    }
+    if differing:
+        listed = ", ".join(f"{name} (was {was!r}, now {now!r})" for name, (was, now) in differing.items())
+        raise ConfigError(
+            f"{folder} holds a run with other settings: {listed}. "
+            "Give the same values to go on with it, or name=... or run_dir=... for a new run"
+        )
+
+
+def ranks(settings: Settings) -> int:
+    """Processes of the run: torchrun's WORLD_SIZE inside torchrun, else `launch.ranks`."""
+    world = os.environ.get("WORLD_SIZE", "")
+    return int(world) if world.isdecimal() and int(world) > 0 else settings.launch.ranks
+
+
+def _get(settings: Settings, name: str) -> object:
+    value: object = settings
+    for part in name.split("."):
+        value = getattr(value, part)
+        if value is None:
+            return None
+    return value
+
+
+def _check_values(settings: Settings) -> None:
+    for name, choices in CHOICES.items():
+        value = _get(settings, name)
+        if value not in choices:
+            listed = ", ".join(choice or "''" for choice in choices)
+            raise ConfigError(f"{name}={value}: choose one of {listed}")
+    for name, (low, high) in RANGES.items():
+        number = _get(settings, name)
+        if isinstance(number, int | float) and not (math.isfinite(number) and low <= number <= high):
+            bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise ConfigError(f"{name}={number}: must be a finite number, {bound}")
+    if not settings.name or "/" in settings.name:
+        raise ConfigError(f"name={settings.name!r}: must be a plain name, it becomes a folder; run_dir sets a path")
+
+
+def _check_tasks(settings: Settings) -> None:
+    sources = settings.tasks.sources
+    if not sources:
+        raise ConfigError("tasks.sources is empty: name at least one task set, e.g. tasks.sources=[{name: household}]")
+    for i, source in enumerate(sources):
+        if not (math.isfinite(source.weight) and source.weight > 0):
+            raise ConfigError(f"tasks.sources.{i}.weight={source.weight}: must be a positive number")
+        if source.name in [other.name for other in sources[:i]]:
+            raise ConfigError(f"tasks.sources.{i}.name={source.name}: named twice; name it once and add the weights up")
+        task_set = registry.get(source.name)
+        for split in ("train", "heldout"):
+            if not task_set.problems(split):
+                raise ConfigError(f"tasks.sources.{i}.name={source.name}: this task set has no {split} problems")
+    templates = settings.rollout.templates
+    if templates not in ("standard", "compact"):
+        missing = [n for n in ("attempt", "revision", "critique") if not (Path(templates) / f"{n}.jinja").is_file()]
+        if missing:
+            raise ConfigError(
+                f"rollout.templates={templates}: not standard, compact or a folder with "
+                f"{', '.join(f'{n}.jinja' for n in missing)}"
+            )
+
+
+def _check_algo(algo: AlgoSettings, settings: Settings) -> None:
+    episodes = settings.rollout.tasks_per_step * settings.rollout.episodes_per_task
+    one_a_group = settings.rollout.rounds == 1 or algo.group_by == "task_round_role"
+    if settings.rollout.episodes_per_task == 1 and one_a_group:
+        raise ConfigError(
+            "rollout.episodes_per_task=1: with rollout.rounds=1 or algo.group_by=task_round_role every group has one "
+            "member, so no baseline and no advantage; use at least 2"
+        )
+    if algo.updates_per_step > episodes:
+        raise ConfigError(
+            f"algo.updates_per_step={algo.updates_per_step}: more than the {episodes} episodes of a step "
+            "(rollout.tasks_per_step x rollout.episodes_per_task)"
+        )
+
+
+def _check_grid(settings: Settings) -> None:
+    actor, world = settings.actor, ranks(settings)
+    cell = actor.tensor_parallel * actor.pipeline_parallel
+    source = "WORLD_SIZE" if os.environ.get("WORLD_SIZE") else "launch.ranks"
+    if world % cell:
+        raise ConfigError(
+            f"actor.tensor_parallel={actor.tensor_parallel} x actor.pipeline_parallel={actor.pipeline_parallel} "
+            f"= {cell} does not divide the {world} ranks ({source}); use {source}={cell} or a multiple of it"
+        )
+    if actor.sequence_parallel and actor.tensor_parallel == 1:
+        raise ConfigError("actor.sequence_parallel=true needs actor.tensor_parallel > 1; set it to false")
+    replicas, tasks = world // cell, settings.rollout.tasks_per_step * settings.rollout.episodes_per_task
+    if replicas > tasks:
+        raise ConfigError(f"{replicas} replicas share {tasks} episodes a step: raise rollout.tasks_per_step")
+    if world % settings.engine.tensor_parallel:
+        raise ConfigError(f"engine.tensor_parallel={settings.engine.tensor_parallel} does not divide the {world} ranks")
+    if settings.engine.kind == "local" and settings.engine.tensor_parallel > 1:
+        raise ConfigError(f"engine.tensor_parallel={settings.engine.tensor_parallel}: engine.kind=local has only 1")
+    if actor.fp8 != "off" and (settings.launch.device == "cpu" or actor.precision != "bf16"):
+        raise ConfigError(
+            f"actor.fp8={actor.fp8} needs a GPU with FP8 and actor.precision=bf16 "
+            f"(launch.device={settings.launch.device}, actor.precision={actor.precision}); use actor.fp8=off"
+        )
+
+
+def _check_model(settings: Settings) -> Qwen3Shape:
+    model = settings.model
+    if model.path:
+        return check_folder(Path(model.path))
+    if model.init is None:
+        raise ConfigError("model.path is empty: give a Hugging Face folder with a dense Qwen3, model.path=...")
+    return Qwen3Shape.of_tiny(model.init)
+
+
+def _check_split(actor: ActorSettings, shape: Qwen3Shape) -> None:
+    """The vocabulary is not among these: it is padded to a multiple of the TP size."""
+    tensor, pipeline = actor.tensor_parallel, actor.pipeline_parallel
+    if shape.heads % shape.kv_heads:
+        raise ConfigError(f"the model's {shape.kv_heads} key-value heads do not divide its {shape.heads} heads")
+    if shape.head_dim % 2:
+        raise ConfigError(f"the model's head_dim {shape.head_dim} is odd: rotary embeddings need an even one")
+    parts = {"attention heads": shape.heads, "key-value heads": shape.kv_heads, "MLP width": shape.ffn}
+    for what, count in parts.items():
+        if count % tensor:
+            fits = [n for n in range(1, count + 1) if all(c % n == 0 for c in parts.values())]
+            raise ConfigError(
+                f"actor.tensor_parallel={tensor} does not divide the model's {what} ({count}); {_list(fits)} would do"
+            )
+    if shape.layers % pipeline:
+        fits = [n for n in range(1, shape.layers + 1) if shape.layers % n == 0]
+        raise ConfigError(
+            f"actor.pipeline_parallel={pipeline} does not divide the model's {shape.layers} layers; {_list(fits)} fit"
+        )
+
+
+def _check_context(settings: Settings, shape: Qwen3Shape) -> None:
+    rollout = settings.rollout
+    if rollout.context_tokens > shape.max_positions:
+        raise ConfigError(
+            f"rollout.context_tokens={rollout.context_tokens}: the model has {shape.max_positions} positions; "
+            f"use at most that many"
+        )
+    for name in ("max_turn_tokens", "max_critique_tokens"):
+        if getattr(rollout, name) >= rollout.context_tokens:
+            raise ConfigError(
+                f"rollout.{name}={getattr(rollout, name)} leaves no room for a prompt within "
+                f"rollout.context_tokens={rollout.context_tokens}; lower it"
+            )
+
+
+def _check_debug(settings: Settings) -> None:
+    debug = settings.debug
+    if debug.mode == "from_dump":
+        if not debug.dump:
+            raise ConfigError("debug.mode=from_dump needs debug.dump=RUN, the folder of a run whose rollouts are read")
+        if not dumped_steps(debug.dump):
+            raise ConfigError(f"debug.dump={debug.dump}: no rollouts/step_*.jsonl there; give the folder of a run")
+    elif debug.dump:
+        raise ConfigError(f"debug.dump={debug.dump} needs debug.mode=from_dump; set that, or leave it empty")
+
+
+def _check_writable(folder: Path) -> None:
+    """Tries it: permission bits say nothing to root, nor on a file system that is full or read-only. A folder that is
+    made for the trial is taken away again."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"run folder {folder} cannot be written ({error.strerror}: {existing}); choose another with run_dir=..."
+        ) from error
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return " or ".join(map(str, numbers[:6]))

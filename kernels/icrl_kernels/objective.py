@@ -1,0 +1,112 @@
+"""The objective of ICRL (arXiv 2605.15224, Eq. 6) for one token, given its log-prob and its entropy.
+
+    loss_t = c_t * [ -w_t * min(rho_t A_t, clip(rho_t, 1 - eps_low, 1 + eps_high) A_t) + kl * k3_t - entropy * H_t ]
+    rho_t  = pi_theta(y_t | q) / pi_old(y_t | q)                 both without the critique in the prompt
+    w_t    = min(pi_old(y_t | q) / pi(y_t | q, c), w_max)        constant; 1 where the token is not calibrated
+    k3_t   = exp(r_t) - r_t - 1,   r_t = log pi_ref(y_t | q) - log pi_theta(y_t | q)
+
+This is the one place where the loss is written down: the eager reference differentiates it end to end, the chunked head
+differentiates it with respect to log-prob and entropy only and carries on from there by hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The scalars of the objective. The defaults are plain policy gradient with the paper's clip bounds."""
+
+    temperature: float = 1.0
+    """Divides the logits for everything: log-prob, entropy and gradient. Greater than 0."""
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
+    w_max: float = 2.0
+    """Upper bound of the calibration weight."""
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What the objective knows of each loss token. All tensors are [L], on one device.
+
+    A positive weight on the policy term alone (a truncated engine mismatch, say) is multiplied into `advantages_L`.
+    """
+
+    targets_L: Tensor
+    """int64, ids in the whole vocabulary."""
+    coefficients_L: Tensor
+    """c_t >= 0, floating: mask and global normaliser. A token with coefficient 0 contributes nothing, whatever else
+    its streams or its logits hold."""
+    advantages_L: Tensor
+    """Floating; 1 everywhere for supervised training."""
+    old_logprobs_L: Tensor | None = None
+    """log pi_old(y|q). None says that this pass is the old policy: the ratio is 1 with the gradient of the log-prob."""
+    behaviour_logprobs_L: Tensor | None = None
+    """log pi(y|q, c), the denominator of w_t. Given together with `calibrated_L` or not at all."""
+    calibrated_L: Tensor | None = None
+    """bool: where w_t applies; elsewhere it is 1."""
+    reference_logprobs_L: Tensor | None = None
+    """log pi_ref(y|q) of the frozen reference; needed when `Terms.kl_coef` is not 0."""
+
+    def slice(self, tokens: slice) -> Streams:
+        """The streams of a range of tokens, as views."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: stream[tokens] for name, stream in given.items() if stream is not None})
+
+
+@dataclass(frozen=True)
+class TokenObjective:
+    """The objective of each token and what to log of it. All tensors are [L]; only `loss_L` has a gradient."""
+
+    loss_L: Tensor
+    """Coefficient included; the loss of the pass is the plain sum."""
+    ratio_L: Tensor
+    calibration_weight_L: Tensor
+    clipped_low_L: Tensor
+    """bool: advantage < 0 and ratio < 1 - clip_low, so that the policy term has no gradient."""
+    clipped_high_L: Tensor
+    """bool: advantage > 0 and ratio > 1 + clip_high. At the bound itself the gradient still passes."""
+
+
+def token_objective(logprobs_L: Tensor, entropy_L: Tensor, streams: Streams, terms: Terms) -> TokenObjective:
+    """Eq. 6 token by token, differentiable in `logprobs_L` and `entropy_L` (float32 or float64, [L]).
+
+    Where the coefficient is 0 the loss and its gradients are 0, ratio and weight are reported as 1, and neither NaN nor
+    infinity in the inputs gets through.
+    """
+    dtype = logprobs_L.dtype
+    silent_L = streams.coefficients_L == 0
+
+    def live(stream_L: Tensor) -> Tensor:
+        # Filled before any arithmetic: a gradient of 0 times an infinite derivative would be NaN.
+        return stream_L.to(dtype).masked_fill(silent_L, 0.0)
+
+    logprobs_L, entropy_L, advantages_L = live(logprobs_L), live(entropy_L), live(streams.advantages_L)
+    old_L = logprobs_L.detach() if streams.old_logprobs_L is None else live(streams.old_logprobs_L)
+    log_ratio_L = logprobs_L - old_L
+    ratio_L = log_ratio_L.detach().exp()
+    low, high = 1.0 - terms.clip_low, 1.0 + terms.clip_high
+    clipped_low_L = (advantages_L < 0) & (ratio_L < low)
+    clipped_high_L = (advantages_L > 0) & (ratio_L > high)
+    clipped_L = clipped_low_L | clipped_high_L
+    # min(rho A, clip(rho) A) by cases, so that an overflowing ratio whose gradient is clipped away cannot leave a NaN.
+    used_ratio_L = torch.where(clipped_L, ratio_L.clamp(low, high), log_ratio_L.masked_fill(clipped_L, 0.0).exp())
+    weight_L = torch.ones_like(ratio_L)
+    if streams.calibrated_L is not None and streams.behaviour_logprobs_L is not None:
+        proposed_L = (old_L - live(streams.behaviour_logprobs_L)).exp().clamp(max=terms.w_max)
+        weight_L = torch.where(streams.calibrated_L & ~silent_L, proposed_L, weight_L).detach()
+    loss_L = -weight_L * used_ratio_L * advantages_L
+    if terms.kl_coef != 0 and streams.reference_logprobs_L is not None:
+        gap_L = live(streams.reference_logprobs_L) - logprobs_L
+        loss_L = loss_L + terms.kl_coef * (torch.expm1(gap_L) - gap_L)
+    if terms.entropy_coef != 0:
+        loss_L = loss_L - terms.entropy_coef * entropy_L
+    coefficients_L = streams.coefficients_L.to(dtype)
+    return TokenObjective(coefficients_L * loss_L, ratio_L, weight_L, clipped_low_L, clipped_high_L)

@@ -1,0 +1,66 @@
+"""Recipes for a machine without a GPU: a Qwen3 of a few layers made on the spot, on the embedded tasks."""
+
+from __future__ import annotations
+
+from icrl_megatron.config import (
+    ActorSettings,
+    AlgoSettings,
+    CheckpointSettings,
+    EvalSettings,
+    LaunchSettings,
+    ModelSettings,
+    OptimSettings,
+    RolloutSettings,
+    Settings,
+    TaskSettings,
+    TaskSource,
+    TinyModel,
+    WarmStart,
+)
+
+
+def _tiny(name: str, *sources: str) -> Settings:
+    """What the CPU recipes share: one rank, fp32, word tokens, short turns."""
+    return Settings(
+        name=name,
+        steps=60,
+        model=ModelSettings(init=TinyModel()),
+        tasks=TaskSettings(sources=[TaskSource(source) for source in sources]),
+        warm_start=WarmStart(steps=200),
+        rollout=RolloutSettings(
+            max_turn_tokens=24,
+            max_critique_tokens=24,
+            context_tokens=512,
+            templates="compact",
+        ),
+        algo=AlgoSettings(entropy_coef=0.03),
+        actor=ActorSettings(precision="fp32", micro_batch_tokens=8192),
+        optim=OptimSettings(learning_rate=6e-4, weight_decay=0.0),
+        eval=EvalSettings(interval=10),
+        checkpoint=CheckpointSettings(interval=20),
+        launch=LaunchSettings(device="cpu"),
+    )
+
+
+def quickstart() -> Settings:
+    """Both embedded tasks at tensor parallel 2 on two CPU cores, compared with GRPO at equal cost. Minutes."""
+    settings = _tiny("quickstart", "rulebook_hard", "household")
+    settings.baseline = "grpo"
+    settings.actor.tensor_parallel = 2
+    settings.launch.ranks = 2
+    return settings
+
+
+def rulebook_hard() -> Settings:
+    """Rulebook with 4 slots of 8 values: too many rules to find by exploring, easy to be told. One CPU core."""
+    return _tiny("rulebook_hard", "rulebook_hard")
+
+
+def rulebook_easy() -> Settings:
+    """Rulebook with 3 slots of 6 values, where plain GRPO learns alone. One CPU core."""
+    return _tiny("rulebook_easy", "rulebook_easy")
+
+
+def household() -> Settings:
+    """Household, a small text world played over several turns. One CPU core."""
+    return _tiny("household", "household")

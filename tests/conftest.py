@@ -1,0 +1,38 @@
+"""Skips, with the reason, what this machine cannot run; keeps torch from oversubscribing the cores."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SLURM_PARTS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged")
+
+
+def _missing() -> dict[str, str]:
+    """Marker -> why its tests cannot run here."""
+    import torch
+
+    reasons = {}
+    if not torch.cuda.is_available():
+        reasons["gpu"] = "no CUDA device"
+    if importlib.util.find_spec("sglang") is None:
+        reasons["engine"] = "SGLang is not installed"
+    absent = [part for part in SLURM_PARTS if shutil.which(part) is None]
+    if absent:
+        reasons["cluster"] = f"no {', '.join(absent)}"
+    return reasons
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not any(item.get_closest_marker(name) for item in items for name in ("gpu", "engine", "cluster")):
+        return
+    reasons = _missing()
+    for item in items:
+        for name, reason in reasons.items():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))

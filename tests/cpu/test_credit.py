@@ -1,0 +1,274 @@
+"""Episodes -> samples -> advantages, against numbers worked out by hand from the paper's equations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icrl_megatron.algo.credit import advantages, apply_preset, credit
+from icrl_megatron.algo.samples import to_samples
+from icrl_megatron.config import AlgoSettings, Calibration, ConfigError, GroupFilter, TaskSource
+from icrl_megatron.data.sampler import TaskSampler
+from icrl_megatron.types import Attempt, Completion, Critique, Episode, Sample, Task, Turn
+
+
+def completion(ids: tuple[int, ...]) -> Completion:
+    return Completion(ids, tuple(-0.1 * i for i in ids), "stop", weight_version=3)
+
+
+def attempt(round: int, outcome: float, replies: tuple[tuple[int, ...], ...] = ((1, 2), (3,))) -> Attempt:
+    """Two turns by default, with the observation (90, 91) between them."""
+    last = len(replies) - 1
+    turns = tuple(
+        Turn(completion(ids), "text", "go", "" if i == last else "seen", () if i == last else (90, 91))
+        for i, ids in enumerate(replies)
+    )
+    prompt = (50, 51) if round == 0 else (50, 77, 51)
+    return Attempt(round, prompt, (50, 51), turns, outcome, outcome == 1.0, "it ended", "done")
+
+
+def episode(index: int, outcomes: list[float], task_id: str = "maze/train/0") -> Episode:
+    attempts = tuple(attempt(k, r) for k, r in enumerate(outcomes))
+    critiques = tuple(Critique(k, (60, 61), completion((7, 8)), "try left") for k in range(len(outcomes) - 1))
+    return Episode(Task(task_id, "maze", "train", "0"), index, attempts, critiques)
+
+
+def by_id(samples: tuple[Sample, ...] | list[Sample]) -> dict[str, Sample]:
+    return {s.sample_id.rsplit("#", 1)[1]: s for s in samples}
+
+
+def test_samples_of_an_episode() -> None:
+    samples = by_id(to_samples(episode(4, [0.0, 1.0]), AlgoSettings(), train_critic=True))
+    assert list(samples) == ["4/0/attempt", "4/0/critique", "4/1/revision"]
+
+    first, critique, revision = samples.values()
+    assert first.train_prompt_ids == first.behaviour_prompt_ids == (50, 51)
+    assert first.response_ids == (1, 2, 90, 91, 3)
+    assert first.loss_mask == (True, True, False, False, True)
+    assert first.rollout_logprobs == pytest.approx((-0.1, -0.2, 0.0, 0.0, -0.3))
+    assert not first.calibrated
+
+    assert critique.train_prompt_ids == critique.behaviour_prompt_ids == (60, 61)
+    assert critique.response_ids == (7, 8)
+    assert critique.loss_mask == (True, True)
+    assert critique.reward == 1.0
+    assert not critique.calibrated
+
+    assert revision.behaviour_prompt_ids == (50, 77, 51)
+    assert revision.train_prompt_ids == (50, 51)
+    assert revision.calibrated
+    assert revision.reward == 1.0
+
+
+def test_ablations_change_the_revision_alone() -> None:
+    paper = by_id(to_samples(episode(0, [0.0, 0.5]), AlgoSettings(), True))
+    no_weight = by_id(to_samples(episode(0, [0.0, 0.5]), AlgoSettings(calibration=Calibration(enabled=False)), True))
+    no_internalising = by_id(to_samples(episode(0, [0.0, 0.5]), AlgoSettings(internalise=False), True))
+    assert no_weight["0/1/revision"] == replace(paper["0/1/revision"], calibrated=False)
+    assert no_internalising["0/1/revision"] == replace(
+        paper["0/1/revision"], calibrated=False, train_prompt_ids=(50, 77, 51)
+    )
+    for same in ("0/0/attempt", "0/0/critique"):
+        assert paper[same] == no_weight[same] == no_internalising[same]
+
+
+def test_a_frozen_critic_is_not_trained() -> None:
+    samples = by_id(to_samples(episode(0, [0.0, 0.0, 1.0]), AlgoSettings(), train_critic=False))
+    assert list(samples) == ["0/0/attempt", "0/1/revision", "0/2/revision"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reward"),
+    [(0.2, 1.0, 1.0), (0.25, 0.75, 0.5), (0.75, 0.25, -0.5), (0.5, 0.5, 0.0)],
+)
+def test_critique_reward(before: float, after: float, reward: float) -> None:
+    samples = by_id(to_samples(episode(0, [before, after]), AlgoSettings(), True))
+    assert samples["0/0/critique"].reward == reward
+
+
+def test_groups() -> None:
+    two_revisions = episode(0, [0.0, 0.0, 1.0])
+
+    def groups(group_by: str) -> list[set[str]]:
+        members: dict[str, set[str]] = {}
+        for s in to_samples(two_revisions, AlgoSettings(group_by=group_by), True):
+            members.setdefault(s.group, set()).add(s.sample_id.split("/", 3)[-1])
+        return sorted(members.values(), key=sorted)
+
+    attempts, critiques = {"0/attempt", "1/revision", "2/revision"}, {"0/critique", "1/critique"}
+    assert groups("task_role") == [attempts, critiques]
+    assert groups("task") == [attempts | critiques]
+    assert groups("task_round_role") == [{m} for m in sorted(attempts | critiques)]
+
+
+def test_equation_5_by_hand() -> None:
+    # Solver group of the task: 0, 1 (revision), 0, 0.5 (revision), 1. Mean 0.5, squares 0.25 * 4 = 1, std sqrt(1 / 4).
+    # Critic group: 1, 0.5. Mean 0.75, squares 2 * 0.0625 = 0.125, std sqrt(0.125).
+    report = credit(
+        [episode(0, [0.0, 1.0]), episode(1, [0.0, 0.5]), episode(2, [1.0])], AlgoSettings(), train_critic=True
+    )
+    got = {k: s.advantage for k, s in by_id(report.samples).items()}
+    solver, critic = 0.5 / (0.5 + 1e-6), 0.25 / (math.sqrt(0.125) + 1e-6)
+    assert got == pytest.approx(
+        {
+            "0/0/attempt": -solver,
+            "0/0/critique": critic,
+            "0/1/revision": solver,
+            "1/0/attempt": -solver,
+            "1/0/critique": -critic,
+            "1/1/revision": 0.0,
+            "2/0/attempt": solver,
+        }
+    )
+    assert (report.groups, report.flat_groups, report.dropped_groups) == (2, 0, 0)
+    assert report.has_signal
+
+
+def test_pseudo_positive_by_hand() -> None:
+    # 0, 0, 0 and the pseudo reward 1: mean 1/4, sample variance (3 * 1/16 + 9/16) / 3 = 1/4.
+    assert advantages([0.0, 0.0, 0.0], pseudo_positive=True) == pytest.approx([-0.25 / 0.500001] * 3)
+    assert advantages([1.0, 1.0], pseudo_positive=True) == [0.0, 0.0]
+    assert advantages([0.0], pseudo_positive=True) == [0.0]
+
+
+def test_without_deviation() -> None:
+    assert advantages([0.0, 1.0, 0.5], normalise_std=False) == pytest.approx([-0.5, 0.5, 0.0])
+
+
+def test_no_signal() -> None:
+    assert advantages([0.7]) == [0.0]
+    assert advantages([0.3 - 0.1, 0.4 - 0.2, 0.5 - 0.3]) == [0.0] * 3  # equal but for rounding
+    report = credit([episode(i, [0.0, 0.0]) for i in range(4)], AlgoSettings(), True)
+    assert not report.has_signal
+    assert report.flat_groups == report.groups == 2
+    assert len(report.samples) == 12  # they stay in the batch and in its normaliser
+
+
+def test_a_sample_without_loss_tokens_counts_in_its_group_but_is_no_signal() -> None:
+    def silent(index: int, outcome: float) -> Episode:
+        e = episode(index, [outcome])
+        return replace(e, attempts=(replace(e.attempts[0], turns=()),))
+
+    report = credit([silent(0, 0.0), silent(1, 1.0)], AlgoSettings(), True)
+    assert [s.loss_tokens() for s in report.samples] == [0, 0]
+    assert all(s.advantage != 0.0 for s in report.samples)
+    assert not report.has_signal
+
+
+def test_group_filter_of_the_reference() -> None:
+    settings = apply_preset(AlgoSettings(), "reference")
+    # Revisions 0, 0, 1: mean 1/3 >= 0.3, kept; first attempts all failed and are never filtered.
+    lucky = [episode(i, [0.0, r]) for i, r in enumerate([0.0, 0.0, 1.0])]
+    assert credit(lucky, settings, True).dropped_groups == 0
+    # 0, 0, 0, 1: a success, but the mean is 0.25; both the critics' and the revisions' group go.
+    poor = [episode(i, [0.0, r]) for i, r in enumerate([0.0, 0.0, 0.0, 1.0])]
+    report = credit(poor, settings, True)
+    assert (report.groups, report.dropped_groups, report.dropped_samples) == (3, 2, 8)
+    assert {s.role for s in report.samples} == {"attempt"}
+    # 0.9, 0.9: a high mean without a success.
+    near = [episode(i, [0.0, 0.9]) for i in range(2)]
+    assert credit(near, settings, True).dropped_groups == 2
+
+
+def test_presets() -> None:
+    start = AlgoSettings(clip_high=0.3, group_filter=GroupFilter(enabled=True))
+    paper, reference = apply_preset(start, "paper"), apply_preset(start, "reference")
+    assert paper == AlgoSettings(clip_high=0.3)
+    assert (reference.group_by, reference.pseudo_positive, reference.group_filter.enabled) == (
+        "task_round_role",
+        True,
+        True,
+    )
+    assert reference.mismatch_correction.enabled
+    assert reference.clip_high == 0.3
+    assert apply_preset(reference, "paper") == paper
+    with pytest.raises(ConfigError, match="papper"):
+        apply_preset(start, "papper")
+
+
+@pytest.mark.parametrize("outcome", [float("nan"), float("inf"), -0.1, 1.5])
+def test_rewards_outside_the_contract(outcome: float) -> None:
+    with pytest.raises(ConfigError, match=r"maze/train/0.*\[0, 1\]"):
+        credit([episode(0, [outcome])], AlgoSettings(), True)
+
+
+def test_unknown_grouping_and_doubled_episode() -> None:
+    with pytest.raises(ConfigError, match="roles"):
+        credit([episode(0, [0.0])], AlgoSettings(group_by="roles"), True)
+    with pytest.raises(ValueError, match="maze/train/0#0/0/attempt"):
+        credit([episode(0, [0.0]), episode(0, [1.0])], AlgoSettings(), True)
+
+
+outcomes = st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]), min_size=1, max_size=3)
+
+
+@given(plays=st.lists(outcomes, min_size=1, max_size=8), tasks=st.integers(1, 3), seed=st.randoms())
+def test_every_group_has_mean_0_and_deviation_1_in_any_order(plays, tasks, seed) -> None:
+    episodes = [episode(i, r, f"maze/train/{t}") for t in range(tasks) for i, r in enumerate(plays)]
+    report = credit(episodes, AlgoSettings(), True)
+    shuffled = list(episodes)
+    seed.shuffle(shuffled)
+    assert credit(shuffled, AlgoSettings(), True) == report
+
+    groups: dict[str, list[float]] = {}
+    for s in report.samples:
+        groups.setdefault(s.group, []).append(s.advantage)
+    for values in groups.values():
+        assert sum(values) == pytest.approx(0.0, abs=1e-6)
+        if any(values):
+            assert sum(v * v for v in values) / (len(values) - 1) == pytest.approx(1.0, rel=1e-3)
+
+
+def problems(name: str, n: int) -> list[Task]:
+    return [Task(f"{name}/train/{i}", name, "train", str(i)) for i in range(n)]
+
+
+def test_sampler_is_a_function_of_its_arguments() -> None:
+    sources = [TaskSource("a", 3.0), TaskSource("b", 1.0)]
+    pool = {"a": problems("a", 10), "b": problems("b", 5)}
+    forward, late = TaskSampler(sources, pool, seed=1), TaskSampler(sources, pool, seed=1)
+    steps = [forward.draw(s, 0, 4) for s in range(20)]
+    assert late.draw(19, 0, 4) == steps[19]
+    assert late.draw(3, 2, 4) == forward.draw(3, 2, 4) != steps[3]
+    assert TaskSampler(sources, pool, seed=2).draw(0, 0, 4) != steps[0]
+    for tasks in steps:
+        assert [t.source for t in tasks].count("a") == 3
+        assert len({t.task_id for t in tasks}) == 4
+    drawn = [t.task_id for tasks in steps for t in tasks]
+    assert {drawn.count(t.task_id) for t in pool["a"]} == {6}  # 60 draws of 10 problems
+    assert {drawn.count(t.task_id) for t in pool["b"]} == {4}
+
+
+@given(
+    sizes=st.lists(st.integers(1, 7), min_size=1, max_size=3),
+    weights=st.lists(st.floats(0.1, 10.0), min_size=3, max_size=3),
+    n=st.integers(1, 12),
+    resample=st.integers(0, 2),
+)
+def test_a_draw_repeats_only_what_it_must(sizes, weights, n, resample) -> None:
+    names = "xyz"[: len(sizes)]
+    sources = [TaskSource(name, w) for name, w in zip(names, weights, strict=False)]
+    pool = {name: problems(name, size) for name, size in zip(names, sizes, strict=True)}
+    sampler = TaskSampler(sources, pool, seed=0)
+    for step in range(5):
+        tasks = sampler.draw(step, resample, n)
+        assert len(tasks) == n
+        for name in names:
+            drawn = [t.task_id for t in tasks if t.source == name]
+            assert len(set(drawn)) == min(len(drawn), len(pool[name]))
+
+
+def test_sampler_refuses() -> None:
+    for sources, message in [
+        ([], "empty"),
+        ([TaskSource("a")], "'a' has no training problems"),
+        ([TaskSource("b"), TaskSource("b")], "2 times"),
+        ([TaskSource("b", 0.0)], "weight 0.0"),
+        ([TaskSource("b", float("nan"))], "weight nan"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            TaskSampler(sources, {"a": [], "b": problems("b", 2)}, seed=0)

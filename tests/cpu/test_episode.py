@@ -1,0 +1,414 @@
+"""Episodes: what the engine saw is what the ladder records; every way an attempt can end; failures cost one episode."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from icrl_megatron.config import ConfigError, EngineSettings, RolloutSettings, TinyModel
+from icrl_megatron.rollout.engine import EngineError
+from icrl_megatron.rollout.episode import Stage, play, play_episode
+from icrl_megatron.rollout.local import LocalEngine
+from icrl_megatron.rollout.prompts import Prompter, template_words
+from icrl_megatron.rollout.speakers import Ask, Cast, EmptyCritic, EngineSpeaker, Seeds, Speaker, engine_casting
+from icrl_megatron.rollout.teacher import teacher_casting
+from icrl_megatron.tasks import registry
+from icrl_megatron.tasks.base import EnvironmentFailure, StepResult
+from icrl_megatron.tiny import build_tiny, build_tokenizer
+from icrl_megatron.types import Attempt, Completion, DroppedEpisode, Episode, Task
+
+WORDS = ["go", "up", "down", "wait", "nonsense", "at", "start", "high", "low", "hint", "bottom", "lost", "won"]
+WORDS += ["advice1", "advice2"]
+SETTINGS = RolloutSettings(
+    rounds=3, max_turn_tokens=4, max_critique_tokens=6, context_tokens=200, templates="compact", max_turns=20
+)
+SEEDS = Seeds(run=0, step=0)
+
+
+class Ladder:
+    """Climb to the height that the problem names, by `up`, `down` or `wait`; a reply without one is not an action."""
+
+    max_turns = 8
+
+    def __init__(self, task: Task) -> None:
+        self._goal = int(task.problem)
+        self._height = 0
+
+    async def reset(self) -> str:
+        self._height = 0
+        return "start at bottom"
+
+    def parse(self, reply: str) -> str | None:
+        return next((word for word in reply.split() if word in ("up", "down", "wait")), None)
+
+    def hint(self) -> str:
+        return "hint"
+
+    async def step(self, action: str) -> StepResult:
+        self._height += {"up": 1, "down": -1, "wait": 0}[action]
+        return StepResult("" if self.success() else f"at {'high' if self._height > 0 else 'low'}", self.success())
+
+    def outcome(self) -> float:
+        return 1.0 if self.success() else max(0.0, min(0.5, self._height / 10))
+
+    def success(self) -> bool:
+        return self._height == self._goal
+
+    def summary(self) -> str:
+        return "won" if self.success() else "lost"
+
+
+@dataclass
+class Script:
+    """Says the given texts in order ("..." for a reply that is cut), and keeps what it was asked."""
+
+    prompter: Prompter
+    texts: list[str]
+    asked: list[Ask] = field(default_factory=list)
+
+    async def reply(self, ask: Ask) -> Completion:
+        self.asked.append(ask)
+        text = self.texts[len(self.asked) - 1]
+        ids = self.prompter.encode_reply(text.removesuffix("..."))
+        if text.endswith("..."):
+            ids = ids[:-1][: ask.max_new_tokens]
+            return Completion(ids, (-1.0,) * len(ids), "length", 0)
+        return Completion(ids, (-1.0,) * len(ids), "stop", 0)
+
+
+@dataclass
+class Recorder:
+    """Passes on to another speaker, and keeps requests and answers."""
+
+    speaker: Speaker
+    seen: list[tuple[Ask, Completion]] = field(default_factory=list)
+
+    async def reply(self, ask: Ask) -> Completion:
+        completion = await self.speaker.reply(ask)
+        self.seen.append((ask, completion))
+        return completion
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    build_tiny(path, TinyModel(hidden=32, ffn=64, head_dim=8), [*WORDS, *template_words("compact")], 0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def prompter() -> Prompter:
+    return Prompter(build_tokenizer([*WORDS, *template_words("compact")]), SETTINGS)
+
+
+@pytest.fixture
+def engine(folder: Path) -> LocalEngine:
+    return LocalEngine(folder, EngineSettings(), torch.float32, "cpu")
+
+
+def ladder(name: str, goal: int) -> Task:
+    return Task(f"ladder/{name}", "ladder", "train", str(goal))
+
+
+def scripted(
+    prompter: Prompter, solver: list[str], critic: list[str], goal: int = 3, **changes: Any
+) -> tuple[Episode, Script, Script]:
+    stage = Stage(changes.pop("environment", Ladder), prompter, replace(SETTINGS, **changes))
+    speakers = Script(prompter, solver), Script(prompter, critic)
+    episode = asyncio.run(play_episode(ladder("one", goal), 0, stage, lambda task, index: Cast(*speakers), SEEDS))
+    assert isinstance(episode, Episode)
+    return episode, *speakers
+
+
+def test_ids_concatenate_to_exactly_what_the_engine_saw(folder: Path, engine: LocalEngine, prompter: Prompter) -> None:
+    solver = Recorder(EngineSpeaker(engine, 1.0, prompter.stop_ids))
+    critic = Recorder(EngineSpeaker(engine, 0.7, prompter.stop_ids))
+    casting = engine_casting(solver, critic)
+    stage = Stage(Ladder, prompter, replace(SETTINGS, max_turn_tokens=60))
+    tasks = [ladder(str(i), 5) for i in range(6)]
+    episodes, dropped = asyncio.run(play(tasks, 2, stage, casting, SEEDS))
+    assert len(episodes) == 12 and not dropped
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    seen = {(ask.prompt_ids, completion) for ask, completion in solver.seen}
+    turns = 0
+    for episode in episodes:
+        assert len(episode.critiques) == len(episode.attempts) - 1
+        for attempt in episode.attempts:
+            context = attempt.prompt_ids
+            for turn in attempt.turns:
+                assert (context, turn.completion) in seen
+                context += turn.completion.ids + turn.observation_ids
+                turns += 1
+            assert context == attempt.prompt_ids + attempt.response_ids()
+            assert len(attempt.response_ids()) == len(attempt.loss_mask()) == len(attempt.rollout_logprobs())
+            check_logprobs(model, attempt)
+    assert turns == len(solver.seen) > 24
+    written = [c.completion for e in episodes for c in e.critiques]
+    assert sorted(c.ids for c in written) == sorted(completion.ids for _, completion in critic.seen)
+
+
+def check_logprobs(model: torch.nn.Module, attempt: Attempt) -> None:
+    """One forward over the whole attempt gives the engine's log-probs under the mask, and 0 stands elsewhere."""
+    ids = torch.tensor([attempt.prompt_ids + attempt.response_ids()])
+    with torch.no_grad():
+        logprobs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+    expected = logprobs[len(attempt.prompt_ids) - 1 :] * torch.tensor(attempt.loss_mask())
+    torch.testing.assert_close(torch.tensor(attempt.rollout_logprobs()), expected, atol=1e-5, rtol=0)
+
+
+def test_a_run_repeats_bit_for_bit_and_in_order(engine: LocalEngine, prompter: Prompter) -> None:
+    casting = engine_casting(EngineSpeaker(engine, 1.0, prompter.stop_ids))
+    tasks = [ladder(name, 2) for name in ("b", "a", "c")]
+
+    def once(concurrency: int, seeds: Seeds = SEEDS) -> list[Episode]:
+        stage = Stage(Ladder, prompter, replace(SETTINGS, concurrency=concurrency))
+        return asyncio.run(play(tasks, 3, stage, casting, seeds))[0]
+
+    first = once(512)
+    assert [(e.task.task_id, e.index) for e in first] == [(t.task_id, i) for t in tasks for i in range(3)]
+    assert once(512) == first
+    ids = [a.response_ids() for e in first for a in e.attempts]
+    assert [a.response_ids() for e in once(2) for a in e.attempts] == ids
+    assert [a.response_ids() for e in once(512, replace(SEEDS, step=1)) for a in e.attempts] != ids
+
+
+def test_rounds_go_on_until_success_with_only_the_latest_critique(prompter: Prompter) -> None:
+    failure, success = ["down", "down", "down"], ["up", "up", "up"]
+    episode, solver, critic = scripted(
+        prompter, [*failure, *failure, *success], ["<critic> advice1 </critic>", "advice2"]
+    )
+    assert [a.success for a in episode.attempts] == [False, False, True]
+    assert [c.text for c in episode.critiques] == ["advice1", "advice2"]
+    assert [a.round for a in episode.attempts] == [0, 1, 2] and [c.round for c in episode.critiques] == [0, 1]
+    plain = prompter.attempt("start at bottom")
+    revisions = [prompter.revision("start at bottom", advice) for advice in ("advice1", "advice2")]
+    assert [a.prompt_ids for a in episode.attempts] == [plain, *revisions]
+    assert {a.plain_prompt_ids for a in episode.attempts} == {plain}
+    assert [a.role for a in critic.asked] == ["critique", "critique"]
+    assert [a.critique for a in solver.asked] == [None] * 3 + ["advice1"] * 3 + ["advice2"] * 3
+    assert len({a.seed for a in (*solver.asked, *critic.asked)}) == 11
+
+
+@pytest.mark.parametrize(("rounds", "attempts"), [(1, 1), (2, 2), (3, 2)])
+def test_an_episode_stops_at_success_or_after_its_last_round(prompter: Prompter, rounds: int, attempts: int) -> None:
+    replies = ["down", "down", "down", "up", "up", "up"]
+    episode, *_ = scripted(prompter, replies, ["advice1"], rounds=rounds)
+    assert len(episode.attempts) == attempts and len(episode.critiques) == attempts - 1
+    assert episode.attempts[-1].success == (rounds > 1)
+
+
+def test_the_critic_reads_the_trajectory_and_its_outcome(prompter: Prompter) -> None:
+    replies = ["up", "nonsense", "wait", "wait", "wait", "up", "up", "up"]
+    _, _, critic = scripted(prompter, replies, ["advice1"], rounds=2, goal=3)
+    seen = [("up", "at high"), ("nonsense", "hint"), ("wait", "at high"), ("wait", "at high"), ("wait", "at high")]
+    turns = [prompter.turn_text(i + 1, text, observation) for i, (text, observation) in enumerate(seen)]
+    assert critic.asked[0].prompt_ids == prompter.critique("start at bottom", turns, "lost")
+    assert critic.asked[0].max_new_tokens == SETTINGS.max_critique_tokens
+
+
+@pytest.mark.parametrize(
+    ("replies", "reason", "actions", "changes"),
+    [
+        (["up", "up"], "done", ["up", "up"], {}),
+        (["up", "wait", "up"], "done", ["up", "wait", "up"], {"repeat_limit": 2}),
+        (["wait", "wait", "wait"], "repeated", ["wait"] * 3, {}),
+        (
+            ["wait", "nonsense", "wait", "nonsense"],
+            "max_turns",
+            ["wait", None] * 2,
+            {"max_turns": 4, "repeat_limit": 2},
+        ),
+        (["nonsense"] * 8, "max_turns", [None] * 8, {}),
+        (["up", "down go..."], "length", ["up", None], {}),
+        (["up", "down", "wait"], "context", ["up", "down", "wait"], {"context_tokens": 27}),
+        (["up", "up go go go..."], "context", ["up", None], {"context_tokens": 16}),
+    ],
+)
+def test_every_way_an_attempt_ends(
+    prompter: Prompter, replies: list[str], reason: str, actions: list[str | None], changes: dict[str, int]
+) -> None:
+    episode, solver, _ = scripted(prompter, replies, [], goal=2, rounds=1, **changes)
+    (attempt,) = episode.attempts
+    assert attempt.stop_reason == reason
+    assert [turn.action for turn in attempt.turns] == actions
+    assert attempt.turns[-1].observation_ids == () and all(turn.observation_ids for turn in attempt.turns[:-1])
+    budget = {**SETTINGS.__dict__, **changes}["context_tokens"]
+    assert len(attempt.prompt_ids) + len(attempt.response_ids()) <= budget
+    assert all(len(ask.prompt_ids) + ask.max_new_tokens <= budget for ask in solver.asked)
+
+
+def test_a_reply_that_was_cut_does_not_act(prompter: Prompter) -> None:
+    episode, *_ = scripted(prompter, ["up", "up..."], [], goal=2, rounds=1)
+    assert not episode.attempts[0].success and episode.attempts[0].outcome == 0.1
+
+
+def test_a_long_trajectory_loses_its_first_turns_in_the_critics_prompt(prompter: Prompter) -> None:
+    replies = ["up", "down"] * 4
+    episode, _, critic = scripted(
+        prompter, [*replies, *["down"] * 3], ["advice1"], rounds=2, goal=8, context_tokens=90, max_critique_tokens=60
+    )
+    (ask,) = critic.asked
+    assert len(ask.prompt_ids) + ask.max_new_tokens <= 90
+    turns = [prompter.turn_text(i + 1, t.text, t.observation) for i, t in enumerate(episode.attempts[0].turns)]
+    left = [n for n in range(9) if ask.prompt_ids == prompter.critique("start at bottom", turns[n:], "lost", n)]
+    assert left and left[0] > 0
+
+
+def test_a_prompt_over_the_context_budget_is_an_error(prompter: Prompter) -> None:
+    with pytest.raises(ConfigError, match=r"attempt prompt of task 'ladder/one' has \d+ tokens.*context_tokens is 4"):
+        scripted(prompter, [], [], context_tokens=4)
+    with pytest.raises(ConfigError, match="revision prompt of task"):
+        scripted(prompter, ["down", "down", "down"], ["advice1 " * 70], max_critique_tokens=100, context_tokens=50)
+
+
+@pytest.mark.parametrize("reward", [float("nan"), -0.1, 1.5, float("inf"), "1", None])
+def test_a_reward_that_is_none_ends_the_run(prompter: Prompter, reward: object) -> None:
+    class Wrong(Ladder):
+        def outcome(self) -> Any:
+            return reward
+
+    with pytest.raises(ConfigError, match=r"The reward of task 'ladder/one' \(task set 'ladder'\) is"):
+        scripted(prompter, ["up", "up", "up"], [], environment=Wrong)
+
+
+@pytest.mark.parametrize("method", ["__init__", "reset", "parse", "hint", "step", "outcome", "success", "summary"])
+def test_a_raising_environment_costs_its_episode_only(prompter: Prompter, method: str) -> None:
+    def factory(task: Task) -> Ladder:
+        if task.task_id != "ladder/bad":
+            return Ladder(task)
+
+        def explode(self: Ladder, *args: object) -> Any:
+            raise ZeroDivisionError("by design")
+
+        return type("Bad", (Ladder,), {method: explode})(task)
+
+    replies = ["nonsense", "up", "up", "up"]
+    stage = Stage(factory, prompter, SETTINGS)
+    tasks = [ladder("a", 3), ladder("bad", 3), ladder("c", 3)]
+    casting = lambda task, index: Cast(Script(prompter, list(replies)), EmptyCritic())  # noqa: E731
+    heard: list[Episode | DroppedEpisode] = []
+    episodes, dropped = asyncio.run(play(tasks, 2, stage, casting, SEEDS, heard.append))
+    assert [(e.task.task_id, e.index) for e in episodes] == [(f"ladder/{n}", i) for n in "ac" for i in (0, 1)]
+    assert [(d.task.task_id, d.index) for d in dropped] == [("ladder/bad", 0), ("ladder/bad", 1)]
+    assert all("ZeroDivisionError: by design" in d.error for d in dropped)
+    assert len(heard) == 6
+
+
+@dataclass
+class Slow(Ladder):
+    """Its step waits for something that never comes, or fails as a network would."""
+
+    error: Exception | None = None
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+
+    async def step(self, action: str) -> StepResult:
+        await asyncio.sleep(0 if self.error else 60)
+        raise self.error or AssertionError
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (None, "step took longer than rollout.environment_timeout_s = 0.05 s"),
+        (TimeoutError("socket"), "step raised TimeoutError: socket"),
+        (EnvironmentFailure("server gone"), "server gone"),
+    ],
+)
+def test_environments_that_wait_have_a_time_limit(prompter: Prompter, error: Exception | None, message: str) -> None:
+    kind = type("Slower", (Slow,), {"error": error})
+    stage = Stage(kind, prompter, replace(SETTINGS, environment_timeout_s=0.05))
+    casting = lambda task, index: Cast(Script(prompter, ["up"]), EmptyCritic())  # noqa: E731
+    result = asyncio.run(play_episode(ladder("slow", 3), 0, stage, casting, SEEDS))
+    assert isinstance(result, DroppedEpisode) and result.error == message
+
+
+def test_embedded_environments_never_meet_the_clock(prompter: Prompter) -> None:
+    episode, *_ = scripted(prompter, ["up", "up", "up"], [], environment_timeout_s=0.0)
+    assert episode.attempts[0].success
+
+
+def test_an_engine_failure_ends_the_run_and_cancels_the_rest(engine: LocalEngine, prompter: Prompter) -> None:
+    stage = Stage(Ladder, prompter, SETTINGS)
+    engine.sleep()
+    casting = engine_casting(EngineSpeaker(engine, 1.0, prompter.stop_ids))
+    with pytest.raises(EngineError, match="sleeps"):
+        asyncio.run(play([ladder("a", 3), ladder("b", 3)], 4, stage, casting, SEEDS))
+
+
+def test_an_empty_critic_says_nothing(prompter: Prompter) -> None:
+    stage = Stage(Ladder, prompter, replace(SETTINGS, rounds=2))
+    casting = lambda task, index: Cast(Script(prompter, ["wait"] * 6), EmptyCritic())  # noqa: E731
+    episode = asyncio.run(play_episode(ladder("a", 3), 0, stage, casting, SEEDS))
+    assert isinstance(episode, Episode)
+    assert episode.critiques[0].text == "" and episode.critiques[0].completion.ids == ()
+    assert episode.attempts[1].prompt_ids == prompter.revision("start at bottom", "")
+
+
+def test_seeds_are_stable_and_apart() -> None:
+    assert SEEDS.of("a", 0, 0, "attempt", 0) == Seeds(0, 0).of("a", 0, 0, "attempt", 0)
+    seeds = {
+        Seeds(run, step, purpose).of(task, index, round, role, turn)
+        for run in (0, 1) for step in (0, 1) for purpose in ("train", "eval") for task in ("a", "a/0")
+        for index in (0, 1) for round in (0, 1) for role in ("attempt", "critique") for turn in (0, 1)
+    }  # fmt: skip
+    assert len(seeds) == 256 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("name", ["rulebook_hard", "rulebook_easy", "household"])
+def test_teachers_play_ordinary_episodes(name: str) -> None:
+    task_set: Any = registry.get(name)
+    tokenizer = build_tokenizer([*task_set.vocabulary(), *template_words("compact")])
+    settings = RolloutSettings(rounds=2, templates="compact", context_tokens=512)
+    prompter = Prompter(tokenizer, settings)
+    stage = Stage(registry.environment, prompter, settings)
+    tasks = random.Random(0).sample(list(task_set.problems("train")), 40)
+
+    def demonstrate(seed: int) -> list[Episode]:
+        casting = teacher_casting(registry.get, prompter, Seeds(seed, 0, "sft"))
+        episodes, dropped = asyncio.run(play(tasks, 1, stage, casting, SEEDS))
+        assert not dropped
+        return episodes
+
+    episodes = demonstrate(0)
+    assert demonstrate(0) == episodes != demonstrate(1)
+    revisions = [e.attempts[1] for e in episodes if len(e.attempts) == 2]
+    # A right critique is followed to success; the teacher's critic is right about 40 % of the time.
+    assert 0.15 < sum(r.success for r in revisions) / len(revisions) < 0.75
+    for episode in episodes:
+        ids = [i for a in episode.attempts for i in (*a.prompt_ids, *a.response_ids())]
+        assert tokenizer.unk_token_id not in ids
+        for attempt in episode.attempts:
+            assert all(t.completion.ids[-1] == prompter.stop_ids[0] for t in attempt.turns)
+            assert not any(attempt.rollout_logprobs())
+
+
+def test_a_demonstration_longer_than_a_reply_may_be_is_an_error() -> None:
+    task_set = registry.get("rulebook_hard")
+    prompter = Prompter(build_tokenizer(["a"]), SETTINGS)
+    stage = Stage(registry.environment, prompter, SETTINGS)
+    casting = teacher_casting(registry.get, prompter, SEEDS)
+    with pytest.raises(ConfigError, match=r"has 5 tokens and room for 4: raise rollout\.max_turn_tokens"):
+        asyncio.run(play(task_set.problems("train")[:1], 1, stage, casting, SEEDS))
+
+
+def test_a_task_set_without_a_teacher_cannot_demonstrate(prompter: Prompter) -> None:
+    class Bare:
+        name = "ladder"
+
+        def problems(self, split: str) -> list[Task]:
+            return []
+
+        def environment(self, task: Task) -> Ladder:
+            return Ladder(task)
+
+    with pytest.raises(ConfigError, match="Task set 'ladder' has no teacher"):
+        teacher_casting(lambda name: Bare(), prompter, SEEDS)(ladder("a", 1), 0)

@@ -1,0 +1,198 @@
+"""Evaluation on episodes whose truth is known, and the statistics against their definitions."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import math
+import random
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icrl_megatron.config import RolloutSettings
+from icrl_megatron.rollout.episode import Stage
+from icrl_megatron.rollout.evaluate import control, critique_free, paired_difference, proportion
+from icrl_megatron.rollout.prompts import Prompter, template_words
+from icrl_megatron.rollout.speakers import Ask, Cast, EmptyCritic, Seeds, Speaker
+from icrl_megatron.rollout.teacher import teacher_casting
+from icrl_megatron.tasks import registry
+from icrl_megatron.tasks.base import StepResult
+from icrl_megatron.tiny import build_tokenizer
+from icrl_megatron.types import Completion, Task
+
+SETTINGS = RolloutSettings(templates="compact", context_tokens=256, concurrency=16)
+SEEDS = Seeds(run=3, step=0, purpose="eval")
+PROMPTER = Prompter(
+    build_tokenizer(["question", "yes", "no", "help", "bad", "good", *template_words("compact")]), SETTINGS
+)
+
+
+class Question:
+    """Success is the answer `yes`; a task of source `broken` fails while it is graded."""
+
+    max_turns = 1
+
+    def __init__(self, task: Task) -> None:
+        self._task, self._answer = task, ""
+
+    async def reset(self) -> str:
+        return "question"
+
+    def parse(self, reply: str) -> str | None:
+        return reply
+
+    def hint(self) -> str:
+        return ""
+
+    async def step(self, action: str) -> StepResult:
+        self._answer = action
+        return StepResult("", True)
+
+    def outcome(self) -> float:
+        return float(self.success())
+
+    def success(self) -> bool:
+        if self._task.source == "broken":
+            raise OSError("grader is gone")
+        return self._answer == "yes"
+
+    def summary(self) -> str:
+        return "good" if self.success() else "bad"
+
+
+@dataclass(frozen=True)
+class Coin:
+    """Answers `yes` with a probability that depends only on whether it was told `help`; criticises with `help`."""
+
+    alone: float
+    helped: float
+
+    async def reply(self, ask: Ask) -> Completion:
+        if ask.role == "critique":
+            text = "help"
+        else:
+            chance = self.helped if ask.critique == "help" else self.alone
+            text = "yes" if random.Random(ask.seed).random() < chance else "no"
+        ids = PROMPTER.encode_reply(text)
+        return Completion(ids, (0.0,) * len(ids), "stop", 0)
+
+
+def tasks(count: int, source: str = "coin") -> list[Task]:
+    return [Task(f"{source}/{i}", source, "heldout", "") for i in range(count)]
+
+
+def stage() -> Stage:
+    return Stage(Question, PROMPTER, SETTINGS)
+
+
+def cast(solver: Speaker, critic: Speaker | None = None) -> Cast:
+    return Cast(solver, critic or solver)
+
+
+def test_critique_free_is_the_solver_alone_by_source() -> None:
+    problems = [*tasks(150), *tasks(150, "other"), *tasks(5, "broken")]
+    sure, never = Coin(1.0, 1.0), Coin(0.0, 1.0)
+    casting = lambda task, index: cast(never if task.source == "other" else sure)  # noqa: E731
+    result = asyncio.run(critique_free(problems, 2, stage(), casting, SEEDS))
+    assert [s.source for s in result.by_source] == ["broken", "coin", "other"]
+    broken, coin, other = result.by_source
+    assert (coin.rounds[0].successes, coin.rounds[0].n, coin.dropped) == (300, 300, 0)
+    assert (other.rounds[0].successes, other.rounds[0].n, other.critique_tokens) == (0, 300, 0.0)
+    assert (broken.rounds[0].n, broken.dropped) == (0, 10)
+    assert result.overall.rounds[0].mean == 0.5 and result.overall.dropped == 10
+    assert result.generated_tokens == 2 * 600
+    assert len(coin.rounds) == 1
+
+
+def test_with_critique_success_is_cumulative_over_rounds() -> None:
+    casting = lambda task, index: cast(Coin(0.3, 0.6))  # noqa: E731
+    result = asyncio.run(critique_free(tasks(400), 1, stage(), casting, SEEDS, rounds=3))
+    means = [p.mean for p in result.overall.rounds]
+    for mean, expected in zip(means, (0.3, 1 - 0.7 * 0.4, 1 - 0.7 * 0.4**2), strict=True):
+        assert abs(mean - expected) < 4 * math.sqrt(expected * (1 - expected) / 400)
+    assert result.overall.critique_tokens == 2
+    alone = asyncio.run(critique_free(tasks(400), 1, stage(), casting, SEEDS))
+    assert alone.overall.rounds[0] == result.overall.rounds[0]
+
+
+def test_the_control_sees_what_the_critique_carries() -> None:
+    casting = lambda task, index: cast(Coin(0.3, 0.8))  # noqa: E731
+    problems = [*tasks(600), *tasks(3, "broken")]
+    result = asyncio.run(control(problems, 300, stage(), casting, SEEDS))
+    assert result.failures == result.critique.n == result.empty.n == result.plain.n == 300
+    assert result.first_attempts == 600 and result.dropped == 3
+    for arm, expected in ((result.critique, 0.8), (result.empty, 0.3), (result.plain, 0.3)):
+        assert abs(arm.mean - expected) < 4 * math.sqrt(expected * (1 - expected) / 300)
+    for difference in (result.critique_minus_empty, result.critique_minus_plain):
+        assert 0 < difference.low < difference.mean < difference.high < 1
+    assert result.critique_minus_empty.mean == pytest.approx(result.critique.mean - result.empty.mean)
+    assert result.empty.successes != result.plain.successes  # independent samples, not one sample twice
+    assert asyncio.run(control(problems, 300, stage(), casting, SEEDS)) == result
+
+
+def test_the_control_of_an_empty_critic_finds_nothing() -> None:
+    casting = lambda task, index: cast(Coin(0.3, 0.8), EmptyCritic())  # noqa: E731
+    result = asyncio.run(control(tasks(500), 300, stage(), casting, SEEDS))
+    assert result.critique_minus_empty.low < 0 < result.critique_minus_empty.high
+
+
+def test_without_failures_the_control_says_that_it_knows_nothing() -> None:
+    result = asyncio.run(control(tasks(5), 10, stage(), lambda task, index: cast(Coin(1.0, 1.0)), SEEDS))
+    assert result.failures == 0 and result.first_attempts == 5
+    assert (result.critique.low, result.critique.high) == (0.0, 1.0)
+    assert (result.critique_minus_plain.low, result.critique_minus_plain.high) == (-1.0, 1.0)
+
+
+def test_results_are_json() -> None:
+    casting = lambda task, index: cast(Coin(0.3, 0.8))  # noqa: E731
+    for result in (
+        asyncio.run(critique_free(tasks(10), 1, stage(), casting, SEEDS, rounds=2)),
+        asyncio.run(control(tasks(10), 5, stage(), casting, SEEDS)),
+    ):
+        plain = dataclasses.asdict(result)
+        assert json.loads(json.dumps(plain)) == json.loads(json.dumps(plain, allow_nan=False))
+
+
+def test_the_control_plays_the_embedded_tasks() -> None:
+    task_set = registry.get("household")
+    tokenizer = build_tokenizer([*task_set.vocabulary(), *template_words("compact")])  # type: ignore[attr-defined]
+    prompter = Prompter(tokenizer, SETTINGS)
+    played = replace(stage(), environment=registry.environment, prompter=prompter)
+    casting = teacher_casting(registry.get, prompter, SEEDS)
+    result = asyncio.run(critique_free(task_set.problems("heldout"), 1, played, casting, SEEDS, rounds=2))
+    assert result.by_source[0].source == "household" and result.overall.rounds[0].n == 64
+    assert result.overall.rounds[1].successes > result.overall.rounds[0].successes
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0), (1, 100, 0.0018, 0.0545)],
+)
+def test_wilson_intervals(successes: int, n: int, low: float, high: float) -> None:
+    result = proportion(successes, n)
+    assert (result.low, result.high) == pytest.approx((low, high), abs=1e-4)
+
+
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_bounds_are_where_the_score_test_turns(case: tuple[int, int]) -> None:
+    successes, n = case
+    result = proportion(successes, n)
+    assert 0 <= result.low <= result.mean <= result.high <= 1
+    for bound in (result.low, result.high):
+        if 0 < bound < 1:
+            z = abs(result.mean - bound) / math.sqrt(bound * (1 - bound) / n)
+            assert z == pytest.approx(1.959964, rel=1e-3) or min(bound, 1 - bound) < 1e-12
+
+
+def test_the_bootstrap_interval_is_close_to_the_normal_one() -> None:
+    differences = np.random.default_rng(0).choice([-1, 0, 1], p=[0.1, 0.5, 0.4], size=400)
+    result = paired_difference(differences)
+    half = 1.96 * differences.std() / math.sqrt(len(differences))
+    assert (result.low, result.high) == pytest.approx((result.mean - half, result.mean + half), abs=0.01)
+    assert paired_difference(differences) == result
+    assert paired_difference(np.ones(7)).low == 1.0

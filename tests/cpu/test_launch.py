@@ -1,0 +1,264 @@
+"""The launcher against real torchrun and real signals; the ranks are small modules without collectives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from icrl_megatron import launch
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from icrl_megatron.launch import torchrun
+sys.exit(torchrun(Path("settings.yaml"), int(sys.argv[2]), Path("logs"), module=sys.argv[1], stop_timeout_s=20))
+"""
+
+RANK_HEAD = """
+import os, signal, sys, time
+from pathlib import Path
+from icrl_megatron.config import ConfigError
+from icrl_megatron.launch import STOPPED, StopRequest, run_rank
+
+rank = os.environ["RANK"]
+
+def note(name, text=""):
+    Path(f"{name}.{rank}.part").write_text(text)
+    Path(f"{name}.{rank}.part").rename(f"{name}.{rank}")
+"""
+
+
+class Launched:
+    """A launcher process in its own folder, with the rank module `ranks.py` beside it."""
+
+    def __init__(self, folder: Path, body: str, ranks: int) -> None:
+        self.folder = folder
+        (folder / "ranks.py").write_text(RANK_HEAD + body)
+        (folder / "launcher.py").write_text(LAUNCHER)
+        clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
+        self.process = subprocess.Popen(
+            [sys.executable, "launcher.py", "ranks", str(ranks)],
+            cwd=folder,
+            env={**clean, "PYTHONPATH": str(folder)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def await_files(self, *names: str, timeout_s: float = 90) -> list[str]:
+        deadline = time.monotonic() + timeout_s
+        while not all((self.folder / name).exists() for name in names):
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                raise AssertionError(f"no {names}: {self.process.communicate(timeout=1)}")
+            time.sleep(0.05)
+        return self.read(*names)
+
+    def read(self, *names: str) -> list[str]:
+        return [(self.folder / name).read_text() for name in names]
+
+    def end(self, timeout_s: float = 90) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode, out, err
+
+
+Start = Callable[[str, int], Launched]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    started: list[Launched] = []
+
+    def begin(body: str, ranks: int) -> Launched:
+        started.append(Launched(tmp_path, body, ranks))
+        return started[-1]
+
+    yield begin
+    for launched in started:
+        if launched.process.poll() is None:
+            launched.process.kill()
+            launched.process.communicate()
+
+
+WORKS = """
+def main():
+    note("seen", f"{sys.argv[1]} {os.environ['WORLD_SIZE']} {os.environ['OMP_NUM_THREADS']}")
+    print("hello from", rank)
+    return 0
+
+if __name__ == "__main__":
+    run_rank(main)
+"""
+
+
+def test_ranks_run_and_rank_0_has_the_terminal(start: Start) -> None:
+    launched = start(WORKS, 2)
+    code, out, err = launched.end()
+    assert (code, out) == (0, "hello from 0\n"), err
+    threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert launched.read("seen.0", "seen.1") == [f"settings.yaml 2 {threads}"] * 2
+    (log,) = launched.folder.glob("logs/*/attempt_0/1/stdout.log")
+    assert log.read_text() == "hello from 1\n"
+
+
+CONFIG_ERROR_BODY = """
+def main():
+    raise ConfigError("steps=-1: must be at least 0")
+
+if __name__ == "__main__":
+    run_rank(main)
+"""
+
+
+def test_config_error_in_the_ranks_is_one_message_and_code_2(start: Start) -> None:
+    code, out, err = start(CONFIG_ERROR_BODY, 2).end()
+    assert (code, out, err) == (launch.CONFIG_ERROR, "", "error: steps=-1: must be at least 0\n")
+
+
+FAILS = """
+def main():
+    if rank == "1":
+        raise RuntimeError("the flux is out of range")
+    stop = StopRequest()
+    while not stop:
+        time.sleep(0.05)
+    return 0
+
+if __name__ == "__main__":
+    run_rank(main)
+"""
+
+
+def test_traceback_of_a_failing_rank_is_shown(start: Start) -> None:
+    code, _, err = start(FAILS, 2).end()
+    assert code == 1
+    assert "RuntimeError: the flux is out of range" in err
+    assert "error: rank 1 failed with exit code 1" in err
+    assert "ChildFailedError" not in err
+
+
+WAITS = """
+def main():
+    count = 0
+    stop = StopRequest()
+    inner = signal.getsignal(signal.SIGUSR1)
+    def counting(number, frame):
+        nonlocal count
+        count += 1
+        inner(number, frame)
+    signal.signal(signal.SIGUSR1, counting)
+    note("ready", str(os.getpid()))
+    while not stop:
+        time.sleep(0.02)
+    time.sleep(1.0)  # saving, while a second signal could come
+    note("signals", str(count))
+    return STOPPED
+
+if __name__ == "__main__":
+    run_rank(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_stop_reaches_every_rank_once_and_all_save(start: Start, number: signal.Signals) -> None:
+    launched = start(WAITS, 2)
+    launched.await_files("ready.0", "ready.1")
+    launched.process.send_signal(number)
+    code, _, err = launched.end()
+    assert code == launch.STOPPED, err
+    assert launched.read("signals.0", "signals.1") == ["1", "1"]
+
+
+SLOW_TO_LISTEN = """
+note("started")
+time.sleep(3)  # imports
+
+def main():
+    stop = StopRequest()
+    note("heard", str(bool(stop)))
+    return STOPPED if stop else 0
+
+if __name__ == "__main__":
+    run_rank(main)
+"""
+
+
+def test_a_stop_before_the_ranks_listen_is_not_lost(start: Start) -> None:
+    launched = start(SLOW_TO_LISTEN, 2)
+    launched.await_files("started.0", "started.1")
+    launched.process.send_signal(signal.SIGTERM)
+    code, _, err = launched.end()
+    assert code == launch.STOPPED, err
+    assert launched.read("heard.0", "heard.1") == ["True", "True"]
+
+
+STUBBORN = """
+def main():
+    stop = StopRequest()
+    note("ready", str(os.getpid()))
+    while True:
+        time.sleep(0.05)
+
+if __name__ == "__main__":
+    run_rank(main)
+"""
+
+
+def _gone(pids: list[int], timeout_s: float = 10) -> bool:
+    """Whether none of these processes runs any more (a zombie nobody reaps counts as gone)."""
+
+    def runs(pid: int) -> bool:
+        try:
+            return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return False
+
+    deadline = time.monotonic() + timeout_s
+    while any(map(runs, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(runs, pids))
+
+
+def test_sigkill_of_the_launcher_leaves_no_process(start: Start) -> None:
+    launched = start(STUBBORN, 2)
+    launched.await_files("ready.0", "ready.1")
+    below = [p.pid for p in psutil.Process(launched.process.pid).children(recursive=True)]
+    assert len(below) >= 3  # torchrun and two ranks
+    launched.process.kill()
+    assert _gone(below)
+
+
+def test_second_interrupt_kills(start: Start) -> None:
+    launched = start(STUBBORN, 2)
+    ranks = [int(pid) for pid in launched.await_files("ready.0", "ready.1")]
+    launched.process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert launched.process.poll() is None
+    launched.process.send_signal(signal.SIGINT)
+    code, _, _ = launched.end(timeout_s=15)
+    assert code == launch.KILLED
+    assert _gone(ranks)
+
+
+def test_a_rank_whose_parent_is_gone_ends_itself() -> None:
+    """The race at start: the parent died before the child could ask to die with it."""
+    code = "from icrl_megatron.launch import die_with_parent; die_with_parent(); print('alive')"
+    for parent, expected in ((os.getpid(), (0, "alive\n")), (os.getpid() + 1, (1, ""))):
+        env = {**os.environ, launch.PARENT_ENV: str(parent)}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == expected
+
+
+def test_inside_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not launch.inside_torchrun()
+    monkeypatch.setenv("RANK", "0")
+    assert launch.inside_torchrun()

@@ -1,0 +1,284 @@
+"""The local engine against plain transformers forwards: log-probs, sampling, batching, updates, refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from icrl_megatron.config import ConfigError, EngineSettings, TinyModel
+from icrl_megatron.rollout import decoding
+from icrl_megatron.rollout.engine import EngineError, Sampling
+from icrl_megatron.rollout.local import LocalEngine
+from icrl_megatron.tiny import build_tiny, build_tokenizer
+from icrl_megatron.types import Completion
+
+WORDS = [f"w{i}" for i in range(60)]
+STOP = 1
+
+
+def make_model(folder: Path, tied: bool = True, seed: int = 0) -> Path:
+    build_tiny(folder, TinyModel(hidden=32, ffn=64, head_dim=8, tie_embeddings=tied, max_positions=96), WORDS, seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def engine(folder: Path) -> LocalEngine:
+    return LocalEngine(folder, EngineSettings(), torch.float32, "cpu")
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(5, 60) for _ in range(rng.randrange(1, 40))] for _ in range(count)]
+
+
+def sampling(seed: int, temperature: float = 1.0, new: int = 12, stop: tuple[int, ...] = (STOP,)) -> Sampling:
+    return Sampling(temperature, new, seed, stop)
+
+
+def run(engine: LocalEngine, requests: Sequence[tuple[list[int], Sampling]]) -> list[Completion]:
+    async def together() -> list[Completion]:
+        return await asyncio.gather(*[engine.generate(p, s) for p, s in requests])
+
+    return asyncio.run(together())
+
+
+def teacher_forced(folder: Path, prompt: list[int], ids: Sequence[int], temperature: float) -> torch.Tensor:
+    """[len(ids)] log-probs by one plain forward, without a cache."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+    return torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_logprobs_are_those_of_a_plain_forward(folder: Path, engine: LocalEngine, temperature: float) -> None:
+    shared = prompts(1, seed=9)[0]
+    requests = [(p, sampling(i, temperature)) for i, p in enumerate([*prompts(12), shared, shared, shared])]
+    for (prompt, _), completion in zip(requests, run(engine, requests), strict=True):
+        expected = teacher_forced(folder, prompt, completion.ids, temperature or 1.0)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=0)
+
+
+def test_one_batch_mixes_temperatures_stops_and_limits(folder: Path, engine: LocalEngine) -> None:
+    wanted = [sampling(0, 0.0, 3), sampling(1, 0.7, 9, (STOP, 7)), sampling(2, 1.0, 1, ()), sampling(3, 2.0, 20, (9,))]
+    requests = list(zip(prompts(4), wanted, strict=True))
+    for (prompt, sample), completion in zip(requests, run(engine, requests), strict=True):
+        assert 1 <= len(completion.ids) <= sample.max_new_tokens
+        expected = teacher_forced(folder, prompt, completion.ids, sample.temperature or 1.0)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=0)
+
+
+def test_greedy_takes_the_most_likely_token(folder: Path, engine: LocalEngine) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    prompt = prompts(1)[0]
+    (completion,) = run(engine, [(prompt, sampling(0, 0.0, 10))])
+    ids = list(prompt)
+    for token in completion.ids:
+        with torch.no_grad():
+            assert token == int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        ids.append(token)
+
+
+def test_a_seed_gives_its_tokens_alone_or_in_company(engine: LocalEngine) -> None:
+    requests = [(p, sampling(i, new=20)) for i, p in enumerate(prompts(20))]
+    together = run(engine, requests)
+    for request, in_company in zip(requests, together, strict=True):
+        (alone,) = run(engine, [request])
+        assert alone.ids == in_company.ids
+        assert alone.logprobs == pytest.approx(in_company.logprobs, abs=1e-5)
+    assert run(engine, requests) == together  # bit for bit
+    assert len({c.ids for c in run(engine, [(requests[0][0], sampling(i)) for i in range(8)])}) > 1
+
+
+def test_small_batches_and_small_prefills_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [(p, sampling(i)) for i, p in enumerate(prompts(15))]
+    ids = [c.ids for c in run(LocalEngine(folder, EngineSettings(), torch.float32, "cpu"), requests)]
+    small = LocalEngine(folder, EngineSettings(max_batch=4), torch.float32, "cpu")
+    assert [c.ids for c in run(small, requests)] == ids
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 50)
+    assert [c.ids for c in run(LocalEngine(folder, EngineSettings(), torch.float32, "cpu"), requests)] == ids
+
+
+@given(st.lists(st.integers(1, 40_000), min_size=1, max_size=40).map(sorted))
+def test_prefill_chunks_cover_every_row_within_the_budget(lengths: list[int]) -> None:
+    chunks = decoding._chunks(lengths)
+    assert [i for c in chunks for i in range(c.start, c.stop)] == list(range(len(lengths)))
+    for c in chunks:
+        assert c.stop - c.start == 1 or (c.stop - c.start) * lengths[c.stop - 1] <= decoding.PREFILL_TOKENS
+
+
+def test_samples_follow_the_distribution(folder: Path, engine: LocalEngine) -> None:
+    prompt, draws = prompts(1, seed=3)[0], 4000
+    counts = Counter(c.ids[0] for c in run(engine, [(prompt, sampling(i, 0.7, 1)) for i in range(draws)]))
+    vocabulary = range(len(build_tokenizer(WORDS)))
+    logprobs = [float(teacher_forced(folder, prompt, [i], 0.7)[0]) for i in vocabulary]
+    expected = torch.tensor(logprobs).exp() * draws
+    observed = torch.tensor([float(counts[i]) for i in vocabulary])
+    chi_square = float(((observed - expected) ** 2 / expected).sum())
+    freedom = len(vocabulary) - 1
+    assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_ids_outside_the_tokenizer_are_never_sampled(tmp_path: Path) -> None:
+    build_tokenizer(["a", "b"]).save_pretrained(tmp_path)
+    known = len(build_tokenizer(["a", "b"]))
+    config = Qwen3Config(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8,
+        num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    engine = LocalEngine(tmp_path, EngineSettings(), torch.float32, "cpu")
+    completions = run(engine, [([5, 6], sampling(i, t, 20, ())) for i in range(20) for t in (0.0, 1.0)])
+    assert max(token for c in completions for token in c.ids) < known
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    logits = model(torch.tensor([[5, 6]])).logits.detach()[0, -1, :known]
+    first = completions[1]
+    assert first.logprobs[0] == pytest.approx(float(logits.log_softmax(0)[first.ids[0]]), abs=1e-5)
+
+
+def test_a_reply_ends_with_a_stop_id_or_at_its_limit(engine: LocalEngine) -> None:
+    completions = run(engine, [(p, sampling(i, 1.0, 25, (STOP, 8, 9, 10))) for i, p in enumerate(prompts(30))])
+    assert {c.finish_reason for c in completions} == {"stop", "length"}
+    for c in completions:
+        stops = [i in (STOP, 8, 9, 10) for i in c.ids]
+        assert not any(stops[:-1]) and len(c.ids) == len(c.logprobs)
+        assert stops[-1] if c.finish_reason == "stop" else len(c.ids) == 25
+
+
+def test_the_models_positions_bound_prompt_and_reply(engine: LocalEngine) -> None:
+    (completion,) = run(engine, [([5] * 93, sampling(0, stop=()))])
+    assert len(completion.ids) == 3 and completion.finish_reason == "length"
+    with pytest.raises(EngineError, match="has 96 tokens, but the model has 96 positions"):
+        run(engine, [([5] * 96, sampling(0))])
+
+
+@pytest.mark.parametrize("prompt", [[], [-1], [10_000]])
+def test_ids_that_the_model_does_not_have_are_refused(engine: LocalEngine, prompt: list[int]) -> None:
+    with pytest.raises(EngineError, match="ids outside"):
+        run(engine, [(prompt, sampling(0))])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_update_takes_effect_and_is_stamped(tmp_path: Path, tied: bool) -> None:
+    old, new = make_model(tmp_path / "old", tied), make_model(tmp_path / "new", tied, seed=1)
+    engine = LocalEngine(old, EngineSettings(), torch.float32, "cpu")
+    request = (prompts(1)[0], sampling(0))
+    (before,) = run(engine, [request])
+    assert before.weight_version == 0
+    engine.update_weights(load_file(new / "model.safetensors").items(), 7)
+    (after,) = run(engine, [request])
+    assert after.weight_version == 7 and after.ids != before.ids
+    expected = teacher_forced(new, request[0], after.ids, 1.0)
+    torch.testing.assert_close(torch.tensor(after.logprobs), expected, atol=1e-5, rtol=0)
+
+
+def test_malformed_updates_are_named_and_the_engine_waits_for_a_whole_one(folder: Path, engine: LocalEngine) -> None:
+    good = load_file(folder / "model.safetensors")
+    embedding, norm = "model.embed_tokens.weight", "model.norm.weight"
+    assert "lm_head.weight" not in good
+    bad = [
+        ([*good.items(), ("model.extra", torch.zeros(1))], r"no tensor 'model\.extra'"),
+        ([*good.items(), (norm, good[norm])], r"'model\.norm\.weight' came twice"),
+        ([(norm, torch.zeros(3))], r"'model\.norm\.weight' has shape \(3,\), the model's is \(32,\)"),
+        ([(norm, good[norm].to(torch.int64))], r"'model\.norm\.weight' is torch\.int64"),
+        (
+            [(n, t) for n, t in good.items() if n != norm],
+            r"lacks 1 of the model's tensors; first 'model\.norm\.weight'",
+        ),
+        ([*good.items(), ("lm_head.weight", good[embedding] + 1)], r"'lm_head\.weight' differs from"),
+    ]
+    for tensors, message in bad:
+        with pytest.raises(EngineError, match=message):
+            engine.update_weights(tensors, 3)
+        assert "half of the weights of version 3" in engine.health()
+        with pytest.raises(EngineError, match="send a whole update"):
+            run(engine, [([5], sampling(0))])
+    engine.update_weights([*good.items(), ("lm_head.weight", good[embedding])], 4)
+    assert engine.health() == "ok"
+    assert run(engine, [([5], sampling(0))])[0].weight_version == 4
+
+
+def test_weights_do_not_change_under_running_requests(folder: Path, engine: LocalEngine) -> None:
+    good = load_file(folder / "model.safetensors")
+
+    async def interfere() -> Completion:
+        running = asyncio.ensure_future(engine.generate([5, 6], sampling(0, new=30, stop=())))
+        await asyncio.sleep(0)
+        for call in (lambda: engine.update_weights(good.items(), 1), engine.sleep):
+            with pytest.raises(EngineError, match="while requests are running"):
+                call()
+        return await running
+
+    assert len(asyncio.run(interfere()).ids) == 30
+    assert engine.health() == "ok"
+    engine.update_weights(good.items(), 1)
+
+
+def test_sleep_wake_and_close(folder: Path, engine: LocalEngine) -> None:
+    request = (prompts(1)[0], sampling(0))
+    before = run(engine, [request])
+    engine.sleep()
+    assert "sleeps" in engine.health()
+    with pytest.raises(EngineError, match=r"call wake\(\)"):
+        run(engine, [request])
+    engine.update_weights(load_file(folder / "model.safetensors").items(), 1)
+    assert "sleeps" in engine.health()
+    engine.wake()
+    assert engine.health() == "ok" and run(engine, [request])[0].ids == before[0].ids
+    engine.close()
+    for call in (lambda: run(engine, [request]), lambda: engine.update_weights([], 2)):
+        with pytest.raises(EngineError, match="closed"):
+            call()
+
+
+def test_a_request_that_takes_too_long_is_an_error(folder: Path) -> None:
+    engine = LocalEngine(folder, EngineSettings(request_timeout_s=0.0), torch.float32, "cpu")
+    with pytest.raises(EngineError, match=r"1 requests of a batch of 1 had no answer after 0\.0 s"):
+        run(engine, [([5], sampling(0, new=50, stop=()))])
+
+
+def test_damaged_weights_are_an_error_not_a_token(folder: Path, engine: LocalEngine) -> None:
+    good = load_file(folder / "model.safetensors")
+    engine.update_weights(((n, t * float("nan") if "norm" in n else t) for n, t in good.items()), 1)
+    with pytest.raises(EngineError, match="not finite"):
+        run(engine, [([5], sampling(0))])
+    engine.update_weights(good.items(), 2)
+    assert run(engine, [([5], sampling(0))])[0].weight_version == 2
+
+
+def test_a_cancelled_request_does_not_hurt_the_others(engine: LocalEngine) -> None:
+    async def cancel_one() -> Completion:
+        kept = asyncio.ensure_future(engine.generate([5, 6], sampling(0)))
+        lost = asyncio.ensure_future(engine.generate([5, 7], sampling(1)))
+        await asyncio.sleep(0)
+        lost.cancel()
+        return await kept
+
+    (expected,) = run(engine, [([5, 6], sampling(0))])
+    assert asyncio.run(cancel_one()).ids == expected.ids
+
+
+def test_folders_without_a_whole_model_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot load the model in"):
+        LocalEngine(tmp_path / "nowhere", EngineSettings(), torch.float32, "cpu")
+    damaged = make_model(tmp_path / "damaged")
+    weights = load_file(damaged / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"first 'model\.norm\.weight'"):
+        LocalEngine(damaged, EngineSettings(), torch.float32, "cpu")

@@ -1,0 +1,221 @@
+"""What packing promises whatever the replicas, the budget, the alignment and the order of arrival."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icrl_megatron.config import AlgoSettings, Calibration, ConfigError
+from icrl_megatron.data.balance import assign, train_tokens
+from icrl_megatron.data.packing import pack, split_updates
+from icrl_megatron.types import MicroBatch, Sample, StepPlan
+
+
+@st.composite
+def samples(draw: st.DrawFn, min_size: int = 1) -> list[Sample]:
+    """Random samples whose ids, log-probs and prompts are all different, some without any loss token."""
+    shapes = draw(
+        st.lists(
+            st.tuples(st.integers(1, 6), st.integers(0, 4), st.lists(st.booleans(), max_size=9)),
+            min_size=min_size,
+            max_size=14,
+        )
+    )
+    made = []
+    for i, (prompt, extra, mask) in enumerate(shapes):
+        if i == 0:
+            mask = [*mask, True]
+        base = 1000 * (i + 1)
+        made.append(
+            Sample(
+                sample_id=f"t/{i % 3}#{i}/0/attempt",
+                group="g",
+                role="attempt",
+                round=0,
+                behaviour_prompt_ids=tuple(range(base, base + prompt + extra)),
+                train_prompt_ids=tuple(range(base, base + prompt)),
+                response_ids=tuple(range(base + 500, base + 500 + len(mask))),
+                loss_mask=tuple(mask),
+                rollout_logprobs=tuple(-0.001 * (base + j) if m else 0.0 for j, m in enumerate(mask)),
+                calibrated=extra > 0,
+                reward=0.5,
+                advantage=float(i) - 3.0,
+            )
+        )
+    return made
+
+
+layouts = st.fixed_dictionaries(
+    {"micro_batch_tokens": st.integers(1, 60), "align": st.sampled_from([1, 2, 4, 16]), "replicas": st.integers(1, 4)}
+)
+algos = st.builds(
+    AlgoSettings,
+    loss_normalisation=st.sampled_from(["sequence_mean", "token_mean"]),
+    updates_per_step=st.integers(1, 3),
+    calibration=st.builds(Calibration, denominator=st.sampled_from(["rollout", "recomputed"])),
+)
+
+
+def plans(items: list[Sample], algo: AlgoSettings, layout: dict[str, int], prompt: str = "train") -> list[StepPlan]:
+    return [pack(items, algo, replica=r, prompt=prompt, **layout) for r in range(layout["replicas"])]
+
+
+def rows(plan: StepPlan, batch: MicroBatch) -> list[tuple[str, int, float, float, float, bool]]:
+    """Every loss token of a micro-batch: id of its sample, target, and what rides on it."""
+    return [
+        (plan.samples[i].sample_id, int(t), float(p), float(a), float(c), bool(w))
+        for i, t, p, a, c, w in zip(
+            batch.sample_index_L,
+            batch.targets_L,
+            batch.rollout_logprobs_L,
+            batch.advantages_L,
+            batch.coefficients_L,
+            batch.calibrated_L,
+            strict=True,
+        )
+    ]
+
+
+@given(items=samples(), algo=algos, layout=layouts, random=st.randoms())
+def test_loss_tokens_and_coefficients(items, algo, layout, random) -> None:
+    of_step = plans(items, algo, layout)
+    random.shuffle(items)
+    alone = pack(items, algo, micro_batch_tokens=10_000)
+    assert len({len(p.updates) for p in of_step}) == 1
+    assert {(p.global_samples, p.global_loss_tokens) for p in of_step} == {
+        (len([s for s in items if s.loss_tokens()]), sum(s.loss_tokens() for s in items))
+    }
+    for u, reference in enumerate(alone.updates):
+        got = sorted(row for p in of_step for batch in p.updates[u] for row in rows(p, batch))
+        assert got == sorted(row for batch in reference for row in rows(alone, batch))
+        assert sum(row[4] for row in got) == pytest.approx(1.0, abs=1e-6)
+
+    by_id = {s.sample_id: s for s in items}
+    everything = sorted(row[:4] for p in of_step for u in p.updates for b in u for row in rows(p, b))
+    expected = [
+        (s.sample_id, t, float(np.float32(lp)), s.advantage)
+        for s in by_id.values()
+        for t, m, lp in zip(s.response_ids, s.loss_mask, s.rollout_logprobs, strict=True)
+        if m
+    ]
+    assert everything == sorted(expected)
+
+
+@given(items=samples(), algo=algos, layout=layouts, prompt=st.sampled_from(["train", "behaviour"]))
+def test_layout_of_micro_batches(items, algo, layout, prompt) -> None:
+    for plan in plans(items, algo, layout, prompt):
+        for batch in (b for u in plan.updates for b in u):
+            tokens, cu = batch.tokens_T, batch.cu_seqlens
+            assert len(tokens) % layout["align"] == 0
+            assert cu[0] == 0
+            assert cu[-1] == len(tokens) == len(batch.positions_T)
+            assert (np.diff(cu) > 0).all()
+            for start, end in pairwise(cu):
+                assert batch.positions_T[start:end].tolist() == list(range(end - start))
+            # The token after the predicting position, inside the same sequence, is the target.
+            assert (tokens[batch.loss_index_L + 1] == batch.targets_L).all()
+            sequence = np.searchsorted(cu, batch.loss_index_L, side="right")
+            assert (sequence == np.searchsorted(cu, batch.loss_index_L + 1, side="right")).all()
+
+            members = dict.fromkeys(batch.sample_index_L.tolist())
+            for k, index in enumerate(members):
+                s = plan.samples[index]
+                ids = (s.train_prompt_ids if prompt == "train" else s.behaviour_prompt_ids) + s.response_ids
+                assert tokens[cu[k] : cu[k + 1]].tolist() == list(ids)
+            real = len(members) or 1  # a blank micro-batch holds one sequence without loss
+            assert len(cu) - 1 - real in (0, 1)
+            padding = cu[-1] - cu[real]
+            assert padding < layout["align"]
+            if len(members) > 1 and (prompt == "train" or algo.calibration.denominator == "recomputed"):
+                assert cu[real] <= layout["micro_batch_tokens"]
+
+
+@given(items=samples(), algo=algos, layout=layouts)
+def test_both_prompts_line_up(items, algo, layout) -> None:
+    for train, behaviour in zip(plans(items, algo, layout), plans(items, algo, layout, "behaviour"), strict=True):
+        assert train.samples == behaviour.samples
+        for u, v in zip(train.updates, behaviour.updates, strict=True):
+            assert [rows(train, b) for b in u] == [rows(behaviour, b) for b in v]
+
+
+@given(items=samples(min_size=2), replicas=st.integers(1, 5), random=st.randoms())
+def test_replicas_are_balanced(items, replicas, random) -> None:
+    shares = assign(items, replicas)
+    assert sorted(s.sample_id for share in shares for s in share) == sorted(s.sample_id for s in items)
+    loads = [sum(map(train_tokens, share)) for share in shares]
+    assert max(loads) - min(loads) <= max(map(train_tokens, items))
+    random.shuffle(items)
+    assert assign(items, replicas) == shares
+
+
+@given(items=samples(), updates=st.integers(1, 20), random=st.randoms())
+def test_updates_share_the_samples_out(items, updates, random) -> None:
+    parts = split_updates(items, updates)
+    sizes = [len(p) for p in parts]
+    assert len(parts) == min(updates, len(items))
+    assert max(sizes) - min(sizes) <= 1
+    assert sorted(s.sample_id for p in parts for s in p) == sorted(s.sample_id for s in items)
+    random.shuffle(items)
+    assert split_updates(items, updates) == parts
+
+
+def one(sample_id: str, prompt: int, mask: tuple[bool, ...], advantage: float = 1.0) -> Sample:
+    n = len(mask)
+    ids = tuple(range(10, 10 + n))
+    return Sample(
+        sample_id, "g", "attempt", 0, (1,) * prompt, (1,) * prompt, ids, mask, (0.0,) * n, False, 1.0, advantage
+    )
+
+
+def test_by_hand() -> None:
+    """Two sequences of 4 and 3 tokens and one of padding; the observation in the first carries no loss."""
+    plan = pack(
+        [one("a", 1, (True, False, True)), one("b", 2, (True,), advantage=-2.0)],
+        AlgoSettings(),
+        micro_batch_tokens=100,
+        align=8,
+    )
+    (batch,) = plan.updates[0]
+    assert batch.tokens_T.tolist() == [1, 10, 11, 12, 1, 1, 10, 0]
+    assert batch.positions_T.tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
+    assert batch.cu_seqlens.tolist() == [0, 4, 7, 8]
+    assert batch.cu_seqlens.dtype == np.int32
+    assert batch.loss_index_L.tolist() == [0, 2, 5]
+    assert batch.targets_L.tolist() == [10, 12, 10]
+    assert batch.coefficients_L.tolist() == [0.25, 0.25, 0.5]
+    assert batch.advantages_L.tolist() == [1.0, 1.0, -2.0]
+    assert batch.sample_index_L.tolist() == [0, 0, 1]
+
+
+def test_a_replica_without_samples_still_takes_part() -> None:
+    shares = [
+        pack([one("a", 3, (True,))], AlgoSettings(), micro_batch_tokens=8, align=4, replica=r, replicas=2)
+        for r in (0, 1)
+    ]
+    blank = shares[1].updates[0][0]
+    assert shares[1].samples == ()
+    assert blank.cu_seqlens.tolist() == [0, 2, 4]
+    assert len(blank.targets_L) == len(blank.coefficients_L) == 0
+    assert shares[1].global_samples == 1
+    assert len(shares[0].updates[0][0].targets_L) == 1
+
+
+def test_samples_that_cannot_be_packed() -> None:
+    good = one("a", 2, (True, True))
+    for bad, message in [
+        (one("b", 0, (True,)), "'b' has an empty prompt"),
+        (replace(good, sample_id="c", rollout_logprobs=(0.0,)), "'c'.*1 log-probs"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pack([good, bad], AlgoSettings(), micro_batch_tokens=8)
+    with pytest.raises(ValueError, match="same sample_id"):
+        pack([good, replace(good, advantage=2.0)], AlgoSettings(), micro_batch_tokens=8)
+    with pytest.raises(ValueError, match="loss token"):
+        pack([one("d", 2, (False,))], AlgoSettings(), micro_batch_tokens=8)
+    with pytest.raises(ConfigError, match="batch_mean"):
+        pack([good], AlgoSettings(loss_normalisation="batch_mean"), micro_batch_tokens=8)

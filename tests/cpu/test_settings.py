@@ -1,0 +1,370 @@
+"""Recipes, overrides, validation and files. What is wrong must be named, with its value and a remedy."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icrl_megatron import settings as S
+from icrl_megatron.config import ConfigError, Settings, TaskSource, TinyModel
+from icrl_megatron.shape import Qwen3Shape, check_folder
+from icrl_megatron.validate import CHOICES, MAY_CHANGE_ON_RESUME, RANGES, check_resume, ranks, validate
+from icrl_recipes import registry
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run folders are relative; and no test may see a torchrun around it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+QWEN3_4B = {
+    "model_type": "qwen3",
+    "num_hidden_layers": 36,
+    "hidden_size": 2560,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 9728,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+    "rope_theta": 1000000,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960,
+}
+
+
+def write_safetensors(path: Path, values: int = 2) -> None:
+    header = json.dumps({"w": {"dtype": "F32", "shape": [values], "data_offsets": [0, 4 * values]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4 * values)
+
+
+def write_model(folder: Path, **changes: object) -> Path:
+    """A folder with the configuration of Qwen3-4B and two tiny shards."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({**QWEN3_4B, **changes}))
+    (folder / "tokenizer.json").write_text("{}")
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for name in names:
+        write_safetensors(folder / name)
+    index = {"weight_map": {"a": names[0], "b": names[1]}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+# --- recipes
+
+
+@pytest.mark.parametrize("name", list(registry()))
+def test_every_recipe_resolves_and_is_valid(name: str, tmp_path: Path) -> None:
+    resolved = S.load(name)
+    assert resolved.name == name
+    if resolved.model.init is None:
+        resolved.model.path = str(write_model(tmp_path / "model"))
+    validate(resolved)
+    assert (registry()[name].__doc__ or "").strip()
+
+
+def test_a_recipe_is_made_anew_each_time() -> None:
+    S.from_recipe("quickstart").optim.learning_rate = 1.0
+    assert S.from_recipe("quickstart").optim.learning_rate != 1.0
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"unknown recipe 'quikstart': did you mean quickstart\?"):
+        S.load("quikstart")
+
+
+# --- overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "name", "value"),
+    [
+        ("steps=7", "steps", 7),
+        ("optim.learning_rate=1e-4", "optim.learning_rate", 1e-4),
+        ("optim.learning_rate=1", "optim.learning_rate", 1.0),
+        ("algo.internalise=false", "algo.internalise", False),
+        ("max_generated_tokens=1000", "max_generated_tokens", 1000),
+        ("tasks.limit=null", "tasks.limit", None),
+        ("name=1e3", "name", "1e3"),
+        ("run_dir=a=b", "run_dir", "a=b"),
+        ('name="quoted"', "name", "quoted"),
+        ("run_dir=", "run_dir", ""),
+        ("model.init.layers=3", "model.init.layers", 3),
+        ("rollout.chat_template_args.enable_thinking=false", "rollout.chat_template_args", {"enable_thinking": False}),
+    ],
+)
+def test_overrides(override: str, name: str, value: object) -> None:
+    resolved: object = S.load("quickstart", [override])
+    for part in name.split("."):
+        resolved = getattr(resolved, part)
+    assert resolved == value
+    assert type(resolved) is type(value)
+
+
+def test_list_elements_and_whole_lists() -> None:
+    assert S.load("quickstart", ["tasks.sources[1].weight=2.5"]).tasks.sources[1].weight == 2.5
+    assert S.load("quickstart", ["tasks.sources.1.weight=2.5"]).tasks.sources[0].weight == 1.0
+    whole = S.load("quickstart", ["tasks.sources=[{name: household, weight: 3}]"])
+    assert whole.tasks.sources == [TaskSource("household", 3.0)]
+
+
+def test_a_section_that_is_null_takes_overrides(tmp_path: Path) -> None:
+    assert S.load("qwen3_4b", ["model.init.layers=5"]).model.init == TinyModel(layers=5)
+
+
+def test_later_overrides_win_and_presets_come_first() -> None:
+    assert S.load("quickstart", ["steps=1", "steps=2"]).steps == 2
+    reference = S.load("quickstart", ["algo.preset=reference"])
+    assert (reference.algo.preset, reference.algo.pseudo_positive) == ("reference", True)
+    changed = S.load("quickstart", ["algo.pseudo_positive=false", "algo.preset=reference"])
+    assert (changed.algo.pseudo_positive, changed.algo.group_by) == (False, reference.algo.group_by)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.round=3", "unknown setting 'rollout.round': did you mean rollout.rounds?"),
+        ("learning_rat=3", "unknown setting 'learning_rat'"),
+        ("learning_rate=3", "did you mean optim.learning_rate?"),
+        ("optim.lr=3", "optim has learning_rate, beta1"),
+        ("tasks.sources[0].wight=3", "did you mean tasks.sources.0.weight?"),
+        ("tasks.sources=[{nam: x}]", "Key 'nam'"),
+        ("tasks.sources.7.weight=3", "there is no such element"),
+        ("steps=many", "steps=many: expected an integer"),
+        ("steps=1.5", "steps=1.5: expected an integer"),
+        ("steps=true", "steps=true: expected an integer"),
+        ("steps=", "expected an integer"),
+        ("max_generated_tokens=x", "max_generated_tokens=x: expected an integer or null"),
+        ("optim.learning_rate=3e", "optim.learning_rate=3e: expected a number"),
+        ("algo.internalise=maybe", "algo.internalise=maybe: expected true or false"),
+        ("tasks.sources=household", "expected a list, each element with values for name, weight"),
+        ("tasks=3", "tasks=3: expected values for sources, limit"),
+        ("steps", "'steps' is not an override: write name=value"),
+        ("name=${seed}", "are not values"),
+        ("steps=[1", "cannot be read"),
+        ("algo.preset=best", "best"),
+    ],
+)
+def test_wrong_overrides_say_what_is_wrong(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        S.load("quickstart", [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@given(st.sampled_from(sorted(S.field_types())), st.integers(0, 30), st.sampled_from("abcxyz_"))
+def test_any_misspelt_name_is_refused_by_name(name: str, at: int, letter: str) -> None:
+    wrong = name[:at] + letter + name[at:]
+    if wrong in S.field_types() or wrong.startswith("rollout.chat_template_args."):
+        return
+    with pytest.raises(ConfigError, match="unknown setting") as caught:
+        S.load("quickstart", [f"{wrong}=1"])
+    assert wrong in str(caught.value)
+
+
+# --- files
+
+
+@pytest.mark.parametrize("name", list(registry()))
+def test_saved_settings_come_back_equal(name: str, tmp_path: Path) -> None:
+    resolved = S.load(name, ["rollout.chat_template_args.enable_thinking=false", "optim.eps=1e-12"])
+    S.save(resolved, tmp_path / "deep" / "settings.yaml")
+    assert S.load_saved(tmp_path / "deep" / "settings.yaml") == resolved
+    assert S.changed(resolved, S.load_saved(tmp_path / "deep" / "settings.yaml")) == {}
+
+
+@pytest.mark.parametrize("text", ["steps: [", "- 1\n- 2\n", "stepz: 3\n", "steps: many\n"])
+def test_damaged_saved_settings(text: str, tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"settings\.yaml"):
+        S.load_saved(tmp_path / "settings.yaml")
+    with pytest.raises(ConfigError, match="absent"):
+        S.load_saved(tmp_path / "absent.yaml")
+
+
+def test_run_folder() -> None:
+    assert S.run_folder(Settings(name="x")) == Path("runs/x")
+    assert S.run_folder(Settings(name="x", run_dir="/y/z")) == Path("/y/z")
+
+
+# --- validation
+
+
+def test_tables_name_real_settings() -> None:
+    assert set(CHOICES) | set(RANGES) <= set(S.field_types())
+    assert {name.rstrip(".") for name in MAY_CHANGE_ON_RESUME} <= set(S.field_types())
+    for name, kind in S.field_types().items():
+        if kind in (int, float) and not name.startswith("tasks.sources."):
+            assert name in RANGES, f"{name} has no range"
+
+
+@pytest.mark.parametrize("name", sorted(set(CHOICES) - {"algo.preset"}))  # that one apply_preset refuses already
+def test_every_choice_is_checked(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}=nonsense: choose one of"):
+        validate(S.load("quickstart", [f"{name}=nonsense"]))
+
+
+@pytest.mark.parametrize(("name", "low"), [(name, low) for name, (low, _) in sorted(RANGES.items())])
+def test_every_range_is_checked(name: str, low: float) -> None:
+    below = f"{low - 1:.0f}"
+    with pytest.raises(ConfigError, match=f"{name}={below}"):
+        validate(S.load("quickstart", [f"{name}={below}"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("optim.learning_rate=nan", "optim.learning_rate=nan: must be a finite number"),
+        ("optim.beta1=1", "optim.beta1=1.0"),
+        ("name=a/b", "must be a plain name"),
+        ("tasks.sources=[]", "tasks.sources is empty"),
+        ("tasks.sources.0.weight=0", "tasks.sources.0.weight=0.0: must be a positive number"),
+        ("tasks.sources.0.name=household", "named twice"),
+        ("tasks.sources.0.name=houshold", "did you mean household?"),
+        ("rollout.templates=nowhere", "attempt.jinja, revision.jinja, critique.jinja"),
+        ("rollout.episodes_per_task=1 rollout.rounds=1", "rollout.episodes_per_task=1"),
+        ("algo.updates_per_step=100000", "algo.updates_per_step=100000"),
+        ("actor.tensor_parallel=4", "does not divide the 2 ranks (launch.ranks)"),
+        ("actor.tensor_parallel=3 launch.ranks=3", "attention heads (4); 1 or 2 would do"),
+        ("actor.tensor_parallel=4 launch.ranks=4", "key-value heads (2)"),
+        ("model.init.ffn=63", "MLP width (63)"),
+        ("model.init.kv_heads=3", "do not divide"),
+        ("model.init.head_dim=15", "head_dim 15 is odd"),
+        ("actor.pipeline_parallel=3 launch.ranks=6", "does not divide the model's 2 layers"),
+        ("actor.sequence_parallel=true actor.tensor_parallel=1", "actor.sequence_parallel=true needs"),
+        ("launch.ranks=4096", "2048 replicas"),
+        ("engine.tensor_parallel=2", "engine.kind=local has only 1"),
+        ("engine.tensor_parallel=3", "engine.tensor_parallel=3 does not divide"),
+        ("actor.fp8=delayed", "actor.fp8=delayed needs a GPU"),
+        ("model.init=null", "model.path is empty"),
+        ("rollout.context_tokens=5000", "the model has 1024 positions"),
+        ("rollout.max_turn_tokens=512", "leaves no room for a prompt"),
+        ("rollout.max_critique_tokens=600", "leaves no room for a prompt"),
+        ("debug.mode=from_dump", "debug.mode=from_dump needs debug.dump"),
+        ("debug.mode=from_dump debug.dump=nothing_here", "no rollouts/step_"),
+        ("debug.dump=x", "needs debug.mode=from_dump"),
+    ],
+)
+def test_wrong_settings_are_refused(overrides: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(S.load("quickstart", overrides.split()))
+    assert message in str(caught.value)
+
+
+def test_ranks_come_from_torchrun_inside_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ranks(S.load("quickstart")) == 2
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert ranks(S.load("quickstart")) == 3
+    with pytest.raises(ConfigError, match="does not divide the 3 ranks \\(WORLD_SIZE\\)"):
+        validate(S.load("quickstart"))
+
+
+@pytest.mark.parametrize("folder", ["/proc/icrl", "afile/run"])
+def test_unwritable_run_folder(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "afile").write_text("")
+    with pytest.raises(ConfigError, match=f"run folder {folder} cannot be written"):
+        validate(S.load("quickstart", [f"run_dir={folder}"]))
+
+
+def test_validation_leaves_nothing_behind(tmp_path: Path) -> None:
+    validate(S.load("quickstart"))
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the model folder
+
+
+def test_model_folder_is_read(tmp_path: Path) -> None:
+    shape = check_folder(write_model(tmp_path / "m"))
+    assert (shape.layers, shape.heads, shape.kv_heads, shape.head_dim, shape.tied) == (36, 32, 8, 128, True)
+    assert shape.padded_vocab(3) == 151938
+    assert [shape.padded_vocab(tp) for tp in (1, 2, 4, 8)] == [151936] * 4
+
+
+def test_single_file_model(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(ConfigError, match=r"model\.safetensors: the file is missing"):
+        check_folder(folder)
+    write_safetensors(folder / "model.safetensors")
+    check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "not readable as a Qwen3 configuration"),
+        (lambda f: (f / "config.json").write_text("[]"), "not readable as a Qwen3 configuration"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "qwen3"}'), "num_hidden_layers"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "qwen3_moe"}'), "'qwen3_moe'; only dense qwen3"),
+        (lambda f: (f / "tokenizer.json").unlink(), "the tokenizer is missing"),
+        (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), "model-00002-of-00002.safetensors: the file is"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "weight_map"),
+        (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": []}'), "index.json"),
+        (lambda f: truncate(f / "model-00001-of-00002.safetensors", 3), "damaged"),
+        (lambda f: truncate(f / "model-00001-of-00002.safetensors", 40), "damaged (its header is cut off)"),
+        (lambda f: truncate(f / "model-00001-of-00002.safetensors", -1), "bytes, its header says"),
+        (lambda f: (f / "model-00001-of-00002.safetensors").write_bytes(b"\1" + b"\0" * 7 + b"x"), "damaged"),
+    ],
+)
+def test_damaged_model_folders(damage: object, message: str, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    damage(folder)  # type: ignore[operator]
+    with pytest.raises(ConfigError) as caught:
+        validate(S.load("qwen3_4b", [f"model.path={folder}"]))
+    assert message in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def truncate(path: Path, size: int) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:size])
+
+
+def test_missing_model_folder_and_odd_sizes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.path=nowhere: no such folder"):
+        validate(S.load("qwen3_4b", ["model.path=nowhere"]))
+    odd = write_model(tmp_path / "odd", num_attention_heads=0)
+    with pytest.raises(ConfigError, match="not a positive integer"):
+        validate(S.load("qwen3_4b", [f"model.path={odd}"]))
+    scaled = write_model(tmp_path / "scaled", rope_scaling={"rope_type": "yarn"})
+    with pytest.raises(ConfigError, match="'yarn' is not supported"):
+        validate(S.load("qwen3_4b", [f"model.path={scaled}"]))
+
+
+def test_shape_of_the_tiny_model() -> None:
+    shape = Qwen3Shape.of_tiny(TinyModel(layers=3, heads=8), vocab=101)
+    assert (shape.layers, shape.heads, shape.padded_vocab(2)) == (3, 8, 102)
+
+
+# --- resuming
+
+
+def test_resume_refuses_another_experiment_and_says_what_differs(tmp_path: Path) -> None:
+    begun = S.load("quickstart", ["run_dir=run"])
+    S.save(begun, tmp_path / "run" / S.SAVED_NAME)
+    validate(begun)
+    with pytest.raises(ConfigError) as caught:
+        validate(S.load("quickstart", ["run_dir=run", "optim.learning_rate=0.5", "rollout.rounds=3", "steps=900"]))
+    message = str(caught.value)
+    assert f"optim.learning_rate (was {begun.optim.learning_rate}, now 0.5)" in message
+    assert "rollout.rounds (was 2, now 3)" in message
+    assert "steps" not in message.replace("same values", "")
+    assert "run_dir=" in message
+
+
+def test_resume_allows_longer_and_another_grid() -> None:
+    begun = S.load("quickstart")
+    more = ["steps=999", "eval.interval=3", "checkpoint.keep=9", "launch.ranks=1", "actor.tensor_parallel=1"]
+    check_resume(begun, S.load("quickstart", more), Path("run"))
+    with pytest.raises(ConfigError, match=r"actor\.precision"):
+        check_resume(begun, S.load("quickstart", ["actor.precision=bf16"]), Path("run"))

@@ -1,0 +1,178 @@
+"""The head over 1, 2 and 4 real gloo ranks gives what the eager head gives in one process.
+
+Run as a program, with rank, rendezvous file and output folder, this file is one of the ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from icrl_kernels import Streams, Terms, VocabShard, policy_head, reference_head, reference_scores, score_head
+
+WORLD = 4
+WIDTH = 16
+TERMS = Terms(temperature=0.8, kl_coef=0.05, entropy_coef=0.02)
+Case = tuple[Tensor, Tensor, Streams, Terms]
+Result = dict[str, Tensor]
+
+
+def cases() -> dict[str, tuple[Case, int]]:
+    """Name -> inputs of the whole vocabulary, and the rows that its weight is padded to."""
+    edges = build(vocabulary=64, tokens=23, terms=TERMS)
+    edges[2].targets_L[:8] = torch.tensor([0, 15, 16, 31, 32, 47, 48, 63])
+    low = on_policy(build(vocabulary=60, tokens=9, terms=Terms()))
+    low[0][:, 0], low[1][:, 0] = 1.0, -160.0
+    far = on_policy(build(vocabulary=64, tokens=8, terms=Terms(temperature=0.8, entropy_coef=0.02)))
+    far[1][:16, 0], far[1][16:, 0], far[0][:, 0] = -400.0, 400.0, 1.0
+    far[2].targets_L[:] = torch.arange(8)  # on a shard whose logits are 1000 below the others'
+    none = build(vocabulary=64, tokens=0, terms=TERMS)
+    silent = build(vocabulary=64, tokens=7, terms=TERMS)
+    silent[2].coefficients_L[:] = 0
+    return {
+        "edges": (edges, 64),
+        "padded": (build(vocabulary=50, tokens=23, terms=TERMS), 64),
+        "empty_shards": (build(vocabulary=14, tokens=11, terms=TERMS), 64),
+        "below_120": (low, 64),
+        "far_apart": (far, 64),
+        "no_tokens": (none, 64),
+        "silent": (silent, 64),
+    }
+
+
+def on_policy(case: Case) -> Case:
+    """Without old log-probs, which those who change hidden states or weight afterwards would make wrong."""
+    streams = replace(case[2], old_logprobs_L=None, behaviour_logprobs_L=None, calibrated_L=None)
+    return case[0], case[1], streams, case[3]
+
+
+def build(vocabulary: int, tokens: int, terms: Terms) -> Case:
+    draw = torch.Generator().manual_seed(vocabulary + tokens)
+    hidden_LH = torch.randn(tokens, WIDTH, generator=draw)
+    weight_VH = torch.randn(vocabulary, WIDTH, generator=draw)
+    targets_L = torch.randint(vocabulary, (tokens,), generator=draw)
+    logprobs_L, _ = reference_scores(hidden_LH, weight_VH, targets_L, terms.temperature, vocabulary)
+
+    def around(spread: float) -> Tensor:
+        return logprobs_L + spread * torch.randn(tokens, generator=draw)
+
+    calibrated_L = torch.rand(tokens, generator=draw) > 0.5
+    coefficients_L, advantages_L = torch.rand(tokens, generator=draw), torch.randn(tokens, generator=draw)
+    reference_L = around(0.3) if terms.kl_coef else None
+    streams = Streams(targets_L, coefficients_L, advantages_L, around(0.3), around(0.7), calibrated_L, reference_L)
+    return hidden_LH, weight_VH, streams, terms
+
+
+def padded(weight_VH: Tensor, rows: int) -> Tensor:
+    """Padding rows are large, so that counting one would be seen."""
+    return torch.cat([weight_VH, torch.full((rows - weight_VH.shape[0], WIDTH), 9.0)])
+
+
+def sharded(case: Case, rows: int, degree: int, group: dist.ProcessGroup) -> Result:
+    """What the ranks of `group` compute together: partial hidden gradients summed, weight gradients joined."""
+    hidden_LH, weight_VH, streams, terms = case
+    columns = rows // degree
+    shard = VocabShard.of_rank(weight_VH.shape[0], columns, group)
+    place = dist.get_rank(group) * columns
+    hidden_LH = hidden_LH.clone().requires_grad_()
+    own_VH = padded(weight_VH, rows)[place : place + columns].clone().requires_grad_()
+    output = policy_head(hidden_LH, own_VH, streams, terms, shard, chunk_tokens=5)
+    output.loss.backward()
+    assert hidden_LH.grad is not None and own_VH.grad is not None
+    dist.all_reduce(hidden_LH.grad, group=group)
+    grads = [torch.empty_like(own_VH.grad) for _ in range(degree)]
+    dist.all_gather(grads, own_VH.grad, group=group)
+    scores = score_head(hidden_LH, own_VH, streams.targets_L, terms.temperature, shard, chunk_tokens=4)
+    return {
+        "loss": output.loss.detach(),
+        "logprobs": output.logprobs_L,
+        "entropy": output.entropy_L,
+        "grad_hidden": hidden_LH.grad,
+        "grad_weight": torch.cat(grads),
+        "scores": scores[0],
+        "score_entropy": scores[1],
+    }
+
+
+def reference(case: Case, rows: int) -> Result:
+    hidden_LH, weight_VH, streams, terms = case
+    hidden_LH = hidden_LH.double().requires_grad_()
+    whole_VH = padded(weight_VH, rows).double().requires_grad_()
+    output = reference_head(hidden_LH, whole_VH, streams, terms, weight_VH.shape[0])
+    output.loss.backward()
+    assert hidden_LH.grad is not None and whole_VH.grad is not None
+    return {
+        "loss": output.loss.detach(),
+        "logprobs": output.logprobs_L,
+        "entropy": output.entropy_L,
+        "grad_hidden": hidden_LH.grad,
+        "grad_weight": whole_VH.grad,
+        "scores": output.logprobs_L,
+        "score_entropy": output.entropy_L,
+    }
+
+
+def rank_main(rank: int, rendezvous: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
+    results = {}
+    for degree in (1, 2, 4):
+        groups = [dist.new_group(list(range(first, first + degree))) for first in range(0, WORLD, degree)]
+        group = groups[rank // degree]
+        assert isinstance(group, dist.ProcessGroup)
+        results[degree] = {name: sharded(case, rows, degree, group) for name, (case, rows) in cases().items()}
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, dict[str, Result]]]:
+    folder = tmp_path_factory.mktemp("head")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, __file__]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(folder / "rendezvous"), str(folder)], env=environment)
+        for rank in range(WORLD)
+    ]
+    try:
+        codes = [process.wait(timeout=240) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert codes == [0] * WORLD
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("degree", [1, 2, 4])
+@pytest.mark.parametrize("name", list(cases()))
+def test_ranks_agree_with_one_process(by_rank: list[dict[int, dict[str, Result]]], name: str, degree: int) -> None:
+    case, rows = cases()[name]
+    truth = reference(case, rows)
+    for rank in range(WORLD):
+        for key, want in truth.items():
+            got = by_rank[rank][degree][name][key]
+            assert got.shape == want.shape
+            error = float((got.double() - want).norm())
+            assert error <= 1e-5 * float(want.norm()) + 1e-6, (rank, key, error)
+
+
+@pytest.mark.dist
+def test_every_rank_has_the_same_bits(by_rank: list[dict[int, dict[str, Result]]]) -> None:
+    for degree in (1, 2, 4):
+        for name in cases():
+            for key in ("loss", "logprobs", "entropy"):
+                values = [results[degree][name][key] for results in by_rank]
+                assert all(torch.equal(value, values[0]) for value in values), (degree, name, key)
+
+
+if __name__ == "__main__":
+    rank_main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
