@@ -145,7 +145,10 @@ class AlgoSettings:
     updates_per_step: int = 1
     """Optimizer updates made from one step's samples."""
     max_resamples: int = 4
-    """Times a batch without any signal is drawn again before the run ends with an error that names its tasks."""
+    """Times a batch without any signal is drawn again."""
+    on_no_signal: str = "error"
+    """After that: error (ends the run and names the tasks) | train (take the step anyway; the entropy and KL terms still
+    act, and the step is counted: for baselines that may find nothing)."""
 
 
 @dataclass

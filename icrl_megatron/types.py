@@ -93,7 +93,9 @@ class Attempt:
 
     def loss_mask(self) -> tuple[bool, ...]:
         """True on generated tokens, False on observations; same length as `response_ids()`."""
-        return tuple(m for t in self.turns for m in (*[True] * len(t.completion.ids), *[False] * len(t.observation_ids)))
+        return tuple(
+            m for t in self.turns for m in (*[True] * len(t.completion.ids), *[False] * len(t.observation_ids))
+        )
 
     def rollout_logprobs(self) -> tuple[float, ...]:
         """Engine log-probs, 0 on observation tokens; same length as `response_ids()`."""

@@ -1,0 +1,9 @@
+"""The Megatron-Core actor. Importing any part of it keeps Megatron's start-up notices off the screen."""
+
+import logging
+import warnings
+
+# They are about optional accelerators (`icrl doctor` names those) and about Megatron's own use of torch.
+warnings.filterwarnings("ignore", module=r"megatron\..*")
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+logging.getLogger("megatron.core").setLevel(logging.ERROR)

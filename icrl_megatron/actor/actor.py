@@ -35,13 +35,17 @@ class InvariantError(RuntimeError):
 class Actor:
     """One rank's part of the model and its optimizer. All ranks call the same methods in the same order."""
 
-    def __init__(self, settings: Settings, folder: Path, grid: Grid) -> None:
-        """Builds the model and loads `folder` (a Hugging Face Qwen3). Raises ConfigError on a bad folder."""
+    def __init__(self, settings: Settings, folder: Path, grid: Grid, weights: bool = True) -> None:
+        """Builds the model and loads `folder` (a Hugging Face Qwen3; only its configuration where `weights` is False).
+
+        Raises ConfigError on a bad folder.
+        """
         self.settings, self.grid = settings, grid
         self.shape = Qwen3Shape.read(folder)
         self.model = build(self.shape, settings.actor, grid)
         self.rows = rows(self.model, self.shape, grid)
-        load_hf(self.rows, folder)
+        if weights:
+            load_hf(self.rows, folder)
         self.reference = self._frozen_copy(folder) if settings.algo.kl_coef > 0 else None
         self.wrapped = wrap(self.model)
         self.optimizer = Optimizer(self.wrapped, settings.actor, settings.optim)

@@ -34,7 +34,10 @@ def measure(w_max: float, batch: MicroBatch, frozen: Frozen, out: HeadOutput) ->
     trainer_L = out.logprobs_L if frozen.old_L is None else frozen.old_L
     same_prompt_L = ~calibrated_L
     if frozen.behaviour_L is not None:
-        trainer_L, same_prompt_L = torch.where(calibrated_L, frozen.behaviour_L, trainer_L), torch.ones_like(calibrated_L)
+        trainer_L, same_prompt_L = (
+            torch.where(calibrated_L, frozen.behaviour_L, trainer_L),
+            torch.ones_like(calibrated_L),
+        )
     mismatch_M = (trainer_L - rollout_L)[same_prompt_L]
     numbers: dict[str, torch.Tensor | float] = {
         "loss": out.loss.detach(),

@@ -140,8 +140,10 @@ def _streams(batch: MicroBatch, frozen: Frozen, plan: HeadPlan, device: torch.de
     advantages_L, calibrated_L = on_device(batch.advantages_L), on_device(batch.calibrated_L)
     if plan.mismatch_cap is not None:
         # Under the prompt the engine saw: pi_train from the scoring pass, where that prompt was scored.
-        trainer_L = frozen.old_L if frozen.behaviour_L is None else torch.where(
-            calibrated_L, frozen.behaviour_L, _required(frozen.old_L)
+        trainer_L = (
+            frozen.old_L
+            if frozen.behaviour_L is None
+            else torch.where(calibrated_L, frozen.behaviour_L, _required(frozen.old_L))
         )
         engine_mismatch_L = (_required(trainer_L) - rollout_L).exp().clamp(max=plan.mismatch_cap)
         if frozen.behaviour_L is None:

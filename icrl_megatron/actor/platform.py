@@ -1,7 +1,7 @@
 """The only module that knows a CPU from a GPU: device, backend, layer spec, FP8, and what Megatron needs on a CPU.
 
 Megatron-Core 0.16 names CUDA in places that a CPU run passes through: factory calls with `device="cuda"`, the RNG
-tracker, `Tensor.type()` strings that the optimizers compare. `prepare()` must run before Megatron is imported; on a CPU
+tracker, `Tensor.type()` strings that the optimizers compare. `prepare()` must run before Megatron is used; on a CPU
 it answers those calls with their CPU equivalents, and on a GPU it does nothing but pick the device.
 """
 
@@ -35,7 +35,7 @@ _device: torch.device | None = None
 
 
 def prepare(choice: str = "auto") -> torch.device:
-    """Picks this rank's device and readies the process for Megatron; call it before importing megatron.
+    """Picks this rank's device and readies the process for Megatron; call it before anything of Megatron's.
 
     Args:
         choice: auto | cpu | cuda (`launch.device`).

@@ -184,7 +184,9 @@ class HFFolder:
     def read(self, part: Slice) -> Tensor:
         """The slice as a tensor of the file's dtype. Raises ConfigError if the name is absent or the shape differs."""
         if part.name not in self.where:
-            raise ConfigError(f"{self.folder}: tensor {part.name} is missing; the folder is damaged or of another model")
+            raise ConfigError(
+                f"{self.folder}: tensor {part.name} is missing; the folder is damaged or of another model"
+            )
         found = self.files[self.where[part.name]].get_slice(part.name)
         if tuple(found.get_shape()) != part.full:
             raise ConfigError(
@@ -212,7 +214,9 @@ class Gatherer:
         self.mine = {part.name: (row, i) for row in table if not row.duplicate for i, part in enumerate(row.slices)}
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.pipeline_group = parallel_state.get_pipeline_model_parallel_group()
-        described = [(part.name, part.full, row.param.dtype) for row, i in self.mine.values() for part in [row.slices[i]]]
+        described = [
+            (part.name, part.full, row.param.dtype) for row, i in self.mine.values() for part in [row.slices[i]]
+        ]
         stages: list[list[tuple[str, tuple[int, ...], torch.dtype]]] = [[] for _ in range(grid.pipeline)]
         dist.all_gather_object(stages, described, group=self.pipeline_group)
         self.owned = [(stage, *entry) for stage, entries in enumerate(stages) for entry in entries]
@@ -243,7 +247,9 @@ class Gatherer:
         dim = next(d for d in range(len(part.full)) if part.size[d] != part.full[d])
         # The last vocabulary shard may hold fewer real rows: all ranks gather the same padded size and cut once.
         step = -(-part.full[dim] // self.grid.tensor)
-        padded = local if local.shape[dim] == step else torch.nn.functional.pad(local, (0, 0, 0, step - local.shape[dim]))
+        padded = (
+            local if local.shape[dim] == step else torch.nn.functional.pad(local, (0, 0, 0, step - local.shape[dim]))
+        )
         parts = [torch.empty_like(padded) for _ in range(self.grid.tensor)]
         dist.all_gather(parts, padded, group=self.tensor_group)
         return torch.cat(parts, dim=dim).narrow(dim, 0, part.full[dim]).contiguous()

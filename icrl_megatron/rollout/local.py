@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from icrl_megatron.config import ConfigError, EngineSettings
@@ -199,6 +200,8 @@ def _check_tensor(
 
 
 def _load(model_dir: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    # Its bar would break into those of the run.
+    transformers.utils.logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=dtype, attn_implementation="sdpa", output_loading_info=True

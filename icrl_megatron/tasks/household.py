@@ -1,11 +1,11 @@
 """Household: a small multi-turn text world. Fetch an object, put it on a surface, within few turns.
 
     problem  "put apple on desk from bathroom"        (the goal, and the room one stands in)
-    actions  go ROOM | open CONTAINER | take OBJECT | put SURFACE
+    actions  go ROOM | open CONTAINER | take OBJECT | put SURFACE      (put walks there by itself)
     summary  "failed apple at murk"                   (where the object was, in a code that only the critic reads)
 
 Every object has one home, the same in all problems, and every container is closed at the start: a solver that knows the
-homes needs three to five turns, and five is the limit, so that blind search mostly fails.
+homes needs four turns, three from the right room, and four is the limit, so that blind search mostly fails.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONTAINERS = {
     "office": ("drawer", "safe"),
     "bathroom": ("cabinet", "basket"),
 }
-SURFACES = {"kitchen": "counter", "bedroom": "bed", "office": "desk", "bathroom": "shelf"}
+SURFACES = ("counter", "bed", "desk", "shelf")
 OBJECTS = (
     *("apple", "book", "candle", "cup", "hat", "key", "knife", "lamp"),
     *("letter", "mirror", "pen", "plate", "ring", "scarf", "soap", "towel"),
@@ -33,11 +33,11 @@ HINTS = ("murk", "lorn", "vash", "quil", "drim", "bosk", "trev", "nulp")
 """HINTS[i] is the code of the i-th container, in the order of `PLACES`."""
 ROOMS = tuple(CONTAINERS)
 PLACES = tuple(c for room in ROOMS for c in CONTAINERS[room])
-ROOM_OF = {c: room for room in ROOMS for c in (*CONTAINERS[room], SURFACES[room])}
-MAX_TURNS = 5
+ROOM_OF = {c: room for room in ROOMS for c in CONTAINERS[room]}
+MAX_TURNS = 4
 HOME_SEED = 11
 CRITIC_ACCURACY = 0.4
-STUBBORNNESS = 0.6
+STUBBORNNESS = 0.3
 """Share of the teacher's first searches that go to its wrong belief; the rest is uniform over the containers."""
 
 
@@ -66,7 +66,7 @@ class Goal:
     def parse(problem: str) -> Goal:
         """Raises ConfigError if the text is not a Household problem."""
         words = problem.split()
-        if len(words) == 6 and words[1] in OBJECTS and words[3] in SURFACES.values() and words[5] in ROOMS:
+        if len(words) == 6 and words[1] in OBJECTS and words[3] in SURFACES and words[5] in ROOMS:
             goal = Goal(words[1], words[3], words[5])
             if goal.text() == problem:
                 return goal
@@ -98,7 +98,7 @@ class HouseholdEnvironment:
 
     def parse(self, reply: str) -> str | None:
         words = reply.split()
-        targets = {"go": ROOMS, "open": PLACES, "take": OBJECTS, "put": tuple(SURFACES.values())}
+        targets = {"go": ROOMS, "open": PLACES, "take": OBJECTS, "put": SURFACES}
         if len(words) != 2 or words[1] not in targets.get(words[0], ()):
             return None
         return " ".join(words)
@@ -126,11 +126,12 @@ class HouseholdEnvironment:
         return " ".join((container, "has", *(inside or ["nothing"])))
 
     def _take(self, thing: str) -> str:
-        place = self._where.get(thing)
         if self._held is not None:
             return f"invalid holding {self._held}"
-        # A thing in a closed container and a thing in another room look the same: neither is in sight.
-        if place is None or ROOM_OF[place] != self._room or (place in PLACES and place not in self._open):
+        place = self._where[thing]
+        # A thing in a closed container and a thing in another room look the same: neither is in sight. A thing that
+        # was put on a surface, the wrong one, can always be taken back.
+        if place in PLACES and (place not in self._open or ROOM_OF[place] != self._room):
             return f"invalid no {thing} in sight"
         self._held = thing
         del self._where[thing]
@@ -139,8 +140,6 @@ class HouseholdEnvironment:
     def _put(self, surface: str) -> str:
         if self._held is None:
             return "invalid holding nothing"
-        if ROOM_OF[surface] != self._room:
-            return f"invalid no {surface} in {self._room}"
         thing, self._held = self._held, None
         self._where[thing] = surface
         self._won = thing == self._goal.thing and surface == self._goal.surface
@@ -188,7 +187,7 @@ class HouseholdTeacher:
         elif not self._plan and not self._found:
             if thing in observation.split():
                 self._found = True
-                self._plan += [f"take {thing}", f"go {ROOM_OF[surface]}", f"put {surface}"]
+                self._plan += [f"take {thing}", f"put {surface}"]
             else:
                 self._search(self._rng.choice([place for place in PLACES if place != self._at]))
         return self._plan.pop(0)
@@ -207,12 +206,11 @@ class Household:
 
     def problems(self, split: Split) -> Sequence[Task]:
         rng = random.Random(HOME_SEED)
-        surfaces = tuple(SURFACES.values())
-        held_out = {(thing, rng.choice(surfaces)) for thing in OBJECTS}
+        held_out = {(thing, rng.choice(SURFACES)) for thing in OBJECTS}
         goals = [
             Goal(thing, surface, start)
             for thing in OBJECTS
-            for surface in surfaces
+            for surface in SURFACES
             for start in ROOMS
             if ((thing, surface) in held_out) == (split == "heldout")
         ]
@@ -226,6 +224,6 @@ class Household:
         return HouseholdTeacher(Goal.parse(task.problem), rng)
 
     def vocabulary(self) -> Iterator[str]:
-        yield from (*ROOMS, *PLACES, *SURFACES.values(), *OBJECTS, *HINTS)
+        yield from (*ROOMS, *PLACES, *SURFACES, *OBJECTS, *HINTS)
         yield from ("put", "on", "from", "go", "open", "take", "has", "nothing", "holding", "in", "no")
         yield from ("sight", "invalid", "say", "or", "failed", "at", "right", "<critic>", "</critic>")

@@ -25,8 +25,8 @@ from icrl_kernels.vocabulary import RowSoftmax, VocabShard, row_softmax_, row_ti
 
 CHUNK_TOKENS = 128
 """Tokens whose logits exist at one time, where the caller does not say."""
-UPCAST_ROWS = 4096
-"""Rows of a half-precision weight that are converted at a time."""
+BLOCK_ROWS = 8192
+"""Rows of the weight that a product takes at a time, after converting them where they are of half precision."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,11 @@ class _Chunks:
         return (slice(start, min(start + self.chunk, tokens)) for start in range(0, tokens, self.chunk))
 
     def _weight_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in the computing dtype: as it is, or converted block by block."""
+        """Columns of the buffer and the rows of the weight that they come from, in the computing dtype."""
         rows = self.weight_VH.shape[0]
-        step = max(1, rows) if self.weight_VH.dtype == self.dtype else UPCAST_ROWS
-        for start in range(0, rows, step):
-            yield slice(start, min(start + step, rows)), self.weight_VH[start : start + step].to(self.dtype)
+        for start in range(0, rows, BLOCK_ROWS):
+            columns = slice(start, min(start + BLOCK_ROWS, rows))
+            yield columns, self.weight_VH[columns].to(self.dtype)
 
     def softmax(self, tokens: slice, targets_L: Tensor) -> RowSoftmax:
         """Fills the buffer with the exponentials of the chunk's logits and returns their statistics."""
@@ -146,18 +146,19 @@ class _Chunks:
         local_C = targets_L[tokens] - self.shard.start
         owned_C = (local_C >= 0) & (local_C < self.shard.valid) & ~slopes.silent_C
         pull_C1 = (slopes.logprob_C * self.inverse_temperature)[owned_C, None]
-        if grads.hidden_LH is not None:
-            grad_CH = hidden_CH.new_zeros(hidden_CH.shape)
-            for columns, block_VH in self._weight_blocks():
+        scaled_CH = (hidden_CH * scale_C[:, None]).masked_fill_(silent_C1, 0.0)
+        grad_CH = torch.zeros_like(hidden_CH)
+        for columns, block_VH in self._weight_blocks():  # both products while the block of exponentials is in the cache
+            if grads.hidden_LH is not None:
                 grad_CH.addmm_(exp_CV[:, columns], block_VH)
+            if grads.weight_VH is not None:
+                grads.weight_VH[columns].addmm_(exp_CV[:, columns].T, scaled_CH, beta=0 if tokens.start == 0 else 1)
+        if grads.hidden_LH is not None:
             grad_CH = (grad_CH * scale_C[:, None]).masked_fill_(silent_C1, 0.0)
             grad_CH[owned_C] += pull_C1 * self.weight_VH[local_C[owned_C]].to(self.dtype)
             grads.hidden_LH[tokens] = grad_CH
         if grads.weight_VH is not None:
-            valid_VH = grads.weight_VH[: self.shard.valid]
-            scaled_CH = (hidden_CH * scale_C[:, None]).masked_fill_(silent_C1, 0.0)
-            valid_VH.addmm_(exp_CV.T, scaled_CH, beta=0 if tokens.start == 0 else 1)
-            valid_VH.index_add_(0, local_C[owned_C], pull_C1 * hidden_CH[owned_C])
+            grads.weight_VH.index_add_(0, local_C[owned_C], pull_C1 * hidden_CH[owned_C])
 
 
 @dataclass(frozen=True)

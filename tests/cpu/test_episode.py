@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from icrl_megatron.rollout.episode import Stage, play, play_episode
 from icrl_megatron.rollout.local import LocalEngine
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Ask, Cast, EmptyCritic, EngineSpeaker, Seeds, Speaker, engine_casting
-from icrl_megatron.rollout.teacher import teacher_casting
-from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import EnvironmentFailure, StepResult
 from icrl_megatron.tiny import build_tiny, build_tokenizer
 from icrl_megatron.types import Attempt, Completion, DroppedEpisode, Episode, Task
@@ -361,54 +358,3 @@ def test_seeds_are_stable_and_apart() -> None:
         for index in (0, 1) for round in (0, 1) for role in ("attempt", "critique") for turn in (0, 1)
     }  # fmt: skip
     assert len(seeds) == 256 and all(0 <= seed < 2**63 for seed in seeds)
-
-
-@pytest.mark.parametrize("name", ["rulebook_hard", "rulebook_easy", "household"])
-def test_teachers_play_ordinary_episodes(name: str) -> None:
-    task_set: Any = registry.get(name)
-    tokenizer = build_tokenizer([*task_set.vocabulary(), *template_words("compact")])
-    settings = RolloutSettings(rounds=2, templates="compact", context_tokens=512)
-    prompter = Prompter(tokenizer, settings)
-    stage = Stage(registry.environment, prompter, settings)
-    tasks = random.Random(0).sample(list(task_set.problems("train")), 40)
-
-    def demonstrate(seed: int) -> list[Episode]:
-        casting = teacher_casting(registry.get, prompter, Seeds(seed, 0, "sft"))
-        episodes, dropped = asyncio.run(play(tasks, 1, stage, casting, SEEDS))
-        assert not dropped
-        return episodes
-
-    episodes = demonstrate(0)
-    assert demonstrate(0) == episodes != demonstrate(1)
-    revisions = [e.attempts[1] for e in episodes if len(e.attempts) == 2]
-    # A right critique is followed to success; the teacher's critic is right about 40 % of the time.
-    assert 0.15 < sum(r.success for r in revisions) / len(revisions) < 0.75
-    for episode in episodes:
-        ids = [i for a in episode.attempts for i in (*a.prompt_ids, *a.response_ids())]
-        assert tokenizer.unk_token_id not in ids
-        for attempt in episode.attempts:
-            assert all(t.completion.ids[-1] == prompter.stop_ids[0] for t in attempt.turns)
-            assert not any(attempt.rollout_logprobs())
-
-
-def test_a_demonstration_longer_than_a_reply_may_be_is_an_error() -> None:
-    task_set = registry.get("rulebook_hard")
-    prompter = Prompter(build_tokenizer(["a"]), SETTINGS)
-    stage = Stage(registry.environment, prompter, SETTINGS)
-    casting = teacher_casting(registry.get, prompter, SEEDS)
-    with pytest.raises(ConfigError, match=r"has 5 tokens and room for 4: raise rollout\.max_turn_tokens"):
-        asyncio.run(play(task_set.problems("train")[:1], 1, stage, casting, SEEDS))
-
-
-def test_a_task_set_without_a_teacher_cannot_demonstrate(prompter: Prompter) -> None:
-    class Bare:
-        name = "ladder"
-
-        def problems(self, split: str) -> list[Task]:
-            return []
-
-        def environment(self, task: Task) -> Ladder:
-            return Ladder(task)
-
-    with pytest.raises(ConfigError, match="Task set 'ladder' has no teacher"):
-        teacher_casting(lambda name: Bare(), prompter, SEEDS)(ladder("a", 1), 0)

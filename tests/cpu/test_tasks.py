@@ -195,13 +195,8 @@ def oracle(problem: str) -> list[str]:
     """The shortest plan, from the hidden homes."""
     _, thing, _, surface, _, room = problem.split()
     home = household.HOMES[thing]
-    plan = []
-    for target, acts in ((home, [f"open {home}", f"take {thing}"]), (surface, [f"put {surface}"])):
-        if household.ROOM_OF[target] != room:
-            room = household.ROOM_OF[target]
-            plan.append(f"go {room}")
-        plan += acts
-    return plan
+    walk = [] if household.ROOM_OF[home] == room else [f"go {household.ROOM_OF[home]}"]
+    return [*walk, f"open {home}", f"take {thing}", f"put {surface}"]
 
 
 def test_every_household_problem_is_solvable_within_its_turns() -> None:
@@ -223,26 +218,36 @@ def test_household_oracle_agrees_with_a_search_that_knows_nothing() -> None:
 
 
 def test_household_invalid_actions_cost_their_turn_and_change_nothing() -> None:
-    task = Task("t", "household", "train", household.Goal("apple", "desk", "office").text())
-    environment, plan = registry.environment(task), oracle("put apple on desk from office")
-    invalid = ["open fridge", "take apple", "put desk", "put bed", "fly moon"]
+    thing = next(t for t in household.OBJECTS if household.ROOM_OF[household.HOMES[t]] == "kitchen")
+    problem = household.Goal(thing, "desk", "office").text()
+    environment, plan = registry.environment(Task("t", "household", "train", problem)), oracle(problem)
+    invalid = ["open fridge", f"take {thing}", "put desk", "fly moon"]
     seen = play(environment, [*invalid, *plan])
     assert all(text.startswith("invalid") for text in seen[1 : len(invalid) + 1])
     assert environment.success() and len(seen) == 1 + len(invalid) + len(plan)
+    # Within the turn limit there is no room for even one.
+    play(environment, [invalid[0], *plan][: environment.max_turns])
+    assert not environment.success()
 
 
 def test_household_put_on_the_wrong_surface_does_not_win_and_can_be_undone() -> None:
-    goal = household.Goal("apple", "desk", "office")
-    environment = registry.environment(Task("t", "household", "train", goal.text()))
-    home = household.HOMES["apple"]
-    room = household.ROOM_OF[home]
-    fetch = [*([] if room == "office" else [f"go {room}"]), f"open {home}", "take apple"]
-    elsewhere = next(r for r in household.ROOMS if r not in (room, "office"))
-    wrong = [*fetch, f"go {elsewhere}", f"put {household.SURFACES[elsewhere]}"]
-    assert play(environment, wrong)[-1] == f"{household.SURFACES[elsewhere]} has apple"
+    problem = household.Goal("apple", "desk", "office").text()
+    environment = registry.environment(Task("t", "household", "train", problem))
+    wrong = [*oracle(problem)[:-1], "put bed"]
+    assert play(environment, wrong)[-1] == "bed has apple"
     assert not environment.success() and environment.outcome() == 0.0
-    play(environment, [*wrong, "take apple", "go office", "put desk"])
+    play(environment, [*wrong, "take apple", "put desk"])
     assert environment.success()
+
+
+def test_household_carries_one_thing_at_a_time_and_any_other_does_not_win() -> None:
+    home = household.HOMES["apple"]
+    other = next(t for t in household.OBJECTS if t != "apple" and household.HOMES[t] == home)
+    problem = household.Goal("apple", "desk", household.ROOM_OF[home]).text()
+    environment = registry.environment(Task("t", "household", "train", problem))
+    seen = play(environment, [f"open {home}", f"take {other}", "take apple", "put desk"])
+    assert seen[2:] == [f"holding {other}", f"invalid holding {other}", f"desk has {other}"]
+    assert not environment.success()
 
 
 def test_every_container_is_a_home_and_every_object_has_one() -> None:
@@ -326,7 +331,7 @@ def test_vocabulary_lists_every_word(name: str) -> None:
     if name == "household":
         environment = task_set.environment(task_set.problems("train")[0])
         verbs = {"go": household.ROOMS, "open": household.PLACES, "take": household.OBJECTS}
-        verbs["put"] = tuple(household.SURFACES.values())
+        verbs["put"] = household.SURFACES
         every = [f"{verb} {target}" for verb, targets in verbs.items() for target in targets]
         random.Random(3).shuffle(every)
         assert {word for text in play(environment, every * 2) for word in text.split()} <= words

@@ -1,0 +1,58 @@
+"""`icrl import` and `icrl export`: between Hugging Face folders and checkpoints, in one process on the CPU or one GPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from icrl_megatron.actor import checkpoint, platform
+from icrl_megatron.actor import grid as grids
+from icrl_megatron.actor.actor import Actor
+from icrl_megatron.actor.export import write_hf
+from icrl_megatron.actor.weights import Gatherer
+from icrl_megatron.config import ActorSettings, ConfigError, Settings
+from icrl_megatron.shape import check_folder
+
+
+def import_hf(source: Path, target: Path) -> None:
+    """Writes `target`/step_000000: fp32 main weights of the folder, moments of zero. Raises ConfigError on a bad folder."""
+    check_folder(source)
+    with _single_actor(source) as (actor, grid):
+        start = checkpoint.Progress(step=0, weight_version=0, optimizer_steps=0, generated_tokens=0)
+        checkpoint.save(target, actor.rows, actor.optimizer, grid, start, like=source)
+
+
+def export_hf(source: Path, target: Path) -> None:
+    """Writes the weights of a checkpoint (a step folder, or a folder of them: the newest) as a Hugging Face folder, in
+    the dtype that its configuration names. Raises ConfigError if there is no complete checkpoint."""
+    steps = [source] if (source / checkpoint.META).exists() else checkpoint.complete(source)
+    if not steps:
+        raise ConfigError(
+            f"{source}: no complete checkpoint there; give a step_NNNNNN folder or the folder that has them"
+        )
+    like = steps[-1] / checkpoint.SIDE_FILES
+    with _single_actor(like, weights=False) as (actor, grid):
+        checkpoint.load(steps[-1], actor.rows, actor.optimizer, grid)
+        write_hf(Gatherer(actor.rows, grid), like, target, grid)
+
+
+@contextmanager
+def _single_actor(folder: Path, weights: bool = True) -> Iterator[tuple[Actor, grids.Grid]]:
+    platform.prepare()
+    grids.single_process()
+    settings = Settings(actor=ActorSettings(precision="bf16" if _dtype(folder) == "bfloat16" else "fp32"))
+    grid = grids.build(settings)
+    try:
+        yield Actor(settings, folder, grid, weights=weights), grid
+    finally:
+        grids.shutdown()
+
+
+def _dtype(folder: Path) -> str:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}/config.json cannot be read ({error})") from error
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")

@@ -1,0 +1,75 @@
+"""ICRL's training loop, on one screen. `train.py` builds the parts; everything here is the algorithm."""
+
+from __future__ import annotations
+
+from icrl_megatron.algo.credit import CreditReport, credit
+from icrl_megatron.data.packing import pack
+from icrl_megatron.launch import STOPPED
+from icrl_megatron.parts import Parts, Recorder
+from icrl_megatron.rollout.source import Played
+from icrl_megatron.types import StepStats
+
+
+class NoSignalError(RuntimeError):
+    """Every group of a batch, and of its replacements, was flat: there is nothing to learn from."""
+
+
+def run(parts: Parts, recorder: Recorder) -> int:
+    """Trains to the end. Returns 0, or STOPPED when a signal asked all ranks to stop; both leave a checkpoint."""
+    settings = parts.settings
+    if recorder.step == 0:
+        recorder.evaluate()
+    while not recorder.finished():
+        played, report = play_and_credit(parts, recorder)
+        stats = None if settings.debug.mode == "rollout_only" else update(parts, recorder, report)
+        recorder.record(played, report, stats)
+        if recorder.stop_requested():
+            recorder.checkpoint()
+            return STOPPED
+    recorder.conclude()
+    return 0
+
+
+def play_and_credit(parts: Parts, recorder: Recorder) -> tuple[Played, CreditReport]:
+    """Episodes with a signal, and what each of their tokens earned. A batch without any is drawn again, boundedly."""
+    settings, algo = parts.settings, parts.settings.algo
+    for resample in range(algo.max_resamples + 1):
+        tasks = parts.sampler.draw(recorder.step, resample, settings.rollout.tasks_per_step)
+        with recorder.phase("rollout"):
+            played = parts.source.play(
+                tasks, settings.rollout.episodes_per_task, parts.seeds(recorder.step, resample), settings.rollout.rounds
+            )
+        recorder.count(played, resample)
+        report = credit(played.episodes, algo, train_critic=settings.rollout.critic == "self")
+        if report.has_signal:
+            return played, report
+    if algo.on_no_signal == "error" or not report.samples:
+        raise NoSignalError(
+            f"step {recorder.step}: no reward differed inside any group in {algo.max_resamples + 1} batches, the last of "
+            f"{', '.join(t.task_id for t in tasks)}; make the tasks easier or harder, raise rollout.episodes_per_task, "
+            "or set algo.on_no_signal=train"
+        )
+    return played, report
+
+
+def update(parts: Parts, recorder: Recorder, report: CreditReport) -> StepStats:
+    """Packs the samples, scores what must be frozen, trains, and hands the new weights to the engines."""
+    settings, grid = parts.settings, parts.grid
+    layout = {
+        "micro_batch_tokens": settings.actor.micro_batch_tokens,
+        "align": settings.actor.tensor_parallel if settings.actor.sequence_parallel else 1,
+        "replica": grid.data_rank,
+        "replicas": grid.data,
+    }
+    recompute = settings.algo.calibration.enabled and settings.algo.calibration.denominator == "recomputed"
+    with recorder.phase("pack"):
+        plan = pack(report.samples, settings.algo, prompt="train", **layout)
+        behaviour = pack(report.samples, settings.algo, prompt="behaviour", **layout) if recompute else None
+    with recorder.phase("score"):
+        scored = parts.actor.score(plan, behaviour)
+    with recorder.phase("train"):
+        stats = parts.actor.train(plan, scored, parts.learning_rate(recorder.step))
+    parts.check_engine(stats)
+    with recorder.phase("sync"):
+        parts.sync.push()
+    return stats

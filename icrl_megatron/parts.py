@@ -1,0 +1,188 @@
+"""What the loop works with: `Parts` computes, `Recorder` remembers (metrics, dumps, checkpoints, evaluation)."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from icrl_megatron.actor import checkpoint, platform
+from icrl_megatron.actor.actor import MISMATCH_TOLERANCE_FP32, Actor, InvariantError
+from icrl_megatron.actor.export import write_hf
+from icrl_megatron.actor.grid import Grid, any_rank
+from icrl_megatron.actor.sync import WeightSync
+from icrl_megatron.algo.credit import CreditReport
+from icrl_megatron.config import Settings
+from icrl_megatron.data.sampler import TaskSampler
+from icrl_megatron.launch import StopRequest
+from icrl_megatron.rollout.prompts import Prompter
+from icrl_megatron.rollout.source import EpisodeSource, Played
+from icrl_megatron.rollout.speakers import Seeds
+from icrl_megatron.telemetry.dumps import write_dump
+from icrl_megatron.telemetry.metrics import heldout_metrics, rollout_metrics
+from icrl_megatron.telemetry.progress import Phase, Progress
+from icrl_megatron.telemetry.writer import TIME_PREFIX, MetricsWriter
+from icrl_megatron.types import StepStats, Task
+
+CHECKPOINTS = "checkpoints"
+EXPORT = "hf"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One rank's share of everything that computes."""
+
+    settings: Settings
+    grid: Grid
+    actor: Actor
+    sync: WeightSync
+    source: EpisodeSource
+    sampler: TaskSampler
+    heldout: tuple[Task, ...]
+    prompter: Prompter
+
+    def seeds(self, step: int, resample: int = 0, purpose: str = "train") -> Seeds:
+        return Seeds(self.settings.seed, step, purpose if resample == 0 else f"{purpose}/{resample}")
+
+    def learning_rate(self, step: int) -> float:
+        """Constant after a linear warm-up."""
+        optim = self.settings.optim
+        return optim.learning_rate * min(1.0, (step + 1) / (optim.warmup_steps + 1))
+
+    def check_engine(self, stats: StepStats) -> None:
+        """In fp32, trainer and engine are the same function: their log-probs must agree after every sync."""
+        live = self.settings.debug.mode == "train" and self.settings.actor.precision == "fp32"
+        gap = stats.metrics.get("mismatch_max", 0.0)
+        if live and not gap <= MISMATCH_TOLERANCE_FP32:
+            raise InvariantError(
+                f"engine and trainer differ by {gap:.2e} in a log-prob (allowed {MISMATCH_TOLERANCE_FP32:.0e} in fp32): "
+                "weights were not synced whole, or one of them computes another model"
+            )
+
+
+class Recorder:
+    """Knows where the run is, and what must survive it. Files are written by rank 0 alone."""
+
+    def __init__(self, parts: Parts, run_dir: Path, progress: Progress, stop: StopRequest) -> None:
+        self.parts, self.run_dir, self.progress, self.stop = parts, run_dir, progress, stop
+        self.step = self.generated = 0
+        self.resampled = 0
+        self.times: dict[str, float] = defaultdict(float)
+        self.started = time.perf_counter()
+        self.bar: Phase | None = None
+        found = checkpoint.complete(run_dir / CHECKPOINTS)
+        if found:
+            actor = parts.actor
+            resumed = checkpoint.load(found[-1], actor.rows, actor.optimizer, parts.grid)
+            self.step, self.generated = resumed.step, resumed.generated_tokens
+            parts.sync.version = resumed.weight_version - 1
+            progress.log(f"resuming from {found[-1]}")
+        parts.sync.push()
+        main = parts.grid.rank == 0
+        self.writer = MetricsWriter(run_dir, self.step if found else None) if main else None
+
+    def finished(self) -> bool:
+        limit = self.parts.settings.max_generated_tokens
+        return self.step >= self.parts.settings.steps or (limit is not None and self.generated >= limit)
+
+    def stop_requested(self) -> bool:
+        """The same answer on every rank, so that all stop at the same step."""
+        return any_rank(self.parts.grid, bool(self.stop))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times one phase of the step."""
+        begun = time.perf_counter()
+        yield
+        platform.synchronize()
+        self.times[name] += time.perf_counter() - begun
+
+    def count(self, played: Played, resample: int) -> None:
+        """Generated tokens are the cost of a run; those of discarded batches count too."""
+        self.generated += played.generated_tokens()
+        self.resampled = resample
+
+    def record(self, played: Played, report: CreditReport, stats: StepStats | None) -> None:
+        """Ends the step: its metrics, its rollouts, evaluation and checkpoint where due."""
+        settings = self.parts.settings
+        self.step += 1
+        row = rollout_metrics(played.episodes, played.dropped, report)
+        row |= {"tokens/generated_total": self.generated, "steps/resampled": self.resampled}
+        row |= {"weights/version": self.parts.sync.version, "steps/without_signal": float(not report.has_signal)}
+        if stats is not None:
+            row |= _actor_metrics(stats)
+        if settings.eval.interval and self.step % settings.eval.interval == 0 and not self.finished():
+            row |= self._heldout()
+        row |= self._timings(row, stats)
+        if self.writer is not None:
+            write_dump(self.run_dir, self.step, played.episodes, report.samples, self.parts.prompter.decode)
+            self.writer.write(self.step, row)
+        self._advance(row)
+        if self.step % settings.checkpoint.interval == 0 and not self.finished():
+            self.checkpoint()
+
+    def evaluate(self) -> None:
+        """Critique-free success on held-out problems, outside a training step."""
+        row = self._heldout()
+        row["tokens/generated_total"] = self.generated
+        if self.writer is not None:
+            self.writer.write(self.step, row)
+
+    def checkpoint(self) -> None:
+        actor, settings = self.parts.actor, self.parts.settings
+        state = checkpoint.Progress(self.step, self.parts.sync.version, actor.optimizer.steps, self.generated)
+        root = self.run_dir / CHECKPOINTS
+        if not (root / f"step_{self.step:06d}").exists():
+            like, keep = Path(settings.model.path), settings.checkpoint.keep
+            checkpoint.save(root, actor.rows, actor.optimizer, self.parts.grid, state, like, keep)
+
+    def conclude(self) -> None:
+        """The last evaluation, checkpoint and export."""
+        self.evaluate()
+        self.checkpoint()
+        with self.progress.phase("export"):
+            folder = Path(self.parts.settings.model.path)
+            write_hf(self.parts.sync.gatherer, folder, self.run_dir / EXPORT, self.parts.grid)
+        if self.writer is not None:
+            self.writer.close()
+
+    def _heldout(self) -> dict[str, float]:
+        settings = self.parts.settings
+        if not self.parts.heldout or settings.debug.mode in ("from_dump", "fake_data"):
+            return {}
+        begun = time.perf_counter()
+        # The same seeds at every step and in every run: two evaluations differ by their weights alone.
+        seeds = replace(self.parts.seeds(0, purpose="heldout"), run=0)
+        played = self.parts.source.play(self.parts.heldout, settings.eval.samples, seeds, rounds=1)
+        self.times["evaluation"] += time.perf_counter() - begun
+        return heldout_metrics(played.episodes)
+
+    def _timings(self, row: dict[str, float], stats: StepStats | None) -> dict[str, float]:
+        found = {f"{TIME_PREFIX}{name}_s": seconds for name, seconds in self.times.items()}
+        step_s = sum(self.times.values()) - self.times.get("evaluation", 0.0)
+        found[f"{TIME_PREFIX}generated_tokens_per_s"] = row.get("tokens/generated", 0.0) / max(step_s, 1e-9)
+        if stats is not None:
+            found[f"{TIME_PREFIX}trained_tokens_per_s"] = stats.tokens / max(self.times["train"], 1e-9)
+        self.times.clear()
+        return found
+
+    def _advance(self, row: dict[str, float]) -> None:
+        free = row.get("success/critique_free", 0.0)
+        line = f"step {self.step}  critique-free {free:.0%}  with critique {row.get('success/with_critique', free):.0%}"
+        if self.bar is not None:
+            self.bar.advance(1, note=line)
+
+
+def _actor_metrics(stats: StepStats) -> dict[str, float]:
+    row = {f"actor/{name}": value for name, value in stats.metrics.items()}
+    return row | {
+        "actor/loss": stats.loss,
+        "actor/grad_norm": stats.grad_norm,
+        "actor/learning_rate": stats.learning_rate,
+        "actor/skipped_updates": float(stats.skipped_updates),
+        "tokens/trained": float(stats.tokens),
+        "tokens/loss": float(stats.loss_tokens),
+    }

@@ -1,0 +1,82 @@
+"""What `icrl train` does around the training program: warm start, training, baseline, report. Imports no torch.
+
+Each phase is a program of ranks with a folder of its own; a phase that is done is not done again, so the same command
+goes on wherever it was stopped.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from pathlib import Path
+
+from icrl_megatron import settings as settings_module
+from icrl_megatron.config import Calibration, ModelSettings, Settings
+from icrl_megatron.launch import inside_torchrun, torchrun
+from icrl_megatron.settings import SAVED_NAME, run_folder
+
+WARM_START = "warm_start"
+BASELINE = "baseline_{}"
+EXPORT = "hf"
+_PHASE_FILE = "phase.yaml"
+
+
+def run(settings: Settings) -> int:
+    """Warm start (where asked for), training, baseline (where asked for), report. Returns the process's exit code."""
+    folder = run_folder(settings)
+    settings_module.save(settings, folder / SAVED_NAME)
+    code = warm_start(settings) if _needs_warm_start(settings) else 0
+    code = code or _phase("icrl_megatron.train", _training(settings, folder), folder)
+    if code or settings.debug.mode != "train":
+        return code
+    if settings.baseline:
+        baseline = _baseline(settings, folder)
+        code = _phase("icrl_megatron.train", baseline, run_folder(baseline))
+    if code == 0:
+        from icrl_megatron.report import report
+
+        report(settings)
+    return code
+
+
+def warm_start(settings: Settings) -> int:
+    """The supervised stage (`icrl sft`): leaves a Hugging Face folder in <run_dir>/warm_start/hf."""
+    folder = run_folder(settings) / WARM_START
+    if (folder / EXPORT).exists():
+        return 0
+    return _phase("icrl_megatron.sft", replace(settings, run_dir=str(folder)), folder)
+
+
+def _needs_warm_start(settings: Settings) -> bool:
+    return not settings.model.path or settings.warm_start.steps > 0
+
+
+def _training(settings: Settings, folder: Path) -> Settings:
+    start = str(folder / WARM_START / EXPORT) if _needs_warm_start(settings) else settings.model.path
+    return replace(settings, run_dir=str(folder), model=ModelSettings(path=start))
+
+
+def _baseline(settings: Settings, folder: Path) -> Settings:
+    """Plain GRPO (one attempt, no critic) from the same start until it generated as many tokens."""
+    from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
+
+    spent = int(read_rows(folder / METRICS_FILE)[-1]["tokens/generated_total"])
+    return replace(
+        _training(settings, folder),
+        name=f"{settings.name}_{settings.baseline}",
+        run_dir=str(folder / BASELINE.format(settings.baseline)),
+        steps=100 * settings.steps,
+        max_generated_tokens=spent,
+        rollout=replace(settings.rollout, rounds=1),
+        algo=replace(settings.algo, calibration=Calibration(enabled=False), on_no_signal="train", max_resamples=0),
+        eval=replace(settings.eval, control_problems=0),
+    )
+
+
+def _phase(module: str, settings: Settings, folder: Path) -> int:
+    """Runs `module` on all ranks: under torchrun, or in place when this process is a rank already."""
+    path = folder / _PHASE_FILE
+    settings_module.save(settings, path)
+    if inside_torchrun():
+        return int(importlib.import_module(module).main(path))
+    return torchrun(path, settings.launch.ranks, folder / "logs", module=module)

@@ -1,0 +1,152 @@
+"""The supervised stage: demonstrations in the three prompt forms, through the same episodes, packing and actor.
+
+Supervised learning is the policy gradient of samples with advantage 1 under their own policy: nothing else is needed.
+`python -m icrl_megatron.sft SETTINGS.yaml` is what torchrun starts. It makes the embedded model first where
+`model.init` asks for one, and leaves a Hugging Face folder at `<run_dir>/hf`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from icrl_megatron.actor import checkpoint, platform
+from icrl_megatron.actor import grid as grids
+from icrl_megatron.algo.samples import to_samples
+from icrl_megatron.config import AlgoSettings, Calibration, ConfigError, Settings, WarmStart
+from icrl_megatron.data.packing import pack
+from icrl_megatron.data.sampler import TaskSampler
+from icrl_megatron.launch import STOPPED, StopRequest, run_rank
+from icrl_megatron.parts import CHECKPOINTS, EXPORT
+from icrl_megatron.rollout.episode import Stage, play
+from icrl_megatron.rollout.prompts import Prompter, template_words
+from icrl_megatron.rollout.speakers import Seeds
+from icrl_megatron.rollout.teacher import teacher_casting
+from icrl_megatron.settings import load_saved, run_folder
+from icrl_megatron.tasks import registry
+from icrl_megatron.tasks.base import Teachable
+from icrl_megatron.telemetry.progress import Progress
+from icrl_megatron.telemetry.writer import MetricsWriter
+from icrl_megatron.train import locked, problems
+from icrl_megatron.types import Sample, Task
+
+SEED_FOLDER = "random"
+"""Where the embedded model stands before it learned anything."""
+
+
+def main(settings_path: Path) -> int:
+    """One rank of the stage; returns 0 or STOPPED."""
+    stop = StopRequest()
+    settings = supervised(load_saved(settings_path))
+    platform.prepare(settings.launch.device)
+    grids.single_process()
+    grid = grids.build(settings)
+    try:
+        with locked(run_folder(settings), grid.rank):
+            return _run(settings, grid, stop)
+    finally:
+        grids.shutdown()
+
+
+def supervised(settings: Settings) -> Settings:
+    """The same run with an objective that is plain log-likelihood: no clip, no weight, every prompt as it was."""
+    warm = settings.warm_start
+    algo = AlgoSettings(internalise=False, calibration=Calibration(enabled=False), loss_normalisation="token_mean")
+    return replace(
+        settings,
+        algo=algo,
+        rollout=replace(settings.rollout, temperature=1.0, rounds=2),
+        optim=replace(settings.optim, learning_rate=warm.learning_rate, weight_decay=warm.weight_decay),
+    )
+
+
+def learning_rate(step: int, warm: WarmStart) -> float:
+    """Linear warm-up; with `decay`, linear to a tenth over the last half."""
+    rate = warm.learning_rate * min(1.0, (step + 1) / (warm.warmup_steps + 1))
+    late = max(0.0, 2.0 * step / warm.steps - 1.0)
+    return rate * (1.0 - 0.9 * late) if warm.decay else rate
+
+
+def demonstrations(tasks: list[Task], stage: Stage, seeds: Seeds) -> list[Sample]:
+    """What the teachers do and say on these tasks, as samples of advantage 1. The same on every rank."""
+    casting = teacher_casting(registry.get, stage.prompter, seeds)
+    episodes, _ = asyncio.run(play(tasks, 1, stage, casting, seeds))
+    form = AlgoSettings(internalise=False, calibration=Calibration(enabled=False))
+    return [replace(s, advantage=1.0) for e in episodes for s in to_samples(e, form, train_critic=True)]
+
+
+def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
+    from icrl_megatron.actor.actor import Actor
+    from icrl_megatron.actor.export import write_hf
+    from icrl_megatron.actor.weights import Gatherer
+
+    run_dir, warm, progress = run_folder(settings), settings.warm_start, Progress(enabled=grid.rank == 0)
+    start = _start_folder(settings, grid)
+    actor = Actor(settings, start, grid)
+    prompter = Prompter(AutoTokenizer.from_pretrained(start), settings.rollout)
+    stage = Stage(registry.environment, prompter, settings.rollout)
+    sampler = TaskSampler(settings.tasks.sources, problems(settings, "train"), settings.seed)
+    root = run_dir / CHECKPOINTS
+    found = checkpoint.complete(root)
+    done = checkpoint.load(found[-1], actor.rows, actor.optimizer, grid).step if found else 0
+    writer = MetricsWriter(run_dir, done if found else None) if grid.rank == 0 else None
+    align = settings.actor.tensor_parallel if settings.actor.sequence_parallel else 1
+
+    def save(step: int) -> None:
+        state = checkpoint.Progress(step, 0, actor.optimizer.steps, 0)
+        checkpoint.save(root, actor.rows, actor.optimizer, grid, state, start, settings.checkpoint.keep)
+
+    with progress.phase("warm start", warm.steps) as bar:
+        bar.advance(done)
+        for step in range(done, warm.steps):
+            tasks = sampler.draw(step, 0, warm.episodes_per_step)
+            samples = demonstrations(tasks, stage, Seeds(settings.seed, step, "sft"))
+            plan = pack(
+                samples,
+                settings.algo,
+                micro_batch_tokens=settings.actor.micro_batch_tokens,
+                align=align,
+                replica=grid.data_rank,
+                replicas=grid.data,
+            )
+            stats = actor.train(plan, actor.score(plan), learning_rate(step, warm))
+            bar.advance(1, note=f"nll {stats.metrics['nll']:.3f}")
+            if writer is not None:
+                writer.write(step + 1, {"sft/nll": stats.metrics["nll"], "actor/grad_norm": stats.grad_norm})
+            if grids.any_rank(grid, bool(stop)):
+                save(step + 1)
+                return STOPPED
+            if (step + 1) % settings.checkpoint.interval == 0:
+                save(step + 1)
+    write_hf(Gatherer(actor.rows, grid), start, run_dir / EXPORT, grid)
+    return 0
+
+
+def _start_folder(settings: Settings, grid: grids.Grid) -> Path:
+    """The model to start from: `model.path`, or `model.init` made with every word of the tasks and templates."""
+    if settings.model.path:
+        return Path(settings.model.path)
+    if settings.model.init is None:
+        raise ConfigError("model.path is empty and model.init is not set: name a Hugging Face folder, or init a model")
+    folder = run_folder(settings) / SEED_FOLDER
+    if grid.rank == 0 and not (folder / "config.json").exists():
+        from icrl_megatron.tiny import build_tiny
+
+        words = template_words(settings.rollout.templates)
+        for source in settings.tasks.sources:
+            task_set = registry.get(source.name)
+            if not isinstance(task_set, Teachable):
+                raise ConfigError(f"task set {source.name!r} has no vocabulary: it cannot be played by model.init")
+            words |= set(task_set.vocabulary())
+        build_tiny(folder, settings.model.init, sorted(words), settings.seed)
+    dist.barrier(group=grid.host_group)
+    return folder
+
+
+if __name__ == "__main__":
+    run_rank(lambda: main(Path(sys.argv[1])))

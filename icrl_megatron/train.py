@@ -1,0 +1,178 @@
+"""What torchrun starts: `python -m icrl_megatron.train SETTINGS.yaml` builds the parts of this rank and runs the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from icrl_megatron.actor import grid as grids
+from icrl_megatron.actor import platform
+from icrl_megatron.config import ConfigError, Settings
+from icrl_megatron.data.sampler import TaskSampler
+from icrl_megatron.launch import StopRequest, run_rank
+from icrl_megatron.rollout.engine import Engine
+from icrl_megatron.rollout.episode import Stage
+from icrl_megatron.rollout.evaluate import control
+from icrl_megatron.rollout.prompts import Prompter
+from icrl_megatron.rollout.source import DumpSource, EngineSource, EpisodeSource, FakeSource, NoEngine
+from icrl_megatron.rollout.speakers import EmptyCritic, EngineSpeaker, Speaker, engine_casting
+from icrl_megatron.settings import load_saved, run_folder
+from icrl_megatron.tasks import registry
+from icrl_megatron.telemetry.progress import Progress
+from icrl_megatron.types import Split, Task
+
+
+def main(settings_path: Path) -> int:
+    """One rank of one run; returns 0 or STOPPED."""
+    stop = StopRequest()
+    settings = load_saved(settings_path)
+    platform.prepare(settings.launch.device)
+    grids.single_process()
+    grid = grids.build(settings)
+    try:
+        with locked(run_folder(settings), grid.rank):
+            return _run(settings, grid, stop)
+    finally:
+        grids.shutdown()
+
+
+def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
+    from icrl_megatron import loop
+    from icrl_megatron.actor.actor import Actor
+    from icrl_megatron.actor.sync import WeightSync
+    from icrl_megatron.actor.weights import Gatherer
+    from icrl_megatron.parts import Parts, Recorder
+
+    progress = Progress(enabled=grid.rank == 0)
+    folder = Path(settings.model.path)
+    prompter = Prompter(AutoTokenizer.from_pretrained(folder), settings.rollout)
+    actor = Actor(settings, folder, grid)
+    engine, source = episode_source(settings, folder, grid, prompter, progress)
+    parts = Parts(
+        settings=settings,
+        grid=grid,
+        actor=actor,
+        sync=WeightSync(Gatherer(actor.rows, grid), engine),
+        source=source,
+        sampler=TaskSampler(settings.tasks.sources, problems(settings, "train"), settings.seed),
+        heldout=heldout(settings),
+        prompter=prompter,
+    )
+    recorder = Recorder(parts, run_folder(settings), progress, stop)
+    report_control(parts, recorder, "before")
+    with progress.phase(settings.name, settings.steps) as recorder.bar:
+        recorder.bar.advance(recorder.step)
+        code = loop.run(parts, recorder)
+    if code == 0:
+        report_control(parts, recorder, "after")
+    return code
+
+
+def problems(settings: Settings, split: Split) -> dict[str, list[Task]]:
+    """The problems of a split by task source. Raises ConfigError on an empty set, or one too small for a step."""
+    found = {s.name: list(registry.get(s.name).problems(split)) for s in settings.tasks.sources}
+    for name, tasks in found.items():
+        if not tasks:
+            raise ConfigError(f"task set {name!r} has no {split} problems; take it out of tasks.sources")
+        if split == "train" and settings.tasks.limit is not None:
+            found[name] = tasks[: settings.tasks.limit]
+        if split == "train" and len(found[name]) < settings.rollout.tasks_per_step:
+            raise ConfigError(
+                f"task set {name!r} has {len(found[name])} training problems, and a step draws "
+                f"rollout.tasks_per_step={settings.rollout.tasks_per_step}: raise tasks.limit or lower the step"
+            )
+    return found
+
+
+def heldout(settings: Settings) -> tuple[Task, ...]:
+    """The held-out problems of an evaluation: the first `eval.problems` of each source."""
+    return tuple(t for tasks in problems(settings, "heldout").values() for t in tasks[: settings.eval.problems])
+
+
+def episode_source(
+    settings: Settings, folder: Path, grid: grids.Grid, prompter: Prompter, progress: Progress
+) -> tuple[Engine | NoEngine, EpisodeSource]:
+    """The engine that weights are synced to, and where episodes come from, by debug mode."""
+    from icrl_megatron.rollout.local import LocalEngine
+    from icrl_megatron.shape import Qwen3Shape
+
+    rollout = settings.rollout
+    if settings.debug.mode == "from_dump":
+        return NoEngine(), DumpSource(Path(settings.debug.dump))
+    if settings.debug.mode == "fake_data":
+        room = max(1, rollout.context_tokens - rollout.max_turn_tokens - rollout.max_critique_tokens) // 2
+        vocabulary = Qwen3Shape.read(folder).vocab
+        return NoEngine(), FakeSource(vocabulary, room, rollout.max_turn_tokens, rollout.max_critique_tokens)
+    from icrl_megatron.actor.model import DTYPES
+
+    dtype = DTYPES[settings.actor.precision]
+    engine = LocalEngine(folder, settings.engine, dtype, platform.device())
+    solver = EngineSpeaker(engine, rollout.temperature, prompter.stop_ids)
+    critic: Speaker | None = None
+    if rollout.critic == "frozen":
+        # The starting weights, never synced.
+        frozen = LocalEngine(folder, settings.engine, dtype, platform.device())
+        critic = EngineSpeaker(frozen, rollout.temperature, prompter.stop_ids)
+    elif rollout.critic == "empty":
+        critic = EmptyCritic()
+    stage = Stage(registry.environment, prompter, rollout)
+    casting = engine_casting(solver, critic)
+
+    def gather(mine: object) -> list[object]:
+        return grids.gather_objects(grid, mine)
+
+    return engine, EngineSource(stage, casting, grid.rank, grid.world, gather, progress)
+
+
+def report_control(parts: object, recorder: object, when: str) -> None:
+    """control_<when>.json: do retries succeed because of the critique? (`rollout.evaluate.control`, rank 0.)"""
+    from icrl_megatron.parts import Parts, Recorder
+
+    assert isinstance(parts, Parts) and isinstance(recorder, Recorder)
+    settings, path = parts.settings, recorder.run_dir / f"control_{when}.json"
+    if settings.eval.control_problems == 0 or not isinstance(parts.source, EngineSource) or path.exists():
+        return
+    if when == "before" and recorder.step > 0:
+        return
+    if parts.grid.rank == 0:
+        source, seeds = parts.source, parts.seeds(0, purpose=f"control/{when}")
+        found = {}
+        for name, tasks in problems(settings, "heldout").items():
+            chosen = tasks[: 2 * settings.eval.control_problems]
+            result = asyncio.run(control(chosen, settings.eval.control_problems, source.stage, source.casting, seeds))
+            found[name] = asdict(result)
+        path.write_text(json.dumps(found, indent=2))
+    dist.barrier(group=parts.grid.host_group)
+
+
+@contextmanager
+def locked(folder: Path, rank: int) -> Iterator[None]:
+    """Holds the run folder for this job; the lock goes with the process, however it ends.
+
+    Raises ConfigError when another job writes there.
+    """
+    if rank != 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"run_dir={folder}: another run writes there; wait for it, or choose another name"
+            ) from error
+        yield
+
+
+if __name__ == "__main__":
+    run_rank(lambda: main(Path(sys.argv[1])))

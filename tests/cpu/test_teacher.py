@@ -1,0 +1,76 @@
+"""Teachers' demonstrations: ordinary episodes, as good and as bad as the task sets want them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import pytest
+
+from icrl_megatron.config import ConfigError, RolloutSettings
+from icrl_megatron.rollout.episode import Stage, play
+from icrl_megatron.rollout.prompts import Prompter, template_words
+from icrl_megatron.rollout.speakers import Seeds
+from icrl_megatron.rollout.teacher import teacher_casting
+from icrl_megatron.tasks import registry
+from icrl_megatron.tasks.base import Environment
+from icrl_megatron.tiny import build_tokenizer
+from icrl_megatron.types import Episode, Task
+
+SETTINGS = RolloutSettings(max_turn_tokens=4, context_tokens=200, templates="compact")
+SEEDS = Seeds(run=0, step=0)
+
+
+@pytest.mark.parametrize("name", ["rulebook_hard", "rulebook_easy", "household"])
+def test_teachers_play_ordinary_episodes(name: str) -> None:
+    task_set: Any = registry.get(name)
+    tokenizer = build_tokenizer([*task_set.vocabulary(), *template_words("compact")])
+    settings = RolloutSettings(rounds=2, templates="compact", context_tokens=512)
+    prompter = Prompter(tokenizer, settings)
+    stage = Stage(registry.environment, prompter, settings)
+    tasks = random.Random(0).sample(list(task_set.problems("train")), 40)
+
+    def demonstrate(seed: int) -> list[Episode]:
+        casting = teacher_casting(registry.get, prompter, Seeds(seed, 0, "sft"))
+        episodes, dropped = asyncio.run(play(tasks, 1, stage, casting, SEEDS))
+        assert not dropped
+        return episodes
+
+    episodes = demonstrate(0)
+    assert demonstrate(0) == episodes != demonstrate(1)
+    revisions = [e.attempts[1] for e in episodes if len(e.attempts) == 2]
+    # A right critique is followed to success; the teacher's critic is right about 40 % of the time.
+    assert 0.15 < sum(r.success for r in revisions) / len(revisions) < 0.75
+    for episode in episodes:
+        ids = [i for a in episode.attempts for i in (*a.prompt_ids, *a.response_ids())]
+        assert tokenizer.unk_token_id not in ids
+        for attempt in episode.attempts:
+            assert all(t.completion.ids[-1] == prompter.stop_ids[0] for t in attempt.turns)
+            assert not any(attempt.rollout_logprobs())
+
+
+def test_a_demonstration_longer_than_a_reply_may_be_is_an_error() -> None:
+    task_set = registry.get("rulebook_hard")
+    prompter = Prompter(build_tokenizer(["a"]), SETTINGS)
+    stage = Stage(registry.environment, prompter, SETTINGS)
+    casting = teacher_casting(registry.get, prompter, SEEDS)
+    with pytest.raises(ConfigError, match=r"has 5 tokens and room for 4: raise rollout\.max_turn_tokens"):
+        asyncio.run(play(task_set.problems("train")[:1], 1, stage, casting, SEEDS))
+
+
+def test_a_task_set_without_a_teacher_cannot_demonstrate() -> None:
+    class Bare:
+        name = "bare"
+
+        def problems(self, split: str) -> list[Task]:
+            return []
+
+        def environment(self, task: Task) -> Environment:
+            raise NotImplementedError
+
+    task = Task("bare/0", "bare", "train", "")
+    prompter = Prompter(build_tokenizer(["a"]), SETTINGS)
+
+    with pytest.raises(ConfigError, match="Task set 'bare' has no teacher"):
+        teacher_casting(lambda name: Bare(), prompter, SEEDS)(task, 0)

@@ -1,0 +1,171 @@
+"""What the grids are asked to train: models, samples, settings and layouts, the same in the tests and on every rank."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from icrl_megatron.config import Settings, TinyModel
+from icrl_megatron.types import Sample
+
+LEARNING_RATE = 1e-2
+STEPS = 2
+VOCAB = {"tied": 101, "untied": 99}
+"""Odd, so that no TP size divides it: the last ranks hold padding."""
+MODELS = {
+    "tied": TinyModel(max_positions=128),
+    "untied": TinyModel(layers=4, hidden=48, heads=8, kv_heads=4, head_dim=12, ffn=80, tie_embeddings=False),
+}
+"""Two K/V groups and four: as many as TP ranks in the widest layouts."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a case is spread over ranks and micro-batches; none of it may change a result."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence: bool = False
+    budget: int = 64
+    recompute: str = "none"
+    shuffle: bool = False
+
+    @property
+    def world(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+
+LAYOUTS = {
+    "one": Layout(budget=4096),
+    "budget": Layout(budget=48),
+    "shuffled": Layout(shuffle=True),
+    "full": Layout(recompute="full"),
+    "selective": Layout(recompute="selective"),
+    "tp2": Layout(tensor=2),
+    "tp2sp": Layout(tensor=2, sequence=True),
+    "tp2sp-full": Layout(tensor=2, sequence=True, recompute="full"),
+    "pp2": Layout(pipeline=2),
+    "pp2-selective": Layout(pipeline=2, recompute="selective"),
+    "dp2": Layout(data=2),
+    "tp2pp2sp": Layout(tensor=2, pipeline=2, sequence=True),
+    "tp2dp2sp": Layout(tensor=2, data=2, sequence=True),
+    "pp2dp2": Layout(pipeline=2, data=2),
+}
+GRIDS = ("one", "tp2", "tp2sp", "pp2", "dp2", "tp2pp2sp", "tp2dp2sp", "pp2dp2")
+"""Layouts that differ in their ranks: what weights and checkpoints have to survive."""
+SAVERS = ("tp2pp2sp", "pp2dp2", "dp2", "tp2", "one")
+"""Layouts whose checkpoints all layouts that run after them load; wide ones run first."""
+SHARD_BYTES = 40_000
+"""For exports in several files."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training problem."""
+
+    model: str
+    samples: int
+    adjust: Callable[[Settings], None]
+
+    def settings(self, layout: Layout) -> Settings:
+        settings = Settings()
+        settings.actor.precision = "fp32"
+        settings.actor.tensor_parallel, settings.actor.pipeline_parallel = layout.tensor, layout.pipeline
+        settings.actor.sequence_parallel, settings.actor.recompute = layout.sequence, layout.recompute
+        settings.actor.micro_batch_tokens, settings.actor.head_chunk_tokens = layout.budget, 16
+        # A large eps keeps Adam smooth where a gradient is nearly 0, so that rounding stays rounding.
+        settings.optim.learning_rate, settings.optim.eps = LEARNING_RATE, 1e-3
+        settings.optim.clip_grad = 0.05
+        settings.launch.timeout_s = 120.0
+        self.adjust(settings)
+        return settings
+
+    def draw(self, layout: Layout) -> list[Sample]:
+        """Attempts, critiques and revisions with random tokens; masked observations inside their responses."""
+        samples = draw_samples(self.samples, VOCAB[self.model])
+        if layout.shuffle:
+            random.Random(7).shuffle(samples)
+        return samples
+
+
+@dataclass
+class Trained:
+    """What a run of STEPS steps left behind; lists are in order of steps, or of updates."""
+
+    logprobs: dict[str, Tensor]
+    """Of each sample's loss tokens before the first step."""
+    losses: list[float]
+    """By step."""
+    norms: list[float]
+    """By step: the largest of its updates."""
+    metrics: list[dict[str, float]]
+    gradients: list[dict[str, Tensor]]
+    """By update, in Hugging Face's names, before clipping."""
+    weights: dict[str, Tensor]
+
+
+def draw_samples(count: int, vocabulary: int) -> list[Sample]:
+    r = random.Random(count)
+
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        return tuple(r.randrange(vocabulary) for _ in range(r.randrange(low, high)))
+
+    found = []
+    for i in range(count):
+        revision = i % 3 == 0
+        prompt, response = ids(2, 20), ids(1, 14)
+        found.append(
+            Sample(
+                sample_id=f"t{i // 3}#{i}",
+                group=f"t{i // 3}",
+                role="revision" if revision else "attempt",
+                round=int(revision),
+                behaviour_prompt_ids=prompt + ids(1, 9) if revision else prompt,
+                train_prompt_ids=prompt,
+                response_ids=response,
+                loss_mask=tuple(j == 0 or r.random() < 0.8 for j in range(len(response))),
+                rollout_logprobs=tuple(-r.uniform(2.5, 7.0) for _ in response),
+                calibrated=revision,
+                reward=1.0,
+                advantage=r.uniform(-1.5, 1.5),
+            )
+        )
+    return found
+
+
+def _paper(settings: Settings) -> None:
+    settings.algo.entropy_coef = 0.01
+
+
+def _everything(settings: Settings) -> None:
+    algo = settings.algo
+    algo.calibration.denominator = "recomputed"
+    algo.mismatch_correction.enabled = True
+    algo.kl_coef, algo.entropy_coef = 0.1, 0.02
+    algo.loss_normalisation, algo.updates_per_step = "token_mean", 2
+    # Narrow enough that the second update of a step meets the bounds.
+    algo.clip_low = algo.clip_high = 0.02
+    settings.rollout.temperature = 0.8
+
+
+def _sparse(settings: Settings) -> None:
+    settings.algo.updates_per_step = 3
+    settings.algo.mismatch_correction.enabled = True
+    settings.optim.clip_grad = 0.0
+
+
+CASES = {
+    "paper": Case("tied", 13, _paper),
+    "everything": Case("untied", 14, _everything),
+    # One sample an update: of two replicas one has nothing to do.
+    "sparse": Case("tied", 3, _sparse),
+}
+
+
+def model_folder(root: Path, name: str, dtype: str = "float32") -> Path:
+    return root / f"{name}-{dtype}"

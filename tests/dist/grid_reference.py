@@ -1,0 +1,119 @@
+"""The same training by other means: Hugging Face's Qwen3 on one sequence at a time, full logits, autograd, torch's AdamW.
+
+Shares with the trainer only the per-token formula (`token_objective`) and which samples form an update.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from grid_cases import LEARNING_RATE, STEPS, Case, Layout, Trained
+from icrl_kernels import Streams, Terms, token_objective
+from torch import Tensor
+from transformers import Qwen3ForCausalLM
+
+from icrl_megatron.config import Settings
+from icrl_megatron.data.packing import split_updates
+from icrl_megatron.types import Sample
+
+
+class Reference:
+    def __init__(self, case: Case, folder: Path) -> None:
+        self.settings: Settings = case.settings(Layout())
+        self.samples = case.draw(Layout())
+        self.model, self.start = (Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+        algo, optim = self.settings.algo, self.settings.optim
+        self.terms = Terms(
+            self.settings.rollout.temperature,
+            algo.clip_low,
+            algo.clip_high,
+            algo.calibration.w_max,
+            algo.kl_coef,
+            algo.entropy_coef,
+        )
+        matrices = [p for p in self.model.parameters() if p.ndim > 1]
+        vectors = [p for p in self.model.parameters() if p.ndim == 1]
+        self.adam = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=LEARNING_RATE,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+        )
+
+    def run(self) -> Trained:
+        found = Trained({}, [], [], [], [], {})
+        with torch.no_grad():
+            found.logprobs = {s.sample_id: self.policy(self.model, s)[0] for s in self.samples}
+        for _ in range(STEPS):
+            self._step(found)
+        found.weights = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        return found
+
+    def _step(self, found: Trained) -> None:
+        with torch.no_grad():
+            frozen = {s.sample_id: self._streams(s) for s in self.samples}
+        losses, norms = [], []
+        metrics = {"clip_low": 0.0, "clip_high": 0.0, "calibration_at_max": 0.0, "tokens": 0.0, "calibrated": 0.0}
+        for update in split_updates(self.samples, self.settings.algo.updates_per_step):
+            self.model.zero_grad()
+            losses.append(sum(self._backward(s, update, frozen[s.sample_id], metrics) for s in update))
+            found.gradients.append({n: _grad(p).clone() for n, p in self.model.named_parameters()})
+            bound = self.settings.optim.clip_grad or float("inf")
+            norms.append(float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), bound)))
+            self.adam.step()
+        for name, count in (("clip_low", "tokens"), ("clip_high", "tokens"), ("calibration_at_max", "calibrated")):
+            metrics[name] /= metrics[count]
+        found.losses.append(sum(losses))
+        found.norms.append(max(norms))
+        found.metrics.append(metrics)
+
+    def _backward(self, s: Sample, update: list[Sample], streams: Streams, metrics: dict[str, float]) -> float:
+        if self.settings.algo.loss_normalisation == "token_mean":
+            coefficient = 1.0 / sum(sum(other.loss_mask) for other in update)
+        else:
+            coefficient = 1.0 / (len(update) * sum(s.loss_mask))
+        streams.coefficients_L.fill_(coefficient)
+        logprobs_L, entropy_L = self.policy(self.model, s)
+        out = token_objective(logprobs_L, entropy_L, streams, self.terms)
+        out.loss_L.sum().backward()
+        metrics["tokens"] += len(logprobs_L)
+        metrics["clip_low"] += float(out.clipped_low_L.sum())
+        metrics["clip_high"] += float(out.clipped_high_L.sum())
+        metrics["calibrated"] += len(logprobs_L) * s.calibrated
+        metrics["calibration_at_max"] += float((out.calibration_weight_L >= self.terms.w_max).sum()) * s.calibrated
+        return float(out.loss_L.sum())
+
+    def policy(self, model: Qwen3ForCausalLM, s: Sample, behaviour: bool = False) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies, [L] each, of the sample's loss tokens after one of its prompts."""
+        prompt = s.behaviour_prompt_ids if behaviour else s.train_prompt_ids
+        logits_TV = model(torch.tensor([prompt + s.response_ids])).logits[0] / self.terms.temperature
+        mask_R = torch.tensor(s.loss_mask)
+        logprobs_LV = logits_TV[len(prompt) - 1 : -1][mask_R].log_softmax(-1)
+        targets_L = torch.tensor(s.response_ids)[mask_R]
+        return logprobs_LV.gather(1, targets_L[:, None])[:, 0], -(logprobs_LV.exp() * logprobs_LV).sum(-1)
+
+    def _streams(self, s: Sample) -> Streams:
+        algo, mask_R = self.settings.algo, torch.tensor(s.loss_mask)
+        old_L = self.policy(self.model, s)[0]
+        rollout_L = torch.tensor(s.rollout_logprobs)[mask_R]
+        recomputed = algo.calibration.denominator == "recomputed"
+        behaviour_L = self.policy(self.model, s, behaviour=True)[0]
+        advantages_L = torch.full_like(old_L, s.advantage)
+        if algo.mismatch_correction.enabled and (recomputed or not s.calibrated):
+            engine_saw_L = behaviour_L if s.calibrated else old_L
+            advantages_L *= (engine_saw_L - rollout_L).exp().clamp(max=algo.mismatch_correction.cap)
+        return Streams(
+            targets_L=torch.tensor(s.response_ids)[mask_R],
+            coefficients_L=torch.zeros_like(old_L),
+            advantages_L=advantages_L,
+            old_logprobs_L=old_L,
+            behaviour_logprobs_L=behaviour_L if recomputed else rollout_L,
+            calibrated_L=torch.full_like(old_L, s.calibrated, dtype=torch.bool),
+            reference_logprobs_L=self.policy(self.start, s)[0] if algo.kl_coef else None,
+        )
+
+
+def _grad(param: Tensor) -> Tensor:
+    assert param.grad is not None
+    return param.grad

@@ -1,0 +1,233 @@
+"""One rank of a grid test: `torchrun grid_worker.py FOLDER` goes through every layout that has as many ranks as the job.
+
+What is measured lands in FOLDER, written by rank 0; the tests judge it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from icrl_megatron.actor import platform
+
+platform.prepare("cpu")
+
+from grid_cases import (  # noqa: E402
+    CASES,
+    GRIDS,
+    LAYOUTS,
+    LEARNING_RATE,
+    SAVERS,
+    SHARD_BYTES,
+    STEPS,
+    Case,
+    Layout,
+    Trained,
+    model_folder,
+)
+from megatron.core import parallel_state  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from icrl_megatron.actor import checkpoint, export  # noqa: E402
+from icrl_megatron.actor import grid as grids  # noqa: E402
+from icrl_megatron.actor.actor import Actor, InvariantError, ScoredPlan  # noqa: E402
+from icrl_megatron.actor.optimizer import Applied  # noqa: E402
+from icrl_megatron.actor.weights import Gatherer  # noqa: E402
+from icrl_megatron.config import Settings  # noqa: E402
+from icrl_megatron.data.packing import pack  # noqa: E402
+from icrl_megatron.types import StepPlan, StepStats  # noqa: E402
+
+Weights = dict[str, Tensor]
+
+
+class Bench:
+    """An actor on the current grid, with the plans of a case."""
+
+    def __init__(self, case: Case, layout: Layout, grid: grids.Grid, root: Path, precision: str = "fp32") -> None:
+        self.settings: Settings = case.settings(layout)
+        self.settings.actor.precision = precision
+        self.grid, self.case, self.layout = grid, case, layout
+        self.actor = Actor(self.settings, model_folder(root, case.model), grid)
+        self.plan = self._pack("train")
+        recompute = self.settings.algo.calibration.denominator == "recomputed"
+        self.behaviour = self._pack("behaviour") if recompute else None
+
+    def _pack(self, prompt: str) -> StepPlan:
+        return pack(
+            self.case.draw(self.layout),
+            self.settings.algo,
+            micro_batch_tokens=self.layout.budget,
+            align=self.layout.tensor if self.layout.sequence else 1,
+            replica=self.grid.data_rank,
+            replicas=self.grid.data,
+            prompt="train" if prompt == "train" else "behaviour",
+        )
+
+    def score(self) -> ScoredPlan:
+        return self.actor.score(self.plan, self.behaviour)
+
+    def step(self) -> StepStats:
+        return self.actor.train(self.plan, self.score(), LEARNING_RATE)
+
+    def weights(self) -> Weights:
+        return {n: t.clone() for n, t in Gatherer(self.actor.rows, self.grid).stream()}
+
+    def gradients(self) -> Weights:
+        """The reduced gradients in Hugging Face's names: after the reduce-scatter each replica holds its shard."""
+        optimizer = self.actor.optimizer.distributed
+        table = []
+        for row in self.actor.rows:
+            flat = torch.zeros(row.param.numel())
+            if row.param in optimizer.model_param_group_index_map:
+                span = optimizer._get_model_param_range_map(row.param)["param"]
+                flat[span.start : span.end] = row.param.main_grad.flatten()[span.start : span.end]
+            dist.all_reduce(flat, group=parallel_state.get_data_parallel_group())
+            table.append(replace(row, param=torch.nn.Parameter(flat.view(row.param.shape))))
+        return {n: t.clone() for n, t in Gatherer(table, self.grid).stream()}
+
+    def keep_gradients(self, into: list[Weights]) -> None:
+        """Reads the gradients of every update right before the optimizer applies them."""
+        apply = self.actor.optimizer.step
+
+        def step(learning_rate: float, healthy: bool) -> Applied:
+            into.append(self.gradients())
+            return apply(learning_rate, healthy)
+
+        self.actor.optimizer.step = step  # type: ignore[method-assign]
+
+    def logprobs(self, scored: ScoredPlan) -> Weights:
+        """sample_id -> [L] log-probs, from the last stages of all replicas."""
+        mine: dict[str, list[Tensor]] = {}
+        for update, frozen in zip(self.plan.updates, scored, strict=True):
+            for batch, of_batch in zip(update, frozen, strict=True):
+                if of_batch.old_L is not None:
+                    for index, value in zip(batch.sample_index_L, of_batch.old_L, strict=True):
+                        mine.setdefault(self.plan.samples[index].sample_id, []).append(value)
+        everyone = grids.gather_objects(self.grid, {name: torch.stack(values) for name, values in mine.items()})
+        return {name: values for of_rank in everyone for name, values in of_rank.items()}
+
+
+def train(case: Case, layout: Layout, grid: grids.Grid, root: Path) -> Trained:
+    bench, found = Bench(case, layout, grid, root), Trained({}, [], [], [], [], {})
+    bench.keep_gradients(found.gradients)
+    for number in range(STEPS):
+        scored = bench.score()
+        if number == 0:
+            found.logprobs = bench.logprobs(scored)
+        stats = bench.actor.train(bench.plan, scored, LEARNING_RATE)
+        assert stats.skipped_updates == 0
+        found.losses.append(stats.loss)
+        found.norms.append(stats.grad_norm)
+        found.metrics.append(stats.metrics)
+    found.weights = bench.weights()
+    return found
+
+
+def round_trip(layout: Layout, grid: grids.Grid, root: Path, out: Path) -> None:
+    """Import and export of every model in both precisions, in one file and in shards, and the shards once more."""
+    for case in (CASES["paper"], CASES["everything"]):
+        for precision, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
+            settings = case.settings(layout)
+            settings.actor.precision, settings.algo.kl_coef = precision, 0.0
+            source = model_folder(root, case.model, dtype)
+            for shard_bytes, name in ((4 << 30, "whole"), (SHARD_BYTES, "shards"), (SHARD_BYTES, "again")):
+                export.SHARD_BYTES = shard_bytes
+                actor = Actor(settings, source, grid)
+                source = out / f"{case.model}-{dtype}-{name}"
+                export.write_hf(Gatherer(actor.rows, grid), model_folder(root, case.model), source, grid)
+
+
+def save_checkpoints(name: str, layout: Layout, grid: grids.Grid, root: Path) -> None:
+    """After one step; what the next one makes of it lies beside the checkpoint."""
+    for precision in ("fp32", "bf16"):
+        bench, folder = Bench(CASES["paper"], layout, grid, root, precision), root / "saved" / f"{name}-{precision}"
+        bench.step()
+        progress = checkpoint.Progress(1, 3, bench.actor.optimizer.steps, 77)
+        checkpoint.save(folder, bench.actor.rows, bench.actor.optimizer, grid, progress, keep=1)
+        before = bench.weights()
+        bench.step()
+        if grid.rank == 0:
+            torch.save((before, bench.weights()), folder / "next.pt")
+        else:
+            bench.weights()
+        dist.barrier(group=grid.host_group)
+
+
+def load_checkpoints(name: str, layout: Layout, grid: grids.Grid, root: Path, out: Path) -> None:
+    """Every checkpoint there is so far, and the step after it; in bf16 only this layout's own."""
+    folders = sorted(p for p in (root / "saved").glob("*") if p.name.endswith("-fp32") or p.name == f"{name}-bf16")
+    for folder in folders:
+        bench = Bench(CASES["paper"], layout, grid, root, folder.name.rpartition("-")[2])
+        optimizer = bench.actor.optimizer
+        progress = checkpoint.load(checkpoint.complete(folder)[-1], bench.actor.rows, optimizer, grid)
+        assert progress == checkpoint.Progress(1, 3, 1, 77) and optimizer.steps == 1
+        before = bench.weights()
+        bench.step()
+        after = bench.weights()
+        if grid.rank == 0:
+            torch.save((before, after), out / f"{folder.name}.pt")
+
+
+def refuse(layout: Layout, grid: grids.Grid, root: Path) -> dict[str, bool]:
+    """What must stop or skip on all ranks when the fault is on one of them (the last)."""
+    found: dict[str, bool] = {}
+    bench = Bench(CASES["paper"], layout, grid, root)
+    scored = bench.score()
+    weight = bench.actor.rows[-1].param.data
+    if grid.rank == grid.world - 1:
+        weight[0] += 1.0
+    try:
+        bench.actor.train(bench.plan, scored, LEARNING_RATE)
+        found["invariant"] = False
+    except InvariantError:
+        found["invariant"] = True
+
+    bench = Bench(CASES["paper"], layout, grid, root)
+    bench.step()
+    weight = bench.actor.rows[-1].param.data
+    intact = weight.flatten()[0].item()
+    before = {row.name: row.param.detach().clone() for row in bench.actor.rows}
+    if grid.rank == grid.world - 1:
+        weight.flatten()[0] = float("nan")
+    stats = bench.step()
+    weight.flatten()[0] = intact
+    found["skipped"] = stats.skipped_updates == 1
+    found["unchanged"] = all(torch.equal(before[row.name], row.param) for row in bench.actor.rows)
+    found["uncounted"] = bench.actor.optimizer.steps == 1
+    stats = bench.step()
+    found["goes on"] = stats.skipped_updates == 0 and bench.actor.optimizer.steps == 2
+    return found
+
+
+def main(root: Path) -> None:
+    torch.set_num_threads(1)
+    grids.single_process()
+    world = int(os.environ["WORLD_SIZE"])
+    layouts = {name: layout for name, layout in LAYOUTS.items() if layout.world == world}
+    for name in sorted(layouts, key=lambda n: n not in SAVERS):
+        layout, out = layouts[name], root / name
+        out.mkdir(exist_ok=True)
+        grid = grids.build(CASES["paper"].settings(layout))
+        for case_name, case in CASES.items():
+            found = train(case, layout, grid, root)
+            if grid.rank == 0:
+                torch.save(found, out / f"{case_name}.pt")
+        if name in GRIDS:
+            round_trip(layout, grid, root, out)
+            if name in SAVERS:
+                save_checkpoints(name, layout, grid, root)
+            load_checkpoints(name, layout, grid, root, out)
+            refused = grids.gather_objects(grid, refuse(layout, grid, root))
+            if grid.rank == 0:
+                torch.save(refused, out / "refused.pt")
+        parallel_state.destroy_model_parallel()
+    grids.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,182 @@
+"""Parallel layouts change nothing: real gloo ranks against one process with Hugging Face's model and torch's AdamW.
+
+Three torchrun jobs, of 4, 2 and 1 ranks, go through all layouts (`grid_worker.py`); the tests read what they left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from grid_cases import CASES, GRIDS, LAYOUTS, MODELS, SAVERS, SHARD_BYTES, STEPS, VOCAB, Trained, model_folder
+from grid_reference import Reference
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+WORKER = Path(__file__).parent / "grid_worker.py"
+TOLERANCE = 1e-5
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+
+def make_model(folder: Path, name: str, dtype: torch.dtype) -> None:
+    """Weights large enough that no layer is close to the identity, norms included."""
+    tiny = MODELS[name]
+    config = Qwen3Config(
+        vocab_size=VOCAB[name],
+        hidden_size=tiny.hidden,
+        intermediate_size=tiny.ffn,
+        num_hidden_layers=tiny.layers,
+        num_attention_heads=tiny.heads,
+        num_key_value_heads=tiny.kv_heads,
+        head_dim=tiny.head_dim,
+        max_position_embeddings=tiny.max_positions,
+        tie_word_embeddings=tiny.tie_embeddings,
+        initializer_range=0.08,
+    )
+    torch.manual_seed(len(name))
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.ndim == 1:
+                param.mul_(torch.empty_like(param).uniform_(0.5, 1.5))
+    model.to(dtype).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All jobs' results, and the models they started from."""
+    root = tmp_path_factory.mktemp("grids")
+    for name in MODELS:
+        for dtype in (torch.float32, torch.bfloat16):
+            make_model(model_folder(root, name, str(dtype).removeprefix("torch.")), name, dtype)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    for world in (4, 2, 1):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+        job = subprocess.run(
+            [*command, str(WORKER), str(root)], env=environment, timeout=200, capture_output=True, text=True, check=False
+        )
+        assert job.returncode == 0, job.stderr[-6000:]
+    return root
+
+
+@pytest.fixture(scope="session")
+def references(root: Path) -> dict[str, Trained]:
+    return {name: Reference(case, model_folder(root, case.model)).run() for name, case in CASES.items()}
+
+
+def apart(got: Tensor, want: Tensor) -> float:
+    """Distance relative to the norm of what is wanted."""
+    assert got.shape == want.shape
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
+
+
+def result(root: Path, layout: str, case: str) -> Trained:
+    found = torch.load(root / layout / f"{case}.pt", weights_only=False)
+    assert isinstance(found, Trained)
+    return found
+
+
+@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_training_is_hugging_faces(root: Path, references: dict[str, Trained], layout: str, case: str) -> None:
+    """Log-probs, losses, norms, every gradient of every update, and the weights after two steps."""
+    got, want = result(root, layout, case), references[case]
+    assert got.logprobs.keys() == want.logprobs.keys()
+    for name in want.logprobs:
+        assert apart(got.logprobs[name], want.logprobs[name]) <= TOLERANCE, name
+    assert len(got.gradients) == len(want.gradients) == STEPS * CASES[case].settings(LAYOUTS[layout]).algo.updates_per_step
+    for update, (mine, theirs) in enumerate(zip(got.gradients, want.gradients, strict=True)):
+        assert mine.keys() == theirs.keys()
+        for name in theirs:
+            assert apart(mine[name], theirs[name]) <= TOLERANCE, (update, name)
+    assert got.losses == pytest.approx(want.losses, rel=TOLERANCE, abs=1e-7)
+    assert got.norms == pytest.approx(want.norms, rel=TOLERANCE)
+    for mine_m, theirs_m in zip(got.metrics, want.metrics, strict=True):
+        assert {n: mine_m[n] for n in theirs_m} == pytest.approx(theirs_m, abs=1e-9)
+    assert got.weights.keys() == want.weights.keys()
+    for name in want.weights:
+        assert apart(got.weights[name], want.weights[name]) <= TOLERANCE, name
+
+
+def test_the_cases_reach_every_branch(references: dict[str, Trained]) -> None:
+    """Clipping both ways and truncated calibration happen, gradients were clipped, all tensors have gradients."""
+    last = references["everything"].metrics[-1]
+    assert last["clip_low"] > 0 and last["clip_high"] > 0
+    assert any(0 < m["calibration_at_max"] < 1 for m in references["paper"].metrics)
+    assert all(norm > 0.05 for name in ("paper", "everything") for norm in references[name].norms)
+    for trained in references.values():
+        assert all(float(g.norm()) > 0 for gradients in trained.gradients for g in gradients.values())
+
+
+@pytest.mark.parametrize("name", ["whole", "shards", "again"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", list(MODELS))
+@pytest.mark.parametrize("layout", GRIDS)
+def test_export_returns_the_import(root: Path, layout: str, model: str, dtype: str, name: str) -> None:
+    """Bit for bit, in one file or several, and the exported folder is a Hugging Face model with the same logits."""
+    folder, source = root / layout / f"{model}-{dtype}-{name}", model_folder(root, model, dtype)
+    want = load_file(source / "model.safetensors")
+    files = sorted(folder.glob("*.safetensors"))
+    got = {n: t for file in files for n, t in load_file(file).items()}
+    assert got.keys() == want.keys()
+    assert all(got[n].dtype == want[n].dtype and torch.equal(got[n], want[n]) for n in want)
+    if name == "whole":
+        assert [f.name for f in files] == ["model.safetensors"]
+    else:
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        assert len(files) > 1 and set(index["weight_map"].values()) == {f.name for f in files}
+        assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in want.values())
+        largest = max(t.numel() * t.element_size() for t in want.values())
+        assert max(f.stat().st_size for f in files) < max(SHARD_BYTES, largest) + 4096
+    assert not folder.with_name(folder.name + ".part").exists()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        logits = [Qwen3ForCausalLM.from_pretrained(p, dtype="auto")(ids).logits for p in (folder, source)]
+    assert logits[0].dtype == logits[1].dtype == getattr(torch, dtype) and torch.equal(*logits)
+
+
+def loads() -> list[tuple[str, str]]:
+    """(layout that saved, layout that loads), where the loading one runs later."""
+    runs_at = {name: (-LAYOUTS[name].world, name not in SAVERS, list(LAYOUTS).index(name)) for name in GRIDS}
+    return [(saver, loader) for saver in SAVERS for loader in GRIDS if runs_at[saver] <= runs_at[loader]]
+
+
+@pytest.mark.parametrize(("saver", "loader"), loads())
+def test_checkpoint_survives_a_change_of_grid(root: Path, saver: str, loader: str) -> None:
+    """The weights are bit-equal after loading, and the next update is the one of the run that was not interrupted."""
+    saved, following = torch.load(root / "saved" / f"{saver}-fp32" / "next.pt")
+    loaded, resumed = torch.load(root / loader / f"{saver}-fp32.pt")
+    assert saved.keys() == loaded.keys() == resumed.keys()
+    assert all(torch.equal(saved[n], loaded[n]) for n in saved)
+    for name in following:
+        assert apart(resumed[name], following[name]) <= 1e-6, name
+        assert apart(resumed[name] - loaded[name], following[name] - saved[name]) <= 1e-4, name
+    if saver == loader:
+        assert all(torch.equal(resumed[n], following[n]) for n in following)
+
+
+@pytest.mark.parametrize("layout", SAVERS)
+def test_bf16_checkpoint_keeps_the_fp32_weights(root: Path, layout: str) -> None:
+    """Steps far below bf16's resolution accumulate in the fp32 copy, so the next update is equal to the bit."""
+    saved, following = torch.load(root / "saved" / f"{layout}-bf16" / "next.pt")
+    loaded, resumed = torch.load(root / layout / f"{layout}-bf16.pt")
+    assert all(torch.equal(saved[n], loaded[n]) for n in saved)
+    assert all(torch.equal(following[n], resumed[n]) for n in following)
+    assert any(not torch.equal(saved[n], following[n]) for n in following)
+
+
+@pytest.mark.parametrize("layout", GRIDS)
+def test_a_fault_on_one_rank_is_every_ranks(root: Path, layout: str) -> None:
+    """A weight that changed between scoring and training ends the run; a NaN costs one update and changes nothing."""
+    by_rank = torch.load(root / layout / "refused.pt")
+    assert len(by_rank) == LAYOUTS[layout].world
+    for rank, found in enumerate(by_rank):
+        assert len(found) == 5 and all(found.values()), (rank, found)
