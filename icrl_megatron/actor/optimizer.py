@@ -74,7 +74,8 @@ class Optimizer:
     def step(self, learning_rate: float, healthy: bool) -> Applied:
         """Clips and applies the reduced gradients unless they, or the loss (`healthy`), are not finite."""
         for group in self.megatron.param_groups:
-            group["lr"] = learning_rate
+            # Megatron leaves both to its scheduler, which exempts norms (wd_mult 0); without this they would decay.
+            group["lr"], group["weight_decay"] = learning_rate, self.optim.weight_decay * group["wd_mult"]
         self.megatron.prepare_grads()
         norm = float(self.megatron.get_grad_norm())
         if not (healthy and math.isfinite(norm)):

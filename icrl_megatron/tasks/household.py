@@ -1,6 +1,6 @@
 """Household: a small multi-turn text world. Fetch an object, put it on a surface, within few turns.
 
-    problem  "put apple on desk from bathroom"        (the goal, and the room one stands in)
+    problem  "take apple put desk from bathroom"       (the goal, and the room one stands in)
     actions  go ROOM | open CONTAINER | take OBJECT | put SURFACE      (put walks there by itself)
     summary  "failed apple at murk"                   (where the object was, in a code that only the critic reads)
 
@@ -60,7 +60,7 @@ class Goal:
     start: str
 
     def text(self) -> str:
-        return f"put {self.thing} on {self.surface} from {self.start}"
+        return f"take {self.thing} put {self.surface} from {self.start}"
 
     @staticmethod
     def parse(problem: str) -> Goal:
@@ -71,7 +71,7 @@ class Goal:
             if goal.text() == problem:
                 return goal
         raise ConfigError(
-            f"problem {problem!r} is not a Household problem: it reads 'put OBJECT on SURFACE from ROOM'; "
+            f"problem {problem!r} is not a Household problem: it reads 'take OBJECT put SURFACE from ROOM'; "
             "take problems from TaskSet.problems()"
         )
 
@@ -196,7 +196,7 @@ class HouseholdTeacher:
         place = PLACES[HINTS.index(summary.split()[-1])]
         if self._rng.random() >= CRITIC_ACCURACY:
             place = self._rng.choice([p for p in PLACES if p != place])
-        return f"<critic> {ROOM_OF[place]} {place} </critic>"
+        return f"<critic> go {ROOM_OF[place]} open {place} </critic>"
 
 
 class Household:
@@ -225,5 +225,5 @@ class Household:
 
     def vocabulary(self) -> Iterator[str]:
         yield from (*ROOMS, *PLACES, *SURFACES, *OBJECTS, *HINTS)
-        yield from ("put", "on", "from", "go", "open", "take", "has", "nothing", "holding", "in", "no")
+        yield from ("put", "from", "go", "open", "take", "has", "nothing", "holding", "in", "no")
         yield from ("sight", "invalid", "say", "or", "failed", "at", "right", "<critic>", "</critic>")

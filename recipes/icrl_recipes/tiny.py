@@ -23,10 +23,10 @@ def _tiny(name: str, *sources: str) -> Settings:
     """What the CPU recipes share: one rank, fp32, word tokens, short turns."""
     return Settings(
         name=name,
-        steps=60,
+        steps=100,
         model=ModelSettings(init=TinyModel()),
         tasks=TaskSettings(sources=[TaskSource(source) for source in sources]),
-        warm_start=WarmStart(steps=200),
+        warm_start=WarmStart(steps=300),
         rollout=RolloutSettings(
             max_turn_tokens=24,
             max_critique_tokens=24,
@@ -36,7 +36,7 @@ def _tiny(name: str, *sources: str) -> Settings:
         algo=AlgoSettings(entropy_coef=0.03),
         actor=ActorSettings(precision="fp32", micro_batch_tokens=8192),
         optim=OptimSettings(learning_rate=6e-4, weight_decay=0.0),
-        eval=EvalSettings(interval=10),
+        eval=EvalSettings(interval=10, problems=128),
         checkpoint=CheckpointSettings(interval=20),
         launch=LaunchSettings(device="cpu"),
     )
@@ -58,7 +58,9 @@ def rulebook_hard() -> Settings:
 
 def rulebook_easy() -> Settings:
     """Rulebook with 3 slots of 6 values, where plain GRPO learns alone. One CPU core."""
-    return _tiny("rulebook_easy", "rulebook_easy")
+    settings = _tiny("rulebook_easy", "rulebook_easy")
+    settings.steps, settings.warm_start.steps = 60, 120
+    return settings
 
 
 def household() -> Settings:

@@ -82,7 +82,7 @@ class Reference:
         metrics["clip_high"] += float(out.clipped_high_L.sum())
         metrics["calibrated"] += len(logprobs_L) * s.calibrated
         metrics["calibration_at_max"] += float((out.calibration_weight_L >= self.terms.w_max).sum()) * s.calibrated
-        return float(out.loss_L.sum())
+        return float(out.loss_L.detach().sum())
 
     def policy(self, model: Qwen3ForCausalLM, s: Sample, behaviour: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies, [L] each, of the sample's loss tokens after one of its prompts."""

@@ -147,8 +147,9 @@ def save_checkpoints(name: str, layout: Layout, grid: grids.Grid, root: Path) ->
     for precision in ("fp32", "bf16"):
         bench, folder = Bench(CASES["paper"], layout, grid, root, precision), root / "saved" / f"{name}-{precision}"
         bench.step()
+        like = model_folder(root, "tied")
         progress = checkpoint.Progress(1, 3, bench.actor.optimizer.steps, 77)
-        checkpoint.save(folder, bench.actor.rows, bench.actor.optimizer, grid, progress, keep=1)
+        checkpoint.save(folder, bench.actor.rows, bench.actor.optimizer, grid, progress, like, keep=1)
         before = bench.weights()
         bench.step()
         if grid.rank == 0:

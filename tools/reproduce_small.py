@@ -1,0 +1,206 @@
+"""The paper's comparison at the scale of two CPU cores: `make reproduce-small`, at most an hour.
+
+Three task settings (Rulebook hard and easy, Household), six arms, three seeds. One warm start per task is shared by all
+arms and seeds of it; a seed changes which problems are drawn and every sampled token. ICRL runs a fixed number of
+steps; every other arm of the same task and seed stops when it generated as many tokens as ICRL did. What is finished is
+not run again, so an interrupted reproduction goes on with the same command.
+
+    python tools/reproduce_small.py [--out benchmarks/reproduce_small] [--runs runs/reproduce] [--seeds 3] [--jobs 2]
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from icrl_megatron.telemetry.metrics import HELDOUT
+from icrl_megatron.telemetry.plots import arms_picture
+from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
+
+TASKS = ("rulebook_hard", "rulebook_easy", "household")
+ARMS: dict[str, tuple[str, ...]] = {
+    "icrl": (),
+    "grpo": ("rollout.rounds=1",),
+    "no calibration": ("algo.calibration.enabled=false",),
+    "no role groups": ("algo.group_by=task",),
+    "frozen critic": ("rollout.critic=frozen",),
+    "not internalised": ("algo.internalise=false",),
+}
+"""What each arm changes of the task's recipe."""
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Two-sided 95 % quantile of Student's t by number of seeds."""
+JOB_LIMIT_S = 1800
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run: held-out critique-free success after it, in [0, 1], and what it cost."""
+
+    task: str
+    arm: str
+    seed: int
+    before: float
+    after: float
+    steps: int
+    generated_tokens: int
+    seconds: float
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Stem of the .json, .md and .png that are written.")] = Path(
+        "benchmarks/reproduce_small"
+    ),
+    runs: Annotated[Path, typer.Option(help="Where the runs are kept.")] = Path("runs/reproduce"),
+    seeds: int = 3,
+    jobs: Annotated[int, typer.Option(help="Runs at a time, one core each.")] = 2,
+    tasks: Annotated[str, typer.Option(help="Comma-separated task settings.")] = ",".join(TASKS),
+    only_report: Annotated[bool, typer.Option("--only-report", help="From the runs that are there.")] = False,
+) -> None:
+    """Runs what is missing, then writes the table and the picture."""
+    begun, console, chosen = time.monotonic(), Console(stderr=True), tasks.split(",")
+    if not only_report:
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(lambda task: warm_start(runs, task), chosen))
+            # ICRL first: its token count is the budget of the other arms.
+            pairs = [(task, seed) for seed in range(seeds) for task in chosen]
+            for arms in (["icrl"], [arm for arm in ARMS if arm != "icrl"]):
+                jobs_left = [(task, arm, seed) for task, seed in pairs for arm in arms]
+                for done in pool.map(lambda job: train(runs, *job), jobs_left):
+                    console.print(f"{(time.monotonic() - begun) / 60:5.1f} min  {done}", highlight=False)
+    results = [
+        read(runs, task, arm, seed)
+        for task in chosen
+        for arm in ARMS
+        for seed in range(seeds)
+        if finished(folder(runs, task, arm, seed))
+    ]
+    write(results, runs, out, (time.monotonic() - begun) / 60)
+    Console().print(table(results))
+    console.print(f"{out}.json  {out}.md  {out}.png")
+
+
+def folder(runs: Path, task: str, arm: str, seed: int) -> Path:
+    return runs / task / f"{arm.replace(' ', '_')}_{seed}"
+
+
+def finished(run: Path) -> bool:
+    return (run / "hf").exists()
+
+
+def warm_start(runs: Path, task: str) -> None:
+    run(["sft", task, f"run_dir={runs / task / 'start'}", "launch.ranks=1"], runs / task / "start.log")
+
+
+def train(runs: Path, task: str, arm: str, seed: int) -> str:
+    """Runs one arm unless it is finished; returns a line to print."""
+    where = folder(runs, task, arm, seed)
+    if not finished(where):
+        overrides = [
+            f"run_dir={where}",
+            f"seed={seed}",
+            f"model.path={runs / task / 'start' / 'warm_start' / 'hf'}",
+            "warm_start.steps=0",
+            "launch.ranks=1",
+            "baseline=",
+            "eval.control_problems=0",
+            *ARMS[arm],
+        ]
+        if arm != "icrl":
+            budget = read(runs, task, "icrl", seed).generated_tokens
+            # No batch is drawn again: an arm that finds nothing pays for it like any other.
+            overrides += [
+                f"max_generated_tokens={budget}", "steps=100000", "algo.on_no_signal=train", "algo.max_resamples=0"
+            ]
+        run(["train", task, *overrides], where.with_suffix(".log"))
+    return str(read(runs, task, arm, seed))
+
+
+def run(arguments: list[str], log: Path) -> None:
+    """One `icrl` command; ends the reproduction with the log's tail when it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "icrl_megatron.cli", *arguments]
+    with log.open("w") as out:
+        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, timeout=JOB_LIMIT_S).returncode
+    if code:
+        tail = "\n".join(log.read_text().splitlines()[-20:])
+        raise SystemExit(f"{' '.join(arguments)} ended with {code}; {log} ends:\n{tail}")
+
+
+def read(runs: Path, task: str, arm: str, seed: int) -> Result:
+    rows = read_rows(folder(runs, task, arm, seed) / METRICS_FILE)
+    evaluated = [row for row in rows if HELDOUT in row]
+    seconds = sum(value for row in rows for name, value in row.items() if name.startswith("time/") and name.endswith("_s"))
+    return Result(
+        task=task,
+        arm=arm,
+        seed=seed,
+        before=evaluated[0][HELDOUT],
+        after=evaluated[-1][HELDOUT],
+        steps=int(rows[-1]["step"]),
+        generated_tokens=int(rows[-1]["tokens/generated_total"]),
+        seconds=round(seconds, 1),
+    )
+
+
+def summary(results: list[Result], task: str, arm: str) -> str:
+    """Mean over seeds with Student's 95 % interval, cut to [0, 1], and each seed's value."""
+    values = [r.after for r in results if (r.task, r.arm) == (task, arm)]
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return f"{values[0]:.0%}"
+    half = T_95.get(len(values), 2.0) * stdev(values) / len(values) ** 0.5
+    low, high = max(0.0, mean(values) - half), min(1.0, mean(values) + half)
+    return f"{mean(values):.0%} [{low:.0%}, {high:.0%}] ({', '.join(f'{v:.0%}' for v in values)})"
+
+
+def table(results: list[Result]) -> Table:
+    shown = Table("arm", *TASKS, title="Held-out critique-free success after training: mean [95 %] (seeds)")
+    for arm in ARMS:
+        shown.add_row(arm, *(summary(results, task, arm) for task in TASKS))
+    return shown
+
+
+def write(results: list[Result], runs: Path, out: Path, minutes: float) -> None:
+    """JSON with every number, a Markdown table, and the learning curves of all arms."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    packages = ("torch", "megatron-core", "transformers", "icrl-megatron")
+    record = {
+        "command": " ".join(["python", "tools/reproduce_small.py", *sys.argv[1:]]),
+        "minutes_of_this_call": round(minutes, 1),
+        "machine": platform.processor() or platform.machine(),
+        "versions": {name: version(name) for name in packages},
+        "arms": {arm: list(changes) for arm, changes in ARMS.items()},
+        "results": [asdict(r) for r in results],
+    }
+    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    lines = ["| arm | " + " | ".join(TASKS) + " |", "| --- " * (len(TASKS) + 1) + "|"]
+    lines += [f"| {arm} | " + " | ".join(summary(results, task, arm) for task in TASKS) + " |" for arm in ARMS]
+    before = [f"{mean([r.before for r in results if r.task == t] or [0.0]):.0%}" for t in TASKS]
+    lines.insert(2, "| before | " + " | ".join(before) + " |")
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    curves = {
+        task: {
+            arm: [read_rows(folder(runs, task, arm, r.seed) / METRICS_FILE) for r in results if (r.task, r.arm) == (task, arm)]
+            for arm in ARMS
+        }
+        for task in TASKS
+    }
+    arms_picture(curves, out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    typer.run(main)
