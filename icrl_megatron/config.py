@@ -147,8 +147,8 @@ class AlgoSettings:
     max_resamples: int = 4
     """Times a batch without any signal is drawn again."""
     on_no_signal: str = "error"
-    """After that: error (ends the run and names the tasks) | train (take the step anyway; the entropy and KL terms still
-    act, and the step is counted: for baselines that may find nothing)."""
+    """After that: error (ends the run and names the tasks) | skip (no update, and the step is counted: for baselines
+    that may find nothing) | train (update anyway: the entropy and KL terms still act)."""
 
 
 @dataclass
@@ -201,7 +201,7 @@ class CheckpointSettings:
 @dataclass
 class DebugSettings:
     mode: str = "train"
-    """train | rollout_only (no update) | from_dump (train on episodes that a run dumped) | fake_data (random samples)."""
+    """train | rollout_only (no update) | from_dump (train on the episodes of a dump) | fake_data (random samples)."""
     dump: str = ""
     """Run folder whose rollouts `from_dump` reads."""
 

@@ -61,7 +61,8 @@ def torchrun(
     save before they are killed. A second SIGINT kills them at once. Must be called from the main thread.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    outcome, stop = (log_dir / "outcome.json").resolve(), (log_dir / "stop").resolve()
+    # Named after this launcher: a second one that is refused in this folder must not speak for the first.
+    outcome, stop = (log_dir.resolve() / f"{name}.{os.getpid()}" for name in ("outcome.json", "stop"))
     outcome.unlink(missing_ok=True)
     stop.unlink(missing_ok=True)
     quiet = ",".join(f"{rank}:3" for rank in range(1, ranks))  # 3: both streams
@@ -75,7 +76,10 @@ def torchrun(
             killed = _wait(agent, received, stop, stop_timeout_s)
         finally:
             _kill_tree(agent)
-    return killed or _exit_code(agent.returncode, outcome)
+    code = killed or _exit_code(agent.returncode, outcome)
+    outcome.unlink(missing_ok=True)
+    stop.unlink(missing_ok=True)
+    return code
 
 
 def run_rank(main: Callable[[], int]) -> NoReturn:

@@ -16,12 +16,13 @@ class NoSignalError(RuntimeError):
 
 def run(parts: Parts, recorder: Recorder) -> int:
     """Trains to the end. Returns 0, or STOPPED when a signal asked all ranks to stop; both leave a checkpoint."""
-    settings = parts.settings
+    settings, algo = parts.settings, parts.settings.algo
     if recorder.step == 0:
         recorder.evaluate()
     while not recorder.finished():
         played, report = play_and_credit(parts, recorder)
-        stats = None if settings.debug.mode == "rollout_only" else update(parts, recorder, report)
+        idle = settings.debug.mode == "rollout_only" or (not report.has_signal and algo.on_no_signal == "skip")
+        stats = None if idle else update(parts, recorder, report)
         recorder.record(played, report, stats)
         if recorder.stop_requested():
             recorder.checkpoint()
@@ -43,11 +44,16 @@ def play_and_credit(parts: Parts, recorder: Recorder) -> tuple[Played, CreditRep
         report = credit(played.episodes, algo, train_critic=settings.rollout.critic == "self")
         if report.has_signal:
             return played, report
+    if not played.episodes:
+        lost = played.dropped[0]
+        raise NoSignalError(
+            f"step {recorder.step}: all {len(played.dropped)} episodes were lost; {lost.task.task_id}: {lost.error}"
+        )
     if algo.on_no_signal == "error" or not report.samples:
         raise NoSignalError(
-            f"step {recorder.step}: no reward differed inside any group in {algo.max_resamples + 1} batches, the last of "
-            f"{', '.join(t.task_id for t in tasks)}; make the tasks easier or harder, raise rollout.episodes_per_task, "
-            "or set algo.on_no_signal=train"
+            f"step {recorder.step}: no reward differed inside any group in {algo.max_resamples + 1} batches, the last "
+            f"of {', '.join(t.task_id for t in tasks)}; make them easier or harder, raise rollout.episodes_per_task, "
+            "or set algo.on_no_signal=skip"
         )
     return played, report
 

@@ -22,9 +22,9 @@ from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.source import EpisodeSource, Played
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.telemetry.dumps import write_dump
-from icrl_megatron.telemetry.metrics import heldout_metrics, rollout_metrics
+from icrl_megatron.telemetry.metrics import GENERATED, heldout_metrics, rollout_metrics
 from icrl_megatron.telemetry.progress import Phase, Progress
-from icrl_megatron.telemetry.writer import TIME_PREFIX, MetricsWriter
+from icrl_megatron.telemetry.writer import METRICS_FILE, TIME_PREFIX, MetricsWriter, read_rows
 from icrl_megatron.types import StepStats, Task
 
 CHECKPOINTS = "checkpoints"
@@ -58,7 +58,7 @@ class Parts:
         gap = stats.metrics.get("mismatch_max", 0.0)
         if live and not gap <= MISMATCH_TOLERANCE_FP32:
             raise InvariantError(
-                f"engine and trainer differ by {gap:.2e} in a log-prob (allowed {MISMATCH_TOLERANCE_FP32:.0e} in fp32): "
+                f"engine and trainer differ by {gap:.2e} in a log-prob (fp32 allows {MISMATCH_TOLERANCE_FP32:.0e}); "
                 "weights were not synced whole, or one of them computes another model"
             )
 
@@ -117,6 +117,11 @@ class Recorder:
         if settings.eval.interval and self.step % settings.eval.interval == 0 and not self.finished():
             row |= self._heldout()
         row |= self._timings(row, stats)
+        if played.dropped:
+            lost = played.dropped[0]
+            self.progress.log(
+                f"step {self.step}: {len(played.dropped)} episodes lost, {lost.task.task_id}: {lost.error}"
+            )
         if self.writer is not None:
             write_dump(self.run_dir, self.step, played.episodes, report.samples, self.parts.prompter.decode)
             self.writer.write(self.step, row)
@@ -140,14 +145,21 @@ class Recorder:
             checkpoint.save(root, actor.rows, actor.optimizer, self.parts.grid, state, like, keep)
 
     def conclude(self) -> None:
-        """The last evaluation, checkpoint and export."""
-        self.evaluate()
+        """The last evaluation, checkpoint and export; what a run that was killed in here has done is not done twice."""
+        if not self._evaluated():
+            self.evaluate()
         self.checkpoint()
         with self.progress.phase("export"):
             folder = Path(self.parts.settings.model.path)
             write_hf(self.parts.sync.gatherer, folder, self.run_dir / EXPORT, self.parts.grid)
         if self.writer is not None:
             self.writer.close()
+
+    def _evaluated(self) -> bool:
+        """Whether the metrics end with an evaluation at this step; the same answer on every rank."""
+        rows = read_rows(self.run_dir / METRICS_FILE) if self.writer is not None else []
+        ends = bool(rows) and rows[-1]["step"] == self.step and GENERATED not in rows[-1]
+        return any_rank(self.parts.grid, ends)
 
     def _heldout(self) -> dict[str, float]:
         settings = self.parts.settings

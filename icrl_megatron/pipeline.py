@@ -68,7 +68,7 @@ def _baseline(settings: Settings, folder: Path) -> Settings:
         steps=100 * settings.steps,
         max_generated_tokens=spent,
         rollout=replace(settings.rollout, rounds=1),
-        algo=replace(settings.algo, calibration=Calibration(enabled=False), on_no_signal="train", max_resamples=0),
+        algo=replace(settings.algo, calibration=Calibration(enabled=False), on_no_signal="skip", max_resamples=0),
         eval=replace(settings.eval, control_problems=0),
     )
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from icrl_megatron.config import Settings
 from icrl_megatron.rollout.intervals import Proportion, proportion
 from icrl_megatron.settings import run_folder
-from icrl_megatron.telemetry.metrics import HELDOUT
+from icrl_megatron.telemetry.metrics import HELDOUT, HELDOUT_ATTEMPTS
 from icrl_megatron.telemetry.plots import learning_curve
 from icrl_megatron.telemetry.writer import METRICS_FILE, TENSORBOARD_FOLDER, Row, read_rows
 
@@ -35,16 +35,20 @@ class Outcome:
 def outcome(label: str, folder: Path, settings: Settings) -> Outcome:
     """Reads a finished run's metrics."""
     rows = read_rows(folder / METRICS_FILE)
-    trials = settings.eval.problems * settings.eval.samples
     names = [source.name for source in settings.tasks.sources]
 
-    def measured(row: Row) -> dict[str, Proportion]:
-        found = {name: row[f"{HELDOUT}/{name}"] for name in names}
-        return {name: proportion(round(mean * trials), trials) for name, mean in found.items()}
+    def measured(name: str) -> list[Proportion]:
+        means = [
+            (row[f"{HELDOUT}/{name}"], int(row[f"{HELDOUT_ATTEMPTS}/{name}"]))
+            for row in rows
+            if f"{HELDOUT}/{name}" in row
+        ]
+        return [proportion(round(mean * trials), trials) for mean, trials in means]
 
-    evaluated = [row for row in rows if HELDOUT in row]
+    found = {name: measured(name) for name in names}
     spent = int(rows[-1]["tokens/generated_total"])
-    return Outcome(label, rows, spent, measured(evaluated[0]), measured(evaluated[-1]))
+    before, after = ({name: of[i] for name, of in found.items() if of} for i in (0, -1))
+    return Outcome(label, rows, spent, before, after)
 
 
 def report(settings: Settings, console: Console | None = None) -> None:

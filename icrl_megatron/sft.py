@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
-from transformers import AutoTokenizer
 
 from icrl_megatron.actor import checkpoint, platform
 from icrl_megatron.actor import grid as grids
@@ -32,7 +31,7 @@ from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Teachable
 from icrl_megatron.telemetry.progress import Progress
 from icrl_megatron.telemetry.writer import MetricsWriter
-from icrl_megatron.train import locked, problems
+from icrl_megatron.train import locked, problems, tokenizer
 from icrl_megatron.types import Sample, Task
 
 SEED_FOLDER = "random"
@@ -88,7 +87,7 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     run_dir, warm, progress = run_folder(settings), settings.warm_start, Progress(enabled=grid.rank == 0)
     start = _start_folder(settings, grid)
     actor = Actor(settings, start, grid)
-    prompter = Prompter(AutoTokenizer.from_pretrained(start), settings.rollout)
+    prompter = Prompter(tokenizer(start), settings.rollout)
     stage = Stage(registry.environment, prompter, settings.rollout)
     sampler = TaskSampler(settings.tasks.sources, problems(settings, "train"), settings.seed)
     root = run_dir / CHECKPOINTS

@@ -1,4 +1,4 @@
-"""What torchrun starts: `python -m icrl_megatron.train SETTINGS.yaml` builds the parts of this rank and runs the loop."""
+"""What torchrun starts: `python -m icrl_megatron.train SETTINGS.yaml` builds one rank's parts and runs the loop."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import fcntl
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from transformers import AutoTokenizer
@@ -19,14 +20,15 @@ from icrl_megatron.actor import platform
 from icrl_megatron.config import ConfigError, Settings
 from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.launch import StopRequest, run_rank
-from icrl_megatron.rollout.engine import Engine
-from icrl_megatron.rollout.episode import Stage
+from icrl_megatron.rollout.engine import WeightReceiver
+from icrl_megatron.rollout.episode import GuardedEnvironment, Stage, require_room
 from icrl_megatron.rollout.evaluate import control
 from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.source import DumpSource, EngineSource, EpisodeSource, FakeSource, NoEngine
 from icrl_megatron.rollout.speakers import EmptyCritic, EngineSpeaker, Speaker, engine_casting
 from icrl_megatron.settings import load_saved, run_folder
 from icrl_megatron.tasks import registry
+from icrl_megatron.tasks.base import EnvironmentFailure
 from icrl_megatron.telemetry.progress import Progress
 from icrl_megatron.types import Split, Task
 
@@ -54,7 +56,9 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
 
     progress = Progress(enabled=grid.rank == 0)
     folder = Path(settings.model.path)
-    prompter = Prompter(AutoTokenizer.from_pretrained(folder), settings.rollout)
+    prompter = Prompter(tokenizer(folder), settings.rollout)
+    tasks, held = problems(settings, "train"), heldout(settings)
+    check_prompts(settings, prompter, [of[0] for of in tasks.values()])
     actor = Actor(settings, folder, grid)
     engine, source = episode_source(settings, folder, grid, prompter, progress)
     parts = Parts(
@@ -63,8 +67,8 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
         actor=actor,
         sync=WeightSync(Gatherer(actor.rows, grid), engine),
         source=source,
-        sampler=TaskSampler(settings.tasks.sources, problems(settings, "train"), settings.seed),
-        heldout=heldout(settings),
+        sampler=TaskSampler(settings.tasks.sources, tasks, settings.seed),
+        heldout=held,
         prompter=prompter,
     )
     recorder = Recorder(parts, run_folder(settings), progress, stop)
@@ -98,9 +102,28 @@ def heldout(settings: Settings) -> tuple[Task, ...]:
     return tuple(t for tasks in problems(settings, "heldout").values() for t in tasks[: settings.eval.problems])
 
 
+def tokenizer(folder: Path) -> Any:
+    """The tokenizer of a Hugging Face folder. Raises ConfigError where it is damaged."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise ConfigError(
+            f"{folder}: the tokenizer cannot be loaded ({error}); copy the model's folder again"
+        ) from error
+
+
+def check_prompts(settings: Settings, prompter: Prompter, tasks: list[Task]) -> None:
+    """Raises ConfigError where a prompt does not fit `rollout.context_tokens`, before the model is loaded."""
+    for task in tasks:
+        with suppress(EnvironmentFailure):  # costs its episodes later, not the run
+            environment = GuardedEnvironment(task, registry.environment, settings.rollout.environment_timeout_s)
+            problem = asyncio.run(environment.reset())
+            require_room(task, "attempt", len(prompter.attempt(problem)), settings.rollout)
+
+
 def episode_source(
     settings: Settings, folder: Path, grid: grids.Grid, prompter: Prompter, progress: Progress
-) -> tuple[Engine | NoEngine, EpisodeSource]:
+) -> tuple[WeightReceiver, EpisodeSource]:
     """The engine that weights are synced to, and where episodes come from, by debug mode."""
     from icrl_megatron.rollout.local import LocalEngine
     from icrl_megatron.shape import Qwen3Shape

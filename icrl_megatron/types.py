@@ -2,8 +2,8 @@
 
     Task -> Completion -> Turn -> Attempt / Critique -> Episode -> Sample -> StepPlan(MicroBatch) -> StepStats
 
-From `Sample` on nothing knows what a critic is. Token sequences are tuples or NumPy arrays on the host; tensors are made
-by the actor, at the last moment and on its own device. This module imports no torch.
+From `Sample` on nothing knows what a critic is. Token sequences are tuples or NumPy arrays on the host; tensors are
+made by the actor, at the last moment and on its own device. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -178,6 +178,8 @@ class MicroBatch:
     coefficients_L: FloatArray
     """c_t >= 0: the global normaliser of each token. The loss of a step is a plain sum of c_t * loss_t."""
     calibrated_L: BoolArray
+    same_prompt_L: BoolArray
+    """True where a sample is trained under the prompt that the engine saw: only there can the two be compared."""
     sample_index_L: IntArray
     """Index of the sample in `StepPlan.samples`, for scattering per-token results back."""
 
@@ -206,4 +208,4 @@ class StepStats:
     loss_tokens: int
     tokens: int
     metrics: dict[str, float] = field(default_factory=dict)
-    """Token means: entropy, nll, ratio_max_deviation, kl_old, clip_low, clip_high, calibration_mean, ..., mismatch_*."""
+    """Token means, maxima and counts by name; `actor/measure.py` makes them."""

@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "algo.group_by": ("task_role", "task_round_role", "task"),
     "algo.calibration.denominator": ("rollout", "recomputed"),
     "algo.loss_normalisation": ("sequence_mean", "token_mean"),
-    "algo.on_no_signal": ("error", "train"),
+    "algo.on_no_signal": ("error", "skip", "train"),
     "actor.precision": ("bf16", "fp32"),
     "actor.fp8": ("off", "delayed", "current", "blockwise"),
     "actor.recompute": ("none", "selective", "full"),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SLURM_PARTS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged")
@@ -36,3 +39,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name, reason in reasons.items():
             if item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small run that was never interrupted: warm start, training, report. Its `warm_start/hf` is a
+    model that other tests start from."""
+    from whole_runs import WARM_START, icrl, train
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    code, _, err = icrl(*train(folder, *WARM_START))
+    assert code == 0, err
+    return folder

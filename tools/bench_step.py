@@ -3,17 +3,18 @@
     pip install -e .[bench] -c constraints.txt
     python tools/bench_step.py --out benchmarks/step_cpu.json
 
-Both train the same Hugging Face folder, a tiny Qwen3 (4 layers, hidden 128, vocabulary 8192, tied head), in float32 with
-AdamW, on the same 16 sequences: 2 prompts of 64 tokens with 8 completions of 64 each, canned, with fixed rewards. One
-round of attempts is plain GRPO, so both compute the same update; that gradient norm and entropy of the first step agree
-is checked. What a step is:
+Both train the same Hugging Face folder, a tiny Qwen3 (4 layers, hidden 128, vocabulary 8192, tied head), in float32
+with AdamW, on the same 16 sequences: 2 prompts of 64 tokens with 8 completions of 64 each, canned, with fixed rewards.
+One round of attempts is plain GRPO, so both compute the same update; that gradient norm and entropy of the first step
+agree is checked. What a step is:
 
 - ours: episodes -> credit -> pack -> score -> train (forward, loss, backward, clipping, AdamW, all metrics and
   assertions) -> push of the weights to an engine that drops them. Scoring does nothing from the second step on.
 - TRL's: one turn of its training loop, with a `rollout_func`, its own hook, that returns the canned ids: fetching the
   rows, decoding and rewards, advantages, padding, `compute_loss`, backward, clipping, fused AdamW. `beta` 0,
-  `num_iterations` 1, no second scoring pass, no gradient checkpointing, SDPA attention, no logging, nothing saved.
-  Without a GPU its head scores every position, ours those of the completions.
+  `num_iterations` 1, no second scoring pass, no gradient checkpointing, SDPA attention, no logging, nothing saved, and
+  the micro-batch that costs it least. Without a GPU TRL's fused head scores every position (on one, those of the
+  completions, as ours does everywhere): `--prompt-tokens 8` shows how much of the difference that is.
 
 Each peer is a process of its own that stays alive; they take turns of a few steps, so that a busy machine troubles both
 alike. A figure is the user and system time of the process per step; the first turn (warm-up) is not counted.
@@ -50,7 +51,9 @@ BAR = 0.8
 MODEL = TinyModel(layers=4, hidden=128, heads=4, kv_heads=2, head_dim=32, ffn=384)
 VOCABULARY = 8192
 PROMPTS, GENERATIONS = 2, 8
-PROMPT_TOKENS, COMPLETION_TOKENS = 64, 64
+SEQUENCE_TOKENS, PROMPT_TOKENS = 128, 64
+TRL_MICRO_BATCH = 2
+"""Sequences of a pass of TRL's; its time per step falls from 16 to 2 (1.58, 1.45, 1.38, 1.33 s at 16, 8, 4, 2)."""
 LEARNING_RATE = 1e-6
 SPECIAL_TOKENS = 7
 """Ids below are the tokenizer's own; prompts and completions use words only."""
@@ -77,15 +80,15 @@ class Turn:
     wall_seconds: float
 
 
-def canned() -> Canned:
+def canned(prompt_tokens: int) -> Canned:
     rng = random.Random(0)
 
     def ids(count: int) -> tuple[int, ...]:
         return tuple(rng.randrange(SPECIAL_TOKENS, VOCABULARY) for _ in range(count))
 
     return Canned(
-        prompts=[ids(PROMPT_TOKENS) for _ in range(PROMPTS)],
-        completions=[[ids(COMPLETION_TOKENS) for _ in range(GENERATIONS)] for _ in range(PROMPTS)],
+        prompts=[ids(prompt_tokens) for _ in range(PROMPTS)],
+        completions=[[ids(SEQUENCE_TOKENS - prompt_tokens) for _ in range(GENERATIONS)] for _ in range(PROMPTS)],
         rewards=[float(g % 3 == 0) for g in range(GENERATIONS)],
     )
 
@@ -124,7 +127,7 @@ def _cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def run_ours(folder: Path) -> None:
+def run_ours(folder: Path, data: Canned) -> None:
     from icrl_megatron.actor import grid as grids
     from icrl_megatron.actor import platform as device
 
@@ -141,8 +144,8 @@ def run_ours(folder: Path) -> None:
     grids.single_process()
     grid = grids.build(settings)
     actor = Actor(settings, folder, grid)
-    sync = WeightSync(Gatherer(actor.rows, grid), NoEngine())  # type: ignore[arg-type]
-    episodes = _episodes(canned())
+    sync = WeightSync(Gatherer(actor.rows, grid), NoEngine())
+    episodes = _episodes(data)
     turns, more = Turns(), True
     while more:
         samples = credit(episodes, settings.algo, train_critic=True).samples
@@ -168,12 +171,11 @@ def _episodes(data: Canned) -> list[Any]:
     return found
 
 
-def run_trl(folder: Path) -> None:
+def run_trl(folder: Path, data: Canned) -> None:
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    data, ours = canned(), Settings()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = [tokenizer.decode(ids) for ids in data.prompts]
     turns = Turns()
@@ -197,7 +199,7 @@ def run_trl(folder: Path) -> None:
     trainer = GRPOTrainer(
         model=str(folder),
         reward_funcs=reward,
-        args=GRPOConfig(**_trl_settings(folder.parent / "trl", ours)),
+        args=GRPOConfig(**_trl_settings(folder.parent / "trl")),
         train_dataset=Dataset.from_dict({"prompt": texts * MAX_STEPS}),
         processing_class=tokenizer,
         rollout_func=rollout,
@@ -206,16 +208,18 @@ def run_trl(folder: Path) -> None:
     trainer.train()
 
 
-def _trl_settings(out: Path, ours: Settings) -> dict[str, Any]:
+def _trl_settings(out: Path) -> dict[str, Any]:
     """GRPOConfig's arguments: our algorithm's numbers, and what costs TRL least."""
+    ours = Settings()
     return {
         "output_dir": str(out),
         "use_cpu": True,
         "bf16": False,
         "model_init_kwargs": {"dtype": "float32", "attn_implementation": "sdpa"},
-        "per_device_train_batch_size": PROMPTS * GENERATIONS,
+        "per_device_train_batch_size": TRL_MICRO_BATCH,
+        "gradient_accumulation_steps": PROMPTS * GENERATIONS // TRL_MICRO_BATCH,
         "num_generations": GENERATIONS,
-        "max_completion_length": COMPLETION_TOKENS,
+        "max_completion_length": SEQUENCE_TOKENS,
         "max_steps": MAX_STEPS,
         "shuffle_dataset": False,
         "loss_type": "grpo",
@@ -243,13 +247,13 @@ def _trl_settings(out: Path, ours: Settings) -> dict[str, Any]:
 class Peer:
     """The parent's side: one peer's process."""
 
-    def __init__(self, name: str, folder: Path, threads: int) -> None:
+    def __init__(self, name: str, folder: Path, threads: int, prompt_tokens: int) -> None:
         self.name = name
         self.log = folder.parent / f"{name}.log"
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, __file__, "--peer", name, "--folder", str(folder)],
+                [sys.executable, __file__, f"--peer={name}", f"--folder={folder}", f"--prompt-tokens={prompt_tokens}"],
                 env=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -280,14 +284,14 @@ class Peer:
         return self.process.stdin, self.process.stdout
 
 
-def _measure(rounds: int, steps: int, threads: int) -> dict[str, list[Turn]]:
+def _measure(rounds: int, steps: int, threads: int, prompt_tokens: int) -> dict[str, list[Turn]]:
     from icrl_megatron.tiny import build_tiny
 
     turns: dict[str, list[Turn]] = {name: [] for name in PEERS}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         build_tiny(folder, MODEL, [f"w{i}" for i in range(VOCABULARY - SPECIAL_TOKENS)], seed=0)
-        peers = [Peer(name, folder, threads) for name in PEERS]
+        peers = [Peer(name, folder, threads, prompt_tokens) for name in PEERS]
         try:
             _check_agreement(*(peer.take(WARM_UP)[1] for peer in peers))
             for round in track(range(rounds), description="measuring", console=Console(stderr=True)):
@@ -321,7 +325,8 @@ def _report(turns: dict[str, list[Turn]]) -> dict[str, Any]:
 
 
 def _print(report: dict[str, Any]) -> None:
-    table = Table("", "CPU s a step", "wall s a step", "ours: CPU", "lowest", "highest", "bar", title="step, CPU, float32")
+    columns = ("", "CPU s a step", "wall s a step", "ours: CPU", "lowest", "highest", "bar")
+    table = Table(*columns, title="step without generation, CPU, float32")
     for peer, text in PEERS.items():
         median = report["medians"][peer]
         cells = [text, f"{median['cpu_seconds']:.3f}", f"{median['wall_seconds']:.3f}"]
@@ -339,26 +344,35 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each peer; medians are reported.")] = 9,
     steps: Annotated[int, typer.Option(min=1, help="Steps of a turn.")] = 5,
     threads: Annotated[int, typer.Option(min=1)] = 1,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, max=SEQUENCE_TOKENS - 1, help=f"Of each sequence's {SEQUENCE_TOKENS} tokens.")
+    ] = PROMPT_TOKENS,
     peer: Annotated[str | None, typer.Option(hidden=True, help="Be this peer.")] = None,
     folder: Annotated[Path | None, typer.Option(hidden=True, help="The model of that peer.")] = None,
 ) -> None:
     """Measures both and writes the medians, exiting with 1 if the bar is not held."""
     if peer is not None and folder is not None:
-        runs: dict[str, Callable[[Path], None]] = {"icrl": run_ours, "trl": run_trl}
-        runs[peer](folder)
+        runs: dict[str, Callable[[Path, Canned], None]] = {"icrl": run_ours, "trl": run_trl}
+        runs[peer](folder, canned(prompt_tokens))
         return
-    turns = _measure(rounds, steps, threads)
+    turns = _measure(rounds, steps, threads, prompt_tokens)
     report = _report(turns)
     _print(report)
     packages = ("torch", "trl", "transformers", "accelerate", "datasets", "megatron-core", "numpy")
-    shape = {"vocabulary": VOCABULARY, "sequences": PROMPTS * GENERATIONS, "prompts": PROMPTS}
+    shape = {
+        "vocabulary": VOCABULARY,
+        "sequences": PROMPTS * GENERATIONS,
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": SEQUENCE_TOKENS - prompt_tokens,
+    }
     about = {
         "command": " ".join(["python", "tools/bench_step.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {threads} threads used",
         "versions": {name: version(name) for name in packages} | {"python": sys.version.split()[0]},
-        "shape": asdict(MODEL) | shape | {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": COMPLETION_TOKENS},
+        "shape": asdict(MODEL) | shape,
         "steps_per_turn": steps,
+        "trl_micro_batch": TRL_MICRO_BATCH,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     everything = {name: [asdict(t) for t in ts] for name, ts in turns.items()}

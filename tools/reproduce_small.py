@@ -122,7 +122,10 @@ def train(runs: Path, task: str, arm: str, seed: int) -> str:
             budget = read(runs, task, "icrl", seed).generated_tokens
             # No batch is drawn again: an arm that finds nothing pays for it like any other.
             overrides += [
-                f"max_generated_tokens={budget}", "steps=100000", "algo.on_no_signal=train", "algo.max_resamples=0"
+                f"max_generated_tokens={budget}",
+                "steps=100000",
+                "algo.on_no_signal=skip",
+                "algo.max_resamples=0",
             ]
         run(["train", task, *overrides], where.with_suffix(".log"))
     return str(read(runs, task, arm, seed))
@@ -142,7 +145,8 @@ def run(arguments: list[str], log: Path) -> None:
 def read(runs: Path, task: str, arm: str, seed: int) -> Result:
     rows = read_rows(folder(runs, task, arm, seed) / METRICS_FILE)
     evaluated = [row for row in rows if HELDOUT in row]
-    seconds = sum(value for row in rows for name, value in row.items() if name.startswith("time/") and name.endswith("_s"))
+    timed = [name for name in rows[-1] if name.startswith("time/") and not name.endswith("per_s")]
+    seconds = sum(row.get(name, 0.0) for row in rows for name in {*timed, "time/rollout_s", "time/train_s"})
     return Result(
         task=task,
         arm=arm,
@@ -192,14 +196,12 @@ def write(results: list[Result], runs: Path, out: Path, minutes: float) -> None:
     before = [f"{mean([r.before for r in results if r.task == t] or [0.0]):.0%}" for t in TASKS]
     lines.insert(2, "| before | " + " | ".join(before) + " |")
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    curves = {
-        task: {
-            arm: [read_rows(folder(runs, task, arm, r.seed) / METRICS_FILE) for r in results if (r.task, r.arm) == (task, arm)]
-            for arm in ARMS
-        }
-        for task in TASKS
-    }
-    arms_picture(curves, out.with_suffix(".png"))
+
+    def curves(task: str, arm: str) -> list[list[dict[str, float]]]:
+        done = [r.seed for r in results if (r.task, r.arm) == (task, arm)]
+        return [read_rows(folder(runs, task, arm, seed) / METRICS_FILE) for seed in done]
+
+    arms_picture({task: {arm: curves(task, arm) for arm in ARMS} for task in TASKS}, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -6,4 +6,5 @@ import warnings
 # They are about optional accelerators (`icrl doctor` names those) and about Megatron's own use of torch.
 warnings.filterwarnings("ignore", module=r"megatron\..*")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each rank reads a checkpoint alone
 logging.getLogger("megatron.core").setLevel(logging.ERROR)

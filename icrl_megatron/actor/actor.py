@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from icrl_kernels import Terms
 from torch import Tensor
 
+from icrl_kernels import Terms
 from icrl_megatron.actor.grid import Grid
 from icrl_megatron.actor.measure import Totals, measure
 from icrl_megatron.actor.model import build
@@ -55,29 +55,26 @@ class Actor:
             chunk_tokens=settings.actor.head_chunk_tokens,
             mismatch_cap=settings.algo.mismatch_correction.cap if settings.algo.mismatch_correction.enabled else None,
         )
-        self._checked_first_step = False
 
     def score(self, plan: StepPlan, behaviour: StepPlan | None = None) -> ScoredPlan:
         """Frozen log-probs for a plan: of the old policy, of the behaviour prompts (`behaviour`, packed alike) and of
         the reference model, each only where it is needed.
 
         With one update a step the training pass is itself the old policy, and scoring it again would give the same
-        numbers; that is shown once a run, at the first step, where the ratio is asserted to be 1.
+        numbers; that is shown once a run, before its first update, where the ratio is asserted to be 1.
         """
         algo = self.settings.algo
-        needs_old = len(plan.updates) > 1 or algo.mismatch_correction.enabled or not self._checked_first_step
+        needs_old = len(plan.updates) > 1 or algo.mismatch_correction.enabled or self.optimizer.steps == 0
         old = self._score(self.wrapped, plan) if needs_old else None
         behind = self._score(self.wrapped, behaviour) if behaviour is not None else None
         reference = self._score(self.reference, plan) if self.reference is not None else None
-        scored = []
-        for u, update in enumerate(plan.updates):
-            of_update = []
-            for m in range(len(update)):
-                of_update.append(
-                    Frozen(*[None if s is None or not s[u] else s[u][m] for s in (old, behind, reference)])
-                )
-            scored.append(tuple(of_update))
-        return tuple(scored)
+        passes = (old, behind, reference)
+
+        def of(u: int, m: int) -> Frozen:
+            # Stages before the last have nothing to hand over.
+            return Frozen(*[None if scores is None or not scores[u] else scores[u][m] for scores in passes])
+
+        return tuple(tuple(of(u, m) for m in range(len(update))) for u, update in enumerate(plan.updates))
 
     def train(self, plan: StepPlan, scored: ScoredPlan, learning_rate: float) -> StepStats:
         """Applies the plan's updates. Raises InvariantError if the first update of the run does not see ratio 1."""
@@ -119,9 +116,8 @@ class Actor:
 
     def _check_first_step(self, measured: Totals) -> None:
         """The first update was scored beforehand, by the same weights: ratio 1 and KL 0, to rounding."""
-        if self._checked_first_step:
+        if self.optimizer.steps > 0:
             return
-        self._checked_first_step = True
         tolerance = RATIO_TOLERANCE[self.settings.actor.precision]
         deviation = measured.maxima.get("ratio_deviation", 0.0)
         if not deviation <= tolerance:

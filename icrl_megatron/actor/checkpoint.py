@@ -18,7 +18,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from icrl_megatron.actor.export import copy_side_files
@@ -75,6 +81,11 @@ class _LoadPlanner(DefaultLoadPlanner):
         # The default walks the values and keeps only what it knows to be tensors.
         self.state_dict = self.original_state_dict = state_dict
         self.metadata, self.is_coordinator = metadata, is_coordinator
+        # A smaller tensor would fill its part of the rectangle and leave the rest as it came from the allocator.
+        for name, target in state_dict.items():
+            stored = metadata.state_dict_metadata.get(name) if metadata is not None else None
+            if isinstance(stored, TensorStorageMetadata) and tuple(stored.size) != target.part.full:
+                raise RuntimeError(f"{name} has shape {tuple(stored.size)}, the model's is {target.part.full}")
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         return self.state_dict[index.fqn].local
@@ -131,7 +142,8 @@ def load(folder: Path, rows: list[Row], optimizer: Optimizer, grid: Grid) -> Pro
 
 def complete(root: Path) -> list[Path]:
     """The complete checkpoints under `root`, oldest first."""
-    return sorted(p for p in root.glob("step_*") if p.suffix != ".part" and (p / META).exists())
+    found = [p for p in root.glob("step_*") if p.suffix != ".part" and (p / META).exists()]
+    return sorted(found, key=lambda p: (len(p.name), p.name))
 
 
 def read_progress(folder: Path) -> Progress:

@@ -1,4 +1,4 @@
-"""`icrl import` and `icrl export`: between Hugging Face folders and checkpoints, in one process on the CPU or one GPU."""
+"""`icrl import` and `icrl export`: between Hugging Face folders and checkpoints, in one process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from icrl_megatron.shape import check_folder
 
 
 def import_hf(source: Path, target: Path) -> None:
-    """Writes `target`/step_000000: fp32 main weights of the folder, moments of zero. Raises ConfigError on a bad folder."""
+    """Writes `target`/step_000000: fp32 main weights, moments of zero. Raises ConfigError on a bad folder."""
     check_folder(source)
     with _single_actor(source) as (actor, grid):
         start = checkpoint.Progress(step=0, weight_version=0, optimizer_steps=0, generated_tokens=0)

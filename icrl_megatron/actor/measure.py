@@ -6,8 +6,8 @@ from collections import defaultdict
 
 import torch
 import torch.distributed as dist
-from icrl_kernels import HeadOutput
 
+from icrl_kernels import HeadOutput
 from icrl_megatron.actor.grid import Grid
 from icrl_megatron.actor.passes import Frozen
 from icrl_megatron.types import MicroBatch
@@ -32,12 +32,10 @@ def measure(w_max: float, batch: MicroBatch, frozen: Frozen, out: HeadOutput) ->
     weight_C = out.calibration_weight_L[calibrated_L]
     rollout_L = torch.from_numpy(batch.rollout_logprobs_L).to(device)
     trainer_L = out.logprobs_L if frozen.old_L is None else frozen.old_L
-    same_prompt_L = ~calibrated_L
+    same_prompt_L = torch.from_numpy(batch.same_prompt_L).to(device)
     if frozen.behaviour_L is not None:
-        trainer_L, same_prompt_L = (
-            torch.where(calibrated_L, frozen.behaviour_L, trainer_L),
-            torch.ones_like(calibrated_L),
-        )
+        trainer_L = torch.where(same_prompt_L, trainer_L, frozen.behaviour_L)
+        same_prompt_L = torch.ones_like(same_prompt_L)
     mismatch_M = (trainer_L - rollout_L)[same_prompt_L]
     numbers: dict[str, torch.Tensor | float] = {
         "loss": out.loss.detach(),

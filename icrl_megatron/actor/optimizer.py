@@ -87,7 +87,7 @@ class Optimizer:
 
     @torch.no_grad()
     def read(self, param: torch.nn.Parameter) -> Iterator[tuple[str, Tensor]]:
-        """(state name, fp32 tensor in the parameter's shape) for each of STATES; every data-parallel rank takes part."""
+        """(state name, fp32 tensor in the parameter's shape) for each of STATES; all data-parallel ranks take part."""
         shards = self._shards(param)
         span = self.distributed._get_model_param_range_map(param)["param"] if shards else None
         for name in STATES:
@@ -113,7 +113,8 @@ class Optimizer:
     def steps(self) -> int:
         """Updates applied so far."""
         state = self.distributed.optimizer.state
-        counts = [int(s["step"]) for s in state.values() if "step" in s]
+        # torch's Adam counts in its states, fused ones in their groups.
+        counts = [int(s["step"]) for s in (*state.values(), *self.distributed.optimizer.param_groups) if "step" in s]
         return max(counts, default=0)
 
     @steps.setter
@@ -125,7 +126,7 @@ class Optimizer:
                 group["step"] = value
 
     def _shards(self, param: torch.nn.Parameter) -> dict[str, Tensor]:
-        """This rank's flat shards of the parameter's states, created as zeros before the first step; {} if it has none."""
+        """This rank's flat shards of the parameter's states, made as zeros before the first step; {} if it has none."""
         if param not in self.distributed.model_param_group_index_map:
             return {}
         group, order = self.distributed.model_param_group_index_map[param]

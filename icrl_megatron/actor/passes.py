@@ -1,4 +1,4 @@
-"""One micro-batch through the model and the head: what Megatron's schedules call, forward and backward or forward only."""
+"""One micro-batch through the model and the head: what Megatron's schedules call, with or without a backward pass."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from icrl_kernels import HeadOutput, Streams, Terms, VocabShard, policy_head, score_head
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import (
@@ -17,6 +16,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
+from icrl_kernels import HeadOutput, Streams, Terms, VocabShard, policy_head, score_head
 from icrl_megatron.actor import platform
 from icrl_megatron.actor.grid import Grid
 from icrl_megatron.actor.model import Qwen3, packed_params
@@ -140,15 +140,14 @@ def _streams(batch: MicroBatch, frozen: Frozen, plan: HeadPlan, device: torch.de
     advantages_L, calibrated_L = on_device(batch.advantages_L), on_device(batch.calibrated_L)
     if plan.mismatch_cap is not None:
         # Under the prompt the engine saw: pi_train from the scoring pass, where that prompt was scored.
-        trainer_L = (
-            frozen.old_L
-            if frozen.behaviour_L is None
-            else torch.where(calibrated_L, frozen.behaviour_L, _required(frozen.old_L))
-        )
-        engine_mismatch_L = (_required(trainer_L) - rollout_L).exp().clamp(max=plan.mismatch_cap)
+        same_prompt_L, trainer_L = on_device(batch.same_prompt_L), _required(frozen.old_L)
+        if frozen.behaviour_L is not None:
+            trainer_L = torch.where(same_prompt_L, trainer_L, frozen.behaviour_L)
+        engine_mismatch_L = (trainer_L - rollout_L).exp().clamp(max=plan.mismatch_cap)
         if frozen.behaviour_L is None:
-            # The engine's log-prob is then w_t's own denominator: its drift is already inside w_t.
-            engine_mismatch_L = engine_mismatch_L.masked_fill(calibrated_L, 1.0)
+            # Another prompt's log-prob says nothing of the engine; where it is w_t's own denominator, its drift is
+            # already inside w_t.
+            engine_mismatch_L = engine_mismatch_L.masked_fill(~same_prompt_L | calibrated_L, 1.0)
         advantages_L = advantages_L * engine_mismatch_L
     return Streams(
         targets_L=on_device(batch.targets_L),

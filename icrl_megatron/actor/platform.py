@@ -157,8 +157,10 @@ def _stand_in_for_cuda() -> None:
 
 
 class _TorchOnCPU:
-    """torch as those Megatron modules see it: factories read a literal `device="cuda"` as the CPU. Patching torch itself
-    would hide its factories from device contexts (transformers builds models under one)."""
+    """torch as those Megatron modules see it: factories read a literal `device="cuda"` as the CPU.
+
+    Patching torch itself would hide its factories from device contexts (transformers builds models under one).
+    """
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(torch, name)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from icrl_megatron.actor.weights import Gatherer
-from icrl_megatron.rollout.engine import Engine
+from icrl_megatron.rollout.engine import WeightReceiver
 
 
 class WeightSync:
     """Streams full Hugging Face tensors from the grid into this rank's engine. All ranks call `push` together."""
 
-    def __init__(self, gatherer: Gatherer, engine: Engine, version: int = 0) -> None:
+    def __init__(self, gatherer: Gatherer, engine: WeightReceiver, version: int = 0) -> None:
         self.gatherer, self.engine, self.version = gatherer, engine, version
 
     def push(self) -> int:

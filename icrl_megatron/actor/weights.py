@@ -20,8 +20,8 @@ from torch import Tensor
 
 from icrl_megatron.actor.grid import Grid
 from icrl_megatron.actor.model import Qwen3
-from icrl_megatron.shape import Qwen3Shape
 from icrl_megatron.config import ConfigError
+from icrl_megatron.shape import Qwen3Shape
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -45,8 +45,8 @@ class Slice:
 class Row:
     """One Megatron parameter and the slices it is made of.
 
-    `split` takes any tensor of the parameter's shape to one tensor per slice, `join` is its inverse (padding rows of the
-    vocabulary come back as zeros).
+    `split` takes any tensor of the parameter's shape to one tensor per slice, `join` is its inverse (padding rows of
+    the vocabulary come back as zeros).
     """
 
     name: str
@@ -176,7 +176,7 @@ class HFFolder:
                 with safe_open(folder / "model.safetensors", framework="pt") as f:
                     self.where = dict.fromkeys(f.keys(), "model.safetensors")
             self.files = {name: safe_open(folder / name, framework="pt") for name in sorted(set(self.where.values()))}
-        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise ConfigError(
                 f"{folder}: weights cannot be read ({error}); expected model.safetensors or shards with an index"
             ) from error

@@ -152,6 +152,9 @@ def _micro_batch(
         advantages_L=np.array([s.advantage for s in samples], dtype=np.float32)[sample_L],
         coefficients_L=np.array([coefficients[s.sample_id] for s in samples], dtype=np.float32)[sample_L],
         calibrated_L=np.array([s.calibrated for s in samples], dtype=np.bool_)[sample_L],
+        same_prompt_L=np.array([s.train_prompt_ids == s.behaviour_prompt_ids for s in samples], dtype=np.bool_)[
+            sample_L
+        ],
         sample_index_L=sample_L + first_index,
     )
 

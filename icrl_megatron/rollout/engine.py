@@ -28,14 +28,18 @@ class EngineError(RuntimeError):
     """The engine failed or timed out; the message says what was waited for and what to do."""
 
 
-class Engine(Protocol):
-    """Requests from many concurrent episodes; a weight update takes effect between requests and is stamped on them."""
-
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion: ...
+class WeightReceiver(Protocol):
+    """What weights are synced to: an engine, or a sink where nothing is generated."""
 
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Takes Hugging-Face-named full tensors, streamed. Raises EngineError on a missing, unknown or wrong one."""
         ...
+
+
+class Engine(WeightReceiver, Protocol):
+    """Requests from many concurrent episodes; a weight update takes effect between requests and is stamped on them."""
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion: ...
 
     def sleep(self) -> None:
         """Gives memory back while the actor trains; generate is refused until `wake`."""

@@ -143,7 +143,7 @@ async def play_attempt(
     plain = stage.prompter.attempt(problem)
     prompt = plain if critique is None else stage.prompter.revision(problem, critique)
     role: Role = "attempt" if round == 0 else "revision"
-    _require_room(place.task, role, len(prompt), stage.settings)
+    require_room(place.task, role, len(prompt), stage.settings)
     conversation = _Conversation(place, round, role, critique, environment, stage, solver, prompt)
     stop_reason = await conversation.run(problem)
     success, summary = environment.success(), environment.summary()
@@ -165,7 +165,7 @@ async def play_critique(place: Place, problem: str, attempt: Attempt, stage: Sta
     while len(prompt) + settings.max_critique_tokens > settings.context_tokens and omitted < len(turns):
         omitted += 1
         prompt = stage.prompter.critique(problem, turns[omitted:], attempt.summary, omitted)
-    _require_room(place.task, "critique", len(prompt), settings)
+    require_room(place.task, "critique", len(prompt), settings)
     room = min(settings.max_critique_tokens, settings.context_tokens - len(prompt))
     seed = place.seed(attempt.round, "critique", 0)
     completion = await critic.reply(Ask("critique", prompt, room, seed, attempt.summary, None))
@@ -284,7 +284,8 @@ async def gather(jobs: Sequence[Awaitable[T]]) -> list[T]:
         await asyncio.gather(*running, return_exceptions=True)
 
 
-def _require_room(task: Task, role: Role, length: int, settings: RolloutSettings) -> None:
+def require_room(task: Task, role: Role, length: int, settings: RolloutSettings) -> None:
+    """Raises ConfigError unless a prompt of `length` tokens leaves room for a reply in `rollout.context_tokens`."""
     if length >= settings.context_tokens:
         raise ConfigError(
             f"The {role} prompt of task {task.task_id!r} has {length} tokens, and rollout.context_tokens is "

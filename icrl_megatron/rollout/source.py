@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from icrl_megatron.rollout.episode import Stage, play
 from icrl_megatron.rollout.speakers import Casting, Seeds
-from icrl_megatron.telemetry.dumps import dumped_steps, dump_path, read_episodes
+from icrl_megatron.telemetry.dumps import dump_path, dumped_steps, read_episodes
 from icrl_megatron.telemetry.progress import Progress
 from icrl_megatron.types import Attempt, Completion, Critique, DroppedEpisode, Episode, Ids, Task, Turn
 
@@ -93,7 +93,7 @@ class FakeSource:
             attempts.append(Attempt(round, plain + advice, plain, (turn,), float(success), success, "", "done"))
             if success or round + 1 == rounds:
                 break
-            critiques.append(Critique(round, plain + (1,), self._completion(rng, self.critique_tokens), ""))
+            critiques.append(Critique(round, (*plain, 1), self._completion(rng, self.critique_tokens), ""))
         return Episode(task, index, tuple(attempts), tuple(critiques))
 
     def _completion(self, rng: random.Random, longest: int) -> Completion:

@@ -56,8 +56,8 @@ class Environment(Protocol):
 
 
 class Teacher(Protocol):
-    """A scripted player that writes the demonstrations of `icrl sft`, imperfect by design: it teaches the forms (attempt,
-    critique, attempt after critique) and a prior, not the solution. One instance plays one episode."""
+    """A scripted player that writes the demonstrations of `icrl sft`, imperfect by design: it teaches the forms
+    (attempt, critique, attempt after critique) and a prior, not the solution. One instance plays one episode."""
 
     def act(self, observation: str, critique: str | None) -> str:
         """The solver's next reply. `observation` is the newest one; `critique` is None in round 0."""

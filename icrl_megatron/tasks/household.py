@@ -37,7 +37,7 @@ ROOM_OF = {c: room for room in ROOMS for c in CONTAINERS[room]}
 MAX_TURNS = 4
 HOME_SEED = 11
 CRITIC_ACCURACY = 0.4
-STUBBORNNESS = 0.3
+STUBBORNNESS = 0.5
 """Share of the teacher's first searches that go to its wrong belief; the rest is uniform over the containers."""
 
 
@@ -158,7 +158,7 @@ class HouseholdEnvironment:
 
 
 class HouseholdTeacher:
-    """Moves without error, searches where it wrongly believes things to be, goes where advice says, and reads the code
+    """Moves in good form, searches where it wrongly believes things to be, goes where advice says, and reads the code
     correctly 40 % of the time."""
 
     def __init__(self, goal: Goal, rng: random.Random) -> None:
@@ -171,25 +171,22 @@ class HouseholdTeacher:
 
     def _begin(self, critique: str | None) -> None:
         self._plan: list[str] = []
-        self._found = False
         advised = [w for w in (critique or "").split() if w in PLACES]
         stubborn = self._rng.random() < STUBBORNNESS
         self._search(advised[-1] if advised else self._belief if stubborn else self._rng.choice(PLACES))
 
     def _search(self, place: str) -> None:
-        self._plan += [f"go {ROOM_OF[place]}", f"open {place}"]
-        self._at = place
+        # It reaches in without looking: seeing whether the thing is there is the hardest step a tiny model could learn,
+        # and with a turn limit that allows one search it would change nothing.
+        self._plan += [f"go {ROOM_OF[place]}", f"open {place}", f"take {self._goal.thing}"]
 
     def act(self, observation: str, critique: str | None) -> str:
-        thing, surface = self._goal.thing, self._goal.surface
         if observation == self._goal.text():
             self._begin(critique)
-        elif not self._plan and not self._found:
-            if thing in observation.split():
-                self._found = True
-                self._plan += [f"take {thing}", f"put {surface}"]
-            else:
-                self._search(self._rng.choice([place for place in PLACES if place != self._at]))
+        elif observation == f"holding {self._goal.thing}":
+            self._plan.append(f"put {self._goal.surface}")
+        elif not self._plan:
+            self._search(self._rng.choice(PLACES))
         return self._plan.pop(0)
 
     def criticise(self, summary: str) -> str:

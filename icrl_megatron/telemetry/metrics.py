@@ -18,6 +18,9 @@ GENERATED = "tokens/generated"
 HELDOUT = "heldout/critique_free"
 """Critique-free success on held-out problems."""
 
+HELDOUT_ATTEMPTS = "heldout/attempts"
+"""How many held-out attempts of a task set were played to their end."""
+
 Values = dict[str, list[float]]
 
 
@@ -51,14 +54,20 @@ def rollout_metrics(
 
 
 def heldout_metrics(episodes: Iterable[Episode]) -> dict[str, float]:
-    """Critique-free success and outcome on held-out problems, over all and by task set; from first attempts only."""
+    """Critique-free success and outcome on held-out problems, over all and by task set, from first attempts only; and
+    how many attempts of each task set these are means over."""
     values: Values = defaultdict(list)
     for episode in episodes:
         first = episode.attempts[0]
         values[HELDOUT].append(first.success)
         values[f"{HELDOUT}/{episode.task.source}"].append(first.success)
         values["heldout/reward"].append(first.outcome)
-    return {name: sum(of) / len(of) for name, of in sorted(values.items())}
+    found = {name: sum(of) / len(of) for name, of in sorted(values.items())}
+    prefix = f"{HELDOUT}/"
+    sizes = {
+        f"{HELDOUT_ATTEMPTS}/{k.removeprefix(prefix)}": len(of) for k, of in values.items() if k.startswith(prefix)
+    }
+    return found | {name: float(size) for name, size in sorted(sizes.items())}
 
 
 def _episode(episode: Episode, values: Values) -> None:

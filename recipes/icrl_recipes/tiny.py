@@ -46,6 +46,9 @@ def quickstart() -> Settings:
     """Both embedded tasks at tensor parallel 2 on two CPU cores, compared with GRPO at equal cost. Minutes."""
     settings = _tiny("quickstart", "rulebook_hard", "household")
     settings.baseline = "grpo"
+    settings.steps = 150
+    settings.warm_start = WarmStart(steps=800, episodes_per_step=16)
+    settings.optim.learning_rate, settings.algo.entropy_coef = 1e-3, 0.02
     settings.actor.tensor_parallel = 2
     settings.launch.ranks = 2
     return settings
@@ -65,4 +68,7 @@ def rulebook_easy() -> Settings:
 
 def household() -> Settings:
     """Household, a small text world played over several turns. One CPU core."""
-    return _tiny("household", "household")
+    settings = _tiny("household", "household")
+    settings.warm_start = WarmStart(steps=600, episodes_per_step=16)
+    settings.optim.learning_rate, settings.algo.entropy_coef = 1e-3, 0.01
+    return settings

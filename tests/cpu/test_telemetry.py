@@ -90,6 +90,8 @@ def test_rollout_metrics_by_hand() -> None:
             "heldout/critique_free/house": 0.0,
             "heldout/critique_free/maze": 1 / 3,
             "heldout/reward": 0.375,
+            "heldout/attempts/house": 1.0,
+            "heldout/attempts/maze": 3.0,
         }
     )
 

@@ -1,4 +1,4 @@
-"""The same training by other means: Hugging Face's Qwen3 on one sequence at a time, full logits, autograd, torch's AdamW.
+"""The same training by other means: Hugging Face's Qwen3, one sequence at a time, full logits, autograd, AdamW.
 
 Shares with the trainer only the per-token formula (`token_objective`) and which samples form an update.
 """
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from grid_cases import LEARNING_RATE, STEPS, Case, Layout, Trained
-from icrl_kernels import Streams, Terms, token_objective
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
+from icrl_kernels import Streams, Terms, token_objective
 from icrl_megatron.config import Settings
 from icrl_megatron.data.packing import split_updates
 from icrl_megatron.types import Sample

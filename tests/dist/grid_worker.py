@@ -1,4 +1,4 @@
-"""One rank of a grid test: `torchrun grid_worker.py FOLDER` goes through every layout that has as many ranks as the job.
+"""One rank of a grid test: `torchrun grid_worker.py FOLDER` goes through all layouts of as many ranks as the job.
 
 What is measured lands in FOLDER, written by rank 0; the tests judge it.
 """

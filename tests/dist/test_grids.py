@@ -21,7 +21,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 WORKER = Path(__file__).parent / "grid_worker.py"
 TOLERANCE = 1e-5
-pytestmark = [pytest.mark.dist, pytest.mark.slow]
+pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(1000)]
 
 
 def make_model(folder: Path, name: str, dtype: torch.dtype) -> None:
@@ -61,7 +61,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for world in (4, 2, 1):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
         job = subprocess.run(
-            [*command, str(WORKER), str(root)], env=environment, timeout=200, capture_output=True, text=True, check=False
+            [*command, str(WORKER), str(root)],
+            env=environment,
+            timeout=300,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert job.returncode == 0, job.stderr[-6000:]
     return root
@@ -92,12 +97,13 @@ def test_training_is_hugging_faces(root: Path, references: dict[str, Trained], l
     assert got.logprobs.keys() == want.logprobs.keys()
     for name in want.logprobs:
         assert apart(got.logprobs[name], want.logprobs[name]) <= TOLERANCE, name
-    assert len(got.gradients) == len(want.gradients) == STEPS * CASES[case].settings(LAYOUTS[layout]).algo.updates_per_step
+    updates = CASES[case].settings(LAYOUTS[layout]).algo.updates_per_step
+    assert len(got.gradients) == len(want.gradients) == STEPS * updates
     for update, (mine, theirs) in enumerate(zip(got.gradients, want.gradients, strict=True)):
         assert mine.keys() == theirs.keys()
         for name in theirs:
             assert apart(mine[name], theirs[name]) <= TOLERANCE, (update, name)
-    assert got.losses == pytest.approx(want.losses, rel=TOLERANCE, abs=1e-7)
+    assert got.losses == pytest.approx(want.losses, rel=TOLERANCE, abs=1e-6)
     assert got.norms == pytest.approx(want.norms, rel=TOLERANCE)
     for mine_m, theirs_m in zip(got.metrics, want.metrics, strict=True):
         assert {n: mine_m[n] for n in theirs_m} == pytest.approx(theirs_m, abs=1e-9)
@@ -137,6 +143,8 @@ def test_export_returns_the_import(root: Path, layout: str, model: str, dtype: s
         largest = max(t.numel() * t.element_size() for t in want.values())
         assert max(f.stat().st_size for f in files) < max(SHARD_BYTES, largest) + 4096
     assert not folder.with_name(folder.name + ".part").exists()
+    if name != "whole":
+        return  # the same tensors as those of the single file
     ids = torch.arange(20)[None]
     with torch.no_grad():
         logits = [Qwen3ForCausalLM.from_pretrained(p, dtype="auto")(ids).logits for p in (folder, source)]

@@ -1,0 +1,264 @@
+"""Every way to train, for two steps each through the real program, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+from whole_runs import Ended, batch, icrl, rows, train
+
+from icrl_megatron.telemetry.dumps import dump_path, read_episodes
+from icrl_megatron.telemetry.writer import Row, read_rows
+
+TRAINED = ("actor/loss", "actor/grad_norm", "actor/entropy", "actor/mismatch_max", "tokens/loss")
+CALIBRATION = ("actor/calibration_weight", "actor/calibration_at_max", "actor/calibration_under_half")
+
+VARIANTS: dict[str, list[str]] = {
+    "paper": [],
+    "reference": ["algo.preset=reference"],
+    "grpo": ["rollout.rounds=1"],
+    "three_rounds": ["rollout.rounds=3"],
+    "frozen_critic": ["rollout.critic=frozen"],
+    "empty_critic": ["rollout.critic=empty"],
+    "no_calibration": ["algo.calibration.enabled=false"],
+    "not_internalised": ["algo.internalise=false"],
+    "no_role_groups": ["algo.group_by=task"],
+    "recomputed": ["algo.calibration.denominator=recomputed"],
+    "kl": ["algo.kl_coef=0.1", "optim.learning_rate=0.01"],
+    "two_updates": ["algo.updates_per_step=2"],
+    "corrected": ["algo.mismatch_correction.enabled=true"],
+    "token_mean": ["algo.loss_normalisation=token_mean"],
+    "all_resampled": ["algo.max_resamples=2", "tasks.sources=[{name: flat}]"],
+    "no_signal": ["algo.on_no_signal=error", "algo.max_resamples=1", "tasks.sources=[{name: flat}]"],
+    "some_gradings_raise": ["tasks.sources=[{name: raises_often}]"],
+    "all_gradings_raise": ["tasks.sources=[{name: raises}]"],
+    "rollout_only": ["debug.mode=rollout_only"],
+    "fake_data": ["debug.mode=fake_data"],
+    "unsynced": [],
+}
+
+
+@dataclass(frozen=True)
+class Ran:
+    folder: Path
+    ended: dict[str, Ended]
+
+    def steps(self, name: str) -> list[Row]:
+        """The rows of training steps, of a run that has to have ended well."""
+        assert self.ended[name].code == 0, self.ended[name].error
+        found = [row for row in rows(self.folder / name) if "tokens/generated" in row]
+        assert [row["step"] for row in found] == [1, 2]
+        return found
+
+
+@pytest.fixture(scope="module")
+def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    folder = tmp_path_factory.mktemp("variants")
+    start = [f"model.path={finished_run / 'warm_start' / 'hf'}", "warm_start.steps=0", "steps=2", "eval.interval=0"]
+    commands = {name: train(folder / name, *start, *changes) for name, changes in VARIANTS.items()}
+    commands["from_dump"] = train(
+        folder / "from_dump", *start, "debug.mode=from_dump", f"debug.dump={folder / 'rollout_only'}"
+    )
+    # The damage stays in the process: last.
+    commands["unsynced"] = ["unsynced", *commands.pop("unsynced")]
+    return Ran(folder, batch(folder, commands))
+
+
+WITH_UPDATES = [
+    name
+    for name in VARIANTS
+    if name not in ("rollout_only", "no_signal", "all_gradings_raise", "unsynced", "fake_data", "two_updates")
+]
+
+
+@pytest.mark.parametrize("name", WITH_UPDATES)
+def test_two_steps_of_every_variant(ran: Ran, name: str) -> None:
+    steps = ran.steps(name)
+    for row in steps:
+        assert all(math.isfinite(row[key]) for key in TRAINED)
+        assert row["actor/mismatch_max"] <= 1e-4
+        assert row["actor/skipped_updates"] == row["actor/non_finite"] == 0
+    assert steps[0]["actor/ratio_deviation_max"] <= 1e-5
+    assert steps[0]["actor/kl_old"] <= 1e-8
+    assert [row["weights/version"] for row in steps] == [2, 3]
+
+
+@pytest.mark.parametrize("name", [n for n in WITH_UPDATES if n not in ("all_resampled", "reference")])
+def test_calibration_is_measured_where_it_applies(ran: Ran, name: str) -> None:
+    without = ("grpo", "no_calibration", "not_internalised")
+    for row in ran.steps(name):
+        assert (row["actor/calibrated"] > 0) == (name not in without)
+        assert all((key in row) == (name not in without) for key in CALIBRATION)
+        if name not in without:
+            assert 0 < row["actor/calibration_weight"] <= 2
+        # The mismatch compares equal prompts: revisions only where their own prompt was scored too.
+        if name == "no_calibration":
+            assert 0 < row["actor/mismatched"] < row["actor/tokens"]
+        else:
+            unmeasured = 0 if name == "recomputed" else row["actor/calibrated"]
+            assert row["actor/mismatched"] == row["actor/tokens"] - unmeasured
+
+
+def test_recomputed_weights_are_those_of_the_engine_while_both_agree(ran: Ran) -> None:
+    recomputed, from_engine = ran.steps("recomputed")[0], ran.steps("paper")[0]
+    assert recomputed["actor/calibration_weight"] == pytest.approx(from_engine["actor/calibration_weight"], rel=1e-4)
+    assert recomputed["tokens/generated"] == from_engine["tokens/generated"]
+
+
+def test_the_critic_is_trained_only_where_it_is_the_solver(ran: Ran) -> None:
+    for name, trained in {"paper": True, "frozen_critic": False, "empty_critic": False}.items():
+        episodes = read_episodes(dump_path(ran.folder / name, 1))
+        attempts, critiques = (sum(len(getattr(e, of)) for e in episodes) for of in ("attempts", "critiques"))
+        assert critiques > 0
+        assert ran.steps(name)[0]["samples/count"] == attempts + critiques * trained
+    assert ran.steps("empty_critic")[0]["critique/tokens"] == 0
+
+
+def test_grpo_has_one_round(ran: Ran) -> None:
+    for row in ran.steps("grpo"):
+        assert "reward/revision" not in row
+        assert "revision/gain" not in row
+        assert row["samples/count"] == row["episodes/played"] == 16
+
+
+def test_a_third_round_is_played_and_grouped_with_its_role(ran: Ran) -> None:
+    row = ran.steps("three_rounds")[0]
+    assert "success/round_2" in row
+    assert row["actor/calibrated"] > ran.steps("paper")[0]["actor/calibrated"]
+
+
+def test_kl_is_zero_at_the_start_and_grows_as_the_policy_moves(ran: Ran) -> None:
+    first, second = ran.steps("kl")
+    assert abs(first["actor/kl_reference"]) <= 1e-8
+    assert second["actor/kl_reference"] > 1e-6
+
+
+def test_the_second_of_two_updates_sees_another_policy(ran: Ran) -> None:
+    for row in ran.steps("two_updates"):
+        assert row["actor/ratio_deviation_max"] > 1e-5
+        assert row["actor/mismatch_max"] <= 1e-4
+
+
+def test_no_signal_names_the_tasks(ran: Ran) -> None:
+    ended = ran.ended["no_signal"]
+    assert ended.code == 1
+    assert (
+        "NoSignalError: step 0: no reward differed inside any group in 2 batches, the last of flat/train/"
+        in ended.error
+    )
+    assert ended.error.count("flat/train/") == 4
+    assert "algo.on_no_signal=skip" in ended.error
+
+
+def test_training_without_a_signal_goes_on_and_counts(ran: Ran) -> None:
+    for row in ran.steps("all_resampled"):
+        assert row["steps/without_signal"] == 1
+        assert row["steps/resampled"] == 2
+        assert row["groups/flat_share"] == 1
+        assert row["reward/attempt"] == 0
+    played = ran.steps("all_resampled")[0]
+    assert played["tokens/generated_total"] > 2 * played["tokens/generated"]
+
+
+def test_a_grading_that_raises_costs_its_episodes_only(ran: Ran) -> None:
+    for row in ran.steps("some_gradings_raise"):
+        assert 0 < row["episodes/dropped"] < 16
+        assert row["episodes/dropped"] % 4 == 0
+        assert row["episodes/played"] + row["episodes/dropped"] == 16
+    said = " ".join(ran.ended["some_gradings_raise"].error.split())  # lines are broken
+    assert "episodes lost, raises_often/train/" in said
+    assert "outcome raised ZeroDivisionError: the grader divided by zero" in said
+    before = read_rows(ran.folder / "some_gradings_raise" / "metrics.jsonl")[0]
+    assert before["heldout/attempts/raises_often"] == 4
+
+
+def test_when_every_grading_raises_the_error_says_so(ran: Ran) -> None:
+    ended = ran.ended["all_gradings_raise"]
+    assert ended.code == 1
+    assert "step 0: all 16 episodes were lost; raises/train/" in ended.error
+    assert "the grader divided by zero" in ended.error
+
+
+def test_rollout_only_plays_and_trains_nothing(ran: Ran) -> None:
+    for row in ran.steps("rollout_only"):
+        assert row["weights/version"] == 1
+        assert "actor/loss" not in row
+    first = ran.steps("paper")[0]
+    assert ran.steps("rollout_only")[0]["tokens/generated"] == first["tokens/generated"]
+
+
+def test_training_from_a_dump_repeats_the_update_of_the_run_that_was_dumped(ran: Ran) -> None:
+    first, there = ran.steps("from_dump")[0], ran.steps("paper")[0]
+    assert {k: v for k, v in first.items() if k.startswith(("actor/", "reward/", "samples/"))} == {
+        k: v for k, v in there.items() if k.startswith(("actor/", "reward/", "samples/"))
+    }
+
+
+def test_fake_data_trains(ran: Ran) -> None:
+    for row in ran.steps("fake_data"):
+        assert row["episodes/played"] == 16
+        assert math.isfinite(row["actor/loss"])
+        assert row["actor/grad_norm"] > 0
+
+
+def test_an_engine_that_lost_an_update_ends_the_run(ran: Ran) -> None:
+    ended = ran.ended["unsynced"]
+    assert ended.code == 1
+    assert "InvariantError: engine and trainer differ by" in ended.error
+    assert "weights were not synced whole" in ended.error
+
+
+LOGGED = {
+    "reward by role": ("reward/attempt", "reward/revision", "reward/critique"),
+    "reward by round": ("reward/round_0", "reward/round_1"),
+    "success": ("success/critique_free", "success/with_critique", "heldout/critique_free"),
+    "critique": ("critique/tokens", "revision/gain"),
+    "clip fraction": ("actor/clip_low", "actor/clip_high"),
+    "calibration weight": CALIBRATION,
+    "policy": ("actor/entropy", "actor/kl_old", "actor/kl_reference", "actor/grad_norm"),
+    "mismatch": ("actor/mismatch_abs", "actor/mismatch_max", "actor/mismatch_ratio"),
+    "speed": ("time/generated_tokens_per_s", "time/trained_tokens_per_s"),
+    "time by phase": tuple(f"time/{phase}_s" for phase in ("rollout", "pack", "score", "train", "sync", "evaluation")),
+}
+
+
+def test_tensorboard_holds_what_metrics_jsonl_holds(finished_run: Path) -> None:
+    board = EventAccumulator(str(finished_run / "tensorboard"))
+    board.Reload()
+    names = set(board.Tags()["scalars"])
+    for what, expected in LOGGED.items():
+        assert names.issuperset(expected), f"{what}: {set(expected) - names} missing"
+    written = [row for row in read_rows(finished_run / "metrics.jsonl") if "reward/attempt" in row]
+    for name in ("reward/attempt", "actor/entropy", "time/rollout_s"):
+        points = {event.step: event.value for event in board.Scalars(name)}
+        assert points == pytest.approx({int(row["step"]): row[name] for row in written})
+
+
+def test_show_prints_attempt_critique_and_revision(finished_run: Path) -> None:
+    code, out, err = icrl("show", str(finished_run), "--step", "1")
+    assert code == 0, err
+    for part in ("problem", "round 0: attempt", "critique, ", "round 1: revision", "reward ", "advantage "):
+        assert part in out
+
+
+def test_export_and_import_come_back_to_the_same_logits(finished_run: Path, tmp_path: Path) -> None:
+    commands = {
+        "export": ["export", str(finished_run / "checkpoints"), str(tmp_path / "hf")],
+        "import": ["import", str(tmp_path / "hf"), str(tmp_path / "checkpoint")],
+        "again": ["export", str(tmp_path / "checkpoint" / "step_000000"), str(tmp_path / "hf2")],
+    }
+    for name, ended in batch(tmp_path, commands).items():
+        assert ended.code == 0, f"{name}: {ended.error}"
+    ids = torch.arange(1, 40).reshape(3, 13)
+    logits = []
+    for folder in (finished_run / "hf", tmp_path / "hf", tmp_path / "hf2"):
+        with torch.no_grad():
+            logits.append(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits)
+    assert logits[0].std() > 0.1
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])

@@ -1,0 +1,135 @@
+"""What the platform promises: FP8 only where the hardware has it, and torch as it was for everyone else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from icrl_megatron.actor import platform
+from icrl_megatron.config import ActorSettings, ConfigError
+
+if torch.cuda.is_available():
+    pytest.skip("the stand-ins for CUDA would hide the GPU from other tests of this process", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def on_cpu() -> None:
+    assert platform.prepare("cpu") == platform.device() == torch.device("cpu")
+
+
+def capable(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """No such GPU is at hand: its answer to one question is put in its mouth, and everything after that is real."""
+    monkeypatch.setattr(platform, "device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+
+
+@pytest.mark.parametrize(
+    ("fp8", "values"),
+    [
+        ("delayed", ("hybrid", "delayed", 1024, "max")),
+        ("current", ("e4m3", "tensorwise", 1, "most_recent")),
+        ("blockwise", ("e4m3", "blockwise", 1, "most_recent")),
+    ],
+)
+def test_fp8_recipes_become_megatrons(
+    monkeypatch: pytest.MonkeyPatch, fp8: str, values: tuple[str, str, int, str]
+) -> None:
+    capable(monkeypatch, (9, 0))
+    found = platform.fp8_config(ActorSettings(fp8=fp8))
+    keys = ("fp8", "fp8_recipe", "fp8_amax_history_len", "fp8_amax_compute_algo")
+    assert tuple(found[k] for k in keys) == values and found["fp8_margin"] == 0
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize("fp8", ["delayed", "current", "blockwise"])
+def test_megatron_takes_the_fp8_arguments(monkeypatch: pytest.MonkeyPatch, fp8: str) -> None:
+    """Megatron's own configuration accepts them: names and values that it knows."""
+    from megatron.core.enums import Fp8Recipe
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    capable(monkeypatch, (9, 0))
+    arguments = platform.fp8_config(ActorSettings(fp8=fp8))
+    config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=2, bf16=True, **arguments)
+    assert config.fp8_recipe in {recipe.value for recipe in Fp8Recipe}
+    assert (config.fp8, config.fp8_amax_history_len) == (arguments["fp8"], arguments["fp8_amax_history_len"])
+
+
+@pytest.mark.parametrize(
+    ("fp8", "capability", "needed"),
+    [
+        ("delayed", (8, 0), "(8, 9)"),
+        ("current", (8, 0), "(8, 9)"),
+        ("blockwise", (8, 0), "(9, 0)"),
+        ("blockwise", (8, 9), "(9, 0)"),
+    ],
+)
+def test_hardware_without_fp8_is_refused(
+    monkeypatch: pytest.MonkeyPatch, fp8: str, capability: tuple[int, int], needed: str
+) -> None:
+    capable(monkeypatch, capability)
+    with pytest.raises(ConfigError) as error:
+        platform.fp8_config(ActorSettings(fp8=fp8))
+    assert all(part in str(error.value) for part in (f"actor.fp8={fp8}", needed, str(capability), "actor.fp8=off"))
+
+
+def test_ada_has_fp8_but_not_blockwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    capable(monkeypatch, (8, 9))
+    assert platform.fp8_config(ActorSettings(fp8="delayed"))["fp8_recipe"] == "delayed"
+
+
+@pytest.mark.parametrize("fp8", ["delayed", "current", "blockwise"])
+def test_fp8_on_a_cpu_is_refused(fp8: str) -> None:
+    with pytest.raises(ConfigError, match=f"actor.fp8={fp8}.*no GPU.*actor.fp8=off"):
+        platform.fp8_config(ActorSettings(fp8=fp8))
+
+
+def test_other_fp8_mistakes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    capable(monkeypatch, (9, 0))
+    assert platform.fp8_config(ActorSettings(fp8="off", precision="fp32")) == {}
+    with pytest.raises(ConfigError, match=r"actor\.fp8=mxfp4: expected off or one of"):
+        platform.fp8_config(ActorSettings(fp8="mxfp4"))
+    with pytest.raises(ConfigError, match=r"needs actor\.precision=bf16, got fp32"):
+        platform.fp8_config(ActorSettings(fp8="delayed", precision="fp32"))
+
+
+def test_asking_for_a_gpu_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"launch\.device=cuda: torch sees no GPU"):
+        platform.prepare("cuda")
+    assert platform.device().type == "cpu" and platform.backend() == "gloo"
+
+
+def test_torch_keeps_its_manners() -> None:
+    """Factories honour the default device, conversions convert, and CUDA is still reported as absent."""
+    with torch.device("meta"):
+        assert torch.zeros(2).device.type == torch.tensor([1.0]).device.type == torch.empty(2).device.type == "meta"
+    assert torch.zeros(2, device="cpu").device.type == "cpu"
+    assert torch.ones(2).type(torch.float64).dtype == torch.float64
+    assert torch.ones(2).type("torch.IntTensor").dtype == torch.int32
+    assert not torch.cuda.is_available()
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(2, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformers_still_loads_models(tmp_path: Path, dtype: torch.dtype) -> None:
+    config = Qwen3Config(
+        vocab_size=11,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    model = Qwen3ForCausalLM(config).to(dtype)
+    model.save_pretrained(tmp_path)
+    loaded = Qwen3ForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert all(p.device.type == "cpu" and p.dtype == dtype for p in loaded.parameters())
+    saved = dict(model.named_parameters())
+    assert all(torch.equal(p, saved[n]) for n, p in loaded.named_parameters())
+    ids = torch.arange(5)[None]
+    generated = loaded.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert generated.shape == (1, 8)

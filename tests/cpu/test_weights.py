@@ -1,0 +1,180 @@
+"""The weight table without ranks: every layout's slices tile every tensor, join undoes split, bad folders are named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from icrl_megatron.actor import platform
+from icrl_megatron.config import ConfigError
+from icrl_megatron.shape import Qwen3Shape
+
+if torch.cuda.is_available():
+    pytest.skip("the stand-ins for CUDA would hide the GPU from other tests of this process", allow_module_level=True)
+platform.prepare("cpu")
+
+from icrl_megatron.actor.weights import HFFolder, Row, Slice, _Table, load_hf  # noqa: E402
+
+
+def config(tied: bool) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=50,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=6,
+        tie_word_embeddings=tied,
+    )
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("hf")
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config(request.param)).save_pretrained(out)
+    return out
+
+
+def table(shape: Qwen3Shape, tensor: int, pipeline: int, tensor_rank: int, stage: int) -> list[Row]:
+    """The rows of one rank, for parameters of the shapes that Megatron gives them there."""
+    h, d, per = shape.hidden, shape.head_dim, shape.layers // pipeline
+    vocab = (shape.padded_vocab(tensor) // tensor, h)
+    layer = {
+        "input_layernorm.weight": (h,),
+        "self_attention.linear_qkv.weight": ((shape.heads + 2 * shape.kv_heads) * d // tensor, h),
+        "self_attention.q_layernorm.weight": (d,),
+        "self_attention.k_layernorm.weight": (d,),
+        "self_attention.linear_proj.weight": (h, shape.heads * d // tensor),
+        "pre_mlp_layernorm.weight": (h,),
+        "mlp.linear_fc1.weight": (2 * shape.ffn // tensor, h),
+        "mlp.linear_fc2.weight": (h, shape.ffn // tensor),
+    }
+    found = {f"decoder.layers.{i}.{n}": size for i in range(per) for n, size in layer.items()}
+    if stage == 0:
+        found["embedding.word_embeddings.weight"] = vocab
+    if stage == pipeline - 1:
+        found["decoder.final_layernorm.weight"] = (h,)
+        if not shape.tied or pipeline > 1:
+            found["output_layer.weight"] = vocab
+    rules = _Table(shape, tensor, tensor_rank, stage * per)
+    return [rules.row(n, torch.nn.Parameter(torch.full(size, torch.nan))) for n, size in found.items()]
+
+
+@pytest.mark.parametrize("pipeline", [1, 2, 4])
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+def test_slices_tile_every_tensor(folder: Path, tensor: int, pipeline: int) -> None:
+    """Loaded rank by rank and put back by the slices' own offsets, every element returns to its place, once."""
+    shape, want = Qwen3Shape.read(folder), load_file(folder / "model.safetensors")
+    back = {n: torch.full_like(t, torch.nan) for n, t in want.items()}
+    seen: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(()))
+    for stage in range(pipeline):
+        for tensor_rank in range(tensor):
+            rows = table(shape, tensor, pipeline, tensor_rank, stage)
+            load_hf(rows, folder)
+            for row in rows:
+                assert not row.param.isnan().any(), row.name
+                parts = row.split(row.param.detach())
+                assert torch.equal(row.join(parts), row.param)
+                for part, value in zip(row.slices, parts, strict=True):
+                    assert tuple(value.shape) == part.size and part.full == tuple(want[part.name].shape)
+                    if row.duplicate:
+                        assert torch.equal(value, want[part.name][part.index])
+                        continue
+                    back[part.name][part.index] = value
+                    whole = torch.zeros(part.full)
+                    whole[part.index] = 1.0
+                    seen[part.name] = seen[part.name] + whole
+    assert all(torch.equal(back[n], want[n]) for n in want)
+    assert seen.keys() == want.keys()
+    for name, count in seen.items():
+        # Norms are whole on every tensor-parallel rank; everything else is held once.
+        assert (count == (tensor if want[name].ndim == 1 else 1)).all(), name
+
+
+def test_qkv_is_interleaved_by_group(folder: Path) -> None:
+    """Query heads 2g and 2g + 1, then key head g, then value head g: what Megatron's attention splits apart."""
+    shape, source = Qwen3Shape.read(folder), load_file(folder / "model.safetensors")
+    (row,) = [r for r in table(shape, 2, 1, 1, 0) if r.name == "decoder.layers.3.self_attention.linear_qkv.weight"]
+    load_hf([row], folder)
+    blocks = row.param.detach().split(shape.head_dim)
+    q, k, v = (source[f"model.layers.3.self_attn.{n}_proj.weight"].split(shape.head_dim) for n in "qkv")
+    want = [q[4], q[5], k[2], v[2], q[6], q[7], k[3], v[3]]
+    assert len(blocks) == len(want) and all(torch.equal(a, b) for a, b in zip(blocks, want, strict=True))
+
+
+def test_padding_rows_are_zero(folder: Path) -> None:
+    """50 words over 4 ranks: 13 rows each, of which the last rank has 11."""
+    rows = {r.name: r for r in table(Qwen3Shape.read(folder), 4, 1, 3, 0)}
+    row = rows["embedding.word_embeddings.weight"]
+    load_hf([row], folder)
+    assert row.slices[0] == Slice("model.embed_tokens.weight", (50, 24), (39, 0), (11, 24))
+    assert not row.param[11:].any() and row.param[:11].all(dim=1).all()
+
+
+def test_unknown_parameters_are_refused(folder: Path) -> None:
+    rules = _Table(Qwen3Shape.read(folder), 1, 0, 0)
+    for name in ("decoder.layers.0.mlp.router.weight", "vision.weight"):
+        with pytest.raises(RuntimeError, match=name.rpartition("layers")[0] or name):
+            rules.row(name, torch.nn.Parameter(torch.zeros(1)))
+
+
+def rewritten(folder: Path, out: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    out.mkdir()
+    shutil.copy(folder / "config.json", out)
+    save_file(tensors, out / "model.safetensors")
+    return out
+
+
+def test_missing_and_misshapen_tensors_are_named(folder: Path, tmp_path: Path) -> None:
+    tensors, name = load_file(folder / "model.safetensors"), "model.layers.2.mlp.up_proj.weight"
+    rows = table(Qwen3Shape.read(folder), 2, 2, 1, 1)
+    without = rewritten(folder, tmp_path / "without", {n: t for n, t in tensors.items() if n != name})
+    with pytest.raises(ConfigError, match=f"{without}.*{name} is missing"):
+        load_hf(rows, without)
+    cut = rewritten(folder, tmp_path / "cut", tensors | {name: tensors[name][:-1].contiguous()})
+    with pytest.raises(ConfigError, match=rf"{name} has shape \(39, 24\), config.json implies \(40, 24\)"):
+        load_hf(rows, cut)
+
+
+def test_damaged_folders_are_named(folder: Path, tmp_path: Path) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    for label, content in (("truncated", whole[: len(whole) // 2]), ("empty", b""), ("noise", b"\xff" * 64)):
+        broken = tmp_path / label
+        broken.mkdir()
+        (broken / "model.safetensors").write_bytes(content)
+        with pytest.raises(ConfigError, match=f"{broken}: weights cannot be read"):
+            HFFolder(broken)
+    with pytest.raises(ConfigError, match=f"{tmp_path}: weights cannot be read"):
+        HFFolder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index", ["{", "{}", '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}', "[]", '{"weight_map": []}']
+)
+def test_a_damaged_index_or_a_missing_shard_is_named(tmp_path: Path, index: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ConfigError, match=f"{tmp_path}: weights cannot be read"):
+        HFFolder(tmp_path)
+
+
+def test_shards_are_read_where_the_index_says(folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    where = {}
+    for i, name in enumerate(tensors):
+        where[name] = f"part-{i % 3}.safetensors"
+    for shard in set(where.values()):
+        save_file({n: tensors[n] for n in tensors if where[n] == shard}, tmp_path / shard)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    one, other = (table(Qwen3Shape.read(folder), 2, 1, 1, 0) for _ in range(2))
+    load_hf(one, folder)
+    load_hf(other, tmp_path)
+    assert all(torch.equal(a.param, b.param) for a, b in zip(one, other, strict=True))

@@ -1,0 +1,104 @@
+"""Whole runs that are interrupted: whatever happens to them, the same command ends where an undisturbed run ends."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from whole_runs import WARM_START, has_child, icrl, kill_tree, lines, rows, signalled, start, train, when
+
+from icrl_megatron.launch import STOPPED
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+WEIGHTS = "model.safetensors"
+
+
+def from_model(finished_run: Path) -> list[str]:
+    return [f"model.path={finished_run / 'warm_start' / 'hf'}", "warm_start.steps=0"]
+
+
+def test_a_run_killed_three_times_ends_bit_for_bit_the_same(finished_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    warm, command = folder / "warm_start", train(folder, *WARM_START)
+
+    in_warm_start = start(*command)
+    when(in_warm_start, lambda: lines(warm) >= 5)
+    kill_tree(in_warm_start)
+    assert not (warm / "hf").exists()
+
+    at_a_checkpoint = start(*command)
+    when(at_a_checkpoint, lambda: any((folder / "checkpoints").glob("step_000002*")))
+    kill_tree(at_a_checkpoint)
+
+    within_a_step = start(*command)
+    before = lines(folder)
+    when(within_a_step, lambda: lines(folder) > max(before, 4))
+    kill_tree(within_a_step)
+    assert not (folder / "hf").exists()
+
+    code, _, err = icrl(*command)
+    assert code == 0, err
+    assert rows(warm) == rows(finished_run / "warm_start")
+    assert rows(folder) == rows(finished_run)
+    for exported in ("warm_start/hf", "hf"):
+        assert (folder / exported / WEIGHTS).read_bytes() == (finished_run / exported / WEIGHTS).read_bytes()
+    assert [p.name for p in (folder / "checkpoints").iterdir()].count("step_000006") == 1
+
+
+def test_a_finished_run_is_not_done_again(finished_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run, folder)
+    code, out, err = icrl(*train(folder, *WARM_START))
+    assert code == 0, err
+    assert rows(folder) == rows(finished_run)
+    assert (folder / "hf" / WEIGHTS).read_bytes() == (finished_run / "hf" / WEIGHTS).read_bytes()
+    assert "Held-out success" in out
+
+
+def test_signals_save_and_stop_and_the_same_command_goes_on(finished_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "stopped"
+    command = train(folder, *from_model(finished_run))
+    done = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        running = start(*command)
+        when(running, lambda: has_child(running))  # noqa: B023 (called at once)
+        code, _, err = signalled(running, number)
+        assert code == STOPPED, err
+        assert "stopped on request" in err
+        done.append(int(rows(folder)[-1]["step"]))
+        assert (folder / "checkpoints" / f"step_{done[-1]:06d}" / "icrl.json").exists()
+    assert done == [1, 2]
+
+    code, _, err = icrl(*command)
+    assert code == 0, err
+    assert rows(folder) == rows(finished_run)
+
+
+def test_a_second_job_in_a_run_folder_is_refused_and_leaves_the_first_alone(finished_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "shared"
+    command = train(folder, *from_model(finished_run), "steps=5000", "eval.interval=0", "checkpoint.interval=1000")
+    first = start(*command)
+    when(first, lambda: lines(folder) > 1)
+    code, _, err = icrl(*command)
+    assert code == 2
+    assert err.endswith(f"error: run_dir={folder}: another run writes there; wait for it, or choose another name\n")
+    code, _, err = signalled(first, signal.SIGTERM)
+    assert code == STOPPED, err
+
+
+def test_a_run_goes_on_under_another_grid(finished_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tp2"
+    shutil.copytree(finished_run, folder)
+    shutil.rmtree(folder / "checkpoints" / "step_000006")
+    code, _, err = icrl(*train(folder, *WARM_START, "launch.ranks=2", "actor.tensor_parallel=2"))
+    assert code == 0, err
+    there, here = rows(finished_run), rows(folder)
+    assert [row["step"] for row in here] == [row["step"] for row in there]
+    assert here[:5] == there[:5]
+    next_step = next(i for i, row in enumerate(here) if row["step"] == 5)
+    # The engines' batches are cut otherwise, so sums are rounded otherwise; tokens and rewards must not change.
+    assert here[next_step] == pytest.approx(there[next_step], rel=1e-3, abs=1e-5)
+    assert here[next_step]["tokens/generated"] == there[next_step]["tokens/generated"]

@@ -1,0 +1,92 @@
+"""`python in_place.py COMMANDS.json ENDED.json`: `icrl` commands in one process, with task sets that misbehave.
+
+The task sets are rulebook_easy under other names, each with one fault; UNSYNCED before a command damages the engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from icrl_megatron import cli
+from icrl_megatron.tasks import registry
+from icrl_megatron.tasks.base import Environment
+from icrl_megatron.tasks.rulebook import Rulebook
+from icrl_megatron.types import Split, Task
+
+INNER = "rulebook_easy"
+UNSYNCED = "unsynced"
+
+
+class Faulty:
+    """Task set `name`: the fault is in its name."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.inner = name, Rulebook(INNER)
+
+    def problems(self, split: Split) -> Sequence[Task]:
+        if self.name == "empty":
+            return []
+        return [replace(t, task_id=f"{self.name}/{split}/{i}", source=self.name) for i, t in self._numbered(split)]
+
+    def environment(self, task: Task) -> Environment:
+        environment = self.inner.environment(replace(task, source=INNER))
+        number = int(task.task_id.rsplit("/", 1)[1])
+        environment.outcome = lambda: self._outcome(number, environment.success())  # type: ignore[method-assign]
+        return environment
+
+    def _numbered(self, split: Split) -> list[tuple[int, Task]]:
+        return list(enumerate(self.inner.problems(split)))
+
+    def _outcome(self, number: int, success: bool) -> float:
+        if self.name == "raises" or (self.name == "raises_often" and number % 2):
+            raise ZeroDivisionError("the grader divided by zero")
+        return {"nan": math.nan, "above_one": 1.5, "flat": 0.0}.get(self.name, float(success))
+
+
+def damage_engine() -> None:
+    """From now on an engine loses a little of each update that it takes."""
+    import torch
+
+    from icrl_megatron.rollout.local import LocalEngine
+
+    whole = LocalEngine.update_weights
+
+    def update(self, tensors, version):  # type: ignore[no-untyped-def]
+        whole(self, tensors, version)
+        with torch.no_grad():
+            next(self._model.parameters()).mul_(1.01)
+
+    LocalEngine.update_weights = update  # type: ignore[method-assign]
+
+
+def run(command: list[str]) -> tuple[int, str]:
+    if command[0] == UNSYNCED:
+        damage_engine()
+        command = command[1:]
+    sys.argv = ["icrl", *command]
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        try:
+            cli.main()
+        except SystemExit as end:
+            return int(end.code or 0), errors.getvalue()
+        except Exception:
+            return 1, errors.getvalue() + traceback.format_exc()
+    return 0, errors.getvalue()
+
+
+if __name__ == "__main__":
+    for fault in ("empty", "raises", "raises_often", "nan", "above_one", "flat"):
+        registry._TASK_SETS[fault] = lambda name=fault: Faulty(name)  # type: ignore[misc]
+    commands = json.loads(Path(sys.argv[1]).read_text())
+    target = Path(sys.argv[2])
+    ended = {name: dict(zip(("code", "error"), run(command), strict=True)) for name, command in commands.items()}
+    target.write_text(json.dumps(ended))

@@ -1,0 +1,128 @@
+"""Starts the real program: `icrl` in a process of its own, or many runs one after another in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from icrl_megatron.telemetry.writer import TIME_PREFIX, Row, read_rows
+
+TIMEOUT_S = 300
+RECIPE = "rulebook_easy"
+SMALL = (
+    "rollout.tasks_per_step=4",
+    "rollout.episodes_per_task=4",
+    "eval.problems=8",
+    "eval.interval=2",
+    "eval.control_problems=0",
+    "checkpoint.interval=2",
+    "algo.on_no_signal=train",
+    "algo.max_resamples=0",
+)
+WARM_START = ("warm_start.steps=12", "warm_start.episodes_per_step=32")
+STEPS = 6
+
+_ICRL = [sys.executable, "-c", "from icrl_megatron.cli import main; main()"]
+_IN_PLACE = Path(__file__).with_name("in_place.py")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one command of a batch ended: exit code (1 for an exception) and what it wrote to stderr."""
+
+    code: int
+    error: str
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """`icrl ARGUMENTS` as a process; its output is read by `end`."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"COLUMNS": "100"}
+    return subprocess.Popen([*_ICRL, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr); kills the whole tree when it takes too long."""
+    try:
+        out, err = process.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        kill_tree(process)
+        raise
+    return process.returncode, out, err
+
+
+def icrl(*arguments: str) -> tuple[int, str, str]:
+    return end(start(*arguments))
+
+
+def train(folder: Path, *overrides: str) -> list[str]:
+    """The arguments of a small training run in `folder`."""
+    return ["train", RECIPE, f"run_dir={folder}", f"steps={STEPS}", *SMALL, *overrides]
+
+
+def kill_tree(process: subprocess.Popen[str]) -> None:
+    """SIGKILL for the launcher and everything below it, at once."""
+    tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for one in reversed(tree):
+        one.kill()
+    process.communicate()
+    psutil.wait_procs(tree, timeout=30)
+
+
+def when(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
+    """Waits, by polling often, until something happened to a running process."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not happened():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise AssertionError(f"it ended or hung before that: {process.returncode} {process.communicate(timeout=1)}")
+        time.sleep(0.002)
+
+
+def has_child(process: subprocess.Popen[str]) -> bool:
+    """Whether the launcher has started torchrun, and so listens to signals."""
+    return bool(psutil.Process(process.pid).children())
+
+
+def signalled(process: subprocess.Popen[str], number: signal.Signals) -> tuple[int, str, str]:
+    process.send_signal(number)
+    return end(process)
+
+
+def rows(folder: Path) -> list[Row]:
+    """metrics.jsonl without what depends on the clock."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith(TIME_PREFIX)} for row in read_rows(folder / "metrics.jsonl")
+    ]
+
+
+def lines(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def batch(folder: Path, commands: dict[str, Sequence[str]]) -> dict[str, Ended]:
+    """Runs `icrl` commands one after another in one process that is a rank already, so nothing starts twice."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    (folder / "commands.json").write_text(json.dumps({name: list(c) for name, c in commands.items()}))
+    done = subprocess.run(
+        [sys.executable, str(_IN_PLACE), str(folder / "commands.json"), str(folder / "ended.json")],
+        env={**os.environ, **rank},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    return {name: Ended(**how) for name, how in json.loads((folder / "ended.json").read_text()).items()}
