@@ -15,20 +15,29 @@ from typing import Any
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
+from icrl_megatron import loop
 from icrl_megatron.actor import grid as grids
 from icrl_megatron.actor import platform
+from icrl_megatron.actor.actor import Actor
+from icrl_megatron.actor.model import DTYPES
+from icrl_megatron.actor.sync import WeightSync
+from icrl_megatron.actor.weights import Gatherer
 from icrl_megatron.config import ConfigError, Settings
 from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.launch import StopRequest, run_rank
+from icrl_megatron.parts import Parts, Recorder
 from icrl_megatron.rollout.engine import WeightReceiver
 from icrl_megatron.rollout.episode import GuardedEnvironment, Stage, require_room
 from icrl_megatron.rollout.evaluate import control
+from icrl_megatron.rollout.local import LocalEngine
 from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.source import DumpSource, EngineSource, EpisodeSource, FakeSource, NoEngine
 from icrl_megatron.rollout.speakers import EmptyCritic, EngineSpeaker, Speaker, engine_casting
 from icrl_megatron.settings import load_saved, run_folder
+from icrl_megatron.shape import Qwen3Shape
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import EnvironmentFailure
+from icrl_megatron.telemetry.files import write_atomically
 from icrl_megatron.telemetry.progress import Progress
 from icrl_megatron.types import Split, Task
 
@@ -48,12 +57,6 @@ def main(settings_path: Path) -> int:
 
 
 def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
-    from icrl_megatron import loop
-    from icrl_megatron.actor.actor import Actor
-    from icrl_megatron.actor.sync import WeightSync
-    from icrl_megatron.actor.weights import Gatherer
-    from icrl_megatron.parts import Parts, Recorder
-
     progress = Progress(enabled=grid.rank == 0)
     folder = Path(settings.model.path)
     prompter = Prompter(tokenizer(folder), settings.rollout)
@@ -72,7 +75,8 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
         prompter=prompter,
     )
     recorder = Recorder(parts, run_folder(settings), progress, stop)
-    report_control(parts, recorder, "before")
+    if recorder.step == 0:
+        report_control(parts, recorder, "before")
     with progress.phase(settings.name, settings.steps) as recorder.bar:
         recorder.bar.advance(recorder.step)
         code = loop.run(parts, recorder)
@@ -125,9 +129,6 @@ def episode_source(
     settings: Settings, folder: Path, grid: grids.Grid, prompter: Prompter, progress: Progress
 ) -> tuple[WeightReceiver, EpisodeSource]:
     """The engine that weights are synced to, and where episodes come from, by debug mode."""
-    from icrl_megatron.rollout.local import LocalEngine
-    from icrl_megatron.shape import Qwen3Shape
-
     rollout = settings.rollout
     if settings.debug.mode == "from_dump":
         return NoEngine(), DumpSource(Path(settings.debug.dump))
@@ -135,8 +136,6 @@ def episode_source(
         room = max(1, rollout.context_tokens - rollout.max_turn_tokens - rollout.max_critique_tokens) // 2
         vocabulary = Qwen3Shape.read(folder).vocab
         return NoEngine(), FakeSource(vocabulary, room, rollout.max_turn_tokens, rollout.max_critique_tokens)
-    from icrl_megatron.actor.model import DTYPES
-
     dtype = DTYPES[settings.actor.precision]
     engine = LocalEngine(folder, settings.engine, dtype, platform.device())
     solver = EngineSpeaker(engine, rollout.temperature, prompter.stop_ids)
@@ -156,24 +155,19 @@ def episode_source(
     return engine, EngineSource(stage, casting, grid.rank, grid.world, gather, progress)
 
 
-def report_control(parts: object, recorder: object, when: str) -> None:
-    """control_<when>.json: do retries succeed because of the critique? (`rollout.evaluate.control`, rank 0.)"""
-    from icrl_megatron.parts import Parts, Recorder
-
-    assert isinstance(parts, Parts) and isinstance(recorder, Recorder)
+def report_control(parts: Parts, recorder: Recorder, when: str) -> None:
+    """control_<when>.json: do retries succeed because of the critique? (`rollout.evaluate.control`, by rank 0.)"""
     settings, path = parts.settings, recorder.run_dir / f"control_{when}.json"
-    if settings.eval.control_problems == 0 or not isinstance(parts.source, EngineSource) or path.exists():
+    if settings.eval.control_problems == 0 or not isinstance(parts.source, EngineSource):
         return
-    if when == "before" and recorder.step > 0:
-        return
-    if parts.grid.rank == 0:
+    if parts.grid.rank == 0 and not path.exists():
         source, seeds = parts.source, parts.seeds(0, purpose=f"control/{when}")
         found = {}
-        for name, tasks in problems(settings, "heldout").items():
-            chosen = tasks[: 2 * settings.eval.control_problems]
-            result = asyncio.run(control(chosen, settings.eval.control_problems, source.stage, source.casting, seeds))
-            found[name] = asdict(result)
-        path.write_text(json.dumps(found, indent=2))
+        with recorder.progress.phase("control"):
+            for name, tasks in problems(settings, "heldout").items():
+                chosen, limit = tasks[: 2 * settings.eval.control_problems], settings.eval.control_problems
+                found[name] = asdict(asyncio.run(control(chosen, limit, source.stage, source.casting, seeds)))
+        write_atomically(path, [json.dumps(found, indent=2)])
     dist.barrier(group=parts.grid.host_group)
 
 

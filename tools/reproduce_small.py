@@ -77,7 +77,7 @@ def main(
             # ICRL first: its token count is the budget of the other arms.
             pairs = [(task, seed) for seed in range(seeds) for task in chosen]
             for arms in (["icrl"], [arm for arm in ARMS if arm != "icrl"]):
-                jobs_left = [(task, arm, seed) for task, seed in pairs for arm in arms]
+                jobs_left = [(task, arm, seed) for arm in arms for task, seed in pairs]
                 for done in pool.map(lambda job: train(runs, *job), jobs_left):
                     console.print(f"{(time.monotonic() - begun) / 60:5.1f} min  {done}", highlight=False)
     results = [

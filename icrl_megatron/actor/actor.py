@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from icrl_kernels import Terms
-from icrl_megatron.actor.grid import Grid
+from icrl_megatron.actor.grid import Grid, any_rank
 from icrl_megatron.actor.measure import Totals, measure
 from icrl_megatron.actor.model import build
 from icrl_megatron.actor.optimizer import Optimizer, wrap
@@ -86,6 +87,10 @@ class Actor:
             self.wrapped.zero_grad_buffer()
             self.optimizer.zero_grad()
             of_update = Totals()
+            if any_rank(self.grid, not _finite(frozen)):
+                # The policy that was scored is already broken: its training pass could only be refused.
+                skipped += 1
+                continue
             for measured in train_pass(self.wrapped, self.head, list(zip(update, frozen, strict=True)), measuring):
                 of_update.add(measured if self.grid.tensor_rank == 0 else {})
             of_update.reduce(self.grid)
@@ -98,7 +103,7 @@ class Actor:
         tokens = sum(int(b.cu_seqlens[-1]) for update in plan.updates for b in update)
         return StepStats(
             loss=totals.sums.get("loss", 0.0),
-            grad_norm=max(norms),
+            grad_norm=max(norms, default=math.nan),
             learning_rate=learning_rate,
             skipped_updates=skipped,
             loss_tokens=plan.global_loss_tokens,
@@ -125,6 +130,12 @@ class Actor:
                 f"first step: a ratio of the unchanged policy is off 1 by {deviation:.2e} (allowed {tolerance:.0e}); "
                 "the scoring and the training pass do not compute the same model"
             )
+
+
+def _finite(frozen: tuple[Frozen, ...]) -> bool:
+    """Whether all frozen log-probs of an update are finite."""
+    streams = [s for f in frozen for s in (f.old_L, f.behaviour_L, f.reference_L) if s is not None]
+    return all(bool(stream.isfinite().all()) for stream in streams)
 
 
 def _terms(settings: Settings) -> Terms:

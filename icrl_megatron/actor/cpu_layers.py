@@ -74,7 +74,7 @@ def batch_slots(params: PackedSeqParams) -> tuple[Tensor, int, int]:
         offset = torch.arange(rows) * width - starts
         total = int(params.cu_seqlens_q[-1])
         found = torch.arange(total) + torch.repeat_interleave(offset, lengths), rows, width
-        params.icrl_slots = found  # type: ignore[attr-defined]
+        params.icrl_slots = found
     return found
 
 
