@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from icrl_megatron.actor import checkpoint, platform
+from icrl_megatron.actor import checkpoint
 from icrl_megatron.actor import grid as grids
 from icrl_megatron.algo.samples import to_samples
 from icrl_megatron.config import AlgoSettings, Calibration, ConfigError, Settings, WarmStart
@@ -31,7 +31,7 @@ from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Teachable
 from icrl_megatron.telemetry.progress import Progress
 from icrl_megatron.telemetry.writer import MetricsWriter
-from icrl_megatron.train import locked, problems, tokenizer
+from icrl_megatron.train import joined, problems, tokenizer
 from icrl_megatron.types import Sample, Task
 
 SEED_FOLDER = "random"
@@ -42,14 +42,8 @@ def main(settings_path: Path) -> int:
     """One rank of the stage; returns 0 or STOPPED."""
     stop = StopRequest()
     settings = supervised(load_saved(settings_path))
-    platform.prepare(settings.launch.device)
-    grids.single_process()
-    grid = grids.build(settings)
-    try:
-        with locked(run_folder(settings), grid.rank):
-            return _run(settings, grid, stop)
-    finally:
-        grids.shutdown()
+    with joined(settings) as grid:
+        return _run(settings, grid, stop)
 
 
 def supervised(settings: Settings) -> Settings:

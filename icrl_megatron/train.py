@@ -46,12 +46,19 @@ def main(settings_path: Path) -> int:
     """One rank of one run; returns 0 or STOPPED."""
     stop = StopRequest()
     settings = load_saved(settings_path)
+    with joined(settings) as grid:
+        return _run(settings, grid, stop)
+
+
+@contextmanager
+def joined(settings: Settings) -> Iterator[grids.Grid]:
+    """This rank's place in the grid, for as long as the job holds its run folder."""
     platform.prepare(settings.launch.device)
     grids.single_process()
     grid = grids.build(settings)
     try:
         with locked(run_folder(settings), grid.rank):
-            return _run(settings, grid, stop)
+            yield grid
     finally:
         grids.shutdown()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,11 @@ def block_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmod
         from icrl_megatron.actor.cpu_layers import cpu_block_spec
 
         return cpu_block_spec(config)
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise ConfigError(
+            "launch.device=cuda: the GPU layers are Transformer Engine's, and it is not installed; "
+            "pip install --no-build-isolation 'icrl-megatron[gpu]', or use launch.device=cpu"
+        )
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
     return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)

@@ -133,6 +133,21 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(make: Callable[...,
     assert same(weights(actor), weights(undisturbed))
 
 
+def test_an_update_whose_scores_are_not_finite_is_skipped(make: Callable[..., Actor]) -> None:
+    """With several updates a step the plan is scored first, and a broken policy shows there."""
+    actor = make(updates_per_step=2)
+    step(actor)
+    weight = actor.rows[-1].param.data
+    weight.flatten()[0] = math.nan
+    before = weights(actor)
+    stats = step(actor, seed=1)
+    assert stats.skipped_updates == 2 and math.isnan(stats.grad_norm) and actor.optimizer.steps == 2
+    assert all(
+        torch.equal(a.nan_to_num(), b.nan_to_num())
+        for a, b in zip(before.values(), weights(actor).values(), strict=True)
+    )
+
+
 def test_only_the_bad_update_of_a_step_is_skipped(make: Callable[..., Actor]) -> None:
     actor = make(updates_per_step=3)
     step(actor)

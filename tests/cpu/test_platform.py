@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,3 +135,15 @@ def test_transformers_still_loads_models(tmp_path: Path, dtype: torch.dtype) -> 
     ids = torch.arange(5)[None]
     generated = loaded.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
     assert generated.shape == (1, 8)
+
+
+def test_gpu_layers_come_from_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is installed the spec is built from its modules (no GPU is needed for that); elsewhere it is missed."""
+    capable(monkeypatch, (9, 0))
+    config: Any = None  # neither answer looks at it
+    if importlib.util.find_spec("transformer_engine") is None:
+        with pytest.raises(ConfigError, match=r"Transformer Engine.*not installed"):
+            platform.block_spec(config)
+    else:
+        layer = platform.block_spec(config).submodules
+        assert layer.self_attention.submodules.core_attention.__name__ == "TEDotProductAttention"
