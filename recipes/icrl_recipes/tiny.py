@@ -46,9 +46,9 @@ def quickstart() -> Settings:
     """Both embedded tasks at tensor parallel 2 on two CPU cores, compared with GRPO at equal cost. Minutes."""
     settings = _tiny("quickstart", "rulebook_hard", "household")
     settings.baseline = "grpo"
-    settings.steps = 150
+    settings.steps = 170
     settings.warm_start = WarmStart(steps=800, episodes_per_step=16)
-    settings.optim.learning_rate, settings.algo.entropy_coef = 1e-3, 0.02
+    settings.algo.entropy_coef = 0.01
     settings.actor.tensor_parallel = 2
     settings.launch.ranks = 2
     return settings
