@@ -8,8 +8,12 @@ import shutil
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
+# A deadline per example measures the machine's load, not the code.
+hypothesis.settings.register_profile("house", deadline=None)
+hypothesis.settings.load_profile("house")
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
