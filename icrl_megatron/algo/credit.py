@@ -25,7 +25,7 @@ class CreditReport:
 
     samples: tuple[Sample, ...]
     """Sorted by sample_id. Samples with advantage 0 are among them: they count in the loss normaliser (the mean of
-    `sequence_mean` is over the whole batch, as in the paper and in the reference) and in the KL and entropy terms."""
+    `sequence_mean` is over the whole batch) and in the KL and entropy terms."""
     groups: int
     """All groups, the dropped ones included."""
     flat_groups: int
@@ -70,7 +70,7 @@ def credit(episodes: Iterable[Episode], settings: AlgoSettings, train_critic: bo
 def advantages(rewards: Sequence[float], normalise_std: bool = True, pseudo_positive: bool = False) -> list[float]:
     """Eq. 5: A_i = (r_i - mean(r)) / (std(r) + 1e-6) over one group; not `normalise_std` takes off the mean only.
 
-    The deviation is the sample deviation (n - 1), as in the reference. `pseudo_positive` adds one reward of 1 to what
+    The deviation is the sample deviation (n - 1), a choice: the paper does not say. `pseudo_positive` adds one reward of 1 to what
     mean and deviation are taken over, so that a group which failed throughout is pushed down. Groups of one, and groups
     without spread (the pseudo reward included), give 0.
     """
