@@ -70,8 +70,8 @@ def credit(episodes: Iterable[Episode], settings: AlgoSettings, train_critic: bo
 def advantages(rewards: Sequence[float], normalise_std: bool = True, pseudo_positive: bool = False) -> list[float]:
     """Eq. 5: A_i = (r_i - mean(r)) / (std(r) + 1e-6) over one group; not `normalise_std` takes off the mean only.
 
-    The deviation is the sample deviation (n - 1), a choice: the paper does not say. `pseudo_positive` adds one reward of 1 to what
-    mean and deviation are taken over, so that a group which failed throughout is pushed down. Groups of one, and groups
+    The deviation is the sample deviation (n - 1): our choice. `pseudo_positive` adds one reward of 1 to what mean and
+    deviation are taken over, so that a group which failed throughout is pushed down. Groups of one, and groups
     without spread (the pseudo reward included), give 0.
     """
     baseline = np.asarray([*rewards, 1.0] if pseudo_positive else rewards, dtype=np.float64)
