@@ -26,6 +26,7 @@ from typing import NoReturn
 import psutil
 
 from icrl_megatron.config import ConfigError
+from icrl_megatron.telemetry.progress import Progress
 
 CONFIG_ERROR = 2
 STOPPED = 3
@@ -35,6 +36,8 @@ OUTCOME_ENV = "ICRL_OUTCOME"
 """File that the first rank with something to say writes {"code", "message"} to; whoever starts torchrun may set it."""
 STOP_ENV = "ICRL_STOP"
 """File whose existence means stop: a signal that comes before a rank listens would be lost."""
+STARTED_ENV = "ICRL_STARTED"
+"""File that rank 0 makes when the ranks have met: from then on the terminal is its own."""
 PARENT_ENV = "ICRL_PARENT"
 """Process id of the parent that a child must not outlive."""
 
@@ -62,23 +65,26 @@ def torchrun(
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     # Named after this launcher: a second one that is refused in this folder must not speak for the first.
-    outcome, stop = (log_dir.resolve() / f"{name}.{os.getpid()}" for name in ("outcome.json", "stop"))
-    outcome.unlink(missing_ok=True)
-    stop.unlink(missing_ok=True)
+    files = [log_dir.resolve() / f"{name}.{os.getpid()}" for name in ("outcome.json", "stop", "started")]
+    outcome, stop, started = files
+    for file in files:
+        file.unlink(missing_ok=True)
     quiet = ",".join(f"{rank}:3" for rank in range(1, ranks))  # 3: both streams
     command = [sys.executable, "-m", "icrl_megatron.agent", "--standalone", "--local-addr=127.0.0.1"]
     command += [f"--nproc-per-node={ranks}", f"--log-dir={log_dir}", *([f"--redirects={quiet}"] if quiet else [])]
     command += ["-m", module, str(settings_path)]
     with _counting_signals() as received:
         # Its own session: Ctrl-C in a terminal reaches the launcher alone, and the ranks hear of it once.
-        agent = subprocess.Popen(command, env=_environment(ranks, outcome, stop), start_new_session=True)
+        env = _environment(ranks, outcome, stop, started)
+        agent = subprocess.Popen(command, env=env, start_new_session=True)
         try:
-            killed = _wait(agent, received, stop, stop_timeout_s)
+            with _starting(ranks, started) as tick:
+                killed = _wait(agent, received, stop, stop_timeout_s, tick)
         finally:
             _kill_tree(agent)
     code = killed or _exit_code(agent.returncode, outcome)
-    outcome.unlink(missing_ok=True)
-    stop.unlink(missing_ok=True)
+    for file in files:
+        file.unlink(missing_ok=True)
     return code
 
 
@@ -99,6 +105,12 @@ def run_rank(main: Callable[[], int]) -> NoReturn:
         _write_outcome(STOPPED, "stopped on request")
         code = 0
     sys.exit(code)
+
+
+def report_started() -> None:
+    """Rank 0 says that it writes to the terminal from here on; nothing under a plain torchrun."""
+    if os.environ.get(STARTED_ENV):
+        Path(os.environ[STARTED_ENV]).touch()
 
 
 class StopRequest:
@@ -153,15 +165,30 @@ def _write_outcome(code: int, message: str) -> bool:
     return True
 
 
-def _environment(ranks: int, outcome: Path, stop: Path) -> dict[str, str]:
+def _environment(ranks: int, outcome: Path, stop: Path, started: Path) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     defaults = {
         "OMP_NUM_THREADS": str(max(1, cores // ranks)),
         # A host whose name does not resolve would stop gloo; all ranks are on this machine.
         **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
     }
-    ours = {OUTCOME_ENV: str(outcome), STOP_ENV: str(stop), PARENT_ENV: str(os.getpid())}
-    return {**defaults, **os.environ, **ours}
+    ours = {OUTCOME_ENV: outcome, STOP_ENV: stop, STARTED_ENV: started, PARENT_ENV: os.getpid()}
+    return {**defaults, **os.environ, **{name: str(value) for name, value in ours.items()}}
+
+
+@contextlib.contextmanager
+def _starting(ranks: int, started: Path) -> Iterator[Callable[[], None]]:
+    """A bar until the file `started` exists: importing torch and Megatron takes seconds, and nobody else says so."""
+    with contextlib.ExitStack() as shown:
+        phase = shown.enter_context(Progress().phase("starting 1 rank" if ranks == 1 else f"starting {ranks} ranks"))
+
+        def tick() -> None:
+            if started.exists():
+                shown.close()
+            else:
+                phase.advance(0)
+
+        yield tick
 
 
 @contextlib.contextmanager
@@ -180,10 +207,17 @@ def _counting_signals() -> Iterator[dict[int, int]]:
             signal.signal(number, handler)
 
 
-def _wait(agent: subprocess.Popen[bytes], received: dict[int, int], stop: Path, stop_timeout_s: float) -> int:
+def _wait(
+    agent: subprocess.Popen[bytes],
+    received: dict[int, int],
+    stop: Path,
+    stop_timeout_s: float,
+    tick: Callable[[], None],
+) -> int:
     """Until the agent ends: 0 then, or an exit code of ours when it has to be killed. Forwards one stop request."""
     deadline = None
     while True:
+        tick()
         with contextlib.suppress(subprocess.TimeoutExpired):
             agent.wait(timeout=0.1)
             return 0

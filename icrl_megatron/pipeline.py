@@ -7,6 +7,9 @@ goes on wherever it was stopped.
 from __future__ import annotations
 
 import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,18 +17,39 @@ from icrl_megatron import settings as settings_module
 from icrl_megatron.config import Calibration, ModelSettings, Settings
 from icrl_megatron.launch import inside_torchrun, torchrun
 from icrl_megatron.settings import SAVED_NAME, run_folder
+from icrl_megatron.telemetry.files import locked
 
 WARM_START = "warm_start"
 BASELINE = "baseline_{}"
 EXPORT = "hf"
-_PHASE_FILE = "phase.yaml"
+_JOB_LOCK = ".job.lock"
 
 
 def run(settings: Settings) -> int:
     """Warm start (where asked for), training, baseline (where asked for), report. Returns the process's exit code."""
-    folder = run_folder(settings)
-    settings_module.save(settings, folder / SAVED_NAME)
-    code = warm_start(settings) if _needs_warm_start(settings) else 0
+    with _owned(settings):
+        return _run(settings, run_folder(settings))
+
+
+def warm_start(settings: Settings) -> int:
+    """The supervised stage alone (`icrl sft`): leaves a Hugging Face folder in <run_dir>/warm_start/hf."""
+    with _owned(settings):
+        return _warm_start(settings)
+
+
+@contextmanager
+def _owned(settings: Settings) -> Iterator[None]:
+    """The run folder is this job's before anything is written there. Under torchrun that is up to rank 0."""
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with locked(run_folder(settings), _JOB_LOCK):
+        settings_module.save(settings, run_folder(settings) / SAVED_NAME)
+        yield
+
+
+def _run(settings: Settings, folder: Path) -> int:
+    code = _warm_start(settings) if _needs_warm_start(settings) else 0
     code = code or _phase("icrl_megatron.train", _training(settings, folder), folder)
     if code or settings.debug.mode != "train":
         return code
@@ -39,8 +63,7 @@ def run(settings: Settings) -> int:
     return code
 
 
-def warm_start(settings: Settings) -> int:
-    """The supervised stage (`icrl sft`): leaves a Hugging Face folder in <run_dir>/warm_start/hf."""
+def _warm_start(settings: Settings) -> int:
     folder = run_folder(settings) / WARM_START
     if (folder / EXPORT).exists():
         return 0
@@ -75,8 +98,12 @@ def _baseline(settings: Settings, folder: Path) -> Settings:
 
 def _phase(module: str, settings: Settings, folder: Path) -> int:
     """Runs `module` on all ranks: under torchrun, or in place when this process is a rank already."""
-    path = folder / _PHASE_FILE
-    settings_module.save(settings, path)
     if inside_torchrun():
-        return int(importlib.import_module(module).main(path))
-    return torchrun(path, settings.launch.ranks, folder / "logs", module=module)
+        return int(importlib.import_module(module).main(settings))
+    logs = folder / "logs"
+    handed_over = logs / f"settings.{os.getpid()}.yaml"
+    settings_module.save(settings, handed_over)
+    try:
+        return torchrun(handed_over, settings.launch.ranks, logs, module=module)
+    finally:
+        handed_over.unlink()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -79,18 +80,23 @@ def success_table(outcomes: list[Outcome]) -> Table:
 
 
 def control_table(controls: dict[str, dict[str, Any]]) -> Table:
-    table = Table(title="Retries of failed held-out attempts: what carries the gain?", title_justify="left")
-    for column in ("training", "task", "failures", "critic's critique", "empty critique", "another attempt"):
-        table.add_column(column, justify="left" if column in ("training", "task") else "right")
+    title = "Retries of failed held-out attempts that succeed (%, 95 % interval), by critique"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("", "task", "failed", "critique", "empty one", "none"):
+        table.add_column(column, justify="left" if column in ("", "task") else "right")
     for when, by_task in controls.items():
         for name, arms in by_task.items():
-            shares = [_percent(Proportion(**arms[arm])) for arm in ("critique", "empty", "plain")]
+            shares = [_short(Proportion(**arms[arm])) for arm in ("critique", "empty", "plain")]
             table.add_row(when, name, str(arms["failures"]), *(shares if arms["failures"] else ["-"] * 3))
     return table
 
 
 def _percent(p: Proportion) -> str:
     return f"{p.mean:.0%} [{p.low:.0%}, {p.high:.0%}]"
+
+
+def _short(p: Proportion) -> str:
+    return f"{100 * p.mean:.0f} [{100 * p.low:.0f}, {100 * p.high:.0f}]"
 
 
 def _read(path: Path) -> dict[str, Any]:

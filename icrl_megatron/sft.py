@@ -38,10 +38,10 @@ SEED_FOLDER = "random"
 """Where the embedded model stands before it learned anything."""
 
 
-def main(settings_path: Path) -> int:
+def main(settings: Settings) -> int:
     """One rank of the stage; returns 0 or STOPPED."""
     stop = StopRequest()
-    settings = supervised(load_saved(settings_path))
+    settings = supervised(settings)
     with joined(settings) as grid:
         return _run(settings, grid, stop)
 
@@ -142,4 +142,4 @@ def _start_folder(settings: Settings, grid: grids.Grid) -> Path:
 
 
 if __name__ == "__main__":
-    run_rank(lambda: main(Path(sys.argv[1])))
+    run_rank(lambda: main(load_saved(Path(sys.argv[1]))))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from icrl_megatron.actor.sync import WeightSync
 from icrl_megatron.actor.weights import Gatherer
 from icrl_megatron.config import ConfigError, Settings
 from icrl_megatron.data.sampler import TaskSampler
-from icrl_megatron.launch import StopRequest, run_rank
+from icrl_megatron.launch import StopRequest, report_started, run_rank
 from icrl_megatron.parts import Parts, Recorder
 from icrl_megatron.rollout.engine import WeightReceiver
 from icrl_megatron.rollout.episode import GuardedEnvironment, Stage, require_room
@@ -37,15 +36,16 @@ from icrl_megatron.settings import load_saved, run_folder
 from icrl_megatron.shape import Qwen3Shape
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import EnvironmentFailure
-from icrl_megatron.telemetry.files import write_atomically
+from icrl_megatron.telemetry.files import locked, write_atomically
 from icrl_megatron.telemetry.progress import Progress
 from icrl_megatron.types import Split, Task
 
+RANK_LOCK = ".lock"
 
-def main(settings_path: Path) -> int:
+
+def main(settings: Settings) -> int:
     """One rank of one run; returns 0 or STOPPED."""
     stop = StopRequest()
-    settings = load_saved(settings_path)
     with joined(settings) as grid:
         return _run(settings, grid, stop)
 
@@ -57,7 +57,10 @@ def joined(settings: Settings) -> Iterator[grids.Grid]:
     grids.single_process()
     grid = grids.build(settings)
     try:
-        with locked(run_folder(settings), grid.rank):
+        # The launcher holds a lock of its own; this one is for ranks that outlive it by a moment, or never had one.
+        with locked(run_folder(settings), RANK_LOCK) if grid.rank == 0 else nullcontext():
+            if grid.rank == 0:
+                report_started()
             yield grid
     finally:
         grids.shutdown()
@@ -178,25 +181,5 @@ def report_control(parts: Parts, recorder: Recorder, when: str) -> None:
     dist.barrier(group=parts.grid.host_group)
 
 
-@contextmanager
-def locked(folder: Path, rank: int) -> Iterator[None]:
-    """Holds the run folder for this job; the lock goes with the process, however it ends.
-
-    Raises ConfigError when another job writes there.
-    """
-    if rank != 0:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"run_dir={folder}: another run writes there; wait for it, or choose another name"
-            ) from error
-        yield
-
-
 if __name__ == "__main__":
-    run_rank(lambda: main(Path(sys.argv[1])))
+    run_rank(lambda: main(load_saved(Path(sys.argv[1]))))

@@ -1,9 +1,11 @@
-"""Files that are either old or new, never half written: a run may be killed at any moment."""
+"""Files that are either old or new, never half written, and folders that one job owns: a run may be killed anywhen."""
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from icrl_megatron.config import ConfigError
@@ -23,3 +25,24 @@ def write_atomically(path: Path, lines: Iterable[str]) -> None:
         raise ConfigError(
             f"Cannot write {path}: {error.strerror}. Choose a run_dir on a disk with room that you may write to."
         ) from error
+
+
+@contextmanager
+def locked(folder: Path, name: str) -> Iterator[None]:
+    """Holds the lock `name` of a run folder, which is made if need be; it goes with the process, however that ends.
+
+    Raises ConfigError when another process holds it, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / name).open("w")
+    except OSError as error:
+        raise ConfigError(f"run_dir={folder}: {error.strerror}; choose a folder that you may write to") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"run_dir={folder}: another run writes there; wait for it, or choose another name"
+            ) from error
+        yield

@@ -50,7 +50,7 @@ class Phase:
 
     def _line(self) -> None:
         self._last_line = time.monotonic()
-        count = f"{self.done}" if self.total is None else f"{self.done}/{self.total}"
+        count = f"{self.done or ''}" if self.total is None else f"{self.done}/{self.total}"
         seconds = f"{self._last_line - self._started:.0f} s"
         self._owner.log("  ".join(part for part in (self.name, count, seconds, self.note) if part))
 

@@ -256,6 +256,48 @@ def test_a_rank_whose_parent_is_gone_ends_itself() -> None:
         assert (done.returncode, done.stdout) == expected
 
 
+SLOW_START = """
+import time
+time.sleep(3)
+
+def main():
+    from icrl_megatron.launch import report_started
+    report_started()
+    time.sleep(2)
+    note("quiet")
+    time.sleep(3)
+    return 0
+
+if __name__ == "__main__":
+    run_rank(main)
+"""
+
+
+def test_a_bar_shows_until_the_ranks_have_met(tmp_path: Path) -> None:
+    (tmp_path / "ranks.py").write_text(RANK_HEAD + SLOW_START)
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
+    terminal, theirs = os.openpty()
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
+    process = subprocess.Popen(
+        [sys.executable, "launcher.py", "ranks", "1"],
+        cwd=tmp_path,
+        env={**env, "PYTHONPATH": str(tmp_path), "TERM": "xterm"},
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown, late = b"", b""
+    try:
+        while True:
+            shown += (piece := os.read(terminal, 4096))
+            late += piece if (tmp_path / "quiet.0").exists() else b""
+    except OSError:  # the other end was closed: they have ended
+        assert process.wait(timeout=30) == 0
+    finally:
+        os.close(terminal)
+    assert b"starting 1 rank" in shown
+    assert b"starting" not in late
+
+
 def test_inside_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -77,13 +77,51 @@ def test_signals_save_and_stop_and_the_same_command_goes_on(finished_run: Path, 
     assert rows(folder) == rows(finished_run)
 
 
+def test_signals_in_the_warm_start(finished_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "stopped"
+    warm, command = folder / "warm_start", train(folder, *WARM_START)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        before = lines(warm)
+        running = start(*command)
+        when(running, lambda: lines(warm) > before + 1)  # noqa: B023 (called at once)
+        code, _, err = signalled(running, number)
+        assert code == STOPPED, err
+        done = int(rows(warm)[-1]["step"])
+        assert (warm / "checkpoints" / f"step_{done:06d}" / "icrl.json").exists()
+        assert not (warm / "hf").exists()
+
+    code, _, err = icrl("sft", *command[1:])
+    assert code == 0, err
+    assert rows(warm) == rows(finished_run / "warm_start")
+    assert (warm / "hf" / WEIGHTS).read_bytes() == (finished_run / "warm_start" / "hf" / WEIGHTS).read_bytes()
+
+
+def test_a_killed_run_at_tensor_parallel_2_ends_bit_for_bit_the_same(finished_run: Path, tmp_path: Path) -> None:
+    def at_two(folder: Path) -> list[str]:
+        return train(folder, *from_model(finished_run), "launch.ranks=2", "actor.tensor_parallel=2", "steps=4")
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    code, _, err = icrl(*at_two(whole))
+    assert code == 0, err
+    first = start(*at_two(killed))
+    when(first, lambda: lines(killed) > 3)
+    kill_tree(first)
+    assert not (killed / "hf").exists()
+    code, _, err = icrl(*at_two(killed))
+    assert code == 0, err
+    assert rows(killed) == rows(whole)
+    assert (killed / "hf" / WEIGHTS).read_bytes() == (whole / "hf" / WEIGHTS).read_bytes()
+
+
 def test_a_second_job_in_a_run_folder_is_refused_and_leaves_the_first_alone(finished_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "shared"
     command = train(folder, *from_model(finished_run), "steps=5000", "eval.interval=0", "checkpoint.interval=1000")
     first = start(*command)
     when(first, lambda: lines(folder) > 1)
-    code, _, err = icrl(*command)
+    saved = (folder / "settings.yaml").read_text()
+    code, _, err = icrl(*command, "steps=6000")
     assert code == 2
+    assert (folder / "settings.yaml").read_text() == saved
     assert err.endswith(f"error: run_dir={folder}: another run writes there; wait for it, or choose another name\n")
     code, _, err = signalled(first, signal.SIGTERM)
     assert code == STOPPED, err
