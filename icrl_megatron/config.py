@@ -164,8 +164,12 @@ class ActorSettings:
     """none | selective | full."""
     micro_batch_tokens: int = 16384
     """Token budget of a packed micro-batch; a longer sequence gets one of its own."""
-    head_chunk_tokens: int = 4096
-    """Loss tokens whose logits exist at once."""
+    head_chunk_tokens: int | None = None
+    """Loss tokens whose logits exist at once; null: as many as suit the device."""
+    head_backend: str = "auto"
+    """auto (triton on GPUs, torch on CPUs) | torch | triton."""
+    head_logits: str = "fp32"
+    """fp32 | bf16: what a chunk's logits are stored in; bf16 is for triton with precision=bf16 (docs/KERNEL.md)."""
 
 
 @dataclass

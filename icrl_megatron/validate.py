@@ -26,6 +26,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "actor.precision": ("bf16", "fp32"),
     "actor.fp8": ("off", "delayed", "current", "blockwise"),
     "actor.recompute": ("none", "selective", "full"),
+    "actor.head_backend": ("auto", "torch", "triton"),
+    "actor.head_logits": ("fp32", "bf16"),
     "debug.mode": ("train", "rollout_only", "from_dump", "fake_data"),
     "launch.device": ("auto", "cpu", "cuda"),
 }
@@ -104,10 +106,10 @@ MAY_CHANGE_ON_RESUME = (
     "actor.sequence_parallel",
     "actor.recompute",
     "actor.micro_batch_tokens",
-    "actor.head_chunk_tokens",
+    "actor.head_",
 )
-"""What a run that goes on may have different from how it began, names or sections: how long, how often, how fast and
-on which grid. Anything else would make the curve of one run out of two experiments."""
+"""What a run that goes on may have different from how it began, names or beginnings of names: how long, how often, how fast
+and on which grid. Anything else would make the curve of one run out of two experiments."""
 
 
 def validate(settings: Settings) -> None:
@@ -135,7 +137,7 @@ def check_resume(saved: Settings, settings: Settings, folder: Path) -> None:
     differing = {
         name: values
         for name, values in settings_module.changed(saved, settings).items()
-        if not any(name == free or (free.endswith(".") and name.startswith(free)) for free in MAY_CHANGE_ON_RESUME)
+        if not any(name == free or (free[-1] in "._" and name.startswith(free)) for free in MAY_CHANGE_ON_RESUME)
     }
     if differing:
         listed = ", ".join(f"{name} (was {was!r}, now {now!r})" for name, (was, now) in differing.items())
@@ -235,6 +237,11 @@ def _check_grid(settings: Settings) -> None:
         raise ConfigError(
             f"actor.fp8={actor.fp8} needs a GPU with FP8 and actor.precision=bf16 "
             f"(launch.device={settings.launch.device}, actor.precision={actor.precision}); use actor.fp8=off"
+        )
+    if actor.head_logits == "bf16" and (actor.head_backend == "torch" or actor.precision != "bf16"):
+        raise ConfigError(
+            "actor.head_logits=bf16 needs the triton head and actor.precision=bf16 "
+            f"(actor.head_backend={actor.head_backend}, actor.precision={actor.precision}); use actor.head_logits=fp32"
         )
 
 

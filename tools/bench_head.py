@@ -31,8 +31,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from icrl_kernels import Streams, Terms, VocabShard, policy_head, reference_head
-from icrl_kernels.head import CHUNK_TOKENS
+from icrl_kernels import Chunking, Streams, Terms, VocabShard, policy_head, reference_head
 
 ADVANTAGE = 0.7
 PEERS = {
@@ -50,7 +49,7 @@ class Shape:
     tokens: int = 1024
     hidden: int = 256
     vocabulary: int = 151936
-    chunk: int = CHUNK_TOKENS
+    chunk: int = 128
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,9 @@ Pass = Callable[[Tensor, Tensor, Streams], Tensor]
 
 def _ours(shape: Shape) -> Pass:
     shard = VocabShard.whole(shape.vocabulary)
-    return lambda hidden, weight, streams: policy_head(hidden, weight, streams, Terms(), shard, shape.chunk).loss
+    return lambda hidden, weight, streams: (
+        policy_head(hidden, weight, streams, Terms(), shard, Chunking(shape.chunk)).loss
+    )
 
 
 def _eager(shape: Shape) -> Pass:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from icrl_kernels import Terms
+from icrl_megatron.actor import platform
 from icrl_megatron.actor.grid import Grid, any_rank
 from icrl_megatron.actor.measure import Totals, measure
 from icrl_megatron.actor.model import build
@@ -22,8 +23,11 @@ from icrl_megatron.types import StepPlan, StepStats
 
 RATIO_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 """|ratio - 1| allowed between a scoring and a training pass of the same weights, by precision."""
-MISMATCH_TOLERANCE_FP32 = 1e-4
-"""|log pi_train - log pi_engine| allowed right after a sync when both compute in fp32."""
+MISMATCH_MEAN_FP32 = 1e-5
+MISMATCH_MAX_FP32 = 1e-3
+"""|log pi_train - log pi_engine| allowed right after a sync when both compute in fp32: the mean over tokens, and of any
+one. Rounding alone has a mean of 1e-7 to 3e-7 in the small runs, and up to 1.2e-4 at a rare token where it is amplified
+(docs/LOG.md); weights that were not synced show in the mean."""
 
 ScoredPlan = tuple[tuple[Frozen, ...], ...]
 """[update][micro-batch], beside `StepPlan.updates`."""
@@ -53,7 +57,7 @@ class Actor:
         self.head = HeadPlan(
             terms=_terms(settings),
             shard=head_shard(self.shape, grid),
-            chunk_tokens=settings.actor.head_chunk_tokens,
+            chunking=platform.head_chunking(settings.actor),
             mismatch_cap=settings.algo.mismatch_correction.cap if settings.algo.mismatch_correction.enabled else None,
         )
 

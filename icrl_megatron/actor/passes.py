@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from icrl_kernels import HeadOutput, Streams, Terms, VocabShard, policy_head, score_head
+from icrl_kernels import Chunking, HeadOutput, MainGrad, Streams, Terms, VocabShard, policy_head, score_head
 from icrl_megatron.actor import platform
 from icrl_megatron.actor.grid import Grid
 from icrl_megatron.actor.model import Qwen3, packed_params
@@ -41,7 +41,7 @@ class HeadPlan:
 
     terms: Terms
     shard: VocabShard
-    chunk_tokens: int
+    chunking: Chunking
     mismatch_cap: float | None
     """Truncation of the engine-mismatch weight; None: measured only."""
 
@@ -127,7 +127,10 @@ def _loss(
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     hidden_LH = _loss_tokens(hidden_T1H, batch, model)
     streams = _streams(batch, frozen, plan, hidden_LH.device)
-    out = policy_head(hidden_LH, model.head_weight_VH(), streams, plan.terms, plan.shard, plan.chunk_tokens)
+    weight_VH = model.head_weight_VH()
+    # Megatron multiplies a per-token loss by nothing before its backward pass, and neither do we.
+    main_grad = MainGrad(weight_VH.main_grad) if hasattr(weight_VH, "main_grad") else None
+    out = policy_head(hidden_LH, weight_VH, streams, plan.terms, plan.shard, plan.chunking, main_grad)
     count = torch.tensor(len(batch.targets_L), dtype=torch.int, device=hidden_LH.device)
     return out.loss, count, measure(batch, frozen, out)
 
@@ -170,6 +173,6 @@ def _scores(batch: MicroBatch, plan: HeadPlan, model: Qwen3, hidden_T1H: Tensor)
     hidden_LH = _loss_tokens(hidden_T1H, batch, model)
     targets_L = torch.from_numpy(batch.targets_L).to(hidden_LH.device)
     logprobs_L, _ = score_head(
-        hidden_LH, model.head_weight_VH(), targets_L, plan.terms.temperature, plan.shard, plan.chunk_tokens
+        hidden_LH, model.head_weight_VH(), targets_L, plan.terms.temperature, plan.shard, plan.chunking
     )
     return hidden_LH.new_zeros(()), torch.tensor(0, dtype=torch.int, device=hidden_LH.device), logprobs_L

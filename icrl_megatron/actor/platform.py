@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from icrl_kernels import Chunking
 from icrl_megatron.config import ActorSettings, ConfigError
 
 if TYPE_CHECKING:
@@ -90,6 +91,17 @@ def block_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmod
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
     return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+
+
+def head_chunking(actor: ActorSettings) -> Chunking:
+    """How the head is computed here. Raises ConfigError where its kernels are asked for and cannot run."""
+    on_cpu = device().type == "cpu"
+    backend = "torch" if on_cpu and actor.head_backend == "auto" else actor.head_backend
+    if on_cpu and backend == "triton" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        raise ConfigError("actor.head_backend=triton: there is no GPU here; use auto, or TRITON_INTERPRET=1 to debug")
+    if backend == "torch" and actor.head_logits == "bf16":
+        raise ConfigError("actor.head_logits=bf16: the torch head, which CPUs use, has fp32 logits; use fp32")
+    return Chunking(actor.head_chunk_tokens, backend, actor.head_logits)
 
 
 def fp8_config(settings: ActorSettings) -> dict[str, Any]:

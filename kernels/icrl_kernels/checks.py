@@ -1,16 +1,24 @@
-"""Arguments of the head, checked before anything is computed or communicated: a ValueError names what was wrong."""
+"""Arguments of the head, checked before anything is computed or communicated: a ValueError names what was wrong.
+
+What has to look into tensors is asked of the device in one question, so that a GPU is waited for once.
+"""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from icrl_kernels.chunking import Chunking
 from icrl_kernels.objective import Streams, Terms
 from icrl_kernels.vocabulary import VocabShard
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+"""What the Triton kernels take."""
 
 
 def _require(condition: bool, argument: str, expected: str, got: object) -> None:
@@ -18,16 +26,41 @@ def _require(condition: bool, argument: str, expected: str, got: object) -> None
         raise ValueError(f"{argument}: expected {expected}, got {got}")
 
 
+@dataclass(frozen=True)
+class _Question:
+    """A condition that only the device knows, and what is wrong where it does not hold."""
+
+    holds: Tensor
+    argument: str
+    expected: str
+    got: Callable[[], object]
+
+
+def _ask(questions: list[_Question]) -> None:
+    if not questions:
+        return
+    for question, holds in zip(questions, torch.stack([q.holds for q in questions]).tolist(), strict=True):
+        _require(holds, question.argument, question.expected, question.got() if not holds else "")
+
+
 def check_products(
-    hidden_LH: Tensor, weight_VH: Tensor, targets_L: Tensor, temperature: float, shard: VocabShard, chunk_tokens: int
+    hidden_LH: Tensor,
+    weight_VH: Tensor,
+    targets_L: Tensor,
+    temperature: float,
+    shard: VocabShard,
+    chunking: Chunking,
+    main_grad_VH: Tensor | None = None,
 ) -> None:
-    """Shapes, dtypes and ranges of what both heads take.
+    """Shapes, dtypes, devices and ranges of what both heads take.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
     _require(hidden_LH.dim() == 2, "hidden_LH", "two dimensions [tokens, hidden]", list(hidden_LH.shape))
-    _require(hidden_LH.dtype in FLOATING, "hidden_LH", "a floating dtype", hidden_LH.dtype)
+    kernels = chunking.backend == "triton" or (chunking.backend == "auto" and hidden_LH.is_cuda)
+    dtypes = KERNEL_DTYPES if kernels else FLOATING
+    _require(hidden_LH.dtype in dtypes, "hidden_LH", f"one of {', '.join(map(str, dtypes))}", hidden_LH.dtype)
     tokens, width = hidden_LH.shape
     wanted = f"[vocabulary of this rank, {width}]"
     _require(weight_VH.dim() == 2 and weight_VH.shape[1] == width, "weight_VH", wanted, list(weight_VH.shape))
@@ -35,44 +68,69 @@ def check_products(
     _require(same, "weight_VH", f"the dtype of hidden_LH, {hidden_LH.dtype}", weight_VH.dtype)
     _require(targets_L.dtype == torch.int64, "targets_L", "torch.int64", targets_L.dtype)
     _require(targets_L.shape == (tokens,), "targets_L", f"shape [{tokens}], as hidden_LH", list(targets_L.shape))
+    for name, tensor in (("hidden_LH", hidden_LH), ("weight_VH", weight_VH), ("targets_L", targets_L)):
+        _require(tensor.is_contiguous(), name, "a contiguous tensor", f"strides {tensor.stride()}")
+        here = f"the device of hidden_LH, {hidden_LH.device}"
+        _require(tensor.device == hidden_LH.device, name, here, tensor.device)
     _require(0 < temperature < float("inf"), "temperature", "a finite number above 0", temperature)
-    _require(chunk_tokens >= 1, "chunk_tokens", "at least 1", chunk_tokens)
-    rows = weight_VH.shape[0]
+    _check_chunking(chunking, kernels, hidden_LH.dtype)
+    _check_shard(shard, weight_VH.shape[0])
+    if main_grad_VH is not None:
+        _require(main_grad_VH.shape == weight_VH.shape, "main_grad", "the weight's shape", list(main_grad_VH.shape))
+        wide = torch.float64 if hidden_LH.dtype == torch.float64 else torch.float32
+        _require(main_grad_VH.dtype == wide, "main_grad", str(wide), main_grad_VH.dtype)
+    if tokens:
+        inside = ((targets_L >= 0) & (targets_L < shard.vocabulary)).all()
+        expected = f"ids in 0 to {shard.vocabulary - 1}"
+        _ask([_Question(inside, "targets_L", expected, lambda: f"ids from {targets_L.min()} to {targets_L.max()}")])
+
+
+def _check_chunking(chunking: Chunking, kernels: bool, dtype: torch.dtype) -> None:
+    _require(chunking.tokens is None or chunking.tokens >= 1, "chunking.tokens", "at least 1", chunking.tokens)
+    for name, values in (("backend", ("auto", "torch", "triton")), ("logits", ("fp32", "bf16"))):
+        value = getattr(chunking, name)
+        _require(value in values, f"chunking.{name}", " or ".join(values), value)
+    if chunking.logits == "bf16":
+        _require(kernels and dtype == torch.bfloat16, "chunking.logits", "fp32 but for triton with bf16 inputs", "bf16")
+
+
+def _check_shard(shard: VocabShard, rows: int) -> None:
+    if shard.group is None:
+        _require(shard.valid == shard.vocabulary, "shard.valid", f"{shard.vocabulary} without a group", shard.valid)
+    else:
+        _require(dist.is_initialized(), "shard.group", "an initialised torch.distributed", "none; call init first")
+        _require(dist.get_rank(shard.group) >= 0, "shard.group", "a group that this rank is in", "another")
     _require(0 <= shard.valid <= rows, "shard.valid", f"0 to {rows}, the rows of weight_VH", shard.valid)
     ends = shard.start + shard.valid
     within = shard.vocabulary >= 1 and (shard.valid == 0 or (shard.start >= 0 and ends <= shard.vocabulary))
     _require(within, "shard", f"columns within 0 to {shard.vocabulary}", f"{shard.start} to {ends}")
-    if shard.group is None:
-        _require(shard.valid == shard.vocabulary, "shard.valid", f"{shard.vocabulary} without a group", shard.valid)
-    if tokens:
-        low, high = int(targets_L.min()), int(targets_L.max())
-        inside = low >= 0 and high < shard.vocabulary
-        _require(inside, "targets_L", f"ids in 0 to {shard.vocabulary - 1}", f"ids from {low} to {high}")
 
 
 def check_objective(hidden_LH: Tensor, streams: Streams, terms: Terms) -> None:
-    """Shapes, dtypes and values of the streams and the scalars of the objective.
+    """Shapes, dtypes, devices and values of the streams and the scalars of the objective.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
     tokens = hidden_LH.shape[0]
+    asked: list[_Question] = []
     for field in fields(streams):
         stream_L = getattr(streams, field.name)
         if stream_L is None:
             continue
         _require(stream_L.shape == (tokens,), field.name, f"shape [{tokens}], as hidden_LH", list(stream_L.shape))
+        here = f"the device of hidden_LH, {hidden_LH.device}"
+        _require(stream_L.device == hidden_LH.device, field.name, here, stream_L.device)
         if field.name == "calibrated_L":
             _require(stream_L.dtype == torch.bool, field.name, "torch.bool", stream_L.dtype)
         elif field.name != "targets_L":
             _require(stream_L.dtype in FLOATING, field.name, "a floating dtype", stream_L.dtype)
-            bad = int(stream_L.isnan().sum())
-            _require(bad == 0, field.name, "numbers", f"NaN at {bad} of {tokens} tokens")
-    for name, stream_L in (("coefficients_L", streams.coefficients_L), ("advantages_L", streams.advantages_L)):
-        infinite = int(stream_L.isinf().sum())
-        _require(infinite == 0, name, "finite numbers", f"infinity at {infinite} of {tokens} tokens")
-    negative = int((streams.coefficients_L < 0).sum())
-    _require(negative == 0, "coefficients_L", "numbers >= 0", f"{negative} below 0")
+            finite = field.name in ("coefficients_L", "advantages_L")
+            asked += _numbers(field.name, stream_L, finite)
+    negative_L = streams.coefficients_L < 0
+    got = lambda: f"{int(negative_L.sum())} below 0"  # noqa: E731 (as short as a def is long)
+    asked.append(_Question(~negative_L.any(), "coefficients_L", "numbers >= 0", got))
+    _ask(asked)
     paired = (streams.behaviour_logprobs_L is None) == (streams.calibrated_L is None)
     given = "calibrated_L" if streams.behaviour_logprobs_L is None else "behaviour_logprobs_L"
     _require(paired, "behaviour_logprobs_L and calibrated_L", "both or neither", f"{given} alone")
@@ -84,3 +142,14 @@ def check_objective(hidden_LH: Tensor, streams: Streams, terms: Terms) -> None:
     for name in ("clip_low", "clip_high", "w_max"):
         value = getattr(terms, name)
         _require(value >= 0, name, "a number >= 0", value)
+
+
+def _numbers(name: str, stream_L: Tensor, finite: bool) -> list[_Question]:
+    def at(bad_L: Tensor) -> str:
+        return f"at {int(bad_L.sum())} of {len(bad_L)} tokens"
+
+    asked = [_Question(~stream_L.isnan().any(), name, "numbers", lambda: f"NaN {at(stream_L.isnan())}")]
+    if finite:
+        whole = ~stream_L.isinf().any()
+        asked.append(_Question(whole, name, "finite numbers", lambda: f"infinity {at(stream_L.isinf())}"))
+    return asked

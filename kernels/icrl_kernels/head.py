@@ -1,17 +1,13 @@
 """The head of the policy, from hidden states to loss and gradients, never holding more than a chunk of logits.
 
 Everything but the log-prob is known of a token before the head runs, so the gradient is formed chunk by chunk in the
-forward pass, while the chunk's softmax is at hand, and nothing is computed twice. With e = exp(z - m) in the buffer,
-q = exp(m - M) / S and the derivatives g = dloss/dlogprob and b = -dloss/dentropy of a token:
-
-    dloss/dz_v = g (1[v = target] - p_v) + b p_v (log p_v + H)        p_v = q e_v
-
-The factor of a row and the 1[v = target] are moved out of the buffer, into the [C, H] sides of the two products.
+forward pass, while the chunk's softmax is at hand, and nothing is computed twice. `torch_chunks` does a chunk on a CPU,
+`triton_chunks` on a GPU; both follow the same mathematics (docs/KERNEL.md) and the same contract, which stands here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +16,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from icrl_kernels.checks import check_objective, check_products
-from icrl_kernels.objective import Streams, Terms, TokenObjective, token_objective
-from icrl_kernels.vocabulary import RowSoftmax, VocabShard, row_softmax_, row_tiles
+from icrl_kernels.chunking import Chunking, Chunks, Gradients, TokenOutputs, spans
+from icrl_kernels.objective import Streams, Terms
+from icrl_kernels.torch_chunks import TorchChunks
+from icrl_kernels.vocabulary import VocabShard
 
-CHUNK_TOKENS = 128
-"""Tokens whose logits exist at one time, where the caller does not say."""
-BLOCK_ROWS = 8192
-"""Rows of the weight that a product takes at a time, after converting them where they are of half precision."""
+
+@dataclass(frozen=True)
+class MainGrad:
+    """A gradient buffer that the weight's gradient is added to while the loss is computed, as Megatron's main_grad.
+
+    The weight then gets no `.grad` from the head. What is added cannot be taken back, and a second forward pass of the
+    same tokens adds again: not for use under activation checkpointing.
+    """
+
+    buffer_VH: Tensor
+    """float32 (float64 for float64 weights), of the weight's shape."""
+    scale: float = 1.0
+    """What the loss is multiplied with before backward(); the backward pass asserts it."""
 
 
 @dataclass(frozen=True)
@@ -52,32 +59,37 @@ def policy_head(
     streams: Streams,
     terms: Terms,
     shard: VocabShard,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunking: Chunking = Chunking(),  # noqa: B008 (frozen)
+    main_grad: MainGrad | None = None,
 ) -> HeadOutput:
     """Loss of Eq. 6 and its gradients for L loss tokens (L may be 0).
 
     Args:
-        hidden_LH: last hidden states of the loss tokens, [L, H], float32, float64, bfloat16 or float16; the same on all
-            ranks of `shard.group`.
-        weight_VH: this rank's rows of the output layer, [V, H], in the dtype of `hidden_LH`.
+        hidden_LH: last hidden states of the loss tokens, [L, H], contiguous; float32 or bfloat16, on a CPU also float64
+            and float16; the same on all ranks of `shard.group`.
+        weight_VH: this rank's rows of the output layer, [V, H], contiguous, in the dtype of `hidden_LH`.
         streams: [L] tensors, the same on all ranks of the group.
         terms: the scalars of the objective.
         shard: which columns of the vocabulary the rows of the weight are.
-        chunk_tokens: tokens whose logits are held at once: chunk_tokens * shard.valid numbers of float32.
+        chunking: how the work is cut, and by what it is done.
+        main_grad: where the gradient of the weight is added to, if not to `.grad`.
 
-    Logits and all sums are float32 (float64 for float64 inputs), whatever the dtype of the inputs. Communicated is one
-    all-gather a chunk, of four numbers a token. The gradient of `hidden_LH` is this rank's part, the sum over its own
-    columns: whoever made `hidden_LH` the same on all ranks sums it over the group. The gradients are held until the
-    backward pass, which scales them in place and hands them over, once. They are not saved through autograd, so
-    checkpointing around the head neither drops nor recomputes them.
+    All sums are float32 (float64 for float64 inputs), whatever the dtype of the inputs, and so are the logits unless
+    `chunking` says otherwise. Communicated is one all-gather a chunk, of four numbers a token. The gradient of
+    `hidden_LH` is this rank's part, the sum over its own columns: whoever made `hidden_LH` the same on all ranks sums
+    it over the group. The gradients are held until the backward pass, which scales them in place and hands them over,
+    once. They are not saved through autograd, so checkpointing around the head neither drops nor recomputes them.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
-    check_products(hidden_LH, weight_VH, streams.targets_L, terms.temperature, shard, chunk_tokens)
+    wants = torch.is_grad_enabled()
+    needs = (wants and hidden_LH.requires_grad, wants and (weight_VH.requires_grad or main_grad is not None))
+    buffer_VH = None if main_grad is None else main_grad.buffer_VH
+    check_products(hidden_LH, weight_VH, streams.targets_L, terms.temperature, shard, chunking, buffer_VH)
     check_objective(hidden_LH, streams, terms)
-    needs = (torch.is_grad_enabled() and hidden_LH.requires_grad, torch.is_grad_enabled() and weight_VH.requires_grad)
-    return HeadOutput(*_Head.apply(hidden_LH, weight_VH, streams, terms, shard, chunk_tokens, needs))
+    chunks = _chunks(hidden_LH, weight_VH, terms.temperature, shard, chunking)
+    return HeadOutput(*_Head.apply(hidden_LH, weight_VH, chunks, streams, terms, main_grad, needs))
 
 
 @torch.no_grad()
@@ -87,117 +99,28 @@ def score_head(
     targets_L: Tensor,
     temperature: float,
     shard: VocabShard,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunking: Chunking = Chunking(),  # noqa: B008 (frozen)
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of the targets and entropies, [L] each, without gradients: the same code as `policy_head`'s first half.
 
     Arguments, dtypes, communication and errors are as in `policy_head`.
     """
-    check_products(hidden_LH, weight_VH, targets_L, temperature, shard, chunk_tokens)
-    head = _Chunks(hidden_LH, weight_VH, temperature, shard, chunk_tokens)
-    rows = [head.softmax(tokens, targets_L) for tokens in head.spans()]
-    empty_L = hidden_LH.new_empty(0, dtype=head.dtype)
-    return torch.cat([empty_L, *(r.logprobs_C for r in rows)]), torch.cat([empty_L, *(r.entropy_C for r in rows)])
+    check_products(hidden_LH, weight_VH, targets_L, temperature, shard, chunking)
+    chunks = _chunks(hidden_LH, weight_VH, temperature, shard, chunking)
+    logprobs_L, entropy_L = (torch.empty_like(targets_L, dtype=chunks.dtype) for _ in range(2))
+    for span in spans(targets_L.shape[0], chunks.tokens):
+        chunks.score(span, targets_L[span], logprobs_L[span], entropy_L[span])
+    return logprobs_L, entropy_L
 
 
-class _Chunks:
-    """One buffer of [chunk, columns] in the computing dtype, and the products of the head around it."""
+def _chunks(hidden_LH: Tensor, weight_VH: Tensor, temperature: float, shard: VocabShard, chunking: Chunking) -> Chunks:
+    if chunking.backend == "torch" or (chunking.backend == "auto" and not hidden_LH.is_cuda):
+        return TorchChunks(hidden_LH, weight_VH, temperature, shard, chunking.tokens)
+    if not hidden_LH.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        raise ValueError("chunking.backend: expected torch for CPU tensors, got triton (or set TRITON_INTERPRET=1)")
+    from icrl_kernels.triton_chunks import TritonChunks  # triton is there only where it is needed
 
-    def __init__(self, hidden_LH: Tensor, weight_VH: Tensor, temperature: float, shard: VocabShard, chunk: int) -> None:
-        self.hidden_LH, self.weight_VH = hidden_LH.detach(), weight_VH.detach()[: shard.valid]
-        self.inverse_temperature, self.shard, self.chunk = 1.0 / temperature, shard, chunk
-        self.dtype = torch.float64 if hidden_LH.dtype == torch.float64 else torch.float32
-        rows = min(chunk, hidden_LH.shape[0])
-        self.buffer_CV = hidden_LH.new_empty(rows, shard.valid, dtype=self.dtype)
-
-    def spans(self) -> Iterator[slice]:
-        tokens = self.hidden_LH.shape[0]
-        return (slice(start, min(start + self.chunk, tokens)) for start in range(0, tokens, self.chunk))
-
-    def _weight_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Columns of the buffer and the rows of the weight that they come from, in the computing dtype."""
-        rows = self.weight_VH.shape[0]
-        for start in range(0, rows, BLOCK_ROWS):
-            columns = slice(start, min(start + BLOCK_ROWS, rows))
-            yield columns, self.weight_VH[columns].to(self.dtype)
-
-    def softmax(self, tokens: slice, targets_L: Tensor) -> RowSoftmax:
-        """Fills the buffer with the exponentials of the chunk's logits and returns their statistics."""
-        hidden_CH = self.hidden_LH[tokens].to(self.dtype)
-        logits_CV = self.buffer_CV[: hidden_CH.shape[0]]
-        for columns, block_VH in self._weight_blocks():
-            out = logits_CV[:, columns]
-            torch.addmm(out, hidden_CH, block_VH.T, beta=0, alpha=self.inverse_temperature, out=out)
-        return row_softmax_(logits_CV, targets_L[tokens], self.shard)
-
-    def backward(self, tokens: slice, targets_L: Tensor, rows: RowSoftmax, slopes: _Slopes, grads: _Gradients) -> None:
-        """Adds the chunk's gradients to `grads`, using up the exponentials in the buffer."""
-        exp_CV = self.buffer_CV[: rows.shift_C.shape[0]]
-        hidden_CH = self.hidden_LH[tokens].to(self.dtype)
-        silent_C1 = slopes.silent_C[:, None]
-        scale_C = (rows.shift_C - rows.log_sum_C).exp() * self.inverse_temperature
-        if slopes.entropy_C is None:
-            scale_C = -slopes.logprob_C * scale_C
-        else:
-            _add_entropy_gradient_(exp_CV, rows, slopes.logprob_C, slopes.entropy_C)
-        # Exponentials of a token that must not count may be NaN, and 0 * NaN would spread over the whole weight.
-        spoiled_C = slopes.silent_C & ~(rows.logprobs_C + rows.entropy_C).isfinite()
-        exp_CV.index_fill_(0, spoiled_C.nonzero()[:, 0], 0.0)
-        local_C = targets_L[tokens] - self.shard.start
-        owned_C = (local_C >= 0) & (local_C < self.shard.valid) & ~slopes.silent_C
-        pull_C1 = (slopes.logprob_C * self.inverse_temperature)[owned_C, None]
-        scaled_CH = (hidden_CH * scale_C[:, None]).masked_fill_(silent_C1, 0.0)
-        grad_CH = torch.zeros_like(hidden_CH)
-        for columns, block_VH in self._weight_blocks():  # both products while the block of exponentials is in the cache
-            if grads.hidden_LH is not None:
-                grad_CH.addmm_(exp_CV[:, columns], block_VH)
-            if grads.weight_VH is not None:
-                grads.weight_VH[columns].addmm_(exp_CV[:, columns].T, scaled_CH, beta=0 if tokens.start == 0 else 1)
-        if grads.hidden_LH is not None:
-            grad_CH = (grad_CH * scale_C[:, None]).masked_fill_(silent_C1, 0.0)
-            grad_CH[owned_C] += pull_C1 * self.weight_VH[local_C[owned_C]].to(self.dtype)
-            grads.hidden_LH[tokens] = grad_CH
-        if grads.weight_VH is not None:
-            grads.weight_VH.index_add_(0, local_C[owned_C], pull_C1 * hidden_CH[owned_C])
-
-
-@dataclass(frozen=True)
-class _Slopes:
-    """Derivatives of a chunk's loss with respect to log-prob and entropy."""
-
-    logprob_C: Tensor
-    entropy_C: Tensor | None
-    """None where the objective has no entropy term."""
-    silent_C: Tensor
-    """bool: coefficient 0."""
-
-
-@dataclass
-class _Gradients:
-    """Gradients being filled: hidden states in their own dtype, the weight in the computing one; None if not wanted."""
-
-    hidden_LH: Tensor | None
-    weight_VH: Tensor | None
-
-
-def _add_entropy_gradient_(exp_CV: Tensor, rows: RowSoftmax, logprob_slope_C: Tensor, entropy_slope_C: Tensor) -> None:
-    """Turns e into -g e + b e (log p + H), with log p = (z - m) + shift - log S and e (z - m) = e log e, 0 at e = 0."""
-    b_C = -entropy_slope_C
-    shift_C = torch.where(rows.shift_C == -torch.inf, 0.0, rows.shift_C)
-    linear_C = b_C * (shift_C - rows.log_sum_C + rows.entropy_C) - logprob_slope_C
-    for span, tile, scratch in row_tiles(exp_CV):
-        torch.special.entr(tile, out=scratch)
-        tile.mul_(linear_C[span, None]).sub_(scratch.mul_(b_C[span, None]))
-
-
-def _objective_and_slopes(rows: RowSoftmax, streams: Streams, terms: Terms) -> tuple[TokenObjective, _Slopes]:
-    silent_C = streams.coefficients_L == 0
-    with torch.enable_grad():
-        logprobs_C, entropy_C = rows.logprobs_C.requires_grad_(), rows.entropy_C.requires_grad_()
-        objective = token_objective(logprobs_C, entropy_C, streams, terms)
-        wanted = (logprobs_C, entropy_C) if terms.entropy_coef != 0 else (logprobs_C,)
-        slopes = torch.autograd.grad(objective.loss_L.sum(), wanted)
-    return objective, _Slopes(slopes[0], slopes[1] if len(slopes) == 2 else None, silent_C)
+    return TritonChunks(hidden_LH, weight_VH, temperature, shard, chunking.tokens, chunking.logits)
 
 
 class _Head(torch.autograd.Function):
@@ -208,55 +131,46 @@ class _Head(torch.autograd.Function):
         ctx: Any,
         hidden_LH: Tensor,
         weight_VH: Tensor,
+        chunks: Chunks,
         streams: Streams,
         terms: Terms,
-        shard: VocabShard,
-        chunk_tokens: int,
+        main_grad: MainGrad | None,
         needs: tuple[bool, bool],
     ) -> tuple[Tensor, ...]:
-        head = _Chunks(hidden_LH, weight_VH, terms.temperature, shard, chunk_tokens)
-        grads = _Gradients(torch.empty_like(hidden_LH) if needs[0] else None, None)
-        if needs[1]:
-            grads.weight_VH = torch.empty_like(weight_VH, dtype=head.dtype)
-            # The first chunk overwrites the rows that it reaches; the rest are padding, or all of them without tokens.
-            grads.weight_VH[shard.valid if hidden_LH.shape[0] else 0 :] = 0.0
-        outputs = _empty_outputs(hidden_LH.shape[0], hidden_LH.new_empty(0, dtype=head.dtype))
-        for tokens in head.spans():
-            rows = head.softmax(tokens, streams.targets_L)
-            part = streams.slice(tokens)
-            objective, slopes = _objective_and_slopes(rows, part, terms)
-            if any(needs):
-                head.backward(tokens, streams.targets_L, rows, slopes, grads)
-            _store(outputs, tokens, rows, objective)
-        loss_L, non_finite_L, *rest = outputs
-        non_finite = (non_finite_L & (streams.coefficients_L != 0)).sum()
-        ctx.grads = grads
-        ctx.mark_non_differentiable(*rest, non_finite)
-        return loss_L.sum(), *rest, non_finite
+        tokens = hidden_LH.shape[0]
+        grads = _gradients(hidden_LH, weight_VH, chunks.dtype, main_grad, needs)
+        out = TokenOutputs.empty(streams.targets_L, chunks.dtype)
+        for span in spans(tokens, chunks.tokens):
+            chunks.train(span, streams.slice(span), terms, out, grads)
+        ctx.grads, ctx.main_scale = grads, None if main_grad is None else main_grad.scale
+        non_finite = (~out.finite_L & (streams.coefficients_L != 0)).sum()
+        scores = (out.logprobs_L, out.entropy_L, out.ratio_L, out.calibration_weight_L)
+        rest = (*scores, out.clipped_low_L, out.clipped_high_L, non_finite)
+        ctx.mark_non_differentiable(*rest)
+        return out.loss_L.sum(), *rest
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError("policy_head's gradients went to an earlier backward pass: call it again")
-        grads: _Gradients = ctx.grads
+        grads: Gradients = ctx.grads
         # Letting go of them lets autograd adopt the tensors instead of copying them.
         ctx.grads = None
         grad_hidden = None if grads.hidden_LH is None else grads.hidden_LH.mul_(grad_loss.to(grads.hidden_LH.dtype))
-        grad_weight = None if grads.weight_VH is None else grads.weight_VH.mul_(grad_loss)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        if ctx.main_scale is not None:
+            # On a GPU the comparison happens there, and the host does not wait for it.
+            torch._assert_async(grad_loss == ctx.main_scale, "the loss was not scaled by MainGrad.scale")
+            return grad_hidden, *[None] * 6
+        return grad_hidden, None if grads.weight_VH is None else grads.weight_VH.mul_(grad_loss), *[None] * 5
 
 
-def _empty_outputs(tokens: int, like: Tensor) -> tuple[Tensor, ...]:
-    """loss, non-finite, log-prob, entropy, ratio, calibration weight, clipped low, clipped high: [L] each."""
-    floats = [like.new_empty(tokens) for _ in range(5)]
-    flags = [like.new_empty(tokens, dtype=torch.bool) for _ in range(3)]
-    return floats[0], flags[0], *floats[1:], *flags[1:]
-
-
-def _store(outputs: tuple[Tensor, ...], tokens: slice, rows: RowSoftmax, objective: TokenObjective) -> None:
-    finite_C = (rows.logprobs_C + rows.entropy_C + objective.loss_L).isfinite()
-    values = (objective.loss_L, ~finite_C, rows.logprobs_C, rows.entropy_C, objective.ratio_L)
-    masks = (objective.calibration_weight_L, objective.clipped_low_L, objective.clipped_high_L)
-    for output_L, value_C in zip(outputs, (*values, *masks), strict=True):
-        output_L[tokens] = value_C.detach()
+def _gradients(
+    hidden_LH: Tensor, weight_VH: Tensor, dtype: torch.dtype, main_grad: MainGrad | None, needs: tuple[bool, bool]
+) -> Gradients:
+    hidden = torch.empty_like(hidden_LH) if needs[0] else None
+    if not needs[1]:
+        return Gradients(hidden, None)
+    if main_grad is not None:
+        return Gradients(hidden, main_grad.buffer_VH, main_grad.scale)
+    return Gradients(hidden, torch.zeros_like(weight_VH, dtype=dtype))

@@ -1,4 +1,7 @@
-"""The chunked head against the eager one, and both against the formulas of the paper."""
+"""The chunked head, each way of computing it, against the eager one; and both against the formulas of the paper.
+
+The Triton kernels run on the GPU where there is one, else in Triton's interpreter on tensors of the CPU.
+"""
 
 from __future__ import annotations
 
@@ -6,80 +9,32 @@ from dataclasses import replace
 
 import pytest
 import torch
+from head_cases import (
+    EXACT,
+    TORCH,
+    TRITON,
+    WAYS,
+    WIDTH,
+    How,
+    assert_near,
+    assert_same,
+    clipped,
+    make_inputs,
+    needs_triton,
+    on_policy,
+    put_streams,
+    run_head,
+    run_reference,
+    run_scores,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from icrl_kernels import (
-    HeadOutput,
-    Streams,
-    Terms,
-    VocabShard,
-    policy_head,
-    reference_head,
-    reference_scores,
-    score_head,
-    token_objective,
-)
+from icrl_kernels import MainGrad, Streams, Terms, VocabShard, policy_head, reference_head, token_objective
 
-WIDTH = 16
-
-
-def make_inputs(
-    tokens: int, rows: int, terms: Terms, seed: int = 0, scale: float = 1.0, vocabulary: int | None = None
-) -> tuple[Tensor, Tensor, Streams]:
-    """Float64 hidden states and weight, and streams whose old log-probs lie around the policy's own."""
-    draw = torch.Generator().manual_seed(seed)
-    vocabulary = vocabulary or rows
-    hidden_LH = torch.randn(tokens, WIDTH, generator=draw, dtype=torch.float64)
-    weight_VH = scale * torch.randn(rows, WIDTH, generator=draw, dtype=torch.float64)
-    targets_L = torch.randint(vocabulary, (tokens,), generator=draw)
-    logprobs_L, _ = reference_scores(hidden_LH, weight_VH, targets_L, terms.temperature, vocabulary)
-
-    def around(spread: float) -> Tensor:
-        return logprobs_L + spread * torch.randn(tokens, generator=draw, dtype=torch.float64)
-
-    streams = Streams(
-        targets_L=targets_L,
-        coefficients_L=torch.rand(tokens, generator=draw) * (torch.rand(tokens, generator=draw) > 0.2),
-        advantages_L=torch.randn(tokens, generator=draw, dtype=torch.float64),
-        old_logprobs_L=around(0.3),
-        behaviour_logprobs_L=around(0.7),
-        calibrated_L=torch.rand(tokens, generator=draw) > 0.5,
-        reference_logprobs_L=around(0.3) if terms.kl_coef else None,
-    )
-    return hidden_LH, weight_VH, streams
-
-
-def run_head(
-    hidden_LH: Tensor, weight_VH: Tensor, streams: Streams, terms: Terms, vocabulary: int, chunk: int | None
-) -> tuple[HeadOutput, Tensor, Tensor]:
-    """Output and gradients of the chunked head, or of the eager one where `chunk` is None."""
-    hidden_LH, weight_VH = hidden_LH.clone().requires_grad_(), weight_VH.clone().requires_grad_()
-    if chunk is None:
-        output = reference_head(hidden_LH, weight_VH, streams, terms, vocabulary)
-    else:
-        output = policy_head(hidden_LH, weight_VH, streams, terms, VocabShard.whole(vocabulary), chunk)
-    output.loss.backward()
-    assert hidden_LH.grad is not None and weight_VH.grad is not None
-    return output, hidden_LH.grad, weight_VH.grad
-
-
-def assert_near(value: Tensor, truth: Tensor, tolerance: float = 1e-5, floor: float = 1e-6) -> None:
-    """The error's norm is within `tolerance` of the truth's, or `floor` an element where the truth is all but 0."""
-    error = (value.double() - truth.double()).norm()
-    assert error <= tolerance * truth.double().norm() + floor * max(1, truth.numel()) ** 0.5, float(error)
-
-
-def assert_same(head: tuple[HeadOutput, Tensor, Tensor], truth: tuple[HeadOutput, Tensor, Tensor]) -> None:
-    # The loss is a sum whose terms cancel: what counts is the error a token.
-    assert_near(head[0].loss.detach(), truth[0].loss.detach(), floor=1e-6 * max(1, truth[0].logprobs_L.numel()))
-    for name in ("logprobs_L", "entropy_L"):
-        assert_near(getattr(head[0], name), getattr(truth[0], name))
-    assert_near(head[1], truth[1])
-    assert_near(head[2], truth[2])
-
+every_way = pytest.mark.parametrize("how", WAYS, ids=str)
 
 terms_drawn = st.builds(
     Terms,
@@ -92,8 +47,25 @@ terms_drawn = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+def check_drawn(
+    how: How, tokens: int, rows: int, padding: int, chunk: int, scale: float, terms: Terms, has_old: bool, seed: int
+) -> None:
+    hidden_LH, weight_VH, streams = make_inputs(tokens, rows + padding, terms, seed, scale, vocabulary=rows)
+    streams = replace(streams, old_logprobs_L=streams.old_logprobs_L if has_old else None)
+    truth = run_reference(hidden_LH, weight_VH, streams, terms, rows)
+    head = run_head(hidden_LH, weight_VH, streams, terms, rows, chunk, how)
+    # A ratio within rounding of a bound may fall on its other side in float32, where the gradient is another one.
+    assume(torch.equal(clipped(head[0]), clipped(truth[0])))
+    assert_same(head, truth, how)
+    assert bool((head[2][rows:] == 0).all())
+    scores = run_scores(hidden_LH, weight_VH, streams.targets_L, terms.temperature, rows, chunk, how)
+    assert_near(scores[0], truth[0].logprobs_L, how.tolerance, how.floor)
+    assert_near(scores[1], truth[0].entropy_L, how.tolerance, how.floor)
+
+
+@settings(max_examples=60)
 @given(
+    how=st.sampled_from([EXACT, TORCH]),
     tokens=st.integers(1, 40),
     rows=st.integers(2, 150),
     padding=st.integers(0, 5),
@@ -101,44 +73,57 @@ terms_drawn = st.builds(
     scale=st.floats(0.05, 2.0),
     terms=terms_drawn,
     has_old=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 1000),
 )
 def test_chunked_equals_eager(
+    how: How, tokens: int, rows: int, padding: int, chunk: int, scale: float, terms: Terms, has_old: bool, seed: int
+) -> None:
+    check_drawn(how, tokens, rows, padding, chunk, scale, terms, has_old, seed)
+
+
+@needs_triton
+@settings(max_examples=40)
+@given(
+    tokens=st.integers(1, 24),
+    rows=st.integers(2, 90),
+    padding=st.integers(0, 5),
+    chunk=st.integers(5, 24),
+    block=st.sampled_from([16, 32, 128]),
+    scale=st.floats(0.05, 2.0),
+    terms=terms_drawn,
+    has_old=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_kernels_equal_eager(
     tokens: int,
     rows: int,
     padding: int,
     chunk: int,
+    block: int,
     scale: float,
     terms: Terms,
     has_old: bool,
-    dtype: torch.dtype,
     seed: int,
 ) -> None:
-    hidden_LH, weight_VH, streams = make_inputs(tokens, rows + padding, terms, seed, scale, vocabulary=rows)
-    streams = replace(streams, old_logprobs_L=streams.old_logprobs_L if has_old else None)
-    truth = run_head(hidden_LH, weight_VH, streams, terms, rows, None)
-    head = run_head(hidden_LH.to(dtype), weight_VH.to(dtype), streams, terms, rows, chunk)
-    # A ratio within rounding of a bound may fall on its other side in float32, where the gradient is another one.
-    assume(torch.equal(clipped(head[0]), clipped(truth[0])))
-    assert_same(head, truth)
-    assert bool((head[2][rows:] == 0).all())
-    scores = score_head(hidden_LH, weight_VH, streams.targets_L, terms.temperature, VocabShard.whole(rows), chunk)
-    assert_near(scores[0], truth[0].logprobs_L, 1e-12, 1e-12)
-    assert_near(scores[1], truth[0].entropy_L, 1e-12, 1e-12)
+    with pytest.MonkeyPatch.context() as patch:
+        small_blocks(patch, block)
+        check_drawn(TRITON, tokens, rows, padding, chunk, scale, terms, has_old, seed)
 
 
-def clipped(output: HeadOutput) -> Tensor:
-    return output.clipped_low_L | output.clipped_high_L
+def small_blocks(patch: pytest.MonkeyPatch, block: int, programs: int = 4) -> None:
+    """Blocks far smaller than a row, and programs enough that rows are split."""
+    from icrl_kernels import triton_chunks
+
+    patch.setattr(triton_chunks, "_tuning", lambda device: triton_chunks.Tuning(block, 4, programs))
 
 
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
 def test_float64_is_exact_to_rounding(entropy_coef: float) -> None:
     terms = Terms(temperature=0.7, kl_coef=0.1, entropy_coef=entropy_coef)
     hidden_LH, weight_VH, streams = make_inputs(30, 97, terms)
-    truth = run_head(hidden_LH, weight_VH, streams, terms, 97, None)
-    head = run_head(hidden_LH, weight_VH, streams, terms, 97, 7)
-    for got, want in zip((head[0].loss.detach(), *head[1:]), (truth[0].loss.detach(), *truth[1:]), strict=True):
+    truth = run_reference(hidden_LH, weight_VH, streams, terms, 97)
+    head = run_head(hidden_LH, weight_VH, streams, terms, 97, 7, EXACT)
+    for got, want in zip((head[0].loss, *head[1:]), (truth[0].loss, *truth[1:]), strict=True):
         assert_near(got, want, 1e-13, 1e-15)
 
 
@@ -204,139 +189,189 @@ def test_gradient_passes_at_the_clip_edge_and_stops_behind_it(advantage: float, 
     assert bool(objective.clipped_low_L | objective.clipped_high_L) == stops
 
 
-def test_calibration_weight_at_its_bound_and_beyond() -> None:
-    zero = torch.zeros(1, dtype=torch.float64)
-    at = float(torch.tensor(0.5, dtype=torch.float64).exp())
+@every_way
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_ratio_exactly_at_a_bound_still_has_its_gradient(how: How, advantage: float) -> None:
+    """The ratio of a policy to itself is exactly 1, and bounds of 0 make that an edge."""
+    hidden_LH, weight_VH = torch.zeros(1, WIDTH), torch.zeros(2, WIDTH)
+    hidden_LH[0, 0], weight_VH[1, 1] = 1.0, 1.0
+    at_edge = replace(one_token(advantage, 0.0), old_logprobs_L=None)
+    output, grad_hidden, _ = run_head(hidden_LH, weight_VH, at_edge, Terms(clip_low=0.0, clip_high=0.0), 2, 4, how)
+    assert float(output.ratio_L) == 1.0 and not bool(clipped(output).any())
+    assert float(grad_hidden[0, 1]) == pytest.approx(advantage / 2)
+
+
+@every_way
+def test_calibration_weight_at_its_bound_and_beyond(how: How) -> None:
+    hidden_LH, weight_VH = torch.zeros(1, WIDTH), torch.zeros(2, WIDTH)
+    probe = run_head(hidden_LH, weight_VH, one_token(1.0, -1.0, -1.5), Terms(w_max=9.0), 2, 4, how)[0]
+    at = float(probe.calibration_weight_L)
+    assert at == pytest.approx(float(torch.tensor(0.5).exp()))
     for behaviour, w_max, want in ((-1.5, at, at), (-1.5, at * 2, at), (-9.0, 2.0, 2.0), (-2000.0, 2.0, 2.0)):
-        objective = token_objective(zero - 1, zero, one_token(1.0, -1.0, behaviour), Terms(w_max=w_max))
-        assert float(objective.calibration_weight_L) == want
-        assert objective.loss_L.item() == -want
+        output = run_head(hidden_LH, weight_VH, one_token(1.0, -1.0, behaviour), Terms(w_max=w_max), 2, 4, how)[0]
+        assert float(output.calibration_weight_L) == want
 
 
-def test_without_old_logprobs_the_pass_itself_is_the_old_policy() -> None:
+@every_way
+def test_without_old_logprobs_the_pass_itself_is_the_old_policy(how: How) -> None:
     terms = Terms()
     hidden_LH, weight_VH, streams = make_inputs(20, 50, terms)
-    own_L, _ = score_head(hidden_LH, weight_VH, streams.targets_L, 1.0, VocabShard.whole(50), 7)
-    implied = run_head(hidden_LH, weight_VH, replace(streams, old_logprobs_L=None), terms, 50, 7)
-    given_ = run_head(hidden_LH, weight_VH, replace(streams, old_logprobs_L=own_L), terms, 50, 7)
+    own_L, _ = run_scores(hidden_LH, weight_VH, streams.targets_L, 1.0, 50, 7, how)
+    implied = run_head(hidden_LH, weight_VH, replace(streams, old_logprobs_L=None), terms, 50, 7, how)
+    given_ = run_head(hidden_LH, weight_VH, replace(streams, old_logprobs_L=own_L), terms, 50, 7, how)
     assert bool((implied[0].ratio_L == 1).all())
-    assert_same(implied, given_)
-    assert float((implied[0].calibration_weight_L - given_[0].calibration_weight_L).abs().max()) < 1e-12
+    assert_same(implied, given_, how)
 
 
-def test_supervised_training_is_cross_entropy() -> None:
+@every_way
+def test_supervised_training_is_cross_entropy(how: How) -> None:
     hidden_LH, weight_VH, streams = make_inputs(20, 50, Terms())
     ones_L = torch.ones(20, dtype=torch.float64)
     supervised = Streams(streams.targets_L, ones_L / 20, ones_L)
-    _, grad_hidden, grad_weight = run_head(hidden_LH, weight_VH, supervised, Terms(), 50, 6)
+    _, grad_hidden, grad_weight = run_head(hidden_LH, weight_VH, supervised, Terms(), 50, 6, how)
     hidden_LH.requires_grad_(), weight_VH.requires_grad_()
     torch.nn.functional.cross_entropy(hidden_LH @ weight_VH.T, streams.targets_L).backward()
     assert hidden_LH.grad is not None and weight_VH.grad is not None
-    assert_near(grad_hidden, hidden_LH.grad, 1e-12, 1e-15)
-    assert_near(grad_weight, weight_VH.grad, 1e-12, 1e-15)
+    assert_near(grad_hidden, hidden_LH.grad, how.tolerance, how.floor)
+    assert_near(grad_weight, weight_VH.grad, how.tolerance, how.floor)
 
 
-def test_all_logits_below_minus_120() -> None:
+@every_way
+def test_all_logits_below_minus_120(how: How) -> None:
     terms = Terms(entropy_coef=0.05)
     hidden_LH, weight_VH, streams = make_inputs(12, 40, terms)
-    hidden_LH[:, 0], weight_VH[:, 0] = 1.0, -300.0 + weight_VH[:, 0]
-    streams = replace(streams, old_logprobs_L=None, behaviour_logprobs_L=None, calibrated_L=None)
+    hidden_LH[:, 0], weight_VH[:, 0] = 1.0, -300.0 + weight_VH[:, 0].round()
+    streams = on_policy(streams)
     assert float((hidden_LH @ weight_VH.T).max()) < -120
-    truth = run_head(hidden_LH, weight_VH, streams, terms, 40, None)
-    head = run_head(hidden_LH.float(), weight_VH.float(), streams, terms, 40, 5)
+    truth = run_reference(hidden_LH, weight_VH, streams, terms, 40)
+    head = run_head(hidden_LH, weight_VH, streams, terms, 40, 5, how)
     assert bool(head[0].logprobs_L.isfinite().all())
-    # A float32 logit of size 300 is only known to 300 * 6e-8 a term: the inputs' own rounding.
-    assert_near(head[0].logprobs_L, truth[0].logprobs_L, 1e-4)
-    assert_near(head[1], truth[1], 1e-4)
-    exact = run_head(hidden_LH, weight_VH, streams, terms, 40, 5)
-    assert_same(exact, truth)
+    # A float32 logit of size 300 is only known to 300 * 6e-8 a term: the products' own rounding.
+    tolerance = max(how.tolerance, 1e-4 if how.dtype == torch.float32 else 0.0)
+    assert_near(head[0].logprobs_L, truth[0].logprobs_L, tolerance)
+    assert_near(head[1], truth[1], tolerance)
 
 
-def test_peaked_rows_never_have_a_positive_logprob() -> None:
+@every_way
+def test_peaked_rows_never_have_a_positive_logprob(how: How) -> None:
     hidden_LH, weight_VH, _ = make_inputs(64, 300, Terms(), scale=60.0)
     targets_L = (hidden_LH @ weight_VH.T).argmax(1)
-    shard = VocabShard.whole(300)
-    for dtype in (torch.float32, torch.float64):
-        logprobs_L, entropy_L = score_head(hidden_LH.to(dtype), weight_VH.to(dtype), targets_L, 1.0, shard, 10)
-        assert bool((logprobs_L <= 0).all()) and float(logprobs_L.max()) > -1e-6
-        assert bool((entropy_L >= 0).all())
+    logprobs_L, entropy_L = run_scores(hidden_LH, weight_VH, targets_L, 1.0, 300, 10, how)
+    assert bool((logprobs_L <= 0).all()) and float(logprobs_L.max()) > -1e-6
+    assert bool((entropy_L >= 0).all())
 
 
-def test_no_tokens_one_token_and_all_coefficients_zero() -> None:
+@every_way
+def test_no_tokens_one_token_and_all_coefficients_zero(how: How) -> None:
     terms = Terms(entropy_coef=0.1)
     for tokens in (0, 1, 9):
         hidden_LH, weight_VH, streams = make_inputs(tokens, 20, terms)
         silent = replace(streams, coefficients_L=torch.zeros_like(streams.coefficients_L))
-        output, grad_hidden, grad_weight = run_head(hidden_LH, weight_VH, silent, terms, 20, 4)
+        output, grad_hidden, grad_weight = run_head(hidden_LH, weight_VH, silent, terms, 20, 4, how)
         assert output.loss.item() == 0.0 and output.logprobs_L.shape == (tokens,)
         assert grad_hidden.shape == hidden_LH.shape and bool((grad_hidden == 0).all())
         assert grad_weight.shape == weight_VH.shape and bool((grad_weight == 0).all())
-        scores = score_head(hidden_LH, weight_VH, streams.targets_L, 1.0, VocabShard.whole(20))
+        scores = run_scores(hidden_LH, weight_VH, streams.targets_L, 1.0, 20, 128, how)
         assert scores[0].shape == scores[1].shape == (tokens,)
 
 
+@every_way
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_silent_token_shields_its_poison_and_a_live_one_is_counted(poison: float, entropy_coef: float) -> None:
+def test_a_silent_token_shields_its_poison_and_a_live_one_is_counted(
+    how: How, poison: float, entropy_coef: float
+) -> None:
     terms = Terms(entropy_coef=entropy_coef)
     hidden_LH, weight_VH, streams = make_inputs(9, 20, terms)
     coefficients_L = torch.ones(9, dtype=torch.float64)
     coefficients_L[4] = 0.0
     streams = replace(streams, coefficients_L=coefficients_L)
-    clean = run_head(hidden_LH, weight_VH, streams, terms, 20, 4)
+    clean = run_head(hidden_LH, weight_VH, streams, terms, 20, 4, how)
     hidden_LH[4, 2] = poison
-    silent = run_head(hidden_LH, weight_VH, streams, terms, 20, 4)
+    silent = run_head(hidden_LH, weight_VH, streams, terms, 20, 4, how)
     assert int(silent[0].non_finite) == 0
     assert torch.equal(silent[0].loss, clean[0].loss)
     assert torch.equal(silent[1], clean[1]) and torch.equal(silent[2], clean[2])
     live = replace(streams, coefficients_L=torch.ones(9, dtype=torch.float64))
-    counted = run_head(hidden_LH, weight_VH, live, terms, 20, 4)[0]
+    counted = run_head(hidden_LH, weight_VH, live, terms, 20, 4, how)[0]
     assert int(counted.non_finite) == 1 and not bool(counted.loss.isfinite())
 
 
-def test_an_overflowing_ratio_that_is_clipped_leaves_finite_gradients() -> None:
+@every_way
+def test_an_overflowing_ratio_that_is_clipped_leaves_finite_gradients(how: How) -> None:
     hidden_LH, weight_VH, streams = make_inputs(6, 20, Terms())
     far = replace(streams, old_logprobs_L=torch.full((6,), -2000.0), advantages_L=torch.ones(6))
-    output, grad_hidden, grad_weight = run_head(hidden_LH, weight_VH, far, Terms(), 20, 4)
+    output, grad_hidden, grad_weight = run_head(hidden_LH, weight_VH, far, Terms(), 20, 4, how)
     assert bool(clipped(output)[streams.coefficients_L != 0].all())
     want = -1.28 * (output.calibration_weight_L * streams.coefficients_L).sum()
     assert output.loss.item() == pytest.approx(want.item())
     assert bool((grad_hidden == 0).all()) and bool((grad_weight == 0).all())
 
 
-def test_chunk_size_does_not_change_the_result() -> None:
+@every_way
+def test_chunk_size_does_not_change_the_result(how: How) -> None:
     terms = Terms(temperature=0.8, kl_coef=0.1, entropy_coef=0.05)
     hidden_LH, weight_VH, streams = make_inputs(33, 61, terms)
-    whole = run_head(hidden_LH.float(), weight_VH.float(), streams, terms, 61, 33)
+    whole = run_head(hidden_LH, weight_VH, streams, terms, 61, None, how)
     for chunk in (1, 2, 16, 32, 1000):
-        assert_same(run_head(hidden_LH.float(), weight_VH.float(), streams, terms, 61, chunk), whole)
+        assert_same(run_head(hidden_LH, weight_VH, streams, terms, 61, chunk, how), whole, how)
 
 
-def test_gradient_accumulation_and_scaling() -> None:
+@every_way
+def test_gradient_accumulation_and_scaling(how: How) -> None:
     terms = Terms(entropy_coef=0.05)
     hidden_LH, weight_VH, streams = make_inputs(24, 40, terms)
-    _, grad_hidden, grad_weight = run_head(hidden_LH, weight_VH, streams, terms, 40, 5)
-    hidden_LH.requires_grad_(), weight_VH.requires_grad_()
+    _, grad_hidden, grad_weight = run_head(hidden_LH, weight_VH, streams, terms, 40, 5, how)
+    hidden_LH, weight_VH = how.put(hidden_LH).requires_grad_(), how.put(weight_VH).requires_grad_()
+    streams = put_streams(streams, how)
     for part in (slice(0, 10), slice(10, 24)):
-        output = policy_head(hidden_LH[part], weight_VH, streams.slice(part), terms, VocabShard.whole(40), 5)
+        shard, chunking = VocabShard.whole(40), how.chunking(5)
+        output = policy_head(hidden_LH[part], weight_VH, streams.slice(part), terms, shard, chunking)
         (output.loss * 3.0).backward()
     assert hidden_LH.grad is not None and weight_VH.grad is not None
-    assert_near(hidden_LH.grad, 3 * grad_hidden, 1e-12, 1e-15)
-    assert_near(weight_VH.grad, 3 * grad_weight, 1e-12, 1e-15)
+    assert_near(hidden_LH.grad.cpu(), 3 * grad_hidden, how.tolerance, how.floor)
+    assert_near(weight_VH.grad.cpu(), 3 * grad_weight, how.tolerance, how.floor)
 
 
+@every_way
+def test_the_weights_gradient_goes_straight_into_a_main_grad(how: How) -> None:
+    terms = Terms(entropy_coef=0.05)
+    hidden_LH, weight_VH, streams = make_inputs(24, 45, terms, vocabulary=40)
+    _, grad_hidden, grad_weight = run_head(hidden_LH, weight_VH, streams, terms, 40, 5, how)
+    hidden_LH, weight_VH = how.put(hidden_LH).requires_grad_(), how.put(weight_VH).requires_grad_()
+    streams, before = put_streams(streams, how), how.put(torch.randn(45, WIDTH))
+    buffer = before.clone()
+    for part in (slice(0, 10), slice(10, 24)):
+        shard, chunking, main = VocabShard.whole(40), how.chunking(5), MainGrad(buffer, scale=3.0)
+        loss = policy_head(hidden_LH[part], weight_VH, streams.slice(part), terms, shard, chunking, main).loss
+        (loss * 3.0).backward()
+    assert weight_VH.grad is None and hidden_LH.grad is not None
+    assert_near(hidden_LH.grad.cpu(), 3 * grad_hidden, how.tolerance, how.floor)
+    assert_near((buffer - before).cpu(), 3 * grad_weight, how.tolerance, how.floor)
+    assert torch.equal(buffer[40:], before[40:])
+
+
+def test_a_main_grad_with_another_scale_than_the_loss_is_refused() -> None:
+    hidden_LH, weight_VH, streams = make_inputs(4, 10, Terms())
+    main = MainGrad(torch.zeros_like(weight_VH), scale=2.0)
+    loss = policy_head(hidden_LH.requires_grad_(), weight_VH, streams, Terms(), VocabShard.whole(10), main_grad=main)
+    with pytest.raises(RuntimeError, match="scaled"):
+        loss.loss.backward()
+
+
+@every_way
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_under_activation_checkpointing(use_reentrant: bool) -> None:
+def test_under_activation_checkpointing(how: How, use_reentrant: bool) -> None:
     terms = Terms()
     inputs_LH, weight_VH, streams = make_inputs(12, 40, terms)
     mix_HH = torch.randn(WIDTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    shard = VocabShard.whole(40)
+    shard, streams = VocabShard.whole(40), put_streams(streams, how)
 
     def gradients(wrapped: bool) -> list[Tensor]:
-        leaves = [t.clone().requires_grad_() for t in (inputs_LH, mix_HH, weight_VH)]
+        leaves = [how.put(t).clone().requires_grad_() for t in (inputs_LH, mix_HH, weight_VH)]
 
         def loss(x_LH: Tensor, mix_HH: Tensor, weight_VH: Tensor) -> Tensor:
-            return policy_head(torch.tanh(x_LH @ mix_HH), weight_VH, streams, terms, shard, 5).loss
+            return policy_head(torch.tanh(x_LH @ mix_HH), weight_VH, streams, terms, shard, how.chunking(5)).loss
 
         out = checkpoint(loss, *leaves, use_reentrant=use_reentrant) if wrapped else loss(*leaves)
         out.backward()
@@ -345,7 +380,7 @@ def test_under_activation_checkpointing(use_reentrant: bool) -> None:
     plain, wrapped = gradients(False), gradients(True)
     assert len(plain) == len(wrapped) == 3
     for got, want in zip(wrapped, plain, strict=True):
-        assert_near(got, want, 1e-12, 1e-15)
+        assert_near(got, want, 1e-6, how.floor)
 
 
 def test_a_second_backward_is_refused() -> None:
@@ -356,31 +391,35 @@ def test_a_second_backward_is_refused() -> None:
         loss.backward()
 
 
-def test_only_the_wanted_gradients_are_formed() -> None:
+@every_way
+def test_only_the_wanted_gradients_are_formed(how: How) -> None:
     terms = Terms()
     hidden_LH, weight_VH, streams = make_inputs(8, 20, terms)
-    _, grad_hidden, grad_weight = run_head(hidden_LH, weight_VH, streams, terms, 20, 3)
-    shard = VocabShard.whole(20)
-    policy_head(hidden_LH.requires_grad_(), weight_VH, streams, terms, shard, 3).loss.backward()
-    policy_head(hidden_LH.detach(), weight_VH.requires_grad_(), streams, terms, shard, 3).loss.backward()
+    _, grad_hidden, grad_weight = run_head(hidden_LH, weight_VH, streams, terms, 20, 3, how)
+    shard, chunking, streams = VocabShard.whole(20), how.chunking(3), put_streams(streams, how)
+    hidden_LH, weight_VH = how.put(hidden_LH).clone(), how.put(weight_VH).clone()
+    policy_head(hidden_LH.requires_grad_(), weight_VH, streams, terms, shard, chunking).loss.backward()
+    policy_head(hidden_LH.detach(), weight_VH.requires_grad_(), streams, terms, shard, chunking).loss.backward()
     assert hidden_LH.grad is not None and weight_VH.grad is not None
-    assert torch.equal(hidden_LH.grad, grad_hidden) and torch.equal(weight_VH.grad, grad_weight)
+    assert torch.equal(hidden_LH.grad.cpu(), grad_hidden) and torch.equal(weight_VH.grad.cpu(), grad_weight)
     with torch.no_grad():
-        assert not policy_head(hidden_LH, weight_VH, streams, terms, shard, 3).loss.requires_grad
+        assert not policy_head(hidden_LH, weight_VH, streams, terms, shard, chunking).loss.requires_grad
 
 
-@pytest.mark.parametrize("rows", [333, 5000])
-def test_bf16_inputs_are_far_closer_to_float64_than_bf16_arithmetic(rows: int) -> None:
+@pytest.mark.parametrize("how", [TORCH, pytest.param(TRITON, marks=needs_triton)], ids=str)
+@pytest.mark.parametrize("rows", [333, 2000])
+def test_bf16_inputs_are_far_closer_to_float64_than_bf16_arithmetic(how: How, rows: int) -> None:
     terms = Terms(entropy_coef=0.02)
     hidden_LH, weight_VH, streams = make_inputs(40, rows, terms, scale=0.5)
     hidden_LH, weight_VH = hidden_LH.bfloat16(), weight_VH.bfloat16()
     streams = replace(streams, old_logprobs_L=None)
-    truth = run_head(hidden_LH.double(), weight_VH.double(), streams, terms, rows, None)
-    head = run_head(hidden_LH, weight_VH, streams, terms, rows, 16)
-    eager = run_head(hidden_LH, weight_VH, streams, terms, rows, None)
+    truth = run_reference(hidden_LH.double(), weight_VH.double(), streams, terms, rows)
+    head = run_head(hidden_LH, weight_VH, streams, terms, rows, 16, replace(how, dtype=torch.bfloat16))
+    eager = run_reference(hidden_LH, weight_VH, streams, terms, rows)
     assert head[1].dtype == head[2].dtype == torch.bfloat16 and head[0].logprobs_L.dtype == torch.float32
     assert_near(head[0].logprobs_L, truth[0].logprobs_L)
     assert_near(head[0].entropy_L, truth[0].entropy_L)
-    for index in (1, 2):  # only the last rounding to bf16 is left of the error
+    for index in (1, 2):
         error, eager_error = ((run[index].double() - truth[index]).norm() for run in (head, eager))
-        assert error <= 0.003 * truth[index].norm() and error < eager_error
+        # Torch rounds its result to bf16, the kernels also the gradients of the logits that they multiply.
+        assert error <= (0.003 if how is TORCH else 0.005) * truth[index].norm() and error < eager_error

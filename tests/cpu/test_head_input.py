@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from icrl_kernels import Streams, Terms, VocabShard, policy_head
+from icrl_kernels import Chunking, Streams, Terms, VocabShard, policy_head
 
 
 def good_inputs() -> tuple[Tensor, Tensor, Streams]:
@@ -68,10 +68,10 @@ def test_bad_input_is_named(message: str) -> None:
         (Terms(), VocabShard.whole(11), 4, "shard.valid: expected 0 to 10"),
         (Terms(), VocabShard(4, 10, 12), 4, "shard: expected columns within 0 to 12, got 4 to 14"),
         (Terms(), VocabShard(0, 10, 20), 4, "without a group"),
-        (Terms(), VocabShard.whole(10), 0, "chunk_tokens"),
+        (Terms(), VocabShard.whole(10), 0, "chunking.tokens"),
     ],
 )
 def test_bad_scalars_and_shards_are_named(terms: Terms, shard: VocabShard, chunk: int, message: str) -> None:
     hidden_LH, weight_VH, streams = good_inputs()
     with pytest.raises(ValueError, match=message):
-        policy_head(hidden_LH, weight_VH, streams, terms, shard, chunk)
+        policy_head(hidden_LH, weight_VH, streams, terms, shard, Chunking(chunk))

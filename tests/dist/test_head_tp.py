@@ -5,6 +5,7 @@ Run as a program, with rank, rendezvous file and output folder, this file is one
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -16,13 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from icrl_kernels import Streams, Terms, VocabShard, policy_head, reference_head, reference_scores, score_head
+from head_cases import needs_triton
+
+from icrl_kernels import Chunking, Streams, Terms, VocabShard, policy_head, reference_head, reference_scores, score_head
 
 WORLD = 4
+Key = tuple[int, str]
+"""Degree of tensor parallelism and backend."""
 WIDTH = 16
 TERMS = Terms(temperature=0.8, kl_coef=0.05, entropy_coef=0.02)
 Case = tuple[Tensor, Tensor, Streams, Terms]
 Result = dict[str, Tensor]
+BACKENDS = ["torch"] + ["triton"] * (importlib.util.find_spec("triton") is not None)
 
 
 def cases() -> dict[str, tuple[Case, int]]:
@@ -76,7 +82,7 @@ def padded(weight_VH: Tensor, rows: int) -> Tensor:
     return torch.cat([weight_VH, torch.full((rows - weight_VH.shape[0], WIDTH), 9.0)])
 
 
-def sharded(case: Case, rows: int, degree: int, group: dist.ProcessGroup) -> Result:
+def sharded(case: Case, rows: int, degree: int, group: dist.ProcessGroup, backend: str) -> Result:
     """What the ranks of `group` compute together: partial hidden gradients summed, weight gradients joined."""
     hidden_LH, weight_VH, streams, terms = case
     columns = rows // degree
@@ -84,13 +90,13 @@ def sharded(case: Case, rows: int, degree: int, group: dist.ProcessGroup) -> Res
     place = dist.get_rank(group) * columns
     hidden_LH = hidden_LH.clone().requires_grad_()
     own_VH = padded(weight_VH, rows)[place : place + columns].clone().requires_grad_()
-    output = policy_head(hidden_LH, own_VH, streams, terms, shard, chunk_tokens=5)
+    output = policy_head(hidden_LH, own_VH, streams, terms, shard, Chunking(5, backend))
     output.loss.backward()
     assert hidden_LH.grad is not None and own_VH.grad is not None
     dist.all_reduce(hidden_LH.grad, group=group)
     grads = [torch.empty_like(own_VH.grad) for _ in range(degree)]
     dist.all_gather(grads, own_VH.grad, group=group)
-    scores = score_head(hidden_LH, own_VH, streams.targets_L, terms.temperature, shard, chunk_tokens=4)
+    scores = score_head(hidden_LH, own_VH, streams.targets_L, terms.temperature, shard, Chunking(4, backend))
     return {
         "loss": output.loss.detach(),
         "logprobs": output.logprobs_L,
@@ -128,15 +134,19 @@ def rank_main(rank: int, rendezvous: str, folder: Path) -> None:
         groups = [dist.new_group(list(range(first, first + degree))) for first in range(0, WORLD, degree)]
         group = groups[rank // degree]
         assert isinstance(group, dist.ProcessGroup)
-        results[degree] = {name: sharded(case, rows, degree, group) for name, (case, rows) in cases().items()}
+        for backend in BACKENDS:
+            results[degree, backend] = {
+                name: sharded(case, rows, degree, group, backend) for name, (case, rows) in cases().items()
+            }
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, dict[str, Result]]]:
+def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Key, dict[str, Result]]]:
     folder = tmp_path_factory.mktemp("head")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment["TRITON_INTERPRET"] = "1"  # gloo ranks have tensors of the CPU
     command = [sys.executable, __file__]
     ranks = [
         subprocess.Popen([*command, str(rank), str(folder / "rendezvous"), str(folder)], env=environment)
@@ -154,23 +164,27 @@ def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, dict[str
 @pytest.mark.dist
 @pytest.mark.parametrize("degree", [1, 2, 4])
 @pytest.mark.parametrize("name", list(cases()))
-def test_ranks_agree_with_one_process(by_rank: list[dict[int, dict[str, Result]]], name: str, degree: int) -> None:
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_ranks_agree_with_one_process(
+    by_rank: list[dict[Key, dict[str, Result]]], name: str, degree: int, backend: str
+) -> None:
     case, rows = cases()[name]
     truth = reference(case, rows)
     for rank in range(WORLD):
         for key, want in truth.items():
-            got = by_rank[rank][degree][name][key]
+            got = by_rank[rank][degree, backend][name][key]
             assert got.shape == want.shape
             error = float((got.double() - want).norm())
             assert error <= 1e-5 * float(want.norm()) + 1e-6, (rank, key, error)
 
 
 @pytest.mark.dist
-def test_every_rank_has_the_same_bits(by_rank: list[dict[int, dict[str, Result]]]) -> None:
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_every_rank_has_the_same_bits(by_rank: list[dict[Key, dict[str, Result]]], backend: str) -> None:
     for degree in (1, 2, 4):
         for name in cases():
             for key in ("loss", "logprobs", "entropy"):
-                values = [results[degree][name][key] for results in by_rank]
+                values = [results[degree, backend][name][key] for results in by_rank]
                 assert all(torch.equal(value, values[0]) for value in values), (degree, name, key)
 
 

@@ -1,0 +1,78 @@
+"""What the two ways of computing the head have in common: how the work is cut, what they fill in, what they offer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from icrl_kernels.objective import Streams, Terms
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """How the head is computed. No choice changes what is computed, but bf16 logits round it."""
+
+    tokens: int | None = None
+    """Tokens whose logits exist at one time; None: as many as suit the device."""
+    backend: str = "auto"
+    """auto | torch | triton. auto: triton for tensors on a GPU, torch elsewhere. triton takes fp32 and bf16 inputs."""
+    logits: str = "fp32"
+    """fp32 | bf16: how a chunk's logits are stored. bf16 (triton with bf16 inputs only) halves the buffer and rounds
+    logits of 16 to 32 by up to 0.06; docs/KERNEL.md has what that does to log-probs and calibration weights."""
+
+
+def spans(tokens: int, chunk: int) -> Iterator[slice]:
+    """Ranges of at most `chunk` tokens that cover 0 to `tokens`."""
+    return (slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk))
+
+
+@dataclass(frozen=True)
+class TokenOutputs:
+    """What a pass says of each token: [L] tensors, filled chunk by chunk."""
+
+    loss_L: Tensor
+    logprobs_L: Tensor
+    entropy_L: Tensor
+    ratio_L: Tensor
+    calibration_weight_L: Tensor
+    clipped_low_L: Tensor
+    clipped_high_L: Tensor
+    finite_L: Tensor
+    """bool: logits and loss are finite, whatever the coefficient."""
+
+    @classmethod
+    def empty(cls, like_L: Tensor, dtype: torch.dtype) -> TokenOutputs:
+        """Unfilled, one number a token of `like_L`."""
+        floats = [torch.empty_like(like_L, dtype=dtype) for _ in range(5)]
+        return cls(*floats, *[torch.empty_like(like_L, dtype=torch.bool) for _ in range(3)])
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Where gradients go; None where nobody wants them."""
+
+    hidden_LH: Tensor | None
+    """In the dtype of the hidden states; every chunk writes its own rows."""
+    weight_VH: Tensor | None
+    """fp32 (fp64 for fp64 inputs), this rank's rows; every chunk adds to all of them."""
+    weight_scale: float = 1.0
+    """Multiplies what is added to `weight_VH`."""
+
+
+class Chunks(Protocol):
+    """One pass of the head over one set of inputs."""
+
+    tokens: int
+    """Tokens a chunk."""
+    dtype: torch.dtype
+    """Of the per-token outputs."""
+
+    def score(self, span: slice, targets_C: Tensor, logprobs_C: Tensor, entropy_C: Tensor) -> None:
+        """Fills log-probs and entropies of a chunk."""
+
+    def train(self, span: slice, streams: Streams, terms: Terms, outputs: TokenOutputs, grads: Gradients) -> None:
+        """Fills rows `span` of the outputs, and adds the chunk's gradients. `streams` are the chunk's own."""

@@ -1,0 +1,258 @@
+"""The head on a GPU: cuBLAS products with Triton kernels between them, over one buffer of logits that is reused.
+
+A chunk's logits are written once, read for the statistics, and read once more to become their own gradient in place;
+the two products of the backward half then read that. Over a tensor-parallel group four numbers a token are gathered.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import triton
+from torch import Tensor
+
+from icrl_kernels import triton_kernels as kernels
+from icrl_kernels.chunking import Gradients, TokenOutputs
+from icrl_kernels.objective import Streams, Terms
+from icrl_kernels.vocabulary import VocabShard
+
+CHUNK_BYTES = 2_100_000_000
+"""Of logits that exist at one time, where the caller gives no number of tokens."""
+CHUNK_ALIGN = 128
+ROW_ALIGN = 64
+"""Rows of the buffer begin at multiples of this many elements, whatever the number of columns."""
+TOKENS_PER_PROGRAM = 128
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Launch parameters of the kernels that pass over the logits."""
+
+    block: int
+    """Columns at a time."""
+    warps: int
+    programs: int
+    """Programs at a time, for each multiprocessor."""
+
+
+TUNING = {9: Tuning(4096, 8, 4)}
+"""By major compute capability. Not measured yet on any card; tools/bench_head.py --device cuda --tune measures."""
+DEFAULT = Tuning(4096, 8, 4)
+INTERPRETER = Tuning(1024, 4, 1)
+
+
+class TritonChunks:
+    """One buffer of [chunk, columns], and the products and kernels of the head around it.
+
+    fp32 inputs have fp32 logits and gradients. bf16 inputs have logits of `logits` and bf16 gradients, which lie in the
+    first half of their row where the logits are fp32.
+    """
+
+    dtype = torch.float32
+
+    def __init__(
+        self,
+        hidden_LH: Tensor,
+        weight_VH: Tensor,
+        temperature: float,
+        shard: VocabShard,
+        tokens: int | None,
+        logits: str,
+    ) -> None:
+        self.hidden_LH, self.weight_VH = hidden_LH.detach(), weight_VH.detach()[: shard.valid]
+        self.shard, self.inverse_temperature = shard, 1.0 / temperature
+        self.per_nat = math.log2(math.e) / temperature
+        stored = torch.bfloat16 if logits == "bf16" else torch.float32
+        stride = triton.cdiv(max(1, shard.valid), ROW_ALIGN) * ROW_ALIGN
+        self.tokens = tokens or _even_chunk(hidden_LH.shape[0], stride * stored.itemsize)
+        rows = min(self.tokens, hidden_LH.shape[0])
+        self.buffer_CV = hidden_LH.new_empty(rows, stride, dtype=stored)
+        self.tuning = _tuning(hidden_LH.device)
+        self.programs = self.tuning.programs * _multiprocessors(hidden_LH.device)
+
+    def score(self, span: slice, targets_C: Tensor, logprobs_C: Tensor, entropy_C: Tensor) -> None:
+        """As in `chunking.Chunks`."""
+        with _on(targets_C.device):
+            partials_P4C = self._statistics(span, targets_C)
+            parts, _, rows = partials_P4C.shape
+            kernels.score_tokens[(triton.cdiv(rows, TOKENS_PER_PROGRAM),)](
+                partials_P4C,
+                logprobs_C,
+                entropy_C,
+                parts,
+                rows,
+                self.inverse_temperature,
+                self.per_nat,
+                ROWS=TOKENS_PER_PROGRAM,
+            )
+
+    def train(self, span: slice, streams: Streams, terms: Terms, outputs: TokenOutputs, grads: Gradients) -> None:
+        """As in `chunking.Chunks`."""
+        with _on(streams.targets_L.device):
+            slopes_4C = self._objective(span, streams, terms, outputs)
+            if grads.hidden_LH is None and grads.weight_VH is None:
+                return
+            grad_CV = self._logit_gradients(streams.targets_L, outputs.entropy_L[span], slopes_4C, terms)
+            if grads.hidden_LH is not None:
+                _product(grad_CV, self.weight_VH, out=grads.hidden_LH[span])
+            if grads.weight_VH is not None:
+                # The gradient of a silent token is 0, but 0 times a NaN would spread over the whole weight.
+                hidden_CH = self.hidden_LH[span].masked_fill((streams.coefficients_L == 0)[:, None], 0.0)
+                _add_product_(grads.weight_VH[: self.shard.valid], grad_CV.T, hidden_CH, grads.weight_scale)
+
+    def _statistics(self, span: slice, targets_C: Tensor) -> Tensor:
+        """[parts, 4, C] of the chunk's logits, which are left in the buffer; over all ranks of the group."""
+        rows, columns = targets_C.shape[0], self.shard.valid
+        logits_CV = self.buffer_CV[:rows, :columns]
+        _product(self.hidden_LH[span], self.weight_VH.T, out=logits_CV)
+        splits = self._splits(rows)
+        partials_P4C = targets_C.new_empty(splits, 4, rows, dtype=torch.float32)
+        kernels.split_statistics[(min(self.programs, rows * splits),)](
+            logits_CV,
+            targets_C,
+            partials_P4C,
+            rows,
+            columns,
+            self.buffer_CV.stride(0),
+            self.shard.start,
+            splits,
+            self.per_nat,
+            BLOCK=self.tuning.block,
+            num_warps=self.tuning.warps,
+        )
+        return partials_P4C if self.shard.ranks() == 1 else self._gathered(partials_P4C)
+
+    def _gathered(self, partials_P4C: Tensor) -> Tensor:
+        """[ranks, 4, C]: this rank's splits merged into one, and those of the others."""
+        parts, _, rows = partials_P4C.shape
+        own_4C = partials_P4C[0]
+        if parts > 1:
+            own_4C = torch.empty_like(own_4C)
+            grid = (triton.cdiv(rows, TOKENS_PER_PROGRAM),)
+            kernels.merge_statistics[grid](partials_P4C, own_4C, parts, rows, self.per_nat, ROWS=TOKENS_PER_PROGRAM)
+        all_P4C = own_4C.new_empty(self.shard.ranks(), 4, rows)
+        dist.all_gather_into_tensor(all_P4C.view(-1, rows), own_4C, group=self.shard.group)
+        return all_P4C
+
+    def _objective(self, span: slice, streams: Streams, terms: Terms, outputs: TokenOutputs) -> Tensor:
+        """Fills the chunk's outputs; returns [4, C]: top, log of the sum, dloss/dlogprob, dloss/dentropy."""
+        partials_P4C = self._statistics(span, streams.targets_L)
+        parts, _, rows = partials_P4C.shape
+        slopes_4C = torch.empty_like(partials_P4C[0])
+        coefficients_C = _plain(streams.coefficients_L)
+
+        def given(stream_C: Tensor | None) -> Tensor:
+            return coefficients_C if stream_C is None else _plain(stream_C)
+
+        kernels.token_objective[(triton.cdiv(rows, TOKENS_PER_PROGRAM),)](
+            partials_P4C,
+            coefficients_C,
+            _plain(streams.advantages_L),
+            given(streams.old_logprobs_L),
+            given(streams.behaviour_logprobs_L),
+            coefficients_C if streams.calibrated_L is None else streams.calibrated_L.contiguous().view(torch.uint8),
+            given(streams.reference_logprobs_L),
+            outputs.loss_L[span],
+            outputs.logprobs_L[span],
+            outputs.entropy_L[span],
+            outputs.ratio_L[span],
+            outputs.calibration_weight_L[span],
+            outputs.clipped_low_L[span].view(torch.uint8),
+            outputs.clipped_high_L[span].view(torch.uint8),
+            outputs.finite_L[span].view(torch.uint8),
+            slopes_4C,
+            parts,
+            rows,
+            self.inverse_temperature,
+            self.per_nat,
+            1.0 - terms.clip_low,
+            1.0 + terms.clip_high,
+            terms.w_max,
+            terms.kl_coef,
+            terms.entropy_coef,
+            HAS_OLD=streams.old_logprobs_L is not None,
+            HAS_BEHAVIOUR=streams.behaviour_logprobs_L is not None,
+            HAS_REFERENCE=terms.kl_coef != 0 and streams.reference_logprobs_L is not None,
+            ROWS=TOKENS_PER_PROGRAM,
+        )
+        return slopes_4C
+
+    def _logit_gradients(self, targets_C: Tensor, entropy_C: Tensor, slopes_4C: Tensor, terms: Terms) -> Tensor:
+        """[C, columns] in the dtype of the hidden states, in the buffer's memory."""
+        rows, columns = targets_C.shape[0], self.shard.valid
+        narrower = self.buffer_CV.dtype != self.hidden_LH.dtype
+        grad_CV = self.buffer_CV.view(self.hidden_LH.dtype)[:rows, :columns]
+        splits = 1 if narrower else self._splits(rows)
+        kernels.logit_gradients[(min(self.programs, rows * splits),)](
+            self.buffer_CV,
+            grad_CV,
+            targets_C,
+            entropy_C,
+            slopes_4C,
+            rows,
+            columns,
+            self.buffer_CV.stride(0),
+            grad_CV.stride(0),
+            self.shard.start,
+            splits,
+            self.inverse_temperature,
+            self.per_nat,
+            HAS_ENTROPY=terms.entropy_coef != 0,
+            BLOCK=self.tuning.block,
+            num_warps=self.tuning.warps,
+        )
+        return grad_CV
+
+    def _splits(self, rows: int) -> int:
+        """Pieces of a row, so that few rows occupy all multiprocessors too; a piece is one block at least."""
+        return max(1, min(triton.cdiv(self.programs, rows), triton.cdiv(self.shard.valid, self.tuning.block)))
+
+
+def _even_chunk(tokens: int, bytes_per_token: int) -> int:
+    """The least number of chunks of at most CHUNK_BYTES, all but equally long."""
+    most = max(CHUNK_ALIGN, CHUNK_BYTES // bytes_per_token // CHUNK_ALIGN * CHUNK_ALIGN)
+    chunks = max(1, triton.cdiv(tokens, most))
+    return triton.cdiv(triton.cdiv(max(1, tokens), chunks), CHUNK_ALIGN) * CHUNK_ALIGN
+
+
+def _plain(stream_C: Tensor) -> Tensor:
+    return stream_C.float().contiguous()
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out = left @ right, summed in fp32; `out` may be fp32 where the factors are bf16."""
+    if out.dtype == left.dtype and (left.dtype == torch.float32 or out.is_cuda):
+        torch.mm(left, right, out=out)
+    elif out.is_cuda:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+    else:  # the interpreter's products: no kernel for them on a CPU
+        out.copy_(left.float() @ right.float())
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """total += scale * left @ right in fp32."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, alpha=scale)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, alpha=scale, out=total)
+    else:
+        total.addmm_(left.float(), right.float(), alpha=scale)
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels are launched on the current device, wherever their tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _tuning(device: torch.device) -> Tuning:
+    if device.type != "cuda":
+        return INTERPRETER
+    return TUNING.get(torch.cuda.get_device_capability(device)[0], DEFAULT)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

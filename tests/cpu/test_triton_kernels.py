@@ -1,0 +1,110 @@
+"""The kernels on their own: what the interpreter cannot see is asked of the compiler, which needs no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from head_cases import TRITON, assert_near, make_inputs, needs_triton, on_policy, run_head, run_reference, run_scores
+
+from icrl_kernels import Terms
+
+pytestmark = needs_triton
+
+COMPILE = Path(__file__).parents[1] / "compile_kernels.py"
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, object]]:
+    """What `compile_kernels.py` reports of each kernel, compiled for an H100."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(COMPILE)], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_kernel_compiles_for_hopper_without_spilling(compiled: dict[str, dict[str, object]]) -> None:
+    assert len(compiled) == 8
+    for name, report in compiled.items():
+        assert report["cubin_bytes"], name
+        assert report["stack_bytes"] == 0, (name, report)
+        assert 0 < int(str(report["registers"])) <= 128, (name, report)
+        assert int(str(report["shared_bytes"])) <= 48 * 1024, (name, report)
+
+
+def test_rows_are_addressed_with_64_bits(compiled: dict[str, dict[str, object]]) -> None:
+    """rows * stride passes 2^31 with 16384 tokens of 151936 columns."""
+    for name in ("split_statistics", "logit_gradients"):
+        assert compiled[name]["row_multiplications"] == ["i64"] * len(compiled[name]["row_multiplications"])  # type: ignore[arg-type]
+        assert compiled[name]["row_multiplications"]
+
+
+def test_lengths_temperature_and_bounds_are_runtime_values(compiled: dict[str, dict[str, object]]) -> None:
+    """Nothing but block sizes and which streams exist is compiled in, and no integer but a stride is specialised."""
+    constant = {"BLOCK", "ROWS", "HAS_OLD", "HAS_BEHAVIOUR", "HAS_REFERENCE", "HAS_ENTROPY"}
+    for name, report in compiled.items():
+        assert set(report["constants"]) <= constant, name  # type: ignore[call-overload]
+        assert set(report["specialised"]) <= {"stride", "gradient_stride"}, name  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("logits", ["fp32", "bf16"])
+def test_a_whole_vocabulary_of_qwen3(logits: str) -> None:
+    vocabulary = 151936
+    hidden_LH, weight_VH, streams = make_inputs(3, vocabulary, Terms(), scale=0.5)
+    streams.targets_L[:] = torch.tensor([0, 77777, vocabulary - 1])
+    streams = on_policy(streams)
+    hidden_LH, weight_VH = hidden_LH.bfloat16().double(), weight_VH.bfloat16().double()
+    truth = run_reference(hidden_LH, weight_VH, streams, Terms(), vocabulary)
+    how = replace(TRITON, dtype=torch.bfloat16, logits=logits)
+    head = run_head(hidden_LH, weight_VH, streams, Terms(), vocabulary, None, how)
+    # bf16 logits of up to 8 are rounded by up to 0.016.
+    assert_near(head[0].logprobs_L, truth[0].logprobs_L, *((1e-5, 1e-6) if logits == "fp32" else (1e-3, 1e-2)))
+    assert_near(head[1], truth[1], 0.005 if logits == "fp32" else 0.02)
+
+
+def test_targets_on_the_edges_of_splits_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from icrl_kernels import triton_chunks
+
+    monkeypatch.setattr(triton_chunks, "_tuning", lambda device: triton_chunks.Tuning(16, 4, 8))
+    edges = [0, 15, 16, 31, 32, 47, 48, 63, 64, 69]
+    terms = Terms(entropy_coef=0.02)
+    hidden_LH, weight_VH, streams = make_inputs(len(edges), 70, terms)
+    streams.targets_L[:] = torch.tensor(edges)
+    streams = on_policy(streams)
+    truth = run_reference(hidden_LH, weight_VH, streams, terms, 70)
+    for chunk in (1, 3, 10):
+        head = run_head(hidden_LH, weight_VH, streams, terms, 70, chunk, TRITON)
+        assert_near(head[0].logprobs_L, truth[0].logprobs_L)
+        assert_near(head[1], truth[1])
+        assert_near(head[2], truth[2])
+
+
+def test_bf16_gradients_fit_into_the_memory_of_fp32_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They overwrite the front of each row while its back is still read, over many blocks."""
+    from icrl_kernels import triton_chunks
+
+    monkeypatch.setattr(triton_chunks, "_tuning", lambda device: triton_chunks.Tuning(16, 4, 8))
+    hidden_LH, weight_VH, streams = make_inputs(9, 333, Terms(), scale=0.5)
+    streams = on_policy(streams)
+    hidden_LH, weight_VH = hidden_LH.bfloat16().double(), weight_VH.bfloat16().double()
+    truth = run_reference(hidden_LH, weight_VH, streams, Terms(), 333)
+    head = run_head(hidden_LH, weight_VH, streams, Terms(), 333, 4, replace(TRITON, dtype=torch.bfloat16))
+    assert_near(head[1], truth[1], 0.005)
+    assert_near(head[2], truth[2], 0.005)
+
+
+def test_a_low_temperature_keeps_its_precision() -> None:
+    hidden_LH, weight_VH, streams = make_inputs(8, 200, Terms(temperature=0.05))
+    truth = run_reference(hidden_LH, weight_VH, on_policy(streams), Terms(temperature=0.05), 200)
+    logprobs_L, entropy_L = run_scores(hidden_LH, weight_VH, streams.targets_L, 0.05, 200, 8, TRITON)
+    # Products of float32 rounded at 1e-6 and divided by 0.05.
+    assert_near(logprobs_L, truth[0].logprobs_L, 1e-5, 1e-4)
+    assert_near(entropy_L, truth[0].entropy_L, 1e-5, 1e-4)
