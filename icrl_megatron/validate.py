@@ -108,8 +108,8 @@ MAY_CHANGE_ON_RESUME = (
     "actor.micro_batch_tokens",
     "actor.head_",
 )
-"""What a run that goes on may have different from how it began, names or beginnings of names: how long, how often, how fast
-and on which grid. Anything else would make the curve of one run out of two experiments."""
+"""What a run that goes on may have different from how it began, names or beginnings of names: how long, how often, how
+fast and on which grid. Anything else would make the curve of one run out of two experiments."""
 
 
 def validate(settings: Settings) -> None:
