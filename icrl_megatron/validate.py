@@ -26,6 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "actor.precision": ("bf16", "fp32"),
     "actor.fp8": ("off", "delayed", "current", "blockwise"),
     "actor.recompute": ("none", "selective", "full"),
+    "actor.layers": ("auto", "transformer_engine", "torch"),
     "actor.head_backend": ("auto", "torch", "triton"),
     "actor.head_logits": ("fp32", "bf16"),
     "debug.mode": ("train", "rollout_only", "from_dump", "fake_data"),
