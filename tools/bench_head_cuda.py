@@ -1,4 +1,4 @@
-"""The head on a GPU against eager torch, Liger, Megatron and verl: device time and extra memory. Needs torch and triton.
+"""The head on a GPU against eager torch, Liger, Megatron and verl: device time and memory. Needs torch and triton.
 
     python tools/bench_head_cuda.py --out benchmarks/head_cuda.json [--quick] [--tune]
 

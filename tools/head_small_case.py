@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
-from icrl_kernels import Chunking, Streams, Terms, VocabShard, policy_head, score_head  # noqa: E402
+from icrl_kernels import Chunking, Streams, Terms, VocabShard, policy_head, score_head
 
 
 def main() -> None:
