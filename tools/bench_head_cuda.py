@@ -45,6 +45,7 @@ from icrl_kernels import (  # noqa: E402
 )
 from icrl_kernels.chunking import TokenOutputs  # noqa: E402
 
+DEVICE = "cuda"
 VOCABULARY = 151936
 MODELS = {"Qwen3-4B": 2560, "Qwen3-8B": 4096}
 BF16_FLOPS, COPY_BYTES_PER_S = 790e12, 3.0e12
@@ -72,20 +73,20 @@ class Inputs:
     """bf16 hidden states and weight, streams near the policy's own log-probs, and a gradient buffer as Megatron's."""
 
     def __init__(self, shape: Shape) -> None:
-        draw = torch.Generator("cuda").manual_seed(0)
+        draw = torch.Generator(DEVICE).manual_seed(0)
         self.shape, self.terms, self.shard = shape, Terms(), VocabShard.whole(shape.columns)
-        self.hidden_LH = torch.randn(shape.tokens, shape.hidden, generator=draw, device="cuda").bfloat16()
-        weight_VH = torch.randn(shape.columns, shape.hidden, generator=draw, device="cuda")
+        self.hidden_LH = torch.randn(shape.tokens, shape.hidden, generator=draw, device=DEVICE).bfloat16()
+        weight_VH = torch.randn(shape.columns, shape.hidden, generator=draw, device=DEVICE)
         self.weight_VH = weight_VH.mul_(2.0 / shape.hidden**0.5).bfloat16()
-        self.targets_L = torch.randint(shape.columns, (shape.tokens,), generator=draw, device="cuda")
+        self.targets_L = torch.randint(shape.columns, (shape.tokens,), generator=draw, device=DEVICE)
         own_L, _ = score_head(self.hidden_LH, self.weight_VH, self.targets_L, 1.0, self.shard)
 
         def around() -> Tensor:
-            return own_L + 0.2 * torch.randn(shape.tokens, generator=draw, device="cuda")
+            return own_L + 0.2 * torch.randn(shape.tokens, generator=draw, device=DEVICE)
 
-        advantages_L = torch.randn(shape.tokens, generator=draw, device="cuda")
+        advantages_L = torch.randn(shape.tokens, generator=draw, device=DEVICE)
         coefficients_L = torch.full_like(advantages_L, 1.0 / shape.tokens)
-        calibrated_L = torch.rand(shape.tokens, generator=draw, device="cuda") > 0.5
+        calibrated_L = torch.rand(shape.tokens, generator=draw, device=DEVICE) > 0.5
         self.streams = Streams(self.targets_L, coefficients_L, advantages_L, around(), around(), calibrated_L)
         self.hidden_LH.requires_grad_()
         self.weight_VH.requires_grad_()
@@ -112,9 +113,9 @@ def given_peers(inputs: Inputs) -> dict[str, Run | str]:
     outputs = TokenOutputs.empty(inputs.targets_L, torch.float32)
     span = slice(0, tokens)
 
-    def ours() -> None:
+    def ours() -> Tensor:
         slopes_4C = chunks.objective(span, inputs.streams, inputs.terms, outputs)
-        chunks.logit_gradients(inputs.targets_L, outputs.entropy_L, slopes_4C, inputs.terms)
+        return chunks.logit_gradients(inputs.targets_L, outputs.entropy_L, slopes_4C, inputs.terms)
 
     def restore() -> None:
         chunks.buffer_CV[:, : inputs.shard.valid].copy_(logits_LV)
@@ -122,9 +123,10 @@ def given_peers(inputs: Inputs) -> dict[str, Run | str]:
     def with_grad(loss_of: Callable[[Tensor], Tensor]) -> Run:
         leaf = logits_LV.detach().requires_grad_()
 
-        def run() -> None:
+        def run() -> Tensor | None:
             leaf.grad = None
             loss_of(leaf).backward()
+            return leaf.grad
 
         return run
 
@@ -277,7 +279,7 @@ def measure(peers: dict[str, Run | str], rounds: int) -> dict[str, dict[str, Any
             found[name] = {"missing": reason}
         else:
             found[name], runs[name] = {"extra_gb": reason / GB}, run  # type: ignore[assignment]
-    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
+    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=DEVICE)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -347,7 +349,7 @@ def tune(tokens: int) -> list[dict[str, Any]]:
 
     inputs, rows = Inputs(Shape("Qwen3-8B", tokens, 1)), []
     outputs = TokenOutputs.empty(inputs.targets_L, torch.float32)
-    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
+    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=DEVICE)
     own = triton_chunks._tuning
     try:
         for block in (1024, 2048, 4096, 8192):
