@@ -31,7 +31,9 @@ def train(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) 
     resolved = _resolve(recipe, overrides, dry_run)
     if not dry_run:
         from icrl_megatron import pipeline
+        from icrl_megatron.plan import planner
 
+        planner.check(resolved)
         _finish(pipeline.run(resolved))
 
 
@@ -111,6 +113,21 @@ def recipes() -> None:
     for name, recipe in registry().items():
         table.add_row(name, (recipe.__doc__ or "").split("\n\n")[0].replace("\n    ", " "))
     Console().print(table)
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs in all; what the recipe asks for by default.")] = None,
+    gpu: Annotated[str, typer.Option(help="h100, h200, b200 or a100.")] = "h100",
+    search: Annotated[bool, typer.Option("--search", help="Find the best layout, and say why others fell.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Write a PNG of 8 to 1024 GPUs.")] = None,
+) -> None:
+    """Predict memory and time of a step from the settings alone, before a GPU is asked for."""
+    from icrl_megatron.plan import command
+
+    command.run(recipe, overrides or [], gpus, gpu, search, picture)
 
 
 @app.command()
