@@ -16,7 +16,7 @@ from icrl_megatron.settings import save
 from icrl_megatron.shape import Qwen3Shape
 from icrl_megatron.tiny import build_tiny
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 WORKER = Path(__file__).with_name("allocation_worker.py")
 TOLERANCE = 0.10
