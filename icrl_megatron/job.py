@@ -1,8 +1,8 @@
 """What a batch job asks before, between and after its steps (slurm/job.sh). Plain decisions, no torch.
 
-    python -m icrl_megatron.job check train RECIPE [KEY=VALUE]...         prints the run folder, or exits with 2
-    python -m icrl_megatron.job seen RUN_FOLDER TOKEN                     does this node see what the first one wrote?
-    python -m icrl_megatron.job decide RUN_FOLDER OUTCOME STATE RC STOP   prints: done | requeue | retry SECONDS | fail
+python -m icrl_megatron.job check train RECIPE [KEY=VALUE]...         prints the run folder, or exits with 2
+python -m icrl_megatron.job seen RUN_FOLDER TOKEN                     does this node see what the first one wrote?
+python -m icrl_megatron.job decide RUN_FOLDER OUTCOME STATE RC STOP   prints: done | requeue | retry SECONDS | fail
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ def _owned(settings: Settings) -> Iterator[None]:
     """
     if settings.launch.nodes > 1 and not inside_torchrun():
         raise ConfigError(
-            f"launch.nodes={settings.launch.nodes}: this command starts ranks on one machine; use sbatch with slurm/ or "
-            "`icrl launch RECIPE --on slurm`, or launch.nodes=1"
+            f"launch.nodes={settings.launch.nodes}: this command starts ranks on one machine; use sbatch with slurm/ "
+            "or `icrl launch RECIPE --on slurm`, or launch.nodes=1"
         )
     if os.environ.get("RANK", "0") != "0":
         yield

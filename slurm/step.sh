@@ -8,6 +8,8 @@ set -euo pipefail
 # A signal to the step reaches every process of it: this shell and torchrun ignore USR1, the ranks save on it, once.
 trap '' USR1
 
+# NeMo-Run starts steps in a folder of its own.
+cd "${ICRL_HOME:-.}"
 python=${ICRL_PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 ranks=${ICRL_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(nvidia-smi -L 2>/dev/null | wc -l)}}
 if [ "$ranks" -lt 1 ]; then
@@ -38,8 +40,24 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + ranks - 1) / ranks ))}
 # Forked tokenizer threads deadlock.
 export TOKENIZERS_PARALLELISM=false
 
-exec "$python" -m icrl_megatron.agent \
+# Ranks leave here how they ended: torchrun turns every code into 1. job.sh names a file of its own.
+logs=${ICRL_LOGS:-logs}
+mkdir -p "$logs"
+outcome=${ICRL_OUTCOME:-$logs/outcome.${SLURM_JOB_ID:-$$}.${SLURM_RESTART_COUNT:-0}.json}
+
+code=0
+ICRL_OUTCOME=$outcome "$python" -m icrl_megatron.agent \
   --nnodes="$nodes" --node-rank="${SLURM_NODEID:-0}" --nproc-per-node="$ranks" --max-restarts=0 \
   --master-addr="${MASTER_ADDR:-127.0.0.1}" --master-port="$port" \
-  --log-dir="${ICRL_LOGS:-logs}/torchrun.${SLURM_JOB_ID:-$$}" \
-  -m icrl_megatron.rank "$@"
+  --log-dir="$logs/torchrun.${SLURM_JOB_ID:-$$}" \
+  -m icrl_megatron.rank "$@" || code=$?
+
+if [ -z "${ICRL_OUTCOME:-}" ] && [ -f "$outcome" ]; then  # nobody above reads it
+  case $(cat "$outcome") in
+    *'"code": 2'*)
+      [ "${SLURM_NODEID:-0}" -ne 0 ] || "$python" -c 'import json,sys; print("error:", json.load(open(sys.argv[1]))["message"])' "$outcome" >&2
+      code=2 ;;
+    *'"code": 3'*) code=${ICRL_EXIT_STOPPED:-0} ;;  # stopped on request: whoever requeues wants to know
+  esac
+fi
+exit "$code"
