@@ -11,7 +11,7 @@ trap '' USR1
 # NeMo-Run starts steps in a folder of its own.
 cd "${ICRL_HOME:-.}"
 python=${ICRL_PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-ranks=${ICRL_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(nvidia-smi -L 2>/dev/null | wc -l)}}
+ranks=${ICRL_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-$( (nvidia-smi -L 2> /dev/null || true) | wc -l)}}
 if [ "$ranks" -lt 1 ]; then
   echo "error: no GPU on $(hostname), and ICRL_RANKS_PER_NODE is not set: how many ranks?" >&2
   exit 2

@@ -55,7 +55,7 @@ class Where:
     retries: int = 3
     """Times that a job which ended non-zero, stopped ones included, is requeued."""
     python: str = ""
-    """Python of the step; empty: this one, or the container's python3."""
+    """Python of the step; empty: the checkout's .venv where there is one, this one, or the container's python3."""
     ranks_per_node: int = 0
     """0: the recipe's launch.ranks."""
     env: dict[str, str] = field(default_factory=dict)
@@ -107,7 +107,7 @@ def script(recipe: str, overrides: Sequence[str], where: Where, settings: Settin
 
 def environment(where: Where, settings: Settings) -> dict[str, str]:
     """Environment variables of the step."""
-    python = where.python or ("python3" if where.container or where.host else sys.executable)
+    python = where.python or ("python3" if where.container or where.host else _training_python())
     named = {
         "ICRL_HOME": str(_home(where)),
         "ICRL_PYTHON": python,
@@ -116,6 +116,12 @@ def environment(where: Where, settings: Settings) -> dict[str, str]:
         "ICRL_LOGS": str(_home(where) / "logs"),
     }
     return named | where.env
+
+
+def _training_python() -> str:
+    """The checkout's own: the launcher may run in a venv that holds no torch."""
+    own = HOME.resolve() / ".venv" / "bin" / "python"
+    return str(own) if own.exists() else sys.executable
 
 
 def executor(where: Where, settings: Settings) -> Any:

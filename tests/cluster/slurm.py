@@ -75,12 +75,12 @@ class Cluster:
 
     def accounted(self, job: int) -> tuple[str, str, int]:
         """(state, exit code, restarts) of the newest run of a job; the state is empty until there is one."""
-        fields = "State,ExitCode,Restarts"
-        shown = self.run("sacct", "-n", "-X", "-P", "-j", str(job), "-o", fields, timeout_s=20).stdout.split("\n")[0]
-        if not shown:
+        asked = ("sacct", "-n", "-D", "-X", "-P", "-j", str(job), "-o", "State,ExitCode")
+        runs = self.run(*asked, timeout_s=20).stdout.split("\n")[:-1]
+        if not runs:
             return "", "", 0
-        state, code, restarts = shown.split("|")
-        return state.split()[0], code, int(restarts or 0)
+        state, code = runs[-1].split("|")
+        return state.split()[0], code, len(runs) - 1
 
     def ended(self, job: int) -> Ended:
         """Polls until the job ended; `sbatch --wait` would take much longer."""
