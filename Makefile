@@ -4,12 +4,13 @@ SHELL := /bin/bash
 PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
+NEMO := .venv-nemo
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 CODE := icrl_megatron kernels recipes tests tools
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test lint format bench reproduce-small clean
+.PHONY: help install install-dev install-nemo quickstart test test-cluster lint format bench reproduce-small clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,7 +48,22 @@ quickstart: $(VENV)/.installed ## Train a tiny model with ICRL on this machine a
 	$(BIN)/icrl train quickstart
 
 test: $(VENV)/.installed-dev ## Run every test that runs on this machine
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --ignore=tests/cluster
+
+# NeMo-Run's own dependencies conflict with the tested versions, and training never imports it: a venv of its own, which
+# holds the launcher and no torch.
+$(NEMO)/.installed: constraints-nemo.txt pyproject.toml
+	@echo "installing NeMo-Run into $(NEMO)"
+	$(PYTHON) -m venv $(NEMO)
+	$(NEMO)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) -r constraints-nemo.txt
+	$(NEMO)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps -e .
+	@touch $@
+
+install-nemo: $(NEMO)/.installed ## Make .venv-nemo with NeMo-Run, for icrl launch
+
+test-cluster: $(VENV)/.installed-dev $(NEMO)/.installed ## Start a small Slurm on this machine and run real jobs on it
+	bash tests/cluster/install.sh
+	timeout 480 $(BIN)/python -m pytest -q tests/cluster
 
 lint: $(VENV)/.installed-dev ## Check style and types
 	$(BIN)/ruff check .

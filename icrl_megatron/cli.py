@@ -31,7 +31,9 @@ def train(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) 
     resolved = _resolve(recipe, overrides, dry_run)
     if not dry_run:
         from icrl_megatron import pipeline
+        from icrl_megatron.plan import planner
 
+        planner.check(resolved)
         _finish(pipeline.run(resolved))
 
 
@@ -63,6 +65,61 @@ def _finish(code: int) -> NoReturn:
     if code == STOPPED:
         typer.echo("stopped on request, and saved; the same command goes on from here", err=True)
     raise typer.Exit(code)
+
+
+@app.command()
+def launch(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    on: Annotated[str, typer.Option(help="local or slurm.")] = "local",
+    account: Annotated[str, typer.Option(help="Slurm account.")] = "",
+    partition: Annotated[str, typer.Option(help="Slurm partition.")] = "",
+    time: Annotated[str, typer.Option(help="Time limit.")] = "24:00:00",
+    container: Annotated[str, typer.Option(help="Image for pyxis/enroot.")] = "",
+    mount: Annotated[list[str] | None, typer.Option(help="More container mounts.")] = None,
+    host: Annotated[str, typer.Option(help="Login node, for an SSH tunnel.")] = "",
+    user: Annotated[str, typer.Option(help="User of the tunnel.")] = "",
+    identity: Annotated[str, typer.Option(help="Private key of the tunnel.")] = "",
+    remote_home: Annotated[str, typer.Option(help="The checkout on the cluster.")] = "",
+    python: Annotated[str, typer.Option(help="Python of the step, where it is not this one.")] = "",
+    ranks_per_node: Annotated[int, typer.Option(help="Where it is not the recipe's launch.ranks.")] = 0,
+    dry_run: DryRun = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Submit, and return.")] = False,
+) -> None:
+    """Launch a recipe through NeMo-Run, on this machine or on Slurm. Non-zero unless every task succeeded."""
+    from icrl_recipes import launch as nemo
+
+    places = {"host": host, "user": user, "identity": identity, "remote_home": remote_home, "python": python}
+    slurm = {"account": account, "partition": partition, "time": time, "container": container}
+    where = nemo.Where(on=on, mounts=tuple(mount or ()), ranks_per_node=ranks_per_node, **slurm, **places)
+    raise typer.Exit(nemo.launch(recipe, overrides or [], where, dry_run, detach))
+
+
+Experiment = Annotated[str, typer.Argument(help="What `icrl launch` printed.", show_default=False)]
+
+
+@app.command()
+def status(experiment: Experiment) -> None:
+    """Say how a launched experiment is."""
+    from icrl_recipes import launch as nemo
+
+    raise typer.Exit(nemo.status(experiment))
+
+
+@app.command()
+def logs(experiment: Experiment) -> None:
+    """Print a launched experiment's logs."""
+    from icrl_recipes import launch as nemo
+
+    raise typer.Exit(nemo.logs(experiment))
+
+
+@app.command()
+def cancel(experiment: Experiment) -> None:
+    """Cancel a launched experiment."""
+    from icrl_recipes import launch as nemo
+
+    raise typer.Exit(nemo.cancel(experiment))
 
 
 @app.command("import")
@@ -111,6 +168,21 @@ def recipes() -> None:
     for name, recipe in registry().items():
         table.add_row(name, (recipe.__doc__ or "").split("\n\n")[0].replace("\n    ", " "))
     Console().print(table)
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs in all; what the recipe asks for by default.")] = None,
+    gpu: Annotated[str, typer.Option(help="h100, h200, b200 or a100.")] = "h100",
+    search: Annotated[bool, typer.Option("--search", help="Find the best layout, and say why others fell.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Write a PNG of 8 to 1024 GPUs.")] = None,
+) -> None:
+    """Predict memory and time of a step from the settings alone, before a GPU is asked for."""
+    from icrl_megatron.plan import command
+
+    command.run(recipe, overrides or [], gpus, gpu, search, picture)
 
 
 @app.command()

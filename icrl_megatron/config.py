@@ -215,7 +215,9 @@ class DebugSettings:
 @dataclass
 class LaunchSettings:
     ranks: int = 1
-    """Processes that `icrl train` starts on this machine when it is not already inside torchrun."""
+    """Processes on each machine; `icrl train` starts them on this one when it is not already inside torchrun."""
+    nodes: int = 1
+    """Machines of the job; more than one are started by slurm/ or `icrl launch`."""
     device: str = "auto"
     """auto | cpu | cuda."""
     timeout_s: float = 1800.0

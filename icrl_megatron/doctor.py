@@ -183,7 +183,7 @@ def _sglang() -> Check:
 
 
 def _nemo_run() -> Check:
-    remedy = "pip install -c constraints.txt '.[nemo]'"
+    remedy = "make install-nemo   (a venv of its own, for icrl launch)"
     if _version("nemo-run") is not None and not (_version("leptonai") or "").startswith("0.2"):
         return Check("nemo-run", "wrong", f"leptonai {_version('leptonai')} does not fit it", remedy)
     return _library("nemo-run", "nemo_run", remedy)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from icrl_megatron import settings as settings_module
-from icrl_megatron.config import Calibration, ModelSettings, Settings
+from icrl_megatron.config import Calibration, ConfigError, ModelSettings, Settings
 from icrl_megatron.launch import inside_torchrun, torchrun
 from icrl_megatron.settings import SAVED_NAME, run_folder
 from icrl_megatron.telemetry.files import locked
@@ -39,7 +39,15 @@ def warm_start(settings: Settings) -> int:
 
 @contextmanager
 def _owned(settings: Settings) -> Iterator[None]:
-    """The run folder is this job's before anything is written there. Under torchrun that is up to rank 0."""
+    """The run folder is this job's before anything is written there. Under torchrun that is up to rank 0.
+
+    Raises ConfigError for a run of several machines that nobody started on them.
+    """
+    if settings.launch.nodes > 1 and not inside_torchrun():
+        raise ConfigError(
+            f"launch.nodes={settings.launch.nodes}: this command starts ranks on one machine; use sbatch with slurm/ "
+            "or `icrl launch RECIPE --on slurm`, or launch.nodes=1"
+        )
     if os.environ.get("RANK", "0") != "0":
         yield
         return
@@ -56,7 +64,7 @@ def _run(settings: Settings, folder: Path) -> int:
     if settings.baseline:
         baseline = _baseline(settings, folder)
         code = _phase("icrl_megatron.train", baseline, run_folder(baseline))
-    if code == 0:
+    if code == 0 and os.environ.get("RANK", "0") == "0":
         from icrl_megatron.report import report
 
         report(settings)

@@ -86,6 +86,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "checkpoint.interval": (1, math.inf),
     "checkpoint.keep": (1, math.inf),
     "launch.ranks": (1, math.inf),
+    "launch.nodes": (1, math.inf),
     "launch.timeout_s": (1, math.inf),
     **{f"model.init.{name}": (1, math.inf) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn")},
     "model.init.max_positions": (2, math.inf),
@@ -149,9 +150,10 @@ def check_resume(saved: Settings, settings: Settings, folder: Path) -> None:
 
 
 def ranks(settings: Settings) -> int:
-    """Processes of the run: torchrun's WORLD_SIZE inside torchrun, else `launch.ranks`."""
+    """Processes of the run: torchrun's WORLD_SIZE inside torchrun, else `launch.ranks` x `launch.nodes`."""
     world = os.environ.get("WORLD_SIZE", "")
-    return int(world) if world.isdecimal() and int(world) > 0 else settings.launch.ranks
+    asked = settings.launch.ranks * settings.launch.nodes
+    return int(world) if world.isdecimal() and int(world) > 0 else asked
 
 
 def _get(settings: Settings, name: str) -> object:

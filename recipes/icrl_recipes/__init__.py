@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from inspect import getmembers, isfunction
+from types import ModuleType
 
 from icrl_megatron.config import Settings
 
 
 def registry() -> dict[str, Callable[[], Settings]]:
-    """Name -> function, in the order in which they are listed. Imports no torch."""
-    from icrl_recipes import qwen3, tiny
+    """Name -> function, in the order in which they are listed. Imports no torch, and nothing of NeMo-Run."""
+    from icrl_recipes import ablations, baselines, paper, scale, tiny
 
-    functions = (
-        tiny.quickstart,
-        tiny.rulebook_hard,
-        tiny.rulebook_easy,
-        tiny.household,
-        qwen3.qwen3_4b,
-        qwen3.qwen3_8b,
-    )
-    return {function.__name__: function for function in functions}
+    modules = (tiny, paper, scale, baselines, ablations)
+    return {function.__name__: function for module in modules for function in _public(module)}
+
+
+def _public(module: ModuleType) -> Iterator[Callable[[], Settings]]:
+    """The recipes that a module defines, in the order of its lines."""
+    own = [f for name, f in getmembers(module, isfunction) if f.__module__ == module.__name__ and name[0] != "_"]
+    yield from sorted(own, key=lambda function: function.__code__.co_firstlineno)

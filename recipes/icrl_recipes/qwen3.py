@@ -1,13 +1,17 @@
-"""Qwen3 with the hyper-parameters of ICRL's published training code (arXiv 2605.15224), for H100s.
+"""What the Qwen3 recipes share: the hyper-parameters of ICRL's published training code (arXiv 2605.15224), on H100s.
 
-The model is yours to name: `model.path=/where/Qwen3-4B`, a folder in Hugging Face's layout.
+The model is a folder in Hugging Face's layout; a recipe names models/Qwen3-8B under the working directory, and
+`model.path=/elsewhere/Qwen3-8B` another. Planned figures are `icrl plan`'s: predicted, not measured (docs/PLANNER.md).
 """
 
 from __future__ import annotations
 
 from icrl_megatron.config import (
     ActorSettings,
+    Calibration,
+    EngineSettings,
     LaunchSettings,
+    ModelSettings,
     OptimSettings,
     RolloutSettings,
     Settings,
@@ -15,12 +19,17 @@ from icrl_megatron.config import (
     TaskSource,
 )
 
+NODE = 8
 
-def _qwen3(name: str, ranks: int) -> Settings:
+
+def icrl(name: str, size: str, task: str, gpus: int) -> Settings:
+    """The paper's run of one model size ("4B", "8B", ...) on one task, on one node or whole nodes of H100s."""
+    nodes = -(-gpus // NODE)
     return Settings(
         name=name,
         steps=300,
-        tasks=TaskSettings(sources=[TaskSource("household")]),
+        model=ModelSettings(path=f"models/Qwen3-{size}"),
+        tasks=TaskSettings(sources=[TaskSource(task)]),
         rollout=RolloutSettings(
             tasks_per_step=16,
             episodes_per_task=8,
@@ -31,6 +40,7 @@ def _qwen3(name: str, ranks: int) -> Settings:
             max_turns=30,
             context_tokens=16384,
         ),
+        engine=EngineSettings(kind="sglang", tensor_parallel=2),
         actor=ActorSettings(
             tensor_parallel=2,
             sequence_parallel=True,
@@ -39,15 +49,21 @@ def _qwen3(name: str, ranks: int) -> Settings:
             micro_batch_tokens=16384,
         ),
         optim=OptimSettings(learning_rate=1e-6, beta1=0.9, beta2=0.98, weight_decay=0.1, clip_grad=1.0),
-        launch=LaunchSettings(ranks=ranks, device="cuda"),
+        launch=LaunchSettings(ranks=gpus // nodes, nodes=nodes, device="cuda"),
     )
 
 
-def qwen3_4b() -> Settings:
-    """Qwen3-4B on 2 H100, tensor parallel 2 (set model.path)."""
-    return _qwen3("qwen3_4b", ranks=2)
+def grpo(name: str, size: str, task: str, gpus: int) -> Settings:
+    """One attempt a task and no critic: everything else as `icrl`."""
+    settings = icrl(name, size, task, gpus)
+    settings.rollout.rounds = 1
+    settings.algo.calibration = Calibration(enabled=False)
+    return settings
 
 
-def qwen3_8b() -> Settings:
-    """Qwen3-8B on 4 H100, tensor parallel 2 x data parallel 2 (set model.path)."""
-    return _qwen3("qwen3_8b", ranks=4)
+def critique_grpo(name: str, size: str, task: str, gpus: int) -> Settings:
+    """A critic that is never trained, whose revisions enter the solver's group, with no calibration weight."""
+    settings = icrl(name, size, task, gpus)
+    settings.rollout.critic = "frozen"
+    settings.algo.calibration = Calibration(enabled=False)
+    return settings

@@ -1,0 +1,137 @@
+"""What a batch job asks before, between and after its steps (slurm/job.sh). Plain decisions, no torch.
+
+python -m icrl_megatron.job check train RECIPE [KEY=VALUE]...         prints the run folder, or exits with 2
+python -m icrl_megatron.job seen RUN_FOLDER TOKEN                     does this node see what the first one wrote?
+python -m icrl_megatron.job decide RUN_FOLDER OUTCOME STATE RC STOP   prints: done | requeue | retry SECONDS | fail
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from icrl_megatron.config import ConfigError
+from icrl_megatron.launch import CONFIG_ERROR, STOPPED, read_outcome
+
+MAX_CRASHES = 3
+"""Crashes of a job, over all of its requeues, after which it is given up."""
+BACK_OFF_S = 30.0
+"""Wait before the first retry; doubles with each."""
+SEEN_TIMEOUT_S = 60.0
+"""Network file systems may show a new file late."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a job remembers over its steps and requeues."""
+
+    crashes: int = 0
+    crashed_at: str = ""
+    """Progress at the last crash; the same again means a step that cannot be passed."""
+    stopped_at: str = ""
+    """Progress at the last stop on request."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the job does next: `action` is done, requeue, retry or fail."""
+
+    action: str
+    state: State
+    message: str = ""
+    wait_s: float = 0.0
+
+
+def progress(run_folder: Path) -> str:
+    """How far a run is, as a text that changes whenever it got further: the last line of each of its metrics files."""
+    found = []
+    for path in (run_folder / "warm_start" / "metrics.jsonl", run_folder / "metrics.jsonl"):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        whole = [line for line in lines[-2:] if line.endswith("}")]
+        found.append(str(json.loads(whole[-1]).get("step")) if whole else "-")
+    found += [path.name for path in sorted(run_folder.glob("baseline_*"))]
+    return "/".join(found)
+
+
+def decide(outcome: tuple[int, str] | None, returncode: int, stopping: bool, at: str, state: State) -> Decision:
+    """After a step ended with `returncode`, having left `outcome`; `at` is the run's progress.
+
+    Done after success. A stop on request is requeued, unless the run got no further since the last one. A crash is
+    tried again after a wait that doubles, at most MAX_CRASHES times, and never twice at the same progress.
+    """
+    if outcome is not None and outcome[0] == CONFIG_ERROR:
+        return Decision("fail", state, outcome[1])
+    if outcome is not None and outcome[0] == STOPPED:
+        if at == state.stopped_at:
+            return Decision("fail", state, f"stopped twice at {at} without a step between: the time limit is too short")
+        return Decision("requeue", State(state.crashes, state.crashed_at, at), f"stopped on request at {at}, and saved")
+    if returncode == 0:
+        return Decision("done", state)
+    if stopping:
+        return Decision("requeue", state, f"ended with {returncode} while stopping; goes on from its last checkpoint")
+    crashes = state.crashes + 1
+    after = State(crashes, at, state.stopped_at)
+    if at == state.crashed_at:
+        return Decision("fail", after, f"crashed twice at {at} (code {returncode}): the same step would crash again")
+    if crashes > MAX_CRASHES:
+        return Decision("fail", after, f"crashed {crashes} times, the last one at {at} (code {returncode})")
+    wait = float(os.environ.get("ICRL_BACK_OFF_S", BACK_OFF_S)) * 2 ** (crashes - 1)
+    return Decision("retry", after, f"crash {crashes} of at most {MAX_CRASHES}, at {at} (code {returncode})", wait)
+
+
+def check(arguments: list[str]) -> Path:
+    """The run folder of `train|sft RECIPE [KEY=VALUE]...`. Raises ConfigError on all that can be known beforehand;
+    the number of ranks is WORLD_SIZE's, which the job sets to nodes x ranks a node."""
+    from icrl_megatron import settings, validate
+
+    resolved = settings.load(arguments[1], arguments[2:])
+    validate.validate(resolved)
+    return settings.run_folder(resolved)
+
+
+def seen(run_folder: Path, token: str, timeout_s: float = SEEN_TIMEOUT_S) -> None:
+    """Raises ConfigError unless this node sees the file that the first node wrote into the run folder."""
+    deadline = time.monotonic() + timeout_s
+    while not (run_folder / token).exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"run_dir={run_folder}: {socket.gethostname()} does not see what the first node wrote there; use a "
+                "folder on a file system that all nodes share, run_dir=..."
+            )
+        time.sleep(0.2)
+
+
+def _decide(run_folder: Path, outcome: Path, state_path: Path, returncode: int, stopping: bool) -> str:
+    """Decides, remembers, says why on stderr, and returns the words for the shell."""
+    state = State(**json.loads(state_path.read_text())) if state_path.exists() else State()
+    decision = decide(read_outcome(outcome), returncode, stopping, progress(run_folder), state)
+    state_path.parent.mkdir(parents=True, exist_ok=True)
+    state_path.write_text(json.dumps(asdict(decision.state)))
+    if decision.message:
+        print(f"{'error: ' * (decision.action == 'fail')}{decision.message}", file=sys.stderr)
+    return f"retry {decision.wait_s:g}" if decision.action == "retry" else decision.action
+
+
+def main(arguments: list[str]) -> None:
+    """Entry point; ConfigError is one message and exit code 2."""
+    try:
+        verb, *rest = arguments
+        if verb == "check":
+            print(check(rest))
+        elif verb == "seen":
+            seen(Path(rest[0]), rest[1])
+        else:
+            run_folder, outcome, state = map(Path, rest[:3])
+            print(_decide(run_folder, outcome, state, int(rest[3]), rest[4] == "1"))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(CONFIG_ERROR)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,52 @@
+"""What is reached of the data sheets' peaks. docs/PLANNER.md says where each number is from, and which was fitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from icrl_megatron.plan.hardware import GIB
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Shares of peaks, latencies and fixed costs."""
+
+    training_efficiency: float = 0.26
+    """Share of the peak FLOP/s that training and scoring reach without communication and bubbles. FITTED to NeMo-RL's
+    Llama-3.1-8B step on 16 H100 (`nemo_rl.py`); the only fitted number."""
+    fp8_gain: float = 1.3
+    """Assumed: how much faster the layers' products get in FP8, their casts and everything else included."""
+    prefill_efficiency: float = 0.5
+    """Assumed: share of the peak FLOP/s in an engine's prefill."""
+    bandwidth_efficiency: float = 0.8
+    """Assumed: share of the memory bandwidth that decoding reaches."""
+    link_efficiency: float = 0.75
+    """Assumed: share of NVLink's and the network's bandwidth that large collectives reach."""
+    decode_overhead_s: float = 3e-3
+    """Assumed: an engine's scheduler, sampler and kernel launches, per iteration."""
+    all_reduce_latency_s: float = 12e-6
+    """Assumed: one small all-reduce inside a node; two a layer in tensor-parallel decoding."""
+    hop_latency_s: float = 6e-6
+    """Assumed: one step of a ring between GPUs; grows a data-parallel collective by 2 (n - 1) of them a bucket."""
+    bucket_parameters: int = 40_000_000
+    """Megatron's gradient bucket: max(40 M, 1 M x data-parallel size) parameters."""
+    sync_fixed_s: float = 1.0
+    """Assumed: waking an engine, versions, checks, and putting it to sleep; once a step."""
+    step_fixed_s: float = 1.0
+    """Assumed: resetting environments, credit, packing, metrics and dumps; once a step."""
+
+    reserved_bytes: float = 3.0 * GIB
+    """Assumed: CUDA contexts of two processes, NCCL's buffers, cuBLAS workspaces."""
+    fragmentation: float = 0.05
+    """Assumed: share of what the allocator hands out that is lost between blocks."""
+    engine_workspace_bytes: float = 2.5 * GIB
+    """Assumed: an engine's CUDA graphs and activations while it is awake."""
+    engine_asleep_bytes: float = 0.5 * GIB
+    """Assumed: what an engine keeps on the GPU while it sleeps."""
+    engine_memory_fraction: float = 0.7
+    """Of the GPU, for the engine's weights and cache together (the reference's setting)."""
+    sync_bucket_bytes: float = 1.0 * GIB
+    """Assumed: flattened bucket that weights are handed over in, twice."""
+
+
+CONSTANTS = Constants()

@@ -1,0 +1,39 @@
+"""`icrl plan`: from a recipe and its overrides to tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from icrl_megatron import settings as settings_module
+from icrl_megatron.config import ConfigError
+from icrl_megatron.plan import hardware, planner
+from icrl_megatron.plan.scaling import picture, scale
+from icrl_megatron.plan.search import search
+from icrl_megatron.plan.show import show, show_scaling, show_search
+
+
+def run(
+    recipe: str, overrides: list[str], gpus: int | None, gpu_name: str, searching: bool, image: Path | None
+) -> None:
+    """Prints the plan, its scaling or a search. Raises ConfigError for a plan that does not fit."""
+    resolved, gpu = settings_module.load(recipe, overrides), hardware.get(gpu_name)
+    console = Console(highlight=False)
+    if gpus is not None and gpus < 1:
+        raise ConfigError(f"--gpus {gpus}: must be at least 1")
+    if searching:
+        found = search(resolved, gpus or planner.ranks(resolved), gpu)
+        show_search(found, console)
+        if not found.best:
+            raise ConfigError(
+                f"no layout of {gpus or planner.ranks(resolved)} x {gpu.name} fits; see the reasons above"
+            )
+        return
+    made = planner.plan(resolved, gpus, gpu)
+    show(made, console)
+    if image is not None:
+        points = scale(resolved, gpu)
+        show_scaling(points, console)
+        console.print(f"picture: {picture(points, image, f'{recipe} on {gpu.name}')}")
+    planner.require_fit(made, resolved)

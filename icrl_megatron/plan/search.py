@@ -1,0 +1,79 @@
+"""The best layout for a number of GPUs, and why each of the others fell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from icrl_megatron.config import Settings
+from icrl_megatron.plan.hardware import GIB, Gpu
+from icrl_megatron.plan.layout import Layout
+from icrl_megatron.plan.models import shape_of
+from icrl_megatron.plan.planner import Plan, of_layout
+from icrl_megatron.shape import Qwen3Shape
+
+SIZES = (1, 2, 4, 8)
+CONTEXT = (1, 2)
+MICRO_BATCHES = (8192, 16384, 32768)
+MODES = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A combination of TP, PP, CP and engine TP none of whose micro-batches and recompute modes won or fitted."""
+
+    tensor: int
+    pipeline: int
+    context: int
+    engine_tensor: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """`best` has the fastest plan of each combination that fits, fastest first; may be empty."""
+
+    best: tuple[Plan, ...]
+    rejected: tuple[Rejected, ...]
+
+
+def search(settings: Settings, gpus: int, gpu: Gpu) -> Found:
+    """Tries TP x PP x CP x engine TP, each with every micro-batch budget and recompute mode; DP is what remains."""
+    shape = shape_of(settings)
+    episodes = settings.rollout.tasks_per_step * settings.rollout.episodes_per_task
+    best: list[Plan] = []
+    rejected: list[Rejected] = []
+    base = Layout.of(settings, gpus)
+    # A local engine lives inside its rank.
+    engines = (1,) if settings.engine.kind == "local" else SIZES
+    for tensor, pipeline, context, engine in product(SIZES, SIZES, CONTEXT, engines):
+        sizes = {"tensor": tensor, "pipeline": pipeline, "context": context, "engine_tensor": engine}
+        layout = base.but(**sizes, sequence_parallel=tensor > 1)
+        reason = layout.refusal(shape, episodes)
+        if reason is None and context > 1:
+            reason = "the actor has no context parallelism yet"
+        if reason is None:
+            tried = [of_layout(settings, shape, variant, gpu) for variant in _variants(layout, shape, settings)]
+            fitting = [plan for plan in tried if plan.fits]
+            if fitting:
+                best.append(min(fitting, key=lambda plan: plan.times.total))
+                continue
+            least = min(tried, key=lambda plan: plan.memory.missing)
+            reason = f"{least.memory.peak[0]}: {least.memory.missing / GIB:.1f} GiB missing"
+        rejected.append(Rejected(tensor, pipeline, context, engine, reason))
+    best.sort(key=lambda plan: plan.times.total)
+    return Found(tuple(best), tuple(rejected))
+
+
+def _variants(layout: Layout, shape: Qwen3Shape, settings: Settings) -> Iterator[Layout]:
+    budgets = [b for b in MICRO_BATCHES if b >= settings.rollout.context_tokens] or [settings.rollout.context_tokens]
+    for tokens, mode in product(budgets, MODES):
+        yield layout.but(micro_batch_tokens=tokens, recompute=mode)
+
+
+def why_slower(plan: Plan, best: Plan) -> str:
+    """The phase in which a plan that fits loses most against the best one."""
+    lost = {name: seconds - best.times.phases[name] for name, seconds in plan.times.phases.items()}
+    worst = max(lost, key=lambda name: lost[name])
+    return f"{plan.times.total / best.times.total:.2f}x the step, most of it {worst} (+{lost[worst]:.1f} s)"

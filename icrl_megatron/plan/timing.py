@@ -1,0 +1,235 @@
+"""Seconds of a step, by phase. docs/PLANNER.md has the formulas and their sources."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from icrl_megatron.config import Settings
+from icrl_megatron.plan.calibration import CONSTANTS, Constants
+from icrl_megatron.plan.hardware import Gpu
+from icrl_megatron.plan.layout import Layout, counts, engine_parameters, kv_bytes_a_token, local_parameters
+from icrl_megatron.plan.workload import Floats, Workload
+from icrl_megatron.shape import Qwen3Shape
+
+SEGMENTS = 48
+"""Pieces that the decreasing number of running episodes is cut into."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What of the actor's work a step asks for."""
+
+    updates: int
+    scored: int
+    """Forward passes over every sequence besides training: old policy, behaviour prompts, reference model."""
+    head_everywhere: bool = False
+    """Whether the head runs over prompts too (ours does not; other trainers' do)."""
+
+    @staticmethod
+    def of(settings: Settings) -> Passes:
+        """Ours: with one update the training pass is the old policy itself."""
+        algo = settings.algo
+        old = algo.updates_per_step > 1 or algo.mismatch_correction.enabled
+        behaviour = algo.calibration.enabled and algo.calibration.denominator == "recomputed"
+        return Passes(algo.updates_per_step, int(old) + int(behaviour) + int(algo.kl_coef > 0))
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a step; `phases` add up to `total`."""
+
+    phases: Mapping[str, float]
+    model_flops: float
+    """Of training, without what is recomputed: what MFU counts."""
+    micro_batches: int
+    """Of one update, on one replica."""
+    tail: float
+    """Share of the rollout during which fewer than half of the episodes still ran."""
+
+    @property
+    def total(self) -> float:
+        return sum(self.phases.values())
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Seconds of the rollout phase on the engine that ends last."""
+
+    prefill: float
+    decode: float
+    waiting: float
+    tail: float
+
+
+def forward_flops(shape: Qwen3Shape, work: Workload, everywhere: bool = False) -> tuple[float, float]:
+    """FLOPs of one forward pass over the step's sequences: layers, and the head over its loss tokens.
+
+    Two a parameter and token; causal attention adds 2 x heads x head size x length^2 a layer (half of both products).
+    """
+    count = counts(shape)
+    attention = 2.0 * shape.heads * shape.head_dim * shape.layers * float((work.sequence_S**2).sum())
+    layers = 2.0 * shape.layers * count.layer * work.trained_tokens + attention
+    tokens = work.trained_tokens if everywhere else float(work.loss_S.sum())
+    return layers, 2.0 * count.embedding * tokens
+
+
+def estimate(
+    shape: Qwen3Shape,
+    layout: Layout,
+    work: Workload,
+    passes: Passes,
+    gpu: Gpu,
+    cache_bytes: float,
+    constants: Constants = CONSTANTS,
+) -> Times:
+    """`cache_bytes`: the key-value cache on each GPU of an engine."""
+    layers, head = forward_flops(shape, work, passes.head_everywhere)
+    rate = constants.training_efficiency * layout.gpus * (gpu.bf16_flops if layout.precision == "bf16" else 0.06e15)
+    layer_rate = rate * (constants.fp8_gain if layout.fp8 != "off" else 1.0)
+    recomputed = 1.0 if layout.recompute == "full" else 0.0
+    trained = (3.0 + recomputed) * layers / layer_rate + 3.0 * head / rate
+    scored = passes.scored * (layers / layer_rate + head / rate)
+    per_update = work.trained_tokens / passes.updates / layout.data
+    micro_batches = max(1, math.ceil(per_update / layout.micro_batch_tokens))
+    bubble = (layout.pipeline - 1) / micro_batches
+    # A replica that has less than one micro-batch of work is not faster for it, nor is one with an uneven share.
+    uneven = _imbalance(work, layout)
+    forward_moves, backward_moves = _tensor_traffic(shape, layout, work, gpu, constants)
+    rollout = play(shape, layout, work, gpu, cache_bytes, constants)
+    phases = {
+        "prefill": rollout.prefill,
+        "decode": rollout.decode,
+        "environments": rollout.waiting,
+        "scoring": scored * uneven + passes.scored * forward_moves,
+        "training": trained * uneven,
+        "tensor collectives": forward_moves * (1 + recomputed) + backward_moves,
+        "bubbles": (trained + scored) * uneven * bubble,
+        "data collectives": passes.updates * _reduction(shape, layout, gpu, constants),
+        "optimizer": passes.updates * 40.0 * local_parameters(shape, layout) / layout.data / gpu.memory_bandwidth,
+        "sync": sync(shape, layout, gpu, constants),
+        "other": constants.step_fixed_s,
+    }
+    return Times(phases, 3.0 * (layers + head), micro_batches, rollout.tail)
+
+
+def _imbalance(work: Workload, layout: Layout) -> float:
+    """The heaviest replica over the mean, when sequences are dealt longest first to the least loaded one."""
+    if layout.data == 1:
+        return 1.0
+    mean = work.trained_tokens / layout.data
+    return max(1.0, float(work.sequence_S.max()) / mean)
+
+
+def _tensor_traffic(
+    shape: Qwen3Shape, layout: Layout, work: Workload, gpu: Gpu, constants: Constants
+) -> tuple[float, float]:
+    """Seconds of the all-gathers and reduce-scatters of one forward and one backward pass over the step.
+
+    Two of each a layer and direction (the backward pass gathers the inputs of its products once more), each moving
+    (t - 1) / t of the tokens' hidden states through every GPU; none of it is assumed to hide behind computation.
+    """
+    share = (layout.tensor - 1) / layout.tensor
+    bandwidth = gpu.nvlink_bandwidth * constants.link_efficiency
+    tokens = work.trained_tokens / layout.data / layout.context
+    once = tokens * shape.hidden * layout.item * share / bandwidth * shape.layers / layout.pipeline
+    return 4.0 * once, 6.0 * once
+
+
+def _reduction(shape: Qwen3Shape, layout: Layout, gpu: Gpu, constants: Constants) -> float:
+    """Seconds to reduce-scatter fp32 gradients and all-gather weights over the replicas, once an update."""
+    ranks = layout.data * layout.context
+    if ranks == 1:
+        return 0.0
+    local = local_parameters(shape, layout)
+    far = layout.spans_nodes(layout.gpus)
+    bandwidth = (gpu.network_bandwidth if far else gpu.nvlink_bandwidth) * constants.link_efficiency
+    moved = local * (4.0 + layout.item) * (ranks - 1) / ranks
+    buckets = max(1, math.ceil(local / max(constants.bucket_parameters, 1_000_000 * ranks)))
+    return moved / bandwidth + buckets * 2 * (ranks - 1) * constants.hop_latency_s
+
+
+def sync(shape: Qwen3Shape, layout: Layout, gpu: Gpu, constants: Constants = CONSTANTS) -> float:
+    """Seconds until the engines have new weights: gathered over TP, sent over PP, copied into each engine."""
+    whole = counts(shape).total * float(layout.item)
+    link = gpu.nvlink_bandwidth * constants.link_efficiency
+    gathered = whole * (layout.tensor - 1) / layout.tensor / link
+    far = layout.spans_nodes(layout.cell)
+    sent = (
+        whole
+        * (layout.pipeline - 1)
+        / layout.pipeline
+        / ((gpu.network_bandwidth if far else gpu.nvlink_bandwidth) * constants.link_efficiency)
+    )
+    copied = 2.0 * engine_parameters(shape, layout.engine_tensor) * layout.item / gpu.memory_bandwidth
+    return gathered + sent + copied + constants.sync_fixed_s
+
+
+def play(
+    shape: Qwen3Shape, layout: Layout, work: Workload, gpu: Gpu, cache_bytes: float, constants: Constants = CONSTANTS
+) -> Rollout:
+    """The rollout on the engine that ends last. Whole tasks are dealt to the engines in turn, as the loop does it."""
+    tasks = len(work.generated_E) // work.episodes_a_task
+    shape_TE = (tasks, work.episodes_a_task)
+    slowest: Rollout | None = None
+    columns = [c.reshape(shape_TE) for c in (work.generated_E, work.context_E, work.read_E, work.waiting_E)]
+    for engine in range(min(layout.engines, tasks)):
+        generated, context, read, waiting = (column[engine :: layout.engines].ravel() for column in columns)
+        ended = _engine(shape, layout, generated, context, read, waiting, gpu, cache_bytes, constants)
+        if slowest is None or _seconds(ended) > _seconds(slowest):
+            slowest = ended
+    assert slowest is not None
+    return slowest
+
+
+def _seconds(rollout: Rollout) -> float:
+    return rollout.prefill + rollout.decode + rollout.waiting
+
+
+def _engine(
+    shape: Qwen3Shape,
+    layout: Layout,
+    generated_E: Floats,
+    context_E: Floats,
+    read_E: Floats,
+    waiting_E: Floats,
+    gpu: Gpu,
+    cache_bytes: float,
+    constants: Constants,
+) -> Rollout:
+    tensor, count = layout.engine_tensor, counts(shape)
+    flops = 2.0 * (shape.layers * count.layer) * float(read_E.sum())
+    prefill = flops / (tensor * gpu.bf16_flops * constants.prefill_efficiency)
+    capacity = cache_bytes / kv_bytes_a_token(shape, tensor, layout.item)
+    order = np.argsort(generated_E)
+    lengths, contexts = generated_E[order], context_E[order]
+    edges = np.unique(np.linspace(0, len(lengths), SEGMENTS + 1).astype(int))
+    seconds, done, half = 0.0, 0.0, 0.0
+    for low, high in pairwise(edges.tolist()):
+        until = float(lengths[low:high].mean()) if high < len(lengths) else float(lengths[-1])
+        iterations, done = max(0.0, until - done), max(done, until)
+        running = len(lengths) - (int(low) + int(high)) / 2 if high < len(lengths) else (high - low + 1) / 2
+        cached = running * float(contexts[low:].mean())
+        crowded = max(1.0, cached / capacity)  # those that do not fit wait for their turn
+        step = decode_step(shape, layout, running / crowded, cached / crowded, gpu, constants)
+        seconds += iterations * step * crowded
+        half += iterations * step * crowded if running < len(lengths) / 2 else 0.0
+    return Rollout(prefill, float(seconds), float(waiting_E[order[-1]]), half / max(seconds, 1e-9))
+
+
+def decode_step(
+    shape: Qwen3Shape, layout: Layout, running: float, cached: float, gpu: Gpu, constants: Constants = CONSTANTS
+) -> float:
+    """Seconds of one iteration of an engine with `running` sequences and `cached` tokens: the roofline of reading the
+    weights and the cache against the products, then tensor-parallel latency and the scheduler."""
+    tensor = layout.engine_tensor
+    weights = engine_parameters(shape, tensor) * layout.item
+    read = weights + cached * kv_bytes_a_token(shape, tensor, layout.item)
+    moving = read / (gpu.memory_bandwidth * constants.bandwidth_efficiency)
+    products = 2.0 * running * engine_parameters(shape, tensor) / (gpu.bf16_flops * constants.prefill_efficiency)
+    latency = 2.0 * shape.layers * constants.all_reduce_latency_s if tensor > 1 else 0.0
+    return max(moving, products) + latency + constants.decode_overhead_s

@@ -1,0 +1,180 @@
+"""A step's episodes, simulated: how long attempts and critiques get, and what of it is generated, read and trained.
+
+Lengths are log-normal and cut where the settings cut them, so the long tail that a synchronous step waits for is there.
+What the tasks' own numbers are is in `PROFILES`: assumptions, until a run's rollouts are measured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from icrl_megatron.config import Settings
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What an attempt at a task of one source looks like."""
+
+    prompt_tokens: float
+    turns: float
+    """Mean, when nothing cuts the attempt short."""
+    reply_tokens: float
+    """Mean of a turn."""
+    reply_spread: float
+    """Standard deviation of a reply's length over its mean."""
+    observation_tokens: float
+    critique_tokens: float
+    latency_s: float
+    """Of the environment, per turn."""
+    success: float
+    """Share of first attempts that succeed: the others get a critique and another attempt."""
+
+
+PROFILES: dict[str, Profile] = {
+    "alfworld": Profile(700, 18, 120, 0.8, 60, 57, 0.05, 0.5),
+    "webshop": Profile(900, 8, 150, 0.8, 500, 94, 0.2, 0.5),
+    "searchqa": Profile(500, 4, 200, 0.8, 600, 80, 0.5, 0.4),
+    "math": Profile(200, 1, 1100, 0.8, 0, 150, 0.01, 0.6),
+}
+"""Assumed. Only the critiques of ALFWorld and WebShop (57 and 94 tokens) are the paper's, of its trained 8B critic."""
+DEFAULT_PROFILE = Profile(300, 4, 20, 0.5, 20, 20, 0.0, 0.5)
+"""For the small embedded tasks, assumed too."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One step. Arrays have one entry an episode ([E]) or one a trained sequence ([S])."""
+
+    episodes_a_task: int
+    generated_E: Floats
+    """Tokens decoded one after another: attempts and critiques follow each other."""
+    read_E: Floats
+    """Tokens prefilled: prompts (shared by a task's episodes), observations and critics' prompts."""
+    context_E: Floats
+    """Mean tokens in the cache while the episode decodes."""
+    waiting_E: Floats
+    """Seconds spent in its environment."""
+    sequence_S: Floats
+    """Tokens of each trained sequence, prompt included."""
+    loss_S: Floats
+    """Of them, those that carry loss."""
+
+    @property
+    def trained_tokens(self) -> float:
+        return float(self.sequence_S.sum())
+
+    @property
+    def generated_tokens(self) -> float:
+        return float(self.generated_E.sum())
+
+
+def simulate(settings: Settings, seed: int = 0) -> Workload:
+    """A step's workload by the settings and the profiles of their task sources, mixed by weight."""
+    rollout, sources = settings.rollout, settings.tasks.sources
+    key = tuple((PROFILES.get(s.name, DEFAULT_PROFILE), s.weight) for s in sources)
+    limits = (rollout.max_turns, rollout.max_turn_tokens, rollout.max_critique_tokens, rollout.context_tokens)
+    shared = settings.rollout.critic == "self"
+    return _simulate(key, rollout.tasks_per_step, rollout.episodes_per_task, rollout.rounds, limits, shared, seed)
+
+
+@lru_cache(maxsize=64)
+def _simulate(
+    sources: tuple[tuple[Profile, float], ...],
+    tasks: int,
+    episodes: int,
+    rounds: int,
+    limits: tuple[int, int, int, int],
+    train_critic: bool,
+    seed: int,
+) -> Workload:
+    rng = np.random.default_rng(seed)
+    weights = np.array([weight for _, weight in sources])
+    chosen_T = rng.choice(len(sources), size=tasks, p=weights / weights.sum())
+    parts = [_play(p, int((chosen_T == i).sum()), episodes, rounds, limits, rng) for i, (p, _) in enumerate(sources)]
+    episodes_of = [np.concatenate([part[k] for part in parts]) for k in range(4)]
+    sequences = np.concatenate([part[4] if train_critic else part[4][part[4][:, 2] == 0] for part in parts])
+    order = rng.permutation(tasks)  # tasks of a mixture come in any order, their episodes together
+    generated, read, context, waiting = (c.reshape(tasks, episodes)[order].ravel() for c in episodes_of)
+    return Workload(episodes, generated, read, context, waiting, sequences[:, 0], sequences[:, 1])
+
+
+def _lengths(rng: np.random.Generator, mean: float, spread: float, shape: tuple[int, ...], most: float) -> Floats:
+    """Log-normal, at least 1 and at most `most`, both inclusive."""
+    variance = math.log1p(spread**2)
+    drawn = rng.lognormal(math.log(mean) - variance / 2, math.sqrt(variance), shape)
+    return np.clip(np.rint(drawn), 1, most)
+
+
+def _play(
+    profile: Profile,
+    tasks: int,
+    episodes: int,
+    rounds: int,
+    limits: tuple[int, int, int, int],
+    rng: np.random.Generator,
+) -> tuple[Floats, Floats, Floats, Floats, Floats]:
+    """Generated, read, context and waiting [E], and rows (tokens, loss tokens, is a critique) of sequences [S, 3]."""
+    max_turns, max_reply, max_critique, window = limits
+    count = tasks * episodes
+    generated, read, context, waiting = (np.zeros(count) for _ in range(4))
+    read[::episodes] += profile.prompt_tokens  # the cache has it for the task's other episodes
+    rows: list[Floats] = []
+    alive = np.arange(count)
+    for number in range(rounds):
+        turns, replies, observed = _attempt(profile, len(alive), max_turns, max_reply, rng)
+        room = window - profile.prompt_tokens
+        share = np.minimum(1.0, room / np.maximum(replies + observed, 1))
+        replies, observed = replies * share, observed * share
+        generated[alive] += replies
+        read[alive] += observed
+        waiting[alive] += turns * profile.latency_s
+        whole = profile.prompt_tokens + replies + observed
+        context[alive] = np.maximum(context[alive], profile.prompt_tokens + (replies + observed) / 2)
+        rows.append(np.stack([whole, replies, np.zeros(len(alive))], axis=1))
+        failed = rng.random(len(alive)) >= profile.success
+        alive, trajectory = alive[failed], (replies + observed)[failed]
+        if number + 1 == rounds or not len(alive):
+            break
+        critique = _lengths(rng, profile.critique_tokens, 0.6, (len(alive),), max_critique)
+        prompt = np.minimum(profile.prompt_tokens + trajectory, window - critique)
+        generated[alive] += critique
+        read[alive] += prompt + profile.prompt_tokens + critique
+        rows.append(np.stack([prompt + critique, critique, np.ones(len(alive))], axis=1))
+    return generated, read, context, waiting, np.concatenate(rows)
+
+
+def _attempt(
+    profile: Profile, count: int, max_turns: int, max_reply: int, rng: np.random.Generator
+) -> tuple[Floats, Floats, Floats]:
+    """Turns, generated tokens and observed tokens of `count` attempts."""
+    most = max(1, max_turns)
+    if profile.turns > 1:
+        turns = _lengths(rng, profile.turns, 0.5, (count,), most)
+    else:
+        turns = np.ones(count)
+    replies = _lengths(rng, profile.reply_tokens, profile.reply_spread, (count, most), max_reply)
+    played = np.arange(most)[None, :] < turns[:, None]
+    return turns, (replies * played).sum(axis=1), (turns - 1) * profile.observation_tokens
+
+
+def single_turn(
+    tasks: int, episodes: int, prompt: float, mean: float, spread: float, most: float, seed: int = 0
+) -> Workload:
+    """Answers without turns or critiques whose mean length is `mean` after the cut at `most`: published workloads."""
+    rng = np.random.default_rng(seed)
+    count = tasks * episodes
+    asked, replies = mean, np.zeros(count)
+    for _ in range(40):  # the cut lowers the mean; ask for more until it is right
+        replies = _lengths(np.random.default_rng(seed), asked, spread, (count,), most)
+        asked *= mean / float(replies.mean())
+    replies = rng.permutation(replies)
+    read = np.zeros(count)
+    read[::episodes] = prompt
+    return Workload(episodes, replies, read, prompt + replies / 2, np.zeros(count), replies + prompt, replies)

@@ -1,0 +1,283 @@
+"""NeMo-Run on top of the same step: `icrl launch RECIPE --on local|slurm`, and factories for users of NeMo's recipes.
+
+Both executors run slurm/step.sh with a recipe's name and overrides, so that every launcher resolves the same settings.
+Importing this module imports no nemo_run; its functions do (5 to 13 s), and say how to install it where it is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from icrl_megatron import settings as settings_module
+from icrl_megatron import validate
+from icrl_megatron.config import ConfigError, Settings
+
+HOME = Path(os.environ.get("ICRL_HOME", Path.cwd()))
+"""The checkout that holds slurm/; runs write below it."""
+SIGNAL = "USR1@120"
+"""Sent to the step itself: NeMo-Run's batch script has no trap of its own."""
+STOPPED_CODE = 75
+"""What the step exits with when it was stopped, so that NeMo-Run's script requeues the job."""
+TITLE = "icrl-{}"
+SUCCEEDED = "SUCCEEDED"
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where a recipe is launched."""
+
+    on: str = "local"
+    """local | slurm."""
+    account: str = ""
+    partition: str = ""
+    time: str = "24:00:00"
+    container: str = ""
+    """Image for pyxis; empty: bare metal with this Python."""
+    mounts: tuple[str, ...] = ()
+    host: str = ""
+    """Login node, for an SSH tunnel; empty: Slurm's clients are here."""
+    user: str = ""
+    identity: str = ""
+    """Private key of the tunnel."""
+    remote_home: str = ""
+    """The checkout on the cluster, under an SSH tunnel."""
+    retries: int = 3
+    """Times that a job which ended non-zero, stopped ones included, is requeued."""
+    python: str = ""
+    """Python of the step; empty: the checkout's .venv where there is one, this one, or the container's python3."""
+    ranks_per_node: int = 0
+    """0: the recipe's launch.ranks."""
+    env: dict[str, str] = field(default_factory=dict)
+    """More environment variables of the step."""
+
+
+def resolve(recipe: str, overrides: Sequence[str], where: Where) -> Settings:
+    """The settings, checked as far as this machine can know. Raises ConfigError."""
+    if where.on not in ("local", "slurm"):
+        raise ConfigError(f"--on {where.on}: choose local or slurm")
+    if where.on == "slurm" and not (where.account and where.partition):
+        raise ConfigError("--on slurm needs --account and --partition (`sacctmgr show assoc user=$USER`, `sinfo`)")
+    if where.host and not where.remote_home:
+        raise ConfigError("--host needs --remote-home, the checkout on the cluster")
+    resolved = settings_module.load(recipe, overrides)
+    if where.on == "local" and resolved.launch.nodes > 1:
+        raise ConfigError(f"launch.nodes={resolved.launch.nodes}: --on local has one machine; use --on slurm")
+    if not where.host:  # over a tunnel the model and the run folder are on the other side
+        with _ranks(_per_node(resolved, where) * resolved.launch.nodes):
+            validate.validate(resolved)
+    return resolved
+
+
+@contextmanager
+def _ranks(count: int) -> Iterator[None]:
+    """The number of ranks as torchrun will say it."""
+    before = os.environ.get("WORLD_SIZE")
+    os.environ["WORLD_SIZE"] = str(count)
+    try:
+        yield
+    finally:
+        os.environ.pop("WORLD_SIZE") if before is None else os.environ.update(WORLD_SIZE=before)
+
+
+def _per_node(settings: Settings, where: Where) -> int:
+    return where.ranks_per_node or settings.launch.ranks
+
+
+def script(recipe: str, overrides: Sequence[str], where: Where, settings: Settings) -> Any:
+    """run.Script of the step: the same words that sbatch hands to it."""
+    run = _nemo_run()
+    return run.Script(
+        path=str(_home(where) / "slurm" / "step.sh"),
+        entrypoint="bash",
+        args=[shlex.quote(word) if where.on == "slurm" else word for word in ("train", recipe, *overrides)],
+        env=environment(where, settings),
+    )
+
+
+def environment(where: Where, settings: Settings) -> dict[str, str]:
+    """Environment variables of the step."""
+    python = where.python or ("python3" if where.container or where.host else _training_python())
+    named = {
+        "ICRL_HOME": str(_home(where)),
+        "ICRL_PYTHON": python,
+        "ICRL_RANKS_PER_NODE": str(_per_node(settings, where)),
+        "ICRL_EXIT_STOPPED": str(STOPPED_CODE),
+        "ICRL_LOGS": str(_home(where) / "logs"),
+    }
+    return named | where.env
+
+
+def _training_python() -> str:
+    """The checkout's own: the launcher may run in a venv that holds no torch."""
+    own = HOME.resolve() / ".venv" / "bin" / "python"
+    return str(own) if own.exists() else sys.executable
+
+
+def executor(where: Where, settings: Settings) -> Any:
+    """run.LocalExecutor or run.SlurmExecutor."""
+    run = _nemo_run()
+    if where.on == "local":
+        return run.LocalExecutor(ntasks_per_node=1)
+    if where.host:
+        tunnel = run.SSHTunnel(
+            host=where.host, user=where.user, job_dir=f"{where.remote_home}/nemo_run", identity=where.identity or None
+        )
+    else:
+        tunnel = run.LocalTunnel(job_dir=str(_home(where) / "nemo_run"))
+    home = str(_home(where))
+    return run.SlurmExecutor(
+        account=where.account,
+        partition=where.partition,
+        time=where.time,
+        nodes=settings.launch.nodes,
+        ntasks_per_node=1,  # torchrun starts the ranks
+        gpus_per_node=_per_node(settings, where),
+        exclusive=True,
+        mem="0",
+        signal=SIGNAL,
+        retries=where.retries,
+        additional_parameters={"requeue": True},
+        container_image=where.container or None,
+        container_mounts=[f"{home}:{home}", *where.mounts] if where.container else [],
+        tunnel=tunnel,
+        packager=run.Packager(),  # the code is in the checkout already
+        env_vars=environment(where, settings),
+        launcher=None,
+    )
+
+
+def launch(recipe: str, overrides: Sequence[str], where: Where, dry_run: bool = False, detach: bool = False) -> int:
+    """Launches a recipe through NeMo-Run: 0 when every task succeeded (or was submitted, detached), 1 otherwise.
+
+    Raises ConfigError for what can be known before anything is queued: settings, grid, account, partition, size.
+    """
+    settings = resolve(recipe, overrides, where)
+    run = _nemo_run()
+    if where.on == "slurm" and not where.host:
+        require_accepted(where, settings)
+    with run.Experiment(TITLE.format(recipe), skip_status_at_exit=True) as experiment:
+        experiment.add(script(recipe, overrides, where, settings), executor=executor(where, settings), name="train")
+        if dry_run:
+            experiment.dryrun()
+            return 0
+        experiment.run(detach=detach, tail_logs=not detach)
+        print(f"experiment {experiment._id}: icrl status|logs|cancel {experiment._id}", file=sys.stderr)
+        return 0 if detach else _code(experiment)
+
+
+def status(experiment_id: str) -> int:
+    """Prints a line a task. 0 unless one of them failed or was cancelled."""
+    tasks = _experiment(experiment_id).status(return_dict=True)
+    for name, task in tasks.items():
+        print(f"{name}  {_state(task)}  job {task['job_id']}  {task['local_dir']}")
+    return int(any(_state(task) in ("FAILED", "CANCELLED") for task in tasks.values()))
+
+
+def logs(experiment_id: str) -> int:
+    """Prints the tasks' logs."""
+    experiment = _experiment(experiment_id)
+    for job in experiment.jobs:
+        experiment.logs(job.id)
+    return 0
+
+
+def cancel(experiment_id: str) -> int:
+    """Cancels what still runs."""
+    experiment = _experiment(experiment_id)
+    for job in experiment.jobs:
+        experiment.cancel(job.id)
+    return 0
+
+
+def train(recipe: str, overrides: list[str]) -> None:
+    """What the factories' run.Partial wraps: `icrl train` in this process."""
+    from icrl_megatron import pipeline
+
+    settings = settings_module.load(recipe, overrides)
+    validate.validate(settings)
+    code = pipeline.run(settings)
+    if code:
+        raise SystemExit(code)
+
+
+def partial(recipe: str, overrides: Sequence[str] = ()) -> Any:
+    """run.Partial of `train` on a recipe, as users of NeMo's recipes expect it. Raises ConfigError on a wrong name or
+    override at once, not on the cluster."""
+    settings_module.load(recipe, list(overrides))
+    return _nemo_run().Partial(train, recipe=recipe, overrides=list(overrides))
+
+
+def register_factories() -> list[str]:
+    """Registers a factory for `train` under each recipe's name (`--factory NAME` of a run.cli entry point)."""
+    from icrl_recipes import registry
+
+    run = _nemo_run()
+    for name in registry():
+
+        def factory(name: str = name) -> Any:
+            return partial(name)
+
+        factory.__name__ = name
+        factory.__annotations__["return"] = run.Partial[train]
+        run.cli.factory(target=train, name=name)(factory)
+    return list(registry())
+
+
+def require_accepted(where: Where, settings: Settings) -> None:
+    """Asks Slurm whether it would take such a job (`sbatch --test-only`). Raises ConfigError with its answer."""
+    if shutil.which("sbatch") is None:
+        raise ConfigError("--on slurm: no sbatch here; run it on a login node, or give --host for an SSH tunnel")
+    asked = f"{settings.launch.nodes} nodes of {_per_node(settings, where)} GPUs"
+    command = ["sbatch", "--test-only", f"--account={where.account}", f"--partition={where.partition}"]
+    command += [f"--nodes={settings.launch.nodes}", f"--gpus-per-node={_per_node(settings, where)}"]
+    command += [f"--time={where.time}", "--exclusive"]
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write("#!/bin/bash\ntrue\n")
+        file.flush()
+        done = subprocess.run([*command, file.name], capture_output=True, text=True, check=False, timeout=60)
+    if done.returncode:
+        said = " ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
+        raise ConfigError(
+            f"Slurm would not take {asked} with --account={where.account} --partition={where.partition}: {said}; "
+            "`sinfo -o '%P %D %G'` lists partitions, `sacctmgr show assoc user=$USER` accounts"
+        )
+
+
+def _code(experiment: Any) -> int:
+    """NeMo-Run itself exits with 0 after a failed job."""
+    states = [_state(task) for task in experiment.status(return_dict=True).values()]
+    return 0 if states and all(state == SUCCEEDED for state in states) else 1
+
+
+def _state(task: dict[str, Any]) -> str:
+    return str(getattr(task["status"], "name", task["status"]))
+
+
+def _experiment(experiment_id: str) -> Any:
+    try:
+        return _nemo_run().Experiment.from_id(experiment_id)
+    except AssertionError as error:
+        raise ConfigError(f"no experiment {experiment_id!r} was launched from here (NEMORUN_HOME)") from error
+
+
+def _home(where: Where) -> Path:
+    return Path(where.remote_home) if where.host else HOME.resolve()
+
+
+def _nemo_run() -> Any:
+    if importlib.util.find_spec("nemo_run") is None:
+        raise ConfigError("NeMo-Run is not installed here: `make install-nemo`, then .venv-nemo/bin/icrl launch ...")
+    import nemo_run
+
+    return nemo_run

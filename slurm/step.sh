@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# One node's share of a job: the only torchrun line. `srun` starts it once a node, NeMo-Run too, and a laptop may.
+#   slurm/step.sh train RECIPE [KEY=VALUE]...
+# ICRL_PYTHON            the Python to use (default: .venv/bin/python where there is one, else python3)
+# ICRL_RANKS_PER_NODE    ranks on this node (default: its GPUs)
+set -euo pipefail
+
+# A signal to the step reaches every process of it: this shell and torchrun ignore USR1, the ranks save on it, once.
+trap '' USR1
+
+# NeMo-Run starts steps in a folder of its own.
+cd "${ICRL_HOME:-.}"
+python=${ICRL_PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+ranks=${ICRL_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-$( (nvidia-smi -L 2> /dev/null || true) | wc -l)}}
+if [ "$ranks" -lt 1 ]; then
+  echo "error: no GPU on $(hostname), and ICRL_RANKS_PER_NODE is not set: how many ranks?" >&2
+  exit 2
+fi
+nodes=${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}
+if [ "$nodes" -gt 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
+  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+fi
+# A port of the job's own, so that two jobs on one node do not meet.
+port=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-$$} % 20000))}
+
+# A rank whose peer died must end, not wait for it until the job's time is up.
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+# Warnings only; a hang is searched for with NCCL_DEBUG=INFO from outside.
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# NVLink SHARP reserves memory for every communicator, which the engine's cache needs more.
+export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
+# NCCL's own virtual-memory allocations cannot be shared with an engine by CUDA IPC.
+export NCCL_CUMEM_ENABLE=${NCCL_CUMEM_ENABLE:-0}
+# Kernels start in the order in which they were issued: Megatron overlaps tensor-parallel collectives that way.
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+# Expandable segments cannot be paused, and a sleeping engine is paused memory.
+unset PYTORCH_CUDA_ALLOC_CONF
+# As many threads as cores of each rank; torchrun's own default is 1.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + ranks - 1) / ranks ))}
+# Forked tokenizer threads deadlock.
+export TOKENIZERS_PARALLELISM=false
+
+# Ranks leave here how they ended: torchrun turns every code into 1. job.sh names a file of its own.
+logs=${ICRL_LOGS:-logs}
+mkdir -p "$logs"
+outcome=${ICRL_OUTCOME:-$logs/outcome.${SLURM_JOB_ID:-$$}.${SLURM_RESTART_COUNT:-0}.json}
+
+code=0
+ICRL_OUTCOME=$outcome "$python" -m icrl_megatron.agent \
+  --nnodes="$nodes" --node-rank="${SLURM_NODEID:-0}" --nproc-per-node="$ranks" --max-restarts=0 \
+  --master-addr="${MASTER_ADDR:-127.0.0.1}" --master-port="$port" \
+  --log-dir="$logs/torchrun.${SLURM_JOB_ID:-$$}" \
+  -m icrl_megatron.rank "$@" || code=$?
+
+if [ -z "${ICRL_OUTCOME:-}" ] && [ -f "$outcome" ]; then  # nobody above reads it
+  case $(cat "$outcome") in
+    *'"code": 2'*)
+      [ "${SLURM_NODEID:-0}" -ne 0 ] || "$python" -c 'import json,sys; print("error:", json.load(open(sys.argv[1]))["message"])' "$outcome" >&2
+      code=2 ;;
+    *'"code": 3'*) code=${ICRL_EXIT_STOPPED:-0} ;;  # stopped on request: whoever requeues wants to know
+  esac
+fi
+exit "$code"

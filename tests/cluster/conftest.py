@@ -1,0 +1,68 @@
+"""Starts a real Slurm of four virtual nodes of eight GPUs on this machine, with accounting; ends it afterwards."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from slurm import ROOT, Cluster, job_environment
+
+HERE = Path(__file__).parent
+PORT = "17100"
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    if os.geteuid() != 0:
+        pytest.skip("a Slurm of virtual nodes needs root")
+    if shutil.which("mariadbd") is None:
+        pytest.skip("no mariadbd, which keeps Slurm's accounts")
+    root = Path(tempfile.mkdtemp(prefix="icrl-slurm-"))  # short: munge's socket path is limited
+    env = {**os.environ, "BASE_PORT": PORT}
+    try:
+        up = subprocess.run(
+            ["bash", str(HERE / "up.sh"), str(root), "4", "8"],
+            env=env, capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+        if up.returncode:
+            pytest.skip(f"Slurm did not start here: {up.stderr[-500:]}")
+        jobs = root / "jobs"
+        jobs.mkdir()
+        inherited = job_environment() | {"SLURM_CONF": str(root / "slurm.conf"), "ICRL_LOGS": str(jobs / "logs")}
+        yield Cluster(inherited, jobs)
+    finally:
+        subprocess.run(["bash", str(HERE / "down.sh"), str(root)], check=False, timeout=60, capture_output=True)
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3 with random weights that speaks Rulebook's words."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    code = (
+        "import sys; from pathlib import Path; from icrl_megatron.config import TinyModel; "
+        "from icrl_megatron.rollout.prompts import template_words; from icrl_megatron.tasks import registry; "
+        "from icrl_megatron.tiny import build_tiny; "
+        "words = template_words('compact') | set(registry.get('rulebook_easy').vocabulary()); "
+        "build_tiny(Path(sys.argv[1]), TinyModel(), sorted(words), seed=0)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, env=job_environment(), check=True, timeout=120)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def nemo() -> str:
+    """The Python that has NeMo-Run: `make install-nemo` makes it."""
+    python = os.environ.get("ICRL_NEMO_PYTHON", str(ROOT / ".venv-nemo" / "bin" / "python"))
+    if not Path(python).exists():
+        pytest.skip("NeMo-Run is not installed: make install-nemo")
+    return python

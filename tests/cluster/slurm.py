@@ -1,0 +1,109 @@
+"""Submits to the small Slurm that `conftest.py` starts, and waits for what comes of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ACCOUNT, PARTITION = "icrl", "batch"
+JOB_TIMEOUT_S = 200
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+TINY = (
+    "tasks.sources.0.name=rulebook_easy",
+    "engine.kind=local",
+    "engine.tensor_parallel=1",
+    "rollout.tasks_per_step=2",
+    "rollout.episodes_per_task=4",
+    "rollout.max_turn_tokens=24",
+    "rollout.max_critique_tokens=24",
+    "rollout.context_tokens=512",
+    "rollout.templates=compact",
+    "actor.precision=fp32",
+    "actor.recompute=none",
+    "actor.micro_batch_tokens=8192",
+    "algo.on_no_signal=train",
+    "algo.max_resamples=0",
+    "eval.problems=4",
+    "eval.control_problems=0",
+    "checkpoint.interval=2",
+    "launch.device=cpu",
+)
+"""The recipe's program on a model and a task that two cores can carry."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended."""
+
+    state: str
+    code: str
+    restarts: int
+    log: str
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The Slurm of this session."""
+
+    env: Mapping[str, str]
+    folder: Path
+
+    def run(self, *command: str, timeout_s: float = 60, **more: str) -> subprocess.CompletedProcess[str]:
+        """A command with the cluster's environment, in the checkout."""
+        env = {**self.env, **more}
+        return subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=timeout_s
+        )
+
+    def sbatch(self, file: str, *arguments: str, options: tuple[str, ...] = (), **more: str) -> int:
+        """Submits slurm/FILE over 2 nodes of one rank each; returns the job's number."""
+        command = ["sbatch", "--parsable", f"--account={ACCOUNT}", "--nodes=2", "--gpus-per-node=1"]
+        command += [f"--output={self.folder}/%j.log", *options, f"slurm/{file}", *arguments]
+        done = self.run(*command, **more)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout.strip().split(";")[0])
+
+    def log(self, job: int) -> str:
+        path = self.folder / f"{job}.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def accounted(self, job: int) -> tuple[str, str, int]:
+        """(state, exit code, restarts) of the newest run of a job; the state is empty until there is one."""
+        asked = ("sacct", "-n", "-D", "-X", "-P", "-j", str(job), "-o", "State,ExitCode")
+        runs = self.run(*asked, timeout_s=20).stdout.split("\n")[:-1]
+        if not runs:
+            return "", "", 0
+        state, code = runs[-1].split("|")
+        return state.split()[0], code, len(runs) - 1
+
+    def ended(self, job: int) -> Ended:
+        """Polls until the job ended; `sbatch --wait` would take much longer."""
+        until(lambda: self.accounted(job)[0] in ENDED, lambda: self.log(job), JOB_TIMEOUT_S)
+        return Ended(*self.accounted(job), self.log(job))
+
+
+def until(happened: Callable[[], bool], show: Callable[[], str], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_s:.0f} s:\n{show()[-4000:]}")
+        time.sleep(0.3)
+
+
+def icrl(python: str = sys.executable) -> list[str]:
+    return [python, "-c", "from icrl_megatron.cli import main; main()"]
+
+
+def job_environment() -> dict[str, str]:
+    """What a job inherits: this checkout's code, this Python, one rank a node on one thread."""
+    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME")
+    env = {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith("SLURM_")}
+    path = os.pathsep.join(str(p) for p in (ROOT, ROOT / "kernels", ROOT / "recipes"))
+    ours = {"PYTHONPATH": path, "ICRL_PYTHON": sys.executable, "ICRL_RANKS_PER_NODE": "1", "ICRL_BACK_OFF_S": "0.5"}
+    return env | ours | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}

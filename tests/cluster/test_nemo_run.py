@@ -1,0 +1,146 @@
+"""NeMo-Run on this machine and on a real Slurm: the same settings as sbatch, honest exit codes, messages, snapshots."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from slurm import ACCOUNT, PARTITION, ROOT, TINY, Cluster, icrl, until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
+
+RECIPE = "qwen3_8b_alfworld_4xh100"
+SNAPSHOTS = Path(__file__).parent / "snapshots"
+SLURM = ("--on", "slurm", "--account", ACCOUNT, "--partition", PARTITION, "--time", "00:10:00")
+
+
+class Nemo:
+    """`icrl launch` and its relatives, in the Python that has NeMo-Run."""
+
+    def __init__(self, cluster: Cluster, python: str, home: Path) -> None:
+        self.cluster, self.python, self.home = cluster, python, home
+
+    def __call__(self, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+        names = {"NEMORUN_HOME": str(self.home), "ICRL_HOME": str(ROOT)}
+        return self.cluster.run(*icrl(self.python), *arguments, timeout_s=timeout_s, **names)
+
+    def launch(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        python = self.cluster.env["ICRL_PYTHON"]
+        return self("launch", *arguments, "--python", python, "--ranks-per-node", "1")
+
+
+@pytest.fixture(scope="module")
+def icrl_nemo(cluster: Cluster, nemo: str) -> Nemo:
+    return Nemo(cluster, nemo, cluster.folder / "nemo")
+
+
+def arguments(folder: Path, model: Path, *more: str) -> list[str]:
+    short = ["steps=1", "eval.problems=1", "launch.ranks=1", "actor.tensor_parallel=1", "actor.sequence_parallel=false"]
+    return [RECIPE, f"run_dir={folder}", f"model.path={model}", *TINY, *short, *more]
+
+
+def resolved(folder: Path) -> dict[str, object]:
+    saved = yaml.safe_load((folder / "settings.yaml").read_text())
+    assert saved.pop("run_dir") == str(folder)
+    return dict(saved)
+
+
+def test_local_and_slurm_run_the_same_settings(icrl_nemo: Nemo, cluster: Cluster, model: Path) -> None:
+    here, there = cluster.folder / "nemo_local", cluster.folder / "nemo_slurm"
+    local = icrl_nemo.launch(*arguments(here, model))
+    assert local.returncode == 0, local.stdout + local.stderr
+    remote = icrl_nemo.launch(*arguments(there, model, "launch.nodes=1"), *SLURM)
+    assert remote.returncode == 0, remote.stdout + remote.stderr
+    assert resolved(here) == resolved(there)
+    printed = cluster.run(*icrl(), "train", *arguments(here, model), "--dry-run")
+    plain = yaml.safe_load(printed.stdout)
+    plain.pop("run_dir")
+    assert plain == resolved(here)
+    for folder in (here, there):
+        assert (folder / "hf" / "model.safetensors").exists()
+
+    experiment = re.search(r"experiment (\S+): icrl status", remote.stderr)[1]  # type: ignore[index]
+    shown = icrl_nemo("status", experiment)
+    assert shown.returncode == 0
+    assert "SUCCEEDED" in shown.stdout
+
+
+def test_a_failure_is_not_exit_code_0(icrl_nemo: Nemo, cluster: Cluster, model: Path) -> None:
+    # Known only to the ranks: the tokenizer's file is there, and is not one.
+    broken = cluster.folder / "broken"
+    cluster.run("cp", "-r", str(model), str(broken))
+    (broken / "tokenizer.json").write_text("{}")
+    done = icrl_nemo.launch(*arguments(cluster.folder / "nemo_failed", broken))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "the tokenizer cannot be loaded" in done.stdout + done.stderr
+
+
+def test_detached_jobs_are_followed_and_cancelled(icrl_nemo: Nemo, cluster: Cluster, model: Path) -> None:
+    begun = icrl_nemo.launch(*arguments(cluster.folder / "nemo_cancelled", model, "steps=5000"), *SLURM, "--detach")
+    assert begun.returncode == 0, begun.stdout + begun.stderr
+    experiment = re.search(r"experiment (\S+): icrl status", begun.stderr)[1]  # type: ignore[index]
+    shown = icrl_nemo("status", experiment)
+    job = int(re.search(r"job (\d+)", shown.stdout)[1])  # type: ignore[index]
+    until(lambda: cluster.accounted(job)[0] == "RUNNING", lambda: shown.stdout, 60)
+    assert icrl_nemo("cancel", experiment).returncode == 0
+    assert cluster.ended(job).state == "CANCELLED"
+    assert icrl_nemo("status", experiment).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--account", "nobody"], "Slurm would not take 1 nodes of 1 GPUs with --account=nobody"),
+        (["--partition", "nowhere"], "--partition=nowhere"),
+        (["model.path=/nowhere/Qwen3-8B"], "model.path=/nowhere/Qwen3-8B: no such folder"),
+        (["launch.nodes=9"], "Slurm would not take 9 nodes of 1 GPUs"),
+        (["actor.tensor_parallel=3"], "does not divide"),
+        (["--on", "moon"], "choose local or slurm"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_queued(
+    more: list[str], message: str, icrl_nemo: Nemo, cluster: Cluster, model: Path
+) -> None:
+    done = icrl_nemo.launch(*arguments(cluster.folder / "nemo_wrong", model), *SLURM, *more)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["bare", "container"])
+def test_generated_script_is_the_snapshot(kind: str, icrl_nemo: Nemo, cluster: Cluster, model: Path) -> None:
+    more = ["--container", "registry.example/icrl:1"] if kind == "container" else []
+    done = icrl_nemo.launch(*arguments(cluster.folder / "nemo_dry", model), *SLURM, *more, "--dry-run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    script = normalised(done.stdout, cluster, model)
+    path = SNAPSHOTS / f"nemo_slurm_{kind}.sh"
+    if os.environ.get("ICRL_WRITE_SNAPSHOTS"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(script)
+    assert script == path.read_text()
+
+
+def normalised(output: str, cluster: Cluster, model: Path) -> str:
+    """The generated script without what differs from machine to machine and run to run."""
+    script = output[output.index("#!/bin/bash") :]
+    known = {str(cluster.folder): "CLUSTER", str(model): "MODEL", str(ROOT): "CHECKOUT"}
+    for path, name in {**known, cluster.env["ICRL_PYTHON"]: "PYTHON"}.items():
+        script = script.replace(path, name)
+    script = re.sub(rf"icrl-{RECIPE}_\d+", "EXPERIMENT", script)
+    return "\n".join(line.rstrip() for line in script.strip().splitlines()) + "\n"
+
+
+def test_factories_wrap_the_same_settings(nemo: str, cluster: Cluster) -> None:
+    code = (
+        "from icrl_recipes import launch, registry; import nemo_run as run; "
+        "assert launch.register_factories() == list(registry()); "
+        f"task = launch.partial('{RECIPE}', ['steps=3']); assert isinstance(task, run.Partial); "
+        f"assert (task.recipe, task.overrides) == ('{RECIPE}', ['steps=3'])"
+    )
+    done = cluster.run(nemo, "-c", code, timeout_s=120)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,108 @@
+"""What a batch job decides between its steps, and that its shell scripts are what Slurm and bash accept."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from icrl_megatron import job
+from icrl_megatron.config import ConfigError
+from icrl_megatron.job import MAX_CRASHES, State, decide, progress
+from icrl_megatron.launch import CONFIG_ERROR, STOPPED
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted((ROOT / "slurm").iterdir())
+
+
+def test_success_is_done() -> None:
+    assert decide(None, 0, False, "-/4", State()).action == "done"
+    assert decide(None, 0, True, "-/4", State()).action == "done"  # it ended by itself before the signal came
+
+
+def test_a_stop_is_requeued_as_long_as_the_run_gets_on() -> None:
+    first = decide((STOPPED, ""), 0, True, "-/4", State())
+    assert first.action == "requeue"
+    assert decide((STOPPED, ""), 0, True, "-/9", first.state).action == "requeue"
+    stuck = decide((STOPPED, ""), 0, True, "-/4", first.state)
+    assert stuck.action == "fail"
+    assert "time limit is too short" in stuck.message
+    assert decide(None, 137, True, "-/4", State()).action == "requeue"  # killed while it was saving
+
+
+def test_crashes_are_retried_with_growing_waits_and_a_bound() -> None:
+    state, waits = State(), []
+    for crash in range(MAX_CRASHES):
+        decision = decide(None, 1, False, f"-/{crash}", state)
+        assert decision.action == "retry"
+        waits.append(decision.wait_s)
+        state = decision.state
+    assert waits == [waits[0], 2 * waits[0], 4 * waits[0]]
+    last = decide(None, 1, False, "-/99", state)
+    assert last.action == "fail"
+    assert f"crashed {MAX_CRASHES + 1} times" in last.message
+
+
+def test_the_same_step_is_not_tried_a_third_time() -> None:
+    first = decide(None, 1, False, "-/7", State())
+    second = decide(None, 1, False, "-/7", first.state)
+    assert (first.action, second.action) == ("retry", "fail")
+    assert "crashed twice at -/7" in second.message
+
+
+def test_a_wrong_setting_is_never_retried() -> None:
+    decision = decide((CONFIG_ERROR, "actor.x: wrong"), 1, False, "-/-", State())
+    assert (decision.action, decision.message) == ("fail", "actor.x: wrong")
+
+
+def test_progress_is_the_last_whole_line(tmp_path: Path) -> None:
+    assert progress(tmp_path) == "-/-"
+    (tmp_path / "warm_start").mkdir()
+    (tmp_path / "warm_start" / "metrics.jsonl").write_text('{"step": 12}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n{"step": 4}\n{"step": 5, "los')
+    assert progress(tmp_path) == "12/4"
+    (tmp_path / "baseline_grpo").mkdir()
+    assert progress(tmp_path) == "12/4/baseline_grpo"
+
+
+def test_decisions_are_remembered(tmp_path: Path) -> None:
+    words = ["decide", str(tmp_path), str(tmp_path / "outcome.json"), str(tmp_path / "state" / "state.json"), "1", "0"]
+    said = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-m", "icrl_megatron.job", *words],
+            cwd=ROOT, capture_output=True, text=True, check=True, timeout=60, env={"ICRL_BACK_OFF_S": "2"},
+        )  # fmt: skip
+        said.append((done.stdout.strip(), done.stderr))
+    assert said[0][0] == "retry 2"
+    assert said[1][0] == "fail"
+    assert said[1][1].startswith("error: crashed twice")
+    assert json.loads((tmp_path / "state" / "state.json").read_text())["crashes"] == 2
+
+
+def test_a_folder_that_is_not_shared(tmp_path: Path) -> None:
+    (tmp_path / "token").touch()
+    job.seen(tmp_path, "token", timeout_s=0)
+    with pytest.raises(ConfigError, match="does not see what the first node wrote"):
+        job.seen(tmp_path, "other", timeout_s=0)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse_and_do_not_name_torchrun_twice(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True, timeout=20)
+    assert ("icrl_megatron.agent" in script.read_text()) == (script.name == "step.sh")
+
+
+def test_a_step_without_gpus_says_so(tmp_path: Path) -> None:
+    env = {"PATH": "/usr/bin:/bin", "ICRL_PYTHON": sys.executable, "ICRL_LOGS": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", str(ROOT / "slurm" / "step.sh"), "train", "quickstart"],
+        cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=30,
+    )  # fmt: skip
+    if Path("/dev/nvidia0").exists():
+        pytest.skip("this machine has a GPU")
+    assert done.returncode == 2
+    assert "ICRL_RANKS_PER_NODE is not set" in done.stderr

@@ -1,0 +1,114 @@
+"""Every recipe: resolved, saved and read back, validated, planned, and described as it is planned."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from icrl_megatron import settings as settings_module
+from icrl_megatron import validate
+from icrl_megatron.config import ConfigError, EngineSettings, Settings, TaskSettings, TaskSource
+from icrl_megatron.plan import planner
+from icrl_megatron.plan.models import shape_of
+from icrl_megatron.tasks import registry as tasks
+from icrl_recipes import registry
+
+RECIPES = tuple(registry())
+ON_GPUS = tuple(name for name in RECIPES if registry()[name]().launch.device == "cuda")
+
+
+def absent(settings: Settings) -> list[str]:
+    """What this version cannot run yet, by name: task sets, and engines."""
+    found = [f"task set {s.name}" for s in settings.tasks.sources if s.name not in tasks.names()]
+    engine = settings.engine.kind
+    return found + ([] if engine in validate.CHOICES["engine.kind"] else [f"engine {engine}"])
+
+
+def stood_in(settings: Settings) -> Settings:
+    """With an embedded task and the local engine in the place of what is absent."""
+    missing = " ".join(absent(settings))
+    changed = settings
+    if "task set" in missing:
+        changed = replace(changed, tasks=TaskSettings(sources=[TaskSource("household")]))
+    return replace(changed, engine=EngineSettings()) if "engine" in missing else changed
+
+
+def with_model(settings: Settings, folder: Path) -> Settings:
+    """With a folder that looks like the recipe's model from outside: configuration, tokenizer, no weights."""
+    shape = shape_of(settings)
+    config = {
+        "model_type": "qwen3",
+        "num_hidden_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "intermediate_size": shape.ffn,
+        "vocab_size": shape.vocab,
+        "tie_word_embeddings": shape.tied,
+        "rope_theta": shape.rope_base,
+        "rms_norm_eps": shape.norm_eps,
+        "max_position_embeddings": shape.max_positions,
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    header = b"{}"
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    return replace(settings, model=replace(settings.model, path=str(folder)))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_resolves_and_can_be_saved(name: str, tmp_path: Path) -> None:
+    settings = settings_module.load(name)
+    assert settings.name == name
+    settings_module.save(settings, tmp_path / "settings.yaml")
+    assert asdict(settings_module.load_saved(tmp_path / "settings.yaml")) == asdict(settings)
+    assert (registry()[name].__doc__ or "").strip()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_is_valid(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    settings = settings_module.load(name)
+    if settings.model.path:
+        settings = with_model(settings, tmp_path / "model")
+    validate.validate(stood_in(settings))
+    missing = absent(settings)
+    if missing:
+        with pytest.raises(ConfigError, match=r"unknown task set|engine\.kind"):
+            validate.validate(settings)
+        pytest.xfail(f"valid, but for what this version lacks: {', '.join(missing)}")
+    validate.validate(settings)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_is_planned_and_fits(name: str) -> None:
+    made = planner.plan(settings_module.load(name))
+    planner.require_fit(made, settings_module.load(name))
+    assert made.times.total > 0
+
+
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_docstring_says_what_is_planned(name: str) -> None:
+    text = " ".join((registry()[name].__doc__ or "").split())
+    assert "H100" in text
+    assert planner.one_line(planner.plan(settings_module.load(name))) in text
+
+
+def test_names_say_how_many_gpus() -> None:
+    for name in ON_GPUS:
+        settings = settings_module.load(name)
+        if "xh100" in name:
+            assert f"_{planner.ranks(settings)}xh100" in name
+        if "nodes" in name:
+            assert f"_{settings.launch.nodes}nodes" in name
+            assert settings.launch.ranks == 8
+
+
+def test_more_ranks_than_one_machine_are_counted() -> None:
+    assert validate.ranks(settings_module.load("qwen3_32b_4nodes")) == 32

@@ -1,0 +1,48 @@
+"""`torchrun allocation_worker.py FOLDER SETTINGS.yaml OUT`: what a rank's actor really holds, in bytes, after an update."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from icrl_megatron.actor import platform
+from icrl_megatron.settings import load_saved
+
+
+def allocated(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Address -> bytes of the distinct storages behind the tensors: a view is not counted twice."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+
+
+def main(folder: Path, settings_path: Path, out: Path) -> None:
+    settings = load_saved(settings_path)
+    platform.prepare("cpu")
+    from icrl_megatron.actor import grid as grids
+    from icrl_megatron.actor.actor import Actor
+
+    grid = grids.build(settings)
+    actor = Actor(settings, folder, grid)
+    for param in actor.wrapped.parameters():
+        param.main_grad.fill_(1e-3)
+    assert actor.optimizer.step(1e-6, healthy=True).applied
+    distributed = actor.optimizer.distributed
+    weights = allocated(actor.wrapped.parameters())
+    buffers = [buffer.grad_data for buffer in actor.wrapped.buffers]
+    gradients = allocated(buffers)
+    mains = [p for group in distributed.optimizer.param_groups for p in group["params"]]
+    moments = [v for s in distributed.optimizer.state.values() for v in s.values() if torch.is_tensor(v) and v.dim()]
+    optimizer = {k: v for k, v in allocated([*mains, *moments]).items() if k not in weights}
+    found = {name: sum(of.values()) for name, of in (("weights", weights), ("gradients", gradients))}
+    found["optimizer"] = sum(optimizer.values())
+    (out / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+    grids.shutdown()
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:4]))

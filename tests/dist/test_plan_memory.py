@@ -1,0 +1,53 @@
+"""The planner's memory of a small model against what real Megatron ranks on a CPU hold."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from icrl_megatron.config import Settings, TinyModel
+from icrl_megatron.plan import memory
+from icrl_megatron.plan.layout import Layout
+from icrl_megatron.settings import save
+from icrl_megatron.shape import Qwen3Shape
+from icrl_megatron.tiny import build_tiny
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+WORKER = Path(__file__).with_name("allocation_worker.py")
+TOLERANCE = 0.10
+GRIDS = {
+    "one process, fp32": (1, 1, 1, "fp32"),
+    "tensor parallel 2, bf16": (2, 2, 1, "bf16"),
+    "data parallel 2, bf16": (2, 1, 1, "bf16"),
+    "pipeline parallel 2, fp32": (2, 1, 2, "fp32"),
+}
+
+
+@pytest.mark.parametrize(("ranks", "tensor", "pipeline", "precision"), GRIDS.values(), ids=list(GRIDS))
+def test_planned_state_is_what_ranks_hold(
+    ranks: int, tensor: int, pipeline: int, precision: str, tmp_path: Path
+) -> None:
+    tiny = TinyModel(layers=4, hidden=64, heads=4, kv_heads=2, ffn=192, tie_embeddings=False)
+    build_tiny(tmp_path / "model", tiny, [f"w{i}" for i in range(500)], seed=0)
+    settings = Settings()
+    settings.model.path = str(tmp_path / "model")
+    settings.actor.precision = precision
+    settings.actor.tensor_parallel, settings.actor.pipeline_parallel = tensor, pipeline
+    settings.actor.sequence_parallel = tensor > 1
+    save(settings, tmp_path / "settings.yaml")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command += [f"--nproc-per-node={ranks}", str(WORKER)]
+    command += [str(tmp_path / name) for name in ("model", "settings.yaml")] + [str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    planned = memory.state(Qwen3Shape.read(tmp_path / "model"), Layout.of(settings, ranks))
+    held = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)]
+    for name in ("weights", "gradients", "optimizer"):
+        most = max(rank[name] for rank in held)
+        assert getattr(planned, name) == pytest.approx(most, rel=TOLERANCE), (name, held)
