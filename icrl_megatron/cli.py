@@ -123,6 +123,18 @@ def eval_(
     typer.echo(f"written to {folder}: eval.json, eval.png")
 
 
+@app.command("report")
+def report_page(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, shown together.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write; RUN/report.html by default.")] = None,
+    episodes: Annotated[int, typer.Option(help="Episodes of each run that the page holds.", min=0)] = 240,
+) -> None:
+    """Write one HTML page: curves, tables, time, and episodes with every token shaded by its calibration weight."""
+    from icrl_megatron.telemetry.page import PageSize, write_page
+
+    typer.echo(f"written to {write_page(runs, out or runs[0] / 'report.html', PageSize(episodes=episodes))}")
+
+
 @app.command()
 def recipes() -> None:
     """List the recipes."""
