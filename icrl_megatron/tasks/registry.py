@@ -20,8 +20,12 @@ _TASK_SETS: dict[str, Callable[[], TaskSet]] = {
     "household": Household,
 }
 
+_AGENTGYM = ("alfworld", "webshop", "sciworld", "babyai", "textcraft")
+
 _FROM_DATA: dict[str, str] = {
     "math": "icrl_megatron.tasks.mathematics:Mathematics",
+    "searchqa": "icrl_megatron.tasks.searchqa:SearchQA",
+    **dict.fromkeys(_AGENTGYM, "icrl_megatron.tasks.agentgym:AgentGym"),
 }
 """name -> "module:class", imported when it is first asked for: their libraries are not small."""
 

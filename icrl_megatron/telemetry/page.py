@@ -51,6 +51,10 @@ class PageSize:
 def write_page(runs: Sequence[Path], out: Path, size: PageSize = PageSize()) -> Path:
     """Writes the page of these run folders to `out`. Raises ConfigError on a folder that is no run with metrics."""
     data = {"runs": [run_data(run, size) for run in runs]}
+    labels = [run["label"] for run in data["runs"]]
+    for run, folder in zip(data["runs"], runs, strict=True):
+        if labels.count(run["label"]) > 1:
+            run["label"] = folder.name
     parts = {name: (WEB / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
     page = parts["html"].replace("/*CSS*/", parts["css"]).replace("/*JS*/", parts["js"])
     # "</" could end the script element, whatever a model wrote; JSON reads "<\/" as the same.
@@ -133,7 +137,8 @@ def _setup(settings: Settings) -> dict[str, str]:
 
 def _weights(records: Sequence[tuple[int, Any]], w_max: float) -> dict[str, Any]:
     """Per dumped step: the share of calibrated tokens in each of `BINS` bins of their weight."""
-    edges, columns = np.linspace(0.0, w_max, BINS + 1), {}
+    edges = np.linspace(0.0, w_max, BINS + 1)
+    columns: dict[int, list[float]] = {}
     for step, record in records:
         columns.setdefault(step, []).extend(w for credited in record.credit.values() for w in credited.weights)
     shares = {

@@ -85,10 +85,10 @@ def _attempt(attempt: Attempt, role: str, credited: Credited | None, speller: Sp
     for turn in attempt.turns:
         ids = turn.completion.ids
         of_turn = weights[begun : begun + len(ids)]
-        turns.append({"tokens": _tokens(ids, turn.text, of_turn, turn.completion.logprobs, speller, limit)})
-        turns[-1] |= {"observation": turn.observation[: 4 * limit], "lost": turn.action is None}
+        tokens = _tokens(ids, turn.text, of_turn, turn.completion.logprobs, speller, limit)
+        turns.append({"tokens": tokens, "observation": turn.observation[: 4 * limit], "lost": turn.action is None})
         begun += len(ids)
-    found = {"role": role, "round": attempt.round, "turns": turns, "success": attempt.success}
+    found: dict[str, Any] = {"role": role, "round": attempt.round, "turns": turns, "success": attempt.success}
     found |= {"outcome": attempt.outcome, "stop": attempt.stop_reason, "summary": attempt.summary[: 4 * limit]}
     mean = sum(weights) / len(weights) if weights else None
     return found | {"generated": begun, "weight": mean} | _earned(credited)
@@ -98,7 +98,12 @@ def _critique(critique: Critique, credited: Credited | None, speller: Speller, l
     completion = critique.completion
     tokens = _tokens(completion.ids, critique.text, (), completion.logprobs, speller, limit)
     turns = [{"tokens": tokens, "observation": "", "lost": False}]
-    found = {"role": "critique", "round": critique.round, "turns": turns, "generated": len(completion.ids)}
+    found: dict[str, Any] = {
+        "role": "critique",
+        "round": critique.round,
+        "turns": turns,
+        "generated": len(completion.ids),
+    }
     return found | _earned(credited)
 
 

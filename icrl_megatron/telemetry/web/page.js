@@ -71,7 +71,7 @@ function frame(xs, low, high, { format = short, label = "" } = {}) {
 }
 const path = (points, x, y) => points.map((p, i) => `${i ? "L" : "M"}${x(p[0]).toFixed(1)},${y(p[1]).toFixed(1)}`).join("");
 function legend(series) {
-  return el("div", { class: "legend" }, ...series.map(s => el("span", {}, el("i", { style: `background:${s.colour}` }), s.name)));
+  return el("div", { class: "legend" }, ...series.map(s => el("span", {}, el("i", { style: s.dash && s.dash !== "none" ? `background:repeating-linear-gradient(90deg, ${s.colour} 0 ${s.dash.split(" ")[0]}px, transparent 0 ${+s.dash.split(" ")[0] + 3}px)` : `background:${s.colour}` }), s.name)));
 }
 function lines(target, series, options = {}) {
   const host = $(target), all = series.flatMap(s => [...s.points, ...(s.rings || []).flatMap(r => [[r.x, r.low], [r.x, r.high]])]);
@@ -277,10 +277,11 @@ function drawEpisode(episode) {
   if (!episode) { host.replaceChildren(el("p", { class: "note" }, "No episode matches.")); return; }
   const top = runs[state.run].w_max;
   const weighted = episode.rounds.some(r => r.weight !== null && r.weight !== undefined);
-  host.replaceChildren(el("div", { class: "facts" }, el("b", {}, episode.task), el("span", {}, `step ${episode.step}, try ${episode.index}`), el("span", {}, words[episode.outcome])),
+  const parts = [el("div", { class: "facts" }, el("b", {}, episode.task), el("span", {}, `step ${episode.step}, try ${episode.index}`), el("span", {}, words[episode.outcome])),
     el("div", { class: "text problem" }, episode.problem),
     el("div", { class: "cols" }, ...episode.rounds.map(r => column(r, top))),
-    weighted ? el("div", { class: "key" }, el("span", { class: "held" }, "held back, w 0"), el("i", { style: `background:linear-gradient(90deg, ${shade(0, top)}, transparent 50%, ${shade(1.001, top)} 51%, ${shade(top, top)})` }), el("span", { class: "moved" }, `transferred, w ${short(top)}`)) : null);
+    weighted ? el("div", { class: "key" }, el("span", { class: "held" }, "held back, w 0"), el("i", { style: `background:linear-gradient(90deg, ${shade(0, top)}, transparent 50%, ${shade(1.001, top)} 51%, ${shade(top, top)})` }), el("span", { class: "moved" }, `transferred, w ${short(top)}`)) : null];
+  host.replaceChildren(...parts.filter(p => p !== null));
 }
 document.querySelectorAll("button[data-axis]").forEach(button => button.addEventListener("click", () => {
   state.axis = button.dataset.axis;
