@@ -156,6 +156,42 @@ def show(
     show_episode(run, step, episode)
 
 
+@app.command("eval")
+def eval_(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run, a checkpoint or a Hugging Face folder.")],
+    overrides: Overrides = None,
+    task: Annotated[list[str] | None, typer.Option(help="Task set, repeatable; the run's own by default.")] = None,
+    rounds: Annotated[int, typer.Option(help="Attempts an episode; above 1 the critic helps.")] = 1,
+    samples: Annotated[int, typer.Option(help="Episodes of each problem.")] = 1,
+    problems: Annotated[int | None, typer.Option(help="At most this many of each task set.")] = None,
+    critic: Annotated[str, typer.Option(help="Another model's folder, or an endpoint's address.")] = "",
+    revise_all: Annotated[bool, typer.Option(help="Critique and retry successes too.")] = False,
+    against: Annotated[Path | None, typer.Option(help="eval.json of another model, to compare with.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write; MODEL/eval by default.")] = None,
+) -> None:
+    """Measure a model on held-out problems: alone, with critique, and against another on the same seeds."""
+    from icrl_megatron.evaluation import Request, evaluate
+    from icrl_megatron.telemetry.eval_views import show as show_result
+
+    named, changed = tuple(task or ()), tuple(overrides or ())
+    request = Request(model, named, rounds, samples, problems, critic, revise_all, against, out, changed)
+    result, folder = evaluate(request)
+    show_result(result)
+    typer.echo(f"written to {folder}: eval.json, eval.png")
+
+
+@app.command("report")
+def report_page(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, shown together.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write; RUN/report.html by default.")] = None,
+    episodes: Annotated[int, typer.Option(help="Episodes of each run that the page holds.", min=0)] = 240,
+) -> None:
+    """Write one HTML page: curves, tables, time, and episodes with every token shaded by its calibration weight."""
+    from icrl_megatron.telemetry.page import PageSize, write_page
+
+    typer.echo(f"written to {write_page(runs, out or runs[0] / 'report.html', PageSize(episodes=episodes))}")
+
+
 @app.command()
 def recipes() -> None:
     """List the recipes."""

@@ -32,9 +32,37 @@ class ModelSettings:
 
 
 @dataclass
+class TaskData:
+    """Where a task set that is not embedded finds its problems and its helpers; docs/TASKS.md shows each in use."""
+
+    train: list[str] = field(default_factory=list)
+    """Files of training rows: JSONL, Parquet, or a folder of a Hugging Face dataset; a pattern names several. Task sets
+    behind servers also take ranges of task ids, e.g. 0:2420."""
+    heldout: list[str] = field(default_factory=list)
+    """The same for held-out rows, one subset per entry; no row may also be a training row."""
+    prompt_column: str = "prompt"
+    label_column: str = "label"
+    numeric_tolerance: float = 0.0
+    """math: relative error at which two plain numbers are still equal; labels that were rounded need one, e.g. 0.01."""
+    grading_workers: int = 2
+    """math: processes of each rank that grade; one that hangs is killed."""
+    grading_timeout_s: float = 5.0
+    """math: CPU seconds an answer may cost."""
+    servers: list[str] = field(default_factory=list)
+    """alfworld, webshop, sciworld, babyai, textcraft: URLs of AgentGym servers; searchqa: of retrievers."""
+    request_timeout_s: float = 60.0
+    """Deadline of one call to a server, retries not counted."""
+    corpus: str = ""
+    """searchqa: JSONL of documents for the built-in retriever, in place of servers."""
+    passages: int = 3
+    """searchqa: documents shown for a search."""
+
+
+@dataclass
 class TaskSource:
     name: str = "rulebook_hard"
     weight: float = 1.0
+    data: TaskData = field(default_factory=TaskData)
 
 
 @dataclass

@@ -124,7 +124,9 @@ class Recorder:
                 f"step {self.step}: {len(played.dropped)} episodes lost, {lost.task.task_id}: {lost.error}"
             )
         if self.writer is not None:
-            write_dump(self.run_dir, self.step, played.episodes, report.samples, self.parts.prompter.decode)
+            weights = stats.calibration_weights if stats is not None else {}
+            decode = self.parts.prompter.decode
+            write_dump(self.run_dir, self.step, played.episodes, report.samples, decode, weights)
             self.writer.write(self.step, row)
         self._advance(row)
         if self.step % settings.checkpoint.interval == 0 and not self.finished():

@@ -33,7 +33,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Settings:
     Raises ConfigError on an unknown recipe or setting (with the nearest valid name) and on a value of a wrong type.
     """
     settings = from_recipe(recipe)
-    pairs = [_split(override) for override in overrides]
+    pairs = [split_override(override) for override in overrides]
     for key, raw in pairs:
         if key == "algo.preset":
             from icrl_megatron.algo.credit import apply_preset  # numpy: only where it is asked for
@@ -115,7 +115,8 @@ def changed(one: Settings, other: Settings) -> dict[str, tuple[object, object]]:
     return {name: (left.get(name), right.get(name)) for name in names if left.get(name) != right.get(name)}
 
 
-def _split(override: str) -> tuple[str, str]:
+def split_override(override: str) -> tuple[str, str]:
+    """ "steps=100" -> ("steps", "100"). Raises ConfigError on text that is no override."""
     key, equals, raw = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"{override!r} is not an override: write name=value, e.g. steps=100")

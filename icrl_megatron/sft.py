@@ -82,8 +82,9 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     start = _start_folder(settings, grid)
     actor = Actor(settings, start, grid)
     prompter = Prompter(tokenizer(start), settings.rollout)
-    stage = Stage(registry.environment, prompter, settings.rollout)
-    sampler = TaskSampler(settings.tasks.sources, problems(settings, "train"), settings.seed)
+    catalogue = registry.Catalogue(settings.tasks.sources)
+    stage = Stage(catalogue.environment, prompter, settings.rollout)
+    sampler = TaskSampler(settings.tasks.sources, problems(settings, catalogue, "train"), settings.seed)
     root = run_dir / CHECKPOINTS
     found = checkpoint.complete(root)
     done = checkpoint.load(found[-1], actor.rows, actor.optimizer, grid).step if found else 0

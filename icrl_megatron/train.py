@@ -70,10 +70,11 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     progress = Progress(enabled=grid.rank == 0)
     folder = Path(settings.model.path)
     prompter = Prompter(tokenizer(folder), settings.rollout)
-    tasks, held = problems(settings, "train"), heldout(settings)
-    check_prompts(settings, prompter, [of[0] for of in tasks.values()])
+    catalogue = registry.Catalogue(settings.tasks.sources)
+    tasks, held = problems(settings, catalogue, "train"), heldout(settings, catalogue)
+    check_prompts(settings, catalogue, prompter, [of[0] for of in tasks.values()])
     actor = Actor(settings, folder, grid)
-    engine, source = episode_source(settings, folder, grid, prompter, progress)
+    engine, source = episode_source(settings, folder, grid, catalogue, prompter, progress)
     parts = Parts(
         settings=settings,
         grid=grid,
@@ -86,18 +87,18 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     )
     recorder = Recorder(parts, run_folder(settings), progress, stop)
     if recorder.step == 0:
-        report_control(parts, recorder, "before")
+        report_control(parts, catalogue, recorder, "before")
     with progress.phase(settings.name, settings.steps) as recorder.bar:
         recorder.bar.advance(recorder.step)
         code = loop.run(parts, recorder)
     if code == 0:
-        report_control(parts, recorder, "after")
+        report_control(parts, catalogue, recorder, "after")
     return code
 
 
-def problems(settings: Settings, split: Split) -> dict[str, list[Task]]:
+def problems(settings: Settings, catalogue: registry.Catalogue, split: Split) -> dict[str, list[Task]]:
     """The problems of a split by task source. Raises ConfigError on an empty set, or one too small for a step."""
-    found = {s.name: list(registry.get(s.name).problems(split)) for s in settings.tasks.sources}
+    found = {s.name: list(catalogue.get(s.name).problems(split)) for s in settings.tasks.sources}
     for name, tasks in found.items():
         if not tasks:
             raise ConfigError(f"task set {name!r} has no {split} problems; take it out of tasks.sources")
@@ -111,9 +112,11 @@ def problems(settings: Settings, split: Split) -> dict[str, list[Task]]:
     return found
 
 
-def heldout(settings: Settings) -> tuple[Task, ...]:
+def heldout(settings: Settings, catalogue: registry.Catalogue) -> tuple[Task, ...]:
     """The held-out problems of an evaluation: the first `eval.problems` of each source."""
-    return tuple(t for tasks in problems(settings, "heldout").values() for t in tasks[: settings.eval.problems])
+    return tuple(
+        t for tasks in problems(settings, catalogue, "heldout").values() for t in tasks[: settings.eval.problems]
+    )
 
 
 def tokenizer(folder: Path) -> Any:
@@ -126,17 +129,22 @@ def tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def check_prompts(settings: Settings, prompter: Prompter, tasks: list[Task]) -> None:
+def check_prompts(settings: Settings, catalogue: registry.Catalogue, prompter: Prompter, tasks: list[Task]) -> None:
     """Raises ConfigError where a prompt does not fit `rollout.context_tokens`, before the model is loaded."""
     for task in tasks:
         with suppress(EnvironmentFailure):  # costs its episodes later, not the run
-            environment = GuardedEnvironment(task, registry.environment, settings.rollout.environment_timeout_s)
+            environment = GuardedEnvironment(task, catalogue.environment, settings.rollout.environment_timeout_s)
             problem = asyncio.run(environment.reset())
             require_room(task, "attempt", len(prompter.attempt(problem)), settings.rollout)
 
 
 def episode_source(
-    settings: Settings, folder: Path, grid: grids.Grid, prompter: Prompter, progress: Progress
+    settings: Settings,
+    folder: Path,
+    grid: grids.Grid,
+    catalogue: registry.Catalogue,
+    prompter: Prompter,
+    progress: Progress,
 ) -> tuple[WeightReceiver, EpisodeSource]:
     """The engine that weights are synced to, and where episodes come from, by debug mode."""
     rollout = settings.rollout
@@ -156,7 +164,7 @@ def episode_source(
         critic = EngineSpeaker(frozen, rollout.temperature, prompter.stop_ids)
     elif rollout.critic == "empty":
         critic = EmptyCritic()
-    stage = Stage(registry.environment, prompter, rollout)
+    stage = Stage(catalogue.environment, prompter, rollout)
     casting = engine_casting(solver, critic)
 
     def gather(mine: object) -> list[object]:
@@ -165,7 +173,7 @@ def episode_source(
     return engine, EngineSource(stage, casting, grid.rank, grid.world, gather, progress)
 
 
-def report_control(parts: Parts, recorder: Recorder, when: str) -> None:
+def report_control(parts: Parts, catalogue: registry.Catalogue, recorder: Recorder, when: str) -> None:
     """control_<when>.json: do retries succeed because of the critique? (`rollout.evaluate.control`, by rank 0.)"""
     settings, path = parts.settings, recorder.run_dir / f"control_{when}.json"
     if settings.eval.control_problems == 0 or not isinstance(parts.source, EngineSource):
@@ -174,7 +182,7 @@ def report_control(parts: Parts, recorder: Recorder, when: str) -> None:
         source, seeds = parts.source, parts.seeds(0, purpose=f"control/{when}")
         found = {}
         with recorder.progress.phase("control"):
-            for name, tasks in problems(settings, "heldout").items():
+            for name, tasks in problems(settings, catalogue, "heldout").items():
                 chosen, limit = tasks[: 2 * settings.eval.control_problems], settings.eval.control_problems
                 found[name] = asdict(asyncio.run(control(chosen, limit, source.stage, source.casting, seeds)))
         write_atomically(path, [json.dumps(found, indent=2)])

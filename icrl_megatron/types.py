@@ -207,5 +207,7 @@ class StepStats:
     """Updates not applied because the loss or the gradient was not finite."""
     loss_tokens: int
     tokens: int
+    calibration_weights: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """sample_id -> w_t of each loss token of the calibrated samples, of all replicas; the same on every rank."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Token means, maxima and counts by name; `actor/measure.py` makes them."""

@@ -12,7 +12,10 @@ from icrl_megatron import settings as settings_module
 from icrl_megatron.config import ActorSettings, AlgoSettings, ConfigError, Settings
 from icrl_megatron.shape import Qwen3Shape, check_folder
 from icrl_megatron.tasks import registry
+from icrl_megatron.tasks.base import Checked
+from icrl_megatron.tasks.datasets import check_no_leak
 from icrl_megatron.telemetry.dumps import dumped_steps
+from icrl_megatron.types import Split, Task
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "baseline": ("", "grpo"),
@@ -184,15 +187,21 @@ def _check_tasks(settings: Settings) -> None:
     sources = settings.tasks.sources
     if not sources:
         raise ConfigError("tasks.sources is empty: name at least one task set, e.g. tasks.sources=[{name: household}]")
+    problems: dict[Split, list[Task]] = {"train": [], "heldout": []}
+    splits: tuple[Split, Split] = ("train", "heldout")
     for i, source in enumerate(sources):
         if not (math.isfinite(source.weight) and source.weight > 0):
             raise ConfigError(f"tasks.sources.{i}.weight={source.weight}: must be a positive number")
         if source.name in [other.name for other in sources[:i]]:
             raise ConfigError(f"tasks.sources.{i}.name={source.name}: named twice; name it once and add the weights up")
-        task_set = registry.get(source.name)
-        for split in ("train", "heldout"):
+        task_set = registry.of_source(source)
+        for split in splits:
+            problems[split] += task_set.problems(split)
             if not task_set.problems(split):
                 raise ConfigError(f"tasks.sources.{i}.name={source.name}: this task set has no {split} problems")
+        if isinstance(task_set, Checked):
+            task_set.check()
+    check_no_leak(problems["train"], problems["heldout"])
     templates = settings.rollout.templates
     if templates not in ("standard", "compact"):
         missing = [n for n in ("attempt", "revision", "critique") if not (Path(templates) / f"{n}.jinja").is_file()]

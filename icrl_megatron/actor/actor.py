@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from icrl_kernels import Terms
+from icrl_kernels import HeadOutput, Terms
 from icrl_megatron.actor import platform
-from icrl_megatron.actor.grid import Grid, any_rank
-from icrl_megatron.actor.measure import Totals, measure
+from icrl_megatron.actor.grid import Grid, any_rank, gather_objects
+from icrl_megatron.actor.measure import Totals, measure, token_weights
 from icrl_megatron.actor.model import build
 from icrl_megatron.actor.optimizer import Optimizer, wrap
 from icrl_megatron.actor.passes import Frozen, HeadPlan, head_shard, score_pass, train_pass
 from icrl_megatron.actor.weights import load_hf, rows
 from icrl_megatron.config import Settings
 from icrl_megatron.shape import Qwen3Shape
-from icrl_megatron.types import StepPlan, StepStats
+from icrl_megatron.types import MicroBatch, StepPlan, StepStats
 
 RATIO_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 """|ratio - 1| allowed between a scoring and a training pass of the same weights, by precision."""
@@ -84,7 +83,12 @@ class Actor:
     def train(self, plan: StepPlan, scored: ScoredPlan, learning_rate: float) -> StepStats:
         """Applies the plan's updates. Raises InvariantError if the first update of the run does not see ratio 1."""
         totals = Totals()
-        measuring = partial(measure, self.head.terms.w_max)
+        weights: dict[str, tuple[float, ...]] = {}
+
+        def measuring(batch: MicroBatch, frozen: Frozen, out: HeadOutput) -> dict[str, float]:
+            weights.update(token_weights(plan.samples, batch, out))
+            return measure(self.head.terms.w_max, batch, frozen, out)
+
         norms: list[float] = []
         skipped = 0
         for number, (update, frozen) in enumerate(zip(plan.updates, scored, strict=True)):
@@ -112,8 +116,14 @@ class Actor:
             skipped_updates=skipped,
             loss_tokens=plan.global_loss_tokens,
             tokens=tokens * self.grid.data,
+            calibration_weights=self._everyones(weights),
             metrics=totals.means(),
         )
+
+    def _everyones(self, weights: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+        # The ranks of a tensor-parallel group computed the same ones.
+        mine = weights if self.grid.tensor_rank == 0 else {}
+        return {name: of for one in gather_objects(self.grid, mine) for name, of in one.items()}
 
     def _score(self, model: Any, plan: StepPlan) -> list[list[Tensor]]:
         return [score_pass(model, self.head, list(update)) for update in plan.updates]

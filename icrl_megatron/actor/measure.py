@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from icrl_kernels import HeadOutput
 from icrl_megatron.actor.grid import Grid
 from icrl_megatron.actor.passes import Frozen
-from icrl_megatron.types import MicroBatch
+from icrl_megatron.types import MicroBatch, Sample
 
 MAXIMUM = "max/"
 _PER = {
@@ -65,6 +67,19 @@ def measure(w_max: float, batch: MicroBatch, frozen: Frozen, out: HeadOutput) ->
     tensors = [v.double() for v in numbers.values() if isinstance(v, torch.Tensor)]
     found = iter(torch.stack(tensors).tolist())
     return {name: next(found) if isinstance(value, torch.Tensor) else float(value) for name, value in numbers.items()}
+
+
+def token_weights(samples: Sequence[Sample], batch: MicroBatch, out: HeadOutput) -> dict[str, tuple[float, ...]]:
+    """sample_id -> calibration weight of each of its loss tokens, for the calibrated samples of one micro-batch."""
+    chosen_L = np.flatnonzero(batch.calibrated_L)
+    if len(chosen_L) == 0:
+        return {}
+    weights_L = out.calibration_weight_L.detach().float().cpu().numpy()
+    found: dict[str, list[float]] = defaultdict(list)
+    for position in chosen_L:
+        # Loss tokens of a sample stand in its own order.
+        found[samples[batch.sample_index_L[position]].sample_id].append(round(float(weights_L[position]), 4))
+    return {name: tuple(of) for name, of in found.items()}
 
 
 class Totals:

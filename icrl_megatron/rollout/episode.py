@@ -31,6 +31,8 @@ class Stage:
     environment: Callable[[Task], Environment]
     prompter: Prompter
     settings: RolloutSettings
+    revise_successes: bool = False
+    """Evaluation only: critique and retry what succeeded too, to see what critique breaks."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ async def play_episode(
             advice = critiques[-1].text if critiques else None
             problem, attempt = await play_attempt(place, round, advice, environment, stage, cast.solver)
             attempts.append(attempt)
-            if attempt.success or round + 1 == stage.settings.rounds:
+            ended = attempt.success and not stage.revise_successes
+            if ended or round + 1 == stage.settings.rounds:
                 break
             critiques.append(await play_critique(place, problem, attempt, stage, cast.critic))
     except EnvironmentFailure as failure:

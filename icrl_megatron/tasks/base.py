@@ -90,5 +90,14 @@ class Teachable(TaskSet, Protocol):
         ...
 
 
+@runtime_checkable
+class Checked(TaskSet, Protocol):
+    """A task set with more to examine before a run than that its problems can be read."""
+
+    def check(self) -> None:
+        """Raises ConfigError naming what is wrong, where, and the remedy. Called once, by whoever starts the run."""
+        ...
+
+
 class EnvironmentFailure(RuntimeError):
     """The infrastructure behind an environment failed (not the model): the episode is dropped and counted."""

@@ -1,11 +1,14 @@
-"""Task sets by name. A new one is one file and one line here."""
+"""Task sets by name. A new one is one file and one line here: `_TASK_SETS` for those that need nothing from outside,
+`_FROM_DATA` for those that `tasks.sources` has to tell where their data or servers are.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterable
 
-from icrl_megatron.config import ConfigError
+from icrl_megatron.config import ConfigError, TaskSource
 from icrl_megatron.tasks.base import Environment, TaskSet
 from icrl_megatron.tasks.household import Household
 from icrl_megatron.tasks.rulebook import Rulebook
@@ -17,20 +20,59 @@ _TASK_SETS: dict[str, Callable[[], TaskSet]] = {
     "household": Household,
 }
 
+_AGENTGYM = ("alfworld", "webshop", "sciworld", "babyai", "textcraft")
+
+_FROM_DATA: dict[str, str] = {
+    "math": "icrl_megatron.tasks.mathematics:Mathematics",
+    "searchqa": "icrl_megatron.tasks.searchqa:SearchQA",
+    **dict.fromkeys(_AGENTGYM, "icrl_megatron.tasks.agentgym:AgentGym"),
+}
+"""name -> "module:class", imported when it is first asked for: their libraries are not small."""
+
 
 def names() -> tuple[str, ...]:
+    """The task sets that need no data."""
     return tuple(_TASK_SETS)
 
 
 def get(name: str) -> TaskSet:
-    """The task set of that name. Raises ConfigError, with the nearest names, if there is none."""
-    if name not in _TASK_SETS:
-        near = difflib.get_close_matches(name, _TASK_SETS, n=3, cutoff=0.4)
-        remedy = f"did you mean {' or '.join(near)}?" if near else f"the names are {', '.join(_TASK_SETS)}"
-        raise ConfigError(f"unknown task set {name!r}: {remedy}")
-    return _TASK_SETS[name]()
+    """The task set of that name, without data. Raises ConfigError, with the nearest names, if there is none."""
+    return of_source(TaskSource(name))
+
+
+def of_source(source: TaskSource) -> TaskSet:
+    """The task set that one entry of `tasks.sources` describes. Raises ConfigError on an unknown name, and what the
+    task set raises about its data."""
+    known = (*_TASK_SETS, *_FROM_DATA)
+    if source.name in _TASK_SETS:
+        return _TASK_SETS[source.name]()
+    if source.name in _FROM_DATA:
+        module, _, made = _FROM_DATA[source.name].partition(":")
+        task_set: TaskSet = getattr(importlib.import_module(module), made)(source)
+        return task_set
+    near = difflib.get_close_matches(source.name, known, n=3, cutoff=0.4)
+    remedy = f"did you mean {' or '.join(near)}?" if near else f"the names are {', '.join(known)}"
+    raise ConfigError(f"unknown task set {source.name!r}: {remedy}")
 
 
 def environment(task: Task) -> Environment:
-    """Makes a task playable. Raises ConfigError if its source is unknown or its problem is not of that source."""
+    """Makes a task of an embedded set playable. Raises ConfigError if its source is unknown or its problem is not of
+    that source."""
     return get(task.source).environment(task)
+
+
+class Catalogue:
+    """The task sets of one run, each made once: data is read and servers are connected to when first needed."""
+
+    def __init__(self, sources: Iterable[TaskSource]) -> None:
+        self._sources = {source.name: source for source in sources}
+        self._made: dict[str, TaskSet] = {}
+
+    def get(self, name: str) -> TaskSet:
+        """Raises ConfigError as `of_source` does."""
+        if name not in self._made:
+            self._made[name] = of_source(self._sources.get(name, TaskSource(name)))
+        return self._made[name]
+
+    def environment(self, task: Task) -> Environment:
+        return self.get(task.source).environment(task)

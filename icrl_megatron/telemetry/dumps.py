@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from icrl_megatron.config import ConfigError
@@ -25,6 +26,8 @@ class Credited:
 
     reward: float
     advantage: float
+    weights: tuple[float, ...] = ()
+    """Calibration weight of each generated token, for internalised revisions that were trained; else empty."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,12 @@ def write_dump(
     episodes: Iterable[Episode],
     samples: Sequence[Sample],
     decode: Callable[[Ids], str],
+    weights: Mapping[str, tuple[float, ...]] = MappingProxyType({}),
 ) -> Path:
-    """Writes rollouts/step_<step>.jsonl in one go, the episodes sorted by task and index; returns its path."""
-    credited = {s.sample_id: Credited(s.reward, s.advantage) for s in samples}
+    """Writes rollouts/step_<step>.jsonl in one go, the episodes sorted by task and index; returns its path.
+
+    `weights` is `StepStats.calibration_weights`."""
+    credited = {s.sample_id: Credited(s.reward, s.advantage, weights.get(s.sample_id, ())) for s in samples}
     ordered = sorted(episodes, key=lambda e: (e.task.task_id, e.index))
     path = dump_path(run_dir, step)
     write_atomically(path, (_line(_record(e, credited, decode)) for e in ordered))
@@ -111,7 +117,8 @@ def _parse(line: dict[str, Any]) -> DumpRecord:
             for c in e["critiques"]
         ),
     )
-    return DumpRecord(episode, line["prompts"], {k: Credited(**c) for k, c in line["credit"].items()})
+    credit = {k: Credited(c["reward"], c["advantage"], tuple(c.get("weights", ()))) for k, c in line["credit"].items()}
+    return DumpRecord(episode, line["prompts"], credit)
 
 
 def _attempt(fields: dict[str, Any]) -> Attempt:

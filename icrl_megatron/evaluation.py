@@ -1,0 +1,223 @@
+"""`icrl eval`: how good a model is alone, with critique over K rounds, and against another model on the same seeds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from icrl_megatron import settings as settings_module
+from icrl_megatron.config import ConfigError, Settings, TaskSource
+from icrl_megatron.rollout.episode import Stage, play
+from icrl_megatron.rollout.scores import Comparison, Score, Successes, compare, score, successes
+from icrl_megatron.rollout.speakers import EngineSpeaker, Seeds, Speaker, engine_casting
+from icrl_megatron.shape import check_folder
+from icrl_megatron.tasks import registry
+from icrl_megatron.tasks.datasets import check_no_leak, subset_of
+from icrl_megatron.telemetry.files import write_atomically
+from icrl_megatron.telemetry.progress import Progress
+from icrl_megatron.types import DroppedEpisode, Episode, Task
+
+RESULT = "eval.json"
+PICTURE = "eval.png"
+SEEDS = Seeds(run=0, step=0, purpose="eval")
+"""Frozen: two evaluations of the same problems differ by their models alone."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One `icrl eval`, as it was asked for."""
+
+    model: Path
+    """A Hugging Face folder, a checkpoint, a folder of them, or a run folder."""
+    tasks: tuple[str, ...] = ()
+    """Names of task sets; empty: those of the run's settings."""
+    rounds: int = 1
+    samples: int = 1
+    problems: int | None = None
+    """At most this many of each task set; None: all."""
+    critic: str = ""
+    """Empty: the model itself; else a Hugging Face folder or checkpoint, or the address of an endpoint."""
+    revise_successes: bool = False
+    against: Path | None = None
+    """An earlier result to compare with."""
+    out: Path | None = None
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is saved and shown."""
+
+    model: str
+    critic: str
+    rounds: int
+    samples: int
+    scores: tuple[Score, ...]
+    generated_tokens: int
+    successes: Successes
+    subsets: dict[str, str]
+    """task id -> subset."""
+    comparison: tuple[Comparison, ...] = ()
+    against: str = ""
+    lost: tuple[str, ...] = field(default=())
+    """The first few reasons why episodes were dropped."""
+
+
+def evaluate(request: Request) -> tuple[Result, Path]:
+    """Plays the held-out problems and writes eval.json and eval.png; returns the result and its folder.
+
+    Raises ConfigError on a model, task set, critic or earlier result that is not one, before anything is played.
+    """
+    _check(request)
+    run = _run_settings(request.model)
+    settings = _settings(request, run)
+    out = request.out or (request.model if request.model.is_dir() else request.model.parent) / "eval"
+    problems = _problems(request, settings)
+    earlier = read_result(request.against) if request.against else None
+    with _model_folder(request.model) as folder:
+        played, dropped = _play(request, settings, folder, problems)
+    result = _result(request, played, dropped)
+    if earlier is not None:
+        found = compare(result.successes, earlier.successes, result.subsets)
+        result = replace(result, comparison=found, against=earlier.model)
+    from icrl_megatron.telemetry.eval_views import picture
+
+    write_atomically(out / RESULT, [json.dumps(asdict(result), indent=1)])
+    picture(result, out / PICTURE)
+    return result, out
+
+
+def read_result(path: Path) -> Result:
+    """What `evaluate` wrote, given the file or its folder; scores are left out. Raises ConfigError on another file."""
+    file = path / RESULT if path.is_dir() else path
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        kept: dict[str, Any] = {
+            name: saved[name] for name in ("model", "critic", "rounds", "samples", "successes", "subsets")
+        }
+        return Result(scores=(), generated_tokens=int(saved["generated_tokens"]), **kept)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--against={path}: not the result of an `icrl eval` ({error}); give its {RESULT}") from error
+
+
+def _check(request: Request) -> None:
+    for name, value in (("rounds", request.rounds), ("samples", request.samples), ("problems", request.problems)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name}={value}: must be at least 1")
+    if request.critic and request.rounds == 1:
+        raise ConfigError(f"--critic={request.critic} needs --rounds of at least 2: in one round nobody is criticised")
+    if not request.model.exists():
+        raise ConfigError(f"{request.model}: no such folder; give a checkpoint, a run or a Hugging Face folder")
+
+
+def _run_settings(model: Path) -> Settings | None:
+    """The settings of the run that a model lies in, if it lies in one."""
+    for folder in (model, *model.resolve().parents[:3]):
+        if (folder / settings_module.SAVED_NAME).exists():
+            return settings_module.load_saved(folder / settings_module.SAVED_NAME)
+    return None
+
+
+def _settings(request: Request, run: Settings | None) -> Settings:
+    settings = run or Settings()
+    known = {source.name: source for source in settings.tasks.sources}
+    if request.tasks:
+        sources = [known.get(name, TaskSource(name)) for name in request.tasks]
+        settings = replace(settings, tasks=replace(settings.tasks, sources=sources))
+    elif run is None:
+        raise ConfigError(f"{request.model} lies in no run folder, so its tasks are not known: name some with --task")
+    pairs = [settings_module.split_override(text) for text in request.overrides]
+    return settings_module.apply_overrides(settings, pairs)
+
+
+def _problems(request: Request, settings: Settings) -> list[Task]:
+    """Held-out problems, none of which is a training problem of the same settings."""
+    found: list[Task] = []
+    catalogue = registry.Catalogue(settings.tasks.sources)
+    for source in settings.tasks.sources:
+        task_set = catalogue.get(source.name)
+        heldout = task_set.problems("heldout")
+        if not source.data.heldout or source.data.train:
+            check_no_leak(task_set.problems("train"), heldout)
+        if not heldout:
+            raise ConfigError(f"task set {source.name!r} has no held-out problems to evaluate on")
+        found += heldout[: request.problems]
+    return found
+
+
+@contextmanager
+def _model_folder(model: Path) -> Iterator[Path]:
+    """A Hugging Face folder with the model's weights: itself, a run's export, or a checkpoint turned into one."""
+    if (model / "config.json").exists():
+        check_folder(model)
+        yield model
+    elif (model / "hf" / "config.json").exists():
+        yield model / "hf"
+    else:
+        from icrl_megatron.actor.convert import export_hf
+
+        root = model / "checkpoints" if (model / "checkpoints").is_dir() else model
+        with tempfile.TemporaryDirectory(prefix="icrl_eval_") as temporary:
+            export_hf(root, Path(temporary) / "hf")
+            yield Path(temporary) / "hf"
+
+
+def _play(
+    request: Request, settings: Settings, folder: Path, problems: Sequence[Task]
+) -> tuple[list[Episode], list[DroppedEpisode]]:
+    from icrl_megatron.actor import platform
+    from icrl_megatron.actor.model import DTYPES
+    from icrl_megatron.rollout.local import LocalEngine
+    from icrl_megatron.rollout.prompts import Prompter
+    from icrl_megatron.train import tokenizer
+
+    platform.prepare(settings.launch.device)
+    rollout = replace(settings.rollout, rounds=request.rounds)
+    prompter = Prompter(tokenizer(folder), rollout)
+    with ExitStack() as open_models:
+
+        def speaker(path: Path) -> Speaker:
+            engine = LocalEngine(path, settings.engine, DTYPES[settings.actor.precision], platform.device())
+            return EngineSpeaker(engine, rollout.temperature, prompter.stop_ids)
+
+        critic: Speaker | None = None
+        if request.critic.startswith(("http://", "https://")):
+            from icrl_megatron.rollout.endpoint import EndpointSpeaker, connect
+
+            url = request.critic.rstrip("/")
+            client, name = connect(url, settings.engine.request_timeout_s)
+            critic = EndpointSpeaker(client, url, name, prompter, rollout.temperature)
+        elif request.critic:
+            other = open_models.enter_context(_model_folder(Path(request.critic)))
+            if tokenizer(other).get_vocab() != tokenizer(folder).get_vocab():
+                raise ConfigError(
+                    f"--critic={request.critic} has another tokenizer than {request.model}: serve it behind an "
+                    "OpenAI-compatible endpoint and give its address"
+                )
+            critic = speaker(other)
+        catalogue = registry.Catalogue(settings.tasks.sources)
+        stage = Stage(catalogue.environment, prompter, rollout, revise_successes=request.revise_successes)
+        casting = engine_casting(speaker(folder), critic)
+        with Progress().phase("evaluation", len(problems) * request.samples) as bar:
+            jobs = play(problems, request.samples, stage, casting, SEEDS, on_end=lambda _: bar.advance(1))
+            return asyncio.run(jobs)
+
+
+def _result(request: Request, played: list[Episode], dropped: list[DroppedEpisode]) -> Result:
+    return Result(
+        model=str(request.model),
+        critic=request.critic or "itself",
+        rounds=request.rounds,
+        samples=request.samples,
+        scores=score(played, dropped, request.rounds),
+        generated_tokens=sum(e.generated_tokens() for e in played),
+        successes=successes(played),
+        subsets={e.task.task_id: subset_of(e.task) for e in played},
+        lost=tuple(dict.fromkeys(d.error for d in dropped))[:3],
+    )

@@ -1,0 +1,264 @@
+"""AgentGym's environments (ALFWorld, WebShop, SciWorld, BabyAI, TextCraft, SearchQA) behind their HTTP servers.
+
+    problem  {"task": 2420}          (what the environment calls it; `data.train: ["0:2420"]`, or the reference's JSONL)
+    reply    any thought, its last <action>...</action>
+
+An episode lives on one server from its first reset on; each round is a reset of the same environment there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from icrl_megatron.config import ConfigError, TaskSource
+from icrl_megatron.tasks import agentgym_dialects as dialects
+from icrl_megatron.tasks.agentgym_dialects import Dialect, ProtocolError, Reply
+from icrl_megatron.tasks.base import EnvironmentFailure, StepResult
+from icrl_megatron.tasks.datasets import id_range
+from icrl_megatron.tasks.servers import Pool, Refused, Server
+from icrl_megatron.types import Split, Task
+
+MAX_TURNS = 30
+
+
+class Session:
+    """One environment on one server: create, reset, step, close, in the server's dialect."""
+
+    def __init__(self, name: str, pool: Pool, server: Server, dialect: Dialect) -> None:
+        self.name, self.dialect, self.server = name, dialect, server
+        self._pool, self._env = pool, None
+        self._speaks = dialects.ENVIRONMENTS[name]
+
+    async def create(self) -> None:
+        body = {} if self.dialect == "B" else self._speaks.create_body
+        self._env = dialects.env_id(self.dialect, self.name, await self._call("/create", body))
+
+    async def reset(self, task: int) -> Reply:
+        if self.dialect == "B":
+            body: dict[str, Any] = {"env_id": self._env, "task_id": task}
+            if self.name == "alfworld":
+                body["world_type"] = "Text"
+        else:
+            body = self._speaks.reset_body(self._env, task)
+        answer = await self._call("/reset", body)
+        return dialects.reply_of(self.dialect, self.name, answer, "reset")
+
+    async def step(self, action: str) -> Reply:
+        key = "env_id" if self.dialect == "B" else self._speaks.id_key
+        # A step whose answer was lost may have been taken: it is not taken twice.
+        answer = await self._call("/step", {key: self._env, "action": action}, again=False)
+        return dialects.reply_of(self.dialect, self.name, answer, "step")
+
+    async def close(self) -> None:
+        """Best effort: upstream ALFWorld cannot close at all."""
+        if self._env is None or (self.dialect == "A" and not self._speaks.closes):
+            return
+        key = "env_id" if self.dialect == "B" else self._speaks.id_key
+        with contextlib.suppress(EnvironmentFailure):
+            await self._pool.call(self.server, "POST", "/close", {key: self._env}, again=False)
+        self._env = None
+
+    async def _call(self, path: str, body: Any, again: bool = True) -> Any:
+        answer = await self._pool.call(self.server, "POST", path, body, again)
+        if found := dialects.failure(answer):
+            raise EnvironmentFailure(f"{self.server.url}{path} answered an error: {found[0]}")
+        return answer
+
+
+async def probe(pool: Pool, server: Server) -> Dialect:
+    """Dialect B has /health; A answers 404 there. Raises EnvironmentFailure when the server does not answer at all."""
+    try:
+        answer = await pool.call(server, "GET", "/health")
+    except Refused as refusal:
+        if refusal.status in (404, 405, 200):
+            return "A"
+        raise
+    return "B" if isinstance(answer, dict) else "A"
+
+
+class AgentGymEnvironment:
+    """One task of one environment. Raises EnvironmentFailure for everything that is not the model's doing."""
+
+    max_turns = MAX_TURNS
+
+    def __init__(self, task: int, owner: AgentGym) -> None:
+        self._task, self._owner = task, owner
+        self._session: Session | None = None
+        self._reward = 0.0
+        self._steps = 0
+
+    async def reset(self) -> str:
+        self._reward, self._steps = 0.0, 0
+        if self._session is None:
+            self._session = await self._owner.open_session()
+        with _told(self._session):
+            first = await self._session.reset(self._task)
+        instruction = dialects.ENVIRONMENTS[self._owner.name].instruction
+        return f"{instruction}\n\n{self._shown(first, first=True)}"
+
+    def parse(self, reply: str) -> str | None:
+        return dialects.action_of(self._owner.name, reply)
+
+    def hint(self) -> str:
+        return "No action could be read. " + dialects.ENVIRONMENTS[self._owner.name].instruction
+
+    async def step(self, action: str) -> StepResult:
+        assert self._session is not None
+        with _told(self._session):
+            reply = await self._session.step(action)
+            self._reward, self._steps = reply.reward, self._steps + 1
+            dialects.outcome_of(self._owner.name, self._reward)
+        done = dialects.ends_episode(self._owner.name, action, reply)
+        return StepResult(self._shown(reply, first=False), done)
+
+    def outcome(self) -> float:
+        return dialects.outcome_of(self._owner.name, self._reward)
+
+    def success(self) -> bool:
+        return self.outcome() >= dialects.ENVIRONMENTS[self._owner.name].success_at
+
+    def summary(self) -> str:
+        if self.success():
+            return f"The task was solved in {self._steps} actions."
+        partly = f" The score so far is {self.outcome():.2f} of 1." if self.outcome() > 0 else ""
+        return f"The task was not solved in {self._steps} actions.{partly}"
+
+    def __del__(self) -> None:
+        # The protocol of environments has no farewell: an episode that is over lets go of its environment.
+        if self._session is not None:
+            self._owner.leave(self._session)
+
+    def _shown(self, reply: Reply, first: bool) -> str:
+        name = self._owner.name
+        return dialects.shown(name, reply) if dialects.lists_actions(name, reply, first) else reply.observation
+
+
+class AgentGym:
+    """A task set behind the servers of `data.servers`. Its name says which environment they run."""
+
+    def __init__(self, source: TaskSource) -> None:
+        self.name, self._data = source.name, source.data
+        self._pool: Pool | None = None
+        self._dialects: dict[str, Dialect] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def problems(self, split: Split) -> Sequence[Task]:
+        """Raises ConfigError when the settings name no task ids, or a file that has none."""
+        given = self._data.train if split == "train" else self._data.heldout
+        if not given:
+            raise ConfigError(
+                f"task set {self.name!r} has no {split} ids: set tasks.sources[...].data.{split} to a range, e.g. "
+                "[0:2420], or to a JSONL file with task_id"
+            )
+        return [
+            Task(f"{self.name}/{split}{subset}/{i}", self.name, split, json.dumps({"task": i, "prompt": i}))
+            for subset, ids in (_ids(name) for name in given)
+            for i in ids
+        ]
+
+    def environment(self, task: Task) -> AgentGymEnvironment:
+        try:
+            return AgentGymEnvironment(int(json.loads(task.problem)["task"]), self)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
+            ) from error
+
+    def check(self) -> None:
+        """Plays the first step of an episode on every server. Raises ConfigError naming the one that cannot."""
+        first = json.loads(self.problems("train")[0].problem)["task"]
+        for server in self.pool().servers:
+            try:
+                asyncio.run(examine(self.name, server.url, first, self._data.request_timeout_s))
+            except EnvironmentFailure as error:
+                raise ConfigError(
+                    f"tasks.sources: {self.name!r}: {error}. `icrl env check {server.url} --kind {self.name}` says more"
+                ) from error
+
+    def pool(self) -> Pool:
+        if self._pool is None:
+            self._pool = Pool(self._data.servers, self._data.request_timeout_s)
+        return self._pool
+
+    async def open_session(self) -> Session:
+        """A new environment on the least-loaded server that can make one."""
+        failure: EnvironmentFailure | None = None
+        for _ in range(min(3, len(self.pool().servers) + 1)):
+            server = self.pool().choose()
+            server.episodes += 1
+            try:
+                if server.url not in self._dialects:
+                    self._dialects[server.url] = await probe(self.pool(), server)
+                session = Session(self.name, self.pool(), server, self._dialects[server.url])
+                with _told(session):
+                    await session.create()
+                return session
+            except BaseException as error:
+                server.episodes -= 1
+                if not isinstance(error, EnvironmentFailure):
+                    raise
+                failure = error
+        assert failure is not None
+        raise failure
+
+    def leave(self, session: Session) -> None:
+        session.server.episodes -= 1
+        with contextlib.suppress(RuntimeError):  # no loop runs any more: the server forgets it by itself
+            task = asyncio.get_running_loop().create_task(session.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+
+@contextlib.contextmanager
+def _told(session: Session) -> Any:
+    """What does not fit the protocol is a failure of the infrastructure."""
+    try:
+        yield
+    except ProtocolError as error:
+        raise EnvironmentFailure(f"{session.server.url}: {error}") from error
+
+
+def _ids(given: str) -> tuple[str, list[int]]:
+    """("/<subset>" or nothing, task ids) of one entry of the settings."""
+    if (found := id_range(given)) is not None:
+        return "", list(found)
+    path, ids = Path(given), []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"{given}: neither a range of task ids like 0:2420 nor a file ({error.strerror})") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            text = str(json.loads(line)["task_id"])
+            ids.append(int(text.rsplit("_", 1)[-1]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}, line {number}: no object with a whole-number task_id; mend the row") from error
+    if len(set(ids)) < len(ids):
+        twice = next(i for i in ids if ids.count(i) > 1)
+        raise ConfigError(
+            f"{path}, line {len(ids) - ids[::-1].index(twice)}: task_id {twice} is there twice; delete one"
+        )
+    if not ids:
+        raise ConfigError(f"{path}: no rows; give at least one task_id")
+    return f"/{path.stem}", ids
+
+
+async def examine(name: str, url: str, task: int, timeout_s: float) -> tuple[Dialect, str, Reply]:
+    """Drives one server through create, reset, one step and close: (dialect, first observation, answer to the step)."""
+    pool = Pool([url], timeout_s)
+    session = Session(name, pool, pool.servers[0], await probe(pool, pool.servers[0]))
+    with _told(session):
+        await session.create()
+        try:
+            first = await session.reset(task)
+            action = first.actions[0] if first.actions else dialects.FIRST_ACTIONS[name]
+            reply = await session.step(action)
+            dialects.outcome_of(name, reply.reward)
+        finally:
+            await session.close()
+    return session.dialect, first.observation, reply

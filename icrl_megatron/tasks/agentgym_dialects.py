@@ -1,0 +1,194 @@
+"""What the AgentGym servers say, as facts: bodies and answers of both dialects, and what counts as success.
+
+Dialect A is AgentGym's own: every environment has shapes of its own. Dialect B is a later fork with one shape for all.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Json = Any
+Dialect = Literal["A", "B"]
+NAMES = ("alfworld", "webshop", "sciworld", "babyai", "textcraft", "searchqa")
+_ACTION = re.compile(r"<action>(.*?)</action>", re.DOTALL)
+_SEARCHQA = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
+
+
+class ProtocolError(ValueError):
+    """A server's answer does not fit the dialect: it is another kind of server, or another version."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer of a server, in one shape for all of them."""
+
+    observation: str
+    reward: float
+    done: bool
+    actions: tuple[str, ...] = ()
+    """What can be done now, where the environment says so."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """How one environment of dialect A is spoken to, and how all of them are judged."""
+
+    name: str
+    create_body: Json
+    """Body of POST /create; None for none."""
+    id_key: str
+    """Name of the environment's id in later bodies."""
+    reset_body: Callable[[Json, int], dict[str, Json]]
+    observation_key: str = "observation"
+    closes: bool = True
+    """Upstream ALFWorld answers 404 to /close."""
+    scale: float = 1.0
+    """What rewards are divided by."""
+    success_at: float = 1.0
+    """Success is an outcome of at least this."""
+    instruction: str = ""
+
+
+def _game(env: Json, task: int) -> dict[str, Json]:
+    return {"id": env, "game": task, "world_type": "Text"}
+
+
+def _session(env: Json, task: int) -> dict[str, Json]:
+    return {"env_idx": env, "session_id": task}
+
+
+def _item(env: Json, task: int) -> dict[str, Json]:
+    return {"env_idx": env, "id": task}
+
+
+def _data(env: Json, task: int) -> dict[str, Json]:
+    return {"id": env, "data_idx": task}
+
+
+FORMAT = "Think first, then give one action a turn, in exactly this form: <action>your action</action>"
+ENVIRONMENTS: Mapping[str, Environment] = {
+    e.name: e
+    for e in (
+        Environment("alfworld", None, "id", _game, closes=False, instruction=f"You act in a household. {FORMAT}"),
+        Environment(
+            "webshop",
+            None,
+            "env_idx",
+            _session,
+            observation_key="state",
+            instruction=f"You shop on a web site with search[words] and click[element]. {FORMAT}",
+        ),
+        Environment("sciworld", None, "id", _data, scale=100.0, instruction=f"You work in a laboratory. {FORMAT}"),
+        # A solved level pays 1 minus a share of the steps it took, never 1 itself.
+        Environment("babyai", None, "id", _data, success_at=1e-6, instruction=f"You move on a grid. {FORMAT}"),
+        Environment("textcraft", {}, "id", _data, instruction=f"You craft items from recipes. {FORMAT}"),
+        Environment(
+            "searchqa",
+            {"id": 0},
+            "env_idx",
+            _item,
+            instruction="Search with <search>words</search>; when you know, reply <answer>the answer</answer>.",
+        ),
+    )
+}
+
+FIRST_ACTIONS: Mapping[str, str] = {
+    "alfworld": "look",
+    "webshop": "search[shoes]",
+    "sciworld": "look around",
+    "babyai": "turn left",
+    "textcraft": "inventory",
+    "searchqa": "<search>capital of France</search>",
+}
+"""An action that every task of an environment understands, for looking whether a server works."""
+
+
+def action_of(name: str, reply: str) -> str | None:
+    """The last action in a reply, as the server wants it; None if there is none."""
+    if name == "searchqa":
+        found = _SEARCHQA.findall(reply)
+        return f"<{found[-1][0]}>{found[-1][1].strip()}</{found[-1][0]}>" if found else None
+    actions = _ACTION.findall(reply)
+    return (actions[-1].strip() or None) if actions else None
+
+
+def env_id(dialect: Dialect, name: str, answer: Json) -> Json:
+    """The id in an answer to /create: a bare integer, or under a name. Raises ProtocolError without one."""
+    key = "env_id" if dialect == "B" else ENVIRONMENTS[name].id_key
+    found = answer.get(key, answer.get("id")) if isinstance(answer, dict) else answer
+    if isinstance(found, bool) or not isinstance(found, int | str):
+        raise ProtocolError(f"POST /create answered {_cut(answer)}, which holds no environment id")
+    return found
+
+
+def failure(answer: Json) -> tuple[str, bool] | None:
+    """(message, whether trying again may help) of an answer that is an error, even under HTTP 200; else None."""
+    if not isinstance(answer, dict) or "error" not in answer or answer["error"] in (None, False, ""):
+        return None
+    error = answer["error"]
+    if isinstance(error, dict):
+        return f"{error.get('code', '')} {error.get('message', '')}".strip(), bool(error.get("retryable", False))
+    return str(error), False
+
+
+def reply_of(dialect: Dialect, name: str, answer: Json, kind: str) -> Reply:
+    """An answer to /reset or /step (`kind`). Raises ProtocolError on one that does not fit."""
+    environment = ENVIRONMENTS[name]
+    if dialect == "A" and kind == "reset" and name == "searchqa" and isinstance(answer, str):
+        return Reply(answer, 0.0, False)
+    if dialect == "A" and kind == "reset" and name == "webshop" and isinstance(answer, list) and answer:
+        return Reply(str(answer[0]), 0.0, False)
+    if not isinstance(answer, dict):
+        raise ProtocolError(f"POST /{kind} answered {_cut(answer)}; is this a server of {name}?")
+    key = environment.observation_key if dialect == "A" and kind == "step" else "observation"
+    observation = answer.get(key)
+    if not isinstance(observation, str):
+        raise ProtocolError(f"POST /{kind} answered no text under {key!r} but {_cut(answer)}; is this {name}?")
+    if kind == "reset" and name == "sciworld" and isinstance(answer.get("task_description"), str):
+        observation = f"{answer['task_description']}\n\n{observation}"
+    info = answer.get("info") if isinstance(answer.get("info"), dict) else {}
+    actions = answer.get("available_actions") or (info or {}).get("available_actions") or ()
+    reward = _reward(answer, kind)
+    return Reply(observation, reward, bool(answer.get("done", False)), tuple(str(a) for a in actions))
+
+
+def _reward(answer: dict[str, Json], kind: str) -> float:
+    reward = answer.get("reward", 0.0 if kind == "reset" else None)
+    if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
+        if kind == "reset":
+            return 0.0
+        raise ProtocolError(f"POST /step answered the reward {reward!r}, which is no finite number")
+    return float(reward)
+
+
+def shown(name: str, reply: Reply) -> str:
+    """What the solver reads. ALFWorld lists what can be done, at the start and where nothing happened."""
+    if name == "alfworld" and reply.actions:
+        return f"{reply.observation}\nAVAILABLE ACTIONS: {','.join(reply.actions)}"
+    return reply.observation
+
+
+def lists_actions(name: str, reply: Reply, first: bool) -> bool:
+    return name == "alfworld" and (first or "Nothing happens" in reply.observation)
+
+
+def outcome_of(name: str, reward: float) -> float:
+    """The reward of an attempt in [0, 1]: scaled, and negative scores as 0. Raises ProtocolError above the scale."""
+    scaled = reward / ENVIRONMENTS[name].scale
+    if scaled > 1.0 + 1e-6:
+        raise ProtocolError(f"a reward of {reward:g} is above {ENVIRONMENTS[name].scale:g}, the most {name} can pay")
+    return min(1.0, max(0.0, scaled))
+
+
+def ends_episode(name: str, action: str, reply: Reply) -> bool:
+    """SearchQA's server leaves `done` false after a wrong answer; an answer is an answer."""
+    return reply.done or (name == "searchqa" and action.startswith("<answer>"))
+
+
+def _cut(answer: Json) -> str:
+    text = repr(answer)
+    return text if len(text) <= 120 else f"{text[:120]}..."

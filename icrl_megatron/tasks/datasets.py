@@ -1,0 +1,233 @@
+"""Rows of problems on disk: JSONL, Parquet and folders of Hugging Face datasets. Every complaint names file and line.
+
+A row is a prompt and a label. The prompt is text, or a list of chat messages of which system and user speak; the label
+is text, a number, or a list of equally good answers, which stays a JSON list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from icrl_megatron.config import ConfigError, TaskData
+from icrl_megatron.types import Split, Task
+
+SUFFIXES = (".jsonl", ".parquet", ".arrow")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One problem as a file has it."""
+
+    file: Path
+    number: int
+    """Line of a JSONL file, or row of another; counted from 1."""
+    subset: str
+    """What results are reported by: the name of the file or folder that the settings gave."""
+    prompt: str
+    label: str
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}, line {self.number}"
+
+
+def read_tasks(name: str, split: Split, data: TaskData, problem: Callable[[Row], str]) -> list[Task]:
+    """The tasks of one split, in the order of the files; `problem` turns a row into `Task.problem`, and raises
+    ConfigError on one that is no problem. None when the settings name no file for the split."""
+    names = data.train if split == "train" else data.heldout
+    if not names:
+        raise ConfigError(
+            f"task set {name!r} has no {split} rows: set tasks.sources[...].data.{split} to a JSONL or Parquet file or "
+            "a folder of a Hugging Face dataset"
+        )
+    rows = [row for given in names for row in read_rows(given, data.prompt_column, data.label_column)]
+    _check_unique(rows)
+    counts: dict[str, int] = {}
+    tasks = []
+    for row in rows:
+        number = counts[row.subset] = counts.get(row.subset, -1) + 1
+        tasks.append(Task(f"{name}/{split}/{row.subset}/{number}", name, split, problem(row)))
+    return tasks
+
+
+def subset_of(task: Task) -> str:
+    """The task set and, where its problems have several sources, which of them."""
+    return task.task_id.rsplit("/", 1)[0].replace(f"/{task.split}", "", 1)
+
+
+def read_rows(given: str, prompt_column: str, label_column: str) -> Iterator[Row]:
+    """Rows of one entry of the settings. Raises ConfigError on a missing, empty or unreadable file, a missing column
+    and an empty prompt or label."""
+    files = _files(given)
+    subset = Path(given).stem if "*" not in given else Path(given).parent.name or "rows"
+    found = 0
+    for file in files:
+        for number, fields in _fields(file):
+            found += 1
+            where = f"{file}, line {number}"
+            prompt = _text(fields, prompt_column, where, "prompt_column")
+            label = _text(fields, label_column, where, "label_column")
+            yield Row(file, number, subset, prompt, label)
+    if not found:
+        raise ConfigError(f"{given}: no rows in it; give a file with at least one problem")
+
+
+def content_hash(text: str) -> str:
+    """Equal for texts that differ in case and white space only."""
+    return hashlib.blake2b(" ".join(text.casefold().split()).encode(errors="replace"), digest_size=16).hexdigest()
+
+
+def check_no_leak(train: Iterable[Task], heldout: Iterable[Task]) -> None:
+    """Raises ConfigError when the content of a held-out problem is also trained on, whatever files they came from."""
+    trained = {content_hash(_asked(task)): task for task in train}
+    leaked = [(task, trained[key]) for task in heldout if (key := content_hash(_asked(task))) in trained]
+    if leaked:
+        task, twin = leaked[0]
+        raise ConfigError(
+            f"{len(leaked)} held-out problems are training problems too, first {task.task_id} (the same text as "
+            f"{twin.task_id}): an evaluation on training rows measures memory; take them out of one of the files"
+        )
+
+
+def _asked(task: Task) -> str:
+    """What is asked, without its label: a copy with another label leaks all the same."""
+    if task.problem.startswith("{"):
+        try:
+            return f"{task.source}:{json.loads(task.problem)['prompt']}"
+        except (ValueError, KeyError, TypeError):
+            pass
+    return f"{task.source}:{task.problem}"
+
+
+def _check_unique(rows: Sequence[Row]) -> None:
+    first: dict[str, Row] = {}
+    for row in rows:
+        twin = first.setdefault(content_hash(row.prompt), row)
+        if twin is not row:
+            raise ConfigError(
+                f"{row.where}: the same prompt as {twin.where}; a problem that is there twice counts twice, delete one"
+            )
+
+
+def _files(given: str) -> list[Path]:
+    path = Path(given)
+    if "*" in given:
+        found = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor)) if path.anchor else given))
+    elif path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and not p.name.startswith("cache-"))
+        if (path / "dataset_dict.json").exists():
+            splits = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir()))
+            raise ConfigError(
+                f"{given}: a dataset with several splits ({splits}); name one of them, e.g. {given}/train"
+            )
+    else:
+        found = [path] if path.exists() else []
+    if not found:
+        raise ConfigError(
+            f"{given}: no such file, or no {', '.join(SUFFIXES)} in it; give the path of a dataset on disk"
+        )
+    for file in found:
+        if file.suffix not in SUFFIXES:
+            raise ConfigError(
+                f"{file}: a dataset is {', '.join(SUFFIXES)}, not {file.suffix or 'a file without suffix'}"
+            )
+    return found
+
+
+def _fields(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        if file.suffix == ".jsonl":
+            yield from _json_lines(file)
+        else:
+            yield from enumerate(_arrow_rows(file), start=1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read ({error}); give a whole dataset file") from error
+
+
+def _json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                raise ConfigError(f"{file}, line {number}: an empty line; delete it")
+            try:
+                fields = json.loads(line)
+            except ValueError as error:
+                raise ConfigError(f"{file}, line {number}: not JSON ({error}); mend or delete it") from error
+            if not isinstance(fields, dict):
+                raise ConfigError(f"{file}, line {number}: not a JSON object with columns; mend or delete it")
+            yield number, fields
+
+
+def _arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if file.suffix == ".parquet":
+            for batch in pq.ParquetFile(file).iter_batches():
+                yield from batch.to_pylist()
+            return
+        with pa.memory_map(str(file)) as source:
+            try:
+                for batch in pa.ipc.open_stream(source):
+                    yield from batch.to_pylist()
+            except pa.ArrowInvalid:
+                reader = pa.ipc.open_file(source)
+                for index in range(reader.num_record_batches):
+                    yield from reader.get_batch(index).to_pylist()
+    except pa.ArrowException as error:
+        raise ConfigError(f"{file}: damaged ({str(error).splitlines()[0]}); copy the file again") from error
+
+
+def _text(fields: dict[str, Any], column: str, where: str, setting: str) -> str:
+    if column not in fields:
+        raise ConfigError(
+            f"{where}: no column {column!r}, there are {', '.join(fields) or 'none'}; set "
+            f"tasks.sources[...].data.{setting} to one of them"
+        )
+    value = fields[column]
+    text = _spoken(value, where) if _is_messages(value) else _plain(value)
+    if not text.strip():
+        raise ConfigError(f"{where}: column {column!r} is empty ({value!r}); mend or delete the row")
+    return text
+
+
+def _plain(value: Any) -> str:
+    if value is None or isinstance(value, dict):
+        return ""
+    if isinstance(value, list | tuple):
+        return json.dumps([str(v) for v in value]) if value else ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "content" in m for m in value)
+
+
+def _spoken(messages: list[dict[str, Any]], where: str) -> str:
+    roles = [m.get("role", "user") for m in messages]
+    if unknown := set(roles) - {"system", "user"}:
+        raise ConfigError(
+            f"{where}: a prompt with messages of {', '.join(sorted(map(str, unknown)))}; only system and user messages "
+            "make a problem, take the others out"
+        )
+    return "\n\n".join(str(m["content"] or "") for m in messages)
+
+
+def id_range(text: str) -> range | None:
+    """ "0:2420" as a range of task ids; None when it is none. Raises ConfigError on an empty one."""
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None:
+        return None
+    ids = range(int(match[1]), int(match[2]))
+    if not ids:
+        raise ConfigError(f"{text!r} is an empty range of task ids; write first:last+1, e.g. 0:2420")
+    return ids

@@ -1,0 +1,125 @@
+"""Grades mathematical answers, in a process of its own: `python -m icrl_megatron.tasks.grade_worker`.
+
+Reads one JSON job a line and writes one JSON verdict a line. A job that takes too much CPU time ends the process (by
+SIGPROF's own action, which also ends what Python cannot interrupt, such as a power of bignums); `grader.py` starts
+another. CPU time, because on a busy machine seconds on the clock would make a right answer wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+import resource
+import signal
+import sys
+from typing import Any
+
+MEMORY_BYTES = 2 << 30
+MAX_ANSWER_CHARS = 2000
+"""No answer of a real problem is longer; what is, is wrong."""
+_SCIENTIFIC = re.compile(r"(?<![A-Za-z\\])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![A-Za-z\d.])")
+_NUMBER = re.compile(r"[+-]?(?:\d+(?:,\d{3})*|\d*)(?:\.\d+)?%?")
+
+
+def last_box(text: str) -> str | None:
+    """The content of the last complete \\boxed{...} or \\fbox{...}, braces balanced; None if there is none."""
+    for start in reversed([m.end() for m in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]):
+        depth = 1
+        for i in range(start, len(text)):
+            character = text[i]
+            if character in "{}" and text[i - 1] != "\\":
+                depth += 1 if character == "{" else -1
+                if depth == 0:
+                    return text[start:i].strip()
+    return None
+
+
+def normalised(answer: str) -> str:
+    """Without dollar signs, and with 4.5e33 written as a power of ten: read as LaTeX it is 4.5 times Euler's e."""
+    stripped = answer.strip().strip("$").strip()
+    if (inner := last_box(stripped)) is not None:
+        stripped = inner
+    return _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", stripped)
+
+
+def plain_number(text: str) -> float | None:
+    """A decimal number, thousands separated by commas or a percent sign allowed; None for anything else."""
+    compact = text.replace("\\%", "%").replace("\\,", "").replace("{,}", ",").replace(" ", "")
+    power = re.fullmatch(r"(.+?)\\times10\^\{?([+-]?\d+)\}?", compact)
+    if power is not None:
+        mantissa = plain_number(power[1])
+        return None if mantissa is None or abs(int(power[2])) > 300 else mantissa * 10.0 ** int(power[2])
+    if not _NUMBER.fullmatch(compact) or not any(c.isdigit() for c in compact):
+        return None
+    value = float(compact.rstrip("%").replace(",", ""))
+    return value / 100 if compact.endswith("%") else value
+
+
+def parsed(answer: str) -> list[Any]:
+    """What math-verify makes of one answer, always wrapped: bare labels are read in part (`3\\sqrt{13}` as 3)."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    configuration = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    # Its own time limit is a signal too, and would replace ours.
+    found: list[Any] = parse(f"$\\boxed{{{answer}}}$", extraction_config=configuration, parsing_timeout=None)
+    return found
+
+
+def correct(answer: str, label: str, tolerance: float) -> bool:
+    """Whether an answer equals a label. `tolerance` is relative, and used where both are plain numbers."""
+    from math_verify import verify
+
+    if len(answer) > MAX_ANSWER_CHARS:
+        return False
+    given, gold = normalised(answer), normalised(label)
+    if given == gold:
+        return True
+    left, right = plain_number(given), plain_number(gold)
+    if left is not None and right is not None:
+        return math.isclose(left, right, rel_tol=max(tolerance, 1e-9), abs_tol=0.0)
+    # The order matters: verify(gold, answer) is not symmetric.
+    return bool(verify(list(_gold(gold)), parsed(given), timeout_seconds=None))
+
+
+@functools.lru_cache(maxsize=4096)
+def _gold(label: str) -> tuple[Any, ...]:
+    """All episodes of a task are graded against one label."""
+    return tuple(parsed(label))
+
+
+def readable(label: str) -> bool:
+    """Whether a label means something to the grader, other than as the string it is."""
+    gold = normalised(label)
+    return plain_number(gold) is not None or any(not isinstance(part, str) for part in parsed(gold))
+
+
+def answer_job(job: dict[str, Any]) -> bool:
+    if job["kind"] == "readable":
+        return readable(job["label"])
+    return correct(job["answer"], job["label"], job["tolerance"])
+
+
+def main() -> None:
+    import logging
+
+    logging.disable(logging.CRITICAL)  # one line for every answer that is no mathematics
+    # The address space that Python and sympy have mapped already counts too.
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    parsed("1")  # imports, before the first answer's time runs
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, job["timeout_s"])
+        try:
+            verdict: dict[str, Any] = {"correct": answer_job(job)}
+        except (Exception, RecursionError, MemoryError) as error:
+            verdict = {"correct": False, "error": f"{type(error).__name__}: {error}"[:200]}
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(verdict), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""A pool of grading processes that can be killed: `\\boxed{9^{9^{9^9}}}` costs one of them, and not the run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import queue
+import select
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from icrl_megatron.tasks.base import EnvironmentFailure
+
+START_TIMEOUT_S = 120.0
+PATIENCE = 20.0
+"""The worker ends itself when its CPU time is up; after this many times as long on the clock it is killed."""
+
+
+class Worker:
+    """One grading process; when `ask` raises, it is dead."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "icrl_megatron.tasks.grade_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+        )
+        self._rest = b""
+        try:
+            self._line(START_TIMEOUT_S)
+        except (TimeoutError, EOFError) as error:
+            self.close()
+            raise EnvironmentFailure("a grading process did not start: is math-verify installed?") from error
+
+    def ask(self, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """Raises EOFError when the process died of the job, TimeoutError when it did not even do that."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({**job, "timeout_s": timeout_s}).encode() + b"\n")
+            verdict: dict[str, Any] = json.loads(self._line(PATIENCE * timeout_s))
+            return verdict
+        except BrokenPipeError as error:
+            self.close()
+            raise EOFError from error
+        except (EOFError, TimeoutError):
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait(timeout=30)
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
+
+    def _line(self, timeout_s: float) -> bytes:
+        assert self._process.stdout is not None
+        deadline = time.monotonic() + timeout_s
+        while b"\n" not in self._rest:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
+                raise TimeoutError
+            chunk = self._process.stdout.read(65536)
+            if not chunk:
+                raise EOFError
+            self._rest += chunk
+        line, _, self._rest = self._rest.partition(b"\n")
+        return line
+
+
+class Grader:
+    """Grades from many coroutines at once, on `workers` processes that are started when first needed.
+
+    An answer on which a process hangs or dies is tried once more on a fresh one, in case the machine was to blame; then
+    it is wrong, and counted in `killed`. A pool whose processes do not start raises EnvironmentFailure.
+    """
+
+    def __init__(self, workers: int, timeout_s: float, tolerance: float = 0.0) -> None:
+        self._timeout_s, self._tolerance = timeout_s, tolerance
+        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="grader")
+        self._lock = threading.Lock()
+        self.killed = 0
+        """Answers that no process survived."""
+
+    async def correct(self, answer: str, label: str) -> bool:
+        job = {"kind": "correct", "answer": answer, "label": label, "tolerance": self._tolerance}
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, job)
+
+    def readable(self, labels: list[str]) -> list[bool]:
+        """Whether each label means something, graded all at once; blocks."""
+        return list(self._threads.map(self._run, ({"kind": "readable", "label": label} for label in labels)))
+
+    def close(self) -> None:
+        """Ends the processes; the grader is not used after it."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        while not self._idle.empty():
+            self._idle.get_nowait().close()
+
+    def _run(self, job: dict[str, Any]) -> bool:
+        for _ in range(2):
+            worker = self._worker()
+            try:
+                verdict = worker.ask(job, self._timeout_s)
+            except (TimeoutError, EOFError):
+                continue
+            self._idle.put(worker)
+            return bool(verdict["correct"])
+        with self._lock:
+            self.killed += 1
+        return False
+
+    def _worker(self) -> Worker:
+        try:
+            return self._idle.get_nowait()
+        except queue.Empty:
+            return Worker()

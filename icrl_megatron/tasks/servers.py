@@ -1,0 +1,133 @@
+"""A pool of servers that say the same: least-loaded choice, retries with back-off, and a breaker for the sick.
+
+Nothing here knows what is being asked. Everything that goes wrong ends in EnvironmentFailure, never in a reward.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import httpx2
+
+from icrl_megatron.config import ConfigError
+from icrl_megatron.tasks.base import EnvironmentFailure
+
+TRIES = 4
+BACKOFF_S = 0.25
+"""Before the second try; doubles each time."""
+TRIPS_AT = 5
+"""Failures in a row after which a server gets no new episodes for `REST_S`."""
+REST_S = 30.0
+RETRYABLE = frozenset({429, 502, 503, 504})
+CONNECTIONS = 1024
+
+
+class Refused(EnvironmentFailure):
+    """The server answered, and the answer was an error that trying again does not mend."""
+
+    def __init__(self, message: str, status: int, body: Any = None) -> None:
+        super().__init__(message)
+        self.status, self.body = status, body
+
+
+@dataclass
+class Server:
+    """One address and how it has been doing."""
+
+    url: str
+    episodes: int = 0
+    """Episodes that live there now."""
+    failures: int = 0
+    """In a row."""
+    resting_until: float = field(default=0.0)
+
+    def succeeded(self) -> None:
+        self.failures = 0
+
+    def failed(self) -> None:
+        self.failures += 1
+        if self.failures >= TRIPS_AT:
+            # One more failure after the rest, and it rests again.
+            self.failures = TRIPS_AT - 1
+            self.resting_until = time.monotonic() + REST_S
+
+
+class Pool:
+    """The servers of one task set. Raises ConfigError on no address, and on one that is none."""
+
+    def __init__(self, urls: Sequence[str], timeout_s: float) -> None:
+        if not urls:
+            raise ConfigError(
+                "no servers: set tasks.sources[...].data.servers to their addresses, e.g. [http://host:36001]"
+            )
+        for url in urls:
+            if not url.startswith(("http://", "https://")):
+                raise ConfigError(f"data.servers: {url!r} is no address; write http://host:port")
+        self.servers = [Server(url.rstrip("/")) for url in dict.fromkeys(urls)]
+        self._timeout_s = timeout_s
+        # A client belongs to an event loop, and every step of a run has its own.
+        self._clients: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx2.AsyncClient] = WeakKeyDictionary()
+
+    def choose(self) -> Server:
+        """The server with the fewest episodes among those that are well; of the sick the one that rests least long."""
+        now = time.monotonic()
+        well = [s for s in self.servers if s.resting_until <= now]
+        if well:
+            return min(well, key=lambda s: s.episodes)
+        soonest = min(self.servers, key=lambda s: s.resting_until)
+        raise EnvironmentFailure(
+            f"all {len(self.servers)} servers failed {TRIPS_AT} times in a row; the next try is in "
+            f"{soonest.resting_until - now:.0f} s. Look at {soonest.url}"
+        )
+
+    async def call(self, server: Server, method: str, path: str, body: Any = None, again: bool = True) -> Any:
+        """One JSON answer. `again`: whether a call whose answer was lost may be made twice.
+
+        Raises Refused on an error the server meant, EnvironmentFailure when it does not answer within the deadline.
+        """
+        failure = ""
+        for attempt in range(TRIES):
+            if attempt:
+                await asyncio.sleep(BACKOFF_S * 2 ** (attempt - 1))
+            try:
+                response = await self._client().request(method, server.url + path, json=body)
+            except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+                failure = f"cannot be reached ({type(error).__name__}: {error})"
+            except httpx2.HTTPError as error:
+                failure = f"broke off ({type(error).__name__}: {error})"
+                if not again:  # it may have been done
+                    server.failed()
+                    break
+            else:
+                if response.status_code not in RETRYABLE:
+                    server.succeeded()
+                    return _body(response, server, path)
+                failure = f"answered HTTP {response.status_code}"
+            server.failed()
+        raise EnvironmentFailure(f"{server.url}{path} {failure}; is the server running?")
+
+    def _client(self) -> httpx2.AsyncClient:
+        loop = asyncio.get_running_loop()
+        if loop not in self._clients:
+            limits = httpx2.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
+            # Addresses of one's own machines do not go through a proxy.
+            self._clients[loop] = httpx2.AsyncClient(timeout=self._timeout_s, limits=limits, trust_env=False)
+        return self._clients[loop]
+
+
+def _body(response: httpx2.Response, server: Server, path: str) -> Any:
+    try:
+        body = response.json()
+    except ValueError:
+        body = None
+    if response.status_code >= 400:
+        said = body if body is not None else response.text[:200]
+        raise Refused(f"{server.url}{path} answered HTTP {response.status_code}: {said}", response.status_code, body)
+    if body is None:
+        raise Refused(f"{server.url}{path} answered no JSON: {response.text[:100]!r}", response.status_code)
+    return body

@@ -1,0 +1,96 @@
+"""An evaluation for eyes: a table in the terminal and a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from icrl_megatron.telemetry.plots import COLOURS
+
+if TYPE_CHECKING:
+    from icrl_megatron.evaluation import Result
+
+
+def _share(mean: float, low: float, high: float) -> str:
+    return f"{100 * mean:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def show(result: Result, console: Console | None = None) -> None:
+    """Prints the scores and, where there is one, the comparison."""
+    out = console or Console()
+    out.print(scores_table(result))
+    if result.rounds > 1:
+        out.print(transitions_table(result))
+    if result.comparison:
+        out.print(comparison_table(result))
+    for reason in result.lost:
+        out.print(f"lost episodes: {reason}", style="yellow", highlight=False)
+
+
+def scores_table(result: Result) -> Table:
+    title = f"{result.model}: success in %, 95 % interval"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    columns = ["problems", f"avg@{result.samples}", f"pass@{result.samples}"]
+    columns += [f"round {r + 1}" for r in range(1, result.rounds)]
+    for column in [*columns, "tokens", "lost"]:
+        table.add_column(column, justify="right")
+    for s in result.scores:
+        rounds = [_share(p.mean, p.low, p.high) for p in s.rounds[1:]]
+        average, passed = (_share(e.mean, e.low, e.high) for e in (s.average, s.passed))
+        cells = [str(s.average.problems), average, passed, *rounds, f"{s.attempt_tokens:.0f}", str(s.dropped)]
+        table.add_row(s.subset, *cells)
+    return table
+
+
+def transitions_table(result: Result) -> Table:
+    title = f"From an attempt to the revision after it; critic: {result.critic}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for column in ("wrong to right", "right to wrong", "stayed wrong", "stayed right", "tokens a critique"):
+        table.add_column(column, justify="right")
+    for s in result.scores:
+        t = s.transitions
+        counts = (t.wrong_to_right, t.right_to_wrong, t.stayed_wrong, t.stayed_right)
+        table.add_row(s.subset, *map(str, counts), f"{s.critique_tokens:.0f}")
+    return table
+
+
+def comparison_table(result: Result) -> Table:
+    title = f"Without a critique, against {result.against}: the same problems and seeds"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for column in ("pairs", "difference", "only this", "only the other", "McNemar p"):
+        table.add_column(column, justify="right")
+    for c in result.comparison:
+        difference = _share(c.difference.mean, c.difference.low, c.difference.high)
+        table.add_row(c.subset, str(c.pairs), difference, str(c.only_first), str(c.only_second), f"{c.mcnemar_p:.3g}")
+    return table
+
+
+def picture(result: Result, path: Path) -> Path:
+    """Success after each round by subset, with intervals, as a PNG."""
+    with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(max(5.0, 1.6 + 1.1 * len(result.scores)), 4.0), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        width = 0.8 / result.rounds
+        for r in range(result.rounds):
+            shares = [s.rounds[r] for s in result.scores]
+            places = [i + (r - (result.rounds - 1) / 2) * width for i in range(len(shares))]
+            means = [p.mean for p in shares]
+            errors = [[p.mean - p.low for p in shares], [p.high - p.mean for p in shares]]
+            label = "without critique" if r == 0 else f"after {r} critique{'s' if r > 1 else ''}"
+            axes.bar(places, means, 0.9 * width, yerr=errors, capsize=3, color=COLOURS[r % len(COLOURS)], label=label)
+        axes.set_xticks(range(len(result.scores)), [s.subset for s in result.scores], rotation=20, ha="right")
+        axes.set(ylabel="success", ylim=(0, 1.02))
+        figure.legend(loc="outside upper center", ncols=result.rounds, frameon=False)
+        figure.savefig(path, dpi=140)
+    return path

@@ -1,0 +1,319 @@
+"""Mathematics: the grader against known traps and sympy, the pool against hostile answers, and files on disk."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("math_verify")
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import sympy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icrl_megatron.config import ConfigError, TaskData, TaskSource
+from icrl_megatron.tasks import registry
+from icrl_megatron.tasks.base import Checked
+from icrl_megatron.tasks.datasets import check_no_leak, subset_of
+from icrl_megatron.tasks.grade_worker import correct, last_box, plain_number
+from icrl_megatron.tasks.grader import Grader
+from icrl_megatron.tasks.mathematics import Mathematics
+
+BOMB = "9^{9^{9^9}}"
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[Grader]:
+    made = Grader(workers=2, timeout_s=5.0)
+    yield made
+    made.close()
+
+
+# What math-verify alone gets wrong, or got wrong where it was called without care
+
+
+@pytest.mark.parametrize(
+    ("answer", "label", "right"),
+    [
+        # A bare label is read in part; wrapped it is not.
+        ("3", r"3\sqrt{13}", False),
+        (r"3\sqrt{13}", r"3\sqrt{13}", True),
+        (r"\sqrt{117}", r"$3\sqrt{13}$", True),
+        ("7", "3, 5, 7", False),
+        ("3, 5, 7", "3, 5, 7", True),
+        (r"\{7, 3, 5\}", "3, 5, 7", True),
+        ("5", "6 - 5i", False),
+        ("6-5i", "6 - 5i", True),
+        ("-5i + 6", "6 - 5i", True),
+        # Scientific notation is no product with Euler's number.
+        ("4.5e33", "4.5e33", True),
+        (r"4.5 \times 10^{33}", "4.5e33", True),
+        (r"4.5 \cdot e \cdot 33", "4.5e33", False),
+        ("1e3", "1000", True),
+        ("1e-3", "0.001", True),
+        # Order, brackets and units.
+        ("(2, 1)", "(1, 2)", False),
+        ("(1, 2)", "(1, 2)", True),
+        ("[1, 2)", "[1, 2)", True),
+        (r"90^\circ", "90", True),
+        (r"5 \text{ cm}", "5", True),
+        ("x = 3", "3", True),
+        # Numbers as people write them.
+        ("1,000", "1000", True),
+        ("50\\%", "0.5", True),
+        (r"\frac12", "0.5", True),
+        ("3.0", "3", True),
+        ("0.3333", r"\frac{1}{3}", False),
+        # Words.
+        (r"\text{Evelyn}", r"\text{Evelyn}", True),
+        ("B", "A", False),
+        ("", "3", False),
+        (r"\boxed{3}", "3", True),
+        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", True),
+        (r"\begin{pmatrix}1&2\\4&3\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", False),
+    ],
+)
+def test_known_misgradings(answer: str, label: str, right: bool) -> None:
+    assert correct(answer, label, 0.0) is right
+
+
+@pytest.mark.parametrize(
+    ("text", "box"),
+    [
+        (r"first \boxed{1}, no: \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{3} and then \boxed{4", "3"),
+        (r"\fbox{8}", "8"),
+        (r"\boxed {9}", "9"),
+        ("no box, 7", None),
+        (r"\boxed{", None),
+    ],
+)
+def test_the_last_complete_box_counts(text: str, box: str | None) -> None:
+    assert last_box(text) == box
+
+
+@given(st.text(alphabet="\\boxed{}fa1 ", max_size=60))
+def test_no_text_breaks_the_search_for_a_box(text: str) -> None:
+    found = last_box(text)
+    assert found is None or found in text
+
+
+def test_tolerance_is_for_plain_numbers_only() -> None:
+    assert not correct("3.14", "3.1416", 0.0)
+    assert correct("3.14", "3.1416", 0.01)
+    assert correct("1.01e-7", "1.0e-7", 0.02) and not correct("1.2e-7", "1.0e-7", 0.02)
+    assert not correct("-3.14", "3.14", 0.01) and not correct("0.001", "0", 0.01)
+    assert not correct(r"3.14 x", "3.1416 x", 0.01)
+
+
+@given(st.fractions(max_denominator=50), st.integers(1, 9))
+def test_equal_fractions_are_equal_however_they_are_written(value: Fraction, factor: int) -> None:
+    sign = "-" if value < 0 else ""
+    written = rf"{sign}\frac{{{abs(value.numerator) * factor}}}{{{value.denominator * factor}}}"
+    label = str(value.numerator) if value.denominator == 1 else f"{value.numerator}/{value.denominator}"
+    assert correct(written, label, 0.0)
+    assert not correct(written, str(value + Fraction(1, 7)), 0.0)
+
+
+def random_expression(rng: random.Random, depth: int) -> sympy.Expr:
+    x = sympy.Symbol("x")
+    if depth == 0:
+        return rng.choice([x, sympy.Integer(rng.randint(1, 9)), sympy.sqrt(rng.choice([2, 3, 5])), sympy.pi])
+    left, right = random_expression(rng, depth - 1), random_expression(rng, depth - 1)
+    return rng.choice([lambda: left + right, lambda: left * right, lambda: left - right, lambda: left**2])()
+
+
+def test_grader_agrees_with_sympy() -> None:
+    """Over generated expressions: an expanded form is the same answer, and another number is not."""
+    rng, x, disagreements, cases = random.Random(5), sympy.Symbol("x"), [], 0
+    while cases < 60:
+        expression = random_expression(rng, 2)
+        other = expression + rng.choice([0, 0, 1])
+        if not expression.free_symbols <= {x} or expression in (sympy.oo, sympy.nan):
+            continue
+        cases += 1
+        same = sympy.simplify(sympy.expand(other) - expression) == 0
+        answer, label = sympy.latex(sympy.expand(other)), sympy.latex(expression)
+        if correct(answer, label, 0.0) is not bool(same):
+            disagreements.append((answer, label, same))
+    assert not disagreements
+
+
+# The pool
+
+
+def grade(grader: Grader, *pairs: tuple[str, str]) -> list[bool]:
+    async def all_at_once() -> list[bool]:
+        return await asyncio.gather(*(grader.correct(answer, label) for answer, label in pairs))
+
+    return asyncio.run(all_at_once())
+
+
+def test_a_bomb_costs_one_worker_and_no_other_answer() -> None:
+    pool = Grader(workers=2, timeout_s=1.0)
+    try:
+        verdicts = grade(pool, (BOMB, "3"), *[(str(i), str(i % 2)) for i in range(30)])
+        assert verdicts == [False, True, True, *[False] * 28]
+        assert pool.killed == 1
+        # The pool is whole again, also on another event loop.
+        assert grade(pool, (r"\frac{2}{4}", r"\frac{1}{2}")) == [True]
+    finally:
+        pool.close()
+
+
+def test_a_worker_that_dies_is_replaced(grader: Grader) -> None:
+    assert grade(grader, (r"\frac{3}{6}", r"\frac{1}{2}")) == [True]
+    worker = grader._idle.get_nowait()
+    worker._process.kill()
+    grader._idle.put(worker)
+    assert grade(grader, (r"\frac{3}{6}", r"\frac{1}{2}"), (r"\frac{3}{7}", r"\frac{1}{2}")) == [True, False]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["9" * 5_000_000, "\\frac{" * 300, "{" * 1999, "\x00\x01\x1b[2J", "\ud800", "(" * 1500, "\\text{" * 200, "\n"],
+)
+def test_hostile_answers_are_wrong_and_harmless(grader: Grader, answer: str) -> None:
+    begun = time.monotonic()
+    assert grade(grader, (answer, "3"), ("3", "3")) == [False, True]
+    assert time.monotonic() - begun < 300
+
+
+def test_environment_plays_one_turn(tmp_path: Path) -> None:
+    source = dataset(tmp_path, [{"prompt": "2+3?", "label": "5"}])
+    task_set = registry.of_source(source)
+    environment = task_set.environment(task_set.problems("train")[0])
+
+    async def attempt(reply: str) -> tuple[str, bool, float, str]:
+        problem = await environment.reset()
+        action = environment.parse(reply)
+        if action is not None:
+            assert (await environment.step(action)).done
+        return problem, environment.success(), environment.outcome(), environment.summary()
+
+    problem, success, outcome, summary = asyncio.run(attempt(r"so \boxed{4}, no, \boxed{5}"))
+    assert (success, outcome) == (True, 1.0) and problem.startswith("2+3?") and "\\boxed" in problem
+    assert "right" in summary
+    _, success, outcome, summary = asyncio.run(attempt(r"\boxed{6}"))
+    assert (success, outcome) == (False, 0.0) and "6 is wrong" in summary and "5" not in summary
+    _, success, _, summary = asyncio.run(attempt("5"))
+    assert not success and "\\boxed" in summary
+
+
+# Files
+
+
+def dataset(folder: Path, train: list[dict], heldout: list[dict] | None = None, **data: object) -> TaskSource:  # type: ignore[type-arg]
+    names = {}
+    for split, rows in (("train", train), ("heldout", heldout or [{"prompt": "held?", "label": "1"}])):
+        path = folder / f"{split}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        names[split] = [str(path)]
+    return TaskSource("math", data=TaskData(**{**names, **data}))  # type: ignore[arg-type]
+
+
+def test_the_reference_format_without_metadata(tmp_path: Path) -> None:
+    source = dataset(tmp_path, [{"prompt": [{"role": "user", "content": "What is 1+1?"}], "label": "2"}])
+    (task,) = Mathematics(source).problems("train")
+    assert task.task_id == "math/train/train/0" and subset_of(task) == "math/train"
+    assert json.loads(task.problem)["prompt"] == "What is 1+1?"
+
+
+def test_parquet_arrow_and_several_subsets(tmp_path: Path) -> None:
+    table = pa.table({"question": ["a?", "b?"], "answer": [1.0, 2.5]})
+    pq.write_table(table, tmp_path / "aime.parquet")
+    saved = tmp_path / "minerva"
+    saved.mkdir()
+    with pa.OSFile(str(saved / "data-00000-of-00001.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as to:
+        to.write_table(pa.table({"question": ["c?"], "answer": [3.0]}))
+    data = TaskData(
+        train=[str(tmp_path / "aime.parquet")],
+        heldout=[str(saved)],
+        prompt_column="question",
+        label_column="answer",
+    )
+    task_set = Mathematics(TaskSource("math", data=data))
+    assert [json.loads(t.problem)["label"] for t in task_set.problems("train")] == ["1", "2.5"]
+    assert [t.task_id for t in task_set.problems("heldout")] == ["math/heldout/minerva/0"]
+
+
+GOOD = {"prompt": "q?", "label": "1"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts"),
+    [
+        ([GOOD, {"prompt": "r?"}], ["train.jsonl, line 2", "no column 'label'", "data.label_column"]),
+        ([{"prompt": " ", "label": "1"}], ["train.jsonl, line 1", "'prompt' is empty"]),
+        ([{"prompt": "r?", "label": None}], ["line 1", "'label' is empty"]),
+        ([GOOD, {"prompt": "s?", "label": "2"}, {"prompt": "Q? ", "label": "1"}], ["line 3", "same prompt", "line 1"]),
+        (
+            [{"prompt": [{"role": "assistant", "content": "x"}], "label": "1"}],
+            ["line 1", "assistant", "take the others"],
+        ),
+        ([], ["no rows"]),
+        ([GOOD, {"prompt": "bad?", "label": "\\begin{cases}"}], ["line 2", "label", "not mathematics"]),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, rows: list[dict[str, object]], parts: list[str]) -> None:
+    task_set = registry.of_source(dataset(tmp_path, rows))
+    assert isinstance(task_set, Checked)
+    with pytest.raises(ConfigError) as raised:
+        task_set.problems("train")
+        task_set.check()
+    assert all(part in str(raised.value) for part in parts), raised.value
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("{", ["line 1", "not JSON"]),
+        ('{"prompt": "a", "label": "1"}\n\n', ["line 2", "empty line"]),
+        ("[1]", ["object"]),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, text: str, parts: list[str]) -> None:
+    source = dataset(tmp_path, [GOOD])
+    (tmp_path / "train.jsonl").write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        Mathematics(source).problems("train")
+    assert all(part in str(raised.value) for part in parts), raised.value
+
+
+def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
+    for name, message in (("gone.jsonl", "no such file"), ("rows.csv", "not .csv")):
+        (tmp_path / "rows.csv").write_text("a,b")
+        with pytest.raises(ConfigError, match=message):
+            Mathematics(TaskSource("math", data=TaskData(train=[str(tmp_path / name)]))).problems("train")
+    with pytest.raises(ConfigError, match=r"data\.train"):
+        Mathematics(TaskSource("math")).problems("train")
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ConfigError, match="damaged"):
+        Mathematics(TaskSource("math", data=TaskData(train=[str(tmp_path / "cut.parquet")]))).problems("train")
+
+
+def test_an_evaluation_on_training_rows_is_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": "What is 2 + 2?", "label": "4"}, {"prompt": "And 3?", "label": "3"}]
+    # Another label, other spaces and capitals: the same problem.
+    task_set = Mathematics(dataset(tmp_path, rows, [{"prompt": "what  is 2 + 2?", "label": "5"}]))
+    with pytest.raises(ConfigError, match=r"1 held-out problems are training problems too.*math/heldout/heldout/0"):
+        check_no_leak(task_set.problems("train"), task_set.problems("heldout"))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("12", 12.0), ("-1.5", -1.5), ("3,141", 3141.0), ("25\\%", 0.25), ("1/2", None), ("", None), (".", None)],
+)
+def test_plain_numbers(text: str, value: float | None) -> None:
+    assert plain_number(text) == value
