@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) 
 CODE := icrl_megatron kernels recipes tests tools
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test lint format bench reproduce-small clean
+.PHONY: help install install-dev quickstart test test-engine lint format bench reproduce-small clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,12 @@ quickstart: $(VENV)/.installed ## Train a tiny model with ICRL on this machine a
 
 test: $(VENV)/.installed-dev ## Run every test that runs on this machine
 	$(BIN)/python -m pytest -q
+
+test-engine: $(VENV)/.installed-dev ## Run the tests against a real SGLang server, in an environment of its own
+	@$(BIN)/python tests/engine/environment.py > $(VENV)/.engine-python || { echo "skipped: make test-engine"; \
+	rm -f $(VENV)/.engine-python; }
+	@test ! -s $(VENV)/.engine-python || ICRL_ENGINE_PYTHON="$$(cat $(VENV)/.engine-python)" \
+	$(BIN)/python -m pytest -q tests/engine
 
 lint: $(VENV)/.installed-dev ## Check style and types
 	$(BIN)/ruff check .

@@ -25,13 +25,14 @@ from icrl_megatron.config import ConfigError, Settings
 from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.launch import StopRequest, report_started, run_rank
 from icrl_megatron.parts import Parts, Recorder
-from icrl_megatron.rollout.engine import WeightReceiver
+from icrl_megatron.rollout import engines as engines_module
+from icrl_megatron.rollout.engines import Engines
 from icrl_megatron.rollout.episode import GuardedEnvironment, Stage, require_room
 from icrl_megatron.rollout.evaluate import control
-from icrl_megatron.rollout.local import LocalEngine
 from icrl_megatron.rollout.prompts import Prompter
+from icrl_megatron.rollout.sglang import SGLangEngine
 from icrl_megatron.rollout.source import DumpSource, EngineSource, EpisodeSource, FakeSource, NoEngine
-from icrl_megatron.rollout.speakers import EmptyCritic, EngineSpeaker, Speaker, engine_casting
+from icrl_megatron.rollout.speakers import Casting, EmptyCritic, EngineSpeaker, Speaker, engine_casting
 from icrl_megatron.settings import load_saved, run_folder
 from icrl_megatron.shape import Qwen3Shape
 from icrl_megatron.tasks import registry
@@ -70,16 +71,31 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     progress = Progress(enabled=grid.rank == 0)
     folder = Path(settings.model.path)
     prompter = Prompter(tokenizer(folder), settings.rollout)
+    check_prompts(settings, prompter, [of[0] for of in problems(settings, "train").values()])
+    engines = build_engines(settings, folder, grid)
+    try:
+        return _train(settings, folder, grid, stop, engines, progress)
+    finally:
+        if engines is not None:
+            engines.close()
+
+
+def _train(
+    settings: Settings, folder: Path, grid: grids.Grid, stop: StopRequest, engines: Engines | None, progress: Progress
+) -> int:
+    prompter = Prompter(tokenizer(folder), settings.rollout)
     tasks, held = problems(settings, "train"), heldout(settings)
-    check_prompts(settings, prompter, [of[0] for of in tasks.values()])
     actor = Actor(settings, folder, grid)
-    engine, source = episode_source(settings, folder, grid, prompter, progress)
+    if engines is not None:
+        with progress.phase("engine") as bar:
+            engines.wait_ready(lambda: bar.advance(0))
+    sync = weight_sync(settings, Gatherer(actor.rows, grid), engines, Qwen3Shape.read(folder).tied)
     parts = Parts(
         settings=settings,
         grid=grid,
         actor=actor,
-        sync=WeightSync(Gatherer(actor.rows, grid), engine),
-        source=source,
+        sync=sync,
+        source=episode_source(settings, folder, grid, prompter, progress, engines, sync),
         sampler=TaskSampler(settings.tasks.sources, tasks, settings.seed),
         heldout=held,
         prompter=prompter,
@@ -135,34 +151,68 @@ def check_prompts(settings: Settings, prompter: Prompter, tasks: list[Task]) -> 
             require_room(task, "attempt", len(prompter.attempt(problem)), settings.rollout)
 
 
+def build_engines(settings: Settings, folder: Path, grid: grids.Grid) -> Engines | None:
+    """This rank's engines, started but perhaps not ready; None in the debug modes that generate nothing."""
+    if settings.debug.mode in ("from_dump", "fake_data"):
+        return None
+    dtype, logs = DTYPES[settings.actor.precision], run_folder(settings) / "logs"
+    return engines_module.build(settings, folder, grid, dtype, platform.device(), logs)
+
+
+def weight_sync(settings: Settings, gatherer: Gatherer, engines: Engines | None, tied: bool) -> WeightSync:
+    """What the actor's weights are pushed with. An engine that is not of this process is asked for checksums once."""
+    if engines is None:
+        return WeightSync(gatherer, NoEngine())
+    if settings.engine.kind == "local" or settings.engine.quantization:  # what was quantised has other values
+        return WeightSync(gatherer, engines.trained)
+
+    def verify() -> None:
+        stream = gatherer.stream()
+        if isinstance(engines.trained, SGLangEngine) and not engines.trained.lost():
+            engines.trained.verify(stream, tied)
+        for _ in stream:
+            pass
+
+    return WeightSync(gatherer, engines.trained, verify=verify)
+
+
 def episode_source(
-    settings: Settings, folder: Path, grid: grids.Grid, prompter: Prompter, progress: Progress
-) -> tuple[WeightReceiver, EpisodeSource]:
-    """The engine that weights are synced to, and where episodes come from, by debug mode."""
+    settings: Settings,
+    folder: Path,
+    grid: grids.Grid,
+    prompter: Prompter,
+    progress: Progress,
+    engines: Engines | None,
+    sync: WeightSync,
+) -> EpisodeSource:
+    """Where episodes come from, by debug mode."""
     rollout = settings.rollout
     if settings.debug.mode == "from_dump":
-        return NoEngine(), DumpSource(Path(settings.debug.dump))
-    if settings.debug.mode == "fake_data":
+        return DumpSource(Path(settings.debug.dump))
+    if engines is None:
         room = max(1, rollout.context_tokens - rollout.max_turn_tokens - rollout.max_critique_tokens) // 2
         vocabulary = Qwen3Shape.read(folder).vocab
-        return NoEngine(), FakeSource(vocabulary, room, rollout.max_turn_tokens, rollout.max_critique_tokens)
-    dtype = DTYPES[settings.actor.precision]
-    engine = LocalEngine(folder, settings.engine, dtype, platform.device())
-    solver = EngineSpeaker(engine, rollout.temperature, prompter.stop_ids)
-    critic: Speaker | None = None
-    if rollout.critic == "frozen":
-        # The starting weights, never synced.
-        frozen = LocalEngine(folder, settings.engine, dtype, platform.device())
-        critic = EngineSpeaker(frozen, rollout.temperature, prompter.stop_ids)
-    elif rollout.critic == "empty":
-        critic = EmptyCritic()
-    stage = Stage(registry.environment, prompter, rollout)
-    casting = engine_casting(solver, critic)
+        return FakeSource(vocabulary, room, rollout.max_turn_tokens, rollout.max_critique_tokens)
 
     def gather(mine: object) -> list[object]:
         return grids.gather_objects(grid, mine)
 
-    return engine, EngineSource(stage, casting, grid.rank, grid.world, gather, progress)
+    stage = Stage(registry.environment, prompter, rollout)
+    casting = _casting(settings, prompter, engines)
+    return EngineSource(stage, casting, engines, sync.resend, gather, progress)
+
+
+def _casting(settings: Settings, prompter: Prompter, engines: Engines) -> Casting:
+    """Who plays which role on this rank; nobody is asked on a rank that leads no engine."""
+    if engines.solver is None:
+        return engine_casting(EmptyCritic())
+    temperature, stops = settings.rollout.temperature, prompter.stop_ids
+    critic: Speaker | None = None
+    if engines.frozen is not None:
+        critic = EngineSpeaker(engines.frozen, temperature, stops)
+    elif settings.rollout.critic == "empty":
+        critic = EmptyCritic()
+    return engine_casting(EngineSpeaker(engines.solver, temperature, stops), critic)
 
 
 def report_control(parts: Parts, recorder: Recorder, when: str) -> None:
