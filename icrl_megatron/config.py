@@ -60,6 +60,20 @@ class WarmStart:
 
 
 @dataclass
+class ExternalCritic:
+    """A critic behind an OpenAI-compatible endpoint (`rollout.critic=external`): never trained."""
+
+    url: str = ""
+    """Up to and without /chat/completions, e.g. https://api.openai.com/v1."""
+    model: str = ""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable with the key; a server that wants none needs none."""
+    timeout_s: float = 120.0
+    concurrency: int = 32
+    """Requests in flight."""
+
+
+@dataclass
 class RolloutSettings:
     tasks_per_step: int = 16
     """B."""
@@ -68,7 +82,9 @@ class RolloutSettings:
     rounds: int = 2
     """K: attempts per episode. 1 is plain GRPO."""
     critic: str = "self"
-    """self: the trained backbone; frozen: the starting weights, never trained; empty: no text at all (a control)."""
+    """self: the trained backbone; frozen: the starting weights, never trained; external: `rollout.external`; empty: no
+    text at all (a control)."""
+    external: ExternalCritic = field(default_factory=ExternalCritic)
     temperature: float = 1.0
     max_turn_tokens: int = 2048
     max_critique_tokens: int = 1024

@@ -26,9 +26,11 @@ from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.launch import StopRequest, report_started, run_rank
 from icrl_megatron.parts import Parts, Recorder
 from icrl_megatron.rollout import engines as engines_module
+from icrl_megatron.rollout.connections import Connections
 from icrl_megatron.rollout.engines import Engines
 from icrl_megatron.rollout.episode import GuardedEnvironment, Stage, require_room
 from icrl_megatron.rollout.evaluate import control
+from icrl_megatron.rollout.external import ExternalSpeaker
 from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.sglang import SGLangEngine
 from icrl_megatron.rollout.source import DumpSource, EngineSource, EpisodeSource, FakeSource, NoEngine
@@ -210,6 +212,9 @@ def _casting(settings: Settings, prompter: Prompter, engines: Engines) -> Castin
     critic: Speaker | None = None
     if engines.frozen is not None:
         critic = EngineSpeaker(engines.frozen, temperature, stops)
+    elif settings.rollout.critic == "external":
+        external = settings.rollout.external
+        critic = ExternalSpeaker(external, temperature, prompter, Connections(external.concurrency))
     elif settings.rollout.critic == "empty":
         critic = EmptyCritic()
     return engine_casting(EngineSpeaker(engines.solver, temperature, stops), critic)

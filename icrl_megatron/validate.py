@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from icrl_megatron import settings as settings_module
-from icrl_megatron.config import ActorSettings, AlgoSettings, ConfigError, Settings
+from icrl_megatron.config import ActorSettings, AlgoSettings, ConfigError, RolloutSettings, Settings
 from icrl_megatron.rollout.sglang_server import check_version, installed_version
 from icrl_megatron.shape import Qwen3Shape, check_folder
 from icrl_megatron.tasks import registry
@@ -18,7 +18,7 @@ from icrl_megatron.telemetry.dumps import dumped_steps
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "baseline": ("", "grpo"),
-    "rollout.critic": ("self", "frozen", "empty"),
+    "rollout.critic": ("self", "frozen", "external", "empty"),
     "engine.kind": ("local", "sglang"),
     "engine.quantization": ("", "fp8"),
     "algo.preset": ("paper", "reference"),
@@ -58,6 +58,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "rollout.observation_chars": (1, math.inf),
     "rollout.environment_timeout_s": (1e-3, math.inf),
     "rollout.concurrency": (1, math.inf),
+    "rollout.external.timeout_s": (1e-3, math.inf),
+    "rollout.external.concurrency": (1, math.inf),
     "engine.tensor_parallel": (1, math.inf),
     "engine.servers": (1, math.inf),
     "engine.memory_fraction": (0.01, 0.99),
@@ -129,6 +131,7 @@ def validate(settings: Settings) -> None:
     _check_values(settings)
     _check_tasks(settings)
     _check_algo(settings.algo, settings)
+    _check_external(settings.rollout)
     _check_grid(settings)
     shape = _check_model(settings)
     _check_split(settings.actor, shape)
@@ -248,6 +251,17 @@ def _check_grid(settings: Settings) -> None:
         raise ConfigError(
             "actor.head_logits=bf16 needs the triton head and actor.precision=bf16 "
             f"(actor.head_backend={actor.head_backend}, actor.precision={actor.precision}); use actor.head_logits=fp32"
+        )
+
+
+def _check_external(rollout: RolloutSettings) -> None:
+    external = rollout.external
+    if rollout.critic != "external":
+        return
+    if not external.url.startswith(("http://", "https://")) or not external.model:
+        raise ConfigError(
+            f"rollout.critic=external needs rollout.external.url and .model (url={external.url!r}, "
+            f"model={external.model!r}), e.g. rollout.external.url=http://host:8000/v1"
         )
 
 

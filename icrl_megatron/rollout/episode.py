@@ -184,7 +184,8 @@ async def play_critique(place: Place, problem: str, attempt: Attempt, stage: Sta
     require_room(place.task, "critique", len(prompt), settings)
     room = min(settings.max_critique_tokens, settings.context_tokens - len(prompt))
     seed = place.seed(attempt.round, "critique", 0)
-    completion = await critic.reply(Ask("critique", prompt, room, seed, attempt.summary, None))
+    message = stage.prompter.critique_text(problem, turns[omitted:], attempt.summary, omitted)
+    completion = await critic.reply(Ask("critique", prompt, room, seed, attempt.summary, None, message))
     text = parse_critique(stage.prompter.decode(completion.ids))
     return Critique(attempt.round, prompt, completion, text)
 

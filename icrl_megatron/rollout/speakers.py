@@ -23,6 +23,8 @@ class Ask:
     """The newest observation, or the summary of the failed attempt for a critique."""
     critique: str | None
     """What the solver was told in this round; None in round 0 and for critiques."""
+    message: str = ""
+    """All that a critic reads, as text, for one that is not behind an engine; empty for the solver."""
 
 
 class Speaker(Protocol):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import psutil
 import pytest
-from engine_cases import engine_settings, generate, load, spec, weights
+from engine_cases import engine_on, engine_settings, generate, load, spec, weights
 
 from icrl_megatron.config import ConfigError
+from icrl_megatron.rollout import sglang
 from icrl_megatron.rollout.engine import EngineError, EngineLostError, Sampling
 from icrl_megatron.rollout.sglang import SGLangEngine
 from icrl_megatron.rollout.sglang_server import Server, check_version, installed_version
@@ -44,6 +46,22 @@ def test_a_killed_server_is_lost_and_comes_back(server: Server, engine: SGLangEn
     engine.revive()
     engine.update_weights(weights(load(model)), 2)
     assert generate(engine, [([8, 9], Sampling(0.0, 4, 0, ()))])[0].weight_version == 2
+
+
+def test_a_server_that_hangs_is_lost(
+    server: Server, engine: SGLangEngine, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sglang, "ABORT_GRACE_S", 2.0)
+    engine.update_weights(weights(load(model)), 1)
+    hasty = engine_on(server, model, engine_settings(request_timeout_s=0.5))
+    group = os.getpgid(server.pid() or 0)
+    os.killpg(group, signal.SIGSTOP)
+    try:
+        with pytest.raises(EngineLostError, match="hangs"):
+            generate(hasty, [([8, 9], Sampling(0.0, 4, 0, ()))])
+    finally:
+        os.killpg(group, signal.SIGCONT)
+    assert generate(engine, [([8, 9], Sampling(0.0, 4, 0, ()))])[0].ids
 
 
 def test_versions_are_checked() -> None:
