@@ -10,7 +10,8 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) 
 CODE := icrl_megatron kernels recipes tests tools
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-nemo quickstart test test-cluster lint format bench reproduce-small clean
+.PHONY: help install install-dev install-nemo quickstart test test-engine test-cluster lint format bench \
+	reproduce-small clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +65,12 @@ install-nemo: $(NEMO)/.installed ## Make .venv-nemo with NeMo-Run, for icrl laun
 test-cluster: $(VENV)/.installed-dev $(NEMO)/.installed ## Start a small Slurm on this machine and run real jobs on it
 	bash tests/cluster/install.sh
 	timeout 480 $(BIN)/python -m pytest -q tests/cluster
+
+test-engine: $(VENV)/.installed-dev ## Run the tests against a real SGLang server, in an environment of its own
+	@$(BIN)/python tests/engine/environment.py > $(VENV)/.engine-python || { echo "skipped: make test-engine"; \
+	rm -f $(VENV)/.engine-python; }
+	@test ! -s $(VENV)/.engine-python || ICRL_ENGINE_PYTHON="$$(cat $(VENV)/.engine-python)" \
+	$(BIN)/python -m pytest -q tests/engine
 
 lint: $(VENV)/.installed-dev ## Check style and types
 	$(BIN)/ruff check .

@@ -88,6 +88,20 @@ class WarmStart:
 
 
 @dataclass
+class ExternalCritic:
+    """A critic behind an OpenAI-compatible endpoint (`rollout.critic=external`): never trained."""
+
+    url: str = ""
+    """Up to and without /chat/completions, e.g. https://api.openai.com/v1."""
+    model: str = ""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable with the key; a server that wants none needs none."""
+    timeout_s: float = 120.0
+    concurrency: int = 32
+    """Requests in flight."""
+
+
+@dataclass
 class RolloutSettings:
     tasks_per_step: int = 16
     """B."""
@@ -96,7 +110,9 @@ class RolloutSettings:
     rounds: int = 2
     """K: attempts per episode. 1 is plain GRPO."""
     critic: str = "self"
-    """self: the trained backbone; frozen: the starting weights, never trained; empty: no text at all (a control)."""
+    """self: the trained backbone; frozen: the starting weights, never trained; external: `rollout.external`; empty: no
+    text at all (a control)."""
+    external: ExternalCritic = field(default_factory=ExternalCritic)
     temperature: float = 1.0
     max_turn_tokens: int = 2048
     max_critique_tokens: int = 1024
@@ -120,11 +136,35 @@ class RolloutSettings:
 @dataclass
 class EngineSettings:
     kind: str = "local"
-    """local: transformers in the rank's own process."""
+    """local: transformers in the rank's own process; sglang: SGLang servers (docs/ENGINES.md)."""
     tensor_parallel: int = 1
+    """GPUs of one SGLang server."""
+    servers: int | None = None
+    """SGLang servers that the run starts; null: one per `tensor_parallel` ranks."""
+    urls: list[str] = field(default_factory=list)
+    """SGLang servers that somebody else runs (http://host:port), used instead of starting any."""
+    python: str = ""
+    """Interpreter that has SGLang, where that is not the trainer's own; empty: the trainer's."""
+    server_args: list[str] = field(default_factory=list)
+    """More arguments for sglang.launch_server, as they are."""
+    quantization: str = ""
+    """fp8: the engine quantises the weights it is sent; empty: they keep the actor's precision."""
+    memory_fraction: float = 0.7
+    """Share of a GPU's memory for the engine's weights and KV cache together."""
+    kv_tokens: int | None = None
+    """Tokens that the KV cache holds; null: what fits (GPU), or 65536 (CPU)."""
+    bucket_mib: int = 512
+    """Weights are handed over in buffers of this size; a larger tensor gets a buffer of its own."""
+    startup_timeout_s: float = 600.0
+    """A server that is not ready by then ends the run."""
+    sync_timeout_s: float = 600.0
+    """No answer to one bucket of weights may take longer."""
+    allow_untested: bool = False
+    """Accept a version of SGLang other than the tested ones."""
     max_batch: int = 256
-    """Sequences decoded together."""
+    """Sequences decoded together, and requests in flight."""
     request_timeout_s: float = 600.0
+    """The local engine then fails; SGLang then aborts the request, and what was generated is kept."""
 
 
 @dataclass

@@ -68,6 +68,8 @@ def update(parts: Parts, recorder: Recorder, report: CreditReport) -> StepStats:
         "replicas": grid.data,
     }
     recompute = settings.algo.calibration.enabled and settings.algo.calibration.denominator == "recomputed"
+    with recorder.phase("sleep"):
+        parts.sync.sleep()
     with recorder.phase("pack"):
         plan = pack(report.samples, settings.algo, prompt="train", **layout)
         behaviour = pack(report.samples, settings.algo, prompt="behaviour", **layout) if recompute else None

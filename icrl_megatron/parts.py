@@ -113,8 +113,10 @@ class Recorder:
         row = rollout_metrics(played.episodes, played.dropped, report)
         row |= {"tokens/generated_total": self.generated, "steps/resampled": self.resampled}
         row |= {"weights/version": self.parts.sync.version, "steps/without_signal": float(not report.has_signal)}
+        row |= _engine_metrics(played)
         if stats is not None:
             row |= _actor_metrics(stats)
+            row |= {f"memory/{point}_gib": gib for point, gib in self.parts.sync.memory_gib.items()}
         if settings.eval.interval and self.step % settings.eval.interval == 0 and not self.finished():
             row |= self._heldout()
         row |= self._timings(row, stats)
@@ -189,6 +191,20 @@ class Recorder:
         line = f"step {self.step}  critique-free {free:.0%}  with critique {row.get('success/with_critique', free):.0%}"
         if self.bar is not None:
             self.bar.advance(1, note=line)
+
+
+def _engine_metrics(played: Played) -> dict[str, float]:
+    """What the engines counted, where they count: the local engine does not."""
+    engine = played.engine
+    if engine.requests == 0:
+        return {}
+    return {
+        "engine/requests": float(engine.requests),
+        "engine/retries": float(engine.retries),
+        "engine/aborted": float(engine.aborted),
+        "engine/deaths": float(played.deaths),
+        "engine/cache_hit_rate": engine.cached_tokens / max(1, engine.prompt_tokens),
+    }
 
 
 def _actor_metrics(stats: StepStats) -> dict[str, float]:

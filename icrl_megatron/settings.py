@@ -26,6 +26,10 @@ SAVED_NAME = "settings.yaml"
 """File in a run folder that holds its resolved settings."""
 
 
+_REFUSED = ("top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+"""What other trainers let one set, and what would make the engine sample from another distribution."""
+
+
 def load(recipe: str, overrides: Sequence[str] = ()) -> Settings:
     """The settings of a recipe with overrides such as "optim.learning_rate=1e-5" or "tasks.sources.0.weight=2".
 
@@ -148,6 +152,11 @@ def _type_of(key: str) -> Any:
     if dotted in known:
         return known[dotted]
     section, _, _ = dotted.rpartition(".")
+    if dotted.rpartition(".")[2] in _REFUSED:
+        raise ConfigError(
+            f"{key}: there is no such sampling here, log-probs would not be those of the policy that is trained; "
+            "rollout.temperature is all"
+        )
     if typing.get_origin(known.get(section)) is dict:
         return typing.get_args(known[section])[1]
     leaf = dotted.rpartition(".")[2]

@@ -14,26 +14,21 @@ from typing import Any
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from icrl_megatron import loop
+from icrl_megatron import loop, wiring
 from icrl_megatron.actor import grid as grids
 from icrl_megatron.actor import platform
 from icrl_megatron.actor.actor import Actor
-from icrl_megatron.actor.model import DTYPES
-from icrl_megatron.actor.sync import WeightSync
 from icrl_megatron.actor.weights import Gatherer
 from icrl_megatron.config import ConfigError, Settings
 from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.launch import StopRequest, report_started, run_rank
 from icrl_megatron.parts import Parts, Recorder
-from icrl_megatron.rollout.engine import WeightReceiver
-from icrl_megatron.rollout.episode import GuardedEnvironment, Stage, require_room
+from icrl_megatron.rollout.engines import Engines
+from icrl_megatron.rollout.episode import GuardedEnvironment, require_room
 from icrl_megatron.rollout.evaluate import control
-from icrl_megatron.rollout.local import LocalEngine
 from icrl_megatron.rollout.prompts import Prompter
-from icrl_megatron.rollout.source import DumpSource, EngineSource, EpisodeSource, FakeSource, NoEngine
-from icrl_megatron.rollout.speakers import EmptyCritic, EngineSpeaker, Speaker, engine_casting
+from icrl_megatron.rollout.source import EngineSource
 from icrl_megatron.settings import load_saved, run_folder
-from icrl_megatron.shape import Qwen3Shape
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import EnvironmentFailure
 from icrl_megatron.telemetry.files import locked, write_atomically
@@ -69,26 +64,49 @@ def joined(settings: Settings) -> Iterator[grids.Grid]:
 def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     progress = Progress(enabled=grid.rank == 0)
     folder = Path(settings.model.path)
-    prompter = Prompter(tokenizer(folder), settings.rollout)
     catalogue = registry.Catalogue(settings.tasks.sources)
-    tasks, held = problems(settings, catalogue, "train"), heldout(settings, catalogue)
-    check_prompts(settings, catalogue, prompter, [of[0] for of in tasks.values()])
+    prompter = Prompter(tokenizer(folder), settings.rollout)
+    check_prompts(settings, catalogue, prompter)
+    engines = wiring.build_engines(settings, folder, grid)
+    try:
+        parts = _parts(settings, grid, catalogue, prompter, engines, progress)
+        return _train(parts, catalogue, Recorder(parts, run_folder(settings), progress, stop))
+    finally:
+        if engines is not None:
+            engines.close()
+
+
+def _parts(
+    settings: Settings,
+    grid: grids.Grid,
+    catalogue: registry.Catalogue,
+    prompter: Prompter,
+    engines: Engines | None,
+    progress: Progress,
+) -> Parts:
+    folder = Path(settings.model.path)
     actor = Actor(settings, folder, grid)
-    engine, source = episode_source(settings, folder, grid, catalogue, prompter, progress)
-    parts = Parts(
+    if engines is not None:
+        with progress.phase("engine") as bar:
+            engines.wait_ready(lambda: bar.advance(0))
+    sync = wiring.weight_sync(settings, Gatherer(actor.rows, grid), engines, actor.shape.tied)
+    return Parts(
         settings=settings,
         grid=grid,
         actor=actor,
-        sync=WeightSync(Gatherer(actor.rows, grid), engine),
-        source=source,
-        sampler=TaskSampler(settings.tasks.sources, tasks, settings.seed),
-        heldout=held,
+        sync=sync,
+        source=wiring.episode_source(settings, grid, catalogue, prompter, progress, engines, sync),
+        sampler=TaskSampler(settings.tasks.sources, problems(settings, catalogue, "train"), settings.seed),
+        heldout=heldout(settings, catalogue),
         prompter=prompter,
     )
-    recorder = Recorder(parts, run_folder(settings), progress, stop)
+
+
+def _train(parts: Parts, catalogue: registry.Catalogue, recorder: Recorder) -> int:
+    settings = parts.settings
     if recorder.step == 0:
         report_control(parts, catalogue, recorder, "before")
-    with progress.phase(settings.name, settings.steps) as recorder.bar:
+    with recorder.progress.phase(settings.name, settings.steps) as recorder.bar:
         recorder.bar.advance(recorder.step)
         code = loop.run(parts, recorder)
     if code == 0:
@@ -129,48 +147,14 @@ def tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def check_prompts(settings: Settings, catalogue: registry.Catalogue, prompter: Prompter, tasks: list[Task]) -> None:
-    """Raises ConfigError where a prompt does not fit `rollout.context_tokens`, before the model is loaded."""
-    for task in tasks:
+def check_prompts(settings: Settings, catalogue: registry.Catalogue, prompter: Prompter) -> None:
+    """Raises ConfigError where the first prompt of a task set does not fit `rollout.context_tokens`, before the model
+    is loaded."""
+    for tasks in problems(settings, catalogue, "train").values():
         with suppress(EnvironmentFailure):  # costs its episodes later, not the run
-            environment = GuardedEnvironment(task, catalogue.environment, settings.rollout.environment_timeout_s)
+            environment = GuardedEnvironment(tasks[0], catalogue.environment, settings.rollout.environment_timeout_s)
             problem = asyncio.run(environment.reset())
-            require_room(task, "attempt", len(prompter.attempt(problem)), settings.rollout)
-
-
-def episode_source(
-    settings: Settings,
-    folder: Path,
-    grid: grids.Grid,
-    catalogue: registry.Catalogue,
-    prompter: Prompter,
-    progress: Progress,
-) -> tuple[WeightReceiver, EpisodeSource]:
-    """The engine that weights are synced to, and where episodes come from, by debug mode."""
-    rollout = settings.rollout
-    if settings.debug.mode == "from_dump":
-        return NoEngine(), DumpSource(Path(settings.debug.dump))
-    if settings.debug.mode == "fake_data":
-        room = max(1, rollout.context_tokens - rollout.max_turn_tokens - rollout.max_critique_tokens) // 2
-        vocabulary = Qwen3Shape.read(folder).vocab
-        return NoEngine(), FakeSource(vocabulary, room, rollout.max_turn_tokens, rollout.max_critique_tokens)
-    dtype = DTYPES[settings.actor.precision]
-    engine = LocalEngine(folder, settings.engine, dtype, platform.device())
-    solver = EngineSpeaker(engine, rollout.temperature, prompter.stop_ids)
-    critic: Speaker | None = None
-    if rollout.critic == "frozen":
-        # The starting weights, never synced.
-        frozen = LocalEngine(folder, settings.engine, dtype, platform.device())
-        critic = EngineSpeaker(frozen, rollout.temperature, prompter.stop_ids)
-    elif rollout.critic == "empty":
-        critic = EmptyCritic()
-    stage = Stage(catalogue.environment, prompter, rollout)
-    casting = engine_casting(solver, critic)
-
-    def gather(mine: object) -> list[object]:
-        return grids.gather_objects(grid, mine)
-
-    return engine, EngineSource(stage, casting, grid.rank, grid.world, gather, progress)
+            require_room(tasks[0], "attempt", len(prompter.attempt(problem)), settings.rollout)
 
 
 def report_control(parts: Parts, catalogue: registry.Catalogue, recorder: Recorder, when: str) -> None:

@@ -86,7 +86,7 @@ class Attempt:
     success: bool
     summary: str
     """What the environment says of the outcome; the critic reads it."""
-    stop_reason: Literal["done", "max_turns", "repeated", "context", "length"]
+    stop_reason: Literal["done", "max_turns", "repeated", "context", "length", "deadline"]
 
     def response_ids(self) -> Ids:
         return tuple(i for turn in self.turns for i in (*turn.completion.ids, *turn.observation_ids))
@@ -131,6 +131,15 @@ class Episode:
 @dataclass(frozen=True)
 class DroppedEpisode:
     """An episode whose environment or grading failed: counted, never trained on, never a reward of 0."""
+
+    task: Task
+    index: int
+    error: str
+
+
+@dataclass(frozen=True)
+class UnplayedEpisode:
+    """An episode that was cut off because its engine was lost: it is played again once the engine was revived."""
 
     task: Task
     index: int

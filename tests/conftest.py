@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import sys
@@ -30,8 +29,8 @@ def _missing() -> dict[str, str]:
     reasons = {}
     if not torch.cuda.is_available():
         reasons["gpu"] = "no CUDA device"
-    if importlib.util.find_spec("sglang") is None:
-        reasons["engine"] = "SGLang is not installed"
+    if not os.environ.get("ICRL_ENGINE_PYTHON"):
+        reasons["engine"] = "no interpreter with SGLang: `make test-engine` makes one"
     absent = [part for part in SLURM_PARTS if shutil.which(part) is None]
     if absent:
         reasons["cluster"] = f"no {', '.join(absent)}"

@@ -13,6 +13,7 @@ import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 
 from icrl_kernels import Chunking
@@ -69,6 +70,14 @@ def device() -> torch.device:
 def backend() -> str:
     """torch.distributed's backend: NCCL for GPU tensors with gloo beside it for host ones, gloo alone on a CPU."""
     return "gloo" if device().type == "cpu" else "cpu:gloo,cuda:nccl"
+
+
+def memory_gib() -> float:
+    """Memory in use: of the whole GPU, whoever uses it; on a CPU, resident in this process."""
+    if device().type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / 2**30
+    return float(psutil.Process().memory_info().rss) / 2**30
 
 
 def synchronize() -> None:

@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from icrl_megatron.actor import platform
 from icrl_megatron.actor.weights import Gatherer
 from icrl_megatron.rollout.engine import WeightReceiver
 
 
 class WeightSync:
-    """Streams full Hugging Face tensors from the grid into this rank's engine. All ranks call `push` together."""
+    """Streams full Hugging Face tensors from the grid into this rank's engine. All ranks call each method together."""
 
-    def __init__(self, gatherer: Gatherer, engine: WeightReceiver, version: int = 0) -> None:
+    def __init__(
+        self, gatherer: Gatherer, engine: WeightReceiver, version: int = 0, verify: Callable[[], None] | None = None
+    ) -> None:
+        """`verify` compares what the engine holds with the actor's weights (`rollout.sglang_checks`), once, after the
+        first push."""
         self.gatherer, self.engine, self.version = gatherer, engine, version
+        self.memory_gib: dict[str, float] = {}
+        """Memory in use on this rank's device at each point of the last step, by the actor and the engine together."""
+        self._verify = verify
+
+    def sleep(self) -> None:
+        """The engine gives its memory to the actor until the next push."""
+        self.memory_gib = {"rollout": platform.memory_gib()}
+        self.engine.sleep()
+        self.memory_gib["asleep"] = platform.memory_gib()
 
     def push(self) -> int:
-        """Hands over the current weights and returns their new version, which completions then carry."""
+        """Hands over the current weights and returns their new version, which completions then carry. Wakes the engine:
+        its weights first, and the rest once they are there."""
         self.version += 1
+        self.memory_gib["trained"] = platform.memory_gib()
+        self.engine.wake_weights()
         self.engine.update_weights(self.gatherer.stream(), self.version)
+        self.memory_gib["weights"] = platform.memory_gib()
+        self.engine.wake()
+        self.memory_gib["awake"] = platform.memory_gib()
+        if self._verify is not None:
+            self._verify()
+            self._verify = None
         return self.version
+
+    def resend(self, stale: bool) -> None:
+        """The same version again, for engines that were restarted; `stale` says whether this rank's was."""
+        if stale:
+            self.engine.update_weights(self.gatherer.stream(), self.version)
+        else:
+            for _ in self.gatherer.stream():  # the ranks gather together
+                pass

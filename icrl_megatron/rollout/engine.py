@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from icrl_megatron.types import Completion
@@ -28,24 +28,58 @@ class EngineError(RuntimeError):
     """The engine failed or timed out; the message says what was waited for and what to do."""
 
 
+class RequestFailedError(EngineError):
+    """This request failed, the engine did not: its episode may be played again."""
+
+
+class EngineLostError(EngineError):
+    """The engine died or hangs: whatever it was doing can be played again once it was revived."""
+
+
 class WeightReceiver(Protocol):
-    """What weights are synced to: an engine, or a sink where nothing is generated."""
+    """What weights are synced to: an engine, or a sink where nothing is generated.
+
+    Beside the actor an engine gives its memory back for the time of training, and takes it again in two stages: sleep,
+    wake_weights, update_weights, wake. So the two never hold their peaks together.
+    """
 
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Takes Hugging-Face-named full tensors, streamed. Raises EngineError on a missing, unknown or wrong one."""
         ...
+
+    def sleep(self) -> None:
+        """Gives memory back while the actor trains; generate is refused until `wake`."""
+        ...
+
+    def wake_weights(self) -> None:
+        """Takes memory for weights alone; what they hold is undefined until they are updated."""
+        ...
+
+    def wake(self) -> None:
+        """Takes the rest of the memory; requests are taken again."""
+        ...
+
+
+@dataclass
+class EngineStats:
+    """What an engine counted since it was last asked."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens that were read from the prefix cache."""
+    retries: int = 0
+    aborted: int = 0
+    """Requests that were cut off at their deadline."""
+
+    def __add__(self, other: EngineStats) -> EngineStats:
+        return EngineStats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 class Engine(WeightReceiver, Protocol):
     """Requests from many concurrent episodes; a weight update takes effect between requests and is stamped on them."""
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion: ...
-
-    def sleep(self) -> None:
-        """Gives memory back while the actor trains; generate is refused until `wake`."""
-        ...
-
-    def wake(self) -> None: ...
 
     def health(self) -> str:
         """ "ok", or what is wrong."""

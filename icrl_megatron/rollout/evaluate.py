@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from icrl_megatron.rollout.episode import (
+    Ended,
     GuardedEnvironment,
     Place,
     Stage,
@@ -20,7 +21,7 @@ from icrl_megatron.rollout.episode import (
 from icrl_megatron.rollout.intervals import Difference, Proportion, paired_difference, proportion
 from icrl_megatron.rollout.speakers import Casting, Seeds
 from icrl_megatron.tasks.base import EnvironmentFailure
-from icrl_megatron.types import DroppedEpisode, Episode, Task
+from icrl_megatron.types import Episode, Task
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ async def critique_free(
     casting: Casting,
     seeds: Seeds,
     rounds: int = 1,
-    on_end: Callable[[Episode | DroppedEpisode], None] | None = None,
+    on_end: Callable[[Ended], None] | None = None,
 ) -> EvalResult:
     """Plays every problem `samples` times. With `rounds` above 1 the casting's critic helps from the second round on;
     the first stays the critique-free number. Raises what `episode.play` raises."""

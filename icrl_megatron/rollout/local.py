@@ -104,6 +104,9 @@ class LocalEngine:
             self._unfit = _ASLEEP
             self._model.to("cpu")
 
+    def wake_weights(self) -> None:
+        """Nothing yet: weights are updated where they sleep, in host memory."""
+
     def wake(self) -> None:
         self._model.to(self._device)
         if self._unfit == _ASLEEP:

@@ -100,6 +100,11 @@ class Prompter:
         """The critic's prompt: task, trajectory and outcome. `omitted` leading turns were left out for lack of room."""
         return self._message("critique", observation=observation, turns=turns, summary=summary, omitted=omitted)
 
+    def critique_text(self, observation: str, turns: Sequence[TurnText], summary: str, omitted: int = 0) -> str:
+        """The same as text, without the chat template: for a critic that has one of its own."""
+        values = {"observation": observation, "turns": turns, "summary": summary, "omitted": omitted}
+        return self._templates["critique"].render(**values).strip()
+
     def turn_text(self, number: int, text: str, observation: str) -> TurnText:
         return TurnText(number, text.strip(), observation[: self._observation_chars].strip())
 

@@ -5,15 +5,30 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from icrl_megatron.rollout.episode import Stage, play
+from icrl_megatron.rollout.engine import EngineError, EngineStats
+from icrl_megatron.rollout.engines import Engines
+from icrl_megatron.rollout.episode import Ended, Stage, play_all
 from icrl_megatron.rollout.speakers import Casting, Seeds
 from icrl_megatron.telemetry.dumps import dump_path, dumped_steps, read_episodes
 from icrl_megatron.telemetry.progress import Progress
-from icrl_megatron.types import Attempt, Completion, Critique, DroppedEpisode, Episode, Ids, Task, Turn
+from icrl_megatron.types import (
+    Attempt,
+    Completion,
+    Critique,
+    DroppedEpisode,
+    Episode,
+    Ids,
+    Task,
+    Turn,
+    UnplayedEpisode,
+)
+
+MAX_DEATHS = 3
+"""Engines that may be lost while one step is played, until the run ends."""
 
 Gather = Callable[[Any], list[Any]]
 """An object of this rank -> the objects of all ranks, in rank order."""
@@ -25,6 +40,9 @@ class Played:
 
     episodes: tuple[Episode, ...]
     dropped: tuple[DroppedEpisode, ...]
+    engine: EngineStats = field(default_factory=EngineStats)
+    deaths: int = 0
+    """Engines that had to be revived meanwhile."""
 
     def generated_tokens(self) -> int:
         return sum(e.generated_tokens() for e in self.episodes)
@@ -36,26 +54,62 @@ class EpisodeSource(Protocol):
 
 @dataclass(frozen=True)
 class EngineSource:
-    """Each rank plays its share of the tasks on its own engine; all episodes of a task stay together."""
+    """Each rank that leads an engine plays its share of the tasks on it; all episodes of a task stay together, and all
+    turns of an episode, so that their prefixes are found in the engine's cache."""
 
     stage: Stage
     casting: Casting
-    rank: int
-    world: int
+    engines: Engines
+    resend: Callable[[bool], None]
+    """Brings engines that were restarted up to date (`WeightSync.resend`); all ranks call it together."""
     gather: Gather
     progress: Progress
 
     def play(self, tasks: Sequence[Task], episodes: int, seeds: Seeds, rounds: int) -> Played:
-        """Raises what `episode.play` raises."""
+        """Raises what `episode.play_all` raises, and EngineError once MAX_DEATHS engines were lost."""
         stage = replace(self.stage, settings=replace(self.stage.settings, rounds=rounds))
-        mine = list(tasks[self.rank :: self.world])
-        with self.progress.phase("rollout", len(mine) * episodes) as bar:
-            played = asyncio.run(play(mine, episodes, stage, self.casting, seeds, on_end=lambda _: bar.advance(1)))
+        share = self.engines.share
+        mine = list(tasks[share.index :: share.count]) if share.index is not None else []
+        left = [(task, index) for task in mine for index in range(episodes)]
+        ended: list[Ended] = []
+        deaths = 0
+        with self.progress.phase("rollout", len(left)) as bar:
+            while True:
+                everyone = self.gather((self.engines.lost(), len(left)))
+                if any(lost for lost, _ in everyone):
+                    deaths += self._revive([lost for lost, _ in everyone if lost], deaths)
+                elif not any(count for _, count in everyone):
+                    break
+                else:
+                    results = asyncio.run(
+                        play_all(left, stage, self.casting, seeds, on_end=lambda e: bar.advance(_counts(e)))
+                    )
+                    ended += [r for r in results if not isinstance(r, UnplayedEpisode)]
+                    left = [(r.task, r.index) for r in results if isinstance(r, UnplayedEpisode)]
+        return self._together(tasks, ended, deaths)
+
+    def _revive(self, reasons: list[str], before: int) -> int:
+        """Restarts what was lost, with the current weights; returns how many engines that were."""
+        if before + len(reasons) >= MAX_DEATHS:
+            raise EngineError(f"{before + len(reasons)} engines were lost while one step was played. {reasons[-1]}")
+        self.progress.log(f"engine lost, restarting it: {reasons[0].splitlines()[0]}")
+        self.resend(self.engines.revive())
+        return len(reasons)
+
+    def _together(self, tasks: Sequence[Task], ended: list[Ended], deaths: int) -> Played:
         order = {task.task_id: i for i, task in enumerate(tasks)}
-        everyone = self.gather(played)
-        done = sorted((e for part, _ in everyone for e in part), key=lambda e: (order[e.task.task_id], e.index))
-        lost = sorted((d for _, part in everyone for d in part), key=lambda d: (order[d.task.task_id], d.index))
-        return Played(tuple(done), tuple(lost))
+        everyone = self.gather((ended, self.engines.take_stats()))
+        results = sorted((e for part, _ in everyone for e in part), key=lambda e: (order[e.task.task_id], e.index))
+        return Played(
+            tuple(e for e in results if isinstance(e, Episode)),
+            tuple(e for e in results if isinstance(e, DroppedEpisode)),
+            sum((stats for _, stats in everyone), EngineStats()),
+            deaths,
+        )
+
+
+def _counts(ended: Ended) -> int:
+    return 0 if isinstance(ended, UnplayedEpisode) else 1
 
 
 @dataclass(frozen=True)
@@ -110,3 +164,12 @@ class NoEngine:
     def update_weights(self, tensors: Any, version: int) -> None:
         for _ in tensors:
             pass
+
+    def sleep(self) -> None:
+        """It holds nothing."""
+
+    def wake_weights(self) -> None:
+        """It holds nothing."""
+
+    def wake(self) -> None:
+        """It holds nothing."""

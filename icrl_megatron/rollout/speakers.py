@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from icrl_megatron.rollout.engine import Engine, EngineError, Sampling
+from icrl_megatron.rollout.engine import Engine, Sampling
 from icrl_megatron.types import Completion, Ids, Role, Task
 
 
@@ -23,6 +23,8 @@ class Ask:
     """The newest observation, or the summary of the failed attempt for a critique."""
     critique: str | None
     """What the solver was told in this round; None in round 0 and for critiques."""
+    message: str = ""
+    """All that a critic reads, as text, for one that is not behind an engine; empty for the solver."""
 
 
 class Speaker(Protocol):
@@ -51,10 +53,7 @@ class EngineSpeaker:
 
     async def reply(self, ask: Ask) -> Completion:
         sampling = Sampling(self.temperature, ask.max_new_tokens, ask.seed, self.stop_ids)
-        completion = await self.engine.generate(ask.prompt_ids, sampling)
-        if completion.finish_reason == "abort":
-            raise EngineError("The engine aborted a request that nobody asked it to abort: look at its log.")
-        return completion
+        return await self.engine.generate(ask.prompt_ids, sampling)
 
 
 @dataclass(frozen=True)

@@ -91,5 +91,5 @@ def _attempt(attempt: Attempt, values: Values) -> None:
     values["attempt/tokens"].append(sum(len(t.completion.ids) for t in attempt.turns))
     values["attempt/turns"].append(len(attempt.turns))
     values["attempt/lost_turns"].append(sum(t.action is None for t in attempt.turns))
-    for reason in ("done", "max_turns", "repeated", "context", "length"):
+    for reason in ("done", "max_turns", "repeated", "context", "length", "deadline"):
         values[f"attempt/stop_{reason}"].append(attempt.stop_reason == reason)

@@ -243,6 +243,15 @@ def test_every_range_is_checked(name: str, low: float) -> None:
         ("launch.ranks=4096", "2048 replicas"),
         ("engine.tensor_parallel=2", "engine.kind=local has only 1"),
         ("engine.tensor_parallel=3", "engine.tensor_parallel=3 does not divide"),
+        ("engine.urls=[http://a:1]", "engine.urls and engine.servers are SGLang's"),
+        ("engine.kind=sglang engine.urls=[a:1]", "'a:1' is no address"),
+        ("engine.kind=sglang engine.urls=[http://a:1,http://b:1,http://c:1]", "names 3 servers for 2 ranks"),
+        ("engine.kind=sglang engine.urls=[http://a:1] rollout.critic=frozen", "use another critic"),
+        ("engine.kind=sglang engine.servers=2 engine.tensor_parallel=2", "engine.servers=2"),
+        ("engine.kind=sglang engine.server_args=[--preferred-sampling-params]", "those of the policy"),
+        ("engine.kind=sglang engine.python=/nowhere/python", "engine.python=/nowhere/python: cannot be run"),
+        ("engine.quantization=int3", "choose one of '', fp8"),
+        ("rollout.critic=external", "rollout.external.url"),
         ("actor.fp8=delayed", "actor.fp8=delayed needs a GPU"),
         ("model.init=null", "model.path is empty"),
         ("rollout.context_tokens=5000", "the model has 1024 positions"),
@@ -368,3 +377,9 @@ def test_resume_allows_longer_and_another_grid() -> None:
     check_resume(begun, S.load("quickstart", more), Path("run"))
     with pytest.raises(ConfigError, match=r"actor\.precision"):
         check_resume(begun, S.load("quickstart", ["actor.precision=bf16"]), Path("run"))
+
+
+@pytest.mark.parametrize("name", ["rollout.top_p", "rollout.top_k", "engine.repetition_penalty"])
+def test_sampling_that_is_not_the_policys_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: there is no such sampling here.*rollout.temperature is all"):
+        S.load("quickstart", [f"{name}=0.9"])

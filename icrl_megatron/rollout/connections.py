@@ -1,0 +1,44 @@
+"""HTTP connections for whoever is awaited in one event loop after another: each loop gets its own, closed with it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import aiohttp
+
+
+@dataclass(frozen=True)
+class Link:
+    """What belongs to one event loop: connections, and the gate that limits the requests in flight."""
+
+    loop: asyncio.AbstractEventLoop
+    session: aiohttp.ClientSession
+    gate: asyncio.Semaphore
+    holder: asyncio.Task[None]
+    """Closes the session when the loop ends: asyncio.run cancels what is left, and waits for it."""
+
+
+class Connections:
+    """At most `limit` requests at a time, if callers enter the gate."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._link: Link | None = None
+
+    def here(self) -> Link:
+        """The running loop's."""
+        loop = asyncio.get_running_loop()
+        if self._link is None or self._link.loop is not loop:
+            session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
+            )
+            self._link = Link(loop, session, asyncio.Semaphore(self._limit), loop.create_task(_hold(session)))
+        return self._link
+
+
+async def _hold(session: aiohttp.ClientSession) -> None:
+    try:
+        await asyncio.Event().wait()
+    finally:
+        await session.close()

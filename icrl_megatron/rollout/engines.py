@@ -1,0 +1,201 @@
+"""Which engine this rank has: its own model, an SGLang server that it leads, or a share of a server that another leads.
+
+Ranks are cut into as many neighbouring groups as there are servers; the first rank of a group leads: it starts and
+watches the server, plays the group's share of the tasks, and hands the weights over.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+
+from icrl_megatron.actor.grid import Grid
+from icrl_megatron.config import ConfigError, Settings
+from icrl_megatron.rollout.engine import Engine, EngineError, EngineStats, WeightReceiver
+from icrl_megatron.rollout.local import LocalEngine
+from icrl_megatron.rollout.sglang import Follower, SGLangEngine, require_context
+from icrl_megatron.rollout.sglang_server import Server, ServerSpec, check_version
+from icrl_megatron.rollout.sglang_weights import OverGroup, Shapes, SharedMemory, Transport
+from icrl_megatron.shape import Qwen3Shape
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which tasks a rank plays: every `count`-th from `index` on; none when it leads no engine."""
+
+    index: int | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Engines:
+    """The engines of one rank."""
+
+    trained: WeightReceiver
+    """What weights are synced to."""
+    solver: Engine | None
+    """The same, where this rank generates."""
+    frozen: Engine | None
+    """The starting weights, for `rollout.critic=frozen`."""
+    share: Share
+
+    def _served(self) -> list[SGLangEngine]:
+        return [e for e in (self.solver, self.frozen) if isinstance(e, SGLangEngine)]
+
+    def wait_ready(self, tick: Callable[[], None] = lambda: None) -> None:
+        """Raises EngineError with the end of the log of a server that does not become ready."""
+        for engine in self._served():
+            if engine.server.spec is not None:
+                engine.server.wait_ready(tick)
+
+    def lost(self) -> str:
+        """Why an engine of this rank must be revived; empty when none must."""
+        return next(filter(None, (engine.lost() for engine in self._served())), "")
+
+    def revive(self) -> bool:
+        """Restarts this rank's dead engines. True if the trained one then needs the current weights."""
+        stale = isinstance(self.solver, SGLangEngine) and bool(self.solver.lost())
+        for engine in self._served():
+            if engine.lost():
+                engine.revive()
+        return stale
+
+    def take_stats(self) -> EngineStats:
+        """What this rank's engines counted since the last call."""
+        taken = [engine.take_stats() for engine in self._served()]
+        return sum(taken, EngineStats())
+
+    def close(self) -> None:
+        for engine in (self.solver, self.frozen):
+            if engine is not None:
+                engine.close()
+
+
+def lead_rank(rank: int, world: int, servers: int) -> int:
+    """The rank that leads the server of `rank`'s group."""
+    size = world // servers
+    return rank // size * size
+
+
+def build(
+    settings: Settings, folder: Path, grid: Grid, dtype: torch.dtype, device: torch.device, logs: Path
+) -> Engines:
+    """Starts what this rank leads, without waiting for it (`wait_ready`). All ranks call it together.
+
+    Raises ConfigError where an engine cannot be what the settings ask for.
+    """
+    engine, frozen = settings.engine, settings.rollout.critic == "frozen"
+    if engine.kind == "local":
+        local = LocalEngine(folder, engine, dtype, device)
+        start = LocalEngine(folder, engine, dtype, device) if frozen else None
+        return Engines(local, local, start, Share(grid.rank, grid.world))
+    if device.type == "cuda" and not engine.urls and "expandable_segments:True" in _allocator_settings():
+        raise ConfigError(
+            "PYTORCH_CUDA_ALLOC_CONF has expandable_segments:True: such memory can be neither released nor mapped by "
+            "an engine beside the actor; take it out, or use engine.urls"
+        )
+    servers = server_count(settings, grid.world)
+    lead, number = lead_rank(grid.rank, grid.world, servers), grid.rank // (grid.world // servers)
+    group = _group(grid, servers)
+    shapes = tensor_shapes(folder)
+    if grid.rank != lead:
+        shared = SharedMemory(None, engine.tensor_parallel, group, lead, engine.sync_timeout_s)
+        return Engines(Follower(engine, shared, shapes, dtype, device), None, None, Share(None, servers))
+    if engine.urls:
+        server, workers = _remote(settings, engine.urls[number])
+        host = _address()
+
+        def transport() -> Transport:
+            return OverGroup(server, workers, host, device, engine.sync_timeout_s)
+    else:
+        server = Server(_spec(settings, folder, device, logs / f"sglang_{number}.log"))
+        server.start()
+
+        def transport() -> Transport:
+            return SharedMemory(server, engine.tensor_parallel, group, lead, engine.sync_timeout_s)
+
+    trained = SGLangEngine(server, engine, transport, shapes, dtype, device)
+    critic = None
+    if frozen:
+        apart = Server(_spec(settings, folder, device, logs / f"sglang_critic_{number}.log"))
+        apart.start()
+        critic = SGLangEngine(apart, engine, _no_transport, shapes, dtype, device)
+    return Engines(trained, trained, critic, Share(number, servers))
+
+
+def server_count(settings: Settings, world: int) -> int:
+    engine = settings.engine
+    return len(engine.urls) or engine.servers or max(1, world // engine.tensor_parallel)
+
+
+def tensor_shapes(folder: Path) -> Shapes:
+    """Every tensor of a Hugging Face folder with its shape, from the headers alone; a tied model has no head."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
+    if Qwen3Shape.read(folder).tied:
+        found.pop("lm_head.weight", None)
+    return found
+
+
+def _spec(settings: Settings, folder: Path, device: torch.device, log: Path) -> ServerSpec:
+    return ServerSpec(
+        model=folder,
+        settings=settings.engine,
+        precision=settings.actor.precision,
+        context_tokens=settings.rollout.context_tokens,
+        log=log.resolve(),
+        on_cpu=device.type == "cpu",
+        first_gpu=device.index or 0,
+    )
+
+
+def _remote(settings: Settings, url: str) -> tuple[Server, int]:
+    """A server that somebody else runs, and its number of workers, once it is known to fit."""
+    server = Server(None, url.rstrip("/"))
+    try:
+        info = server.info()
+    except EngineError as error:
+        raise ConfigError(f"engine.urls: {error}") from error
+    check_version(info.get("version"), settings.engine, url)
+    require_context(server, settings.rollout.context_tokens)
+    if info.get("preferred_sampling_params"):
+        raise ConfigError(
+            f"{url} has --preferred-sampling-params {info['preferred_sampling_params']}: log-probs would not be those "
+            "of the policy; start it without"
+        )
+    return server, int(info.get("tp_size") or 1)
+
+
+def _group(grid: Grid, servers: int) -> Any:
+    """The host group of the ranks that share this rank's server; None where each has its own."""
+    size, mine = grid.world // servers, None
+    if size > 1:
+        for first in range(0, grid.world, size):
+            ranks = list(range(first, first + size))
+            group = dist.new_group(ranks, backend="gloo")
+            mine = group if grid.rank in ranks else mine
+    return mine
+
+
+def _address() -> str:
+    """Where the workers of a remote server reach this rank."""
+    master = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    return master if master in ("127.0.0.1", "localhost") else socket.gethostbyname(socket.gethostname())
+
+
+def _allocator_settings() -> str:
+    return os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
+
+
+def _no_transport() -> Transport:
+    raise EngineError("Weights were sent to the frozen critic.")

@@ -1,0 +1,81 @@
+"""A critic behind any OpenAI-compatible endpoint: the frozen-critic baseline, and the critic swap in evaluation."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from dataclasses import dataclass
+
+import aiohttp
+
+from icrl_megatron.config import ExternalCritic
+from icrl_megatron.rollout.connections import Connections
+from icrl_megatron.rollout.engine import RequestFailedError
+from icrl_megatron.rollout.prompts import Prompter
+from icrl_megatron.rollout.speakers import Ask
+from icrl_megatron.types import Completion
+
+RETRIES = 3
+_FIRST_PAUSE_S = 0.5
+_PASSING = (408, 409, 429, 500, 502, 503, 504)
+"""Statuses after which asking again may help."""
+
+
+@dataclass(frozen=True)
+class ExternalSpeaker:
+    """Plays the critic alone. Its text is encoded once with the solver's tokenizer, with log-probs of 0: what it says
+    is read by the solver and never trained on."""
+
+    settings: ExternalCritic
+    temperature: float
+    prompter: Prompter
+    connections: Connections
+
+    async def reply(self, ask: Ask) -> Completion:
+        """Raises RequestFailedError when the endpoint refuses, or still fails after some tries."""
+        body = {
+            "model": self.settings.model,
+            "messages": [{"role": "user", "content": ask.message}],
+            "temperature": self.temperature,
+            "max_tokens": ask.max_new_tokens,
+            "seed": ask.seed % 2**31,
+        }
+        text = await self._ask(json.dumps(body))
+        ids = self.prompter.encode_reply(text)
+        cut = ids[: ask.max_new_tokens]
+        return Completion(cut, (0.0,) * len(cut), "stop" if len(cut) == len(ids) else "length", 0)
+
+    async def _ask(self, body: str) -> str:
+        link, last = self.connections.here(), ""
+        async with link.gate:
+            for attempt in range(RETRIES + 1):
+                if attempt:
+                    await asyncio.sleep(_FIRST_PAUSE_S * 2**attempt)
+                try:
+                    status, answer = await self._post(link.session, body)
+                except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                    last = f"{type(error).__name__}: {error}"
+                    continue
+                if status == 200:
+                    return _content(answer)
+                last = f"status {status}: {answer[:300]!r}"
+                if status not in _PASSING:
+                    break
+        raise RequestFailedError(f"The external critic at {self.settings.url} failed: {last}")
+
+    async def _post(self, session: aiohttp.ClientSession, body: str) -> tuple[int, bytes]:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(self.settings.api_key_env, ""):
+            headers["Authorization"] = f"Bearer {key}"
+        limit = aiohttp.ClientTimeout(total=self.settings.timeout_s)
+        url = f"{self.settings.url.rstrip('/')}/chat/completions"
+        async with session.post(url, data=body, headers=headers, timeout=limit) as reply:
+            return reply.status, await reply.read()
+
+
+def _content(answer: bytes) -> str:
+    try:
+        return str(json.loads(answer)["choices"][0]["message"]["content"] or "")
+    except (ValueError, LookupError, TypeError) as error:
+        raise RequestFailedError(f"The external critic answered {answer[:200]!r}.") from error

@@ -1,0 +1,26 @@
+"""`python leash.py PARENT COMMAND...`: becomes COMMAND, which Linux kills when PARENT dies, even of SIGKILL.
+
+Run as a file by whichever interpreter the command needs, so the standard library is all there is. The parent must start
+it from a thread that lives as long as the command should: the kernel watches the thread, not the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(parent: str, *command: str) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() != int(parent):
+            os._exit(1)
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

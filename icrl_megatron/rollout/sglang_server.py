@@ -1,0 +1,265 @@
+"""One SGLang server: its command line, its process, its log, and the requests that control it.
+
+Facts about SGLang 0.5.23 are from its server_args.py, http_server.py and weight_updater.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from icrl_megatron.config import ConfigError, EngineSettings
+from icrl_megatron.rollout.engine import EngineError
+
+TESTED = ("0.5.23",)
+"""Versions of SGLang that this revision was tested with."""
+TAIL_LINES = 25
+"""Lines of a server's log that a message shows."""
+_CPU_KV_TOKENS = 65536
+_CONTEXT_SPARE = 8
+"""SGLang keeps a few of --context-length's tokens for itself (tp_worker.py: the longest input is 6 less)."""
+_PORT_TRIES = 3
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_ASYNC", "ICRL_")
+"""Beginnings of the names in a rank's environment that would make a server take itself for a rank."""
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """What one server is started with."""
+
+    model: Path
+    settings: EngineSettings
+    precision: str
+    """bf16 | fp32: the dtype of its weights and activations."""
+    context_tokens: int
+    """Longest prompt and reply together."""
+    log: Path
+    """File that its output is appended to."""
+    on_cpu: bool
+    first_gpu: int = 0
+
+    @property
+    def python(self) -> str:
+        return self.settings.python or sys.executable
+
+    def command(self, port: int) -> list[str]:
+        settings = self.settings
+        command = [self.python, "-m", "sglang.launch_server", "--model-path", str(self.model.resolve())]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--skip-tokenizer-init"]
+        command += ["--dtype", {"bf16": "bfloat16", "fp32": "float32"}[self.precision]]
+        command += ["--context-length", str(self.context_tokens + _CONTEXT_SPARE)]
+        command += ["--max-running-requests", str(settings.max_batch), "--tp-size", str(settings.tensor_parallel)]
+        kv_tokens = settings.kv_tokens
+        if self.on_cpu:
+            kv_tokens = kv_tokens or _CPU_KV_TOKENS
+            command += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
+            command += ["--grammar-backend", "none", "--disable-cuda-graph"]
+            command += ["--sleep-on-idle"]  # its loop would else keep a core busy while the actor trains
+        else:
+            command += ["--base-gpu-id", str(self.first_gpu), "--enable-memory-saver"]
+            command += ["--mem-fraction-static", str(settings.memory_fraction)]
+        if kv_tokens:
+            command += ["--max-total-tokens", str(kv_tokens)]
+        if settings.quantization:
+            command += ["--quantization", settings.quantization]
+        return [*command, *settings.server_args]
+
+    def environment(self) -> dict[str, str]:
+        env = {k: v for k, v in os.environ.items() if not k.startswith(_TORCHRUN)}
+        if self.settings.python:
+            env.pop("PYTHONPATH", None)  # the trainer's packages are not those of the other interpreter
+        if self.on_cpu:
+            env["SGLANG_USE_CPU_ENGINE"] = "1"
+        # The spare tokens may lie beyond the model's positions; no request is ever that long.
+        return {**env, "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+
+
+@dataclass
+class Server:
+    """A server that answers at `url`. `spec` is None for one that somebody else runs: it is never started or killed."""
+
+    spec: ServerSpec | None
+    url: str = ""
+    _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    _tries: int = 0
+
+    def start(self) -> None:
+        """Starts the process on a free port, without waiting for it. Call it in the main thread (see leash.py)."""
+        assert self.spec is not None
+        self.spec.log.parent.mkdir(parents=True, exist_ok=True)
+        port = _free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        leash = [self.spec.python, str(Path(__file__).with_name("leash.py")), str(os.getpid())]
+        with self.spec.log.open("ab") as log:
+            log.write(f"\n=== {time.strftime('%Y-%m-%d %H:%M:%S')} port {port}\n".encode())
+            log.flush()
+            # Its own session: it is killed as a group. Its working directory must not be one whose folders Python
+            # would import (a checkout of this project has one called kernels).
+            self._process = subprocess.Popen(
+                [*leash, *self.spec.command(port)],
+                env=self.spec.environment(),
+                cwd=self.spec.log.parent,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_ready(self, tick: Callable[[], None] = lambda: None) -> None:
+        """Until it answers. Raises EngineError with the log's end when it dies or `engine.startup_timeout_s` passes."""
+        assert self.spec is not None
+        limit = self.spec.settings.startup_timeout_s
+        deadline = time.monotonic() + limit
+        while not self.answers():
+            tick()
+            if not self.alive():
+                code = self._process.returncode if self._process else None
+                self.kill()
+                if "address already in use" in self.tail().lower() and self._tries < _PORT_TRIES:
+                    self._tries += 1
+                    self.start()
+                    continue
+                raise EngineError(f"The SGLang server ended with code {code} before it was ready. {self.log_end()}")
+            if time.monotonic() > deadline:
+                self.kill()
+                raise EngineError(
+                    f"The SGLang server was not ready after engine.startup_timeout_s = {limit:g} s: raise it, or see "
+                    f"why. {self.log_end()}"
+                )
+            time.sleep(0.5)
+
+    def answers(self) -> bool:
+        """Whether /health says yes now."""
+        try:
+            with _open(f"{self.url}/health", None, timeout=30.0) as reply:
+                return bool(reply.status == 200)
+        except (OSError, ValueError):
+            return False
+
+    def alive(self) -> bool:
+        """Whether there is a process; for a server of somebody else, whether it answers."""
+        if self.spec is None:
+            return self.answers()
+        return self._process is not None and self._process.poll() is None
+
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    def memory_bytes(self) -> int:
+        """Resident host memory of the server's processes; 0 for somebody else's."""
+        try:
+            top = psutil.Process(self._process.pid) if self._process is not None else None
+            found = [top, *top.children(recursive=True)] if top is not None else []
+            return sum(p.memory_info().rss for p in found)
+        except psutil.NoSuchProcess:
+            return 0
+
+    def kill(self) -> None:
+        """Kills what was started here, its workers included, and reaps it."""
+        if self._process is None:
+            return
+        try:
+            workers = psutil.Process(self._process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            workers = []
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        for worker in workers:  # in case one left the group
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.kill()
+        self._process.wait(timeout=60)
+
+    def post(self, path: str, body: dict[str, Any], timeout: float) -> dict[str, Any]:
+        """POSTs JSON and returns the JSON answer ({} for another).
+
+        Raises EngineError when there is no answer in time, an error status, or `"success": false`.
+        """
+        try:
+            with _open(f"{self.url}{path}", json.dumps(body).encode(), timeout) as reply:
+                kind, text = reply.headers.get_content_type(), reply.read()
+        except urllib.error.HTTPError as error:
+            raise EngineError(
+                f"SGLang refused {path}: {error.code} {error.read()[:500]!r}. {self.log_end()}"
+            ) from error
+        except OSError as error:
+            raise EngineError(f"SGLang did not answer {path} ({error}). {self.log_end()}") from error
+        try:
+            answer = json.loads(text) if text.strip() and kind == "application/json" else {}
+        except ValueError as error:
+            raise EngineError(f"SGLang answered {path} with {text[:200]!r}, which is no JSON.") from error
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise EngineError(f"SGLang refused {path}: {answer.get('message')}. {self.log_end()}")
+        return answer if isinstance(answer, dict) else {}
+
+    def info(self) -> dict[str, Any]:
+        """What /server_info says (settings and version). Raises EngineError."""
+        try:
+            with _open(f"{self.url}/server_info", None, timeout=60.0) as reply:
+                found: dict[str, Any] = json.loads(reply.read())
+                return found
+        except (OSError, ValueError) as error:
+            raise EngineError(f"{self.url}/server_info does not answer ({error}): is this an SGLang server?") from error
+
+    def tail(self) -> str:
+        if self.spec is None or not self.spec.log.exists():
+            return ""
+        with self.spec.log.open("rb") as log:
+            log.seek(max(0, self.spec.log.stat().st_size - 65536))
+            text = log.read().decode(errors="replace")
+        return "\n".join(text.splitlines()[-TAIL_LINES:])
+
+    def log_end(self) -> str:
+        if self.spec is None:
+            return f"(The server at {self.url} keeps its own log.)"
+        return f"The end of {self.spec.log}:\n{self.tail()}"
+
+
+def installed_version(python: str) -> str | None:
+    """The version of SGLang that an interpreter has, None for none. Raises ConfigError if it cannot be run."""
+    code = "import importlib.metadata as m\ntry: print(m.version('sglang'))\nexcept m.PackageNotFoundError: print()"
+    try:
+        done = subprocess.run([python or sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(
+            f"engine.python={python}: cannot be run ({error}); give the path of an interpreter"
+        ) from error
+    return done.stdout.strip() or None
+
+
+def check_version(found: str | None, settings: EngineSettings, where: str) -> None:
+    """Raises ConfigError for no SGLang, or another version than the tested ones."""
+    if found is None:
+        raise ConfigError(
+            f"engine.kind=sglang: {where} has no SGLang; pip install sglang=={TESTED[-1]} there, or set engine.python"
+        )
+    if found not in TESTED and not settings.allow_untested:
+        raise ConfigError(
+            f"{where} has SGLang {found}; this version was tested with {', '.join(TESTED)}: install that, or set "
+            "engine.allow_untested=true"
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _open(url: str, body: bytes | None, timeout: float) -> Any:
+    """An HTTP request to exactly this address: no proxy of the environment takes part."""
+    request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"})
+    return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout)

@@ -1,0 +1,92 @@
+"""Which engines a rank has, what its weights are pushed to, and where its episodes come from: by the settings alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from icrl_megatron.actor import grid as grids
+from icrl_megatron.actor import platform
+from icrl_megatron.actor.model import DTYPES
+from icrl_megatron.actor.sync import WeightSync
+from icrl_megatron.actor.weights import Gatherer
+from icrl_megatron.config import Settings
+from icrl_megatron.rollout import engines as engines_module
+from icrl_megatron.rollout.connections import Connections
+from icrl_megatron.rollout.engines import Engines
+from icrl_megatron.rollout.episode import Stage
+from icrl_megatron.rollout.external import ExternalSpeaker
+from icrl_megatron.rollout.prompts import Prompter
+from icrl_megatron.rollout.sglang import SGLangEngine
+from icrl_megatron.rollout.source import DumpSource, EngineSource, EpisodeSource, FakeSource, NoEngine
+from icrl_megatron.rollout.speakers import Casting, EmptyCritic, EngineSpeaker, Speaker, engine_casting
+from icrl_megatron.settings import run_folder
+from icrl_megatron.shape import Qwen3Shape
+from icrl_megatron.tasks import registry
+from icrl_megatron.telemetry.progress import Progress
+
+
+def build_engines(settings: Settings, folder: Path, grid: grids.Grid) -> Engines | None:
+    """This rank's engines, started but perhaps not ready; None in the debug modes that generate nothing."""
+    if settings.debug.mode in ("from_dump", "fake_data"):
+        return None
+    dtype, logs = DTYPES[settings.actor.precision], run_folder(settings) / "logs"
+    return engines_module.build(settings, folder, grid, dtype, platform.device(), logs)
+
+
+def weight_sync(settings: Settings, gatherer: Gatherer, engines: Engines | None, tied: bool) -> WeightSync:
+    """What the actor's weights are pushed with. An engine that is not of this process is asked for checksums once."""
+    if engines is None:
+        return WeightSync(gatherer, NoEngine())
+    if settings.engine.kind == "local" or settings.engine.quantization:  # what was quantised has other values
+        return WeightSync(gatherer, engines.trained)
+
+    def verify() -> None:
+        stream = gatherer.stream()
+        if isinstance(engines.trained, SGLangEngine) and not engines.trained.lost():
+            engines.trained.verify(stream, tied)
+        for _ in stream:
+            pass
+
+    return WeightSync(gatherer, engines.trained, verify=verify)
+
+
+def episode_source(
+    settings: Settings,
+    grid: grids.Grid,
+    catalogue: registry.Catalogue,
+    prompter: Prompter,
+    progress: Progress,
+    engines: Engines | None,
+    sync: WeightSync,
+) -> EpisodeSource:
+    """Where episodes come from, by debug mode."""
+    rollout = settings.rollout
+    if settings.debug.mode == "from_dump":
+        return DumpSource(Path(settings.debug.dump))
+    if engines is None:
+        room = max(1, rollout.context_tokens - rollout.max_turn_tokens - rollout.max_critique_tokens) // 2
+        vocabulary = Qwen3Shape.read(Path(settings.model.path)).vocab
+        return FakeSource(vocabulary, room, rollout.max_turn_tokens, rollout.max_critique_tokens)
+
+    def gather(mine: object) -> list[object]:
+        return grids.gather_objects(grid, mine)
+
+    stage = Stage(catalogue.environment, prompter, rollout)
+    casting = _casting(settings, prompter, engines)
+    return EngineSource(stage, casting, engines, sync.resend, gather, progress)
+
+
+def _casting(settings: Settings, prompter: Prompter, engines: Engines) -> Casting:
+    """Who plays which role on this rank; nobody is asked on a rank that leads no engine."""
+    if engines.solver is None:
+        return engine_casting(EmptyCritic())
+    temperature, stops = settings.rollout.temperature, prompter.stop_ids
+    critic: Speaker | None = None
+    if engines.frozen is not None:
+        critic = EngineSpeaker(engines.frozen, temperature, stops)
+    elif settings.rollout.critic == "external":
+        external = settings.rollout.external
+        critic = ExternalSpeaker(external, temperature, prompter, Connections(external.concurrency))
+    elif settings.rollout.critic == "empty":
+        critic = EmptyCritic()
+    return engine_casting(EngineSpeaker(engines.solver, temperature, stops), critic)

@@ -1,0 +1,113 @@
+"""The external critic against a small endpoint that speaks the protocol, over real HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+
+import pytest
+from aiohttp import web
+from transformers import AutoTokenizer
+
+from icrl_megatron.config import ConfigError, ExternalCritic, RolloutSettings, TinyModel
+from icrl_megatron.rollout.connections import Connections
+from icrl_megatron.rollout.engine import RequestFailedError
+from icrl_megatron.rollout.external import ExternalSpeaker
+from icrl_megatron.rollout.prompts import Prompter
+from icrl_megatron.rollout.speakers import Ask
+from icrl_megatron.settings import load
+from icrl_megatron.tiny import build_tiny
+from icrl_megatron.types import Completion
+from icrl_megatron.validate import validate
+
+Handler = Callable[[web.Request], Awaitable[web.Response]]
+
+
+@pytest.fixture(scope="module")
+def prompter(tmp_path_factory: pytest.TempPathFactory) -> Prompter:
+    folder = tmp_path_factory.mktemp("model")
+    build_tiny(folder, TinyModel(), ["try", "red", "again"], 0)
+    return Prompter(AutoTokenizer.from_pretrained(folder), RolloutSettings(templates="compact"))
+
+
+def ask(prompter: Prompter, handler: Handler, limit: int = 8) -> Completion:
+    """One request to an endpoint that answers with `handler`."""
+
+    async def talk() -> Completion:
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", handler)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        port = runner.addresses[0][1]
+        settings = ExternalCritic(url=f"http://127.0.0.1:{port}/v1/", model="m", api_key_env="KEY_OF_TEST")
+        speaker = ExternalSpeaker(settings, 0.5, prompter, Connections(2))
+        try:
+            return await speaker.reply(Ask("critique", (1, 2), limit, 7, "", None, "what happened"))
+        finally:
+            await runner.cleanup()
+
+    return asyncio.run(talk())
+
+
+def said(text: str) -> web.Response:
+    return web.json_response({"choices": [{"message": {"role": "assistant", "content": text}}]})
+
+
+def test_it_is_asked_in_words_and_its_words_become_ids(prompter: Prompter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY_OF_TEST", "secret")
+    seen = {}
+
+    async def answer(request: web.Request) -> web.Response:
+        seen.update(json.loads(await request.text()), key=request.headers["Authorization"])
+        return said("try red")
+
+    completion = ask(prompter, answer)
+    assert prompter.decode(completion.ids) == "try red"
+    assert completion.finish_reason == "stop"
+    assert completion.logprobs == (0.0,) * len(completion.ids)
+    assert seen["messages"] == [{"role": "user", "content": "what happened"}]
+    assert (seen["model"], seen["max_tokens"], seen["temperature"], seen["key"]) == ("m", 8, 0.5, "Bearer secret")
+
+
+def test_a_long_answer_is_cut_where_the_settings_say(prompter: Prompter) -> None:
+    async def answer(request: web.Request) -> web.Response:
+        return said("try red again again again")
+
+    completion = ask(prompter, answer, limit=3)
+    assert (len(completion.ids), completion.finish_reason) == (3, "length")
+
+
+def test_it_is_asked_again_after_a_passing_failure_and_not_after_a_refusal(prompter: Prompter) -> None:
+    calls = []
+
+    async def busy_once(request: web.Request) -> web.Response:
+        calls.append(1)
+        return web.Response(status=429) if len(calls) == 1 else said("red")
+
+    assert prompter.decode(ask(prompter, busy_once).ids) == "red"
+
+    async def refuse(request: web.Request) -> web.Response:
+        calls.append(1)
+        return web.Response(status=401, text="no key")
+
+    calls.clear()
+    with pytest.raises(RequestFailedError, match=r"status 401.*no key"):
+        ask(prompter, refuse)
+    assert len(calls) == 1
+
+
+def test_garbage_is_a_failed_request(prompter: Prompter) -> None:
+    async def garbage(request: web.Request) -> web.Response:
+        return web.json_response({"choices": []})
+
+    with pytest.raises(RequestFailedError, match="answered"):
+        ask(prompter, garbage)
+
+
+def test_an_external_critic_needs_an_address() -> None:
+    settings = load("rulebook_easy", ["rollout.critic=external"])
+    with pytest.raises(ConfigError, match=r"rollout\.external\.url"):
+        validate(settings)

@@ -1,0 +1,45 @@
+"""The real server, started once for all tests of this folder that do not break it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from engine_cases import engine_on, engine_settings, spec
+
+from icrl_megatron.config import TinyModel
+from icrl_megatron.rollout.prompts import template_words
+from icrl_megatron.rollout.sglang import SGLangEngine
+from icrl_megatron.rollout.sglang_server import Server
+from icrl_megatron.tasks import registry
+from icrl_megatron.tiny import build_tiny
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3 with an untied head and the words of Rulebook."""
+    folder = tmp_path_factory.mktemp("engine") / "model"
+    words = template_words("compact") | set(registry.get("rulebook_easy").vocabulary())  # type: ignore[attr-defined]
+    build_tiny(folder, TinyModel(tie_embeddings=False), sorted(words), 0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    started = Server(spec(model, tmp_path_factory.mktemp("server") / "sglang.log", engine_settings()))
+    started.start()
+    try:
+        started.wait_ready()
+        yield started
+    finally:
+        started.kill()
+
+
+@pytest.fixture
+def engine(server: Server, model: Path) -> SGLangEngine:
+    return engine_on(server, model, engine_settings())

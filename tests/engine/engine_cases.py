@@ -1,0 +1,83 @@
+"""What the tests of the real engine share: settings, a server's engine, requests, and transformers as the reference."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from icrl_megatron.config import EngineSettings
+from icrl_megatron.rollout.engine import Sampling
+from icrl_megatron.rollout.engines import tensor_shapes
+from icrl_megatron.rollout.sglang import SGLangEngine
+from icrl_megatron.rollout.sglang_server import Server, ServerSpec
+from icrl_megatron.rollout.sglang_weights import SharedMemory
+from icrl_megatron.types import Completion
+
+CONTEXT = 512
+Tensors = list[tuple[str, torch.Tensor]]
+
+
+def engine_settings(**changes: object) -> EngineSettings:
+    given = {"kind": "sglang", "python": os.environ["ICRL_ENGINE_PYTHON"], "max_batch": 64, "startup_timeout_s": 400.0}
+    return EngineSettings(**{**given, **changes})  # type: ignore[arg-type]
+
+
+def spec(model: Path, log: Path, settings: EngineSettings) -> ServerSpec:
+    return ServerSpec(model, settings, "fp32", CONTEXT, log, on_cpu=True)
+
+
+def engine_on(server: Server, model: Path, settings: EngineSettings) -> SGLangEngine:
+    return SGLangEngine(
+        server,
+        settings,
+        lambda: SharedMemory(server, 1, None, 0, settings.sync_timeout_s),
+        tensor_shapes(model),
+        torch.float32,
+        torch.device("cpu"),
+    )
+
+
+def generate(engine: SGLangEngine, requests: Sequence[tuple[Sequence[int], Sampling]]) -> list[Completion]:
+    async def together() -> list[Completion]:
+        return list(await asyncio.gather(*(engine.generate(p, s) for p, s in requests)))
+
+    return asyncio.run(together())
+
+
+def load(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def weights(model: PreTrainedModel) -> Tensors:
+    return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+
+
+def changed(model: PreTrainedModel, seed: int) -> Tensors:
+    """Other weights of the same shapes, near enough to be a model and far enough to say other things."""
+    torch.manual_seed(seed)
+    return [(name, tensor + 0.05 * torch.randn_like(tensor)) for name, tensor in weights(model)]
+
+
+@torch.no_grad()
+def reference_logprobs(
+    model: PreTrainedModel, prompt: Sequence[int], ids: Sequence[int], temperature: float
+) -> torch.Tensor:
+    logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].float()
+    logprobs: torch.Tensor = torch.log_softmax(logits / temperature, -1)
+    return logprobs.gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel, prompt: Sequence[int], steps: int, end: int) -> tuple[int, ...]:
+    """What the model says without sampling, up to its end token."""
+    ids = list(prompt)
+    for _ in range(steps):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == end:
+            break
+    return tuple(ids[len(prompt) :])

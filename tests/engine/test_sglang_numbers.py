@@ -1,0 +1,138 @@
+"""What the real SGLang returns, and what it holds after a sync, next to transformers."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+from engine_cases import changed, engine_on, engine_settings, generate, greedy, load, reference_logprobs, weights
+
+from icrl_megatron.rollout.engine import EngineError, RequestFailedError, Sampling
+from icrl_megatron.rollout.sglang import SGLangEngine
+from icrl_megatron.rollout.sglang_server import Server
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+TOLERANCE = 1e-4
+PROMPTS = [[8 + i, 7, 9 + i % 5, 11, 8 + i // 2] for i in range(48)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_logprobs_agree_with_transformers_over_a_thousand_tokens(
+    engine: SGLangEngine, model: Path, temperature: float
+) -> None:
+    reference = load(model)
+    engine.update_weights(weights(reference), 1)
+    sampling = [Sampling(temperature, 64, seed, ()) for seed in range(len(PROMPTS))]
+    completions = generate(engine, list(zip(PROMPTS, sampling, strict=True)))
+    worst = max(
+        float((reference_logprobs(reference, p, c.ids, temperature or 1.0) - torch.tensor(c.logprobs)).abs().max())
+        for p, c in zip(PROMPTS, completions, strict=True)
+    )
+    tokens = sum(len(c.ids) for c in completions)
+    print(f"temperature {temperature}: {tokens} tokens, largest difference {worst:.1e}")
+    assert tokens >= 1000
+    assert worst < TOLERANCE
+
+
+def test_new_weights_are_live_stamped_and_checksummed(engine: SGLangEngine, model: Path) -> None:
+    reference = load(model)
+    engine.update_weights(weights(reference), 1)
+    greedily = Sampling(0.0, 24, 0, ())
+    before = generate(engine, [(PROMPTS[0], greedily)])[0]
+    new = changed(reference, 1)
+    engine.update_weights(iter(new), 2)
+    engine.verify(iter(new), tied=False)
+    reference.load_state_dict(dict(new))
+    end = reference.config.eos_token_id
+    after = generate(engine, [(p, greedily) for p in PROMPTS[:8]])
+    assert [c.ids for c in after] == [greedy(reference, p, 24, end) for p in PROMPTS[:8]]
+    assert before.weight_version == 1
+    assert {c.weight_version for c in after} == {2}
+    assert before.ids != after[0].ids
+
+    other = [(n, t + 1.0 if n == "model.layers.1.self_attn.k_proj.weight" else t) for n, t in new]
+    with pytest.raises(EngineError, match=r"other values of 'model\.layers\.1\.self_attn\.qkv_proj\.weight'"):
+        engine.verify(iter(other), tied=False)
+
+
+@pytest.mark.parametrize("bucket_mib", [1, 512])
+def test_small_buckets_give_the_same_weights(server: Server, model: Path, bucket_mib: int) -> None:
+    engine = engine_on(server, model, engine_settings(bucket_mib=bucket_mib))
+    engine._sink._capacity = 60_000 if bucket_mib == 1 else engine._sink._capacity  # a tiny model fits in one
+    new = changed(load(model), 3)
+    engine.update_weights(new, 5)
+    engine.verify(new, tied=False)
+
+
+def test_malformed_updates_are_refused_and_the_server_lives(engine: SGLangEngine, model: Path) -> None:
+    good = weights(load(model))
+    name, tensor = good[3]
+    bad = {
+        "has no tensor 'model.nonsense'": [("model.nonsense", tensor)],
+        "has shape": [(name, tensor[:1])],
+        "is torch.bfloat16": [(name, tensor.bfloat16())],
+        "came twice": [good[3], good[3]],
+        "lacks": good[:-1],
+    }
+    for message, tensors in bad.items():
+        with pytest.raises(EngineError, match=message):
+            engine.update_weights(tensors, 7)
+    engine.update_weights(good, 8)
+    assert generate(engine, [(PROMPTS[0], Sampling(0.0, 4, 0, ()))])[0].weight_version == 8
+
+
+def test_a_request_past_its_deadline_keeps_its_tokens(server: Server, model: Path) -> None:
+    engine = engine_on(server, model, engine_settings(request_timeout_s=0.4))
+    engine.update_weights(weights(load(model)), 1)
+    never = Sampling(1.0, 480, 0, ())
+    cut = [c for c in generate(engine, [(p, never) for p in PROMPTS]) if c.finish_reason == "abort"]
+    assert cut
+    assert all(len(c.ids) == len(c.logprobs) < 480 for c in cut)
+    assert any(c.ids for c in cut)
+    assert engine.stats.aborted >= len(cut)
+
+
+def test_a_cancelled_request_is_aborted_and_the_others_go_on(engine: SGLangEngine, model: Path) -> None:
+    engine.update_weights(weights(load(model)), 1)
+
+    async def one_leaves() -> int:
+        left = asyncio.ensure_future(engine.generate(PROMPTS[0], Sampling(1.0, 400, 0, ())))
+        stays = asyncio.ensure_future(engine.generate(PROMPTS[1], Sampling(0.0, 20, 0, ())))
+        await asyncio.sleep(0.2)
+        left.cancel()
+        return len((await stays).ids)
+
+    assert asyncio.run(one_leaves()) > 0
+
+
+def test_turns_of_an_episode_find_their_prefix_in_the_cache(engine: SGLangEngine, model: Path) -> None:
+    engine.update_weights(weights(load(model)), 1)
+    prompt = [9 + i % 40 for i in range(200)]
+    generate(engine, [(prompt, Sampling(0.0, 4, 0, ()))])
+    engine.take_stats()
+    generate(engine, [([*prompt, 12, 13], Sampling(0.0, 4, 0, ()))])
+    stats = engine.take_stats()
+    assert stats.prompt_tokens == 202
+    assert stats.cached_tokens >= 199
+    engine.update_weights(weights(load(model)), 2)
+    generate(engine, [([*prompt, 12, 13], Sampling(0.0, 4, 0, ()))])
+    assert engine.take_stats().cached_tokens == 0  # what the old weights computed is gone
+
+
+def test_sleep_and_wake_in_two_stages(engine: SGLangEngine, model: Path) -> None:
+    engine.update_weights(weights(load(model)), 1)
+    engine.sleep()
+    with pytest.raises(EngineError, match="sleeps"):
+        generate(engine, [(PROMPTS[0], Sampling(0.0, 4, 0, ()))])
+    engine.wake_weights()
+    engine.update_weights(weights(load(model)), 2)
+    engine.wake()
+    assert generate(engine, [(PROMPTS[0], Sampling(0.0, 4, 0, ()))])[0].weight_version == 2
+
+
+def test_a_request_that_cannot_be_served_is_refused_by_name(engine: SGLangEngine) -> None:
+    with pytest.raises(RequestFailedError, match="SGLang"):
+        generate(engine, [([8] * 600, Sampling(0.0, 4, 0, ()))])

@@ -1,0 +1,71 @@
+"""Does a running SGLang server hold the weights of a Hugging Face folder? `python tools/verify_sync.py URL FOLDER`.
+
+Compares a checksum of every parameter, tensor by tensor. Exits with 0 when all agree, 1 with the first name that
+differs, 2 when the server or the folder cannot be read. A server that quantises its weights always differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from icrl_megatron.config import ConfigError
+from icrl_megatron.rollout.engine import EngineError
+from icrl_megatron.rollout.sglang_checks import Checksums
+from icrl_megatron.rollout.sglang_server import Server
+from icrl_megatron.shape import Qwen3Shape, check_folder
+
+TIMEOUT_S = 600.0
+
+
+def tensors(folder: Path, dtype: torch.dtype, device: str, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the folder as the server keeps it; a tied model's head is its embedding."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt", device=device) as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                if not (tied and name == "lm_head.weight"):
+                    yield name, file.get_tensor(name).to(dtype)
+
+
+def verify(url: str, folder: Path) -> int:
+    """How many parameters were compared. Raises EngineError when one differs, ConfigError when nothing can be read."""
+    shape: Qwen3Shape = check_folder(folder)
+    server = Server(None, url.rstrip("/"))
+    try:
+        info = server.info()
+    except EngineError as error:
+        raise ConfigError(str(error)) from error
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(str(info.get("dtype")))
+    if dtype is None:
+        raise ConfigError(f"{url} was started with --dtype {info.get('dtype')}: start it with bfloat16 or float32")
+    expected = Checksums(int(info.get("tp_size") or 1), shape.tied)
+    for name, tensor in tensors(folder, dtype, str(info.get("device") or "cpu"), shape.tied):
+        expected.add(name, tensor)
+    expected.compare(server.post("/weights_checker", {"action": "checksum"}, TIMEOUT_S))
+    return len(expected.expected[0])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("url", help="http://host:port of the server")
+    parser.add_argument("folder", type=Path, help="Hugging Face folder, e.g. a run's hf")
+    arguments = parser.parse_args()
+    try:
+        count = verify(arguments.url, arguments.folder)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except EngineError as error:
+        print(f"differs: {error}")
+        return 1
+    print(f"{count} parameters agree")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
