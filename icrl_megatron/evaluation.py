@@ -188,11 +188,12 @@ def _play(
 
         critic: Speaker | None = None
         if request.critic.startswith(("http://", "https://")):
-            from icrl_megatron.rollout.endpoint import EndpointSpeaker, connect
+            from icrl_megatron.rollout.connections import Connections
+            from icrl_megatron.rollout.external import ExternalSpeaker, first_model
 
-            url = request.critic.rstrip("/")
-            client, name = connect(url, settings.engine.request_timeout_s)
-            critic = EndpointSpeaker(client, url, name, prompter, rollout.temperature)
+            external = replace(rollout.external, url=request.critic.rstrip("/"))
+            external = replace(external, model=first_model(external))
+            critic = ExternalSpeaker(external, rollout.temperature, prompter, Connections(external.concurrency))
         elif request.critic:
             other = open_models.enter_context(_model_folder(Path(request.critic)))
             if tokenizer(other).get_vocab() != tokenizer(folder).get_vocab():
