@@ -8,8 +8,9 @@ import os
 from dataclasses import dataclass
 
 import aiohttp
+import httpx2
 
-from icrl_megatron.config import ExternalCritic
+from icrl_megatron.config import ConfigError, ExternalCritic
 from icrl_megatron.rollout.connections import Connections
 from icrl_megatron.rollout.engine import RequestFailedError
 from icrl_megatron.rollout.prompts import Prompter
@@ -65,13 +66,29 @@ class ExternalSpeaker:
         raise RequestFailedError(f"The external critic at {self.settings.url} failed: {last}")
 
     async def _post(self, session: aiohttp.ClientSession, body: str) -> tuple[int, bytes]:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.settings.api_key_env, ""):
-            headers["Authorization"] = f"Bearer {key}"
+        headers = {"Content-Type": "application/json", **_authorization(self.settings)}
         limit = aiohttp.ClientTimeout(total=self.settings.timeout_s)
         url = f"{self.settings.url.rstrip('/')}/chat/completions"
         async with session.post(url, data=body, headers=headers, timeout=limit) as reply:
             return reply.status, await reply.read()
+
+
+def first_model(settings: ExternalCritic) -> str:
+    """The name of the first model that the endpoint serves. Raises ConfigError when there is none."""
+    url, limit = f"{settings.url.rstrip('/')}/models", min(settings.timeout_s, 30.0)
+    try:
+        return str(httpx2.get(url, headers=_authorization(settings), timeout=limit).json()["data"][0]["id"])
+    except (httpx2.HTTPError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(
+            f"--critic={settings.url}: no OpenAI-compatible endpoint there ({type(error).__name__}: {error}); give the "
+            f"address that ends before /chat/completions, e.g. http://host:30000/v1, and a key in "
+            f"{settings.api_key_env} if it wants one"
+        ) from error
+
+
+def _authorization(settings: ExternalCritic) -> dict[str, str]:
+    key = os.environ.get(settings.api_key_env, "")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _content(answer: bytes) -> str:
