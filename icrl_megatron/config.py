@@ -103,6 +103,12 @@ class RolloutSettings:
     environment_timeout_s: float = 60.0
     concurrency: int = 512
     """Episodes in flight per engine."""
+    oversample: float = 1.0
+    """Tasks begun for each task needed: once enough groups are complete, the slowest are cut off. It favours tasks that
+    are quickly played."""
+    partial: bool = False
+    """Keep what was cut off and go on with it in the next step, with the log-probs its old tokens were sampled with:
+    algo.mismatch_correction weighs them. What is kept does not outlive the process."""
 
 
 @dataclass

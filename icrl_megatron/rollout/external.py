@@ -65,9 +65,8 @@ class ExternalSpeaker:
         raise RequestFailedError(f"The external critic at {self.settings.url} failed: {last}")
 
     async def _post(self, session: aiohttp.ClientSession, body: str) -> tuple[int, bytes]:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.settings.api_key_env, ""):
-            headers["Authorization"] = f"Bearer {key}"
+        key = os.environ.get(self.settings.api_key_env, "")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         limit = aiohttp.ClientTimeout(total=self.settings.timeout_s)
         url = f"{self.settings.url.rstrip('/')}/chat/completions"
         async with session.post(url, data=body, headers=headers, timeout=limit) as reply:
