@@ -208,6 +208,8 @@ class ActorSettings:
     """off | delayed | current | blockwise: Transformer Engine's recipes, on GPUs with FP8 only."""
     recompute: str = "none"
     """none | selective | full."""
+    offload: str = "none"
+    """What leaves the GPU while episodes are played: none | optimizer (moments, main weights) | all (gradients too)."""
     micro_batch_tokens: int = 16384
     """Token budget of a packed micro-batch; a longer sequence gets one of its own."""
     head_chunk_tokens: int | None = None

@@ -72,6 +72,7 @@ def update(parts: Parts, recorder: Recorder, report: CreditReport) -> StepStats:
     recompute = settings.algo.calibration.enabled and settings.algo.calibration.denominator == "recomputed"
     with recorder.phase("sleep"):
         parts.sync.sleep()
+        parts.actor.offload.restore()
     with recorder.phase("pack"):
         plan = pack(report.samples, settings.algo, prompt="train", **layout)
         behaviour = pack(report.samples, settings.algo, prompt="behaviour", **layout) if recompute else None
@@ -81,5 +82,6 @@ def update(parts: Parts, recorder: Recorder, report: CreditReport) -> StepStats:
         stats = parts.actor.train(plan, scored, parts.learning_rate(recorder.step))
     parts.check_engine(stats)
     with recorder.phase("sync"):
+        parts.actor.offload.release()
         parts.sync.push()
     return stats

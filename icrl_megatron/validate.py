@@ -28,6 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "algo.on_no_signal": ("error", "skip", "train"),
     "actor.precision": ("bf16", "fp32"),
     "actor.fp8": ("off", "delayed", "current", "blockwise"),
+    "actor.offload": ("none", "optimizer", "all"),
     "actor.recompute": ("none", "selective", "full"),
     "actor.head_backend": ("auto", "torch", "triton"),
     "actor.head_logits": ("fp32", "bf16"),
@@ -117,6 +118,7 @@ MAY_CHANGE_ON_RESUME = (
     "actor.pipeline_parallel",
     "actor.sequence_parallel",
     "actor.recompute",
+    "actor.offload",
     "actor.micro_batch_tokens",
     "actor.head_",
 )

@@ -40,7 +40,7 @@ class Groups:
         return [(task, index) for task in self.tasks for index in range(self._episodes)]
 
     def begin(self, engine: Engine | None, tick: Callable[[], None]) -> None:
-        """Before episodes are played: `engine` is interrupted when there are enough, `tick` hears of each that ended."""
+        """Before episodes are played: `engine` is interrupted when there are enough, `tick` hears of each end."""
         self._engine, self._tick, self._stop = engine, tick, Stop()
 
     def casting(self, speakers: Casting) -> Casting:
