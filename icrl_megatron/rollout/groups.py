@@ -62,6 +62,12 @@ class Groups:
             if self._engine is not None:
                 self._interrupting = asyncio.get_running_loop().create_task(self._engine.interrupt())
 
+    async def settle(self) -> None:
+        """Until an interruption has reached the engine: it must not meet the requests of the next step."""
+        if self._interrupting is not None:
+            await self._interrupting
+            self._interrupting = None
+
     def enough(self) -> bool:
         return sum(map(self._whole, self.tasks)) >= self._needed
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from icrl_megatron.rollout.engine import EngineError, EngineStats
 from icrl_megatron.rollout.engines import Engines, Share
-from icrl_megatron.rollout.episode import Stage, play_all
+from icrl_megatron.rollout.episode import Ended, Stage, play_all
 from icrl_megatron.rollout.groups import Groups
 from icrl_megatron.rollout.speakers import Casting, Seeds
 from icrl_megatron.rollout.tapes import Tape
@@ -95,14 +95,19 @@ class EngineSource:
                     break
                 else:
                     groups.begin(self.engines.solver, lambda: bar.advance(1))
-                    results = asyncio.run(
-                        play_all(left, stage, groups.casting(self.casting), seeds, on_end=groups.ended)
-                    )
+                    results = asyncio.run(self._round(left, stage, groups, seeds))
                     left = [(r.task, r.index) for r in results if isinstance(r, UnplayedEpisode) and r.error]
                     left = [] if groups.enough() else left
         if needed is not None and self.stage.settings.partial:
             self.kept.update(groups.cut_off())
         return self._together(tasks, groups, deaths)
+
+    async def _round(
+        self, places: Sequence[tuple[Task, int]], stage: Stage, groups: Groups, seeds: Seeds
+    ) -> list[Ended]:
+        results = await play_all(places, stage, groups.casting(self.casting), seeds, on_end=groups.ended)
+        await groups.settle()
+        return results
 
     def _revive(self, reasons: list[str], before: int) -> int:
         """Restarts what was lost, with the current weights; returns how many engines that were."""

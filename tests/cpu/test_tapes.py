@@ -139,7 +139,9 @@ def test_a_step_with_enough_groups_keeps_the_slow_ones_for_the_next(stage: Stage
             return Cast(speaker, speaker)
 
         groups.begin(Engine(), lambda: None)  # type: ignore[arg-type]
-        return await play_all(groups.places(), stage, groups.casting(cast), SEEDS, groups.ended)
+        results = await play_all(groups.places(), stage, groups.casting(cast), SEEDS, groups.ended)
+        await groups.settle()
+        return results
 
     results = asyncio.run(play())
     assert [isinstance(r, UnplayedEpisode) for r in results] == [True, True, False, False, False, False]
