@@ -131,6 +131,12 @@ class RolloutSettings:
     environment_timeout_s: float = 60.0
     concurrency: int = 512
     """Episodes in flight per engine."""
+    oversample: float = 1.0
+    """Tasks begun for each task needed: once enough groups are complete, the slowest are cut off. It favours tasks that
+    are quickly played."""
+    partial: bool = False
+    """Keep what was cut off and go on with it in the next step, with the log-probs its old tokens were sampled with:
+    algo.mismatch_correction weighs them. What is kept does not outlive the process."""
 
 
 @dataclass
@@ -232,6 +238,8 @@ class ActorSettings:
     """off | delayed | current | blockwise: Transformer Engine's recipes, on GPUs with FP8 only."""
     recompute: str = "none"
     """none | selective | full."""
+    offload: str = "none"
+    """What leaves the GPU while episodes are played: none | optimizer (moments, main weights) | all (gradients too)."""
     micro_batch_tokens: int = 16384
     """Token budget of a packed micro-batch; a longer sequence gets one of its own."""
     head_chunk_tokens: int | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from icrl_megatron.algo.credit import CreditReport, credit
 from icrl_megatron.data.packing import pack
 from icrl_megatron.launch import STOPPED
@@ -35,11 +37,11 @@ def play_and_credit(parts: Parts, recorder: Recorder) -> tuple[Played, CreditRep
     """Episodes with a signal, and what each of their tokens earned. A batch without any is drawn again, boundedly."""
     settings, algo = parts.settings, parts.settings.algo
     for resample in range(algo.max_resamples + 1):
-        tasks = parts.sampler.draw(recorder.step, resample, settings.rollout.tasks_per_step)
+        rollout, seeds = settings.rollout, parts.seeds(recorder.step, resample)
+        begun, needed = math.ceil(rollout.tasks_per_step * rollout.oversample), rollout.tasks_per_step
+        tasks = parts.sampler.draw(recorder.step, resample, begun)
         with recorder.phase("rollout"):
-            played = parts.source.play(
-                tasks, settings.rollout.episodes_per_task, parts.seeds(recorder.step, resample), settings.rollout.rounds
-            )
+            played = parts.source.play(tasks, rollout.episodes_per_task, seeds, rollout.rounds, needed)
         recorder.count(played, resample)
         report = credit(played.episodes, algo, train_critic=settings.rollout.critic == "self")
         if report.has_signal:
@@ -70,6 +72,7 @@ def update(parts: Parts, recorder: Recorder, report: CreditReport) -> StepStats:
     recompute = settings.algo.calibration.enabled and settings.algo.calibration.denominator == "recomputed"
     with recorder.phase("sleep"):
         parts.sync.sleep()
+        parts.actor.offload.restore()
     with recorder.phase("pack"):
         plan = pack(report.samples, settings.algo, prompt="train", **layout)
         behaviour = pack(report.samples, settings.algo, prompt="behaviour", **layout) if recompute else None
@@ -79,5 +82,6 @@ def update(parts: Parts, recorder: Recorder, report: CreditReport) -> StepStats:
         stats = parts.actor.train(plan, scored, parts.learning_rate(recorder.step))
     parts.check_engine(stats)
     with recorder.phase("sync"):
+        parts.actor.offload.release()
         parts.sync.push()
     return stats

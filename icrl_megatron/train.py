@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -122,10 +123,12 @@ def problems(settings: Settings, catalogue: registry.Catalogue, split: Split) ->
             raise ConfigError(f"task set {name!r} has no {split} problems; take it out of tasks.sources")
         if split == "train" and settings.tasks.limit is not None:
             found[name] = tasks[: settings.tasks.limit]
-        if split == "train" and len(found[name]) < settings.rollout.tasks_per_step:
+        drawn = math.ceil(settings.rollout.tasks_per_step * settings.rollout.oversample)
+        if split == "train" and len(found[name]) < drawn:
             raise ConfigError(
-                f"task set {name!r} has {len(found[name])} training problems, and a step draws "
-                f"rollout.tasks_per_step={settings.rollout.tasks_per_step}: raise tasks.limit or lower the step"
+                f"task set {name!r} has {len(found[name])} training problems, and a step draws {drawn} "
+                f"(rollout.tasks_per_step={settings.rollout.tasks_per_step} x rollout.oversample): raise tasks.limit "
+                "or lower the step"
             )
     return found
 

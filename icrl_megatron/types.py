@@ -50,6 +50,9 @@ class Completion:
     """Log-probability of each id under the distribution it was sampled from (temperature applied), same length."""
     finish_reason: FinishReason
     weight_version: int
+    """Of the newest of its tokens."""
+    older: tuple[tuple[int, int], ...] = ()
+    """(version, tokens) of the leading tokens that older weights generated, in a reply that was interrupted."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,8 @@ class DroppedEpisode:
 
 @dataclass(frozen=True)
 class UnplayedEpisode:
-    """An episode that was cut off because its engine was lost: it is played again once the engine was revived."""
+    """An episode that was cut off: its engine was lost, and it is played again once that was revived; or the step had
+    enough without it, and there is no error."""
 
     task: Task
     index: int

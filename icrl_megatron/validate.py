@@ -31,6 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "algo.on_no_signal": ("error", "skip", "train"),
     "actor.precision": ("bf16", "fp32"),
     "actor.fp8": ("off", "delayed", "current", "blockwise"),
+    "actor.offload": ("none", "optimizer", "all"),
     "actor.recompute": ("none", "selective", "full"),
     "actor.layers": ("auto", "transformer_engine", "torch"),
     "actor.head_backend": ("auto", "torch", "triton"),
@@ -62,6 +63,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "rollout.observation_chars": (1, math.inf),
     "rollout.environment_timeout_s": (1e-3, math.inf),
     "rollout.concurrency": (1, math.inf),
+    "rollout.oversample": (1, 16),
     "rollout.external.timeout_s": (1e-3, math.inf),
     "rollout.external.concurrency": (1, math.inf),
     "engine.tensor_parallel": (1, math.inf),
@@ -121,6 +123,7 @@ MAY_CHANGE_ON_RESUME = (
     "actor.pipeline_parallel",
     "actor.sequence_parallel",
     "actor.recompute",
+    "actor.offload",
     "actor.micro_batch_tokens",
     "actor.head_",
 )
@@ -137,6 +140,7 @@ def validate(settings: Settings) -> None:
     _check_tasks(settings)
     _check_algo(settings.algo, settings)
     _check_external(settings.rollout)
+    _check_partial(settings)
     _check_grid(settings)
     shape = _check_model(settings)
     _check_split(settings.actor, shape)
@@ -263,6 +267,19 @@ def _check_grid(settings: Settings) -> None:
         raise ConfigError(
             "actor.head_logits=bf16 needs the triton head and actor.precision=bf16 "
             f"(actor.head_backend={actor.head_backend}, actor.precision={actor.precision}); use actor.head_logits=fp32"
+        )
+
+
+def _check_partial(settings: Settings) -> None:
+    rollout = settings.rollout
+    if not rollout.partial:
+        return
+    if rollout.oversample == 1.0:
+        raise ConfigError("rollout.partial=true: nothing is ever cut off; set rollout.oversample above 1, e.g. 1.25")
+    if not settings.algo.mismatch_correction.enabled:
+        raise ConfigError(
+            "rollout.partial=true trains on tokens of older weights: set algo.mismatch_correction.enabled=true, which "
+            "weighs them by the log-probs they were sampled with"
         )
 
 

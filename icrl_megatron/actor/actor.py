@@ -13,6 +13,7 @@ from icrl_megatron.actor import platform
 from icrl_megatron.actor.grid import Grid, any_rank, gather_objects
 from icrl_megatron.actor.measure import Totals, measure, token_weights
 from icrl_megatron.actor.model import build
+from icrl_megatron.actor.offload import Offload
 from icrl_megatron.actor.optimizer import Optimizer, wrap
 from icrl_megatron.actor.passes import Frozen, HeadPlan, head_shard, score_pass, train_pass
 from icrl_megatron.actor.weights import load_hf, rows
@@ -53,6 +54,7 @@ class Actor:
         self.reference = self._frozen_copy(folder) if settings.algo.kl_coef > 0 else None
         self.wrapped = wrap(self.model)
         self.optimizer = Optimizer(self.wrapped, settings.actor, settings.optim)
+        self.offload = Offload(settings.actor.offload, self.optimizer, self.wrapped)
         self.head = HeadPlan(
             terms=_terms(settings),
             shard=head_shard(self.shape, grid),

@@ -31,7 +31,9 @@ class Connections:
         loop = asyncio.get_running_loop()
         if self._link is None or self._link.loop is not loop:
             session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
+                connector=aiohttp.TCPConnector(limit=0),
+                timeout=aiohttp.ClientTimeout(total=None),
+                headers={"Content-Type": "application/json"},
             )
             self._link = Link(loop, session, asyncio.Semaphore(self._limit), loop.create_task(_hold(session)))
         return self._link

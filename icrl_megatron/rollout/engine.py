@@ -81,6 +81,10 @@ class Engine(WeightReceiver, Protocol):
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion: ...
 
+    async def interrupt(self) -> None:
+        """Ends what is being generated, where the engine can: such requests return "abort" and what they have."""
+        ...
+
     def health(self) -> str:
         """ "ok", or what is wrong."""
         ...

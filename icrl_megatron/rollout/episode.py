@@ -19,6 +19,7 @@ from icrl_megatron.config import ConfigError, RolloutSettings
 from icrl_megatron.rollout.engine import EngineLostError, RequestFailedError
 from icrl_megatron.rollout.prompts import Prompter, parse_critique
 from icrl_megatron.rollout.speakers import Ask, Casting, Seeds, Speaker
+from icrl_megatron.rollout.tapes import InterruptedEpisodeError
 from icrl_megatron.tasks.base import Environment, EnvironmentFailure, StepResult
 from icrl_megatron.types import (
     Attempt,
@@ -318,6 +319,8 @@ async def _play_twice(task: Task, index: int, stage: Stage, casting: Casting, se
             failure = str(error)
         except EngineLostError as error:
             return UnplayedEpisode(task, index, str(error))
+        except InterruptedEpisodeError:
+            return UnplayedEpisode(task, index, "")
     return DroppedEpisode(task, index, failure)
 
 

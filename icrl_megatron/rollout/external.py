@@ -66,7 +66,7 @@ class ExternalSpeaker:
         raise RequestFailedError(f"The external critic at {self.settings.url} failed: {last}")
 
     async def _post(self, session: aiohttp.ClientSession, body: str) -> tuple[int, bytes]:
-        headers = {"Content-Type": "application/json", **_authorization(self.settings)}
+        headers = _authorization(self.settings)
         limit = aiohttp.ClientTimeout(total=self.settings.timeout_s)
         url = f"{self.settings.url.rstrip('/')}/chat/completions"
         async with session.post(url, data=body, headers=headers, timeout=limit) as reply:

@@ -97,6 +97,9 @@ class LocalEngine:
         self._version = version
         self._unfit = _ASLEEP if asleep else ""
 
+    async def interrupt(self) -> None:
+        """Its batches run to their end: a token more costs less than a batch cut short and begun again."""
+
     def sleep(self) -> None:
         if any(not p.future.done() for p in (*self._pending, *self._running)):
             raise EngineError("The engine cannot sleep while requests are running: wait for them.")

@@ -148,6 +148,11 @@ class SGLangEngine:
             self._post("/resume_memory_occupation", {"tags": ["kv_cache"]})
         self._asleep = False
 
+    async def interrupt(self) -> None:
+        """Aborts every request in flight: each returns what it has, with "abort" as its reason."""
+        if not self._lost:
+            await self._abort(self._connections.here(), "", everything=True)
+
     def health(self) -> str:
         if self._lost:
             return self._lost
@@ -231,14 +236,14 @@ class SGLangEngine:
             raise RequestFailedError(f"SGLang answered a request with {text[:200]!r}.")
         return found
 
-    async def _abort(self, link: Link, rid: str) -> None:
+    async def _abort(self, link: Link, rid: str, everything: bool = False) -> None:
         try:
             limit = aiohttp.ClientTimeout(total=ABORT_GRACE_S)
-            body = json.dumps({"rid": rid, "abort_all": False})
+            body = json.dumps({"rid": rid, "abort_all": everything})
             async with link.session.post(f"{self.server.url}/abort_request", data=body, timeout=limit) as reply:
                 await reply.read()
-        except (aiohttp.ClientError, OSError, TimeoutError):
-            pass  # what is asked for next will tell
+        except (aiohttp.ClientError, OSError, TimeoutError, RuntimeError):
+            pass  # a dead server, or a loop that ends (its session is closed): what is asked for next will tell
 
     async def _after_error(self, error: Exception, last: bool) -> None:
         """Returns if asking again makes sense. Raises EngineLostError if the server is gone."""

@@ -15,7 +15,7 @@ import io
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
@@ -211,6 +211,8 @@ class OverGroup:
         return self._group.broadcast([tensor], options)
 
     def close(self) -> None:
+        with suppress(EngineError):  # the server may be gone, and the group with it
+            self._server.post("/destroy_weights_update_group", {"group_name": self._name}, 30.0)
         self._threads.shutdown(wait=False)
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from icrl_megatron.rollout.engine import EngineError, EngineStats
-from icrl_megatron.rollout.engines import Engines
+from icrl_megatron.rollout.engines import Engines, Share
 from icrl_megatron.rollout.episode import Ended, Stage, play_all
+from icrl_megatron.rollout.groups import Groups
 from icrl_megatron.rollout.speakers import Casting, Seeds
+from icrl_megatron.rollout.tapes import Tape
 from icrl_megatron.telemetry.dumps import dump_path, dumped_steps, read_episodes
 from icrl_megatron.telemetry.progress import Progress
 from icrl_megatron.types import (
@@ -43,13 +45,19 @@ class Played:
     engine: EngineStats = field(default_factory=EngineStats)
     deaths: int = 0
     """Engines that had to be revived meanwhile."""
+    cut_off: int = 0
+    """Episodes that were interrupted, because there were enough groups without them."""
 
     def generated_tokens(self) -> int:
         return sum(e.generated_tokens() for e in self.episodes)
 
 
 class EpisodeSource(Protocol):
-    def play(self, tasks: Sequence[Task], episodes: int, seeds: Seeds, rounds: int) -> Played: ...
+    def play(
+        self, tasks: Sequence[Task], episodes: int, seeds: Seeds, rounds: int, needed: int | None = None
+    ) -> Played:
+        """`needed`: how many complete groups are enough, where more tasks are given; None: all of them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -64,15 +72,20 @@ class EngineSource:
     """Brings engines that were restarted up to date (`WeightSync.resend`); all ranks call it together."""
     gather: Gather
     progress: Progress
+    kept: dict[Task, dict[int, Tape]] = field(default_factory=dict)
+    """Groups that were cut off (`rollout.partial`): the tape of each of their episodes."""
 
-    def play(self, tasks: Sequence[Task], episodes: int, seeds: Seeds, rounds: int) -> Played:
+    def play(
+        self, tasks: Sequence[Task], episodes: int, seeds: Seeds, rounds: int, needed: int | None = None
+    ) -> Played:
         """Raises what `episode.play_all` raises, and EngineError once MAX_DEATHS engines were lost."""
         stage = replace(self.stage, settings=replace(self.stage.settings, rounds=rounds))
         share = self.engines.share
-        mine = list(tasks[share.index :: share.count]) if share.index is not None else []
-        left = [(task, index) for task in mine for index in range(episodes)]
-        ended: list[Ended] = []
-        deaths = 0
+        mine = [] if share.index is None else list(tasks[share.index :: share.count])
+        groups = Groups(mine, episodes, len(mine) if needed is None else _part(needed, share))
+        if needed is not None:
+            groups.go_on_with(self.kept)
+        left, deaths = groups.places(), 0
         with self.progress.phase("rollout", len(left)) as bar:
             while True:
                 everyone = self.gather((self.engines.lost(), len(left)))
@@ -81,12 +94,20 @@ class EngineSource:
                 elif not any(count for _, count in everyone):
                     break
                 else:
-                    results = asyncio.run(
-                        play_all(left, stage, self.casting, seeds, on_end=lambda e: bar.advance(_counts(e)))
-                    )
-                    ended += [r for r in results if not isinstance(r, UnplayedEpisode)]
-                    left = [(r.task, r.index) for r in results if isinstance(r, UnplayedEpisode)]
-        return self._together(tasks, ended, deaths)
+                    groups.begin(self.engines.solver, lambda: bar.advance(1))
+                    results = asyncio.run(self._round(left, stage, groups, seeds))
+                    left = [(r.task, r.index) for r in results if isinstance(r, UnplayedEpisode) and r.error]
+                    left = [] if groups.enough() else left
+        if needed is not None and self.stage.settings.partial:
+            self.kept.update(groups.cut_off())
+        return self._together(tasks, groups, deaths)
+
+    async def _round(
+        self, places: Sequence[tuple[Task, int]], stage: Stage, groups: Groups, seeds: Seeds
+    ) -> list[Ended]:
+        results = await play_all(places, stage, groups.casting(self.casting), seeds, on_end=groups.ended)
+        await groups.settle()
+        return results
 
     def _revive(self, reasons: list[str], before: int) -> int:
         """Restarts what was lost, with the current weights; returns how many engines that were."""
@@ -96,20 +117,25 @@ class EngineSource:
         self.resend(self.engines.revive())
         return len(reasons)
 
-    def _together(self, tasks: Sequence[Task], ended: list[Ended], deaths: int) -> Played:
-        order = {task.task_id: i for i, task in enumerate(tasks)}
-        everyone = self.gather((ended, self.engines.take_stats()))
-        results = sorted((e for part, _ in everyone for e in part), key=lambda e: (order[e.task.task_id], e.index))
+    def _together(self, tasks: Sequence[Task], groups: Groups, deaths: int) -> Played:
+        everyone = self.gather((groups.complete(), groups.discarded(), self.engines.take_stats()))
+        order = {task.task_id: i for i, task in enumerate(tasks)}  # what was kept comes last, by name
+
+        def place(result: Episode | DroppedEpisode) -> tuple[int, str, int]:
+            return order.get(result.task.task_id, len(order)), result.task.task_id, result.index
+
+        whole = sorted((r for part, _, _ in everyone for r in part), key=place)
         return Played(
-            tuple(e for e in results if isinstance(e, Episode)),
-            tuple(e for e in results if isinstance(e, DroppedEpisode)),
-            sum((stats for _, stats in everyone), EngineStats()),
+            tuple(e for e in whole if isinstance(e, Episode)),
+            tuple(e for e in whole if isinstance(e, DroppedEpisode)),
+            sum((stats for _, _, stats in everyone), EngineStats()),
             deaths,
+            sum(count for _, count, _ in everyone),
         )
 
 
-def _counts(ended: Ended) -> int:
-    return 0 if isinstance(ended, UnplayedEpisode) else 1
+def _part(needed: int, share: Share) -> int:
+    return 0 if share.index is None else len(range(needed)[share.index :: share.count])
 
 
 @dataclass(frozen=True)
@@ -118,7 +144,9 @@ class DumpSource:
 
     run_dir: Path
 
-    def play(self, tasks: Sequence[Task], episodes: int, seeds: Seeds, rounds: int) -> Played:
+    def play(
+        self, tasks: Sequence[Task], episodes: int, seeds: Seeds, rounds: int, needed: int | None = None
+    ) -> Played:
         steps = dumped_steps(self.run_dir)
         return Played(tuple(read_episodes(dump_path(self.run_dir, steps[seeds.step % len(steps)]))), ())
 
@@ -132,8 +160,11 @@ class FakeSource:
     turn_tokens: int
     critique_tokens: int
 
-    def play(self, tasks: Sequence[Task], episodes: int, seeds: Seeds, rounds: int) -> Played:
-        return Played(tuple(self._episode(t, i, seeds, rounds) for t in tasks for i in range(episodes)), ())
+    def play(
+        self, tasks: Sequence[Task], episodes: int, seeds: Seeds, rounds: int, needed: int | None = None
+    ) -> Played:
+        chosen = tasks[:needed]
+        return Played(tuple(self._episode(t, i, seeds, rounds) for t in chosen for i in range(episodes)), ())
 
     def _episode(self, task: Task, index: int, seeds: Seeds, rounds: int) -> Episode:
         rng = random.Random(seeds.of(task.task_id, index, 0, "fake", 0))

@@ -131,4 +131,5 @@ def _attempt(fields: dict[str, Any]) -> Attempt:
 
 
 def _completion(fields: dict[str, Any]) -> Completion:
-    return Completion(**{**fields, "ids": tuple(fields["ids"]), "logprobs": tuple(fields["logprobs"])})
+    older = tuple((version, tokens) for version, tokens in fields.get("older", ()))
+    return Completion(**{**fields, "ids": tuple(fields["ids"]), "logprobs": tuple(fields["logprobs"]), "older": older})

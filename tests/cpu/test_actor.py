@@ -256,3 +256,18 @@ def test_a_checkpoint_of_another_model_is_refused(
     settings.actor.precision = "fp32"
     with pytest.raises(ConfigError, match=rf"(?s){saved}.*has shape \(\d+, 32\), the model's is"):
         load(Actor(settings, wider, grid), saved)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_memory_given_up_between_steps_changes_nothing(make: Callable[..., Actor], precision: str) -> None:
+    kept, offloaded = make(precision), make(precision)
+    offloaded.offload.what = "all"
+    gradients = [buffer.grad_data.untyped_storage() for buffer in offloaded.wrapped.buffers]
+    for seed in range(3):
+        offloaded.offload.restore()
+        assert step(offloaded, seed) == step(kept, seed)
+        offloaded.offload.release()
+        offloaded.offload.release()
+        assert [storage.nbytes() for storage in gradients] == [0] * len(gradients)
+    offloaded.offload.restore()
+    assert all(torch.equal(a, b) for a, b in zip(offloaded.model.parameters(), kept.model.parameters(), strict=True))

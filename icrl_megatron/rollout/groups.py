@@ -1,0 +1,87 @@
+"""The groups of a step on one rank: which are complete, when there are enough, and what was cut off."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from icrl_megatron.rollout.engine import Engine
+from icrl_megatron.rollout.episode import Ended
+from icrl_megatron.rollout.speakers import Casting
+from icrl_megatron.rollout.tapes import Stop, Tape, taped
+from icrl_megatron.types import Task, UnplayedEpisode
+
+Tapes = dict[Task, dict[int, Tape]]
+
+
+class Groups:
+    """A group is all episodes of one task. Once `needed` groups are complete, the others are interrupted."""
+
+    def __init__(self, tasks: Sequence[Task], episodes: int, needed: int) -> None:
+        self.tasks, self._episodes, self._needed = list(tasks), episodes, needed
+        self._tapes: Tapes = {task: {} for task in tasks}
+        self._done: dict[Task, list[Ended]] = {task: [] for task in tasks}
+        self._cut = 0
+        self._stop = Stop()
+        self._engine: Engine | None = None
+        self._tick: Callable[[], None] = lambda: None
+        self._interrupting: asyncio.Task[None] | None = None
+
+    def go_on_with(self, kept: Tapes) -> None:
+        """Plays kept groups first, in place of as many of the others; `kept` is empty afterwards."""
+        fresh = [task for task in self.tasks if task not in kept]
+        tasks = [*kept, *fresh][: len(self.tasks)]
+        self._tapes = {task: dict(kept.get(task, {})) for task in tasks}
+        self._done = {task: [] for task in tasks}
+        self.tasks = tasks
+        kept.clear()
+
+    def places(self) -> list[tuple[Task, int]]:
+        return [(task, index) for task in self.tasks for index in range(self._episodes)]
+
+    def begin(self, engine: Engine | None, tick: Callable[[], None]) -> None:
+        """Before episodes are played: `engine` is interrupted when there are enough, `tick` hears of each end."""
+        self._engine, self._tick, self._stop = engine, tick, Stop()
+
+    def casting(self, speakers: Casting) -> Casting:
+        """The same speakers, taped where episodes may be cut off or were."""
+        if self._needed == len(self.tasks) and not any(self._tapes.values()):
+            return speakers
+        stop = self._stop
+        return lambda task, index: taped(speakers(task, index), self._tapes[task].setdefault(index, Tape()), stop)
+
+    def ended(self, result: Ended) -> None:
+        """Hears of every episode; interrupts the engine, once, when the last group that is needed is complete."""
+        if isinstance(result, UnplayedEpisode):
+            self._cut += not result.error
+            return
+        self._done[result.task].append(result)
+        self._tick()
+        if self.enough() and not self._stop.asked and self._needed < len(self.tasks):
+            self._stop.asked = True
+            if self._engine is not None:
+                self._interrupting = asyncio.get_running_loop().create_task(self._engine.interrupt())
+
+    async def settle(self) -> None:
+        """Until an interruption has reached the engine: it must not meet the requests of the next step."""
+        if self._interrupting is not None:
+            await self._interrupting
+            self._interrupting = None
+
+    def enough(self) -> bool:
+        return sum(map(self._whole, self.tasks)) >= self._needed
+
+    def complete(self) -> list[Ended]:
+        """The episodes of complete groups."""
+        return [result for task in self.tasks if self._whole(task) for result in self._done[task]]
+
+    def discarded(self) -> int:
+        """Episodes that were cut off."""
+        return self._cut
+
+    def cut_off(self) -> Tapes:
+        """The tapes of the groups that are not complete."""
+        return {task: tapes for task, tapes in self._tapes.items() if not self._whole(task) and tapes}
+
+    def _whole(self, task: Task) -> bool:
+        return len(self._done[task]) == self._episodes

@@ -1,0 +1,89 @@
+"""Episodes that are cut off and go on later: a tape keeps the replies, and an episode replays what its tape holds.
+
+When enough groups of a step are complete, the slowest episodes are interrupted (`rollout.oversample`). Their replies,
+the one that was cut off included, can be kept (`rollout.partial`): in the next step the episode is played again from
+its beginning, in an environment of its own, and the tape speaks as long as it is asked what it was asked before. A
+reply that was cut off goes on where it ended; its older tokens keep the log-probs they were sampled with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from icrl_megatron.rollout.speakers import Ask, Cast, Speaker
+from icrl_megatron.types import Completion, Ids
+
+
+class InterruptedEpisodeError(Exception):
+    """The rest of this step is not needed: the episode ends here."""
+
+
+@dataclass
+class Stop:
+    """Set once, for all episodes of a step."""
+
+    asked: bool = False
+
+
+@dataclass
+class Tape:
+    """The replies of one episode in their order, each with the prompt it answered."""
+
+    replies: list[tuple[Ids, Completion]] = field(default_factory=list)
+
+
+def taped(cast: Cast, tape: Tape, stop: Stop) -> Cast:
+    """The same speakers; solver and critic of an episode take turns, so one tape serves both."""
+    reel = _Reel(tape, stop)
+    return Cast(_Taped(cast.solver, reel), _Taped(cast.critic, reel))
+
+
+@dataclass
+class _Reel:
+    tape: Tape
+    stop: Stop
+    played: int = 0
+
+
+@dataclass(frozen=True)
+class _Taped:
+    speaker: Speaker
+    reel: _Reel
+
+    async def reply(self, ask: Ask) -> Completion:
+        """Raises InterruptedEpisodeError once the step has enough."""
+        reel, tape = self.reel, self.reel.tape
+        begun: Completion | None = None
+        if reel.played < len(tape.replies):
+            prompt, completion = tape.replies[reel.played]
+            if prompt != ask.prompt_ids:  # the environment answered otherwise this time: the rest is void
+                del tape.replies[reel.played :]
+            elif completion.finish_reason == "abort":
+                begun = completion
+                del tape.replies[reel.played :]
+            else:
+                reel.played += 1
+                return completion
+        if reel.stop.asked:
+            if begun is not None:
+                tape.replies.append((ask.prompt_ids, begun))
+            raise InterruptedEpisodeError
+        reply = await self._fresh(ask, begun)
+        tape.replies.append((ask.prompt_ids, reply))
+        if reply.finish_reason == "abort" and reel.stop.asked:
+            raise InterruptedEpisodeError
+        reel.played += 1
+        return reply
+
+    async def _fresh(self, ask: Ask, begun: Completion | None) -> Completion:
+        if begun is None or not begun.ids:
+            return await self.speaker.reply(ask)
+        room = ask.max_new_tokens - len(begun.ids)
+        if room < 1:
+            return replace(begun, finish_reason="length")
+        rest = await self.speaker.reply(replace(ask, prompt_ids=(*ask.prompt_ids, *begun.ids), max_new_tokens=room))
+        ended = len(begun.ids) - sum(tokens for _, tokens in begun.older)
+        older = (*begun.older, (begun.weight_version, ended))
+        return Completion(
+            (*begun.ids, *rest.ids), (*begun.logprobs, *rest.logprobs), rest.finish_reason, rest.weight_version, older
+        )

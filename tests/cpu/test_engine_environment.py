@@ -1,0 +1,64 @@
+"""Where the engine's environment cannot be made, `make test-engine` says why and skips."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "engine" / "environment.py"
+
+
+@pytest.fixture
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("engine_environment", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setenv("ICRL_ENGINE_CACHE", str(tmp_path))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [("PYTHON", (2, 7), "Python 2.7"), ("NEEDED_GIB", 1e9, "GiB free")],
+)
+def test_it_says_why_and_exits_with_3(
+    environment: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    value: object,
+    reason: str,
+) -> None:
+    if sys.platform == "linux":
+        monkeypatch.setattr(environment, name, value)
+    with pytest.raises(SystemExit) as stopped:
+        environment.main()
+    assert stopped.value.code == environment.CANNOT == 3
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "the engine's environment cannot be made" in err
+    assert reason in err
+
+
+def test_one_that_is_ready_is_used_again(environment: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = environment.cache()
+    folder.mkdir(parents=True)
+    (folder / environment.READY).touch()
+    environment.main()
+    assert capsys.readouterr().out == f"{folder / 'bin' / 'python'}\n"
+
+
+def test_its_name_changes_with_what_it_is_made_from(
+    environment: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = environment.cache()
+    other = tmp_path / "requirements.txt"
+    other.write_text("sglang==9\n")
+    monkeypatch.setattr(environment, "REQUIREMENTS", other)
+    assert environment.cache() != before

@@ -1,0 +1,174 @@
+"""Episodes that are cut off and go on later, with a scripted speaker and the real Household."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from icrl_megatron.config import ConfigError, RolloutSettings
+from icrl_megatron.rollout.episode import Ended, Stage, play_all
+from icrl_megatron.rollout.groups import Groups
+from icrl_megatron.rollout.prompts import Prompter, template_words
+from icrl_megatron.rollout.speakers import Ask, Cast, Seeds
+from icrl_megatron.rollout.tapes import InterruptedEpisodeError, Stop, Tape, taped
+from icrl_megatron.settings import load
+from icrl_megatron.tasks import registry
+from icrl_megatron.tiny import build_tokenizer
+from icrl_megatron.types import Completion, Episode, Ids, UnplayedEpisode
+from icrl_megatron.validate import validate
+
+SEEDS = Seeds(0, 0)
+
+
+def ask(prompt: Sequence[int], room: int = 10) -> Ask:
+    return Ask("attempt", tuple(prompt), room, 0, "", None)
+
+
+@dataclass
+class Scripted:
+    """Says the given replies, one after another, and remembers what it was asked."""
+
+    replies: list[Completion]
+    asked: list[Ask] = field(default_factory=list)
+
+    async def reply(self, ask: Ask) -> Completion:
+        self.asked.append(ask)
+        return self.replies[len(self.asked) - 1]
+
+
+def said(*ids: int, reason: str = "stop", version: int = 1) -> Completion:
+    return Completion(ids, tuple(-float(i) for i in ids), reason, version)  # type: ignore[arg-type]
+
+
+def record(tape: Tape, stop: Stop, *replies: Completion) -> tuple[Scripted, Cast]:
+    speaker = Scripted(list(replies))
+    return speaker, taped(Cast(speaker, speaker), tape, stop)
+
+
+def test_a_reply_that_was_cut_off_goes_on_and_keeps_its_old_logprobs() -> None:
+    tape, stop = Tape(), Stop()
+    _, cast = record(tape, stop, said(1, 2), said(3, reason="abort"))
+
+    async def cut() -> None:
+        await cast.solver.reply(ask([9]))
+        stop.asked = True  # while the next reply is being generated, as far as the tape can tell
+        tape.replies.append(((9, 1, 2, 8), said(3, reason="abort")))
+
+    asyncio.run(cut())
+    speaker, again = record(tape, Stop(), said(4, 5, version=2))
+
+    async def go_on() -> list[Completion]:
+        return [await again.solver.reply(ask([9])), await again.critic.reply(ask([9, 1, 2, 8]))]
+
+    whole, joined = asyncio.run(go_on())
+    assert whole.ids == (1, 2)
+    assert joined == Completion((3, 4, 5), (-3.0, -4.0, -5.0), "stop", 2, ((1, 1),))
+    assert [(a.prompt_ids, a.max_new_tokens) for a in speaker.asked] == [((9, 1, 2, 8, 3), 9)]
+
+
+def test_once_there_is_enough_nobody_is_asked_any_more_and_nothing_is_lost() -> None:
+    tape = Tape([((9,), said(1)), ((9, 1), said(2, reason="abort"))])
+    speaker, cast = record(tape, Stop(asked=True))
+
+    async def play() -> None:
+        await cast.solver.reply(ask([9]))
+        await cast.solver.reply(ask([9, 1]))
+
+    with pytest.raises(InterruptedEpisodeError):
+        asyncio.run(play())
+    assert speaker.asked == []
+    assert [c.ids for _, c in tape.replies] == [(1,), (2,)]
+
+
+def test_an_environment_that_answers_otherwise_voids_the_rest_of_a_tape() -> None:
+    tape = Tape([((9,), said(1)), ((9, 1, 7), said(2))])
+    _, cast = record(tape, Stop(), said(5))
+
+    async def play() -> list[Ids]:
+        return [(await cast.solver.reply(ask(p))).ids for p in ([9], [9, 1, 6])]
+
+    assert asyncio.run(play()) == [(1,), (5,)]
+    assert tape.replies == [((9,), said(1)), ((9, 1, 6), said(5))]
+
+
+@pytest.fixture(scope="module")
+def stage() -> Stage:
+    words = template_words("compact") | set(registry.get("household").vocabulary())  # type: ignore[attr-defined]
+    tokenizer: PreTrainedTokenizerFast = build_tokenizer(words)
+    settings = RolloutSettings(
+        max_turn_tokens=8, max_critique_tokens=8, context_tokens=512, templates="compact", rounds=1, max_turns=3
+    )
+    return Stage(registry.environment, Prompter(tokenizer, settings), settings)
+
+
+@dataclass
+class Slow:
+    """Answers at once, but for the tasks in `slow`: there it is interrupted at its second turn."""
+
+    prompter: Prompter
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    slow: bool = False
+    turns: int = 0
+
+    async def reply(self, ask: Ask) -> Completion:
+        self.turns += 1
+        ids = self.prompter.encode_reply("look")
+        if self.slow and self.turns == 2:
+            await self.stop.wait()
+            return Completion(ids[:1], (-1.0,), "abort", 1)
+        return Completion(ids, (-1.0,) * len(ids), "stop", 1)
+
+
+def test_a_step_with_enough_groups_keeps_the_slow_ones_for_the_next(stage: Stage) -> None:
+    tasks = list(registry.get("household").problems("train"))[:3]
+    groups, stops = Groups(tasks, 2, needed=2), []
+
+    class Engine:
+        async def interrupt(self) -> None:
+            for stop in stops:
+                stop.set()
+
+    async def play() -> list[Ended]:
+        def cast(task: object, index: int) -> Cast:
+            speaker = Slow(stage.prompter, slow=task == tasks[0])
+            stops.append(speaker.stop)
+            return Cast(speaker, speaker)
+
+        groups.begin(Engine(), lambda: None)  # type: ignore[arg-type]
+        results = await play_all(groups.places(), stage, groups.casting(cast), SEEDS, groups.ended)
+        await groups.settle()
+        return results
+
+    results = asyncio.run(play())
+    assert [isinstance(r, UnplayedEpisode) for r in results] == [True, True, False, False, False, False]
+    assert {e.task for e in groups.complete()} == set(tasks[1:])
+    assert groups.discarded() == 2
+    kept = groups.cut_off()
+    assert list(kept) == [tasks[0]]
+    assert [len(t.replies) for t in kept[tasks[0]].values()] == [2, 2]
+
+    after = Groups(tasks[1:], 2, needed=2)
+    after.go_on_with(kept)
+    assert after.tasks == [tasks[0], tasks[1]]
+    assert kept == {}
+
+    async def go_on() -> list[Ended]:
+        speaker = Slow(stage.prompter)
+        after.begin(None, lambda: None)
+        return await play_all(
+            after.places(), stage, after.casting(lambda t, i: Cast(speaker, speaker)), SEEDS, after.ended
+        )
+
+    resumed = [r for r in asyncio.run(go_on()) if isinstance(r, Episode) and r.task == tasks[0]]
+    assert [r.attempts[0].turns[1].completion.older for r in resumed] == [((1, 1),), ((1, 1),)]
+
+
+def test_partial_rollouts_need_oversampling_and_the_correction() -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.oversample above 1"):
+        validate(load("rulebook_easy", ["rollout.partial=true"]))
+    with pytest.raises(ConfigError, match=r"algo\.mismatch_correction\.enabled=true"):
+        validate(load("rulebook_easy", ["rollout.partial=true", "rollout.oversample=1.5"]))
