@@ -31,7 +31,7 @@ STOPPED_CODE = 75
 """What the step exits with when it was stopped, so that NeMo-Run's script requeues the job."""
 TITLE = "icrl-{}"
 LAUNCHED = "runs/launched"
-"""Where NeMo-Run's scripts and logs go on a cluster; it replaces a folder called nemo_run in every path."""
+"""Where scripts and logs go behind a tunnel. Not called nemo_run: NeMo-Run replaces that in every path."""
 SUCCEEDED = "SUCCEEDED"
 
 
@@ -136,7 +136,7 @@ def executor(where: Where, settings: Settings) -> Any:
             host=where.host, user=where.user, job_dir=f"{where.remote_home}/{LAUNCHED}", identity=where.identity or None
         )
     else:
-        tunnel = run.LocalTunnel(job_dir=str(_home(where) / LAUNCHED))
+        tunnel = run.LocalTunnel(job_dir="")  # below NEMORUN_HOME, where NeMo-Run writes its script
     home = str(_home(where))
     return run.SlurmExecutor(
         account=where.account,
