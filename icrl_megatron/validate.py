@@ -155,15 +155,18 @@ def validate(settings: Settings) -> None:
 
 def check_resume(saved: Settings, settings: Settings, folder: Path) -> None:
     """Raises ConfigError if `settings` cannot go on with a run that was begun with `saved`, naming what differs."""
-    differing = {
-        name: values
-        for name, values in settings_module.changed(saved, settings).items()
-        if not any(name == free or (free[-1] in "._" and name.startswith(free)) for free in MAY_CHANGE_ON_RESUME)
-    }
+    changed = settings_module.changed(saved, settings)
+    allowed = [
+        name
+        for name in changed
+        if any(name == free or (free[-1] in "._" and name.startswith(free)) for free in MAY_CHANGE_ON_RESUME)
+    ]
+    differing = {name: values for name, values in changed.items() if name not in allowed}
     if differing:
         listed = ", ".join(f"{name} (was {was!r}, now {now!r})" for name, (was, now) in differing.items())
+        harmless = f" ({', '.join(allowed)} may differ)" if allowed else ""
         raise ConfigError(
-            f"{folder} holds a run with other settings: {listed}. "
+            f"{folder} holds a run with other settings: {listed}{harmless}. "
             "Give the same values to go on with it, or name=... or run_dir=... for a new run"
         )
 

@@ -12,7 +12,7 @@ cd "${SLURM_SUBMIT_DIR:?run this with sbatch}" || exit 2
 
 python=${ICRL_PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export ICRL_RANKS_PER_NODE=${ICRL_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
-export ICRL_LOGS=${ICRL_LOGS:-$PWD/logs}
+export ICRL_LOGS=${ICRL_LOGS:-$PWD/runs/jobs}
 state=$ICRL_LOGS/job.$SLURM_JOB_ID
 mkdir -p "$state" || { echo "error: $ICRL_LOGS cannot be written; set ICRL_LOGS to a shared folder" >&2; exit 2; }
 # Ranks leave what happened here; the file `stop` reaches those that are not listening to signals yet.

@@ -41,7 +41,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + ranks - 1) / ranks ))}
 export TOKENIZERS_PARALLELISM=false
 
 # Ranks leave here how they ended: torchrun turns every code into 1. job.sh names a file of its own.
-logs=${ICRL_LOGS:-logs}
+logs=${ICRL_LOGS:-runs/jobs}
 mkdir -p "$logs"
 outcome=${ICRL_OUTCOME:-$logs/outcome.${SLURM_JOB_ID:-$$}.${SLURM_RESTART_COUNT:-0}.json}
 

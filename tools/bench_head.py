@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import bench_schema
 import torch
 import typer
 from rich.console import Console
@@ -229,7 +230,7 @@ def main(
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     everything = {name: [asdict(m) for m in ms] for name, ms in runs.items()}
-    out.write_text(json.dumps(about | report | {"runs": everything}, indent=1) + "\n")
+    out.write_text(json.dumps(bench_schema.stamped("head", about | report | {"runs": everything}), indent=1) + "\n")
     print(f"written to {out}")
     if not all(bar["held"] for bar in report["bars"].values()):
         raise typer.Exit(1)

@@ -38,6 +38,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Annotated, Any
 
+import bench_schema
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -376,7 +377,7 @@ def main(
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     everything = {name: [asdict(t) for t in ts] for name, ts in turns.items()}
-    out.write_text(json.dumps(about | report | {"runs": everything}, indent=1) + "\n")
+    out.write_text(json.dumps(bench_schema.stamped("step", about | report | {"runs": everything}), indent=1) + "\n")
     print(f"written to {out}")
     if not report["bars"]["trl"]["held"]:
         raise typer.Exit(1)

@@ -60,7 +60,7 @@ def picture(points: list[Point], path: Path, title: str) -> Path:
     from icrl_megatron.telemetry.plots import COLOURS
 
     with mpl.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(12, 4.6), layout="constrained")
+        figure = Figure(figsize=(12, 5.2), layout="constrained")
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2)
         x, bottoms = list(range(len(points))), [0.0] * len(points)
@@ -71,13 +71,13 @@ def picture(points: list[Point], path: Path, title: str) -> Path:
         same = [(i, p.same_batch.times.total) for i, p in enumerate(points) if p.same_batch is not None]
         left.plot(*zip(*same, strict=True), "k.--", linewidth=1.2, label="recipe's own batch")
         left.set(ylabel="seconds a step (predicted)", xlabel="GPUs")
-        left.legend(frameon=False, fontsize=9)
+        left.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
         right.plot(x, efficiency(points), "o-", color=COLOURS[1], label="batch grows with the GPUs")
         first = points[0].grown_batch.tokens_a_second_a_gpu
         shares = [(i, p.same_batch.tokens_a_second_a_gpu / first) for i, p in enumerate(points) if p.same_batch]
         right.plot(*zip(*shares, strict=True), "k.--", linewidth=1.2, label="recipe's own batch")
         right.set(ylabel="tokens/s/GPU, share of 8 GPUs' (predicted)", xlabel="GPUs", ylim=(0, 1.08))
-        right.legend(frameon=False, fontsize=9)
+        right.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
         for axes in (left, right):
             axes.set_xticks(x, [str(p.gpus) for p in points])
             axes.grid(alpha=0.25, linewidth=0.7, axis="y")

@@ -30,6 +30,8 @@ SIGNAL = "USR1@120"
 STOPPED_CODE = 75
 """What the step exits with when it was stopped, so that NeMo-Run's script requeues the job."""
 TITLE = "icrl-{}"
+LAUNCHED = "runs/launched"
+"""Where scripts and logs go behind a tunnel. Not called nemo_run: NeMo-Run replaces that in every path."""
 SUCCEEDED = "SUCCEEDED"
 
 
@@ -113,7 +115,7 @@ def environment(where: Where, settings: Settings) -> dict[str, str]:
         "ICRL_PYTHON": python,
         "ICRL_RANKS_PER_NODE": str(_per_node(settings, where)),
         "ICRL_EXIT_STOPPED": str(STOPPED_CODE),
-        "ICRL_LOGS": str(_home(where) / "logs"),
+        "ICRL_LOGS": str(_home(where) / "runs" / "jobs"),
     }
     return named | where.env
 
@@ -131,10 +133,10 @@ def executor(where: Where, settings: Settings) -> Any:
         return run.LocalExecutor(ntasks_per_node=1)
     if where.host:
         tunnel = run.SSHTunnel(
-            host=where.host, user=where.user, job_dir=f"{where.remote_home}/nemo_run", identity=where.identity or None
+            host=where.host, user=where.user, job_dir=f"{where.remote_home}/{LAUNCHED}", identity=where.identity or None
         )
     else:
-        tunnel = run.LocalTunnel(job_dir=str(_home(where) / "nemo_run"))
+        tunnel = run.LocalTunnel(job_dir="")  # below NEMORUN_HOME, where NeMo-Run writes its script
     home = str(_home(where))
     return run.SlurmExecutor(
         account=where.account,
@@ -164,12 +166,14 @@ def launch(recipe: str, overrides: Sequence[str], where: Where, dry_run: bool = 
     """
     settings = resolve(recipe, overrides, where)
     run = _nemo_run()
-    if where.on == "slurm" and not where.host:
+    if where.on == "slurm" and not where.host and not dry_run:
         require_accepted(where, settings)
     with run.Experiment(TITLE.format(recipe), skip_status_at_exit=True) as experiment:
         experiment.add(script(recipe, overrides, where, settings), executor=executor(where, settings), name="train")
         if dry_run:
-            experiment.dryrun()
+            experiment.dryrun(log=False)
+            for job in experiment.jobs:  # its own print wraps lines at the terminal's width
+                print(job._dryrun_info)
             return 0
         experiment.run(detach=detach, tail_logs=not detach)
         print(f"experiment {experiment._id}: icrl status|logs|cancel {experiment._id}", file=sys.stderr)

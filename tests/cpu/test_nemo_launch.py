@@ -1,0 +1,64 @@
+"""What `icrl launch` knows before NeMo-Run is imported; with NeMo-Run itself it is tested in tests/cluster."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from icrl_megatron.config import ConfigError
+from icrl_recipes import launch
+from icrl_recipes.launch import Where
+
+
+def test_neither_recipes_nor_ranks_import_nemo_run() -> None:
+    code = (
+        "import sys, icrl_recipes.launch, icrl_recipes; icrl_recipes.registry(); "
+        "assert 'nemo_run' not in sys.modules and 'torch' not in sys.modules; "
+        "import icrl_megatron.pipeline, icrl_megatron.rank; assert 'nemo_run' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("where", "recipe", "overrides", "message"),
+    [
+        (Where(on="moon"), "quickstart", [], "--on moon: choose local or slurm"),
+        (Where(on="slurm"), "quickstart", [], "needs --account and --partition"),
+        (Where(on="slurm", account="a", partition="p", host="login"), "quickstart", [], "needs --remote-home"),
+        (Where(), "quickstar", [], "did you mean quickstart"),
+        (Where(), "qwen3_8b_2nodes", [], "launch.nodes=2: --on local has one machine"),
+        (Where(ranks_per_node=3), "quickstart", [], "does not divide the 3 ranks"),
+        (Where(), "quickstart", ["stepz=1"], "did you mean steps"),
+    ],
+)
+def test_what_is_wrong_is_said_at_once(where: Where, recipe: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        launch.resolve(recipe, overrides, where)
+    assert message in str(caught.value)
+
+
+def test_a_tunnel_does_not_look_for_the_model_here() -> None:
+    where = Where(on="slurm", account="a", partition="p", host="login", remote_home="/home/me/icrl")
+    settings = launch.resolve("qwen3_8b_alfworld_4xh100", ["model.path=/only/there"], where)
+    env = launch.environment(where, settings)
+    assert env["ICRL_HOME"] == "/home/me/icrl"
+    assert env["ICRL_PYTHON"] == "python3"
+    assert env["ICRL_RANKS_PER_NODE"] == "4"
+
+
+def test_the_number_of_ranks_does_not_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    launch.resolve("quickstart", [], Where())
+    assert "WORLD_SIZE" not in launch.os.environ
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nemo_run") is not None, reason="NeMo-Run is installed here")
+def test_without_nemo_run_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="make install-nemo"):
+        launch.launch("quickstart", [], Where())

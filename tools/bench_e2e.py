@@ -1,0 +1,98 @@
+"""Whole training steps of a recipe: seconds by phase, tokens a second and GPU, beside what the planner predicts.
+
+    python tools/bench_e2e.py qwen3_8b_alfworld_4xh100 model.path=/models/Qwen3-8B --out benchmarks/e2e_8b.json
+    python tools/bench_e2e.py rulebook_easy --steps 6          on a CPU
+
+Runs `icrl train` (or, with --run, reads a run that a job made) and takes the medians over its steps but the first two,
+which warm up. The prediction is the planner's for the same settings on --gpu; a CPU has none.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import bench_schema
+import typer
+
+from icrl_megatron import settings as settings_module
+from icrl_megatron.config import ConfigError, Settings
+from icrl_megatron.plan import hardware, planner
+from icrl_megatron.telemetry.writer import METRICS_FILE, TIME_PREFIX, read_rows
+
+WARM_UP = 2
+TIMEOUT_S = 7200
+PHASES = {
+    "rollout": ("prefill", "decode", "environments"),
+    "score": ("scoring",),
+    "train": ("training", "tensor collectives", "bubbles", "data collectives", "optimizer"),
+    "sync": ("sync",),
+    "pack": ("other",),
+}
+"""The loop's phases to the planner's."""
+
+
+def measured(run: Path, gpus: int) -> dict[str, float]:
+    """Medians over the steps of a run: seconds of each phase and of the step, trained tokens a second and GPU."""
+    rows = [row for row in read_rows(run / METRICS_FILE) if f"{TIME_PREFIX}train_s" in row][WARM_UP:]
+    if not rows:
+        raise ValueError(f"{run}: fewer than {WARM_UP + 1} training steps; raise --steps")
+    phases = {name: statistics.median(row.get(f"{TIME_PREFIX}{name}_s", 0.0) for row in rows) for name in PHASES}
+    found = {f"{name}_s": seconds for name, seconds in phases.items()}
+    found["step_s"] = sum(phases.values())
+    tokens = statistics.median(row["tokens/trained"] for row in rows)
+    return found | {"tokens_per_s_a_gpu": tokens / found["step_s"] / gpus}
+
+
+def predicted(settings: Settings, gpu: hardware.Gpu) -> dict[str, float]:
+    """The same quantities by the planner."""
+    made = planner.plan(settings, gpu=gpu)
+    found = {f"{name}_s": sum(made.times.phases[part] for part in parts) for name, parts in PHASES.items()}
+    return found | {"step_s": made.times.total, "tokens_per_s_a_gpu": made.tokens_a_second_a_gpu}
+
+
+def train(recipe: str, overrides: list[str], folder: Path, steps: int) -> None:
+    """`icrl train` for a few steps. Raises RuntimeError when it fails."""
+    command = [sys.executable, "-c", "from icrl_megatron.cli import main; main()", "train", recipe, *overrides]
+    short = ["eval.interval=0", "eval.control_problems=0", "eval.problems=1", "baseline=", f"steps={steps}"]
+    done = subprocess.run([*command, *short, f"run_dir={folder}"], check=False, timeout=TIMEOUT_S)
+    if done.returncode:
+        raise RuntimeError(f"icrl train {recipe} ended with {done.returncode}")
+
+
+def main(
+    recipe: str,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/e2e.json"),
+    steps: Annotated[int, typer.Option(min=WARM_UP + 1, help="Training steps.")] = 8,
+    run: Annotated[Path | None, typer.Option(help="Read this run instead of making one.")] = None,
+    gpu: Annotated[str, typer.Option(help="GPU that the prediction is for.")] = "h100",
+) -> None:
+    """Measures a recipe's steps and writes them beside the planner's."""
+    try:
+        settings = settings_module.load(recipe, overrides or [])
+        report: dict[str, Any] = bench_schema.about()
+        if run is not None:
+            medians = measured(run, planner.ranks(settings))
+        else:
+            with tempfile.TemporaryDirectory() as temporary:
+                train(recipe, overrides or [], Path(temporary) / "run", steps)
+                medians = measured(Path(temporary) / "run", planner.ranks(settings))
+        report |= {"recipe": recipe, "gpus": planner.ranks(settings), "medians": {"icrl": medians}}
+        if settings.launch.device == "cuda":
+            report["predicted"] = {"gpu": gpu, **predicted(settings, hardware.get(gpu))}
+    except (ConfigError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(bench_schema.stamped("e2e", report), indent=1) + "\n")
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

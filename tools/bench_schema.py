@@ -1,0 +1,82 @@
+"""The one shape of every benchmark's JSON, so that `bench_report.py` reads them all.
+
+    {"schema": 1, "benchmark": "step", "command": ..., "date": ..., "machine": ..., "versions": {...},
+     "measurements": [{"subject": "icrl", "quantity": "cpu_seconds", "value": 0.58, "unit": "s"}, ...], ...}
+
+What else a benchmark has to say stands beside these keys. Every value was measured; what could not be is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+REQUIRED = ("schema", "benchmark", "command", "date", "machine", "versions", "measurements")
+UNITS = {"seconds": "s", "_s": "s", "_ms": "ms", "mib": "MiB", "gib": "GiB", "_per_s": "1/s", "_a_gpu": "1/s/GPU"}
+"""Ends of a quantity's name to its unit; quantities with another end are plain numbers."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number: of what, what of it, and in which unit."""
+
+    subject: str
+    quantity: str
+    value: float
+    unit: str
+
+
+def unit_of(quantity: str) -> str:
+    """The unit that a quantity's name ends with; the longest end that fits wins."""
+    fitting = [end for end in UNITS if quantity.endswith(end)]
+    return UNITS[max(fitting, key=len)] if fitting else ""
+
+
+def measurements(medians: Mapping[str, Mapping[str, float]]) -> list[Measurement]:
+    """From {subject: {quantity: value}}."""
+    return [Measurement(s, q, float(v), unit_of(q)) for s, values in medians.items() for q, v in values.items()]
+
+
+def about(packages: tuple[str, ...] = ("torch", "megatron-core", "numpy")) -> dict[str, Any]:
+    """Command, date, machine and versions."""
+    versions = {"python": sys.version.split()[0]}
+    for name in packages:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": versions,
+    }
+
+
+def stamped(benchmark: str, report: Mapping[str, Any]) -> dict[str, Any]:
+    """A benchmark's own report with what all have in common in front; its `medians` become the measurements."""
+    rows = [asdict(row) for row in measurements(report["medians"])]
+    return {"schema": SCHEMA, "benchmark": benchmark, **report, "measurements": rows}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result of this schema. Raises ValueError naming the file and what it lacks."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable ({error})") from error
+    lacking = [key for key in REQUIRED if not isinstance(found, dict) or key not in found]
+    if lacking:
+        raise ValueError(
+            f"{path}: no result of a benchmark of this version, it lacks {', '.join(lacking)}; run it again"
+        )
+    return dict(found)
