@@ -80,6 +80,8 @@ def test_malformed_updates_are_refused_and_the_server_lives(engine: SGLangEngine
     for message, tensors in bad.items():
         with pytest.raises(EngineError, match=message):
             engine.update_weights(tensors, 7)
+    with pytest.raises(EngineError, match="half of the weights of version 7"):
+        generate(engine, [(PROMPTS[0], Sampling(0.0, 4, 0, ()))])
     engine.update_weights(good, 8)
     assert generate(engine, [(PROMPTS[0], Sampling(0.0, 4, 0, ()))])[0].weight_version == 8
 
