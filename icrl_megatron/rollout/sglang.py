@@ -41,6 +41,7 @@ ABORT_GRACE_S = 30.0
 _DEATH_GRACE_S = 3.0
 """A dying server closes its connections a moment before its process ends."""
 _CONTROL_TIMEOUT_S = 300.0
+_FLUSH = "/flush_cache?timeout=60"
 _PLAIN = {
     "top_p": 1.0,
     "top_k": -1,
@@ -134,7 +135,7 @@ class SGLangEngine:
                 self._post("/end_weight_update", {})
             raise
         self._post("/end_weight_update", {})
-        self._post("/flush_cache", {})  # what the old weights computed
+        self._post(_FLUSH, {})  # what the old weights computed
         self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
         self._version, self._half = version, ""
 
@@ -148,6 +149,7 @@ class SGLangEngine:
     def sleep(self) -> None:
         """Gives the memory of weights and KV cache back."""
         if not self._asleep and not self._lost:
+            self._post(_FLUSH, {})  # waits until it is idle: released while it is not, SGLang ends itself
             self._post("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
             self._asleep = True
 
