@@ -87,7 +87,7 @@ def test_malformed_updates_are_refused_and_the_server_lives(engine: SGLangEngine
 
 
 def test_a_request_past_its_deadline_keeps_its_tokens(server: Server, model: Path) -> None:
-    engine = engine_on(server, model, engine_settings(request_timeout_s=0.8))
+    engine = engine_on(server, model, engine_settings(request_timeout_s=0.5))
     engine.update_weights(weights(load(model)), 1)
     never = Sampling(1.0, 480, 0, ())
     cut = [c for c in generate(engine, [(p, never) for p in PROMPTS]) if c.finish_reason == "abort"]
