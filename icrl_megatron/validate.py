@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from icrl_megatron import settings as settings_module
-from icrl_megatron.config import ActorSettings, AlgoSettings, ConfigError, RolloutSettings, Settings
-from icrl_megatron.rollout.sglang_server import check_version, installed_version
+from icrl_megatron.config import ActorSettings, AlgoSettings, ConfigError, Settings
 from icrl_megatron.shape import Qwen3Shape, check_folder
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked
 from icrl_megatron.tasks.datasets import check_no_leak
 from icrl_megatron.telemetry.dumps import dumped_steps
 from icrl_megatron.types import Split, Task
+from icrl_megatron.validate_rollout import check_engine, check_rollout
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "baseline": ("", "grpo"),
@@ -139,8 +138,7 @@ def validate(settings: Settings) -> None:
     _check_values(settings)
     _check_tasks(settings)
     _check_algo(settings.algo, settings)
-    _check_external(settings.rollout)
-    _check_partial(settings)
+    check_rollout(settings)
     _check_grid(settings)
     shape = _check_model(settings)
     _check_split(settings.actor, shape)
@@ -260,7 +258,7 @@ def _check_grid(settings: Settings) -> None:
     replicas, tasks = world // cell, settings.rollout.tasks_per_step * settings.rollout.episodes_per_task
     if replicas > tasks:
         raise ConfigError(f"{replicas} replicas share {tasks} episodes a step: raise rollout.tasks_per_step")
-    _check_engine(settings, world)
+    check_engine(settings, world)
     if actor.fp8 != "off" and (settings.launch.device == "cpu" or actor.precision != "bf16"):
         raise ConfigError(
             f"actor.fp8={actor.fp8} needs a GPU with FP8 and actor.precision=bf16 "
@@ -270,77 +268,6 @@ def _check_grid(settings: Settings) -> None:
         raise ConfigError(
             "actor.head_logits=bf16 needs the triton head and actor.precision=bf16 "
             f"(actor.head_backend={actor.head_backend}, actor.precision={actor.precision}); use actor.head_logits=fp32"
-        )
-
-
-def _check_partial(settings: Settings) -> None:
-    rollout = settings.rollout
-    if not rollout.partial:
-        return
-    if rollout.oversample == 1.0:
-        raise ConfigError("rollout.partial=true: nothing is ever cut off; set rollout.oversample above 1, e.g. 1.25")
-    if not settings.algo.mismatch_correction.enabled:
-        raise ConfigError(
-            "rollout.partial=true trains on tokens of older weights: set algo.mismatch_correction.enabled=true, which "
-            "weighs them by the log-probs they were sampled with"
-        )
-
-
-def _check_external(rollout: RolloutSettings) -> None:
-    external = rollout.external
-    if rollout.critic != "external":
-        return
-    if not external.url.startswith(("http://", "https://")) or not external.model:
-        raise ConfigError(
-            f"rollout.critic=external needs rollout.external.url and .model (url={external.url!r}, "
-            f"model={external.model!r}), e.g. rollout.external.url=http://host:8000/v1"
-        )
-
-
-def _check_engine(settings: Settings, world: int) -> None:
-    engine = settings.engine
-    if world % engine.tensor_parallel:
-        raise ConfigError(f"engine.tensor_parallel={engine.tensor_parallel} does not divide the {world} ranks")
-    if engine.kind == "local":
-        if engine.tensor_parallel > 1:
-            raise ConfigError(f"engine.tensor_parallel={engine.tensor_parallel}: engine.kind=local has only 1")
-        if engine.urls or engine.servers:
-            raise ConfigError("engine.urls and engine.servers are SGLang's: set engine.kind=sglang, or leave them out")
-        return
-    if engine.urls:
-        _check_urls(settings, world)
-        return
-    servers = engine.servers or max(1, world // engine.tensor_parallel)
-    if world % servers or world // servers < engine.tensor_parallel:
-        raise ConfigError(
-            f"engine.servers={servers} of engine.tensor_parallel={engine.tensor_parallel} do not share {world} ranks "
-            "evenly; leave engine.servers out for one per engine.tensor_parallel ranks"
-        )
-    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    if on_node % engine.tensor_parallel:
-        raise ConfigError(
-            f"engine.tensor_parallel={engine.tensor_parallel} does not divide the {on_node} ranks of a node: a server "
-            "would lie on two; use a divisor"
-        )
-    refused = [a for a in engine.server_args if a.startswith("--preferred-sampling-params")]
-    if refused:
-        raise ConfigError(f"engine.server_args has {refused[0]}: log-probs would not be those of the policy; drop it")
-    check_version(installed_version(engine.python), engine, f"engine.python={engine.python or sys.executable}")
-
-
-def _check_urls(settings: Settings, world: int) -> None:
-    urls = settings.engine.urls
-    for url in urls:
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"engine.urls: {url!r} is no address; write http://host:port")
-    if world % len(urls) or settings.engine.servers:
-        raise ConfigError(
-            f"engine.urls names {len(urls)} servers for {world} ranks: their number must divide the ranks, and "
-            "engine.servers stay out"
-        )
-    if settings.rollout.critic == "frozen":
-        raise ConfigError(
-            "rollout.critic=frozen starts a server of its own, and engine.urls starts none; use another critic"
         )
 
 

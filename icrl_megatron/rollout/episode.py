@@ -189,7 +189,8 @@ async def play_critique(place: Place, problem: str, attempt: Attempt, stage: Sta
     room = min(settings.max_critique_tokens, settings.context_tokens - len(prompt))
     seed = place.seed(attempt.round, "critique", 0)
     message = stage.prompter.critique_text(problem, turns[omitted:], attempt.summary, omitted)
-    completion = await critic.reply(Ask("critique", prompt, room, seed, attempt.summary, None, message))
+    ask = Ask("critique", prompt, room, seed, attempt.summary, None, message)
+    completion = _something(await critic.reply(ask))
     text = parse_critique(stage.prompter.decode(completion.ids))
     return Critique(attempt.round, prompt, completion, text)
 
@@ -245,7 +246,7 @@ class _Conversation:
         room = min(self._stage.settings.max_turn_tokens, self._room())
         seed = self._place.seed(self._round, self._role, number)
         ask = Ask(self._role, tuple(self._context), room, seed, observation, self._critique)
-        return await self._solver.reply(ask)
+        return _something(await self._solver.reply(ask))
 
     async def _step(self, action: str | None) -> StepResult:
         if action is None:
@@ -266,6 +267,13 @@ class _Conversation:
 
     def _room(self) -> int:
         return self._stage.settings.context_tokens - len(self._context)
+
+
+def _something(completion: Completion) -> Completion:
+    """Raises RequestFailedError when a reply was cut off before its first token: nothing to go on with."""
+    if completion.finish_reason == "abort" and not completion.ids:
+        raise RequestFailedError("A request was cut off before its first token: raise engine.request_timeout_s.")
+    return completion
 
 
 async def play(

@@ -34,11 +34,14 @@ from icrl_megatron.types import Completion, FinishReason, Ids
 
 RETRIES = 2
 """Times a request is sent again after an error of the connection, as long as the server lives."""
+GARBAGE_LIMIT = 3
+"""Answers in a row that cannot be used, after which the server is taken to be broken."""
 ABORT_GRACE_S = 30.0
 """A server that has not answered an aborted request after this long hangs."""
 _DEATH_GRACE_S = 3.0
 """A dying server closes its connections a moment before its process ends."""
 _CONTROL_TIMEOUT_S = 300.0
+_FLUSH = "/flush_cache?timeout=60"
 _PLAIN = {
     "top_p": 1.0,
     "top_k": -1,
@@ -70,6 +73,10 @@ class SGLangEngine:
         self._transport: weights.Transport | None = None
         self._version = 0
         self._asleep = False
+        self._half = ""
+        """Why no request is taken until the next whole update."""
+        self._garbled = 0
+        """Answers in a row that could not be used."""
         self._lost = ""
         """Why nothing is asked of the server any more, until it is revived."""
         self._connections = Connections(settings.max_batch)
@@ -79,10 +86,10 @@ class SGLangEngine:
         and "abort" as its reason.
 
         Raises RequestFailedError when the server refuses it or answers garbage; EngineLostError when the server is dead
-        or hangs; EngineError while it sleeps.
+        or hangs, or answered garbage too often; EngineError while it sleeps or holds half an update.
         """
-        if self._asleep:
-            raise EngineError("The engine sleeps: call wake() before generate().")
+        if self._asleep or self._half:
+            raise EngineError(self._half or "The engine sleeps: call wake() before generate().")
         prompt = tuple(prompt_ids)
         link = self._connections.here()
         async with link.gate:
@@ -96,7 +103,9 @@ class SGLangEngine:
                 except (aiohttp.ClientError, OSError) as error:
                     await self._after_error(error, last=retry == RETRIES)
                     self.stats.retries += 1
-        return self._completion(answer, sampling)
+        completion = self._completion(answer, sampling)
+        self._garbled = 0
+        return completion
 
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Hands over Hugging-Face-named full tensors, bucket by bucket.
@@ -117,12 +126,18 @@ class SGLangEngine:
     def _update(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         if self._transport is None:
             self._transport = self._make_transport()
+        self._half = f"The engine holds half of the weights of version {version}: send a whole update."
         self._post("/begin_weight_update", {})
-        self._sink.pour(tensors, version, self._transport)
+        try:
+            self._sink.pour(tensors, version, self._transport)
+        except EngineError:
+            with suppress(EngineError):  # the first error tells; left open, no later update could begin
+                self._post("/end_weight_update", {})
+            raise
         self._post("/end_weight_update", {})
-        self._post("/flush_cache", {})  # what the old weights computed
+        self._post(_FLUSH, {})  # what the old weights computed
         self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
-        self._version = version
+        self._version, self._half = version, ""
 
     def verify(self, tensors: Iterable[tuple[str, torch.Tensor]], tied: bool) -> None:
         """Compares a checksum of every parameter. Raises EngineError with the first name whose values differ."""
@@ -134,6 +149,7 @@ class SGLangEngine:
     def sleep(self) -> None:
         """Gives the memory of weights and KV cache back."""
         if not self._asleep and not self._lost:
+            self._post(_FLUSH, {})  # waits until it is idle: released while it is not, SGLang ends itself
             self._post("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
             self._asleep = True
 
@@ -173,7 +189,8 @@ class SGLangEngine:
         self.server.wait_ready()
         if self._transport is not None:
             self._transport.close()
-        self._transport, self._lost, self._asleep, self._version = None, "", False, 0
+        self._transport, self._lost, self._half, self._asleep = None, "", "", False
+        self._version = self._garbled = 0
 
     def take_stats(self) -> EngineStats:
         """What was counted since the last call."""
@@ -231,9 +248,9 @@ class SGLangEngine:
         try:
             found = json.loads(text)
         except ValueError as error:
-            raise RequestFailedError(f"SGLang answered a request with {text[:200]!r}, which is no JSON.") from error
+            raise self._garbage(f"SGLang answered a request with {text[:200]!r}, which is no JSON.") from error
         if not isinstance(found, dict):
-            raise RequestFailedError(f"SGLang answered a request with {text[:200]!r}.")
+            raise self._garbage(f"SGLang answered a request with {text[:200]!r}.")
         return found
 
     async def _abort(self, link: Link, rid: str, everything: bool = False) -> None:
@@ -255,6 +272,14 @@ class SGLangEngine:
         if last:
             raise RequestFailedError(f"SGLang failed a request {RETRIES + 1} times: {error}") from error
 
+    def _garbage(self, what: str) -> EngineError:
+        """What to raise for an answer that cannot be used: a failed request, or a lost engine when it goes on so."""
+        self._garbled += 1
+        if self._garbled < GARBAGE_LIMIT:
+            return RequestFailedError(what)
+        self._lose(f"{self._garbled} answers in a row could not be used. {what}")
+        return EngineLostError(self._lost)
+
     def _lose(self, why: str) -> None:
         if not self._lost:
             self._lost = f"{why} {self.server.log_end()}"
@@ -271,12 +296,12 @@ class SGLangEngine:
             self.stats.prompt_tokens += int(meta["prompt_tokens"])
             self.stats.cached_tokens += int(meta.get("cached_tokens") or 0)
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise RequestFailedError(f"SGLang's answer lacks {error!r}: {str(answer)[:300]}") from error
+            raise self._garbage(f"SGLang's answer lacks {error!r}: {str(answer)[:300]}") from error
         found = {"stop": "stop", "length": "length", "abort": "abort"}.get(kind)
         if found is None or len(ids) > sampling.max_new_tokens or not (ids or kind == "abort"):
-            raise RequestFailedError(f"SGLang's answer cannot be used: {str(reason)[:300]}, {len(ids)} tokens.")
+            raise self._garbage(f"SGLang's answer cannot be used: {str(reason)[:300]}, {len(ids)} tokens.")
         if not all(math.isfinite(p) and p <= 1e-6 for p in logprobs):
-            raise RequestFailedError("SGLang gave log-probs that are no log-probs: check the last weight update.")
+            raise self._garbage("SGLang gave log-probs that are no log-probs: check the last weight update.")
         finish: FinishReason = "stop" if found == "stop" else "length" if found == "length" else "abort"
         return Completion(ids, logprobs, finish, version)
 

@@ -16,7 +16,7 @@ from icrl_megatron.rollout.sglang_server import Server
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 TOLERANCE = 1e-4
-PROMPTS = [[8 + i, 7, 9 + i % 5, 11, 8 + i // 2] for i in range(48)]
+PROMPTS = [[8 + i % 30, 8 + i // 2, 9 + i % 5, 11, 8 + i * 7 % 30] for i in range(48)]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -80,12 +80,14 @@ def test_malformed_updates_are_refused_and_the_server_lives(engine: SGLangEngine
     for message, tensors in bad.items():
         with pytest.raises(EngineError, match=message):
             engine.update_weights(tensors, 7)
+    with pytest.raises(EngineError, match="half of the weights of version 7"):
+        generate(engine, [(PROMPTS[0], Sampling(0.0, 4, 0, ()))])
     engine.update_weights(good, 8)
     assert generate(engine, [(PROMPTS[0], Sampling(0.0, 4, 0, ()))])[0].weight_version == 8
 
 
 def test_a_request_past_its_deadline_keeps_its_tokens(server: Server, model: Path) -> None:
-    engine = engine_on(server, model, engine_settings(request_timeout_s=0.4))
+    engine = engine_on(server, model, engine_settings(request_timeout_s=0.5))
     engine.update_weights(weights(load(model)), 1)
     never = Sampling(1.0, 480, 0, ())
     cut = [c for c in generate(engine, [(p, never) for p in PROMPTS]) if c.finish_reason == "abort"]
@@ -110,7 +112,7 @@ def test_a_cancelled_request_is_aborted_and_the_others_go_on(engine: SGLangEngin
 
 def test_turns_of_an_episode_find_their_prefix_in_the_cache(engine: SGLangEngine, model: Path) -> None:
     engine.update_weights(weights(load(model)), 1)
-    prompt = [9 + i % 40 for i in range(200)]
+    prompt = [8 + i * i % 30 for i in range(200)]
     generate(engine, [(prompt, Sampling(0.0, 4, 0, ()))])
     engine.take_stats()
     generate(engine, [([*prompt, 12, 13], Sampling(0.0, 4, 0, ()))])

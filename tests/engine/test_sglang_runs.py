@@ -13,6 +13,7 @@ from whole_runs import end, icrl, rows, start, when
 
 from icrl_megatron.rollout.engine import Sampling
 from icrl_megatron.rollout.sglang_server import Server
+from icrl_megatron.telemetry.dumps import dump_path, read_episodes
 
 pytestmark = [pytest.mark.engine, pytest.mark.dist, pytest.mark.slow]
 
@@ -87,3 +88,25 @@ def test_servers_of_somebody_else_are_synced_over_a_group(server: Server, model:
     prompts = [[8, 9, 10 + i] for i in range(6)]
     said = generate(engine, [(p, Sampling(0.0, 16, 0, ())) for p in prompts])
     assert [c.ids for c in said] == [greedy(trained, p, 16, trained.config.eos_token_id) for p in prompts]
+
+
+def test_oversampled_steps_cut_off_the_slow_and_go_on_with_them(server: Server, model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "oversampled"
+    partial = ("rollout.oversample=2", "rollout.partial=true", "algo.mismatch_correction.enabled=true")
+    code, _, err = icrl(*command(folder, model, f"engine.urls=[{server.url}]", *partial))
+    assert code == 0, err
+    done = steps(folder)
+    assert all(row["episodes/played"] >= EPISODES for row in done)
+    assert sum(row["episodes/cut_off"] for row in done) > 0
+    assert all(row["episodes/dropped"] == 0 for row in done)
+    # Step n samples with version n: what was kept from the step before has older tokens, and says so.
+    replies = [
+        (step, turn.completion)
+        for step in range(1, STEPS + 1)
+        for episode in read_episodes(dump_path(folder, step))
+        for attempt in episode.attempts
+        for turn in attempt.turns
+    ]
+    assert all(c.weight_version <= step for step, c in replies)
+    assert any(c.weight_version < step or c.older for step, c in replies), "nothing of an earlier step went on"
+    assert all(version < c.weight_version for _, c in replies for version, _ in c.older)

@@ -1,0 +1,87 @@
+"""What can be known to be wrong with rollouts and engines before anything heavy is imported. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from icrl_megatron.config import ConfigError, RolloutSettings, Settings
+from icrl_megatron.rollout.sglang_server import check_version, installed_version
+
+
+def check_rollout(settings: Settings) -> None:
+    """Raises ConfigError for partial rollouts or an external critic that lack what they need."""
+    _check_partial(settings)
+    _check_external(settings.rollout)
+
+
+def _check_partial(settings: Settings) -> None:
+    rollout = settings.rollout
+    if not rollout.partial:
+        return
+    if rollout.oversample == 1.0:
+        raise ConfigError("rollout.partial=true: nothing is ever cut off; set rollout.oversample above 1, e.g. 1.25")
+    if not settings.algo.mismatch_correction.enabled:
+        raise ConfigError(
+            "rollout.partial=true trains on tokens of older weights: set algo.mismatch_correction.enabled=true, which "
+            "weighs them by the log-probs they were sampled with"
+        )
+
+
+def _check_external(rollout: RolloutSettings) -> None:
+    external = rollout.external
+    if rollout.critic != "external":
+        return
+    if not external.url.startswith(("http://", "https://")) or not external.model:
+        raise ConfigError(
+            f"rollout.critic=external needs rollout.external.url and .model (url={external.url!r}, "
+            f"model={external.model!r}), e.g. rollout.external.url=http://host:8000/v1"
+        )
+
+
+def check_engine(settings: Settings, world: int) -> None:
+    """Raises ConfigError where the engine does not fit the `world` ranks, or SGLang is not what was tested."""
+    engine = settings.engine
+    if world % engine.tensor_parallel:
+        raise ConfigError(f"engine.tensor_parallel={engine.tensor_parallel} does not divide the {world} ranks")
+    if engine.kind == "local":
+        if engine.tensor_parallel > 1:
+            raise ConfigError(f"engine.tensor_parallel={engine.tensor_parallel}: engine.kind=local has only 1")
+        if engine.urls or engine.servers:
+            raise ConfigError("engine.urls and engine.servers are SGLang's: set engine.kind=sglang, or leave them out")
+        return
+    if engine.urls:
+        _check_urls(settings, world)
+        return
+    servers = engine.servers or max(1, world // engine.tensor_parallel)
+    if world % servers or world // servers < engine.tensor_parallel:
+        raise ConfigError(
+            f"engine.servers={servers} of engine.tensor_parallel={engine.tensor_parallel} do not share {world} ranks "
+            "evenly; leave engine.servers out for one per engine.tensor_parallel ranks"
+        )
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if on_node % engine.tensor_parallel:
+        raise ConfigError(
+            f"engine.tensor_parallel={engine.tensor_parallel} does not divide the {on_node} ranks of a node: a server "
+            "would lie on two; use a divisor"
+        )
+    refused = [a for a in engine.server_args if a.startswith("--preferred-sampling-params")]
+    if refused:
+        raise ConfigError(f"engine.server_args has {refused[0]}: log-probs would not be those of the policy; drop it")
+    check_version(installed_version(engine.python), engine, f"engine.python={engine.python or sys.executable}")
+
+
+def _check_urls(settings: Settings, world: int) -> None:
+    urls = settings.engine.urls
+    for url in urls:
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"engine.urls: {url!r} is no address; write http://host:port")
+    if world % len(urls) or settings.engine.servers:
+        raise ConfigError(
+            f"engine.urls names {len(urls)} servers for {world} ranks: their number must divide the ranks, and "
+            "engine.servers stay out"
+        )
+    if settings.rollout.critic == "frozen":
+        raise ConfigError(
+            "rollout.critic=frozen starts a server of its own, and engine.urls starts none; use another critic"
+        )

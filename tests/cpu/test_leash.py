@@ -1,0 +1,41 @@
+"""A server must not outlive the rank that started it, whatever ends the rank."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from icrl_megatron.rollout import leash
+
+LEASH = Path(leash.__file__)
+PARENT = f"""
+import os, subprocess, sys
+command = [sys.executable, {str(LEASH)!r}, str(os.getpid()), "sleep", "60"]
+print(subprocess.Popen(command, start_new_session=True).pid, flush=True)
+sys.stdin.read()
+"""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own signal is Linux's")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_child_dies_with_its_parent(number: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        assert child.is_running()
+        parent.send_signal(number)
+        parent.wait(timeout=20)
+        assert psutil.wait_procs([child], timeout=20)[1] == []
+
+
+def test_a_parent_that_is_gone_already_starts_nothing() -> None:
+    done = subprocess.run([sys.executable, str(LEASH), "1", "echo", "started"], capture_output=True, timeout=20)
+    assert (done.returncode, done.stdout) == (1, b"")

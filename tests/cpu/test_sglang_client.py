@@ -1,0 +1,171 @@
+"""What the SGLang client makes of a server that misbehaves in ways the real one cannot be made to, over real HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+import torch
+from aiohttp import web
+
+from icrl_megatron.config import EngineSettings
+from icrl_megatron.rollout import sglang
+from icrl_megatron.rollout.engine import EngineError, EngineLostError, RequestFailedError, Sampling
+from icrl_megatron.rollout.sglang import SGLangEngine
+from icrl_megatron.rollout.sglang_checks import Checksums
+from icrl_megatron.rollout.sglang_server import Server
+from icrl_megatron.rollout.sglang_weights import Bucket, Transport, buckets, capacity, checked
+from icrl_megatron.types import Completion
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+SAMPLING = Sampling(1.0, 4, 0, ())
+GOOD = {"type": "length", "length": 2}
+
+
+def answer(**meta: object) -> dict[str, object]:
+    given = {
+        "finish_reason": GOOD,
+        "prompt_tokens": 2,
+        "cached_tokens": 1,
+        "weight_version": "default",
+        "output_token_logprobs": [[-1.0, 5, None], [-2.0, 6, None]],
+    }
+    return {"meta_info": {**given, **meta}}
+
+
+def no_transport() -> Transport:
+    raise AssertionError("no weights are sent here")
+
+
+def talk(generate: Handler, count: int = 1) -> tuple[list[Completion | BaseException], SGLangEngine]:
+    """`count` requests, one after another, to a server that answers /generate with `generate`."""
+
+    async def healthy(request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def run() -> tuple[list[Completion | BaseException], SGLangEngine]:
+        app = web.Application()
+        app.router.add_post("/generate", generate)
+        app.router.add_post("/abort_request", healthy)
+        app.router.add_get("/health", healthy)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        server = Server(None, f"http://127.0.0.1:{runner.addresses[0][1]}")
+        settings = EngineSettings(kind="sglang", request_timeout_s=0.3)
+        engine = SGLangEngine(server, settings, no_transport, {"w": (2,)}, torch.float32, torch.device("cpu"))
+        found: list[Completion | BaseException] = []
+        for _ in range(count):
+            found += await asyncio.gather(engine.generate((1, 2), SAMPLING), return_exceptions=True)
+        await runner.cleanup()
+        return found, engine
+
+    return asyncio.run(run())
+
+
+def test_ids_and_logprobs_come_in_pairs() -> None:
+    async def good(request: web.Request) -> web.Response:
+        body = await request.json()
+        assert body["input_ids"] == [1, 2]
+        assert body["sampling_params"]["top_p"] == 1.0
+        return web.json_response(answer())
+
+    (completion,), engine = talk(good)
+    assert completion == Completion((5, 6), (-1.0, -2.0), "length", 0)
+    assert (engine.stats.prompt_tokens, engine.stats.cached_tokens) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "no json",
+        "[]",
+        "{}",
+        answer(output_token_logprobs=[[float("nan"), 5, None]]),
+        answer(output_token_logprobs=[[0.5, 5, None]]),
+        answer(output_token_logprobs=[[-1.0, 5, None]] * 5),
+        answer(finish_reason={"type": "what"}),
+        answer(output_token_logprobs=[]),
+    ],
+)
+def test_garbage_fails_its_request_and_the_third_in_a_row_loses_the_engine(body: object) -> None:
+    async def garbage(request: web.Request) -> web.Response:
+        return web.Response(text=body) if isinstance(body, str) else web.json_response(body)
+
+    found, engine = talk(garbage, 4)
+    assert [type(f) for f in found] == [RequestFailedError] * 2 + [EngineLostError] * 2
+    assert "3 answers in a row" in engine.lost()
+
+
+def test_a_server_error_is_retried_and_a_refusal_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang, "_DEATH_GRACE_S", 0.1)
+    calls: list[int] = []
+
+    async def fails_once(request: web.Request) -> web.Response:
+        calls.append(1)
+        return web.Response(status=503) if len(calls) == 1 else web.json_response(answer())
+
+    (completion,), engine = talk(fails_once)
+    assert isinstance(completion, Completion)
+    assert engine.stats.retries == 1
+
+    async def refuses(request: web.Request) -> web.Response:
+        calls.append(1)
+        return web.Response(status=400, text="too long")
+
+    calls.clear()
+    (error,), _ = talk(refuses, 1)
+    assert isinstance(error, RequestFailedError)
+    assert "too long" in str(error)
+    assert len(calls) == 1
+
+
+def test_a_server_that_answers_nothing_at_all_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang, "ABORT_GRACE_S", 0.3)
+
+    async def never(request: web.Request) -> web.Response:
+        await asyncio.sleep(5)
+        return web.Response()
+
+    (error,), engine = talk(never)
+    assert isinstance(error, EngineLostError)
+    assert "hangs" in str(error)
+    with pytest.raises(EngineError, match="not this run's to restart"):
+        engine.revive()
+
+
+def test_buckets_hold_every_tensor_once_and_are_bounded() -> None:
+    tensors = [(f"t{i}", torch.full((i + 1, 3), float(i))) for i in range(6)]
+    shapes = {name: tuple(t.shape) for name, t in tensors}
+    bucket = Bucket(capacity(shapes, 4, 0), torch.device("cpu"))
+    assert bucket.buffer.numel() < sum(t.nbytes for _, t in tensors)
+    seen: dict[str, torch.Tensor] = {}
+    sent = 0
+    for _ in buckets(checked(tensors, shapes, torch.float32, 1), bucket):
+        sent += 1
+        for p in bucket.placed:
+            assert p.name not in seen
+            seen[p.name] = bucket.buffer[p.start : p.end].view(p.dtype).view(p.shape).clone()
+    assert sent > 1
+    assert all(torch.equal(seen[name], tensor) for name, tensor in tensors)
+
+
+def test_checksums_of_two_workers_are_those_of_their_shares() -> None:
+    torch.manual_seed(0)
+    prefix = "model.layers.0."
+    q, k, v = torch.randn(8, 4), torch.randn(4, 4), torch.randn(4, 4)
+    down, embedding = torch.randn(4, 6), torch.randn(70, 4)
+    expected = Checksums(2, tied=True)
+    for name, tensor in (("q_proj", q), ("v_proj", v), ("k_proj", k)):
+        expected.add(f"{prefix}self_attn.{name}.weight", tensor)
+    expected.add(f"{prefix}mlp.down_proj.weight", down)
+    expected.add("model.embed_tokens.weight", embedding)
+    shares = Checksums(1, tied=True)
+    shares.add("qkv", torch.cat([q[4:], k[2:], v[2:]]))
+    shares.add("down", down[:, 3:].contiguous())
+    shares.add("vocabulary", torch.cat([embedding[64:], torch.zeros(58, 4)]))
+    second = expected.expected[1]
+    assert second[f"{prefix}self_attn.qkv_proj.weight"] == shares.expected[0]["qkv"]
+    assert second[f"{prefix}mlp.down_proj.weight"] == shares.expected[0]["down"]
+    assert second["model.embed_tokens.weight"] == shares.expected[0]["vocabulary"]

@@ -1,0 +1,112 @@
+"""A rollout whose engine is lost: its episodes are played again, and nothing that was played is played twice."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+
+import pytest
+from rich.console import Console
+
+from icrl_megatron.config import RolloutSettings
+from icrl_megatron.rollout.engine import EngineError, EngineLostError, EngineStats, RequestFailedError
+from icrl_megatron.rollout.engines import Share, lead_rank
+from icrl_megatron.rollout.episode import Stage
+from icrl_megatron.rollout.prompts import Prompter, template_words
+from icrl_megatron.rollout.source import MAX_DEATHS, EngineSource, Played
+from icrl_megatron.rollout.speakers import Ask, Seeds, engine_casting
+from icrl_megatron.tasks import registry
+from icrl_megatron.telemetry.progress import Progress
+from icrl_megatron.tiny import build_tokenizer
+from icrl_megatron.types import Completion
+
+TASKS = list(registry.get("household").problems("train"))[:3]
+EPISODES = 2
+
+
+@dataclass
+class Mortal:
+    """One rank's engines, and the speaker behind them: dies at the given requests, counted from 0."""
+
+    prompter: Prompter
+    dies_at: frozenset[int] = frozenset()
+    fails_at: frozenset[int] = frozenset()
+    share: Share = field(default_factory=lambda: Share(0, 1))
+    solver: None = None
+    requests: int = 0
+    dead: str = ""
+    revived: int = 0
+
+    async def reply(self, ask: Ask) -> Completion:
+        if self.dead:
+            raise EngineLostError(self.dead)
+        number, self.requests = self.requests, self.requests + 1
+        if number in self.dies_at:
+            self.dead = f"died at request {number}"
+            raise EngineLostError(self.dead)
+        if number in self.fails_at:
+            raise RequestFailedError(f"request {number} failed")
+        ids = self.prompter.encode_reply("look")
+        return Completion(ids, (-1.0,) * len(ids), "stop", 1)
+
+    def lost(self) -> str:
+        return self.dead
+
+    def revive(self) -> bool:
+        self.dead, self.revived = "", self.revived + 1
+        return True
+
+    def take_stats(self) -> EngineStats:
+        return EngineStats(requests=self.requests)
+
+
+@pytest.fixture(scope="module")
+def stage() -> Stage:
+    words = template_words("compact") | set(registry.get("household").vocabulary())  # type: ignore[attr-defined]
+    settings = RolloutSettings(
+        max_turn_tokens=8, max_critique_tokens=8, context_tokens=512, templates="compact", max_turns=2, concurrency=2
+    )
+    return Stage(registry.environment, Prompter(build_tokenizer(words), settings), settings)
+
+
+def play(stage: Stage, mortal: Mortal) -> tuple[Played, list[bool]]:
+    resent: list[bool] = []
+    progress = Progress(console=Console(file=io.StringIO()))
+    source = EngineSource(stage, engine_casting(mortal), mortal, resent.append, lambda mine: [mine], progress)  # type: ignore[arg-type]
+    return source.play(TASKS, EPISODES, Seeds(0, 0), 1), resent
+
+
+def places(played: Played) -> list[tuple[str, int]]:
+    return [(e.task.task_id, e.index) for e in played.episodes]
+
+
+def test_episodes_of_a_lost_engine_are_played_again_and_the_others_are_kept(stage: Stage) -> None:
+    whole, _ = play(stage, Mortal(stage.prompter))
+    mortal = Mortal(stage.prompter, dies_at=frozenset({5, 8}))
+    played, resent = play(stage, mortal)
+    assert places(played) == places(whole) == [(t.task_id, i) for t in TASKS for i in range(EPISODES)]
+    assert (played.deaths, mortal.revived, resent) == (2, 2, [True, True])
+    assert played.dropped == ()
+    # Twelve turns, and those of the episodes in flight at the deaths once more; not everything again.
+    assert 12 < mortal.requests < 12 + 2 * 4
+
+
+def test_the_third_death_in_a_step_ends_the_run(stage: Stage) -> None:
+    mortal = Mortal(stage.prompter, dies_at=frozenset({1, 3, 5}))
+    with pytest.raises(
+        EngineError, match=f"{MAX_DEATHS} engines were lost while one step was played. died at request 5"
+    ):
+        play(stage, mortal)
+
+
+def test_a_failed_request_costs_one_more_try_and_then_the_episode(stage: Stage) -> None:
+    once, _ = play(stage, Mortal(stage.prompter, fails_at=frozenset({0})))
+    assert (len(once.episodes), len(once.dropped)) == (6, 0)
+    always, _ = play(stage, Mortal(stage.prompter, fails_at=frozenset(range(100))))
+    assert (len(always.episodes), len(always.dropped)) == (0, 6)
+    assert "failed" in always.dropped[0].error
+
+
+def test_the_first_rank_of_each_group_leads() -> None:
+    assert [lead_rank(rank, 8, 4) for rank in range(8)] == [0, 0, 2, 2, 4, 4, 6, 6]
+    assert [lead_rank(rank, 2, 1) for rank in range(2)] == [0, 0]
