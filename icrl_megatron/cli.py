@@ -135,6 +135,28 @@ def report_page(
     typer.echo(f"written to {write_page(runs, out or runs[0] / 'report.html', PageSize(episodes=episodes))}")
 
 
+env_app = typer.Typer(help="Look at environments behind servers.", no_args_is_help=True)
+app.add_typer(env_app, name="env")
+
+
+@env_app.callback()
+def env() -> None:
+    """Look at environments behind servers."""
+
+
+@env_app.command("check")
+def env_check(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Address of an AgentGym server, e.g. http://host:36001.")],
+    kind: Annotated[str, typer.Option(help="Which environment it should be; found out by default.")] = "",
+    task: Annotated[int, typer.Option(help="Task id to play the first step of.")] = 0,
+    timeout: Annotated[float, typer.Option(help="Seconds a call may take.")] = 30.0,
+) -> None:
+    """Drive a server through an episode's beginning, and say what it is."""
+    from icrl_megatron.tasks.env_check import check
+
+    raise typer.Exit(check(url, kind, task, timeout))
+
+
 @app.command()
 def recipes() -> None:
     """List the recipes."""

@@ -148,7 +148,9 @@ def reply_of(dialect: Dialect, name: str, answer: Json, kind: str) -> Reply:
     observation = answer.get(key)
     if not isinstance(observation, str):
         raise ProtocolError(f"POST /{kind} answered no text under {key!r} but {_cut(answer)}; is this {name}?")
-    if kind == "reset" and name == "sciworld" and isinstance(answer.get("task_description"), str):
+    if kind == "reset" and name == "sciworld" and dialect == "A":
+        if not isinstance(answer.get("task_description"), str):
+            raise ProtocolError(f"POST /reset answered no task_description but {_cut(answer)}; is this sciworld?")
         observation = f"{answer['task_description']}\n\n{observation}"
     info = answer.get("info") if isinstance(answer.get("info"), dict) else {}
     actions = answer.get("available_actions") or (info or {}).get("available_actions") or ()
