@@ -22,6 +22,7 @@ from icrl_megatron.actor.model import DTYPES
 from icrl_megatron.actor.sync import WeightSync
 from icrl_megatron.actor.weights import Gatherer
 from icrl_megatron.config import ConfigError, Settings
+from icrl_megatron.data.curriculum import Curriculum
 from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.launch import StopRequest, report_started, run_rank
 from icrl_megatron.parts import Parts, Recorder
@@ -81,7 +82,12 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
         actor=actor,
         sync=WeightSync(Gatherer(actor.rows, grid), engine),
         source=source,
-        sampler=TaskSampler(settings.tasks.sources, tasks, settings.seed),
+        sampler=TaskSampler(
+            settings.tasks.sources,
+            tasks,
+            settings.seed,
+            Curriculum(settings.tasks.curriculum_floor) if settings.tasks.curriculum else None,
+        ),
         heldout=held,
         prompter=prompter,
     )

@@ -112,11 +112,11 @@ def test_a_person_clicks_through_to_an_episode(browser: Browser, page: Path) -> 
     browser.wait("document.querySelector('button[data-axis=tokens]').classList.contains('on')")
     assert "generated tokens" in browser.evaluate("document.querySelector('#chart-free svg').textContent")
 
-    browser.click("document.querySelector('button[data-outcome=rescued]')")
-    browser.wait("document.querySelector('button[data-outcome=rescued]').classList.contains('on')")
+    browser.click("document.querySelector('button[data-outcome=failed]')")
+    browser.wait("document.querySelector('button[data-outcome=failed]').classList.contains('on')")
     shown = browser.evaluate("document.querySelectorAll('#list li').length")
     assert shown > 0
-    assert browser.evaluate("document.querySelectorAll('#list .dot:not(.rescued)').length") == 0
+    assert browser.evaluate("document.querySelectorAll('#list .dot:not(.failed)').length") == 0
     browser.click(f"document.querySelectorAll('#list li')[{shown - 1}]")
     browser.wait(f"document.querySelectorAll('#list li')[{shown - 1}].classList.contains('on')")
     roles = browser.evaluate("[...document.querySelectorAll('#episode .col')].map(c => c.dataset.role)")
