@@ -135,6 +135,31 @@ def report_page(
     typer.echo(f"written to {write_page(runs, out or runs[0] / 'report.html', PageSize(episodes=episodes))}")
 
 
+@app.command()
+def ablate(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    arms: Annotated[str, typer.Option(help="Names with commas (docs/BASELINES.md), or all.")] = "all",
+    seeds: Annotated[str, typer.Option(help="Whole numbers with commas.")] = "0,1,2",
+    out: Annotated[Path | None, typer.Option(help="Where the runs go; runs/ablate_RECIPE by default.")] = None,
+    budget_of: Annotated[str, typer.Option(help="Arm whose generated tokens end all others.")] = "",
+    cell: Annotated[int | None, typer.Option(help="Run this one only, e.g. $SLURM_ARRAY_TASK_ID.")] = None,
+) -> None:
+    """Compare ICRL with its baselines and ablations over seeds. Given again, it goes on where it was stopped."""
+    from rich.console import Console
+
+    from icrl_megatron import ablate as ablation
+
+    where = out or Path("runs") / f"ablate_{recipe}"
+    plan = ablation.parse(recipe, arms, seeds, where, overrides or [], budget_of)
+    code = ablation.run(plan, cell)
+    if found := ablation.results(plan):
+        ablation.write(plan, found)
+        Console().print(ablation.table(found))
+    if code:
+        _finish(code)
+
+
 env_app = typer.Typer(help="Look at environments behind servers.", no_args_is_help=True)
 app.add_typer(env_app, name="env")
 
