@@ -193,6 +193,53 @@ def report_page(
 
 
 @app.command()
+def ablate(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    arms: Annotated[str, typer.Option(help="Names with commas (docs/BASELINES.md), or all.")] = "all",
+    seeds: Annotated[str, typer.Option(help="Whole numbers with commas.")] = "0,1,2",
+    out: Annotated[Path | None, typer.Option(help="Where the runs go; runs/ablate_RECIPE by default.")] = None,
+    budget_of: Annotated[str, typer.Option(help="Arm whose generated tokens end all others.")] = "",
+    cell: Annotated[int | None, typer.Option(help="Run this one only, e.g. $SLURM_ARRAY_TASK_ID.")] = None,
+) -> None:
+    """Compare ICRL with its baselines and ablations over seeds. Given again, it goes on where it was stopped."""
+    from rich.console import Console
+
+    from icrl_megatron import ablate as ablation
+
+    where = out or Path("runs") / f"ablate_{recipe}"
+    plan = ablation.parse(recipe, arms, seeds, where, overrides or [], budget_of)
+    code = ablation.run(plan, cell)
+    if found := ablation.results(plan):
+        ablation.write(plan, found)
+        Console().print(ablation.table(found))
+    if code:
+        _finish(code)
+
+
+env_app = typer.Typer(help="Look at environments behind servers.", no_args_is_help=True)
+app.add_typer(env_app, name="env")
+
+
+@env_app.callback()
+def env() -> None:
+    """Look at environments behind servers."""
+
+
+@env_app.command("check")
+def env_check(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Address of an AgentGym server, e.g. http://host:36001.")],
+    kind: Annotated[str, typer.Option(help="Which environment it should be; found out by default.")] = "",
+    task: Annotated[int, typer.Option(help="Task id to play the first step of.")] = 0,
+    timeout: Annotated[float, typer.Option(help="Seconds a call may take.")] = 30.0,
+) -> None:
+    """Drive a server through an episode's beginning, and say what it is."""
+    from icrl_megatron.tasks.env_check import check
+
+    raise typer.Exit(check(url, kind, task, timeout))
+
+
+@app.command()
 def recipes() -> None:
     """List the recipes."""
     from rich.console import Console

@@ -71,6 +71,10 @@ class TaskSettings:
     """Mixture the training tasks are drawn from."""
     limit: int | None = None
     """At most this many training problems of each source (the first ones)."""
+    curriculum: bool = False
+    """Draw problems by their recent success: what always or never succeeds comes less often. Off: each in its turn."""
+    curriculum_floor: float = 0.1
+    """With a curriculum: the weight of what always or never succeeds, where an unseen problem has 1."""
 
 
 @dataclass

@@ -16,6 +16,7 @@ from icrl_megatron.actor.grid import Grid, any_rank
 from icrl_megatron.actor.sync import WeightSync
 from icrl_megatron.algo.credit import CreditReport
 from icrl_megatron.config import Settings
+from icrl_megatron.data.curriculum import append_history, cut_history, read_history, success_shares
 from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.launch import StopRequest
 from icrl_megatron.rollout.prompts import Prompter
@@ -84,7 +85,19 @@ class Recorder:
             progress.log(f"resuming from {found[-1]}")
         parts.sync.push()
         main = parts.grid.rank == 0
+        self._resume_curriculum(main)
         self.writer = MetricsWriter(run_dir, self.step if found else None) if main else None
+
+    def _resume_curriculum(self, main: bool) -> None:
+        """What the steps before the checkpoint saw; the file is this run's own, so every rank may read it."""
+        curriculum = self.parts.sampler.curriculum
+        if curriculum is None:
+            return
+        for shares in read_history(self.run_dir, self.step):
+            curriculum.observe(shares)
+        any_rank(self.parts.grid, False)  # nobody reads any more
+        if main:
+            cut_history(self.run_dir, self.step)
 
     def finished(self) -> bool:
         limit = self.parts.settings.max_generated_tokens
@@ -111,6 +124,11 @@ class Recorder:
         """Ends the step: its metrics, its rollouts, evaluation and checkpoint where due."""
         settings = self.parts.settings
         self.step += 1
+        if (curriculum := self.parts.sampler.curriculum) is not None:
+            shares = success_shares(played.episodes)
+            curriculum.observe(shares)
+            if self.writer is not None:
+                append_history(self.run_dir, self.step, shares)
         row = rollout_metrics(played.episodes, played.dropped, report)
         row |= {"tokens/generated_total": self.generated, "steps/resampled": self.resampled}
         row |= {"weights/version": self.parts.sync.version, "steps/without_signal": float(not report.has_signal)}

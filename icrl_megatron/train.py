@@ -21,6 +21,7 @@ from icrl_megatron.actor import platform
 from icrl_megatron.actor.actor import Actor
 from icrl_megatron.actor.weights import Gatherer
 from icrl_megatron.config import ConfigError, Settings
+from icrl_megatron.data.curriculum import Curriculum
 from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.launch import StopRequest, report_started, run_rank
 from icrl_megatron.parts import Parts, Recorder
@@ -97,7 +98,12 @@ def _parts(
         actor=actor,
         sync=sync,
         source=wiring.episode_source(settings, grid, catalogue, prompter, progress, engines, sync),
-        sampler=TaskSampler(settings.tasks.sources, problems(settings, catalogue, "train"), settings.seed),
+        sampler=TaskSampler(
+            settings.tasks.sources,
+            problems(settings, catalogue, "train"),
+            settings.seed,
+            Curriculum(settings.tasks.curriculum_floor) if settings.tasks.curriculum else None,
+        ),
         heldout=heldout(settings, catalogue),
         prompter=prompter,
     )

@@ -45,6 +45,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "steps": (0, math.inf),
     "max_generated_tokens": (1, math.inf),
     "tasks.limit": (1, math.inf),
+    "tasks.curriculum_floor": (0, 1),
     "warm_start.steps": (0, math.inf),
     "warm_start.episodes_per_step": (1, math.inf),
     "warm_start.learning_rate": (0, math.inf),

@@ -1,4 +1,7 @@
-"""Which tasks a step plays: a pure function of (seed, step, resample), so there is no data position to save."""
+"""Which tasks a step plays: a pure function of (seed, step, resample), so there is no data position to save.
+
+With a curriculum it is one of what the steps before saw, too, which the run folder holds (`curriculum.py`).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from icrl_megatron.config import ConfigError, TaskSource
+from icrl_megatron.data.curriculum import Curriculum
 from icrl_megatron.types import Task
 
 
@@ -21,8 +25,15 @@ class TaskSampler:
     named twice, and a weight that is not a positive number.
     """
 
-    def __init__(self, sources: Sequence[TaskSource], problems: Mapping[str, Sequence[Task]], seed: int) -> None:
+    def __init__(
+        self,
+        sources: Sequence[TaskSource],
+        problems: Mapping[str, Sequence[Task]],
+        seed: int,
+        curriculum: Curriculum | None = None,
+    ) -> None:
         _check(sources, problems)
+        self.curriculum = curriculum
         total = math.fsum(s.weight for s in sources)
         self._weights = [s.weight / total for s in sources]
         self._orders: list[list[Task]] = []
@@ -41,6 +52,8 @@ class TaskSampler:
         source has fewer problems than its share of `n`.
         """
         slots = self._row(step * n, (step + 1) * n)
+        if self.curriculum is not None:
+            return self._by_success(slots, self.curriculum, random.Random(f"{self._seed}/curriculum/{step}/{resample}"))
         if resample == 0:
             return [self._orders[s][position % len(self._orders[s])] for s, position in slots]
         rng = random.Random(f"{self._seed}/redraw/{step}/{resample}")
@@ -50,6 +63,10 @@ class TaskSampler:
             tasks += self._orders[source] * rounds + rng.sample(self._orders[source], rest)
         rng.shuffle(tasks)
         return tasks
+
+    def _by_success(self, slots: Sequence[tuple[int, int]], curriculum: Curriculum, rng: random.Random) -> list[Task]:
+        shares = sorted(Counter(s for s, _ in slots).items())
+        return [task for source, share in shares for task in curriculum.draw(self._orders[source], share, rng)]
 
     def _row(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Slots as (source, how many slots that source had before); grown on demand, the same however asked for."""

@@ -6,7 +6,6 @@ Dialect A is AgentGym's own: every environment has shapes of its own. Dialect B 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,8 +13,6 @@ from typing import Any, Literal
 Json = Any
 Dialect = Literal["A", "B"]
 NAMES = ("alfworld", "webshop", "sciworld", "babyai", "textcraft", "searchqa")
-_ACTION = re.compile(r"<action>(.*?)</action>", re.DOTALL)
-_SEARCHQA = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
 
 
 class ProtocolError(ValueError):
@@ -109,11 +106,21 @@ FIRST_ACTIONS: Mapping[str, str] = {
 
 def action_of(name: str, reply: str) -> str | None:
     """The last action in a reply, as the server wants it; None if there is none."""
-    if name == "searchqa":
-        found = _SEARCHQA.findall(reply)
-        return f"<{found[-1][0]}>{found[-1][1].strip()}</{found[-1][0]}>" if found else None
-    actions = _ACTION.findall(reply)
-    return (actions[-1].strip() or None) if actions else None
+    if name != "searchqa":
+        last = _last_tagged(reply, "action")
+        return (last[1].strip() or None) if last else None
+    tagged = [(found, tag) for tag in ("search", "answer") if (found := _last_tagged(reply, tag))]
+    if not tagged:
+        return None
+    (_, text), tag = max(tagged)
+    return f"<{tag}>{text.strip()}</{tag}>"
+
+
+def _last_tagged(text: str, tag: str) -> tuple[int, str] | None:
+    """(where it ends, what is inside) of the last complete <tag>...</tag>; in one pass, however many tags are open."""
+    end = text.rfind(f"</{tag}>")
+    start = text.rfind(f"<{tag}>", 0, max(end, 0))
+    return (end, text[start + len(tag) + 2 : end]) if start >= 0 else None
 
 
 def env_id(dialect: Dialect, name: str, answer: Json) -> Json:
@@ -148,7 +155,9 @@ def reply_of(dialect: Dialect, name: str, answer: Json, kind: str) -> Reply:
     observation = answer.get(key)
     if not isinstance(observation, str):
         raise ProtocolError(f"POST /{kind} answered no text under {key!r} but {_cut(answer)}; is this {name}?")
-    if kind == "reset" and name == "sciworld" and isinstance(answer.get("task_description"), str):
+    if kind == "reset" and name == "sciworld" and dialect == "A":
+        if not isinstance(answer.get("task_description"), str):
+            raise ProtocolError(f"POST /reset answered no task_description but {_cut(answer)}; is this sciworld?")
         observation = f"{answer['task_description']}\n\n{observation}"
     info = answer.get("info") if isinstance(answer.get("info"), dict) else {}
     actions = answer.get("available_actions") or (info or {}).get("available_actions") or ()

@@ -19,21 +19,25 @@ from typing import Any
 MEMORY_BYTES = 2 << 30
 MAX_ANSWER_CHARS = 2000
 """No answer of a real problem is longer; what is, is wrong."""
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z\\])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![A-Za-z\d.])")
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:,\d{3})*|\d*)(?:\.\d+)?%?")
 
 
 def last_box(text: str) -> str | None:
     """The content of the last complete \\boxed{...} or \\fbox{...}, braces balanced; None if there is none."""
-    for start in reversed([m.end() for m in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]):
-        depth = 1
-        for i in range(start, len(text)):
-            character = text[i]
-            if character in "{}" and text[i - 1] != "\\":
-                depth += 1 if character == "{" else -1
-                if depth == 0:
-                    return text[start:i].strip()
-    return None
+    if "box" not in text:  # megabytes of braces are not looked at one by one
+        return None
+    opened: list[int | None] = []
+    found: tuple[int, int] | None = None
+    for brace in _BRACES.finditer(text):
+        if brace[0].endswith("{") and brace[0] != "\\{":
+            opened.append(brace.end() if len(brace[0]) > 1 else None)
+        elif brace[0] == "}" and opened:
+            start = opened.pop()
+            if start is not None and (found is None or start > found[0]):
+                found = start, brace.start()
+    return text[found[0] : found[1]].strip() if found else None
 
 
 def normalised(answer: str) -> str:

@@ -153,7 +153,7 @@ def _episodes(run: Path, settings: Settings, records: Sequence[tuple[int, Any]],
     """A choice of episodes, those with a weighted revision first, spread evenly over the run and in its order."""
     ranked = [i for i, (_, r) in enumerate(records) if any(c.weights for c in r.credit.values())]
     others = [i for i, (_, r) in enumerate(records) if not any(c.weights for c in r.credit.values())]
-    chosen = _spread(ranked, (3 * size.episodes) // 4)
+    chosen = _spread(ranked, max((3 * size.episodes) // 4, size.episodes - len(others)))
     chosen += _spread(others, size.episodes - len(chosen))
     speller = Speller.of_run(run, settings)
     shown = [episode(*records[i], speller, size.tokens) for i in sorted(chosen)]

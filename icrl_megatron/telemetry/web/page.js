@@ -181,7 +181,7 @@ function drawWeights() {
     const means = known(run.steps.map((s, i) => [s + .5, (run.curves["actor/calibration_weight"] || [])[i]]));
     if (means.length) f.root.append(svg("path", { d: path(smooth(means), f.x, f.y), fill: "none", stroke: "var(--ink)", "stroke-width": 2.2 }));
     $("weights").append(el("figure", {}, el("figcaption", {}, runs.length > 1 ? `Calibration weight: ${run.label}` : "Calibration weight of every revision token, step by step"), f.root,
-      el("p", { class: "note" }, "Darker: more of the step's tokens. Line: their mean. Up: less and less is held back.")));
+      el("p", { class: "note" }, "Darker: more of the step's tokens. Line: their mean. Where the line rises, less is held back.")));
     const held = w.shares.map((s, i) => [w.steps[i], s.slice(0, Math.round(bins / run.w_max * .5)).reduce((a, b) => a + b, 0)]);
     const moved = w.shares.map((s, i) => [w.steps[i], s.slice(Math.round(bins / run.w_max)).reduce((a, b) => a + b, 0)]);
     const id = `held-${runs.indexOf(run)}`, axis = state.axis;
@@ -293,7 +293,11 @@ $("list").addEventListener("keydown", e => {
   if (move) { e.preventDefault(); choose(state.chosen + move); }
 });
 // Open on what the page is for: an episode that critique rescued, with its weights.
-const first = runs[0].episodes.shown.findIndex(e => e.outcome === "rescued" && e.rounds.some(r => r.weight));
+const spread = e => {
+  const w = e.outcome === "rescued" ? e.rounds.flatMap(r => r.turns.flatMap(t => t.tokens.map(x => x[1]).filter(x => x !== null))) : [];
+  return w.length > 1 ? Math.max(...w) - Math.min(...w) : -1;
+};
+const spreads = runs[0].episodes.shown.map(spread), first = spreads.indexOf(Math.max(...spreads, 0));
 drawTiles(); drawCurves(); drawTables(); drawWeights(); drawTimes(); drawFilters();
 state.chosen = Math.max(0, first);
 drawList();

@@ -1,0 +1,87 @@
+"""Which problems are worth playing now: those that sometimes succeed. What always or never does is drawn less often."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from icrl_megatron.config import ConfigError
+from icrl_megatron.telemetry.files import write_atomically
+from icrl_megatron.types import Episode, Task
+
+HISTORY = "task_success.jsonl"
+"""In the run folder: one line a step, the share of first attempts of each played problem that succeeded."""
+RECENT = 3
+"""Visits that count."""
+
+
+class Curriculum:
+    """Weights of problems by their recent critique-free success. The same on every rank, and after a resume.
+
+    An unseen problem weighs 1. One with recent success p weighs floor + (1 - floor) * 4p(1 - p): the spread of a
+    group's rewards, which is what a step learns from.
+    """
+
+    def __init__(self, floor: float) -> None:
+        self._floor = floor
+        self._recent: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
+
+    def weight(self, task_id: str) -> float:
+        visits = self._recent.get(task_id)
+        if not visits:
+            return 1.0
+        p = sum(visits) / len(visits)
+        return self._floor + (1.0 - self._floor) * 4.0 * p * (1.0 - p)
+
+    def observe(self, shares: dict[str, float]) -> None:
+        """What one step saw; `success_shares` makes it."""
+        for task_id, share in shares.items():
+            self._recent[task_id].append(share)
+
+    def draw(self, problems: Sequence[Task], count: int, rng: random.Random) -> list[Task]:
+        """`count` problems without repetition, likelier the more they weigh; all of them again where they are fewer."""
+        rounds, rest = divmod(count, len(problems))
+        # Exponential clocks: the first `rest` to ring are a weighted sample without replacement.
+        rings = sorted((rng.expovariate(max(self.weight(t.task_id), 1e-9)), i) for i, t in enumerate(problems))
+        return [*problems] * rounds + [problems[i] for _, i in rings[:rest]]
+
+
+def success_shares(episodes: Iterable[Episode]) -> dict[str, float]:
+    """Task id -> share of its first attempts that succeeded."""
+    seen: dict[str, list[bool]] = defaultdict(list)
+    for episode in episodes:
+        seen[episode.task.task_id].append(episode.attempts[0].success)
+    return {task_id: sum(of) / len(of) for task_id, of in sorted(seen.items())}
+
+
+def append_history(run_dir: Path, step: int, shares: dict[str, float]) -> None:
+    with (run_dir / HISTORY).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "success": shares}) + "\n")
+
+
+def read_history(run_dir: Path, until: int) -> list[dict[str, float]]:
+    """What the steps up to `until` saw, in order. Raises ConfigError on a damaged file."""
+    found: dict[int, dict[str, float]] = {}
+    path = run_dir / HISTORY
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # a last line may be cut short
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            found[int(row["step"])] = {str(k): float(v) for k, v in row["success"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{path}, line {number} is damaged: delete that line, or start in another run_dir"
+            ) from error
+    return [found[step] for step in sorted(found) if step <= until]
+
+
+def cut_history(run_dir: Path, until: int) -> None:
+    """Takes out what came after the checkpoint that a run goes on from. By one rank, before any appends."""
+    kept = read_history(run_dir, until)
+    write_atomically(
+        run_dir / HISTORY,
+        (json.dumps({"step": i, "success": s}) for i, s in enumerate(kept, start=1 + until - len(kept))),
+    )

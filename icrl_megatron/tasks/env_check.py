@@ -1,0 +1,72 @@
+"""`icrl env check URL`: what a server is, found out by playing the first step of an episode on it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from icrl_megatron.config import ConfigError
+from icrl_megatron.tasks import agentgym_dialects as dialects
+from icrl_megatron.tasks.agentgym import examine
+from icrl_megatron.tasks.base import EnvironmentFailure
+from icrl_megatron.tasks.servers import Pool, Refused
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one kind of conversation with the server came to."""
+
+    kind: str
+    dialect: str
+    first: str
+    then: dialects.Reply
+
+
+def check(url: str, kind: str, task: int, timeout_s: float, console: Console | None = None) -> int:
+    """Prints what the server is; returns 0. Raises ConfigError when it is down, or speaks like none that is known."""
+    if kind and kind not in dialects.NAMES:
+        raise ConfigError(f"--kind={kind}: choose one of {', '.join(dialects.NAMES)}")
+    out = console or Console()
+    begun = time.perf_counter()
+    tried = {}
+    _require_up(url, timeout_s)
+    for name in [kind] if kind else dialects.NAMES:
+        try:
+            dialect, first, then = asyncio.run(examine(name, url, task, timeout_s))
+            # Dialect B has one shape for all of them.
+            known = name if kind or dialect == "A" else "an environment that does not say which it is"
+            _print(out, url, Found(known, dialect, first, then), time.perf_counter() - begun)
+            return 0
+        except EnvironmentFailure as error:
+            tried[name] = str(error)
+    listed = "\n  ".join(f"{name}: {error}" for name, error in tried.items())
+    raise ConfigError(f"{url} answers, but not as {kind or 'any environment that is known'}:\n  {listed}")
+
+
+def _require_up(url: str, timeout_s: float) -> None:
+    pool = Pool([url], timeout_s)
+
+    async def ask() -> None:
+        try:
+            await pool.call(pool.servers[0], "GET", "/")
+        except Refused:
+            return  # it answered
+
+    try:
+        asyncio.run(ask())
+    except EnvironmentFailure as error:
+        raise ConfigError(f"{error} Start it, or mend the address") from error
+
+
+def _print(out: Console, url: str, found: Found, seconds: float) -> None:
+    out.print(f"{url} is a server of [bold]{found.kind}[/bold], dialect {found.dialect}", highlight=False)
+    out.print(f"  first observation  {_cut(found.first)!r}", highlight=False, markup=False)
+    out.print(f"  after one action   {_cut(found.then.observation)!r}", highlight=False, markup=False)
+    out.print(f"  reward {found.then.reward:g}, done {found.then.done}, {seconds:.2f} s in all", highlight=False)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 160 else f"{text[:160]}..."

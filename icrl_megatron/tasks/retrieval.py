@@ -1,0 +1,144 @@
+"""Where searches are answered: BM25 over a JSONL of documents on this machine, or a retriever behind HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from icrl_megatron.config import ConfigError
+from icrl_megatron.tasks.base import EnvironmentFailure
+from icrl_megatron.tasks.servers import Pool
+from icrl_megatron.telemetry.files import locked
+
+META = "source.json"
+OFFSETS = "offsets.npy"
+
+
+class Retriever(Protocol):
+    async def search(self, query: str, count: int) -> list[str]:
+        """At most `count` passages, best first."""
+        ...
+
+
+class LocalRetriever:
+    """BM25 by bm25s. The index is built once beside the corpus, and memory-mapped from then on.
+
+    A document is {"contents"} (its title on the first line) or {"title", "text"}. Raises ConfigError on a corpus that
+    is missing, empty or damaged, and when the index cannot be written.
+    """
+
+    def __init__(self, corpus: Path) -> None:
+        if not corpus.is_file():
+            raise ConfigError(f"data.corpus={corpus}: no such file; give a JSONL of documents")
+        self._corpus = corpus
+        folder = corpus.with_name(corpus.name + ".bm25s")
+        stat = corpus.stat()
+        source = {"size": stat.st_size, "changed": stat.st_mtime_ns}
+        if _meta(folder) != source:
+            with locked(corpus.parent, f".{corpus.name}.bm25s.lock"):
+                _build(corpus, folder, source)
+        import bm25s
+
+        self._index = bm25s.BM25.load(str(folder), mmap=True)
+        self._offsets = np.load(folder / OFFSETS, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    async def search(self, query: str, count: int) -> list[str]:
+        return await asyncio.to_thread(self._search, query, count)
+
+    def _search(self, query: str, count: int) -> list[str]:
+        tokens = _words([query])
+        found, scores = self._index.retrieve(tokens, k=min(count, len(self)), show_progress=False, n_threads=0)
+        with self._corpus.open("rb") as lines:
+            return [
+                _text(_at(lines, int(self._offsets[i])))
+                for i, score in zip(found[0], scores[0], strict=True)
+                if score > 0
+            ]
+
+
+class RemoteRetriever:
+    """Servers that answer as Search-R1's retriever: POST /retrieve {"queries", "topk", "return_scores"}."""
+
+    def __init__(self, urls: Sequence[str], timeout_s: float) -> None:
+        self._pool = Pool(urls, timeout_s)
+
+    async def search(self, query: str, count: int) -> list[str]:
+        server = self._pool.choose()
+        server.episodes += 1
+        try:
+            body = {"queries": [query], "topk": count, "return_scores": True}
+            answer = await self._pool.call(server, "POST", "/retrieve", body)
+            documents = answer["result"][0]
+            return [_text(d.get("document", d)) for d in documents[:count]]
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise EnvironmentFailure(
+                f"{server.url}/retrieve answered no passages ({error!r}); is it a retriever?"
+            ) from error
+        finally:
+            server.episodes -= 1
+
+
+def _meta(folder: Path) -> dict[str, int] | None:
+    try:
+        found: dict[str, int] = json.loads((folder / META).read_text())
+        return found
+    except (OSError, ValueError):
+        return None
+
+
+def _build(corpus: Path, folder: Path, source: dict[str, int]) -> None:
+    if _meta(folder) == source:  # another process built it while this one waited
+        return
+    import bm25s
+
+    texts, offsets = [], []
+    with corpus.open("rb") as lines:
+        offset = 0
+        for number, line in enumerate(lines, start=1):
+            try:
+                texts.append(_text(json.loads(line)))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f"{corpus}, line {number}: not a document with contents, or with title and text ({error!r}); mend "
+                    "or delete the line"
+                ) from error
+            offsets.append(offset)
+            offset += len(line)
+    if not any(text.strip() for text in texts):
+        raise ConfigError(f"{corpus}: no documents in it; a search could find nothing")
+    index = bm25s.BM25()
+    index.index(_words(texts), show_progress=False)
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    index.save(str(part))
+    np.save(part / OFFSETS, np.asarray(offsets, dtype=np.int64))
+    (part / META).write_text(json.dumps(source))
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+
+
+def _words(texts: list[str]) -> Any:
+    import bm25s
+
+    return bm25s.tokenize(texts, stopwords="en", show_progress=False)
+
+
+def _at(lines: Any, offset: int) -> dict[str, Any]:
+    lines.seek(offset)
+    found: dict[str, Any] = json.loads(lines.readline())
+    return found
+
+
+def _text(document: dict[str, Any]) -> str:
+    if "contents" in document:
+        return str(document["contents"])
+    return f"{document['title']}\n{document['text']}"

@@ -1,0 +1,83 @@
+"""`icrl ablate`: its plan, its arms as settings, and two arms that are run, interrupted and resumed for real."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from whole_runs import SMALL, WARM_START, icrl
+
+from icrl_megatron import settings
+from icrl_megatron.ablate import ARMS, parse, results, table
+from icrl_megatron.config import ConfigError
+
+OUT = Path("nowhere")
+
+
+def test_every_arm_is_settings_that_every_recipe_takes_and_the_guide_explains() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "BASELINES.md").read_text()
+    for arm, changes in ARMS.items():
+        assert f"| `{arm}` |" in guide
+        for recipe in ("rulebook_hard", "qwen3_8b"):
+            loaded = settings.load(recipe, changes)
+            assert (loaded != settings.load(recipe)) == (arm != "icrl")
+
+
+def test_cells_begin_with_the_arm_that_sets_the_budget() -> None:
+    plan = parse("rulebook_hard", "grpo,icrl", "3,1", OUT, [], "icrl")
+    assert plan.cells() == [("icrl", 3), ("icrl", 1), ("grpo", 3), ("grpo", 1)]
+    assert parse("rulebook_hard", "all", "0", OUT, [], "").arms == tuple(ARMS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("rulebook_hard", "icrll", "0", OUT, [], ""), r"no arm 'icrll'; choose from icrl, grpo"),
+        (("rulebook_hard", "icrl", "a", OUT, [], ""), r"--seeds=a"),
+        (("rulebook_hard", "grpo", "0", OUT, [], "icrl"), r"not among --arms"),
+        (("rulebok_hard", "icrl", "0", OUT, [], ""), r"did you mean"),
+        (("rulebook_hard", "icrl", "0", OUT, ["step=1"], ""), r"unknown setting"),
+    ],
+)
+def test_mistakes_are_named_before_anything_runs(
+    arguments: tuple[str, str, str, Path, list[str], str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(*arguments)
+
+
+@pytest.mark.slow
+def test_two_arms_run_stop_and_go_on(tmp_path: Path) -> None:
+    out = tmp_path / "ablation"
+    command = [
+        "ablate",
+        "rulebook_easy",
+        "steps=2",
+        *SMALL,
+        *WARM_START,
+        "--arms",
+        "icrl,grpo",
+        "--seeds",
+        "0",
+        "--out",
+        str(out),
+    ]
+    command += ["--budget-of", "icrl"]
+    code, _, err = icrl(*command, "--cell", "1")
+    assert code == 2 and "run it first" in err
+    assert not (out / "grpo_0" / "hf").exists()
+    code, shown, err = icrl(*command, "--cell", "0")
+    assert code == 0, err
+    assert "icrl" in shown and not (out / "grpo_0").exists()
+    before = (out / "icrl_0" / "metrics.jsonl").stat().st_mtime_ns
+    code, shown, err = icrl(*command)
+    assert code == 0, err
+    assert (out / "icrl_0" / "metrics.jsonl").stat().st_mtime_ns == before
+    icrl_row, grpo_row = json.loads((out / "ablation.json").read_text())
+    assert (icrl_row["arm"], grpo_row["arm"]) == ("icrl", "grpo")
+    assert grpo_row["tokens"] >= icrl_row["tokens"] > 0 and grpo_row["critique_tokens"] is None
+    assert re.search(r"\| grpo \| 1 \|", (out / "ablation.md").read_text())
+    assert (out / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    assert table(results(parse("rulebook_easy", "icrl,grpo", "0", out, [], ""))).row_count == 2

@@ -1,0 +1,350 @@
+"""The AgentGym client against real HTTP servers: both dialects of every environment, and every way to fail."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from agentgym_server import TALKS, State, serving
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from icrl_megatron.config import ConfigError, TaskData, TaskSource
+from icrl_megatron.tasks import agentgym_dialects as dialects
+from icrl_megatron.tasks import registry, servers
+from icrl_megatron.tasks.agentgym import AgentGym, AgentGymEnvironment, probe
+from icrl_megatron.tasks.base import EnvironmentFailure, StepResult
+from icrl_megatron.tasks.env_check import check
+from icrl_megatron.tasks.servers import Pool, Refused
+
+BOTH = [(name, dialect) for name in TALKS for dialect in "AB"]
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "BACKOFF_S", 0.001)
+
+
+def gym(name: str, *urls: str, timeout_s: float = 10.0) -> AgentGym:
+    data = TaskData(train=["0:4"], heldout=["4:6"], servers=list(urls), request_timeout_s=timeout_s)
+    return AgentGym(TaskSource(name, data=data))
+
+
+def reply(name: str, action: str) -> str:
+    return f"I think so. {action}" if name == "searchqa" else f"I think <action>no</action> <action> {action} </action>"
+
+
+async def played(environment: AgentGymEnvironment, name: str, actions: list[str]) -> list[str]:
+    seen = [await environment.reset()]
+    for action in actions:
+        parsed = environment.parse(reply(name, action))
+        assert parsed == action
+        result: StepResult = await environment.step(parsed)
+        seen.append(result.observation)
+        if result.done:
+            break
+    return seen
+
+
+@pytest.mark.parametrize(("name", "dialect"), BOTH)
+def test_a_recorded_episode_of_every_environment(name: str, dialect: str) -> None:
+    first, steps = TALKS[name]
+    actions = [s[0] for s in steps if s[0] != "<answer>Rome</answer>"]
+    with serving(name, dialect) as (url, state):
+        task_set = gym(name, url)
+        environment = task_set.environment(task_set.problems("train")[2])
+        seen = asyncio.run(played(environment, name, actions))
+        assert len(seen) == len(actions) + 1 and first in seen[0]
+        assert seen[0].startswith(dialects.ENVIRONMENTS[name].instruction)
+        assert [t for t, _ in state.open.values()] == [2]
+        assert environment.success() is (name != "webshop")
+        assert environment.outcome() == pytest.approx({"webshop": 0.6667, "babyai": 0.86}.get(name, 1.0))
+        assert "Boil water." in seen[0] or name != "sciworld" or dialect == "B"
+        # The next round is a reset of the same environment on the same server.
+        asyncio.run(environment.reset())
+        assert (state.made, environment.outcome(), environment.success()) == (1, 0.0, False)
+
+
+def test_alfworld_lists_what_can_be_done_at_the_start_and_when_nothing_happened() -> None:
+    with serving("alfworld") as (url, _):
+        task_set = gym("alfworld", url)
+        seen = asyncio.run(
+            played(task_set.environment(task_set.problems("train")[0]), "alfworld", ["look", "move mug 1 to desk 1"])
+        )
+    assert seen[0].endswith("\nAVAILABLE ACTIONS: look,move mug 1 to desk 1")
+    assert seen[1] == "Nothing happens.\nAVAILABLE ACTIONS: look" and seen[2] == "You move the mug 1."
+
+
+def test_any_answer_ends_a_search_episode() -> None:
+    with serving("searchqa") as (url, _):
+        task_set = gym("searchqa", url)
+        environment = task_set.environment(task_set.problems("train")[0])
+        seen = asyncio.run(played(environment, "searchqa", ["<answer>Rome</answer>", "<answer>Paris</answer>"]))
+    assert len(seen) == 2 and not environment.success() and "not solved" in environment.summary()
+
+
+def test_negative_scores_are_zero_and_the_last_reward_counts() -> None:
+    with serving("sciworld") as (url, _):
+        task_set = gym("sciworld", url)
+        environment = task_set.environment(task_set.problems("train")[0])
+
+        async def scores() -> list[float]:
+            await environment.reset()
+            found = []
+            for action in ("look around", "focus on stove", "wait"):
+                await environment.step(action)
+                found.append(environment.outcome())
+            return found
+
+        assert asyncio.run(scores()) == [0.0, 0.75, 1.0]
+
+
+def test_an_environment_is_closed_when_its_episode_is_over() -> None:
+    with serving("babyai") as (url, state):
+        task_set = gym("babyai", url)
+
+        async def episode() -> None:
+            environment = task_set.environment(task_set.problems("train")[0])
+            await environment.reset()
+            assert task_set.pool().servers[0].episodes == 1
+            del environment
+            gc.collect()
+            for _ in range(200):
+                if state.calls["/close"]:
+                    break
+                await asyncio.sleep(0.01)
+
+        asyncio.run(episode())
+        assert state.open == {} and task_set.pool().servers[0].episodes == 0
+
+
+# Failures
+
+
+@pytest.fixture
+def textcraft() -> Iterator[tuple[str, State]]:
+    with serving("textcraft") as pair:
+        yield pair
+
+
+def fails(url: str, timeout_s: float = 10.0) -> str:
+    """Why an episode of two steps was lost."""
+    task_set = gym("textcraft", url, timeout_s=timeout_s)
+    environment = task_set.environment(task_set.problems("train")[0])
+    with pytest.raises(EnvironmentFailure) as raised:
+        asyncio.run(played(environment, "textcraft", ["inventory", "craft 4 stick"]))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "what", "message"),
+    [
+        ("/step", [(200, {"error": "env died"})], "answered an error: env died"),
+        ("/step", [(500, None)], "HTTP 500"),
+        ("/step", ["drop"], "broke off"),
+        ("/step", ["garbage"], "no JSON"),
+        ("/step", [(200, {"observation": "x", "reward": None, "done": False})], "reward None"),
+        ("/step", [(200, {"observation": "x", "reward": 7, "done": False})], "reward of 7 is above 1"),
+        ("/step", [(200, {"state": "x", "reward": 0})], "is this textcraft"),
+        ("/reset", [(200, {"error": {"code": "no_task", "message": "gone", "retryable": False}})], "no_task gone"),
+        ("/reset", [(409, {"error": {"code": "busy", "message": "in use", "retryable": False}})], "HTTP 409"),
+        ("/reset", [(200, [1])], "is this a server of textcraft"),
+        ("/create", [(200, {"id": True})], "holds no environment id"),
+        ("/reset", [503] * 9, "HTTP 503"),
+    ],
+)
+def test_every_error_costs_the_episode_and_pays_nothing(
+    textcraft: tuple[str, State], path: str, what: list[object], message: str
+) -> None:
+    url, state = textcraft
+    state.fail[path] = what * (4 if path == "/create" else 1)
+    assert message in fails(url)
+
+
+def test_what_may_pass_is_tried_again(textcraft: tuple[str, State]) -> None:
+    url, state = textcraft
+    state.fail = {"/create": [503, "drop"], "/reset": ["drop", 502], "/step": [503]}
+    task_set = gym("textcraft", url)
+    environment = task_set.environment(task_set.problems("train")[0])
+    asyncio.run(played(environment, "textcraft", ["craft 4 stick"]))
+    assert environment.success()
+    assert state.calls["/reset"] == 3 and state.calls["/step"] == 2
+
+
+def test_a_step_whose_answer_was_lost_is_not_taken_twice(textcraft: tuple[str, State]) -> None:
+    url, state = textcraft
+    state.fail = {"/step": ["drop"]}
+    fails(url)
+    assert state.calls["/step"] == 1
+
+
+def test_no_call_waits_longer_than_its_deadline(textcraft: tuple[str, State]) -> None:
+    url, state = textcraft
+    state.fail = {"/step": ["hang"]}
+    assert "ReadTimeout" in fails(url, timeout_s=0.3)
+
+
+def test_a_server_that_is_down_is_said_to_be() -> None:
+    assert "cannot be reached" in fails("http://127.0.0.1:9")
+
+
+def test_a_sick_server_gets_no_more_episodes() -> None:
+    with serving("textcraft") as (well, state), serving("textcraft") as (sick, broken):
+        broken.fail = {"/create": [503] * 1000}
+        task_set = gym("textcraft", sick, well)
+
+        async def many() -> None:
+            for _ in range(12):
+                environment = task_set.environment(task_set.problems("train")[0])
+                await environment.reset()
+                del environment
+
+        asyncio.run(many())
+        assert state.made == 12
+        assert broken.calls["/create"] <= 2 * servers.TRIES  # and then it rested
+        bad = next(s for s in task_set.pool().servers if s.url == sick)
+        assert bad.resting_until > 0
+
+
+def test_episodes_go_where_the_fewest_are_and_stay_there() -> None:
+    with serving("babyai") as (a, first), serving("babyai", "B") as (b, second):
+        task_set = gym("babyai", a, b)
+
+        async def together() -> None:
+            environments = [task_set.environment(task_set.problems("train")[i % 4]) for i in range(8)]
+            for environment in environments:
+                await environment.reset()
+            assert [s.episodes for s in task_set.pool().servers] == [4, 4]
+            await asyncio.gather(*(e.step("go to ball") for e in environments))
+            assert all(e.success() for e in environments)
+
+        asyncio.run(together())
+        assert (first.made, second.made) == (4, 4)
+
+
+def test_all_sick_is_said(textcraft: tuple[str, State]) -> None:
+    pool = Pool(["http://127.0.0.1:9"], 1.0)
+    for _ in range(servers.TRIPS_AT):
+        pool.servers[0].failed()
+    with pytest.raises(EnvironmentFailure, match="all 1 servers failed 5 times"):
+        pool.choose()
+
+
+def test_the_probe_tells_the_dialects_apart() -> None:
+    for dialect in "AB":
+        with serving("babyai", dialect) as (url, _):
+            pool = Pool([url], 5.0)
+            assert asyncio.run(probe(pool, pool.servers[0])) == dialect
+
+
+def test_refusals_carry_what_was_said(textcraft: tuple[str, State]) -> None:
+    pool = Pool([textcraft[0]], 5.0)
+    with pytest.raises(Refused) as raised:
+        asyncio.run(pool.call(pool.servers[0], "POST", "/reset", {}))
+    assert raised.value.status == 422 and "field required" in str(raised.value)
+
+
+# Settings and files
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"task_id": "7"}\n{"task_id": "7"}', "line 2: task_id 7 is there twice"), ("{}", "line 1"), ("", "no rows")],
+)
+def test_bad_files_of_ids_are_named(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "ids.jsonl"
+    file.write_text(text)
+    task_set = AgentGym(TaskSource("babyai", data=TaskData(train=[str(file)])))
+    with pytest.raises(ConfigError, match=message):
+        task_set.problems("train")
+
+
+def test_ids_from_the_references_file(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text(json.dumps({"task_id": "2420", "metadata": {"data_source": "alfworld", "subset": "pick"}}) + "\n")
+    task_set = registry.of_source(TaskSource("alfworld", data=TaskData(train=[str(file)], heldout=["0:2"])))
+    (task,) = task_set.problems("train")
+    assert task.task_id == "alfworld/train/train/2420" and json.loads(task.problem)["task"] == 2420
+    assert [t.task_id for t in task_set.problems("heldout")] == ["alfworld/heldout/0", "alfworld/heldout/1"]
+
+
+def test_settings_that_cannot_work() -> None:
+    for data, message in (
+        (TaskData(train=["5:5"]), "empty range"),
+        (TaskData(train=["nowhere.jsonl"]), "neither a range"),
+        (TaskData(), "has no train ids"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            AgentGym(TaskSource("babyai", data=data)).problems("train")
+    for urls, message in (([], "no servers"), (["host:1"], "is no address")):
+        with pytest.raises(ConfigError, match=message):
+            gym("babyai", *urls).pool()
+
+
+def test_check_refuses_a_server_of_another_kind_before_the_run() -> None:
+    with serving("babyai") as (url, _):
+        gym("babyai", url).check()
+        with pytest.raises(ConfigError, match=r"'webshop'.*icrl env check"):
+            gym("webshop", url).check()
+    with pytest.raises(ConfigError, match="cannot be reached"):
+        gym("babyai", "http://127.0.0.1:9").check()
+
+
+@pytest.mark.parametrize(("name", "dialect"), [("alfworld", "A"), ("webshop", "A"), ("searchqa", "A"), ("babyai", "B")])
+def test_env_check_says_what_a_server_is(name: str, dialect: str) -> None:
+    console = Console(record=True, width=200)
+    with serving(name, dialect) as (url, state):
+        assert check(url, name, 0, 10.0, console) == 0
+        text = console.export_text()
+        assert f"is a server of {name}, dialect {dialect}" in text and "after one action" in text
+        assert name == "alfworld" or state.open == {}
+        with pytest.raises(ConfigError, match="choose one of"):
+            check(url, "chess", 0, 10.0, console)
+    with pytest.raises(ConfigError, match="is the server running"):
+        check("http://127.0.0.1:9", "", 0, 1.0, console)
+
+
+@pytest.mark.parametrize("name", sorted(TALKS))
+def test_env_check_finds_out_the_kind(name: str) -> None:
+    console = Console(record=True, width=200)
+    with serving(name) as (url, _):
+        assert check(url, "", 0, 10.0, console) == 0
+    assert f"is a server of {name}, dialect A" in console.export_text()
+
+
+@given(st.text(max_size=200), st.sampled_from(sorted(TALKS)))
+def test_no_reply_breaks_the_parser(text: str, name: str) -> None:
+    found = dialects.action_of(name, text)
+    assert found is None or found.strip()
+    inner = text.replace("<", "").replace(">", "").strip()
+    if inner and name != "searchqa":
+        assert dialects.action_of(name, f"{text}<action>{inner}</action>") == inner
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(max_size=5),
+        lambda c: (
+            st.lists(c, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["observation", "reward", "done", "state", "error", "info"]), c, max_size=5
+            )
+        ),
+    ),
+    st.sampled_from(BOTH),
+    st.sampled_from(["reset", "step"]),
+)
+def test_no_answer_of_a_server_is_more_than_a_protocol_error(answer: object, which: tuple[str, str], kind: str) -> None:
+    name, dialect = which
+    dialects.failure(answer)
+    try:
+        found = dialects.reply_of("A" if dialect == "A" else "B", name, answer, kind)
+        assert isinstance(found.observation, str)
+        assert 0 <= dialects.outcome_of(name, found.reward) <= 1
+    except dialects.ProtocolError as error:
+        assert str(error)

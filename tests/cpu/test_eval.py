@@ -1,0 +1,257 @@
+"""`icrl eval`: statistics against their definitions, a critic behind a real endpoint, the program on a real run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from whole_runs import Ended, batch
+
+from icrl_megatron.config import ConfigError
+from icrl_megatron.evaluation import Request, evaluate, read_result
+from icrl_megatron.rollout.scores import compare, estimate, mcnemar, score, transitions
+from icrl_megatron.types import Attempt, Completion, Critique, DroppedEpisode, Episode, Task, Turn
+
+
+def episode(task_id: str, index: int, outcomes: list[bool]) -> Episode:
+    done = Completion((1, 2), (0.0, 0.0), "stop", 0)
+    attempts = tuple(
+        Attempt(r, (0,), (0,), (Turn(done, "x", "x", "", ()),), float(ok), ok, "", "done")
+        for r, ok in enumerate(outcomes)
+    )
+    critiques = tuple(
+        Critique(r, (0,), Completion((1,) * 5, (0.0,) * 5, "stop", 0), "c") for r in range(len(outcomes) - 1)
+    )
+    return Episode(Task(task_id, "t", "heldout", ""), index, attempts, critiques)
+
+
+def test_scores_by_subset_with_rounds_and_transitions() -> None:
+    a, b = "t/heldout/aime/0", "t/heldout/minerva/0"
+    played = [
+        episode(a, 0, [False, True]),
+        episode(a, 1, [True]),
+        episode(b, 0, [False, False]),
+        episode(b, 1, [False, True]),
+    ]
+    lost = [DroppedEpisode(Task(b, "t", "heldout", ""), 2, "gone")]
+    aime, minerva, everything = score(played, lost, rounds=2)
+    assert (aime.subset, minerva.subset, everything.subset) == ("t/aime", "t/minerva", "all")
+    assert (aime.average.mean, aime.passed.mean) == (0.5, 1.0)
+    assert (minerva.average.mean, minerva.passed.mean, minerva.dropped) == (0.0, 0.0, 1)
+    assert [p.successes for p in everything.rounds] == [1, 3]
+    moved = everything.transitions
+    assert (moved.wrong_to_right, moved.right_to_wrong, moved.stayed_wrong, moved.stayed_right) == (2, 0, 1, 0)
+    assert everything.critique_tokens == 5.0 and everything.attempt_tokens == 2.0
+    assert transitions([[True, False, False], [True, True]]).right_to_wrong == 1
+
+
+def test_the_average_is_over_problems_not_over_samples() -> None:
+    played = [episode("t/heldout/0", 0, [True]), *(episode("t/heldout/1", i, [False]) for i in range(9))]
+    (found,) = score(played, [], rounds=1)
+    assert found.average.mean == 0.5 and found.rounds[0].mean == 0.1
+
+
+@pytest.mark.parametrize(("b", "c"), [(0, 0), (1, 0), (3, 9), (10, 10), (2, 30)])
+def test_mcnemar_is_the_binomial_tail(b: int, c: int) -> None:
+    outcomes = sum(math.comb(b + c, k) for k in range(b + c + 1) if max(k, b + c - k) >= max(b, c))
+    assert mcnemar(b, c) == pytest.approx(min(1.0, outcomes / 2 ** (b + c)))
+
+
+def test_mcnemar_survives_many_pairs() -> None:
+    assert mcnemar(20_000, 20_000) == pytest.approx(1.0, abs=0.01)
+    assert 0 < mcnemar(10_300, 9_700) < 1e-3
+
+
+def test_estimates_without_values_say_that_nothing_is_known() -> None:
+    assert (estimate([]).low, estimate([]).high) == (0.0, 1.0)
+
+
+def test_comparison_is_paired() -> None:
+    subset = {f"t/{i}": "t" for i in range(40)}
+    first = {f"t/{i}": [[i % 4 != 0], [True]] for i in range(40)}
+    second = {f"t/{i}": [[i % 4 == 1], [True]] for i in range(39)}
+    (found,) = compare(first, second, subset)
+    assert found.pairs == 78 and (found.only_first, found.only_second) == (19, 0)
+    assert found.difference.mean == pytest.approx(19 / 78) and found.difference.low > 0
+    assert found.mcnemar_p == pytest.approx(2 * 0.5**19)
+    (itself,) = compare(first, first, subset)
+    assert itself.difference.mean == 0 and itself.mcnemar_p == 1.0
+
+
+# The program
+
+
+class Critics(BaseHTTPRequestHandler):
+    """An OpenAI-compatible endpoint that always advises the same, and fails its first answer."""
+
+    seen: ClassVar[list[dict[str, Any]]] = []
+    failures: ClassVar[Iterator[int]] = iter(())
+
+    def do_GET(self) -> None:
+        self._send(200, {"data": [{"id": "adviser"}]})
+
+    def do_POST(self) -> None:
+        self.seen.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        if next(Critics.failures, None) is not None:
+            self._send(503, {"error": "busy"})
+        else:
+            self._send(200, {"choices": [{"message": {"content": "<critic> elm oak fir </critic>"}}]})
+
+    def _send(self, status: int, body: object) -> None:
+        text = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Critics)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Critics.failures = iter(range(1))
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ended(finished_run: Path, endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ended]]:
+    folder = tmp_path_factory.mktemp("evals")
+    start, small = finished_run / "warm_start" / "hf", ["--problems", "12"]
+    before, after = str(folder / "before"), str(folder / "after")
+    commands = {
+        "before": ["eval", str(start), *small, "--samples", "2", "--out", before],
+        "after": [
+            "eval",
+            str(finished_run),
+            *small,
+            "--samples",
+            "2",
+            "--rounds",
+            "2",
+            "--against",
+            before,
+            "--out",
+            after,
+        ],
+        "checkpoint": [
+            "eval",
+            str(finished_run / "checkpoints"),
+            *small,
+            "--samples",
+            "2",
+            "--out",
+            str(folder / "ckpt"),
+        ],
+        "critic": [
+            "eval",
+            str(finished_run),
+            *small,
+            "--rounds",
+            "2",
+            "--critic",
+            endpoint,
+            "--out",
+            str(folder / "c"),
+        ],
+        "swap": [
+            "eval",
+            str(finished_run),
+            *small,
+            "--rounds",
+            "2",
+            "--critic",
+            str(start),
+            "--revise-all",
+            "--out",
+            str(folder / "s"),
+        ],
+        "nobody": [
+            "eval",
+            str(finished_run),
+            "--rounds",
+            "2",
+            "--critic",
+            "http://127.0.0.1:9/v1",
+            "--out",
+            str(folder / "n"),
+        ],
+        "one_round": ["eval", str(finished_run), "--critic", str(start)],
+        "no_task": ["eval", str(folder)],
+        "unknown": ["eval", str(finished_run), "--task", "rulebok_hard"],
+    }
+    return folder, batch(folder, commands)
+
+
+def test_two_models_on_the_same_problems(ended: tuple[Path, dict[str, Ended]]) -> None:
+    folder, by_name = ended
+    assert by_name["before"].code == by_name["after"].code == 0, by_name
+    before, after = (json.loads((folder / n / "eval.json").read_text()) for n in ("before", "after"))
+    assert list(before["successes"]) == list(after["successes"]) and len(before["successes"]) == 12
+    assert all(len(tries) == 2 for tries in before["successes"].values())
+    (compared,) = after["comparison"]
+    assert compared["pairs"] == 24
+    pairs = list(
+        itertools.chain.from_iterable(
+            zip(after["successes"][t], before["successes"][t], strict=True) for t in before["successes"]
+        )
+    )
+    assert compared["only_first"] == sum(a[0] and not b[0] for a, b in pairs)
+    assert (folder / "after" / "eval.png").read_bytes().startswith(b"\x89PNG")
+    assert len(after["scores"][0]["rounds"]) == 2
+
+
+def test_a_checkpoint_and_its_export_are_the_same_model(ended: tuple[Path, dict[str, Ended]]) -> None:
+    folder, by_name = ended
+    assert by_name["checkpoint"].code == 0, by_name["checkpoint"].error
+    exported, loaded = (json.loads((folder / n / "eval.json").read_text())["successes"] for n in ("after", "ckpt"))
+    assert {t: [e[0] for e in of] for t, of in exported.items()} == {t: [e[0] for e in of] for t, of in loaded.items()}
+
+
+def test_another_critic_advises(ended: tuple[Path, dict[str, Ended]]) -> None:
+    folder, by_name = ended
+    assert by_name["critic"].code == 0, by_name["critic"].error
+    result = json.loads((folder / "c" / "eval.json").read_text())
+    critiques = sum(result["scores"][0]["transitions"].values())
+    assert critiques > 0 and result["scores"][0]["critique_tokens"] == 6  # three words, two tags, the end
+    assert len(Critics.seen) >= critiques + 1  # the failed one was asked again
+    assert all(request["model"] == "adviser" for request in Critics.seen)
+    assert (
+        "wrong" in Critics.seen[0]["messages"][0]["content"] and "<|" not in Critics.seen[0]["messages"][0]["content"]
+    )
+    assert by_name["swap"].code == 0, by_name["swap"].error
+    swapped = json.loads((folder / "s" / "eval.json").read_text())["scores"][0]["transitions"]
+    assert sum(swapped.values()) == 12  # successes were revised too
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("nobody", ["http://127.0.0.1:9/v1", "no OpenAI-compatible endpoint"]),
+        ("one_round", ["--critic", "--rounds of at least 2"]),
+        ("no_task", ["--task"]),
+        ("unknown", ["rulebok_hard", "rulebook_hard"]),
+    ],
+)
+def test_refused_with_one_message(ended: tuple[Path, dict[str, Ended]], name: str, parts: list[str]) -> None:
+    how = ended[1][name]
+    assert how.code == 2, how.error
+    assert all(part in how.error for part in parts) and "Traceback" not in how.error
+
+
+def test_other_files_are_no_results(tmp_path: Path) -> None:
+    (tmp_path / "eval.json").write_text("{}")
+    with pytest.raises(ConfigError, match="not the result of an `icrl eval`"):
+        read_result(tmp_path)
+    with pytest.raises(ConfigError, match="no such folder"):
+        evaluate(Request(tmp_path / "gone"))

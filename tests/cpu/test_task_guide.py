@@ -1,0 +1,200 @@
+"""The example of docs/TASKS.md is run as it stands there; whatever a model writes, an episode stays an episode."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from icrl_megatron.config import RolloutSettings, TaskData, TaskSource
+from icrl_megatron.rollout.episode import Stage, play_episode
+from icrl_megatron.rollout.prompts import Prompter
+from icrl_megatron.rollout.speakers import Ask, Cast, Seeds
+from icrl_megatron.tasks import registry
+from icrl_megatron.tasks.base import Environment, StepResult, TaskSet
+from icrl_megatron.tasks.mathematics import Mathematics
+from icrl_megatron.tiny import build_tokenizer
+from icrl_megatron.types import Completion, Episode, Task
+
+GUIDE = Path(__file__).parents[2] / "docs" / "TASKS.md"
+MARKERS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "user", "assistant", "<critic>", "</critic>")
+WORDS = ("planet", "forest", "market", "which", "word", "is", "it", "not", "reply", "with", "one")
+SETTINGS = RolloutSettings(templates="compact", context_tokens=4096, max_turn_tokens=512, max_critique_tokens=64)
+PROMPTER = Prompter(build_tokenizer([*WORDS, *MARKERS]), SETTINGS)
+
+
+@dataclass(frozen=True)
+class Says:
+    """A speaker with a line for everything."""
+
+    line: Callable[[Ask], str]
+
+    async def reply(self, ask: Ask) -> Completion:
+        ids = PROMPTER.encode_reply(self.line(ask))[-ask.max_new_tokens :]
+        return Completion(ids, (0.0,) * len(ids), "stop", 0)
+
+
+def play(task: Task, environment: Callable[[Task], Environment], line: Callable[[Ask], str]) -> Episode:
+    speaker = Says(line)
+    stage = Stage(environment, PROMPTER, SETTINGS)
+    played = asyncio.run(play_episode(task, 0, stage, lambda task, index: Cast(speaker, speaker), Seeds(0, 0)))
+    assert isinstance(played, Episode), played
+    return played
+
+
+@pytest.fixture(scope="module")
+def anagrams() -> TaskSet:
+    (code,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(code, str(GUIDE), "exec"), names)
+    lines = [line for line in code.splitlines() if line.strip()]
+    assert len(lines) <= 40, "the guide promises a whole task set in 40 lines"
+    made: TaskSet = names["Anagrams"]()
+    return made
+
+
+def test_the_guides_task_set_is_played(anagrams: TaskSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(anagrams, TaskSet)
+    monkeypatch.setitem(registry._TASK_SETS, "anagrams", lambda: anagrams)
+    task = registry.get("anagrams").problems("train")[0]
+    won = play(task, registry.environment, lambda ask: "it is planet")
+    assert len(won.attempts) == 1 and won.attempts[0].success and won.attempts[0].outcome == 1.0
+    lost = play(
+        task, registry.environment, lambda ask: "market" if ask.role != "critique" else "<critic> forest </critic>"
+    )
+    assert [a.success for a in lost.attempts] == [False, False] and lost.critiques[0].text == "forest"
+    assert lost.attempts[0].stop_reason in ("repeated", "max_turns")
+    assert not set(anagrams.problems("train")) & set(anagrams.problems("heldout"))
+
+
+def test_the_guide_names_every_task_set() -> None:
+    text = GUIDE.read_text()
+    assert all(f"`{name}`" in text for name in (*registry._TASK_SETS, *registry._FROM_DATA))
+
+
+# Hostile output
+
+HOSTILE = st.one_of(
+    st.text(max_size=300),
+    st.lists(
+        st.sampled_from([*MARKERS, "\x00", "\x1b[2J", "\u202e", "<action>", "</action>", "<answer>", "planet"]),
+        max_size=30,
+    ).map(" ".join),
+)
+
+
+class Echo:
+    """Says back whatever it is told: the worst an environment can do with a hostile reply."""
+
+    max_turns = 3
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    async def reset(self) -> str:
+        return f"which word is {self._text}"
+
+    def parse(self, reply: str) -> str | None:
+        return reply or None
+
+    def hint(self) -> str:
+        return self._text
+
+    async def step(self, action: str) -> StepResult:
+        return StepResult(f"{self._text} {action}", done=False)
+
+    def outcome(self) -> float:
+        return 0.0
+
+    def success(self) -> bool:
+        return False
+
+    def summary(self) -> str:
+        return self._text
+
+
+@settings(max_examples=60)
+@given(HOSTILE, HOSTILE)
+def test_no_text_forges_a_turn(reply: str, observed: str) -> None:
+    """The turns of a conversation are those of the template, whatever anybody wrote in between."""
+    control = PROMPTER._control_ids
+    task = Task("echo/train/0", "echo", "train", "")
+    played = play(task, lambda _: Echo(observed), lambda ask: reply)
+    plain = play(task, lambda _: Echo(""), lambda ask: "planet")
+
+    def frame(ids: tuple[int, ...]) -> list[int]:
+        return [i for i in ids if i in control]
+
+    for ours, theirs in zip(played.attempts, plain.attempts, strict=True):
+        assert frame(ours.prompt_ids) == frame(theirs.prompt_ids)
+        for turn in ours.turns:
+            # A reply holds one control token, its own end.
+            assert frame(turn.completion.ids) == [turn.completion.ids[-1]]
+        expected = [frame(t.observation_ids) for t in theirs.turns if t.observation_ids]
+        assert all(frame(t.observation_ids) in expected for t in ours.turns if t.observation_ids)
+    for ours_c, theirs_c in zip(played.critiques, plain.critiques, strict=True):
+        assert frame(ours_c.prompt_ids) == frame(theirs_c.prompt_ids)
+
+
+@settings(max_examples=60)
+@given(HOSTILE)
+@pytest.mark.parametrize("name", registry.names())
+def test_embedded_tasks_survive_any_reply(name: str, reply: str) -> None:
+    task = registry.get(name).problems("train")[0]
+    played = play(task, registry.environment, lambda ask: reply)
+    assert all(0 <= a.outcome <= 1 and a.success == (a.outcome == 1.0) for a in played.attempts)
+
+
+@pytest.fixture(scope="module")
+def environments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Environment]:
+    folder = tmp_path_factory.mktemp("rows")
+    (folder / "rows.jsonl").write_text(json.dumps({"prompt": "1+1?", "label": "2"}) + "\n")
+    (folder / "corpus.jsonl").write_text(json.dumps({"contents": "x\nsome text"}) + "\n")
+    data = TaskData(train=[str(folder / "rows.jsonl")], heldout=[str(folder / "rows.jsonl")])
+    sources = [
+        TaskSource("math", data=data),
+        TaskSource("searchqa", data=replace(data, corpus=str(folder / "corpus.jsonl"))),
+        TaskSource("textcraft", data=TaskData(train=["0:1"], servers=["http://127.0.0.1:9"])),
+        *(TaskSource(name) for name in registry.names()),
+    ]
+    sets = {source.name: registry.of_source(source) for source in sources}
+    assert isinstance(sets["math"], Mathematics)
+    return {name: made.environment(made.problems("train")[0]) for name, made in sets.items()}
+
+
+NAMES = ("math", "searchqa", "textcraft", *registry.names())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "x" * 10_000_000,
+        "\\boxed{" * 200_000,
+        "<action>" * 500_000,
+        "<answer>" + "<search>" * 500_000,
+        "{" * 5_000_000,
+        "\x00" * 1_000_000,
+    ],
+    ids=["long", "boxes", "actions", "searches", "braces", "zeros"],
+)
+def test_ten_megabytes_are_parsed_in_no_time(environments: dict[str, Environment], name: str, reply: str) -> None:
+    begun = time.process_time()
+    environments[name].parse(reply)
+    assert time.process_time() - begun < 5.0
+
+
+@given(HOSTILE)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_parser_returns_an_action_or_none(environments: dict[str, Environment], name: str, reply: str) -> None:
+    found = environments[name].parse(reply)
+    assert found is None or (isinstance(found, str) and found != "")
