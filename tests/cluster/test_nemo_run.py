@@ -128,8 +128,8 @@ def test_generated_script_is_the_snapshot(kind: str, icrl_nemo: Nemo, cluster: C
 def normalised(output: str, cluster: Cluster, model: Path) -> str:
     """The generated script without what differs from machine to machine and run to run."""
     script = output[output.index("#!/bin/bash") :]
-    known = {str(cluster.folder): "CLUSTER", str(model): "MODEL", str(ROOT): "CHECKOUT"}
-    for path, name in {**known, cluster.env["ICRL_PYTHON"]: "PYTHON"}.items():
+    known = {cluster.env["ICRL_PYTHON"]: "PYTHON", str(cluster.folder): "CLUSTER", str(model): "MODEL"}
+    for path, name in {**known, str(ROOT): "CHECKOUT"}.items():
         script = script.replace(path, name)
     script = re.sub(rf"icrl-{RECIPE}_\d+", "EXPERIMENT", script)
     return "\n".join(line.rstrip() for line in script.strip().splitlines()) + "\n"
