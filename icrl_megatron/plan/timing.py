@@ -17,7 +17,7 @@ from icrl_megatron.plan.workload import Floats, Workload
 from icrl_megatron.shape import Qwen3Shape
 
 FP32_FLOPS = 60e12
-"""Per second and GPU, without tensor cores: the data sheets say 19.5 to 80 TFLOP/s, and nothing is planned around it."""
+"""Per second and GPU, without tensor cores: data sheets say 19.5 to 80 TFLOP/s, and nothing is planned around it."""
 SEGMENTS = 48
 """Pieces that the decreasing number of running episodes is cut into."""
 
