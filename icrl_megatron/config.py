@@ -158,6 +158,8 @@ class ActorSettings:
     sequence_parallel: bool = False
     precision: str = "bf16"
     """bf16 | fp32."""
+    layers: str = "auto"
+    """auto (Transformer Engine on GPUs, torch on CPUs) | transformer_engine | torch."""
     fp8: str = "off"
     """off | delayed | current | blockwise: Transformer Engine's recipes, on GPUs with FP8 only."""
     recompute: str = "none"

@@ -26,6 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "actor.precision": ("bf16", "fp32"),
     "actor.fp8": ("off", "delayed", "current", "blockwise"),
     "actor.recompute": ("none", "selective", "full"),
+    "actor.layers": ("auto", "transformer_engine", "torch"),
     "actor.head_backend": ("auto", "torch", "triton"),
     "actor.head_logits": ("fp32", "bf16"),
     "debug.mode": ("train", "rollout_only", "from_dump", "fake_data"),
@@ -109,8 +110,8 @@ MAY_CHANGE_ON_RESUME = (
     "actor.micro_batch_tokens",
     "actor.head_",
 )
-"""What a run that goes on may have different from how it began, names or beginnings of names: how long, how often, how fast
-and on which grid. Anything else would make the curve of one run out of two experiments."""
+"""What a run that goes on may have different from how it began, names or beginnings of names: how long, how often, how
+fast and on which grid. Anything else would make the curve of one run out of two experiments."""
 
 
 def validate(settings: Settings) -> None:

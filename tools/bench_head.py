@@ -201,9 +201,14 @@ def main(
     hidden: int = Shape.hidden,
     vocabulary: int = Shape.vocabulary,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens whose logits our head holds at once.")] = Shape.chunk,
+    device: Annotated[
+        str, typer.Option(help="cpu, or cuda for tools/bench_head_cuda.py with its own options.")
+    ] = "cpu",
     peer: Annotated[str | None, typer.Option(hidden=True, help="Measure this one here and print it.")] = None,
 ) -> None:
     """Measures all peers and writes the medians, exiting with 1 if a bar is not held."""
+    if device == "cuda":
+        sys.exit(subprocess.run([sys.executable, str(Path(__file__).with_name("bench_head_cuda.py"))]).returncode)
     shape = Shape(tokens, hidden, vocabulary, chunk)
     if peer is not None:
         print(json.dumps(asdict(measure(peer, shape))))

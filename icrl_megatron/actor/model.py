@@ -83,7 +83,7 @@ def build(shape: Qwen3Shape, actor: ActorSettings, grid: Grid) -> Qwen3:
     config = transformer_config(shape, actor)
     model = Qwen3(
         config,
-        platform.block_spec(config),
+        platform.block_spec(config, actor.layers),
         vocab_size=shape.padded_vocab(actor.tensor_parallel),
         max_sequence_length=shape.max_positions,
         pre_process=grid.first_stage,

@@ -77,16 +77,23 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def block_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
-    """Qwen3's decoder layers: Transformer Engine's modules on a GPU, the same shape from plain torch on a CPU."""
-    if device().type == "cpu":
-        from icrl_megatron.actor.cpu_layers import cpu_block_spec
+def block_spec(config: TransformerConfig, layers: str) -> ModuleSpec | TransformerBlockSubmodules:
+    """Qwen3's decoder layers by `actor.layers`; auto is Transformer Engine's modules on a GPU, plain torch on a CPU.
 
-        return cpu_block_spec(config)
+    Raises ConfigError where Transformer Engine is wanted and not there, or FP8 without it.
+    """
+    if layers == "torch" or (layers == "auto" and device().type == "cpu"):
+        if config.fp8:
+            raise ConfigError("actor.layers=torch has no FP8; use actor.layers=transformer_engine, or actor.fp8=off")
+        from icrl_megatron.actor.torch_layers import torch_block_spec
+
+        return torch_block_spec(config)
+    if device().type == "cpu":
+        raise ConfigError(f"actor.layers={layers}: Transformer Engine needs a GPU, and there is none here; use auto")
     if importlib.util.find_spec("transformer_engine") is None:
         raise ConfigError(
-            "launch.device=cuda: the GPU layers are Transformer Engine's, and it is not installed; "
-            "pip install --no-build-isolation 'icrl-megatron[gpu]', or use launch.device=cpu"
+            f"actor.layers={layers}: the GPU layers are Transformer Engine's, and it is not installed; "
+            "pip install --no-build-isolation 'icrl-megatron[gpu]', or use actor.layers=torch (slower, no FP8)"
         )
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 

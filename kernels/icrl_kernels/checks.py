@@ -95,15 +95,15 @@ def _check_chunking(chunking: Chunking, kernels: bool, dtype: torch.dtype) -> No
 
 
 def _check_shard(shard: VocabShard, rows: int) -> None:
-    if shard.group is None:
-        _require(shard.valid == shard.vocabulary, "shard.valid", f"{shard.vocabulary} without a group", shard.valid)
-    else:
-        _require(dist.is_initialized(), "shard.group", "an initialised torch.distributed", "none; call init first")
-        _require(dist.get_rank(shard.group) >= 0, "shard.group", "a group that this rank is in", "another")
     _require(0 <= shard.valid <= rows, "shard.valid", f"0 to {rows}, the rows of weight_VH", shard.valid)
     ends = shard.start + shard.valid
     within = shard.vocabulary >= 1 and (shard.valid == 0 or (shard.start >= 0 and ends <= shard.vocabulary))
     _require(within, "shard", f"columns within 0 to {shard.vocabulary}", f"{shard.start} to {ends}")
+    if shard.group is None:
+        _require(shard.valid == shard.vocabulary, "shard.valid", f"{shard.vocabulary} without a group", shard.valid)
+    else:
+        _require(dist.is_initialized(), "shard.group", "an initialised torch.distributed", "none; initialise it first")
+        _require(dist.get_rank(shard.group) >= 0, "shard.group", "a group that this rank is in", "another")
 
 
 def check_objective(hidden_LH: Tensor, streams: Streams, terms: Terms) -> None:

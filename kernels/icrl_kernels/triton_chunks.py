@@ -40,7 +40,7 @@ class Tuning:
 
 
 TUNING = {9: Tuning(4096, 8, 4)}
-"""By major compute capability. Not measured yet on any card; tools/bench_head.py --device cuda --tune measures."""
+"""By major compute capability. Not measured yet on any card: tools/bench_head_cuda.py --tune measures."""
 DEFAULT = Tuning(4096, 8, 4)
 INTERPRETER = Tuning(1024, 4, 1)
 
@@ -77,7 +77,8 @@ class TritonChunks:
     def score(self, span: slice, targets_C: Tensor, logprobs_C: Tensor, entropy_C: Tensor) -> None:
         """As in `chunking.Chunks`."""
         with _on(targets_C.device):
-            partials_P4C = self._statistics(span, targets_C)
+            self._logits(span)
+            partials_P4C = self.statistics(targets_C)
             parts, _, rows = partials_P4C.shape
             kernels.score_tokens[(triton.cdiv(rows, TOKENS_PER_PROGRAM),)](
                 partials_P4C,
@@ -93,10 +94,11 @@ class TritonChunks:
     def train(self, span: slice, streams: Streams, terms: Terms, outputs: TokenOutputs, grads: Gradients) -> None:
         """As in `chunking.Chunks`."""
         with _on(streams.targets_L.device):
-            slopes_4C = self._objective(span, streams, terms, outputs)
+            self._logits(span)
+            slopes_4C = self.objective(span, streams, terms, outputs)
             if grads.hidden_LH is None and grads.weight_VH is None:
                 return
-            grad_CV = self._logit_gradients(streams.targets_L, outputs.entropy_L[span], slopes_4C, terms)
+            grad_CV = self.logit_gradients(streams.targets_L, outputs.entropy_L[span], slopes_4C, terms)
             if grads.hidden_LH is not None:
                 _product(grad_CV, self.weight_VH, out=grads.hidden_LH[span])
             if grads.weight_VH is not None:
@@ -104,15 +106,18 @@ class TritonChunks:
                 hidden_CH = self.hidden_LH[span].masked_fill((streams.coefficients_L == 0)[:, None], 0.0)
                 _add_product_(grads.weight_VH[: self.shard.valid], grad_CV.T, hidden_CH, grads.weight_scale)
 
-    def _statistics(self, span: slice, targets_C: Tensor) -> Tensor:
-        """[parts, 4, C] of the chunk's logits, which are left in the buffer; over all ranks of the group."""
+    def _logits(self, span: slice) -> None:
+        """Fills the buffer."""
+        hidden_CH = self.hidden_LH[span]
+        _product(hidden_CH, self.weight_VH.T, out=self.buffer_CV[: hidden_CH.shape[0], : self.shard.valid])
+
+    def statistics(self, targets_C: Tensor) -> Tensor:
+        """[parts, 4, C] of the logits in the buffer, over all ranks of the group (`triton_kernels`)."""
         rows, columns = targets_C.shape[0], self.shard.valid
-        logits_CV = self.buffer_CV[:rows, :columns]
-        _product(self.hidden_LH[span], self.weight_VH.T, out=logits_CV)
         splits = self._splits(rows)
         partials_P4C = targets_C.new_empty(splits, 4, rows, dtype=torch.float32)
         kernels.split_statistics[(min(self.programs, rows * splits),)](
-            logits_CV,
+            self.buffer_CV,
             targets_C,
             partials_P4C,
             rows,
@@ -138,9 +143,9 @@ class TritonChunks:
         dist.all_gather_into_tensor(all_P4C.view(-1, rows), own_4C, group=self.shard.group)
         return all_P4C
 
-    def _objective(self, span: slice, streams: Streams, terms: Terms, outputs: TokenOutputs) -> Tensor:
+    def objective(self, span: slice, streams: Streams, terms: Terms, outputs: TokenOutputs) -> Tensor:
         """Fills the chunk's outputs; returns [4, C]: top, log of the sum, dloss/dlogprob, dloss/dentropy."""
-        partials_P4C = self._statistics(span, streams.targets_L)
+        partials_P4C = self.statistics(streams.targets_L)
         parts, _, rows = partials_P4C.shape
         slopes_4C = torch.empty_like(partials_P4C[0])
         coefficients_C = _plain(streams.coefficients_L)
@@ -181,7 +186,7 @@ class TritonChunks:
         )
         return slopes_4C
 
-    def _logit_gradients(self, targets_C: Tensor, entropy_C: Tensor, slopes_4C: Tensor, terms: Terms) -> Tensor:
+    def logit_gradients(self, targets_C: Tensor, entropy_C: Tensor, slopes_4C: Tensor, terms: Terms) -> Tensor:
         """[C, columns] in the dtype of the hidden states, in the buffer's memory."""
         rows, columns = targets_C.shape[0], self.shard.valid
         narrower = self.buffer_CV.dtype != self.hidden_LH.dtype

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from icrl_kernels import Chunking, Streams, Terms, VocabShard, policy_head
+from icrl_kernels import Chunking, MainGrad, Streams, Terms, VocabShard, policy_head
 
 
 def good_inputs() -> tuple[Tensor, Tensor, Streams]:
@@ -44,6 +44,8 @@ BAD = {
     "old_logprobs_L": lambda h, w, s: (h, w, replace(s, old_logprobs_L=torch.zeros(5))),
     "old_logprobs_L: expected a floating": lambda h, w, s: (h, w, replace(s, old_logprobs_L=s.targets_L)),
     "calibrated_L: expected torch.bool": lambda h, w, s: (h, w, replace(s, calibrated_L=torch.ones(4))),
+    "hidden_LH: expected a contiguous tensor": lambda h, w, s: (h.T.contiguous().T, w, s),
+    "weight_VH: expected a contiguous tensor": lambda h, w, s: (h, w.T.contiguous().T, s),
     "got behaviour_logprobs_L alone": lambda h, w, s: (h, w, replace(s, calibrated_L=None)),
     "got calibrated_L alone": lambda h, w, s: (h, w, replace(s, behaviour_logprobs_L=None)),
 }
@@ -75,3 +77,47 @@ def test_bad_scalars_and_shards_are_named(terms: Terms, shard: VocabShard, chunk
     hidden_LH, weight_VH, streams = good_inputs()
     with pytest.raises(ValueError, match=message):
         policy_head(hidden_LH, weight_VH, streams, terms, shard, Chunking(chunk))
+
+
+@pytest.mark.parametrize(
+    ("chunking", "message"),
+    [
+        (Chunking(backend="cutlass"), "chunking.backend: expected auto or torch or triton, got cutlass"),
+        (Chunking(logits="fp8"), "chunking.logits: expected fp32 or bf16, got fp8"),
+        (Chunking(logits="bf16"), "chunking.logits: expected fp32 but for triton with bf16 inputs"),
+        (Chunking(backend="triton"), "hidden_LH: expected one of torch.float32, torch.bfloat16, got torch.float64"),
+    ],
+)
+def test_ways_that_do_not_exist_or_do_not_fit_are_named(chunking: Chunking, message: str) -> None:
+    hidden_LH, weight_VH, streams = good_inputs()
+    with pytest.raises(ValueError, match=message):
+        policy_head(hidden_LH, weight_VH, streams, Terms(), VocabShard.whole(10), chunking)
+
+
+def test_kernels_on_a_cpu_need_their_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    hidden_LH, weight_VH, streams = good_inputs()
+    with pytest.raises(ValueError, match=r"chunking.backend: expected torch for CPU tensors"):
+        policy_head(
+            hidden_LH.float(), weight_VH.float(), streams, Terms(), VocabShard.whole(10), Chunking(backend="triton")
+        )
+
+
+def test_a_group_that_is_not_initialised_is_named() -> None:
+    hidden_LH, weight_VH, streams = good_inputs()
+    shard = VocabShard(0, 10, 20, object())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"shard.group: expected an initialised torch.distributed"):
+        policy_head(hidden_LH, weight_VH, streams, Terms(), shard)
+
+
+@pytest.mark.parametrize(
+    ("buffer", "message"),
+    [
+        (torch.zeros(9, 16, dtype=torch.float64), "main_grad: expected the weight's shape"),
+        (torch.zeros(10, 16, dtype=torch.float32), "main_grad: expected torch.float64"),
+    ],
+)
+def test_a_main_grad_that_does_not_fit_is_named(buffer: Tensor, message: str) -> None:
+    hidden_LH, weight_VH, streams = good_inputs()
+    with pytest.raises(ValueError, match=message):
+        policy_head(hidden_LH, weight_VH, streams, Terms(), VocabShard.whole(10), main_grad=MainGrad(buffer))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from icrl_kernels import Chunking
 from icrl_megatron.actor import platform
 from icrl_megatron.config import ActorSettings, ConfigError
 
@@ -143,7 +145,27 @@ def test_gpu_layers_come_from_transformer_engine(monkeypatch: pytest.MonkeyPatch
     config: Any = None  # neither answer looks at it
     if importlib.util.find_spec("transformer_engine") is None:
         with pytest.raises(ConfigError, match=r"Transformer Engine.*not installed"):
-            platform.block_spec(config)
+            platform.block_spec(config, "auto")
     else:
-        layer = platform.block_spec(config).submodules
+        layer = platform.block_spec(config, "auto").submodules
         assert layer.self_attention.submodules.core_attention.__name__ == "TEDotProductAttention"
+
+
+def test_layers_and_heads_that_cannot_be_here_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SimpleNamespace(fp8=None)
+    with pytest.raises(ConfigError, match=r"actor.layers=transformer_engine: Transformer Engine needs a GPU"):
+        platform.block_spec(config, "transformer_engine")  # type: ignore[arg-type]
+    config.fp8 = "hybrid"
+    with pytest.raises(ConfigError, match=r"actor.layers=torch has no FP8"):
+        platform.block_spec(config, "torch")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"actor.head_logits=bf16: the torch head"):
+        platform.head_chunking(ActorSettings(head_logits="bf16"))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ConfigError, match=r"actor.head_backend=triton: there is no GPU here"):
+        platform.head_chunking(ActorSettings(head_backend="triton"))
+
+
+def test_the_head_is_triton_on_a_gpu_and_torch_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert platform.head_chunking(ActorSettings()) == Chunking(None, "torch", "fp32")
+    capable(monkeypatch, (9, 0))
+    assert platform.head_chunking(ActorSettings(head_logits="bf16")) == Chunking(None, "auto", "bf16")

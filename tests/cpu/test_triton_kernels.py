@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from head_cases import TRITON, assert_near, make_inputs, needs_triton, on_policy, run_head, run_reference, run_scores
 
-from icrl_kernels import Terms
+from icrl_kernels import Terms, VocabShard
 
 pytestmark = needs_triton
 
@@ -108,3 +109,27 @@ def test_a_low_temperature_keeps_its_precision() -> None:
     # Products of float32 rounded at 1e-6 and divided by 0.05.
     assert_near(logprobs_L, truth[0].logprobs_L, 1e-5, 1e-4)
     assert_near(entropy_L, truth[0].entropy_L, 1e-5, 1e-4)
+
+
+def test_eight_shards_of_a_vocabulary_give_what_one_gives() -> None:
+    """The statistics of eight ranks, merged as after their all-gather; targets on the shards' edges."""
+    from icrl_kernels.triton_chunks import TritonChunks
+    from icrl_kernels.triton_kernels import score_tokens
+
+    tokens, columns, ranks = 9, 24, 8
+    hidden_LH, weight_VH, streams = make_inputs(tokens, columns * ranks, Terms(temperature=0.7))
+    streams.targets_L[:] = torch.tensor([0, 23, 24, 47, 48, 95, 96, 190, 191])
+    truth = run_reference(hidden_LH, weight_VH, on_policy(streams), Terms(temperature=0.7), columns * ranks)[0]
+    targets_L, parts = TRITON.put(streams.targets_L), []
+    for rank in range(ranks):
+        shard = VocabShard(rank * columns, columns, columns * ranks)
+        own_VH = TRITON.put(weight_VH[shard.start : shard.start + columns])
+        chunks = TritonChunks(TRITON.put(hidden_LH), own_VH, 0.7, shard, tokens, "fp32")
+        chunks._logits(slice(0, tokens))
+        parts.append(chunks.statistics(targets_L))
+    partials = torch.cat(parts)
+    assert partials.shape == (ranks, 4, tokens)
+    logprobs_L, entropy_L = torch.empty(tokens, device=partials.device), torch.empty(tokens, device=partials.device)
+    score_tokens[(1,)](partials, logprobs_L, entropy_L, ranks, tokens, 1 / 0.7, math.log2(math.e) / 0.7, ROWS=16)
+    assert_near(logprobs_L.cpu(), truth.logprobs_L)
+    assert_near(entropy_L.cpu(), truth.entropy_L)

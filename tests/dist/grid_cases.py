@@ -34,6 +34,7 @@ class Layout:
     budget: int = 64
     recompute: str = "none"
     shuffle: bool = False
+    head: str = "torch"
 
     @property
     def world(self) -> int:
@@ -55,6 +56,8 @@ LAYOUTS = {
     "tp2pp2sp": Layout(tensor=2, pipeline=2, sequence=True),
     "tp2dp2sp": Layout(tensor=2, data=2, sequence=True),
     "pp2dp2": Layout(pipeline=2, data=2),
+    "kernels": Layout(head="triton"),
+    "tp2pp2sp-kernels": Layout(tensor=2, pipeline=2, sequence=True, head="triton"),
 }
 GRIDS = ("one", "tp2", "tp2sp", "pp2", "dp2", "tp2pp2sp", "tp2dp2sp", "pp2dp2")
 """Layouts that differ in their ranks: what weights and checkpoints have to survive."""
@@ -78,6 +81,7 @@ class Case:
         settings.actor.tensor_parallel, settings.actor.pipeline_parallel = layout.tensor, layout.pipeline
         settings.actor.sequence_parallel, settings.actor.recompute = layout.sequence, layout.recompute
         settings.actor.micro_batch_tokens, settings.actor.head_chunk_tokens = layout.budget, 16
+        settings.actor.head_backend = layout.head
         # A large eps keeps Adam smooth where a gradient is nearly 0, so that rounding stays rounding.
         settings.optim.learning_rate, settings.optim.eps = LEARNING_RATE, 1e-3
         settings.optim.clip_grad = 0.05

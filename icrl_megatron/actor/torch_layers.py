@@ -1,4 +1,7 @@
-"""The decoder layer for CPUs: Megatron's parallel linears with a sequence-parallel RMSNorm and packed attention."""
+"""The decoder layer in plain torch: Megatron's parallel linears with a sequence-parallel RMSNorm and packed attention.
+
+For CPUs, and for GPUs without Transformer Engine.
+"""
 
 from __future__ import annotations
 
@@ -71,14 +74,14 @@ def batch_slots(params: PackedSeqParams) -> tuple[Tensor, int, int]:
         starts = params.cu_seqlens_q[:-1].long()
         lengths = params.cu_seqlens_q[1:].long() - starts
         rows, width = len(lengths), int(params.max_seqlen_q)
-        offset = torch.arange(rows) * width - starts
+        offset = torch.arange(rows, device=starts.device) * width - starts
         total = int(params.cu_seqlens_q[-1])
-        found = torch.arange(total) + torch.repeat_interleave(offset, lengths), rows, width
+        found = torch.arange(total, device=starts.device) + torch.repeat_interleave(offset, lengths), rows, width
         params.icrl_slots = found
     return found
 
 
-def cpu_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+def torch_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     """Megatron's local layers with the modules above in place of those that need CUDA or refuse SP."""
     spec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
     layer = spec.submodules

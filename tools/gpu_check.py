@@ -1,0 +1,208 @@
+"""What `tools/gpu_check.sh` runs: stages with a time limit, each leaving JSON; nothing but torch and triton is needed.
+
+A stage whose packages are missing is named with its reason, and so is one that fails; the others go on. The exit code
+is 0 if all stages that could run passed, 1 if one failed, 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+STAGE_LIMIT_S = 590
+TAIL_CHARACTERS = 4000
+RUN_NEEDS = ("megatron.core", "transformers", "omegaconf", "typer", "rich", "jinja2", "tensorboard", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command. `needs` are modules, `tool` a program on the PATH or beside the CUDA compiler."""
+
+    name: str
+    command: Callable[[Path, bool], list[str]]
+    needs: tuple[str, ...] = ()
+    tool: str = ""
+
+
+def python(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]
+
+
+def sanitized(kind: str) -> Callable[[Path, bool], list[str]]:
+    return lambda out, quick: [
+        program("compute-sanitizer") or "",
+        "--tool",
+        kind,
+        "--error-exitcode",
+        "9",
+        *python("tools/head_small_case.py"),
+    ]
+
+
+def bench(name: str, *more: str) -> Callable[[Path, bool], list[str]]:
+    return lambda out, quick: python(
+        "tools/bench_head_cuda.py", "--out", str(out / name), *more, *(["--quick"] if quick else [])
+    )
+
+
+def tests(*paths: str) -> Callable[[Path, bool], list[str]]:
+    return lambda out, quick: python("-m", "pytest", "-q", "-p", "no:cacheprovider", *paths)
+
+
+def training(out: Path, quick: bool) -> list[str]:
+    layers = "auto" if importlib.util.find_spec("transformer_engine") else "torch"
+    steps = ["steps=20", "eval.interval=10", "baseline=", "launch.device=cuda", "launch.ranks=1"]
+    where = f"run_dir={out / 'run'}"
+    return python("-m", "icrl_megatron.cli", "train", "rulebook_easy", *steps, where, f"actor.layers={layers}")
+
+
+STAGES = (
+    Stage("kernels", tests("tests/cpu/test_head.py", "tests/cpu/test_triton_kernels.py"), ("pytest", "hypothesis")),
+    Stage("gpu_tests", tests("-m", "gpu", "tests/gpu"), ("pytest", "hypothesis")),
+    Stage("memcheck", sanitized("memcheck"), tool="compute-sanitizer"),
+    Stage("racecheck", sanitized("racecheck"), tool="compute-sanitizer"),
+    Stage("tune", bench("head_tuning.json", "--tune")),
+    Stage("bench_head", bench("head_cuda.json")),
+    Stage("icrl_run", training, RUN_NEEDS),
+)
+
+
+def program(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+
+
+def missing(stage: Stage) -> str:
+    """Why the stage cannot run here; empty if it can."""
+    absent = [name for name in stage.needs if not _importable(name)]
+    if absent:
+        return f"not installed: {', '.join(absent)}"
+    return f"no {stage.tool} on the PATH" if stage.tool and program(stage.tool) is None else ""
+
+
+def _importable(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # its parent package is missing
+        return False
+
+
+def run(stage: Stage, out: Path, quick: bool) -> dict[str, object]:
+    """Runs it with its time limit; what it wrote is in <out>/<stage>.log."""
+    reason = missing(stage)
+    if reason:
+        return {"stage": stage.name, "result": "cannot run here", "reason": reason}
+    paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "recipes"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [paths, os.environ.get("PYTHONPATH", "")]))}
+    command, began, log = stage.command(out, quick), time.monotonic(), out / f"{stage.name}.log"
+    with log.open("w") as file:
+        try:
+            code = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=STAGE_LIMIT_S
+            ).returncode
+            result = "passed" if code == 0 else f"failed with exit code {code}"
+        except subprocess.TimeoutExpired:
+            result = f"failed: took over {STAGE_LIMIT_S} s"
+    return {
+        "stage": stage.name,
+        "result": result,
+        "seconds": round(time.monotonic() - began, 1),
+        "command": " ".join(command),
+        "tail": log.read_text(errors="replace")[-TAIL_CHARACTERS:],
+    }
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the results were measured on."""
+
+    card: str
+    driver: str
+    memory: str
+    cuda: str
+    python: str
+    versions: dict[str, str]
+
+
+def machine() -> Machine | None:
+    """None where torch sees no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    line = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+    card, driver, memory = (line[0].split(", ") if line else [torch.cuda.get_device_name(), "?", "?"])[:3]
+    names = ("torch", "triton", "transformers", "megatron-core", "transformer-engine", "liger-kernel", "sglang")
+    return Machine(card, driver, memory, torch.version.cuda or "?", platform.python_version(), _versions(names))
+
+
+def _versions(names: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stages", nargs="*", help=f"some of {', '.join(s.name for s in STAGES)}; all by default")
+    parser.add_argument("--quick", action="store_true", help="the smallest benchmark")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--again", action="store_true", help="also stages that passed already")
+    chosen = parser.parse_args()
+    unknown = set(chosen.stages) - {s.name for s in STAGES}
+    if unknown:
+        parser.error(f"no stage {', '.join(sorted(unknown))}")
+    if importlib.util.find_spec("torch") is None:
+        print(
+            f"error: {sys.executable} has no torch; name one that has: PYTHON=... tools/gpu_check.sh", file=sys.stderr
+        )
+        return 2
+    here = machine()
+    if here is None:
+        print("error: torch sees no GPU here; this is for machines with one", file=sys.stderr)
+        return 2
+    label = re.sub(r"[^a-z0-9]+", "-", here.card.lower().replace("nvidia", "")).strip("-")
+    out = (chosen.out or ROOT / "benchmarks" / f"{label}-{time.strftime('%Y-%m-%d')}").resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"{here.card}, driver {here.driver}, {here.memory}, CUDA {here.cuda}; {here.versions}", flush=True)
+    results = []
+    for stage in STAGES:
+        path = out / f"{stage.name}.json"
+        done = json.loads(path.read_text()) if path.exists() else {}
+        wanted = not chosen.stages or stage.name in chosen.stages
+        if wanted and (chosen.again or done.get("result") != "passed"):
+            done = run(stage, out, chosen.quick) | {"machine": asdict(here)}
+            path.write_text(json.dumps(done, indent=1) + "\n")
+        if done:
+            results.append(done)
+            print(f"{stage.name:12} {done['result']} {done.get('reason', '')}", flush=True)
+    (out / "summary.md").write_text(summary(here, results))
+    print(f"results in {out}")
+    return int(any(str(done["result"]).startswith("failed") for done in results))
+
+
+def summary(here: Machine, results: list[dict[str, object]]) -> str:
+    rows = [f"| {r['stage']} | {r['result']} {r.get('reason', '')} | {r.get('seconds', '')} |" for r in results]
+    head = f"{here.card}, driver {here.driver}, CUDA {here.cuda}, {here.versions}"
+    return "\n".join([head, "", "| stage | result | seconds |", "| --- | --- | --- |", *rows, ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""A few small passes of the head's kernels, for compute-sanitizer: every kernel, masked tails, splits, all dtypes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+
+from icrl_kernels import Chunking, Streams, Terms, VocabShard, policy_head, score_head
+
+
+def main() -> None:
+    terms = Terms(temperature=0.9, kl_coef=0.1, entropy_coef=0.1)
+    for dtype, logits in ((torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.bfloat16, "bf16")):
+        for tokens, columns in ((1, 17), (37, 5003)):
+            hidden_LH, weight_VH = (torch.randn(n, 64, device="cuda").to(dtype) for n in (tokens, columns))
+            targets_L = torch.randint(columns, (tokens,), device="cuda")
+            ones_L = torch.ones(tokens, device="cuda")
+            streams = Streams(targets_L, ones_L, ones_L, -ones_L, -ones_L, ones_L > 0, -ones_L)
+            shard, chunking = VocabShard.whole(columns), Chunking(16, logits=logits)
+            hidden_LH.requires_grad_(), weight_VH.requires_grad_()
+            policy_head(hidden_LH, weight_VH, streams, terms, shard, chunking).loss.backward()
+            score_head(hidden_LH, weight_VH, targets_L, 0.9, shard, chunking)
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
