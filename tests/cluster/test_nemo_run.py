@@ -98,7 +98,7 @@ def test_detached_jobs_are_followed_and_cancelled(icrl_nemo: Nemo, cluster: Clus
         (["--account", "nobody"], "Slurm would not take 1 nodes of 1 GPUs with --account=nobody"),
         (["--partition", "nowhere"], "--partition=nowhere"),
         (["model.path=/nowhere/Qwen3-8B"], "model.path=/nowhere/Qwen3-8B: no such folder"),
-        (["launch.nodes=9"], "Slurm would not take 9 nodes of 1 GPUs"),
+        (["launch.nodes=8"], "Slurm would not take 8 nodes of 1 GPUs"),
         (["actor.tensor_parallel=3"], "does not divide"),
         (["--on", "moon"], "choose local or slurm"),
     ],
