@@ -56,7 +56,7 @@ test: $(VENV)/.installed-dev ## Run every test that runs on this machine
 $(NEMO)/.installed: constraints-nemo.txt pyproject.toml
 	@echo "installing NeMo-Run into $(NEMO)"
 	$(PYTHON) -m venv $(NEMO)
-	$(NEMO)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) -r constraints-nemo.txt
+	$(NEMO)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps -r constraints-nemo.txt
 	$(NEMO)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps -e .
 	@touch $@
 

@@ -89,9 +89,20 @@ def launch(
     """Launch a recipe through NeMo-Run, on this machine or on Slurm. Non-zero unless every task succeeded."""
     from icrl_recipes import launch as nemo
 
-    places = {"host": host, "user": user, "identity": identity, "remote_home": remote_home, "python": python}
-    slurm = {"account": account, "partition": partition, "time": time, "container": container}
-    where = nemo.Where(on=on, mounts=tuple(mount or ()), ranks_per_node=ranks_per_node, **slurm, **places)
+    where = nemo.Where(
+        on=on,
+        account=account,
+        partition=partition,
+        time=time,
+        container=container,
+        mounts=tuple(mount or ()),
+        host=host,
+        user=user,
+        identity=identity,
+        remote_home=remote_home,
+        python=python,
+        ranks_per_node=ranks_per_node,
+    )
     raise typer.Exit(nemo.launch(recipe, overrides or [], where, dry_run, detach))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from icrl_megatron import validate
 from icrl_megatron.config import ConfigError, Settings
 from icrl_megatron.plan import hardware, memory, timing
 from icrl_megatron.plan.calibration import CONSTANTS, Constants
@@ -92,12 +93,15 @@ def require_fit(found: Plan, settings: Settings) -> None:
 
 def check(settings: Settings) -> None:
     """What `icrl train` does before anything is started: on a machine with GPUs that the planner knows, raises
-    ConfigError if the run would not fit them. Does nothing elsewhere, and under torchrun."""
+    ConfigError if the run would not fit them. Does nothing elsewhere."""
     if settings.launch.device == "cpu":
         return
     gpu = hardware.detect()
-    if gpu is not None:
-        require_fit(plan(settings, gpu=gpu), settings)
+    if gpu is None:
+        return
+    shape = shape_of(settings)
+    layout = Layout.of(settings, validate.ranks(settings)).checked(shape, _episodes(settings))
+    require_fit(of_layout(settings, shape, layout, gpu), settings)
 
 
 def cheapest_change(found: Plan, settings: Settings) -> str:

@@ -16,6 +16,8 @@ from icrl_megatron.plan.layout import Layout, counts, engine_parameters, kv_byte
 from icrl_megatron.plan.workload import Floats, Workload
 from icrl_megatron.shape import Qwen3Shape
 
+FP32_FLOPS = 60e12
+"""Per second and GPU, without tensor cores: data sheets say 19.5 to 80 TFLOP/s, and nothing is planned around it."""
 SEGMENTS = 48
 """Pieces that the decreasing number of running episodes is cut into."""
 
@@ -89,7 +91,7 @@ def estimate(
 ) -> Times:
     """`cache_bytes`: the key-value cache on each GPU of an engine."""
     layers, head = forward_flops(shape, work, passes.head_everywhere)
-    rate = constants.training_efficiency * layout.gpus * (gpu.bf16_flops if layout.precision == "bf16" else 0.06e15)
+    rate = constants.training_efficiency * layout.gpus * (gpu.bf16_flops if layout.precision == "bf16" else FP32_FLOPS)
     layer_rate = rate * (constants.fp8_gain if layout.fp8 != "off" else 1.0)
     recomputed = 1.0 if layout.recompute == "full" else 0.0
     trained = (3.0 + recomputed) * layers / layer_rate + 3.0 * head / rate

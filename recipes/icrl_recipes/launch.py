@@ -177,7 +177,8 @@ def launch(recipe: str, overrides: Sequence[str], where: Where, dry_run: bool = 
             return 0
         experiment.run(detach=detach, tail_logs=not detach)
         print(f"experiment {experiment._id}: icrl status|logs|cancel {experiment._id}", file=sys.stderr)
-        return 0 if detach else _code(experiment)
+    # Leaving the block is what waits.
+    return 0 if detach else _code(experiment)
 
 
 def status(experiment_id: str) -> int:

@@ -98,7 +98,7 @@ def test_detached_jobs_are_followed_and_cancelled(icrl_nemo: Nemo, cluster: Clus
         (["--account", "nobody"], "Slurm would not take 1 nodes of 1 GPUs with --account=nobody"),
         (["--partition", "nowhere"], "--partition=nowhere"),
         (["model.path=/nowhere/Qwen3-8B"], "model.path=/nowhere/Qwen3-8B: no such folder"),
-        (["launch.nodes=9"], "Slurm would not take 9 nodes of 1 GPUs"),
+        (["launch.nodes=8"], "Slurm would not take 8 nodes of 1 GPUs"),
         (["actor.tensor_parallel=3"], "does not divide"),
         (["--on", "moon"], "choose local or slurm"),
     ],
@@ -128,8 +128,8 @@ def test_generated_script_is_the_snapshot(kind: str, icrl_nemo: Nemo, cluster: C
 def normalised(output: str, cluster: Cluster, model: Path) -> str:
     """The generated script without what differs from machine to machine and run to run."""
     script = output[output.index("#!/bin/bash") :]
-    known = {str(cluster.folder): "CLUSTER", str(model): "MODEL", str(ROOT): "CHECKOUT"}
-    for path, name in {**known, cluster.env["ICRL_PYTHON"]: "PYTHON"}.items():
+    known = {cluster.env["ICRL_PYTHON"]: "PYTHON", str(cluster.folder): "CLUSTER", str(model): "MODEL"}
+    for path, name in {**known, str(ROOT): "CHECKOUT"}.items():
         script = script.replace(path, name)
     script = re.sub(rf"icrl-{RECIPE}_\d+", "EXPERIMENT", script)
     return "\n".join(line.rstrip() for line in script.strip().splitlines()) + "\n"

@@ -106,3 +106,27 @@ def test_a_step_without_gpus_says_so(tmp_path: Path) -> None:
         pytest.skip("this machine has a GPU")
     assert done.returncode == 2
     assert "ICRL_RANKS_PER_NODE is not set" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("outcome", "ended", "code", "said"),
+    [
+        ('{"code": 3, "message": "stopped on request"}', 0, 75, ""),
+        ('{"code": 2, "message": "actor.x=1: wrong"}', 1, 2, "error: actor.x=1: wrong"),
+        ("", 1, 1, ""),
+        ("", 0, 0, ""),
+    ],
+)
+def test_a_step_alone_tells_how_its_ranks_ended(outcome: str, ended: int, code: int, said: str, tmp_path: Path) -> None:
+    """Under NeMo-Run nobody reads what the ranks left but the step itself."""
+    python = tmp_path / "python"
+    leave = f"echo '{outcome}' > \"$ICRL_OUTCOME\"" if outcome else "true"
+    python.write_text(f'#!/bin/bash\n[ "$1" != -c ] || exec {sys.executable} "$@"\n{leave}\nexit {ended}\n')
+    python.chmod(0o755)
+    env = {"PATH": "/usr/bin:/bin", "ICRL_PYTHON": str(python), "ICRL_RANKS_PER_NODE": "1", "ICRL_EXIT_STOPPED": "75"}
+    done = subprocess.run(
+        ["bash", str(ROOT / "slurm" / "step.sh"), "train", "quickstart"],
+        cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=30,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr

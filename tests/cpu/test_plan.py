@@ -215,3 +215,23 @@ def test_planning_imports_no_torch() -> None:
         "assert not {'torch', 'transformers', 'nemo_run'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ([RECIPE, "--gpus", "8", "actor.pipeline_parallel=2"], 0, "TP 2 x PP 2 x CP 1 x DP 2"),
+        ([RECIPE, "--search"], 0, "why it fell"),
+        (["quickstart"], 0, "tokens/s/GPU"),
+        ([RECIPE, "model.path=models/Qwen3-32B"], 2, "GiB are missing; the cheapest change that fits: "),
+        ([RECIPE, "--gpus", "2", "--search", "model.path=models/Qwen3-32B"], 2, "no layout of 2 x h100 fits"),
+        ([RECIPE, "--gpu", "h1000"], 2, "did you mean h100"),
+        (["qwen3_8b_alfword_4xh100"], 2, "did you mean qwen3_8b_alfworld_4xh100"),
+        ([RECIPE, "--gpus", "0"], 2, "--gpus 0: must be at least 1"),
+    ],
+)
+def test_command(words: list[str], code: int, said: str) -> None:
+    command = [sys.executable, "-c", "from icrl_megatron.cli import main; main()", "plan", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert said in " ".join((done.stdout + done.stderr).split())
