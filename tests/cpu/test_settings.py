@@ -61,16 +61,6 @@ def write_model(folder: Path, **changes: object) -> Path:
 # --- recipes
 
 
-@pytest.mark.parametrize("name", list(registry()))
-def test_every_recipe_resolves_and_is_valid(name: str, tmp_path: Path) -> None:
-    resolved = S.load(name)
-    assert resolved.name == name
-    if resolved.model.init is None:
-        resolved.model.path = str(write_model(tmp_path / "model"))
-    validate(resolved)
-    assert (registry()[name].__doc__ or "").strip()
-
-
 def test_a_recipe_is_made_anew_each_time() -> None:
     S.from_recipe("quickstart").optim.learning_rate = 1.0
     assert S.from_recipe("quickstart").optim.learning_rate != 1.0
@@ -367,7 +357,7 @@ def test_resume_refuses_another_experiment_and_says_what_differs(tmp_path: Path)
     message = str(caught.value)
     assert f"optim.learning_rate (was {begun.optim.learning_rate}, now 0.5)" in message
     assert "rollout.rounds (was 2, now 3)" in message
-    assert "steps" not in message.replace("same values", "")
+    assert "(steps may differ)" in message
     assert "run_dir=" in message
 
 
