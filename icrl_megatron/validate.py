@@ -125,9 +125,10 @@ MAY_CHANGE_ON_RESUME = (
     "actor.recompute",
     "actor.offload",
     "actor.micro_batch_tokens",
-    "actor.head_",
+    "actor.head_chunk_tokens",
+    "actor.head_backend",
 )
-"""What a run that goes on may have different from how it began, names or beginnings of names: how long, how often, how
+"""What a run that goes on may have different from how it began, names or sections: how long, how often, how
 fast and on which grid. Anything else would make the curve of one run out of two experiments."""
 
 
@@ -158,7 +159,7 @@ def check_resume(saved: Settings, settings: Settings, folder: Path) -> None:
     allowed = [
         name
         for name in changed
-        if any(name == free or (free[-1] in "._" and name.startswith(free)) for free in MAY_CHANGE_ON_RESUME)
+        if any(name == free or (free.endswith(".") and name.startswith(free)) for free in MAY_CHANGE_ON_RESUME)
     ]
     differing = {name: values for name, values in changed.items() if name not in allowed}
     if differing:
