@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -138,3 +140,15 @@ def test_sleep_and_wake_in_two_stages(engine: SGLangEngine, model: Path) -> None
 def test_a_request_that_cannot_be_served_is_refused_by_name(engine: SGLangEngine) -> None:
     with pytest.raises(RequestFailedError, match="SGLang"):
         generate(engine, [([8] * 600, Sampling(0.0, 4, 0, ()))])
+
+
+def test_verify_sync_says_whether_a_server_holds_a_folder(engine: SGLangEngine, model: Path) -> None:
+    reference = load(model)
+    tool = [sys.executable, str(Path(__file__).parents[2] / "tools" / "verify_sync.py"), engine.server.url, str(model)]
+    engine.update_weights(weights(reference), 1)
+    same = subprocess.run(tool, capture_output=True, text=True, timeout=120)
+    assert (same.returncode, same.stdout) == (0, "19 parameters agree\n"), same.stderr
+    engine.update_weights(changed(reference, 2), 2)
+    differs = subprocess.run(tool, capture_output=True, text=True, timeout=120)
+    assert differs.returncode == 1
+    assert "holds other values of" in differs.stdout
