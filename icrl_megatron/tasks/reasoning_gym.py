@@ -140,8 +140,9 @@ def dataset(family: str, count: int, seed: int, level: int) -> Any:
         return create_dataset(family, size=count, seed=seed)
     try:
         curriculum = create_curriculum(family)
-        if level > curriculum.get_max_level():  # it would take the highest and say nothing
-            raise ValueError(f"the highest is {curriculum.get_max_level()}")
+        highest = max((len(attribute.levels) - 1 for attribute in curriculum.attributes.values()), default=0)
+        if level > highest:  # it would take the highest and say nothing
+            raise ValueError(f"the highest is {highest}")
         curriculum.set_global_level(level)
         configuration = curriculum.generate_configuration({"size": count, "seed": seed})
     except ValueError as error:
