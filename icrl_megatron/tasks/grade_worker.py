@@ -72,8 +72,10 @@ def parsed(answer: str) -> list[Any]:
     return found
 
 
+@functools.lru_cache(maxsize=4096)
 def correct(answer: str, label: str, tolerance: float) -> bool:
     """Whether an answer equals a label. `tolerance` is relative, and used where both are plain numbers."""
+    # Cached, because the episodes of a group often end in the same answer.
     from math_verify import verify
 
     if len(answer) > MAX_ANSWER_CHARS:
