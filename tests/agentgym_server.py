@@ -6,6 +6,7 @@ must hold is checked here, so that a client that leaves a field out is told as t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections import Counter
@@ -193,6 +194,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments: object) -> None:
         pass
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # a client that did not wait
+            super().handle()
 
 
 class Server(ThreadingHTTPServer):

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 60.0
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
@@ -92,16 +92,21 @@ class Browser:
 
     def click(self, script: str) -> None:
         """A real click in the middle of the element that the expression gives."""
-        box = self.evaluate(
+        x, y = self._middle(script)
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def move(self, script: str) -> None:
+        x, y = self._middle(script)
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def _middle(self, script: str) -> tuple[float, float]:
+        """Where an element is, once it is in sight."""
+        x, y = self.evaluate(
             f"(() => {{ const e = {script}; e.scrollIntoView({{block: 'center', behavior: 'instant'}});"
             "const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
         )
-        for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
-
-    def move(self, script: str) -> None:
-        box = self.evaluate(f"(() => {{ const b = {script}.getBoundingClientRect(); return [b.x + 3, b.y + 5]; }})()")
-        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
+        return x, y
 
     def screenshot(self, file: Path, width: int, height: int) -> None:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}

@@ -107,16 +107,16 @@ FIRST_ACTIONS: Mapping[str, str] = {
 def action_of(name: str, reply: str) -> str | None:
     """The last action in a reply, as the server wants it; None if there is none."""
     if name != "searchqa":
-        last = _last_tagged(reply, "action")
+        last = last_tagged(reply, "action")
         return (last[1].strip() or None) if last else None
-    tagged = [(found, tag) for tag in ("search", "answer") if (found := _last_tagged(reply, tag))]
+    tagged = [(found, tag) for tag in ("search", "answer") if (found := last_tagged(reply, tag))]
     if not tagged:
         return None
     (_, text), tag = max(tagged)
     return f"<{tag}>{text.strip()}</{tag}>"
 
 
-def _last_tagged(text: str, tag: str) -> tuple[int, str] | None:
+def last_tagged(text: str, tag: str) -> tuple[int, str] | None:
     """(where it ends, what is inside) of the last complete <tag>...</tag>; in one pass, however many tags are open."""
     end = text.rfind(f"</{tag}>")
     start = text.rfind(f"<{tag}>", 0, max(end, 0))

@@ -17,6 +17,7 @@ import sys
 from typing import Any
 
 MEMORY_BYTES = 2 << 30
+FULL_SCORE = 0.99
 MAX_ANSWER_CHARS = 2000
 """No answer of a real problem is longer; what is, is wrong."""
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
@@ -71,8 +72,10 @@ def parsed(answer: str) -> list[Any]:
     return found
 
 
+@functools.lru_cache(maxsize=4096)
 def correct(answer: str, label: str, tolerance: float) -> bool:
     """Whether an answer equals a label. `tolerance` is relative, and used where both are plain numbers."""
+    # Cached, because the episodes of a group often end in the same answer.
     from math_verify import verify
 
     if len(answer) > MAX_ANSWER_CHARS:
@@ -99,9 +102,24 @@ def readable(label: str) -> bool:
     return plain_number(gold) is not None or any(not isinstance(part, str) for part in parsed(gold))
 
 
+@functools.lru_cache(maxsize=64)
+def _generated(family: str, count: int, seed: int, level: int) -> Any:
+    from icrl_megatron.tasks.reasoning_gym import dataset
+
+    return dataset(family, count, seed, level)
+
+
+def full_score(job: dict[str, Any]) -> bool:
+    """Whether a family's own scorer gives an answer the whole score; what makes it raise is wrong."""
+    found = _generated(job["family"], job["count"], job["seed"], job["level"])
+    return float(found.score_answer(job["answer"], found[job["index"]])) >= FULL_SCORE
+
+
 def answer_job(job: dict[str, Any]) -> bool:
     if job["kind"] == "readable":
         return readable(job["label"])
+    if job["kind"] == "reasoning_gym":
+        return full_score(job)
     return correct(job["answer"], job["label"], job["tolerance"])
 
 

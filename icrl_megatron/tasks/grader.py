@@ -90,7 +90,10 @@ class Grader:
         """Answers that no process survived."""
 
     async def correct(self, answer: str, label: str) -> bool:
-        job = {"kind": "correct", "answer": answer, "label": label, "tolerance": self._tolerance}
+        return await self.judge({"kind": "correct", "answer": answer, "label": label, "tolerance": self._tolerance})
+
+    async def judge(self, job: dict[str, Any]) -> bool:
+        """One job as `grade_worker.answer_job` takes it."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, job)
 
     def readable(self, labels: list[str]) -> list[bool]:

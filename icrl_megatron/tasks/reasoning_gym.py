@@ -1,0 +1,150 @@
+"""Families of reasoning-gym by name: generated problems with scorers of their own, run in the grading processes.
+
+    data.train   ["chain_sum:1000:1", "maze:200:1:2"]      family : problems : seed : level of its curriculum (optional)
+    reply        any reasoning, its last <answer>...</answer>
+
+A scorer pays partly for garbage (0.01, in places 0.25), so what counts is a full score or nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from icrl_megatron.config import ConfigError, TaskSource
+from icrl_megatron.tasks.agentgym_dialects import last_tagged
+from icrl_megatron.tasks.base import StepResult
+from icrl_megatron.tasks.datasets import content_hash
+from icrl_megatron.tasks.grader import Grader
+from icrl_megatron.types import Split, Task
+
+INSTRUCTION = "Think first, then give your final answer in exactly this form: <answer>the answer</answer>"
+
+
+class ReasoningEnvironment:
+    """One generated problem, one turn."""
+
+    max_turns = 1
+
+    def __init__(self, problem: dict[str, Any], grader: Grader) -> None:
+        self._problem, self._grader = problem, grader
+        self._answer: str | None = None
+        self._right = False
+
+    async def reset(self) -> str:
+        self._answer, self._right = None, False
+        return f"{self._problem['prompt']}\n\n{INSTRUCTION}"
+
+    def parse(self, reply: str) -> str | None:
+        found = last_tagged(reply, "answer")
+        return (found[1].strip() or None) if found else None
+
+    def hint(self) -> str:
+        return "There is no answer between <answer> tags."
+
+    async def step(self, action: str) -> StepResult:
+        self._answer = action
+        made = {name: self._problem[name] for name in ("family", "count", "seed", "level", "index")}
+        self._right = await self._grader.judge({"kind": "reasoning_gym", "answer": action, **made})
+        return StepResult("", done=True)
+
+    def outcome(self) -> float:
+        return 1.0 if self._right else 0.0
+
+    def success(self) -> bool:
+        return self._right
+
+    def summary(self) -> str:
+        if self._right:
+            return "The answer is right."
+        return "There is no answer." if self._answer is None else f"The answer {self._answer[:200]} is wrong."
+
+
+class ReasoningGym:
+    """A task set over the families of `tasks.sources[...].data`; what is held out is taken out of training."""
+
+    def __init__(self, source: TaskSource) -> None:
+        self.name, self._data = source.name, source.data
+        self._grader: Grader | None = None
+        self._made: dict[Split, list[Task]] = {}
+
+    def problems(self, split: Split) -> Sequence[Task]:
+        """Raises ConfigError on an unknown family or level, and where reasoning-gym is not installed."""
+        if split not in self._made:
+            held = {content_hash(_prompt(task)) for task in self.problems("heldout")} if split == "train" else set()
+            self._made[split] = self._generate(split, held)
+        return self._made[split]
+
+    def environment(self, task: Task) -> ReasoningEnvironment:
+        if self._grader is None:
+            self._grader = Grader(self._data.grading_workers, self._data.grading_timeout_s)
+        try:
+            problem = json.loads(task.problem)
+            assert {"prompt", "family", "index"} <= set(problem)
+            return ReasoningEnvironment(problem, self._grader)
+        except (ValueError, TypeError, AssertionError) as error:
+            raise ConfigError(
+                f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
+            ) from error
+
+    def _generate(self, split: Split, seen: set[str]) -> list[Task]:
+        given = self._data.train if split == "train" else self._data.heldout
+        if not given:
+            raise ConfigError(
+                f"task set {self.name!r} has no {split} families: set tasks.sources[...].data.{split}, e.g. "
+                "[chain_sum:1000:1]"
+            )
+        tasks: list[Task] = []
+        for text in given:
+            spec = parse(text)
+            found = dataset(spec["family"], spec["count"], spec["seed"], spec["level"])
+            for index in range(spec["count"]):
+                prompt = str(found[index]["question"])
+                # Small families repeat themselves.
+                if content_hash(prompt) not in seen:
+                    seen.add(content_hash(prompt))
+                    problem = json.dumps({"prompt": prompt, "index": index, **spec})
+                    tasks.append(
+                        Task(f"{self.name}/{split}/{spec['family']}/{text}-{index}", self.name, split, problem)
+                    )
+        return tasks
+
+
+def _prompt(task: Task) -> str:
+    return str(json.loads(task.problem)["prompt"])
+
+
+def parse(text: str) -> dict[str, Any]:
+    """ "maze:200:1:2" as its parts. Raises ConfigError on anything else."""
+    family, *numbers = text.split(":")
+    if len(numbers) not in (2, 3) or not all(n.isdecimal() for n in numbers) or int(numbers[0]) < 1:
+        raise ConfigError(
+            f"{text!r} is no family of reasoning-gym: write family:problems:seed, or with :level behind it"
+        )
+    count, seed, *level = (int(n) for n in numbers)
+    return {"family": family, "count": count, "seed": seed, "level": level[0] if level else 0}
+
+
+def dataset(family: str, count: int, seed: int, level: int) -> Any:
+    """reasoning-gym's dataset: the same arguments give the same problems. Raises ConfigError as `problems` does."""
+    try:
+        from reasoning_gym.factory import DATASETS, create_curriculum, create_dataset
+    except ImportError as error:
+        raise ConfigError(
+            f"reasoning-gym cannot be imported ({error}); install it: pip install 'icrl-megatron[tasks]'"
+        ) from error
+    if family not in DATASETS:
+        raise ConfigError(f"reasoning-gym has no family {family!r}; it has {', '.join(sorted(DATASETS))}")
+    if level == 0:
+        return create_dataset(family, size=count, seed=seed)
+    try:
+        curriculum = create_curriculum(family)
+        highest = max((len(attribute.levels) - 1 for attribute in curriculum.attributes.values()), default=0)
+        if level > highest:  # it would take the highest and say nothing
+            raise ValueError(f"the highest is {highest}")
+        curriculum.set_global_level(level)
+        configuration = curriculum.generate_configuration({"size": count, "seed": seed})
+    except ValueError as error:
+        raise ConfigError(f"{family}:{count}:{seed}:{level}: reasoning-gym has no such level ({error})") from error
+    return DATASETS[family][0](configuration)

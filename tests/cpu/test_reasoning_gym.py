@@ -1,0 +1,75 @@
+"""reasoning-gym's families as tasks: the same problems for the same seed, full scores only, scorers that raise."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+pytest.importorskip("reasoning_gym", reason="the extra icrl-megatron[tasks] is not installed")
+
+from icrl_megatron.config import ConfigError, TaskData, TaskSource
+from icrl_megatron.tasks import registry
+from icrl_megatron.tasks.datasets import check_no_leak, content_hash, subset_of
+from icrl_megatron.tasks.reasoning_gym import ReasoningGym, dataset
+
+
+def gym(train: list[str], heldout: list[str]) -> ReasoningGym:
+    made = registry.of_source(TaskSource("reasoning_gym", data=TaskData(train=train, heldout=heldout)))
+    assert isinstance(made, ReasoningGym)
+    return made
+
+
+def test_problems_are_seeded_unique_and_disjoint() -> None:
+    one, other = (gym(["chain_sum:40:1", "gcd:20:1"], ["chain_sum:10:2"]) for _ in range(2))
+    assert one.problems("train") == other.problems("train")
+    train, heldout = one.problems("train"), one.problems("heldout")
+    check_no_leak(train, heldout)
+    prompts = [content_hash(json.loads(t.problem)["prompt"]) for t in (*train, *heldout)]
+    assert len(set(prompts)) == len(prompts)
+    assert {subset_of(t) for t in train} == {"reasoning_gym/chain_sum", "reasoning_gym/gcd"}
+
+
+def test_what_is_held_out_is_not_trained_on() -> None:
+    same = gym(["chain_sum:30:1"], ["chain_sum:10:1"])
+    assert len(same.problems("heldout")) == 10 and len(same.problems("train")) <= 20
+    check_no_leak(same.problems("train"), same.problems("heldout"))
+
+
+def test_only_a_full_score_counts() -> None:
+    task_set = gym(["chain_sum:3:1", "countdown:2:1", "number_sorting:2:1:1"], ["gcd:1:1"])
+
+    async def attempt(index: int, answer: str) -> bool:
+        environment = task_set.environment(task_set.problems("train")[index])
+        await environment.reset()
+        action = environment.parse(f"hm <answer>no</answer> <answer> {answer} </answer>")
+        assert action == answer
+        assert (await environment.step(action)).done
+        assert environment.outcome() == float(environment.success())
+        return environment.success()
+
+    async def everything() -> list[bool]:
+        right = str(dataset("chain_sum", 3, 1, 0)[0]["answer"])
+        tries = [(0, right), (0, f"{right}1"), (0, "nonsense"), (3, "1 +"), (3, "((("), (5, "import os")]
+        return [await attempt(index, answer) for index, answer in tries]
+
+    assert asyncio.run(everything()) == [True, False, False, False, False, False]
+    environment = task_set.environment(task_set.problems("train")[0])
+    assert environment.parse("<answer> </answer>") is None and environment.parse("7") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("chain_sum", "no family of reasoning-gym"),
+        ("chain_sum:0:1", "no family"),
+        ("chain_summ:3:1", "has no family 'chain_summ'"),
+        ("chain_sum:3:1:99", "no such level"),
+    ],
+)
+def test_mistakes_are_named(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        gym([text], ["gcd:1:1"]).problems("train")
+    with pytest.raises(ConfigError, match=r"data\.train"):
+        gym([], ["gcd:1:1"]).problems("train")
