@@ -51,8 +51,8 @@ def of_source(source: TaskSource) -> TaskSet:
         module, _, made = _FROM_DATA[source.name].partition(":")
         task_set: TaskSet = getattr(importlib.import_module(module), made)(source)
         return task_set
-    near = difflib.get_close_matches(source.name, known, n=3, cutoff=0.4)
-    remedy = f"did you mean {' or '.join(near)}?" if near else f"the names are {', '.join(known)}"
+    near = difflib.get_close_matches(source.name, known, n=1, cutoff=0.4)
+    remedy = f"did you mean {near[0]}?" if near else f"the names are {', '.join(known)}"
     raise ConfigError(f"unknown task set {source.name!r}: {remedy}")
 
 
