@@ -132,7 +132,7 @@ def _start(plan: Plan) -> str:
 
 def _cell_overrides(plan: Plan, arm: str, seed: int, model: str) -> list[str]:
     fixed = [f"run_dir={plan.folder(arm, seed)}", f"name={arm}", f"seed={seed}", f"model.path={model}"]
-    changes = [*fixed, "warm_start.steps=0", "baseline=", *plan.overrides, *ARMS[arm]]
+    changes = [*plan.overrides, *fixed, "warm_start.steps=0", "baseline=", *ARMS[arm]]
     if plan.budget_of and arm != plan.budget_of:
         rows = read_rows(plan.folder(plan.budget_of, seed) / METRICS_FILE)
         if not finished(plan.folder(plan.budget_of, seed)):
