@@ -27,6 +27,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import bench_schema
 import torch
 from torch import Tensor
 
@@ -380,6 +381,17 @@ def _tuned(inputs: Inputs, outputs: TokenOutputs, flush: Tensor) -> dict[str, fl
     return {name: statistics.median([_timed(run, flush) for _ in range(12)][2:]) for name, run in runs.items()}
 
 
+def medians(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """{peer: {quantity: milliseconds}} of what was measured."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        quantity = f"{row['operation']} {row['model']} T {row['tokens']} TP {row['tensor_parallel']} _ms"
+        for peer, values in row["peers"].items():
+            if "ms" in values:
+                found.setdefault(peer, {})[quantity] = values["ms"]
+    return found
+
+
 def about() -> dict[str, Any]:
     def installed(name: str) -> str | None:
         try:
@@ -393,7 +405,7 @@ def about() -> dict[str, Any]:
     return {
         "command": " ".join(["python", "tools/bench_head_cuda.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
-        "card": card or torch.cuda.get_device_name(),
+        "machine": card or torch.cuda.get_device_name(),
         "cuda": torch.version.cuda,
         "versions": {name: installed(name) for name in names},
     }
@@ -414,7 +426,8 @@ def main() -> int:
     shapes = [Shape(model, tokens, tp) for model in models for tokens in lengths for tp in degrees]
     result = {"tuning": tune(8192)} if chosen.tune else {"rows": bench(shapes, 5 if chosen.quick else chosen.rounds)}
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps(about() | result, indent=1) + "\n")
+    stamped = bench_schema.stamped("head_cuda", about() | result | {"medians": medians(result.get("rows", []))})
+    chosen.out.write_text(json.dumps(stamped, indent=1) + "\n")
     print(f"written to {chosen.out}")
     return 0
 

@@ -16,6 +16,7 @@ from head_cases import assert_near, needs_triton
 from icrl_kernels import Chunking
 
 TOOLS = Path(__file__).parents[2] / "tools"
+sys.path.append(str(TOOLS))  # as for a script: the tools import each other
 
 
 def load(name: str) -> ModuleType:
