@@ -69,9 +69,14 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     catalogue = registry.Catalogue(settings.tasks.sources)
     prompter = Prompter(tokenizer(folder), settings.rollout)
     check_prompts(settings, catalogue, prompter)
-    engines = wiring.build_engines(settings, folder, grid)
+    # Servers start while the actor is built. An engine in this process waits for the actor, which says best what is
+    # wrong with a model.
+    served = settings.engine.kind == "sglang"
+    engines = wiring.build_engines(settings, folder, grid) if served else None
     try:
-        parts = _parts(settings, grid, catalogue, prompter, engines, progress)
+        actor = Actor(settings, folder, grid)
+        engines = engines if served else wiring.build_engines(settings, folder, grid)
+        parts = _parts(settings, grid, actor, catalogue, prompter, engines, progress)
         return _train(parts, catalogue, Recorder(parts, run_folder(settings), progress, stop))
     finally:
         if engines is not None:
@@ -81,13 +86,12 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
 def _parts(
     settings: Settings,
     grid: grids.Grid,
+    actor: Actor,
     catalogue: registry.Catalogue,
     prompter: Prompter,
     engines: Engines | None,
     progress: Progress,
 ) -> Parts:
-    folder = Path(settings.model.path)
-    actor = Actor(settings, folder, grid)
     if engines is not None:
         with progress.phase("engine") as bar:
             engines.wait_ready(lambda: bar.advance(0))
