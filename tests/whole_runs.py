@@ -98,9 +98,10 @@ def signalled(process: subprocess.Popen[str], number: signal.Signals) -> tuple[i
 
 
 def rows(folder: Path) -> list[Row]:
-    """metrics.jsonl without what depends on the clock."""
+    """metrics.jsonl without what depends on the clock, and on what else the process holds in memory."""
     return [
-        {k: v for k, v in row.items() if not k.startswith(TIME_PREFIX)} for row in read_rows(folder / "metrics.jsonl")
+        {k: v for k, v in row.items() if not k.startswith((TIME_PREFIX, "memory/"))}
+        for row in read_rows(folder / "metrics.jsonl")
     ]
 
 
