@@ -114,10 +114,6 @@ class Prompter:
         closing = self._between if ended else (self._end_id, *self._between)
         return (*closing, *self._encode_untrusted(observation.strip()), *self._tail)
 
-    def content(self, prompt_ids: Ids) -> str:
-        """The text inside a prompt of one message: for whoever takes text instead of ids."""
-        return self.decode(prompt_ids[len(self._head) : len(prompt_ids) - len(self._tail)])
-
     def ended(self, ids: Ids) -> bool:
         """Whether a reply closed its turn by itself."""
         return bool(ids) and ids[-1] == self._end_id
