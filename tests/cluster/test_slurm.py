@@ -23,7 +23,7 @@ def arguments(folder: Path, model: Path, *more: str) -> list[str]:
 def rows(folder: Path) -> list[Row]:
     """metrics.jsonl without what depends on the clock."""
     found = read_rows(folder / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith(TIME_PREFIX)} for row in found]
+    return [{k: v for k, v in row.items() if not k.startswith((TIME_PREFIX, "memory/"))} for row in found]
 
 
 @pytest.fixture(scope="module")
