@@ -1,8 +1,9 @@
 # `make quickstart` and `make test` need nothing but Python 3.11 or newer with its venv module, and a package index.
-# PYTHON=python3.12 picks another interpreter; PIP_ARGS reaches every `pip install`.
+# PYTHON=python3.12 picks another interpreter; PIP_ARGS reaches every `pip install`; TEST_PROCESSES tests run at a time.
 SHELL := /bin/bash
 PYTHON ?= python3
 PIP_ARGS ?=
+TEST_PROCESSES ?= 2
 VENV := .venv
 NEMO := .venv-nemo
 BIN := $(VENV)/bin
@@ -49,7 +50,7 @@ quickstart: $(VENV)/.installed ## Train a tiny model with ICRL on this machine a
 	$(BIN)/icrl train quickstart
 
 test: $(VENV)/.installed-dev ## Run every test that runs on this machine
-	$(BIN)/python -m pytest -q --ignore=tests/cluster
+	$(BIN)/python -m pytest -q --ignore=tests/cluster -n $(TEST_PROCESSES) --dist loadfile
 
 # NeMo-Run's own dependencies conflict with the tested versions, and training never imports it: a venv of its own, which
 # holds the launcher and no torch.

@@ -38,6 +38,8 @@ def _missing() -> dict[str, str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest files first, so that no process of pytest-xdist is left alone with one at the end.
+    items.sort(key=lambda item: item.get_closest_marker("dist") is None)
     if not any(item.get_closest_marker(name) for item in items for name in ("gpu", "engine", "cluster")):
         return
     reasons = _missing()

@@ -66,10 +66,10 @@ def test_without_a_gpu_the_tools_say_so() -> None:
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The benchmark, on a small model and the CPU, with Triton's interpreter."""
+    """The benchmark's peers, on a small model and the CPU, with Triton's interpreter."""
     if torch.cuda.is_available():
         pytest.skip("tools/gpu_check.sh runs the benchmark itself")
-    module = load("bench_head_cuda")
+    module = load("head_cuda_peers")
     monkeypatch.setattr(module, "DEVICE", "cpu")
     monkeypatch.setattr(module, "VOCABULARY", 400)
     monkeypatch.setattr(module, "MODELS", {"tiny": 32})

@@ -1,0 +1,232 @@
+"""Who takes part in tools/bench_head_cuda.py: our head and its peers, on the same inputs, as functions to be timed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+for _part in (".", "kernels"):  # without an installation too
+    sys.path.insert(0, str(Path(__file__).parents[1] / _part))
+
+from icrl_kernels import (  # noqa: E402
+    Chunking,
+    MainGrad,
+    Streams,
+    Terms,
+    VocabShard,
+    policy_head,
+    score_head,
+    token_objective,
+)
+from icrl_kernels.chunking import TokenOutputs  # noqa: E402
+
+DEVICE = "cuda"
+VOCABULARY = 151936
+MODELS = {"Qwen3-4B": 2560, "Qwen3-8B": 4096}
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Shape:
+    model: str
+    tokens: int
+    tensor_parallel: int
+
+    @property
+    def hidden(self) -> int:
+        return MODELS[self.model]
+
+    @property
+    def columns(self) -> int:
+        return VOCABULARY // self.tensor_parallel
+
+
+class Inputs:
+    """bf16 hidden states and weight, streams near the policy's own log-probs, and a gradient buffer as Megatron's."""
+
+    def __init__(self, shape: Shape) -> None:
+        draw = torch.Generator(DEVICE).manual_seed(0)
+        self.shape, self.terms, self.shard = shape, Terms(), VocabShard.whole(shape.columns)
+        self.hidden_LH = torch.randn(shape.tokens, shape.hidden, generator=draw, device=DEVICE).bfloat16()
+        weight_VH = torch.randn(shape.columns, shape.hidden, generator=draw, device=DEVICE)
+        self.weight_VH = weight_VH.mul_(2.0 / shape.hidden**0.5).bfloat16()
+        self.targets_L = torch.randint(shape.columns, (shape.tokens,), generator=draw, device=DEVICE)
+        own_L, _ = score_head(self.hidden_LH, self.weight_VH, self.targets_L, 1.0, self.shard)
+
+        def around() -> Tensor:
+            return own_L + 0.2 * torch.randn(shape.tokens, generator=draw, device=DEVICE)
+
+        advantages_L = torch.randn(shape.tokens, generator=draw, device=DEVICE)
+        coefficients_L = torch.full_like(advantages_L, 1.0 / shape.tokens)
+        calibrated_L = torch.rand(shape.tokens, generator=draw, device=DEVICE) > 0.5
+        self.streams = Streams(self.targets_L, coefficients_L, advantages_L, around(), around(), calibrated_L)
+        self.hidden_LH.requires_grad_()
+        self.weight_VH.requires_grad_()
+
+    def clear(self) -> None:
+        self.hidden_LH.grad = self.weight_VH.grad = None
+
+
+def eager_loss(logits_LV: Tensor, inputs: Inputs) -> Tensor:
+    """As training code without a kernel writes it: fp32 logits, log_softmax, gather, Eq. 6."""
+    logprobs_LV = logits_LV.float().log_softmax(-1)
+    logprobs_L = logprobs_LV.gather(1, inputs.targets_L[:, None])[:, 0]
+    return token_objective(logprobs_L, torch.zeros_like(logprobs_L), inputs.streams, inputs.terms).loss_L.sum()
+
+
+def given_peers(inputs: Inputs) -> dict[str, Run | str]:
+    """Logits given in bf16; the kernels overwrite them, so every peer works on a copy that is made untimed."""
+    from icrl_kernels.triton_chunks import TritonChunks
+
+    tokens = inputs.shape.tokens
+    with torch.no_grad():
+        logits_LV = inputs.hidden_LH @ inputs.weight_VH.T
+    chunks = TritonChunks(inputs.hidden_LH, inputs.weight_VH, 1.0, inputs.shard, tokens, "bf16")
+    outputs = TokenOutputs.empty(inputs.targets_L, torch.float32)
+    span = slice(0, tokens)
+
+    def ours() -> Tensor:
+        slopes_4C = chunks.objective(span, inputs.streams, inputs.terms, outputs)
+        return chunks.logit_gradients(inputs.targets_L, outputs.entropy_L, slopes_4C, inputs.terms)
+
+    def restore() -> None:
+        chunks.buffer_CV[:, : inputs.shard.valid].copy_(logits_LV)
+
+    def with_grad(loss_of: Callable[[Tensor], Tensor]) -> Run:
+        leaf = logits_LV.detach().requires_grad_()
+
+        def run() -> Tensor | None:
+            leaf.grad = None
+            loss_of(leaf).backward()
+            return leaf.grad
+
+        return run
+
+    ours.before = restore  # type: ignore[attr-defined]
+    peers: dict[str, Run | str] = {"kernels": ours, "eager": with_grad(lambda z: eager_loss(z, inputs))}
+    peers["liger vocab-parallel CE"] = optional(lambda: with_grad(_liger_ce(inputs)))
+    peers["liger grpo_loss"] = optional(lambda: with_grad(_liger_grpo(inputs)))
+    peers["megatron fused CE"] = optional(lambda: with_grad(_megatron_ce(inputs)))
+    return peers
+
+
+def _liger_ce(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+    from liger_kernel.transformers.vocab_parallel_cross_entropy import LigerVocabParallelCrossEntropy
+
+    entropy = LigerVocabParallelCrossEntropy()
+
+    def loss(logits_LV: Tensor) -> Tensor:
+        logprobs_L = -entropy(logits_LV[:, None], inputs.targets_L[:, None])[:, 0]
+        return token_objective(logprobs_L, torch.zeros_like(logprobs_L), inputs.streams, inputs.terms).loss_L.sum()
+
+    return loss
+
+
+def _liger_grpo(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    assert inputs.streams.old_logprobs_L is not None
+    old_1L, advantage_1 = inputs.streams.old_logprobs_L[None, 1:], inputs.streams.advantages_L[:1]
+
+    def loss(logits_LV: Tensor) -> Tensor:
+        # One sequence of all tokens, with one logit more than its completion has tokens.
+        given_1LV, targets_1L = logits_LV[None], inputs.targets_L[None, 1:]
+        options = {"temperature": 1.0, "beta": 0.0, "eps_low": 0.2, "eps_high": 0.28, "inplace": False}
+        return triton_grpo_loss(given_1LV, old_1L, None, targets_1L, advantage_1, **options)[0].sum()
+
+    return loss
+
+
+def _megatron_ce(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+    from megatron.core import parallel_state
+    from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+
+    one_rank_group()
+    group = parallel_state.get_tensor_model_parallel_group()
+
+    def loss(logits_LV: Tensor) -> Tensor:
+        logprobs_L = -fused_vocab_parallel_cross_entropy(logits_LV[:, None], inputs.targets_L[:, None], group)[:, 0]
+        return token_objective(logprobs_L, torch.zeros_like(logprobs_L), inputs.streams, inputs.terms).loss_L.sum()
+
+    return loss
+
+
+def one_rank_group() -> None:
+    """Megatron's groups, for one process."""
+    from megatron.core import parallel_state
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+
+
+def train_peers(inputs: Inputs) -> dict[str, Run | str]:
+    main_grad_VH = torch.zeros_like(inputs.weight_VH, dtype=torch.float32)
+    hidden_LH, weight_VH = inputs.hidden_LH, inputs.weight_VH
+
+    def ours(logits: str) -> Run:
+        def run() -> None:
+            inputs.clear()
+            main, chunking = MainGrad(main_grad_VH), Chunking(logits=logits)
+            policy_head(
+                hidden_LH, weight_VH, inputs.streams, inputs.terms, inputs.shard, chunking, main
+            ).loss.backward()
+
+        return run
+
+    def eager() -> None:
+        inputs.clear()
+        eager_loss(hidden_LH @ weight_VH.T, inputs).backward()
+
+    peers: dict[str, Run | str] = {"kernels": ours("fp32"), "kernels, bf16 logits": ours("bf16"), "eager": eager}
+    peers["liger FLCE"] = optional(lambda: _liger_flce(inputs))
+    peers["verl"] = optional(lambda: _verl(inputs))
+    return peers
+
+
+def _liger_flce(inputs: Inputs) -> Run:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    def run() -> None:
+        inputs.clear()
+        liger_fused_linear_cross_entropy(inputs.hidden_LH, inputs.weight_VH, inputs.targets_L).backward()
+
+    return run
+
+
+def _verl(inputs: Inputs) -> Run:
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    def run() -> None:
+        inputs.clear()
+        logprobs_L, _ = linear_cross_entropy(inputs.hidden_LH, inputs.weight_VH, inputs.targets_L, 1.0)
+        token_objective(logprobs_L, logprobs_L, inputs.streams, inputs.terms).loss_L.sum().backward()
+
+    return run
+
+
+def score_peers(inputs: Inputs) -> dict[str, Run | str]:
+    hidden_LH, weight_VH, targets_L = inputs.hidden_LH, inputs.weight_VH, inputs.targets_L
+
+    def ours(logits: str) -> Run:
+        return lambda: score_head(hidden_LH, weight_VH, targets_L, 1.0, inputs.shard, Chunking(logits=logits))
+
+    @torch.no_grad()
+    def eager() -> Tensor:
+        return (hidden_LH @ weight_VH.T).float().log_softmax(-1).gather(1, targets_L[:, None])
+
+    return {"kernels": ours("fp32"), "kernels, bf16 logits": ours("bf16"), "eager": eager}
+
+
+def optional(make: Callable[[], Run]) -> Run | str:
+    """The peer, or why there is none: other people's packages fail in ways of their own."""
+    try:
+        return make()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
