@@ -37,6 +37,13 @@ _NAMES_CUDA = (
 _device: torch.device | None = None
 
 
+def spare_the_compiler() -> None:
+    """Without a GPU nothing is compiled; Megatron's decorators would import torch's compiler all the same, which takes
+    a quarter of a rank's start. Call it before Megatron is imported."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
 def prepare(choice: str = "auto") -> torch.device:
     """Picks this rank's device and readies the process for Megatron; call it before anything of Megatron's.
 

@@ -7,6 +7,7 @@ close a turn.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from icrl_megatron.config import ConfigError, RolloutSettings
 from icrl_megatron.types import Ids
 
 FORMS = ("attempt", "revision", "critique")
+REMEMBERED_TEXTS, REMEMBERED_CHARS = 2048, 8192
+"""Texts whose ids are kept, and how long they may be."""
 _BUILT_IN = Path(__file__).parent / "templates"
 _CRITIC = re.compile(r"<critic>(.*?)</critic>", re.DOTALL)
 
@@ -75,6 +78,8 @@ class Prompter:
         self._observation_chars = settings.observation_chars
         self._templates = _load_templates(settings.templates)
         self._control_ids = _control_ids(tokenizer)
+        # Episodes of a task share their prompts, and worlds repeat their observations.
+        self._remembered = functools.lru_cache(maxsize=REMEMBERED_TEXTS)(self._encode)
         head, turn_end, tail = _chat_parts(tokenizer, settings.chat_template_args)
         self._head, self._turn_end, self._tail = (self._encode_trusted(part) for part in (head, turn_end, tail))
         if not self._turn_end or self._turn_end[0] not in self._control_ids:
@@ -134,6 +139,9 @@ class Prompter:
         return tuple(self._tokenizer(text, add_special_tokens=False).input_ids)
 
     def _encode_untrusted(self, text: str) -> Ids:
+        return self._remembered(text) if len(text) <= REMEMBERED_CHARS else self._encode(text)
+
+    def _encode(self, text: str) -> Ids:
         ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         # A word-level vocabulary holds its special tokens as plain words, so splitting alone does not keep them out.
         return tuple(i for i in ids if i not in self._control_ids)
