@@ -140,7 +140,7 @@ class RolloutSettings:
     are quickly played."""
     partial: bool = False
     """Keep what was cut off and go on with it in the next step, with the log-probs its old tokens were sampled with:
-    algo.mismatch_correction weighs them. What is kept does not outlive the process."""
+    algo.mismatch_correction weighs them. Checkpoints hold what is kept."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -118,7 +119,7 @@ class SGLangEngine:
         try:
             self._update(stream, version)
         except EngineError:
-            if not self.lost():
+            if not self._died():
                 raise
         for _ in stream:  # the other ranks gather with this one; a dead server gets its weights when it is revived
             pass
@@ -130,7 +131,7 @@ class SGLangEngine:
         try:
             self._sink.pour(tensors, version, self._transport, self.lost())
         except EngineError:
-            if not self.lost():
+            if not self._died():
                 with suppress(EngineError):  # the first error tells; left open, no later update could begin
                     self._post("/end_weight_update", {})
             raise
@@ -142,24 +143,30 @@ class SGLangEngine:
         expected = Checksums(self._settings.tensor_parallel, tied)
         for name, tensor in tensors:
             expected.add(name, tensor)
-        expected.compare(self.server.post("/weights_checker", {"action": "checksum"}, self._settings.sync_timeout_s))
+        try:
+            answer = self.server.post("/weights_checker", {"action": "checksum"}, self._settings.sync_timeout_s)
+        except EngineError:
+            if not self._died():
+                raise
+        else:
+            expected.compare(answer)
 
     def sleep(self) -> None:
         """Gives the memory of weights and KV cache back."""
-        if not self._asleep and not self._lost:
-            self._post(_FLUSH, {})  # waits until it is idle: released while it is not, SGLang ends itself
-            self._post("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
+        if not self._asleep:
+            self._tell(_FLUSH, {})  # waits until it is idle: released while it is not, SGLang ends itself
+            self._tell("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
             self._asleep = True
 
     def wake_weights(self) -> None:
         """The first half of waking: memory for weights, which hold nothing until they are updated."""
-        if self._asleep and not self._lost:
-            self._post("/resume_memory_occupation", {"tags": ["weights"]})
+        if self._asleep:
+            self._tell("/resume_memory_occupation", {"tags": ["weights"]})
 
     def wake(self) -> None:
         """The second half: memory for the KV cache."""
-        if self._asleep and not self._lost:
-            self._post("/resume_memory_occupation", {"tags": ["kv_cache"]})
+        if self._asleep:
+            self._tell("/resume_memory_occupation", {"tags": ["kv_cache"]})
         self._asleep = False
 
     async def interrupt(self) -> None:
@@ -199,6 +206,23 @@ class SGLangEngine:
         if self._transport is not None:
             self._transport.close()
         self.server.kill()
+
+    def _tell(self, path: str, body: dict[str, Any]) -> None:
+        """Posts to a server that lives; a lost one is revived before it is used again."""
+        if self.lost():
+            return
+        try:
+            self._post(path, body)
+        except EngineError:
+            if not self._died():
+                raise
+
+    def _died(self) -> bool:
+        """After an error: whether the server is lost."""
+        deadline = time.monotonic() + (_DEATH_GRACE_S if self.server.spec is not None else 0.0)
+        while not self.lost() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return bool(self._lost)
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         return self.server.post(path, body, _CONTROL_TIMEOUT_S)
