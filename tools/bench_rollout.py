@@ -4,9 +4,9 @@
 
 One server on a tiny Qwen3. `bare` sends prompts to SGLang's API with nothing around it, `streamed` the same with the
 time to the first token seen; `client` is the trainer's engine. They take turns, greedily, so that all generate the
-same tokens. `oversample_*` play whole steps of Household (rollout_steps.py). `sync_*` pushes all weights of a model, in turns
-with one copy of as many bytes within this process; where its time goes stands beside it: seconds of filling the buckets
-alone, of each request to the server, and of a request that carries nothing.
+same tokens. `oversample_*` play whole steps of Household (rollout_steps.py). `sync_*` pushes all weights of a model,
+in turns with one copy of as many bytes within this process; where its time goes stands beside it: seconds of filling
+the buckets alone, of each request to the server, and of a request that carries nothing.
 """
 
 from __future__ import annotations

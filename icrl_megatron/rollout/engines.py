@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +149,12 @@ def tensor_shapes(folder: Path) -> Shapes:
 
 
 def _spec(settings: Settings, folder: Path, device: torch.device, log: Path) -> ServerSpec:
+    engine = settings.engine
+    if settings.rollout.critic == "frozen":  # two servers share the GPU
+        engine = replace(engine, memory_fraction=engine.memory_fraction / 2)
     return ServerSpec(
         model=folder,
-        settings=settings.engine,
+        settings=engine,
         precision=settings.actor.precision,
         context_tokens=settings.rollout.context_tokens,
         log=log.resolve(),
