@@ -68,6 +68,7 @@ class Step:
     used_tokens: int
     generated_tokens: int
     cut_off: int
+    cache_hit_rate: float
 
 
 def stage_of(folder: Path, context_tokens: int) -> Stage:
@@ -106,4 +107,5 @@ def step(engine: SGLangEngine, stage: Stage, tasks: int, oversample: float, numb
         played.used_tokens(),
         played.generated_tokens(),
         played.cut_off,
+        played.engine.cached_tokens / max(1, played.engine.prompt_tokens),
     )
