@@ -34,8 +34,8 @@ _ALIGN = 16
 """Bytes: a tensor begins where any dtype may be viewed."""
 _PIECES = 4
 """Buckets of an update, if they are large enough: one is filled while the other is copied."""
-_WORTH_MIB = 32
-"""A request costs as much as copying some MiB, so smaller buckets save nothing."""
+_FIRST_MIB, _WORTH_MIB = 8, 32
+"""The first bucket, and the least limit: a request costs as much as copying some MiB, so smaller ones save nothing."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -61,10 +61,13 @@ class Bucket:
         self.placed: list[Placed] = []
         self.used = 0
 
+    def start(self) -> int:
+        """Where the next tensor begins."""
+        return -(-self.used // _ALIGN) * _ALIGN
+
     def add(self, name: str, tensor: Tensor) -> None:
         """Copies the tensor in, for which there must be room."""
-        start = -(-self.used // _ALIGN) * _ALIGN
-        end = start + tensor.nbytes
+        start, end = self.start(), self.start() + tensor.nbytes
         self.buffer[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
         self.placed.append(Placed(name, tuple(tensor.shape), tensor.dtype, start, end))
         self.used = end
@@ -293,11 +296,13 @@ def filled(
     the last). Whoever asks for the next bucket may still be sending this one, but no longer the one before."""
     bucket, other = pair
     bucket.clear()
+    room = min(limit, _FIRST_MIB << 20)  # the server begins early, and is not kept waiting by the next
     for name, tensor in tensors:
-        if bucket.placed and bucket.used + tensor.nbytes > limit:
+        if bucket.placed and bucket.start() + tensor.nbytes > room:
             yield bucket, False
             bucket, other = other, bucket
             bucket.clear()
+            room = min(limit, 2 * room)
         bucket.add(name, tensor)
     if bucket.placed:
         yield bucket, True
