@@ -140,7 +140,7 @@ class RolloutSettings:
     are quickly played."""
     partial: bool = False
     """Keep what was cut off and go on with it in the next step, with the log-probs its old tokens were sampled with:
-    algo.mismatch_correction weighs them. What is kept does not outlive the process."""
+    algo.mismatch_correction weighs them. Checkpoints hold what is kept."""
 
 
 @dataclass
@@ -160,11 +160,13 @@ class EngineSettings:
     quantization: str = ""
     """fp8: the engine quantises the weights it is sent; empty: they keep the actor's precision."""
     memory_fraction: float = 0.7
-    """Share of a GPU's memory for the engine's weights and KV cache together."""
+    """Share of a GPU's memory for the engine's weights and KV cache together; a frozen critic's server gets half of
+    it."""
     kv_tokens: int | None = None
     """Tokens that the KV cache holds; null: what fits (GPU), or 65536 (CPU)."""
     bucket_mib: int = 512
-    """Weights are handed over in buffers of this size; a larger tensor gets a buffer of its own."""
+    """Weights are handed over in two buffers that take turns, each of at most this size, or that of the largest
+    tensor."""
     startup_timeout_s: float = 600.0
     """A server that is not ready by then ends the run."""
     sync_timeout_s: float = 600.0

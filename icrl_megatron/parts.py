@@ -20,10 +20,10 @@ from icrl_megatron.data.curriculum import append_history, cut_history, read_hist
 from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.launch import StopRequest
 from icrl_megatron.rollout.prompts import Prompter
-from icrl_megatron.rollout.source import EpisodeSource, Played
+from icrl_megatron.rollout.source import EngineSource, EpisodeSource, Played
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.telemetry.dumps import write_dump
-from icrl_megatron.telemetry.metrics import GENERATED, heldout_metrics, rollout_metrics
+from icrl_megatron.telemetry.metrics import GENERATED, USED, heldout_metrics, rollout_metrics
 from icrl_megatron.telemetry.progress import Phase, Progress
 from icrl_megatron.telemetry.writer import METRICS_FILE, TIME_PREFIX, MetricsWriter, read_rows
 from icrl_megatron.types import StepStats, Task
@@ -80,6 +80,8 @@ class Recorder:
         if found:
             actor = parts.actor
             resumed = checkpoint.load(found[-1], actor.rows, actor.optimizer, parts.grid)
+            if isinstance(parts.source, EngineSource):
+                parts.source.take_back(checkpoint.read_tapes(found[-1]))
             self.step, self.generated = resumed.step, resumed.generated_tokens
             parts.sync.version = resumed.weight_version - 1
             progress.log(f"resuming from {found[-1]}")
@@ -130,6 +132,7 @@ class Recorder:
             if self.writer is not None:
                 append_history(self.run_dir, self.step, shares)
         row = rollout_metrics(played.episodes, played.dropped, report)
+        row |= _cost(played)
         row |= {"tokens/generated_total": self.generated, "steps/resampled": self.resampled}
         row |= {"weights/version": self.parts.sync.version, "steps/without_signal": float(not report.has_signal)}
         row |= _engine_metrics(played)
@@ -166,7 +169,8 @@ class Recorder:
         root = self.run_dir / CHECKPOINTS
         if not (root / f"step_{self.step:06d}").exists():
             like, keep = Path(settings.model.path), settings.checkpoint.keep
-            checkpoint.save(root, actor.rows, actor.optimizer, self.parts.grid, state, like, keep)
+            tapes = self.parts.source.tapes() if isinstance(self.parts.source, EngineSource) else {}
+            checkpoint.save(root, actor.rows, actor.optimizer, self.parts.grid, state, like, keep, tapes)
 
     def conclude(self) -> None:
         """The last evaluation, checkpoint and export; what a run that was killed in here has done is not done twice."""
@@ -199,7 +203,8 @@ class Recorder:
     def _timings(self, row: dict[str, float], stats: StepStats | None) -> dict[str, float]:
         found = {f"{TIME_PREFIX}{name}_s": seconds for name, seconds in self.times.items()}
         step_s = sum(self.times.values()) - self.times.get("evaluation", 0.0)
-        found[f"{TIME_PREFIX}generated_tokens_per_s"] = row.get("tokens/generated", 0.0) / max(step_s, 1e-9)
+        for what in (GENERATED, USED):
+            found[f"{TIME_PREFIX}{what.removeprefix('tokens/')}_tokens_per_s"] = row.get(what, 0.0) / max(step_s, 1e-9)
         if stats is not None:
             found[f"{TIME_PREFIX}trained_tokens_per_s"] = stats.tokens / max(self.times["train"], 1e-9)
         self.times.clear()
@@ -210,6 +215,15 @@ class Recorder:
         line = f"step {self.step}  critique-free {free:.0%}  with critique {row.get('success/with_critique', free):.0%}"
         if self.bar is not None:
             self.bar.advance(1, note=line)
+
+
+def _cost(played: Played) -> dict[str, float]:
+    """What the step's batch cost: generated + kept before = used + discarded + kept now."""
+    return {
+        GENERATED: float(played.generated_tokens()),
+        "tokens/discarded": float(played.discarded_tokens),
+        "tokens/kept": float(played.kept_tokens),
+    }
 
 
 def _engine_metrics(played: Played) -> dict[str, float]:

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from icrl_megatron import loop, wiring
@@ -25,9 +24,10 @@ from icrl_megatron.data.curriculum import Curriculum
 from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.launch import StopRequest, report_started, run_rank
 from icrl_megatron.parts import Parts, Recorder
+from icrl_megatron.rollout.engine import EngineLostError
 from icrl_megatron.rollout.engines import Engines
 from icrl_megatron.rollout.episode import GuardedEnvironment, require_room
-from icrl_megatron.rollout.evaluate import control
+from icrl_megatron.rollout.evaluate import ControlState, control
 from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.source import EngineSource
 from icrl_megatron.settings import load_saved, run_folder
@@ -175,15 +175,26 @@ def report_control(parts: Parts, catalogue: registry.Catalogue, recorder: Record
     settings, path = parts.settings, recorder.run_dir / f"control_{when}.json"
     if settings.eval.control_problems == 0 or not isinstance(parts.source, EngineSource):
         return
-    if parts.grid.rank == 0 and not path.exists():
-        source, seeds = parts.source, parts.seeds(0, purpose=f"control/{when}")
-        found = {}
-        with recorder.progress.phase("control"):
-            for name, tasks in problems(settings, catalogue, "heldout").items():
-                chosen, limit = tasks[: 2 * settings.eval.control_problems], settings.eval.control_problems
-                found[name] = asdict(asyncio.run(control(chosen, limit, source.stage, source.casting, seeds)))
+    source, seeds = parts.source, parts.seeds(0, purpose=f"control/{when}")
+    mine = parts.grid.rank == 0 and not path.exists()
+    todo = problems(settings, catalogue, "heldout") if mine else {}
+    states = {name: ControlState() for name in todo}
+    found: dict[str, Any] = {}
+
+    def go_on() -> int:
+        for name in (n for n in todo if n not in found):
+            chosen, limit = todo[name][: 2 * settings.eval.control_problems], settings.eval.control_problems
+            played = control(chosen, limit, source.stage, source.casting, seeds, states[name])
+            try:
+                found[name] = asdict(asyncio.run(played))
+            except EngineLostError:
+                break
+        return len(todo) - len(found)
+
+    with recorder.progress.phase("control"):
+        source.survive(len(todo), go_on)
+    if mine:
         write_atomically(path, [json.dumps(found, indent=2)])
-    dist.barrier(group=parts.grid.host_group)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ made by the actor, at the last moment and on its own device. This module imports
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +54,13 @@ class Completion:
     """Of the newest of its tokens."""
     older: tuple[tuple[int, int], ...] = ()
     """(version, tokens) of the leading tokens that older weights generated, in a reply that was interrupted."""
+
+    @staticmethod
+    def parse(fields: Mapping[str, Any]) -> Completion:
+        """From JSON that was written of `vars`."""
+        older = tuple((version, tokens) for version, tokens in fields.get("older", ()))
+        kept = {"ids": tuple(fields["ids"]), "logprobs": tuple(fields["logprobs"]), "older": older}
+        return Completion(**{**fields, **kept})
 
 
 @dataclass(frozen=True)

@@ -2,49 +2,51 @@
 
     python tools/bench_rollout.py --python PATH_OF_AN_INTERPRETER_WITH_SGLANG --out benchmarks/rollout_cpu.json
 
-One server on a tiny Qwen3. `bare` sends the same prompts to the same API with nothing around it (a streaming request
-each, so the time to the first token is seen); `client` is the trainer's engine. The two take turns, greedily, so that
-both generate the same tokens. `episodes` are Household's, several turns each. `sync` pushes the model's weights, and
-`copy` copies as many bytes once within this process.
+One server on a tiny Qwen3. `bare` sends prompts to SGLang's API with nothing around it, `streamed` the same with the
+time to the first token seen; `client` is the trainer's engine. They take turns, greedily, so that all generate the
+same tokens. `oversample_*` play whole steps of Household (rollout_steps.py). `sync_*` pushes all weights of a model,
+in turns with one copy of as many bytes within this process; where its time goes stands beside it: seconds of filling
+the buckets alone, of each request to the server, and of a request that carries nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import platform
 import random
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import aiohttp
+import bench_schema
 import torch
 import typer
 from rich.console import Console
+from rollout_steps import Step, stage_of, step
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from icrl_megatron.config import EngineSettings, RolloutSettings, TinyModel
+from icrl_megatron.config import EngineSettings, TinyModel
 from icrl_megatron.rollout.engine import Sampling
 from icrl_megatron.rollout.engines import tensor_shapes
-from icrl_megatron.rollout.episode import Stage, play_episode
-from icrl_megatron.rollout.prompts import Prompter, template_words
+from icrl_megatron.rollout.prompts import template_words
 from icrl_megatron.rollout.sglang import SGLangEngine
 from icrl_megatron.rollout.sglang_server import Server, ServerSpec
-from icrl_megatron.rollout.sglang_weights import SharedMemory
-from icrl_megatron.rollout.speakers import EngineSpeaker, Seeds, engine_casting
+from icrl_megatron.rollout.sglang_weights import Bucket, SharedMemory, filled, largest, piece
 from icrl_megatron.tasks import registry
 from icrl_megatron.tiny import build_tiny
-from icrl_megatron.types import Task
 
 MODEL = TinyModel(layers=4, hidden=256, heads=4, kv_heads=2, head_dim=64, ffn=768, tie_embeddings=False)
-CONTEXT = 512
+LARGER = TinyModel(layers=6, hidden=1024, heads=8, kv_heads=4, head_dim=128, ffn=3072, tie_embeddings=False)
+"""Only synced: ten to twenty times as many bytes."""
+CONTEXT = 1024
 NEW_TOKENS = 48
+OVERSAMPLE = 1.5
 CLIENT_BAR = 1.1
 """Most seconds of the client as a share of the bare requests'."""
 SYNC_BAR = 1.5
@@ -128,43 +130,74 @@ async def through(engine: SGLangEngine, asked: list[list[int]]) -> Turn:
     return Turn(time.perf_counter() - begun, sum(len(c.ids) for c in done))
 
 
-async def episodes(engine: SGLangEngine, folder: Path, count: int) -> tuple[list[float], int]:
-    """Seconds of each episode, and the tokens of all of them."""
-    settings = RolloutSettings(max_turn_tokens=24, max_critique_tokens=24, context_tokens=CONTEXT, templates="compact")
-    prompter = Prompter(AutoTokenizer.from_pretrained(folder), settings)
-    stage = Stage(registry.environment, prompter, settings)
-    casting = engine_casting(EngineSpeaker(engine, 1.0, prompter.stop_ids))
-    tasks = list(registry.get("household").problems("train"))[: -(-count // 4)]
+class Timed(Server):
+    """A server that remembers how long each request took."""
 
-    async def one(task: Task, index: int) -> tuple[float, int]:
+    def __init__(self, spec: ServerSpec) -> None:
+        super().__init__(spec)
+        self.took: dict[str, list[float]] = {}
+
+    def post(self, path: str, body: dict[str, Any], timeout: float) -> dict[str, Any]:
         begun = time.perf_counter()
-        played = await play_episode(task, index, stage, casting, Seeds(0, 0))
-        tokens = played.generated_tokens() if hasattr(played, "generated_tokens") else 0
-        return time.perf_counter() - begun, tokens
-
-    done = await asyncio.gather(*(one(t, i) for t in tasks for i in range(4)))
-    return [seconds for seconds, _ in done], sum(tokens for _, tokens in done)
+        try:
+            return super().post(path, body, timeout)
+        finally:
+            self.took.setdefault(path, []).append(time.perf_counter() - begun)
 
 
-def syncs(engine: SGLangEngine, folder: Path, rounds: int) -> dict[str, Any]:
-    """Seconds of pushing all weights, against one copy of as many bytes within this process; medians."""
+def syncs(engine: SGLangEngine, server: Timed, folder: Path, rounds: int) -> dict[str, Any]:
+    """Medians over pushes of all weights, each followed by one copy of as many bytes within this process."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tensors = [(name, p.detach()) for name, p in model.named_parameters()]
     size = sum(t.nbytes for _, t in tensors)
     source, target = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
     pushes, copies = [], []
-    for i in range(rounds):
+    for i in range(rounds + 1):
+        if i == 1:  # the first makes the buffers
+            server.took.clear()
+            pushes.clear()
+            copies.clear()
         begun = time.perf_counter()
         engine.update_weights(tensors, 100 + i)
         pushes.append(time.perf_counter() - begun)
         begun = time.perf_counter()
         target.copy_(source)
         copies.append(time.perf_counter() - begun)
+    requests = {
+        path.strip("/"): {"count": len(took) / rounds, "seconds": statistics.median(took)}
+        for path, took in server.took.items()
+    }
+    for _ in range(rounds):
+        server.post("/flush_cache", {}, 60.0)
     push, copy = statistics.median(pushes), statistics.median(copies)
-    return {"bytes": size, "seconds": push, "gb_per_s": size / push / 1e9, "copy_seconds": copy, "ratio": push / copy}
+    return {
+        "bytes": size,
+        "seconds": push,
+        "gb_per_s": size / push / 1e9,
+        "copy_seconds": copy,
+        "sync_over_copy": push / copy,
+        "fastest_over_fastest": min(pushes) / min(copies),
+        "fill_seconds": _filling(tensors, rounds),
+        "empty_request_seconds": statistics.median(server.took["/flush_cache"][-rounds:]),
+        "requests": requests,
+    }
 
 
-def measure(engine: SGLangEngine, folder: Path, rounds: int, requests: int) -> dict[str, Any]:
+def _filling(tensors: list[tuple[str, torch.Tensor]], rounds: int) -> float:
+    """Seconds of copying all tensors into buckets, with nobody to send them to."""
+    shapes = {name: tuple(t.shape) for name, t in tensors}
+    limit = piece(shapes, 4, EngineSettings().bucket_mib)
+    bucket, took = Bucket(max(limit, largest(shapes, 4)), torch.device("cpu")), []
+    for _ in range(rounds + 1):
+        begun = time.perf_counter()
+        for _ in filled(tensors, (bucket, bucket), limit):
+            pass
+        took.append(time.perf_counter() - begun)
+    return statistics.median(took[1:])
+
+
+def requests_of(engine: SGLangEngine, folder: Path, rounds: int, requests: int) -> dict[str, dict[str, float]]:
+    """Medians of bare, streamed and client."""
     asked = prompts(requests, AutoTokenizer.from_pretrained(folder).vocab_size)
     url, first_tokens = engine.server.url, list[float]()
     turns: dict[str, list[Turn]] = {"bare": [], "streamed": [], "client": []}
@@ -184,71 +217,101 @@ def measure(engine: SGLangEngine, folder: Path, rounds: int, requests: int) -> d
             first_tokens += seen
             for name, turn in taken.items():
                 turns[name].append(turn)
-    found: dict[str, Any] = {
+    found = {
         name: {
             "seconds": statistics.median(t.seconds for t in of),
             "tokens_per_s": statistics.median(t.tokens_per_s for t in of),
-            "tokens": of[0].tokens,
+            "tokens": float(of[0].tokens),
         }
         for name, of in turns.items()
     }
-    found["client_over_bare"] = found["client"]["seconds"] / found["bare"]["seconds"]
-    found["first_token_s"] = asdict(Spread.of(first_tokens))
-    engine.take_stats()
-    begun = time.perf_counter()
-    seconds, tokens = asyncio.run(episodes(engine, folder, requests))
-    stats = engine.take_stats()
-    found["episodes"] = {
-        "count": len(seconds),
-        "seconds": asdict(Spread.of(seconds)),
-        "tokens_per_s": tokens / (time.perf_counter() - begun),
-        "requests": stats.requests,
-        "cache_hit_rate": stats.cached_tokens / max(1, stats.prompt_tokens),
-    }
-    found["sync"] = syncs(engine, folder, max(rounds, 3))
+    found["streamed"] |= {f"first_token_{name}_s": value for name, value in asdict(Spread.of(first_tokens)).items()}
     return found
+
+
+def steps_of(engine: SGLangEngine, folder: Path, rounds: int, tasks: int) -> dict[str, dict[str, float]]:
+    """Steps with and without oversampling, in turns; seconds of an episode are over all episodes of all turns."""
+    stage = stage_of(folder, CONTEXT)
+    taken: dict[float, list[Step]] = {1.0: [], OVERSAMPLE: []}
+    for i in range(rounds + 1):
+        for oversample, steps in taken.items():
+            engine.server.post("/flush_cache?timeout=60", {}, 90.0)
+            engine.take_stats()  # of what came before
+            done = step(engine, stage, tasks, oversample, i)
+            if i:  # the first warms up
+                steps.append(done)
+    found: dict[str, dict[str, float]] = {}
+    for oversample, steps in taken.items():
+        spread = asdict(Spread.of([s for one in steps for s in one.episode_seconds]))
+        found[f"oversample_{oversample:g}"] = {
+            "step_seconds": statistics.median(s.seconds for s in steps),
+            "episodes": statistics.median(len(s.episode_seconds) for s in steps),
+            "cut_off": statistics.median(s.cut_off for s in steps),
+            **{f"episode_{name}_s": value for name, value in spread.items()},
+            "used_tokens_per_s": statistics.median(s.used_tokens / s.seconds for s in steps),
+            "generated_tokens_per_s": statistics.median(s.generated_tokens / s.seconds for s in steps),
+            "discarded_share": statistics.median(1 - s.used_tokens / s.generated_tokens for s in steps),
+            "cache_hit_rate": statistics.median(s.cache_hit_rate for s in steps),
+        }
+    return found
+
+
+@contextmanager
+def serving(model: TinyModel, settings: EngineSettings) -> Iterator[tuple[SGLangEngine, Timed, Path]]:
+    """A server on a new model, its client, and the model's folder."""
+    with tempfile.TemporaryDirectory() as where:
+        folder = Path(where) / "model"
+        words = template_words("compact") | set(registry.get("household").vocabulary())  # type: ignore[attr-defined]
+        build_tiny(folder, replace(model, max_positions=CONTEXT * 2), sorted(words | {f"w{i}" for i in range(4096)}), 0)
+        server = Timed(ServerSpec(folder, settings, "fp32", CONTEXT, Path(where) / "sglang.log", on_cpu=True))
+        shared = SharedMemory(server, 1, None, 0, settings.sync_timeout_s)
+        shapes, device = tensor_shapes(folder), torch.device("cpu")
+        engine = SGLangEngine(server, settings, lambda: shared, shapes, torch.float32, device)
+        server.start()
+        try:
+            server.wait_ready()
+            yield engine, server, folder
+        finally:
+            engine.close()
 
 
 def main(
     python: Annotated[str, typer.Option(help="Interpreter that has SGLang; empty: this one.")] = "",
-    rounds: Annotated[int, typer.Option(help="Turns of each, after one that warms up.")] = 3,
-    requests: Annotated[int, typer.Option(help="Prompts in a turn, and episodes.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each, after one that warms up.")] = 3,
+    requests: Annotated[int, typer.Option(min=1, help="Prompts in a turn.")] = 64,
+    tasks: Annotated[int, typer.Option(min=1, help="Tasks that a step needs, 4 episodes each.")] = 10,
     out: Annotated[Path | None, typer.Option(help="Where the JSON goes.")] = None,
 ) -> None:
-    settings = EngineSettings(kind="sglang", python=python, max_batch=64)
-    with tempfile.TemporaryDirectory() as where:
-        folder = Path(where) / "model"
-        words = template_words("compact") | set(registry.get("household").vocabulary())  # type: ignore[attr-defined]
-        build_tiny(folder, replace(MODEL, max_positions=CONTEXT * 2), sorted(words | {f"w{i}" for i in range(4096)}), 0)
-        server = Server(ServerSpec(folder, settings, "fp32", CONTEXT, Path(where) / "sglang.log", on_cpu=True))
-        shapes = tensor_shapes(folder)
-        engine = SGLangEngine(
-            server,
-            settings,
-            lambda: SharedMemory(server, 1, None, 0, settings.sync_timeout_s),
-            shapes,
-            torch.float32,
-            torch.device("cpu"),
-        )
-        server.start()
-        try:
-            begun = time.perf_counter()
-            server.wait_ready()
-            report: dict[str, Any] = {"ready_s": time.perf_counter() - begun}
-            report |= measure(engine, folder, rounds, requests)
-            report["versions"] = {"sglang": server.info().get("version"), "torch": torch.__version__}
-        finally:
-            engine.close()
+    settings = EngineSettings(kind="sglang", python=python, max_batch=64, startup_timeout_s=900.0)
+    report = bench_schema.about(("torch", "transformers", "aiohttp"))
+    medians: dict[str, dict[str, float]] = {}
+    pushed: dict[str, Any] = {}
+    for model in (MODEL, LARGER):
+        with serving(model, settings) as (engine, server, folder):
+            if model is MODEL:
+                report["versions"]["sglang"] = server.info().get("version")
+                medians |= requests_of(engine, folder, rounds, requests)
+                medians |= steps_of(engine, folder, rounds, tasks)
+            sync = syncs(engine, server, folder, 3 * rounds)
+            pushed[f"sync_{sync['bytes'] / 1e6:.0f}_mb"] = sync
+    medians |= {name: {k: v for k, v in sync.items() if k != "requests"} for name, sync in pushed.items()}
+    over = medians["client"]["seconds"] / medians["bare"]["seconds"]
     report |= {
-        "command": "python tools/bench_rollout.py",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "model": asdict(MODEL),
-        "bars": {"client_over_bare": CLIENT_BAR, "sync_ratio": SYNC_BAR},
-        "aiohttp": version("aiohttp"),
+        "medians": medians,
+        "client_over_bare": over,
+        "requests_of_a_push": {name: sync["requests"] for name, sync in pushed.items()},
+        "models": [asdict(MODEL), asdict(LARGER)],
+        "bars": {
+            "client_over_bare": {"bar": CLIENT_BAR, "held": over <= CLIENT_BAR},
+            "sync_over_copy": {
+                "bar": SYNC_BAR,
+                "held": {name: sync["sync_over_copy"] <= SYNC_BAR for name, sync in pushed.items()},
+            },
+        },
     }
     Console().print_json(json.dumps(report))
     if out is not None:
-        out.write_text(json.dumps(report, indent=1) + "\n")
+        out.write_text(json.dumps(bench_schema.stamped("rollout", report), indent=1) + "\n")
 
 
 if __name__ == "__main__":

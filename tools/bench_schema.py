@@ -21,7 +21,16 @@ from typing import Any
 
 SCHEMA = 1
 REQUIRED = ("schema", "benchmark", "command", "date", "machine", "versions", "measurements")
-UNITS = {"seconds": "s", "_s": "s", "_ms": "ms", "mib": "MiB", "gib": "GiB", "_per_s": "1/s", "_a_gpu": "1/s/GPU"}
+UNITS = {
+    "seconds": "s",
+    "_s": "s",
+    "_ms": "ms",
+    "mib": "MiB",
+    "gib": "GiB",
+    "_per_s": "1/s",
+    "_a_gpu": "1/s/GPU",
+    "gb_per_s": "GB/s",
+}
 """Ends of a quantity's name to its unit; quantities with another end are plain numbers."""
 
 

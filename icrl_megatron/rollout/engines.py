@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from icrl_megatron.rollout.engine import Engine, EngineError, EngineStats, Weigh
 from icrl_megatron.rollout.local import LocalEngine
 from icrl_megatron.rollout.sglang import Follower, SGLangEngine, require_context
 from icrl_megatron.rollout.sglang_server import Server, ServerSpec, check_version
-from icrl_megatron.rollout.sglang_weights import OverGroup, Shapes, SharedMemory, Transport
+from icrl_megatron.rollout.sglang_weights import OverGroup, Shapes, SharedMemory, Sink, Transport
 from icrl_megatron.shape import Qwen3Shape
 
 
@@ -104,11 +104,12 @@ def build(
         )
     servers = server_count(settings, grid.world)
     lead, number = lead_rank(grid.rank, grid.world, servers), grid.rank // (grid.world // servers)
-    group = _group(grid, servers)
+    group = _group(grid, servers) if device.type == "cuda" and not engine.urls else None
     shapes = tensor_shapes(folder)
     if grid.rank != lead:
-        shared = SharedMemory(None, engine.tensor_parallel, group, lead, engine.sync_timeout_s)
-        return Engines(Follower(engine, shared, shapes, dtype, device), None, None, Share(None, servers))
+        offers = SharedMemory(None, engine.tensor_parallel, group, lead, engine.sync_timeout_s) if group else None
+        follower = Follower(Sink(shapes, dtype, device, engine.bucket_mib), offers)
+        return Engines(follower, None, None, Share(None, servers))
     if engine.urls:
         server, workers = _remote(settings, engine.urls[number])
         host = _address()
@@ -148,9 +149,12 @@ def tensor_shapes(folder: Path) -> Shapes:
 
 
 def _spec(settings: Settings, folder: Path, device: torch.device, log: Path) -> ServerSpec:
+    engine = settings.engine
+    if settings.rollout.critic == "frozen":  # two servers share the GPU
+        engine = replace(engine, memory_fraction=engine.memory_fraction / 2)
     return ServerSpec(
         model=folder,
-        settings=settings.engine,
+        settings=engine,
         precision=settings.actor.precision,
         context_tokens=settings.rollout.context_tokens,
         log=log.resolve(),
@@ -177,7 +181,7 @@ def _remote(settings: Settings, url: str) -> tuple[Server, int]:
 
 
 def _group(grid: Grid, servers: int) -> Any:
-    """The host group of the ranks that share this rank's server; None where each has its own."""
+    """The host group of the ranks that offer buffers to this rank's server; None where each has its own."""
     size, mine = grid.world // servers, None
     if size > 1:
         for first in range(0, grid.world, size):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from icrl_megatron.rollout.engine import RequestFailedError
 from icrl_megatron.rollout.episode import (
     Ended,
     GuardedEnvironment,
@@ -21,7 +22,10 @@ from icrl_megatron.rollout.episode import (
 from icrl_megatron.rollout.intervals import Difference, Proportion, paired_difference, proportion
 from icrl_megatron.rollout.speakers import Casting, Seeds
 from icrl_megatron.tasks.base import EnvironmentFailure
-from icrl_megatron.types import Episode, Task
+from icrl_megatron.types import DroppedEpisode, Episode, Task, UnplayedEpisode
+
+Arms = tuple[bool, bool, bool]
+"""Success with the critique, with an empty one, and afresh."""
 
 
 @dataclass(frozen=True)
@@ -88,23 +92,48 @@ async def critique_free(
     return EvalResult(by_source, overall, sum(e.generated_tokens() for e in episodes))
 
 
-async def control(problems: Sequence[Task], limit: int, stage: Stage, casting: Casting, seeds: Seeds) -> ControlResult:
+@dataclass
+class ControlState:
+    """What a control report has played: it goes on from here when its engine was lost."""
+
+    first: dict[Task, Episode | DroppedEpisode] = field(default_factory=dict)
+    retried: dict[Task, Arms | None] = field(default_factory=dict)
+
+    def heard(self, ended: Ended) -> None:
+        if not isinstance(ended, UnplayedEpisode):
+            self.first[ended.task] = ended
+
+
+async def control(
+    problems: Sequence[Task],
+    limit: int,
+    stage: Stage,
+    casting: Casting,
+    seeds: Seeds,
+    state: ControlState | None = None,
+) -> ControlResult:
     """Lets the solver fail, and retries each failed attempt with its critique, with an empty one, and afresh.
 
     At most `limit` failures are retried, the first ones in the order of `problems`; each problem is tried once. The
-    three arms draw independent samples. Raises what `episode.play` raises.
+    three arms draw independent samples. What is in the `state` is not played again. Raises what `episode.play` raises.
     """
+    state = state or ControlState()
     staged = replace(stage, settings=replace(stage.settings, rounds=1))
-    episodes, dropped = await play(problems, 1, staged, casting, replace(seeds, purpose=f"{seeds.purpose}/first"))
+    first = replace(seeds, purpose=f"{seeds.purpose}/first")
+    await play([t for t in problems if t not in state.first], 1, staged, casting, first, state.heard)
+    episodes = [e for e in (state.first[task] for task in problems) if isinstance(e, Episode)]
+    dropped = len(problems) - len(episodes)
     failed = [e for e in episodes if not e.attempts[0].success][:limit]
     gate = asyncio.Semaphore(stage.settings.concurrency)
-    retries = await gather([_retry(gate, episode, stage, casting, seeds) for episode in failed])
+    todo = [e for e in failed if e.task not in state.retried]
+    await gather([_retry(gate, episode, stage, casting, seeds, state) for episode in todo])
+    retries = [state.retried[e.task] for e in failed]
     arms = np.array([r for r in retries if r is not None], dtype=np.int64).reshape(-1, 3)
     critique, empty, plain = (proportion(int(arm.sum()), len(arms)) for arm in arms.T)
     return ControlResult(
         failures=len(arms),
         first_attempts=len(episodes),
-        dropped=len(dropped) + sum(r is None for r in retries),
+        dropped=dropped + sum(r is None for r in retries),
         critique=critique,
         empty=empty,
         plain=plain,
@@ -114,9 +143,22 @@ async def control(problems: Sequence[Task], limit: int, stage: Stage, casting: C
 
 
 async def _retry(
-    gate: asyncio.Semaphore, first: Episode, stage: Stage, casting: Casting, seeds: Seeds
-) -> tuple[bool, bool, bool] | None:
-    """Success of the three arms after one failed attempt; None when the environment failed."""
+    gate: asyncio.Semaphore, first: Episode, stage: Stage, casting: Casting, seeds: Seeds, state: ControlState
+) -> None:
+    """Success of the three arms after one failed attempt; None when the environment, or a request twice, failed."""
+    async with gate:
+        for _ in range(2):
+            try:
+                state.retried[first.task] = await _arms(first, stage, casting, seeds)
+                return
+            except RequestFailedError:
+                continue
+            except EnvironmentFailure:
+                break
+    state.retried[first.task] = None
+
+
+async def _arms(first: Episode, stage: Stage, casting: Casting, seeds: Seeds) -> Arms:
     task, index, attempt = first.task, first.index, first.attempts[0]
 
     async def arm(name: str, critique: str | None) -> bool:
@@ -126,15 +168,11 @@ async def _retry(
         _, retried = await play_attempt(place, round, critique, environment, stage, casting(task, index).solver)
         return retried.success
 
-    async with gate:
-        try:
-            place = Place(task, index, replace(seeds, purpose=f"{seeds.purpose}/critique"))
-            environment = GuardedEnvironment(task, stage.environment, stage.settings.environment_timeout_s)
-            problem = await environment.reset()
-            critique = await play_critique(place, problem, attempt, stage, casting(task, index).critic)
-            return await arm("critique", critique.text), await arm("empty", ""), await arm("plain", None)
-        except EnvironmentFailure:
-            return None
+    place = Place(task, index, replace(seeds, purpose=f"{seeds.purpose}/critique"))
+    environment = GuardedEnvironment(task, stage.environment, stage.settings.environment_timeout_s)
+    problem = await environment.reset()
+    critique = await play_critique(place, problem, attempt, stage, casting(task, index).critic)
+    return await arm("critique", critique.text), await arm("empty", ""), await arm("plain", None)
 
 
 def _source_result(source: str, episodes: Sequence[Episode], dropped: int, rounds: int) -> SourceResult:

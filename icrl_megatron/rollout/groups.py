@@ -8,10 +8,8 @@ from collections.abc import Callable, Sequence
 from icrl_megatron.rollout.engine import Engine
 from icrl_megatron.rollout.episode import Ended
 from icrl_megatron.rollout.speakers import Casting
-from icrl_megatron.rollout.tapes import Stop, Tape, taped
+from icrl_megatron.rollout.tapes import Stop, Tape, Tapes, taped
 from icrl_megatron.types import Task, UnplayedEpisode
-
-Tapes = dict[Task, dict[int, Tape]]
 
 
 class Groups:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -69,7 +70,7 @@ class SGLangEngine:
         anything is asked of it (`wait_ready`)."""
         self.server, self.stats = server, EngineStats()
         self._settings, self._make_transport = settings, transport
-        self._sink = _Sink(shapes, dtype, device, settings)
+        self._sink = weights.Sink(shapes, dtype, device, settings.bucket_mib)
         self._transport: weights.Transport | None = None
         self._version = 0
         self._asleep = False
@@ -108,18 +109,18 @@ class SGLangEngine:
         return completion
 
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Hands over Hugging-Face-named full tensors, bucket by bucket.
+        """Hands over Hugging-Face-named full tensors, bucket by bucket. A server that is lost gets none: it is revived
+        before it is used again.
 
         Raises EngineError, naming the first bad tensor, before anything malformed is sent; and when a result is not
         what it should be.
         """
         stream = iter(tensors)
-        if not self.lost():
-            try:
-                self._update(stream, version)
-            except EngineError:
-                if not self.lost():
-                    raise
+        try:
+            self._update(stream, version)
+        except EngineError:
+            if not self._died():
+                raise
         for _ in stream:  # the other ranks gather with this one; a dead server gets its weights when it is revived
             pass
 
@@ -127,16 +128,14 @@ class SGLangEngine:
         if self._transport is None:
             self._transport = self._make_transport()
         self._half = f"The engine holds half of the weights of version {version}: send a whole update."
-        self._post("/begin_weight_update", {})
         try:
-            self._sink.pour(tensors, version, self._transport)
+            self._sink.pour(tensors, version, self._transport, self.lost())
         except EngineError:
-            with suppress(EngineError):  # the first error tells; left open, no later update could begin
-                self._post("/end_weight_update", {})
+            if not self._died():
+                with suppress(EngineError):  # the first error tells; left open, no later update could begin
+                    self._post("/end_weight_update", {})
             raise
         self._post("/end_weight_update", {})
-        self._post(_FLUSH, {})  # what the old weights computed
-        self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
         self._version, self._half = version, ""
 
     def verify(self, tensors: Iterable[tuple[str, torch.Tensor]], tied: bool) -> None:
@@ -144,24 +143,30 @@ class SGLangEngine:
         expected = Checksums(self._settings.tensor_parallel, tied)
         for name, tensor in tensors:
             expected.add(name, tensor)
-        expected.compare(self.server.post("/weights_checker", {"action": "checksum"}, self._settings.sync_timeout_s))
+        try:
+            answer = self.server.post("/weights_checker", {"action": "checksum"}, self._settings.sync_timeout_s)
+        except EngineError:
+            if not self._died():
+                raise
+        else:
+            expected.compare(answer)
 
     def sleep(self) -> None:
         """Gives the memory of weights and KV cache back."""
-        if not self._asleep and not self._lost:
-            self._post(_FLUSH, {})  # waits until it is idle: released while it is not, SGLang ends itself
-            self._post("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
+        if not self._asleep:
+            self._tell(_FLUSH, {})  # waits until it is idle: released while it is not, SGLang ends itself
+            self._tell("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
             self._asleep = True
 
     def wake_weights(self) -> None:
         """The first half of waking: memory for weights, which hold nothing until they are updated."""
-        if self._asleep and not self._lost:
-            self._post("/resume_memory_occupation", {"tags": ["weights"]})
+        if self._asleep:
+            self._tell("/resume_memory_occupation", {"tags": ["weights"]})
 
     def wake(self) -> None:
         """The second half: memory for the KV cache."""
-        if self._asleep and not self._lost:
-            self._post("/resume_memory_occupation", {"tags": ["kv_cache"]})
+        if self._asleep:
+            self._tell("/resume_memory_occupation", {"tags": ["kv_cache"]})
         self._asleep = False
 
     async def interrupt(self) -> None:
@@ -201,6 +206,23 @@ class SGLangEngine:
         if self._transport is not None:
             self._transport.close()
         self.server.kill()
+
+    def _tell(self, path: str, body: dict[str, Any]) -> None:
+        """Posts to a server that lives; a lost one is revived before it is used again."""
+        if self.lost():
+            return
+        try:
+            self._post(path, body)
+        except EngineError:
+            if not self._died():
+                raise
+
+    def _died(self) -> bool:
+        """After an error: whether the server is lost."""
+        deadline = time.monotonic() + (_DEATH_GRACE_S if self.server.spec is not None else 0.0)
+        while not self.lost() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return bool(self._lost)
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         return self.server.post(path, body, _CONTROL_TIMEOUT_S)
@@ -309,21 +331,13 @@ class SGLangEngine:
 class Follower:
     """The ranks of a server that do not lead it: they offer their share of the weights and generate nothing."""
 
-    def __init__(
-        self,
-        settings: EngineSettings,
-        transport: weights.Transport,
-        shapes: weights.Shapes,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self._sink = _Sink(shapes, dtype, device, settings)
-        self._transport = transport
-        self._helps = device.type == "cuda"  # on a CPU the leader's buffer is enough
+    def __init__(self, sink: weights.Sink, transport: weights.Transport | None) -> None:
+        """`transport` is None where the leader's buffer is enough."""
+        self._sink, self._transport = sink, transport
 
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         stream = iter(tensors)
-        if self._helps:
+        if self._transport is not None:
             with suppress(EngineError):  # the leader tells, once it knows whether the server is dead
                 self._sink.pour(stream, version, self._transport)
         for _ in stream:
@@ -337,24 +351,6 @@ class Follower:
 
     def wake(self) -> None:
         """The leader's part."""
-
-
-class _Sink:
-    """Checked tensors into buckets into a transport; the buffer is made at first use and kept on a CPU alone."""
-
-    def __init__(
-        self, shapes: weights.Shapes, dtype: torch.dtype, device: torch.device, settings: EngineSettings
-    ) -> None:
-        self._shapes, self._dtype, self._device = shapes, dtype, device
-        self._capacity = weights.capacity(shapes, dtype.itemsize, settings.bucket_mib)
-        self._bucket: weights.Bucket | None = None
-
-    def pour(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int, transport: weights.Transport) -> None:
-        bucket = self._bucket or weights.Bucket(self._capacity, self._device)
-        options = {"flush_cache": False, "abort_all_requests": False}
-        for _ in weights.buckets(weights.checked(tensors, self._shapes, self._dtype, version), bucket):
-            transport.send(bucket, options)
-        self._bucket = bucket if self._device.type == "cpu" else None
 
 
 def require_context(server: Server, context_tokens: int) -> None:

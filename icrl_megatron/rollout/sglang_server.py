@@ -259,7 +259,10 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Requests go to exactly their address: no proxy of the environment takes part."""
+
+
 def _open(url: str, body: bytes | None, timeout: float) -> Any:
-    """An HTTP request to exactly this address: no proxy of the environment takes part."""
     request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"})
-    return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout)
+    return _DIRECTLY.open(request, timeout=timeout)

@@ -2,9 +2,9 @@
 
 A bucket is one buffer of bytes that holds several tensors end to end, and where each lies. Beside the trainer the
 server maps the buffer itself: shared memory on a CPU, CUDA IPC on a GPU (SGLang's update_weights_from_tensor).
-Elsewhere its tensors are broadcast over a group that trainer and server form (update_weights_from_distributed). Facts
-are from SGLang 0.5.23: managers/scheduler_components/weight_updater.py, weight_sync/tensor_bucket.py, and SafeUnpickler
-in utils/common.py.
+Elsewhere its tensors are broadcast over a group that trainer and server form (update_weights_from_distributed). There
+are two buckets: one is filled while the server copies the other. Facts are from SGLang 0.5.23:
+managers/scheduler_components/weight_updater.py, weight_sync/tensor_bucket.py, and SafeUnpickler in utils/common.py.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import base64
 import datetime
 import io
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -31,6 +32,10 @@ from icrl_megatron.rollout.sglang_server import Server
 
 _ALIGN = 16
 """Bytes: a tensor begins where any dtype may be viewed."""
+_PIECES = 4
+"""Buckets of an update, if they are large enough: one is filled while the other is copied."""
+_FIRST_MIB, _WORTH_MIB = 8, 32
+"""The first bucket, and the least limit: a request costs as much as copying some MiB, so smaller ones save nothing."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -56,16 +61,16 @@ class Bucket:
         self.placed: list[Placed] = []
         self.used = 0
 
-    def add(self, name: str, tensor: Tensor) -> bool:
-        """Copies the tensor in; False when there is no room left."""
-        start = -(-self.used // _ALIGN) * _ALIGN
-        end = start + tensor.nbytes
-        if end > self.buffer.numel():
-            return False
+    def start(self) -> int:
+        """Where the next tensor begins."""
+        return -(-self.used // _ALIGN) * _ALIGN
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Copies the tensor in, for which there must be room."""
+        start, end = self.start(), self.start() + tensor.nbytes
         self.buffer[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
         self.placed.append(Placed(name, tuple(tensor.shape), tensor.dtype, start, end))
         self.used = end
-        return True
 
     def clear(self) -> None:
         self.placed, self.used = [], 0
@@ -92,10 +97,21 @@ class Bucket:
         return out.getvalue()
 
 
-class Transport(Protocol):
-    """Hands one bucket to a server and returns when the server has copied it. All ranks of the server call together."""
+Answer = Callable[[], None]
+"""Waits for what the server was asked. Raises EngineError when it refused, or did not answer in time."""
 
-    def send(self, bucket: Bucket, options: dict[str, Any]) -> None: ...
+
+class Transport(Protocol):
+    """Hands buckets to a server. All ranks that offer a share of the weights make the same calls in the same order, and
+    wait for each answer before the next call."""
+
+    def begin(self, lost: str) -> Answer:
+        """Opens an update; `lost` says why the server is not to be asked, empty where it lives."""
+        ...
+
+    def send(self, bucket: Bucket, options: dict[str, Any]) -> Answer:
+        """The bucket must stay as it is until the server has answered."""
+        ...
 
     def close(self) -> None: ...
 
@@ -103,75 +119,97 @@ class Transport(Protocol):
 class SharedMemory:
     """For a server on this machine: every rank of it gets a handle to a buffer on its own device.
 
-    `group` holds the ranks that share the server (None for one rank alone); the first of them leads. On GPUs each rank
-    makes a buffer of its own, so that no worker reads another GPU's memory. Not measured on GPUs yet.
+    `group` holds the ranks that offer a buffer each, so that no worker reads another GPU's memory (not measured on GPUs
+    yet); it is None where one buffer serves all workers, as on a CPU.
     """
 
     def __init__(self, server: Server | None, workers: int, group: Any, lead: int, timeout_s: float) -> None:
-        """`lead` is the rank that has the `server`."""
+        """`lead` is the rank that has the `server`; it is the first of the group."""
         self._server, self._workers, self._group = server, workers, group
         self._lead, self._timeout_s = lead, timeout_s
+        self._threads = ThreadPoolExecutor(1)
 
-    def send(self, bucket: Bucket, options: dict[str, Any]) -> None:
+    def begin(self, lost: str) -> Answer:
+        return self._ask("/begin_weight_update", {}, lost)
+
+    def send(self, bucket: Bucket, options: dict[str, Any]) -> Answer:
         mine = bucket.handle()
-        if self._group is None or not bucket.buffer.is_cuda:
-            self._post([mine] * self._workers, options)
-            return
-        everyone: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(everyone, mine, group=self._group)
-        failure = [""]
+        everyone: list[Any] = [mine] * self._workers
+        if self._group is not None:
+            everyone = [None] * dist.get_world_size(self._group)
+            dist.all_gather_object(everyone, mine, group=self._group)
+        body = {
+            "serialized_named_tensors": [base64.b64encode(h).decode() for h in everyone[: self._workers]],
+            "load_format": "flattened_bucket",
+            **options,
+        }
+        return self._ask("/update_weights_from_tensor", body)
+
+    def _ask(self, path: str, body: dict[str, Any], lost: str = "") -> Answer:
+        answer: Answer | None = None
         if self._server is not None:
+            answer = partial(_refuse, lost) if lost else asked(self._threads, self._server, path, body, self._timeout_s)
+        return answer if answer is not None and self._group is None else partial(self._agree, answer)
+
+    def _agree(self, answer: Answer | None) -> None:
+        """The leader's answer is everybody's: all ranks give up together."""
+        failure = [""]
+        if answer is not None:
             try:
-                self._post(everyone[: self._workers], options)
+                answer()
             except EngineError as error:
                 failure = [str(error)]
-        # The buffers stay as they are until the server has answered, and all ranks give up together.
         dist.broadcast_object_list(failure, src=self._lead, group=self._group)
         if failure[0]:
             raise EngineError(failure[0])
 
-    def _post(self, handles: list[bytes], options: dict[str, Any]) -> None:
-        assert self._server is not None
-        body = {
-            "serialized_named_tensors": [base64.b64encode(h).decode() for h in handles],
-            "load_format": "flattened_bucket",
-            **options,
-        }
-        self._server.post("/update_weights_from_tensor", body, self._timeout_s)
-
     def close(self) -> None:
-        pass
+        self._threads.shutdown(wait=False)
 
 
 class OverGroup:
     """For a server anywhere: gloo between CPUs, NCCL between GPUs (which must not be shared with the server)."""
 
     def __init__(self, server: Server, workers: int, host: str, device: torch.device, timeout_s: float) -> None:
-        """Forms the group: this rank is 0, the server's workers are 1 and up. Raises EngineError."""
+        """`host` is where the server's workers reach this rank."""
+        self._server, self._timeout_s = server, timeout_s
+        self._workers, self._host, self._on_cpu = workers, host, device.type == "cpu"
+        self._threads = ThreadPoolExecutor(1)
+        self._group: Any = None
+        self._name = ""
+
+    def begin(self, lost: str) -> Answer:
+        """Forms the group at first use. Raises EngineError."""
+        if lost:
+            return partial(_refuse, lost)
+        if self._group is None:
+            self._form()
+        return asked(self._threads, self._server, "/begin_weight_update", {}, self._timeout_s)
+
+    def _form(self) -> None:
+        """This rank is 0, the server's workers are 1 and up."""
         from torch.distributed import distributed_c10d as c10d
 
-        self._server, self._timeout_s = server, timeout_s
-        self._threads = ThreadPoolExecutor(1)
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
+        size, backend = self._workers + 1, "gloo" if self._on_cpu else "nccl"
         self._name = f"icrl_weights_{port}"
-        backend = "gloo" if device.type == "cpu" else "nccl"
         body = {
-            "master_address": host,
+            "master_address": self._host,
             "master_port": port,
             "rank_offset": 1,
-            "world_size": workers + 1,
+            "world_size": size,
             "group_name": self._name,
             "backend": backend,
         }
-        limit = datetime.timedelta(seconds=timeout_s)
-        answer = self._threads.submit(server.post, "/init_weights_update_group", body, timeout_s)
+        limit = datetime.timedelta(seconds=self._timeout_s)
+        answer = asked(self._threads, self._server, "/init_weights_update_group", body, self._timeout_s)
         try:
-            store = dist.TCPStore(host, port, workers + 1, is_master=True, timeout=limit, wait_for_workers=False)
+            store = dist.TCPStore(self._host, port, size, is_master=True, timeout=limit, wait_for_workers=False)
             # torch has no public way to form a group with processes outside of its own; the server does the same.
-            self._group, _ = c10d._new_process_group_helper(
-                workers + 1,
+            group, _ = c10d._new_process_group_helper(
+                size,
                 0,
                 [],
                 dist.Backend(backend),
@@ -181,13 +219,15 @@ class OverGroup:
             )
         except (RuntimeError, ValueError) as error:
             raise EngineError(
-                f"No group for weights could be formed with {server.url} from {host}:{port} ({error}). The server "
-                f"must reach this address: set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME. {server.log_end()}"
+                f"No group for weights could be formed with {self._server.url} from {self._host}:{port} ({error}). The "
+                "server must reach this address: set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME. "
+                f"{self._server.log_end()}"
             ) from error
-        c10d._world.pg_group_ranks[self._group] = {i: i for i in range(workers + 1)}
-        answer.result()
+        c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
+        answer()
+        self._group = group
 
-    def send(self, bucket: Bucket, options: dict[str, Any]) -> None:
+    def send(self, bucket: Bucket, options: dict[str, Any]) -> Answer:
         body = {
             "names": [p.name for p in bucket.placed],
             "dtypes": [str(p.dtype).removeprefix("torch.") for p in bucket.placed],
@@ -195,14 +235,18 @@ class OverGroup:
             "group_name": self._name,
             **options,
         }
-        answer = self._threads.submit(self._server.post, "/update_weights_from_distributed", body, self._timeout_s)
-        try:
-            works = [self._broadcast(bucket, place) for place in bucket.placed]
-            for work in works:
-                work.wait()
-        except RuntimeError as error:
-            raise EngineError(f"Weights could not be sent to {self._server.url}: {error}") from error
-        answer.result()
+        answer = asked(self._threads, self._server, "/update_weights_from_distributed", body, self._timeout_s)
+        works = [self._broadcast(bucket, place) for place in bucket.placed]
+
+        def wait() -> None:
+            try:
+                for work in works:
+                    work.wait()
+            except RuntimeError as error:
+                raise EngineError(f"Weights could not be sent to {self._server.url}: {error}") from error
+            answer()
+
+        return wait
 
     def _broadcast(self, bucket: Bucket, place: Placed) -> Any:
         tensor = bucket.buffer[place.start : place.end].view(place.dtype).view(place.shape)
@@ -211,28 +255,68 @@ class OverGroup:
         return self._group.broadcast([tensor], options)
 
     def close(self) -> None:
-        with suppress(EngineError):  # the server may be gone, and the group with it
-            self._server.post("/destroy_weights_update_group", {"group_name": self._name}, 30.0)
+        if self._group is not None:
+            with suppress(EngineError):  # the server may be gone, and the group with it
+                self._server.post("/destroy_weights_update_group", {"group_name": self._name}, 30.0)
         self._threads.shutdown(wait=False)
 
 
-def buckets(tensors: Iterable[tuple[str, Tensor]], bucket: Bucket) -> Iterator[None]:
-    """Fills the bucket with tensor after tensor and yields whenever it must be sent; it is empty afterwards."""
+class Sink:
+    """Checked tensors into buckets into a transport. The buffers are made at first use, and kept on a CPU alone."""
+
+    def __init__(self, shapes: Shapes, dtype: torch.dtype, device: torch.device, bucket_mib: int) -> None:
+        """`shapes` are those of every Hugging Face tensor of the model."""
+        self._shapes, self._dtype, self._device = shapes, dtype, device
+        self.limit = piece(shapes, dtype.itemsize, bucket_mib)
+        self._pair: tuple[Bucket, Bucket] | None = None
+
+    def pour(self, tensors: Iterable[tuple[str, Tensor]], version: int, transport: Transport, lost: str = "") -> None:
+        """Begins an update and sends all of it; with the last bucket the server takes the new version, and forgets what
+        the old weights computed. Raises EngineError, when nothing is being copied any more."""
+        size = max(largest(self._shapes, self._dtype.itemsize), self.limit)
+        pair = self._pair or (Bucket(size, self._device), Bucket(size, self._device))
+        answer = transport.begin(lost)
+        try:
+            for bucket, last in filled(checked(tensors, self._shapes, self._dtype, version), pair, self.limit):
+                answer()  # the server has copied the other bucket
+                options = {"abort_all_requests": False, "flush_cache": last}
+                answer = transport.send(bucket, {**options, "weight_version": str(version) if last else None})
+        except EngineError:
+            with suppress(EngineError):  # the first error tells
+                answer()
+            raise
+        answer()
+        self._pair = pair if self._device.type == "cpu" else None
+
+
+def filled(
+    tensors: Iterable[tuple[str, Tensor]], pair: tuple[Bucket, Bucket], limit: int
+) -> Iterator[tuple[Bucket, bool]]:
+    """Fills the two buckets in turns, with up to `limit` bytes or one larger tensor: (what must be sent, whether it is
+    the last). Whoever asks for the next bucket may still be sending this one, but no longer the one before."""
+    bucket, other = pair
     bucket.clear()
+    room = min(limit, _FIRST_MIB << 20)  # the server begins early, and is not kept waiting by the next
     for name, tensor in tensors:
-        if not bucket.add(name, tensor):
-            yield
+        if bucket.placed and bucket.start() + tensor.nbytes > room:
+            yield bucket, False
+            bucket, other = other, bucket
             bucket.clear()
-            if not bucket.add(name, tensor):
-                raise EngineError(f"{name!r} has {tensor.nbytes} bytes, more than the buffer's {bucket.buffer.numel()}")
+            room = min(limit, 2 * room)
+        bucket.add(name, tensor)
     if bucket.placed:
-        yield
+        yield bucket, True
 
 
-def capacity(shapes: Shapes, itemsize: int, bucket_mib: int) -> int:
-    """Bytes of a buffer that holds the largest tensor, and no more than all of them need."""
-    sizes = [torch.Size(s).numel() * itemsize + _ALIGN for s in shapes.values()]
-    return max(max(sizes), min(sum(sizes), bucket_mib << 20))
+def largest(shapes: Shapes, itemsize: int) -> int:
+    """Bytes of the largest tensor."""
+    return max(torch.Size(s).numel() for s in shapes.values()) * itemsize
+
+
+def piece(shapes: Shapes, itemsize: int, bucket_mib: int) -> int:
+    """Bytes of a bucket: small enough that both are busy, large enough that a request is worth it."""
+    total = sum(torch.Size(s).numel() * itemsize + _ALIGN for s in shapes.values())
+    return min(bucket_mib << 20, max(total // _PIECES, _WORTH_MIB << 20), total)
 
 
 def checked(
@@ -259,6 +343,20 @@ def checked(
     missing = [name for name in shapes if name not in seen]
     if missing:
         raise EngineError(f"Update {version} lacks {len(missing)} of the model's tensors; first {missing[0]!r}.")
+
+
+def asked(threads: ThreadPoolExecutor, server: Server, path: str, body: dict[str, Any], timeout_s: float) -> Answer:
+    """POSTs from another thread; the answer raises what `Server.post` raises."""
+    future = threads.submit(server.post, path, body, timeout_s)
+
+    def wait() -> None:
+        future.result()
+
+    return wait
+
+
+def _refuse(why: str) -> None:
+    raise EngineError(why)
 
 
 @contextmanager

@@ -70,6 +70,33 @@ def engine_casting(solver: Speaker, critic: Speaker | None = None) -> Casting:
     return lambda task, index: cast
 
 
+@dataclass
+class Meter:
+    """Counts what speakers generate, whatever becomes of it."""
+
+    tokens: int = 0
+
+    def on(self, casting: Casting) -> Casting:
+        """The same speakers, counted."""
+
+        def cast(task: Task, index: int) -> Cast:
+            speakers = casting(task, index)
+            return Cast(_Metered(speakers.solver, self), _Metered(speakers.critic, self))
+
+        return cast
+
+
+@dataclass(frozen=True)
+class _Metered:
+    speaker: Speaker
+    meter: Meter
+
+    async def reply(self, ask: Ask) -> Completion:
+        completion = await self.speaker.reply(ask)
+        self.meter.tokens += len(completion.ids)
+        return completion
+
+
 @dataclass(frozen=True)
 class Seeds:
     """Where every random choice of a rollout comes from: stable over processes, machines and order of arrival."""

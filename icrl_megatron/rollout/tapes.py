@@ -8,10 +8,12 @@ reply that was cut off goes on where it ended; its older tokens keep the log-pro
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from icrl_megatron.rollout.speakers import Ask, Cast, Speaker
-from icrl_megatron.types import Completion, Ids
+from icrl_megatron.types import Completion, Ids, Task
 
 
 class InterruptedEpisodeError(Exception):
@@ -30,6 +32,34 @@ class Tape:
     """The replies of one episode in their order, each with the prompt it answered."""
 
     replies: list[tuple[Ids, Completion]] = field(default_factory=list)
+
+
+Tapes = dict[Task, dict[int, Tape]]
+"""The tapes of groups that were cut off, by task and episode index."""
+
+
+def tokens(tapes: Tapes) -> int:
+    """Tokens that tapes hold."""
+    return sum(len(c.ids) for group in tapes.values() for tape in group.values() for _, c in tape.replies)
+
+
+def to_lines(tapes: Tapes) -> list[str]:
+    """One JSON object for each group, from which `from_lines` makes it again."""
+    return [
+        json.dumps({"task": task, "episodes": {i: tape.replies for i, tape in group.items()}}, default=vars)
+        for task, group in tapes.items()
+    ]
+
+
+def from_lines(lines: Iterable[str]) -> Tapes:
+    """Raises ValueError, KeyError or TypeError on lines that `to_lines` did not write."""
+    found: Tapes = {}
+    for line in map(json.loads, lines):
+        found[Task(**line["task"])] = {
+            int(index): Tape([(tuple(prompt), Completion.parse(reply)) for prompt, reply in replies])
+            for index, replies in line["episodes"].items()
+        }
+    return found
 
 
 def taped(cast: Cast, tape: Tape, stop: Stop) -> Cast:

@@ -113,7 +113,7 @@ def _parse(line: dict[str, Any]) -> DumpRecord:
         index=e["index"],
         attempts=tuple(map(_attempt, e["attempts"])),
         critiques=tuple(
-            Critique(**{**c, "prompt_ids": tuple(c["prompt_ids"]), "completion": _completion(c["completion"])})
+            Critique(**{**c, "prompt_ids": tuple(c["prompt_ids"]), "completion": Completion.parse(c["completion"])})
             for c in e["critiques"]
         ),
     )
@@ -123,13 +123,8 @@ def _parse(line: dict[str, Any]) -> DumpRecord:
 
 def _attempt(fields: dict[str, Any]) -> Attempt:
     turns = tuple(
-        Turn(**{**t, "completion": _completion(t["completion"]), "observation_ids": tuple(t["observation_ids"])})
+        Turn(**{**t, "completion": Completion.parse(t["completion"]), "observation_ids": tuple(t["observation_ids"])})
         for t in fields["turns"]
     )
     ids = {name: tuple(fields[name]) for name in ("prompt_ids", "plain_prompt_ids")}
     return Attempt(**{**fields, **ids, "turns": turns})
-
-
-def _completion(fields: dict[str, Any]) -> Completion:
-    older = tuple((version, tokens) for version, tokens in fields.get("older", ()))
-    return Completion(**{**fields, "ids": tuple(fields["ids"]), "logprobs": tuple(fields["logprobs"]), "older": older})

@@ -14,7 +14,9 @@ CRITIQUE_FREE = "success/critique_free"
 WITH_CRITIQUE = "success/with_critique"
 """Share of episodes that succeeded in any round."""
 GENERATED = "tokens/generated"
-"""Tokens that solver and critic generated in this step."""
+"""Tokens that solver and critic generated in this step, of use or not: its cost."""
+USED = "tokens/used"
+"""Tokens of the episodes that the step trains on; partial rollouts bring some of them from the step before."""
 HELDOUT = "heldout/critique_free"
 """Critique-free success on held-out problems."""
 
@@ -31,13 +33,13 @@ def rollout_metrics(
 
     reward/<role>, reward/round_<k>, success/critique_free, success/with_critique, success/round_<k> (of the attempts of
     that round), success/source/<name> (critique-free), revision/gain (mean r(next) - r(this)), critique/tokens,
-    attempt/tokens, attempt/turns, attempt/lost_turns, attempt/stop_<reason>, tokens/generated, episodes/*, groups/*.
+    attempt/tokens, attempt/turns, attempt/lost_turns, attempt/stop_<reason>, tokens/used, episodes/*, groups/*.
     """
     values: Values = defaultdict(list)
     for episode in episodes:
         _episode(episode, values)
     counts: dict[str, float] = {
-        GENERATED: sum(e.generated_tokens() for e in episodes),
+        USED: sum(e.generated_tokens() for e in episodes),
         "episodes/played": len(episodes),
         "episodes/dropped": len(dropped),
         "groups/count": report.groups,

@@ -15,7 +15,7 @@ from icrl_megatron.rollout.engine import EngineError, EngineLostError, RequestFa
 from icrl_megatron.rollout.sglang import SGLangEngine
 from icrl_megatron.rollout.sglang_checks import Checksums
 from icrl_megatron.rollout.sglang_server import Server
-from icrl_megatron.rollout.sglang_weights import Bucket, Transport, buckets, capacity, checked
+from icrl_megatron.rollout.sglang_weights import Answer, Bucket, Sink, Transport, largest, piece
 from icrl_megatron.types import Completion
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -135,20 +135,78 @@ def test_a_server_that_answers_nothing_at_all_is_lost(monkeypatch: pytest.Monkey
         engine.revive()
 
 
-def test_buckets_hold_every_tensor_once_and_are_bounded() -> None:
+class Recorded:
+    """Remembers what it is asked, and copies a bucket only when its answer is waited for: as late as it may."""
+
+    def __init__(self, refuses: str = "") -> None:
+        self.calls: list[str] = []
+        self.seen: dict[str, torch.Tensor] = {}
+        self.options: list[dict[str, object]] = []
+        self._refuses = refuses
+
+    def begin(self, lost: str) -> Answer:
+        self.calls.append("begin")
+        return lambda: None
+
+    def send(self, bucket: Bucket, options: dict[str, object]) -> Answer:
+        self.calls.append("send")
+        self.options.append(options)
+        placed = list(bucket.placed)
+
+        def wait() -> None:
+            self.calls.append("answer")
+            if self._refuses:
+                raise EngineError(self._refuses)
+            for p in placed:
+                assert p.name not in self.seen
+                self.seen[p.name] = bucket.buffer[p.start : p.end].view(p.dtype).view(p.shape).clone()
+
+        return wait
+
+    def close(self) -> None:
+        pass
+
+
+def tensors_and_sink() -> tuple[list[tuple[str, torch.Tensor]], Sink]:
     tensors = [(f"t{i}", torch.full((i + 1, 3), float(i))) for i in range(6)]
-    shapes = {name: tuple(t.shape) for name, t in tensors}
-    bucket = Bucket(capacity(shapes, 4, 0), torch.device("cpu"))
-    assert bucket.buffer.numel() < sum(t.nbytes for _, t in tensors)
-    seen: dict[str, torch.Tensor] = {}
-    sent = 0
-    for _ in buckets(checked(tensors, shapes, torch.float32, 1), bucket):
-        sent += 1
-        for p in bucket.placed:
-            assert p.name not in seen
-            seen[p.name] = bucket.buffer[p.start : p.end].view(p.dtype).view(p.shape).clone()
-    assert sent > 1
-    assert all(torch.equal(seen[name], tensor) for name, tensor in tensors)
+    sink = Sink({name: tuple(t.shape) for name, t in tensors}, torch.float32, torch.device("cpu"), 512)
+    sink.limit = 100
+    return tensors, sink
+
+
+def test_two_buckets_take_turns_and_hold_every_tensor_once() -> None:
+    tensors, sink = tensors_and_sink()
+    transport = Recorded()
+    sink.pour(tensors, 7, transport)
+    assert list(transport.seen) == [name for name, _ in tensors]
+    assert all(torch.equal(transport.seen[name], tensor) for name, tensor in tensors)
+    assert transport.calls == ["begin", *["send", "answer"] * (len(transport.calls) // 2)]
+    assert len(transport.options) > 2
+    assert [o["flush_cache"] for o in transport.options] == [False] * (len(transport.options) - 1) + [True]
+    assert [o["weight_version"] for o in transport.options][-2:] == [None, "7"]
+
+
+def test_nothing_is_being_copied_any_more_when_an_update_fails() -> None:
+    tensors, sink = tensors_and_sink()
+    transport = Recorded()
+    with pytest.raises(EngineError, match="lacks 1 of the model's tensors; first 't5'"):
+        sink.pour(tensors[:-1], 7, transport)
+    assert transport.calls[-1] == "answer"
+    assert transport.options[-1]["weight_version"] is None
+
+    refusing = Recorded("no room")
+    with pytest.raises(EngineError, match="no room"):
+        sink.pour(tensors, 7, refusing)
+    assert refusing.calls.count("send") == 1
+
+
+def test_buckets_are_bounded_and_hold_the_largest_tensor() -> None:
+    mib = 2**20
+    shapes = {"small": (256, 1024), "large": (100, 1024, 1024), **{f"t{i}": (64, 1024, 1024) for i in range(8)}}
+    assert piece(shapes, 1, 16) == 16 * mib
+    assert piece(shapes, 1, 512) < 200 * mib
+    assert largest(shapes, 1) == 100 * mib
+    assert piece({"w": (10, 10)}, 4, 512) == 416  # all that there is
 
 
 def test_checksums_of_two_workers_are_those_of_their_shares() -> None:

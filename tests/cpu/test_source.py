@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from icrl_megatron.config import RolloutSettings
 from icrl_megatron.rollout.engine import EngineError, EngineLostError, EngineStats, RequestFailedError
 from icrl_megatron.rollout.engines import Share, lead_rank
 from icrl_megatron.rollout.episode import Stage
+from icrl_megatron.rollout.evaluate import ControlResult, ControlState, control
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.source import MAX_DEATHS, EngineSource, Played
 from icrl_megatron.rollout.speakers import Ask, Seeds, engine_casting
@@ -74,6 +76,49 @@ def play(stage: Stage, mortal: Mortal) -> tuple[Played, list[bool]]:
     progress = Progress(console=Console(file=io.StringIO()))
     source = EngineSource(stage, engine_casting(mortal), mortal, resent.append, lambda mine: [mine], progress)  # type: ignore[arg-type]
     return source.play(TASKS, EPISODES, Seeds(0, 0), 1), resent
+
+
+def source_on(stage: Stage, mortal: Mortal) -> EngineSource:
+    progress = Progress(console=Console(file=io.StringIO()))
+    return EngineSource(stage, engine_casting(mortal), mortal, lambda stale: None, lambda mine: [mine], progress)  # type: ignore[arg-type]
+
+
+def test_what_is_played_again_is_paid_for_and_told_apart(stage: Stage) -> None:
+    whole, _ = play(stage, Mortal(stage.prompter))
+    assert (whole.used_tokens(), whole.discarded_tokens, whole.kept_tokens) == (whole.generated_tokens(), 0, 0)
+    mortal = Mortal(stage.prompter, dies_at=frozenset({5, 8}))
+    played, _ = play(stage, mortal)
+    reply = len(stage.prompter.encode_reply("look"))
+    # Two requests died unanswered; the answers of their neighbours in flight were thrown away.
+    assert played.generated_tokens() == (mortal.requests - 2) * reply
+    assert played.used_tokens() == whole.used_tokens()
+    assert played.discarded_tokens == played.generated_tokens() - played.used_tokens()
+
+
+def test_a_control_report_goes_on_when_its_engine_was_lost(stage: Stage) -> None:
+    def report(mortal: Mortal) -> tuple[ControlResult, int]:
+        source, state, found = source_on(stage, mortal), ControlState(), list[ControlResult]()
+
+        def go_on() -> int:
+            played = control(TASKS, 3, stage, source.casting, Seeds(0, 0), state)
+            try:
+                found.append(asyncio.run(played))
+            except EngineLostError:
+                return 1
+            return 0
+
+        return (found, source.survive(1, go_on))[0][0], mortal.requests
+
+    undisturbed, requests = report(Mortal(stage.prompter))
+    assert undisturbed.failures == 3
+    # In the first attempts, and in the retries.
+    died = Mortal(stage.prompter, dies_at=frozenset({2, 11}))
+    again, more = report(died)
+    assert died.revived == 2
+    assert again == undisturbed
+    assert requests < more < 2 * requests, "what was played before the deaths is not played again"
+    dropped, _ = report(Mortal(stage.prompter, fails_at=frozenset(range(6, 100))))
+    assert (dropped.failures, dropped.dropped) == (0, 3)
 
 
 def places(played: Played) -> list[tuple[str, int]]:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
+from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from icrl_megatron.config import ConfigError, RolloutSettings
+from icrl_megatron.rollout.engine import EngineStats
+from icrl_megatron.rollout.engines import Share
 from icrl_megatron.rollout.episode import Ended, Stage, play_all
 from icrl_megatron.rollout.groups import Groups
 from icrl_megatron.rollout.prompts import Prompter, template_words
+from icrl_megatron.rollout.source import EngineSource
 from icrl_megatron.rollout.speakers import Ask, Cast, Seeds
-from icrl_megatron.rollout.tapes import InterruptedEpisodeError, Stop, Tape, taped
+from icrl_megatron.rollout.tapes import InterruptedEpisodeError, Stop, Tape, from_lines, taped, to_lines, tokens
 from icrl_megatron.settings import load
 from icrl_megatron.tasks import registry
+from icrl_megatron.telemetry.progress import Progress
 from icrl_megatron.tiny import build_tokenizer
-from icrl_megatron.types import Completion, Episode, Ids, UnplayedEpisode
+from icrl_megatron.types import Completion, Episode, Ids, Task, UnplayedEpisode
 from icrl_megatron.validate import validate
 
 SEEDS = Seeds(0, 0)
@@ -165,6 +171,70 @@ def test_a_step_with_enough_groups_keeps_the_slow_ones_for_the_next(stage: Stage
 
     resumed = [r for r in asyncio.run(go_on()) if isinstance(r, Episode) and r.task == tasks[0]]
     assert [r.attempts[0].turns[1].completion.older for r in resumed] == [((1, 1),), ((1, 1),)]
+
+
+def test_tapes_survive_being_written_down() -> None:
+    task = Task("household/train/1", "household", "train", '{"goal": "ü"}')
+    joined = Completion((3, 4), (-0.1, -2.5), "abort", 2, ((1, 1),))
+    tapes = {task: {0: Tape([((9, 8), said(1, 2)), ((9, 8, 1, 2), joined)]), 3: Tape()}}
+    assert from_lines(to_lines(tapes)) == tapes
+    assert tokens(tapes) == 4
+
+
+@dataclass
+class Engine:
+    """One rank's engine behind `Slow` speakers; `interrupt` is what ends the slow ones."""
+
+    stops: list[asyncio.Event] = field(default_factory=list)
+    share: Share = field(default_factory=lambda: Share(0, 1))
+
+    @property
+    def solver(self) -> Engine:
+        return self
+
+    async def interrupt(self) -> None:
+        for stop in self.stops:
+            stop.set()
+
+    def lost(self) -> str:
+        return ""
+
+    def take_stats(self) -> EngineStats:
+        return EngineStats()
+
+
+@pytest.mark.parametrize("partial", [True, False])
+def test_every_token_is_used_kept_or_thrown_away(stage: Stage, partial: bool) -> None:
+    tasks = list(registry.get("household").problems("train"))[:3]
+    engine, slow = Engine(), [tasks[0]]
+
+    def cast(task: Task, index: int) -> Cast:
+        speaker = Slow(stage.prompter, slow=task in slow)
+        engine.stops.append(speaker.stop)
+        return Cast(speaker, speaker)
+
+    settings = replace(stage.settings, partial=partial, oversample=1.5)
+    staged, quiet = replace(stage, settings=settings), Progress(console=Console(file=io.StringIO()))
+
+    def source() -> EngineSource:
+        return EngineSource(staged, cast, engine, lambda stale: None, lambda mine: [mine], quiet)  # type: ignore[arg-type]
+
+    reply = len(stage.prompter.encode_reply("look"))
+    first = source()
+    played = first.play(tasks, 2, SEEDS, 1, 2)
+    assert played.used_tokens() == 2 * 2 * 3 * reply
+    assert played.generated_tokens() == played.used_tokens() + 2 * (reply + 1)
+    assert (played.kept_tokens, played.discarded_tokens) == ((2 * (reply + 1), 0) if partial else (0, 2 * (reply + 1)))
+
+    # Another process goes on from a checkpoint.
+    second = source()
+    second.take_back(from_lines(to_lines(first.tapes())))
+    slow.clear()
+    later = second.play(tasks[1:], 2, SEEDS, 1, 2)
+    assert (later.kept_tokens, later.discarded_tokens) == (0, 0)
+    assert later.generated_tokens() == later.used_tokens() - played.kept_tokens
+    resumed = [t.completion for e in later.episodes for a in e.attempts for t in a.turns if t.completion.older]
+    assert len(resumed) == (2 if partial else 0)
 
 
 def test_partial_rollouts_need_oversampling_and_the_correction() -> None:

@@ -75,7 +75,7 @@ def test_rollout_metrics_by_hand() -> None:
         "attempt/lost_turns": 1.0,
         "attempt/stop_max_turns": 1.0,
         "attempt/stop_done": 0.0,
-        "tokens/generated": 7 * 5.0 + 3 * 4.0,
+        "tokens/used": 7 * 5.0 + 3 * 4.0,
         "episodes/played": 4.0,
         "episodes/dropped": 1.0,
         "groups/count": 4.0,

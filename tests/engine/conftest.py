@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import whole_runs
 from engine_cases import engine_on, engine_settings, spec
 
 from icrl_megatron.config import TinyModel
@@ -18,6 +19,8 @@ from icrl_megatron.rollout.sglang import SGLangEngine
 from icrl_megatron.rollout.sglang_server import Server
 from icrl_megatron.tasks import registry
 from icrl_megatron.tiny import build_tiny
+
+whole_runs.TIMEOUT_S = 600  # a server alone takes a minute and more to start on a busy machine
 
 
 @pytest.fixture(scope="session")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from pathlib import Path
 
 import psutil
 import pytest
-from engine_cases import engine_on, engine_settings, generate, load, spec, weights
+from engine_cases import CONTEXT, engine_on, engine_settings, generate, load, spec, weights
 
 from icrl_megatron.config import ConfigError
-from icrl_megatron.rollout import sglang
+from icrl_megatron.rollout import sglang, sglang_server
 from icrl_megatron.rollout.engine import EngineError, EngineLostError, Sampling
-from icrl_megatron.rollout.sglang import SGLangEngine
+from icrl_megatron.rollout.sglang import SGLangEngine, require_context
 from icrl_megatron.rollout.sglang_server import Server, check_version, installed_version
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -37,15 +38,39 @@ def test_a_server_that_ends_at_once_says_why(model: Path, tmp_path: Path) -> Non
         server.wait_ready()
 
 
-def test_a_killed_server_is_lost_and_comes_back(server: Server, engine: SGLangEngine, model: Path) -> None:
-    engine.update_weights(weights(load(model)), 1)
+def test_a_killed_server_is_lost_and_comes_back_though_its_new_port_is_taken(
+    server: Server, engine: SGLangEngine, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = weights(load(model))
+    engine.update_weights(tensors, 1)
     os.kill(server.pid() or 0, 9)
     with pytest.raises(EngineLostError, match=r"(?s)died.*The end of"):
         generate(engine, [([8, 9], Sampling(0.0, 4, 0, ()))])
-    engine.update_weights(weights(load(model)), 2)  # only drained: the server is dead
-    engine.revive()
-    engine.update_weights(weights(load(model)), 2)
+    # What a step would do next: nothing of it reaches the dead server, and nothing fails.
+    engine.sleep()
+    engine.wake_weights()
+    engine.update_weights(tensors, 2)
+    engine.wake()
+    engine.verify(tensors, tied=False)
+
+    find = sglang_server._free_port
+    assert server.spec is not None
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        taken = holder.getsockname()[1]
+        ports = iter([taken])
+        monkeypatch.setattr(sglang_server, "_free_port", lambda: next(ports, None) or find())
+        engine.revive()
+    starts = [line for line in server.spec.log.read_text().splitlines() if line.startswith("=== ")]
+    assert [f"port {taken}" in line for line in starts] == [False, True, False]
+    engine.update_weights(tensors, 2)
     assert generate(engine, [([8, 9], Sampling(0.0, 4, 0, ()))])[0].weight_version == 2
+
+
+def test_a_remote_server_with_a_shorter_context_is_refused(server: Server) -> None:
+    require_context(server, CONTEXT)
+    with pytest.raises(ConfigError, match=r"context-length 520; start it with at least 609, or lower the setting"):
+        require_context(server, 601)
 
 
 def test_a_server_that_hangs_is_lost(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from engine_cases import changed, engine_on, engine_settings, generate, greedy, load, reference_logprobs, weights
 
+from icrl_megatron.config import ConfigError
 from icrl_megatron.rollout.engine import EngineError, RequestFailedError, Sampling
 from icrl_megatron.rollout.sglang import SGLangEngine
 from icrl_megatron.rollout.sglang_server import Server
@@ -63,7 +65,7 @@ def test_new_weights_are_live_stamped_and_checksummed(engine: SGLangEngine, mode
 @pytest.mark.parametrize("bucket_mib", [1, 512])
 def test_small_buckets_give_the_same_weights(server: Server, model: Path, bucket_mib: int) -> None:
     engine = engine_on(server, model, engine_settings(bucket_mib=bucket_mib))
-    engine._sink._capacity = 60_000 if bucket_mib == 1 else engine._sink._capacity  # a tiny model fits in one
+    engine._sink.limit = 60_000 if bucket_mib == 1 else engine._sink.limit  # a tiny model fits in one
     new = changed(load(model), 3)
     engine.update_weights(new, 5)
     engine.verify(new, tied=False)
@@ -144,11 +146,16 @@ def test_a_request_that_cannot_be_served_is_refused_by_name(engine: SGLangEngine
 
 def test_verify_sync_says_whether_a_server_holds_a_folder(engine: SGLangEngine, model: Path) -> None:
     reference = load(model)
-    tool = [sys.executable, str(Path(__file__).parents[2] / "tools" / "verify_sync.py"), engine.server.url, str(model)]
-    engine.update_weights(weights(reference), 1)
-    same = subprocess.run(tool, capture_output=True, text=True, timeout=120)
-    assert (same.returncode, same.stdout) == (0, "19 parameters agree\n"), same.stderr
-    engine.update_weights(changed(reference, 2), 2)
-    differs = subprocess.run(tool, capture_output=True, text=True, timeout=120)
-    assert differs.returncode == 1
+    tool = Path(__file__).parents[2] / "tools" / "verify_sync.py"
+    engine.update_weights(changed(reference, 2), 1)
+    differs = subprocess.run(
+        [sys.executable, str(tool), engine.server.url, str(model)], capture_output=True, text=True, timeout=300
+    )
+    assert differs.returncode == 1, differs.stderr
     assert "holds other values of" in differs.stdout
+
+    engine.update_weights(weights(reference), 2)
+    verify = runpy.run_path(str(tool))["verify"]
+    assert verify(engine.server.url, model) == 19
+    with pytest.raises(ConfigError, match="does not answer"):
+        verify("http://127.0.0.1:9", model)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
+import subprocess
 from pathlib import Path
 
 import psutil
@@ -42,6 +45,25 @@ def command(folder: Path, model: Path, *overrides: str) -> list[str]:
     ]
 
 
+def kill_server(running: subprocess.Popen[str], log: Path) -> None:
+    """SIGKILL for the server that writes this log, as it was started last."""
+    port = re.findall(r"^=== .* port (\d+)$", log.read_text(), re.MULTILINE)[-1]
+    tree = psutil.Process(running.pid).children(recursive=True)
+    servers = [p for p in tree if "sglang.launch_server" in p.cmdline() and port in p.cmdline()]
+    os.kill(min(servers, key=lambda p: p.create_time()).pid, signal.SIGKILL)
+
+
+def batches(log: Path) -> int:
+    """Prompts that a server has read since it was ready, in batches."""
+    _, ready, since = log.read_text().rpartition("fired up and ready to roll")
+    return since.count("Prefill batch") if ready else 0
+
+
+def steps_done(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return len(steps(folder)) if path.exists() else 0
+
+
 def steps(folder: Path) -> list[dict[str, float]]:
     return [row for row in rows(folder) if "engine/requests" in row]
 
@@ -60,20 +82,48 @@ def test_three_steps_at_tensor_parallel_2(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_at_pipeline_parallel_2_survives_kill_9_of_its_server(model: Path, tmp_path: Path) -> None:
+    """Two servers, one for each rank; the other one's share is not played again."""
     folder = tmp_path / "pp2"
-    log = folder / "logs" / "sglang_0.log"
-    grid = ("launch.ranks=2", "actor.pipeline_parallel=2", "engine.servers=1")
+    logs = [folder / "logs" / f"sglang_{number}.log" for number in (0, 1)]
+    grid = ("launch.ranks=2", "actor.pipeline_parallel=2", "engine.servers=2")
     running = start(*command(folder, model, *grid))
-    when(running, lambda: log.exists() and log.read_text().count("Prefill batch") >= 8)
-    servers = [p for p in psutil.Process(running.pid).children(recursive=True) if "sglang.launch_server" in p.cmdline()]
-    os.kill(min(servers, key=lambda p: p.create_time()).pid, signal.SIGKILL)
+    when(running, lambda: steps_done(folder) == 1)
+    before = batches(logs[0])
+    when(running, lambda: batches(logs[0]) > before)
+    kill_server(running, logs[0])
     code, _, err = end(running)
     assert code == 0, err
     done = steps(folder)
     assert [row["episodes/played"] for row in done] == [EPISODES] * STEPS
     assert all(row["episodes/dropped"] == 0 for row in done)
     assert all(row["actor/mismatch_max"] < 1e-4 for row in done)
-    assert log.read_text().count("=== ") == 2, "the server was started twice"
+    assert sum(row["engine/deaths"] for row in done) == 1
+    assert [log.read_text().count("=== ") for log in logs] == [2, 1]
+    assert all("Prefill batch" in log.read_text() for log in logs), "both served"
+
+
+def test_a_frozen_critic_and_a_server_killed_twice_outside_of_steps(model: Path, tmp_path: Path) -> None:
+    """Once in the control report, and once between it and the end of the evaluation."""
+    folder = tmp_path / "frozen"
+    log, critics = (folder / "logs" / f"sglang_{name}.log" for name in ("0", "critic_0"))
+    changes = ("rollout.critic=frozen", "eval.control_problems=16", "steps=1")
+    running = start(*command(folder, model, *changes))
+    when(running, lambda: log.exists() and batches(log) >= 2)
+    assert not (folder / "control_before.json").exists()
+    kill_server(running, log)
+    when(running, (folder / "control_before.json").exists)
+    kill_server(running, log)
+    code, _, err = end(running)
+    assert code == 0, err
+    assert [path.read_text().count("=== ") for path in (log, critics)] == [3, 1]
+    (row,) = steps(folder)
+    assert (row["episodes/played"], row["engine/deaths"]) == (EPISODES, 0)
+    (report,) = json.loads((folder / "control_before.json").read_text()).values()
+    assert report["failures"] == report["critique"]["n"] == 16
+    assert report["dropped"] == 0
+    episodes = read_episodes(dump_path(folder, 1))
+    assert {t.completion.weight_version for e in episodes for a in e.attempts for t in a.turns} == {1}
+    assert {c.completion.weight_version for e in episodes for c in e.critiques} == {0}, "the critic has other weights"
 
 
 def test_servers_of_somebody_else_are_synced_over_a_group(server: Server, model: Path, tmp_path: Path) -> None:
@@ -93,9 +143,16 @@ def test_servers_of_somebody_else_are_synced_over_a_group(server: Server, model:
 def test_oversampled_steps_cut_off_the_slow_and_go_on_with_them(server: Server, model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "oversampled"
     partial = ("rollout.oversample=2", "rollout.partial=true", "algo.mismatch_correction.enabled=true")
-    code, _, err = icrl(*command(folder, model, f"engine.urls=[{server.url}]", *partial))
-    assert code == 0, err
+    for until in (STEPS - 1, STEPS):  # the second command goes on from the checkpoint of the first, tapes and all
+        changes = (f"engine.urls=[{server.url}]", *partial, f"steps={until}")
+        code, _, err = icrl(*command(folder, model, *changes))
+        assert code == 0, err
     done = steps(folder)
+    assert [row["step"] for row in done] == [1, 2, 3]
+    for before, row in zip([{}, *done], done, strict=False):
+        spent = row["tokens/generated"] + before.get("tokens/kept", 0.0)
+        assert spent == row["tokens/used"] + row["tokens/discarded"] + row["tokens/kept"]
+    assert done[1]["tokens/kept"] > 0
     assert all(row["episodes/played"] >= EPISODES for row in done)
     assert sum(row["episodes/cut_off"] for row in done) > 0
     assert all(row["episodes/dropped"] == 0 for row in done)
@@ -108,5 +165,5 @@ def test_oversampled_steps_cut_off_the_slow_and_go_on_with_them(server: Server, 
         for turn in attempt.turns
     ]
     assert all(c.weight_version <= step for step, c in replies)
-    assert any(c.weight_version < step or c.older for step, c in replies), "nothing of an earlier step went on"
+    assert any(c.weight_version < 3 or c.older for step, c in replies if step == 3), "nothing went on after the restart"
     assert all(version < c.weight_version for _, c in replies for version, _ in c.older)
