@@ -6,16 +6,18 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+Done = subprocess.CompletedProcess[str]
 ROOT = Path(__file__).resolve().parents[2]
 ACCOUNT, PARTITION = "icrl", "batch"
+FAULTY = ROOT / "tests" / "cluster" / "faulty"
 JOB_TIMEOUT_S = 200
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 TINY = (
-    "tasks.sources.0.name=rulebook_easy",
+    "tasks.sources=[{name: rulebook_easy}]",
     "engine.kind=local",
     "engine.tensor_parallel=1",
     "rollout.tasks_per_step=2",
@@ -28,6 +30,8 @@ TINY = (
     "actor.recompute=none",
     "actor.micro_batch_tokens=8192",
     "algo.on_no_signal=train",
+    "algo.entropy_coef=0.01",
+    "optim.learning_rate=1e-3",
     "algo.max_resamples=0",
     "eval.problems=4",
     "eval.control_problems=0",
@@ -54,7 +58,7 @@ class Cluster:
     env: Mapping[str, str]
     folder: Path
 
-    def run(self, *command: str, timeout_s: float = 60, **more: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, timeout_s: float = 60, **more: str) -> Done:
         """A command with the cluster's environment, in the checkout."""
         env = {**self.env, **more}
         return subprocess.run(
@@ -68,6 +72,19 @@ class Cluster:
         done = self.run(*command, **more)
         assert done.returncode == 0, done.stderr
         return int(done.stdout.strip().split(";")[0])
+
+    def checked(self, file: str, options: Sequence[str], arguments: Sequence[str], **more: str) -> Done:
+        """What the same words say with bash in the place of sbatch."""
+        here = [f"--account={ACCOUNT}", "--nodes=2", "--gpus-per-node=1", *options]
+        return self.run("bash", f"slurm/{file}", *here, *arguments, **more)
+
+    @property
+    def logs(self) -> Path:
+        return Path(self.env["ICRL_LOGS"])
+
+    def path(self, first: Path) -> str:
+        """PYTHONPATH with another folder before the checkout's."""
+        return os.pathsep.join((str(first), self.env["PYTHONPATH"]))
 
     def log(self, job: int) -> str:
         path = self.folder / f"{job}.log"

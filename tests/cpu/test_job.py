@@ -69,7 +69,8 @@ def test_progress_is_the_last_whole_line(tmp_path: Path) -> None:
 
 
 def test_decisions_are_remembered(tmp_path: Path) -> None:
-    words = ["decide", str(tmp_path), str(tmp_path / "outcome.json"), str(tmp_path / "state" / "state.json"), "1", "0"]
+    words = ["decide", str(tmp_path / "outcome.json"), str(tmp_path / "state" / "state.json"), "1", "0"]
+    words += ["train", "quickstart", f"run_dir={tmp_path}"]
     said = []
     for _ in range(2):
         done = subprocess.run(
