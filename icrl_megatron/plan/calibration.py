@@ -43,8 +43,6 @@ class Constants:
     """Assumed: an engine's CUDA graphs and activations while it is awake."""
     engine_asleep_bytes: float = 0.5 * GIB
     """Assumed: what an engine keeps on the GPU while it sleeps."""
-    engine_memory_fraction: float = 0.7
-    """Of the GPU, for the engine's weights and cache together (the reference's setting)."""
     sync_bucket_bytes: float = 1.0 * GIB
     """Assumed: flattened bucket that weights are handed over in, twice."""
 

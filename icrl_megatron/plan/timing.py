@@ -88,8 +88,10 @@ def estimate(
     gpu: Gpu,
     cache_bytes: float,
     constants: Constants = CONSTANTS,
+    moved_bytes: float = 0.0,
 ) -> Times:
-    """`cache_bytes`: the key-value cache on each GPU of an engine."""
+    """`cache_bytes`: the key-value cache on each GPU of an engine; `moved_bytes`: what each GPU hands to the host's
+    memory before episodes are played, and takes back."""
     layers, head = forward_flops(shape, work, passes.head_everywhere)
     rate = constants.training_efficiency * layout.gpus * (gpu.bf16_flops if layout.precision == "bf16" else FP32_FLOPS)
     layer_rate = rate * (constants.fp8_gain if layout.fp8 != "off" else 1.0)
@@ -114,6 +116,7 @@ def estimate(
         "data collectives": passes.updates * _reduction(shape, layout, gpu, constants),
         "optimizer": passes.updates * 40.0 * local_parameters(shape, layout) / layout.data / gpu.memory_bandwidth,
         "sync": sync(shape, layout, gpu, constants),
+        "offload": 2.0 * moved_bytes / (gpu.host_bandwidth * constants.link_efficiency),
         "other": constants.step_fixed_s,
     }
     return Times(phases, 3.0 * (layers + head), micro_batches, rollout.tail)

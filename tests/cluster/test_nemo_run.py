@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from slurm import ACCOUNT, FAULTY, PARTITION, ROOT, TINY, Cluster, Done, icrl, until
-from test_slurm import AGENTGYM
+from slurm import ACCOUNT, AGENTGYM, FAULTY, PARTITION, ROOT, TINY, Cluster, Done, icrl, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 

@@ -5,24 +5,17 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
 from icrl_megatron.telemetry.writer import TIME_PREFIX, Row, read_rows
-from slurm import FAULTY, ROOT, TINY, Cluster, icrl, until
+from slurm import AGENTGYM, FAULTY, ROOT, TINY, Cluster, icrl, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 
 STEPS = 4
 FILES = sorted(path.name for path in (ROOT / "slurm").glob("*.sbatch"))
-AGENTGYM = (
-    "tasks.sources=[{name: alfworld, data: {train: ['0:4'], heldout: ['4:8']}}]",
-    f"tasks.sources.0.serve.command={sys.executable} {ROOT / 'tests' / 'agentgym_server.py'} alfworld {{port}}",
-    "rollout.max_turns=2",
-)
-"""A task behind a server that the job starts."""
 
 
 def arguments(folder: Path, model: Path, *more: str) -> list[str]:
