@@ -6,12 +6,17 @@ from icrl_megatron.config import Calibration, Settings
 from icrl_recipes.qwen3 import icrl
 
 
+def _everything(name: str) -> Settings:
+    """What each of them takes one thing away from."""
+    return icrl(name, "8B", "alfworld", gpus=4)
+
+
 def ablation_no_role_groups() -> Settings:
     """Without role-wise groups, 68.4 in the paper: attempts and critiques of a task share a baseline. 4 H100.
 
     Planned: 58 GiB of a GPU in training, 17 GiB of cache in rollouts; 144 s a step.
     """
-    settings = icrl("ablation_no_role_groups", "8B", "alfworld", gpus=4)
+    settings = _everything("ablation_no_role_groups")
     settings.algo.group_by = "task"
     return settings
 
@@ -21,7 +26,7 @@ def ablation_no_calibration() -> Settings:
 
     Planned: 58 GiB of a GPU in training, 17 GiB of cache in rollouts; 144 s a step.
     """
-    settings = icrl("ablation_no_calibration", "8B", "alfworld", gpus=4)
+    settings = _everything("ablation_no_calibration")
     settings.algo.calibration = Calibration(enabled=False)
     return settings
 
@@ -31,7 +36,7 @@ def ablation_frozen_critic() -> Settings:
 
     Planned: 58 GiB of a GPU in training, 9 GiB of cache in rollouts; 129 s a step.
     """
-    settings = icrl("ablation_frozen_critic", "8B", "alfworld", gpus=4)
+    settings = _everything("ablation_frozen_critic")
     settings.rollout.critic = "frozen"
     return settings
 
@@ -41,7 +46,7 @@ def ablation_not_internalised() -> Settings:
 
     Planned: 58 GiB of a GPU in training, 17 GiB of cache in rollouts; 144 s a step.
     """
-    settings = icrl("ablation_not_internalised", "8B", "alfworld", gpus=4)
+    settings = _everything("ablation_not_internalised")
     settings.algo.internalise = False
     return settings
 
@@ -51,7 +56,7 @@ def ablation_recomputed_denominator() -> Settings:
 
     Planned: 58 GiB of a GPU in training, 17 GiB of cache in rollouts; 160 s a step.
     """
-    settings = icrl("ablation_recomputed_denominator", "8B", "alfworld", gpus=4)
+    settings = _everything("ablation_recomputed_denominator")
     settings.algo.calibration = Calibration(denominator="recomputed")
     return settings
 
@@ -63,6 +68,6 @@ def reference_preset() -> Settings:
     """
     from icrl_megatron.algo.credit import apply_preset
 
-    settings = icrl("reference_preset", "8B", "alfworld", gpus=4)
+    settings = _everything("reference_preset")
     settings.algo = apply_preset(settings.algo, "reference")
     return settings
