@@ -11,7 +11,7 @@ from icrl_megatron.plan.hardware import GIB
 class Constants:
     """Shares of peaks, latencies and fixed costs."""
 
-    training_efficiency: float = 0.26
+    training_efficiency: float = 0.27
     """Share of the peak FLOP/s that training and scoring reach without communication and bubbles. FITTED to NeMo-RL's
     Llama-3.1-8B step on 16 H100 (`nemo_rl.py`); the only fitted number."""
     fp8_gain: float = 1.3
