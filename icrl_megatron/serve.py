@@ -29,7 +29,7 @@ from types import FrameType
 
 from icrl_megatron import settings as settings_module
 from icrl_megatron.config import ConfigError, Settings, TaskServers, TaskSource
-from icrl_megatron.launch import CONFIG_ERROR, die_with_parent, inside_torchrun
+from icrl_megatron.launch import CONFIG_ERROR, PARENT_ENV, die_with_parent, inside_torchrun
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked
 from icrl_megatron.telemetry.files import write_atomically
@@ -121,7 +121,8 @@ def beside(settings: Settings, folder: Path) -> Iterator[Settings]:
     settings_module.save(settings, handed_over)
     command = [sys.executable, "-m", "icrl_megatron.serve", str(folder), str(handed_over)]
     # Its own session: Ctrl-C in a terminal must not take the servers away while the ranks save.
-    process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
+    env = {**os.environ, PARENT_ENV: str(os.getpid())}
+    process = subprocess.Popen(command, env=env, start_new_session=True, stdin=subprocess.DEVNULL)
     try:
         with Progress().phase("environment servers") as bar:
             while not (folder / ADDRESSES).exists() and process.poll() is None:

@@ -66,7 +66,7 @@ if [ -z "${ICRL_SERVERS:-}" ]; then
   export ICRL_SERVERS=$logs/servers.${SLURM_JOB_ID:-$$}.${SLURM_RESTART_COUNT:-0}
   if [ "${SLURM_NODEID:-0}" -eq 0 ]; then
     rm -rf "$ICRL_SERVERS"
-    "$python" -m icrl_megatron.serve "$ICRL_SERVERS" "$@" &
+    ICRL_PARENT=$$ "$python" -m icrl_megatron.serve "$ICRL_SERVERS" "$@" &
     servers=$!
   fi
 fi
