@@ -217,7 +217,7 @@ def _popen(command: str, log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             ["bash", "-c", command],
             stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-            start_new_session=True, preexec_fn=die_with_parent,  # noqa: PLW1509: one thread
+            start_new_session=True, preexec_fn=die_with_parent,  # this process has one thread
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What a pipeline of stages loses to waiting: bubbles at both ends, and micro-batches of unequal length between them."""
+"""What a pipeline of stages loses to waiting: bubbles at both ends, and unequal micro-batches between them."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def waiting_forward(tokens_M: tuple[float, ...], stages: int) -> float:
 def waiting_1f1b(tokens_M: tuple[float, ...], stages: int) -> float:
     """Share that training takes longer than one stage's own work under the 1F1B schedule (arXiv 2104.04473).
 
-    The schedule is played through: a stage runs its passes in their order, each as soon as its input is there. With equal
-    micro-batches this is (stages - 1) / micro-batches.
+    The schedule is played through: a stage runs its passes in their order, each as soon as its input is there. With
+    equal micro-batches this is (stages - 1) / micro-batches.
     """
     if stages == 1:
         return 0.0

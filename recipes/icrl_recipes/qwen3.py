@@ -41,7 +41,6 @@ def source(task: str) -> TaskSource:
     return TaskSource(task, data=data, serve=TaskServers(AGENTGYM.format(name=task), count=SERVERS[task]))
 
 
-
 def icrl(name: str, size: str, task: str, gpus: int) -> Settings:
     """The paper's run of one model size ("4B", "8B", ...) on one task, on one node or whole nodes of H100s."""
     nodes = -(-gpus // NODE)

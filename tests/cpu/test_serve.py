@@ -176,9 +176,7 @@ def test_ranks_wait_for_what_their_job_started(
     assert answers(url_of(folder))  # they are the job's, not this rank's
 
 
-def test_ranks_that_nobody_started_servers_for_say_so(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_ranks_that_nobody_started_servers_for_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(ConfigError, match=r"nobody started the servers; use slurm/step\.sh"):
