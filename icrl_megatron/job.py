@@ -98,7 +98,7 @@ def check(arguments: list[str]) -> tuple[Path, bool]:
     return settings.run_folder(resolved), bool(serve.wanted(resolved))
 
 
-def seen(run_folder: Path, token: str, timeout_s: float = SEEN_TIMEOUT_S) -> None:
+def seen(run_folder: Path, token: str, timeout_s: float) -> None:
     """Raises ConfigError unless this node sees the file that the first node wrote into the run folder."""
     deadline = time.monotonic() + timeout_s
     while not (run_folder / token).exists():
@@ -129,7 +129,7 @@ def main(arguments: list[str]) -> None:
             folder, servers = check(rest)
             print(folder, *(["servers"] if servers else []), sep="\n")
         elif verb == "seen":
-            seen(Path(rest[0]), rest[1])
+            seen(Path(rest[0]), rest[1], float(os.environ.get("ICRL_SEEN_TIMEOUT_S", SEEN_TIMEOUT_S)))
         else:
             from icrl_megatron import settings
 

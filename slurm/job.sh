@@ -3,6 +3,8 @@
 # ICRL_PYTHON           the Python to use (default: .venv/bin/python where there is one, else python3)
 # ICRL_CONTAINER        image for pyxis/enroot (ICRL_MOUNTS: more mounts); unset: bare metal
 # ICRL_RANKS_PER_NODE   ranks on a node (default: the GPUs that Slurm gave)
+# ICRL_BACK_OFF_S       wait before the first retry of a crash (30); doubles with each
+# ICRL_SEEN_TIMEOUT_S   how late a file system may show one node what another wrote (60)
 set -uo pipefail
 # In a batch job $0 is a copy in Slurm's spool folder.
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 2

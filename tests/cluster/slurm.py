@@ -85,6 +85,11 @@ class Cluster:
         return self.run("bash", f"slurm/{file}", *here, *arguments, **more)
 
     @property
+    def local(self) -> Path:
+        """A folder that every node has for itself (up.sh)."""
+        return self.folder.parent / "local"
+
+    @property
     def logs(self) -> Path:
         return Path(self.env["ICRL_LOGS"])
 
@@ -129,4 +134,5 @@ def job_environment() -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith("SLURM_")}
     path = os.pathsep.join(str(p) for p in (ROOT, ROOT / "kernels", ROOT / "recipes"))
     ours = {"PYTHONPATH": path, "ICRL_PYTHON": sys.executable, "ICRL_RANKS_PER_NODE": "1", "ICRL_BACK_OFF_S": "0.5"}
+    ours["ICRL_SEEN_TIMEOUT_S"] = "2"
     return env | ours | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}

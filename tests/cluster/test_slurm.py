@@ -67,23 +67,34 @@ def test_usr1_saves_requeues_and_goes_on_to_the_same_metrics(undisturbed: Path, 
     assert rows(folder) == rows(undisturbed)
 
 
-def test_servers_run_beside_a_job_that_is_preempted(cluster: Cluster, model: Path) -> None:
-    """TERM to every process of every step is what Slurm's own preemption sends in its grace time."""
-    folder = cluster.folder / "served"
+@pytest.fixture(scope="module")
+def preempted(cluster: Cluster, model: Path) -> tuple[Path, int]:
+    """A run with an environment server beside it, and its job, which was preempted once.
+
+    TERM to every process of every step is what Slurm's own preemption sends in its grace time."""
+    folder = cluster.folder / "preempted"
     job = cluster.sbatch("icrl_8b.sbatch", *arguments(folder, model, *AGENTGYM))
     await_lines(folder, 2, cluster, job)
     assert cluster.run("scancel", "--full", "--signal=TERM", str(job)).returncode == 0
     ended = cluster.ended(job)
     assert (ended.state, ended.restarts) == ("COMPLETED", 1), ended.log
     assert ended.log.count("stopped on request at") == 1
-    assert [row["step"] for row in rows(folder) if "episodes/played" in row] == [1, 2, 3, 4]
     assert len(re.findall(r"environment servers of alfworld: http://node\d:\d+", ended.log)) == 2
+    return folder, job
+
+
+def test_no_step_is_lost_or_doubled_by_preemption(preempted: tuple[Path, int]) -> None:
+    assert [row["step"] for row in rows(preempted[0]) if "actor/entropy" in row] == [1, 2, 3, 4]
+
+
+def test_servers_run_beside_a_job(preempted: tuple[Path, int], cluster: Cluster) -> None:
+    folder, job = preempted
     for restart in (0, 1):
         asked = (cluster.logs / f"job.{job}" / f"servers.{restart}" / "alfworld.0.log").read_text()
         assert asked.count("POST /create") > 8  # one that looks whether it plays, and the episodes of two nodes
     assert "servers: []" in (folder / "settings.yaml").read_text()
     steps = cluster.run("sacct", "-n", "-P", "-j", str(job), "-o", "JobID,State").stdout
-    assert f"{job}.1|" in steps  # nodes that see the folder, the servers, and the ranks
+    assert f"{job}.2|" in steps  # nodes that see the folder, the servers, and the ranks
     assert "RUNNING" not in steps  # the servers ended with the job
 
 
@@ -118,13 +129,15 @@ def test_a_cancelled_job_does_not_come_back(cluster: Cluster, model: Path) -> No
     assert (state, restarts) == ("CANCELLED", 0)
 
 
-def test_evaluation(undisturbed: Path, cluster: Cluster) -> None:
-    words = (str(undisturbed), "--problems", "3", "--samples", "2", "launch.device=cpu", "--out", str(cluster.folder))
+def test_evaluation(preempted: tuple[Path, int], cluster: Cluster) -> None:
+    """`icrl eval` starts the servers of the run that it evaluates."""
+    words = (str(preempted[0]), "--problems", "3", "--samples", "2", "launch.device=cpu", "--out", str(cluster.folder))
     ended = cluster.ended(cluster.sbatch("eval.sbatch", *words, options=("--nodes=1",)))
     assert (ended.state, ended.code) == ("COMPLETED", "0:0"), ended.log
     found = json.loads((cluster.folder / "eval.json").read_text())
     assert [len(scores) for scores in found["successes"].values()] == [2, 2, 2]
-    assert "rulebook_easy" in ended.log
+    assert found["lost"] == []
+    assert "environment servers of alfworld: http://127.0.0.1:" in ended.log
     wrong = cluster.ended(cluster.sbatch("eval.sbatch", "/nowhere/run", options=("--nodes=1",)))
     assert (wrong.state, wrong.code) == ("FAILED", "2:0"), wrong.log
     assert "error: /nowhere/run: no such folder" in wrong.log
@@ -137,13 +150,15 @@ def test_slurm_accepts_every_file(file: str, cluster: Cluster) -> None:
 
 
 def test_what_is_wrong_ends_the_job_at_once(undisturbed: Path, cluster: Cluster, model: Path) -> None:
-    """One job for each place where it can come out: before the ranks, and in what is there already."""
-    change = ("model.path=/nowhere/Qwen3-8B",)
-    wrong = [cluster.sbatch("icrl_8b.sbatch", *arguments(cluster.folder / "wrong", model, *change))]
-    wrong += [cluster.sbatch("icrl_8b.sbatch", *arguments(undisturbed, model, "optim.learning_rate=1e-4"))]
+    """One job for each place where it can come out: the settings, the run that is there already, the other nodes."""
+    nowhere, other = "model.path=/nowhere/Qwen3-8B", "optim.learning_rate=1e-4"
+    wrong = [cluster.sbatch("icrl_8b.sbatch", *arguments(cluster.folder / "wrong", model, nowhere))]
+    wrong += [cluster.sbatch("icrl_8b.sbatch", *arguments(undisturbed, model, other))]
+    wrong += [cluster.sbatch("icrl_8b.sbatch", *arguments(cluster.local / "run", model))]
     messages = (
         "error: model.path=/nowhere/Qwen3-8B: no such folder",
         "holds a run with other settings: optim.learning_rate (was 0.001, now 0.0001)",
+        "node1 does not see what the first node wrote there; use a folder on a file system that all nodes share",
     )
     for job, message in zip(wrong, messages, strict=True):
         ended = cluster.ended(job)

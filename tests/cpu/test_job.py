@@ -86,11 +86,18 @@ def test_decisions_are_remembered(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "state" / "state.json").read_text())["crashes"] == 2
 
 
-def test_a_folder_that_is_not_shared(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "token").touch()
     job.seen(tmp_path, "token", timeout_s=0)
     with pytest.raises(ConfigError, match="does not see what the first node wrote"):
         job.seen(tmp_path, "other", timeout_s=0)
+    monkeypatch.setenv("ICRL_SEEN_TIMEOUT_S", "0")
+    with pytest.raises(SystemExit) as ended:
+        job.main(["seen", str(tmp_path), "other"])
+    assert ended.value.code == 2
+    assert "use a folder on a file system that all nodes share, run_dir=..." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
