@@ -20,6 +20,8 @@ state=$ICRL_LOGS/job.$SLURM_JOB_ID
 mkdir -p "$state" || { echo "error: $ICRL_LOGS cannot be written; set ICRL_LOGS to a shared folder" >&2; exit 2; }
 # Ranks leave what happened here; the file `stop` reaches those that are not listening to signals yet.
 export ICRL_OUTCOME=$state/outcome.json ICRL_STOP=$state/stop
+# Where environment servers leave their addresses; as it is set, no step starts servers of its own.
+export ICRL_SERVERS=$state/servers.${SLURM_RESTART_COUNT:-0}
 container=()
 if [ -n "${ICRL_CONTAINER:-}" ]; then
   container=(--container-image="$ICRL_CONTAINER" --container-mounts="$PWD:$PWD${ICRL_MOUNTS:+,$ICRL_MOUNTS}" --container-workdir="$PWD")
@@ -57,7 +59,6 @@ wait_for() {  # a trapped signal ends `wait` before its process has ended
 }
 
 start_servers() {  # train RECIPE [KEY=VALUE]...: what tasks.sources[...].serve asks for, on the first node, as a step of its own
-  export ICRL_SERVERS=$state/servers.${SLURM_RESTART_COUNT:-0}
   local first code log=$ICRL_SERVERS/step.log
   rm -rf "$ICRL_SERVERS"; mkdir -p "$ICRL_SERVERS"
   first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

@@ -75,7 +75,7 @@ def preempted(cluster: Cluster, model: Path) -> tuple[Path, int]:
     folder = cluster.folder / "preempted"
     job = cluster.sbatch("icrl_8b.sbatch", *arguments(folder, model, *AGENTGYM))
     await_lines(folder, 2, cluster, job)
-    assert cluster.run("scancel", "--full", "--signal=TERM", str(job)).returncode == 0
+    assert cluster.run("scancel", "--signal=TERM", str(job)).returncode == 0
     ended = cluster.ended(job)
     assert (ended.state, ended.restarts) == ("COMPLETED", 1), ended.log
     assert ended.log.count("stopped on request at") == 1
