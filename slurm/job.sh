@@ -79,6 +79,14 @@ start_servers() {  # train RECIPE [KEY=VALUE]...: what tasks.sources[...].serve 
 
 end_servers() { [ -z "$servers" ] || { kill "$servers" 2> /dev/null; wait_for "$servers"; servers=''; }; return 0; }
 
+cancelled() {  # Slurm would requeue a job that somebody has cancelled, and it would come back
+  case $(timeout 30 squeue --noheader --jobs="$SLURM_JOB_ID" --format='%T %r') in
+    'COMPLETING TimeLimit') return 1 ;;  # the ranks took longer to save than the limit allowed
+    COMPLETING*) echo "cancelled: not requeued" >&2 ;;
+    *) return 1 ;;
+  esac
+}
+
 run_job() {
   local checked folder code decision token
   export WORLD_SIZE=$((SLURM_NNODES * ICRL_RANKS_PER_NODE))
@@ -102,7 +110,7 @@ run_job() {
     counted
     case $decision in
       done) end_servers; exit 0 ;;
-      requeue) end_servers; rm -f "$ICRL_STOP"; timeout 30 scontrol requeue "$SLURM_JOB_ID"; exit 0 ;;
+      requeue) end_servers; rm -f "$ICRL_STOP"; cancelled || timeout 30 scontrol requeue "$SLURM_JOB_ID"; exit 0 ;;
       retry*) echo "trying again in ${decision#retry } s" >&2; sleep "${decision#retry }" & wait_for $! ;;
       *) end_servers; [ "$code" -ne 0 ] || code=1; [ -f "$ICRL_OUTCOME" ] && grep -q '"code": 2' "$ICRL_OUTCOME" && code=2; exit "$code" ;;
     esac
