@@ -80,11 +80,8 @@ start_servers() {  # train RECIPE [KEY=VALUE]...: what tasks.sources[...].serve 
 end_servers() { [ -z "$servers" ] || { kill "$servers" 2> /dev/null; wait_for "$servers"; servers=''; }; return 0; }
 
 cancelled() {  # Slurm would requeue a job that somebody has cancelled, and it would come back
-  case $(timeout 30 squeue --noheader --jobs="$SLURM_JOB_ID" --format='%T %r') in
-    'COMPLETING TimeLimit') return 1 ;;  # the ranks took longer to save than the limit allowed
-    COMPLETING*) echo "cancelled: not requeued" >&2 ;;
-    *) return 1 ;;
-  esac
+  [ "$(timeout 30 squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = COMPLETING ] || return 1
+  echo "cancelled: not requeued" >&2
 }
 
 run_job() {
