@@ -98,6 +98,7 @@ run_job() {
   fi
   [ "$checked" = "$folder" ] || start_servers "$@"
   while :; do
+    [ -z "$servers" ] || kill -0 "$servers" 2> /dev/null || start_servers "$@"  # before a retry
     rm -f "$ICRL_OUTCOME"; [ "$stopping" = 1 ] || rm -f "$ICRL_STOP"
     train_step=$steps
     srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${container[@]}" bash slurm/step.sh "$@" &
