@@ -59,10 +59,34 @@ class TaskData:
 
 
 @dataclass
+class TaskServers:
+    """Environment servers that the run starts beside itself, waits for, watches and ends with itself (docs/TASKS.md).
+    Their addresses become the source's `data.servers`; where those are given, nothing is started."""
+
+    command: str = ""
+    """What a shell starts one server with, {port} standing for its port; empty: none. On a cluster it has to listen on
+    every interface, e.g. alfworld --host 0.0.0.0 --port {port}."""
+    count: int = 1
+    """Servers, each with a port of its own."""
+    port: int = 0
+    """Of the first one, the others follow; 0: any free ones."""
+    health: str = "/"
+    """A server is ready when it answers this path with anything but a server error."""
+    startup_timeout_s: float = 600.0
+    """One that does not answer by then ends the run."""
+
+
+@dataclass
 class TaskSource:
     name: str = "rulebook_hard"
     weight: float = 1.0
     data: TaskData = field(default_factory=TaskData)
+    serve: TaskServers = field(default_factory=TaskServers)
+
+    @property
+    def served(self) -> bool:
+        """Whether servers are started for it."""
+        return bool(self.serve.command) and not self.data.servers
 
 
 @dataclass

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from icrl_megatron import serve
 from icrl_megatron import settings as settings_module
 from icrl_megatron.config import ConfigError, Settings, TaskSource
 from icrl_megatron.rollout.episode import Stage, play
@@ -80,7 +81,7 @@ def evaluate(request: Request) -> tuple[Result, Path]:
     out = request.out or (request.model if request.model.is_dir() else request.model.parent) / "eval"
     problems = _problems(request, settings)
     earlier = read_result(request.against) if request.against else None
-    with _model_folder(request.model) as folder:
+    with serve.beside(settings, out / "logs") as settings, _model_folder(request.model) as folder:
         played, dropped = _play(request, settings, folder, problems)
     result = _result(request, played, dropped)
     if earlier is not None:

@@ -1,8 +1,10 @@
 """What a batch job asks before, between and after its steps (slurm/job.sh). Plain decisions, no torch.
 
-python -m icrl_megatron.job check train RECIPE [KEY=VALUE]...         prints the run folder, or exits with 2
+python -m icrl_megatron.job check train RECIPE [KEY=VALUE]...         prints the run folder, and "servers" if it
+                                                                      starts some; or exits with 2
 python -m icrl_megatron.job seen RUN_FOLDER TOKEN                     does this node see what the first one wrote?
-python -m icrl_megatron.job decide RUN_FOLDER OUTCOME STATE RC STOP   prints: done | requeue | retry SECONDS | fail
+python -m icrl_megatron.job decide OUTCOME STATE RC STOP train RECIPE [KEY=VALUE]...
+                                                                      prints: done | requeue | retry SECONDS | fail
 """
 
 from __future__ import annotations
@@ -84,17 +86,19 @@ def decide(outcome: tuple[int, str] | None, returncode: int, stopping: bool, at:
     return Decision("retry", after, f"crash {crashes} of at most {MAX_CRASHES}, at {at} (code {returncode})", wait)
 
 
-def check(arguments: list[str]) -> Path:
-    """The run folder of `train|sft RECIPE [KEY=VALUE]...`. Raises ConfigError on all that can be known beforehand;
-    the number of ranks is WORLD_SIZE's, which the job sets to nodes x ranks a node."""
-    from icrl_megatron import settings, validate
+def check(arguments: list[str]) -> tuple[Path, bool]:
+    """The run folder of `train|sft RECIPE [KEY=VALUE]...`, and whether the job has to start environment servers.
+
+    Raises ConfigError on all that can be known beforehand; the number of ranks is WORLD_SIZE's, which the job sets to
+    nodes x ranks a node."""
+    from icrl_megatron import serve, settings, validate
 
     resolved = settings.load(arguments[1], arguments[2:])
     validate.validate(resolved)
-    return settings.run_folder(resolved)
+    return settings.run_folder(resolved), bool(serve.wanted(resolved))
 
 
-def seen(run_folder: Path, token: str, timeout_s: float = SEEN_TIMEOUT_S) -> None:
+def seen(run_folder: Path, token: str, timeout_s: float) -> None:
     """Raises ConfigError unless this node sees the file that the first node wrote into the run folder."""
     deadline = time.monotonic() + timeout_s
     while not (run_folder / token).exists():
@@ -122,12 +126,15 @@ def main(arguments: list[str]) -> None:
     try:
         verb, *rest = arguments
         if verb == "check":
-            print(check(rest))
+            folder, servers = check(rest)
+            print(folder, *(["servers"] if servers else []), sep="\n")
         elif verb == "seen":
-            seen(Path(rest[0]), rest[1])
+            seen(Path(rest[0]), rest[1], float(os.environ.get("ICRL_SEEN_TIMEOUT_S", SEEN_TIMEOUT_S)))
         else:
-            run_folder, outcome, state = map(Path, rest[:3])
-            print(_decide(run_folder, outcome, state, int(rest[3]), rest[4] == "1"))
+            from icrl_megatron import settings
+
+            run_folder = settings.run_folder(settings.load(rest[5], rest[6:]))
+            print(_decide(run_folder, Path(rest[0]), Path(rest[1]), int(rest[2]), rest[3] == "1"))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(CONFIG_ERROR)

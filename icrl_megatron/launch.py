@@ -130,11 +130,12 @@ class StopRequest:
         return self._set
 
 
-def die_with_parent() -> None:
-    """Asks Linux to SIGKILL this process when its parent dies, even of SIGKILL; ends it if that already happened."""
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Asks Linux to send this process a signal when its parent dies, even of SIGKILL; ends it if that already
+    happened."""
     if sys.platform != "linux":
         return
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     # Taken out, so that a child of this process does not compare with its grandparent.
     parent = os.environ.pop(PARENT_ENV, "")

@@ -22,7 +22,13 @@ def run(parts: Parts, recorder: Recorder) -> int:
     if recorder.step == 0:
         recorder.evaluate()
     while not recorder.finished():
-        played, report = play_and_credit(parts, recorder)
+        try:
+            played, report = play_and_credit(parts, recorder)
+        except NoSignalError:
+            if not recorder.stop_requested():
+                raise
+            recorder.checkpoint()  # what preempts a job ends its environment servers too
+            return STOPPED
         idle = settings.debug.mode == "rollout_only" or (not report.has_signal and algo.on_no_signal == "skip")
         stats = None if idle else update(parts, recorder, report)
         recorder.record(played, report, stats)

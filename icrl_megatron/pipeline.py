@@ -9,10 +9,11 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from icrl_megatron import serve
 from icrl_megatron import settings as settings_module
 from icrl_megatron.config import Calibration, ConfigError, ModelSettings, Settings
 from icrl_megatron.launch import inside_torchrun, torchrun
@@ -27,19 +28,20 @@ _JOB_LOCK = ".job.lock"
 
 def run(settings: Settings) -> int:
     """Warm start (where asked for), training, baseline (where asked for), report. Returns the process's exit code."""
-    with _owned(settings):
-        return _run(settings, run_folder(settings))
+    with _owned(settings) as owned:
+        return _run(owned, run_folder(settings))
 
 
 def warm_start(settings: Settings) -> int:
     """The supervised stage alone (`icrl sft`): leaves a Hugging Face folder in <run_dir>/warm_start/hf."""
-    with _owned(settings):
-        return _warm_start(settings)
+    with _owned(settings) as owned:
+        return _warm_start(owned)
 
 
 @contextmanager
-def _owned(settings: Settings) -> Iterator[None]:
-    """The run folder is this job's before anything is written there. Under torchrun that is up to rank 0.
+def _owned(settings: Settings) -> Iterator[Settings]:
+    """The run folder is this job's before anything is written there; under torchrun that is up to rank 0. Yields the
+    settings with the addresses of the environment servers that run beside it, where there are any.
 
     Raises ConfigError for a run of several machines that nobody started on them.
     """
@@ -48,12 +50,12 @@ def _owned(settings: Settings) -> Iterator[None]:
             f"launch.nodes={settings.launch.nodes}: this command starts ranks on one machine; use sbatch with slurm/ "
             "or `icrl launch RECIPE --on slurm`, or launch.nodes=1"
         )
-    if os.environ.get("RANK", "0") != "0":
-        yield
-        return
-    with locked(run_folder(settings), _JOB_LOCK):
-        settings_module.save(settings, run_folder(settings) / SAVED_NAME)
-        yield
+    folder = run_folder(settings)
+    with ExitStack() as held:
+        if os.environ.get("RANK", "0") == "0":
+            held.enter_context(locked(folder, _JOB_LOCK))
+            settings_module.save(settings, folder / SAVED_NAME)
+        yield held.enter_context(serve.beside(settings, folder / "logs"))
 
 
 def _run(settings: Settings, folder: Path) -> int:

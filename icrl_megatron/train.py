@@ -6,7 +6,7 @@ import asyncio
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -68,7 +68,10 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     folder = Path(settings.model.path)
     catalogue = registry.Catalogue(settings.tasks.sources)
     prompter = Prompter(tokenizer(folder), settings.rollout)
-    check_prompts(settings, catalogue, prompter)
+    drawn_from = problems(settings, catalogue, "train")
+    check_prompts(drawn_from, settings, catalogue, prompter)
+    curriculum = Curriculum(settings.tasks.curriculum_floor) if settings.tasks.curriculum else None
+    sampler = TaskSampler(settings.tasks.sources, drawn_from, settings.seed, curriculum)
     # Servers start while the actor is built. An engine in this process waits for the actor, which says best what is
     # wrong with a model.
     served = settings.engine.kind == "sglang"
@@ -76,7 +79,7 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     try:
         actor = Actor(settings, folder, grid)
         engines = engines if served else wiring.build_engines(settings, folder, grid)
-        parts = _parts(settings, grid, actor, catalogue, prompter, engines, progress)
+        parts = _parts(settings, grid, actor, catalogue, prompter, engines, sampler, progress)
         return _train(parts, catalogue, Recorder(parts, run_folder(settings), progress, stop))
     finally:
         if engines is not None:
@@ -90,6 +93,7 @@ def _parts(
     catalogue: registry.Catalogue,
     prompter: Prompter,
     engines: Engines | None,
+    sampler: TaskSampler,
     progress: Progress,
 ) -> Parts:
     if engines is not None:
@@ -102,12 +106,7 @@ def _parts(
         actor=actor,
         sync=sync,
         source=wiring.episode_source(settings, grid, catalogue, prompter, progress, engines, sync),
-        sampler=TaskSampler(
-            settings.tasks.sources,
-            problems(settings, catalogue, "train"),
-            settings.seed,
-            Curriculum(settings.tasks.curriculum_floor) if settings.tasks.curriculum else None,
-        ),
+        sampler=sampler,
         heldout=heldout(settings, catalogue),
         prompter=prompter,
     )
@@ -160,10 +159,12 @@ def tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def check_prompts(settings: Settings, catalogue: registry.Catalogue, prompter: Prompter) -> None:
+def check_prompts(
+    drawn_from: Mapping[str, Sequence[Task]], settings: Settings, catalogue: registry.Catalogue, prompter: Prompter
+) -> None:
     """Raises ConfigError where the first prompt of a task set does not fit `rollout.context_tokens`, before the model
     is loaded."""
-    for tasks in problems(settings, catalogue, "train").values():
+    for tasks in drawn_from.values():
         with suppress(EnvironmentFailure):  # costs its episodes later, not the run
             environment = GuardedEnvironment(tasks[0], catalogue.environment, settings.rollout.environment_timeout_s)
             problem = asyncio.run(environment.reset())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from icrl_megatron import serve
 from icrl_megatron import settings as settings_module
 from icrl_megatron.config import ActorSettings, AlgoSettings, ConfigError, Settings
 from icrl_megatron.shape import Qwen3Shape, check_folder
@@ -119,6 +121,10 @@ MAY_CHANGE_ON_RESUME = (
     "engine.",
     "rollout.concurrency",
     "rollout.environment_timeout_s",
+    "tasks.sources.data.servers",
+    "tasks.sources.data.request_timeout_s",
+    "tasks.sources.data.grading_workers",
+    "tasks.sources.serve.",
     "actor.tensor_parallel",
     "actor.pipeline_parallel",
     "actor.sequence_parallel",
@@ -129,7 +135,7 @@ MAY_CHANGE_ON_RESUME = (
     "actor.head_backend",
 )
 """What a run that goes on may have different from how it began, names or sections: how long, how often, how
-fast and on which grid. Anything else would make the curve of one run out of two experiments."""
+fast, on which grid and beside which servers. Anything else would make the curve of one run out of two experiments."""
 
 
 def validate(settings: Settings) -> None:
@@ -156,11 +162,7 @@ def validate(settings: Settings) -> None:
 def check_resume(saved: Settings, settings: Settings, folder: Path) -> None:
     """Raises ConfigError if `settings` cannot go on with a run that was begun with `saved`, naming what differs."""
     changed = settings_module.changed(saved, settings)
-    allowed = [
-        name
-        for name in changed
-        if any(name == free or (free.endswith(".") and name.startswith(free)) for free in MAY_CHANGE_ON_RESUME)
-    ]
+    allowed = [name for name in changed if _may_change(name)]
     differing = {name: values for name, values in changed.items() if name not in allowed}
     if differing:
         listed = ", ".join(f"{name} (was {was!r}, now {now!r})" for name, (was, now) in differing.items())
@@ -169,6 +171,11 @@ def check_resume(saved: Settings, settings: Settings, folder: Path) -> None:
             f"{folder} holds a run with other settings: {listed}{harmless}. "
             "Give the same values to go on with it, or name=... or run_dir=... for a new run"
         )
+
+
+def _may_change(name: str) -> bool:
+    plain = re.sub(r"\.\d+(?=\.)", "", name)  # every element of a list alike
+    return any(plain == free or (free.endswith(".") and plain.startswith(free)) for free in MAY_CHANGE_ON_RESUME)
 
 
 def ranks(settings: Settings) -> int:
@@ -218,8 +225,9 @@ def _check_tasks(settings: Settings) -> None:
             problems[split] += task_set.problems(split)
             if not task_set.problems(split):
                 raise ConfigError(f"tasks.sources.{i}.name={source.name}: this task set has no {split} problems")
-        if isinstance(task_set, Checked):
+        if isinstance(task_set, Checked) and not source.served:  # else once its servers run
             task_set.check()
+    serve.check(settings)
     check_no_leak(problems["train"], problems["heldout"])
     templates = settings.rollout.templates
     if templates not in ("standard", "compact"):

@@ -3,20 +3,25 @@
 # ICRL_PYTHON           the Python to use (default: .venv/bin/python where there is one, else python3)
 # ICRL_CONTAINER        image for pyxis/enroot (ICRL_MOUNTS: more mounts); unset: bare metal
 # ICRL_RANKS_PER_NODE   ranks on a node (default: the GPUs that Slurm gave)
-# ICRL_ENV_COMMAND      starts environment servers on the first node beside the job, listening on $ICRL_ENV_PORT
-# ICRL_ENV_OVERRIDE     setting that is told of them (default: tasks.sources.0.data.servers=[URL])
-# ICRL_ENV_TIMEOUT_S    how long they may take to answer (600)
+# ICRL_BACK_OFF_S       wait before the first retry of a crash (30); doubles with each
+# ICRL_SEEN_TIMEOUT_S   how late a file system may show one node what another wrote (60)
 set -uo pipefail
 # In a batch job $0 is a copy in Slurm's spool folder.
-cd "${SLURM_SUBMIT_DIR:?run this with sbatch}" || exit 2
+cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
 
 python=${ICRL_PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+  source slurm/check.sh
+  return
+fi
 export ICRL_RANKS_PER_NODE=${ICRL_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
 export ICRL_LOGS=${ICRL_LOGS:-$PWD/runs/jobs}
 state=$ICRL_LOGS/job.$SLURM_JOB_ID
 mkdir -p "$state" || { echo "error: $ICRL_LOGS cannot be written; set ICRL_LOGS to a shared folder" >&2; exit 2; }
 # Ranks leave what happened here; the file `stop` reaches those that are not listening to signals yet.
 export ICRL_OUTCOME=$state/outcome.json ICRL_STOP=$state/stop
+# Where environment servers leave their addresses; as it is set, no step starts servers of its own.
+export ICRL_SERVERS=$state/servers.${SLURM_RESTART_COUNT:-0}
 container=()
 if [ -n "${ICRL_CONTAINER:-}" ]; then
   container=(--container-image="$ICRL_CONTAINER" --container-mounts="$PWD:$PWD${ICRL_MOUNTS:+,$ICRL_MOUNTS}" --container-workdir="$PWD")
@@ -53,56 +58,57 @@ wait_for() {  # a trapped signal ends `wait` before its process has ended
   done
 }
 
-start_servers() {
-  [ -n "${ICRL_ENV_COMMAND:-}" ] || return 0
-  export ICRL_ENV_PORT=${ICRL_ENV_PORT:-$((40000 + SLURM_JOB_ID % 20000))}
-  local first url deadline
+start_servers() {  # train RECIPE [KEY=VALUE]...: what tasks.sources[...].serve asks for, on the first node, as a step of its own
+  local first code log=$ICRL_SERVERS/step.log
+  rm -rf "$ICRL_SERVERS"; mkdir -p "$ICRL_SERVERS"
   first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  url=http://$first:$ICRL_ENV_PORT
-  srun --nodes=1 --ntasks=1 --nodelist="$first" --overlap --output="$state/environments.log" \
-    bash -c "$ICRL_ENV_COMMAND" &
+  srun --nodes=1 --ntasks=1 --nodelist="$first" --overlap --output="$log" "${container[@]}" \
+    "$python" -m icrl_megatron.serve "$ICRL_SERVERS" "$@" &
   servers=$!
   steps=$((steps + 1))
-  deadline=$((SECONDS + ${ICRL_ENV_TIMEOUT_S:-600}))
-  until curl --silent --output /dev/null --max-time 5 "$url/"; do
-    if ! kill -0 "$servers" 2> /dev/null || [ "$SECONDS" -gt "$deadline" ]; then
-      echo "error: no environment server answers at $url; $state/environments.log ends with:" >&2
-      tail -n 20 "$state/environments.log" >&2
-      end_servers
-      exit 1
-    fi
-    sleep 1
-  done
-  echo "environment servers at $url"
-  settings+=("${ICRL_ENV_OVERRIDE:-tasks.sources.0.data.servers=[$url]}")
+  while [ ! -f "$ICRL_SERVERS/addresses.json" ] && kill -0 "$servers" 2> /dev/null; do sleep 1; done  # it has a time limit
+  cat "$log" >&2
+  if ! grep -q '^{"servers"' "$ICRL_SERVERS/addresses.json"; then
+    [ ! -f "$ICRL_SERVERS/addresses.json" ] || "$python" -c 'import json,sys; print("error:", json.load(open(sys.argv[1]))["error"])' \
+      "$ICRL_SERVERS/addresses.json" >&2
+    wait_for "$servers"; code=$?
+    [ "$code" -ne 0 ] || code=1
+    exit "$code"
+  fi
 }
 
 end_servers() { [ -z "$servers" ] || { kill "$servers" 2> /dev/null; wait_for "$servers"; servers=''; }; return 0; }
 
+cancelled() {  # Slurm would requeue a job that somebody has cancelled, and it would come back
+  [ "$(timeout 30 squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = COMPLETING ] || return 1
+  echo "cancelled: not requeued" >&2
+}
+
 run_job() {
-  local folder code decision token
-  settings=("$@")
+  local checked folder code decision token
   export WORLD_SIZE=$((SLURM_NNODES * ICRL_RANKS_PER_NODE))
-  if ! folder=$(ask check "$@"); then exit 2; fi
+  if ! checked=$(ask check "$@"); then exit 2; fi
   counted
+  folder=${checked%%$'\n'*}
   unset WORLD_SIZE  # torchrun's own to set
   if [ "$SLURM_NNODES" -gt 1 ]; then
     mkdir -p "$folder"; token=.seen.$SLURM_JOB_ID; touch "$folder/$token"
     srun --ntasks-per-node=1 "${container[@]}" "$python" -m icrl_megatron.job seen "$folder" "$token" || exit 2
     steps=$((steps + 1)); rm -f "$folder/$token"
   fi
-  start_servers
+  [ "$checked" = "$folder" ] || start_servers "$@"
   while :; do
+    [ -z "$servers" ] || kill -0 "$servers" 2> /dev/null || start_servers "$@"  # before a retry
     rm -f "$ICRL_OUTCOME"; [ "$stopping" = 1 ] || rm -f "$ICRL_STOP"
     train_step=$steps
-    srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${container[@]}" bash slurm/step.sh "${settings[@]}" &
+    srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${container[@]}" bash slurm/step.sh "$@" &
     running=$!; steps=$((steps + 1))
     wait_for "$running"; code=$?; running=''
-    decision=$(ask decide "$folder" "$ICRL_OUTCOME" "$state/state.json" "$code" "$stopping") || decision=fail
+    decision=$(ask decide "$ICRL_OUTCOME" "$state/state.json" "$code" "$stopping" "$@") || decision=fail
     counted
     case $decision in
       done) end_servers; exit 0 ;;
-      requeue) end_servers; rm -f "$ICRL_STOP"; timeout 30 scontrol requeue "$SLURM_JOB_ID"; exit 0 ;;
+      requeue) end_servers; rm -f "$ICRL_STOP"; cancelled || timeout 30 scontrol requeue "$SLURM_JOB_ID"; exit 0 ;;
       retry*) echo "trying again in ${decision#retry } s" >&2; sleep "${decision#retry }" & wait_for $! ;;
       *) end_servers; [ "$code" -ne 0 ] || code=1; [ -f "$ICRL_OUTCOME" ] && grep -q '"code": 2' "$ICRL_OUTCOME" && code=2; exit "$code" ;;
     esac

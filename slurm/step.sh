@@ -5,8 +5,9 @@
 # ICRL_RANKS_PER_NODE    ranks on this node (default: its GPUs)
 set -euo pipefail
 
-# A signal to the step reaches every process of it: this shell and torchrun ignore USR1, the ranks save on it, once.
-trap '' USR1
+# A signal to the step reaches every process of it: this shell and torchrun ignore USR1 (a time limit) and TERM
+# (preemption), the ranks save on either, once.
+trap '' USR1 TERM
 
 # NeMo-Run starts steps in a folder of its own.
 cd "${ICRL_HOME:-.}"
@@ -45,18 +46,44 @@ logs=${ICRL_LOGS:-runs/jobs}
 mkdir -p "$logs"
 outcome=${ICRL_OUTCOME:-$logs/outcome.${SLURM_JOB_ID:-$$}.${SLURM_RESTART_COUNT:-0}.json}
 
+give_up() {  # no requeue any more, whatever whoever started this step does
+  [ -z "${SLURM_JOB_ID:-}" ] || timeout 30 scontrol update JobId="$SLURM_JOB_ID" Requeue=0 || true
+  exit "$1"
+}
+# Under NeMo-Run nobody decides between the runs of a job: one that was requeued asks first how the one before ended.
+if [ -z "${ICRL_OUTCOME:-}" ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "${SLURM_NODEID:-0}" -eq 0 ]; then
+  before=$logs/outcome.$SLURM_JOB_ID.$((SLURM_RESTART_COUNT - 1)).json
+  decision=$("$python" -m icrl_megatron.job decide "$before" "$logs/job.$SLURM_JOB_ID.json" 1 0 "$@") || decision=fail
+  case $decision in
+    retry*) sleep "${decision#retry }" ;;
+    fail) give_up 1 ;;
+  esac
+fi
+
+# Where no job has started the environment servers that the recipe asks for, the first node does, beside its ranks.
+servers=''
+if [ -z "${ICRL_SERVERS:-}" ]; then
+  export ICRL_SERVERS=$logs/servers.${SLURM_JOB_ID:-$$}.${SLURM_RESTART_COUNT:-0}
+  if [ "${SLURM_NODEID:-0}" -eq 0 ]; then
+    rm -rf "$ICRL_SERVERS"
+    ICRL_PARENT=$$ "$python" -m icrl_megatron.serve "$ICRL_SERVERS" "$@" &
+    servers=$!
+  fi
+fi
+
 code=0
 ICRL_OUTCOME=$outcome "$python" -m icrl_megatron.agent \
   --nnodes="$nodes" --node-rank="${SLURM_NODEID:-0}" --nproc-per-node="$ranks" --max-restarts=0 \
   --master-addr="${MASTER_ADDR:-127.0.0.1}" --master-port="$port" \
-  --log-dir="$logs/torchrun.${SLURM_JOB_ID:-$$}" \
+  --log-dir="$logs/torchrun.${SLURM_JOB_ID:-$$}" --signals-to-handle=SIGINT,SIGHUP,SIGQUIT \
   -m icrl_megatron.rank "$@" || code=$?
+[ -z "$servers" ] || { kill "$servers" 2> /dev/null; wait "$servers"; } || true
 
 if [ -z "${ICRL_OUTCOME:-}" ] && [ -f "$outcome" ]; then  # nobody above reads it
   case $(cat "$outcome") in
     *'"code": 2'*)
       [ "${SLURM_NODEID:-0}" -ne 0 ] || "$python" -c 'import json,sys; print("error:", json.load(open(sys.argv[1]))["message"])' "$outcome" >&2
-      code=2 ;;
+      give_up 2 ;;
     *'"code": 3'*) code=${ICRL_EXIT_STOPPED:-0} ;;  # stopped on request: whoever requeues wants to know
   esac
 fi

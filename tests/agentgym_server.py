@@ -2,12 +2,15 @@
 
 Every conversation is one task: the answers to reset and to each action, in the shapes of the protocol. What a request
 must hold is checked here, so that a client that leaves a field out is told as the real servers would tell it.
+
+    python tests/agentgym_server.py NAME PORT       serves on every interface, and says on stderr what it was asked
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -200,6 +203,11 @@ class Handler(BaseHTTPRequestHandler):
             super().handle()
 
 
+class Talkative(Handler):
+    def log_message(self, *arguments: object) -> None:
+        print(self.command, self.path, file=sys.stderr, flush=True)
+
+
 class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
@@ -217,3 +225,8 @@ def serving(name: str, dialect: str = "A") -> Iterator[tuple[str, State]]:
         state.release.set()
         server.shutdown()
         server.server_close()
+
+
+if __name__ == "__main__":
+    bound = type("Bound", (Talkative,), {"state": State(sys.argv[1], "A")})
+    Server(("", int(sys.argv[2])), bound).serve_forever()

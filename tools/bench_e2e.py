@@ -31,7 +31,7 @@ PHASES = {
     "rollout": ("prefill", "decode", "environments"),
     "score": ("scoring",),
     "train": ("training", "tensor collectives", "bubbles", "data collectives", "optimizer"),
-    "sync": ("sync",),
+    "sync": ("sync", "offload"),
     "pack": ("other",),
 }
 """The loop's phases to the planner's."""

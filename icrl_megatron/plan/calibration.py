@@ -11,7 +11,7 @@ from icrl_megatron.plan.hardware import GIB
 class Constants:
     """Shares of peaks, latencies and fixed costs."""
 
-    training_efficiency: float = 0.26
+    training_efficiency: float = 0.27
     """Share of the peak FLOP/s that training and scoring reach without communication and bubbles. FITTED to NeMo-RL's
     Llama-3.1-8B step on 16 H100 (`nemo_rl.py`); the only fitted number."""
     fp8_gain: float = 1.3
@@ -43,8 +43,6 @@ class Constants:
     """Assumed: an engine's CUDA graphs and activations while it is awake."""
     engine_asleep_bytes: float = 0.5 * GIB
     """Assumed: what an engine keeps on the GPU while it sleeps."""
-    engine_memory_fraction: float = 0.7
-    """Of the GPU, for the engine's weights and cache together (the reference's setting)."""
     sync_bucket_bytes: float = 1.0 * GIB
     """Assumed: flattened bucket that weights are handed over in, twice."""
 

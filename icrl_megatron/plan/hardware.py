@@ -31,16 +31,18 @@ class Gpu:
     """Bytes per second in one direction, to the other GPUs of the node."""
     network_bandwidth: float
     """Bytes per second in one direction and per GPU, to other nodes: one 400 Gb/s port each (A100: 200 Gb/s)."""
+    host_bandwidth: float
+    """Bytes per second in one direction to the host's memory: PCIe, of generation 5 (A100: 4) with 16 lanes."""
     source: str
 
 
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 79.1 * GIB, 312e12, 0.0, 2.039e12, 300e9, 25e9, "NVIDIA A100 80GB SXM data sheet"),
-        Gpu("h100", 79.1 * GIB, 989e12, 1979e12, 3.35e12, 450e9, 50e9, "NVIDIA H100 SXM data sheet"),
-        Gpu("h200", 139.8 * GIB, 989e12, 1979e12, 4.8e12, 450e9, 50e9, "NVIDIA H200 SXM data sheet"),
-        Gpu("b200", 178.3 * GIB, 2250e12, 4500e12, 7.7e12, 900e9, 50e9, "NVIDIA HGX B200 data sheet"),
+        Gpu("a100", 79.1 * GIB, 312e12, 0.0, 2.039e12, 300e9, 25e9, 32e9, "NVIDIA A100 80GB SXM data sheet"),
+        Gpu("h100", 79.1 * GIB, 989e12, 1979e12, 3.35e12, 450e9, 50e9, 64e9, "NVIDIA H100 SXM data sheet"),
+        Gpu("h200", 139.8 * GIB, 989e12, 1979e12, 4.8e12, 450e9, 50e9, 64e9, "NVIDIA H200 SXM data sheet"),
+        Gpu("b200", 178.3 * GIB, 2250e12, 4500e12, 7.7e12, 900e9, 50e9, 64e9, "NVIDIA HGX B200 data sheet"),
     )
 }
 

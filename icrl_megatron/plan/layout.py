@@ -24,6 +24,8 @@ class Layout:
     engine_tensor: int = 1
     precision: str = "bf16"
     fp8: str = "off"
+    offload: str = "none"
+    """What leaves the GPU while episodes are played: none, optimizer, or all (gradients too)."""
 
     @property
     def cell(self) -> int:
@@ -65,6 +67,7 @@ class Layout:
             engine_tensor=settings.engine.tensor_parallel,
             precision=actor.precision,
             fp8=actor.fp8,
+            offload=actor.offload,
         )
 
     def refusal(self, shape: Qwen3Shape, episodes: int) -> str | None:

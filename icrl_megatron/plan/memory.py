@@ -29,6 +29,15 @@ class State:
     def total(self) -> float:
         return self.weights + self.gradients + self.optimizer
 
+    def moved(self, offload: str) -> float:
+        """What is copied to the host's memory before episodes are played, and back afterwards."""
+        return 0.0 if offload == "none" else self.optimizer
+
+    def stays(self, offload: str) -> float:
+        """What is on the GPU meanwhile. Gradients are dropped, not moved: every step begins with zeroes."""
+        gradients = self.gradients if offload == "all" else 0.0
+        return self.total - self.moved(offload) - gradients
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -121,7 +130,7 @@ def estimate(
     tokens = max(layout.micro_batch_tokens, settings.rollout.context_tokens)
     held, local_engine = state(shape, layout), settings.engine.kind == "local"
     reference = held.weights if settings.algo.kl_coef > 0 else 0.0
-    resident = held.total + reference
+    resident, beside = held.total + reference, held.stays(layout.offload) + reference
     engines = 2 if settings.rollout.critic == "frozen" else 1
     engine = engines * float(engine_parameters(shape, layout.engine_tensor) * layout.item)
     of_head = head(shape, layout, settings, tokens)
@@ -129,15 +138,18 @@ def estimate(
     usable = (gpu.memory_bytes - constants.reserved_bytes) / (1 + constants.fragmentation)
     workspace = 0.0 if local_engine else constants.engine_workspace_bytes
     # Never more than asked for; never less than one whole context, or no episode could be played.
-    one_context = settings.rollout.context_tokens * kv_bytes_a_token(shape, layout.engine_tensor, layout.item)
-    asked = constants.engine_memory_fraction * gpu.memory_bytes - engine
-    cache = max(one_context, min(asked, usable - resident - engine - workspace))
+    token = kv_bytes_a_token(shape, layout.engine_tensor, layout.item)
+    asked = settings.engine.memory_fraction * gpu.memory_bytes - engine
+    if settings.engine.kv_tokens is not None:
+        asked = min(asked, settings.engine.kv_tokens * token)
+    room = usable - beside - engine - workspace
+    cache = max(settings.rollout.context_tokens * token, min(asked, room))
     asleep = engine if local_engine else constants.engine_asleep_bytes
     phases = {
-        "rollout": resident + engine + workspace + cache,
+        "rollout": beside + engine + workspace + cache,
         "score": resident + asleep + forward_only(shape, layout, tokens) + of_head,
         "train": resident + asleep + trained + of_head,
-        "sync (train to rollout)": resident + engine + 2 * constants.sync_bucket_bytes,
+        "sync (train to rollout)": beside + engine + 2 * constants.sync_bucket_bytes,
     }
     total = {k: v * (1 + constants.fragmentation) + constants.reserved_bytes for k, v in phases.items()}
     return Memory(held, trained, of_head, engine, cache, total, gpu.memory_bytes)

@@ -75,7 +75,8 @@ def of_layout(
     passes = timing.Passes.of(settings)
     in_flight = round(work.trained_tokens / passes.updates / layout.data / layout.micro_batch_tokens + 0.5)
     held = memory.estimate(shape, layout, settings, gpu, in_flight, constants)
-    times = timing.estimate(shape, layout, work, passes, gpu, held.kv_cache, constants)
+    moved = held.state.moved(layout.offload)
+    times = timing.estimate(shape, layout, work, passes, gpu, held.kv_cache, constants, moved)
     return Plan(shape, gpu, layout, work, held, times)
 
 
@@ -144,6 +145,9 @@ def _single(layout: Layout) -> Iterator[tuple[str, Layout]]:
     modes = ("none", "selective", "full")
     for mode in modes[modes.index(layout.recompute) + 1 :]:
         yield f"actor.recompute={mode}", layout.but(recompute=mode)
+    kinds = ("none", "optimizer", "all")
+    for kind in kinds[kinds.index(layout.offload) + 1 :]:
+        yield f"actor.offload={kind}", layout.but(offload=kind)
     for part in (2, 4):
         tokens = layout.micro_batch_tokens // part
         if tokens >= 1024:

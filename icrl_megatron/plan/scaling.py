@@ -17,7 +17,7 @@ GROUPS = {
     "scoring": ("scoring",),
     "training": ("training", "optimizer"),
     "collectives, bubbles": ("tensor collectives", "data collectives", "bubbles"),
-    "sync, other": ("sync", "other"),
+    "sync, other": ("sync", "offload", "other"),
 }
 
 

@@ -50,9 +50,7 @@ def search(settings: Settings, gpus: int, gpu: Gpu) -> Found:
     for tensor, pipeline, context, engine in product(SIZES, SIZES, CONTEXT, engines):
         sizes = {"tensor": tensor, "pipeline": pipeline, "context": context, "engine_tensor": engine}
         layout = base.but(**sizes, sequence_parallel=tensor > 1)
-        reason = layout.refusal(shape, episodes)
-        if reason is None and context > 1:
-            reason = "the actor has no context parallelism yet"
+        reason = "the actor has no context parallelism" if context > 1 else layout.refusal(shape, episodes)
         if reason is None:
             tried = [of_layout(settings, shape, variant, gpu) for variant in _variants(layout, shape, settings)]
             fitting = [plan for plan in tried if plan.fits]

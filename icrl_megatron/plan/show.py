@@ -17,10 +17,11 @@ ROWS = 12
 
 def layout_words(plan: Plan) -> str:
     layout = plan.layout
-    return (
+    words = (
         f"TP {layout.tensor} x PP {layout.pipeline} x CP {layout.context} x DP {layout.data}, engines of "
         f"{layout.engine_tensor}, {layout.micro_batch_tokens} tokens a micro-batch, recompute {layout.recompute}"
     )
+    return words + (f", offload {layout.offload}" if layout.offload != "none" else "")
 
 
 def show(plan: Plan, console: Console) -> None:

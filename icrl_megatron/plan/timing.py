@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from icrl_megatron.config import Settings
+from icrl_megatron.plan import pipeline
 from icrl_megatron.plan.calibration import CONSTANTS, Constants
 from icrl_megatron.plan.hardware import Gpu
 from icrl_megatron.plan.layout import Layout, counts, engine_parameters, kv_bytes_a_token, local_parameters
@@ -88,17 +89,21 @@ def estimate(
     gpu: Gpu,
     cache_bytes: float,
     constants: Constants = CONSTANTS,
+    moved_bytes: float = 0.0,
 ) -> Times:
-    """`cache_bytes`: the key-value cache on each GPU of an engine."""
+    """`cache_bytes`: the key-value cache on each GPU of an engine; `moved_bytes`: what each GPU hands to the host's
+    memory before episodes are played, and takes back."""
     layers, head = forward_flops(shape, work, passes.head_everywhere)
     rate = constants.training_efficiency * layout.gpus * (gpu.bf16_flops if layout.precision == "bf16" else FP32_FLOPS)
     layer_rate = rate * (constants.fp8_gain if layout.fp8 != "off" else 1.0)
     recomputed = 1.0 if layout.recompute == "full" else 0.0
-    trained = (3.0 + recomputed) * layers / layer_rate + 3.0 * head / rate
-    scored = passes.scored * (layers / layer_rate + head / rate)
-    per_update = work.trained_tokens / passes.updates / layout.data
-    micro_batches = max(1, math.ceil(per_update / layout.micro_batch_tokens))
-    bubble = (layout.pipeline - 1) / micro_batches
+    # The last stage has the head besides its layers, and every other stage waits for it.
+    of_head = head * layout.pipeline / rate
+    trained = (3.0 + recomputed) * layers / layer_rate + 3.0 * of_head
+    scored = passes.scored * (layers / layer_rate + of_head)
+    tokens_M = pipeline.packed(work.sequence_S, layout.data, passes.updates, layout.micro_batch_tokens)
+    bubbles = trained * pipeline.waiting_1f1b(tokens_M, layout.pipeline)
+    bubbles += scored * pipeline.waiting_forward(tokens_M, layout.pipeline)
     # A replica that has less than one micro-batch of work is not faster for it, nor is one with an uneven share.
     uneven = _imbalance(work, layout)
     forward_moves, backward_moves = _tensor_traffic(shape, layout, work, gpu, constants)
@@ -110,13 +115,14 @@ def estimate(
         "scoring": scored * uneven + passes.scored * forward_moves,
         "training": trained * uneven,
         "tensor collectives": forward_moves * (1 + recomputed) + backward_moves,
-        "bubbles": (trained + scored) * uneven * bubble,
+        "bubbles": bubbles * uneven,
         "data collectives": passes.updates * _reduction(shape, layout, gpu, constants),
         "optimizer": passes.updates * 40.0 * local_parameters(shape, layout) / layout.data / gpu.memory_bandwidth,
         "sync": sync(shape, layout, gpu, constants),
+        "offload": 2.0 * moved_bytes / (gpu.host_bandwidth * constants.link_efficiency),
         "other": constants.step_fixed_s,
     }
-    return Times(phases, 3.0 * (layers + head), micro_batches, rollout.tail)
+    return Times(phases, 3.0 * (layers + head), len(tokens_M), rollout.tail)
 
 
 def _imbalance(work: Workload, layout: Layout) -> float:

@@ -22,6 +22,9 @@ _TASK_SETS: dict[str, Callable[[], TaskSet]] = {
 
 _AGENTGYM = ("alfworld", "webshop", "sciworld", "babyai", "textcraft")
 
+SERVED = (*_AGENTGYM, "searchqa")
+"""Task sets that ask servers."""
+
 _FROM_DATA: dict[str, str] = {
     "math": "icrl_megatron.tasks.mathematics:Mathematics",
     "reasoning_gym": "icrl_megatron.tasks.reasoning_gym:ReasoningGym",

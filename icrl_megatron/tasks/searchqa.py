@@ -89,10 +89,10 @@ class RetrievalQA:
 
     def __init__(self, source: TaskSource) -> None:
         self.name, self._data = source.name, source.data
-        if bool(source.data.corpus) == bool(source.data.servers):
+        if bool(source.data.corpus) == (bool(source.data.servers) or source.served):
             raise ConfigError(
-                f"task set {self.name!r} needs one place to search: set either data.corpus or data.servers of its "
-                "entry in tasks.sources"
+                f"task set {self.name!r} needs one place to search: set one of data.corpus, data.servers and "
+                "serve.command of its entry in tasks.sources"
             )
         if source.data.passages < 1:
             raise ConfigError(f"task set {self.name!r}: data.passages={source.data.passages}: must be at least 1")

@@ -54,8 +54,9 @@ class Where:
     """Private key of the tunnel."""
     remote_home: str = ""
     """The checkout on the cluster, under an SSH tunnel."""
-    retries: int = 3
-    """Times that a job which ended non-zero, stopped ones included, is requeued."""
+    retries: int = 100
+    """Times that a job which ended non-zero is requeued. Those that were stopped on request count too, so it is large:
+    crashes have a bound of their own (slurm/step.sh asks `icrl_megatron.job decide`)."""
     python: str = ""
     """Python of the step; empty: the checkout's .venv where there is one, this one, or the container's python3."""
     ranks_per_node: int = 0
@@ -165,9 +166,9 @@ def launch(recipe: str, overrides: Sequence[str], where: Where, dry_run: bool = 
     Raises ConfigError for what can be known before anything is queued: settings, grid, account, partition, size.
     """
     settings = resolve(recipe, overrides, where)
-    run = _nemo_run()
     if where.on == "slurm" and not where.host and not dry_run:
         require_accepted(where, settings)
+    run = _nemo_run()
     with run.Experiment(TITLE.format(recipe), skip_status_at_exit=True) as experiment:
         experiment.add(script(recipe, overrides, where, settings), executor=executor(where, settings), name="train")
         if dry_run:

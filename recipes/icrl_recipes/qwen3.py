@@ -15,11 +15,30 @@ from icrl_megatron.config import (
     OptimSettings,
     RolloutSettings,
     Settings,
+    TaskData,
+    TaskServers,
     TaskSettings,
     TaskSource,
 )
 
 NODE = 8
+
+AGENTGYM = "conda run --no-capture-output -n agentenv-{name} {name} --host 0.0.0.0 --port {{port}}"
+"""How AgentGym's own README starts a server, in the environment that it has one make."""
+
+SERVERS = {"alfworld": 32, "webshop": 1, "searchqa": 1}
+"""Processes of each: ALFWorld's serialises its games."""
+
+
+def source(task: str) -> TaskSource:
+    """A task of the paper. AgentGym's servers start with the run; ALFWorld's games are numbered as AgentGym does it.
+
+    What else a task needs (rows or task ids of the others) is whoever's who runs it: docs/TASKS.md.
+    """
+    if task not in SERVERS:
+        return TaskSource(task)
+    data = TaskData(train=["0:2420"], heldout=["2420:2620"]) if task == "alfworld" else TaskData()
+    return TaskSource(task, data=data, serve=TaskServers(AGENTGYM.format(name=task), count=SERVERS[task]))
 
 
 def icrl(name: str, size: str, task: str, gpus: int) -> Settings:
@@ -29,7 +48,7 @@ def icrl(name: str, size: str, task: str, gpus: int) -> Settings:
         name=name,
         steps=300,
         model=ModelSettings(path=f"models/Qwen3-{size}"),
-        tasks=TaskSettings(sources=[TaskSource(task)]),
+        tasks=TaskSettings(sources=[source(task)]),
         rollout=RolloutSettings(
             tasks_per_step=16,
             episodes_per_task=8,

@@ -19,7 +19,7 @@ def qwen3_8b_math_8xh100_fp8() -> Settings:
 def qwen3_8b_2nodes() -> Settings:
     """The 8B ALFWorld run with twice the tasks a step, data parallel over two nodes. 16 H100.
 
-    Planned: 40 GiB of a GPU in training, 34 GiB of cache in rollouts; 100 s a step.
+    Planned: 40 GiB of a GPU in training, 34 GiB of cache in rollouts; 99 s a step.
     """
     settings = icrl("qwen3_8b_2nodes", "8B", "alfworld", gpus=16)
     settings.rollout.tasks_per_step = 32
@@ -29,7 +29,7 @@ def qwen3_8b_2nodes() -> Settings:
 def qwen3_32b_4nodes() -> Settings:
     """Qwen3-32B on ALFWorld, a size that the paper does not train: TP 8, engines of 8. 32 H100.
 
-    Planned: 44 GiB of a GPU in training, 28 GiB of cache in rollouts; 151 s a step.
+    Planned: 44 GiB of a GPU in training, 28 GiB of cache in rollouts; 149 s a step.
     """
     settings = icrl("qwen3_32b_4nodes", "32B", "alfworld", gpus=32)
     settings.rollout.tasks_per_step = 32

@@ -6,16 +6,18 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+Done = subprocess.CompletedProcess[str]
 ROOT = Path(__file__).resolve().parents[2]
 ACCOUNT, PARTITION = "icrl", "batch"
+FAULTY = ROOT / "tests" / "cluster" / "faulty"
 JOB_TIMEOUT_S = 200
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 TINY = (
-    "tasks.sources.0.name=rulebook_easy",
+    "tasks.sources=[{name: rulebook_easy}]",
     "engine.kind=local",
     "engine.tensor_parallel=1",
     "rollout.tasks_per_step=2",
@@ -28,6 +30,8 @@ TINY = (
     "actor.recompute=none",
     "actor.micro_batch_tokens=8192",
     "algo.on_no_signal=train",
+    "algo.entropy_coef=0.01",
+    "optim.learning_rate=1e-3",
     "algo.max_resamples=0",
     "eval.problems=4",
     "eval.control_problems=0",
@@ -35,6 +39,12 @@ TINY = (
     "launch.device=cpu",
 )
 """The recipe's program on a model and a task that two cores can carry."""
+AGENTGYM = (
+    "tasks.sources=[{name: alfworld, data: {train: ['0:4'], heldout: ['4:8']}}]",
+    f"tasks.sources.0.serve.command={sys.executable} {ROOT / 'tests' / 'agentgym_server.py'} alfworld {{port}}",
+    "rollout.max_turns=2",
+)
+"""A task behind a server that the job starts."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,7 @@ class Cluster:
     env: Mapping[str, str]
     folder: Path
 
-    def run(self, *command: str, timeout_s: float = 60, **more: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, timeout_s: float = 60, **more: str) -> Done:
         """A command with the cluster's environment, in the checkout."""
         env = {**self.env, **more}
         return subprocess.run(
@@ -68,6 +78,24 @@ class Cluster:
         done = self.run(*command, **more)
         assert done.returncode == 0, done.stderr
         return int(done.stdout.strip().split(";")[0])
+
+    def checked(self, file: str, options: Sequence[str], arguments: Sequence[str], **more: str) -> Done:
+        """What the same words say with bash in the place of sbatch."""
+        here = [f"--account={ACCOUNT}", "--nodes=2", "--gpus-per-node=1", *options]
+        return self.run("bash", f"slurm/{file}", *here, *arguments, **more)
+
+    @property
+    def local(self) -> Path:
+        """A folder that every node has for itself (up.sh)."""
+        return self.folder.parent / "local"
+
+    @property
+    def logs(self) -> Path:
+        return Path(self.env["ICRL_LOGS"])
+
+    def path(self, first: Path) -> str:
+        """PYTHONPATH with another folder before the checkout's."""
+        return os.pathsep.join((str(first), self.env["PYTHONPATH"]))
 
     def log(self, job: int) -> str:
         path = self.folder / f"{job}.log"
@@ -106,4 +134,5 @@ def job_environment() -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith("SLURM_")}
     path = os.pathsep.join(str(p) for p in (ROOT, ROOT / "kernels", ROOT / "recipes"))
     ours = {"PYTHONPATH": path, "ICRL_PYTHON": sys.executable, "ICRL_RANKS_PER_NODE": "1", "ICRL_BACK_OFF_S": "0.5"}
+    ours["ICRL_SEEN_TIMEOUT_S"] = "2"
     return env | ours | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}

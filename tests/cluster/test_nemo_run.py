@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
-from slurm import ACCOUNT, PARTITION, ROOT, TINY, Cluster, icrl, until
+from slurm import ACCOUNT, AGENTGYM, FAULTY, PARTITION, ROOT, TINY, Cluster, Done, icrl, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -25,13 +24,13 @@ class Nemo:
     def __init__(self, cluster: Cluster, python: str, home: Path) -> None:
         self.cluster, self.python, self.home = cluster, python, home
 
-    def __call__(self, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
-        names = {"NEMORUN_HOME": str(self.home), "ICRL_HOME": str(ROOT)}
+    def __call__(self, *arguments: str, timeout_s: float = 240, **more: str) -> Done:
+        names = {"NEMORUN_HOME": str(self.home), "ICRL_HOME": str(ROOT), **more}
         return self.cluster.run(*icrl(self.python), *arguments, timeout_s=timeout_s, **names)
 
-    def launch(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def launch(self, *arguments: str, **more: str) -> Done:
         python = self.cluster.env["ICRL_PYTHON"]
-        return self("launch", *arguments, "--python", python, "--ranks-per-node", "1")
+        return self("launch", *arguments, "--python", python, "--ranks-per-node", "1", **more)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +41,11 @@ def icrl_nemo(cluster: Cluster, nemo: str) -> Nemo:
 def arguments(folder: Path, model: Path, *more: str) -> list[str]:
     short = ["steps=1", "eval.problems=1", "launch.ranks=1", "actor.tensor_parallel=1", "actor.sequence_parallel=false"]
     return [RECIPE, f"run_dir={folder}", f"model.path={model}", *TINY, *short, *more]
+
+
+def launched(done: Done) -> str:
+    """The experiment that a launch printed."""
+    return str(re.search(r"experiment (\S+): icrl status", done.stderr)[1])  # type: ignore[index]
 
 
 def resolved(folder: Path) -> dict[str, object]:
@@ -64,13 +68,24 @@ def test_local_and_slurm_run_the_same_settings(icrl_nemo: Nemo, cluster: Cluster
     for folder in (here, there):
         assert (folder / "hf" / "model.safetensors").exists()
 
-    experiment = re.search(r"experiment (\S+): icrl status", remote.stderr)[1]  # type: ignore[index]
+    experiment = launched(remote)
     shown = icrl_nemo("status", experiment)
     assert shown.returncode == 0
     assert "SUCCEEDED" in shown.stdout
+    told = icrl_nemo("logs", experiment)
+    assert told.returncode == 0
+    assert "rulebook_easy" in told.stdout + told.stderr  # the run's final table
 
 
-def test_a_failure_is_not_exit_code_0(icrl_nemo: Nemo, cluster: Cluster, model: Path) -> None:
+def test_environment_servers_on_one_machine(icrl_nemo: Nemo, cluster: Cluster, model: Path) -> None:
+    folder = cluster.folder / "nemo_served"
+    done = icrl_nemo.launch(*arguments(folder, model, *AGENTGYM))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "environment servers of alfworld: http://127.0.0.1:" in done.stdout + done.stderr
+    assert (folder / "hf" / "model.safetensors").exists()
+
+
+def test_a_wrong_model_is_not_exit_code_0(icrl_nemo: Nemo, cluster: Cluster, model: Path) -> None:
     # Known only to the ranks: the tokenizer's file is there, and is not one.
     broken = cluster.folder / "broken"
     cluster.run("cp", "-r", str(model), str(broken))
@@ -80,15 +95,32 @@ def test_a_failure_is_not_exit_code_0(icrl_nemo: Nemo, cluster: Cluster, model: 
     assert "the tokenizer cannot be loaded" in done.stdout + done.stderr
 
 
+def test_a_failing_rank_is_retried_once_with_its_traceback(icrl_nemo: Nemo, cluster: Cluster, model: Path) -> None:
+    """NeMo-Run would requeue it a hundred times: the step itself says when the same step would crash again."""
+    folder = cluster.folder / "nemo_failing"
+    done = icrl_nemo.launch(*arguments(folder, model), *SLURM, PYTHONPATH=cluster.path(FAULTY))
+    assert done.returncode == 1, done.stdout + done.stderr
+    job = int(re.search(r"job (\d+)", icrl_nemo("status", launched(done)).stdout)[1])  # type: ignore[index]
+    ended = cluster.ended(job)
+    assert (ended.state, ended.restarts) == ("FAILED", 2)
+    said = "".join(path.read_text() for path in sorted(icrl_nemo.home.rglob(f"log-*_{job}_*.out")))
+    assert said.count("RuntimeError: injected fault of rank 0") == 2
+    assert said.count("crash 1 of at most 3") == 1
+    assert "error: crashed twice at -/-" in said
+
+
 def test_detached_jobs_are_followed_and_cancelled(icrl_nemo: Nemo, cluster: Cluster, model: Path) -> None:
-    begun = icrl_nemo.launch(*arguments(cluster.folder / "nemo_cancelled", model, "steps=5000"), *SLURM, "--detach")
+    folder = cluster.folder / "nemo_cancelled"
+    begun = icrl_nemo.launch(*arguments(folder, model, "steps=5000"), *SLURM, "--detach")
     assert begun.returncode == 0, begun.stdout + begun.stderr
-    experiment = re.search(r"experiment (\S+): icrl status", begun.stderr)[1]  # type: ignore[index]
+    experiment = launched(begun)
     shown = icrl_nemo("status", experiment)
     job = int(re.search(r"job (\d+)", shown.stdout)[1])  # type: ignore[index]
-    until(lambda: cluster.accounted(job)[0] == "RUNNING", lambda: shown.stdout, 60)
+    until((folder / "metrics.jsonl").exists, lambda: shown.stdout, 150)
     assert icrl_nemo("cancel", experiment).returncode == 0
     assert cluster.ended(job).state == "CANCELLED"
+    until(lambda: cluster.run("squeue", "-h", "-j", str(job)).stdout.strip() == "", lambda: shown.stdout, 60)
+    assert cluster.accounted(job)[2] == 0  # nothing brought it back
     assert icrl_nemo("status", experiment).returncode == 1
 
 

@@ -1,14 +1,16 @@
-"""Real jobs on a real Slurm: training over two nodes, stops and requeues, crashes, and what is refused."""
+"""Real jobs on a real Slurm: training over two nodes, environment servers, stops and requeues, crashes, evaluation, and
+what is refused."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from icrl_megatron.telemetry.writer import TIME_PREFIX, Row, read_rows
-from slurm import ROOT, TINY, Cluster, icrl, until
+from slurm import AGENTGYM, FAULTY, ROOT, TINY, Cluster, icrl, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -26,24 +28,26 @@ def rows(folder: Path) -> list[Row]:
     return [{k: v for k, v in row.items() if not k.startswith((TIME_PREFIX, "memory/"))} for row in found]
 
 
+def await_lines(folder: Path, count: int, cluster: Cluster, job: int) -> None:
+    """Until so many lines of metrics are there."""
+    metrics = folder / "metrics.jsonl"
+    until(lambda: metrics.exists() and metrics.read_text().count("\n") >= count, lambda: cluster.log(job), 150)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, model: Path) -> Path:
-    """A run over two nodes that nothing interrupts, with an environment server beside it."""
+    """A run over two nodes that nothing interrupts."""
     folder = cluster.folder / "undisturbed"
-    server = {"ICRL_ENV_COMMAND": "exec python3 -m http.server $ICRL_ENV_PORT", "ICRL_ENV_OVERRIDE": "seed=0"}
-    job = cluster.sbatch("icrl_8b.sbatch", *arguments(folder, model), **server)
-    ended = cluster.ended(job)
+    ended = cluster.ended(cluster.sbatch("icrl_8b.sbatch", *arguments(folder, model)))
     assert (ended.state, ended.code) == ("COMPLETED", "0:0"), ended.log
-    assert re.search(r"environment servers at http://node\d:\d+", ended.log)
-    steps = cluster.run("sacct", "-n", "-P", "-j", str(job), "-o", "JobID,State").stdout
-    assert f"{job}.1|" in steps  # nodes that see the folder, the servers, and the ranks
-    assert "RUNNING" not in steps  # the servers ended with the job
     return folder
 
 
 def test_two_nodes_train_to_the_end(undisturbed: Path) -> None:
     found = rows(undisturbed)
     assert found[-1]["step"] == STEPS
+    entropies = {row["actor/entropy"] for row in found if "actor/entropy" in row}
+    assert len(entropies) == STEPS  # something is learned, so that equal metrics mean equal weights
     assert (undisturbed / "hf" / "model.safetensors").exists()
     assert "tensor_parallel: 2" in (undisturbed / "settings.yaml").read_text()
 
@@ -51,8 +55,7 @@ def test_two_nodes_train_to_the_end(undisturbed: Path) -> None:
 def test_usr1_saves_requeues_and_goes_on_to_the_same_metrics(undisturbed: Path, cluster: Cluster, model: Path) -> None:
     folder = cluster.folder / "stopped"
     job = cluster.sbatch("icrl_8b.sbatch", *arguments(folder, model))
-    metrics = folder / "metrics.jsonl"
-    until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, lambda: cluster.log(job), 150)
+    await_lines(folder, 2, cluster, job)
     # What Slurm itself does --signal=B:USR1@120 before the time limit.
     assert cluster.run("scancel", "--batch", "--signal=USR1", str(job)).returncode == 0
     ended = cluster.ended(job)
@@ -64,10 +67,50 @@ def test_usr1_saves_requeues_and_goes_on_to_the_same_metrics(undisturbed: Path, 
     assert rows(folder) == rows(undisturbed)
 
 
+@pytest.fixture(scope="module")
+def preempted(cluster: Cluster, model: Path) -> tuple[Path, int]:
+    """A run with an environment server beside it, and its job, which was preempted once.
+
+    TERM to every process of every step is what Slurm's own preemption sends in its grace time."""
+    folder = cluster.folder / "preempted"
+    job = cluster.sbatch("icrl_8b.sbatch", *arguments(folder, model, *AGENTGYM))
+    await_lines(folder, 2, cluster, job)
+    assert cluster.run("scancel", "--signal=TERM", str(job)).returncode == 0
+    ended = cluster.ended(job)
+    assert (ended.state, ended.restarts) == ("COMPLETED", 1), ended.log
+    assert ended.log.count("stopped on request at") == 1
+    assert len(re.findall(r"environment servers of alfworld: http://node\d:\d+", ended.log)) == 2
+    return folder, job
+
+
+def test_no_step_is_lost_or_doubled_by_preemption(preempted: tuple[Path, int]) -> None:
+    assert [row["step"] for row in rows(preempted[0]) if "actor/entropy" in row] == [1, 2, 3, 4]
+
+
+def test_servers_run_beside_a_job(preempted: tuple[Path, int], cluster: Cluster) -> None:
+    folder, job = preempted
+    for restart in (0, 1):
+        asked = (cluster.logs / f"job.{job}" / f"servers.{restart}" / "alfworld.0.log").read_text()
+        assert asked.count("POST /create") > 8  # one that looks whether it plays, and the episodes of two nodes
+    assert "servers: []" in (folder / "settings.yaml").read_text()
+    steps = cluster.run("sacct", "-n", "-P", "-j", str(job), "-o", "JobID,State").stdout
+    assert f"{job}.2|" in steps  # nodes that see the folder, the servers, and the ranks
+    assert "RUNNING" not in steps  # the servers ended with the job
+
+
+def test_servers_that_do_not_start_end_the_job(cluster: Cluster, model: Path) -> None:
+    broken = ("tasks.sources.0.serve.command=echo no games here; exit 3 # {port}",)
+    job = cluster.sbatch("icrl_8b.sbatch", *arguments(cluster.folder / "unserved", model, *AGENTGYM, *broken))
+    ended = cluster.ended(job)
+    assert (ended.state, ended.code) == ("FAILED", "2:0"), ended.log
+    assert "error: 'alfworld': the server" in ended.log
+    assert "ended with code 3" in ended.log
+    assert "no games here" in ended.log
+
+
 def test_a_failing_rank_ends_the_job_with_its_traceback(cluster: Cluster, model: Path) -> None:
     folder = cluster.folder / "failing"
-    faulty = str(ROOT / "tests" / "cluster" / "faulty") + ":" + cluster.env["PYTHONPATH"]
-    ended = cluster.ended(cluster.sbatch("icrl_8b.sbatch", *arguments(folder, model), PYTHONPATH=faulty))
+    ended = cluster.ended(cluster.sbatch("icrl_8b.sbatch", *arguments(folder, model), PYTHONPATH=cluster.path(FAULTY)))
     assert ended.state == "FAILED"
     assert "Traceback (most recent call last)" in ended.log
     assert "RuntimeError: injected fault of rank 1" in ended.log
@@ -76,31 +119,91 @@ def test_a_failing_rank_ends_the_job_with_its_traceback(cluster: Cluster, model:
     assert "error: crashed twice at -/-" in ended.log  # not a third time
 
 
+def test_a_cancelled_job_does_not_come_back(cluster: Cluster, model: Path) -> None:
+    folder = cluster.folder / "cancelled"
+    job = cluster.sbatch("icrl_8b.sbatch", *arguments(folder, model, "steps=5000"), options=("--nodes=1",))
+    await_lines(folder, 1, cluster, job)
+    assert cluster.run("scancel", str(job)).returncode == 0
+    until(lambda: cluster.run("squeue", "-h", "-j", str(job)).stdout.strip() == "", lambda: cluster.log(job), 60)
+    state, _, restarts = cluster.accounted(job)
+    assert (state, restarts) == ("CANCELLED", 0)
+
+
+def test_evaluation(preempted: tuple[Path, int], cluster: Cluster) -> None:
+    """`icrl eval` starts the servers of the run that it evaluates."""
+    words = (str(preempted[0]), "--problems", "3", "--samples", "2", "launch.device=cpu", "--out", str(cluster.folder))
+    ended = cluster.ended(cluster.sbatch("eval.sbatch", *words, options=("--nodes=1",)))
+    assert (ended.state, ended.code) == ("COMPLETED", "0:0"), ended.log
+    found = json.loads((cluster.folder / "eval.json").read_text())
+    assert [len(scores) for scores in found["successes"].values()] == [2, 2, 2]
+    assert found["lost"] == []
+    assert "environment servers of alfworld: http://127.0.0.1:" in ended.log
+    wrong = cluster.ended(cluster.sbatch("eval.sbatch", "/nowhere/run", options=("--nodes=1",)))
+    assert (wrong.state, wrong.code) == ("FAILED", "2:0"), wrong.log
+    assert "error: /nowhere/run: no such folder" in wrong.log
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_slurm_accepts_every_file(file: str, cluster: Cluster) -> None:
     done = cluster.run("sbatch", "--test-only", "--account=icrl", f"slurm/{file}")
     assert done.returncode == 0, done.stderr
 
 
+def test_what_is_wrong_ends_the_job_at_once(undisturbed: Path, cluster: Cluster, model: Path) -> None:
+    """One job for each place where it can come out: the settings, the run that is there already, the other nodes."""
+    nowhere, other = "model.path=/nowhere/Qwen3-8B", "optim.learning_rate=1e-4"
+    wrong = [cluster.sbatch("icrl_8b.sbatch", *arguments(cluster.folder / "wrong", model, nowhere))]
+    wrong += [cluster.sbatch("icrl_8b.sbatch", *arguments(undisturbed, model, other))]
+    wrong += [cluster.sbatch("icrl_8b.sbatch", *arguments(cluster.local / "run", model))]
+    messages = (
+        "error: model.path=/nowhere/Qwen3-8B: no such folder",
+        "holds a run with other settings: optim.learning_rate (was 0.001, now 0.0001)",
+        " does not see what the first node wrote there; use a folder on a file system that all nodes share",
+    )
+    for job, message in zip(wrong, messages, strict=True):
+        ended = cluster.ended(job)
+        assert (ended.state, ended.code) == ("FAILED", "2:0")
+        assert message in ended.log
+        assert "Traceback" not in ended.log
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("words", "message"),
     [
-        ("model.path=/nowhere/Qwen3-8B", "error: model.path=/nowhere/Qwen3-8B: no such folder"),
-        ("actor.tensor_parallel=4", "does not divide the 2 ranks"),
-        ("actor.tensor_paralel=2", "did you mean actor.tensor_parallel?"),
+        (["--account=nobody"], "Slurm would not take slurm/icrl_8b.sbatch --account=nobody"),
+        (["--partition=nowhere"], "invalid partition specified: nowhere"),
+        (["--nodes=9"], "--nodes=9: allocation failure: Requested node"),
+        (["--gpus-per-node=64"], "--gpus-per-node=64: allocation failure: Requested node"),
+        (["model.path=/nowhere/Qwen3-8B"], "error: model.path=/nowhere/Qwen3-8B: no such folder"),
+        (["actor.tensor_parallel=4"], "does not divide the 2 ranks"),
+        (["actor.tensor_paralel=2"], "did you mean actor.tensor_parallel?"),
+        (["run_dir=/proc/run"], "run folder /proc/run cannot be written"),
     ],
 )
-def test_what_is_wrong_ends_the_job_at_once(change: str, message: str, cluster: Cluster, model: Path) -> None:
-    ended = cluster.ended(cluster.sbatch("icrl_8b.sbatch", *arguments(cluster.folder / "wrong", model, change)))
-    assert (ended.state, ended.code) == ("FAILED", "2:0")
-    assert message in ended.log
-    assert "Traceback" not in ended.log
+def test_bash_in_the_place_of_sbatch_says_what_is_wrong(
+    words: list[str], message: str, cluster: Cluster, model: Path
+) -> None:
+    done = cluster.checked("icrl_8b.sbatch", words, arguments(cluster.folder / "unborn", model))
+    assert done.returncode == 2, done.stdout
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_resume_with_other_settings_is_refused(undisturbed: Path, cluster: Cluster, model: Path) -> None:
-    ended = cluster.ended(cluster.sbatch("icrl_8b.sbatch", *arguments(undisturbed, model, "optim.learning_rate=1e-3")))
-    assert (ended.state, ended.code) == ("FAILED", "2:0")
-    assert "holds a run with other settings: optim.learning_rate" in ended.log
+def test_an_unknown_recipe_is_known_before_it_is_queued(cluster: Cluster, model: Path) -> None:
+    words = arguments(cluster.folder / "unborn", model)
+    done = cluster.checked("icrl_8b.sbatch", [], words, RECIPE="qwen3_8b_alfword_4xh100")
+    assert done.returncode == 2
+    assert "did you mean qwen3_8b_alfworld_4xh100" in done.stderr
+
+
+def test_bash_in_the_place_of_sbatch_queues_nothing(cluster: Cluster, model: Path) -> None:
+    newest = cluster.run("sacct", "-n", "-X", "-P", "-o", "JobID").stdout
+    done = cluster.checked("icrl_8b.sbatch", ["--time=01:00:00"], arguments(cluster.folder / "unborn", model))
+    assert done.returncode == 0, done.stderr
+    assert f"it would write to {cluster.folder / 'unborn'}" in done.stdout
+    assert cluster.checked("eval.sbatch", [], ["/any/run", "--task", "household"]).returncode == 0
+    assert cluster.run("sacct", "-n", "-X", "-P", "-o", "JobID").stdout == newest
+    assert not (cluster.folder / "unborn").exists()
 
 
 def test_a_multi_node_recipe_is_not_started_on_one_machine(cluster: Cluster, model: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from icrl_megatron import job
 from icrl_megatron.config import ConfigError
 from icrl_megatron.job import MAX_CRASHES, State, decide, progress
 from icrl_megatron.launch import CONFIG_ERROR, STOPPED
+from icrl_megatron.rollout.sglang_server import TESTED
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "slurm").iterdir())
@@ -69,7 +71,8 @@ def test_progress_is_the_last_whole_line(tmp_path: Path) -> None:
 
 
 def test_decisions_are_remembered(tmp_path: Path) -> None:
-    words = ["decide", str(tmp_path), str(tmp_path / "outcome.json"), str(tmp_path / "state" / "state.json"), "1", "0"]
+    words = ["decide", str(tmp_path / "outcome.json"), str(tmp_path / "state" / "state.json"), "1", "0"]
+    words += ["train", "quickstart", f"run_dir={tmp_path}"]
     said = []
     for _ in range(2):
         done = subprocess.run(
@@ -83,11 +86,18 @@ def test_decisions_are_remembered(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "state" / "state.json").read_text())["crashes"] == 2
 
 
-def test_a_folder_that_is_not_shared(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "token").touch()
     job.seen(tmp_path, "token", timeout_s=0)
     with pytest.raises(ConfigError, match="does not see what the first node wrote"):
         job.seen(tmp_path, "other", timeout_s=0)
+    monkeypatch.setenv("ICRL_SEEN_TIMEOUT_S", "0")
+    with pytest.raises(SystemExit) as ended:
+        job.main(["seen", str(tmp_path), "other"])
+    assert ended.value.code == 2
+    assert "use a folder on a file system that all nodes share, run_dir=..." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -130,3 +140,81 @@ def test_a_step_alone_tells_how_its_ranks_ended(outcome: str, ended: int, code: 
     )  # fmt: skip
     assert done.returncode == code, done.stderr
     assert said in done.stderr
+
+
+def test_the_job_is_told_whether_servers_are_to_be_started(tmp_path: Path) -> None:
+    words = ["check", "train", "rulebook_easy", f"run_dir={tmp_path}"]
+    served = "tasks.sources=[{name: alfworld, data: {train: ['0:4'], heldout: ['4:8']}, serve: {command: 'x {port}'}}]"
+    for more, said in (([], f"{tmp_path}\n"), ([served], f"{tmp_path}\nservers\n")):
+        done = subprocess.run(
+            [sys.executable, "-m", "icrl_megatron.job", *words, *more],
+            cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (0, said), done.stderr
+
+
+class RequeuedStep:
+    """slurm/step.sh as NeMo-Run's script runs it again and again, with ranks that only leave an outcome."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.commands = folder / "scontrol.log"
+        self._program("scontrol", f'echo "$*" >> {self.commands}')
+
+    def _program(self, name: str, body: str) -> None:
+        path = self.folder / name
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+
+    def run(self, restarts: int, outcome: str, ended: int) -> subprocess.CompletedProcess[str]:
+        leave = f"echo '{outcome}' > \"$ICRL_OUTCOME\"" if outcome else "true"
+        real = f'[[ "$*" != *icrl_megatron.agent* ]] && exec {sys.executable} "$@"'
+        self._program("python", f"{real}\n{leave}\nexit {ended}")
+        env = {
+            "PATH": f"{self.folder}:/usr/bin:/bin", "ICRL_PYTHON": str(self.folder / "python"), "ICRL_BACK_OFF_S": "0",
+            "ICRL_RANKS_PER_NODE": "1", "ICRL_EXIT_STOPPED": "75", "ICRL_LOGS": str(self.folder / "logs"),
+            "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts), "ICRL_HOME": str(ROOT),
+        }  # fmt: skip
+        return subprocess.run(
+            ["bash", str(ROOT / "slurm" / "step.sh"), "train", "quickstart", f"run_dir={self.folder / 'run'}"],
+            env=env, capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+
+
+def test_a_requeued_step_is_given_up_where_the_same_step_crashed_twice(tmp_path: Path) -> None:
+    step = RequeuedStep(tmp_path)
+    assert step.run(0, "", 1).returncode == 1
+    again = step.run(1, "", 1)
+    assert again.returncode == 1
+    assert "crash 1 of at most 3" in again.stderr
+    assert not step.commands.exists()
+    last = step.run(2, "", 0)  # it would end well now, and is not tried
+    assert last.returncode == 1
+    assert "error: crashed twice at -/-" in last.stderr
+    assert step.commands.read_text() == "update JobId=7 Requeue=0\n"
+
+
+def test_a_requeued_step_goes_on_after_a_stop_unless_nothing_was_done_between(tmp_path: Path) -> None:
+    step, stopped = RequeuedStep(tmp_path), '{"code": 3, "message": "stopped on request"}'
+    (tmp_path / "run").mkdir()
+    for restarts in range(3):
+        done = step.run(restarts, stopped, 0)
+        assert done.returncode == 75, done.stderr
+        (tmp_path / "run" / "metrics.jsonl").write_text(f'{{"step": {restarts}}}\n')
+    assert step.run(3, stopped, 0).returncode == 75
+    stuck = step.run(4, stopped, 0)
+    assert stuck.returncode == 1
+    assert "error: stopped twice at -/2 without a step between" in stuck.stderr
+    assert step.commands.read_text() == "update JobId=7 Requeue=0\n"
+
+
+def test_a_wrong_setting_takes_the_right_to_be_requeued_away(tmp_path: Path) -> None:
+    step = RequeuedStep(tmp_path)
+    done = step.run(0, '{"code": 2, "message": "actor.x=1: wrong"}', 1)
+    assert (done.returncode, done.stderr) == (2, "error: actor.x=1: wrong\n")
+    assert step.commands.read_text() == "update JobId=7 Requeue=0\n"
+
+
+def test_the_image_has_the_engine_that_is_accepted() -> None:
+    (pinned,) = re.findall(r"^ARG SGLANG=(\S+)$", (ROOT / "docker" / "Dockerfile").read_text(), re.MULTILINE)
+    assert pinned in TESTED

@@ -22,7 +22,7 @@ ON_GPUS = tuple(name for name in RECIPES if registry()[name]().launch.device == 
 
 def supplied(settings: Settings) -> list[str]:
     """What whoever runs the recipe brings along: data or servers of its tasks, and an SGLang."""
-    found = [f"data of {s.name}" for s in settings.tasks.sources if s.name not in EMBEDDED]
+    found = [f"data of {s.name}" for s in settings.tasks.sources if s.name not in EMBEDDED and not s.data.train]
     return found + (["SGLang"] if settings.engine.kind == "sglang" else [])
 
 
@@ -105,6 +105,15 @@ def test_names_say_how_many_gpus() -> None:
         if "nodes" in name:
             assert f"_{settings.launch.nodes}nodes" in name
             assert settings.launch.ranks == 8
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_on_agentgym_start_its_servers(name: str) -> None:
+    for source in settings_module.load(name).tasks.sources:
+        assert source.served == (source.name in ("alfworld", "webshop", "searchqa"))
+        assert not source.served or f"{source.name} --host 0.0.0.0 --port {{port}}" in source.serve.command
+        if source.name == "alfworld":
+            assert (source.data.train, source.data.heldout, source.serve.count) == (["0:2420"], ["2420:2620"], 32)
 
 
 def test_more_ranks_than_one_machine_are_counted() -> None:

@@ -1,4 +1,4 @@
-"""On PYTHONPATH, rank 1 fails where the training loop is imported: a fault of one rank while the other waits for it."""
+"""On PYTHONPATH, the last rank fails where the training loop is imported: a fault of one rank that others wait for."""
 
 import importlib.abc
 import os
@@ -8,8 +8,8 @@ import sys
 class _Fault(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
         if name == "icrl_megatron.loop":
-            raise RuntimeError("injected fault of rank 1")
+            raise RuntimeError(f"injected fault of rank {os.environ['RANK']}")
 
 
-if os.environ.get("RANK") == "1":
+if "RANK" in os.environ and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
     sys.meta_path.insert(0, _Fault())

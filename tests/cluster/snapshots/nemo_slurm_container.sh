@@ -23,7 +23,7 @@ set -evx
 
 export PYTHONUNBUFFERED=1
 export SLURM_UNBUFFEREDIO=1
-export TORCHX_MAX_RETRIES=3
+export TORCHX_MAX_RETRIES=100
 
 set +e
 
@@ -43,7 +43,7 @@ export ICRL_LOGS=CHECKOUT/runs/jobs
 
 # Command 1
 
-srun --output CLUSTER/nemo/experiments/icrl-qwen3_8b_alfworld_4xh100/EXPERIMENT/train/log-icrl-icrl.train_%j_${SLURM_RESTART_COUNT:-0}.out --container-image registry.example/icrl:1 --container-mounts CHECKOUT:CHECKOUT,CLUSTER/nemo/experiments/icrl-qwen3_8b_alfworld_4xh100/EXPERIMENT/train:/nemo_run --container-workdir /nemo_run/code --wait=60 --kill-on-bad-exit=1 bash CHECKOUT/slurm/step.sh train qwen3_8b_alfworld_4xh100 run_dir=CLUSTER/nemo_dry model.path=MODEL tasks.sources.0.name=rulebook_easy engine.kind=local engine.tensor_parallel=1 rollout.tasks_per_step=2 rollout.episodes_per_task=4 rollout.max_turn_tokens=24 rollout.max_critique_tokens=24 rollout.context_tokens=512 rollout.templates=compact actor.precision=fp32 actor.recompute=none actor.micro_batch_tokens=8192 algo.on_no_signal=train algo.max_resamples=0 eval.problems=4 eval.control_problems=0 checkpoint.interval=2 launch.device=cpu steps=1 eval.problems=1 launch.ranks=1 actor.tensor_parallel=1 actor.sequence_parallel=false
+srun --output CLUSTER/nemo/experiments/icrl-qwen3_8b_alfworld_4xh100/EXPERIMENT/train/log-icrl-icrl.train_%j_${SLURM_RESTART_COUNT:-0}.out --container-image registry.example/icrl:1 --container-mounts CHECKOUT:CHECKOUT,CLUSTER/nemo/experiments/icrl-qwen3_8b_alfworld_4xh100/EXPERIMENT/train:/nemo_run --container-workdir /nemo_run/code --wait=60 --kill-on-bad-exit=1 bash CHECKOUT/slurm/step.sh train qwen3_8b_alfworld_4xh100 run_dir=CLUSTER/nemo_dry model.path=MODEL 'tasks.sources=[{name: rulebook_easy}]' engine.kind=local engine.tensor_parallel=1 rollout.tasks_per_step=2 rollout.episodes_per_task=4 rollout.max_turn_tokens=24 rollout.max_critique_tokens=24 rollout.context_tokens=512 rollout.templates=compact actor.precision=fp32 actor.recompute=none actor.micro_batch_tokens=8192 algo.on_no_signal=train algo.entropy_coef=0.01 optim.learning_rate=1e-3 algo.max_resamples=0 eval.problems=4 eval.control_problems=0 checkpoint.interval=2 launch.device=cpu steps=1 eval.problems=1 launch.ranks=1 actor.tensor_parallel=1 actor.sequence_parallel=false
 
 exitcode=$?
 

@@ -1,0 +1,211 @@
+"""Environment servers beside a run: real processes that are started, waited for, mourned, started again and ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from icrl_megatron import serve
+from icrl_megatron import settings as settings_module
+from icrl_megatron.config import ConfigError, Settings
+from icrl_megatron.tasks import agentgym
+from icrl_megatron.tasks.registry import Catalogue
+from icrl_megatron.validate import check_resume, validate
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = f"{sys.executable} {ROOT / 'tests' / 'agentgym_server.py'} alfworld {{port}}"
+SOURCE = "tasks.sources=[{name: alfworld, data: {train: ['0:4'], heldout: ['4:8']}}]"
+
+
+def settings(command: str = COMMAND, *more: str) -> Settings:
+    return settings_module.load("rulebook_easy", [SOURCE, f"tasks.sources.0.serve.command={command}", *more])
+
+
+def until(happened: Callable[[], bool], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def below() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "SLURM_JOB_NUM_NODES", serve.SERVERS_ENV):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    assert below() == []
+
+
+def test_servers_play_while_the_block_lasts_and_are_no_settings(tmp_path: Path) -> None:
+    asked = settings(COMMAND, "tasks.sources.0.serve.count=2")
+    validate(asked)  # plays nothing: nobody answers yet
+    with serve.beside(asked, tmp_path / "logs") as told:
+        (source,) = told.tasks.sources
+        assert len(set(source.data.servers)) == 2
+        task_set = Catalogue(told.tasks.sources).get("alfworld")
+        assert isinstance(task_set, agentgym.AgentGym)
+        task_set.check()
+        assert asked.tasks.sources[0].data.servers == []
+        assert len(below()) >= 3
+    assert below() == []
+    (log,) = (tmp_path / "logs").glob("servers.*/alfworld.1.log")
+    assert "POST /reset" in log.read_text()  # each was played on before the run was told of it
+
+
+def test_servers_that_run_already_are_used_instead(tmp_path: Path) -> None:
+    running = settings(COMMAND, "tasks.sources.0.data.servers=[http://host:1]")
+    with serve.beside(running, tmp_path) as told:
+        assert told is running
+        assert below() == []
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "parts"),
+    [
+        ("echo no such game >&2; exit 7 # {port}", [], ["ended with code 7", "ends with: no such game"]),
+        ("sleep 60 # {port}", ["tasks.sources.0.serve.startup_timeout_s=0.5"], ["did not answer within 0.5 s"]),
+        (COMMAND.replace("alfworld", "webshop"), [], ["'alfworld'", "icrl env check"]),
+    ],
+)
+def test_servers_that_fail_are_named_with_their_last_words(
+    command: str, more: list[str], parts: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught, serve.beside(settings(command, *more), tmp_path):
+        pass
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = f"tasks.sources.0.serve.port={other.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=r"is taken on .*; set serve\.port=0"):
+            with serve.beside(settings(COMMAND, port), tmp_path):
+                pass
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("serve.command=alfworld", "write {port} where the port belongs"),
+        ("serve.count=0", "serve.count=0: must be at least 1"),
+        ("serve.port=70000", "serve.port=70000: must be 0"),
+        ("serve.health=health", "must be a path"),
+        ("serve.startup_timeout_s=0", "must be above 0"),
+        ("name=rulebook_hard", "'rulebook_hard' asks no server"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(settings(COMMAND, f"tasks.sources.0.{override}"))
+    assert message in str(caught.value)
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """`python -m icrl_megatron.serve`, as a job starts it, and its folder."""
+    words = ["train", "rulebook_easy", SOURCE, f"tasks.sources.0.serve.command={COMMAND}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "icrl_megatron.serve", str(tmp_path / "served"), *words],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until(lambda: (tmp_path / "served" / serve.ADDRESSES).exists() or process.poll() is not None)
+    yield process, tmp_path / "served"
+    process.terminate()
+    process.communicate(timeout=30)
+
+
+def url_of(folder: Path) -> str:
+    return str(json.loads((folder / serve.ADDRESSES).read_text())["servers"]["alfworld"][0])
+
+
+def answers(url: str) -> bool:
+    return serve._answers(url)
+
+
+def test_a_server_that_dies_is_started_again_at_its_address(started: tuple[subprocess.Popen[str], Path]) -> None:
+    process, folder = started
+    (server,) = psutil.Process(process.pid).children()
+    server.kill()
+    until(lambda: not answers(url_of(folder)), 5)
+    until(lambda: answers(url_of(folder)))
+    process.terminate()
+    said = process.communicate(timeout=30)[1]
+    assert "ended with code -9; starting it again (1 of 3)" in said
+
+
+def test_usr1_is_for_the_ranks_and_a_dead_parent_ends_the_servers(started: tuple[subprocess.Popen[str], Path]) -> None:
+    process, folder = started
+    for one in (psutil.Process(process.pid), *psutil.Process(process.pid).children()):
+        one.send_signal(signal.SIGUSR1)
+    time.sleep(0.5)
+    assert answers(url_of(folder))
+    process.terminate()
+    assert process.wait(timeout=30) == 0
+    assert not answers(url_of(folder))
+
+
+def test_ranks_wait_for_what_their_job_started(
+    started: tuple[subprocess.Popen[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, folder = started
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(serve.SERVERS_ENV, str(folder))
+    with serve.beside(settings(), tmp_path) as told:
+        assert told.tasks.sources[0].data.servers == [url_of(folder)]
+    assert answers(url_of(folder))  # they are the job's, not this rank's
+
+
+def test_ranks_that_nobody_started_servers_for_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ConfigError, match=r"nobody started the servers; use slurm/step\.sh"):
+        with serve.beside(settings(), tmp_path):
+            pass
+    monkeypatch.setenv(serve.SERVERS_ENV, str(tmp_path))
+    monkeypatch.setattr(serve, "GRACE_S", 0.0)
+    with pytest.raises(ConfigError, match="no environment servers within 0 s"):
+        with serve.beside(settings(COMMAND, "tasks.sources.0.serve.startup_timeout_s=0.1"), tmp_path):
+            pass
+
+
+def test_a_killed_launcher_leaves_no_server(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from icrl_megatron import serve, settings\n"
+        f"asked = settings.load('rulebook_easy', [{SOURCE!r}, 'tasks.sources.0.serve.command=' + sys.argv[1]])\n"
+        "with serve.beside(asked, Path('logs')) as told:\n"
+        "    print(told.tasks.sources[0].data.servers[0], flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, COMMAND], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    url = process.stdout.readline().strip()
+    tree = psutil.Process(process.pid).children(recursive=True)
+    assert answers(url)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert psutil.wait_procs(tree, timeout=30)[1] == []
+
+
+def test_another_server_does_not_make_another_run() -> None:
+    saved, now = settings(), settings("other {port}", "tasks.sources.0.data.servers=[http://host:1]")
+    check_resume(saved, now, Path("run"))
+    with pytest.raises(ConfigError, match=r"tasks\.sources\.0\.data\.train \(was \['0:4'\], now \['0:3'\]\)"):
+        check_resume(saved, settings(COMMAND, "tasks.sources.0.data.train=['0:3']"), Path("run"))
