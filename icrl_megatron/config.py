@@ -43,11 +43,13 @@ class TaskData:
     prompt_column: str = "prompt"
     label_column: str = "label"
     numeric_tolerance: float = 0.0
-    """math: relative error at which two plain numbers are still equal; labels that were rounded need one, e.g. 0.01."""
+    """math, code: relative error at which two plain numbers are still equal; labels that were rounded need one, e.g. 0.01."""
     grading_workers: int = 2
-    """math: processes of each rank that grade; one that hangs is killed."""
+    """math, reasoning_gym, code: processes of each rank that judge answers; one that hangs is killed."""
     grading_timeout_s: float = 5.0
-    """math: CPU seconds an answer may cost."""
+    """CPU seconds that judging an answer may cost; code: that each of its tests may."""
+    program_memory_mib: int = 512
+    """code: memory of a program."""
     servers: list[str] = field(default_factory=list)
     """alfworld, webshop, sciworld, babyai, textcraft: URLs of AgentGym servers; searchqa: of retrievers."""
     request_timeout_s: float = 60.0

@@ -13,11 +13,24 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from icrl_megatron.config import ConfigError, TaskSource
 from icrl_megatron.tasks.base import EnvironmentFailure
 
 START_TIMEOUT_S = 120.0
 PATIENCE = 20.0
 """The worker ends itself when its CPU time is up; after this many times as long on the clock it is killed."""
+
+
+LIMITS = {"grading_workers": 1, "grading_timeout_s": 0.01, "numeric_tolerance": 0.0, "program_memory_mib": 64}
+"""Smallest values of the settings that judge answers."""
+
+
+def check_limits(source: TaskSource) -> None:
+    """Raises ConfigError naming a limit of `source.data` that nothing could be judged with."""
+    for field, least in LIMITS.items():
+        value = getattr(source.data, field)
+        if not least <= value < 1e6:  # NaN fails every comparison
+            raise ConfigError(f"task set {source.name!r}: data.{field}={value}: must be at least {least:g}")
 
 
 class Worker:

@@ -25,6 +25,7 @@ _AGENTGYM = ("alfworld", "webshop", "sciworld", "babyai", "textcraft")
 _FROM_DATA: dict[str, str] = {
     "math": "icrl_megatron.tasks.mathematics:Mathematics",
     "reasoning_gym": "icrl_megatron.tasks.reasoning_gym:ReasoningGym",
+    "code": "icrl_megatron.tasks.programs:Programs",
     "searchqa": "icrl_megatron.tasks.searchqa:SearchQA",
     **dict.fromkeys(_AGENTGYM, "icrl_megatron.tasks.agentgym:AgentGym"),
 }
