@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,6 +120,9 @@ MAY_CHANGE_ON_RESUME = (
     "engine.",
     "rollout.concurrency",
     "rollout.environment_timeout_s",
+    "tasks.sources.data.servers",
+    "tasks.sources.data.request_timeout_s",
+    "tasks.sources.data.grading_workers",
     "actor.tensor_parallel",
     "actor.pipeline_parallel",
     "actor.sequence_parallel",
@@ -128,8 +132,8 @@ MAY_CHANGE_ON_RESUME = (
     "actor.head_chunk_tokens",
     "actor.head_backend",
 )
-"""What a run that goes on may have different from how it began, names or sections: how long, how often, how
-fast and on which grid. Anything else would make the curve of one run out of two experiments."""
+"""What a run that goes on may have different from how it began, names (of any element of a list) or sections: how long,
+how often, how fast, on which grid and with which servers. Anything else would make the curve of one run out of two experiments."""
 
 
 def validate(settings: Settings) -> None:
@@ -159,7 +163,7 @@ def check_resume(saved: Settings, settings: Settings, folder: Path) -> None:
     allowed = [
         name
         for name in changed
-        if any(name == free or (free.endswith(".") and name.startswith(free)) for free in MAY_CHANGE_ON_RESUME)
+        if any(_bare(name) == free or (free.endswith(".") and name.startswith(free)) for free in MAY_CHANGE_ON_RESUME)
     ]
     differing = {name: values for name, values in changed.items() if name not in allowed}
     if differing:
@@ -169,6 +173,11 @@ def check_resume(saved: Settings, settings: Settings, folder: Path) -> None:
             f"{folder} holds a run with other settings: {listed}{harmless}. "
             "Give the same values to go on with it, or name=... or run_dir=... for a new run"
         )
+
+
+def _bare(name: str) -> str:
+    """Without the numbers of list elements."""
+    return re.sub(r"\.\d+(?=\.)", "", name)
 
 
 def ranks(settings: Settings) -> int:

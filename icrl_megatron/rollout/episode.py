@@ -20,7 +20,7 @@ from icrl_megatron.rollout.engine import EngineLostError, RequestFailedError
 from icrl_megatron.rollout.prompts import Prompter, parse_critique
 from icrl_megatron.rollout.speakers import Ask, Casting, Seeds, Speaker
 from icrl_megatron.rollout.tapes import InterruptedEpisodeError
-from icrl_megatron.tasks.base import Environment, EnvironmentFailure, StepResult
+from icrl_megatron.tasks.base import BadAnswer, Environment, EnvironmentFailure, StepResult
 from icrl_megatron.types import (
     Attempt,
     Completion,
@@ -148,7 +148,7 @@ async def play_episode(
                 break
             critiques.append(await play_critique(place, problem, attempt, stage, cast.critic))
     except EnvironmentFailure as failure:
-        return DroppedEpisode(task, index, str(failure))
+        return DroppedEpisode(task, index, str(failure), isinstance(failure, BadAnswer))
     return Episode(task, index, tuple(attempts), tuple(critiques))
 
 

@@ -101,3 +101,7 @@ class Checked(TaskSet, Protocol):
 
 class EnvironmentFailure(RuntimeError):
     """The infrastructure behind an environment failed (not the model): the episode is dropped and counted."""
+
+
+class BadAnswer(EnvironmentFailure):
+    """It answered, and the answer cannot be true: another protocol, or a reward that is none. Counted by itself too."""

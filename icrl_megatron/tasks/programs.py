@@ -96,11 +96,10 @@ class Programs:
             raise ConfigError(
                 f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
             ) from error
-        sandbox = self.sandbox()
 
         async def judge(program: str) -> Verdict:
             loop, tolerance = asyncio.get_running_loop(), self._data.numeric_tolerance
-            return await loop.run_in_executor(self._threads, judged, program, cases, sandbox, tolerance)
+            return await loop.run_in_executor(self._threads, judged, program, cases, self.sandbox(), tolerance)
 
         return SingleTurnEnvironment(question, FORM, judge)
 

@@ -267,7 +267,11 @@ def cases(label: object) -> list[Case]:
         (f"{ADD}\nif __name__ == '__main__': 1 / 0", TESTS, None),
         ("import os\ndef add(a, b): os._exit(0)", TESTS, "ended before it could be called"),
         ("import sys\nsys.exit(0)", TESTS, "ended before it could be called"),
-        ("class Yes:\n  def __eq__(s, o): return True\n  __hash__ = None\ndef add(a, b): return Yes()", TESTS, "Test 1"),
+        (
+            "class Yes:\n  def __eq__(s, o): return True\n  __hash__ = None\ndef add(a, b): return Yes()",
+            TESTS,
+            "Test 1",
+        ),
         ("def add(a, b): x = []; x.append(x); return x", TESTS, "RecursionError"),
         ("def add(a, b):\n  while True: pass", TESTS, "Test 1 of 3 failed. The program "),
     ],
