@@ -43,7 +43,8 @@ class TaskData:
     prompt_column: str = "prompt"
     label_column: str = "label"
     numeric_tolerance: float = 0.0
-    """math, code: relative error at which two plain numbers are still equal; labels that were rounded need one, e.g. 0.01."""
+    """math, code: relative error at which two plain numbers are still equal; labels that were rounded need one, e.g.
+    0.01."""
     grading_workers: int = 2
     """math, reasoning_gym, code, alfworld from a folder: processes of each rank that judge answers or play games; one
     that hangs is killed."""

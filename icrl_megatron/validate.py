@@ -133,7 +133,8 @@ MAY_CHANGE_ON_RESUME = (
     "actor.head_backend",
 )
 """What a run that goes on may have different from how it began, names (of any element of a list) or sections: how long,
-how often, how fast, on which grid and with which servers. Anything else would make the curve of one run out of two experiments."""
+how often, how fast, on which grid and with which servers.
+Anything else would make the curve of one run out of two experiments."""
 
 
 def validate(settings: Settings) -> None:

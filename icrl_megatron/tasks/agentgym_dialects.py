@@ -81,7 +81,9 @@ ENVIRONMENTS: Mapping[str, Environment] = {
             observation_key="state",
             instruction=f"You shop on a web site with search[words] and click[element]. {FORMAT}",
         ),
-        Environment("sciworld", None, "id", _data, scale=100.0, least=-100.0, instruction=f"You work in a laboratory. {FORMAT}"),
+        Environment(
+            "sciworld", None, "id", _data, scale=100.0, least=-100.0, instruction=f"You work in a laboratory. {FORMAT}"
+        ),
         # A solved level pays 1 minus a share of the steps it took, never 1 itself.
         Environment("babyai", None, "id", _data, success_at=1e-6, instruction=f"You move on a grid. {FORMAT}"),
         Environment("textcraft", {}, "id", _data, instruction=f"You craft items from recipes. {FORMAT}"),

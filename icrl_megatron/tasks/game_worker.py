@@ -1,7 +1,7 @@
 """Plays TextWorld's games, in a process of its own: `python -m icrl_megatron.tasks.game_worker`.
 
 Reads one JSON job a line and answers in one: {"do": "reset", "env": 3, "game": "/path/game.tw-pddl"}, {"do": "step",
-"env": 3, "action": "look"}; each with "left": [1, 2], the games that are over. Each game that is open belongs to one episode.
+"env": 3, "action": "look"}; each with "left": [1, 2], the games that are over. An open game belongs to one episode.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Code: answers that are Python programs, run in a sandbox against test cases.
 
     reply    any reasoning, its last fenced block (```python ... ```)
-    label    {"inputs": [...], "outputs": [...]}  or  [{"input": ..., "output": ...}, ...]     programs that read and print
-             ["assert f(1) == 2", ...], or such lines as text                                  programs that are called
+    label    {"inputs": [...], "outputs": [...]}, or [{"input": ..., "output": ...}, ...]: programs that read and print
+             ["assert f(1) == 2", ...], or such lines as text: programs that are called
 
 Reward 1 if every case passes. What a case expects stays outside the sandbox, but for asserts of other forms than
 `assert CALL == LITERAL`: those are evaluated beside the program, which could read them.

@@ -237,7 +237,7 @@ def _rooms() -> tuple[str, ...]:
     for name in _OS_LIBRARIES:
         path = Path(name)
         if path.is_symlink():
-            shown += ["--symlink", os.readlink(path), name]
+            shown += ["--symlink", str(path.readlink()), name]
         elif path.is_dir():
             shown += ["--ro-bind", name, name]
     stdlib = Path(sysconfig.get_path("stdlib"))
