@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from icrl_megatron.config import ConfigError, TaskSource
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks.agentgym_dialects import Dialect, ProtocolError, Reply
-from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure, StepResult
+from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure, StepResult, sendable
 from icrl_megatron.tasks.datasets import id_range
 from icrl_megatron.tasks.servers import Pool, Refused, Server
 from icrl_megatron.types import Split, Task
@@ -132,7 +132,7 @@ class AgentGymEnvironment:
     async def step(self, action: str) -> StepResult:
         assert self._session is not None
         with _told(self._session):
-            reply = await self._session.step(action)
+            reply = await self._session.step(sendable(action))
             self._reward, self._steps = reply.reward, self._steps + 1
             dialects.outcome_of(self._owner.name, self._reward)
         done = dialects.ends_episode(self._owner.name, action, reply)
