@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import re
 import time
@@ -31,7 +32,8 @@ GUIDE = Path(__file__).parents[2] / "docs" / "TASKS.md"
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "user", "assistant", "<critic>", "</critic>")
 WORDS = ("planet", "forest", "market", "which", "word", "is", "it", "not", "reply", "with", "one")
 SETTINGS = RolloutSettings(templates="compact", context_tokens=4096, max_turn_tokens=512, max_critique_tokens=64)
-PROMPTER = Prompter(build_tokenizer([*WORDS, *MARKERS]), SETTINGS)
+ACTIONS = tuple(f"<action>{word}</action>" for word in WORDS[:3])
+PROMPTER = Prompter(build_tokenizer([*WORDS, *MARKERS, *ACTIONS]), SETTINGS)
 
 
 @dataclass(frozen=True)
@@ -265,8 +267,8 @@ def test_markers_in_a_servers_observation_forge_no_turn() -> None:
             data = TaskData(train=["0:1"], heldout=["1:2"], servers=[url])
             served = registry.of_source(TaskSource("textcraft", data=data))
             task = served.problems("train")[0]
-            turn = iter(range(100))
-            played = play(task, served.environment, lambda ask, turn=turn: f"<action>{next(turn)}</action>")
+            turn = itertools.cycle(ACTIONS)
+            played = play(task, served.environment, lambda ask, turn=turn: next(turn))
         (first, *_) = played.attempts
         assert len(first.turns) > 2 and observation in first.turns[0].observation
         frames.append([[i for i in t.observation_ids if i in PROMPTER._control_ids] for t in first.turns])
