@@ -73,7 +73,7 @@ def parse_in_two_stages() -> None:
     from antlr4.atn.PredictionMode import PredictionMode
     from latex2sympy2_extended import latex2sympy2
 
-    class TwoStages(latex2sympy2._Latex2Sympy):  # type: ignore[misc]
+    class TwoStages(latex2sympy2._Latex2Sympy):
         mode = PredictionMode.LL
 
         def create_parser(self, latex_str: str) -> Any:

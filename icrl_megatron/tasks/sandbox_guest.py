@@ -64,7 +64,7 @@ def _limit(limits: dict[str, Any]) -> None:
 def main() -> None:
     limits = json.loads(sys.argv[1])
     _limit(limits)
-    builtins.exit = builtins.quit = sys.exit  # python -S leaves them out
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # python -S leaves them out
     sys.argv = ["program.py"]
     with open("/program.py", encoding="utf-8") as file:
         source = file.read()
