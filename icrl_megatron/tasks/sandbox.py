@@ -227,6 +227,8 @@ def _memory(content: str | bytes) -> Iterator[int]:
 
 _PYTHON = "/python/bin/python3"
 _OS_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
+_PYTHON_LIBRARIES = ("python", "ffi", "crypto", "ssl", "z", "bz2", "lzma", "expat", "sqlite3", "mpdec")
+"""What a Python that brings its own libraries (conda's, say) loads for its standard library."""
 
 
 @functools.cache
@@ -243,8 +245,9 @@ def _rooms() -> tuple[str, ...]:
     stdlib = Path(sysconfig.get_path("stdlib"))
     inside = Path("/python") / stdlib.relative_to(base)
     shown += ["--ro-bind", str(binary), _PYTHON, "--ro-bind", str(stdlib), str(inside)]
-    for library in sorted((base / "lib").glob("libpython*.so*")):
-        shown += ["--ro-bind", str(library), f"/python/lib/{library.name}"]
+    for name in _PYTHON_LIBRARIES:
+        for library in sorted((base / "lib").glob(f"lib{name}[.0-9]*so*")):
+            shown += ["--ro-bind", str(library), f"/python/lib/{library.name}"]
     guest = Path(__file__).with_name("sandbox_guest.py")
     devices = [part for name in ("null", "zero", "urandom") for part in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")]
     return (

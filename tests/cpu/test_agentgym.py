@@ -174,6 +174,40 @@ def test_every_error_costs_the_episode_and_pays_nothing(
     assert message in fails(url)
 
 
+@pytest.mark.parametrize("status", [200, 400, 404, 409, 500])
+@pytest.mark.parametrize("name", sorted(TALKS))
+def test_every_error_of_dialect_b_costs_the_episode(name: str, status: int) -> None:
+    error = {"error": {"code": f"code_{status}", "message": "not so", "retryable": False, "details": {"env_id": 0}}}
+    with serving(name, "B") as (url, state):
+        state.fail["/step"] = [(status, error)]
+        task_set = gym(name, url)
+        environment = task_set.environment(task_set.problems("train")[0])
+        with pytest.raises(EnvironmentFailure, match=f"code_{status}"):
+            asyncio.run(played(environment, name, [TALKS[name][1][0][0]]))
+        assert state.calls["/step"] == 1 and environment.outcome() == 0.0 and not environment.success()
+
+
+@pytest.mark.parametrize("path", ["/reset", "/step", "/close"])
+@pytest.mark.parametrize("name", sorted(TALKS))
+def test_an_environment_the_server_forgot_is_said_in_each_ones_words(name: str, path: str) -> None:
+    """As each of them does: HTTP 200 with an error, a bare 500, or 404; never a reward, and closing never fails."""
+    with serving(name) as (url, state):
+        task_set = gym(name, url)
+        environment = task_set.environment(task_set.problems("train")[0])
+
+        async def forgotten() -> None:
+            await environment.reset()
+            state.open.clear()
+            if path == "/close":
+                await environment._session.close()  # type: ignore[union-attr]
+                return
+            with pytest.raises(EnvironmentFailure, match=r"does not exist|HTTP 500"):
+                await (environment.reset() if path == "/reset" else environment.step("look"))
+
+        asyncio.run(forgotten())
+        assert environment.outcome() == 0.0
+
+
 @pytest.mark.parametrize("reward", [7, -3, 1e300, None, "1", True])
 def test_a_reward_out_of_range_costs_its_episode_and_is_counted(textcraft: tuple[str, State], reward: object) -> None:
     """One of four episodes is lost, and the other three, and with them the run, go on."""
