@@ -37,17 +37,21 @@ class TaskData:
 
     train: list[str] = field(default_factory=list)
     """Files of training rows: JSONL, Parquet, or a folder of a Hugging Face dataset; a pattern names several. Task sets
-    behind servers also take ranges of task ids, e.g. 0:2420."""
+    behind servers also take ranges of task ids, e.g. 0:2420; alfworld also takes folders of games."""
     heldout: list[str] = field(default_factory=list)
     """The same for held-out rows, one subset per entry; no row may also be a training row."""
     prompt_column: str = "prompt"
     label_column: str = "label"
     numeric_tolerance: float = 0.0
-    """math: relative error at which two plain numbers are still equal; labels that were rounded need one, e.g. 0.01."""
+    """math, code: relative error at which two plain numbers are still equal; labels that were rounded need one, e.g.
+    0.01."""
     grading_workers: int = 2
-    """math: processes of each rank that grade; one that hangs is killed."""
+    """math, reasoning_gym, code, alfworld from a folder: processes of each rank that judge answers or play games; one
+    that hangs is killed."""
     grading_timeout_s: float = 5.0
-    """math: CPU seconds an answer may cost."""
+    """CPU seconds that judging an answer may cost; code: that each of its tests may."""
+    program_memory_mib: int = 512
+    """code: memory of a program."""
     servers: list[str] = field(default_factory=list)
     """alfworld, webshop, sciworld, babyai, textcraft: URLs of AgentGym servers; searchqa: of retrievers."""
     request_timeout_s: float = 60.0

@@ -201,6 +201,18 @@ def _slurm() -> Check:
     return Check("Slurm clients", "missing", found, "apt-get install -y slurm-client   (to submit jobs from here)")
 
 
+def _sandbox() -> Check:
+    from icrl_megatron.config import ConfigError
+    from icrl_megatron.tasks.sandbox import Limits, Sandbox
+
+    try:
+        Sandbox(Limits(5.0, 512 << 20)).check()
+    except ConfigError as error:
+        state: State = "missing" if shutil.which("bwrap") is None else "wrong"
+        return Check("sandbox", state, "", f"{error}   (for the task set `code`)")
+    return Check("sandbox", "ok", "a program ran in it")
+
+
 _REQUIRED: tuple[Callable[[], Check], ...] = (_python, _torch, _megatron, _transformers)
 _CHECKS: tuple[Callable[[], Check], ...] = (
     *_REQUIRED,
@@ -214,4 +226,5 @@ _CHECKS: tuple[Callable[[], Check], ...] = (
     _sglang,
     _nemo_run,
     _slurm,
+    _sandbox,
 )

@@ -219,7 +219,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, object]:
-    if isinstance(value, list) and value and isinstance(value[0], dict):
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         value = dict(enumerate(value))
     if isinstance(value, dict) and value:
         return {k: v for name, item in value.items() for k, v in _flat(item, f"{prefix}{name}.").items()}

@@ -146,6 +146,8 @@ class DroppedEpisode:
     task: Task
     index: int
     error: str
+    bad_answer: bool = False
+    """The environment's server answered what cannot be true (`tasks.base.BadAnswer`)."""
 
 
 @dataclass(frozen=True)

@@ -214,9 +214,9 @@ class Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(name: str, dialect: str = "A") -> Iterator[tuple[str, State]]:
-    """(address, state) of a server of one environment."""
-    state = State(name, dialect)
+def serving(name: str, dialect: str = "A", state: State | None = None) -> Iterator[tuple[str, State]]:
+    """(address, state) of a server of one environment; `state`: one that misbehaves from the start."""
+    state = state or State(name, dialect)
     server = Server(("127.0.0.1", 0), type("Bound", (Handler,), {"state": state}))
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:

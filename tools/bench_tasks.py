@@ -2,9 +2,12 @@
 
     embedded    environment steps a second on one core, 200 episodes at once through the real episode loop
     client      the AgentGym client against a bare HTTP call to the same local server (CPU seconds of this process)
-    grading     answers a second in two grading processes, every label graded 8 times, as in a group
+    waiting     200 episodes of an environment that waits, one of them ten times as long: how long the others take
+    grading     answers a second in two grading processes: no answer comes twice, and the right ones are written
+                otherwise than their labels; the first answers after the start, and those after them
+    programs    runs of a small program a second, two at a time, each in a sandbox of its own (where bubblewrap is)
 
-Prints a table and writes JSON. Figures depend on what else the machine does; run it alone.
+Prints a table and writes JSON. Figures depend on what else the machine does; run it alone. Parts can be named.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import json
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -23,21 +28,36 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import bench_schema
 from agentgym_server import serving
 
-from icrl_megatron.config import RolloutSettings, TaskData, TaskSource
+from icrl_megatron.config import ConfigError, RolloutSettings, TaskData, TaskSource
 from icrl_megatron.rollout.episode import Stage, play
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Ask, Seeds, engine_casting
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.agentgym import AgentGym
-from icrl_megatron.tasks.base import Teachable
+from icrl_megatron.tasks.base import StepResult, Teachable
 from icrl_megatron.tasks.grader import Grader
+from icrl_megatron.tasks.sandbox import Limits, Sandbox
 from icrl_megatron.tiny import build_tokenizer
-from icrl_megatron.types import Completion
+from icrl_megatron.types import Completion, Task
 
-ANSWERS = (r"\frac{%d}{7}", r"%d\sqrt{2}", "%d", r"%d + 2i", r"(%d, 3)", r"x = %d", r"\{%d, 5\}", r"%d\%%")
+FORMS = (
+    (r"\frac{%d}{7}", "%d/7"),
+    (r"%d\sqrt{2}", r"\sqrt{2} \cdot %d"),
+    ("%d", r"\frac{%d}{1}"),
+    ("%d + 2i", "2i + %d"),
+    ("(%d, 3)", r"\left(%d, 3\right)"),
+    ("x = %d", "%d"),
+    (r"\{%d, 5\}", r"\{5, %d\}"),
+    (r"x^{2} + %d", "%d + x^2"),
+)
+"""A label, and its value written otherwise."""
 STEPS = 400
+FIRST = 200
+"""Answers after the start that are timed by themselves: the parser learns its grammar on them."""
+WAIT_S, WAITS = 0.05, 10
 
 
 class Instant:
@@ -119,40 +139,134 @@ async def _cpu(call: Callable[[], Awaitable[None]], times: int) -> float:
     return time.thread_time() - begun
 
 
+class Waits:
+    """An environment behind something slow: `WAITS` turns, each of which takes a while."""
+
+    max_turns = WAITS
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    async def reset(self) -> str:
+        return "what"
+
+    def parse(self, reply: str) -> str | None:
+        return reply
+
+    def hint(self) -> str:
+        return ""
+
+    async def step(self, action: str) -> StepResult:
+        await asyncio.sleep(self._seconds)
+        return StepResult("on", done=False)
+
+    def outcome(self) -> float:
+        return 0.0
+
+    def success(self) -> bool:
+        return False
+
+    def summary(self) -> str:
+        return "nothing"
+
+
+def waiting() -> dict[str, float]:
+    """Seconds until all but the slow one of 200 episodes had ended, with what they would take if each were alone."""
+    settings = RolloutSettings(templates="compact", rounds=1, concurrency=200, repeat_limit=WAITS + 1)
+    prompter = Prompter(build_tokenizer(["what", "on", "oak", *template_words("compact")]), settings)
+    tasks = [Task(f"waits/train/{i}", "waits", "train", "") for i in range(200)]
+
+    def environment(task: Task) -> Waits:
+        return Waits(10 * WAIT_S if task is tasks[0] else WAIT_S)
+
+    ended: list[float] = []
+    begun = time.perf_counter()
+
+    def on_end(result: object) -> None:
+        ended.append(time.perf_counter() - begun)
+
+    stage = Stage(environment, prompter, settings)
+    played, _ = asyncio.run(play(tasks, 1, stage, engine_casting(Instant(prompter, "oak")), Seeds(0, 0), on_end))
+    assert len(played) == len(tasks)
+    return {"alone_s": WAIT_S * WAITS, "of_200_s": sorted(ended)[-2], "slow_one_alone_s": 10 * WAIT_S * WAITS}
+
+
+def answers(count: int) -> list[tuple[str, str]]:
+    """(answer, label): four answers to each label, one of which is right; no two are alike."""
+    pairs = []
+    for i in range(count // 4):
+        label, otherwise = FORMS[i % len(FORMS)]
+        pairs.append((otherwise % (i + 2), label % (i + 2)))
+        for k in range(1, 4):
+            form = FORMS[(i + k // 3) % len(FORMS)]  # two of the three wrong ones in the right form
+            pairs.append((form[k % 2] % (i + 10_000 * k), label % (i + 2)))
+    return pairs
+
+
 def grading(count: int) -> dict[str, float]:
-    """Answers that are right half of the time, in the forms that answers have."""
-    grader = Grader(workers=2, timeout_s=5.0)
+    """Answers that are right a quarter of the time, in the forms that answers have."""
+    grader = Grader(workers=2, timeout_s=30.0)
 
     async def grade(pairs: list[tuple[str, str]]) -> list[bool]:
         return await asyncio.gather(*(grader.correct(a, b) for a, b in pairs))
 
-    labels = [ANSWERS[i % len(ANSWERS)] % (i + 2) for i in range(count // 8)]
-    pairs = [
-        (label if k % 2 else ANSWERS[(i + 3) % len(ANSWERS)] % (i + 3), label)
-        for i, label in enumerate(labels)
-        for k in range(8)
-    ]
-    try:
-        asyncio.run(grade(pairs[:4]))  # starts the processes
+    def timed(pairs: list[tuple[str, str]]) -> float:
         begun = time.perf_counter()
-        verdicts = asyncio.run(grade(pairs))
-        return {"answers_per_s": len(pairs) / (time.perf_counter() - begun), "right": sum(verdicts) / len(verdicts)}
+        right = sum(asyncio.run(grade(pairs)))
+        assert right == len(pairs) // 4, f"{right} of {len(pairs)} right"
+        return len(pairs) / (time.perf_counter() - begun)
+
+    pairs = answers(FIRST + count)
+    assert len(set(pairs)) == len(pairs)
+    try:
+        asyncio.run(grade([("1", "2"), ("2", "1")]))  # starts the processes
+        return {"first_answers_per_s": timed(pairs[:FIRST]), "answers_per_s": timed(pairs[FIRST:])}
     finally:
         grader.close()
 
 
-def main(out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None, answers: int = 800) -> None:
-    replies = {"rulebook_hard": "oak elm oak fir", "rulebook_easy": "oak elm oak", "household": "go kitchen"}
-    found = {name: embedded(name, reply) for name, reply in replies.items()}
-    found["agentgym client"] = client()
-    found["grading"] = grading(answers)
+def sandboxed(count: int = 60) -> dict[str, float]:
+    """Nothing where no sandbox can be made."""
+    try:
+        sandbox = Sandbox(Limits(10.0, 256 << 20))
+        sandbox.check()
+    except ConfigError as error:
+        Console().print(f"programs: {error}", markup=False)
+        return {}
+    with ThreadPoolExecutor(2) as threads:
+        begun = time.perf_counter()
+        ran = list(threads.map(lambda i: sandbox.run("print(int(input()) * 2)", f"{i}\n").output, range(count)))
+        taken = time.perf_counter() - begun
+    assert ran == [f"{2 * i}\n".encode() for i in range(count)]
+    return {"runs_per_s": count / taken}
+
+
+REPLIES = {"rulebook_hard": "oak elm oak fir", "rulebook_easy": "oak elm oak", "household": "go kitchen"}
+
+
+def main(
+    parts: Annotated[list[str] | None, typer.Argument(help="Which to measure; all by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    count: Annotated[int, typer.Option("--answers", min=8, help="Answers to grade.")] = 800,
+) -> None:
+    every: dict[str, Callable[[], dict[str, float]]] = {
+        **{name: partial(embedded, name, reply) for name, reply in REPLIES.items()},
+        "client": client,
+        "waiting": waiting,
+        "grading": partial(grading, count),
+        "programs": sandboxed,
+    }
+    if unknown := set(parts or ()) - set(every):
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: choose from {', '.join(every)}")
+    found = {name: figures for name, measure in every.items() if name in (parts or every) and (figures := measure())}
     shown = Table("what", "figure", "value")
     for what, figures in found.items():
         for name, value in figures.items():
             shown.add_row(what, name, f"{value:,.3g}" if value < 1000 else f"{value:,.0f}")
     Console().print(shown)
     if out is not None:
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        report = bench_schema.about(("math-verify", "latex2sympy2_extended", "sympy", "httpx2")) | {"medians": found}
+        out.write_text(json.dumps(bench_schema.stamped("tasks", report), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from icrl_megatron.rollout.engine import EngineLostError, RequestFailedError
 from icrl_megatron.rollout.prompts import Prompter, parse_critique
 from icrl_megatron.rollout.speakers import Ask, Casting, Seeds, Speaker
 from icrl_megatron.rollout.tapes import InterruptedEpisodeError
-from icrl_megatron.tasks.base import Environment, EnvironmentFailure, StepResult
+from icrl_megatron.tasks.base import BadAnswer, Environment, EnvironmentFailure, StepResult, sendable
 from icrl_megatron.types import (
     Attempt,
     Completion,
@@ -68,7 +68,8 @@ class GuardedEnvironment:
     """An environment whose every failure is an `EnvironmentFailure`, and whose outcome is a reward.
 
     A time limit is set around each coroutine; one that never suspends never gives it a chance to fire, so the embedded
-    environments stay independent of the clock. Raises ConfigError on a reward that is NaN or outside [0, 1].
+    environments stay independent of the clock. What it says can be encoded (`sendable`), whatever a server or a data
+    set wrote. Raises ConfigError on a reward that is NaN or outside [0, 1].
     """
 
     def __init__(self, task: Task, factory: Callable[[Task], Environment], timeout_s: float) -> None:
@@ -78,22 +79,23 @@ class GuardedEnvironment:
         self.max_turns = self._environment.max_turns
 
     async def reset(self) -> str:
-        return await self._limited("reset", self._environment.reset)
+        return sendable(await self._limited("reset", self._environment.reset))
 
     async def step(self, action: str) -> StepResult:
-        return await self._limited("step", lambda: self._environment.step(action))
+        result = await self._limited("step", lambda: self._environment.step(action))
+        return StepResult(sendable(result.observation), result.done)
 
     def parse(self, reply: str) -> str | None:
         return self._guard("parse", lambda: self._environment.parse(reply))
 
     def hint(self) -> str:
-        return self._guard("hint", self._environment.hint)
+        return sendable(self._guard("hint", self._environment.hint))
 
     def success(self) -> bool:
         return bool(self._guard("success", self._environment.success))
 
     def summary(self) -> str:
-        return self._guard("summary", self._environment.summary)
+        return sendable(self._guard("summary", self._environment.summary))
 
     def outcome(self) -> float:
         value = self._guard("outcome", self._environment.outcome)
@@ -148,7 +150,7 @@ async def play_episode(
                 break
             critiques.append(await play_critique(place, problem, attempt, stage, cast.critic))
     except EnvironmentFailure as failure:
-        return DroppedEpisode(task, index, str(failure))
+        return DroppedEpisode(task, index, str(failure), isinstance(failure, BadAnswer))
     return Episode(task, index, tuple(attempts), tuple(critiques))
 
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from icrl_megatron.config import ConfigError, TaskSource
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks.agentgym_dialects import Dialect, ProtocolError, Reply
-from icrl_megatron.tasks.base import EnvironmentFailure, StepResult
+from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure, StepResult, sendable
 from icrl_megatron.tasks.datasets import id_range
 from icrl_megatron.tasks.servers import Pool, Refused, Server
 from icrl_megatron.types import Split, Task
@@ -31,6 +31,7 @@ class Session:
 
     def __init__(self, name: str, pool: Pool, server: Server, dialect: Dialect) -> None:
         self.name, self.dialect, self.server = name, dialect, server
+        self.where = server.url
         self._pool, self._env = pool, None
         self._speaks = dialects.ENVIRONMENTS[name]
 
@@ -81,14 +82,35 @@ async def probe(pool: Pool, server: Server) -> Dialect:
     return "B" if isinstance(answer, dict) else "A"
 
 
+class Played(Protocol):
+    """One environment somewhere: a `Session`, or one in a process of this machine."""
+
+    where: str
+    """What complaints name."""
+
+    async def reset(self, task: Any) -> Reply: ...
+
+    async def step(self, action: str) -> Reply: ...
+
+
+class Owner(Protocol):
+    """What an environment is opened at, and left to when it is over."""
+
+    name: str
+
+    async def open_session(self) -> Any: ...
+
+    def leave(self, session: Any) -> None: ...
+
+
 class AgentGymEnvironment:
     """One task of one environment. Raises EnvironmentFailure for everything that is not the model's doing."""
 
     max_turns = MAX_TURNS
 
-    def __init__(self, task: int, owner: AgentGym) -> None:
+    def __init__(self, task: int | str, owner: Owner) -> None:
         self._task, self._owner = task, owner
-        self._session: Session | None = None
+        self._session: Played | None = None
         self._reward = 0.0
         self._steps = 0
 
@@ -110,7 +132,7 @@ class AgentGymEnvironment:
     async def step(self, action: str) -> StepResult:
         assert self._session is not None
         with _told(self._session):
-            reply = await self._session.step(action)
+            reply = await self._session.step(sendable(action))
             self._reward, self._steps = reply.reward, self._steps + 1
             dialects.outcome_of(self._owner.name, self._reward)
         done = dialects.ends_episode(self._owner.name, action, reply)
@@ -215,12 +237,12 @@ class AgentGym:
 
 
 @contextlib.contextmanager
-def _told(session: Session) -> Any:
+def _told(session: Played) -> Iterator[None]:
     """What does not fit the protocol is a failure of the infrastructure."""
     try:
         yield
     except ProtocolError as error:
-        raise EnvironmentFailure(f"{session.server.url}: {error}") from error
+        raise BadAnswer(f"{session.where}: {error}") from error
 
 
 def _ids(given: str) -> tuple[str, list[int]]:

@@ -45,6 +45,8 @@ class Environment:
     """Upstream ALFWorld answers 404 to /close."""
     scale: float = 1.0
     """What rewards are divided by."""
+    least: float = 0.0
+    """The lowest reward it can pay; what is below 0 counts as 0."""
     success_at: float = 1.0
     """Success is an outcome of at least this."""
     instruction: str = ""
@@ -79,7 +81,9 @@ ENVIRONMENTS: Mapping[str, Environment] = {
             observation_key="state",
             instruction=f"You shop on a web site with search[words] and click[element]. {FORMAT}",
         ),
-        Environment("sciworld", None, "id", _data, scale=100.0, instruction=f"You work in a laboratory. {FORMAT}"),
+        Environment(
+            "sciworld", None, "id", _data, scale=100.0, least=-100.0, instruction=f"You work in a laboratory. {FORMAT}"
+        ),
         # A solved level pays 1 minus a share of the steps it took, never 1 itself.
         Environment("babyai", None, "id", _data, success_at=1e-6, instruction=f"You move on a grid. {FORMAT}"),
         Environment("textcraft", {}, "id", _data, instruction=f"You craft items from recipes. {FORMAT}"),
@@ -186,11 +190,12 @@ def lists_actions(name: str, reply: Reply, first: bool) -> bool:
 
 
 def outcome_of(name: str, reward: float) -> float:
-    """The reward of an attempt in [0, 1]: scaled, and negative scores as 0. Raises ProtocolError above the scale."""
-    scaled = reward / ENVIRONMENTS[name].scale
-    if scaled > 1.0 + 1e-6:
-        raise ProtocolError(f"a reward of {reward:g} is above {ENVIRONMENTS[name].scale:g}, the most {name} can pay")
-    return min(1.0, max(0.0, scaled))
+    """The reward of an attempt in [0, 1]: scaled, and negative scores as 0. Raises ProtocolError on one that the
+    environment cannot pay."""
+    most, least = ENVIRONMENTS[name].scale, ENVIRONMENTS[name].least
+    if not least - 1e-6 <= reward <= most * (1.0 + 1e-6):
+        raise ProtocolError(f"a reward of {reward:g} is not between {least:g} and {most:g}, what {name} can pay")
+    return min(1.0, max(0.0, reward / most))
 
 
 def ends_episode(name: str, action: str, reply: Reply) -> bool:

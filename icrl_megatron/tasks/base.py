@@ -99,5 +99,15 @@ class Checked(TaskSet, Protocol):
         ...
 
 
+def sendable(text: str) -> str:
+    """With half characters (lone surrogates) as question marks: no tokenizer takes them, and no JSON of a server's, so
+    that a reply or an observation could fail the infrastructure."""
+    return text.encode(errors="replace").decode()
+
+
 class EnvironmentFailure(RuntimeError):
     """The infrastructure behind an environment failed (not the model): the episode is dropped and counted."""
+
+
+class BadAnswer(EnvironmentFailure):
+    """It answered, and the answer cannot be true: another protocol, or a reward that is none. Counted by itself too."""

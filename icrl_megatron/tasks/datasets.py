@@ -1,7 +1,7 @@
 """Rows of problems on disk: JSONL, Parquet and folders of Hugging Face datasets. Every complaint names file and line.
 
 A row is a prompt and a label. The prompt is text, or a list of chat messages of which system and user speak; the label
-is text, a number, or a list of equally good answers, which stays a JSON list.
+is text, a number, or a list (of equally good answers, or of test cases) or object (of test cases), which stays JSON.
 """
 
 from __future__ import annotations
@@ -192,6 +192,8 @@ def _text(fields: dict[str, Any], column: str, where: str, setting: str) -> str:
             f"tasks.sources[...].data.{setting} to one of them"
         )
     value = fields[column]
+    if isinstance(value, dict) and setting == "prompt_column":
+        raise ConfigError(f"{where}: column {column!r} is an object; a prompt is text or a list of chat messages")
     text = _spoken(value, where) if _is_messages(value) else _plain(value)
     if not text.strip():
         raise ConfigError(f"{where}: column {column!r} is empty ({value!r}); mend or delete the row")
@@ -199,10 +201,12 @@ def _text(fields: dict[str, Any], column: str, where: str, setting: str) -> str:
 
 
 def _plain(value: Any) -> str:
-    if value is None or isinstance(value, dict):
-        return ""
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False) if value else ""
     if isinstance(value, list | tuple):
-        return json.dumps([str(v) for v in value]) if value else ""
+        return json.dumps([v if isinstance(v, dict) else str(v) for v in value], ensure_ascii=False) if value else ""
+    if value is None:
+        return ""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value)

@@ -7,6 +7,7 @@ another. CPU time, because on a busy machine seconds on the clock would make a r
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -62,10 +63,39 @@ def plain_number(text: str) -> float | None:
     return value / 100 if compact.endswith("%") else value
 
 
+@functools.cache
+def parse_in_two_stages() -> None:
+    """Makes the LaTeX parser under math-verify try the fast prediction first; it is most of what grading costs.
+
+    ANTLR's documentation of `PredictionMode.SLL`: it returns the parse tree that full LL would, or reports a syntax
+    error; on an error we parse again with LL. The trees are the same, and so are the verdicts.
+    """
+    from antlr4.atn.PredictionMode import PredictionMode
+    from latex2sympy2_extended import latex2sympy2
+
+    class TwoStages(latex2sympy2._Latex2Sympy):
+        mode = PredictionMode.LL
+
+        def create_parser(self, latex_str: str) -> Any:
+            parser = super().create_parser(latex_str)
+            parser._interp.predictionMode = self.mode
+            return parser
+
+        def parse(self, latex_str: str) -> Any:
+            self.mode = PredictionMode.SLL
+            with contextlib.suppress(Exception):
+                return super().parse(latex_str)
+            self.mode = PredictionMode.LL
+            return super().parse(latex_str)
+
+    latex2sympy2._Latex2Sympy = TwoStages
+
+
 def parsed(answer: str) -> list[Any]:
     """What math-verify makes of one answer, always wrapped: bare labels are read in part (`3\\sqrt{13}` as 3)."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
+    parse_in_two_stages()
     configuration = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
     # Its own time limit is a signal too, and would replace ours.
     found: list[Any] = parse(f"$\\boxed{{{answer}}}$", extraction_config=configuration, parsing_timeout=None)

@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from icrl_megatron.config import ConfigError, TaskSource
 from icrl_megatron.tasks.base import EnvironmentFailure
 
 START_TIMEOUT_S = 120.0
@@ -20,12 +21,24 @@ PATIENCE = 20.0
 """The worker ends itself when its CPU time is up; after this many times as long on the clock it is killed."""
 
 
-class Worker:
-    """One grading process; when `ask` raises, it is dead."""
+LIMITS = {"grading_workers": 1, "grading_timeout_s": 0.01, "numeric_tolerance": 0.0, "program_memory_mib": 64}
+"""Smallest values of the settings that judge answers."""
 
-    def __init__(self) -> None:
+
+def check_limits(source: TaskSource) -> None:
+    """Raises ConfigError naming a limit of `source.data` that nothing could be judged with."""
+    for field, least in LIMITS.items():
+        value = getattr(source.data, field)
+        if not least <= value < 1e6:  # NaN fails every comparison
+            raise ConfigError(f"task set {source.name!r}: data.{field}={value}: must be at least {least:g}")
+
+
+class Worker:
+    """One process that answers a line of JSON with a line of JSON; when `ask` raises, it is dead."""
+
+    def __init__(self, module: str = "icrl_megatron.tasks.grade_worker") -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "icrl_megatron.tasks.grade_worker"],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -36,15 +49,15 @@ class Worker:
             self._line(START_TIMEOUT_S)
         except (TimeoutError, EOFError) as error:
             self.close()
-            raise EnvironmentFailure("a grading process did not start: is math-verify installed?") from error
+            raise EnvironmentFailure(f"python -m {module} did not start: is what it imports installed?") from error
 
-    def ask(self, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    def ask(self, job: dict[str, Any], wait_s: float) -> dict[str, Any]:
         """Raises EOFError when the process died of the job, TimeoutError when it did not even do that."""
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps({**job, "timeout_s": timeout_s}).encode() + b"\n")
-            verdict: dict[str, Any] = json.loads(self._line(PATIENCE * timeout_s))
-            return verdict
+            self._process.stdin.write(json.dumps(job).encode() + b"\n")
+            answer: dict[str, Any] = json.loads(self._line(wait_s))
+            return answer
         except BrokenPipeError as error:
             self.close()
             raise EOFError from error
@@ -110,7 +123,7 @@ class Grader:
         for _ in range(2):
             worker = self._worker()
             try:
-                verdict = worker.ask(job, self._timeout_s)
+                verdict = worker.ask({**job, "timeout_s": self._timeout_s}, PATIENCE * self._timeout_s)
             except (TimeoutError, EOFError):
                 continue
             self._idle.put(worker)

@@ -10,52 +10,18 @@ import json
 from collections.abc import Sequence
 
 from icrl_megatron.config import ConfigError, TaskSource
-from icrl_megatron.tasks.base import StepResult
 from icrl_megatron.tasks.datasets import Row, read_tasks
 from icrl_megatron.tasks.grade_worker import last_box, normalised, plain_number
-from icrl_megatron.tasks.grader import Grader
+from icrl_megatron.tasks.grader import Grader, check_limits
+from icrl_megatron.tasks.single_turn import Form, SingleTurnEnvironment, Verdict, of_answer
 from icrl_megatron.types import Split, Task
 
 INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
-
-
-class MathEnvironment:
-    """One problem, one turn: reward 1 if the last box equals the label."""
-
-    max_turns = 1
-
-    def __init__(self, prompt: str, label: str, grader: Grader) -> None:
-        self._prompt, self._label, self._grader = prompt, label, grader
-        self._answer: str | None = None
-        self._right = False
-
-    async def reset(self) -> str:
-        self._answer, self._right = None, False
-        return self._prompt if "\\boxed" in self._prompt else f"{self._prompt}\n\n{INSTRUCTION}"
-
-    def parse(self, reply: str) -> str | None:
-        return last_box(reply) or None
-
-    def hint(self) -> str:
-        return "There is no answer in \\boxed{}."
-
-    async def step(self, action: str) -> StepResult:
-        self._answer = action
-        self._right = await self._grader.correct(action, self._label)
-        return StepResult("", done=True)
-
-    def outcome(self) -> float:
-        return 1.0 if self._right else 0.0
-
-    def success(self) -> bool:
-        return self._right
-
-    def summary(self) -> str:
-        if self._right:
-            return "The final answer is right."
-        if self._answer is None:
-            return "The solution does not end with a final answer in \\boxed{}."
-        return f"The final answer {self._answer[:200]} is wrong."
+FORM = Form(
+    lambda reply: last_box(reply) or None,
+    hint="There is no answer in \\boxed{}.",
+    missing="The solution does not end with a final answer in \\boxed{}.",
+)
 
 
 class Mathematics:
@@ -63,10 +29,7 @@ class Mathematics:
 
     def __init__(self, source: TaskSource) -> None:
         self.name, self._data = source.name, source.data
-        for field, least in (("grading_workers", 1), ("grading_timeout_s", 0.01), ("numeric_tolerance", 0.0)):
-            value = getattr(source.data, field)
-            if not least <= value < 1e6:
-                raise ConfigError(f"task set {self.name!r}: data.{field}={value}: must be at least {least:g}")
+        check_limits(source)
         self._grader: Grader | None = None
         self._read: dict[Split, list[Task]] = {}
 
@@ -75,14 +38,20 @@ class Mathematics:
             self._read[split] = read_tasks(self.name, split, self._data, _problem)
         return self._read[split]
 
-    def environment(self, task: Task) -> MathEnvironment:
+    def environment(self, task: Task) -> SingleTurnEnvironment:
         try:
             fields = json.loads(task.problem)
-            return MathEnvironment(fields["prompt"], fields["label"], self.grader())
+            prompt, label = fields["prompt"], fields["label"]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
             ) from error
+
+        async def judge(answer: str) -> Verdict:
+            return of_answer(await self.grader().correct(answer, label), answer, "final answer")
+
+        question = prompt if "\\boxed" in prompt else f"{prompt}\n\n{INSTRUCTION}"
+        return SingleTurnEnvironment(question, FORM, judge)
 
     def check(self) -> None:
         """Raises ConfigError on a label that means nothing to the grader: no answer could ever be right."""

@@ -14,51 +14,20 @@ from typing import Any
 
 from icrl_megatron.config import ConfigError, TaskSource
 from icrl_megatron.tasks.agentgym_dialects import last_tagged
-from icrl_megatron.tasks.base import StepResult
 from icrl_megatron.tasks.datasets import content_hash
-from icrl_megatron.tasks.grader import Grader
+from icrl_megatron.tasks.grader import Grader, check_limits
+from icrl_megatron.tasks.single_turn import Form, SingleTurnEnvironment, Verdict, of_answer
 from icrl_megatron.types import Split, Task
 
 INSTRUCTION = "Think first, then give your final answer in exactly this form: <answer>the answer</answer>"
 
 
-class ReasoningEnvironment:
-    """One generated problem, one turn."""
+def _answer(reply: str) -> str | None:
+    found = last_tagged(reply, "answer")
+    return (found[1].strip() or None) if found else None
 
-    max_turns = 1
 
-    def __init__(self, problem: dict[str, Any], grader: Grader) -> None:
-        self._problem, self._grader = problem, grader
-        self._answer: str | None = None
-        self._right = False
-
-    async def reset(self) -> str:
-        self._answer, self._right = None, False
-        return f"{self._problem['prompt']}\n\n{INSTRUCTION}"
-
-    def parse(self, reply: str) -> str | None:
-        found = last_tagged(reply, "answer")
-        return (found[1].strip() or None) if found else None
-
-    def hint(self) -> str:
-        return "There is no answer between <answer> tags."
-
-    async def step(self, action: str) -> StepResult:
-        self._answer = action
-        made = {name: self._problem[name] for name in ("family", "count", "seed", "level", "index")}
-        self._right = await self._grader.judge({"kind": "reasoning_gym", "answer": action, **made})
-        return StepResult("", done=True)
-
-    def outcome(self) -> float:
-        return 1.0 if self._right else 0.0
-
-    def success(self) -> bool:
-        return self._right
-
-    def summary(self) -> str:
-        if self._right:
-            return "The answer is right."
-        return "There is no answer." if self._answer is None else f"The answer {self._answer[:200]} is wrong."
+FORM = Form(_answer, hint="There is no answer between <answer> tags.", missing="There is no answer.")
 
 
 class ReasoningGym:
@@ -66,6 +35,7 @@ class ReasoningGym:
 
     def __init__(self, source: TaskSource) -> None:
         self.name, self._data = source.name, source.data
+        check_limits(source)
         self._grader: Grader | None = None
         self._made: dict[Split, list[Task]] = {}
 
@@ -76,17 +46,26 @@ class ReasoningGym:
             self._made[split] = self._generate(split, held)
         return self._made[split]
 
-    def environment(self, task: Task) -> ReasoningEnvironment:
-        if self._grader is None:
-            self._grader = Grader(self._data.grading_workers, self._data.grading_timeout_s)
+    def environment(self, task: Task) -> SingleTurnEnvironment:
         try:
             problem = json.loads(task.problem)
-            assert {"prompt", "family", "index"} <= set(problem)
-            return ReasoningEnvironment(problem, self._grader)
-        except (ValueError, TypeError, AssertionError) as error:
+            question = f"{problem['prompt']}\n\n{INSTRUCTION}"
+            made = {name: problem[name] for name in ("family", "count", "seed", "level", "index")}
+        except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
             ) from error
+
+        async def judge(answer: str) -> Verdict:
+            job = {"kind": "reasoning_gym", "answer": answer, **made}
+            return of_answer(await self.grader().judge(job), answer, "answer")
+
+        return SingleTurnEnvironment(question, FORM, judge)
+
+    def grader(self) -> Grader:
+        if self._grader is None:
+            self._grader = Grader(self._data.grading_workers, self._data.grading_timeout_s)
+        return self._grader
 
     def _generate(self, split: Split, seen: set[str]) -> list[Task]:
         given = self._data.train if split == "train" else self._data.heldout

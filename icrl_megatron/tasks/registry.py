@@ -20,7 +20,7 @@ _TASK_SETS: dict[str, Callable[[], TaskSet]] = {
     "household": Household,
 }
 
-_AGENTGYM = ("alfworld", "webshop", "sciworld", "babyai", "textcraft")
+_AGENTGYM = ("webshop", "sciworld", "babyai", "textcraft")
 
 SERVED = (*_AGENTGYM, "searchqa")
 """Task sets that ask servers."""
@@ -28,7 +28,9 @@ SERVED = (*_AGENTGYM, "searchqa")
 _FROM_DATA: dict[str, str] = {
     "math": "icrl_megatron.tasks.mathematics:Mathematics",
     "reasoning_gym": "icrl_megatron.tasks.reasoning_gym:ReasoningGym",
+    "code": "icrl_megatron.tasks.programs:Programs",
     "searchqa": "icrl_megatron.tasks.searchqa:SearchQA",
+    "alfworld": "icrl_megatron.tasks.games:ALFWorld",
     **dict.fromkeys(_AGENTGYM, "icrl_megatron.tasks.agentgym:AgentGym"),
 }
 """name -> "module:class", imported when it is first asked for: their libraries are not small."""

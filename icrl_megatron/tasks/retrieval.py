@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from icrl_megatron.config import ConfigError
-from icrl_megatron.tasks.base import EnvironmentFailure
+from icrl_megatron.tasks.base import EnvironmentFailure, sendable
 from icrl_megatron.tasks.servers import Pool
 from icrl_megatron.telemetry.files import locked
 
@@ -75,7 +75,7 @@ class RemoteRetriever:
         server = self._pool.choose()
         server.episodes += 1
         try:
-            body = {"queries": [query], "topk": count, "return_scores": True}
+            body = {"queries": [sendable(query)], "topk": count, "return_scores": True}
             answer = await self._pool.call(server, "POST", "/retrieve", body)
             documents = answer["result"][0]
             return [_text(d.get("document", d)) for d in documents[:count]]

@@ -33,7 +33,8 @@ def rollout_metrics(
 
     reward/<role>, reward/round_<k>, success/critique_free, success/with_critique, success/round_<k> (of the attempts of
     that round), success/source/<name> (critique-free), revision/gain (mean r(next) - r(this)), critique/tokens,
-    attempt/tokens, attempt/turns, attempt/lost_turns, attempt/stop_<reason>, tokens/used, episodes/*, groups/*.
+    attempt/tokens, attempt/turns, attempt/lost_turns, attempt/stop_<reason>, tokens/used, episodes/*, groups/*,
+    infrastructure/bad_answers (among the episodes dropped).
     """
     values: Values = defaultdict(list)
     for episode in episodes:
@@ -42,6 +43,7 @@ def rollout_metrics(
         USED: sum(e.generated_tokens() for e in episodes),
         "episodes/played": len(episodes),
         "episodes/dropped": len(dropped),
+        "infrastructure/bad_answers": sum(d.bad_answer for d in dropped),
         "groups/count": report.groups,
         "groups/dropped": report.dropped_groups,
         "samples/count": len(report.samples),

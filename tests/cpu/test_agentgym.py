@@ -14,13 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from icrl_megatron.config import ConfigError, TaskData, TaskSource
+from icrl_megatron.algo.credit import CreditReport
+from icrl_megatron.config import ConfigError, RolloutSettings, TaskData, TaskSource
+from icrl_megatron.rollout.episode import Stage, play
+from icrl_megatron.rollout.prompts import Prompter, template_words
+from icrl_megatron.rollout.speakers import Ask, Cast, Seeds
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks import registry, servers
 from icrl_megatron.tasks.agentgym import AgentGym, AgentGymEnvironment, probe
 from icrl_megatron.tasks.base import EnvironmentFailure, StepResult
 from icrl_megatron.tasks.env_check import check
 from icrl_megatron.tasks.servers import Pool, Refused
+from icrl_megatron.telemetry.metrics import rollout_metrics
+from icrl_megatron.tiny import build_tokenizer
+from icrl_megatron.types import Completion
 
 BOTH = [(name, dialect) for name in TALKS for dialect in "AB"]
 
@@ -149,7 +156,8 @@ def fails(url: str, timeout_s: float = 10.0) -> str:
         ("/step", ["drop"], "broke off"),
         ("/step", ["garbage"], "no JSON"),
         ("/step", [(200, {"observation": "x", "reward": None, "done": False})], "reward None"),
-        ("/step", [(200, {"observation": "x", "reward": 7, "done": False})], "reward of 7 is above 1"),
+        ("/step", [(200, {"observation": "x", "reward": 7, "done": False})], "reward of 7 is not between 0 and 1"),
+        ("/step", [(200, {"observation": "x", "reward": -0.5, "done": False})], "reward of -0.5 is not between"),
         ("/step", [(200, {"state": "x", "reward": 0})], "is this textcraft"),
         ("/reset", [(200, {"error": {"code": "no_task", "message": "gone", "retryable": False}})], "no_task gone"),
         ("/reset", [(409, {"error": {"code": "busy", "message": "in use", "retryable": False}})], "HTTP 409"),
@@ -164,6 +172,64 @@ def test_every_error_costs_the_episode_and_pays_nothing(
     url, state = textcraft
     state.fail[path] = what * (4 if path == "/create" else 1)
     assert message in fails(url)
+
+
+@pytest.mark.parametrize("status", [200, 400, 404, 409, 500])
+@pytest.mark.parametrize("name", sorted(TALKS))
+def test_every_error_of_dialect_b_costs_the_episode(name: str, status: int) -> None:
+    error = {"error": {"code": f"code_{status}", "message": "not so", "retryable": False, "details": {"env_id": 0}}}
+    with serving(name, "B") as (url, state):
+        state.fail["/step"] = [(status, error)]
+        task_set = gym(name, url)
+        environment = task_set.environment(task_set.problems("train")[0])
+        with pytest.raises(EnvironmentFailure, match=f"code_{status}"):
+            asyncio.run(played(environment, name, [TALKS[name][1][0][0]]))
+        assert state.calls["/step"] == 1 and environment.outcome() == 0.0 and not environment.success()
+
+
+@pytest.mark.parametrize("path", ["/reset", "/step", "/close"])
+@pytest.mark.parametrize("name", sorted(TALKS))
+def test_an_environment_the_server_forgot_is_said_in_each_ones_words(name: str, path: str) -> None:
+    """As each of them does: HTTP 200 with an error, a bare 500, or 404; never a reward, and closing never fails."""
+    with serving(name) as (url, state):
+        task_set = gym(name, url)
+        environment = task_set.environment(task_set.problems("train")[0])
+
+        async def forgotten() -> None:
+            await environment.reset()
+            state.open.clear()
+            if path == "/close":
+                await environment._session.close()  # type: ignore[union-attr]
+                return
+            with pytest.raises(EnvironmentFailure, match=r"does not exist|HTTP 500"):
+                await (environment.reset() if path == "/reset" else environment.step("look"))
+
+        asyncio.run(forgotten())
+        assert environment.outcome() == 0.0
+
+
+@pytest.mark.parametrize("reward", [7, -3, 1e300, None, "1", True])
+def test_a_reward_out_of_range_costs_its_episode_and_is_counted(textcraft: tuple[str, State], reward: object) -> None:
+    """One of four episodes is lost, and the other three, and with them the run, go on."""
+    url, state = textcraft
+    state.fail = {"/step": [(200, {"observation": "x", "reward": reward, "done": True})]}
+    task_set = gym("textcraft", url)
+    settings = RolloutSettings(templates="compact", context_tokens=512, max_turn_tokens=64, rounds=1, concurrency=1)
+    prompter = Prompter(build_tokenizer(["<action>craft", "4", "stick</action>", *template_words("compact")]), settings)
+    ids = prompter.encode_reply("<action>craft 4 stick</action>")
+
+    class Crafts:
+        async def reply(self, ask: Ask) -> Completion:
+            return Completion(ids, (0.0,) * len(ids), "stop", 0)
+
+    stage = Stage(task_set.environment, prompter, settings)
+    played, dropped = asyncio.run(
+        play(task_set.problems("train"), 1, stage, lambda task, index: Cast(Crafts(), Crafts()), Seeds(0, 0))
+    )
+    assert [e.attempts[0].outcome for e in played] == [1.0] * 3
+    assert len(dropped) == 1 and dropped[0].bad_answer and "reward" in dropped[0].error
+    row = rollout_metrics(played, dropped, CreditReport((), 0, 0, 0, 0))
+    assert (row["infrastructure/bad_answers"], row["episodes/dropped"]) == (1, 1)
 
 
 def test_what_may_pass_is_tried_again(textcraft: tuple[str, State]) -> None:

@@ -40,7 +40,17 @@ def test_report_of_this_machine() -> None:
     assert [check.name for check in checks if check.required] == ["python", "torch", "megatron-core", "transformers"]
     names = {check.name for check in checks}
     assert len(names) == len(checks)
-    assert names >= {"GPU", "FP8", "transformer-engine", "NVIDIA Apex", "sglang", "nemo-run", "triton", "Slurm clients"}
+    assert names >= {
+        "GPU",
+        "FP8",
+        "transformer-engine",
+        "NVIDIA Apex",
+        "sglang",
+        "nemo-run",
+        "triton",
+        "Slurm clients",
+        "sandbox",
+    }
     for check in checks:
         assert check.name in printed
         assert check.state in ("ok", "missing", "wrong")

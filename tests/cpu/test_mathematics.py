@@ -24,7 +24,7 @@ from icrl_megatron.config import ConfigError, TaskData, TaskSource
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked
 from icrl_megatron.tasks.datasets import check_no_leak, subset_of
-from icrl_megatron.tasks.grade_worker import correct, last_box, plain_number
+from icrl_megatron.tasks.grade_worker import correct, last_box, parse_in_two_stages, plain_number
 from icrl_megatron.tasks.grader import Grader
 from icrl_megatron.tasks.mathematics import Mathematics
 
@@ -41,47 +41,47 @@ def grader() -> Iterator[Grader]:
 # What math-verify alone gets wrong, or got wrong where it was called without care
 
 
-@pytest.mark.parametrize(
-    ("answer", "label", "right"),
-    [
-        # A bare label is read in part; wrapped it is not.
-        ("3", r"3\sqrt{13}", False),
-        (r"3\sqrt{13}", r"3\sqrt{13}", True),
-        (r"\sqrt{117}", r"$3\sqrt{13}$", True),
-        ("7", "3, 5, 7", False),
-        ("3, 5, 7", "3, 5, 7", True),
-        (r"\{7, 3, 5\}", "3, 5, 7", True),
-        ("5", "6 - 5i", False),
-        ("6-5i", "6 - 5i", True),
-        ("-5i + 6", "6 - 5i", True),
-        # Scientific notation is no product with Euler's number.
-        ("4.5e33", "4.5e33", True),
-        (r"4.5 \times 10^{33}", "4.5e33", True),
-        (r"4.5 \cdot e \cdot 33", "4.5e33", False),
-        ("1e3", "1000", True),
-        ("1e-3", "0.001", True),
-        # Order, brackets and units.
-        ("(2, 1)", "(1, 2)", False),
-        ("(1, 2)", "(1, 2)", True),
-        ("[1, 2)", "[1, 2)", True),
-        (r"90^\circ", "90", True),
-        (r"5 \text{ cm}", "5", True),
-        ("x = 3", "3", True),
-        # Numbers as people write them.
-        ("1,000", "1000", True),
-        ("50\\%", "0.5", True),
-        (r"\frac12", "0.5", True),
-        ("3.0", "3", True),
-        ("0.3333", r"\frac{1}{3}", False),
-        # Words.
-        (r"\text{Evelyn}", r"\text{Evelyn}", True),
-        ("B", "A", False),
-        ("", "3", False),
-        (r"\boxed{3}", "3", True),
-        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", True),
-        (r"\begin{pmatrix}1&2\\4&3\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", False),
-    ],
-)
+TRAPS = [
+    # A bare label is read in part; wrapped it is not.
+    ("3", r"3\sqrt{13}", False),
+    (r"3\sqrt{13}", r"3\sqrt{13}", True),
+    (r"\sqrt{117}", r"$3\sqrt{13}$", True),
+    ("7", "3, 5, 7", False),
+    ("3, 5, 7", "3, 5, 7", True),
+    (r"\{7, 3, 5\}", "3, 5, 7", True),
+    ("5", "6 - 5i", False),
+    ("6-5i", "6 - 5i", True),
+    ("-5i + 6", "6 - 5i", True),
+    # Scientific notation is no product with Euler's number.
+    ("4.5e33", "4.5e33", True),
+    (r"4.5 \times 10^{33}", "4.5e33", True),
+    (r"4.5 \cdot e \cdot 33", "4.5e33", False),
+    ("1e3", "1000", True),
+    ("1e-3", "0.001", True),
+    # Order, brackets and units.
+    ("(2, 1)", "(1, 2)", False),
+    ("(1, 2)", "(1, 2)", True),
+    ("[1, 2)", "[1, 2)", True),
+    (r"90^\circ", "90", True),
+    (r"5 \text{ cm}", "5", True),
+    ("x = 3", "3", True),
+    # Numbers as people write them.
+    ("1,000", "1000", True),
+    ("50\\%", "0.5", True),
+    (r"\frac12", "0.5", True),
+    ("3.0", "3", True),
+    ("0.3333", r"\frac{1}{3}", False),
+    # Words.
+    (r"\text{Evelyn}", r"\text{Evelyn}", True),
+    ("B", "A", False),
+    ("", "3", False),
+    (r"\boxed{3}", "3", True),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", True),
+    (r"\begin{pmatrix}1&2\\4&3\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", False),
+]
+
+
+@pytest.mark.parametrize(("answer", "label", "right"), TRAPS)
 def test_known_misgradings(answer: str, label: str, right: bool) -> None:
     assert correct(answer, label, 0.0) is right
 
@@ -148,6 +148,39 @@ def test_grader_agrees_with_sympy() -> None:
         if correct(answer, label, 0.0) is not bool(same):
             disagreements.append((answer, label, same))
     assert not disagreements
+
+
+def test_fast_parsing_reads_what_slow_parsing_reads() -> None:
+    """Both of ANTLR's predictions over the answers of this file and generated expressions: the same trees."""
+    from antlr4.atn.PredictionMode import PredictionMode
+    from latex2sympy2_extended import latex2sympy2
+
+    parse_in_two_stages()
+    made = latex2sympy2._Latex2Sympy
+    assert made.__name__ == "TwoStages"
+    used: list[object] = []
+
+    def tree(text: str, mode: object) -> str | None:
+        reader = made()
+        reader.mode = mode
+        parser = reader.create_parser(text)
+        assert parser._interp.predictionMode is mode
+        used.append(mode)
+        try:
+            return str(parser.math().toStringTree(recog=parser))
+        except Exception:
+            return None
+
+    rng = random.Random(3)
+    texts = [sympy.latex(random_expression(rng, 2)) for _ in range(25)]
+    texts += [text for answer, label, _ in TRAPS for text in (answer, label)]
+    read = 0
+    for text in texts:
+        fast = tree(text, PredictionMode.SLL)
+        if fast is not None:  # where it gives up, the slow one is asked
+            assert fast == tree(text, PredictionMode.LL), text
+            read += 1
+    assert read > 50 and latex2sympy2.latex2sympy("2x") == 2 * sympy.Symbol("x")
 
 
 # The pool

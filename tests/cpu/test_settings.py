@@ -369,6 +369,24 @@ def test_resume_allows_longer_and_another_grid() -> None:
         check_resume(begun, S.load("quickstart", ["actor.precision=bf16"]), Path("run"))
 
 
+def test_resume_allows_other_servers_but_no_other_tasks() -> None:
+    """A new job has other machines; what is trained on stays what it was."""
+
+    def sources(servers: str, train: str = "0:4") -> list[str]:
+        data = f"data: {{train: ['{train}'], heldout: ['4:6'], servers: {servers}, request_timeout_s: {len(servers)}}}"
+        return [f"tasks.sources=[{{name: household}}, {{name: babyai, {data}}}]"]
+
+    begun = S.load("quickstart", sources("['http://old:1']"))
+    check_resume(begun, S.load("quickstart", sources("['http://new:1', 'http://new:2']")), Path("run"))
+    with pytest.raises(ConfigError) as caught:
+        check_resume(begun, S.load("quickstart", sources("['http://new:12']", "0:3")), Path("run"))
+    message = str(caught.value)
+    assert "tasks.sources.1.data.train (was ['0:4'], now ['0:3'])" in message
+    assert "tasks.sources.1.data.servers" in message and "may differ" in message
+    with pytest.raises(ConfigError, match=r"tasks\.sources\.1\.name \(was 'babyai', now None\)"):
+        check_resume(begun, S.load("quickstart", ["tasks.sources=[{name: household}]"]), Path("run"))
+
+
 @pytest.mark.parametrize("name", ["rollout.top_p", "rollout.top_k", "engine.repetition_penalty"])
 def test_sampling_that_is_not_the_policys_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name}: there is no such sampling here.*rollout.temperature is all"):

@@ -78,6 +78,7 @@ def test_rollout_metrics_by_hand() -> None:
         "tokens/used": 7 * 5.0 + 3 * 4.0,
         "episodes/played": 4.0,
         "episodes/dropped": 1.0,
+        "infrastructure/bad_answers": 0.0,
         "groups/count": 4.0,
         "groups/flat_share": 0.5,  # both of the house: two equal attempts, one critique
         "samples/count": 10.0,

@@ -1,0 +1,186 @@
+"""ALFWorld in this machine's own processes: the games of a folder, as textworld plays them.
+
+    data.train   ["/data/json_2.1.1/train"]      every .tw-pddl (ALFWorld) and .z8 (TextWorld) game under it
+    reply        any thought, its last <action>...</action>
+
+What is said and paid is as behind AgentGym's server (`agentgym.py`): the reward is 1 for a game that was won.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib.util
+import itertools
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from icrl_megatron.config import ConfigError, TaskSource
+from icrl_megatron.tasks import agentgym_dialects as dialects
+from icrl_megatron.tasks.agentgym import AgentGym, AgentGymEnvironment
+from icrl_megatron.tasks.agentgym_dialects import Reply
+from icrl_megatron.tasks.base import EnvironmentFailure, TaskSet
+from icrl_megatron.tasks.datasets import id_range
+from icrl_megatron.tasks.grader import Worker, check_limits
+from icrl_megatron.types import Split, Task
+
+PDDL, TEXTWORLD = ".tw-pddl", ".z8"
+INSTALL = "pip install 'icrl-megatron[alfworld]'"
+
+
+class Table:
+    """One process, and the episodes that play in it, one call at a time; a call that hangs or kills it costs them all,
+    and the next one starts another."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.episodes = 0
+        self._timeout_s = timeout_s
+        self._worker: Worker | None = None
+        self._left: deque[int] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="games")
+
+    async def ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Raises EnvironmentFailure when the process does not answer, or answers an error."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._ask, job)
+
+    def forget(self, env: int) -> None:
+        """Takes no lock and waits for nothing: it is called by destructors. The next call tells the process."""
+        self._left.append(env)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        if self._worker is not None:
+            self._worker.close()
+
+    def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        if self._worker is None:
+            self._worker = Worker("icrl_megatron.tasks.game_worker")
+        try:
+            left = [self._left.popleft() for _ in range(len(self._left))]
+            answer = self._worker.ask({**job, "left": left}, self._timeout_s)
+        except (TimeoutError, EOFError) as error:
+            self._worker = None
+            what = f"took over {self._timeout_s:g} s" if isinstance(error, TimeoutError) else "killed its process"
+            raise EnvironmentFailure(f"a {job['do']} of a game {what}") from error
+        if "error" in answer:
+            raise EnvironmentFailure(f"a {job['do']} of a game failed: {answer['error']}")
+        return answer
+
+
+class Seat:
+    """One episode's game at a table; its next reset is at the same one."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, table: Table) -> None:
+        self.table, self.where, self.env = table, "a game", next(self._numbers)
+        table.episodes += 1
+
+    async def reset(self, task: str) -> Reply:
+        self.where = task
+        return await self._reply({"do": "reset", "env": self.env, "game": task}, "reset")
+
+    async def step(self, action: str) -> Reply:
+        return await self._reply({"do": "step", "env": self.env, "action": action}, "step")
+
+    async def _reply(self, job: dict[str, Any], kind: str) -> Reply:
+        return dialects.reply_of("A", "alfworld", await self.table.ask(job), kind)
+
+
+class GameFolders:
+    """A task set over the games of `data.train` and `data.heldout`, played in `data.grading_workers` processes."""
+
+    def __init__(self, source: TaskSource) -> None:
+        self.name, self._data = source.name, source.data
+        check_limits(source)
+        self._tables = [Table(source.data.request_timeout_s) for _ in range(source.data.grading_workers)]
+        self._found: dict[Split, list[Task]] = {}
+
+    def problems(self, split: Split) -> Sequence[Task]:
+        """Raises ConfigError on a folder that is none, or has no game that can be solved."""
+        if split not in self._found:
+            given = self._data.train if split == "train" else self._data.heldout
+            if not given:
+                raise ConfigError(
+                    f"task set {self.name!r} has no {split} games: set tasks.sources[...].data.{split} to a folder"
+                )
+            self._found[split] = [task for name in given for task in self._games(split, Path(name))]
+        return self._found[split]
+
+    def environment(self, task: Task) -> AgentGymEnvironment:
+        try:
+            return AgentGymEnvironment(str(json.loads(task.problem)["game"]), self)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
+            ) from error
+
+    def check(self) -> None:
+        """Plays the first step of the first game. Raises ConfigError when it cannot be played here."""
+        game = str(json.loads(self.problems("train")[0].problem)["game"])
+        needed = ("textworld", *(("alfworld", "fast_downward") if game.endswith(PDDL) else ()))
+        missing = [name for name in needed if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ConfigError(f"task set {self.name!r} needs {', '.join(missing)} to play {game}: {INSTALL}")
+
+        async def first() -> None:
+            seat = Seat(self._tables[0])
+            await seat.reset(game)
+            await seat.step("look")
+            self.leave(seat)
+
+        try:
+            asyncio.run(first())
+        except EnvironmentFailure as error:
+            raise ConfigError(f"{game}: {error}; is it a whole game of a version that is installed here?") from error
+
+    async def open_session(self) -> Seat:
+        return Seat(min(self._tables, key=lambda table: table.episodes))
+
+    def leave(self, session: Seat) -> None:
+        session.table.episodes -= 1
+        session.table.forget(session.env)
+
+    def close(self) -> None:
+        """Ends the processes; the task set is not played after it."""
+        for table in self._tables:
+            table.close()
+
+    def _games(self, split: Split, folder: Path) -> Iterator[Task]:
+        if not folder.is_dir():
+            raise ConfigError(f"data.{split}: {folder} is no folder of games")
+        found = 0
+        for path in sorted(p for p in folder.rglob("*") if p.name.endswith((PDDL, TEXTWORLD))):
+            content = path.read_bytes()
+            if path.name.endswith(PDDL) and not _solvable(path, content):
+                continue
+            # The leak check compares prompts: two copies of a game are the same problem.
+            problem = {"game": str(path.resolve()), "prompt": hashlib.blake2b(content, digest_size=16).hexdigest()}
+            yield Task(f"{self.name}/{split}/{folder.name}/{found}", self.name, split, json.dumps(problem))
+            found += 1
+        if not found:
+            raise ConfigError(f"data.{split}: {folder} holds no {PDDL} or {TEXTWORLD} game that can be solved")
+
+
+def ALFWorld(source: TaskSource) -> TaskSet:
+    """Ids are games of AgentGym's server; folders are played here."""
+    given = (*source.data.train, *source.data.heldout)
+    folders = [name for name in given if id_range(name) is None and Path(name).is_dir()]
+    if folders and source.data.servers:
+        raise ConfigError(
+            f"task set {source.name!r}: {folders[0]} is a folder of games, which are played here, and data.servers "
+            "names servers, which have games of their own; leave one of them out"
+        )
+    return GameFolders(source) if folders else AgentGym(source)
+
+
+def _solvable(path: Path, content: bytes) -> bool:
+    """ALFWorld's generator says of each game whether its planner found a solution."""
+    try:
+        return bool(json.loads(content).get("solvable", True))
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{path}: no game of ALFWorld ({error}); copy or delete it") from error

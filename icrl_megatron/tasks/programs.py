@@ -1,0 +1,260 @@
+"""Code: answers that are Python programs, run in a sandbox against test cases.
+
+    reply    any reasoning, its last fenced block (```python ... ```)
+    label    {"inputs": [...], "outputs": [...]}, or [{"input": ..., "output": ...}, ...]: programs that read and print
+             ["assert f(1) == 2", ...], or such lines as text: programs that are called
+
+Reward 1 if every case passes. What a case expects stays outside the sandbox, but for asserts of other forms than
+`assert CALL == LITERAL`: those are evaluated beside the program, which could read them.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import json
+import math
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import repeat
+from typing import Any
+
+from icrl_megatron.config import ConfigError, TaskSource
+from icrl_megatron.tasks.datasets import Row, read_tasks
+from icrl_megatron.tasks.grader import check_limits
+from icrl_megatron.tasks.sandbox import OUTPUT_BYTES, Limits, Ran, Sandbox
+from icrl_megatron.tasks.sandbox_guest import encoded
+from icrl_megatron.tasks.single_turn import Form, SingleTurnEnvironment, Verdict
+from icrl_megatron.types import Split, Task
+
+INSTRUCTION = (
+    "Write a Python program, standard library only and in one process. Reason first, then give the whole program in "
+    "one block:\n```python\n...\n```"
+)
+MAX_PROGRAM_CHARS = 1 << 16
+SHOWN = 200
+_FENCE = re.compile(r"^[ \t]*+```[ \t]*+([\w+-]*+)[ \t]*+\r?$", re.MULTILINE)
+
+
+def last_program(reply: str) -> str | None:
+    """The last complete fenced block that is not said to be of another language; None if there is none."""
+    found: str | None = None
+    opened: re.Match[str] | None = None
+    for fence in _FENCE.finditer(reply):
+        if opened is None or fence[1]:  # a block that was never closed ends where another begins
+            opened = fence
+            continue
+        if opened[1].lower() in ("", "python", "py", "python3"):
+            block = reply[opened.end() : fence.start()].strip("\r\n")
+            found = block if block.strip() else found
+        opened = None
+    return found
+
+
+FORM = Form(
+    last_program,
+    hint="There is no program between ```python and ```.",
+    missing="There is no program in a fenced block.",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test. With `value` the program is imported and that expression evaluated; else it is run."""
+
+    expected: str
+    """What it prints, or the encoded value of the expression."""
+    stdin: str = ""
+    setup: str = ""
+    """Statements before the expression."""
+    value: str = ""
+
+
+class Programs:
+    """A task set over the files of `tasks.sources[...].data`. Raises ConfigError where bubblewrap is missing."""
+
+    def __init__(self, source: TaskSource) -> None:
+        self.name, self._data = source.name, source.data
+        check_limits(source)
+        self._sandbox: Sandbox | None = None
+        self._threads = ThreadPoolExecutor(source.data.grading_workers, thread_name_prefix="sandbox")
+        self._read: dict[Split, list[Task]] = {}
+
+    def problems(self, split: Split) -> Sequence[Task]:
+        if split not in self._read:
+            self._read[split] = read_tasks(self.name, split, self._data, _problem)
+        return self._read[split]
+
+    def environment(self, task: Task) -> SingleTurnEnvironment:
+        try:
+            fields = json.loads(task.problem)
+            question, cases = f"{fields['prompt']}\n\n{INSTRUCTION}", [Case(**case) for case in fields["cases"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
+            ) from error
+
+        async def judge(program: str) -> Verdict:
+            loop, tolerance = asyncio.get_running_loop(), self._data.numeric_tolerance
+            return await loop.run_in_executor(self._threads, judged, program, cases, self.sandbox(), tolerance)
+
+        return SingleTurnEnvironment(question, FORM, judge)
+
+    def check(self) -> None:
+        """Raises ConfigError when programs cannot be run on this machine."""
+        self.sandbox().check()
+
+    def sandbox(self) -> Sandbox:
+        if self._sandbox is None:
+            data = self._data
+            self._sandbox = Sandbox(Limits(data.grading_timeout_s, data.program_memory_mib << 20))
+        return self._sandbox
+
+
+def judged(program: str, cases: Sequence[Case], sandbox: Sandbox, tolerance: float) -> Verdict:
+    """Runs the cases in order, up to the first that fails; blocks. Raises EnvironmentFailure as the sandbox does."""
+    if len(program) > MAX_PROGRAM_CHARS:
+        return Verdict(False, f"The program is longer than {MAX_PROGRAM_CHARS} characters and was not run.")
+    for number, case in enumerate(cases, start=1):
+        remark = _called(program, case, sandbox) if case.value else _printed(program, case, sandbox, tolerance)
+        if remark is not None:
+            return Verdict(False, f"Test {number} of {len(cases)} failed. {remark}")
+    return Verdict(True, f"The program passes all {len(cases)} tests.")
+
+
+def _printed(program: str, case: Case, sandbox: Sandbox, tolerance: float) -> str | None:
+    """What is wrong with what a program prints; None if nothing is."""
+    ran = sandbox.run(program, case.stdin)
+    given = f" Its input was {_cut(case.stdin)}."
+    if (ended := _ended(ran, sandbox)) is not None:
+        return ended + given
+    output = ran.output.decode(errors="replace")
+    return None if same_output(output, case.expected, tolerance) else f"The program printed {_cut(output)}.{given}"
+
+
+def _called(program: str, case: Case, sandbox: Sandbox) -> str | None:
+    """What is wrong with an expression's value; None if nothing is."""
+    nonce = secrets.token_hex(8)
+    ran = sandbox.run(program, json.dumps({"setup": case.setup, "value": case.value, "nonce": nonce}), call=True)
+    given = f" It evaluated {_cut(case.value)}."
+    if (ended := _ended(ran, sandbox)) is not None:
+        return ended + given
+    head, _, rest = ran.report.decode(errors="replace").partition("\n")
+    if head != nonce:
+        return f"The program ended before it could be called.{given}"
+    value, _, shown = rest.partition("\n")
+    return None if value == case.expected else f"The value was {_cut(shown)}.{given}"
+
+
+def _ended(ran: Ran, sandbox: Sandbox) -> str | None:
+    """How a run ended other than well."""
+    errors = ran.errors.decode(errors="replace").strip().splitlines()
+    return {
+        "done": None,
+        "failed": f"The program failed: {_cut(errors[-1] if errors else 'without a message')}.",
+        "cpu": f"The program ran longer than {sandbox.limits.cpu_s:g} s.",
+        "clock": f"The program did not end within {sandbox.limits.clock_s:g} s.",
+        "output": f"The program printed more than {OUTPUT_BYTES >> 20} MiB.",
+    }[ran.end]
+
+
+def same_output(given: str, expected: str, tolerance: float) -> bool:
+    """Equal but for white space at the ends of lines and of the whole; with a tolerance, numbers may also differ by
+    that relative error, and then white space only separates words."""
+
+    def lines(text: str) -> list[str]:
+        return [line.rstrip() for line in text.strip().splitlines()]
+
+    if lines(given) == lines(expected):
+        return True
+    left, right = given.split(), expected.split()
+    return tolerance > 0 and len(left) == len(right) and all(map(_close, left, right, repeat(tolerance)))
+
+
+def _close(left: str, right: str, tolerance: float) -> bool:
+    try:
+        return left == right or math.isclose(float(left), float(right), rel_tol=tolerance)
+    except ValueError:
+        return False
+
+
+def _cut(text: str) -> str:
+    return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
+
+
+# Labels
+
+
+def _problem(row: Row) -> str:
+    try:
+        cases = list(_cases(row.label))
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"{row.where}: the label holds no test cases ({error}); mend or delete the row") from error
+    if any(len(case.expected) > OUTPUT_BYTES // 2 for case in cases):
+        raise ConfigError(f"{row.where}: a test expects over {OUTPUT_BYTES >> 21} MiB; delete it from the row")
+    made = [{name: text for name, text in asdict(case).items() if text or name == "expected"} for case in cases]
+    return json.dumps({"prompt": row.prompt, "cases": made, "where": row.where}, ensure_ascii=False)
+
+
+def _cases(label: str) -> Iterator[Case]:
+    try:
+        given = json.loads(label)
+    except ValueError:
+        given = [label]
+    if isinstance(given, dict):
+        if given.get("fn_name"):
+            raise ValueError("tests with fn_name are not known; write them as asserts")
+        inputs, outputs = given.get("inputs"), given.get("outputs")
+        if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs):
+            raise ValueError("inputs and outputs must be lists of the same length")
+        given = [{"input": i, "output": o} for i, o in zip(inputs, outputs, strict=True)]
+    if not isinstance(given, list) or not given:
+        raise ValueError("an empty list, or neither pairs of input and output nor asserts")
+    for test in given:
+        if isinstance(test, dict):
+            yield Case(_lines(test.get("output"), "output"), stdin=_lines(test.get("input"), "input"))
+        else:
+            yield from _asserts(str(test))
+
+
+def _lines(value: Any, what: str) -> str:
+    """Text as it is; a list is one line each, as some datasets have it."""
+    if isinstance(value, list) and all(isinstance(line, str) for line in value):
+        return "\n".join(value)
+    if not isinstance(value, str):
+        raise ValueError(f"{what} is {value!r:.60}, which is no text")
+    return value
+
+
+def _asserts(source: str) -> Iterator[Case]:
+    setup: list[str] = []
+    found = False
+    for statement in ast.parse(source).body:
+        if isinstance(statement, ast.Assert):
+            found = True
+            value, expected = _split(statement.test)
+            yield Case(encoded(expected), setup="\n".join(setup), value=value)
+        else:
+            setup.append(ast.unparse(statement))
+    if not found:
+        raise ValueError(f"no assert in {source[:60]!r}")
+
+
+def _split(test: ast.expr) -> tuple[str, Any]:
+    """(expression, the value it has to have). What is compared with a literal is kept apart from it."""
+    if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.Eq | ast.Is):
+        for value, literal in ((test.left, test.comparators[0]), (test.comparators[0], test.left)):
+            if _is_literal(literal):
+                return ast.unparse(value), ast.literal_eval(literal)
+    return f"bool({ast.unparse(test)})", True
+
+
+def _is_literal(node: ast.expr) -> bool:
+    try:
+        ast.literal_eval(node)
+    except (ValueError, TypeError, RecursionError, MemoryError):
+        return False
+    return True

@@ -1,0 +1,322 @@
+"""Runs programs that a model wrote, in bubblewrap: nothing of the host but a Python and its libraries, no network, no
+other process, and limits on time, memory, files and output.
+
+What each limit rests on (bubblewrap's manual, setrlimit(2), seccomp(2)):
+
+    files       an empty read-only root; of the host, only the interpreter, its standard library and shared libraries.
+                A small tmpfs at /tmp is all that can be written
+    network     a network namespace of its own, with nothing in it
+    processes   a system-call filter: threads may be made, processes not. RLIMIT_NPROC would not bind root
+    memory      RLIMIT_AS of the one process, a sized tmpfs, and no shared memory beside them (same filter)
+    time        RLIMIT_CPU, and a limit on the clock after which everything in the process namespace is killed
+    output      what is read of it, after which the same happens
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import platform
+import selectors
+import shutil
+import struct
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from icrl_megatron.config import ConfigError
+from icrl_megatron.tasks.base import EnvironmentFailure
+from icrl_megatron.tasks.sandbox_guest import READY
+
+End = Literal["done", "failed", "cpu", "clock", "output"]
+
+TMP_BYTES = 16 << 20
+OUTPUT_BYTES = 4 << 20
+"""Of standard output, error output and report together."""
+CLOCK_FACTOR, CLOCK_EXTRA_S = 3.0, 5.0
+"""The limit on the clock, from that on CPU time. Time in which the program wanted a processor and a busy machine gave
+it none does not count, up to `HELD_UP_FACTOR` times the limit."""
+HELD_UP_FACTOR = 10.0
+NOBODY = "65534"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one run may use."""
+
+    cpu_s: float
+    memory_bytes: int
+
+    @property
+    def clock_s(self) -> float:
+        return CLOCK_FACTOR * self.cpu_s + CLOCK_EXTRA_S
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How one run ended, and what it said."""
+
+    end: End
+    """done: exit code 0; failed: another one, or a signal; the others name the limit it was killed at."""
+    output: bytes
+    errors: bytes
+    report: bytes
+    """What the guest (or the program in its place) reported."""
+
+
+class Sandbox:
+    """One way to run programs; any number of threads may. Raises ConfigError where bubblewrap is missing."""
+
+    def __init__(self, limits: Limits) -> None:
+        found = shutil.which("bwrap")
+        if found is None:
+            raise ConfigError(
+                "programs are run in a sandbox, and bubblewrap (bwrap) is not installed: apt-get install bubblewrap"
+            )
+        self._bwrap, self.limits = found, limits
+        self._filter = seccomp_filter(platform.machine())
+
+    def check(self) -> None:
+        """Runs one line. Raises ConfigError with what bubblewrap said when it cannot make its namespaces here."""
+        try:
+            ran = self.run("print(6 * 7)")
+        except EnvironmentFailure as error:
+            raise ConfigError(
+                f"the sandbox does not work on this machine: {error}. It needs user namespaces: allow them "
+                "(sysctl kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0; in a "
+                "container, one started with --security-opt seccomp=unconfined)"
+            ) from error
+        if ran.output.strip() != b"42":
+            raise ConfigError(
+                f"the sandbox does not work on this machine: print(6 * 7) ended as {ran.end}, with "
+                f"{(ran.errors or ran.output)[-300:]!r}; are data.program_memory_mib and data.grading_timeout_s enough "
+                "for Python to start?"
+            )
+
+    def run(self, program: str, stdin: str = "", call: bool = False) -> Ran:
+        """Runs a program; `call`: evaluate the test on stdin beside it (`sandbox_guest`). Blocks.
+
+        Raises EnvironmentFailure when the sandbox did not come about: then the program was not run at all.
+        """
+        with contextlib.ExitStack() as stack:
+            code, data, rules = (stack.enter_context(_memory(part)) for part in (program, stdin, self._filter))
+            reading, writing = os.pipe()
+            stack.callback(os.close, reading)
+            guest = {
+                "cpu_s": math.ceil(self.limits.cpu_s),
+                "memory": self.limits.memory_bytes,
+                "file": TMP_BYTES,
+                "report": writing,
+                "call": call,
+            }
+            try:
+                process = subprocess.Popen(
+                    [self._bwrap, *_rooms(), "--ro-bind-data", str(code), "/program.py", "--seccomp", str(rules),
+                     "--remount-ro", "/", "--", _PYTHON, "-s", "-P", "-S", "/guest.py", json.dumps(guest)],
+                    stdin=data, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=(code, rules, writing),
+                    env=_environment(),
+                )  # fmt: skip
+            except OSError as error:
+                raise EnvironmentFailure(f"{self._bwrap} cannot be started ({error})") from error
+            finally:
+                os.close(writing)
+            return _watched(process, reading, self.limits)
+
+
+def _watched(process: subprocess.Popen[bytes], reading: int, limits: Limits) -> Ran:
+    """Reads until the process and its pipes end, or a limit does."""
+    assert process.stdout is not None and process.stderr is not None
+    clock = Clock(process.pid, limits.clock_s)
+    said = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray(), reading: bytearray()}
+    cut: End | None = None
+    try:
+        with selectors.DefaultSelector() as selector:
+            for pipe in said:
+                selector.register(pipe, selectors.EVENT_READ)
+            while selector.get_map() and cut is None:
+                ready = selector.select(clock.left())
+                for key, _ in ready:
+                    chunk = os.read(key.fd, 1 << 16)
+                    said[key.fd] += chunk
+                    if not chunk:
+                        selector.unregister(key.fd)
+                if sum(map(len, said.values())) > OUTPUT_BYTES:
+                    cut = "output"
+                elif clock.is_up():
+                    cut = "clock"
+        code = _ended(process, clock) if cut is None else None
+    finally:
+        process.kill()  # and with it, by its namespace, everything inside
+        process.wait(timeout=30)
+        process.stdout.close()
+        process.stderr.close()
+    output, errors, report = (bytes(part) for part in said.values())
+    if not report.startswith(READY):
+        if cut == "clock":
+            raise EnvironmentFailure(f"no sandbox within {limits.clock_s:g} s")
+        raise EnvironmentFailure(f"bubblewrap: {errors[-300:].decode(errors='replace').strip() or code}")
+    end = cut or ("clock" if code is None else _end_of(code))
+    return Ran(end, output, errors, report[len(READY) :])
+
+
+def _ended(process: subprocess.Popen[bytes], clock: Clock) -> int | None:
+    """Its exit code; None when it closed its pipes and stayed."""
+    while not clock.is_up():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=max(0.05, clock.left()))
+    return None
+
+
+class Clock:
+    """Runs while a process or its children run or wait, and stands while they are held up."""
+
+    def __init__(self, pid: int, limit_s: float) -> None:
+        self._pid, self._limit_s, self._begun = pid, limit_s, time.monotonic()
+        self._deadline = self._begun + limit_s
+
+    def left(self) -> float:
+        return max(0.0, self._deadline - time.monotonic())
+
+    def is_up(self) -> bool:
+        """Whether the limit is reached; looked into only when it seems to be."""
+        if self.left():
+            return False
+        allowed = min(self._limit_s + held_up_s(self._pid), HELD_UP_FACTOR * self._limit_s)
+        self._deadline = self._begun + allowed
+        return self.left() < 0.05
+
+
+def held_up_s(pid: int) -> float:
+    """Seconds that the threads of a process and of its children were runnable and did not run (proc(5), schedstat);
+    0 where the kernel does not say."""
+    total = 0.0
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            total += int((thread / "schedstat").read_text().split()[1]) / 1e9
+            total += sum(held_up_s(int(child)) for child in (thread / "children").read_text().split())
+    return total
+
+
+def _end_of(code: int) -> End:
+    if code == 0:
+        return "done"
+    return "cpu" if code in (128 + 24, 128 + 9) else "failed"  # SIGXCPU, and SIGKILL where that was ignored
+
+
+@contextmanager
+def _memory(content: str | bytes) -> Iterator[int]:
+    """A file without a name, read from its beginning."""
+    fd = os.memfd_create("icrl")
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(content if isinstance(content, bytes) else content.encode(errors="replace"))
+        os.lseek(fd, 0, os.SEEK_SET)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+_PYTHON = "/python/bin/python3"
+_OS_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
+_PYTHON_LIBRARIES = ("python", "ffi", "crypto", "ssl", "z", "bz2", "lzma", "expat", "sqlite3", "mpdec")
+"""What a Python that brings its own libraries (conda's, say) loads for its standard library."""
+
+
+@functools.cache
+def _rooms() -> tuple[str, ...]:
+    """bubblewrap's arguments: what there is inside."""
+    base, binary = Path(sys.base_prefix), Path(sys.executable).resolve()
+    shown: list[str] = []
+    for name in _OS_LIBRARIES:
+        path = Path(name)
+        if path.is_symlink():
+            shown += ["--symlink", str(path.readlink()), name]
+        elif path.is_dir():
+            shown += ["--ro-bind", name, name]
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    inside = Path("/python") / stdlib.relative_to(base)
+    shown += ["--ro-bind", str(binary), _PYTHON, "--ro-bind", str(stdlib), str(inside)]
+    for name in _PYTHON_LIBRARIES:
+        for library in sorted((base / "lib").glob(f"lib{name}[.0-9]*so*")):
+            shown += ["--ro-bind", str(library), f"/python/lib/{library.name}"]
+    guest = Path(__file__).with_name("sandbox_guest.py")
+    devices = [part for name in ("null", "zero", "urandom") for part in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")]
+    return (
+        *("--unshare-all", "--unshare-user", "--uid", NOBODY, "--gid", NOBODY, "--hostname", "sandbox"),
+        *("--die-with-parent", "--new-session", "--cap-drop", "ALL"),
+        *shown, *devices,
+        *("--ro-bind", str(guest), "/guest.py"),
+        *("--size", str(TMP_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"),
+    )  # fmt: skip
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "HOME": "/tmp",
+        "LANG": "C.UTF-8",
+        "LD_LIBRARY_PATH": "/python/lib",
+        "PYTHONHOME": "/python",
+        "PYTHONHASHSEED": "0",  # a program that prints a set prints it alike every time
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONUTF8": "1",
+    }
+
+
+# System calls of linux/audit.h's architectures: (audit number, clone, clone3, those that are denied).
+# The denied are, in this order: fork, vfork (x86 only); unshare, setns, mount, ptrace, bpf, io_uring_setup, keyctl,
+# add_key, request_key, userfaultfd, perf_event_open, process_vm_readv, process_vm_writev; memfd_create, memfd_secret,
+# shmget, mq_open, which hold memory that no limit of a process counts.
+_CALLS: dict[str, tuple[int, int, int, Sequence[int]]] = {
+    "x86_64": (
+        0xC000003E, 56, 435,
+        (57, 58, 272, 308, 165, 101, 321, 425, 250, 248, 249, 323, 298, 310, 311, 319, 447, 29, 240),
+    ),
+    "aarch64": (
+        0xC00000B7, 220, 435,
+        (97, 268, 40, 117, 280, 425, 219, 217, 218, 282, 241, 270, 271, 279, 447, 194, 180),
+    ),
+}  # fmt: skip
+_CLONE_THREAD = 0x10000
+_ALLOW, _KILL, _EPERM, _ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
+_LOAD, _EQUAL, _AT_LEAST, _SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+
+
+def seccomp_filter(machine: str) -> bytes:
+    """A classic BPF program (linux/filter.h): no new processes, and none of `_CALLS`. clone3 is said not to exist, so
+    that libc makes threads with clone, whose flags can be read here. Raises ConfigError on another processor."""
+    if machine not in _CALLS:
+        raise ConfigError(
+            f"programs are run in a sandbox that knows {' and '.join(_CALLS)}, and this machine is {machine}; leave "
+            "the task set `code` out of tasks.sources"
+        )
+    audit, clone, clone3, denied = _CALLS[machine]
+    number, architecture, first_argument = 0, 4, 16  # offsets in struct seccomp_data
+    rules = [
+        (_LOAD, 0, 0, architecture),
+        (_EQUAL, 1, 0, audit),
+        (_RETURN, 0, 0, _KILL),
+        (_LOAD, 0, 0, number),
+        (_AT_LEAST, 0, 1, 0x40000000),  # x32, the same calls under other numbers
+        (_RETURN, 0, 0, _EPERM),
+        (_EQUAL, 0, 1, clone3),
+        (_RETURN, 0, 0, _ENOSYS),
+    ]
+    for call in denied:
+        rules += [(_EQUAL, 0, 1, call), (_RETURN, 0, 0, _EPERM)]
+    rules += [
+        (_EQUAL, 0, 3, clone),
+        (_LOAD, 0, 0, first_argument),
+        (_SET, 1, 0, _CLONE_THREAD),
+        (_RETURN, 0, 0, _EPERM),
+        (_RETURN, 0, 0, _ALLOW),
+    ]
+    return b"".join(struct.pack("HBBI", *rule) for rule in rules)

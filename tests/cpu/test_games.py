@@ -1,0 +1,283 @@
+"""ALFWorld in process: games that textworld makes here, played in processes of their own; folders that are none."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from icrl_megatron.config import ConfigError, TaskData, TaskSource
+from icrl_megatron.tasks import agentgym, games, registry
+from icrl_megatron.tasks.agentgym import AgentGymEnvironment
+from icrl_megatron.tasks.base import Checked, EnvironmentFailure
+from icrl_megatron.tasks.datasets import check_no_leak, subset_of
+from icrl_megatron.tasks.games import GameFolders
+
+HAS_TEXTWORLD = importlib.util.find_spec("textworld") is not None
+HAS_PLANNER = HAS_TEXTWORLD and all(importlib.util.find_spec(name) for name in ("alfworld", "fast_downward"))
+textworld_only = pytest.mark.skipif(not HAS_TEXTWORLD, reason="the extra icrl-megatron[alfworld] is not installed")
+
+MAKE = """
+import sys, textworld
+options = textworld.GameOptions()
+options.path, options.seeds = sys.argv[1], int(sys.argv[2])
+options.nb_rooms, options.nb_objects, options.quest_length = 1, 3, 1
+_, game = textworld.make(options)
+print("\\n".join(game.walkthrough))
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]]]:
+    """A folder with two splits of games, and how each is won."""
+    folder = tmp_path_factory.mktemp("games")
+    won = {}
+    for split, seed in (("train", 1), ("heldout", 2)):
+        (folder / split).mkdir()
+        path = folder / split / "game.z8"
+        done = subprocess.run(
+            [sys.executable, "-c", MAKE, str(path), str(seed)], capture_output=True, text=True, timeout=500
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        won[split] = done.stdout.strip().splitlines()
+    return folder, won
+
+
+def of_folders(folder: Path, **data: object) -> GameFolders:
+    given = TaskData(train=[str(folder / "train")], heldout=[str(folder / "heldout")], **data)  # type: ignore[arg-type]
+    task_set = registry.of_source(TaskSource("alfworld", data=given))
+    assert isinstance(task_set, GameFolders) and isinstance(task_set, Checked)
+    return task_set
+
+
+async def played(environment: AgentGymEnvironment, actions: list[str]) -> list[str]:
+    seen = [await environment.reset()]
+    for action in actions:
+        found = environment.parse(f"I think. <action> {action} </action>")
+        assert found == action
+        result = await environment.step(found)
+        seen.append(result.observation)
+        if result.done:
+            break
+    return seen
+
+
+@textworld_only
+def test_a_game_is_lost_and_then_won(made: tuple[Path, dict[str, list[str]]]) -> None:
+    folder, won = made
+    task_set = of_folders(folder)
+    try:
+        task_set.check()
+        (task,) = task_set.problems("train")
+        assert task.task_id == "alfworld/train/train/0" and subset_of(task) == "alfworld/train"
+        check_no_leak(task_set.problems("train"), task_set.problems("heldout"))
+        environment = task_set.environment(task)
+
+        async def rounds() -> None:
+            seen = await played(environment, ["look", "dance with the moon"])
+            assert "AVAILABLE ACTIONS: " in seen[0] and won["train"][0] in seen[0]
+            assert not environment.success() and environment.outcome() == 0.0
+            # The next round is the same game from its beginning.
+            again = await played(environment, won["train"])
+            assert again[0] == seen[0]
+            assert environment.success() and environment.outcome() == 1.0 and "solved" in environment.summary()
+
+        asyncio.run(rounds())
+    finally:
+        task_set.close()
+
+
+@textworld_only
+def test_episodes_share_processes_and_none_blocks_the_others(made: tuple[Path, dict[str, list[str]]]) -> None:
+    folder, won = made
+    task_set = of_folders(folder, grading_workers=2)
+    tasks = [*task_set.problems("train"), *task_set.problems("heldout")]
+
+    async def many() -> float:
+        environments = [task_set.environment(tasks[i % 2]) for i in range(6)]
+        late = 0.0
+
+        async def heartbeat() -> None:
+            nonlocal late
+            while True:
+                begun = time.monotonic()
+                await asyncio.sleep(0.01)
+                late = max(late, time.monotonic() - begun)
+
+        beating = asyncio.create_task(heartbeat())
+        await asyncio.gather(
+            *(played(e, won["train" if i % 2 == 0 else "heldout"]) for i, e in enumerate(environments))
+        )
+        beating.cancel()
+        assert all(e.success() for e in environments)
+        assert [t.episodes for t in task_set._tables] == [3, 3]
+        environments.clear()
+        gc.collect()
+        assert [t.episodes for t in task_set._tables] == [0, 0]
+        return late
+
+    try:
+        # Starting a game takes seconds; the loop is never held up that long.
+        assert asyncio.run(many()) < 2.0
+    finally:
+        task_set.close()
+
+
+@textworld_only
+def test_a_process_that_dies_costs_its_episodes_and_no_more(made: tuple[Path, dict[str, list[str]]]) -> None:
+    folder, won = made
+    task_set = of_folders(folder, grading_workers=1)
+    task = task_set.problems("train")[0]
+
+    async def episode() -> None:
+        first, second = task_set.environment(task), task_set.environment(task)
+        await first.reset()
+        await second.reset()
+        worker = task_set._tables[0]._worker
+        assert worker is not None
+        worker._process.kill()
+        with pytest.raises(EnvironmentFailure, match="killed its process"):
+            await first.step("look")
+        with pytest.raises(EnvironmentFailure, match="started anew"):
+            await second.step("look")
+        await played(second, won["train"])
+        assert second.success()
+
+    try:
+        asyncio.run(episode())
+    finally:
+        task_set.close()
+
+
+@textworld_only
+def test_a_step_that_hangs_is_cut_off(made: tuple[Path, dict[str, list[str]]]) -> None:
+    task_set = of_folders(made[0], grading_workers=1)
+    environment = task_set.environment(task_set.problems("train")[0])
+
+    async def episode() -> None:
+        await environment.reset()
+        table = task_set._tables[0]
+        assert table._worker is not None
+        os.kill(table._worker._process.pid, 19)  # SIGSTOP
+        table._timeout_s = 0.5
+        with pytest.raises(EnvironmentFailure, match=r"took over 0\.5 s"):
+            await environment.step("look")
+
+    try:
+        asyncio.run(episode())
+    finally:
+        task_set.close()
+
+
+def folder_with(tmp_path: Path, name: str, content: str) -> Path:
+    for split in ("train", "heldout"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / name).write_text(content)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("notes.txt", "hello", "holds no .tw-pddl or .z8 game"),
+        ("game.tw-pddl", '{"solvable": false}', "that can be solved"),
+        ("game.tw-pddl", "{", "no game of ALFWorld"),
+        ("game.tw-pddl", "[]", "no game of ALFWorld"),
+    ],
+)
+def test_folders_that_are_none(tmp_path: Path, name: str, content: str, part: str) -> None:
+    with pytest.raises(ConfigError, match=part):
+        of_folders(folder_with(tmp_path, name, content)).problems("train")
+
+
+def test_a_game_in_both_splits_is_a_leak(tmp_path: Path) -> None:
+    task_set = of_folders(folder_with(tmp_path, "game.tw-pddl", '{"solvable": true}'))
+    with pytest.raises(ConfigError, match="1 held-out problems are training problems too"):
+        check_no_leak(task_set.problems("train"), task_set.problems("heldout"))
+
+
+def test_what_cannot_be_played_is_said_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task_set = of_folders(folder_with(tmp_path, "game.z8", "no game"))
+    monkeypatch.setattr(games.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs textworld to play .*game\.z8: pip install"):
+        task_set.check()
+
+
+@textworld_only
+def test_a_damaged_game_is_named_before_the_run(tmp_path: Path) -> None:
+    task_set = of_folders(folder_with(tmp_path, "game.z8", "no game"))
+    try:
+        with pytest.raises(ConfigError, match=r"game\.z8: a reset of a game "):
+            task_set.check()
+    finally:
+        task_set.close()
+
+
+def test_folders_and_servers_do_not_go_together(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, "game.z8", "")
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        of_folders(folder, servers=["http://host:1"])
+    served = registry.of_source(TaskSource("alfworld", data=TaskData(train=["0:2"], heldout=["2:3"])))
+    assert isinstance(served, agentgym.AgentGym)
+    mixed = TaskSource("alfworld", data=TaskData(train=["0:2"], heldout=[str(folder / "heldout")]))
+    with pytest.raises(ConfigError, match="0:2 is no folder"):
+        registry.of_source(mixed).problems("train")
+
+
+# A kitchen in ALFWorld's own domain and grammar, which come with its package.
+KITCHEN = """
+(define (problem kitchen) (:domain alfred)
+(:objects agent1 - agent
+ loc1 loc2 loc3 - location
+ desk_bar_1 shelf_bar_2 - receptacle
+ mug_bar_3 - object
+ DeskType ShelfType - rtype
+ MugType - otype)
+(:init (atLocation agent1 loc3)
+ (receptacleAtLocation desk_bar_1 loc1) (receptacleAtLocation shelf_bar_2 loc2)
+ (receptacleType desk_bar_1 DeskType) (receptacleType shelf_bar_2 ShelfType)
+ (canContain DeskType MugType) (canContain ShelfType MugType)
+ (objectType mug_bar_3 MugType) (objectAtLocation mug_bar_3 loc1) (pickupable mug_bar_3)
+ (= (total-cost) 0)
+ (inReceptacle mug_bar_3 desk_bar_1))
+(:goal (and (exists (?r - receptacle) (and (receptacleType ?r ShelfType)
+ (exists (?o - object) (and (objectType ?o MugType) (inReceptacle ?o ?r)))))))
+(:metric minimize (total-cost)))
+"""
+
+
+@pytest.mark.skipif(not HAS_PLANNER, reason="the extra icrl-megatron[alfworld] is not installed")
+def test_a_game_in_alfworlds_domain(tmp_path: Path) -> None:
+    package = Path(next(iter(importlib.util.find_spec("alfworld").submodule_search_locations))) / "data"  # type: ignore
+    game = {
+        "pddl_domain": (package / "alfred.pddl").read_text(),
+        "grammar": (package / "alfred.twl2").read_text().replace("UNKNOWN GOAL", "put a mug in shelf"),
+        "pddl_problem": KITCHEN,
+        "solvable": True,
+    }
+    folder = folder_with(tmp_path, "game.tw-pddl", json.dumps(game))
+    task_set = of_folders(folder, grading_workers=1)
+    try:
+        task_set.check()
+        environment = task_set.environment(task_set.problems("train")[0])
+
+        async def episode() -> list[str]:
+            return await played(
+                environment,
+                ["fly", "go to desk 1", "take mug 1 from desk 1", "go to shelf 1", "move mug 1 to shelf 1"],
+            )
+
+        seen = asyncio.run(episode())
+        assert "go to desk 1" in seen[0].split("AVAILABLE ACTIONS: ")[1]
+        assert seen[1].startswith("Nothing happens.\nAVAILABLE ACTIONS: ")
+        assert "You pick up the mug 1" in seen[3] and environment.success(), seen
+    finally:
+        task_set.close()
