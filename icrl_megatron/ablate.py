@@ -16,6 +16,7 @@ from statistics import mean
 
 import numpy as np
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from icrl_megatron import settings as settings_module
@@ -24,7 +25,6 @@ from icrl_megatron.report import outcome
 from icrl_megatron.rollout.intervals import Difference, paired_difference
 from icrl_megatron.settings import SAVED_NAME
 from icrl_megatron.telemetry.files import write_atomically
-from icrl_megatron.telemetry.plots import arms_picture
 from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
 
 START = "start"
@@ -104,11 +104,13 @@ def run(plan: Plan, cell: int | None = None) -> int:
     cells = plan.cells()
     if cell is not None and not 0 <= cell < len(cells):
         raise ConfigError(f"--cell={cell}: there are cells 0 to {len(cells) - 1}")
-    model = _start(plan)
+    words = start_words(plan)
+    if words and (code := _icrl(words)):
+        return code
     for arm, seed in cells if cell is None else [cells[cell]]:
         if finished(plan.folder(arm, seed)):
             continue
-        if code := _icrl(["train", plan.recipe, *_cell_overrides(plan, arm, seed, model)]):
+        if code := _icrl(cell_words(plan, arm, seed)):
             return code
     return 0
 
@@ -117,32 +119,38 @@ def finished(folder: Path) -> bool:
     return (folder / "report.json").exists()
 
 
-def _start(plan: Plan) -> str:
-    """The model that every cell begins with: the recipe's, or one warm start that they share."""
-    settings = settings_module.load(plan.recipe, plan.overrides)
-    if settings.model.path and settings.warm_start.steps == 0:
-        return settings.model.path
-    folder = plan.out / START
-    if not (folder / "warm_start" / "hf").exists() and (
-        code := _icrl(["sft", plan.recipe, *plan.overrides, f"run_dir={folder}"])
-    ):
-        raise SystemExit(code)
-    return str(folder / "warm_start" / "hf")
+def start_words(plan: Plan) -> list[str]:
+    """The command of the warm start that all cells share; empty where none is needed, or it is done."""
+    folder = _shared_start(plan)
+    if folder is None or (folder / "warm_start" / "hf").exists():
+        return []
+    return ["sft", plan.recipe, *plan.overrides, f"run_dir={folder}"]
 
 
-def _cell_overrides(plan: Plan, arm: str, seed: int, model: str) -> list[str]:
-    fixed = [f"run_dir={plan.folder(arm, seed)}", f"name={arm}", f"seed={seed}", f"model.path={model}"]
+def cell_words(plan: Plan, arm: str, seed: int) -> list[str]:
+    """The command of one cell: `train`, the recipe and what this cell changes of it.
+
+    Raises ConfigError where another cell sets the budget and is not finished."""
+    folder = _shared_start(plan)
+    model = [] if folder is None else [f"model.path={folder / 'warm_start' / 'hf'}"]
+    fixed = [f"run_dir={plan.folder(arm, seed)}", f"name={arm}", f"seed={seed}", *model]
     changes = [*plan.overrides, *fixed, "warm_start.steps=0", "baseline=", *ARMS[arm]]
     if plan.budget_of and arm != plan.budget_of:
-        rows = read_rows(plan.folder(plan.budget_of, seed) / METRICS_FILE)
         if not finished(plan.folder(plan.budget_of, seed)):
             raise ConfigError(
                 f"arm {plan.budget_of!r} with seed {seed} sets the budget and is not finished: run it first"
             )
+        rows = read_rows(plan.folder(plan.budget_of, seed) / METRICS_FILE)
         changes += [f"max_generated_tokens={int(rows[-1]['tokens/generated_total'])}", "steps=1000000"]
         # An arm that finds nothing pays for it like any other.
         changes += ["algo.on_no_signal=skip", "algo.max_resamples=0"]
-    return changes
+    return ["train", plan.recipe, *changes]
+
+
+def _shared_start(plan: Plan) -> Path | None:
+    """The run folder of the shared warm start; None where the recipe names a model and warms nothing up."""
+    settings = settings_module.load(plan.recipe, plan.overrides)
+    return None if settings.model.path and settings.warm_start.steps == 0 else plan.out / START
 
 
 def _icrl(arguments: list[str]) -> int:
@@ -199,6 +207,8 @@ def table(arms: Sequence[Arm]) -> Table:
 
 def write(plan: Plan, arms: Sequence[Arm]) -> None:
     """ablation.json, ablation.md and ablation.png in the plan's folder."""
+    from icrl_megatron.telemetry.plots import arms_picture
+
     write_atomically(plan.out / "ablation.json", [json.dumps([asdict(a) for a in arms], indent=1)])
     lines = ["| arm | seeds | success | tokens |", "| --- | ---: | ---: | ---: |"]
     for a in arms:
@@ -210,3 +220,10 @@ def write(plan: Plan, arms: Sequence[Arm]) -> None:
         for a in arms
     }
     arms_picture({plan.recipe: curves}, plan.out / "ablation.png")
+
+
+def conclude(plan: Plan) -> None:
+    """Writes the files of what is finished and prints its table; nothing where nothing is."""
+    if found := results(plan):
+        write(plan, found)
+        Console().print(table(found))

@@ -2,6 +2,8 @@
 
 python -m icrl_megatron.job check train RECIPE [KEY=VALUE]...         prints the run folder, or exits with 2
 python -m icrl_megatron.job seen RUN_FOLDER TOKEN                     does this node see what the first one wrote?
+python -m icrl_megatron.job cell PLAN CELL                            prints the words of an ablation's cell, one a line
+python -m icrl_megatron.job table PLAN                                writes and prints an ablation's table
 python -m icrl_megatron.job decide RUN_FOLDER OUTCOME STATE RC STOP   prints: done | requeue | retry SECONDS | fail
 """
 
@@ -117,6 +119,16 @@ def _decide(run_folder: Path, outcome: Path, state_path: Path, returncode: int, 
     return f"retry {decision.wait_s:g}" if decision.action == "retry" else decision.action
 
 
+def _of_ablation(verb: str, plan_file: Path, cell: str = "") -> None:
+    from icrl_megatron import ablate, ablate_slurm
+
+    plan = ablate_slurm.load_plan(plan_file)
+    if verb == "cell":
+        print("\n".join(ablate_slurm.words(plan, cell)))
+    else:
+        ablate.conclude(plan)
+
+
 def main(arguments: list[str]) -> None:
     """Entry point; ConfigError is one message and exit code 2."""
     try:
@@ -125,6 +137,8 @@ def main(arguments: list[str]) -> None:
             print(check(rest))
         elif verb == "seen":
             seen(Path(rest[0]), rest[1])
+        elif verb in ("cell", "table"):
+            _of_ablation(verb, Path(rest[0]), *rest[1:])
         else:
             run_folder, outcome, state = map(Path, rest[:3])
             print(_decide(run_folder, outcome, state, int(rest[3]), rest[4] == "1"))
