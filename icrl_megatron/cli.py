@@ -172,6 +172,7 @@ def eval_(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run, a checkpoint or a Hugging Face folder.")],
     overrides: Overrides = None,
     task: Annotated[list[str] | None, typer.Option(help="Task set, repeatable; the run's own by default.")] = None,
+    on: Annotated[list[str] | None, typer.Option(help="test: all held-out problems; or a subset, repeatable.")] = None,
     rounds: Annotated[int, typer.Option(help="Attempts an episode; above 1 the critic helps.")] = 1,
     samples: Annotated[int, typer.Option(help="Episodes of each problem.")] = 1,
     problems: Annotated[int | None, typer.Option(help="At most this many of each task set.")] = None,
@@ -184,8 +185,8 @@ def eval_(
     from icrl_megatron.evaluation import Request, evaluate
     from icrl_megatron.telemetry.eval_views import show as show_result
 
-    named, changed = tuple(task or ()), tuple(overrides or ())
-    request = Request(model, named, rounds, samples, problems, critic, revise_all, against, out, changed)
+    named, subsets, changed = tuple(task or ()), tuple(on or ("test",)), tuple(overrides or ())
+    request = Request(model, named, subsets, rounds, samples, problems, critic, revise_all, against, out, changed)
     result, folder = evaluate(request)
     show_result(result)
     typer.echo(f"written to {folder}: eval.json, eval.png")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from icrl_megatron import settings as settings_module
 from icrl_megatron.config import ActorSettings, AlgoSettings, ConfigError, Settings
+from icrl_megatron.eval_problems import check_rows
 from icrl_megatron.shape import Qwen3Shape, check_folder
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked
@@ -218,6 +219,7 @@ def _check_tasks(settings: Settings) -> None:
             problems[split] += task_set.problems(split)
             if not task_set.problems(split):
                 raise ConfigError(f"tasks.sources.{i}.name={source.name}: this task set has no {split} problems")
+        check_rows(source, source)
         if isinstance(task_set, Checked):
             task_set.check()
     check_no_leak(problems["train"], problems["heldout"])
