@@ -30,7 +30,7 @@ class Band:
 
 def band(curves: Sequence[Curve], points: int = 60) -> Band:
     """At most `points` places between the latest first and the earliest last x: nowhere is a curve continued beyond
-    what was measured. Where all curves have the same few x, these are the places. Curves without points are left out."""
+    what was measured. Where all curves have the same few x, these are the places. Empty curves are left out."""
     known = [(np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)) for x, y in curves if len(x)]
     if not known:
         return Band(0, (), (), (), ())
@@ -46,7 +46,7 @@ def band(curves: Sequence[Curve], points: int = 60) -> Band:
 
 
 def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`values` [seeds, P] -> (low, mean, high), each [P]. The same resamples serve all P, so that the band is smooth."""
+    """`values` [seeds, P] -> (low, mean, high), each [P]. The same resamples serve all P: the band is smooth."""
     mean = values.mean(axis=0)
     if len(values) == 1:
         return mean, mean, mean

@@ -1,4 +1,4 @@
-"""`icrl ablate --on slurm` on a real Slurm: the shared start, an array of cells of which one is interrupted, the table."""
+"""`icrl ablate --on slurm` on a real Slurm: the shared start, an array with an interrupted cell, the table."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_the_tables_fit_a_terminal_of_80_columns() -> None:
         successes=found,
         subsets={},
         contents={},
-        comparison=compare(found, found, {name: "math/olympiadbench" for name in names}),
+        comparison=compare(found, found, dict.fromkeys(names, "math/olympiadbench")),
         against="runs/grpo_8b_math_4xh100",
     )
     console = Console(width=80, file=io.StringIO())
