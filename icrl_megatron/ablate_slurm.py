@@ -1,4 +1,4 @@
-"""`icrl ablate --on slurm`: the cells as an array, each a job with all that slurm/job.sh does, and the table at the end.
+"""`icrl ablate --on slurm`: the cells as an array, each a job with all that slurm/job.sh does, and the table last.
 
 Submitted again, only cells that are not finished are queued; they go on from their checkpoints.
 """

@@ -20,11 +20,12 @@ from icrl_megatron.telemetry.page_episodes import Speller, episode
 from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
 
 WEB = Path(__file__).parent / "web"
+DEFAULT_SIZE = PageSize()
 SCRIPTS = ("base.js", "charts.js", "episodes.js", "page.js")
 """In the order in which they depend on each other; one script in the page."""
 
 
-def write_page(runs: Sequence[Path], out: Path, size: PageSize = PageSize()) -> Path:
+def write_page(runs: Sequence[Path], out: Path, size: PageSize = DEFAULT_SIZE) -> Path:
     """Writes the page of these run folders to `out`. Raises ConfigError on a folder that is no run with metrics."""
     measured = _labelled(runs, [_measured(run) for run in runs])
     data = {

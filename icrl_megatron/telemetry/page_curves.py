@@ -97,10 +97,11 @@ def _raw(runs: Sequence[Measured], places: Callable[[Measured], list[float]]) ->
         return []
     steps, x = runs[0].steps(), places(runs[0])
     known = [i for i, row in enumerate(steps) if _is_known(row, CRITIQUE_FREE)]
-    return [
-        [round(float(np.mean([x[i] for i in part])), 2), round(float(np.mean([steps[i][CRITIQUE_FREE] for i in part])), 4)]
+    means = [
+        (np.mean([x[i] for i in part]), np.mean([steps[i][CRITIQUE_FREE] for i in part]))
         for part in buckets(known, 2 * POINTS)
-    ]  # fmt: skip
+    ]
+    return [[round(float(cost), 2), round(float(share), 4)] for cost, share in means]
 
 
 def heldout(runs: Sequence[Measured]) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from head_cases import EXACT, TORCH, TRITON, assert_same, make_inputs, needs_triton, run_head, run_reference
-from test_credit import episode
 
 from icrl_kernels import Streams, Terms
 from icrl_kernels.objective import token_objective
@@ -17,6 +16,7 @@ from icrl_megatron.ablate import ARMS
 from icrl_megatron.algo.credit import credit
 from icrl_megatron.algo.samples import to_samples
 from icrl_megatron.config import AlgoSettings, Calibration, ConfigError
+from icrl_megatron.types import Attempt, Completion, Critique, Episode, Task, Turn
 from icrl_megatron.validate import _check_algo
 
 GAMMA = 0.1
@@ -72,6 +72,16 @@ def test_every_head_computes_the_same(how: object, terms: Terms) -> None:
     probability_L = truth[0].logprobs_L.exp()
     assert torch.allclose(weights_L[shaped_L], (probability_L / (probability_L + terms.shaping_gamma))[shaped_L])
     assert_same(run_head(hidden_LH, weight_VH, given, terms, 60, 8, how), truth, how)  # type: ignore[arg-type]
+
+
+def episode(index: int, outcomes: list[float]) -> Episode:
+    said = Completion((1, 2), (-0.5, -0.5), "stop", 0)
+    attempts = tuple(
+        Attempt(r, (5, 77, 6) if r else (5, 6), (5, 6), (Turn(said, "x", "x", "", ()),), of, of == 1.0, "", "done")
+        for r, of in enumerate(outcomes)
+    )
+    critiques = tuple(Critique(r, (9,), said, "try left") for r in range(len(outcomes) - 1))
+    return Episode(Task("maze/train/0", "maze", "train", "0"), index, attempts, critiques)
 
 
 def test_revisions_are_shaped_and_share_the_solver_s_group_without_its_deviation() -> None:
