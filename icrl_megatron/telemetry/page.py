@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from icrl_megatron import settings as settings_module
 from icrl_megatron.config import ConfigError, Settings
 from icrl_megatron.report import outcome
+from icrl_megatron.telemetry.bands import band
 from icrl_megatron.telemetry.files import write_atomically
 from icrl_megatron.telemetry.metrics import EVALUATION_TOKENS
 from icrl_megatron.telemetry.page_choice import PageSize, choose
@@ -28,10 +29,12 @@ SCRIPTS = ("base.js", "charts.js", "episodes.js", "page.js")
 def write_page(runs: Sequence[Path], out: Path, size: PageSize = DEFAULT_SIZE) -> Path:
     """Writes the page of these run folders to `out`. Raises ConfigError on a folder that is no run with metrics."""
     measured = _labelled(runs, [_measured(run) for run in runs])
-    data = {
-        "groups": [group_data(measured, members) for members in groups(measured)],
-        "runs": [run_data(run, of, size, len(runs)) for run, of in zip(runs, measured, strict=True)],
-    }
+    shown = [run_data(run, of, size, len(runs)) for run, of in zip(runs, measured, strict=True)]
+    data = {"runs": shown, "groups": []}
+    for members in groups(measured):
+        of_seeds = [shown[m]["weights"] for m in members]
+        transfer = {name: asdict(band([(w["steps"], w[name]) for w in of_seeds])) for name in ("mean", "held", "moved")}
+        data["groups"].append(group_data(measured, members) | {"transfer": transfer})
     parts = {name: (WEB / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", *SCRIPTS)}
     script = "\n".join(parts[name] for name in SCRIPTS)
     page = parts["page.html"].replace("/*CSS*/", parts["page.css"]).replace("/*JS*/", script)
@@ -49,15 +52,19 @@ def _measured(run: Path) -> Measured:
     return Measured(settings.name, settings, rows)
 
 
-def _labelled(folders: Sequence[Path], runs: list[Measured]) -> list[Measured]:
-    """Experiments of the same name are told apart by their folders; seeds of one keep its name."""
-    firsts = [members[0] for members in groups(runs)]
-    names = [runs[first].label for first in firsts]
+def _labelled(folders: Sequence[Path], runs: Sequence[Measured]) -> list[Measured]:
+    """Experiments of the same name are told apart by their folders; the seeds of one keep one name."""
     found = list(runs)
-    for members in groups(runs):
-        if names.count(runs[members[0]].label) > 1:
-            for m in members:
-                found[m] = Measured(folders[m].resolve().name, runs[m].settings, runs[m].rows)
+    for parts in (1, 2):  # a folder's name, then its parent's too
+        experiments = groups(runs)
+        names = [found[members[0]].label for members in experiments]
+        for members in experiments:
+            if names.count(found[members[0]].label) > 1:
+                label = "/".join(folders[members[0]].resolve().parts[-parts:])
+                if len(members) > 1:  # icrl_0, icrl_1, icrl_2
+                    label = label.removesuffix(f"_{runs[members[0]].settings.seed}")
+                for m in members:
+                    found[m] = replace(found[m], label=label)
     return found
 
 
@@ -100,6 +107,10 @@ def _table(run: Path, settings: Settings) -> list[dict[str, Any]]:
 def _setup(settings: Settings) -> dict[str, str]:
     rollout, algo = settings.rollout, settings.algo
     weight = f"w_max {algo.calibration.w_max:g}, {algo.calibration.denominator}" if algo.calibration.enabled else "off"
+    if algo.shaping_gamma > 0:
+        weight = f"off; shaped, p / (p + {algo.shaping_gamma:g})"
+    if rollout.rounds == 1:
+        weight = "no revisions"
     return {
         "tasks": ", ".join(s.name for s in settings.tasks.sources),
         "batch": f"{rollout.tasks_per_step} tasks x {rollout.episodes_per_task} episodes",

@@ -43,7 +43,8 @@ class Choice:
     limit: int
     """Tokens of each of their texts that are shown."""
     weights: dict[str, Any]
-    """Per step read: the share of calibrated tokens in each of `BINS` bins of their weight."""
+    """Per step read: the share of calibrated tokens in each of `BINS` bins of their weight; their mean, how many were
+    held back (w under 0.5) and how many transferred (w of 1 and more), as shares; and how many there are."""
     played: int
     """Episodes in the steps that were read."""
     read: int
@@ -58,25 +59,29 @@ def choose(run: Path, w_max: float, size: PageSize, runs: int) -> Choice:
     quota = -(-size.episodes // max(1, min(len(steps), size.episodes)))
     showing = set(spread(steps, size.episodes))
     chosen: list[tuple[int, DumpRecord]] = []
-    shares: list[list[float]] = []
-    counts: list[int] = []
-    weighted_steps: list[int] = []
+    found: dict[str, Any] = {name: [] for name in ("steps", "shares", "mean", "held", "moved", "counts")}
     played = 0
     for step in steps:
         records = read_dump(dump_path(run, step))
         played += len(records)
         weights = [w for record in records for credited in record.credit.values() for w in credited.weights]
         if weights:
-            bins = np.histogram(np.clip(weights, 0.0, w_max), np.linspace(0.0, w_max, BINS + 1))[0]
-            weighted_steps.append(step)
-            shares.append((bins / len(weights)).round(4).tolist())
-            counts.append(len(weights))
+            for name, value in _of_weights(step, np.asarray(weights), w_max).items():
+                found[name].append(value)
         if step in showing:
             chosen += [(step, record) for record in _of_step(records, quota)]
     chosen = spread(chosen, size.episodes)
     chosen, limit = _fitting(chosen, size.tokens, size.total_tokens // max(1, runs))
-    found = {"steps": weighted_steps, "shares": shares, "counts": counts}
     return Choice(chosen, limit, found, played, len(steps), len(dumped))
+
+
+def _of_weights(step: int, weights: np.ndarray, w_max: float) -> dict[str, Any]:
+    bins = np.histogram(np.clip(weights, 0.0, w_max), np.linspace(0.0, w_max, BINS + 1))[0]
+    parts = {"mean": weights.mean(), "held": (weights < 0.5).mean(), "moved": (weights >= 1.0).mean()}
+    shares = (bins / len(weights)).round(4).tolist()
+    return {"steps": step, "shares": shares, "counts": len(weights)} | {
+        name: round(float(value), 4) for name, value in parts.items()
+    }
 
 
 def _of_step(records: Sequence[DumpRecord], quota: int) -> list[DumpRecord]:

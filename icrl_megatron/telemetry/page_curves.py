@@ -24,7 +24,7 @@ POINTS = 160
 ROUND = "success/round_"
 CURVES = (
     *(CRITIQUE_FREE, "reward/attempt", "reward/revision", "reward/critique", "critique/tokens", "attempt/tokens"),
-    *("actor/calibration_weight", "actor/entropy", "actor/mismatch_abs", "actor/grad_norm", "groups/flat_share"),
+    *("actor/entropy", "actor/mismatch_abs", "actor/grad_norm", "groups/flat_share"),
 )
 OF_ONE_EXPERIMENT = ("seed", "run_dir", "name", "max_generated_tokens")
 """Settings that may differ between the seeds of one experiment; at equal cost each seed has a budget of its own."""

@@ -79,7 +79,7 @@ function readable(f, series, value, unit) {
 }
 
 // The picture of the weights: a column for each step that was read, a row for each bin of w; darker is more tokens.
-function heat(host, run, mean) {
+function heat(host, run) {
   const w = run.weights, bins = w.shares[0].length, columns = w.steps.length;
   host.replaceChildren();
   const f = frame(host, [w.steps[0], last(w.steps) + 1], 0, run.w_max, { label: "step", title: `calibration weights of ${sum(w.counts)} revision tokens over ${columns} steps` });
@@ -90,7 +90,8 @@ function heat(host, run, mean) {
     f.root.append(svg("rect", { x: (f.box.left + c * wide).toFixed(2), y: (f.y(run.w_max) + (bins - 1 - b) * high).toFixed(2), width: (wide + .3).toFixed(2), height: (high + .3).toFixed(2), fill: middle < 1 ? "var(--held)" : "var(--moved)", opacity: (.06 + .94 * Math.sqrt(part / top)).toFixed(3) }));
   }));
   f.root.append(svg("line", { x1: f.box.left, x2: f.W - f.box.right, y1: f.y(1), y2: f.y(1), stroke: "var(--ink)", "stroke-width": 1, "stroke-dasharray": "2 4", opacity: .7 }));
-  if (mean && mean.x.length) f.root.append(svg("path", { d: path(zip(mean.x.map(x => Math.max(w.steps[0], x)), mean.mean), f.x, f.y), fill: "none", stroke: "var(--ink)", "stroke-width": 2.3 }));
+  const middles = w.steps.map((_, c) => [f.left + (c + .5) / columns * (f.right - f.left), w.mean[c]]);
+  f.root.append(svg("path", { d: path(middles, f.x, f.y), fill: "none", stroke: "var(--ink)", "stroke-width": 2.3, "stroke-linejoin": "round" }));
   f.root.addEventListener("mousemove", e => {
     const place = f.root.getBoundingClientRect(), scale = f.W / place.width;
     const c = Math.floor(((e.clientX - place.left) * scale - f.box.left) / wide), b = bins - 1 - Math.floor(((e.clientY - place.top) * scale - f.box.top) / high);

@@ -15,12 +15,12 @@ function drawCurves() {
   lines($("chart-lengths"), groups.flatMap((g, i) => ["critique", "attempt"].map((what, k) => ({ name: named(g, what), ...style(i, k, roleColours[what]), band: curve(g, `${what}/tokens`) }))), { title: "tokens" });
 }
 function drawTiles() {
-  const g = groups[0], run = runs[0], before = g.heldout[0], after = last(g.heldout), weight = g.curves.step["actor/calibration_weight"] || nothing;
+  const g = groups[0], run = runs[0], before = g.heldout[0], after = last(g.heldout), weight = g.transfer.mean;
   const tile = (value, text) => el("div", { class: "tile" }, el("b", {}, value), el("span", {}, text));
   const tiles = [];
   if (after) tiles.push(tile(`${percent(before.mean)} → ${percent(after.mean)}`, `held-out success of ${labelOf(g)}, without a critique`));
   if (weight.x.length) tiles.push(tile(`${weight.mean[0].toFixed(2)} → ${last(weight.mean).toFixed(2)}`, "mean calibration weight of a revision's tokens"));
-  tiles.push(tile(short(run.tokens), `generated tokens${g.seeds.length > 1 ? " a seed" : ""}; ${short(run.evaluation_tokens)} more in evaluations`));
+  tiles.push(tile(short(run.tokens), `generated tokens${g.seeds.length > 1 ? " a seed" : ""}${run.evaluation_tokens ? `; ${short(run.evaluation_tokens)} more in evaluations` : ""}`));
   const { counts, phases } = run.times, seconds = sum(Object.entries(phases).filter(([n]) => n !== "evaluation").map(([, v]) => sum(v.map((s, i) => s * counts[i]))));
   tiles.push(tile(seconds > 3600 ? `${(seconds / 3600).toFixed(1)} h` : `${(seconds / 60).toFixed(1)} min`, `of training over ${run.steps} steps`));
   $("tiles").append(...tiles);
@@ -30,7 +30,7 @@ function drawTiles() {
 const share = p => [percent(p.mean), el("span", { class: "ci" }, ` [${percent(p.low)}, ${percent(p.high)}]`)];
 function drawTables() {
   const head = (...names) => el("tr", {}, ...names.map(n => el("th", { scope: "col" }, n)));
-  const table = (names, rows) => $("tables").append(el("div", { class: "scroll", tabindex: 0 }, el("table", {}, head(...names), ...rows)));
+  const table = (names, rows) => $("tables").append(el("div", { class: "scroll", tabindex: 0 }, el("table", names[0] === "setting" ? { class: "setup" } : {}, head(...names), ...rows)));
   table(["run", "task", "before", "after", "generated tokens", "in evaluations"], runs.flatMap(run => run.table.map(t => el("tr", {}, el("td", {}, seeded(run)), el("td", {}, t.task),
     el("td", {}, ...share(t.before)), el("td", {}, ...share(t.after)), el("td", {}, whole(run.tokens)), el("td", {}, whole(run.evaluation_tokens))))));
   const controls = runs.flatMap(run => Object.entries(run.control).flatMap(([when, by]) => Object.entries(by).filter(([, c]) => c.failures).map(([task, c]) =>
@@ -43,14 +43,11 @@ function drawWeights() {
   groups.forEach(g => {
     const run = runs[g.runs.find(r => runs[r].weights.steps.length)];
     if (!run) return;
-    const w = run.weights, bins = w.shares[0].length, name = groups.length > 1 || g.seeds.length > 1 ? `: ${seeded(run)}` : "";
-    const picture = el("div"), parts = el("div");
-    $("weights").append(chart(`Calibration weight of every revision token${name}`, picture, "Darker: more of the step's tokens. Solid line: their mean. Dotted: w = 1. Where the line rises, less is held back."),
-      chart(`Held back and transferred${name}`, parts, "Shares of the revisions' tokens."));
-    const part = (from, to) => { const y = w.shares.map(s => sum(s.slice(from, to))); return { seeds: 1, x: w.steps, mean: y, low: y, high: y }; };
-    const half = Math.round(bins / run.w_max * .5), one = Math.round(bins / run.w_max);
-    drawn(() => heat(picture, run, g.seeds.length > 1 ? null : g.curves.step["actor/calibration_weight"]));
-    drawn(() => lines(parts, [{ name: "held back: w under 0.5", colour: "var(--held)", band: part(0, half) }, { name: "transferred: w of at least 1", colour: "var(--moved)", band: part(one) }], { unit: true, label: "step", title: "shares of tokens" }));
+    const picture = el("div"), parts = el("div"), several = g.seeds.length > 1;
+    $("weights").append(chart(`Calibration weight of every revision token${groups.length > 1 || several ? `: ${seeded(run)}` : ""}`, picture, "Stronger: more of the step's tokens. Solid line: their mean. Dotted: w = 1. Where the line rises, less is held back."),
+      chart(`Held back and transferred${groups.length > 1 || several ? `: ${labelOf(g)}` : ""}`, parts, `Shares of the revisions' tokens.${several ? " Band: 95 % interval over the seeds." : ""}`));
+    drawn(() => heat(picture, run));
+    drawn(() => lines(parts, [{ name: "held back: w under 0.5", colour: "var(--held)", band: g.transfer.held }, { name: "transferred: w of at least 1", colour: "var(--moved)", band: g.transfer.moved }], { unit: true, label: "step", title: "shares of tokens" }));
   });
   if (!$("weights").children.length) $("weights").append(el("p", { class: "note" }, "No revision of these runs was calibrated, or their rollouts do not hold the weights."));
 }
