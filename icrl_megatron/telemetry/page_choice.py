@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def choose(run: Path, w_max: float, size: PageSize, runs: int) -> Choice:
             for name, value in _of_weights(step, np.asarray(weights), w_max).items():
                 found[name].append(value)
         if step in showing:
-            chosen += [(step, record) for record in _of_step(records, quota)]
+            chosen += [(step, record) for record in _of_step(step, records, quota)]
     chosen = spread(chosen, size.episodes)
     chosen, limit = _fitting(chosen, size.tokens, size.total_tokens // max(1, runs))
     return Choice(chosen, limit, found, played, len(steps), len(dumped))
@@ -84,11 +85,16 @@ def _of_weights(step: int, weights: np.ndarray, w_max: float) -> dict[str, Any]:
     }
 
 
-def _of_step(records: Sequence[DumpRecord], quota: int) -> list[DumpRecord]:
+def _of_step(step: int, records: Sequence[DumpRecord], quota: int) -> list[DumpRecord]:
     """Every outcome in its turn, those with a weighted revision first; in the order of the dump."""
+
+    def turn(i: int) -> tuple[bool, bytes]:
+        # By lot among equals: a dump is sorted by task, and its first tasks are not its whole step.
+        lot = hashlib.blake2b(f"{step}/{i}".encode(), digest_size=8).digest()
+        return not any(c.weights for c in records[i].credit.values()), lot
+
     by_outcome: dict[str, list[int]] = {}
-    order = sorted(range(len(records)), key=lambda i: not any(c.weights for c in records[i].credit.values()))
-    for i in order:
+    for i in sorted(range(len(records)), key=turn):
         by_outcome.setdefault(outcome(records[i].episode.attempts), []).append(i)
     picked: list[int] = []
     # Rescued episodes are what the page is for: two of them for each of another kind.

@@ -148,9 +148,9 @@ $("list").addEventListener("keydown", e => {
 // What the page is for: an episode that critique rescued, whose revision was partly held back and partly transferred.
 function exemplary() {
   const telling = e => {
-    const w = e.outcome === "rescued" ? weightsOf(e) : [];
-    const both = w.length ? Math.min(w.filter(x => x < .5).length, w.filter(x => x >= .9).length) / w.length : -1;
-    return both + Math.min(w.length, 24) / 100;
+    if (e.outcome !== "rescued") return -1;
+    const w = weightsOf(e), held = w.filter(x => x < .5).length, moved = w.filter(x => x >= .9).length;
+    return .001 + (w.length ? Math.min(held, moved) / w.length + Math.min(w.length, 24) / 100 : 0);
   };
   let best = [0, 0, -1];
   runs.forEach((run, r) => run.episodes.shown.forEach((e, i) => { const t = telling(e); if (t > best[2]) best = [r, i, t]; }));

@@ -68,7 +68,7 @@ function drawTimes() {
 }
 function drawHero() {
   const best = exemplary();
-  if (!best) { $("example").querySelector("#hero").append(el("p", { class: "note" }, "No revision with calibration weights is among the episodes shown.")); return; }
+  if (!best) { $("example").querySelector("#hero").append(el("p", { class: "note" }, "No episode of these runs was rescued by a critique.")); return; }
   const [r, i] = best;
   $("hero").append(...episodeView(runs[r].episodes.shown[i], runs[r]));
   state.run = r;
