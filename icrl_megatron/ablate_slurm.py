@@ -154,8 +154,8 @@ def submit(plan: Plan, queue: Queue) -> list[tuple[str, str]]:
 
 def _ask(command: Sequence[str]) -> str:
     """Raises ConfigError with Slurm's own words."""
-    # Jobs take the Python of this command unless they are told another.
-    env = {**os.environ, "ICRL_PYTHON": os.environ.get("ICRL_PYTHON", sys.executable)}
+    # Jobs take the Python of this command unless they are told another, or run in an image that has its own.
+    env = dict(os.environ) if "ICRL_CONTAINER" in os.environ else {"ICRL_PYTHON": sys.executable, **os.environ}
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=SLURM_TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
