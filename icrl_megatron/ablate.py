@@ -226,8 +226,14 @@ def _settings(folder: Path) -> Settings:
 
 def tables(arms: Sequence[Arm]) -> list[Table]:
     """For a terminal of 80 columns: the arms, and where there are several task sets, each arm's success on each."""
-    title = "Held-out success without a critique, % [95 % over seeds]; critique: tokens of one"
-    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = Table(
+        title="Held-out success without a critique, % [95 % over seeds]",
+        caption="tokens: generated in training; critique: mean tokens of one at the end",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     shown.add_column("arm")
     for column in ("seeds", "success", "tokens", "steps", "critique"):
         shown.add_column(column, justify="right", no_wrap=True)
