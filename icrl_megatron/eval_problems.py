@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from icrl_megatron.config import ConfigError, Settings, TaskSource
 from icrl_megatron.tasks import registry
-from icrl_megatron.tasks.datasets import Row, check_no_leak, content_hash, read_rows, subset_of
+from icrl_megatron.tasks.datasets import SUFFIXES, Row, check_no_leak, content_hash, read_rows, subset_of
 from icrl_megatron.types import Task
 
 TEST = "test"
 """All held-out problems."""
-_ID_RANGE = re.compile(r"\d+(:\d+)?")
 
 
 def problems(settings: Settings, run: Settings | None, on: Sequence[str], limit: int | None) -> list[Task]:
@@ -68,8 +67,13 @@ def check_rows(trained: TaskSource, tested: TaskSource) -> None:
 
 def _rows(source: TaskSource, names: Iterable[str]) -> Iterable[Row]:
     for name in names:
-        if not _ID_RANGE.fullmatch(name):  # the numbers of a server's tasks have no rows
+        if _has_rows(Path(name)):
             yield from read_rows(name, source.data.prompt_column, source.data.label_column)
+
+
+def _has_rows(path: Path) -> bool:
+    """Task sets also take what has no rows: the numbers of a server's tasks, or folders of their own kind."""
+    return path.suffix in SUFFIXES or (path.is_dir() and any(file.suffix in SUFFIXES for file in path.iterdir()))
 
 
 def _names(subset: str) -> set[str]:

@@ -11,7 +11,7 @@ function drawCurves() {
   lines($("chart-free"), groups.map((g, i) => ({ name: labelOf(g), colour: colourOf(i), band: curve(g, "success/critique_free"), raw: g.raw[state.axis],
     rings: g.heldout.map(h => ({ ...h, x: h[state.axis] })) })), { unit: true, title: "success without a critique" });
   lines($("chart-roles"), groups.flatMap((g, i) => Object.keys(roleColours).map((role, k) => ({ name: named(g, role), ...style(i, k, roleColours[role]), band: curve(g, `reward/${role}`) }))), { title: "reward by role" });
-  lines($("chart-rounds"), groups.flatMap((g, i) => Object.entries(g.rounds[state.axis]).map(([name, band], k) => ({ name: named(g, `round ${+name.slice(14) + 1}`), ...style(i, k, colourOf(k + 1)), band }))), { unit: true, title: "success by round" });
+  lines($("chart-rounds"), groups.flatMap((g, i) => Object.entries(g.rounds[state.axis]).map(([name, band], k) => ({ name: named(g, `round ${+name.split("_").pop() + 1}`), ...style(i, k, colourOf(k + 1)), band }))), { unit: true, title: "success by round" });
   lines($("chart-lengths"), groups.flatMap((g, i) => ["critique", "attempt"].map((what, k) => ({ name: named(g, what), ...style(i, k, roleColours[what]), band: curve(g, `${what}/tokens`) }))), { title: "tokens" });
 }
 function drawTiles() {
