@@ -117,7 +117,8 @@ def parse(recipe: str, arms: str, seeds: str, out: Path, overrides: Sequence[str
         raise ConfigError(f"--seeds={seeds}: write whole numbers with commas, e.g. 0,1,2") from error
     for arm in chosen:  # before anything runs
         settings_module.load(recipe, [*overrides, *ARMS[arm]])
-    return Plan(recipe, chosen, numbers, out, tuple(overrides), budget_of)
+    # Absolute: a run that goes on must not find itself in another place than where a job began it.
+    return Plan(recipe, chosen, numbers, out.resolve(), tuple(overrides), budget_of)
 
 
 def run(plan: Plan, cell: int | None = None) -> int:

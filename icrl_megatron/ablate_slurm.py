@@ -53,8 +53,8 @@ class Job:
 
 def save_plan(plan: Plan) -> Path:
     """<out>/plans/<digest>.json, under a name of its own: queued jobs read it hours later."""
-    text = json.dumps({**asdict(plan), "out": str(plan.out.resolve())}, indent=1)
-    path = plan.out.resolve() / "plans" / f"{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}.json"
+    text = json.dumps(asdict(plan) | {"out": str(plan.out)}, indent=1)
+    path = plan.out / "plans" / f"{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}.json"
     write_atomically(path, [text])
     return path
 
@@ -101,7 +101,7 @@ def _job(plan: Plan, plan_file: Path, queue: Queue, name: str, array: tuple[str,
     launch = settings_module.load(plan.recipe, plan.overrides).launch
     given = [f"--{key}={value}" for key in ("account", "partition", "time") if (value := getattr(queue, key))]
     size = [f"--nodes={1 if name == TABLE_CELL else launch.nodes}", f"--gpus-per-node={launch.ranks}"]
-    log = f"--output={plan.out.resolve()}/jobs/{name}-{'%A_%a' if array else '%j'}.log"
+    log = f"--output={plan.out}/jobs/{name}-{'%A_%a' if array else '%j'}.log"
     options = [*given, *size, f"--job-name={job_name(plan)}", log, *array]
     told = [str(plan_file)] if array else [str(plan_file), name]
     return Job(name, ("sbatch", "--parsable", *options, str(SCRIPT), *told), after, any_end=name == TABLE_CELL)
@@ -109,7 +109,7 @@ def _job(plan: Plan, plan_file: Path, queue: Queue, name: str, array: tuple[str,
 
 def job_name(plan: Plan) -> str:
     """One name for all jobs of an ablation folder, by which they are found again."""
-    return f"icrl-ablate-{hashlib.blake2b(str(plan.out.resolve()).encode(), digest_size=4).hexdigest()}"
+    return f"icrl-ablate-{hashlib.blake2b(str(plan.out).encode(), digest_size=4).hexdigest()}"
 
 
 def check(plan: Plan) -> None:

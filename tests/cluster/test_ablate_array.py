@@ -14,15 +14,15 @@ from slurm import ACCOUNT, ENDED, PARTITION, Cluster, icrl, until
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(500)]
 
 TIMEOUT_S = 300
-STEPS = 6
+STEPS = 30
 SMALL = (
     f"steps={STEPS}",
     "rollout.tasks_per_step=2",
     "rollout.episodes_per_task=4",
     "eval.problems=4",
-    "eval.interval=2",
+    "eval.interval=10",
     "eval.control_problems=0",
-    "checkpoint.interval=2",
+    "checkpoint.interval=10",
     "algo.on_no_signal=train",
     "algo.max_resamples=0",
     "warm_start.steps=2",
