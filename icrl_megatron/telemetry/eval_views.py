@@ -43,7 +43,7 @@ def show(result: Result, console: Console | None = None) -> None:
 
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", overflow="fold")
+    table.add_column("", overflow="fold")  # a long name, rather than a number
     for column in columns:
         table.add_column(column, justify="right")
     return table
@@ -68,7 +68,7 @@ def rounds_table(result: Result, first: int) -> Table:
 
 
 def transitions_table(result: Result) -> Table:
-    columns = ("wrong to right", "right to wrong", "stayed wrong", "stayed right", "tokens a critique")
+    columns = ("wrong to\nright", "right to\nwrong", "stayed\nwrong", "stayed\nright", "tokens a\ncritique")
     table = _table("From an attempt to the revision after it, and what a critique cost", columns)
     for s in result.scores:
         t = s.transitions
@@ -78,7 +78,7 @@ def transitions_table(result: Result) -> Table:
 
 
 def comparison_table(result: Result) -> Table:
-    columns = ("pairs", "difference", "only this", "only the other", "McNemar p")
+    columns = ("pairs", "difference", "only\nthis", "only the\nother", "McNemar\np")
     table = _table(f"Without a critique, against {result.against}: the same problems and seeds", columns)
     for c in result.comparison:
         difference = _share(c.difference.mean, c.difference.low, c.difference.high)

@@ -103,6 +103,7 @@ def test_the_tables_fit_a_terminal_of_80_columns() -> None:
     cell = Cell(0, 1.0, dict.fromkeys(tasks, 1.0), 123_456_789, 5, 1_000_000, 99.0)
     row = Arm("not_internalised", 5, Difference(1.0, 1.0, 1.0), cell.by_task, 123_456_789, 1e6, 99.0, band([]), (cell,))
     shown = tables([row, row])
+    assert all(Console(width=400).measure(one).maximum <= 80 for one in shown)
     console = Console(width=80, file=io.StringIO())
     for one in shown:
         console.print(one)
