@@ -42,7 +42,8 @@ def band(curves: Sequence[Curve], points: int = 60) -> Band:
         common = np.linspace(begun, max(begun, ended), points if ended > begun else 1)
     values = np.stack([np.interp(common, x, y) for x, y in known])
     low, mean, high = interval(values)
-    return Band(len(known), *(tuple(np.round(of, 6).tolist()) for of in (common, mean, low, high)))
+    places = tuple(np.round(common, 2).tolist())
+    return Band(len(known), places, *(tuple(float(f"{value:.6g}") for value in of) for of in (mean, low, high)))
 
 
 def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

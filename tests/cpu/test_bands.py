@@ -24,6 +24,11 @@ def test_no_seed_is_continued_beyond_what_it_measured() -> None:
     assert found.mean == pytest.approx([(x / 100 + 0.5) / 2 for x in found.x])
 
 
+def test_small_numbers_keep_their_digits_and_costs_theirs() -> None:
+    found = band([([1.0, 12_345_678.0], [2.1417063e-7, 0.5])])
+    assert found.x == (1.0, 12_345_678.0) and found.mean == pytest.approx((2.1417063e-7, 0.5), rel=1e-5)
+
+
 def test_one_seed_is_its_own_curve_and_none_is_nothing() -> None:
     alone = band([([1.0, 2.0], [0.3, 0.4])])
     assert alone.mean == alone.low == alone.high == (0.3, 0.4)
