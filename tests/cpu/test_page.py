@@ -192,6 +192,7 @@ def test_a_person_clicks_through_to_an_episode(browser: Browser, page: Path) -> 
     moved = {colour for w, colour in weights if w >= 1.2}
     assert not held & moved
     assert browser.evaluate("document.querySelectorAll('#chart-free path.band').length") == 1
+    assert browser.evaluate("document.querySelector('#tables table').rows.length") == 1 + 2  # head, experiments
     browser.move("document.querySelector('#episode [data-w]')")
     browser.wait("!document.getElementById('tip').hidden && /^w \\d/.test(document.getElementById('tip').textContent)")
     assert browser.errors == []

@@ -31,6 +31,12 @@ const share = p => [percent(p.mean), el("span", { class: "ci" }, ` [${percent(p.
 function drawTables() {
   const head = (...names) => el("tr", {}, ...names.map(n => el("th", { scope: "col" }, n)));
   const table = (names, rows) => $("tables").append(el("div", { class: "scroll", tabindex: 0 }, el("table", names[0] === "setting" ? { class: "setup" } : {}, head(...names), ...rows)));
+  const mean = values => sum(values) / values.length, length = g => last((g.curves.step["critique/tokens"] || nothing).mean);
+  if (runs.length > 1) table(["experiment", "seeds", "before", "after", "generated tokens", "steps", "tokens a critique"], groups.map(g => {
+    const of = g.runs.map(r => runs[r]), ends = g.heldout.length ? [g.heldout[0], last(g.heldout)] : [];
+    return el("tr", {}, el("td", {}, g.label), el("td", {}, g.seeds.join(", ")), ...[0, 1].map(i => el("td", {}, ...(ends[i] ? share(ends[i]) : ["-"]))),
+      el("td", {}, whole(mean(of.map(r => r.tokens)))), el("td", {}, whole(mean(of.map(r => r.steps)))), el("td", {}, length(g) === undefined ? "-" : short(length(g))));
+  }));
   table(["run", "task", "before", "after", "generated tokens", "in evaluations"], runs.flatMap(run => run.table.map(t => el("tr", {}, el("td", {}, seeded(run)), el("td", {}, t.task),
     el("td", {}, ...share(t.before)), el("td", {}, ...share(t.after)), el("td", {}, whole(run.tokens)), el("td", {}, whole(run.evaluation_tokens))))));
   const controls = runs.flatMap(run => Object.entries(run.control).flatMap(([when, by]) => Object.entries(by).filter(([, c]) => c.failures).map(([task, c]) =>
