@@ -30,7 +30,7 @@ def write_page(runs: Sequence[Path], out: Path, size: PageSize = DEFAULT_SIZE) -
     """Writes the page of these run folders to `out`. Raises ConfigError on a folder that is no run with metrics."""
     measured = _labelled(runs, [_measured(run) for run in runs])
     shown = [run_data(run, of, size, len(runs)) for run, of in zip(runs, measured, strict=True)]
-    data = {"runs": shown, "groups": []}
+    data: dict[str, list[dict[str, Any]]] = {"runs": shown, "groups": []}
     for members in groups(measured):
         of_seeds = [shown[m]["weights"] for m in members]
         transfer = {name: asdict(band([(w["steps"], w[name]) for w in of_seeds])) for name in ("mean", "held", "moved")}
@@ -86,6 +86,7 @@ def run_data(run: Path, measured: Measured, size: PageSize, runs: int = 1) -> di
         "control": {when: _read(run / f"control_{when}.json") for when in ("before", "after")},
         "setup": _setup(settings),
         "w_max": calibration.w_max,
+        "weight_name": "Shaping f(p), in w's place," if settings.algo.shaping_gamma > 0 else "Calibration weight",
         "weights": choice.weights,
         "episodes": {
             "shown": [episode(step, record, speller, choice.limit) for step, record in choice.records],

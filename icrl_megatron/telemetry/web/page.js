@@ -19,7 +19,7 @@ function drawTiles() {
   const tile = (value, text) => el("div", { class: "tile" }, el("b", {}, value), el("span", {}, text));
   const tiles = [];
   if (after) tiles.push(tile(`${percent(before.mean)} → ${percent(after.mean)}`, `held-out success of ${labelOf(g)}, without a critique`));
-  if (weight.x.length) tiles.push(tile(`${weight.mean[0].toFixed(2)} → ${last(weight.mean).toFixed(2)}`, "mean calibration weight of a revision's tokens"));
+  if (weight.x.length) tiles.push(tile(`${weight.mean[0].toFixed(2)} → ${last(weight.mean).toFixed(2)}`, `mean ${run.weight_name.toLowerCase()} of a revision's tokens`));
   tiles.push(tile(short(run.tokens), `generated tokens${g.seeds.length > 1 ? " a seed" : ""}${run.evaluation_tokens ? `; ${short(run.evaluation_tokens)} more in evaluations` : ""}`));
   const { counts, phases } = run.times, seconds = sum(Object.entries(phases).filter(([n]) => n !== "evaluation").map(([, v]) => sum(v.map((s, i) => s * counts[i]))));
   tiles.push(tile(seconds > 3600 ? `${(seconds / 3600).toFixed(1)} h` : `${(seconds / 60).toFixed(1)} min`, `of training over ${run.steps} steps`));
@@ -50,7 +50,7 @@ function drawWeights() {
     const run = runs[g.runs.find(r => runs[r].weights.steps.length)];
     if (!run) return;
     const picture = el("div"), parts = el("div"), several = g.seeds.length > 1;
-    $("weights").append(chart(`Calibration weight of every revision token${groups.length > 1 || several ? `: ${seeded(run)}` : ""}`, picture, "Stronger: more of the step's tokens. Solid line: their mean. Dotted: w = 1. Where the line rises, less is held back."),
+    $("weights").append(chart(`${run.weight_name} of every revision token${groups.length > 1 || several ? `: ${seeded(run)}` : ""}`, picture, "Stronger: more of the step's tokens. Solid line: their mean. Dotted: w = 1. Where the line rises, less is held back."),
       chart(`Held back and transferred${groups.length > 1 || several ? `: ${labelOf(g)}` : ""}`, parts, `Shares of the revisions' tokens.${several ? " Band: 95 % interval over the seeds." : ""}`));
     drawn(() => heat(picture, run));
     drawn(() => lines(parts, [{ name: "held back: w under 0.5", colour: "var(--held)", band: g.transfer.held }, { name: "transferred: w of at least 1", colour: "var(--moved)", band: g.transfer.moved }], { unit: true, label: "step", title: "shares of tokens" }));
