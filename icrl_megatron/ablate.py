@@ -35,7 +35,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "grpo": ("rollout.rounds=1", "algo.calibration.enabled=false"),
     "critique_grpo": (
         *("rollout.critic=frozen", "algo.group_by=task_role", "algo.calibration.enabled=false"),
-        *("algo.normalise_std=false", "algo.shaping_gamma=0.1", "algo.loss_normalisation=token_mean"),
+        *("algo.normalise_std=false", "algo.shaping_gamma=0.1", "algo.revisions_per_task=1"),
+        "algo.loss_normalisation=token_mean",
     ),
     "frozen_critic": ("rollout.critic=frozen",),
     "no_calibration": ("algo.calibration.enabled=false",),

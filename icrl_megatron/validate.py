@@ -79,6 +79,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "algo.group_filter.min_mean_reward": (-1, 1),
     "algo.calibration.w_max": (1e-6, math.inf),
     "algo.shaping_gamma": (0, math.inf),
+    "algo.revisions_per_task": (1, math.inf),
     "algo.mismatch_correction.cap": (1e-6, math.inf),
     "algo.clip_low": (0, 1),
     "algo.clip_high": (0, math.inf),

@@ -68,5 +68,6 @@ def critique_grpo(name: str, size: str, task: str, gpus: int) -> Settings:
     settings.algo.calibration = Calibration(enabled=False)
     settings.algo.normalise_std = False
     settings.algo.shaping_gamma = 0.1
+    settings.algo.revisions_per_task = 1
     settings.algo.loss_normalisation = "token_mean"
     return settings

@@ -103,6 +103,20 @@ def test_revisions_are_shaped_and_share_the_solver_s_group_without_its_deviation
     assert not any(s.calibrated for s in to_samples(episodes[0], off, False))
 
 
+def test_the_best_revision_of_a_task_is_trained_beside_all_attempts() -> None:
+    episodes = [episode(0, [0.0, 0.2]), episode(1, [0.0, 1.0]), episode(2, [0.5, 1.0]), episode(3, [1.0])]
+    algo = settings.load("rulebook_hard", ARMS["critique_grpo"]).algo
+    report = credit(episodes, algo, train_critic=False)
+    names = [s.sample_id.split("#")[1] for s in report.samples]
+    assert names == ["0/0/attempt", "1/0/attempt", "1/1/revision", "2/0/attempt", "3/0/attempt"]
+    assert report.dropped_samples == 2
+    assert sum(s.advantage for s in report.samples) == pytest.approx(0.0)  # the baseline is over these five
+    two = credit(episodes, replace(algo, revisions_per_task=2), train_critic=False)
+    assert sum(s.role == "revision" for s in two.samples) == 2
+    everything = credit(episodes, replace(algo, revisions_per_task=None), train_critic=False)
+    assert sum(s.role == "revision" for s in everything.samples) == 3 and everything.dropped_samples == 0
+
+
 @pytest.mark.parametrize("wrong", ["algo.calibration.enabled=true", "algo.internalise=false"])
 def test_it_takes_the_place_of_the_calibration_weight(wrong: str) -> None:
     loaded = settings.load("rulebook_hard", [*ARMS["critique_grpo"], wrong])
