@@ -172,6 +172,7 @@ def eval_(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run, a checkpoint or a Hugging Face folder.")],
     overrides: Overrides = None,
     task: Annotated[list[str] | None, typer.Option(help="Task set, repeatable; the run's own by default.")] = None,
+    on: Annotated[list[str] | None, typer.Option(help="test: all held-out problems; or a subset, repeatable.")] = None,
     rounds: Annotated[int, typer.Option(help="Attempts an episode; above 1 the critic helps.")] = 1,
     samples: Annotated[int, typer.Option(help="Episodes of each problem.")] = 1,
     problems: Annotated[int | None, typer.Option(help="At most this many of each task set.")] = None,
@@ -184,8 +185,8 @@ def eval_(
     from icrl_megatron.evaluation import Request, evaluate
     from icrl_megatron.telemetry.eval_views import show as show_result
 
-    named, changed = tuple(task or ()), tuple(overrides or ())
-    request = Request(model, named, rounds, samples, problems, critic, revise_all, against, out, changed)
+    named, subsets, changed = tuple(task or ()), tuple(on or ("test",)), tuple(overrides or ())
+    request = Request(model, named, subsets, rounds, samples, problems, critic, revise_all, against, out, changed)
     result, folder = evaluate(request)
     show_result(result)
     typer.echo(f"written to {folder}: eval.json, eval.png")
@@ -211,19 +212,31 @@ def ablate(
     seeds: Annotated[str, typer.Option(help="Whole numbers with commas.")] = "0,1,2",
     out: Annotated[Path | None, typer.Option(help="Where the runs go; runs/ablate_RECIPE by default.")] = None,
     budget_of: Annotated[str, typer.Option(help="Arm whose generated tokens end all others.")] = "",
-    cell: Annotated[int | None, typer.Option(help="Run this one only, e.g. $SLURM_ARRAY_TASK_ID.")] = None,
+    cell: Annotated[int | None, typer.Option(help="Run this one only, counted from 0.")] = None,
+    table: Annotated[bool, typer.Option("--table", help="Run nothing; the table of what is finished.")] = False,
+    on: Annotated[str, typer.Option(help="local: one after another; slurm: an array job.")] = "local",
+    account: Annotated[str, typer.Option(help="Slurm account.")] = "",
+    partition: Annotated[str, typer.Option(help="Slurm partition.")] = "",
+    time: Annotated[str, typer.Option(help="Time limit of a cell on Slurm; it is requeued and goes on.")] = "",
+    at_once: Annotated[int, typer.Option(help="Cells on Slurm at the same time; 0: all that fit.", min=0)] = 0,
 ) -> None:
     """Compare ICRL with its baselines and ablations over seeds. Given again, it goes on where it was stopped."""
-    from rich.console import Console
-
     from icrl_megatron import ablate as ablation
 
+    if on not in ("local", "slurm"):
+        raise ConfigError(f"--on={on}: choose local or slurm")
     where = out or Path("runs") / f"ablate_{recipe}"
     plan = ablation.parse(recipe, arms, seeds, where, overrides or [], budget_of)
-    code = ablation.run(plan, cell)
-    if found := ablation.results(plan):
-        ablation.write(plan, found)
-        Console().print(ablation.table(found))
+    if on == "slurm" and not table:
+        from icrl_megatron import ablate_slurm
+
+        if queued := ablate_slurm.submit(plan, ablate_slurm.Queue(account, partition, time, at_once)):
+            for name, job in queued:
+                typer.echo(f"{name:8} job {job}")
+            typer.echo(f"logs in {where / 'jobs'}; the same command with --table shows what is finished")
+            return
+    code = 0 if table or on == "slurm" else ablation.run(plan, cell)
+    ablation.conclude(plan)
     if code:
         _finish(code)
 

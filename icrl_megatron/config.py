@@ -243,6 +243,11 @@ class AlgoSettings:
     internalise: bool = True
     """Train revisions under the critique-free prompt. False: under the prompt they were written with (an ablation)."""
     calibration: Calibration = field(default_factory=Calibration)
+    revisions_per_task: int | None = None
+    """At most this many revisions of a task are trained, the best of them (Critique-GRPO's code: 1); null: all."""
+    shaping_gamma: float = 0.0
+    """Above 0, internalised revisions count p / (p + shaping_gamma) a token, unclipped, instead of w_t times the
+    clipped ratio (Critique-GRPO's policy shaping, which takes 0.1); calibration.enabled must then be false."""
     mismatch_correction: MismatchCorrection = field(default_factory=MismatchCorrection)
     clip_low: float = 0.2
     clip_high: float = 0.28

@@ -11,15 +11,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from icrl_megatron import serve
+from icrl_megatron import eval_problems, serve
 from icrl_megatron import settings as settings_module
 from icrl_megatron.config import ConfigError, Settings, TaskSource
+from icrl_megatron.eval_problems import TEST
 from icrl_megatron.rollout.episode import Stage, play
 from icrl_megatron.rollout.scores import Comparison, Score, Successes, compare, score, successes
 from icrl_megatron.rollout.speakers import EngineSpeaker, Seeds, Speaker, engine_casting
 from icrl_megatron.shape import check_folder
 from icrl_megatron.tasks import registry
-from icrl_megatron.tasks.datasets import check_no_leak, subset_of
+from icrl_megatron.tasks.datasets import content_hash, subset_of
 from icrl_megatron.telemetry.files import write_atomically
 from icrl_megatron.telemetry.progress import Progress
 from icrl_megatron.types import DroppedEpisode, Episode, Task
@@ -38,6 +39,8 @@ class Request:
     """A Hugging Face folder, a checkpoint, a folder of them, or a run folder."""
     tasks: tuple[str, ...] = ()
     """Names of task sets; empty: those of the run's settings."""
+    on: tuple[str, ...] = (TEST,)
+    """Subsets of the held-out problems by name (the files they came from); "test": all of them."""
     rounds: int = 1
     samples: int = 1
     problems: int | None = None
@@ -64,6 +67,8 @@ class Result:
     successes: Successes
     subsets: dict[str, str]
     """task id -> subset."""
+    contents: dict[str, str]
+    """task id -> hash of its problem: two results are compared only where these agree."""
     comparison: tuple[Comparison, ...] = ()
     against: str = ""
     lost: tuple[str, ...] = field(default=())
@@ -79,8 +84,10 @@ def evaluate(request: Request) -> tuple[Result, Path]:
     run = _run_settings(request.model)
     settings = _settings(request, run)
     out = request.out or (request.model if request.model.is_dir() else request.model.parent) / "eval"
-    problems = _problems(request, settings)
+    problems = eval_problems.problems(settings, run, request.on, request.problems)
     earlier = read_result(request.against) if request.against else None
+    if earlier is not None:
+        _check_pairs(request, problems, earlier)
     with serve.beside(settings, out / "logs") as settings, _model_folder(request.model) as folder:
         played, dropped = _play(request, settings, folder, problems)
     result = _result(request, played, dropped)
@@ -100,7 +107,7 @@ def read_result(path: Path) -> Result:
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
         kept: dict[str, Any] = {
-            name: saved[name] for name in ("model", "critic", "rounds", "samples", "successes", "subsets")
+            name: saved[name] for name in ("model", "critic", "rounds", "samples", "successes", "subsets", "contents")
         }
         return Result(scores=(), generated_tokens=int(saved["generated_tokens"]), **kept)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -115,6 +122,31 @@ def _check(request: Request) -> None:
         raise ConfigError(f"--critic={request.critic} needs --rounds of at least 2: in one round nobody is criticised")
     if not request.model.exists():
         raise ConfigError(f"{request.model}: no such folder; give a checkpoint, a run or a Hugging Face folder")
+    if request.critic and not _is_address(request.critic) and not Path(request.critic).is_dir():
+        raise ConfigError(
+            f"--critic={request.critic}: neither a folder nor an address; give a checkpoint, a run or a Hugging Face "
+            "folder, or an OpenAI-compatible endpoint, e.g. http://host:30000/v1"
+        )
+
+
+def _is_address(critic: str) -> bool:
+    return critic.startswith(("http://", "https://"))
+
+
+def _check_pairs(request: Request, problems: Sequence[Task], earlier: Result) -> None:
+    """Raises ConfigError where the two evaluations have no problem in common, or another one under the same name."""
+    common = [task for task in problems if task.task_id in earlier.successes]
+    if not common:
+        raise ConfigError(
+            f"--against={request.against}: no problem of this evaluation is in it; evaluate both models with the same "
+            "--task, --on and --problems"
+        )
+    for task in common:
+        if earlier.contents.get(task.task_id) != content_hash(task.problem):
+            raise ConfigError(
+                f"--against={request.against}: {task.task_id} was another problem then, so its rows have changed; "
+                "evaluate that model again"
+            )
 
 
 def _run_settings(model: Path) -> Settings | None:
@@ -135,21 +167,6 @@ def _settings(request: Request, run: Settings | None) -> Settings:
         raise ConfigError(f"{request.model} lies in no run folder, so its tasks are not known: name some with --task")
     pairs = [settings_module.split_override(text) for text in request.overrides]
     return settings_module.apply_overrides(settings, pairs)
-
-
-def _problems(request: Request, settings: Settings) -> list[Task]:
-    """Held-out problems, none of which is a training problem of the same settings."""
-    found: list[Task] = []
-    catalogue = registry.Catalogue(settings.tasks.sources)
-    for source in settings.tasks.sources:
-        task_set = catalogue.get(source.name)
-        heldout = task_set.problems("heldout")
-        if not source.data.heldout or source.data.train:
-            check_no_leak(task_set.problems("train"), heldout)
-        if not heldout:
-            raise ConfigError(f"task set {source.name!r} has no held-out problems to evaluate on")
-        found += heldout[: request.problems]
-    return found
 
 
 @contextmanager
@@ -188,7 +205,7 @@ def _play(
             return EngineSpeaker(engine, rollout.temperature, prompter.stop_ids)
 
         critic: Speaker | None = None
-        if request.critic.startswith(("http://", "https://")):
+        if _is_address(request.critic):
             from icrl_megatron.rollout.connections import Connections
             from icrl_megatron.rollout.external import ExternalSpeaker, first_model
 
@@ -219,7 +236,8 @@ def _result(request: Request, played: list[Episode], dropped: list[DroppedEpisod
         samples=request.samples,
         scores=score(played, dropped, request.rounds),
         generated_tokens=sum(e.generated_tokens() for e in played),
-        successes=successes(played),
+        successes=successes(played, request.samples),
         subsets={e.task.task_id: subset_of(e.task) for e in played},
+        contents={e.task.task_id: content_hash(e.task.problem) for e in played},
         lost=tuple(dict.fromkeys(d.error for d in dropped))[:3],
     )

@@ -3,6 +3,8 @@
 python -m icrl_megatron.job check train RECIPE [KEY=VALUE]...         prints the run folder, and "servers" if it
                                                                       starts some; or exits with 2
 python -m icrl_megatron.job seen RUN_FOLDER TOKEN                     does this node see what the first one wrote?
+python -m icrl_megatron.job cell PLAN CELL                            prints the words of an ablation's cell, one a line
+python -m icrl_megatron.job table PLAN                                writes and prints an ablation's table
 python -m icrl_megatron.job decide OUTCOME STATE RC STOP train RECIPE [KEY=VALUE]...
                                                                       prints: done | requeue | retry SECONDS | fail
 """
@@ -121,6 +123,16 @@ def _decide(run_folder: Path, outcome: Path, state_path: Path, returncode: int, 
     return f"retry {decision.wait_s:g}" if decision.action == "retry" else decision.action
 
 
+def _of_ablation(verb: str, plan_file: Path, cell: str = "") -> None:
+    from icrl_megatron import ablate, ablate_slurm
+
+    plan = ablate_slurm.load_plan(plan_file)
+    if verb == "cell":
+        print("\n".join(ablate_slurm.words(plan, cell)))
+    else:
+        ablate.conclude(plan)
+
+
 def main(arguments: list[str]) -> None:
     """Entry point; ConfigError is one message and exit code 2."""
     try:
@@ -130,6 +142,8 @@ def main(arguments: list[str]) -> None:
             print(folder, *(["servers"] if servers else []), sep="\n")
         elif verb == "seen":
             seen(Path(rest[0]), rest[1], float(os.environ.get("ICRL_SEEN_TIMEOUT_S", SEEN_TIMEOUT_S)))
+        elif verb in ("cell", "table"):
+            _of_ablation(verb, Path(rest[0]), *rest[1:])
         else:
             from icrl_megatron import settings
 

@@ -23,7 +23,7 @@ from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.source import EngineSource, EpisodeSource, Played
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.telemetry.dumps import write_dump
-from icrl_megatron.telemetry.metrics import GENERATED, USED, heldout_metrics, rollout_metrics
+from icrl_megatron.telemetry.metrics import EVALUATION_TIME, GENERATED, USED, heldout_metrics, rollout_metrics
 from icrl_megatron.telemetry.progress import Phase, Progress
 from icrl_megatron.telemetry.writer import METRICS_FILE, TIME_PREFIX, MetricsWriter, read_rows
 from icrl_megatron.types import StepStats, Task
@@ -160,6 +160,7 @@ class Recorder:
         """Critique-free success on held-out problems, outside a training step."""
         row = self._heldout()
         row["tokens/generated_total"] = self.generated
+        row[EVALUATION_TIME] = self.times.pop("evaluation", 0.0)
         if self.writer is not None:
             self.writer.write(self.step, row)
 

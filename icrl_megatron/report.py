@@ -15,7 +15,6 @@ from icrl_megatron.config import Settings
 from icrl_megatron.rollout.intervals import Proportion, proportion
 from icrl_megatron.settings import run_folder
 from icrl_megatron.telemetry.metrics import HELDOUT, HELDOUT_ATTEMPTS
-from icrl_megatron.telemetry.plots import learning_curve
 from icrl_megatron.telemetry.writer import METRICS_FILE, TENSORBOARD_FOLDER, Row, read_rows
 
 CURVE = "learning_curve.png"
@@ -54,6 +53,8 @@ def outcome(label: str, folder: Path, settings: Settings) -> Outcome:
 
 def report(settings: Settings, console: Console | None = None) -> None:
     """Prints the report of a finished `icrl train`, and writes report.json and learning_curve.png beside it."""
+    from icrl_megatron.telemetry.plots import learning_curve
+
     console, folder = console or Console(), run_folder(settings)
     outcomes = [outcome("ICRL" if settings.rollout.rounds > 1 else "GRPO", folder, settings)]
     if settings.baseline:

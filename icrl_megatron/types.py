@@ -177,7 +177,7 @@ class Sample:
     loss_mask: tuple[bool, ...]
     rollout_logprobs: tuple[float, ...]
     calibrated: bool
-    """True where w_t applies (internalised revisions with calibration on)."""
+    """True where w_t applies (internalised revisions with calibration on), or the shaping function in its place."""
     reward: float
     advantage: float = 0.0
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from icrl_megatron import serve
 from icrl_megatron import settings as settings_module
 from icrl_megatron.config import ActorSettings, AlgoSettings, ConfigError, Settings
+from icrl_megatron.eval_problems import check_rows
 from icrl_megatron.shape import Qwen3Shape, check_folder
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked
@@ -79,6 +80,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "engine.request_timeout_s": (1e-3, math.inf),
     "algo.group_filter.min_mean_reward": (-1, 1),
     "algo.calibration.w_max": (1e-6, math.inf),
+    "algo.shaping_gamma": (0, math.inf),
+    "algo.revisions_per_task": (1, math.inf),
     "algo.mismatch_correction.cap": (1e-6, math.inf),
     "algo.clip_low": (0, 1),
     "algo.clip_high": (0, math.inf),
@@ -225,6 +228,7 @@ def _check_tasks(settings: Settings) -> None:
             problems[split] += task_set.problems(split)
             if not task_set.problems(split):
                 raise ConfigError(f"tasks.sources.{i}.name={source.name}: this task set has no {split} problems")
+        check_rows(source, source)
         if isinstance(task_set, Checked) and not source.served:  # else once its servers run
             task_set.check()
     serve.check(settings)
@@ -246,6 +250,11 @@ def _check_algo(algo: AlgoSettings, settings: Settings) -> None:
         raise ConfigError(
             "rollout.episodes_per_task=1: with rollout.rounds=1 or algo.group_by=task_round_role every group has one "
             "member, so no baseline and no advantage; use at least 2"
+        )
+    if algo.shaping_gamma > 0 and (algo.calibration.enabled or not algo.internalise):
+        raise ConfigError(
+            f"algo.shaping_gamma={algo.shaping_gamma:g} takes the place of the calibration weight of internalised "
+            "revisions: set algo.calibration.enabled=false and algo.internalise=true, or algo.shaping_gamma=0"
         )
     if algo.updates_per_step > episodes:
         raise ConfigError(

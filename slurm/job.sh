@@ -29,14 +29,17 @@ if [ -n "${ICRL_CONTAINER:-}" ]; then
 fi
 export ICRL_PYTHON=$python
 
+# The last task of an array has the array's own number: whoever names that, means all of its tasks.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
 steps=0 stopping=0 running='' train_step=0 servers=''
 
 forward_stop() {  # USR1 comes from --signal before the time limit, TERM from preemption
   stopping=1
   touch "$ICRL_STOP"
   if [ -n "$running" ]; then
-    echo "stopping: the ranks of step $SLURM_JOB_ID.$train_step save first" >&2
-    timeout 20 scancel --signal=USR1 "$SLURM_JOB_ID.$train_step"
+    echo "stopping: the ranks of step $job.$train_step save first" >&2
+    timeout 20 scancel --signal=USR1 "$job.$train_step"
   fi
 }
 trap forward_stop USR1 TERM
@@ -80,7 +83,7 @@ start_servers() {  # train RECIPE [KEY=VALUE]...: what tasks.sources[...].serve 
 end_servers() { [ -z "$servers" ] || { kill "$servers" 2> /dev/null; wait_for "$servers"; servers=''; }; return 0; }
 
 cancelled() {  # Slurm would requeue a job that somebody has cancelled, and it would come back
-  [ "$(timeout 30 squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = COMPLETING ] || return 1
+  [ "$(timeout 30 squeue --noheader --jobs="$job" --format=%T)" = COMPLETING ] || return 1
   echo "cancelled: not requeued" >&2
 }
 
@@ -108,7 +111,7 @@ run_job() {
     counted
     case $decision in
       done) end_servers; exit 0 ;;
-      requeue) end_servers; rm -f "$ICRL_STOP"; cancelled || timeout 30 scontrol requeue "$SLURM_JOB_ID"; exit 0 ;;
+      requeue) end_servers; rm -f "$ICRL_STOP"; cancelled || timeout 30 scontrol requeue "$job"; exit 0 ;;
       retry*) echo "trying again in ${decision#retry } s" >&2; sleep "${decision#retry }" & wait_for $! ;;
       *) end_servers; [ "$code" -ne 0 ] || code=1; [ -f "$ICRL_OUTCOME" ] && grep -q '"code": 2' "$ICRL_OUTCOME" && code=2; exit "$code" ;;
     esac

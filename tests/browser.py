@@ -96,6 +96,11 @@ class Browser:
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
+    def press(self, key: str) -> None:
+        """A key, to whatever has the focus."""
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+
     def move(self, script: str) -> None:
         x, y = self._middle(script)
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)

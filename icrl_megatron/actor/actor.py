@@ -163,4 +163,5 @@ def _terms(settings: Settings) -> Terms:
         w_max=algo.calibration.w_max,
         kl_coef=algo.kl_coef,
         entropy_coef=algo.entropy_coef,
+        shaping_gamma=algo.shaping_gamma,
     )

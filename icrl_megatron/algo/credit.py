@@ -33,6 +33,7 @@ class CreditReport:
     dropped_groups: int
     """Groups taken out by `algo.group_filter`; their samples are gone, also from the normaliser."""
     dropped_samples: int
+    """Of those groups, and revisions beyond `algo.revisions_per_task`."""
 
     @property
     def has_signal(self) -> bool:
@@ -46,12 +47,15 @@ def credit(episodes: Iterable[Episode], settings: AlgoSettings, train_critic: bo
     Raises ConfigError on an outcome outside [0, 1], and ValueError on two episodes of a task with the same index.
     """
     groups: dict[str, list[Sample]] = defaultdict(list)
-    for episode in episodes:
-        for sample in to_samples(episode, settings, train_critic):
+    samples = [sample for episode in episodes for sample in to_samples(episode, settings, train_critic)]
+    surplus = _surplus_revisions(samples, settings.revisions_per_task)
+    for sample in samples:
+        if sample.sample_id not in surplus:
             groups[sample.group].append(sample)
 
     kept: list[Sample] = []
-    flat = dropped = dropped_samples = 0
+    flat = dropped = 0
+    dropped_samples = len(surplus)
     for _, members in sorted(groups.items()):
         members.sort(key=lambda s: s.sample_id)
         if settings.group_filter.enabled and _hopeless(members, settings.group_filter):
@@ -81,6 +85,16 @@ def advantages(rewards: Sequence[float], normalise_std: bool = True, pseudo_posi
     if normalise_std:
         centred /= baseline.std(ddof=1) + STD_FLOOR
     return [float(a) for a in centred]
+
+
+def _surplus_revisions(samples: Sequence[Sample], limit: int | None) -> set[str]:
+    """Ids of the revisions of each task beyond its `limit` best; the first by its id among equals."""
+    by_task: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples if limit is not None else ():
+        if sample.role == "revision":
+            by_task[sample.sample_id.rsplit("#", 1)[0]].append(sample)
+    ranked = (sorted(of, key=lambda s: (-s.reward, s.sample_id)) for of in by_task.values())
+    return {sample.sample_id for of in ranked for sample in of[limit:]}
 
 
 def _hopeless(members: Sequence[Sample], group_filter: GroupFilter) -> bool:

@@ -48,7 +48,7 @@ def _solver_sample(episode: Episode, attempt: Attempt, settings: AlgoSettings) -
         response_ids=attempt.response_ids(),
         loss_mask=attempt.loss_mask(),
         rollout_logprobs=attempt.rollout_logprobs(),
-        calibrated=internalised and settings.calibration.enabled,
+        calibrated=internalised and (settings.calibration.enabled or settings.shaping_gamma > 0),
         reward=attempt.outcome,
     )
 

@@ -19,7 +19,7 @@ from icrl_megatron.types import DroppedEpisode, Episode
 
 ALL = "all"
 Successes = dict[str, list[list[bool]]]
-"""task id -> one list per episode, in the order of the index: the success of each of its attempts."""
+"""task id -> one list per sample, by its index: the success of each attempt of the episode. Empty: it was lost."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,12 @@ class Comparison:
     """Exact two-sided McNemar test on those two counts."""
 
 
-def successes(episodes: Sequence[Episode]) -> Successes:
+def successes(episodes: Sequence[Episode], samples: int) -> Successes:
+    """`samples` lists for each problem that has an episode, so that sample i of two evaluations is the same seed."""
     found: Successes = {}
-    for episode in sorted(episodes, key=lambda e: e.index):
-        found.setdefault(episode.task.task_id, []).append([a.success for a in episode.attempts])
+    for episode in episodes:
+        of_task = found.setdefault(episode.task.task_id, [[] for _ in range(samples)])
+        of_task[episode.index] = [a.success for a in episode.attempts]
     return found
 
 
@@ -99,7 +101,9 @@ def score(episodes: Sequence[Episode], dropped: Sequence[DroppedEpisode], rounds
 
 
 def _score(subset: str, episodes: Sequence[Episode], dropped: int, rounds: int) -> Score:
-    by_task = successes(episodes)
+    by_task: Successes = {}
+    for e in episodes:
+        by_task.setdefault(e.task.task_id, []).append([a.success for a in e.attempts])
     average = [float(np.mean([tries[0] for tries in of])) for of in by_task.values()]
     passed = [float(any(tries[0] for tries in of)) for of in by_task.values()]
     flat = [tries for of in by_task.values() for tries in of]
@@ -132,7 +136,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def compare(first: Successes, second: Successes, subset_by_task: Mapping[str, str]) -> tuple[Comparison, ...]:
-    """`first` minus `second` by subset and over all, on the samples that both have."""
+    """`first` minus `second` by subset and over all, on the samples that both have and neither lost."""
     names = sorted({subset_by_task[t] for t in first if t in second})
     found = [_compare(name, first, second, {t for t in first if subset_by_task[t] == name}) for name in names]
     return tuple(found if len(found) == 1 else [*found, _compare(ALL, first, second, set(first))])
@@ -140,7 +144,7 @@ def compare(first: Successes, second: Successes, subset_by_task: Mapping[str, st
 
 def _compare(subset: str, first: Successes, second: Successes, tasks: set[str]) -> Comparison:
     both = [(a, b) for t in sorted(tasks) if t in second for a, b in [(first[t], second[t])]]
-    outcomes = [[(x[0], y[0]) for x, y in zip(a, b, strict=False)] for a, b in both]
+    outcomes = [[(x[0], y[0]) for x, y in zip(a, b, strict=False) if x and y] for a, b in both]
     differences = [float(np.mean([x - y for x, y in of])) for of in outcomes if of]
     flat = [pair for of in outcomes for pair in of]
     only_first, only_second = flat.count((True, False)), flat.count((False, True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +23,17 @@ def _share(mean: float, low: float, high: float) -> str:
     return f"{100 * mean:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
+ROUNDS_A_TABLE = 4
+"""Columns of intervals that fit 80 characters beside a subset's name."""
+
+
 def show(result: Result, console: Console | None = None) -> None:
-    """Prints the scores and, where there is one, the comparison."""
+    """Prints the scores and, where there is one, the comparison; made for 80 columns."""
     out = console or Console()
     out.print(scores_table(result))
     if result.rounds > 1:
+        for first in range(0, result.rounds, ROUNDS_A_TABLE):
+            out.print(rounds_table(result, first))
         out.print(transitions_table(result))
     if result.comparison:
         out.print(comparison_table(result))
@@ -34,28 +41,35 @@ def show(result: Result, console: Console | None = None) -> None:
         out.print(f"lost episodes: {reason}", style="yellow", highlight=False)
 
 
-def scores_table(result: Result) -> Table:
-    title = f"{result.model}: success in %, 95 % interval"
+def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    columns = ["problems", f"avg@{result.samples}", f"pass@{result.samples}"]
-    columns += [f"round {r + 1}" for r in range(1, result.rounds)]
-    for column in [*columns, "tokens", "lost"]:
+    table.add_column("", overflow="fold")  # a long name, rather than a number
+    for column in columns:
         table.add_column(column, justify="right")
+    return table
+
+
+def scores_table(result: Result) -> Table:
+    columns = ["problems", f"avg@{result.samples}", f"pass@{result.samples}", "tokens", "lost"]
+    table = _table(f"{result.model}: success without a critique in %, 95 % interval", columns)
     for s in result.scores:
-        rounds = [_share(p.mean, p.low, p.high) for p in s.rounds[1:]]
         average, passed = (_share(e.mean, e.low, e.high) for e in (s.average, s.passed))
-        cells = [str(s.average.problems), average, passed, *rounds, f"{s.attempt_tokens:.0f}", str(s.dropped)]
-        table.add_row(s.subset, *cells)
+        table.add_row(s.subset, str(s.average.problems), average, passed, f"{s.attempt_tokens:.0f}", str(s.dropped))
+    return table
+
+
+def rounds_table(result: Result, first: int) -> Table:
+    """Success in a round or before, for the rounds from `first` on (counted from 0)."""
+    rounds = range(first, min(result.rounds, first + ROUNDS_A_TABLE))
+    table = _table(f"Success by round in %; critic: {result.critic}", [f"round {r + 1}" for r in rounds])
+    for s in result.scores:
+        table.add_row(s.subset, *(_share(s.rounds[r].mean, s.rounds[r].low, s.rounds[r].high) for r in rounds))
     return table
 
 
 def transitions_table(result: Result) -> Table:
-    title = f"From an attempt to the revision after it; critic: {result.critic}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    for column in ("wrong to right", "right to wrong", "stayed wrong", "stayed right", "tokens a critique"):
-        table.add_column(column, justify="right")
+    columns = ("wrong to\nright", "right to\nwrong", "stayed\nwrong", "stayed\nright", "tokens a\ncritique")
+    table = _table("From an attempt to the revision after it, and what a critique cost", columns)
     for s in result.scores:
         t = s.transitions
         counts = (t.wrong_to_right, t.right_to_wrong, t.stayed_wrong, t.stayed_right)
@@ -64,11 +78,8 @@ def transitions_table(result: Result) -> Table:
 
 
 def comparison_table(result: Result) -> Table:
-    title = f"Without a critique, against {result.against}: the same problems and seeds"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    for column in ("pairs", "difference", "only this", "only the other", "McNemar p"):
-        table.add_column(column, justify="right")
+    columns = ("pairs", "difference", "only\nthis", "only the\nother", "McNemar\np")
+    table = _table(f"Without a critique, against {result.against}: the same problems and seeds", columns)
     for c in result.comparison:
         difference = _share(c.difference.mean, c.difference.low, c.difference.high)
         table.add_row(c.subset, str(c.pairs), difference, str(c.only_first), str(c.only_second), f"{c.mcnemar_p:.3g}")

@@ -22,6 +22,10 @@ HELDOUT = "heldout/critique_free"
 
 HELDOUT_ATTEMPTS = "heldout/attempts"
 """How many held-out attempts of a task set were played to their end."""
+EVALUATION_TOKENS = "tokens/evaluation"
+"""Tokens that a held-out evaluation generated: none of them is in `GENERATED`, nor in tokens/generated_total."""
+EVALUATION_TIME = "time/evaluation_s"
+"""Seconds of a held-out evaluation: in no other phase of the step, nor in its tokens per second."""
 
 Values = dict[str, list[float]]
 
@@ -58,10 +62,12 @@ def rollout_metrics(
 
 
 def heldout_metrics(episodes: Iterable[Episode]) -> dict[str, float]:
-    """Critique-free success and outcome on held-out problems, over all and by task set, from first attempts only; and
-    how many attempts of each task set these are means over."""
+    """Critique-free success and outcome on held-out problems, over all and by task set, from first attempts only; how
+    many attempts of each task set these are means over, and what they cost in tokens."""
     values: Values = defaultdict(list)
+    spent = 0
     for episode in episodes:
+        spent += episode.generated_tokens()
         first = episode.attempts[0]
         values[HELDOUT].append(first.success)
         values[f"{HELDOUT}/{episode.task.source}"].append(first.success)
@@ -71,7 +77,8 @@ def heldout_metrics(episodes: Iterable[Episode]) -> dict[str, float]:
     sizes = {
         f"{HELDOUT_ATTEMPTS}/{k.removeprefix(prefix)}": len(of) for k, of in values.items() if k.startswith(prefix)
     }
-    return found | {name: float(size) for name, size in sorted(sizes.items())}
+    cost = {EVALUATION_TOKENS: float(spent)} if values else {}
+    return found | {name: float(size) for name, size in sorted(sizes.items())} | cost
 
 
 def _episode(episode: Episode, values: Values) -> None:

@@ -65,13 +65,14 @@ def episode(step: int, record: DumpRecord, speller: Speller, limit: int) -> dict
         "task": played.task.task_id,
         "source": played.task.source,
         "index": played.index,
-        "outcome": _outcome(played.attempts),
+        "outcome": outcome(played.attempts),
         "problem": record.prompts.get("0/attempt", "").strip()[: 8 * limit],
         "rounds": rounds,
     }
 
 
-def _outcome(attempts: Sequence[Attempt]) -> str:
+def outcome(attempts: Sequence[Attempt]) -> str:
+    """alone, rescued, hurt or failed: what critique did for an episode."""
     if attempts[0].success:
         return "alone"
     if attempts[-1].success:

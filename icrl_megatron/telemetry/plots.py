@@ -1,4 +1,4 @@
-"""The picture of a run: critique-free success against what it cost."""
+"""The picture of a run, or of several arms over seeds: critique-free success against what it cost."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib as mpl
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from icrl_megatron.telemetry.bands import arm_band, evaluations, smoothed
 from icrl_megatron.telemetry.metrics import CRITIQUE_FREE, GENERATED, HELDOUT
 
 if TYPE_CHECKING:
@@ -68,23 +68,17 @@ def _points(costs: Sequence[float], rows: Sequence[Row], name: str) -> list[tupl
     return [(c, row[name]) for c, row in zip(costs, rows, strict=True) if math.isfinite(row.get(name, math.nan))]
 
 
-def smoothed(values: Sequence[float]) -> list[float]:
-    """Running mean over a window of a twelfth of the run, centred and cut at both ends, so that it is never late."""
-    half = max(1, len(values) // 24)
-    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return [sum(w) / len(w) for w in windows]
-
-
 def arms_picture(curves: Mapping[str, Mapping[str, Sequence[Sequence[Row]]]], path: str | Path) -> Path:
     """Held-out critique-free success over generated tokens: one panel per task, one colour per arm, one thin line per
-    seed and a thick one for their mean at common costs. `curves[task][arm]` holds the rows of each seed's metrics."""
+    seed, a thick one for their mean at common costs and a band for its 95 % interval over the seeds.
+    `curves[task][arm]` holds the rows of each seed's metrics."""
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(4.2 * len(curves), 4.2), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
         for axes, (task, arms) in zip(panels, curves.items(), strict=True):
             for number, (arm, seeds) in enumerate(arms.items()):
-                _draw_arm(axes, [_evaluations(rows) for rows in seeds], arm, COLOURS[number % len(COLOURS)])
+                _draw_arm(axes, seeds, arm, COLOURS[number % len(COLOURS)])
             axes.set(title=task, xlabel="generated tokens (thousands)", ylim=(-0.02, 1.02))
             axes.grid(alpha=0.25, linewidth=0.7)
         panels[0].set_ylabel("held-out success without critique")
@@ -94,17 +88,14 @@ def arms_picture(curves: Mapping[str, Mapping[str, Sequence[Sequence[Row]]]], pa
     return Path(path)
 
 
-def _evaluations(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
-    """(thousands of generated tokens, held-out success) of each evaluation."""
-    found = [(row["tokens/generated_total"] / 1e3, row[HELDOUT]) for row in rows if HELDOUT in row]
-    return [x for x, _ in found], [y for _, y in found]
-
-
-def _draw_arm(axes: Axes, seeds: Sequence[tuple[list[float], list[float]]], label: str, colour: str) -> None:
-    if not seeds:
+def _draw_arm(axes: Axes, seeds: Sequence[Sequence[Row]], label: str, colour: str) -> None:
+    whole = arm_band(seeds)
+    if not whole.seeds:
         return
-    for x, y in seeds:
-        axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.9)
-    common = np.linspace(0.0, min(x[-1] for x, _ in seeds), 60)
-    average = np.mean([np.interp(common, x, y) for x, y in seeds], axis=0)
-    axes.plot(common, average, color=colour, linewidth=2.2, label=label)
+    for rows in seeds:
+        x, y = evaluations(rows)
+        axes.plot([t / 1e3 for t in x], y, color=colour, alpha=0.25, linewidth=0.9)
+    thousands = [t / 1e3 for t in whole.x]
+    if whole.seeds > 1:
+        axes.fill_between(thousands, whole.low, whole.high, color=colour, alpha=0.15, linewidth=0)
+    axes.plot(thousands, whole.mean, color=colour, linewidth=2.2, label=label)

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-from torch.utils.tensorboard import SummaryWriter
-
 from icrl_megatron.config import ConfigError
 from icrl_megatron.telemetry.files import write_atomically
 
@@ -29,6 +27,8 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: str | Path, resume_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # those who only read rows need no torch
+
         self.path = Path(run_dir) / METRICS_FILE
         kept = [r for r in read_rows(self.path) if resume_step is not None and r["step"] <= resume_step]
         write_atomically(self.path, map(_line, kept))

@@ -139,7 +139,7 @@ def check_objective(hidden_LH: Tensor, streams: Streams, terms: Terms) -> None:
     for name in ("kl_coef", "entropy_coef"):
         value = getattr(terms, name)
         _require(abs(value) < float("inf"), name, "a finite number", value)
-    for name in ("clip_low", "clip_high", "w_max"):
+    for name in ("clip_low", "clip_high", "w_max", "shaping_gamma"):
         value = getattr(terms, name)
         _require(value >= 0, name, "a number >= 0", value)
 

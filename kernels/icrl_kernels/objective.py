@@ -5,12 +5,17 @@
     w_t    = min(pi_old(y_t | q) / pi(y_t | q, c), w_max)        constant; 1 where the token is not calibrated
     k3_t   = exp(r_t) - r_t - 1,   r_t = log pi_ref(y_t | q) - log pi_theta(y_t | q)
 
+With `shaping_gamma` above 0, calibrated tokens count f(pi_theta) A_t in place of w_t min(...), f(p) = p / (p + gamma):
+the policy shaping of Critique-GRPO's refinements (arXiv 2506.03106 and its published code, which take gamma 0.1). Its
+gradient f (1 - f) A_t dlogpi is largest where the policy finds a token as unlikely as gamma.
+
 This is the one place where the loss is written down: the eager reference differentiates it end to end, the chunked head
 differentiates it with respect to log-prob and entropy only and carries on from there by hand.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -30,6 +35,8 @@ class Terms:
     """Upper bound of the calibration weight."""
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
+    shaping_gamma: float = 0.0
+    """Above 0: calibrated tokens are shaped instead of weighted and clipped."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,7 @@ class TokenObjective:
     """Coefficient included; the loss of the pass is the plain sum."""
     ratio_L: Tensor
     calibration_weight_L: Tensor
+    """w_t; of shaped tokens f(pi_theta), which stands for w_t and the ratio together."""
     clipped_low_L: Tensor
     """bool: advantage < 0 and ratio < 1 - clip_low, so that the policy term has no gradient."""
     clipped_high_L: Tensor
@@ -99,7 +107,13 @@ def token_objective(logprobs_L: Tensor, entropy_L: Tensor, streams: Streams, ter
     # min(rho A, clip(rho) A) by cases, so that an overflowing ratio whose gradient is clipped away cannot leave a NaN.
     used_ratio_L = torch.where(clipped_L, ratio_L.clamp(low, high), log_ratio_L.masked_fill(clipped_L, 0.0).exp())
     weight_L = torch.ones_like(ratio_L)
-    if streams.calibrated_L is not None and streams.behaviour_logprobs_L is not None:
+    if streams.calibrated_L is not None and terms.shaping_gamma > 0:
+        shaped_L = streams.calibrated_L & ~silent_L
+        familiar_L = torch.sigmoid(logprobs_L - math.log(terms.shaping_gamma))  # p / (p + gamma)
+        weight_L = torch.where(shaped_L, familiar_L, weight_L)
+        used_ratio_L = used_ratio_L.masked_fill(shaped_L, 1.0)
+        clipped_low_L, clipped_high_L = clipped_low_L & ~shaped_L, clipped_high_L & ~shaped_L
+    elif streams.calibrated_L is not None and streams.behaviour_logprobs_L is not None:
         proposed_L = (old_L - live(streams.behaviour_logprobs_L)).exp().clamp(max=terms.w_max)
         weight_L = torch.where(streams.calibrated_L & ~silent_L, proposed_L, weight_L).detach()
     loss_L = -weight_L * used_ratio_L * advantages_L
@@ -109,4 +123,4 @@ def token_objective(logprobs_L: Tensor, entropy_L: Tensor, streams: Streams, ter
     if terms.entropy_coef != 0:
         loss_L = loss_L - terms.entropy_coef * entropy_L
     coefficients_L = streams.coefficients_L.to(dtype)
-    return TokenObjective(coefficients_L * loss_L, ratio_L, weight_L, clipped_low_L, clipped_high_L)
+    return TokenObjective(coefficients_L * loss_L, ratio_L, weight_L.detach(), clipped_low_L, clipped_high_L)

@@ -179,6 +179,7 @@ class TritonChunks:
             terms.w_max,
             terms.kl_coef,
             terms.entropy_coef,
+            terms.shaping_gamma,
             HAS_OLD=streams.old_logprobs_L is not None,
             HAS_BEHAVIOUR=streams.behaviour_logprobs_L is not None,
             HAS_REFERENCE=terms.kl_coef != 0 and streams.reference_logprobs_L is not None,

@@ -159,6 +159,7 @@ def token_objective(
     w_max,
     kl_coef,
     entropy_coef,
+    shaping_gamma,  # 0: calibrated tokens are weighted and clipped
     HAS_OLD: tl.constexpr,
     HAS_BEHAVIOUR: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
@@ -183,17 +184,26 @@ def token_objective(
     ratio = tl.exp(logprob - old)
     clipped_low = (advantage < 0) & (ratio < low)
     clipped_high = (advantage > 0) & (ratio > high)
-    clipped = clipped_low | clipped_high
     weight = tl.full([ROWS], 1.0, tl.float32)
+    shaped = row < 0
     if HAS_BEHAVIOUR:
         behaviour = tl.load(behaviour_ptr + row, mask=inside & live, other=0.0)
         calibrated = tl.load(calibrated_ptr + row, mask=inside & live, other=0) != 0
         proposed = tl.exp(old - behaviour)
         # Not a minimum: NaN has to get through.
         weight = tl.where(calibrated, tl.where(proposed > w_max, w_max, proposed), 1.0)
+        shaped = calibrated & (shaping_gamma > 0)
+        likely = tl.exp(logprob)
+        weight = tl.where(shaped, likely / (likely + shaping_gamma), weight)
+        clipped_low = clipped_low & (shaped == 0)
+        clipped_high = clipped_high & (shaped == 0)
+    clipped = clipped_low | clipped_high
     bound = tl.where(clipped_low, low, high)
-    loss = -weight * tl.where(clipped, bound, ratio) * advantage
-    logprob_slope = tl.where(clipped, 0.0, -weight * ratio * advantage)
+    used_ratio = tl.where(shaped, 1.0, tl.where(clipped, bound, ratio))
+    loss = -weight * used_ratio * advantage
+    # f' = f (1 - f) by the log-prob, where f stands for weight and ratio.
+    steep = tl.where(shaped, 1.0 - weight, ratio)
+    logprob_slope = tl.where(clipped, 0.0, -weight * steep * advantage)
     if HAS_REFERENCE:
         gap = tl.load(reference_ptr + row, mask=inside & live, other=0.0) - logprob
         k3 = _k3(gap)

@@ -81,8 +81,12 @@ def grpo(name: str, size: str, task: str, gpus: int) -> Settings:
 
 
 def critique_grpo(name: str, size: str, task: str, gpus: int) -> Settings:
-    """A critic that is never trained, whose revisions enter the solver's group, with no calibration weight."""
+    """A critic that is never trained, whose revisions enter the solver's group and are shaped (docs/BASELINES.md)."""
     settings = icrl(name, size, task, gpus)
     settings.rollout.critic = "frozen"
     settings.algo.calibration = Calibration(enabled=False)
+    settings.algo.normalise_std = False
+    settings.algo.shaping_gamma = 0.1
+    settings.algo.revisions_per_task = 1
+    settings.algo.loss_normalisation = "token_mean"
     return settings

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from whole_runs import SMALL, WARM_START, icrl
 
 from icrl_megatron import settings
-from icrl_megatron.ablate import ARMS, parse, results, table
+from icrl_megatron.ablate import ARMS, Arm, Cell, parse, tables
 from icrl_megatron.config import ConfigError
+from icrl_megatron.rollout.intervals import Difference
+from icrl_megatron.telemetry.bands import band
+from icrl_megatron.telemetry.writer import read_rows
 
 OUT = Path("nowhere")
 
@@ -75,9 +80,34 @@ def test_two_arms_run_stop_and_go_on(tmp_path: Path) -> None:
     code, shown, err = icrl(*command)
     assert code == 0, err
     assert (out / "icrl_0" / "metrics.jsonl").stat().st_mtime_ns == before
-    icrl_row, grpo_row = json.loads((out / "ablation.json").read_text())
+    icrl_row, grpo_row = json.loads((out / "ablation.json").read_text())["arms"]
     assert (icrl_row["arm"], grpo_row["arm"]) == ("icrl", "grpo")
     assert grpo_row["tokens"] >= icrl_row["tokens"] > 0 and grpo_row["critique_tokens"] is None
     assert re.search(r"\| grpo \| 1 \|", (out / "ablation.md").read_text())
     assert (out / "ablation.png").read_bytes().startswith(b"\x89PNG")
-    assert table(results(parse("rulebook_easy", "icrl,grpo", "0", out, [], ""))).row_count == 2
+
+    rows = read_rows(out / "icrl_0" / "metrics.jsonl")
+    evaluated = [r for r in rows if "heldout/critique_free" in r]
+    assert icrl_row["curve"]["x"] == [r["tokens/generated_total"] for r in evaluated]
+    assert icrl_row["curve"]["mean"] == pytest.approx([r["heldout/critique_free"] for r in evaluated], abs=1e-6)
+    # What evaluations cost is counted apart from what training cost.
+    (cell,) = icrl_row["cells"]
+    assert cell["generated_tokens"] == sum(r.get("tokens/generated", 0) for r in rows)
+    assert cell["evaluation_tokens"] == sum(r["tokens/evaluation"] for r in evaluated) > 0
+    code, shown, err = icrl(*command, "--table")
+    assert code == 0 and "grpo" in shown, err
+
+
+def test_the_tables_fit_a_terminal_of_80_columns() -> None:
+    tasks = ("rulebook_hard", "household", "searchqa")
+    cell = Cell(0, 1.0, dict.fromkeys(tasks, 1.0), 123_456_789, 5, 1_000_000, 99.0)
+    row = Arm("not_internalised", 5, Difference(1.0, 1.0, 1.0), cell.by_task, 123_456_789, 1e6, 99.0, band([]), (cell,))
+    shown = tables([row, row])
+    assert all(Console(width=400).measure(one).maximum <= 80 for one in shown)
+    console = Console(width=80, file=io.StringIO())
+    for one in shown:
+        console.print(one)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert len(shown) == 2 and "…" not in text
+    for cells in ("not_internalised", "100.0 [100.0, 100.0]", "123.46M", "1000000", *tasks):
+        assert cells in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -12,11 +13,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from rich.console import Console
 from whole_runs import Ended, batch
 
 from icrl_megatron.config import ConfigError
-from icrl_megatron.evaluation import Request, evaluate, read_result
-from icrl_megatron.rollout.scores import compare, estimate, mcnemar, score, transitions
+from icrl_megatron.evaluation import Request, Result, evaluate, read_result
+from icrl_megatron.rollout.scores import compare, estimate, mcnemar, score, successes, transitions
+from icrl_megatron.telemetry.eval_views import (
+    comparison_table,
+    rounds_table,
+    scores_table,
+    show,
+    transitions_table,
+)
 from icrl_megatron.types import Attempt, Completion, Critique, DroppedEpisode, Episode, Task, Turn
 
 
@@ -83,6 +92,43 @@ def test_comparison_is_paired() -> None:
     assert found.mcnemar_p == pytest.approx(2 * 0.5**19)
     (itself,) = compare(first, first, subset)
     assert itself.difference.mean == 0 and itself.mcnemar_p == 1.0
+
+
+def test_samples_are_paired_by_their_seed_even_where_episodes_were_lost() -> None:
+    whole = successes([episode("t/0", i, [i == 1]) for i in range(3)], samples=3)
+    lost = successes([episode("t/0", i, [i == 1]) for i in (2, 1)], samples=3)
+    assert whole == {"t/0": [[False], [True], [False]]} and lost == {"t/0": [[], [True], [False]]}
+    (found,) = compare(whole, lost, {"t/0": "t"})
+    assert found.pairs == 2 and (found.only_first, found.only_second) == (0, 0)
+
+
+def test_the_tables_fit_a_terminal_of_80_columns() -> None:
+    names = ("t/heldout/olympiadbench/0", "t/heldout/aime24/0")
+    played = [episode(name, i, [False] * 6) for name in names for i in range(8)]
+    found = successes(played, 8)
+    result = Result(
+        model="runs/qwen3_8b_math_4xh100",
+        critic="http://critic:30000/v1",
+        rounds=6,
+        samples=8,
+        scores=score(played, [], rounds=6),
+        generated_tokens=1,
+        successes=found,
+        subsets={},
+        contents={},
+        comparison=compare(found, found, dict.fromkeys(names, "math/olympiadbench")),
+        against="runs/grpo_8b_math_4xh100",
+    )
+    wide = Console(width=400)
+    shown = [scores_table(result), rounds_table(result, 0), rounds_table(result, 4), transitions_table(result)]
+    for table in [*shown, comparison_table(result)]:
+        assert wide.measure(table).maximum <= 80
+    console = Console(width=80, file=io.StringIO())
+    show(result, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    for part in ("t/olympiadbench", "avg@8", "pass@8", "round 1", "round 6", "only the", "McNemar", "critique"):
+        assert part in text
 
 
 # The program
@@ -186,6 +232,17 @@ def ended(finished_run: Path, endpoint: str, tmp_path_factory: pytest.TempPathFa
             "--out",
             str(folder / "n"),
         ],
+        "subset": [
+            *("eval", str(finished_run), *small, "--samples", "2", "--on", "rulebook_easy"),
+            *("--out", str(folder / "subset")),
+        ],
+        "critic_checkpoint": [
+            *("eval", str(finished_run), *small, "--rounds", "3", "--critic", str(finished_run / "checkpoints")),
+            *("--out", str(folder / "cc")),
+        ],
+        "on_train": ["eval", str(finished_run), "--on", "train"],
+        "no_critic": ["eval", str(finished_run), "--rounds", "2", "--critic", "/nowhere/critic"],
+        "other_task": ["eval", str(finished_run), *small, "--task", "rulebook_hard", "--against", before],
         "one_round": ["eval", str(finished_run), "--critic", str(start)],
         "no_task": ["eval", str(folder)],
         "unknown": ["eval", str(finished_run), "--task", "rulebok_hard"],
@@ -234,12 +291,31 @@ def test_another_critic_advises(ended: tuple[Path, dict[str, Ended]]) -> None:
     assert sum(swapped.values()) == 12  # successes were revised too
 
 
+def test_subsets_rounds_and_a_critic_from_a_checkpoint(ended: tuple[Path, dict[str, Ended]]) -> None:
+    folder, by_name = ended
+    assert by_name["subset"].code == 0, by_name["subset"].error
+    whole, part = (json.loads((folder / n / "eval.json").read_text()) for n in ("ckpt", "subset"))
+    assert {t: [e[0] for e in of] for t, of in part["successes"].items()} == {
+        t: [e[0] for e in of] for t, of in whole["successes"].items()
+    }
+    assert by_name["critic_checkpoint"].code == 0, by_name["critic_checkpoint"].error
+    (scored,) = json.loads((folder / "cc" / "eval.json").read_text())["scores"]
+    rounds = [r["successes"] for r in scored["rounds"]]
+    assert len(rounds) == 3 and rounds == sorted(rounds)
+    failed_first = 12 - rounds[0]
+    critiques = sum(scored["transitions"].values())
+    assert critiques == failed_first + (12 - rounds[1])  # every failure but those of the last round
+
+
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
         ("nobody", ["http://127.0.0.1:9/v1", "no OpenAI-compatible endpoint"]),
         ("one_round", ["--critic", "--rounds of at least 2"]),
         ("no_task", ["--task"]),
+        ("on_train", ["--on train", "training rows"]),
+        ("no_critic", ["/nowhere/critic", "neither a folder nor an address"]),
+        ("other_task", ["--against", "no problem of this evaluation is in it"]),
         ("unknown", ["rulebok_hard", "rulebook_hard"]),
     ],
 )

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 from whole_runs import Ended, batch, icrl, rows, train
 
+from icrl_megatron.ablate import ARMS
 from icrl_megatron.telemetry.dumps import dump_path, read_episodes
 from icrl_megatron.telemetry.writer import Row, read_rows
 
@@ -32,6 +33,7 @@ VARIANTS: dict[str, list[str]] = {
     "kl": ["algo.kl_coef=0.1", "optim.learning_rate=0.01"],
     "two_updates": ["algo.updates_per_step=2"],
     "corrected": ["algo.mismatch_correction.enabled=true"],
+    "critique_grpo": list(ARMS["critique_grpo"]),
     "token_mean": ["algo.loss_normalisation=token_mean"],
     "all_resampled": ["algo.max_resamples=2", "tasks.sources=[{name: flat}]"],
     "no_signal": ["algo.on_no_signal=error", "algo.max_resamples=1", "tasks.sources=[{name: flat}]"],

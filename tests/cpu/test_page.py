@@ -6,15 +6,19 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from browser import Browser, executable
 from whole_runs import icrl
 
-from icrl_megatron.config import ConfigError
+from icrl_megatron.config import ConfigError, OptimSettings, Settings
+from icrl_megatron.settings import SAVED_NAME, load_saved, save
 from icrl_megatron.telemetry.dumps import dump_path, dumped_steps, read_dump
-from icrl_megatron.telemetry.page import PageSize, run_data, write_page
+from icrl_megatron.telemetry.page import PageSize, write_page
+from icrl_megatron.telemetry.page_choice import SHORTEST, choose
+from icrl_megatron.telemetry.page_curves import POINTS, Measured, group_data, times
 from icrl_megatron.telemetry.page_episodes import Speller
 from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
 
@@ -52,15 +56,22 @@ def test_the_page_holds_the_run_and_no_network(finished_run: Path, tmp_path: Pat
     assert "https://" not in re.sub(r'<script type="application/json".*?</script>', "", text, flags=re.S)
     data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])  # type: ignore[index]
     (run,) = data["runs"]
-    assert len(run["episodes"]["shown"]) == 30 and run["episodes"]["total"] == 6 * 16
-    assert len(run["steps"]) == 6 and len(run["weights"]["steps"]) > 0
-    assert all(sum(shares) == pytest.approx(1.0, abs=0.01) for shares in run["weights"]["shares"])
-    assert {"rollout", "train"} <= set(run["times"])
+    episodes, weights = run["episodes"], run["weights"]
+    assert (len(episodes["shown"]), episodes["played"], episodes["read"], episodes["dumped"]) == (30, 6 * 16, 6, 6)
+    assert run["steps"] == 6 and len(weights["steps"]) > 0
+    assert all(sum(shares) == pytest.approx(1.0, abs=0.01) for shares in weights["shares"])
+    assert {"rollout", "train"} <= set(run["times"]["phases"])
+    (group,) = data["groups"]
+    rows = read_rows(finished_run / METRICS_FILE)
+    measured = {int(r["step"]): r["actor/calibration_weight"] for r in rows if r.get("actor/calibrated")}
+    assert group["transfer"]["mean"]["mean"] == pytest.approx([measured[s] for s in weights["steps"]], abs=1e-3)
+    assert [h["mean"] for h in group["heldout"]] == [
+        r["heldout/critique_free"] for r in rows if "tokens/evaluation" in r
+    ]
+    assert run["evaluation_tokens"] == sum(r.get("tokens/evaluation", 0) for r in rows) > 0
 
 
 def test_the_pieces_of_a_text_join_to_the_text(finished_run: Path) -> None:
-    from icrl_megatron.settings import load_saved
-
     speller = Speller.of_run(finished_run, load_saved(finished_run / "settings.yaml"))
     for record in read_dump(dump_path(finished_run, 1))[:20]:
         for attempt in record.episode.attempts:
@@ -75,8 +86,27 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         write_page([tmp_path], tmp_path / "page.html")
 
 
-def test_data_does_not_grow_with_the_run(finished_run: Path) -> None:
-    assert len(run_data(finished_run, PageSize(episodes=5))["episodes"]["shown"]) == 5
+def test_the_page_stays_small_whatever_the_run(finished_run: Path) -> None:
+    few = choose(finished_run, 2.0, PageSize(episodes=5, steps=3), runs=1)
+    assert (len(few.records), few.read, few.dumped) == (5, 3, 6)
+    assert len({step for step, _ in few.records}) == 3
+    whole = choose(finished_run, 2.0, PageSize(), runs=1)
+    assert len(whole.records) == 96 and whole.limit == PageSize().tokens
+    # Texts are cut before episodes are left out, and both to what the page may hold.
+    tokens = sum(r.episode.generated_tokens() for _, r in whole.records)
+    assert tokens > 300
+    small = choose(finished_run, 2.0, PageSize(total_tokens=300), runs=1)
+    assert small.limit == SHORTEST and 0 < len(small.records) < 96
+    assert sum(r.episode.generated_tokens() for _, r in small.records) <= 300
+    assert len(choose(finished_run, 2.0, PageSize(total_tokens=300), runs=3).records) < len(small.records)
+    rows = [
+        {"step": float(s), "tokens/generated": 10.0, "time/train_s": 1.0, "reward/attempt": 0.5} for s in range(1, 9000)
+    ]
+    long = Measured("long", Settings(), rows)
+    data = group_data([long], [0])
+    assert len(data["curves"]["step"]["reward/attempt"]["x"]) <= POINTS
+    spent = times(long)
+    assert len(spent["steps"]) <= POINTS and sum(spent["counts"]) == 8999
 
 
 @pytest.fixture(scope="module")
@@ -89,19 +119,51 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     opened.close()
 
 
+def copied(run: Path, to: Path, **changes: object) -> Path:
+    """A run folder without what a page does not read, and with other settings."""
+    shutil.copytree(run, to, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
+    saved = load_saved(to / SAVED_NAME)
+    save(replace(saved, **changes), to / SAVED_NAME)  # type: ignore[arg-type]
+    return to
+
+
+def test_seeds_of_one_experiment_are_one_curve(finished_run: Path, tmp_path: Path) -> None:
+    seeds = [
+        copied(finished_run, tmp_path / f"icrl_{n}", seed=n, run_dir=str(tmp_path / f"icrl_{n}")) for n in (0, 1, 2)
+    ]
+    other = copied(finished_run, tmp_path / "again", optim=OptimSettings(learning_rate=1e-5))
+    rows = (
+        (seeds[1] / METRICS_FILE)
+        .read_text()
+        .replace('"success/critique_free": ', '"success/critique_free": 1e-9, "x": ')
+    )
+    (seeds[1] / METRICS_FILE).write_text(rows)
+    out = write_page([*seeds, other], tmp_path / "page.html", PageSize(episodes=4))
+    data = json.loads(re.search(r'id="data">(.*?)</script>', out.read_text(), re.S)[1])  # type: ignore[index]
+    assert [(g["label"], g["seeds"], g["runs"]) for g in data["groups"]] == [
+        ("icrl", [0, 1, 2], [0, 1, 2]),
+        ("again", [load_saved(finished_run / SAVED_NAME).seed], [3]),
+    ]
+    seeded, alone = (g["curves"]["step"]["success/critique_free"] for g in data["groups"])
+    assert seeded["seeds"] == 3 and alone["seeds"] == 1
+    assert seeded["mean"] == pytest.approx([2 / 3 * y for y in alone["mean"]], abs=1e-5)
+    assert seeded["low"] == pytest.approx([0.0] * 6, abs=1e-5)
+    assert seeded["high"] == pytest.approx(alone["mean"], abs=1e-5)
+
+
 @pytest.fixture(scope="module")
 def page(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page of two runs; the second has an episode that tries to break out of the page."""
+    """A page of a run and of two seeds of another; the last has an episode that tries to break out of the page."""
     folder = tmp_path_factory.mktemp("page")
-    hostile = folder / "hostile"
-    shutil.copytree(finished_run, hostile, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
+    another = copied(finished_run, folder / "other_0", optim=OptimSettings(learning_rate=1e-5))
+    hostile = copied(finished_run, folder / "hostile", optim=OptimSettings(learning_rate=1e-5), seed=7)
     file = dump_path(hostile, 1)
     lines = file.read_text().splitlines()
     first = json.loads(lines[0])
     first["prompts"]["0/attempt"] = HOSTILE
     first["episode"]["attempts"][0]["summary"] = HOSTILE
     file.write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
-    return write_page([finished_run, hostile], folder / "page.html", PageSize(episodes=200))
+    return write_page([finished_run, another, hostile], folder / "page.html", PageSize(episodes=200))
 
 
 def test_a_person_clicks_through_to_an_episode(browser: Browser, page: Path) -> None:
@@ -129,15 +191,52 @@ def test_a_person_clicks_through_to_an_episode(browser: Browser, page: Path) -> 
     held = {colour for w, colour in weights if w < 0.2}
     moved = {colour for w, colour in weights if w >= 1.2}
     assert not held & moved
+    assert browser.evaluate("document.querySelectorAll('#chart-free path.band').length") == 1
+    assert browser.evaluate("document.querySelector('#tables table').rows.length") == 1 + 2  # head, experiments
     browser.move("document.querySelector('#episode [data-w]')")
     browser.wait("!document.getElementById('tip').hidden && /^w \\d/.test(document.getElementById('tip').textContent)")
+    assert browser.errors == []
+
+
+def test_everything_is_reached_from_the_keyboard(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    browser.evaluate("document.getElementById('list').focus()")
+    assert browser.evaluate("found.length") > 2
+    browser.evaluate("choose(0)")
+    browser.press("ArrowDown")
+    browser.wait("document.querySelectorAll('#list li')[1].getAttribute('aria-selected') === 'true'")
+    assert browser.evaluate("document.getElementById('list').getAttribute('aria-activedescendant')") == "e1"
+    browser.evaluate("changed('sort', 'spread')")  # the first of the list then has a weighted revision
+    browser.evaluate("document.querySelector('#episode [data-w]').closest('.text').focus()")
+    browser.press("ArrowRight")
+    browser.wait("!document.getElementById('tip').hidden && /: w \\d/.test(document.getElementById('tip').textContent)")
+    browser.evaluate("document.querySelector('#chart-free svg').focus()")
+    browser.press("End")
+    browser.wait("/^step \\d+: /.test(document.getElementById('tip').textContent)")
+    assert "from" in browser.evaluate("document.querySelector('#chart-free svg').getAttribute('aria-label')")
+    assert browser.errors == []
+
+
+def test_it_fits_a_telephone_and_both_themes(browser: Browser, page: Path, tmp_path: Path) -> None:
+    browser.open(page)
+    browser.screenshot(tmp_path / "narrow.png", 420, 900)
+    assert browser.evaluate("document.documentElement.scrollWidth <= 420")
+    assert browser.evaluate("+document.querySelector('#chart-free svg').getAttribute('viewBox').split(' ')[2] <= 420")
+    colour = "getComputedStyle(document.body).backgroundColor"
+    found = []
+    for theme in ("light", "dark"):
+        browser.click("document.getElementById('theme')")
+        browser.wait(f"document.documentElement.dataset.theme === '{theme}'")
+        found.append(browser.evaluate(colour))
+    assert found[0] != found[1]
+    assert (tmp_path / "narrow.png").read_bytes().startswith(b"\x89PNG")
     assert browser.errors == []
 
 
 def test_hostile_text_stays_text(browser: Browser, page: Path) -> None:
     browser.open(page)
     assert browser.evaluate("document.title") == "ICRL report"
-    for field, value, event in (("select", "1", "change"), ("input[type=search]", "onerror", "input")):
+    for field, value, event in (("select", "2", "change"), ("input[type=search]", "onerror", "input")):
         browser.evaluate(
             f"(() => {{ const field = document.querySelector('#filters {field}'); field.value = '{value}';"
             f"field.dispatchEvent(new Event('{event}')); }})()"

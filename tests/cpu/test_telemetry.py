@@ -12,9 +12,10 @@ from rich.console import Console
 
 from icrl_megatron.algo.credit import apply_preset, credit
 from icrl_megatron.config import AlgoSettings, ConfigError
+from icrl_megatron.telemetry.bands import smoothed
 from icrl_megatron.telemetry.dumps import dump_path, dumped_steps, read_dump, read_episodes, write_dump
 from icrl_megatron.telemetry.metrics import heldout_metrics, rollout_metrics
-from icrl_megatron.telemetry.plots import learning_curve, smoothed
+from icrl_megatron.telemetry.plots import learning_curve
 from icrl_megatron.telemetry.progress import Progress
 from icrl_megatron.telemetry.show import show
 from icrl_megatron.telemetry.writer import METRICS_FILE, TENSORBOARD_FOLDER, MetricsWriter, read_rows
@@ -93,6 +94,7 @@ def test_rollout_metrics_by_hand() -> None:
             "heldout/reward": 0.375,
             "heldout/attempts/house": 1.0,
             "heldout/attempts/maze": 3.0,
+            "tokens/evaluation": float(sum(e.generated_tokens() for e in PLAYED)),
         }
     )
 

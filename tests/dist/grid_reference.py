@@ -31,6 +31,7 @@ class Reference:
             algo.calibration.w_max,
             algo.kl_coef,
             algo.entropy_coef,
+            algo.shaping_gamma,
         )
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         vectors = [p for p in self.model.parameters() if p.ndim == 1]

@@ -1,0 +1,55 @@
+"""Evaluation during training: at its interval, on the newest weights, and in none of training's counts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from whole_runs import STEPS
+
+from icrl_megatron.telemetry.writer import METRICS_FILE, TIME_PREFIX, Row, read_rows
+
+HELDOUT = "heldout/critique_free"
+
+
+@pytest.fixture(scope="module")
+def rows(finished_run: Path) -> list[Row]:
+    return read_rows(finished_run / METRICS_FILE)
+
+
+def test_it_happens_at_its_interval_before_and_after(rows: list[Row]) -> None:
+    assert [row["step"] for row in rows if HELDOUT in row] == [0, 2, 4, STEPS]
+    assert all((HELDOUT in row) == ("tokens/evaluation" in row) for row in rows)
+
+
+def test_its_tokens_and_its_time_are_counted_apart(rows: list[Row]) -> None:
+    evaluated = [row for row in rows if HELDOUT in row]
+    assert all(row["tokens/evaluation"] > 0 and row["time/evaluation_s"] > 0 for row in evaluated)
+    generated = 0.0
+    for row in rows:
+        generated += row.get("tokens/generated", 0.0)
+        assert row["tokens/generated_total"] == generated
+        if "tokens/generated" in row:
+            phases = [v for k, v in row.items() if k.startswith(TIME_PREFIX) and k.endswith("_s") and "_per_" not in k]
+            training_s = sum(phases) - row.get("time/evaluation_s", 0.0)
+            assert row["time/generated_tokens_per_s"] * training_s == pytest.approx(row["tokens/generated"], rel=1e-6)
+
+
+def test_it_sees_the_newest_weights(rows: list[Row], finished_run: Path, tmp_path: Path) -> None:
+    """What the training's own engine measured last is what the exported model does with the same seeds."""
+    code = (
+        "import sys; from pathlib import Path; from icrl_megatron import evaluation\n"
+        "from icrl_megatron.rollout.speakers import Seeds\n"
+        "evaluation.SEEDS = Seeds(run=0, step=0, purpose='heldout')\n"
+        "evaluation.evaluate(evaluation.Request(Path(sys.argv[1]), problems=8, out=Path(sys.argv[2])))"
+    )
+    command = [sys.executable, "-c", code, str(finished_run), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "eval.json").read_text())
+    last = rows[-1]
+    assert result["scores"][0]["average"]["mean"] == last[HELDOUT]
+    assert result["generated_tokens"] == last["tokens/evaluation"]
