@@ -15,6 +15,7 @@ import asyncio
 import json
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -258,7 +259,7 @@ def steps_of(engine: SGLangEngine, folder: Path, rounds: int, tasks: int) -> dic
 
 @contextmanager
 def serving(model: TinyModel, settings: EngineSettings) -> Iterator[tuple[SGLangEngine, Timed, Path]]:
-    """A server on a new model, its client, and the model's folder."""
+    """A server that starts on a new model, its client, and the model's folder."""
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where) / "model"
         words = template_words("compact") | set(registry.get("household").vocabulary())  # type: ignore[attr-defined]
@@ -269,7 +270,6 @@ def serving(model: TinyModel, settings: EngineSettings) -> Iterator[tuple[SGLang
         engine = SGLangEngine(server, settings, lambda: shared, shapes, torch.float32, device)
         server.start()
         try:
-            server.wait_ready()
             yield engine, server, folder
         finally:
             engine.close()
@@ -286,14 +286,16 @@ def main(
     report = bench_schema.about(("torch", "transformers", "aiohttp"))
     medians: dict[str, dict[str, float]] = {}
     pushed: dict[str, Any] = {}
-    for model in (MODEL, LARGER):
-        with serving(model, settings) as (engine, server, folder):
-            if model is MODEL:
-                report["versions"]["sglang"] = server.info().get("version")
-                medians |= requests_of(engine, folder, rounds, requests)
-                medians |= steps_of(engine, folder, rounds, tasks)
-            sync = syncs(engine, server, folder, 3 * rounds)
+    with serving(MODEL, settings) as (engine, server, folder), serving(LARGER, settings) as larger:
+        for one, its_server, its_folder in ((engine, server, folder), larger):
+            its_server.wait_ready()
+            sync = syncs(one, its_server, its_folder, 3 * rounds)
             pushed[f"sync_{sync['bytes'] / 1e6:.0f}_mb"] = sync
+            print(sync, file=sys.stderr)
+        larger[0].close()
+        report["versions"]["sglang"] = server.info().get("version")
+        medians |= requests_of(engine, folder, rounds, requests)
+        medians |= steps_of(engine, folder, rounds, tasks)
     medians |= {name: {k: v for k, v in sync.items() if k != "requests"} for name, sync in pushed.items()}
     over = medians["client"]["seconds"] / medians["bare"]["seconds"]
     report |= {

@@ -28,6 +28,10 @@ class EngineError(RuntimeError):
     """The engine failed or timed out; the message says what was waited for and what to do."""
 
 
+class NoAnswerError(EngineError):
+    """Nothing came back from the engine: it may be dying."""
+
+
 class RequestFailedError(EngineError):
     """This request failed, the engine did not: its episode may be played again."""
 

@@ -26,6 +26,7 @@ from icrl_megatron.rollout.engine import (
     EngineError,
     EngineLostError,
     EngineStats,
+    NoAnswerError,
     RequestFailedError,
     Sampling,
 )
@@ -118,8 +119,8 @@ class SGLangEngine:
         stream = iter(tensors)
         try:
             self._update(stream, version)
-        except EngineError:
-            if not self._died():
+        except EngineError as error:
+            if not self._died(error):
                 raise
         for _ in stream:  # the other ranks gather with this one; a dead server gets its weights when it is revived
             pass
@@ -130,8 +131,8 @@ class SGLangEngine:
         self._half = f"The engine holds half of the weights of version {version}: send a whole update."
         try:
             self._sink.pour(tensors, version, self._transport, self.lost())
-        except EngineError:
-            if not self._died():
+        except EngineError as error:
+            if not self._died(error):
                 with suppress(EngineError):  # the first error tells; left open, no later update could begin
                     self._post("/end_weight_update", {})
             raise
@@ -145,8 +146,8 @@ class SGLangEngine:
             expected.add(name, tensor)
         try:
             answer = self.server.post("/weights_checker", {"action": "checksum"}, self._settings.sync_timeout_s)
-        except EngineError:
-            if not self._died():
+        except EngineError as error:
+            if not self._died(error):
                 raise
         else:
             expected.compare(answer)
@@ -213,13 +214,14 @@ class SGLangEngine:
             return
         try:
             self._post(path, body)
-        except EngineError:
-            if not self._died():
+        except EngineError as error:
+            if not self._died(error):
                 raise
 
-    def _died(self) -> bool:
-        """After an error: whether the server is lost."""
-        deadline = time.monotonic() + (_DEATH_GRACE_S if self.server.spec is not None else 0.0)
+    def _died(self, error: EngineError) -> bool:
+        """Whether the server is lost, after an error."""
+        wait = isinstance(error, NoAnswerError) and self.server.spec is not None
+        deadline = time.monotonic() + (_DEATH_GRACE_S if wait else 0.0)
         while not self.lost() and time.monotonic() < deadline:
             time.sleep(0.1)
         return bool(self._lost)

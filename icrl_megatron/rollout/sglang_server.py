@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from icrl_megatron.config import ConfigError, EngineSettings
-from icrl_megatron.rollout.engine import EngineError
+from icrl_megatron.rollout.engine import EngineError, NoAnswerError
 
 TESTED = ("0.5.23",)
 """Versions of SGLang that this revision was tested with."""
@@ -196,7 +196,7 @@ class Server:
                 f"SGLang refused {path}: {error.code} {error.read()[:500]!r}. {self.log_end()}"
             ) from error
         except OSError as error:
-            raise EngineError(f"SGLang did not answer {path} ({error}). {self.log_end()}") from error
+            raise NoAnswerError(f"SGLang did not answer {path} ({error}). {self.log_end()}") from error
         try:
             answer = json.loads(text) if text.strip() and kind == "application/json" else {}
         except ValueError as error:

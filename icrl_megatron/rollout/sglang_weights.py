@@ -153,15 +153,15 @@ class SharedMemory:
 
     def _agree(self, answer: Answer | None) -> None:
         """The leader's answer is everybody's: all ranks give up together."""
-        failure = [""]
+        failure: list[EngineError | None] = [None]
         if answer is not None:
             try:
                 answer()
             except EngineError as error:
-                failure = [str(error)]
+                failure = [error]
         dist.broadcast_object_list(failure, src=self._lead, group=self._group)
-        if failure[0]:
-            raise EngineError(failure[0])
+        if failure[0] is not None:
+            raise failure[0]
 
     def close(self) -> None:
         self._threads.shutdown(wait=False)

@@ -86,7 +86,7 @@ def main() -> None:
         if not (folder / READY).exists():
             if against := reason_against(folder.parent):
                 give_up(against)
-            print(f"making the engine's environment in {folder} (some minutes, about 2.2 GB)", file=sys.stderr)
+            print(f"making the engine's environment in {folder} (some minutes, about 2 GB)", file=sys.stderr)
             make(folder)
     print(folder / "bin" / "python")
 
