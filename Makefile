@@ -52,7 +52,7 @@ quickstart: $(VENV)/.installed ## Train a tiny model with ICRL on this machine a
 	$(BIN)/icrl train quickstart
 
 test: $(VENV)/.installed-dev ## Run every test that runs on this machine
-	$(BIN)/python -m pytest -q --ignore=tests/cluster -n $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -q --ignore=tests/cluster -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # NeMo-Run's own dependencies conflict with the tested versions, and training never imports it: a venv of its own, which
 # holds the launcher and no torch.
@@ -67,7 +67,7 @@ install-nemo: $(NEMO)/.installed ## Make .venv-nemo with NeMo-Run, for icrl laun
 
 test-cluster: $(VENV)/.installed-dev $(NEMO)/.installed ## Start a small Slurm on this machine and run real jobs on it
 	bash tests/cluster/install.sh
-	timeout 480 $(BIN)/python -m pytest -q tests/cluster
+	timeout --signal=INT --kill-after=60 480 $(BIN)/python -m pytest -q tests/cluster
 
 test-engine: $(VENV)/.installed-dev ## Run the tests against a real SGLang server, in an environment of its own
 	@$(BIN)/python tests/engine/environment.py > $(VENV)/.engine-python || { echo "skipped: make test-engine"; \

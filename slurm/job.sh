@@ -32,7 +32,7 @@ export ICRL_PYTHON=$python
 # The last task of an array has the array's own number: whoever names that, means all of its tasks.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
-steps=0 stopping=0 running='' train_step=0 servers=''
+steps=0 stopping=0 running='' train_step=0 servers='' server_step=0
 
 forward_stop() {  # USR1 comes from --signal before the time limit, TERM from preemption
   stopping=1
@@ -67,7 +67,7 @@ start_servers() {  # train RECIPE [KEY=VALUE]...: what tasks.sources[...].serve 
   first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   srun --nodes=1 --ntasks=1 --nodelist="$first" --overlap --output="$log" "${container[@]}" \
     "$python" -m icrl_megatron.serve "$ICRL_SERVERS" "$@" &
-  servers=$!
+  servers=$! server_step=$steps
   steps=$((steps + 1))
   while [ ! -f "$ICRL_SERVERS/addresses.json" ] && kill -0 "$servers" 2> /dev/null; do sleep 1; done  # it has a time limit
   cat "$log" >&2
@@ -80,7 +80,14 @@ start_servers() {  # train RECIPE [KEY=VALUE]...: what tasks.sources[...].serve 
   fi
 }
 
-end_servers() { [ -z "$servers" ] || { kill "$servers" 2> /dev/null; wait_for "$servers"; servers=''; }; return 0; }
+end_servers() {
+  [ -n "$servers" ] || return 0
+  # Through Slurm: a signal to srun itself kills the step. Nodes without that step answer with an error.
+  timeout 20 scancel --signal=TERM "$job.$server_step" 2> /dev/null
+  for _ in {1..25}; do kill -0 "$servers" 2> /dev/null || break; sleep 1; done
+  kill "$servers" 2> /dev/null; wait_for "$servers"
+  servers=''
+}
 
 cancelled() {  # Slurm would requeue a job that somebody has cancelled, and it would come back
   [ "$(timeout 30 squeue --noheader --jobs="$job" --format=%T)" = COMPLETING ] || return 1
