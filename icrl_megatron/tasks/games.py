@@ -170,10 +170,10 @@ def ALFWorld(source: TaskSource) -> TaskSet:
     """Ids are games of AgentGym's server; folders are played here."""
     given = (*source.data.train, *source.data.heldout)
     folders = [name for name in given if id_range(name) is None and Path(name).is_dir()]
-    if folders and source.data.servers:
+    if folders and (source.data.servers or source.served):
         raise ConfigError(
-            f"task set {source.name!r}: {folders[0]} is a folder of games, which are played here, and data.servers "
-            "names servers, which have games of their own; leave one of them out"
+            f"task set {source.name!r}: {folders[0]} is a folder of games, which are played here, and data.servers or "
+            "serve.command names servers, which have games of their own; leave one of them out"
         )
     return GameFolders(source) if folders else AgentGym(source)
 

@@ -22,7 +22,7 @@ _TASK_SETS: dict[str, Callable[[], TaskSet]] = {
 
 _AGENTGYM = ("webshop", "sciworld", "babyai", "textcraft")
 
-SERVED = (*_AGENTGYM, "searchqa")
+SERVED = (*_AGENTGYM, "alfworld", "searchqa")
 """Task sets that ask servers."""
 
 _FROM_DATA: dict[str, str] = {

@@ -38,12 +38,18 @@ def until(happened: Callable[[], bool], timeout_s: float = 60) -> None:
         time.sleep(0.05)
 
 
+EARLIER: set[int] = set()
+"""Children of this process that are not of the running test: graders that other tests keep, say."""
+
+
 def below() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+    return [child for child in psutil.Process().children(recursive=True) if child.pid not in EARLIER]
 
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    EARLIER.clear()
+    EARLIER.update(child.pid for child in below())
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "SLURM_JOB_NUM_NODES", serve.SERVERS_ENV):
         monkeypatch.delenv(name, raising=False)
