@@ -19,6 +19,7 @@ from icrl_megatron.config import Settings
 from icrl_megatron.data.curriculum import append_history, cut_history, read_history, success_shares
 from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.launch import StopRequest
+from icrl_megatron.rollout import tapes
 from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.source import EngineSource, EpisodeSource, Played
 from icrl_megatron.rollout.speakers import Seeds
@@ -30,6 +31,8 @@ from icrl_megatron.types import StepStats, Task
 
 CHECKPOINTS = "checkpoints"
 EXPORT = "hf"
+TAPES = "tapes.jsonl"
+"""In a checkpoint: episodes that were cut off (`rollout.partial`)."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Recorder:
             actor = parts.actor
             resumed = checkpoint.load(found[-1], actor.rows, actor.optimizer, parts.grid)
             if isinstance(parts.source, EngineSource):
-                parts.source.take_back(checkpoint.read_tapes(found[-1]))
+                parts.source.take_back(tapes.read(found[-1] / TAPES))
             self.step, self.generated = resumed.step, resumed.generated_tokens
             parts.sync.version = resumed.weight_version - 1
             progress.log(f"resuming from {found[-1]}")
@@ -170,8 +173,9 @@ class Recorder:
         root = self.run_dir / CHECKPOINTS
         if not (root / f"step_{self.step:06d}").exists():
             like, keep = Path(settings.model.path), settings.checkpoint.keep
-            tapes = self.parts.source.tapes() if isinstance(self.parts.source, EngineSource) else {}
-            checkpoint.save(root, actor.rows, actor.optimizer, self.parts.grid, state, like, keep, tapes)
+            kept = self.parts.source.tapes() if isinstance(self.parts.source, EngineSource) else {}
+            beside = {TAPES: tapes.to_lines(kept)} if kept else {}
+            checkpoint.save(root, actor.rows, actor.optimizer, self.parts.grid, state, like, keep, beside)
 
     def conclude(self) -> None:
         """The last evaluation, checkpoint and export; what a run that was killed in here has done is not done twice."""

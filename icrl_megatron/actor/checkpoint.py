@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,10 @@ from icrl_megatron.actor.grid import Grid
 from icrl_megatron.actor.optimizer import STATES, Optimizer
 from icrl_megatron.actor.weights import Row, Slice
 from icrl_megatron.config import ConfigError
-from icrl_megatron.rollout.tapes import Tapes, from_lines, to_lines
 from icrl_megatron.telemetry.files import write_atomically
 
 META = "icrl.json"
 SIDE_FILES = "model"
-TAPES = "tapes.jsonl"
 _FOLDER = "step_{:06d}"
 
 
@@ -102,11 +101,11 @@ def save(
     progress: Progress,
     like: Path,
     keep: int = 1,
-    kept: Tapes | None = None,
+    beside: Mapping[str, Sequence[str]] | None = None,
 ) -> Path:
     """Writes `root/step_NNNNNN` and deletes all but the newest `keep`. Every rank takes part. Configuration and
-    tokenizer of the Hugging Face folder `like` go with it, so that a checkpoint can be exported on its own. `kept` are
-    the tapes of all ranks (`rollout.partial`).
+    tokenizer of the Hugging Face folder `like` go with it, so that a checkpoint can be exported on its own. `beside`:
+    further files of it by name, in lines.
 
     Optimizer shards are gathered over data-parallel ranks into host memory (12 bytes a parameter of this rank's TP x PP
     share, on the first replica); rectangles held by several ranks are written once.
@@ -121,8 +120,8 @@ def save(
     dcp.save(tensors, checkpoint_id=part, planner=_SavePlanner(), process_group=grid.host_group)
     if grid.rank == 0:
         copy_side_files(like, part / SIDE_FILES)
-        if kept:
-            write_atomically(part / TAPES, to_lines(kept))
+        for name, lines in (beside or {}).items():
+            write_atomically(part / name, lines)
         (part / META).write_text(json.dumps(asdict(progress)))
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
@@ -165,17 +164,6 @@ def read_progress(folder: Path) -> Progress:
         return Progress(**json.loads((folder / META).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{folder}: not a complete checkpoint ({error}); expected {META} in it") from error
-
-
-def read_tapes(folder: Path) -> Tapes:
-    """The tapes that a checkpoint keeps; none where it has no such file. Raises ConfigError on a damaged one."""
-    path = folder / TAPES
-    if not path.exists():
-        return {}
-    try:
-        return from_lines(path.read_text(encoding="utf-8").splitlines())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: damaged ({error!r}); delete it, and its episodes begin anew") from error
 
 
 def _gathered(rows: list[Row], optimizer: Optimizer, grid: Grid) -> dict[str, Any]:

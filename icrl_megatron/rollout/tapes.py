@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+from icrl_megatron.config import ConfigError
 from icrl_megatron.rollout.speakers import Ask, Cast, Speaker
 from icrl_megatron.types import Completion, Ids, Task
 
@@ -49,6 +51,17 @@ def to_lines(tapes: Tapes) -> list[str]:
         json.dumps({"task": task, "episodes": {i: tape.replies for i, tape in group.items()}}, default=vars)
         for task, group in tapes.items()
     ]
+
+
+def read(path: Path) -> Tapes:
+    """The tapes of a file that `to_lines` filled; none where there is no such file. Raises ConfigError on a damaged
+    one."""
+    if not path.exists():
+        return {}
+    try:
+        return from_lines(path.read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: damaged ({error!r}); delete it, and its episodes begin anew") from error
 
 
 def from_lines(lines: Iterable[str]) -> Tapes:
