@@ -57,6 +57,11 @@ def make(folder: Path) -> None:
     for stub in STUBS.iterdir():
         shutil.copytree(stub, site_packages(folder) / stub.name, dirs_exist_ok=True)
     run(str(python), "-c", "import sglang, torch, transformers")
+    # A server that may write no bytecode (PYTHONDONTWRITEBYTECODE) would compile thousands of files at each start. Some
+    # packages hold files that are no Python of this version, which fail here and are never imported.
+    subprocess.run(
+        [str(python), "-m", "compileall", "-qq", "-j", "0", str(folder / "lib")], timeout=TIMEOUT_S, check=False
+    )
     (folder / READY).touch()
 
 
