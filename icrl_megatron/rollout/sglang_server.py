@@ -33,6 +33,8 @@ _CPU_KV_TOKENS = 65536
 _CONTEXT_SPARE = 8
 """SGLang keeps a few of --context-length's tokens for itself (tp_worker.py: the longest input is 6 less)."""
 _PORT_TRIES = 3
+_LOG_OF_A_START = 1 << 20
+"""Bytes of a log that are looked at while its server starts."""
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_ASYNC", "ICRL_")
 """Beginnings of the names in a rank's environment that would make a server take itself for a rank."""
 
@@ -96,6 +98,8 @@ class Server:
     url: str = ""
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     _tries: int = 0
+    _log_begin: int = 0
+    """Bytes of the log before the present start."""
 
     def start(self) -> None:
         """Starts the process on a free port, without waiting for it. Call it in the main thread (see leash.py)."""
@@ -105,6 +109,7 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         leash = [self.spec.python, str(Path(__file__).with_name("leash.py")), str(os.getpid())]
         with self.spec.log.open("ab") as log:
+            self._log_begin = log.tell()
             log.write(f"\n=== {time.strftime('%Y-%m-%d %H:%M:%S')} port {port}\n".encode())
             log.flush()
             # Its own session: it is killed as a group. Its working directory must not be one whose folders Python
@@ -126,13 +131,13 @@ class Server:
         deadline = time.monotonic() + limit
         while not self.answers():
             tick()
-            if not self.alive():
+            if self._port_taken() and self._tries < _PORT_TRIES:
+                self._tries += 1
+                self.kill()
+                self.start()
+            elif not self.alive():
                 code = self._process.returncode if self._process else None
                 self.kill()
-                if "address already in use" in self.tail().lower() and self._tries < _PORT_TRIES:
-                    self._tries += 1
-                    self.start()
-                    continue
                 raise EngineError(f"The SGLang server ended with code {code} before it was ready. {self.log_end()}")
             if time.monotonic() > deadline:
                 self.kill()
@@ -141,6 +146,13 @@ class Server:
                     f"why. {self.log_end()}"
                 )
             time.sleep(0.5)
+
+    def _port_taken(self) -> bool:
+        """SGLang says so and stays for two minutes, to end with the words of its warm-up."""
+        assert self.spec is not None
+        with self.spec.log.open("rb") as log:
+            log.seek(self._log_begin)
+            return b"address already in use" in log.read(_LOG_OF_A_START).lower()
 
     def answers(self) -> bool:
         """Whether /health says yes now."""

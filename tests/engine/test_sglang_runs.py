@@ -142,7 +142,9 @@ def test_servers_of_somebody_else_are_synced_over_a_group(server: Server, model:
 
 def test_oversampled_steps_cut_off_the_slow_and_go_on_with_them(server: Server, model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "oversampled"
-    partial = ("rollout.oversample=2", "rollout.partial=true", "algo.mismatch_correction.enabled=true")
+    # Few at a time, so that some are in the middle when enough are complete.
+    partial = ("rollout.oversample=2", "rollout.partial=true", "rollout.concurrency=5")
+    partial = (*partial, "algo.mismatch_correction.enabled=true")
     for until in (STEPS - 1, STEPS):  # the second command goes on from the checkpoint of the first, tapes and all
         changes = (f"engine.urls=[{server.url}]", *partial, f"steps={until}")
         code, _, err = icrl(*command(folder, model, *changes))
