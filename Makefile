@@ -67,7 +67,7 @@ install-nemo: $(NEMO)/.installed ## Make .venv-nemo with NeMo-Run, for icrl laun
 
 test-cluster: $(VENV)/.installed-dev $(NEMO)/.installed ## Start a small Slurm on this machine and run real jobs on it
 	bash tests/cluster/install.sh
-	timeout --signal=INT --kill-after=60 480 $(BIN)/python -m pytest -q tests/cluster
+	timeout --signal=INT --kill-after=60 1500 $(BIN)/python -m pytest -q tests/cluster
 
 test-engine: $(VENV)/.installed-dev ## Run the tests against a real SGLang server, in an environment of its own
 	@$(BIN)/python tests/engine/environment.py > $(VENV)/.engine-python || { echo "skipped: make test-engine"; \

@@ -121,7 +121,7 @@ def test_a_failing_rank_ends_the_job_with_its_traceback(cluster: Cluster, model:
 
 def test_a_cancelled_job_does_not_come_back(cluster: Cluster, model: Path) -> None:
     folder = cluster.folder / "cancelled"
-    job = cluster.sbatch("icrl_8b.sbatch", *arguments(folder, model, "steps=5000"), options=("--nodes=1",))
+    job = cluster.sbatch("icrl_8b.sbatch", *arguments(folder, model, "steps=5000"))
     await_lines(folder, 1, cluster, job)
     assert cluster.run("scancel", str(job)).returncode == 0
     until(lambda: cluster.run("squeue", "-h", "-j", str(job)).stdout.strip() == "", lambda: cluster.log(job), 60)
@@ -170,7 +170,7 @@ def test_what_is_wrong_ends_the_job_at_once(undisturbed: Path, cluster: Cluster,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--account=nobody"], "Slurm would not take slurm/icrl_8b.sbatch --account=nobody"),
+        (["--account=nobody"], "--account=nobody: allocation failure: Invalid account"),
         (["--partition=nowhere"], "invalid partition specified: nowhere"),
         (["--nodes=9"], "--nodes=9: allocation failure: Requested node"),
         (["--gpus-per-node=64"], "--gpus-per-node=64: allocation failure: Requested node"),
@@ -183,7 +183,9 @@ def test_what_is_wrong_ends_the_job_at_once(undisturbed: Path, cluster: Cluster,
 def test_bash_in_the_place_of_sbatch_says_what_is_wrong(
     words: list[str], message: str, cluster: Cluster, model: Path
 ) -> None:
-    done = cluster.checked("icrl_8b.sbatch", words, arguments(cluster.folder / "unborn", model))
+    options = [word for word in words if word.startswith("--")]
+    changes = [word for word in words if word not in options]
+    done = cluster.checked("icrl_8b.sbatch", options, arguments(cluster.folder / "unborn", model, *changes))
     assert done.returncode == 2, done.stdout
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
