@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from icrl_megatron.algo.credit import CreditReport, credit
+from icrl_megatron.config import Settings
 from icrl_megatron.data.packing import pack
 from icrl_megatron.launch import STOPPED
 from icrl_megatron.parts import Parts, Recorder
@@ -18,52 +19,56 @@ class NoSignalError(RuntimeError):
 
 def run(parts: Parts, recorder: Recorder) -> int:
     """Trains to the end. Returns 0, or STOPPED when a signal asked all ranks to stop; both leave a checkpoint."""
-    settings, algo = parts.settings, parts.settings.algo
+    settings = parts.settings
     if recorder.step == 0:
         recorder.evaluate()
     while not recorder.finished():
-        try:
-            played, report = play_and_credit(parts, recorder)
-        except NoSignalError:
-            if not recorder.stop_requested():
-                raise
-            recorder.checkpoint()  # what preempts a job ends its environment servers too
-            return STOPPED
-        idle = settings.debug.mode == "rollout_only" or (not report.has_signal and algo.on_no_signal == "skip")
+        played, report = play_and_credit(parts, recorder)
+        if trouble := nothing_to_learn(settings, recorder.step, played, report):
+            if recorder.stop_requested():
+                break  # what preempts a job ends its environment servers too: the step is played again
+            raise NoSignalError(trouble)
+        idle = settings.debug.mode == "rollout_only" or (not report.has_signal and settings.algo.on_no_signal == "skip")
         stats = None if idle else update(parts, recorder, report)
         recorder.record(played, report, stats)
         if recorder.stop_requested():
-            recorder.checkpoint()
-            return STOPPED
-    recorder.conclude()
-    return 0
+            break
+    else:
+        recorder.conclude()
+        return 0
+    recorder.checkpoint()
+    return STOPPED
 
 
 def play_and_credit(parts: Parts, recorder: Recorder) -> tuple[Played, CreditReport]:
-    """Episodes with a signal, and what each of their tokens earned. A batch without any is drawn again, boundedly."""
-    settings, algo = parts.settings, parts.settings.algo
+    """Episodes, and what each of their tokens earned. A batch without a signal is drawn again, boundedly."""
+    rollout, algo = parts.settings.rollout, parts.settings.algo
+    begun, needed = math.ceil(rollout.tasks_per_step * rollout.oversample), rollout.tasks_per_step
     for resample in range(algo.max_resamples + 1):
-        rollout, seeds = settings.rollout, parts.seeds(recorder.step, resample)
-        begun, needed = math.ceil(rollout.tasks_per_step * rollout.oversample), rollout.tasks_per_step
+        seeds = parts.seeds(recorder.step, resample)
         tasks = parts.sampler.draw(recorder.step, resample, begun)
         with recorder.phase("rollout"):
             played = parts.source.play(tasks, rollout.episodes_per_task, seeds, rollout.rounds, needed)
         recorder.count(played, resample)
-        report = credit(played.episodes, algo, train_critic=settings.rollout.critic == "self")
+        report = credit(played.episodes, algo, train_critic=rollout.critic == "self")
         if report.has_signal:
-            return played, report
+            break
+    return played, report
+
+
+def nothing_to_learn(settings: Settings, step: int, played: Played, report: CreditReport) -> str:
+    """Why the run cannot go on with this batch; empty where it can."""
     if not played.episodes:
         lost = played.dropped[0]
-        raise NoSignalError(
-            f"step {recorder.step}: all {len(played.dropped)} episodes were lost; {lost.task.task_id}: {lost.error}"
-        )
-    if algo.on_no_signal == "error" or not report.samples:
-        raise NoSignalError(
-            f"step {recorder.step}: no reward differed inside any group in {algo.max_resamples + 1} batches, the last "
-            f"of {', '.join(t.task_id for t in tasks)}; make them easier or harder, raise rollout.episodes_per_task, "
-            "or set algo.on_no_signal=skip"
-        )
-    return played, report
+        return f"step {step}: all {len(played.dropped)} episodes were lost; {lost.task.task_id}: {lost.error}"
+    if report.has_signal or (settings.algo.on_no_signal != "error" and report.samples):
+        return ""
+    tasks = dict.fromkeys(episode.task.task_id for episode in played.episodes)
+    return (
+        f"step {step}: no reward differed inside any group in {settings.algo.max_resamples + 1} batches, the last of "
+        f"{', '.join(tasks)}; make them easier or harder, raise rollout.episodes_per_task, or set "
+        "algo.on_no_signal=skip"
+    )
 
 
 def update(parts: Parts, recorder: Recorder, report: CreditReport) -> StepStats:

@@ -21,7 +21,7 @@ from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.launch import StopRequest
 from icrl_megatron.rollout import tapes
 from icrl_megatron.rollout.prompts import Prompter
-from icrl_megatron.rollout.source import EngineSource, EpisodeSource, Played
+from icrl_megatron.rollout.source import EpisodeSource, Played
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.telemetry.dumps import write_dump
 from icrl_megatron.telemetry.metrics import EVALUATION_TIME, GENERATED, USED, heldout_metrics, rollout_metrics
@@ -83,8 +83,7 @@ class Recorder:
         if found:
             actor = parts.actor
             resumed = checkpoint.load(found[-1], actor.rows, actor.optimizer, parts.grid)
-            if isinstance(parts.source, EngineSource):
-                parts.source.take_back(tapes.read(found[-1] / TAPES))
+            parts.source.take_back(tapes.read(found[-1] / TAPES))
             self.step, self.generated = resumed.step, resumed.generated_tokens
             parts.sync.version = resumed.weight_version - 1
             progress.log(f"resuming from {found[-1]}")
@@ -173,7 +172,7 @@ class Recorder:
         root = self.run_dir / CHECKPOINTS
         if not (root / f"step_{self.step:06d}").exists():
             like, keep = Path(settings.model.path), settings.checkpoint.keep
-            kept = self.parts.source.tapes() if isinstance(self.parts.source, EngineSource) else {}
+            kept = self.parts.source.tapes()
             beside = {TAPES: tapes.to_lines(kept)} if kept else {}
             checkpoint.save(root, actor.rows, actor.optimizer, self.parts.grid, state, like, keep, beside)
 

@@ -71,6 +71,14 @@ class EpisodeSource(Protocol):
         """`needed`: how many complete groups are enough, where more tasks are given; None: all of them."""
         ...
 
+    def tapes(self) -> Tapes:
+        """The groups that were cut off and go on in the next step, of every rank; all ranks call it together."""
+        ...
+
+    def take_back(self, tapes: Tapes) -> None:
+        """This rank's part of what a checkpoint says all ranks had kept, perhaps on another grid."""
+        ...
+
 
 @dataclass(frozen=True)
 class EngineSource:
@@ -133,11 +141,9 @@ class EngineSource:
                 left = go_on()
 
     def tapes(self) -> Tapes:
-        """What every rank has kept; all ranks call it together."""
         return {task: group for mine in self.gather(self.kept) for task, group in mine.items()}
 
     def take_back(self, tapes: Tapes) -> None:
-        """This rank's part of what all ranks had kept, perhaps on another grid."""
         if self.engines.share.index is not None and self.stage.settings.partial:
             mine = list(tapes)[self.engines.share.index :: self.engines.share.count]
             self.kept.update({task: tapes[task] for task in mine})
@@ -189,8 +195,18 @@ def _part(needed: int, share: Share) -> int:
     return 0 if share.index is None else len(range(needed)[share.index :: share.count])
 
 
+class _PlaysWholeGroups:
+    """Of a source that never cuts an episode off."""
+
+    def tapes(self) -> Tapes:
+        return {}
+
+    def take_back(self, tapes: Tapes) -> None:
+        """There is nothing that it could go on with."""
+
+
 @dataclass(frozen=True)
-class DumpSource:
+class DumpSource(_PlaysWholeGroups):
     """The episodes that another run dumped, step after step and round again: train without an engine."""
 
     run_dir: Path
@@ -203,7 +219,7 @@ class DumpSource:
 
 
 @dataclass(frozen=True)
-class FakeSource:
+class FakeSource(_PlaysWholeGroups):
     """Random tokens with random rewards, of the lengths that the settings allow: shapes and speed, not learning."""
 
     vocabulary: int
