@@ -19,15 +19,15 @@ import secrets
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import repeat
 from typing import Any
 
-from icrl_megatron.config import ConfigError, TaskSource
+from icrl_megatron.config import ConfigError
 from icrl_megatron.tasks.datasets import Row, read_tasks
-from icrl_megatron.tasks.grader import check_limits
 from icrl_megatron.tasks.sandbox import OUTPUT_BYTES, Limits, Ran, Sandbox
 from icrl_megatron.tasks.sandbox_guest import encoded
-from icrl_megatron.tasks.single_turn import Form, SingleTurnEnvironment, Verdict
+from icrl_megatron.tasks.single_turn import Form, Judge, SingleTurnTasks, Verdict
 from icrl_megatron.types import Split, Task
 
 INSTRUCTION = (
@@ -73,45 +73,34 @@ class Case:
     value: str = ""
 
 
-class Programs:
+class Programs(SingleTurnTasks):
     """A task set over the files of `tasks.sources[...].data`. Raises ConfigError where bubblewrap is missing."""
 
-    def __init__(self, source: TaskSource) -> None:
-        self.name, self._data = source.name, source.data
-        check_limits(source)
-        self._sandbox: Sandbox | None = None
-        self._threads = ThreadPoolExecutor(source.data.grading_workers, thread_name_prefix="sandbox")
-        self._read: dict[Split, list[Task]] = {}
+    form = FORM
 
-    def problems(self, split: Split) -> Sequence[Task]:
-        if split not in self._read:
-            self._read[split] = read_tasks(self.name, split, self._data, _problem)
-        return self._read[split]
+    def load(self, split: Split) -> list[Task]:
+        return read_tasks(self.name, split, self.data, _problem)
 
-    def environment(self, task: Task) -> SingleTurnEnvironment:
-        try:
-            fields = json.loads(task.problem)
-            question, cases = f"{fields['prompt']}\n\n{INSTRUCTION}", [Case(**case) for case in fields["cases"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
-            ) from error
+    def question(self, problem: dict[str, Any]) -> tuple[str, Judge]:
+        cases = [Case(**case) for case in problem["cases"]]
 
         async def judge(program: str) -> Verdict:
-            loop, tolerance = asyncio.get_running_loop(), self._data.numeric_tolerance
-            return await loop.run_in_executor(self._threads, judged, program, cases, self.sandbox(), tolerance)
+            loop, tolerance = asyncio.get_running_loop(), self.data.numeric_tolerance
+            return await loop.run_in_executor(self._threads, judged, program, cases, self.sandbox, tolerance)
 
-        return SingleTurnEnvironment(question, FORM, judge)
+        return f"{problem['prompt']}\n\n{INSTRUCTION}", judge
 
     def check(self) -> None:
         """Raises ConfigError when programs cannot be run on this machine."""
-        self.sandbox().check()
+        self.sandbox.check()
 
+    @cached_property
     def sandbox(self) -> Sandbox:
-        if self._sandbox is None:
-            data = self._data
-            self._sandbox = Sandbox(Limits(data.grading_timeout_s, data.program_memory_mib << 20))
-        return self._sandbox
+        return Sandbox(Limits(self.data.grading_timeout_s, self.data.program_memory_mib << 20))
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.data.grading_workers, thread_name_prefix="sandbox")
 
 
 def judged(program: str, cases: Sequence[Case], sandbox: Sandbox, tolerance: float) -> Verdict:

@@ -9,14 +9,14 @@ A scorer pays partly for garbage (0.01, in places 0.25), so what counts is a ful
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
-from icrl_megatron.config import ConfigError, TaskSource
+from icrl_megatron.config import ConfigError
 from icrl_megatron.tasks.agentgym_dialects import last_tagged
 from icrl_megatron.tasks.datasets import content_hash
-from icrl_megatron.tasks.grader import Grader, check_limits
-from icrl_megatron.tasks.single_turn import Form, SingleTurnEnvironment, Verdict, of_answer
+from icrl_megatron.tasks.grader import Grader
+from icrl_megatron.tasks.single_turn import Form, Judge, SingleTurnTasks, Verdict, of_answer
 from icrl_megatron.types import Split, Task
 
 INSTRUCTION = "Think first, then give your final answer in exactly this form: <answer>the answer</answer>"
@@ -30,45 +30,31 @@ def _answer(reply: str) -> str | None:
 FORM = Form(_answer, hint="There is no answer between <answer> tags.", missing="There is no answer.")
 
 
-class ReasoningGym:
+class ReasoningGym(SingleTurnTasks):
     """A task set over the families of `tasks.sources[...].data`; what is held out is taken out of training."""
 
-    def __init__(self, source: TaskSource) -> None:
-        self.name, self._data = source.name, source.data
-        check_limits(source)
-        self._grader: Grader | None = None
-        self._made: dict[Split, list[Task]] = {}
+    form = FORM
 
-    def problems(self, split: Split) -> Sequence[Task]:
+    def load(self, split: Split) -> list[Task]:
         """Raises ConfigError on an unknown family or level, and where reasoning-gym is not installed."""
-        if split not in self._made:
-            held = {content_hash(_prompt(task)) for task in self.problems("heldout")} if split == "train" else set()
-            self._made[split] = self._generate(split, held)
-        return self._made[split]
+        held = {content_hash(_prompt(task)) for task in self.problems("heldout")} if split == "train" else set()
+        return self._generate(split, held)
 
-    def environment(self, task: Task) -> SingleTurnEnvironment:
-        try:
-            problem = json.loads(task.problem)
-            question = f"{problem['prompt']}\n\n{INSTRUCTION}"
-            made = {name: problem[name] for name in ("family", "count", "seed", "level", "index")}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
-            ) from error
+    def question(self, problem: dict[str, Any]) -> tuple[str, Judge]:
+        made = {name: problem[name] for name in ("family", "count", "seed", "level", "index")}
 
         async def judge(answer: str) -> Verdict:
             job = {"kind": "reasoning_gym", "answer": answer, **made}
-            return of_answer(await self.grader().judge(job), answer, "answer")
+            return of_answer(await self.grader.judge(job), answer, "answer")
 
-        return SingleTurnEnvironment(question, FORM, judge)
+        return f"{problem['prompt']}\n\n{INSTRUCTION}", judge
 
+    @cached_property
     def grader(self) -> Grader:
-        if self._grader is None:
-            self._grader = Grader(self._data.grading_workers, self._data.grading_timeout_s)
-        return self._grader
+        return Grader(self.data.grading_workers, self.data.grading_timeout_s)
 
     def _generate(self, split: Split, seen: set[str]) -> list[Task]:
-        given = self._data.train if split == "train" else self._data.heldout
+        given = self.data.train if split == "train" else self.data.heldout
         if not given:
             raise ConfigError(
                 f"task set {self.name!r} has no {split} families: set tasks.sources[...].data.{split}, e.g. "

@@ -1,11 +1,17 @@
-"""The environment of tasks with one question and one answer: mathematics, generated puzzles, programs."""
+"""Tasks with one question and one answer: mathematics, generated puzzles, programs."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
+from icrl_megatron.config import ConfigError, TaskSource
 from icrl_megatron.tasks.base import StepResult
+from icrl_megatron.tasks.grader import check_limits
+from icrl_megatron.types import Split, Task
 
 
 @dataclass(frozen=True)
@@ -28,12 +34,16 @@ class Form:
     """The summary of an attempt without an answer."""
 
 
+Judge = Callable[[str], Awaitable[Verdict]]
+"""An answer -> what becomes of it. Raises EnvironmentFailure when the judging itself failed."""
+
+
 class SingleTurnEnvironment:
-    """One question, one turn, reward 1 or 0. `judge` raises EnvironmentFailure when the judging itself failed."""
+    """One question, one turn, reward 1 or 0."""
 
     max_turns = 1
 
-    def __init__(self, question: str, form: Form, judge: Callable[[str], Awaitable[Verdict]]) -> None:
+    def __init__(self, question: str, form: Form, judge: Judge) -> None:
         self._question, self._form, self._judge = question, form, judge
         self._verdict: Verdict | None = None
 
@@ -59,6 +69,40 @@ class SingleTurnEnvironment:
 
     def summary(self) -> str:
         return self._form.missing if self._verdict is None else self._verdict.remark
+
+
+class SingleTurnTasks(ABC):
+    """A task set (`tasks.base.TaskSet`) of such questions; its problems are JSON objects, read or made once a split."""
+
+    form: ClassVar[Form]
+
+    def __init__(self, source: TaskSource) -> None:
+        """Raises ConfigError on a limit that nothing could be judged with."""
+        check_limits(source)
+        self.name, self.data = source.name, source.data
+        self._problems: dict[Split, list[Task]] = {}
+
+    def problems(self, split: Split) -> Sequence[Task]:
+        if split not in self._problems:
+            self._problems[split] = self.load(split)
+        return self._problems[split]
+
+    def environment(self, task: Task) -> SingleTurnEnvironment:
+        try:
+            question, judge = self.question(json.loads(task.problem))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
+            ) from error
+        return SingleTurnEnvironment(question, self.form, judge)
+
+    @abstractmethod
+    def load(self, split: Split) -> list[Task]:
+        """All problems of a split. Raises ConfigError where there are none, or what they come from is damaged."""
+
+    @abstractmethod
+    def question(self, problem: dict[str, Any]) -> tuple[str, Judge]:
+        """What is asked, and how an answer to it is judged. Raises KeyError or TypeError on what is no problem."""
 
 
 def of_answer(right: bool, answer: str, what: str) -> Verdict:
