@@ -69,8 +69,9 @@ def training(out: Path, quick: bool) -> list[str]:
     return python("-m", "icrl_megatron.cli", "train", "rulebook_easy", *steps, where, f"actor.layers={layers}")
 
 
+KERNEL_TESTS = [f"tests/cpu/test_{name}.py" for name in ("head", "head_autograd", "triton_kernels")]
 STAGES = (
-    Stage("kernels", tests("tests/cpu/test_head.py", "tests/cpu/test_triton_kernels.py"), ("pytest", "hypothesis")),
+    Stage("kernels", tests(*KERNEL_TESTS), ("pytest", "hypothesis")),
     Stage("gpu_tests", tests("-m", "gpu", "tests/gpu"), ("pytest", "hypothesis")),
     Stage("memcheck", sanitized("memcheck"), tool="compute-sanitizer"),
     Stage("racecheck", sanitized("racecheck"), tool="compute-sanitizer"),

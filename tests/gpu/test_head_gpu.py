@@ -1,6 +1,6 @@
 """What only a GPU shows of the head: long inputs, large buffers, compilation, bf16 on its own hardware.
 
-The cases of tests/cpu/test_head.py and test_triton_kernels.py run on a GPU too, where there is one.
+The cases of tests/cpu/test_head*.py and test_triton_kernels.py run on a GPU too, where there is one.
 """
 
 from __future__ import annotations

@@ -1,0 +1,90 @@
+"""What settings, files of ids and `icrl env check` say about AgentGym servers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from agentgym_server import TALKS, serving
+from rich.console import Console
+
+from icrl_megatron.config import ConfigError, TaskData, TaskSource
+from icrl_megatron.tasks import registry, servers
+from icrl_megatron.tasks.agentgym import AgentGym
+from icrl_megatron.tasks.env_check import check
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "BACKOFF_S", 0.001)
+
+
+def gym(name: str, *urls: str) -> AgentGym:
+    data = TaskData(train=["0:4"], heldout=["4:6"], servers=list(urls), request_timeout_s=10.0)
+    return AgentGym(TaskSource(name, data=data))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"task_id": "7"}\n{"task_id": "7"}', "line 2: task_id 7 is there twice"), ("{}", "line 1"), ("", "no rows")],
+)
+def test_bad_files_of_ids_are_named(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "ids.jsonl"
+    file.write_text(text)
+    task_set = AgentGym(TaskSource("babyai", data=TaskData(train=[str(file)])))
+    with pytest.raises(ConfigError, match=message):
+        task_set.problems("train")
+
+
+def test_ids_from_the_references_file(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text(json.dumps({"task_id": "2420", "metadata": {"data_source": "alfworld", "subset": "pick"}}) + "\n")
+    task_set = registry.of_source(TaskSource("alfworld", data=TaskData(train=[str(file)], heldout=["0:2"])))
+    (task,) = task_set.problems("train")
+    assert task.task_id == "alfworld/train/train/2420" and json.loads(task.problem)["task"] == 2420
+    assert [t.task_id for t in task_set.problems("heldout")] == ["alfworld/heldout/0", "alfworld/heldout/1"]
+
+
+def test_settings_that_cannot_work() -> None:
+    for data, message in (
+        (TaskData(train=["5:5"]), "empty range"),
+        (TaskData(train=["nowhere.jsonl"]), "neither a range"),
+        (TaskData(), "has no train ids"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            AgentGym(TaskSource("babyai", data=data)).problems("train")
+    for urls, message in (([], "no servers"), (["host:1"], "is no address")):
+        with pytest.raises(ConfigError, match=message):
+            gym("babyai", *urls).pool()
+
+
+def test_check_refuses_a_server_of_another_kind_before_the_run() -> None:
+    with serving("babyai") as (url, _):
+        gym("babyai", url).check()
+        with pytest.raises(ConfigError, match=r"'webshop'.*icrl env check"):
+            gym("webshop", url).check()
+    with pytest.raises(ConfigError, match="cannot be reached"):
+        gym("babyai", "http://127.0.0.1:9").check()
+
+
+@pytest.mark.parametrize(("name", "dialect"), [("alfworld", "A"), ("webshop", "A"), ("searchqa", "A"), ("babyai", "B")])
+def test_env_check_says_what_a_server_is(name: str, dialect: str) -> None:
+    console = Console(record=True, width=200)
+    with serving(name, dialect) as (url, state):
+        assert check(url, name, 0, 10.0, console) == 0
+        text = console.export_text()
+        assert f"is a server of {name}, dialect {dialect}" in text and "after one action" in text
+        assert name == "alfworld" or state.open == {}
+        with pytest.raises(ConfigError, match="choose one of"):
+            check(url, "chess", 0, 10.0, console)
+    with pytest.raises(ConfigError, match="is the server running"):
+        check("http://127.0.0.1:9", "", 0, 1.0, console)
+
+
+@pytest.mark.parametrize("name", sorted(TALKS))
+def test_env_check_finds_out_the_kind(name: str) -> None:
+    console = Console(record=True, width=200)
+    with serving(name) as (url, _):
+        assert check(url, "", 0, 10.0, console) == 0
+    assert f"is a server of {name}, dialect A" in console.export_text()

@@ -1,0 +1,102 @@
+"""The chunked head inside autograd: accumulated, scaled, into Megatron's main_grad, under activation checkpointing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from head_cases import WAYS, WIDTH, How, assert_near, make_inputs, put_streams, run_head
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from icrl_kernels import MainGrad, Terms, VocabShard, policy_head
+
+every_way = pytest.mark.parametrize("how", WAYS, ids=str)
+
+
+@every_way
+def test_gradient_accumulation_and_scaling(how: How) -> None:
+    terms = Terms(entropy_coef=0.05)
+    hidden_LH, weight_VH, streams = make_inputs(24, 40, terms)
+    _, grad_hidden, grad_weight = run_head(hidden_LH, weight_VH, streams, terms, 40, 5, how)
+    hidden_LH, weight_VH = how.put(hidden_LH).requires_grad_(), how.put(weight_VH).requires_grad_()
+    streams = put_streams(streams, how)
+    for part in (slice(0, 10), slice(10, 24)):
+        shard, chunking = VocabShard.whole(40), how.chunking(5)
+        output = policy_head(hidden_LH[part], weight_VH, streams.slice(part), terms, shard, chunking)
+        (output.loss * 3.0).backward()
+    assert hidden_LH.grad is not None and weight_VH.grad is not None
+    assert_near(hidden_LH.grad.cpu(), 3 * grad_hidden, how.tolerance, how.floor)
+    assert_near(weight_VH.grad.cpu(), 3 * grad_weight, how.tolerance, how.floor)
+
+
+@every_way
+def test_the_weights_gradient_goes_straight_into_a_main_grad(how: How) -> None:
+    terms = Terms(entropy_coef=0.05)
+    hidden_LH, weight_VH, streams = make_inputs(24, 45, terms, vocabulary=40)
+    _, grad_hidden, grad_weight = run_head(hidden_LH, weight_VH, streams, terms, 40, 5, how)
+    hidden_LH, weight_VH = how.put(hidden_LH).requires_grad_(), how.put(weight_VH).requires_grad_()
+    streams, before = put_streams(streams, how), how.put(torch.randn(45, WIDTH))
+    buffer = before.clone()
+    for part in (slice(0, 10), slice(10, 24)):
+        shard, chunking, main = VocabShard.whole(40), how.chunking(5), MainGrad(buffer, scale=3.0)
+        loss = policy_head(hidden_LH[part], weight_VH, streams.slice(part), terms, shard, chunking, main).loss
+        (loss * 3.0).backward()
+    assert weight_VH.grad is None and hidden_LH.grad is not None
+    assert_near(hidden_LH.grad.cpu(), 3 * grad_hidden, how.tolerance, how.floor)
+    assert_near((buffer - before).cpu(), 3 * grad_weight, how.tolerance, how.floor)
+    assert torch.equal(buffer[40:], before[40:])
+
+
+def test_a_main_grad_with_another_scale_than_the_loss_is_refused() -> None:
+    hidden_LH, weight_VH, streams = make_inputs(4, 10, Terms())
+    main = MainGrad(torch.zeros_like(weight_VH), scale=2.0)
+    loss = policy_head(hidden_LH.requires_grad_(), weight_VH, streams, Terms(), VocabShard.whole(10), main_grad=main)
+    with pytest.raises(RuntimeError, match="scaled"):
+        loss.loss.backward()
+
+
+@every_way
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_under_activation_checkpointing(how: How, use_reentrant: bool) -> None:
+    terms = Terms()
+    inputs_LH, weight_VH, streams = make_inputs(12, 40, terms)
+    mix_HH = torch.randn(WIDTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    shard, streams = VocabShard.whole(40), put_streams(streams, how)
+
+    def gradients(wrapped: bool) -> list[Tensor]:
+        leaves = [how.put(t).clone().requires_grad_() for t in (inputs_LH, mix_HH, weight_VH)]
+
+        def loss(x_LH: Tensor, mix_HH: Tensor, weight_VH: Tensor) -> Tensor:
+            return policy_head(torch.tanh(x_LH @ mix_HH), weight_VH, streams, terms, shard, how.chunking(5)).loss
+
+        out = checkpoint(loss, *leaves, use_reentrant=use_reentrant) if wrapped else loss(*leaves)
+        out.backward()
+        return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    plain, wrapped = gradients(False), gradients(True)
+    assert len(plain) == len(wrapped) == 3
+    for got, want in zip(wrapped, plain, strict=True):
+        assert_near(got, want, min(how.tolerance, 1e-6), how.floor)
+
+
+def test_a_second_backward_is_refused() -> None:
+    hidden_LH, weight_VH, streams = make_inputs(4, 10, Terms())
+    loss = policy_head(hidden_LH.requires_grad_(), weight_VH, streams, Terms(), VocabShard.whole(10)).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="earlier backward"):
+        loss.backward()
+
+
+@every_way
+def test_only_the_wanted_gradients_are_formed(how: How) -> None:
+    terms = Terms()
+    hidden_LH, weight_VH, streams = make_inputs(8, 20, terms)
+    _, grad_hidden, grad_weight = run_head(hidden_LH, weight_VH, streams, terms, 20, 3, how)
+    shard, chunking, streams = VocabShard.whole(20), how.chunking(3), put_streams(streams, how)
+    hidden_LH, weight_VH = how.put(hidden_LH).clone(), how.put(weight_VH).clone()
+    policy_head(hidden_LH.requires_grad_(), weight_VH, streams, terms, shard, chunking).loss.backward()
+    policy_head(hidden_LH.detach(), weight_VH.requires_grad_(), streams, terms, shard, chunking).loss.backward()
+    assert hidden_LH.grad is not None and weight_VH.grad is not None
+    assert torch.equal(hidden_LH.grad.cpu(), grad_hidden) and torch.equal(weight_VH.grad.cpu(), grad_weight)
+    with torch.no_grad():
+        assert not policy_head(hidden_LH, weight_VH, streams, terms, shard, chunking).loss.requires_grad
