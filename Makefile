@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) 
 CODE := icrl_megatron kernels recipes tests tools
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-nemo quickstart test test-engine test-cluster lint format bench \
+.PHONY: help install install-dev install-nemo quickstart system-packages test test-engine test-cluster lint format bench \
 	reproduce-small clean
 
 help: ## Show this list
@@ -66,8 +66,14 @@ $(NEMO)/.installed: constraints-nemo.txt pyproject.toml
 install-nemo: $(NEMO)/.installed ## Make .venv-nemo with NeMo-Run, for icrl launch
 
 test-cluster: $(VENV)/.installed-dev $(NEMO)/.installed ## Start a small Slurm on this machine and run real jobs on it
-	bash tests/cluster/install.sh
+	bash tests/debian.sh "the cluster tests" \
+	"slurmctld slurmd slurmdbd sbatch munged mariadbd curl" \
+	"slurm-wlm slurm-client slurmdbd mariadb-server munge curl"
 	timeout --signal=INT --kill-after=60 1500 $(BIN)/python -m pytest -q tests/cluster
+
+system-packages: ## Install what some tests need of Debian, as root: bubblewrap, Chromium, an SSH server
+	bash tests/debian.sh "tests of sandbox, page and tunnel" "bwrap chromium sshd rsync" \
+	"bubblewrap chromium openssh-server rsync"
 
 test-engine: $(VENV)/.installed-dev ## Run the tests against a real SGLang server, in an environment of its own
 	@$(BIN)/python tests/engine/environment.py > $(VENV)/.engine-python || { echo "skipped: make test-engine"; \

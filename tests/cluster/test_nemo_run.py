@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -75,6 +80,74 @@ def test_local_and_slurm_run_the_same_settings(icrl_nemo: Nemo, cluster: Cluster
     told = icrl_nemo("logs", experiment)
     assert told.returncode == 0
     assert "rulebook_easy" in told.stdout + told.stderr  # the run's final table
+
+
+@dataclass(frozen=True)
+class LoginNode:
+    """A machine that has Slurm's clients, behind ssh."""
+
+    host: str
+    key: Path
+    home: Path
+
+
+@pytest.fixture
+def login_node(cluster: Cluster) -> Iterator[LoginNode]:
+    """An sshd of this test's own on another loopback address; only what it starts knows the cluster."""
+    sshd = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin")
+    if sshd is None or shutil.which("ssh-keygen") is None or shutil.which("rsync") is None:
+        pytest.skip("no openssh-server or rsync: make system-packages")
+    folder, address = cluster.folder / "login", "127.0.3.1"
+    home = folder / "home"
+    home.mkdir(parents=True)
+    (home / "slurm").symlink_to(ROOT / "slurm")
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True, timeout=30)
+    carried = {
+        name: value for name, value in cluster.env.items() if name.startswith(("ICRL_", "SLURM_", "PYTHON", "OMP_"))
+    }
+    lines = [
+        f"ListenAddress {address}",
+        f"HostKey {folder / 'host'}",
+        f"AuthorizedKeysFile {folder / 'user.pub'}",
+        f"PidFile {folder / 'sshd.pid'}",
+        "StrictModes no",
+        "UsePAM no",
+        "SetEnv " + " ".join(f'"{name}={value}"' for name, value in carried.items()),
+    ]
+    (folder / "sshd_config").write_text("\n".join(lines) + "\n")
+    Path("/run/sshd").mkdir(exist_ok=True)
+    with (folder / "sshd.log").open("w") as log:
+        server = subprocess.Popen([sshd, "-D", "-e", "-f", folder / "sshd_config"], stderr=log)
+    try:
+        until(lambda: reachable(address, 22) or server.poll() is not None, (folder / "sshd.log").read_text, 20)
+        assert server.poll() is None, (folder / "sshd.log").read_text()
+        yield LoginNode(address, folder / "user", home)
+    finally:
+        server.kill()
+        server.wait(timeout=20)
+
+
+def reachable(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex((host, port)) == 0
+
+
+def test_a_launch_through_an_ssh_tunnel(
+    icrl_nemo: Nemo, login_node: LoginNode, cluster: Cluster, model: Path, tmp_path: Path
+) -> None:
+    folder = cluster.folder / "nemo_tunnel"
+    tunnel = ["--host", login_node.host, "--user", "root", "--identity", str(login_node.key)]
+    tunnel += ["--remote-home", str(login_node.home)]
+    # Here nothing knows of the cluster.
+    here = {"SLURM_CONF": str(tmp_path / "nowhere"), "HOME": str(tmp_path)}
+    done = icrl_nemo.launch(*arguments(folder, model), *SLURM, *tunnel, **here)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "hf" / "model.safetensors").exists()
+    assert list((login_node.home / "runs" / "launched").rglob("sbatch_*.out")), "its log lies behind the tunnel"
+    shown = icrl_nemo("status", launched(done), **here)
+    assert shown.returncode == 0 and "SUCCEEDED" in shown.stdout, shown.stdout + shown.stderr
 
 
 def test_environment_servers_on_one_machine(icrl_nemo: Nemo, cluster: Cluster, model: Path) -> None:

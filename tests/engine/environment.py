@@ -14,8 +14,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 HERE = Path(__file__).resolve().parent
 REQUIREMENTS, STUBS = HERE / "requirements.txt", HERE / "stubs"
@@ -65,6 +66,18 @@ def make(folder: Path) -> None:
     (folder / READY).touch()
 
 
+def wait_for(lock: TextIO) -> None:
+    """Takes the lock, which another process that makes the same environment may hold for as long as that takes."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                give_up(f"another process has held {lock.name} for {TIMEOUT_S:g} s; end it")
+            time.sleep(1.0)
+
+
 def site_packages(folder: Path) -> Path:
     return next((folder / "lib").glob("python3.*")) / "site-packages"
 
@@ -87,7 +100,7 @@ def main() -> None:
     folder = cache()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        wait_for(lock)
         if not (folder / READY).exists():
             if against := reason_against(folder.parent):
                 give_up(against)
