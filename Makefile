@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) 
 CODE := icrl_megatron kernels recipes tests tools
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-nemo quickstart system-packages test test-engine test-cluster lint format bench \
+.PHONY: help install install-dev install-alfworld install-nemo quickstart system-packages test test-engine test-cluster lint format bench \
 	reproduce-small clean
 
 help: ## Show this list
@@ -44,9 +44,16 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 	$(INSTALL) -e '.[bench]'
 	@touch $@
 
+$(VENV)/.installed-alfworld: $(VENV)/.installed-dev
+	@echo "installing ALFWorld, which compiles a planner (2 minutes)"
+	@$(INSTALL) -q -e '.[alfworld]' && touch $@ || echo "note: ALFWorld was not installed (it needs cmake and a C++ \
+	compiler); its tests will be skipped"
+
 install: $(VENV)/.installed ## Make .venv and install icrl-megatron into it
 
 install-dev: $(VENV)/.installed-dev
+
+install-alfworld: $(VENV)/.installed-alfworld ## Add ALFWorld's games (needs cmake and a C++ compiler)
 
 quickstart: $(VENV)/.installed ## Train a tiny model with ICRL on this machine and show what it learned
 	$(BIN)/icrl train quickstart
