@@ -206,7 +206,7 @@ def _play(
 
         critic: Speaker | None = None
         if _is_address(request.critic):
-            from icrl_megatron.rollout.connections import Connections
+            from icrl_megatron.connections import Connections
             from icrl_megatron.rollout.external import ExternalSpeaker, first_model
 
             external = replace(rollout.external, url=request.critic.rstrip("/"))

@@ -10,8 +10,8 @@ from icrl_megatron.actor.model import DTYPES
 from icrl_megatron.actor.sync import WeightSync
 from icrl_megatron.actor.weights import Gatherer
 from icrl_megatron.config import Settings
+from icrl_megatron.connections import Connections
 from icrl_megatron.rollout import engines as engines_module
-from icrl_megatron.rollout.connections import Connections
 from icrl_megatron.rollout.engines import Engines
 from icrl_megatron.rollout.episode import Stage
 from icrl_megatron.rollout.external import ExternalSpeaker

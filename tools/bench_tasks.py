@@ -20,9 +20,9 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import httpx2
+import aiohttp
 import psutil
 import typer
 from rich.console import Console
@@ -111,13 +111,17 @@ def client() -> dict[str, float]:
         task_set = AgentGym(TaskSource("babyai", data=TaskData(train=["0:4"], heldout=["4:5"], servers=[url])))
         environment = task_set.environment(task_set.problems("train")[0])
         await environment.reset()
-        async with httpx2.AsyncClient(trust_env=False) as bare:
-            env = (await bare.post(f"{url}/create")).json()["id"]
-            body = {"id": env, "data_idx": 0}
-            await bare.post(f"{url}/reset", json=body)
+        async with aiohttp.ClientSession() as bare:
+
+            async def post(path: str, body: Any = None) -> Any:
+                async with bare.post(url + path, json=body) as reply:
+                    return await reply.json(content_type=None)
+
+            env = (await post("/create"))["id"]
+            await post("/reset", {"id": env, "data_idx": 0})
 
             async def direct() -> None:
-                (await bare.post(f"{url}/step", json={"id": env, "action": "turn left"})).json()
+                await post("/step", {"id": env, "action": "turn left"})
 
             async def ours() -> None:
                 await environment.step("turn left")
@@ -273,7 +277,7 @@ def main(
             shown.add_row(what, name, f"{value:,.3g}" if value < 1000 else f"{value:,.0f}")
     Console().print(shown)
     if out is not None:
-        report = bench_schema.about(("math-verify", "latex2sympy2_extended", "sympy", "httpx2")) | {"medians": found}
+        report = bench_schema.about(("math-verify", "latex2sympy2_extended", "sympy", "aiohttp")) | {"medians": found}
         out.write_text(json.dumps(bench_schema.stamped("tasks", report), indent=1) + "\n")
 
 

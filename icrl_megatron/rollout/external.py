@@ -8,10 +8,9 @@ import os
 from dataclasses import dataclass
 
 import aiohttp
-import httpx2
 
 from icrl_megatron.config import ConfigError, ExternalCritic
-from icrl_megatron.rollout.connections import Connections
+from icrl_megatron.connections import Connections
 from icrl_megatron.rollout.engine import RequestFailedError
 from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.speakers import Ask
@@ -75,10 +74,16 @@ class ExternalSpeaker:
 
 def first_model(settings: ExternalCritic) -> str:
     """The name of the first model that the endpoint serves. Raises ConfigError when there is none."""
-    url, limit = f"{settings.url.rstrip('/')}/models", min(settings.timeout_s, 30.0)
+
+    async def models() -> bytes:
+        url, limit = f"{settings.url.rstrip('/')}/models", aiohttp.ClientTimeout(total=min(settings.timeout_s, 30.0))
+        async with aiohttp.ClientSession(timeout=limit) as session:
+            async with session.get(url, headers=_authorization(settings)) as reply:
+                return await reply.read()
+
     try:
-        return str(httpx2.get(url, headers=_authorization(settings), timeout=limit).json()["data"][0]["id"])
-    except (httpx2.HTTPError, ValueError, LookupError, TypeError) as error:
+        return str(json.loads(asyncio.run(models()))["data"][0]["id"])
+    except (aiohttp.ClientError, OSError, TimeoutError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(
             f"--critic={settings.url}: no OpenAI-compatible endpoint there ({type(error).__name__}: {error}); give the "
             f"address that ends before /chat/completions, e.g. http://host:30000/v1, and a key in "

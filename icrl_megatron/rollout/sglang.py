@@ -20,8 +20,8 @@ import aiohttp
 import torch
 
 from icrl_megatron.config import ConfigError, EngineSettings
+from icrl_megatron.connections import Connections, Link
 from icrl_megatron.rollout import sglang_weights as weights
-from icrl_megatron.rollout.connections import Connections, Link
 from icrl_megatron.rollout.engine import (
     EngineError,
     EngineLostError,

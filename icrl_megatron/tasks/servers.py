@@ -6,15 +6,16 @@ Nothing here knows what is being asked. Everything that goes wrong ends in Envir
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import httpx2
+import aiohttp
 
 from icrl_megatron.config import ConfigError
+from icrl_megatron.connections import Connections
 from icrl_megatron.tasks.base import EnvironmentFailure
 
 TRIES = 4
@@ -69,9 +70,7 @@ class Pool:
             if not url.startswith(("http://", "https://")):
                 raise ConfigError(f"data.servers: {url!r} is no address; write http://host:port")
         self.servers = [Server(url.rstrip("/")) for url in dict.fromkeys(urls)]
-        self._timeout_s = timeout_s
-        # A client belongs to an event loop, and every step of a run has its own.
-        self._clients: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx2.AsyncClient] = WeakKeyDictionary()
+        self._timeout_s, self._connections = timeout_s, Connections(CONNECTIONS)
 
     def choose(self) -> Server:
         """The server with the fewest episodes among those that are well; of the sick the one that rests least long."""
@@ -95,39 +94,37 @@ class Pool:
             if attempt:
                 await asyncio.sleep(BACKOFF_S * 2 ** (attempt - 1))
             try:
-                response = await self._client().request(method, server.url + path, json=body)
-            except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-                failure = f"cannot be reached ({type(error).__name__}: {error})"
-            except httpx2.HTTPError as error:
-                failure = f"broke off ({type(error).__name__}: {error})"
+                status, answer = await self._once(method, server.url + path, body)
+            except aiohttp.ClientConnectorError as error:
+                failure = f"cannot be reached ({error})"
+            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                late = isinstance(error, TimeoutError)
+                failure = f"did not answer within {self._timeout_s:g} s" if late else f"broke off ({error!r})"
                 if not again:  # it may have been done
                     server.failed()
                     break
             else:
-                if response.status_code not in RETRYABLE:
+                if status not in RETRYABLE:
                     server.succeeded()
-                    return _body(response, server, path)
-                failure = f"answered HTTP {response.status_code}"
+                    return _body(status, answer, server.url + path)
+                failure = f"answered HTTP {status}"
             server.failed()
         raise EnvironmentFailure(f"{server.url}{path} {failure}; is the server running?")
 
-    def _client(self) -> httpx2.AsyncClient:
-        loop = asyncio.get_running_loop()
-        if loop not in self._clients:
-            limits = httpx2.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
-            # Addresses of one's own machines do not go through a proxy.
-            self._clients[loop] = httpx2.AsyncClient(timeout=self._timeout_s, limits=limits, trust_env=False)
-        return self._clients[loop]
+    async def _once(self, method: str, url: str, body: Any) -> tuple[int, bytes]:
+        link, limit = self._connections.here(), aiohttp.ClientTimeout(total=self._timeout_s)
+        async with link.gate, link.session.request(method, url, json=body, timeout=limit) as reply:
+            return reply.status, await reply.read()
 
 
-def _body(response: httpx2.Response, server: Server, path: str) -> Any:
+def _body(status: int, answer: bytes, url: str) -> Any:
+    text = answer.decode(errors="replace")
     try:
-        body = response.json()
+        body = json.loads(text)
     except ValueError:
         body = None
-    if response.status_code >= 400:
-        said = body if body is not None else response.text[:200]
-        raise Refused(f"{server.url}{path} answered HTTP {response.status_code}: {said}", response.status_code, body)
+    if status >= 400:
+        raise Refused(f"{url} answered HTTP {status}: {text[:200] if body is None else body}", status, body)
     if body is None:
-        raise Refused(f"{server.url}{path} answered no JSON: {response.text[:100]!r}", response.status_code)
+        raise Refused(f"{url} answered no JSON: {text[:100]!r}", status)
     return body

@@ -11,7 +11,7 @@ from aiohttp import web
 from transformers import AutoTokenizer
 
 from icrl_megatron.config import ConfigError, ExternalCritic, RolloutSettings, TinyModel
-from icrl_megatron.rollout.connections import Connections
+from icrl_megatron.connections import Connections
 from icrl_megatron.rollout.engine import RequestFailedError
 from icrl_megatron.rollout.external import ExternalSpeaker
 from icrl_megatron.rollout.prompts import Prompter
