@@ -89,6 +89,8 @@ class LoginNode:
     host: str
     key: Path
     home: Path
+    path: str
+    """PATH with an ssh that knows the machine; the user's own list of known machines is left alone."""
 
 
 @pytest.fixture
@@ -101,8 +103,13 @@ def login_node(cluster: Cluster) -> Iterator[LoginNode]:
     home = folder / "home"
     home.mkdir(parents=True)
     (home / "slurm").symlink_to(ROOT / "slurm")
+    ssh = shutil.which("ssh")
+    (folder / "bin").mkdir()
+    (folder / "bin" / "ssh").write_text(f'#!/bin/sh\nexec {ssh} -o UserKnownHostsFile={folder}/known_hosts "$@"\n')
+    (folder / "bin" / "ssh").chmod(0o755)
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True, timeout=30)
+    (folder / "known_hosts").write_text(f"{address} {(folder / 'host.pub').read_text()}")
     carried = {
         name: value for name, value in cluster.env.items() if name.startswith(("ICRL_", "SLURM_", "PYTHON", "OMP_"))
     }
@@ -122,7 +129,7 @@ def login_node(cluster: Cluster) -> Iterator[LoginNode]:
     try:
         until(lambda: reachable(address, 22) or server.poll() is not None, (folder / "sshd.log").read_text, 20)
         assert server.poll() is None, (folder / "sshd.log").read_text()
-        yield LoginNode(address, folder / "user", home)
+        yield LoginNode(address, folder / "user", home, f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
     finally:
         server.kill()
         server.wait(timeout=20)
@@ -141,7 +148,7 @@ def test_a_launch_through_an_ssh_tunnel(
     tunnel = ["--host", login_node.host, "--user", "root", "--identity", str(login_node.key)]
     tunnel += ["--remote-home", str(login_node.home)]
     # Here nothing knows of the cluster.
-    here = {"SLURM_CONF": str(tmp_path / "nowhere"), "HOME": str(tmp_path)}
+    here = {"SLURM_CONF": str(tmp_path / "nowhere"), "PATH": login_node.path}
     done = icrl_nemo.launch(*arguments(folder, model), *SLURM, *tunnel, **here)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (folder / "hf" / "model.safetensors").exists()
