@@ -49,6 +49,8 @@ class Where:
     mounts: tuple[str, ...] = ()
     host: str = ""
     """Login node, for an SSH tunnel; empty: Slurm's clients are here."""
+    port: int = 22
+    """Of ssh on the login node."""
     user: str = ""
     identity: str = ""
     """Private key of the tunnel."""
@@ -134,7 +136,11 @@ def executor(where: Where, settings: Settings) -> Any:
         return run.LocalExecutor(ntasks_per_node=1)
     if where.host:
         tunnel = run.SSHTunnel(
-            host=where.host, user=where.user, job_dir=f"{where.remote_home}/{LAUNCHED}", identity=where.identity or None
+            host=where.host,
+            port=where.port,
+            user=where.user,
+            job_dir=f"{where.remote_home}/{LAUNCHED}",
+            identity=where.identity or None,
         )
     else:
         tunnel = run.LocalTunnel(job_dir="")  # below NEMORUN_HOME, where NeMo-Run writes its script

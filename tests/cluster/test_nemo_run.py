@@ -87,6 +87,7 @@ class LoginNode:
     """A machine that has Slurm's clients, behind ssh."""
 
     host: str
+    port: int
     key: Path
     home: Path
     path: str
@@ -95,11 +96,11 @@ class LoginNode:
 
 @pytest.fixture
 def login_node(cluster: Cluster) -> Iterator[LoginNode]:
-    """An sshd of this test's own on another loopback address; only what it starts knows the cluster."""
+    """An sshd of this test's own; only what it starts knows the cluster."""
     sshd = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin")
     if sshd is None or shutil.which("ssh-keygen") is None or shutil.which("rsync") is None:
         pytest.skip("no openssh-server or rsync: make system-packages")
-    folder, address = cluster.folder / "login", "127.0.3.1"
+    folder, address, port = cluster.folder / "login", "127.0.0.1", free_port()
     home = folder / "home"
     home.mkdir(parents=True)
     (home / "slurm").symlink_to(ROOT / "slurm")
@@ -109,12 +110,12 @@ def login_node(cluster: Cluster) -> Iterator[LoginNode]:
     (folder / "bin" / "ssh").chmod(0o755)
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True, timeout=30)
-    (folder / "known_hosts").write_text(f"{address} {(folder / 'host.pub').read_text()}")
+    (folder / "known_hosts").write_text(f"[{address}]:{port} {(folder / 'host.pub').read_text()}")
     carried = {
         name: value for name, value in cluster.env.items() if name.startswith(("ICRL_", "SLURM_", "PYTHON", "OMP_"))
     }
     lines = [
-        f"ListenAddress {address}",
+        f"ListenAddress {address}:{port}",
         f"HostKey {folder / 'host'}",
         f"AuthorizedKeysFile {folder / 'user.pub'}",
         f"PidFile {folder / 'sshd.pid'}",
@@ -127,12 +128,18 @@ def login_node(cluster: Cluster) -> Iterator[LoginNode]:
     with (folder / "sshd.log").open("w") as log:
         server = subprocess.Popen([sshd, "-D", "-e", "-f", folder / "sshd_config"], stderr=log)
     try:
-        until(lambda: reachable(address, 22) or server.poll() is not None, (folder / "sshd.log").read_text, 20)
+        until(lambda: reachable(address, port) or server.poll() is not None, (folder / "sshd.log").read_text, 20)
         assert server.poll() is None, (folder / "sshd.log").read_text()
-        yield LoginNode(address, folder / "user", home, f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
+        yield LoginNode(address, port, folder / "user", home, f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
     finally:
         server.kill()
         server.wait(timeout=20)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def reachable(host: str, port: int) -> bool:
@@ -145,8 +152,8 @@ def test_a_launch_through_an_ssh_tunnel(
     icrl_nemo: Nemo, login_node: LoginNode, cluster: Cluster, model: Path, tmp_path: Path
 ) -> None:
     folder = cluster.folder / "nemo_tunnel"
-    tunnel = ["--host", login_node.host, "--user", "root", "--identity", str(login_node.key)]
-    tunnel += ["--remote-home", str(login_node.home)]
+    tunnel = ["--host", login_node.host, "--port", str(login_node.port), "--user", "root"]
+    tunnel += ["--identity", str(login_node.key), "--remote-home", str(login_node.home)]
     # Here nothing knows of the cluster.
     here = {"SLURM_CONF": str(tmp_path / "nowhere"), "PATH": login_node.path}
     done = icrl_nemo.launch(*arguments(folder, model), *SLURM, *tunnel, **here)
