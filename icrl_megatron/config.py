@@ -193,8 +193,8 @@ class EngineSettings:
     kv_tokens: int | None = None
     """Tokens that the KV cache holds; null: what fits (GPU), or 65536 (CPU)."""
     bucket_mib: int = 512
-    """Weights are handed over in two buffers that take turns, each of at most this size, or that of the largest
-    tensor."""
+    """Weights are handed over in a buffer of at most this size, or that of the largest tensor; in two that take turns
+    where one does not hold them all."""
     startup_timeout_s: float = 600.0
     """A server that is not ready by then ends the run."""
     sync_timeout_s: float = 600.0

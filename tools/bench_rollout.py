@@ -38,7 +38,7 @@ from icrl_megatron.rollout.engines import tensor_shapes
 from icrl_megatron.rollout.prompts import template_words
 from icrl_megatron.rollout.sglang import SGLangEngine
 from icrl_megatron.rollout.sglang_server import Server, ServerSpec
-from icrl_megatron.rollout.sglang_weights import Bucket, SharedMemory, filled, largest, piece
+from icrl_megatron.rollout.sglang_weights import Bucket, SharedMemory, filled, sizes
 from icrl_megatron.tasks import registry
 from icrl_megatron.tiny import build_tiny
 
@@ -48,6 +48,8 @@ LARGER = TinyModel(layers=6, hidden=1024, heads=8, kv_heads=4, head_dim=128, ffn
 CONTEXT = 1024
 NEW_TOKENS = 48
 OVERSAMPLE = 1.5
+REQUEST_TURNS = 5
+"""Turns of requests for each round: the server's own seconds vary by a fifth from turn to turn."""
 CLIENT_BAR = 1.1
 """Most seconds of the client as a share of the bare requests'."""
 SYNC_BAR = 1.5
@@ -185,13 +187,12 @@ def syncs(engine: SGLangEngine, server: Timed, folder: Path, rounds: int) -> dic
 
 
 def _filling(tensors: list[tuple[str, torch.Tensor]], rounds: int) -> float:
-    """Seconds of copying all tensors into buckets, with nobody to send them to."""
-    shapes = {name: tuple(t.shape) for name, t in tensors}
-    limit = piece(shapes, 4, EngineSettings().bucket_mib)
-    bucket, took = Bucket(max(limit, largest(shapes, 4)), torch.device("cpu")), []
+    """Seconds of copying all tensors into a bucket, with nobody to send them to."""
+    _, total = sizes({name: tuple(t.shape) for name, t in tensors}, 4)
+    bucket, took = Bucket(total, torch.device("cpu")), []
     for _ in range(rounds + 1):
         begun = time.perf_counter()
-        for _ in filled(tensors, (bucket, bucket), limit):
+        for _ in filled(tensors, (bucket, bucket), total):
             pass
         took.append(time.perf_counter() - begun)
     return statistics.median(took[1:])
@@ -294,7 +295,7 @@ def main(
             print(sync, file=sys.stderr)
         larger[0].close()
         report["versions"]["sglang"] = server.info().get("version")
-        medians |= requests_of(engine, folder, rounds, requests)
+        medians |= requests_of(engine, folder, REQUEST_TURNS * rounds, requests)
         medians |= steps_of(engine, folder, rounds, tasks)
     medians |= {name: {k: v for k, v in sync.items() if k != "requests"} for name, sync in pushed.items()}
     over = medians["client"]["seconds"] / medians["bare"]["seconds"]

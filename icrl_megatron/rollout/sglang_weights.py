@@ -2,8 +2,8 @@
 
 A bucket is one buffer of bytes that holds several tensors end to end, and where each lies. Beside the trainer the
 server maps the buffer itself: shared memory on a CPU, CUDA IPC on a GPU (SGLang's update_weights_from_tensor).
-Elsewhere its tensors are broadcast over a group that trainer and server form (update_weights_from_distributed). There
-are two buckets: one is filled while the server copies the other. Facts are from SGLang 0.5.23:
+Elsewhere its tensors are broadcast over a group that trainer and server form (update_weights_from_distributed). Where
+one bucket does not hold all weights, one is filled while the server copies the other. Facts are from SGLang 0.5.23:
 managers/scheduler_components/weight_updater.py, weight_sync/tensor_bucket.py, and SafeUnpickler in utils/common.py.
 """
 
@@ -32,10 +32,6 @@ from icrl_megatron.rollout.sglang_server import Server
 
 _ALIGN = 16
 """Bytes: a tensor begins where any dtype may be viewed."""
-_PIECES = 4
-"""Buckets of an update, if they are large enough: one is filled while the other is copied."""
-_FIRST_MIB, _WORTH_MIB = 8, 32
-"""The first bucket, and the least limit: a request costs as much as copying some MiB, so smaller ones save nothing."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -267,14 +263,14 @@ class Sink:
     def __init__(self, shapes: Shapes, dtype: torch.dtype, device: torch.device, bucket_mib: int) -> None:
         """`shapes` are those of every Hugging Face tensor of the model."""
         self._shapes, self._dtype, self._device = shapes, dtype, device
-        self.limit = piece(shapes, dtype.itemsize, bucket_mib)
+        # As few requests as may be: one costs as much as copying tens of MiB (docs/LOG.md).
+        self.limit = bucket_mib << 20
         self._pair: tuple[Bucket, Bucket] | None = None
 
     def pour(self, tensors: Iterable[tuple[str, Tensor]], version: int, transport: Transport, lost: str = "") -> None:
         """Begins an update and sends all of it; with the last bucket the server takes the new version, and forgets what
         the old weights computed. Raises EngineError, when nothing is being copied any more."""
-        size = max(largest(self._shapes, self._dtype.itemsize), self.limit)
-        pair = self._pair or (Bucket(size, self._device), Bucket(size, self._device))
+        pair = self._pair or self._buckets()
         answer = transport.begin(lost)
         try:
             for bucket, last in filled(checked(tensors, self._shapes, self._dtype, version), pair, self.limit):
@@ -288,6 +284,12 @@ class Sink:
         answer()
         self._pair = pair if self._device.type == "cpu" else None
 
+    def _buckets(self) -> tuple[Bucket, Bucket]:
+        """Two that can take turns; where all weights fit into one it is both."""
+        largest, total = sizes(self._shapes, self._dtype.itemsize)
+        first = Bucket(max(largest, min(self.limit, total)), self._device)
+        return first, first if total <= self.limit else Bucket(len(first.buffer), self._device)
+
 
 def filled(
     tensors: Iterable[tuple[str, Tensor]], pair: tuple[Bucket, Bucket], limit: int
@@ -296,27 +298,20 @@ def filled(
     the last). Whoever asks for the next bucket may still be sending this one, but no longer the one before."""
     bucket, other = pair
     bucket.clear()
-    room = min(limit, _FIRST_MIB << 20)  # the server begins early, and is not kept waiting by the next
     for name, tensor in tensors:
-        if bucket.placed and bucket.start() + tensor.nbytes > room:
+        if bucket.placed and bucket.start() + tensor.nbytes > limit:
             yield bucket, False
             bucket, other = other, bucket
             bucket.clear()
-            room = min(limit, 2 * room)
         bucket.add(name, tensor)
     if bucket.placed:
         yield bucket, True
 
 
-def largest(shapes: Shapes, itemsize: int) -> int:
-    """Bytes of the largest tensor."""
-    return max(torch.Size(s).numel() for s in shapes.values()) * itemsize
-
-
-def piece(shapes: Shapes, itemsize: int, bucket_mib: int) -> int:
-    """Bytes of a bucket: small enough that both are busy, large enough that a request is worth it."""
-    total = sum(torch.Size(s).numel() * itemsize + _ALIGN for s in shapes.values())
-    return min(bucket_mib << 20, max(total // _PIECES, _WORTH_MIB << 20), total)
+def sizes(shapes: Shapes, itemsize: int) -> tuple[int, int]:
+    """Bytes of the largest tensor, and of all end to end in one bucket."""
+    each = [torch.Size(shape).numel() * itemsize for shape in shapes.values()]
+    return max(each), sum(-(-size // _ALIGN) * _ALIGN for size in each)
 
 
 def checked(

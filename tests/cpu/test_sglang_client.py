@@ -15,7 +15,7 @@ from icrl_megatron.rollout.engine import EngineError, EngineLostError, RequestFa
 from icrl_megatron.rollout.sglang import SGLangEngine
 from icrl_megatron.rollout.sglang_checks import Checksums
 from icrl_megatron.rollout.sglang_server import Server
-from icrl_megatron.rollout.sglang_weights import Answer, Bucket, Sink, Transport, largest, piece
+from icrl_megatron.rollout.sglang_weights import Answer, Bucket, Sink, Transport
 from icrl_megatron.types import Completion
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -142,6 +142,8 @@ class Recorded:
         self.calls: list[str] = []
         self.seen: dict[str, torch.Tensor] = {}
         self.options: list[dict[str, object]] = []
+        self.buckets: list[tuple[list[str], int]] = []
+        """Names in each, and the size of its buffer."""
         self._refuses = refuses
 
     def begin(self, lost: str) -> Answer:
@@ -152,6 +154,7 @@ class Recorded:
         self.calls.append("send")
         self.options.append(options)
         placed = list(bucket.placed)
+        self.buckets.append(([p.name for p in placed], len(bucket.buffer)))
 
         def wait() -> None:
             self.calls.append("answer")
@@ -200,13 +203,25 @@ def test_nothing_is_being_copied_any_more_when_an_update_fails() -> None:
     assert refusing.calls.count("send") == 1
 
 
-def test_buckets_are_bounded_and_hold_the_largest_tensor() -> None:
-    mib = 2**20
-    shapes = {"small": (256, 1024), "large": (100, 1024, 1024), **{f"t{i}": (64, 1024, 1024) for i in range(8)}}
-    assert piece(shapes, 1, 16) == 16 * mib
-    assert piece(shapes, 1, 512) < 200 * mib
-    assert largest(shapes, 1) == 100 * mib
-    assert piece({"w": (10, 10)}, 4, 512) == 416  # all that there is
+@pytest.mark.parametrize(
+    ("bucket_mib", "sent", "mib"),
+    [
+        (1, [["a"], ["b"], ["c"], ["d"]], 3),  # the largest tensor has to fit all the same
+        (2, [["a"], ["b"], ["c", "d"]], 3),
+        (4, [["a", "b"], ["c", "d"]], 4),
+        (512, [["a", "b", "c", "d"]], 6),
+    ],
+)
+def test_buckets_are_as_few_as_their_bound_allows(bucket_mib: int, sent: list[list[str]], mib: int) -> None:
+    tensors = [(name, torch.full((size, 256, 1024), 1.0)) for name, size in zip("abcd", (1, 3, 1, 1), strict=True)]
+    shapes = {name: tuple(t.shape) for name, t in tensors}
+    sink, transport = Sink(shapes, torch.float32, torch.device("cpu"), bucket_mib), Recorded()
+    for version in (1, 2):
+        transport.buckets.clear()
+        transport.seen.clear()
+        sink.pour(tensors, version, transport)
+        assert [names for names, _ in transport.buckets] == sent
+        assert {size for _, size in transport.buckets} == {mib << 20}
 
 
 def test_checksums_of_two_workers_are_those_of_their_shares() -> None:
