@@ -288,8 +288,9 @@ def main(
     medians: dict[str, dict[str, float]] = {}
     pushed: dict[str, Any] = {}
     with serving(MODEL, settings) as (engine, server, folder), serving(LARGER, settings) as larger:
+        for starting in (server, larger[1]):  # what starts keeps the cores busy
+            starting.wait_ready()
         for one, its_server, its_folder in ((engine, server, folder), larger):
-            its_server.wait_ready()
             sync = syncs(one, its_server, its_folder, 3 * rounds)
             pushed[f"sync_{sync['bytes'] / 1e6:.0f}_mb"] = sync
             print(sync, file=sys.stderr)
