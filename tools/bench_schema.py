@@ -64,11 +64,16 @@ def about(packages: tuple[str, ...] = ("torch", "megatron-core", "numpy")) -> di
         except PackageNotFoundError:
             continue
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *map(_anywhere, sys.argv)]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": versions,
     }
+
+
+def _anywhere(word: str) -> str:
+    """A path of this machine says nothing on another one."""
+    return f".../{Path(word).name}" if Path(word).is_absolute() else word
 
 
 def stamped(benchmark: str, report: Mapping[str, Any]) -> dict[str, Any]:
