@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 import aiohttp
 
+KEEP_ALIVE_S = 2.0
+"""An idle connection is not used again after this time. uvicorn, by which SGLang and AgentGym are served, closes one
+after 5 s; a loop that is busy meanwhile does not hear of it, and the next request would be lost."""
+
 
 @dataclass(frozen=True)
 class Link:
@@ -31,7 +35,7 @@ class Connections:
         loop = asyncio.get_running_loop()
         if self._link is None or self._link.loop is not loop:
             session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
                 timeout=aiohttp.ClientTimeout(total=None),
                 headers={"Content-Type": "application/json"},
             )

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 from agentgym_server import TALKS, State, serving
+from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
+from icrl_megatron import connections
 from icrl_megatron.algo.credit import CreditReport
 from icrl_megatron.config import RolloutSettings, TaskData, TaskSource
 from icrl_megatron.rollout.episode import Stage, play
@@ -249,6 +253,43 @@ def test_no_call_waits_longer_than_its_deadline(textcraft: tuple[str, State]) ->
     url, state = textcraft
     state.fail = {"/step": ["hang"]}
     assert "did not answer within 0.3 s" in fails(url, timeout_s=0.3)
+
+
+def test_a_step_is_not_lost_on_a_connection_that_closed_while_nobody_looked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is while an engine in this process generates, and the server ends idle connections."""
+    monkeypatch.setattr(connections, "KEEP_ALIVE_S", 0.1)
+    ready, done = threading.Event(), threading.Event()
+    found: list[str] = []
+
+    async def serve() -> None:
+        async def answer(request: web.Request) -> web.Response:
+            return web.json_response({"observation": "x"})
+
+        app = web.Application()
+        app.router.add_post("/step", answer)
+        runner = web.AppRunner(app, keepalive_timeout=0.3)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        found.append(f"http://127.0.0.1:{runner.addresses[0][1]}")
+        ready.set()
+        await asyncio.to_thread(done.wait, 60)
+        await runner.cleanup()
+
+    async def steps() -> None:
+        pool = Pool(found, 5.0)
+        for _ in range(2):
+            await pool.call(pool.servers[0], "POST", "/step", {}, again=False)
+            time.sleep(1.0)  # as a batch on the CPU does
+
+    server = threading.Thread(target=asyncio.run, args=[serve()])
+    server.start()
+    try:
+        assert ready.wait(30)
+        asyncio.run(steps())
+    finally:
+        done.set()
+        server.join(30)
 
 
 def test_a_server_that_is_down_is_said_to_be() -> None:
