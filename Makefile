@@ -11,8 +11,8 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) 
 CODE := icrl_megatron kernels recipes tests tools
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-alfworld install-nemo quickstart system-packages test test-engine test-cluster lint format bench \
-	reproduce-small clean
+.PHONY: help install install-dev install-alfworld install-nemo quickstart system-packages test test-engine test-cluster \
+	lint format bench reproduce-small clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

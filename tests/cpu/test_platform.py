@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -139,16 +142,29 @@ def test_transformers_still_loads_models(tmp_path: Path, dtype: torch.dtype) -> 
     assert generated.shape == (1, 8)
 
 
-def test_gpu_layers_come_from_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is installed the spec is built from its modules (no GPU is needed for that); elsewhere it is missed."""
+def test_gpu_layers_come_from_transformer_engine() -> None:
+    script = Path(__file__).parents[1] / "te_spec.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    parts = json.loads(done.stdout.splitlines()[-1])
+    assert {
+        name: parts[name] for name in ("linear_qkv", "core_attention", "linear_proj", "linear_fc1", "linear_fc2")
+    } == {
+        "linear_qkv": "TELayerNormColumnParallelLinear",
+        "core_attention": "TEDotProductAttention",
+        "linear_proj": "TERowParallelLinear",
+        "linear_fc1": "TELayerNormColumnParallelLinear",
+        "linear_fc2": "TERowParallelLinear",
+    }
+    assert parts["q_layernorm"] == parts["k_layernorm"] == "TENorm", "Qwen3 normalises queries and keys"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="Transformer Engine is here")
+def test_missing_transformer_engine_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     capable(monkeypatch, (9, 0))
-    config: Any = None  # neither answer looks at it
-    if importlib.util.find_spec("transformer_engine") is None:
-        with pytest.raises(ConfigError, match=r"Transformer Engine.*not installed"):
-            platform.block_spec(config, "auto")
-    else:
-        layer = platform.block_spec(config, "auto").submodules
-        assert layer.self_attention.submodules.core_attention.__name__ == "TEDotProductAttention"
+    config: Any = None  # nobody looks at it
+    with pytest.raises(ConfigError, match=r"Transformer Engine.*not installed"):
+        platform.block_spec(config, "auto")
 
 
 def test_layers_and_heads_that_cannot_be_here_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

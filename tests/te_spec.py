@@ -1,0 +1,57 @@
+"""Prints the modules of the GPU layer spec, as JSON: `python tests/te_spec.py`. In a process of its own.
+
+Without Transformer Engine its names are stood in for, so that Megatron's own classes around them can be defined and its
+own function builds the spec; nothing of it could compute.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import sys
+import types
+from typing import Any
+
+import torch
+
+from icrl_megatron.actor import platform
+
+PACKAGE, VERSION = "transformer_engine", "2.8.0"
+
+
+class Name(type):
+    """A class for whatever is asked for, at any depth."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Name(name, (), {})
+
+
+class Names(types.ModuleType):
+    __getattr__ = Name.__getattr__
+
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        mine = name.split(".")[0] == PACKAGE
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if mine else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        module = Names(spec.name)
+        module.__version__ = VERSION  # type: ignore[attr-defined]
+        return module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """There is nothing in it."""
+
+
+if __name__ == "__main__":
+    if importlib.util.find_spec(PACKAGE) is None:
+        sys.meta_path.insert(0, Finder())
+    platform.device = lambda: torch.device("cuda", 0)  # its answer to one question; no GPU is used
+    layer = platform.block_spec(None, "auto").submodules  # type: ignore[arg-type]
+    parts = {**vars(layer.self_attention.submodules), **vars(layer.mlp.submodules)}
+    print(json.dumps({name: getattr(part, "__name__", str(part)) for name, part in parts.items()}))
