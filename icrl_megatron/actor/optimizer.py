@@ -112,18 +112,25 @@ class Optimizer:
     @property
     def steps(self) -> int:
         """Updates applied so far."""
-        state = self.distributed.optimizer.state
-        # torch's Adam counts in its states, fused ones in their groups.
-        counts = [int(s["step"]) for s in (*state.values(), *self.distributed.optimizer.param_groups) if "step" in s]
-        return max(counts, default=0)
+        inner = self.distributed.optimizer
+        counted = inner.param_groups if self._fused else inner.state.values()
+        return max((int(c["step"]) for c in counted if "step" in c), default=0)
 
     @steps.setter
     def steps(self, value: int) -> None:
-        for state in self.distributed.optimizer.state.values():
-            state["step"] = torch.tensor(float(value)) if torch.is_tensor(state["step"]) else value
-        for group in self.distributed.optimizer.param_groups:
-            if "step" in group:
+        inner = self.distributed.optimizer
+        if self._fused:
+            # A new optimizer has no count yet, and one that it began at 1 would correct the bias of old moments.
+            for group in inner.param_groups:
                 group["step"] = value
+        else:
+            for state in inner.state.values():
+                state["step"] = torch.tensor(float(value))
+
+    @property
+    def _fused(self) -> bool:
+        """Transformer Engine's and Apex's Adam count in their groups, torch's in its states."""
+        return not isinstance(self.distributed.optimizer, (torch.optim.Adam, torch.optim.AdamW))
 
     def _shards(self, param: torch.nn.Parameter) -> dict[str, Tensor]:
         """This rank's flat shards of the parameter's states, made as zeros before the first step; {} if it has none."""
@@ -133,6 +140,9 @@ class Optimizer:
         main = self.distributed.optimizer.param_groups[group]["params"][order]
         state = self.distributed.optimizer.state[main]
         if "exp_avg" not in state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(main), torch.zeros_like(main)
+            if not self._fused:
+                state["step"] = torch.tensor(0.0)
+            # Where the parameter is, though the main weight may be offloaded: `Offload` brings back what it took.
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(main, device=param.device)
         return {"param": main, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}

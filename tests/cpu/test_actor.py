@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -226,6 +227,56 @@ def test_saving_before_the_first_update(make: Callable[..., Actor], folder: Path
     for a in (actor, resumed):
         step(a)
     assert same(weights(actor), weights(resumed))
+
+
+class CountingInGroups(torch.optim.Optimizer):
+    """Adam as the GPU's fused ones keep it: one count of steps a group, none before the first."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float, betas: Any, eps: float, adam_w_mode: bool) -> None:
+        assert adam_w_mode
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                state["exp_avg"].lerp_(p.grad, 1 - beta1)
+                state["exp_avg_sq"].lerp_(p.grad**2, 1 - beta2)
+                root = (state["exp_avg_sq"] / (1 - beta2 ** group["step"])).sqrt() + group["eps"]
+                p.mul_(1 - lr * group["weight_decay"])
+                p.addcdiv_(state["exp_avg"], root, value=-lr / (1 - beta1 ** group["step"]))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_optimizer_that_counts_in_groups_resumes_at_its_count(
+    make: Callable[..., Actor], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """Transformer Engine's and Apex's, which need a GPU: begun at 1 again, the next update would be ten times as long."""
+    torchs = make(precision)
+    step(torchs)
+    for module in ("megatron.core.optimizer", "megatron.core.optimizer.distrib_optimizer"):
+        monkeypatch.setattr(f"{module}.Adam", CountingInGroups)
+    monkeypatch.setattr("megatron.core.optimizer.USING_PYTORCH_OPTIMIZER", False)
+    actor, resumed = make(precision), make(precision)
+    assert isinstance(actor.optimizer.distributed.optimizer, CountingInGroups)
+    step(actor)
+    expected, found = weights(torchs), weights(actor)
+    assert all(torch.allclose(found[n], expected[n], atol=1e-6) for n in expected)
+    for seed in (1, 2):
+        step(actor, seed)
+    saved = save(actor, folder, tmp_path, 3)
+    load(resumed, saved)
+    assert resumed.optimizer.steps == 3
+    for a in (actor, resumed):
+        step(a, seed=4)
+    assert same(weights(actor), weights(resumed)) and resumed.optimizer.steps == 4
 
 
 @pytest.mark.parametrize("damage", ["record", "metadata", "cut", "gone"])
