@@ -274,7 +274,7 @@ class ActorSettings:
     layers: str = "auto"
     """auto (Transformer Engine on GPUs, torch on CPUs) | transformer_engine | torch."""
     fp8: str = "off"
-    """off | delayed | current | blockwise: Transformer Engine's recipes, on GPUs with FP8 only."""
+    """off | current (a scale a tensor) | blockwise: Transformer Engine's recipes, on GPUs with FP8 only."""
     recompute: str = "none"
     """none | selective | full."""
     offload: str = "none"

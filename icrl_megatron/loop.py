@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from icrl_megatron.actor.platform import token_multiple
 from icrl_megatron.algo.credit import CreditReport, credit
 from icrl_megatron.config import Settings
 from icrl_megatron.data.packing import pack
@@ -76,7 +77,7 @@ def update(parts: Parts, recorder: Recorder, report: CreditReport) -> StepStats:
     settings, grid = parts.settings, parts.grid
     layout = {
         "micro_batch_tokens": settings.actor.micro_batch_tokens,
-        "align": settings.actor.tensor_parallel if settings.actor.sequence_parallel else 1,
+        "align": token_multiple(settings.actor),
         "replica": grid.data_rank,
         "replicas": grid.data,
     }

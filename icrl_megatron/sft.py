@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from icrl_megatron.actor import checkpoint
 from icrl_megatron.actor import grid as grids
+from icrl_megatron.actor.platform import token_multiple
 from icrl_megatron.algo.samples import to_samples
 from icrl_megatron.config import AlgoSettings, Calibration, ConfigError, Settings, WarmStart
 from icrl_megatron.data.packing import pack
@@ -89,7 +90,7 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     found = checkpoint.complete(root)
     done = checkpoint.load(found[-1], actor.rows, actor.optimizer, grid).step if found else 0
     writer = MetricsWriter(run_dir, done if found else None) if grid.rank == 0 else None
-    align = settings.actor.tensor_parallel if settings.actor.sequence_parallel else 1
+    align = token_multiple(settings.actor)
 
     def save(step: int) -> None:
         state = checkpoint.Progress(step, 0, actor.optimizer.steps, 0)

@@ -32,7 +32,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "algo.loss_normalisation": ("sequence_mean", "token_mean"),
     "algo.on_no_signal": ("error", "skip", "train"),
     "actor.precision": ("bf16", "fp32"),
-    "actor.fp8": ("off", "delayed", "current", "blockwise"),
+    "actor.fp8": ("off", "current", "blockwise"),
     "actor.offload": ("none", "optimizer", "all"),
     "actor.recompute": ("none", "selective", "full"),
     "actor.layers": ("auto", "transformer_engine", "torch"),

@@ -55,10 +55,8 @@ def transformer_config(shape: Qwen3Shape, actor: ActorSettings) -> TransformerCo
         attention_dropout=0.0,
         hidden_dropout=0.0,
         bias_dropout_fusion=False,
-        bias_activation_fusion=False,
         persist_layer_norm=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
         tensor_model_parallel_size=actor.tensor_parallel,
         pipeline_model_parallel_size=actor.pipeline_parallel,
         sequence_parallel=actor.sequence_parallel,
@@ -74,6 +72,7 @@ def transformer_config(shape: Qwen3Shape, actor: ActorSettings) -> TransformerCo
         batch_p2p_comm=platform.device().type != "cpu",
         batch_p2p_sync=False,
         **recompute,
+        **platform.fusions(actor.layers),
         **platform.fp8_config(actor),
     )
 

@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise", "blockwise": "blockwise"}
-"""Our names to Megatron's `fp8_recipe`."""
+FP8_RECIPES = {"current": "tensorwise", "blockwise": "blockwise"}
+"""Our names to Megatron's `fp8_recipe`. Only those whose scales come from the tensor itself: with delayed scaling's, from
+the history of the passes before, scoring and training of the same weights would not compute the same function."""
+_FP8_TOKENS = {"off": 1, "current": 16, "blockwise": 128}
+"""Tokens of an FP8 product come in multiples of this: what cuBLAS takes (Megatron's get_fp8_align_size), and a block."""
 _NAMES_CUDA = (
     "megatron.core.optimizer.optimizer",
     "megatron.core.optimizer.clip_grads",
@@ -127,11 +130,28 @@ def head_chunking(actor: ActorSettings) -> Chunking:
     return Chunking(actor.head_chunk_tokens, backend, actor.head_logits)
 
 
+def token_multiple(actor: ActorSettings) -> int:
+    """What a micro-batch's tokens must be a multiple of: each rank of a sequence-parallel group has a whole share."""
+    return _FP8_TOKENS[actor.fp8] * (actor.tensor_parallel if actor.sequence_parallel else 1)
+
+
+def fusions(layers: str) -> dict[str, bool]:
+    """TransformerConfig arguments for `actor.layers`: the fused kernels that Megatron's own launcher takes by default,
+    where Transformer Engine has them. Not run on a GPU yet.
+
+    Without the fused rotary embedding Megatron asks the GPU for the lengths of the sequences in every layer. Products
+    add to fp32 gradients only where Apex's extension is there, which Megatron demands.
+    """
+    fused = layers != "torch" and device().type == "cuda"
+    apex = fused and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    return {"apply_rope_fusion": fused, "bias_activation_fusion": fused, "gradient_accumulation_fusion": apex}
+
+
 def fp8_config(settings: ActorSettings) -> dict[str, Any]:
     """TransformerConfig arguments for `actor.fp8`; empty when off.
 
-    E4M3 forward and E5M2 backward for delayed scaling, E4M3 throughout for the finer-grained recipes. The last layers
-    and the head stay in bf16 by Megatron's own default of quantising only the decoder's linears.
+    E4M3 with a scale for each block; with one for a whole tensor, gradients take E5M2 for its range. The head stays in
+    bf16 by Megatron's own default of quantising only the decoder's linears.
 
     Raises:
         ConfigError: the recipe is unknown, precision is not bf16, or the hardware has no FP8.
@@ -144,11 +164,8 @@ def fp8_config(settings: ActorSettings) -> dict[str, Any]:
         raise ConfigError(f"actor.fp8={settings.fp8} needs actor.precision=bf16, got {settings.precision}")
     require_fp8_hardware(settings.fp8)
     return {
-        "fp8": "hybrid" if settings.fp8 == "delayed" else "e4m3",
+        "fp8": "hybrid" if settings.fp8 == "current" else "e4m3",
         "fp8_recipe": FP8_RECIPES[settings.fp8],
-        "fp8_margin": 0,
-        "fp8_amax_history_len": 1024 if settings.fp8 == "delayed" else 1,
-        "fp8_amax_compute_algo": "max" if settings.fp8 == "delayed" else "most_recent",
     }
 
 

@@ -249,7 +249,7 @@ def test_gpus_by_name_and_by_driver() -> None:
     assert found.memory_bytes == 80000 * 2**20
     assert hardware._of_smi("Quadro K620, 2048") is None
     with pytest.raises(ConfigError, match="no FP8"):
-        planner.plan(load("actor.fp8=delayed"), gpu=hardware.GPUS["a100"])
+        planner.plan(load("actor.fp8=current"), gpu=hardware.GPUS["a100"])
 
 
 def test_training_is_checked_only_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,22 +36,29 @@ def capable(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> Non
 @pytest.mark.parametrize(
     ("fp8", "values"),
     [
-        ("delayed", ("hybrid", "delayed", 1024, "max")),
-        ("current", ("e4m3", "tensorwise", 1, "most_recent")),
-        ("blockwise", ("e4m3", "blockwise", 1, "most_recent")),
+        ("current", {"fp8": "hybrid", "fp8_recipe": "tensorwise"}),
+        ("blockwise", {"fp8": "e4m3", "fp8_recipe": "blockwise"}),
     ],
 )
-def test_fp8_recipes_become_megatrons(
-    monkeypatch: pytest.MonkeyPatch, fp8: str, values: tuple[str, str, int, str]
-) -> None:
+def test_fp8_recipes_become_megatrons(monkeypatch: pytest.MonkeyPatch, fp8: str, values: dict[str, str]) -> None:
     capable(monkeypatch, (9, 0))
-    found = platform.fp8_config(ActorSettings(fp8=fp8))
-    keys = ("fp8", "fp8_recipe", "fp8_amax_history_len", "fp8_amax_compute_algo")
-    assert tuple(found[k] for k in keys) == values and found["fp8_margin"] == 0
-    assert len(found) == 5
+    assert platform.fp8_config(ActorSettings(fp8=fp8)) == values
 
 
-@pytest.mark.parametrize("fp8", ["delayed", "current", "blockwise"])
+@pytest.mark.parametrize("fp8", platform.FP8_RECIPES)
+def test_fp8_micro_batches_are_of_whole_products(fp8: str) -> None:
+    """Megatron's multiple for the recipe, in each rank's share of the tokens too."""
+    from megatron.core.fp8_utils import get_fp8_align_size
+
+    for tensor, sequence in ((1, False), (2, False), (4, True)):
+        settings = ActorSettings(fp8=fp8, tensor_parallel=tensor, sequence_parallel=sequence)
+        share = platform.token_multiple(settings) // (tensor if sequence else 1)
+        assert share % get_fp8_align_size(platform.FP8_RECIPES[fp8]) == 0
+    assert platform.token_multiple(ActorSettings(tensor_parallel=4, sequence_parallel=True)) == 4
+    assert platform.token_multiple(ActorSettings(tensor_parallel=4)) == 1
+
+
+@pytest.mark.parametrize("fp8", platform.FP8_RECIPES)
 def test_megatron_takes_the_fp8_arguments(monkeypatch: pytest.MonkeyPatch, fp8: str) -> None:
     """Megatron's own configuration accepts them: names and values that it knows."""
     from megatron.core.enums import Fp8Recipe
@@ -61,13 +68,12 @@ def test_megatron_takes_the_fp8_arguments(monkeypatch: pytest.MonkeyPatch, fp8: 
     arguments = platform.fp8_config(ActorSettings(fp8=fp8))
     config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=2, bf16=True, **arguments)
     assert config.fp8_recipe in {recipe.value for recipe in Fp8Recipe}
-    assert (config.fp8, config.fp8_amax_history_len) == (arguments["fp8"], arguments["fp8_amax_history_len"])
+    assert config.fp8 == arguments["fp8"]
 
 
 @pytest.mark.parametrize(
     ("fp8", "capability", "needed"),
     [
-        ("delayed", (8, 0), "(8, 9)"),
         ("current", (8, 0), "(8, 9)"),
         ("blockwise", (8, 0), "(9, 0)"),
         ("blockwise", (8, 9), "(9, 0)"),
@@ -84,10 +90,10 @@ def test_hardware_without_fp8_is_refused(
 
 def test_ada_has_fp8_but_not_blockwise(monkeypatch: pytest.MonkeyPatch) -> None:
     capable(monkeypatch, (8, 9))
-    assert platform.fp8_config(ActorSettings(fp8="delayed"))["fp8_recipe"] == "delayed"
+    assert platform.fp8_config(ActorSettings(fp8="current"))["fp8_recipe"] == "tensorwise"
 
 
-@pytest.mark.parametrize("fp8", ["delayed", "current", "blockwise"])
+@pytest.mark.parametrize("fp8", platform.FP8_RECIPES)
 def test_fp8_on_a_cpu_is_refused(fp8: str) -> None:
     with pytest.raises(ConfigError, match=f"actor.fp8={fp8}.*no GPU.*actor.fp8=off"):
         platform.fp8_config(ActorSettings(fp8=fp8))
@@ -99,7 +105,7 @@ def test_other_fp8_mistakes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"actor\.fp8=mxfp4: expected off or one of"):
         platform.fp8_config(ActorSettings(fp8="mxfp4"))
     with pytest.raises(ConfigError, match=r"needs actor\.precision=bf16, got fp32"):
-        platform.fp8_config(ActorSettings(fp8="delayed", precision="fp32"))
+        platform.fp8_config(ActorSettings(fp8="current", precision="fp32"))
 
 
 def test_asking_for_a_gpu_that_is_not_there() -> None:

@@ -242,7 +242,7 @@ def test_every_range_is_checked(name: str, low: float) -> None:
         ("engine.kind=sglang engine.python=/nowhere/python", "engine.python=/nowhere/python: cannot be run"),
         ("engine.quantization=int3", "choose one of '', fp8"),
         ("rollout.critic=external", "rollout.external.url"),
-        ("actor.fp8=delayed", "actor.fp8=delayed needs a GPU"),
+        ("actor.fp8=current", "actor.fp8=current needs a GPU"),
         ("model.init=null", "model.path is empty"),
         ("rollout.context_tokens=5000", "the model has 1024 positions"),
         ("rollout.max_turn_tokens=512", "leaves no room for a prompt"),

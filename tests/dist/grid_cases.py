@@ -35,6 +35,8 @@ class Layout:
     recompute: str = "none"
     shuffle: bool = False
     head: str = "torch"
+    multiple: int = 1
+    """Tokens of a micro-batch come in multiples of this, as FP8 products want them."""
 
     @property
     def world(self) -> int:
@@ -45,10 +47,12 @@ LAYOUTS = {
     "one": Layout(budget=4096),
     "budget": Layout(budget=48),
     "shuffled": Layout(shuffle=True),
+    "padded": Layout(multiple=128),
     "full": Layout(recompute="full"),
     "selective": Layout(recompute="selective"),
     "tp2": Layout(tensor=2),
     "tp2sp": Layout(tensor=2, sequence=True),
+    "tp2sp-padded": Layout(tensor=2, sequence=True, multiple=16),
     "tp2sp-full": Layout(tensor=2, sequence=True, recompute="full"),
     "pp2": Layout(pipeline=2),
     "pp2-selective": Layout(pipeline=2, recompute="selective"),

@@ -37,6 +37,7 @@ from icrl_megatron.actor import checkpoint, export  # noqa: E402
 from icrl_megatron.actor import grid as grids  # noqa: E402
 from icrl_megatron.actor.actor import Actor, InvariantError, ScoredPlan  # noqa: E402
 from icrl_megatron.actor.optimizer import Applied  # noqa: E402
+from icrl_megatron.actor.platform import token_multiple  # noqa: E402
 from icrl_megatron.actor.weights import Gatherer  # noqa: E402
 from icrl_megatron.config import Settings  # noqa: E402
 from icrl_megatron.data.packing import pack  # noqa: E402
@@ -62,7 +63,7 @@ class Bench:
             self.case.draw(self.layout),
             self.settings.algo,
             micro_batch_tokens=self.layout.budget,
-            align=self.layout.tensor if self.layout.sequence else 1,
+            align=self.layout.multiple * token_multiple(self.settings.actor),
             replica=self.grid.data_rank,
             replicas=self.grid.data,
             prompt="train" if prompt == "train" else "behaviour",
