@@ -87,6 +87,7 @@ class Recorder:
             self.step, self.generated = resumed.step, resumed.generated_tokens
             parts.sync.version = resumed.weight_version - 1
             progress.log(f"resuming from {found[-1]}")
+        parts.actor.offload.release()
         parts.sync.push()
         main = parts.grid.rank == 0
         self._resume_curriculum(main)

@@ -18,6 +18,7 @@ from icrl_megatron import loop, wiring
 from icrl_megatron.actor import grid as grids
 from icrl_megatron.actor import platform
 from icrl_megatron.actor.actor import Actor
+from icrl_megatron.actor.grid import any_rank
 from icrl_megatron.actor.weights import Gatherer
 from icrl_megatron.config import ConfigError, Settings
 from icrl_megatron.data.curriculum import Curriculum
@@ -72,18 +73,30 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     check_prompts(drawn_from, settings, catalogue, prompter)
     curriculum = Curriculum(settings.tasks.curriculum_floor) if settings.tasks.curriculum else None
     sampler = TaskSampler(settings.tasks.sources, drawn_from, settings.seed, curriculum)
-    # Servers start while the actor is built. An engine in this process waits for the actor, which says best what is
-    # wrong with a model.
+    # Servers start while the actor is built, where they do not take its memory. An engine in this process waits for the
+    # actor, which says best what is wrong with a model.
     served = settings.engine.kind == "sglang"
     engines = wiring.build_engines(settings, folder, grid) if served else None
     try:
+        first = engines is not None and engines.in_turn
+        if first:
+            _wait_ready(engines, grid, progress)
         actor = Actor(settings, folder, grid)
         engines = engines if served else wiring.build_engines(settings, folder, grid)
+        if not first:
+            _wait_ready(engines, grid, progress)
         parts = _parts(settings, grid, actor, catalogue, prompter, engines, sampler, progress)
         return _train(parts, catalogue, Recorder(parts, run_folder(settings), progress, stop))
     finally:
         if engines is not None:
             engines.close()
+
+
+def _wait_ready(engines: Engines | None, grid: grids.Grid, progress: Progress) -> None:
+    if engines is not None:
+        with progress.phase("engine") as bar:
+            engines.wait_ready(lambda: bar.advance(0))
+        any_rank(grid, False)  # a server's GPUs are those of ranks that do not lead it, too
 
 
 def _parts(
@@ -96,9 +109,6 @@ def _parts(
     sampler: TaskSampler,
     progress: Progress,
 ) -> Parts:
-    if engines is not None:
-        with progress.phase("engine") as bar:
-            engines.wait_ready(lambda: bar.advance(0))
     sync = wiring.weight_sync(settings, Gatherer(actor.rows, grid), engines, actor.shape.tied)
     return Parts(
         settings=settings,

@@ -26,7 +26,7 @@ from icrl_megatron.telemetry.progress import Progress
 
 
 def build_engines(settings: Settings, folder: Path, grid: grids.Grid) -> Engines | None:
-    """This rank's engines, started but perhaps not ready; None in the debug modes that generate nothing."""
+    """This rank's engines, not ready yet; None in the debug modes that generate nothing."""
     if settings.debug.mode in ("from_dump", "fake_data"):
         return None
     dtype, logs = DTYPES[settings.actor.precision], run_folder(settings) / "logs"
@@ -38,7 +38,7 @@ def weight_sync(settings: Settings, gatherer: Gatherer, engines: Engines | None,
     if engines is None:
         return WeightSync(gatherer, NoEngine())
     if settings.engine.kind == "local" or settings.engine.quantization:  # what was quantised has other values
-        return WeightSync(gatherer, engines.trained)
+        return WeightSync(gatherer, engines.trained, frozen=engines.frozen)
 
     def verify() -> None:
         stream = gatherer.stream()
@@ -47,7 +47,7 @@ def weight_sync(settings: Settings, gatherer: Gatherer, engines: Engines | None,
         for _ in stream:
             pass
 
-    return WeightSync(gatherer, engines.trained, verify=verify)
+    return WeightSync(gatherer, engines.trained, verify, engines.frozen)
 
 
 def episode_source(

@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 FP8_RECIPES = {"current": "tensorwise", "blockwise": "blockwise"}
-"""Our names to Megatron's `fp8_recipe`. Only those whose scales come from the tensor itself: with delayed scaling's, from
-the history of the passes before, scoring and training of the same weights would not compute the same function."""
+"""Our names to Megatron's `fp8_recipe`. Only those whose scales come from the tensor itself: delayed scaling takes them
+from the passes before, and scoring and training of the same weights would not compute the same function."""
 _FP8_TOKENS = {"off": 1, "current": 16, "blockwise": 128}
-"""Tokens of an FP8 product come in multiples of this: what cuBLAS takes (Megatron's get_fp8_align_size), and a block."""
+"""Tokens of an FP8 product come in multiples of this: what cuBLAS takes (as in Megatron's get_fp8_align_size), or a
+block."""
 _NAMES_CUDA = (
     "megatron.core.optimizer.optimizer",
     "megatron.core.optimizer.clip_grads",

@@ -13,19 +13,25 @@ class WeightSync:
     """Streams full Hugging Face tensors from the grid into this rank's engine. All ranks call each method together."""
 
     def __init__(
-        self, gatherer: Gatherer, engine: WeightReceiver, version: int = 0, verify: Callable[[], None] | None = None
+        self,
+        gatherer: Gatherer,
+        engine: WeightReceiver,
+        verify: Callable[[], None] | None = None,
+        frozen: WeightReceiver | None = None,
     ) -> None:
         """`verify` compares what the engine holds with the actor's weights (`rollout.sglang_checks`), once, after the
-        first push."""
-        self.gatherer, self.engine, self.version = gatherer, engine, version
+        first push. `frozen` is an engine that is sent nothing, and gives its memory at the same times."""
+        self.gatherer, self.engine, self.frozen, self.version = gatherer, engine, frozen, 0
         self.memory_gib: dict[str, float] = {}
         """Memory in use on this rank's device at each point of the last step, by the actor and the engine together."""
         self._verify = verify
 
     def sleep(self) -> None:
-        """The engine gives its memory to the actor until the next push."""
+        """The engines give their memory to the actor until the next push."""
         self.memory_gib = {"rollout": platform.memory_gib()}
         self.engine.sleep()
+        if self.frozen is not None:
+            self.frozen.sleep()
         self.memory_gib["asleep"] = platform.memory_gib()
 
     def push(self) -> int:
@@ -37,6 +43,9 @@ class WeightSync:
         self.engine.update_weights(self.gatherer.stream(), self.version)
         self.memory_gib["weights"] = platform.memory_gib()
         self.engine.wake()
+        if self.frozen is not None:
+            self.frozen.wake_weights()
+            self.frozen.wake()
         self.memory_gib["awake"] = platform.memory_gib()
         if self._verify is not None:
             self._verify()

@@ -46,15 +46,30 @@ class Engines:
     frozen: Engine | None
     """The starting weights, for `rollout.critic=frozen`."""
     share: Share
+    in_turn: bool = False
+    """On the actor's GPUs a server takes its memory while nobody else does: it sizes its cache by what it finds free,
+    and SGLang refuses GPUs that differ. The same on every rank."""
 
     def _served(self) -> list[SGLangEngine]:
         return [e for e in (self.solver, self.frozen) if isinstance(e, SGLangEngine)]
 
-    def wait_ready(self, tick: Callable[[], None] = lambda: None) -> None:
-        """Raises EngineError with the end of the log of a server that does not become ready."""
+    def start(self) -> None:
+        """Starts every server that is this rank's own."""
         for engine in self._served():
             if engine.server.spec is not None:
-                engine.server.wait_ready(tick)
+                engine.server.start()
+
+    def wait_ready(self, tick: Callable[[], None] = lambda: None) -> None:
+        """Raises EngineError with the end of the log of a server that does not become ready. Servers `in_turn` are
+        started here, one after another, and sleep from then until weights are pushed."""
+        for engine in self._served():
+            if engine.server.spec is None:
+                continue
+            if self.in_turn:
+                engine.server.start()
+            engine.server.wait_ready(tick)
+            if self.in_turn:
+                engine.sleep()
 
     def lost(self) -> str:
         """Why an engine of this rank must be revived; empty when none must."""
@@ -88,7 +103,7 @@ def lead_rank(rank: int, world: int, servers: int) -> int:
 def build(
     settings: Settings, folder: Path, grid: Grid, dtype: torch.dtype, device: torch.device, logs: Path
 ) -> Engines:
-    """Starts what this rank leads, without waiting for it (`wait_ready`). All ranks call it together.
+    """What this rank leads, started but for `in_turn`, and not waited for (`wait_ready`). All ranks call it together.
 
     Raises ConfigError where an engine cannot be what the settings ask for.
     """
@@ -97,19 +112,20 @@ def build(
         local = LocalEngine(folder, engine, dtype, device)
         start = LocalEngine(folder, engine, dtype, device) if frozen else None
         return Engines(local, local, start, Share(grid.rank, grid.world))
-    if device.type == "cuda" and not engine.urls and "expandable_segments:True" in _allocator_settings():
+    in_turn = device.type == "cuda" and not engine.urls
+    if in_turn and "expandable_segments:True" in _allocator_settings():
         raise ConfigError(
             "PYTORCH_CUDA_ALLOC_CONF has expandable_segments:True: such memory can be neither released nor mapped by "
             "an engine beside the actor; take it out, or use engine.urls"
         )
     servers = server_count(settings, grid.world)
     lead, number = lead_rank(grid.rank, grid.world, servers), grid.rank // (grid.world // servers)
-    group = _group(grid, servers) if device.type == "cuda" and not engine.urls else None
+    group = _group(grid, servers) if in_turn else None
     shapes = tensor_shapes(folder)
     if grid.rank != lead:
         offers = SharedMemory(None, engine.tensor_parallel, group, lead, engine.sync_timeout_s) if group else None
         follower = Follower(Sink(shapes, dtype, device, engine.bucket_mib), offers)
-        return Engines(follower, None, None, Share(None, servers))
+        return Engines(follower, None, None, Share(None, servers), in_turn)
     if engine.urls:
         server, workers = _remote(settings, engine.urls[number])
         host = _address()
@@ -118,7 +134,6 @@ def build(
             return OverGroup(server, workers, host, device, engine.sync_timeout_s)
     else:
         server = Server(_spec(settings, folder, device, logs / f"sglang_{number}.log"))
-        server.start()
 
         def transport() -> Transport:
             return SharedMemory(server, engine.tensor_parallel, group, lead, engine.sync_timeout_s)
@@ -126,10 +141,13 @@ def build(
     trained = SGLangEngine(server, engine, transport, shapes, dtype, device)
     critic = None
     if frozen:
-        apart = Server(_spec(settings, folder, device, logs / f"sglang_critic_{number}.log"))
-        apart.start()
+        log = logs / f"sglang_critic_{number}.log"
+        apart = Server(replace(_spec(settings, folder, device, log), keeps_weights=True))
         critic = SGLangEngine(apart, engine, _no_transport, shapes, dtype, device)
-    return Engines(trained, trained, critic, Share(number, servers))
+    engines = Engines(trained, trained, critic, Share(number, servers), in_turn)
+    if not in_turn:
+        engines.start()
+    return engines
 
 
 def server_count(settings: Settings, world: int) -> int:

@@ -53,6 +53,8 @@ class ServerSpec:
     """File that its output is appended to."""
     on_cpu: bool
     first_gpu: int = 0
+    keeps_weights: bool = False
+    """Nobody sends it weights: those that it was started with outlive its sleep, in host memory."""
 
     @property
     def python(self) -> str:
@@ -74,6 +76,7 @@ class ServerSpec:
         else:
             command += ["--base-gpu-id", str(self.first_gpu), "--enable-memory-saver"]
             command += ["--mem-fraction-static", str(settings.memory_fraction)]
+            command += ["--enable-weights-cpu-backup"] if self.keeps_weights else []
         if kv_tokens:
             command += ["--max-total-tokens", str(kv_tokens)]
         if settings.quantization:

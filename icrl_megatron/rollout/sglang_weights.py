@@ -47,7 +47,8 @@ class Placed:
 
 
 class Bucket:
-    """A buffer that is filled again and again: the receiver has copied what was in it before it answers."""
+    """A buffer that is filled again and again: the receiver has copied what was in it before it answers. (A server on a
+    GPU drops its view of the buffer before it answers, and torch waits for the copies of a stream that used one.)"""
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         with _by_name():
@@ -282,7 +283,11 @@ class Sink:
                 answer()
             raise
         answer()
-        self._pair = pair if self._device.type == "cpu" else None
+        if self._device.type == "cpu":
+            self._pair = pair
+        else:
+            del bucket, pair
+            torch.cuda.ipc_collect()  # what was shared is free only when it is asked whether the server let go of it
 
     def _buckets(self) -> tuple[Bucket, Bucket]:
         """Two that can take turns; where all weights fit into one it is both."""

@@ -258,7 +258,7 @@ class CountingInGroups(torch.optim.Optimizer):
 def test_an_optimizer_that_counts_in_groups_resumes_at_its_count(
     make: Callable[..., Actor], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    """Transformer Engine's and Apex's, which need a GPU: begun at 1 again, the next update would be ten times as long."""
+    """Transformer Engine's and Apex's, which need a GPU: begun at 1 again, an update would be ten times as long."""
     torchs = make(precision)
     step(torchs)
     for module in ("megatron.core.optimizer", "megatron.core.optimizer.distrib_optimizer"):

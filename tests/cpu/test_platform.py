@@ -165,6 +165,16 @@ def test_gpu_layers_come_from_transformer_engine() -> None:
     assert parts["q_layernorm"] == parts["k_layernorm"] == "TENorm", "Qwen3 normalises queries and keys"
 
 
+def test_kernels_are_fused_where_transformer_engine_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not any(platform.fusions("auto").values()) and not any(platform.fusions("torch").values())
+    capable(monkeypatch, (9, 0))
+    assert not any(platform.fusions("torch").values())
+    found = platform.fusions("auto")
+    assert found["apply_rope_fusion"] and found["bias_activation_fusion"]
+    apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    assert found["gradient_accumulation_fusion"] == apex
+
+
 @pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="Transformer Engine is here")
 def test_missing_transformer_engine_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     capable(monkeypatch, (9, 0))

@@ -7,13 +7,17 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from engine_cases import changed, engine_on, engine_settings, generate, greedy, load, reference_logprobs, weights
+from engine_cases import changed, engine_on, engine_settings, generate, greedy, load, reference_logprobs, spec, weights
 
+from icrl_megatron.actor import platform
+from icrl_megatron.actor.sync import WeightSync
 from icrl_megatron.config import ConfigError
 from icrl_megatron.rollout.engine import EngineError, RequestFailedError, Sampling
+from icrl_megatron.rollout.engines import Engines, Share
 from icrl_megatron.rollout.sglang import SGLangEngine
 from icrl_megatron.rollout.sglang_server import Server
 
@@ -137,6 +141,34 @@ def test_sleep_and_wake_in_two_stages(engine: SGLangEngine, model: Path) -> None
     engine.update_weights(weights(load(model)), 2)
     engine.wake()
     assert generate(engine, [(PROMPTS[0], Sampling(0.0, 4, 0, ()))])[0].weight_version == 2
+
+
+def test_servers_started_in_turn_sleep_until_weights_are_pushed(model: Path, tmp_path: Path) -> None:
+    """As beside an actor on a GPU, where a frozen critic's server gives its memory too, and keeps its weights."""
+    logs = (tmp_path / name for name in ("trained.log", "critic.log"))
+    trained, critic = (engine_on(Server(spec(model, log, engine_settings())), model, engine_settings()) for log in logs)
+    engines = Engines(trained, trained, critic, Share(0, 1), in_turn=True)
+    running: list[tuple[bool, bool]] = []
+    platform.prepare("cpu")  # it answers how much memory is in use
+    try:
+        engines.wait_ready(lambda: running.append((trained.server.alive(), critic.server.alive())))
+        assert running[0] == (True, False) and running[-1] == (True, True)
+        request = [(PROMPTS[0], Sampling(0.0, 8, 0, ()))]
+        for engine in (trained, critic):
+            with pytest.raises(EngineError, match="sleeps"):
+                generate(engine, request)
+        reference = load(model)
+        later, end = changed(reference, seed=3), reference.config.eos_token_id
+        sync = WeightSync(SimpleNamespace(stream=lambda: iter(later)), trained, frozen=critic)  # type: ignore[arg-type]
+        sync.push()
+        sync.sleep()
+        sync.push()
+        said = {name: generate(engine, request)[0] for name, engine in (("critic", critic), ("trained", trained))}
+        assert said["critic"].ids == greedy(reference, PROMPTS[0], 8, end=end)
+        reference.load_state_dict(dict(later))
+        assert said["trained"].ids == greedy(reference, PROMPTS[0], 8, end=end) != said["critic"].ids
+    finally:
+        engines.close()
 
 
 def test_a_request_that_cannot_be_served_is_refused_by_name(engine: SGLangEngine) -> None:
