@@ -2,7 +2,8 @@
 
 SGLang keeps q, k and v in one parameter, and gate and up in another, each worker with its share (models/qwen3.py), and
 pads the vocabulary to a multiple of 64 (layers/vocab_parallel_embedding.py). Its hash on a CPU is the beginning of
-SHA-256 over the bytes (managers/mm_utils.py); on a GPU it is a kernel of its own, which this module asks SGLang for.
+SHA-256 over the bytes (managers/mm_utils.py); on a GPU it is `word_hash`, here in torch, so that the trainer needs no
+SGLang of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from icrl_megatron.config import ConfigError
 from icrl_megatron.rollout.engine import EngineError
 
 _FUSED = {
@@ -27,6 +27,11 @@ _COLUMNS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 """Split over the workers by input."""
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 _VOCABULARY_MULTIPLE = 64
+_LOW = 0xFFFFFFFF
+_TILE = 8192
+"""Words that are hashed to one number."""
+_TILES_AT_ONCE = 256
+"""16 MiB of a tensor, and a few times that of scratch."""
 
 
 class Checksums:
@@ -95,17 +100,50 @@ class Checksums:
 def _hash(parts: list[Tensor]) -> str:
     """As SGLang hashes the parts in one tensor."""
     if parts[0].is_cuda:
-        try:
-            from sglang.srt.managers.mm_utils import tensor_hash
-        except ImportError as error:
-            raise ConfigError(
-                "Checksums of weights on a GPU need SGLang in the trainer's own environment: install it there"
-            ) from error
-        return f"{tensor_hash(torch.cat(parts)):016x}"
+        return f"{word_hash(torch.cat(parts)):016x}"
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def word_hash(tensor: Tensor) -> int:
+    """SGLang's hash of a tensor on a GPU (0.5.23: kernels/ops/memory/gpu_tensor_hash.py), on any device.
+
+    The bytes are 32-bit words. Each is mixed with its position, under two seeds; the sums over a tile of words, mixed
+    once more, are the halves of a 64-bit number, and the sum of those is mixed at last.
+    """
+    bytes_ = tensor.contiguous().reshape(-1).view(torch.uint8)
+    words = torch.nn.functional.pad(bytes_, (0, -len(bytes_) % 4)).view(torch.int32)
+    if len(words) == 0:
+        return 0
+    seed = 0x243F6A88
+    total = 0
+    for begin in range(0, len(words), _TILES_AT_ONCE * _TILE):
+        span = words[begin : begin + _TILES_AT_ONCE * _TILE].long() & _LOW
+        place = torch.arange(begin, begin + len(span), device=words.device)
+        high = _tiles(span, place, 0x27D4EB2D, seed, 15, len(words))
+        low = _tiles(span, place, 0x165667B1, (seed * 0x9E3779B1 ^ 0xDEADBEEF) & _LOW, 13, len(words))
+        total += (sum(high.tolist()) << 32) + sum(low.tolist())
+    x = total & 0xFFFFFFFFFFFFFFFF
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ x >> shift) * factor & 0xFFFFFFFFFFFFFFFF
+    return x ^ x >> 31
+
+
+def _tiles(words: Tensor, place: Tensor, factor: int, seed: int, turn: int, count: int) -> Tensor:
+    """int64 below 2^32 for each tile of the words, of which the whole tensor has `count`."""
+    turned = place << turn | place >> 32 - turn
+    mixed = _mix(words ^ (place * factor + seed ^ turned) & _LOW)
+    by_tile = torch.nn.functional.pad(mixed, (0, -len(mixed) % _TILE)).view(-1, _TILE)
+    return _mix((by_tile.sum(1) ^ 4 * count) & _LOW)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """MurmurHash3's 32-bit finaliser; the products wrap, and their low halves are what counts."""
+    x = (x ^ x >> 16) * 0x85EBCA6B & _LOW
+    x = (x ^ x >> 13) * 0xC2B2AE35 & _LOW
+    return x ^ x >> 16
 
 
 def _by_worker(answer: dict[str, Any]) -> list[dict[str, str]]:

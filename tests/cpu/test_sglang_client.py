@@ -13,7 +13,7 @@ from icrl_megatron.config import EngineSettings
 from icrl_megatron.rollout import sglang
 from icrl_megatron.rollout.engine import EngineError, EngineLostError, RequestFailedError, Sampling
 from icrl_megatron.rollout.sglang import SGLangEngine
-from icrl_megatron.rollout.sglang_checks import Checksums
+from icrl_megatron.rollout.sglang_checks import Checksums, word_hash
 from icrl_megatron.rollout.sglang_server import Server
 from icrl_megatron.rollout.sglang_weights import Answer, Bucket, Sink, Transport
 from icrl_megatron.types import Completion
@@ -242,3 +242,25 @@ def test_checksums_of_two_workers_are_those_of_their_shares() -> None:
     assert second[f"{prefix}self_attn.qkv_proj.weight"] == shares.expected[0]["qkv"]
     assert second[f"{prefix}mlp.down_proj.weight"] == shares.expected[0]["down"]
     assert second["model.embed_tokens.weight"] == shares.expected[0]["vocabulary"]
+
+
+@pytest.mark.parametrize(
+    ("count", "dtype", "expected"),
+    [
+        (0, torch.float32, 0),
+        (1, torch.float32, 0x4087E4143241FFF1),
+        (5, torch.bfloat16, 0xB0C7CAE84C841975),
+        (8192, torch.float32, 0xC3409EF0A2FF6AFF),
+        (20001, torch.bfloat16, 0x7CFE927DCA460A31),
+        (40000, torch.float32, 0x6E19D206290BCA5C),
+    ],
+)
+def test_the_hash_of_gpus_is_sglangs(count: int, dtype: torch.dtype, expected: int) -> None:
+    """What the kernel of SGLang 0.5.23 gives in Triton's interpreter."""
+    assert word_hash((torch.arange(count) * 0.37 - count / 5).to(dtype)) == expected
+
+
+def test_a_long_tensor_is_hashed_in_parts() -> None:
+    """As above, of more words than are mixed at once."""
+    half = (torch.arange(2_200_003) * 2654435761).remainder(65521).to(torch.bfloat16)
+    assert word_hash(torch.cat([half, half])) == 0x76CE81E400265105
