@@ -69,6 +69,13 @@ def training(out: Path, quick: bool) -> list[str]:
     return python("-m", "icrl_megatron.cli", "train", "rulebook_easy", *steps, where, f"actor.layers={layers}")
 
 
+def short(run: str) -> Callable[[Path, bool], list[str]]:
+    return lambda out, quick: python("tools/gpu_runs.py", run, "--out", str(out), *(["--steps", "3"] if quick else []))
+
+
+ACTOR_RUNS = ("actor_bf16", "actor_fp8_current", "actor_fp8_blockwise")
+ENGINE_RUNS = ("engine_bf16", "engine_fp8", "engine_frozen_critic")
+"""Of tools/gpu_runs.py, which needs more than this program does."""
 KERNEL_TESTS = [f"tests/cpu/test_{name}.py" for name in ("head", "head_autograd", "triton_kernels")]
 STAGES = (
     Stage("kernels", tests(*KERNEL_TESTS), ("pytest", "hypothesis")),
@@ -78,6 +85,8 @@ STAGES = (
     Stage("tune", bench("head_tuning.json", "--tune")),
     Stage("bench_head", bench("head_cuda.json")),
     Stage("icrl_run", training, RUN_NEEDS),
+    *(Stage(run, short(run), (*RUN_NEEDS, "transformer_engine")) for run in ACTOR_RUNS),
+    *(Stage(run, short(run), (*RUN_NEEDS, "sglang")) for run in ENGINE_RUNS),
 )
 
 

@@ -57,6 +57,23 @@ def test_stages_pass_fail_and_run_out_of_time(
     assert "| s | passed" in check.summary(here, [passed])
 
 
+def test_short_runs_are_stages_and_say_what_they_measured(check: ModuleType, tmp_path: Path) -> None:
+    runs = load("gpu_runs")
+    assert tuple(runs.RUNS) == check.ACTOR_RUNS + check.ENGINE_RUNS
+    (stage,) = (s for s in check.STAGES if s.name == "actor_bf16")
+    done = subprocess.run(
+        [*stage.command(tmp_path, True), "--device", "cpu", "rollout.tasks_per_step=1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    medians = load("bench_schema").read(tmp_path / "actor_bf16.json")["medians"]
+    assert medians["time"]["train_s"] > 0 and medians["actor"]["ratio_deviation_max"] <= 1e-5
+    assert {"rollout_gib", "asleep_gib", "weights_gib", "awake_gib"} <= medians["memory"].keys()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_the_tools_say_so() -> None:
     for name in ("gpu_check.py", "bench_head_cuda.py"):
