@@ -132,7 +132,8 @@ def _library(name: str, module: str, remedy: str, required: bool = False) -> Che
 
 
 def _megatron() -> Check:
-    return _library("megatron-core", "megatron.core", "make install", required=True)
+    # What training imports of it: its layers try further libraries at import, any of which may break it.
+    return _library("megatron-core", "icrl_megatron.actor.torch_layers", "make install", required=True)
 
 
 def _transformers() -> Check:
@@ -163,12 +164,18 @@ def _fp8() -> Check:
 
 
 def _transformer_engine() -> Check:
+    from icrl_megatron.actor import platform
+
+    platform.show_gpu_library("transformer_engine")
     remedy = "pip install --no-build-isolation '.[gpu]'   (GPUs only)"
     return _library("transformer-engine", "transformer_engine.pytorch", remedy)
 
 
 def _apex() -> Check:
     """NVIDIA's, which is built from source. The index's package of the name is a web toolkit: harmful here."""
+    from icrl_megatron.actor import platform
+
+    platform.show_gpu_library("apex")
     remedy = "optional; build it from NVIDIA's source (the package `apex` on the index is another program)"
     if importlib.util.find_spec("amp_C") is not None and importlib.util.find_spec("apex.optimizers") is not None:
         return Check("NVIDIA Apex", "ok", _version("apex") or "built from source")

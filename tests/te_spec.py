@@ -1,7 +1,7 @@
 """Prints the modules of the GPU layer spec, as JSON: `python tests/te_spec.py`. In a process of its own.
 
 Without Transformer Engine its names are stood in for, so that Megatron's own classes around them can be defined and its
-own function builds the spec; nothing of it could compute.
+own function builds the spec; nothing of it could compute. Where it is installed, it is the real one.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 if __name__ == "__main__":
+    platform.show_gpu_library(PACKAGE)
     if importlib.util.find_spec(PACKAGE) is None:
         sys.meta_path.insert(0, Finder())
     platform.device = lambda: torch.device("cuda", 0)  # its answer to one question; no GPU is used

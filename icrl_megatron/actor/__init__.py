@@ -1,5 +1,5 @@
 """The Megatron-Core actor. Importing any part of it keeps Megatron's start-up notices off the screen, and
-torch's compiler out of processes without a GPU."""
+torch's compiler and GPU libraries out of processes without a GPU."""
 
 import logging
 import warnings
@@ -12,3 +12,5 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distri
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each rank reads a checkpoint alone
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
 platform.spare_the_compiler()
+platform.hide_gpu_libraries()
+platform.keep_fp8_scales_exact()

@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -38,6 +39,9 @@ _NAMES_CUDA = (
 )
 """Megatron modules on a CPU run's path that make tensors with a literal device="cuda"."""
 
+FOR_GPUS = ("apex", "flash_mla", "transformer_engine")
+"""Optional libraries of Megatron that this program uses on GPUs alone."""
+
 _device: torch.device | None = None
 
 
@@ -46,6 +50,30 @@ def spare_the_compiler() -> None:
     a quarter of a rank's start. Call it before Megatron is imported."""
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+def hide_gpu_libraries() -> None:
+    """Without a GPU, libraries for GPUs are as if not installed; call it before Megatron is imported.
+
+    Megatron takes Transformer Engine's or Apex's optimizer and norms wherever it can import them, and those fail on CPU
+    tensors; of FlashMLA, which SGLang brings, it expects an ImportError, and without a driver gets an OSError.
+    """
+    if not torch.cuda.is_available():
+        for name in FOR_GPUS:
+            sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # Python's own way to say: not there
+
+
+def keep_fp8_scales_exact() -> None:
+    """Transformer Engine else rounds the scales of blocks to powers of two, which Blackwell's products need and which
+    costs accuracy on Hopper. Read when it is imported: call it before Megatron is."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", "0")))[0] == 9:
+        os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
+
+
+def show_gpu_library(name: str) -> None:
+    """For those who look at one of these libraries themselves."""
+    if sys.modules.get(name, name) is None:
+        del sys.modules[name]
 
 
 def prepare(choice: str = "auto") -> torch.device:

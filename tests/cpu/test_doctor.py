@@ -77,3 +77,11 @@ def test_the_other_package_called_apex_is_told_from_nvidias(tmp_path: Path, monk
     assert found.state == "wrong"
     assert "is not NVIDIA's" in found.found
     assert found.remedy == "pip uninstall apex"
+
+
+def test_megatron_is_judged_by_what_training_imports_of_it(tmp_path: Path) -> None:
+    """`import megatron.core` alone said ok where no layer could be imported."""
+    (tmp_path / "flash_attn_3.py").write_text("raise OSError('libcudart.so.99 is missing')")
+    code, printed, _ = report(tmp_path)
+    assert code == 1
+    assert "libcudart.so.99 is missing" in printed and "not ready: megatron-core" in printed

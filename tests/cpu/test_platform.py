@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -201,3 +202,15 @@ def test_the_head_is_triton_on_a_gpu_and_torch_on_a_cpu(monkeypatch: pytest.Monk
     assert platform.head_chunking(ActorSettings()) == Chunking(None, "torch", "fp32")
     capable(monkeypatch, (9, 0))
     assert platform.head_chunking(ActorSettings(head_logits="bf16")) == Chunking(None, "auto", "bf16")
+
+
+@pytest.mark.parametrize("name", platform.FOR_GPUS)
+def test_libraries_for_gpus_do_not_reach_megatron_on_a_cpu(tmp_path: Path, name: str) -> None:
+    """The image has them on machines without a GPU too: the real FlashMLA raises this at import there, and the others
+    would give Megatron an optimizer that cannot work."""
+    (tmp_path / f"{name}.py").write_text("raise OSError('libcuda.so.1: cannot open shared object file')")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    code = "from icrl_megatron import doctor; print(doctor._megatron().state); import icrl_megatron.actor.actor"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0 and done.stdout.split() == ["ok"], done.stderr

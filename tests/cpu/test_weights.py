@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -21,6 +24,9 @@ if torch.cuda.is_available():
 platform.prepare("cpu")
 
 from icrl_megatron.actor.weights import HFFolder, Row, Slice, _Table, load_hf  # noqa: E402
+
+# By its metadata: the library itself is hidden on a CPU (actor/platform.py).
+HAS_TRANSFORMER_ENGINE = bool(list(importlib.metadata.distributions(name="transformer_engine")))
 
 
 def config(tied: bool) -> Qwen3Config:
@@ -178,3 +184,27 @@ def test_shards_are_read_where_the_index_says(folder: Path, tmp_path: Path) -> N
     load_hf(one, folder)
     load_hf(other, tmp_path)
     assert all(torch.equal(a.param, b.param) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.skipif(not HAS_TRANSFORMER_ENGINE, reason="needs Transformer Engine")
+@pytest.mark.parametrize("fp8", ["off", "current", "blockwise"])
+def test_transformer_engines_parameters_are_all_known(folder: Path, tmp_path: Path, fp8: str) -> None:
+    """Built by Transformer Engine itself: its names are in the table, and weights come out as they went in."""
+    model = Qwen3ForCausalLM.from_pretrained(folder)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)  # norms too, which else are all ones
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).parents[1] / "te_model.py"), str(tmp_path), fp8]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["absent"] == found["unknown"] == found["unequal"] == []
+    assert found["epsilons"] == [pytest.approx(1e-6)]
+    names = set(found["parameters"])
+    assert names >= {
+        "decoder.layers.3.self_attention.linear_qkv.layer_norm_weight",
+        "decoder.layers.3.mlp.linear_fc1.layer_norm_weight",
+    }
+    assert not names & {"decoder.layers.3.input_layernorm.weight", "decoder.layers.3.pre_mlp_layernorm.weight"}
+    assert found["recipe"] == {"off": "", "current": "Float8CurrentScaling", "blockwise": "Float8BlockScaling"}[fp8]
+    assert found["power_of_two_scales"] is not True
