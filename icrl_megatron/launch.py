@@ -35,7 +35,8 @@ KILLED = 130
 OUTCOME_ENV = "ICRL_OUTCOME"
 """File that the first rank with something to say writes {"code", "message"} to; whoever starts torchrun may set it."""
 STOP_ENV = "ICRL_STOP"
-"""File whose existence means stop: a signal that comes before a rank listens would be lost."""
+"""File whose existence means stop: a signal that comes before a rank listens would be lost, and in a container it may
+kill what serves the file system (slurm/job.sh)."""
 STARTED_ENV = "ICRL_STARTED"
 """File that rank 0 makes when the ranks have met: from then on the terminal is its own."""
 PARENT_ENV = "ICRL_PARENT"
@@ -121,12 +122,14 @@ class StopRequest:
         self._set = False
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._on_signal)
-        self._set |= bool(os.environ.get(STOP_ENV)) and Path(os.environ[STOP_ENV]).exists()
+        named = os.environ.get(STOP_ENV)
+        self._file = Path(named) if named else None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._set = True
 
     def __bool__(self) -> bool:
+        self._set = self._set or (self._file is not None and self._file.exists())
         return self._set
 
 

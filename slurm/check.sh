@@ -17,6 +17,11 @@ fi
 
 run_job() {
   local ranks=${ICRL_RANKS_PER_NODE:-$(asked gpus-per-node)} folder
+  if [ -n "${ICRL_CONTAINER:-}" ] && ! "$python" -c 'import icrl_megatron.validate, icrl_recipes' 2> /dev/null; then
+    echo "$said"
+    echo "Slurm would take this; the settings are checked by the job, as icrl-megatron is installed in the container only"
+    return
+  fi
   folder=$(WORLD_SIZE=$(($(asked nodes) * ranks)) "$python" -m icrl_megatron.job check "$@") || exit 2
   echo "$said"
   echo "Slurm and the trainer would take this; it would write to ${folder%%$'\n'*}"

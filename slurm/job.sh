@@ -1,7 +1,7 @@
 # What every batch job does, sourced by the .sbatch files: check, environment servers, the step, stop, requeue, retry.
 #   source slurm/job.sh; run_job train RECIPE [KEY=VALUE]...
 # ICRL_PYTHON           the Python to use (default: .venv/bin/python where there is one, else python3)
-# ICRL_CONTAINER        image for pyxis/enroot (ICRL_MOUNTS: more mounts); unset: bare metal
+# ICRL_CONTAINER        image for pyxis/enroot, ICRL_MOUNTS more mounts (container.sh); unset: bare metal
 # ICRL_RANKS_PER_NODE   ranks on a node (default: the GPUs that Slurm gave)
 # ICRL_BACK_OFF_S       wait before the first retry of a crash (30); doubles with each
 # ICRL_SEEN_TIMEOUT_S   how late a file system may show one node what another wrote (60)
@@ -9,6 +9,7 @@ set -uo pipefail
 # In a batch job $0 is a copy in Slurm's spool folder.
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
 
+source slurm/container.sh
 python=${ICRL_PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 if [ -z "${SLURM_JOB_ID:-}" ]; then
   source slurm/check.sh
@@ -18,16 +19,15 @@ export ICRL_RANKS_PER_NODE=${ICRL_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
 export ICRL_LOGS=${ICRL_LOGS:-$PWD/runs/jobs}
 state=$ICRL_LOGS/job.$SLURM_JOB_ID
 mkdir -p "$state" || { echo "error: $ICRL_LOGS cannot be written; set ICRL_LOGS to a shared folder" >&2; exit 2; }
+# Left by a job of another cluster, or of another year, that had this number.
+[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || rm -f "$state/state.json"
 # Ranks leave what happened here; the file `stop` reaches those that are not listening to signals yet.
 export ICRL_OUTCOME=$state/outcome.json ICRL_STOP=$state/stop
 # Where environment servers leave their addresses; as it is set, no step starts servers of its own.
 export ICRL_SERVERS=$state/servers.${SLURM_RESTART_COUNT:-0}
-container=()
-if [ -n "${ICRL_CONTAINER:-}" ]; then
-  container=(--container-image="$ICRL_CONTAINER" --container-mounts="$PWD:$PWD${ICRL_MOUNTS:+,$ICRL_MOUNTS}" --container-workdir="$PWD")
-  python=${ICRL_PYTHON:-python3}
-fi
+[ -z "${ICRL_CONTAINER:-}" ] || python=${ICRL_PYTHON:-python3}
 export ICRL_PYTHON=$python
+contain "$@"
 
 # The last task of an array has the array's own number: whoever names that, means all of its tasks.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
@@ -39,17 +39,17 @@ forward_stop() {  # USR1 comes from --signal before the time limit, TERM from pr
   touch "$ICRL_STOP"
   if [ -n "$running" ]; then
     echo "stopping: the ranks of step $job.$train_step save first" >&2
-    timeout 20 scancel --signal=USR1 "$job.$train_step"
+    # In a container the file alone tells them: the step's signal kills squashfuse, which may serve the image.
+    [ ${#container[@]} -gt 0 ] || timeout 20 scancel --signal=USR1 "$job.$train_step"
   fi
 }
 trap forward_stop USR1 TERM
 
 ask() {  # the job's own questions, one process, in the container where there is one
-  if [ ${#container[@]} -gt 0 ]; then
-    srun --nodes=1 --ntasks=1 --overlap "${container[@]}" "$python" -m icrl_megatron.job "$@"
-  else
-    "$python" -m icrl_megatron.job "$@"
-  fi
+  alone env ${WORLD_SIZE:+WORLD_SIZE="$WORLD_SIZE"} "$python" -m icrl_megatron.job "$@"
+}
+alone() {  # a command
+  if [ ${#container[@]} -gt 0 ]; then srun --nodes=1 --ntasks=1 --overlap "${container[@]}" "$@"; else "$@"; fi
 }
 counted() { [ ${#container[@]} -gt 0 ] && steps=$((steps + 1)); return 0; }  # `ask` was a step then
 
@@ -72,8 +72,8 @@ start_servers() {  # train RECIPE [KEY=VALUE]...: what tasks.sources[...].serve 
   while [ ! -f "$ICRL_SERVERS/addresses.json" ] && kill -0 "$servers" 2> /dev/null; do sleep 1; done  # it has a time limit
   cat "$log" >&2
   if ! grep -q '^{"servers"' "$ICRL_SERVERS/addresses.json"; then
-    [ ! -f "$ICRL_SERVERS/addresses.json" ] || "$python" -c 'import json,sys; print("error:", json.load(open(sys.argv[1]))["error"])' \
-      "$ICRL_SERVERS/addresses.json" >&2
+    [ ! -f "$ICRL_SERVERS/addresses.json" ] || alone "$python" -c \
+      'import json,sys; print("error:", json.load(open(sys.argv[1]))["error"])' "$ICRL_SERVERS/addresses.json" >&2
     wait_for "$servers"; code=$?
     [ "$code" -ne 0 ] || code=1
     exit "$code"
@@ -96,8 +96,13 @@ cancelled() {  # Slurm would requeue a job that somebody has cancelled, and it w
 
 run_job() {
   local checked folder code decision token
+  contain "$@"
   export WORLD_SIZE=$((SLURM_NNODES * ICRL_RANKS_PER_NODE))
-  if ! checked=$(ask check "$@"); then exit 2; fi
+  if ! checked=$(ask check "$@"); then
+    [ ${#container[@]} -eq 0 ] || echo "this was said in or by the container $ICRL_CONTAINER, with the Python $python and" \
+      "the mounts ${mounts[*]}; ICRL_PYTHON and ICRL_MOUNTS change these" >&2
+    exit 2
+  fi
   counted
   folder=${checked%%$'\n'*}
   unset WORLD_SIZE  # torchrun's own to set
@@ -114,8 +119,12 @@ run_job() {
     srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${container[@]}" bash slurm/step.sh "$@" &
     running=$!; steps=$((steps + 1))
     wait_for "$running"; code=$?; running=''
-    decision=$(ask decide "$ICRL_OUTCOME" "$state/state.json" "$code" "$stopping" "$@") || decision=fail
-    counted
+    if [ "$code" -eq 0 ] && [ ! -f "$ICRL_OUTCOME" ]; then
+      decision='done'  # nothing to ask, and a container takes its time
+    else
+      decision=$(ask decide "$ICRL_OUTCOME" "$state/state.json" "$code" "$stopping" "$@") || decision=fail
+      counted
+    fi
     case $decision in
       done) end_servers; exit 0 ;;
       requeue) end_servers; rm -f "$ICRL_STOP"; cancelled || timeout 30 scontrol requeue "$job"; exit 0 ;;

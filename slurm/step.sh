@@ -11,6 +11,10 @@ trap '' USR1 TERM
 
 # NeMo-Run starts steps in a folder of its own.
 cd "${ICRL_HOME:-.}"
+# In a container whose image has PYTORCH_VERSION, pyxis takes each task for a rank.
+unset RANK LOCAL_RANK WORLD_SIZE
+# The checkout's packages, not those that an image was built with.
+export PYTHONPATH=$PWD:$PWD/kernels:$PWD/recipes${PYTHONPATH:+:$PYTHONPATH}
 python=${ICRL_PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 ranks=${ICRL_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-$( (nvidia-smi -L 2> /dev/null || true) | wc -l)}}
 if [ "$ranks" -lt 1 ]; then
@@ -19,7 +23,8 @@ if [ "$ranks" -lt 1 ]; then
 fi
 nodes=${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}
 if [ "$nodes" -gt 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
-  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  # The first of e.g. rack[2-3]n[01,07-09],login; no image has scontrol.
+  MASTER_ADDR=$(sed -E 's/\[([^],-]*)[^]]*\]/\1/g; s/,.*//' <<< "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}")
 fi
 # A port of the job's own, so that two jobs on one node do not meet.
 port=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-$$} % 20000))}
@@ -46,8 +51,17 @@ logs=${ICRL_LOGS:-runs/jobs}
 mkdir -p "$logs"
 outcome=${ICRL_OUTCOME:-$logs/outcome.${SLURM_JOB_ID:-$$}.${SLURM_RESTART_COUNT:-0}.json}
 
+# Left by a job of another cluster, or of another year, that had this number.
+if [ -z "${ICRL_OUTCOME:-}" ] && [ -n "${SLURM_JOB_ID:-}" ] && [ "${SLURM_NODEID:-0}" -eq 0 ]; then
+  [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || rm -f "$logs/job.$SLURM_JOB_ID.json" "$logs/given_up.$SLURM_JOB_ID"
+  rm -f "$outcome"
+fi
+
 give_up() {  # no requeue any more, whatever whoever started this step does
-  [ -z "${SLURM_JOB_ID:-}" ] || timeout 30 scontrol update JobId="$SLURM_JOB_ID" Requeue=0 || true
+  if [ -n "${SLURM_JOB_ID:-}" ]; then
+    if command -v scontrol > /dev/null; then timeout 30 scontrol update JobId="$SLURM_JOB_ID" Requeue=0 || true; fi
+    touch "$logs/given_up.$SLURM_JOB_ID"  # for the script around a container, where there is no scontrol
+  fi
   exit "$1"
 }
 # Under NeMo-Run nobody decides between the runs of a job: one that was requeued asks first how the one before ended.

@@ -22,6 +22,7 @@ from typing import Any
 from icrl_megatron import settings as settings_module
 from icrl_megatron import validate
 from icrl_megatron.config import ConfigError, Settings
+from icrl_recipes import container
 
 HOME = Path(os.environ.get("ICRL_HOME", Path.cwd()))
 """The checkout that holds slurm/; runs write below it."""
@@ -45,8 +46,9 @@ class Where:
     partition: str = ""
     time: str = "24:00:00"
     container: str = ""
-    """Image for pyxis; empty: bare metal with this Python."""
+    """A squashfs file or a registry's image, for pyxis; empty: bare metal with this Python."""
     mounts: tuple[str, ...] = ()
+    """More mounts, SRC:DST[:FLAGS]; behind a tunnel also those of model and run folder."""
     host: str = ""
     """Login node, for an SSH tunnel; empty: Slurm's clients are here."""
     port: int = 22
@@ -75,6 +77,9 @@ def resolve(recipe: str, overrides: Sequence[str], where: Where) -> Settings:
         raise ConfigError("--on slurm needs --account and --partition (`sacctmgr show assoc user=$USER`, `sinfo`)")
     if where.host and not where.remote_home:
         raise ConfigError("--host needs --remote-home, the checkout on the cluster")
+    if where.container and where.on == "local":
+        raise ConfigError(f"--container {where.container}: --on local runs none; use --on slurm")
+    container.image(where.container, HOME.resolve(), here=not where.host)
     resolved = settings_module.load(recipe, overrides)
     if where.on == "local" and resolved.launch.nodes > 1:
         raise ConfigError(f"launch.nodes={resolved.launch.nodes}: --on local has one machine; use --on slurm")
@@ -144,7 +149,6 @@ def executor(where: Where, settings: Settings) -> Any:
         )
     else:
         tunnel = run.LocalTunnel(job_dir="")  # below NEMORUN_HOME, where NeMo-Run writes its script
-    home = str(_home(where))
     return run.SlurmExecutor(
         account=where.account,
         partition=where.partition,
@@ -157,13 +161,27 @@ def executor(where: Where, settings: Settings) -> Any:
         signal=SIGNAL,
         retries=where.retries,
         additional_parameters={"requeue": True},
-        container_image=where.container or None,
-        container_mounts=[f"{home}:{home}", *where.mounts] if where.container else [],
+        **_contained(where, settings),
         tunnel=tunnel,
         packager=run.Packager(),  # the code is in the checkout already
         env_vars=environment(where, settings),
         launcher=None,
     )
+
+
+def _contained(where: Where, settings: Settings) -> dict[str, Any]:
+    """The executor's options for a container."""
+    if not where.container:
+        return {}
+    home = _home(where)
+    found = [f"{home}:{home}", *where.mounts] if where.host else container.mounts(home, where.mounts, settings)
+    return {
+        "container_image": container.image(where.container, home, here=not where.host),
+        "container_mounts": found,
+        "container_env": list(environment(where, settings)),  # else an image's own value wins
+        "srun_args": container.SRUN_ARGS,
+        "setup_lines": container.SETUP,
+    }
 
 
 def launch(recipe: str, overrides: Sequence[str], where: Where, dry_run: bool = False, detach: bool = False) -> int:
@@ -174,6 +192,8 @@ def launch(recipe: str, overrides: Sequence[str], where: Where, dry_run: bool = 
     settings = resolve(recipe, overrides, where)
     if where.on == "slurm" and not where.host and not dry_run:
         require_accepted(where, settings)
+        if where.container:
+            container.require_pyxis()
     run = _nemo_run()
     with run.Experiment(TITLE.format(recipe), skip_status_at_exit=True) as experiment:
         experiment.add(script(recipe, overrides, where, settings), executor=executor(where, settings), name="train")

@@ -29,6 +29,10 @@ def cluster() -> Iterator[Cluster]:
     if subprocess.run(["unshare", "--mount", "--uts", "true"], capture_output=True, check=False).returncode:
         pytest.skip("nodes of their own names need mount namespaces, which are not allowed here")
     root = Path(tempfile.mkdtemp(prefix="icrl-slurm-"))  # short: munge's socket path is limited
+    plugin = pyxis()
+    if plugin is not None:
+        (root / "pyxis").mkdir(mode=0o755)
+        (root / "plugstack.conf").write_text(f"required {plugin} runtime_path={root}/pyxis\n")
     env = {**os.environ, "BASE_PORT": PORT}
     try:
         up = subprocess.run(
@@ -43,6 +47,26 @@ def cluster() -> Iterator[Cluster]:
     finally:
         subprocess.run(["bash", str(HERE / "down.sh"), str(root)], check=False, timeout=60, capture_output=True)
         shutil.rmtree(root, ignore_errors=True)
+
+
+def pyxis() -> Path | None:
+    """The plugin, where it and enroot are installed: below the same prefix, or where Debian's packages put it."""
+    enroot = shutil.which("enroot")
+    if enroot is None:
+        return None
+    prefix = Path(enroot).resolve().parents[1]
+    return next(iter(sorted(prefix.glob("lib/**/slurm*/spank_pyxis.so"))), None)
+
+
+@pytest.fixture(scope="session")
+def image(cluster: Cluster) -> str:
+    """A container image with this project's dependencies as its python3's; building one takes minutes and 2 GB."""
+    if pyxis() is None:
+        pytest.skip("pyxis and enroot are not installed")
+    named = os.environ.get("ICRL_TEST_IMAGE", "")
+    if not named:
+        pytest.skip("ICRL_TEST_IMAGE names no squashfs image with this project in it")
+    return named
 
 
 @pytest.fixture(scope="session")

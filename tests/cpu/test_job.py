@@ -218,3 +218,51 @@ def test_a_wrong_setting_takes_the_right_to_be_requeued_away(tmp_path: Path) -> 
 def test_the_image_has_the_engine_that_is_accepted() -> None:
     (pinned,) = re.findall(r"^ARG SGLANG=(\S+)$", (ROOT / "docker" / "Dockerfile").read_text(), re.MULTILINE)
     assert pinned in TESTED
+
+
+def test_a_step_names_the_first_node_without_slurms_clients(tmp_path: Path) -> None:
+    """No image has scontrol."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\necho "$@ PYTHONPATH=$PYTHONPATH RANK=${RANK-none}"\n')
+    python.chmod(0o755)
+    env = {"PATH": "/usr/bin:/bin", "ICRL_PYTHON": str(python), "ICRL_RANKS_PER_NODE": "1", "ICRL_SERVERS": "none"}
+    env |= {"SLURM_NNODES": "4", "RANK": "7", "PYTHONPATH": "/image"}
+    lists = {"node[0-3]": "node0", "rack[2-3]n[01,07-09],login": "rack2n01", "a,b,c,d": "a"}
+    for nodes, first in lists.items():
+        done = subprocess.run(
+            ["bash", str(ROOT / "slurm" / "step.sh"), "train", "quickstart"],
+            cwd=tmp_path, env={**env, "SLURM_JOB_NODELIST": nodes},
+            capture_output=True, text=True, check=True, timeout=30,
+        )  # fmt: skip
+        assert f"--master-addr={first} " in done.stdout
+        assert f"PYTHONPATH={tmp_path}:{tmp_path}/kernels:{tmp_path}/recipes:/image RANK=none" in done.stdout
+
+
+def test_a_step_that_gives_up_says_so_where_slurms_clients_do_not_work(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\n[[ "$*" != *"job decide"* ]] || echo fail\n')
+    (tmp_path / "scontrol").write_text("#!/bin/bash\nexit 127\n")
+    for program in (python, tmp_path / "scontrol"):
+        program.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "ICRL_PYTHON": str(python), "ICRL_RANKS_PER_NODE": "1"}
+    env |= {"ICRL_LOGS": str(tmp_path), "SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "1"}
+    done = subprocess.run(
+        ["bash", str(ROOT / "slurm" / "step.sh"), "train", "quickstart"],
+        cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=30,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert (tmp_path / "given_up.12").exists()
+
+
+def test_what_an_older_job_of_the_same_number_left_does_not_count(tmp_path: Path) -> None:
+    left = [tmp_path / name for name in ("given_up.12", "job.12.json", "outcome.12.0.json")]
+    for path in left:
+        path.write_text('{"code": 3, "message": ""}')
+    env = {"PATH": "/usr/bin:/bin", "ICRL_PYTHON": "true", "ICRL_RANKS_PER_NODE": "1", "ICRL_EXIT_STOPPED": "75"}
+    env |= {"ICRL_LOGS": str(tmp_path), "SLURM_JOB_ID": "12"}
+    done = subprocess.run(
+        ["bash", str(ROOT / "slurm" / "step.sh"), "train", "quickstart"],
+        cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=30,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not any(path.exists() for path in left)

@@ -304,3 +304,19 @@ def test_inside_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not launch.inside_torchrun()
     monkeypatch.setenv("RANK", "0")
     assert launch.inside_torchrun()
+
+
+def test_a_file_asks_to_stop_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container it does so alone (slurm/job.sh)."""
+    before = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)]
+    monkeypatch.setenv(launch.STOP_ENV, str(tmp_path / "stop"))
+    try:
+        stop = launch.StopRequest()
+        assert not stop
+        (tmp_path / "stop").touch()
+        assert stop
+        (tmp_path / "stop").unlink()
+        assert stop
+    finally:
+        for number, handler in zip((signal.SIGUSR1, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)

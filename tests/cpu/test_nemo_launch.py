@@ -14,6 +14,10 @@ from icrl_recipes import launch
 from icrl_recipes.launch import Where
 
 
+def in_image(image: str) -> Where:
+    return Where(on="slurm", account="a", partition="p", container=image)
+
+
 def test_neither_recipes_nor_ranks_import_nemo_run() -> None:
     code = (
         "import sys, icrl_recipes.launch, icrl_recipes; icrl_recipes.registry(); "
@@ -31,6 +35,9 @@ def test_neither_recipes_nor_ranks_import_nemo_run() -> None:
         (Where(on="slurm", account="a", partition="p", host="login"), "quickstart", [], "needs --remote-home"),
         (Where(), "quickstar", [], "did you mean quickstart"),
         (Where(), "qwen3_8b_2nodes", [], "launch.nodes=2: --on local has one machine"),
+        (Where(container="gone.sqsh"), "quickstart", [], "--on local runs none"),
+        (in_image("gone.sqsh"), "quickstart", [], "--container gone.sqsh: no such file"),
+        (in_image(__file__), "quickstart", [], "no squashfs image"),
         (Where(ranks_per_node=3), "quickstart", [], "does not divide the 3 ranks"),
         (Where(), "quickstart", ["stepz=1"], "did you mean steps"),
     ],

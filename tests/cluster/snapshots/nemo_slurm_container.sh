@@ -39,11 +39,18 @@ export ICRL_PYTHON=PYTHON
 export ICRL_RANKS_PER_NODE=1
 export ICRL_EXIT_STOPPED=75
 export ICRL_LOGS=CHECKOUT/runs/jobs
+scontrol() {  # the step gives up by a file: no image has an scontrol that could take the right to be requeued away
+  if [ "$1" = requeue ] && [ -e "$ICRL_LOGS/given_up.$SLURM_JOB_ID" ]; then
+    echo "given up: not requeued" >&2
+  else
+    command scontrol "$@"
+  fi
+}
 
 
 # Command 1
 
-srun --output CLUSTER/nemo/experiments/icrl-qwen3_8b_alfworld_4xh100/EXPERIMENT/train/log-icrl-icrl.train_%j_${SLURM_RESTART_COUNT:-0}.out --container-image registry.example/icrl:1 --container-mounts CHECKOUT:CHECKOUT,CLUSTER/nemo/experiments/icrl-qwen3_8b_alfworld_4xh100/EXPERIMENT/train:/nemo_run --container-workdir /nemo_run/code --wait=60 --kill-on-bad-exit=1 bash CHECKOUT/slurm/step.sh train qwen3_8b_alfworld_4xh100 run_dir=CLUSTER/nemo_dry model.path=MODEL 'tasks.sources=[{name: rulebook_easy}]' engine.kind=local engine.tensor_parallel=1 rollout.tasks_per_step=2 rollout.episodes_per_task=4 rollout.max_turn_tokens=24 rollout.max_critique_tokens=24 rollout.context_tokens=512 rollout.templates=compact actor.precision=fp32 actor.recompute=none actor.micro_batch_tokens=8192 algo.on_no_signal=train algo.entropy_coef=0.01 optim.learning_rate=1e-3 algo.max_resamples=0 eval.problems=4 eval.control_problems=0 checkpoint.interval=2 launch.device=cpu steps=1 eval.problems=1 launch.ranks=1 actor.tensor_parallel=1 actor.sequence_parallel=false
+srun --output CLUSTER/nemo/experiments/icrl-qwen3_8b_alfworld_4xh100/EXPERIMENT/train/log-icrl-icrl.train_%j_${SLURM_RESTART_COUNT:-0}.out --container-image registry.example/icrl:1 --container-mounts CHECKOUT:CHECKOUT,MODEL:MODEL,CLUSTER:CLUSTER,CLUSTER/nemo/experiments/icrl-qwen3_8b_alfworld_4xh100/EXPERIMENT/train:/nemo_run --container-workdir /nemo_run/code --container-env ICRL_HOME,ICRL_PYTHON,ICRL_RANKS_PER_NODE,ICRL_EXIT_STOPPED,ICRL_LOGS --wait=60 --kill-on-bad-exit=1 --container-writable bash CHECKOUT/slurm/step.sh train qwen3_8b_alfworld_4xh100 run_dir=CLUSTER/nemo_dry model.path=MODEL 'tasks.sources=[{name: rulebook_easy}]' engine.kind=local engine.tensor_parallel=1 rollout.tasks_per_step=2 rollout.episodes_per_task=4 rollout.max_turn_tokens=24 rollout.max_critique_tokens=24 rollout.context_tokens=512 rollout.templates=compact actor.precision=fp32 actor.recompute=none actor.micro_batch_tokens=8192 algo.on_no_signal=train algo.entropy_coef=0.01 optim.learning_rate=1e-3 algo.max_resamples=0 eval.problems=4 eval.control_problems=0 checkpoint.interval=2 launch.device=cpu steps=1 eval.problems=1 launch.ranks=1 actor.tensor_parallel=1 actor.sequence_parallel=false
 
 exitcode=$?
 

@@ -1,0 +1,160 @@
+"""Jobs in containers on the small Slurm, with the real pyxis and enroot.
+
+    PATH=PREFIX/bin:$PATH ICRL_TEST_IMAGE=icrl.sqsh pytest tests/cluster/test_containers.py
+
+The image's python3 must have this project's dependencies; the code is the checkout's, which the jobs mount.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from test_nemo_run import SLURM, Nemo, launched
+from test_nemo_run import arguments as nemo_arguments
+from test_slurm import STEPS, arguments, await_lines, rows
+
+from slurm import AGENTGYM, FAULTY, ROOT, Cluster, Done, Ended
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
+
+INSIDE = ROOT / "tests" / "cluster" / "inside"
+SERVED = (*AGENTGYM, f"tasks.sources.0.serve.command=python3 {ROOT / 'tests' / 'agentgym_server.py'} alfworld {{port}}")
+
+
+class Contained:
+    """Submits jobs whose steps run in the image."""
+
+    def __init__(self, cluster: Cluster, image: str) -> None:
+        self.cluster = cluster
+        # The virtual nodes share a disk: each needs a place of its own for what it unpacks, as real ones have.
+        self.env = {"XDG_RUNTIME_DIR": f"{cluster.local}/run", "XDG_DATA_HOME": f"{cluster.local}/data"}
+        self.env |= {"ICRL_CONTAINER": image, "ICRL_PYTHON": "python3"}
+
+    def sbatch(self, file: str, *words: str, options: tuple[str, ...] = (), **more: str) -> int:
+        return self.cluster.sbatch(file, *words, options=options, **{**self.env, **more})
+
+    def ended(self, file: str, *words: str, options: tuple[str, ...] = (), **more: str) -> Ended:
+        return self.cluster.ended(self.sbatch(file, *words, options=options, **more))
+
+
+@pytest.fixture(scope="module")
+def contained(cluster: Cluster, image: str) -> Contained:
+    return Contained(cluster, image)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(contained: Contained, cluster: Cluster, model: Path) -> Path:
+    """A run over two nodes that nothing interrupts, and which says where it ran."""
+    folder = cluster.folder / "contained"
+    ended = contained.ended("icrl_8b.sbatch", *arguments(folder, model), PYTHONPATH=cluster.path(INSIDE))
+    assert (ended.state, ended.code) == ("COMPLETED", "0:0"), ended.log
+    said = ended.log + "".join(path.read_text() for path in cluster.logs.glob("torchrun.*/**/stderr.log"))
+    seen = re.findall(r"rank (\d) sees root (\d+:\d+)", said)
+    here = Path("/").stat()
+    assert {rank for rank, _ in seen} == {"0", "1"}
+    assert f"{here.st_dev}:{here.st_ino}" not in {root for _, root in seen}
+    return folder
+
+
+def test_two_nodes_train_to_the_end(undisturbed: Path) -> None:
+    assert rows(undisturbed)[-1]["step"] == STEPS
+    assert (undisturbed / "hf" / "model.safetensors").exists()
+
+
+def test_usr1_saves_requeues_and_goes_on_to_the_same_metrics(
+    undisturbed: Path, contained: Contained, cluster: Cluster, model: Path
+) -> None:
+    folder = cluster.folder / "contained_stopped"
+    job = contained.sbatch("icrl_8b.sbatch", *arguments(folder, model))
+    await_lines(folder, 2, cluster, job)
+    assert cluster.run("scancel", "--batch", "--signal=USR1", str(job)).returncode == 0
+    ended = cluster.ended(job)
+    assert (ended.state, ended.restarts) == ("COMPLETED", 1), ended.log
+    assert ended.log.count("stopped on request at") == 1
+    assert "resuming from" in ended.log
+    assert rows(folder) == rows(undisturbed)
+
+
+def test_a_failing_rank_ends_the_job_with_its_traceback(contained: Contained, cluster: Cluster, model: Path) -> None:
+    folder = cluster.folder / "contained_failing"
+    ended = contained.ended("icrl_8b.sbatch", *arguments(folder, model), PYTHONPATH=cluster.path(FAULTY))
+    assert ended.state == "FAILED"
+    assert "RuntimeError: injected fault of rank 1" in ended.log
+    assert "error: crashed twice at -/-" in ended.log
+
+
+def test_servers_beside_a_job_and_its_evaluation(contained: Contained, cluster: Cluster, model: Path) -> None:
+    folder = cluster.folder / "contained_served"
+    ended = contained.ended("icrl_8b.sbatch", *arguments(folder, model, *SERVED, "steps=2"))
+    assert (ended.state, ended.code) == ("COMPLETED", "0:0"), ended.log
+    assert re.search(r"environment servers of alfworld: http://node\d:\d+", ended.log)
+    words = (str(folder), "--problems", "3", "--samples", "2", "launch.device=cpu", "--out", str(cluster.folder))
+    more = {"ICRL_MOUNTS": f"{model}:{model}"}  # named by the run's own settings only
+    ended = contained.ended("eval.sbatch", *words, options=("--nodes=1",), **more)
+    assert (ended.state, ended.code) == ("COMPLETED", "0:0"), ended.log
+    found = json.loads((cluster.folder / "eval.json").read_text())
+    assert [len(scores) for scores in found["successes"].values()] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(("name", "message"), [("icrl.sqsh", "no such file"), ("text.sqsh", "no squashfs image")])
+def test_a_wrong_image(name: str, message: str, contained: Contained, cluster: Cluster, model: Path) -> None:
+    """Before it is queued with bash in the place of sbatch; else the job says it at its start."""
+    (cluster.folder / "text.sqsh").write_text("no image")
+    wrong = {**contained.env, "ICRL_CONTAINER": str(cluster.folder / name)}
+    words = arguments(cluster.folder / "unborn", model)
+    done = cluster.checked("icrl_8b.sbatch", [], words, **wrong)
+    assert done.returncode == 2
+    assert f"error: ICRL_CONTAINER={cluster.folder / name}: {message}" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    ended = cluster.ended(cluster.sbatch("icrl_8b.sbatch", *words, **wrong))
+    assert (ended.state, ended.code) == ("FAILED", "2:0")
+    assert f"error: ICRL_CONTAINER={cluster.folder / name}: {message}" in ended.log
+    assert len(ended.log.splitlines()) == 1
+
+
+def test_a_folder_that_is_not_mounted(contained: Contained, cluster: Cluster) -> None:
+    ended = contained.ended("eval.sbatch", "/nowhere/run", options=("--nodes=1",))
+    assert (ended.state, ended.code) == ("FAILED", "2:0"), ended.log
+    assert "error: /nowhere/run: no such folder" in ended.log
+
+
+class ContainedNemo(Nemo):
+    """`icrl launch` with the image."""
+
+    def __init__(self, contained: Contained, python: str) -> None:
+        super().__init__(contained.cluster, python, contained.cluster.folder / "nemo_contained")
+        self.contained = contained
+
+    def launch(self, *arguments: str, **more: str) -> Done:
+        image = self.contained.env["ICRL_CONTAINER"]
+        words = ("--container", image, "--python", "python3", "--ranks-per-node", "1")
+        return self("launch", *arguments, *SLURM, *words, **{**self.contained.env, **more})
+
+
+@pytest.fixture(scope="module")
+def icrl_nemo(contained: Contained, nemo: str) -> ContainedNemo:
+    return ContainedNemo(contained, nemo)
+
+
+def test_nemo_run_on_two_nodes(icrl_nemo: ContainedNemo, cluster: Cluster, model: Path) -> None:
+    folder = cluster.folder / "nemo_contained_run"
+    words = nemo_arguments(folder, model, "launch.nodes=2", "actor.tensor_parallel=2", "actor.sequence_parallel=false")
+    done = icrl_nemo.launch(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "hf" / "model.safetensors").exists()
+
+
+def test_nemo_run_retries_a_failing_rank_once(icrl_nemo: ContainedNemo, cluster: Cluster, model: Path) -> None:
+    """The step, which has no scontrol in its image, still says when the same step would crash again."""
+    folder = cluster.folder / "nemo_contained_failing"
+    done = icrl_nemo.launch(*nemo_arguments(folder, model), PYTHONPATH=cluster.path(FAULTY))
+    assert done.returncode == 1, done.stdout + done.stderr
+    job = int(re.search(r"job (\d+)", icrl_nemo("status", launched(done)).stdout)[1])  # type: ignore[index]
+    ended = cluster.ended(job)
+    assert (ended.state, ended.restarts) == ("FAILED", 2)
+    said = "".join(path.read_text() for path in sorted(icrl_nemo.home.rglob(f"log-*_{job}_*.out")))
+    assert said.count("RuntimeError: injected fault of rank 0") == 2
+    assert "error: crashed twice at -/-" in said
