@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging
 
 from icrl_megatron.config import TinyModel
 
@@ -85,5 +86,6 @@ def build_tiny(folder: Path, init: TinyModel, vocabulary: Iterable[str], seed: i
         torch.nn.init.constant_(layer.self_attn.q_norm.weight, _QK_NORM_GAIN)
         torch.nn.init.constant_(layer.self_attn.k_norm.weight, _QK_NORM_GAIN)
     folder.mkdir(parents=True, exist_ok=True)
+    logging.disable_progress_bar()  # it would break into those of the run
     model.float().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
