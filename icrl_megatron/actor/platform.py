@@ -65,8 +65,10 @@ def hide_gpu_libraries() -> None:
 
 def keep_fp8_scales_exact() -> None:
     """Transformer Engine else rounds the scales of blocks to powers of two, which Blackwell's products need and which
-    costs accuracy on Hopper. Read when it is imported: call it before Megatron is."""
-    if torch.cuda.is_available() and torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", "0")))[0] == 9:
+    costs accuracy on Hopper. Read when it is imported: call it before Megatron is. Of ranks alone the GPU is asked:
+    others, which may fork, leave it alone."""
+    rank = os.environ.get("LOCAL_RANK")
+    if rank and torch.cuda.is_available() and torch.cuda.get_device_capability(int(rank))[0] == 9:
         os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
 
 

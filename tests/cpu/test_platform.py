@@ -166,6 +166,24 @@ def test_gpu_layers_come_from_transformer_engine() -> None:
     assert parts["q_layernorm"] == parts["k_layernorm"] == "TENorm", "Qwen3 normalises queries and keys"
 
 
+@pytest.mark.parametrize(
+    ("capability", "rank", "given", "expected"),
+    [((9, 0), "3", None, "1"), ((9, 0), "3", "0", "0"), ((10, 0), "3", None, None), ((9, 0), "", None, None)],
+)
+def test_fp8_scales_stay_exact_on_hopper_alone(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], rank: str, given: str | None, expected: str | None
+) -> None:
+    name = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
+    monkeypatch.setenv(name, given or "")
+    if given is None:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability if index == 3 else None)
+    platform.keep_fp8_scales_exact()
+    assert os.environ.get(name) == expected
+
+
 def test_kernels_are_fused_where_transformer_engine_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(platform.fusions("auto").values()) and not any(platform.fusions("torch").values())
     capable(monkeypatch, (9, 0))
