@@ -31,7 +31,7 @@ _LOW = 0xFFFFFFFF
 _TILE = 8192
 """Words that are hashed to one number."""
 _TILES_AT_ONCE = 256
-"""16 MiB of a tensor, and a few times that of scratch."""
+"""8 MiB of a tensor, and several times that of scratch."""
 
 
 class Checksums:
