@@ -194,7 +194,7 @@ def _print(report: dict[str, Any]) -> None:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/head_cpu.json"),
+    out: Annotated[Path | None, typer.Option(help="Where the JSON goes; on a CPU benchmarks/head_cpu.json.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each peer; medians are reported.")] = 5,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     tokens: int = Shape.tokens,
@@ -208,7 +208,9 @@ def main(
 ) -> None:
     """Measures all peers and writes the medians, exiting with 1 if a bar is not held."""
     if device == "cuda":
-        sys.exit(subprocess.run([sys.executable, str(Path(__file__).with_name("bench_head_cuda.py"))]).returncode)
+        there = [sys.executable, str(Path(__file__).with_name("bench_head_cuda.py"))]
+        sys.exit(subprocess.run([*there, *(["--out", str(out)] if out else [])]).returncode)
+    out = out or Path("benchmarks/head_cpu.json")
     shape = Shape(tokens, hidden, vocabulary, chunk)
     if peer is not None:
         print(json.dumps(asdict(measure(peer, shape))))

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +79,21 @@ def test_without_a_gpu_the_tools_say_so() -> None:
     for name in ("gpu_check.py", "bench_head_cuda.py"):
         done = subprocess.run([sys.executable, str(TOOLS / name)], capture_output=True, text=True, check=False)
         assert done.returncode == 2 and done.stderr.startswith("error: "), done
+
+
+def test_the_benchmark_of_a_gpu_writes_where_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As slurm/bench_8b.sbatch asks; the benchmark itself needs a GPU, so its command line is looked at."""
+    module = load("bench_head")
+    started: list[list[str]] = []
+
+    def run(command: list[str]) -> SimpleNamespace:
+        started.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    with pytest.raises(SystemExit, match="0"):
+        module.main(out=tmp_path / "head.json", device="cuda")
+    assert started[0][1:] == [str(TOOLS / "bench_head_cuda.py"), "--out", str(tmp_path / "head.json")]
 
 
 @pytest.fixture
