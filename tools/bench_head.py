@@ -1,6 +1,7 @@
 """The chunked head against eager torch and Liger's chunked GRPO loss: CPU seconds and extra peak memory, on a CPU.
 
     python tools/bench_head.py --out benchmarks/head_cpu.json
+    python tools/bench_head.py --device cuda [--quick] [--tune]        what tools/bench_head_cuda.py does
 
 Each measurement is one forward and backward pass in a process of its own, after a pass over a few tokens: user and
 system time of the process, and the highest resident set above what inputs and weight already occupy. The peers take
@@ -9,9 +10,9 @@ turns, so that a busy machine troubles all of them alike. All compute the same l
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import platform
 import re
 import resource
 import statistics
@@ -20,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -201,20 +201,19 @@ def main(
     hidden: int = Shape.hidden,
     vocabulary: int = Shape.vocabulary,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens whose logits our head holds at once.")] = Shape.chunk,
-    device: Annotated[
-        str, typer.Option(help="cpu, or cuda for tools/bench_head_cuda.py with its own options.")
-    ] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, or cuda, with the options of tools/bench_head_cuda.py.")] = "cpu",
     peer: Annotated[str | None, typer.Option(hidden=True, help="Measure this one here and print it.")] = None,
 ) -> None:
-    """Measures all peers and writes the medians, exiting with 1 if a bar is not held."""
-    if device == "cuda":
-        there = [sys.executable, str(Path(__file__).with_name("bench_head_cuda.py"))]
-        sys.exit(subprocess.run([*there, *(["--out", str(out)] if out else [])]).returncode)
+    """Measures all peers and writes the medians, exiting with 1 if a bar is not held, and with 2 without Liger."""
     out = out or Path("benchmarks/head_cpu.json")
     shape = Shape(tokens, hidden, vocabulary, chunk)
     if peer is not None:
         print(json.dumps(asdict(measure(peer, shape))))
         return
+    if device != "cpu":
+        print(f"error: --device {device}: one of cpu, cuda", file=sys.stderr)
+        raise typer.Exit(2)
+    bench_schema.require("bench", "liger_kernel")
     runs: dict[str, list[Measurement]] = {name: [] for name in PEERS}
     turns = [name for _ in range(rounds) for name in PEERS]
     for name in track(turns, description="measuring", console=Console(stderr=True)):
@@ -222,14 +221,8 @@ def main(
     _check_agreement(runs)
     report = _report(runs)
     _print(report)
-    versions = {name: version(name) for name in ("torch", "liger-kernel", "numpy")}
-    about = {
-        "command": " ".join(["python", "tools/bench_head.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {threads} threads used",
-        "versions": versions | {"python": sys.version.split()[0]},
-        "shape": asdict(shape),
-    }
+    about = bench_schema.about(("torch", "liger-kernel", "numpy"))
+    about |= {"machine": f"{about['machine']}, {threads} threads used", "shape": asdict(shape)}
     out.parent.mkdir(parents=True, exist_ok=True)
     everything = {name: [asdict(m) for m in ms] for name, ms in runs.items()}
     out.write_text(json.dumps(bench_schema.stamped("head", about | report | {"runs": everything}), indent=1) + "\n")
@@ -238,5 +231,17 @@ def main(
         raise typer.Exit(1)
 
 
+def on_gpu(words: list[str]) -> list[str] | None:
+    """The command of the GPU's benchmark, with all the other words, where --device says cuda."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--device", default="cpu")
+    known, others = parser.parse_known_args(words)
+    there = [sys.executable, str(Path(__file__).with_name("bench_head_cuda.py")), *others]
+    return there if known.device == "cuda" else None
+
+
 if __name__ == "__main__":
+    there = on_gpu(sys.argv[1:])
+    if there is not None:
+        sys.exit(subprocess.run(there, check=False).returncode)
     typer.run(main)

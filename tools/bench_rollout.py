@@ -1,8 +1,10 @@
 """Rollouts through SGLang: what the client costs, how long episodes take, what the cache finds, what a sync takes.
 
     python tools/bench_rollout.py --python PATH_OF_AN_INTERPRETER_WITH_SGLANG --out benchmarks/rollout_cpu.json
+    python tools/bench_rollout.py --device cuda --model /models/Qwen3-8B --out benchmarks/rollout_8b.json
 
-One server on a tiny Qwen3. `bare` sends prompts to SGLang's API with nothing around it, `streamed` the same with the
+One server, on a Qwen3 of random weights or on --model; on a GPU it shares the card with this process, as it does with
+an actor. `bare` sends prompts to SGLang's API with nothing around it, `streamed` the same with the
 time to the first token seen; `client` is the trainer's engine. They take turns, greedily, so that all generate the
 same tokens. `oversample_*` play whole steps of Household (rollout_steps.py). `sync_*` pushes all weights of a model,
 in turns with one copy of as many bytes within this process; where its time goes stands beside it: seconds of filling
@@ -32,19 +34,30 @@ from rich.console import Console
 from rollout_steps import Step, stage_of, step
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from icrl_megatron.config import EngineSettings, TinyModel
+from icrl_megatron.config import ConfigError, EngineSettings, TinyModel
 from icrl_megatron.rollout.engine import Sampling
 from icrl_megatron.rollout.engines import tensor_shapes
 from icrl_megatron.rollout.prompts import template_words
 from icrl_megatron.rollout.sglang import SGLangEngine
-from icrl_megatron.rollout.sglang_server import Server, ServerSpec
+from icrl_megatron.rollout.sglang_server import Server, ServerSpec, check_version, installed_version
 from icrl_megatron.rollout.sglang_weights import Bucket, SharedMemory, filled, sizes
 from icrl_megatron.tasks import registry
 from icrl_megatron.tiny import build_tiny
 
-MODEL = TinyModel(layers=4, hidden=256, heads=4, kv_heads=2, head_dim=64, ffn=768, tie_embeddings=False)
-LARGER = TinyModel(layers=6, hidden=1024, heads=8, kv_heads=4, head_dim=128, ffn=3072, tie_embeddings=False)
-"""Only synced: ten to twenty times as many bytes."""
+MODELS = {
+    "cpu": TinyModel(layers=4, hidden=256, heads=4, kv_heads=2, head_dim=64, ffn=768, tie_embeddings=False),
+    "cuda": TinyModel(layers=16, hidden=2048, heads=16, kv_heads=8, head_dim=128, ffn=6144, tie_embeddings=False),
+}
+LARGER = {
+    "cpu": TinyModel(layers=6, hidden=1024, heads=8, kv_heads=4, head_dim=128, ffn=3072, tie_embeddings=False),
+    "cuda": TinyModel(layers=12, hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=12288, tie_embeddings=False),
+}
+"""Only synced: several times as many bytes. On a GPU a third of Qwen3-8B's layers."""
+PRECISION = {"cpu": ("fp32", torch.float32), "cuda": ("bf16", torch.bfloat16)}
+GPU_FRACTION = 0.4
+"""Of the card's memory, for the server; this process has the model too."""
+COPIED_AT_ONCE = 1 << 30
+"""Bytes; a copy of more is made of several."""
 CONTEXT = 1024
 NEW_TOKENS = 48
 OVERSAMPLE = 1.5
@@ -148,12 +161,15 @@ class Timed(Server):
             self.took.setdefault(path, []).append(time.perf_counter() - begun)
 
 
-def syncs(engine: SGLangEngine, server: Timed, folder: Path, rounds: int) -> dict[str, Any]:
+def syncs(engine: SGLangEngine, server: Timed, folder: Path, rounds: int, device: torch.device) -> dict[str, Any]:
     """Medians over pushes of all weights, each followed by one copy of as many bytes within this process."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    dtype = PRECISION[device.type][1]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    # A tied head is the embedding, and is not sent.
     tensors = [(name, p.detach()) for name, p in model.named_parameters()]
     size = sum(t.nbytes for _, t in tensors)
-    source, target = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+    source = torch.ones(min(size, COPIED_AT_ONCE), dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
     pushes, copies = [], []
     for i in range(rounds + 1):
         if i == 1:  # the first makes the buffers
@@ -164,7 +180,10 @@ def syncs(engine: SGLangEngine, server: Timed, folder: Path, rounds: int) -> dic
         engine.update_weights(tensors, 100 + i)
         pushes.append(time.perf_counter() - begun)
         begun = time.perf_counter()
-        target.copy_(source)
+        for start in range(0, size, len(source)):
+            target[: size - start].copy_(source[: size - start])
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         copies.append(time.perf_counter() - begun)
     requests = {
         path.strip("/"): {"count": len(took) / rounds, "seconds": statistics.median(took)}
@@ -180,20 +199,23 @@ def syncs(engine: SGLangEngine, server: Timed, folder: Path, rounds: int) -> dic
         "copy_seconds": copy,
         "sync_over_copy": push / copy,
         "fastest_over_fastest": min(pushes) / min(copies),
-        "fill_seconds": _filling(tensors, rounds),
+        "fill_seconds": _filling(tensors, rounds, device),
         "empty_request_seconds": statistics.median(server.took["/flush_cache"][-rounds:]),
         "requests": requests,
     }
 
 
-def _filling(tensors: list[tuple[str, torch.Tensor]], rounds: int) -> float:
-    """Seconds of copying all tensors into a bucket, with nobody to send them to."""
-    _, total = sizes({name: tuple(t.shape) for name, t in tensors}, 4)
-    bucket, took = Bucket(total, torch.device("cpu")), []
+def _filling(tensors: list[tuple[str, torch.Tensor]], rounds: int, device: torch.device) -> float:
+    """Seconds of copying all tensors into buckets, with nobody to send them to."""
+    largest, total = sizes({name: tuple(t.shape) for name, t in tensors}, tensors[0][1].itemsize)
+    limit = max(largest, min(total, EngineSettings().bucket_mib << 20))
+    bucket, took = Bucket(limit, device), []
     for _ in range(rounds + 1):
         begun = time.perf_counter()
-        for _ in filled(tensors, (bucket, bucket), total):
+        for _ in filled(tensors, (bucket, bucket), limit):
             pass
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         took.append(time.perf_counter() - begun)
     return statistics.median(took[1:])
 
@@ -259,63 +281,97 @@ def steps_of(engine: SGLangEngine, folder: Path, rounds: int, tasks: int) -> dic
 
 
 @contextmanager
-def serving(model: TinyModel, settings: EngineSettings) -> Iterator[tuple[SGLangEngine, Timed, Path]]:
-    """A server that starts on a new model, its client, and the model's folder."""
+def serving(
+    model: TinyModel | Path, settings: EngineSettings, device: torch.device
+) -> Iterator[tuple[SGLangEngine, Timed, Path]]:
+    """A ready server on a model, its client, and the model's folder, which is made where it is not given."""
+    precision, dtype = PRECISION[device.type]
     with tempfile.TemporaryDirectory() as where:
-        folder = Path(where) / "model"
-        words = template_words("compact") | set(registry.get("household").vocabulary())  # type: ignore[attr-defined]
-        build_tiny(folder, replace(model, max_positions=CONTEXT * 2), sorted(words | {f"w{i}" for i in range(4096)}), 0)
-        server = Timed(ServerSpec(folder, settings, "fp32", CONTEXT, Path(where) / "sglang.log", on_cpu=True))
+        folder = Path(where) / "model" if isinstance(model, TinyModel) else model
+        if isinstance(model, TinyModel):
+            words = template_words("compact") | set(registry.get("household").vocabulary())  # type: ignore[attr-defined]
+            words |= {f"w{i}" for i in range(4096)}
+            build_tiny(folder, replace(model, max_positions=CONTEXT * 2), sorted(words), 0)
+        log, on_cpu = Path(where) / "sglang.log", device.type == "cpu"
+        server = Timed(ServerSpec(folder, settings, precision, CONTEXT, log, on_cpu))
         shared = SharedMemory(server, 1, None, 0, settings.sync_timeout_s)
-        shapes, device = tensor_shapes(folder), torch.device("cpu")
-        engine = SGLangEngine(server, settings, lambda: shared, shapes, torch.float32, device)
+        engine = SGLangEngine(server, settings, lambda: shared, tensor_shapes(folder), dtype, device)
         server.start()
         try:
+            server.wait_ready()
             yield engine, server, folder
         finally:
             engine.close()
 
 
+def refused(device: str, python: str, model: Path | None) -> str:
+    """Why this cannot be measured here; empty if it can."""
+    if device not in MODELS:
+        return f"--device {device}: one of {', '.join(MODELS)}"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "--device cuda: torch sees no GPU here; --device cpu measures without one"
+    if model is not None and not (model / "config.json").exists():
+        return f"--model {model}: no Hugging Face folder (it has no config.json)"
+    try:
+        check_version(installed_version(python), EngineSettings(python=python), python or sys.executable)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 def main(
     python: Annotated[str, typer.Option(help="Interpreter that has SGLang; empty: this one.")] = "",
+    device: Annotated[str, typer.Option(help="cpu | cuda.")] = "cpu",
+    model: Annotated[Path | None, typer.Option(help="A Qwen3 folder, in the place of random weights.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each, after one that warms up.")] = 3,
     requests: Annotated[int, typer.Option(min=1, help="Prompts in a turn.")] = 64,
     tasks: Annotated[int, typer.Option(min=1, help="Tasks that a step needs, 4 episodes each.")] = 10,
     out: Annotated[Path | None, typer.Option(help="Where the JSON goes.")] = None,
 ) -> None:
-    settings = EngineSettings(kind="sglang", python=python, max_batch=64, startup_timeout_s=900.0)
+    """Measures and writes it; 2 is the exit code where it cannot be measured."""
+    reason = refused(device, python, model)
+    if reason:
+        print(f"error: {reason}", file=sys.stderr)
+        raise typer.Exit(2)
+    settings = EngineSettings(
+        kind="sglang", python=python, max_batch=64, startup_timeout_s=900.0, memory_fraction=GPU_FRACTION
+    )
     report = bench_schema.about(("torch", "transformers", "aiohttp"))
+    report["card"] = torch.cuda.get_device_name() if device == "cuda" else "none"
     medians: dict[str, dict[str, float]] = {}
     pushed: dict[str, Any] = {}
-    with serving(MODEL, settings) as (engine, server, folder), serving(LARGER, settings) as larger:
-        for starting in (server, larger[1]):  # what starts keeps the cores busy
-            starting.wait_ready()
-        for one, its_server, its_folder in ((engine, server, folder), larger):
-            sync = syncs(one, its_server, its_folder, 3 * rounds)
+    here = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    served = (model,) if model is not None else (LARGER[device], MODELS[device])
+    for one in served:
+        with serving(one, settings, here) as (engine, server, folder):
+            sync = syncs(engine, server, folder, 3 * rounds, here)
             pushed[f"sync_{sync['bytes'] / 1e6:.0f}_mb"] = sync
             print(sync, file=sys.stderr)
-        larger[0].close()
-        report["versions"]["sglang"] = server.info().get("version")
-        medians |= requests_of(engine, folder, REQUEST_TURNS * rounds, requests)
-        medians |= steps_of(engine, folder, rounds, tasks)
+            if one is served[-1]:
+                report["versions"]["sglang"] = server.info().get("version")
+                medians |= requests_of(engine, folder, REQUEST_TURNS * rounds, requests)
+                medians |= steps_of(engine, folder, rounds, tasks)
     medians |= {name: {k: v for k, v in sync.items() if k != "requests"} for name, sync in pushed.items()}
     over = medians["client"]["seconds"] / medians["bare"]["seconds"]
     report |= {
         "medians": medians,
         "client_over_bare": over,
         "requests_of_a_push": {name: sync["requests"] for name, sync in pushed.items()},
-        "models": [asdict(MODEL), asdict(LARGER)],
-        "bars": {
-            "client_over_bare": {"bar": CLIENT_BAR, "held": over <= CLIENT_BAR},
-            "sync_over_copy": {
-                "bar": SYNC_BAR,
-                "held": {name: sync["sync_over_copy"] <= SYNC_BAR for name, sync in pushed.items()},
-            },
-        },
+        "models": [asdict(one) if isinstance(one, TinyModel) else one.name for one in served],
+        "bars": bars(over, pushed),
     }
     Console().print_json(json.dumps(report))
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(bench_schema.stamped("rollout", report), indent=1) + "\n")
+
+
+def bars(over: float, pushed: dict[str, Any]) -> dict[str, Any]:
+    held = {name: sync["sync_over_copy"] <= SYNC_BAR for name, sync in pushed.items()}
+    return {
+        "client_over_bare": {"bar": CLIENT_BAR, "held": over <= CLIENT_BAR},
+        "sync_over_copy": {"bar": SYNC_BAR, "held": held},
+    }
 
 
 if __name__ == "__main__":

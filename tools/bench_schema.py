@@ -8,6 +8,7 @@ What else a benchmark has to say stands beside these keys. Every value was measu
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -53,6 +54,14 @@ def unit_of(quantity: str) -> str:
 def measurements(medians: Mapping[str, Mapping[str, float]]) -> list[Measurement]:
     """From {subject: {quantity: value}}."""
     return [Measurement(s, q, float(v), unit_of(q)) for s, values in medians.items() for q, v in values.items()]
+
+
+def require(extra: str, *modules: str) -> None:
+    """Ends the program with 2 where the modules that a benchmark compares with are not installed."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"error: {', '.join(missing)} cannot be imported; pip install -e '.[{extra}]'", file=sys.stderr)
+        sys.exit(2)
 
 
 def about(packages: tuple[str, ...] = ("torch", "megatron-core", "numpy")) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import random
 import resource
 import statistics
@@ -34,7 +33,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -351,11 +349,12 @@ def main(
     peer: Annotated[str | None, typer.Option(hidden=True, help="Be this peer.")] = None,
     folder: Annotated[Path | None, typer.Option(hidden=True, help="The model of that peer.")] = None,
 ) -> None:
-    """Measures both and writes the medians, exiting with 1 if the bar is not held."""
+    """Measures both and writes the medians, exiting with 1 if the bar is not held, and with 2 without TRL."""
     if peer is not None and folder is not None:
         runs: dict[str, Callable[[Path, Canned], None]] = {"icrl": run_ours, "trl": run_trl}
         runs[peer](folder, canned(prompt_tokens))
         return
+    bench_schema.require("bench", "trl", "accelerate", "datasets")
     turns = _measure(rounds, steps, threads, prompt_tokens)
     report = _report(turns)
     _print(report)
@@ -366,11 +365,9 @@ def main(
         "prompt_tokens": prompt_tokens,
         "completion_tokens": SEQUENCE_TOKENS - prompt_tokens,
     }
-    about = {
-        "command": " ".join(["python", "tools/bench_step.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {threads} threads used",
-        "versions": {name: version(name) for name in packages} | {"python": sys.version.split()[0]},
+    about = bench_schema.about(packages)
+    about |= {
+        "machine": f"{about['machine']}, {threads} threads used",
         "shape": asdict(MODEL) | shape,
         "steps_per_turn": steps,
         "trl_micro_batch": TRL_MICRO_BATCH,

@@ -1,4 +1,7 @@
-"""What `tools/gpu_check.sh` runs: stages with a time limit, each leaving JSON; nothing but torch and triton is needed.
+"""What `tools/gpu_check.sh` runs: stages with a time limit; nothing but torch and triton is needed.
+
+How each stage went goes into stages.json, what it measured into JSON of its own, what it printed into its log. Started
+again, it goes on with the stages that have not passed.
 
 A stage whose packages are missing is named with its reason, and so is one that fails; the others go on. The exit code
 is 0 if all stages that could run passed, 1 if one failed, 2 without a GPU.
@@ -23,8 +26,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 STAGE_LIMIT_S = 590
+STAGES_FILE = "stages.json"
 TAIL_CHARACTERS = 4000
 RUN_NEEDS = ("megatron.core", "transformers", "omegaconf", "typer", "rich", "jinja2", "tensorboard", "matplotlib")
+
+
+Result = dict[str, object]
+"""How a stage went, as it is written."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,13 @@ def training(out: Path, quick: bool) -> list[str]:
     return python("-m", "icrl_megatron.cli", "train", "rulebook_easy", *steps, where, f"actor.layers={layers}")
 
 
+def rollouts(out: Path, quick: bool) -> list[str]:
+    rounds = "1" if quick else "2"
+    return python(
+        "tools/bench_rollout.py", "--device", "cuda", "--rounds", rounds, "--out", str(out / "rollout_cuda.json")
+    )
+
+
 def short(run: str) -> Callable[[Path, bool], list[str]]:
     return lambda out, quick: python("tools/gpu_runs.py", run, "--out", str(out), *(["--steps", "3"] if quick else []))
 
@@ -87,6 +102,7 @@ STAGES = (
     Stage("icrl_run", training, RUN_NEEDS),
     *(Stage(run, short(run), (*RUN_NEEDS, "transformer_engine")) for run in ACTOR_RUNS),
     *(Stage(run, short(run), (*RUN_NEEDS, "sglang")) for run in ENGINE_RUNS),
+    Stage("bench_rollout", rollouts, (*RUN_NEEDS, "sglang")),
 )
 
 
@@ -109,7 +125,7 @@ def _importable(name: str) -> bool:
         return False
 
 
-def run(stage: Stage, out: Path, quick: bool) -> dict[str, object]:
+def run(stage: Stage, out: Path, quick: bool) -> Result:
     """Runs it with its time limit; what it wrote is in <out>/<stage>.log."""
     reason = missing(stage)
     if reason:
@@ -169,6 +185,20 @@ def _versions(names: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
+def go_on(here: Machine, out: Path, wanted: list[str], quick: bool, again: bool) -> dict[str, Result]:
+    """How every stage went, now or before; the file is written after each, so that nothing is lost."""
+    kept = out / STAGES_FILE
+    results: dict[str, Result] = json.loads(kept.read_text()) if kept.exists() else {}
+    for stage in STAGES:
+        done = results.get(stage.name, {})
+        if (not wanted or stage.name in wanted) and (again or done.get("result") != "passed"):
+            done = results[stage.name] = run(stage, out, quick) | {"machine": asdict(here)}
+            kept.write_text(json.dumps(results, indent=1) + "\n")
+        if done:
+            print(f"{stage.name:12} {done['result']} {done.get('reason', '')}", flush=True)
+    return results
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stages", nargs="*", help=f"some of {', '.join(s.name for s in STAGES)}; all by default")
@@ -192,23 +222,13 @@ def main() -> int:
     out = (chosen.out or ROOT / "benchmarks" / f"{label}-{time.strftime('%Y-%m-%d')}").resolve()
     out.mkdir(parents=True, exist_ok=True)
     print(f"{here.card}, driver {here.driver}, {here.memory}, CUDA {here.cuda}; {here.versions}", flush=True)
-    results = []
-    for stage in STAGES:
-        path = out / f"{stage.name}.json"
-        done = json.loads(path.read_text()) if path.exists() else {}
-        wanted = not chosen.stages or stage.name in chosen.stages
-        if wanted and (chosen.again or done.get("result") != "passed"):
-            done = run(stage, out, chosen.quick) | {"machine": asdict(here)}
-            path.write_text(json.dumps(done, indent=1) + "\n")
-        if done:
-            results.append(done)
-            print(f"{stage.name:12} {done['result']} {done.get('reason', '')}", flush=True)
-    (out / "summary.md").write_text(summary(here, results))
+    results = go_on(here, out, chosen.stages, chosen.quick, chosen.again)
+    (out / "summary.md").write_text(summary(here, list(results.values())))
     print(f"results in {out}")
-    return int(any(str(done["result"]).startswith("failed") for done in results))
+    return int(any(str(done["result"]).startswith("failed") for done in results.values()))
 
 
-def summary(here: Machine, results: list[dict[str, object]]) -> str:
+def summary(here: Machine, results: list[Result]) -> str:
     rows = [f"| {r['stage']} | {r['result']} {r.get('reason', '')} | {r.get('seconds', '')} |" for r in results]
     head = f"{here.card}, driver {here.driver}, CUDA {here.cuda}, {here.versions}"
     return "\n".join([head, "", "| stage | result | seconds |", "| --- | --- | --- |", *rows, ""])

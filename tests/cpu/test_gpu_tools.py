@@ -7,7 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
@@ -57,6 +57,31 @@ def test_stages_pass_fail_and_run_out_of_time(
     assert "| s | passed" in check.summary(here, [passed])
 
 
+def test_a_check_goes_on_where_it_ended_and_keeps_what_was_measured(
+    check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with the real stages, one writes its numbers to a file of its own name."""
+    count = "from pathlib import Path; p = Path({0!r}); p.write_text((p.read_text() if p.exists() else '') + '1')"
+
+    def stage(name: str, end: str) -> object:
+        code = count.format(str(tmp_path / f"{name}.json")) + end
+        return check.Stage(name, lambda out, quick: check.python("-c", code))
+
+    here = check.Machine("Some GPU", "1", "2", "3", "3.12", {"torch": "2"})
+    stages = (stage("good", ""), stage("bad", "; raise SystemExit(3)"), stage("not_asked_for", ""))
+    monkeypatch.setattr(check, "STAGES", stages)
+    for _ in range(2):
+        results = check.go_on(here, tmp_path, ["good", "bad"], False, False)
+    assert {name: done["result"] for name, done in results.items()} == {
+        "good": "passed",
+        "bad": "failed with exit code 3",
+    }
+    assert (tmp_path / "good.json").read_text() == "1"
+    assert (tmp_path / "bad.json").read_text() == "11"
+    check.go_on(here, tmp_path, ["good"], False, True)
+    assert (tmp_path / "good.json").read_text() == "11"
+
+
 def test_short_runs_are_stages_and_say_what_they_measured(check: ModuleType, tmp_path: Path) -> None:
     runs = load("gpu_runs")
     assert tuple(runs.RUNS) == check.ACTOR_RUNS + check.ENGINE_RUNS
@@ -81,19 +106,33 @@ def test_without_a_gpu_the_tools_say_so() -> None:
         assert done.returncode == 2 and done.stderr.startswith("error: "), done
 
 
-def test_the_benchmark_of_a_gpu_writes_where_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As slurm/bench_8b.sbatch asks; the benchmark itself needs a GPU, so its command line is looked at."""
+def test_the_head_is_measured_on_a_gpu_with_all_other_words() -> None:
     module = load("bench_head")
-    started: list[list[str]] = []
+    there = [sys.executable, str(TOOLS / "bench_head_cuda.py"), "--quick", "--out", "head.json"]
+    assert module.on_gpu(["--quick", "--device", "cuda", "--out", "head.json"]) == there
+    assert module.on_gpu(["--device=cuda", "--quick", "--out", "head.json"]) == there
+    assert module.on_gpu(["--rounds", "3"]) is None
 
-    def run(command: list[str]) -> SimpleNamespace:
-        started.append(command)
-        return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(module.subprocess, "run", run)
-    with pytest.raises(SystemExit, match="0"):
-        module.main(out=tmp_path / "head.json", device="cuda")
-    assert started[0][1:] == [str(TOOLS / "bench_head_cuda.py"), "--out", str(tmp_path / "head.json")]
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["bench_head.py", "--device", "tpu"], "--device tpu: one of cpu, cuda"),
+        (["bench_rollout.py", "--device", "tpu"], "--device tpu: one of cpu, cuda"),
+        (["bench_rollout.py", "--model", "nowhere"], "--model nowhere: no Hugging Face folder"),
+        (["bench_rollout.py", "--python", "/no/python"], "engine.python=/no/python: cannot be run"),
+    ],
+)
+def test_benchmarks_refuse_in_one_line(words: list[str], said: str) -> None:
+    command = [sys.executable, str(TOOLS / words[0]), *words[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {said}"), done.stderr
+
+
+def test_a_benchmark_without_its_peers_says_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        load("bench_schema").require("bench", "json", "no_such_peer")
+    assert capsys.readouterr().err == "error: no_such_peer cannot be imported; pip install -e '.[bench]'\n"
 
 
 @pytest.fixture
