@@ -57,12 +57,13 @@ def predicted(settings: Settings, gpu: hardware.Gpu) -> dict[str, float]:
 
 
 def train(recipe: str, overrides: list[str], folder: Path, steps: int) -> None:
-    """`icrl train` for a few steps. Raises RuntimeError when it fails."""
+    """`icrl train` for a few steps. Where it fails, it has said why; its exit code becomes this program's."""
     command = [sys.executable, "-c", "from icrl_megatron.cli import main; main()", "train", recipe, *overrides]
     short = ["eval.interval=0", "eval.control_problems=0", "eval.problems=1", "baseline=", f"steps={steps}"]
     done = subprocess.run([*command, *short, f"run_dir={folder}"], check=False, timeout=TIMEOUT_S)
     if done.returncode:
-        raise RuntimeError(f"icrl train {recipe} ended with {done.returncode}")
+        print(f"error: icrl train {recipe} ended with {done.returncode}", file=sys.stderr)
+        raise typer.Exit(done.returncode)
 
 
 def main(
