@@ -8,6 +8,7 @@ Supervised learning is the policy gradient of samples with advantage 1 under the
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -110,9 +111,12 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
                 replicas=grid.data,
             )
             stats = actor.train(plan, actor.score(plan), learning_rate(step, warm))
-            bar.advance(1, note=f"nll {stats.metrics['nll']:.3f}")
+            nll = stats.metrics.get("nll", math.nan)  # an update that was skipped measured none
+            bar.advance(1, note=f"nll {nll:.3f}")
             if writer is not None:
-                writer.write(step + 1, {"sft/nll": stats.metrics["nll"], "actor/grad_norm": stats.grad_norm})
+                skipped = float(stats.skipped_updates)
+                row = {"sft/nll": nll, "actor/grad_norm": stats.grad_norm, "actor/skipped_updates": skipped}
+                writer.write(step + 1, row)
             if grids.any_rank(grid, bool(stop)):
                 save(step + 1)
                 return STOPPED

@@ -6,11 +6,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from icrl_kernels import HeadOutput, Terms
 from icrl_megatron.actor import platform
-from icrl_megatron.actor.grid import Grid, any_rank, gather_objects
+from icrl_megatron.actor.grid import Grid, gather_objects
 from icrl_megatron.actor.measure import Totals, measure, token_weights
 from icrl_megatron.actor.model import build
 from icrl_megatron.actor.offload import Offload
@@ -96,9 +97,12 @@ class Actor:
         for number, (update, frozen) in enumerate(zip(plan.updates, scored, strict=True)):
             self.wrapped.zero_grad_buffer()
             self.optimizer.zero_grad()
-            of_update = Totals()
-            if any_rank(self.grid, not _finite(frozen)):
+            of_scoring, of_update = Totals(), Totals()
+            of_scoring.add({"non_finite": _non_finite(frozen)} if self.grid.tensor_rank == 0 else {})
+            of_scoring.reduce(self.grid)
+            if of_scoring.sums["non_finite"] > 0:
                 # The policy that was scored is already broken: its training pass could only be refused.
+                totals.merge(of_scoring)
                 skipped += 1
                 continue
             for measured in train_pass(self.wrapped, self.head, list(zip(update, frozen, strict=True)), measuring):
@@ -148,10 +152,14 @@ class Actor:
             )
 
 
-def _finite(frozen: tuple[Frozen, ...]) -> bool:
-    """Whether all frozen log-probs of an update are finite."""
-    streams = [s for f in frozen for s in (f.old_L, f.behaviour_L, f.reference_L) if s is not None]
-    return all(bool(stream.isfinite().all()) for stream in streams)
+def _non_finite(frozen: tuple[Frozen, ...]) -> int:
+    """Tokens of an update with a frozen log-prob that is not finite."""
+    count = 0
+    for of_batch in frozen:
+        streams = [s for s in (of_batch.old_L, of_batch.behaviour_L, of_batch.reference_L) if s is not None]
+        if streams:
+            count += int((~torch.stack(streams).isfinite()).any(dim=0).sum())
+    return count
 
 
 def _terms(settings: Settings) -> Terms:

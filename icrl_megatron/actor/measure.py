@@ -118,7 +118,7 @@ class Totals:
         """Token means, maxima as `<name>_max`, and counts; a mean over no token is left out."""
         found = {f"{name}_max": value for name, value in self.maxima.items()}
         for name, value in self.sums.items():
-            count = self.sums[_PER.get(name, "tokens")]
+            count = self.sums.get(_PER.get(name, "tokens"), 0.0)
             if name in _PLAIN:
                 found[name] = value
             elif count > 0:

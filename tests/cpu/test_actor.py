@@ -143,6 +143,7 @@ def test_an_update_whose_scores_are_not_finite_is_skipped(make: Callable[..., Ac
     before = weights(actor)
     stats = step(actor, seed=1)
     assert stats.skipped_updates == 2 and math.isnan(stats.grad_norm) and actor.optimizer.steps == 2
+    assert stats.metrics["non_finite"] == stats.loss_tokens  # of the last weight every token depends
     assert all(
         torch.equal(a.nan_to_num(), b.nan_to_num())
         for a, b in zip(before.values(), weights(actor).values(), strict=True)
