@@ -2,7 +2,6 @@
 
 python -m icrl_megatron.job check train RECIPE [KEY=VALUE]...         prints the run folder, and "servers" if it
                                                                       starts some; or exits with 2
-python -m icrl_megatron.job seen RUN_FOLDER TOKEN                     does this node see what the first one wrote?
 python -m icrl_megatron.job cell PLAN CELL                            prints the words of an ablation's cell, one a line
 python -m icrl_megatron.job table PLAN                                writes and prints an ablation's table
 python -m icrl_megatron.job decide OUTCOME STATE RC STOP train RECIPE [KEY=VALUE]...
@@ -13,10 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from icrl_megatron.config import ConfigError
@@ -24,10 +21,10 @@ from icrl_megatron.launch import CONFIG_ERROR, STOPPED, read_outcome
 
 MAX_CRASHES = 3
 """Crashes of a job, over all of its requeues, after which it is given up."""
+MAX_UNSAVED = 3
+"""Stops in a row that ended without a new checkpoint, after which a job is given up."""
 BACK_OFF_S = 30.0
 """Wait before the first retry; doubles with each."""
-SEEN_TIMEOUT_S = 60.0
-"""Network file systems may show a new file late."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,10 @@ class State:
     """Progress at the last crash; the same again means a step that cannot be passed."""
     stopped_at: str = ""
     """Progress at the last stop on request."""
+    unsaved: int = 0
+    """Stops that ended without saving, since there was another newest checkpoint."""
+    unsaved_at: str = ""
+    """What was saved at the last of them."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +52,38 @@ class Decision:
     wait_s: float = 0.0
 
 
-def progress(run_folder: Path) -> str:
-    """How far a run is, as a text that changes whenever it got further: the last line of each of its metrics files."""
-    found = []
-    for path in (run_folder / "warm_start" / "metrics.jsonl", run_folder / "metrics.jsonl"):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+@dataclass(frozen=True)
+class Reached:
+    """How far a run is, as texts that change whenever it got further."""
+
+    at: str
+    """The last line of each of its metrics files."""
+    saved: str
+    """Its newest checkpoints: what a run that is started again begins from."""
+
+
+def progress(run_folder: Path) -> Reached:
+    """How far a run is. Raises nothing: what is not there is a dash."""
+    found, saved = [], []
+    for folder in (run_folder / "warm_start", run_folder):
+        metrics = folder / "metrics.jsonl"
+        lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.exists() else []
         whole = [line for line in lines[-2:] if line.endswith("}")]
         found.append(str(json.loads(whole[-1]).get("step")) if whole else "-")
-    found += [path.name for path in sorted(run_folder.glob("baseline_*"))]
-    return "/".join(found)
+        saved.append(max((path.parent.name for path in folder.glob("checkpoints/step_*/icrl.json")), default="-"))
+    baselines = sorted(run_folder.glob("baseline_*"))
+    of_baselines = [reached for path in baselines for reached in (path.name, progress(path).saved)]
+    return Reached("/".join([*found, *(path.name for path in baselines)]), "/".join([*saved, *of_baselines]))
 
 
-def decide(outcome: tuple[int, str] | None, returncode: int, stopping: bool, at: str, state: State) -> Decision:
-    """After a step ended with `returncode`, having left `outcome`; `at` is the run's progress.
+def decide(outcome: tuple[int, str] | None, returncode: int, stopping: bool, run: Reached, state: State) -> Decision:
+    """After a step of `run` ended with `returncode`, having left `outcome`.
 
-    Done after success. A stop on request is requeued, unless the run got no further since the last one. A crash is
-    tried again after a wait that doubles, at most MAX_CRASHES times, and never twice at the same progress.
+    Done after success. A stop on request is requeued, unless the run got no further since the last one; one that could
+    not save is, unless there was no new checkpoint MAX_UNSAVED times. A crash is tried again after a wait that doubles,
+    at most MAX_CRASHES times, and never twice at the same progress.
     """
+    at = run.at
     if outcome is not None and outcome[0] == CONFIG_ERROR:
         return Decision("fail", state, outcome[1])
     if outcome is not None and outcome[0] == STOPPED:
@@ -77,9 +93,9 @@ def decide(outcome: tuple[int, str] | None, returncode: int, stopping: bool, at:
     if returncode == 0:
         return Decision("done", state)
     if stopping:
-        return Decision("requeue", state, f"ended with {returncode} while stopping; goes on from its last checkpoint")
+        return _killed_while_stopping(returncode, run, state)
     crashes = state.crashes + 1
-    after = State(crashes, at, state.stopped_at)
+    after = replace(state, crashes=crashes, crashed_at=at)
     if at == state.crashed_at:
         return Decision("fail", after, f"crashed twice at {at} (code {returncode}): the same step would crash again")
     if crashes > MAX_CRASHES:
@@ -88,28 +104,33 @@ def decide(outcome: tuple[int, str] | None, returncode: int, stopping: bool, at:
     return Decision("retry", after, f"crash {crashes} of at most {MAX_CRASHES}, at {at} (code {returncode})", wait)
 
 
+def _killed_while_stopping(returncode: int, run: Reached, state: State) -> Decision:
+    unsaved = state.unsaved + 1 if run.saved == state.unsaved_at else 1
+    after = replace(state, unsaved=unsaved, unsaved_at=run.saved)
+    said = f"ended with {returncode} while stopping"
+    if unsaved >= MAX_UNSAVED:
+        why = f"{said}, {unsaved} times without a checkpoint after {run.saved}: the same steps would be played for ever"
+        remedy = "give it more time between signal and end, or a smaller checkpoint.interval"
+        return Decision("fail", after, f"{why}; {remedy}")
+    return Decision("requeue", after, f"{said}; goes on from its last checkpoint")
+
+
 def check(arguments: list[str]) -> tuple[Path, bool]:
     """The run folder of `train|sft RECIPE [KEY=VALUE]...`, and whether the job has to start environment servers.
 
     Raises ConfigError on all that can be known beforehand; the number of ranks is WORLD_SIZE's, which the job sets to
     nodes x ranks a node."""
     from icrl_megatron import serve, settings, validate
+    from icrl_megatron.plan import planner
 
     resolved = settings.load(arguments[1], arguments[2:])
     validate.validate(resolved)
+    planner.check(resolved)
+    world, planned = validate.ranks(resolved), planner.ranks(resolved)
+    if world != planned:
+        print(f"note: {arguments[1]} is for {planned} ranks (launch.ranks x launch.nodes), here are {world}",
+              file=sys.stderr)  # fmt: skip
     return settings.run_folder(resolved), bool(serve.wanted(resolved))
-
-
-def seen(run_folder: Path, token: str, timeout_s: float) -> None:
-    """Raises ConfigError unless this node sees the file that the first node wrote into the run folder."""
-    deadline = time.monotonic() + timeout_s
-    while not (run_folder / token).exists():
-        if time.monotonic() > deadline:
-            raise ConfigError(
-                f"run_dir={run_folder}: {socket.gethostname()} does not see what the first node wrote there; use a "
-                "folder on a file system that all nodes share, run_dir=..."
-            )
-        time.sleep(0.2)
 
 
 def _decide(run_folder: Path, outcome: Path, state_path: Path, returncode: int, stopping: bool) -> str:
@@ -140,8 +161,6 @@ def main(arguments: list[str]) -> None:
         if verb == "check":
             folder, servers = check(rest)
             print(folder, *(["servers"] if servers else []), sep="\n")
-        elif verb == "seen":
-            seen(Path(rest[0]), rest[1], float(os.environ.get("ICRL_SEEN_TIMEOUT_S", SEEN_TIMEOUT_S)))
         elif verb in ("cell", "table"):
             _of_ablation(verb, Path(rest[0]), *rest[1:])
         else:

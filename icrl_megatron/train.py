@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
+import secrets
+import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
@@ -39,6 +43,8 @@ from icrl_megatron.telemetry.progress import Progress
 from icrl_megatron.types import Split, Task
 
 RANK_LOCK = ".lock"
+SEEN_TIMEOUT_S = 60.0
+"""Network file systems may show a new file late."""
 
 
 def main(settings: Settings) -> int:
@@ -59,9 +65,29 @@ def joined(settings: Settings) -> Iterator[grids.Grid]:
         with locked(run_folder(settings), RANK_LOCK) if grid.rank == 0 else nullcontext():
             if grid.rank == 0:
                 report_started()
+            require_shared(run_folder(settings), grid)
             yield grid
     finally:
         grids.shutdown()
+
+
+def require_shared(folder: Path, grid: grids.Grid) -> None:
+    """Raises ConfigError on all ranks if one of them does not see what the first writes into the run folder."""
+    token = folder / f".seen.{grids.gather_objects(grid, secrets.token_hex(8))[0]}"
+    if grid.rank == 0:
+        token.touch()
+    any_rank(grid, False)  # nobody looks before it is there: a network file system may remember that it was not
+    deadline = time.monotonic() + float(os.environ.get("ICRL_SEEN_TIMEOUT_S", SEEN_TIMEOUT_S))
+    while not token.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    blind = [name for name in grids.gather_objects(grid, "" if token.exists() else socket.gethostname()) if name]
+    if grid.rank == 0:
+        token.unlink()
+    if blind:
+        raise ConfigError(
+            f"run_dir={folder}: {blind[0]} does not see what the first node wrote there; use a folder on a file "
+            "system that all nodes share, run_dir=..."
+        )
 
 
 def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:

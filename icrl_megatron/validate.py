@@ -19,7 +19,7 @@ from icrl_megatron.tasks.base import Checked
 from icrl_megatron.tasks.datasets import check_no_leak
 from icrl_megatron.telemetry.dumps import dumped_steps
 from icrl_megatron.types import Split, Task
-from icrl_megatron.validate_rollout import check_engine, check_rollout
+from icrl_megatron.validate_rollout import check_engine, check_installed, check_rollout
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "baseline": ("", "grpo"),
@@ -146,20 +146,31 @@ def validate(settings: Settings) -> None:
 
     Touches the file system: reads the model folder's headers, and makes sure that the run folder can be written.
     """
-    _check_values(settings)
+    validate_settings(settings)
+    validate_grid(settings, ranks(settings))
     _check_tasks(settings)
-    _check_algo(settings.algo, settings)
-    check_rollout(settings)
-    _check_grid(settings)
-    shape = _check_model(settings)
-    _check_split(settings.actor, shape)
-    _check_context(settings, shape)
+    check_installed(settings.engine)
+    validate_shape(settings, _check_model(settings))
     _check_debug(settings)
     folder = settings_module.run_folder(settings)
     _check_writable(folder)
     saved = folder / settings_module.SAVED_NAME
     if saved.exists():
         check_resume(settings_module.load_saved(saved), settings, folder)
+
+
+def validate_settings(settings: Settings) -> None:
+    """What the settings alone tell, wherever the run's files and GPUs are. Raises ConfigError."""
+    _check_values(settings)
+    _check_sources(settings)
+    _check_algo(settings.algo, settings)
+    check_rollout(settings)
+
+
+def validate_shape(settings: Settings, shape: Qwen3Shape) -> None:
+    """Whether a model of this shape can be cut and used as the settings say. Raises ConfigError."""
+    _check_split(settings.actor, shape)
+    _check_context(settings, shape)
 
 
 def check_resume(saved: Settings, settings: Settings, folder: Path) -> None:
@@ -212,17 +223,21 @@ def _check_values(settings: Settings) -> None:
         raise ConfigError(f"name={settings.name!r}: must be a plain name, it becomes a folder; run_dir sets a path")
 
 
-def _check_tasks(settings: Settings) -> None:
+def _check_sources(settings: Settings) -> None:
     sources = settings.tasks.sources
     if not sources:
         raise ConfigError("tasks.sources is empty: name at least one task set, e.g. tasks.sources=[{name: household}]")
-    problems: dict[Split, list[Task]] = {"train": [], "heldout": []}
-    splits: tuple[Split, Split] = ("train", "heldout")
     for i, source in enumerate(sources):
         if not (math.isfinite(source.weight) and source.weight > 0):
             raise ConfigError(f"tasks.sources.{i}.weight={source.weight}: must be a positive number")
         if source.name in [other.name for other in sources[:i]]:
             raise ConfigError(f"tasks.sources.{i}.name={source.name}: named twice; name it once and add the weights up")
+
+
+def _check_tasks(settings: Settings) -> None:
+    problems: dict[Split, list[Task]] = {"train": [], "heldout": []}
+    splits: tuple[Split, Split] = ("train", "heldout")
+    for i, source in enumerate(settings.tasks.sources):
         task_set = registry.of_source(source)
         for split in splits:
             problems[split] += task_set.problems(split)
@@ -263,8 +278,9 @@ def _check_algo(algo: AlgoSettings, settings: Settings) -> None:
         )
 
 
-def _check_grid(settings: Settings) -> None:
-    actor, world = settings.actor, ranks(settings)
+def validate_grid(settings: Settings, world: int) -> None:
+    """Whether `world` ranks can be cut as the settings say. Raises ConfigError."""
+    actor = settings.actor
     cell = actor.tensor_parallel * actor.pipeline_parallel
     source = "WORLD_SIZE" if os.environ.get("WORLD_SIZE") else "launch.ranks"
     if world % cell:

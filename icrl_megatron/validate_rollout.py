@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from icrl_megatron.config import ConfigError, RolloutSettings, Settings
+from icrl_megatron.config import ConfigError, EngineSettings, RolloutSettings, Settings
 from icrl_megatron.rollout.sglang_server import check_version, installed_version
 
 
@@ -40,7 +40,7 @@ def _check_external(rollout: RolloutSettings) -> None:
 
 
 def check_engine(settings: Settings, world: int) -> None:
-    """Raises ConfigError where the engine does not fit the `world` ranks, or SGLang is not what was tested."""
+    """Raises ConfigError where the engine does not fit the `world` ranks."""
     engine = settings.engine
     if world % engine.tensor_parallel:
         raise ConfigError(f"engine.tensor_parallel={engine.tensor_parallel} does not divide the {world} ranks")
@@ -68,7 +68,12 @@ def check_engine(settings: Settings, world: int) -> None:
     refused = [a for a in engine.server_args if a.startswith("--preferred-sampling-params")]
     if refused:
         raise ConfigError(f"engine.server_args has {refused[0]}: log-probs would not be those of the policy; drop it")
-    check_version(installed_version(engine.python), engine, f"engine.python={engine.python or sys.executable}")
+
+
+def check_installed(engine: EngineSettings) -> None:
+    """Raises ConfigError where servers of our own would not be the SGLang that was tested."""
+    if engine.kind == "sglang" and not engine.urls:
+        check_version(installed_version(engine.python), engine, f"engine.python={engine.python or sys.executable}")
 
 
 def _check_urls(settings: Settings, world: int) -> None:

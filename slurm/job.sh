@@ -4,7 +4,7 @@
 # ICRL_CONTAINER        image for pyxis/enroot, ICRL_MOUNTS more mounts (container.sh); unset: bare metal
 # ICRL_RANKS_PER_NODE   ranks on a node (default: the GPUs that Slurm gave)
 # ICRL_BACK_OFF_S       wait before the first retry of a crash (30); doubles with each
-# ICRL_SEEN_TIMEOUT_S   how late a file system may show one node what another wrote (60)
+# ICRL_SEEN_TIMEOUT_S   how late a file system may show one node what another wrote (60; icrl_megatron/train.py)
 set -uo pipefail
 # In a batch job $0 is a copy in Slurm's spool folder.
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
@@ -94,8 +94,14 @@ cancelled() {  # Slurm would requeue a job that somebody has cancelled, and it w
   echo "cancelled: not requeued" >&2
 }
 
+requeue() {
+  for _ in 1 2 3; do timeout 30 scontrol requeue "$job" && return; sleep 5; done
+  echo "error: Slurm did not requeue job $job; submit it again, it goes on from its last checkpoint" >&2
+  exit 1
+}
+
 run_job() {
-  local checked folder code decision token
+  local checked folder code decision
   contain "$@"
   export WORLD_SIZE=$((SLURM_NNODES * ICRL_RANKS_PER_NODE))
   if ! checked=$(ask check "$@"); then
@@ -106,11 +112,6 @@ run_job() {
   counted
   folder=${checked%%$'\n'*}
   unset WORLD_SIZE  # torchrun's own to set
-  if [ "$SLURM_NNODES" -gt 1 ]; then
-    mkdir -p "$folder"; token=.seen.$SLURM_JOB_ID; touch "$folder/$token"
-    srun --ntasks-per-node=1 "${container[@]}" "$python" -m icrl_megatron.job seen "$folder" "$token" || exit 2
-    steps=$((steps + 1)); rm -f "$folder/$token"
-  fi
   [ "$checked" = "$folder" ] || start_servers "$@"
   while :; do
     [ -z "$servers" ] || kill -0 "$servers" 2> /dev/null || start_servers "$@"  # before a retry
@@ -127,7 +128,7 @@ run_job() {
     fi
     case $decision in
       done) end_servers; exit 0 ;;
-      requeue) end_servers; rm -f "$ICRL_STOP"; cancelled || timeout 30 scontrol requeue "$job"; exit 0 ;;
+      requeue) end_servers; rm -f "$ICRL_STOP"; cancelled || requeue; exit 0 ;;
       retry*) echo "trying again in ${decision#retry } s" >&2; sleep "${decision#retry }" & wait_for $! ;;
       *) end_servers; [ "$code" -ne 0 ] || code=1; [ -f "$ICRL_OUTCOME" ] && grep -q '"code": 2' "$ICRL_OUTCOME" && code=2; exit "$code" ;;
     esac

@@ -7,8 +7,10 @@ from pathlib import Path
 from rich.console import Console
 
 from icrl_megatron import settings as settings_module
+from icrl_megatron import validate
 from icrl_megatron.config import ConfigError
 from icrl_megatron.plan import hardware, planner
+from icrl_megatron.plan.models import shape_of
 from icrl_megatron.plan.scaling import picture, scale
 from icrl_megatron.plan.search import search
 from icrl_megatron.plan.show import show, show_scaling, show_search
@@ -22,6 +24,7 @@ def run(
     console = Console(highlight=False)
     if gpus is not None and gpus < 1:
         raise ConfigError(f"--gpus {gpus}: must be at least 1")
+    validate.validate_settings(resolved)
     if searching:
         found = search(resolved, gpus or planner.ranks(resolved), gpu)
         show_search(found, console)
@@ -30,6 +33,8 @@ def run(
                 f"no layout of {gpus or planner.ranks(resolved)} x {gpu.name} fits; see the reasons above"
             )
         return
+    validate.validate_grid(resolved, gpus or planner.ranks(resolved))
+    validate.validate_shape(resolved, shape_of(resolved))
     made = planner.plan(resolved, gpus, gpu)
     show(made, console)
     if image is not None:

@@ -83,9 +83,15 @@ def resolve(recipe: str, overrides: Sequence[str], where: Where) -> Settings:
     resolved = settings_module.load(recipe, overrides)
     if where.on == "local" and resolved.launch.nodes > 1:
         raise ConfigError(f"launch.nodes={resolved.launch.nodes}: --on local has one machine; use --on slurm")
-    if not where.host:  # over a tunnel the model and the run folder are on the other side
-        with _ranks(_per_node(resolved, where) * resolved.launch.nodes):
-            validate.validate(resolved)
+    if where.ranks_per_node < 0:
+        raise ConfigError(f"--ranks-per-node {where.ranks_per_node}: must be at least 1, or 0 for the recipe's")
+    world = _per_node(resolved, where) * resolved.launch.nodes
+    if where.host:  # the model and the run folder are on the other side of the tunnel
+        validate.validate_settings(resolved)
+        validate.validate_grid(resolved, world)
+        return resolved
+    with _ranks(world):
+        validate.validate(resolved)
     return resolved
 
 

@@ -94,7 +94,7 @@ def test_servers_run_beside_a_job(preempted: tuple[Path, int], cluster: Cluster)
         assert asked.count("POST /create") > 8  # one that looks whether it plays, and the episodes of two nodes
     assert "servers: []" in (folder / "settings.yaml").read_text()
     steps = cluster.run("sacct", "-n", "-P", "-j", str(job), "-o", "JobID,State").stdout
-    assert f"{job}.2|" in steps  # nodes that see the folder, the servers, and the ranks
+    assert f"{job}.1|" in steps  # the servers, and the ranks
     assert "RUNNING" not in steps  # the servers ended with the job
 
 

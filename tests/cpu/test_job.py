@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from icrl_megatron import job
-from icrl_megatron.config import ConfigError
-from icrl_megatron.job import MAX_CRASHES, State, decide, progress
+from icrl_megatron.job import MAX_CRASHES, MAX_UNSAVED, Reached, State, decide, progress
 from icrl_megatron.launch import CONFIG_ERROR, STOPPED
 from icrl_megatron.rollout.sglang_server import TESTED
 
@@ -20,54 +19,80 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "slurm").iterdir())
 
 
+def at(text: str, saved: str = "-/-") -> Reached:
+    return Reached(text, saved)
+
+
 def test_success_is_done() -> None:
-    assert decide(None, 0, False, "-/4", State()).action == "done"
-    assert decide(None, 0, True, "-/4", State()).action == "done"  # it ended by itself before the signal came
+    assert decide(None, 0, False, at("-/4"), State()).action == "done"
+    assert decide(None, 0, True, at("-/4"), State()).action == "done"  # it ended by itself before the signal came
 
 
 def test_a_stop_is_requeued_as_long_as_the_run_gets_on() -> None:
-    first = decide((STOPPED, ""), 0, True, "-/4", State())
+    first = decide((STOPPED, ""), 0, True, at("-/4"), State())
     assert first.action == "requeue"
-    assert decide((STOPPED, ""), 0, True, "-/9", first.state).action == "requeue"
-    stuck = decide((STOPPED, ""), 0, True, "-/4", first.state)
+    assert decide((STOPPED, ""), 0, True, at("-/9"), first.state).action == "requeue"
+    stuck = decide((STOPPED, ""), 0, True, at("-/4"), first.state)
     assert stuck.action == "fail"
     assert "time limit is too short" in stuck.message
-    assert decide(None, 137, True, "-/4", State()).action == "requeue"  # killed while it was saving
+
+
+def test_stops_that_cannot_save_are_not_requeued_for_ever() -> None:
+    """Each gets to another step before it is killed, and none keeps anything."""
+    state, actions = State(), []
+    for step in range(MAX_UNSAVED):
+        decision = decide(None, 137, True, at(f"-/{step % 2}", "-/step_000004"), state)
+        actions.append(decision.action)
+        state = decision.state
+    assert actions == ["requeue"] * (MAX_UNSAVED - 1) + ["fail"]
+    assert "3 times without a checkpoint after -/step_000004" in decision.message
+    assert state.crashes == 0
+
+
+def test_stops_that_cannot_save_are_requeued_while_checkpoints_are_written_between() -> None:
+    state = State()
+    for step in range(3 * MAX_UNSAVED):
+        decision = decide(None, 137, True, at(f"-/{step}", f"-/step_{step:06d}"), state)
+        assert decision.action == "requeue"
+        state = decision.state
 
 
 def test_crashes_are_retried_with_growing_waits_and_a_bound() -> None:
     state, waits = State(), []
     for crash in range(MAX_CRASHES):
-        decision = decide(None, 1, False, f"-/{crash}", state)
+        decision = decide(None, 1, False, at(f"-/{crash}"), state)
         assert decision.action == "retry"
         waits.append(decision.wait_s)
         state = decision.state
     assert waits == [waits[0], 2 * waits[0], 4 * waits[0]]
-    last = decide(None, 1, False, "-/99", state)
+    last = decide(None, 1, False, at("-/99"), state)
     assert last.action == "fail"
     assert f"crashed {MAX_CRASHES + 1} times" in last.message
 
 
 def test_the_same_step_is_not_tried_a_third_time() -> None:
-    first = decide(None, 1, False, "-/7", State())
-    second = decide(None, 1, False, "-/7", first.state)
+    first = decide(None, 1, False, at("-/7"), State())
+    second = decide(None, 1, False, at("-/7"), first.state)
     assert (first.action, second.action) == ("retry", "fail")
     assert "crashed twice at -/7" in second.message
 
 
 def test_a_wrong_setting_is_never_retried() -> None:
-    decision = decide((CONFIG_ERROR, "actor.x: wrong"), 1, False, "-/-", State())
+    decision = decide((CONFIG_ERROR, "actor.x: wrong"), 1, False, at("-/-"), State())
     assert (decision.action, decision.message) == ("fail", "actor.x: wrong")
 
 
 def test_progress_is_the_last_whole_line(tmp_path: Path) -> None:
-    assert progress(tmp_path) == "-/-"
+    assert progress(tmp_path) == Reached("-/-", "-/-")
     (tmp_path / "warm_start").mkdir()
     (tmp_path / "warm_start" / "metrics.jsonl").write_text('{"step": 12}\n')
     (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n{"step": 4}\n{"step": 5, "los')
-    assert progress(tmp_path) == "12/4"
+    for name in ("step_000002", "step_000004", "step_000006"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_000004" / "icrl.json").touch()  # the last one was not finished
+    assert progress(tmp_path) == Reached("12/4", "-/step_000004")
     (tmp_path / "baseline_grpo").mkdir()
-    assert progress(tmp_path) == "12/4/baseline_grpo"
+    assert progress(tmp_path) == Reached("12/4/baseline_grpo", "-/step_000004/baseline_grpo/-/-")
 
 
 def test_decisions_are_remembered(tmp_path: Path) -> None:
@@ -86,18 +111,16 @@ def test_decisions_are_remembered(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "state" / "state.json").read_text())["crashes"] == 2
 
 
-def test_a_folder_that_is_not_shared(
+def test_another_number_of_ranks_than_the_recipe_s_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "token").touch()
-    job.seen(tmp_path, "token", timeout_s=0)
-    with pytest.raises(ConfigError, match="does not see what the first node wrote"):
-        job.seen(tmp_path, "other", timeout_s=0)
-    monkeypatch.setenv("ICRL_SEEN_TIMEOUT_S", "0")
-    with pytest.raises(SystemExit) as ended:
-        job.main(["seen", str(tmp_path), "other"])
-    assert ended.value.code == 2
-    assert "use a folder on a file system that all nodes share, run_dir=..." in capsys.readouterr().err
+    words = ["check", "train", "quickstart", f"run_dir={tmp_path}", "launch.ranks=4"]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    job.main(words)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    job.main(words)
+    assert "note: quickstart is for 4 ranks (launch.ranks x launch.nodes), here are 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

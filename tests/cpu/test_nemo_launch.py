@@ -14,6 +14,10 @@ from icrl_recipes import launch
 from icrl_recipes.launch import Where
 
 
+def tunnel() -> Where:
+    return Where(on="slurm", account="a", partition="p", host="login", remote_home="/home/me/icrl")
+
+
 def in_image(image: str) -> Where:
     return Where(on="slurm", account="a", partition="p", container=image)
 
@@ -39,7 +43,10 @@ def test_neither_recipes_nor_ranks_import_nemo_run() -> None:
         (in_image("gone.sqsh"), "quickstart", [], "--container gone.sqsh: no such file"),
         (in_image(__file__), "quickstart", [], "no squashfs image"),
         (Where(ranks_per_node=3), "quickstart", [], "does not divide the 3 ranks"),
+        (Where(ranks_per_node=-4), "quickstart", [], "--ranks-per-node -4: must be at least 1"),
         (Where(), "quickstart", ["stepz=1"], "did you mean steps"),
+        (tunnel(), "quickstart", ["steps=-1"], "steps=-1: must be a finite number"),
+        (tunnel(), "qwen3_8b_alfworld_4xh100", ["actor.tensor_parallel=3"], "does not divide the 4 ranks"),
     ],
 )
 def test_what_is_wrong_is_said_at_once(where: Where, recipe: str, overrides: list[str], message: str) -> None:
@@ -49,7 +56,7 @@ def test_what_is_wrong_is_said_at_once(where: Where, recipe: str, overrides: lis
 
 
 def test_a_tunnel_does_not_look_for_the_model_here() -> None:
-    where = Where(on="slurm", account="a", partition="p", host="login", remote_home="/home/me/icrl")
+    where = tunnel()
     settings = launch.resolve("qwen3_8b_alfworld_4xh100", ["model.path=/only/there"], where)
     env = launch.environment(where, settings)
     assert env["ICRL_HOME"] == "/home/me/icrl"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 
 from icrl_megatron import settings as settings_module
 from icrl_megatron.config import ConfigError, Settings
-from icrl_megatron.plan import hardware, memory, nemo_rl, pipeline, planner, timing
+from icrl_megatron.plan import command, hardware, memory, nemo_rl, pipeline, planner, timing
 from icrl_megatron.plan.layout import Layout, counts, local_parameters
 from icrl_megatron.plan.models import PUBLISHED
 from icrl_megatron.plan.scaling import efficiency, picture, scale
@@ -286,7 +287,26 @@ def test_planning_imports_no_torch() -> None:
     ],
 )
 def test_command(words: list[str], code: int, said: str) -> None:
-    command = [sys.executable, "-c", "from icrl_megatron.cli import main; main()", "plan", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    started = [sys.executable, "-c", "from icrl_megatron.cli import main; main()", "plan", *words]
+    done = subprocess.run(started, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == code, done.stdout + done.stderr
     assert said in " ".join((done.stdout + done.stderr).split())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("actor.tensor_parallel=0", "actor.tensor_parallel=0: must be a finite number, at least 1"),
+        ("actor.micro_batch_tokens=-5", "actor.micro_batch_tokens=-5: must be"),
+        ("actor.recompute=maybe", "actor.recompute=maybe: choose one of"),
+        ("engine.memory_fraction=5", "engine.memory_fraction=5.0: must be"),
+        ("tasks.sources=[]", "tasks.sources is empty"),
+        ("rollout.context_tokens=100", "leaves no room for a prompt within rollout.context_tokens=100"),
+        ("rollout.context_tokens=100000", "the model has 40960 positions"),
+        ("engine.kind=local", "engine.tensor_parallel=2: engine.kind=local has only 1"),
+        ("actor.tensor_parallel=3", "does not divide the 4 ranks"),
+    ],
+)
+def test_wrong_settings_are_not_planned(change: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        command.run(RECIPE, [change], None, "h100", False, None)
