@@ -13,7 +13,7 @@ import sys
 from collections import deque
 from pathlib import Path
 
-from icrl_megatron.launch import CONFIG_ERROR, OUTCOME_ENV, PARENT_ENV, die_with_parent, read_outcome
+from icrl_megatron.launch import CONFIG_ERROR, HOPELESS, OUTCOME_ENV, PARENT_ENV, die_with_parent, read_outcome
 
 TAIL_LINES = 40
 
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
         rank, failure = error.get_first_failure()
         assert isinstance(failure, ProcessFailure)
         left = read_outcome(Path(os.environ[OUTCOME_ENV])) if OUTCOME_ENV in os.environ else None
-        if left is None or left[0] != CONFIG_ERROR:
+        if left is None or left[0] not in (CONFIG_ERROR, HOPELESS):
             print(_report(rank, failure.exitcode, Path(parsed.log_dir)), file=sys.stderr)
         return 1
     except SignalException as error:

@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from icrl_megatron.config import ConfigError, Settings
+from icrl_megatron.config import ConfigError, HopelessError, Settings
 
 app = typer.Typer(
     help="Trains a model with ICRL on Megatron-Core.",
@@ -303,12 +303,12 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Entry point. A ConfigError ends the process with code 2 and one plain message on stderr."""
+    """Entry point. A ConfigError ends the process with code 2 and one plain message on stderr, a HopelessError with 1."""
     try:
         app()
-    except ConfigError as error:
+    except (ConfigError, HopelessError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from icrl_megatron.config import ConfigError
-from icrl_megatron.launch import CONFIG_ERROR, STOPPED, read_outcome
+from icrl_megatron.launch import CONFIG_ERROR, HOPELESS, STOPPED, read_outcome
 
 MAX_CRASHES = 3
 """Crashes of a job, over all of its requeues, after which it is given up."""
@@ -84,7 +84,7 @@ def decide(outcome: tuple[int, str] | None, returncode: int, stopping: bool, run
     at most MAX_CRASHES times, and never twice at the same progress.
     """
     at = run.at
-    if outcome is not None and outcome[0] == CONFIG_ERROR:
+    if outcome is not None and outcome[0] in (CONFIG_ERROR, HOPELESS):
         return Decision("fail", state, outcome[1])
     if outcome is not None and outcome[0] == STOPPED:
         if at == state.stopped_at:

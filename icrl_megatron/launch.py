@@ -25,9 +25,10 @@ from typing import NoReturn
 
 import psutil
 
-from icrl_megatron.config import ConfigError
+from icrl_megatron.config import ConfigError, HopelessError
 from icrl_megatron.telemetry.progress import Progress
 
+HOPELESS = 1
 CONFIG_ERROR = 2
 STOPPED = 3
 KILLED = 130
@@ -93,15 +94,17 @@ def run_rank(main: Callable[[], int]) -> NoReturn:
     """What a rank's entry point wraps itself in: dies with its parent, and leaves its outcome for the launcher.
 
     `main` returns 0, or STOPPED when all ranks agreed to stop. The process then exits with 0 in both cases, because
-    torchrun kills the other ranks as soon as one exits otherwise; with 2 after a ConfigError.
+    torchrun kills the other ranks as soon as one exits otherwise; with 2 after a ConfigError and 1 after a
+    HopelessError, whose messages need no traceback.
     """
     die_with_parent()
     try:
         code = main()
-    except ConfigError as error:
-        if not _write_outcome(CONFIG_ERROR, str(error)):
+    except (ConfigError, HopelessError) as error:
+        ended = CONFIG_ERROR if isinstance(error, ConfigError) else HOPELESS
+        if not _write_outcome(ended, str(error)):
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(CONFIG_ERROR)
+        sys.exit(ended)
     if code == STOPPED:
         _write_outcome(STOPPED, "stopped on request")
         code = 0
@@ -259,9 +262,9 @@ def _kill_tree(agent: subprocess.Popen[bytes]) -> None:
 
 def _exit_code(returncode: int, outcome: Path) -> int:
     left = read_outcome(outcome)
-    if left is not None and left[0] == CONFIG_ERROR:
+    if left is not None and left[0] in (CONFIG_ERROR, HOPELESS):
         print(f"error: {left[1]}", file=sys.stderr)
-        return CONFIG_ERROR
+        return left[0]
     if returncode != 0:
         return 1
     return left[0] if left is not None else 0

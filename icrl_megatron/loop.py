@@ -6,7 +6,7 @@ import math
 
 from icrl_megatron.actor.platform import token_multiple
 from icrl_megatron.algo.credit import CreditReport, credit
-from icrl_megatron.config import Settings
+from icrl_megatron.config import HopelessError, Settings
 from icrl_megatron.data.packing import pack
 from icrl_megatron.launch import STOPPED
 from icrl_megatron.parts import Parts, Recorder
@@ -14,7 +14,7 @@ from icrl_megatron.rollout.source import Played
 from icrl_megatron.types import StepStats
 
 
-class NoSignalError(RuntimeError):
+class NoSignalError(HopelessError):
     """Every group of a batch, and of its replacements, was flat: there is nothing to learn from."""
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from icrl_megatron import job
 from icrl_megatron.job import MAX_CRASHES, MAX_UNSAVED, Reached, State, decide, progress
-from icrl_megatron.launch import CONFIG_ERROR, STOPPED
+from icrl_megatron.launch import CONFIG_ERROR, HOPELESS, STOPPED
 from icrl_megatron.rollout.sglang_server import TESTED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,9 +77,10 @@ def test_the_same_step_is_not_tried_a_third_time() -> None:
     assert "crashed twice at -/7" in second.message
 
 
-def test_a_wrong_setting_is_never_retried() -> None:
-    decision = decide((CONFIG_ERROR, "actor.x: wrong"), 1, False, at("-/-"), State())
-    assert (decision.action, decision.message) == ("fail", "actor.x: wrong")
+def test_what_would_happen_again_is_never_retried() -> None:
+    for code in (CONFIG_ERROR, HOPELESS):
+        decision = decide((code, "actor.x: wrong"), 1, False, at("-/-"), State())
+        assert (decision.action, decision.message) == ("fail", "actor.x: wrong")
 
 
 def test_progress_is_the_last_whole_line(tmp_path: Path) -> None:
@@ -146,6 +147,7 @@ def test_a_step_without_gpus_says_so(tmp_path: Path) -> None:
     [
         ('{"code": 3, "message": "stopped on request"}', 0, 75, ""),
         ('{"code": 2, "message": "actor.x=1: wrong"}', 1, 2, "error: actor.x=1: wrong"),
+        ('{"code": 1, "message": "step 3: nothing to learn"}', 1, 1, "error: step 3: nothing to learn"),
         ("", 1, 1, ""),
         ("", 0, 0, ""),
     ],
