@@ -303,7 +303,7 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Entry point. A ConfigError ends the process with code 2 and one plain message on stderr, a HopelessError with 1."""
+    """Entry point: one plain message on stderr and code 2 after a ConfigError, code 1 after a HopelessError."""
     try:
         app()
     except (ConfigError, HopelessError) as error:
