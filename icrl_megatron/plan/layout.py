@@ -10,6 +10,37 @@ from icrl_megatron.shape import Qwen3Shape
 
 
 @dataclass(frozen=True)
+class Serving:
+    """What the settings say of the engines, and no search moves."""
+
+    local: bool = False
+    """A model in each rank's own process (engine.kind=local)."""
+    remote: bool = False
+    """Servers that somebody else runs, on other GPUs (engine.urls)."""
+    servers: int | None = None
+    """How many there are (engine.servers, or those of engine.urls); None: one per engine TP ranks."""
+    fp8: bool = False
+    """engine.quantization=fp8: the layers' matrices take one byte a parameter."""
+    most_running: int = 256
+    """Sequences that an engine decodes at once: no more than engine.max_batch requests and rollout.concurrency
+    episodes, each of which has one request at a time."""
+    on_a_gpu: int = 1
+    """Engines that share a GPU: two with a frozen critic."""
+
+    @staticmethod
+    def of(settings: Settings) -> Serving:
+        engine, local = settings.engine, settings.engine.kind == "local"
+        return Serving(
+            local=local,
+            remote=bool(engine.urls),
+            servers=len(engine.urls) or engine.servers,
+            fp8=engine.quantization == "fp8" and not local,
+            most_running=min(engine.max_batch, settings.rollout.concurrency),
+            on_a_gpu=2 if settings.rollout.critic == "frozen" else 1,
+        )
+
+
+@dataclass(frozen=True)
 class Layout:
     """The part of the settings that a search may move, on a number of GPUs."""
 
@@ -26,6 +57,11 @@ class Layout:
     fp8: str = "off"
     offload: str = "none"
     """What leaves the GPU while episodes are played: none, optimizer, or all (gradients too)."""
+    memory_fraction: float = 0.7
+    """Share of a GPU that SGLang's weights and cache take."""
+    serving: Serving = Serving()
+    node: int = GPUS_A_NODE
+    """GPUs of a machine."""
 
     @property
     def cell(self) -> int:
@@ -38,7 +74,7 @@ class Layout:
 
     @property
     def engines(self) -> int:
-        return self.gpus // self.engine_tensor
+        return self.serving.servers or max(1, self.gpus // self.engine_tensor)
 
     @property
     def item(self) -> int:
@@ -52,7 +88,7 @@ class Layout:
 
     def spans_nodes(self, ranks: int) -> bool:
         """Whether a group of `ranks` neighbouring ranks leaves a node."""
-        return ranks > GPUS_A_NODE
+        return ranks > self.node
 
     @staticmethod
     def of(settings: Settings, gpus: int) -> Layout:
@@ -68,21 +104,43 @@ class Layout:
             precision=actor.precision,
             fp8=actor.fp8,
             offload=actor.offload,
+            memory_fraction=settings.engine.memory_fraction,
+            serving=Serving.of(settings),
         )
 
     def refusal(self, shape: Qwen3Shape, episodes: int) -> str | None:
         """Why this layout cannot be run at all, or None. `episodes` are those of a step."""
+        if self.gpus > self.node and self.gpus % self.node:
+            return f"{self.gpus} GPUs are not whole nodes of {self.node}"
         if self.gpus % self.cell:
             return f"TP x PP x CP = {self.cell} does not divide {self.gpus} GPUs"
-        if self.gpus % self.engine_tensor:
-            return f"engine TP {self.engine_tensor} does not divide {self.gpus} GPUs"
-        if self.tensor > GPUS_A_NODE or self.engine_tensor > GPUS_A_NODE:
+        return self._engines_refusal(shape) or self._split_refusal(shape, episodes)
+
+    def _engines_refusal(self, shape: Qwen3Shape) -> str | None:
+        """As `validate_rollout.check_engine`, which `icrl train` asks."""
+        tensor, servers = self.engine_tensor, self.serving.servers
+        if self.serving.local and tensor > 1:
+            return f"engine TP {tensor}: engine.kind=local has only 1"
+        if self.serving.local and servers:
+            return "engine.servers and engine.urls are SGLang's, not of engine.kind=local"
+        if self.serving.remote and self.serving.on_a_gpu > 1:
+            return "engine.urls starts no server for a frozen critic"
+        if self.gpus % tensor:
+            return f"engine TP {tensor} does not divide {self.gpus} GPUs"
+        if tensor > GPUS_A_NODE:
+            return f"engine TP {tensor} is beyond the {GPUS_A_NODE} GPUs of a node"
+        if servers and (self.gpus % servers or (self.gpus // servers < tensor and not self.serving.remote)):
+            return f"{servers} servers of engine TP {tensor} do not share {self.gpus} GPUs evenly"
+        if shape.heads % tensor:
+            return f"engine TP {tensor} does not divide the {shape.heads} attention heads"
+        return None
+
+    def _split_refusal(self, shape: Qwen3Shape, episodes: int) -> str | None:
+        if self.tensor > GPUS_A_NODE:
             return f"tensor parallel beyond the {GPUS_A_NODE} GPUs of a node"
         for what, count in (("attention heads", shape.heads), ("key-value heads", shape.kv_heads), ("MLP", shape.ffn)):
             if count % self.tensor:
                 return f"TP {self.tensor} does not divide the {count} {what}"
-        if shape.heads % self.engine_tensor:
-            return f"engine TP {self.engine_tensor} does not divide the {shape.heads} attention heads"
         if shape.layers % self.pipeline:
             return f"PP {self.pipeline} does not divide the {shape.layers} layers"
         if self.data > episodes:
@@ -94,8 +152,8 @@ class Layout:
         refusal = self.refusal(shape, episodes)
         if refusal:
             raise ConfigError(
-                f"{refusal}; change actor.tensor_parallel, actor.pipeline_parallel or engine.tensor_parallel, or plan "
-                "for another number with --gpus"
+                f"{refusal}; change actor.tensor_parallel, actor.pipeline_parallel, engine.tensor_parallel or "
+                "engine.servers, or plan for another number with --gpus"
             )
         return self
 
@@ -108,6 +166,8 @@ class Counts:
     """Parameters, by where they lie."""
 
     layer: int
+    linear: int
+    """Of a layer's matrices, norms left out."""
     embedding: int
     """Of one of the two embeddings; the output one is the same tensor where the model ties them."""
     total: int
@@ -117,17 +177,17 @@ def counts(shape: Qwen3Shape) -> Counts:
     """Parameters of the whole model (q, k, v, o; gate, up, down; two layer norms and two of q and k; final norm)."""
     query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = shape.hidden * (2 * query + 2 * key_value)
-    layer = attention + 3 * shape.hidden * shape.ffn + 2 * shape.hidden + 2 * shape.head_dim
+    linear = attention + 3 * shape.hidden * shape.ffn
+    layer = linear + 2 * shape.hidden + 2 * shape.head_dim
     embedding = shape.vocab * shape.hidden
     total = shape.layers * layer + embedding * (1 if shape.tied else 2) + shape.hidden
-    return Counts(layer, embedding, total)
+    return Counts(layer, linear, embedding, total)
 
 
 def local_parameters(shape: Qwen3Shape, layout: Layout) -> int:
     """Parameters on a GPU of the fullest pipeline stage: TP splits matrices and the padded vocabulary, not norms."""
     count = counts(shape)
-    norms = 2 * shape.hidden + 2 * shape.head_dim
-    layer = (count.layer - norms) // layout.tensor + norms
+    layer = count.linear // layout.tensor + count.layer - count.linear
     embedding = shape.padded_vocab(layout.tensor) // layout.tensor * shape.hidden
     layers = shape.layers // layout.pipeline * layer
     if layout.pipeline == 1:
@@ -139,6 +199,13 @@ def local_parameters(shape: Qwen3Shape, layout: Layout) -> int:
 def engine_parameters(shape: Qwen3Shape, engine_tensor: int) -> int:
     """Parameters on one GPU of an engine; key-value heads are copied where there are fewer than GPUs."""
     return counts(shape).total // engine_tensor
+
+
+def engine_bytes(shape: Qwen3Shape, layout: Layout) -> float:
+    """Bytes of one engine's weights on one GPU. SGLang's online FP8 quantises the layers' matrices alone; scales are
+    below a thousandth of them."""
+    saved = shape.layers * counts(shape).linear * (layout.item - 1) if layout.serving.fp8 else 0
+    return float(engine_parameters(shape, layout.engine_tensor) * layout.item - saved // layout.engine_tensor)
 
 
 def kv_bytes_a_token(shape: Qwen3Shape, engine_tensor: int, item: int) -> float:

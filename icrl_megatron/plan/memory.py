@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from icrl_megatron.config import Settings
 from icrl_megatron.plan.calibration import CONSTANTS, Constants
 from icrl_megatron.plan.hardware import Gpu
-from icrl_megatron.plan.layout import Layout, engine_parameters, kv_bytes_a_token, local_parameters
+from icrl_megatron.plan.layout import Layout, counts, engine_bytes, kv_bytes_a_token, local_parameters
 from icrl_megatron.shape import Qwen3Shape
 
 HEAD_CHUNK_BYTES = 2_100_000_000
 """The most that the GPU head's buffer of logits takes when `actor.head_chunk_tokens` is left open."""
+
+FP8_COPIES = 2.0
+"""Bytes a parameter of the layers' matrices with actor.fp8: Transformer Engine keeps them row-wise and transposed."""
+
+MOST_FRACTION = 0.95
+"""Of a GPU that a remedy proposes for the engine."""
 
 ROUNDING_BYTES = 2.0**20
 
@@ -24,10 +31,12 @@ class State:
     weights: float
     gradients: float
     optimizer: float
+    fp8_copies: float = 0.0
+    """Of the layers' matrices, kept by Transformer Engine beside the bf16 weights."""
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.fp8_copies
 
     def moved(self, offload: str) -> float:
         """What is copied to the host's memory before episodes are played, and back afterwards."""
@@ -40,14 +49,31 @@ class State:
 
 
 @dataclass(frozen=True)
+class Engine:
+    """What the engines take of one GPU while episodes are played, bytes."""
+
+    weights: float
+    """Of all engines that share the GPU."""
+    cache: float
+    """Of one engine: where there are two, the solver's."""
+    caches: float
+    """Of all engines that share the GPU."""
+    refusal: str = ""
+    """Why the cache does not hold one whole context, and the smallest setting that would; empty where it does."""
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.caches
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes on the fullest GPU."""
 
     state: State
     activations: float
     head: float
-    engine_weights: float
-    kv_cache: float
+    engine: Engine
     phases: Mapping[str, float]
     """Peak of each phase and transition, reserve and fragmentation included."""
     available: float
@@ -58,8 +84,12 @@ class Memory:
         return name, self.phases[name]
 
     @property
+    def fits(self) -> bool:
+        return self.missing == 0.0 and not self.engine.refusal
+
+    @property
     def missing(self) -> float:
-        """Bytes by which the worst phase is over; 0 when everything fits (the cache fills what is left)."""
+        """Bytes by which the worst phase is over; 0 when everything fits."""
         over = self.peak[1] - self.available
         return over if over > ROUNDING_BYTES else 0.0
 
@@ -68,11 +98,18 @@ def state(shape: Qwen3Shape, layout: Layout) -> State:
     """Megatron's distributed optimizer: weights, an fp32 gradient buffer, and Adam's state cut over the replicas.
 
     In bf16 each replica's share has fp32 weights and two moments (12 bytes a parameter); in fp32 the weights are their
-    own main copy (8).
+    own main copy (8). With FP8 Megatron tells each micro-batch whether it is an update's first, and Transformer Engine
+    then keeps its quantised weights for the others (`_fp8_workspaces`), over updates and rollouts.
     """
     local = local_parameters(shape, layout)
     of_optimizer = 12 if layout.precision == "bf16" else 8
-    return State(local * layout.item, local * 4.0, local * of_optimizer / (layout.data * layout.context))
+    linear = shape.layers // layout.pipeline * counts(shape).linear / layout.tensor
+    return State(
+        local * layout.item,
+        local * 4.0,
+        local * of_optimizer / (layout.data * layout.context),
+        linear * FP8_COPIES if layout.fp8 != "off" else 0.0,
+    )
 
 
 def layer_activations(shape: Qwen3Shape, layout: Layout, tokens: int, recompute: str) -> float:
@@ -118,6 +155,43 @@ def head(shape: Qwen3Shape, layout: Layout, settings: Settings, tokens: int) -> 
     return buffer + 3.0 * tokens / layout.context * shape.hidden * layout.item
 
 
+def engine(shape: Qwen3Shape, layout: Layout, settings: Settings, gpu: Gpu, left: float) -> Engine:
+    """What the engines take; `left` is what the rest leaves free, which only a local engine looks at.
+
+    A server takes memory_fraction of the GPU for weights and cache together, whatever lies beside it: it is started on
+    an empty GPU, sizes its cache there, and takes exactly that back at every wake. engine.kv_tokens may lower it.
+    """
+    of_weights, engines = engine_bytes(shape, layout), layout.serving.on_a_gpu
+    token = kv_bytes_a_token(shape, layout.engine_tensor, layout.item)
+    least = settings.rollout.context_tokens * token
+    if layout.serving.local:  # its cache grows with what it decodes
+        cache = max(least, left / engines - of_weights)
+        return Engine(engines * of_weights, cache, engines * cache)
+    share = layout.memory_fraction / engines * gpu.memory_bytes - of_weights
+    cache = max(least, min(share, (settings.engine.kv_tokens or math.inf) * token))
+    if layout.serving.remote:  # on its owner's GPUs, which are taken to be like ours
+        return Engine(0.0, cache, 0.0)
+    smallest = (of_weights + least) * engines / gpu.memory_bytes
+    return Engine(engines * of_weights, cache, engines * cache, _too_small(layout, settings, smallest))
+
+
+def _too_small(layout: Layout, settings: Settings, smallest: float) -> str:
+    """Why the engine's cache does not hold one whole context, or nothing; `smallest` is the fraction that would."""
+    context, kv_tokens = settings.rollout.context_tokens, settings.engine.kv_tokens
+    if layout.memory_fraction < smallest:
+        most = math.ceil(smallest * 100) / 100
+        would = f"{most:g} is the smallest that would" if most <= MOST_FRACTION else "nor would any other"
+        return (
+            f"engine.memory_fraction={layout.memory_fraction:g} of a GPU does not hold the engine's weights and one "
+            f"context of rollout.context_tokens={context}"
+            + (" for solver and frozen critic" if layout.serving.on_a_gpu > 1 else "")
+            + f"; {would}, or raise engine.tensor_parallel"
+        )
+    if kv_tokens is not None and kv_tokens < context:
+        return f"engine.kv_tokens={kv_tokens} does not hold rollout.context_tokens={context}; give at least {context}"
+    return ""
+
+
 def estimate(
     shape: Qwen3Shape,
     layout: Layout,
@@ -128,28 +202,24 @@ def estimate(
 ) -> Memory:
     """Memory of a step on this layout; the longest sequence may exceed the token budget and then rules."""
     tokens = max(layout.micro_batch_tokens, settings.rollout.context_tokens)
-    held, local_engine = state(shape, layout), settings.engine.kind == "local"
-    reference = held.weights if settings.algo.kl_coef > 0 else 0.0
+    held, serving = state(shape, layout), layout.serving
+    reference = held.weights + held.fp8_copies if settings.algo.kl_coef > 0 else 0.0
     resident, beside = held.total + reference, held.stays(layout.offload) + reference
-    engines = 2 if settings.rollout.critic == "frozen" else 1
-    engine = engines * float(engine_parameters(shape, layout.engine_tensor) * layout.item)
     of_head = head(shape, layout, settings, tokens)
     trained = activations(shape, layout, tokens, micro_batches)
-    usable = (gpu.memory_bytes - constants.reserved_bytes) / (1 + constants.fragmentation)
-    workspace = 0.0 if local_engine else constants.engine_workspace_bytes
-    # Never more than asked for; never less than one whole context, or no episode could be played.
-    token = kv_bytes_a_token(shape, layout.engine_tensor, layout.item)
-    asked = settings.engine.memory_fraction * gpu.memory_bytes - engine
-    if settings.engine.kv_tokens is not None:
-        asked = min(asked, settings.engine.kv_tokens * token)
-    room = usable - beside - engine - workspace
-    cache = max(settings.rollout.context_tokens * token, min(asked, room))
-    asleep = engine if local_engine else constants.engine_asleep_bytes
+    loss = 1 + constants.fragmentation
+    engines = engine(shape, layout, settings, gpu, (gpu.memory_bytes - constants.reserved_bytes) / loss - beside)
+    # A local engine sleeps in host memory, and that of somebody else was never here.
+    servers = 0 if serving.local or serving.remote else serving.on_a_gpu
+    asleep = servers * constants.engine_asleep_bytes
+    # A server's share is measured by what the driver has free, so what is lost between its blocks is inside of it.
+    own, served = (engines.total, 0.0) if serving.local else (0.0, engines.total)
+    pushed = engines.weights if servers else 0.0
     phases = {
-        "rollout": beside + engine + workspace + cache,
-        "score": resident + asleep + forward_only(shape, layout, tokens) + of_head,
-        "train": resident + asleep + trained + of_head,
-        "sync (train to rollout)": beside + engine + 2 * constants.sync_bucket_bytes,
+        "rollout": (beside + servers * constants.engine_workspace_bytes + own) * loss + served,
+        "score": (resident + asleep + forward_only(shape, layout, tokens) + of_head) * loss,
+        "train": (resident + asleep + trained + of_head) * loss,
+        "sync (train to rollout)": (beside + pushed + 2 * constants.sync_bucket_bytes) * loss,
     }
-    total = {k: v * (1 + constants.fragmentation) + constants.reserved_bytes for k, v in phases.items()}
-    return Memory(held, trained, of_head, engine, cache, total, gpu.memory_bytes)
+    total = {name: size + constants.reserved_bytes for name, size in phases.items()}
+    return Memory(held, trained, of_head, engines, total, gpu.memory_bytes)

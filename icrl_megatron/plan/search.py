@@ -10,10 +10,12 @@ from icrl_megatron.config import Settings
 from icrl_megatron.plan.hardware import GIB, Gpu
 from icrl_megatron.plan.layout import Layout
 from icrl_megatron.plan.models import shape_of
-from icrl_megatron.plan.planner import Plan, of_layout
-from icrl_megatron.shape import Qwen3Shape
+from icrl_megatron.plan.planner import Plan, episodes, memory_of, timed
 
 SIZES = (1, 2, 4, 8)
+"""Of TP and engine TP."""
+MOST_STAGES = 16
+"""Every PP up to this is tried that divides the layers."""
 CONTEXT = (1, 2)
 MICRO_BATCHES = (8192, 16384, 32768)
 MODES = ("none", "selective", "full")
@@ -39,32 +41,33 @@ class Found:
 
 
 def search(settings: Settings, gpus: int, gpu: Gpu) -> Found:
-    """Tries TP x PP x CP x engine TP, each with every micro-batch budget and recompute mode; DP is what remains."""
+    """Tries TP x PP x CP x engine TP, each with every micro-batch budget and recompute mode; DP is what remains.
+    Offloading and the engine's share of a GPU stay what the settings say."""
     shape = shape_of(settings)
-    episodes = settings.rollout.tasks_per_step * settings.rollout.episodes_per_task
     best: list[Plan] = []
     rejected: list[Rejected] = []
     base = Layout.of(settings, gpus)
     # A local engine lives inside its rank.
     engines = (1,) if settings.engine.kind == "local" else SIZES
-    for tensor, pipeline, context, engine in product(SIZES, SIZES, CONTEXT, engines):
+    stages = [size for size in range(1, MOST_STAGES + 1) if shape.layers % size == 0]
+    for tensor, pipeline, context, engine in product(SIZES, stages, CONTEXT, engines):
         sizes = {"tensor": tensor, "pipeline": pipeline, "context": context, "engine_tensor": engine}
         layout = base.but(**sizes, sequence_parallel=tensor > 1)
-        reason = "the actor has no context parallelism" if context > 1 else layout.refusal(shape, episodes)
+        reason = "the actor has no context parallelism" if context > 1 else layout.refusal(shape, episodes(settings))
         if reason is None:
-            tried = [of_layout(settings, shape, variant, gpu) for variant in _variants(layout, shape, settings)]
-            fitting = [plan for plan in tried if plan.fits]
+            held = [(one, memory_of(settings, shape, one, gpu)) for one in _variants(layout, settings)]
+            fitting = [timed(settings, shape, one, gpu, memory) for one, memory in held if memory.fits]
             if fitting:
                 best.append(min(fitting, key=lambda plan: plan.times.total))
                 continue
-            least = min(tried, key=lambda plan: plan.memory.missing)
-            reason = f"{least.memory.peak[0]}: {least.memory.missing / GIB:.1f} GiB missing"
+            least = min((memory for _, memory in held), key=lambda memory: memory.missing)
+            reason = least.engine.refusal or f"{least.peak[0]}: {least.missing / GIB:.1f} GiB missing"
         rejected.append(Rejected(tensor, pipeline, context, engine, reason))
     best.sort(key=lambda plan: plan.times.total)
     return Found(tuple(best), tuple(rejected))
 
 
-def _variants(layout: Layout, shape: Qwen3Shape, settings: Settings) -> Iterator[Layout]:
+def _variants(layout: Layout, settings: Settings) -> Iterator[Layout]:
     budgets = [b for b in MICRO_BATCHES if b >= settings.rollout.context_tokens] or [settings.rollout.context_tokens]
     for tokens, mode in product(budgets, MODES):
         yield layout.but(micro_batch_tokens=tokens, recompute=mode)

@@ -21,7 +21,8 @@ def layout_words(plan: Plan) -> str:
         f"TP {layout.tensor} x PP {layout.pipeline} x CP {layout.context} x DP {layout.data}, engines of "
         f"{layout.engine_tensor}, {layout.micro_batch_tokens} tokens a micro-batch, recompute {layout.recompute}"
     )
-    return words + (f", offload {layout.offload}" if layout.offload != "none" else "")
+    words += f", offload {layout.offload}" if layout.offload != "none" else ""
+    return words + ("" if layout.serving.local else f", engine's share of a GPU {layout.memory_fraction:g}")
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -48,9 +49,11 @@ def _memory(plan: Plan) -> Table:
         "optimizer (this replica's share)": held.state.optimizer,
         f"activations, recompute {plan.layout.recompute}": held.activations,
         "head": held.head,
-        "engine weights": held.engine_weights,
-        "key-value cache": held.kv_cache,
+        "engine weights": held.engine.weights,
+        "key-value cache": held.engine.caches,
     }
+    if held.state.fp8_copies:
+        parts["FP8 copies of the layers' matrices"] = held.state.fp8_copies
     for name, size in parts.items():
         table.add_row(f"  {name}", f"{size / GIB:.2f}")
     for phase, size in held.phases.items():

@@ -13,7 +13,14 @@ from icrl_megatron.config import Settings
 from icrl_megatron.plan import pipeline
 from icrl_megatron.plan.calibration import CONSTANTS, Constants
 from icrl_megatron.plan.hardware import Gpu
-from icrl_megatron.plan.layout import Layout, counts, engine_parameters, kv_bytes_a_token, local_parameters
+from icrl_megatron.plan.layout import (
+    Layout,
+    counts,
+    engine_bytes,
+    engine_parameters,
+    kv_bytes_a_token,
+    local_parameters,
+)
 from icrl_megatron.plan.workload import Floats, Workload
 from icrl_megatron.shape import Qwen3Shape
 
@@ -173,7 +180,7 @@ def sync(shape: Qwen3Shape, layout: Layout, gpu: Gpu, constants: Constants = CON
         / layout.pipeline
         / ((gpu.network_bandwidth if far else gpu.nvlink_bandwidth) * constants.link_efficiency)
     )
-    copied = 2.0 * engine_parameters(shape, layout.engine_tensor) * layout.item / gpu.memory_bandwidth
+    copied = 2.0 * engine_bytes(shape, layout) / gpu.memory_bandwidth
     return gathered + sent + copied + constants.sync_fixed_s
 
 
@@ -222,7 +229,8 @@ def _engine(
         iterations, done = max(0.0, until - done), max(done, until)
         running = len(lengths) - (int(low) + int(high)) / 2 if high < len(lengths) else (high - low + 1) / 2
         cached = running * float(contexts[low:].mean())
-        crowded = max(1.0, cached / capacity)  # those that do not fit wait for their turn
+        # Those that do not fit the cache, or are more than may run, wait for their turn.
+        crowded = max(1.0, cached / capacity, running / layout.serving.most_running)
         step = decode_step(shape, layout, running / crowded, cached / crowded, gpu, constants)
         seconds += iterations * step * crowded
         half += iterations * step * crowded if running < len(lengths) / 2 else 0.0
@@ -235,8 +243,7 @@ def decode_step(
     """Seconds of one iteration of an engine with `running` sequences and `cached` tokens: the roofline of reading the
     weights and the cache against the products, then tensor-parallel latency and the scheduler."""
     tensor = layout.engine_tensor
-    weights = engine_parameters(shape, tensor) * layout.item
-    read = weights + cached * kv_bytes_a_token(shape, tensor, layout.item)
+    read = engine_bytes(shape, layout) + cached * kv_bytes_a_token(shape, tensor, layout.item)
     moving = read / (gpu.memory_bandwidth * constants.bandwidth_efficiency)
     products = 2.0 * running * engine_parameters(shape, tensor) / (gpu.bf16_flops * constants.prefill_efficiency)
     latency = 2.0 * shape.layers * constants.all_reduce_latency_s if tensor > 1 else 0.0

@@ -81,27 +81,39 @@ def simulate(settings: Settings, seed: int = 0) -> Workload:
     key = tuple((PROFILES.get(s.name, DEFAULT_PROFILE), s.weight) for s in sources)
     limits = (rollout.max_turns, rollout.max_turn_tokens, rollout.max_critique_tokens, rollout.context_tokens)
     shared = settings.rollout.critic == "self"
-    return _simulate(key, rollout.tasks_per_step, rollout.episodes_per_task, rollout.rounds, limits, shared, seed)
+    needed = rollout.tasks_per_step
+    tasks = (math.ceil(needed * rollout.oversample), needed)
+    return _simulate(key, tasks, rollout.episodes_per_task, rollout.rounds, limits, shared, seed)
 
 
 @lru_cache(maxsize=64)
 def _simulate(
     sources: tuple[tuple[Profile, float], ...],
-    tasks: int,
+    begun_needed: tuple[int, int],
     episodes: int,
     rounds: int,
     limits: tuple[int, int, int, int],
     train_critic: bool,
     seed: int,
 ) -> Workload:
+    tasks, needed = begun_needed
     rng = np.random.default_rng(seed)
     weights = np.array([weight for _, weight in sources])
     chosen_T = rng.choice(len(sources), size=tasks, p=weights / weights.sum())
     parts = [_play(p, int((chosen_T == i).sum()), episodes, rounds, limits, rng) for i, (p, _) in enumerate(sources)]
-    episodes_of = [np.concatenate([part[k] for part in parts]) for k in range(4)]
-    sequences = np.concatenate([part[4] if train_critic else part[4][part[4][:, 2] == 0] for part in parts])
+    generated, read, context, waiting = (np.concatenate([part[k] for part in parts]) for k in range(4))
+    first = np.cumsum([0, *(len(part[0]) for part in parts)])
+    rows = np.concatenate([part[4] + [0, 0, 0, start] for part, start in zip(parts, first[:-1], strict=True)])
+    if needed < tasks:  # the quickest groups are trained on, and when the last of them is complete all others end
+        longest_T = generated.reshape(tasks, episodes).max(axis=1)
+        quickest = np.argsort(longest_T, kind="stable")[:needed]
+        played = np.minimum(1.0, longest_T[quickest[-1]] / np.maximum(generated, 1.0))
+        generated, read, waiting = generated * played, read * played, waiting * played
+        rows = rows[np.isin(rows[:, 3] // episodes, quickest)]
+    sequences = rows if train_critic else rows[rows[:, 2] == 0]
     order = rng.permutation(tasks)  # tasks of a mixture come in any order, their episodes together
-    generated, read, context, waiting = (c.reshape(tasks, episodes)[order].ravel() for c in episodes_of)
+    columns = (generated, read, context, waiting)
+    generated, read, context, waiting = (c.reshape(tasks, episodes)[order].ravel() for c in columns)
     return Workload(episodes, generated, read, context, waiting, sequences[:, 0], sequences[:, 1])
 
 
@@ -120,7 +132,8 @@ def _play(
     limits: tuple[int, int, int, int],
     rng: np.random.Generator,
 ) -> tuple[Floats, Floats, Floats, Floats, Floats]:
-    """Generated, read, context and waiting [E], and rows (tokens, loss tokens, is a critique) of sequences [S, 3]."""
+    """Generated, read, context and waiting [E], and rows of sequences [S, 4]: tokens, loss tokens, is a critique,
+    which episode's."""
     max_turns, max_reply, max_critique, window = limits
     count = tasks * episodes
     generated, read, context, waiting = (np.zeros(count) for _ in range(4))
@@ -137,7 +150,7 @@ def _play(
         waiting[alive] += turns * profile.latency_s
         whole = profile.prompt_tokens + replies + observed
         context[alive] = np.maximum(context[alive], profile.prompt_tokens + (replies + observed) / 2)
-        rows.append(np.stack([whole, replies, np.zeros(len(alive))], axis=1))
+        rows.append(np.stack([whole, replies, np.zeros(len(alive)), alive], axis=1))
         failed = rng.random(len(alive)) >= profile.success
         alive, trajectory = alive[failed], (replies + observed)[failed]
         if number + 1 == rounds or not len(alive):
@@ -146,7 +159,7 @@ def _play(
         prompt = np.minimum(profile.prompt_tokens + trajectory, window - critique)
         generated[alive] += critique
         read[alive] += prompt + profile.prompt_tokens + critique
-        rows.append(np.stack([prompt + critique, critique, np.ones(len(alive))], axis=1))
+        rows.append(np.stack([prompt + critique, critique, np.ones(len(alive)), alive], axis=1))
     return generated, read, context, waiting, np.concatenate(rows)
 
 

@@ -64,6 +64,7 @@ def icrl(name: str, size: str, task: str, gpus: int) -> Settings:
             tensor_parallel=2,
             sequence_parallel=True,
             recompute="full",
+            offload="all",  # beside the actor's whole state an engine's 0.7 of a GPU has no room
             precision="bf16",
             micro_batch_tokens=16384,
         ),
