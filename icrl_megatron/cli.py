@@ -286,12 +286,13 @@ def plan(
     gpus: Annotated[int | None, typer.Option(help="GPUs in all; what the recipe asks for by default.")] = None,
     gpu: Annotated[str, typer.Option(help="h100, h200, b200 or a100.")] = "h100",
     search: Annotated[bool, typer.Option("--search", help="Find the best layout, and say why others fell.")] = False,
-    picture: Annotated[Path | None, typer.Option(help="Write a PNG of 8 to 1024 GPUs.")] = None,
+    scaling: Annotated[bool, typer.Option("--scaling", help="Also print a table of 8 to 1024 GPUs.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Write a PNG of that table, and print it.")] = None,
 ) -> None:
     """Predict memory and time of a step from the settings alone, before a GPU is asked for."""
     from icrl_megatron.plan import command
 
-    command.run(recipe, overrides or [], gpus, gpu, search, picture)
+    command.run(recipe, overrides or [], gpus, gpu, search, scaling, picture)
 
 
 @app.command()

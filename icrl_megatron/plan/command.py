@@ -11,13 +11,19 @@ from icrl_megatron import validate
 from icrl_megatron.config import ConfigError
 from icrl_megatron.plan import hardware, planner
 from icrl_megatron.plan.models import shape_of
-from icrl_megatron.plan.scaling import picture, scale
+from icrl_megatron.plan.scaling import picture, require_writable, scale
 from icrl_megatron.plan.search import search
 from icrl_megatron.plan.show import show, show_scaling, show_search
 
 
 def run(
-    recipe: str, overrides: list[str], gpus: int | None, gpu_name: str, searching: bool, image: Path | None
+    recipe: str,
+    overrides: list[str],
+    gpus: int | None,
+    gpu_name: str,
+    searching: bool,
+    scaling: bool,
+    image: Path | None,
 ) -> None:
     """Prints the plan, its scaling or a search. Raises ConfigError for a plan that does not fit."""
     resolved, gpu = settings_module.load(recipe, overrides), hardware.get(gpu_name)
@@ -25,6 +31,8 @@ def run(
     if gpus is not None and gpus < 1:
         raise ConfigError(f"--gpus {gpus}: must be at least 1")
     validate.validate_settings(resolved)
+    if image is not None:
+        require_writable(image)
     if searching:
         found = search(resolved, gpus or planner.ranks(resolved), gpu)
         show_search(found, console)
@@ -37,8 +45,9 @@ def run(
     validate.validate_shape(resolved, shape_of(resolved))
     made = planner.plan(resolved, gpus, gpu)
     show(made, console)
-    if image is not None:
+    if scaling or image is not None:
         points = scale(resolved, gpu)
         show_scaling(points, console)
-        console.print(f"picture: {picture(points, image, f'{recipe} on {gpu.name}')}")
+        if image is not None:
+            console.print(f"picture: {picture(points, image, f'{recipe} on {gpu.name}')}")
     planner.require_fit(made, resolved)

@@ -73,15 +73,25 @@ def _times(plan: Plan) -> Table:
 
 def show_scaling(points: list[Point], console: Console) -> None:
     """Step time and efficiency over numbers of GPUs."""
+    console.print("the batch grows with the GPUs from what the recipe has on its own number of them")
     table = Table(
         "GPUs", "step, own batch", "step, batch grows", "tokens/s/GPU", "efficiency", box=None, pad_edge=False
     )
-    for point, share in zip(points, efficiency(points), strict=True):
-        own = f"{point.same_batch.times.total:.1f} s" if point.same_batch else "more replicas than episodes"
-        grown = point.grown_batch
-        row = (f"{grown.times.total:.1f} s", f"{grown.tokens_a_second_a_gpu:.0f}", f"{share:.0%}")
-        table.add_row(str(point.gpus), own, *row)
+    for point in points:
+        own, grown = _seconds(point.same_batch, point.refusal), _seconds(point.grown_batch, point.grown_refusal)
+        rate, share = "", ""
+        if point.grown_batch is not None and point.grown_batch.fits:
+            rate = f"{point.grown_batch.tokens_a_second_a_gpu:.0f}"
+            share = f"{efficiency(points, point.grown_batch):.0%}"
+        table.add_row(str(point.gpus), own, grown, rate, share)
     console.print(table)
+
+
+def _seconds(plan: Plan | None, refusal: str) -> str:
+    if plan is None:
+        return f"not possible: {refusal}"
+    missing = "" if plan.fits else f" (does not fit: {plan.memory.missing / GIB:.1f} GiB missing)"
+    return f"{plan.times.total:.1f} s{missing}"
 
 
 def show_search(found: Found, console: Console) -> None:

@@ -263,6 +263,12 @@ def test_planning_imports_no_torch() -> None:
         ([RECIPE, "--gpu", "h1000"], 2, "did you mean h100"),
         (["qwen3_8b_alfword_4xh100"], 2, "did you mean qwen3_8b_alfworld_4xh100"),
         ([RECIPE, "--gpus", "0"], 2, "--gpus 0: must be at least 1"),
+        ([RECIPE, "--picture", "/nope/x.png"], 2, "error: --picture /nope/x.png: there is no folder /nope"),
+        ([RECIPE, "--picture", "/"], 2, "error: --picture /: is a folder"),
+        ([RECIPE, "--scaling"], 0, "1024 "),
+        ([RECIPE, "--gpus", "12", "--search"], 2, "12 GPUs are not whole nodes of 8"),
+        (["qwen3_32b_4nodes", "actor.pipeline_parallel=2", "--scaling"], 0, "not possible: TP x PP x"),
+        (["qwen3_8b", "algo.kl_coef=0.1"], 0, "tokens/s/GPU"),
     ],
 )
 def test_command(words: list[str], code: int, said: str) -> None:
@@ -288,4 +294,4 @@ def test_command(words: list[str], code: int, said: str) -> None:
 )
 def test_wrong_settings_are_not_planned(change: str, said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
-        command.run(RECIPE, [change], None, "h100", False, None)
+        command.run(RECIPE, [change], None, "h100", searching=False, scaling=False, image=None)
