@@ -4,6 +4,7 @@ Source: docs/about/performance-summary.md of NVIDIA-NeMo/RL at v0.5 (Llama, on-p
 the recipes under examples/configs/recipes/llm/performance: packed micro-batches of 4,096 tokens, four updates of 512
 answers a step, one scoring pass, head over every position; Llama with full recomputation, Qwen3-32B without.
 A published rate counts prompts too; rate x GPUs x seconds / answers - answer length gives the prompts' lengths.
+The errors of step and of rate are therefore one error.
 """
 
 from __future__ import annotations
