@@ -46,7 +46,7 @@ def test_every_kernel_compiles_for_hopper_without_spilling(compiled: dict[str, d
 
 
 def test_logits_are_read_and_written_as_vectors(compiled: dict[str, dict[str, Any]]) -> None:
-    """Where columns are a multiple of 16, as in every model; a mask of unknown alignment makes 16-bit accesses of it."""
+    """Where columns are a multiple of 16, as in every model: a mask of unknown alignment makes 16-bit accesses."""
     for name, report in compiled.items():
         if name.startswith(("split_statistics", "logit_gradients")):
             whole = "odd" not in name
@@ -69,6 +69,25 @@ def test_lengths_temperature_and_bounds_are_runtime_values(compiled: dict[str, d
     for name, report in compiled.items():
         assert set(report["constants"]) <= constant, name
         assert set(report["specialised"]) <= {"columns", "stride", "gradient_stride"}, name
+
+
+def test_scalars_are_launched_as_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles anew for integers, and once more for the integer 1."""
+    from icrl_kernels import triton_kernels
+
+    kernel, launched = triton_kernels.token_objective, []
+
+    class Watched:
+        def __getitem__(self, grid: object) -> Any:
+            return lambda *args, **options: (launched.append(args), kernel[grid](*args, **options))
+
+    monkeypatch.setattr(triton_kernels, "token_objective", Watched())
+    whole = Terms(temperature=1, clip_low=0, clip_high=1, w_max=2, kl_coef=1, entropy_coef=1, shaping_gamma=1)
+    hidden_LH, weight_VH, streams = make_inputs(3, 20, whole)
+    run_head(hidden_LH, weight_VH, streams, whole, 20, None, TRITON)
+    (args,) = launched
+    scalars = [arg for arg in args if not isinstance(arg, torch.Tensor)]
+    assert [type(scalar) for scalar in scalars] == [int] * 2 + [float] * 8  # parts and rows are integers
 
 
 @pytest.mark.parametrize("logits", ["fp32", "bf16"])
