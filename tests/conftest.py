@@ -16,7 +16,13 @@ hypothesis.settings.load_profile("house")
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-if not Path("/dev/nvidia0").exists():  # before anything imports triton: without a GPU its interpreter runs the kernels
+
+def has_gpu(devices: Path = Path("/dev")) -> bool:
+    """Whether this machine, or what a container was given of it, has a GPU: its first may be /dev/nvidia5."""
+    return any(devices.glob("nvidia[0-9]*"))
+
+
+if not has_gpu():  # before anything imports triton: without a GPU its interpreter runs the kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SLURM_PARTS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged")

@@ -52,6 +52,8 @@ class How:
 EXACT = How("torch", torch.float64, 1e-12, 1e-15)
 TORCH = How("torch", torch.float32)
 TRITON = How("triton", torch.float32)
+TRITON_BF16 = How("triton", torch.bfloat16)
+TRITON_BF16_LOGITS = How("triton", torch.bfloat16, logits="bf16")
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 WAYS = [EXACT, TORCH, pytest.param(TRITON, marks=needs_triton)]
@@ -142,13 +144,15 @@ def assert_near(value: Tensor, truth: Tensor, tolerance: float = 1e-5, floor: fl
     assert error <= tolerance * truth.double().norm() + floor * max(1, truth.numel()) ** 0.5, float(error)
 
 
-def assert_same(head: Result, truth: Result, how: How) -> None:
+def assert_same(head: Result, truth: Result, how: How, gradients: How | None = None) -> None:
+    """Outputs within the errors of `how`, gradients within those of `gradients` if they are given."""
+    gradients = gradients or how
     # The loss is a sum whose terms cancel: what counts is the error a token.
     assert_near(head[0].loss, truth[0].loss, how.tolerance, how.floor * max(1, truth[0].logprobs_L.numel()))
     for name in ("logprobs_L", "entropy_L", "ratio_L", "calibration_weight_L"):
         assert_near(getattr(head[0], name), getattr(truth[0], name), how.tolerance, how.floor)
-    assert_near(head[1], truth[1], how.tolerance, how.floor)
-    assert_near(head[2], truth[2], how.tolerance, how.floor)
+    assert_near(head[1], truth[1], gradients.tolerance, gradients.floor)
+    assert_near(head[2], truth[2], gradients.tolerance, gradients.floor)
 
 
 def clipped(output: HeadOutput) -> Tensor:

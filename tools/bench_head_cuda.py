@@ -9,7 +9,9 @@ Three operations, each for the head of Qwen3-4B and 8B, at TP 1 and at one rank'
     score    hidden states and weight in bf16 -> log-probs
 
 Peers take turns in one process, each run between two events on the device after a sweep over a buffer larger than the
-L2 cache; medians are reported. A peer that is not installed, or runs out of memory, is named with its reason.
+L2 cache; medians are reported, with GB/s (given) or TF/s (the others), the share of an H100's floor, and the memory
+that a pass allocates at its peak. A peer that is not installed, or runs out of memory, is named with its reason.
+`targets` holds each bar with its value. The file is written after every row.
 `python tools/bench_head.py --device cuda` is the same.
 """
 
@@ -21,36 +23,21 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import bench_schema
+import head_cuda_targets
 import torch
-from head_cuda_peers import DEVICE, MODELS, Inputs, Run, Shape, given_peers, score_peers, train_peers
+from head_cuda_peers import DEVICE, MODELS, Inputs, Run, Shape, given_peers, score_peers, train_peers, tuning_passes
+from head_cuda_targets import Row
 from torch import Tensor
 
-from icrl_kernels.chunking import TokenOutputs
-
-BF16_FLOPS, COPY_BYTES_PER_S = 790e12, 3.0e12
-"""Of one H100: measured on such a card, in the design notes of this project."""
 GB = 1e9
-
-
 OPERATIONS = {"given": given_peers, "train": train_peers, "score": score_peers}
-
-
-def floor_ms(operation: str, shape: Shape) -> float:
-    """The least an H100 needs: bytes of the logits in three passes, or three products (one for score)."""
-    if operation == "given":
-        return 3 * 2 * shape.tokens * shape.columns / COPY_BYTES_PER_S * 1e3
-    return flops(operation, shape) / BF16_FLOPS * 1e3
-
-
-def flops(operation: str, shape: Shape) -> float:
-    products = {"given": 0, "train": 3, "score": 1}[operation]
-    return 2.0 * products * shape.tokens * shape.columns * shape.hidden
 
 
 def measure(peers: dict[str, Run | str], rounds: int) -> dict[str, dict[str, Any]]:
@@ -101,30 +88,21 @@ def _timed(run: Run, flush: Tensor) -> float:
     return begin.elapsed_time(end)
 
 
-def bench(shapes: list[Shape], rounds: int) -> list[dict[str, Any]]:
-    rows = []
+def bench(shapes: list[Shape], rounds: int, keep: Callable[[list[Row]], None]) -> None:
+    """Hands `keep` all rows so far after each one: some errors of CUDA leave the process unable to go on."""
+    rows: list[Row] = []
     for shape in shapes:
+        size = (shape.tokens, shape.columns, shape.hidden)
         for operation, peers_of in OPERATIONS.items():
             inputs = Inputs(shape)
-            peers = measure(peers_of(inputs), rounds)
-            floor = floor_ms(operation, shape)
-            for values in peers.values():
-                if "ms" in values:
-                    values["tflops_per_s"] = flops(operation, shape) / values["ms"] / 1e9
-                    values["share_of_floor"] = floor / values["ms"]
+            found = measure(peers_of(inputs), rounds)
+            peers = {name: head_cuda_targets.with_rates(values, operation, *size) for name, values in found.items()}
+            floor = head_cuda_targets.floor_ms(operation, *size)
             rows.append({"operation": operation, **asdict(shape), "floor_ms_h100": floor, "peers": peers})
-            print(line(rows[-1]), flush=True)
+            keep(rows)
+            print(head_cuda_targets.line(rows[-1]), flush=True)
             del inputs
             torch.cuda.empty_cache()
-    return rows
-
-
-def line(row: dict[str, Any]) -> str:
-    cells = [
-        f"{name} {v['ms']:.2f} ms {v['extra_gb']:.2f} GB" if "ms" in v else f"{name}: {v['missing'][:40]}"
-        for name, v in row["peers"].items()
-    ]
-    return f"{row['operation']:5} {row['model']} T {row['tokens']} TP {row['tensor_parallel']}: " + "; ".join(cells)
 
 
 def tune(tokens: int) -> list[dict[str, Any]]:
@@ -132,7 +110,6 @@ def tune(tokens: int) -> list[dict[str, Any]]:
     from icrl_kernels import triton_chunks
 
     inputs, rows = Inputs(Shape("Qwen3-8B", tokens, 1)), []
-    outputs = TokenOutputs.empty(inputs.targets_L, torch.float32)
     flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=DEVICE)
     own = triton_chunks._tuning
     try:
@@ -141,37 +118,19 @@ def tune(tokens: int) -> list[dict[str, Any]]:
                 for programs in (1, 2, 4, 8):
                     setting = triton_chunks.Tuning(block, warps, programs)
                     triton_chunks._tuning = lambda _, chosen=setting: chosen  # type: ignore[misc,assignment]
-                    rows.append(asdict(setting) | _tuned(inputs, outputs, flush))
+                    rows.append(asdict(setting) | _tuned(inputs, flush))
+                    print(rows[-1], flush=True)
     finally:
         triton_chunks._tuning = own
     return sorted(rows, key=lambda row: row["statistics_ms"] + row["gradients_ms"])
 
 
-def _tuned(inputs: Inputs, outputs: TokenOutputs, flush: Tensor) -> dict[str, float]:
-    from icrl_kernels.triton_chunks import TritonChunks
-
-    tokens = 2048
-    chunks = TritonChunks(inputs.hidden_LH, inputs.weight_VH, 1.0, inputs.shard, tokens, "fp32")
-    chunks.buffer_CV.normal_()
-    streams, span = inputs.streams.slice(slice(0, tokens)), slice(0, tokens)
-    slopes_4C = chunks.objective(span, streams, inputs.terms, outputs)
-    runs = {
-        "statistics_ms": lambda: chunks.statistics(streams.targets_L),
-        "gradients_ms": lambda: chunks.logit_gradients(
-            streams.targets_L, outputs.entropy_L[span], slopes_4C, inputs.terms
-        ),
-    }
-    return {name: statistics.median([_timed(run, flush) for _ in range(12)][2:]) for name, run in runs.items()}
-
-
-def medians(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """{peer: {quantity: milliseconds}} of what was measured."""
-    found: dict[str, dict[str, float]] = {}
-    for row in rows:
-        quantity = f"{row['operation']} {row['model']} T {row['tokens']} TP {row['tensor_parallel']} _ms"
-        for peer, values in row["peers"].items():
-            if "ms" in values:
-                found.setdefault(peer, {})[quantity] = values["ms"]
+def _tuned(inputs: Inputs, flush: Tensor) -> dict[str, float]:
+    runs, _ = tuning_passes(inputs, 2048)
+    found = {}
+    for name, (run, moved) in runs.items():
+        found[f"{name}_ms"] = statistics.median([_timed(run, flush) for _ in range(12)][2:])
+        found[f"{name}_gb_per_s"] = moved / found[f"{name}_ms"] / 1e6
     return found
 
 
@@ -186,12 +145,20 @@ def about() -> dict[str, Any]:
     card = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
     names = ("torch", "triton", "liger-kernel", "megatron-core", "verl", "transformer-engine")
     return {
-        "command": " ".join(["python", "tools/bench_head_cuda.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "tools/bench_head_cuda.py", *map(bench_schema.anywhere, sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": card or torch.cuda.get_device_name(),
         "cuda": torch.version.cuda,
         "versions": {name: installed(name) for name in names},
     }
+
+
+def report(rows: list[Row]) -> Row:
+    return {"targets": head_cuda_targets.targets(rows), "rows": rows, "medians": head_cuda_targets.medians(rows)}
+
+
+def write(out: Path, result: Row) -> None:
+    out.write_text(json.dumps(bench_schema.stamped("head_cuda", result), indent=1) + "\n")
 
 
 def main() -> int:
@@ -207,10 +174,13 @@ def main() -> int:
     degrees = (1, 8) if chosen.quick else (1, 2, 4, 8)
     lengths, models = ((8192,), ("Qwen3-8B",)) if chosen.quick else ((8192, 16384), tuple(MODELS))
     shapes = [Shape(model, tokens, tp) for model in models for tokens in lengths for tp in degrees]
-    result = {"tuning": tune(8192)} if chosen.tune else {"rows": bench(shapes, 5 if chosen.quick else chosen.rounds)}
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    stamped = bench_schema.stamped("head_cuda", about() | result | {"medians": medians(result.get("rows", []))})
-    chosen.out.write_text(json.dumps(stamped, indent=1) + "\n")
+    described = about() | {"quick": chosen.quick}
+    if chosen.tune:
+        write(chosen.out, described | {"tuning": tune(8192), "medians": {}})
+    else:
+        bench(shapes, 5 if chosen.quick else chosen.rounds, lambda rows: write(chosen.out, described | report(rows)))
+        print("\n".join(map(head_cuda_targets.target_line, bench_schema.read(chosen.out)["targets"])))
     print(f"written to {chosen.out}")
     return 0
 

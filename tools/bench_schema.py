@@ -26,6 +26,7 @@ UNITS = {
     "seconds": "s",
     "_s": "s",
     "_ms": "ms",
+    "_gb": "GB",
     "mib": "MiB",
     "gib": "GiB",
     "_per_s": "1/s",
@@ -73,14 +74,14 @@ def about(packages: tuple[str, ...] = ("torch", "megatron-core", "numpy")) -> di
         except PackageNotFoundError:
             continue
     return {
-        "command": " ".join(["python", *map(_anywhere, sys.argv)]),
+        "command": " ".join(["python", *map(anywhere, sys.argv)]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": versions,
     }
 
 
-def _anywhere(word: str) -> str:
+def anywhere(word: str) -> str:
     """A path of this machine says nothing on another one."""
     return f".../{Path(word).name}" if Path(word).is_absolute() else word
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ class Inputs:
         own_L, _ = score_head(self.hidden_LH, self.weight_VH, self.targets_L, 1.0, self.shard)
 
         def around() -> Tensor:
-            return own_L + 0.2 * torch.randn(shape.tokens, generator=draw, device=DEVICE)
+            # So near that no ratio is clipped: a clipped row has no gradient, and only our kernels would skip it.
+            return own_L + 0.02 * torch.randn(shape.tokens, generator=draw, device=DEVICE)
 
         advantages_L = torch.randn(shape.tokens, generator=draw, device=DEVICE)
         coefficients_L = torch.full_like(advantages_L, 1.0 / shape.tokens)
@@ -102,14 +103,18 @@ def given_peers(inputs: Inputs) -> dict[str, Run | str]:
         leaf = logits_LV.detach().requires_grad_()
 
         def run() -> Tensor | None:
-            leaf.grad = None
             loss_of(leaf).backward()
             return leaf.grad
 
-        return run
+        def clear() -> None:
+            leaf.grad = None
 
-    ours.before = restore  # type: ignore[attr-defined]
-    peers: dict[str, Run | str] = {"kernels": ours, "eager": with_grad(lambda z: eager_loss(z, inputs))}
+        return prepared(run, clear)
+
+    peers: dict[str, Run | str] = {
+        "kernels": prepared(ours, restore),
+        "eager": with_grad(lambda z: eager_loss(z, inputs)),
+    }
     peers["liger vocab-parallel CE"] = optional(lambda: with_grad(_liger_ce(inputs)))
     peers["liger grpo_loss"] = optional(lambda: with_grad(_liger_grpo(inputs)))
     peers["megatron fused CE"] = optional(lambda: with_grad(_megatron_ce(inputs)))
@@ -172,19 +177,18 @@ def train_peers(inputs: Inputs) -> dict[str, Run | str]:
 
     def ours(logits: str) -> Run:
         def run() -> None:
-            inputs.clear()
             main, chunking = MainGrad(main_grad_VH), Chunking(logits=logits)
             policy_head(
                 hidden_LH, weight_VH, inputs.streams, inputs.terms, inputs.shard, chunking, main
             ).loss.backward()
 
-        return run
+        return prepared(run, inputs.clear)
 
     def eager() -> None:
-        inputs.clear()
         eager_loss(hidden_LH @ weight_VH.T, inputs).backward()
 
-    peers: dict[str, Run | str] = {"kernels": ours("fp32"), "kernels, bf16 logits": ours("bf16"), "eager": eager}
+    peers: dict[str, Run | str] = {"kernels": ours("fp32"), "kernels, bf16 logits": ours("bf16")}
+    peers["eager"] = prepared(eager, inputs.clear)
     peers["liger FLCE"] = optional(lambda: _liger_flce(inputs))
     peers["verl"] = optional(lambda: _verl(inputs))
     return peers
@@ -194,21 +198,19 @@ def _liger_flce(inputs: Inputs) -> Run:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     def run() -> None:
-        inputs.clear()
         liger_fused_linear_cross_entropy(inputs.hidden_LH, inputs.weight_VH, inputs.targets_L).backward()
 
-    return run
+    return prepared(run, inputs.clear)
 
 
 def _verl(inputs: Inputs) -> Run:
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
     def run() -> None:
-        inputs.clear()
         logprobs_L, _ = linear_cross_entropy(inputs.hidden_LH, inputs.weight_VH, inputs.targets_L, 1.0)
         token_objective(logprobs_L, logprobs_L, inputs.streams, inputs.terms).loss_L.sum().backward()
 
-    return run
+    return prepared(run, inputs.clear)
 
 
 def score_peers(inputs: Inputs) -> dict[str, Run | str]:
@@ -222,6 +224,33 @@ def score_peers(inputs: Inputs) -> dict[str, Run | str]:
         return (hidden_LH @ weight_VH.T).float().log_softmax(-1).gather(1, targets_L[:, None])
 
     return {"kernels": ours("fp32"), "kernels, bf16 logits": ours("bf16"), "eager": eager}
+
+
+def tuning_passes(inputs: Inputs, tokens: int) -> tuple[dict[str, tuple[Run, int]], Tensor]:
+    """The two passes over fp32 logits, with the bytes that each moves; and dloss/dlogprob of the tokens."""
+    from icrl_kernels.triton_chunks import TritonChunks
+
+    chunks = TritonChunks(inputs.hidden_LH, inputs.weight_VH, 1.0, inputs.shard, tokens, "fp32")
+    chunks.buffer_CV.normal_()
+    outputs, span = TokenOutputs.empty(inputs.targets_L, torch.float32), slice(0, tokens)
+    # These logits are not those of the old log-probs, and a clipped row would be skipped.
+    streams = replace(inputs.streams.slice(span), old_logprobs_L=None)
+    slopes_4C = chunks.objective(span, streams, inputs.terms, outputs)
+    size = tokens * inputs.shape.columns
+
+    def gradients() -> Tensor:
+        return chunks.logit_gradients(streams.targets_L, outputs.entropy_L[span], slopes_4C, inputs.terms)
+
+    return {
+        "statistics": (lambda: chunks.statistics(streams.targets_L), 4 * size),
+        "gradients": (gradients, 6 * size),
+    }, (slopes_4C[2])
+
+
+def prepared(run: Run, before: Callable[[], None]) -> Run:
+    """With what has to be done before each run, neither timed nor counted as its memory."""
+    run.before = before  # type: ignore[attr-defined]
+    return run
 
 
 def optional(make: Callable[[], Run]) -> Run | str:

@@ -5,8 +5,10 @@ What has to look into tensors is asked of the device in one question, so that a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from numbers import Real
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ from icrl_kernels.vocabulary import VocabShard
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 """What the Triton kernels take."""
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def _require(condition: bool, argument: str, expected: str, got: object) -> None:
@@ -72,21 +75,45 @@ def check_products(
         _require(tensor.is_contiguous(), name, "a contiguous tensor", f"strides {tensor.stride()}")
         here = f"the device of hidden_LH, {hidden_LH.device}"
         _require(tensor.device == hidden_LH.device, name, here, tensor.device)
+    _require(_is_number(temperature), "temperature", "a finite number above 0", repr(temperature))
     _require(0 < temperature < float("inf"), "temperature", "a finite number above 0", temperature)
+    # What the kernels multiply with is log2(e) / T.
+    warm = math.log2(math.e) / temperature < FLOAT32_MAX
+    _require(warm, "temperature", "a number whose inverse float32 can hold", temperature)
     _check_chunking(chunking, kernels, hidden_LH.dtype)
     _check_shard(shard, weight_VH.shape[0])
     if main_grad_VH is not None:
         _require(main_grad_VH.shape == weight_VH.shape, "main_grad", "the weight's shape", list(main_grad_VH.shape))
         wide = torch.float64 if hidden_LH.dtype == torch.float64 else torch.float32
         _require(main_grad_VH.dtype == wide, "main_grad", str(wide), main_grad_VH.dtype)
-    if tokens:
-        inside = ((targets_L >= 0) & (targets_L < shard.vocabulary)).all()
-        expected = f"ids in 0 to {shard.vocabulary - 1}"
-        _ask([_Question(inside, "targets_L", expected, lambda: f"ids from {targets_L.min()} to {targets_L.max()}")])
+        here = f"the device of weight_VH, {weight_VH.device}"
+        _require(main_grad_VH.device == weight_VH.device, "main_grad", here, main_grad_VH.device)
+
+
+def check_targets(targets_L: Tensor, shard: VocabShard) -> None:
+    """Every target is in the vocabulary.
+
+    Raises:
+        ValueError: naming what was expected and what came.
+    """
+    _ask(_targets(targets_L, shard, torch.ones_like(targets_L, dtype=torch.bool)))
+
+
+def _targets(targets_L: Tensor, shard: VocabShard, live_L: Tensor) -> list[_Question]:
+    if not len(targets_L):
+        return []
+    inside = ((targets_L >= 0) & (targets_L < shard.vocabulary) | ~live_L).all()
+
+    def got() -> str:
+        return f"ids from {targets_L[live_L].min()} to {targets_L[live_L].max()}"
+
+    return [_Question(inside, "targets_L", f"ids in 0 to {shard.vocabulary - 1}", got)]
 
 
 def _check_chunking(chunking: Chunking, kernels: bool, dtype: torch.dtype) -> None:
-    _require(chunking.tokens is None or chunking.tokens >= 1, "chunking.tokens", "at least 1", chunking.tokens)
+    tokens = chunking.tokens
+    whole = tokens is None or (isinstance(tokens, int) and not isinstance(tokens, bool) and tokens >= 1)
+    _require(whole, "chunking.tokens", "None or an integer of at least 1", repr(tokens))
     for name, values in (("backend", ("auto", "torch", "triton")), ("logits", ("fp32", "bf16"))):
         value = getattr(chunking, name)
         _require(value in values, f"chunking.{name}", " or ".join(values), value)
@@ -99,21 +126,37 @@ def _check_shard(shard: VocabShard, rows: int) -> None:
     ends = shard.start + shard.valid
     within = shard.vocabulary >= 1 and (shard.valid == 0 or (shard.start >= 0 and ends <= shard.vocabulary))
     _require(within, "shard", f"columns within 0 to {shard.vocabulary}", f"{shard.start} to {ends}")
-    if shard.group is None:
-        _require(shard.valid == shard.vocabulary, "shard.valid", f"{shard.vocabulary} without a group", shard.valid)
-    else:
+    if shard.group is not None:
         _require(dist.is_initialized(), "shard.group", "an initialised torch.distributed", "none; initialise it first")
-        _require(dist.get_rank(shard.group) >= 0, "shard.group", "a group that this rank is in", "another")
+        _require(_is_member(shard.group), "shard.group", "a group that this rank is in", repr(shard.group))
+    if shard.ranks() == 1:
+        alone = f"{shard.vocabulary} without a group of more ranks"
+        _require(shard.valid == shard.vocabulary, "shard.valid", alone, shard.valid)
 
 
-def check_objective(hidden_LH: Tensor, streams: Streams, terms: Terms) -> None:
+def _is_member(group: dist.ProcessGroup) -> bool:
+    try:
+        return dist.get_rank(group) >= 0
+    except Exception:  # whatever torch makes of a group that was destroyed, or of what is none
+        return False
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_objective(hidden_LH: Tensor, streams: Streams, terms: Terms, shard: VocabShard) -> None:
     """Shapes, dtypes, devices and values of the streams and the scalars of the objective.
+
+    Of a token whose coefficient is 0 only the coefficient is looked at.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
     tokens = hidden_LH.shape[0]
-    asked: list[_Question] = []
+    for name in (field.name for field in fields(terms)):
+        value = getattr(terms, name)
+        _require(_is_number(value), name, "a number", repr(value))
     for field in fields(streams):
         stream_L = getattr(streams, field.name)
         if stream_L is None:
@@ -125,12 +168,7 @@ def check_objective(hidden_LH: Tensor, streams: Streams, terms: Terms) -> None:
             _require(stream_L.dtype == torch.bool, field.name, "torch.bool", stream_L.dtype)
         elif field.name != "targets_L":
             _require(stream_L.dtype in FLOATING, field.name, "a floating dtype", stream_L.dtype)
-            finite = field.name in ("coefficients_L", "advantages_L")
-            asked += _numbers(field.name, stream_L, finite)
-    negative_L = streams.coefficients_L < 0
-    got = lambda: f"{int(negative_L.sum())} below 0"  # noqa: E731 (as short as a def is long)
-    asked.append(_Question(~negative_L.any(), "coefficients_L", "numbers >= 0", got))
-    _ask(asked)
+    _ask(_values(streams, shard))
     paired = (streams.behaviour_logprobs_L is None) == (streams.calibrated_L is None)
     given = "calibrated_L" if streams.behaviour_logprobs_L is None else "behaviour_logprobs_L"
     _require(paired, "behaviour_logprobs_L and calibrated_L", "both or neither", f"{given} alone")
@@ -144,12 +182,28 @@ def check_objective(hidden_LH: Tensor, streams: Streams, terms: Terms) -> None:
         _require(value >= 0, name, "a number >= 0", value)
 
 
-def _numbers(name: str, stream_L: Tensor, finite: bool) -> list[_Question]:
+def _values(streams: Streams, shard: VocabShard) -> list[_Question]:
+    """What streams whose shapes and dtypes are right may hold."""
+    coefficients_L = streams.coefficients_L
+    live_L, negative_L = coefficients_L != 0, coefficients_L < 0
+    asked = _numbers("coefficients_L", coefficients_L, live_L, True)
+    got = lambda: f"{int(negative_L.sum())} below 0"  # noqa: E731 (as short as a def is long)
+    asked.append(_Question(~negative_L.any(), "coefficients_L", "numbers >= 0", got))
+    asked += _targets(streams.targets_L, shard, live_L) + _numbers("advantages_L", streams.advantages_L, live_L, True)
+    for name in ("old_logprobs_L", "behaviour_logprobs_L", "reference_logprobs_L"):
+        stream_L = getattr(streams, name)
+        if stream_L is not None:
+            asked += _numbers(name, stream_L, live_L, False)
+    return asked
+
+
+def _numbers(name: str, stream_L: Tensor, live_L: Tensor, finite: bool) -> list[_Question]:
     def at(bad_L: Tensor) -> str:
         return f"at {int(bad_L.sum())} of {len(bad_L)} tokens"
 
-    asked = [_Question(~stream_L.isnan().any(), name, "numbers", lambda: f"NaN {at(stream_L.isnan())}")]
+    nan_L = stream_L.isnan() & live_L
+    asked = [_Question(~nan_L.any(), name, "numbers", lambda: f"NaN {at(nan_L)}")]
     if finite:
-        whole = ~stream_L.isinf().any()
-        asked.append(_Question(whole, name, "finite numbers", lambda: f"infinity {at(stream_L.isinf())}"))
+        infinite_L = stream_L.isinf() & live_L
+        asked.append(_Question(~infinite_L.any(), name, "finite numbers", lambda: f"infinity {at(infinite_L)}"))
     return asked

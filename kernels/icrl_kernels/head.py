@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from icrl_kernels.checks import check_objective, check_products
+from icrl_kernels.checks import check_objective, check_products, check_targets
 from icrl_kernels.chunking import Chunking, Chunks, Gradients, TokenOutputs, spans
 from icrl_kernels.objective import Streams, Terms
 from icrl_kernels.torch_chunks import TorchChunks
@@ -26,8 +26,10 @@ from icrl_kernels.vocabulary import VocabShard
 class MainGrad:
     """A gradient buffer that the weight's gradient is added to while the loss is computed, as Megatron's main_grad.
 
-    The weight then gets no `.grad` from the head. What is added cannot be taken back, and a second forward pass of the
-    same tokens adds again: not for use under activation checkpointing.
+    The weight then gets no `.grad` from the head. Every forward pass with gradients enabled adds, and what is added
+    cannot be taken back. Under torch.utils.checkpoint there is one such pass with `use_reentrant=True`. With
+    `use_reentrant=False` there is one only if nothing after the head in the checkpointed function saves a tensor and
+    early stopping is on, as it is by default; else the head is run and its gradient added again. Keep the head outside.
     """
 
     buffer_VH: Tensor
@@ -67,7 +69,8 @@ def policy_head(
     Args:
         hidden_LH: last hidden states of the loss tokens, [L, H], contiguous; float32 or bfloat16, on a CPU also float64
             and float16; the same on all ranks of `shard.group`.
-        weight_VH: this rank's rows of the output layer, [V, H], contiguous, in the dtype of `hidden_LH`.
+        weight_VH: this rank's rows of the output layer, [V, H], contiguous, in the dtype of `hidden_LH`. All ranks of
+            the group have equally many, padding included: they decide into which chunks tokens are cut.
         streams: [L] tensors, the same on all ranks of the group.
         terms: the scalars of the objective.
         shard: which columns of the vocabulary the rows of the weight are.
@@ -78,7 +81,9 @@ def policy_head(
     `chunking` says otherwise. Communicated is one all-gather a chunk, of four numbers a token. The gradient of
     `hidden_LH` is this rank's part, the sum over its own columns: whoever made `hidden_LH` the same on all ranks sums
     it over the group. The gradients are held until the backward pass, which scales them in place and hands them over,
-    once. They are not saved through autograd, so checkpointing around the head neither drops nor recomputes them.
+    once. They are not saved through autograd. Under torch.utils.checkpoint a chunk is computed twice at most: with
+    `use_reentrant=True` once without gradients and once with them; with `use_reentrant=False` once, and once more to no
+    use if something after the head in the checkpointed function saves a tensor.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -87,7 +92,7 @@ def policy_head(
     needs = (wants and hidden_LH.requires_grad, wants and (weight_VH.requires_grad or main_grad is not None))
     buffer_VH = None if main_grad is None else main_grad.buffer_VH
     check_products(hidden_LH, weight_VH, streams.targets_L, terms.temperature, shard, chunking, buffer_VH)
-    check_objective(hidden_LH, streams, terms)
+    check_objective(hidden_LH, streams, terms, shard)
     chunks = _chunks(hidden_LH, weight_VH, terms.temperature, shard, chunking)
     return HeadOutput(*_Head.apply(hidden_LH, weight_VH, chunks, streams, terms, main_grad, needs))
 
@@ -106,6 +111,7 @@ def score_head(
     Arguments, dtypes, communication and errors are as in `policy_head`.
     """
     check_products(hidden_LH, weight_VH, targets_L, temperature, shard, chunking)
+    check_targets(targets_L, shard)
     chunks = _chunks(hidden_LH, weight_VH, temperature, shard, chunking)
     logprobs_L, entropy_L = (torch.empty_like(targets_L, dtype=chunks.dtype) for _ in range(2))
     for span in spans(targets_L.shape[0], chunks.tokens):
@@ -157,7 +163,8 @@ class _Head(torch.autograd.Function):
         grads: Gradients = ctx.grads
         # Letting go of them lets autograd adopt the tensors instead of copying them.
         ctx.grads = None
-        grad_hidden = None if grads.hidden_LH is None else grads.hidden_LH.mul_(grad_loss.to(grads.hidden_LH.dtype))
+        # One dimension makes torch multiply in the scale's dtype; a scalar would be rounded to bf16 first.
+        grad_hidden = None if grads.hidden_LH is None else grads.hidden_LH.mul_(grad_loss[None])
         if ctx.main_scale is not None:
             # On a GPU the comparison happens there, and the host does not wait for it.
             torch._assert_async(grad_loss == ctx.main_scale, "the loss was not scaled by MainGrad.scale")

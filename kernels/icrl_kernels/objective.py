@@ -47,10 +47,10 @@ class Streams:
     """
 
     targets_L: Tensor
-    """int64, ids in the whole vocabulary."""
+    """int64, ids in the whole vocabulary; anything, as -100, where the coefficient is 0."""
     coefficients_L: Tensor
     """c_t >= 0, floating: mask and global normaliser. A token with coefficient 0 contributes nothing, whatever else
-    its streams or its logits hold."""
+    its streams or its logits hold; with a target outside the vocabulary its log-prob is reported as -inf."""
     advantages_L: Tensor
     """Floating; 1 everywhere for supervised training."""
     old_logprobs_L: Tensor | None = None

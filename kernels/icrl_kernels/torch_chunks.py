@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from icrl_kernels.chunking import Gradients, TokenOutputs
 from icrl_kernels.objective import Streams, Terms, TokenObjective, token_objective
@@ -35,7 +36,8 @@ class TorchChunks:
         self.inverse_temperature, self.shard, self.tokens = (
             1.0 / temperature,
             shard,
-            tokens or max(1, CHUNK_ELEMENTS // max(1, shard.valid)),
+            # Of the rows with their padding, which are as many on every rank: ranks must cut alike.
+            tokens or max(1, CHUNK_ELEMENTS // max(1, weight_VH.shape[0])),
         )
         self.dtype = torch.float64 if hidden_LH.dtype == torch.float64 else torch.float32
         rows = min(self.tokens, hidden_LH.shape[0])
@@ -121,13 +123,19 @@ class _Slopes:
 
 
 def _objective_and_slopes(rows: RowSoftmax, streams: Streams, terms: Terms) -> tuple[TokenObjective, _Slopes]:
-    with torch.enable_grad():
+    # This graph ends here. The hooks of an activation checkpoint would take its tensors for those of the model, and get
+    # them back for the derivative by running all chunks before this one again.
+    with torch.enable_grad(), saved_tensors_hooks(_itself, _itself):
         logprobs_C, entropy_C = rows.logprobs_C.requires_grad_(), rows.entropy_C.requires_grad_()
         objective = token_objective(logprobs_C, entropy_C, streams, terms)
         wanted = (logprobs_C, entropy_C) if terms.entropy_coef != 0 else (logprobs_C,)
         slopes = torch.autograd.grad(objective.loss_L.sum(), wanted)
     silent_C = streams.coefficients_L == 0
     return objective, _Slopes(slopes[0], slopes[1] if len(slopes) == 2 else None, silent_C)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _add_entropy_gradient_(exp_CV: Tensor, rows: RowSoftmax, logprob_slope_C: Tensor, entropy_slope_C: Tensor) -> None:

@@ -39,9 +39,10 @@ class Tuning:
     """Programs at a time, for each multiprocessor."""
 
 
-TUNING = {9: Tuning(4096, 8, 4)}
-"""By major compute capability. Not measured yet on any card: tools/bench_head_cuda.py --tune measures."""
-DEFAULT = Tuning(4096, 8, 4)
+TUNING = {9: Tuning(2048, 8, 4)}
+"""By major compute capability. Not measured yet on any card: tools/bench_head_cuda.py --tune measures. Chosen by what
+the compiler says: with blocks of 4096 a thread takes 80 to 92 registers, and four programs do not fit at a time."""
+DEFAULT = Tuning(2048, 8, 4)
 INTERPRETER = Tuning(1024, 4, 1)
 
 
@@ -64,13 +65,13 @@ class TritonChunks:
         logits: str,
     ) -> None:
         self.hidden_LH, self.weight_VH = hidden_LH.detach(), weight_VH.detach()[: shard.valid]
-        self.shard, self.inverse_temperature = shard, 1.0 / temperature
-        self.per_nat = math.log2(math.e) / temperature
+        self.shard, self.inverse_temperature = shard, 1.0 / float(temperature)
+        self.per_nat = math.log2(math.e) / float(temperature)
         stored = torch.bfloat16 if logits == "bf16" else torch.float32
-        stride = triton.cdiv(max(1, shard.valid), ROW_ALIGN) * ROW_ALIGN
-        self.tokens = tokens or _even_chunk(hidden_LH.shape[0], stride * stored.itemsize)
+        # Of the rows with their padding, which are as many on every rank: ranks must cut alike.
+        self.tokens = tokens or _even_chunk(hidden_LH.shape[0], _stride(weight_VH.shape[0]) * stored.itemsize)
         rows = min(self.tokens, hidden_LH.shape[0])
-        self.buffer_CV = hidden_LH.new_empty(rows, stride, dtype=stored)
+        self.buffer_CV = hidden_LH.new_empty(rows, _stride(shard.valid), dtype=stored)
         self.tuning = _tuning(hidden_LH.device)
         self.programs = self.tuning.programs * _multiprocessors(hidden_LH.device)
 
@@ -174,12 +175,13 @@ class TritonChunks:
             rows,
             self.inverse_temperature,
             self.per_nat,
-            1.0 - terms.clip_low,
-            1.0 + terms.clip_high,
-            terms.w_max,
-            terms.kl_coef,
-            terms.entropy_coef,
-            terms.shaping_gamma,
+            # Triton would compile anew for integers, and again for an integer 1.
+            float(1.0 - terms.clip_low),
+            float(1.0 + terms.clip_high),
+            float(terms.w_max),
+            float(terms.kl_coef),
+            float(terms.entropy_coef),
+            float(terms.shaping_gamma),
             HAS_OLD=streams.old_logprobs_L is not None,
             HAS_BEHAVIOUR=streams.behaviour_logprobs_L is not None,
             HAS_REFERENCE=terms.kl_coef != 0 and streams.reference_logprobs_L is not None,
@@ -216,6 +218,11 @@ class TritonChunks:
     def _splits(self, rows: int) -> int:
         """Pieces of a row, so that few rows occupy all multiprocessors too; a piece is one block at least."""
         return max(1, min(triton.cdiv(self.programs, rows), triton.cdiv(self.shard.valid, self.tuning.block)))
+
+
+def _stride(columns: int) -> int:
+    """Elements from row to row of the buffer."""
+    return triton.cdiv(max(1, columns), ROW_ALIGN) * ROW_ALIGN
 
 
 def _even_chunk(tokens: int, bytes_per_token: int) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +42,61 @@ def test_a_stage_says_what_is_missing(check: ModuleType) -> None:
     assert check.missing(check.Stage("b", list, tool="no-such-program")) == "no no-such-program on the PATH"
     assert check.missing(check.Stage("c", list, ("json",))) == ""
     assert check.run(check.Stage("d", list, ("no_such_module",)), Path(), False)["result"] == "cannot run here"
+
+
+def test_sanitizers_see_every_allocation_and_say_where_they_cannot_run(check: ModuleType, tmp_path: Path) -> None:
+    memcheck, racecheck = (s for s in check.STAGES if s.tool == "compute-sanitizer")
+    for stage in (memcheck, racecheck):
+        assert check.environment(stage)["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+    command = " ".join(memcheck.command(tmp_path, False))
+    assert "--tool memcheck" in command and "--report-api-errors no" in command
+
+    def run(text: str, code: int) -> dict[str, str]:
+        program = check.python("-c", f"print({text!r}); raise SystemExit({code})")
+        return check.run(replace(memcheck, command=lambda out, quick: program, tool=""), tmp_path, False)
+
+    done = "small cases of the head are done"
+    for line in ("Error: Device not supported. Please refer to ...", "Error: the debugger interface is not supported"):
+        refused = run(f"========= COMPUTE-SANITIZER\n========= {line}", 1)
+        assert (refused["result"], refused["reason"]) == ("cannot run here", line)
+    assert run(f"{done}\n========= Invalid __global__ read of size 4 bytes", 9)["result"] == "failed with exit code 9"
+    assert run("========= ERROR SUMMARY: 0 errors", 0)["result"].startswith("failed: its output lacks")
+    assert run(f"{done}\n========= ERROR SUMMARY: 0 errors", 0)["result"] == "passed"
+    assert done in (TOOLS / "head_small_case.py").read_text()
+
+
+def test_stages_run_the_kernels_on_the_card(check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert all("TRITON_INTERPRET" not in check.environment(stage) for stage in check.STAGES)
+
+
+@pytest.mark.parametrize(("devices", "there"), [(["nvidia5", "nvidiactl"], True), (["nvidiactl", "nvidia-uvm"], False)])
+def test_any_gpu_is_one(devices: list[str], there: bool, tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("house_conftest", Path(__file__).parents[1] / "conftest.py")
+    assert spec is not None and spec.loader is not None
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    for device in devices:
+        (tmp_path / device).touch()
+    assert conftest.has_gpu(tmp_path) == there
+
+
+def test_what_was_measured_quickly_is_measured_again(
+    check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stage(name: str, *quickly: str) -> object:
+        code = "import sys; open(sys.argv[1], 'a').write(sys.argv[2])"
+        return check.Stage(
+            name,
+            lambda out, quick: check.python("-c", code, str(out / f"{name}.txt"), *(quickly if quick else ["full."])),
+        )
+
+    here = check.Machine("Some GPU", "1", "2", "3", "3.12", {"torch": "2"})
+    monkeypatch.setattr(check, "STAGES", (stage("bench", "quick."), stage("tests", "full.")))
+    for quick in (True, True, False, False, True):
+        check.go_on(here, tmp_path, [], quick, False)
+    assert (tmp_path / "bench.txt").read_text() == "quick.full."
+    assert (tmp_path / "tests.txt").read_text() == "full."
 
 
 def test_stages_pass_fail_and_run_out_of_time(
@@ -106,6 +163,84 @@ def test_without_a_gpu_the_tools_say_so() -> None:
         assert done.returncode == 2 and done.stderr.startswith("error: "), done
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_bare_checkout_with_torch_and_triton_can_measure_on_a_gpu(tmp_path: Path) -> None:
+    """Nothing that is installed with the package is imported, nor the package itself but from the checkout."""
+    for name in ("typer", "rich", "icrl_kernels", "icrl_megatron", "liger_kernel"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('no {name} here')")
+    done = subprocess.run(
+        [sys.executable, str(TOOLS / "bench_head.py"), "--device", "cuda", "--quick"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: no CUDA device here"), done.stderr
+
+
+def measured(ms: float, extra_gb: float = 1.0) -> dict[str, float]:
+    return {"ms": ms, "extra_gb": extra_gb}
+
+
+def test_measurements_are_held_against_the_bars() -> None:
+    module = load("head_cuda_targets")
+    size = {"model": "Qwen3-8B", "tensor_parallel": 1}
+    given = {"kernels": measured(3.0), "liger vocab-parallel CE": measured(6.0), "megatron fused CE": {"missing": "no"}}
+    train = {"kernels": measured(40.0, 2.4), "kernels, bf16 logits": measured(50.0, 1.2), "eager": measured(99.0, 23.9)}
+    rows = [
+        {"operation": operation, "tokens": tokens, **size, "peers": peers}
+        for operation, tokens, peers in (("given", 8192, given), ("train", 16384, train))
+    ]
+    for row in rows:
+        shape = (row["operation"], row["tokens"], 151936, 4096)
+        row["peers"] = {name: module.with_rates(values, *shape) for name, values in row["peers"].items()}
+    found = {
+        (t["subject"], t["quantity"].split()[0], t["asked"]): (t["value"], t["held"]) for t in module.targets(rows)
+    }
+    assert found["kernels", "given", "at most 3.1"] == (3.0, True)
+    assert found["kernels", "given", "at least 2.5 times less than liger vocab-parallel CE"] == (2.0, False)
+    assert found["kernels", "given", "at least 5.0 times less than megatron fused CE"] == (None, None)
+    assert found["kernels", "train", "at most 47.0"] == (None, None)  # at 8192 tokens
+    assert found["kernels", "train", "at most 2.5"] == (2.4, True)
+    assert found["kernels", "train", "at least 10.0 times less than eager"] == (pytest.approx(23.9 / 2.4), False)
+    assert found["kernels, bf16 logits", "train", "at least 10.0 times less than eager"][1] is True
+    medians = module.medians(rows)["kernels"]
+    assert medians["given Qwen3-8B T 8192 TP 1 gb_per_s"] == pytest.approx(3 * 2 * 8192 * 151936 / 3.0e6)
+    assert medians["train Qwen3-8B T 16384 TP 1 extra_gb"] == 2.4
+    assert "tflops_per_s" not in rows[0]["peers"]["kernels"] and "gb_per_s" not in rows[1]["peers"]["kernels"]
+    assert "2489 GB/s, 83% of the floor, 1.00 GB extra" in module.line(rows[0])
+    assert "1529 TF/s, 194% of the floor, 2.40 GB extra" in module.line(rows[1])
+    assert load("bench_schema").unit_of("train extra_gb") == "GB"
+
+
+def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("bench_head_cuda")
+    monkeypatch.setattr(module, "OPERATIONS", {"given": lambda inputs: {}, "score": lambda inputs: {}})
+    monkeypatch.setattr(module, "Inputs", lambda shape: shape)
+    monkeypatch.setattr(module, "about", lambda: dict.fromkeys(("command", "date", "machine", "versions"), ""))
+    monkeypatch.setattr(module.torch.cuda, "empty_cache", lambda: None)
+    results = iter([{"kernels": measured(3.0)}])
+
+    def measure(peers: object, rounds: int) -> object:
+        found = next(results, None)
+        if found is None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return found
+
+    monkeypatch.setattr(module, "measure", measure)
+    with pytest.raises(RuntimeError, match="illegal"):
+        module.bench(
+            [module.Shape("Qwen3-8B", 8192, 1)],
+            1,
+            lambda rows: module.write(tmp_path / "a.json", module.about() | module.report(rows)),
+        )
+    kept = load("bench_schema").read(tmp_path / "a.json")
+    assert [row["peers"]["kernels"]["ms"] for row in kept["rows"]] == [3.0]
+    assert kept["targets"][0]["held"] is True and kept["measurements"]
+
+
 def test_the_head_is_measured_on_a_gpu_with_all_other_words() -> None:
     module = load("bench_head")
     there = [sys.executable, str(TOOLS / "bench_head_cuda.py"), "--quick", "--out", "head.json"]
@@ -155,6 +290,8 @@ def test_benchmarked_peers_compute_the_same(bench: ModuleType) -> None:
     peers["eager"]()
     exact = inputs.hidden_LH.grad.float()
     for name, tolerance in (("kernels", 0.02), ("kernels, bf16 logits", 0.05)):
+        peers[name].before()
+        assert inputs.hidden_LH.grad is None and inputs.weight_VH.grad is None
         peers[name]()
         assert_near(inputs.hidden_LH.grad, exact, tolerance)
     scores = {name: run() for name, run in bench.score_peers(inputs).items()}
@@ -167,3 +304,20 @@ def test_benchmarked_gradients_of_given_logits_are_the_same(bench: ModuleType) -
     peers = bench.given_peers(bench.Inputs(bench.Shape("tiny", 12, 1)))
     peers["kernels"].before()
     assert_near(peers["kernels"](), peers["eager"](), 0.01)
+
+
+@needs_triton
+def test_no_row_that_is_measured_is_skipped(bench: ModuleType) -> None:
+    """The kernels do not read a row whose token is clipped, which no peer can leave out."""
+    inputs = bench.Inputs(bench.Shape("tiny", 200, 1))
+    output = bench.policy_head(
+        inputs.hidden_LH, inputs.weight_VH, inputs.streams, inputs.terms, inputs.shard, bench.Chunking()
+    )
+    assert not bool((output.clipped_low_L | output.clipped_high_L).any())
+    passes, slopes_L = bench.tuning_passes(inputs, 64)
+    assert slopes_L.shape == (64,) and bool((slopes_L != 0).all())
+    assert {name: moved for name, (_, moved) in passes.items()} == {
+        "statistics": 4 * 64 * 400,
+        "gradients": 6 * 64 * 400,
+    }
+    assert passes["statistics"][0]().shape[1:] == (4, 64) and passes["gradients"][0]().shape == (64, 400)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from head_cases import WAYS, WIDTH, How, assert_near, make_inputs, put_streams, run_head
@@ -77,6 +79,58 @@ def test_under_activation_checkpointing(how: How, use_reentrant: bool) -> None:
     assert len(plain) == len(wrapped) == 3
     for got, want in zip(wrapped, plain, strict=True):
         assert_near(got, want, min(how.tolerance, 1e-6), how.floor)
+
+
+@every_way
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("head_is_last", [True, False])
+def test_a_checkpoint_computes_a_chunk_twice_at_most(
+    how: How, use_reentrant: bool, head_is_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And MainGrad gets the gradient as often as its docstring says."""
+    from icrl_kernels import head
+
+    inputs_LH, weight_VH, streams = make_inputs(40, 30, Terms())
+    inputs_LH, weight_VH, streams = how.put(inputs_LH), how.put(weight_VH), put_streams(streams, how)
+    make, passes = head._chunks, []
+
+    def counted(*args: Any) -> Any:
+        chunks = make(*args)
+        train = chunks.train
+        chunks.train = lambda span, *rest: (passes.append(span.start), train(span, *rest))
+        return chunks
+
+    monkeypatch.setattr(head, "_chunks", counted)
+
+    def added(wrapped: bool) -> Tensor:
+        passes.clear()
+        leaf_LH, buffer_VH = inputs_LH.clone().requires_grad_(), torch.zeros_like(weight_VH)
+
+        def loss(x_LH: Tensor) -> Tensor:
+            shard, main = VocabShard.whole(30), MainGrad(buffer_VH)
+            output = policy_head(torch.tanh(x_LH), weight_VH, streams, Terms(), shard, how.chunking(2), main)
+            return output.loss if head_is_last else output.loss * torch.ones_like(output.loss)
+
+        (checkpoint(loss, leaf_LH, use_reentrant=use_reentrant) if wrapped else loss(leaf_LH)).backward()
+        return buffer_VH
+
+    plain, wrapped = added(False), added(True)
+    again = use_reentrant or not head_is_last
+    assert all(passes.count(start) == 1 + again for start in range(0, 40, 2))
+    assert_near(wrapped, plain * (1 + (again and not use_reentrant)), how.tolerance, how.floor)
+
+
+def test_hidden_gradients_in_bf16_are_scaled_before_they_are_rounded() -> None:
+    hidden_LH, weight_VH, streams = make_inputs(30, 40, Terms())
+    hidden_LH, weight_VH = hidden_LH.bfloat16(), weight_VH.bfloat16()
+
+    def gradient(scale: float) -> Tensor:
+        leaf_LH = hidden_LH.clone().requires_grad_()
+        (policy_head(leaf_LH, weight_VH, streams, Terms(), VocabShard.whole(40)).loss * scale).backward()
+        assert leaf_LH.grad is not None
+        return leaf_LH.grad
+
+    assert torch.equal(gradient(1 / 3), (gradient(1.0).float() * (1 / 3)).bfloat16())
 
 
 def test_a_second_backward_is_refused() -> None:

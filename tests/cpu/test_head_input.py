@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from head_cases import WAYS, How, make_inputs, run_head
 from torch import Tensor
 
 from icrl_kernels import Chunking, MainGrad, Streams, Terms, VocabShard, policy_head
@@ -64,6 +69,10 @@ def test_bad_input_is_named(message: str) -> None:
         (Terms(kl_coef=0.1), VocabShard.whole(10), 4, "reference_logprobs_L: .*kl_coef is 0.1, got None"),
         (Terms(temperature=0.0), VocabShard.whole(10), 4, "temperature"),
         (Terms(temperature=float("nan")), VocabShard.whole(10), 4, "temperature"),
+        (Terms(temperature=None), VocabShard.whole(10), 4, "temperature: expected a finite number above 0, got None"),
+        (Terms(temperature="1"), VocabShard.whole(10), 4, "temperature: expected a finite number above 0, got '1'"),
+        (Terms(temperature=1e-39), VocabShard.whole(10), 4, "temperature: .*float32 can hold, got 1e-39"),
+        (Terms(w_max=None), VocabShard.whole(10), 4, "w_max: expected a number, got None"),
         (Terms(w_max=-1.0), VocabShard.whole(10), 4, "w_max"),
         (Terms(clip_low=-0.1), VocabShard.whole(10), 4, "clip_low"),
         (Terms(entropy_coef=float("nan")), VocabShard.whole(10), 4, "entropy_coef"),
@@ -71,9 +80,11 @@ def test_bad_input_is_named(message: str) -> None:
         (Terms(), VocabShard(4, 10, 12), 4, "shard: expected columns within 0 to 12, got 4 to 14"),
         (Terms(), VocabShard(0, 10, 20), 4, "without a group"),
         (Terms(), VocabShard.whole(10), 0, "chunking.tokens"),
+        (Terms(), VocabShard.whole(10), 2.5, "chunking.tokens: expected None or an integer of at least 1, got 2.5"),
+        (Terms(), VocabShard.whole(10), True, "chunking.tokens"),
     ],
 )
-def test_bad_scalars_and_shards_are_named(terms: Terms, shard: VocabShard, chunk: int, message: str) -> None:
+def test_bad_scalars_and_shards_are_named(terms: Terms, shard: VocabShard, chunk: Any, message: str) -> None:
     hidden_LH, weight_VH, streams = good_inputs()
     with pytest.raises(ValueError, match=message):
         policy_head(hidden_LH, weight_VH, streams, terms, shard, Chunking(chunk))
@@ -110,11 +121,59 @@ def test_a_group_that_is_not_initialised_is_named() -> None:
         policy_head(hidden_LH, weight_VH, streams, Terms(), shard)
 
 
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
+    """Of one rank, in an initialised torch.distributed."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    one = dist.new_group([0])
+    assert isinstance(one, dist.ProcessGroup)
+    yield one
+    dist.destroy_process_group()
+
+
+def test_groups_that_do_not_exist_and_shards_without_the_others_are_named(group: dist.ProcessGroup) -> None:
+    hidden_LH, weight_VH, streams = good_inputs()
+
+    def head(shard: VocabShard) -> Tensor:
+        return policy_head(hidden_LH, weight_VH, streams, Terms(), shard).loss
+
+    assert head(VocabShard(0, 10, 10, group)).isfinite()
+    with pytest.raises(ValueError, match=r"shard.valid: expected 20 without a group of more ranks, got 10"):
+        head(VocabShard(0, 10, 20, group))
+    for nobody in (object(), "tp", dist.GroupMember.NON_GROUP_MEMBER):
+        with pytest.raises(ValueError, match=r"shard.group: expected a group that this rank is in, got"):
+            head(VocabShard(0, 10, 10, nobody))  # type: ignore[arg-type]
+    dist.destroy_process_group(group)
+    with pytest.raises(ValueError, match=r"shard.group: expected a group that this rank is in, got"):
+        head(VocabShard(0, 10, 10, group))
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+def test_what_a_silent_token_holds_is_not_looked_at(how: How) -> None:
+    terms = Terms(kl_coef=0.1, entropy_coef=0.05)
+    hidden_LH, weight_VH, streams = make_inputs(9, 20, terms)
+    streams = replace(streams, coefficients_L=torch.ones(9).index_fill_(0, torch.tensor([2, 5]), 0.0))
+    clean = run_head(hidden_LH, weight_VH, streams, terms, 20, 4, how)
+    for field in fields(streams):
+        stream_L = getattr(streams, field.name)
+        if field.name not in ("coefficients_L", "calibrated_L"):
+            stream_L[2], stream_L[5] = (-100, 20) if field.name == "targets_L" else (float("nan"), float("inf"))
+    poisoned = run_head(hidden_LH, weight_VH, streams, terms, 20, 4, how)
+    assert int(poisoned[0].non_finite) == 0 and torch.equal(poisoned[0].loss, clean[0].loss)
+    assert bool((poisoned[0].logprobs_L[[2, 5]] == -torch.inf).all())
+    assert torch.equal(poisoned[1], clean[1]) and torch.equal(poisoned[2], clean[2])
+
+
 @pytest.mark.parametrize(
     ("buffer", "message"),
     [
         (torch.zeros(9, 16, dtype=torch.float64), "main_grad: expected the weight's shape"),
         (torch.zeros(10, 16, dtype=torch.float32), "main_grad: expected torch.float64"),
+        (
+            torch.zeros(10, 16, dtype=torch.float64, device="meta"),
+            "main_grad: expected the device of weight_VH, cpu, got",
+        ),
     ],
 )
 def test_a_main_grad_that_does_not_fit_is_named(buffer: Tensor, message: str) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ COMPILE = Path(__file__).parents[1] / "compile_kernels.py"
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, dict[str, object]]:
+def compiled() -> dict[str, dict[str, Any]]:
     """What `compile_kernels.py` reports of each kernel, compiled for an H100."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -32,28 +33,61 @@ def compiled() -> dict[str, dict[str, object]]:
     return json.loads(done.stdout)
 
 
-def test_every_kernel_compiles_for_hopper_without_spilling(compiled: dict[str, dict[str, object]]) -> None:
-    assert len(compiled) == 8
+def test_every_kernel_compiles_for_hopper_without_spilling(compiled: dict[str, dict[str, Any]]) -> None:
+    from icrl_kernels import triton_chunks
+
+    assert len(compiled) == 12
     for name, report in compiled.items():
         assert report["cubin_bytes"], name
         assert report["stack_bytes"] == 0, (name, report)
-        assert 0 < int(str(report["registers"])) <= 128, (name, report)
-        assert int(str(report["shared_bytes"])) <= 48 * 1024, (name, report)
+        # A multiprocessor has 65536 registers: the programs that are launched for each must fit on it together.
+        assert 0 < report["registers"] * report["threads"] * triton_chunks.TUNING[9].programs <= 65536, (name, report)
+        assert report["shared_bytes"] <= 48 * 1024, (name, report)
 
 
-def test_rows_are_addressed_with_64_bits(compiled: dict[str, dict[str, object]]) -> None:
+def test_logits_are_read_and_written_as_vectors(compiled: dict[str, dict[str, Any]]) -> None:
+    """Where columns are a multiple of 16, as in every model: a mask of unknown alignment makes 16-bit accesses."""
+    for name, report in compiled.items():
+        if name.startswith(("split_statistics", "logit_gradients")):
+            whole = "odd" not in name
+            assert (report["vector_loads"] > 0) == whole, (name, report)
+            assert (report["vector_stores"] > 0) == (whole and name.startswith("logit_gradients")), (name, report)
+            # What triton 3.7.1 and 3.8.0 need is in docs/KERNEL.md; this notices when it becomes far more.
+            assert report["instructions_an_element"] <= (22 if whole else 32), (name, report)
+
+
+def test_rows_are_addressed_with_64_bits(compiled: dict[str, dict[str, Any]]) -> None:
     """rows * stride passes 2^31 with 16384 tokens of 151936 columns."""
     for name in ("split_statistics", "logit_gradients"):
-        assert compiled[name]["row_multiplications"] == ["i64"] * len(compiled[name]["row_multiplications"])  # type: ignore[arg-type]
+        assert compiled[name]["row_multiplications"] == ["i64"] * len(compiled[name]["row_multiplications"])
         assert compiled[name]["row_multiplications"]
 
 
-def test_lengths_temperature_and_bounds_are_runtime_values(compiled: dict[str, dict[str, object]]) -> None:
-    """Nothing but block sizes and which streams exist is compiled in, and no integer but a stride is specialised."""
+def test_lengths_temperature_and_bounds_are_runtime_values(compiled: dict[str, dict[str, Any]]) -> None:
+    """Block sizes and which streams exist are compiled in; specialised are only a model's own numbers."""
     constant = {"BLOCK", "ROWS", "HAS_OLD", "HAS_BEHAVIOUR", "HAS_REFERENCE", "HAS_ENTROPY"}
     for name, report in compiled.items():
-        assert set(report["constants"]) <= constant, name  # type: ignore[call-overload]
-        assert set(report["specialised"]) <= {"stride", "gradient_stride"}, name  # type: ignore[call-overload]
+        assert set(report["constants"]) <= constant, name
+        assert set(report["specialised"]) <= {"columns", "stride", "gradient_stride"}, name
+
+
+def test_scalars_are_launched_as_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles anew for integers, and once more for the integer 1."""
+    from icrl_kernels import triton_kernels
+
+    kernel, launched = triton_kernels.token_objective, []
+
+    class Watched:
+        def __getitem__(self, grid: object) -> Any:
+            return lambda *args, **options: (launched.append(args), kernel[grid](*args, **options))
+
+    monkeypatch.setattr(triton_kernels, "token_objective", Watched())
+    whole = Terms(temperature=1, clip_low=0, clip_high=1, w_max=2, kl_coef=1, entropy_coef=1, shaping_gamma=1)
+    hidden_LH, weight_VH, streams = make_inputs(3, 20, whole)
+    run_head(hidden_LH, weight_VH, streams, whole, 20, None, TRITON)
+    (args,) = launched
+    scalars = [arg for arg in args if not isinstance(arg, torch.Tensor)]
+    assert [type(scalar) for scalar in scalars] == [int] * 2 + [float] * 8  # parts and rows are integers
 
 
 @pytest.mark.parametrize("logits", ["fp32", "bf16"])

@@ -5,12 +5,14 @@ Run as a program, with rank, rendezvous file and output folder, this file is one
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,11 +30,21 @@ WIDTH = 16
 TERMS = Terms(temperature=0.8, kl_coef=0.05, entropy_coef=0.02)
 Case = tuple[Tensor, Tensor, Streams, Terms]
 Result = dict[str, Tensor]
+GATHERS: list[torch.Size] = []
+"""What this rank has all-gathered of the head, in order."""
 BACKENDS = ["torch"] + ["triton"] * (importlib.util.find_spec("triton") is not None)
 
 
+SMALL_CHUNKS = {
+    "torch_chunks": {"CHUNK_ELEMENTS": 96},
+    "triton_chunks": {"CHUNK_BYTES": 384, "CHUNK_ALIGN": 1, "ROW_ALIGN": 2},
+}
+"""Six tokens a chunk where a rank has 16 columns, for who leaves the number to the head."""
+
+
 def cases() -> dict[str, tuple[Case, int]]:
-    """Name -> inputs of the whole vocabulary, and the rows that its weight is padded to."""
+    """Name -> inputs of the whole vocabulary, and the rows that its weight is padded to. Of `uncut` ones the head chooses
+    the chunks."""
     edges = build(vocabulary=64, tokens=23, terms=TERMS)
     edges[2].targets_L[:8] = torch.tensor([0, 15, 16, 31, 32, 47, 48, 63])
     low = on_policy(build(vocabulary=60, tokens=9, terms=Terms()))
@@ -46,6 +58,8 @@ def cases() -> dict[str, tuple[Case, int]]:
     return {
         "edges": (edges, 64),
         "padded": (build(vocabulary=50, tokens=23, terms=TERMS), 64),
+        "uncut": (build(vocabulary=50, tokens=23, terms=TERMS), 64),
+        "uncut_empty_shards": (build(vocabulary=14, tokens=11, terms=TERMS), 64),
         "empty_shards": (build(vocabulary=14, tokens=11, terms=TERMS), 64),
         "below_120": (low, 64),
         "far_apart": (far, 64),
@@ -82,21 +96,24 @@ def padded(weight_VH: Tensor, rows: int) -> Tensor:
     return torch.cat([weight_VH, torch.full((rows - weight_VH.shape[0], WIDTH), 9.0)])
 
 
-def sharded(case: Case, rows: int, degree: int, group: dist.ProcessGroup, backend: str) -> Result:
+def sharded(
+    case: Case, rows: int, degree: int, group: dist.ProcessGroup, backend: str, chunk: tuple[int | None, int | None]
+) -> Result:
     """What the ranks of `group` compute together: partial hidden gradients summed, weight gradients joined."""
     hidden_LH, weight_VH, streams, terms = case
+    before = len(GATHERS)
     columns = rows // degree
     shard = VocabShard.of_rank(weight_VH.shape[0], columns, group)
     place = dist.get_rank(group) * columns
     hidden_LH = hidden_LH.clone().requires_grad_()
     own_VH = padded(weight_VH, rows)[place : place + columns].clone().requires_grad_()
-    output = policy_head(hidden_LH, own_VH, streams, terms, shard, Chunking(5, backend))
+    output = policy_head(hidden_LH, own_VH, streams, terms, shard, Chunking(chunk[0], backend))
     output.loss.backward()
     assert hidden_LH.grad is not None and own_VH.grad is not None
     dist.all_reduce(hidden_LH.grad, group=group)
     grads = [torch.empty_like(own_VH.grad) for _ in range(degree)]
     dist.all_gather(grads, own_VH.grad, group=group)
-    scores = score_head(hidden_LH, own_VH, streams.targets_L, terms.temperature, shard, Chunking(4, backend))
+    scores = score_head(hidden_LH, own_VH, streams.targets_L, terms.temperature, shard, Chunking(chunk[1], backend))
     return {
         "loss": output.loss.detach(),
         "logprobs": output.logprobs_L,
@@ -105,6 +122,7 @@ def sharded(case: Case, rows: int, degree: int, group: dist.ProcessGroup, backen
         "grad_weight": torch.cat(grads),
         "scores": scores[0],
         "score_entropy": scores[1],
+        "gathers": torch.tensor(len(GATHERS) - before),
     }
 
 
@@ -129,6 +147,17 @@ def reference(case: Case, rows: int) -> Result:
 def rank_main(rank: int, rendezvous: str, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
+    for module, constants in SMALL_CHUNKS.items():
+        if module.startswith(tuple(BACKENDS)):
+            for name, value in constants.items():
+                setattr(importlib.import_module(f"icrl_kernels.{module}"), name, value)
+    gather = dist.all_gather_into_tensor
+
+    def recorded(output: Tensor, own: Tensor, **options: Any) -> Any:
+        GATHERS.append(own.shape)
+        return gather(output, own, **options)
+
+    dist.all_gather_into_tensor = recorded
     results = {}
     for degree in (1, 2, 4):
         groups = [dist.new_group(list(range(first, first + degree))) for first in range(0, WORLD, degree)]
@@ -136,7 +165,8 @@ def rank_main(rank: int, rendezvous: str, folder: Path) -> None:
         assert isinstance(group, dist.ProcessGroup)
         for backend in BACKENDS:
             results[degree, backend] = {
-                name: sharded(case, rows, degree, group, backend) for name, (case, rows) in cases().items()
+                name: sharded(case, rows, degree, group, backend, (None, None) if "uncut" in name else (5, 4))
+                for name, (case, rows) in cases().items()
             }
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -176,6 +206,17 @@ def test_ranks_agree_with_one_process(
             assert got.shape == want.shape
             error = float((got.double() - want).norm())
             assert error <= 1e-5 * float(want.norm()) + 1e-6, (rank, key, error)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_ranks_cut_tokens_alike_whatever_padding_they_hold(
+    by_rank: list[dict[Key, dict[str, Result]]], backend: str
+) -> None:
+    """Else their all-gathers would not match: with 50 of 64 columns the last of four ranks has 2 and the others 16."""
+    for name, chunks in (("uncut", 4), ("uncut_empty_shards", 2)):
+        # Loss and scores each gather once a chunk.
+        assert [int(results[4, backend][name]["gathers"]) for results in by_rank] == [2 * chunks] * WORLD
 
 
 @pytest.mark.dist
