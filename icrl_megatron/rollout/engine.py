@@ -29,7 +29,7 @@ class EngineError(RuntimeError):
 
 
 class NoAnswerError(EngineError):
-    """Nothing came back from the engine: it may be dying."""
+    """The engine did not answer, failed, or answered what makes no sense: it hangs, or is dying."""
 
 
 class RequestFailedError(EngineError):

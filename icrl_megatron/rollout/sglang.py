@@ -31,7 +31,7 @@ from icrl_megatron.rollout.engine import (
     Sampling,
 )
 from icrl_megatron.rollout.sglang_checks import Checksums
-from icrl_megatron.rollout.sglang_server import Server
+from icrl_megatron.rollout.sglang_server import Server, require_cache
 from icrl_megatron.types import Completion, FinishReason, Ids
 
 RETRIES = 2
@@ -90,7 +90,7 @@ class SGLangEngine:
         Raises RequestFailedError when the server refuses it or answers garbage; EngineLostError when the server is dead
         or hangs, or answered garbage too often; EngineError while it sleeps or holds half an update.
         """
-        if self._asleep or self._half:
+        if (self._asleep or self._half) and not self._lost:
             raise EngineError(self._half or "The engine sleeps: call wake() before generate().")
         prompt = tuple(prompt_ids)
         link = self._connections.here()
@@ -219,12 +219,15 @@ class SGLangEngine:
                 raise
 
     def _died(self, error: EngineError) -> bool:
-        """Whether the server is lost, after an error."""
-        wait = isinstance(error, NoAnswerError) and self.server.spec is not None
-        deadline = time.monotonic() + (_DEATH_GRACE_S if wait else 0.0)
-        while not self.lost() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        return bool(self._lost)
+        """Whether the server is lost, after an error. One of our own that does not answer, or answers what no SGLang
+        says, is killed: whoever revives it counts how often."""
+        if isinstance(error, NoAnswerError) and self.server.spec is not None:
+            deadline = time.monotonic() + _DEATH_GRACE_S
+            while not self.lost() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            self._lost = self._lost or str(error)
+            self.server.kill()
+        return bool(self.lost())
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         return self.server.post(path, body, _CONTROL_TIMEOUT_S)
@@ -357,9 +360,13 @@ class Follower:
 
 def require_context(server: Server, context_tokens: int) -> None:
     """Raises ConfigError if a server that somebody else runs allows less than `rollout.context_tokens`."""
-    allowed = server.info().get("context_length")
+    info = server.info()
+    allowed = info.get("context_length")
     if isinstance(allowed, int) and allowed < context_tokens:
         raise ConfigError(
             f"rollout.context_tokens={context_tokens}: the server at {server.url} was started with --context-length "
             f"{allowed}; start it with at least {context_tokens + 8}, or lower the setting"
         )
+    require_cache(
+        info, context_tokens, f"the server at {server.url}", "its --max-total-tokens or --mem-fraction-static"
+    )
