@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import aiohttp
 
@@ -21,6 +21,9 @@ class Link:
     gate: asyncio.Semaphore
     holder: asyncio.Task[None]
     """Closes the session when the loop ends: asyncio.run cancels what is left, and waits for it."""
+    interrupted: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the rest of what this loop plays is not needed. It ends with the loop, so that the next step begins
+    without it; whoever waits at the gate, or between two tries, finds it set when his turn comes."""
 
 
 class Connections:

@@ -140,7 +140,7 @@ def _merge(config: DictConfig, key: str, raw: str) -> DictConfig:
         for part in reversed(key.split(".")):
             nested = {part: nested}
         return typing.cast(DictConfig, OmegaConf.merge(config, nested))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:
         detail = "" if dataclasses.is_dataclass(hint) or isinstance(value, str | int | float) else _first_line(error)
         raise ConfigError(f"{key}={raw}: expected {_describe(hint)}" + (f" ({detail})" if detail else "")) from error
 
@@ -197,7 +197,20 @@ def _to_settings(config: Any, where: str) -> Settings:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}: {_first_line(error)}") from error
     assert isinstance(settings, Settings)
+    _check_elements(settings, "")
     return settings
+
+
+def _check_elements(section: Any, prefix: str) -> None:
+    """Raises ConfigError for a mapping or a list inside a list of texts, which OmegaConf lets in."""
+    for name, hint in typing.get_type_hints(type(section)).items():
+        value = getattr(section, name)
+        elements = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else [value]
+        for element in elements:
+            if dataclasses.is_dataclass(element):
+                _check_elements(element, f"{prefix}{name}.")
+            elif isinstance(element, list | dict):
+                raise ConfigError(f"{prefix}{name}: expected {_describe(hint)}, and {element!r} is in it: quote it")
 
 
 def _describe(hint: Any) -> str:

@@ -10,8 +10,9 @@ from icrl_megatron.rollout.sglang_server import check_version, installed_version
 
 
 def check_rollout(settings: Settings) -> None:
-    """Raises ConfigError for partial rollouts or an external critic that lack what they need."""
+    """Raises ConfigError for partial rollouts, an external critic or a KV cache that lack what they need."""
     _check_partial(settings)
+    _check_cache(settings)
     _check_external(settings.rollout)
 
 
@@ -36,6 +37,16 @@ def _check_external(rollout: RolloutSettings) -> None:
         raise ConfigError(
             f"rollout.critic=external needs rollout.external.url and .model (url={external.url!r}, "
             f"model={external.model!r}), e.g. rollout.external.url=http://host:8000/v1"
+        )
+
+
+def _check_cache(settings: Settings) -> None:
+    """What a server finds room for is known when it is ready (`sglang_server.require_cache`)."""
+    tokens, context = settings.engine.kv_tokens, settings.rollout.context_tokens
+    if tokens is not None and tokens < context and settings.engine.kind == "sglang":
+        raise ConfigError(
+            f"engine.kv_tokens={tokens} holds less than one context (rollout.context_tokens={context}): replies would "
+            "be cut; raise it, or lower rollout.context_tokens"
         )
 
 

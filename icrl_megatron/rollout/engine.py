@@ -29,7 +29,7 @@ class EngineError(RuntimeError):
 
 
 class NoAnswerError(EngineError):
-    """Nothing came back from the engine: it may be dying."""
+    """The engine did not answer, failed, or answered what makes no sense: it hangs, or is dying."""
 
 
 class RequestFailedError(EngineError):
@@ -86,7 +86,8 @@ class Engine(WeightReceiver, Protocol):
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion: ...
 
     async def interrupt(self) -> None:
-        """Ends what is being generated, where the engine can: such requests return "abort" and what they have."""
+        """Ends what is being generated, where the engine can: such requests return "abort" and what they have, and
+        those that come later in the same event loop return "abort" and nothing."""
         ...
 
     def health(self) -> str:

@@ -2,9 +2,9 @@
 
     for round in 0..K-1:  attempt (with the latest critique, if any); stop if it succeeded or was the last; critique
 
-Failures of an environment or of its grading cost the episode (`DroppedEpisode`), and so does a request that fails
-twice; an engine that is lost leaves its episodes to be played again (`UnplayedEpisode`); wrong settings, rewards that
-are no rewards and other engine failures end the run.
+An episode whose environment, grading or request fails is played once more, and then dropped (`DroppedEpisode`); an
+engine that is lost leaves its episodes to be played again (`UnplayedEpisode`); wrong settings, rewards that are no
+rewards and other engine failures end the run.
 """
 
 from __future__ import annotations
@@ -320,18 +320,20 @@ async def play_all(
 
 
 async def _play_twice(task: Task, index: int, stage: Stage, casting: Casting, seeds: Seeds) -> Ended:
-    """An episode whose request failed is played once more, from its beginning, and then dropped."""
-    failure = ""
-    for _ in range(2):
+    """An episode that failed, by a request or by its environment, is played once more, from its beginning and in an
+    environment of its own, and then dropped."""
+    for last in (False, True):
         try:
-            return await play_episode(task, index, stage, casting, seeds)
+            ended = await play_episode(task, index, stage, casting, seeds)
         except RequestFailedError as error:
-            failure = str(error)
+            ended = DroppedEpisode(task, index, str(error))
         except EngineLostError as error:
             return UnplayedEpisode(task, index, str(error))
         except InterruptedEpisodeError:
             return UnplayedEpisode(task, index, "")
-    return DroppedEpisode(task, index, failure)
+        if last or isinstance(ended, Episode):
+            break
+    return ended
 
 
 async def gather(jobs: Sequence[Awaitable[T]]) -> list[T]:

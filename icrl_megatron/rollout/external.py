@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import aiohttp
 
 from icrl_megatron.config import ConfigError, ExternalCritic
-from icrl_megatron.connections import Connections
+from icrl_megatron.connections import Connections, Link
 from icrl_megatron.rollout.engine import RequestFailedError
 from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.speakers import Ask
+from icrl_megatron.tasks.base import sendable
 from icrl_megatron.types import Completion
 
 RETRIES = 3
@@ -33,7 +34,10 @@ class ExternalSpeaker:
     connections: Connections
 
     async def reply(self, ask: Ask) -> Completion:
-        """Raises RequestFailedError when the endpoint refuses, or still fails after some tries."""
+        """Nothing, with "abort" as its reason, when it is interrupted: an endpoint gives no part of an answer.
+
+        Raises RequestFailedError when the endpoint refuses, or still fails after some tries.
+        """
         body = {
             "model": self.settings.model,
             "messages": [{"role": "user", "content": ask.message}],
@@ -41,13 +45,25 @@ class ExternalSpeaker:
             "max_tokens": ask.max_new_tokens,
             "seed": ask.seed % 2**31,
         }
-        text = await self._ask(json.dumps(body))
-        ids = self.prompter.encode_reply(text)
+        link = self.connections.here()
+        asked = asyncio.ensure_future(self._ask(link, json.dumps(body)))
+        interrupted = asyncio.ensure_future(link.interrupted.wait())
+        try:
+            await asyncio.wait({asked, interrupted}, return_when=asyncio.FIRST_COMPLETED)
+            if not asked.done():
+                return Completion((), (), "abort", 0)
+            ids = self.prompter.encode_reply(sendable(asked.result()))
+        finally:
+            asked.cancel()
+            interrupted.cancel()
         cut = ids[: ask.max_new_tokens]
         return Completion(cut, (0.0,) * len(cut), "stop" if len(cut) == len(ids) else "length", 0)
 
-    async def _ask(self, body: str) -> str:
-        link, last = self.connections.here(), ""
+    async def interrupt(self) -> None:
+        self.connections.here().interrupted.set()
+
+    async def _ask(self, link: Link, body: str) -> str:
+        last = ""
         async with link.gate:
             for attempt in range(RETRIES + 1):
                 if attempt:
@@ -97,7 +113,17 @@ def _authorization(settings: ExternalCritic) -> dict[str, str]:
 
 
 def _content(answer: bytes) -> str:
+    """What was said: a text, or a list of parts of which each is one. Raises RequestFailedError for anything else."""
     try:
-        return str(json.loads(answer)["choices"][0]["message"]["content"] or "")
-    except (ValueError, LookupError, TypeError) as error:
+        said = json.loads(answer)["choices"][0]["message"]["content"]
+        if isinstance(said, list):
+            said = "".join(_text(part["text"]) for part in said)
+        return "" if said is None else _text(said)
+    except (ValueError, RecursionError, LookupError, TypeError) as error:
         raise RequestFailedError(f"The external critic answered {answer[:200]!r}.") from error
+
+
+def _text(said: object) -> str:
+    if not isinstance(said, str):
+        raise TypeError(f"{type(said).__name__} is no text")
+    return said

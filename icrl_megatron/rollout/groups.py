@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from icrl_megatron.rollout.engine import Engine
 from icrl_megatron.rollout.episode import Ended
-from icrl_megatron.rollout.speakers import Casting
+from icrl_megatron.rollout.speakers import Cast, Casting, Interruptible
 from icrl_megatron.rollout.tapes import Stop, Tape, Tapes, taped
 from icrl_megatron.types import Task, UnplayedEpisode
 
@@ -21,9 +20,10 @@ class Groups:
         self._done: dict[Task, list[Ended]] = {task: [] for task in tasks}
         self._cut = 0
         self._stop = Stop()
-        self._engine: Engine | None = None
+        self._speakers: dict[int, Interruptible] = {}
+        """Who is interrupted when there are enough, by identity."""
         self._tick: Callable[[], None] = lambda: None
-        self._interrupting: asyncio.Task[None] | None = None
+        self._interrupting: asyncio.Future[list[None]] | None = None
 
     def go_on_with(self, kept: Tapes) -> None:
         """Plays kept groups first, in place of as many of the others; `kept` is empty afterwards."""
@@ -37,19 +37,26 @@ class Groups:
     def places(self) -> list[tuple[Task, int]]:
         return [(task, index) for task in self.tasks for index in range(self._episodes)]
 
-    def begin(self, engine: Engine | None, tick: Callable[[], None]) -> None:
-        """Before episodes are played: `engine` is interrupted when there are enough, `tick` hears of each end."""
-        self._engine, self._tick, self._stop = engine, tick, Stop()
+    def begin(self, tick: Callable[[], None]) -> None:
+        """Before episodes are played; `tick` hears of each end."""
+        self._speakers, self._tick, self._stop = {}, tick, Stop()
 
     def casting(self, speakers: Casting) -> Casting:
-        """The same speakers, taped where episodes may be cut off or were."""
+        """The same speakers, taped where episodes may be cut off or were. All of them are interrupted when there are
+        enough groups: the solver, and a critic that is another engine or no engine at all."""
         if self._needed == len(self.tasks) and not any(self._tapes.values()):
             return speakers
         stop = self._stop
-        return lambda task, index: taped(speakers(task, index), self._tapes[task].setdefault(index, Tape()), stop)
+
+        def cast(task: Task, index: int) -> Cast:
+            found = speakers(task, index)
+            self._speakers |= {id(s): s for s in (found.solver, found.critic) if isinstance(s, Interruptible)}
+            return taped(found, self._tapes[task].setdefault(index, Tape()), stop)
+
+        return cast
 
     def ended(self, result: Ended) -> None:
-        """Hears of every episode; interrupts the engine, once, when the last group that is needed is complete."""
+        """Hears of every episode; interrupts the speakers, once, when the last group that is needed is complete."""
         if isinstance(result, UnplayedEpisode):
             self._cut += not result.error
             return
@@ -57,11 +64,10 @@ class Groups:
         self._tick()
         if self.enough() and not self._stop.asked and self._needed < len(self.tasks):
             self._stop.asked = True
-            if self._engine is not None:
-                self._interrupting = asyncio.get_running_loop().create_task(self._engine.interrupt())
+            self._interrupting = asyncio.gather(*(speaker.interrupt() for speaker in self._speakers.values()))
 
     async def settle(self) -> None:
-        """Until an interruption has reached the engine: it must not meet the requests of the next step."""
+        """Until an interruption has ended: it must not meet the requests of the next step."""
         if self._interrupting is not None:
             await self._interrupting
             self._interrupting = None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +20,7 @@ import torch
 
 from icrl_megatron.config import ConfigError, EngineSettings
 from icrl_megatron.connections import Connections, Link
+from icrl_megatron.rollout import sglang_answers
 from icrl_megatron.rollout import sglang_weights as weights
 from icrl_megatron.rollout.engine import (
     EngineError,
@@ -31,8 +31,8 @@ from icrl_megatron.rollout.engine import (
     Sampling,
 )
 from icrl_megatron.rollout.sglang_checks import Checksums
-from icrl_megatron.rollout.sglang_server import Server
-from icrl_megatron.types import Completion, FinishReason, Ids
+from icrl_megatron.rollout.sglang_server import Server, require_cache
+from icrl_megatron.types import Completion, Ids
 
 RETRIES = 2
 """Times a request is sent again after an error of the connection, as long as the server lives."""
@@ -40,6 +40,7 @@ GARBAGE_LIMIT = 3
 """Answers in a row that cannot be used, after which the server is taken to be broken."""
 ABORT_GRACE_S = 30.0
 """A server that has not answered an aborted request after this long hangs."""
+_ABORT_AGAIN_S = 0.2
 _DEATH_GRACE_S = 3.0
 """A dying server closes its connections a moment before its process ends."""
 _CONTROL_TIMEOUT_S = 300.0
@@ -77,6 +78,9 @@ class SGLangEngine:
         self._asleep = False
         self._half = ""
         """Why no request is taken until the next whole update."""
+        self._vocabulary = shapes["model.embed_tokens.weight"][0]
+        self._asked: set[asyncio.Future[bytes]] = set()
+        """Requests that the server has not answered."""
         self._garbled = 0
         """Answers in a row that could not be used."""
         self._lost = ""
@@ -90,24 +94,24 @@ class SGLangEngine:
         Raises RequestFailedError when the server refuses it or answers garbage; EngineLostError when the server is dead
         or hangs, or answered garbage too often; EngineError while it sleeps or holds half an update.
         """
-        if self._asleep or self._half:
+        if (self._asleep or self._half) and not self._lost:
             raise EngineError(self._half or "The engine sleeps: call wake() before generate().")
         prompt = tuple(prompt_ids)
         link = self._connections.here()
         async with link.gate:
-            self.stats.requests += 1
             for retry in range(RETRIES + 1):
+                if link.interrupted.is_set():
+                    return Completion((), (), "abort", self._version)
                 if self._lost:
                     raise EngineLostError(self._lost)
+                self.stats.requests += retry == 0
                 try:
                     answer = await self._ask(link, prompt, sampling)
                     break
                 except (aiohttp.ClientError, OSError) as error:
                     await self._after_error(error, last=retry == RETRIES)
                     self.stats.retries += 1
-        completion = self._completion(answer, sampling)
-        self._garbled = 0
-        return completion
+        return self._taken(answer, sampling)
 
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Hands over Hugging-Face-named full tensors, bucket by bucket. A server that is lost gets none: it is revived
@@ -171,9 +175,18 @@ class SGLangEngine:
         self._asleep = False
 
     async def interrupt(self) -> None:
-        """Aborts every request in flight: each returns what it has, with "abort" as its reason."""
-        if not self._lost:
-            await self._abort(self._connections.here(), "", everything=True)
+        """Aborts every request in flight until all have come back: each returns what it has, with "abort" as its
+        reason. Those that were still to be sent in this event loop return nothing."""
+        link = self._connections.here()
+        if link.interrupted.is_set():  # whoever set it waits
+            return
+        link.interrupted.set()
+        deadline = time.monotonic() + ABORT_GRACE_S
+        # Once is not enough: a request may be on its way to the server, which aborts what it knows.
+        while self._asked and not self._lost and time.monotonic() < deadline:
+            await self._abort(link, "", everything=True)
+            if self._asked:
+                await asyncio.wait(set(self._asked), timeout=_ABORT_AGAIN_S)
 
     def health(self) -> str:
         if self._lost:
@@ -219,17 +232,20 @@ class SGLangEngine:
                 raise
 
     def _died(self, error: EngineError) -> bool:
-        """Whether the server is lost, after an error."""
-        wait = isinstance(error, NoAnswerError) and self.server.spec is not None
-        deadline = time.monotonic() + (_DEATH_GRACE_S if wait else 0.0)
-        while not self.lost() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        return bool(self._lost)
+        """Whether the server is lost, after an error. One of our own that does not answer, or answers what no SGLang
+        says, is killed: whoever revives it counts how often."""
+        if isinstance(error, NoAnswerError) and self.server.spec is not None:
+            deadline = time.monotonic() + _DEATH_GRACE_S
+            while not self.lost() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            self._lost = self._lost or str(error)
+            self.server.kill()
+        return bool(self.lost())
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         return self.server.post(path, body, _CONTROL_TIMEOUT_S)
 
-    async def _ask(self, link: Link, prompt: Ids, sampling: Sampling) -> dict[str, Any]:
+    async def _ask(self, link: Link, prompt: Ids, sampling: Sampling) -> bytes:
         """One POST /generate, aborted at its deadline. Raises what `generate` handles or raises."""
         rid = uuid.uuid4().hex
         body = {
@@ -245,37 +261,50 @@ class SGLangEngine:
             "return_logprob": True,
         }
         asked = asyncio.ensure_future(self._fetch(link, body))
+        interrupted = asyncio.ensure_future(link.interrupted.wait())
+        self._asked.add(asked)
         try:
-            done, _ = await asyncio.wait({asked}, timeout=self._settings.request_timeout_s)
-            if not done:
-                self.stats.aborted += 1
-                aborting = asyncio.ensure_future(self._abort(link, rid))
-                done, _ = await asyncio.wait({asked}, timeout=ABORT_GRACE_S)
-                aborting.cancel()
-            if not done:
-                self._lose(f"The SGLang server did not answer an abort within {ABORT_GRACE_S:g} s: it hangs.")
-                raise EngineLostError(self._lost)
+            limit = self._settings.request_timeout_s
+            await asyncio.wait({asked, interrupted}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            if not asked.done():
+                await self._cut_off(link, rid, asked)
             return asked.result()
         except asyncio.CancelledError:  # nobody waits for this episode any more
             await asyncio.shield(self._abort(link, rid))
             raise
         finally:
+            self._asked.discard(asked)
             asked.cancel()
+            interrupted.cancel()
 
-    async def _fetch(self, link: Link, body: dict[str, Any]) -> dict[str, Any]:
+    async def _cut_off(self, link: Link, rid: str, asked: asyncio.Future[bytes]) -> None:
+        """Waits for what a request has. Raises EngineLostError when that does not come."""
+        late = not link.interrupted.is_set()  # else `interrupt` aborts them all
+        self.stats.aborted += late
+        aborting = asyncio.ensure_future(self._go_on_aborting(link, rid)) if late else None
+        try:
+            done, _ = await asyncio.wait({asked}, timeout=ABORT_GRACE_S)
+        finally:
+            if aborting is not None:
+                aborting.cancel()
+        if not done:
+            self._lose(f"The SGLang server did not answer an abort within {ABORT_GRACE_S:g} s: it hangs.")
+            raise EngineLostError(self._lost)
+
+    async def _go_on_aborting(self, link: Link, rid: str) -> None:
+        """Until it is cancelled: a request may still be on its way to the server, which aborts what it knows."""
+        while True:
+            await self._abort(link, rid)
+            await asyncio.sleep(_ABORT_AGAIN_S)
+
+    async def _fetch(self, link: Link, body: dict[str, Any]) -> bytes:
         async with link.session.post(f"{self.server.url}/generate", data=json.dumps(body)) as reply:
             text = await reply.read()
             if reply.status >= 500 or reply.status == 429:
                 raise aiohttp.ClientPayloadError(f"status {reply.status}: {text[:300]!r}")
             if reply.status != 200:
                 raise RequestFailedError(f"SGLang refused a request: {reply.status} {text[:300]!r}.")
-        try:
-            found = json.loads(text)
-        except ValueError as error:
-            raise self._garbage(f"SGLang answered a request with {text[:200]!r}, which is no JSON.") from error
-        if not isinstance(found, dict):
-            raise self._garbage(f"SGLang answered a request with {text[:200]!r}.")
-        return found
+            return text
 
     async def _abort(self, link: Link, rid: str, everything: bool = False) -> None:
         try:
@@ -296,38 +325,25 @@ class SGLangEngine:
         if last:
             raise RequestFailedError(f"SGLang failed a request {RETRIES + 1} times: {error}") from error
 
-    def _garbage(self, what: str) -> EngineError:
-        """What to raise for an answer that cannot be used: a failed request, or a lost engine when it goes on so."""
-        self._garbled += 1
-        if self._garbled < GARBAGE_LIMIT:
-            return RequestFailedError(what)
-        self._lose(f"{self._garbled} answers in a row could not be used. {what}")
-        return EngineLostError(self._lost)
+    def _taken(self, answer: bytes, sampling: Sampling) -> Completion:
+        """Raises RequestFailedError for an answer that cannot be trained on; EngineLostError when it goes on so."""
+        try:
+            reply = sglang_answers.read(answer, sampling.max_new_tokens, self._vocabulary, self._version)
+        except sglang_answers.GarbageError as error:
+            self._garbled += 1
+            if self._garbled < GARBAGE_LIMIT:
+                raise RequestFailedError(str(error)) from error
+            self._lose(f"{self._garbled} answers in a row could not be used. {error}")
+            raise EngineLostError(self._lost) from error
+        if reply.completion.ids:
+            self._garbled = 0
+        self.stats.prompt_tokens += reply.prompt_tokens
+        self.stats.cached_tokens += reply.cached_tokens
+        return reply.completion
 
     def _lose(self, why: str) -> None:
         if not self._lost:
             self._lost = f"{why} {self.server.log_end()}"
-
-    def _completion(self, answer: dict[str, Any], sampling: Sampling) -> Completion:
-        """Raises RequestFailedError on an answer that cannot be trained on."""
-        try:
-            meta = answer["meta_info"]
-            reason = meta["finish_reason"]
-            pairs = meta.get("output_token_logprobs") or ()
-            ids, logprobs = tuple(int(p[1]) for p in pairs), tuple(float(p[0]) for p in pairs)
-            kind = reason["type"] if isinstance(reason, dict) else str(reason)
-            version = int(meta["weight_version"]) if self._version else 0
-            self.stats.prompt_tokens += int(meta["prompt_tokens"])
-            self.stats.cached_tokens += int(meta.get("cached_tokens") or 0)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise self._garbage(f"SGLang's answer lacks {error!r}: {str(answer)[:300]}") from error
-        found = {"stop": "stop", "length": "length", "abort": "abort"}.get(kind)
-        if found is None or len(ids) > sampling.max_new_tokens or not (ids or kind == "abort"):
-            raise self._garbage(f"SGLang's answer cannot be used: {str(reason)[:300]}, {len(ids)} tokens.")
-        if not all(math.isfinite(p) and p <= 1e-6 for p in logprobs):
-            raise self._garbage("SGLang gave log-probs that are no log-probs: check the last weight update.")
-        finish: FinishReason = "stop" if found == "stop" else "length" if found == "length" else "abort"
-        return Completion(ids, logprobs, finish, version)
 
 
 class Follower:
@@ -357,9 +373,13 @@ class Follower:
 
 def require_context(server: Server, context_tokens: int) -> None:
     """Raises ConfigError if a server that somebody else runs allows less than `rollout.context_tokens`."""
-    allowed = server.info().get("context_length")
+    info = server.info()
+    allowed = info.get("context_length")
     if isinstance(allowed, int) and allowed < context_tokens:
         raise ConfigError(
             f"rollout.context_tokens={context_tokens}: the server at {server.url} was started with --context-length "
             f"{allowed}; start it with at least {context_tokens + 8}, or lower the setting"
         )
+    require_cache(
+        info, context_tokens, f"the server at {server.url}", "its --max-total-tokens or --mem-fraction-static"
+    )

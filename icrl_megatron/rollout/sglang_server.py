@@ -6,6 +6,7 @@ Facts about SGLang 0.5.23 are from its server_args.py, http_server.py and weight
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -31,7 +32,8 @@ TAIL_LINES = 25
 """Lines of a server's log that a message shows."""
 _CPU_KV_TOKENS = 65536
 _CONTEXT_SPARE = 8
-"""SGLang keeps a few of --context-length's tokens for itself (tp_worker.py: the longest input is 6 less)."""
+"""SGLang keeps a few tokens of --context-length, and of its KV cache, for itself (tp_worker.py: the longest input is 6
+less than the smaller of the two; a longer one is refused, and a reply that would be longer is cut)."""
 _PORT_TRIES = 3
 _LOG_OF_A_START = 1 << 20
 """Bytes of a log that are looked at while its server starts."""
@@ -78,7 +80,7 @@ class ServerSpec:
             command += ["--mem-fraction-static", str(settings.memory_fraction)]
             command += ["--enable-weights-cpu-backup"] if self.keeps_weights else []
         if kv_tokens:
-            command += ["--max-total-tokens", str(kv_tokens)]
+            command += ["--max-total-tokens", str(kv_tokens + _CONTEXT_SPARE)]
         if settings.quantization:
             command += ["--quantization", settings.quantization]
         return [*command, *settings.server_args]
@@ -128,7 +130,8 @@ class Server:
             )
 
     def wait_ready(self, tick: Callable[[], None] = lambda: None) -> None:
-        """Until it answers. Raises EngineError with the log's end when it dies or `engine.startup_timeout_s` passes."""
+        """Until it answers. Raises EngineError with the log's end when it dies or `engine.startup_timeout_s` passes;
+        ConfigError where its KV cache is too small."""
         assert self.spec is not None
         limit = self.spec.settings.startup_timeout_s
         deadline = time.monotonic() + limit
@@ -149,6 +152,12 @@ class Server:
                     f"why. {self.log_end()}"
                 )
             time.sleep(0.5)
+        try:
+            where = f"the SGLang server on {'this CPU' if self.spec.on_cpu else f'GPU {self.spec.first_gpu}'}"
+            require_cache(self.info(), self.spec.context_tokens, where, "engine.kv_tokens or engine.memory_fraction")
+        except (ConfigError, EngineError):
+            self.kill()
+            raise
 
     def _port_taken(self) -> bool:
         """SGLang says so and stays for two minutes, to end with the words of its warm-up."""
@@ -162,7 +171,7 @@ class Server:
         try:
             with _open(f"{self.url}/health", None, timeout=30.0) as reply:
                 return bool(reply.status == 200)
-        except (OSError, ValueError):
+        except (OSError, http.client.HTTPException, ValueError):
             return False
 
     def alive(self) -> bool:
@@ -199,26 +208,26 @@ class Server:
         self._process.wait(timeout=60)
 
     def post(self, path: str, body: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """POSTs JSON and returns the JSON answer ({} for another).
+        """POSTs JSON and returns the JSON answer, {} where SGLang has nothing to tell.
 
-        Raises EngineError when there is no answer in time, an error status, or `"success": false`.
+        Raises NoAnswerError when no answer comes in time, or one that no SGLang gives when it did what it was asked;
+        EngineError when it refuses.
         """
         try:
             with _open(f"{self.url}{path}", json.dumps(body).encode(), timeout) as reply:
-                kind, text = reply.headers.get_content_type(), reply.read()
+                text: bytes = reply.read()
         except urllib.error.HTTPError as error:
-            raise EngineError(
-                f"SGLang refused {path}: {error.code} {error.read()[:500]!r}. {self.log_end()}"
-            ) from error
-        except OSError as error:
-            raise NoAnswerError(f"SGLang did not answer {path} ({error}). {self.log_end()}") from error
-        try:
-            answer = json.loads(text) if text.strip() and kind == "application/json" else {}
-        except ValueError as error:
-            raise EngineError(f"SGLang answered {path} with {text[:200]!r}, which is no JSON.") from error
-        if isinstance(answer, dict) and answer.get("success") is False:
+            kind = NoAnswerError if error.code >= 500 else EngineError
+            said = "failed at" if error.code >= 500 else "refused"
+            raise kind(f"SGLang {said} {path}: {error.code} {_rest(error)!r}. {self.log_end()}") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise NoAnswerError(f"SGLang did not answer {path} ({error!r}). {self.log_end()}") from error
+        answer = _said(path, text)
+        if answer is None:
+            raise NoAnswerError(f"SGLang answered {path} with {text[:200]!r}, which no SGLang says. {self.log_end()}")
+        if answer.get("success") is False:
             raise EngineError(f"SGLang refused {path}: {answer.get('message')}. {self.log_end()}")
-        return answer if isinstance(answer, dict) else {}
+        return answer
 
     def info(self) -> dict[str, Any]:
         """What /server_info says (settings and version). Raises EngineError."""
@@ -226,7 +235,7 @@ class Server:
             with _open(f"{self.url}/server_info", None, timeout=60.0) as reply:
                 found: dict[str, Any] = json.loads(reply.read())
                 return found
-        except (OSError, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             raise EngineError(f"{self.url}/server_info does not answer ({error}): is this an SGLang server?") from error
 
     def tail(self) -> str:
@@ -266,6 +275,38 @@ def check_version(found: str | None, settings: EngineSettings, where: str) -> No
             f"{where} has SGLang {found}; this version was tested with {', '.join(TESTED)}: install that, or set "
             "engine.allow_untested=true"
         )
+
+
+def require_cache(info: dict[str, Any], context_tokens: int, where: str, settings: str) -> None:
+    """Raises ConfigError if a KV cache (as /server_info tells) holds less than one whole context: SGLang would cut
+    replies where it ends, and say nothing."""
+    held, needed = info.get("max_total_num_tokens"), context_tokens + _CONTEXT_SPARE
+    if isinstance(held, int) and held < needed:
+        raise ConfigError(
+            f"The KV cache of {where} holds {held} tokens, and rollout.context_tokens={context_tokens} takes {needed}: "
+            f"raise {settings}, or lower rollout.context_tokens"
+        )
+
+
+def _said(path: str, text: bytes) -> dict[str, Any] | None:
+    """What SGLang answers where it did what it was asked, or says why it did not; None for anything else."""
+    plain = path.partition("?")[0]
+    if plain == "/flush_cache":  # text
+        return {} if text.startswith(b"Cache flushed") else None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if plain in ("/release_memory_occupation", "/resume_memory_occupation"):
+        return {} if found is None else None
+    return found if isinstance(found, dict) and isinstance(found.get("success"), bool) else None
+
+
+def _rest(error: urllib.error.HTTPError) -> bytes:
+    try:
+        return error.read()[:500]
+    except (OSError, http.client.HTTPException):  # it broke off in the middle
+        return b""
 
 
 def _free_port() -> int:

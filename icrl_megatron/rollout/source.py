@@ -112,7 +112,7 @@ class EngineSource:
 
             def go_on() -> int:
                 nonlocal left
-                groups.begin(self.engines.solver, lambda: bar.advance(1))
+                groups.begin(lambda: bar.advance(1))
                 casting = groups.casting(meter.on(self.casting))
                 results = asyncio.run(_round(left, stage, casting, groups, seeds))
                 left = [(r.task, r.index) for r in results if isinstance(r, UnplayedEpisode) and r.error]

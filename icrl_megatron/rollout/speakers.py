@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from icrl_megatron.rollout.engine import Engine, Sampling
 from icrl_megatron.types import Completion, Ids, Role, Task
@@ -31,6 +31,16 @@ class Speaker(Protocol):
     async def reply(self, ask: Ask) -> Completion: ...
 
 
+@runtime_checkable
+class Interruptible(Protocol):
+    """A speaker whose replies take long, and can be cut short."""
+
+    async def interrupt(self) -> None:
+        """Ends the replies in flight, and those that are asked for later in the same event loop: each returns what it
+        has, with "abort" as its reason."""
+        ...
+
+
 @dataclass(frozen=True)
 class Cast:
     """The speakers of one episode; they may be the same, and in ICRL's training they are."""
@@ -54,6 +64,9 @@ class EngineSpeaker:
     async def reply(self, ask: Ask) -> Completion:
         sampling = Sampling(self.temperature, ask.max_new_tokens, ask.seed, self.stop_ids)
         return await self.engine.generate(ask.prompt_ids, sampling)
+
+    async def interrupt(self) -> None:
+        await self.engine.interrupt()
 
 
 @dataclass(frozen=True)
@@ -95,6 +108,10 @@ class _Metered:
         completion = await self.speaker.reply(ask)
         self.meter.tokens += len(completion.ids)
         return completion
+
+    async def interrupt(self) -> None:
+        if isinstance(self.speaker, Interruptible):
+            await self.speaker.interrupt()
 
 
 @dataclass(frozen=True)

@@ -298,6 +298,43 @@ def test_a_raising_environment_costs_its_episode_only(prompter: Prompter, method
     assert len(heard) == 6
 
 
+def test_an_episode_whose_environment_failed_is_played_again_in_another(prompter: Prompter) -> None:
+    made: list[Ladder] = []
+
+    def factory(task: Task) -> Ladder:
+        made.append(Ladder(task) if made else type("Bad", (Ladder,), {"outcome": lambda self: 1 / 0})(task))
+        return made[-1]
+
+    stage = Stage(factory, prompter, SETTINGS)
+    casting = lambda task, index: Cast(Script(prompter, ["up", "up", "up"]), EmptyCritic())  # noqa: E731
+    episodes, dropped = asyncio.run(play([ladder("a", 3)], 1, stage, casting, SEEDS))
+    assert (len(episodes), len(dropped), len(made)) == (1, 0, 2)
+
+
+@dataclass
+class Counted:
+    """Passes on to another speaker after a moment, and counts the replies that are awaited together."""
+
+    speaker: Speaker
+    count: dict[str, int]
+
+    async def reply(self, ask: Ask) -> Completion:
+        self.count["now"] += 1
+        self.count["most"] = max(self.count["most"], self.count["now"])
+        await asyncio.sleep(0.01)
+        self.count["now"] -= 1
+        return await self.speaker.reply(ask)
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_at_most_so_many_episodes_are_played_at_once(prompter: Prompter, concurrency: int) -> None:
+    count = {"now": 0, "most": 0}
+    stage = Stage(Ladder, prompter, replace(SETTINGS, concurrency=concurrency))
+    casting = lambda task, index: Cast(Counted(Script(prompter, ["up"] * 3), count), EmptyCritic())  # noqa: E731
+    episodes, _ = asyncio.run(play([ladder(str(i), 3) for i in range(4)], 2, stage, casting, SEEDS))
+    assert (len(episodes), count["most"]) == (8, concurrency)
+
+
 @dataclass
 class Slow(Ladder):
     """Its step waits for something that never comes, or fails as a network would."""

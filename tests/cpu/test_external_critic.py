@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -33,26 +34,39 @@ def prompter(tmp_path_factory: pytest.TempPathFactory) -> Prompter:
 
 def ask(prompter: Prompter, handler: Handler, limit: int = 8) -> Completion:
     """One request to an endpoint that answers with `handler`."""
+    (completion,) = ask_often(prompter, handler, 1, limit)
+    return completion
 
-    async def talk() -> Completion:
+
+def ask_often(
+    prompter: Prompter, handler: Handler, count: int, limit: int = 8, interrupted_after_s: float | None = None
+) -> list[Completion]:
+    """Requests at the same time, of which two are in flight."""
+
+    async def talk() -> list[Completion]:
         app = web.Application()
         app.router.add_post("/v1/chat/completions", handler)
-        runner = web.AppRunner(app)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         port = runner.addresses[0][1]
         settings = ExternalCritic(url=f"http://127.0.0.1:{port}/v1/", model="m", api_key_env="KEY_OF_TEST")
         speaker = ExternalSpeaker(settings, 0.5, prompter, Connections(2))
+        question = Ask("critique", (1, 2), limit, 7, "", None, "what happened")
         try:
-            return await speaker.reply(Ask("critique", (1, 2), limit, 7, "", None, "what happened"))
+            asked = [asyncio.ensure_future(speaker.reply(question)) for _ in range(count)]
+            if interrupted_after_s is not None:
+                await asyncio.sleep(interrupted_after_s)
+                await speaker.interrupt()
+            return list(await asyncio.gather(*asked))
         finally:
             await runner.cleanup()
 
     return asyncio.run(talk())
 
 
-def said(text: str) -> web.Response:
+def said(text: object) -> web.Response:
     return web.json_response({"choices": [{"message": {"role": "assistant", "content": text}}]})
 
 
@@ -105,6 +119,54 @@ def test_garbage_is_a_failed_request(prompter: Prompter) -> None:
 
     with pytest.raises(RequestFailedError, match="answered"):
         ask(prompter, garbage)
+
+
+def test_what_no_tokenizer_takes_is_replaced(prompter: Prompter) -> None:
+    async def half_a_character(request: web.Request) -> web.Response:
+        return said("red \ud800 again")
+
+    ids = ask(prompter, half_a_character).ids
+    assert ids == prompter.encode_reply("red ? again")
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "text", "text": "try "}, {"type": "text", "text": "red"}], "try red"),
+        ([], ""),
+        (None, ""),
+        ([{"type": "image_url", "image_url": {"url": "x"}}], None),
+        ([{"type": "text", "text": 3}], None),
+        (["red"], None),
+        ({"text": "red"}, None),
+        (7, None),
+    ],
+)
+def test_a_text_in_parts_is_joined_and_what_is_no_text_refused(
+    prompter: Prompter, content: object, text: str | None
+) -> None:
+    async def answer(request: web.Request) -> web.Response:
+        return said(content)
+
+    if text is None:
+        with pytest.raises(RequestFailedError, match="answered"):
+            ask(prompter, answer)
+    else:
+        assert ask(prompter, answer).ids == prompter.encode_reply(text)
+
+
+def test_an_interruption_ends_the_requests_in_flight_and_those_that_wait(prompter: Prompter) -> None:
+    seen = []
+
+    async def slow(request: web.Request) -> web.Response:
+        seen.append(1)
+        await asyncio.sleep(20)
+        return said("red")
+
+    begun = time.monotonic()
+    assert ask_often(prompter, slow, 5, interrupted_after_s=0.3) == [Completion((), (), "abort", 0)] * 5
+    assert time.monotonic() - begun < 10
+    assert len(seen) == 2
 
 
 def test_an_external_critic_needs_an_address() -> None:

@@ -19,6 +19,7 @@ from icrl_megatron.rollout.sglang_weights import Answer, Bucket, Sink, Transport
 from icrl_megatron.types import Completion
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+SHAPES = {"model.embed_tokens.weight": (16, 2)}
 SAMPLING = Sampling(1.0, 4, 0, ())
 GOOD = {"type": "length", "length": 2}
 
@@ -38,8 +39,9 @@ def no_transport() -> Transport:
     raise AssertionError("no weights are sent here")
 
 
-def talk(generate: Handler, count: int = 1) -> tuple[list[Completion | BaseException], SGLangEngine]:
-    """`count` requests, one after another, to a server that answers /generate with `generate`."""
+def talk(generate: Handler, count: int = 1, version: int = 0) -> tuple[list[Completion | BaseException], SGLangEngine]:
+    """`count` requests, one after another, to a server that answers /generate with `generate`; `version` is that of the
+    weights which it was sent last."""
 
     async def healthy(request: web.Request) -> web.Response:
         return web.Response()
@@ -54,7 +56,8 @@ def talk(generate: Handler, count: int = 1) -> tuple[list[Completion | BaseExcep
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         server = Server(None, f"http://127.0.0.1:{runner.addresses[0][1]}")
         settings = EngineSettings(kind="sglang", request_timeout_s=0.3)
-        engine = SGLangEngine(server, settings, no_transport, {"w": (2,)}, torch.float32, torch.device("cpu"))
+        engine = SGLangEngine(server, settings, no_transport, SHAPES, torch.float32, torch.device("cpu"))
+        engine._version = version
         found: list[Completion | BaseException] = []
         for _ in range(count):
             found += await asyncio.gather(engine.generate((1, 2), SAMPLING), return_exceptions=True)
@@ -80,6 +83,7 @@ def test_ids_and_logprobs_come_in_pairs() -> None:
     "body",
     [
         "no json",
+        "[" * 200_000,
         "[]",
         "{}",
         answer(output_token_logprobs=[[float("nan"), 5, None]]),
@@ -87,6 +91,10 @@ def test_ids_and_logprobs_come_in_pairs() -> None:
         answer(output_token_logprobs=[[-1.0, 5, None]] * 5),
         answer(finish_reason={"type": "what"}),
         answer(output_token_logprobs=[]),
+        answer(output_token_logprobs=[[-1.0, 16, None]]),
+        answer(output_token_logprobs=[[-1.0, -7, None]]),
+        answer(output_token_logprobs=[[-1.0, 5.0, None]]),
+        answer(output_token_logprobs=[[-1.0, True, None]]),
     ],
 )
 def test_garbage_fails_its_request_and_the_third_in_a_row_loses_the_engine(body: object) -> None:
@@ -96,6 +104,47 @@ def test_garbage_fails_its_request_and_the_third_in_a_row_loses_the_engine(body:
     found, engine = talk(garbage, 4)
     assert [type(f) for f in found] == [RequestFailedError] * 2 + [EngineLostError] * 2
     assert "3 answers in a row" in engine.lost()
+
+
+def queued(**changes: object) -> dict[str, object]:
+    """What SGLang 0.5.23 answers to a request that it aborted in its queue (_handle_abort_req)."""
+    reason = {"type": "abort", "message": "Abort in waiting queue"}
+    meta = {"finish_reason": reason, "weight_version": "9", "e2e_latency": 1.0, "completion_tokens": 0}
+    return {"text": "", "output_ids": [], "meta_info": {**meta, "output_token_logprobs": [], **changes}}
+
+
+def test_a_request_aborted_in_sglangs_queue_is_no_garbage_and_proves_no_health() -> None:
+    kept = queued(output_token_logprobs=[[-1.0, 5, None]])  # it ran, was put back, and keeps what was reported
+    no_such = answer(weight_version="9", finish_reason={"type": "what"})
+    answers = iter([queued(), kept, no_such, queued(), no_such, queued(), queued(), no_such])
+
+    async def aborts(request: web.Request) -> web.Response:
+        return web.json_response(next(answers))
+
+    found, engine = talk(aborts, 8, version=9)
+    nothing = Completion((), (), "abort", 9)
+    assert found[:2] == [nothing, Completion((5,), (-1.0,), "abort", 9)]
+    assert [type(f) for f in found[2:]] == [
+        RequestFailedError,
+        Completion,
+        RequestFailedError,
+        Completion,
+        Completion,
+        EngineLostError,
+    ]
+    assert engine.stats.prompt_tokens == 0
+
+
+@pytest.mark.parametrize(("stamp", "fits"), [("9", True), ("3", False), ("10", False), ("default", False)])
+def test_an_answer_of_other_weights_than_were_pushed_last_is_garbage(stamp: str, fits: bool) -> None:
+    async def stamped(request: web.Request) -> web.Response:
+        return web.json_response(answer(weight_version=stamp))
+
+    (found,), _ = talk(stamped, version=9)
+    if fits:
+        assert isinstance(found, Completion) and found.weight_version == 9
+    else:
+        assert isinstance(found, RequestFailedError) and "version 9 was pushed last" in str(found)
 
 
 def test_a_server_error_is_retried_and_a_refusal_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

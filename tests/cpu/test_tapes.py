@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -120,6 +121,9 @@ class Slow:
     slow: bool = False
     turns: int = 0
 
+    async def interrupt(self) -> None:
+        self.stop.set()
+
     async def reply(self, ask: Ask) -> Completion:
         self.turns += 1
         ids = self.prompter.encode_reply("look")
@@ -131,20 +135,14 @@ class Slow:
 
 def test_a_step_with_enough_groups_keeps_the_slow_ones_for_the_next(stage: Stage) -> None:
     tasks = list(registry.get("household").problems("train"))[:3]
-    groups, stops = Groups(tasks, 2, needed=2), []
-
-    class Engine:
-        async def interrupt(self) -> None:
-            for stop in stops:
-                stop.set()
+    groups = Groups(tasks, 2, needed=2)
 
     async def play() -> list[Ended]:
         def cast(task: object, index: int) -> Cast:
             speaker = Slow(stage.prompter, slow=task == tasks[0])
-            stops.append(speaker.stop)
             return Cast(speaker, speaker)
 
-        groups.begin(Engine(), lambda: None)  # type: ignore[arg-type]
+        groups.begin(lambda: None)
         results = await play_all(groups.places(), stage, groups.casting(cast), SEEDS, groups.ended)
         await groups.settle()
         return results
@@ -164,13 +162,42 @@ def test_a_step_with_enough_groups_keeps_the_slow_ones_for_the_next(stage: Stage
 
     async def go_on() -> list[Ended]:
         speaker = Slow(stage.prompter)
-        after.begin(None, lambda: None)
+        after.begin(lambda: None)
         return await play_all(
             after.places(), stage, after.casting(lambda t, i: Cast(speaker, speaker)), SEEDS, after.ended
         )
 
     resumed = [r for r in asyncio.run(go_on()) if isinstance(r, Episode) and r.task == tasks[0]]
     assert [r.attempts[0].turns[1].completion.older for r in resumed] == [((1, 1),), ((1, 1),)]
+
+
+def test_a_critic_of_its_own_is_interrupted_too(stage: Stage) -> None:
+    """A frozen one, or an external one: neither is the engine that is trained."""
+    tasks, waited = list(registry.get("household").problems("train"))[:3], list[float]()
+
+    @dataclass
+    class Critic:
+        stop: asyncio.Event = field(default_factory=asyncio.Event)
+        waits: bool = False
+
+        async def interrupt(self) -> None:
+            self.stop.set()
+
+        async def reply(self, ask: Ask) -> Completion:
+            begun = time.monotonic()
+            while self.waits and not self.stop.is_set() and time.monotonic() < begun + 20:
+                await asyncio.sleep(0.01)
+            waited.append(time.monotonic() - begun)
+            return said(5, reason="abort" if self.waits else "stop")
+
+    def cast(task: Task, index: int) -> Cast:
+        return Cast(Slow(stage.prompter), Critic(waits=task == tasks[0]))
+
+    quiet = Progress(console=Console(file=io.StringIO()))
+    source = EngineSource(stage, cast, Engine(), lambda stale: None, lambda mine: [mine], quiet)  # type: ignore[arg-type]
+    played = source.play(tasks, 2, SEEDS, 2, 2)
+    assert {e.task for e in played.episodes} == set(tasks[1:])
+    assert len(waited) == 6 and max(waited) < 10
 
 
 def test_tapes_survive_being_written_down() -> None:
@@ -183,18 +210,9 @@ def test_tapes_survive_being_written_down() -> None:
 
 @dataclass
 class Engine:
-    """One rank's engine behind `Slow` speakers; `interrupt` is what ends the slow ones."""
+    """One rank's engine behind `Slow` speakers."""
 
-    stops: list[asyncio.Event] = field(default_factory=list)
     share: Share = field(default_factory=lambda: Share(0, 1))
-
-    @property
-    def solver(self) -> Engine:
-        return self
-
-    async def interrupt(self) -> None:
-        for stop in self.stops:
-            stop.set()
 
     def lost(self) -> str:
         return ""
@@ -210,7 +228,6 @@ def test_every_token_is_used_kept_or_thrown_away(stage: Stage, partial: bool) ->
 
     def cast(task: Task, index: int) -> Cast:
         speaker = Slow(stage.prompter, slow=task in slow)
-        engine.stops.append(speaker.stop)
         return Cast(speaker, speaker)
 
     settings = replace(stage.settings, partial=partial, oversample=1.5)

@@ -89,6 +89,30 @@ def test_a_server_that_hangs_is_lost(
     assert generate(engine, [([8, 9], Sampling(0.0, 4, 0, ()))])[0].ids
 
 
+def test_a_server_that_hangs_outside_of_requests_is_killed_and_comes_back(
+    server: Server, engine: SGLangEngine, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = weights(load(model))
+    engine.update_weights(tensors, 1)
+    monkeypatch.setattr(sglang, "_CONTROL_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(sglang, "_DEATH_GRACE_S", 0.5)
+    pid = server.pid() or 0
+    os.killpg(os.getpgid(pid), signal.SIGSTOP)
+    engine.sleep()
+    assert "did not answer /flush_cache" in engine.lost()
+    assert not psutil.pid_exists(pid)
+    engine.wake_weights()
+    engine.update_weights(tensors, 2)
+    engine.wake()
+    with pytest.raises(EngineLostError, match="did not answer /flush_cache"):
+        generate(engine, [([8, 9], Sampling(0.0, 4, 0, ()))])
+
+    monkeypatch.undo()
+    engine.revive()
+    engine.update_weights(tensors, 2)
+    assert generate(engine, [([8, 9], Sampling(0.0, 4, 0, ()))])[0].weight_version == 2
+
+
 def test_versions_are_checked() -> None:
     settings = engine_settings()
     found = installed_version(settings.python)

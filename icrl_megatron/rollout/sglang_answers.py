@@ -1,0 +1,61 @@
+"""What SGLang's answer to a request must be before anybody trains on it.
+
+Facts about SGLang 0.5.23 are from its managers/tokenizer_manager.py and scheduler_components/output_streamer.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+
+from icrl_megatron.types import Completion, FinishReason
+
+_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+
+
+class GarbageError(ValueError):
+    """An answer that cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer that can be used."""
+
+    completion: Completion
+    prompt_tokens: int
+    cached_tokens: int
+    """Prompt tokens that were read from the prefix cache."""
+
+
+def read(text: bytes, longest: int, vocabulary: int, version: int) -> Reply:
+    """`version` is that of the weights pushed last, with which all of a reply is generated, since no request is left
+    when weights change; 0 where none were pushed. Raises GarbageError.
+
+    A request that was aborted in SGLang's own queue has no counters. It has the tokens that it generated before it was
+    put back there, as far as they were reported (every SGLANG_FORCE_STREAM_INTERVAL tokens), and mostly none.
+    """
+    try:
+        meta = json.loads(text)["meta_info"]
+        reason = meta["finish_reason"]
+        kind = _REASONS.get(reason["type"] if isinstance(reason, dict) else reason)
+        if kind is None:
+            raise GarbageError(f"SGLang ended a request for an unknown reason: {str(reason)[:300]}.")
+        pairs = meta.get("output_token_logprobs") or ()
+        ids, logprobs = tuple(p[1] for p in pairs), tuple(float(p[0]) for p in pairs)
+        stamp = meta["weight_version"] if version else version
+        read = meta.get("prompt_tokens", 0) if kind == "abort" else meta["prompt_tokens"]
+        counted = int(read), int(meta.get("cached_tokens") or 0)
+    except GarbageError:
+        raise
+    except (ValueError, RecursionError, LookupError, TypeError) as error:
+        raise GarbageError(f"SGLang's answer lacks {error!r}: {text[:300]!r}") from error
+    if len(ids) > longest or not (ids or kind == "abort"):
+        raise GarbageError(f"SGLang's answer cannot be used: {str(reason)[:300]}, {len(ids)} tokens.")
+    if wrong := [i for i in ids if type(i) is not int or not 0 <= i < vocabulary]:
+        raise GarbageError(f"SGLang's answer has {wrong[0]!r} among its ids: the model has 0..{vocabulary - 1}.")
+    if not all(math.isfinite(p) and p <= 1e-6 for p in logprobs):
+        raise GarbageError("SGLang gave log-probs that are no log-probs: check the last weight update.")
+    if str(stamp) != str(version):
+        raise GarbageError(f"SGLang answered with weights of version {stamp!r}: version {version} was pushed last.")
+    return Reply(Completion(ids, logprobs, kind, version), *counted)

@@ -1,0 +1,180 @@
+"""What the client makes of a server that hangs, fails or answers nonsense where it is controlled, over real HTTP."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+
+from icrl_megatron.config import ConfigError, EngineSettings
+from icrl_megatron.rollout import sglang
+from icrl_megatron.rollout.engine import EngineError, NoAnswerError
+from icrl_megatron.rollout.sglang import SGLangEngine
+from icrl_megatron.rollout.sglang_server import Server, ServerSpec, require_cache
+from icrl_megatron.rollout.sglang_weights import SharedMemory
+
+SHAPES = {"model.embed_tokens.weight": (16, 2)}
+WEIGHTS = [("model.embed_tokens.weight", torch.ones(16, 2))]
+LIMIT_S = 1.0
+DONE = b'{"success": true, "message": "", "ranks": []}'
+SAYS = {"/flush_cache": b"Cache flushed.\n", "/release_memory_occupation": b"null"}
+"""What SGLang 0.5.23 answers where it did what it was asked; everything else gets DONE."""
+
+
+@dataclass
+class Fake:
+    """A server: `answers` says what to give for a path instead of what SGLang does."""
+
+    url: str = ""
+    answers: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    hangs_at: str = ""
+    asked: list[str] = field(default_factory=list)
+
+    def reply(self, path: str) -> tuple[int, bytes]:
+        self.asked.append(path)
+        if path == self.hangs_at:
+            time.sleep(3 * LIMIT_S)
+        return self.answers.get(path, (200, SAYS.get(path, DONE)))
+
+
+@pytest.fixture
+def fake() -> Iterator[Fake]:
+    found = Fake()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            status, body = found.reply(self.path.partition("?")[0])
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    served = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found.url = f"http://127.0.0.1:{served.server_port}"
+    Thread(target=served.serve_forever, daemon=True).start()
+    yield found
+    served.shutdown()
+    served.server_close()
+
+
+class Own(Server):
+    """As if this run had started it: its process is a mark."""
+
+    killed = False
+
+    def alive(self) -> bool:
+        return not self.killed
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+def engine_on(fake: Fake, folder: Path, ours: bool = True) -> SGLangEngine:
+    settings = EngineSettings(kind="sglang", sync_timeout_s=LIMIT_S)
+    spec = ServerSpec(folder, settings, "fp32", 64, folder / "sglang.log", on_cpu=True)
+    server = Own(spec, fake.url) if ours else Server(None, fake.url)
+
+    def transport() -> SharedMemory:
+        return SharedMemory(server, 1, None, 0, LIMIT_S)
+
+    return SGLangEngine(server, settings, transport, SHAPES, torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang, "_CONTROL_TIMEOUT_S", LIMIT_S)
+    monkeypatch.setattr(sglang, "_DEATH_GRACE_S", 0.1)
+
+
+def update(engine: SGLangEngine) -> None:
+    engine.update_weights(WEIGHTS, 1)
+
+
+def verify(engine: SGLangEngine) -> None:
+    engine.verify(WEIGHTS, tied=False)
+
+
+CALLS: dict[str, Callable[[SGLangEngine], None]] = {
+    "/begin_weight_update": update,
+    "/update_weights_from_tensor": update,
+    "/end_weight_update": update,
+    "/flush_cache": SGLangEngine.sleep,
+    "/release_memory_occupation": SGLangEngine.sleep,
+    "/weights_checker": verify,
+}
+NONSENSE = {
+    "a proxy's page": (200, b"<html>busy</html>"),
+    "an answer that breaks off": (200, b'{"succ'),
+    "an answer of something else": (200, b"{}"),
+    "an inner failure": (500, b"boom"),
+}
+
+
+@pytest.mark.parametrize("path", CALLS)
+@pytest.mark.parametrize("what", [*NONSENSE, "nothing"])
+def test_a_server_of_ours_that_makes_no_sense_is_lost_and_killed(
+    fake: Fake, tmp_path: Path, path: str, what: str
+) -> None:
+    if what == "nothing":
+        fake.hangs_at = path
+    else:
+        fake.answers[path] = NONSENSE[what]
+    engine = engine_on(fake, tmp_path)
+    CALLS[path](engine)
+    assert path in engine.lost()
+    assert not engine.server.alive()
+    assert engine._version == 0
+    before = len(fake.asked)
+    for call in CALLS.values():  # what a step would do next: nothing fails, and nothing is asked
+        if call is not verify:
+            call(engine)
+    assert len(fake.asked) == before
+
+
+@pytest.mark.parametrize("path", CALLS)
+def test_a_refusal_ends_the_run_and_so_does_nonsense_of_a_server_of_somebody_else(
+    fake: Fake, tmp_path: Path, path: str
+) -> None:
+    fake.answers[path] = (400, b'{"success": false, "message": "not in this state"}')
+    ours = engine_on(fake, tmp_path)
+    with pytest.raises(EngineError, match=f"SGLang refused {path}.*not in this state"):
+        CALLS[path](ours)
+    assert ours.lost() == ""
+    fake.answers[path] = (200, b'{"success": false, "message": "not in this state"}')
+    if path not in SAYS:
+        with pytest.raises(EngineError, match="not in this state"):
+            CALLS[path](engine_on(fake, tmp_path))
+
+    fake.answers[path] = (502, b"bad gateway")
+    with pytest.raises(NoAnswerError, match=f"{path}.*bad gateway"):
+        CALLS[path](engine_on(fake, tmp_path, ours=False))
+
+
+def test_what_sglang_says_when_it_did_what_it_was_asked_is_understood(fake: Fake, tmp_path: Path) -> None:
+    engine = engine_on(fake, tmp_path)
+    update(engine)
+    engine.sleep()
+    assert (engine.lost(), engine._version, len(fake.asked)) == ("", 1, 5)
+
+
+def test_a_checksum_that_differs_ends_the_run(fake: Fake, tmp_path: Path) -> None:
+    ranks = b'[{"parallelism_info": {"tp_rank": 0}, "checksums": {"model.embed_tokens.weight": "00"}}]'
+    fake.answers["/weights_checker"] = (200, b'{"success": true, "message": "", "ranks": ' + ranks + b"}")
+    with pytest.raises(EngineError, match=r"other values of 'model\.embed_tokens\.weight'"):
+        verify(engine_on(fake, tmp_path))
+
+
+def test_a_cache_smaller_than_a_context_is_refused() -> None:
+    require_cache({"max_total_num_tokens": 520}, 512, "the server", "engine.kv_tokens")
+    with pytest.raises(ConfigError, match=r"the server holds 519 tokens.*context_tokens=512 takes 520: raise engine"):
+        require_cache({"max_total_num_tokens": 519}, 512, "the server", "engine.kv_tokens")

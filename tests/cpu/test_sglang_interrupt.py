@@ -1,0 +1,143 @@
+"""Requests that are cut off while they run, are on their way or wait for their turn; and how many run at once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from aiohttp import web
+
+from icrl_megatron.config import EngineSettings
+from icrl_megatron.rollout import sglang
+from icrl_megatron.rollout.engine import EngineLostError, Sampling
+from icrl_megatron.rollout.sglang import SGLangEngine
+from icrl_megatron.rollout.sglang_server import Server
+from icrl_megatron.rollout.sglang_weights import Transport
+from icrl_megatron.types import Completion
+
+SAMPLING = Sampling(1.0, 4, 0, ())
+WHOLE_S = 8.0
+"""What a request takes that nobody aborts."""
+
+
+@dataclass
+class Slow:
+    """Generates for WHOLE_S, or until an abort of what it knows. It knows a request some time after that was sent."""
+
+    known_after_s: float = 0.0
+    deaf: bool = False
+    running: dict[str, asyncio.Event] = field(default_factory=dict)
+    begun: int = 0
+    most: int = 0
+    """Requests that were there together."""
+    _here: int = 0
+
+    async def generate(self, request: web.Request) -> web.Response:
+        rid, aborted = (await request.json())["rid"], asyncio.Event()
+        self.begun, self._here = self.begun + 1, self._here + 1
+        self.most = max(self.most, self._here)
+        await asyncio.sleep(self.known_after_s)
+        self.running[rid] = aborted
+        try:
+            async with asyncio.timeout(WHOLE_S):
+                await aborted.wait()
+        except TimeoutError:
+            pass
+        del self.running[rid]
+        self._here -= 1
+        kind = "abort" if aborted.is_set() else "length"
+        meta = {"finish_reason": {"type": kind}, "prompt_tokens": 2, "weight_version": "default"}
+        return web.json_response({"meta_info": {**meta, "output_token_logprobs": [[-1.0, 5, None]]}})
+
+    async def abort(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        for rid, event in self.running.items():
+            if not self.deaf and (body["abort_all"] or rid == body["rid"]):
+                event.set()
+        return web.Response()
+
+
+def no_transport() -> Transport:
+    raise AssertionError("no weights are sent here")
+
+
+def on(slow: Slow, use: Callable[[SGLangEngine], Awaitable[None]], **changes: object) -> float:
+    """Seconds that `use` takes with an engine on the server."""
+
+    async def run() -> float:
+        app = web.Application()
+        app.router.add_post("/generate", slow.generate)
+        app.router.add_post("/abort_request", slow.abort)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        server = Server(None, f"http://127.0.0.1:{runner.addresses[0][1]}")
+        settings = EngineSettings(**{"kind": "sglang", "max_batch": 2, **changes})  # type: ignore[arg-type]
+        shapes = {"model.embed_tokens.weight": (16, 2)}
+        engine = SGLangEngine(server, settings, no_transport, shapes, torch.float32, torch.device("cpu"))
+        begun = time.monotonic()
+        await use(engine)
+        took = time.monotonic() - begun
+        await runner.cleanup()
+        return took
+
+    return asyncio.run(run())
+
+
+def ask(engine: SGLangEngine, count: int) -> list[asyncio.Future[Completion]]:
+    return [asyncio.ensure_future(engine.generate((1, 2), SAMPLING)) for _ in range(count)]
+
+
+def test_at_most_max_batch_requests_are_in_flight() -> None:
+    slow = Slow()
+
+    async def use(engine: SGLangEngine) -> None:
+        done = await asyncio.gather(*ask(engine, 7))
+        assert [c.finish_reason for c in done] == ["abort"] * 7
+
+    on(slow, use, max_batch=3, request_timeout_s=0.1)
+    assert (slow.begun, slow.most) == (7, 3)
+
+
+@pytest.mark.parametrize("known_after_s", [0.0, 0.6])
+def test_an_interruption_ends_all_that_runs_and_all_that_would_follow(known_after_s: float) -> None:
+    slow, found = Slow(known_after_s), list[Completion]()
+
+    async def use(engine: SGLangEngine) -> None:
+        asked = ask(engine, 6)
+        await asyncio.sleep(0.3)
+        await engine.interrupt()
+        assert slow.running == {}
+        found.extend(await asyncio.gather(*asked, engine.generate((1, 2), SAMPLING)))
+        assert (engine.stats.requests, engine.stats.aborted) == (2, 0)
+
+    assert on(slow, use) < WHOLE_S / 2
+    assert [c.ids for c in found] == [(5,), (5,), (), (), (), (), ()]
+    assert {c.finish_reason for c in found} == {"abort"}
+    assert slow.begun == 2
+
+
+def test_the_abort_of_a_late_request_is_repeated_until_the_server_knows_it() -> None:
+    async def use(engine: SGLangEngine) -> None:
+        (done,) = await asyncio.gather(*ask(engine, 1))
+        assert done.finish_reason == "abort"
+
+    assert on(Slow(known_after_s=0.6), use, request_timeout_s=0.1) < WHOLE_S / 2
+
+
+def test_a_server_that_ignores_an_interruption_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang, "ABORT_GRACE_S", 0.5)
+
+    async def use(engine: SGLangEngine) -> None:
+        asked = ask(engine, 2)
+        await asyncio.sleep(0.2)
+        await engine.interrupt()
+        done = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(d) for d in done] == [EngineLostError] * 2
+        assert "hangs" in engine.lost()
+
+    assert on(Slow(deaf=True), use) < WHOLE_S / 2
