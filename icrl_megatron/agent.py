@@ -1,7 +1,7 @@
 """torchrun, as the launcher starts it: the same arguments, but quiet, deaf to SIGUSR1 and not outliving its parent.
 
-`python -m icrl_megatron.agent ARGUMENTS` is `torchrun ARGUMENTS` with a short report of the rank that failed first in
-place of torchrun's own traceback.
+`python -m icrl_megatron.agent ARGUMENTS` is `torchrun ARGUMENTS`, without --standalone, with a short report of the rank
+that failed first in place of torchrun's own traceback.
 """
 
 from __future__ import annotations
@@ -25,14 +25,22 @@ def main(arguments: list[str]) -> int:
     die_with_parent()
     os.environ[PARENT_ENV] = str(os.getpid())
 
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-    from torch.distributed.run import parse_args, run
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     parsed = parse_args(arguments)
+    # torchrun's own parser of --redirects reads ranks of one digit only.
+    redirects, parsed.redirects = parsed.redirects, "0"
+    config, command, rest = config_from_args(parsed)
+    if ":" in redirects:
+        pairs = (pair.split(":") for pair in redirects.split(","))
+        by_rank = {int(rank): Std(int(streams)) for rank, streams in pairs}
+        config.logs_specs = DefaultLogsSpecs(log_dir=parsed.log_dir, redirects=by_rank)
     try:
-        run(parsed)
+        elastic_launch(config=config, entrypoint=command)(*rest)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         assert isinstance(failure, ProcessFailure)

@@ -176,7 +176,7 @@ class EngineSettings:
     kind: str = "local"
     """local: transformers in the rank's own process; sglang: SGLang servers (docs/ENGINES.md)."""
     tensor_parallel: int = 1
-    """GPUs of one SGLang server."""
+    """GPUs of one SGLang server; those of `urls` have their own."""
     servers: int | None = None
     """SGLang servers that the run starts; null: one per `tensor_parallel` ranks."""
     urls: list[str] = field(default_factory=list)

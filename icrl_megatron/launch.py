@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -72,7 +73,8 @@ def torchrun(
     for file in files:
         file.unlink(missing_ok=True)
     quiet = ",".join(f"{rank}:3" for rank in range(1, ranks))  # 3: both streams
-    command = [sys.executable, "-m", "icrl_megatron.agent", "--standalone", "--local-addr=127.0.0.1"]
+    command = [sys.executable, "-m", "icrl_megatron.agent", "--local-addr=127.0.0.1"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--rdzv-id={uuid.uuid4()}"]  # a free port
     command += [f"--nproc-per-node={ranks}", f"--log-dir={log_dir}", *([f"--redirects={quiet}"] if quiet else [])]
     command += ["-m", module, str(settings_path)]
     with _counting_signals() as received:

@@ -147,7 +147,7 @@ def validate(settings: Settings) -> None:
     Touches the file system: reads the model folder's headers, and makes sure that the run folder can be written.
     """
     validate_settings(settings)
-    validate_grid(settings, ranks(settings))
+    validate_grid(settings, ranks(settings), ranks_on_node(settings))
     _check_tasks(settings)
     check_installed(settings.engine)
     validate_shape(settings, _check_model(settings))
@@ -197,6 +197,12 @@ def ranks(settings: Settings) -> int:
     world = os.environ.get("WORLD_SIZE", "")
     asked = settings.launch.ranks * settings.launch.nodes
     return int(world) if world.isdecimal() and int(world) > 0 else asked
+
+
+def ranks_on_node(settings: Settings) -> int:
+    """Of them, those of one node: LOCAL_WORLD_SIZE inside torchrun, else their share."""
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(told) if told.isdecimal() and int(told) > 0 else max(1, ranks(settings) // settings.launch.nodes)
 
 
 def _get(settings: Settings, name: str) -> object:
@@ -278,8 +284,8 @@ def _check_algo(algo: AlgoSettings, settings: Settings) -> None:
         )
 
 
-def validate_grid(settings: Settings, world: int) -> None:
-    """Whether `world` ranks can be cut as the settings say. Raises ConfigError."""
+def validate_grid(settings: Settings, world: int, on_node: int) -> None:
+    """Whether `world` ranks, `on_node` on each node, can be cut as the settings say. Raises ConfigError."""
     actor = settings.actor
     cell = actor.tensor_parallel * actor.pipeline_parallel
     source = "WORLD_SIZE" if os.environ.get("WORLD_SIZE") else "launch.ranks"
@@ -293,7 +299,7 @@ def validate_grid(settings: Settings, world: int) -> None:
     replicas, tasks = world // cell, settings.rollout.tasks_per_step * settings.rollout.episodes_per_task
     if replicas > tasks:
         raise ConfigError(f"{replicas} replicas share {tasks} episodes a step: raise rollout.tasks_per_step")
-    check_engine(settings, world)
+    check_engine(settings, world, on_node)
     if actor.fp8 != "off" and (settings.launch.device == "cpu" or actor.precision != "bf16"):
         raise ConfigError(
             f"actor.fp8={actor.fp8} needs a GPU with FP8 and actor.precision=bf16 "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from icrl_megatron.config import ConfigError, EngineSettings, RolloutSettings, Settings
@@ -50,11 +49,9 @@ def _check_cache(settings: Settings) -> None:
         )
 
 
-def check_engine(settings: Settings, world: int) -> None:
-    """Raises ConfigError where the engine does not fit the `world` ranks."""
+def check_engine(settings: Settings, world: int, on_node: int) -> None:
+    """Raises ConfigError where the engine does not fit `world` ranks, `on_node` on each node."""
     engine = settings.engine
-    if world % engine.tensor_parallel:
-        raise ConfigError(f"engine.tensor_parallel={engine.tensor_parallel} does not divide the {world} ranks")
     if engine.kind == "local":
         if engine.tensor_parallel > 1:
             raise ConfigError(f"engine.tensor_parallel={engine.tensor_parallel}: engine.kind=local has only 1")
@@ -62,23 +59,37 @@ def check_engine(settings: Settings, world: int) -> None:
             raise ConfigError("engine.urls and engine.servers are SGLang's: set engine.kind=sglang, or leave them out")
         return
     if engine.urls:
-        _check_urls(settings, world)
+        _check_urls(settings, world)  # how many GPUs those servers have is their own affair
         return
+    _check_groups(settings.engine, world, on_node)
+    refused = [a for a in engine.server_args if a.startswith("--preferred-sampling-params")]
+    if refused:
+        raise ConfigError(f"engine.server_args has {refused[0]}: log-probs would not be those of the policy; drop it")
+
+
+def _check_groups(engine: EngineSettings, world: int, on_node: int) -> None:
+    """Each server that the run starts has a group of neighbouring ranks, whose GPUs it uses: they are of one node."""
+    if world % engine.tensor_parallel:
+        raise ConfigError(f"engine.tensor_parallel={engine.tensor_parallel} does not divide the {world} ranks")
     servers = engine.servers or max(1, world // engine.tensor_parallel)
     if world % servers or world // servers < engine.tensor_parallel:
         raise ConfigError(
             f"engine.servers={servers} of engine.tensor_parallel={engine.tensor_parallel} do not share {world} ranks "
             "evenly; leave engine.servers out for one per engine.tensor_parallel ranks"
         )
-    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if on_node % engine.tensor_parallel:
         raise ConfigError(
             f"engine.tensor_parallel={engine.tensor_parallel} does not divide the {on_node} ranks of a node: a server "
             "would lie on two; use a divisor"
         )
-    refused = [a for a in engine.server_args if a.startswith("--preferred-sampling-params")]
-    if refused:
-        raise ConfigError(f"engine.server_args has {refused[0]}: log-probs would not be those of the policy; drop it")
+    size = world // servers
+    if on_node % size:
+        fits = [n for n in range(servers, world + 1) if world % n == 0 and on_node % (world // n) == 0]
+        raise ConfigError(
+            f"engine.servers={servers} cuts {world} ranks into groups of {size}, and a node has {on_node}: a group "
+            f"would lie on two nodes, its server on one; use engine.servers={fits[0]}, or leave it out for one per "
+            "engine.tensor_parallel ranks"
+        )
 
 
 def check_installed(engine: EngineSettings) -> None:

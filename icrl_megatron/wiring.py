@@ -6,6 +6,7 @@ from pathlib import Path
 
 from icrl_megatron.actor import grid as grids
 from icrl_megatron.actor import platform
+from icrl_megatron.actor.grid import any_rank
 from icrl_megatron.actor.model import DTYPES
 from icrl_megatron.actor.sync import WeightSync
 from icrl_megatron.actor.weights import Gatherer
@@ -38,16 +39,17 @@ def weight_sync(settings: Settings, gatherer: Gatherer, engines: Engines | None,
     if engines is None:
         return WeightSync(gatherer, NoEngine())
     if settings.engine.kind == "local" or settings.engine.quantization:  # what was quantised has other values
-        return WeightSync(gatherer, engines.trained, frozen=engines.frozen)
+        return WeightSync(gatherer, engines.trained, frozen=engines.frozen, meet=engines.group.meet)
 
-    def verify() -> None:
-        stream = gatherer.stream()
-        if isinstance(engines.trained, SGLangEngine) and not engines.trained.lost():
-            engines.trained.verify(stream, tied)
+    def verify() -> bool:
+        stream, same = gatherer.stream(), True
+        if isinstance(engines.trained, SGLangEngine):
+            same = engines.trained.verify(stream, tied)
         for _ in stream:
             pass
+        return not any_rank(gatherer.grid, not same)
 
-    return WeightSync(gatherer, engines.trained, verify, engines.frozen)
+    return WeightSync(gatherer, engines.trained, verify, engines.frozen, engines.group.meet)
 
 
 def episode_source(

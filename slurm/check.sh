@@ -22,7 +22,7 @@ run_job() {
     echo "Slurm would take this; the settings are checked by the job, as icrl-megatron is installed in the container only"
     return
   fi
-  folder=$(WORLD_SIZE=$(($(asked nodes) * ranks)) "$python" -m icrl_megatron.job check "$@") || exit 2
+  folder=$(WORLD_SIZE=$(($(asked nodes) * ranks)) LOCAL_WORLD_SIZE=$ranks "$python" -m icrl_megatron.job check "$@") || exit 2
   echo "$said"
   echo "Slurm and the trainer would take this; it would write to ${folder%%$'\n'*}"
 }

@@ -46,7 +46,7 @@ forward_stop() {  # USR1 comes from --signal before the time limit, TERM from pr
 trap forward_stop USR1 TERM
 
 ask() {  # the job's own questions, one process, in the container where there is one
-  alone env ${WORLD_SIZE:+WORLD_SIZE="$WORLD_SIZE"} "$python" -m icrl_megatron.job "$@"
+  alone env ${WORLD_SIZE:+WORLD_SIZE="$WORLD_SIZE" LOCAL_WORLD_SIZE="$ICRL_RANKS_PER_NODE"} "$python" -m icrl_megatron.job "$@"
 }
 alone() {  # a command
   if [ ${#container[@]} -gt 0 ]; then srun --nodes=1 --ntasks=1 --overlap "${container[@]}" "$@"; else "$@"; fi

@@ -16,15 +16,18 @@ class WeightSync:
         self,
         gatherer: Gatherer,
         engine: WeightReceiver,
-        verify: Callable[[], None] | None = None,
+        verify: Callable[[], bool] | None = None,
         frozen: WeightReceiver | None = None,
+        meet: Callable[[], None] = lambda: None,
     ) -> None:
-        """`verify` compares what the engine holds with the actor's weights (`rollout.sglang_checks`), once, after the
-        first push. `frozen` is an engine that is sent nothing, and gives its memory at the same times."""
+        """`verify` compares what the engines hold with the actor's weights (`rollout.sglang_checks`), and says whether
+        all of them lived to be compared: until they did, each sync ends with it. `frozen` is an engine that is sent
+        nothing, and gives its memory at the same times. `meet` waits for the ranks that share this rank's engine, on
+        whose GPUs it takes memory and gives it back."""
         self.gatherer, self.engine, self.frozen, self.version = gatherer, engine, frozen, 0
         self.memory_gib: dict[str, float] = {}
         """Memory in use on this rank's device at each point of the last step, by the actor and the engine together."""
-        self._verify = verify
+        self._verify, self._meet = verify, meet
 
     def sleep(self) -> None:
         """The engines give their memory to the actor until the next push."""
@@ -32,6 +35,7 @@ class WeightSync:
         self.engine.sleep()
         if self.frozen is not None:
             self.frozen.sleep()
+        self._meet()  # only now may this rank take what the engine had
         self.memory_gib["asleep"] = platform.memory_gib()
 
     def push(self) -> int:
@@ -39,6 +43,7 @@ class WeightSync:
         its weights first, and the rest once they are there."""
         self.version += 1
         self.memory_gib["trained"] = platform.memory_gib()
+        self._meet()  # the others have given up what the engine takes
         self.engine.wake_weights()
         self.engine.update_weights(self.gatherer.stream(), self.version)
         self.memory_gib["weights"] = platform.memory_gib()
@@ -47,15 +52,19 @@ class WeightSync:
             self.frozen.wake_weights()
             self.frozen.wake()
         self.memory_gib["awake"] = platform.memory_gib()
-        if self._verify is not None:
-            self._verify()
-            self._verify = None
+        self._check()
         return self.version
 
     def resend(self, stale: bool) -> None:
-        """The same version again, for engines that were restarted; `stale` says whether this rank's was."""
+        """The same version again, for engines that were restarted; `stale` says whether this rank's was. It must say
+        the same on every rank that shares an engine: they send its weights together."""
         if stale:
             self.engine.update_weights(self.gatherer.stream(), self.version)
         else:
             for _ in self.gatherer.stream():  # the ranks gather together
                 pass
+        self._check()
+
+    def _check(self) -> None:
+        if self._verify is not None and self._verify():
+            self._verify = None

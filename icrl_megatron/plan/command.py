@@ -41,7 +41,8 @@ def run(
                 f"no layout of {gpus or planner.ranks(resolved)} x {gpu.name} fits; see the reasons above"
             )
         return
-    validate.validate_grid(resolved, gpus or planner.ranks(resolved))
+    count = gpus or planner.ranks(resolved)
+    validate.validate_grid(resolved, count, min(count, hardware.GPUS_A_NODE))
     validate.validate_shape(resolved, shape_of(resolved))
     made = planner.plan(resolved, gpus, gpu)
     show(made, console)

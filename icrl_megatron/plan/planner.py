@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 
 from icrl_megatron import validate
@@ -118,8 +117,11 @@ def check(settings: Settings) -> None:
     if gpu is None:
         return
     shape = shape_of(settings)
-    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", settings.launch.ranks))
-    layout = Layout.of(settings, validate.ranks(settings)).but(node=on_node).checked(shape, episodes(settings))
+    layout = (
+        Layout.of(settings, validate.ranks(settings))
+        .but(node=validate.ranks_on_node(settings))
+        .checked(shape, episodes(settings))
+    )
     require_fit(of_layout(settings, shape, layout, gpu), settings)
 
 

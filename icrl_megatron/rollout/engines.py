@@ -6,10 +6,12 @@ watches the server, plays the group's share of the tasks, and hands the weights 
 
 from __future__ import annotations
 
+import datetime
 import os
 import socket
+import urllib.parse
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from icrl_megatron.actor.grid import Grid
-from icrl_megatron.config import ConfigError, Settings
-from icrl_megatron.rollout.engine import Engine, EngineError, EngineStats, WeightReceiver
+from icrl_megatron.config import ConfigError, EngineSettings, Settings
+from icrl_megatron.rollout.engine import Engine, EngineError, EngineStats, NoAnswerError, WeightReceiver
 from icrl_megatron.rollout.local import LocalEngine
+from icrl_megatron.rollout.server_group import ServerGroup
 from icrl_megatron.rollout.sglang import Follower, SGLangEngine, require_context
 from icrl_megatron.rollout.sglang_server import Server, ServerSpec, check_version
 from icrl_megatron.rollout.sglang_weights import OverGroup, Shapes, SharedMemory, Sink, Transport
@@ -49,6 +52,8 @@ class Engines:
     in_turn: bool = False
     """On the actor's GPUs a server takes its memory while nobody else does: it sizes its cache by what it finds free,
     and SGLang refuses GPUs that differ. The same on every rank."""
+    group: ServerGroup = field(default_factory=ServerGroup)
+    """The ranks whose GPUs this rank's server uses."""
 
     def _served(self) -> list[SGLangEngine]:
         return [e for e in (self.solver, self.frozen) if isinstance(e, SGLangEngine)]
@@ -76,7 +81,11 @@ class Engines:
         return next(filter(None, (engine.lost() for engine in self._served())), "")
 
     def revive(self) -> bool:
-        """Restarts this rank's dead engines. True if the trained one then needs the current weights."""
+        """Restarts the dead engines of this rank's group. True, on every rank of the group, if the trained one then
+        needs the current weights: they offer them together. Raises EngineError on every rank of the group."""
+        return self.group.of_lead(self._revive)
+
+    def _revive(self) -> bool:
         stale = isinstance(self.solver, SGLangEngine) and bool(self.solver.lost())
         for engine in self._served():
             if engine.lost():
@@ -120,18 +129,20 @@ def build(
         )
     servers = server_count(settings, grid.world)
     lead, number = lead_rank(grid.rank, grid.world, servers), grid.rank // (grid.world // servers)
-    group = _group(grid, servers) if in_turn else None
+    limit_s = settings.launch.timeout_s
+    group = _group(grid, servers, limit_s) if in_turn else None
+    together = ServerGroup(group, lead, limit_s)
     shapes = tensor_shapes(folder)
     if grid.rank != lead:
         offers = SharedMemory(None, engine.tensor_parallel, group, lead, engine.sync_timeout_s) if group else None
         follower = Follower(Sink(shapes, dtype, device, engine.bucket_mib), offers)
-        return Engines(follower, None, None, Share(None, servers), in_turn)
+        return Engines(follower, None, None, Share(None, servers), in_turn, together)
     if engine.urls:
-        server, workers = _remote(settings, engine.urls[number])
-        host = _address()
+        server, engine = _remote(settings, engine.urls[number])
+        host = _address(server.url)
 
         def transport() -> Transport:
-            return OverGroup(server, workers, host, device, engine.sync_timeout_s)
+            return OverGroup(server, engine.tensor_parallel, host, device, engine.sync_timeout_s)
     else:
         server = Server(_spec(settings, folder, device, logs / f"sglang_{number}.log"))
 
@@ -144,7 +155,7 @@ def build(
         log = logs / f"sglang_critic_{number}.log"
         apart = Server(replace(_spec(settings, folder, device, log), keeps_weights=True))
         critic = SGLangEngine(apart, engine, _no_transport, shapes, dtype, device)
-    engines = Engines(trained, trained, critic, Share(number, servers), in_turn)
+    engines = Engines(trained, trained, critic, Share(number, servers), in_turn, together)
     if not in_turn:
         engines.start()
     return engines
@@ -181,8 +192,8 @@ def _spec(settings: Settings, folder: Path, device: torch.device, log: Path) -> 
     )
 
 
-def _remote(settings: Settings, url: str) -> tuple[Server, int]:
-    """A server that somebody else runs, and its number of workers, once it is known to fit."""
+def _remote(settings: Settings, url: str) -> tuple[Server, EngineSettings]:
+    """A server that somebody else runs, once it is known to fit, and the settings with its own number of workers."""
     server = Server(None, url.rstrip("/"))
     try:
         info = server.info()
@@ -195,24 +206,46 @@ def _remote(settings: Settings, url: str) -> tuple[Server, int]:
             f"{url} has --preferred-sampling-params {info['preferred_sampling_params']}: log-probs would not be those "
             "of the policy; start it without"
         )
-    return server, int(info.get("tp_size") or 1)
+    _close_update(server, settings.engine.sync_timeout_s)
+    return server, replace(settings.engine, tensor_parallel=int(info.get("tp_size") or 1))
 
 
-def _group(grid: Grid, servers: int) -> Any:
+def _close_update(server: Server, timeout_s: float) -> None:
+    """Ends the update that a run left open when it was killed: no other could begin. SGLang refuses this where none is
+    open, which is well."""
+    try:
+        server.post("/end_weight_update", {}, timeout_s)
+    except NoAnswerError as error:
+        raise ConfigError(f"engine.urls: {error} It may wait for a run that is gone: restart it.") from error
+    except EngineError as error:
+        if "no weight-update session" not in str(error):
+            raise ConfigError(f"engine.urls: {error}") from error
+
+
+def _group(grid: Grid, servers: int, timeout_s: float) -> Any:
     """The host group of the ranks that offer buffers to this rank's server; None where each has its own."""
     size, mine = grid.world // servers, None
     if size > 1:
         for first in range(0, grid.world, size):
             ranks = list(range(first, first + size))
-            group = dist.new_group(ranks, backend="gloo")
+            group = dist.new_group(ranks, backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
             mine = group if grid.rank in ranks else mine
     return mine
 
 
-def _address() -> str:
-    """Where the workers of a remote server reach this rank."""
-    master = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    return master if master in ("127.0.0.1", "localhost") else socket.gethostbyname(socket.gethostname())
+def _address(url: str) -> str:
+    """Where the workers of a remote server reach this rank: its address on the way to them, whatever its name is.
+
+    Raises ConfigError where there is no way.
+    """
+    parts = urllib.parse.urlsplit(url)
+    try:
+        family, kind, _, _, there = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(there)  # sends nothing
+            return str(probe.getsockname()[0])
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"engine.urls: there is no way to {url} ({error})") from error
 
 
 def _allocator_settings() -> str:

@@ -11,12 +11,30 @@ from icrl_megatron.rollout.tapes import Stop, Tape, Tapes, taped
 from icrl_megatron.types import Task, UnplayedEpisode
 
 
+def deal(tasks: Sequence[Task], kept: Sequence[Sequence[Task]]) -> list[list[Task]]:
+    """The tasks of each share: what it has kept first, then its part of the others, dealt in turns.
+
+    A share has as many as if nothing had been kept. A kept task that was drawn again is played once, where it was kept:
+    the same episodes twice in one step would be trained on twice.
+    """
+    counts = [len(tasks[index :: len(kept)]) for index in range(len(kept))]
+    hands = [list(mine[:count]) for mine, count in zip(kept, counts, strict=True)]
+    taken = {task.task_id for hand in hands for task in hand}
+    fresh = iter([task for task in tasks if task.task_id not in taken])
+    while any(len(hand) < count for hand, count in zip(hands, counts, strict=True)):
+        for hand, count in zip(hands, counts, strict=True):
+            if len(hand) < count:
+                hand.append(next(fresh))
+    return hands
+
+
 class Groups:
     """A group is all episodes of one task. Once `needed` groups are complete, the others are interrupted."""
 
-    def __init__(self, tasks: Sequence[Task], episodes: int, needed: int) -> None:
+    def __init__(self, tasks: Sequence[Task], episodes: int, needed: int, kept: Tapes | None = None) -> None:
+        """`kept`: what earlier steps played of some of the tasks."""
         self.tasks, self._episodes, self._needed = list(tasks), episodes, needed
-        self._tapes: Tapes = {task: {} for task in tasks}
+        self._tapes: Tapes = {task: dict((kept or {}).get(task, {})) for task in tasks}
         self._done: dict[Task, list[Ended]] = {task: [] for task in tasks}
         self._cut = 0
         self._stop = Stop()
@@ -24,15 +42,6 @@ class Groups:
         """Who is interrupted when there are enough, by identity."""
         self._tick: Callable[[], None] = lambda: None
         self._interrupting: asyncio.Future[list[None]] | None = None
-
-    def go_on_with(self, kept: Tapes) -> None:
-        """Plays kept groups first, in place of as many of the others; `kept` is empty afterwards."""
-        fresh = [task for task in self.tasks if task not in kept]
-        tasks = [*kept, *fresh][: len(self.tasks)]
-        self._tapes = {task: dict(kept.get(task, {})) for task in tasks}
-        self._done = {task: [] for task in tasks}
-        self.tasks = tasks
-        kept.clear()
 
     def places(self) -> list[tuple[Task, int]]:
         return [(task, index) for task in self.tasks for index in range(self._episodes)]

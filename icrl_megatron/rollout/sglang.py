@@ -143,8 +143,11 @@ class SGLangEngine:
         self._post("/end_weight_update", {})
         self._version, self._half = version, ""
 
-    def verify(self, tensors: Iterable[tuple[str, torch.Tensor]], tied: bool) -> None:
-        """Compares a checksum of every parameter. Raises EngineError with the first name whose values differ."""
+    def verify(self, tensors: Iterable[tuple[str, torch.Tensor]], tied: bool) -> bool:
+        """Compares a checksum of every parameter; False where the server is lost, before or meanwhile. Raises
+        EngineError with the first name whose values differ."""
+        if self.lost():
+            return False
         expected = Checksums(self._settings.tensor_parallel, tied)
         for name, tensor in tensors:
             expected.add(name, tensor)
@@ -153,25 +156,27 @@ class SGLangEngine:
         except EngineError as error:
             if not self._died(error):
                 raise
-        else:
-            expected.compare(answer)
+            return False
+        expected.compare(answer)
+        return True
 
     def sleep(self) -> None:
-        """Gives the memory of weights and KV cache back."""
+        """Gives the memory of weights and KV cache back. A server of somebody else keeps it: nobody here could use it,
+        and a run that is killed would leave it without, which nothing tells the next one."""
         if not self._asleep:
             self._tell(_FLUSH, {})  # waits until it is idle: released while it is not, SGLang ends itself
-            self._tell("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
+            self._tell_own("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
             self._asleep = True
 
     def wake_weights(self) -> None:
         """The first half of waking: memory for weights, which hold nothing until they are updated."""
         if self._asleep:
-            self._tell("/resume_memory_occupation", {"tags": ["weights"]})
+            self._tell_own("/resume_memory_occupation", {"tags": ["weights"]})
 
     def wake(self) -> None:
         """The second half: memory for the KV cache."""
         if self._asleep:
-            self._tell("/resume_memory_occupation", {"tags": ["kv_cache"]})
+            self._tell_own("/resume_memory_occupation", {"tags": ["kv_cache"]})
         self._asleep = False
 
     async def interrupt(self) -> None:
@@ -220,6 +225,10 @@ class SGLangEngine:
         if self._transport is not None:
             self._transport.close()
         self.server.kill()
+
+    def _tell_own(self, path: str, body: dict[str, Any]) -> None:
+        if self.server.spec is not None:
+            self._tell(path, body)
 
     def _tell(self, path: str, body: dict[str, Any]) -> None:
         """Posts to a server that lives; a lost one is revived before it is used again."""

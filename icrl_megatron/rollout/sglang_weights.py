@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import datetime
 import io
+import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -204,20 +206,22 @@ class OverGroup:
         answer = asked(self._threads, self._server, "/init_weights_update_group", body, self._timeout_s)
         try:
             store = dist.TCPStore(self._host, port, size, is_master=True, timeout=limit, wait_for_workers=False)
-            # torch has no public way to form a group with processes outside of its own; the server does the same.
-            group, _ = c10d._new_process_group_helper(
-                size,
-                0,
-                [],
-                dist.Backend(backend),
-                dist.PrefixStore(self._name, store),
-                group_name=c10d.GroupName(self._name),
-                timeout=limit,
-            )
+            with _gloo_on(self._host):
+                # torch has no public way to form a group with processes outside of its own; the server does the same.
+                group, _ = c10d._new_process_group_helper(
+                    size,
+                    0,
+                    [],
+                    dist.Backend(backend),
+                    dist.PrefixStore(self._name, store),
+                    group_name=c10d.GroupName(self._name),
+                    timeout=limit,
+                )
         except (RuntimeError, ValueError) as error:
             raise EngineError(
-                f"No group for weights could be formed with {self._server.url} from {self._host}:{port} ({error}). The "
-                "server must reach this address: set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME. "
+                f"No group for weights could be formed with {self._server.url} from {self._host}:{port} ({error}). "
+                "Each must reach the other at any port: open them between the two, and where the server's host has "
+                "several networks, start it with GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME naming the one between them. "
                 f"{self._server.log_end()}"
             ) from error
         c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
@@ -357,6 +361,22 @@ def asked(threads: ThreadPoolExecutor, server: Server, path: str, body: dict[str
 
 def _refuse(why: str) -> None:
     raise EngineError(why)
+
+
+@contextmanager
+def _gloo_on(address: str) -> Iterator[None]:
+    """A gloo group that is formed meanwhile speaks from this address. Else it would take the interface that the ranks
+    share, which is the loopback in a run on one machine."""
+    before = os.environ.get("GLOO_SOCKET_IFNAME")
+    named = [name for name, has in psutil.net_if_addrs().items() if any(a.address == address for a in has)]
+    if named:
+        os.environ["GLOO_SOCKET_IFNAME"] = named[0]
+    try:
+        yield
+    finally:
+        os.environ.pop("GLOO_SOCKET_IFNAME", None)
+        if before is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = before
 
 
 @contextmanager

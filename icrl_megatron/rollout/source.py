@@ -14,7 +14,7 @@ import numpy as np
 from icrl_megatron.rollout.engine import EngineError, EngineStats
 from icrl_megatron.rollout.engines import Engines, Share
 from icrl_megatron.rollout.episode import Ended, Stage, play_all
-from icrl_megatron.rollout.groups import Groups
+from icrl_megatron.rollout.groups import Groups, deal
 from icrl_megatron.rollout.speakers import Casting, Meter, Seeds
 from icrl_megatron.rollout.tapes import Tapes, tokens
 from icrl_megatron.telemetry.dumps import dump_path, dumped_steps, read_episodes
@@ -46,7 +46,7 @@ class Played:
     dropped: tuple[DroppedEpisode, ...]
     engine: EngineStats = field(default_factory=EngineStats)
     deaths: int = 0
-    """Engines that had to be revived meanwhile."""
+    """Engines that had to be revived since the step began, while a batch was played that was drawn again, too."""
     cut_off: int = 0
     """Episodes that were interrupted, because there were enough groups without them."""
     discarded_tokens: int = 0
@@ -94,19 +94,18 @@ class EngineSource:
     progress: Progress
     kept: Tapes = field(default_factory=dict)
     """Groups that were cut off (`rollout.partial`): the tape of each of their episodes."""
+    lost: dict[tuple[int, str], int] = field(default_factory=dict)
+    """How many engines were lost in the step, or the evaluation, that was played last."""
 
     def play(
         self, tasks: Sequence[Task], episodes: int, seeds: Seeds, rounds: int, needed: int | None = None
     ) -> Played:
         """Raises what `episode.play_all` raises, and EngineError once MAX_DEATHS engines were lost."""
         stage = replace(self.stage, settings=replace(self.stage.settings, rounds=rounds))
-        share = self.engines.share
-        mine = [] if share.index is None else list(tasks[share.index :: share.count])
-        groups = Groups(mine, episodes, len(mine) if needed is None else _part(needed, share))
-        meter, begun = Meter(), 0
-        if needed is not None:
-            begun = tokens(self.kept)
-            groups.go_on_with(self.kept)
+        kept = self._take_kept() if needed is not None else {}
+        mine = self._mine(tasks, kept)
+        groups = Groups(mine, episodes, len(mine) if needed is None else _part(needed, self.engines.share), kept)
+        meter, begun = Meter(), tokens(kept)
         left = groups.places()
         with self.progress.phase("rollout", len(left)) as bar:
 
@@ -119,18 +118,21 @@ class EngineSource:
                 left = [] if groups.enough() else left
                 return len(left)
 
-            deaths = self.survive(len(left), go_on)
+            step = seeds.step, seeds.purpose.partition("/")[0]  # a batch that is drawn again is of the same step
+            deaths = self.survive(len(left), go_on, self.lost.get(step, 0))
+            self.lost.clear()
+            self.lost[step] = deaths
         if needed is not None and self.stage.settings.partial:
             self.kept.update(groups.cut_off())
         return self._together(tasks, groups, deaths, meter.tokens, begun, tokens(self.kept) if needed else 0)
 
-    def survive(self, left: int, go_on: Callable[[], int]) -> int:
+    def survive(self, left: int, go_on: Callable[[], int], deaths: int = 0) -> int:
         """Lets this rank `go_on` with what it has `left` until no rank has anything left, and brings engines back that
-        are lost meanwhile; returns how many. All ranks call it together; `go_on` returns what is left then.
+        are lost meanwhile; returns how many, with the `deaths` before. All ranks call it together; `go_on` returns what
+        is left then.
 
         Raises EngineError once MAX_DEATHS engines were lost.
         """
-        deaths = 0
         while True:
             everyone = self.gather((self.engines.lost(), left))
             if any(lost for lost, _ in everyone):
@@ -139,6 +141,21 @@ class EngineSource:
                 return deaths
             else:
                 left = go_on()
+
+    def _take_kept(self) -> Tapes:
+        kept = dict(self.kept)
+        self.kept.clear()
+        return kept
+
+    def _mine(self, tasks: Sequence[Task], kept: Tapes) -> list[Task]:
+        """This rank's share of the tasks. All ranks call it together, each with what it has kept."""
+        share = self.engines.share
+        by_share: list[list[Task]] = [[] for _ in range(share.count)]
+        if self.stage.settings.partial:
+            for index, theirs in self.gather((share.index, list(kept))):
+                if index is not None:
+                    by_share[index] = theirs
+        return [] if share.index is None else deal(tasks, by_share)[share.index]
 
     def tapes(self) -> Tapes:
         return {task: group for mine in self.gather(self.kept) for task, group in mine.items()}

@@ -88,22 +88,24 @@ def resolve(recipe: str, overrides: Sequence[str], where: Where) -> Settings:
     world = _per_node(resolved, where) * resolved.launch.nodes
     if where.host:  # the model and the run folder are on the other side of the tunnel
         validate.validate_settings(resolved)
-        validate.validate_grid(resolved, world)
+        validate.validate_grid(resolved, world, _per_node(resolved, where))
         return resolved
-    with _ranks(world):
+    with _ranks(world, _per_node(resolved, where)):
         validate.validate(resolved)
     return resolved
 
 
 @contextmanager
-def _ranks(count: int) -> Iterator[None]:
-    """The number of ranks as torchrun will say it."""
-    before = os.environ.get("WORLD_SIZE")
-    os.environ["WORLD_SIZE"] = str(count)
+def _ranks(count: int, on_node: int) -> Iterator[None]:
+    """The numbers of ranks as torchrun will say them."""
+    told = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(on_node)}
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
     try:
         yield
     finally:
-        os.environ.pop("WORLD_SIZE") if before is None else os.environ.update(WORLD_SIZE=before)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _per_node(settings: Settings, where: Where) -> int:

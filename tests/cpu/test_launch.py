@@ -108,6 +108,14 @@ def test_ranks_run_and_rank_0_has_the_terminal(start: Start) -> None:
     assert log.read_text() == "hello from 1\n"
 
 
+def test_a_machine_may_have_more_than_ten_ranks(start: Start) -> None:
+    launched = start(WORKS, 11)
+    code, out, err = launched.end()
+    assert (code, out) == (0, "hello from 0\n"), err
+    (log,) = launched.folder.glob("logs/*/attempt_0/10/stdout.log")
+    assert log.read_text() == "hello from 10\n"
+
+
 CONFIG_ERROR_BODY = """
 def main():
     raise ConfigError("steps=-1: must be at least 0")

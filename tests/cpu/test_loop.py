@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 from whole_runs import Ended, batch, icrl, rows, train
 
+from icrl_megatron import parts as parts_module
 from icrl_megatron.ablate import ARMS
+from icrl_megatron.launch import StopRequest
 from icrl_megatron.telemetry.dumps import dump_path, read_episodes
+from icrl_megatron.telemetry.progress import Progress
 from icrl_megatron.telemetry.writer import Row, read_rows
 
 TRAINED = ("actor/loss", "actor/grad_norm", "actor/entropy", "actor/mismatch_max", "tokens/loss")
@@ -211,6 +217,33 @@ def test_an_engine_that_lost_an_update_ends_the_run(ran: Ran) -> None:
     assert ended.code == 1
     assert "InvariantError: engine and trainer differ by" in ended.error
     assert "weights were not synced whole" in ended.error
+
+
+def test_on_resume_the_engine_takes_memory_after_the_actor_gave_it_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def load(*given: object) -> SimpleNamespace:
+        order.append("load")
+        return SimpleNamespace(step=3, generated_tokens=5, weight_version=4)
+
+    monkeypatch.setattr(parts_module.checkpoint, "complete", lambda folder: [tmp_path / "step_000003"])
+    monkeypatch.setattr(parts_module.checkpoint, "load", load)
+    sync = SimpleNamespace(version=0, push=lambda: order.append(f"push after {sync.version}"))
+    parts = SimpleNamespace(
+        actor=SimpleNamespace(
+            offload=SimpleNamespace(release=lambda: order.append("release")), rows=(), optimizer=None
+        ),
+        sync=sync,
+        grid=SimpleNamespace(rank=1),
+        source=SimpleNamespace(take_back=lambda tapes: None),
+        sampler=SimpleNamespace(curriculum=None),
+    )
+    quiet = Progress(console=Console(file=io.StringIO()))
+    recorder = parts_module.Recorder(parts, tmp_path, quiet, StopRequest.__new__(StopRequest))  # type: ignore[arg-type]
+    assert order == ["load", "release", "push after 3"]
+    assert (recorder.step, recorder.generated) == (3, 5)
 
 
 LOGGED = {

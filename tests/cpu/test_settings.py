@@ -237,12 +237,21 @@ def test_every_range_is_checked(name: str, low: float) -> None:
         ("actor.sequence_parallel=true actor.tensor_parallel=1", "actor.sequence_parallel=true needs"),
         ("launch.ranks=4096", "2048 replicas"),
         ("engine.tensor_parallel=2", "engine.kind=local has only 1"),
-        ("engine.tensor_parallel=3", "engine.tensor_parallel=3 does not divide"),
+        ("engine.kind=sglang engine.tensor_parallel=3", "engine.tensor_parallel=3 does not divide"),
         ("engine.urls=[http://a:1]", "engine.urls and engine.servers are SGLang's"),
         ("engine.kind=sglang engine.urls=[a:1]", "'a:1' is no address"),
         ("engine.kind=sglang engine.urls=[http://a:1,http://b:1,http://c:1]", "names 3 servers for 2 ranks"),
         ("engine.kind=sglang engine.urls=[http://a:1] rollout.critic=frozen", "use another critic"),
         ("engine.kind=sglang engine.servers=2 engine.tensor_parallel=2", "engine.servers=2"),
+        (
+            "engine.kind=sglang launch.ranks=8 launch.nodes=3 engine.tensor_parallel=8 engine.servers=2",
+            "cuts 24 ranks into groups of 12, and a node has 8: a group would lie on two nodes, its server on one; use "
+            "engine.servers=3, or leave it out",
+        ),
+        (
+            "engine.kind=sglang launch.ranks=6 launch.nodes=2 engine.tensor_parallel=4",
+            "does not divide the 6 ranks of a node",
+        ),
         ("engine.kind=sglang engine.server_args=[--preferred-sampling-params]", "those of the policy"),
         ("engine.kind=sglang engine.kv_tokens=300 rollout.context_tokens=301", "engine.kv_tokens=300 holds less than"),
         ("engine.kind=sglang engine.python=/nowhere/python", "engine.python=/nowhere/python: cannot be run"),
@@ -262,6 +271,13 @@ def test_wrong_settings_are_refused(overrides: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         validate(S.load("quickstart", overrides.split()))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2, 4])
+def test_servers_of_somebody_else_have_as_many_workers_as_they_like(tensor_parallel: int) -> None:
+    given = ["engine.kind=sglang", "engine.urls=[http://a:1]", f"engine.tensor_parallel={tensor_parallel}"]
+    for ranks_given in ("launch.ranks=2", "launch.ranks=1 actor.tensor_parallel=1"):
+        validate(S.load("quickstart", [*given, *ranks_given.split()]))
 
 
 def test_ranks_come_from_torchrun_inside_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,17 @@ def test_the_third_death_in_a_step_ends_the_run(stage: Stage) -> None:
         play(stage, mortal)
 
 
+def test_deaths_count_over_the_batches_of_a_step_and_not_over_steps(stage: Stage) -> None:
+    """Each batch has 12 turns: two engines die in the first, one in its replacement."""
+    mortal = Mortal(stage.prompter, dies_at=frozenset({1, 4, 25}))
+    source = source_on(stage, mortal)
+    assert source.play(TASKS, EPISODES, Seeds(0, 3), 1).deaths == 2
+    with pytest.raises(EngineError, match=f"{MAX_DEATHS} engines were lost while one step was played"):
+        source.play(TASKS, EPISODES, Seeds(0, 3, "train/1"), 1)
+    later = source_on(stage, Mortal(stage.prompter, dies_at=frozenset({1, 4, 25})))
+    assert [later.play(TASKS, EPISODES, Seeds(0, step), 1).deaths for step in (3, 4)] == [2, 1]
+
+
 def test_a_failed_request_costs_one_more_try_and_then_the_episode(stage: Stage) -> None:
     once, _ = play(stage, Mortal(stage.prompter, fails_at=frozenset({0})))
     assert (len(once.episodes), len(once.dropped)) == (6, 0)

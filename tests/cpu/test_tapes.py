@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import io
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from icrl_megatron.config import ConfigError, RolloutSettings
+from icrl_megatron.config import ConfigError, RolloutSettings, TaskSource
+from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.rollout.engine import EngineStats
 from icrl_megatron.rollout.engines import Share
 from icrl_megatron.rollout.episode import Ended, Stage, play_all
-from icrl_megatron.rollout.groups import Groups
+from icrl_megatron.rollout.groups import Groups, deal
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.source import EngineSource
 from icrl_megatron.rollout.speakers import Ask, Cast, Seeds
@@ -155,10 +160,9 @@ def test_a_step_with_enough_groups_keeps_the_slow_ones_for_the_next(stage: Stage
     assert list(kept) == [tasks[0]]
     assert [len(t.replies) for t in kept[tasks[0]].values()] == [2, 2]
 
-    after = Groups(tasks[1:], 2, needed=2)
-    after.go_on_with(kept)
-    assert after.tasks == [tasks[0], tasks[1]]
-    assert kept == {}
+    (mine,) = deal(tasks[1:], [list(kept)])
+    assert mine == [tasks[0], tasks[1]]
+    after = Groups(mine, 2, 2, kept)
 
     async def go_on() -> list[Ended]:
         speaker = Slow(stage.prompter)
@@ -252,6 +256,65 @@ def test_every_token_is_used_kept_or_thrown_away(stage: Stage, partial: bool) ->
     assert later.generated_tokens() == later.used_tokens() - played.kept_tokens
     resumed = [t.completion for e in later.episodes for a in e.attempts for t in a.turns if t.completion.older]
     assert len(resumed) == (2 if partial else 0)
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_each_share_has_its_number_of_tasks_and_none_comes_twice(data: st.DataObject) -> None:
+    tasks = [Task(f"t/train/{i}", "t", "train", "") for i in range(12)]
+    shares = data.draw(st.integers(1, 4))
+    drawn = data.draw(st.permutations(tasks))[: data.draw(st.integers(1, 8))]
+    kept: list[list[Task]] = [[] for _ in range(shares)]
+    for task in data.draw(st.permutations(tasks))[: data.draw(st.integers(0, 6))]:
+        kept[data.draw(st.integers(0, shares - 1))].append(task)
+    hands = deal(drawn, kept)
+    assert [len(hand) for hand in hands] == [len(drawn[index::shares]) for index in range(shares)]
+    dealt = [task for hand in hands for task in hand]
+    assert len(set(dealt)) == len(dealt)
+    for hand, mine in zip(hands, kept, strict=True):
+        assert hand[: len(mine)] == mine[: len(hand)], "what was kept goes on, where it was kept"
+    if not any(kept):
+        assert hands == [drawn[index::shares] for index in range(shares)]
+
+
+def test_a_task_that_one_rank_kept_is_not_played_by_another(stage: Stage) -> None:
+    """Two ranks with an engine each draw from seven tasks, so that what one kept is soon drawn again."""
+    problems = list(registry.get("household").problems("train"))[:7]
+    sampler = TaskSampler([TaskSource("household")], {"household": problems}, 0)
+    staged = replace(stage, settings=replace(stage.settings, partial=True, oversample=1.5))
+    meeting, said = threading.Barrier(2, timeout=60), [object(), object()]
+    played: list[list[tuple[str, int]]] = []
+
+    def rank(index: int) -> None:
+        engine, slow = Engine(share=Share(index, 2)), set[Task]()
+
+        def gather(mine: object) -> list[object]:
+            said[index] = mine
+            meeting.wait()
+            everyone = list(said)
+            meeting.wait()
+            return everyone
+
+        def cast(task: Task, number: int) -> Cast:
+            speaker = Slow(stage.prompter, slow=task in slow)
+            engine.stops.append(speaker.stop)
+            return Cast(speaker, speaker)
+
+        quiet = Progress(console=Console(file=io.StringIO()))
+        source = EngineSource(staged, cast, engine, lambda stale: None, gather, quiet)  # type: ignore[arg-type]
+        for step in range(8):
+            tasks = sampler.draw(step, 0, 6)
+            slow.clear()
+            slow.update(task for task in tasks[(step + index) % 2 :: 2][:1] if task not in source.kept)
+            engine.stops.clear()
+            found = source.play(tasks, 2, Seeds(0, step), 1, 4)
+            if index == 0:
+                played.append([(e.task.task_id, e.index) for e in found.episodes])
+
+    with ThreadPoolExecutor(2) as ranks:
+        list(ranks.map(rank, range(2)))
+    assert len(played) == 8
+    assert all(len(set(places)) == len(places) >= 8 for places in played), played
 
 
 def test_partial_rollouts_need_oversampling_and_the_correction() -> None:

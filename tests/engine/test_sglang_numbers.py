@@ -11,13 +11,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine_cases import changed, engine_on, engine_settings, generate, greedy, load, reference_logprobs, spec, weights
+from engine_cases import (
+    CONTEXT,
+    changed,
+    engine_on,
+    engine_settings,
+    generate,
+    greedy,
+    load,
+    reference_logprobs,
+    spec,
+    weights,
+)
 
 from icrl_megatron.actor import platform
 from icrl_megatron.actor.sync import WeightSync
-from icrl_megatron.config import ConfigError
+from icrl_megatron.config import ConfigError, RolloutSettings, Settings
 from icrl_megatron.rollout.engine import EngineError, RequestFailedError, Sampling
-from icrl_megatron.rollout.engines import Engines, Share
+from icrl_megatron.rollout.engines import Engines, Share, _remote
 from icrl_megatron.rollout.sglang import SGLangEngine
 from icrl_megatron.rollout.sglang_server import Server
 
@@ -141,6 +152,18 @@ def test_sleep_and_wake_in_two_stages(engine: SGLangEngine, model: Path) -> None
     engine.update_weights(weights(load(model)), 2)
     engine.wake()
     assert generate(engine, [(PROMPTS[0], Sampling(0.0, 4, 0, ()))])[0].weight_version == 2
+
+
+def test_an_update_that_a_killed_run_left_open_is_ended(server: Server, engine: SGLangEngine, model: Path) -> None:
+    settings = Settings(engine=engine_settings(urls=[server.url]), rollout=RolloutSettings(context_tokens=CONTEXT))
+    tensors = weights(load(model))
+    server.post("/begin_weight_update", {}, 60.0)
+    with pytest.raises(EngineError, match="already open"):
+        server.post("/begin_weight_update", {}, 60.0)
+    for _ in range(2):  # and where none is open nothing is wrong
+        _remote(settings, server.url)
+    engine.update_weights(tensors, 4)
+    assert engine.verify(tensors, tied=False)
 
 
 def test_servers_started_in_turn_sleep_until_weights_are_pushed(model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,159 @@
+"""Servers that somebody else runs: how many workers they have, where those reach this rank, and what is left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from icrl_megatron.actor.grid import Grid
+from icrl_megatron.config import ConfigError, EngineSettings, Settings, TinyModel
+from icrl_megatron.rollout.engines import Engines, _address, build
+from icrl_megatron.rollout.sglang import SGLangEngine
+from icrl_megatron.rollout.sglang_checks import Checksums
+from icrl_megatron.rollout.sglang_server import TESTED
+from icrl_megatron.rollout.sglang_weights import _gloo_on
+from icrl_megatron.tiny import build_tiny
+
+WORKERS = 2
+NO_UPDATE = "no weight-update session is open; call begin_weight_update() first"
+
+
+@dataclass
+class Stand:
+    """Stands in for a server: an answer, and its status, for each path."""
+
+    url: str = ""
+    asked: list[str] = field(default_factory=list)
+    answers: dict[str, tuple[int, object]] = field(default_factory=dict)
+
+
+@pytest.fixture
+def stand() -> Iterator[Stand]:
+    stand = Stand()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            stand.asked.append(self.path)
+            status, answer = stand.answers.get(self.path, (200, {}))
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def log_message(self, *words: object) -> None:
+            """Says nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    stand.url = f"http://127.0.0.1:{server.server_port}"
+    stand.answers["/server_info"] = 200, {"version": TESTED[-1], "tp_size": WORKERS}
+    stand.answers["/end_weight_update"] = 400, {"success": False, "message": NO_UPDATE}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield stand
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("remote") / "model"
+    build_tiny(folder, TinyModel(tie_embeddings=False), ["look"], 0)
+    return folder
+
+
+def connect(stand: Stand, model: Path) -> Engines:
+    """As the only rank of a run, whose engine.tensor_parallel is another server's."""
+    settings = Settings(engine=EngineSettings(kind="sglang", urls=[stand.url], tensor_parallel=1))
+    grid = Grid(0, 1, 1, 0, 1, 0, 1, 0, None)
+    return build(settings, model, grid, torch.float32, torch.device("cpu"), model / "logs")
+
+
+def test_one_rank_may_use_a_server_of_two_workers(stand: Stand, model: Path) -> None:
+    engine = connect(stand, model).trained
+    assert isinstance(engine, SGLangEngine)
+    tensors = load_file(model / "model.safetensors")
+    expected = Checksums(WORKERS, tied=False)
+    for name, tensor in tensors.items():
+        expected.add(name, tensor)
+    ranks = [{"parallelism_info": {"tp_rank": w}, "checksums": c} for w, c in enumerate(expected.expected)]
+    stand.answers["/weights_checker"] = 200, {"success": True, "ranks": ranks}
+    assert engine.verify(tensors.items(), tied=False)
+
+
+def test_an_update_that_was_left_open_is_ended_and_memory_is_left_alone(stand: Stand, model: Path) -> None:
+    engine = connect(stand, model).trained
+    assert stand.asked.count("/end_weight_update") == 1
+    engine.sleep()
+    engine.wake_weights()
+    engine.wake()
+    assert [path for path in stand.asked if "cache" in path or "memory" in path] == ["/flush_cache?timeout=60"]
+
+
+def test_a_server_that_does_not_end_an_update_is_refused(stand: Stand, model: Path) -> None:
+    stand.answers["/end_weight_update"] = 400, {"success": False, "message": "it is broken"}
+    with pytest.raises(ConfigError, match=r"engine\.urls: .*it is broken"):
+        connect(stand, model)
+
+
+def test_workers_on_this_machine_come_over_the_loopback() -> None:
+    assert _address("http://127.0.0.1:30000") == "127.0.0.1"
+    with pytest.raises(ConfigError, match=r"engine\.urls: there is no way to http://nowhere\.invalid:1"):
+        _address("http://nowhere.invalid:1")
+
+
+def test_workers_elsewhere_come_to_the_address_that_faces_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on one machine calls itself 127.0.0.1, and so may its host's name."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.0.1")
+    own = [a.address for of in psutil.net_if_addrs().values() for a in of if a.family == socket.AF_INET]
+    outer = [address for address in own if not address.startswith("127.")]
+    if not outer:
+        pytest.skip("this machine has no address but the loopback's")
+    assert _address(f"http://{outer[0]}:30000") == outer[0]
+
+
+GLOO = """
+import os, sys
+from icrl_megatron.rollout.sglang_weights import _gloo_on
+from datetime import timedelta
+import torch.distributed as dist
+os.environ["GLOO_SOCKET_IFNAME"] = "none_has_this_name"
+store = dist.HashStore()
+with _gloo_on("127.0.0.1"):
+    dist.ProcessGroupGloo(store, 0, 1, timedelta(seconds=20))
+assert os.environ["GLOO_SOCKET_IFNAME"] == "none_has_this_name"
+try:
+    dist.ProcessGroupGloo(dist.HashStore(), 0, 1, timedelta(seconds=20))
+except RuntimeError:
+    sys.exit(0)
+sys.exit("gloo did not read the name")
+"""
+
+
+def test_the_group_for_weights_speaks_from_that_address() -> None:
+    """And not from the interface that the launcher gives the ranks of one machine, the loopback."""
+    done = subprocess.run([sys.executable, "-c", GLOO], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_interface_of_the_ranks_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    with _gloo_on("127.0.0.1"):
+        assert os.environ["GLOO_SOCKET_IFNAME"].startswith("lo")
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
