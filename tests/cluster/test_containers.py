@@ -12,11 +12,21 @@ import re
 from pathlib import Path
 
 import pytest
-from test_nemo_run import SLURM, Nemo, launched
-from test_nemo_run import arguments as nemo_arguments
-from test_slurm import STEPS, arguments, await_lines, rows
+from nemo import SLURM, Nemo, failed_after_one_retry
+from nemo import arguments as nemo_arguments
 
-from slurm import AGENTGYM, FAULTY, ROOT, Cluster, Done, Ended
+from slurm import (
+    AGENTGYM,
+    FAULTY,
+    ROOT,
+    STEPS,
+    Cluster,
+    Done,
+    Ended,
+    arguments,
+    rows,
+    stopped_in_the_middle,
+)
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -69,12 +79,7 @@ def test_usr1_saves_requeues_and_goes_on_to_the_same_metrics(
 ) -> None:
     folder = cluster.folder / "contained_stopped"
     job = contained.sbatch("icrl_8b.sbatch", *arguments(folder, model))
-    await_lines(folder, 2, cluster, job)
-    assert cluster.run("scancel", "--batch", "--signal=USR1", str(job)).returncode == 0
-    ended = cluster.ended(job)
-    assert (ended.state, ended.restarts) == ("COMPLETED", 1), ended.log
-    assert ended.log.count("stopped on request at") == 1
-    assert "resuming from" in ended.log
+    stopped_in_the_middle(cluster, job, folder)
     assert rows(folder) == rows(undisturbed)
 
 
@@ -151,10 +156,4 @@ def test_nemo_run_retries_a_failing_rank_once(icrl_nemo: ContainedNemo, cluster:
     """The step, which has no scontrol in its image, still says when the same step would crash again."""
     folder = cluster.folder / "nemo_contained_failing"
     done = icrl_nemo.launch(*nemo_arguments(folder, model), PYTHONPATH=cluster.path(FAULTY))
-    assert done.returncode == 1, done.stdout + done.stderr
-    job = int(re.search(r"job (\d+)", icrl_nemo("status", launched(done)).stdout)[1])  # type: ignore[index]
-    ended = cluster.ended(job)
-    assert (ended.state, ended.restarts) == ("FAILED", 2)
-    said = "".join(path.read_text() for path in sorted(icrl_nemo.home.rglob(f"log-*_{job}_*.out")))
-    assert said.count("RuntimeError: injected fault of rank 0") == 2
-    assert "error: crashed twice at -/-" in said
+    failed_after_one_retry(icrl_nemo, done)
