@@ -15,7 +15,7 @@ from icrl_megatron.telemetry.writer import TIME_PREFIX, Row, read_rows
 
 Done = subprocess.CompletedProcess[str]
 ROOT = Path(__file__).resolve().parents[2]
-ACCOUNT, PARTITION = "icrl", "batch"
+ACCOUNT, PARTITION, URGENT = "icrl", "batch", "urgent"
 FAULTY = ROOT / "tests" / "cluster" / "faulty"
 JOB_TIMEOUT_S = 200
 STEPS = 4
@@ -149,6 +149,16 @@ def stopped_in_the_middle(cluster: Cluster, job: int, folder: Path) -> Ended:
     await_lines(folder, 2, cluster, job)
     # What Slurm itself does --signal=B:USR1@120 before the time limit.
     assert cluster.run("scancel", "--batch", "--signal=USR1", str(job)).returncode == 0
+    return resumed(cluster, job, folder)
+
+
+def preempted_in_the_middle(cluster: Cluster, job: int, folder: Path) -> Ended:
+    """Has Slurm give a job's nodes to one of the urgent partition; it must save, be requeued, resume and end well."""
+    await_lines(folder, 1, cluster, job)
+    command = ("sbatch", "--parsable", f"--account={ACCOUNT}", f"--partition={URGENT}", "--nodes=4", "--exclusive")
+    done = cluster.run(*command, f"--output={cluster.folder}/%j.log", "--wrap", "sleep 1")
+    assert done.returncode == 0, done.stderr
+    assert cluster.ended(int(done.stdout)).state == "COMPLETED"
     return resumed(cluster, job, folder)
 
 

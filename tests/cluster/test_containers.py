@@ -3,6 +3,7 @@
     PATH=PREFIX/bin:$PATH ICRL_TEST_IMAGE=icrl.sqsh pytest tests/cluster/test_containers.py
 
 The image's python3 must have this project's dependencies; the code is the checkout's, which the jobs mount.
+ICRL_TEST_PYXIS are options of pyxis: use_squashfuse=1, for an image that is too large to be unpacked for each step.
 """
 
 from __future__ import annotations
@@ -19,17 +20,19 @@ from slurm import (
     AGENTGYM,
     FAULTY,
     ROOT,
-    STEPS,
     Cluster,
     Done,
     Ended,
     arguments,
+    preempted_in_the_middle,
     rows,
     stopped_in_the_middle,
 )
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 
+# A step takes a fraction of a second, and the preemption a second or two.
+LONG = "steps=16"
 INSIDE = ROOT / "tests" / "cluster" / "inside"
 SERVED = (*AGENTGYM, f"tasks.sources.0.serve.command=python3 {ROOT / 'tests' / 'agentgym_server.py'} alfworld {{port}}")
 
@@ -59,7 +62,7 @@ def contained(cluster: Cluster, image: str) -> Contained:
 def undisturbed(contained: Contained, cluster: Cluster, model: Path) -> Path:
     """A run over two nodes that nothing interrupts, and which says where it ran."""
     folder = cluster.folder / "contained"
-    ended = contained.ended("icrl_8b.sbatch", *arguments(folder, model), PYTHONPATH=cluster.path(INSIDE))
+    ended = contained.ended("icrl_8b.sbatch", *arguments(folder, model, LONG), PYTHONPATH=cluster.path(INSIDE))
     assert (ended.state, ended.code) == ("COMPLETED", "0:0"), ended.log
     said = ended.log + "".join(path.read_text() for path in cluster.logs.glob("torchrun.*/**/stderr.log"))
     seen = re.findall(r"rank (\d) sees root (\d+:\d+)", said)
@@ -70,7 +73,7 @@ def undisturbed(contained: Contained, cluster: Cluster, model: Path) -> Path:
 
 
 def test_two_nodes_train_to_the_end(undisturbed: Path) -> None:
-    assert rows(undisturbed)[-1]["step"] == STEPS
+    assert rows(undisturbed)[-1]["step"] == 16
     assert (undisturbed / "hf" / "model.safetensors").exists()
 
 
@@ -78,8 +81,17 @@ def test_usr1_saves_requeues_and_goes_on_to_the_same_metrics(
     undisturbed: Path, contained: Contained, cluster: Cluster, model: Path
 ) -> None:
     folder = cluster.folder / "contained_stopped"
-    job = contained.sbatch("icrl_8b.sbatch", *arguments(folder, model))
+    job = contained.sbatch("icrl_8b.sbatch", *arguments(folder, model, LONG))
     stopped_in_the_middle(cluster, job, folder)
+    assert rows(folder) == rows(undisturbed)
+
+
+def test_a_preempted_job_goes_on_to_the_same_metrics(
+    undisturbed: Path, contained: Contained, cluster: Cluster, model: Path
+) -> None:
+    folder = cluster.folder / "contained_preempted"
+    job = contained.sbatch("icrl_8b.sbatch", *arguments(folder, model, LONG))
+    preempted_in_the_middle(cluster, job, folder)
     assert rows(folder) == rows(undisturbed)
 
 

@@ -18,6 +18,7 @@ from slurm import (
     arguments,
     await_lines,
     icrl,
+    preempted_in_the_middle,
     rows,
     stopped_in_the_middle,
     until,
@@ -55,16 +56,10 @@ def test_usr1_saves_requeues_and_goes_on_to_the_same_metrics(undisturbed: Path, 
 
 @pytest.fixture(scope="module")
 def preempted(cluster: Cluster, model: Path) -> tuple[Path, int]:
-    """A run with an environment server beside it, and its job, which was preempted once.
-
-    TERM to every process of every step is what Slurm's own preemption sends in its grace time."""
+    """A run with an environment server beside it, and its job, which was preempted once."""
     folder = cluster.folder / "preempted"
     job = cluster.sbatch("icrl_8b.sbatch", *arguments(folder, model, *AGENTGYM))
-    await_lines(folder, 2, cluster, job)
-    assert cluster.run("scancel", "--signal=TERM", str(job)).returncode == 0
-    ended = cluster.ended(job)
-    assert (ended.state, ended.restarts) == ("COMPLETED", 1), ended.log
-    assert ended.log.count("stopped on request at") == 1
+    ended = preempted_in_the_middle(cluster, job, folder)
     assert len(re.findall(r"environment servers of alfworld: http://node\d:\d+", ended.log)) == 2
     return folder, job
 
