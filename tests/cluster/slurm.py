@@ -152,14 +152,13 @@ def stopped_in_the_middle(cluster: Cluster, job: int, folder: Path) -> Ended:
     return resumed(cluster, job, folder)
 
 
-def preempted_in_the_middle(cluster: Cluster, job: int, folder: Path) -> Ended:
-    """Has Slurm give a job's nodes to one of the urgent partition; it must save, be requeued, resume and end well."""
+def preempt(cluster: Cluster, job: int, folder: Path) -> None:
+    """Has Slurm give a job's nodes to one of the urgent partition, in the middle of its run."""
     await_lines(folder, 1, cluster, job)
     command = ("sbatch", "--parsable", f"--account={ACCOUNT}", f"--partition={URGENT}", "--nodes=4", "--exclusive")
     done = cluster.run(*command, f"--output={cluster.folder}/%j.log", "--wrap", "sleep 1")
     assert done.returncode == 0, done.stderr
     assert cluster.ended(int(done.stdout)).state == "COMPLETED"
-    return resumed(cluster, job, folder)
 
 
 def resumed(cluster: Cluster, job: int, folder: Path) -> Ended:

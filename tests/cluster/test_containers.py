@@ -9,6 +9,7 @@ ICRL_TEST_PYXIS are options of pyxis: use_squashfuse=1, for an image that is too
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from slurm import (
     Done,
     Ended,
     arguments,
-    preempted_in_the_middle,
+    preempt,
+    resumed,
     rows,
     stopped_in_the_middle,
 )
@@ -33,6 +35,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 
 # A step takes a fraction of a second, and the preemption a second or two.
 LONG = "steps=16"
+SQUASHFUSE = "use_squashfuse=1" in os.environ.get("ICRL_TEST_PYXIS", "")
 INSIDE = ROOT / "tests" / "cluster" / "inside"
 SERVED = (*AGENTGYM, f"tasks.sources.0.serve.command=python3 {ROOT / 'tests' / 'agentgym_server.py'} alfworld {{port}}")
 
@@ -91,7 +94,14 @@ def test_a_preempted_job_goes_on_to_the_same_metrics(
 ) -> None:
     folder = cluster.folder / "contained_preempted"
     job = contained.sbatch("icrl_8b.sbatch", *arguments(folder, model, LONG))
-    preempted_in_the_middle(cluster, job, folder)
+    preempt(cluster, job, folder)
+    if SQUASHFUSE:  # the signal ends it, and it serves the image's files: on from the last checkpoint
+        ended = cluster.ended(job)
+        assert (ended.state, ended.restarts) == ("COMPLETED", 1), ended.log
+        assert re.search(r"ended with \d+ while stopping", ended.log)
+        assert "crash 1 of" not in ended.log
+    else:
+        resumed(cluster, job, folder)
     assert rows(folder) == rows(undisturbed)
 
 

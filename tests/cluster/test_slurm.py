@@ -18,7 +18,8 @@ from slurm import (
     arguments,
     await_lines,
     icrl,
-    preempted_in_the_middle,
+    preempt,
+    resumed,
     rows,
     stopped_in_the_middle,
     until,
@@ -59,7 +60,8 @@ def preempted(cluster: Cluster, model: Path) -> tuple[Path, int]:
     """A run with an environment server beside it, and its job, which was preempted once."""
     folder = cluster.folder / "preempted"
     job = cluster.sbatch("icrl_8b.sbatch", *arguments(folder, model, *AGENTGYM))
-    ended = preempted_in_the_middle(cluster, job, folder)
+    preempt(cluster, job, folder)
+    ended = resumed(cluster, job, folder)
     assert len(re.findall(r"environment servers of alfworld: http://node\d:\d+", ended.log)) == 2
     return folder, job
 
