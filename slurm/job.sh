@@ -100,6 +100,10 @@ requeue() {
   exit 1
 }
 
+preempted() {  # TERM goes to the ranks alone; pyxis's use_squashfuse dies of it, and they with it
+  [[ $(timeout 30 scontrol show job "$job") =~ PreemptTime=[0-9] ]]
+}
+
 run_job() {
   local checked folder code decision
   contain "$@"
@@ -120,6 +124,7 @@ run_job() {
     srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${container[@]}" bash slurm/step.sh "$@" &
     running=$!; steps=$((steps + 1))
     wait_for "$running"; code=$?; running=''
+    [ "$code" -eq 0 ] || [ -f "$ICRL_OUTCOME" ] || ! preempted || stopping=1
     if [ "$code" -eq 0 ] && [ ! -f "$ICRL_OUTCOME" ]; then
       decision='done'  # nothing to ask, and a container takes its time
     else

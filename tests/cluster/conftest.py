@@ -32,7 +32,8 @@ def cluster() -> Iterator[Cluster]:
     plugin = pyxis()
     if plugin is not None:
         (root / "pyxis").mkdir(mode=0o755)
-        (root / "plugstack.conf").write_text(f"required {plugin} runtime_path={root}/pyxis\n")
+        options = os.environ.get("ICRL_TEST_PYXIS", "")
+        (root / "plugstack.conf").write_text(f"required {plugin} runtime_path={root}/pyxis {options}\n")
     env = {**os.environ, "BASE_PORT": PORT}
     try:
         up = subprocess.run(

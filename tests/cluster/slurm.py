@@ -1,8 +1,9 @@
-"""Submits to the small Slurm that `conftest.py` starts, and waits for what comes of it."""
+"""Submits to the small Slurm that `conftest.py` starts, waits for what comes of it, and says what must have come."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,11 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from icrl_megatron.telemetry.writer import TIME_PREFIX, Row, read_rows
+
 Done = subprocess.CompletedProcess[str]
 ROOT = Path(__file__).resolve().parents[2]
-ACCOUNT, PARTITION = "icrl", "batch"
+ACCOUNT, PARTITION, URGENT = "icrl", "batch", "urgent"
 FAULTY = ROOT / "tests" / "cluster" / "faulty"
 JOB_TIMEOUT_S = 200
+STEPS = 4
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 TINY = (
     "tasks.sources=[{name: rulebook_easy}]",
@@ -122,6 +126,50 @@ def until(happened: Callable[[], bool], show: Callable[[], str], timeout_s: floa
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout_s:.0f} s:\n{show()[-4000:]}")
         time.sleep(0.3)
+
+
+def arguments(folder: Path, model: Path, *more: str) -> list[str]:
+    return [f"run_dir={folder}", f"model.path={model}", f"steps={STEPS}", *TINY, *more]
+
+
+def rows(folder: Path) -> list[Row]:
+    """metrics.jsonl without what depends on the clock."""
+    found = read_rows(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith((TIME_PREFIX, "memory/"))} for row in found]
+
+
+def await_lines(folder: Path, count: int, cluster: Cluster, job: int) -> None:
+    """Until so many lines of metrics are there."""
+    metrics = folder / "metrics.jsonl"
+    until(lambda: metrics.exists() and metrics.read_text().count("\n") >= count, lambda: cluster.log(job), 150)
+
+
+def stopped_in_the_middle(cluster: Cluster, job: int, folder: Path) -> Ended:
+    """Has a job stop as Slurm does before its time limit; it must save, be requeued, resume and end well."""
+    await_lines(folder, 2, cluster, job)
+    # What Slurm itself does --signal=B:USR1@120 before the time limit.
+    assert cluster.run("scancel", "--batch", "--signal=USR1", str(job)).returncode == 0
+    return resumed(cluster, job, folder)
+
+
+def preempt(cluster: Cluster, job: int, folder: Path) -> None:
+    """Has Slurm give a job's nodes to one of the urgent partition, in the middle of its run."""
+    await_lines(folder, 1, cluster, job)
+    command = ("sbatch", "--parsable", f"--account={ACCOUNT}", f"--partition={URGENT}", "--nodes=4", "--exclusive")
+    done = cluster.run(*command, f"--output={cluster.folder}/%j.log", "--wrap", "sleep 1")
+    assert done.returncode == 0, done.stderr
+    assert cluster.ended(int(done.stdout)).state == "COMPLETED"
+
+
+def resumed(cluster: Cluster, job: int, folder: Path) -> Ended:
+    """The end of a job that was stopped once: it must have saved before its last step, been requeued and gone on."""
+    ended = cluster.ended(job)
+    assert (ended.state, ended.restarts) == ("COMPLETED", 1), ended.log
+    assert ended.log.count("stopped on request at") == 1
+    assert "resuming from" in ended.log
+    stopped_at = int(re.search(r"stopped on request at -/(\d+)", ended.log)[1])  # type: ignore[index]
+    assert stopped_at < rows(folder)[-1]["step"]
+    return ended
 
 
 def icrl(python: str = sys.executable) -> list[str]:

@@ -3,23 +3,39 @@
     PATH=PREFIX/bin:$PATH ICRL_TEST_IMAGE=icrl.sqsh pytest tests/cluster/test_containers.py
 
 The image's python3 must have this project's dependencies; the code is the checkout's, which the jobs mount.
+ICRL_TEST_PYXIS are options of pyxis: use_squashfuse=1, for an image that is too large to be unpacked for each step.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
-from test_nemo_run import SLURM, Nemo, launched
-from test_nemo_run import arguments as nemo_arguments
-from test_slurm import STEPS, arguments, await_lines, rows
+from nemo import SLURM, Nemo, failed_after_one_retry
+from nemo import arguments as nemo_arguments
 
-from slurm import AGENTGYM, FAULTY, ROOT, Cluster, Done, Ended
+from slurm import (
+    AGENTGYM,
+    FAULTY,
+    ROOT,
+    Cluster,
+    Done,
+    Ended,
+    arguments,
+    preempt,
+    resumed,
+    rows,
+    stopped_in_the_middle,
+)
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 
+# A step takes a fraction of a second, and the preemption a second or two.
+LONG = "steps=16"
+SQUASHFUSE = "use_squashfuse=1" in os.environ.get("ICRL_TEST_PYXIS", "")
 INSIDE = ROOT / "tests" / "cluster" / "inside"
 SERVED = (*AGENTGYM, f"tasks.sources.0.serve.command=python3 {ROOT / 'tests' / 'agentgym_server.py'} alfworld {{port}}")
 
@@ -49,7 +65,7 @@ def contained(cluster: Cluster, image: str) -> Contained:
 def undisturbed(contained: Contained, cluster: Cluster, model: Path) -> Path:
     """A run over two nodes that nothing interrupts, and which says where it ran."""
     folder = cluster.folder / "contained"
-    ended = contained.ended("icrl_8b.sbatch", *arguments(folder, model), PYTHONPATH=cluster.path(INSIDE))
+    ended = contained.ended("icrl_8b.sbatch", *arguments(folder, model, LONG), PYTHONPATH=cluster.path(INSIDE))
     assert (ended.state, ended.code) == ("COMPLETED", "0:0"), ended.log
     said = ended.log + "".join(path.read_text() for path in cluster.logs.glob("torchrun.*/**/stderr.log"))
     seen = re.findall(r"rank (\d) sees root (\d+:\d+)", said)
@@ -60,7 +76,7 @@ def undisturbed(contained: Contained, cluster: Cluster, model: Path) -> Path:
 
 
 def test_two_nodes_train_to_the_end(undisturbed: Path) -> None:
-    assert rows(undisturbed)[-1]["step"] == STEPS
+    assert rows(undisturbed)[-1]["step"] == 16
     assert (undisturbed / "hf" / "model.safetensors").exists()
 
 
@@ -68,13 +84,24 @@ def test_usr1_saves_requeues_and_goes_on_to_the_same_metrics(
     undisturbed: Path, contained: Contained, cluster: Cluster, model: Path
 ) -> None:
     folder = cluster.folder / "contained_stopped"
-    job = contained.sbatch("icrl_8b.sbatch", *arguments(folder, model))
-    await_lines(folder, 2, cluster, job)
-    assert cluster.run("scancel", "--batch", "--signal=USR1", str(job)).returncode == 0
-    ended = cluster.ended(job)
-    assert (ended.state, ended.restarts) == ("COMPLETED", 1), ended.log
-    assert ended.log.count("stopped on request at") == 1
-    assert "resuming from" in ended.log
+    job = contained.sbatch("icrl_8b.sbatch", *arguments(folder, model, LONG))
+    stopped_in_the_middle(cluster, job, folder)
+    assert rows(folder) == rows(undisturbed)
+
+
+def test_a_preempted_job_goes_on_to_the_same_metrics(
+    undisturbed: Path, contained: Contained, cluster: Cluster, model: Path
+) -> None:
+    folder = cluster.folder / "contained_preempted"
+    job = contained.sbatch("icrl_8b.sbatch", *arguments(folder, model, LONG))
+    preempt(cluster, job, folder)
+    if SQUASHFUSE:  # the signal ends it, and it serves the image's files: on from the last checkpoint
+        ended = cluster.ended(job)
+        assert (ended.state, ended.restarts) == ("COMPLETED", 1), ended.log
+        assert re.search(r"ended with \d+ while stopping", ended.log)
+        assert "crash 1 of" not in ended.log
+    else:
+        resumed(cluster, job, folder)
     assert rows(folder) == rows(undisturbed)
 
 
@@ -151,10 +178,4 @@ def test_nemo_run_retries_a_failing_rank_once(icrl_nemo: ContainedNemo, cluster:
     """The step, which has no scontrol in its image, still says when the same step would crash again."""
     folder = cluster.folder / "nemo_contained_failing"
     done = icrl_nemo.launch(*nemo_arguments(folder, model), PYTHONPATH=cluster.path(FAULTY))
-    assert done.returncode == 1, done.stdout + done.stderr
-    job = int(re.search(r"job (\d+)", icrl_nemo("status", launched(done)).stdout)[1])  # type: ignore[index]
-    ended = cluster.ended(job)
-    assert (ended.state, ended.restarts) == ("FAILED", 2)
-    said = "".join(path.read_text() for path in sorted(icrl_nemo.home.rglob(f"log-*_{job}_*.out")))
-    assert said.count("RuntimeError: injected fault of rank 0") == 2
-    assert "error: crashed twice at -/-" in said
+    failed_after_one_retry(icrl_nemo, done)

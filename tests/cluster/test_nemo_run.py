@@ -13,44 +13,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from nemo import RECIPE, SLURM, Nemo, arguments, failed_after_one_retry, job_of, launched
 
-from slurm import ACCOUNT, AGENTGYM, FAULTY, PARTITION, ROOT, TINY, Cluster, Done, icrl, until
+from slurm import AGENTGYM, FAULTY, ROOT, Cluster, icrl, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 
-RECIPE = "qwen3_8b_alfworld_4xh100"
 SNAPSHOTS = Path(__file__).parent / "snapshots"
-SLURM = ("--on", "slurm", "--account", ACCOUNT, "--partition", PARTITION, "--time", "00:10:00")
-
-
-class Nemo:
-    """`icrl launch` and its relatives, in the Python that has NeMo-Run."""
-
-    def __init__(self, cluster: Cluster, python: str, home: Path) -> None:
-        self.cluster, self.python, self.home = cluster, python, home
-
-    def __call__(self, *arguments: str, timeout_s: float = 240, **more: str) -> Done:
-        names = {"NEMORUN_HOME": str(self.home), "ICRL_HOME": str(ROOT), **more}
-        return self.cluster.run(*icrl(self.python), *arguments, timeout_s=timeout_s, **names)
-
-    def launch(self, *arguments: str, **more: str) -> Done:
-        python = self.cluster.env["ICRL_PYTHON"]
-        return self("launch", *arguments, "--python", python, "--ranks-per-node", "1", **more)
 
 
 @pytest.fixture(scope="module")
 def icrl_nemo(cluster: Cluster, nemo: str) -> Nemo:
     return Nemo(cluster, nemo, cluster.folder / "nemo")
-
-
-def arguments(folder: Path, model: Path, *more: str) -> list[str]:
-    short = ["steps=1", "eval.problems=1", "launch.ranks=1", "actor.tensor_parallel=1", "actor.sequence_parallel=false"]
-    return [RECIPE, f"run_dir={folder}", f"model.path={model}", *TINY, *short, *more]
-
-
-def launched(done: Done) -> str:
-    """The experiment that a launch printed."""
-    return str(re.search(r"experiment (\S+): icrl status", done.stderr)[1])  # type: ignore[index]
 
 
 def resolved(folder: Path) -> dict[str, object]:
@@ -183,17 +157,9 @@ def test_a_wrong_model_is_not_exit_code_0(icrl_nemo: Nemo, cluster: Cluster, mod
 
 
 def test_a_failing_rank_is_retried_once_with_its_traceback(icrl_nemo: Nemo, cluster: Cluster, model: Path) -> None:
-    """NeMo-Run would requeue it a hundred times: the step itself says when the same step would crash again."""
     folder = cluster.folder / "nemo_failing"
     done = icrl_nemo.launch(*arguments(folder, model), *SLURM, PYTHONPATH=cluster.path(FAULTY))
-    assert done.returncode == 1, done.stdout + done.stderr
-    job = int(re.search(r"job (\d+)", icrl_nemo("status", launched(done)).stdout)[1])  # type: ignore[index]
-    ended = cluster.ended(job)
-    assert (ended.state, ended.restarts) == ("FAILED", 2)
-    said = "".join(path.read_text() for path in sorted(icrl_nemo.home.rglob(f"log-*_{job}_*.out")))
-    assert said.count("RuntimeError: injected fault of rank 0") == 2
-    assert said.count("crash 1 of at most 3") == 1
-    assert "error: crashed twice at -/-" in said
+    assert failed_after_one_retry(icrl_nemo, done).count("crash 1 of at most 3") == 1
 
 
 def test_detached_jobs_are_followed_and_cancelled(icrl_nemo: Nemo, cluster: Cluster, model: Path) -> None:
@@ -201,12 +167,11 @@ def test_detached_jobs_are_followed_and_cancelled(icrl_nemo: Nemo, cluster: Clus
     begun = icrl_nemo.launch(*arguments(folder, model, "steps=5000"), *SLURM, "--detach")
     assert begun.returncode == 0, begun.stdout + begun.stderr
     experiment = launched(begun)
-    shown = icrl_nemo("status", experiment)
-    job = int(re.search(r"job (\d+)", shown.stdout)[1])  # type: ignore[index]
-    until((folder / "metrics.jsonl").exists, lambda: shown.stdout, 150)
+    job = job_of(icrl_nemo, experiment)
+    until((folder / "metrics.jsonl").exists, lambda: icrl_nemo("logs", experiment).stdout, 150)
     assert icrl_nemo("cancel", experiment).returncode == 0
     assert cluster.ended(job).state == "CANCELLED"
-    until(lambda: cluster.run("squeue", "-h", "-j", str(job)).stdout.strip() == "", lambda: shown.stdout, 60)
+    until(lambda: cluster.run("squeue", "-h", "-j", str(job)).stdout.strip() == "", lambda: "", 60)
     assert cluster.accounted(job)[2] == 0  # nothing brought it back
     assert icrl_nemo("status", experiment).returncode == 1
 

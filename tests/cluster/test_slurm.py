@@ -9,29 +9,25 @@ from pathlib import Path
 
 import pytest
 
-from icrl_megatron.telemetry.writer import TIME_PREFIX, Row, read_rows
-from slurm import AGENTGYM, FAULTY, ROOT, TINY, Cluster, icrl, until
+from slurm import (
+    AGENTGYM,
+    FAULTY,
+    ROOT,
+    STEPS,
+    Cluster,
+    arguments,
+    await_lines,
+    icrl,
+    preempt,
+    resumed,
+    rows,
+    stopped_in_the_middle,
+    until,
+)
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 
-STEPS = 4
 FILES = sorted(path.name for path in (ROOT / "slurm").glob("*.sbatch"))
-
-
-def arguments(folder: Path, model: Path, *more: str) -> list[str]:
-    return [f"run_dir={folder}", f"model.path={model}", f"steps={STEPS}", *TINY, *more]
-
-
-def rows(folder: Path) -> list[Row]:
-    """metrics.jsonl without what depends on the clock."""
-    found = read_rows(folder / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith((TIME_PREFIX, "memory/"))} for row in found]
-
-
-def await_lines(folder: Path, count: int, cluster: Cluster, job: int) -> None:
-    """Until so many lines of metrics are there."""
-    metrics = folder / "metrics.jsonl"
-    until(lambda: metrics.exists() and metrics.read_text().count("\n") >= count, lambda: cluster.log(job), 150)
 
 
 @pytest.fixture(scope="module")
@@ -55,30 +51,17 @@ def test_two_nodes_train_to_the_end(undisturbed: Path) -> None:
 def test_usr1_saves_requeues_and_goes_on_to_the_same_metrics(undisturbed: Path, cluster: Cluster, model: Path) -> None:
     folder = cluster.folder / "stopped"
     job = cluster.sbatch("icrl_8b.sbatch", *arguments(folder, model))
-    await_lines(folder, 2, cluster, job)
-    # What Slurm itself does --signal=B:USR1@120 before the time limit.
-    assert cluster.run("scancel", "--batch", "--signal=USR1", str(job)).returncode == 0
-    ended = cluster.ended(job)
-    assert (ended.state, ended.restarts) == ("COMPLETED", 1), ended.log
-    assert ended.log.count("stopped on request at") == 1
-    assert "resuming from" in ended.log
-    stopped_at = int(re.search(r"stopped on request at -/(\d+)", ended.log)[1])  # type: ignore[index]
-    assert stopped_at < STEPS
+    stopped_in_the_middle(cluster, job, folder)
     assert rows(folder) == rows(undisturbed)
 
 
 @pytest.fixture(scope="module")
 def preempted(cluster: Cluster, model: Path) -> tuple[Path, int]:
-    """A run with an environment server beside it, and its job, which was preempted once.
-
-    TERM to every process of every step is what Slurm's own preemption sends in its grace time."""
+    """A run with an environment server beside it, and its job, which was preempted once."""
     folder = cluster.folder / "preempted"
     job = cluster.sbatch("icrl_8b.sbatch", *arguments(folder, model, *AGENTGYM))
-    await_lines(folder, 2, cluster, job)
-    assert cluster.run("scancel", "--signal=TERM", str(job)).returncode == 0
-    ended = cluster.ended(job)
-    assert (ended.state, ended.restarts) == ("COMPLETED", 1), ended.log
-    assert ended.log.count("stopped on request at") == 1
+    preempt(cluster, job, folder)
+    ended = resumed(cluster, job, folder)
     assert len(re.findall(r"environment servers of alfworld: http://node\d:\d+", ended.log)) == 2
     return folder, job
 
