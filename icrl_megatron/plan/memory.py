@@ -10,6 +10,7 @@ from icrl_megatron.config import Settings
 from icrl_megatron.plan.calibration import CONSTANTS, Constants
 from icrl_megatron.plan.hardware import Gpu
 from icrl_megatron.plan.layout import Layout, counts, engine_bytes, kv_bytes_a_token, local_parameters
+from icrl_megatron.rollout.sglang_server import CONTEXT_SPARE
 from icrl_megatron.shape import Qwen3Shape
 
 HEAD_CHUNK_BYTES = 2_100_000_000
@@ -163,12 +164,12 @@ def engine(shape: Qwen3Shape, layout: Layout, settings: Settings, gpu: Gpu, left
     """
     of_weights, engines = engine_bytes(shape, layout), layout.serving.on_a_gpu
     token = kv_bytes_a_token(shape, layout.engine_tensor, layout.item)
-    least = settings.rollout.context_tokens * token
+    least = (settings.rollout.context_tokens + CONTEXT_SPARE) * token
     if layout.serving.local:  # its cache grows with what it decodes
         cache = max(least, left / engines - of_weights)
         return Engine(engines * of_weights, cache, engines * cache)
     share = layout.memory_fraction / engines * gpu.memory_bytes - of_weights
-    cache = max(least, min(share, (settings.engine.kv_tokens or math.inf) * token))
+    cache = max(least, min(share, ((settings.engine.kv_tokens or math.inf) + CONTEXT_SPARE) * token))
     if layout.serving.remote:  # on its owner's GPUs, which are taken to be like ours
         return Engine(0.0, cache, 0.0)
     smallest = (of_weights + least) * engines / gpu.memory_bytes

@@ -31,7 +31,7 @@ TESTED = ("0.5.23",)
 TAIL_LINES = 25
 """Lines of a server's log that a message shows."""
 _CPU_KV_TOKENS = 65536
-_CONTEXT_SPARE = 8
+CONTEXT_SPARE = 8
 """SGLang keeps a few tokens of --context-length, and of its KV cache, for itself (tp_worker.py: the longest input is 6
 less than the smaller of the two; a longer one is refused, and a reply that would be longer is cut)."""
 _PORT_TRIES = 3
@@ -67,7 +67,7 @@ class ServerSpec:
         command = [self.python, "-m", "sglang.launch_server", "--model-path", str(self.model.resolve())]
         command += ["--host", "127.0.0.1", "--port", str(port), "--skip-tokenizer-init"]
         command += ["--dtype", {"bf16": "bfloat16", "fp32": "float32"}[self.precision]]
-        command += ["--context-length", str(self.context_tokens + _CONTEXT_SPARE)]
+        command += ["--context-length", str(self.context_tokens + CONTEXT_SPARE)]
         command += ["--max-running-requests", str(settings.max_batch), "--tp-size", str(settings.tensor_parallel)]
         kv_tokens = settings.kv_tokens
         if self.on_cpu:
@@ -80,7 +80,7 @@ class ServerSpec:
             command += ["--mem-fraction-static", str(settings.memory_fraction)]
             command += ["--enable-weights-cpu-backup"] if self.keeps_weights else []
         if kv_tokens:
-            command += ["--max-total-tokens", str(kv_tokens + _CONTEXT_SPARE)]
+            command += ["--max-total-tokens", str(kv_tokens + CONTEXT_SPARE)]
         if settings.quantization:
             command += ["--quantization", settings.quantization]
         return [*command, *settings.server_args]
@@ -280,7 +280,7 @@ def check_version(found: str | None, settings: EngineSettings, where: str) -> No
 def require_cache(info: dict[str, Any], context_tokens: int, where: str, settings: str) -> None:
     """Raises ConfigError if a KV cache (as /server_info tells) holds less than one whole context: SGLang would cut
     replies where it ends, and say nothing."""
-    held, needed = info.get("max_total_num_tokens"), context_tokens + _CONTEXT_SPARE
+    held, needed = info.get("max_total_num_tokens"), context_tokens + CONTEXT_SPARE
     if isinstance(held, int) and held < needed:
         raise ConfigError(
             f"The KV cache of {where} holds {held} tokens, and rollout.context_tokens={context_tokens} takes {needed}: "
