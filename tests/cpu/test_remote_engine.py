@@ -55,7 +55,8 @@ def stand() -> Iterator[Stand]:
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.end_headers()
-            self.wfile.write(json.dumps(answer).encode())
+            flushed = self.path.startswith("/flush_cache")  # which SGLang answers in words
+            self.wfile.write(b"Cache flushed." if flushed else json.dumps(answer).encode())
 
         def log_message(self, *words: object) -> None:
             """Says nothing."""
