@@ -331,7 +331,8 @@ async def _play_twice(task: Task, index: int, stage: Stage, casting: Casting, se
             return UnplayedEpisode(task, index, str(error))
         except InterruptedEpisodeError:
             return UnplayedEpisode(task, index, "")
-        if last or isinstance(ended, Episode):
+        # An answer that cannot be true says that something is set up wrongly: a second try would hide it.
+        if last or isinstance(ended, Episode) or ended.bad_answer:
             break
     return ended
 

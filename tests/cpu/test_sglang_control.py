@@ -156,8 +156,9 @@ def test_a_refusal_ends_the_run_and_so_does_nonsense_of_a_server_of_somebody_els
             CALLS[path](engine_on(fake, tmp_path))
 
     fake.answers[path] = (502, b"bad gateway")
-    with pytest.raises(NoAnswerError, match=f"{path}.*bad gateway"):
-        CALLS[path](engine_on(fake, tmp_path, ours=False))
+    if path != "/release_memory_occupation":  # a server of somebody else keeps its memory
+        with pytest.raises(NoAnswerError, match=f"{path}.*bad gateway"):
+            CALLS[path](engine_on(fake, tmp_path, ours=False))
 
 
 def test_what_sglang_says_when_it_did_what_it_was_asked_is_understood(fake: Fake, tmp_path: Path) -> None:

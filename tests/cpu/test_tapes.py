@@ -297,7 +297,6 @@ def test_a_task_that_one_rank_kept_is_not_played_by_another(stage: Stage) -> Non
 
         def cast(task: Task, number: int) -> Cast:
             speaker = Slow(stage.prompter, slow=task in slow)
-            engine.stops.append(speaker.stop)
             return Cast(speaker, speaker)
 
         quiet = Progress(console=Console(file=io.StringIO()))
@@ -306,7 +305,6 @@ def test_a_task_that_one_rank_kept_is_not_played_by_another(stage: Stage) -> Non
             tasks = sampler.draw(step, 0, 6)
             slow.clear()
             slow.update(task for task in tasks[(step + index) % 2 :: 2][:1] if task not in source.kept)
-            engine.stops.clear()
             found = source.play(tasks, 2, Seeds(0, step), 1, 4)
             if index == 0:
                 played.append([(e.task.task_id, e.index) for e in found.episodes])
