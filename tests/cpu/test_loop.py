@@ -230,7 +230,7 @@ def test_on_resume_the_engine_takes_memory_after_the_actor_gave_it_up(
 
     monkeypatch.setattr(parts_module.checkpoint, "complete", lambda folder: [tmp_path / "step_000003"])
     monkeypatch.setattr(parts_module.checkpoint, "load", load)
-    sync = SimpleNamespace(version=0, push=lambda: order.append(f"push after {sync.version}"))
+    sync: SimpleNamespace = SimpleNamespace(version=0, push=lambda: order.append(f"push after {sync.version}"))
     parts = SimpleNamespace(
         actor=SimpleNamespace(
             offload=SimpleNamespace(release=lambda: order.append("release")), rows=(), optimizer=None

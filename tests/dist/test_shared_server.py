@@ -38,7 +38,7 @@ WORLD = 2
 LIMIT_S = 20.0
 """No wait of the ranks for each other is longer."""
 SLOW_S = 1.0
-SHAPES = {"a.weight": (4,), "b.weight": (4,)}
+SHAPES = {"model.embed_tokens.weight": (64, 2), "model.norm.weight": (4,)}
 RELEASE, RESUME, CHECK = "/release_memory_occupation", "/resume_memory_occupation", "/weights_checker"
 
 
