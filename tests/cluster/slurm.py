@@ -114,9 +114,9 @@ class Cluster:
         state, code = runs[-1].split("|")
         return state.split()[0], code, len(runs) - 1
 
-    def ended(self, job: int) -> Ended:
+    def ended(self, job: int, timeout_s: float = JOB_TIMEOUT_S) -> Ended:
         """Polls until the job ended; `sbatch --wait` would take much longer."""
-        until(lambda: self.accounted(job)[0] in ENDED, lambda: self.log(job), JOB_TIMEOUT_S)
+        until(lambda: self.accounted(job)[0] in ENDED, lambda: self.log(job), timeout_s)
         return Ended(*self.accounted(job), self.log(job))
 
 
