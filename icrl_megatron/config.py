@@ -340,6 +340,12 @@ class LaunchSettings:
 
 
 @dataclass
+class DataSettings:
+    seed: int | None = None
+    """Of the order in which problems are drawn; null: as `seed`, which everything that is sampled has."""
+
+
+@dataclass
 class Settings:
     """One run. `icrl train RECIPE key=value ...` resolves to one of these, and it is saved with the run."""
 
@@ -354,6 +360,7 @@ class Settings:
     """Also train this baseline (grpo) from the same start with the same number of generated tokens, and compare."""
     model: ModelSettings = field(default_factory=ModelSettings)
     tasks: TaskSettings = field(default_factory=TaskSettings)
+    data: DataSettings = field(default_factory=DataSettings)
     warm_start: WarmStart = field(default_factory=WarmStart)
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)

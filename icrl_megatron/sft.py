@@ -21,7 +21,7 @@ from icrl_megatron.actor.platform import token_multiple
 from icrl_megatron.algo.samples import to_samples
 from icrl_megatron.config import AlgoSettings, Calibration, ConfigError, Settings, WarmStart
 from icrl_megatron.data.packing import pack
-from icrl_megatron.data.sampler import TaskSampler
+from icrl_megatron.data.sampler import TaskSampler, order_seed
 from icrl_megatron.launch import STOPPED, StopRequest, run_rank
 from icrl_megatron.parts import CHECKPOINTS, EXPORT
 from icrl_megatron.rollout.episode import Stage, play
@@ -86,7 +86,7 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     prompter = Prompter(tokenizer(start), settings.rollout)
     catalogue = registry.Catalogue(settings.tasks.sources)
     stage = Stage(catalogue.environment, prompter, settings.rollout)
-    sampler = TaskSampler(settings.tasks.sources, problems(settings, catalogue, "train"), settings.seed)
+    sampler = TaskSampler(settings.tasks.sources, problems(settings, catalogue, "train"), order_seed(settings))
     root = run_dir / CHECKPOINTS
     found = checkpoint.complete(root)
     done = checkpoint.load(found[-1], actor.rows, actor.optimizer, grid).step if found else 0

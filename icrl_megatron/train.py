@@ -26,7 +26,7 @@ from icrl_megatron.actor.grid import any_rank
 from icrl_megatron.actor.weights import Gatherer
 from icrl_megatron.config import ConfigError, Settings
 from icrl_megatron.data.curriculum import Curriculum
-from icrl_megatron.data.sampler import TaskSampler
+from icrl_megatron.data.sampler import TaskSampler, order_seed
 from icrl_megatron.launch import StopRequest, report_started, run_rank
 from icrl_megatron.parts import Parts, Recorder
 from icrl_megatron.rollout.engine import EngineLostError
@@ -98,7 +98,7 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     drawn_from = problems(settings, catalogue, "train")
     check_prompts(drawn_from, settings, catalogue, prompter)
     curriculum = Curriculum(settings.tasks.curriculum_floor) if settings.tasks.curriculum else None
-    sampler = TaskSampler(settings.tasks.sources, drawn_from, settings.seed, curriculum)
+    sampler = TaskSampler(settings.tasks.sources, drawn_from, order_seed(settings), curriculum)
     # Servers start while the actor is built, where they do not take its memory. An engine in this process waits for the
     # actor, which says best what is wrong with a model.
     served = settings.engine.kind == "sglang"

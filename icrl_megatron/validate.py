@@ -45,6 +45,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31 - 1),
+    "data.seed": (0, 2**31 - 1),
     "steps": (0, math.inf),
     "max_generated_tokens": (1, math.inf),
     "tasks.limit": (1, math.inf),

@@ -10,9 +10,14 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from icrl_megatron.config import ConfigError, TaskSource
+from icrl_megatron.config import ConfigError, Settings, TaskSource
 from icrl_megatron.data.curriculum import Curriculum
 from icrl_megatron.types import Task
+
+
+def order_seed(settings: Settings) -> int:
+    """`TaskSampler`'s seed: data.seed, or the run's."""
+    return settings.seed if settings.data.seed is None else settings.data.seed
 
 
 class TaskSampler:

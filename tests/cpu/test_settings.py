@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from icrl_megatron import settings as S
 from icrl_megatron.config import ConfigError, Settings, TaskSource, TinyModel
+from icrl_megatron.data.sampler import order_seed
 from icrl_megatron.validate import CHOICES, MAY_CHANGE_ON_RESUME, RANGES, check_resume, ranks, validate
 from icrl_recipes import registry
 
@@ -146,6 +147,13 @@ def test_damaged_saved_settings(text: str, tmp_path: Path) -> None:
         S.load_saved(tmp_path / "settings.yaml")
     with pytest.raises(ConfigError, match="absent"):
         S.load_saved(tmp_path / "absent.yaml")
+
+
+def test_problems_come_in_the_order_of_data_seed_where_it_is_given() -> None:
+    words = ["actor.tensor_parallel=4", "seed=7"]
+    assert order_seed(S.load("qwen3_8b_alfworld_4xh100", words)) == 7
+    assert order_seed(S.load("qwen3_8b_alfworld_4xh100", [*words, "data.seed=1"])) == 1
+    assert order_seed(S.load("qwen3_8b_alfworld_4xh100", [*words, "data.seed=0"])) == 0
 
 
 def test_run_folder() -> None:
