@@ -23,7 +23,7 @@ from icrl_megatron.rollout.episode import Stage
 from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.sglang import SGLangEngine
 from icrl_megatron.rollout.source import EngineSource
-from icrl_megatron.rollout.speakers import Ask, Cast, EngineSpeaker, Seeds, Speaker
+from icrl_megatron.rollout.speakers import Ask, Cast, EngineSpeaker, Seeds
 from icrl_megatron.tasks import registry
 from icrl_megatron.telemetry.progress import Progress
 from icrl_megatron.types import Completion, Task
@@ -45,7 +45,7 @@ class Watch:
 
 @dataclass(frozen=True)
 class _Watched:
-    speaker: Speaker
+    speaker: EngineSpeaker
     watch: Watch
     place: tuple[str, int]
 
@@ -56,6 +56,9 @@ class _Watched:
         reply = await self.speaker.reply(replace(ask, max_new_tokens=room))
         self.watch.ended[self.place] = time.perf_counter()
         return reply
+
+    async def interrupt(self) -> None:
+        await self.speaker.interrupt()
 
 
 @dataclass(frozen=True)
