@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from head_cases import needs_triton
+from ranks import run_ranks
 
 from icrl_kernels import Chunking, Streams, Terms, VocabShard, policy_head, reference_head, reference_scores, score_head
 
@@ -175,19 +176,7 @@ def rank_main(rank: int, rendezvous: str, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Key, dict[str, Result]]]:
     folder = tmp_path_factory.mktemp("head")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    environment["TRITON_INTERPRET"] = "1"  # gloo ranks have tensors of the CPU
-    command = [sys.executable, __file__]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(folder / "rendezvous"), str(folder)], env=environment)
-        for rank in range(WORLD)
-    ]
-    try:
-        codes = [process.wait(timeout=240) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert codes == [0] * WORLD
+    run_ranks(__file__, WORLD, folder, timeout_s=240, TRITON_INTERPRET="1")  # their tensors are the CPU's
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 

@@ -22,6 +22,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ranks import run_ranks
+
 from icrl_megatron import wiring
 from icrl_megatron.actor import platform
 from icrl_megatron.actor.grid import any_rank
@@ -214,18 +216,7 @@ class Ran:
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     folder = tmp_path_factory.mktemp("shared")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, __file__]
-    ranks = [
-        subprocess.Popen([*command, str(n), str(folder / "rendezvous"), str(folder)], env=environment)
-        for n in range(WORLD)
-    ]
-    try:
-        codes = [process.wait(timeout=180) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert codes == [0] * WORLD
+    run_ranks(__file__, WORLD, folder, timeout_s=180)
     return Ran(folder)
 
 

@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import whole_runs
-from engine_cases import engine_on, engine_settings, spec
+from engine_cases import engine_on, engine_settings, serving
 
 from icrl_megatron.config import TinyModel
 from icrl_megatron.rollout.prompts import template_words
@@ -34,13 +34,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    started = Server(spec(model, tmp_path_factory.mktemp("server") / "sglang.log", engine_settings()))
-    started.start()
-    try:
-        started.wait_ready()
+    with serving(model, tmp_path_factory.mktemp("server"), engine_settings()) as started:
         yield started
-    finally:
-        started.kill()
 
 
 @pytest.fixture

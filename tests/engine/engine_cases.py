@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,6 +30,18 @@ def engine_settings(**changes: object) -> EngineSettings:
 
 def spec(model: Path, log: Path, settings: EngineSettings) -> ServerSpec:
     return ServerSpec(model, settings, "fp32", CONTEXT, log, on_cpu=True)
+
+
+@contextmanager
+def serving(model: Path, folder: Path, settings: EngineSettings) -> Iterator[Server]:
+    """A ready server, which ends with the block."""
+    started = Server(spec(model, folder / "sglang.log", settings))
+    started.start()
+    try:
+        started.wait_ready()
+        yield started
+    finally:
+        started.kill()
 
 
 def engine_on(server: Server, model: Path, settings: EngineSettings) -> SGLangEngine:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import CONTEXT, engine_on, engine_settings, generate, load, reference_logprobs, spec, weights
+from engine_cases import CONTEXT, engine_on, engine_settings, generate, load, reference_logprobs, serving, spec, weights
 
 from icrl_megatron.config import ConfigError
 from icrl_megatron.rollout.engine import Sampling
@@ -25,13 +25,8 @@ LONG = [(prompt, Sampling(1.0, 400, seed, ())) for seed, prompt in enumerate(PRO
 @pytest.fixture(scope="module")
 def tight(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server whose cache holds one whole context and no more."""
-    started = Server(spec(model, tmp_path_factory.mktemp("tight") / "sglang.log", engine_settings(kv_tokens=CONTEXT)))
-    started.start()
-    try:
-        started.wait_ready()
+    with serving(model, tmp_path_factory.mktemp("tight"), engine_settings(kv_tokens=CONTEXT)) as started:
         yield started
-    finally:
-        started.kill()
 
 
 def check(completions: list[Completion], model: Path) -> None:
