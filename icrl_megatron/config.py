@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from icrl_megatron.config_tasks import TaskSettings
+
 
 @dataclass
 class TinyModel:
@@ -29,80 +31,6 @@ class ModelSettings:
     """A Hugging Face folder with a dense Qwen3. Empty with `init` set: made in the run folder."""
     init: TinyModel | None = None
     """Make this tiny model (random weights) when `path` is empty."""
-
-
-@dataclass
-class TaskData:
-    """Where a task set that is not embedded finds its problems and its helpers; docs/TASKS.md shows each in use."""
-
-    train: list[str] = field(default_factory=list)
-    """Files of training rows: JSONL, Parquet, or a folder of a Hugging Face dataset; a pattern names several. Task sets
-    behind servers also take ranges of task ids, e.g. 0:2420; alfworld also takes folders of games."""
-    heldout: list[str] = field(default_factory=list)
-    """The same for held-out rows, one subset per entry; no row may also be a training row."""
-    prompt_column: str = "prompt"
-    label_column: str = "label"
-    numeric_tolerance: float = 0.0
-    """math, code: relative error at which two plain numbers are still equal; labels that were rounded need one, e.g.
-    0.01."""
-    grading_workers: int = 2
-    """math, reasoning_gym, code, alfworld from a folder: processes of each rank that judge answers or play games; one
-    that hangs is killed."""
-    grading_timeout_s: float = 5.0
-    """CPU seconds that judging an answer may cost; code: that each of its tests may."""
-    program_memory_mib: int = 512
-    """code: memory of a program."""
-    servers: list[str] = field(default_factory=list)
-    """alfworld, webshop, sciworld, babyai, textcraft: URLs of AgentGym servers; searchqa: of retrievers."""
-    request_timeout_s: float = 60.0
-    """Deadline of one call to a server, retries not counted."""
-    corpus: str = ""
-    """searchqa: JSONL of documents for the built-in retriever, in place of servers."""
-    passages: int = 3
-    """searchqa: documents shown for a search."""
-
-
-@dataclass
-class TaskServers:
-    """Environment servers that the run starts beside itself, waits for, watches and ends with itself (docs/TASKS.md).
-    Their addresses become the source's `data.servers`; where those are given, nothing is started."""
-
-    command: str = ""
-    """What a shell starts one server with, {port} standing for its port; empty: none. On a cluster it has to listen on
-    every interface, e.g. alfworld --host 0.0.0.0 --port {port}."""
-    count: int = 1
-    """Servers, each with a port of its own."""
-    port: int = 0
-    """Of the first one, the others follow; 0: any free ones."""
-    health: str = "/"
-    """A server is ready when it answers this path with anything but a server error."""
-    startup_timeout_s: float = 600.0
-    """One that does not answer by then ends the run."""
-
-
-@dataclass
-class TaskSource:
-    name: str = "rulebook_hard"
-    weight: float = 1.0
-    data: TaskData = field(default_factory=TaskData)
-    serve: TaskServers = field(default_factory=TaskServers)
-
-    @property
-    def served(self) -> bool:
-        """Whether servers are started for it."""
-        return bool(self.serve.command) and not self.data.servers
-
-
-@dataclass
-class TaskSettings:
-    sources: list[TaskSource] = field(default_factory=lambda: [TaskSource()])
-    """Mixture the training tasks are drawn from."""
-    limit: int | None = None
-    """At most this many training problems of each source (the first ones)."""
-    curriculum: bool = False
-    """Draw problems by their recent success: what always or never succeeds comes less often. Off: each in its turn."""
-    curriculum_floor: float = 0.1
-    """With a curriculum: the weight of what always or never succeeds, where an unseen problem has 1."""
 
 
 @dataclass
@@ -161,6 +89,11 @@ class RolloutSettings:
     chat_template_args: dict[str, bool | str] = field(default_factory=dict)
     """Handed to the tokenizer's chat template, e.g. enable_thinking."""
     environment_timeout_s: float = 60.0
+    """Longest call of an environment: reset, step, parse or grading. A call that takes longer costs its episode."""
+    max_observation_bytes: int = 4 << 20
+    """At most this many bytes of one answer of an environment or its server are read; the rest is cut and counted."""
+    max_observation_tokens: int = 8192
+    """At most this many tokens of one observation enter the context; the rest is cut and counted."""
     concurrency: int = 512
     """Episodes in flight per engine."""
     oversample: float = 1.0
@@ -169,6 +102,19 @@ class RolloutSettings:
     partial: bool = False
     """Keep what was cut off and go on with it in the next step, with the log-probs its old tokens were sampled with:
     algo.mismatch_correction weighs them. Checkpoints hold what is kept."""
+
+
+@dataclass
+class MismatchLimit:
+    """Largest accepted |log pi_train - log pi_engine| of a step under the same prompt. Null: the default of
+    `actor.precision` (docs/ENGINES.md says how it was measured)."""
+
+    mean: float | None = None
+    """Mean over the loss tokens of a step."""
+    largest: float | None = None
+    """Of any one token."""
+    patience: int | None = None
+    """Steps in a row above a limit after which the run stops; each logs a warning. Null: 1 in fp32, 3 in bf16."""
 
 
 @dataclass
@@ -203,6 +149,7 @@ class EngineSettings:
     """Accept a version of SGLang other than the tested ones."""
     max_batch: int = 256
     """Sequences decoded together, and requests in flight."""
+    mismatch_limit: MismatchLimit = field(default_factory=MismatchLimit)
     request_timeout_s: float = 600.0
     """The local engine then fails; SGLang then aborts the request, and what was generated is kept."""
 
@@ -298,6 +245,9 @@ class OptimSettings:
     weight_decay: float = 0.1
     clip_grad: float = 1.0
     warmup_steps: int = 0
+    on_collapse: str = "warn"
+    """What to do when the policy has collapsed (entropy and gradient norm both near 0, so nothing is learned any more):
+    warn | stop."""
 
 
 @dataclass
@@ -358,6 +308,11 @@ class Settings:
     """Ends training once this many tokens were generated (for comparisons at equal cost)."""
     baseline: str = ""
     """Also train this baseline (grpo) from the same start with the same number of generated tokens, and compare."""
+    start_from: str = ""
+    """A checkpoint (step_NNNNNN, or a folder of them) of another run, whose weights a new run begins with. Data and
+    algorithm may differ; steps count from 0."""
+    start_with_moments: bool = False
+    """With `start_from`: also take over the optimizer's moments and step count."""
     model: ModelSettings = field(default_factory=ModelSettings)
     tasks: TaskSettings = field(default_factory=TaskSettings)
     data: DataSettings = field(default_factory=DataSettings)

@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from icrl_megatron.config import ConfigError, Settings, TaskSource
+from icrl_megatron.config import ConfigError, Settings
+from icrl_megatron.config_tasks import TaskSource
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.datasets import SUFFIXES, Row, check_no_leak, content_hash, read_rows, subset_of
 from icrl_megatron.types import Task

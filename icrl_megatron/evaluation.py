@@ -13,7 +13,8 @@ from typing import Any
 
 from icrl_megatron import eval_problems, serve
 from icrl_megatron import settings as settings_module
-from icrl_megatron.config import ConfigError, Settings, TaskSource
+from icrl_megatron.config import ConfigError, Settings
+from icrl_megatron.config_tasks import TaskSource
 from icrl_megatron.eval_problems import TEST
 from icrl_megatron.rollout.episode import Stage, play
 from icrl_megatron.rollout.scores import Comparison, Score, Successes, compare, score, successes

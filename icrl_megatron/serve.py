@@ -28,7 +28,8 @@ from pathlib import Path
 from types import FrameType
 
 from icrl_megatron import settings as settings_module
-from icrl_megatron.config import ConfigError, Settings, TaskServers, TaskSource
+from icrl_megatron.config import ConfigError, Settings
+from icrl_megatron.config_tasks import TaskServers, TaskSource
 from icrl_megatron.launch import CONFIG_ERROR, PARENT_ENV, die_with_parent, inside_torchrun
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ from icrl_megatron import serve
 from icrl_megatron import settings as settings_module
 from icrl_megatron.config import ActorSettings, AlgoSettings, ConfigError, Settings
 from icrl_megatron.eval_problems import check_rows
+from icrl_megatron.limits import CHOICES, RANGES
+from icrl_megatron.resume import check_resume
 from icrl_megatron.shape import Qwen3Shape, check_folder
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked
@@ -20,126 +21,6 @@ from icrl_megatron.tasks.datasets import check_no_leak
 from icrl_megatron.telemetry.dumps import dumped_steps
 from icrl_megatron.types import Split, Task
 from icrl_megatron.validate_rollout import check_engine, check_installed, check_rollout
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "baseline": ("", "grpo"),
-    "rollout.critic": ("self", "frozen", "external", "empty"),
-    "engine.kind": ("local", "sglang"),
-    "engine.quantization": ("", "fp8"),
-    "algo.preset": ("paper", "reference"),
-    "algo.group_by": ("task_role", "task_round_role", "task"),
-    "algo.calibration.denominator": ("rollout", "recomputed"),
-    "algo.loss_normalisation": ("sequence_mean", "token_mean"),
-    "algo.on_no_signal": ("error", "skip", "train"),
-    "actor.precision": ("bf16", "fp32"),
-    "actor.fp8": ("off", "current", "blockwise"),
-    "actor.offload": ("none", "optimizer", "all"),
-    "actor.recompute": ("none", "selective", "full"),
-    "actor.layers": ("auto", "transformer_engine", "torch"),
-    "actor.head_backend": ("auto", "torch", "triton"),
-    "actor.head_logits": ("fp32", "bf16"),
-    "debug.mode": ("train", "rollout_only", "from_dump", "fake_data"),
-    "launch.device": ("auto", "cpu", "cuda"),
-}
-"""Settings that name one of a few things."""
-
-RANGES: dict[str, tuple[float, float]] = {
-    "seed": (0, 2**31 - 1),
-    "data.seed": (0, 2**31 - 1),
-    "steps": (0, math.inf),
-    "max_generated_tokens": (1, math.inf),
-    "tasks.limit": (1, math.inf),
-    "tasks.curriculum_floor": (0, 1),
-    "warm_start.steps": (0, math.inf),
-    "warm_start.episodes_per_step": (1, math.inf),
-    "warm_start.learning_rate": (0, math.inf),
-    "warm_start.weight_decay": (0, math.inf),
-    "warm_start.warmup_steps": (0, math.inf),
-    "rollout.tasks_per_step": (1, math.inf),
-    "rollout.episodes_per_task": (1, math.inf),
-    "rollout.rounds": (1, math.inf),
-    "rollout.temperature": (1e-3, math.inf),
-    "rollout.max_turn_tokens": (1, math.inf),
-    "rollout.max_critique_tokens": (1, math.inf),
-    "rollout.max_turns": (1, math.inf),
-    "rollout.repeat_limit": (2, math.inf),
-    "rollout.context_tokens": (2, math.inf),
-    "rollout.observation_chars": (1, math.inf),
-    "rollout.environment_timeout_s": (1e-3, math.inf),
-    "rollout.concurrency": (1, math.inf),
-    "rollout.oversample": (1, 16),
-    "rollout.external.timeout_s": (1e-3, math.inf),
-    "rollout.external.concurrency": (1, math.inf),
-    "engine.tensor_parallel": (1, math.inf),
-    "engine.servers": (1, math.inf),
-    "engine.memory_fraction": (0.01, 0.99),
-    "engine.kv_tokens": (1, math.inf),
-    "engine.bucket_mib": (1, math.inf),
-    "engine.startup_timeout_s": (1e-3, math.inf),
-    "engine.sync_timeout_s": (1e-3, math.inf),
-    "engine.max_batch": (1, math.inf),
-    "engine.request_timeout_s": (1e-3, math.inf),
-    "algo.group_filter.min_mean_reward": (-1, 1),
-    "algo.calibration.w_max": (1e-6, math.inf),
-    "algo.shaping_gamma": (0, math.inf),
-    "algo.revisions_per_task": (1, math.inf),
-    "algo.mismatch_correction.cap": (1e-6, math.inf),
-    "algo.clip_low": (0, 1),
-    "algo.clip_high": (0, math.inf),
-    "algo.kl_coef": (0, math.inf),
-    "algo.entropy_coef": (0, math.inf),
-    "algo.updates_per_step": (1, math.inf),
-    "algo.max_resamples": (0, math.inf),
-    "actor.tensor_parallel": (1, math.inf),
-    "actor.pipeline_parallel": (1, math.inf),
-    "actor.micro_batch_tokens": (1, math.inf),
-    "actor.head_chunk_tokens": (1, math.inf),
-    "optim.learning_rate": (0, math.inf),
-    "optim.beta1": (0, 1 - 1e-9),
-    "optim.beta2": (0, 1 - 1e-9),
-    "optim.eps": (0, math.inf),
-    "optim.weight_decay": (0, math.inf),
-    "optim.clip_grad": (0, math.inf),
-    "optim.warmup_steps": (0, math.inf),
-    "eval.interval": (0, math.inf),
-    "eval.problems": (1, math.inf),
-    "eval.samples": (1, math.inf),
-    "eval.control_problems": (0, math.inf),
-    "checkpoint.interval": (1, math.inf),
-    "checkpoint.keep": (1, math.inf),
-    "launch.ranks": (1, math.inf),
-    "launch.nodes": (1, math.inf),
-    "launch.timeout_s": (1, math.inf),
-    **{f"model.init.{name}": (1, math.inf) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn")},
-    "model.init.max_positions": (2, math.inf),
-}
-"""Smallest and largest value of each number; null is in range where it is allowed."""
-
-MAY_CHANGE_ON_RESUME = (
-    "steps",
-    "max_generated_tokens",
-    "run_dir",
-    "eval.",
-    "checkpoint.",
-    "launch.",
-    "engine.",
-    "rollout.concurrency",
-    "rollout.environment_timeout_s",
-    "tasks.sources.data.servers",
-    "tasks.sources.data.request_timeout_s",
-    "tasks.sources.data.grading_workers",
-    "tasks.sources.serve.",
-    "actor.tensor_parallel",
-    "actor.pipeline_parallel",
-    "actor.sequence_parallel",
-    "actor.recompute",
-    "actor.offload",
-    "actor.micro_batch_tokens",
-    "actor.head_chunk_tokens",
-    "actor.head_backend",
-)
-"""What a run that goes on may have different from how it began, names or sections: how long, how often, how
-fast, on which grid and beside which servers. Anything else would make the curve of one run out of two experiments."""
 
 
 def validate(settings: Settings) -> None:
@@ -172,25 +53,6 @@ def validate_shape(settings: Settings, shape: Qwen3Shape) -> None:
     """Whether a model of this shape can be cut and used as the settings say. Raises ConfigError."""
     _check_split(settings.actor, shape)
     _check_context(settings, shape)
-
-
-def check_resume(saved: Settings, settings: Settings, folder: Path) -> None:
-    """Raises ConfigError if `settings` cannot go on with a run that was begun with `saved`, naming what differs."""
-    changed = settings_module.changed(saved, settings)
-    allowed = [name for name in changed if _may_change(name)]
-    differing = {name: values for name, values in changed.items() if name not in allowed}
-    if differing:
-        listed = ", ".join(f"{name} (was {was!r}, now {now!r})" for name, (was, now) in differing.items())
-        harmless = f" ({', '.join(allowed)} may differ)" if allowed else ""
-        raise ConfigError(
-            f"{folder} holds a run with other settings: {listed}{harmless}. "
-            "Give the same values to go on with it, or name=... or run_dir=... for a new run"
-        )
-
-
-def _may_change(name: str) -> bool:
-    plain = re.sub(r"\.\d+(?=\.)", "", name)  # every element of a list alike
-    return any(plain == free or (free.endswith(".") and plain.startswith(free)) for free in MAY_CHANGE_ON_RESUME)
 
 
 def ranks(settings: Settings) -> int:

@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import bench_schema
 from agentgym_server import serving
 
-from icrl_megatron.config import ConfigError, RolloutSettings, TaskData, TaskSource
+from icrl_megatron.config import ConfigError, RolloutSettings
+from icrl_megatron.config_tasks import TaskData, TaskSource
 from icrl_megatron.rollout.episode import Stage, play
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Ask, Seeds, engine_casting

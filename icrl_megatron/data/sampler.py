@@ -10,7 +10,8 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from icrl_megatron.config import ConfigError, Settings, TaskSource
+from icrl_megatron.config import ConfigError, Settings
+from icrl_megatron.config_tasks import TaskSource
 from icrl_megatron.data.curriculum import Curriculum
 from icrl_megatron.types import Task
 

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from icrl_megatron.config import ConfigError, TaskSource
+from icrl_megatron.config import ConfigError
+from icrl_megatron.config_tasks import TaskSource
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks.agentgym_dialects import Dialect, ProtocolError, Reply
 from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure, StepResult, sendable

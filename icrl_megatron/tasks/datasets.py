@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icrl_megatron.config import ConfigError, TaskData
+from icrl_megatron.config import ConfigError
+from icrl_megatron.config_tasks import TaskData
 from icrl_megatron.types import Split, Task
 
 SUFFIXES = (".jsonl", ".parquet", ".arrow")

@@ -19,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from icrl_megatron.config import ConfigError, TaskSource
+from icrl_megatron.config import ConfigError
+from icrl_megatron.config_tasks import TaskSource
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks.agentgym import AgentGym, AgentGymEnvironment
 from icrl_megatron.tasks.agentgym_dialects import Reply

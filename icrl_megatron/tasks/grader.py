@@ -13,7 +13,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from icrl_megatron.config import ConfigError, TaskSource
+from icrl_megatron.config import ConfigError
+from icrl_megatron.config_tasks import TaskSource
 from icrl_megatron.tasks.base import EnvironmentFailure
 
 START_TIMEOUT_S = 120.0

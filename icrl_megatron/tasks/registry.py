@@ -8,7 +8,8 @@ import difflib
 import importlib
 from collections.abc import Callable, Iterable
 
-from icrl_megatron.config import ConfigError, TaskSource
+from icrl_megatron.config import ConfigError
+from icrl_megatron.config_tasks import TaskSource
 from icrl_megatron.tasks.base import Environment, TaskSet
 from icrl_megatron.tasks.household import Household
 from icrl_megatron.tasks.rulebook import Rulebook

@@ -12,7 +12,8 @@ import string
 from collections.abc import Sequence
 from pathlib import Path
 
-from icrl_megatron.config import ConfigError, TaskSource
+from icrl_megatron.config import ConfigError
+from icrl_megatron.config_tasks import TaskSource
 from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.agentgym_dialects import action_of
 from icrl_megatron.tasks.base import StepResult, TaskSet

@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from icrl_megatron.config import ConfigError, TaskSource
+from icrl_megatron.config import ConfigError
+from icrl_megatron.config_tasks import TaskSource
 from icrl_megatron.tasks.base import StepResult
 from icrl_megatron.tasks.grader import check_limits
 from icrl_megatron.types import Split, Task

@@ -15,11 +15,8 @@ from icrl_megatron.config import (
     OptimSettings,
     RolloutSettings,
     Settings,
-    TaskData,
-    TaskServers,
-    TaskSettings,
-    TaskSource,
 )
+from icrl_megatron.config_tasks import TaskData, TaskServers, TaskSettings, TaskSource
 
 NODE = 8
 

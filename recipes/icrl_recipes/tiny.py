@@ -12,11 +12,10 @@ from icrl_megatron.config import (
     OptimSettings,
     RolloutSettings,
     Settings,
-    TaskSettings,
-    TaskSource,
     TinyModel,
     WarmStart,
 )
+from icrl_megatron.config_tasks import TaskSettings, TaskSource
 
 
 def _tiny(name: str, *sources: str) -> Settings:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from icrl_megatron import connections
 from icrl_megatron.algo.credit import CreditReport
-from icrl_megatron.config import RolloutSettings, TaskData, TaskSource
+from icrl_megatron.config import RolloutSettings
+from icrl_megatron.config_tasks import TaskData, TaskSource
 from icrl_megatron.rollout.episode import Stage, play
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Ask, Cast, Seeds

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from icrl_megatron.algo.credit import advantages, apply_preset, credit
 from icrl_megatron.algo.samples import to_samples
-from icrl_megatron.config import AlgoSettings, Calibration, ConfigError, GroupFilter, TaskSource
+from icrl_megatron.config import AlgoSettings, Calibration, ConfigError, GroupFilter
+from icrl_megatron.config_tasks import TaskSource
 from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.types import Attempt, Completion, Critique, Episode, Sample, Task, Turn
 

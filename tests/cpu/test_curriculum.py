@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from whole_runs import icrl, rows, train
 
-from icrl_megatron.config import ConfigError, TaskSource
+from icrl_megatron.config import ConfigError
+from icrl_megatron.config_tasks import TaskSource
 from icrl_megatron.data.curriculum import Curriculum, append_history, cut_history, read_history
 from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.types import Task

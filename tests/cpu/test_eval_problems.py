@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from icrl_megatron.config import ConfigError, Settings, TaskData, TaskSettings, TaskSource
+from icrl_megatron.config import ConfigError, Settings
+from icrl_megatron.config_tasks import TaskData, TaskSettings, TaskSource
 from icrl_megatron.eval_problems import problems
 from icrl_megatron.tasks.datasets import subset_of
 from icrl_megatron.validate import validate

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from icrl_megatron.config import ConfigError, TaskData, TaskSource
+from icrl_megatron.config import ConfigError
+from icrl_megatron.config_tasks import TaskData, TaskSource
 from icrl_megatron.tasks import agentgym, games, registry
 from icrl_megatron.tasks.agentgym import AgentGymEnvironment
 from icrl_megatron.tasks.base import Checked, EnvironmentFailure

@@ -20,7 +20,8 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icrl_megatron.config import ConfigError, TaskData, TaskSource
+from icrl_megatron.config import ConfigError
+from icrl_megatron.config_tasks import TaskData, TaskSource
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked
 from icrl_megatron.tasks.datasets import check_no_leak, subset_of

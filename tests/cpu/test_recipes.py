@@ -10,7 +10,8 @@ import pytest
 
 from icrl_megatron import settings as settings_module
 from icrl_megatron import validate, validate_rollout
-from icrl_megatron.config import ConfigError, EngineSettings, Settings, TaskSettings, TaskSource
+from icrl_megatron.config import ConfigError, EngineSettings, Settings
+from icrl_megatron.config_tasks import TaskSettings, TaskSource
 from icrl_megatron.plan import planner
 from icrl_megatron.plan.models import shape_of
 from icrl_recipes import registry

@@ -14,7 +14,8 @@ import pytest
 
 pytest.importorskip("bm25s")
 
-from icrl_megatron.config import ConfigError, TaskData, TaskSource
+from icrl_megatron.config import ConfigError
+from icrl_megatron.config_tasks import TaskData, TaskSource
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.base import EnvironmentFailure

@@ -18,9 +18,10 @@ import pytest
 from icrl_megatron import serve
 from icrl_megatron import settings as settings_module
 from icrl_megatron.config import ConfigError, Settings
+from icrl_megatron.resume import check_resume
 from icrl_megatron.tasks import agentgym
 from icrl_megatron.tasks.registry import Catalogue
-from icrl_megatron.validate import check_resume, validate
+from icrl_megatron.validate import validate
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = f"{sys.executable} {ROOT / 'tests' / 'agentgym_server.py'} alfworld {{port}}"

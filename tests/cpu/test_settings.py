@@ -9,9 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icrl_megatron import settings as S
-from icrl_megatron.config import ConfigError, Settings, TaskSource, TinyModel
+from icrl_megatron.config import ConfigError, Settings, TinyModel
+from icrl_megatron.config_tasks import TaskSource
 from icrl_megatron.data.sampler import order_seed
-from icrl_megatron.validate import CHOICES, MAY_CHANGE_ON_RESUME, RANGES, check_resume, ranks, validate
+from icrl_megatron.limits import CHOICES, RANGES
+from icrl_megatron.resume import MAY_CHANGE_ON_RESUME, check_resume
+from icrl_megatron.validate import ranks, validate
 from icrl_recipes import registry
 
 

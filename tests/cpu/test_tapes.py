@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from icrl_megatron.config import ConfigError, RolloutSettings, TaskSource
+from icrl_megatron.config import ConfigError, RolloutSettings
+from icrl_megatron.config_tasks import TaskSource
 from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.rollout.engine import EngineStats
 from icrl_megatron.rollout.engines import Share

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sandboxes import sandboxed
 
-from icrl_megatron.config import RolloutSettings, TaskData, TaskSource
+from icrl_megatron.config import RolloutSettings
+from icrl_megatron.config_tasks import TaskData, TaskSource
 from icrl_megatron.rollout.episode import Stage, play_episode
 from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.speakers import Ask, Cast, Seeds
