@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -21,6 +22,9 @@ Recipe = Annotated[str, typer.Argument(help="A name that `icrl recipes` lists.",
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, e.g. optim.learning_rate=1e-5 steps=50."),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what is there, on purpose, even if something else wrote it.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings, check them, and stop.")]
 
@@ -138,23 +142,35 @@ def cancel(experiment: Experiment) -> None:
 @app.command("import")
 def import_(
     source: Annotated[Path, typer.Argument(metavar="HF_FOLDER", help="A Hugging Face folder with a dense Qwen3.")],
-    target: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Where the checkpoint is written.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINTS", help="A folder of checkpoints, in which step_000000 is written.")
+    ],
+    overwrite: Overwrite = False,
 ) -> None:
     """Turn a Hugging Face folder into a checkpoint that training can start from."""
+    from icrl_megatron.telemetry import results
+
+    written = results.check_import(target, source, overwrite)
     from icrl_megatron.actor.convert import import_hf
 
-    import_hf(source, target)
+    import_hf(source, target, overwrite)
+    typer.echo(f"written to {written}: a checkpoint, {results.describe(written)}")
 
 
 @app.command()
 def export(
     source: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint of a run.")],
     target: Annotated[Path, typer.Argument(metavar="HF_FOLDER", help="Where the Hugging Face folder is written.")],
+    overwrite: Overwrite = False,
 ) -> None:
     """Turn a checkpoint into a Hugging Face folder, weights and tokenizer, that transformers and SGLang load."""
+    from icrl_megatron.telemetry import results
+
+    results.check(target, results.MODEL, [source], overwrite)
     from icrl_megatron.actor.convert import export_hf
 
-    export_hf(source, target)
+    export_hf(source, target, overwrite)
+    typer.echo(f"written to {target}: a Hugging Face folder, {results.describe(target)}")
 
 
 @app.command()
@@ -181,14 +197,17 @@ def eval_(
     critic: Annotated[str, typer.Option(help="Another model's folder, or an endpoint's address.")] = "",
     revise_all: Annotated[bool, typer.Option(help="Critique and retry successes too.")] = False,
     against: Annotated[Path | None, typer.Option(help="eval.json of another model, to compare with.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write; MODEL/eval by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write; MODEL/eval by default.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Measure a model on held-out problems: alone, with critique, and against another on the same seeds."""
     from icrl_megatron.evaluation import Request, evaluate
     from icrl_megatron.telemetry.eval_views import show as show_result
 
     named, subsets, changed = tuple(task or ()), tuple(on or ("test",)), tuple(overrides or ())
-    request = Request(model, named, subsets, rounds, samples, problems, critic, revise_all, against, out, changed)
+    request = Request(
+        model, named, subsets, rounds, samples, problems, critic, revise_all, against, out, changed, overwrite
+    )
     result, folder = evaluate(request)
     show_result(result)
     typer.echo(f"written to {folder}: eval.json, eval.png")
@@ -199,11 +218,13 @@ def report_page(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, shown together.")],
     out: Annotated[Path | None, typer.Option(help="The file to write; RUN/report.html by default.")] = None,
     episodes: Annotated[int, typer.Option(help="Episodes of each run that the page holds.", min=0)] = 240,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write one HTML page: curves, tables, time, and episodes with every token shaded by its calibration weight."""
     from icrl_megatron.telemetry.page import PageSize, write_page
 
-    typer.echo(f"written to {write_page(runs, out or runs[0] / 'report.html', PageSize(episodes=episodes))}")
+    page = write_page(runs, out or runs[0] / "report.html", PageSize(episodes=episodes), overwrite)
+    typer.echo(f"written to {page}")
 
 
 @app.command()
@@ -288,11 +309,12 @@ def plan(
     search: Annotated[bool, typer.Option("--search", help="Find the best layout, and say why others fell.")] = False,
     scaling: Annotated[bool, typer.Option("--scaling", help="Also print a table of 8 to 1024 GPUs.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Write a PNG of that table, and print it.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Predict memory and time of a step from the settings alone, before a GPU is asked for."""
     from icrl_megatron.plan import command
 
-    command.run(recipe, overrides or [], gpus, gpu, search, scaling, picture)
+    command.run(recipe, overrides or [], gpus, gpu, search, scaling, picture, overwrite)
 
 
 @app.command()
@@ -305,10 +327,14 @@ def doctor() -> None:
 
 def main() -> None:
     """Entry point: one plain message on stderr and code 2 after a ConfigError, code 1 after a HopelessError."""
+    from icrl_megatron.telemetry.disk import unexplained_errors
+
     try:
-        app()
+        with unexplained_errors():
+            app()
     except (ConfigError, HopelessError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        with suppress(OSError):  # the error may be that of the disk that stderr is written to
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 

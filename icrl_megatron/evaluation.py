@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,12 +23,16 @@ from icrl_megatron.rollout.speakers import EngineSpeaker, Seeds, Speaker, engine
 from icrl_megatron.shape import check_folder
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.datasets import content_hash, subset_of
+from icrl_megatron.telemetry import results
+from icrl_megatron.telemetry.disk import disk_errors, require_space
 from icrl_megatron.telemetry.files import write_atomically
 from icrl_megatron.telemetry.progress import Progress
 from icrl_megatron.types import DroppedEpisode, Episode, Task
 
 RESULT = "eval.json"
 PICTURE = "eval.png"
+ROOM_BYTES = 1 << 20
+"""Free space that an evaluation asks for before it plays, so that its result is not lost for want of it."""
 SEEDS = Seeds(run=0, step=0, purpose="eval")
 """Frozen: two evaluations of the same problems differ by their models alone."""
 
@@ -53,6 +58,8 @@ class Request:
     """An earlier result to compare with."""
     out: Path | None = None
     overrides: tuple[str, ...] = ()
+    overwrite: bool = False
+    """Whether `out` may be replaced whatever is there."""
 
 
 @dataclass(frozen=True)
@@ -77,29 +84,68 @@ class Result:
 
 
 def evaluate(request: Request) -> tuple[Result, Path]:
-    """Plays the held-out problems and writes eval.json and eval.png; returns the result and its folder.
+    """Plays the held-out problems and writes a folder with eval.json and eval.png; returns the result and its folder.
 
-    Raises ConfigError on a model, task set, critic or earlier result that is not one, before anything is played.
+    Raises ConfigError on a model, task set, critic or earlier result that is not one, and on a folder that must not be
+    replaced, before anything is played.
     """
     _check(request)
+    out = request.out or default_folder(request.model)
+    results.check(out, results.EVALUATION, _read_by(request), request.overwrite)
+    require_space(out, ROOM_BYTES, "the evaluation")
     run = _run_settings(request.model)
     settings = _settings(request, run)
-    out = request.out or (request.model if request.model.is_dir() else request.model.parent) / "eval"
     problems = eval_problems.problems(settings, run, request.on, request.problems)
     earlier = read_result(request.against) if request.against else None
     if earlier is not None:
         _check_pairs(request, problems, earlier)
-    with serve.beside(settings, out / "logs") as settings, _model_folder(request.model) as folder:
-        played, dropped = _play(request, settings, folder, problems)
-    result = _result(request, played, dropped)
-    if earlier is not None:
-        found = compare(result.successes, earlier.successes, result.subsets)
-        result = replace(result, comparison=found, against=earlier.model)
+    with _logs(settings) as logs:
+        with serve.beside(settings, logs) as settings, _model_folder(request.model) as folder:
+            played, dropped = _play(request, settings, folder, problems)
+        result = _compared(_result(request, played, dropped), earlier)
+        _write(result, out, logs, request)
+    return result, out
+
+
+def _read_by(request: Request) -> list[Path]:
+    """What the evaluation reads, and so must not replace."""
+    critic = [Path(request.critic)] if request.critic and not _is_address(request.critic) else []
+    return [request.model, *critic, *([request.against] if request.against else [])]
+
+
+def default_folder(model: Path) -> Path:
+    """MODEL/eval; beside it as eval_NAME where MODEL is itself replaced or deleted as a whole, as checkpoints are."""
+    folder = model if model.is_dir() else model.parent
+    return folder.parent / f"eval_{folder.name}" if results.is_result(folder) else folder / "eval"
+
+
+@contextmanager
+def _logs(settings: Settings) -> Iterator[Path]:
+    """A folder for the logs of environment servers, which is kept where the evaluation fails."""
+    if not serve.wanted(settings):
+        yield Path()
+        return
+    folder = Path(tempfile.mkdtemp(prefix="icrl_eval_logs_"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _compared(result: Result, earlier: Result | None) -> Result:
+    if earlier is None:
+        return result
+    found = compare(result.successes, earlier.successes, result.subsets)
+    return replace(result, comparison=found, against=earlier.model)
+
+
+def _write(result: Result, out: Path, logs: Path, request: Request) -> None:
     from icrl_megatron.telemetry.eval_views import picture
 
-    write_atomically(out / RESULT, [json.dumps(asdict(result), indent=1)])
-    picture(result, out / PICTURE)
-    return result, out
+    with results.writing(out, results.EVALUATION, _read_by(request), request.overwrite) as folder:
+        write_atomically(folder / RESULT, [json.dumps(asdict(result), indent=1)], "the evaluation")
+        picture(result, folder / PICTURE)
+        if logs.name:
+            with disk_errors(out, "the logs of environment servers"):
+                shutil.copytree(logs, folder / "logs")
 
 
 def read_result(path: Path) -> Result:

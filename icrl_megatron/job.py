@@ -18,6 +18,7 @@ from pathlib import Path
 
 from icrl_megatron.config import ConfigError
 from icrl_megatron.launch import CONFIG_ERROR, HOPELESS, STOPPED, read_outcome
+from icrl_megatron.telemetry.files import write_atomically
 
 MAX_CRASHES = 3
 """Crashes of a job, over all of its requeues, after which it is given up."""
@@ -137,8 +138,7 @@ def _decide(run_folder: Path, outcome: Path, state_path: Path, returncode: int, 
     """Decides, remembers, says why on stderr, and returns the words for the shell."""
     state = State(**json.loads(state_path.read_text())) if state_path.exists() else State()
     decision = decide(read_outcome(outcome), returncode, stopping, progress(run_folder), state)
-    state_path.parent.mkdir(parents=True, exist_ok=True)
-    state_path.write_text(json.dumps(asdict(decision.state)))
+    write_atomically(state_path, [json.dumps(asdict(decision.state))], "what the job remembers")
     if decision.message:
         print(f"{'error: ' * (decision.action == 'fail')}{decision.message}", file=sys.stderr)
     return f"retry {decision.wait_s:g}" if decision.action == "retry" else decision.action

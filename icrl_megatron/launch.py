@@ -17,6 +17,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from typing import NoReturn
 import psutil
 
 from icrl_megatron.config import ConfigError, HopelessError
+from icrl_megatron.telemetry.disk import disk_errors, unexplained_errors
 from icrl_megatron.telemetry.progress import Progress
 
 HOPELESS = 1
@@ -66,18 +68,16 @@ def torchrun(
     shown. The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 reaches each rank as one SIGUSR1; they have `stop_timeout_s` to
     save before they are killed. A second SIGINT kills them at once. Must be called from the main thread.
     """
-    log_dir.mkdir(parents=True, exist_ok=True)
-    # Named after this launcher: a second one that is refused in this folder must not speak for the first.
-    files = [log_dir.resolve() / f"{name}.{os.getpid()}" for name in ("outcome.json", "stop", "started")]
-    outcome, stop, started = files
-    for file in files:
-        file.unlink(missing_ok=True)
+    with disk_errors(log_dir, "the logs of ranks"):
+        log_dir.mkdir(parents=True, exist_ok=True)
     quiet = ",".join(f"{rank}:3" for rank in range(1, ranks))  # 3: both streams
     command = [sys.executable, "-m", "icrl_megatron.agent", "--local-addr=127.0.0.1"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--rdzv-id={uuid.uuid4()}"]  # a free port
     command += [f"--nproc-per-node={ranks}", f"--log-dir={log_dir}", *([f"--redirects={quiet}"] if quiet else [])]
     command += ["-m", module, str(settings_path)]
-    with _counting_signals() as received:
+    # Not on the disk of the run: ranks say there, too, that this disk is full.
+    with tempfile.TemporaryDirectory(prefix="icrl_launch_") as control, _counting_signals() as received:
+        outcome, stop, started = (Path(control) / name for name in ("outcome.json", "stop", "started"))
         # Its own session: Ctrl-C in a terminal reaches the launcher alone, and the ranks hear of it once.
         env = _environment(ranks, outcome, stop, started)
         agent = subprocess.Popen(command, env=env, start_new_session=True)
@@ -86,10 +86,7 @@ def torchrun(
                 killed = _wait(agent, received, stop, stop_timeout_s, tick)
         finally:
             _kill_tree(agent)
-    code = killed or _exit_code(agent.returncode, outcome)
-    for file in files:
-        file.unlink(missing_ok=True)
-    return code
+        return killed or _exit_code(agent.returncode, outcome)
 
 
 def run_rank(main: Callable[[], int]) -> NoReturn:
@@ -101,14 +98,14 @@ def run_rank(main: Callable[[], int]) -> NoReturn:
     """
     die_with_parent()
     try:
-        code = main()
+        with unexplained_errors():
+            code = main()
     except (ConfigError, HopelessError) as error:
         ended = CONFIG_ERROR if isinstance(error, ConfigError) else HOPELESS
-        if not _write_outcome(ended, str(error)):
-            print(f"error: {error}", file=sys.stderr)
+        leave_outcome(ended, str(error))
         sys.exit(ended)
     if code == STOPPED:
-        _write_outcome(STOPPED, "stopped on request")
+        leave_outcome(STOPPED, "stopped on request")
         code = 0
     sys.exit(code)
 
@@ -160,18 +157,25 @@ def read_outcome(path: Path) -> tuple[int, str] | None:
         return None
 
 
-def _write_outcome(code: int, message: str) -> bool:
-    """True if there is a file for it; the first rank to write wins."""
+def leave_outcome(code: int, message: str) -> None:
+    """Writes how this rank ended where the launcher asked for it; the first rank to write wins. An error is printed
+    where nobody asked, or the file cannot be written."""
     name = os.environ.get(OUTCOME_ENV)
-    if not name:
-        return False
-    path = Path(name)
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    part.write_text(json.dumps({"code": code, "message": message}), encoding="utf-8")
-    with contextlib.suppress(FileExistsError):
-        os.link(part, path)
-    part.unlink()
-    return True
+    if name:
+        path = Path(name)
+        part = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            part.write_text(json.dumps({"code": code, "message": message}), encoding="utf-8")
+            with contextlib.suppress(FileExistsError):
+                os.link(part, path)
+            return
+        except OSError:
+            pass
+        finally:
+            part.unlink(missing_ok=True)
+    if code in (CONFIG_ERROR, HOPELESS):
+        with contextlib.suppress(OSError):
+            print(f"error: {message}", file=sys.stderr)
 
 
 def _environment(ranks: int, outcome: Path, stop: Path, started: Path) -> dict[str, str]:
@@ -268,5 +272,5 @@ def _exit_code(returncode: int, outcome: Path) -> int:
         print(f"error: {left[1]}", file=sys.stderr)
         return left[0]
     if returncode != 0:
-        return 1
+        return CONFIG_ERROR if returncode == CONFIG_ERROR else 1
     return left[0] if left is not None else 0

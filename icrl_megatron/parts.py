@@ -23,14 +23,15 @@ from icrl_megatron.rollout import tapes
 from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.source import EpisodeSource, Played
 from icrl_megatron.rollout.speakers import Seeds
+from icrl_megatron.run_files import EXPORT
 from icrl_megatron.telemetry.dumps import write_dump
 from icrl_megatron.telemetry.metrics import EVALUATION_TIME, GENERATED, USED, heldout_metrics, rollout_metrics
 from icrl_megatron.telemetry.progress import Phase, Progress
+from icrl_megatron.telemetry.results import MOVE_AWAY
 from icrl_megatron.telemetry.writer import METRICS_FILE, TIME_PREFIX, MetricsWriter, read_rows
 from icrl_megatron.types import StepStats, Task
 
 CHECKPOINTS = "checkpoints"
-EXPORT = "hf"
 TAPES = "tapes.jsonl"
 """In a checkpoint: episodes that were cut off (`rollout.partial`)."""
 
@@ -184,7 +185,7 @@ class Recorder:
         self.checkpoint()
         with self.progress.phase("export"):
             folder = Path(self.parts.settings.model.path)
-            write_hf(self.parts.sync.gatherer, folder, self.run_dir / EXPORT, self.parts.grid)
+            write_hf(self.parts.sync.gatherer, folder, self.run_dir / EXPORT, self.parts.grid, remedy=MOVE_AWAY)
         if self.writer is not None:
             self.writer.close()
 

@@ -17,12 +17,10 @@ from icrl_megatron import serve
 from icrl_megatron import settings as settings_module
 from icrl_megatron.config import Calibration, ConfigError, ModelSettings, Settings
 from icrl_megatron.launch import inside_torchrun, torchrun
+from icrl_megatron.run_files import BASELINE, EXPORT, WARM_START
 from icrl_megatron.settings import SAVED_NAME, run_folder
 from icrl_megatron.telemetry.files import locked
 
-WARM_START = "warm_start"
-BASELINE = "baseline_{}"
-EXPORT = "hf"
 _JOB_LOCK = ".job.lock"
 
 
@@ -116,4 +114,4 @@ def _phase(module: str, settings: Settings, folder: Path) -> int:
     try:
         return torchrun(handed_over, settings.launch.ranks, logs, module=module)
     finally:
-        handed_over.unlink()
+        handed_over.unlink(missing_ok=True)

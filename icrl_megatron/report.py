@@ -14,6 +14,7 @@ from rich.table import Table
 from icrl_megatron.config import Settings
 from icrl_megatron.rollout.intervals import Proportion, proportion
 from icrl_megatron.settings import run_folder
+from icrl_megatron.telemetry.files import write_atomically
 from icrl_megatron.telemetry.metrics import HELDOUT, HELDOUT_ATTEMPTS
 from icrl_megatron.telemetry.writer import METRICS_FILE, TENSORBOARD_FOLDER, Row, read_rows
 
@@ -64,7 +65,7 @@ def report(settings: Settings, console: Console | None = None) -> None:
     if any(controls.values()):
         console.print(control_table(controls))
     curve = learning_curve([(o.label, o.rows) for o in outcomes], folder / CURVE, settings.name)
-    (folder / REPORT).write_text(json.dumps(_as_json(outcomes, controls), indent=2))
+    write_atomically(folder / REPORT, [json.dumps(_as_json(outcomes, controls), indent=2)], "the report")
     console.print(_where(folder, curve), highlight=False)
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -33,6 +33,7 @@ from icrl_megatron.config_tasks import TaskServers, TaskSource
 from icrl_megatron.launch import CONFIG_ERROR, PARENT_ENV, die_with_parent, inside_torchrun
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked
+from icrl_megatron.telemetry.disk import disk_errors
 from icrl_megatron.telemetry.files import write_atomically
 from icrl_megatron.telemetry.progress import Progress
 
@@ -116,8 +117,7 @@ def beside(settings: Settings, folder: Path) -> Iterator[Settings]:
     if inside_torchrun():
         yield told(settings, Path(_named()))
         return
-    folder = folder.resolve() / f"servers.{os.getpid()}"
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = _new_folder(folder.resolve())
     handed_over = folder / settings_module.SAVED_NAME
     settings_module.save(settings, handed_over)
     command = [sys.executable, "-m", "icrl_megatron.serve", str(folder), str(handed_over)]
@@ -135,6 +135,17 @@ def beside(settings: Settings, folder: Path) -> Iterator[Settings]:
     finally:
         process.terminate()
         _wait(process, END_TIMEOUT_S * 2)
+
+
+def _new_folder(logs: Path) -> Path:
+    """logs/servers.PID, made; with a number behind it where an earlier process of the same id left its logs."""
+    with disk_errors(logs, "the logs of environment servers"):
+        for number in itertools.count():
+            folder = logs / (f"servers.{os.getpid()}" + (f".{number}" if number else ""))
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(parents=True)
+                break
+    return folder
 
 
 def _named() -> str:
@@ -214,7 +225,9 @@ def _start(source: TaskSource, index: int, folder: Path) -> Running:
 
 def _popen(command: str, log: Path) -> subprocess.Popen[bytes]:
     """A group of its own, so that what the shell starts ends with it; and not outliving this process."""
-    with log.open("ab") as file:
+    with disk_errors(log, "the log of an environment server"):
+        file = log.open("ab")
+    with file:
         return subprocess.Popen(
             ["bash", "-c", command],
             stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
@@ -311,7 +324,8 @@ def main(arguments: list[str]) -> None:
         saved = len(words) == 1
         settings = settings_module.load_saved(Path(words[0])) if saved else settings_module.load(words[1], words[2:])
         if wanted(settings):
-            Path(folder).mkdir(parents=True, exist_ok=True)
+            with disk_errors(Path(folder), "the logs of environment servers"):
+                Path(folder).mkdir(parents=True, exist_ok=True)
             run(settings, Path(folder))
     except ConfigError as error:
         if not (Path(folder) / ADDRESSES).exists():  # else whoever waits for addresses says it, once

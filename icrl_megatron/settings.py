@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from icrl_megatron.config import ConfigError, Settings
+from icrl_megatron.telemetry.files import write_atomically
 
 SAVED_NAME = "settings.yaml"
 """File in a run folder that holds its resolved settings."""
@@ -78,10 +79,7 @@ def to_yaml(settings: Settings) -> str:
 
 def save(settings: Settings, path: Path) -> None:
     """Writes the YAML that `load_saved` reads; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(to_yaml(settings), encoding="utf-8")
-    part.replace(path)
+    write_atomically(path, to_yaml(settings).splitlines(), "the settings")
 
 
 def load_saved(path: Path) -> Settings:

@@ -23,14 +23,17 @@ from icrl_megatron.config import AlgoSettings, Calibration, ConfigError, Setting
 from icrl_megatron.data.packing import pack
 from icrl_megatron.data.sampler import TaskSampler, order_seed
 from icrl_megatron.launch import STOPPED, StopRequest, run_rank
-from icrl_megatron.parts import CHECKPOINTS, EXPORT
+from icrl_megatron.parts import CHECKPOINTS
 from icrl_megatron.rollout.episode import Stage, play
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.rollout.teacher import teacher_casting
+from icrl_megatron.run_files import EXPORT
 from icrl_megatron.settings import load_saved, run_folder
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Teachable
+from icrl_megatron.telemetry import results
+from icrl_megatron.telemetry.disk import disk_errors
 from icrl_megatron.telemetry.progress import Progress
 from icrl_megatron.telemetry.writer import MetricsWriter
 from icrl_megatron.train import joined, problems, tokenizer
@@ -122,7 +125,7 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
                 return STOPPED
             if (step + 1) % settings.checkpoint.interval == 0:
                 save(step + 1)
-    write_hf(Gatherer(actor.rows, grid), start, run_dir / EXPORT, grid)
+    write_hf(Gatherer(actor.rows, grid), start, run_dir / EXPORT, grid, remedy=results.MOVE_AWAY)
     return 0
 
 
@@ -142,7 +145,8 @@ def _start_folder(settings: Settings, grid: grids.Grid) -> Path:
             if not isinstance(task_set, Teachable):
                 raise ConfigError(f"task set {source.name!r} has no vocabulary: it cannot be played by model.init")
             words |= set(task_set.vocabulary())
-        build_tiny(folder, settings.model.init, sorted(words), settings.seed)
+        with results.writing(folder, results.MODEL, remedy=results.MOVE_AWAY) as new, disk_errors(folder, "the model"):
+            build_tiny(new, settings.model.init, sorted(words), settings.seed)
     dist.barrier(group=grid.host_group)
     return folder
 

@@ -38,6 +38,7 @@ from icrl_megatron.rollout.source import EngineSource
 from icrl_megatron.settings import load_saved, run_folder
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import EnvironmentFailure
+from icrl_megatron.telemetry.disk import disk_errors
 from icrl_megatron.telemetry.files import locked, write_atomically
 from icrl_megatron.telemetry.progress import Progress
 from icrl_megatron.types import Split, Task
@@ -75,14 +76,15 @@ def require_shared(folder: Path, grid: grids.Grid) -> None:
     """Raises ConfigError on all ranks if one of them does not see what the first writes into the run folder."""
     token = folder / f".seen.{grids.gather_objects(grid, secrets.token_hex(8))[0]}"
     if grid.rank == 0:
-        token.touch()
+        with disk_errors(token, "a file that the other ranks look for"):
+            token.touch()
     any_rank(grid, False)  # nobody looks before it is there: a network file system may remember that it was not
     deadline = time.monotonic() + float(os.environ.get("ICRL_SEEN_TIMEOUT_S", SEEN_TIMEOUT_S))
     while not token.exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     blind = [name for name in grids.gather_objects(grid, "" if token.exists() else socket.gethostname()) if name]
     if grid.rank == 0:
-        token.unlink()
+        token.unlink(missing_ok=True)
     if blind:
         raise ConfigError(
             f"run_dir={folder}: {blind[0]} does not see what the first node wrote there; use a folder on a file "

@@ -8,12 +8,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from icrl_megatron import serve
+from icrl_megatron import run_files, serve
 from icrl_megatron import settings as settings_module
 from icrl_megatron.config import ActorSettings, AlgoSettings, ConfigError, Settings
 from icrl_megatron.eval_problems import check_rows
 from icrl_megatron.limits import CHOICES, RANGES
-from icrl_megatron.resume import check_resume
 from icrl_megatron.shape import Qwen3Shape, check_folder
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked
@@ -36,9 +35,7 @@ def validate(settings: Settings) -> None:
     _check_debug(settings)
     folder = settings_module.run_folder(settings)
     _check_writable(folder)
-    saved = folder / settings_module.SAVED_NAME
-    if saved.exists():
-        check_resume(settings_module.load_saved(saved), settings, folder)
+    run_files.check(settings, folder)
 
 
 def validate_settings(settings: Settings) -> None:

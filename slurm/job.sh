@@ -63,7 +63,8 @@ wait_for() {  # a trapped signal ends `wait` before its process has ended
 
 start_servers() {  # train RECIPE [KEY=VALUE]...: what tasks.sources[...].serve asks for, on the first node, as a step of its own
   local first code log=$ICRL_SERVERS/step.log
-  rm -rf "$ICRL_SERVERS"; mkdir -p "$ICRL_SERVERS"
+  # What servers before a retry left: their logs stay.
+  mkdir -p "$ICRL_SERVERS"; rm -f "$ICRL_SERVERS/addresses.json"
   first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   srun --nodes=1 --ntasks=1 --nodelist="$first" --overlap --output="$log" "${container[@]}" \
     "$python" -m icrl_megatron.serve "$ICRL_SERVERS" "$@" &

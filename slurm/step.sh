@@ -79,7 +79,7 @@ servers=''
 if [ -z "${ICRL_SERVERS:-}" ]; then
   export ICRL_SERVERS=$logs/servers.${SLURM_JOB_ID:-$$}.${SLURM_RESTART_COUNT:-0}
   if [ "${SLURM_NODEID:-0}" -eq 0 ]; then
-    rm -rf "$ICRL_SERVERS"
+    rm -f "$ICRL_SERVERS/addresses.json"  # of servers that ended; their logs stay
     ICRL_PARENT=$$ "$python" -m icrl_megatron.serve "$ICRL_SERVERS" "$@" &
     servers=$!
   fi

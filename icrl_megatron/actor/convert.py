@@ -14,28 +14,40 @@ from icrl_megatron.actor.export import write_hf
 from icrl_megatron.actor.weights import Gatherer
 from icrl_megatron.config import ActorSettings, ConfigError, Settings
 from icrl_megatron.shape import check_folder
+from icrl_megatron.telemetry import results
+from icrl_megatron.telemetry.disk import disk_errors
 
 
-def import_hf(source: Path, target: Path) -> None:
-    """Writes `target`/step_000000: fp32 main weights, moments of zero. Raises ConfigError on a bad folder."""
+def import_hf(source: Path, target: Path, overwrite: bool = False) -> None:
+    """Writes `target`/step_000000: fp32 main weights, moments of zero. Other steps there are not touched.
+
+    Raises ConfigError on a bad folder, and on a target that must not be written (`results.check_import`)."""
     check_folder(source)
-    with _single_actor(source) as (actor, grid):
+    final = results.check_import(target, source, overwrite)
+    with (
+        _single_actor(source) as (actor, grid),
+        results.writing(final, results.CHECKPOINT, [source], overwrite) as folder,
+        disk_errors(final, "the checkpoint"),
+    ):
         start = checkpoint.Progress(step=0, weight_version=0, optimizer_steps=0, generated_tokens=0)
-        checkpoint.save(target, actor.rows, actor.optimizer, grid, start, like=source)
+        # `folder` has the name of a step, in a temporary folder of its own: there are no other steps to clean up.
+        checkpoint.save(folder.parent, actor.rows, actor.optimizer, grid, start, like=source)
 
 
-def export_hf(source: Path, target: Path) -> None:
+def export_hf(source: Path, target: Path, overwrite: bool = False) -> None:
     """Writes the weights of a checkpoint (a step folder, or a folder of them: the newest) as a Hugging Face folder, in
-    the dtype that its configuration names. Raises ConfigError if there is no complete checkpoint."""
+    the dtype that its configuration names. Raises ConfigError if there is no complete checkpoint, and on a target that
+    must not be replaced (`results.check`)."""
     steps = [source] if (source / checkpoint.META).exists() else checkpoint.complete(source)
     if not steps:
         raise ConfigError(
             f"{source}: no complete checkpoint there; give a step_NNNNNN folder or the folder that has them"
         )
+    results.check(target, results.MODEL, [source, steps[-1]], overwrite)
     like = steps[-1] / checkpoint.SIDE_FILES
     with _single_actor(like, weights=False) as (actor, grid):
         checkpoint.load(steps[-1], actor.rows, actor.optimizer, grid)
-        write_hf(Gatherer(actor.rows, grid), like, target, grid)
+        write_hf(Gatherer(actor.rows, grid), like, target, grid, overwrite)
 
 
 @contextmanager

@@ -3,77 +3,92 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
-from icrl_megatron.actor.grid import Grid
+from icrl_megatron.actor.grid import Grid, gather_objects
 from icrl_megatron.actor.weights import Gatherer
 from icrl_megatron.config import ConfigError
+from icrl_megatron.telemetry import results
+from icrl_megatron.telemetry.disk import disk_errors, require_space, size_text
 
 SHARD_BYTES = 4 << 30
 """Weights are written in files of about this size: the most that rank 0 holds beside its own share."""
 _KEPT = ("*.json", "*.jinja", "*.txt", "*.model")
 
 
-def write_hf(gatherer: Gatherer, like: Path, out: Path, grid: Grid) -> None:
+def write_hf(
+    gatherer: Gatherer, like: Path, out: Path, grid: Grid, overwrite: bool = False, remedy: str = results.REMEDY
+) -> None:
     """Writes the weights, in the parameters' dtype, beside the configuration and tokenizer files of the folder `like`.
 
-    Every rank takes part; rank 0 writes. The folder appears under its name when it is complete.
+    Every rank takes part; rank 0 writes, as `results.writing` does. Raises ConfigError, on all ranks, where `out` must
+    not be replaced (`remedy` says what to do then) or the disk has no room.
     """
-    part = out.with_name(out.name + ".part")
-    writer = _ShardWriter(part, gatherer) if grid.rank == 0 else None
-    if writer is not None:
-        copy_side_files(like, part)
-    for name, tensor in gatherer.stream():
-        if writer is not None:
-            writer.add(name, tensor)
-    if writer is not None:
-        writer.close()
-        _name_dtype(part, next(iter(gatherer.owned))[3])
-        shutil.rmtree(out, ignore_errors=True)
-        part.rename(out)
-    dist.barrier(group=grid.host_group)
+    error: ConfigError | None = None
+    stream = gatherer.stream()
+    if grid.rank == 0:
+        try:
+            with results.writing(out, results.MODEL, [like], overwrite, remedy) as folder:
+                _write(stream, _ShardWriter(folder, out, gatherer), like)
+        except ConfigError as caught:
+            error = caught
+    for _ in stream:  # what rank 0 did not take: all ranks gather each tensor together
+        pass
+    said = gather_objects(grid, str(error) if error else "")[0]
+    if said:
+        raise error or ConfigError(said)
+
+
+def _write(stream: Iterator[tuple[str, torch.Tensor]], writer: _ShardWriter, like: Path) -> None:
+    copy_side_files(like, writer.folder)
+    require_space(writer.out, writer.planned, "the Hugging Face export")
+    for name, tensor in stream:
+        writer.add(name, tensor)
+    writer.close()
 
 
 def copy_side_files(like: Path, part: Path) -> None:
-    """Everything of a Hugging Face folder but its weights. Raises ConfigError if it has no config.json."""
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for pattern in _KEPT:
-        for path in like.glob(pattern):
-            if not path.name.endswith(".index.json"):
-                shutil.copy2(path, part / path.name)
+    """Everything of a Hugging Face folder but its weights, into the folder `part`, which is made if need be. Raises
+    ConfigError if it has no config.json, and for errors of the disk."""
+    with disk_errors(part, "the model's configuration and tokenizer"):
+        part.mkdir(parents=True, exist_ok=True)
+    for path in (path for pattern in _KEPT for path in like.glob(pattern)):
+        if path.name.endswith(".index.json") or path.name.startswith("."):
+            continue
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror}); copy the model's folder again") from error
+        with disk_errors(part, "the model's configuration and tokenizer"):
+            (part / path.name).write_bytes(content)
     if not (part / "config.json").exists():
         raise ConfigError(f"{like}: no config.json to export beside the weights; name the folder the model came from")
-
-
-def _name_dtype(part: Path, dtype: torch.dtype) -> None:
-    config = json.loads((part / "config.json").read_text())
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 class _ShardWriter:
     """Collects tensors up to SHARD_BYTES and writes them; one file and no index where all fits in one."""
 
-    def __init__(self, folder: Path, gatherer: Gatherer) -> None:
-        self.folder = folder
-        self.count = self._plan(gatherer)
+    def __init__(self, folder: Path, out: Path, gatherer: Gatherer) -> None:
+        """Writes into `folder`, which will be `out`."""
+        self.folder, self.out = folder, out
+        self.dtype = gatherer.owned[0][3]
+        sizes = [torch.Size(full).numel() * dtype.itemsize for _, _, full, dtype in gatherer.owned]
+        self.planned, self.count = sum(sizes), self._plan(sizes)
         self.held: dict[str, torch.Tensor] = {}
         self.bytes = self.total = 0
         self.where: dict[str, str] = {}
         self.files = 0
 
     @staticmethod
-    def _plan(gatherer: Gatherer) -> int:
+    def _plan(sizes: Sequence[int]) -> int:
         """How many files there will be: names carry the count, so it must be known before the first is written."""
         files, held = 0, 0
-        for _, _, full, dtype in gatherer.owned:
-            size = torch.Size(full).numel() * dtype.itemsize
+        for size in sizes:
             if held and held + size > SHARD_BYTES:
                 files, held = files + 1, 0
             held += size
@@ -88,15 +103,25 @@ class _ShardWriter:
         self.total += size
 
     def close(self) -> None:
+        """Writes what is left, the index of several files, and the dtype into the configuration."""
         self._flush()
-        if self.count > 1:
-            index = {"metadata": {"total_size": self.total}, "weight_map": self.where}
-            (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        with self._errors():
+            if self.count > 1:
+                index = {"metadata": {"total_size": self.total}, "weight_map": self.where}
+                (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            path = self.folder / "config.json"
+            config = json.loads(path.read_text())
+            config["dtype"] = str(self.dtype).removeprefix("torch.")
+            path.write_text(json.dumps(config, indent=2) + "\n")
 
     def _flush(self) -> None:
         self.files += 1
         one = self.count == 1
         name = "model.safetensors" if one else f"model-{self.files:05d}-of-{self.count:05d}.safetensors"
-        save_file(self.held, self.folder / name, metadata={"format": "pt"})
+        with self._errors():
+            save_file(self.held, self.folder / name, metadata={"format": "pt"})
         self.where.update(dict.fromkeys(self.held, name))
         self.held, self.bytes = {}, 0
+
+    def _errors(self) -> AbstractContextManager[None]:
+        return disk_errors(self.out, f"the Hugging Face export ({size_text(self.planned)})")

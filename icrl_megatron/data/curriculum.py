@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from icrl_megatron.config import ConfigError
-from icrl_megatron.telemetry.files import write_atomically
+from icrl_megatron.telemetry.files import AppendFile, write_atomically
 from icrl_megatron.types import Episode, Task
 
 HISTORY = "task_success.jsonl"
@@ -58,8 +58,9 @@ def success_shares(episodes: Iterable[Episode]) -> dict[str, float]:
 
 
 def append_history(run_dir: Path, step: int, shares: dict[str, float]) -> None:
-    with (run_dir / HISTORY).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "success": shares}) + "\n")
+    file = AppendFile(run_dir / HISTORY, "the successes of the step")
+    file.write(f"{json.dumps({'step': step, 'success': shares})}\n".encode())
+    file.close()
 
 
 def read_history(run_dir: Path, until: int) -> list[dict[str, float]]:

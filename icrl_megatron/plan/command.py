@@ -24,6 +24,7 @@ def run(
     searching: bool,
     scaling: bool,
     image: Path | None,
+    overwrite: bool = False,
 ) -> None:
     """Prints the plan, its scaling or a search. Raises ConfigError for a plan that does not fit."""
     resolved, gpu = settings_module.load(recipe, overrides), hardware.get(gpu_name)
@@ -32,7 +33,7 @@ def run(
         raise ConfigError(f"--gpus {gpus}: must be at least 1")
     validate.validate_settings(resolved)
     if image is not None:
-        require_writable(image)
+        require_writable(image, overwrite)
     if searching:
         found = search(resolved, gpus or planner.ranks(resolved), gpu)
         show_search(found, console)

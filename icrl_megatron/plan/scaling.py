@@ -11,6 +11,8 @@ from icrl_megatron.plan.hardware import Gpu
 from icrl_megatron.plan.layout import Layout
 from icrl_megatron.plan.models import shape_of
 from icrl_megatron.plan.planner import Plan, episodes, grown, of_layout, ranks
+from icrl_megatron.telemetry.files import PICTURE_MARK, save_picture
+from icrl_megatron.telemetry.results import begins_with, check_file
 
 GPU_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 GROUPS = {
@@ -61,11 +63,13 @@ def efficiency(points: list[Point], plan: Plan) -> float:
     return plan.tokens_a_second_a_gpu / fitting(points, grown_batch=True)[0][1].tokens_a_second_a_gpu
 
 
-def require_writable(path: Path) -> None:
-    """Raises ConfigError where no picture can be written, before anything is worked out for it."""
+def require_writable(path: Path, overwrite: bool = False) -> None:
+    """Raises ConfigError where no picture can be written, or would replace another file, before anything is worked out
+    for it."""
     if path.is_dir() or not path.parent.is_dir():
         wrong = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise ConfigError(f"--picture {path}: {wrong}; give a file, e.g. --picture scaling.png")
+    check_file(path, "a picture", begins_with(b"\x89PNG", PICTURE_MARK), overwrite)
 
 
 def picture(points: list[Point], path: Path, title: str) -> Path:
@@ -75,7 +79,6 @@ def picture(points: list[Point], path: Path, title: str) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    require_writable(path)
     if not fitting(points, grown_batch=True):
         raise ConfigError(f"--picture {path}: nothing to draw, the run fits none of {', '.join(map(str, GPU_COUNTS))}")
     with mpl.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
@@ -88,10 +91,7 @@ def picture(points: list[Point], path: Path, title: str) -> Path:
             axes.set_xticks(range(len(points)), [str(p.gpus) for p in points])
             axes.grid(alpha=0.25, linewidth=0.7, axis="y")
         figure.suptitle(f"{title}: PREDICTED by icrl plan, not measured")
-        try:
-            figure.savefig(path, dpi=140, format="png")
-        except OSError as error:
-            raise ConfigError(f"--picture {path}: cannot be written ({error.strerror}); give another file") from error
+        save_picture(figure, path)
     return path
 
 

@@ -25,6 +25,7 @@ import psutil
 
 from icrl_megatron.config import ConfigError, EngineSettings
 from icrl_megatron.rollout.engine import EngineError, NoAnswerError
+from icrl_megatron.telemetry.disk import disk_errors
 
 TESTED = ("0.5.23",)
 """Versions of SGLang that this revision was tested with."""
@@ -109,7 +110,8 @@ class Server:
     def start(self) -> None:
         """Starts the process on a free port, without waiting for it. Call it in the main thread (see leash.py)."""
         assert self.spec is not None
-        self.spec.log.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(self.spec.log, "the server's log"):
+            self.spec.log.parent.mkdir(parents=True, exist_ok=True)
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         leash = [self.spec.python, str(Path(__file__).with_name("leash.py")), str(os.getpid())]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +13,8 @@ import numpy as np
 from icrl_megatron.config import ConfigError
 from icrl_megatron.tasks.base import EnvironmentFailure, sendable
 from icrl_megatron.tasks.servers import Pool
+from icrl_megatron.telemetry import results
+from icrl_megatron.telemetry.disk import disk_errors
 from icrl_megatron.telemetry.files import locked
 
 META = "source.json"
@@ -117,13 +118,14 @@ def _build(corpus: Path, folder: Path, source: dict[str, int]) -> None:
         raise ConfigError(f"{corpus}: no documents in it; a search could find nothing")
     index = bm25s.BM25()
     index.index(_words(texts), show_progress=False)
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    index.save(str(part))
-    np.save(part / OFFSETS, np.asarray(offsets, dtype=np.int64))
-    (part / META).write_text(json.dumps(source))
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    remedy = "move it away, or the corpus to another folder"
+    with (
+        results.writing(folder, results.INDEX, [corpus], remedy=remedy) as part,
+        disk_errors(folder, "the search index"),
+    ):
+        index.save(str(part))
+        np.save(part / OFFSETS, np.asarray(offsets, dtype=np.int64))
+        (part / META).write_text(json.dumps(source))
 
 
 def _words(texts: list[str]) -> Any:

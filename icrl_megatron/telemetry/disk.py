@@ -23,6 +23,8 @@ _REASONS = {
     errno.ENOTDIR: ("a part of the path is a file, not a folder", "choose another folder"),
     errno.EISDIR: ("a folder is in the place of the file", "move that folder away, or choose another folder"),
     errno.ENAMETOOLONG: ("the name is too long", "choose a shorter path"),
+    errno.EBUSY: ("the folder is in use by the system, as a mount point", "choose a folder inside it"),
+    errno.EXDEV: ("the folder cannot be renamed, it belongs to a layer of the container", "choose another folder"),
     errno.ELOOP: ("the path goes through too many symbolic links", "choose another folder"),
 }
 _SHORT_WRITE = re.compile(r"unexpected pos|PytorchStreamWriter failed|file write failed|requested and \d+ written")
@@ -70,6 +72,20 @@ def disk_errors(folder: Path, what: str) -> Iterator[None]:
         if code in _NO_ROOM:
             reason += _free_text(folder)
         raise ConfigError(f"{folder}: cannot write {what}: {reason}; {remedy}") from error
+
+
+@contextmanager
+def unexplained_errors() -> Iterator[None]:
+    """For the entry point of a program: an error of the disk that reaches it becomes a ConfigError too, with the file
+    that the system names. Errors of processes and connections, and those that no remedy is known for, pass through."""
+    try:
+        yield
+    except OSError as error:
+        named = error.filename is not None or error.errno in (*_NO_ROOM, errno.EROFS)
+        if error.errno not in _REASONS or not named:
+            raise
+        reason, remedy = _REASONS[error.errno]
+        raise ConfigError(f"{error.filename or 'a file that the program writes'}: {reason}; {remedy}") from error
 
 
 def size_text(size: int) -> str:

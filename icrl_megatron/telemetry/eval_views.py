@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from icrl_megatron.telemetry.files import save_picture
 from icrl_megatron.telemetry.plots import COLOURS
 
 if TYPE_CHECKING:
@@ -103,5 +104,5 @@ def picture(result: Result, path: Path) -> Path:
         axes.set_xticks(range(len(result.scores)), [s.subset for s in result.scores], rotation=20, ha="right")
         axes.set(ylabel="success", ylim=(0, 1.02))
         figure.legend(loc="outside upper center", ncols=result.rounds, frameon=False)
-        figure.savefig(path, dpi=140)
+        save_picture(figure, path)
     return path

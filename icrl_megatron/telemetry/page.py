@@ -18,6 +18,7 @@ from icrl_megatron.telemetry.metrics import EVALUATION_TOKENS
 from icrl_megatron.telemetry.page_choice import PageSize, choose
 from icrl_megatron.telemetry.page_curves import Measured, group_data, groups, times
 from icrl_megatron.telemetry.page_episodes import Speller, episode
+from icrl_megatron.telemetry.results import begins_with, check_file
 from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
 
 WEB = Path(__file__).parent / "web"
@@ -26,8 +27,10 @@ SCRIPTS = ("base.js", "charts.js", "episodes.js", "page.js")
 """In the order in which they depend on each other; one script in the page."""
 
 
-def write_page(runs: Sequence[Path], out: Path, size: PageSize = DEFAULT_SIZE) -> Path:
-    """Writes the page of these run folders to `out`. Raises ConfigError on a folder that is no run with metrics."""
+def write_page(runs: Sequence[Path], out: Path, size: PageSize = DEFAULT_SIZE, overwrite: bool = False) -> Path:
+    """Writes the page of these run folders to `out`. Raises ConfigError on a folder that is no run with metrics, and
+    where `out` is another file than an earlier page, unless `overwrite` says that it may be replaced."""
+    check_file(out, "a page", begins_with(b"<title>ICRL report</title>"), overwrite)
     measured = _labelled(runs, [_measured(run) for run in runs])
     shown = [run_data(run, of, size, len(runs)) for run, of in zip(runs, measured, strict=True)]
     data: dict[str, list[dict[str, Any]]] = {"runs": shown, "groups": []}

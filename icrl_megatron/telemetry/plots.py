@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from icrl_megatron.telemetry.bands import arm_band, evaluations, smoothed
+from icrl_megatron.telemetry.files import save_picture
 from icrl_megatron.telemetry.metrics import CRITIQUE_FREE, GENERATED, HELDOUT
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def learning_curve(runs: Sequence[tuple[str, Sequence[Row]]], path: str | Path, 
             figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)
         if title:
             figure.suptitle(title)
-        figure.savefig(path, dpi=140)
+        save_picture(figure, Path(path))
     return Path(path)
 
 
@@ -84,7 +85,7 @@ def arms_picture(curves: Mapping[str, Mapping[str, Sequence[Sequence[Row]]]], pa
         panels[0].set_ylabel("held-out success without critique")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)
-        figure.savefig(path, dpi=140)
+        save_picture(figure, Path(path))
     return Path(path)
 
 

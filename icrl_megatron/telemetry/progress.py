@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import (
@@ -88,7 +88,8 @@ class Progress:
     def log(self, text: str) -> None:
         """One line that stays, above the bars."""
         if self.enabled:
-            self.console.print(text, highlight=False, markup=False)
+            with suppress(OSError):  # a full disk behind stderr costs these lines, not the run
+                self.console.print(text, highlight=False, markup=False)
 
     def _make_bars(self) -> Bars:
         return Bars(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from icrl_megatron.config import ConfigError
-from icrl_megatron.telemetry.files import write_atomically
+from icrl_megatron.telemetry.files import AppendFile, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -27,23 +31,17 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: str | Path, resume_step: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # those who only read rows need no torch
-
         self.path = Path(run_dir) / METRICS_FILE
         kept = [r for r in read_rows(self.path) if resume_step is not None and r["step"] <= resume_step]
-        write_atomically(self.path, map(_line, kept))
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(
-            str(self.path.parent / TENSORBOARD_FOLDER), purge_step=0 if resume_step is None else resume_step + 1
-        )
+        what = f"the metrics of run_dir={run_dir}"
+        write_atomically(self.path, map(_line, kept), what)
+        self._file = AppendFile(self.path, what)
+        self._board = ScalarBoard(self.path.parent / TENSORBOARD_FOLDER, 0 if resume_step is None else resume_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one row; it is on its way to the disk when this returns."""
-        self._file.write(_line({"step": step, **metrics}) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
-        self._board.flush()
+        """Appends one row; it is with the operating system when this returns."""
+        self._file.write(f"{_line({'step': step, **metrics})}\n".encode())
+        self._board.write(step, metrics)
 
     def close(self) -> None:
         self._file.close()
@@ -56,6 +54,34 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class ScalarBoard:
+    """A TensorBoard event file of scalars, one record a step. TensorBoard's own writer has a thread, in which an error
+    of the disk ends with a traceback that nobody can catch."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        """Begins a file; TensorBoard drops what earlier files hold from `first_step` on."""
+        from tensorboard.compat.proto import event_pb2, summary_pb2  # those who only read rows need none of it
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        # The time to the nanosecond: TensorBoard reads the files in the order of their names.
+        name = f"events.out.tfevents.{time.time():020.9f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = AppendFile(folder / name, "the TensorBoard events")
+        self._records = RecordWriter(self._file)
+        self._add(step=first_step, file_version="brain.Event:2")
+        self._add(step=first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._add(step=step, summary=self._summary(value=values))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _add(self, **fields: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
 
 
 def read_rows(path: str | Path) -> list[Row]:

@@ -1,0 +1,37 @@
+"""What lies in a run folder, and whether a run may write there. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from icrl_megatron import settings as settings_module
+from icrl_megatron.config import ConfigError, Settings
+from icrl_megatron.data.curriculum import HISTORY
+from icrl_megatron.report import CURVE, REPORT
+from icrl_megatron.resume import check_resume
+from icrl_megatron.telemetry import results
+from icrl_megatron.telemetry.dumps import ROLLOUTS_FOLDER
+from icrl_megatron.telemetry.writer import METRICS_FILE, TENSORBOARD_FOLDER
+
+WARM_START = "warm_start"
+BASELINE = "baseline_{}"
+EXPORT = "hf"
+CONTROL = "control_{}.json"
+_WRITTEN = (METRICS_FILE, HISTORY, ROLLOUTS_FOLDER, TENSORBOARD_FOLDER, REPORT, CURVE)
+
+
+def check(settings: Settings, folder: Path) -> None:
+    """Raises ConfigError unless the run folder is new, or of the run that these settings go on with: a run replaces no
+    file of anybody else, neither at its start nor at its end."""
+    saved = folder / settings_module.SAVED_NAME
+    names = (*_WRITTEN, *(CONTROL.format(when) for when in ("before", "after")))
+    if saved.exists():
+        check_resume(settings_module.load_saved(saved), settings, folder)
+    elif strangers := [name for name in names if (folder / name).exists()]:
+        raise ConfigError(
+            f"run_dir={folder}: it holds {', '.join(strangers)} but no {settings_module.SAVED_NAME}, so it is not a "
+            "run that can go on, and a new run would replace them; choose another run_dir"
+        )
+    sources = [Path(settings.model.path)] if settings.model.path else []
+    for run in (folder, *([folder / BASELINE.format(settings.baseline)] if settings.baseline else [])):
+        results.check(run / EXPORT, results.MODEL, sources, remedy=results.MOVE_AWAY)
