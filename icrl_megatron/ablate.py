@@ -27,9 +27,11 @@ from icrl_megatron.settings import SAVED_NAME
 from icrl_megatron.telemetry.bands import Band, arm_band
 from icrl_megatron.telemetry.files import write_atomically
 from icrl_megatron.telemetry.metrics import EVALUATION_TOKENS
+from icrl_megatron.telemetry.results import read_json
 from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
 
 START = "start"
+TABLE, TABLE_TEXT, TABLE_PICTURE = "ablation.json", "ablation.md", "ablation.png"
 ARMS: dict[str, tuple[str, ...]] = {
     "icrl": (),
     "grpo": ("rollout.rounds=1", "algo.calibration.enabled=false"),
@@ -105,7 +107,8 @@ class Arm:
 
 
 def parse(recipe: str, arms: str, seeds: str, out: Path, overrides: Sequence[str], budget_of: str) -> Plan:
-    """Raises ConfigError on an unknown arm, a seed that is none, and settings that the recipe does not take."""
+    """Raises ConfigError on an unknown arm, a seed that is none, settings that the recipe does not take, and a folder
+    with files of somebody else in the place of the table."""
     chosen = tuple(ARMS) if arms == "all" else tuple(a.strip() for a in arms.split(",") if a.strip())
     for arm in (*chosen, *([budget_of] if budget_of else [])):
         if arm not in ARMS:
@@ -118,8 +121,18 @@ def parse(recipe: str, arms: str, seeds: str, out: Path, overrides: Sequence[str
         raise ConfigError(f"--seeds={seeds}: write whole numbers with commas, e.g. 0,1,2") from error
     for arm in chosen:  # before anything runs
         settings_module.load(recipe, [*overrides, *ARMS[arm]])
+    _check_out(out)
     # Absolute: a run that goes on must not find itself in another place than where a job began it.
     return Plan(recipe, chosen, numbers, out.resolve(), tuple(overrides), budget_of)
+
+
+def _check_out(out: Path) -> None:
+    """Raises ConfigError where the table would replace files that no earlier ablation wrote."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out={out}: a file, and the runs need a folder; choose another name")
+    found = [name for name in (TABLE, TABLE_TEXT, TABLE_PICTURE) if (out / name).exists()]
+    if found and not {"recipe", "overrides", "arms"} <= read_json(out / TABLE).keys():
+        raise ConfigError(f"--out={out}: no ablation wrote its {', '.join(found)}; choose another folder")
 
 
 def run(plan: Plan, cell: int | None = None) -> int:
@@ -268,7 +281,7 @@ def write(plan: Plan, arms: Sequence[Arm]) -> None:
     from icrl_megatron.telemetry.plots import arms_picture
 
     saved = {"recipe": plan.recipe, "overrides": plan.overrides, "arms": [asdict(a) for a in arms]}
-    write_atomically(plan.out / "ablation.json", [json.dumps(saved, indent=1)])
+    write_atomically(plan.out / TABLE, [json.dumps(saved, indent=1)])
     tasks = list(arms[0].by_task) if len(arms[0].by_task) > 1 else []
     heads = ["arm", "seeds", "success", *tasks, "generated tokens", "steps", "tokens a critique"]
     lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
@@ -276,12 +289,12 @@ def write(plan: Plan, arms: Sequence[Arm]) -> None:
         cells = [a.arm, str(a.seeds), _share(a), *(f"{100 * a.by_task[t]:.1f}" for t in tasks), f"{a.tokens:,.0f}"]
         cells += [f"{a.steps:.0f}", "-" if a.critique_tokens is None else f"{a.critique_tokens:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    write_atomically(plan.out / "ablation.md", lines)
+    write_atomically(plan.out / TABLE_TEXT, lines)
     curves = {
         a.arm: [read_rows(plan.folder(a.arm, s) / METRICS_FILE) for s in plan.seeds if finished(plan.folder(a.arm, s))]
         for a in arms
     }
-    arms_picture({plan.recipe: curves}, plan.out / "ablation.png")
+    arms_picture({plan.recipe: curves}, plan.out / TABLE_PICTURE)
 
 
 def conclude(plan: Plan) -> None:

@@ -19,6 +19,7 @@ from icrl_megatron import settings as settings_module
 from icrl_megatron import validate
 from icrl_megatron.ablate import START, Plan, cell_words, finished, start_words
 from icrl_megatron.config import ConfigError
+from icrl_megatron.telemetry.disk import disk_errors
 from icrl_megatron.telemetry.files import write_atomically
 
 SCRIPT = Path("slurm") / "ablate.sbatch"
@@ -137,7 +138,8 @@ def submit(plan: Plan, queue: Queue) -> list[tuple[str, str]]:
             f"scancel --name={job_name(plan)}"
         )
     queued: dict[str, str] = {}
-    (plan.out / "jobs").mkdir(parents=True, exist_ok=True)
+    with disk_errors(plan.out, "the logs of the jobs"):
+        (plan.out / "jobs").mkdir(parents=True, exist_ok=True)
     for job in jobs(plan, save_plan(plan), queue):
         how = "afterany" if job.any_end else "afterok"
         after = [f"--dependency={how}:{':'.join(queued[name] for name in job.after)}"] if job.after else []

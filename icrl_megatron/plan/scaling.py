@@ -12,7 +12,7 @@ from icrl_megatron.plan.layout import Layout
 from icrl_megatron.plan.models import shape_of
 from icrl_megatron.plan.planner import Plan, episodes, grown, of_layout, ranks
 from icrl_megatron.telemetry.files import PICTURE_MARK, save_picture
-from icrl_megatron.telemetry.results import begins_with, check_file
+from icrl_megatron.telemetry.result_files import begins_with, check_file
 
 GPU_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 GROUPS = {

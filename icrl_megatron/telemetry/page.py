@@ -18,7 +18,7 @@ from icrl_megatron.telemetry.metrics import EVALUATION_TOKENS
 from icrl_megatron.telemetry.page_choice import PageSize, choose
 from icrl_megatron.telemetry.page_curves import Measured, group_data, groups, times
 from icrl_megatron.telemetry.page_episodes import Speller, episode
-from icrl_megatron.telemetry.results import begins_with, check_file
+from icrl_megatron.telemetry.result_files import begins_with, check_file
 from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
 
 WEB = Path(__file__).parent / "web"

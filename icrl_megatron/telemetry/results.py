@@ -13,6 +13,8 @@ import json
 import os
 import shutil
 import stat
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -36,7 +38,8 @@ _TEMPORARY = ".icrl-tmp"
 _LOCK = "lock"
 _OLD = "replaced"
 _DIGEST_BYTES = 1 << 20
-_HEAD_BYTES = 4096
+_LOOKS = 5
+_YOUNG_S = 60.0
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -87,13 +90,12 @@ def check(
     working directory or home or a folder that contains them, a folder that contains one of `sources`, and a place
     inside another result, which would be deleted with it. `remedy` ends the message where `overwrite` would help.
     """
-    target = _named(target)
     with disk_errors(target, f"the {kind.called}"):
         _check_name(target, kind, sources)
         _check_place(target)
         if target.exists() and not overwrite and (why := _not_ours(target, kind)):
             raise ConfigError(f"{target}: {why}, so the {kind.called} does not replace it; {remedy}")
-        _check_permission(target)
+        check_permission(_named(target))
 
 
 @contextmanager
@@ -114,7 +116,7 @@ def writing(
             _remove_stale(target)
             holder = target.with_name(f".{target.name}.{os.urandom(4).hex()}{_TEMPORARY}")
             holder.mkdir()
-            held.callback(shutil.rmtree, holder, ignore_errors=True)
+            held.callback(_remove, holder)
             held.enter_context(locked(holder, _LOCK))
             new = holder / target.name
             new.mkdir()
@@ -130,7 +132,6 @@ def check_import(root: Path, source: Path, overwrite: bool = False) -> Path:
 
     Raises ConfigError as `check` does, and unless `overwrite` where `root` holds anything but checkpoints.
     """
-    root = _named(root)
     with disk_errors(root, "the checkpoint"):
         _check_name(root, CHECKPOINT, [source])
         strangers = [p.name for p in root.iterdir() if not _belongs(p)] if root.exists() and not overwrite else []
@@ -139,35 +140,20 @@ def check_import(root: Path, source: Path, overwrite: bool = False) -> Path:
             f"{root}: it holds {_listed(strangers)}, so it is not a folder of checkpoints; choose another folder, or "
             "give --overwrite to write step_000000 beside that"
         )
+    root = _named(root)
     check(root / FIRST_STEP, CHECKPOINT, [source], overwrite)
     return root / FIRST_STEP
 
 
-def check_file(target: Path, what: str, ours: Callable[[Path], bool], overwrite: bool = False) -> None:
-    """Raises ConfigError if the file `target` must not be written, before any work: a folder, a link, and, without
-    `overwrite`, a file with other contents than what `ours` recognises. `what` names it in messages."""
-    with disk_errors(target, what):
-        if target.is_symlink():
-            raise ConfigError(f"{target}: a symbolic link, which is not replaced; name the file itself, or another one")
-        if target.exists() and not target.is_file():
-            raise ConfigError(f"{target}: not a file, and {what} is one; choose another name")
-        if target.exists() and not overwrite and target.stat().st_size > 0 and not ours(target):
-            raise ConfigError(
-                f"{target}: not {what} that this program wrote, so it is not replaced; choose another file, or give "
-                "--overwrite to replace it"
-            )
-        _check_permission(target)
-
-
-def begins_with(*texts: bytes) -> Callable[[Path], bool]:
-    """Recognises files by texts in their first bytes."""
-
-    def recognise(path: Path) -> bool:
-        with path.open("rb") as file:
-            head = file.read(_HEAD_BYTES)
-        return all(text in head for text in texts)
-
-    return recognise
+def check_permission(target: Path) -> None:
+    """Raises the OSError that replacing `target` would raise. Tries it: permission bits say nothing to root."""
+    if target.exists() and not os.access(target, os.W_OK):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+    parent = target.parent
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    with tempfile.TemporaryFile(dir=parent):
+        pass
 
 
 def is_temporary(path: Path) -> bool:
@@ -252,9 +238,18 @@ def _places_of(source: Path) -> Iterator[Path]:
 
 def _not_ours(target: Path, kind: Kind) -> str:
     """Why `target` is neither empty nor an unchanged result of this kind; empty where it is."""
+    for _ in range(_LOOKS):
+        marker = read_marker(target)
+        with suppress(FileNotFoundError):  # another process replaces the target meanwhile
+            why = _stranger(target, kind, marker)
+            if not why or read_marker(target) == marker:
+                return why
+    return "another process keeps writing it"
+
+
+def _stranger(target: Path, kind: Kind, marker: Mapping[str, object]) -> str:
     if not any(target.iterdir()):
         return ""
-    marker = read_marker(target)
     if not marker:
         if kind.known(target):
             return ""
@@ -278,18 +273,6 @@ def _not_ours(target: Path, kind: Kind) -> str:
 def _listed(names: Sequence[str]) -> str:
     names = sorted(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _check_permission(target: Path) -> None:
-    """Raises the OSError that replacing `target` would raise. Tries it: permission bits say nothing to root."""
-    if target.exists() and not os.access(target, os.W_OK):
-        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-    parent = target.parent
-    while not parent.exists() and parent != parent.parent:
-        parent = parent.parent
-    probe = parent / f".{os.urandom(4).hex()}{_TEMPORARY}"
-    probe.mkdir()
-    probe.rmdir()
 
 
 def _files(folder: Path) -> list[Path]:
@@ -344,15 +327,18 @@ def _sync(path: Path) -> None:
 
 def _swap(new: Path, target: Path, aside: Path) -> None:
     """`new` becomes `target`; an old folder there goes to `new` or to `aside`, in the same temporary folder."""
-    if not target.exists():
-        new.rename(target)
-    elif not _exchanged(new, target):
-        target.rename(aside)
-        try:
-            new.rename(target)
-        except OSError:
-            aside.rename(target)
+    try:
+        new.rename(target)  # where nothing is, or an empty folder
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
+        if not _exchanged(new, target):
+            target.rename(aside)
+            try:
+                new.rename(target)
+            except OSError:
+                aside.rename(target)
+                raise
     _sync(target.parent)
 
 
@@ -370,12 +356,22 @@ def _remove_stale(target: Path) -> None:
     when it was killed between two renames."""
     for holder in target.parent.glob(f".{_escaped(target.name)}.*{_TEMPORARY}"):
         with suppress(ConfigError, OSError):  # it is locked by a process that lives, or belongs to another user
-            if not (holder / _LOCK).is_file():
-                continue
+            begun = {path.name for path in holder.iterdir()} - {_LOCK}
+            if not begun and time.time() - holder.stat().st_mtime < _YOUNG_S:
+                continue  # a process may be about to lock it
             with locked(holder, _LOCK):
                 if (holder / _OLD).is_dir() and not target.exists():
                     (holder / _OLD).rename(target)
-                shutil.rmtree(holder)
+                _remove(holder)
+
+
+def _remove(holder: Path) -> None:
+    with suppress(OSError):  # another process removes it too, or something in it cannot be removed
+        for path in holder.iterdir():
+            if path.name != _LOCK:
+                shutil.rmtree(path, ignore_errors=True)
+        (holder / _LOCK).unlink(missing_ok=True)
+        holder.rmdir()
 
 
 def _escaped(name: str) -> str:
