@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,4 +114,5 @@ def _phase(module: str, settings: Settings, folder: Path) -> int:
     try:
         return torchrun(handed_over, settings.launch.ranks, logs, module=module)
     finally:
-        handed_over.unlink(missing_ok=True)
+        with suppress(OSError):  # the disk may have become read-only
+            handed_over.unlink()

@@ -25,7 +25,8 @@ def small_disk(folder: Path, kib: int) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        while os.path.ismount(folder):
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def fill(disk: Path, leave_kib: int = 0) -> Path:
@@ -36,8 +37,9 @@ def fill(disk: Path, leave_kib: int = 0) -> Path:
 
 
 def read_only(disk: Path) -> None:
-    """From now on nothing can be written to this small disk."""
-    _mount("-o", "remount,ro", str(disk))
+    """From now on nothing on this small disk can be opened for writing, also while a process has files open there."""
+    _mount("--bind", str(disk), str(disk))
+    _mount("-o", "remount,bind,ro", str(disk))
 
 
 def python(program: str, *arguments: str, timeout_s: float = 120) -> tuple[int, str, str]:

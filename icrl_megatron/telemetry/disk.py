@@ -105,10 +105,9 @@ def _free_text(folder: Path) -> str:
 
 def _error_number(error: BaseException) -> int | None:
     """The errno behind an exception, if it is one of `_REASONS`."""
-    for rank_failure in getattr(error, "failures", {}).values():  # torch's CheckpointException: rank -> (error, trace)
-        code = _error_number(rank_failure[0])
-        if code is not None:
-            return code
+    if type(error).__name__ == "CheckpointException":  # torch's: it holds what failed on each rank, with its trace
+        codes = (_error_number(failed) for failed, _ in error.failures.values())  # type: ignore[attr-defined]
+        return next((code for code in codes if code is not None), None)
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno if error.errno in _REASONS else None
     if not isinstance(error, OSError | RuntimeError) and type(error).__name__ != "SafetensorError":

@@ -436,9 +436,11 @@ def test_a_table_of_arms_replaces_no_other_file(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / name).write_text("{}")
-    said = icrl(["ablate", "rulebook_easy", "--out", str(tmp_path), "--table"], monkeypatch, capsys)
+    said = icrl(["ablate", "rulebook_easy", "--arms", "icrl", "--out", str(tmp_path), "--table"], monkeypatch, capsys)
     assert f"no ablation wrote its {name}" in said
-    said = icrl(["ablate", "rulebook_easy", "--out", str(tmp_path / name), "--table"], monkeypatch, capsys)
+    said = icrl(
+        ["ablate", "rulebook_easy", "--arms", "icrl", "--out", str(tmp_path / name), "--table"], monkeypatch, capsys
+    )
     assert "a file, and the runs need a folder" in said
 
 
