@@ -11,12 +11,11 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from icrl_megatron.actor.grid import Grid
+from icrl_megatron.actor.side_files import read_side_files, write_side_files
 from icrl_megatron.actor.weights import Gatherer
-from icrl_megatron.config import ConfigError
 
 SHARD_BYTES = 4 << 30
 """Weights are written in files of about this size: the most that rank 0 holds beside its own share."""
-_KEPT = ("*.json", "*.jinja", "*.txt", "*.model")
 
 
 def write_hf(gatherer: Gatherer, like: Path, out: Path, grid: Grid) -> None:
@@ -41,14 +40,10 @@ def write_hf(gatherer: Gatherer, like: Path, out: Path, grid: Grid) -> None:
 
 def copy_side_files(like: Path, part: Path) -> None:
     """Everything of a Hugging Face folder but its weights. Raises ConfigError if it has no config.json."""
+    files = read_side_files(like)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    for pattern in _KEPT:
-        for path in like.glob(pattern):
-            if not path.name.endswith(".index.json"):
-                shutil.copy2(path, part / path.name)
-    if not (part / "config.json").exists():
-        raise ConfigError(f"{like}: no config.json to export beside the weights; name the folder the model came from")
+    write_side_files(files, part)
 
 
 def _name_dtype(part: Path, dtype: torch.dtype) -> None:
