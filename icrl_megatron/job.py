@@ -71,7 +71,8 @@ def progress(run_folder: Path) -> Reached:
         lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.exists() else []
         whole = [line for line in lines[-2:] if line.endswith("}")]
         found.append(str(json.loads(whole[-1]).get("step")) if whole else "-")
-        saved.append(max((path.parent.name for path in folder.glob("checkpoints/step_*/icrl.json")), default="-"))
+        names = (path.parent.name for path in folder.glob("checkpoints/step_*/icrl.json"))
+        saved.append(max((name for name in names if name.removeprefix("step_").isdigit()), default="-"))
     baselines = sorted(run_folder.glob("baseline_*"))
     of_baselines = [reached for path in baselines for reached in (path.name, progress(path).saved)]
     return Reached("/".join([*found, *(path.name for path in baselines)]), "/".join([*saved, *of_baselines]))

@@ -21,8 +21,7 @@ class NoSignalError(HopelessError):
 def run(parts: Parts, recorder: Recorder) -> int:
     """Trains to the end. Returns 0, or STOPPED when a signal asked all ranks to stop; both leave a checkpoint."""
     settings = parts.settings
-    if recorder.step == 0:
-        recorder.evaluate()
+    recorder.begin()
     while not recorder.finished():
         played, report = play_and_credit(parts, recorder)
         if trouble := nothing_to_learn(settings, recorder.step, played, report):

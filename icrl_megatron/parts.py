@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 from icrl_megatron.actor import checkpoint, platform
 from icrl_megatron.actor.actor import MISMATCH_MAX_FP32, MISMATCH_MEAN_FP32, Actor, InvariantError
 from icrl_megatron.actor.export import write_hf
-from icrl_megatron.actor.grid import Grid, any_rank
+from icrl_megatron.actor.grid import Grid, any_rank, gather_objects, together
 from icrl_megatron.actor.sync import WeightSync
 from icrl_megatron.algo.credit import CreditReport
 from icrl_megatron.config import Settings
@@ -24,16 +25,18 @@ from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.source import EpisodeSource, Played
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.run_files import EXPORT
+from icrl_megatron.saving import Files, Saver
 from icrl_megatron.telemetry.dumps import write_dump
 from icrl_megatron.telemetry.metrics import EVALUATION_TIME, GENERATED, USED, heldout_metrics, rollout_metrics
 from icrl_megatron.telemetry.progress import Phase, Progress
 from icrl_megatron.telemetry.results import MOVE_AWAY
-from icrl_megatron.telemetry.writer import METRICS_FILE, TIME_PREFIX, MetricsWriter, read_rows
+from icrl_megatron.telemetry.writer import METRICS_FILE, TIME_PREFIX, MetricsWriter, Row, read_rows
 from icrl_megatron.types import StepStats, Task
 
-CHECKPOINTS = "checkpoints"
 TAPES = "tapes.jsonl"
 """In a checkpoint: episodes that were cut off (`rollout.partial`)."""
+PENDING = "row.json"
+"""In a checkpoint: the metrics of its step that were not written yet, because the step's evaluation failed."""
 
 
 @dataclass(frozen=True)
@@ -73,26 +76,27 @@ class Parts:
 class Recorder:
     """Knows where the run is, and what must survive it. Files are written by rank 0 alone."""
 
-    def __init__(self, parts: Parts, run_dir: Path, progress: Progress, stop: StopRequest) -> None:
-        self.parts, self.run_dir, self.progress, self.stop = parts, run_dir, progress, stop
+    def __init__(self, parts: Parts, saver: Saver, progress: Progress, stop: StopRequest) -> None:
+        self.parts, self.saver, self.run_dir, self.progress, self.stop = parts, saver, saver.run_dir, progress, stop
         self.step = self.generated = 0
         self.resampled = 0
         self.times: dict[str, float] = defaultdict(float)
         self.started = time.perf_counter()
         self.bar: Phase | None = None
-        found = checkpoint.complete(run_dir / CHECKPOINTS)
-        if found:
-            actor = parts.actor
-            resumed = checkpoint.load(found[-1], actor.rows, actor.optimizer, parts.grid)
-            parts.source.take_back(tapes.read(found[-1] / TAPES))
+        self.pending: Row | None = None
+        resumed = saver.restore()
+        if resumed is not None:
+            parts.source.take_back(tapes.read(saver.folder / TAPES))
             self.step, self.generated = resumed.step, resumed.generated_tokens
             parts.sync.version = resumed.weight_version - 1
-            progress.log(f"resuming from {found[-1]}")
+            self.pending = _read_pending(saver.folder / PENDING)
         parts.actor.offload.release()
         parts.sync.push()
         main = parts.grid.rank == 0
         self._resume_curriculum(main)
-        self.writer = MetricsWriter(run_dir, self.step if found else None) if main else None
+        written = None if resumed is None else self.step - (self.pending is not None)
+        self.writer = together(parts.grid, lambda: MetricsWriter(self.run_dir, written) if main else None)
+        self._completed(self.pending)
 
     def _resume_curriculum(self, main: bool) -> None:
         """What the steps before the checkpoint saw; the file is this run's own, so every rank may read it."""
@@ -104,6 +108,13 @@ class Recorder:
         any_rank(self.parts.grid, False)  # nobody reads any more
         if main:
             cut_history(self.run_dir, self.step)
+
+    def begin(self) -> None:
+        """What is due before the next step: the first evaluation, or the end of a step whose evaluation failed."""
+        if self.pending is not None:
+            self._end_step(self.pending, None)
+        elif self.step == 0 and not self._evaluated():
+            self.evaluate()
 
     def finished(self) -> bool:
         limit = self.parts.settings.max_generated_tokens
@@ -128,13 +139,11 @@ class Recorder:
 
     def record(self, played: Played, report: CreditReport, stats: StepStats | None) -> None:
         """Ends the step: its metrics, its rollouts, evaluation and checkpoint where due."""
-        settings = self.parts.settings
         self.step += 1
         if (curriculum := self.parts.sampler.curriculum) is not None:
             shares = success_shares(played.episodes)
             curriculum.observe(shares)
-            if self.writer is not None:
-                append_history(self.run_dir, self.step, shares)
+            self._by_first_rank(lambda: append_history(self.run_dir, self.step, shares))
         row = rollout_metrics(played.episodes, played.dropped, report)
         row |= _cost(played)
         row |= {"tokens/generated_total": self.generated, "steps/resampled": self.resampled}
@@ -143,19 +152,27 @@ class Recorder:
         if stats is not None:
             row |= _actor_metrics(stats)
             row |= {f"memory/{point}_gib": gib for point, gib in self.parts.sync.memory_gib.items()}
-        if settings.eval.interval and self.step % settings.eval.interval == 0 and not self.finished():
-            row |= self._heldout()
-        row |= self._timings(row, stats)
         if played.dropped:
             lost = played.dropped[0]
             self.progress.log(
                 f"step {self.step}: {len(played.dropped)} episodes lost, {lost.task.task_id}: {lost.error}"
             )
-        if self.writer is not None:
-            weights = stats.calibration_weights if stats is not None else {}
-            decode = self.parts.prompter.decode
-            write_dump(self.run_dir, self.step, played.episodes, report.samples, decode, weights)
-            self.writer.write(self.step, row)
+        weights = stats.calibration_weights if stats is not None else {}
+        decode = self.parts.prompter.decode
+        self._by_first_rank(
+            lambda: write_dump(self.run_dir, self.step, played.episodes, report.samples, decode, weights)
+        )
+        self._end_step(row, stats)
+
+    def _end_step(self, row: Row, stats: StepStats | None) -> None:
+        """Evaluation, metrics and checkpoint where due; the step is done before, and can be saved if these fail."""
+        settings = self.parts.settings
+        self._completed(row)
+        if settings.eval.interval and self.step % settings.eval.interval == 0 and not self.finished():
+            row = row | self._heldout()
+        row = row | self._timings(row, stats)
+        self._write(row)
+        self._completed(None)
         self._advance(row)
         if self.step % settings.checkpoint.interval == 0 and not self.finished():
             self.checkpoint()
@@ -165,18 +182,32 @@ class Recorder:
         row = self._heldout()
         row["tokens/generated_total"] = self.generated
         row[EVALUATION_TIME] = self.times.pop("evaluation", 0.0)
-        if self.writer is not None:
-            self.writer.write(self.step, row)
+        self._write(row)
 
     def checkpoint(self) -> None:
-        actor, settings = self.parts.actor, self.parts.settings
-        state = checkpoint.Progress(self.step, self.parts.sync.version, actor.optimizer.steps, self.generated)
-        root = self.run_dir / CHECKPOINTS
-        if not (root / f"step_{self.step:06d}").exists():
-            like, keep = Path(settings.model.path), settings.checkpoint.keep
-            kept = self.parts.source.tapes()
-            beside = {TAPES: tapes.to_lines(kept)} if kept else {}
-            checkpoint.save(root, actor.rows, actor.optimizer, self.parts.grid, state, like, keep, beside)
+        """Saves the last completed step, once."""
+        self.saver.save()
+
+    def _completed(self, pending: Row | None) -> None:
+        """From here on an error saves this step."""
+        optimizer, kept = self.parts.actor.optimizer, self.parts.source.tapes()
+
+        def beside() -> Files:
+            everyones = {task: of for mine in gather_objects(self.parts.grid, kept) for task, of in mine.items()}
+            found = {TAPES: tapes.to_lines(everyones)} if everyones else {}
+            return found | ({PENDING: [json.dumps(pending)]} if pending is not None else {})
+
+        self.pending = pending
+        progress = checkpoint.Progress(self.step, self.parts.sync.version, optimizer.steps, self.generated)
+        self.saver.completed(progress, beside)
+
+    def _by_first_rank(self, write: Callable[[], object]) -> None:
+        """Files are written by rank 0; where that fails, all ranks end."""
+        together(self.parts.grid, lambda: write() if self.writer is not None else None)
+
+    def _write(self, row: Row) -> None:
+        writer = self.writer
+        self._by_first_rank(lambda: writer.write(self.step, row) if writer is not None else None)
 
     def conclude(self) -> None:
         """The last evaluation, checkpoint and export; what a run that was killed in here has done is not done twice."""
@@ -184,8 +215,9 @@ class Recorder:
             self.evaluate()
         self.checkpoint()
         with self.progress.phase("export"):
-            folder = Path(self.parts.settings.model.path)
-            write_hf(self.parts.sync.gatherer, folder, self.run_dir / EXPORT, self.parts.grid, remedy=MOVE_AWAY)
+            write_hf(
+                self.parts.sync.gatherer, self.saver.model, self.run_dir / EXPORT, self.parts.grid, remedy=MOVE_AWAY
+            )
         if self.writer is not None:
             self.writer.close()
 
@@ -221,6 +253,12 @@ class Recorder:
         line = f"step {self.step}  critique-free {free:.0%}  with critique {row.get('success/with_critique', free):.0%}"
         if self.bar is not None:
             self.bar.advance(1, note=line)
+
+
+def _read_pending(path: Path) -> Row | None:
+    """The row that a checkpoint was saved with, if its evaluation had failed; its files were verified before."""
+    row: Row | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return row
 
 
 def _cost(played: Played) -> dict[str, float]:

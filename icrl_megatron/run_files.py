@@ -35,3 +35,4 @@ def check(settings: Settings, folder: Path) -> None:
     sources = [Path(settings.model.path)] if settings.model.path else []
     for run in (folder, *([folder / BASELINE.format(settings.baseline)] if settings.baseline else [])):
         results.check(run / EXPORT, results.MODEL, sources, remedy=results.MOVE_AWAY)
+        results.check(run / settings_module.KEPT_MODEL, results.MODEL_FILES, sources, remedy=results.MOVE_AWAY)

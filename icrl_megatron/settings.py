@@ -25,7 +25,8 @@ from icrl_megatron.telemetry.files import write_atomically
 
 SAVED_NAME = "settings.yaml"
 """File in a run folder that holds its resolved settings."""
-
+KEPT_MODEL = "model_files"
+"""Folder in a run folder with what the model's folder has besides weights."""
 
 _REFUSED = ("top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 """What other trainers let one set, and what would make the engine sample from another distribution."""
@@ -70,6 +71,14 @@ def apply_overrides(settings: Settings, pairs: Sequence[tuple[str, str]]) -> Set
 def run_folder(settings: Settings) -> Path:
     """Where the run writes: `run_dir`, or runs/<name> under the working directory."""
     return Path(settings.run_dir) if settings.run_dir else Path("runs") / settings.name
+
+
+def model_folder(settings: Settings) -> Path:
+    """`model.path`. Where that folder is gone, the copy of it without weights that the run folder holds: a run that has
+    a checkpoint can go on with that."""
+    folder = Path(settings.model.path)
+    kept = (run_folder(settings) / KEPT_MODEL, run_folder(settings) / "warm_start" / KEPT_MODEL)
+    return folder if folder.is_dir() else next((k for k in kept if (k / "config.json").is_file()), folder)
 
 
 def to_yaml(settings: Settings) -> str:

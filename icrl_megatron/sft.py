@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from icrl_megatron import saving
 from icrl_megatron.actor import checkpoint
 from icrl_megatron.actor import grid as grids
 from icrl_megatron.actor.platform import token_multiple
@@ -23,7 +24,6 @@ from icrl_megatron.config import AlgoSettings, Calibration, ConfigError, Setting
 from icrl_megatron.data.packing import pack
 from icrl_megatron.data.sampler import TaskSampler, order_seed
 from icrl_megatron.launch import STOPPED, StopRequest, run_rank
-from icrl_megatron.parts import CHECKPOINTS
 from icrl_megatron.rollout.episode import Stage, play
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Seeds
@@ -37,7 +37,7 @@ from icrl_megatron.telemetry.disk import disk_errors
 from icrl_megatron.telemetry.progress import Progress
 from icrl_megatron.telemetry.writer import MetricsWriter
 from icrl_megatron.train import joined, problems, tokenizer
-from icrl_megatron.types import Sample, Task
+from icrl_megatron.types import Sample, StepStats, Task
 
 SEED_FOLDER = "random"
 """Where the embedded model stands before it learned anything."""
@@ -84,23 +84,20 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     from icrl_megatron.actor.weights import Gatherer
 
     run_dir, warm, progress = run_folder(settings), settings.warm_start, Progress(enabled=grid.rank == 0)
-    start = _start_folder(settings, grid)
-    actor = Actor(settings, start, grid)
-    prompter = Prompter(tokenizer(start), settings.rollout)
+    start = saving.begin(run_dir, _start_folder(settings, grid), grid, progress.log)
+    actor = Actor(settings, start.folder, grid, weights=start.found is None)
+    saver = saving.Saver(start, actor, settings.checkpoint.keep, progress.log, lambda: bool(stop))
+    prompter = Prompter(tokenizer(start.model), settings.rollout)
     catalogue = registry.Catalogue(settings.tasks.sources)
     stage = Stage(catalogue.environment, prompter, settings.rollout)
     sampler = TaskSampler(settings.tasks.sources, problems(settings, catalogue, "train"), order_seed(settings))
-    root = run_dir / CHECKPOINTS
-    found = checkpoint.complete(root)
-    done = checkpoint.load(found[-1], actor.rows, actor.optimizer, grid).step if found else 0
-    writer = MetricsWriter(run_dir, done if found else None) if grid.rank == 0 else None
+    resumed = saver.restore()
+    done, main = 0 if resumed is None else resumed.step, grid.rank == 0
+    written = None if resumed is None else done
+    writer = grids.together(grid, lambda: MetricsWriter(run_dir, written) if main else None)
     align = token_multiple(settings.actor)
 
-    def save(step: int) -> None:
-        state = checkpoint.Progress(step, 0, actor.optimizer.steps, 0)
-        checkpoint.save(root, actor.rows, actor.optimizer, grid, state, start, settings.checkpoint.keep)
-
-    with progress.phase("warm start", warm.steps) as bar:
+    with progress.phase("warm start", warm.steps) as bar, saver.on_error():
         bar.advance(done)
         for step in range(done, warm.steps):
             tasks = sampler.draw(step, 0, warm.episodes_per_step)
@@ -116,17 +113,21 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
             stats = actor.train(plan, actor.score(plan), learning_rate(step, warm))
             nll = stats.metrics.get("nll", math.nan)  # an update that was skipped measured none
             bar.advance(1, note=f"nll {nll:.3f}")
-            if writer is not None:
-                skipped = float(stats.skipped_updates)
-                row = {"sft/nll": nll, "actor/grad_norm": stats.grad_norm, "actor/skipped_updates": skipped}
-                writer.write(step + 1, row)
+            _write(writer, grid, step + 1, nll, stats)
+            saver.completed(checkpoint.Progress(step + 1, 0, actor.optimizer.steps, 0))
             if grids.any_rank(grid, bool(stop)):
-                save(step + 1)
+                saver.save()
                 return STOPPED
             if (step + 1) % settings.checkpoint.interval == 0:
-                save(step + 1)
-    write_hf(Gatherer(actor.rows, grid), start, run_dir / EXPORT, grid, remedy=results.MOVE_AWAY)
+                saver.save()
+        write_hf(Gatherer(actor.rows, grid), start.model, run_dir / EXPORT, grid, remedy=results.MOVE_AWAY)
     return 0
+
+
+def _write(writer: MetricsWriter | None, grid: grids.Grid, step: int, nll: float, stats: StepStats) -> None:
+    skipped = float(stats.skipped_updates)
+    row = {"sft/nll": nll, "actor/grad_norm": stats.grad_norm, "actor/skipped_updates": skipped}
+    grids.together(grid, lambda: writer.write(step, row) if writer is not None else None)
 
 
 def _start_folder(settings: Settings, grid: grids.Grid) -> Path:

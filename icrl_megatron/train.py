@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from icrl_megatron import loop, wiring
+from icrl_megatron import loop, saving, wiring
 from icrl_megatron.actor import grid as grids
 from icrl_megatron.actor import platform
 from icrl_megatron.actor.actor import Actor
@@ -94,9 +94,10 @@ def require_shared(folder: Path, grid: grids.Grid) -> None:
 
 def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     progress = Progress(enabled=grid.rank == 0)
-    folder = Path(settings.model.path)
+    start = saving.begin(run_folder(settings), Path(settings.model.path), grid, progress.log)
+    saving.require_weights(start, settings)
     catalogue = registry.Catalogue(settings.tasks.sources)
-    prompter = Prompter(tokenizer(folder), settings.rollout)
+    prompter = Prompter(tokenizer(start.model), settings.rollout)
     drawn_from = problems(settings, catalogue, "train")
     check_prompts(drawn_from, settings, catalogue, prompter)
     curriculum = Curriculum(settings.tasks.curriculum_floor) if settings.tasks.curriculum else None
@@ -104,17 +105,18 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     # Servers start while the actor is built, where they do not take its memory. An engine in this process waits for the
     # actor, which says best what is wrong with a model.
     served = settings.engine.kind == "sglang"
-    engines = wiring.build_engines(settings, folder, grid) if served else None
+    engines = wiring.build_engines(settings, start, grid) if served else None
     try:
         first = engines is not None and engines.in_turn
         if first:
             _wait_ready(engines, grid, progress)
-        actor = Actor(settings, folder, grid)
-        engines = engines if served else wiring.build_engines(settings, folder, grid)
+        actor = Actor(settings, start.folder, grid, weights=start.found is None)
+        engines = engines if served else wiring.build_engines(settings, start, grid)
         if not first:
             _wait_ready(engines, grid, progress)
         parts = _parts(settings, grid, actor, catalogue, prompter, engines, sampler, progress)
-        return _train(parts, catalogue, Recorder(parts, run_folder(settings), progress, stop))
+        saver = saving.Saver(start, actor, settings.checkpoint.keep, progress.log, lambda: bool(stop))
+        return _train(parts, catalogue, Recorder(parts, saver, progress, stop))
     finally:
         if engines is not None:
             engines.close()
@@ -154,7 +156,7 @@ def _train(parts: Parts, catalogue: registry.Catalogue, recorder: Recorder) -> i
     settings = parts.settings
     if recorder.step == 0:
         report_control(parts, catalogue, recorder, "before")
-    with recorder.progress.phase(settings.name, settings.steps) as recorder.bar:
+    with recorder.progress.phase(settings.name, settings.steps) as recorder.bar, recorder.saver.on_error():
         recorder.bar.advance(recorder.step)
         code = loop.run(parts, recorder)
     if code == 0:

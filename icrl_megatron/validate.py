@@ -175,7 +175,8 @@ def validate_grid(settings: Settings, world: int, on_node: int) -> None:
 def _check_model(settings: Settings) -> Qwen3Shape:
     model = settings.model
     if model.path:
-        return check_folder(Path(model.path))
+        folder = settings_module.model_folder(settings)
+        return check_folder(folder) if folder == Path(model.path) else Qwen3Shape.read(folder)
     if model.init is None:
         raise ConfigError("model.path is empty: give a Hugging Face folder with a dense Qwen3, model.path=...")
     return Qwen3Shape.of_tiny(model.init)

@@ -20,18 +20,19 @@ from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.sglang import SGLangEngine
 from icrl_megatron.rollout.source import DumpSource, EngineSource, EpisodeSource, FakeSource, NoEngine
 from icrl_megatron.rollout.speakers import Casting, EmptyCritic, EngineSpeaker, Speaker, engine_casting
-from icrl_megatron.settings import run_folder
+from icrl_megatron.saving import Start
+from icrl_megatron.settings import model_folder, run_folder
 from icrl_megatron.shape import Qwen3Shape
 from icrl_megatron.tasks import registry
 from icrl_megatron.telemetry.progress import Progress
 
 
-def build_engines(settings: Settings, folder: Path, grid: grids.Grid) -> Engines | None:
+def build_engines(settings: Settings, start: Start, grid: grids.Grid) -> Engines | None:
     """This rank's engines, not ready yet; None in the debug modes that generate nothing."""
     if settings.debug.mode in ("from_dump", "fake_data"):
         return None
     dtype, logs = DTYPES[settings.actor.precision], run_folder(settings) / "logs"
-    return engines_module.build(settings, folder, grid, dtype, platform.device(), logs)
+    return engines_module.build(settings, start.folder, grid, dtype, platform.device(), logs, start.has_weights)
 
 
 def weight_sync(settings: Settings, gatherer: Gatherer, engines: Engines | None, tied: bool) -> WeightSync:
@@ -67,7 +68,7 @@ def episode_source(
         return DumpSource(Path(settings.debug.dump))
     if engines is None:
         room = max(1, rollout.context_tokens - rollout.max_turn_tokens - rollout.max_critique_tokens) // 2
-        vocabulary = Qwen3Shape.read(Path(settings.model.path)).vocab
+        vocabulary = Qwen3Shape.read(model_folder(settings)).vocab
         return FakeSource(vocabulary, room, rollout.max_turn_tokens, rollout.max_critique_tokens)
 
     def gather(mine: object) -> list[object]:

@@ -1,96 +1,82 @@
-"""Checkpoints that outlive crashes and change of grid.
+"""Checkpoints that outlive crashes, damage and a change of grid.
 
-A checkpoint holds, for every Hugging Face tensor, the fp32 main weight and both moments, written by
-torch.distributed.checkpoint as rectangles of the whole tensor: any TP x PP x DP grid reads what it needs. A folder
-appears under its final name only when it is complete, so a crash in the middle leaves the last good one.
+A checkpoint holds, for every Hugging Face tensor, the fp32 main weight and both moments as rectangles in safetensors
+files (`shards.py`), the model's configuration and tokenizer, and a record with the checksum of each file
+(`manifest.py`). Any TP x PP x DP grid reads what it needs. A folder appears under its final name only when it is
+complete and on the disk, so a crash in the middle leaves the last good one.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from icrl_megatron.actor.export import copy_side_files
-from icrl_megatron.actor.grid import Grid
+from icrl_megatron.actor import manifest as manifests
+from icrl_megatron.actor.grid import Failure, Grid, attempt, gather_objects, raise_failures, sum_over_ranks, together
+from icrl_megatron.actor.manifest import META, PART, DamagedError, Manifest, Progress, complete
 from icrl_megatron.actor.optimizer import STATES, Optimizer
+from icrl_megatron.actor.shards import INDEX, ShardReader, ShardWriter, Written, write_index
+from icrl_megatron.actor.side_files import read_side_files
 from icrl_megatron.actor.weights import Row, Slice
-from icrl_megatron.config import ConfigError
-from icrl_megatron.telemetry.files import write_atomically
+from icrl_megatron.config import ConfigError, HopelessError
+from icrl_megatron.telemetry.disk import disk_errors, require_space
 
-META = "icrl.json"
+__all__ = ["META", "SIDE_FILES", "Checkpoint", "NonFiniteError", "Progress", "complete", "find", "load", "save"]
+
+T = TypeVar("T")
+
 SIDE_FILES = "model"
-_FOLDER = "step_{:06d}"
+_BYTES = 4 * len(STATES)
+"""Of a weight with its moments."""
+_SPARE_BYTES = 1 << 20
+"""For headers, the index, and the rounding of file sizes to blocks."""
+_READERS = 4
+"""Files that a rank verifies at the same time."""
+
+
+class NonFiniteError(HopelessError):
+    """Weights or moments hold NaN or infinity; nothing was saved."""
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where a run is: everything besides tensors that the next step depends on. Random choices are functions of
-    (seed, step), so they need no state of their own."""
+class Checkpoint:
+    """A checkpoint whose files were verified."""
 
-    step: int
-    """Training steps done."""
-    weight_version: int
-    optimizer_steps: int
-    generated_tokens: int
+    folder: Path
+    manifest: Manifest
 
+    @property
+    def progress(self) -> Progress:
+        return self.manifest.progress
 
-class Rectangle:
-    """A local tensor that is one rectangle of a named global one, as torch.distributed.checkpoint's planners see it."""
+    @property
+    def side_files(self) -> Path:
+        """The model's configuration and tokenizer, a Hugging Face folder without weights."""
+        return self.folder / SIDE_FILES
 
-    def __init__(self, local: Tensor, part: Slice) -> None:
-        self.local, self.part = local, part
+    def load(self, rows: list[Row], optimizer: Optimizer, grid: Grid) -> Progress:
+        """Reads weights and optimizer state into this grid, whatever grid wrote them. All ranks call it together.
 
-    def _chunk(self) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(offsets=torch.Size(self.part.offset), sizes=torch.Size(self.part.size))
+        Raises ConfigError, on all ranks, where the checkpoint holds another model or cannot be read.
+        """
 
-    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
-        properties = TensorProperties.create_from_tensor(self.local)
-        data = TensorWriteData(chunk=self._chunk(), properties=properties, size=torch.Size(self.part.full))
-        index = MetadataIndex(fqn, torch.Size(self.part.offset))
-        return [WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data)]
+        def work() -> None:
+            reader = ShardReader(self.folder, self.manifest.files)
+            for row in rows:
+                states = {n: row.join([reader.read(f"{n}/{part.name}", part) for part in row.slices]) for n in STATES}
+                optimizer.write(row.param, {n: t.to(row.param.device) for n, t in states.items()})
 
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [self._chunk()]
-
-
-class _SavePlanner(DefaultSavePlanner):
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].local
-
-
-class _LoadPlanner(DefaultLoadPlanner):
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        # The default walks the values and keeps only what it knows to be tensors.
-        self.state_dict = self.original_state_dict = state_dict
-        self.metadata, self.is_coordinator = metadata, is_coordinator
-        # A smaller tensor would fill its part of the rectangle and leave the rest as it came from the allocator.
-        for name, target in state_dict.items():
-            stored = metadata.state_dict_metadata.get(name) if metadata is not None else None
-            if isinstance(stored, TensorStorageMetadata) and tuple(stored.size) != target.part.full:
-                raise RuntimeError(f"{name} has shape {tuple(stored.size)}, the model's is {target.part.full}")
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].local
+        together(grid, lambda: _named(self.folder, work))
+        optimizer.steps = self.progress.optimizer_steps
+        return self.progress
 
 
 def save(
@@ -100,80 +86,275 @@ def save(
     grid: Grid,
     progress: Progress,
     like: Path,
-    keep: int = 1,
+    keep: int | None = None,
     beside: Mapping[str, Sequence[str]] | None = None,
+    run: str = "",
 ) -> Path:
-    """Writes `root/step_NNNNNN` and deletes all but the newest `keep`. Every rank takes part. Configuration and
-    tokenizer of the Hugging Face folder `like` go with it, so that a checkpoint can be exported on its own. `beside`:
-    further files of it by name, in lines.
+    """Writes `root/step_NNNNNN`, then deletes all but the newest `keep` checkpoints of the same `run` (None: nothing).
+    All ranks call it together, and raise together.
 
-    Optimizer shards are gathered over data-parallel ranks into host memory (12 bytes a parameter of this rank's TP x PP
-    share, on the first replica); rectangles held by several ranks are written once.
+    Configuration and tokenizer of the Hugging Face folder `like` go with it, so that a checkpoint can be exported on
+    its own. `beside`: further files of it by name, in lines. All ranks share the writing, and each holds at most a few
+    files (`shards.FILE_BYTES`) in host memory.
+
+    Raises NonFiniteError, and ConfigError where the disk is full or refuses, or the step was saved before. Then `root`
+    is as it was.
     """
-    final = root / _FOLDER.format(progress.step)
-    part = root / (final.name + ".part")
-    if grid.rank == 0:
-        shutil.rmtree(part, ignore_errors=True)
+    _check_finite(rows, optimizer, grid, progress.step)
+    final = root / manifests.folder_name(progress.step)
+    part, what = final.with_name(final.name + PART), f"the checkpoint of step {progress.step}"
+    lines = {name: "".join(f"{line}\n" for line in of).encode() for name, of in (beside or {}).items()}
+    tensor_bytes = int(sum_over_ranks(grid, {"": float(_bytes_to_write(rows, grid))})[""])
+
+    def begin() -> dict[str, bytes]:
+        files = lines | {f"{SIDE_FILES}/{name}": data for name, data in read_side_files(like).items()}
+        require_space(root, tensor_bytes + sum(map(len, files.values())) + _SPARE_BYTES, what)
+        if final.exists():
+            raise ConfigError(
+                f"{final}: there is a checkpoint of this step already; move it away, or choose another folder"
+            )
+        _delete(part)
         part.mkdir(parents=True)
-    dist.barrier(group=grid.host_group)
-    tensors = _gathered(rows, optimizer, grid)
-    dcp.save(tensors, checkpoint_id=part, planner=_SavePlanner(), process_group=grid.host_group)
-    if grid.rank == 0:
-        copy_side_files(like, part / SIDE_FILES)
-        for name, lines in (beside or {}).items():
-            write_atomically(part / name, lines)
-        (part / META).write_text(json.dumps(asdict(progress)))
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
-        for old in complete(root)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier(group=grid.host_group)
+        return files
+
+    def first(work: Callable[[], T], what: str) -> T | None:
+        def on_disk() -> T | None:
+            with disk_errors(root, what):
+                return work() if grid.rank == 0 else None
+
+        return together(grid, on_disk)
+
+    try:
+        files = first(begin, what)
+        written = _write(part, rows, optimizer, grid, what)
+        first(lambda: _finish(part, final, Manifest(progress, run, {}), files or {}, written), what)
+    except BaseException:
+        if grid.rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        raise
+    if keep is not None:
+        first(lambda: _delete_old(final, keep, run), "the deletion of older checkpoints")
     return final
 
 
 def load(folder: Path, rows: list[Row], optimizer: Optimizer, grid: Grid) -> Progress:
-    """Reads weights and optimizer state into this grid, whatever grid wrote them. Raises ConfigError if damaged."""
-    progress = read_progress(folder)
-    for row in rows:
-        targets: dict[str, Any] = {}
-        for name in STATES:
-            for part in row.slices:
-                targets[f"{name}/{part.name}"] = Rectangle(torch.empty(part.size), part)
-        try:
-            dcp.load(targets, checkpoint_id=folder, planner=_LoadPlanner(), no_dist=True)
-        except (OSError, RuntimeError, KeyError, dcp.CheckpointException) as error:
-            raise ConfigError(
-                f"{folder}: damaged checkpoint ({error}); delete it to resume from the one before"
-            ) from error
-        states = {n: row.join([targets[f"{n}/{part.name}"].local for part in row.slices]) for n in STATES}
-        optimizer.write(row.param, {n: t.to(row.param.device) for n, t in states.items()})
-    optimizer.steps = progress.optimizer_steps
-    dist.barrier(group=grid.host_group)
-    return progress
+    """Verifies one checkpoint and reads it into this grid. All ranks call it together. Raises ConfigError if it is
+    damaged, cannot be read, or is of another model or version."""
+    return _opened(folder, grid).load(rows, optimizer, grid)
 
 
-def complete(root: Path) -> list[Path]:
-    """The complete checkpoints under `root`, oldest first."""
-    found = [p for p in root.glob("step_*") if p.suffix != ".part" and (p / META).exists()]
-    return sorted(found, key=lambda p: (len(p.name), p.name))
+def find(source: Path, grid: Grid | None = None, log: Callable[[str], None] = print) -> Checkpoint:
+    """The checkpoint `source`, or the newest good one if `source` is a folder of them; damaged ones are named by `log`.
+    `grid`: all ranks call it together; None: this process alone.
 
-
-def read_progress(folder: Path) -> Progress:
-    """The progress record of a checkpoint. Raises ConfigError if there is none."""
-    try:
-        return Progress(**json.loads((folder / META).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{folder}: not a complete checkpoint ({error}); expected {META} in it") from error
-
-
-def _gathered(rows: list[Row], optimizer: Optimizer, grid: Grid) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for row in rows:
-        for name, whole in optimizer.read(row.param):
-            if row.duplicate or grid.data_rank != 0:
-                continue
-            for part, local in zip(row.slices, row.split(whole), strict=True):
-                if part.size == part.full and grid.tensor_rank != 0:
-                    continue
-                found[f"{name}/{part.name}"] = Rectangle(local.to("cpu", copy=True).contiguous(), part)
+    Raises ConfigError if a checkpoint named by the user is damaged, or there is no good one.
+    """
+    if (source / META).exists() or manifests.is_checkpoint_name(source.name):
+        return _opened(source, grid)
+    found = newest(source, grid, log)
+    if found is None:
+        raise ConfigError(
+            f"{source}: no complete checkpoint there; give a step_NNNNNN folder or the folder that has them"
+        )
     return found
+
+
+def newest(root: Path, grid: Grid | None, log: Callable[[str], None], set_aside: bool = False) -> Checkpoint | None:
+    """The newest checkpoint under `root` that is not damaged; None if there is none at all. All ranks of `grid` call it
+    together and agree.
+
+    Damaged ones are skipped, with one message, and with `set_aside` renamed to step_NNNNNN.damaged. Raises ConfigError
+    if all are damaged, and where one cannot be read now or is of another version: that proves no damage.
+    """
+    damaged: list[tuple[Path, DamagedError]] = []
+    for folder in reversed(_first_rank(grid, lambda: complete(root))):
+        try:
+            found = Checkpoint(folder, _verify(folder, grid))
+        except DamagedError as error:
+            damaged.append((folder, error))
+            continue
+        if manifests.folder_name(found.progress.step) != folder.name:
+            raise ConfigError(f"{folder}: holds step {found.progress.step}; give the folder its own name back")
+        if damaged:
+            listed = "; ".join(f"{bad.name}: {why}" for bad, why in damaged)
+            kept = _first_rank(grid, lambda: [_set_aside(bad) for bad, _ in damaged]) if set_aside else []
+            where = f" (kept as {', '.join(path.name for path in kept)})" if kept else ""
+            log(f"{root}: damaged checkpoint{where}, using {folder.name} instead. {listed}")
+        return found
+    if damaged:
+        listed = "; ".join(f"{bad.name}: {why}" for bad, why in damaged)
+        raise ConfigError(
+            f"{root}: no checkpoint is whole ({listed}). Put a good copy of one in its place, or begin a new run "
+            "with another run_dir"
+        )
+    return None
+
+
+def _opened(folder: Path, grid: Grid | None) -> Checkpoint:
+    return _named(folder, lambda: Checkpoint(folder, _verify(folder, grid)))
+
+
+def _named(folder: Path, work: Callable[[], T]) -> T:
+    try:
+        return work()
+    except DamagedError as error:
+        raise ConfigError(
+            f"{folder}: damaged checkpoint ({error}); put a good copy in its place, or use another checkpoint"
+        ) from error
+
+
+def _verify(folder: Path, grid: Grid | None) -> Manifest:
+    """Every rank reads a share of the files. Raises DamagedError or ConfigError, the same on every rank."""
+    rank, world = (0, 1) if grid is None else (grid.rank, grid.world)
+
+    def check() -> Manifest:
+        found = manifests.read(folder)
+        mine = manifests.shares(found.files, world)[rank]
+        with ThreadPoolExecutor(_READERS) as pool:
+            for _ in pool.map(lambda name: manifests.check_file(folder, name, found.files[name]), mine):
+                pass
+        return found
+
+    found, failed = attempt(check)
+    damage = (failed.file, failed.reason) if isinstance(failed, DamagedError) else None
+    broken = failed if damage is None else None
+    everyone = _gather(grid, (damage, Failure.of(broken) if broken is not None else None))
+    raise_failures(broken, [failure for _, failure in everyone])
+    for other, (named, _) in enumerate(everyone):
+        if named is not None:
+            _confirm(folder, DamagedError(*named), other, grid)
+            raise DamagedError(*named)
+    assert found is not None
+    return found
+
+
+def _confirm(folder: Path, damage: DamagedError, seen_by: int, grid: Grid | None) -> None:
+    """Rank 0 reads the file once more. Raises ConfigError unless it finds damage, too: then the machine of the rank
+    that found it sees the file system differently, which says nothing about the file."""
+
+    def again() -> bool:
+        try:
+            found = manifests.read(folder)
+            if damage.file in found.files:
+                manifests.check_file(folder, damage.file, found.files[damage.file])
+        except DamagedError:
+            return True
+        return False
+
+    if not _first_rank(grid, again):
+        raise ConfigError(
+            f"{folder}: {damage} as rank {seen_by} reads it, but rank 0 reads it whole; check the file system of that "
+            "rank's machine, and run the same command again"
+        )
+
+
+def _gather(grid: Grid | None, mine: T) -> list[T]:
+    return [mine] if grid is None else gather_objects(grid, mine)
+
+
+def _first_rank(grid: Grid | None, work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, on every rank; raises on every rank what it raises there."""
+    if grid is None:
+        return work()
+    done = together(grid, lambda: work() if grid.rank == 0 else None)
+    result: T = gather_objects(grid, done)[0]
+    return result
+
+
+def _set_aside(folder: Path) -> Path:
+    kept = manifests.set_aside_name(folder)
+    with disk_errors(folder, f"the new name {kept.name} of the damaged checkpoint"):
+        folder.rename(kept)
+    return kept
+
+
+def _check_finite(rows: list[Row], optimizer: Optimizer, grid: Grid, step: int) -> None:
+    """Raises NonFiniteError on all ranks if any rank holds a value that is not finite."""
+    broken = ((row.name, state) for row in rows if (state := optimizer.non_finite(row.param)))
+    for found in gather_objects(grid, next(broken, None)):
+        if found is not None:
+            raise NonFiniteError(
+                f"step {step} was not saved: the {_STATE_NAMES[found[1]]} of {found[0]} are not all finite, so an "
+                "update destroyed the model. Earlier checkpoints are untouched: lower optim.learning_rate or raise "
+                "optim.eps, and go on from the newest one"
+            )
+
+
+_STATE_NAMES = dict(zip(STATES, ("weights", "first moments", "second moments"), strict=True))
+
+
+def _to_write(rows: list[Row], grid: Grid) -> Iterator[tuple[Row, list[tuple[int, Slice]]]]:
+    """Each row with the (index, rectangle)s of it that this rank writes. Replicas take turns; what every rank of a
+    tensor-parallel group has whole, its first one writes."""
+    for number, row in enumerate(rows):
+        mine = not row.duplicate and number % grid.data == grid.data_rank
+        parts = [(i, p) for i, p in enumerate(row.slices) if p.size != p.full or grid.tensor_rank == 0]
+        yield row, [(i, p) for i, p in parts if mine and 0 not in p.size]
+
+
+def _bytes_to_write(rows: list[Row], grid: Grid) -> int:
+    return sum(_BYTES * math.prod([*p.size]) for _, parts in _to_write(rows, grid) for _, p in parts)
+
+
+def _write(part: Path, rows: list[Row], optimizer: Optimizer, grid: Grid, what: str) -> list[Written]:
+    """Writes this rank's rectangles; returns what each rank has written. A rank that fails gathers on, so that the
+    others are not left waiting, and then all raise."""
+    writer = ShardWriter(part, grid.rank)
+    failed: BaseException | None = None
+
+    def add(state: str, whole: Tensor, row: Row, parts: list[tuple[int, Slice]]) -> None:
+        with disk_errors(part.parent, what):
+            pieces = row.split(whole)
+            for index, rectangle in parts:
+                writer.add(f"{state}/{rectangle.name}", pieces[index], rectangle)
+
+    def close() -> Written:
+        with disk_errors(part.parent, what):
+            return writer.close()
+
+    for row, parts in _to_write(rows, grid):
+        for state, whole in optimizer.read(row.param):
+            if parts and failed is None:
+                _, failed = attempt(partial(add, state, whole, row, parts))
+    written, not_closed = attempt(close)
+    failed = failed or not_closed
+    everyone = gather_objects(grid, (written, None if failed is None else Failure.of(failed)))
+    raise_failures(failed, [failure for _, failure in everyone])
+    return [of for of, _ in everyone]
+
+
+def _finish(
+    part: Path, final: Path, manifest: Manifest, files: Mapping[str, bytes], written: Sequence[Written]
+) -> None:
+    """Everything but the shards, the record last; then the folder gets its name. By rank 0."""
+    records = {name: record for of in written for name, record in of.files.items()}
+    records[INDEX] = write_index(part, (piece for of in written for piece in of.pieces))
+    for name, data in files.items():
+        records[name] = manifests.write_file(part / name, data)
+    manifests.write(part, replace(manifest, files=records))
+    for folder in (*(p for p in part.rglob("*") if p.is_dir()), part):
+        manifests.sync_folder(folder)
+    part.rename(final)
+    manifests.sync_folder(final.parent)
+
+
+def _delete_old(final: Path, keep: int, run: str) -> None:
+    """Deletes the oldest of the checkpoints of `run` up to `final`, until `keep` are left. Nothing else is touched."""
+    mine = [p for p in complete(final.parent) if p == final or _run_of(p) == run]
+    for old in mine[: mine.index(final) + 1][:-keep]:
+        part = old.with_name(old.name + PART)
+        _delete(part)
+        old.rename(part)  # a process that is killed here leaves no checkpoint that looks damaged
+        _delete(part)
+
+
+def _run_of(folder: Path) -> str | None:
+    try:
+        return manifests.read(folder).run
+    except (DamagedError, ConfigError):
+        return None
+
+
+def _delete(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

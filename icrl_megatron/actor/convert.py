@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,24 +31,24 @@ def import_hf(source: Path, target: Path, overwrite: bool = False) -> None:
         disk_errors(final, "the checkpoint"),
     ):
         start = checkpoint.Progress(step=0, weight_version=0, optimizer_steps=0, generated_tokens=0)
-        # `folder` has the name of a step, in a temporary folder of its own: there are no other steps to clean up.
-        checkpoint.save(folder.parent, actor.rows, actor.optimizer, grid, start, like=source)
+        # `folder` has the name of a step, in a temporary folder of its own, and the checkpoint's own writer makes it.
+        folder.rmdir()
+        try:
+            checkpoint.save(folder.parent, actor.rows, actor.optimizer, grid, start, like=source)
+        except checkpoint.NonFiniteError as error:
+            raise ConfigError(f"{source}: its weights are not all finite; import a model whose weights are") from error
 
 
 def export_hf(source: Path, target: Path, overwrite: bool = False) -> None:
-    """Writes the weights of a checkpoint (a step folder, or a folder of them: the newest) as a Hugging Face folder, in
-    the dtype that its configuration names. Raises ConfigError if there is no complete checkpoint, and on a target that
-    must not be replaced (`results.check`)."""
-    steps = [source] if (source / checkpoint.META).exists() else checkpoint.complete(source)
-    if not steps:
-        raise ConfigError(
-            f"{source}: no complete checkpoint there; give a step_NNNNNN folder or the folder that has them"
-        )
-    results.check(target, results.MODEL, [source, steps[-1]], overwrite)
-    like = steps[-1] / checkpoint.SIDE_FILES
-    with _single_actor(like, weights=False) as (actor, grid):
-        checkpoint.load(steps[-1], actor.rows, actor.optimizer, grid)
-        write_hf(Gatherer(actor.rows, grid), like, target, grid, overwrite)
+    """Writes the weights of a checkpoint (a step folder, or a folder of them: the newest good one) as a Hugging Face
+    folder, in the dtype that its configuration names. Raises ConfigError if a named checkpoint is damaged, if there is
+    no good one, and on a target that must not be replaced (`results.check`)."""
+    results.check(target, results.MODEL, [source], overwrite)
+    found = checkpoint.find(source, log=lambda message: print(message, file=sys.stderr))
+    results.check(target, results.MODEL, [source, found.folder], overwrite)
+    with _single_actor(found.side_files, weights=False) as (actor, grid):
+        found.load(actor.rows, actor.optimizer, grid)
+        write_hf(Gatherer(actor.rows, grid), found.side_files, target, grid, overwrite)
 
 
 @contextmanager

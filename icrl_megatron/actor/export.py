@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from icrl_megatron.actor.grid import Grid, gather_objects
+from icrl_megatron.actor.side_files import read_side_files, write_side_files
 from icrl_megatron.actor.weights import Gatherer
 from icrl_megatron.config import ConfigError
 from icrl_megatron.telemetry import results
@@ -18,7 +19,6 @@ from icrl_megatron.telemetry.disk import disk_errors, require_space, size_text
 
 SHARD_BYTES = 4 << 30
 """Weights are written in files of about this size: the most that rank 0 holds beside its own share."""
-_KEPT = ("*.json", "*.jinja", "*.txt", "*.model")
 
 
 def write_hf(
@@ -45,29 +45,12 @@ def write_hf(
 
 
 def _write(stream: Iterator[tuple[str, torch.Tensor]], writer: _ShardWriter, like: Path) -> None:
-    copy_side_files(like, writer.folder)
+    with disk_errors(writer.out, "the model's configuration and tokenizer"):
+        write_side_files(read_side_files(like), writer.folder)
     require_space(writer.out, writer.planned, "the Hugging Face export")
     for name, tensor in stream:
         writer.add(name, tensor)
     writer.close()
-
-
-def copy_side_files(like: Path, part: Path) -> None:
-    """Everything of a Hugging Face folder but its weights, into the folder `part`, which is made if need be. Raises
-    ConfigError if it has no config.json, and for errors of the disk."""
-    with disk_errors(part, "the model's configuration and tokenizer"):
-        part.mkdir(parents=True, exist_ok=True)
-    for path in (path for pattern in _KEPT for path in like.glob(pattern)):
-        if path.name.endswith(".index.json") or path.name.startswith("."):
-            continue
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror}); copy the model's folder again") from error
-        with disk_errors(part, "the model's configuration and tokenizer"):
-            (part / path.name).write_bytes(content)
-    if not (part / "config.json").exists():
-        raise ConfigError(f"{like}: no config.json to export beside the weights; name the folder the model came from")
 
 
 class _ShardWriter:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from icrl_megatron.actor import platform
-from icrl_megatron.config import Settings
+from icrl_megatron.config import ConfigError, HopelessError, Settings
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,71 @@ def gather_objects(grid: Grid, mine: Any) -> list[Any]:
     out: list[Any] = [None] * grid.world
     dist.all_gather_object(out, mine, group=grid.host_group)
     return out
+
+
+class OtherRankError(RuntimeError):
+    """Another rank failed; the message says which one and contains its traceback."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception of one rank as text, which can be sent to the others whatever its type is."""
+
+    kind: type[ConfigError] | type[HopelessError] | type[OtherRankError]
+    message: str
+
+    @staticmethod
+    def of(error: BaseException) -> Failure:
+        for kind in (ConfigError, HopelessError):
+            if isinstance(error, kind):
+                return Failure(kind, str(error))
+        return Failure(OtherRankError, "".join(traceback.format_exception(error)))
+
+
+def raise_failures(mine: BaseException | None, everyone: Sequence[Failure | None]) -> None:
+    """Raises this rank's own exception, or else the first failure of another rank; nothing if no rank failed."""
+    if mine is not None:
+        raise mine
+    for rank, failure in enumerate(everyone):
+        if failure is not None:
+            prefix = f"rank {rank} failed: " if failure.kind is OtherRankError else ""
+            raise failure.kind(prefix + failure.message)
+
+
+def together(grid: Grid, work: Callable[[], T]) -> T:
+    """Runs `work`, which must not communicate, on every rank. Returns its result once all ranks are done with theirs.
+
+    If it fails on any rank, all ranks raise: a rank whose own work failed raises its own exception, the others raise
+    the same ConfigError or HopelessError, or OtherRankError for any other exception. So no rank waits for one that
+    has failed.
+    """
+    done, failed = attempt(work)
+    raise_failures(failed, gather_objects(grid, None if failed is None else Failure.of(failed)))
+    return done  # type: ignore[return-value]  # it is there if nothing failed
+
+
+def attempt(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    """The result of `work`, or the exception that it raised."""
+    try:
+        return work(), None
+    except (Exception, KeyboardInterrupt) as error:
+        return None, error
+
+
+def meet(grid: Grid, name: str, timeout_s: Callable[[], float]) -> bool:
+    """Waits until every rank has called this with the same `name`; False if one has not after `timeout_s()` seconds.
+
+    Uses the store that the ranks met at, so it works while another rank hangs in a collective. `timeout_s` is asked
+    again and again, so it may become shorter meanwhile.
+    """
+    store, begun = _get_default_store(), time.monotonic()
+    store.set(f"{name}/{grid.rank}", "")
+    everyone = [f"{name}/{rank}" for rank in range(grid.world)]
+    while not store.check(everyone):
+        if time.monotonic() - begun > timeout_s():
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def any_rank(grid: Grid, flag: bool) -> bool:

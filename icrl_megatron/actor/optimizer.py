@@ -67,6 +67,8 @@ class Optimizer:
             use_gloo_process_groups=False,
         )
         self.distributed: Any = self.megatron.chained_optimizers[0]
+        self.begun = 0
+        """Updates that this process began to apply: when it changes, the weights may have changed."""
 
     def zero_grad(self) -> None:
         self.megatron.zero_grad()
@@ -82,6 +84,7 @@ class Optimizer:
             return Applied(norm, False)
         if self.optim.clip_grad > 0:
             self.distributed.clip_grad_norm(self.optim.clip_grad)
+        self.begun += 1
         self.megatron.step_with_ready_grads()
         return Applied(norm, True)
 
@@ -97,6 +100,14 @@ class Optimizer:
             # Shards do not overlap, so the sum is their concatenation whatever buckets cut a parameter.
             dist.all_reduce(flat, group=parallel_state.get_data_parallel_group())
             yield name, flat.view(param.shape)
+
+    @torch.no_grad()
+    def non_finite(self, param: torch.nn.Parameter) -> str:
+        """Name of the first of STATES with a NaN or infinity in this rank's shard of the parameter; "" if none has."""
+        for name, shard in self._shards(param).items():
+            if shard.numel() and not all(math.isfinite(edge) for edge in torch.aminmax(shard)):
+                return name
+        return ""
 
     @torch.no_grad()
     def write(self, param: torch.nn.Parameter, states: dict[str, Tensor]) -> None:

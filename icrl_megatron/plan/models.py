@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from icrl_megatron.config import ConfigError, Settings
+from icrl_megatron.settings import model_folder
 from icrl_megatron.shape import Qwen3Shape
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Teachable
@@ -36,7 +37,7 @@ def shape_of(settings: Settings) -> Qwen3Shape:
     """The model's shape. Raises ConfigError where neither a folder nor the name of one says it."""
     model = settings.model
     if model.path:
-        folder = Path(model.path)
+        folder = model_folder(settings)
         if folder.is_dir():
             return Qwen3Shape.read(folder)
         if folder.name in PUBLISHED:

@@ -110,15 +110,22 @@ def lead_rank(rank: int, world: int, servers: int) -> int:
 
 
 def build(
-    settings: Settings, folder: Path, grid: Grid, dtype: torch.dtype, device: torch.device, logs: Path
+    settings: Settings,
+    folder: Path,
+    grid: Grid,
+    dtype: torch.dtype,
+    device: torch.device,
+    logs: Path,
+    weights: bool = True,
 ) -> Engines:
     """What this rank leads, started but for `in_turn`, and not waited for (`wait_ready`). All ranks call it together.
+    `weights`: whether `folder` has them; a local engine can also begin without and is sent all of them.
 
     Raises ConfigError where an engine cannot be what the settings ask for.
     """
     engine, frozen = settings.engine, settings.rollout.critic == "frozen"
     if engine.kind == "local":
-        local = LocalEngine(folder, engine, dtype, device)
+        local = LocalEngine(folder, engine, dtype, device, weights)
         start = LocalEngine(folder, engine, dtype, device) if frozen else None
         return Engines(local, local, start, Share(grid.rank, grid.world))
     in_turn = device.type == "cuda" and not engine.urls

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from icrl_megatron.config import ConfigError, EngineSettings
 from icrl_megatron.rollout.decoding import Decoding, Finished, Request
@@ -38,16 +38,23 @@ class LocalEngine:
     """
 
     def __init__(
-        self, model_dir: str | Path, settings: EngineSettings, dtype: torch.dtype, device: torch.device | str
+        self,
+        model_dir: str | Path,
+        settings: EngineSettings,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        weights: bool = True,
     ) -> None:
+        """`weights`: False for a folder with a configuration and a tokenizer only; no request is taken then until a
+        whole update has arrived."""
         self._settings = settings
         self._device = torch.device(device)
-        self._model = _load(model_dir, dtype).to(self._device)
+        self._model = (_load if weights else _build)(model_dir, dtype).to(self._device)
         self._vocabulary: int = self._model.config.vocab_size
         self._max_positions: int = self._model.config.max_position_embeddings
         self._forbidden_V = _forbidden(model_dir, self._vocabulary, self._device)
         self._version = 0
-        self._unfit = ""
+        self._unfit = "" if weights else "The engine has no weights yet: send a whole update."
         """Why requests are refused; empty when they are not."""
         self._pending: list[_Pending] = []
         self._running: list[_Pending] = []
@@ -223,6 +230,16 @@ def _load(model_dir: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     layer_types = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     if layer_types != {"full_attention"}:
         raise ConfigError(f"The local engine runs full attention only; {str(model_dir)!r} has {sorted(layer_types)}.")
+    return model.eval().requires_grad_(False)
+
+
+def _build(model_dir: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a configuration, with random weights."""
+    try:
+        config = AutoConfig.from_pretrained(model_dir)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ConfigError(f"The engine cannot build the model in {str(model_dir)!r}: {error}") from error
     return model.eval().requires_grad_(False)
 
 

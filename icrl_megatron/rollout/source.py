@@ -11,12 +11,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from icrl_megatron.actor.grid import Failure, attempt, raise_failures
 from icrl_megatron.rollout.engine import EngineError, EngineStats
 from icrl_megatron.rollout.engines import Engines, Share
 from icrl_megatron.rollout.episode import Ended, Stage, play_all
 from icrl_megatron.rollout.groups import Groups, deal
 from icrl_megatron.rollout.speakers import Casting, Meter, Seeds
-from icrl_megatron.rollout.tapes import Tapes, tokens
+from icrl_megatron.rollout.tapes import Tapes, copied, tokens
 from icrl_megatron.telemetry.dumps import dump_path, dumped_steps, read_episodes
 from icrl_megatron.telemetry.progress import Progress
 from icrl_megatron.types import (
@@ -72,7 +73,7 @@ class EpisodeSource(Protocol):
         ...
 
     def tapes(self) -> Tapes:
-        """The groups that were cut off and go on in the next step, of every rank; all ranks call it together."""
+        """A copy of this rank's groups that were cut off and go on in the next step."""
         ...
 
     def take_back(self, tapes: Tapes) -> None:
@@ -131,16 +132,19 @@ class EngineSource:
         are lost meanwhile; returns how many, with the `deaths` before. All ranks call it together; `go_on` returns what
         is left then.
 
-        Raises EngineError once MAX_DEATHS engines were lost.
+        Raises EngineError once MAX_DEATHS engines were lost, and on every rank what `go_on` raises on one.
         """
+        failed: BaseException | None = None
         while True:
-            everyone = self.gather((self.engines.lost(), left))
-            if any(lost for lost, _ in everyone):
-                deaths += self._revive([lost for lost, _ in everyone if lost], deaths)
-            elif not any(count for _, count in everyone):
+            everyone = self.gather((self.engines.lost(), left, None if failed is None else Failure.of(failed)))
+            raise_failures(failed, [failure for _, _, failure in everyone])
+            if any(lost for lost, _, _ in everyone):
+                deaths += self._revive([lost for lost, _, _ in everyone if lost], deaths)
+            elif not any(count for _, count, _ in everyone):
                 return deaths
             else:
-                left = go_on()
+                still_left, failed = attempt(go_on)
+                left = still_left or 0
 
     def _take_kept(self) -> Tapes:
         kept = dict(self.kept)
@@ -158,7 +162,7 @@ class EngineSource:
         return [] if share.index is None else deal(tasks, by_share)[share.index]
 
     def tapes(self) -> Tapes:
-        return {task: group for mine in self.gather(self.kept) for task, group in mine.items()}
+        return copied(self.kept)
 
     def take_back(self, tapes: Tapes) -> None:
         if self.engines.share.index is not None and self.stage.settings.partial:
@@ -170,7 +174,10 @@ class EngineSource:
         if before + len(reasons) >= MAX_DEATHS:
             raise EngineError(f"{before + len(reasons)} engines were lost while one step was played. {reasons[-1]}")
         self.progress.log(f"engine lost, restarting it: {reasons[0].splitlines()[0]}")
-        self.resend(self.engines.revive())
+        stale, failed = attempt(self.engines.revive)
+        everyone = self.gather(None if failed is None else Failure.of(failed))
+        raise_failures(failed, everyone)
+        self.resend(bool(stale))
         return len(reasons)
 
     def _together(

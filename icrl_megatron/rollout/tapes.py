@@ -45,6 +45,11 @@ def tokens(tapes: Tapes) -> int:
     return sum(len(c.ids) for group in tapes.values() for tape in group.values() for _, c in tape.replies)
 
 
+def copied(tapes: Tapes) -> Tapes:
+    """The same replies on new tapes: those that go on are changed while they are played."""
+    return {task: {i: Tape([*tape.replies]) for i, tape in group.items()} for task, group in tapes.items()}
+
+
 def to_lines(tapes: Tapes) -> list[str]:
     """One JSON object for each group, from which `from_lines` makes it again."""
     return [
@@ -54,14 +59,16 @@ def to_lines(tapes: Tapes) -> list[str]:
 
 
 def read(path: Path) -> Tapes:
-    """The tapes of a file that `to_lines` filled; none where there is no such file. Raises ConfigError on a damaged
-    one."""
+    """The tapes of a file that `to_lines` filled; none where there is no such file. Raises ConfigError on another
+    file."""
     if not path.exists():
         return {}
     try:
         return from_lines(path.read_text(encoding="utf-8").splitlines())
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: damaged ({error!r}); delete it, and its episodes begin anew") from error
+        raise ConfigError(
+            f"{path}: not written by this version of the program ({error!r}); use the version that began the run"
+        ) from error
 
 
 def from_lines(lines: Iterable[str]) -> Tapes:

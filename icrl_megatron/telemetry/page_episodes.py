@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from icrl_megatron.config import Settings
+from icrl_megatron.settings import KEPT_MODEL
 from icrl_megatron.telemetry.dumps import Credited, DumpRecord
 from icrl_megatron.types import Attempt, Critique, Ids
 
@@ -24,7 +25,8 @@ class Speller:
     @staticmethod
     def of_run(run: Path, settings: Settings) -> Speller:
         """The tokenizer of a run: that of its export, else of the model it started from."""
-        folders = [run / "hf", run / "warm_start" / "hf", *([Path(settings.model.path)] if settings.model.path else [])]
+        folders = [run / "hf", run / KEPT_MODEL, run / "warm_start" / "hf"]
+        folders += [Path(settings.model.path)] if settings.model.path else []
         folder = next((f for f in folders if (f / "tokenizer_config.json").exists()), None)
         if folder is None:
             return Speller(None)

@@ -62,10 +62,9 @@ def _is_evaluation(folder: Path) -> bool:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    known = {CHECKPOINT_RECORD, ".metadata", "model", "tapes.jsonl"}
-    if any(path.name not in known and path.suffix != ".distcp" for path in folder.iterdir()):
-        return False
-    return {"step", "weight_version", "optimizer_steps"} <= read_json(folder / CHECKPOINT_RECORD).keys()
+    listed = read_json(folder / CHECKPOINT_RECORD).get("files")
+    found = {path.relative_to(folder).as_posix() for path in _files(folder)} - {CHECKPOINT_RECORD}
+    return isinstance(listed, dict) and found == listed.keys()
 
 
 def _is_index(folder: Path) -> bool:
@@ -77,6 +76,7 @@ def _is_index(folder: Path) -> bool:
 MODEL = Kind("model", "Hugging Face export")
 CHECKPOINT = Kind("checkpoint", "checkpoint", _is_checkpoint)
 EVALUATION = Kind("evaluation", "evaluation", _is_evaluation)
+MODEL_FILES = Kind("model files", "copy of the model's configuration and tokenizer")
 INDEX = Kind("index", "search index", _is_index)
 
 

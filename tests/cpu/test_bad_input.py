@@ -118,13 +118,24 @@ def test_a_run_does_not_go_on_with_other_settings(finished_run: Path) -> None:
     assert (finished_run / "settings.yaml").read_text() == before
 
 
-def test_a_damaged_checkpoint_is_named(finished_run: Path, tmp_path: Path) -> None:
-    checkpoint = tmp_path / "checkpoints" / "step_000006"
-    shutil.copytree(finished_run / "checkpoints" / "step_000006", checkpoint)
-    (shard,) = checkpoint.glob("*.distcp")
+def test_export_refuses_a_damaged_checkpoint_and_falls_back_in_a_folder_of_them(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "checkpoints"
+    shutil.copytree(finished_run / "checkpoints", root)
+    shard = root / "step_000006" / "rank_00000_0000.safetensors"
     shard.write_bytes(shard.read_bytes()[:1000])
-    ended = batch(tmp_path, {"export": ["export", str(tmp_path / "checkpoints"), str(tmp_path / "hf")]})["export"]
-    assert ended.code == 2
-    assert str(checkpoint) in ended.error
-    assert "delete it to resume from the one before" in ended.error
-    assert not (tmp_path / "hf").exists()
+    commands = {
+        "named": ["export", str(root / "step_000006"), str(tmp_path / "none")],
+        "folder": ["export", str(root), str(tmp_path / "newest")],
+        "earlier": ["export", str(root / "step_000004"), str(tmp_path / "earlier")],
+    }
+    ended = batch(tmp_path, commands)
+    assert ended["named"].code == 2
+    assert f"error: {root / 'step_000006'}: damaged checkpoint ({shard.name} has 1000 bytes" in ended["named"].error
+    assert not (tmp_path / "none").exists()
+    assert (ended["folder"].code, ended["earlier"].code) == (0, 0), ended
+    (message,) = [line for line in ended["folder"].error.splitlines() if "damaged" in line]
+    assert "using step_000004 instead" in message
+    assert (tmp_path / "newest" / WEIGHTS).read_bytes() == (tmp_path / "earlier" / WEIGHTS).read_bytes()
+    assert sorted(p.name for p in root.iterdir()) == ["step_000004", "step_000006"]

@@ -224,24 +224,24 @@ def test_on_resume_the_engine_takes_memory_after_the_actor_gave_it_up(
 ) -> None:
     order: list[str] = []
 
-    def load(*given: object) -> SimpleNamespace:
+    def restore() -> SimpleNamespace:
         order.append("load")
         return SimpleNamespace(step=3, generated_tokens=5, weight_version=4)
 
-    monkeypatch.setattr(parts_module.checkpoint, "complete", lambda folder: [tmp_path / "step_000003"])
-    monkeypatch.setattr(parts_module.checkpoint, "load", load)
+    saver = SimpleNamespace(run_dir=tmp_path, folder=tmp_path, restore=restore, completed=lambda progress, beside: None)
+    monkeypatch.setattr(parts_module, "together", lambda grid, work: work())
     sync: SimpleNamespace = SimpleNamespace(version=0, push=lambda: order.append(f"push after {sync.version}"))
     parts = SimpleNamespace(
         actor=SimpleNamespace(
-            offload=SimpleNamespace(release=lambda: order.append("release")), rows=(), optimizer=None
+            offload=SimpleNamespace(release=lambda: order.append("release")), optimizer=SimpleNamespace(steps=3)
         ),
         sync=sync,
         grid=SimpleNamespace(rank=1),
-        source=SimpleNamespace(take_back=lambda tapes: None),
+        source=SimpleNamespace(take_back=lambda kept: None, tapes=dict),
         sampler=SimpleNamespace(curriculum=None),
     )
     quiet = Progress(console=Console(file=io.StringIO()))
-    recorder = parts_module.Recorder(parts, tmp_path, quiet, StopRequest.__new__(StopRequest))  # type: ignore[arg-type]
+    recorder = parts_module.Recorder(parts, saver, quiet, StopRequest.__new__(StopRequest))  # type: ignore[arg-type]
     assert order == ["load", "release", "push after 3"]
     assert (recorder.step, recorder.generated) == (3, 5)
 

@@ -1,0 +1,249 @@
+"""icrl.json, the record of a checkpoint: where the run was, and the size and SHA-256 of every other file. No torch.
+
+It is written last, and holds a checksum of itself, so every damaged byte of a checkpoint can be proved. Everything in
+a checkpoint is JSON, text or safetensors: reading one never executes code.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from icrl_megatron.config import ConfigError
+
+META = "icrl.json"
+FORMAT = 2
+"""1 was torch.distributed.checkpoint's format, whose list of tensors is a pickle."""
+PART = ".part"
+"""Ends the name of a folder that is being written or deleted."""
+_FOLDER = "step_{:06d}"
+_NAME = re.compile(r"step_(\d{6,})")
+_LEFTOVER = re.compile(r"step_\d{6,}(\.\w+)?\.part")
+_FIRST_FORMAT = {"step", "weight_version", "optimizer_steps", "generated_tokens"}
+_NO_MEMORY = re.compile(r"allocate memory|out of memory|os error 12\b", re.IGNORECASE)
+
+
+class DamagedError(Exception):
+    """A file of a checkpoint is provably not what was written. `file` is its path relative to the checkpoint."""
+
+    def __init__(self, file: str, reason: str) -> None:
+        super().__init__(f"{file} {reason}")
+        self.file, self.reason = file, reason
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is: everything besides tensors that the next step depends on. Random choices are functions of
+    (seed, step), so they need no state of their own."""
+
+    step: int
+    """Training steps done."""
+    weight_version: int
+    optimizer_steps: int
+    generated_tokens: int
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file must be."""
+
+    bytes: int
+    sha256: str
+    """Hexadecimal."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of icrl.json."""
+
+    progress: Progress
+    run: str
+    """Identifies the run folder that the checkpoint was written for; empty for an imported model."""
+    files: Mapping[str, FileRecord]
+    """By path relative to the checkpoint, with forward slashes."""
+
+
+def folder_name(step: int) -> str:
+    return _FOLDER.format(step)
+
+
+def is_checkpoint_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None
+
+
+def complete(root: Path) -> list[Path]:
+    """The checkpoints under `root` that were written completely, oldest first. Whether they are still whole is not
+    checked. A folder has its final name only when it is complete, so one without icrl.json is listed: it is damaged."""
+    found = [(int(match[1]), p) for p in _entries(root) if (match := _NAME.fullmatch(p.name))]
+    return [p for step, p in sorted(found) if p.name == folder_name(step) and p.is_dir()]
+
+
+def leftovers(root: Path) -> list[Path]:
+    """Folders of checkpoints that a killed process was still writing or deleting."""
+    return [p for p in _entries(root) if _LEFTOVER.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
+
+
+def set_aside_name(folder: Path) -> Path:
+    """The first free name of the form step_000040.damaged, step_000040.damaged2, ..."""
+    number, name = 1, folder.with_name(f"{folder.name}.damaged")
+    while name.exists() or name.is_symlink():
+        number += 1
+        name = folder.with_name(f"{folder.name}.damaged{number}")
+    return name
+
+
+def write(folder: Path, manifest: Manifest) -> None:
+    """Writes icrl.json; raises OSError."""
+    content: dict[str, Any] = {"format": FORMAT, **asdict(manifest)}
+    write_file(folder / META, _text({**content, "sha256": _checksum(content)}))
+
+
+def read(folder: Path) -> Manifest:
+    """Raises DamagedError on proof, and ConfigError where icrl.json is of another version or cannot be read now."""
+    with reading(folder, META):
+        text = (folder / META).read_bytes()
+    try:
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise TypeError("it is no JSON object")
+        _check_version(folder, content)
+        if content.pop("sha256") != _checksum(content):
+            raise ValueError("its checksum differs")
+        if content.pop("format") != FORMAT:
+            raise ConfigError(_other_version(folder, "its format is another one"))
+        files = {name: FileRecord(**record) for name, record in content["files"].items()}
+        manifest = Manifest(Progress(**content["progress"]), content["run"], files)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DamagedError(META, f"is not what was written ({type(error).__name__}: {error})") from error
+    for name in files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ConfigError(f"{folder / META}: lists {name!r}, which is outside the checkpoint; do not use it")
+    return manifest
+
+
+def check_file(folder: Path, name: str, record: FileRecord) -> None:
+    """Compares one file with its record. Raises DamagedError on proof, ConfigError if it cannot be read."""
+    path = folder / name
+    if path.is_symlink():
+        raise ConfigError(f"{path}: is a symbolic link, and a checkpoint has none; put the file itself there")
+    with reading(folder, name):
+        size = path.stat().st_size
+        if size != record.bytes:
+            raise DamagedError(name, f"has {size} bytes instead of {record.bytes}")
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != record.sha256:
+        raise DamagedError(name, "has another checksum than when it was written")
+
+
+def shares(files: Mapping[str, FileRecord], ranks: int) -> list[list[str]]:
+    """The files dealt to `ranks` readers, so that each reads about as many bytes; the same on every rank."""
+    dealt: list[list[str]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for name in sorted(files, key=lambda n: (-files[n].bytes, n)):
+        least = load.index(min(load))
+        dealt[least].append(name)
+        load[least] += files[name].bytes
+    return dealt
+
+
+def write_file(path: Path, data: bytes) -> FileRecord:
+    """Writes `data` to a new file, which follows the umask and is on the disk when this returns. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
+
+
+def sync_folder(folder: Path) -> None:
+    """Puts a folder's list of names on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def reading(folder: Path, name: str) -> Iterator[None]:
+    """Names what goes wrong while a file of a checkpoint is read. Raises DamagedError only if the file is not there;
+    everything else says nothing about its content and becomes a ConfigError."""
+    try:
+        yield
+    except (DamagedError, ConfigError):
+        raise
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: no such folder; give a checkpoint (step_NNNNNN)") from error
+        raise DamagedError(name, "is missing") from error
+    except Exception as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM or is_out_of_memory(error):
+            raise ConfigError(
+                f"{folder / name}: not enough memory to read the checkpoint, which is not damaged ({_line(error)}); "
+                "use a machine with more memory, or more ranks"
+            ) from error
+        if isinstance(error, OSError):
+            raise ConfigError(
+                f"{folder / name}: cannot be read now ({error.strerror or error}), which does not mean that the "
+                "checkpoint is damaged: nothing was changed; make the file readable and run the same command again"
+            ) from error
+        raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, safetensors or Python report a lack of memory."""
+    return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
+
+
+def _check_version(folder: Path, content: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a record of an earlier or a later version: neither is damage."""
+    known = {"format", "progress", "run", "files", "sha256"}
+    if content.keys() == _FIRST_FORMAT:
+        raise ConfigError(
+            f"{folder}: written by an earlier version of this program, in a format that is not read any more because "
+            "its pickled metadata can execute code; export it with that version (`icrl export`) and begin a new run "
+            "with model.path=EXPORT"
+        )
+    inner = content.get("progress")
+    unknown = sorted(content.keys() - known)
+    if isinstance(inner, dict) and inner.keys() >= _FIRST_FORMAT:
+        unknown += sorted(inner.keys() - _FIRST_FORMAT)
+    if unknown and content.keys() >= known:
+        raise ConfigError(_other_version(folder, f"it has {', '.join(unknown)}"))
+
+
+def _other_version(folder: Path, why: str) -> str:
+    return f"{folder / META}: written by another version of this program ({why}); use that version"
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_text(content)).hexdigest()
+
+
+def _text(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True, indent=1).encode()
+
+
+def _entries(root: Path) -> list[Path]:
+    try:
+        return list(root.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise ConfigError(f"{root}: cannot be read ({error.strerror}); make the folder readable") from error
+
+
+def _line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

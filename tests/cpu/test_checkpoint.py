@@ -1,0 +1,282 @@
+"""Checkpoints of one process: what outlives a crash, a full disk and damage, and what is refused."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if torch.cuda.is_available():
+    pytest.skip("the stand-ins for CUDA would hide the GPU from other tests of this process", allow_module_level=True)
+
+from actors import load, same, save, step, weights
+from whole_runs import batch
+
+from icrl_megatron.actor import checkpoint, manifest
+from icrl_megatron.actor import grid as grids
+from icrl_megatron.actor.actor import Actor
+from icrl_megatron.config import ConfigError, Settings, TinyModel
+from icrl_megatron.tiny import build_tiny
+
+
+def test_only_the_newest_checkpoints_stay(make: Callable[..., Actor], folder: Path, tmp_path: Path) -> None:
+    actor = make()
+    for number in (8, 9, 10, 999_999, 1_000_000):
+        step(actor, seed=number)
+        save(actor, folder, tmp_path, number)
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_999999", "step_1000000"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_crash_while_saving_leaves_the_last_good_one(
+    make: Callable[..., Actor], folder: Path, tmp_path: Path
+) -> None:
+    """What a killed job leaves is a .part folder, which is no checkpoint and makes way for the next one."""
+    actor = make()
+    step(actor)
+    good = save(actor, folder, tmp_path, 1)
+    saved = weights(actor)
+    part = tmp_path / "step_000002.part"
+    part.mkdir()
+    (part / "rank_00000_0000.safetensors").write_bytes(b"half a fi")
+    (part / checkpoint.META).write_text("{}")
+    assert checkpoint.complete(tmp_path) == [good]
+    assert manifest.leftovers(tmp_path) == [part]
+    resumed = make()
+    assert load(resumed, good) == checkpoint.Progress(1, 2, 1, 10)
+    assert same(saved, weights(resumed))
+    for a in (actor, resumed):
+        step(a, seed=1)
+    assert same(weights(actor), weights(resumed))
+    save(resumed, folder, tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000001", "step_000002"]
+
+
+def test_saving_before_the_first_update(make: Callable[..., Actor], folder: Path, tmp_path: Path) -> None:
+    """Moments of zero, and an optimizer that has made no step."""
+    actor, resumed = make(), make()
+    saved = save(actor, folder, tmp_path, 0)
+    load(resumed, saved)
+    assert resumed.optimizer.steps == 0
+    for a in (actor, resumed):
+        step(a)
+    assert same(weights(actor), weights(resumed))
+
+
+class CountingInGroups(torch.optim.Optimizer):
+    """Adam as the GPU's fused ones keep it: one count of steps a group, none before the first."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float, betas: Any, eps: float, adam_w_mode: bool) -> None:
+        assert adam_w_mode
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                state["exp_avg"].lerp_(p.grad, 1 - beta1)
+                state["exp_avg_sq"].lerp_(p.grad**2, 1 - beta2)
+                root = (state["exp_avg_sq"] / (1 - beta2 ** group["step"])).sqrt() + group["eps"]
+                p.mul_(1 - lr * group["weight_decay"])
+                p.addcdiv_(state["exp_avg"], root, value=-lr / (1 - beta1 ** group["step"]))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_optimizer_that_counts_in_groups_resumes_at_its_count(
+    make: Callable[..., Actor], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """Transformer Engine's and Apex's, which need a GPU: begun at 1 again, an update would be ten times as long."""
+    torchs = make(precision)
+    step(torchs)
+    for module in ("megatron.core.optimizer", "megatron.core.optimizer.distrib_optimizer"):
+        monkeypatch.setattr(f"{module}.Adam", CountingInGroups)
+    monkeypatch.setattr("megatron.core.optimizer.USING_PYTORCH_OPTIMIZER", False)
+    actor, resumed = make(precision), make(precision)
+    assert isinstance(actor.optimizer.distributed.optimizer, CountingInGroups)
+    step(actor)
+    expected, found = weights(torchs), weights(actor)
+    assert all(torch.allclose(found[n], expected[n], atol=1e-6) for n in expected)
+    for seed in (1, 2):
+        step(actor, seed)
+    saved = save(actor, folder, tmp_path, 3)
+    load(resumed, saved)
+    assert resumed.optimizer.steps == 3
+    for a in (actor, resumed):
+        step(a, seed=4)
+    assert same(weights(actor), weights(resumed)) and resumed.optimizer.steps == 4
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    make: Callable[..., Actor], folder: Path, grid: grids.Grid, tmp_path: Path
+) -> None:
+    saved = save(make(), folder, tmp_path, 0)
+    wider = tmp_path / "wider"
+    build_tiny(wider, TinyModel(hidden=32, heads=2, kv_heads=1, ffn=64, max_positions=64), ["w"], seed=1)
+    settings = Settings()
+    settings.actor.precision = "fp32"
+    with pytest.raises(ConfigError, match=rf"(?s){saved}.*has shape \(\d+, 32\), the model's is"):
+        load(Actor(settings, wider, grid), saved)
+
+
+STATES = ("param", "exp_avg", "exp_avg_sq")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("state", STATES)
+def test_what_is_not_finite_is_not_saved_and_displaces_nothing(
+    make: Callable[..., Actor], folder: Path, tmp_path: Path, state: str, value: float
+) -> None:
+    actor = make()
+    step(actor)
+    good = save(actor, folder, tmp_path, 1, keep=1)
+    before = {p.name: p.read_bytes() for p in good.iterdir() if p.is_file()}
+    parameter = actor.rows[3].param
+    actor.optimizer._shards(parameter)[state].data.view(-1)[7] = value
+    with pytest.raises(checkpoint.NonFiniteError, match=r"step 2 was not saved: the .* are not all finite"):
+        save(actor, folder, tmp_path, 2, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
+    assert {p.name: p.read_bytes() for p in good.iterdir() if p.is_file()} == before
+    load(make(), good)
+
+
+def test_only_old_checkpoints_of_the_same_run_are_deleted(
+    make: Callable[..., Actor], folder: Path, tmp_path: Path
+) -> None:
+    actor = make()
+    for number, run in ((1, "other"), (2, "mine"), (3, "mine"), (4, "")):
+        save(actor, folder, tmp_path, number, None, run)
+    (tmp_path / "step_000002.damaged").mkdir()
+    (tmp_path / "step_000000").mkdir()  # whose checkpoint that was cannot be known
+    save(actor, folder, tmp_path, 5, 1, "mine")
+    left = ["step_000000", "step_000001", "step_000002.damaged", "step_000004", "step_000005"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == left
+
+
+def test_a_checkpoint_is_never_written_over(make: Callable[..., Actor], folder: Path, tmp_path: Path) -> None:
+    actor = make()
+    saved = save(actor, folder, tmp_path, 1)
+    record = (saved / checkpoint.META).read_text()
+    with pytest.raises(ConfigError, match=r"step_000001: there is a checkpoint of this step already"):
+        save(actor, folder, tmp_path, 1)
+    assert (saved / checkpoint.META).read_text() == record
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
+
+
+SIDE_FILES = {
+    "tokenizer.model": b"\x00\xff binary",
+    "vocab.json": b"{}",
+    "merges.txt": b"a b",
+    "added_tokens.json": b"{}",
+    "special_tokens_map.json": b"{}",
+    "chat_template.jinja": b"{{ one }}",
+    "additional_chat_templates/tools.jinja": b"{{ two }}",
+    "generation_config.json": b"{}",
+    "vocab.bpe": b"x",
+    "LICENSE": b"yes",
+}
+NOT_SIDE_FILES = {
+    "model.safetensors.index.json": b"{}",
+    "pytorch_model.bin": b"x",
+    "consolidated.00.pth": b"x",
+    "modeling.py": b"raise SystemExit",
+    ".gitattributes": b"x",
+    "original/params.json": b"x",
+    "runs/metrics.jsonl": b"x",
+}
+
+
+def test_a_checkpoint_has_what_the_models_folder_has_besides_weights(
+    make: Callable[..., Actor], folder: Path, tmp_path: Path
+) -> None:
+    like, blobs = tmp_path / "model", tmp_path / "blobs"
+    shutil.copytree(folder, like)
+    blobs.mkdir()
+    for name, data in (SIDE_FILES | NOT_SIDE_FILES).items():
+        (like / name).parent.mkdir(exist_ok=True)
+        (like / name).write_bytes(data)
+    (blobs / "b").write_bytes(b"by link")  # as a cache of downloads keeps them
+    (like / "linked.json").symlink_to(blobs / "b")
+    (like / "linked.json").chmod(0o400)
+    saved = save(make(), like, tmp_path / "checkpoints", 1) / checkpoint.SIDE_FILES
+    for name, data in (SIDE_FILES | {"linked.json": b"by link"}).items():
+        assert (saved / name).read_bytes() == data
+        assert not (saved / name).is_symlink()
+        assert (saved / name).stat().st_mode & 0o777 == 0o666 & ~umask()
+    assert (saved / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+    assert not any((saved / name).exists() for name in NOT_SIDE_FILES)
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+class Payload:
+    """What a pickle can make its reader do."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+def test_a_poisoned_checkpoint_runs_nothing(make: Callable[..., Actor], folder: Path, tmp_path: Path) -> None:
+    """Pickles in the places where an earlier format had one, and where torch would look for one, are never read."""
+    marker = tmp_path / "ran"
+    poison = pickle.dumps(Payload(marker))
+    pickle.loads(poison)
+    assert marker.exists(), "the payload works"
+    marker.unlink()
+    earlier = tmp_path / "earlier" / "step_000001"
+    earlier.mkdir(parents=True)
+    (earlier / "icrl.json").write_text('{"step": 1, "weight_version": 2, "optimizer_steps": 1, "generated_tokens": 10}')
+    now = save(make(), folder, tmp_path / "now", 1)
+    replaced = tmp_path / "replaced" / "step_000001"
+    shutil.copytree(now, replaced)
+    for path in (replaced / checkpoint.META, replaced / "index.json", *replaced.glob("rank_*")):
+        path.write_bytes(poison)
+    for target in (earlier, now):
+        for name in (".metadata", "__0_0.distcp", "model/tokenizer.pkl", "optimizer.pt", "model/pytorch_model.bin"):
+            (target / name).parent.mkdir(exist_ok=True)
+            (target / name).write_bytes(poison)
+    for target, why in ((earlier, "earlier version of this program"), (replaced, "damaged checkpoint")):
+        with pytest.raises(ConfigError, match=why):
+            load(make(), target)
+        with pytest.raises(ConfigError):
+            checkpoint.find(target.parent)
+    load(make(), now)  # what the record does not list is not opened
+    commands = {str(i): ["export", str(path), str(tmp_path / "hf")] for i, path in enumerate((earlier, replaced))}
+    for ended in batch(tmp_path, commands).values():
+        assert ended.code == 2, ended.error
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "named", ["../other.safetensors", "/etc/passwd", "model/config.json", "rank_00007_0000.safetensors"]
+)
+def test_an_index_opens_no_other_files(make: Callable[..., Actor], folder: Path, tmp_path: Path, named: str) -> None:
+    saved = save(make(), folder, tmp_path, 1)
+    (tmp_path / "other.safetensors").write_bytes(next(saved.glob("rank_*")).read_bytes())
+    found = manifest.read(saved)
+    text = (saved / "index.json").read_text().replace("rank_00000_0000.safetensors", named)
+    record = manifest.write_file(saved / "index.json", text.encode())
+    manifest.write(saved, replace(found, files={**found.files, "index.json": record}))
+    with pytest.raises(ConfigError, match=r"which is no file of it|cannot be read"):
+        load(make(), saved)
