@@ -11,8 +11,8 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) 
 CODE := icrl_megatron kernels recipes tests tools
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-alfworld install-nemo quickstart system-packages test test-engine test-cluster \
-	lint format bench reproduce-small clean
+.PHONY: help install install-dev install-alfworld install-nemo quickstart system-packages test test-chaos test-engine \
+	test-cluster lint format bench reproduce-small clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,7 +59,11 @@ quickstart: $(VENV)/.installed ## Train a tiny model with ICRL on this machine a
 	$(BIN)/icrl train quickstart
 
 test: $(VENV)/.installed-dev ## Run every test that runs on this machine
-	$(BIN)/python -m pytest -q --ignore=tests/cluster -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q --ignore=tests/cluster --ignore=tests/chaos -n $(TEST_PROCESSES) --dist loadfile \
+	--no-loadscope-reorder
+
+test-chaos: $(VENV)/.installed-dev ## Play seeded faults (kills, full disks, damaged files) over a small run
+	$(BIN)/python -m pytest -q -m chaos tests/chaos
 
 # NeMo-Run's own dependencies conflict with the tested versions, and training never imports it: a venv of its own, which
 # holds the launcher and no torch.
