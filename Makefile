@@ -101,9 +101,8 @@ format: $(VENV)/.installed-dev ## Put the code into the house's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-bench ## Compare with other implementations on this CPU
-	$(BIN)/python tools/bench_head.py
-	$(BIN)/python tools/bench_step.py
+bench: $(VENV)/.installed-bench ## Run every benchmark that can run here, and say which bars are missed
+	$(BIN)/python tools/bench.py
 
 reproduce-small: $(VENV)/.installed ## ICRL, its ablations and GRPO over three seeds (up to an hour on 2 cores)
 	$(BIN)/python tools/reproduce_small.py
