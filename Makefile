@@ -11,8 +11,8 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) 
 CODE := icrl_megatron kernels recipes tests tools
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-alfworld install-nemo quickstart system-packages test test-engine test-cluster \
-	lint format bench reproduce-small clean
+.PHONY: help install install-dev install-alfworld install-nemo quickstart system-packages test test-chaos test-engine \
+	test-cluster lint format bench reproduce-small clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,7 +59,11 @@ quickstart: $(VENV)/.installed ## Train a tiny model with ICRL on this machine a
 	$(BIN)/icrl train quickstart
 
 test: $(VENV)/.installed-dev ## Run every test that runs on this machine
-	$(BIN)/python -m pytest -q --ignore=tests/cluster -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q --ignore=tests/cluster --ignore=tests/chaos -n $(TEST_PROCESSES) --dist loadfile \
+	--no-loadscope-reorder
+
+test-chaos: $(VENV)/.installed-dev ## Play seeded faults (kills, full disks, damaged files) over a small run
+	$(BIN)/python -m pytest -q -m chaos tests/chaos
 
 # NeMo-Run's own dependencies conflict with the tested versions, and training never imports it: a venv of its own, which
 # holds the launcher and no torch.
@@ -97,9 +101,8 @@ format: $(VENV)/.installed-dev ## Put the code into the house's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-bench ## Compare with other implementations on this CPU
-	$(BIN)/python tools/bench_head.py
-	$(BIN)/python tools/bench_step.py
+bench: $(VENV)/.installed-bench ## Run every benchmark that can run here, and say which bars are missed
+	$(BIN)/python tools/bench.py
 
 reproduce-small: $(VENV)/.installed ## ICRL, its ablations and GRPO over three seeds (up to an hour on 2 cores)
 	$(BIN)/python tools/reproduce_small.py

@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import bench_schema
 import torch
 import typer
+from bench_schema import Bar
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -168,14 +169,11 @@ def _report(runs: dict[str, list[Measurement]]) -> dict[str, Any]:
     ours = medians["head"]
     judged = ("cpu_seconds", "extra_peak_mib")
     shares = {peer: {n: ours[n] / medians[peer][n] for n in judged} for peer in runs if peer != "head"}
-    bars = {
-        peer: {
-            "cpu_seconds": cpu,
-            "extra_peak_mib": memory,
-            "held": shares[peer]["cpu_seconds"] <= cpu and shares[peer]["extra_peak_mib"] <= memory,
-        }
-        for peer, (cpu, memory) in BARS.items()
-    }
+    bars = [
+        Bar(f"{what} as a share of {peer}'s", shares[peer][quantity], limit)
+        for peer, limits in BARS.items()
+        for what, quantity, limit in zip(("CPU seconds", "extra memory"), judged, limits, strict=True)
+    ]
     return {"medians": medians, "head_as_share_of": shares, "bars": bars}
 
 
@@ -183,11 +181,10 @@ def _print(report: dict[str, Any]) -> None:
     table = Table("", "CPU s", "wall s", "extra MiB", "head: CPU", "head: memory", "bars", title="head, CPU, float32")
     for peer, text in PEERS.items():
         median, share = report["medians"][peer], report["head_as_share_of"].get(peer)
+        limits = [bar for bar in report["bars"] if bar.name.endswith(f" {peer}'s")]
         cells = [f"{median['cpu_seconds']:.2f}", f"{median['wall_seconds']:.2f}", f"{median['extra_peak_mib']:.0f}"]
         cells += [f"{share['cpu_seconds']:.2f}", f"{share['extra_peak_mib']:.2f}"] if share else ["", ""]
-        bar = report["bars"].get(peer)
-        limits = "" if bar is None else f"{bar['cpu_seconds']} / {bar['extra_peak_mib']} "
-        table.add_row(text, *cells, limits + ("" if bar is None else "held" if bar["held"] else "MISSED"))
+        table.add_row(text, *cells, ", ".join(f"{bar.limit:g} {bar.verdict()}" for bar in limits))
     Console().print(table)
 
 
@@ -225,7 +222,7 @@ def main(
     everything = {name: [asdict(m) for m in ms] for name, ms in runs.items()}
     out.write_text(json.dumps(bench_schema.stamped("head", about | report | {"runs": everything}), indent=1) + "\n")
     print(f"written to {out}")
-    if not all(bar["held"] for bar in report["bars"].values()):
+    if not all(bar.held for bar in report["bars"]):
         raise typer.Exit(1)
 
 

@@ -11,7 +11,7 @@ Three operations, each for the head of Qwen3-4B and 8B, at TP 1 and at one rank'
 Peers take turns in one process, each run between two events on the device after a sweep over a buffer larger than the
 L2 cache; medians are reported, with GB/s (given) or TF/s (the others), the share of an H100's floor, and the memory
 that a pass allocates at its peak. A peer that is not installed, or runs out of memory, is named with its reason.
-`targets` holds each bar with its value. The file is written after every row.
+`bars` holds each bar with its value. The file is written after every row.
 `python tools/bench_head.py --device cuda` is the same.
 """
 
@@ -154,7 +154,7 @@ def about() -> dict[str, Any]:
 
 
 def report(rows: list[Row]) -> Row:
-    return {"targets": head_cuda_targets.targets(rows), "rows": rows, "medians": head_cuda_targets.medians(rows)}
+    return {"bars": head_cuda_targets.bars(rows), "rows": rows, "medians": head_cuda_targets.medians(rows)}
 
 
 def write(out: Path, result: Row) -> None:
@@ -180,7 +180,8 @@ def main() -> int:
         write(chosen.out, described | {"tuning": tune(8192), "medians": {}})
     else:
         bench(shapes, 5 if chosen.quick else chosen.rounds, lambda rows: write(chosen.out, described | report(rows)))
-        print("\n".join(map(head_cuda_targets.target_line, bench_schema.read(chosen.out)["targets"])))
+        for bar in bench_schema.bars(bench_schema.read(chosen.out)):
+            print(bar.line())
     print(f"written to {chosen.out}")
     return 0
 

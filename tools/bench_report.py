@@ -1,4 +1,4 @@
-"""Results of the benchmarks as one table, and a plot of measured against predicted steps where there are both.
+"""Results of the benchmarks and their bars as tables, and a plot of measured and predicted steps where there are both.
 
 python tools/bench_report.py benchmarks/*.json --out benchmarks/report
 """
@@ -15,6 +15,7 @@ import typer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+BAR_COLUMNS = ("benchmark", "bar", "value", "limit", "verdict")
 COLUMNS = ("benchmark", "subject", "quantity", "measured", "predicted", "unit", "machine", "date")
 
 
@@ -31,9 +32,14 @@ def rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return found
 
 
-def markdown(table: list[tuple[str, ...]]) -> str:
+def bar_rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """One a bar."""
+    return [(result["benchmark"], *bar.cells()) for result in results for bar in bench_schema.bars(result)]
+
+
+def markdown(table: list[tuple[str, ...]], columns: tuple[str, ...] = COLUMNS) -> str:
     """The table, as Markdown."""
-    lines = [COLUMNS, tuple("---" for _ in COLUMNS), *table]
+    lines = [columns, tuple("---" for _ in columns), *table]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -71,6 +77,8 @@ def main(
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
     text = markdown(rows(results))
+    if judged := bar_rows(results):
+        text += "\n" + markdown(judged, BAR_COLUMNS)
     print(text, end="")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".md").write_text(text)

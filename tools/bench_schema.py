@@ -1,9 +1,11 @@
 """The one shape of every benchmark's JSON, so that `bench_report.py` reads them all.
 
     {"schema": 1, "benchmark": "step", "command": ..., "date": ..., "machine": ..., "versions": {...},
-     "measurements": [{"subject": "icrl", "quantity": "cpu_seconds", "value": 0.58, "unit": "s"}, ...], ...}
+     "measurements": [{"subject": "icrl", "quantity": "cpu_seconds", "value": 0.58, "unit": "s"}, ...],
+     "bars": [{"name": "CPU seconds, share of TRL's", "value": 0.52, "limit": 0.8, "at_least": false}, ...], ...}
 
-What else a benchmark has to say stands beside these keys. Every value was measured; what could not be is left out.
+Other keys hold what only one benchmark reports. Every measurement was made; one that could not be made is left out.
+`bars` is left out by benchmarks that have none.
 """
 
 from __future__ import annotations
@@ -44,6 +46,38 @@ class Measurement:
     quantity: str
     value: float
     unit: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A limit that one value of a benchmark has to keep."""
+
+    name: str
+    value: float | None
+    """None: could not be measured."""
+    limit: float
+    at_least: bool = False
+    """The limit is the smallest accepted value; otherwise it is the largest."""
+
+    @property
+    def held(self) -> bool | None:
+        """None where nothing was measured; a value that is NaN holds no bar."""
+        if self.value is None:
+            return None
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    def verdict(self) -> str:
+        return {None: "not measured", True: "met", False: "MISSED"}[self.held]
+
+    def asked(self) -> str:
+        return f"at {'least' if self.at_least else 'most'} {self.limit:.4g}"
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """Name, value, limit and verdict."""
+        return self.name, "" if self.value is None else f"{self.value:.4g}", self.asked(), self.verdict()
+
+    def line(self) -> str:
+        return "  ".join(cell for cell in self.cells() if cell)
 
 
 def unit_of(quantity: str) -> str:
@@ -87,9 +121,15 @@ def anywhere(word: str) -> str:
 
 
 def stamped(benchmark: str, report: Mapping[str, Any]) -> dict[str, Any]:
-    """A benchmark's own report with what all have in common in front; its `medians` become the measurements."""
+    """A benchmark's own report with the common keys; its `medians` become the measurements, its `Bar`s become rows."""
     rows = [asdict(row) for row in measurements(report["medians"])]
-    return {"schema": SCHEMA, "benchmark": benchmark, **report, "measurements": rows}
+    found = {"schema": SCHEMA, "benchmark": benchmark, **report, "measurements": rows}
+    return found | ({"bars": [asdict(bar) for bar in report["bars"]]} if "bars" in report else {})
+
+
+def bars(result: Mapping[str, Any]) -> list[Bar]:
+    """The bars of a result that `read` returned."""
+    return [Bar(**bar) for bar in result.get("bars", [])]
 
 
 def read(path: Path) -> dict[str, Any]:

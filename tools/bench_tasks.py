@@ -31,6 +31,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import bench_schema
 from agentgym_server import serving
+from bench_schema import Bar
 
 from icrl_megatron.config import ConfigError, RolloutSettings
 from icrl_megatron.config_tasks import TaskData, TaskSource
@@ -60,6 +61,12 @@ STEPS = 400
 FIRST = 200
 """Answers after the start that are timed by themselves: the parser learns its grammar on them."""
 WAIT_S, WAITS = 0.05, 10
+STEPS_BAR = 2_000.0
+"""Environment steps a second of an embedded task set, at least."""
+OVERHEAD_BAR = 0.2
+"""CPU seconds that the AgentGym client adds to a bare HTTP call, as a share of the call's, at most."""
+ANSWERS_BAR = 200.0
+"""Graded answers a second, at least."""
 
 
 class Instant:
@@ -254,6 +261,18 @@ def sandboxed(count: int = 60) -> dict[str, float]:
     return {"runs_per_s": count / taken}
 
 
+def bars(found: dict[str, dict[str, float]]) -> list[Bar]:
+    """Of the parts that were measured."""
+    limits = {
+        **{f"{name} environment_steps_per_s": (STEPS_BAR, True) for name in REPLIES},
+        "client overhead": (OVERHEAD_BAR, False),
+        "grading first_answers_per_s": (ANSWERS_BAR, True),
+        "grading answers_per_s": (ANSWERS_BAR, True),
+    }
+    values = {f"{part} {name}": value for part, figures in found.items() for name, value in figures.items()}
+    return [Bar(name, values[name], *limit) for name, limit in limits.items() if name in values]
+
+
 REPLIES = {"rulebook_hard": "oak elm oak fir", "rulebook_easy": "oak elm oak", "household": "go kitchen"}
 
 
@@ -262,6 +281,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     count: Annotated[int, typer.Option("--answers", min=8, help="Answers to grade.")] = 800,
 ) -> None:
+    """Measures and prints the parts, exiting with 1 if a bar is not held."""
     every: dict[str, Callable[[], dict[str, float]]] = {
         **{name: partial(embedded, name, reply) for name, reply in REPLIES.items()},
         "client": client,
@@ -277,9 +297,14 @@ def main(
         for name, value in figures.items():
             shown.add_row(what, name, f"{value:,.3g}" if value < 1000 else f"{value:,.0f}")
     Console().print(shown)
+    judged = bars(found)
     if out is not None:
-        report = bench_schema.about(("math-verify", "latex2sympy2_extended", "sympy", "aiohttp")) | {"medians": found}
+        report = bench_schema.about(("math-verify", "latex2sympy2_extended", "sympy", "aiohttp"))
+        report |= {"medians": found, "bars": judged}
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(bench_schema.stamped("tasks", report), indent=1) + "\n")
+    if not all(bar.held for bar in judged):
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import bench_schema
+
 BF16_FLOPS, COPY_BYTES_PER_S = 790e12, 3.0e12
 """Of one H100: measured on such a card, in the design notes of this project."""
 BF16_BYTES = 2
@@ -19,27 +21,27 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Bar:
-    """At most `bar` of a quantity; or, with a peer, that many times less than the peer at least."""
+class Target:
+    """At most `limit` of a quantity; with a peer, at least that many times less than the peer."""
 
     operation: str
     tokens: int
     quantity: str
-    bar: float
+    limit: float
     peer: str = ""
 
 
-BARS = (
-    Bar("given", 8192, "ms", 3.1),
-    Bar("given", 8192, "ms", 2.5, "liger vocab-parallel CE"),
-    Bar("given", 8192, "ms", 5.0, "megatron fused CE"),
-    Bar("train", 8192, "ms", 47.0),
-    Bar("train", 8192, "ms", 1.6, "verl"),
-    Bar("score", 8192, "ms", 15.5),
-    Bar("train", 16384, "extra_gb", 2.5),
-    Bar("train", 16384, "extra_gb", 10.0, "eager"),
+TARGETS = (
+    Target("given", 8192, "ms", 3.1),
+    Target("given", 8192, "ms", 2.5, "liger vocab-parallel CE"),
+    Target("given", 8192, "ms", 5.0, "megatron fused CE"),
+    Target("train", 8192, "ms", 47.0),
+    Target("train", 8192, "ms", 1.6, "verl"),
+    Target("score", 8192, "ms", 15.5),
+    Target("train", 16384, "extra_gb", 2.5),
+    Target("train", 16384, "extra_gb", 10.0, "eager"),
 )
-"""Of the issue. Extra memory is what a pass allocates at its peak; main_grad is there before it."""
+"""Extra memory is what a pass allocates at its peak; main_grad exists before the pass."""
 
 
 def flops(operation: str, tokens: int, columns: int, hidden: int) -> float:
@@ -97,32 +99,25 @@ def medians(rows: list[Row]) -> dict[str, dict[str, float]]:
     return found
 
 
-def targets(rows: list[Row]) -> list[Row]:
-    """Every bar with the value that is held against it; value and `held` are null where it could not be measured."""
+def bars(rows: list[Row]) -> list[bench_schema.Bar]:
+    """Every target with the value that was measured for it; the value is None where it could not be measured."""
     found = []
-    for bar in BARS:
-        for subject in OURS[: 1 if bar.operation == "given" else 2]:
-            ours, theirs = (_value(rows, bar, name) for name in (subject, bar.peer or subject))
-            value = ours
-            if bar.peer:
-                value = None if ours is None or theirs is None else theirs / ours
-            held = None if value is None else (value >= bar.bar if bar.peer else value <= bar.bar)
-            what = f"{bar.operation} {MODEL} T {bar.tokens} TP {TENSOR_PARALLEL} {bar.quantity}"
-            asked = f"at least {bar.bar} times less than {bar.peer}" if bar.peer else f"at most {bar.bar}"
-            row = {"subject": subject, "quantity": what, "asked": asked, "bar": bar.bar, "value": value, "held": held}
-            found.append(row)
+    for target in TARGETS:
+        for subject in OURS[: 1 if target.operation == "given" else 2]:
+            ours, theirs = (_value(rows, target, name) for name in (subject, target.peer or subject))
+            name = f"{subject}: {target.operation} {MODEL} T {target.tokens} TP {TENSOR_PARALLEL} {target.quantity}"
+            if not target.peer:
+                found.append(bench_schema.Bar(name, ours, target.limit))
+                continue
+            ratio = None if ours is None or theirs is None else theirs / ours
+            name = f"{name}, times less than {target.peer}"
+            found.append(bench_schema.Bar(name, ratio, target.limit, at_least=True))
     return found
 
 
-def _value(rows: list[Row], bar: Bar, peer: str) -> float | None:
+def _value(rows: list[Row], target: Target, peer: str) -> float | None:
     for row in rows:
         key = (row["operation"], row["model"], row["tokens"], row["tensor_parallel"])
-        if key == (bar.operation, MODEL, bar.tokens, TENSOR_PARALLEL):
-            return row["peers"].get(peer, {}).get(bar.quantity)
+        if key == (target.operation, MODEL, target.tokens, TENSOR_PARALLEL):
+            return row["peers"].get(peer, {}).get(target.quantity)
     return None
-
-
-def target_line(target: Row) -> str:
-    value = "not measured" if target["value"] is None else f"{target['value']:.2f}"
-    verdict = {None: "", True: "held", False: "MISSED"}[target["held"]]
-    return f"{target['subject']}: {target['quantity']} {target['asked']}: {value} {verdict}".rstrip()

@@ -63,6 +63,18 @@ def hide_gpu_libraries() -> None:
             sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # Python's own way to say: not there
 
 
+def keep_no_record_of_collectives() -> None:
+    """Turns off torch's flight recorder (gloo and NCCL keep their last 2000 collectives in it). Call it before the
+    process group is made. For CPU runs, where nothing reads the recorder.
+
+    A record consists of small C++ allocations that stay for about 200 steps. They are made in the middle of a step,
+    between the step's tensors on the same heap, so a freed tensor leaves a hole that the next larger tensor does not
+    fit into. Resident memory of rulebook_easy grew by 87 MiB from step 50 to step 300 this way. On a GPU the tensors
+    are not on this heap, and NCCL dumps the recorder when a collective times out, so it stays on.
+    """
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")
+
+
 def keep_fp8_scales_exact() -> None:
     """Transformer Engine else rounds the scales of blocks to powers of two, which Blackwell's products need and which
     costs accuracy on Hopper. Read when it is imported: call it before Megatron is. Of ranks alone the GPU is asked:
@@ -92,6 +104,7 @@ def prepare(choice: str = "auto") -> torch.device:
     if choice == "cuda" and not has_cuda:
         raise ConfigError("launch.device=cuda: torch sees no GPU here; use launch.device=auto, or see `icrl doctor`")
     if choice == "cpu" or not has_cuda:
+        keep_no_record_of_collectives()
         if _device is None:
             _stand_in_for_cuda()
         _device = torch.device("cpu")

@@ -48,7 +48,9 @@ class TaskSampler:
             random.Random(f"{seed}/order/{source.name}").shuffle(order)
             self._orders.append(order)
         self._seed = seed
-        self._slots: list[tuple[int, int]] = []
+        self._passed = 0
+        """Slots before the row that was asked for last. Only their number by source is kept, so that the memory of a
+        run does not grow with its steps."""
         self._taken = [0] * len(sources)
 
     def draw(self, step: int, resample: int, n: int) -> list[Task]:
@@ -75,13 +77,21 @@ class TaskSampler:
         return [task for source, share in shares for task in curriculum.draw(self._orders[source], share, rng)]
 
     def _row(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Slots as (source, how many slots that source had before); grown on demand, the same however asked for."""
-        while len(self._slots) < stop:
-            k = len(self._slots) + 1
-            source = max(range(len(self._weights)), key=lambda s: (k * self._weights[s] - self._taken[s], -s))
-            self._slots.append((source, self._taken[source]))
-            self._taken[source] += 1
-        return self._slots[start:stop]
+        """Slots `start` to `stop` as (source, how many slots that source had before), in whatever order rows are asked
+        for."""
+        if start < self._passed:
+            self._passed, self._taken = 0, [0] * len(self._taken)
+        while self._passed < start:
+            self._passed += 1
+            self._slot(self._passed, self._taken)
+        taken = list(self._taken)  # the same row may be asked for again
+        return [self._slot(number, taken) for number in range(start + 1, stop + 1)]
+
+    def _slot(self, number: int, taken: list[int]) -> tuple[int, int]:
+        """The slot of this number, counted from 1, after `taken` slots of each source; counts it in `taken`."""
+        source = max(range(len(taken)), key=lambda s: (number * self._weights[s] - taken[s], -s))
+        taken[source] += 1
+        return source, taken[source] - 1
 
 
 def _check(sources: Sequence[TaskSource], problems: Mapping[str, Sequence[Task]]) -> None:

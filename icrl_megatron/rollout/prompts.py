@@ -21,8 +21,9 @@ from icrl_megatron.config import ConfigError, RolloutSettings
 from icrl_megatron.types import Ids
 
 FORMS = ("attempt", "revision", "critique")
-REMEMBERED_TEXTS, REMEMBERED_CHARS = 2048, 8192
-"""Texts whose ids are kept, and how long they may be."""
+REMEMBERED_TEXTS, REMEMBERED_CHARS = 512, 8192
+"""How many texts have their ids kept, and how long such a text may be. A few steps fill the memory, which then stays as
+it is: a text of 8192 characters and its ids take about 90 KB, so at most about 45 MB."""
 _BUILT_IN = Path(__file__).parent / "templates"
 _CRITIC = re.compile(r"<critic>(.*?)</critic>", re.DOTALL)
 

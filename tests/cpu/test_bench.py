@@ -1,0 +1,146 @@
+"""`make bench`: every benchmark runs, whatever the one before it did, and the missed bars are named at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ROOT / "tools"
+sys.path.append(str(TOOLS))  # as for a script: the tools import each other
+
+import bench  # noqa: E402
+import bench_schema  # noqa: E402
+
+OPTIONS = bench.Options("cpu", "", False)
+WRITES = """
+import json, sys
+sys.path.append({tools!r})
+import bench_schema
+from bench_schema import Bar
+bars = [Bar("speed", {value}, 2.0), Bar("peer's speed", None, 2.0)]
+report = bench_schema.about() | {{"medians": {{"x": {{"train_s": {value}}}}}, "bars": bars}}
+with open(sys.argv[sys.argv.index("--out") + 1], "w") as file:
+    json.dump(bench_schema.stamped("x", report), file)
+sys.exit({code})
+"""
+
+Make = Callable[..., bench.Benchmark]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    def benchmark(name: str, program: str, reason: str = "") -> bench.Benchmark:
+        script = tmp_path / f"{name}.py"
+        script.write_text(program)
+        return bench.Benchmark(name, str(script), f"{name}_{{device}}.json", lambda _: [], (), lambda _: reason)
+
+    return benchmark
+
+
+def writes(value: float, code: int) -> str:
+    return WRITES.format(tools=str(TOOLS), value=value, code=code)
+
+
+def test_a_benchmark_that_misses_or_fails_does_not_end_the_others(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "crashes_cpu.json").write_text("the result of an earlier run")
+    benchmarks = [
+        make("misses", writes(3.0, 1)),
+        make("crashes", "raise SystemExit(1)"),
+        make("killed", "import os; os.kill(os.getpid(), 9)"),
+        make("refuses", writes(1.0, 2)),
+        make("odd", "import sys; open(sys.argv[2], 'w').write('{}')"),
+        make("absent", writes(1.0, 0), "trl [bench] not installed"),
+        make("holds", writes(1.0, 0)),
+    ]
+    outcomes = [bench.run(one, OPTIONS, tmp_path, 60) for one in benchmarks]
+    assert [o.state for o in outcomes] == ["measured", "failed", "failed", "failed", "failed", "skipped", "measured"]
+    assert [o.fine() for o in outcomes] == [False, False, False, False, False, True, True]
+    assert [b.held for o in (outcomes[0], outcomes[-1]) for b in o.bars] == [False, None, True, None]
+    assert "exit code 1" in outcomes[1].why and "SIGKILL" in outcomes[2].why and "odd_cpu.json" in outcomes[4].why
+    assert bench_schema.read(tmp_path / "misses_cpu.json") and bench_schema.read(tmp_path / "holds_cpu.json")
+    assert (tmp_path / "crashes_cpu.json").read_text() == "the result of an earlier run"
+
+    console = Console(record=True, width=120, file=open(os.devnull, "w"))  # noqa: SIM115 (closed with the process)
+    bench.show(outcomes, console)
+    shown = console.export_text()
+    assert "1 bars met, 1 missed (misses: speed), failed: crashes, killed, refuses, odd, skipped: absent" in shown
+    assert "trl [bench] not installed" in shown
+
+
+def test_a_benchmark_that_hangs_is_stopped_with_all_it_started(make: Make, tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"
+    program = f"""
+import subprocess, sys, time
+asleep = subprocess.Popen([sys.executable, "-c", {deaf!r}])
+open({str(child)!r}, "w").write(str(asleep.pid))
+time.sleep(600)
+"""
+    outcome = bench.run(make("hangs", program), OPTIONS, tmp_path, 2)
+    assert (outcome.state, outcome.why) == ("failed", "stopped after 2 s (--timeout-s)")
+    pid, deadline = int(child.read_text()), time.monotonic() + 10
+    while Path(f"/proc/{pid}/stat").exists() and time.monotonic() < deadline:
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":  # ended, and not yet reaped
+            break
+        time.sleep(0.05)
+    else:
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_real_benchmark_misses_a_bar_that_no_machine_meets(tmp_path: Path) -> None:
+    name = "rulebook_easy environment_steps_per_s"
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(TOOLS / "bench.py"), "--quick", "--out", str(tmp_path), *words]
+        env = {**os.environ, "COLUMNS": "120", "ICRL_ENGINE_PYTHON": ""}
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=300)
+
+    # The same benchmark twice: the first one's miss does not keep the second from running.
+    done = run("tasks", "tasks", "--bar", f"{name}=1e12")
+    assert done.returncode == 1, done.stderr
+    assert f"0 bars met, 2 missed (tasks: {name}; tasks: {name})" in done.stdout
+    assert "at least 1e+12" in done.stdout
+    assert json.loads((tmp_path / "tasks_cpu.json").read_text())["bars"][0]["limit"] == 2000.0
+
+    done = run("tasks", "--bar", f"{name}=1", "--bar", "no such bar=3")
+    assert done.returncode == 2 and "1 bars met, 0 missed" in done.stdout
+    assert done.stderr.endswith("error: --bar 'no such bar': no benchmark that ran has such a bar\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["speed"], "error: speed: one of head, step, tasks, rollout, e2e"),
+        (["--device", "tpu"], "error: --device tpu: one of cpu, cuda"),
+        (["--bar", "speed"], "error: --bar 'speed': expected NAME=LIMIT"),
+        (["--bar", "speed=fast"], "error: --bar 'speed=fast': expected NAME=LIMIT"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_runs(words: list[str], said: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(TOOLS / "bench.py"), *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith(said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_benchmark_has_a_program_and_a_reason_when_it_cannot_run() -> None:
+    for one in bench.BENCHMARKS:
+        assert (TOOLS / one.script).is_file()
+        assert isinstance(one.lacks(OPTIONS), str)
+    programs = {path.name for path in TOOLS.glob("bench_*.py")}
+    helpers = {"bench_report.py", "bench_schema.py", "bench_head_cpu.py", "bench_head_cuda.py"}
+    assert {one.script for one in bench.BENCHMARKS} == programs - helpers
+
+
+def test_committed_results_have_their_bars() -> None:
+    for name, count in {"head_cpu": 4, "step_cpu": 1, "tasks_cpu": 6, "rollout_cpu": 3}.items():
+        assert len(bench_schema.bars(bench_schema.read(ROOT / "benchmarks" / f"{name}.json"))) == count
