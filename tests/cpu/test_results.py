@@ -142,16 +142,16 @@ def test_a_file_that_is_gone_from_a_result_is_no_loss(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "a.json").read_text() == "two"
 
 
-RUN_RECORD = '{"step": 0, "weight_version": 0, "optimizer_steps": 0, "generated_tokens": 0}'
+RECORD = '{"format": 2, "files": {"rank.safetensors": {}, "model/config.json": {}}}'
 EVAL = '{"successes": {}, "subsets": {}, "scores": [], "generated_tokens": 0}'
 
 
 @pytest.mark.parametrize(
     ("kind", "files", "ours"),
     [
-        (results.CHECKPOINT, {"icrl.json": RUN_RECORD, ".metadata": "", "0.distcp": "", "model/config.json": ""}, True),
-        (results.CHECKPOINT, {"icrl.json": RUN_RECORD, ".metadata": "", "notes.md": "mine"}, False),
-        (results.CHECKPOINT, {".metadata": "", "__0_0.distcp": ""}, False),
+        (results.CHECKPOINT, {"icrl.json": RECORD, "rank.safetensors": "", "model/config.json": ""}, True),
+        (results.CHECKPOINT, {"icrl.json": RECORD, "rank.safetensors": "", "notes.md": "mine"}, False),
+        (results.CHECKPOINT, {"rank.safetensors": "", "model/config.json": ""}, False),
         (results.EVALUATION, {"eval.json": EVAL, "eval.png": "", "logs/servers.1/a.log": ""}, True),
         (results.EVALUATION, {"eval.json": EVAL, "other.json": "mine"}, False),
         (results.EVALUATION, {"eval.json": "{}"}, False),
