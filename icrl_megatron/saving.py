@@ -199,20 +199,24 @@ class Saver:
         if self._failed or done is None or done.progress.step in (0, self._saved):
             return  # the error says that saving failed, or nothing would be lost
         if not meet(self._grid, "icrl/failed", lambda: HURRIED_WAIT_S if self._stopping() else WAIT_S):
-            self._say(f"not all ranks could be reached, so nothing was saved; {self._standing()}")
+            self._explain(error, f"not all ranks could be reached, so nothing was saved; {self._standing()}")
             return
         mine = (done.progress.step, self._actor.optimizer.begun == done.begun)
         everyone = gather_objects(self._grid, mine)
         if any(theirs != everyone[0] for theirs in everyone) or not all(unchanged for _, unchanged in everyone):
-            self._say(f"an update had begun to change the weights, so nothing was saved; {self._standing()}")
+            self._explain(error, f"an update had begun to change the weights, so nothing was saved; {self._standing()}")
             return
         try:
             self.save()
         except (ConfigError, HopelessError) as failed:
-            if not isinstance(error, ConfigError):  # else one message is enough: the disk is full, most likely
-                self._say(f"{failed}; {self._standing()}")
+            self._explain(error, f"{failed}; {self._standing()}")
             return
         self._say(f"saved step {self._saved}, the last one that was completed")
+
+    def _explain(self, error: BaseException, message: str) -> None:
+        """Says why nothing was saved, unless the run ends with one line that has a remedy, such as a full disk."""
+        if not isinstance(error, ConfigError):
+            self._say(message)
 
     def _standing(self) -> str:
         if self._saved is None:

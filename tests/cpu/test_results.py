@@ -283,7 +283,7 @@ def _inside_a_result(tmp_path: Path) -> Path:
 
 def _inside_a_checkpoint(tmp_path: Path) -> Path:
     (tmp_path / "step_000004").mkdir()
-    (tmp_path / "step_000004" / "icrl.json").write_text(RUN_RECORD)
+    (tmp_path / "step_000004" / "icrl.json").write_text(RECORD)
     return tmp_path / "step_000004" / "out"
 
 
