@@ -231,9 +231,11 @@ def _check_place(target: Path) -> None:
 
 def _places_of(source: Path) -> Iterator[Path]:
     """Where a source folder is: by its name, and by what it and its files link to."""
-    for path in (source, *(source.iterdir() if source.is_dir() else ())):
-        yield Path(os.path.realpath(path.parent)) / path.name
-        yield Path(os.path.realpath(path))
+    yield Path(os.path.realpath(source.parent)) / source.name
+    yield Path(os.path.realpath(source))
+    for path in source.iterdir() if source.is_dir() else ():
+        if path.is_symlink():
+            yield Path(os.path.realpath(path))
 
 
 def _not_ours(target: Path, kind: Kind) -> str:
