@@ -289,6 +289,10 @@ def _inside_a_result(tmp_path: Path) -> Path:
     return tmp_path / "other" / "sub" / "out"
 
 
+def _a_checkpoint(tmp_path: Path) -> Path:
+    return _inside_a_checkpoint(tmp_path).parent
+
+
 def _inside_a_checkpoint(tmp_path: Path) -> Path:
     (tmp_path / "step_000004").mkdir()
     (tmp_path / "step_000004" / "icrl.json").write_text(RUN_RECORD)
@@ -298,7 +302,7 @@ def _inside_a_checkpoint(tmp_path: Path) -> Path:
 NEVER = [
     _file, _fifo, _below_a_file, _link_to_folder, _link_to_nothing, _link_loop, _here, _up, _here_in_other_words, _root,
     _home, _the_source, _above_the_source, _above_the_source_through_a_link, _the_weights_of_the_source,
-    _inside_a_result, _inside_a_checkpoint,
+    _inside_a_result, _a_checkpoint, _inside_a_checkpoint,
 ]  # fmt: skip
 
 
