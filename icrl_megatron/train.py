@@ -235,7 +235,7 @@ def report_control(parts: Parts, catalogue: registry.Catalogue, recorder: Record
     with recorder.progress.phase("control"):
         source.survive(len(todo), go_on)
     if mine:
-        write_atomically(path, [json.dumps(found, indent=2)])
+        write_atomically(path, [json.dumps(found, indent=2)], "the control")
 
 
 if __name__ == "__main__":

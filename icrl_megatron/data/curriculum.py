@@ -85,4 +85,5 @@ def cut_history(run_dir: Path, until: int) -> None:
     write_atomically(
         run_dir / HISTORY,
         (json.dumps({"step": i, "success": s}) for i, s in enumerate(kept, start=1 + until - len(kept))),
+        "the successes of the steps",
     )

@@ -65,7 +65,8 @@ def write_dump(
     credited = {s.sample_id: Credited(s.reward, s.advantage, weights.get(s.sample_id, ())) for s in samples}
     ordered = sorted(episodes, key=lambda e: (e.task.task_id, e.index))
     path = dump_path(run_dir, step)
-    write_atomically(path, (_line(_record(e, credited, decode)) for e in ordered))
+    lines = (_line(_record(e, credited, decode)) for e in ordered)
+    write_atomically(path, lines, f"the rollouts of step {step}")
     return path
 
 

@@ -87,12 +87,13 @@ def check(
 
     A target may be absent, empty, or an earlier result of the same kind in which nothing was added or changed;
     `overwrite` allows any other folder too, on purpose. Never allowed: a file, a symbolic link, a mount point, the
-    working directory or home or a folder that contains them, a folder that contains one of `sources`, and a place
-    inside another result, which would be deleted with it. `remedy` ends the message where `overwrite` would help.
+    working directory or home or a folder that contains them, a folder that contains one of `sources`, a checkpoint in
+    the place of another kind, and a place inside another result, which would be deleted with it. `remedy` ends the
+    message where `overwrite` would help.
     """
     with disk_errors(target, f"the {kind.called}"):
         _check_name(target, kind, sources)
-        _check_place(target)
+        _check_place(target, kind)
         if target.exists() and not overwrite and (why := _not_ours(target, kind)):
             raise ConfigError(f"{target}: {why}, so the {kind.called} does not replace it; {remedy}")
         check_permission(_named(target))
@@ -217,9 +218,11 @@ def _check_name(target: Path, kind: Kind, sources: Sequence[Path]) -> None:
             raise ConfigError(f"{target}: contains {source}, which is read; choose a folder outside it")
 
 
-def _check_place(target: Path) -> None:
+def _check_place(target: Path, kind: Kind) -> None:
     """Raises ConfigError where a folder cannot be replaced as a whole, or would be deleted with another one."""
     real = Path(os.path.realpath(target))
+    if kind is not CHECKPOINT and (target / CHECKPOINT_RECORD).is_file():
+        raise ConfigError(f"{target}: a checkpoint, which nothing but a checkpoint replaces; choose another folder")
     if os.path.ismount(real):
         raise ConfigError(f"{target}: a mount point, which cannot be replaced; name a folder inside it")
     for parent in real.parents:
@@ -231,9 +234,11 @@ def _check_place(target: Path) -> None:
 
 def _places_of(source: Path) -> Iterator[Path]:
     """Where a source folder is: by its name, and by what it and its files link to."""
-    for path in (source, *(source.iterdir() if source.is_dir() else ())):
-        yield Path(os.path.realpath(path.parent)) / path.name
-        yield Path(os.path.realpath(path))
+    yield Path(os.path.realpath(source.parent)) / source.name
+    yield Path(os.path.realpath(source))
+    for path in source.iterdir() if source.is_dir() else ():
+        if path.is_symlink():
+            yield Path(os.path.realpath(path))
 
 
 def _not_ours(target: Path, kind: Kind) -> str:

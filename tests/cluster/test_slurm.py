@@ -114,10 +114,19 @@ def test_a_cancelled_job_does_not_come_back(cluster: Cluster, model: Path) -> No
 
 def test_evaluation(preempted: tuple[Path, int], cluster: Cluster) -> None:
     """`icrl eval` starts the servers of the run that it evaluates."""
-    words = (str(preempted[0]), "--problems", "3", "--samples", "2", "launch.device=cpu", "--out", str(cluster.folder))
+    words = (
+        str(preempted[0]),
+        "--problems",
+        "3",
+        "--samples",
+        "2",
+        "launch.device=cpu",
+        "--out",
+        str(cluster.folder / "eval"),
+    )
     ended = cluster.ended(cluster.sbatch("eval.sbatch", *words, options=("--nodes=1",)))
     assert (ended.state, ended.code) == ("COMPLETED", "0:0"), ended.log
-    found = json.loads((cluster.folder / "eval.json").read_text())
+    found = json.loads((cluster.folder / "eval" / "eval.json").read_text())
     assert [len(scores) for scores in found["successes"].values()] == [2, 2, 2]
     assert found["lost"] == []
     assert "environment servers of alfworld: http://127.0.0.1:" in ended.log

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from disks import small_disk
 
 from icrl_megatron import launch
 
@@ -36,6 +37,11 @@ def note(name, text=""):
 """
 
 
+def python_path(folder: Path) -> str:
+    """Modules of this folder too, and those of the checkout that is tested."""
+    return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH", ""))))
+
+
 class Launched:
     """A launcher process in its own folder, with the rank module `ranks.py` beside it."""
 
@@ -47,7 +53,7 @@ class Launched:
         self.process = subprocess.Popen(
             [sys.executable, "launcher.py", "ranks", str(ranks)],
             cwd=folder,
-            env={**clean, "PYTHONPATH": str(folder)},
+            env={**clean, "PYTHONPATH": python_path(folder)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -142,6 +148,51 @@ def main():
 if __name__ == "__main__":
     run_rank(main)
 """
+
+
+FILLS_THE_DISK = """
+def main():
+    if rank == FAILING:
+        with open("filler", "wb") as file:
+            file.write(bytes(10**7))
+    while True:
+        time.sleep(0.1)
+
+if __name__ == "__main__":
+    run_rank(main)
+"""
+FULL = (
+    "error: a file that the program writes: the disk is full; free some space there, or choose a folder on another "
+    "disk\n"
+)
+
+
+@pytest.mark.parametrize("failing", ["0", "1"])
+def test_a_full_disk_is_one_line_and_no_failed_rank(failing: str, tmp_path: Path) -> None:
+    """What the launcher and the ranks tell each other is not on the disk of the run."""
+    with small_disk(tmp_path / "disk", 256) as disk:
+        launched = Launched(disk, FILLS_THE_DISK.replace("FAILING", repr(failing)), 2)
+        code, out, err = launched.end()
+        said = [line for line in err.splitlines(keepends=True) if not line.startswith("starting")]
+        assert (code, out, said) == (launch.CONFIG_ERROR, "", [FULL])
+
+
+@pytest.mark.parametrize("failing", ["0", "1"])
+def test_a_rank_that_cannot_leave_its_message_prints_it(failing: str, tmp_path: Path) -> None:
+    """A batch job's outcome file is on the disk of its logs: the agent says nothing more, and ends with the code."""
+    (tmp_path / "ranks.py").write_text(
+        RANK_HEAD + FILLS_THE_DISK.replace("FAILING", repr(failing)).replace("filler", "disk/filler")
+    )
+    with small_disk(tmp_path / "disk", 256) as disk:
+        arguments = ["--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+        arguments += [f"--log-dir={tmp_path / 'logs'}", "--local-addr=127.0.0.1", "--redirects=1:3", "-m", "ranks", "x"]
+        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+        env |= {launch.OUTCOME_ENV: str(disk / "outcome.json"), "PYTHONPATH": python_path(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-m", "icrl_megatron.agent", *arguments],
+            cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=90,
+        )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (launch.CONFIG_ERROR, "", FULL)
 
 
 def test_traceback_of_a_failing_rank_is_shown(start: Start) -> None:
@@ -289,7 +340,7 @@ def test_a_bar_shows_until_the_ranks_have_met(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "launcher.py", "ranks", "1"],
         cwd=tmp_path,
-        env={**env, "PYTHONPATH": str(tmp_path), "TERM": "xterm"},
+        env={**env, "PYTHONPATH": python_path(tmp_path), "TERM": "xterm"},
         stderr=theirs,
     )
     os.close(theirs)

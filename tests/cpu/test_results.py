@@ -276,9 +276,21 @@ def _above_the_source_through_a_link(tmp_path: Path) -> Path:
     return tmp_path / "link" / "models"
 
 
+def _the_weights_of_the_source(tmp_path: Path) -> Path:
+    """A model in the cache of its hub is a folder of links."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "1234").write_text("mine")
+    (tmp_path / "models" / "mine" / "model.safetensors").symlink_to(tmp_path / "blobs" / "1234")
+    return tmp_path / "blobs"
+
+
 def _inside_a_result(tmp_path: Path) -> Path:
     write(tmp_path / "other", results.MODEL)
     return tmp_path / "other" / "sub" / "out"
+
+
+def _a_checkpoint(tmp_path: Path) -> Path:
+    return _inside_a_checkpoint(tmp_path).parent
 
 
 def _inside_a_checkpoint(tmp_path: Path) -> Path:
@@ -289,7 +301,8 @@ def _inside_a_checkpoint(tmp_path: Path) -> Path:
 
 NEVER = [
     _file, _fifo, _below_a_file, _link_to_folder, _link_to_nothing, _link_loop, _here, _up, _here_in_other_words, _root,
-    _home, _the_source, _above_the_source, _above_the_source_through_a_link, _inside_a_result, _inside_a_checkpoint,
+    _home, _the_source, _above_the_source, _above_the_source_through_a_link, _the_weights_of_the_source,
+    _inside_a_result, _a_checkpoint, _inside_a_checkpoint,
 ]  # fmt: skip
 
 

@@ -125,6 +125,15 @@ def test_the_index_is_built_once_and_again_when_the_corpus_changed(corpus: Path)
     assert len(again) == 5 and asyncio.run(again.search("river", 5))[0].startswith("Danube")
 
 
+def test_an_index_replaces_no_other_folder(corpus: Path) -> None:
+    folder = corpus.with_name("corpus.jsonl.bm25s")
+    folder.mkdir()
+    (folder / "notes.md").write_text("mine")
+    with pytest.raises(ConfigError, match=r"it holds notes\.md, .*; move it away, or the corpus to another folder"):
+        LocalRetriever(corpus)
+    assert [path.name for path in folder.iterdir()] == ["notes.md"]
+
+
 def test_many_searches_at_once(corpus: Path) -> None:
     retriever = LocalRetriever(corpus)
 

@@ -74,6 +74,14 @@ def test_servers_play_while_the_block_lasts_and_are_no_settings(tmp_path: Path) 
     assert "POST /reset" in log.read_text()  # each was played on before the run was told of it
 
 
+def test_a_process_of_the_same_number_leaves_earlier_logs_alone(tmp_path: Path) -> None:
+    first = serve._new_folder(tmp_path / "logs")
+    (first / "alfworld.0.log").write_text("why it failed")
+    second = serve._new_folder(tmp_path / "logs")
+    assert first != second and second.is_dir() and second.parent == first.parent
+    assert (first / "alfworld.0.log").read_text() == "why it failed"
+
+
 def test_servers_that_run_already_are_used_instead(tmp_path: Path) -> None:
     running = settings(COMMAND, "tasks.sources.0.data.servers=[http://host:1]")
     with serve.beside(running, tmp_path) as told:

@@ -1,0 +1,131 @@
+"""Exports, imports, evaluations and a run that goes on, by the real commands: what they replace and what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from whole_runs import STEPS, WARM_START, Ended, batch, train
+
+from icrl_megatron.telemetry import results
+
+UMASK = 0o027
+EVAL = ("--problems", "2")
+
+
+@pytest.fixture(scope="module")
+def ended(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ended]]:
+    folder = tmp_path_factory.mktemp("exports")
+    checkpoints, hf, run = str(finished_run / "checkpoints"), str(finished_run / "warm_start" / "hf"), folder / "run"
+    shutil.copytree(finished_run, run)
+    shutil.copytree(finished_run, folder / "kept")
+    (folder / "kept" / "hf" / "notes.md").write_text("mine")
+    for step in ("step_000020", "step_000040"):
+        shutil.copytree(next((finished_run / "checkpoints").glob("step_*")), folder / "steps" / step)
+    (folder / "models" / "other").mkdir(parents=True)
+    (folder / "models" / "notes.md").write_text("mine")
+    commands = {
+        "export": ["export", checkpoints, str(folder / "out" / "hf")],
+        "again": ["export", checkpoints, str(folder / "out" / "hf")],
+        "other": ["export", checkpoints, str(folder / "models")],
+        "other_on_purpose": ["export", checkpoints, str(folder / "models"), "--overwrite"],
+        "import": ["import", hf, str(folder / "steps")],
+        "import_again": ["import", hf, str(folder / "steps")],
+        "back": ["export", str(folder / "steps" / "step_000000"), str(folder / "back")],
+        "not_a_checkpoint": ["export", str(folder / "run" / "rollouts"), str(folder / "nothing")],
+        "bad_model": ["import", str(folder / "run" / "rollouts"), str(folder / "nothing")],
+        "goes_on": train(run, *WARM_START, f"steps={STEPS + 1}"),
+        "kept": train(folder / "kept", *WARM_START, f"steps={STEPS + 1}"),
+        "eval": ["eval", str(run), *EVAL],
+        "eval_again": ["eval", str(run), *EVAL],
+        "eval_export": ["eval", str(run / "hf"), *EVAL],
+        "eval_step": ["eval", str(run / "checkpoints" / f"step_{STEPS + 1:06d}"), *EVAL],
+    }
+    before = os.umask(UMASK)
+    try:
+        return folder, batch(folder, commands)
+    finally:
+        os.umask(before)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_an_export_replaces_its_earlier_self(ended: tuple[Path, dict[str, Ended]], finished_run: Path) -> None:
+    folder, by_name = ended
+    assert (by_name["export"], by_name["again"]) == (Ended(0, ""), Ended(0, "")), by_name
+    assert names(folder / "out") == {"hf"}
+    assert names(folder / "out" / "hf") == names(finished_run / "hf") >= {results.MARKER, "model.safetensors"}
+
+
+def test_other_models_are_replaced_on_purpose_only(ended: tuple[Path, dict[str, Ended]]) -> None:
+    folder, by_name = ended
+    said = by_name["other"]
+    assert (
+        said.code == 2
+        and "it holds notes.md, other, and is not known to be an earlier Hugging Face export" in said.error
+    )
+    assert by_name["other_on_purpose"].code == 0, by_name
+    assert names(folder / "models") == names(folder / "out" / "hf")
+
+
+def test_an_import_stays_beside_other_steps(ended: tuple[Path, dict[str, Ended]], finished_run: Path) -> None:
+    folder, by_name = ended
+    assert [by_name[name].code for name in ("import", "import_again", "back")] == [0, 0, 0], by_name
+    assert names(folder / "steps") == {"step_000000", "step_000020", "step_000040"}
+    came = load_file(finished_run / "warm_start" / "hf" / "model.safetensors")
+    went = load_file(folder / "back" / "model.safetensors")
+    assert came.keys() == went.keys() and all(came[name].equal(went[name]) for name in came)
+
+
+def test_a_command_that_fails_leaves_nothing(ended: tuple[Path, dict[str, Ended]]) -> None:
+    folder, by_name = ended
+    assert by_name["not_a_checkpoint"].code == by_name["bad_model"].code == 2, by_name
+    assert not (folder / "nothing").exists()
+    assert not [path for path in folder.rglob("*") if results.is_temporary(path)]
+
+
+def test_a_run_goes_on_and_exports_again(ended: tuple[Path, dict[str, Ended]], finished_run: Path) -> None:
+    folder, by_name = ended
+    assert by_name["goes_on"].code == 0, by_name["goes_on"].error
+    before, after = (load_file(run / "hf" / "model.safetensors") for run in (finished_run, folder / "run"))
+    assert any(not before[name].equal(after[name]) for name in before)
+    metrics = (folder / "kept" / "metrics.jsonl").read_text()
+    assert (
+        by_name["kept"].code == 2 and "kept/hf: notes.md was put into it after it was written" in by_name["kept"].error
+    )
+    assert "move it away, or choose another run_dir" in by_name["kept"].error
+    assert (folder / "kept" / "hf" / "notes.md").read_text() == "mine"
+    assert metrics == (finished_run / "metrics.jsonl").read_text()  # found before a step was played
+
+
+def test_evaluations_are_not_put_where_they_would_be_deleted(ended: tuple[Path, dict[str, Ended]]) -> None:
+    folder, by_name = ended
+    assert [by_name[name].code for name in ("eval", "eval_again", "eval_export", "eval_step")] == [0, 0, 0, 0], by_name
+    assert names(folder / "run" / "eval") == {"eval.json", "eval.png", results.MARKER}
+    assert "eval.json" in names(folder / "run" / "eval_hf") and "eval" not in names(folder / "run" / "hf")
+    (of_step,) = (folder / "run" / "checkpoints").glob("eval_step_*")
+    assert json.loads((of_step / "eval.json").read_text())["scores"]
+
+
+def test_all_files_follow_the_umask(ended: tuple[Path, dict[str, Ended]]) -> None:
+    folder, _ = ended
+    made = (
+        "out",
+        "back",
+        "models",
+        "steps/step_000000",
+        "run/hf",
+        "run/eval",
+        "run/settings.yaml",
+        "run/metrics.jsonl",
+    )
+    for name in made:
+        for path in ((folder / name), *(folder / name).rglob("*")):
+            want = (0o777 if path.is_dir() else 0o666) & ~UMASK
+            assert path.stat().st_mode & 0o777 == want, path
