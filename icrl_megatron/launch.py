@@ -17,6 +17,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -44,6 +45,8 @@ STARTED_ENV = "ICRL_STARTED"
 PARENT_ENV = "ICRL_PARENT"
 """Process id of the parent that a child must not outlive."""
 
+LEAVE_TIMEOUT_S = 10.0
+"""From the end of a rank's work to the end of its process, at most."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
@@ -106,10 +109,18 @@ def run_rank(main: Callable[[], int]) -> NoReturn:
         ended = CONFIG_ERROR if isinstance(error, ConfigError) else HOPELESS
         if not _write_outcome(ended, str(error)):
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(ended)
+        _leave(ended)
     if code == STOPPED:
         _write_outcome(STOPPED, "stopped on request")
         code = 0
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process, and does not wait long for threads that an environment may have left running."""
+    last = threading.Timer(LEAVE_TIMEOUT_S, os._exit, [code])
+    last.daemon = True
+    last.start()
     sys.exit(code)
 
 

@@ -21,7 +21,7 @@ from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.launch import StopRequest
 from icrl_megatron.rollout import tapes
 from icrl_megatron.rollout.prompts import Prompter
-from icrl_megatron.rollout.source import EpisodeSource, Played
+from icrl_megatron.rollout.source import EpisodeSource, Played, require_sound
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.telemetry.dumps import write_dump
 from icrl_megatron.telemetry.metrics import EVALUATION_TIME, GENERATED, USED, heldout_metrics, rollout_metrics
@@ -202,6 +202,8 @@ class Recorder:
         # The same seeds at every step and in every run: two evaluations differ by their weights alone.
         seeds = replace(self.parts.seeds(0, purpose="heldout"), run=0)
         played = self.parts.source.play(self.parts.heldout, settings.eval.samples, seeds, rounds=1)
+        if self.step == 0:
+            require_sound(played)
         self.times["evaluation"] += time.perf_counter() - begun
         return heldout_metrics(played.episodes)
 
