@@ -1,8 +1,14 @@
-"""HTTP connections for whoever is awaited in one event loop after another: each loop gets its own, closed with it."""
+"""HTTP connections for whoever is awaited in one event loop after another: each loop gets its own, closed with it.
+
+Whatever is asked may be broken or hostile, so answers are read with `body`: never more bytes than the caller allows,
+compressed or not.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -10,6 +16,13 @@ import aiohttp
 KEEP_ALIVE_S = 2.0
 """An idle connection is not used again after this time. uvicorn, by which SGLang and AgentGym are served, closes one
 after 5 s; a loop that is busy meanwhile does not hear of it, and the next request would be lost."""
+_CHUNK = 1 << 16
+_WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+"""Content-Encoding -> zlib's `wbits`."""
+
+
+class TooLongError(ValueError):
+    """An answer is longer than the caller allows; the rest of it was not read."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +40,7 @@ class Link:
 
 
 class Connections:
-    """At most `limit` requests at a time, if callers enter the gate."""
+    """At most `limit` requests at a time, if callers enter the gate. Answers must be read with `body`."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -37,13 +50,71 @@ class Connections:
         """The running loop's."""
         loop = asyncio.get_running_loop()
         if self._link is None or self._link.loop is not loop:
-            session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
-                timeout=aiohttp.ClientTimeout(total=None),
-                headers={"Content-Type": "application/json"},
-            )
+            session = open_session(aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S))
             self._link = Link(loop, session, asyncio.Semaphore(self._limit), loop.create_task(_hold(session)))
         return self._link
+
+
+def open_session(connector: aiohttp.TCPConnector | None = None) -> aiohttp.ClientSession:
+    """A session whose answers `body` can bound: aiohttp itself would decompress a chunk of any size at once."""
+    return aiohttp.ClientSession(
+        connector=connector,
+        timeout=aiohttp.ClientTimeout(total=None),
+        headers={"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"},
+        auto_decompress=False,
+    )
+
+
+async def body(reply: aiohttp.ClientResponse, limit: int) -> bytes:
+    """The whole body, decompressed.
+
+    Raises TooLongError when it has more than `limit` bytes: then the connection is closed, and at most `limit` bytes
+    plus one chunk were read. Raises aiohttp.ClientPayloadError on a compression that is damaged or unknown.
+    """
+    encoding = reply.headers.get("Content-Encoding", "").strip().lower()
+    if encoding not in ("", "identity", *_WINDOWS):
+        reply.close()
+        raise aiohttp.ClientPayloadError(
+            f"the answer has the Content-Encoding {encoding[:40]!r}, which is not supported"
+        )
+    inflate = _Inflate(_WINDOWS[encoding]) if encoding in _WINDOWS else None
+    decoded: Callable[[bytes, int], bytes] = inflate.more if inflate else _as_it_is
+    found = bytearray()
+    async for chunk in reply.content.iter_chunked(_CHUNK):
+        found += decoded(chunk, limit + 1 - len(found))
+        if len(found) > limit:
+            reply.close()
+            raise TooLongError(f"the answer has more than {limit} bytes")
+    if inflate is not None and found and not inflate.ended:
+        raise aiohttp.ClientPayloadError(f"the answer's {encoding} data ends early")
+    return bytes(found)
+
+
+def _as_it_is(chunk: bytes, room: int) -> bytes:
+    return chunk
+
+
+class _Inflate:
+    """Decompresses no further than there is room."""
+
+    def __init__(self, wbits: int) -> None:
+        self._stream, self._wbits, self._begun = zlib.decompressobj(wbits), wbits, False
+
+    @property
+    def ended(self) -> bool:
+        return self._stream.eof
+
+    def more(self, chunk: bytes, room: int) -> bytes:
+        try:
+            found = self._stream.decompress(chunk, room)
+        except zlib.error as error:
+            if self._begun or self._wbits != zlib.MAX_WBITS:
+                raise aiohttp.ClientPayloadError(f"the answer's compressed data is damaged ({error})") from error
+            # Some servers send "deflate" without the header that it should have.
+            self._stream, self._begun = zlib.decompressobj(-zlib.MAX_WBITS), True
+            return self.more(chunk, room)
+        self._begun = True
+        return found
 
 
 async def _hold(session: aiohttp.ClientSession) -> None:

@@ -32,7 +32,7 @@ def problems(settings: Settings, run: Settings | None, on: Sequence[str], limit:
     catalogue = registry.Catalogue(settings.tasks.sources)
     for source in settings.tasks.sources:
         task_set = catalogue.get(source.name)
-        heldout = list(task_set.problems("heldout"))
+        heldout = registry.problems(task_set, "heldout")
         for trained in _trained(source, run):
             check_rows(trained, source)
             if not source.data.heldout or trained.data.train:

@@ -267,7 +267,7 @@ def _play(
                     "OpenAI-compatible endpoint and give its address"
                 )
             critic = speaker(other)
-        catalogue = registry.Catalogue(settings.tasks.sources)
+        catalogue = registry.Catalogue(settings.tasks.sources, rollout.max_observation_bytes)
         stage = Stage(catalogue.environment, prompter, rollout, revise_successes=request.revise_successes)
         casting = engine_casting(speaker(folder), critic)
         with Progress().phase("evaluation", len(problems) * request.samples) as bar:

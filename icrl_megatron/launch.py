@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -46,6 +47,8 @@ STARTED_ENV = "ICRL_STARTED"
 PARENT_ENV = "ICRL_PARENT"
 """Process id of the parent that a child must not outlive."""
 
+LEAVE_TIMEOUT_S = 10.0
+"""From the end of a rank's work to the end of its process, at most."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
@@ -103,10 +106,18 @@ def run_rank(main: Callable[[], int]) -> NoReturn:
     except (ConfigError, HopelessError) as error:
         ended = CONFIG_ERROR if isinstance(error, ConfigError) else HOPELESS
         leave_outcome(ended, str(error))
-        sys.exit(ended)
+        _leave(ended)
     if code == STOPPED:
         leave_outcome(STOPPED, "stopped on request")
         code = 0
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process, and does not wait long for threads that an environment may have left running."""
+    last = threading.Timer(LEAVE_TIMEOUT_S, os._exit, [code])
+    last.daemon = True
+    last.start()
     sys.exit(code)
 
 

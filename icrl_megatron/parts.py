@@ -22,7 +22,7 @@ from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.launch import StopRequest
 from icrl_megatron.rollout import tapes
 from icrl_megatron.rollout.prompts import Prompter
-from icrl_megatron.rollout.source import EpisodeSource, Played
+from icrl_megatron.rollout.source import EpisodeSource, Played, require_sound
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.run_files import EXPORT
 from icrl_megatron.saving import Files, Saver
@@ -235,6 +235,8 @@ class Recorder:
         # The same seeds at every step and in every run: two evaluations differ by their weights alone.
         seeds = replace(self.parts.seeds(0, purpose="heldout"), run=0)
         played = self.parts.source.play(self.parts.heldout, settings.eval.samples, seeds, rounds=1)
+        if self.step == 0:
+            require_sound(played)
         self.times["evaluation"] += time.perf_counter() - begun
         return heldout_metrics(played.episodes)
 

@@ -21,7 +21,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,8 +68,11 @@ class Running:
     """When it is started again, if it is down and will be."""
 
     def said(self, lines: int = 20) -> str:
-        with self.log.open(encoding="utf-8", errors="replace") as file:
-            return "".join(deque(file, lines)).strip()
+        """The end of its log; of lines without end, the last 16 KiB."""
+        with self.log.open("rb") as file:
+            file.seek(max(0, self.log.stat().st_size - (1 << 14)))
+            end = file.read(1 << 14).decode(errors="replace")
+        return "\n".join(end.splitlines()[-lines:]).strip()
 
 
 def wanted(settings: Settings) -> list[TaskSource]:
@@ -196,7 +198,8 @@ def run(settings: Settings, folder: Path) -> None:
                 _await_answers([s for s in servers if s.source == source.name], source.serve.startup_timeout_s)
             addresses = {s.source: [o.url for o in servers if o.source == s.source] for s in servers}
             for source in with_servers(settings, addresses).tasks.sources:
-                task_set = registry.of_source(source) if source.name in addresses else None
+                limit = settings.rollout.max_observation_bytes
+                task_set = registry.of_source(source, limit) if source.name in addresses else None
                 if isinstance(task_set, Checked):
                     task_set.check()
         except ConfigError as error:

@@ -20,7 +20,7 @@ from icrl_megatron.actor import checkpoint
 from icrl_megatron.actor import grid as grids
 from icrl_megatron.actor.platform import token_multiple
 from icrl_megatron.algo.samples import to_samples
-from icrl_megatron.config import AlgoSettings, Calibration, ConfigError, Settings, WarmStart
+from icrl_megatron.config import AlgoSettings, Calibration, ConfigError, HopelessError, Settings, WarmStart
 from icrl_megatron.data.packing import pack
 from icrl_megatron.data.sampler import TaskSampler, order_seed
 from icrl_megatron.launch import STOPPED, StopRequest, run_rank
@@ -28,6 +28,7 @@ from icrl_megatron.rollout.episode import Stage, play
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.rollout.teacher import teacher_casting
+from icrl_megatron.rollout.watchdog import WATCHDOG
 from icrl_megatron.run_files import EXPORT
 from icrl_megatron.settings import load_saved, run_folder
 from icrl_megatron.tasks import registry
@@ -46,6 +47,7 @@ SEED_FOLDER = "random"
 def main(settings: Settings) -> int:
     """One rank of the stage; returns 0 or STOPPED."""
     stop = StopRequest()
+    WATCHDOG.obey(stop)
     settings = supervised(settings)
     with joined(settings) as grid:
         return _run(settings, grid, stop)
@@ -71,9 +73,13 @@ def learning_rate(step: int, warm: WarmStart) -> float:
 
 
 def demonstrations(tasks: list[Task], stage: Stage, seeds: Seeds) -> list[Sample]:
-    """What the teachers do and say on these tasks, as samples of advantage 1. The same on every rank."""
-    casting = teacher_casting(registry.get, stage.prompter, seeds)
-    episodes, _ = asyncio.run(play(tasks, 1, stage, casting, seeds))
+    """What the teachers do and say on these tasks, as samples of advantage 1. The same on every rank. Raises
+    HopelessError when all of them failed."""
+    casting = teacher_casting(registry.get, stage.prompter, seeds, stage.settings.environment_timeout_s)
+    episodes, dropped = asyncio.run(play(tasks, 1, stage, casting, seeds))
+    if not episodes:
+        lost = dropped[0]
+        raise HopelessError(f"warm start: all {len(dropped)} demonstrations failed; {lost.task.task_id}: {lost.error}")
     form = AlgoSettings(internalise=False, calibration=Calibration(enabled=False))
     return [replace(s, advantage=1.0) for e in episodes for s in to_samples(e, form, train_critic=True)]
 
@@ -88,7 +94,7 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     actor = Actor(settings, start.folder, grid, weights=start.found is None)
     saver = saving.Saver(start, actor, settings.checkpoint.keep, progress.log, lambda: bool(stop))
     prompter = Prompter(tokenizer(start.model), settings.rollout)
-    catalogue = registry.Catalogue(settings.tasks.sources)
+    catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes)
     stage = Stage(catalogue.environment, prompter, settings.rollout)
     sampler = TaskSampler(settings.tasks.sources, problems(settings, catalogue, "train"), order_seed(settings))
     resumed = saver.restore()

@@ -31,10 +31,12 @@ from icrl_megatron.launch import StopRequest, report_started, run_rank
 from icrl_megatron.parts import Parts, Recorder
 from icrl_megatron.rollout.engine import EngineLostError
 from icrl_megatron.rollout.engines import Engines
-from icrl_megatron.rollout.episode import GuardedEnvironment, require_room
+from icrl_megatron.rollout.episode import require_room
 from icrl_megatron.rollout.evaluate import ControlState, control
+from icrl_megatron.rollout.guard import GuardedEnvironment
 from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.source import EngineSource
+from icrl_megatron.rollout.watchdog import WATCHDOG
 from icrl_megatron.settings import load_saved, run_folder
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import EnvironmentFailure
@@ -51,6 +53,7 @@ SEEN_TIMEOUT_S = 60.0
 def main(settings: Settings) -> int:
     """One rank of one run; returns 0 or STOPPED."""
     stop = StopRequest()
+    WATCHDOG.obey(stop)
     with joined(settings) as grid:
         return _run(settings, grid, stop)
 
@@ -96,7 +99,7 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     progress = Progress(enabled=grid.rank == 0)
     start = saving.begin(run_folder(settings), Path(settings.model.path), grid, progress.log)
     saving.require_weights(start, settings)
-    catalogue = registry.Catalogue(settings.tasks.sources)
+    catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes)
     prompter = Prompter(tokenizer(start.model), settings.rollout)
     drawn_from = problems(settings, catalogue, "train")
     check_prompts(drawn_from, settings, catalogue, prompter)
@@ -166,7 +169,7 @@ def _train(parts: Parts, catalogue: registry.Catalogue, recorder: Recorder) -> i
 
 def problems(settings: Settings, catalogue: registry.Catalogue, split: Split) -> dict[str, list[Task]]:
     """The problems of a split by task source. Raises ConfigError on an empty set, or one too small for a step."""
-    found = {s.name: list(catalogue.get(s.name).problems(split)) for s in settings.tasks.sources}
+    found = {s.name: registry.problems(catalogue.get(s.name), split) for s in settings.tasks.sources}
     for name, tasks in found.items():
         if not tasks:
             raise ConfigError(f"task set {name!r} has no {split} problems; take it out of tasks.sources")

@@ -77,6 +77,8 @@ class Turn:
     observation_ids: Ids
     """Ids appended to the context between this reply and the next (end of turn, observation, next header); empty after
     the last turn."""
+    cut_chars: int = 0
+    """Characters of the answer that `observation` lacks (rollout.max_observation_bytes and max_observation_tokens)."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class Attempt:
     summary: str
     """What the environment says of the outcome; the critic reads it."""
     stop_reason: Literal["done", "max_turns", "repeated", "context", "length", "deadline"]
+    summary_cut_chars: int = 0
+    """Characters that `summary` lacks, by the same limits as observations."""
 
     def response_ids(self) -> Ids:
         return tuple(i for turn in self.turns for i in (*turn.completion.ids, *turn.observation_ids))
@@ -147,7 +151,9 @@ class DroppedEpisode:
     index: int
     error: str
     bad_answer: bool = False
-    """The environment's server answered what cannot be true (`tasks.base.BadAnswer`)."""
+    """The environment, or its server, answered what cannot be true (`tasks.base.BadAnswer`)."""
+    blocked: bool = False
+    """The environment's code ran until its time was up, and nothing else could run meanwhile."""
 
 
 @dataclass(frozen=True)

@@ -106,8 +106,9 @@ def _check_tasks(settings: Settings) -> None:
     for i, source in enumerate(settings.tasks.sources):
         task_set = registry.of_source(source)
         for split in splits:
-            problems[split] += task_set.problems(split)
-            if not task_set.problems(split):
+            found = registry.problems(task_set, split)
+            problems[split] += found
+            if not found:
                 raise ConfigError(f"tasks.sources.{i}.name={source.name}: this task set has no {split} problems")
         check_rows(source, source)
         if isinstance(task_set, Checked) and not source.served:  # else once its servers run

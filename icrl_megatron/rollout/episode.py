@@ -2,25 +2,26 @@
 
     for round in 0..K-1:  attempt (with the latest critique, if any); stop if it succeeded or was the last; critique
 
-An episode whose environment, grading or request fails is played once more, and then dropped (`DroppedEpisode`); an
-engine that is lost leaves its episodes to be played again (`UnplayedEpisode`); wrong settings, rewards that are no
-rewards and other engine failures end the run.
+An episode whose environment, grading or request fails is played once more, and then dropped (`DroppedEpisode`). One
+whose environment returned something else than it promised, or blocked the run, is dropped at once. An engine that is
+lost leaves its episodes to be played again (`UnplayedEpisode`); wrong settings and other engine failures end the run.
 """
 
 from __future__ import annotations
 
 import asyncio
-import numbers
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from icrl_megatron.config import ConfigError, RolloutSettings
 from icrl_megatron.rollout.engine import EngineLostError, RequestFailedError
+from icrl_megatron.rollout.guard import BlockedFailure, GuardedEnvironment, Said, Stepped
 from icrl_megatron.rollout.prompts import Prompter, parse_critique
 from icrl_megatron.rollout.speakers import Ask, Casting, Seeds, Speaker
 from icrl_megatron.rollout.tapes import InterruptedEpisodeError
-from icrl_megatron.tasks.base import BadAnswer, Environment, EnvironmentFailure, StepResult, sendable
+from icrl_megatron.rollout.watchdog import WATCHDOG
+from icrl_megatron.tasks.base import BadAnswer, Environment, EnvironmentFailure
 from icrl_megatron.types import (
     Attempt,
     Completion,
@@ -51,6 +52,18 @@ class Stage:
     revise_successes: bool = False
     """Evaluation only: critique and retry what succeeded too, to see what critique breaks."""
 
+    def guarded(self, task: Task) -> GuardedEnvironment:
+        """A new environment of a task. Raises EnvironmentFailure."""
+        settings = self.settings
+        return GuardedEnvironment(
+            task, self.environment, settings.environment_timeout_s, settings.max_observation_bytes
+        )
+
+    def shortened(self, said: Said) -> tuple[str, int]:
+        """(a text of an environment as prompts may hold it, how many characters it lacks)."""
+        limit = min(self.settings.max_observation_tokens, self.settings.context_tokens)
+        return self.prompter.shortened(said.text, limit, said.missing)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -64,93 +77,31 @@ class Place:
         return self.seeds.of(self.task.task_id, self.index, round, role, turn)
 
 
-class GuardedEnvironment:
-    """An environment whose every failure is an `EnvironmentFailure`, and whose outcome is a reward.
-
-    A time limit is set around each coroutine; one that never suspends never gives it a chance to fire, so the embedded
-    environments stay independent of the clock. What it says can be encoded (`sendable`), whatever a server or a data
-    set wrote. Raises ConfigError on a reward that is NaN or outside [0, 1].
-    """
-
-    def __init__(self, task: Task, factory: Callable[[Task], Environment], timeout_s: float) -> None:
-        self._task = task
-        self._timeout_s = timeout_s
-        self._environment = self._guard("construction", lambda: factory(task))
-        self.max_turns = self._environment.max_turns
-
-    async def reset(self) -> str:
-        return sendable(await self._limited("reset", self._environment.reset))
-
-    async def step(self, action: str) -> StepResult:
-        result = await self._limited("step", lambda: self._environment.step(action))
-        return StepResult(sendable(result.observation), result.done)
-
-    def parse(self, reply: str) -> str | None:
-        return self._guard("parse", lambda: self._environment.parse(reply))
-
-    def hint(self) -> str:
-        return sendable(self._guard("hint", self._environment.hint))
-
-    def success(self) -> bool:
-        return bool(self._guard("success", self._environment.success))
-
-    def summary(self) -> str:
-        return sendable(self._guard("summary", self._environment.summary))
-
-    def outcome(self) -> float:
-        value = self._guard("outcome", self._environment.outcome)
-        if not isinstance(value, numbers.Real) or not 0 <= value <= 1:  # NaN fails every comparison
-            raise ConfigError(
-                f"The reward of task {self._task.task_id!r} (task set {self._task.source!r}) is {value!r}: outcome() "
-                "must return a finite number in [0, 1]; divide scores by their maximum."
-            )
-        return float(value)
-
-    def _guard(self, what: str, call: Callable[[], T]) -> T:
-        try:
-            return call()
-        except (ConfigError, EnvironmentFailure):
-            raise
-        except Exception as error:
-            raise EnvironmentFailure(f"{what} raised {type(error).__name__}: {error}") from error
-
-    async def _limited(self, what: str, call: Callable[[], Awaitable[T]]) -> T:
-        limit = asyncio.timeout(self._timeout_s)
-        try:
-            async with limit:
-                return await call()
-        except (ConfigError, EnvironmentFailure):
-            raise
-        except Exception as error:
-            late = f"took longer than rollout.environment_timeout_s = {self._timeout_s} s"
-            reason = late if limit.expired() else f"raised {type(error).__name__}: {error}"
-            raise EnvironmentFailure(f"{what} {reason}") from error
-
-
 async def play_episode(
     task: Task, index: int, stage: Stage, casting: Casting, seeds: Seeds
 ) -> Episode | DroppedEpisode:
     """Plays up to `rollout.rounds` attempts at one task.
 
-    Raises ConfigError on a prompt longer than `rollout.context_tokens` and on a reward outside [0, 1], EngineError from
-    the engine.
+    Raises ConfigError on a prompt longer than `rollout.context_tokens`, EngineError from the engine.
     """
     place = Place(task, index, seeds)
+    attempts: list[Attempt] = []
+    critiques: list[Critique] = []
     try:
-        cast = casting(task, index)
-        environment = GuardedEnvironment(task, stage.environment, stage.settings.environment_timeout_s)
-        attempts: list[Attempt] = []
-        critiques: list[Critique] = []
-        for round in range(stage.settings.rounds):
-            advice = critiques[-1].text if critiques else None
-            problem, attempt = await play_attempt(place, round, advice, environment, stage, cast.solver)
-            attempts.append(attempt)
-            ended = attempt.success and not stage.revise_successes
-            if ended or round + 1 == stage.settings.rounds:
-                break
-            critiques.append(await play_critique(place, problem, attempt, stage, cast.critic))
+        with WATCHDOG.on_duty():
+            cast = casting(task, index)
+            environment = stage.guarded(task)
+            for round in range(stage.settings.rounds):
+                advice = critiques[-1].text if critiques else None
+                problem, attempt = await play_attempt(place, round, advice, environment, stage, cast.solver)
+                attempts.append(attempt)
+                ended = attempt.success and not stage.revise_successes
+                if ended or round + 1 == stage.settings.rounds:
+                    break
+                critiques.append(await play_critique(place, problem, attempt, stage, cast.critic))
     except EnvironmentFailure as failure:
-        return DroppedEpisode(task, index, str(failure), isinstance(failure, BadAnswer))
+        bad, blocked = isinstance(failure, BadAnswer), isinstance(failure, BlockedFailure)
+        return DroppedEpisode(task, index, str(failure), bad, blocked)
     return Episode(task, index, tuple(attempts), tuple(critiques))
 
 
@@ -168,29 +119,33 @@ async def play_attempt(
     require_room(place.task, role, len(prompt), stage.settings)
     conversation = _Conversation(place, round, role, critique, environment, stage, solver, prompt)
     stop_reason = await conversation.run(problem)
-    success, summary = environment.success(), environment.summary()
-    attempt = Attempt(
-        round, prompt, plain, tuple(conversation.turns), environment.outcome(), success, summary, stop_reason
-    )
-    return problem, attempt
+    success = environment.success()
+    summary, missing = stage.shortened(environment.summary())
+    outcome, turns = environment.outcome(), tuple(conversation.turns)
+    return problem, Attempt(round, prompt, plain, turns, outcome, success, summary, stop_reason, missing)
 
 
 async def play_critique(place: Place, problem: str, attempt: Attempt, stage: Stage, critic: Speaker) -> Critique:
-    """The critic reads the attempt. Its first turns are left out as far as the whole does not fit the context.
+    """The critic reads the attempt. What does not fit the context is left out: its first turns, then the end of the
+    summary.
 
     Raises ConfigError when even the task and its outcome do not fit, and EngineError.
     """
     settings = stage.settings
     turns = [stage.prompter.turn_text(i + 1, turn.text, turn.observation) for i, turn in enumerate(attempt.turns)]
-    omitted = 0
-    prompt = stage.prompter.critique(problem, turns, attempt.summary)
+    omitted, summary = 0, attempt.summary
+    prompt = stage.prompter.critique(problem, turns, summary)
     while len(prompt) + settings.max_critique_tokens > settings.context_tokens and omitted < len(turns):
         omitted += 1
-        prompt = stage.prompter.critique(problem, turns[omitted:], attempt.summary, omitted)
+        prompt = stage.prompter.critique(problem, turns[omitted:], summary, omitted)
+    if len(prompt) >= settings.context_tokens:
+        length = len(prompt) - len(stage.prompter.critique(problem, turns[omitted:], "", omitted))
+        summary, _ = stage.prompter.shortened(summary, max(0, length - 1 - len(prompt) + settings.context_tokens))
+        prompt = stage.prompter.critique(problem, turns[omitted:], summary, omitted)
     require_room(place.task, "critique", len(prompt), settings)
     room = min(settings.max_critique_tokens, settings.context_tokens - len(prompt))
     seed = place.seed(attempt.round, "critique", 0)
-    message = stage.prompter.critique_text(problem, turns[omitted:], attempt.summary, omitted)
+    message = stage.prompter.critique_text(problem, turns[omitted:], summary, omitted)
     ask = Ask("critique", prompt, room, seed, attempt.summary, None, message)
     completion = _something(await critic.reply(ask))
     text = parse_critique(stage.prompter.decode(completion.ids))
@@ -231,17 +186,15 @@ class _Conversation:
             action = self._environment.parse(text)
             result = await self._step(action)
             stop = self._stop_reason(action, result, last=number + 1 == limit)
-            between = self._stage.prompter.observation_ids(
-                result.observation, self._stage.prompter.ended(completion.ids)
-            )
+            observation, missing = self._stage.shortened(result.observation)
+            between = self._stage.prompter.observation_ids(observation, self._stage.prompter.ended(completion.ids))
             if stop is None and self._room() <= len(completion.ids) + len(between):
                 stop = "context"
             if stop is not None:
-                self._end(completion, text, action, result.observation)
+                self._end(completion, text, action, observation, missing)
                 return stop
-            self.turns.append(Turn(completion, text, action, result.observation, between))
+            self.turns.append(Turn(completion, text, action, observation, between, missing))
             self._context += [*completion.ids, *between]
-            observation = result.observation
         raise AssertionError("the last turn always has a stop reason")
 
     async def _ask(self, number: int, observation: str) -> Completion:
@@ -250,12 +203,12 @@ class _Conversation:
         ask = Ask(self._role, tuple(self._context), room, seed, observation, self._critique)
         return _something(await self._solver.reply(ask))
 
-    async def _step(self, action: str | None) -> StepResult:
+    async def _step(self, action: str | None) -> Stepped:
         if action is None:
-            return StepResult(self._environment.hint(), done=False)
+            return Stepped(self._environment.hint(), done=False)
         return await self._environment.step(action)
 
-    def _stop_reason(self, action: str | None, result: StepResult, last: bool) -> StopReason | None:
+    def _stop_reason(self, action: str | None, result: Stepped, last: bool) -> StopReason | None:
         same = action is not None and bool(self.turns) and self.turns[-1].action == action
         self._repeated = self._repeated + 1 if same else 1
         if result.done:
@@ -264,8 +217,8 @@ class _Conversation:
             return "repeated"
         return "max_turns" if last else None
 
-    def _end(self, completion: Completion, text: str, action: str | None, observation: str) -> None:
-        self.turns.append(Turn(completion, text, action, observation, ()))
+    def _end(self, completion: Completion, text: str, action: str | None, observation: str, missing: int = 0) -> None:
+        self.turns.append(Turn(completion, text, action, observation, (), missing))
 
     def _room(self) -> int:
         return self._stage.settings.context_tokens - len(self._context)
@@ -331,8 +284,9 @@ async def _play_twice(task: Task, index: int, stage: Stage, casting: Casting, se
             return UnplayedEpisode(task, index, str(error))
         except InterruptedEpisodeError:
             return UnplayedEpisode(task, index, "")
-        # An answer that cannot be true says that something is set up wrongly: a second try would hide it.
-        if last or isinstance(ended, Episode) or ended.bad_answer:
+        # An answer that cannot be true says that something is set up wrongly: a second try would hide it. Code that
+        # blocked would do so again, while nobody else could go on.
+        if last or isinstance(ended, Episode) or ended.bad_answer or ended.blocked:
             break
     return ended
 

@@ -11,7 +11,6 @@ import numpy as np
 from icrl_megatron.rollout.engine import RequestFailedError
 from icrl_megatron.rollout.episode import (
     Ended,
-    GuardedEnvironment,
     Place,
     Stage,
     gather,
@@ -21,6 +20,7 @@ from icrl_megatron.rollout.episode import (
 )
 from icrl_megatron.rollout.intervals import Difference, Proportion, paired_difference, proportion
 from icrl_megatron.rollout.speakers import Casting, Seeds
+from icrl_megatron.rollout.watchdog import WATCHDOG
 from icrl_megatron.tasks.base import EnvironmentFailure
 from icrl_megatron.types import DroppedEpisode, Episode, Task, UnplayedEpisode
 
@@ -149,7 +149,8 @@ async def _retry(
     async with gate:
         for _ in range(2):
             try:
-                state.retried[first.task] = await _arms(first, stage, casting, seeds)
+                with WATCHDOG.on_duty():
+                    state.retried[first.task] = await _arms(first, stage, casting, seeds)
                 return
             except RequestFailedError:
                 continue
@@ -163,13 +164,13 @@ async def _arms(first: Episode, stage: Stage, casting: Casting, seeds: Seeds) ->
 
     async def arm(name: str, critique: str | None) -> bool:
         place = Place(task, index, replace(seeds, purpose=f"{seeds.purpose}/{name}"))
-        environment = GuardedEnvironment(task, stage.environment, stage.settings.environment_timeout_s)
+        environment = stage.guarded(task)
         round = 0 if critique is None else 1
         _, retried = await play_attempt(place, round, critique, environment, stage, casting(task, index).solver)
         return retried.success
 
     place = Place(task, index, replace(seeds, purpose=f"{seeds.purpose}/critique"))
-    environment = GuardedEnvironment(task, stage.environment, stage.settings.environment_timeout_s)
+    environment = stage.guarded(task)
     problem = await environment.reset()
     critique = await play_critique(place, problem, attempt, stage, casting(task, index).critic)
     return await arm("critique", critique.text), await arm("empty", ""), await arm("plain", None)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import aiohttp
 
+from icrl_megatron import connections
 from icrl_megatron.config import ConfigError, ExternalCritic
 from icrl_megatron.connections import Connections, Link
 from icrl_megatron.rollout.engine import RequestFailedError
-from icrl_megatron.rollout.prompts import Prompter
+from icrl_megatron.rollout.prompts import CHARS_A_TOKEN, Prompter
 from icrl_megatron.rollout.speakers import Ask
 from icrl_megatron.tasks.base import sendable
 from icrl_megatron.types import Completion
@@ -21,6 +22,11 @@ RETRIES = 3
 _FIRST_PAUSE_S = 0.5
 _PASSING = (408, 409, 429, 500, 502, 503, 504)
 """Statuses after which asking again may help."""
+_ANSWER_BYTES = 1 << 20
+_BYTES_A_TOKEN = 256
+"""Of an answer are read so many bytes, and so many more for each token that was asked for."""
+_MODELS_BYTES = 16 << 20
+"""Of a list of models."""
 
 
 @dataclass(frozen=True)
@@ -46,30 +52,38 @@ class ExternalSpeaker:
             "seed": ask.seed % 2**31,
         }
         link = self.connections.here()
-        asked = asyncio.ensure_future(self._ask(link, json.dumps(body)))
+        longest = _ANSWER_BYTES + _BYTES_A_TOKEN * ask.max_new_tokens
+        asked = asyncio.ensure_future(self._ask(link, json.dumps(body), longest))
         interrupted = asyncio.ensure_future(link.interrupted.wait())
         try:
             await asyncio.wait({asked, interrupted}, return_when=asyncio.FIRST_COMPLETED)
             if not asked.done():
                 return Completion((), (), "abort", 0)
-            ids = self.prompter.encode_reply(sendable(asked.result()))
+            said = sendable(asked.result())
         finally:
             asked.cancel()
             interrupted.cancel()
+        # An endpoint that ignores max_tokens may send megabytes, which take seconds to encode.
+        begin = said[: CHARS_A_TOKEN * ask.max_new_tokens]
+        ids = self.prompter.encode_reply(begin)
         cut = ids[: ask.max_new_tokens]
-        return Completion(cut, (0.0,) * len(cut), "stop" if len(cut) == len(ids) else "length", 0)
+        whole = len(begin) == len(said) and len(cut) == len(ids)
+        return Completion(cut, (0.0,) * len(cut), "stop" if whole else "length", 0)
 
     async def interrupt(self) -> None:
         self.connections.here().interrupted.set()
 
-    async def _ask(self, link: Link, body: str) -> str:
+    async def _ask(self, link: Link, body: str, longest: int) -> str:
         last = ""
         async with link.gate:
             for attempt in range(RETRIES + 1):
                 if attempt:
                     await asyncio.sleep(_FIRST_PAUSE_S * 2**attempt)
                 try:
-                    status, answer = await self._post(link.session, body)
+                    status, answer = await self._post(link.session, body, longest)
+                except connections.TooLongError as error:
+                    last = str(error)
+                    break
                 except (aiohttp.ClientError, OSError, TimeoutError) as error:
                     last = f"{type(error).__name__}: {error}"
                     continue
@@ -80,12 +94,12 @@ class ExternalSpeaker:
                     break
         raise RequestFailedError(f"The external critic at {self.settings.url} failed: {last}")
 
-    async def _post(self, session: aiohttp.ClientSession, body: str) -> tuple[int, bytes]:
+    async def _post(self, session: aiohttp.ClientSession, body: str, longest: int) -> tuple[int, bytes]:
         headers = _authorization(self.settings)
         limit = aiohttp.ClientTimeout(total=self.settings.timeout_s)
         url = f"{self.settings.url.rstrip('/')}/chat/completions"
         async with session.post(url, data=body, headers=headers, timeout=limit) as reply:
-            return reply.status, await reply.read()
+            return reply.status, await connections.body(reply, longest)
 
 
 def first_model(settings: ExternalCritic) -> str:
@@ -93,13 +107,13 @@ def first_model(settings: ExternalCritic) -> str:
 
     async def models() -> bytes:
         url, limit = f"{settings.url.rstrip('/')}/models", aiohttp.ClientTimeout(total=min(settings.timeout_s, 30.0))
-        async with aiohttp.ClientSession(timeout=limit) as session:
-            async with session.get(url, headers=_authorization(settings)) as reply:
-                return await reply.read()
+        async with connections.open_session() as session:
+            async with session.get(url, headers=_authorization(settings), timeout=limit) as reply:
+                return await connections.body(reply, _MODELS_BYTES)
 
     try:
         return str(json.loads(asyncio.run(models()))["data"][0]["id"])
-    except (aiohttp.ClientError, OSError, TimeoutError, ValueError, LookupError, TypeError) as error:
+    except (aiohttp.ClientError, OSError, TimeoutError, ValueError, RecursionError, LookupError, TypeError) as error:
         raise ConfigError(
             f"--critic={settings.url}: no OpenAI-compatible endpoint there ({type(error).__name__}: {error}); give the "
             f"address that ends before /chat/completions, e.g. http://host:30000/v1, and a key in "

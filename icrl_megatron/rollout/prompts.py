@@ -24,6 +24,9 @@ FORMS = ("attempt", "revision", "critique")
 REMEMBERED_TEXTS, REMEMBERED_CHARS = 512, 8192
 """How many texts have their ids kept, and how long such a text may be. A few steps fill the memory, which then stays as
 it is: a text of 8192 characters and its ids take about 90 KB, so at most about 45 MB."""
+CHARS_A_TOKEN = 8
+"""Of a text that may have n tokens, n times as many characters are encoded: more than that many tokens of prose or code
+hold, and megabytes are never encoded to be thrown away."""
 _BUILT_IN = Path(__file__).parent / "templates"
 _CRITIC = re.compile(r"<critic>(.*?)</critic>", re.DOTALL)
 
@@ -120,6 +123,25 @@ class Prompter:
         closing = self._between if ended else (self._end_id, *self._between)
         return (*closing, *self._encode_untrusted(observation.strip()), *self._tail)
 
+    def shortened(self, text: str, max_tokens: int, missing: int = 0) -> tuple[str, int]:
+        """A text of at most `max_tokens` tokens, and how many characters it lacks: the beginning, and a note that says
+        so. `missing` characters at the end were left out before."""
+        if not missing and 4 * len(text) <= max_tokens:  # a token has at least a byte
+            return text, 0
+        head = text[: max_tokens * CHARS_A_TOKEN]
+        if not missing and len(head) == len(text) and self._length(text) <= max_tokens:
+            return text, 0
+        kept = len(head)
+        while True:
+            lacks = missing + len(text) - kept
+            shown = f"{head[:kept]}\n[... {lacks} characters cut]"
+            length = self._length(shown)
+            if length <= max_tokens:
+                return shown, lacks
+            if kept == 0:  # not even the note fits
+                return "", lacks
+            kept = min(kept - 1, int(0.98 * kept * max_tokens / length))
+
     def ended(self, ids: Ids) -> bool:
         """Whether a reply closed its turn by itself."""
         return bool(ids) and ids[-1] == self._end_id
@@ -138,6 +160,9 @@ class Prompter:
 
     def _encode_trusted(self, text: str) -> Ids:
         return tuple(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _length(self, text: str) -> int:
+        return len(self._encode_untrusted(text.strip()))
 
     def _encode_untrusted(self, text: str) -> Ids:
         return self._remembered(text) if len(text) <= REMEMBERED_CHARS else self._encode(text)

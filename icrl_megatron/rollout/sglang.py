@@ -18,6 +18,7 @@ from typing import Any
 import aiohttp
 import torch
 
+from icrl_megatron import connections
 from icrl_megatron.config import ConfigError, EngineSettings
 from icrl_megatron.connections import Connections, Link
 from icrl_megatron.rollout import sglang_answers
@@ -269,7 +270,7 @@ class SGLangEngine:
             },
             "return_logprob": True,
         }
-        asked = asyncio.ensure_future(self._fetch(link, body))
+        asked = asyncio.ensure_future(self._fetch(link, body, sglang_answers.answer_bytes(sampling.max_new_tokens)))
         interrupted = asyncio.ensure_future(link.interrupted.wait())
         self._asked.add(asked)
         try:
@@ -306,9 +307,12 @@ class SGLangEngine:
             await self._abort(link, rid)
             await asyncio.sleep(_ABORT_AGAIN_S)
 
-    async def _fetch(self, link: Link, body: dict[str, Any]) -> bytes:
+    async def _fetch(self, link: Link, body: dict[str, Any], longest: int) -> bytes:
         async with link.session.post(f"{self.server.url}/generate", data=json.dumps(body)) as reply:
-            text = await reply.read()
+            try:
+                text = await connections.body(reply, longest)
+            except connections.TooLongError as error:
+                text = str(error).encode()  # garbage, which is counted as such
             if reply.status >= 500 or reply.status == 429:
                 raise aiohttp.ClientPayloadError(f"status {reply.status}: {text[:300]!r}")
             if reply.status != 200:
@@ -320,8 +324,8 @@ class SGLangEngine:
             limit = aiohttp.ClientTimeout(total=ABORT_GRACE_S)
             body = json.dumps({"rid": rid, "abort_all": everything})
             async with link.session.post(f"{self.server.url}/abort_request", data=body, timeout=limit) as reply:
-                await reply.read()
-        except (aiohttp.ClientError, OSError, TimeoutError, RuntimeError):
+                await connections.body(reply, sglang_answers.answer_bytes(0))
+        except (aiohttp.ClientError, OSError, TimeoutError, RuntimeError, connections.TooLongError):
             pass  # a dead server, or a loop that ends (its session is closed): what is asked for next will tell
 
     async def _after_error(self, error: Exception, last: bool) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from icrl_megatron.types import Completion, FinishReason
 
+_ANSWER_BYTES, _BYTES_A_TOKEN = 1 << 20, 256
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
@@ -26,6 +27,12 @@ class Reply:
     prompt_tokens: int
     cached_tokens: int
     """Prompt tokens that were read from the prefix cache."""
+
+
+def answer_bytes(tokens: int) -> int:
+    """Bytes that are read of an answer with so many new tokens: about five times what they take with their log-probs,
+    and room for everything else."""
+    return _ANSWER_BYTES + _BYTES_A_TOKEN * tokens
 
 
 def read(text: bytes, longest: int, vocabulary: int, version: int) -> Reply:
@@ -48,7 +55,7 @@ def read(text: bytes, longest: int, vocabulary: int, version: int) -> Reply:
         counted = int(read), int(meta.get("cached_tokens") or 0)
     except GarbageError:
         raise
-    except (ValueError, RecursionError, LookupError, TypeError) as error:
+    except (ValueError, RecursionError, OverflowError, LookupError, TypeError, AttributeError) as error:
         raise GarbageError(f"SGLang's answer lacks {error!r}: {text[:300]!r}") from error
     if len(ids) > longest or not (ids or kind == "abort"):
         raise GarbageError(f"SGLang's answer cannot be used: {str(reason)[:300]}, {len(ids)} tokens.")

@@ -38,6 +38,8 @@ less than the smaller of the two; a longer one is refused, and a reply that woul
 _PORT_TRIES = 3
 _LOG_OF_A_START = 1 << 20
 """Bytes of a log that are looked at while its server starts."""
+_ANSWER_BYTES = 64 << 20
+"""Of an answer to a request that controls a server; the longest one holds a checksum of every tensor."""
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_ASYNC", "ICRL_")
 """Beginnings of the names in a rank's environment that would make a server take itself for a rank."""
 
@@ -217,7 +219,7 @@ class Server:
         """
         try:
             with _open(f"{self.url}{path}", json.dumps(body).encode(), timeout) as reply:
-                text: bytes = reply.read()
+                text = _body(reply, timeout)
         except urllib.error.HTTPError as error:
             kind = NoAnswerError if error.code >= 500 else EngineError
             said = "failed at" if error.code >= 500 else "refused"
@@ -235,9 +237,9 @@ class Server:
         """What /server_info says (settings and version). Raises EngineError."""
         try:
             with _open(f"{self.url}/server_info", None, timeout=60.0) as reply:
-                found: dict[str, Any] = json.loads(reply.read())
+                found: dict[str, Any] = json.loads(_body(reply, 60.0))
                 return found
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             raise EngineError(f"{self.url}/server_info does not answer ({error}): is this an SGLang server?") from error
 
     def tail(self) -> str:
@@ -304,9 +306,22 @@ def _said(path: str, text: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and isinstance(found.get("success"), bool) else None
 
 
+def _body(reply: Any, timeout: float) -> bytes:
+    """The whole answer. Raises OSError when it is longer than _ANSWER_BYTES, or has not ended after `timeout` seconds
+    in which a little came again and again."""
+    deadline, found = time.monotonic() + timeout, bytearray()
+    while chunk := reply.read1(1 << 16):
+        found += chunk
+        if len(found) > _ANSWER_BYTES:
+            raise OSError(f"it answered more than {_ANSWER_BYTES} bytes")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"its answer did not end within {timeout:g} s")
+    return bytes(found)
+
+
 def _rest(error: urllib.error.HTTPError) -> bytes:
     try:
-        return error.read()[:500]
+        return error.read(500)
     except (OSError, http.client.HTTPException):  # it broke off in the middle
         return b""
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from icrl_megatron.actor.grid import Failure, attempt, raise_failures
+from icrl_megatron.config import ConfigError
 from icrl_megatron.rollout.engine import EngineError, EngineStats
 from icrl_megatron.rollout.engines import Engines, Share
 from icrl_megatron.rollout.episode import Ended, Stage, play_all
@@ -63,6 +64,15 @@ class Played:
 
     def generated_tokens(self) -> int:
         return self.used_tokens() if self.generated is None else self.generated
+
+
+def require_sound(played: Played) -> None:
+    """Raises ConfigError when every episode of a task set ended by an answer that cannot be true."""
+    working = {episode.task.source for episode in played.episodes}
+    working |= {dropped.task.source for dropped in played.dropped if not dropped.bad_answer}
+    for dropped in played.dropped:
+        if dropped.task.source not in working:
+            raise ConfigError(f"no episode of task set {dropped.task.source!r} can be played: {dropped.error}")
 
 
 class EpisodeSource(Protocol):

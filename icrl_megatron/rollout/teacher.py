@@ -5,38 +5,53 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from icrl_megatron.config import ConfigError
-from icrl_megatron.rollout.prompts import Prompter
+from icrl_megatron.config import ConfigError, RolloutSettings
+from icrl_megatron.rollout.guard import Caller, WrongReturnError, text_of
+from icrl_megatron.rollout.prompts import CHARS_A_TOKEN, Prompter
 from icrl_megatron.rollout.speakers import Ask, Cast, Casting, Seeds
-from icrl_megatron.tasks.base import TaskSet, Teachable, Teacher
+from icrl_megatron.tasks.base import TaskSet, Teachable, Teacher, sendable
 from icrl_megatron.types import Completion, Task
 
 
 @dataclass(frozen=True)
 class TeacherSpeaker:
-    """Plays one episode, both roles. Raises ConfigError when a reply is longer than the settings allow a model."""
+    """Plays one episode, both roles. Raises ConfigError when a reply is longer than the settings allow a model, and
+    EnvironmentFailure where the teacher fails."""
 
     teacher: Teacher
     prompter: Prompter
+    caller: Caller
 
     async def reply(self, ask: Ask) -> Completion:
         critic = ask.role == "critique"
-        text = self.teacher.criticise(ask.text) if critic else self.teacher.act(ask.text, ask.critique)
-        ids = self.prompter.encode_reply(text)
-        if len(ids) > ask.max_new_tokens:
+        if critic:
+            text = self.caller.call("the teacher's criticise", lambda: self.teacher.criticise(ask.text), _said)
+        else:
+            text = self.caller.call("the teacher's act", lambda: self.teacher.act(ask.text, ask.critique), _said)
+        begin = text[: CHARS_A_TOKEN * (ask.max_new_tokens + 1)]  # enough to know that it is too long
+        ids = self.prompter.encode_reply(begin)
+        if len(ids) > ask.max_new_tokens or len(begin) < len(text):
             setting = "max_critique_tokens" if critic else "max_turn_tokens"
+            more = "more than " if len(begin) < len(text) else ""
             raise ConfigError(
-                f"A demonstration has {len(ids)} tokens and room for {ask.max_new_tokens}: raise rollout.{setting} or "
-                f"rollout.context_tokens. It reads {text[:80]!r}."
+                f"A demonstration has {more}{len(ids)} tokens and room for {ask.max_new_tokens}: raise "
+                f"rollout.{setting} or rollout.context_tokens. It reads {text[:80]!r}."
             )
         return Completion(ids, (0.0,) * len(ids), "stop", 0)
 
 
-def teacher_casting(task_set: Callable[[str], TaskSet], prompter: Prompter, seeds: Seeds) -> Casting:
-    """One teacher per episode, with randomness of its own. `task_set` finds a task set by name (`registry.get`).
+def teacher_casting(
+    task_set: Callable[[str], TaskSet],
+    prompter: Prompter,
+    seeds: Seeds,
+    timeout_s: float = RolloutSettings.environment_timeout_s,
+) -> Casting:
+    """One teacher per episode, with randomness of its own. `task_set` finds a task set by name (`registry.get`); each
+    call of a teacher may take `timeout_s`.
 
-    The casting raises ConfigError for a task set that has no teacher.
+    The casting raises ConfigError for a task set that has no teacher, and EnvironmentFailure where making one fails.
     """
 
     def cast(task: Task, index: int) -> Cast:
@@ -47,7 +62,19 @@ def teacher_casting(task_set: Callable[[str], TaskSet], prompter: Prompter, seed
                 "vocabulary()."
             )
         rng = random.Random(seeds.of(task.task_id, index, 0, "teacher", 0))
-        speaker = TeacherSpeaker(teachable.teacher(task, rng), prompter)
+        caller = Caller(task, timeout_s)
+        teacher = caller.call("teacher", lambda: teachable.teacher(task, rng), _teacher)
+        speaker = TeacherSpeaker(teacher, prompter, caller)
         return Cast(speaker, speaker)
 
     return cast
+
+
+def _teacher(value: Any) -> Teacher:
+    if not callable(getattr(value, "act", None)) or not callable(getattr(value, "criticise", None)):
+        raise WrongReturnError("it must have act(observation, critique) and criticise(summary)")
+    return value
+
+
+def _said(value: object) -> str:
+    return sendable(text_of(value))

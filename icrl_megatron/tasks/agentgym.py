@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from icrl_megatron.config import ConfigError
+from icrl_megatron.config import ConfigError, RolloutSettings
 from icrl_megatron.config_tasks import TaskSource
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks.agentgym_dialects import Dialect, ProtocolError, Reply
@@ -33,12 +33,19 @@ class Session:
     def __init__(self, name: str, pool: Pool, server: Server, dialect: Dialect) -> None:
         self.name, self.dialect, self.server = name, dialect, server
         self.where = server.url
-        self._pool, self._env = pool, None
+        self._pool = pool
+        self._env: int | str | None = None
         self._speaks = dialects.ENVIRONMENTS[name]
 
     async def create(self) -> None:
         body = {} if self.dialect == "B" else self._speaks.create_body
-        self._env = dialects.env_id(self.dialect, self.name, await self._call("/create", body))
+        made = dialects.env_id(self.dialect, self.name, await self._call("/create", body))
+        if made in self.server.environments:  # the two episodes would act in one world
+            raise EnvironmentFailure(
+                f"{self.server.url}/create answered the id {made!r} twice: another episode still plays there"
+            )
+        self.server.environments.add(made)
+        self._env = made
 
     async def reset(self, task: int) -> Reply:
         if self.dialect == "B":
@@ -64,6 +71,11 @@ class Session:
         with contextlib.suppress(EnvironmentFailure):
             await self._pool.call(self.server, "POST", "/close", {key: self._env}, again=False)
         self._env = None
+
+    def forget(self) -> None:
+        """The episode is over: the server may use the environment's id again."""
+        if self._env is not None:
+            self.server.environments.discard(self._env)
 
     async def _call(self, path: str, body: Any, again: bool = True) -> Any:
         answer = await self._pool.call(self.server, "POST", path, body, again)
@@ -164,8 +176,9 @@ class AgentGymEnvironment:
 class AgentGym:
     """A task set behind the servers of `data.servers`. Its name says which environment they run."""
 
-    def __init__(self, source: TaskSource) -> None:
-        self.name, self._data = source.name, source.data
+    def __init__(self, source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> None:
+        """`answer_bytes`: `rollout.max_observation_bytes`."""
+        self.name, self._data, self._answer_bytes = source.name, source.data, answer_bytes
         self._pool: Pool | None = None
         self._dialects: dict[str, Dialect] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -205,7 +218,7 @@ class AgentGym:
 
     def pool(self) -> Pool:
         if self._pool is None:
-            self._pool = Pool(self._data.servers, self._data.request_timeout_s)
+            self._pool = Pool(self._data.servers, self._data.request_timeout_s, self._answer_bytes)
         return self._pool
 
     async def open_session(self) -> Session:
@@ -231,6 +244,7 @@ class AgentGym:
 
     def leave(self, session: Session) -> None:
         session.server.episodes -= 1
+        session.forget()
         with contextlib.suppress(RuntimeError):  # no loop runs any more: the server forgets it by itself
             task = asyncio.get_running_loop().create_task(session.close())
             self._closing.add(task)

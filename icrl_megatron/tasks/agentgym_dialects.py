@@ -152,7 +152,9 @@ def reply_of(dialect: Dialect, name: str, answer: Json, kind: str) -> Reply:
     if dialect == "A" and kind == "reset" and name == "searchqa" and isinstance(answer, str):
         return Reply(answer, 0.0, False)
     if dialect == "A" and kind == "reset" and name == "webshop" and isinstance(answer, list) and answer:
-        return Reply(str(answer[0]), 0.0, False)
+        if not isinstance(answer[0], str):
+            raise ProtocolError(f"POST /reset answered a list that begins with no text: {_cut(answer)}; is it webshop?")
+        return Reply(answer[0], 0.0, False)
     if not isinstance(answer, dict):
         raise ProtocolError(f"POST /{kind} answered {_cut(answer)}; is this a server of {name}?")
     key = environment.observation_key if dialect == "A" and kind == "step" else "observation"
@@ -163,19 +165,35 @@ def reply_of(dialect: Dialect, name: str, answer: Json, kind: str) -> Reply:
         if not isinstance(answer.get("task_description"), str):
             raise ProtocolError(f"POST /reset answered no task_description but {_cut(answer)}; is this sciworld?")
         observation = f"{answer['task_description']}\n\n{observation}"
-    info = answer.get("info") if isinstance(answer.get("info"), dict) else {}
-    actions = answer.get("available_actions") or (info or {}).get("available_actions") or ()
-    reward = _reward(answer, kind)
-    return Reply(observation, reward, bool(answer.get("done", False)), tuple(str(a) for a in actions))
+    return Reply(observation, _reward(answer, kind), _done(answer, kind), _actions(answer))
+
+
+def _actions(answer: dict[str, Json]) -> tuple[str, ...]:
+    """What can be done now; nothing where the environment does not say so in a list of texts."""
+    info = answer.get("info")
+    for found in (answer.get("available_actions"), info.get("available_actions") if isinstance(info, dict) else None):
+        if found and isinstance(found, list):
+            return tuple(action for action in found if isinstance(action, str))
+    return ()
+
+
+def _done(answer: dict[str, Json], kind: str) -> bool:
+    done = answer.get("done", False)
+    if done not in (True, False, None):  # a text "false" would count as true
+        raise ProtocolError(f"POST /{kind} answered {_cut(done)} as done, which must be true or false")
+    return bool(done)
 
 
 def _reward(answer: dict[str, Json], kind: str) -> float:
     reward = answer.get("reward", 0.0 if kind == "reset" else None)
-    if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
-        if kind == "reset":
-            return 0.0
-        raise ProtocolError(f"POST /step answered the reward {reward!r}, which is no finite number")
-    return float(reward)
+    try:
+        if isinstance(reward, int | float) and not isinstance(reward, bool) and math.isfinite(reward):
+            return float(reward)
+    except OverflowError:  # an integer beyond all floats
+        pass
+    if kind == "reset":
+        return 0.0
+    raise ProtocolError(f"POST /step answered the reward {_cut(reward)}, which is not a finite number")
 
 
 def shown(name: str, reply: Reply) -> str:
@@ -204,5 +222,8 @@ def ends_episode(name: str, action: str, reply: Reply) -> bool:
 
 
 def _cut(answer: Json) -> str:
-    text = repr(answer)
+    try:
+        text = repr(answer)
+    except (ValueError, RecursionError):  # an integer with thousands of digits, or lists nested that deep
+        return f"a {type(answer).__name__} that cannot be shown"
     return text if len(text) <= 120 else f"{text[:120]}..."

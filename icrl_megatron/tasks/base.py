@@ -6,6 +6,7 @@ A new task is one file with one class that satisfies `TaskSet`, and one line in 
 from __future__ import annotations
 
 import random
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -103,6 +104,21 @@ def sendable(text: str) -> str:
     """With half characters (lone surrogates) as question marks: no tokenizer takes them, and no JSON of a server's, so
     that a reply or an observation could fail the infrastructure."""
     return text.encode(errors="replace").decode()
+
+
+def shown(value: object, chars: int = 200) -> str:
+    """A value as a message can hold it: short, printable, and whatever its __repr__ does."""
+    try:
+        text = reprlib.repr(value) if type(value) in (list, tuple, dict, set, frozenset) else repr(value)
+    except Exception:
+        text = f"a {type(value).__name__}"
+    return printable(text, chars)
+
+
+def printable(text: str, chars: int = 500) -> str:
+    """At most so many characters of a text, on one line and without control characters."""
+    cut = text if len(text) <= chars else f"{text[:chars]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in cut)
 
 
 class EnvironmentFailure(RuntimeError):

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from icrl_megatron.config import ConfigError
+from icrl_megatron.config import ConfigError, RolloutSettings
 from icrl_megatron.config_tasks import TaskSource
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks.agentgym import AgentGym, AgentGymEnvironment
@@ -37,9 +37,9 @@ class Table:
     """One process, and the episodes that play in it, one call at a time; a call that hangs or kills it costs them all,
     and the next one starts another."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, answer_bytes: int) -> None:
         self.episodes = 0
-        self._timeout_s = timeout_s
+        self._timeout_s, self._answer_bytes = timeout_s, answer_bytes
         self._worker: Worker | None = None
         self._left: deque[int] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="games")
@@ -59,17 +59,23 @@ class Table:
 
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
         if self._worker is None:
-            self._worker = Worker("icrl_megatron.tasks.game_worker")
+            self._worker = Worker("icrl_megatron.tasks.game_worker", self._answer_bytes)
         try:
             left = [self._left.popleft() for _ in range(len(self._left))]
             answer = self._worker.ask({**job, "left": left}, self._timeout_s)
-        except (TimeoutError, EOFError) as error:
+        except (TimeoutError, EOFError, ValueError) as error:
             self._worker = None
-            what = f"took over {self._timeout_s:g} s" if isinstance(error, TimeoutError) else "killed its process"
-            raise EnvironmentFailure(f"a {job['do']} of a game {what}") from error
+            raise EnvironmentFailure(f"a {job['do']} of a game {self._fault(error)}") from error
         if "error" in answer:
             raise EnvironmentFailure(f"a {job['do']} of a game failed: {answer['error']}")
         return answer
+
+    def _fault(self, error: Exception) -> str:
+        if isinstance(error, TimeoutError):
+            return f"took over {self._timeout_s:g} s"
+        if isinstance(error, ValueError):
+            return f"answered more than rollout.max_observation_bytes = {self._answer_bytes} bytes: raise that"
+        return "killed its process"
 
 
 class Seat:
@@ -95,10 +101,12 @@ class Seat:
 class GameFolders:
     """A task set over the games of `data.train` and `data.heldout`, played in `data.grading_workers` processes."""
 
-    def __init__(self, source: TaskSource) -> None:
+    def __init__(self, source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> None:
+        """`answer_bytes`: `rollout.max_observation_bytes`."""
         self.name, self._data = source.name, source.data
         check_limits(source)
-        self._tables = [Table(source.data.request_timeout_s) for _ in range(source.data.grading_workers)]
+        timeout_s, count = source.data.request_timeout_s, source.data.grading_workers
+        self._tables = [Table(timeout_s, answer_bytes) for _ in range(count)]
         self._found: dict[Split, list[Task]] = {}
 
     def problems(self, split: Split) -> Sequence[Task]:
@@ -167,7 +175,7 @@ class GameFolders:
             raise ConfigError(f"data.{split}: {folder} holds no {PDDL} or {TEXTWORLD} game that can be solved")
 
 
-def ALFWorld(source: TaskSource) -> TaskSet:
+def ALFWorld(source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> TaskSet:
     """Ids are games of AgentGym's server; folders are played here."""
     given = (*source.data.train, *source.data.heldout)
     folders = [name for name in given if id_range(name) is None and Path(name).is_dir()]
@@ -176,7 +184,7 @@ def ALFWorld(source: TaskSource) -> TaskSet:
             f"task set {source.name!r}: {folders[0]} is a folder of games, which are played here, and data.servers or "
             "serve.command names servers, which have games of their own; leave one of them out"
         )
-    return GameFolders(source) if folders else AgentGym(source)
+    return GameFolders(source, answer_bytes) if folders else AgentGym(source, answer_bytes)
 
 
 def _solvable(path: Path, content: bytes) -> bool:

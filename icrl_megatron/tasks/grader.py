@@ -20,7 +20,8 @@ from icrl_megatron.tasks.base import EnvironmentFailure
 START_TIMEOUT_S = 120.0
 PATIENCE = 20.0
 """The worker ends itself when its CPU time is up; after this many times as long on the clock it is killed."""
-
+LINE_BYTES = 1 << 20
+"""A verdict is a line of a few hundred bytes."""
 
 LIMITS = {"grading_workers": 1, "grading_timeout_s": 0.01, "numeric_tolerance": 0.0, "program_memory_mib": 64}
 """Smallest values of the settings that judge answers."""
@@ -37,7 +38,8 @@ def check_limits(source: TaskSource) -> None:
 class Worker:
     """One process that answers a line of JSON with a line of JSON; when `ask` raises, it is dead."""
 
-    def __init__(self, module: str = "icrl_megatron.tasks.grade_worker") -> None:
+    def __init__(self, module: str = "icrl_megatron.tasks.grade_worker", line_bytes: int = LINE_BYTES) -> None:
+        """`line_bytes`: the longest answer that is read."""
         self._process = subprocess.Popen(
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
@@ -45,24 +47,24 @@ class Worker:
             stderr=subprocess.DEVNULL,
             bufsize=0,
         )
-        self._rest = b""
+        self._rest, self._line_bytes = b"", line_bytes
         try:
             self._line(START_TIMEOUT_S)
-        except (TimeoutError, EOFError) as error:
+        except (TimeoutError, EOFError, ValueError) as error:
             self.close()
             raise EnvironmentFailure(f"python -m {module} did not start: is what it imports installed?") from error
 
     def ask(self, job: dict[str, Any], wait_s: float) -> dict[str, Any]:
-        """Raises EOFError when the process died of the job, TimeoutError when it did not even do that."""
+        """Raises EOFError when the process died of the job or answered no JSON object, TimeoutError when it did not
+        answer at all, ValueError when the answer is longer than `line_bytes`."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(job).encode() + b"\n")
-            answer: dict[str, Any] = json.loads(self._line(wait_s))
-            return answer
+            return _answer(self._line(wait_s))
         except BrokenPipeError as error:
             self.close()
             raise EOFError from error
-        except (EOFError, TimeoutError):
+        except BaseException:
             self.close()
             raise
 
@@ -84,8 +86,20 @@ class Worker:
             if not chunk:
                 raise EOFError
             self._rest += chunk
+            if len(self._rest) > self._line_bytes:
+                raise ValueError(f"the answer has more than {self._line_bytes} bytes")
         line, _, self._rest = self._rest.partition(b"\n")
         return line
+
+
+def _answer(line: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise EOFError from error
+    if not isinstance(found, dict):
+        raise EOFError
+    return found
 
 
 class Grader:
@@ -125,10 +139,10 @@ class Grader:
             worker = self._worker()
             try:
                 verdict = worker.ask({**job, "timeout_s": self._timeout_s}, PATIENCE * self._timeout_s)
-            except (TimeoutError, EOFError):
+            except (TimeoutError, EOFError, ValueError):
                 continue
             self._idle.put(worker)
-            return bool(verdict["correct"])
+            return verdict["correct"] is True
         with self._lock:
             self.killed += 1
         return False

@@ -8,12 +8,12 @@ import difflib
 import importlib
 from collections.abc import Callable, Iterable
 
-from icrl_megatron.config import ConfigError
+from icrl_megatron.config import ConfigError, RolloutSettings
 from icrl_megatron.config_tasks import TaskSource
-from icrl_megatron.tasks.base import Environment, TaskSet
+from icrl_megatron.tasks.base import Environment, TaskSet, printable, shown
 from icrl_megatron.tasks.household import Household
 from icrl_megatron.tasks.rulebook import Rulebook
-from icrl_megatron.types import Task
+from icrl_megatron.types import Split, Task
 
 _TASK_SETS: dict[str, Callable[[], TaskSet]] = {
     "rulebook_hard": lambda: Rulebook("rulebook_hard"),
@@ -47,15 +47,16 @@ def get(name: str) -> TaskSet:
     return of_source(TaskSource(name))
 
 
-def of_source(source: TaskSource) -> TaskSet:
-    """The task set that one entry of `tasks.sources` describes. Raises ConfigError on an unknown name, and what the
-    task set raises about its data."""
+def of_source(source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> TaskSet:
+    """The task set that one entry of `tasks.sources` describes. `answer_bytes` is `rollout.max_observation_bytes`, for
+    those that ask servers. Raises ConfigError on an unknown name, and what the task set raises about its data."""
     known = (*_TASK_SETS, *_FROM_DATA)
     if source.name in _TASK_SETS:
         return _TASK_SETS[source.name]()
     if source.name in _FROM_DATA:
         module, _, made = _FROM_DATA[source.name].partition(":")
-        task_set: TaskSet = getattr(importlib.import_module(module), made)(source)
+        limits = (answer_bytes,) if source.name in SERVED else ()
+        task_set: TaskSet = getattr(importlib.import_module(module), made)(source, *limits)
         return task_set
     near = difflib.get_close_matches(source.name, known, n=1, cutoff=0.4)
     remedy = f"did you mean {near[0]}?" if near else f"the names are {', '.join(known)}"
@@ -68,17 +69,42 @@ def environment(task: Task) -> Environment:
     return get(task.source).environment(task)
 
 
+def problems(task_set: TaskSet, split: Split) -> list[Task]:
+    """All problems of a split, checked. Raises ConfigError when the task set cannot say them, or says something else
+    than tasks."""
+    where = f"task set {task_set.name!r}: problems({split!r})"
+    try:
+        found = list(task_set.problems(split))
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{where} raised {type(error).__name__}: {printable(str(error))}; correct the task set"
+        ) from error
+    for number, task in enumerate(found):
+        texts = (task.task_id, task.source, task.split, task.problem) if isinstance(task, Task) else (None,)
+        if not all(isinstance(text, str) for text in texts):
+            raise ConfigError(
+                f"{where}: entry {number} is {shown(task)}; return icrl_megatron.types.Task objects whose fields are "
+                "texts"
+            )
+    return found
+
+
 class Catalogue:
     """The task sets of one run, each made once: data is read and servers are connected to when first needed."""
 
-    def __init__(self, sources: Iterable[TaskSource]) -> None:
-        self._sources = {source.name: source for source in sources}
+    def __init__(
+        self, sources: Iterable[TaskSource], answer_bytes: int = RolloutSettings.max_observation_bytes
+    ) -> None:
+        """`answer_bytes`: `rollout.max_observation_bytes`."""
+        self._sources, self._answer_bytes = {source.name: source for source in sources}, answer_bytes
         self._made: dict[str, TaskSet] = {}
 
     def get(self, name: str) -> TaskSet:
         """Raises ConfigError as `of_source` does."""
         if name not in self._made:
-            self._made[name] = of_source(self._sources.get(name, TaskSource(name)))
+            self._made[name] = of_source(self._sources.get(name, TaskSource(name)), self._answer_bytes)
         return self._made[name]
 
     def environment(self, task: Task) -> Environment:

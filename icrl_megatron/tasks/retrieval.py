@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from icrl_megatron.config import ConfigError
+from icrl_megatron.config import ConfigError, RolloutSettings
 from icrl_megatron.tasks.base import EnvironmentFailure, sendable
 from icrl_megatron.tasks.servers import Pool
 from icrl_megatron.telemetry import results
@@ -69,8 +69,10 @@ class LocalRetriever:
 class RemoteRetriever:
     """Servers that answer as Search-R1's retriever: POST /retrieve {"queries", "topk", "return_scores"}."""
 
-    def __init__(self, urls: Sequence[str], timeout_s: float) -> None:
-        self._pool = Pool(urls, timeout_s)
+    def __init__(
+        self, urls: Sequence[str], timeout_s: float, answer_bytes: int = RolloutSettings.max_observation_bytes
+    ) -> None:
+        self._pool = Pool(urls, timeout_s, answer_bytes)
 
     async def search(self, query: str, count: int) -> list[str]:
         server = self._pool.choose()

@@ -12,7 +12,7 @@ import string
 from collections.abc import Sequence
 from pathlib import Path
 
-from icrl_megatron.config import ConfigError
+from icrl_megatron.config import ConfigError, RolloutSettings
 from icrl_megatron.config_tasks import TaskSource
 from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.agentgym_dialects import action_of
@@ -88,8 +88,9 @@ class SearchEnvironment:
 class RetrievalQA:
     """Questions of `data.train` and `data.heldout`; searches go to `data.corpus` or `data.servers`."""
 
-    def __init__(self, source: TaskSource) -> None:
-        self.name, self._data = source.name, source.data
+    def __init__(self, source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> None:
+        """`answer_bytes`: `rollout.max_observation_bytes`."""
+        self.name, self._data, self._answer_bytes = source.name, source.data, answer_bytes
         if bool(source.data.corpus) == (bool(source.data.servers) or source.served):
             raise ConfigError(
                 f"task set {self.name!r} needs one place to search: set one of data.corpus, data.servers and "
@@ -122,15 +123,15 @@ class RetrievalQA:
         if self._retriever is None:
             data = self._data
             local = LocalRetriever(Path(data.corpus)) if data.corpus else None
-            self._retriever = local or RemoteRetriever(data.servers, data.request_timeout_s)
+            self._retriever = local or RemoteRetriever(data.servers, data.request_timeout_s, self._answer_bytes)
         return self._retriever
 
 
-def SearchQA(source: TaskSource) -> TaskSet:
+def SearchQA(source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> TaskSet:
     """Ranges of task ids are questions of AgentGym's SearchQA server; rows of a file are asked here."""
     if any(id_range(given) is not None for given in (*source.data.train, *source.data.heldout)):
-        return AgentGym(source)
-    return RetrievalQA(source)
+        return AgentGym(source, answer_bytes)
+    return RetrievalQA(source, answer_bytes)
 
 
 def _problem(row: Row) -> str:

@@ -14,9 +14,9 @@ from typing import Any
 
 import aiohttp
 
-from icrl_megatron.config import ConfigError
-from icrl_megatron.connections import Connections
-from icrl_megatron.tasks.base import EnvironmentFailure
+from icrl_megatron import connections
+from icrl_megatron.config import ConfigError, RolloutSettings
+from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure
 
 TRIES = 4
 BACKOFF_S = 0.25
@@ -46,6 +46,8 @@ class Server:
     failures: int = 0
     """In a row."""
     resting_until: float = field(default=0.0)
+    environments: set[int | str] = field(default_factory=set)
+    """Ids of the environments that episodes play there now."""
 
     def succeeded(self) -> None:
         self.failures = 0
@@ -61,7 +63,10 @@ class Server:
 class Pool:
     """The servers of one task set. Raises ConfigError on no address, and on one that is none."""
 
-    def __init__(self, urls: Sequence[str], timeout_s: float) -> None:
+    def __init__(
+        self, urls: Sequence[str], timeout_s: float, answer_bytes: int = RolloutSettings.max_observation_bytes
+    ) -> None:
+        """`answer_bytes`: `rollout.max_observation_bytes`, the longest answer that is read."""
         if not urls:
             raise ConfigError(
                 "no servers: set tasks.sources[...].data.servers to their addresses, e.g. [http://host:36001]"
@@ -70,7 +75,8 @@ class Pool:
             if not url.startswith(("http://", "https://")):
                 raise ConfigError(f"data.servers: {url!r} is no address; write http://host:port")
         self.servers = [Server(url.rstrip("/")) for url in dict.fromkeys(urls)]
-        self._timeout_s, self._connections = timeout_s, Connections(CONNECTIONS)
+        self._timeout_s, self._answer_bytes = timeout_s, answer_bytes
+        self._connections = connections.Connections(CONNECTIONS)
 
     def choose(self) -> Server:
         """The server with the fewest episodes among those that are well; of the sick the one that rests least long."""
@@ -87,7 +93,8 @@ class Pool:
     async def call(self, server: Server, method: str, path: str, body: Any = None, again: bool = True) -> Any:
         """One JSON answer. `again`: whether a call whose answer was lost may be made twice.
 
-        Raises Refused on an error the server meant, EnvironmentFailure when it does not answer within the deadline.
+        Raises Refused on an error that the server reports and on an answer that is no JSON, BadAnswer on one that is
+        too long, EnvironmentFailure when it does not answer within the deadline.
         """
         failure = ""
         for attempt in range(TRIES):
@@ -95,6 +102,11 @@ class Pool:
                 await asyncio.sleep(BACKOFF_S * 2 ** (attempt - 1))
             try:
                 status, answer = await self._once(method, server.url + path, body)
+            except connections.TooLongError as error:
+                raise BadAnswer(
+                    f"{server.url}{path} answered more than rollout.max_observation_bytes = {self._answer_bytes} "
+                    "bytes: raise that, or let the server say less"
+                ) from error
             except aiohttp.ClientConnectorError as error:
                 failure = f"cannot be reached ({error})"
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
@@ -114,17 +126,17 @@ class Pool:
     async def _once(self, method: str, url: str, body: Any) -> tuple[int, bytes]:
         link, limit = self._connections.here(), aiohttp.ClientTimeout(total=self._timeout_s)
         async with link.gate, link.session.request(method, url, json=body, timeout=limit) as reply:
-            return reply.status, await reply.read()
+            return reply.status, await connections.body(reply, self._answer_bytes)
 
 
 def _body(status: int, answer: bytes, url: str) -> Any:
     text = answer.decode(errors="replace")
     try:
         body = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         body = None
     if status >= 400:
-        raise Refused(f"{url} answered HTTP {status}: {text[:200] if body is None else body}", status, body)
+        raise Refused(f"{url} answered HTTP {status}: {text[:200]}", status, body)
     if body is None:
         raise Refused(f"{url} answered no JSON: {text[:100]!r}", status)
     return body

@@ -74,7 +74,8 @@ def read_dump(path: str | Path) -> list[DumpRecord]:
     """Raises ConfigError on a missing or damaged file."""
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): texts of environments may hold other characters that end lines.
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     except OSError as error:
         raise ConfigError(
             f"No rollouts at {path}: {error.strerror}. Give the folder of a run that has dumped some."

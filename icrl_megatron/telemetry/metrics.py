@@ -38,7 +38,8 @@ def rollout_metrics(
     reward/<role>, reward/round_<k>, success/critique_free, success/with_critique, success/round_<k> (of the attempts of
     that round), success/source/<name> (critique-free), revision/gain (mean r(next) - r(this)), critique/tokens,
     attempt/tokens, attempt/turns, attempt/lost_turns, attempt/stop_<reason>, tokens/used, episodes/*, groups/*,
-    infrastructure/bad_answers (among the episodes dropped).
+    infrastructure/bad_answers and episodes/blocked (both among the episodes dropped), episodes/texts_cut (observations
+    and summaries that were longer than allowed).
     """
     values: Values = defaultdict(list)
     for episode in episodes:
@@ -47,6 +48,8 @@ def rollout_metrics(
         USED: sum(e.generated_tokens() for e in episodes),
         "episodes/played": len(episodes),
         "episodes/dropped": len(dropped),
+        "episodes/blocked": sum(d.blocked for d in dropped),
+        "episodes/texts_cut": sum(_cut_texts(attempt) for e in episodes for attempt in e.attempts),
         "infrastructure/bad_answers": sum(d.bad_answer for d in dropped),
         "groups/count": report.groups,
         "groups/dropped": report.dropped_groups,
@@ -59,6 +62,10 @@ def rollout_metrics(
         counts["samples/flat_share"] = sum(s.advantage == 0.0 for s in report.samples) / len(report.samples)
     means = {name: sum(of) / len(of) for name, of in values.items()}
     return dict(sorted((means | {name: float(n) for name, n in counts.items()}).items()))
+
+
+def _cut_texts(attempt: Attempt) -> int:
+    return (attempt.summary_cut_chars > 0) + sum(turn.cut_chars > 0 for turn in attempt.turns)
 
 
 def heldout_metrics(episodes: Iterable[Episode]) -> dict[str, float]:

@@ -1,0 +1,254 @@
+"""The boundary between a run and the code of a task: whatever that returns, raises or does costs an episode at most.
+
+Every call goes through `Caller`, which limits its time, converts what it returns to exactly the type that was promised,
+and turns everything else into an EnvironmentFailure. Nothing behind this module has to expect a surprise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import numbers
+import operator
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from icrl_megatron.config import ConfigError, RolloutSettings
+from icrl_megatron.rollout.background import Overrun
+from icrl_megatron.rollout.watchdog import WATCHDOG, Raised, Watched
+from icrl_megatron.tasks.base import (
+    BadAnswer,
+    Environment,
+    EnvironmentFailure,
+    StepResult,
+    printable,
+    sendable,
+    shown,
+)
+from icrl_megatron.types import Task
+
+T = TypeVar("T")
+
+
+class BlockedFailure(EnvironmentFailure):
+    """Code of a task ran until its time was up, while no other episode could go on: it is not tried again."""
+
+
+class WrongReturnError(Exception):
+    """A value is not what was promised; the message says what must be."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """A text of an environment, as far as it was read."""
+
+    text: str
+    missing: int
+    """Characters at its end that were left out."""
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A `StepResult` that was checked."""
+
+    observation: Said
+    done: bool
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Calls code of one task."""
+
+    task: Task
+    timeout_s: float
+
+    def call(self, what: str, code: Callable[[], object], read: Callable[[Any], T]) -> T:
+        """What `read` makes of what `code` returns. `what` names the call in messages.
+
+        Raises EnvironmentFailure; BadAnswer, a kind of it, for what `read` refuses; BlockedFailure, another, when it
+        takes longer than the time limit; and the ConfigError that the code raises.
+        """
+        try:
+            return WATCHDOG.run(lambda: self._converted(what, code(), read), Watched(self.timeout_s))
+        except (Raised, Overrun) as error:
+            raise self._failure(what, error) from None
+
+    async def wait(self, what: str, code: Callable[[], object], read: Callable[[Any], T]) -> T:
+        """The same for code that returns an awaitable, which is awaited within the time limit."""
+        begun, watched, awaited = time.monotonic(), Watched(self.timeout_s), self._awaited(what, code, read)
+        try:
+            yielded = WATCHDOG.run(lambda: awaited.send(None), watched)
+        except (Raised, Overrun) as error:
+            if isinstance(error, Raised) and isinstance(error.error, StopIteration):
+                return error.error.value  # it did not wait, so that no clock took part
+            awaited.close()
+            raise self._failure(what, error) from None
+        return await self._rest(what, awaited, watched, yielded, self.timeout_s + begun - time.monotonic())
+
+    async def _rest(
+        self, what: str, awaited: Coroutine[Any, Any, T], watched: Watched, yielded: Any, left_s: float
+    ) -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        cancelled, watched.own = task.cancelling(), asyncio.timeout(left_s)
+        try:
+            async with watched.own as limit:
+                found = await WATCHDOG.drive(awaited, watched, yielded)
+        except (Raised, Overrun, TimeoutError) as error:
+            if task.cancelling() > cancelled:  # the code made another error of it
+                raise asyncio.CancelledError from error
+            if watched.blocked:
+                raise self._late(what, BlockedFailure) from None
+            raise (self._late(what) if limit.expired() else self._failure(what, error)) from None
+        if task.cancelling() > cancelled:  # the code ignored it
+            raise asyncio.CancelledError
+        if limit.expired():
+            raise self._late(what)
+        return found
+
+    async def _awaited(self, what: str, code: Callable[[], object], read: Callable[[Any], T]) -> T:
+        return self._converted(what, await self._converted(what, code(), _awaitable), read)
+
+    def _converted(self, what: str, value: object, read: Callable[[Any], T]) -> T:
+        try:
+            return read(value)
+        except WrongReturnError as error:
+            raise BadAnswer(
+                f"{what} of task {self.task.task_id!r} (task set {self.task.source!r}) is {shown(value)}: {error}"
+            ) from None
+
+    def _late(self, what: str, kind: type[EnvironmentFailure] = EnvironmentFailure) -> EnvironmentFailure:
+        if WATCHDOG.stopping:
+            return kind(f"{what} took too long for a run that was asked to stop")
+        return kind(f"{what} took longer than rollout.environment_timeout_s = {self.timeout_s} s")
+
+    def _failure(self, what: str, error: BaseException) -> Exception:
+        """What to raise in place of what the code raised."""
+        raised = error.error if isinstance(error, Raised) else error
+        if isinstance(raised, Overrun):
+            return self._late(what, BlockedFailure)
+        if isinstance(raised, ConfigError):
+            return raised
+        try:
+            text = WATCHDOG.run(lambda: printable(str(raised)), Watched(self.timeout_s))
+        except (Raised, Overrun):
+            text = "(an error that cannot be shown)"
+        if isinstance(raised, EnvironmentFailure):
+            return (BadAnswer if isinstance(raised, BadAnswer) else EnvironmentFailure)(text)
+        return EnvironmentFailure(f"{what} raised {type(raised).__name__}: {text}")
+
+
+class GuardedEnvironment:
+    """An environment whose every failure is an `EnvironmentFailure`, and which returns what it should.
+
+    Raises EnvironmentFailure from every method, as `Caller` does.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        factory: Callable[[Task], Environment],
+        timeout_s: float,
+        max_bytes: int = RolloutSettings.max_observation_bytes,
+    ) -> None:
+        """`max_bytes`: `rollout.max_observation_bytes`, the longest text that is kept, in UTF-8."""
+        self._caller, self._max_bytes = Caller(task, timeout_s), max_bytes
+        self._environment = self._caller.call("construction", lambda: factory(task), _environment)
+        self.max_turns = self._caller.call("max_turns", lambda: self._environment.max_turns, _turns)
+
+    async def reset(self) -> str:
+        """The problem, whole: part of it would be another problem. Raises BadAnswer when it is too long."""
+        said = await self._caller.wait("reset", lambda: self._environment.reset(), self._said)
+        if said.missing:
+            raise BadAnswer(
+                f"reset() of task {self._caller.task.task_id!r} returned a problem of more than "
+                f"rollout.max_observation_bytes = {self._max_bytes} bytes: raise that, or shorten the problem"
+            )
+        return said.text
+
+    async def step(self, action: str) -> Stepped:
+        return await self._caller.wait("step", lambda: self._environment.step(action), self._stepped)
+
+    def parse(self, reply: str) -> str | None:
+        return self._caller.call("parse", lambda: self._environment.parse(reply), self._action)
+
+    def hint(self) -> Said:
+        return self._caller.call("hint", lambda: self._environment.hint(), self._said)
+
+    def success(self) -> bool:
+        return self._caller.call("success", lambda: self._environment.success(), _truth)
+
+    def summary(self) -> Said:
+        return self._caller.call("summary", lambda: self._environment.summary(), self._said)
+
+    def outcome(self) -> float:
+        return self._caller.call("outcome", lambda: self._environment.outcome(), _reward)
+
+    def _said(self, value: object, name: str = "it") -> Said:
+        whole = text_of(value, name)
+        if 4 * len(whole) <= self._max_bytes:
+            return Said(sendable(whole), 0)
+        begin = sendable(whole[: self._max_bytes]).encode()[: self._max_bytes].decode(errors="ignore")
+        return Said(begin, len(whole) - len(begin))
+
+    def _stepped(self, value: object) -> Stepped:
+        if not isinstance(value, StepResult):
+            raise WrongReturnError("it must be a StepResult(observation, done)")
+        return Stepped(self._said(value.observation, "its observation"), _truth(value.done, "its done"))
+
+    def _action(self, value: object) -> str | None:
+        if value is None:
+            return None
+        said = self._said(value)
+        if said.missing:
+            raise WrongReturnError(f"it must have at most rollout.max_observation_bytes = {self._max_bytes} bytes")
+        return said.text
+
+
+def text_of(value: object, name: str = "it") -> str:
+    """A plain str. Raises WrongReturnError for anything else, bytes included."""
+    if not isinstance(value, str):
+        raise WrongReturnError(f"{name} must be a str")
+    return str.__str__(value)  # of a subclass, whose methods may do anything, a copy
+
+
+def _environment(value: Any) -> Environment:
+    missing = [name for name in _METHODS if not callable(getattr(value, name, None))]
+    if missing:
+        if inspect.iscoroutine(value):
+            value.close()
+        raise WrongReturnError(f"it must be an environment, and has no {', '.join(missing)}")
+    return value
+
+
+_METHODS = ("reset", "parse", "hint", "step", "outcome", "success", "summary")
+
+
+def _awaitable(value: object) -> Awaitable[Any]:
+    if not inspect.isawaitable(value):
+        raise WrongReturnError("it must be awaitable; write it as `async def`")
+    return value
+
+
+def _turns(value: Any) -> int:
+    whole = hasattr(type(value), "__index__") and not isinstance(value, bool | np.bool_)
+    if not whole or (turns := operator.index(value)) < 1:
+        raise WrongReturnError("it must be a whole number of at least 1")
+    return turns
+
+
+def _truth(value: object, name: str = "it") -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise WrongReturnError(f"{name} must be True or False")
+    return bool(value)
+
+
+def _reward(value: Any) -> float:
+    is_number: bool = isinstance(value, numbers.Real)
+    if not is_number or not 0 <= value <= 1:  # NaN fails every comparison
+        raise WrongReturnError("it must be a finite number in [0, 1]; divide scores by their maximum")
+    return float(value)
