@@ -280,7 +280,7 @@ class DebugSettings:
 @dataclass
 class LaunchSettings:
     ranks: int = 1
-    """Processes on each machine; `icrl train` starts them on this one when it is not already inside torchrun."""
+    """Processes on each machine; `icrl train` starts them on this one unless it is a rank already."""
     nodes: int = 1
     """Machines of the job; more than one are started by slurm/ or `icrl launch`."""
     device: str = "auto"

@@ -1,9 +1,9 @@
-"""Starts torchrun on this machine and stays its parent: one signal a rank, no orphans, exit codes that mean something.
+"""Starts the ranks of a run on this machine and stays their parent: one signal a rank, no orphans, plain exit codes.
 
-    icrl train (launcher, no torch)  ->  icrl_megatron.agent (torchrun)  ->  ranks (icrl_megatron.train)
+    icrl train (launcher)  ->  icrl_megatron.agent  ->  ranks (icrl_megatron.train)
 
-torchrun turns every failure into exit code 1 and shows a traceback of its own, so the ranks leave what happened in a
-small file that the launcher reads. The ranks' side, `run_rank` and `StopRequest`, works under a plain torchrun too.
+The ranks leave how they ended in a small file that the launcher reads: one message, not one a rank. The ranks' side,
+`run_rank` and `StopRequest`, works under a plain torchrun too.
 
 Exit codes: 0 done; 1 failed; 2 ConfigError; 3 stopped on request after saving (the same command goes on); 130 killed.
 """
@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -35,7 +34,7 @@ STOPPED = 3
 KILLED = 130
 
 OUTCOME_ENV = "ICRL_OUTCOME"
-"""File that the first rank with something to say writes {"code", "message"} to; whoever starts torchrun may set it."""
+"""File that the first rank with something to say writes {"code", "message"} to; whoever starts the agent may set it."""
 STOP_ENV = "ICRL_STOP"
 """File whose existence means stop: a signal that comes before a rank listens would be lost, and in a container it may
 kill what serves the file system (slurm/job.sh)."""
@@ -43,17 +42,19 @@ STARTED_ENV = "ICRL_STARTED"
 """File that rank 0 makes when the ranks have met: from then on the terminal is its own."""
 PARENT_ENV = "ICRL_PARENT"
 """Process id of the parent that a child must not outlive."""
+STORE_FD_ENV = "ICRL_STORE_FD"
+"""Descriptor of the bound socket on which rank 0 serves the job's store."""
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
-def inside_torchrun() -> bool:
+def is_rank() -> bool:
     """Whether this process is a rank already."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def torchrun(
+def launch(
     settings_path: Path,
     ranks: int,
     log_dir: Path,
@@ -72,10 +73,7 @@ def torchrun(
     outcome, stop, started = files
     for file in files:
         file.unlink(missing_ok=True)
-    quiet = ",".join(f"{rank}:3" for rank in range(1, ranks))  # 3: both streams
-    command = [sys.executable, "-m", "icrl_megatron.agent", "--local-addr=127.0.0.1"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--rdzv-id={uuid.uuid4()}"]  # a free port
-    command += [f"--nproc-per-node={ranks}", f"--log-dir={log_dir}", *([f"--redirects={quiet}"] if quiet else [])]
+    command = [sys.executable, "-m", "icrl_megatron.agent", f"--nproc-per-node={ranks}", f"--log-dir={log_dir}"]
     command += ["-m", module, str(settings_path)]
     with _counting_signals() as received:
         # Its own session: Ctrl-C in a terminal reaches the launcher alone, and the ranks hear of it once.
@@ -95,8 +93,8 @@ def torchrun(
 def run_rank(main: Callable[[], int]) -> NoReturn:
     """What a rank's entry point wraps itself in: dies with its parent, and leaves its outcome for the launcher.
 
-    `main` returns 0, or STOPPED when all ranks agreed to stop. The process then exits with 0 in both cases, because
-    torchrun kills the other ranks as soon as one exits otherwise; with 2 after a ConfigError and 1 after a
+    `main` returns 0, or STOPPED when all ranks agreed to stop. The process then exits with 0 in both cases, because the
+    agent ends the other ranks as soon as one exits otherwise; with 2 after a ConfigError and 1 after a
     HopelessError, whose messages need no traceback.
     """
     die_with_parent()
@@ -114,7 +112,7 @@ def run_rank(main: Callable[[], int]) -> NoReturn:
 
 
 def report_started() -> None:
-    """Rank 0 says that it writes to the terminal from here on; nothing under a plain torchrun."""
+    """Rank 0 says that it writes to the terminal from here on, if anybody wants to know."""
     if os.environ.get(STARTED_ENV):
         Path(os.environ[STARTED_ENV]).touch()
 
@@ -176,11 +174,7 @@ def _write_outcome(code: int, message: str) -> bool:
 
 def _environment(ranks: int, outcome: Path, stop: Path, started: Path) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    defaults = {
-        "OMP_NUM_THREADS": str(max(1, cores // ranks)),
-        # A host whose name does not resolve would stop gloo; all ranks are on this machine.
-        **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
-    }
+    defaults = {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
     ours = {OUTCOME_ENV: outcome, STOP_ENV: stop, STARTED_ENV: started, PARENT_ENV: os.getpid()}
     return {**defaults, **os.environ, **{name: str(value) for name, value in ours.items()}}
 

@@ -30,7 +30,7 @@ from types import FrameType
 from icrl_megatron import settings as settings_module
 from icrl_megatron.config import ConfigError, Settings
 from icrl_megatron.config_tasks import TaskServers, TaskSource
-from icrl_megatron.launch import CONFIG_ERROR, PARENT_ENV, die_with_parent, inside_torchrun
+from icrl_megatron.launch import CONFIG_ERROR, PARENT_ENV, die_with_parent, is_rank
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked
 from icrl_megatron.telemetry.files import write_atomically
@@ -113,7 +113,7 @@ def beside(settings: Settings, folder: Path) -> Iterator[Settings]:
     if not wanted(settings):
         yield settings
         return
-    if inside_torchrun():
+    if is_rank():
         yield told(settings, Path(_named()))
         return
     folder = folder.resolve() / f"servers.{os.getpid()}"

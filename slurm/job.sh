@@ -115,7 +115,7 @@ run_job() {
   fi
   counted
   folder=${checked%%$'\n'*}
-  unset WORLD_SIZE  # torchrun's own to set
+  unset WORLD_SIZE  # the agent sets it
   [ "$checked" = "$folder" ] || start_servers "$@"
   while :; do
     [ -z "$servers" ] || kill -0 "$servers" 2> /dev/null || start_servers "$@"  # before a retry

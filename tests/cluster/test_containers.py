@@ -67,8 +67,7 @@ def undisturbed(contained: Contained, cluster: Cluster, model: Path) -> Path:
     folder = cluster.folder / "contained"
     ended = contained.ended("icrl_8b.sbatch", *arguments(folder, model, LONG), PYTHONPATH=cluster.path(INSIDE))
     assert (ended.state, ended.code) == ("COMPLETED", "0:0"), ended.log
-    said = ended.log + "".join(path.read_text() for path in cluster.logs.glob("torchrun.*/**/stderr.log"))
-    seen = re.findall(r"rank (\d) sees root (\d+:\d+)", said)
+    seen = re.findall(r"rank (\d) sees root (\d+:\d+)", ended.log)
     here = Path("/").stat()
     assert {rank for rank, _ in seen} == {"0", "1"}
     assert f"{here.st_dev}:{here.st_ino}" not in {root for _, root in seen}

@@ -125,7 +125,7 @@ def test_another_number_of_ranks_than_the_recipe_s_is_said(
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_parse_and_do_not_name_torchrun_twice(script: Path) -> None:
+def test_scripts_parse_and_start_ranks_in_one_place(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True, timeout=20)
     assert ("icrl_megatron.agent" in script.read_text()) == (script.name == "step.sh")
 

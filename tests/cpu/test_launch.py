@@ -1,4 +1,4 @@
-"""The launcher against real torchrun and real signals; the ranks are small modules without collectives."""
+"""The launcher and the agent against real signals; the ranks are small modules without collectives."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from icrl_megatron import launch
 LAUNCHER = """
 import sys
 from pathlib import Path
-from icrl_megatron.launch import torchrun
-sys.exit(torchrun(Path("settings.yaml"), int(sys.argv[2]), Path("logs"), module=sys.argv[1], stop_timeout_s=20))
+from icrl_megatron.launch import launch
+sys.exit(launch(Path("settings.yaml"), int(sys.argv[2]), Path("logs"), module=sys.argv[1], stop_timeout_s=20))
 """
 
 RANK_HEAD = """
@@ -36,6 +36,11 @@ def note(name, text=""):
 """
 
 
+def found_from(folder: Path) -> str:
+    """PYTHONPATH with `folder` first: the rest is where this process has the package from."""
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+
+
 class Launched:
     """A launcher process in its own folder, with the rank module `ranks.py` beside it."""
 
@@ -47,7 +52,7 @@ class Launched:
         self.process = subprocess.Popen(
             [sys.executable, "launcher.py", "ranks", str(ranks)],
             cwd=folder,
-            env={**clean, "PYTHONPATH": str(folder)},
+            env={**clean, "PYTHONPATH": found_from(folder)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -104,7 +109,7 @@ def test_ranks_run_and_rank_0_has_the_terminal(start: Start) -> None:
     assert (code, out) == (0, "hello from 0\n"), err
     threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert launched.read("seen.0", "seen.1") == [f"settings.yaml 2 {threads}"] * 2
-    (log,) = launched.folder.glob("logs/*/attempt_0/1/stdout.log")
+    (log,) = launched.folder.glob("logs/*/rank_1.log")
     assert log.read_text() == "hello from 1\n"
 
 
@@ -112,7 +117,7 @@ def test_a_machine_may_have_more_than_ten_ranks(start: Start) -> None:
     launched = start(WORKS, 11)
     code, out, err = launched.end()
     assert (code, out) == (0, "hello from 0\n"), err
-    (log,) = launched.folder.glob("logs/*/attempt_0/10/stdout.log")
+    (log,) = launched.folder.glob("logs/*/rank_10.log")
     assert log.read_text() == "hello from 10\n"
 
 
@@ -238,7 +243,7 @@ def test_sigkill_of_the_launcher_leaves_no_process(start: Start) -> None:
     launched = start(STUBBORN, 2)
     launched.await_files("ready.0", "ready.1")
     below = [p.pid for p in psutil.Process(launched.process.pid).children(recursive=True)]
-    assert len(below) >= 3  # torchrun and two ranks
+    assert len(below) >= 3  # the agent and two ranks
     launched.process.kill()
     assert _gone(below)
 
@@ -289,7 +294,7 @@ def test_a_bar_shows_until_the_ranks_have_met(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "launcher.py", "ranks", "1"],
         cwd=tmp_path,
-        env={**env, "PYTHONPATH": str(tmp_path), "TERM": "xterm"},
+        env={**env, "PYTHONPATH": found_from(tmp_path), "TERM": "xterm"},
         stderr=theirs,
     )
     os.close(theirs)
@@ -306,12 +311,12 @@ def test_a_bar_shows_until_the_ranks_have_met(tmp_path: Path) -> None:
     assert b"starting" not in late
 
 
-def test_inside_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_knows_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not launch.inside_torchrun()
+    assert not launch.is_rank()
     monkeypatch.setenv("RANK", "0")
-    assert launch.inside_torchrun()
+    assert launch.is_rank()
 
 
 def test_a_file_asks_to_stop_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from icrl_recipes import registry
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run folders are relative; and no test may see a torchrun around it."""
+    """Run folders are relative; and no test may take itself for a rank."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
@@ -254,7 +254,7 @@ def test_servers_of_somebody_else_have_as_many_workers_as_they_like(tensor_paral
         validate(S.load("quickstart", [*given, *ranks_given.split()]))
 
 
-def test_ranks_come_from_torchrun_inside_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_come_from_the_environment_among_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranks(S.load("quickstart")) == 2
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert ranks(S.load("quickstart")) == 3
