@@ -34,6 +34,7 @@ from icrl_megatron.launch import (
     die_with_parent,
     read_outcome,
 )
+from icrl_megatron.telemetry.terminal import guard
 
 TAIL_LINES = 40
 END_TIMEOUT_S = 30.0
@@ -102,6 +103,7 @@ class Rank:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs until all ranks ended. Returns 0, 1 when a rank failed, or 128 + the number of the signal that ended it."""
+    guard()
     # Ranks inherit it until they listen themselves, so an early signal kills none of them.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     die_with_parent()

@@ -27,6 +27,7 @@ import psutil
 
 from icrl_megatron.config import ConfigError, HopelessError
 from icrl_megatron.telemetry.progress import Progress
+from icrl_megatron.telemetry.terminal import guard
 
 HOPELESS = 1
 CONFIG_ERROR = 2
@@ -97,6 +98,7 @@ def run_rank(main: Callable[[], int]) -> NoReturn:
     agent ends the other ranks as soon as one exits otherwise; with 2 after a ConfigError and 1 after a
     HopelessError, whose messages need no traceback.
     """
+    guard()
     die_with_parent()
     try:
         code = main()

@@ -98,7 +98,7 @@ ICRL_OUTCOME=$outcome "$python" -m icrl_megatron.agent \
 if [ -z "${ICRL_OUTCOME:-}" ] && [ -f "$outcome" ]; then  # nobody above reads it
   case $(cat "$outcome") in
     *'"code": 1'* | *'"code": 2'*)
-      [ "${SLURM_NODEID:-0}" -ne 0 ] || "$python" -c 'import json,sys; print("error:", json.load(open(sys.argv[1]))["message"])' "$outcome" >&2
+      [ "${SLURM_NODEID:-0}" -ne 0 ] || "$python" -m icrl_megatron.job said "$outcome"
       case $(cat "$outcome") in *'"code": 2'*) give_up 2 ;; *) give_up 1 ;; esac ;;
     *'"code": 3'*) code=${ICRL_EXIT_STOPPED:-0} ;;  # stopped on request: whoever requeues wants to know
   esac

@@ -21,6 +21,7 @@ from slurm import (
     AGENTGYM,
     FAULTY,
     ROOT,
+    SERVER,
     Cluster,
     Done,
     Ended,
@@ -37,7 +38,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 LONG = "steps=16"
 SQUASHFUSE = "use_squashfuse=1" in os.environ.get("ICRL_TEST_PYXIS", "")
 INSIDE = ROOT / "tests" / "cluster" / "inside"
-SERVED = (*AGENTGYM, f"tasks.sources.0.serve.command=python3 {ROOT / 'tests' / 'agentgym_server.py'} alfworld {{port}}")
+SERVED = (*AGENTGYM, f"tasks.sources.0.serve.command=python3 {SERVER} alfworld {{port}} {{host}}")
 
 
 class Contained:

@@ -157,6 +157,31 @@ def test_traceback_of_a_failing_rank_is_shown(start: Start) -> None:
     assert "ChildFailedError" not in err
 
 
+HOSTILE = r"""
+def main():
+    stop = StopRequest()
+    print("the model says: \x1b]0;owned\x07", flush=True)
+    if rank == "1":
+        raise RuntimeError("the server says: \x1b[2J")
+    while not stop:
+        time.sleep(0.05)
+    raise RuntimeError("so does rank 0: \x9b2J")
+
+if __name__ == "__main__":
+    run_rank(main)
+"""
+
+
+def test_control_characters_of_ranks_are_shown(start: Start) -> None:
+    """What the first rank writes to the terminal, and what is shown of another's file."""
+    launched = start(HOSTILE, 2)
+    code, out, err = launched.end()
+    assert code == 1
+    assert not [c for c in out + err if (c < " " and c not in "\n\t") or "\x7f" <= c <= "\x9f"], (out, err)
+    assert out == "the model says: \\x1b]0;owned\\x07\n"
+    assert "RuntimeError: the server says: \\x1b[2J" in err
+
+
 WAITS = """
 def main():
     count = 0
