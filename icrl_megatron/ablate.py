@@ -16,7 +16,6 @@ from statistics import mean
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from icrl_megatron import settings as settings_module
@@ -25,6 +24,7 @@ from icrl_megatron.report import outcome
 from icrl_megatron.rollout.intervals import Difference, paired_difference
 from icrl_megatron.settings import SAVED_NAME
 from icrl_megatron.telemetry.bands import Band, arm_band
+from icrl_megatron.telemetry.console import PlainConsole
 from icrl_megatron.telemetry.files import write_atomically
 from icrl_megatron.telemetry.metrics import EVALUATION_TOKENS
 from icrl_megatron.telemetry.results import read_json
@@ -302,4 +302,4 @@ def conclude(plan: Plan) -> None:
     if found := results(plan):
         write(plan, found)
         for shown in tables(found):
-            Console().print(shown)
+            PlainConsole().print(shown)

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar, cast
 
 import typer
 
 from icrl_megatron.config import ConfigError, HopelessError, Settings
+from icrl_megatron.telemetry.terminal import guard
 
-app = typer.Typer(
+Body = TypeVar("Body", bound=Callable[..., Any])
+
+
+class Guarded(typer.Typer):
+    """Its commands print control characters as escapes (`telemetry/terminal.py`); typer's own help has its colors."""
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[[Body], Body]:
+        register = super().command(name, **options)
+
+        def add(body: Body) -> Body:
+            @functools.wraps(body)
+            def guarded(*given: Any, **named: Any) -> Any:
+                guard()
+                return body(*given, **named)
+
+            return register(cast(Body, guarded))
+
+        return add
+
+
+app = Guarded(
     help="Trains a model with ICRL on Megatron-Core.",
     no_args_is_help=True,
     add_completion=False,
@@ -264,7 +287,7 @@ def ablate(
         _finish(code)
 
 
-env_app = typer.Typer(help="Look at environments behind servers.", no_args_is_help=True)
+env_app = Guarded(help="Look at environments behind servers.", no_args_is_help=True)
 app.add_typer(env_app, name="env")
 
 
@@ -289,15 +312,15 @@ def env_check(
 @app.command()
 def recipes() -> None:
     """List the recipes."""
-    from rich.console import Console
     from rich.table import Table
 
+    from icrl_megatron.telemetry.console import PlainConsole
     from icrl_recipes import registry
 
     table = Table("recipe", "what it is", box=None, pad_edge=False)
     for name, recipe in registry().items():
         table.add_row(name, (recipe.__doc__ or "").split("\n\n")[0].replace("\n    ", " "))
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 @app.command()
@@ -333,6 +356,7 @@ def main() -> None:
         with unexplained_errors():
             app()
     except (ConfigError, HopelessError) as error:
+        guard()
         with suppress(OSError):  # the error may be that of the disk that stderr is written to
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -127,6 +127,9 @@ class EngineSettings:
     """SGLang servers that the run starts; null: one per `tensor_parallel` ranks."""
     urls: list[str] = field(default_factory=list)
     """SGLang servers that somebody else runs (http://host:port), used instead of starting any."""
+    api_key_env: str = ""
+    """Environment variable with the API key of the servers of `urls`; empty: they want none. Servers that the run
+    starts have a key that is made for each of them."""
     python: str = ""
     """Interpreter that has SGLang, where that is not the trainer's own; empty: the trainer's."""
     server_args: list[str] = field(default_factory=list)
@@ -280,7 +283,7 @@ class DebugSettings:
 @dataclass
 class LaunchSettings:
     ranks: int = 1
-    """Processes on each machine; `icrl train` starts them on this one when it is not already inside torchrun."""
+    """Processes on each machine; `icrl train` starts them on this one unless it is a rank already."""
     nodes: int = 1
     """Machines of the job; more than one are started by slurm/ or `icrl launch`."""
     device: str = "auto"

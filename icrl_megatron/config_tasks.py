@@ -42,8 +42,8 @@ class TaskServers:
     Their addresses become the source's `data.servers`; where those are given, nothing is started."""
 
     command: str = ""
-    """What a shell starts one server with, {port} standing for its port; empty: none. On a cluster it has to listen on
-    every interface, e.g. alfworld --host 0.0.0.0 --port {port}."""
+    """What a shell starts one server with; empty: none. {port} stands for its port, and {host} for the address that it
+    listens on: 127.0.0.1, or 0.0.0.0 where the job has several nodes. E.g. alfworld --host {host} --port {port}."""
     count: int = 1
     """Servers, each with a port of its own."""
     port: int = 0

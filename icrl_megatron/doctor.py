@@ -43,11 +43,12 @@ class Check:
 
 def report() -> int:
     """Prints what was found and what mends the rest; 0, or 1 if something that every run needs is not ok."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
+    from icrl_megatron.telemetry.console import PlainConsole
+
+    console = PlainConsole()
     with console.status("looking at this machine (importing the libraries takes some seconds)"):
         checks = run_checks()
     styles = {"ok": "green", "missing": "yellow", "wrong": "red"}
@@ -64,7 +65,8 @@ def report() -> int:
             console.print(Text(f"  {check.name}: {check.remedy}"), soft_wrap=True)
     broken = [check.name for check in checks if check.broken]
     on = "GPUs" if any(check.name == "GPU" and check.state == "ok" for check in checks) else "the CPU"
-    console.print(f"\n[bold red]not ready: {', '.join(broken)}[/]" if broken else f"\nready to train on {on}")
+    verdict = Text(f"not ready: {', '.join(broken)}", style="bold red") if broken else Text(f"ready to train on {on}")
+    console.print("", verdict, sep="\n")
     return 1 if broken else 0
 
 

@@ -4,6 +4,7 @@ python -m icrl_megatron.job check train RECIPE [KEY=VALUE]...         prints the
                                                                       starts some; or exits with 2
 python -m icrl_megatron.job cell PLAN CELL                            prints the words of an ablation's cell, one a line
 python -m icrl_megatron.job table PLAN                                writes and prints an ablation's table
+python -m icrl_megatron.job said FILE                                 prints the error that ranks or servers left there
 python -m icrl_megatron.job decide OUTCOME STATE RC STOP train RECIPE [KEY=VALUE]...
                                                                       prints: done | requeue | retry SECONDS | fail
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 from icrl_megatron.config import ConfigError
 from icrl_megatron.launch import CONFIG_ERROR, HOPELESS, STOPPED, read_outcome
 from icrl_megatron.telemetry.files import write_atomically
+from icrl_megatron.telemetry.terminal import guard
 
 MAX_CRASHES = 3
 """Crashes of a job, over all of its requeues, after which it is given up."""
@@ -157,11 +159,15 @@ def _of_ablation(verb: str, plan_file: Path, cell: str = "") -> None:
 
 def main(arguments: list[str]) -> None:
     """Entry point; ConfigError is one message and exit code 2."""
+    guard()
     try:
         verb, *rest = arguments
         if verb == "check":
             folder, servers = check(rest)
             print(folder, *(["servers"] if servers else []), sep="\n")
+        elif verb == "said":
+            left = json.loads(Path(rest[0]).read_text(encoding="utf-8"))
+            print(f"error: {left.get('message') or left.get('error')}", file=sys.stderr)
         elif verb in ("cell", "table"):
             _of_ablation(verb, Path(rest[0]), *rest[1:])
         else:

@@ -1,9 +1,9 @@
-"""Starts torchrun on this machine and stays its parent: one signal a rank, no orphans, exit codes that mean something.
+"""Starts the ranks of a run on this machine and stays their parent: one signal a rank, no orphans, plain exit codes.
 
-    icrl train (launcher, no torch)  ->  icrl_megatron.agent (torchrun)  ->  ranks (icrl_megatron.train)
+    icrl train (launcher)  ->  icrl_megatron.agent  ->  ranks (icrl_megatron.train)
 
-torchrun turns every failure into exit code 1 and shows a traceback of its own, so the ranks leave what happened in a
-small file that the launcher reads. The ranks' side, `run_rank` and `StopRequest`, works under a plain torchrun too.
+The ranks leave how they ended in a small file that the launcher reads: one message, not one a rank. The ranks' side,
+`run_rank` and `StopRequest`, works under a plain torchrun too.
 
 Exit codes: 0 done; 1 failed; 2 ConfigError; 3 stopped on request after saving (the same command goes on); 130 killed.
 """
@@ -20,7 +20,6 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -31,6 +30,7 @@ import psutil
 from icrl_megatron.config import ConfigError, HopelessError
 from icrl_megatron.telemetry.disk import disk_errors, unexplained_errors
 from icrl_megatron.telemetry.progress import Progress
+from icrl_megatron.telemetry.terminal import guard
 
 HOPELESS = 1
 CONFIG_ERROR = 2
@@ -38,7 +38,7 @@ STOPPED = 3
 KILLED = 130
 
 OUTCOME_ENV = "ICRL_OUTCOME"
-"""File that the first rank with something to say writes {"code", "message"} to; whoever starts torchrun may set it."""
+"""File that the first rank with something to say writes {"code", "message"} to; whoever starts the agent may set it."""
 STOP_ENV = "ICRL_STOP"
 """File whose existence means stop: a signal that comes before a rank listens would be lost, and in a container it may
 kill what serves the file system (slurm/job.sh)."""
@@ -46,6 +46,8 @@ STARTED_ENV = "ICRL_STARTED"
 """File that rank 0 makes when the ranks have met: from then on the terminal is its own."""
 PARENT_ENV = "ICRL_PARENT"
 """Process id of the parent that a child must not outlive."""
+STORE_FD_ENV = "ICRL_STORE_FD"
+"""Descriptor of the bound socket on which rank 0 serves the job's store."""
 
 LEAVE_TIMEOUT_S = 10.0
 """From the end of a rank's work to the end of its process, at most."""
@@ -53,12 +55,12 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
-def inside_torchrun() -> bool:
+def is_rank() -> bool:
     """Whether this process is a rank already."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def torchrun(
+def launch(
     settings_path: Path,
     ranks: int,
     log_dir: Path,
@@ -73,10 +75,7 @@ def torchrun(
     """
     with disk_errors(log_dir, "the logs of ranks"):
         log_dir.mkdir(parents=True, exist_ok=True)
-    quiet = ",".join(f"{rank}:3" for rank in range(1, ranks))  # 3: both streams
-    command = [sys.executable, "-m", "icrl_megatron.agent", "--local-addr=127.0.0.1"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--rdzv-id={uuid.uuid4()}"]  # a free port
-    command += [f"--nproc-per-node={ranks}", f"--log-dir={log_dir}", *([f"--redirects={quiet}"] if quiet else [])]
+    command = [sys.executable, "-m", "icrl_megatron.agent", f"--nproc-per-node={ranks}", f"--log-dir={log_dir}"]
     command += ["-m", module, str(settings_path)]
     # Not on the disk of the run: ranks say there, too, that this disk is full.
     with tempfile.TemporaryDirectory(prefix="icrl_launch_") as control, _counting_signals() as received:
@@ -95,10 +94,11 @@ def torchrun(
 def run_rank(main: Callable[[], int]) -> NoReturn:
     """What a rank's entry point wraps itself in: dies with its parent, and leaves its outcome for the launcher.
 
-    `main` returns 0, or STOPPED when all ranks agreed to stop. The process then exits with 0 in both cases, because
-    torchrun kills the other ranks as soon as one exits otherwise; with 2 after a ConfigError and 1 after a
+    `main` returns 0, or STOPPED when all ranks agreed to stop. The process then exits with 0 in both cases, because the
+    agent ends the other ranks as soon as one exits otherwise; with 2 after a ConfigError and 1 after a
     HopelessError, whose messages need no traceback.
     """
+    guard()
     die_with_parent()
     try:
         with unexplained_errors():
@@ -122,7 +122,7 @@ def _leave(code: int) -> NoReturn:
 
 
 def report_started() -> None:
-    """Rank 0 says that it writes to the terminal from here on; nothing under a plain torchrun."""
+    """Rank 0 says that it writes to the terminal from here on, if anybody wants to know."""
     if os.environ.get(STARTED_ENV):
         Path(os.environ[STARTED_ENV]).touch()
 
@@ -191,11 +191,7 @@ def leave_outcome(code: int, message: str) -> None:
 
 def _environment(ranks: int, outcome: Path, stop: Path, started: Path) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    defaults = {
-        "OMP_NUM_THREADS": str(max(1, cores // ranks)),
-        # A host whose name does not resolve would stop gloo; all ranks are on this machine.
-        **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
-    }
+    defaults = {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
     ours = {OUTCOME_ENV: outcome, STOP_ENV: stop, STARTED_ENV: started, PARENT_ENV: os.getpid()}
     return {**defaults, **os.environ, **{name: str(value) for name, value in ours.items()}}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from icrl_megatron import serve
 from icrl_megatron import settings as settings_module
 from icrl_megatron.config import Calibration, ConfigError, ModelSettings, Settings
-from icrl_megatron.launch import inside_torchrun, torchrun
+from icrl_megatron.launch import is_rank, launch
 from icrl_megatron.run_files import BASELINE, EXPORT, WARM_START
 from icrl_megatron.settings import SAVED_NAME, run_folder
 from icrl_megatron.telemetry.files import locked
@@ -38,12 +38,12 @@ def warm_start(settings: Settings) -> int:
 
 @contextmanager
 def _owned(settings: Settings) -> Iterator[Settings]:
-    """The run folder is this job's before anything is written there; under torchrun that is up to rank 0. Yields the
+    """The run folder is this job's before anything is written there; among ranks that is up to rank 0. Yields the
     settings with the addresses of the environment servers that run beside it, where there are any.
 
     Raises ConfigError for a run of several machines that nobody started on them.
     """
-    if settings.launch.nodes > 1 and not inside_torchrun():
+    if settings.launch.nodes > 1 and not is_rank():
         raise ConfigError(
             f"launch.nodes={settings.launch.nodes}: this command starts ranks on one machine; use sbatch with slurm/ "
             "or `icrl launch RECIPE --on slurm`, or launch.nodes=1"
@@ -105,14 +105,14 @@ def _baseline(settings: Settings, folder: Path) -> Settings:
 
 
 def _phase(module: str, settings: Settings, folder: Path) -> int:
-    """Runs `module` on all ranks: under torchrun, or in place when this process is a rank already."""
-    if inside_torchrun():
+    """Runs `module` on all ranks: starts them, or runs in place when this process is a rank already."""
+    if is_rank():
         return int(importlib.import_module(module).main(settings))
     logs = folder / "logs"
     handed_over = logs / f"settings.{os.getpid()}.yaml"
     settings_module.save(settings, handed_over)
     try:
-        return torchrun(handed_over, settings.launch.ranks, logs, module=module)
+        return launch(handed_over, settings.launch.ranks, logs, module=module)
     finally:
         with suppress(OSError):  # the disk may have become read-only
             handed_over.unlink()

@@ -11,7 +11,7 @@ COMMANDS = ("train", "sft")
 
 
 def main(arguments: list[str]) -> int:
-    """One rank of `icrl train` or `icrl sft` inside a torchrun that somebody else started. Returns 0 or STOPPED.
+    """One rank of `icrl train` or `icrl sft` that an agent started. Returns 0 or STOPPED.
 
     Raises ConfigError as they do; every rank checks the same settings, so that all of them end.
     """

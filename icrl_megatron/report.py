@@ -14,6 +14,7 @@ from rich.table import Table
 from icrl_megatron.config import Settings
 from icrl_megatron.rollout.intervals import Proportion, proportion
 from icrl_megatron.settings import run_folder
+from icrl_megatron.telemetry.console import PlainConsole
 from icrl_megatron.telemetry.files import write_atomically
 from icrl_megatron.telemetry.metrics import HELDOUT, HELDOUT_ATTEMPTS
 from icrl_megatron.telemetry.writer import METRICS_FILE, TENSORBOARD_FOLDER, Row, read_rows
@@ -56,7 +57,7 @@ def report(settings: Settings, console: Console | None = None) -> None:
     """Prints the report of a finished `icrl train`, and writes report.json and learning_curve.png beside it."""
     from icrl_megatron.telemetry.plots import learning_curve
 
-    console, folder = console or Console(), run_folder(settings)
+    console, folder = console or PlainConsole(), run_folder(settings)
     outcomes = [outcome("ICRL" if settings.rollout.rounds > 1 else "GRPO", folder, settings)]
     if settings.baseline:
         outcomes.append(outcome(settings.baseline.upper(), folder / f"baseline_{settings.baseline}", settings))
@@ -66,7 +67,7 @@ def report(settings: Settings, console: Console | None = None) -> None:
         console.print(control_table(controls))
     curve = learning_curve([(o.label, o.rows) for o in outcomes], folder / CURVE, settings.name)
     write_atomically(folder / REPORT, [json.dumps(_as_json(outcomes, controls), indent=2)], "the report")
-    console.print(_where(folder, curve), highlight=False)
+    console.print(_where(folder, curve))
 
 
 def success_table(outcomes: list[Outcome]) -> Table:

@@ -26,20 +26,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
+from icrl_megatron import net
 from icrl_megatron import settings as settings_module
 from icrl_megatron.config import ConfigError, Settings
 from icrl_megatron.config_tasks import TaskServers, TaskSource
-from icrl_megatron.launch import CONFIG_ERROR, PARENT_ENV, die_with_parent, inside_torchrun
+from icrl_megatron.launch import CONFIG_ERROR, PARENT_ENV, die_with_parent, is_rank
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked
 from icrl_megatron.telemetry.disk import disk_errors
 from icrl_megatron.telemetry.files import write_atomically
 from icrl_megatron.telemetry.progress import Progress
+from icrl_megatron.telemetry.terminal import guard
 
 SERVERS_ENV = "ICRL_SERVERS"
 """Folder in which whoever started the servers leaves their addresses."""
 ADDRESSES = "addresses.json"
 PORT = "{port}"
+HOST = "{host}"
+"""In a command: where its server listens. Loopback when one machine has the whole job, else every interface."""
 RESTARTS = 3
 """Times that a server which died is started again; the first wait is BACK_OFF_S, and doubles."""
 BACK_OFF_S = 1.0
@@ -116,7 +122,7 @@ def beside(settings: Settings, folder: Path) -> Iterator[Settings]:
     if not wanted(settings):
         yield settings
         return
-    if inside_torchrun():
+    if is_rank():
         yield told(settings, Path(_named()))
         return
     folder = _new_folder(folder.resolve())
@@ -196,6 +202,8 @@ def run(settings: Settings, folder: Path) -> None:
                 servers += [_start(source, i, folder) for i in range(source.serve.count)]
             for source in wanted(settings):
                 _await_answers([s for s in servers if s.source == source.name], source.serve.startup_timeout_s)
+            for source in wanted(settings):
+                _tell_of_open([s for s in servers if s.source == source.name])
             addresses = {s.source: [o.url for o in servers if o.source == s.source] for s in servers}
             for source in with_servers(settings, addresses).tasks.sources:
                 limit = settings.rollout.max_observation_bytes
@@ -222,7 +230,8 @@ def _start(source: TaskSource, index: int, folder: Path) -> Running:
         raise ConfigError(
             f"{source.name!r}: port {port} is taken on {socket.gethostname()}; set serve.port=0 for any free one"
         )
-    command, log = serve.command.replace(PORT, str(port)), folder / f"{source.name}.{index}.log"
+    command = serve.command.replace(PORT, str(port)).replace(HOST, "0.0.0.0" if _many_nodes() else "127.0.0.1")
+    log = folder / f"{source.name}.{index}.log"
     return Running(source.name, command, f"http://{_host()}:{port}", serve.health, log, _popen(command, log))
 
 
@@ -238,10 +247,28 @@ def _popen(command: str, log: Path) -> subprocess.Popen[bytes]:
         )  # fmt: skip
 
 
+def _many_nodes() -> bool:
+    return int(os.environ.get("SLURM_JOB_NUM_NODES") or 1) > 1
+
+
 def _host() -> str:
     """As the other nodes of a job call this one."""
-    many = int(os.environ.get("SLURM_JOB_NUM_NODES") or 1) > 1
-    return os.environ.get("SLURMD_NODENAME", socket.gethostname()) if many else "127.0.0.1"
+    return os.environ.get("SLURMD_NODENAME", socket.gethostname()) if _many_nodes() else "127.0.0.1"
+
+
+def _tell_of_open(servers: list[Running]) -> None:
+    """Says which servers of a run on one machine can be reached from others: they have no password."""
+    for server in servers if not _many_nodes() else ():
+        with contextlib.suppress(psutil.Error):
+            top = psutil.Process(server.process.pid)
+            sockets = [c for p in (top, *top.children(recursive=True)) for c in p.net_connections("tcp")]
+            found = {c.laddr.ip for c in sockets if c.status == psutil.CONN_LISTEN}
+            if beyond := sorted(ip for ip in found if not net.is_loopback(ip)):
+                print(
+                    f"warning: the server of {server.source!r} listens on {beyond[0]}, where other machines reach it; "
+                    f"write {HOST} for its address, e.g. --host {HOST}, in tasks.sources[...].serve.command",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
 
 
 def _free_port() -> int:
@@ -318,6 +345,7 @@ def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> None:
 
 def main(arguments: list[str]) -> None:
     """Entry point; ConfigError is one message and exit code 2."""
+    guard()
     # Servers that outlive their job would keep its ports: this process ends them, whatever becomes of its parent.
     die_with_parent(signal.SIGTERM)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # what stops ranks reaches every process of a step

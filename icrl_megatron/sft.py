@@ -1,7 +1,7 @@
 """The supervised stage: demonstrations in the three prompt forms, through the same episodes, packing and actor.
 
 Supervised learning is the policy gradient of samples with advantage 1 under their own policy: nothing else is needed.
-`python -m icrl_megatron.sft SETTINGS.yaml` is what torchrun starts. It makes the embedded model first where
+`python -m icrl_megatron.sft SETTINGS.yaml` is one rank of it. It makes the embedded model first where
 `model.init` asks for one, and leaves a Hugging Face folder at `<run_dir>/hf`.
 """
 

@@ -1,4 +1,4 @@
-"""What torchrun starts: `python -m icrl_megatron.train SETTINGS.yaml` builds one rank's parts and runs the loop."""
+"""One rank: `python -m icrl_megatron.train SETTINGS.yaml` builds its parts and runs the loop."""
 
 from __future__ import annotations
 

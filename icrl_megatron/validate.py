@@ -53,14 +53,14 @@ def validate_shape(settings: Settings, shape: Qwen3Shape) -> None:
 
 
 def ranks(settings: Settings) -> int:
-    """Processes of the run: torchrun's WORLD_SIZE inside torchrun, else `launch.ranks` x `launch.nodes`."""
+    """Processes of the run: WORLD_SIZE among ranks, else `launch.ranks` x `launch.nodes`."""
     world = os.environ.get("WORLD_SIZE", "")
     asked = settings.launch.ranks * settings.launch.nodes
     return int(world) if world.isdecimal() and int(world) > 0 else asked
 
 
 def ranks_on_node(settings: Settings) -> int:
-    """Of them, those of one node: LOCAL_WORLD_SIZE inside torchrun, else their share."""
+    """Of them, those of one node: LOCAL_WORLD_SIZE among ranks, else their share."""
     told = os.environ.get("LOCAL_WORLD_SIZE", "")
     return int(told) if told.isdecimal() and int(told) > 0 else max(1, ranks(settings) // settings.launch.nodes)
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 
 from icrl_megatron.config import ConfigError, EngineSettings, RolloutSettings, Settings
 from icrl_megatron.rollout.sglang_server import check_version, installed_version
+
+_OURS = ("--host", "--port", "--api-key", "--admin-api-key", "--config", "--dist-init-addr", "--nnodes")
+"""Arguments of a server that would undo what the run says where it listens and who may speak to it."""
 
 
 def check_rollout(settings: Settings) -> None:
@@ -52,6 +57,7 @@ def _check_cache(settings: Settings) -> None:
 def check_engine(settings: Settings, world: int, on_node: int) -> None:
     """Raises ConfigError where the engine does not fit `world` ranks, `on_node` on each node."""
     engine = settings.engine
+    _check_key(engine)
     if engine.kind == "local":
         if engine.tensor_parallel > 1:
             raise ConfigError(f"engine.tensor_parallel={engine.tensor_parallel}: engine.kind=local has only 1")
@@ -65,6 +71,33 @@ def check_engine(settings: Settings, world: int, on_node: int) -> None:
     refused = [a for a in engine.server_args if a.startswith("--preferred-sampling-params")]
     if refused:
         raise ConfigError(f"engine.server_args has {refused[0]}: log-probs would not be those of the policy; drop it")
+    for argument in engine.server_args:
+        name = argument.partition("=")[0]
+        if name in _OURS:
+            raise ConfigError(
+                f"engine.server_args has {name}, which the run sets itself: its servers listen on loopback, with a key "
+                "of their own; drop it, or start the server yourself and name it in engine.urls"
+            )
+
+
+def _check_key(engine: EngineSettings) -> None:
+    name = engine.api_key_env
+    if not name:
+        return
+    if not engine.urls:
+        raise ConfigError(
+            "engine.api_key_env is for servers of engine.urls, and there are none: servers that the run starts have "
+            "keys of their own; leave it empty"
+        )
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):  # it may be the key: not repeated
+        raise ConfigError(
+            "engine.api_key_env is not the name of an environment variable: put the key into one, and its name here"
+        )
+    if not os.environ.get(name):
+        raise ConfigError(
+            f"engine.api_key_env={name}: this environment variable is empty or not set; export it, or leave the "
+            "setting empty where the servers want no key"
+        )
 
 
 def _check_groups(engine: EngineSettings, world: int, on_node: int) -> None:

@@ -73,8 +73,7 @@ start_servers() {  # train RECIPE [KEY=VALUE]...: what tasks.sources[...].serve 
   while [ ! -f "$ICRL_SERVERS/addresses.json" ] && kill -0 "$servers" 2> /dev/null; do sleep 1; done  # it has a time limit
   cat "$log" >&2
   if ! grep -q '^{"servers"' "$ICRL_SERVERS/addresses.json"; then
-    [ ! -f "$ICRL_SERVERS/addresses.json" ] || alone "$python" -c \
-      'import json,sys; print("error:", json.load(open(sys.argv[1]))["error"])' "$ICRL_SERVERS/addresses.json" >&2
+    [ ! -f "$ICRL_SERVERS/addresses.json" ] || alone "$python" -m icrl_megatron.job said "$ICRL_SERVERS/addresses.json"
     wait_for "$servers"; code=$?
     [ "$code" -ne 0 ] || code=1
     exit "$code"
@@ -116,7 +115,7 @@ run_job() {
   fi
   counted
   folder=${checked%%$'\n'*}
-  unset WORLD_SIZE  # torchrun's own to set
+  unset WORLD_SIZE  # the agent sets it
   [ "$checked" = "$folder" ] || start_servers "$@"
   while :; do
     [ -z "$servers" ] || kill -0 "$servers" 2> /dev/null || start_servers "$@"  # before a retry

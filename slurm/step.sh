@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# One node's share of a job: the only torchrun line. `srun` starts it once a node, NeMo-Run too, and a laptop may.
+# One node's share of a job: the only line that starts ranks. `srun` starts it once a node, NeMo-Run too, and a laptop may.
 #   slurm/step.sh train RECIPE [KEY=VALUE]...
 # ICRL_PYTHON            the Python to use (default: .venv/bin/python where there is one, else python3)
 # ICRL_RANKS_PER_NODE    ranks on this node (default: its GPUs)
 set -euo pipefail
 
-# A signal to the step reaches every process of it: this shell and torchrun ignore USR1 (a time limit) and TERM
+# A signal to the step reaches every process of it: this shell and the agent ignore USR1 (a time limit) and TERM
 # (preemption), the ranks save on either, once.
 trap '' USR1 TERM
 
@@ -26,8 +26,12 @@ if [ "$nodes" -gt 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
   # The first of e.g. rack[2-3]n[01,07-09],login; no image has scontrol.
   MASTER_ADDR=$(sed -E 's/\[([^],-]*)[^]]*\]/\1/g; s/,.*//' <<< "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}")
 fi
-# A port of the job's own, so that two jobs on one node do not meet.
-port=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-$$} % 20000))}
+# One node meets on loopback, at a port that the agent chooses; several at a port of the job's own, so that two jobs on
+# one node do not meet (docs/SECURITY.md lists the ports).
+meet=()
+if [ "$nodes" -gt 1 ]; then
+  meet=("--master-addr=$MASTER_ADDR" "--master-port=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-$$} % 20000))}")
+fi
 
 # A rank whose peer died must end, not wait for it until the job's time is up.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
@@ -41,12 +45,12 @@ export NCCL_CUMEM_ENABLE=${NCCL_CUMEM_ENABLE:-0}
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 # Expandable segments cannot be paused, and a sleeping engine is paused memory.
 unset PYTORCH_CUDA_ALLOC_CONF
-# As many threads as cores of each rank; torchrun's own default is 1.
+# As many threads as cores of each rank.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + ranks - 1) / ranks ))}
 # Forked tokenizer threads deadlock.
 export TOKENIZERS_PARALLELISM=false
 
-# Ranks leave here how they ended: torchrun turns every code into 1. job.sh names a file of its own.
+# Ranks leave here how they ended: the agent turns every code into 1. job.sh names a file of its own.
 logs=${ICRL_LOGS:-runs/jobs}
 mkdir -p "$logs"
 outcome=${ICRL_OUTCOME:-$logs/outcome.${SLURM_JOB_ID:-$$}.${SLURM_RESTART_COUNT:-0}.json}
@@ -87,16 +91,14 @@ fi
 
 code=0
 ICRL_OUTCOME=$outcome "$python" -m icrl_megatron.agent \
-  --nnodes="$nodes" --node-rank="${SLURM_NODEID:-0}" --nproc-per-node="$ranks" --max-restarts=0 \
-  --master-addr="${MASTER_ADDR:-127.0.0.1}" --master-port="$port" \
-  --log-dir="$logs/torchrun.${SLURM_JOB_ID:-$$}" --signals-to-handle=SIGINT,SIGHUP,SIGQUIT \
+  --nnodes="$nodes" --node-rank="${SLURM_NODEID:-0}" --nproc-per-node="$ranks" "${meet[@]}" \
   -m icrl_megatron.rank "$@" || code=$?
 [ -z "$servers" ] || { kill "$servers" 2> /dev/null; wait "$servers"; } || true
 
 if [ -z "${ICRL_OUTCOME:-}" ] && [ -f "$outcome" ]; then  # nobody above reads it
   case $(cat "$outcome") in
     *'"code": 1'* | *'"code": 2'*)
-      [ "${SLURM_NODEID:-0}" -ne 0 ] || "$python" -c 'import json,sys; print("error:", json.load(open(sys.argv[1]))["message"])' "$outcome" >&2
+      [ "${SLURM_NODEID:-0}" -ne 0 ] || "$python" -m icrl_megatron.job said "$outcome"
       case $(cat "$outcome") in *'"code": 2'*) give_up 2 ;; *) give_up 1 ;; esac ;;
     *'"code": 3'*) code=${ICRL_EXIT_STOPPED:-0} ;;  # stopped on request: whoever requeues wants to know
   esac

@@ -3,7 +3,7 @@
 Every conversation is one task: the answers to reset and to each action, in the shapes of the protocol. What a request
 must hold is checked here, so that a client that leaves a field out is told as the real servers would tell it.
 
-    python tests/agentgym_server.py NAME PORT       serves on every interface, and says on stderr what it was asked
+    python tests/agentgym_server.py NAME PORT HOST       serves there, and says on stderr what it was asked
 """
 
 from __future__ import annotations
@@ -229,4 +229,4 @@ def serving(name: str, dialect: str = "A", state: State | None = None) -> Iterat
 
 if __name__ == "__main__":
     bound = type("Bound", (Talkative,), {"state": State(sys.argv[1], "A")})
-    Server(("", int(sys.argv[2])), bound).serve_forever()
+    Server((sys.argv[3], int(sys.argv[2])), bound).serve_forever()

@@ -88,7 +88,7 @@ def when(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
 
 
 def has_child(process: subprocess.Popen[str]) -> bool:
-    """Whether the launcher has started torchrun, and so listens to signals."""
+    """Whether the launcher has started its agent, and so listens to signals."""
     return bool(psutil.Process(process.pid).children())
 
 

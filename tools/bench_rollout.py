@@ -99,7 +99,7 @@ def prompts(count: int, vocabulary: int) -> list[list[int]]:
     return [[rng.randrange(8, vocabulary) for _ in range(rng.randint(16, 128))] for _ in range(count)]
 
 
-async def bare(url: str, asked: list[list[int]], first_tokens: list[float]) -> Turn:
+async def bare(server: Server, asked: list[list[int]], first_tokens: list[float]) -> Turn:
     """Streaming requests, all at once; appends each one's seconds to the first token."""
     begun = time.perf_counter()
 
@@ -111,7 +111,7 @@ async def bare(url: str, asked: list[list[int]], first_tokens: list[float]) -> T
             "return_logprob": True,
         }
         last = b""
-        async with session.post(f"{url}/generate", json=body) as reply:
+        async with session.post(f"{server.url}/generate", json=body, headers=server.headers()) as reply:
             async for line in reply.content:
                 if line.startswith(b"data: {"):
                     if not last:
@@ -125,14 +125,14 @@ async def bare(url: str, asked: list[list[int]], first_tokens: list[float]) -> T
     return Turn(time.perf_counter() - begun, tokens)
 
 
-async def unary(url: str, asked: list[list[int]]) -> Turn:
+async def unary(server: Server, asked: list[list[int]]) -> Turn:
     """The same without streaming: what the client's requests are, bare."""
     begun = time.perf_counter()
 
     async def one(session: aiohttp.ClientSession, ids: list[int]) -> int:
         params = {"temperature": 0, "max_new_tokens": NEW_TOKENS}
         body = {"input_ids": ids, "sampling_params": params, "return_logprob": True}
-        async with session.post(f"{url}/generate", json=body) as reply:
+        async with session.post(f"{server.url}/generate", json=body, headers=server.headers()) as reply:
             return int((await reply.json())["meta_info"]["completion_tokens"])
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
@@ -224,7 +224,7 @@ def _filling(tensors: list[tuple[str, torch.Tensor]], rounds: int, device: torch
 def requests_of(engine: SGLangEngine, folder: Path, rounds: int, requests: int) -> dict[str, dict[str, float]]:
     """Medians of bare, streamed and client."""
     asked = prompts(requests, AutoTokenizer.from_pretrained(folder).vocab_size)
-    url, first_tokens = engine.server.url, list[float]()
+    server, first_tokens = engine.server, list[float]()
     turns: dict[str, list[Turn]] = {"bare": [], "streamed": [], "client": []}
 
     def flush() -> None:  # else a later turn would find the earlier one's prompts in the cache
@@ -232,12 +232,12 @@ def requests_of(engine: SGLangEngine, folder: Path, rounds: int, requests: int) 
 
     for i in range(rounds + 1):
         flush()
-        taken = {"bare": asyncio.run(unary(url, asked))}
+        taken = {"bare": asyncio.run(unary(server, asked))}
         flush()
         taken["client"] = asyncio.run(through(engine, asked))
         flush()
         seen: list[float] = []
-        taken["streamed"] = asyncio.run(bare(url, asked, seen))
+        taken["streamed"] = asyncio.run(bare(server, asked, seen))
         if i:  # the first round warms up
             first_tokens += seen
             for name, turn in taken.items():

@@ -7,6 +7,7 @@ differs, 2 when the server or the folder cannot be read. A server that quantises
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,10 +33,10 @@ def tensors(folder: Path, dtype: torch.dtype, device: str, tied: bool) -> Iterat
                     yield name, file.get_tensor(name).to(dtype)
 
 
-def verify(url: str, folder: Path) -> int:
+def verify(url: str, folder: Path, key: str = "") -> int:
     """How many parameters were compared. Raises EngineError when one differs, ConfigError when nothing can be read."""
     shape: Qwen3Shape = check_folder(folder)
-    server = Server(None, url.rstrip("/"))
+    server = Server(None, url.rstrip("/"), key)
     try:
         info = server.info()
     except EngineError as error:
@@ -54,9 +55,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("url", help="http://host:port of the server")
     parser.add_argument("folder", type=Path, help="Hugging Face folder, e.g. a run's hf")
+    parser.add_argument("--api-key-env", default="", help="environment variable with the server's API key")
     arguments = parser.parse_args()
     try:
-        count = verify(arguments.url, arguments.folder)
+        count = verify(arguments.url, arguments.folder, os.environ.get(arguments.api_key_env, ""))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from icrl_megatron.actor import platform
+from icrl_megatron.actor import platform, rendezvous
 from icrl_megatron.config import ConfigError, HopelessError, Settings
 
 T = TypeVar("T")
@@ -45,12 +45,19 @@ class Grid:
 
 
 def build(settings: Settings) -> Grid:
-    """Joins the process group and Megatron's parallel state from torchrun's environment."""
+    """Joins the process group and Megatron's parallel state: RANK, WORLD_SIZE and MASTER_* say which and where."""
     from megatron.core import parallel_state, tensor_parallel
 
     timeout = datetime.timedelta(seconds=settings.launch.timeout_s)
     if not dist.is_initialized():
-        dist.init_process_group(platform.backend(), timeout=timeout)
+        rendezvous.keep_to_this_machine(settings.engine)
+        dist.init_process_group(
+            platform.backend(),
+            store=rendezvous.store(timeout),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timeout,
+        )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=settings.actor.tensor_parallel,
         pipeline_model_parallel_size=settings.actor.pipeline_parallel,
@@ -72,14 +79,8 @@ def build(settings: Settings) -> Grid:
 
 
 def single_process() -> None:
-    """Environment of a one-rank job for programs that were not started by torchrun (tools, conversions, tests)."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for name, value in defaults.items():
+    """Environment of a one-rank job for programs that nobody started as ranks (tools, conversions, tests)."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, value)
 
 

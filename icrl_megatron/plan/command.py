@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
 from icrl_megatron import settings as settings_module
 from icrl_megatron import validate
 from icrl_megatron.config import ConfigError
@@ -14,6 +12,7 @@ from icrl_megatron.plan.models import shape_of
 from icrl_megatron.plan.scaling import picture, require_writable, scale
 from icrl_megatron.plan.search import search
 from icrl_megatron.plan.show import show, show_scaling, show_search
+from icrl_megatron.telemetry.console import PlainConsole
 
 
 def run(
@@ -28,7 +27,7 @@ def run(
 ) -> None:
     """Prints the plan, its scaling or a search. Raises ConfigError for a plan that does not fit."""
     resolved, gpu = settings_module.load(recipe, overrides), hardware.get(gpu_name)
-    console = Console(highlight=False)
+    console = PlainConsole()
     if gpus is not None and gpus < 1:
         raise ConfigError(f"--gpus {gpus}: must be at least 1")
     validate.validate_settings(resolved)

@@ -201,7 +201,8 @@ def _spec(settings: Settings, folder: Path, device: torch.device, log: Path) -> 
 
 def _remote(settings: Settings, url: str) -> tuple[Server, EngineSettings]:
     """A server that somebody else runs, once it is known to fit, and the settings with its own number of workers."""
-    server = Server(None, url.rstrip("/"))
+    named = settings.engine.api_key_env
+    server = Server(None, url.rstrip("/"), os.environ[named] if named else "")
     try:
         info = server.info()
     except EngineError as error:

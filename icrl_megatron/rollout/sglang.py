@@ -308,22 +308,26 @@ class SGLangEngine:
             await asyncio.sleep(_ABORT_AGAIN_S)
 
     async def _fetch(self, link: Link, body: dict[str, Any], longest: int) -> bytes:
-        async with link.session.post(f"{self.server.url}/generate", data=json.dumps(body)) as reply:
+        async with self._asked_for(link, "/generate", body) as reply:
             try:
                 text = await connections.body(reply, longest)
             except connections.TooLongError as error:
                 text = str(error).encode()  # garbage, which is counted as such
             if reply.status >= 500 or reply.status == 429:
-                raise aiohttp.ClientPayloadError(f"status {reply.status}: {text[:300]!r}")
+                raise aiohttp.ClientPayloadError(f"status {reply.status}: {self.server.quoted(text)}")
             if reply.status != 200:
-                raise RequestFailedError(f"SGLang refused a request: {reply.status} {text[:300]!r}.")
+                raise RequestFailedError(f"SGLang refused a request: {reply.status} {self.server.quoted(text)}.")
             return text
+
+    def _asked_for(self, link: Link, path: str, body: dict[str, Any], **options: Any) -> Any:
+        url, headers = f"{self.server.url}{path}", self.server.headers()  # another key after each start
+        return link.session.post(url, data=json.dumps(body), headers=headers, **options)
 
     async def _abort(self, link: Link, rid: str, everything: bool = False) -> None:
         try:
             limit = aiohttp.ClientTimeout(total=ABORT_GRACE_S)
-            body = json.dumps({"rid": rid, "abort_all": everything})
-            async with link.session.post(f"{self.server.url}/abort_request", data=body, timeout=limit) as reply:
+            body = {"rid": rid, "abort_all": everything}
+            async with self._asked_for(link, "/abort_request", body, timeout=limit) as reply:
                 await connections.body(reply, sglang_answers.answer_bytes(0))
         except (aiohttp.ClientError, OSError, TimeoutError, RuntimeError, connections.TooLongError):
             pass  # a dead server, or a loop that ends (its session is closed): what is asked for next will tell
@@ -343,10 +347,10 @@ class SGLangEngine:
         try:
             reply = sglang_answers.read(answer, sampling.max_new_tokens, self._vocabulary, self._version)
         except sglang_answers.GarbageError as error:
-            self._garbled += 1
+            self._garbled, why = self._garbled + 1, self.server.masked(str(error))
             if self._garbled < GARBAGE_LIMIT:
-                raise RequestFailedError(str(error)) from error
-            self._lose(f"{self._garbled} answers in a row could not be used. {error}")
+                raise RequestFailedError(why) from error
+            self._lose(f"{self._garbled} answers in a row could not be used. {why}")
             raise EngineLostError(self._lost) from error
         if reply.completion.ids:
             self._garbled = 0

@@ -9,10 +9,11 @@ import contextlib
 import http.client
 import json
 import os
+import secrets
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -23,8 +24,10 @@ from typing import Any
 
 import psutil
 
+from icrl_megatron import net
 from icrl_megatron.config import ConfigError, EngineSettings
 from icrl_megatron.rollout.engine import EngineError, NoAnswerError
+from icrl_megatron.rollout.sglang_start import KEY_ENV
 from icrl_megatron.telemetry.disk import disk_errors
 
 TESTED = ("0.5.23",)
@@ -67,7 +70,8 @@ class ServerSpec:
 
     def command(self, port: int) -> list[str]:
         settings = self.settings
-        command = [self.python, "-m", "sglang.launch_server", "--model-path", str(self.model.resolve())]
+        start = str(Path(__file__).with_name("sglang_start.py"))
+        command = [self.python, start, "--model-path", str(self.model.resolve())]
         command += ["--host", "127.0.0.1", "--port", str(port), "--skip-tokenizer-init"]
         command += ["--dtype", {"bf16": "bfloat16", "fp32": "float32"}[self.precision]]
         command += ["--context-length", str(self.context_tokens + CONTEXT_SPARE)]
@@ -88,14 +92,21 @@ class ServerSpec:
             command += ["--quantization", settings.quantization]
         return [*command, *settings.server_args]
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, port: int, key: str, meeting: Path) -> dict[str, str]:
+        """`meeting` is a file, not there yet, by which the server's workers find each other: the store that they would
+        use otherwise listens on every interface."""
         env = {k: v for k, v in os.environ.items() if not k.startswith(_TORCHRUN)}
         if self.settings.python:
             env.pop("PYTHONPATH", None)  # the trainer's packages are not those of the other interpreter
         if self.on_cpu:
             env["SGLANG_USE_CPU_ENGINE"] = "1"
         # The spare tokens may lie beyond the model's positions; no request is ever that long.
-        return {**env, "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+        env |= {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1", KEY_ENV: key}
+        env |= {"SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{meeting}"}
+        # SGLang names its shared memory after these two, which it takes from the store's address otherwise.
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        # A server is on one machine: its workers listen to nobody else.
+        return env | dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), net.loopback_interface())
 
 
 @dataclass
@@ -104,6 +115,10 @@ class Server:
 
     spec: ServerSpec | None
     url: str = ""
+    key: str = field(default="", repr=False)
+    """API key: made at each start of a server of ours; empty where somebody else's wants none."""
+    _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+    """What its workers meet in, for the present start."""
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     _tries: int = 0
     _log_begin: int = 0
@@ -115,6 +130,8 @@ class Server:
         with disk_errors(self.spec.log, "the server's log"):
             self.spec.log.parent.mkdir(parents=True, exist_ok=True)
         port = _free_port()
+        self.key = secrets.token_urlsafe(32)
+        self._folder = tempfile.TemporaryDirectory(prefix="icrl_sglang_")  # its mode is 0700
         self.url = f"http://127.0.0.1:{port}"
         leash = [self.spec.python, str(Path(__file__).with_name("leash.py")), str(os.getpid())]
         with self.spec.log.open("ab") as log:
@@ -125,7 +142,7 @@ class Server:
             # would import (a checkout of this project has one called kernels).
             self._process = subprocess.Popen(
                 [*leash, *self.spec.command(port)],
-                env=self.spec.environment(),
+                env=self.spec.environment(port, self.key, Path(self._folder.name) / "meeting"),
                 cwd=self.spec.log.parent,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -173,7 +190,7 @@ class Server:
     def answers(self) -> bool:
         """Whether /health says yes now."""
         try:
-            with _open(f"{self.url}/health", None, timeout=30.0) as reply:
+            with self._open("/health", None, timeout=30.0) as reply:
                 return bool(reply.status == 200)
         except (OSError, http.client.HTTPException, ValueError):
             return False
@@ -210,6 +227,24 @@ class Server:
             with contextlib.suppress(psutil.NoSuchProcess):
                 worker.kill()
         self._process.wait(timeout=60)
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def headers(self) -> dict[str, str]:
+        """What a request to this server must carry."""
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+
+    def masked(self, text: str) -> str:
+        """Without the key, which a server may repeat in what it says."""
+        return text.replace(self.key, "***") if self.key else text
+
+    def quoted(self, text: bytes, limit: int = 300) -> str:
+        """The beginning of what the server said, for a message."""
+        return repr(self.masked(text.decode(errors="replace"))[:limit])
+
+    def _open(self, path: str, body: bytes | None, timeout: float) -> Any:
+        headers = {"Content-Type": "application/json", **self.headers()}
+        return _DIRECTLY.open(urllib.request.Request(f"{self.url}{path}", data=body, headers=headers), timeout=timeout)
 
     def post(self, path: str, body: dict[str, Any], timeout: float) -> dict[str, Any]:
         """POSTs JSON and returns the JSON answer, {} where SGLang has nothing to tell.
@@ -218,27 +253,36 @@ class Server:
         EngineError when it refuses.
         """
         try:
-            with _open(f"{self.url}{path}", json.dumps(body).encode(), timeout) as reply:
+            with self._open(path, json.dumps(body).encode(), timeout) as reply:
                 text = _body(reply, timeout)
         except urllib.error.HTTPError as error:
             kind = NoAnswerError if error.code >= 500 else EngineError
             said = "failed at" if error.code >= 500 else "refused"
-            raise kind(f"SGLang {said} {path}: {error.code} {_rest(error)!r}. {self.log_end()}") from error
+            raise kind(f"SGLang {said} {path}: {error.code} {self.quoted(_rest(error))}. {self.log_end()}") from error
         except (OSError, http.client.HTTPException) as error:
             raise NoAnswerError(f"SGLang did not answer {path} ({error!r}). {self.log_end()}") from error
         answer = _said(path, text)
         if answer is None:
-            raise NoAnswerError(f"SGLang answered {path} with {text[:200]!r}, which no SGLang says. {self.log_end()}")
+            raise NoAnswerError(
+                f"SGLang answered {path} with {self.quoted(text)}, which no SGLang says. {self.log_end()}"
+            )
         if answer.get("success") is False:
-            raise EngineError(f"SGLang refused {path}: {answer.get('message')}. {self.log_end()}")
+            raise EngineError(f"SGLang refused {path}: {self.masked(str(answer.get('message')))}. {self.log_end()}")
         return answer
 
     def info(self) -> dict[str, Any]:
         """What /server_info says (settings and version). Raises EngineError."""
         try:
-            with _open(f"{self.url}/server_info", None, timeout=60.0) as reply:
+            with self._open("/server_info", None, timeout=60.0) as reply:
                 found: dict[str, Any] = json.loads(_body(reply, 60.0))
                 return found
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403):
+                raise EngineError(
+                    f"{self.url} refuses requests without its API key ({error.code}): put the key into an environment "
+                    "variable, and that variable's name into engine.api_key_env"
+                ) from error
+            raise EngineError(f"{self.url}/server_info answers {error.code}: is this an SGLang server?") from error
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             raise EngineError(f"{self.url}/server_info does not answer ({error}): is this an SGLang server?") from error
 
@@ -321,21 +365,15 @@ def _body(reply: Any, timeout: float) -> bytes:
 
 def _rest(error: urllib.error.HTTPError) -> bytes:
     try:
-        return error.read(500)
+        return error.read(65536)
     except (OSError, http.client.HTTPException):  # it broke off in the middle
         return b""
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with net.bound("127.0.0.1") as probe:
         return int(probe.getsockname()[1])
 
 
 _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Requests go to exactly their address: no proxy of the environment takes part."""
-
-
-def _open(url: str, body: bytes | None, timeout: float) -> Any:
-    request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"})
-    return _DIRECTLY.open(request, timeout=timeout)

@@ -13,7 +13,6 @@ import base64
 import datetime
 import io
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -29,6 +28,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from icrl_megatron import net
 from icrl_megatron.rollout.engine import EngineError
 from icrl_megatron.rollout.sglang_server import Server
 
@@ -189,9 +189,8 @@ class OverGroup:
         """This rank is 0, the server's workers are 1 and up."""
         from torch.distributed import distributed_c10d as c10d
 
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
+        listener = net.bound(self._host)  # where the server's workers reach this rank, and nowhere else
+        port = listener.getsockname()[1]
         size, backend = self._workers + 1, "gloo" if self._on_cpu else "nccl"
         self._name = f"icrl_weights_{port}"
         body = {
@@ -205,7 +204,15 @@ class OverGroup:
         limit = datetime.timedelta(seconds=self._timeout_s)
         answer = asked(self._threads, self._server, "/init_weights_update_group", body, self._timeout_s)
         try:
-            store = dist.TCPStore(self._host, port, size, is_master=True, timeout=limit, wait_for_workers=False)
+            store = dist.TCPStore(
+                self._host,
+                port,
+                size,
+                is_master=True,
+                timeout=limit,
+                wait_for_workers=False,
+                master_listen_fd=listener.detach(),
+            )
             with _gloo_on(self._host):
                 # torch has no public way to form a group with processes outside of its own; the server does the same.
                 group, _ = c10d._new_process_group_helper(

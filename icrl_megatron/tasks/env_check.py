@@ -7,12 +7,14 @@ import time
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.text import Text
 
 from icrl_megatron.config import ConfigError
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks.agentgym import examine
 from icrl_megatron.tasks.base import EnvironmentFailure
 from icrl_megatron.tasks.servers import Pool, Refused
+from icrl_megatron.telemetry.console import PlainConsole, text
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ def check(url: str, kind: str, task: int, timeout_s: float, console: Console | N
     """Prints what the server is; returns 0. Raises ConfigError when it is down, or speaks like none that is known."""
     if kind and kind not in dialects.NAMES:
         raise ConfigError(f"--kind={kind}: choose one of {', '.join(dialects.NAMES)}")
-    out = console or Console()
+    out = console or PlainConsole()
     begun = time.perf_counter()
     tried = {}
     _require_up(url, timeout_s)
@@ -62,10 +64,10 @@ def _require_up(url: str, timeout_s: float) -> None:
 
 
 def _print(out: Console, url: str, found: Found, seconds: float) -> None:
-    out.print(f"{url} is a server of [bold]{found.kind}[/bold], dialect {found.dialect}", highlight=False)
-    out.print(f"  first observation  {_cut(found.first)!r}", highlight=False, markup=False)
-    out.print(f"  after one action   {_cut(found.then.observation)!r}", highlight=False, markup=False)
-    out.print(f"  reward {found.then.reward:g}, done {found.then.done}, {seconds:.2f} s in all", highlight=False)
+    out.print(Text.assemble(text(f"{url} is a server of "), (found.kind, "bold"), f", dialect {found.dialect}"))
+    out.print(f"  first observation  {_cut(found.first)!r}")
+    out.print(f"  after one action   {_cut(found.then.observation)!r}")
+    out.print(f"  reward {found.then.reward:g}, done {found.then.done}, {seconds:.2f} s in all")
 
 
 def _cut(text: str) -> str:

@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from icrl_megatron.telemetry.console import PlainConsole
 from icrl_megatron.telemetry.files import save_picture
 from icrl_megatron.telemetry.plots import COLOURS
 
@@ -30,7 +31,7 @@ ROUNDS_A_TABLE = 4
 
 def show(result: Result, console: Console | None = None) -> None:
     """Prints the scores and, where there is one, the comparison; made for 80 columns."""
-    out = console or Console()
+    out = console or PlainConsole()
     out.print(scores_table(result))
     if result.rounds > 1:
         for first in range(0, result.rounds, ROUNDS_A_TABLE):
@@ -39,7 +40,7 @@ def show(result: Result, console: Console | None = None) -> None:
     if result.comparison:
         out.print(comparison_table(result))
     for reason in result.lost:
-        out.print(f"lost episodes: {reason}", style="yellow", highlight=False)
+        out.print(f"lost episodes: {reason}", style="yellow")
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:

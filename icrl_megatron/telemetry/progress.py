@@ -17,6 +17,9 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
+from icrl_megatron.telemetry.console import PlainConsole
+from icrl_megatron.telemetry.terminal import guard
+
 PLAIN_INTERVAL_S = 10.0
 """Seconds between the lines of one phase when the output is not a terminal."""
 
@@ -64,7 +67,7 @@ class Progress:
 
     def __init__(self, enabled: bool = True, console: Console | None = None) -> None:
         self.enabled = enabled
-        self.console = console or Console(stderr=True)
+        self.console = console or PlainConsole(stderr=True)
         self.bars: Bars | None = None
         self._open = 0
 
@@ -74,6 +77,7 @@ class Progress:
         if self._open == 0 and self.enabled and self.console.is_terminal:
             self.bars = self._make_bars()
             self.bars.start()
+            guard()  # rich puts its own streams in front, for what is printed while bars are shown
         self._open += 1
         phase = Phase(self, name, total)
         try:
@@ -89,17 +93,17 @@ class Progress:
         """One line that stays, above the bars."""
         if self.enabled:
             with suppress(OSError):  # a full disk behind stderr costs these lines, not the run
-                self.console.print(text, highlight=False, markup=False)
+                self.console.print(text)
 
     def _make_bars(self) -> Bars:
         return Bars(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", style="dim"),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=self.console,
             transient=True,
         )

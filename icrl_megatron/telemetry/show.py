@@ -11,6 +11,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from icrl_megatron.config import ConfigError
+from icrl_megatron.telemetry.console import PlainConsole, text
 from icrl_megatron.telemetry.dumps import DumpRecord, dump_path, dumped_steps, read_dump
 from icrl_megatron.types import Attempt, Critique
 
@@ -35,18 +36,20 @@ def show(
         index = next((i for i, r in enumerate(records) if r.episode.critiques), 0)
     if not 0 <= index < len(records):
         raise ConfigError(f"Episode {index} does not exist: step {step} has episodes 0 to {len(records) - 1}.")
-    out = console or Console()
-    out.print(f"step {step}, episode {index} of {len(records)}", style="dim", highlight=False)
+    out = console or PlainConsole()
+    out.print(f"step {step}, episode {index} of {len(records)}", style="dim")
     out.print(render(records[index]))
 
 
 def render(record: DumpRecord) -> RenderableType:
     """The whole episode, in the order it was played."""
     episode = record.episode
-    title = Text.assemble((episode.task.task_id, "bold"), f", try {episode.index}, {episode.generated_tokens()} tokens")
+    title = Text.assemble(
+        text(episode.task.task_id, "bold"), f", try {episode.index}, {episode.generated_tokens()} tokens"
+    )
     parts: list[RenderableType] = [
         title,
-        Panel(Text(record.prompts["0/attempt"].strip()), title="problem", title_align="left", border_style="blue"),
+        Panel(text(record.prompts["0/attempt"].strip()), title="problem", title_align="left", border_style="blue"),
     ]
     for attempt in episode.attempts:
         parts += _attempt(record, attempt)
@@ -61,28 +64,28 @@ def _attempt(record: DumpRecord, attempt: Attempt) -> list[RenderableType]:
     parts: list[RenderableType] = [Rule(f"round {attempt.round}: {role}", align="left", style=style)]
     for number, turn in enumerate(attempt.turns, start=1):
         many = len(attempt.turns) > 1
-        parts.append(Padding(Text(turn.text.strip() or "(nothing)"), (0, 0, 0, 2)))
+        parts.append(Padding(text(turn.text.strip() or "(nothing)"), (0, 0, 0, 2)))
         if turn.action is None:
             parts.append(Padding(Text("no action could be read", style="yellow"), (0, 0, 0, 2)))
         if turn.observation:
             head = f"observed after turn {number}: " if many else "observed: "
-            parts.append(Padding(Text.assemble((head, "dim"), (turn.observation.strip(), "cyan")), (0, 0, 0, 4)))
+            parts.append(Padding(Text.assemble((head, "dim"), text(turn.observation.strip(), "cyan")), (0, 0, 0, 4)))
     verdict = "succeeded" if attempt.success else "failed"
     parts.append(
         Text.assemble(
             (verdict, f"bold {style}"),
-            f", outcome {attempt.outcome:g}, stopped: {attempt.stop_reason}, ",
+            text(f", outcome {attempt.outcome:g}, stopped: {attempt.stop_reason}, "),
             _earned(record, f"{attempt.round}/{role}"),
         )
     )
     if attempt.summary:
-        parts.append(Text(attempt.summary.strip(), style="dim"))
+        parts.append(text(attempt.summary.strip(), "dim"))
     return parts
 
 
 def _critique(record: DumpRecord, critique: Critique) -> RenderableType:
     return Panel(
-        Text(critique.text.strip() or "(empty)"),
+        text(critique.text.strip() or "(empty)"),
         title=f"critique, {len(critique.completion.ids)} tokens",
         title_align="left",
         subtitle=_earned(record, f"{critique.round}/critique"),

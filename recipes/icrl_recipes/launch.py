@@ -97,7 +97,7 @@ def resolve(recipe: str, overrides: Sequence[str], where: Where) -> Settings:
 
 @contextmanager
 def _ranks(count: int, on_node: int) -> Iterator[None]:
-    """The numbers of ranks as torchrun will say them."""
+    """The numbers of ranks as the agent will set them."""
     told = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(on_node)}
     before = {name: os.environ.get(name) for name in told}
     os.environ.update(told)
@@ -162,7 +162,7 @@ def executor(where: Where, settings: Settings) -> Any:
         partition=where.partition,
         time=where.time,
         nodes=settings.launch.nodes,
-        ntasks_per_node=1,  # torchrun starts the ranks
+        ntasks_per_node=1,  # the agent starts the ranks
         gpus_per_node=_per_node(settings, where),
         exclusive=True,
         mem="0",

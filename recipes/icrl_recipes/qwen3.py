@@ -20,7 +20,7 @@ from icrl_megatron.config_tasks import TaskData, TaskServers, TaskSettings, Task
 
 NODE = 8
 
-AGENTGYM = "conda run --no-capture-output -n agentenv-{name} {name} --host 0.0.0.0 --port {{port}}"
+AGENTGYM = "conda run --no-capture-output -n agentenv-{name} {name} --host {{host}} --port {{port}}"
 """How AgentGym's own README starts a server, in the environment that it has one make."""
 
 SERVERS = {"alfworld": 32, "webshop": 1, "searchqa": 1}

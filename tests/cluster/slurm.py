@@ -43,9 +43,10 @@ TINY = (
     "launch.device=cpu",
 )
 """The recipe's program on a model and a task that two cores can carry."""
+SERVER = ROOT / "tests" / "agentgym_server.py"
 AGENTGYM = (
     "tasks.sources=[{name: alfworld, data: {train: ['0:4'], heldout: ['4:8']}}]",
-    f"tasks.sources.0.serve.command={sys.executable} {ROOT / 'tests' / 'agentgym_server.py'} alfworld {{port}}",
+    f"tasks.sources.0.serve.command={sys.executable} {SERVER} alfworld {{port}} {{host}}",
     "rollout.max_turns=2",
 )
 """A task behind a server that the job starts."""

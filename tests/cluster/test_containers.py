@@ -21,6 +21,7 @@ from slurm import (
     AGENTGYM,
     FAULTY,
     ROOT,
+    SERVER,
     Cluster,
     Done,
     Ended,
@@ -37,7 +38,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 LONG = "steps=16"
 SQUASHFUSE = "use_squashfuse=1" in os.environ.get("ICRL_TEST_PYXIS", "")
 INSIDE = ROOT / "tests" / "cluster" / "inside"
-SERVED = (*AGENTGYM, f"tasks.sources.0.serve.command=python3 {ROOT / 'tests' / 'agentgym_server.py'} alfworld {{port}}")
+SERVED = (*AGENTGYM, f"tasks.sources.0.serve.command=python3 {SERVER} alfworld {{port}} {{host}}")
 
 
 class Contained:
@@ -67,8 +68,7 @@ def undisturbed(contained: Contained, cluster: Cluster, model: Path) -> Path:
     folder = cluster.folder / "contained"
     ended = contained.ended("icrl_8b.sbatch", *arguments(folder, model, LONG), PYTHONPATH=cluster.path(INSIDE))
     assert (ended.state, ended.code) == ("COMPLETED", "0:0"), ended.log
-    said = ended.log + "".join(path.read_text() for path in cluster.logs.glob("torchrun.*/**/stderr.log"))
-    seen = re.findall(r"rank (\d) sees root (\d+:\d+)", said)
+    seen = re.findall(r"rank (\d) sees root (\d+:\d+)", ended.log)
     here = Path("/").stat()
     assert {rank for rank, _ in seen} == {"0", "1"}
     assert f"{here.st_dev}:{here.st_ino}" not in {root for _, root in seen}

@@ -125,7 +125,7 @@ def test_another_number_of_ranks_than_the_recipe_s_is_said(
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_parse_and_do_not_name_torchrun_twice(script: Path) -> None:
+def test_scripts_parse_and_start_ranks_in_one_place(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True, timeout=20)
     assert ("icrl_megatron.agent" in script.read_text()) == (script.name == "step.sh")
 
@@ -148,6 +148,7 @@ def test_a_step_without_gpus_says_so(tmp_path: Path) -> None:
         ('{"code": 3, "message": "stopped on request"}', 0, 75, ""),
         ('{"code": 2, "message": "actor.x=1: wrong"}', 1, 2, "error: actor.x=1: wrong"),
         ('{"code": 1, "message": "step 3: nothing to learn"}', 1, 1, "error: step 3: nothing to learn"),
+        (r'{"code": 2, "message": "it said \u001b]0;owned\u0007"}', 1, 2, r"error: it said \x1b]0;owned\x07"),
         ("", 1, 1, ""),
         ("", 0, 0, ""),
     ],
@@ -156,9 +157,11 @@ def test_a_step_alone_tells_how_its_ranks_ended(outcome: str, ended: int, code: 
     """Under NeMo-Run nobody reads what the ranks left but the step itself."""
     python = tmp_path / "python"
     leave = f"echo '{outcome}' > \"$ICRL_OUTCOME\"" if outcome else "true"
-    python.write_text(f'#!/bin/bash\n[ "$1" != -c ] || exec {sys.executable} "$@"\n{leave}\nexit {ended}\n')
+    real = f'[[ "$*" != *"icrl_megatron.job said"* ]] || exec {sys.executable} "$@"'
+    python.write_text(f"#!/bin/bash\n{real}\n{leave}\nexit {ended}\n")
     python.chmod(0o755)
     env = {"PATH": "/usr/bin:/bin", "ICRL_PYTHON": str(python), "ICRL_RANKS_PER_NODE": "1", "ICRL_EXIT_STOPPED": "75"}
+    env |= {"ICRL_HOME": str(ROOT), "ICRL_LOGS": str(tmp_path)}
     done = subprocess.run(
         ["bash", str(ROOT / "slurm" / "step.sh"), "train", "quickstart"],
         cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=30,

@@ -1,4 +1,4 @@
-"""The launcher against real torchrun and real signals; the ranks are small modules without collectives."""
+"""The launcher and the agent against real signals; the ranks are small modules without collectives."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from icrl_megatron import launch
 LAUNCHER = """
 import sys
 from pathlib import Path
-from icrl_megatron.launch import torchrun
-sys.exit(torchrun(Path("settings.yaml"), int(sys.argv[2]), Path("logs"), module=sys.argv[1], stop_timeout_s=20))
+from icrl_megatron.launch import launch
+sys.exit(launch(Path("settings.yaml"), int(sys.argv[2]), Path("logs"), module=sys.argv[1], stop_timeout_s=20))
 """
 
 RANK_HEAD = """
@@ -110,7 +110,7 @@ def test_ranks_run_and_rank_0_has_the_terminal(start: Start) -> None:
     assert (code, out) == (0, "hello from 0\n"), err
     threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert launched.read("seen.0", "seen.1") == [f"settings.yaml 2 {threads}"] * 2
-    (log,) = launched.folder.glob("logs/*/attempt_0/1/stdout.log")
+    (log,) = launched.folder.glob("logs/*/rank_1.log")
     assert log.read_text() == "hello from 1\n"
 
 
@@ -118,7 +118,7 @@ def test_a_machine_may_have_more_than_ten_ranks(start: Start) -> None:
     launched = start(WORKS, 11)
     code, out, err = launched.end()
     assert (code, out) == (0, "hello from 0\n"), err
-    (log,) = launched.folder.glob("logs/*/attempt_0/10/stdout.log")
+    (log,) = launched.folder.glob("logs/*/rank_10.log")
     assert log.read_text() == "hello from 10\n"
 
 
@@ -184,8 +184,7 @@ def test_a_rank_that_cannot_leave_its_message_prints_it(failing: str, tmp_path: 
         RANK_HEAD + FILLS_THE_DISK.replace("FAILING", repr(failing)).replace("filler", "disk/filler")
     )
     with small_disk(tmp_path / "disk", 256) as disk:
-        arguments = ["--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-        arguments += [f"--log-dir={tmp_path / 'logs'}", "--local-addr=127.0.0.1", "--redirects=1:3", "-m", "ranks", "x"]
+        arguments = ["--nproc-per-node=2", f"--log-dir={tmp_path / 'logs'}", "-m", "ranks", "x"]
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
         env |= {launch.OUTCOME_ENV: str(disk / "outcome.json"), "PYTHONPATH": python_path(tmp_path)}
         done = subprocess.run(
@@ -201,6 +200,31 @@ def test_traceback_of_a_failing_rank_is_shown(start: Start) -> None:
     assert "RuntimeError: the flux is out of range" in err
     assert "error: rank 1 failed with exit code 1" in err
     assert "ChildFailedError" not in err
+
+
+HOSTILE = r"""
+def main():
+    stop = StopRequest()
+    print("the model says: \x1b]0;owned\x07", flush=True)
+    if rank == "1":
+        raise RuntimeError("the server says: \x1b[2J")
+    while not stop:
+        time.sleep(0.05)
+    raise RuntimeError("so does rank 0: \x9b2J")
+
+if __name__ == "__main__":
+    run_rank(main)
+"""
+
+
+def test_control_characters_of_ranks_are_shown(start: Start) -> None:
+    """What the first rank writes to the terminal, and what is shown of another's file."""
+    launched = start(HOSTILE, 2)
+    code, out, err = launched.end()
+    assert code == 1
+    assert not [c for c in out + err if (c < " " and c not in "\n\t") or "\x7f" <= c <= "\x9f"], (out, err)
+    assert out == "the model says: \\x1b]0;owned\\x07\n"
+    assert "RuntimeError: the server says: \\x1b[2J" in err
 
 
 WAITS = """
@@ -289,7 +313,7 @@ def test_sigkill_of_the_launcher_leaves_no_process(start: Start) -> None:
     launched = start(STUBBORN, 2)
     launched.await_files("ready.0", "ready.1")
     below = [p.pid for p in psutil.Process(launched.process.pid).children(recursive=True)]
-    assert len(below) >= 3  # torchrun and two ranks
+    assert len(below) >= 3  # the agent and two ranks
     launched.process.kill()
     assert _gone(below)
 
@@ -357,12 +381,12 @@ def test_a_bar_shows_until_the_ranks_have_met(tmp_path: Path) -> None:
     assert b"starting" not in late
 
 
-def test_inside_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_knows_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not launch.inside_torchrun()
+    assert not launch.is_rank()
     monkeypatch.setenv("RANK", "0")
-    assert launch.inside_torchrun()
+    assert launch.is_rank()
 
 
 def test_a_file_asks_to_stop_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from icrl_megatron.validate import validate
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run folders are relative; and no test may see a torchrun around it."""
+    """Run folders are relative; and no test may take itself for a rank."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 

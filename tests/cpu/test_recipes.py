@@ -113,7 +113,7 @@ def test_names_say_how_many_gpus() -> None:
 def test_recipes_on_agentgym_start_its_servers(name: str) -> None:
     for source in settings_module.load(name).tasks.sources:
         assert source.served == (source.name in ("alfworld", "webshop", "searchqa"))
-        assert not source.served or f"{source.name} --host 0.0.0.0 --port {{port}}" in source.serve.command
+        assert not source.served or f"{source.name} --host {{host}} --port {{port}}" in source.serve.command
         if source.name == "alfworld":
             assert (source.data.train, source.data.heldout, source.serve.count) == (["0:2420"], ["2420:2620"], 32)
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from icrl_megatron.actor.grid import Grid
 from icrl_megatron.config import ConfigError, EngineSettings, Settings, TinyModel
+from icrl_megatron.rollout.engine import EngineError
 from icrl_megatron.rollout.engines import Engines, _address, build
 from icrl_megatron.rollout.sglang import SGLangEngine
 from icrl_megatron.rollout.sglang_checks import Checksums
@@ -38,6 +39,8 @@ class Stand:
     url: str = ""
     asked: list[str] = field(default_factory=list)
     answers: dict[str, tuple[int, object]] = field(default_factory=dict)
+    key: str = ""
+    """What a request must carry; empty: nothing."""
 
 
 @pytest.fixture
@@ -51,7 +54,12 @@ def stand() -> Iterator[Stand]:
 
         def do_GET(self) -> None:
             stand.asked.append(self.path)
+            given = self.headers.get("Authorization", "")
             status, answer = stand.answers.get(self.path, (200, {}))
+            if stand.key and given != f"Bearer {stand.key}":
+                status, answer = 401, {"error": "Unauthorized"}
+            elif answer == "what it was asked with":
+                answer = {"success": False, "message": given}
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.end_headers()
@@ -78,9 +86,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def connect(stand: Stand, model: Path) -> Engines:
+def connect(stand: Stand, model: Path, api_key_env: str = "") -> Engines:
     """As the only rank of a run, whose engine.tensor_parallel is another server's."""
-    settings = Settings(engine=EngineSettings(kind="sglang", urls=[stand.url], tensor_parallel=1))
+    engine = EngineSettings(kind="sglang", urls=[stand.url], tensor_parallel=1, api_key_env=api_key_env)
+    settings = Settings(engine=engine)
     grid = Grid(0, 1, 1, 0, 1, 0, 1, 0, None)
     return build(settings, model, grid, torch.float32, torch.device("cpu"), model / "logs")
 
@@ -110,6 +119,25 @@ def test_a_server_that_does_not_end_an_update_is_refused(stand: Stand, model: Pa
     stand.answers["/end_weight_update"] = 400, {"success": False, "message": "it is broken"}
     with pytest.raises(ConfigError, match=r"engine\.urls: .*it is broken"):
         connect(stand, model)
+
+
+def test_a_server_with_a_key_gets_it_and_no_message_repeats_it(
+    stand: Stand, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand.key = "a-secret-of-the-lab"
+    with pytest.raises(ConfigError, match=r"engine\.urls: .* API key \(401\): .* engine\.api_key_env"):
+        connect(stand, model)
+    monkeypatch.setenv("LAB_KEY", stand.key)
+    engine = connect(stand, model, "LAB_KEY").trained
+    assert isinstance(engine, SGLangEngine)
+    assert engine.health() == "ok"
+    assert stand.key not in repr(engine.server)
+    engine.sleep()
+    for status in (200, 400, 500):
+        stand.answers["/weights_checker"] = status, "what it was asked with"
+        with pytest.raises(EngineError) as error:
+            engine.server.post("/weights_checker", {}, 10.0)
+        assert "Bearer ***" in str(error.value) and stand.key not in str(error.value)
 
 
 def test_workers_on_this_machine_come_over_the_loopback() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from sockets import listeners
 
 from icrl_megatron import serve
 from icrl_megatron import settings as settings_module
@@ -24,7 +25,7 @@ from icrl_megatron.tasks.registry import Catalogue
 from icrl_megatron.validate import validate
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = f"{sys.executable} {ROOT / 'tests' / 'agentgym_server.py'} alfworld {{port}}"
+COMMAND = f"{sys.executable} {ROOT / 'tests' / 'agentgym_server.py'} alfworld {{port}} {{host}}"
 SOURCE = "tasks.sources=[{name: alfworld, data: {train: ['0:4'], heldout: ['4:8']}}]"
 
 
@@ -80,6 +81,26 @@ def test_a_process_of_the_same_number_leaves_earlier_logs_alone(tmp_path: Path) 
     second = serve._new_folder(tmp_path / "logs")
     assert first != second and second.is_dir() and second.parent == first.parent
     assert (first / "alfworld.0.log").read_text() == "why it failed"
+
+
+@pytest.mark.parametrize(
+    ("host", "nodes", "warned"), [("{host}", "1", False), ("0.0.0.0", "1", True), ("{host}", "2", False)]
+)
+def test_a_server_that_other_machines_reach_is_told_unless_they_need_to(
+    host: str,
+    nodes: str,
+    warned: bool,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", nodes)
+    monkeypatch.setenv("SLURMD_NODENAME", "localhost")
+    with serve.beside(settings(COMMAND.replace("{host}", host)), tmp_path / "logs"):
+        addresses = {one.address for child in below() for one in listeners(child.pid)}
+    assert addresses == {"127.0.0.1" if (host, nodes) == ("{host}", "1") else "0.0.0.0"}
+    said = capfd.readouterr().err
+    assert ("warning: the server of 'alfworld' listens on 0.0.0.0, where other machines reach it" in said) == warned
 
 
 def test_servers_that_run_already_are_used_instead(tmp_path: Path) -> None:

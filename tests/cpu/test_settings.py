@@ -20,7 +20,7 @@ from icrl_recipes import registry
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run folders are relative; and no test may see a torchrun around it."""
+    """Run folders are relative; and no test may take itself for a rank."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
@@ -226,6 +226,14 @@ def test_every_range_is_checked(name: str, low: float) -> None:
             "engine.kind=sglang launch.ranks=6 launch.nodes=2 engine.tensor_parallel=4",
             "does not divide the 6 ranks of a node",
         ),
+        ("engine.kind=sglang engine.server_args=[--host=0.0.0.0]", "engine.server_args has --host, which the run sets"),
+        ("engine.kind=sglang engine.server_args=[--api-key,x]", "engine.server_args has --api-key, which the run sets"),
+        ("engine.kind=sglang engine.api_key_env=KEY", "engine.api_key_env is for servers of engine.urls"),
+        ("engine.kind=sglang engine.urls=[http://a:1] engine.api_key_env=NOT_SET", "empty or not set; export it"),
+        (
+            "engine.kind=sglang engine.urls=[http://a:1] engine.api_key_env=sk-a.key",
+            "is not the name of an environment",
+        ),
         ("engine.kind=sglang engine.server_args=[--preferred-sampling-params]", "those of the policy"),
         ("engine.kind=sglang engine.kv_tokens=300 rollout.context_tokens=301", "engine.kv_tokens=300 holds less than"),
         ("engine.kind=sglang engine.python=/nowhere/python", "engine.python=/nowhere/python: cannot be run"),
@@ -254,7 +262,7 @@ def test_servers_of_somebody_else_have_as_many_workers_as_they_like(tensor_paral
         validate(S.load("quickstart", [*given, *ranks_given.split()]))
 
 
-def test_ranks_come_from_torchrun_inside_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_come_from_the_environment_among_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranks(S.load("quickstart")) == 2
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert ranks(S.load("quickstart")) == 3

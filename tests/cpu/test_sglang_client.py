@@ -39,11 +39,15 @@ def no_transport() -> Transport:
     raise AssertionError("no weights are sent here")
 
 
-def talk(generate: Handler, count: int = 1, version: int = 0) -> tuple[list[Completion | BaseException], SGLangEngine]:
+def talk(
+    generate: Handler, count: int = 1, version: int = 0, key: str = "", seen: list[tuple[str, str]] | None = None
+) -> tuple[list[Completion | BaseException], SGLangEngine]:
     """`count` requests, one after another, to a server that answers /generate with `generate`; `version` is that of the
-    weights which it was sent last."""
+    weights which it was sent last. `seen` gets the path and the key of every other request."""
 
     async def healthy(request: web.Request) -> web.Response:
+        if seen is not None:
+            seen.append((request.path, request.headers.get("Authorization", "")))
         return web.Response()
 
     async def run() -> tuple[list[Completion | BaseException], SGLangEngine]:
@@ -54,7 +58,7 @@ def talk(generate: Handler, count: int = 1, version: int = 0) -> tuple[list[Comp
         runner = web.AppRunner(app)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        server = Server(None, f"http://127.0.0.1:{runner.addresses[0][1]}")
+        server = Server(None, f"http://127.0.0.1:{runner.addresses[0][1]}", key)
         settings = EngineSettings(kind="sglang", request_timeout_s=0.3)
         engine = SGLangEngine(server, settings, no_transport, SHAPES, torch.float32, torch.device("cpu"))
         engine._version = version
@@ -65,6 +69,29 @@ def talk(generate: Handler, count: int = 1, version: int = 0) -> tuple[list[Comp
         return found, engine
 
     return asyncio.run(run())
+
+
+KEY = "a-secret-of-this-run"
+
+
+def test_every_request_carries_the_key_and_no_message_repeats_it() -> None:
+    seen: list[tuple[str, str]] = []
+
+    async def repeats_it(request: web.Request) -> web.Response:
+        seen.append((request.path, request.headers["Authorization"]))
+        return web.Response(status=[400, 200, 500][len(seen) % 3], text=str(dict(request.headers)))
+
+    found, _ = talk(repeats_it, 3, key=KEY)
+    assert {given for _, given in seen} == {f"Bearer {KEY}"}
+    assert KEY not in "".join(map(str, found)) and "***" in "".join(map(str, found))
+
+    async def slow(request: web.Request) -> web.Response:
+        await asyncio.sleep(1.0)
+        return web.json_response(answer())
+
+    seen.clear()
+    talk(slow, key=KEY, seen=seen)
+    assert ("/abort_request", f"Bearer {KEY}") in seen
 
 
 def test_ids_and_logprobs_come_in_pairs() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import runpy
 import subprocess
 import sys
@@ -154,8 +155,12 @@ def test_sleep_and_wake_in_two_stages(engine: SGLangEngine, model: Path) -> None
     assert generate(engine, [(PROMPTS[0], Sampling(0.0, 4, 0, ()))])[0].weight_version == 2
 
 
-def test_an_update_that_a_killed_run_left_open_is_ended(server: Server, engine: SGLangEngine, model: Path) -> None:
-    settings = Settings(engine=engine_settings(urls=[server.url]), rollout=RolloutSettings(context_tokens=CONTEXT))
+def test_an_update_that_a_killed_run_left_open_is_ended(
+    server: Server, engine: SGLangEngine, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERVER_KEY", server.key)
+    remote = engine_settings(urls=[server.url], api_key_env="SERVER_KEY")
+    settings = Settings(engine=remote, rollout=RolloutSettings(context_tokens=CONTEXT))
     tensors = weights(load(model))
     server.post("/begin_weight_update", {}, 60.0)
     with pytest.raises(EngineError, match="already open"):
@@ -204,13 +209,14 @@ def test_verify_sync_says_whether_a_server_holds_a_folder(engine: SGLangEngine, 
     tool = Path(__file__).parents[2] / "tools" / "verify_sync.py"
     engine.update_weights(changed(reference, 2), 1)
     differs = subprocess.run(
-        [sys.executable, str(tool), engine.server.url, str(model)], capture_output=True, text=True, timeout=300
-    )
+        [sys.executable, str(tool), engine.server.url, str(model), "--api-key-env", "SERVER_KEY"],
+        env={**os.environ, "SERVER_KEY": engine.server.key}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert differs.returncode == 1, differs.stderr
     assert "holds other values of" in differs.stdout
 
     engine.update_weights(weights(reference), 2)
     verify = runpy.run_path(str(tool))["verify"]
-    assert verify(engine.server.url, model) == 19
+    assert verify(engine.server.url, model, engine.server.key) == 19
     with pytest.raises(ConfigError, match="does not answer"):
         verify("http://127.0.0.1:9", model)

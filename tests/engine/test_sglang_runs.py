@@ -7,11 +7,13 @@ import os
 import re
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 from engine_cases import engine_on, engine_settings, generate, greedy, load
+from sockets import Watch
 from whole_runs import end, icrl, rows, start, when
 
 from icrl_megatron.rollout.engine import Sampling
@@ -49,7 +51,7 @@ def kill_server(running: subprocess.Popen[str], log: Path) -> None:
     """SIGKILL for the server that writes this log, as it was started last."""
     port = re.findall(r"^=== .* port (\d+)$", log.read_text(), re.MULTILINE)[-1]
     tree = psutil.Process(running.pid).children(recursive=True)
-    servers = [p for p in tree if "sglang.launch_server" in p.cmdline() and port in p.cmdline()]
+    servers = [p for p in tree if any(w.endswith("sglang_start.py") for w in p.cmdline()) and port in p.cmdline()]
     os.kill(min(servers, key=lambda p: p.create_time()).pid, signal.SIGKILL)
 
 
@@ -68,11 +70,30 @@ def steps(folder: Path) -> list[dict[str, float]]:
     return [row for row in rows(folder) if "engine/requests" in row]
 
 
+def keys(running: subprocess.Popen[str]) -> set[bytes]:
+    """The API keys of the servers below a launcher, which the kernel tells their own user."""
+    found = set()
+    for process in psutil.Process(running.pid).children(recursive=True):
+        with suppress(OSError):
+            found |= set(re.findall(rb"ICRL_ENGINE_KEY=([^\0]+)", Path(f"/proc/{process.pid}/environ").read_bytes()))
+    return found
+
+
 def test_three_steps_at_tensor_parallel_2(model: Path, tmp_path: Path) -> None:
+    """And what the run listens on, and whether its server's key gets into any of its files."""
     folder = tmp_path / "tp2"
     grid = ("launch.ranks=2", "actor.tensor_parallel=2", "engine.servers=1")
-    code, _, err = icrl(*command(folder, model, *grid))
+    running = start(*command(folder, model, *grid))
+    with Watch(running.pid) as watch:
+        when(running, lambda: bool(keys(running)))
+        (key,) = keys(running)
+        code, out, err = end(running)
     assert code == 0, err
+    assert any("sglang" in one.command for one in watch.found) and watch.beyond_loopback() == []
+    written = [path for path in folder.rglob("*") if path.is_file()]
+    assert folder / "logs" / "sglang_0.log" in written
+    assert [path for path in written if key in path.read_bytes()] == []
+    assert key.decode() not in out + err
     done = steps(folder)
     assert [row["episodes/played"] for row in done] == [EPISODES] * STEPS
     assert [row["weights/version"] for row in done] == [2, 3, 4]
@@ -126,9 +147,13 @@ def test_a_frozen_critic_and_a_server_killed_twice_outside_of_steps(model: Path,
     assert {c.completion.weight_version for e in episodes for c in e.critiques} == {0}, "the critic has other weights"
 
 
-def test_servers_of_somebody_else_are_synced_over_a_group(server: Server, model: Path, tmp_path: Path) -> None:
+def test_servers_of_somebody_else_are_synced_over_a_group(
+    server: Server, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "remote"
-    code, _, err = icrl(*command(folder, model, f"engine.urls=[{server.url}]", "steps=1"))
+    monkeypatch.setenv("SERVER_KEY", server.key)
+    remote = (f"engine.urls=[{server.url}]", "engine.api_key_env=SERVER_KEY", "steps=1")
+    code, _, err = icrl(*command(folder, model, *remote))
     assert code == 0, err
     assert steps(folder)[0]["actor/mismatch_max"] < 1e-4
     assert server.alive()
@@ -140,13 +165,16 @@ def test_servers_of_somebody_else_are_synced_over_a_group(server: Server, model:
     assert [c.ids for c in said] == [greedy(trained, p, 16, trained.config.eos_token_id) for p in prompts]
 
 
-def test_oversampled_steps_cut_off_the_slow_and_go_on_with_them(server: Server, model: Path, tmp_path: Path) -> None:
+def test_oversampled_steps_cut_off_the_slow_and_go_on_with_them(
+    server: Server, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "oversampled"
+    monkeypatch.setenv("SERVER_KEY", server.key)
     # Few at a time, so that some are in the middle when enough are complete.
     partial = ("rollout.oversample=2", "rollout.partial=true", "rollout.concurrency=5")
     partial = (*partial, "algo.mismatch_correction.enabled=true")
     for until in (STEPS - 1, STEPS):  # the second command goes on from the checkpoint of the first, tapes and all
-        changes = (f"engine.urls=[{server.url}]", *partial, f"steps={until}")
+        changes = (f"engine.urls=[{server.url}]", "engine.api_key_env=SERVER_KEY", *partial, f"steps={until}")
         code, _, err = icrl(*command(folder, model, *changes))
         assert code == 0, err
     done = steps(folder)

@@ -1,0 +1,56 @@
+"""What starts a SGLang server hands it its key where nobody else sees it; a stand-in for SGLang says what it got."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from icrl_megatron.rollout import sglang_start
+
+KEY = "-a-key-that-begins-with-a-dash"
+LAUNCH_SERVER = """
+import json, logging, os, sys
+from multiprocessing import get_context
+from pathlib import Path
+
+def worker():
+    print(json.dumps({"worker": sys.modules["__mp_main__"].__spec__.name}), flush=True)
+
+if __name__ == "__main__":
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO)
+    log = logging.getLogger("sglang")
+    log.info(f"server_args={sys.argv}")
+    log.info("%s and %d", sys.argv, 3)
+    log.info("%s alone", 7)
+    print(json.dumps({
+        "argv": sys.argv, "spec": __spec__.name, "environ": sorted(os.environ), "path": sys.path,
+        "cmdline": Path("/proc/self/cmdline").read_bytes().decode().split("\\0")[:-1],
+    }), flush=True)
+    child = get_context("spawn").Process(target=worker)
+    child.start()
+    child.join()
+"""
+
+
+def test_the_key_is_in_no_command_line_and_no_log(tmp_path: Path) -> None:
+    package = tmp_path / "sglang"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "launch_server.py").write_text(LAUNCH_SERVER)
+    done = subprocess.run(
+        [sys.executable, sglang_start.__file__, "--model-path", "here"],
+        env={"PYTHONPATH": str(tmp_path), sglang_start.KEY_ENV: KEY, "PATH": "/usr/bin:/bin"},
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = {name: value for line in done.stdout.splitlines() for name, value in json.loads(line).items()}
+    assert said["argv"][1:] == ["--model-path", "here", f"--api-key={KEY}"]
+    # As `python -m` would have it, for the server and for the workers that it starts.
+    assert said["spec"] == said["worker"] == "sglang.launch_server"
+    assert sglang_start.KEY_ENV not in said["environ"]
+    assert KEY not in " ".join(said["cmdline"]) and "here" in said["cmdline"]
+    assert str(Path(sglang_start.__file__).parent) not in said["path"]  # it has a module called sglang
+    assert KEY not in done.stderr
+    assert "--api-key=***" in done.stderr and "and 3" in done.stderr and "7 alone" in done.stderr

@@ -1,0 +1,109 @@
+"""Agents as two nodes have them: they meet at one address, and what one of them loses ends its own part."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from icrl_megatron import net
+from icrl_megatron.agent import Share, _bound
+
+pytestmark = pytest.mark.dist
+
+MEET = """
+import datetime, os, sys
+import torch
+import torch.distributed as dist
+from icrl_megatron.actor import rendezvous
+from icrl_megatron.launch import run_rank
+
+def main():
+    limit = datetime.timedelta(seconds=60)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    for phase in range(2):  # a warm start, and the training after it
+        dist.init_process_group("gloo", store=rendezvous.store(limit), rank=rank, world_size=world, timeout=limit)
+        total = torch.tensor([10 ** rank])
+        dist.all_reduce(total)
+        dist.destroy_process_group()
+        print(f"phase {phase}, rank {rank} of {world}, {os.environ['LOCAL_RANK']} here: {total.item()}", flush=True)
+    if "fail" in sys.argv and rank == world - 1:
+        raise RuntimeError("the flux is out of range")
+    return 0
+
+if __name__ == "__main__":
+    run_rank(main)
+"""
+
+
+def free_port() -> int:
+    with net.bound("127.0.0.1") as probe:
+        return int(probe.getsockname()[1])
+
+
+def agents(folder: Path, *words: str) -> list[subprocess.Popen[str]]:
+    (folder / "meet.py").write_text(MEET)
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+    meet = [f"--master-port={free_port()}", "--master-addr=127.0.0.1"]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "icrl_megatron.agent", "--nnodes=2", f"--node-rank={node}", "--nproc-per-node=2",
+             *meet, "-m", "meet", *words],
+            env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        for node in (1, 0)  # the first node may be the last to start
+    ]
+
+
+def test_two_nodes_meet_in_every_phase(tmp_path: Path) -> None:
+    started = agents(tmp_path)
+    ended = [agent.communicate(timeout=120) for agent in started]
+    assert [agent.returncode for agent in started] == [0, 0], ended
+    said = sorted(line for out, _ in ended for line in out.splitlines())
+    assert said == [f"phase {p}, rank {r} of 4, {r % 2} here: 1111" for p in range(2) for r in range(4)]
+
+
+def test_a_rank_that_fails_ends_the_ranks_of_its_node(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    second, first = agents(tmp_path, "fail")
+    _, err = second.communicate(timeout=120)
+    first.communicate(timeout=120)
+    assert (second.returncode, first.returncode) == (1, 0)
+    assert "RuntimeError: the flux is out of range" in err
+    assert "error: rank 3 failed with exit code 1; its messages are above" in err
+    assert time.monotonic() - begun < 60
+
+
+def test_the_store_of_one_machine_is_bound_to_loopback_and_no_other_address() -> None:
+    found = _bound(Share.parse(["--nproc-per-node=2", "-m", "x"]))
+    assert found is not None
+    with found:
+        assert found.getsockname()[0] == "127.0.0.1" and found.getsockname()[1] > 0
+    assert _bound(Share.parse(["--nproc-per-node=1", "-m", "x"])) is None  # one rank needs none
+    many = ["--nnodes=2", "--nproc-per-node=1", "--master-port=1234", "--node-rank=1", "-m", "x"]
+    assert _bound(Share.parse(many)) is None  # the first node has it
+
+
+def test_an_address_that_is_not_this_machines_is_one_message(tmp_path: Path) -> None:
+    words = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=192.0.2.1", "--master-port=20001", "-m", "x"]
+    done = subprocess.run(
+        [sys.executable, "-m", "icrl_megatron.agent", *words],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: rank 0 cannot listen on 192.0.2.1:20001")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words", [["-m", "x"], ["--nproc-per-node=0", "-m", "x"], ["--nproc-per-node=1", "--nnodes=2", "-m", "x"]]
+)
+def test_what_is_no_share_of_a_job_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        Share.parse(words)
+    assert ended.value.code == 2 and "usage" in capsys.readouterr().err

@@ -1,0 +1,116 @@
+"""What a tree of processes listens on, as the kernel tells it, for as long as the tree lives."""
+
+from __future__ import annotations
+
+import ipaddress
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+_LISTEN = "0A"
+"""State of a listening socket in /proc/net/tcp."""
+_PERIOD_S = 0.05
+
+
+@dataclass(frozen=True, order=True)
+class Listener:
+    """One listening TCP socket."""
+
+    address: str
+    port: int
+    command: str
+    """Beginning of the command line of the process that holds it."""
+
+    @property
+    def local(self) -> bool:
+        """Whether nothing beyond this machine can reach it."""
+        found = ipaddress.ip_address(self.address)
+        mapped = getattr(found, "ipv4_mapped", None)
+        return (mapped or found).is_loopback
+
+
+@dataclass
+class Watch:
+    """Samples the listening sockets below process `pid` until the block ends: `found` has every one seen."""
+
+    pid: int
+    found: set[Listener] = field(default_factory=set)
+    samples: int = 0
+    _ended: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def __enter__(self) -> Watch:
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        assert self._thread is not None
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(_PERIOD_S):
+            self.found |= listeners(self.pid)
+            self.samples += 1
+
+    def beyond_loopback(self) -> list[Listener]:
+        return sorted(one for one in self.found if not one.local)
+
+
+def listeners(pid: int) -> set[Listener]:
+    """The listening TCP sockets of a process and of everything below it, now."""
+    try:
+        top = psutil.Process(pid)
+        tree = [top, *top.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return set()
+    table = _table()
+    found = set()
+    for process in tree:
+        for inode in _inodes(process.pid) & table.keys():
+            found.add(Listener(*table[inode], _command(process)))
+    return found
+
+
+def _table() -> dict[str, tuple[str, int]]:
+    """The kernel's listening TCP sockets by inode."""
+    found = {}
+    for name in ("tcp", "tcp6"):
+        path = Path("/proc/net") / name
+        for line in path.read_text().splitlines()[1:] if path.exists() else ():
+            words = line.split()
+            if words[3] == _LISTEN:
+                address, port = words[1].split(":")
+                found[words[9]] = (_address(address), int(port, 16))
+    return found
+
+
+def _address(words: str) -> str:
+    """The kernel prints each 32-bit word of an address in the machine's own order."""
+    parts = [bytes.fromhex(words[i : i + 8])[::-1] for i in range(0, len(words), 8)]
+    return str(ipaddress.ip_address(b"".join(parts)))
+
+
+def _inodes(pid: int) -> set[str]:
+    found = set()
+    try:
+        for entry in (Path("/proc") / str(pid) / "fd").iterdir():
+            try:
+                target = str(entry.readlink())
+            except OSError:
+                continue
+            if target.startswith("socket:["):
+                found.add(target[8:-1])
+    except OSError:  # it has ended
+        pass
+    return found
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())[:120]
+    except psutil.Error:
+        return "?"
