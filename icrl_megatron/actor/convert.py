@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,18 +10,27 @@ from pathlib import Path
 from icrl_megatron.actor import checkpoint, platform
 from icrl_megatron.actor import grid as grids
 from icrl_megatron.actor.actor import Actor
-from icrl_megatron.actor.export import write_hf
+from icrl_megatron.actor.export import copy_side_files, write_hf
+from icrl_megatron.actor.model import DTYPES
 from icrl_megatron.actor.weights import Gatherer
 from icrl_megatron.config import ActorSettings, ConfigError, Settings
-from icrl_megatron.shape import check_folder
+from icrl_megatron.model_config import name_dtype, read_config
+from icrl_megatron.shape import check_folder, locate_weights
 
 
 def import_hf(source: Path, target: Path) -> None:
-    """Writes `target`/step_000000: fp32 main weights, moments of zero. Raises ConfigError on a bad folder."""
-    check_folder(source)
-    with _single_actor(source) as (actor, grid):
+    """Writes `target`/step_000000: fp32 main weights, moments of zero. The checkpoint's config.json names the dtype
+    that the weights were stored in, which may be another than the folder's said: `export_hf` then returns them all.
+
+    Raises ConfigError on a bad folder."""
+    dtypes = {tensor.dtype for tensor in locate_weights(source, check_folder(source)).values()}
+    precision = "bf16" if dtypes == {"BF16"} else "fp32"
+    with tempfile.TemporaryDirectory() as temporary, _single_actor(source, precision) as (actor, grid):
+        like = Path(temporary) / "model"
+        copy_side_files(source, like)
+        name_dtype(like / "config.json", str(DTYPES[precision]).removeprefix("torch."))
         start = checkpoint.Progress(step=0, weight_version=0, optimizer_steps=0, generated_tokens=0)
-        checkpoint.save(target, actor.rows, actor.optimizer, grid, start, like=source)
+        checkpoint.save(target, actor.rows, actor.optimizer, grid, start, like)
 
 
 def export_hf(source: Path, target: Path) -> None:
@@ -33,16 +42,17 @@ def export_hf(source: Path, target: Path) -> None:
             f"{source}: no complete checkpoint there; give a step_NNNNNN folder or the folder that has them"
         )
     like = steps[-1] / checkpoint.SIDE_FILES
-    with _single_actor(like, weights=False) as (actor, grid):
+    precision = "bf16" if _dtype(like) == "bfloat16" else "fp32"
+    with _single_actor(like, precision, weights=False) as (actor, grid):
         checkpoint.load(steps[-1], actor.rows, actor.optimizer, grid)
         write_hf(Gatherer(actor.rows, grid), like, target, grid)
 
 
 @contextmanager
-def _single_actor(folder: Path, weights: bool = True) -> Iterator[tuple[Actor, grids.Grid]]:
+def _single_actor(folder: Path, precision: str, weights: bool = True) -> Iterator[tuple[Actor, grids.Grid]]:
     platform.prepare()
     grids.single_process()
-    settings = Settings(actor=ActorSettings(precision="bf16" if _dtype(folder) == "bfloat16" else "fp32"))
+    settings = Settings(actor=ActorSettings(precision=precision))
     grid = grids.build(settings)
     try:
         yield Actor(settings, folder, grid, weights=weights), grid
@@ -51,8 +61,5 @@ def _single_actor(folder: Path, weights: bool = True) -> Iterator[tuple[Actor, g
 
 
 def _dtype(folder: Path) -> str:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}/config.json cannot be read ({error})") from error
+    config = read_config(folder / "config.json")
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from icrl_megatron.actor.grid import Grid
 from icrl_megatron.actor.weights import Gatherer
 from icrl_megatron.config import ConfigError
+from icrl_megatron.model_config import name_dtype
 
 SHARD_BYTES = 4 << 30
 """Weights are written in files of about this size: the most that rank 0 holds beside its own share."""
@@ -33,7 +34,7 @@ def write_hf(gatherer: Gatherer, like: Path, out: Path, grid: Grid) -> None:
             writer.add(name, tensor)
     if writer is not None:
         writer.close()
-        _name_dtype(part, next(iter(gatherer.owned))[3])
+        name_dtype(part / "config.json", str(next(iter(gatherer.owned))[3]).removeprefix("torch."))
         shutil.rmtree(out, ignore_errors=True)
         part.rename(out)
     dist.barrier(group=grid.host_group)
@@ -49,12 +50,6 @@ def copy_side_files(like: Path, part: Path) -> None:
                 shutil.copy2(path, part / path.name)
     if not (part / "config.json").exists():
         raise ConfigError(f"{like}: no config.json to export beside the weights; name the folder the model came from")
-
-
-def _name_dtype(part: Path, dtype: torch.dtype) -> None:
-    config = json.loads((part / "config.json").read_text())
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 class _ShardWriter:
