@@ -223,6 +223,7 @@ def _model_folder(model: Path) -> Iterator[Path]:
         check_folder(model)
         yield model
     elif (model / "hf" / "config.json").exists():
+        check_folder(model / "hf")
         yield model / "hf"
     else:
         from icrl_megatron.actor.convert import export_hf

@@ -1,17 +1,15 @@
-"""What a Hugging Face folder says of its model, read without torch, and whether the folder is whole."""
+"""The numbers of a Qwen3 model, and whether its Hugging Face folder is whole. Imports no torch."""
 
 from __future__ import annotations
 
-import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from icrl_megatron.config import ConfigError, TinyModel
-
-_MAX_HEADER_BYTES = 100_000_000
-"""The safetensors format allows no longer header."""
+from icrl_megatron.model_config import read_config, read_json
+from icrl_megatron.rope_config import Yarn, read_rope
+from icrl_megatron.weight_files import EMBEDDING, HEAD, Stored, check_weights
 
 
 @dataclass(frozen=True)
@@ -29,39 +27,30 @@ class Qwen3Shape:
     rope_base: float
     norm_eps: float
     max_positions: int
+    """Longest sequence: max_position_embeddings, or what YaRN extends the model to."""
+    yarn: Yarn | None = None
 
     @staticmethod
     def read(folder: Path) -> Qwen3Shape:
-        """From `folder/config.json`. Raises ConfigError where it is missing, damaged or of another architecture."""
+        """From `folder/config.json`. Raises ConfigError where it is missing, damaged, of another architecture, or has
+        a field that cannot be followed."""
         path = folder / "config.json"
-        try:
-            raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if raw.get("model_type") != "qwen3":
-                raise ConfigError(f"{path}: model_type is {raw.get('model_type')!r}; only dense qwen3 can be trained")
-            rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-            if rope.get("rope_type", "default") != "default":
-                raise ConfigError(f"{path}: rope_type {rope['rope_type']!r} is not supported; use the default RoPE")
-            shape = Qwen3Shape(
-                layers=raw["num_hidden_layers"],
-                hidden=raw["hidden_size"],
-                heads=raw["num_attention_heads"],
-                kv_heads=raw["num_key_value_heads"],
-                head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-                ffn=raw["intermediate_size"],
-                vocab=raw["vocab_size"],
-                tied=raw.get("tie_word_embeddings", False),
-                rope_base=raw.get("rope_theta") or rope.get("rope_theta", 1e6),
-                norm_eps=raw["rms_norm_eps"],
-                max_positions=raw["max_position_embeddings"],
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"{path}: not readable as a Qwen3 configuration ({error!r}); check model.path") from error
-        numbers = (shape.layers, shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.ffn, shape.vocab)
-        if not all(isinstance(n, int) and n > 0 for n in (*numbers, shape.max_positions)):
-            raise ConfigError(f"{path}: a size is not a positive integer ({shape}); check model.path")
-        return shape
+        fields = read_config(path)
+        rope = read_rope(fields, fields["max_position_embeddings"], path)
+        return Qwen3Shape(
+            layers=fields["num_hidden_layers"],
+            hidden=fields["hidden_size"],
+            heads=fields["num_attention_heads"],
+            kv_heads=fields["num_key_value_heads"],
+            head_dim=fields["head_dim"],
+            ffn=fields["intermediate_size"],
+            vocab=fields["vocab_size"],
+            tied=fields["tie_word_embeddings"],
+            rope_base=rope.theta,
+            norm_eps=fields["rms_norm_eps"],
+            max_positions=rope.yarn.positions if rope.yarn else fields["max_position_embeddings"],
+            yarn=rope.yarn,
+        )
 
     @staticmethod
     def of_tiny(init: TinyModel, vocab: int = 0) -> Qwen3Shape:
@@ -84,46 +73,78 @@ class Qwen3Shape:
         """Rows of the embedding over all ranks: the vocabulary rounded up to a multiple of the TP size."""
         return -(-self.vocab // tensor_parallel) * tensor_parallel
 
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the model by its Hugging Face name, with its shape; a tied model has no head."""
+        hidden, queries, keys = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        layer = {
+            "input_layernorm": (hidden,),
+            "self_attn.q_proj": (queries, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, queries),
+            "self_attn.q_norm": (self.head_dim,),
+            "self_attn.k_norm": (self.head_dim,),
+            "post_attention_layernorm": (hidden,),
+            "mlp.gate_proj": (self.ffn, hidden),
+            "mlp.up_proj": (self.ffn, hidden),
+            "mlp.down_proj": (hidden, self.ffn),
+        }
+        found: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocab, hidden)}
+        for i in range(self.layers):
+            found |= {f"model.layers.{i}.{name}.weight": size for name, size in layer.items()}
+        found["model.norm.weight"] = (hidden,)
+        return found if self.tied else {**found, HEAD: (self.vocab, hidden)}
+
 
 def check_folder(folder: Path) -> Qwen3Shape:
-    """The shape of a whole Hugging Face folder: configuration, tokenizer and every weight shard are there and readable.
+    """The shape of a whole Hugging Face folder that can be trained faithfully: every field of its configuration can be
+    followed, its weights are exactly the model's tensors, and its tokenizer has no id without a row.
 
-    Raises ConfigError naming the file that is missing or damaged. Reads headers only, so it is quick at any size.
+    Raises ConfigError naming the file, field or tensor, its value and the remedy. Reads JSON and headers only (and the
+    head of a tied model that has one), so it is quick at any size.
     """
     if not folder.is_dir():
         raise ConfigError(f"model.path={folder}: no such folder; give a Hugging Face folder with a dense Qwen3")
     shape = Qwen3Shape.read(folder)
-    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-        raise ConfigError(f"{folder}: the tokenizer is missing (tokenizer.json); copy the model's folder again")
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        check_safetensors(folder / "model.safetensors")
-        return shape
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{index}: cannot be read ({error!r}); copy the model's folder again") from error
-    for shard in shards:
-        check_safetensors(folder / shard)
+    locate_weights(folder, shape)
+    _check_tokenizer(folder, shape.vocab)
     return shape
 
 
-def check_safetensors(path: Path) -> None:
-    """Raises ConfigError unless the file's header is whole and its size is what the header says."""
-    remedy = "copy the model's folder again"
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            (header_bytes,) = struct.unpack("<Q", file.read(8))
-            if header_bytes > min(size, _MAX_HEADER_BYTES):
-                raise ConfigError(f"{path}: damaged (its header is cut off); {remedy}")
-            header = json.loads(file.read(header_bytes))
-        end = max((e["data_offsets"][1] for name, e in header.items() if name != "__metadata__"), default=0)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: the file is missing; {remedy}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path}: damaged ({error!r}); {remedy}") from error
-    if size != 8 + header_bytes + end:
-        raise ConfigError(f"{path}: damaged ({size} bytes, its header says {8 + header_bytes + end}); {remedy}")
+def locate_weights(folder: Path, shape: Qwen3Shape) -> dict[str, Stored]:
+    """Where each tensor of the model is. Raises ConfigError unless the folder holds these and no others."""
+    return check_weights(folder, shape.tensors(), shape.tied)
+
+
+def _check_tokenizer(folder: Path, rows: int) -> None:
+    """Raises ConfigError where the tokenizer is missing or damaged, or gives ids that the embedding has no row for."""
+    files = [folder / name for name in ("tokenizer.json", "vocab.json") if (folder / name).is_file()][:1]
+    if not files:
+        raise ConfigError(f"{folder}: the tokenizer is missing (tokenizer.json); copy the model's folder again")
+    files += [folder / name for name in ("added_tokens.json", "tokenizer_config.json") if (folder / name).is_file()]
+    for path in files:
+        raw = read_json(path)
+        try:
+            i, token = max(_tokens(path.name, raw), default=(-1, ""))
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            raise ConfigError(f"{path}: damaged ({error!r}); copy the model's folder again") from error
+        if i >= rows:
+            raise ConfigError(
+                f"{path}: token {token!r} has id {i}, but the model has {rows} rows (vocab_size); add rows with "
+                "transformers (resize_token_embeddings), or take the token out of the tokenizer"
+            )
+
+
+def _tokens(file: str, raw: Any) -> list[tuple[int, str]]:
+    """(id, token) of every token that a file of a tokenizer names."""
+    if file == "tokenizer_config.json":
+        added = raw.get("added_tokens_decoder") or {}
+        return [(int(i), str(token["content"])) for i, token in added.items()]
+    if file != "tokenizer.json":
+        return [(int(i), token) for token, i in raw.items()]
+    words = (raw.get("model") or {}).get("vocab") or {}
+    if isinstance(words, list):  # unigram: pairs of a token and its score
+        found = [(i, str(pair[0])) for i, pair in enumerate(words)]
+    else:
+        found = [(int(i), token) for token, i in words.items()]
+    return found + [(int(token["id"]), str(token["content"])) for token in raw.get("added_tokens") or []]

@@ -55,7 +55,7 @@ def main(folder: Path, fp8: str) -> None:
     with torch.no_grad():
         for row in table:
             row.param.fill_(torch.nan)  # so that only what was loaded can come out
-    weights.load_hf(table, folder)
+    weights.load_hf(table, folder, shape)
     stored, found = load_file(folder / "model.safetensors"), dict(weights.Gatherer(table, grid).stream())
     layer = model.decoder.layers[0]
     recipe = get_fp8_recipe(model.config) if fp8 != "off" else None

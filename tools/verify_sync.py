@@ -19,18 +19,16 @@ from icrl_megatron.config import ConfigError
 from icrl_megatron.rollout.engine import EngineError
 from icrl_megatron.rollout.sglang_checks import Checksums
 from icrl_megatron.rollout.sglang_server import Server
-from icrl_megatron.shape import Qwen3Shape, check_folder
+from icrl_megatron.shape import Qwen3Shape, check_folder, locate_weights
 
 TIMEOUT_S = 600.0
 
 
-def tensors(folder: Path, dtype: torch.dtype, device: str, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors(folder: Path, shape: Qwen3Shape, dtype: torch.dtype, device: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the folder as the server keeps it; a tied model's head is its embedding."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt", device=device) as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                if not (tied and name == "lm_head.weight"):
-                    yield name, file.get_tensor(name).to(dtype)
+    for name, stored in locate_weights(folder, shape).items():
+        with safe_open(stored.file, framework="pt", device=device) as file:
+            yield name, file.get_tensor(stored.name).to(dtype)
 
 
 def verify(url: str, folder: Path, key: str = "") -> int:
@@ -45,7 +43,7 @@ def verify(url: str, folder: Path, key: str = "") -> int:
     if dtype is None:
         raise ConfigError(f"{url} was started with --dtype {info.get('dtype')}: start it with bfloat16 or float32")
     expected = Checksums(int(info.get("tp_size") or 1), shape.tied)
-    for name, tensor in tensors(folder, dtype, str(info.get("device") or "cpu"), shape.tied):
+    for name, tensor in tensors(folder, shape, dtype, str(info.get("device") or "cpu")):
         expected.add(name, tensor)
     expected.compare(server.post("/weights_checker", {"action": "checksum"}, TIMEOUT_S))
     return len(expected.expected[0])

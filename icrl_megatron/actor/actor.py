@@ -51,7 +51,7 @@ class Actor:
         self.model = build(self.shape, settings.actor, grid)
         self.rows = rows(self.model, self.shape, grid)
         if weights:
-            load_hf(self.rows, folder)
+            load_hf(self.rows, folder, self.shape)
         self.reference = self._frozen_copy(folder) if settings.algo.kl_coef > 0 else None
         self.wrapped = wrap(self.model)
         self.optimizer = Optimizer(self.wrapped, settings.actor, settings.optim)
@@ -136,7 +136,7 @@ class Actor:
 
     def _frozen_copy(self, folder: Path) -> Any:
         model = build(self.shape, self.settings.actor, self.grid).requires_grad_(False)
-        load_hf(rows(model, self.shape, self.grid), folder)
+        load_hf(rows(model, self.shape, self.grid), folder, self.shape)
         return model
 
     def _check_first_step(self, measured: Totals) -> None:

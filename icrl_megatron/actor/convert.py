@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,29 +12,40 @@ from icrl_megatron.actor import checkpoint, platform
 from icrl_megatron.actor import grid as grids
 from icrl_megatron.actor.actor import Actor
 from icrl_megatron.actor.export import write_hf
+from icrl_megatron.actor.model import DTYPES
+from icrl_megatron.actor.side_files import read_side_files, write_side_files
 from icrl_megatron.actor.weights import Gatherer
 from icrl_megatron.config import ActorSettings, ConfigError, Settings
-from icrl_megatron.shape import check_folder
+from icrl_megatron.model_config import name_dtype, read_config
+from icrl_megatron.shape import check_folder, locate_weights
 from icrl_megatron.telemetry import results
 from icrl_megatron.telemetry.disk import disk_errors
 
 
 def import_hf(source: Path, target: Path, overwrite: bool = False) -> None:
-    """Writes `target`/step_000000: fp32 main weights, moments of zero. Other steps there are not touched.
+    """Writes `target`/step_000000: fp32 main weights, moments of zero. Other steps there are not touched. The
+    checkpoint's config.json names the dtype that the weights were stored in, which may be another than the folder's
+    said: `export_hf` then returns them all.
 
-    Raises ConfigError on a bad folder, and on a target that must not be written (`results.check_import`)."""
-    check_folder(source)
+    Raises ConfigError on a bad folder, and on a target that must not be written (`results.check_import`).
+    """
+    dtypes = {tensor.dtype for tensor in locate_weights(source, check_folder(source)).values()}
+    precision = "bf16" if dtypes == {"BF16"} else "fp32"
     final = results.check_import(target, source, overwrite)
     with (
-        _single_actor(source) as (actor, grid),
+        tempfile.TemporaryDirectory() as temporary,
+        _single_actor(source, precision) as (actor, grid),
         results.writing(final, results.CHECKPOINT, [source], overwrite) as folder,
         disk_errors(final, "the checkpoint"),
     ):
+        like = Path(temporary)
+        write_side_files(read_side_files(source), like)
+        name_dtype(like / "config.json", str(DTYPES[precision]).removeprefix("torch."))
         start = checkpoint.Progress(step=0, weight_version=0, optimizer_steps=0, generated_tokens=0)
         # `folder` has the name of a step, in a temporary folder of its own, and the checkpoint's own writer makes it.
         folder.rmdir()
         try:
-            checkpoint.save(folder.parent, actor.rows, actor.optimizer, grid, start, like=source)
+            checkpoint.save(folder.parent, actor.rows, actor.optimizer, grid, start, like)
         except checkpoint.NonFiniteError as error:
             raise ConfigError(f"{source}: its weights are not all finite; import a model whose weights are") from error
 
@@ -46,16 +57,17 @@ def export_hf(source: Path, target: Path, overwrite: bool = False) -> None:
     results.check(target, results.MODEL, [source], overwrite)
     found = checkpoint.find(source, log=lambda message: print(message, file=sys.stderr))
     results.check(target, results.MODEL, [source, found.folder], overwrite)
-    with _single_actor(found.side_files, weights=False) as (actor, grid):
+    precision = "bf16" if _dtype(found.side_files) == "bfloat16" else "fp32"
+    with _single_actor(found.side_files, precision, weights=False) as (actor, grid):
         found.load(actor.rows, actor.optimizer, grid)
         write_hf(Gatherer(actor.rows, grid), found.side_files, target, grid, overwrite)
 
 
 @contextmanager
-def _single_actor(folder: Path, weights: bool = True) -> Iterator[tuple[Actor, grids.Grid]]:
+def _single_actor(folder: Path, precision: str, weights: bool = True) -> Iterator[tuple[Actor, grids.Grid]]:
     platform.prepare()
     grids.single_process()
-    settings = Settings(actor=ActorSettings(precision="bf16" if _dtype(folder) == "bfloat16" else "fp32"))
+    settings = Settings(actor=ActorSettings(precision=precision))
     grid = grids.build(settings)
     try:
         yield Actor(settings, folder, grid, weights=weights), grid
@@ -64,8 +76,5 @@ def _single_actor(folder: Path, weights: bool = True) -> Iterator[tuple[Actor, g
 
 
 def _dtype(folder: Path) -> str:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}/config.json cannot be read ({error})") from error
+    config = read_config(folder / "config.json")
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")

@@ -14,6 +14,7 @@ from icrl_megatron.actor.grid import Grid, gather_objects
 from icrl_megatron.actor.side_files import read_side_files, write_side_files
 from icrl_megatron.actor.weights import Gatherer
 from icrl_megatron.config import ConfigError
+from icrl_megatron.model_config import name_dtype
 from icrl_megatron.telemetry import results
 from icrl_megatron.telemetry.disk import disk_errors, require_space, size_text
 
@@ -92,10 +93,7 @@ class _ShardWriter:
             if self.count > 1:
                 index = {"metadata": {"total_size": self.total}, "weight_map": self.where}
                 (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-            path = self.folder / "config.json"
-            config = json.loads(path.read_text())
-            config["dtype"] = str(self.dtype).removeprefix("torch.")
-            path.write_text(json.dumps(config, indent=2) + "\n")
+            name_dtype(self.folder / "config.json", str(self.dtype).removeprefix("torch."))
 
     def _flush(self) -> None:
         self.files += 1

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from icrl_megatron.actor import platform
 from icrl_megatron.actor.grid import Grid
+from icrl_megatron.actor.rotary import softmax_scale, yarn_frequencies
 from icrl_megatron.config import ActorSettings
 from icrl_megatron.shape import Qwen3Shape
 
@@ -52,6 +53,7 @@ def transformer_config(shape: Qwen3Shape, actor: ActorSettings) -> TransformerCo
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
+        softmax_scale=softmax_scale(shape),
         attention_dropout=0.0,
         hidden_dropout=0.0,
         bias_dropout_fusion=False,
@@ -89,8 +91,11 @@ def build(shape: Qwen3Shape, actor: ActorSettings, grid: Grid) -> Qwen3:
         post_process=grid.last_stage,
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
-        rotary_base=int(shape.rope_base),
+        rotary_base=shape.rope_base,
     )
+    if shape.yarn:
+        plain = model.rotary_pos_emb.inv_freq
+        model.rotary_pos_emb.inv_freq = yarn_frequencies(shape.yarn, shape.rope_base, shape.head_dim).to(plain.device)
     return model.to(platform.device())
 
 

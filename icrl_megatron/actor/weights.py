@@ -6,7 +6,6 @@ and weight sync are all walks over these rows, one tensor at a time: no rank eve
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,9 +20,8 @@ from torch import Tensor
 from icrl_megatron.actor.grid import Grid
 from icrl_megatron.actor.model import Qwen3
 from icrl_megatron.config import ConfigError
-from icrl_megatron.shape import Qwen3Shape
-
-EMBEDDING = "model.embed_tokens.weight"
+from icrl_megatron.shape import Qwen3Shape, locate_weights
+from icrl_megatron.weight_files import EMBEDDING, HEAD
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class _Table:
         if name == "embedding.word_embeddings.weight":
             return self._vocab(name, param, EMBEDDING, duplicate=False)
         if name == "output_layer.weight":
-            source = EMBEDDING if self.shape.tied else "lm_head.weight"
+            source = EMBEDDING if self.shape.tied else HEAD
             return self._vocab(name, param, source, duplicate=self.shape.tied)
         raise RuntimeError(f"no rule maps Megatron's parameter {name}")
 
@@ -163,44 +161,37 @@ def _only(parts: list[Tensor]) -> Tensor:
 
 
 class HFFolder:
-    """Lazy reader of a Hugging Face folder's safetensors, single file or sharded."""
+    """Lazy reader of the weights of a Hugging Face folder."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises ConfigError naming the file that is missing or damaged."""
-        self.folder = folder
-        index = folder / "model.safetensors.index.json"
+    def __init__(self, folder: Path, shape: Qwen3Shape) -> None:
+        """Raises ConfigError unless the folder holds exactly the tensors of `shape`, whole and once."""
+        self.where = locate_weights(folder, shape)
         try:
-            if index.exists():
-                self.where: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            else:
-                with safe_open(folder / "model.safetensors", framework="pt") as f:
-                    self.where = dict.fromkeys(f.keys(), "model.safetensors")
-            self.files = {name: safe_open(folder / name, framework="pt") for name in sorted(set(self.where.values()))}
-        except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ConfigError(
-                f"{folder}: weights cannot be read ({error}); expected model.safetensors or shards with an index"
-            ) from error
+            self.files = {file: safe_open(file, framework="pt") for file in {t.file for t in self.where.values()}}
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{folder}: weights cannot be read ({error}); copy the model's folder again") from error
 
-    def read(self, part: Slice) -> Tensor:
-        """The slice as a tensor of the file's dtype. Raises ConfigError if the name is absent or the shape differs."""
-        if part.name not in self.where:
+    def read(self, part: Slice, dtype: torch.dtype) -> Tensor:
+        """The slice in `dtype`. Raises ConfigError if a value is not finite."""
+        stored = self.where[part.name]
+        values: Tensor = self.files[stored.file].get_slice(stored.name)[part.index]
+        converted = values.to(dtype)
+        if not converted.isfinite().all():
+            bad = values[~converted.isfinite()]
             raise ConfigError(
-                f"{self.folder}: tensor {part.name} is missing; the folder is damaged or of another model"
+                f"{stored.file}: tensor {stored.name} has {len(bad)} values that are not finite in {dtype}, the first "
+                f"is {float(bad[0])}; take a folder that was saved from a healthy model"
             )
-        found = self.files[self.where[part.name]].get_slice(part.name)
-        if tuple(found.get_shape()) != part.full:
-            raise ConfigError(
-                f"{self.folder}: {part.name} has shape {tuple(found.get_shape())}, config.json implies {part.full}"
-            )
-        return found[part.index]
+        return converted
 
 
 @torch.no_grad()
-def load_hf(table: list[Row], folder: Path) -> None:
-    """Fills every parameter from a Hugging Face folder, tensor by tensor."""
-    source = HFFolder(folder)
+def load_hf(table: list[Row], folder: Path, shape: Qwen3Shape) -> None:
+    """Fills every parameter from a Hugging Face folder, tensor by tensor. Raises ConfigError on a folder that does not
+    hold exactly this model, or values that are not finite."""
+    source = HFFolder(folder, shape)
     for row in table:
-        row.param.copy_(row.join([source.read(part) for part in row.slices]))
+        row.param.copy_(row.join([source.read(part, row.param.dtype) for part in row.slices]))
 
 
 class Gatherer:

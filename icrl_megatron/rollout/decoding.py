@@ -92,15 +92,15 @@ class _Layer(CacheLayerMixin):
 class Decoding:
     """The state of one batch; `step()` until `rows` is 0.
 
-    `forbidden_V` marks ids that are never sampled (None: all may be). Log-probs are those of the distribution the token
-    was drawn from: softmax(logits / T) in fp32, T = 1 for greedy requests.
+    Log-probs are those of the distribution the token was drawn from: softmax(logits / T) in fp32 over all V rows of the
+    head, T = 1 for greedy requests. Rows that no token of the tokenizer has are among them: the trainer, SGLang and
+    whoever uses the exported model normalise over them too. Such an id, once sampled, decodes to nothing.
     """
 
-    def __init__(self, model: PreTrainedModel, requests: Sequence[Request], forbidden_V: torch.Tensor | None) -> None:
+    def __init__(self, model: PreTrainedModel, requests: Sequence[Request]) -> None:
         self._model = model
         self._backbone = model.base_model
         self._head = model.get_output_embeddings()
-        self._forbidden_V = forbidden_V
         device = model.device
         samplings = [r.sampling for r in requests]
         self._steps = max(s.max_new_tokens for s in samplings)
@@ -197,8 +197,6 @@ class Decoding:
 
     def _sample(self, logits_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Inverse-CDF draw: (ids_R, log-probs_R)."""
-        if self._forbidden_V is not None:
-            logits_RV = logits_RV.masked_fill(self._forbidden_V, -torch.inf)
         if self._tempered:
             logits_RV = logits_RV / self._temperature_R1
         logprobs_RV = torch.log_softmax(logits_RV, dim=-1)

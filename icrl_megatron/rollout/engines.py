@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 
 from icrl_megatron.actor.grid import Grid
 from icrl_megatron.config import ConfigError, EngineSettings, Settings
@@ -174,14 +173,8 @@ def server_count(settings: Settings, world: int) -> int:
 
 
 def tensor_shapes(folder: Path) -> Shapes:
-    """Every tensor of a Hugging Face folder with its shape, from the headers alone; a tied model has no head."""
-    found: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
-    if Qwen3Shape.read(folder).tied:
-        found.pop("lm_head.weight", None)
-    return found
+    """Every tensor of a Hugging Face folder's model with its shape; a tied model has no head. Raises ConfigError."""
+    return Qwen3Shape.read(folder).tensors()
 
 
 def _spec(settings: Settings, folder: Path, device: torch.device, log: Path) -> ServerSpec:

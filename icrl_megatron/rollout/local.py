@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from icrl_megatron.config import ConfigError, EngineSettings
 from icrl_megatron.rollout.decoding import Decoding, Finished, Request
 from icrl_megatron.rollout.engine import EngineError, Sampling
+from icrl_megatron.shape import Qwen3Shape, locate_weights
 from icrl_megatron.types import Completion, Ids
 
 _IDLE_PASSES = 4
@@ -49,10 +51,11 @@ class LocalEngine:
         whole update has arrived."""
         self._settings = settings
         self._device = torch.device(device)
-        self._model = (_load if weights else _build)(model_dir, dtype).to(self._device)
-        self._vocabulary: int = self._model.config.vocab_size
-        self._max_positions: int = self._model.config.max_position_embeddings
-        self._forbidden_V = _forbidden(model_dir, self._vocabulary, self._device)
+        shape = Qwen3Shape.read(Path(model_dir))
+        model = _load(Path(model_dir), shape, dtype) if weights else _build(Path(model_dir), dtype)
+        self._model = model.to(self._device)
+        _require_finite(self._model, model_dir)
+        self._vocabulary, self._max_positions = shape.vocab, shape.max_positions
         self._version = 0
         self._unfit = "" if weights else "The engine has no weights yet: send a whole update."
         """Why requests are refused; empty when they are not."""
@@ -169,7 +172,7 @@ class LocalEngine:
     async def _run(self, batch: list[_Pending]) -> None:
         """Runs one batch; its requests end one by one. A failure ends those that had not."""
         try:
-            decoding = Decoding(self._model, [p.request for p in batch], self._forbidden_V)
+            decoding = Decoding(self._model, [p.request for p in batch])
             deadline = min(p.deadline for p in batch)
             while decoding.rows:
                 for finished in decoding.step():
@@ -212,43 +215,35 @@ def _check_tensor(
         raise EngineError(f"Update {version}: {name!r} is {tensor.dtype}, not a floating-point tensor.")
 
 
-def _load(model_dir: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+def _load(folder: Path, shape: Qwen3Shape, dtype: torch.dtype) -> PreTrainedModel:
+    """transformers' model of a folder that holds exactly the tensors of `shape`, so that it has nothing to guess."""
+    files = {stored.file.name for stored in locate_weights(folder, shape).values()}
     # Its bar would break into those of the run.
     transformers.utils.logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ConfigError(f"The engine cannot load the model in {str(model_dir)!r}: {error}") from error
-    # transformers fills tensors that a damaged folder lacks with random numbers, and only warns.
-    wrong = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if wrong:
-        raise ConfigError(
-            f"The model in {str(model_dir)!r} lacks or misshapes {len(wrong)} tensors; first {wrong[0]!r}."
-        )
-    layer_types = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-    if layer_types != {"full_attention"}:
-        raise ConfigError(f"The local engine runs full attention only; {str(model_dir)!r} has {sorted(layer_types)}.")
+        config = AutoConfig.from_pretrained(folder)
+        if len(files) == 1:  # it may be a numbered shard, which transformers does not look for
+            (config.transformers_weights,) = files
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError, RuntimeError, KeyError, StrictDataclassError) as error:
+        raise ConfigError(f"The engine cannot load the model in {str(folder)!r}: {error}") from error
     return model.eval().requires_grad_(False)
 
 
-def _build(model_dir: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+def _build(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a configuration, with random weights."""
     try:
-        config = AutoConfig.from_pretrained(model_dir)
+        config = AutoConfig.from_pretrained(folder)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ConfigError(f"The engine cannot build the model in {str(model_dir)!r}: {error}") from error
+    except (OSError, ValueError, RuntimeError, KeyError, StrictDataclassError) as error:
+        raise ConfigError(f"The engine cannot build the model in {str(folder)!r}: {error}") from error
     return model.eval().requires_grad_(False)
 
 
-def _forbidden(model_dir: str | Path, vocabulary: int, device: torch.device) -> torch.Tensor | None:
-    """[V] bool: ids that the tokenizer does not have (padding of the model's vocabulary); None if there are none."""
-    try:
-        known = AutoTokenizer.from_pretrained(model_dir).get_vocab().values()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"The engine cannot load the tokenizer in {str(model_dir)!r}: {error}") from error
-    forbidden = torch.ones(vocabulary, dtype=torch.bool)
-    forbidden[[i for i in known if i < vocabulary]] = False
-    return forbidden.to(device) if bool(forbidden.any()) else None
+def _require_finite(model: PreTrainedModel, folder: str | Path) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ConfigError(
+                f"{folder}: tensor {name} has values that are not finite in {parameter.dtype}; take a folder that was "
+                "saved from a healthy model"
+            )

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from model_folders import write_sparse
 
 from icrl_megatron import settings as settings_module
 from icrl_megatron import validate, validate_rollout
@@ -36,7 +37,7 @@ def stood_in(settings: Settings) -> Settings:
 
 
 def with_model(settings: Settings, folder: Path) -> Settings:
-    """With a folder that looks like the recipe's model from outside: configuration, tokenizer, no weights."""
+    """With a folder that looks like the recipe's model from outside: configuration, tokenizer, weights of zeros."""
     shape = shape_of(settings)
     config = {
         "model_type": "qwen3",
@@ -55,8 +56,7 @@ def with_model(settings: Settings, folder: Path) -> Settings:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text("{}")
-    header = b"{}"
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    write_sparse(folder / "model.safetensors", shape)
     return replace(settings, model=replace(settings.model, path=str(folder)))
 
 

@@ -21,6 +21,11 @@ MODELS = {
     "untied": TinyModel(layers=4, hidden=48, heads=8, kv_heads=4, head_dim=12, ffn=80, tie_embeddings=False),
 }
 """Two K/V groups, one to a rank at TP 2, and four."""
+ROPE = {
+    "tied": {"rope_type": "default", "rope_theta": 10_000.0},
+    "untied": {"rope_type": "yarn", "rope_theta": 500.5, "factor": 4.0, "original_max_position_embeddings": 16},
+}
+"""The samples are longer than what YaRN starts from."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from grid_cases import CASES, GRIDS, LAYOUTS, MODELS, SAVERS, SHARD_BYTES, STEPS, VOCAB, Trained, model_folder
+from grid_cases import CASES, GRIDS, LAYOUTS, MODELS, ROPE, SAVERS, SHARD_BYTES, STEPS, VOCAB, Trained, model_folder
 from grid_reference import Reference
 from safetensors.torch import load_file
 from torch import Tensor
@@ -37,6 +37,7 @@ def make_model(folder: Path, name: str, dtype: torch.dtype) -> None:
         head_dim=tiny.head_dim,
         max_position_embeddings=tiny.max_positions,
         tie_word_embeddings=tiny.tie_embeddings,
+        rope_parameters=dict(ROPE[name]),
         initializer_range=0.08,
     )
     torch.manual_seed(len(name))

@@ -1,0 +1,223 @@
+"""Which fields a Qwen3 config.json may have, what each means here, and the values that can be trained.
+
+Every field is in one of the tables below. A field that is in none of them, or that asks for something other than the
+plain dense Qwen3, is refused by name: training on would silently train another model. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from icrl_megatron.config import ConfigError
+
+LFS_POINTER = b"version https://git-lfs"
+"""How the small text file begins that Git leaves in place of a large one."""
+
+SIZES = {
+    "hidden_size": "width of the residual stream",
+    "intermediate_size": "width of the MLP",
+    "num_attention_heads": "query heads",
+    "num_hidden_layers": "decoder layers",
+    "num_key_value_heads": "key and value heads",
+    "vocab_size": "rows of the embedding and of the head, padding rows included",
+}
+"""Positive integers that must be there: transformers' defaults for them are those of one size of Qwen3 only."""
+
+DEFAULTS: dict[str, int | float | bool] = {
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+"""Fields that enter the computation and may be absent, with the value that transformers then takes."""
+
+ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}
+"""Read by rope_config.py, which checks them against each other."""
+
+
+@dataclass(frozen=True)
+class Only:
+    """A field that may be absent or have one of these values; any other changes the model."""
+
+    values: tuple[object, ...]
+    why: str
+    """What another value means, and what to do about it."""
+
+
+_OTHER_HEAD = "the weights are those of another head; take the causal language model, Qwen3ForCausalLM"
+_QUANTISED = "the weights are quantised; take the folder in bf16, e.g. Qwen3-8B instead of Qwen3-8B-FP8"
+_DECODER = "only the plain causal decoder can be trained; set it to false"
+
+ONLY: dict[str, Only] = {
+    "model_type": Only(("qwen3",), "only dense qwen3 can be trained; take such a folder"),
+    "architectures": Only((None, ["Qwen3ForCausalLM"]), _OTHER_HEAD),
+    "add_cross_attention": Only((False, None), _DECODER),
+    "attention_bias": Only((False,), "attention projections have no biases here; take a folder without them"),
+    "attention_dropout": Only((0.0,), "attention has no dropout here; set it to 0.0"),
+    "auto_map": Only((None,), "the folder brings code of its own; take a folder without it"),
+    "chunk_size_feed_forward": Only((0, None), "the MLP is not cut into chunks; set it to 0"),
+    "cross_attention_hidden_size": Only((None,), _DECODER),
+    "dtype": Only((None, "float32", "bfloat16", "float16", "float64"), _QUANTISED),
+    "torch_dtype": Only((None, "float32", "bfloat16", "float16", "float64"), _QUANTISED),
+    "hidden_act": Only(("silu",), "the MLP has SiLU here; take a folder with it"),
+    "is_causal": Only((True,), "attention is causal here; take a causal language model"),
+    "is_decoder": Only((False, None), _DECODER),
+    "is_encoder_decoder": Only((False,), _DECODER),
+    "mlp_bias": Only((False, None), "the MLP has no biases here; take a folder without them"),
+    "output_attentions": Only((False, None), "it changes how attention is computed; set it to false"),
+    "output_hidden_states": Only((False, None), "nothing reads them; set it to false"),
+    "partial_rotary_factor": Only((1.0, None), "Qwen3 rotates whole heads; delete it if it is meant to be 1"),
+    "pruned_heads": Only((None, {}), "all heads are computed; take the folder before pruning"),
+    "quantization": Only((None,), _QUANTISED),
+    "quantization_config": Only((None,), _QUANTISED),
+    "return_dict": Only((True, None), "transformers' models are called with it; set it to true"),
+    "tie_encoder_decoder": Only((False, None), _DECODER),
+    "torchscript": Only((False, None), "nothing is traced; set it to false"),
+    "use_bfloat16": Only((False, None), "actor.precision says this; set it to false"),
+    "use_mrope": Only((False, None), "positions have one axis here; set it to false for a text model"),
+    "use_sliding_window": Only((False,), "all layers attend to the whole context here; set it to false if they do"),
+}
+
+WITHOUT_EFFECT: dict[str, tuple[type, ...]] = {
+    "bos_token_id": (int, type(None)),
+    "eos_token_id": (int, list, type(None)),
+    "initializer_range": (float,),
+    "max_window_layers": (int,),
+    "sliding_window": (int, type(None)),
+    "use_cache": (bool,),
+}
+"""Of these only the type is checked, as transformers does. Stop ids come from the tokenizer; no weight is drawn at
+random; the two about windows count only with use_sliding_window."""
+
+NOTES = {
+    *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "transformers.js_config"),
+    *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "tokenizer_class", "prefix"),
+    *("unsloth_fixed", "unsloth_version", "finetuning_task", "task_specific_params", "problem_type", "tf_legacy_loss"),
+    *("id2label", "label2id", "num_labels", "sep_token_id", "unk_token_id", "decoder_start_token_id"),
+    # Defaults of `generate`, which old versions of transformers wrote here. Sampling is by rollout.* alone.
+    *("max_length", "max_new_tokens", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups"),
+    *("diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences"),
+    *("output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id"),
+    *("remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
+}
+"""Where a folder comes from and how it may be used: nothing that the model computes depends on these."""
+
+_CHECKED_HERE = {"layer_types", "pad_token_id"}
+KNOWN = {*SIZES, *DEFAULTS, *ROPE, *ONLY, *WITHOUT_EFFECT, *NOTES, *_CHECKED_HERE}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The fields of a config.json whose every field can be followed, absent DEFAULTS filled in.
+
+    Raises ConfigError naming the file, the field, its value and the remedy.
+    """
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: not readable as a Qwen3 configuration (it is no JSON object); check model.path")
+    if "model_type" not in raw:
+        raise ConfigError(f"{path}: not readable as a Qwen3 configuration (model_type is missing); check model.path")
+    for name, only in ONLY.items():
+        if name in raw and not any(_same(raw[name], value) for value in only.values):
+            raise ConfigError(f"{path}: {name}={_shown(raw[name])}: {only.why}")
+    for name, value in raw.items():
+        if name not in KNOWN and value is not None:
+            raise ConfigError(
+                f"{path}: {name}={_shown(value)}: this field of the model is not known here, so it cannot be followed; "
+                "delete it if the weights do not depend on it"
+            )
+    fields = {**DEFAULTS, **raw}
+    for name in (*SIZES, "head_dim", "max_position_embeddings"):
+        fields[name] = _size(fields, name, path)
+    _check_numbers(fields, path)
+    _check_layers(fields, path)
+    return fields
+
+
+def read_json(path: Path) -> Any:
+    """Raises ConfigError where a JSON file of a model's folder is missing, unreadable, damaged or a Git LFS pointer."""
+    try:
+        content = path.read_bytes()
+        require_not_lfs(path, content)
+        return json.loads(content.decode())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: the file is missing; check model.path, or copy the model's folder again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON ({error}); copy the model's folder again") from error
+
+
+def name_dtype(path: Path, dtype: str) -> None:
+    """Makes a config.json name the dtype of its weights, in torch's words, in every spelling that it has."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields["dtype"] = dtype
+    if "torch_dtype" in fields:  # what transformers 4 reads
+        fields["torch_dtype"] = dtype
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def require_not_lfs(path: Path, begin: bytes) -> None:
+    """Raises ConfigError if a file that begins so is Git LFS's pointer to the real one."""
+    if begin.startswith(LFS_POINTER):
+        raise ConfigError(
+            f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in {path.parent}, or download the "
+            "model again"
+        )
+
+
+def _size(fields: dict[str, Any], name: str, path: Path) -> int:
+    value = fields.get(name)
+    if value is None and name == "num_key_value_heads" and name in fields:
+        value = fields["num_attention_heads"]  # as transformers reads null
+    if name not in fields:
+        raise ConfigError(f"{path}: {name} is missing; copy the model's config.json again")
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"{path}: {name}={value!r}: not a positive integer; copy the model's config.json again")
+    return value
+
+
+def _check_numbers(fields: dict[str, Any], path: Path) -> None:
+    epsilon = fields["rms_norm_eps"]
+    if type(epsilon) is not float or not 0 < epsilon < 1:
+        raise ConfigError(f"{path}: rms_norm_eps={epsilon!r}: expected a small positive number, e.g. 1e-06")
+    if not isinstance(fields["tie_word_embeddings"], bool):
+        raise ConfigError(f"{path}: tie_word_embeddings={fields['tie_word_embeddings']!r}: expected true or false")
+    padding = fields.get("pad_token_id")
+    if padding is not None and (type(padding) is not int or padding >= fields["vocab_size"]):
+        raise ConfigError(
+            f"{path}: pad_token_id={padding!r} is no row of the {fields['vocab_size']} (vocab_size); set it to null"
+        )
+    for name, types in WITHOUT_EFFECT.items():
+        if name in fields and type(fields[name]) not in types:
+            listed = " or ".join("null" if t is type(None) else t.__name__ for t in types)
+            raise ConfigError(f"{path}: {name}={_shown(fields[name])}: expected {listed}; correct or delete it")
+
+
+def _check_layers(fields: dict[str, Any], path: Path) -> None:
+    """transformers 5 writes the kind of every layer."""
+    kinds, layers = fields.get("layer_types"), fields["num_hidden_layers"]
+    if kinds is None:
+        return
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        raise ConfigError(
+            f"{path}: layer_types={_shown(kinds)}: expected one kind for each of the {layers} layers "
+            "(num_hidden_layers); delete it if all are full_attention"
+        )
+    for kind in kinds:
+        if kind != "full_attention":
+            raise ConfigError(
+                f"{path}: layer_types has {kind!r}: all layers attend to the whole context here; take a folder whose "
+                "layers are full_attention"
+            )
+
+
+def _same(a: object, b: object) -> bool:
+    """Equal, and both or neither of them true or false (which Python takes for numbers)."""
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

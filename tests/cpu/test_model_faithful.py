@@ -1,0 +1,201 @@
+"""Folders in every accepted form: actor and local engine give transformers' log-probs, and import and export return
+every tensor."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_folders import YARN, copy, make_folder, save, shard, tensors, with_fields
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from whole_runs import batch
+
+from icrl_megatron.actor import platform
+from icrl_megatron.config import ConfigError, EngineSettings, Settings
+from icrl_megatron.data.packing import pack
+from icrl_megatron.rollout.engine import Sampling
+from icrl_megatron.rollout.local import LocalEngine
+from icrl_megatron.types import Completion, Sample
+
+if torch.cuda.is_available():
+    pytest.skip("the stand-ins for CUDA would hide the GPU from other tests of this process", allow_module_level=True)
+platform.prepare("cpu")
+
+from icrl_megatron.actor import grid as grids  # noqa: E402
+from icrl_megatron.actor.actor import Actor  # noqa: E402
+
+TOLERANCE = 1e-5
+TOKENS, PADDING = 200, 27
+"""37 words of the tokenizer and 27 more rows make 64."""
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("base") / "model", tied=request.param, rows=PADDING)
+
+
+@pytest.fixture(scope="module")
+def grid() -> Iterator[grids.Grid]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            patch.setenv(name, "")  # remembered, so that what single_process sets does not outlive the module
+            patch.delenv(name)
+        grids.single_process()
+        yield grids.build(Settings())
+        grids.shutdown()
+
+
+def settings() -> Settings:
+    found = Settings()
+    found.actor.precision = "fp32"
+    return found
+
+
+def response(vocabulary: int) -> tuple[int, ...]:
+    return tuple(torch.randint(vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(3)).tolist())
+
+
+def actors(folder: Path, grid: grids.Grid) -> Tensor:
+    """[TOKENS] log-probs of one long sequence, packed behind a short one."""
+    actor = Actor(settings(), folder, grid)
+    ids = response(actor.shape.vocab)
+    samples = [
+        Sample(f"t#{i}", "t", "attempt", 0, (5, 6), (5, 6), part, (True,) * len(part), (0.0,) * len(part), False, 1, 1)
+        for i, part in enumerate((ids[:9], ids))
+    ]
+    plan = pack(samples, actor.settings.algo, micro_batch_tokens=4096)
+    (batch,) = plan.updates[0]
+    logprobs = actor._score(actor.wrapped, plan)[0][0]
+    return logprobs[torch.from_numpy(batch.sample_index_L) == plan.samples.index(samples[1])]
+
+
+@torch.no_grad()
+def of_transformers(folder: Path, ids: tuple[int, ...], prompt: tuple[int, ...] = (5, 6)) -> Tensor:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+
+def generated(folder: Path) -> Completion:
+    engine = LocalEngine(folder, EngineSettings(), torch.float32, "cpu")
+    return asyncio.run(engine.generate((5, 6), Sampling(1.0, TOKENS, 0, ())))
+
+
+def convert_to(dtype: torch.dtype) -> Callable[[Path], object]:
+    return lambda f: save({n: t.to(dtype) for n, t in tensors(f).items()}, f / "model.safetensors")
+
+
+Change = Callable[[Path], object]
+YARN_PARAMETERS: dict[str, Any] = {**YARN, "rope_theta": 10000.0}
+FIELDS: dict[str, dict[str, Any]] = {
+    "theta_not_an_integer": {"rope_parameters": {"rope_type": "default", "rope_theta": 1234.567}},
+    "theta_at_the_top": {"rope_parameters": None, "rope_theta": 5e6},
+    "no_theta": {"rope_parameters": None},
+    "yarn": {"rope_parameters": YARN_PARAMETERS},
+    "yarn_of_the_model_card": {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": YARN},
+    "yarn_with_type": {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 777.5},
+    "yarn_no_attention_factor": {
+        "rope_parameters": {**YARN_PARAMETERS, "attention_factor": 1.0, "attn_factor": 0.8782488562869419}
+    },
+    "yarn_every_field": {
+        "rope_parameters": {
+            **YARN_PARAMETERS,
+            "beta_fast": 8,
+            "beta_slow": 0.5,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.4,
+            "truncate": False,
+        }
+    },
+}
+FILES: dict[str, Change] = {
+    "shards": shard,
+    "fp16": convert_to(torch.float16),
+    "bf16": convert_to(torch.bfloat16),
+    "says_bf16": lambda f: with_fields(f, {"dtype": "bfloat16"}),
+}
+
+
+@pytest.mark.parametrize("name", [*FIELDS, *FILES])
+def test_log_probs_are_transformers_own(base: Path, grid: grids.Grid, tmp_path: Path, name: str) -> None:
+    """Of the actor, with all rows in the sum; and of what the engine samples, some of it in rows without a token."""
+    folder = copy(base, tmp_path / "m", FIELDS.get(name))
+    FILES.get(name, lambda _: None)(folder)
+    ids = response(64)
+    assert any(i >= 64 - PADDING for i in ids)
+    want = of_transformers(folder, ids)
+    if name in FIELDS:
+        assert (want - of_transformers(base, ids)).abs().max() > 1e-2 or name == "no_theta"
+    assert (actors(folder, grid) - want).abs().max() <= TOLERANCE
+    done = generated(folder)
+    assert (torch.tensor(done.logprobs) - of_transformers(folder, done.ids)).abs().max() <= TOLERANCE
+    assert any(i >= 64 - PADDING for i in done.ids)
+
+
+@pytest.mark.parametrize("name", ["one_shard", "backbone_names", "old_spelling", "same_head"])
+def test_other_forms_of_a_folder_are_the_same_model(base: Path, grid: grids.Grid, tmp_path: Path, name: str) -> None:
+    folder, stored = copy(base, tmp_path / "m", old=name == "old_spelling"), tensors(base)
+    if name == "one_shard":
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    elif name == "backbone_names":
+        save({n.removeprefix("model."): t for n, t in stored.items()}, folder / "model.safetensors")
+    elif name == "same_head":
+        head = stored.get("lm_head.weight", stored["model.embed_tokens.weight"]).clone()
+        save({**stored, "lm_head.weight": head}, folder / "model.safetensors")
+    assert torch.equal(actors(folder, grid), actors(base, grid))
+    assert generated(folder) == generated(base)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_found_while_loading(
+    base: Path, grid: grids.Grid, tmp_path: Path, value: float
+) -> None:
+    folder, values = copy(base, tmp_path / "m"), tensors(base)
+    values["model.layers.1.mlp.down_proj.weight"][3, 4] = value
+    save(values, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=rf"mlp\.down_proj\.weight has 1 values .* the first is {value}"):
+        Actor(settings(), folder, grid)
+    with pytest.raises(ConfigError, match=r"model\.layers\.1\.mlp\.down_proj\.weight has values that are not finite"):
+        LocalEngine(folder, EngineSettings(), torch.float32, "cpu")
+
+
+ROUND_TRIPS = ("plain", "yarn", "says_bf16", "shards", "backbone_names", "bf16")
+
+
+@pytest.fixture(scope="module")
+def round_trips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """NAME/m, and NAME/hf that `icrl import` and `icrl export` made of it."""
+    root = tmp_path_factory.mktemp("round_trips")
+    base, commands = make_folder(root / "base", rows=PADDING), {}
+    for name in ROUND_TRIPS:
+        folder = copy(base, root / name / "m", old=name == "yarn")
+        if name == "yarn":
+            with_fields(folder, {"rope_scaling": {**YARN, "type": "yarn"}})
+        elif name == "backbone_names":
+            save({n.removeprefix("model."): t for n, t in tensors(base).items()}, folder / "model.safetensors")
+        FILES.get(name, lambda _: None)(folder)
+        commands[f"{name}/import"] = ["import", str(folder), str(root / name / "checkpoints")]
+        commands[f"{name}/export"] = ["export", str(root / name / "checkpoints"), str(root / name / "hf")]
+    ended = batch(root, commands)
+    assert not [(name, end.error) for name, end in ended.items() if end.code != 0]
+    return root
+
+
+@pytest.mark.parametrize("name", ROUND_TRIPS)
+def test_import_and_export_return_every_row(round_trips: Path, name: str) -> None:
+    """Bit for bit, padding rows too, and the configuration means the same."""
+    folder, result = round_trips / name / "m", round_trips / name / "hf"
+    dtype = torch.bfloat16 if name == "bf16" else torch.float32
+    back, want = tensors(result), {n: t.to(dtype) for n, t in tensors(round_trips / "base").items()}
+    assert back.keys() == want.keys()
+    assert all(torch.equal(back[n], want[n]) and back[n].dtype == dtype for n in want)
+    config = json.loads((result / "config.json").read_text())
+    assert {config[key] for key in ("dtype", "torch_dtype") if key in config} == {str(dtype).removeprefix("torch.")}
+    ids = response(64)
+    assert torch.equal(of_transformers(result, ids), of_transformers(folder, ids))

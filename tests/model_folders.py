@@ -1,0 +1,131 @@
+"""Small Qwen3 folders: a whole one, copies with something changed, and folders of any size that take no disk space."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from icrl_megatron.shape import Qwen3Shape
+from icrl_megatron.tiny import build_tokenizer
+
+WORDS = [f"w{i}" for i in range(30)]
+YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+Tensors = dict[str, torch.Tensor]
+
+
+def make_folder(folder: Path, tied: bool = True, rows: int = 0) -> Path:
+    """Weights so large that every part of the model shows in the log-probs; `rows` more than the tokenizer has."""
+    tokenizer = build_tokenizer(WORDS)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer) + rows,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        initializer_range=0.1,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = Qwen3ForCausalLM(config)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.data.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def published(folder: Path) -> None:
+    """Spells config.json as the published Qwen3 folders do (transformers 4.51)."""
+
+    def spell(config: dict[str, Any]) -> None:
+        theta = config.pop("rope_parameters")["rope_theta"]
+        del config["dtype"], config["layer_types"], config["pad_token_id"]
+        config.update(
+            {
+                "attention_bias": False,
+                "bos_token_id": 0,
+                "max_window_layers": 2,
+                "rope_scaling": None,
+                "rope_theta": int(theta),
+                "torch_dtype": "float32",
+                "transformers_version": "4.51.0",
+            }
+        )
+
+    edit_config(folder, spell)
+
+
+def edit_config(folder: Path, change: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def with_fields(folder: Path, fields: Mapping[str, Any]) -> None:
+    edit_config(folder, lambda config: config.update(fields))
+
+
+def copy(base: Path, out: Path, fields: Mapping[str, Any] | None = None, old: bool = False) -> Path:
+    """A copy with these fields in its config.json, which is spelled in the `old` way if asked for."""
+    shutil.copytree(base, out)
+    if old:
+        published(out)
+    with_fields(out, fields or {})
+    return out
+
+
+def tensors(folder: Path) -> Tensors:
+    return load_file(folder / "model.safetensors")
+
+
+def save(values: Tensors, path: Path) -> None:
+    save_file(values, path, metadata={"format": "pt"})
+
+
+def shard(folder: Path, files: int = 3) -> None:
+    """In place of one file, several and an index."""
+    values, where = tensors(folder), {}
+    (folder / "model.safetensors").unlink()
+    for i in range(files):
+        name = f"model-{i + 1:05d}-of-{files:05d}.safetensors"
+        part = {n: values[n] for n in sorted(values)[i::files]}
+        save(part, folder / name)
+        where.update(dict.fromkeys(part, name))
+    write_index(folder, where)
+
+
+def write_index(folder: Path, where: dict[str, str]) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    found: dict[str, str] = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    return found
+
+
+def write_sparse(path: Path, shape: Qwen3Shape, dtype: str = "BF16") -> None:
+    """A file with every tensor of a model of any size, all zeros, which takes no space on the disk."""
+    header, end = {}, 0
+    for name, size in shape.tensors().items():
+        start, end = end, end + 2 * prod(size)
+        header[name] = {"dtype": dtype, "shape": list(size), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
