@@ -16,6 +16,7 @@ from icrl_megatron import settings as settings_module
 from icrl_megatron.config import ConfigError, Settings
 from icrl_megatron.config_tasks import TaskSource
 from icrl_megatron.eval_problems import TEST
+from icrl_megatron.resume import earlier
 from icrl_megatron.rollout.episode import Stage, play
 from icrl_megatron.rollout.scores import Comparison, Score, Successes, compare, score, successes
 from icrl_megatron.rollout.speakers import EngineSpeaker, Seeds, Speaker, engine_casting
@@ -83,7 +84,7 @@ def evaluate(request: Request) -> tuple[Result, Path]:
     """
     _check(request)
     run = _run_settings(request.model)
-    settings = _settings(request, run)
+    settings = _settings(request, run[-1] if run else None)
     out = request.out or (request.model if request.model.is_dir() else request.model.parent) / "eval"
     problems = eval_problems.problems(settings, run, request.on, request.problems)
     earlier = read_result(request.against) if request.against else None
@@ -150,12 +151,12 @@ def _check_pairs(request: Request, problems: Sequence[Task], earlier: Result) ->
             )
 
 
-def _run_settings(model: Path) -> Settings | None:
-    """The settings of the run that a model lies in, if it lies in one."""
+def _run_settings(model: Path) -> list[Settings]:
+    """The settings of the run that a model lies in, after those that it had earlier; empty if it lies in none."""
     for folder in (model, *model.resolve().parents[:3]):
         if (folder / settings_module.SAVED_NAME).exists():
-            return settings_module.load_saved(folder / settings_module.SAVED_NAME)
-    return None
+            return [*earlier(folder), settings_module.load_saved(folder / settings_module.SAVED_NAME)]
+    return []
 
 
 def _settings(request: Request, run: Settings | None) -> Settings:

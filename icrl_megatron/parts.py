@@ -23,6 +23,7 @@ from icrl_megatron.rollout import tapes
 from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.source import EpisodeSource, Played
 from icrl_megatron.rollout.speakers import Seeds
+from icrl_megatron.rollout.tapes import Tapes
 from icrl_megatron.telemetry.dumps import write_dump
 from icrl_megatron.telemetry.metrics import EVALUATION_TIME, GENERATED, USED, heldout_metrics, rollout_metrics
 from icrl_megatron.telemetry.progress import Phase, Progress
@@ -83,7 +84,8 @@ class Recorder:
         if found:
             actor = parts.actor
             resumed = checkpoint.load(found[-1], actor.rows, actor.optimizer, parts.grid)
-            parts.source.take_back(tapes.read(found[-1] / TAPES))
+            if parts.settings.rollout.partial:
+                self._take_back(tapes.read(found[-1] / TAPES))
             self.step, self.generated = resumed.step, resumed.generated_tokens
             parts.sync.version = resumed.weight_version - 1
             progress.log(f"resuming from {found[-1]}")
@@ -93,12 +95,19 @@ class Recorder:
         self._resume_curriculum(main)
         self.writer = MetricsWriter(run_dir, self.step if found else None) if main else None
 
+    def _take_back(self, kept: Tapes) -> None:
+        """Episodes go on where their problems are still trained on: the data may have changed."""
+        known = {task: group for task, group in kept.items() if task in self.parts.sampler.known}
+        if len(known) < len(kept):
+            self.progress.log(f"{len(kept) - len(known)} unfinished groups are left out: their problems are gone")
+        self.parts.source.take_back(known)
+
     def _resume_curriculum(self, main: bool) -> None:
         """What the steps before the checkpoint saw; the file is this run's own, so every rank may read it."""
         curriculum = self.parts.sampler.curriculum
         if curriculum is None:
             return
-        for shares in read_history(self.run_dir, self.step):
+        for shares in read_history(self.run_dir, self.step, self.parts.sampler.known):
             curriculum.observe(shares)
         any_rank(self.parts.grid, False)  # nobody reads any more
         if main:
@@ -133,7 +142,7 @@ class Recorder:
             shares = success_shares(played.episodes)
             curriculum.observe(shares)
             if self.writer is not None:
-                append_history(self.run_dir, self.step, shares)
+                append_history(self.run_dir, self.step, shares, [e.task for e in played.episodes])
         row = rollout_metrics(played.episodes, played.dropped, report)
         row |= _cost(played)
         row |= {"tokens/generated_total": self.generated, "steps/resampled": self.resampled}

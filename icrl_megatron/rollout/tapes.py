@@ -61,7 +61,9 @@ def read(path: Path) -> Tapes:
     try:
         return from_lines(path.read_text(encoding="utf-8").splitlines())
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: damaged ({error!r}); delete it, and its episodes begin anew") from error
+        raise ConfigError(
+            f"{path}: damaged ({error!r}); set rollout.partial=false to go on without the episodes in it"
+        ) from error
 
 
 def from_lines(lines: Iterable[str]) -> Tapes:

@@ -43,8 +43,8 @@ def teacher_casting(task_set: Callable[[str], TaskSet], prompter: Prompter, seed
         teachable = task_set(task.source)
         if not isinstance(teachable, Teachable):
             raise ConfigError(
-                f"Task set {task.source!r} has no teacher: leave it out of the warm start, or give it teacher() and "
-                "vocabulary()."
+                f"Task set {task.source!r} has no teacher for the warm start: take it out of tasks.sources, or give it "
+                "teacher() and vocabulary()."
             )
         rng = random.Random(seeds.of(task.task_id, index, 0, "teacher", 0))
         speaker = TeacherSpeaker(teachable.teacher(task, rng), prompter)
