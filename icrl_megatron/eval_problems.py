@@ -16,9 +16,11 @@ TEST = "test"
 """All held-out problems."""
 
 
-def problems(settings: Settings, run: Sequence[Settings], on: Sequence[str], limit: int | None) -> list[Task]:
+def problems(
+    settings: Settings, run: Settings | None, on: Sequence[str], limit: int | None, before: Sequence[Settings] = ()
+) -> list[Task]:
     """The held-out problems of the settings' task sets, of each at most `limit`; `on` names subsets, or all as "test".
-    `run`: the settings of the run that the model comes from, and before them those that it had earlier.
+    `run`: the settings of the run that the model comes from; `before`: those that it had earlier.
 
     Raises ConfigError on a subset that there is none of, and on a problem that is a training problem of these settings
     or of the run, with file and line where the rows are on disk.
@@ -35,9 +37,9 @@ def problems(settings: Settings, run: Sequence[Settings], on: Sequence[str], lim
         task_set = catalogue.get(source.name)
         heldout = list(task_set.problems("heldout"))
         _check_trained(source, source, heldout)
-        for trained in _trained(source, run[-1:]):
+        for trained in _trained(source, [run] if run else []):
             _check_trained(trained, source, heldout)
-        check_earlier_rows(source, run[:-1], heldout)
+        check_earlier_rows(source, before, heldout)
         if not heldout:
             raise ConfigError(f"task set {source.name!r} has no held-out problems to evaluate on")
         known |= {name for task in heldout for name in _names(subset_of(task))}

@@ -83,10 +83,10 @@ def evaluate(request: Request) -> tuple[Result, Path]:
     Raises ConfigError on a model, task set, critic or earlier result that is not one, before anything is played.
     """
     _check(request)
-    run = _run_settings(request.model)
-    settings = _settings(request, run[-1] if run else None)
+    run, before = _run_settings(request.model)
+    settings = _settings(request, run)
     out = request.out or (request.model if request.model.is_dir() else request.model.parent) / "eval"
-    problems = eval_problems.problems(settings, run, request.on, request.problems)
+    problems = eval_problems.problems(settings, run, request.on, request.problems, before)
     earlier = read_result(request.against) if request.against else None
     if earlier is not None:
         _check_pairs(request, problems, earlier)
@@ -151,12 +151,12 @@ def _check_pairs(request: Request, problems: Sequence[Task], earlier: Result) ->
             )
 
 
-def _run_settings(model: Path) -> list[Settings]:
-    """The settings of the run that a model lies in, after those that it had earlier; empty if it lies in none."""
+def _run_settings(model: Path) -> tuple[Settings | None, list[Settings]]:
+    """The settings of the run that a model lies in, if it lies in one, and those that the run had earlier."""
     for folder in (model, *model.resolve().parents[:3]):
         if (folder / settings_module.SAVED_NAME).exists():
-            return [*earlier(folder), settings_module.load_saved(folder / settings_module.SAVED_NAME)]
-    return []
+            return settings_module.load_saved(folder / settings_module.SAVED_NAME), earlier(folder)
+    return None, []
 
 
 def _settings(request: Request, run: Settings | None) -> Settings:

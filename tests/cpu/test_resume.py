@@ -177,10 +177,9 @@ def test_rows_that_were_trained_on_before_a_change_are_never_held_out(tmp_path: 
     for settings in (again(run, sources(second, first)), again(run, sources(held, first))):
         with pytest.raises(ConfigError, match=r"first\.jsonl, line 1: this held-out problem is a training problem too"):
             validate(settings)
-    known = [*earlier(run), S.load_saved(run / S.SAVED_NAME)]
     asked = again(run, sources(second, first))
     asked.tasks.sources = [TaskSource("math", data=asked.tasks.sources[0].data)]
     with pytest.raises(ConfigError, match="is a training problem too"):
-        problems(asked, known, ("test",), None)
+        problems(asked, S.load_saved(run / S.SAVED_NAME), ("test",), None, earlier(run))
     Path(first).rename(tmp_path / "moved.jsonl")  # rows that are gone cannot be compared
     validate(again(run, sources(second, str(tmp_path / "moved.jsonl"))))

@@ -102,7 +102,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         other.bind(("", 0))
         other.listen()
         port = f"tasks.sources.0.serve.port={other.getsockname()[1]}"
-        with pytest.raises(ConfigError, match=r"is taken on .*; set serve\.port=0"):
+        with pytest.raises(ConfigError, match=r"is taken on .*; set tasks.*serve\.port=0"):
             with serve.beside(settings(COMMAND, port), tmp_path):
                 pass
 
