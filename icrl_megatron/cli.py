@@ -69,7 +69,7 @@ def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) ->
     """Only the supervised warm start of a recipe: demonstrations in the three prompt forms."""
     resolved = _resolve(recipe, overrides, dry_run)
     if resolved.warm_start.steps == 0:
-        raise ConfigError("warm_start.steps=0: nothing to do; give a number of steps, e.g. warm_start.steps=300")
+        raise ConfigError("warm_start.steps=0: nothing to do; begin a new run with e.g. warm_start.steps=300")
     if not dry_run:
         from icrl_megatron import pipeline
 

@@ -16,11 +16,14 @@ TEST = "test"
 """All held-out problems."""
 
 
-def problems(settings: Settings, run: Settings | None, on: Sequence[str], limit: int | None) -> list[Task]:
+def problems(
+    settings: Settings, run: Settings | None, on: Sequence[str], limit: int | None, before: Sequence[Settings] = ()
+) -> list[Task]:
     """The held-out problems of the settings' task sets, of each at most `limit`; `on` names subsets, or all as "test".
+    `run`: the settings of the run that the model comes from; `before`: those that it had earlier.
 
     Raises ConfigError on a subset that there is none of, and on a problem that is a training problem of these settings
-    or of the run that the model comes from, with file and line where the rows are on disk.
+    or of the run, with file and line where the rows are on disk.
     """
     if "train" in on:
         raise ConfigError(
@@ -33,10 +36,10 @@ def problems(settings: Settings, run: Settings | None, on: Sequence[str], limit:
     for source in settings.tasks.sources:
         task_set = catalogue.get(source.name)
         heldout = registry.problems(task_set, "heldout")
-        for trained in _trained(source, run):
-            check_rows(trained, source)
-            if not source.data.heldout or trained.data.train:
-                check_no_leak(registry.of_source(trained).problems("train"), heldout)
+        _check_trained(source, source, heldout)
+        for trained in _trained(source, [run] if run else []):
+            _check_trained(trained, source, heldout)
+        check_earlier_rows(source, before, heldout)
         if not heldout:
             raise ConfigError(f"task set {source.name!r} has no held-out problems to evaluate on")
         known |= {name for task in heldout for name in _names(subset_of(task))}
@@ -47,10 +50,31 @@ def problems(settings: Settings, run: Settings | None, on: Sequence[str], limit:
     return found
 
 
-def _trained(source: TaskSource, run: Settings | None) -> list[TaskSource]:
-    """Where training rows of this task set come from: these settings, and the model's own run, overridden or not."""
-    own = [s for s in run.tasks.sources if s.name == source.name] if run else []
-    return [source, *(s for s in own if s.data != source.data)]
+def check_earlier_rows(source: TaskSource, before: Sequence[Settings], heldout: Sequence[Task]) -> None:
+    """Raises ConfigError where a held-out problem was trained on with settings that the run had `before`. Training rows
+    that cannot be read any more are not compared."""
+    for trained in _trained(source, before):
+        try:
+            registry.of_source(trained).problems("train")
+        except ConfigError:
+            continue
+        _check_trained(trained, source, heldout)
+
+
+def _trained(source: TaskSource, runs: Sequence[Settings]) -> list[TaskSource]:
+    """Other training rows of this task set in these settings, each once."""
+    found = {_where(one): one for run in runs for one in run.tasks.sources if one.name == source.name}
+    return [one for where, one in found.items() if where != _where(source)]
+
+
+def _where(source: TaskSource) -> tuple[str, ...]:
+    return (source.data.prompt_column, *source.data.train)
+
+
+def _check_trained(trained: TaskSource, source: TaskSource, heldout: Sequence[Task]) -> None:
+    check_rows(trained, source)
+    if not source.data.heldout or trained.data.train:
+        check_no_leak(registry.of_source(trained).problems("train"), heldout)
 
 
 def check_rows(trained: TaskSource, tested: TaskSource) -> None:

@@ -17,6 +17,7 @@ from icrl_megatron import settings as settings_module
 from icrl_megatron.config import ConfigError, Settings
 from icrl_megatron.config_tasks import TaskSource
 from icrl_megatron.eval_problems import TEST
+from icrl_megatron.resume import earlier
 from icrl_megatron.rollout.episode import Stage, play
 from icrl_megatron.rollout.scores import Comparison, Score, Successes, compare, score, successes
 from icrl_megatron.rollout.speakers import EngineSpeaker, Seeds, Speaker, engine_casting
@@ -93,9 +94,9 @@ def evaluate(request: Request) -> tuple[Result, Path]:
     out = request.out or default_folder(request.model)
     results.check(out, results.EVALUATION, _read_by(request), request.overwrite)
     require_space(out, ROOM_BYTES, "the evaluation")
-    run = _run_settings(request.model)
+    run, before = _run_settings(request.model)
     settings = _settings(request, run)
-    problems = eval_problems.problems(settings, run, request.on, request.problems)
+    problems = eval_problems.problems(settings, run, request.on, request.problems, before)
     earlier = read_result(request.against) if request.against else None
     if earlier is not None:
         _check_pairs(request, problems, earlier)
@@ -196,12 +197,12 @@ def _check_pairs(request: Request, problems: Sequence[Task], earlier: Result) ->
             )
 
 
-def _run_settings(model: Path) -> Settings | None:
-    """The settings of the run that a model lies in, if it lies in one."""
+def _run_settings(model: Path) -> tuple[Settings | None, list[Settings]]:
+    """The settings of the run that a model lies in, if it lies in one, and those that the run had earlier."""
     for folder in (model, *model.resolve().parents[:3]):
         if (folder / settings_module.SAVED_NAME).exists():
-            return settings_module.load_saved(folder / settings_module.SAVED_NAME)
-    return None
+            return settings_module.load_saved(folder / settings_module.SAVED_NAME), earlier(folder)
+    return None, []
 
 
 def _settings(request: Request, run: Settings | None) -> Settings:

@@ -24,6 +24,7 @@ from icrl_megatron.rollout import tapes
 from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.source import EpisodeSource, Played, require_sound
 from icrl_megatron.rollout.speakers import Seeds
+from icrl_megatron.rollout.tapes import Tapes
 from icrl_megatron.run_files import EXPORT
 from icrl_megatron.saving import Files, Saver
 from icrl_megatron.telemetry.dumps import write_dump
@@ -86,7 +87,8 @@ class Recorder:
         self.pending: Row | None = None
         resumed = saver.restore()
         if resumed is not None:
-            parts.source.take_back(tapes.read(saver.folder / TAPES))
+            if parts.settings.rollout.partial:
+                self._take_back(tapes.read(saver.folder / TAPES))
             self.step, self.generated = resumed.step, resumed.generated_tokens
             parts.sync.version = resumed.weight_version - 1
             self.pending = _read_pending(saver.folder / PENDING)
@@ -98,12 +100,19 @@ class Recorder:
         self.writer = together(parts.grid, lambda: MetricsWriter(self.run_dir, written) if main else None)
         self._completed(self.pending)
 
+    def _take_back(self, kept: Tapes) -> None:
+        """Episodes go on where their problems are still trained on: the data may have changed."""
+        known = {task: group for task, group in kept.items() if task in self.parts.sampler.known}
+        if len(known) < len(kept):
+            self.progress.log(f"{len(kept) - len(known)} unfinished groups are left out: their problems are gone")
+        self.parts.source.take_back(known)
+
     def _resume_curriculum(self, main: bool) -> None:
         """What the steps before the checkpoint saw; the file is this run's own, so every rank may read it."""
         curriculum = self.parts.sampler.curriculum
         if curriculum is None:
             return
-        for shares in read_history(self.run_dir, self.step):
+        for shares in read_history(self.run_dir, self.step, self.parts.sampler.known):
             curriculum.observe(shares)
         any_rank(self.parts.grid, False)  # nobody reads any more
         if main:
@@ -143,7 +152,8 @@ class Recorder:
         if (curriculum := self.parts.sampler.curriculum) is not None:
             shares = success_shares(played.episodes)
             curriculum.observe(shares)
-            self._by_first_rank(lambda: append_history(self.run_dir, self.step, shares))
+            asked = [e.task for e in played.episodes]
+            self._by_first_rank(lambda: append_history(self.run_dir, self.step, shares, asked))
         row = rollout_metrics(played.episodes, played.dropped, report)
         row |= _cost(played)
         row |= {"tokens/generated_total": self.generated, "steps/resampled": self.resampled}

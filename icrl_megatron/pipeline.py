@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from icrl_megatron import serve
+from icrl_megatron import resume, serve
 from icrl_megatron import settings as settings_module
 from icrl_megatron.config import Calibration, ConfigError, ModelSettings, Settings
 from icrl_megatron.launch import is_rank, launch
 from icrl_megatron.run_files import BASELINE, EXPORT, WARM_START
-from icrl_megatron.settings import SAVED_NAME, run_folder
+from icrl_megatron.settings import run_folder
 from icrl_megatron.telemetry.files import locked
 
 _JOB_LOCK = ".job.lock"
@@ -38,8 +39,9 @@ def warm_start(settings: Settings) -> int:
 
 @contextmanager
 def _owned(settings: Settings) -> Iterator[Settings]:
-    """The run folder is this job's before anything is written there; among ranks that is up to rank 0. Yields the
-    settings with the addresses of the environment servers that run beside it, where there are any.
+    """Holds the lock of the run folder before anything is written there (among ranks, rank 0 does), and says which
+    settings change in a run that is resumed. Yields the settings with the addresses of the environment servers that run
+    beside it, where there are any.
 
     Raises ConfigError for a run of several machines that nobody started on them.
     """
@@ -52,7 +54,8 @@ def _owned(settings: Settings) -> Iterator[Settings]:
     with ExitStack() as held:
         if os.environ.get("RANK", "0") == "0":
             held.enter_context(locked(folder, _JOB_LOCK))
-            settings_module.save(settings, folder / SAVED_NAME)
+            for line in resume.adopt(settings, folder):
+                print(line, file=sys.stderr)
         yield held.enter_context(serve.beside(settings, folder / "logs"))
 
 

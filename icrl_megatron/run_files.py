@@ -8,7 +8,6 @@ from icrl_megatron import settings as settings_module
 from icrl_megatron.config import ConfigError, Settings
 from icrl_megatron.data.curriculum import HISTORY
 from icrl_megatron.report import CURVE, REPORT
-from icrl_megatron.resume import check_resume
 from icrl_megatron.telemetry import results
 from icrl_megatron.telemetry.dumps import ROLLOUTS_FOLDER
 from icrl_megatron.telemetry.writer import METRICS_FILE, TENSORBOARD_FOLDER
@@ -25,9 +24,8 @@ def check(settings: Settings, folder: Path) -> None:
     file of anybody else, neither at its start nor at its end."""
     saved = folder / settings_module.SAVED_NAME
     names = (*_WRITTEN, *(CONTROL.format(when) for when in ("before", "after")))
-    if saved.exists():
-        check_resume(settings_module.load_saved(saved), settings, folder)
-    elif strangers := [name for name in names if (folder / name).exists()]:
+    strangers = [name for name in names if (folder / name).exists()]
+    if strangers and not saved.exists():
         raise ConfigError(
             f"run_dir={folder}: it holds {', '.join(strangers)} but no {settings_module.SAVED_NAME}, so it is not a "
             "run that can go on, and a new run would replace them; choose another run_dir"

@@ -228,7 +228,8 @@ def _start(source: TaskSource, index: int, folder: Path) -> Running:
     port = serve.port + index if serve.port else _free_port()
     if serve.port and not _is_free(port):
         raise ConfigError(
-            f"{source.name!r}: port {port} is taken on {socket.gethostname()}; set serve.port=0 for any free one"
+            f"{source.name!r}: port {port} is taken on {socket.gethostname()}; set tasks.sources[...].serve.port=0 for "
+            "any free one"
         )
     command = serve.command.replace(PORT, str(port)).replace(HOST, "0.0.0.0" if _many_nodes() else "127.0.0.1")
     log = folder / f"{source.name}.{index}.log"

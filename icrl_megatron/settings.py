@@ -96,10 +96,13 @@ def load_saved(path: Path) -> Settings:
     try:
         saved = OmegaConf.load(path)
         if not isinstance(saved, DictConfig):
-            raise ConfigError(f"{path}: not a mapping of settings")
+            raise ConfigError(f"{path}: not a mapping of settings; restore the file, or choose another run_dir")
         return _to_settings(OmegaConf.merge(OmegaConf.structured(Settings), saved), str(path))
     except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: not the saved settings of a run of this version ({_first_line(error)})") from error
+        raise ConfigError(
+            f"{path}: not the saved settings of a run of this version ({_first_line(error)}); restore the file, or "
+            "choose another run_dir"
+        ) from error
 
 
 @functools.cache

@@ -150,7 +150,10 @@ def _start_folder(settings: Settings, grid: grids.Grid) -> Path:
         for source in settings.tasks.sources:
             task_set = registry.get(source.name)
             if not isinstance(task_set, Teachable):
-                raise ConfigError(f"task set {source.name!r} has no vocabulary: it cannot be played by model.init")
+                raise ConfigError(
+                    f"task set {source.name!r} has no vocabulary, so a model that model.init makes cannot play it; "
+                    "take it out of tasks.sources, or begin a new run with model.path"
+                )
             words |= set(task_set.vocabulary())
         with results.writing(folder, results.MODEL, remedy=results.MOVE_AWAY) as new, disk_errors(folder, "the model"):
             build_tiny(new, settings.model.init, sorted(words), settings.seed)

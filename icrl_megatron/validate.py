@@ -11,8 +11,9 @@ from pathlib import Path
 from icrl_megatron import run_files, serve
 from icrl_megatron import settings as settings_module
 from icrl_megatron.config import ActorSettings, AlgoSettings, ConfigError, Settings
-from icrl_megatron.eval_problems import check_rows
+from icrl_megatron.eval_problems import check_earlier_rows, check_rows
 from icrl_megatron.limits import CHOICES, RANGES
+from icrl_megatron.resume import check_resume, earlier
 from icrl_megatron.shape import Qwen3Shape, check_folder
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked
@@ -27,15 +28,27 @@ def validate(settings: Settings) -> None:
 
     Touches the file system: reads the model folder's headers, and makes sure that the run folder can be written.
     """
+    folder = settings_module.run_folder(settings)
+    before = _check_resume(settings, folder)
     validate_settings(settings)
     validate_grid(settings, ranks(settings), ranks_on_node(settings))
-    _check_tasks(settings)
+    _check_tasks(settings, before)
     check_installed(settings.engine)
     validate_shape(settings, _check_model(settings))
     _check_debug(settings)
-    folder = settings_module.run_folder(settings)
     _check_writable(folder)
     run_files.check(settings, folder)
+
+
+def _check_resume(settings: Settings, folder: Path) -> list[Settings]:
+    """Before anything else, so that a combination of settings is only judged where all of them may change. Returns the
+    settings that the run has had so far."""
+    path = folder / settings_module.SAVED_NAME
+    if not path.exists():
+        return []
+    saved = settings_module.load_saved(path)
+    check_resume(saved, settings, folder)
+    return [*earlier(folder), saved]
 
 
 def validate_settings(settings: Settings) -> None:
@@ -100,7 +113,7 @@ def _check_sources(settings: Settings) -> None:
             raise ConfigError(f"tasks.sources.{i}.name={source.name}: named twice; name it once and add the weights up")
 
 
-def _check_tasks(settings: Settings) -> None:
+def _check_tasks(settings: Settings, before: Sequence[Settings]) -> None:
     problems: dict[Split, list[Task]] = {"train": [], "heldout": []}
     splits: tuple[Split, Split] = ("train", "heldout")
     for i, source in enumerate(settings.tasks.sources):
@@ -111,6 +124,7 @@ def _check_tasks(settings: Settings) -> None:
             if not found:
                 raise ConfigError(f"tasks.sources.{i}.name={source.name}: this task set has no {split} problems")
         check_rows(source, source)
+        check_earlier_rows(source, before, problems["heldout"])
         if isinstance(task_set, Checked) and not source.served:  # else once its servers run
             task_set.check()
     serve.check(settings)
@@ -135,13 +149,14 @@ def _check_algo(algo: AlgoSettings, settings: Settings) -> None:
         )
     if algo.shaping_gamma > 0 and (algo.calibration.enabled or not algo.internalise):
         raise ConfigError(
-            f"algo.shaping_gamma={algo.shaping_gamma:g} takes the place of the calibration weight of internalised "
-            "revisions: set algo.calibration.enabled=false and algo.internalise=true, or algo.shaping_gamma=0"
+            f"algo.shaping_gamma={algo.shaping_gamma:g} replaces the calibration weight of internalised revisions: it "
+            "needs algo.calibration.enabled=false and algo.internalise=true; give these too, or algo.shaping_gamma=0, "
+            "in a new run"
         )
     if algo.updates_per_step > episodes:
         raise ConfigError(
             f"algo.updates_per_step={algo.updates_per_step}: more than the {episodes} episodes of a step "
-            "(rollout.tasks_per_step x rollout.episodes_per_task)"
+            "(rollout.tasks_per_step x rollout.episodes_per_task); lower it, or raise rollout.tasks_per_step"
         )
 
 
@@ -227,7 +242,7 @@ def _check_debug(settings: Settings) -> None:
         if not dumped_steps(debug.dump):
             raise ConfigError(f"debug.dump={debug.dump}: no rollouts/step_*.jsonl there; give the folder of a run")
     elif debug.dump:
-        raise ConfigError(f"debug.dump={debug.dump} needs debug.mode=from_dump; set that, or leave it empty")
+        raise ConfigError(f"debug.dump={debug.dump} needs debug.mode=from_dump; leave debug.dump empty")
 
 
 def _check_writable(folder: Path) -> None:

@@ -103,7 +103,10 @@ def _check_key(engine: EngineSettings) -> None:
 def _check_groups(engine: EngineSettings, world: int, on_node: int) -> None:
     """Each server that the run starts has a group of neighbouring ranks, whose GPUs it uses: they are of one node."""
     if world % engine.tensor_parallel:
-        raise ConfigError(f"engine.tensor_parallel={engine.tensor_parallel} does not divide the {world} ranks")
+        raise ConfigError(
+            f"engine.tensor_parallel={engine.tensor_parallel} does not divide the {world} ranks; lower it to a "
+            "divisor, or raise launch.ranks"
+        )
     servers = engine.servers or max(1, world // engine.tensor_parallel)
     if world % servers or world // servers < engine.tensor_parallel:
         raise ConfigError(
@@ -143,5 +146,6 @@ def _check_urls(settings: Settings, world: int) -> None:
         )
     if settings.rollout.critic == "frozen":
         raise ConfigError(
-            "rollout.critic=frozen starts a server of its own, and engine.urls starts none; use another critic"
+            "rollout.critic=frozen needs a second server, and engine.urls starts none; leave engine.urls empty, or "
+            "use another critic in a new run"
         )

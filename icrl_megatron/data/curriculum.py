@@ -6,9 +6,11 @@ import json
 import random
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from icrl_megatron.config import ConfigError
+from icrl_megatron.tasks.datasets import asked, content_hash
 from icrl_megatron.telemetry.files import AppendFile, write_atomically
 from icrl_megatron.types import Episode, Task
 
@@ -57,33 +59,58 @@ def success_shares(episodes: Iterable[Episode]) -> dict[str, float]:
     return {task_id: sum(of) / len(of) for task_id, of in sorted(seen.items())}
 
 
-def append_history(run_dir: Path, step: int, shares: dict[str, float]) -> None:
+def append_history(run_dir: Path, step: int, shares: dict[str, float], tasks: Iterable[Task] = ()) -> None:
+    """Adds what a step saw, with a hash of what each of the `tasks` asks: a task id names another problem once its file
+    changes."""
+    asks = {task.task_id: content_hash(asked(task)) for task in tasks}
     file = AppendFile(run_dir / HISTORY, "the successes of the step")
-    file.write(f"{json.dumps({'step': step, 'success': shares})}\n".encode())
+    file.write(f"{json.dumps({'step': step, 'success': shares, 'asks': asks})}\n".encode())
     file.close()
 
 
-def read_history(run_dir: Path, until: int) -> list[dict[str, float]]:
-    """What the steps up to `until` saw, in order. Raises ConfigError on a damaged file."""
-    found: dict[int, dict[str, float]] = {}
+def read_history(run_dir: Path, until: int, tasks: Iterable[Task] = ()) -> list[dict[str, float]]:
+    """What the steps up to `until` saw, in order, without problems that are another one among the `tasks` of today.
+
+    Raises ConfigError on a damaged file.
+    """
+    rows, today = _rows(run_dir, until), {task.task_id: task for task in tasks}
+
+    def same(task_id: str, asks: dict[str, str]) -> bool:
+        task, before = today.get(task_id), asks.get(task_id)
+        return task is None or before is None or before == content_hash(asked(task))
+
+    return [{i: share for i, share in row.success.items() if same(i, row.asks)} for row in rows]
+
+
+def cut_history(run_dir: Path, until: int) -> None:
+    """Removes what came after the checkpoint that a run goes on from. One rank calls it, before any appends."""
+    rows = (json.dumps(vars(row)) for row in _rows(run_dir, until))
+    write_atomically(run_dir / HISTORY, rows, "the successes of the steps")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One line of the history."""
+
+    step: int
+    success: dict[str, float]
+    """Task id -> share."""
+    asks: dict[str, str]
+    """Task id -> hash of what it asks."""
+
+
+def _rows(run_dir: Path, until: int) -> list[_Row]:
+    """The lines of the file up to a step, in order; steps without a curriculum left none."""
+    found: dict[int, _Row] = {}
     path = run_dir / HISTORY
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # a last line may be cut short
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            found[int(row["step"])] = {str(k): float(v) for k, v in row["success"].items()}
+            success = {str(k): float(v) for k, v in row["success"].items()}
+            found[int(row["step"])] = _Row(int(row["step"]), success, dict(row.get("asks", {})))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{path}, line {number} is damaged: delete that line, or start in another run_dir"
             ) from error
     return [found[step] for step in sorted(found) if step <= until]
-
-
-def cut_history(run_dir: Path, until: int) -> None:
-    """Takes out what came after the checkpoint that a run goes on from. By one rank, before any appends."""
-    kept = read_history(run_dir, until)
-    write_atomically(
-        run_dir / HISTORY,
-        (json.dumps({"step": i, "success": s}) for i, s in enumerate(kept, start=1 + until - len(kept))),
-        "the successes of the steps",
-    )

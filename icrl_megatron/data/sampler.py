@@ -9,6 +9,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 from icrl_megatron.config import ConfigError, Settings
 from icrl_megatron.config_tasks import TaskSource
@@ -52,6 +53,11 @@ class TaskSampler:
         """Slots before the row that was asked for last. Only their number by source is kept, so that the memory of a
         run does not grow with its steps."""
         self._taken = [0] * len(sources)
+
+    @cached_property
+    def known(self) -> frozenset[Task]:
+        """All problems that can be drawn."""
+        return frozenset(task for order in self._orders for task in order)
 
     def draw(self, step: int, resample: int, n: int) -> list[Task]:
         """The `n` tasks of a step (the same `n` at every step), a function of the seed and the arguments alone.
@@ -107,6 +113,6 @@ def _check(sources: Sequence[TaskSource], problems: Mapping[str, Sequence[Task]]
             )
         if not problems.get(source.name):
             raise ConfigError(
-                f"Task set {source.name!r} has no training problems: raise tasks.limit, mend the task set's data, "
-                "or take it out of tasks.sources."
+                f"Task set {source.name!r} has no training problems: add rows to its data.train, or take it out of "
+                "tasks.sources."
             )

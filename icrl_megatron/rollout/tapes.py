@@ -67,7 +67,8 @@ def read(path: Path) -> Tapes:
         return from_lines(path.read_text(encoding="utf-8").splitlines())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path}: not written by this version of the program ({error!r}); use the version that began the run"
+            f"{path}: not written by this version of the program ({error!r}); use the version that began the run, or "
+            "set rollout.partial=false to go on without the episodes in it"
         ) from error
 
 

@@ -58,8 +58,8 @@ def teacher_casting(
         teachable = task_set(task.source)
         if not isinstance(teachable, Teachable):
             raise ConfigError(
-                f"Task set {task.source!r} has no teacher: leave it out of the warm start, or give it teacher() and "
-                "vocabulary()."
+                f"Task set {task.source!r} has no teacher for the warm start: take it out of tasks.sources, or give it "
+                "teacher() and vocabulary()."
             )
         rng = random.Random(seeds.of(task.task_id, index, 0, "teacher", 0))
         caller = Caller(task, timeout_s)

@@ -86,8 +86,8 @@ def content_hash(text: str) -> str:
 
 def check_no_leak(train: Iterable[Task], heldout: Iterable[Task]) -> None:
     """Raises ConfigError when the content of a held-out problem is also trained on, whatever files they came from."""
-    trained = {content_hash(_asked(task)): task for task in train}
-    leaked = [(task, trained[key]) for task in heldout if (key := content_hash(_asked(task))) in trained]
+    trained = {content_hash(asked(task)): task for task in train}
+    leaked = [(task, trained[key]) for task in heldout if (key := content_hash(asked(task))) in trained]
     if leaked:
         task, twin = leaked[0]
         raise ConfigError(
@@ -96,7 +96,7 @@ def check_no_leak(train: Iterable[Task], heldout: Iterable[Task]) -> None:
         )
 
 
-def _asked(task: Task) -> str:
+def asked(task: Task) -> str:
     """What is asked, without its label: a copy with another label leaks all the same."""
     if task.problem.startswith("{"):
         try:

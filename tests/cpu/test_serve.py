@@ -131,7 +131,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         other.bind(("", 0))
         other.listen()
         port = f"tasks.sources.0.serve.port={other.getsockname()[1]}"
-        with pytest.raises(ConfigError, match=r"is taken on .*; set serve\.port=0"):
+        with pytest.raises(ConfigError, match=r"is taken on .*; set tasks.*serve\.port=0"):
             with serve.beside(settings(COMMAND, port), tmp_path):
                 pass
 
@@ -240,8 +240,7 @@ def test_a_killed_launcher_leaves_no_server(tmp_path: Path) -> None:
     assert psutil.wait_procs(tree, timeout=30)[1] == []
 
 
-def test_another_server_does_not_make_another_run() -> None:
+def test_another_server_does_not_make_another_run(tmp_path: Path) -> None:
     saved, now = settings(), settings("other {port}", "tasks.sources.0.data.servers=[http://host:1]")
-    check_resume(saved, now, Path("run"))
-    with pytest.raises(ConfigError, match=r"tasks\.sources\.0\.data\.train \(was \['0:4'\], now \['0:3'\]\)"):
-        check_resume(saved, settings(COMMAND, "tasks.sources.0.data.train=['0:3']"), Path("run"))
+    (tmp_path / "checkpoints" / "step_000001").mkdir(parents=True)
+    check_resume(saved, now, tmp_path)

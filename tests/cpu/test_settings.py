@@ -13,7 +13,6 @@ from icrl_megatron.config import ConfigError, Settings, TinyModel
 from icrl_megatron.config_tasks import TaskSource
 from icrl_megatron.data.sampler import order_seed
 from icrl_megatron.limits import CHOICES, RANGES
-from icrl_megatron.resume import MAY_CHANGE_ON_RESUME, check_resume
 from icrl_megatron.validate import ranks, validate
 from icrl_recipes import registry
 
@@ -169,7 +168,6 @@ def test_run_folder() -> None:
 
 def test_tables_name_real_settings() -> None:
     assert set(CHOICES) | set(RANGES) <= set(S.field_types())
-    assert {name.rstrip(".") for name in MAY_CHANGE_ON_RESUME} <= set(S.field_types())
     for name, kind in S.field_types().items():
         if kind in (int, float) and not name.startswith("tasks.sources."):
             assert name in RANGES, f"{name} has no range"
@@ -280,48 +278,6 @@ def test_unwritable_run_folder(folder: str, tmp_path: Path) -> None:
 def test_validation_leaves_nothing_behind(tmp_path: Path) -> None:
     validate(S.load("quickstart"))
     assert list(tmp_path.iterdir()) == []
-
-
-# --- resuming
-
-
-def test_resume_refuses_another_experiment_and_says_what_differs(tmp_path: Path) -> None:
-    begun = S.load("quickstart", ["run_dir=run"])
-    S.save(begun, tmp_path / "run" / S.SAVED_NAME)
-    validate(begun)
-    with pytest.raises(ConfigError) as caught:
-        validate(S.load("quickstart", ["run_dir=run", "optim.learning_rate=0.5", "rollout.rounds=3", "steps=900"]))
-    message = str(caught.value)
-    assert f"optim.learning_rate (was {begun.optim.learning_rate}, now 0.5)" in message
-    assert "rollout.rounds (was 2, now 3)" in message
-    assert "(steps may differ)" in message
-    assert "run_dir=" in message
-
-
-def test_resume_allows_longer_and_another_grid() -> None:
-    begun = S.load("quickstart")
-    more = ["steps=999", "eval.interval=3", "checkpoint.keep=9", "launch.ranks=1", "actor.tensor_parallel=1"]
-    check_resume(begun, S.load("quickstart", more), Path("run"))
-    with pytest.raises(ConfigError, match=r"actor\.precision"):
-        check_resume(begun, S.load("quickstart", ["actor.precision=bf16"]), Path("run"))
-
-
-def test_resume_allows_other_servers_but_no_other_tasks() -> None:
-    """A new job has other machines; what is trained on stays what it was."""
-
-    def sources(servers: str, train: str = "0:4") -> list[str]:
-        data = f"data: {{train: ['{train}'], heldout: ['4:6'], servers: {servers}, request_timeout_s: {len(servers)}}}"
-        return [f"tasks.sources=[{{name: household}}, {{name: babyai, {data}}}]"]
-
-    begun = S.load("quickstart", sources("['http://old:1']"))
-    check_resume(begun, S.load("quickstart", sources("['http://new:1', 'http://new:2']")), Path("run"))
-    with pytest.raises(ConfigError) as caught:
-        check_resume(begun, S.load("quickstart", sources("['http://new:12']", "0:3")), Path("run"))
-    message = str(caught.value)
-    assert "tasks.sources.1.data.train (was ['0:4'], now ['0:3'])" in message
-    assert "tasks.sources.1.data.servers" in message and "may differ" in message
-    with pytest.raises(ConfigError, match=r"tasks\.sources\.1\.name \(was 'babyai', now None\)"):
-        check_resume(begun, S.load("quickstart", ["tasks.sources=[{name: household}]"]), Path("run"))
 
 
 @pytest.mark.parametrize("name", ["rollout.top_p", "rollout.top_k", "engine.repetition_penalty"])

@@ -1,0 +1,23 @@
+"""Run folders as a run leaves them that has begun, without running one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from icrl_megatron import settings as S
+from icrl_megatron.config import Settings
+
+RECIPE = "quickstart"
+
+
+def begin(folder: Path, *overrides: str, step: int = 4) -> Settings:
+    """A run of the quickstart with these overrides. Its checkpoint is empty: rules for resuming read names alone."""
+    begun = again(folder, *overrides)
+    S.save(begun, folder / S.SAVED_NAME)
+    (folder / "checkpoints" / f"step_{step:06d}").mkdir(parents=True, exist_ok=True)
+    return begun
+
+
+def again(folder: Path, *overrides: str) -> Settings:
+    """Settings of the same run with other overrides."""
+    return S.load(RECIPE, [f"run_dir={folder}", *overrides])

@@ -1,0 +1,232 @@
+"""Every remedy that a message names can be followed: the run that said it goes on with the change.
+
+The messages are collected from the source of the package, so that a new one is held to this too.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from begun_run import again, begin
+from whole_runs import Ended, batch, rows, train
+
+import icrl_megatron
+import icrl_recipes
+from icrl_megatron import settings as S
+from icrl_megatron.config import ConfigError
+from icrl_megatron.limits import CHOICES, RANGES
+from icrl_megatron.resume import adopt, check_resume, rule_of
+from icrl_megatron.validate import validate
+
+VERBS = "set|raise|lower|use|add|drop|take|leave|give|choose|shorten|change|try|allow"
+REMEDY = re.compile(rf"(?<!task )\b({VERBS})\b(.*?)(?=;|: |\. |$|\b(?:{VERBS})\b)", re.DOTALL | re.IGNORECASE)
+NAME = re.compile(r"(?<![\w./])[a-z_]++(?:\.[a-z0-9_]++)++(?!\.?\{)")
+PRONOUN = re.compile(r" (it|these|at|one of|another|a|\d+)\b")
+"""A remedy without a name is about the first setting that its message names."""
+NEW_RUN = "a new run"
+"""A remedy with these words does not speak of the run that goes on."""
+
+DYNAMIC = {
+    "rollout.{setting}": ("rollout.max_turn_tokens", "rollout.max_critique_tokens"),
+    "{settings}": ("engine.kv_tokens", "engine.memory_fraction"),
+    "tasks.sources.data.{split}": ("tasks.sources.data.train", "tasks.sources.data.heldout"),
+    "tasks.sources.data.{setting}": ("tasks.sources.data.prompt_column", "tasks.sources.data.label_column"),
+    "{name}": ("tasks.sources.serve.port",),
+    "{source}": ("launch.ranks",),
+}
+"""What stands behind a name that is put together at run time."""
+
+OF_NEW_RUNS = ("algo.group_by", "algo.loss_normalisation", "model.path")
+"""Settings that cannot change, and whose own wrong value some message is about: nobody meets it in a run that goes on,
+where the value is the one that the run began with (`test_messages_of_new_runs_cannot_appear_later`)."""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    where: str
+    text: str
+    names: tuple[str, ...]
+
+
+def texts(folder: Path) -> Iterator[tuple[str, str]]:
+    """(file and line, text) of every string of the package but its documentation; {expression} stands for values."""
+    for path in sorted(folder.rglob("*.py")):
+        seen: set[int] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                seen.add(id(node.value))
+            if id(node) not in seen and isinstance(node, ast.JoinedStr | ast.Constant):
+                seen.update(map(id, ast.walk(node)))
+                yield f"{path.name}:{node.lineno}", re.sub(r"\[\.\.\.\]|\.\d+(?=\.)", "", text(node))
+
+
+def text(node: ast.AST) -> str:
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(text, node.values))
+    if isinstance(node, ast.FormattedValue):
+        return "{" + ast.unparse(node.value) + "}"
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def remedies(message: str, known: set[str]) -> Iterator[tuple[str, ...]]:
+    """The settings of each remedy in a message."""
+    subject = next((name for name in NAME.findall(message) if name in known), None)
+    for found in REMEDY.finditer(message):
+        clause = found[2]
+        if NEW_RUN in clause:
+            continue
+        names = [name for name in NAME.findall(clause) if name in known]
+        for dynamic in re.findall(r"(?:[a-z_]+\.)*\{\w+\}", clause.split(",")[0].split("=")[0]):
+            names += DYNAMIC.get(dynamic, ())
+        if not names and subject and PRONOUN.match(clause):
+            names = [subject]
+        yield tuple(names)
+
+
+def collected() -> list[Remedy]:
+    known = set(S.field_types())
+    return [
+        Remedy(where, message, names)
+        for package in (icrl_megatron, icrl_recipes)
+        for where, message in texts(Path(package.__path__[0]))
+        for names in remedies(message, known)
+        if names
+    ]
+
+
+REMEDIES = collected()
+NAMED = sorted({name for remedy in REMEDIES for name in remedy.names} - set(OF_NEW_RUNS))
+
+
+def test_the_messages_are_found() -> None:
+    assert len(REMEDIES) >= 70 and len(NAMED) >= 40
+    told = {name: remedy.where for remedy in REMEDIES for name in remedy.names}
+    for name in (
+        "algo.on_no_signal",
+        "rollout.episodes_per_task",
+        "engine.request_timeout_s",
+        "rollout.context_tokens",
+    ):
+        assert name in told
+    assert list(remedies("x.y=1: bad; raise a.b, or set c.d=2 in a new run. Lower it", {"x.y", "a.b", "c.d"})) == [
+        ("a.b",),
+        ("x.y",),
+    ]
+
+
+@pytest.mark.parametrize("remedy", REMEDIES, ids=lambda remedy: f"{remedy.where}-{','.join(remedy.names)}")
+def test_what_a_message_advises_may_change(remedy: Remedy) -> None:
+    for name in remedy.names:
+        if name not in OF_NEW_RUNS:
+            assert not rule_of(name).reason, f"{remedy.where}: {remedy.text!r} names {name}, which cannot change"
+
+
+def other_value(name: str, value: Any) -> str:
+    """Text of a value that the setting may have and has not."""
+    plain = re.sub(r"\.\d+(?=\.)", "", name)
+    if plain in CHOICES:
+        return next(choice for choice in CHOICES[plain] if choice != value)
+    if isinstance(value, bool):
+        return str(not value).lower()
+    if isinstance(value, int | float) or plain in RANGES:
+        low, high = RANGES.get(plain, (0, 100))
+        options = [(value or 1) + 1, (value or 1) / 2, low]
+        whole = not isinstance(value, float)
+        found = next(o for o in options if low <= o <= high and o != value and (not whole or o == int(o)))
+        return str(int(found) if whole else found)
+    return "[other]" if isinstance(value, list) else "other"
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_run_goes_on_with_what_a_message_advises(tmp_path: Path, name: str) -> None:
+    begun = begin(tmp_path)
+    if name == "tasks.sources":
+        override = "tasks.sources=[{name: household}]"
+    else:
+        indexed = name.replace("tasks.sources.", "tasks.sources.0.")
+        value: Any = begun
+        for part in indexed.split("."):
+            value = value[int(part)] if part.isdecimal() else getattr(value, part)
+        override = f"{indexed}={other_value(indexed, value)}"
+    changed = again(tmp_path, override)
+    check_resume(begun, changed, tmp_path)
+    lines = adopt(changed, tmp_path)
+    assert lines and all(line.startswith("resume: ") for line in lines)
+    assert (tmp_path / "settings_changes.jsonl").read_text().count("\n") == len(lines)
+
+
+@pytest.mark.parametrize("name", OF_NEW_RUNS)
+def test_messages_of_new_runs_cannot_appear_later(tmp_path: Path, name: str) -> None:
+    begin(tmp_path)
+    with pytest.raises(ConfigError, match=rf"holds a run with other settings: {name} \(was"):
+        validate(again(tmp_path, f"{name}=/nowhere"))
+
+
+# --- runs that fail, and go on as the message says
+
+
+ADVICE = {
+    "no_signal": ["algo.on_no_signal=skip"],
+    "more_episodes": ["tasks.sources=[{name: rulebook_easy}]", "rollout.episodes_per_task=6", "tasks.limit=30"],
+    "partial": ["rollout.partial=true", "rollout.oversample=1.5", "algo.mismatch_correction.enabled=true"],
+    "many": [
+        "tasks.sources=[{name: rulebook_easy, weight: 2}, {name: raises_often}]",
+        "rollout.context_tokens=300",
+        "rollout.max_turn_tokens=20",
+        "algo.max_resamples=1",
+        "eval.interval=1",
+        "checkpoint.interval=3",
+        "engine.max_batch=5",
+        "engine.request_timeout_s=100",
+        "actor.micro_batch_tokens=4000",
+        "optim.learning_rate=1e-5",
+        "tasks.curriculum=true",
+        "launch.timeout_s=600",
+    ],
+}
+"""What each run goes on with."""
+FLAT = ["tasks.sources=[{name: flat}]", "algo.on_no_signal=error"]
+FAILING = {"no_signal": FLAT, "more_episodes": FLAT}
+"""What ends it before that."""
+
+
+@pytest.fixture(scope="module")
+def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ended]]:
+    """Two steps of a run, and copies of it that fail with one change and go on with another."""
+    folder = tmp_path_factory.mktemp("advice")
+    start = [f"model.path={finished_run / 'warm_start' / 'hf'}", "warm_start.steps=0", "eval.interval=0"]
+    assert batch(folder, {"first": train(folder / "first", *start, "steps=2")})["first"].code == 0
+    commands = {}
+    for name, advice in ADVICE.items():
+        shutil.copytree(folder / "first", folder / name)
+        if name in FAILING:
+            commands[f"{name}/fails"] = train(folder / name, *start, "steps=4", *FAILING[name])
+        commands[name] = train(folder / name, *start, "steps=4", *advice)
+    return folder, batch(folder, commands)
+
+
+@pytest.mark.parametrize("name", ADVICE)
+def test_a_run_follows_the_advice(ran: tuple[Path, dict[str, Ended]], name: str) -> None:
+    folder, ended = ran
+    if name in FAILING:
+        assert ended[f"{name}/fails"].code != 0
+    assert ended[name].code == 0, ended[name].error
+    steps = [row["step"] for row in rows(folder / name) if "tokens/generated" in row]
+    assert steps == [1, 2, 3, 4]
+    assert rows(folder / name)[:3] == rows(folder / "first")[:3]  # step 0's evaluation and two steps
+    for override in ADVICE[name]:
+        if not override.startswith("tasks.sources"):
+            assert f"resume: {override.partition('=')[0]} changes from" in ended[name].error
+            assert f'"name": "{override.partition("=")[0]}"' in (folder / name / "settings_changes.jsonl").read_text()
+
+
+def test_a_run_without_signal_names_what_helps(ran: tuple[Path, dict[str, Ended]]) -> None:
+    error = ran[1]["no_signal/fails"].error
+    assert "raise rollout.episodes_per_task, or set algo.on_no_signal=skip" in error
