@@ -156,6 +156,15 @@ def test_space_is_asked_for_where_the_folder_will_be(disk: Path) -> None:
     assert (size_text(123), size_text(5 << 20), size_text(1234 << 20)) == ("0.1 KiB", "0.0049 GiB", "1.2 GiB")
 
 
+def test_a_record_is_written_whole_or_not_at_all(disk: Path) -> None:
+    """A disk that is nearly full takes the beginning of a record."""
+    file, path = AppendFile(disk / "metrics.jsonl", "the metrics"), disk / "metrics.jsonl"
+    with pytest.raises(ConfigError, match=r"the metrics \(1\.0 KiB\): the disk is full"):
+        while True:
+            file.write(b"x" * 999 + b"\n")
+    assert path.stat().st_size % 1000 == 0 and path.stat().st_size % 4096 != 0
+
+
 METRICS = """
 import sys
 from pathlib import Path
