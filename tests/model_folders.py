@@ -27,7 +27,7 @@ def make_folder(folder: Path, tied: bool = True, rows: int = 0) -> Path:
     config = Qwen3Config(
         vocab_size=len(tokenizer) + rows,
         hidden_size=32,
-        intermediate_size=48,
+        intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

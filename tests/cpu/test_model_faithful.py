@@ -148,8 +148,10 @@ def test_other_forms_of_a_folder_are_the_same_model(base: Path, grid: grids.Grid
     elif name == "same_head":
         head = stored.get("lm_head.weight", stored["model.embed_tokens.weight"]).clone()
         save({**stored, "lm_head.weight": head}, folder / "model.safetensors")
-    assert torch.equal(actors(folder, grid), actors(base, grid))
-    assert generated(folder) == generated(base)
+    # Tensors lie elsewhere in the files, so products may be rounded otherwise.
+    torch.testing.assert_close(actors(folder, grid), actors(base, grid), atol=TOLERANCE, rtol=0)
+    done, want = generated(folder), generated(base)
+    assert done.ids == want.ids and done.logprobs == pytest.approx(want.logprobs, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

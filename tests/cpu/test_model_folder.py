@@ -143,14 +143,14 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     ),
     "other_width": (
         lambda f: with_fields(f, {"intermediate_size": 40}),
-        "model.layers.0.mlp.gate_proj.weight has shape (48, 32), config.json implies (40, 32)",
+        "model.layers.0.mlp.gate_proj.weight has shape (64, 32), config.json implies (40, 32)",
     ),
     "head_dim_absent": (
         lambda f: with_config(f, lambda c: c.pop("head_dim")),
         "q_proj.weight has shape (64, 32), config.json implies (512, 32)",
     ),
     "quantised": (
-        lambda f: add(f, "model.layers.0.mlp.up_proj.weight", torch.ones(48, 32).to(torch.float8_e4m3fn)),
+        lambda f: add(f, "model.layers.0.mlp.up_proj.weight", torch.ones(64, 32).to(torch.float8_e4m3fn)),
         "tensor model.layers.0.mlp.up_proj.weight is F8_E4M3, quantised",
     ),
     "scales": (
