@@ -45,7 +45,7 @@ STARTED_ENV = "ICRL_STARTED"
 PARENT_ENV = "ICRL_PARENT"
 """Process id of the parent that a child must not outlive."""
 
-LEAVE_TIMEOUT_S = 10.0
+LEAVE_TIMEOUT_S = 30.0
 """From the end of a rank's work to the end of its process, at most."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1

@@ -38,7 +38,7 @@ def show(result: Result, console: Console | None = None) -> None:
     if result.comparison:
         out.print(comparison_table(result))
     for reason in result.lost:
-        out.print(f"lost episodes: {reason}", style="yellow", highlight=False)
+        out.print(f"lost episodes: {reason}", style="yellow", highlight=False, markup=False)
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
