@@ -49,7 +49,7 @@ PARENT_ENV = "ICRL_PARENT"
 STORE_FD_ENV = "ICRL_STORE_FD"
 """Descriptor of the bound socket on which rank 0 serves the job's store."""
 
-LEAVE_TIMEOUT_S = 10.0
+LEAVE_TIMEOUT_S = 30.0
 """From the end of a rank's work to the end of its process, at most."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1

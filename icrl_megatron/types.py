@@ -152,8 +152,8 @@ class DroppedEpisode:
     error: str
     bad_answer: bool = False
     """The environment, or its server, answered what cannot be true (`tasks.base.BadAnswer`)."""
-    blocked: bool = False
-    """The environment's code ran until its time was up, and nothing else could run meanwhile."""
+    late: bool = False
+    """A call of the environment took longer than rollout.environment_timeout_s."""
 
 
 @dataclass(frozen=True)

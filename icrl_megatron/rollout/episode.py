@@ -3,7 +3,7 @@
     for round in 0..K-1:  attempt (with the latest critique, if any); stop if it succeeded or was the last; critique
 
 An episode whose environment, grading or request fails is played once more, and then dropped (`DroppedEpisode`). One
-whose environment returned something else than it promised, or blocked the run, is dropped at once. An engine that is
+whose environment took too long, or returned something else than it promised, is dropped at once. An engine that is
 lost leaves its episodes to be played again (`UnplayedEpisode`); wrong settings and other engine failures end the run.
 """
 
@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 
 from icrl_megatron.config import ConfigError, RolloutSettings
 from icrl_megatron.rollout.engine import EngineLostError, RequestFailedError
-from icrl_megatron.rollout.guard import BlockedFailure, GuardedEnvironment, Said, Stepped
+from icrl_megatron.rollout.guard import GuardedEnvironment, LateFailure, Said, Stepped
 from icrl_megatron.rollout.prompts import Prompter, parse_critique
 from icrl_megatron.rollout.speakers import Ask, Casting, Seeds, Speaker
 from icrl_megatron.rollout.tapes import InterruptedEpisodeError
@@ -100,8 +100,8 @@ async def play_episode(
                     break
                 critiques.append(await play_critique(place, problem, attempt, stage, cast.critic))
     except EnvironmentFailure as failure:
-        bad, blocked = isinstance(failure, BadAnswer), isinstance(failure, BlockedFailure)
-        return DroppedEpisode(task, index, str(failure), bad, blocked)
+        bad, late = isinstance(failure, BadAnswer), isinstance(failure, LateFailure)
+        return DroppedEpisode(task, index, str(failure), bad, late)
     return Episode(task, index, tuple(attempts), tuple(critiques))
 
 
@@ -274,7 +274,7 @@ async def play_all(
 
 async def _play_twice(task: Task, index: int, stage: Stage, casting: Casting, seeds: Seeds) -> Ended:
     """An episode that failed, by a request or by its environment, is played once more, from its beginning and in an
-    environment of its own, and then dropped."""
+    environment of its own, and then dropped; see below for what is dropped at once."""
     for last in (False, True):
         try:
             ended = await play_episode(task, index, stage, casting, seeds)
@@ -284,9 +284,9 @@ async def _play_twice(task: Task, index: int, stage: Stage, casting: Casting, se
             return UnplayedEpisode(task, index, str(error))
         except InterruptedEpisodeError:
             return UnplayedEpisode(task, index, "")
-        # An answer that cannot be true says that something is set up wrongly: a second try would hide it. Code that
-        # blocked would do so again, while nobody else could go on.
-        if last or isinstance(ended, Episode) or ended.bad_answer or ended.blocked:
+        # An answer that cannot be true says that something is set up wrongly: a second try would hide it. A call that
+        # used up its time would do so again.
+        if last or isinstance(ended, Episode) or ended.bad_answer or ended.late:
             break
     return ended
 

@@ -34,8 +34,8 @@ from icrl_megatron.types import Task
 T = TypeVar("T")
 
 
-class BlockedFailure(EnvironmentFailure):
-    """Code of a task ran until its time was up, while no other episode could go on: it is not tried again."""
+class LateFailure(EnvironmentFailure):
+    """A call used up its time. It is not made again: what hangs would hang for as long again."""
 
 
 class WrongReturnError(Exception):
@@ -69,8 +69,8 @@ class Caller:
     def call(self, what: str, code: Callable[[], object], read: Callable[[Any], T]) -> T:
         """What `read` makes of what `code` returns. `what` names the call in messages.
 
-        Raises EnvironmentFailure; BadAnswer, a kind of it, for what `read` refuses; BlockedFailure, another, when it
-        takes longer than the time limit; and the ConfigError that the code raises.
+        Raises EnvironmentFailure; BadAnswer, a kind of it, for what `read` refuses; LateFailure, another, when it takes
+        longer than the time limit; and the ConfigError that the code raises.
         """
         try:
             return WATCHDOG.run(lambda: self._converted(what, code(), read), Watched(self.timeout_s))
@@ -101,9 +101,9 @@ class Caller:
         except (Raised, Overrun, TimeoutError) as error:
             if task.cancelling() > cancelled:  # the code made another error of it
                 raise asyncio.CancelledError from error
-            if watched.blocked:
-                raise self._late(what, BlockedFailure) from None
-            raise (self._late(what) if limit.expired() else self._failure(what, error)) from None
+            if watched.blocked or limit.expired():
+                raise self._late(what, watched.blocked) from None
+            raise self._failure(what, error) from None
         if task.cancelling() > cancelled:  # the code ignored it
             raise asyncio.CancelledError
         if limit.expired():
@@ -121,16 +121,16 @@ class Caller:
                 f"{what} of task {self.task.task_id!r} (task set {self.task.source!r}) is {shown(value)}: {error}"
             ) from None
 
-    def _late(self, what: str, kind: type[EnvironmentFailure] = EnvironmentFailure) -> EnvironmentFailure:
-        if WATCHDOG.stopping:
-            return kind(f"{what} took too long for a run that was asked to stop")
-        return kind(f"{what} took longer than rollout.environment_timeout_s = {self.timeout_s} s")
+    def _late(self, what: str, blocked: bool = False) -> LateFailure:
+        if blocked and WATCHDOG.stopping:
+            return LateFailure(f"{what} blocked a run that was asked to stop")
+        return LateFailure(f"{what} took longer than rollout.environment_timeout_s = {self.timeout_s} s")
 
     def _failure(self, what: str, error: BaseException) -> Exception:
         """What to raise in place of what the code raised."""
         raised = error.error if isinstance(error, Raised) else error
         if isinstance(raised, Overrun):
-            return self._late(what, BlockedFailure)
+            return self._late(what, blocked=True)
         if isinstance(raised, ConfigError):
             return raised
         try:
@@ -217,11 +217,11 @@ def text_of(value: object, name: str = "it") -> str:
 
 
 def _environment(value: Any) -> Environment:
+    if inspect.iscoroutine(value):
+        value.close()
     missing = [name for name in _METHODS if not callable(getattr(value, name, None))]
-    if missing:
-        if inspect.iscoroutine(value):
-            value.close()
-        raise WrongReturnError(f"it must be an environment, and has no {', '.join(missing)}")
+    if missing or inspect.isclass(value):
+        raise WrongReturnError(f"it must be an environment, an object with the methods {', '.join(_METHODS)}")
     return value
 
 

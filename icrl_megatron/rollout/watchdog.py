@@ -15,7 +15,6 @@ import asyncio
 import atexit
 import contextlib
 import contextvars
-import ctypes
 import faulthandler
 import math
 import os
@@ -30,12 +29,15 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from icrl_megatron.rollout.background import DaemonThreads, Overrun
+from icrl_megatron.rollout.timer import KernelTimer
 from icrl_megatron.tasks.base import EnvironmentFailure
 
 T = TypeVar("T")
 
 SHORTEST_S = 0.05
 """No call is interrupted earlier, however little time it has left: the machine may be busy."""
+LONGEST_S = 1e8
+"""Three years: what kernel timers can hold."""
 TICK_S = 1.0
 """A call that runs is looked at this often: a stop request shortens the time that it has left."""
 STOP_GRACE_S, STOP_SHARE_S = 5.0, 0.5
@@ -47,7 +49,7 @@ STALL_S = 1.0
 LAST_RESORT_S = 30.0
 AGAIN_S = 0.5
 """After such a pause, code that has caught the interruption and went on is interrupted again."""
-_TICK = signal.SIGRTMAX - 5
+_TICK = signal.SIGRTMAX - 5 if sys.platform == "linux" else 0
 _LAST_RESORT = signal.SIGVTALRM
 """Comes by the CPU time of the process: whatever waits can be interrupted."""
 
@@ -83,14 +85,14 @@ class Raised(Exception):
 
 
 class Watchdog:
-    """One for each process (`WATCHDOG`). Outside of the main thread nothing is interrupted."""
+    """One for each process (`WATCHDOG`). Outside of the main thread, and of Linux, nothing is interrupted."""
 
     def __init__(self) -> None:
         self._stop: object = False
         self._stopped_at = math.inf
         self._blocked_s = 0.0
         """By calls, since the stop request."""
-        self._timer: _KernelTimer | None = None
+        self._timer: KernelTimer | None = None
         self._next_tick = math.inf
         self._calls = self._calls_seen = 0
         self._begun = 0.0
@@ -98,6 +100,8 @@ class Watchdog:
         """When the call that runs will be interrupted (time.monotonic()); None while none runs."""
         self._interruptions = 0
         """Of the call that runs, or ran last."""
+        self._traced: Any = None
+        """What sys.settrace had been given before."""
         self._waiting: set[Watched] = set()
         """The calls that wait."""
         self._main = threading.main_thread().ident
@@ -126,7 +130,7 @@ class Watchdog:
                 return code()
             except BaseException as error:
                 raise Raised(error) from error
-        ctrl_c, limit_s = self._ctrl_c, max(SHORTEST_S, call.left_s())
+        ctrl_c, limit_s = self._ctrl_c, min(max(SHORTEST_S, call.left_s()), LONGEST_S)
         self._calls, self._interruptions, self._begun = self._calls + 1, 0, time.monotonic()
         self._ends = self._begun + limit_s
         if min(self._ends, self._begun + TICK_S) < self._next_tick:
@@ -142,7 +146,7 @@ class Watchdog:
         finally:
             self._ends = None
             if self._interruptions > 1:
-                sys.settrace(None)
+                sys.settrace(self._traced)
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             _inside.reset(token)
             self._account(call)
@@ -230,12 +234,12 @@ class Watchdog:
             self._ctrl_c_handler(number, frame)
 
     def _ready(self) -> bool:
-        if threading.get_ident() != self._main:
+        if threading.get_ident() != self._main or sys.platform != "linux":
             return False
         if self._timer is None:
             signal.signal(_TICK, self._tick)
             faulthandler.register(_LAST_RESORT, file=2, all_threads=False, chain=True)
-            self._timer = _KernelTimer(_TICK)
+            self._timer = KernelTimer(_TICK)
             atexit.register(self._rest)
         return True
 
@@ -272,7 +276,9 @@ class Watchdog:
             signal.raise_signal(_LAST_RESORT)
         self._tick_in(AGAIN_S)
         self._interruptions += 1
-        if self._interruptions > 1:
+        if self._interruptions == 1:
+            self._traced = sys.gettrace()
+        else:
             self._interrupt_lines(frame)
         raise Overrun
 
@@ -320,43 +326,7 @@ class _Patience:
             self._timer.cancel()
 
 
-class _SigEvent(ctypes.Structure):
-    """sigevent(7), with SIGEV_THREAD_ID."""
-
-    _fields_ = (
-        ("value", ctypes.c_void_p),
-        ("signal", ctypes.c_int),
-        ("notify", ctypes.c_int),
-        ("thread", ctypes.c_int),
-        ("padding", ctypes.c_char * 44),
-    )
-
-
-class _Times(ctypes.Structure):
-    """itimerspec: no interval, and the time until it expires."""
-
-    _fields_ = tuple((name, ctypes.c_long) for name in ("every_s", "every_ns", "seconds", "nanoseconds"))
-
-
-class _KernelTimer:
-    """Sends a signal to the thread that made it (timer_create(2)): the usual alarm(2) belongs to environments, which
-    limit their own calls with it."""
-
-    def __init__(self, number: int) -> None:
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._timer, thread_id = ctypes.c_void_p(), 4
-        event = _SigEvent(None, number, thread_id, threading.get_native_id())
-        if self._libc.timer_create(time.CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(self._timer)) != 0:
-            raise OSError(ctypes.get_errno(), "timer_create")
-
-    def set(self, seconds: float) -> None:
-        """0: never."""
-        whole = int(seconds)
-        times = _Times(0, 0, whole, int((seconds - whole) * 1e9))
-        self._libc.timer_settime(self._timer, 0, ctypes.byref(times), None)
-
-
-_OURS = frozenset(f.__code__ for f in (Watchdog.run, Watchdog._tick_in, _KernelTimer.set))
+_OURS = frozenset(f.__code__ for f in (Watchdog.run, Watchdog._tick_in, KernelTimer.set))
 """Whose frames hold no code of an environment."""
 
 

@@ -38,8 +38,8 @@ def rollout_metrics(
     reward/<role>, reward/round_<k>, success/critique_free, success/with_critique, success/round_<k> (of the attempts of
     that round), success/source/<name> (critique-free), revision/gain (mean r(next) - r(this)), critique/tokens,
     attempt/tokens, attempt/turns, attempt/lost_turns, attempt/stop_<reason>, tokens/used, episodes/*, groups/*,
-    infrastructure/bad_answers and episodes/blocked (both among the episodes dropped), episodes/texts_cut (observations
-    and summaries that were longer than allowed).
+    infrastructure/bad_answers and episodes/late (both among the episodes dropped), episodes/texts_cut (observations and
+    summaries that were longer than allowed).
     """
     values: Values = defaultdict(list)
     for episode in episodes:
@@ -48,7 +48,7 @@ def rollout_metrics(
         USED: sum(e.generated_tokens() for e in episodes),
         "episodes/played": len(episodes),
         "episodes/dropped": len(dropped),
-        "episodes/blocked": sum(d.blocked for d in dropped),
+        "episodes/late": sum(d.late for d in dropped),
         "episodes/texts_cut": sum(_cut_texts(attempt) for e in episodes for attempt in e.attempts),
         "infrastructure/bad_answers": sum(d.bad_answer for d in dropped),
         "groups/count": report.groups,

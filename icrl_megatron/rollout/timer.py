@@ -1,0 +1,45 @@
+"""A timer of the kernel that signals one thread (timer_create(2)). The usual ones, alarm(2) and setitimer(2), belong to
+whoever limits calls with them: environments and test runners do."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+
+_SIGEV_THREAD_ID = 4
+
+
+class _SigEvent(ctypes.Structure):
+    """`struct sigevent`, sigevent(7)."""
+
+    _fields_ = (
+        ("value", ctypes.c_void_p),
+        ("signal", ctypes.c_int),
+        ("notify", ctypes.c_int),
+        ("thread", ctypes.c_int),
+        ("padding", ctypes.c_char * 44),
+    )
+
+
+class _Times(ctypes.Structure):
+    """`struct itimerspec`: an interval, and the time until the timer expires."""
+
+    _fields_ = tuple((name, ctypes.c_long) for name in ("every_s", "every_ns", "seconds", "nanoseconds"))
+
+
+class KernelTimer:
+    """Sends a signal to the thread that made it. Linux only; a child after fork has none."""
+
+    def __init__(self, number: int) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._timer = ctypes.c_void_p()
+        event = _SigEvent(None, number, _SIGEV_THREAD_ID, threading.get_native_id())
+        if self._libc.timer_create(time.CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(self._timer)) != 0:
+            raise OSError(ctypes.get_errno(), "timer_create")
+
+    def set(self, seconds: float) -> None:
+        """Signals once, after so many seconds from now; 0: not any more."""
+        whole = int(seconds)
+        times = _Times(0, 0, whole, int((seconds - whole) * 1e9))
+        self._libc.timer_settime(self._timer, 0, ctypes.byref(times), None)

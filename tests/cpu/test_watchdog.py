@@ -1,0 +1,378 @@
+"""Code of an environment that blocks: it costs its episode within the time limit, and nothing else.
+
+The environments really sleep, loop and wait; the clock is the real one, so limits are short.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from icrl_megatron.config import RolloutSettings
+from icrl_megatron.rollout import watchdog
+from icrl_megatron.rollout.episode import Stage, play
+from icrl_megatron.rollout.prompts import Prompter, template_words
+from icrl_megatron.rollout.speakers import Ask, Cast, Seeds
+from icrl_megatron.rollout.watchdog import WATCHDOG
+from icrl_megatron.tasks.base import Environment, StepResult
+from icrl_megatron.tiny import build_tokenizer
+from icrl_megatron.types import Completion, DroppedEpisode, Episode, Task
+
+LIMIT_S = 0.3
+SETTINGS = RolloutSettings(
+    rounds=1, max_turn_tokens=4, max_critique_tokens=4, context_tokens=200, templates="compact",
+    environment_timeout_s=LIMIT_S,
+)  # fmt: skip
+PROMPTER = Prompter(build_tokenizer(["go", "up", *template_words("compact")]), SETTINGS)
+FOREVER_S = 3600
+REPEATED = re.compile("(a+)+$")
+
+
+class Plain:
+    """One turn, and success."""
+
+    max_turns = 2
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    async def reset(self) -> str:
+        return "go"
+
+    def parse(self, reply: str) -> str | None:
+        return reply
+
+    def hint(self) -> str:
+        return "go"
+
+    async def step(self, action: str) -> StepResult:
+        return StepResult("up", True)
+
+    def outcome(self) -> float:
+        return 1.0
+
+    def success(self) -> bool:
+        return True
+
+    def summary(self) -> str:
+        return "up"
+
+
+class Says:
+    async def reply(self, ask: Ask) -> Completion:
+        ids = PROMPTER.encode_reply("up")
+        return Completion(ids, (0.0,) * len(ids), "stop", 0)
+
+
+def played(
+    bad: Callable[[Task], Environment], tasks: int = 2, **changes: Any
+) -> tuple[list[Episode], list[DroppedEpisode], float]:
+    """(episodes, dropped ones, seconds) of the tasks good/0, bad/1, good/2, ..."""
+    names = [Task(f"{('good', 'bad')[i % 2]}/{i}", "set", "train", "") for i in range(tasks)]
+    stage = Stage(
+        lambda task: bad(task) if task.task_id.startswith("bad") else Plain(task),
+        PROMPTER,
+        replace(SETTINGS, **changes),
+    )
+    begun = time.monotonic()
+    episodes, dropped = asyncio.run(play(names, 1, stage, lambda task, index: Cast(Says(), Says()), Seeds(0, 0)))
+    return episodes, dropped, time.monotonic() - begun
+
+
+def blocks(code: Callable[[], Any], method: str = "step") -> type[Plain]:
+    def sync(self: Plain, *arguments: object) -> Any:
+        code()
+
+    async def wait(self: Plain, *arguments: object) -> Any:
+        code()
+
+    return type("Blocks", (Plain,), {method: wait if method in ("step", "reset") else sync})
+
+
+def loops() -> None:
+    while True:
+        pass
+
+
+def loops_in_finally() -> None:
+    try:
+        time.sleep(FOREVER_S)
+    finally:
+        loops()
+
+
+def catches_exceptions() -> None:
+    while True:
+        with contextlib.suppress(Exception):
+            time.sleep(FOREVER_S)
+
+
+def catches_everything() -> None:
+    while True:
+        try:  # noqa: SIM105
+            time.sleep(FOREVER_S)
+        except:  # noqa: E722
+            pass
+
+
+def catches_and_returns() -> None:
+    try:
+        time.sleep(FOREVER_S)
+    except BaseException:
+        return
+
+
+def locks() -> None:
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
+
+
+def has_an_alarm() -> None:
+    """As libraries that limit their own calls do: it must not switch the watchdog off."""
+    before = signal.signal(signal.SIGALRM, lambda number, frame: None)
+    signal.alarm(1)
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+    time.sleep(FOREVER_S)
+
+
+BLOCKING: dict[str, Callable[[], Any]] = {
+    "sleeps": lambda: time.sleep(FOREVER_S),
+    "loops": loops,
+    "backtracks": lambda: REPEATED.match("a" * 40 + "b"),
+    "multiplies": lambda: 9**9**9,
+    "counts": lambda: sum(1 for _ in iter(int, 1)),
+    "locks": locks,
+    "reads": lambda: socket.create_server(("127.0.0.1", 0)).accept(),
+    "waits_for_a_process": lambda: subprocess.run(["sleep", str(FOREVER_S)], check=False),
+    "loops_in_finally": loops_in_finally,
+    "catches_exceptions": catches_exceptions,
+    "catches_everything": catches_everything,
+    "catches_and_returns": catches_and_returns,
+    "has_an_alarm": has_an_alarm,
+}
+
+
+@pytest.mark.parametrize("kind", BLOCKING)
+def test_code_that_blocks_costs_its_episode(kind: str) -> None:
+    episodes, dropped, seconds = played(blocks(BLOCKING[kind]))
+    assert [e.task.task_id for e in episodes] == ["good/0"]
+    assert [(d.task.task_id, d.late) for d in dropped] == [("bad/1", True)]
+    assert dropped[0].error == f"step took longer than rollout.environment_timeout_s = {LIMIT_S} s"
+    assert LIMIT_S <= seconds < LIMIT_S + 2 * watchdog.AGAIN_S + 1
+
+
+@pytest.mark.parametrize("method", ["__init__", "max_turns", "reset", "parse", "step", "outcome", "success", "summary"])
+def test_every_method_is_watched(method: str) -> None:
+    kind = blocks(loops, method)
+    if method == "max_turns":
+        kind = type("Blocks", (Plain,), {"max_turns": property(lambda self: loops())})
+    _, dropped, seconds = played(kind)
+    what = "construction" if method == "__init__" else method
+    assert dropped[0].error.startswith(f"{what} took longer than")
+    assert seconds < LIMIT_S + 1
+
+
+async def waits_forever() -> None:
+    while True:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(FOREVER_S)
+
+
+async def cleans_up_forever() -> None:
+    try:
+        await asyncio.sleep(FOREVER_S)
+    finally:
+        await asyncio.sleep(FOREVER_S)
+
+
+async def sleeps() -> None:
+    time.sleep(FOREVER_S)
+
+
+async def gathers() -> None:
+    await asyncio.gather(sleeps(), sleeps(), sleeps())
+
+
+async def waits_in_a_task() -> None:
+    await asyncio.wait_for(sleeps(), FOREVER_S)
+
+
+async def sleeps_in_a_thread() -> None:
+    await asyncio.to_thread(time.sleep, FOREVER_S)
+
+
+async def loops_in_a_thread() -> None:
+    await asyncio.to_thread(loops)
+
+
+WAITING = [waits_forever, cleans_up_forever, gathers, waits_in_a_task, sleeps_in_a_thread, loops_in_a_thread]
+
+
+@pytest.mark.parametrize("code", WAITING)
+def test_code_that_waits_or_starts_what_blocks_costs_its_episode(code: Callable[[], Any]) -> None:
+    async def step(self: Plain, action: str) -> StepResult:
+        await code()
+        return StepResult("", True)
+
+    episodes, dropped, seconds = played(type("Waits", (Plain,), {"step": step}))
+    assert (len(episodes), len(dropped)) == (1, 1)
+    assert dropped[0].late and "step took longer than" in dropped[0].error
+    assert seconds < LIMIT_S + watchdog.GRACE_S + 1
+
+
+def test_a_task_that_an_environment_leaves_running_does_not_hold_up_the_end() -> None:
+    class Leaves(Plain):
+        async def step(self, action: str) -> StepResult:
+            self.left = asyncio.create_task(waits_forever())
+            return StepResult("", True)
+
+    episodes, dropped, seconds = played(Leaves)
+    assert (len(episodes), len(dropped)) == (2, 0)
+    assert seconds < watchdog.GRACE_S + 1
+
+
+def test_threads_that_loop_are_ended() -> None:
+    """The thread of an episode that was dropped would else take a share of the interpreter's time for ever."""
+
+    class Loops(Plain):
+        async def step(self, action: str) -> StepResult:
+            await asyncio.to_thread(loops)
+            return StepResult("", True)
+
+    before = set(threading.enumerate())
+    _, dropped, _ = played(Loops, tasks=4, environment_timeout_s=2.0)
+    assert len(dropped) == 2
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+
+
+def test_calls_in_threads_return_their_results_and_errors() -> None:
+    class Works(Plain):
+        async def step(self, action: str) -> StepResult:
+            found = await asyncio.gather(*(asyncio.to_thread(pow, 2, i) for i in range(50)))
+            with pytest.raises(ZeroDivisionError):
+                await asyncio.to_thread(lambda: 1 // 0)
+            return StepResult(str(sum(found)), True)
+
+    episodes, _, _ = played(Works, environment_timeout_s=30.0)
+    assert episodes[1].attempts[0].turns[0].observation == str(2**50 - 1)
+
+
+def test_who_waits_meanwhile_does_not_lose_his_time() -> None:
+    """An episode whose server answers within its limit is not dropped because another one blocked for that long."""
+
+    class Slow(Plain):
+        async def step(self, action: str) -> StepResult:
+            if self.task.task_id == "bad/1":
+                await asyncio.sleep(0.8)
+            else:
+                await asyncio.sleep(0.05)
+                time.sleep(FOREVER_S)
+            return StepResult("", True)
+
+    episodes, dropped, _ = played(Slow, tasks=4, environment_timeout_s=1.2)
+    assert [e.task.task_id for e in episodes] == ["good/0", "bad/1", "good/2"]
+    assert [d.task.task_id for d in dropped] == ["bad/3"]
+
+
+def test_what_blocks_is_the_same_every_time() -> None:
+    def order(kind: type[Plain]) -> list[str]:
+        heard: list[str] = []
+        names = [Task(f"{('good', 'bad')[i % 3 == 1]}/{i}", "set", "train", "") for i in range(6)]
+        stage = Stage(lambda t: kind(t) if "bad" in t.task_id else Plain(t), PROMPTER, SETTINGS)
+        cast = Cast(Says(), Says())
+        asyncio.run(
+            play(names, 1, stage, lambda t, i: cast, Seeds(0, 0), lambda ended: heard.append(ended.task.task_id))
+        )
+        return heard
+
+    kind = blocks(lambda: time.sleep(FOREVER_S))
+    assert order(kind) == order(kind)
+
+
+@pytest.fixture
+def stop() -> Iterator[list[bool]]:
+    """A stop request: it holds once something is in the list."""
+    asked: list[bool] = []
+    WATCHDOG.obey(asked)
+    yield asked
+    WATCHDOG.obey(False)
+
+
+def test_after_a_stop_request_blocking_code_gets_little_time(stop: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "STOP_GRACE_S", 1.0)
+    timer = threading.Timer(0.5, stop.append, [True])
+    timer.start()
+    episodes, dropped, seconds = played(blocks(lambda: time.sleep(FOREVER_S)), 8, environment_timeout_s=600.0)
+    assert (len(episodes), len(dropped)) == (4, 4)
+    assert dropped[0].error == "step blocked a run that was asked to stop"
+    # Up to a tick until it is seen, a second for the first call, and a tick for each of the others.
+    assert seconds < 0.5 + 1 + 1 + 3 * watchdog.TICK_S + 1
+
+
+def test_code_in_time_is_left_alone_after_a_stop_request(stop: list[bool]) -> None:
+    stop.append(True)
+    episodes, _, _ = played(blocks(lambda: time.sleep(0.1), "parse"), environment_timeout_s=600.0)
+    assert len(episodes) == 2
+
+
+UNINTERRUPTIBLE = """
+import sys, time
+from icrl_megatron.rollout import watchdog
+watchdog.LAST_RESORT_S = 0.5
+def endless_c_code():
+    return max(iter(int, 1))
+try:
+    watchdog.WATCHDOG.run(lambda: endless_c_code(), watchdog.Watched(0.2))
+finally:
+    print("interrupted")
+"""
+
+
+def test_c_code_that_never_returns_ends_the_process_and_is_named() -> None:
+    done = subprocess.run([sys.executable, "-c", UNINTERRUPTIBLE], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGVTALRM, done
+    assert "in endless_c_code" in done.stderr
+    assert "interrupted" not in done.stdout
+
+
+CTRL_C = """
+import asyncio, os, signal, threading, time
+from icrl_megatron.rollout.watchdog import WATCHDOG, Watched
+def blocks():
+    for seconds in (0.2, 0.4):  # asyncio takes the first one for a wish
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+    time.sleep(3600)
+async def main():
+    with WATCHDOG.on_duty():
+        WATCHDOG.run(lambda: blocks(), Watched(600.0))
+asyncio.run(main())
+"""
+
+
+def test_ctrl_c_ends_code_that_blocks_and_the_program() -> None:
+    done = subprocess.run([sys.executable, "-c", CTRL_C], capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and done.stderr.endswith("KeyboardInterrupt\n")
+
+
+def test_the_timer_does_not_outlive_its_calls() -> None:
+    """After the last call, its signal would kill a process that is about to exit."""
+    code = "from icrl_megatron.rollout.watchdog import WATCHDOG, Watched\n"
+    code += "for _ in range(3): WATCHDOG.run(lambda: 1, Watched(60))\n"
+    code += "import threading, time\nthreading.Thread(target=time.sleep, args=(2,)).start()\n"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
