@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -242,6 +243,15 @@ def test_sampler_is_a_function_of_its_arguments() -> None:
     drawn = [t.task_id for tasks in steps for t in tasks]
     assert {drawn.count(t.task_id) for t in pool["a"]} == {6}  # 60 draws of 10 problems
     assert {drawn.count(t.task_id) for t in pool["b"]} == {4}
+
+
+def test_the_memory_of_a_sampler_does_not_grow_with_its_steps() -> None:
+    sampler = TaskSampler([TaskSource("a", 2.0), TaskSource("b")], {s: problems(s, 3) for s in "ab"}, seed=0)
+    sizes = []
+    for step in (100, 10_000):
+        sampler.draw(step, 0, 4)
+        sizes.append(len(pickle.dumps(sampler)))
+    assert abs(sizes[1] - sizes[0]) < 64
 
 
 @given(
