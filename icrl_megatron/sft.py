@@ -25,7 +25,7 @@ from icrl_megatron.data.sampler import TaskSampler, order_seed
 from icrl_megatron.launch import STOPPED, StopRequest, run_rank
 from icrl_megatron.parts import CHECKPOINTS, EXPORT
 from icrl_megatron.rollout.episode import Stage, play
-from icrl_megatron.rollout.prompts import Prompter, template_words
+from icrl_megatron.rollout.prompts import Prompter, template_words, tokenizer
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.rollout.teacher import teacher_casting
 from icrl_megatron.settings import load_saved, run_folder
@@ -33,7 +33,7 @@ from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Teachable
 from icrl_megatron.telemetry.progress import Progress
 from icrl_megatron.telemetry.writer import MetricsWriter
-from icrl_megatron.train import joined, problems, tokenizer
+from icrl_megatron.train import chosen, joined
 from icrl_megatron.types import Sample, Task
 
 SEED_FOLDER = "random"
@@ -82,11 +82,12 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
 
     run_dir, warm, progress = run_folder(settings), settings.warm_start, Progress(enabled=grid.rank == 0)
     start = _start_folder(settings, grid)
-    actor = Actor(settings, start, grid)
     prompter = Prompter(tokenizer(start), settings.rollout)
     catalogue = registry.Catalogue(settings.tasks.sources)
+    problems = chosen(settings, catalogue, prompter, start, grid, progress)
+    actor = Actor(settings, start, grid)
     stage = Stage(catalogue.environment, prompter, settings.rollout)
-    sampler = TaskSampler(settings.tasks.sources, problems(settings, catalogue, "train"), order_seed(settings))
+    sampler = TaskSampler(settings.tasks.sources, problems.train, order_seed(settings))
     root = run_dir / CHECKPOINTS
     found = checkpoint.complete(root)
     done = checkpoint.load(found[-1], actor.rows, actor.optimizer, grid).step if found else 0

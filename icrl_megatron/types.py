@@ -141,13 +141,16 @@ class Episode:
 
 @dataclass(frozen=True)
 class DroppedEpisode:
-    """An episode whose environment or grading failed: counted, never trained on, never a reward of 0."""
+    """An episode whose environment or grading failed, or whose prompt does not fit: counted, never trained on, never a
+    reward of 0."""
 
     task: Task
     index: int
     error: str
     bad_answer: bool = False
     """The environment's server answered what cannot be true (`tasks.base.BadAnswer`)."""
+    too_long: bool = False
+    """A prompt of it did not fit the context (`tasks.too_long`)."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Literal, TypeVar
 from icrl_megatron.config import ConfigError, RolloutSettings
 from icrl_megatron.rollout.engine import EngineLostError, RequestFailedError
 from icrl_megatron.rollout.prompts import Prompter, parse_critique
+from icrl_megatron.rollout.room import TooLongError, require_room
 from icrl_megatron.rollout.speakers import Ask, Casting, Seeds, Speaker
 from icrl_megatron.rollout.tapes import InterruptedEpisodeError
 from icrl_megatron.tasks.base import BadAnswer, Environment, EnvironmentFailure, StepResult, sendable
@@ -50,6 +51,8 @@ class Stage:
     settings: RolloutSettings
     revise_successes: bool = False
     """Evaluation only: critique and retry what succeeded too, to see what critique breaks."""
+    drop_too_long: bool = False
+    """Drop an episode with a prompt that leaves no room in the context, in place of raising TooLongError."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,8 @@ async def play_episode(
 ) -> Episode | DroppedEpisode:
     """Plays up to `rollout.rounds` attempts at one task.
 
-    Raises ConfigError on a prompt longer than `rollout.context_tokens` and on a reward outside [0, 1], EngineError from
-    the engine.
+    Raises TooLongError on a prompt that does not fit `rollout.context_tokens` unless such episodes are dropped,
+    ConfigError on a reward outside [0, 1], and EngineError from the engine.
     """
     place = Place(task, index, seeds)
     try:
@@ -151,6 +154,10 @@ async def play_episode(
             critiques.append(await play_critique(place, problem, attempt, stage, cast.critic))
     except EnvironmentFailure as failure:
         return DroppedEpisode(task, index, str(failure), isinstance(failure, BadAnswer))
+    except TooLongError as error:
+        if not stage.drop_too_long:
+            raise
+        return DroppedEpisode(task, index, str(error), too_long=True)
     return Episode(task, index, tuple(attempts), tuple(critiques))
 
 
@@ -178,7 +185,7 @@ async def play_attempt(
 async def play_critique(place: Place, problem: str, attempt: Attempt, stage: Stage, critic: Speaker) -> Critique:
     """The critic reads the attempt. Its first turns are left out as far as the whole does not fit the context.
 
-    Raises ConfigError when even the task and its outcome do not fit, and EngineError.
+    Raises TooLongError when even the task and its outcome do not fit, and EngineError.
     """
     settings = stage.settings
     turns = [stage.prompter.turn_text(i + 1, turn.text, turn.observation) for i, turn in enumerate(attempt.turns)]
@@ -331,8 +338,9 @@ async def _play_twice(task: Task, index: int, stage: Stage, casting: Casting, se
             return UnplayedEpisode(task, index, str(error))
         except InterruptedEpisodeError:
             return UnplayedEpisode(task, index, "")
-        # An answer that cannot be true says that something is set up wrongly: a second try would hide it.
-        if last or isinstance(ended, Episode) or ended.bad_answer:
+        # An answer that cannot be true says that something is set up wrongly: a second try would hide it. And a prompt
+        # that is too long stays too long.
+        if last or isinstance(ended, Episode) or ended.bad_answer or ended.too_long:
             break
     return ended
 
@@ -346,12 +354,3 @@ async def gather(jobs: Sequence[Awaitable[T]]) -> list[T]:
         for job in running:
             job.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-
-
-def require_room(task: Task, role: Role, length: int, settings: RolloutSettings) -> None:
-    """Raises ConfigError unless a prompt of `length` tokens leaves room for a reply in `rollout.context_tokens`."""
-    if length >= settings.context_tokens:
-        raise ConfigError(
-            f"The {role} prompt of task {task.task_id!r} has {length} tokens, and rollout.context_tokens is "
-            f"{settings.context_tokens}: raise it above the prompt, or shorten the task or rollout.max_critique_tokens."
-        )

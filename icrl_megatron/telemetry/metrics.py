@@ -47,6 +47,7 @@ def rollout_metrics(
         USED: sum(e.generated_tokens() for e in episodes),
         "episodes/played": len(episodes),
         "episodes/dropped": len(dropped),
+        "episodes/too_long": sum(d.too_long for d in dropped),
         "infrastructure/bad_answers": sum(d.bad_answer for d in dropped),
         "groups/count": report.groups,
         "groups/dropped": report.dropped_groups,
