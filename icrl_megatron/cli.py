@@ -83,6 +83,11 @@ def _resolve(recipe: str, overrides: list[str] | None, show: bool) -> Settings:
     if show:
         typer.echo(settings.to_yaml(resolved), nl=False)
     validate.validate(resolved)
+    if show and resolved.model.path:  # a model that model.init makes has a tokenizer once it is made
+        from icrl_megatron.problems import dry_run
+
+        if said := dry_run(resolved):
+            typer.echo(said, err=True)
     return resolved
 
 

@@ -21,7 +21,7 @@ from icrl_megatron.resume import earlier
 from icrl_megatron.rollout.episode import Stage, play
 from icrl_megatron.rollout.scores import Comparison, Score, Successes, compare, score, successes
 from icrl_megatron.rollout.speakers import EngineSpeaker, Seeds, Speaker, engine_casting
-from icrl_megatron.shape import check_folder
+from icrl_megatron.shape import Qwen3Shape, check_folder
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.datasets import content_hash, subset_of
 from icrl_megatron.telemetry import results
@@ -82,6 +82,8 @@ class Result:
     against: str = ""
     lost: tuple[str, ...] = field(default=())
     """The first few reasons why episodes were dropped."""
+    too_long: int = 0
+    """Problems that were left out because they do not fit the context (`tasks.too_long=drop`)."""
 
 
 def evaluate(request: Request) -> tuple[Result, Path]:
@@ -102,8 +104,10 @@ def evaluate(request: Request) -> tuple[Result, Path]:
         _check_pairs(request, problems, earlier)
     with _logs(settings) as logs:
         with serve.beside(settings, logs) as settings, _model_folder(request.model) as folder:
-            played, dropped = _play(request, settings, folder, problems)
-        result = _compared(_result(request, played, dropped), earlier)
+            fitting = _fitting(request, settings, folder, problems)
+            played, dropped = _play(request, settings, folder, fitting)
+        result = replace(_result(request, played, dropped), too_long=len(problems) - len(fitting))
+        result = _compared(result, earlier)
         _write(result, out, logs, request)
     return result, out
 
@@ -235,14 +239,33 @@ def _model_folder(model: Path) -> Iterator[Path]:
             yield Path(temporary) / "hf"
 
 
+def _fitting(request: Request, settings: Settings, folder: Path, problems: Sequence[Task]) -> list[Task]:
+    """The problems that fit the context of the model in `folder`. Raises TooLongError where others are not dropped, and
+    where none fits."""
+    from icrl_megatron.problems import Share, examine, left_out, refusal
+    from icrl_megatron.rollout.prompts import Prompter, tokenizer
+    from icrl_megatron.rollout.room import TooLongError
+
+    rollout = replace(settings.rollout, rounds=request.rounds, critic="self")
+    settings = replace(settings, rollout=rollout, eval=replace(settings.eval, control_problems=0))
+    catalogue = registry.Catalogue(settings.tasks.sources)
+    lost = examine(problems, settings, catalogue, Prompter(tokenizer(folder), rollout), Share())
+    if not lost:
+        return list(problems)
+    if settings.tasks.too_long == "error" or len(lost) == len(problems):
+        raise TooLongError(refusal(lost, len(problems), settings, Qwen3Shape.read(folder).max_positions))
+    Progress().log(left_out(lost, len(problems), settings))
+    ids = {one.task.task_id for one in lost}
+    return [task for task in problems if task.task_id not in ids]
+
+
 def _play(
     request: Request, settings: Settings, folder: Path, problems: Sequence[Task]
 ) -> tuple[list[Episode], list[DroppedEpisode]]:
     from icrl_megatron.actor import platform
     from icrl_megatron.actor.model import DTYPES
     from icrl_megatron.rollout.local import LocalEngine
-    from icrl_megatron.rollout.prompts import Prompter
-    from icrl_megatron.train import tokenizer
+    from icrl_megatron.rollout.prompts import Prompter, tokenizer
 
     platform.prepare(settings.launch.device)
     rollout = replace(settings.rollout, rounds=request.rounds)
@@ -270,7 +293,8 @@ def _play(
                 )
             critic = speaker(other)
         catalogue = registry.Catalogue(settings.tasks.sources, rollout.max_observation_bytes)
-        stage = Stage(catalogue.environment, prompter, rollout, revise_successes=request.revise_successes)
+        drop = settings.tasks.too_long == "drop"
+        stage = Stage(catalogue.environment, prompter, rollout, request.revise_successes, drop)
         casting = engine_casting(speaker(folder), critic)
         with Progress().phase("evaluation", len(problems) * request.samples) as bar:
             jobs = play(problems, request.samples, stage, casting, SEEDS, on_end=lambda _: bar.advance(1))

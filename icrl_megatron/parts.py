@@ -52,6 +52,8 @@ class Parts:
     sampler: TaskSampler
     heldout: tuple[Task, ...]
     prompter: Prompter
+    dropped_too_long: int = 0
+    """Problems that were left out because they do not fit the context."""
 
     def seeds(self, step: int, resample: int = 0, purpose: str = "train") -> Seeds:
         return Seeds(self.settings.seed, step, purpose if resample == 0 else f"{purpose}/{resample}")
@@ -157,6 +159,7 @@ class Recorder:
         row = rollout_metrics(played.episodes, played.dropped, report)
         row |= _cost(played)
         row |= {"tokens/generated_total": self.generated, "steps/resampled": self.resampled}
+        row |= {"data/dropped_too_long": float(self.parts.dropped_too_long)}
         row |= {"weights/version": self.parts.sync.version, "steps/without_signal": float(not report.has_signal)}
         row |= _engine_metrics(played)
         if stats is not None:

@@ -25,7 +25,7 @@ from icrl_megatron.data.packing import pack
 from icrl_megatron.data.sampler import TaskSampler, order_seed
 from icrl_megatron.launch import STOPPED, StopRequest, run_rank
 from icrl_megatron.rollout.episode import Stage, play
-from icrl_megatron.rollout.prompts import Prompter, template_words
+from icrl_megatron.rollout.prompts import Prompter, template_words, tokenizer
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.rollout.teacher import teacher_casting
 from icrl_megatron.rollout.watchdog import WATCHDOG
@@ -37,7 +37,7 @@ from icrl_megatron.telemetry import results
 from icrl_megatron.telemetry.disk import disk_errors
 from icrl_megatron.telemetry.progress import Progress
 from icrl_megatron.telemetry.writer import MetricsWriter
-from icrl_megatron.train import joined, problems, tokenizer
+from icrl_megatron.train import chosen, joined
 from icrl_megatron.types import Sample, StepStats, Task
 
 SEED_FOLDER = "random"
@@ -91,12 +91,13 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
 
     run_dir, warm, progress = run_folder(settings), settings.warm_start, Progress(enabled=grid.rank == 0)
     start = saving.begin(run_dir, _start_folder(settings, grid), grid, progress.log)
-    actor = Actor(settings, start.folder, grid, weights=start.found is None)
-    saver = saving.Saver(start, actor, settings.checkpoint.keep, progress.log, lambda: bool(stop))
     prompter = Prompter(tokenizer(start.model), settings.rollout)
     catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes)
+    problems = chosen(settings, catalogue, prompter, start.model, grid, progress)
+    actor = Actor(settings, start.folder, grid, weights=start.found is None)
+    saver = saving.Saver(start, actor, settings.checkpoint.keep, progress.log, lambda: bool(stop))
     stage = Stage(catalogue.environment, prompter, settings.rollout)
-    sampler = TaskSampler(settings.tasks.sources, problems(settings, catalogue, "train"), order_seed(settings))
+    sampler = TaskSampler(settings.tasks.sources, problems.train, order_seed(settings))
     resumed = saver.restore()
     done, main = 0 if resumed is None else resumed.step, grid.rank == 0
     written = None if resumed is None else done

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import os
 import secrets
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
-from icrl_megatron import loop, saving, wiring
+from icrl_megatron import loop, problems, saving, wiring
 from icrl_megatron.actor import grid as grids
 from icrl_megatron.actor import platform
 from icrl_megatron.actor.actor import Actor
@@ -29,21 +26,19 @@ from icrl_megatron.data.curriculum import Curriculum
 from icrl_megatron.data.sampler import TaskSampler, order_seed
 from icrl_megatron.launch import StopRequest, report_started, run_rank
 from icrl_megatron.parts import Parts, Recorder
+from icrl_megatron.problems import Problems, Share
 from icrl_megatron.rollout.engine import EngineLostError
 from icrl_megatron.rollout.engines import Engines
-from icrl_megatron.rollout.episode import require_room
 from icrl_megatron.rollout.evaluate import ControlState, control
-from icrl_megatron.rollout.guard import GuardedEnvironment
-from icrl_megatron.rollout.prompts import Prompter
+from icrl_megatron.rollout.prompts import Prompter, tokenizer
 from icrl_megatron.rollout.source import EngineSource
 from icrl_megatron.rollout.watchdog import WATCHDOG
 from icrl_megatron.settings import load_saved, run_folder
+from icrl_megatron.shape import Qwen3Shape
 from icrl_megatron.tasks import registry
-from icrl_megatron.tasks.base import EnvironmentFailure
 from icrl_megatron.telemetry.disk import disk_errors
 from icrl_megatron.telemetry.files import locked, write_atomically
 from icrl_megatron.telemetry.progress import Progress
-from icrl_megatron.types import Split, Task
 
 RANK_LOCK = ".lock"
 SEEN_TIMEOUT_S = 60.0
@@ -101,10 +96,9 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     saving.require_weights(start, settings)
     catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes)
     prompter = Prompter(tokenizer(start.model), settings.rollout)
-    drawn_from = problems(settings, catalogue, "train")
-    check_prompts(drawn_from, settings, catalogue, prompter)
+    found = chosen(settings, catalogue, prompter, start.model, grid, progress)
     curriculum = Curriculum(settings.tasks.curriculum_floor) if settings.tasks.curriculum else None
-    sampler = TaskSampler(settings.tasks.sources, drawn_from, order_seed(settings), curriculum)
+    sampler = TaskSampler(settings.tasks.sources, found.train, order_seed(settings), curriculum)
     # Servers start while the actor is built, where they do not take its memory. An engine in this process waits for the
     # actor, which says best what is wrong with a model.
     served = settings.engine.kind == "sglang"
@@ -117,9 +111,9 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
         engines = engines if served else wiring.build_engines(settings, start, grid)
         if not first:
             _wait_ready(engines, grid, progress)
-        parts = _parts(settings, grid, actor, catalogue, prompter, engines, sampler, progress)
+        parts = _parts(settings, grid, actor, catalogue, prompter, engines, sampler, found, progress)
         saver = saving.Saver(start, actor, settings.checkpoint.keep, progress.log, lambda: bool(stop))
-        return _train(parts, catalogue, Recorder(parts, saver, progress, stop))
+        return _train(parts, found, Recorder(parts, saver, progress, stop))
     finally:
         if engines is not None:
             engines.close()
@@ -140,6 +134,7 @@ def _parts(
     prompter: Prompter,
     engines: Engines | None,
     sampler: TaskSampler,
+    found: Problems,
     progress: Progress,
 ) -> Parts:
     sync = wiring.weight_sync(settings, Gatherer(actor.rows, grid), engines, actor.shape.tied)
@@ -150,95 +145,65 @@ def _parts(
         sync=sync,
         source=wiring.episode_source(settings, grid, catalogue, prompter, progress, engines, sync),
         sampler=sampler,
-        heldout=heldout(settings, catalogue),
+        heldout=found.evaluated(settings.eval.problems),
         prompter=prompter,
+        dropped_too_long=found.dropped,
     )
 
 
-def _train(parts: Parts, catalogue: registry.Catalogue, recorder: Recorder) -> int:
+def chosen(
+    settings: Settings,
+    catalogue: registry.Catalogue,
+    prompter: Prompter,
+    folder: Path,
+    grid: grids.Grid,
+    progress: Progress,
+) -> Problems:
+    """The problems of the run that fit the context of the model in `folder`; every rank examines its share. Raises
+    ConfigError as `problems.fitting` does."""
+    found = problems.read(settings, catalogue)
+    share = Share(grid.rank, grid.world, lambda mine: grids.gather_objects(grid, mine))
+    positions = Qwen3Shape.read(folder).max_positions
+    return problems.fitting(found, settings, catalogue, prompter, positions, share, progress.log)
+
+
+def _train(parts: Parts, found: Problems, recorder: Recorder) -> int:
     settings = parts.settings
     if recorder.step == 0:
-        report_control(parts, catalogue, recorder, "before")
+        report_control(parts, found, recorder, "before")
     with recorder.progress.phase(settings.name, settings.steps) as recorder.bar, recorder.saver.on_error():
         recorder.bar.advance(recorder.step)
         code = loop.run(parts, recorder)
     if code == 0:
-        report_control(parts, catalogue, recorder, "after")
+        report_control(parts, found, recorder, "after")
     return code
 
 
-def problems(settings: Settings, catalogue: registry.Catalogue, split: Split) -> dict[str, list[Task]]:
-    """The problems of a split by task source. Raises ConfigError on an empty set, or one too small for a step."""
-    found = {s.name: registry.problems(catalogue.get(s.name), split) for s in settings.tasks.sources}
-    for name, tasks in found.items():
-        if not tasks:
-            raise ConfigError(f"task set {name!r} has no {split} problems; take it out of tasks.sources")
-        if split == "train" and settings.tasks.limit is not None:
-            found[name] = tasks[: settings.tasks.limit]
-        drawn = math.ceil(settings.rollout.tasks_per_step * settings.rollout.oversample)
-        if split == "train" and len(found[name]) < drawn:
-            raise ConfigError(
-                f"task set {name!r} has {len(found[name])} training problems, and a step draws {drawn} "
-                f"(rollout.tasks_per_step={settings.rollout.tasks_per_step} x rollout.oversample): raise tasks.limit "
-                "or lower the step"
-            )
-    return found
-
-
-def heldout(settings: Settings, catalogue: registry.Catalogue) -> tuple[Task, ...]:
-    """The held-out problems of an evaluation: the first `eval.problems` of each source."""
-    return tuple(
-        t for tasks in problems(settings, catalogue, "heldout").values() for t in tasks[: settings.eval.problems]
-    )
-
-
-def tokenizer(folder: Path) -> Any:
-    """The tokenizer of a Hugging Face folder. Raises ConfigError where it is damaged."""
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        raise ConfigError(
-            f"{folder}: the tokenizer cannot be loaded ({error}); copy the model's folder again"
-        ) from error
-
-
-def check_prompts(
-    drawn_from: Mapping[str, Sequence[Task]], settings: Settings, catalogue: registry.Catalogue, prompter: Prompter
-) -> None:
-    """Raises ConfigError where the first prompt of a task set does not fit `rollout.context_tokens`, before the model
-    is loaded."""
-    for tasks in drawn_from.values():
-        with suppress(EnvironmentFailure):  # costs its episodes later, not the run
-            environment = GuardedEnvironment(tasks[0], catalogue.environment, settings.rollout.environment_timeout_s)
-            problem = asyncio.run(environment.reset())
-            require_room(tasks[0], "attempt", len(prompter.attempt(problem)), settings.rollout)
-
-
-def report_control(parts: Parts, catalogue: registry.Catalogue, recorder: Recorder, when: str) -> None:
+def report_control(parts: Parts, found: Problems, recorder: Recorder, when: str) -> None:
     """control_<when>.json: do retries succeed because of the critique? (`rollout.evaluate.control`, by rank 0.)"""
     settings, path = parts.settings, recorder.run_dir / f"control_{when}.json"
     if settings.eval.control_problems == 0 or not isinstance(parts.source, EngineSource):
         return
     source, seeds = parts.source, parts.seeds(0, purpose=f"control/{when}")
     mine = parts.grid.rank == 0 and not path.exists()
-    todo = problems(settings, catalogue, "heldout") if mine else {}
+    todo = found.heldout if mine else {}
     states = {name: ControlState() for name in todo}
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
 
     def go_on() -> int:
-        for name in (n for n in todo if n not in found):
-            chosen, limit = todo[name][: 2 * settings.eval.control_problems], settings.eval.control_problems
-            played = control(chosen, limit, source.stage, source.casting, seeds, states[name])
+        for name in (n for n in todo if n not in results):
+            tried, limit = todo[name][: 2 * settings.eval.control_problems], settings.eval.control_problems
+            played = control(tried, limit, source.stage, source.casting, seeds, states[name])
             try:
-                found[name] = asdict(asyncio.run(played))
+                results[name] = asdict(asyncio.run(played))
             except EngineLostError:
                 break
-        return len(todo) - len(found)
+        return len(todo) - len(results)
 
     with recorder.progress.phase("control"):
         source.survive(len(todo), go_on)
     if mine:
-        write_atomically(path, [json.dumps(found, indent=2)], "the control")
+        write_atomically(path, [json.dumps(results, indent=2)], "the control")
 
 
 if __name__ == "__main__":

@@ -145,7 +145,8 @@ class Episode:
 
 @dataclass(frozen=True)
 class DroppedEpisode:
-    """An episode whose environment or grading failed: counted, never trained on, never a reward of 0."""
+    """An episode whose environment or grading failed, or whose prompt does not fit: counted, never trained on, never a
+    reward of 0."""
 
     task: Task
     index: int
@@ -154,6 +155,8 @@ class DroppedEpisode:
     """The environment, or its server, answered what cannot be true (`tasks.base.BadAnswer`)."""
     late: bool = False
     """A call of the environment took longer than rollout.environment_timeout_s."""
+    too_long: bool = False
+    """A prompt of it did not fit the context (`tasks.too_long`)."""
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def episode_source(
     def gather(mine: object) -> list[object]:
         return grids.gather_objects(grid, mine)
 
-    stage = Stage(catalogue.environment, prompter, rollout)
+    stage = Stage(catalogue.environment, prompter, rollout, drop_too_long=settings.tasks.too_long == "drop")
     casting = _casting(settings, prompter, engines)
     return EngineSource(stage, casting, engines, sync.resend, gather, progress)
 

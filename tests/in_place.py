@@ -23,6 +23,8 @@ from icrl_megatron.types import Split, Task
 
 INNER = "rulebook_easy"
 UNSYNCED = "unsynced"
+LONG = 9
+"""Number of the problem of the task set long_row, in each split, that no context holds."""
 
 
 class Faulty:
@@ -40,6 +42,12 @@ class Faulty:
         environment = self.inner.environment(replace(task, source=INNER))
         number = int(task.task_id.rsplit("/", 1)[1])
         environment.outcome = lambda: self._outcome(number, environment.success())  # type: ignore[method-assign]
+        if self.name == "long_row" and number == LONG:
+
+            async def reset() -> str:
+                return "red " * 600
+
+            environment.reset = reset  # type: ignore[method-assign]
         return environment
 
     def _numbered(self, split: Split) -> list[tuple[int, Task]]:
@@ -84,7 +92,7 @@ def run(command: list[str]) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
-    for fault in ("empty", "raises", "raises_often", "nan", "above_one", "flat"):
+    for fault in ("empty", "raises", "raises_often", "nan", "above_one", "flat", "long_row"):
         registry._TASK_SETS[fault] = lambda name=fault: Faulty(name)  # type: ignore[misc]
     commands = json.loads(Path(sys.argv[1]).read_text())
     target = Path(sys.argv[2])

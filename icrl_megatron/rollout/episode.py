@@ -14,10 +14,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from icrl_megatron.config import ConfigError, RolloutSettings
+from icrl_megatron.config import RolloutSettings
 from icrl_megatron.rollout.engine import EngineLostError, RequestFailedError
 from icrl_megatron.rollout.guard import GuardedEnvironment, LateFailure, Said, Stepped
 from icrl_megatron.rollout.prompts import Prompter, parse_critique
+from icrl_megatron.rollout.room import TooLongError, require_room
 from icrl_megatron.rollout.speakers import Ask, Casting, Seeds, Speaker
 from icrl_megatron.rollout.tapes import InterruptedEpisodeError
 from icrl_megatron.rollout.watchdog import WATCHDOG
@@ -51,6 +52,8 @@ class Stage:
     settings: RolloutSettings
     revise_successes: bool = False
     """Evaluation only: critique and retry what succeeded too, to see what critique breaks."""
+    drop_too_long: bool = False
+    """Drop an episode with a prompt that leaves no room in the context, in place of raising TooLongError."""
 
     def guarded(self, task: Task) -> GuardedEnvironment:
         """A new environment of a task. Raises EnvironmentFailure."""
@@ -82,7 +85,8 @@ async def play_episode(
 ) -> Episode | DroppedEpisode:
     """Plays up to `rollout.rounds` attempts at one task.
 
-    Raises ConfigError on a prompt longer than `rollout.context_tokens`, EngineError from the engine.
+    Raises TooLongError on a prompt that does not fit `rollout.context_tokens` unless such episodes are dropped, and
+    EngineError from the engine.
     """
     place = Place(task, index, seeds)
     attempts: list[Attempt] = []
@@ -102,6 +106,10 @@ async def play_episode(
     except EnvironmentFailure as failure:
         bad, late = isinstance(failure, BadAnswer), isinstance(failure, LateFailure)
         return DroppedEpisode(task, index, str(failure), bad, late)
+    except TooLongError as error:
+        if not stage.drop_too_long:
+            raise
+        return DroppedEpisode(task, index, str(error), too_long=True)
     return Episode(task, index, tuple(attempts), tuple(critiques))
 
 
@@ -129,7 +137,7 @@ async def play_critique(place: Place, problem: str, attempt: Attempt, stage: Sta
     """The critic reads the attempt. What does not fit the context is left out: its first turns, then the end of the
     summary.
 
-    Raises ConfigError when even the task and its outcome do not fit, and EngineError.
+    Raises TooLongError when even the task and its outcome do not fit, and EngineError.
     """
     settings = stage.settings
     turns = [stage.prompter.turn_text(i + 1, turn.text, turn.observation) for i, turn in enumerate(attempt.turns)]
@@ -285,8 +293,8 @@ async def _play_twice(task: Task, index: int, stage: Stage, casting: Casting, se
         except InterruptedEpisodeError:
             return UnplayedEpisode(task, index, "")
         # An answer that cannot be true says that something is set up wrongly: a second try would hide it. A call that
-        # used up its time would do so again.
-        if last or isinstance(ended, Episode) or ended.bad_answer or ended.late:
+        # used up its time would do so again, and a prompt that is too long stays too long.
+        if last or isinstance(ended, Episode) or ended.bad_answer or ended.late or ended.too_long:
             break
     return ended
 
@@ -300,12 +308,3 @@ async def gather(jobs: Sequence[Awaitable[T]]) -> list[T]:
         for job in running:
             job.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-
-
-def require_room(task: Task, role: Role, length: int, settings: RolloutSettings) -> None:
-    """Raises ConfigError unless a prompt of `length` tokens leaves room for a reply in `rollout.context_tokens`."""
-    if length >= settings.context_tokens:
-        raise ConfigError(
-            f"The {role} prompt of task {task.task_id!r} has {length} tokens, and rollout.context_tokens is "
-            f"{settings.context_tokens}: raise it above the prompt, or shorten the task or rollout.max_critique_tokens."
-        )

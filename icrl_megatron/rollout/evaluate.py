@@ -19,6 +19,7 @@ from icrl_megatron.rollout.episode import (
     play_critique,
 )
 from icrl_megatron.rollout.intervals import Difference, Proportion, paired_difference, proportion
+from icrl_megatron.rollout.room import TooLongError
 from icrl_megatron.rollout.speakers import Casting, Seeds
 from icrl_megatron.rollout.watchdog import WATCHDOG
 from icrl_megatron.tasks.base import EnvironmentFailure
@@ -145,7 +146,8 @@ async def control(
 async def _retry(
     gate: asyncio.Semaphore, first: Episode, stage: Stage, casting: Casting, seeds: Seeds, state: ControlState
 ) -> None:
-    """Success of the three arms after one failed attempt; None when the environment, or a request twice, failed."""
+    """Success of the three arms after one failed attempt; None when the environment, or a request twice, failed, or a
+    prompt that is too long is dropped."""
     async with gate:
         for _ in range(2):
             try:
@@ -155,6 +157,10 @@ async def _retry(
             except RequestFailedError:
                 continue
             except EnvironmentFailure:
+                break
+            except TooLongError:
+                if not stage.drop_too_long:
+                    raise
                 break
     state.retried[first.task] = None
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import jinja2
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from icrl_megatron.config import ConfigError, RolloutSettings
 from icrl_megatron.types import Ids
@@ -40,6 +40,16 @@ class TurnText:
     text: str
     observation: str
     """Cut at `rollout.observation_chars`; empty when nothing was observed."""
+
+
+def tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a Hugging Face folder. Raises ConfigError where it is damaged."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise ConfigError(
+            f"{folder}: the tokenizer cannot be loaded ({error}); copy the model's folder again"
+        ) from error
 
 
 def parse_critique(reply: str) -> str:
@@ -109,10 +119,27 @@ class Prompter:
         """The critic's prompt: task, trajectory and outcome. `omitted` leading turns were left out for lack of room."""
         return self._message("critique", observation=observation, turns=turns, summary=summary, omitted=omitted)
 
+    def text(self, form: str, **values: object) -> str:
+        """The content of a prompt of one of FORMS, without the chat template."""
+        return self._templates[form].render(**values).strip()
+
+    def at_most(self, text: str) -> int:
+        """At least as many tokens as a prompt with this content has, without tokenising it (`rollout.room`)."""
+        size = len(text) if text.isascii() else 3 * len(text.encode(errors="replace"))
+        return len(self._head) + size + len(self._tail) + 1  # some tokenizers put a space in front
+
+    def lengths(self, texts: list[str]) -> list[int]:
+        """Tokens of the prompts with these contents."""
+        if not texts:
+            return []
+        plain = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+        around = len(self._head) + len(self._tail)
+        dropped = self._control_ids.__contains__
+        return [around + len(ids) - sum(map(dropped, ids)) for ids in self._tokenizer(texts, **plain).input_ids]
+
     def critique_text(self, observation: str, turns: Sequence[TurnText], summary: str, omitted: int = 0) -> str:
         """The same as text, without the chat template: for a critic that has one of its own."""
-        values = {"observation": observation, "turns": turns, "summary": summary, "omitted": omitted}
-        return self._templates["critique"].render(**values).strip()
+        return self.text("critique", observation=observation, turns=turns, summary=summary, omitted=omitted)
 
     def turn_text(self, number: int, text: str, observation: str) -> TurnText:
         return TurnText(number, text.strip(), observation[: self._observation_chars].strip())
@@ -155,8 +182,7 @@ class Prompter:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _message(self, form: str, **values: object) -> Ids:
-        content = self._templates[form].render(**values).strip()
-        return (*self._head, *self._encode_untrusted(content), *self._tail)
+        return (*self._head, *self._encode_untrusted(self.text(form, **values)), *self._tail)
 
     def _encode_trusted(self, text: str) -> Ids:
         return tuple(self._tokenizer(text, add_special_tokens=False).input_ids)

@@ -205,6 +205,9 @@ class AgentGym:
                 f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
             ) from error
 
+    def statement(self, task: Task) -> None:
+        """Only the server knows: a problem that is too long is found when it is played."""
+
     def check(self) -> None:
         """Plays the first step of an episode on every server. Raises ConfigError naming the one that cannot."""
         first = json.loads(self.problems("train")[0].problem)["task"]

@@ -100,6 +100,16 @@ class Checked(TaskSet, Protocol):
         ...
 
 
+@runtime_checkable
+class Readable(TaskSet, Protocol):
+    """A task set whose problems can be read without being played, so that one that is too long for the context is found
+    before the run."""
+
+    def statement(self, task: Task) -> str | None:
+        """What `Environment.reset` returns for the task; None where only a server or a process can tell."""
+        ...
+
+
 def sendable(text: str) -> str:
     """With half characters (lone surrogates) as question marks: no tokenizer takes them, and no JSON of a server's, so
     that a reply or an observation could fail the infrastructure."""

@@ -128,6 +128,9 @@ class GameFolders:
                 f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
             ) from error
 
+    def statement(self, task: Task) -> None:
+        """Only the game knows: a problem that is too long is found when it is played."""
+
     def check(self) -> None:
         """Plays the first step of the first game. Raises ConfigError when it cannot be played here."""
         game = str(json.loads(self.problems("train")[0].problem)["game"])

@@ -217,6 +217,9 @@ class Household:
     def environment(self, task: Task) -> HouseholdEnvironment:
         return HouseholdEnvironment(Goal.parse(task.problem))
 
+    def statement(self, task: Task) -> str:
+        return task.problem
+
     def teacher(self, task: Task, rng: random.Random) -> HouseholdTeacher:
         return HouseholdTeacher(Goal.parse(task.problem), rng)
 

@@ -170,6 +170,9 @@ class Rulebook:
     def environment(self, task: Task) -> RulebookEnvironment:
         return RulebookEnvironment(self.shape, self.rule, task.problem)
 
+    def statement(self, task: Task) -> str:
+        return task.problem
+
     def teacher(self, task: Task, rng: random.Random) -> RulebookTeacher:
         return RulebookTeacher(self.shape, self.rule, task, rng)
 

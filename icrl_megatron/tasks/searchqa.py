@@ -53,7 +53,7 @@ class SearchEnvironment:
 
     async def reset(self) -> str:
         self._answer, self._searches = None, 0
-        return f"{INSTRUCTION}\n\nQuestion: {self._question}"
+        return _statement(self._question)
 
     def parse(self, reply: str) -> str | None:
         return action_of("searchqa", reply)
@@ -115,6 +115,9 @@ class RetrievalQA:
                 f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
             ) from error
 
+    def statement(self, task: Task) -> str:
+        return _statement(str(json.loads(task.problem)["prompt"]))
+
     def check(self) -> None:
         """Builds the index, so that ranks find it. Raises ConfigError on a corpus that is none."""
         self.retriever()
@@ -125,6 +128,10 @@ class RetrievalQA:
             local = LocalRetriever(Path(data.corpus)) if data.corpus else None
             self._retriever = local or RemoteRetriever(data.servers, data.request_timeout_s, self._answer_bytes)
         return self._retriever
+
+
+def _statement(question: str) -> str:
+    return f"{INSTRUCTION}\n\nQuestion: {question}"
 
 
 def SearchQA(source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> TaskSet:

@@ -89,13 +89,19 @@ class SingleTurnTasks(ABC):
         return self._problems[split]
 
     def environment(self, task: Task) -> SingleTurnEnvironment:
+        question, judge = self._asked(task)
+        return SingleTurnEnvironment(question, self.form, judge)
+
+    def statement(self, task: Task) -> str:
+        return self._asked(task)[0]
+
+    def _asked(self, task: Task) -> tuple[str, Judge]:
         try:
-            question, judge = self.question(json.loads(task.problem))
+            return self.question(json.loads(task.problem))
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
             ) from error
-        return SingleTurnEnvironment(question, self.form, judge)
 
     @abstractmethod
     def load(self, split: Split) -> list[Task]:

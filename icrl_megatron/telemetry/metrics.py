@@ -50,6 +50,7 @@ def rollout_metrics(
         "episodes/dropped": len(dropped),
         "episodes/late": sum(d.late for d in dropped),
         "episodes/texts_cut": sum(_cut_texts(attempt) for e in episodes for attempt in e.attempts),
+        "episodes/too_long": sum(d.too_long for d in dropped),
         "infrastructure/bad_answers": sum(d.bad_answer for d in dropped),
         "groups/count": report.groups,
         "groups/dropped": report.dropped_groups,

@@ -17,6 +17,7 @@ from whole_runs import Ended, batch, icrl, rows, train
 
 from icrl_megatron import parts as parts_module
 from icrl_megatron.ablate import ARMS
+from icrl_megatron.config import Settings
 from icrl_megatron.launch import StopRequest
 from icrl_megatron.telemetry.dumps import dump_path, read_episodes
 from icrl_megatron.telemetry.progress import Progress
@@ -239,6 +240,7 @@ def test_on_resume_the_engine_takes_memory_after_the_actor_gave_it_up(
         grid=SimpleNamespace(rank=1),
         source=SimpleNamespace(take_back=lambda kept: None, tapes=dict),
         sampler=SimpleNamespace(curriculum=None),
+        settings=Settings(),
     )
     quiet = Progress(console=Console(file=io.StringIO()))
     recorder = parts_module.Recorder(parts, saver, quiet, StopRequest.__new__(StopRequest))  # type: ignore[arg-type]

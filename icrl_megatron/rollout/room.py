@@ -1,0 +1,115 @@
+"""Whether the prompts of a problem fit the context, known before anything is generated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from icrl_megatron.config import ConfigError, RolloutSettings
+from icrl_megatron.rollout.prompts import Prompter
+from icrl_megatron.types import Role, Task
+
+BATCH_CHARS = 1 << 22
+"""Text that is tokenised at once."""
+SEAM_TOKENS = 16
+"""More than the tokens that change where two texts meet."""
+
+
+class TooLongError(ConfigError):
+    """A prompt leaves no room for a reply. The message names the task and what helps."""
+
+
+@dataclass(frozen=True)
+class TooLong:
+    """A problem that does not fit, with the prompt of it that needs the most room."""
+
+    task: Task
+    role: Role
+    needed: int
+    """The smallest `rollout.context_tokens` that it fits: its tokens, a critique of full length where it holds or
+    precedes one, and one token of a reply."""
+
+
+def require_room(task: Task, role: Role, length: int, settings: RolloutSettings) -> None:
+    """Raises TooLongError unless a prompt of `length` tokens leaves room for a reply in `rollout.context_tokens`."""
+    if length >= settings.context_tokens:
+        raise TooLongError(
+            f"The {role} prompt of task {task.task_id!r} has {length} tokens, and rollout.context_tokens is "
+            f"{settings.context_tokens}: raise it above the prompt, lower rollout.max_critique_tokens, or set "
+            "tasks.too_long=drop."
+        )
+
+
+def too_long(
+    statements: Iterable[tuple[Task, str]], prompter: Prompter, settings: RolloutSettings, revised: bool
+) -> list[TooLong]:
+    """The problems, each with the text that its environment begins with, of which some prompt does not fit.
+
+    The attempt's prompt has to leave room for one token. With `revised`, so does the revision's with a critique of full
+    length, and the critic's prompt without any turn has to leave room for that critique. Only texts that may be too
+    long by their size are tokenised: a token is at least one byte of the text after Unicode is composed, which makes a
+    text at most three times as large.
+    """
+    found: list[TooLong] = []
+    for batch in _batches(_suspects(statements, prompter, settings, revised)):
+        lengths = prompter.lengths([suspect.prompts[0].text for suspect in batch])
+        for suspect, length in zip(batch, lengths, strict=True):
+            if worst := _worst(suspect, length, prompter, settings.context_tokens):
+                found.append(worst)
+    return found
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    role: Role
+    text: str
+    beside: int
+    """Tokens that have to fit beside it."""
+
+
+@dataclass(frozen=True)
+class _Suspect:
+    task: Task
+    prompts: tuple[_Prompt, ...]
+    """The attempt's first."""
+
+
+def _suspects(
+    statements: Iterable[tuple[Task, str]], prompter: Prompter, settings: RolloutSettings, revised: bool
+) -> Iterator[_Suspect]:
+    critique = 0 if settings.critic == "empty" else settings.max_critique_tokens
+    for task, statement in statements:
+        prompts = [_Prompt("attempt", prompter.text("attempt", observation=statement), 1)]
+        if revised:
+            asked = prompter.text("revision", observation=statement, critique="-")
+            prompts.append(_Prompt("revision", asked, critique + 1))
+            read = prompter.critique_text(statement, [], "", omitted=settings.max_turns)
+            prompts.append(_Prompt("critique", read, max(critique, 1)))
+        if any(prompter.at_most(prompt.text) + prompt.beside > settings.context_tokens for prompt in prompts):
+            yield _Suspect(task, tuple(prompts))
+
+
+def _worst(suspect: _Suspect, length: int, prompter: Prompter, limit: int) -> TooLong | None:
+    """The prompt that needs the most room, where that is more than there is. `length`: tokens of the attempt's; the
+    others hold the same text and what the templates add, and are tokenised only where that may matter."""
+    first = suspect.prompts[0]
+    needed: list[tuple[int, Role]] = [(length + first.beside, first.role)]
+    for prompt in suspect.prompts[1:]:
+        added = prompter.at_most(prompt.text) - prompter.at_most(first.text)
+        if length + added + prompt.beside + SEAM_TOKENS > limit:
+            needed.append((prompter.lengths([prompt.text])[0] + prompt.beside, prompt.role))
+    most, role = max(needed)
+    return TooLong(suspect.task, role, most) if most > limit else None
+
+
+def _batches(suspects: Iterable[_Suspect]) -> Iterator[Sequence[_Suspect]]:
+    batch: list[_Suspect] = []
+    chars = 0
+    for suspect in suspects:
+        batch.append(suspect)
+        chars += len(suspect.prompts[0].text)
+        if chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch

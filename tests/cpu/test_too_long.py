@@ -1,0 +1,225 @@
+"""Problems that do not fit the context: all of them are found before the model is loaded, or when they are played."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import byte_model
+import pytest
+from agentgym_server import serving
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from whole_runs import Ended, batch, rows, train
+
+from icrl_megatron.config import RolloutSettings
+from icrl_megatron.problems import RESETS_S
+from icrl_megatron.rollout.prompts import Prompter, template_words, tokenizer
+from icrl_megatron.rollout.room import too_long
+from icrl_megatron.tiny import build_tokenizer
+from icrl_megatron.types import Task
+
+WORDS = ["red", "cup", "on", "shelf"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return byte_model.build(tmp_path_factory.mktemp("model") / "bytes")
+
+
+@pytest.fixture(scope="module")
+def prompters(model: Path) -> dict[str, Prompter]:
+    words = build_tokenizer([*WORDS, *template_words("standard"), *template_words("compact")])
+    return {
+        f"{kind}/{templates}": Prompter(made, RolloutSettings(templates=templates))
+        for kind, made in (("bytes", tokenizer(model)), ("words", words))
+        for templates in ("standard", "compact")
+    }
+
+
+@pytest.mark.parametrize("kind", ["bytes/standard", "bytes/compact", "words/standard", "words/compact"])
+@settings(max_examples=150, deadline=None)
+@given(
+    pieces=st.lists(st.sampled_from([*WORDS, " ", "<|im_end|>", "\n\n"]) | st.text(max_size=9), max_size=40),
+    away=st.integers(-3, 3),
+    which=st.sampled_from(["attempt", "revision", "critique"]),
+)
+def test_it_is_what_the_prompts_say(
+    prompters: dict[str, Prompter], kind: str, pieces: list[str], away: int, which: str
+) -> None:
+    """Around the limit of each prompt, where a token decides."""
+    prompter, text, task = (
+        prompters[kind],
+        " ".join(pieces).encode(errors="replace").decode(),
+        Task("t/0", "t", "train", ""),
+    )
+    critique = 5
+    needed = {
+        "attempt": len(prompter.attempt(text)) + 1,
+        "revision": len(prompter.revision(text, "-")) + critique + 1,
+        "critique": len(prompter.critique(text, [], "", omitted=30)) + critique,
+    }
+    chosen = RolloutSettings(context_tokens=max(1, needed[which] + away), max_critique_tokens=critique)
+    alone = too_long([(task, text)], prompter, chosen, revised=False)
+    assert [one.needed for one in alone] == [needed["attempt"]] * (needed["attempt"] > chosen.context_tokens)
+    both = too_long([(task, text)], prompter, chosen, revised=True)
+    most = max(needed.values())
+    assert [one.needed for one in both] == [most] * (most > chosen.context_tokens)
+    assert all(needed[one.role] == one.needed for one in both)
+
+
+def write(path: Path, count: int, long: int, what: str) -> str:
+    lines = [
+        json.dumps({"prompt": ("word " * 1000 if i == long else "") + f"What is {i} {what} {i}?", "label": str(2 * i)})
+        for i in range(count)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def ran(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ended], dict[str, int]]:
+    """Commands on rows of which one is too long, and how often the servers were asked for a problem meanwhile."""
+    folder = tmp_path_factory.mktemp("too_long")
+    well = write(folder / "well.jsonl", 8, -1, "plus")
+    held = write(folder / "held.jsonl", 4, -1, "times")
+    in_train, in_held = write(folder / "rows.jsonl", 12, 9, "and"), write(folder / "tests.jsonl", 6, 4, "minus")
+    small = ["warm_start.steps=0", "steps=2", "eval.interval=0", "eval.problems=2", "rollout.max_turn_tokens=4"]
+    small += ["rollout.max_critique_tokens=4", "rollout.context_tokens=400", "rollout.tasks_per_step=2"]
+    small += ["rollout.episodes_per_task=2", "algo.on_no_signal=skip"]
+
+    broken = folder / "broken"  # loading it would fail first
+    shutil.copytree(model, broken)
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+
+    def math(train_rows: str, heldout_rows: str) -> str:
+        return f"{{name: math, data: {{train: [{train_rows}], heldout: [{heldout_rows}]}}}}"
+
+    def run(name: str, sources: str, *more: str) -> list[str]:
+        return train(folder / name, f"model.path={model}", *small, f"tasks.sources=[{sources}]", *more)
+
+    asked = {}
+    with serving("alfworld") as (first, state), serving("alfworld") as (second, dropping):
+        served = "{{name: alfworld, data: {{train: ['0:2420'], heldout: ['2420:2430'], servers: ['{}']}}}}"
+        narrow = "rollout.context_tokens=200"
+        commands = {
+            "train": run("train", math(in_train, held), f"model.path={broken}"),
+            "heldout": run("heldout", math(well, in_held)),
+            "dry": [*run("dry", math(in_train, held)), "--dry-run"],
+            "dry_drop": [*run("dry", math(in_train, held), "tasks.too_long=drop"), "--dry-run"],
+            "sft": ["sft", *run("sft", math(in_train, held), "warm_start.steps=1")[1:]],
+            "drop": run("drop", math(in_train, in_held), "tasks.too_long=drop"),
+            "enough": run("enough", math(in_train, held), "rollout.context_tokens=1024", "rollout.rounds=1"),
+            "few": run("few", math(in_train, held), "tasks.too_long=drop", "rollout.tasks_per_step=12"),
+            "eval": ["eval", str(model), "--task", "math", f"tasks.sources=[{math(well, in_held)}]", *small[4:]],
+            "other": run("other", "{name: long_row}"),
+            "other_drop": run("other_drop", "{name: long_row}", "tasks.too_long=drop", "tasks.limit=10"),
+            "served": run("served", f"{math(well, held)}, {served.format(first)}", narrow),
+            "served_drop": run(
+                "served_drop", f"{math(well, held)}, {served.format(second)}", narrow, "tasks.too_long=drop"
+            ),
+        }
+        commands["eval"] = [word for word in commands["eval"] if not word.startswith(("steps", "eval.", "warm"))]
+        commands["eval_drop"] = [*commands["eval"], "tasks.too_long=drop", "--out", str(folder / "eval_drop")]
+        commands["eval"] += ["--out", str(folder / "eval")]
+        # A run that ended because of it goes on as its message says.
+        commands["fails"] = run("after", math(in_train, held))
+        commands["after"] = [*commands["fails"], "tasks.too_long=drop"]
+        ended = batch(folder, commands)
+        asked = {"served": state.calls["/reset"], "served_drop": dropping.calls["/reset"]}
+    return folder, ended, asked
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("train", "math/train/rows/9 (ROWS/rows.jsonl, line 10)"),
+        ("heldout", "math/heldout/tests/4 (ROWS/tests.jsonl, line 5)"),
+        ("dry", "math/train/rows/9 (ROWS/rows.jsonl, line 10)"),
+        ("sft", "math/train/rows/9 (ROWS/rows.jsonl, line 10)"),
+        ("eval", "math/heldout/tests/4 (ROWS/tests.jsonl, line 5)"),
+        ("other", "long_row/train/9"),
+    ],
+)
+def test_every_row_is_looked_at_before_the_model_is_loaded(
+    ran: tuple[Path, dict[str, Ended], dict[str, int]], name: str, row: str
+) -> None:
+    folder, ended, _ = ran
+    assert ended[name].code == 2, ended[name].error
+    (message,) = [line for line in ended[name].error.splitlines() if line.startswith("error: ")]
+    assert row.replace("ROWS", str(folder)) in message
+    assert "rollout.context_tokens is 400 (the model has 1024 positions): shorten the problems" in message
+    assert "set tasks.too_long=drop" in message
+    assert not (folder / name / "metrics.jsonl").exists() and not (folder / name / "checkpoints").exists()
+
+
+def test_a_context_that_is_enough_is_named(ran: tuple[Path, dict[str, Ended], dict[str, int]], model: Path) -> None:
+    """The limit that a message names is enough, and one less is not."""
+    prompter = Prompter(tokenizer(model), RolloutSettings(templates="compact"))
+    task, text = Task("t/0", "t", "train", ""), "word " * 30
+    lengths = RolloutSettings(context_tokens=20, max_critique_tokens=4)
+    (found,) = too_long([(task, text)], prompter, lengths, revised=True)
+    for context, count in ((found.needed, 0), (found.needed - 1, 1)):
+        at = RolloutSettings(context_tokens=context, max_critique_tokens=4)
+        assert len(too_long([(task, text)], prompter, at, revised=True)) == count
+
+
+def test_dropped_rows_are_counted_and_named_once(ran: tuple[Path, dict[str, Ended], dict[str, int]]) -> None:
+    folder, ended, _ = ran
+    assert ended["fails"].code == 2
+    for name, dropped in (("drop", 2.0), ("after", 1.0)):
+        assert ended[name].code == 0, ended[name].error
+        said = " ".join(ended[name].error.split())
+        assert said.count("do not fit rollout.context_tokens=400 and are left out") == 1
+        assert "math/train/rows/9" in said
+        steps = [row for row in rows(folder / name) if "tokens/generated" in row]
+        assert [row["data/dropped_too_long"] for row in steps] == [dropped, dropped]
+        assert all(row["episodes/too_long"] == row["episodes/dropped"] == 0 for row in steps)
+    assert ended["dry_drop"].code == 0 and "1 of 16 problems" in ended["dry_drop"].error
+
+
+def test_too_few_rows_that_fit_are_an_error(ran: tuple[Path, dict[str, Ended], dict[str, int]]) -> None:
+    error = ran[1]["few"].error
+    assert ran[1]["few"].code == 2
+    assert "11 training problems, and a step draws 12" in error and "lower rollout.tasks_per_step" in error
+
+
+def test_an_evaluation_counts_what_it_leaves_out(ran: tuple[Path, dict[str, Ended], dict[str, int]]) -> None:
+    folder, ended, _ = ran
+    assert ended["eval_drop"].code == 0, ended["eval_drop"].error
+    result = json.loads((folder / "eval_drop" / "eval.json").read_text())
+    assert result["too_long"] == 1 and len(result["successes"]) == 5
+
+
+def test_a_problem_of_another_task_set_is_dropped_when_it_is_played(
+    ran: tuple[Path, dict[str, Ended], dict[str, int]],
+) -> None:
+    """Which rows are left out must not depend on a clock, and only `Readable` task sets are read without one."""
+    assert RESETS_S > 0
+    ended = ran[1]["other_drop"]
+    assert ended.code == 0, ended.error
+    steps = [row for row in rows(ran[0] / "other_drop") if "tokens/generated" in row]
+    assert all(row["data/dropped_too_long"] == 0 for row in steps)
+    assert all(row["episodes/too_long"] == row["episodes/dropped"] for row in steps)
+
+
+def test_problems_behind_a_server_are_judged_when_they_are_played(
+    ran: tuple[Path, dict[str, Ended], dict[str, int]],
+) -> None:
+    folder, ended, asked = ran
+    assert ended["served"].code == 2
+    assert "The attempt prompt of task 'alfworld/heldout/24" in ended["served"].error
+    assert "rollout.context_tokens is 200: raise it above the prompt" in ended["served"].error
+    assert asked["served"] < 20, "a server was asked for its 2430 problems"
+    assert ended["served_drop"].code == 0, ended["served_drop"].error
+    steps = [row for row in rows(folder / "served_drop") if "tokens/generated" in row]
+    assert sum(row["episodes/too_long"] for row in steps) > 0
+    for row in steps:
+        assert row["episodes/too_long"] == row["episodes/dropped"]
+        assert row["episodes/played"] + row["episodes/dropped"] == 4
+        assert row["data/dropped_too_long"] == 0
+    assert asked["served_drop"] < 40
