@@ -92,7 +92,7 @@ class Progress:
     def log(self, text: str) -> None:
         """One line that stays, above the bars."""
         if self.enabled:
-            self.console.print(text)
+            self.console.print(text, highlight=False, markup=False)
 
     def _make_bars(self) -> Bars:
         return Bars(
