@@ -93,7 +93,7 @@ class Progress:
         """One line that stays, above the bars."""
         if self.enabled:
             with suppress(OSError):  # a full disk behind stderr costs these lines, not the run
-                self.console.print(text)
+                self.console.print(text, highlight=False, markup=False)
 
     def _make_bars(self) -> Bars:
         return Bars(
