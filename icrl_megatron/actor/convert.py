@@ -20,7 +20,7 @@ from icrl_megatron.shape import check_folder, locate_weights
 
 def import_hf(source: Path, target: Path) -> None:
     """Writes `target`/step_000000: fp32 main weights, moments of zero. The checkpoint's config.json names the dtype
-    that the weights were stored in, which may be another than the folder's said: `export_hf` then returns them all.
+    that the weights are stored in, even if the folder's names another, so `export_hf` returns the same values.
 
     Raises ConfigError on a bad folder."""
     dtypes = {tensor.dtype for tensor in locate_weights(source, check_folder(source)).values()}

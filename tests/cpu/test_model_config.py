@@ -153,7 +153,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type='linear'"),
     ({"rope_scaling": {"rope_type": "yarn", "type": "linear", "factor": 2.0}}, "rope_scaling.type='linear' contradict"),
     ({"rope_scaling": "yarn"}, "rope_scaling='yarn'"),
-    ({"rope_scaling": {"factor": 4.0}}, "rope_scaling.factor=4.0 has no meaning"),
+    ({"rope_scaling": {"factor": 4.0}}, "rope_scaling.factor=4.0 is unknown"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters.full_attention="),
     ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.25}}, "partial_rotary_factor=0.25"),
     ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.factor is missing"),
@@ -166,8 +166,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": {**CARD_YARN, "truncate": None}}, "rope_scaling.truncate=None"),
     ({"rope_scaling": {**CARD_YARN, "mscale": 0.7}}, "rope_scaling.mscale=0.7"),
     ({"rope_scaling": {**CARD_YARN, "attention_factor": 0.0}}, "rope_scaling.attention_factor=0.0"),
-    ({"rope_scaling": {**CARD_YARN, "attention_factor": 1.0}}, "attn_factor=0.878248856, for the second"),
-    ({"rope_scaling": {**CARD_YARN, "attn_factor": 0.8782488562869419}}, "attention_factor=1, in rope_scaling"),
+    ({"rope_scaling": {**CARD_YARN, "attention_factor": 1.0}}, "set attn_factor=0.878248856; to keep"),
+    ({"rope_scaling": {**CARD_YARN, "attn_factor": 0.8782488562869419}}, "set attention_factor=1 in rope_scaling"),
     ({"rope_scaling": {**CARD_YARN, "extrapolation_factor": 1.0}}, "rope_scaling.extrapolation_factor=1.0"),
 ]
 
