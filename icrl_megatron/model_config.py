@@ -57,7 +57,7 @@ ONLY: dict[str, Only] = {
     "add_cross_attention": Only((False, None), _DECODER),
     "attention_bias": Only((False,), "attention biases are not supported; use a folder without them"),
     "attention_dropout": Only((0.0,), "attention dropout is not supported; set it to 0.0"),
-    "auto_map": Only((None,), "the folder has model code of its own, which is not run; use a folder without it"),
+    "auto_map": Only((), "the folder has model code of its own, which is not run; use a folder without it"),
     "chunk_size_feed_forward": Only((0, None), "chunked MLPs are not supported; set it to 0"),
     "cross_attention_hidden_size": Only((None,), _DECODER),
     "dtype": Only((None, "float32", "bfloat16", "float16", "float64"), _QUANTISED),
@@ -84,10 +84,16 @@ ONLY: dict[str, Only] = {
 }
 
 WITHOUT_EFFECT: dict[str, tuple[type, ...]] = {
+    "_attn_implementation": (str, type(None)),
+    "attn_implementation": (str, type(None)),
     "bos_token_id": (int, type(None)),
     "eos_token_id": (int, list, type(None)),
+    "id2label": (dict, type(None)),
     "initializer_range": (float,),
+    "label2id": (dict, type(None)),
+    "max_new_tokens": (int, type(None)),
     "max_window_layers": (int,),
+    "num_labels": (int,),
     "sliding_window": (int, type(None)),
     "use_cache": (bool,),
 }
@@ -96,11 +102,11 @@ tokenizer, no weight is initialised at random, and the two window fields count o
 
 NOTES = {
     *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "transformers.js_config"),
-    *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "tokenizer_class", "prefix"),
+    *("_attn_implementation_autoset", "tokenizer_class", "prefix"),
     *("unsloth_fixed", "unsloth_version", "finetuning_task", "task_specific_params", "problem_type", "tf_legacy_loss"),
-    *("id2label", "label2id", "num_labels", "sep_token_id", "unk_token_id", "decoder_start_token_id"),
+    *("sep_token_id", "unk_token_id", "decoder_start_token_id"),
     # Defaults of `generate` that old versions of transformers wrote here. Sampling follows the settings instead.
-    *("max_length", "max_new_tokens", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups"),
+    *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups"),
     *("diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
     *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences"),
     *("output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id"),
@@ -191,6 +197,9 @@ def _check_numbers(fields: dict[str, Any], path: Path) -> None:
         raise ConfigError(
             f"{path}: pad_token_id={padding!r} is not below vocab_size={fields['vocab_size']}; set it to null"
         )
+    ends = fields.get("eos_token_id")
+    if isinstance(ends, list) and not all(type(end) is int for end in ends):
+        raise ConfigError(f"{path}: eos_token_id={_shown(ends)}: expected integers; copy the model's config.json again")
     for name, types in WITHOUT_EFFECT.items():
         if name in fields and type(fields[name]) not in types:
             listed = " or ".join("null" if t is type(None) else t.__name__ for t in types)
