@@ -28,7 +28,7 @@ class TinyModel:
 @dataclass
 class ModelSettings:
     path: str = ""
-    """A Hugging Face folder with a dense Qwen3. Empty with `init` set: made in the run folder."""
+    """A Hugging Face folder with a dense Qwen3 (docs/MODELS.md). Empty with `init` set: made in the run folder."""
     init: TinyModel | None = None
     """Make this tiny model (random weights) when `path` is empty."""
 

@@ -1,7 +1,7 @@
-"""Which fields a Qwen3 config.json may have, what each means here, and the values that can be trained.
+"""The fields of a Qwen3 config.json: what each means here, and which values can be trained.
 
-Every field is in one of the tables below. A field that is in none of them, or that asks for something other than the
-plain dense Qwen3, is refused by name: training on would silently train another model. Imports no torch.
+Every known field is in one of the tables below. An unknown field, or a value that asks for anything but the plain dense
+Qwen3, is refused by name, because ignoring it would silently train a different model. Imports no torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from icrl_megatron.config import ConfigError
 
 LFS_POINTER = b"version https://git-lfs"
-"""How the small text file begins that Git leaves in place of a large one."""
+"""Beginning of the small text file that Git checks out in place of a large file."""
 
 SIZES = {
     "hidden_size": "width of the residual stream",
@@ -24,7 +24,7 @@ SIZES = {
     "num_key_value_heads": "key and value heads",
     "vocab_size": "rows of the embedding and of the head, padding rows included",
 }
-"""Positive integers that must be there: transformers' defaults for them are those of one size of Qwen3 only."""
+"""Required positive integers. transformers has defaults for them, but they fit one model size only."""
 
 DEFAULTS: dict[str, int | float | bool] = {
     "head_dim": 128,
@@ -32,92 +32,100 @@ DEFAULTS: dict[str, int | float | bool] = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
-"""Fields that enter the computation and may be absent, with the value that transformers then takes."""
+"""Optional fields that affect the computation, with transformers' defaults."""
 
 ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}
-"""Read by rope_config.py, which checks them against each other."""
+"""Read by rope_config.py, which compares them with each other."""
 
 
 @dataclass(frozen=True)
 class Only:
-    """A field that may be absent or have one of these values; any other changes the model."""
+    """A field that may be absent or have one of these values. Any other value changes the model."""
 
     values: tuple[object, ...]
     why: str
-    """What another value means, and what to do about it."""
+    """Why other values are refused, and the remedy."""
 
 
-_OTHER_HEAD = "the weights are those of another head; take the causal language model, Qwen3ForCausalLM"
-_QUANTISED = "the weights are quantised; take the folder in bf16, e.g. Qwen3-8B instead of Qwen3-8B-FP8"
+_OTHER_HEAD = "the folder is not a causal language model; use one for Qwen3ForCausalLM"
+_QUANTISED = "the weights are quantised; use the bf16 folder, e.g. Qwen3-8B instead of Qwen3-8B-FP8"
 _DECODER = "only the plain causal decoder can be trained; set it to false"
 
 ONLY: dict[str, Only] = {
-    "model_type": Only(("qwen3",), "only dense qwen3 can be trained; take such a folder"),
+    "model_type": Only(("qwen3",), "only dense qwen3 can be trained; use such a folder"),
     "architectures": Only((None, ["Qwen3ForCausalLM"]), _OTHER_HEAD),
     "add_cross_attention": Only((False, None), _DECODER),
-    "attention_bias": Only((False,), "attention projections have no biases here; take a folder without them"),
-    "attention_dropout": Only((0.0,), "attention has no dropout here; set it to 0.0"),
-    "auto_map": Only((None,), "the folder brings code of its own; take a folder without it"),
-    "chunk_size_feed_forward": Only((0, None), "the MLP is not cut into chunks; set it to 0"),
+    "attention_bias": Only((False,), "attention biases are not supported; use a folder without them"),
+    "attention_dropout": Only((0.0,), "attention dropout is not supported; set it to 0.0"),
+    "auto_map": Only((), "the folder has model code of its own, which is not run; use a folder without it"),
+    "chunk_size_feed_forward": Only((0, None), "chunked MLPs are not supported; set it to 0"),
     "cross_attention_hidden_size": Only((None,), _DECODER),
     "dtype": Only((None, "float32", "bfloat16", "float16", "float64"), _QUANTISED),
     "torch_dtype": Only((None, "float32", "bfloat16", "float16", "float64"), _QUANTISED),
-    "hidden_act": Only(("silu",), "the MLP has SiLU here; take a folder with it"),
-    "is_causal": Only((True,), "attention is causal here; take a causal language model"),
+    "hidden_act": Only(("silu",), "only silu is supported; use a folder trained with it"),
+    "is_causal": Only((True,), "only causal attention is supported; use a causal language model"),
     "is_decoder": Only((False, None), _DECODER),
     "is_encoder_decoder": Only((False,), _DECODER),
-    "mlp_bias": Only((False, None), "the MLP has no biases here; take a folder without them"),
+    "mlp_bias": Only((False, None), "MLP biases are not supported; use a folder without them"),
     "output_attentions": Only((False, None), "it changes how attention is computed; set it to false"),
-    "output_hidden_states": Only((False, None), "nothing reads them; set it to false"),
-    "partial_rotary_factor": Only((1.0, None), "Qwen3 rotates whole heads; delete it if it is meant to be 1"),
-    "pruned_heads": Only((None, {}), "all heads are computed; take the folder before pruning"),
+    "output_hidden_states": Only((False, None), "hidden states are not collected; set it to false"),
+    "partial_rotary_factor": Only((1.0, None), "only whole heads are rotated; delete it if it should be 1"),
+    "pruned_heads": Only((None, {}), "pruned heads are not supported; use the folder before pruning"),
     "quantization": Only((None,), _QUANTISED),
     "quantization_config": Only((None,), _QUANTISED),
-    "return_dict": Only((True, None), "transformers' models are called with it; set it to true"),
+    "return_dict": Only((True, None), "the engine needs it; set it to true"),
     "tie_encoder_decoder": Only((False, None), _DECODER),
-    "torchscript": Only((False, None), "nothing is traced; set it to false"),
-    "use_bfloat16": Only((False, None), "actor.precision says this; set it to false"),
-    "use_mrope": Only((False, None), "positions have one axis here; set it to false for a text model"),
-    "use_sliding_window": Only((False,), "all layers attend to the whole context here; set it to false if they do"),
+    "torchscript": Only((False, None), "tracing is not supported; set it to false"),
+    "use_bfloat16": Only((False, None), "actor.precision sets the dtype; set it to false"),
+    "use_mrope": Only((False, None), "multimodal positions are not supported; set it to false for a text model"),
+    "use_sliding_window": Only(
+        (False,), "sliding windows are not supported; set it to false if all layers have full attention"
+    ),
 }
 
 WITHOUT_EFFECT: dict[str, tuple[type, ...]] = {
+    "_attn_implementation": (str, type(None)),
+    "attn_implementation": (str, type(None)),
     "bos_token_id": (int, type(None)),
     "eos_token_id": (int, list, type(None)),
+    "id2label": (dict, type(None)),
     "initializer_range": (float,),
+    "label2id": (dict, type(None)),
+    "max_new_tokens": (int, type(None)),
     "max_window_layers": (int,),
+    "num_labels": (int,),
     "sliding_window": (int, type(None)),
     "use_cache": (bool,),
 }
-"""Of these only the type is checked, as transformers does. Stop ids come from the tokenizer; no weight is drawn at
-random; the two about windows count only with use_sliding_window."""
+"""Fields with no effect here; their types are checked because transformers checks them. Stop ids come from the
+tokenizer, no weight is initialised at random, and the two window fields count only with use_sliding_window."""
 
 NOTES = {
     *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "transformers.js_config"),
-    *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "tokenizer_class", "prefix"),
+    *("_attn_implementation_autoset", "tokenizer_class", "prefix"),
     *("unsloth_fixed", "unsloth_version", "finetuning_task", "task_specific_params", "problem_type", "tf_legacy_loss"),
-    *("id2label", "label2id", "num_labels", "sep_token_id", "unk_token_id", "decoder_start_token_id"),
-    # Defaults of `generate`, which old versions of transformers wrote here. Sampling is by rollout.* alone.
-    *("max_length", "max_new_tokens", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups"),
+    *("sep_token_id", "unk_token_id", "decoder_start_token_id"),
+    # Defaults of `generate` that old versions of transformers wrote here. Sampling follows the settings instead.
+    *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups"),
     *("diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
     *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences"),
     *("output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id"),
     *("remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
 }
-"""Where a folder comes from and how it may be used: nothing that the model computes depends on these."""
+"""Fields that describe the folder. What the model computes does not depend on them."""
 
 _CHECKED_HERE = {"layer_types", "pad_token_id"}
 KNOWN = {*SIZES, *DEFAULTS, *ROPE, *ONLY, *WITHOUT_EFFECT, *NOTES, *_CHECKED_HERE}
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The fields of a config.json whose every field can be followed, absent DEFAULTS filled in.
+    """Reads a config.json and fills in absent DEFAULTS.
 
-    Raises ConfigError naming the file, the field, its value and the remedy.
+    Raises ConfigError naming the file, field, value and remedy if a field is unknown or its value is not supported.
     """
     raw = read_json(path)
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: not readable as a Qwen3 configuration (it is no JSON object); check model.path")
+        raise ConfigError(f"{path}: not readable as a Qwen3 configuration (not a JSON object); check model.path")
     if "model_type" not in raw:
         raise ConfigError(f"{path}: not readable as a Qwen3 configuration (model_type is missing); check model.path")
     for name, only in ONLY.items():
@@ -126,8 +134,8 @@ def read_config(path: Path) -> dict[str, Any]:
     for name, value in raw.items():
         if name not in KNOWN and value is not None:
             raise ConfigError(
-                f"{path}: {name}={_shown(value)}: this field of the model is not known here, so it cannot be followed; "
-                "delete it if the weights do not depend on it"
+                f"{path}: {name}={_shown(value)}: unknown field, which may change the model; delete it if the weights "
+                "do not depend on it"
             )
     fields = {**DEFAULTS, **raw}
     for name in (*SIZES, "head_dim", "max_position_embeddings"):
@@ -138,7 +146,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """Raises ConfigError where a JSON file of a model's folder is missing, unreadable, damaged or a Git LFS pointer."""
+    """Raises ConfigError if a JSON file of a model's folder is missing, unreadable, damaged or a Git LFS pointer."""
     try:
         content = path.read_bytes()
         require_not_lfs(path, content)
@@ -150,7 +158,7 @@ def read_json(path: Path) -> Any:
 
 
 def name_dtype(path: Path, dtype: str) -> None:
-    """Makes a config.json name the dtype of its weights, in torch's words, in every spelling that it has."""
+    """Writes the dtype of the weights (torch's name for it) into a config.json, under both names if it has both."""
     fields = json.loads(path.read_text(encoding="utf-8"))
     fields["dtype"] = dtype
     if "torch_dtype" in fields:  # what transformers 4 reads
@@ -159,10 +167,10 @@ def name_dtype(path: Path, dtype: str) -> None:
 
 
 def require_not_lfs(path: Path, begin: bytes) -> None:
-    """Raises ConfigError if a file that begins so is Git LFS's pointer to the real one."""
+    """Raises ConfigError if `begin`, the first bytes of a file, are those of a Git LFS pointer."""
     if begin.startswith(LFS_POINTER):
         raise ConfigError(
-            f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in {path.parent}, or download the "
+            f"{path}: a Git LFS pointer instead of the file; run `git lfs pull` in {path.parent}, or download the "
             "model again"
         )
 
@@ -187,8 +195,11 @@ def _check_numbers(fields: dict[str, Any], path: Path) -> None:
     padding = fields.get("pad_token_id")
     if padding is not None and (type(padding) is not int or padding >= fields["vocab_size"]):
         raise ConfigError(
-            f"{path}: pad_token_id={padding!r} is no row of the {fields['vocab_size']} (vocab_size); set it to null"
+            f"{path}: pad_token_id={padding!r} is not below vocab_size={fields['vocab_size']}; set it to null"
         )
+    ends = fields.get("eos_token_id")
+    if isinstance(ends, list) and not all(type(end) is int for end in ends):
+        raise ConfigError(f"{path}: eos_token_id={_shown(ends)}: expected integers; copy the model's config.json again")
     for name, types in WITHOUT_EFFECT.items():
         if name in fields and type(fields[name]) not in types:
             listed = " or ".join("null" if t is type(None) else t.__name__ for t in types)
@@ -196,7 +207,6 @@ def _check_numbers(fields: dict[str, Any], path: Path) -> None:
 
 
 def _check_layers(fields: dict[str, Any], path: Path) -> None:
-    """transformers 5 writes the kind of every layer."""
     kinds, layers = fields.get("layer_types"), fields["num_hidden_layers"]
     if kinds is None:
         return
@@ -208,13 +218,13 @@ def _check_layers(fields: dict[str, Any], path: Path) -> None:
     for kind in kinds:
         if kind != "full_attention":
             raise ConfigError(
-                f"{path}: layer_types has {kind!r}: all layers attend to the whole context here; take a folder whose "
-                "layers are full_attention"
+                f"{path}: layer_types has {kind!r}: only full_attention is supported; use a folder with full attention "
+                "in all layers"
             )
 
 
 def _same(a: object, b: object) -> bool:
-    """Equal, and both or neither of them true or false (which Python takes for numbers)."""
+    """Whether two JSON values are equal. Python takes true for 1."""
     return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 

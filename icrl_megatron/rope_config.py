@@ -1,8 +1,8 @@
-"""The rotary embedding that a Qwen3 config.json describes, read as transformers 5 and SGLang 0.5.23 read it.
+"""Reads the rotary embedding of a Qwen3 config.json the way transformers 5 and SGLang 0.5.23 do.
 
-Published folders write `rope_theta` and `rope_scaling` at the top level; transformers 5 writes both into
-`rope_parameters`. Where the two readers would compute different numbers, or two fields contradict each other, the
-folder is refused. Imports no torch.
+Published folders have `rope_theta` and `rope_scaling` at the top level; transformers 5 writes both into
+`rope_parameters`. A folder is refused if its fields contradict each other, or if transformers and SGLang would compute
+different numbers from it. Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 from icrl_megatron.config import ConfigError
 
 DEFAULT_THETA = 10_000.0
-"""What transformers takes for Qwen3 where config.json has no rope_theta."""
+"""transformers' default for Qwen3 if config.json has no rope_theta."""
 _PLAIN = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _YARN = {
     *_PLAIN,
@@ -30,28 +30,28 @@ _YARN = {
     "truncate",
 }
 _SAME = 1e-6
-"""Relative difference up to which two attention factors are the same."""
+"""Relative difference below which two attention factors count as equal."""
 
 
 @dataclass(frozen=True)
 class Yarn:
-    """YaRN (arXiv 2309.00071): frequencies that turn slowly are divided by `factor`, fast ones are kept."""
+    """YaRN (arXiv 2309.00071): low frequencies are divided by `factor`, high frequencies are kept."""
 
     factor: float
     original_positions: int
-    """Positions that the model was pretrained with."""
+    """Positions that the model was pretrained on."""
     attention_factor: float
-    """Cosines and sines are multiplied by this, so attention logits by its square."""
+    """Factor on cosines and sines, so attention logits are multiplied by its square."""
     beta_fast: float = 32.0
-    """Dimensions that turn more often than this within `original_positions` keep their frequency."""
+    """Dimensions with more turns than this within `original_positions` keep their frequency."""
     beta_slow: float = 1.0
-    """Dimensions that turn less often than this have theirs divided by `factor`; between the two it is a ramp."""
+    """Dimensions with fewer turns than this have their frequency divided by `factor`; in between it is blended."""
     truncate: bool = True
-    """Whether the ends of the ramp are rounded to whole dimensions."""
+    """Round the ends of the ramp to whole dimensions."""
 
     @property
     def positions(self) -> int:
-        """Positions that the model can be used with."""
+        """Longest sequence that the scaling is made for."""
         return int(self.original_positions * self.factor)
 
 
@@ -64,7 +64,8 @@ class Rope:
 
 
 def read_rope(raw: dict[str, Any], max_positions: int, path: Path) -> Rope:
-    """From the fields of `path` (a config.json). Raises ConfigError naming the field, its value and the remedy."""
+    """`raw` holds the fields of the config.json at `path`. Raises ConfigError naming the field, its value and the
+    remedy."""
     name, fields = _section(raw, path)
     kind = _kind(name, fields, path)
     _known(name, fields, kind, path)
@@ -77,8 +78,8 @@ def read_rope(raw: dict[str, Any], max_positions: int, path: Path) -> Rope:
 
 
 def _section(raw: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
-    """The name and contents of the section that holds. transformers lets rope_scaling replace all of rope_parameters,
-    its rope_theta too, so both are accepted only where they say the same."""
+    """The name and contents of the section in use. In transformers rope_scaling replaces all of rope_parameters,
+    including its rope_theta, so a file may have both only if they are equal."""
     found = {}
     for name in ("rope_scaling", "rope_parameters"):
         value = raw.get(name)
@@ -89,13 +90,13 @@ def _section(raw: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
     if len(found) == 2 and _spelled(found["rope_scaling"]) != _spelled(found["rope_parameters"]):
         raise ConfigError(
             f"{path}: rope_scaling={found['rope_scaling']} and rope_parameters={found['rope_parameters']} contradict "
-            "each other; keep the one that holds, and delete the other"
+            "each other; delete the wrong one"
         )
     return next(iter(found.items()), ("rope_parameters", {}))
 
 
 def _spelled(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields with the type under its new name only."""
+    """The fields with `rope_type` in place of its old name, `type`."""
     rest = {k: v for k, v in fields.items() if k != "type"}
     return {"rope_type": fields.get("type", "default"), **rest}
 
@@ -110,8 +111,7 @@ def _kind(name: str, fields: dict[str, Any], path: Path) -> str:
     key, kind = next(iter(given.items()), ("rope_type", "default"))
     if kind not in ("default", "yarn"):
         raise ConfigError(
-            f"{path}: {name}.{key}={kind!r} is not supported; Qwen3 models use default or yarn. Take a folder with one "
-            "of these"
+            f"{path}: {name}.{key}={kind!r} is not supported, only default and yarn are; use a folder with one of these"
         )
     return str(kind)
 
@@ -120,14 +120,14 @@ def _known(name: str, fields: dict[str, Any], kind: str, path: Path) -> None:
     for key, value in fields.items():
         if key not in (_YARN if kind == "yarn" else _PLAIN):
             raise ConfigError(
-                f"{path}: {name}.{key}={value!r} has no meaning for rope_type {kind!r} here; delete it if the model "
-                "was trained without it"
+                f"{path}: {name}.{key}={value!r} is unknown for rope_type {kind!r}; delete it if the model was trained "
+                "without it"
             )
     factor = fields.get("partial_rotary_factor", 1.0)
     if not _is_number(factor) or factor != 1:
         raise ConfigError(
-            f"{path}: {name}.partial_rotary_factor={factor!r} is not supported: Qwen3 rotates whole heads; delete it "
-            "if it is meant to be 1"
+            f"{path}: {name}.partial_rotary_factor={factor!r} is not supported: only whole heads are rotated; delete "
+            "it if it should be 1"
         )
 
 
@@ -139,10 +139,10 @@ def _theta(raw: dict[str, Any], name: str, fields: dict[str, Any], path: Path) -
         given["rope_theta"] = raw["rope_theta"]
     for key, value in given.items():
         if not _is_number(value) or value <= 0:
-            raise ConfigError(f"{path}: {key}={value!r}: expected a positive number; take it from the model's card")
+            raise ConfigError(f"{path}: {key}={value!r}: expected a positive number; see the model's card")
     if len(set(given.values())) > 1:
         listed = " and ".join(f"{key}={value:g}" for key, value in given.items())
-        raise ConfigError(f"{path}: {listed} contradict each other; keep the one that holds, and delete the other")
+        raise ConfigError(f"{path}: {listed} contradict each other; delete the wrong one")
     return float(next(iter(given.values()), DEFAULT_THETA))
 
 
@@ -164,13 +164,13 @@ def _yarn(name: str, fields: dict[str, Any], max_positions: int, path: Path) -> 
         raise ConfigError(f"{path}: {name}.truncate={truncate!r}: expected true or false")
     fast, slow = number("beta_fast", 32.0, 1e-6), number("beta_slow", 1.0, 1e-6)
     if fast < slow:
-        raise ConfigError(f"{path}: {name}.beta_fast={fast:g} is below beta_slow={slow:g}; exchange the two")
+        raise ConfigError(f"{path}: {name}.beta_fast={fast:g} is below beta_slow={slow:g}; swap them")
     return Yarn(factor, original, _attention_factor(name, fields, factor, path), fast, slow, truncate)
 
 
 def _attention_factor(name: str, fields: dict[str, Any], factor: float, path: Path) -> float:
-    """transformers multiplies by `attention_factor`, SGLang by `attn_factor` times the paper's value (or what mscale
-    gives). Each ignores the other's field, so the folder must say the same to both."""
+    """transformers uses `attention_factor`; SGLang uses `attn_factor` times the default (of `factor`, or of mscale).
+    Each ignores the other's field, so the two must agree."""
 
     def positive(key: str) -> float | None:
         value = fields.get(key)
@@ -193,13 +193,13 @@ def _attention_factor(name: str, fields: dict[str, Any], factor: float, path: Pa
     if not math.isclose(of_transformers, of_sglang, rel_tol=_SAME):
         key = "attention_factor" if attention is not None else "attn_factor"
         raise ConfigError(
-            f"{path}: {name}.{key}={fields[key]!r}: transformers would multiply by attention_factor "
-            f"({of_transformers:.9g}), SGLang by attn_factor x {usual:.9g} = {of_sglang:.9g}. For the first set "
-            f"attn_factor={of_transformers / usual:.9g}, for the second attention_factor={of_sglang:.9g}, in {name}"
+            f"{path}: {name}.{key}={fields[key]!r}: transformers takes {of_transformers:.9g} (attention_factor) and "
+            f"SGLang {of_sglang:.9g} (attn_factor x {usual:.9g}) from this. To keep the first, set attn_factor="
+            f"{of_transformers / usual:.9g}; to keep the second, set attention_factor={of_sglang:.9g} in {name}"
         )
     return of_transformers
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a finite number of a size that a float has; true and false are none."""
+    """Whether `value` is a finite number that a float can hold. Python takes true for 1; it does not count here."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300

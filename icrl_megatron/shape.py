@@ -1,4 +1,4 @@
-"""The numbers of a Qwen3 model, and whether its Hugging Face folder is whole. Imports no torch."""
+"""The dimensions of a Qwen3 model, and the check of its Hugging Face folder. Imports no torch."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Qwen3Shape:
 
     @staticmethod
     def read(folder: Path) -> Qwen3Shape:
-        """From `folder/config.json`. Raises ConfigError where it is missing, damaged, of another architecture, or has
-        a field that cannot be followed."""
+        """From `folder/config.json`. Raises ConfigError if it is missing or damaged, or describes a model that is not
+        supported."""
         path = folder / "config.json"
         fields = read_config(path)
         rope = read_rope(fields, fields["max_position_embeddings"], path)
@@ -97,11 +97,11 @@ class Qwen3Shape:
 
 
 def check_folder(folder: Path) -> Qwen3Shape:
-    """The shape of a whole Hugging Face folder that can be trained faithfully: every field of its configuration can be
-    followed, its weights are exactly the model's tensors, and its tokenizer has no id without a row.
+    """The shape of a Hugging Face folder that can be trained faithfully: every field of config.json is supported, the
+    weights are exactly the model's tensors, and every token of the tokenizer has a row.
 
-    Raises ConfigError naming the file, field or tensor, its value and the remedy. Reads JSON and headers only (and the
-    head of a tied model that has one), so it is quick at any size.
+    Raises ConfigError naming the file, field or tensor, its value and the remedy. Reads JSON files and headers (and the
+    head of a tied model if it is stored), so it is fast at any size.
     """
     if not folder.is_dir():
         raise ConfigError(f"model.path={folder}: no such folder; give a Hugging Face folder with a dense Qwen3")
@@ -112,12 +112,12 @@ def check_folder(folder: Path) -> Qwen3Shape:
 
 
 def locate_weights(folder: Path, shape: Qwen3Shape) -> dict[str, Stored]:
-    """Where each tensor of the model is. Raises ConfigError unless the folder holds these and no others."""
+    """Finds each tensor of the model. Raises ConfigError unless the folder holds these tensors and no others."""
     return check_weights(folder, shape.tensors(), shape.tied)
 
 
 def _check_tokenizer(folder: Path, rows: int) -> None:
-    """Raises ConfigError where the tokenizer is missing or damaged, or gives ids that the embedding has no row for."""
+    """Raises ConfigError if the tokenizer is missing or damaged, or has ids beyond the rows of the embedding."""
     files = [folder / name for name in ("tokenizer.json", "vocab.json") if (folder / name).is_file()][:1]
     if not files:
         raise ConfigError(f"{folder}: the tokenizer is missing (tokenizer.json); copy the model's folder again")
@@ -131,12 +131,12 @@ def _check_tokenizer(folder: Path, rows: int) -> None:
         if i >= rows:
             raise ConfigError(
                 f"{path}: token {token!r} has id {i}, but the model has {rows} rows (vocab_size); add rows with "
-                "transformers (resize_token_embeddings), or take the token out of the tokenizer"
+                "transformers (resize_token_embeddings), or remove the token from the tokenizer"
             )
 
 
 def _tokens(file: str, raw: Any) -> list[tuple[int, str]]:
-    """(id, token) of every token that a file of a tokenizer names."""
+    """(id, token) of every token in a tokenizer's file."""
     if file == "tokenizer_config.json":
         added = raw.get("added_tokens_decoder") or {}
         return [(int(i), str(token["content"])) for i, token in added.items()]

@@ -223,8 +223,8 @@ def _check_context(settings: Settings, shape: Qwen3Shape) -> None:
     rollout = settings.rollout
     if rollout.context_tokens > shape.max_positions:
         raise ConfigError(
-            f"rollout.context_tokens={rollout.context_tokens}: the model has {shape.max_positions} positions; "
-            f"use at most that many"
+            f"rollout.context_tokens={rollout.context_tokens}: the model has {shape.max_positions} positions; use at "
+            "most that many, or extend the model with YaRN (docs/MODELS.md)"
         )
     for name in ("max_turn_tokens", "max_critique_tokens"):
         if getattr(rollout, name) >= rollout.context_tokens:

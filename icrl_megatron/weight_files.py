@@ -1,8 +1,7 @@
-"""Which files of a Hugging Face folder hold its weights, and whether they hold exactly the tensors of the model.
+"""Finds the weight files of a Hugging Face folder and checks that they hold exactly the tensors of the model.
 
-Only safetensors are read, and of these only the headers (and a tied model's head, where a file has one). The readers
-of a folder choose between several sets of weights by different rules (transformers takes model.safetensors, SGLang
-follows the index), so a folder must hold one set. Imports no torch.
+Only safetensors headers are read, plus the head of a tied model if a file has one. If a folder has two sets of weights,
+transformers takes model.safetensors and SGLang follows the index, so such a folder is refused. Imports no torch.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from icrl_megatron.model_config import read_json, require_not_lfs
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INDEX, SINGLE, ONLY_SHARD = "model.safetensors.index.json", "model.safetensors", "model-00001-of-00001.safetensors"
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""What weights may be stored as, with the bytes of a value; anything else is quantised, or no weights."""
+"""Dtypes that weights may be stored in, with the bytes of one value. Other dtypes mean quantised weights."""
 _MAX_HEADER_BYTES = 100_000_000
 """The safetensors format allows no longer header."""
 _COMPARED_BYTES = 8 << 20
 _BACKBONE = ("embed_tokens.", "layers.", "norm.")
-"""How names begin where the backbone alone was saved, as of embedding models."""
+"""Beginnings of tensor names in folders that hold the backbone only, such as those of embedding models."""
 _AGAIN = "copy the model's folder again"
 _PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 _FOREIGN = ("tf_model.h5", "flax_model.msgpack", "*.gguf", "*.onnx")
@@ -40,30 +39,31 @@ class Stored:
 
     file: Path
     name: str
-    """As the file has it."""
+    """Its name in the file."""
     dtype: str
-    """In safetensors' words, e.g. BF16."""
+    """As safetensors names it, e.g. BF16."""
     shape: tuple[int, ...]
     begin: int
-    """Byte of the file at which its values begin."""
+    """Offset of its values in the file, in bytes."""
     bytes: int
 
 
 def check_weights(folder: Path, expected: Mapping[str, tuple[int, ...]], tied: bool) -> dict[str, Stored]:
-    """Where each of the `expected` tensors (name to shape) is. A tied model may have a head that is its embedding.
+    """Finds each of the `expected` tensors (name to shape). A tied model may also store a head that equals its
+    embedding.
 
-    Raises ConfigError naming the first file or tensor that is missing, surplus, misshapen, quantised or damaged.
+    Raises ConfigError naming the first file or tensor that is missing, unexpected, misshapen, quantised or damaged.
     """
     found = stored_tensors(folder)
     for name, tensor in found.items():
         if name not in expected and not (tied and name == HEAD):
             raise ConfigError(
-                f"{tensor.file}: tensor {tensor.name} {_shape(tensor.shape)} has no place in the model that "
-                "config.json describes; take a folder whose config.json and weights belong together"
+                f"{tensor.file}: tensor {tensor.name} {_shape(tensor.shape)} is not part of the model that "
+                "config.json describes; use a folder whose config.json and weights belong together"
             )
         if tensor.dtype not in DTYPES:
             raise ConfigError(
-                f"{tensor.file}: tensor {tensor.name} is {tensor.dtype}, quantised; take the folder in bf16"
+                f"{tensor.file}: tensor {tensor.name} is {tensor.dtype}, so it is quantised; use the bf16 folder"
             )
     for name, shape in expected.items():
         if name not in found:
@@ -73,7 +73,7 @@ def check_weights(folder: Path, expected: Mapping[str, tuple[int, ...]], tied: b
         if found[name].shape != shape:
             raise ConfigError(
                 f"{found[name].file}: {found[name].name} has shape {_shape(found[name].shape)}, config.json implies "
-                f"{_shape(shape)}; take a folder whose config.json and weights belong together"
+                f"{_shape(shape)}; use a folder whose config.json and weights belong together"
             )
     if tied and HEAD in found:
         _check_tied_head(found[EMBEDDING], found.pop(HEAD))
@@ -81,7 +81,7 @@ def check_weights(folder: Path, expected: Mapping[str, tuple[int, ...]], tied: b
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the folder by the name that Qwen3ForCausalLM has for it. Raises ConfigError."""
+    """Every tensor of the folder, keyed by its name in Qwen3ForCausalLM. Raises ConfigError."""
     found: dict[str, Stored] = {}
     for path in weight_files(folder):
         for tensor in _header(path):
@@ -95,7 +95,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights. Raises ConfigError where they cannot be known for certain."""
+    """The files that hold the weights. Raises ConfigError if that is ambiguous."""
     _refuse_others(folder)
     files, single, index = sorted(folder.glob("*.safetensors")), folder / SINGLE, folder / INDEX
     if index.exists():
@@ -103,9 +103,9 @@ def weight_files(folder: Path) -> list[Path]:
         if single in files and SINGLE not in named:
             newest = max((single, index), key=lambda p: p.stat().st_mtime)
             raise ConfigError(
-                f"{folder}: both {SINGLE} and {INDEX} are there, and readers differ in which they follow; if {SINGLE} "
-                f"is the model, delete {INDEX} and the files that it names ({', '.join(sorted(named)[:2])}, ...), else "
-                f"delete {SINGLE} (the newer one is {newest.name})"
+                f"{folder}: has both {SINGLE} and {INDEX}, and transformers and SGLang do not read the same one; if "
+                f"{SINGLE} is the model, delete {INDEX} and the files it names ({', '.join(sorted(named)[:2])}, ...), "
+                f"otherwise delete {SINGLE} ({newest.name} is newer)"
             )
         wanted = {folder / name for name in named}
     elif single in files or not files:
@@ -114,14 +114,13 @@ def weight_files(folder: Path) -> list[Path]:
         wanted = set(files)
     else:
         raise ConfigError(
-            f"{folder}: {files[0].name} is there, but neither {SINGLE} nor {INDEX}, which says what is in which file; "
-            f"{_AGAIN}"
+            f"{folder}: has {files[0].name} but neither {SINGLE} nor {INDEX}, so shards may be missing; {_AGAIN}"
         )
     for extra in files:
         if extra not in wanted:
             raise ConfigError(
-                f"{extra}: these weights are no part of the model that {INDEX if index.exists() else SINGLE} stands "
-                "for; delete this file, or the model that it is no part of"
+                f"{extra}: this file is not part of the model in {INDEX if index.exists() else SINGLE}; delete it, or "
+                "copy the model's folder again"
             )
     return sorted(wanted)
 
@@ -133,25 +132,25 @@ def check_safetensors(path: Path) -> None:
 
 
 def _refuse_others(folder: Path) -> None:
-    """Weights in forms that are not read, beside others or alone."""
+    """Raises ConfigError if the folder has adapters, or weights in a format that is not read."""
     for name in _ADAPTERS:
         if (folder / name).exists():
             raise ConfigError(
-                f"{folder / name}: an adapter is not applied; merge it into the model (peft's merge_and_unload, then "
+                f"{folder / name}: adapters are not applied; merge it into the model (peft's merge_and_unload, then "
                 "save_pretrained into another folder), or delete it"
             )
     pickled = [path for pattern in _PICKLED for path in sorted(folder.glob(pattern))]
     if list(folder.glob("*.safetensors")):
         if pickled:
             raise ConfigError(
-                f"{folder}: weights are there twice, as {pickled[0].name} and as safetensors, which alone are read; "
-                f"delete {pickled[0].name} if the safetensors are the model, else convert it and delete them"
+                f"{folder}: has weights in {pickled[0].name} and in safetensors, and only safetensors are read; delete "
+                f"{pickled[0].name} if the safetensors are the model, otherwise convert it and delete them"
             )
         return
     for path in (*pickled, *(path for pattern in _FOREIGN for path in sorted(folder.glob(pattern)))):
         raise ConfigError(
-            f"{path}: only safetensors are read; convert it: load the folder with transformers, and save_pretrained "
-            "model and tokenizer into another folder"
+            f"{path}: only safetensors are read; load the folder with transformers, and save model and tokenizer to "
+            "another folder with save_pretrained"
         )
 
 
@@ -159,28 +158,30 @@ def _weight_map(index: Path) -> dict[str, str]:
     raw = read_json(index)
     where = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(where, dict) or not where:
-        raise ConfigError(f"{index}: damaged (it has no weight_map with tensors); {_AGAIN}")
+        raise ConfigError(f"{index}: damaged (weight_map is missing or empty); {_AGAIN}")
     for tensor, file in where.items():
         if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
-            raise ConfigError(f"{index}: {tensor} is said to be in {file!r}, no safetensors file beside it; {_AGAIN}")
+            raise ConfigError(
+                f"{index}: places {tensor} in {file!r}, which is not a safetensors file of this folder; {_AGAIN}"
+            )
     return where
 
 
 def _check_index(folder: Path, found: dict[str, Stored]) -> None:
-    """Index and files must name the same tensors: readers that follow the one would not see what is in the other."""
+    """Raises ConfigError unless index and files name the same tensors."""
     index = folder / INDEX
     told = _weight_map(index)
     held = {tensor.name: tensor.file.name for tensor in found.values()}
     for name, file in told.items():
         if held.get(name) != file:
-            raise ConfigError(f"{index}: {name} is said to be in {file}, which does not have it; {_AGAIN}")
+            raise ConfigError(f"{index}: places {name} in {file}, which does not have it; {_AGAIN}")
     for name, file in held.items():
         if name not in told:
             raise ConfigError(f"{folder / file}: tensor {name} is not in {INDEX}; {_AGAIN}")
 
 
 def _header(path: Path) -> Iterator[Stored]:
-    """The file's tensors. Raises ConfigError where it is missing, damaged or a Git LFS pointer."""
+    """The file's tensors. Raises ConfigError if it is missing, damaged or a Git LFS pointer."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -204,7 +205,7 @@ def _header(path: Path) -> Iterator[Stored]:
     for tensor in sorted(found, key=lambda t: t.begin):
         values = math.prod(tensor.shape) * DTYPES.get(tensor.dtype, 0)
         if tensor.begin != end or (values and values != tensor.bytes):
-            raise ConfigError(f"{path}: damaged (the place of {tensor.name} in it is not that of its shape); {_AGAIN}")
+            raise ConfigError(f"{path}: damaged (the offsets of {tensor.name} do not fit its shape); {_AGAIN}")
         end += tensor.bytes
     if size != end:
         raise ConfigError(f"{path}: damaged ({size} bytes, its header says {end}); {_AGAIN}")
@@ -217,11 +218,11 @@ def _stored(path: Path, name: str, entry: dict[str, Any], data: int) -> Stored:
 
 
 def _check_tied_head(embedding: Stored, head: Stored) -> None:
-    """transformers does not tie two tensors that differ, whatever config.json says."""
+    """Raises ConfigError if the two differ: transformers then does not tie them, whatever config.json says."""
     if head.dtype != embedding.dtype or head.shape != embedding.shape or not _equal_bytes(embedding, head):
         raise ConfigError(
             f"{head.file}: tie_word_embeddings=true in config.json, but {head.name} differs from {embedding.name}; set "
-            "it to false if the head is a trained one, else delete the tensor"
+            "it to false if the head was trained separately, otherwise delete the tensor"
         )
 
 

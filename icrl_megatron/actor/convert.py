@@ -24,8 +24,8 @@ from icrl_megatron.telemetry.disk import disk_errors
 
 def import_hf(source: Path, target: Path, overwrite: bool = False) -> None:
     """Writes `target`/step_000000: fp32 main weights, moments of zero. Other steps there are not touched. The
-    checkpoint's config.json names the dtype that the weights were stored in, which may be another than the folder's
-    said: `export_hf` then returns them all.
+    checkpoint's config.json names the dtype that the weights are stored in, even if the folder's names another, so
+    `export_hf` returns the same values.
 
     Raises ConfigError on a bad folder, and on a target that must not be written (`results.check_import`).
     """

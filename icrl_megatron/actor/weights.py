@@ -164,7 +164,7 @@ class HFFolder:
     """Lazy reader of the weights of a Hugging Face folder."""
 
     def __init__(self, folder: Path, shape: Qwen3Shape) -> None:
-        """Raises ConfigError unless the folder holds exactly the tensors of `shape`, whole and once."""
+        """Raises ConfigError unless the folder holds exactly the tensors of `shape`."""
         self.where = locate_weights(folder, shape)
         try:
             self.files = {file: safe_open(file, framework="pt") for file in {t.file for t in self.where.values()}}
@@ -180,7 +180,7 @@ class HFFolder:
             bad = values[~converted.isfinite()]
             raise ConfigError(
                 f"{stored.file}: tensor {stored.name} has {len(bad)} values that are not finite in {dtype}, the first "
-                f"is {float(bad[0])}; take a folder that was saved from a healthy model"
+                f"is {float(bad[0])}; use a folder without such values"
             )
         return converted
 

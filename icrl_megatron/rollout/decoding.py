@@ -93,8 +93,8 @@ class Decoding:
     """The state of one batch; `step()` until `rows` is 0.
 
     Log-probs are those of the distribution the token was drawn from: softmax(logits / T) in fp32 over all V rows of the
-    head, T = 1 for greedy requests. Rows that no token of the tokenizer has are among them: the trainer, SGLang and
-    whoever uses the exported model normalise over them too. Such an id, once sampled, decodes to nothing.
+    head, T = 1 for greedy requests. That includes rows without a token in the tokenizer, because the trainer, SGLang
+    and other users of the exported model normalise over them too. Such an id decodes to an empty string.
     """
 
     def __init__(self, model: PreTrainedModel, requests: Sequence[Request]) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from icrl_megatron.config import ConfigError, EngineSettings
@@ -139,7 +138,7 @@ class LocalEngine:
         if room < 1:
             raise EngineError(
                 f"A prompt has {len(prompt)} tokens, but the model has {self._max_positions} positions: lower "
-                "rollout.context_tokens to its max_position_embeddings, or take a model with more."
+                "rollout.context_tokens to that, or take a model with more."
             )
         if not prompt or min(prompt) < 0 or max(prompt) >= self._vocabulary:
             raise EngineError(f"A prompt is empty or has ids outside 0..{self._vocabulary - 1}: check the tokenizer.")
@@ -216,16 +215,17 @@ def _check_tensor(
 
 
 def _load(folder: Path, shape: Qwen3Shape, dtype: torch.dtype) -> PreTrainedModel:
-    """transformers' model of a folder that holds exactly the tensors of `shape`, so that it has nothing to guess."""
+    """Raises ConfigError unless the folder holds exactly the tensors of `shape`: transformers itself fills missing
+    tensors with random numbers and ignores unexpected ones."""
     files = {stored.file.name for stored in locate_weights(folder, shape).values()}
     # Its bar would break into those of the run.
     transformers.utils.logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder)
-        if len(files) == 1:  # it may be a numbered shard, which transformers does not look for
+        if len(files) == 1:  # transformers does not find a single numbered shard by itself
             (config.transformers_weights,) = files
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError, RuntimeError, KeyError, StrictDataclassError) as error:
+    except Exception as error:  # transformers fails in many ways on fields of a wrong type
         raise ConfigError(f"The engine cannot load the model in {str(folder)!r}: {error}") from error
     return model.eval().requires_grad_(False)
 
@@ -244,6 +244,6 @@ def _require_finite(model: PreTrainedModel, folder: str | Path) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise ConfigError(
-                f"{folder}: tensor {name} has values that are not finite in {parameter.dtype}; take a folder that was "
-                "saved from a healthy model"
+                f"{folder}: tensor {name} has values that are not finite in {parameter.dtype}; use a folder without "
+                "such values"
             )

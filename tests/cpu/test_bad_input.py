@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from model_folders import with_fields
 from safetensors.torch import load_file, save_file
 from whole_runs import WARM_START, Ended, batch, icrl, train
 
@@ -34,6 +36,21 @@ def bend(folder: Path) -> None:
     save_file({**tensors, NORM: tensors[NORM][:-1].clone()}, folder / WEIGHTS, metadata={"format": "pt"})
 
 
+def not_finite(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors[NORM][0] = float("nan")
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def with_bias(folder: Path) -> None:
+    bias = {"model.layers.0.self_attn.o_proj.bias": torch.ones(64)}
+    save_file({**load_file(folder / WEIGHTS), **bias}, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def two_thetas(folder: Path) -> None:
+    with_fields(folder, {"rope_theta": 5e6})
+
+
 def without_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{")
 
@@ -47,6 +64,9 @@ def ended(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "missing_tensor": (take_out, []),
         "wrong_shape": (bend, []),
         "bad_tokenizer": (without_tokenizer, []),
+        "not_finite": (not_finite, []),
+        "with_bias": (with_bias, []),
+        "two_thetas": (two_thetas, []),
         "nan": (None, ["tasks.sources=[{name: nan}]"]),
         "above_one": (None, ["tasks.sources=[{name: above_one}]"]),
         "empty": (None, ["tasks.sources=[{name: empty}]"]),
@@ -73,6 +93,9 @@ def ended(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         ("missing_tensor", ["model_missing_tensor", NORM]),
         ("wrong_shape", ["model_wrong_shape", NORM]),
         ("bad_tokenizer", ["model_bad_tokenizer", "tokenizer"]),
+        ("not_finite", [NORM, "nan"]),
+        ("with_bias", ["model.layers.0.self_attn.o_proj.bias (64) is not part of the model"]),
+        ("two_thetas", ["rope_theta=5e+06 contradict"]),
         ("nan", ["nan/heldout/", "is nan", "[0, 1]"]),
         ("above_one", ["above_one/heldout/", "is 1.5", "divide scores by their maximum"]),
         ("empty", ["empty", "has no train problems"]),

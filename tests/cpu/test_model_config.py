@@ -72,7 +72,7 @@ def read(folder: Path, *without: str, **fields: Any) -> Qwen3Shape:
         ({"rope_scaling": {**CARD_YARN, "type": "yarn"}}, {"max_positions": 131072}),
         ({"eos_token_id": [151645, 151643], "pad_token_id": 151643, "temperature": 0.6, "top_k": 20}, {}),
         ({"unsloth_version": "2025.4", "unsloth_fixed": True, "_name_or_path": "x", "mlp_bias": False}, {}),
-        ({"sliding_window": 4096, "use_mrope": False, "auto_map": None, "something_else": None}, {}),
+        ({"sliding_window": 4096, "use_mrope": False, "something_else": None}, {}),
         ({"dtype": "float16", "layer_types": ["full_attention"] * 28}, {}),
         ({"rms_norm_eps": 1e-5}, {"norm_eps": 1e-5}),
         ({"num_key_value_heads": None}, {"kv_heads": 16}),
@@ -131,6 +131,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"pad_token_id": 151936}, "pad_token_id=151936"),
     ({"max_window_layers": None}, "max_window_layers=null"),
     ({"use_cache": 1}, "use_cache=1"),
+    ({"auto_map": None}, "auto_map=null"),
+    ({"eos_token_id": ["x"]}, 'eos_token_id=["x"]'),
+    ({"attn_implementation": 0}, "attn_implementation=0"),
+    ({"id2label": ["a"]}, 'id2label=["a"]'),
     # The rotary embedding.
     ({"rope_theta": None}, "rope_theta=None"),
     ({"rope_theta": -1}, "rope_theta=-1"),
@@ -153,7 +157,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type='linear'"),
     ({"rope_scaling": {"rope_type": "yarn", "type": "linear", "factor": 2.0}}, "rope_scaling.type='linear' contradict"),
     ({"rope_scaling": "yarn"}, "rope_scaling='yarn'"),
-    ({"rope_scaling": {"factor": 4.0}}, "rope_scaling.factor=4.0 has no meaning"),
+    ({"rope_scaling": {"factor": 4.0}}, "rope_scaling.factor=4.0 is unknown"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters.full_attention="),
     ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.25}}, "partial_rotary_factor=0.25"),
     ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.factor is missing"),
@@ -166,8 +170,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": {**CARD_YARN, "truncate": None}}, "rope_scaling.truncate=None"),
     ({"rope_scaling": {**CARD_YARN, "mscale": 0.7}}, "rope_scaling.mscale=0.7"),
     ({"rope_scaling": {**CARD_YARN, "attention_factor": 0.0}}, "rope_scaling.attention_factor=0.0"),
-    ({"rope_scaling": {**CARD_YARN, "attention_factor": 1.0}}, "attn_factor=0.878248856, for the second"),
-    ({"rope_scaling": {**CARD_YARN, "attn_factor": 0.8782488562869419}}, "attention_factor=1, in rope_scaling"),
+    ({"rope_scaling": {**CARD_YARN, "attention_factor": 1.0}}, "set attn_factor=0.878248856; to keep"),
+    ({"rope_scaling": {**CARD_YARN, "attn_factor": 0.8782488562869419}}, "set attention_factor=1 in rope_scaling"),
     ({"rope_scaling": {**CARD_YARN, "extrapolation_factor": 1.0}}, "rope_scaling.extrapolation_factor=1.0"),
 ]
 
@@ -212,7 +216,7 @@ def test_the_remedies_for_an_attention_factor_can_be_followed(tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", WITHOUT_EFFECT)
 def test_fields_without_effect_have_types_that_transformers_takes(name: str) -> None:
-    examples = {int: 3, float: 0.5, bool: True, list: [1, 2], type(None): None}
+    examples = {int: 3, float: 0.5, bool: True, list: [1, 2], dict: {}, str: "sdpa", type(None): None}
     for kind in WITHOUT_EFFECT[name]:
         Qwen3Config(**{name: examples[kind]})
 

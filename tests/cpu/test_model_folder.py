@@ -92,10 +92,11 @@ ACCEPTED: dict[str, Damage] = {
         (f / name).write_bytes(b"\x80") for name in ("training_args.bin", "optimizer.pt", "README.md", "model.gguf")
     ],
     "old_tokenizer": lambda f: [
-        (f / "tokenizer.json").unlink(), (f / "tokenizer_config.json").unlink(),
+        (f / "tokenizer.json").unlink(),
+        (f / "tokenizer_config.json").unlink(),
         (f / "vocab.json").write_text('{"a": 0, "b": 36}'),
     ],
-}  # fmt: skip
+}
 
 
 def embedding(folder: Path) -> torch.Tensor:
@@ -130,16 +131,16 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "missing": (lambda f: leave_out(f, "model.norm.weight"), "tensor model.norm.weight is missing"),
     "bias": (
         lambda f: add(f, "model.layers.1.self_attn.q_proj.bias", torch.ones(64)),
-        "tensor model.layers.1.self_attn.q_proj.bias (64) has no place in the model",
+        "tensor model.layers.1.self_attn.q_proj.bias (64) is not part of the model",
     ),
-    "reward_head": (lambda f: add(f, "score.weight", torch.ones(1, 32)), "tensor score.weight (1, 32) has no place"),
+    "reward_head": (lambda f: add(f, "score.weight", torch.ones(1, 32)), "tensor score.weight (1, 32) is not part"),
     "wrapped_names": (
         lambda f: save({f"module.{n}": t for n, t in tensors(f).items()}, f / WEIGHTS),
         "tensor module.model.",
     ),
     "more_layers": (
         lambda f: with_fields(f, {"num_hidden_layers": 1, "layer_types": ["full_attention"]}),
-        "tensor model.layers.1.input_layernorm.weight (32) has no place",
+        "tensor model.layers.1.input_layernorm.weight (32) is not part",
     ),
     "other_width": (
         lambda f: with_fields(f, {"intermediate_size": 40}),
@@ -151,11 +152,11 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     ),
     "quantised": (
         lambda f: add(f, "model.layers.0.mlp.up_proj.weight", torch.ones(64, 32).to(torch.float8_e4m3fn)),
-        "tensor model.layers.0.mlp.up_proj.weight is F8_E4M3, quantised",
+        "tensor model.layers.0.mlp.up_proj.weight is F8_E4M3, so it is quantised",
     ),
     "scales": (
         lambda f: add(f, "model.layers.0.mlp.up_proj.weight_scale_inv", torch.ones(1, 1)),
-        "tensor model.layers.0.mlp.up_proj.weight_scale_inv (1, 1) has no place",
+        "tensor model.layers.0.mlp.up_proj.weight_scale_inv (1, 1) is not part",
     ),
     "int8": (lambda f: add(f, "model.norm.weight", torch.ones(32, dtype=torch.int8)), "model.norm.weight is I8"),
     "other_head": (
@@ -174,19 +175,19 @@ REFUSED: dict[str, tuple[Damage, str]] = {
         lambda f: add(f, "norm.weight", torch.ones(32)),
         "tensor model.norm.weight is in model.safetensors and in model.safetensors",
     ),
-    "stale_index": (stale_index, f"if {WEIGHTS} is the model, delete {INDEX} and the files that it names"),
+    "stale_index": (stale_index, f"if {WEIGHTS} is the model, delete {INDEX} and the files it names"),
     "stray_shard": (
         lambda f: save({"x": torch.ones(1)}, f / "model-00001-of-00002.safetensors"),
-        "model-00001-of-00002.safetensors: these weights are no part of the model",
+        "model-00001-of-00002.safetensors: this file is not part of the model",
     ),
-    "shards_without_index": (lambda f: [shard(f), (f / INDEX).unlink()], f"neither {WEIGHTS} nor {INDEX}"),
+    "shards_without_index": (lambda f: [shard(f), (f / INDEX).unlink()], "so shards may be missing"),
     "pickled_only": (
         lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"),
-        "pytorch_model.bin: only safetensors are read; convert it",
+        "pytorch_model.bin: only safetensors are read; load the folder with",
     ),
-    "pickled_too": (lambda f: (f / "pytorch_model.bin").touch(), "weights are there twice, as pytorch_model.bin and"),
+    "pickled_too": (lambda f: (f / "pytorch_model.bin").touch(), "has weights in pytorch_model.bin and in safetensors"),
     "gguf_only": (lambda f: (f / WEIGHTS).rename(f / "qwen3-q4.gguf"), "qwen3-q4.gguf: only safetensors are read"),
-    "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json: an adapter is not"),
+    "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json: adapters"),
     "weights_are_a_pointer": (lambda f: (f / WEIGHTS).write_text(POINTER), f"{WEIGHTS}: a Git LFS pointer"),
     "tokenizer_is_a_pointer": (lambda f: (f / "tokenizer.json").write_text(POINTER), "run `git lfs pull` in"),
     "tokenizer_is_no_json": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json: cannot be read as"),
@@ -209,7 +210,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
         ),
         "tokenizer_config.json: token '<tool>' has id 90",
     ),
-}  # fmt: skip
+}
 
 
 def with_config(folder: Path, change: Callable[[dict[str, object]], object], name: str = "config.json") -> None:
@@ -220,12 +221,12 @@ def with_config(folder: Path, change: Callable[[dict[str, object]], object], nam
 
 OF_SHARDS: dict[str, tuple[Damage, str]] = {
     "shard_missing": (lambda f: (f / SECOND).unlink(), f"{SECOND}: the file is missing"),
-    "index_empty": (lambda f: (f / INDEX).write_text("{}"), f"{INDEX}: damaged (it has no weight_map"),
+    "index_empty": (lambda f: (f / INDEX).write_text("{}"), f"{INDEX}: damaged (weight_map is missing"),
     "index_of_lists": (lambda f: (f / INDEX).write_text('{"weight_map": []}'), f"{INDEX}: damaged"),
     "index_cut": (lambda f: (f / INDEX).write_text('{"weight_map'), f"{INDEX}: cannot be read as JSON"),
     "index_leaves_the_folder": (
         lambda f: write_index(f, {**read_index(f), "model.norm.weight": "../other.safetensors"}),
-        "model.norm.weight is said to be in '../other.safetensors'",
+        "places model.norm.weight in '../other.safetensors'",
     ),
     "index_names_a_missing_file": (
         lambda f: write_index(f, {**read_index(f), "more": "model-00004-of-00004.safetensors"}),
@@ -237,11 +238,11 @@ OF_SHARDS: dict[str, tuple[Damage, str]] = {
     ),
     "index_names_too_many": (
         lambda f: write_index(f, {**read_index(f), "model.nonsense": FIRST}),
-        f"model.nonsense is said to be in {FIRST}, which does not have it",
+        f"places model.nonsense in {FIRST}, which does not have it",
     ),
     "index_mixes_up_files": (
         lambda f: write_index(f, {n: FIRST if file == SECOND else file for n, file in read_index(f).items()}),
-        f"{SECOND}: these weights are no part of the model",
+        f"{SECOND}: this file is not part of the model",
     ),
     "tensor_in_two_shards": (
         lambda f: shutil.copy(f / FIRST, f / SECOND),
@@ -251,8 +252,8 @@ OF_SHARDS: dict[str, tuple[Damage, str]] = {
     "cut_in_the_header": (lambda f: truncate(f / FIRST, 40), f"{FIRST}: damaged (its header is cut off)"),
     "cut_at_the_end": (lambda f: truncate(f / FIRST, -1), "bytes, its header says"),
     "noise": (lambda f: (f / FIRST).write_bytes(b"\1" + b"\0" * 7 + b"x"), f"{FIRST}: damaged"),
-    "overlapping": (lambda f: rewrite_header(f / FIRST), f"{FIRST}: damaged (the place of"),
-}  # fmt: skip
+    "overlapping": (lambda f: rewrite_header(f / FIRST), f"{FIRST}: damaged (the offsets of"),
+}
 
 
 def truncate(path: Path, size: int) -> None:
