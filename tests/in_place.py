@@ -1,6 +1,7 @@
 """`python in_place.py COMMANDS.json ENDED.json`: `icrl` commands in one process, with task sets that misbehave.
 
-The task sets are rulebook_easy under other names, each with one fault; UNSYNCED before a command damages the engine.
+The task sets are rulebook_easy under other names, each with one fault; UNSYNCED before a command damages the engine;
+fault=KIND@STEP before a command fails there (run_faults.py).
 """
 
 from __future__ import annotations
@@ -79,14 +80,20 @@ def run(command: list[str]) -> tuple[int, str]:
     if command[0] == UNSYNCED:
         damage_engine()
         command = command[1:]
+    errors, installed = io.StringIO(), contextlib.ExitStack()
+    if command[0].startswith("fault="):
+        from run_faults import fault  # imports what other commands need not
+
+        model = next((word.removeprefix("model.path=") for word in command if word.startswith("model.path=")), "")
+        installed.enter_context(fault(command[0].removeprefix("fault="), model))
+        command = command[1:]
     sys.argv = ["icrl", *command]
-    errors = io.StringIO()
-    with contextlib.redirect_stderr(errors):
+    with contextlib.redirect_stderr(errors), installed:
         try:
             cli.main()
         except SystemExit as end:
             return int(end.code or 0), errors.getvalue()
-        except Exception:
+        except (Exception, KeyboardInterrupt):
             return 1, errors.getvalue() + traceback.format_exc()
     return 0, errors.getvalue()
 

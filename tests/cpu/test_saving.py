@@ -1,0 +1,217 @@
+"""A run that ends with an error has saved its last completed step, and the same command goes on from there."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from whole_runs import Ended, batch, rows, train
+
+from icrl_megatron.actor import manifest
+from icrl_megatron.telemetry.writer import Row
+
+SMALL = ("steps=3", "eval.problems=2", "rollout.tasks_per_step=2", "checkpoint.keep=9", "launch.device=cpu")
+NEVER, ALWAYS = "checkpoint.interval=1000", "checkpoint.interval=1"
+EVALUATED, NOT_EVALUATED = "eval.interval=1", "eval.interval=0"
+PARTIAL = (
+    "rollout.partial=true",
+    "rollout.oversample=2",
+    "rollout.concurrency=3",
+    "algo.mismatch_correction.enabled=true",
+)
+STRICT = (NOT_EVALUATED, "algo.on_no_signal=error", "algo.max_resamples=2")
+
+FAULTS = {
+    "engine@2": "EngineError: the engine failed",
+    "memory@2": "MemoryError: no memory is left",
+    "bug@2": "ZeroDivisionError: a bug",
+    "interrupt@2": "",
+    "lost@2": "error: step 2: all 8 episodes were lost",
+    "nan@2": "error: The reward of task",
+    "score@2": "MemoryError: no memory is left",
+}
+"""Each in the third of three steps, before its update, with the last line that the run must end with."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    folder: Path
+    ended: dict[str, Ended]
+
+    def checkpoints(self, name: str) -> list[str]:
+        return sorted(p.name for p in (self.folder / name / "checkpoints").glob("*"))
+
+    def saved(self, name: str, step: int) -> tuple[manifest.Progress, dict[str, manifest.FileRecord]]:
+        """What a checkpoint says and holds, by checksum; everything but which run it is of."""
+        found = manifest.read(self.folder / name / "checkpoints" / manifest.folder_name(step))
+        return found.progress, dict(found.files)
+
+    def rows(self, name: str) -> list[Row]:
+        return rows(self.folder / name)
+
+
+def at(name: str) -> str:
+    return name.replace("@", "_at_")
+
+
+@pytest.fixture(scope="module")
+def start(finished_run: Path) -> list[str]:
+    return [f"model.path={finished_run / 'warm_start' / 'hf'}", "warm_start.steps=0", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def ran(start: list[str], tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    folder = tmp_path_factory.mktemp("saving")
+
+    def of(name: str, *more: str) -> list[str]:
+        return train(folder / at(name), *start, *more)
+
+    commands = {
+        "whole": of("whole", ALWAYS, NOT_EVALUATED),
+        "evaluated": of("evaluated", ALWAYS, EVALUATED),
+        "partial": of("partial", ALWAYS, NOT_EVALUATED, *PARTIAL),
+        # The fault that never comes still makes rewards differ, which those of this model do not.
+        "strict": ["fault=flat@9", *of("strict", ALWAYS, *STRICT)],
+        "flat@2": ["fault=flat@2", *of("flat@2", NEVER, *STRICT)],
+        "flat@2 again": ["fault=flat@9", *of("flat@2", NEVER, *STRICT)],
+    }
+    for name, more in {
+        **{name: [NOT_EVALUATED] for name in FAULTS},
+        "heldout@2": [EVALUATED],
+        "partial engine@2": [NOT_EVALUATED, *PARTIAL],
+        "update@2": [NOT_EVALUATED],
+        "dump@2": [NOT_EVALUATED],
+        "engine@0": [NOT_EVALUATED],
+    }.items():
+        commands[name] = [f"fault={name.split()[-1]}", *of(name, NEVER, *more)]
+        commands[f"{name} again"] = of(name, NEVER, *more)
+    return Ran(folder, batch(folder, commands))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_any_error_before_the_update_saves_the_last_completed_step(ran: Ran, name: str) -> None:
+    """What is saved is what saving at every step would have written; the run then ends as if nothing had been."""
+    ended = ran.ended[name]
+    assert ended.code != 0
+    assert FAULTS[name] in ended.error
+    assert "saved step 2, the last one that was completed" in " ".join(ended.error.split())
+    assert ran.saved(at(name), 2) == ran.saved("whole", 2)
+    again = ran.ended[f"{name} again"]
+    assert again.code == 0, again.error
+    assert f"resuming from {ran.folder / at(name)}" in "".join(again.error.split("\n"))
+    assert ran.rows(at(name)) == ran.rows("whole")
+    assert ran.saved(at(name), 3) == ran.saved("whole", 3)
+
+
+def test_a_batch_without_signal_costs_no_step_and_its_tokens_are_counted_once(ran: Ran) -> None:
+    ended = ran.ended["flat@2"]
+    assert ended.code == 1
+    assert "error: step 2: no reward differed inside any group in 3 batches" in ended.error
+    assert "saved step 2, the last one that was completed" in " ".join(ended.error.split())
+    assert ran.saved(at("flat@2"), 2) == ran.saved("strict", 2)
+    assert ran.ended["flat@2 again"].code == 0, ran.ended["flat@2 again"].error
+    assert ran.rows(at("flat@2")) == ran.rows("strict")
+
+
+def test_what_was_cut_off_is_saved_as_it_was_before_the_failed_step_went_on_with_it(ran: Ran) -> None:
+    name = at("partial engine@2")
+    assert ran.ended["partial engine@2"].code == 1
+    assert ran.saved(name, 2) == ran.saved("partial", 2)
+    assert "tapes.jsonl" in ran.saved(name, 2)[1]
+    assert ran.ended["partial engine@2 again"].code == 0
+    assert ran.rows(name) == ran.rows("partial")
+
+
+def test_a_step_whose_evaluation_failed_is_saved_and_only_evaluated_again(ran: Ran) -> None:
+    name = at("heldout@2")
+    assert ran.ended["heldout@2"].code == 1
+    assert "saved step 2, the last one that was completed" in " ".join(ran.ended["heldout@2"].error.split())
+    saved, expected = ran.saved(name, 2), ran.saved("evaluated", 2)
+    assert saved[0] == expected[0]
+    assert {k: v for k, v in saved[1].items() if k != "row.json"} == expected[1]
+    assert [row["step"] for row in ran.rows("evaluated")] == [0, 1, 2, 3, 3]
+    assert ran.ended["heldout@2 again"].code == 0, ran.ended["heldout@2 again"].error
+    assert ran.rows(name) == ran.rows("evaluated")
+
+
+@pytest.mark.parametrize("name", ["update@2", "dump@2"])
+def test_weights_that_an_update_began_to_change_are_not_saved(ran: Ran, name: str) -> None:
+    assert ran.ended[name].code == 1
+    said = " ".join(ran.ended[name].error.split())
+    assert "an update had begun to change the weights, so nothing was saved; there is no checkpoint yet" in said
+    assert ran.ended[f"{name} again"].code == 0, ran.ended[f"{name} again"].error
+    assert ran.rows(at(name)) == ran.rows("whole")
+    assert ran.checkpoints(at(name)) == ["step_000003"]
+
+
+def test_an_error_in_the_first_step_saves_nothing_and_says_nothing_of_it(ran: Ran) -> None:
+    assert ran.ended["engine@0"].code == 1
+    assert "saved" not in ran.ended["engine@0"].error
+    assert ran.ended["engine@0 again"].code == 0
+    assert ran.rows(at("engine@0")) == ran.rows("whole")
+
+
+def test_the_warm_start_saves_its_last_completed_step(finished_run: Path, tmp_path: Path) -> None:
+    """`finished_run` has the same warm start, undisturbed."""
+    folder = tmp_path / "run"
+    command = train(folder, "warm_start.steps=12", "warm_start.episodes_per_step=32", "launch.device=cpu", NEVER)
+    command[0] = "sft"
+    ended = batch(tmp_path, {"fails": ["fault=sft@5", *command], "goes on": command})
+    assert ended["fails"].code == 1
+    assert "saved step 5, the last one that was completed" in " ".join(ended["fails"].error.split())
+    assert ended["goes on"].code == 0, ended["goes on"].error
+    assert f"resuming from {folder}" in "".join(ended["goes on"].error.split("\n"))
+    assert rows(folder / "warm_start") == rows(finished_run / "warm_start")
+    weights = "warm_start/hf/model.safetensors"
+    assert (folder / weights).read_bytes() == (finished_run / weights).read_bytes()
+
+
+GONE = {
+    "records": "no checkpoint is whole",
+    "checkpoints": "step 3 was saved, and no checkpoint is there now",
+    "all but metrics": "neither checkpoints nor a readable progress.json",
+    "emptied ledger": "neither checkpoints nor a readable progress.json",
+}
+
+
+def lose(run: Path, what: str) -> None:
+    if what == "records":
+        for record in run.glob("checkpoints/*/icrl.json"):
+            record.unlink()
+        return
+    shutil.rmtree(run / "checkpoints")
+    if what == "all but metrics":
+        (run / "progress.json").unlink()
+    if what == "emptied ledger":
+        (run / "progress.json").write_text("")
+        (run / "metrics.jsonl").unlink()
+
+
+def test_a_run_that_lost_its_checkpoints_does_not_begin_again(ran: Ran, start: list[str], tmp_path: Path) -> None:
+    """It stays as it is; with the checkpoints back it goes on. Without metrics it goes on, too."""
+    commands = {}
+    for what in (*GONE, "metrics", "newest"):
+        shutil.copytree(ran.folder / "whole", tmp_path / what)
+        commands[what] = train(tmp_path / what, *start, ALWAYS, NOT_EVALUATED, "steps=4")
+        if what in GONE:
+            lose(tmp_path / what, what)
+    (tmp_path / "metrics" / "metrics.jsonl").unlink()
+    shutil.rmtree(tmp_path / "newest" / "checkpoints" / "step_000003")
+    files = {what: sorted(p for p in (tmp_path / what).rglob("*") if p.is_file()) for what in GONE}
+    ended = batch(tmp_path, commands)
+    for what, message in GONE.items():
+        assert ended[what].code == 2, (what, ended[what].error)
+        (line,) = [line for line in ended[what].error.splitlines() if line.startswith("error: ")]
+        assert message in line and "begin a new run with another run_dir" in line, line
+        left = set(files[what]) - set((tmp_path / what).rglob("*"))
+        assert not left, left
+    assert (ended["metrics"].code, ended["newest"].code) == (0, 0), ended
+    assert ended["newest"].error.count("resuming from") == 1
+    assert "step 3 was saved last and is not there any more" in " ".join(ended["newest"].error.split())
+    assert rows(tmp_path / "metrics") == rows(tmp_path / "newest")[4:]
+    shutil.copytree(ran.folder / "whole" / "checkpoints", tmp_path / "all but metrics" / "checkpoints")
+    back = batch(tmp_path, {"back": commands["all but metrics"]})["back"]
+    assert back.code == 0, back.error
+    assert rows(tmp_path / "all but metrics")[-2:] == rows(tmp_path / "newest")[-2:]

@@ -1,0 +1,109 @@
+"""A run on two ranks that fails on one of them: all ranks end, and the last completed step is saved where it can be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from whole_runs import rows
+
+from icrl_megatron.actor import manifest
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600)]
+
+WORKER = Path(__file__).with_name("saving_worker.py")
+RUNS = 10
+
+
+@dataclass(frozen=True)
+class Ranks:
+    folder: Path
+    ended: list[dict[str, dict[str, str]]]
+    """[rank][run]["how" | "said"]."""
+
+    def how(self, run: str) -> list[str]:
+        return [rank[run]["how"] for rank in self.ended]
+
+    def said(self, run: str) -> list[str]:
+        return [rank[run]["said"] for rank in self.ended]
+
+    def saved(self, run: str, step: int) -> manifest.Manifest:
+        return manifest.read(self.folder / run / "checkpoints" / manifest.folder_name(step))
+
+    def checkpoints(self, run: str) -> list[str]:
+        return sorted(p.name for p in (self.folder / run / "checkpoints").glob("*"))
+
+
+@pytest.fixture(scope="module")
+def ranks(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    folder = tmp_path_factory.mktemp("ranks")
+    shutil.copytree(finished_run / "warm_start" / "hf", folder / "model")
+    probes = [socket.socket() for _ in range(RUNS)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    (folder / "ports.json").write_text(json.dumps([probe.getsockname()[1] for probe in probes]))
+    for probe in probes:
+        probe.close()
+    run_ranks(str(WORKER), 2, folder, timeout_s=500)
+    return Ranks(folder, [json.loads((folder / f"ended_{rank}.json").read_text()) for rank in range(2)])
+
+
+def test_an_engine_that_fails_on_one_rank_ends_all_and_the_step_is_saved(ranks: Ranks) -> None:
+    other, own = ranks.how("engine")
+    assert own == "EngineError: the engine failed"
+    assert other.startswith("OtherRankError: rank 1 failed: Traceback")
+    assert "EngineError: the engine failed" in other
+    assert "saved step 2, the last one that was completed" in ranks.said("engine")[0]
+    assert ranks.saved("engine", 2).files == ranks.saved("whole", 2).files
+    assert ranks.saved("engine", 2).progress == ranks.saved("whole", 2).progress
+    assert ranks.how("engine again") == ["done", "done"]
+    assert rows(ranks.folder / "engine") == rows(ranks.folder / "whole")
+
+
+def test_a_rank_that_fails_while_the_others_wait_for_it_gives_up_in_time(ranks: Ranks) -> None:
+    """It is inside the step's collectives: the other rank cannot be reached, so nothing is saved, and that is said."""
+    other, own = ranks.how("alone")
+    assert own == "MemoryError: no memory is left"
+    assert other.startswith("RuntimeError: ")
+    assert "not all ranks could be reached, so nothing was saved; there is no checkpoint yet" in ranks.said("alone")[1]
+    assert ranks.checkpoints("alone") == []
+
+
+def test_a_value_that_is_not_finite_on_one_rank_is_saved_by_none(ranks: Ranks) -> None:
+    for how in ranks.how("poisoned"):
+        assert how.startswith("NonFiniteError: step 3 was not saved: the first moments of ")
+    assert ranks.how("poisoned again") == ["done", "done"]
+    assert "resuming from" in ranks.said("poisoned again")[0]
+    assert rows(ranks.folder / "poisoned") == rows(ranks.folder / "whole")
+    assert ranks.checkpoints("poisoned") == ["step_000004"]
+
+
+def test_a_disk_that_refuses_one_rank_ends_all_with_the_same_line(ranks: Ranks) -> None:
+    first, second = ranks.how("full")
+    assert first == second
+    assert first.startswith(f"ConfigError: {ranks.folder}/full/checkpoints: cannot write the checkpoint of step 3: ")
+    assert ranks.said("full")[0].count("saved") == 0
+    assert json.loads((ranks.folder / "left.json").read_text()) == ["step_000001", "step_000002"]
+    assert ranks.how("full again") == ["done", "done"]
+    assert f"resuming from {ranks.folder}/full/checkpoints/step_000002" in ranks.said("full again")[0].replace(" ", "")
+
+
+def test_damage_that_only_one_rank_sees_is_no_proof(ranks: Ranks) -> None:
+    for how in ranks.how("blind"):
+        assert how.startswith("ConfigError: ")
+        assert "is missing as rank 1 reads it, but rank 0 reads it whole" in how
+
+
+def test_all_ranks_fall_back_to_the_same_checkpoint(ranks: Ranks) -> None:
+    assert ranks.how("damaged") == ["done", "done"]
+    said = ranks.said("damaged")[0]
+    assert said.count("damaged checkpoint") == 1
+    assert "rank_00001_0000.safetensors has" in said
+    assert ranks.checkpoints("full") == ["step_000003", "step_000004", "step_000004.damaged"]
+    assert rows(ranks.folder / "full") == rows(ranks.folder / "whole")
+    assert ranks.saved("full", 4).files == ranks.saved("whole", 4).files
