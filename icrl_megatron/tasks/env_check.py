@@ -11,7 +11,7 @@ from rich.console import Console
 from icrl_megatron.config import ConfigError
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks.agentgym import examine
-from icrl_megatron.tasks.base import EnvironmentFailure
+from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure
 from icrl_megatron.tasks.servers import Pool, Refused
 
 
@@ -52,7 +52,7 @@ def _require_up(url: str, timeout_s: float) -> None:
     async def ask() -> None:
         try:
             await pool.call(pool.servers[0], "GET", "/")
-        except Refused:
+        except (Refused, BadAnswer):
             return  # it answered
 
     try:
