@@ -11,6 +11,7 @@ import io
 import json
 import math
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
@@ -57,6 +58,10 @@ class Faulty:
     def _outcome(self, number: int, success: bool) -> float:
         if self.name == "raises" or (self.name == "raises_often" and number % 2):
             raise ZeroDivisionError("the grader divided by zero")
+        if self.name == "nan_often" and number % 2:
+            return math.nan
+        if self.name == "blocks_often" and number % 2:
+            time.sleep(3600)
         return {"nan": math.nan, "above_one": 1.5, "flat": 0.0}.get(self.name, float(success))
 
 
@@ -99,7 +104,8 @@ def run(command: list[str]) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
-    for fault in ("empty", "raises", "raises_often", "nan", "above_one", "flat", "long_row"):
+    faults = ("empty", "raises", "raises_often", "nan", "nan_often", "blocks_often", "above_one", "flat", "long_row")
+    for fault in faults:
         registry._TASK_SETS[fault] = lambda name=fault: Faulty(name)  # type: ignore[misc]
     commands = json.loads(Path(sys.argv[1]).read_text())
     target = Path(sys.argv[2])

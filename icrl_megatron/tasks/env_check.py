@@ -12,7 +12,7 @@ from rich.text import Text
 from icrl_megatron.config import ConfigError
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks.agentgym import examine
-from icrl_megatron.tasks.base import EnvironmentFailure
+from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure
 from icrl_megatron.tasks.servers import Pool, Refused
 from icrl_megatron.telemetry.console import PlainConsole, text
 
@@ -54,7 +54,7 @@ def _require_up(url: str, timeout_s: float) -> None:
     async def ask() -> None:
         try:
             await pool.call(pool.servers[0], "GET", "/")
-        except Refused:
+        except (Refused, BadAnswer):
             return  # it answered
 
     try:

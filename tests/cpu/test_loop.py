@@ -45,6 +45,8 @@ VARIANTS: dict[str, list[str]] = {
     "all_resampled": ["algo.max_resamples=2", "tasks.sources=[{name: flat}]"],
     "no_signal": ["algo.on_no_signal=error", "algo.max_resamples=1", "tasks.sources=[{name: flat}]"],
     "some_gradings_raise": ["tasks.sources=[{name: raises_often}]"],
+    "some_rewards_are_nan": ["tasks.sources=[{name: nan_often}]"],
+    "some_gradings_block": ["tasks.sources=[{name: blocks_often}]", "rollout.environment_timeout_s=0.2"],
     "all_gradings_raise": ["tasks.sources=[{name: raises}]"],
     "rollout_only": ["debug.mode=rollout_only"],
     "fake_data": ["debug.mode=fake_data"],
@@ -182,6 +184,20 @@ def test_a_grading_that_raises_costs_its_episodes_only(ran: Ran) -> None:
     assert "outcome raised ZeroDivisionError: the grader divided by zero" in said
     before = read_rows(ran.folder / "some_gradings_raise" / "metrics.jsonl")[0]
     assert before["heldout/attempts/raises_often"] == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "said"),
+    [
+        ("some_rewards_are_nan", "infrastructure/bad_answers", "is nan: it must be a finite number in [0, 1]"),
+        ("some_gradings_block", "episodes/late", "outcome took longer than rollout.environment_timeout_s = 0.2 s"),
+    ],
+)
+def test_what_a_task_does_wrong_costs_its_episodes_and_is_counted(ran: Ran, name: str, count: str, said: str) -> None:
+    for row in ran.steps(name):
+        assert 0 < row["episodes/dropped"] == row[count] < 16
+        assert row["episodes/played"] + row["episodes/dropped"] == 16
+    assert said in " ".join(ran.ended[name].error.split())
 
 
 def test_when_every_grading_raises_the_error_says_so(ran: Ran) -> None:

@@ -1,0 +1,38 @@
+"""Code of a task that blocks, in real runs of the whole program that are asked to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from whole_runs import lines, signalled, start, train, when
+
+from icrl_megatron.launch import STOPPED
+
+pytestmark = [pytest.mark.dist]
+
+BLOCKING = Path(__file__).parents[1] / "blocking"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_ends_a_run_whose_tasks_hang(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    """With a limit of ten minutes for a call, and every call of the step hanging."""
+    monkeypatch.setenv("PYTHONPATH", f"{BLOCKING}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    folder = tmp_path / "run"
+    running = start(
+        *train(folder, f"model.path={finished_run / 'warm_start' / 'hf'}", "warm_start.steps=0"),
+        *("tasks.sources=[{name: hangs}]", "rollout.environment_timeout_s=600", f"launch.ranks={ranks}"),
+    )
+    when(running, lambda: lines(folder) > 0)  # the held-out evaluation is done, and the first step begins
+    time.sleep(3)
+    begun = time.monotonic()
+    code, out, err = signalled(running, signal.SIGTERM)
+    assert code == STOPPED, err
+    assert time.monotonic() - begun < 60
+    assert "a step hangs" in out and lines(folder) == 1
+    assert (folder / "checkpoints" / "step_000000" / "icrl.json").exists()
