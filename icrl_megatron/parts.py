@@ -91,11 +91,21 @@ class Recorder:
             self.step, self.generated = resumed.step, resumed.generated_tokens
             parts.sync.version = resumed.weight_version - 1
             progress.log(f"resuming from {found[-1]}")
+        elif parts.settings.start_from:
+            self._start_from(Path(parts.settings.start_from))
         parts.actor.offload.release()
         parts.sync.push()
         main = parts.grid.rank == 0
         self._resume_curriculum(main)
         self.writer = MetricsWriter(run_dir, self.step if found else None) if main else None
+
+    def _start_from(self, folder: Path) -> None:
+        """The weights of another run's checkpoint in fp32, which `model.path` may hold rounded, and its moments."""
+        actor, moments = self.parts.actor, self.parts.settings.start_with_moments
+        checkpoint.load(folder, actor.rows, actor.optimizer, self.parts.grid)
+        if not moments:
+            actor.optimizer.forget()
+        self.progress.log(f"starting from {folder} {'with' if moments else 'without'} its optimizer moments")
 
     def _take_back(self, kept: Tapes) -> None:
         """Episodes go on where their problems are still trained on: the data may have changed."""
