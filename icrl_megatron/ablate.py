@@ -184,9 +184,10 @@ def cell_words(plan: Plan, arm: str, seed: int) -> list[str]:
 
 
 def _shared_start(plan: Plan) -> Path | None:
-    """The run folder of the shared warm start; None where the recipe names a model and warms nothing up."""
+    """The run folder of the shared warm start; None where the settings name a start and warm nothing up."""
     settings = settings_module.load(plan.recipe, plan.overrides)
-    return None if settings.model.path and settings.warm_start.steps == 0 else plan.out / START
+    given = settings.start_from or (settings.model.path and settings.warm_start.steps == 0)
+    return None if given else plan.out / START
 
 
 def _icrl(arguments: list[str]) -> int:

@@ -68,6 +68,11 @@ def train(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) 
 def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Only the supervised warm start of a recipe: demonstrations in the three prompt forms."""
     resolved = _resolve(recipe, overrides, dry_run)
+    if resolved.start_from:
+        raise ConfigError(
+            f"start_from={resolved.start_from}: `icrl sft` warms up a model.path or model.init; leave start_from empty "
+            "and give model.path=FOLDER, which `icrl export` makes of a checkpoint, or use `icrl train`"
+        )
     if resolved.warm_start.steps == 0:
         raise ConfigError("warm_start.steps=0: nothing to do; begin a new run with e.g. warm_start.steps=300")
     if not dry_run:
@@ -83,7 +88,7 @@ def _resolve(recipe: str, overrides: list[str] | None, show: bool) -> Settings:
     if show:
         typer.echo(settings.to_yaml(resolved), nl=False)
     validate.validate(resolved)
-    if show and resolved.model.path:  # a model that model.init makes has a tokenizer once it is made
+    if show and (resolved.model.path or resolved.start_from):  # one that model.init makes has no tokenizer yet
         from icrl_megatron.problems import dry_run
 
         if said := dry_run(resolved):

@@ -94,6 +94,8 @@ class Recorder:
             self.step, self.generated = resumed.step, resumed.generated_tokens
             parts.sync.version = resumed.weight_version - 1
             self.pending = _read_pending(saver.folder / PENDING)
+        elif parts.settings.start_from:
+            self._start_from(Path(parts.settings.start_from))
         parts.actor.offload.release()
         parts.sync.push()
         main = parts.grid.rank == 0
@@ -101,6 +103,14 @@ class Recorder:
         written = None if resumed is None else self.step - (self.pending is not None)
         self.writer = together(parts.grid, lambda: MetricsWriter(self.run_dir, written) if main else None)
         self._completed(self.pending)
+
+    def _start_from(self, folder: Path) -> None:
+        """The weights of another run's checkpoint in fp32, which `model.path` may hold rounded, and its moments."""
+        actor, moments = self.parts.actor, self.parts.settings.start_with_moments
+        checkpoint.load(folder, actor.rows, actor.optimizer, self.parts.grid)
+        if not moments:
+            actor.optimizer.forget()
+        self.progress.log(f"starting from {folder} {'with' if moments else 'without'} its optimizer moments")
 
     def _take_back(self, kept: Tapes) -> None:
         """Episodes go on where their problems are still trained on: the data may have changed."""

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from icrl_megatron import resume, serve
+from icrl_megatron import resume, serve, start
 from icrl_megatron import settings as settings_module
 from icrl_megatron.config import Calibration, ConfigError, ModelSettings, Settings
 from icrl_megatron.launch import is_rank, launch
@@ -26,7 +26,8 @@ _JOB_LOCK = ".job.lock"
 
 
 def run(settings: Settings) -> int:
-    """Warm start (where asked for), training, baseline (where asked for), report. Returns the process's exit code."""
+    """Start (a checkpoint of another run, or a warm start), training, baseline and report, where the settings ask for
+    them. Returns the process's exit code."""
     with _owned(settings) as owned:
         return _run(owned, run_folder(settings))
 
@@ -60,7 +61,7 @@ def _owned(settings: Settings) -> Iterator[Settings]:
 
 
 def _run(settings: Settings, folder: Path) -> int:
-    code = _warm_start(settings) if _needs_warm_start(settings) else 0
+    code = _start(settings, folder)
     code = code or _phase("icrl_megatron.train", _training(settings, folder), folder)
     if code or settings.debug.mode != "train":
         return code
@@ -81,13 +82,22 @@ def _warm_start(settings: Settings) -> int:
     return _phase("icrl_megatron.sft", replace(settings, run_dir=str(folder)), folder)
 
 
+def _start(settings: Settings, folder: Path) -> int:
+    """What training begins from: a checkpoint of another run, or a warm start, or `model.path` as it is."""
+    if settings.start_from:
+        return 0 if start.made(settings) else _phase("icrl_megatron.start", settings, folder)
+    return _warm_start(settings) if _needs_warm_start(settings) else 0
+
+
 def _needs_warm_start(settings: Settings) -> bool:
     return not settings.model.path or settings.warm_start.steps > 0
 
 
 def _training(settings: Settings, folder: Path) -> Settings:
-    start = str(folder / WARM_START / EXPORT) if _needs_warm_start(settings) else settings.model.path
-    return replace(settings, run_dir=str(folder), model=ModelSettings(path=start))
+    if settings.start_from:
+        return start.training(replace(settings, run_dir=str(folder)))
+    path = str(folder / WARM_START / EXPORT) if _needs_warm_start(settings) else settings.model.path
+    return replace(settings, run_dir=str(folder), model=ModelSettings(path=path))
 
 
 def _baseline(settings: Settings, folder: Path) -> Settings:

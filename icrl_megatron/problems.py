@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from icrl_megatron import start
 from icrl_megatron.config import ConfigError, Settings
 from icrl_megatron.rollout.guard import GuardedEnvironment
 from icrl_megatron.rollout.prompts import Prompter, tokenizer
@@ -187,7 +188,8 @@ def dry_run(settings: Settings) -> str:
     """Examines the problems of a run as its ranks will before they load the model, which is only read as far as that
     needs. Returns what they will say of problems that are left out; raises ConfigError as they will."""
     said: list[str] = []
-    catalogue, folder = registry.Catalogue(settings.tasks.sources), model_folder(settings)
+    folder = start.configuration(settings) if settings.start_from else model_folder(settings)
+    catalogue = registry.Catalogue(settings.tasks.sources)
     prompter, positions = Prompter(tokenizer(folder), settings.rollout), Qwen3Shape.read(folder).max_positions
     fitting(read(settings, catalogue), settings, catalogue, prompter, positions, log=said.append)
     return "\n".join(said)

@@ -25,7 +25,7 @@ from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
 CHANGES_FILE = "settings_changes.jsonl"
 """In the run folder: one line for each setting that changed: step, name, old, new, time."""
 EARLIER_FOLDER = "settings_before"
-"""In the run folder: the settings that the run had until a step, step_NNNNNN.yaml."""
+"""In the run folder: settings that the run had until a step, step_NNNNNN.yaml; those of its start, start_NNN.yaml."""
 
 Since = Literal["start", "training", "end of the warm start"]
 
@@ -146,14 +146,15 @@ def adopt(settings: Settings, folder: Path) -> list[str]:
         _append(folder / CHANGES_FILE, step, found)
         lines = [f"resume: {c.name} changes from {_shown(c.old)} to {_shown(c.new)} after step {step}" for c in found]
     if found and "training" not in passed:
-        _clear_start(folder, passed)
+        _clear_start(folder, passed, [change.name for change in found])
     settings_module.save(settings, saved)
     return lines
 
 
 def earlier(folder: Path) -> list[Settings]:
-    """The settings that the run in `folder` had before they changed, oldest first."""
-    return [settings_module.load_saved(path) for path in sorted((folder / EARLIER_FOLDER).glob("step_*.yaml"))]
+    """The settings that the run in `folder` had before they changed, and before them those of the run that its weights
+    come from (`start.py`); oldest first."""
+    return [settings_module.load_saved(path) for path in sorted((folder / EARLIER_FOLDER).glob("*.yaml"))]
 
 
 def _passed(folder: Path) -> set[Since]:
@@ -174,11 +175,13 @@ def _append(path: Path, step: int, found: Sequence[Change]) -> None:
     write_atomically(path, [*kept, *(json.dumps(row) for row in rows)])
 
 
-def _clear_start(folder: Path, passed: set[Since]) -> None:
+def _clear_start(folder: Path, passed: set[Since], changed: Sequence[str]) -> None:
     """What the next start would take for its own: the control report, start weights, the random model."""
     (folder / "control_before.json").unlink(missing_ok=True)
-    for left in ("start", *(() if passed else ("warm_start/random",))):
-        shutil.rmtree(folder / left, ignore_errors=True)
+    if not passed:
+        shutil.rmtree(folder / "warm_start" / "random", ignore_errors=True)
+    if any(name.startswith(("start_from", "model.", "actor.precision")) for name in changed):
+        shutil.rmtree(folder / "start", ignore_errors=True)
 
 
 def _steps(root: Path) -> list[int]:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from icrl_megatron import run_files, serve
+from icrl_megatron import run_files, serve, start
 from icrl_megatron import settings as settings_module
 from icrl_megatron.config import ActorSettings, AlgoSettings, ConfigError, Settings
 from icrl_megatron.eval_problems import check_earlier_rows, check_rows
@@ -30,6 +30,7 @@ def validate(settings: Settings) -> None:
     """
     folder = settings_module.run_folder(settings)
     before = _check_resume(settings, folder)
+    start.check(settings)
     validate_settings(settings)
     validate_grid(settings, ranks(settings), ranks_on_node(settings))
     _check_tasks(settings, before)
@@ -45,10 +46,10 @@ def _check_resume(settings: Settings, folder: Path) -> list[Settings]:
     settings that the run has had so far."""
     path = folder / settings_module.SAVED_NAME
     if not path.exists():
-        return []
+        return start.lineage(settings) if settings.start_from else []
     saved = settings_module.load_saved(path)
     check_resume(saved, settings, folder)
-    return [*earlier(folder), saved]
+    return [*earlier(folder), *start.lineage(settings), saved]
 
 
 def validate_settings(settings: Settings) -> None:
@@ -190,6 +191,8 @@ def validate_grid(settings: Settings, world: int, on_node: int) -> None:
 
 def _check_model(settings: Settings) -> Qwen3Shape:
     model = settings.model
+    if settings.start_from:
+        return Qwen3Shape.read(start.configuration(settings))
     if model.path:
         folder = settings_module.model_folder(settings)
         return check_folder(folder) if folder == Path(model.path) else Qwen3Shape.read(folder)

@@ -37,7 +37,7 @@ contain() {  # words of the command line: sets `container`; the folders that the
   local word folder names
   for word in "${ICRL_LOGS:-$PWD}" "$@"; do
     case $word in
-      /* | run_dir=/* | model.path=/*) folder=${word#*=} ;;
+      /* | run_dir=/* | model.path=/* | start_from=/*) folder=${word#*=} ;;
       *) continue ;;
     esac
     # A run folder may not be there yet. Nothing of the host's takes the place of the image's own top folders.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from icrl_megatron import settings as S
@@ -21,3 +22,10 @@ def begin(folder: Path, *overrides: str, step: int = 4) -> Settings:
 def again(folder: Path, *overrides: str) -> Settings:
     """Settings of the same run with other overrides."""
     return S.load(RECIPE, [f"run_dir={folder}", *overrides])
+
+
+def write_rows(path: Path, first: int) -> str:
+    """Four rows of mathematics, which differ between calls with other numbers; returns their path."""
+    rows = [json.dumps({"prompt": f"What is {i} + {i}?", "label": str(2 * i)}) for i in range(first, first + 4)]
+    path.write_text("\n".join(rows) + "\n")
+    return str(path)

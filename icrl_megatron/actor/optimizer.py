@@ -120,6 +120,15 @@ class Optimizer:
         for name in STATES:
             shards[name].copy_(states[name].flatten()[span.start : span.end].view_as(shards[name]))
 
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Moments of zero and no update counted, as before the first step."""
+        for state in self.distributed.optimizer.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in state:
+                    state[name].zero_()
+        self.steps = 0
+
     @property
     def steps(self) -> int:
         """Updates applied so far."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from icrl_megatron import start
 from icrl_megatron.config import ConfigError, Settings
 from icrl_megatron.settings import model_folder
 from icrl_megatron.shape import Qwen3Shape
@@ -36,6 +37,8 @@ _SPECIAL_TOKENS = 16
 def shape_of(settings: Settings) -> Qwen3Shape:
     """The model's shape. Raises ConfigError where neither a folder nor the name of one says it."""
     model = settings.model
+    if settings.start_from:
+        return Qwen3Shape.read(start.configuration(settings))
     if model.path:
         folder = model_folder(settings)
         if folder.is_dir():

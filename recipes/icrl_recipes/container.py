@@ -50,7 +50,7 @@ def image(named: str, home: Path, here: bool) -> str:
 def mounts(home: Path, more: Sequence[str], settings: Settings) -> list[str]:
     """The checkout, what was asked for, and the folders of model and run where those do not bring them along."""
     found = [f"{home}:{home}", *more]
-    for named in (settings.model.path, settings.run_dir):
+    for named in (settings.model.path, settings.start_from, settings.run_dir):
         folder = Path(named)
         if not folder.is_absolute():
             continue

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from begun_run import again, begin
+from begun_run import again, begin, write_rows
 
 from icrl_megatron import settings as S
 from icrl_megatron.config import ConfigError
@@ -155,12 +155,6 @@ def test_steps_without_a_checkpoint_count_as_begun(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
     with pytest.raises(ConfigError, match="seed"):
         check_resume(begun, again(tmp_path, "seed=5"), tmp_path)
-
-
-def write_rows(path: Path, start: int) -> str:
-    rows = [json.dumps({"prompt": f"What is {i} + {i}?", "label": str(2 * i)}) for i in range(start, start + 4)]
-    path.write_text("\n".join(rows) + "\n")
-    return str(path)
 
 
 def test_rows_that_were_trained_on_before_a_change_are_never_held_out(tmp_path: Path) -> None:

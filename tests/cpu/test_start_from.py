@@ -1,0 +1,205 @@
+"""Another run that begins from a checkpoint: with the same weights, bit for bit, and with or without its moments."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from begun_run import write_rows
+from safetensors.torch import load_file
+from whole_runs import Ended, batch, rows, train
+
+from icrl_megatron import settings as S
+from icrl_megatron import start
+from icrl_megatron.config import ConfigError
+from icrl_megatron.validate import validate
+
+WEIGHTS = "model.safetensors"
+ACTOR = ("actor/loss", "actor/grad_norm", "actor/entropy", "actor/nll")
+
+
+@pytest.fixture(scope="module")
+def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ended]]:
+    """A run of three steps from a dump; runs that start from its second, and are given the third's episodes."""
+    folder = tmp_path_factory.mktemp("start")
+    model = [f"model.path={finished_run / 'warm_start' / 'hf'}", "warm_start.steps=0"]
+    rest = ["eval.interval=0", "checkpoint.interval=1", "checkpoint.keep=9", "optim.learning_rate=1e-3"]
+    third = folder / "third" / "rollouts"
+    third.mkdir(parents=True)
+    shutil.copyfile(finished_run / "rollouts" / "step_000003.jsonl", third / "step_000001.jsonl")
+
+    def dumped(name: str, of: Path, *more: str) -> list[str]:
+        return train(folder / name, *rest, "debug.mode=from_dump", f"debug.dump={of}", *more)
+
+    first = batch(
+        folder,
+        {p: dumped(f"first_{p}", finished_run, *model, "steps=3", f"actor.precision={p}") for p in ("fp32", "bf16")},
+    )
+    assert all(ended.code == 0 for ended in first.values()), first
+    second = folder / "first_fp32" / "checkpoints" / "step_000002"
+    shutil.copytree(folder / "first_fp32", folder / "gone")  # a run that is deleted later
+    gone, live = f"start_from={folder / 'gone'}", f"start_from={finished_run}"
+    commands = {}
+    for precision in ("fp32", "bf16"):
+        given = f"start_from={folder / f'first_{precision}' / 'checkpoints' / 'step_000002'}"
+        for name, moments in (("with", "true"), ("without", "false")):
+            chosen = [given, f"start_with_moments={moments}", f"actor.precision={precision}"]
+            commands[f"{name}_{precision}"] = dumped(f"{name}_{precision}", folder / "third", *chosen, "steps=1")
+    plain = train(folder / "plain", *rest, live, "steps=2", "algo.clip_high=0.5", "tasks.sources=[{name: household}]")
+    plain += ["rollout.critic=frozen", "algo.kl_coef=0.1", "baseline=grpo", "optim.learning_rate=1e-6"]
+    commands |= {
+        "zero": dumped("zero", folder / "third", f"start_from={second}", "steps=0", "model.init=null"),
+        "plain": plain,
+        "half": train(folder / "half", *rest, gone, "steps=0", "checkpoint.interval=50"),
+    }
+    ended = batch(folder, commands)
+    shutil.rmtree(folder / "gone")
+    own = folder / "half" / "checkpoints"
+    shutil.rmtree(own)  # as if it had been killed before its own first checkpoint
+    for left in ("metrics.jsonl", "progress.json"):
+        (folder / "half" / left).unlink(missing_ok=True)
+    half = train(folder / "half", *rest, gone, "steps=1", "checkpoint.interval=50")
+    ended |= batch(folder, {"half_again": half})
+    return folder, ended
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_with_moments_training_goes_on_bit_for_bit(ran: tuple[Path, dict[str, Ended]], precision: str) -> None:
+    folder, ended = ran
+    assert ended[f"with_{precision}"].code == 0, ended[f"with_{precision}"].error
+    there = [row for row in rows(folder / f"first_{precision}") if "actor/loss" in row][2]
+    here = next(row for row in rows(folder / f"with_{precision}") if "actor/loss" in row)
+    assert here["step"] == 1 and there["step"] == 3
+    assert [here[name] for name in ACTOR] == [there[name] for name in ACTOR]
+    exports = [load_file(folder / run / "hf" / WEIGHTS) for run in (f"first_{precision}", f"with_{precision}")]
+    assert all(torch.equal(tensor, exports[1][name]) for name, tensor in exports[0].items())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_without_moments_only_the_weights_are_the_same(ran: tuple[Path, dict[str, Ended]], precision: str) -> None:
+    folder, ended = ran
+    assert ended[f"without_{precision}"].code == 0, ended[f"without_{precision}"].error
+    there = [row for row in rows(folder / f"first_{precision}") if "actor/loss" in row][2]
+    here = next(row for row in rows(folder / f"without_{precision}") if "actor/loss" in row)
+    assert [here[name] for name in ACTOR] == [there[name] for name in ACTOR]  # measured before the update
+    assert here["actor/ratio_deviation_max"] <= 2e-2  # its first update proves the scoring pass again
+    exports = [load_file(folder / run / "hf" / WEIGHTS) for run in (f"first_{precision}", f"without_{precision}")]
+    assert not all(torch.equal(tensor, exports[1][name]) for name, tensor in exports[0].items())
+
+
+def test_steps_and_tokens_count_from_zero(ran: tuple[Path, dict[str, Ended]]) -> None:
+    folder, ended = ran
+    assert ended["zero"].code == 0, ended["zero"].error
+    assert [row["step"] for row in rows(folder / "zero")] == [0]
+    kept = json.loads((folder / "zero" / "checkpoints" / "step_000000" / "icrl.json").read_text())
+    progress = kept.get("progress", kept)
+    assert (progress["step"], progress["generated_tokens"], progress["optimizer_steps"]) == (0, 0, 0)
+
+
+def test_other_data_another_algorithm_and_frozen_models_begin_from_it(ran: tuple[Path, dict[str, Ended]]) -> None:
+    folder, ended = ran
+    assert ended["plain"].code == 0, ended["plain"].error
+    assert "without its optimizer moments" in " ".join(ended["plain"].error.split())
+    assert not (folder / "plain" / "warm_start").exists()
+    first = next(row for row in rows(folder / "plain") if "actor/loss" in row)
+    assert abs(first["actor/kl_reference"]) <= 1e-8  # the reference is the start
+    baseline = rows(folder / "plain" / "baseline_grpo")
+    assert [row["heldout/critique_free"] for row in baseline[:1]] == [
+        row["heldout/critique_free"] for row in rows(folder / "plain")[:1]
+    ]
+
+
+def test_the_original_may_be_deleted(ran: tuple[Path, dict[str, Ended]]) -> None:
+    folder, ended = ran
+    assert ended["half"].code == 0, ended["half"].error
+    assert ended["half_again"].code == 0, ended["half_again"].error[-3000:]
+    assert max(row["step"] for row in rows(folder / "half")) == 1
+
+
+# --- what is refused before anything starts
+
+
+def run_with_checkpoint(folder: Path, *overrides: str) -> Path:
+    """As much of a run as is read before torch is: settings, and configurations of models."""
+    S.save(S.load("rulebook_easy", [f"run_dir={folder}", *overrides]), folder / S.SAVED_NAME)
+    for step in (1, 2, 10):
+        model = folder / "checkpoints" / f"step_{step:06d}" / "model"
+        model.mkdir(parents=True)
+        (model / "config.json").write_text(json.dumps(config(2)))
+    return folder
+
+
+def config(layers: int) -> dict[str, object]:
+    sizes = {"num_hidden_layers": layers, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    more = {"head_dim": 16, "intermediate_size": 64, "vocab_size": 50, "max_position_embeddings": 1024}
+    return {"model_type": "qwen3", "rms_norm_eps": 1e-6, "rope_theta": 1e4, **sizes, **more}
+
+
+def test_a_run_a_folder_of_checkpoints_and_a_checkpoint_are_all_taken(tmp_path: Path) -> None:
+    run = run_with_checkpoint(tmp_path / "a")
+    for given in (run, run / "checkpoints", run / "checkpoints" / "step_000010"):
+        assert start.source(str(given)) == run / "checkpoints" / "step_000010"
+        validate(S.load("rulebook_easy", [f"run_dir={tmp_path / 'b'}", f"start_from={given}"]))
+    assert start.source(str(run / "checkpoints" / "step_000002")).name == "step_000002"
+    (run / "checkpoints" / "step_000011.part" / "model").mkdir(parents=True)
+    (run / "checkpoints" / "step_000011.part" / "model" / "config.json").write_text("{}")
+    assert start.source(str(run)).name == "step_000010"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["start_with_moments=true"], "start_with_moments=true needs a checkpoint: give start_from"),
+        (["start_from=nowhere"], "start_from=nowhere: no checkpoint there; give a step_NNNNNN folder"),
+        (
+            ["start_from=A", "run_dir=A"],
+            "start_from \\(was '', now 'A'\\): .* this run goes on from its own checkpoints",
+        ),
+        (["start_from=C/checkpoints", "run_dir=C"], "lies in the run folder C itself: leave start_from empty"),
+        (["start_from=A", "model.path=other"], "another model than model.path=other .* leave model.path empty"),
+        (
+            ["start_from=A", "start_with_moments=true", "optim.beta2=0.9"],
+            "averages with optim.beta2=0.98, and the run has 0.9: set optim.beta2=0.98",
+        ),
+        (["start_from=A", "rollout.context_tokens=2000"], "the model has 1024 positions"),
+        (["start_from=A", "actor.tensor_parallel=2", "launch.ranks=2"], "key-value heads"),
+    ],
+)
+def test_contradictions_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_with_checkpoint(Path("A"))
+    run_with_checkpoint(Path("C"))
+    Path("C/settings.yaml").unlink()
+    Path("other").mkdir()
+    Path("other/config.json").write_text(json.dumps(config(4)))
+    with pytest.raises(ConfigError, match=message):
+        validate(S.load("rulebook_easy", ["run_dir=B", *overrides]))
+
+
+def test_a_model_path_of_the_same_model_is_no_contradiction(tmp_path: Path) -> None:
+    run = run_with_checkpoint(tmp_path / "a")
+    (tmp_path / "same").mkdir()
+    (tmp_path / "same" / "config.json").write_text(json.dumps(config(2)))
+    paths = [f"run_dir={tmp_path / 'b'}", f"start_from={run}"]
+    for model in (tmp_path / "same", tmp_path / "not_there"):
+        validate(S.load("rulebook_easy", [*paths, f"model.path={model}"]))
+
+
+def test_what_the_first_run_trained_on_is_not_held_out_by_the_second(tmp_path: Path) -> None:
+    rows_of = {name: write_rows(tmp_path / f"{name}.jsonl", at) for name, at in (("a", 0), ("b", 10), ("c", 20))}
+
+    def sources(trained: str, held: str) -> str:
+        data = f"{{train: [{rows_of[trained]}], heldout: [{rows_of[held]}]}}"
+        return f"tasks.sources=[{{name: math, data: {data}}}]"
+
+    steps = ["rollout.tasks_per_step=2"]
+    run = run_with_checkpoint(tmp_path / "run", sources("a", "b"), *steps)
+    given = [f"run_dir={tmp_path / 'next'}", f"start_from={run}", *steps]
+    validate(S.load("rulebook_easy", [*given, sources("c", "b")]))
+    with pytest.raises(ConfigError, match=r"a\.jsonl, line 1: this held-out problem is a training problem too"):
+        validate(S.load("rulebook_easy", [*given, sources("c", "a")]))
