@@ -85,7 +85,7 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     start = saving.begin(run_dir, _start_folder(settings, grid), grid, progress.log)
     actor = Actor(settings, start.folder, grid, weights=start.found is None)
     saver = saving.Saver(start, actor, settings.checkpoint.keep, progress.log, lambda: bool(stop))
-    prompter = Prompter(tokenizer(start.model), settings.rollout)
+    prompter = Prompter(tokenizer(start.tokenizer), settings.rollout)
     catalogue = registry.Catalogue(settings.tasks.sources)
     stage = Stage(catalogue.environment, prompter, settings.rollout)
     sampler = TaskSampler(settings.tasks.sources, problems(settings, catalogue, "train"), order_seed(settings))

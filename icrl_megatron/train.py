@@ -95,7 +95,7 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     start = saving.begin(run_folder(settings), Path(settings.model.path), grid, progress.log)
     saving.require_weights(start, settings)
     catalogue = registry.Catalogue(settings.tasks.sources)
-    prompter = Prompter(tokenizer(start.model), settings.rollout)
+    prompter = Prompter(tokenizer(start.tokenizer), settings.rollout)
     drawn_from = problems(settings, catalogue, "train")
     check_prompts(drawn_from, settings, catalogue, prompter)
     curriculum = Curriculum(settings.tasks.curriculum_floor) if settings.tasks.curriculum else None

@@ -215,3 +215,41 @@ def test_a_run_that_lost_its_checkpoints_does_not_begin_again(ran: Ran, start: l
     back = batch(tmp_path, {"back": commands["all but metrics"]})["back"]
     assert back.code == 0, back.error
     assert rows(tmp_path / "all but metrics")[-2:] == rows(tmp_path / "newest")[-2:]
+
+
+def test_a_run_and_its_checkpoints_need_the_models_folder_no_more(finished_run: Path, tmp_path: Path) -> None:
+    """It goes away after the first step. Only what needs the starting weights again says so."""
+    model = tmp_path / "model"
+    shutil.copytree(finished_run / "warm_start" / "hf", model)
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (model / "LICENSE").write_text("free")
+    shutil.copytree(model, tmp_path / "model_kl")
+    small = ["warm_start.steps=0", *SMALL, NOT_EVALUATED, NEVER]
+    own = train(tmp_path / "run", f"model.path={model}", *small, "steps=2")
+    with_kl = train(tmp_path / "kl", f"model.path={tmp_path / 'model_kl'}", *small, "steps=2", "algo.kl_coef=0.1")
+    begins = train(tmp_path / "other", f"model.path={model}", *small)
+    ended = batch(
+        tmp_path,
+        {
+            "gone": ["fault=gone@1", *own],
+            "goes on": [*own, "steps=3"],
+            "export": ["export", str(tmp_path / "run" / "checkpoints"), str(tmp_path / "hf")],
+            "kl": ["fault=gone@1", *with_kl],
+            "kl goes on": [*with_kl, "steps=3"],
+            "begins": begins,
+        },
+    )
+    assert not model.exists() and not (tmp_path / "model_kl").exists()
+    for name in ("gone", "goes on", "export", "kl"):
+        assert ended[name].code == 0, (name, ended[name].error)
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 2, 3, 3]
+    for folder in (tmp_path / "run" / "hf", tmp_path / "hf"):
+        assert (folder / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
+        assert (folder / "LICENSE").read_text() == "free"
+        assert (folder / "generation_config.json").exists()
+    assert ended["kl goes on"].code == ended["begins"].code == 2
+    assert f"error: model.path={tmp_path / 'model_kl'}: the folder is gone, and algo.kl_coef=0.1" in (
+        ended["kl goes on"].error
+    )
+    assert f"error: model.path={model}: no such folder" in ended["begins"].error
