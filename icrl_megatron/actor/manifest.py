@@ -223,7 +223,7 @@ def _check_version(folder: Path, content: Mapping[str, Any]) -> None:
     if isinstance(inner, dict) and inner.keys() >= _FIRST_FORMAT:
         unknown += sorted(inner.keys() - _FIRST_FORMAT)
     if unknown and content.keys() >= known:
-        raise ConfigError(_other_version(folder, f"it has {', '.join(unknown)}"))
+        raise ConfigError(_other_version(folder, f"it has {', '.join(sorted(set(unknown)))}"))
 
 
 def _other_version(folder: Path, why: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +27,6 @@ STRICT = (NOT_EVALUATED, "algo.on_no_signal=error", "algo.max_resamples=2")
 
 FAULTS = {
     "engine@2": "EngineError: the engine failed",
-    "memory@2": "MemoryError: no memory is left",
-    "bug@2": "ZeroDivisionError: a bug",
     "interrupt@2": "",
     "lost@2": "error: step 2: all 8 episodes were lost",
     "nan@2": "error: The reward of task",
@@ -253,3 +253,34 @@ def test_a_run_and_its_checkpoints_need_the_models_folder_no_more(finished_run: 
         ended["kl goes on"].error
     )
     assert f"error: model.path={model}: no such folder" in ended["begins"].error
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 3 MiB, for two checkpoints of 1.2 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_costs_no_checkpoint_and_more_space_is_all_it_takes(
+    ran: Ran, start: list[str], small_disk: Path, tmp_path: Path
+) -> None:
+    run = small_disk / "run"
+    command = train(run, *start, ALWAYS, NOT_EVALUATED, "checkpoint.keep=2")
+    full = batch(tmp_path, {"full": command})["full"]
+    assert full.code == 2
+    (line,) = full.error.strip().splitlines()
+    assert line.startswith(f"error: {run / 'checkpoints'}: not enough disk space for the checkpoint of step ")
+    assert "it needs" in line and "are free; free some space there" in line
+    left = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert left and all(manifest.is_checkpoint_name(name) for name in left)
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    again = batch(tmp_path, {"again": command})["again"]
+    assert again.code == 0, again.error
+    assert f"{left[-1]}" in again.error
+    assert rows(run) == ran.rows("whole")
