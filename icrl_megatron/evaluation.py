@@ -202,8 +202,10 @@ def _check_pairs(request: Request, problems: Sequence[Task], earlier: Result) ->
 
 
 def _run_settings(model: Path) -> tuple[Settings | None, list[Settings]]:
-    """The settings of the run that a model lies in, if it lies in one, and those that the run had earlier."""
-    for folder in (model, *model.resolve().parents[:3]):
+    """The settings of the run that a model lies in, if it lies in one, and those that the run had earlier. They name
+    commands to start, so those that come with somebody else's model or checkpoint, in its own folder, are not read."""
+    inside = any((model / name).exists() for name in ("config.json", "icrl.json"))
+    for folder in (*(() if inside else (model,)), *model.resolve().parents[:3]):
         if (folder / settings_module.SAVED_NAME).exists():
             return settings_module.load_saved(folder / settings_module.SAVED_NAME), earlier(folder)
     return None, []

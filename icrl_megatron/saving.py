@@ -56,6 +56,11 @@ class Start:
         return self.run_dir / KEPT_MODEL
 
     @property
+    def tokenizer(self) -> Path:
+        """Where the tokenizer is read from: as the checkpoint has it, or the model's own folder, which errors name."""
+        return self.model_path if self.found is None else self.model
+
+    @property
     def has_weights(self) -> bool:
         """Whether the starting weights can still be read."""
         return self.model_path.is_dir()
@@ -243,7 +248,7 @@ def _ledger(run_dir: Path, found: checkpoint.Checkpoint | None, log: Log) -> str
     reached = found.progress.step if found is not None else 0
     if found is None:
         _check_never_saved(run_dir, run, saved, log)
-    elif saved > reached:
+    elif saved > reached and not (root / f"{manifest.folder_name(saved)}{manifest.DAMAGED}").exists():
         log(f"{root}: step {saved} was saved last and is not there any more; {found.folder.name} is the newest")
     if not run or saved != reached:
         run = run or uuid.uuid4().hex

@@ -91,7 +91,7 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
 
     run_dir, warm, progress = run_folder(settings), settings.warm_start, Progress(enabled=grid.rank == 0)
     start = saving.begin(run_dir, _start_folder(settings, grid), grid, progress.log)
-    prompter = Prompter(tokenizer(start.model), settings.rollout)
+    prompter = Prompter(tokenizer(start.tokenizer), settings.rollout)
     catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes)
     problems = chosen(settings, catalogue, prompter, start.model, grid, progress)
     actor = Actor(settings, start.folder, grid, weights=start.found is None)

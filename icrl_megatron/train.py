@@ -95,7 +95,7 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     start = saving.begin(run_folder(settings), Path(settings.model.path), grid, progress.log)
     saving.require_weights(start, settings)
     catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes)
-    prompter = Prompter(tokenizer(start.model), settings.rollout)
+    prompter = Prompter(tokenizer(start.tokenizer), settings.rollout)
     found = chosen(settings, catalogue, prompter, start.model, grid, progress)
     curriculum = Curriculum(settings.tasks.curriculum_floor) if settings.tasks.curriculum else None
     sampler = TaskSampler(settings.tasks.sources, found.train, order_seed(settings), curriculum)

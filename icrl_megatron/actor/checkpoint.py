@@ -36,8 +36,8 @@ T = TypeVar("T")
 SIDE_FILES = "model"
 _BYTES = 4 * len(STATES)
 """Of a weight with its moments."""
-_SPARE_BYTES = 1 << 20
-"""For headers, the index, and the rounding of file sizes to blocks."""
+_SPARE_BYTES, _SPARE_SHARE = 1 << 16, 0.002
+"""For headers, the index, and the rounding of file sizes to blocks: so much, and this share of the tensors' bytes."""
 _READERS = 4
 """Files that a rank verifies at the same time."""
 
@@ -108,7 +108,8 @@ def save(
 
     def begin() -> dict[str, bytes]:
         files = lines | {f"{SIDE_FILES}/{name}": data for name, data in read_side_files(like).items()}
-        require_space(root, tensor_bytes + sum(map(len, files.values())) + _SPARE_BYTES, what)
+        spare = _SPARE_BYTES + int(_SPARE_SHARE * tensor_bytes)
+        require_space(root, tensor_bytes + sum(map(len, files.values())) + spare, what)
         if final.exists():
             raise ConfigError(
                 f"{final}: there is a checkpoint of this step already; move it away, or choose another folder"

@@ -24,6 +24,8 @@ FORMAT = 2
 """1 was torch.distributed.checkpoint's format, whose list of tensors is a pickle."""
 PART = ".part"
 """Ends the name of a folder that is being written or deleted."""
+DAMAGED = ".damaged"
+"""Ends the name of a damaged checkpoint that was set aside."""
 _FOLDER = "step_{:06d}"
 _NAME = re.compile(r"step_(\d{6,})")
 _LEFTOVER = re.compile(r"step_\d{6,}(\.\w+)?\.part")
@@ -93,10 +95,10 @@ def leftovers(root: Path) -> list[Path]:
 
 def set_aside_name(folder: Path) -> Path:
     """The first free name of the form step_000040.damaged, step_000040.damaged2, ..."""
-    number, name = 1, folder.with_name(f"{folder.name}.damaged")
+    number, name = 1, folder.with_name(f"{folder.name}{DAMAGED}")
     while name.exists() or name.is_symlink():
         number += 1
-        name = folder.with_name(f"{folder.name}.damaged{number}")
+        name = folder.with_name(f"{folder.name}{DAMAGED}{number}")
     return name
 
 
@@ -221,7 +223,7 @@ def _check_version(folder: Path, content: Mapping[str, Any]) -> None:
     if isinstance(inner, dict) and inner.keys() >= _FIRST_FORMAT:
         unknown += sorted(inner.keys() - _FIRST_FORMAT)
     if unknown and content.keys() >= known:
-        raise ConfigError(_other_version(folder, f"it has {', '.join(unknown)}"))
+        raise ConfigError(_other_version(folder, f"it has {', '.join(sorted(set(unknown)))}"))
 
 
 def _other_version(folder: Path, why: str) -> str:

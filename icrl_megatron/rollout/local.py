@@ -235,7 +235,7 @@ def _build(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError, RuntimeError, KeyError, StrictDataclassError) as error:
+    except Exception as error:  # as above
         raise ConfigError(f"The engine cannot build the model in {str(folder)!r}: {error}") from error
     return model.eval().requires_grad_(False)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import jinja2
+from jinja2.sandbox import SandboxedEnvironment
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from icrl_megatron.config import ConfigError, RolloutSettings
@@ -201,7 +202,7 @@ class Prompter:
 
 def _load_templates(name: str) -> dict[str, jinja2.Template]:
     folder = template_folder(name)
-    environment = jinja2.Environment(
+    environment = SandboxedEnvironment(
         loader=jinja2.FileSystemLoader(folder), autoescape=False, undefined=jinja2.StrictUndefined
     )
     try:

@@ -125,8 +125,14 @@ class Server:
     """Bytes of the log before the present start."""
 
     def start(self) -> None:
-        """Starts the process on a free port, without waiting for it. Call it in the main thread (see leash.py)."""
+        """Starts the process on a free port, without waiting for it. Call it in the main thread (see leash.py). Raises
+        EngineError if the model's folder is gone."""
         assert self.spec is not None
+        if not self.spec.model.is_dir():
+            raise EngineError(
+                f"The model's folder {self.spec.model} is gone, and SGLang needs it to start a server: put a copy of "
+                "the same model there, and run the same command again."
+            )
         with disk_errors(self.spec.log, "the server's log"):
             self.spec.log.parent.mkdir(parents=True, exist_ok=True)
         port = _free_port()

@@ -16,9 +16,12 @@ import pytest
 from rich.console import Console
 from whole_runs import Ended, batch
 
-from icrl_megatron.config import ConfigError
+from icrl_megatron import evaluation
+from icrl_megatron.config import ConfigError, Settings
+from icrl_megatron.config_tasks import TaskServers, TaskSource
 from icrl_megatron.evaluation import Request, Result, evaluate, read_result
 from icrl_megatron.rollout.scores import compare, estimate, mcnemar, score, successes, transitions
+from icrl_megatron.settings import save
 from icrl_megatron.telemetry.eval_views import (
     comparison_table,
     rounds_table,
@@ -331,3 +334,18 @@ def test_other_files_are_no_results(tmp_path: Path) -> None:
         read_result(tmp_path)
     with pytest.raises(ConfigError, match="no such folder"):
         evaluate(Request(tmp_path / "gone"))
+
+
+@pytest.mark.parametrize("record", ["config.json", "icrl.json"])
+def test_settings_inside_a_foreign_model_or_checkpoint_are_not_read(tmp_path: Path, record: str) -> None:
+    """They could name commands that an evaluation starts."""
+    settings = Settings()
+    settings.tasks.sources = [TaskSource("rulebook_easy", serve=TaskServers(command=f"touch {tmp_path / 'ran'}"))]
+    model = tmp_path / "somebodys"
+    save(settings, model / "settings.yaml")
+    (model / record).write_text("{}")
+    with pytest.raises(ConfigError, match="lies in no run folder"):
+        evaluate(Request(model))
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "settings.yaml").write_text((model / "settings.yaml").read_text())
+    assert evaluation._run_settings(model) == settings  # of the run folder that the model lies in

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -182,3 +183,13 @@ def test_bad_chat_templates_are_named(template: str | None, message: str) -> Non
     tokenizer.chat_template = template
     with pytest.raises(ConfigError, match=message):
         Prompter(tokenizer, RolloutSettings())
+
+
+def test_a_template_cannot_reach_beyond_its_variables(tmp_path: Path) -> None:
+    """In a plain jinja2 environment this finds every class of the process, and from there runs anything."""
+    reach = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    assert "class" in jinja2.Environment().from_string(reach).render()
+    for form, words in (("attempt", "observation"), ("revision", "critique"), ("critique", "summary")):
+        (tmp_path / f"{form}.jinja").write_text(f"{{{{ observation }}}} {{{{ {words} }}}} {reach}")
+    with pytest.raises(ConfigError, match="is unsafe"):
+        Prompter(byte_level(), RolloutSettings(templates=str(tmp_path)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +27,6 @@ STRICT = (NOT_EVALUATED, "algo.on_no_signal=error", "algo.max_resamples=2")
 
 FAULTS = {
     "engine@2": "EngineError: the engine failed",
-    "memory@2": "MemoryError: no memory is left",
-    "bug@2": "ZeroDivisionError: a bug",
     "interrupt@2": "",
     "lost@2": "error: step 2: all 8 episodes were lost",
     "nan@2": "error: The reward of task",
@@ -215,3 +215,72 @@ def test_a_run_that_lost_its_checkpoints_does_not_begin_again(ran: Ran, start: l
     back = batch(tmp_path, {"back": commands["all but metrics"]})["back"]
     assert back.code == 0, back.error
     assert rows(tmp_path / "all but metrics")[-2:] == rows(tmp_path / "newest")[-2:]
+
+
+def test_a_run_and_its_checkpoints_need_the_models_folder_no_more(finished_run: Path, tmp_path: Path) -> None:
+    """It goes away after the first step. Only what needs the starting weights again says so."""
+    model = tmp_path / "model"
+    shutil.copytree(finished_run / "warm_start" / "hf", model)
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (model / "LICENSE").write_text("free")
+    shutil.copytree(model, tmp_path / "model_kl")
+    small = ["warm_start.steps=0", *SMALL, NOT_EVALUATED, NEVER]
+    own = train(tmp_path / "run", f"model.path={model}", *small, "steps=2")
+    with_kl = train(tmp_path / "kl", f"model.path={tmp_path / 'model_kl'}", *small, "steps=2", "algo.kl_coef=0.1")
+    begins = train(tmp_path / "other", f"model.path={model}", *small)
+    ended = batch(
+        tmp_path,
+        {
+            "gone": ["fault=gone@1", *own],
+            "goes on": [*own, "steps=3"],
+            "export": ["export", str(tmp_path / "run" / "checkpoints"), str(tmp_path / "hf")],
+            "kl": ["fault=gone@1", *with_kl],
+            "kl goes on": [*with_kl, "steps=3"],
+            "begins": begins,
+        },
+    )
+    assert not model.exists() and not (tmp_path / "model_kl").exists()
+    for name in ("gone", "goes on", "export", "kl"):
+        assert ended[name].code == 0, (name, ended[name].error)
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 2, 3, 3]
+    for folder in (tmp_path / "run" / "hf", tmp_path / "hf"):
+        assert (folder / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
+        assert (folder / "LICENSE").read_text() == "free"
+        assert (folder / "generation_config.json").exists()
+    assert ended["kl goes on"].code == ended["begins"].code == 2
+    assert f"error: model.path={tmp_path / 'model_kl'}: the folder is gone, and algo.kl_coef=0.1" in (
+        ended["kl goes on"].error
+    )
+    assert f"error: model.path={model}: no such folder" in ended["begins"].error
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 3 MiB, for two checkpoints of 1.2 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_costs_no_checkpoint_and_more_space_is_all_it_takes(
+    ran: Ran, start: list[str], small_disk: Path, tmp_path: Path
+) -> None:
+    run = small_disk / "run"
+    command = train(run, *start, ALWAYS, NOT_EVALUATED, "checkpoint.keep=2")
+    full = batch(tmp_path, {"full": command})["full"]
+    assert full.code == 2
+    (line,) = full.error.strip().splitlines()
+    assert line.startswith(f"error: {run / 'checkpoints'}: not enough disk space for the checkpoint of step ")
+    assert "it needs" in line and "are free; free some space there" in line
+    left = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert left and all(manifest.is_checkpoint_name(name) for name in left)
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    again = batch(tmp_path, {"again": command})["again"]
+    assert again.code == 0, again.error
+    assert f"{left[-1]}" in again.error
+    assert rows(run) == ran.rows("whole")

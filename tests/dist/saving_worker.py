@@ -10,7 +10,9 @@ import io
 import json
 import os
 import resource
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -76,11 +78,24 @@ def only_rank_1(context: Any) -> Any:
     return context if RANK == 1 else nullcontext()
 
 
-def main(root: Path, ports: list[int]) -> None:
+def free_port(file: Path) -> str:
+    """Rank 0 chooses it when it is needed, so that nobody else takes it meanwhile."""
+    if RANK == 0:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            part = file.with_suffix(".part")
+            part.write_text(str(probe.getsockname()[1]))
+        part.rename(file)
+    while not file.exists():
+        time.sleep(0.02)
+    return file.read_text()
+
+
+def main(root: Path) -> None:
     ended: dict[str, dict[str, str]] = {}
 
     def run(name: str, folder: str, *overrides: str, on_rank_1: Any = None) -> None:
-        os.environ["MASTER_PORT"] = str(ports.pop())
+        os.environ["MASTER_PORT"] = free_port(root / f"port_{len(ended)}")
         model = f"model.path={root / 'model'}"
         common = ["eval.problems=1", "eval.interval=0", "eval.control_problems=0", "rollout.tasks_per_step=2",
                   "rollout.episodes_per_task=2", "algo.on_no_signal=train", "algo.max_resamples=0",
@@ -115,4 +130,4 @@ def main(root: Path, ports: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[3]), json.loads((Path(sys.argv[3]) / "ports.json").read_text()))
+    main(Path(sys.argv[3]))

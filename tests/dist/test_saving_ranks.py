@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from icrl_megatron.actor import manifest
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600)]
 
 WORKER = Path(__file__).with_name("saving_worker.py")
-RUNS = 10
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,6 @@ class Ranks:
 def ranks(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     folder = tmp_path_factory.mktemp("ranks")
     shutil.copytree(finished_run / "warm_start" / "hf", folder / "model")
-    probes = [socket.socket() for _ in range(RUNS)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    (folder / "ports.json").write_text(json.dumps([probe.getsockname()[1] for probe in probes]))
-    for probe in probes:
-        probe.close()
     run_ranks(str(WORKER), 2, folder, timeout_s=500)
     return Ranks(folder, [json.loads((folder / f"ended_{rank}.json").read_text()) for rank in range(2)])
 
@@ -90,7 +82,7 @@ def test_a_disk_that_refuses_one_rank_ends_all_with_the_same_line(ranks: Ranks) 
     assert ranks.said("full")[0].count("saved") == 0
     assert json.loads((ranks.folder / "left.json").read_text()) == ["step_000001", "step_000002"]
     assert ranks.how("full again") == ["done", "done"]
-    assert f"resuming from {ranks.folder}/full/checkpoints/step_000002" in ranks.said("full again")[0].replace(" ", "")
+    assert f"resumingfrom{ranks.folder}/full/checkpoints/step_000002" in ranks.said("full again")[0].replace(" ", "")
 
 
 def test_damage_that_only_one_rank_sees_is_no_proof(ranks: Ranks) -> None:
@@ -103,6 +95,7 @@ def test_all_ranks_fall_back_to_the_same_checkpoint(ranks: Ranks) -> None:
     assert ranks.how("damaged") == ["done", "done"]
     said = ranks.said("damaged")[0]
     assert said.count("damaged checkpoint") == 1
+    assert "is not there any more" not in said
     assert "rank_00001_0000.safetensors has" in said
     assert ranks.checkpoints("full") == ["step_000003", "step_000004", "step_000004.damaged"]
     assert rows(ranks.folder / "full") == rows(ranks.folder / "whole")
