@@ -195,7 +195,7 @@ def _spec(settings: Settings, folder: Path, device: torch.device, log: Path) -> 
 def _remote(settings: Settings, url: str) -> tuple[Server, EngineSettings]:
     """A server that somebody else runs, once it is known to fit, and the settings with its own number of workers."""
     named = settings.engine.api_key_env
-    server = Server(None, url.rstrip("/"), os.environ[named] if named else "")
+    server = Server(None, url.rstrip("/"), os.environ.get(named, ""))
     try:
         info = server.info()
     except EngineError as error:
