@@ -58,9 +58,9 @@ class Faulty:
     def _outcome(self, number: int, success: bool) -> float:
         if self.name == "raises" or (self.name == "raises_often" and number % 2):
             raise ZeroDivisionError("the grader divided by zero")
-        if self.name == "nan_often" and number % 2:
+        if self.name == "nan_often" and number % 3 == 0:
             return math.nan
-        if self.name == "blocks_often" and number % 2:
+        if self.name == "blocks_often" and number % 3 == 0:
             time.sleep(3600)
         return {"nan": math.nan, "above_one": 1.5, "flat": 0.0}.get(self.name, float(success))
 

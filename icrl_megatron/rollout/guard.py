@@ -19,7 +19,7 @@ import numpy as np
 
 from icrl_megatron.config import ConfigError, RolloutSettings
 from icrl_megatron.rollout.background import Overrun
-from icrl_megatron.rollout.watchdog import WATCHDOG, Raised, Watched
+from icrl_megatron.rollout.watchdog import WATCHDOG, Raised, Watched, first_step
 from icrl_megatron.tasks.base import (
     BadAnswer,
     Environment,
@@ -81,13 +81,13 @@ class Caller:
         """The same for code that returns an awaitable, which is awaited within the time limit."""
         begun, watched, awaited = time.monotonic(), Watched(self.timeout_s), self._awaited(what, code, read)
         try:
-            yielded = WATCHDOG.run(lambda: awaited.send(None), watched)
+            returned, found = WATCHDOG.run(lambda: first_step(awaited), watched)
         except (Raised, Overrun) as error:
-            if isinstance(error, Raised) and isinstance(error.error, StopIteration):
-                return error.error.value  # it did not wait, so that no clock took part
             awaited.close()
             raise self._failure(what, error) from None
-        return await self._rest(what, awaited, watched, yielded, self.timeout_s + begun - time.monotonic())
+        if returned:
+            return found
+        return await self._rest(what, awaited, watched, found, self.timeout_s + begun - time.monotonic())
 
     async def _rest(
         self, what: str, awaited: Coroutine[Any, Any, T], watched: Watched, yielded: Any, left_s: float

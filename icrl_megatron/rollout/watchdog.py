@@ -98,6 +98,8 @@ class Watchdog:
         self._begun = 0.0
         self._ends: float | None = None
         """When the call that runs will be interrupted (time.monotonic()); None while none runs."""
+        self._limit_s = 0.0
+        """Of the call that runs, or ran last."""
         self._interruptions = 0
         """Of the call that runs, or ran last."""
         self._traced: Any = None
@@ -132,11 +134,10 @@ class Watchdog:
                 raise Raised(error) from error
         ctrl_c, limit_s = self._ctrl_c, min(max(SHORTEST_S, call.left_s()), LONGEST_S)
         self._calls, self._interruptions, self._begun = self._calls + 1, 0, time.monotonic()
-        self._ends = self._begun + limit_s
+        self._ends, self._limit_s = self._begun + limit_s, limit_s
         if min(self._ends, self._begun + TICK_S) < self._next_tick:
             self._tick_in(min(TICK_S, limit_s))
         token = _inside.set(call)
-        signal.setitimer(signal.ITIMER_VIRTUAL, limit_s + LAST_RESORT_S)
         try:
             return code()
         except BaseException as error:
@@ -147,12 +148,12 @@ class Watchdog:
             self._ends = None
             if self._interruptions > 1:
                 sys.settrace(self._traced)
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             _inside.reset(token)
-            self._account(call)
+            if self._interruptions or time.monotonic() - self._begun > STALL_S:
+                self._account(call)
 
     def _account(self, call: Watched) -> None:
-        """After code ran: raises Overrun if it was interrupted."""
+        """After code ran for long: raises Overrun if it was interrupted."""
         now = time.monotonic()
         if now - self._begun > STALL_S:
             for limit in (other.own for other in self._waiting if other is not call and other.own is not None):
@@ -224,6 +225,7 @@ class Watchdog:
         if self._timer is not None:
             self._next_tick = math.inf
             self._timer.set(0.0)
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         if self._ctrl_c_handler is not None:
             signal.signal(signal.SIGINT, self._ctrl_c_handler)
             self._ctrl_c_handler = None
@@ -251,12 +253,15 @@ class Watchdog:
         assert self._timer is not None
         self._next_tick = time.monotonic() + seconds
         self._timer.set(seconds)
+        # As long as the interpreter handles ticks, each of them puts the last resort off.
+        signal.setitimer(signal.ITIMER_VIRTUAL, self._limit_s + LAST_RESORT_S)
 
     def _tick(self, number: int, frame: FrameType | None) -> None:
         """The timer's signal: raises Overrun inside of a call whose time is up."""
         ends, now = self._ends, time.monotonic()
         if ends is None and self._calls == self._calls_seen:
-            self._next_tick = math.inf  # nothing was called since the last tick; the next call sets the timer
+            self._next_tick = math.inf  # nothing was called since the last tick; the next call sets the timers
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             return
         self._calls_seen = self._calls
         if ends is None:
@@ -330,6 +335,14 @@ _OURS = frozenset(f.__code__ for f in (Watchdog.run, Watchdog._tick_in, KernelTi
 """Whose frames hold no code of an environment."""
 
 
+def first_step(code: Coroutine[Any, Any, T]) -> tuple[bool, Any]:
+    """Runs a coroutine until it returns or waits: (whether it returned, its result or what it waits for)."""
+    try:
+        return False, code.send(None)
+    except StopIteration as end:
+        return True, end.value
+
+
 def _task(loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> asyncio.Task[Any]:
     """A task factory: what environments start is watched as they are."""
     parent = _inside.get(None)
@@ -339,13 +352,8 @@ def _task(loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> asyncio
 async def _child(coro: Coroutine[Any, Any, T], parent: Watched) -> T:
     call = Watched(parent.limit_s, blocked=parent.blocked)
     try:
-        try:
-            yielded = WATCHDOG.run(lambda: coro.send(None), call)
-        except Raised as raised:
-            if isinstance(raised.error, StopIteration):
-                return raised.error.value
-            raise
-        return await WATCHDOG.drive(coro, call, yielded)
+        returned, found = WATCHDOG.run(lambda: first_step(coro), call)
+        return found if returned else await WATCHDOG.drive(coro, call, found)
     except Overrun:
         parent.blocked = True
         raise

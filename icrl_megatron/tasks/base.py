@@ -26,7 +26,8 @@ class Environment(Protocol):
     """One playable problem. An instance belongs to one attempt at a time; `reset` starts the same problem afresh.
 
     `reset` and `step` are coroutines because environments may live behind a network; the embedded ones never wait.
-    Failures of infrastructure raise `EnvironmentFailure`; they cost the episode, never a reward of 0.
+    Failures of infrastructure raise `EnvironmentFailure`; they cost the episode, never a reward of 0. So does whatever
+    else a method raises, a return of another type, and a call that takes too long (`rollout/guard.py`).
     """
 
     max_turns: int
