@@ -37,6 +37,7 @@ from icrl_megatron.shape import Qwen3Shape
 from icrl_megatron.tasks import registry
 from icrl_megatron.telemetry.files import locked, write_atomically
 from icrl_megatron.telemetry.progress import Progress
+from icrl_megatron.watch import Watch
 
 RANK_LOCK = ".lock"
 SEEN_TIMEOUT_S = 60.0
@@ -141,6 +142,7 @@ def _parts(
         sampler=sampler,
         heldout=found.evaluated(settings.eval.problems),
         prompter=prompter,
+        watch=Watch(settings, run_folder(settings), progress.log),
         dropped_too_long=found.dropped,
     )
 
