@@ -87,13 +87,13 @@ class Watch:
         self._apart += 1
         said = (
             f"engine and trainer differ by {mean:.2e} in a log-prob on average and by {most:.2e} at most "
-            f"({self._settings.actor.precision} allows {limits.mean:.2g} and {limits.largest:.2g})"
+            f"({self._settings.actor.precision} allows {limits.mean:.2g} and {limits.largest:.2g}) at step {step}"
         )
         if self._apart < limits.patience:
-            self._log(f"step {step}: {said}; the run stops after {limits.patience} such steps in a row")
+            self._log(f"{said}; the run stops after {limits.patience} such steps in a row")
             return
         raise InvariantError(
-            f"step {step}: {said}, {self._apart} steps in a row. Probable causes: weights were not synced whole or not "
+            f"{said}, {self._apart} in a row. Probable causes: weights were not synced whole or not "
             "at all, the engine samples at another temperature than rollout.temperature, or one of them computes "
             "another model. For an engine that is known to differ by more, raise engine.mismatch_limit.mean and "
             "engine.mismatch_limit.largest"

@@ -87,7 +87,9 @@ def test_an_engine_with_a_fault_is_warned_of_and_then_ends_the_run(
     folder, ended = ran
     assert ended[fault].code == 1
     assert said(ended[fault]).count("; the run stops after 3 such steps in a row") >= 2
-    assert "InvariantError: step" in said(ended[fault]) and "3 steps in a row. Probable causes" in said(ended[fault])
+    assert "InvariantError: engine and trainer differ" in said(ended[fault]) and "3 in a row. Probable causes" in said(
+        ended[fault]
+    )
     for cause in ("weights were not synced", "another temperature than rollout.temperature", "another model"):
         assert cause in said(ended[fault])
     trained = [row for row in rows(folder / fault) if "actor/loss" in row]
@@ -98,7 +100,7 @@ def test_limits_and_patience_are_settings(ran: tuple[Path, dict[str, Ended]]) ->
     _, ended = ran
     assert ended["patient"].code == 0 and said(ended["patient"]).count("the run stops after 9 such steps") == 5
     assert ended["accepted"].code == 0 and "engine and trainer" not in said(ended["accepted"])
-    assert ended["strict"].code == 1 and "step 1: engine and trainer differ" in said(ended["strict"])
+    assert ended["strict"].code == 1 and "at step 1, 1 in a row" in said(ended["strict"])
 
 
 def test_a_learning_rate_that_destroys_the_policy_is_warned_of(ran: tuple[Path, dict[str, Ended]]) -> None:
