@@ -312,8 +312,8 @@ class Settings:
     baseline: str = ""
     """Also train this baseline (grpo) from the same start with the same number of generated tokens, and compare."""
     start_from: str = ""
-    """A checkpoint (step_NNNNNN, or a folder of them) of another run, whose weights a new run begins with. Data and
-    algorithm may differ; steps count from 0."""
+    """A checkpoint of another run (step_NNNNNN, a folder of them, or a run folder), whose weights a new run begins
+    with. Data and algorithm may differ; steps count from 0; no warm start; the model is the checkpoint's."""
     start_with_moments: bool = False
     """With `start_from`: also take over the optimizer's moments and step count."""
     model: ModelSettings = field(default_factory=ModelSettings)

@@ -27,9 +27,10 @@ def run(parts: Parts, recorder: Recorder) -> int:
         if trouble := nothing_to_learn(settings, recorder.step, played, report):
             if recorder.stop_requested():
                 break  # what preempts a job ends its environment servers too: the step is played again
-            raise NoSignalError(trouble)
+            raise NoSignalError(trouble + parts.watch.hint(recorder.step + 1, played.episodes))
         idle = settings.debug.mode == "rollout_only" or (not report.has_signal and settings.algo.on_no_signal == "skip")
         stats = None if idle else update(parts, recorder, report)
+        parts.watch.policy(recorder.step + 1, played.episodes, stats)
         recorder.record(played, report, stats)
         if recorder.stop_requested():
             break
@@ -91,7 +92,7 @@ def update(parts: Parts, recorder: Recorder, report: CreditReport) -> StepStats:
         scored = parts.actor.score(plan, behaviour)
     with recorder.phase("train"):
         stats = parts.actor.train(plan, scored, parts.learning_rate(recorder.step))
-    parts.check_engine(stats)
+    parts.watch.engine(recorder.step + 1, stats)
     with recorder.phase("sync"):
         parts.actor.offload.release()
         parts.sync.push()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from icrl_megatron.actor import checkpoint, platform
-from icrl_megatron.actor.actor import MISMATCH_MAX_FP32, MISMATCH_MEAN_FP32, Actor, InvariantError
+from icrl_megatron.actor.actor import Actor
 from icrl_megatron.actor.export import write_hf
 from icrl_megatron.actor.grid import Grid, any_rank, gather_objects, together
 from icrl_megatron.actor.sync import WeightSync
@@ -33,6 +33,7 @@ from icrl_megatron.telemetry.progress import Phase, Progress
 from icrl_megatron.telemetry.results import MOVE_AWAY
 from icrl_megatron.telemetry.writer import METRICS_FILE, TIME_PREFIX, MetricsWriter, Row, read_rows
 from icrl_megatron.types import StepStats, Task
+from icrl_megatron.watch import Watch
 
 TAPES = "tapes.jsonl"
 """In a checkpoint: episodes that were cut off (`rollout.partial`)."""
@@ -52,6 +53,7 @@ class Parts:
     sampler: TaskSampler
     heldout: tuple[Task, ...]
     prompter: Prompter
+    watch: Watch
     dropped_too_long: int = 0
     """Problems that were left out because they do not fit the context."""
 
@@ -62,18 +64,6 @@ class Parts:
         """Constant after a linear warm-up."""
         optim = self.settings.optim
         return optim.learning_rate * min(1.0, (step + 1) / (optim.warmup_steps + 1))
-
-    def check_engine(self, stats: StepStats) -> None:
-        """In fp32, trainer and engine are the same function: their log-probs must agree after every sync."""
-        live = self.settings.debug.mode == "train" and self.settings.actor.precision == "fp32"
-        live = live and not self.settings.rollout.partial  # its old tokens are of other weights
-        mean, most = (stats.metrics.get(f"mismatch_{what}", 0.0) for what in ("abs", "max"))
-        if live and not (mean <= MISMATCH_MEAN_FP32 and most <= MISMATCH_MAX_FP32):
-            raise InvariantError(
-                f"engine and trainer differ by {mean:.2e} in a log-prob on average and by {most:.2e} at most (fp32 "
-                f"allows {MISMATCH_MEAN_FP32:.0e} and {MISMATCH_MAX_FP32:.0e}); "
-                "weights were not synced whole, or one of them computes another model"
-            )
 
 
 class Recorder:

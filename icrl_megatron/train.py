@@ -39,6 +39,7 @@ from icrl_megatron.tasks import registry
 from icrl_megatron.telemetry.disk import disk_errors
 from icrl_megatron.telemetry.files import locked, write_atomically
 from icrl_megatron.telemetry.progress import Progress
+from icrl_megatron.watch import Watch
 
 RANK_LOCK = ".lock"
 SEEN_TIMEOUT_S = 60.0
@@ -147,6 +148,7 @@ def _parts(
         sampler=sampler,
         heldout=found.evaluated(settings.eval.problems),
         prompter=prompter,
+        watch=Watch(settings, run_folder(settings), progress.log),
         dropped_too_long=found.dropped,
     )
 

@@ -13,7 +13,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,7 +81,48 @@ def damage_engine() -> None:
     LocalEngine.update_weights = update  # type: ignore[method-assign]
 
 
+@contextlib.contextmanager
+def stale_engine() -> Iterator[None]:
+    """An engine that keeps the first weights that it was sent."""
+    from icrl_megatron.rollout.local import LocalEngine
+
+    whole = LocalEngine.update_weights
+
+    def update(self, tensors, version):  # type: ignore[no-untyped-def]
+        if self._version == 0:
+            whole(self, tensors, version)
+        else:
+            list(tensors)
+            self._version = version
+
+    LocalEngine.update_weights = update  # type: ignore[method-assign]
+    yield
+    LocalEngine.update_weights = whole  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def warm_engine() -> Iterator[None]:
+    """An engine that samples at 1.3 times the temperature that it is asked for."""
+    from icrl_megatron.rollout.local import LocalEngine
+
+    right = LocalEngine.generate
+
+    async def generate(self, prompt, sampling):  # type: ignore[no-untyped-def]
+        return await right(self, prompt, replace(sampling, temperature=1.3 * sampling.temperature))
+
+    LocalEngine.generate = generate  # type: ignore[method-assign]
+    yield
+    LocalEngine.generate = right  # type: ignore[method-assign]
+
+
+ENGINE_FAULTS = {"stale": stale_engine, "warm": warm_engine}
+"""Before a command: the engine has this fault until the command ends."""
+
+
 def run(command: list[str]) -> tuple[int, str]:
+    if command[0] in ENGINE_FAULTS:
+        with ENGINE_FAULTS[command[0]]():
+            return run(command[1:])
     if command[0] == UNSYNCED:
         damage_engine()
         command = command[1:]

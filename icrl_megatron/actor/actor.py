@@ -24,12 +24,6 @@ from icrl_megatron.types import MicroBatch, StepPlan, StepStats
 
 RATIO_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 """|ratio - 1| allowed between a scoring and a training pass of the same weights, by precision."""
-MISMATCH_MEAN_FP32 = 1e-5
-MISMATCH_MAX_FP32 = 1e-3
-"""|log pi_train - log pi_engine| allowed right after a sync when both compute in fp32: the mean over tokens, and of any
-one. Rounding alone has a mean of 1e-7 to 3e-7 in the small runs, and up to 1.2e-4 at a rare token where it is amplified
-(docs/LOG.md); weights that were not synced show in the mean."""
-
 ScoredPlan = tuple[tuple[Frozen, ...], ...]
 """[update][micro-batch], beside `StepPlan.updates`."""
 

@@ -20,6 +20,9 @@ USED = "tokens/used"
 HELDOUT = "heldout/critique_free"
 """Critique-free success on held-out problems."""
 
+REPLY_ENTROPY = "attempt/entropy"
+"""Mean -log pi of the tokens that the solver sampled, under the prompts it saw: an estimate of its entropy a token."""
+
 HELDOUT_ATTEMPTS = "heldout/attempts"
 """How many held-out attempts of a task set were played to their end."""
 EVALUATION_TOKENS = "tokens/evaluation"
@@ -44,6 +47,8 @@ def rollout_metrics(
     values: Values = defaultdict(list)
     for episode in episodes:
         _episode(episode, values)
+    if (entropy := reply_entropy(episodes)) is not None:
+        values[REPLY_ENTROPY].append(entropy)
     counts: dict[str, float] = {
         USED: sum(e.generated_tokens() for e in episodes),
         "episodes/played": len(episodes),
@@ -67,6 +72,13 @@ def rollout_metrics(
 
 def _cut_texts(attempt: Attempt) -> int:
     return (attempt.summary_cut_chars > 0) + sum(turn.cut_chars > 0 for turn in attempt.turns)
+
+
+def reply_entropy(episodes: Iterable[Episode]) -> float | None:
+    """Mean -log pi of the solver's tokens, in nats; None where there is none."""
+    turns = [turn for episode in episodes for attempt in episode.attempts for turn in attempt.turns]
+    logprobs = [logprob for turn in turns for logprob in turn.completion.logprobs]
+    return abs(sum(logprobs)) / len(logprobs) if logprobs else None  # no log-prob is above 0
 
 
 def heldout_metrics(episodes: Iterable[Episode]) -> dict[str, float]:

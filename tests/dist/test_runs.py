@@ -127,6 +127,17 @@ def test_a_second_job_in_a_run_folder_is_refused_and_leaves_the_first_alone(fini
     assert code == STOPPED, err
 
 
+def test_a_run_starts_from_a_checkpoint_of_another_grid(finished_run: Path, tmp_path: Path) -> None:
+    folder, grid = tmp_path / "tp2", ["launch.ranks=2", "actor.tensor_parallel=2"]
+    given = [f"start_from={finished_run}", "start_with_moments=true", "steps=0", "eval.problems=2"]
+    code, _, err = icrl(*train(folder, *given, *grid))
+    assert code == 0, err
+    assert not (folder / "warm_start").exists()
+    for exported in ("start/hf", "hf"):
+        assert (folder / exported / WEIGHTS).read_bytes() == (finished_run / "hf" / WEIGHTS).read_bytes()
+    assert [row["step"] for row in rows(folder)] == [0]
+
+
 def test_a_run_goes_on_under_another_grid(finished_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tp2"
     shutil.copytree(finished_run, folder)

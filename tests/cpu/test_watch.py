@@ -1,0 +1,146 @@
+"""An engine that computes something else, and a policy that has collapsed: warned of, and a reason to stop."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from whole_runs import Ended, batch, rows, train
+
+from icrl_megatron import settings as S
+from icrl_megatron.watch import MISMATCH, Limits, mismatch_limits
+
+BF16 = ["actor.precision=bf16", "steps=5"]
+HUGE = ["optim.learning_rate=30", "steps=6", "checkpoint.keep=9"]
+FREE = ["engine.mismatch_limit.mean=1e9", "engine.mismatch_limit.largest=1e9"]
+"""Such weights amplify rounding so much that the engine would be suspected first."""
+
+
+@pytest.fixture(scope="module")
+def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ended]]:
+    folder = tmp_path_factory.mktemp("watch")
+    start = [f"model.path={finished_run / 'warm_start' / 'hf'}", "warm_start.steps=0", "eval.interval=0"]
+    start += ["checkpoint.interval=1"]
+
+    def run(name: str, *more: str) -> list[str]:
+        return train(folder / name, *start, *more)
+
+    huge = run("stop", *HUGE, *FREE, "optim.on_collapse=stop")
+    commands = {
+        "bf16": run("bf16", *BF16),
+        "stale": ["stale", *run("stale", *BF16, "optim.learning_rate=3e-3")],
+        "warm": ["warm", *run("warm", *BF16)],
+        "patient": ["warm", *run("patient", *BF16, "engine.mismatch_limit.patience=9")],
+        "accepted": ["warm", *run("accepted", *BF16, "engine.mismatch_limit.mean=1", *FREE[1:])],
+        "strict": run("strict", *BF16, "engine.mismatch_limit.mean=1e-9", "engine.mismatch_limit.patience=1"),
+        "warn": run("warn", *HUGE, *FREE),
+        "stop": huge,
+        "skip_begins": run("skip", *HUGE, *FREE, "steps=1"),
+        "skip": run("skip", *HUGE, *FREE, "algo.on_no_signal=skip"),
+        "error_begins": run("error", *HUGE, *FREE, "optim.learning_rate=1e-4", "steps=2"),
+        "error_destroys": run("error", *HUGE, *FREE, "steps=3"),
+        "error": run("error", *HUGE, *FREE, "algo.on_no_signal=error"),
+        "normal": run("normal", "steps=6", "optim.on_collapse=stop"),
+    }
+    ended = batch(folder, commands)
+    # As the message says: delete what was saved after the newest good checkpoint, and lower the learning rate.
+    found = re.search(
+        r"step_(\d+) is the newest checkpoint from before that; delete those after it", said(ended["error"])
+    )
+    for path in (folder / "error" / "checkpoints").glob("step_*") if found else ():
+        if path.name > f"step_{found[1]}":
+            shutil.rmtree(path)
+    advised = [*commands["error"], "optim.learning_rate=1e-4", "steps=4", "algo.on_no_signal=train"]
+    ended |= batch(folder, {"advised": advised})
+    return folder, ended
+
+
+def said(ended: Ended) -> str:
+    return " ".join(ended.error.split())
+
+
+def test_limits_come_from_the_precision_unless_they_are_set() -> None:
+    assert mismatch_limits(S.load("quickstart")) == MISMATCH["fp32"] == Limits(1e-5, 1e-3, 1)
+    bf16 = ["actor.precision=bf16", "engine.mismatch_limit.largest=5"]
+    assert mismatch_limits(S.load("quickstart", bf16)) == Limits(MISMATCH["bf16"].mean, 5, MISMATCH["bf16"].patience)
+    quantised = mismatch_limits(
+        S.load("quickstart", [*bf16, "engine.quantization=fp8", "engine.mismatch_limit.mean=1"])
+    )
+    assert (quantised.mean, quantised.largest) == (1, 5)
+
+
+def test_a_healthy_run_in_bf16_is_within_its_limits(ran: tuple[Path, dict[str, Ended]]) -> None:
+    folder, ended = ran
+    assert ended["bf16"].code == 0, ended["bf16"].error
+    assert "engine and trainer" not in said(ended["bf16"])
+    trained = [row for row in rows(folder / "bf16") if "actor/loss" in row]
+    assert len(trained) == 5
+    assert all(0 < row["actor/mismatch_abs"] < MISMATCH["bf16"].mean for row in trained)
+
+
+@pytest.mark.parametrize("fault", ["stale", "warm"])
+def test_an_engine_with_a_fault_is_warned_of_and_then_ends_the_run(
+    ran: tuple[Path, dict[str, Ended]], fault: str
+) -> None:
+    folder, ended = ran
+    assert ended[fault].code == 1
+    assert said(ended[fault]).count("; the run stops after 3 such steps in a row") >= 2
+    assert "InvariantError: engine and trainer differ" in said(ended[fault]) and "3 in a row. Probable causes" in said(
+        ended[fault]
+    )
+    for cause in ("weights were not synced", "another temperature than rollout.temperature", "another model"):
+        assert cause in said(ended[fault])
+    trained = [row for row in rows(folder / fault) if "actor/loss" in row]
+    assert len(trained) in (2, 3)  # a stale engine has its first step right
+
+
+def test_limits_and_patience_are_settings(ran: tuple[Path, dict[str, Ended]]) -> None:
+    _, ended = ran
+    assert ended["patient"].code == 0 and said(ended["patient"]).count("the run stops after 9 such steps") == 5
+    assert ended["accepted"].code == 0 and "engine and trainer" not in said(ended["accepted"])
+    assert ended["strict"].code == 1 and "at step 1, 1 in a row" in said(ended["strict"])
+
+
+def test_a_learning_rate_that_destroys_the_policy_is_warned_of(ran: tuple[Path, dict[str, Ended]]) -> None:
+    folder, ended = ran
+    assert ended["warn"].code == 0, ended["warn"].error
+    trained = [row for row in rows(folder / "warn") if "actor/loss" in row]
+    assert len(trained) == 6
+    assert trained[0]["actor/grad_norm"] > 1e-3 > 1e-6 > trained[-1]["actor/grad_norm"]
+    assert trained[-1]["attempt/entropy"] < 1e-2 < trained[0]["attempt/entropy"]
+    for name in ("warn", "skip"):
+        assert said(ended[name]).count("the policy has collapsed") == 1
+        assert "optim.learning_rate=30 is the probable cause" in said(ended[name])
+
+
+def test_it_ends_the_run_where_it_should(ran: tuple[Path, dict[str, Ended]]) -> None:
+    folder, ended = ran
+    assert ended["stop"].code == 1 and "Traceback" not in ended["stop"].error
+    found = re.search(r"error: step (\d): the policy has collapsed", said(ended["stop"]))
+    assert found and 4 <= int(found[1]) <= 5  # one step to destroy it, three to be sure, one with a gradient still
+    assert len([row for row in rows(folder / "stop") if "tokens/generated" in row]) == int(found[1]) - 1
+
+
+def test_a_batch_without_signal_says_that_the_policy_has_collapsed(ran: tuple[Path, dict[str, Ended]]) -> None:
+    error = said(ran[1]["error"])
+    assert ran[1]["error"].code == 1
+    assert "no reward differed" in error and "the policy has collapsed" in error
+    assert "step_000002 is the newest checkpoint from before that; delete those after it" in error
+    assert f"start_from={ran[0] / 'error' / 'checkpoints' / 'step_000002'}" in error
+
+
+def test_the_advice_leads_back_to_a_policy_that_lives(ran: tuple[Path, dict[str, Ended]]) -> None:
+    folder, ended = ran
+    assert ended["advised"].code == 0, ended["advised"].error
+    assert "policy has collapsed" not in said(ended["advised"])
+    entropies = [row["attempt/entropy"] for row in rows(folder / "error") if "attempt/entropy" in row]
+    assert len(entropies) == 4 and min(entropies) > 1e-2
+
+
+def test_a_normal_run_is_never_warned(ran: tuple[Path, dict[str, Ended]], finished_run: Path) -> None:
+    folder, ended = ran
+    assert ended["normal"].code == 0 and "collapsed" not in said(ended["normal"])
+    for row in [*rows(folder / "normal"), *rows(finished_run)]:
+        assert row.get("attempt/entropy", 1.0) > 0.1
