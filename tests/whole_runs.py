@@ -32,7 +32,7 @@ SMALL = (
 WARM_START = ("warm_start.steps=12", "warm_start.episodes_per_step=32")
 STEPS = 6
 
-_ICRL = [sys.executable, "-c", "from icrl_megatron.cli import main; main()"]
+ICRL = [sys.executable, "-c", "from icrl_megatron.cli import main; main()"]
 _IN_PLACE = Path(__file__).with_name("in_place.py")
 
 
@@ -47,7 +47,7 @@ class Ended:
 def start(*arguments: str) -> subprocess.Popen[str]:
     """`icrl ARGUMENTS` as a process; its output is read by `end`."""
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"COLUMNS": "100"}
-    return subprocess.Popen([*_ICRL, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*ICRL, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:

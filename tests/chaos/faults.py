@@ -1,0 +1,196 @@
+"""The faults of the chaos tests: what each does to a running training run, and what it expects of the run.
+
+A fault takes a `Campaign` (one run folder, interrupted again and again) and a seeded random generator. It leaves the
+run ended or still running, and raises AssertionError when the run did not react as it should.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import whole_runs
+from campaign import Campaign, Fault, Strike
+
+
+def kill_everything(run: Campaign, rng: random.Random) -> None:
+    """SIGKILL to the launcher and all ranks at once, as an out-of-memory killer or a power cut would."""
+    run.go_to_random_moment(rng)
+    run.kill()
+
+
+def kill_one_rank(run: Campaign, rng: random.Random) -> None:
+    """SIGKILL to one rank: the launcher ends the others, says so, and returns 1."""
+    run.go_to_random_moment(rng)
+    ranks = run.ranks()
+    if not ranks:
+        return kill_everything(run, rng)
+    rng.choice(ranks).kill()
+    code, err = run.end()
+    assert code in (0, 1), (code, err)  # 0: the run had just ended
+    assert code == 0 or "SIGKILL" in err, err
+    return None
+
+
+def kill_launcher(run: Campaign, rng: random.Random) -> None:
+    """SIGKILL to the launcher alone: its ranks must not outlive it and keep writing."""
+    run.go_to_random_moment(rng)
+    below = psutil.Process(run.process.pid).children(recursive=True)
+    run.process.kill()
+    run.process.wait(30)
+    _, alive = psutil.wait_procs(below, timeout=30)
+    assert not alive, f"outlived the launcher: {alive}"
+
+
+def stop_by(number: signal.Signals) -> Strike:
+    def strike(run: Campaign, rng: random.Random) -> None:
+        """A stop request: the run saves and ends with 3, and no step that was done is played again."""
+        run.go_to_random_moment(rng)
+        saved = run.saved()
+        run.process.send_signal(number)
+        code, err = run.end()
+        if code == 0 or not run.listened:  # it ended by itself, or had not started to listen yet
+            return
+        assert code == 3, (code, err)
+        assert run.saved() >= saved
+        assert run.saved() == run.last_step(), f"stopped at {run.last_step()}, saved {run.saved()}"
+
+    return strike
+
+
+def suspend(run: Campaign, rng: random.Random) -> None:
+    """SIGSTOP to one process for a while, as an overloaded node would: the run goes on as if nothing was."""
+    run.go_to_random_moment(rng)
+    tree = run.tree()
+    if not tree:
+        return
+    victim = rng.choice(tree)
+    try:
+        victim.suspend()
+        time.sleep(rng.uniform(0.2, 2.0))
+        victim.resume()
+    except psutil.NoSuchProcess:
+        return
+    time.sleep(0.5)
+    if run.process.poll() is not None:
+        code, err = run.end()
+        assert code == 0, (code, err)
+
+
+def fill_disk(run: Campaign, rng: random.Random) -> None:
+    """The file system of the run folder is full from a random moment on: one line, code 2; room makes it go on."""
+    run.go_to_random_moment(rng)
+    ballast = run.folder.parent / "ballast"
+    free = shutil.disk_usage(run.folder.parent).free
+    try:
+        with ballast.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, free - rng.choice([0, 4096, 65536])))
+        code, err = run.end()
+        if code != 0:
+            assert code == 2, (code, err[-1500:])
+            assert "Traceback" not in err, err[-1500:]
+            assert "rank" not in err.splitlines()[-1], err[-1500:]
+    finally:
+        ballast.unlink(missing_ok=True)
+
+
+def damage_checkpoint(run: Campaign, rng: random.Random) -> None:
+    """The newest checkpoint is damaged while nothing runs: the run falls back to the one before."""
+    run.go_to_step(rng.randint(5, run.steps - 4))
+    run.kill()
+    steps = run.checkpoints()
+    if len(steps) < 2:
+        return
+    newest = run.folder / "checkpoints" / steps[-1]
+    files = sorted(p for p in newest.rglob("*") if p.is_file() and p.stat().st_size > 0)
+    victim = rng.choice(files)
+    how = rng.choice(["empty", "cut", "flip", "remove"])
+    data = bytearray(victim.read_bytes())
+    if how == "empty":
+        victim.write_bytes(b"")
+    elif how == "cut":
+        victim.write_bytes(data[: rng.randrange(len(data))])
+    elif how == "flip":
+        for _ in range(8):
+            at = rng.randrange(len(data))
+            data[at] ^= 1 << rng.randrange(8)
+        victim.write_bytes(data)
+        if bytes(data) == victim.read_bytes() and not any(data):
+            victim.unlink()
+    else:
+        victim.unlink()
+    run.damaged(steps[-1], f"{victim.relative_to(newest)} {how}")
+
+
+def tear_metrics(run: Campaign, rng: random.Random) -> None:
+    """The last line of metrics.jsonl is cut in the middle, as a crash of the machine leaves it."""
+    run.go_to_random_moment(rng)
+    run.kill()
+    path = run.folder / "metrics.jsonl"
+    if path.exists() and (data := path.read_bytes()):
+        last = data.rstrip(b"\n").rfind(b"\n") + 1
+        if len(data) - last > 4:
+            path.write_bytes(data[: rng.randrange(last + 1, len(data) - 2)])
+
+
+def second_run(run: Campaign, rng: random.Random) -> None:
+    """The same command once more, in the same folder, at the same time: it is refused, and the first goes on."""
+    run.go_to_random_moment(rng)
+    time.sleep(0.3)  # the first holds its lock before it starts ranks
+    while run.process.poll() is None and not (run.folder / ".job.lock").exists():
+        time.sleep(0.05)
+    time.sleep(0.3)
+    if run.process.poll() is not None:
+        return
+    code, _, err = whole_runs.icrl(*run.command)
+    if run.process.poll() is None:
+        assert code == 2, (code, err)
+        assert "another run writes there" in err, err
+
+
+def hang_one_rank(run: Campaign, rng: random.Random) -> None:
+    """A rank is suspended for good: nobody notices by itself, so the user kills the run and starts it again."""
+    run.go_to_random_moment(rng)
+    if not (ranks := run.ranks()):
+        return kill_everything(run, rng)
+    rng.choice(ranks).suspend()
+    run.process.send_signal(signal.SIGTERM)  # asked to stop: the suspended rank cannot
+    time.sleep(rng.uniform(0.2, 1.0))
+    run.kill()
+    return None
+
+
+def _no_mount() -> str:
+    if os.geteuid() != 0:
+        return "root, to mount a small tmpfs"
+    return "" if shutil.which("mount") else "mount"
+
+
+FAULTS = (
+    Fault("SIGKILL, everything", kill_everything),
+    Fault("SIGKILL, one rank", kill_one_rank),
+    Fault("SIGKILL, the launcher", kill_launcher),
+    Fault("SIGTERM", stop_by(signal.SIGTERM)),
+    Fault("SIGUSR1", stop_by(signal.SIGUSR1)),
+    Fault("SIGSTOP for a moment", suspend),
+    Fault("SIGSTOP for good", hang_one_rank),
+    Fault("full disk", fill_disk, _no_mount),
+    Fault("damaged checkpoint", damage_checkpoint),
+    Fault("torn metrics", tear_metrics),
+    Fault("two runs in one folder", second_run),
+)
+
+
+def mount_small_disk(folder: Path, mib: int) -> bool:
+    """Mounts a tmpfs of `mib` MiB on `folder`; False where that is not possible."""
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    return done.returncode == 0
