@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from icrl_megatron import run_files
 from icrl_megatron import settings as settings_module
 from icrl_megatron.config import ConfigError, Settings
 from icrl_megatron.settings import SAVED_NAME
@@ -181,7 +182,7 @@ def _clear_start(folder: Path, passed: set[Since], changed: Sequence[str]) -> No
     if not passed:
         shutil.rmtree(folder / "warm_start" / "random", ignore_errors=True)
     if any(name.startswith(("start_from", "model.", "actor.precision")) for name in changed):
-        shutil.rmtree(folder / "start", ignore_errors=True)
+        run_files.clear_start(folder / run_files.START)
 
 
 def _steps(root: Path) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 from icrl_megatron import settings as settings_module
@@ -16,7 +18,15 @@ WARM_START = "warm_start"
 BASELINE = "baseline_{}"
 EXPORT = "hf"
 CONTROL = "control_{}.json"
-_WRITTEN = (METRICS_FILE, HISTORY, ROLLOUTS_FOLDER, TENSORBOARD_FOLDER, REPORT, CURVE)
+START = "start"
+_WRITTEN = (METRICS_FILE, HISTORY, ROLLOUTS_FOLDER, TENSORBOARD_FOLDER, REPORT, CURVE, START)
+
+
+def clear_start(folder: Path) -> None:
+    """Removes an earlier or unfinished start from <run_dir>/start, and nothing else that lies there."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name == EXPORT or re.fullmatch(r"step_\d+(\.part)?", path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def check(settings: Settings, folder: Path) -> None:

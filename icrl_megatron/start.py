@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from icrl_megatron import run_files
 from icrl_megatron import settings as settings_module
 from icrl_megatron.config import AlgoSettings, ConfigError, Settings
 from icrl_megatron.launch import run_rank
@@ -26,8 +27,7 @@ from icrl_megatron.resume import EARLIER_FOLDER, earlier
 from icrl_megatron.settings import SAVED_NAME, load_saved, run_folder
 from icrl_megatron.shape import Qwen3Shape
 
-FOLDER = "start"
-MODEL = "hf"
+FOLDER, MODEL = run_files.START, run_files.EXPORT
 _SIDE_FILES = "model"
 """In a checkpoint: the model's configuration and tokenizer."""
 
@@ -154,8 +154,8 @@ def _copy(given: Path, folder: Path) -> None:
     name = given.name if re.fullmatch(r"step_\d+", given.name) else "step_000000"
     part, final = folder / f"{name}.part", folder / name
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        run_files.clear_start(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         shutil.copytree(given, part, copy_function=_link)
         part.rename(final)
     except OSError as error:
