@@ -62,7 +62,9 @@ def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     for left in ("metrics.jsonl", "progress.json"):
         (folder / "half" / left).unlink(missing_ok=True)
     half = train(folder / "half", *rest, gone, "steps=1", "checkpoint.interval=50")
-    ended |= batch(folder, {"half_again": half})
+    # What has no moments is what training from the exported weights is: fp32 loses nothing in the export.
+    exported = [f"model.path={folder / 'zero' / 'hf'}", "warm_start.steps=0", "steps=1", "actor.precision=fp32"]
+    ended |= batch(folder, {"half_again": half, "fresh": dumped("fresh", folder / "third", *exported)})
     return folder, ended
 
 
@@ -88,6 +90,13 @@ def test_without_moments_only_the_weights_are_the_same(ran: tuple[Path, dict[str
     assert here["actor/ratio_deviation_max"] <= 2e-2  # its first update proves the scoring pass again
     exports = [load_file(folder / run / "hf" / WEIGHTS) for run in (f"first_{precision}", f"without_{precision}")]
     assert not all(torch.equal(tensor, exports[1][name]) for name, tensor in exports[0].items())
+
+
+def test_without_moments_is_a_fresh_optimizer(ran: tuple[Path, dict[str, Ended]]) -> None:
+    folder, ended = ran
+    assert ended["fresh"].code == 0, ended["fresh"].error
+    exports = [load_file(folder / run / "hf" / WEIGHTS) for run in ("fresh", "without_fp32")]
+    assert all(torch.equal(tensor, exports[1][name]) for name, tensor in exports[0].items())
 
 
 def test_steps_and_tokens_count_from_zero(ran: tuple[Path, dict[str, Ended]]) -> None:
