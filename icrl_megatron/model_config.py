@@ -76,7 +76,7 @@ ONLY: dict[str, Only] = {
     "return_dict": Only((True, None), "the engine needs it; set it to true"),
     "tie_encoder_decoder": Only((False, None), _DECODER),
     "torchscript": Only((False, None), "tracing is not supported; set it to false"),
-    "use_bfloat16": Only((False, None), "actor.precision sets the dtype; set it to false"),
+    "use_bfloat16": Only((False, None), "the run sets the dtype, not the model; set it to false"),
     "use_mrope": Only((False, None), "multimodal positions are not supported; set it to false for a text model"),
     "use_sliding_window": Only(
         (False,), "sliding windows are not supported; set it to false if all layers have full attention"

@@ -117,7 +117,7 @@ for name, write in {{**test_disk.WRITERS, "lock": test_disk._lock}}.items():
 
 
 def test_a_folder_of_somebody_else(tmp_path: Path) -> None:
-    for folder in (tmp_path, *tmp_path.parents[:2]):  # pytest's own folders are private
+    for folder in (tmp_path, *tmp_path.parents[:3]):  # pytest's own folders are private
         folder.chmod(0o755)
     here = Path(__file__).parent
     code, out, err = python(FORBIDDEN, str(tmp_path), str(here), str(here.parent))

@@ -651,7 +651,7 @@ except ConfigError as error:
 
 
 def test_permissions_are_found_before_any_work(tmp_path: Path) -> None:
-    for folder in (tmp_path, *tmp_path.parents[:2]):  # pytest's own folders are private
+    for folder in (tmp_path, *tmp_path.parents[:3]):  # pytest's own folders are private
         folder.chmod(0o755)
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)

@@ -29,7 +29,7 @@ FAULTS = {
     "engine@2": "EngineError: the engine failed",
     "interrupt@2": "",
     "lost@2": "error: step 2: all 8 episodes were lost",
-    "nan@2": "error: The reward of task",
+    "nan@2": "error: step 2: all 8 episodes were lost",
     "score@2": "MemoryError: no memory is left",
 }
 """Each in the third of three steps, before its update, with the last line that the run must end with."""

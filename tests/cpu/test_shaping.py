@@ -120,5 +120,5 @@ def test_the_best_revision_of_a_task_is_trained_beside_all_attempts() -> None:
 @pytest.mark.parametrize("wrong", ["algo.calibration.enabled=true", "algo.internalise=false"])
 def test_it_takes_the_place_of_the_calibration_weight(wrong: str) -> None:
     loaded = settings.load("rulebook_hard", [*ARMS["critique_grpo"], wrong])
-    with pytest.raises(ConfigError, match=r"algo\.shaping_gamma=0\.1 takes the place"):
+    with pytest.raises(ConfigError, match=r"algo\.shaping_gamma=0\.1 replaces the calibration weight"):
         _check_algo(loaded.algo, loaded)
