@@ -51,6 +51,9 @@ class Campaign:
     logs: Path
     command: list[str]
     steps: int
+    program: tuple[str, ...] = tuple(whole_runs.ICRL)
+    environment: dict[str, str] = field(default_factory=dict)
+    """More variables for the run."""
     process: subprocess.Popen[bytes] = field(init=False)
     records: list[Record] = field(default_factory=list)
     starts: int = 0
@@ -64,8 +67,14 @@ class Campaign:
             return
         self.starts += 1
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"COLUMNS": "200"}
+        env |= self.environment
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen([*whole_runs.ICRL, *self.command], env=env, stdout=log, stderr=log)
+            self.process = subprocess.Popen([*self.program, *self.command], env=env, stdout=log, stderr=log)
+
+    @property
+    def faults(self) -> Path:
+        """Where `faulty_run.py` looks for what goes wrong next."""
+        return self.logs / "faults"
 
     @property
     def log(self) -> Path:
@@ -91,19 +100,19 @@ class Campaign:
     def go_to_random_moment(self, rng: random.Random) -> None:
         """Waits for a random moment: some in the start-up, most in a random step. Returns early if the run ends."""
         if rng.random() < 0.3:
-            self._wait(lambda: False, rng.uniform(0, STARTUP_S))
+            self.wait(lambda: False, rng.uniform(0, STARTUP_S))
         else:
             self._wait_for_rows(self.last_row() + rng.randint(1, 8))
             time.sleep(rng.uniform(0, 0.3))
         self.listened = self.running() and len(self.tree()) > 1
 
     def go_to_step(self, step: int) -> None:
-        self._wait(lambda: self.last_step() >= step, LIMIT_S)
+        self.wait(lambda: self.last_step() >= step, LIMIT_S)
 
     def _wait_for_rows(self, row: int) -> None:
-        self._wait(lambda: self.last_row() >= row, LIMIT_S)
+        self.wait(lambda: self.last_row() >= row, LIMIT_S)
 
-    def _wait(self, happened: Callable[[], bool], limit_s: float) -> None:
+    def wait(self, happened: Callable[[], bool], limit_s: float) -> None:
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline and self.running() and not happened():
             time.sleep(0.005)
@@ -163,7 +172,7 @@ class Campaign:
             return
         saved, reached = self.saved(), self.last_step()
         self.begin()
-        self._wait(lambda: self.resumed_from() is not None or (saved == 0 and self.last_row() > 0), LIMIT_S)
+        self.wait(lambda: self.resumed_from() is not None or (saved == 0 and self.last_row() > 0), LIMIT_S)
         self.records[-1].replayed = max(0, reached - saved)
         if saved > 0:
             resumed = self.resumed_from()

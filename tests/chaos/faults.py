@@ -16,7 +16,8 @@ from pathlib import Path
 
 import psutil
 import whole_runs
-from campaign import Campaign, Fault, Strike
+from campaign import LIMIT_S, Campaign, Fault, Strike
+from faulty_run import HANGING, LYING
 
 
 def kill_everything(run: Campaign, rng: random.Random) -> None:
@@ -166,6 +167,23 @@ def hang_one_rank(run: Campaign, rng: random.Random) -> None:
     return None
 
 
+def misbehave(kinds: tuple[str, ...]) -> Strike:
+    def strike(run: Campaign, rng: random.Random) -> None:
+        """One episode's environment hangs or lies: that costs the episode at most, and the run goes on."""
+        run.go_to_random_moment(rng)
+        kind = rng.choice(kinds)
+        token = run.faults / f"{kind}.{len(run.records)}"
+        token.touch()
+        run.wait(lambda: not token.exists(), LIMIT_S)
+        run.records[-1].detail = kind if not token.exists() else ""
+        token.unlink(missing_ok=True)
+        row = run.last_row()
+        run.wait(lambda: run.last_row() > row, LIMIT_S)
+        assert run.running() or run.end()[0] == 0, run.end()
+
+    return strike
+
+
 def _no_mount() -> str:
     if os.geteuid() != 0:
         return "root, to mount a small tmpfs"
@@ -184,6 +202,10 @@ FAULTS = (
     Fault("damaged checkpoint", damage_checkpoint),
     Fault("torn metrics", tear_metrics),
     Fault("two runs in one folder", second_run),
+)
+ENVIRONMENT_FAULTS = (
+    Fault("hanging environment", misbehave(HANGING)),
+    Fault("lying environment", misbehave(LYING)),
 )
 
 

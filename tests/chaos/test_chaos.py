@@ -10,16 +10,18 @@ import json
 import os
 import random
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+import faulty_run
 import pytest
 import whole_runs
 from campaign import Campaign, Fault
 from conftest import FAULTS_ENV, RECORDS_ENV
-from faults import FAULTS, mount_small_disk
+from faults import ENVIRONMENT_FAULTS, FAULTS, mount_small_disk
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1200)]
 
@@ -31,16 +33,26 @@ GRIDS = {1: (), 2: ("launch.ranks=2", "actor.tensor_parallel=2")}
 WEIGHTS = "model.safetensors"
 
 
+def total() -> int:
+    return int(os.environ.get(FAULTS_ENV, "60"))
+
+
+def of_environments() -> list[Fault]:
+    """The faults of environments among all: as many of each kind as of the others."""
+    count = round(total() * len(ENVIRONMENT_FAULTS) / (len(FAULTS) + len(ENVIRONMENT_FAULTS)))
+    return [ENVIRONMENT_FAULTS[i % len(ENVIRONMENT_FAULTS)] for i in range(count)]
+
+
 def plan() -> list[tuple[int, int, list[Fault]]]:
     """(campaign, ranks, its faults): every kind about equally often, in a seeded order; every third at TP 2."""
-    total = int(os.environ.get(FAULTS_ENV, "60"))
+    count = total() - len(of_environments())
     playable = [fault for fault in FAULTS if not fault.needs()]
     rng = random.Random(0)
     drawn: list[Fault] = []
-    while len(drawn) < total:
+    while len(drawn) < count:
         drawn += rng.sample(playable, len(playable))
-    drawn = drawn[:total]
-    parts = [drawn[i : i + PER_CAMPAIGN] for i in range(0, total, PER_CAMPAIGN)]
+    drawn = drawn[:count]
+    parts = [drawn[i : i + PER_CAMPAIGN] for i in range(0, count, PER_CAMPAIGN)]
     return [(i, 2 if i % 3 == 1 else 1, part) for i, part in enumerate(parts)]
 
 
@@ -90,6 +102,36 @@ def test_a_run_that_is_struck_again_and_again_ends_bit_for_bit_the_same(
             leave(run, number)
 
 
+def test_environments_that_hang_or_lie_cost_their_episodes_alone(model: Path, tmp_path: Path) -> None:
+    folder, steps = tmp_path / "run", 30 * len(of_environments())
+    one_rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    words = [*command(folder, model, 1), f"steps={steps}", "eval.interval=0", "rollout.environment_timeout_s=1"]
+    program = (sys.executable, str(Path(faulty_run.__file__)), str(tmp_path / "faults"))
+    run = Campaign(folder, tmp_path, words, steps, program, one_rank)
+    run.faults.mkdir()
+    rng = random.Random(7)
+    try:
+        run.begin()
+        run.go_to_step(1)  # the evaluation before the first step counts nothing
+        for fault in of_environments():
+            run.strike(fault, rng)
+        finish(run)
+        rows = [row for row in whole_runs.rows(folder) if "tokens/generated" in row]
+        places = [row["step"] for row in rows]
+        run.records[-1].doubled = len(places) - len(set(places))
+        assert places == list(range(1, steps + 1))
+        met = [record.detail for record in run.records]
+        assert sum(row["episodes/dropped"] for row in rows) == sum(kind in faulty_run.DROPPED for kind in met), met
+        assert sum(row["episodes/texts_cut"] for row in rows) == met.count("huge")
+    except BaseException:
+        run.records[-1].survived = False
+        raise
+    finally:
+        if run.running():
+            run.kill()
+        leave(run, 999)
+
+
 def finish(run: Campaign) -> None:
     """Lets the run go on until it is done, and once more: a run that is done is not done again."""
     for _ in range(2):
@@ -117,4 +159,4 @@ def leave(run: Campaign, number: int) -> None:
 def test_the_plan_plays_every_kind_that_this_machine_can() -> None:
     played = {fault.name for _, _, faults in plan() for fault in faults}
     missing = {fault.name: fault.needs() for fault in FAULTS if fault.name not in played}
-    assert all(missing.values()) or int(os.environ.get(FAULTS_ENV, "60")) < len(FAULTS), missing
+    assert all(missing.values()) or total() < len(FAULTS) + 2, missing

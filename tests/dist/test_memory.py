@@ -22,7 +22,7 @@ SMALL = (
     "rollout.episodes_per_task=4",
     "eval.problems=8",
     "eval.control_problems=0",
-    "checkpoint.interval=100",
+    "checkpoint.interval=20",  # the recipe's own; the first one takes memory once
     "algo.on_no_signal=train",
     "algo.max_resamples=0",
 )
