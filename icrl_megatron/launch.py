@@ -115,6 +115,9 @@ def run_rank(main: Callable[[], int]) -> NoReturn:
 
 def _leave(code: int) -> NoReturn:
     """Ends the process, and does not wait long for threads that an environment may have left running."""
+    # Python gives signals their default action back while it ends: a stop request that comes then would kill the rank.
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     last = threading.Timer(LEAVE_TIMEOUT_S, os._exit, [code])
     last.daemon = True
     last.start()

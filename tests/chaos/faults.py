@@ -42,7 +42,7 @@ def kill_one_rank(run: Campaign, rng: random.Random) -> None:
 def kill_launcher(run: Campaign, rng: random.Random) -> None:
     """SIGKILL to the launcher alone: its ranks must not outlive it and keep writing."""
     run.go_to_random_moment(rng)
-    below = psutil.Process(run.process.pid).children(recursive=True)
+    below = run.tree()[1:]
     run.process.kill()
     run.process.wait(30)
     _, alive = psutil.wait_procs(below, timeout=30)

@@ -122,6 +122,28 @@ def test_a_machine_may_have_more_than_ten_ranks(start: Start) -> None:
     assert log.read_text() == "hello from 10\n"
 
 
+ENDS_SLOWLY = """
+class Last:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGUSR1):
+        kill(pid, number)
+
+last = Last()
+
+def main():
+    StopRequest()
+    return 0
+
+if __name__ == "__main__":
+    run_rank(main)
+"""
+
+
+def test_a_stop_request_does_not_kill_a_rank_that_ends(start: Start) -> None:
+    """The signal comes while the interpreter ends, after Python gave signals their default action back."""
+    code, _, err = start(ENDS_SLOWLY, 1).end()
+    assert code == 0, err
+
+
 CONFIG_ERROR_BODY = """
 def main():
     raise ConfigError("steps=-1: must be at least 0")
