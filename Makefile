@@ -1,9 +1,11 @@
 # `make quickstart` and `make test` need nothing but Python 3.11 or newer with its venv module, and a package index.
-# PYTHON=python3.12 picks another interpreter; PIP_ARGS reaches every `pip install`; TEST_PROCESSES tests run at a time.
+# PYTHON=python3.12 picks another interpreter; PIP_ARGS reaches every `pip install`; TEST_PROCESSES tests run at a time;
+# CHAOS_FAULTS faults are played by `make test-chaos`.
 SHELL := /bin/bash
 PYTHON ?= python3
 PIP_ARGS ?=
 TEST_PROCESSES ?= 2
+CHAOS_FAULTS ?= 60
 VENV := .venv
 NEMO := .venv-nemo
 BIN := $(VENV)/bin
@@ -63,7 +65,7 @@ test: $(VENV)/.installed-dev ## Run every test that runs on this machine
 	--no-loadscope-reorder
 
 test-chaos: $(VENV)/.installed-dev ## Play seeded faults (kills, full disks, damaged files) over a small run
-	$(BIN)/python -m pytest -q -m chaos tests/chaos
+	ICRL_CHAOS_FAULTS=$(CHAOS_FAULTS) $(BIN)/python -m pytest -q -m chaos tests/chaos -n $(TEST_PROCESSES) --dist load
 
 # NeMo-Run's own dependencies conflict with the tested versions, and training never imports it: a venv of its own, which
 # holds the launcher and no torch.

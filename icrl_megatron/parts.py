@@ -37,6 +37,8 @@ from icrl_megatron.watch import Watch
 
 TAPES = "tapes.jsonl"
 """In a checkpoint: episodes that were cut off (`rollout.partial`)."""
+NEWEST_ROWS = "metrics.jsonl"
+"""In a checkpoint: the rows of its step."""
 PENDING = "row.json"
 """In a checkpoint: the metrics of its step that were not written yet, because the step's evaluation failed."""
 
@@ -77,13 +79,14 @@ class Recorder:
         self.started = time.perf_counter()
         self.bar: Phase | None = None
         self.pending: Row | None = None
+        newest: list[Row] = []
         resumed = saver.restore()
         if resumed is not None:
             if parts.settings.rollout.partial:
                 self._take_back(tapes.read(saver.folder / TAPES))
             self.step, self.generated = resumed.step, resumed.generated_tokens
             parts.sync.version = resumed.weight_version - 1
-            self.pending = _read_pending(saver.folder / PENDING)
+            self.pending, newest = _read_pending(saver.folder / PENDING), read_rows(saver.folder / NEWEST_ROWS)
         elif parts.settings.start_from:
             self._start_from(Path(parts.settings.start_from))
         parts.actor.offload.release()
@@ -91,7 +94,7 @@ class Recorder:
         main = parts.grid.rank == 0
         self._resume_curriculum(main)
         written = None if resumed is None else self.step - (self.pending is not None)
-        self.writer = together(parts.grid, lambda: MetricsWriter(self.run_dir, written) if main else None)
+        self.writer = together(parts.grid, lambda: MetricsWriter(self.run_dir, written, newest) if main else None)
         self._completed(self.pending)
 
     def _start_from(self, folder: Path) -> None:
@@ -208,6 +211,8 @@ class Recorder:
         def beside() -> Files:
             everyones = {task: of for mine in gather_objects(self.parts.grid, kept) for task, of in mine.items()}
             found = {TAPES: tapes.to_lines(everyones)} if everyones else {}
+            rows = together(self.parts.grid, lambda: self.writer.saved() if self.writer is not None else [])
+            found |= {NEWEST_ROWS: rows or []}
             return found | ({PENDING: [json.dumps(pending)]} if pending is not None else {})
 
         self.pending = pending

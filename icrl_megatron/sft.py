@@ -24,6 +24,7 @@ from icrl_megatron.config import AlgoSettings, Calibration, ConfigError, Hopeles
 from icrl_megatron.data.packing import pack
 from icrl_megatron.data.sampler import TaskSampler, order_seed
 from icrl_megatron.launch import STOPPED, StopRequest, run_rank
+from icrl_megatron.parts import NEWEST_ROWS
 from icrl_megatron.rollout.episode import Stage, play
 from icrl_megatron.rollout.prompts import Prompter, template_words, tokenizer
 from icrl_megatron.rollout.speakers import Seeds
@@ -36,7 +37,7 @@ from icrl_megatron.tasks.base import Teachable
 from icrl_megatron.telemetry import results
 from icrl_megatron.telemetry.disk import disk_errors
 from icrl_megatron.telemetry.progress import Progress
-from icrl_megatron.telemetry.writer import MetricsWriter
+from icrl_megatron.telemetry.writer import MetricsWriter, read_rows
 from icrl_megatron.train import chosen, joined
 from icrl_megatron.types import Sample, StepStats, Task
 
@@ -101,8 +102,12 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     resumed = saver.restore()
     done, main = 0 if resumed is None else resumed.step, grid.rank == 0
     written = None if resumed is None else done
-    writer = grids.together(grid, lambda: MetricsWriter(run_dir, written) if main else None)
+    newest = read_rows(saver.folder / NEWEST_ROWS) if resumed is not None else []
+    writer = grids.together(grid, lambda: MetricsWriter(run_dir, written, newest) if main else None)
     align = token_multiple(settings.actor)
+
+    def beside() -> saving.Files:
+        return {NEWEST_ROWS: grids.together(grid, lambda: writer.saved() if writer is not None else []) or []}
 
     with progress.phase("warm start", warm.steps) as bar, saver.on_error():
         bar.advance(done)
@@ -121,7 +126,7 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
             nll = stats.metrics.get("nll", math.nan)  # an update that was skipped measured none
             bar.advance(1, note=f"nll {nll:.3f}")
             _write(writer, grid, step + 1, nll, stats)
-            saver.completed(checkpoint.Progress(step + 1, 0, actor.optimizer.steps, 0))
+            saver.completed(checkpoint.Progress(step + 1, 0, actor.optimizer.steps, 0), beside)
             if grids.any_rank(grid, bool(stop)):
                 saver.save()
                 return STOPPED

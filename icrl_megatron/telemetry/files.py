@@ -62,6 +62,11 @@ class AppendFile:
                 self._file.truncate(size)
                 raise
 
+    def sync(self) -> None:
+        """Everything written so far is on the disk when this returns."""
+        with disk_errors(self.path, self._what):
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
 

@@ -7,7 +7,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,12 +27,15 @@ class MetricsWriter:
     """One JSON object per `write` in <run_dir>/metrics.jsonl, the same numbers as TensorBoard scalars. Rank 0 only.
 
     `resume_step` is the step of the checkpoint the run goes on from: rows of later steps are cut, the others stay. None
-    starts an empty file. Raises ConfigError if the folder cannot be written.
+    starts an empty file. `newest` are the last step's rows as the checkpoint has them (`saved`): those that the file
+    lost come back. Raises ConfigError if the folder cannot be written.
     """
 
-    def __init__(self, run_dir: str | Path, resume_step: int | None) -> None:
+    def __init__(self, run_dir: str | Path, resume_step: int | None, newest: Sequence[Row] = ()) -> None:
         self.path = Path(run_dir) / METRICS_FILE
         kept = [r for r in read_rows(self.path) if resume_step is not None and r["step"] <= resume_step]
+        self._newest = list(newest)
+        kept += self._newest[sum(r["step"] == newest[0]["step"] for r in kept) :] if newest else []
         what = f"the metrics of run_dir={run_dir}"
         write_atomically(self.path, map(_line, kept), what)
         self._file = AppendFile(self.path, what)
@@ -40,8 +43,16 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one row; it is with the operating system when this returns."""
-        self._file.write(f"{_line({'step': step, **metrics})}\n".encode())
+        row = {"step": step, **metrics}
+        self._file.write(f"{_line(row)}\n".encode())
+        self._newest = [*(r for r in self._newest if r["step"] == step), row]
         self._board.write(step, metrics)
+
+    def saved(self) -> list[str]:
+        """The rows of the newest step, one JSON object each, for a checkpoint that is written now. All rows are on the
+        disk when this returns: a checkpoint must not outlive the metrics of its steps."""
+        self._file.sync()
+        return [_line(row) for row in self._newest]
 
     def close(self) -> None:
         self._file.close()

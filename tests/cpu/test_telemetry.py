@@ -125,6 +125,22 @@ def test_resume_cuts_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     assert len(read_rows(tmp_path / "killed" / METRICS_FILE)) == 2
 
 
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_checkpoint_brings_back_the_rows_of_its_step_that_the_file_lost(lost: int, tmp_path: Path) -> None:
+    """A crash of the machine, or damage, may cut the end of the file that a checkpoint still counts on."""
+    with MetricsWriter(tmp_path, None) as writer:
+        for step, value in [(1, 1.0), (2, 2.0), (2, math.nan)]:  # the second row of a step is its evaluation
+            writer.write(step, {"loss": value})
+        saved = writer.saved()
+    path = tmp_path / METRICS_FILE
+    whole = path.read_bytes()
+    (tmp_path / "saved.jsonl").write_text("".join(f"{line}\n" for line in saved))
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[: 3 - lost]) + b"".join(lines[3 - lost : 4 - lost])[:-9])
+    MetricsWriter(tmp_path, 2, read_rows(tmp_path / "saved.jsonl")).close()
+    assert path.read_bytes() == whole
+
+
 def test_tensorboard_shows_the_same_numbers_after_a_resume(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
