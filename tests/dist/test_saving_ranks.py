@@ -12,6 +12,7 @@ from ranks import run_ranks
 from whole_runs import rows
 
 from icrl_megatron.actor import manifest
+from icrl_megatron.parts import NEWEST_ROWS
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -33,6 +34,10 @@ class Ranks:
     def saved(self, run: str, step: int) -> manifest.Manifest:
         return manifest.read(self.folder / run / "checkpoints" / manifest.folder_name(step))
 
+    def files(self, name: str, step: int) -> dict[str, manifest.FileRecord]:
+        """By checksum, without the rows of the step, which hold wall-clock times."""
+        return {file: of for file, of in self.saved(name, step).files.items() if file != NEWEST_ROWS}
+
     def checkpoints(self, run: str) -> list[str]:
         return sorted(p.name for p in (self.folder / run / "checkpoints").glob("*"))
 
@@ -51,7 +56,7 @@ def test_an_engine_that_fails_on_one_rank_ends_all_and_the_step_is_saved(ranks: 
     assert other.startswith("OtherRankError: rank 1 failed: Traceback")
     assert "EngineError: the engine failed" in other
     assert "saved step 2, the last one that was completed" in ranks.said("engine")[0]
-    assert ranks.saved("engine", 2).files == ranks.saved("whole", 2).files
+    assert ranks.files("engine", 2) == ranks.files("whole", 2)
     assert ranks.saved("engine", 2).progress == ranks.saved("whole", 2).progress
     assert ranks.how("engine again") == ["done", "done"]
     assert rows(ranks.folder / "engine") == rows(ranks.folder / "whole")
@@ -99,4 +104,4 @@ def test_all_ranks_fall_back_to_the_same_checkpoint(ranks: Ranks) -> None:
     assert "rank_00001_0000.safetensors has" in said
     assert ranks.checkpoints("full") == ["step_000003", "step_000004", "step_000004.damaged"]
     assert rows(ranks.folder / "full") == rows(ranks.folder / "whole")
-    assert ranks.saved("full", 4).files == ranks.saved("whole", 4).files
+    assert ranks.files("full", 4) == ranks.files("whole", 4)
