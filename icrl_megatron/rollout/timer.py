@@ -38,8 +38,9 @@ class KernelTimer:
         if self._libc.timer_create(time.CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(self._timer)) != 0:
             raise OSError(ctypes.get_errno(), "timer_create")
 
-    def set(self, seconds: float) -> None:
-        """Signals once, after so many seconds from now; 0: not any more."""
-        whole = int(seconds)
-        times = _Times(0, 0, whole, int((seconds - whole) * 1e9))
+    def set(self, seconds: float, again_s: float = 0.0) -> None:
+        """Signals after so many seconds from now, and then every `again_s` seconds unless that is 0. `seconds` = 0: not
+        any more."""
+        (every, every_ns), (whole, whole_ns) = ((int(t), int((t - int(t)) * 1e9)) for t in (again_s, seconds))
+        times = _Times(every, every_ns, whole, whole_ns)
         self._libc.timer_settime(self._timer, 0, ctypes.byref(times), None)

@@ -222,13 +222,16 @@ class Watchdog:
 
     def _rest(self) -> None:
         """Nothing is watched any more; at the process's end, the timer's signal would kill it."""
+        self._stop_ticks()
+        if self._ctrl_c_handler is not None:
+            signal.signal(signal.SIGINT, self._ctrl_c_handler)
+            self._ctrl_c_handler = None
+
+    def _stop_ticks(self) -> None:
         if self._timer is not None:
             self._next_tick = math.inf
             self._timer.set(0.0)
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        if self._ctrl_c_handler is not None:
-            signal.signal(signal.SIGINT, self._ctrl_c_handler)
-            self._ctrl_c_handler = None
 
     def _on_ctrl_c(self, number: int, frame: FrameType | None) -> None:
         self._ctrl_c += 1
@@ -252,7 +255,8 @@ class Watchdog:
     def _tick_in(self, seconds: float) -> None:
         assert self._timer is not None
         self._next_tick = time.monotonic() + seconds
-        self._timer.set(seconds)
+        # Again and again: a signal that comes just before the code enters a system call does not interrupt that call.
+        self._timer.set(seconds, AGAIN_S)
         # As long as the interpreter handles ticks, each of them puts the last resort off.
         signal.setitimer(signal.ITIMER_VIRTUAL, self._limit_s + LAST_RESORT_S)
 
@@ -260,8 +264,7 @@ class Watchdog:
         """The timer's signal: raises Overrun inside of a call whose time is up."""
         ends, now = self._ends, time.monotonic()
         if ends is None and self._calls == self._calls_seen:
-            self._next_tick = math.inf  # nothing was called since the last tick; the next call sets the timers
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            self._stop_ticks()  # nothing was called since the last tick; the next call sets the timers
             return
         self._calls_seen = self._calls
         if ends is None:

@@ -127,6 +127,14 @@ def catches_everything() -> None:
             pass
 
 
+def sleeps_past_a_signal() -> None:
+    """As code does that enters a system call right after the signal came, and before Python has handled it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [watchdog._TICK])
+    signal.sigwait([watchdog._TICK])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [watchdog._TICK])
+    time.sleep(FOREVER_S)
+
+
 def catches_and_returns() -> None:
     try:
         time.sleep(FOREVER_S)
@@ -159,6 +167,7 @@ BLOCKING: dict[str, Callable[[], Any]] = {
     "reads": lambda: socket.create_server(("127.0.0.1", 0)).accept(),
     "waits_for_a_process": lambda: subprocess.run(["sleep", str(FOREVER_S)], check=False),
     "loops_in_finally": loops_in_finally,
+    "sleeps_past_a_signal": sleeps_past_a_signal,
     "catches_exceptions": catches_exceptions,
     "catches_everything": catches_everything,
     "catches_and_returns": catches_and_returns,
