@@ -32,7 +32,7 @@ def problems(
         )
     found: list[Task] = []
     known: set[str] = set()
-    catalogue = registry.Catalogue(settings.tasks.sources)
+    catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes)
     for source in settings.tasks.sources:
         task_set = catalogue.get(source.name)
         heldout = registry.problems(task_set, "heldout")

@@ -250,7 +250,7 @@ def _fitting(request: Request, settings: Settings, folder: Path, problems: Seque
 
     rollout = replace(settings.rollout, rounds=request.rounds, critic="self")
     settings = replace(settings, rollout=rollout, eval=replace(settings.eval, control_problems=0))
-    catalogue = registry.Catalogue(settings.tasks.sources)
+    catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes)
     lost = examine(problems, settings, catalogue, Prompter(tokenizer(folder), rollout), Share())
     if not lost:
         return list(problems)

@@ -189,7 +189,7 @@ def dry_run(settings: Settings) -> str:
     needs. Returns what they will say of problems that are left out; raises ConfigError as they will."""
     said: list[str] = []
     folder = start.configuration(settings) if settings.start_from else model_folder(settings)
-    catalogue = registry.Catalogue(settings.tasks.sources)
+    catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes)
     prompter, positions = Prompter(tokenizer(folder), settings.rollout), Qwen3Shape.read(folder).max_positions
     fitting(read(settings, catalogue), settings, catalogue, prompter, positions, log=said.append)
     return "\n".join(said)

@@ -23,7 +23,8 @@ from icrl_megatron.config import ConfigError, EngineSettings, Settings
 from icrl_megatron.rollout.engine import Engine, EngineError, EngineStats, NoAnswerError, WeightReceiver
 from icrl_megatron.rollout.local import LocalEngine
 from icrl_megatron.rollout.server_group import ServerGroup
-from icrl_megatron.rollout.sglang import Follower, SGLangEngine, require_context
+from icrl_megatron.rollout.sglang import Follower, SGLangEngine
+from icrl_megatron.rollout.sglang_checks import require_context
 from icrl_megatron.rollout.sglang_server import Server, ServerSpec, check_version
 from icrl_megatron.rollout.sglang_weights import OverGroup, Shapes, SharedMemory, Sink, Transport
 from icrl_megatron.shape import Qwen3Shape

@@ -25,7 +25,7 @@ from icrl_megatron.tasks.base import (
     Environment,
     EnvironmentFailure,
     StepResult,
-    printable,
+    escaped,
     sendable,
     shown,
 )
@@ -134,7 +134,7 @@ class Caller:
         if isinstance(raised, ConfigError):
             return raised
         try:
-            text = WATCHDOG.run(lambda: printable(str(raised)), Watched(self.timeout_s))
+            text = WATCHDOG.run(lambda: escaped(str(raised)), Watched(self.timeout_s))
         except (Raised, Overrun):
             text = "(an error that cannot be shown)"
         if isinstance(raised, EnvironmentFailure):

@@ -19,7 +19,7 @@ import aiohttp
 import torch
 
 from icrl_megatron import connections
-from icrl_megatron.config import ConfigError, EngineSettings
+from icrl_megatron.config import EngineSettings
 from icrl_megatron.connections import Connections, Link
 from icrl_megatron.rollout import sglang_answers
 from icrl_megatron.rollout import sglang_weights as weights
@@ -32,7 +32,7 @@ from icrl_megatron.rollout.engine import (
     Sampling,
 )
 from icrl_megatron.rollout.sglang_checks import Checksums
-from icrl_megatron.rollout.sglang_server import Server, require_cache
+from icrl_megatron.rollout.sglang_server import Server
 from icrl_megatron.types import Completion, Ids
 
 RETRIES = 2
@@ -386,17 +386,3 @@ class Follower:
 
     def wake(self) -> None:
         """The leader's part."""
-
-
-def require_context(server: Server, context_tokens: int) -> None:
-    """Raises ConfigError if a server that somebody else runs allows less than `rollout.context_tokens`."""
-    info = server.info()
-    allowed = info.get("context_length")
-    if isinstance(allowed, int) and allowed < context_tokens:
-        raise ConfigError(
-            f"rollout.context_tokens={context_tokens}: the server at {server.url} was started with --context-length "
-            f"{allowed}; start it with at least {context_tokens + 8}, or lower the setting"
-        )
-    require_cache(
-        info, context_tokens, f"the server at {server.url}", "its --max-total-tokens or --mem-fraction-static"
-    )

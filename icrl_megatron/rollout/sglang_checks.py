@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from icrl_megatron.config import ConfigError
 from icrl_megatron.rollout.engine import EngineError
+from icrl_megatron.rollout.sglang_server import Server, require_cache
 
 _FUSED = {
     "self_attn.q_proj": ("self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj")),
@@ -159,3 +161,17 @@ def _by_worker(answer: dict[str, Any]) -> list[dict[str, str]]:
 def _tensor_rank(info: Any) -> int:
     one = info[0] if isinstance(info, list) else info
     return int(one["tp_rank"])
+
+
+def require_context(server: Server, context_tokens: int) -> None:
+    """Raises ConfigError if an external server allows less than `rollout.context_tokens`."""
+    info = server.info()
+    allowed = info.get("context_length")
+    if isinstance(allowed, int) and allowed < context_tokens:
+        raise ConfigError(
+            f"rollout.context_tokens={context_tokens}: the server at {server.url} was started with --context-length "
+            f"{allowed}; start it with at least {context_tokens + 8}, or lower the setting"
+        )
+    require_cache(
+        info, context_tokens, f"the server at {server.url}", "its --max-total-tokens or --mem-fraction-static"
+    )

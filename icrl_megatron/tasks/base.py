@@ -123,10 +123,10 @@ def shown(value: object, chars: int = 200) -> str:
         text = reprlib.repr(value) if type(value) in (list, tuple, dict, set, frozenset) else repr(value)
     except Exception:
         text = f"a {type(value).__name__}"
-    return printable(text, chars)
+    return escaped(text, chars)
 
 
-def printable(text: str, chars: int = 500) -> str:
+def escaped(text: str, chars: int = 500) -> str:
     """At most so many characters of a text, on one line and without control characters."""
     cut = text if len(text) <= chars else f"{text[:chars]}..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in cut)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 from icrl_megatron.config import ConfigError, RolloutSettings
 from icrl_megatron.config_tasks import TaskSource
-from icrl_megatron.tasks.base import Environment, TaskSet, printable, shown
+from icrl_megatron.tasks.base import Environment, TaskSet, escaped, shown
 from icrl_megatron.tasks.household import Household
 from icrl_megatron.tasks.rulebook import Rulebook
 from icrl_megatron.types import Split, Task
@@ -79,7 +79,7 @@ def problems(task_set: TaskSet, split: Split) -> list[Task]:
         raise
     except Exception as error:
         raise ConfigError(
-            f"{where} raised {type(error).__name__}: {printable(str(error))}; correct the task set"
+            f"{where} raised {type(error).__name__}: {escaped(str(error))}; correct the task set"
         ) from error
     for number, task in enumerate(found):
         texts = (task.task_id, task.source, task.split, task.problem) if isinstance(task, Task) else (None,)

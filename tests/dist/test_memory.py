@@ -11,10 +11,12 @@ import psutil
 import pytest
 from whole_runs import RECIPE, end, start
 
-STEPS = 300
-EARLY, LATE = range(50, 81), range(STEPS - 31, STEPS)  # after the last step the run evaluates and exports
+STEPS = 600
+EARLY, LATE = range(400, 451), range(STEPS - 31, STEPS)  # after the last step the run evaluates and exports
+"""The heap of a rank settles in about 400 steps: of 900 steps, the last 500 added less than 2 MiB, and the steps from 50
+to 400 added 10 to 20 MiB."""
 MOST_MIB = 5.0
-"""With torch's flight recorder on (TORCH_FR_BUFFER_SIZE=2000) it is 10 MiB at this size."""
+"""With torch's flight recorder on (TORCH_FR_BUFFER_SIZE=2000), one rank grew by 5.4 MiB and another by 1.5 MiB."""
 SMALL = (
     "warm_start.steps=0",
     "model.init=null",
@@ -72,8 +74,8 @@ def low(by_step: dict[int, list[float]], steps: range) -> float:
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_memory_does_not_grow_with_steps(ranks: int, finished_run: Path, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_steps(finished_run: Path, tmp_path: Path) -> None:
+    ranks = 2
     seen = resident_by_step(tmp_path / "run", ranks, f"model.path={finished_run / 'warm_start' / 'hf'}")
     assert len(seen) == ranks
     for by_step in seen.values():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from sockets import Listener, Watch
+from sockets import Listener, Watch, listeners
 from whole_runs import end, kill_tree, lines, start, train, when
 
 pytestmark = [
@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="the kernel's table of sockets is Linux's"),
 ]
 
-PATIENCE = datetime.timedelta(seconds=1)
+PATIENCE = datetime.timedelta(seconds=5)
 
 
 class Poison:
@@ -39,7 +39,7 @@ class Poison:
 def attack(targets: Iterable[Listener], mark: Path) -> int:
     """Writes poison to every target, raw and as a client of torch's store; returns how many of them were stores."""
     poison = pickle.dumps(Poison(mark))
-    with ThreadPoolExecutor(16) as threads:
+    with ThreadPoolExecutor(64) as threads:
         return sum(threads.map(lambda one: _attack(one, poison), targets))
 
 
@@ -68,7 +68,7 @@ def test_the_attack_works_on_torchruns_own_rendezvous(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     try:
         with Watch(process.pid) as watch:
-            when(process, lambda: attack(list(watch.found), mark) > 0 and mark.exists())
+            when(process, lambda: mark.exists() or (attack(listeners(process.pid), mark) > 0 and mark.exists()))
         assert watch.beyond_loopback()
     finally:
         kill_tree(process)
@@ -77,10 +77,12 @@ def test_the_attack_works_on_torchruns_own_rendezvous(tmp_path: Path) -> None:
 def test_a_run_listens_on_loopback_only_and_unpickles_nothing(finished_run: Path, tmp_path: Path) -> None:
     folder, mark = tmp_path / "run", tmp_path / "mark"
     model = [f"model.path={finished_run / 'warm_start' / 'hf'}", "warm_start.steps=0"]
-    running = start(*train(folder, *model, "launch.ranks=2", "steps=3"))
+    running = start(*train(folder, *model, "launch.ranks=2", "steps=8"))
     with Watch(running.pid) as watch:
         when(running, lambda: lines(folder) >= 1)
-        stores = attack(list(watch.found), mark)
+        stores = 0
+        while stores == 0 and running.poll() is None:  # a busy machine may answer the first attempt too late
+            stores = attack(listeners(running.pid), mark)
         code, _, err = end(running)
     assert code == 0, err
     assert watch.samples > 20 and len(watch.found) > 2

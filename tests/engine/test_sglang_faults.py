@@ -14,7 +14,8 @@ from engine_cases import CONTEXT, engine_on, engine_settings, generate, load, sp
 from icrl_megatron.config import ConfigError
 from icrl_megatron.rollout import sglang, sglang_server
 from icrl_megatron.rollout.engine import EngineError, EngineLostError, Sampling
-from icrl_megatron.rollout.sglang import SGLangEngine, require_context
+from icrl_megatron.rollout.sglang import SGLangEngine
+from icrl_megatron.rollout.sglang_checks import require_context
 from icrl_megatron.rollout.sglang_server import Server, check_version, installed_version
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
