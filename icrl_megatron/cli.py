@@ -11,14 +11,15 @@ from typing import Annotated, Any, NoReturn, TypeVar, cast
 
 import typer
 
-from icrl_megatron.config import ConfigError, HopelessError, Settings
-from icrl_megatron.telemetry.terminal import guard
+from icrl_megatron.settings.schema import Settings
+from icrl_megatron.utils.errors import ConfigError, HopelessError
+from icrl_megatron.utils.terminal import guard
 
 Body = TypeVar("Body", bound=Callable[..., Any])
 
 
 class Guarded(typer.Typer):
-    """Its commands print control characters as escapes (`telemetry/terminal.py`); typer's own help has its colors."""
+    """Its commands print control characters as escapes (`utils/terminal.py`); typer's own help has its colors."""
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[Body], Body]:
         register = super().command(name, **options)
@@ -57,7 +58,7 @@ def train(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) 
     """Train. Given the same command again, a run that was stopped goes on from its last checkpoint."""
     resolved = _resolve(recipe, overrides, dry_run)
     if not dry_run:
-        from icrl_megatron import pipeline
+        from icrl_megatron.launch import phases as pipeline
         from icrl_megatron.plan import planner
 
         planner.check(resolved)
@@ -76,20 +77,21 @@ def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) ->
     if resolved.warm_start.steps == 0:
         raise ConfigError("warm_start.steps=0: nothing to do; begin a new run with e.g. warm_start.steps=300")
     if not dry_run:
-        from icrl_megatron import pipeline
+        from icrl_megatron.launch import phases as pipeline
 
         _finish(pipeline.warm_start(resolved))
 
 
 def _resolve(recipe: str, overrides: list[str] | None, show: bool) -> Settings:
-    from icrl_megatron import settings, validate
+    from icrl_megatron.run import checks as validate
+    from icrl_megatron.settings import loading as settings
 
     resolved = settings.load(recipe, overrides or [])
     if show:
         typer.echo(settings.to_yaml(resolved), nl=False)
     validate.validate(resolved)
     if show and (resolved.model.path or resolved.start_from):  # one that model.init makes has no tokenizer yet
-        from icrl_megatron.problems import dry_run
+        from icrl_megatron.run.problems import dry_run
 
         if said := dry_run(resolved):
             typer.echo(said, err=True)
@@ -97,7 +99,7 @@ def _resolve(recipe: str, overrides: list[str] | None, show: bool) -> Settings:
 
 
 def _finish(code: int) -> NoReturn:
-    from icrl_megatron.launch import STOPPED
+    from icrl_megatron.distributed.process import STOPPED
 
     if code == STOPPED:
         typer.echo("stopped on request, and saved; the same command goes on from here", err=True)
@@ -181,7 +183,7 @@ def import_(
     overwrite: Overwrite = False,
 ) -> None:
     """Turn a Hugging Face folder into a checkpoint that training can start from."""
-    from icrl_megatron.telemetry import results
+    from icrl_megatron.utils import results
 
     written = results.check_import(target, source, overwrite)
     from icrl_megatron.actor.convert import import_hf
@@ -197,7 +199,7 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Turn a checkpoint into a Hugging Face folder, weights and tokenizer, that transformers and SGLang load."""
-    from icrl_megatron.telemetry import results
+    from icrl_megatron.utils import results
 
     results.check(target, results.MODEL, [source], overwrite)
     from icrl_megatron.actor.convert import export_hf
@@ -213,7 +215,7 @@ def show(
     episode: Annotated[int | None, typer.Option(help="Which episode of the step.")] = None,
 ) -> None:
     """Print an episode of a run: attempt, critique, revision, rewards."""
-    from icrl_megatron.telemetry.show import show as show_episode
+    from icrl_megatron.report.show import show as show_episode
 
     show_episode(run, step, episode)
 
@@ -234,8 +236,8 @@ def eval_(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure a model on held-out problems: alone, with critique, and against another on the same seeds."""
-    from icrl_megatron.evaluation import Request, evaluate
-    from icrl_megatron.telemetry.eval_views import show as show_result
+    from icrl_megatron.evaluation.run import Request, evaluate
+    from icrl_megatron.evaluation.views import show as show_result
 
     named, subsets, changed = tuple(task or ()), tuple(on or ("test",)), tuple(overrides or ())
     request = Request(
@@ -254,7 +256,7 @@ def report_page(
     overwrite: Overwrite = False,
 ) -> None:
     """Write one HTML page: curves, tables, time, and episodes with every token shaded by its calibration weight."""
-    from icrl_megatron.telemetry.page import PageSize, write_page
+    from icrl_megatron.report.page import PageSize, write_page
 
     page = write_page(runs, out or runs[0] / "report.html", PageSize(episodes=episodes), overwrite)
     typer.echo(f"written to {page}")
@@ -277,14 +279,14 @@ def ablate(
     at_once: Annotated[int, typer.Option(help="Cells on Slurm at the same time; 0: all that fit.", min=0)] = 0,
 ) -> None:
     """Compare ICRL with its baselines and ablations over seeds. Given again, it goes on where it was stopped."""
-    from icrl_megatron import ablate as ablation
+    from icrl_megatron.launch import ablate as ablation
 
     if on not in ("local", "slurm"):
         raise ConfigError(f"--on={on}: choose local or slurm")
     where = out or Path("runs") / f"ablate_{recipe}"
     plan = ablation.parse(recipe, arms, seeds, where, overrides or [], budget_of)
     if on == "slurm" and not table:
-        from icrl_megatron import ablate_slurm
+        from icrl_megatron.launch import ablate_array as ablate_slurm
 
         if queued := ablate_slurm.submit(plan, ablate_slurm.Queue(account, partition, time, at_once)):
             for name, job in queued:
@@ -324,7 +326,7 @@ def recipes() -> None:
     """List the recipes."""
     from rich.table import Table
 
-    from icrl_megatron.telemetry.console import PlainConsole
+    from icrl_megatron.utils.console import PlainConsole
     from icrl_recipes import registry
 
     table = Table("recipe", "what it is", box=None, pad_edge=False)
@@ -353,14 +355,14 @@ def plan(
 @app.command()
 def doctor() -> None:
     """Say what this machine can do and what is missing, with the command that mends it."""
-    from icrl_megatron.doctor import report
+    from icrl_megatron.launch.doctor import report
 
     raise typer.Exit(report())
 
 
 def main() -> None:
     """Entry point: one plain message on stderr and code 2 after a ConfigError, code 1 after a HopelessError."""
-    from icrl_megatron.telemetry.disk import unexplained_errors
+    from icrl_megatron.utils.disk import unexplained_errors
 
     try:
         with unexplained_errors():

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 
-from icrl_megatron.actor.platform import token_multiple
 from icrl_megatron.algo.credit import CreditReport, credit
-from icrl_megatron.config import HopelessError, Settings
 from icrl_megatron.data.packing import pack
-from icrl_megatron.launch import STOPPED
-from icrl_megatron.parts import Parts, Recorder
+from icrl_megatron.distributed.platform import token_multiple
+from icrl_megatron.distributed.process import STOPPED
 from icrl_megatron.rollout.source import Played
+from icrl_megatron.run.parts import Parts, Recorder
+from icrl_megatron.settings.schema import Settings
 from icrl_megatron.types import StepStats
+from icrl_megatron.utils.errors import HopelessError
 
 
 class NoSignalError(HopelessError):

@@ -15,31 +15,33 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from icrl_megatron import saving
 from icrl_megatron.actor import checkpoint
-from icrl_megatron.actor import grid as grids
-from icrl_megatron.actor.platform import token_multiple
 from icrl_megatron.algo.samples import to_samples
-from icrl_megatron.config import AlgoSettings, Calibration, ConfigError, HopelessError, Settings, WarmStart
 from icrl_megatron.data.packing import pack
 from icrl_megatron.data.sampler import TaskSampler, order_seed
-from icrl_megatron.launch import STOPPED, StopRequest, run_rank
-from icrl_megatron.parts import NEWEST_ROWS
+from icrl_megatron.distributed import grid as grids
+from icrl_megatron.distributed.platform import token_multiple
+from icrl_megatron.distributed.process import STOPPED, StopRequest, run_rank
 from icrl_megatron.rollout.episode import Stage, play
 from icrl_megatron.rollout.prompts import Prompter, template_words, tokenizer
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.rollout.teacher import teacher_casting
 from icrl_megatron.rollout.watchdog import WATCHDOG
-from icrl_megatron.run_files import EXPORT
-from icrl_megatron.settings import load_saved, run_folder
+from icrl_megatron.run import saving
+from icrl_megatron.run.files import EXPORT
+from icrl_megatron.run.joining import joined
+from icrl_megatron.run.parts import NEWEST_ROWS
+from icrl_megatron.settings.loading import load_saved, run_folder
+from icrl_megatron.settings.schema import AlgoSettings, Calibration, Settings, WarmStart
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Teachable
-from icrl_megatron.telemetry import results
-from icrl_megatron.telemetry.disk import disk_errors
-from icrl_megatron.telemetry.progress import Progress
 from icrl_megatron.telemetry.writer import MetricsWriter, read_rows
-from icrl_megatron.train import chosen, joined
+from icrl_megatron.train import chosen
 from icrl_megatron.types import Sample, StepStats, Task
+from icrl_megatron.utils import results
+from icrl_megatron.utils.disk import disk_errors
+from icrl_megatron.utils.errors import ConfigError, HopelessError
+from icrl_megatron.utils.progress import Progress
 
 SEED_FOLDER = "random"
 """Where the embedded model stands before it learned anything."""
@@ -88,7 +90,7 @@ def demonstrations(tasks: list[Task], stage: Stage, seeds: Seeds) -> list[Sample
 def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     from icrl_megatron.actor.actor import Actor
     from icrl_megatron.actor.export import write_hf
-    from icrl_megatron.actor.weights import Gatherer
+    from icrl_megatron.model.weights import Gatherer
 
     run_dir, warm, progress = run_folder(settings), settings.warm_start, Progress(enabled=grid.rank == 0)
     start = saving.begin(run_dir, _start_folder(settings, grid), grid, progress.log)
@@ -150,7 +152,7 @@ def _start_folder(settings: Settings, grid: grids.Grid) -> Path:
         raise ConfigError("model.path is empty and model.init is not set: name a Hugging Face folder, or init a model")
     folder = run_folder(settings) / SEED_FOLDER
     if grid.rank == 0 and not (folder / "config.json").exists():
-        from icrl_megatron.tiny import build_tiny
+        from icrl_megatron.model.tiny import build_tiny
 
         words = template_words(settings.rollout.templates)
         for source in settings.tasks.sources:

@@ -4,46 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import secrets
-import socket
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from icrl_megatron import loop, problems, saving, wiring
-from icrl_megatron.actor import grid as grids
-from icrl_megatron.actor import platform
+from icrl_megatron import loop
 from icrl_megatron.actor.actor import Actor
-from icrl_megatron.actor.grid import any_rank
-from icrl_megatron.actor.weights import Gatherer
-from icrl_megatron.config import ConfigError, Settings
 from icrl_megatron.data.curriculum import Curriculum
 from icrl_megatron.data.sampler import TaskSampler, order_seed
-from icrl_megatron.launch import StopRequest, report_started, run_rank
-from icrl_megatron.parts import Parts, Recorder
-from icrl_megatron.problems import Problems, Share
-from icrl_megatron.rollout.engine import EngineLostError
-from icrl_megatron.rollout.engines import Engines
-from icrl_megatron.rollout.evaluate import ControlState, control
+from icrl_megatron.distributed import grid as grids
+from icrl_megatron.distributed.grid import any_rank
+from icrl_megatron.distributed.process import StopRequest, run_rank
+from icrl_megatron.engines.protocol import EngineLostError
+from icrl_megatron.engines.registry import Engines
+from icrl_megatron.evaluation.control import ControlState, control
+from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.model.weights import Gatherer
 from icrl_megatron.rollout.prompts import Prompter, tokenizer
 from icrl_megatron.rollout.source import EngineSource
 from icrl_megatron.rollout.watchdog import WATCHDOG
-from icrl_megatron.settings import load_saved, run_folder
-from icrl_megatron.shape import Qwen3Shape
+from icrl_megatron.run import build as wiring
+from icrl_megatron.run import problems, saving
+from icrl_megatron.run.joining import joined
+from icrl_megatron.run.parts import Parts, Recorder
+from icrl_megatron.run.problems import Problems, Share
+from icrl_megatron.run.watch import Watch
+from icrl_megatron.settings.loading import load_saved, run_folder
+from icrl_megatron.settings.schema import Settings
 from icrl_megatron.tasks import registry
-from icrl_megatron.telemetry.disk import disk_errors
-from icrl_megatron.telemetry.files import locked, write_atomically
-from icrl_megatron.telemetry.progress import Progress
-from icrl_megatron.watch import Watch
-
-RANK_LOCK = ".lock"
-SEEN_TIMEOUT_S = 60.0
-"""Network file systems may show a new file late."""
+from icrl_megatron.utils.files import write_atomically
+from icrl_megatron.utils.progress import Progress
 
 
 def main(settings: Settings) -> int:
@@ -52,43 +43,6 @@ def main(settings: Settings) -> int:
     WATCHDOG.obey(stop)
     with joined(settings) as grid:
         return _run(settings, grid, stop)
-
-
-@contextmanager
-def joined(settings: Settings) -> Iterator[grids.Grid]:
-    """This rank's place in the grid, for as long as the job holds its run folder."""
-    platform.prepare(settings.launch.device)
-    grids.single_process()
-    grid = grids.build(settings)
-    try:
-        # The launcher holds a lock of its own; this one is for ranks that outlive it by a moment, or never had one.
-        with locked(run_folder(settings), RANK_LOCK) if grid.rank == 0 else nullcontext():
-            if grid.rank == 0:
-                report_started()
-            require_shared(run_folder(settings), grid)
-            yield grid
-    finally:
-        grids.shutdown()
-
-
-def require_shared(folder: Path, grid: grids.Grid) -> None:
-    """Raises ConfigError on all ranks if one of them does not see what the first writes into the run folder."""
-    token = folder / f".seen.{grids.gather_objects(grid, secrets.token_hex(8))[0]}"
-    if grid.rank == 0:
-        with disk_errors(token, "a file that the other ranks look for"):
-            token.touch()
-    any_rank(grid, False)  # nobody looks before it is there: a network file system may remember that it was not
-    deadline = time.monotonic() + float(os.environ.get("ICRL_SEEN_TIMEOUT_S", SEEN_TIMEOUT_S))
-    while not token.exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    blind = [name for name in grids.gather_objects(grid, "" if token.exists() else socket.gethostname()) if name]
-    if grid.rank == 0:
-        token.unlink(missing_ok=True)
-    if blind:
-        raise ConfigError(
-            f"run_dir={folder}: {blind[0]} does not see what the first node wrote there; use a folder on a file "
-            "system that all nodes share, run_dir=..."
-        )
 
 
 def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
@@ -182,7 +136,7 @@ def _train(parts: Parts, found: Problems, recorder: Recorder) -> int:
 
 
 def report_control(parts: Parts, found: Problems, recorder: Recorder, when: str) -> None:
-    """control_<when>.json: do retries succeed because of the critique? (`rollout.evaluate.control`, by rank 0.)"""
+    """control_<when>.json: do retries succeed because of the critique? (`evaluation.control.control`, by rank 0.)"""
     settings, path = parts.settings, recorder.run_dir / f"control_{when}.json"
     if settings.eval.control_problems == 0 or not isinstance(parts.source, EngineSource):
         return

@@ -17,12 +17,12 @@ fi
 
 run_job() {
   local ranks=${ICRL_RANKS_PER_NODE:-$(asked gpus-per-node)} folder
-  if [ -n "${ICRL_CONTAINER:-}" ] && ! "$python" -c 'import icrl_megatron.validate, icrl_recipes' 2> /dev/null; then
+  if [ -n "${ICRL_CONTAINER:-}" ] && ! "$python" -c 'import icrl_megatron.run.checks, icrl_recipes' 2> /dev/null; then
     echo "$said"
     echo "Slurm would take this; the settings are checked by the job, as icrl-megatron is installed in the container only"
     return
   fi
-  folder=$(WORLD_SIZE=$(($(asked nodes) * ranks)) LOCAL_WORLD_SIZE=$ranks "$python" -m icrl_megatron.job check "$@") || exit 2
+  folder=$(WORLD_SIZE=$(($(asked nodes) * ranks)) LOCAL_WORLD_SIZE=$ranks "$python" -m icrl_megatron.launch.job check "$@") || exit 2
   echo "$said"
   echo "Slurm and the trainer would take this; it would write to ${folder%%$'\n'*}"
 }

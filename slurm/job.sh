@@ -46,7 +46,7 @@ forward_stop() {  # USR1 comes from --signal before the time limit, TERM from pr
 trap forward_stop USR1 TERM
 
 ask() {  # the job's own questions, one process, in the container where there is one
-  alone env ${WORLD_SIZE:+WORLD_SIZE="$WORLD_SIZE" LOCAL_WORLD_SIZE="$ICRL_RANKS_PER_NODE"} "$python" -m icrl_megatron.job "$@"
+  alone env ${WORLD_SIZE:+WORLD_SIZE="$WORLD_SIZE" LOCAL_WORLD_SIZE="$ICRL_RANKS_PER_NODE"} "$python" -m icrl_megatron.launch.job "$@"
 }
 alone() {  # a command
   if [ ${#container[@]} -gt 0 ]; then srun --nodes=1 --ntasks=1 --overlap "${container[@]}" "$@"; else "$@"; fi
@@ -67,13 +67,13 @@ start_servers() {  # train RECIPE [KEY=VALUE]...: what tasks.sources[...].serve 
   mkdir -p "$ICRL_SERVERS"; rm -f "$ICRL_SERVERS/addresses.json"
   first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   srun --nodes=1 --ntasks=1 --nodelist="$first" --overlap --output="$log" "${container[@]}" \
-    "$python" -m icrl_megatron.serve "$ICRL_SERVERS" "$@" &
+    "$python" -m icrl_megatron.launch.servers "$ICRL_SERVERS" "$@" &
   servers=$! server_step=$steps
   steps=$((steps + 1))
   while [ ! -f "$ICRL_SERVERS/addresses.json" ] && kill -0 "$servers" 2> /dev/null; do sleep 1; done  # it has a time limit
   cat "$log" >&2
   if ! grep -q '^{"servers"' "$ICRL_SERVERS/addresses.json"; then
-    [ ! -f "$ICRL_SERVERS/addresses.json" ] || alone "$python" -m icrl_megatron.job said "$ICRL_SERVERS/addresses.json"
+    [ ! -f "$ICRL_SERVERS/addresses.json" ] || alone "$python" -m icrl_megatron.launch.job said "$ICRL_SERVERS/addresses.json"
     wait_for "$servers"; code=$?
     [ "$code" -ne 0 ] || code=1
     exit "$code"

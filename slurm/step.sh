@@ -71,7 +71,7 @@ give_up() {  # no requeue any more, whatever whoever started this step does
 # Under NeMo-Run nobody decides between the runs of a job: one that was requeued asks first how the one before ended.
 if [ -z "${ICRL_OUTCOME:-}" ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "${SLURM_NODEID:-0}" -eq 0 ]; then
   before=$logs/outcome.$SLURM_JOB_ID.$((SLURM_RESTART_COUNT - 1)).json
-  decision=$("$python" -m icrl_megatron.job decide "$before" "$logs/job.$SLURM_JOB_ID.json" 1 0 "$@") || decision=fail
+  decision=$("$python" -m icrl_megatron.launch.job decide "$before" "$logs/job.$SLURM_JOB_ID.json" 1 0 "$@") || decision=fail
   case $decision in
     retry*) sleep "${decision#retry }" ;;
     fail) give_up 1 ;;
@@ -84,21 +84,21 @@ if [ -z "${ICRL_SERVERS:-}" ]; then
   export ICRL_SERVERS=$logs/servers.${SLURM_JOB_ID:-$$}.${SLURM_RESTART_COUNT:-0}
   if [ "${SLURM_NODEID:-0}" -eq 0 ]; then
     rm -f "$ICRL_SERVERS/addresses.json"  # of servers that ended; their logs stay
-    ICRL_PARENT=$$ "$python" -m icrl_megatron.serve "$ICRL_SERVERS" "$@" &
+    ICRL_PARENT=$$ "$python" -m icrl_megatron.launch.servers "$ICRL_SERVERS" "$@" &
     servers=$!
   fi
 fi
 
 code=0
-ICRL_OUTCOME=$outcome "$python" -m icrl_megatron.agent \
+ICRL_OUTCOME=$outcome "$python" -m icrl_megatron.launch.agent \
   --nnodes="$nodes" --node-rank="${SLURM_NODEID:-0}" --nproc-per-node="$ranks" "${meet[@]}" \
-  -m icrl_megatron.rank "$@" || code=$?
+  -m icrl_megatron.launch.rank "$@" || code=$?
 [ -z "$servers" ] || { kill "$servers" 2> /dev/null; wait "$servers"; } || true
 
 if [ -z "${ICRL_OUTCOME:-}" ] && [ -f "$outcome" ]; then  # nobody above reads it
   case $(cat "$outcome") in
     *'"code": 1'* | *'"code": 2'*)
-      [ "${SLURM_NODEID:-0}" -ne 0 ] || "$python" -m icrl_megatron.job said "$outcome"
+      [ "${SLURM_NODEID:-0}" -ne 0 ] || "$python" -m icrl_megatron.launch.job said "$outcome"
       case $(cat "$outcome") in *'"code": 2'*) give_up 2 ;; *) give_up 1 ;; esac ;;
     *'"code": 3'*) code=${ICRL_EXIT_STOPPED:-0} ;;  # stopped on request: whoever requeues wants to know
   esac

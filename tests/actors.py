@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from icrl_megatron.actor import platform
-from icrl_megatron.actor.grid import Grid
-from icrl_megatron.config import Settings
 from icrl_megatron.data.packing import pack
+from icrl_megatron.distributed import platform
+from icrl_megatron.distributed.grid import Grid
+from icrl_megatron.settings.schema import Settings
 from icrl_megatron.types import Sample, StepPlan, StepStats
 
 platform.prepare("cpu")
 
 from icrl_megatron.actor import checkpoint  # noqa: E402
 from icrl_megatron.actor.actor import Actor  # noqa: E402
-from icrl_megatron.actor.weights import Gatherer  # noqa: E402
+from icrl_megatron.model.weights import Gatherer  # noqa: E402
 
 LEARNING_RATE = 1e-2
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from icrl_megatron import settings as S
-from icrl_megatron.config import Settings
+from icrl_megatron.settings import loading as S
+from icrl_megatron.settings.schema import Settings
 
 RECIPE = "quickstart"
 

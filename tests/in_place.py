@@ -69,7 +69,7 @@ def damage_engine() -> None:
     """From now on an engine loses a little of each update that it takes."""
     import torch
 
-    from icrl_megatron.rollout.local import LocalEngine
+    from icrl_megatron.engines.local import LocalEngine
 
     whole = LocalEngine.update_weights
 
@@ -84,7 +84,7 @@ def damage_engine() -> None:
 @contextlib.contextmanager
 def stale_engine() -> Iterator[None]:
     """An engine that keeps the first weights that it was sent."""
-    from icrl_megatron.rollout.local import LocalEngine
+    from icrl_megatron.engines.local import LocalEngine
 
     whole = LocalEngine.update_weights
 
@@ -103,7 +103,7 @@ def stale_engine() -> Iterator[None]:
 @contextlib.contextmanager
 def warm_engine() -> Iterator[None]:
     """An engine that samples at 1.3 times the temperature that it is asked for."""
-    from icrl_megatron.rollout.local import LocalEngine
+    from icrl_megatron.engines.local import LocalEngine
 
     right = LocalEngine.generate
 

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from icrl_megatron.shape import Qwen3Shape
-from icrl_megatron.tiny import build_tokenizer
+from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.model.tiny import build_tokenizer
 
 WORDS = [f"w{i}" for i in range(30)]
 YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

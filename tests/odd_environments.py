@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from icrl_megatron.config import RolloutSettings
+from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.episode import Stage, play_episode
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Ask, Cast, Seeds
+from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks.base import StepResult
-from icrl_megatron.tiny import build_tokenizer
 from icrl_megatron.types import Completion, DroppedEpisode, Episode, Task
 
 SETTINGS = RolloutSettings(

@@ -16,12 +16,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from icrl_megatron import parts, sft
+from icrl_megatron import sft
 from icrl_megatron.actor.actor import Actor
 from icrl_megatron.actor.optimizer import Optimizer
-from icrl_megatron.rollout.engine import EngineError
-from icrl_megatron.rollout.local import LocalEngine
+from icrl_megatron.engines.local import LocalEngine
+from icrl_megatron.engines.protocol import EngineError
 from icrl_megatron.rollout.source import EngineSource
+from icrl_megatron.run import parts
 from icrl_megatron.tasks.rulebook import Rulebook
 from icrl_megatron.types import Task
 

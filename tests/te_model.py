@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from icrl_megatron.actor import platform
-from icrl_megatron.config import ActorSettings, Settings
-from icrl_megatron.shape import Qwen3Shape
+from icrl_megatron.distributed import platform
+from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.settings.schema import ActorSettings, Settings
 
 
 def pretend_hopper() -> None:
@@ -28,7 +28,7 @@ def pretend_hopper() -> None:
 
 def build(shape: Qwen3Shape, fp8: str, grid: Any) -> Any:
     """The model as on a GPU: "is this one?" is answered with yes, and where tensors are made, with the CPU."""
-    from icrl_megatron.actor import model
+    from icrl_megatron.model import qwen3 as model
 
     platform.device = lambda: torch.device("cuda", 0)
     pretend_hopper()
@@ -45,8 +45,8 @@ def main(folder: Path, fp8: str) -> None:
     platform.prepare("cpu")
     from megatron.core.fp8_utils import get_fp8_recipe
 
-    from icrl_megatron.actor import grid as grids
-    from icrl_megatron.actor import weights
+    from icrl_megatron.distributed import grid as grids
+    from icrl_megatron.model import weights
 
     grids.single_process()
     grid, shape = grids.build(Settings()), Qwen3Shape.read(folder)

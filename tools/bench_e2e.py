@@ -20,10 +20,11 @@ from typing import Annotated, Any
 import bench_schema
 import typer
 
-from icrl_megatron import settings as settings_module
-from icrl_megatron.config import ConfigError, Settings
 from icrl_megatron.plan import hardware, planner
+from icrl_megatron.settings import loading as settings_module
+from icrl_megatron.settings.schema import Settings
 from icrl_megatron.telemetry.writer import METRICS_FILE, TIME_PREFIX, read_rows
+from icrl_megatron.utils.errors import ConfigError
 
 WARM_UP = 2
 TIMEOUT_S = 7200

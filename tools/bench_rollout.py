@@ -35,15 +35,16 @@ from rich.console import Console
 from rollout_steps import Step, stage_of, step
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from icrl_megatron.config import ConfigError, EngineSettings, TinyModel
-from icrl_megatron.rollout.engine import Sampling
-from icrl_megatron.rollout.engines import tensor_shapes
+from icrl_megatron.engines.protocol import Sampling
+from icrl_megatron.engines.registry import tensor_shapes
+from icrl_megatron.engines.sglang import SGLangEngine
+from icrl_megatron.engines.sglang_server import Server, ServerSpec, check_version, installed_version
+from icrl_megatron.engines.sglang_weights import Bucket, SharedMemory, filled, sizes
+from icrl_megatron.model.tiny import build_tiny
 from icrl_megatron.rollout.prompts import template_words
-from icrl_megatron.rollout.sglang import SGLangEngine
-from icrl_megatron.rollout.sglang_server import Server, ServerSpec, check_version, installed_version
-from icrl_megatron.rollout.sglang_weights import Bucket, SharedMemory, filled, sizes
+from icrl_megatron.settings.schema import EngineSettings, TinyModel
 from icrl_megatron.tasks import registry
-from icrl_megatron.tiny import build_tiny
+from icrl_megatron.utils.errors import ConfigError
 
 MODELS = {
     "cpu": TinyModel(layers=4, hidden=256, heads=4, kv_heads=2, head_dim=64, ffn=768, tie_embeddings=False),

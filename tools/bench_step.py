@@ -43,7 +43,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from icrl_megatron.config import Settings, TinyModel
+from icrl_megatron.settings.schema import Settings, TinyModel
 
 PEERS = {"icrl": "this project", "trl": "TRL GRPOTrainer"}
 BAR = 0.8
@@ -128,15 +128,15 @@ def _cpu_seconds() -> float:
 
 
 def run_ours(folder: Path, data: Canned) -> None:
-    from icrl_megatron.actor import grid as grids
-    from icrl_megatron.actor import platform as device
+    from icrl_megatron.distributed import grid as grids
+    from icrl_megatron.distributed import platform as device
 
     device.prepare("cpu")
     from icrl_megatron.actor.actor import Actor
-    from icrl_megatron.actor.sync import WeightSync
-    from icrl_megatron.actor.weights import Gatherer
     from icrl_megatron.algo.credit import credit
     from icrl_megatron.data.packing import pack
+    from icrl_megatron.engines.sync import WeightSync
+    from icrl_megatron.model.weights import Gatherer
     from icrl_megatron.rollout.source import NoEngine
 
     settings = Settings()
@@ -285,7 +285,7 @@ class Peer:
 
 
 def _measure(rounds: int, steps: int, threads: int, prompt_tokens: int) -> dict[str, list[Turn]]:
-    from icrl_megatron.tiny import build_tiny
+    from icrl_megatron.model.tiny import build_tiny
 
     turns: dict[str, list[Turn]] = {name: [] for name in PEERS}
     with tempfile.TemporaryDirectory() as temporary:

@@ -33,18 +33,19 @@ import bench_schema
 from agentgym_server import serving
 from bench_schema import Bar
 
-from icrl_megatron.config import ConfigError, RolloutSettings
-from icrl_megatron.config_tasks import TaskData, TaskSource
+from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.episode import Stage, play
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Ask, Seeds, engine_casting
+from icrl_megatron.settings.schema import RolloutSettings
+from icrl_megatron.settings.task_schema import TaskData, TaskSource
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.base import StepResult, Teachable
 from icrl_megatron.tasks.grader import Grader
 from icrl_megatron.tasks.sandbox import Limits, Sandbox
-from icrl_megatron.tiny import build_tokenizer
 from icrl_megatron.types import Completion, Task
+from icrl_megatron.utils.errors import ConfigError
 
 FORMS = (
     (r"\frac{%d}{7}", "%d/7"),

@@ -26,8 +26,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from icrl_megatron.report.plots import arms_picture
 from icrl_megatron.telemetry.metrics import HELDOUT
-from icrl_megatron.telemetry.plots import arms_picture
 from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
 
 TASKS = ("rulebook_hard", "rulebook_easy", "household")

@@ -17,16 +17,16 @@ from typing import Any
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from icrl_megatron.config import RolloutSettings
-from icrl_megatron.rollout.engines import Engines, Share
+from icrl_megatron.engines.registry import Engines, Share
+from icrl_megatron.engines.sglang import SGLangEngine
 from icrl_megatron.rollout.episode import Stage
 from icrl_megatron.rollout.prompts import Prompter
-from icrl_megatron.rollout.sglang import SGLangEngine
 from icrl_megatron.rollout.source import EngineSource
 from icrl_megatron.rollout.speakers import Ask, Cast, EngineSpeaker, Seeds
+from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks import registry
-from icrl_megatron.telemetry.progress import Progress
 from icrl_megatron.types import Completion, Task
+from icrl_megatron.utils.progress import Progress
 
 MEDIAN_TOKENS, SIGMA, MOST_TOKENS = 16, 1.0, 160
 EPISODES_PER_TASK = 4

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from icrl_megatron.config import ConfigError
-from icrl_megatron.rollout.engine import EngineError
-from icrl_megatron.rollout.sglang_checks import Checksums
-from icrl_megatron.rollout.sglang_server import Server
-from icrl_megatron.shape import Qwen3Shape, check_folder, locate_weights
+from icrl_megatron.engines.protocol import EngineError
+from icrl_megatron.engines.sglang_checks import Checksums
+from icrl_megatron.engines.sglang_server import Server
+from icrl_megatron.model.shape import Qwen3Shape, check_folder, locate_weights
+from icrl_megatron.utils.errors import ConfigError
 
 TIMEOUT_S = 600.0
 

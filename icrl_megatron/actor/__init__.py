@@ -4,7 +4,7 @@ torch's compiler and GPU libraries out of processes without a GPU."""
 import logging
 import warnings
 
-from icrl_megatron.actor import platform
+from icrl_megatron.distributed import platform
 
 # They are about optional accelerators (`icrl doctor` names those) and about Megatron's own use of torch.
 warnings.filterwarnings("ignore", module=r"megatron\..*")

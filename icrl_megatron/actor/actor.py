@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from icrl_kernels import HeadOutput, Terms
-from icrl_megatron.actor import platform
-from icrl_megatron.actor.grid import Grid, gather_objects
 from icrl_megatron.actor.measure import Totals, measure, token_weights
-from icrl_megatron.actor.model import build
 from icrl_megatron.actor.offload import Offload
 from icrl_megatron.actor.optimizer import Optimizer, wrap
 from icrl_megatron.actor.passes import Frozen, HeadPlan, head_shard, score_pass, train_pass
-from icrl_megatron.actor.weights import load_hf, rows
-from icrl_megatron.config import Settings
-from icrl_megatron.shape import Qwen3Shape
+from icrl_megatron.distributed import platform
+from icrl_megatron.distributed.grid import Grid, gather_objects
+from icrl_megatron.model.qwen3 import build
+from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.model.weights import load_hf, rows
+from icrl_megatron.settings.schema import Settings
 from icrl_megatron.types import MicroBatch, StepPlan, StepStats
 
 RATIO_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}

@@ -20,14 +20,22 @@ from typing import TypeVar
 from torch import Tensor
 
 from icrl_megatron.actor import manifest as manifests
-from icrl_megatron.actor.grid import Failure, Grid, attempt, gather_objects, raise_failures, sum_over_ranks, together
 from icrl_megatron.actor.manifest import META, PART, DamagedError, Manifest, Progress, complete
 from icrl_megatron.actor.optimizer import STATES, Optimizer
 from icrl_megatron.actor.shards import INDEX, ShardReader, ShardWriter, Written, write_index
 from icrl_megatron.actor.side_files import read_side_files
-from icrl_megatron.actor.weights import Row, Slice
-from icrl_megatron.config import ConfigError, HopelessError
-from icrl_megatron.telemetry.disk import disk_errors, require_space
+from icrl_megatron.distributed.grid import (
+    Failure,
+    Grid,
+    attempt,
+    gather_objects,
+    raise_failures,
+    sum_over_ranks,
+    together,
+)
+from icrl_megatron.model.weights import Row, Slice
+from icrl_megatron.utils.disk import disk_errors, require_space
+from icrl_megatron.utils.errors import ConfigError, HopelessError
 
 __all__ = ["META", "SIDE_FILES", "Checkpoint", "NonFiniteError", "Progress", "complete", "find", "load", "save"]
 

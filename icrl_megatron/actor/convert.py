@@ -8,18 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from icrl_megatron.actor import checkpoint, platform
-from icrl_megatron.actor import grid as grids
+from icrl_megatron.actor import checkpoint
 from icrl_megatron.actor.actor import Actor
 from icrl_megatron.actor.export import write_hf
-from icrl_megatron.actor.model import DTYPES
 from icrl_megatron.actor.side_files import read_side_files, write_side_files
-from icrl_megatron.actor.weights import Gatherer
-from icrl_megatron.config import ActorSettings, ConfigError, Settings
-from icrl_megatron.model_config import name_dtype, read_config
-from icrl_megatron.shape import check_folder, locate_weights
-from icrl_megatron.telemetry import results
-from icrl_megatron.telemetry.disk import disk_errors
+from icrl_megatron.distributed import grid as grids
+from icrl_megatron.distributed import platform
+from icrl_megatron.model.config import name_dtype, read_config
+from icrl_megatron.model.qwen3 import DTYPES
+from icrl_megatron.model.shape import check_folder, locate_weights
+from icrl_megatron.model.weights import Gatherer
+from icrl_megatron.settings.schema import ActorSettings, Settings
+from icrl_megatron.utils import results
+from icrl_megatron.utils.disk import disk_errors
+from icrl_megatron.utils.errors import ConfigError
 
 
 def import_hf(source: Path, target: Path, overwrite: bool = False) -> None:

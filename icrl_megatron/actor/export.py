@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from icrl_megatron.actor.grid import Grid, gather_objects
 from icrl_megatron.actor.side_files import read_side_files, write_side_files
-from icrl_megatron.actor.weights import Gatherer
-from icrl_megatron.config import ConfigError
-from icrl_megatron.model_config import name_dtype
-from icrl_megatron.telemetry import results
-from icrl_megatron.telemetry.disk import disk_errors, require_space, size_text
+from icrl_megatron.distributed.grid import Grid, gather_objects
+from icrl_megatron.model.config import name_dtype
+from icrl_megatron.model.weights import Gatherer
+from icrl_megatron.utils import results
+from icrl_megatron.utils.disk import disk_errors, require_space, size_text
+from icrl_megatron.utils.errors import ConfigError
 
 SHARD_BYTES = 4 << 30
 """Weights are written in files of about this size: the most that rank 0 holds beside its own share."""

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from icrl_megatron.config import ConfigError
+from icrl_megatron.utils.errors import ConfigError
 
 META = "icrl.json"
 FORMAT = 2

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from icrl_kernels import HeadOutput
-from icrl_megatron.actor.grid import Grid
 from icrl_megatron.actor.passes import Frozen
+from icrl_megatron.distributed.grid import Grid
 from icrl_megatron.types import MicroBatch, Sample
 
 MAXIMUM = "max/"

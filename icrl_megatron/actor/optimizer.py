@@ -14,8 +14,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
 
-from icrl_megatron.actor.model import DTYPES, Qwen3
-from icrl_megatron.config import ActorSettings, OptimSettings
+from icrl_megatron.model.qwen3 import DTYPES, Qwen3
+from icrl_megatron.settings.schema import ActorSettings, OptimSettings
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
 """fp32 tensors kept per parameter: main weight, first and second moment."""

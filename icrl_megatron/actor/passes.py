@@ -17,10 +17,10 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from icrl_kernels import Chunking, HeadOutput, MainGrad, Streams, Terms, VocabShard, policy_head, score_head
-from icrl_megatron.actor import platform
-from icrl_megatron.actor.grid import Grid
-from icrl_megatron.actor.model import Qwen3, packed_params
-from icrl_megatron.shape import Qwen3Shape
+from icrl_megatron.distributed import platform
+from icrl_megatron.distributed.grid import Grid
+from icrl_megatron.model.qwen3 import Qwen3, packed_params
+from icrl_megatron.model.shape import Qwen3Shape
 from icrl_megatron.types import MicroBatch
 
 

@@ -17,8 +17,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from icrl_megatron.actor.manifest import FileRecord, reading, write_file
-from icrl_megatron.actor.weights import Slice
-from icrl_megatron.config import ConfigError
+from icrl_megatron.model.weights import Slice
+from icrl_megatron.utils.errors import ConfigError
 
 INDEX = "index.json"
 FILE_BYTES = 512 << 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from icrl_megatron.config import ConfigError
+from icrl_megatron.utils.errors import ConfigError
 
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|distcp|pkl|pickle|gguf|ggml|h5|hdf5|msgpack|onnx|onnx_data|tflite|ot|npz|npy|zip|"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-from icrl_megatron.config import AlgoSettings, ConfigError
+from icrl_megatron.settings.schema import AlgoSettings
 from icrl_megatron.types import Attempt, Critique, Episode, Ids, Role, Sample, Task
+from icrl_megatron.utils.errors import ConfigError
 
 GROUPINGS = ("task_role", "task_round_role", "task")
 

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from icrl_megatron.config import ConfigError
 from icrl_megatron.tasks.datasets import asked, content_hash
-from icrl_megatron.telemetry.files import AppendFile, write_atomically
 from icrl_megatron.types import Episode, Task
+from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.files import AppendFile, write_atomically
 
 HISTORY = "task_success.jsonl"
 """In the run folder: one line a step, the share of first attempts of each played problem that succeeded."""

@@ -18,9 +18,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from icrl_megatron.config import AlgoSettings, ConfigError
 from icrl_megatron.data.balance import assign, train_tokens
+from icrl_megatron.settings.schema import AlgoSettings
 from icrl_megatron.types import Ids, MicroBatch, Sample, StepPlan
+from icrl_megatron.utils.errors import ConfigError
 
 Prompt = Literal["train", "behaviour"]
 NORMALISATIONS = ("sequence_mean", "token_mean")

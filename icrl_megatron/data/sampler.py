@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
-from icrl_megatron.config import ConfigError, Settings
-from icrl_megatron.config_tasks import TaskSource
 from icrl_megatron.data.curriculum import Curriculum
+from icrl_megatron.settings.schema import Settings
+from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.types import Task
+from icrl_megatron.utils.errors import ConfigError
 
 
 def order_seed(settings: Settings) -> int:

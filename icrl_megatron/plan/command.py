@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from icrl_megatron import settings as settings_module
-from icrl_megatron import validate
-from icrl_megatron.config import ConfigError
 from icrl_megatron.plan import hardware, planner
 from icrl_megatron.plan.models import shape_of
 from icrl_megatron.plan.scaling import picture, require_writable, scale
 from icrl_megatron.plan.search import search
 from icrl_megatron.plan.show import show, show_scaling, show_search
-from icrl_megatron.telemetry.console import PlainConsole
+from icrl_megatron.run import checks as validate
+from icrl_megatron.settings import loading as settings_module
+from icrl_megatron.utils.console import PlainConsole
+from icrl_megatron.utils.errors import ConfigError
 
 
 def run(

@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from icrl_megatron.config import ConfigError
+from icrl_megatron.utils.errors import ConfigError
 
 GIB = 2**30
 GPUS_A_NODE = 8

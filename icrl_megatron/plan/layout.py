@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from icrl_megatron.config import ConfigError, Settings
+from icrl_megatron.model.shape import Qwen3Shape
 from icrl_megatron.plan.hardware import GPUS_A_NODE
-from icrl_megatron.shape import Qwen3Shape
+from icrl_megatron.settings.schema import Settings
+from icrl_megatron.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from icrl_megatron.config import Settings
+from icrl_megatron.engines.sglang_server import CONTEXT_SPARE
+from icrl_megatron.model.shape import Qwen3Shape
 from icrl_megatron.plan.calibration import CONSTANTS, Constants
 from icrl_megatron.plan.hardware import Gpu
 from icrl_megatron.plan.layout import Layout, counts, engine_bytes, kv_bytes_a_token, local_parameters
-from icrl_megatron.rollout.sglang_server import CONTEXT_SPARE
-from icrl_megatron.shape import Qwen3Shape
+from icrl_megatron.settings.schema import Settings
 
 HEAD_CHUNK_BYTES = 2_100_000_000
 """The most that the GPU head's buffer of logits takes when `actor.head_chunk_tokens` is left open."""

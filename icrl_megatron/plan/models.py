@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from icrl_megatron import start
-from icrl_megatron.config import ConfigError, Settings
-from icrl_megatron.settings import model_folder
-from icrl_megatron.shape import Qwen3Shape
+from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.run import start
+from icrl_megatron.settings.loading import model_folder
+from icrl_megatron.settings.schema import Settings
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Teachable
+from icrl_megatron.utils.errors import ConfigError
 
 _VOCABULARY, _POSITIONS = 151_936, 40_960
 

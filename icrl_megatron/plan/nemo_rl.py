@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from icrl_megatron.model.shape import Qwen3Shape
 from icrl_megatron.plan import timing
 from icrl_megatron.plan.calibration import CONSTANTS, Constants
 from icrl_megatron.plan.hardware import GPUS
 from icrl_megatron.plan.layout import Layout, engine_parameters
 from icrl_megatron.plan.models import PUBLISHED
 from icrl_megatron.plan.workload import single_turn
-from icrl_megatron.shape import Qwen3Shape
 
 LLAMA_8B = Qwen3Shape(32, 4096, 32, 8, 128, 14336, 128_256, False, 5e5, 1e-5, 131_072)
 PROMPTS, ANSWERS, WINDOW = 64, 32, 4096

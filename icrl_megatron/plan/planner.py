@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from icrl_megatron import validate
-from icrl_megatron.config import ConfigError, Settings
+from icrl_megatron.model.shape import Qwen3Shape
 from icrl_megatron.plan import hardware, memory, timing
 from icrl_megatron.plan.calibration import CONSTANTS, Constants
 from icrl_megatron.plan.changes import KINDS, MOST_GPUS, changes
@@ -13,7 +12,9 @@ from icrl_megatron.plan.hardware import GIB, Gpu
 from icrl_megatron.plan.layout import Layout
 from icrl_megatron.plan.models import shape_of
 from icrl_megatron.plan.workload import Workload, simulate
-from icrl_megatron.shape import Qwen3Shape
+from icrl_megatron.run import checks as validate
+from icrl_megatron.settings.schema import Settings
+from icrl_megatron.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)

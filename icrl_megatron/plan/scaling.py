@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icrl_megatron.config import ConfigError, Settings
 from icrl_megatron.plan.hardware import Gpu
 from icrl_megatron.plan.layout import Layout
 from icrl_megatron.plan.models import shape_of
 from icrl_megatron.plan.planner import Plan, episodes, grown, of_layout, ranks
-from icrl_megatron.telemetry.files import PICTURE_MARK, save_picture
-from icrl_megatron.telemetry.result_files import begins_with, check_file
+from icrl_megatron.settings.schema import Settings
+from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.files import PICTURE_MARK, save_picture
+from icrl_megatron.utils.result_files import begins_with, check_file
 
 GPU_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 GROUPS = {
@@ -96,7 +97,7 @@ def picture(points: list[Point], path: Path, title: str) -> Path:
 
 
 def _draw_steps(axes: Any, points: list[Point]) -> None:
-    from icrl_megatron.telemetry.plots import COLOURS
+    from icrl_megatron.report.plots import COLOURS
 
     big, own = fitting(points, grown_batch=True), fitting(points, grown_batch=False)
     x, bottoms = [i for i, _ in big], [0.0] * len(big)
@@ -110,7 +111,7 @@ def _draw_steps(axes: Any, points: list[Point]) -> None:
 
 
 def _draw_efficiency(axes: Any, points: list[Point]) -> None:
-    from icrl_megatron.telemetry.plots import COLOURS
+    from icrl_megatron.report.plots import COLOURS
 
     for grown_batch, style, colour in ((True, "o-", COLOURS[1]), (False, ".--", "black")):
         found = fitting(points, grown_batch)

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from icrl_megatron.config import Settings
 from icrl_megatron.plan.hardware import GIB, Gpu
 from icrl_megatron.plan.layout import Layout
 from icrl_megatron.plan.models import shape_of
 from icrl_megatron.plan.planner import Plan, episodes, memory_of, timed
+from icrl_megatron.settings.schema import Settings
 
 SIZES = (1, 2, 4, 8)
 """Of TP and engine TP."""

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from icrl_megatron.config import Settings
+from icrl_megatron.model.shape import Qwen3Shape
 from icrl_megatron.plan import pipeline
 from icrl_megatron.plan.calibration import CONSTANTS, Constants
 from icrl_megatron.plan.hardware import Gpu
@@ -22,7 +22,7 @@ from icrl_megatron.plan.layout import (
     local_parameters,
 )
 from icrl_megatron.plan.workload import Floats, Workload
-from icrl_megatron.shape import Qwen3Shape
+from icrl_megatron.settings.schema import Settings
 
 FP32_FLOPS = 60e12
 """Per second and GPU, without tensor cores: data sheets say 19.5 to 80 TFLOP/s, and nothing is planned around it."""

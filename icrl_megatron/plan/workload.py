@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from icrl_megatron.config import Settings
+from icrl_megatron.settings.schema import Settings
 
 Floats = npt.NDArray[np.float64]
 

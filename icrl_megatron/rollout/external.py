@@ -9,14 +9,15 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from icrl_megatron import connections
-from icrl_megatron.config import ConfigError, ExternalCritic
-from icrl_megatron.connections import Connections, Link
-from icrl_megatron.rollout.engine import RequestFailedError
+from icrl_megatron.engines.protocol import RequestFailedError
 from icrl_megatron.rollout.prompts import CHARS_A_TOKEN, Prompter
 from icrl_megatron.rollout.speakers import Ask
+from icrl_megatron.settings.schema import ExternalCritic
 from icrl_megatron.tasks.base import sendable
 from icrl_megatron.types import Completion
+from icrl_megatron.utils import connections
+from icrl_megatron.utils.connections import Connections, Link
+from icrl_megatron.utils.errors import ConfigError
 
 RETRIES = 3
 _FIRST_PAUSE_S = 0.5

@@ -17,19 +17,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from icrl_megatron.config import ConfigError, RolloutSettings
 from icrl_megatron.rollout.background import Overrun
 from icrl_megatron.rollout.watchdog import WATCHDOG, Raised, Watched, first_step
-from icrl_megatron.tasks.base import (
-    BadAnswer,
-    Environment,
-    EnvironmentFailure,
-    StepResult,
-    escaped,
-    sendable,
-    shown,
-)
+from icrl_megatron.settings.schema import RolloutSettings
+from icrl_megatron.tasks.base import BadAnswer, Environment, EnvironmentFailure, StepResult, escaped, sendable, shown
 from icrl_megatron.types import Task
+from icrl_megatron.utils.errors import ConfigError
 
 T = TypeVar("T")
 

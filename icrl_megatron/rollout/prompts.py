@@ -18,8 +18,9 @@ import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from icrl_megatron.config import ConfigError, RolloutSettings
+from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.types import Ids
+from icrl_megatron.utils.errors import ConfigError
 
 FORMS = ("attempt", "revision", "critique")
 REMEMBERED_TEXTS, REMEMBERED_CHARS = 512, 8192

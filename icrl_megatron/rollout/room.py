@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from icrl_megatron.config import ConfigError, RolloutSettings
 from icrl_megatron.rollout.prompts import Prompter
+from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.types import Role, Task
+from icrl_megatron.utils.errors import ConfigError
 
 BATCH_CHARS = 1 << 22
 """Text that is tokenised at once."""

@@ -11,27 +11,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from icrl_megatron.actor.grid import Failure, attempt, raise_failures
-from icrl_megatron.config import ConfigError
-from icrl_megatron.rollout.engine import EngineError, EngineStats
-from icrl_megatron.rollout.engines import Engines, Share
+from icrl_megatron.distributed.grid import Failure, attempt, raise_failures
+from icrl_megatron.engines.protocol import EngineError, EngineStats
+from icrl_megatron.engines.registry import Engines, Share
 from icrl_megatron.rollout.episode import Ended, Stage, play_all
 from icrl_megatron.rollout.groups import Groups, deal
 from icrl_megatron.rollout.speakers import Casting, Meter, Seeds
 from icrl_megatron.rollout.tapes import Tapes, copied, tokens
 from icrl_megatron.telemetry.dumps import dump_path, dumped_steps, read_episodes
-from icrl_megatron.telemetry.progress import Progress
-from icrl_megatron.types import (
-    Attempt,
-    Completion,
-    Critique,
-    DroppedEpisode,
-    Episode,
-    Ids,
-    Task,
-    Turn,
-    UnplayedEpisode,
-)
+from icrl_megatron.types import Attempt, Completion, Critique, DroppedEpisode, Episode, Ids, Task, Turn, UnplayedEpisode
+from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.progress import Progress
 
 MAX_DEATHS = 3
 """Engines that may be lost while one step is played, until the run ends."""

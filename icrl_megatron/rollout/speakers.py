@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from icrl_megatron.rollout.engine import Engine, Sampling
+from icrl_megatron.engines.protocol import Engine, Sampling
 from icrl_megatron.types import Completion, Ids, Role, Task
 
 

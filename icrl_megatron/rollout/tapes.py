@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from icrl_megatron.config import ConfigError
 from icrl_megatron.rollout.speakers import Ask, Cast, Speaker
 from icrl_megatron.types import Completion, Ids, Task
+from icrl_megatron.utils.errors import ConfigError
 
 
 class InterruptedEpisodeError(Exception):

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from icrl_megatron.config import ConfigError, RolloutSettings
 from icrl_megatron.rollout.guard import Caller, WrongReturnError, text_of
 from icrl_megatron.rollout.prompts import CHARS_A_TOKEN, Prompter
 from icrl_megatron.rollout.speakers import Ask, Cast, Casting, Seeds
+from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks.base import TaskSet, Teachable, Teacher, sendable
 from icrl_megatron.types import Completion, Task
+from icrl_megatron.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from icrl_megatron.config import ConfigError, RolloutSettings
-from icrl_megatron.config_tasks import TaskSource
+from icrl_megatron.settings.schema import RolloutSettings
+from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks.agentgym_dialects import Dialect, ProtocolError, Reply
 from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure, StepResult, sendable
 from icrl_megatron.tasks.datasets import id_range
 from icrl_megatron.tasks.servers import Pool, Refused, Server
 from icrl_megatron.types import Split, Task
+from icrl_megatron.utils.errors import ConfigError
 
 MAX_TURNS = 30
 

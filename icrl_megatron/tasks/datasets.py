@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icrl_megatron.config import ConfigError
-from icrl_megatron.config_tasks import TaskData
+from icrl_megatron.settings.task_schema import TaskData
 from icrl_megatron.types import Split, Task
+from icrl_megatron.utils.errors import ConfigError
 
 SUFFIXES = (".jsonl", ".parquet", ".arrow")
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.text import Text
 
-from icrl_megatron.config import ConfigError
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks.agentgym import examine
 from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure
 from icrl_megatron.tasks.servers import Pool, Refused
-from icrl_megatron.telemetry.console import PlainConsole, text
+from icrl_megatron.utils.console import PlainConsole, text
+from icrl_megatron.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)

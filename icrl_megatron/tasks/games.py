@@ -19,8 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from icrl_megatron.config import ConfigError, RolloutSettings
-from icrl_megatron.config_tasks import TaskSource
+from icrl_megatron.settings.schema import RolloutSettings
+from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks.agentgym import AgentGym, AgentGymEnvironment
 from icrl_megatron.tasks.agentgym_dialects import Reply
@@ -28,6 +28,7 @@ from icrl_megatron.tasks.base import EnvironmentFailure, TaskSet
 from icrl_megatron.tasks.datasets import id_range
 from icrl_megatron.tasks.grader import Worker, check_limits
 from icrl_megatron.types import Split, Task
+from icrl_megatron.utils.errors import ConfigError
 
 PDDL, TEXTWORLD = ".tw-pddl", ".z8"
 INSTALL = "pip install 'icrl-megatron[alfworld]'"

@@ -13,9 +13,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from icrl_megatron.config import ConfigError
-from icrl_megatron.config_tasks import TaskSource
+from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks.base import EnvironmentFailure
+from icrl_megatron.utils.errors import ConfigError
 
 START_TIMEOUT_S = 120.0
 PATIENCE = 20.0

@@ -10,12 +10,12 @@ import json
 from functools import cached_property
 from typing import Any
 
-from icrl_megatron.config import ConfigError
 from icrl_megatron.tasks.datasets import Row, read_tasks
 from icrl_megatron.tasks.grade_worker import last_box, normalised, plain_number
 from icrl_megatron.tasks.grader import Grader
 from icrl_megatron.tasks.single_turn import Form, Judge, SingleTurnTasks, Verdict, of_answer
 from icrl_megatron.types import Split, Task
+from icrl_megatron.utils.errors import ConfigError
 
 INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
 FORM = Form(

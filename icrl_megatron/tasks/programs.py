@@ -23,12 +23,12 @@ from functools import cached_property
 from itertools import repeat
 from typing import Any
 
-from icrl_megatron.config import ConfigError
 from icrl_megatron.tasks.datasets import Row, read_tasks
 from icrl_megatron.tasks.sandbox import OUTPUT_BYTES, Limits, Ran, Sandbox
 from icrl_megatron.tasks.sandbox_guest import encoded
 from icrl_megatron.tasks.single_turn import Form, Judge, SingleTurnTasks, Verdict
 from icrl_megatron.types import Split, Task
+from icrl_megatron.utils.errors import ConfigError
 
 INSTRUCTION = (
     "Write a Python program, standard library only and in one process. Reason first, then give the whole program in "

@@ -12,12 +12,12 @@ import json
 from functools import cached_property
 from typing import Any
 
-from icrl_megatron.config import ConfigError
 from icrl_megatron.tasks.agentgym_dialects import last_tagged
 from icrl_megatron.tasks.datasets import content_hash
 from icrl_megatron.tasks.grader import Grader
 from icrl_megatron.tasks.single_turn import Form, Judge, SingleTurnTasks, Verdict, of_answer
 from icrl_megatron.types import Split, Task
+from icrl_megatron.utils.errors import ConfigError
 
 INSTRUCTION = "Think first, then give your final answer in exactly this form: <answer>the answer</answer>"
 

@@ -8,12 +8,13 @@ import difflib
 import importlib
 from collections.abc import Callable, Iterable
 
-from icrl_megatron.config import ConfigError, RolloutSettings
-from icrl_megatron.config_tasks import TaskSource
+from icrl_megatron.settings.schema import RolloutSettings
+from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks.base import Environment, TaskSet, escaped, shown
 from icrl_megatron.tasks.household import Household
 from icrl_megatron.tasks.rulebook import Rulebook
 from icrl_megatron.types import Split, Task
+from icrl_megatron.utils.errors import ConfigError
 
 _TASK_SETS: dict[str, Callable[[], TaskSet]] = {
     "rulebook_hard": lambda: Rulebook("rulebook_hard"),

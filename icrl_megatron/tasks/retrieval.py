@@ -10,12 +10,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from icrl_megatron.config import ConfigError, RolloutSettings
+from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks.base import EnvironmentFailure, sendable
 from icrl_megatron.tasks.servers import Pool
-from icrl_megatron.telemetry import results
-from icrl_megatron.telemetry.disk import disk_errors
-from icrl_megatron.telemetry.files import locked
+from icrl_megatron.utils import results
+from icrl_megatron.utils.disk import disk_errors
+from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.files import locked
 
 META = "source.json"
 OFFSETS = "offsets.npy"

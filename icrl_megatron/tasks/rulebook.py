@@ -15,9 +15,9 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from icrl_megatron.config import ConfigError
 from icrl_megatron.tasks.base import StepResult
 from icrl_megatron.types import Split, Task
+from icrl_megatron.utils.errors import ConfigError
 
 VALUES = (
     ("crimson", "amber", "green", "teal", "blue", "violet", "ivory", "black"),

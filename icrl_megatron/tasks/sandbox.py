@@ -33,9 +33,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from icrl_megatron.config import ConfigError
 from icrl_megatron.tasks.base import EnvironmentFailure
 from icrl_megatron.tasks.sandbox_guest import READY
+from icrl_megatron.utils.errors import ConfigError
 
 End = Literal["done", "failed", "cpu", "clock", "output"]
 

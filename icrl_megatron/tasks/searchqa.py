@@ -12,14 +12,15 @@ import string
 from collections.abc import Sequence
 from pathlib import Path
 
-from icrl_megatron.config import ConfigError, RolloutSettings
-from icrl_megatron.config_tasks import TaskSource
+from icrl_megatron.settings.schema import RolloutSettings
+from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.agentgym_dialects import action_of
 from icrl_megatron.tasks.base import StepResult, TaskSet
 from icrl_megatron.tasks.datasets import Row, id_range, read_tasks
 from icrl_megatron.tasks.retrieval import LocalRetriever, RemoteRetriever, Retriever
 from icrl_megatron.types import Split, Task
+from icrl_megatron.utils.errors import ConfigError
 
 MAX_TURNS = 10
 PASSAGE_CHARS = 2000

@@ -14,9 +14,10 @@ from typing import Any
 
 import aiohttp
 
-from icrl_megatron import connections
-from icrl_megatron.config import ConfigError, RolloutSettings
+from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure
+from icrl_megatron.utils import connections
+from icrl_megatron.utils.errors import ConfigError
 
 TRIES = 4
 BACKOFF_S = 0.25

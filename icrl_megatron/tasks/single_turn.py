@@ -8,11 +8,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from icrl_megatron.config import ConfigError
-from icrl_megatron.config_tasks import TaskSource
+from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks.base import StepResult
 from icrl_megatron.tasks.grader import check_limits
 from icrl_megatron.types import Split, Task
+from icrl_megatron.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from icrl_megatron.config import ConfigError
-from icrl_megatron.telemetry.files import write_atomically
 from icrl_megatron.types import Attempt, Completion, Critique, Episode, Ids, Sample, Task, Turn
+from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.files import write_atomically
 
 ROLLOUTS_FOLDER = "rollouts"
 

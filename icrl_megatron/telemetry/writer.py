@@ -12,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from icrl_megatron.config import ConfigError
-from icrl_megatron.telemetry.files import AppendFile, write_atomically
+from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.files import AppendFile, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from inspect import getmembers, isfunction
 from types import ModuleType
 
-from icrl_megatron.config import Settings
+from icrl_megatron.settings.schema import Settings
 
 
 def registry() -> dict[str, Callable[[], Settings]]:

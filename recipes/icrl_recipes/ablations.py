@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from icrl_megatron.config import Calibration, Settings
+from icrl_megatron.settings.schema import Calibration, Settings
 from icrl_recipes.qwen3 import icrl
 
 
@@ -66,7 +66,7 @@ def reference_preset() -> Settings:
 
     Planned: 58 GiB of a GPU in training, 48 GiB of cache in rollouts; 158 s a step.
     """
-    from icrl_megatron.algo.credit import apply_preset
+    from icrl_megatron.settings.presets import apply_preset
 
     settings = _everything("reference_preset")
     settings.algo = apply_preset(settings.algo, "reference")

@@ -8,7 +8,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from icrl_megatron.config import ConfigError, Settings
+from icrl_megatron.settings.schema import Settings
+from icrl_megatron.utils.errors import ConfigError
 
 SRUN_ARGS = ["--container-writable"]
 """triton and SGLang compile into the home folder. What is written outside of mounts ends with the step."""

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from icrl_megatron import settings as settings_module
-from icrl_megatron import validate
-from icrl_megatron.config import ConfigError, Settings
+from icrl_megatron.run import checks as validate
+from icrl_megatron.settings import loading as settings_module
+from icrl_megatron.settings.schema import Settings
+from icrl_megatron.utils.errors import ConfigError
 from icrl_recipes import container
 
 HOME = Path(os.environ.get("ICRL_HOME", Path.cwd()))
@@ -60,7 +61,7 @@ class Where:
     """The checkout on the cluster, under an SSH tunnel."""
     retries: int = 100
     """Times that a job which ended non-zero is requeued. Those that were stopped on request count too, so it is large:
-    crashes have a bound of their own (slurm/step.sh asks `icrl_megatron.job decide`)."""
+    crashes have a bound of their own (slurm/step.sh asks `icrl_megatron.launch.job decide`)."""
     python: str = ""
     """Python of the step; empty: the checkout's .venv where there is one, this one, or the container's python3."""
     ranks_per_node: int = 0
@@ -242,7 +243,7 @@ def cancel(experiment_id: str) -> int:
 
 def train(recipe: str, overrides: list[str]) -> None:
     """What the factories' run.Partial wraps: `icrl train` in this process."""
-    from icrl_megatron import pipeline
+    from icrl_megatron.launch import phases as pipeline
 
     settings = settings_module.load(recipe, overrides)
     validate.validate(settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from icrl_megatron.config import Settings
+from icrl_megatron.settings.schema import Settings
 from icrl_recipes.qwen3 import icrl
 
 

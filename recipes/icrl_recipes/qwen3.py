@@ -6,7 +6,7 @@ The model is a folder in Hugging Face's layout; a recipe names models/Qwen3-8B u
 
 from __future__ import annotations
 
-from icrl_megatron.config import (
+from icrl_megatron.settings.schema import (
     ActorSettings,
     Calibration,
     EngineSettings,
@@ -16,7 +16,7 @@ from icrl_megatron.config import (
     RolloutSettings,
     Settings,
 )
-from icrl_megatron.config_tasks import TaskData, TaskServers, TaskSettings, TaskSource
+from icrl_megatron.settings.task_schema import TaskData, TaskServers, TaskSettings, TaskSource
 
 NODE = 8
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from icrl_megatron.config import (
+from icrl_megatron.settings.schema import (
     ActorSettings,
     AlgoSettings,
     CheckpointSettings,
@@ -15,7 +15,7 @@ from icrl_megatron.config import (
     TinyModel,
     WarmStart,
 )
-from icrl_megatron.config_tasks import TaskSettings, TaskSource
+from icrl_megatron.settings.task_schema import TaskSettings, TaskSource
 
 
 def _tiny(name: str, *sources: str) -> Settings:

@@ -134,7 +134,7 @@ class Campaign:
                 line = process.cmdline()
             except (psutil.NoSuchProcess, psutil.ZombieProcess):
                 continue
-            if "icrl_megatron.train" in line and "icrl_megatron.agent" not in line:
+            if "icrl_megatron.train" in line and "icrl_megatron.launch.agent" not in line:
                 found.append(process)
         return found
 

@@ -75,9 +75,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen3 with random weights that speaks Rulebook's words."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
     code = (
-        "import sys; from pathlib import Path; from icrl_megatron.config import TinyModel; "
+        "import sys; from pathlib import Path; from icrl_megatron.settings.schema import TinyModel; "
         "from icrl_megatron.rollout.prompts import template_words; from icrl_megatron.tasks import registry; "
-        "from icrl_megatron.tiny import build_tiny; "
+        "from icrl_megatron.model.tiny import build_tiny; "
         "words = template_words('compact') | set(registry.get('rulebook_easy').vocabulary()); "
         "build_tiny(Path(sys.argv[1]), TinyModel(), sorted(words), seed=0)"
     )

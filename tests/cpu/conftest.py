@@ -11,14 +11,14 @@ import pytest
 
 if TYPE_CHECKING:
     from icrl_megatron.actor.actor import Actor
-    from icrl_megatron.actor.grid import Grid
+    from icrl_megatron.distributed.grid import Grid
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Hugging Face folder of a tiny model."""
-    from icrl_megatron.config import TinyModel
-    from icrl_megatron.tiny import build_tiny
+    from icrl_megatron.model.tiny import build_tiny
+    from icrl_megatron.settings.schema import TinyModel
 
     out = tmp_path_factory.mktemp("tiny")
     tiny = TinyModel(hidden=32, heads=2, kv_heads=1, ffn=48, max_positions=64)
@@ -34,8 +34,8 @@ def grid() -> Iterator[Grid]:
 
     if torch.cuda.is_available():
         pytest.skip("the stand-ins for CUDA would hide the GPU from other tests of this process")
-    from icrl_megatron.actor import grid as grids
-    from icrl_megatron.config import Settings
+    from icrl_megatron.distributed import grid as grids
+    from icrl_megatron.settings.schema import Settings
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):

@@ -11,12 +11,12 @@ import pytest
 from rich.console import Console
 from whole_runs import SMALL, WARM_START, icrl
 
-from icrl_megatron import settings
-from icrl_megatron.ablate import ARMS, Arm, Cell, parse, tables
-from icrl_megatron.config import ConfigError
-from icrl_megatron.rollout.intervals import Difference
-from icrl_megatron.telemetry.bands import band
+from icrl_megatron.launch.ablate import ARMS, Arm, Cell, parse, tables
+from icrl_megatron.report.bands import band
+from icrl_megatron.settings import loading as settings
 from icrl_megatron.telemetry.writer import read_rows
+from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.intervals import Difference
 
 OUT = Path("nowhere")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from icrl_megatron import job
-from icrl_megatron.ablate import Plan, parse
-from icrl_megatron.ablate_slurm import Queue, check, jobs, load_plan, save_plan, submit, words
-from icrl_megatron.config import ConfigError
+from icrl_megatron.launch import job
+from icrl_megatron.launch.ablate import Plan, parse
+from icrl_megatron.launch.ablate_array import Queue, check, jobs, load_plan, save_plan, submit, words
+from icrl_megatron.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 QUEUE = Queue("A", "P", "04:00:00", at_once=2)

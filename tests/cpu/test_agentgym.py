@@ -14,21 +14,21 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icrl_megatron import connections
 from icrl_megatron.algo.credit import CreditReport
-from icrl_megatron.config import RolloutSettings
-from icrl_megatron.config_tasks import TaskData, TaskSource
+from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.episode import Stage, play
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Ask, Cast, Seeds
+from icrl_megatron.settings.schema import RolloutSettings
+from icrl_megatron.settings.task_schema import TaskData, TaskSource
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks import servers
 from icrl_megatron.tasks.agentgym import AgentGym, AgentGymEnvironment, probe
 from icrl_megatron.tasks.base import EnvironmentFailure, StepResult
 from icrl_megatron.tasks.servers import Pool, Refused
 from icrl_megatron.telemetry.metrics import rollout_metrics
-from icrl_megatron.tiny import build_tokenizer
 from icrl_megatron.types import Completion
+from icrl_megatron.utils import connections
 
 BOTH = [(name, dialect) for name in TALKS for dialect in "AB"]
 

@@ -9,11 +9,11 @@ import pytest
 from agentgym_server import TALKS, serving
 from rich.console import Console
 
-from icrl_megatron.config import ConfigError
-from icrl_megatron.config_tasks import TaskData, TaskSource
+from icrl_megatron.settings.task_schema import TaskData, TaskSource
 from icrl_megatron.tasks import registry, servers
 from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.env_check import check
+from icrl_megatron.utils.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)

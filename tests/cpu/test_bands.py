@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icrl_megatron.telemetry.bands import arm_band, band, interval
+from icrl_megatron.report.bands import arm_band, band, interval
 
 
 def test_seeds_that_measured_at_the_same_places_keep_them() -> None:

@@ -21,15 +21,15 @@ from typing import Any
 
 import pytest
 
-from icrl_megatron.config import ConfigError, ExternalCritic, RolloutSettings
-from icrl_megatron.config_tasks import TaskData, TaskSource
-from icrl_megatron.connections import Connections
-from icrl_megatron.rollout import sglang_server
-from icrl_megatron.rollout.engine import NoAnswerError, RequestFailedError
+from icrl_megatron.engines import sglang_server
+from icrl_megatron.engines.protocol import NoAnswerError, RequestFailedError
+from icrl_megatron.engines.sglang_server import Server
+from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.external import ExternalSpeaker, first_model
 from icrl_megatron.rollout.prompts import Prompter, template_words
-from icrl_megatron.rollout.sglang_server import Server
 from icrl_megatron.rollout.speakers import Ask
+from icrl_megatron.settings.schema import ExternalCritic, RolloutSettings
+from icrl_megatron.settings.task_schema import TaskData, TaskSource
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks import env_check, servers
 from icrl_megatron.tasks.agentgym import AgentGym
@@ -38,7 +38,8 @@ from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure
 from icrl_megatron.tasks.games import Table
 from icrl_megatron.tasks.grader import Worker
 from icrl_megatron.tasks.retrieval import RemoteRetriever
-from icrl_megatron.tiny import build_tokenizer
+from icrl_megatron.utils.connections import Connections
+from icrl_megatron.utils.errors import ConfigError
 
 MIB = 1 << 20
 LIMIT = MIB // 4

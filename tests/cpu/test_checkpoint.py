@@ -21,10 +21,11 @@ from actors import load, same, save, step, weights
 from whole_runs import batch
 
 from icrl_megatron.actor import checkpoint, manifest
-from icrl_megatron.actor import grid as grids
 from icrl_megatron.actor.actor import Actor
-from icrl_megatron.config import ConfigError, Settings, TinyModel
-from icrl_megatron.tiny import build_tiny
+from icrl_megatron.distributed import grid as grids
+from icrl_megatron.model.tiny import build_tiny
+from icrl_megatron.settings.schema import Settings, TinyModel
+from icrl_megatron.utils.errors import ConfigError
 
 
 def test_only_the_newest_checkpoints_stay(make: Callable[..., Actor], folder: Path, tmp_path: Path) -> None:

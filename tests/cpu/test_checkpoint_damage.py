@@ -22,9 +22,9 @@ from actors import load, make_actor, same, save, step, weights
 from safetensors.torch import save_file
 
 from icrl_megatron.actor import checkpoint, manifest
-from icrl_megatron.actor import grid as grids
 from icrl_megatron.actor.actor import Actor
-from icrl_megatron.config import ConfigError
+from icrl_megatron.distributed import grid as grids
+from icrl_megatron.utils.errors import ConfigError
 
 NOBODY = 65534
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from icrl_megatron import settings as S
+from icrl_megatron.settings import loading as S
 
 ROOT = Path(__file__).resolve().parents[2]
 

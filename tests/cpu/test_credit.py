@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icrl_megatron.algo.credit import advantages, apply_preset, credit
+from icrl_megatron.algo.credit import advantages, credit
 from icrl_megatron.algo.samples import to_samples
-from icrl_megatron.config import AlgoSettings, Calibration, ConfigError, GroupFilter
-from icrl_megatron.config_tasks import TaskSource
 from icrl_megatron.data.sampler import TaskSampler
+from icrl_megatron.settings.presets import apply_preset
+from icrl_megatron.settings.schema import AlgoSettings, Calibration, GroupFilter
+from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.types import Attempt, Completion, Critique, Episode, Sample, Task, Turn
+from icrl_megatron.utils.errors import ConfigError
 
 
 def completion(ids: tuple[int, ...]) -> Completion:

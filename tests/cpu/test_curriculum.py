@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from whole_runs import icrl, rows, train
 
-from icrl_megatron.config import ConfigError
-from icrl_megatron.config_tasks import TaskSource
 from icrl_megatron.data.curriculum import Curriculum, append_history, cut_history, read_history
 from icrl_megatron.data.sampler import TaskSampler
+from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.types import Task
+from icrl_megatron.utils.errors import ConfigError
 
 TASKS = [Task(f"t/train/{i}", "t", "train", str(i)) for i in range(40)]
 

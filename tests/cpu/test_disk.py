@@ -17,13 +17,14 @@ from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from whole_runs import kill_tree, start, train
 
-from icrl_megatron import settings as settings_module
-from icrl_megatron.config import ConfigError, Settings
 from icrl_megatron.data.curriculum import append_history
-from icrl_megatron.telemetry import results
-from icrl_megatron.telemetry.disk import disk_errors, free_bytes, require_space, size_text
-from icrl_megatron.telemetry.files import AppendFile, locked, save_picture, write_atomically
+from icrl_megatron.settings import loading as settings_module
+from icrl_megatron.settings.schema import Settings
 from icrl_megatron.telemetry.writer import MetricsWriter, read_rows
+from icrl_megatron.utils import results
+from icrl_megatron.utils.disk import disk_errors, free_bytes, require_space, size_text
+from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.files import AppendFile, locked, save_picture, write_atomically
 
 TENSORS = {"x": torch.zeros(300_000)}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from icrl_megatron import doctor
+from icrl_megatron.launch import doctor
 
 REPORT = """
 import dataclasses, json, sys

@@ -11,15 +11,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from icrl_megatron.config import ConfigError, EngineSettings, RolloutSettings, TinyModel
-from icrl_megatron.rollout.engine import EngineError
+from icrl_megatron.engines.local import LocalEngine
+from icrl_megatron.engines.protocol import EngineError
+from icrl_megatron.model.tiny import build_tiny, build_tokenizer
 from icrl_megatron.rollout.episode import Stage, play, play_episode
-from icrl_megatron.rollout.local import LocalEngine
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Ask, Cast, EmptyCritic, EngineSpeaker, Seeds, Speaker, engine_casting
+from icrl_megatron.settings.schema import EngineSettings, RolloutSettings, TinyModel
 from icrl_megatron.tasks.base import EnvironmentFailure, StepResult
-from icrl_megatron.tiny import build_tiny, build_tokenizer
 from icrl_megatron.types import Attempt, Completion, DroppedEpisode, Episode, Task
+from icrl_megatron.utils.errors import ConfigError
 
 WORDS = ["go", "up", "down", "wait", "nonsense", "at", "start", "high", "low", "hint", "bottom", "lost", "won"]
 WORDS += ["advice1", "advice2"]

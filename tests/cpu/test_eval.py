@@ -16,20 +16,15 @@ import pytest
 from rich.console import Console
 from whole_runs import Ended, batch
 
-from icrl_megatron import evaluation
-from icrl_megatron.config import ConfigError, Settings
-from icrl_megatron.config_tasks import TaskServers, TaskSource
-from icrl_megatron.evaluation import Request, Result, evaluate, read_result
-from icrl_megatron.rollout.scores import compare, estimate, mcnemar, score, successes, transitions
-from icrl_megatron.settings import save
-from icrl_megatron.telemetry.eval_views import (
-    comparison_table,
-    rounds_table,
-    scores_table,
-    show,
-    transitions_table,
-)
+from icrl_megatron.evaluation import run as evaluation
+from icrl_megatron.evaluation.run import Request, Result, evaluate, read_result
+from icrl_megatron.evaluation.scores import compare, estimate, mcnemar, score, successes, transitions
+from icrl_megatron.evaluation.views import comparison_table, rounds_table, scores_table, show, transitions_table
+from icrl_megatron.settings.loading import save
+from icrl_megatron.settings.schema import Settings
+from icrl_megatron.settings.task_schema import TaskServers, TaskSource
 from icrl_megatron.types import Attempt, Completion, Critique, DroppedEpisode, Episode, Task, Turn
+from icrl_megatron.utils.errors import ConfigError
 
 
 def episode(task_id: str, index: int, outcomes: list[bool]) -> Episode:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from icrl_megatron.config import ConfigError, Settings
-from icrl_megatron.config_tasks import TaskData, TaskSettings, TaskSource
-from icrl_megatron.eval_problems import problems
+from icrl_megatron.run.checks import validate
+from icrl_megatron.run.heldout import problems
+from icrl_megatron.settings.schema import Settings
+from icrl_megatron.settings.task_schema import TaskData, TaskSettings, TaskSource
 from icrl_megatron.tasks.datasets import subset_of
-from icrl_megatron.validate import validate
+from icrl_megatron.utils.errors import ConfigError
 
 
 def write(path: Path, *sums: int) -> str:

@@ -14,15 +14,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icrl_megatron.config import RolloutSettings
+from icrl_megatron.evaluation.control import control, critique_free, paired_difference, proportion
+from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.episode import Stage
-from icrl_megatron.rollout.evaluate import control, critique_free, paired_difference, proportion
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Ask, Cast, EmptyCritic, Seeds, Speaker
 from icrl_megatron.rollout.teacher import teacher_casting
+from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import StepResult
-from icrl_megatron.tiny import build_tokenizer
 from icrl_megatron.types import Completion, Task
 
 SETTINGS = RolloutSettings(templates="compact", context_tokens=256, concurrency=16)

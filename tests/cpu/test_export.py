@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 from whole_runs import STEPS, WARM_START, Ended, batch, train
 
-from icrl_megatron.telemetry import results
+from icrl_megatron.utils import results
 
 UMASK = 0o027
 EVAL = ("--problems", "2")

@@ -11,16 +11,17 @@ import pytest
 from aiohttp import web
 from transformers import AutoTokenizer
 
-from icrl_megatron.config import ConfigError, ExternalCritic, RolloutSettings, TinyModel
-from icrl_megatron.connections import Connections
-from icrl_megatron.rollout.engine import RequestFailedError
+from icrl_megatron.engines.protocol import RequestFailedError
+from icrl_megatron.model.tiny import build_tiny
 from icrl_megatron.rollout.external import ExternalSpeaker
 from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.speakers import Ask
-from icrl_megatron.settings import load
-from icrl_megatron.tiny import build_tiny
+from icrl_megatron.run.checks import validate
+from icrl_megatron.settings.loading import load
+from icrl_megatron.settings.schema import ExternalCritic, RolloutSettings, TinyModel
 from icrl_megatron.types import Completion
-from icrl_megatron.validate import validate
+from icrl_megatron.utils.connections import Connections
+from icrl_megatron.utils.errors import ConfigError
 
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 

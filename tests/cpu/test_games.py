@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from icrl_megatron.config import ConfigError
-from icrl_megatron.config_tasks import TaskData, TaskSource
+from icrl_megatron.settings.task_schema import TaskData, TaskSource
 from icrl_megatron.tasks import agentgym, games, registry
 from icrl_megatron.tasks.agentgym import AgentGymEnvironment
 from icrl_megatron.tasks.base import Checked, EnvironmentFailure
 from icrl_megatron.tasks.datasets import check_no_leak, subset_of
 from icrl_megatron.tasks.games import GameFolders
+from icrl_megatron.utils.errors import ConfigError
 
 HAS_TEXTWORLD = importlib.util.find_spec("textworld") is not None
 HAS_PLANNER = HAS_TEXTWORLD and all(importlib.util.find_spec(name) for name in ("alfworld", "fast_downward"))

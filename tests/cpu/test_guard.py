@@ -29,11 +29,11 @@ from odd_environments import (
     returning,
 )
 
-from icrl_megatron.config import ConfigError
 from icrl_megatron.rollout.episode import Stage, play_episode
 from icrl_megatron.rollout.speakers import Cast, Seeds
 from icrl_megatron.tasks.base import EnvironmentFailure, StepResult
 from icrl_megatron.types import DroppedEpisode, Episode, Task
+from icrl_megatron.utils.errors import ConfigError
 
 
 class Text(str):

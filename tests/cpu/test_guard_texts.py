@@ -25,7 +25,6 @@ from odd_environments import (
 )
 
 from icrl_megatron.algo.credit import CreditReport
-from icrl_megatron.config import ConfigError, HopelessError
 from icrl_megatron.rollout.episode import Stage, play
 from icrl_megatron.rollout.guard import GuardedEnvironment
 from icrl_megatron.rollout.source import Played, require_sound
@@ -37,6 +36,7 @@ from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure, StepResult
 from icrl_megatron.telemetry.dumps import read_episodes, write_dump
 from icrl_megatron.telemetry.metrics import rollout_metrics
 from icrl_megatron.types import DroppedEpisode, Episode, Split, Task
+from icrl_megatron.utils.errors import ConfigError, HopelessError
 
 
 def long_step(text: str) -> type[Works]:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from icrl_megatron import job
-from icrl_megatron.job import MAX_CRASHES, MAX_UNSAVED, Reached, State, decide, progress
-from icrl_megatron.launch import CONFIG_ERROR, HOPELESS, STOPPED
-from icrl_megatron.rollout.sglang_server import TESTED
+from icrl_megatron.distributed.process import CONFIG_ERROR, HOPELESS, STOPPED
+from icrl_megatron.engines.sglang_server import TESTED
+from icrl_megatron.launch import job
+from icrl_megatron.launch.job import MAX_CRASHES, MAX_UNSAVED, Reached, State, decide, progress
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "slurm").iterdir())
@@ -102,7 +102,7 @@ def test_decisions_are_remembered(tmp_path: Path) -> None:
     said = []
     for _ in range(2):
         done = subprocess.run(
-            [sys.executable, "-m", "icrl_megatron.job", *words],
+            [sys.executable, "-m", "icrl_megatron.launch.job", *words],
             cwd=ROOT, capture_output=True, text=True, check=True, timeout=60, env={"ICRL_BACK_OFF_S": "2"},
         )  # fmt: skip
         said.append((done.stdout.strip(), done.stderr))
@@ -127,7 +127,7 @@ def test_another_number_of_ranks_than_the_recipe_s_is_said(
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_parse_and_start_ranks_in_one_place(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True, timeout=20)
-    assert ("icrl_megatron.agent" in script.read_text()) == (script.name == "step.sh")
+    assert ("icrl_megatron.launch.agent" in script.read_text()) == (script.name == "step.sh")
 
 
 def test_a_step_without_gpus_says_so(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_step_alone_tells_how_its_ranks_ended(outcome: str, ended: int, code: 
     """Under NeMo-Run nobody reads what the ranks left but the step itself."""
     python = tmp_path / "python"
     leave = f"echo '{outcome}' > \"$ICRL_OUTCOME\"" if outcome else "true"
-    real = f'[[ "$*" != *"icrl_megatron.job said"* ]] || exec {sys.executable} "$@"'
+    real = f'[[ "$*" != *"icrl_megatron.launch.job said"* ]] || exec {sys.executable} "$@"'
     python.write_text(f"#!/bin/bash\n{real}\n{leave}\nexit {ended}\n")
     python.chmod(0o755)
     env = {"PATH": "/usr/bin:/bin", "ICRL_PYTHON": str(python), "ICRL_RANKS_PER_NODE": "1", "ICRL_EXIT_STOPPED": "75"}
@@ -175,7 +175,7 @@ def test_the_job_is_told_whether_servers_are_to_be_started(tmp_path: Path) -> No
     served = "tasks.sources=[{name: alfworld, data: {train: ['0:4'], heldout: ['4:8']}, serve: {command: 'x {port}'}}]"
     for more, said in (([], f"{tmp_path}\n"), ([served], f"{tmp_path}\nservers\n")):
         done = subprocess.run(
-            [sys.executable, "-m", "icrl_megatron.job", *words, *more],
+            [sys.executable, "-m", "icrl_megatron.launch.job", *words, *more],
             cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
         )  # fmt: skip
         assert (done.returncode, done.stdout) == (0, said), done.stderr
@@ -196,7 +196,7 @@ class RequeuedStep:
 
     def run(self, restarts: int, outcome: str, ended: int) -> subprocess.CompletedProcess[str]:
         leave = f"echo '{outcome}' > \"$ICRL_OUTCOME\"" if outcome else "true"
-        real = f'[[ "$*" != *icrl_megatron.agent* ]] && exec {sys.executable} "$@"'
+        real = f'[[ "$*" != *icrl_megatron.launch.agent* ]] && exec {sys.executable} "$@"'
         self._program("python", f"{real}\n{leave}\nexit {ended}")
         env = {
             "PATH": f"{self.folder}:/usr/bin:/bin", "ICRL_PYTHON": str(self.folder / "python"), "ICRL_BACK_OFF_S": "0",

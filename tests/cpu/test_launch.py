@@ -14,7 +14,7 @@ import psutil
 import pytest
 from disks import small_disk
 
-from icrl_megatron import launch
+from icrl_megatron.launch import torchrun as launch
 
 LAUNCHER = """
 import sys
@@ -210,7 +210,7 @@ def test_a_rank_that_cannot_leave_its_message_prints_it(failing: str, tmp_path: 
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
         env |= {launch.OUTCOME_ENV: str(disk / "outcome.json"), "PYTHONPATH": python_path(tmp_path)}
         done = subprocess.run(
-            [sys.executable, "-m", "icrl_megatron.agent", *arguments],
+            [sys.executable, "-m", "icrl_megatron.launch.agent", *arguments],
             cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=90,
         )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (launch.CONFIG_ERROR, "", FULL)
@@ -354,7 +354,7 @@ def test_second_interrupt_kills(start: Start) -> None:
 
 def test_a_rank_whose_parent_is_gone_ends_itself() -> None:
     """The race at start: the parent died before the child could ask to die with it."""
-    code = "from icrl_megatron.launch import die_with_parent; die_with_parent(); print('alive')"
+    code = "from icrl_megatron.launch.torchrun import die_with_parent; die_with_parent(); print('alive')"
     for parent, expected in ((os.getpid(), (0, "alive\n")), (os.getpid() + 1, (1, ""))):
         env = {**os.environ, launch.PARENT_ENV: str(parent)}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from icrl_megatron.rollout import leash
+from icrl_megatron.engines import leash
 
 LEASH = Path(leash.__file__)
 PARENT = f"""

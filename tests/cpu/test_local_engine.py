@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from icrl_megatron.config import ConfigError, EngineSettings, RolloutSettings, TinyModel
-from icrl_megatron.rollout import decoding
-from icrl_megatron.rollout.engine import EngineError, Sampling
-from icrl_megatron.rollout.local import LocalEngine
+from icrl_megatron.engines import decoding
+from icrl_megatron.engines.local import LocalEngine
+from icrl_megatron.engines.protocol import EngineError, Sampling
+from icrl_megatron.model.tiny import build_tiny, build_tokenizer
 from icrl_megatron.rollout.prompts import Prompter
-from icrl_megatron.tiny import build_tiny, build_tokenizer
+from icrl_megatron.settings.schema import EngineSettings, RolloutSettings, TinyModel
 from icrl_megatron.types import Completion
+from icrl_megatron.utils.errors import ConfigError
 
 WORDS = [f"w{i}" for i in range(60)]
 STOP = 1

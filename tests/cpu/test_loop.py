@@ -15,13 +15,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 from whole_runs import Ended, batch, icrl, rows, train
 
-from icrl_megatron import parts as parts_module
-from icrl_megatron.ablate import ARMS
-from icrl_megatron.config import Settings
-from icrl_megatron.launch import StopRequest
+from icrl_megatron.distributed.process import StopRequest
+from icrl_megatron.launch.ablate import ARMS
+from icrl_megatron.run import parts as parts_module
+from icrl_megatron.settings.schema import Settings
 from icrl_megatron.telemetry.dumps import dump_path, read_episodes
-from icrl_megatron.telemetry.progress import Progress
 from icrl_megatron.telemetry.writer import Row, read_rows
+from icrl_megatron.utils.progress import Progress
 
 TRAINED = ("actor/loss", "actor/grad_norm", "actor/entropy", "actor/mismatch_max", "tokens/loss")
 CALIBRATION = ("actor/calibration_weight", "actor/calibration_at_max", "actor/calibration_under_half")

@@ -20,14 +20,14 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icrl_megatron.config import ConfigError
-from icrl_megatron.config_tasks import TaskData, TaskSource
+from icrl_megatron.settings.task_schema import TaskData, TaskSource
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked
 from icrl_megatron.tasks.datasets import check_no_leak, subset_of
 from icrl_megatron.tasks.grade_worker import correct, last_box, parse_in_two_stages, plain_number
 from icrl_megatron.tasks.grader import Grader
 from icrl_megatron.tasks.mathematics import Mathematics
+from icrl_megatron.utils.errors import ConfigError
 
 BOMB = "9^{9^{9^9}}"
 

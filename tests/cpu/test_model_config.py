@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from icrl_megatron.config import ConfigError
-from icrl_megatron.model_config import DEFAULTS, WITHOUT_EFFECT, name_dtype
-from icrl_megatron.shape import Qwen3Shape
+from icrl_megatron.model.config import DEFAULTS, WITHOUT_EFFECT, name_dtype
+from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.utils.errors import ConfigError
 
 QWEN3_06B: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -254,7 +254,7 @@ SIZES = {"hidden_size": 32, "head_dim": 16, "num_hidden_layers": 1, "max_positio
 
 def is_transformers_own(shape: Qwen3Shape, folder: Path) -> None:
     """YaRN's frequencies to the bit."""
-    from icrl_megatron.actor.rotary import yarn_frequencies
+    from icrl_megatron.model.rotary import yarn_frequencies
 
     rotary = Qwen3RotaryEmbedding(Qwen3Config.from_pretrained(folder))
     if shape.yarn is None:

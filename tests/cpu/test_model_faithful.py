@@ -16,19 +16,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from whole_runs import batch
 
-from icrl_megatron.actor import platform
-from icrl_megatron.config import ConfigError, EngineSettings, Settings
 from icrl_megatron.data.packing import pack
-from icrl_megatron.rollout.engine import Sampling
-from icrl_megatron.rollout.local import LocalEngine
+from icrl_megatron.distributed import platform
+from icrl_megatron.engines.local import LocalEngine
+from icrl_megatron.engines.protocol import Sampling
+from icrl_megatron.settings.schema import EngineSettings, Settings
 from icrl_megatron.types import Completion, Sample
+from icrl_megatron.utils.errors import ConfigError
 
 if torch.cuda.is_available():
     pytest.skip("the stand-ins for CUDA would hide the GPU from other tests of this process", allow_module_level=True)
 platform.prepare("cpu")
 
-from icrl_megatron.actor import grid as grids  # noqa: E402
 from icrl_megatron.actor.actor import Actor  # noqa: E402
+from icrl_megatron.distributed import grid as grids  # noqa: E402
 
 TOLERANCE = 1e-5
 TOKENS, PADDING = 200, 27

@@ -15,12 +15,13 @@ import pytest
 import torch
 from model_folders import copy, make_folder, read_index, save, shard, tensors, with_fields, write_index, write_sparse
 
-from icrl_megatron import settings as S
-from icrl_megatron.config import ConfigError, TinyModel
+from icrl_megatron.engines.registry import tensor_shapes
+from icrl_megatron.model.shape import Qwen3Shape, check_folder, locate_weights
 from icrl_megatron.plan.models import PUBLISHED
-from icrl_megatron.rollout.engines import tensor_shapes
-from icrl_megatron.shape import Qwen3Shape, check_folder, locate_weights
-from icrl_megatron.validate import validate
+from icrl_megatron.run.checks import validate
+from icrl_megatron.settings import loading as S
+from icrl_megatron.settings.schema import TinyModel
+from icrl_megatron.utils.errors import ConfigError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"

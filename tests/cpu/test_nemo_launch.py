@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from icrl_megatron.config import ConfigError
+from icrl_megatron.utils.errors import ConfigError
 from icrl_recipes import launch
 from icrl_recipes.launch import Where
 
@@ -26,7 +26,7 @@ def test_neither_recipes_nor_ranks_import_nemo_run() -> None:
     code = (
         "import sys, icrl_recipes.launch, icrl_recipes; icrl_recipes.registry(); "
         "assert 'nemo_run' not in sys.modules and 'torch' not in sys.modules; "
-        "import icrl_megatron.pipeline, icrl_megatron.rank; assert 'nemo_run' not in sys.modules"
+        "import icrl_megatron.launch.phases, icrl_megatron.launch.rank; assert 'nemo_run' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

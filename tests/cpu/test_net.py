@@ -10,9 +10,8 @@ import pytest
 import torch.distributed as dist
 from sockets import Listener, listeners
 
-from icrl_megatron import net
-from icrl_megatron.actor import rendezvous
-from icrl_megatron.config import EngineSettings
+from icrl_megatron.distributed import net, rendezvous
+from icrl_megatron.settings.schema import EngineSettings
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "localhost", "::1"])

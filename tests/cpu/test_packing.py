@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icrl_megatron.config import AlgoSettings, Calibration, ConfigError
 from icrl_megatron.data.balance import assign, train_tokens
 from icrl_megatron.data.packing import pack, split_updates
+from icrl_megatron.settings.schema import AlgoSettings, Calibration
 from icrl_megatron.types import MicroBatch, Sample, StepPlan
+from icrl_megatron.utils.errors import ConfigError
 
 
 @st.composite

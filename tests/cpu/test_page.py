@@ -13,14 +13,15 @@ import pytest
 from browser import Browser, executable
 from whole_runs import icrl
 
-from icrl_megatron.config import ConfigError, OptimSettings, Settings
-from icrl_megatron.settings import SAVED_NAME, load_saved, save
+from icrl_megatron.report.page import PageSize, write_page
+from icrl_megatron.report.page_choice import SHORTEST, choose
+from icrl_megatron.report.page_curves import POINTS, Measured, group_data, times
+from icrl_megatron.report.page_episodes import Speller
+from icrl_megatron.settings.loading import SAVED_NAME, load_saved, save
+from icrl_megatron.settings.schema import OptimSettings, Settings
 from icrl_megatron.telemetry.dumps import dump_path, dumped_steps, read_dump
-from icrl_megatron.telemetry.page import PageSize, write_page
-from icrl_megatron.telemetry.page_choice import SHORTEST, choose
-from icrl_megatron.telemetry.page_curves import POINTS, Measured, group_data, times
-from icrl_megatron.telemetry.page_episodes import Speller
 from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
+from icrl_megatron.utils.errors import ConfigError
 
 HOSTILE = "</script><script>document.title='broken'</script><img src=x onerror=alert(1)><!--"
 

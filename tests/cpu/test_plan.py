@@ -10,13 +10,14 @@ from dataclasses import replace
 
 import pytest
 
-from icrl_megatron import settings as settings_module
-from icrl_megatron.config import ConfigError, Settings
 from icrl_megatron.plan import command, hardware, memory, nemo_rl, pipeline, planner, timing
 from icrl_megatron.plan.layout import Layout, counts, local_parameters
 from icrl_megatron.plan.models import PUBLISHED
 from icrl_megatron.plan.search import search, why_slower
 from icrl_megatron.plan.workload import PROFILES, simulate, single_turn
+from icrl_megatron.settings import loading as settings_module
+from icrl_megatron.settings.schema import Settings
+from icrl_megatron.utils.errors import ConfigError
 
 RECIPE = "qwen3_8b_alfworld_4xh100"
 H100 = hardware.GPUS["h100"]
@@ -245,7 +246,7 @@ def test_training_is_checked_only_on_gpus(monkeypatch: pytest.MonkeyPatch) -> No
 def test_planning_imports_no_torch() -> None:
     code = (
         "import sys; from icrl_megatron.plan import command, planner, search, scaling; "
-        "from icrl_megatron.settings import load; "
+        "from icrl_megatron.settings.loading import load; "
         f"planner.plan(load('{RECIPE}')); planner.plan(load('quickstart')); "
         "assert not {'torch', 'transformers', 'nemo_run'} & set(sys.modules)"
     )

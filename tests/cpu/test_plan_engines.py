@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from icrl_megatron import settings as settings_module
-from icrl_megatron.config import ConfigError, Settings
+from icrl_megatron.engines import registry as engines
 from icrl_megatron.plan import hardware, memory, planner
 from icrl_megatron.plan.changes import KINDS, changes
 from icrl_megatron.plan.hardware import GIB
@@ -18,7 +17,9 @@ from icrl_megatron.plan.layout import Layout, Serving, counts
 from icrl_megatron.plan.models import PUBLISHED, shape_of
 from icrl_megatron.plan.planner import Plan
 from icrl_megatron.plan.workload import simulate
-from icrl_megatron.rollout import engines
+from icrl_megatron.settings import loading as settings_module
+from icrl_megatron.settings.schema import Settings
+from icrl_megatron.utils.errors import ConfigError
 from icrl_recipes import registry
 
 RECIPE = "qwen3_8b_alfworld_4xh100"

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from icrl_megatron import settings as settings_module
-from icrl_megatron.config import ConfigError, Settings
 from icrl_megatron.plan import hardware, planner
 from icrl_megatron.plan.scaling import efficiency, fitting, picture, scale
 from icrl_megatron.plan.search import search
 from icrl_megatron.plan.show import show_scaling
+from icrl_megatron.settings import loading as settings_module
+from icrl_megatron.settings.schema import Settings
+from icrl_megatron.utils.errors import ConfigError
 
 RECIPE = "qwen3_8b_alfworld_4xh100"
 H100 = hardware.GPUS["h100"]

@@ -16,8 +16,10 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from icrl_kernels import Chunking
-from icrl_megatron.actor import platform
-from icrl_megatron.config import ActorSettings, ConfigError
+from icrl_megatron.distributed import platform
+from icrl_megatron.model import qwen3
+from icrl_megatron.settings.schema import ActorSettings
+from icrl_megatron.utils.errors import ConfigError
 
 if torch.cuda.is_available():
     pytest.skip("the stand-ins for CUDA would hide the GPU from other tests of this process", allow_module_level=True)
@@ -199,16 +201,16 @@ def test_missing_transformer_engine_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     capable(monkeypatch, (9, 0))
     config: Any = None  # nobody looks at it
     with pytest.raises(ConfigError, match=r"Transformer Engine.*not installed"):
-        platform.block_spec(config, "auto")
+        qwen3.block_spec(config, "auto")
 
 
 def test_layers_and_heads_that_cannot_be_here_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = SimpleNamespace(fp8=None)
     with pytest.raises(ConfigError, match=r"actor.layers=transformer_engine: Transformer Engine needs a GPU"):
-        platform.block_spec(config, "transformer_engine")  # type: ignore[arg-type]
+        qwen3.block_spec(config, "transformer_engine")  # type: ignore[arg-type]
     config.fp8 = "hybrid"
     with pytest.raises(ConfigError, match=r"actor.layers=torch has no FP8"):
-        platform.block_spec(config, "torch")  # type: ignore[arg-type]
+        qwen3.block_spec(config, "torch")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"actor.head_logits=bf16: the torch head"):
         platform.head_chunking(ActorSettings(head_logits="bf16"))
     monkeypatch.setenv("TRITON_INTERPRET", "0")

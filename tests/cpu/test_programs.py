@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from sandboxes import LIMITS, sandboxed
 from whole_runs import icrl
 
-from icrl_megatron.config import ConfigError
-from icrl_megatron.config_tasks import TaskData, TaskSource
+from icrl_megatron.settings.task_schema import TaskData, TaskSource
 from icrl_megatron.tasks import programs, registry
 from icrl_megatron.tasks.base import Checked
 from icrl_megatron.tasks.programs import Case, judged, last_program, same_output
 from icrl_megatron.tasks.sandbox import Sandbox
 from icrl_megatron.tasks.sandbox_guest import encoded
+from icrl_megatron.utils.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from icrl_megatron.config import ConfigError, RolloutSettings
+from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.prompts import Prompter, parse_critique, template_words
-from icrl_megatron.tiny import build_tokenizer
+from icrl_megatron.settings.schema import RolloutSettings
+from icrl_megatron.utils.errors import ConfigError
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -9,11 +9,11 @@ import pytest
 
 pytest.importorskip("reasoning_gym", reason="the extra icrl-megatron[tasks] is not installed")
 
-from icrl_megatron.config import ConfigError
-from icrl_megatron.config_tasks import TaskData, TaskSource
+from icrl_megatron.settings.task_schema import TaskData, TaskSource
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.datasets import check_no_leak, content_hash, subset_of
 from icrl_megatron.tasks.reasoning_gym import ReasoningGym, dataset
+from icrl_megatron.utils.errors import ConfigError
 
 
 def gym(train: list[str], heldout: list[str]) -> ReasoningGym:

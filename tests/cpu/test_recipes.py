@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from model_folders import write_sparse
 
-from icrl_megatron import settings as settings_module
-from icrl_megatron import validate, validate_rollout
-from icrl_megatron.config import ConfigError, EngineSettings, Settings
-from icrl_megatron.config_tasks import TaskSettings, TaskSource
 from icrl_megatron.plan import planner
 from icrl_megatron.plan.models import shape_of
+from icrl_megatron.run import checks as validate
+from icrl_megatron.run import rollout_checks as validate_rollout
+from icrl_megatron.settings import loading as settings_module
+from icrl_megatron.settings.schema import EngineSettings, Settings
+from icrl_megatron.settings.task_schema import TaskSettings, TaskSource
+from icrl_megatron.utils.errors import ConfigError
 from icrl_recipes import registry
 
 EMBEDDED = ("rulebook_hard", "rulebook_easy", "household")

@@ -19,11 +19,11 @@ from whole_runs import Ended, batch, rows, train
 
 import icrl_megatron
 import icrl_recipes
-from icrl_megatron import settings as S
-from icrl_megatron.config import ConfigError
-from icrl_megatron.limits import CHOICES, RANGES
-from icrl_megatron.resume import adopt, check_resume, rule_of
-from icrl_megatron.validate import validate
+from icrl_megatron.run.checks import validate
+from icrl_megatron.run.resume import adopt, check_resume, rule_of
+from icrl_megatron.settings import loading as S
+from icrl_megatron.settings.limits import CHOICES, RANGES
+from icrl_megatron.utils.errors import ConfigError
 
 VERBS = "set|raise|lower|use|add|drop|take|leave|give|choose|shorten|change|try|allow"
 REMEDY = re.compile(rf"(?<!task )\b({VERBS})\b(.*?)(?=;|: |\. |$|\b(?:{VERBS})\b)", re.DOTALL | re.IGNORECASE)

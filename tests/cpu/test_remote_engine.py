@@ -18,15 +18,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from icrl_megatron.actor.grid import Grid
-from icrl_megatron.config import ConfigError, EngineSettings, Settings, TinyModel
-from icrl_megatron.rollout.engine import EngineError
-from icrl_megatron.rollout.engines import Engines, _address, build
-from icrl_megatron.rollout.sglang import SGLangEngine
-from icrl_megatron.rollout.sglang_checks import Checksums
-from icrl_megatron.rollout.sglang_server import TESTED
-from icrl_megatron.rollout.sglang_weights import _gloo_on
-from icrl_megatron.tiny import build_tiny
+from icrl_megatron.distributed.grid import Grid
+from icrl_megatron.engines.protocol import EngineError
+from icrl_megatron.engines.registry import Engines, _address, build
+from icrl_megatron.engines.sglang import SGLangEngine
+from icrl_megatron.engines.sglang_checks import Checksums
+from icrl_megatron.engines.sglang_server import TESTED
+from icrl_megatron.engines.sglang_weights import _gloo_on
+from icrl_megatron.model.tiny import build_tiny
+from icrl_megatron.settings.schema import EngineSettings, Settings, TinyModel
+from icrl_megatron.utils.errors import ConfigError
 
 WORKERS = 2
 NO_UPDATE = "no weight-update session is open; call begin_weight_update() first"

@@ -17,10 +17,10 @@ import pytest
 from disks import AS_NOBODY, python, small_disk
 
 from icrl_megatron import cli
-from icrl_megatron.config import ConfigError
-from icrl_megatron.telemetry import results
-from icrl_megatron.telemetry.files import save_picture
-from icrl_megatron.telemetry.result_files import begins_with
+from icrl_megatron.utils import results
+from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.files import save_picture
+from icrl_megatron.utils.result_files import begins_with
 
 KINDS = [results.MODEL, results.CHECKPOINT, results.EVALUATION, results.INDEX]
 
@@ -336,14 +336,14 @@ ON_PURPOSE = [_collection, _run, _hidden, _other_result]
 def icrl(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     """What a refused command says; it must be one line, and come before torch."""
     monkeypatch.setattr(sys, "argv", ["icrl", *arguments])
-    for name in ("icrl_megatron.actor.convert", "icrl_megatron.rollout.local"):
+    for name in ("icrl_megatron.actor.convert", "icrl_megatron.engines.local"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     err = capsys.readouterr().err
     assert ended.value.code == 2, err
     assert err.startswith("error: ") and err.count("\n") == 1, err
-    assert "icrl_megatron.actor.convert" not in sys.modules and "icrl_megatron.rollout.local" not in sys.modules
+    assert "icrl_megatron.actor.convert" not in sys.modules and "icrl_megatron.engines.local" not in sys.modules
     return err
 
 
@@ -432,7 +432,7 @@ def test_earlier_pictures_and_pages_are_recognised(tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 
     from icrl_megatron.plan.scaling import require_writable
-    from icrl_megatron.telemetry.page import WEB
+    from icrl_megatron.report.page import WEB
 
     page = begins_with(b"<title>ICRL report</title>")
     assert page(WEB / "page.html") and not page(Path(__file__))

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from begun_run import again, begin, write_rows
 
-from icrl_megatron import settings as S
-from icrl_megatron.config import ConfigError
-from icrl_megatron.config_tasks import TaskSource
-from icrl_megatron.eval_problems import problems
-from icrl_megatron.resume import RULES, adopt, check_resume, earlier, rule_of
-from icrl_megatron.validate import validate
+from icrl_megatron.run.checks import validate
+from icrl_megatron.run.heldout import problems
+from icrl_megatron.run.resume import RULES, adopt, check_resume, earlier, rule_of
+from icrl_megatron.settings import loading as S
+from icrl_megatron.settings.task_schema import TaskSource
+from icrl_megatron.utils.errors import ConfigError
 
 
 def leaves() -> list[str]:

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from sandboxes import LIMITS, sandboxed
 
-from icrl_megatron.config import ConfigError
 from icrl_megatron.tasks import sandbox
 from icrl_megatron.tasks.base import EnvironmentFailure
 from icrl_megatron.tasks.sandbox import Limits, Ran, Sandbox, seccomp_filter
+from icrl_megatron.utils.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,13 @@ import pytest
 
 pytest.importorskip("bm25s")
 
-from icrl_megatron.config import ConfigError
-from icrl_megatron.config_tasks import TaskData, TaskSource
+from icrl_megatron.settings.task_schema import TaskData, TaskSource
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.base import EnvironmentFailure
 from icrl_megatron.tasks.retrieval import LocalRetriever, RemoteRetriever
 from icrl_megatron.tasks.searchqa import RetrievalQA, exact_match
+from icrl_megatron.utils.errors import ConfigError
 
 DOCUMENTS = [
     {"id": "0", "contents": "Paris\nParis is the capital and largest city of France."},

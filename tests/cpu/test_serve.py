@@ -16,13 +16,14 @@ import psutil
 import pytest
 from sockets import listeners
 
-from icrl_megatron import serve
-from icrl_megatron import settings as settings_module
-from icrl_megatron.config import ConfigError, Settings
-from icrl_megatron.resume import check_resume
+from icrl_megatron.launch import servers as serve
+from icrl_megatron.run.checks import validate
+from icrl_megatron.run.resume import check_resume
+from icrl_megatron.settings import loading as settings_module
+from icrl_megatron.settings.schema import Settings
 from icrl_megatron.tasks import agentgym
 from icrl_megatron.tasks.registry import Catalogue
-from icrl_megatron.validate import validate
+from icrl_megatron.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = f"{sys.executable} {ROOT / 'tests' / 'agentgym_server.py'} alfworld {{port}} {{host}}"
@@ -155,10 +156,10 @@ def test_what_cannot_be_meant_is_refused(override: str, message: str) -> None:
 
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """`python -m icrl_megatron.serve`, as a job starts it, and its folder."""
+    """`python -m icrl_megatron.launch.servers`, as a job starts it, and its folder."""
     words = ["train", "rulebook_easy", SOURCE, f"tasks.sources.0.serve.command={COMMAND}"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "icrl_megatron.serve", str(tmp_path / "served"), *words],
+        [sys.executable, "-m", "icrl_megatron.launch.servers", str(tmp_path / "served"), *words],
         stderr=subprocess.PIPE,
         text=True,
     )

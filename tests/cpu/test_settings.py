@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icrl_megatron import settings as S
-from icrl_megatron.config import ConfigError, Settings, TinyModel
-from icrl_megatron.config_tasks import TaskSource
 from icrl_megatron.data.sampler import order_seed
-from icrl_megatron.limits import CHOICES, RANGES
-from icrl_megatron.validate import ranks, validate
+from icrl_megatron.run.checks import ranks, validate
+from icrl_megatron.settings import loading as S
+from icrl_megatron.settings.limits import CHOICES, RANGES
+from icrl_megatron.settings.schema import Settings, TinyModel
+from icrl_megatron.settings.task_schema import TaskSource
+from icrl_megatron.utils.errors import ConfigError
 from icrl_recipes import registry
 
 

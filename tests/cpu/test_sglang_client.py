@@ -9,13 +9,13 @@ import pytest
 import torch
 from aiohttp import web
 
-from icrl_megatron.config import EngineSettings
-from icrl_megatron.rollout import sglang
-from icrl_megatron.rollout.engine import EngineError, EngineLostError, RequestFailedError, Sampling
-from icrl_megatron.rollout.sglang import SGLangEngine
-from icrl_megatron.rollout.sglang_checks import Checksums, word_hash
-from icrl_megatron.rollout.sglang_server import Server
-from icrl_megatron.rollout.sglang_weights import Answer, Bucket, Sink, Transport
+from icrl_megatron.engines import sglang
+from icrl_megatron.engines.protocol import EngineError, EngineLostError, RequestFailedError, Sampling
+from icrl_megatron.engines.sglang import SGLangEngine
+from icrl_megatron.engines.sglang_checks import Checksums, word_hash
+from icrl_megatron.engines.sglang_server import Server
+from icrl_megatron.engines.sglang_weights import Answer, Bucket, Sink, Transport
+from icrl_megatron.settings.schema import EngineSettings
 from icrl_megatron.types import Completion
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

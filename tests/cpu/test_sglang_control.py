@@ -12,12 +12,13 @@ from threading import Thread
 import pytest
 import torch
 
-from icrl_megatron.config import ConfigError, EngineSettings
-from icrl_megatron.rollout import sglang
-from icrl_megatron.rollout.engine import EngineError, NoAnswerError
-from icrl_megatron.rollout.sglang import SGLangEngine
-from icrl_megatron.rollout.sglang_server import Server, ServerSpec, require_cache
-from icrl_megatron.rollout.sglang_weights import SharedMemory
+from icrl_megatron.engines import sglang
+from icrl_megatron.engines.protocol import EngineError, NoAnswerError
+from icrl_megatron.engines.sglang import SGLangEngine
+from icrl_megatron.engines.sglang_server import Server, ServerSpec, require_cache
+from icrl_megatron.engines.sglang_weights import SharedMemory
+from icrl_megatron.settings.schema import EngineSettings
+from icrl_megatron.utils.errors import ConfigError
 
 SHAPES = {"model.embed_tokens.weight": (16, 2)}
 WEIGHTS = [("model.embed_tokens.weight", torch.ones(16, 2))]

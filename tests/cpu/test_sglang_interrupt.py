@@ -11,12 +11,12 @@ import pytest
 import torch
 from aiohttp import web
 
-from icrl_megatron.config import EngineSettings
-from icrl_megatron.rollout import sglang
-from icrl_megatron.rollout.engine import EngineLostError, Sampling
-from icrl_megatron.rollout.sglang import SGLangEngine
-from icrl_megatron.rollout.sglang_server import Server
-from icrl_megatron.rollout.sglang_weights import Transport
+from icrl_megatron.engines import sglang
+from icrl_megatron.engines.protocol import EngineLostError, Sampling
+from icrl_megatron.engines.sglang import SGLangEngine
+from icrl_megatron.engines.sglang_server import Server
+from icrl_megatron.engines.sglang_weights import Transport
+from icrl_megatron.settings.schema import EngineSettings
 from icrl_megatron.types import Completion
 
 SAMPLING = Sampling(1.0, 4, 0, ())

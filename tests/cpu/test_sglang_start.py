@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from icrl_megatron.rollout import sglang_start
+from icrl_megatron.engines import sglang_start
 
 KEY = "-a-key-that-begins-with-a-dash"
 LAUNCH_SERVER = """

@@ -11,13 +11,14 @@ from head_cases import EXACT, TORCH, TRITON, assert_same, make_inputs, needs_tri
 
 from icrl_kernels import Streams, Terms
 from icrl_kernels.objective import token_objective
-from icrl_megatron import settings
-from icrl_megatron.ablate import ARMS
 from icrl_megatron.algo.credit import credit
 from icrl_megatron.algo.samples import to_samples
-from icrl_megatron.config import AlgoSettings, Calibration, ConfigError
+from icrl_megatron.launch.ablate import ARMS
+from icrl_megatron.run.checks import _check_algo
+from icrl_megatron.settings import loading as settings
+from icrl_megatron.settings.schema import AlgoSettings, Calibration
 from icrl_megatron.types import Attempt, Completion, Critique, Episode, Task, Turn
-from icrl_megatron.validate import _check_algo
+from icrl_megatron.utils.errors import ConfigError
 
 GAMMA = 0.1
 SHAPED = Terms(shaping_gamma=GAMMA)

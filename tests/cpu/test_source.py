@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 import pytest
 from rich.console import Console
 
-from icrl_megatron.config import RolloutSettings
-from icrl_megatron.rollout.engine import EngineError, EngineLostError, EngineStats, RequestFailedError
-from icrl_megatron.rollout.engines import Share, lead_rank
+from icrl_megatron.engines.protocol import EngineError, EngineLostError, EngineStats, RequestFailedError
+from icrl_megatron.engines.registry import Share, lead_rank
+from icrl_megatron.evaluation.control import ControlResult, ControlState, control
+from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.episode import Stage
-from icrl_megatron.rollout.evaluate import ControlResult, ControlState, control
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.source import MAX_DEATHS, EngineSource, Played
 from icrl_megatron.rollout.speakers import Ask, Seeds, engine_casting
+from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks import registry
-from icrl_megatron.telemetry.progress import Progress
-from icrl_megatron.tiny import build_tokenizer
 from icrl_megatron.types import Completion
+from icrl_megatron.utils.progress import Progress
 
 TASKS = list(registry.get("household").problems("train"))[:3]
 EPISODES = 2

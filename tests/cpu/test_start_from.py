@@ -12,10 +12,10 @@ from begun_run import write_rows
 from safetensors.torch import load_file
 from whole_runs import Ended, batch, rows, train
 
-from icrl_megatron import settings as S
-from icrl_megatron import start
-from icrl_megatron.config import ConfigError
-from icrl_megatron.validate import validate
+from icrl_megatron.run import start
+from icrl_megatron.run.checks import validate
+from icrl_megatron.settings import loading as S
+from icrl_megatron.utils.errors import ConfigError
 
 WEIGHTS = "model.safetensors"
 ACTOR = ("actor/loss", "actor/grad_norm", "actor/entropy", "actor/nll")

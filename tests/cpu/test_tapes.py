@@ -16,23 +16,24 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from icrl_megatron.config import ConfigError, RolloutSettings
-from icrl_megatron.config_tasks import TaskSource
 from icrl_megatron.data.sampler import TaskSampler
-from icrl_megatron.rollout.engine import EngineStats
-from icrl_megatron.rollout.engines import Share
+from icrl_megatron.engines.protocol import EngineStats
+from icrl_megatron.engines.registry import Share
+from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.episode import Ended, Stage, play_all
 from icrl_megatron.rollout.groups import Groups, deal
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.source import EngineSource
 from icrl_megatron.rollout.speakers import Ask, Cast, Seeds
 from icrl_megatron.rollout.tapes import InterruptedEpisodeError, Stop, Tape, from_lines, taped, to_lines, tokens
-from icrl_megatron.settings import load
+from icrl_megatron.run.checks import validate
+from icrl_megatron.settings.loading import load
+from icrl_megatron.settings.schema import RolloutSettings
+from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks import registry
-from icrl_megatron.telemetry.progress import Progress
-from icrl_megatron.tiny import build_tokenizer
 from icrl_megatron.types import Completion, Episode, Ids, Task, UnplayedEpisode
-from icrl_megatron.validate import validate
+from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.progress import Progress
 
 SEEDS = Seeds(0, 0)
 

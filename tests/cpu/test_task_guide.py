@@ -18,15 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sandboxes import sandboxed
 
-from icrl_megatron.config import RolloutSettings
-from icrl_megatron.config_tasks import TaskData, TaskSource
+from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.episode import Stage, play_episode
 from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.speakers import Ask, Cast, Seeds
+from icrl_megatron.settings.schema import RolloutSettings
+from icrl_megatron.settings.task_schema import TaskData, TaskSource
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Environment, StepResult, TaskSet
 from icrl_megatron.tasks.mathematics import Mathematics
-from icrl_megatron.tiny import build_tokenizer
 from icrl_megatron.types import Completion, Episode, Task
 
 GUIDE = Path(__file__).parents[2] / "docs" / "TASKS.md"

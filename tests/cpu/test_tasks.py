@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icrl_megatron.config import ConfigError
 from icrl_megatron.tasks import household, registry, rulebook
 from icrl_megatron.tasks.base import Environment, TaskSet, Teachable, Teacher
 from icrl_megatron.types import Task
+from icrl_megatron.utils.errors import ConfigError
 
 RUNNER = asyncio.Runner()
 """One event loop for all: starting one costs more than playing an attempt."""

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
-from icrl_megatron.config import ConfigError, RolloutSettings
+from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.episode import Stage, play
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.rollout.teacher import teacher_casting
+from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Environment
-from icrl_megatron.tiny import build_tokenizer
 from icrl_megatron.types import Episode, Task
+from icrl_megatron.utils.errors import ConfigError
 
 SETTINGS = RolloutSettings(max_turn_tokens=4, context_tokens=200, templates="compact")
 SEEDS = Seeds(run=0, step=0)

@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from icrl_megatron.algo.credit import apply_preset, credit
-from icrl_megatron.config import AlgoSettings, ConfigError
-from icrl_megatron.telemetry.bands import smoothed
+from icrl_megatron.algo.credit import credit
+from icrl_megatron.report.bands import smoothed
+from icrl_megatron.report.plots import learning_curve
+from icrl_megatron.report.show import show
+from icrl_megatron.settings.presets import apply_preset
+from icrl_megatron.settings.schema import AlgoSettings
 from icrl_megatron.telemetry.dumps import dump_path, dumped_steps, read_dump, read_episodes, write_dump
 from icrl_megatron.telemetry.metrics import heldout_metrics, rollout_metrics
-from icrl_megatron.telemetry.plots import learning_curve
-from icrl_megatron.telemetry.progress import Progress
-from icrl_megatron.telemetry.show import show
 from icrl_megatron.telemetry.writer import METRICS_FILE, TENSORBOARD_FOLDER, MetricsWriter, read_rows
 from icrl_megatron.types import Attempt, Completion, Critique, DroppedEpisode, Episode, Ids, Task, Turn
+from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.progress import Progress
 
 
 def completion(n: int) -> Completion:
@@ -245,7 +247,7 @@ def test_progress_in_a_terminal_and_without_one(monkeypatch: pytest.MonkeyPatch)
     bars = run(terminal=True)
     assert "Training" in bars
     assert bars.endswith("done [1/2]\n")
-    monkeypatch.setattr("icrl_megatron.telemetry.progress.PLAIN_INTERVAL_S", 0.0)
+    monkeypatch.setattr("icrl_megatron.utils.progress.PLAIN_INTERVAL_S", 0.0)
     lines = run(terminal=False).splitlines()
     assert lines[0] == "Rollouts  1/8  0 s  success 0.0"
     assert lines[-2:] == ["Training  2/2  0 s", "done [1/2]"]

@@ -19,15 +19,15 @@ from rich.table import Table
 from rich.text import Text
 from whole_runs import SMALL, icrl
 
-from icrl_megatron.telemetry.console import PlainConsole
 from icrl_megatron.telemetry.dumps import dump_path, dumped_steps
-from icrl_megatron.telemetry.terminal import printable
+from icrl_megatron.utils.console import PlainConsole
+from icrl_megatron.utils.terminal import printable
 
 HOSTILE = "\x1b]0;owned\x07 \x1b[8mhidden \x9b2J \u202etxt.exe \u2066x\u2069 \r\x7f\x00 \x1b]52;c;AAAA\x1b\\"
 SHOWN = (r"\x1b]0;owned\x07", r"\x1b[8mhidden", r"\x9b2J", r"\u202etxt.exe")
 OURS = re.compile("\x1b\\[[0-9;]*[mABCDKGHJ]|\x1b\\[\\?25[lh]")
 """Colors, movements and the cursor's visibility, as rich writes them. Of colors, never the one that hides."""
-GUARD = "from icrl_megatron.telemetry.terminal import guard; guard(); "
+GUARD = "from icrl_megatron.utils.terminal import guard; guard(); "
 
 
 def in_a_terminal(command: list[str], timeout_s: float = 120, **more: str) -> str:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
-from icrl_megatron.config import TinyModel
+from icrl_megatron.model.tiny import CRITIC_TAGS, END, HEADERS, PAD, UNKNOWN, build_tiny, build_tokenizer
+from icrl_megatron.settings.schema import TinyModel
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Teachable
-from icrl_megatron.tiny import CRITIC_TAGS, END, HEADERS, PAD, UNKNOWN, build_tiny, build_tokenizer
 
 WORDS = {"oak", "elm", "go", "kitchen", "don't", "<critic>"}
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from whole_runs import Ended, batch, rows, train
 
-from icrl_megatron import settings as S
-from icrl_megatron.watch import MISMATCH, Limits, mismatch_limits
+from icrl_megatron.run.watch import MISMATCH, Limits, mismatch_limits
+from icrl_megatron.settings import loading as S
 
 BF16 = ["actor.precision=bf16", "steps=5"]
 HUGE = ["optim.learning_rate=30", "steps=6", "checkpoint.keep=9"]

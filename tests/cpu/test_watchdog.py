@@ -20,14 +20,14 @@ from typing import Any
 
 import pytest
 
-from icrl_megatron.config import RolloutSettings
+from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout import watchdog
 from icrl_megatron.rollout.episode import Stage, play
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Ask, Cast, Seeds
 from icrl_megatron.rollout.watchdog import WATCHDOG
+from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks.base import Environment, StepResult
-from icrl_megatron.tiny import build_tokenizer
 from icrl_megatron.types import Completion, DroppedEpisode, Episode, Task
 
 LIMIT_S = 0.3

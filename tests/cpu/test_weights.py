@@ -15,17 +15,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from icrl_megatron.actor import platform
-from icrl_megatron.config import ConfigError
-from icrl_megatron.shape import Qwen3Shape
+from icrl_megatron.distributed import platform
+from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.utils.errors import ConfigError
 
 if torch.cuda.is_available():
     pytest.skip("the stand-ins for CUDA would hide the GPU from other tests of this process", allow_module_level=True)
 platform.prepare("cpu")
 
-from icrl_megatron.actor.weights import Row, Slice, _Table, load_hf  # noqa: E402
+from icrl_megatron.model.weights import Row, Slice, _Table, load_hf  # noqa: E402
 
-# By its metadata: the library itself is hidden on a CPU (actor/platform.py).
+# By its metadata: the library itself is hidden on a CPU (distributed/platform.py).
 HAS_TRANSFORMER_ENGINE = bool(list(importlib.metadata.distributions(name="transformer_engine")))
 
 

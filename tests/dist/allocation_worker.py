@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from icrl_megatron.actor import platform
-from icrl_megatron.settings import load_saved
+from icrl_megatron.distributed import platform
+from icrl_megatron.settings.loading import load_saved
 
 
 def allocated(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
@@ -23,7 +23,7 @@ def allocated(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
 def main(folder: Path, settings_path: Path, out: Path) -> None:
     settings = load_saved(settings_path)
     platform.prepare("cpu")
-    from icrl_megatron.actor import grid as grids
+    from icrl_megatron.distributed import grid as grids
     from icrl_megatron.actor.actor import Actor
 
     grid = grids.build(settings)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from icrl_megatron.config import Settings, TinyModel
+from icrl_megatron.settings.schema import Settings, TinyModel
 from icrl_megatron.types import Sample
 
 LEARNING_RATE = 1e-2

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 from icrl_kernels import Streams, Terms, token_objective
-from icrl_megatron.config import Settings
+from icrl_megatron.settings.schema import Settings
 from icrl_megatron.data.packing import split_updates
 from icrl_megatron.types import Sample
 

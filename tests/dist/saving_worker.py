@@ -23,10 +23,11 @@ os.environ.update(RANK=sys.argv[1], LOCAL_RANK=sys.argv[1], WORLD_SIZE="2", MAST
 
 from run_faults import fault  # noqa: E402
 
-from icrl_megatron import saving, train  # noqa: E402
+from icrl_megatron.run import saving
+from icrl_megatron import train  # noqa: E402
 from icrl_megatron.actor import checkpoint, manifest  # noqa: E402
 from icrl_megatron.actor.optimizer import Optimizer  # noqa: E402
-from icrl_megatron.settings import load  # noqa: E402
+from icrl_megatron.settings.loading import load  # noqa: E402
 
 RANK = int(sys.argv[1])
 NEVER, ALWAYS = "checkpoint.interval=1000", "checkpoint.interval=1"

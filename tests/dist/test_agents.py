@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from icrl_megatron import net
-from icrl_megatron.agent import Share, _bound
+from icrl_megatron.distributed import net
+from icrl_megatron.launch.agent import Share, _bound
 
 pytestmark = pytest.mark.dist
 
@@ -53,7 +53,7 @@ def agents(folder: Path, *words: str) -> list[subprocess.Popen[str]]:
     meet = [f"--master-port={free_port()}", "--master-addr=127.0.0.1"]
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "icrl_megatron.agent", "--nnodes=2", f"--node-rank={node}", "--nproc-per-node=2",
+            [sys.executable, "-m", "icrl_megatron.launch.agent", "--nnodes=2", f"--node-rank={node}", "--nproc-per-node=2",
              *meet, "-m", "meet", *words],
             env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
@@ -93,7 +93,7 @@ def test_the_store_of_one_machine_is_bound_to_loopback_and_no_other_address() ->
 def test_an_address_that_is_not_this_machines_is_one_message(tmp_path: Path) -> None:
     words = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=192.0.2.1", "--master-port=20001", "-m", "x"]
     done = subprocess.run(
-        [sys.executable, "-m", "icrl_megatron.agent", *words],
+        [sys.executable, "-m", "icrl_megatron.launch.agent", *words],
         capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert done.returncode == 1

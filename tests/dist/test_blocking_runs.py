@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from whole_runs import lines, signalled, start, train, when
 
-from icrl_megatron.launch import STOPPED
+from icrl_megatron.distributed.process import STOPPED
 
 pytestmark = [pytest.mark.dist]
 

@@ -38,7 +38,7 @@ def ranks_below(launcher: int) -> list[psutil.Process]:
             words = process.cmdline()
         except psutil.NoSuchProcess:
             continue
-        if "icrl_megatron.train" in words and "icrl_megatron.agent" not in words:
+        if "icrl_megatron.train" in words and "icrl_megatron.launch.agent" not in words:
             found.append(process)
     return found
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from whole_runs import WARM_START, has_child, icrl, kill_tree, lines, rows, signalled, start, train, when
 
-from icrl_megatron.launch import STOPPED
+from icrl_megatron.distributed.process import STOPPED
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 

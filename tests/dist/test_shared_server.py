@@ -24,17 +24,17 @@ import torch.distributed as dist
 
 from ranks import run_ranks
 
-from icrl_megatron import wiring
-from icrl_megatron.actor import platform
-from icrl_megatron.actor.grid import any_rank
-from icrl_megatron.actor.sync import WeightSync
-from icrl_megatron.config import EngineSettings, Settings
-from icrl_megatron.rollout.engine import EngineError, NoAnswerError
-from icrl_megatron.rollout.engines import Engines, Share
-from icrl_megatron.rollout.server_group import ServerGroup
-from icrl_megatron.rollout.sglang import Follower, SGLangEngine
-from icrl_megatron.rollout.sglang_checks import Checksums
-from icrl_megatron.rollout.sglang_weights import SharedMemory, Sink
+from icrl_megatron.run import build as wiring
+from icrl_megatron.distributed import platform
+from icrl_megatron.distributed.grid import any_rank
+from icrl_megatron.engines.sync import WeightSync
+from icrl_megatron.settings.schema import EngineSettings, Settings
+from icrl_megatron.engines.protocol import EngineError, NoAnswerError
+from icrl_megatron.engines.registry import Engines, Share
+from icrl_megatron.engines.server_group import ServerGroup
+from icrl_megatron.engines.sglang import Follower, SGLangEngine
+from icrl_megatron.engines.sglang_checks import Checksums
+from icrl_megatron.engines.sglang_weights import SharedMemory, Sink
 
 WORLD = 2
 LIMIT_S = 20.0

@@ -13,12 +13,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import whole_runs
 from engine_cases import engine_on, engine_settings, serving
 
-from icrl_megatron.config import TinyModel
+from icrl_megatron.engines.sglang import SGLangEngine
+from icrl_megatron.engines.sglang_server import Server
+from icrl_megatron.model.tiny import build_tiny
 from icrl_megatron.rollout.prompts import template_words
-from icrl_megatron.rollout.sglang import SGLangEngine
-from icrl_megatron.rollout.sglang_server import Server
+from icrl_megatron.settings.schema import TinyModel
 from icrl_megatron.tasks import registry
-from icrl_megatron.tiny import build_tiny
 
 whole_runs.TIMEOUT_S = 600  # a server alone takes a minute and more to start on a busy machine
 

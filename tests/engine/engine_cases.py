@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from icrl_megatron.config import EngineSettings
-from icrl_megatron.rollout.engine import Sampling
-from icrl_megatron.rollout.engines import tensor_shapes
-from icrl_megatron.rollout.sglang import SGLangEngine
-from icrl_megatron.rollout.sglang_server import Server, ServerSpec
-from icrl_megatron.rollout.sglang_weights import SharedMemory
+from icrl_megatron.engines.protocol import Sampling
+from icrl_megatron.engines.registry import tensor_shapes
+from icrl_megatron.engines.sglang import SGLangEngine
+from icrl_megatron.engines.sglang_server import Server, ServerSpec
+from icrl_megatron.engines.sglang_weights import SharedMemory
+from icrl_megatron.settings.schema import EngineSettings
 from icrl_megatron.types import Completion
 
 CONTEXT = 512

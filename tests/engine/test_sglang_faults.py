@@ -11,12 +11,12 @@ import psutil
 import pytest
 from engine_cases import CONTEXT, engine_on, engine_settings, generate, load, spec, weights
 
-from icrl_megatron.config import ConfigError
-from icrl_megatron.rollout import sglang, sglang_server
-from icrl_megatron.rollout.engine import EngineError, EngineLostError, Sampling
-from icrl_megatron.rollout.sglang import SGLangEngine
-from icrl_megatron.rollout.sglang_checks import require_context
-from icrl_megatron.rollout.sglang_server import Server, check_version, installed_version
+from icrl_megatron.engines import sglang, sglang_server
+from icrl_megatron.engines.protocol import EngineError, EngineLostError, Sampling
+from icrl_megatron.engines.sglang import SGLangEngine
+from icrl_megatron.engines.sglang_checks import require_context
+from icrl_megatron.engines.sglang_server import Server, check_version, installed_version
+from icrl_megatron.utils.errors import ConfigError
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

@@ -14,9 +14,9 @@ import torch
 from engine_cases import CONTEXT, engine_on, engine_settings, generate, load, reference_logprobs, serving, weights
 from model_folders import WORDS, copy, make_folder, save, tensors, with_fields
 
-from icrl_megatron.actor.rotary import yarn_frequencies
-from icrl_megatron.rollout.engine import Sampling
-from icrl_megatron.shape import Qwen3Shape, check_folder
+from icrl_megatron.engines.protocol import Sampling
+from icrl_megatron.model.rotary import yarn_frequencies
+from icrl_megatron.model.shape import Qwen3Shape, check_folder
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

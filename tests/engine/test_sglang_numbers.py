@@ -25,13 +25,14 @@ from engine_cases import (
     weights,
 )
 
-from icrl_megatron.actor import platform
-from icrl_megatron.actor.sync import WeightSync
-from icrl_megatron.config import ConfigError, RolloutSettings, Settings
-from icrl_megatron.rollout.engine import EngineError, RequestFailedError, Sampling
-from icrl_megatron.rollout.engines import Engines, Share, _remote
-from icrl_megatron.rollout.sglang import SGLangEngine
-from icrl_megatron.rollout.sglang_server import Server
+from icrl_megatron.distributed import platform
+from icrl_megatron.engines.protocol import EngineError, RequestFailedError, Sampling
+from icrl_megatron.engines.registry import Engines, Share, _remote
+from icrl_megatron.engines.sglang import SGLangEngine
+from icrl_megatron.engines.sglang_server import Server
+from icrl_megatron.engines.sync import WeightSync
+from icrl_megatron.settings.schema import RolloutSettings, Settings
+from icrl_megatron.utils.errors import ConfigError
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

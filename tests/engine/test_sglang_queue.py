@@ -11,10 +11,10 @@ import pytest
 import torch
 from engine_cases import CONTEXT, engine_on, engine_settings, generate, load, reference_logprobs, serving, spec, weights
 
-from icrl_megatron.config import ConfigError
-from icrl_megatron.rollout.engine import Sampling
-from icrl_megatron.rollout.sglang_server import Server
+from icrl_megatron.engines.protocol import Sampling
+from icrl_megatron.engines.sglang_server import Server
 from icrl_megatron.types import Completion
+from icrl_megatron.utils.errors import ConfigError
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

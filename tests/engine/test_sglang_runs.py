@@ -16,8 +16,8 @@ from engine_cases import engine_on, engine_settings, generate, greedy, load
 from sockets import Watch
 from whole_runs import end, icrl, rows, start, when
 
-from icrl_megatron.rollout.engine import Sampling
-from icrl_megatron.rollout.sglang_server import Server
+from icrl_megatron.engines.protocol import Sampling
+from icrl_megatron.engines.sglang_server import Server
 from icrl_megatron.telemetry.dumps import dump_path, read_episodes
 
 pytestmark = [pytest.mark.engine, pytest.mark.dist, pytest.mark.slow]

@@ -12,9 +12,9 @@ import pytest
 from engine_cases import generate
 from sockets import listeners
 
-from icrl_megatron.rollout.engine import Sampling
-from icrl_megatron.rollout.sglang import SGLangEngine
-from icrl_megatron.rollout.sglang_server import Server
+from icrl_megatron.engines.protocol import Sampling
+from icrl_megatron.engines.sglang import SGLangEngine
+from icrl_megatron.engines.sglang_server import Server
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

@@ -1,0 +1,181 @@
+"""The TP x PP x DP grid of ranks, and the few collectives the trainer makes on host objects."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+from icrl_megatron.distributed import platform, rendezvous
+from icrl_megatron.settings.schema import Settings
+from icrl_megatron.utils.errors import ConfigError, HopelessError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """This rank's place. Ranks of one tensor-parallel group are neighbours; pipeline stages lie furthest apart."""
+
+    rank: int
+    world: int
+    tensor: int
+    tensor_rank: int
+    pipeline: int
+    pipeline_rank: int
+    data: int
+    data_rank: int
+    host_group: Any
+    """A gloo group of all ranks, for Python objects."""
+
+    @property
+    def first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline - 1
+
+
+def build(settings: Settings) -> Grid:
+    """Joins the process group and Megatron's parallel state: RANK, WORLD_SIZE and MASTER_* say which and where."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    timeout = datetime.timedelta(seconds=settings.launch.timeout_s)
+    if not dist.is_initialized():
+        rendezvous.keep_to_this_machine(settings.engine)
+        dist.init_process_group(
+            platform.backend(),
+            store=rendezvous.store(timeout),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timeout,
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=settings.actor.tensor_parallel,
+        pipeline_model_parallel_size=settings.actor.pipeline_parallel,
+        distributed_timeout_minutes=max(1, round(settings.launch.timeout_s / 60)),
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(settings.seed + 1)
+    return Grid(
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        tensor=parallel_state.get_tensor_model_parallel_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        data=parallel_state.get_data_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        host_group=dist.new_group(backend="gloo", timeout=timeout),
+    )
+
+
+def single_process() -> None:
+    """Environment of a one-rank job for programs that nobody started as ranks (tools, conversions, tests)."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        os.environ.setdefault(name, value)
+
+
+def shutdown() -> None:
+    """Leaves Megatron's parallel state and the process group."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def gather_objects(grid: Grid, mine: Any) -> list[Any]:
+    """Every rank's object, in rank order, on every rank."""
+    out: list[Any] = [None] * grid.world
+    dist.all_gather_object(out, mine, group=grid.host_group)
+    return out
+
+
+class OtherRankError(RuntimeError):
+    """Another rank failed; the message says which one and contains its traceback."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception of one rank as text, which can be sent to the others whatever its type is."""
+
+    kind: type[ConfigError] | type[HopelessError] | type[OtherRankError]
+    message: str
+
+    @staticmethod
+    def of(error: BaseException) -> Failure:
+        for kind in (ConfigError, HopelessError):
+            if isinstance(error, kind):
+                return Failure(kind, str(error))
+        return Failure(OtherRankError, "".join(traceback.format_exception(error)))
+
+
+def raise_failures(mine: BaseException | None, everyone: Sequence[Failure | None]) -> None:
+    """Raises this rank's own exception, or else the first failure of another rank; nothing if no rank failed."""
+    if mine is not None:
+        raise mine
+    for rank, failure in enumerate(everyone):
+        if failure is not None:
+            prefix = f"rank {rank} failed: " if failure.kind is OtherRankError else ""
+            raise failure.kind(prefix + failure.message)
+
+
+def together(grid: Grid, work: Callable[[], T]) -> T:
+    """Runs `work`, which must not communicate, on every rank. Returns its result once all ranks are done with theirs.
+
+    If it fails on any rank, all ranks raise: a rank whose own work failed raises its own exception, the others raise
+    the same ConfigError or HopelessError, or OtherRankError for any other exception. So no rank waits for one that
+    has failed.
+    """
+    done, failed = attempt(work)
+    raise_failures(failed, gather_objects(grid, None if failed is None else Failure.of(failed)))
+    return done  # type: ignore[return-value]  # it is there if nothing failed
+
+
+def attempt(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    """The result of `work`, or the exception that it raised."""
+    try:
+        return work(), None
+    except (Exception, KeyboardInterrupt) as error:
+        return None, error
+
+
+def meet(grid: Grid, name: str, timeout_s: Callable[[], float]) -> bool:
+    """Waits until every rank has called this with the same `name`; False if one has not after `timeout_s()` seconds.
+
+    Uses the store that the ranks met at, so it works while another rank hangs in a collective. `timeout_s` is asked
+    again and again, so it may become shorter meanwhile.
+    """
+    store, begun = _get_default_store(), time.monotonic()
+    store.set(f"{name}/{grid.rank}", "")
+    everyone = [f"{name}/{rank}" for rank in range(grid.world)]
+    while not store.check(everyone):
+        if time.monotonic() - begun > timeout_s():
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def any_rank(grid: Grid, flag: bool) -> bool:
+    """True on all ranks if it is True on any: how a signal to one rank stops all of them at the same step."""
+    value = torch.tensor([int(flag)])
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=grid.host_group)
+    return bool(value.item())
+
+
+def sum_over_ranks(grid: Grid, values: dict[str, float]) -> dict[str, float]:
+    """Sums by key over all ranks; every rank passes the same keys."""
+    names = sorted(values)
+    total = torch.tensor([values[n] for n in names], dtype=torch.float64)
+    dist.all_reduce(total, group=grid.host_group)
+    return dict(zip(names, total.tolist(), strict=True))

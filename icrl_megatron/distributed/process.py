@@ -1,0 +1,177 @@
+"""The rank's side of a launch: it dies with its parent, listens to stop requests, and reports how it
+ended."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from icrl_megatron.utils.disk import unexplained_errors
+from icrl_megatron.utils.errors import ConfigError, HopelessError
+from icrl_megatron.utils.terminal import guard
+
+HOPELESS = 1
+
+
+CONFIG_ERROR = 2
+
+
+STOPPED = 3
+
+
+KILLED = 130
+
+
+OUTCOME_ENV = "ICRL_OUTCOME"
+
+
+"""File that the first rank with something to say writes {"code", "message"} to; whoever starts the agent may set it."""
+
+
+STOP_ENV = "ICRL_STOP"
+
+
+"""File whose existence means stop: a signal that comes before a rank listens would be lost, and in a container it may
+kill what serves the file system (slurm/job.sh)."""
+
+
+STARTED_ENV = "ICRL_STARTED"
+
+
+"""File that rank 0 makes when the ranks have met: from then on the terminal is its own."""
+
+
+PARENT_ENV = "ICRL_PARENT"
+
+
+"""Process id of the parent that a child must not outlive."""
+
+
+STORE_FD_ENV = "ICRL_STORE_FD"
+
+
+"""Descriptor of the bound socket on which rank 0 serves the job's store."""
+
+
+LEAVE_TIMEOUT_S = 30.0
+
+
+"""From the end of a rank's work to the end of its process, at most."""
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def is_rank() -> bool:
+    """Whether this process is a rank already."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def run_rank(main: Callable[[], int]) -> NoReturn:
+    """What a rank's entry point wraps itself in: dies with its parent, and leaves its outcome for the launcher.
+
+    `main` returns 0, or STOPPED when all ranks agreed to stop. The process then exits with 0 in both cases, because the
+    agent ends the other ranks as soon as one exits otherwise; with 2 after a ConfigError and 1 after a
+    HopelessError, whose messages need no traceback.
+    """
+    guard()
+    die_with_parent()
+    try:
+        with unexplained_errors():
+            code = main()
+    except (ConfigError, HopelessError) as error:
+        ended = CONFIG_ERROR if isinstance(error, ConfigError) else HOPELESS
+        leave_outcome(ended, str(error))
+        _leave(ended)
+    if code == STOPPED:
+        leave_outcome(STOPPED, "stopped on request")
+        code = 0
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process, and does not wait long for threads that an environment may have left running."""
+    # Python gives signals their default action back while it ends: a stop request that comes then would kill the rank.
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    last = threading.Timer(LEAVE_TIMEOUT_S, os._exit, [code])
+    last.daemon = True
+    last.start()
+    sys.exit(code)
+
+
+def report_started() -> None:
+    """Rank 0 says that it writes to the terminal from here on, if anybody wants to know."""
+    if os.environ.get(STARTED_ENV):
+        Path(os.environ[STARTED_ENV]).touch()
+
+
+class StopRequest:
+    """Whether this rank was asked to stop. A flag only: the loop agrees on it with all ranks between two steps."""
+
+    def __init__(self) -> None:
+        """Starts listening to SIGUSR1 and SIGTERM; call it in the main thread, before anything slow."""
+        self._set = False
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        named = os.environ.get(STOP_ENV)
+        self._file = Path(named) if named else None
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._set = True
+
+    def __bool__(self) -> bool:
+        self._set = self._set or (self._file is not None and self._file.exists())
+        return self._set
+
+
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Asks Linux to send this process a signal when its parent dies, even of SIGKILL; ends it if that already
+    happened."""
+    if sys.platform != "linux":
+        return
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    # Taken out, so that a child of this process does not compare with its grandparent.
+    parent = os.environ.pop(PARENT_ENV, "")
+    if parent and os.getppid() != int(parent):
+        os._exit(1)
+
+
+def read_outcome(path: Path) -> tuple[int, str] | None:
+    """(exit code, message) that a rank left, None if none did."""
+    try:
+        left = json.loads(path.read_text(encoding="utf-8"))
+        return int(left["code"]), str(left["message"])
+    except FileNotFoundError:
+        return None
+
+
+def leave_outcome(code: int, message: str) -> None:
+    """Writes how this rank ended where the launcher asked for it; the first rank to write wins. An error is printed
+    where nobody asked, or the file cannot be written."""
+    name = os.environ.get(OUTCOME_ENV)
+    if name:
+        path = Path(name)
+        part = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            part.write_text(json.dumps({"code": code, "message": message}), encoding="utf-8")
+            with contextlib.suppress(FileExistsError):
+                os.link(part, path)
+            return
+        except OSError:
+            pass
+        finally:
+            part.unlink(missing_ok=True)
+    if code in (CONFIG_ERROR, HOPELESS):
+        with contextlib.suppress(OSError):
+            print(f"error: {message}", file=sys.stderr)

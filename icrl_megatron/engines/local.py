@@ -1,0 +1,250 @@
+"""The embedded engine: a transformers model in this process, shared by the requests of many concurrent episodes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from icrl_megatron.engines.decoding import Decoding, Finished, Request
+from icrl_megatron.engines.protocol import EngineError, Sampling
+from icrl_megatron.model.shape import Qwen3Shape, locate_weights
+from icrl_megatron.settings.schema import EngineSettings
+from icrl_megatron.types import Completion, Ids
+from icrl_megatron.utils.errors import ConfigError
+
+_IDLE_PASSES = 4
+"""Passes of the event loop without a new request after which everybody is taken to be waiting for the engine."""
+
+
+@dataclass(frozen=True)
+class _Pending:
+    request: Request
+    future: asyncio.Future[Completion]
+    deadline: float
+    """time.monotonic() seconds."""
+
+
+class LocalEngine:
+    """Implements `engines.protocol.Engine`.
+
+    Requests that are waiting when the event loop has nothing else to do form a wave; a wave is sorted by prompt length
+    and cut into batches of at most `max_batch`. No clock takes part, so the same requests always form the same batches.
+    Raises ConfigError when the folder holds no whole model that it can run.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        settings: EngineSettings,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        weights: bool = True,
+    ) -> None:
+        """`weights`: False for a folder with a configuration and a tokenizer only; no request is taken then until a
+        whole update has arrived."""
+        self._settings = settings
+        self._device = torch.device(device)
+        shape = Qwen3Shape.read(Path(model_dir))
+        model = _load(Path(model_dir), shape, dtype) if weights else _build(Path(model_dir), dtype)
+        self._model = model.to(self._device)
+        _require_finite(self._model, model_dir)
+        self._vocabulary, self._max_positions = shape.vocab, shape.max_positions
+        self._version = 0
+        self._unfit = "" if weights else "The engine has no weights yet: send a whole update."
+        """Why requests are refused; empty when they are not."""
+        self._pending: list[_Pending] = []
+        self._running: list[_Pending] = []
+        self._driver: asyncio.Task[None] | None = None
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        """Raises EngineError when the engine sleeps, is closed or holds half an update, when the prompt does not fit
+        the model's positions or vocabulary, and after `engine.request_timeout_s`. A reply ends at the last position."""
+        request = self._checked(tuple(prompt_ids), sampling)
+        loop = asyncio.get_running_loop()
+        deadline = time.monotonic() + self._settings.request_timeout_s
+        waiting = _Pending(request, loop.create_future(), deadline)
+        self._pending.append(waiting)
+        if self._driver is None:
+            self._driver = loop.create_task(self._drive())
+        return await waiting.future
+
+    def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Copies Hugging-Face-named full tensors in place, one at a time, converted to the engine's dtype.
+
+        Raises EngineError, naming the first bad tensor, on a name that is unknown or comes twice, a wrong shape, a
+        dtype that is not floating point, a tied pair that differs, and on names that never came; no request is taken
+        then until a whole update has arrived. Raises EngineError while requests are running.
+        """
+        if any(not p.future.done() for p in (*self._pending, *self._running)):
+            raise EngineError(f"Weights of version {version} came while requests are running: wait for them.")
+        if self._unfit == _CLOSED:
+            raise EngineError(_CLOSED)
+        asleep = self._unfit == _ASLEEP
+        self._unfit = f"The engine holds half of the weights of version {version}: send a whole update."
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        seen: set[str] = set()
+        written: dict[int, str] = {}
+        with torch.no_grad():
+            for name, tensor in tensors:
+                _check_tensor(name, tensor, parameters, seen, version)
+                seen.add(name)
+                target = parameters[name]
+                tied = written.setdefault(id(target), name)
+                if tied == name:
+                    target.copy_(tensor)
+                elif not torch.equal(target, tensor.to(target)):
+                    raise EngineError(f"Update {version}: {name!r} differs from {tied!r}, but this model ties the two.")
+        missing = [name for name, parameter in parameters.items() if id(parameter) not in written]
+        if missing:
+            raise EngineError(f"Update {version} lacks {len(missing)} of the model's tensors; first {missing[0]!r}.")
+        self._version = version
+        self._unfit = _ASLEEP if asleep else ""
+
+    async def interrupt(self) -> None:
+        """Its batches run to their end: a token more costs less than a batch cut short and begun again."""
+
+    def sleep(self) -> None:
+        if any(not p.future.done() for p in (*self._pending, *self._running)):
+            raise EngineError("The engine cannot sleep while requests are running: wait for them.")
+        if not self._unfit:
+            self._unfit = _ASLEEP
+            self._model.to("cpu")
+
+    def wake_weights(self) -> None:
+        """Nothing yet: weights are updated where they sleep, in host memory."""
+
+    def wake(self) -> None:
+        self._model.to(self._device)
+        if self._unfit == _ASLEEP:
+            self._unfit = ""
+
+    def health(self) -> str:
+        return self._unfit or "ok"
+
+    def close(self) -> None:
+        self._unfit = _CLOSED
+        self._model.to("meta")
+
+    def _checked(self, prompt: Ids, sampling: Sampling) -> Request:
+        if self._unfit:
+            raise EngineError(self._unfit)
+        room = self._max_positions - len(prompt)
+        if room < 1:
+            raise EngineError(
+                f"A prompt has {len(prompt)} tokens, but the model has {self._max_positions} positions: lower "
+                "rollout.context_tokens to that, or take a model with more."
+            )
+        if not prompt or min(prompt) < 0 or max(prompt) >= self._vocabulary:
+            raise EngineError(f"A prompt is empty or has ids outside 0..{self._vocabulary - 1}: check the tokenizer.")
+        if sampling.max_new_tokens < 1 or sampling.temperature < 0:
+            raise EngineError(f"max_new_tokens must be at least 1 and temperature at least 0, not {sampling}.")
+        return Request(prompt, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)))
+
+    async def _drive(self) -> None:
+        """Runs waves until nobody waits; the next request starts it anew, in whichever event loop it comes from."""
+        try:
+            while self._pending:
+                await self._quiescence()
+                wave, self._pending = sorted(self._pending, key=lambda p: len(p.request.prompt)), []
+                self._running = wave
+                batches = -(-len(wave) // self._settings.max_batch)
+                for i in range(batches):
+                    await self._run(wave[len(wave) * i // batches : len(wave) * (i + 1) // batches])
+        finally:
+            for left in (*self._pending, *self._running):
+                left.future.cancel()
+            self._pending, self._running, self._driver = [], [], None
+
+    async def _quiescence(self) -> None:
+        seen, idle = len(self._pending), 0
+        while idle < _IDLE_PASSES:
+            await asyncio.sleep(0)
+            idle = idle + 1 if len(self._pending) == seen else 0
+            seen = len(self._pending)
+
+    async def _run(self, batch: list[_Pending]) -> None:
+        """Runs one batch; its requests end one by one. A failure ends those that had not."""
+        try:
+            decoding = Decoding(self._model, [p.request for p in batch])
+            deadline = min(p.deadline for p in batch)
+            while decoding.rows:
+                for finished in decoding.step():
+                    self._answer(batch[finished.index], finished)
+                if time.monotonic() > deadline and decoding.rows:
+                    raise EngineError(
+                        f"{decoding.rows} requests of a batch of {len(batch)} had no answer after "
+                        f"{self._settings.request_timeout_s} s: raise engine.request_timeout_s, or lower "
+                        "engine.max_batch."
+                    )
+                await asyncio.sleep(0)
+        except (EngineError, RuntimeError) as error:
+            reason = error if isinstance(error, EngineError) else EngineError(f"The local engine failed: {error}")
+            for waiting in batch:
+                if not waiting.future.done():
+                    waiting.future.set_exception(reason)
+
+    def _answer(self, waiting: _Pending, finished: Finished) -> None:
+        if not waiting.future.done():  # its episode may have been cancelled
+            waiting.future.set_result(
+                Completion(finished.ids, finished.logprobs, finished.finish_reason, self._version)
+            )
+
+
+_CLOSED = "The engine is closed: make a new one."
+_ASLEEP = "The engine sleeps: call wake() before generate()."
+
+
+def _check_tensor(
+    name: str, tensor: torch.Tensor, parameters: dict[str, torch.nn.Parameter], seen: set[str], version: int
+) -> None:
+    if name not in parameters:
+        raise EngineError(f"Update {version}: the model has no tensor {name!r}.")
+    if name in seen:
+        raise EngineError(f"Update {version}: {name!r} came twice.")
+    if tensor.shape != parameters[name].shape:
+        expected = tuple(parameters[name].shape)
+        raise EngineError(f"Update {version}: {name!r} has shape {tuple(tensor.shape)}, the model's is {expected}.")
+    if not tensor.is_floating_point():
+        raise EngineError(f"Update {version}: {name!r} is {tensor.dtype}, not a floating-point tensor.")
+
+
+def _load(folder: Path, shape: Qwen3Shape, dtype: torch.dtype) -> PreTrainedModel:
+    """Raises ConfigError unless the folder holds exactly the tensors of `shape`: transformers itself fills missing
+    tensors with random numbers and ignores unexpected ones."""
+    files = {stored.file.name for stored in locate_weights(folder, shape).values()}
+    # Its bar would break into those of the run.
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if len(files) == 1:  # transformers does not find a single numbered shard by itself
+            (config.transformers_weights,) = files
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa")
+    except Exception as error:  # transformers fails in many ways on fields of a wrong type
+        raise ConfigError(f"The engine cannot load the model in {str(folder)!r}: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def _build(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a configuration, with random weights."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    except Exception as error:  # as above
+        raise ConfigError(f"The engine cannot build the model in {str(folder)!r}: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def _require_finite(model: PreTrainedModel, folder: str | Path) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ConfigError(
+                f"{folder}: tensor {name} has values that are not finite in {parameter.dtype}; use a folder without "
+                "such values"
+            )

@@ -1,0 +1,386 @@
+"""One SGLang server: its command line, its process, its log, and the requests that control it.
+
+Facts about SGLang 0.5.23 are from its server_args.py, http_server.py and weight_updater.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from icrl_megatron.distributed import net
+from icrl_megatron.engines.protocol import EngineError, NoAnswerError
+from icrl_megatron.engines.sglang_start import KEY_ENV
+from icrl_megatron.settings.schema import EngineSettings
+from icrl_megatron.utils.disk import disk_errors
+from icrl_megatron.utils.errors import ConfigError
+
+TESTED = ("0.5.23",)
+"""Versions of SGLang that this revision was tested with."""
+TAIL_LINES = 25
+"""Lines of a server's log that a message shows."""
+_CPU_KV_TOKENS = 65536
+CONTEXT_SPARE = 8
+"""SGLang keeps a few tokens of --context-length, and of its KV cache, for itself (tp_worker.py: the longest input is 6
+less than the smaller of the two; a longer one is refused, and a reply that would be longer is cut)."""
+_PORT_TRIES = 3
+_LOG_OF_A_START = 1 << 20
+"""Bytes of a log that are looked at while its server starts."""
+_ANSWER_BYTES = 64 << 20
+"""Of an answer to a request that controls a server; the longest one holds a checksum of every tensor."""
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_ASYNC", "ICRL_")
+"""Beginnings of the names in a rank's environment that would make a server take itself for a rank."""
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """What one server is started with."""
+
+    model: Path
+    settings: EngineSettings
+    precision: str
+    """bf16 | fp32: the dtype of its weights and activations."""
+    context_tokens: int
+    """Longest prompt and reply together."""
+    log: Path
+    """File that its output is appended to."""
+    on_cpu: bool
+    first_gpu: int = 0
+    keeps_weights: bool = False
+    """Nobody sends it weights: those that it was started with outlive its sleep, in host memory."""
+
+    @property
+    def python(self) -> str:
+        return self.settings.python or sys.executable
+
+    def command(self, port: int) -> list[str]:
+        settings = self.settings
+        start = str(Path(__file__).with_name("sglang_start.py"))
+        command = [self.python, start, "--model-path", str(self.model.resolve())]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--skip-tokenizer-init"]
+        command += ["--dtype", {"bf16": "bfloat16", "fp32": "float32"}[self.precision]]
+        command += ["--context-length", str(self.context_tokens + CONTEXT_SPARE)]
+        command += ["--max-running-requests", str(settings.max_batch), "--tp-size", str(settings.tensor_parallel)]
+        kv_tokens = settings.kv_tokens
+        if self.on_cpu:
+            kv_tokens = kv_tokens or _CPU_KV_TOKENS
+            command += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
+            command += ["--grammar-backend", "none", "--disable-cuda-graph"]
+            command += ["--sleep-on-idle"]  # its loop would else keep a core busy while the actor trains
+        else:
+            command += ["--base-gpu-id", str(self.first_gpu), "--enable-memory-saver"]
+            command += ["--mem-fraction-static", str(settings.memory_fraction)]
+            command += ["--enable-weights-cpu-backup"] if self.keeps_weights else []
+        if kv_tokens:
+            command += ["--max-total-tokens", str(kv_tokens + CONTEXT_SPARE)]
+        if settings.quantization:
+            command += ["--quantization", settings.quantization]
+        return [*command, *settings.server_args]
+
+    def environment(self, port: int, key: str, meeting: Path) -> dict[str, str]:
+        """`meeting` is a file, not there yet, by which the server's workers find each other: the store that they would
+        use otherwise listens on every interface."""
+        env = {k: v for k, v in os.environ.items() if not k.startswith(_TORCHRUN)}
+        if self.settings.python:
+            env.pop("PYTHONPATH", None)  # the trainer's packages are not those of the other interpreter
+        if self.on_cpu:
+            env["SGLANG_USE_CPU_ENGINE"] = "1"
+        # The spare tokens may lie beyond the model's positions; no request is ever that long.
+        env |= {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1", KEY_ENV: key}
+        env |= {"SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{meeting}"}
+        # SGLang names its shared memory after these two, which it takes from the store's address otherwise.
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        # A server is on one machine: its workers listen to nobody else.
+        return env | dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), net.loopback_interface())
+
+
+@dataclass
+class Server:
+    """A server that answers at `url`. `spec` is None for one that somebody else runs: it is never started or killed."""
+
+    spec: ServerSpec | None
+    url: str = ""
+    key: str = field(default="", repr=False)
+    """API key: made at each start of a server of ours; empty where somebody else's wants none."""
+    _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+    """What its workers meet in, for the present start."""
+    _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    _tries: int = 0
+    _log_begin: int = 0
+    """Bytes of the log before the present start."""
+
+    def start(self) -> None:
+        """Starts the process on a free port, without waiting for it. Call it in the main thread (see leash.py). Raises
+        EngineError if the model's folder is gone."""
+        assert self.spec is not None
+        if not self.spec.model.is_dir():
+            raise EngineError(
+                f"The model's folder {self.spec.model} is gone, and SGLang needs it to start a server: put a copy of "
+                "the same model there, and run the same command again."
+            )
+        with disk_errors(self.spec.log, "the server's log"):
+            self.spec.log.parent.mkdir(parents=True, exist_ok=True)
+        port = _free_port()
+        self.key = secrets.token_urlsafe(32)
+        self._folder = tempfile.TemporaryDirectory(prefix="icrl_sglang_")  # its mode is 0700
+        self.url = f"http://127.0.0.1:{port}"
+        leash = [self.spec.python, str(Path(__file__).with_name("leash.py")), str(os.getpid())]
+        with self.spec.log.open("ab") as log:
+            self._log_begin = log.tell()
+            log.write(f"\n=== {time.strftime('%Y-%m-%d %H:%M:%S')} port {port}\n".encode())
+            log.flush()
+            # Its own session: it is killed as a group. Its working directory must not be one whose folders Python
+            # would import (a checkout of this project has one called kernels).
+            self._process = subprocess.Popen(
+                [*leash, *self.spec.command(port)],
+                env=self.spec.environment(port, self.key, Path(self._folder.name) / "meeting"),
+                cwd=self.spec.log.parent,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_ready(self, tick: Callable[[], None] = lambda: None) -> None:
+        """Until it answers. Raises EngineError with the log's end when it dies or `engine.startup_timeout_s` passes;
+        ConfigError where its KV cache is too small."""
+        assert self.spec is not None
+        limit = self.spec.settings.startup_timeout_s
+        deadline = time.monotonic() + limit
+        while not self.answers():
+            tick()
+            if self._port_taken() and self._tries < _PORT_TRIES:
+                self._tries += 1
+                self.kill()
+                self.start()
+            elif not self.alive():
+                code = self._process.returncode if self._process else None
+                self.kill()
+                raise EngineError(f"The SGLang server ended with code {code} before it was ready. {self.log_end()}")
+            if time.monotonic() > deadline:
+                self.kill()
+                raise EngineError(
+                    f"The SGLang server was not ready after engine.startup_timeout_s = {limit:g} s: raise it, or see "
+                    f"why. {self.log_end()}"
+                )
+            time.sleep(0.5)
+        try:
+            where = f"the SGLang server on {'this CPU' if self.spec.on_cpu else f'GPU {self.spec.first_gpu}'}"
+            require_cache(self.info(), self.spec.context_tokens, where, "engine.kv_tokens or engine.memory_fraction")
+        except (ConfigError, EngineError):
+            self.kill()
+            raise
+
+    def _port_taken(self) -> bool:
+        """SGLang says so and stays for two minutes, to end with the words of its warm-up."""
+        assert self.spec is not None
+        with self.spec.log.open("rb") as log:
+            log.seek(self._log_begin)
+            return b"address already in use" in log.read(_LOG_OF_A_START).lower()
+
+    def answers(self) -> bool:
+        """Whether /health says yes now."""
+        try:
+            with self._open("/health", None, timeout=30.0) as reply:
+                return bool(reply.status == 200)
+        except (OSError, http.client.HTTPException, ValueError):
+            return False
+
+    def alive(self) -> bool:
+        """Whether there is a process; for a server of somebody else, whether it answers."""
+        if self.spec is None:
+            return self.answers()
+        return self._process is not None and self._process.poll() is None
+
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    def memory_bytes(self) -> int:
+        """Resident host memory of the server's processes; 0 for somebody else's."""
+        try:
+            top = psutil.Process(self._process.pid) if self._process is not None else None
+            found = [top, *top.children(recursive=True)] if top is not None else []
+            return sum(p.memory_info().rss for p in found)
+        except psutil.NoSuchProcess:
+            return 0
+
+    def kill(self) -> None:
+        """Kills what was started here, its workers included, and reaps it."""
+        if self._process is None:
+            return
+        try:
+            workers = psutil.Process(self._process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            workers = []
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        for worker in workers:  # in case one left the group
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.kill()
+        self._process.wait(timeout=60)
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def headers(self) -> dict[str, str]:
+        """What a request to this server must carry."""
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+
+    def masked(self, text: str) -> str:
+        """Without the key, which a server may repeat in what it says."""
+        return text.replace(self.key, "***") if self.key else text
+
+    def quoted(self, text: bytes, limit: int = 300) -> str:
+        """The beginning of what the server said, for a message."""
+        return repr(self.masked(text.decode(errors="replace"))[:limit])
+
+    def _open(self, path: str, body: bytes | None, timeout: float) -> Any:
+        headers = {"Content-Type": "application/json", **self.headers()}
+        return _DIRECTLY.open(urllib.request.Request(f"{self.url}{path}", data=body, headers=headers), timeout=timeout)
+
+    def post(self, path: str, body: dict[str, Any], timeout: float) -> dict[str, Any]:
+        """POSTs JSON and returns the JSON answer, {} where SGLang has nothing to tell.
+
+        Raises NoAnswerError when no answer comes in time, or one that no SGLang gives when it did what it was asked;
+        EngineError when it refuses.
+        """
+        try:
+            with self._open(path, json.dumps(body).encode(), timeout) as reply:
+                text = _body(reply, timeout)
+        except urllib.error.HTTPError as error:
+            kind = NoAnswerError if error.code >= 500 else EngineError
+            said = "failed at" if error.code >= 500 else "refused"
+            raise kind(f"SGLang {said} {path}: {error.code} {self.quoted(_rest(error))}. {self.log_end()}") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise NoAnswerError(f"SGLang did not answer {path} ({error!r}). {self.log_end()}") from error
+        answer = _said(path, text)
+        if answer is None:
+            raise NoAnswerError(
+                f"SGLang answered {path} with {self.quoted(text)}, which no SGLang says. {self.log_end()}"
+            )
+        if answer.get("success") is False:
+            raise EngineError(f"SGLang refused {path}: {self.masked(str(answer.get('message')))}. {self.log_end()}")
+        return answer
+
+    def info(self) -> dict[str, Any]:
+        """What /server_info says (settings and version). Raises EngineError."""
+        try:
+            with self._open("/server_info", None, timeout=60.0) as reply:
+                found: dict[str, Any] = json.loads(_body(reply, 60.0))
+                return found
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403):
+                raise EngineError(
+                    f"{self.url} refuses requests without its API key ({error.code}): put the key into an environment "
+                    "variable, and that variable's name into engine.api_key_env"
+                ) from error
+            raise EngineError(f"{self.url}/server_info answers {error.code}: is this an SGLang server?") from error
+        except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
+            raise EngineError(f"{self.url}/server_info does not answer ({error}): is this an SGLang server?") from error
+
+    def tail(self) -> str:
+        if self.spec is None or not self.spec.log.exists():
+            return ""
+        with self.spec.log.open("rb") as log:
+            log.seek(max(0, self.spec.log.stat().st_size - 65536))
+            text = log.read().decode(errors="replace")
+        return "\n".join(text.splitlines()[-TAIL_LINES:])
+
+    def log_end(self) -> str:
+        if self.spec is None:
+            return f"(The server at {self.url} keeps its own log.)"
+        return f"The end of {self.spec.log}:\n{self.tail()}"
+
+
+def installed_version(python: str) -> str | None:
+    """The version of SGLang that an interpreter has, None for none. Raises ConfigError if it cannot be run."""
+    code = "import importlib.metadata as m\ntry: print(m.version('sglang'))\nexcept m.PackageNotFoundError: print()"
+    try:
+        done = subprocess.run([python or sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(
+            f"engine.python={python}: cannot be run ({error}); give the path of an interpreter"
+        ) from error
+    return done.stdout.strip() or None
+
+
+def check_version(found: str | None, settings: EngineSettings, where: str) -> None:
+    """Raises ConfigError for no SGLang, or another version than the tested ones."""
+    if found is None:
+        raise ConfigError(
+            f"engine.kind=sglang: {where} has no SGLang; pip install sglang=={TESTED[-1]} there, or set engine.python"
+        )
+    if found not in TESTED and not settings.allow_untested:
+        raise ConfigError(
+            f"{where} has SGLang {found}; this version was tested with {', '.join(TESTED)}: install that, or set "
+            "engine.allow_untested=true"
+        )
+
+
+def require_cache(info: dict[str, Any], context_tokens: int, where: str, settings: str) -> None:
+    """Raises ConfigError if a KV cache (as /server_info tells) holds less than one whole context: SGLang would cut
+    replies where it ends, and say nothing."""
+    held, needed = info.get("max_total_num_tokens"), context_tokens + CONTEXT_SPARE
+    if isinstance(held, int) and held < needed:
+        raise ConfigError(
+            f"The KV cache of {where} holds {held} tokens, and rollout.context_tokens={context_tokens} takes {needed}: "
+            f"raise {settings}, or lower rollout.context_tokens"
+        )
+
+
+def _said(path: str, text: bytes) -> dict[str, Any] | None:
+    """What SGLang answers where it did what it was asked, or says why it did not; None for anything else."""
+    plain = path.partition("?")[0]
+    if plain == "/flush_cache":  # text
+        return {} if text.startswith(b"Cache flushed") else None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if plain in ("/release_memory_occupation", "/resume_memory_occupation"):
+        return {} if found is None else None
+    return found if isinstance(found, dict) and isinstance(found.get("success"), bool) else None
+
+
+def _body(reply: Any, timeout: float) -> bytes:
+    """The whole answer. Raises OSError when it is longer than _ANSWER_BYTES, or has not ended after `timeout` seconds
+    in which a little came again and again."""
+    deadline, found = time.monotonic() + timeout, bytearray()
+    while chunk := reply.read1(1 << 16):
+        found += chunk
+        if len(found) > _ANSWER_BYTES:
+            raise OSError(f"it answered more than {_ANSWER_BYTES} bytes")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"its answer did not end within {timeout:g} s")
+    return bytes(found)
+
+
+def _rest(error: urllib.error.HTTPError) -> bytes:
+    try:
+        return error.read(65536)
+    except (OSError, http.client.HTTPException):  # it broke off in the middle
+        return b""
+
+
+def _free_port() -> int:
+    with net.bound("127.0.0.1") as probe:
+        return int(probe.getsockname()[1])
+
+
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Requests go to exactly their address: no proxy of the environment takes part."""

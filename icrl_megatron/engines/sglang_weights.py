@@ -1,0 +1,397 @@
+"""How weights reach an SGLang server: flattened buckets of bounded size, by shared memory or over a process group.
+
+A bucket is one buffer of bytes that holds several tensors end to end, and where each lies. Beside the trainer the
+server maps the buffer itself: shared memory on a CPU, CUDA IPC on a GPU (SGLang's update_weights_from_tensor).
+Elsewhere its tensors are broadcast over a group that trainer and server form (update_weights_from_distributed). Where
+one bucket does not hold all weights, one is filled while the server copies the other. Facts are from SGLang 0.5.23:
+managers/scheduler_components/weight_updater.py, weight_sync/tensor_bucket.py, and SafeUnpickler in utils/common.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import psutil
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from icrl_megatron.distributed import net
+from icrl_megatron.engines.protocol import EngineError
+from icrl_megatron.engines.sglang_server import Server
+
+_ALIGN = 16
+"""Bytes: a tensor begins where any dtype may be viewed."""
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a tensor lies in a bucket, in bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start: int
+    end: int
+
+
+class Bucket:
+    """A buffer that is filled again and again: the receiver has copied what was in it before it answers. (A server on a
+    GPU drops its view of the buffer before it answers, and torch waits for the copies of a stream that used one.)"""
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        with _by_name():
+            self.buffer = torch.empty(capacity, dtype=torch.uint8, device=device)
+            if device.type == "cpu":
+                self.buffer.share_memory_()
+        self.placed: list[Placed] = []
+        self.used = 0
+
+    def start(self) -> int:
+        """Where the next tensor begins."""
+        return -(-self.used // _ALIGN) * _ALIGN
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Copies the tensor in, for which there must be room."""
+        start, end = self.start(), self.start() + tensor.nbytes
+        self.buffer[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        self.placed.append(Placed(name, tuple(tensor.shape), tensor.dtype, start, end))
+        self.used = end
+
+    def clear(self) -> None:
+        self.placed, self.used = [], 0
+
+    def handle(self) -> bytes:
+        """What SGLang unpickles: the buffer's handle, not its bytes, and the places."""
+        if self.buffer.is_cuda:
+            torch.cuda.synchronize()  # the receiver's stream knows nothing of ours
+        places = [
+            # SGLang reads attributes, and its unpickler knows this class; the trainer need not have SGLang.
+            SimpleNamespace(
+                name=p.name,
+                shape=torch.Size(p.shape),
+                dtype=p.dtype,
+                start_idx=p.start,
+                end_idx=p.end,
+                numel=p.end - p.start,
+            )
+            for p in self.placed
+        ]
+        out = io.BytesIO()
+        with _by_name():
+            ForkingPickler(out).dump({"flattened_tensor": self.buffer[: self.used], "metadata": places})
+        return out.getvalue()
+
+
+Answer = Callable[[], None]
+"""Waits for what the server was asked. Raises EngineError when it refused, or did not answer in time."""
+
+
+class Transport(Protocol):
+    """Hands buckets to a server. All ranks that offer a share of the weights make the same calls in the same order, and
+    wait for each answer before the next call."""
+
+    def begin(self, lost: str) -> Answer:
+        """Opens an update; `lost` says why the server is not to be asked, empty where it lives."""
+        ...
+
+    def send(self, bucket: Bucket, options: dict[str, Any]) -> Answer:
+        """The bucket must stay as it is until the server has answered."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class SharedMemory:
+    """For a server on this machine: every rank of it gets a handle to a buffer on its own device.
+
+    `group` holds the ranks that offer a buffer each, so that no worker reads another GPU's memory (not measured on GPUs
+    yet); it is None where one buffer serves all workers, as on a CPU.
+    """
+
+    def __init__(self, server: Server | None, workers: int, group: Any, lead: int, timeout_s: float) -> None:
+        """`lead` is the rank that has the `server`; it is the first of the group."""
+        self._server, self._workers, self._group = server, workers, group
+        self._lead, self._timeout_s = lead, timeout_s
+        self._threads = ThreadPoolExecutor(1)
+
+    def begin(self, lost: str) -> Answer:
+        return self._ask("/begin_weight_update", {}, lost)
+
+    def send(self, bucket: Bucket, options: dict[str, Any]) -> Answer:
+        mine = bucket.handle()
+        everyone: list[Any] = [mine] * self._workers
+        if self._group is not None:
+            everyone = [None] * dist.get_world_size(self._group)
+            dist.all_gather_object(everyone, mine, group=self._group)
+        body = {
+            "serialized_named_tensors": [base64.b64encode(h).decode() for h in everyone[: self._workers]],
+            "load_format": "flattened_bucket",
+            **options,
+        }
+        return self._ask("/update_weights_from_tensor", body)
+
+    def _ask(self, path: str, body: dict[str, Any], lost: str = "") -> Answer:
+        answer: Answer | None = None
+        if self._server is not None:
+            answer = partial(_refuse, lost) if lost else asked(self._threads, self._server, path, body, self._timeout_s)
+        return answer if answer is not None and self._group is None else partial(self._agree, answer)
+
+    def _agree(self, answer: Answer | None) -> None:
+        """The leader's answer is everybody's: all ranks give up together."""
+        failure: list[EngineError | None] = [None]
+        if answer is not None:
+            try:
+                answer()
+            except EngineError as error:
+                failure = [error]
+        dist.broadcast_object_list(failure, src=self._lead, group=self._group)
+        if failure[0] is not None:
+            raise failure[0]
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False)
+
+
+class OverGroup:
+    """For a server anywhere: gloo between CPUs, NCCL between GPUs (which must not be shared with the server)."""
+
+    def __init__(self, server: Server, workers: int, host: str, device: torch.device, timeout_s: float) -> None:
+        """`host` is where the server's workers reach this rank."""
+        self._server, self._timeout_s = server, timeout_s
+        self._workers, self._host, self._on_cpu = workers, host, device.type == "cpu"
+        self._threads = ThreadPoolExecutor(1)
+        self._group: Any = None
+        self._name = ""
+
+    def begin(self, lost: str) -> Answer:
+        """Forms the group at first use. Raises EngineError."""
+        if lost:
+            return partial(_refuse, lost)
+        if self._group is None:
+            self._form()
+        return asked(self._threads, self._server, "/begin_weight_update", {}, self._timeout_s)
+
+    def _form(self) -> None:
+        """This rank is 0, the server's workers are 1 and up."""
+        from torch.distributed import distributed_c10d as c10d
+
+        listener = net.bound(self._host)  # where the server's workers reach this rank, and nowhere else
+        port = listener.getsockname()[1]
+        size, backend = self._workers + 1, "gloo" if self._on_cpu else "nccl"
+        self._name = f"icrl_weights_{port}"
+        body = {
+            "master_address": self._host,
+            "master_port": port,
+            "rank_offset": 1,
+            "world_size": size,
+            "group_name": self._name,
+            "backend": backend,
+        }
+        limit = datetime.timedelta(seconds=self._timeout_s)
+        answer = asked(self._threads, self._server, "/init_weights_update_group", body, self._timeout_s)
+        try:
+            store = dist.TCPStore(
+                self._host,
+                port,
+                size,
+                is_master=True,
+                timeout=limit,
+                wait_for_workers=False,
+                master_listen_fd=listener.detach(),
+            )
+            with _gloo_on(self._host):
+                # torch has no public way to form a group with processes outside of its own; the server does the same.
+                group, _ = c10d._new_process_group_helper(
+                    size,
+                    0,
+                    [],
+                    dist.Backend(backend),
+                    dist.PrefixStore(self._name, store),
+                    group_name=c10d.GroupName(self._name),
+                    timeout=limit,
+                )
+        except (RuntimeError, ValueError) as error:
+            raise EngineError(
+                f"No group for weights could be formed with {self._server.url} from {self._host}:{port} ({error}). "
+                "Each must reach the other at any port: open them between the two, and where the server's host has "
+                "several networks, start it with GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME naming the one between them. "
+                f"{self._server.log_end()}"
+            ) from error
+        c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
+        answer()
+        self._group = group
+
+    def send(self, bucket: Bucket, options: dict[str, Any]) -> Answer:
+        body = {
+            "names": [p.name for p in bucket.placed],
+            "dtypes": [str(p.dtype).removeprefix("torch.") for p in bucket.placed],
+            "shapes": [list(p.shape) for p in bucket.placed],
+            "group_name": self._name,
+            **options,
+        }
+        answer = asked(self._threads, self._server, "/update_weights_from_distributed", body, self._timeout_s)
+        works = [self._broadcast(bucket, place) for place in bucket.placed]
+
+        def wait() -> None:
+            try:
+                for work in works:
+                    work.wait()
+            except RuntimeError as error:
+                raise EngineError(f"Weights could not be sent to {self._server.url}: {error}") from error
+            answer()
+
+        return wait
+
+    def _broadcast(self, bucket: Bucket, place: Placed) -> Any:
+        tensor = bucket.buffer[place.start : place.end].view(place.dtype).view(place.shape)
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        return self._group.broadcast([tensor], options)
+
+    def close(self) -> None:
+        if self._group is not None:
+            with suppress(EngineError):  # the server may be gone, and the group with it
+                self._server.post("/destroy_weights_update_group", {"group_name": self._name}, 30.0)
+        self._threads.shutdown(wait=False)
+
+
+class Sink:
+    """Checked tensors into buckets into a transport. The buffers are made at first use, and kept on a CPU alone."""
+
+    def __init__(self, shapes: Shapes, dtype: torch.dtype, device: torch.device, bucket_mib: int) -> None:
+        """`shapes` are those of every Hugging Face tensor of the model."""
+        self._shapes, self._dtype, self._device = shapes, dtype, device
+        # As few requests as may be: one costs as much as copying tens of MiB (docs/LOG.md).
+        self.limit = bucket_mib << 20
+        self._pair: tuple[Bucket, Bucket] | None = None
+
+    def pour(self, tensors: Iterable[tuple[str, Tensor]], version: int, transport: Transport, lost: str = "") -> None:
+        """Begins an update and sends all of it; with the last bucket the server takes the new version, and forgets what
+        the old weights computed. Raises EngineError, when nothing is being copied any more."""
+        pair = self._pair or self._buckets()
+        answer = transport.begin(lost)
+        try:
+            for bucket, last in filled(checked(tensors, self._shapes, self._dtype, version), pair, self.limit):
+                answer()  # the server has copied the other bucket
+                options = {"abort_all_requests": False, "flush_cache": last}
+                answer = transport.send(bucket, {**options, "weight_version": str(version) if last else None})
+        except EngineError:
+            with suppress(EngineError):  # the first error tells
+                answer()
+            raise
+        answer()
+        if self._device.type == "cpu":
+            self._pair = pair
+        else:
+            del bucket, pair
+            torch.cuda.ipc_collect()  # what was shared is free only when it is asked whether the server let go of it
+
+    def _buckets(self) -> tuple[Bucket, Bucket]:
+        """Two that can take turns; where all weights fit into one it is both."""
+        largest, total = sizes(self._shapes, self._dtype.itemsize)
+        first = Bucket(max(largest, min(self.limit, total)), self._device)
+        return first, first if total <= self.limit else Bucket(len(first.buffer), self._device)
+
+
+def filled(
+    tensors: Iterable[tuple[str, Tensor]], pair: tuple[Bucket, Bucket], limit: int
+) -> Iterator[tuple[Bucket, bool]]:
+    """Fills the two buckets in turns, with up to `limit` bytes or one larger tensor: (what must be sent, whether it is
+    the last). Whoever asks for the next bucket may still be sending this one, but no longer the one before."""
+    bucket, other = pair
+    bucket.clear()
+    for name, tensor in tensors:
+        if bucket.placed and bucket.start() + tensor.nbytes > limit:
+            yield bucket, False
+            bucket, other = other, bucket
+            bucket.clear()
+        bucket.add(name, tensor)
+    if bucket.placed:
+        yield bucket, True
+
+
+def sizes(shapes: Shapes, itemsize: int) -> tuple[int, int]:
+    """Bytes of the largest tensor, and of all end to end in one bucket."""
+    each = [torch.Size(shape).numel() * itemsize for shape in shapes.values()]
+    return max(each), sum(-(-size // _ALIGN) * _ALIGN for size in each)
+
+
+def checked(
+    tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, dtype: torch.dtype, version: int
+) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors, once each was found to be one of the model's: a malformed update would kill the server.
+
+    Raises EngineError naming the first bad one, and on names that never came.
+    """
+    seen: set[str] = set()
+    for name, tensor in tensors:
+        if name not in shapes:
+            raise EngineError(f"Update {version}: the model has no tensor {name!r}.")
+        if name in seen:
+            raise EngineError(f"Update {version}: {name!r} came twice.")
+        if tuple(tensor.shape) != shapes[name]:
+            raise EngineError(
+                f"Update {version}: {name!r} has shape {tuple(tensor.shape)}, the model's is {shapes[name]}."
+            )
+        if tensor.dtype != dtype:
+            raise EngineError(f"Update {version}: {name!r} is {tensor.dtype}, not {dtype}.")
+        seen.add(name)
+        yield name, tensor
+    missing = [name for name in shapes if name not in seen]
+    if missing:
+        raise EngineError(f"Update {version} lacks {len(missing)} of the model's tensors; first {missing[0]!r}.")
+
+
+def asked(threads: ThreadPoolExecutor, server: Server, path: str, body: dict[str, Any], timeout_s: float) -> Answer:
+    """POSTs from another thread; the answer raises what `Server.post` raises."""
+    future = threads.submit(server.post, path, body, timeout_s)
+
+    def wait() -> None:
+        future.result()
+
+    return wait
+
+
+def _refuse(why: str) -> None:
+    raise EngineError(why)
+
+
+@contextmanager
+def _gloo_on(address: str) -> Iterator[None]:
+    """A gloo group that is formed meanwhile speaks from this address. Else it would take the interface that the ranks
+    share, which is the loopback in a run on one machine."""
+    before = os.environ.get("GLOO_SOCKET_IFNAME")
+    named = [name for name, has in psutil.net_if_addrs().items() if any(a.address == address for a in has)]
+    if named:
+        os.environ["GLOO_SOCKET_IFNAME"] = named[0]
+    try:
+        yield
+    finally:
+        os.environ.pop("GLOO_SOCKET_IFNAME", None)
+        if before is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = before
+
+
+@contextmanager
+def _by_name() -> Iterator[None]:
+    """Shares CPU memory by name: a file descriptor could only be handed to a child process."""
+    before = mp.get_sharing_strategy()
+    mp.set_sharing_strategy("file_system")
+    try:
+        yield
+    finally:
+        mp.set_sharing_strategy(before)

@@ -1,0 +1,184 @@
+"""What a solver can do: alone, with critique over K rounds, and whether it is the critique that carries the gain."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from icrl_megatron.engines.protocol import RequestFailedError
+from icrl_megatron.rollout.episode import Ended, Place, Stage, gather, play, play_attempt, play_critique
+from icrl_megatron.rollout.room import TooLongError
+from icrl_megatron.rollout.speakers import Casting, Seeds
+from icrl_megatron.rollout.watchdog import WATCHDOG
+from icrl_megatron.tasks.base import EnvironmentFailure
+from icrl_megatron.types import DroppedEpisode, Episode, Task, UnplayedEpisode
+from icrl_megatron.utils.intervals import Difference, Proportion, paired_difference, proportion
+
+Arms = tuple[bool, bool, bool]
+"""Success with the critique, with an empty one, and afresh."""
+
+
+@dataclass(frozen=True)
+class SourceResult:
+    source: str
+    rounds: tuple[Proportion, ...]
+    """rounds[r]: succeeded in round r or before. rounds[0] is the solver alone."""
+    dropped: int
+    """Episodes that failed for reasons which are not the model's; in no denominator."""
+    critique_tokens: float
+    """Mean length of a critique; 0 when none was written."""
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    by_source: tuple[SourceResult, ...]
+    overall: SourceResult
+    """Over all episodes; its `source` is "all"."""
+    generated_tokens: int
+
+
+@dataclass(frozen=True)
+class ControlResult:
+    """Second tries after the same failed first attempts, three ways."""
+
+    failures: int
+    """Failed first attempts that were retried: the n of each arm."""
+    first_attempts: int
+    dropped: int
+    critique: Proportion
+    """Revision with the critic's critique."""
+    empty: Proportion
+    """Revision prompt with an empty critique."""
+    plain: Proportion
+    """Another attempt, critique-free."""
+    critique_minus_empty: Difference
+    critique_minus_plain: Difference
+
+
+async def critique_free(
+    problems: Sequence[Task],
+    samples: int,
+    stage: Stage,
+    casting: Casting,
+    seeds: Seeds,
+    rounds: int = 1,
+    on_end: Callable[[Ended], None] | None = None,
+) -> EvalResult:
+    """Plays every problem `samples` times. With `rounds` above 1 the casting's critic helps from the second round on;
+    the first stays the critique-free number. Raises what `episode.play` raises."""
+    staged = replace(stage, settings=replace(stage.settings, rounds=rounds))
+    episodes, dropped = await play(problems, samples, staged, casting, seeds, on_end)
+    sources = sorted({task.source for task in problems})
+    by_source = tuple(
+        _source_result(
+            source,
+            [e for e in episodes if e.task.source == source],
+            sum(d.task.source == source for d in dropped),
+            rounds,
+        )
+        for source in sources
+    )
+    overall = _source_result("all", episodes, len(dropped), rounds)
+    return EvalResult(by_source, overall, sum(e.generated_tokens() for e in episodes))
+
+
+@dataclass
+class ControlState:
+    """What a control report has played: it goes on from here when its engine was lost."""
+
+    first: dict[Task, Episode | DroppedEpisode] = field(default_factory=dict)
+    retried: dict[Task, Arms | None] = field(default_factory=dict)
+
+    def heard(self, ended: Ended) -> None:
+        if not isinstance(ended, UnplayedEpisode):
+            self.first[ended.task] = ended
+
+
+async def control(
+    problems: Sequence[Task],
+    limit: int,
+    stage: Stage,
+    casting: Casting,
+    seeds: Seeds,
+    state: ControlState | None = None,
+) -> ControlResult:
+    """Lets the solver fail, and retries each failed attempt with its critique, with an empty one, and afresh.
+
+    At most `limit` failures are retried, the first ones in the order of `problems`; each problem is tried once. The
+    three arms draw independent samples. What is in the `state` is not played again. Raises what `episode.play` raises.
+    """
+    state = state or ControlState()
+    staged = replace(stage, settings=replace(stage.settings, rounds=1))
+    first = replace(seeds, purpose=f"{seeds.purpose}/first")
+    await play([t for t in problems if t not in state.first], 1, staged, casting, first, state.heard)
+    episodes = [e for e in (state.first[task] for task in problems) if isinstance(e, Episode)]
+    dropped = len(problems) - len(episodes)
+    failed = [e for e in episodes if not e.attempts[0].success][:limit]
+    gate = asyncio.Semaphore(stage.settings.concurrency)
+    todo = [e for e in failed if e.task not in state.retried]
+    await gather([_retry(gate, episode, stage, casting, seeds, state) for episode in todo])
+    retries = [state.retried[e.task] for e in failed]
+    arms = np.array([r for r in retries if r is not None], dtype=np.int64).reshape(-1, 3)
+    critique, empty, plain = (proportion(int(arm.sum()), len(arms)) for arm in arms.T)
+    return ControlResult(
+        failures=len(arms),
+        first_attempts=len(episodes),
+        dropped=dropped + sum(r is None for r in retries),
+        critique=critique,
+        empty=empty,
+        plain=plain,
+        critique_minus_empty=paired_difference(arms[:, 0] - arms[:, 1]),
+        critique_minus_plain=paired_difference(arms[:, 0] - arms[:, 2]),
+    )
+
+
+async def _retry(
+    gate: asyncio.Semaphore, first: Episode, stage: Stage, casting: Casting, seeds: Seeds, state: ControlState
+) -> None:
+    """Success of the three arms after one failed attempt; None when the environment, or a request twice, failed, or a
+    prompt that is too long is dropped."""
+    async with gate:
+        for _ in range(2):
+            try:
+                with WATCHDOG.on_duty():
+                    state.retried[first.task] = await _arms(first, stage, casting, seeds)
+                return
+            except RequestFailedError:
+                continue
+            except EnvironmentFailure:
+                break
+            except TooLongError:
+                if not stage.drop_too_long:
+                    raise
+                break
+    state.retried[first.task] = None
+
+
+async def _arms(first: Episode, stage: Stage, casting: Casting, seeds: Seeds) -> Arms:
+    task, index, attempt = first.task, first.index, first.attempts[0]
+
+    async def arm(name: str, critique: str | None) -> bool:
+        place = Place(task, index, replace(seeds, purpose=f"{seeds.purpose}/{name}"))
+        environment = stage.guarded(task)
+        round = 0 if critique is None else 1
+        _, retried = await play_attempt(place, round, critique, environment, stage, casting(task, index).solver)
+        return retried.success
+
+    place = Place(task, index, replace(seeds, purpose=f"{seeds.purpose}/critique"))
+    environment = stage.guarded(task)
+    problem = await environment.reset()
+    critique = await play_critique(place, problem, attempt, stage, casting(task, index).critic)
+    return await arm("critique", critique.text), await arm("empty", ""), await arm("plain", None)
+
+
+def _source_result(source: str, episodes: Sequence[Episode], dropped: int, rounds: int) -> SourceResult:
+    # Attempts end with the first success, so an episode succeeded by round r when any of its first r + 1 attempts did.
+    by_round = tuple(
+        proportion(sum(any(a.success for a in e.attempts[: r + 1]) for e in episodes), len(episodes))
+        for r in range(rounds)
+    )
+    lengths = [len(c.completion.ids) for e in episodes for c in e.critiques]
+    return SourceResult(source, by_round, dropped, sum(lengths) / len(lengths) if lengths else 0.0)

@@ -1,0 +1,165 @@
+"""What a set of evaluated episodes is worth, by subset, with intervals; and two sets of them, pair by pair.
+
+Pure statistics over which attempts succeeded: it needs no model, and two evaluations that were saved can be compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from icrl_megatron.tasks.datasets import subset_of
+from icrl_megatron.types import DroppedEpisode, Episode
+from icrl_megatron.utils.intervals import Difference, Proportion, paired_difference, proportion
+
+ALL = "all"
+Successes = dict[str, list[list[bool]]]
+"""task id -> one list per sample, by its index: the success of each attempt of the episode. Empty: it was lost."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems with a 95 % percentile bootstrap interval, resampled over problems."""
+
+    mean: float
+    low: float
+    high: float
+    problems: int
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """Between an attempt and the revision after it, counted over all such pairs."""
+
+    wrong_to_right: int
+    right_to_wrong: int
+    stayed_wrong: int
+    stayed_right: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """One subset, or all of them together (`subset` is then "all")."""
+
+    subset: str
+    average: Estimate
+    """avg@N: critique-free success, the mean over a problem's samples and then over problems."""
+    passed: Estimate
+    """pass@N: share of problems that any of its samples solved without a critique."""
+    rounds: tuple[Proportion, ...]
+    """rounds[r]: episodes that succeeded in round r or before."""
+    transitions: Transitions
+    attempt_tokens: float
+    """Mean over all attempts; 0 where there were none."""
+    critique_tokens: float
+    dropped: int
+    """Episodes that failed for reasons which are not the model's; in no denominator."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Critique-free success of one evaluation minus another's, on the same problems with the same seeds."""
+
+    subset: str
+    pairs: int
+    difference: Difference
+    """Mean of the per-problem differences, bootstrapped over problems."""
+    only_first: int
+    """Pairs of samples that the first got right and the second wrong."""
+    only_second: int
+    mcnemar_p: float
+    """Exact two-sided McNemar test on those two counts."""
+
+
+def successes(episodes: Sequence[Episode], samples: int) -> Successes:
+    """`samples` lists for each problem that has an episode, so that sample i of two evaluations is the same seed."""
+    found: Successes = {}
+    for episode in episodes:
+        of_task = found.setdefault(episode.task.task_id, [[] for _ in range(samples)])
+        of_task[episode.index] = [a.success for a in episode.attempts]
+    return found
+
+
+def score(episodes: Sequence[Episode], dropped: Sequence[DroppedEpisode], rounds: int) -> tuple[Score, ...]:
+    """One score per subset in alphabetical order, and "all" at the end where there are several."""
+    subsets = sorted({subset_of(e.task) for e in episodes} | {subset_of(d.task) for d in dropped})
+    found = [
+        _score(
+            subset,
+            [e for e in episodes if subset_of(e.task) == subset],
+            sum(subset_of(d.task) == subset for d in dropped),
+            rounds,
+        )
+        for subset in subsets
+    ]
+    return tuple(found if len(found) == 1 else [*found, _score(ALL, episodes, len(dropped), rounds)])
+
+
+def _score(subset: str, episodes: Sequence[Episode], dropped: int, rounds: int) -> Score:
+    by_task: Successes = {}
+    for e in episodes:
+        by_task.setdefault(e.task.task_id, []).append([a.success for a in e.attempts])
+    average = [float(np.mean([tries[0] for tries in of])) for of in by_task.values()]
+    passed = [float(any(tries[0] for tries in of)) for of in by_task.values()]
+    flat = [tries for of in by_task.values() for tries in of]
+    attempts = [sum(len(t.completion.ids) for t in a.turns) for e in episodes for a in e.attempts]
+    critiques = [len(c.completion.ids) for e in episodes for c in e.critiques]
+    return Score(
+        subset=subset,
+        average=estimate(average),
+        passed=estimate(passed),
+        rounds=tuple(proportion(sum(any(tries[: r + 1]) for tries in flat), len(flat)) for r in range(rounds)),
+        transitions=transitions(flat),
+        attempt_tokens=float(np.mean(attempts)) if attempts else 0.0,
+        critique_tokens=float(np.mean(critiques)) if critiques else 0.0,
+        dropped=dropped,
+    )
+
+
+def transitions(tries: Sequence[Sequence[bool]]) -> Transitions:
+    pairs = [pair for one in tries for pair in pairwise(one)]
+    count = Counter(pairs)
+    return Transitions(count[False, True], count[True, False], count[False, False], count[True, True])
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Without values nothing is known: 0 in [0, 1]."""
+    if not values:
+        return Estimate(0.0, 0.0, 1.0, 0)
+    found = paired_difference(np.asarray(values, dtype=np.float64))
+    return Estimate(found.mean, found.low, found.high, len(values))
+
+
+def compare(first: Successes, second: Successes, subset_by_task: Mapping[str, str]) -> tuple[Comparison, ...]:
+    """`first` minus `second` by subset and over all, on the samples that both have and neither lost."""
+    names = sorted({subset_by_task[t] for t in first if t in second})
+    found = [_compare(name, first, second, {t for t in first if subset_by_task[t] == name}) for name in names]
+    return tuple(found if len(found) == 1 else [*found, _compare(ALL, first, second, set(first))])
+
+
+def _compare(subset: str, first: Successes, second: Successes, tasks: set[str]) -> Comparison:
+    both = [(a, b) for t in sorted(tasks) if t in second for a, b in [(first[t], second[t])]]
+    outcomes = [[(x[0], y[0]) for x, y in zip(a, b, strict=False) if x and y] for a, b in both]
+    differences = [float(np.mean([x - y for x, y in of])) for of in outcomes if of]
+    flat = [pair for of in outcomes for pair in of]
+    only_first, only_second = flat.count((True, False)), flat.count((False, True))
+    return Comparison(
+        subset=subset,
+        pairs=len(flat),
+        difference=paired_difference(np.asarray(differences, dtype=np.float64)),
+        only_first=only_first,
+        only_second=only_second,
+        mcnemar_p=mcnemar(only_first, only_second),
+    )
+
+
+def mcnemar(b: int, c: int) -> float:
+    """Two-sided p of the exact test: of b + c discordant pairs, each falls either way with probability 1/2."""
+    n = b + c
+    ways = (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(min(b, c) + 1))
+    return min(1.0, 2.0 * math.fsum(math.exp(w - n * math.log(2.0)) for w in ways))

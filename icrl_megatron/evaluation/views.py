@@ -1,0 +1,109 @@
+"""An evaluation for eyes: a table in the terminal and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from icrl_megatron.report.plots import COLOURS
+from icrl_megatron.utils.console import PlainConsole
+from icrl_megatron.utils.files import save_picture
+
+if TYPE_CHECKING:
+    from icrl_megatron.evaluation.run import Result
+
+
+def _share(mean: float, low: float, high: float) -> str:
+    return f"{100 * mean:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+ROUNDS_A_TABLE = 4
+"""Columns of intervals that fit 80 characters beside a subset's name."""
+
+
+def show(result: Result, console: Console | None = None) -> None:
+    """Prints the scores and, where there is one, the comparison; made for 80 columns."""
+    out = console or PlainConsole()
+    out.print(scores_table(result))
+    if result.rounds > 1:
+        for first in range(0, result.rounds, ROUNDS_A_TABLE):
+            out.print(rounds_table(result, first))
+        out.print(transitions_table(result))
+    if result.comparison:
+        out.print(comparison_table(result))
+    for reason in result.lost:
+        out.print(f"lost episodes: {reason}", style="yellow")
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", overflow="fold")  # a long name, rather than a number
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def scores_table(result: Result) -> Table:
+    columns = ["problems", f"avg@{result.samples}", f"pass@{result.samples}", "tokens", "lost"]
+    table = _table(f"{result.model}: success without a critique in %, 95 % interval", columns)
+    for s in result.scores:
+        average, passed = (_share(e.mean, e.low, e.high) for e in (s.average, s.passed))
+        table.add_row(s.subset, str(s.average.problems), average, passed, f"{s.attempt_tokens:.0f}", str(s.dropped))
+    return table
+
+
+def rounds_table(result: Result, first: int) -> Table:
+    """Success in a round or before, for the rounds from `first` on (counted from 0)."""
+    rounds = range(first, min(result.rounds, first + ROUNDS_A_TABLE))
+    table = _table(f"Success by round in %; critic: {result.critic}", [f"round {r + 1}" for r in rounds])
+    for s in result.scores:
+        table.add_row(s.subset, *(_share(s.rounds[r].mean, s.rounds[r].low, s.rounds[r].high) for r in rounds))
+    return table
+
+
+def transitions_table(result: Result) -> Table:
+    columns = ("wrong to\nright", "right to\nwrong", "stayed\nwrong", "stayed\nright", "tokens a\ncritique")
+    table = _table("From an attempt to the revision after it, and what a critique cost", columns)
+    for s in result.scores:
+        t = s.transitions
+        counts = (t.wrong_to_right, t.right_to_wrong, t.stayed_wrong, t.stayed_right)
+        table.add_row(s.subset, *map(str, counts), f"{s.critique_tokens:.0f}")
+    return table
+
+
+def comparison_table(result: Result) -> Table:
+    columns = ("pairs", "difference", "only\nthis", "only the\nother", "McNemar\np")
+    table = _table(f"Without a critique, against {result.against}: the same problems and seeds", columns)
+    for c in result.comparison:
+        difference = _share(c.difference.mean, c.difference.low, c.difference.high)
+        table.add_row(c.subset, str(c.pairs), difference, str(c.only_first), str(c.only_second), f"{c.mcnemar_p:.3g}")
+    return table
+
+
+def picture(result: Result, path: Path) -> Path:
+    """Success after each round by subset, with intervals, as a PNG."""
+    with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(max(5.0, 1.6 + 1.1 * len(result.scores)), 4.0), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        width = 0.8 / result.rounds
+        for r in range(result.rounds):
+            shares = [s.rounds[r] for s in result.scores]
+            places = [i + (r - (result.rounds - 1) / 2) * width for i in range(len(shares))]
+            means = [p.mean for p in shares]
+            errors = [[p.mean - p.low for p in shares], [p.high - p.mean for p in shares]]
+            label = "without critique" if r == 0 else f"after {r} critique{'s' if r > 1 else ''}"
+            axes.bar(places, means, 0.9 * width, yerr=errors, capsize=3, color=COLOURS[r % len(COLOURS)], label=label)
+        axes.set_xticks(range(len(result.scores)), [s.subset for s in result.scores], rotation=20, ha="right")
+        axes.set(ylabel="success", ylim=(0, 1.02))
+        figure.legend(loc="outside upper center", ncols=result.rounds, frameon=False)
+        save_picture(figure, path)
+    return path

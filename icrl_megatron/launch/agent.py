@@ -1,0 +1,242 @@
+"""Starts the ranks of one machine, watches them, and ends them together when one fails. No torch.
+
+    python -m icrl_megatron.launch.agent --nproc-per-node=8
+        [--nnodes=2 --node-rank=0 --master-addr=HOST --master-port=PORT]
+        [--log-dir=FOLDER] -m MODULE WORDS...
+
+`icrl train` runs one on this machine, slurm/step.sh one on each node. The ranks meet at a static address: the agent of
+the first node binds it and hands the socket to rank 0, which serves the store (`distributed/rendezvous.py`). The agent
+itself reads nothing from the network. Ranks get RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT, as torchrun sets them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from icrl_megatron.distributed import net
+from icrl_megatron.distributed.process import (
+    CONFIG_ERROR,
+    HOPELESS,
+    OUTCOME_ENV,
+    PARENT_ENV,
+    STORE_FD_ENV,
+    die_with_parent,
+    leave_outcome,
+    read_outcome,
+)
+from icrl_megatron.utils.disk import disk_errors
+from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.terminal import guard
+
+TAIL_LINES = 40
+END_TIMEOUT_S = 30.0
+"""From SIGTERM to SIGKILL, for the ranks that are left when one has failed."""
+_POLL_S = 0.05
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What this machine runs of a job."""
+
+    nodes: int
+    node: int
+    """Number of this machine, from 0."""
+    ranks: int
+    """Processes on each machine."""
+    address: str
+    port: int
+    """Where the ranks meet; 0 lets the only machine choose."""
+    log_dir: Path | None
+    """Folder for the output of all ranks but the first of this machine; None: all write to this process's own."""
+    module: str
+    words: tuple[str, ...]
+
+    @staticmethod
+    def parse(arguments: Sequence[str]) -> Share:
+        """Exits with 2 and the usage when the arguments make no share."""
+        parser = argparse.ArgumentParser(prog="python -m icrl_megatron.launch.agent")
+        parser.add_argument("--nnodes", type=int, default=1)
+        parser.add_argument("--node-rank", type=int, default=0)
+        parser.add_argument("--nproc-per-node", type=int, required=True)
+        parser.add_argument("--master-addr", default="127.0.0.1")
+        parser.add_argument("--master-port", type=int, default=0)
+        parser.add_argument("--log-dir", type=Path)
+        parser.add_argument("-m", dest="command", nargs=argparse.REMAINDER, required=True, metavar="MODULE WORDS...")
+        read = parser.parse_args(arguments)
+        if not read.command or read.nproc_per_node < 1 or not 0 <= read.node_rank < read.nnodes:
+            parser.error("needs a module, at least one rank, and a --node-rank below --nnodes")
+        if read.nnodes > 1 and read.master_port == 0:
+            parser.error("several nodes need a --master-port that all of them know")
+        module, *words = read.command
+        where = (read.master_addr, read.master_port, read.log_dir)
+        return Share(read.nnodes, read.node_rank, read.nproc_per_node, *where, module, tuple(words))
+
+    def environment(self, local: int, port: int) -> dict[str, str]:
+        """What rank number `local` of this machine learns; `port` is the one that the store is served on."""
+        return {
+            "RANK": str(self.node * self.ranks + local),
+            "LOCAL_RANK": str(local),
+            "WORLD_SIZE": str(self.nodes * self.ranks),
+            "LOCAL_WORLD_SIZE": str(self.ranks),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(port),
+        }
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One running rank."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    log: Path | None
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs until all ranks ended. Returns 0, 1 when a rank failed, 2 after a ConfigError that the outcome file does not
+    hold, or 128 + the number of the signal that ended it."""
+    guard()
+    # Ranks inherit it until they listen themselves, so an early signal kills none of them.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    die_with_parent()
+    share = Share.parse(arguments)
+    received: list[int] = []
+    for number in _STOPS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # slurm/step.sh has it ignored where ranks save on it
+            signal.signal(number, lambda number, frame: received.append(number))
+    try:
+        listener = _bound(share)
+    except OSError as error:
+        where = f"{share.address}:{share.port}"
+        print(f"error: rank 0 cannot listen on {where} ({error.strerror}); set MASTER_ADDR to an address of the first "
+              "node, or MASTER_PORT to a free port", file=sys.stderr)  # fmt: skip
+        return 1
+    try:
+        ranks = _start(share, listener)
+    except ConfigError as error:
+        leave_outcome(CONFIG_ERROR, str(error))
+        return CONFIG_ERROR
+    failed = _watch(ranks, received)
+    if received:
+        return 128 + received[0]
+    if failed is None:
+        return 0
+    return _explain(failed)
+
+
+def _explain(failed: Rank) -> int:
+    """Says how the rank that failed first ended, unless its message is known already; returns our exit code."""
+    left = read_outcome(Path(os.environ[OUTCOME_ENV])) if OUTCOME_ENV in os.environ else None
+    if left is not None and left[0] in (CONFIG_ERROR, HOPELESS):
+        return 1
+    if failed.process.returncode == CONFIG_ERROR:  # it could not leave its message, so it printed it
+        print(_tail(failed.log), end="", file=sys.stderr)
+        return CONFIG_ERROR
+    print(_report(failed), file=sys.stderr)
+    return 1
+
+
+def _bound(share: Share) -> socket.socket | None:
+    """The socket of the store, on the first node of a job that needs one."""
+    if share.node > 0 or share.nodes * share.ranks == 1:
+        return None
+    found = net.bound(share.address, share.port)
+    if share.nodes > 1 and net.is_loopback(str(found.getsockname()[0])):
+        # Debian's /etc/hosts gives a machine's own name an address that no other node can reach.
+        found.close()
+        found = net.bound("0.0.0.0", share.port)
+    return found
+
+
+def _start(share: Share, listener: socket.socket | None) -> list[Rank]:
+    port = listener.getsockname()[1] if listener is not None else share.port
+    folder = None
+    if share.log_dir is not None and share.ranks > 1:
+        folder = share.log_dir / f"{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}"
+        with disk_errors(folder, "the logs of ranks"):
+            folder.mkdir(parents=True)
+    command = [sys.executable, "-u", "-m", share.module, *share.words]
+    ranks = []
+    for local in range(share.ranks):
+        env = {**os.environ, PARENT_ENV: str(os.getpid()), **share.environment(local, port)}
+        handed_over: tuple[int, ...] = ()
+        if listener is not None and local == 0:
+            handed_over = (listener.fileno(),)
+            env[STORE_FD_ENV] = str(listener.fileno())
+        number = share.node * share.ranks + local
+        log = folder / f"rank_{number}.log" if folder is not None and local > 0 else None
+        with contextlib.ExitStack() as opened, disk_errors(share.log_dir or Path(), "the logs of ranks"):
+            output = opened.enter_context(log.open("wb")) if log is not None else None
+            # A session of its own: a rank takes its children with it, and hears of Ctrl-C from the launcher only.
+            process = subprocess.Popen(
+                command, env=env, stdout=output, stderr=output, pass_fds=handed_over, start_new_session=True
+            )
+        ranks.append(Rank(number, process, log))
+    if listener is not None:
+        listener.close()
+    return ranks
+
+
+def _watch(ranks: Sequence[Rank], received: Sequence[int]) -> Rank | None:
+    """Until all have ended well, one has failed, or a signal came. Returns the one that failed first; none is left."""
+    try:
+        running = list(ranks)
+        while running and not received:
+            failed = next((rank for rank in running if rank.process.poll()), None)
+            if failed is not None:
+                return failed
+            running = [rank for rank in running if rank.process.returncode is None]
+            time.sleep(_POLL_S)
+        return None
+    finally:
+        _end([rank.process for rank in ranks])
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    deadline = time.monotonic() + END_TIMEOUT_S
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def _report(failed: Rank) -> str:
+    code = int(failed.process.returncode)
+    if code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL:
+            how += " (out of memory?)"
+    else:
+        how = f"failed with exit code {code}"
+    if failed.log is None:  # it has written to the terminal itself
+        return f"error: rank {failed.number} {how}; its messages are above"
+    return f"{_tail(failed.log)}error: rank {failed.number} {how}; its whole output is in {failed.log}"
+
+
+def _tail(log: Path | None) -> str:
+    if log is None:
+        return ""
+    with log.open(encoding="utf-8", errors="replace") as file:
+        return "".join(deque(file, TAIL_LINES))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

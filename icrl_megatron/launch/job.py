@@ -1,0 +1,187 @@
+"""What a batch job asks before, between and after its steps (slurm/job.sh). Plain decisions, no torch.
+
+python -m icrl_megatron.launch.job check train RECIPE [KEY=VALUE]...    prints the run folder, and "servers" if it
+                                                                      starts some; or exits with 2
+python -m icrl_megatron.launch.job cell PLAN CELL    prints the words of an ablation's cell, one a line
+python -m icrl_megatron.launch.job table PLAN    writes and prints an ablation's table
+python -m icrl_megatron.launch.job said FILE    prints the error that ranks or servers left there
+python -m icrl_megatron.launch.job decide OUTCOME STATE RC STOP train RECIPE [KEY=VALUE]...
+                                                                      prints: done | requeue | retry SECONDS | fail
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from icrl_megatron.distributed.process import CONFIG_ERROR, HOPELESS, STOPPED, read_outcome
+from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.files import write_atomically
+from icrl_megatron.utils.terminal import guard
+
+MAX_CRASHES = 3
+"""Crashes of a job, over all of its requeues, after which it is given up."""
+MAX_UNSAVED = 3
+"""Stops in a row that ended without a new checkpoint, after which a job is given up."""
+BACK_OFF_S = 30.0
+"""Wait before the first retry; doubles with each."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a job remembers over its steps and requeues."""
+
+    crashes: int = 0
+    crashed_at: str = ""
+    """Progress at the last crash; the same again means a step that cannot be passed."""
+    stopped_at: str = ""
+    """Progress at the last stop on request."""
+    unsaved: int = 0
+    """Stops that ended without saving, since there was another newest checkpoint."""
+    unsaved_at: str = ""
+    """What was saved at the last of them."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the job does next: `action` is done, requeue, retry or fail."""
+
+    action: str
+    state: State
+    message: str = ""
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How far a run is, as texts that change whenever it got further."""
+
+    at: str
+    """The last line of each of its metrics files."""
+    saved: str
+    """Its newest checkpoints: what a run that is started again begins from."""
+
+
+def progress(run_folder: Path) -> Reached:
+    """How far a run is. Raises nothing: what is not there is a dash."""
+    found, saved = [], []
+    for folder in (run_folder / "warm_start", run_folder):
+        metrics = folder / "metrics.jsonl"
+        lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.exists() else []
+        whole = [line for line in lines[-2:] if line.endswith("}")]
+        found.append(str(json.loads(whole[-1]).get("step")) if whole else "-")
+        names = (path.parent.name for path in folder.glob("checkpoints/step_*/icrl.json"))
+        saved.append(max((name for name in names if name.removeprefix("step_").isdigit()), default="-"))
+    baselines = sorted(run_folder.glob("baseline_*"))
+    of_baselines = [reached for path in baselines for reached in (path.name, progress(path).saved)]
+    return Reached("/".join([*found, *(path.name for path in baselines)]), "/".join([*saved, *of_baselines]))
+
+
+def decide(outcome: tuple[int, str] | None, returncode: int, stopping: bool, run: Reached, state: State) -> Decision:
+    """After a step of `run` ended with `returncode`, having left `outcome`.
+
+    Done after success. A stop on request is requeued, unless the run got no further since the last one; one that could
+    not save is, unless there was no new checkpoint MAX_UNSAVED times. A crash is tried again after a wait that doubles,
+    at most MAX_CRASHES times, and never twice at the same progress.
+    """
+    at = run.at
+    if outcome is not None and outcome[0] in (CONFIG_ERROR, HOPELESS):
+        return Decision("fail", state, outcome[1])
+    if outcome is not None and outcome[0] == STOPPED:
+        if at == state.stopped_at:
+            return Decision("fail", state, f"stopped twice at {at} without a step between: the time limit is too short")
+        return Decision("requeue", State(state.crashes, state.crashed_at, at), f"stopped on request at {at}, and saved")
+    if returncode == 0:
+        return Decision("done", state)
+    if stopping:
+        return _killed_while_stopping(returncode, run, state)
+    crashes = state.crashes + 1
+    after = replace(state, crashes=crashes, crashed_at=at)
+    if at == state.crashed_at:
+        return Decision("fail", after, f"crashed twice at {at} (code {returncode}): the same step would crash again")
+    if crashes > MAX_CRASHES:
+        return Decision("fail", after, f"crashed {crashes} times, the last one at {at} (code {returncode})")
+    wait = float(os.environ.get("ICRL_BACK_OFF_S", BACK_OFF_S)) * 2 ** (crashes - 1)
+    return Decision("retry", after, f"crash {crashes} of at most {MAX_CRASHES}, at {at} (code {returncode})", wait)
+
+
+def _killed_while_stopping(returncode: int, run: Reached, state: State) -> Decision:
+    unsaved = state.unsaved + 1 if run.saved == state.unsaved_at else 1
+    after = replace(state, unsaved=unsaved, unsaved_at=run.saved)
+    said = f"ended with {returncode} while stopping"
+    if unsaved >= MAX_UNSAVED:
+        why = f"{said}, {unsaved} times without a checkpoint after {run.saved}: the same steps would be played for ever"
+        remedy = "give it more time between signal and end, or a smaller checkpoint.interval"
+        return Decision("fail", after, f"{why}; {remedy}")
+    return Decision("requeue", after, f"{said}; goes on from its last checkpoint")
+
+
+def check(arguments: list[str]) -> tuple[Path, bool]:
+    """The run folder of `train|sft RECIPE [KEY=VALUE]...`, and whether the job has to start environment servers.
+
+    Raises ConfigError on all that can be known beforehand; the number of ranks is WORLD_SIZE's, which the job sets to
+    nodes x ranks a node."""
+    from icrl_megatron.launch import servers as serve
+    from icrl_megatron.plan import planner
+    from icrl_megatron.run import checks as validate
+    from icrl_megatron.settings import loading as settings
+
+    resolved = settings.load(arguments[1], arguments[2:])
+    validate.validate(resolved)
+    planner.check(resolved)
+    world, planned = validate.ranks(resolved), planner.ranks(resolved)
+    if world != planned:
+        print(f"note: {arguments[1]} is for {planned} ranks (launch.ranks x launch.nodes), here are {world}",
+              file=sys.stderr)  # fmt: skip
+    return settings.run_folder(resolved), bool(serve.wanted(resolved))
+
+
+def _decide(run_folder: Path, outcome: Path, state_path: Path, returncode: int, stopping: bool) -> str:
+    """Decides, remembers, says why on stderr, and returns the words for the shell."""
+    state = State(**json.loads(state_path.read_text())) if state_path.exists() else State()
+    decision = decide(read_outcome(outcome), returncode, stopping, progress(run_folder), state)
+    write_atomically(state_path, [json.dumps(asdict(decision.state))], "what the job remembers")
+    if decision.message:
+        print(f"{'error: ' * (decision.action == 'fail')}{decision.message}", file=sys.stderr)
+    return f"retry {decision.wait_s:g}" if decision.action == "retry" else decision.action
+
+
+def _of_ablation(verb: str, plan_file: Path, cell: str = "") -> None:
+    from icrl_megatron.launch import ablate
+    from icrl_megatron.launch import ablate_array as ablate_slurm
+
+    plan = ablate_slurm.load_plan(plan_file)
+    if verb == "cell":
+        print("\n".join(ablate_slurm.words(plan, cell)))
+    else:
+        ablate.conclude(plan)
+
+
+def main(arguments: list[str]) -> None:
+    """Entry point; ConfigError is one message and exit code 2."""
+    guard()
+    try:
+        verb, *rest = arguments
+        if verb == "check":
+            folder, servers = check(rest)
+            print(folder, *(["servers"] if servers else []), sep="\n")
+        elif verb == "said":
+            left = json.loads(Path(rest[0]).read_text(encoding="utf-8"))
+            print(f"error: {left.get('message') or left.get('error')}", file=sys.stderr)
+        elif verb in ("cell", "table"):
+            _of_ablation(verb, Path(rest[0]), *rest[1:])
+        else:
+            from icrl_megatron.settings import loading as settings
+
+            run_folder = settings.run_folder(settings.load(rest[5], rest[6:]))
+            print(_decide(run_folder, Path(rest[0]), Path(rest[1]), int(rest[2]), rest[3] == "1"))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(CONFIG_ERROR)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

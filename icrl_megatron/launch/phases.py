@@ -1,0 +1,134 @@
+"""What `icrl train` does around the training program: warm start, training, baseline, report. Imports no torch.
+
+Each phase is a program of ranks with a folder of its own; a phase that is done is not done again, so the same command
+goes on wherever it was stopped.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from icrl_megatron.distributed.process import is_rank
+from icrl_megatron.launch import servers as serve
+from icrl_megatron.launch.torchrun import launch
+from icrl_megatron.run import resume, start
+from icrl_megatron.run.files import BASELINE, EXPORT, WARM_START
+from icrl_megatron.settings import loading as settings_module
+from icrl_megatron.settings.loading import run_folder
+from icrl_megatron.settings.schema import Calibration, ModelSettings, Settings
+from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.files import locked
+
+_JOB_LOCK = ".job.lock"
+
+
+def run(settings: Settings) -> int:
+    """Start (a checkpoint of another run, or a warm start), training, baseline and report, where the settings ask for
+    them. Returns the process's exit code."""
+    with _owned(settings) as owned:
+        return _run(owned, run_folder(settings))
+
+
+def warm_start(settings: Settings) -> int:
+    """The supervised stage alone (`icrl sft`): leaves a Hugging Face folder in <run_dir>/warm_start/hf."""
+    with _owned(settings) as owned:
+        return _warm_start(owned)
+
+
+@contextmanager
+def _owned(settings: Settings) -> Iterator[Settings]:
+    """Holds the lock of the run folder before anything is written there (among ranks, rank 0 does), and says which
+    settings change in a run that is resumed. Yields the settings with the addresses of the environment servers that run
+    beside it, where there are any.
+
+    Raises ConfigError for a run of several machines that nobody started on them.
+    """
+    if settings.launch.nodes > 1 and not is_rank():
+        raise ConfigError(
+            f"launch.nodes={settings.launch.nodes}: this command starts ranks on one machine; use sbatch with slurm/ "
+            "or `icrl launch RECIPE --on slurm`, or launch.nodes=1"
+        )
+    folder = run_folder(settings)
+    with ExitStack() as held:
+        if os.environ.get("RANK", "0") == "0":
+            held.enter_context(locked(folder, _JOB_LOCK))
+            for line in resume.adopt(settings, folder):
+                print(line, file=sys.stderr)
+        yield held.enter_context(serve.beside(settings, folder / "logs"))
+
+
+def _run(settings: Settings, folder: Path) -> int:
+    code = _start(settings, folder)
+    code = code or _phase("icrl_megatron.train", _training(settings, folder), folder)
+    if code or settings.debug.mode != "train":
+        return code
+    if settings.baseline:
+        baseline = _baseline(settings, folder)
+        code = _phase("icrl_megatron.train", baseline, run_folder(baseline))
+    if code == 0 and os.environ.get("RANK", "0") == "0":
+        from icrl_megatron.report.final import report
+
+        report(settings)
+    return code
+
+
+def _warm_start(settings: Settings) -> int:
+    folder = run_folder(settings) / WARM_START
+    if (folder / EXPORT).exists():
+        return 0
+    return _phase("icrl_megatron.sft", replace(settings, run_dir=str(folder)), folder)
+
+
+def _start(settings: Settings, folder: Path) -> int:
+    """What training begins from: a checkpoint of another run, or a warm start, or `model.path` as it is."""
+    if settings.start_from:
+        return 0 if start.made(settings) else _phase("icrl_megatron.run.start", settings, folder)
+    return _warm_start(settings) if _needs_warm_start(settings) else 0
+
+
+def _needs_warm_start(settings: Settings) -> bool:
+    return not settings.model.path or settings.warm_start.steps > 0
+
+
+def _training(settings: Settings, folder: Path) -> Settings:
+    if settings.start_from:
+        return start.training(replace(settings, run_dir=str(folder)))
+    path = str(folder / WARM_START / EXPORT) if _needs_warm_start(settings) else settings.model.path
+    return replace(settings, run_dir=str(folder), model=ModelSettings(path=path))
+
+
+def _baseline(settings: Settings, folder: Path) -> Settings:
+    """Plain GRPO (one attempt, no critic) from the same start until it generated as many tokens."""
+    from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
+
+    spent = int(read_rows(folder / METRICS_FILE)[-1]["tokens/generated_total"])
+    return replace(
+        _training(settings, folder),
+        name=f"{settings.name}_{settings.baseline}",
+        run_dir=str(folder / BASELINE.format(settings.baseline)),
+        steps=100 * settings.steps,
+        max_generated_tokens=spent,
+        rollout=replace(settings.rollout, rounds=1),
+        algo=replace(settings.algo, calibration=Calibration(enabled=False), on_no_signal="skip", max_resamples=0),
+        eval=replace(settings.eval, control_problems=0),
+    )
+
+
+def _phase(module: str, settings: Settings, folder: Path) -> int:
+    """Runs `module` on all ranks: starts them, or runs in place when this process is a rank already."""
+    if is_rank():
+        return int(importlib.import_module(module).main(settings))
+    logs = folder / "logs"
+    handed_over = logs / f"settings.{os.getpid()}.yaml"
+    settings_module.save(settings, handed_over)
+    try:
+        return launch(handed_over, settings.launch.ranks, logs, module=module)
+    finally:
+        with suppress(OSError):  # the disk may have become read-only
+            handed_over.unlink()

@@ -1,0 +1,349 @@
+"""Environment servers beside a run (`tasks.sources[...].serve`): started, waited for, watched, ended with it.
+
+    python -m icrl_megatron.launch.servers FOLDER SETTINGS.yaml
+        by `icrl train` and `icrl eval`, on this machine
+    python -m icrl_megatron.launch.servers FOLDER train RECIPE [KEY=VALUE]...
+        by slurm/job.sh; under NeMo-Run by slurm/step.sh
+
+FOLDER gets a log of each server and addresses.json: where they are, or why they are not. Ranks find it by ICRL_SERVERS.
+The addresses are where servers happen to run, not settings: a run's saved settings do not name them. No torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from icrl_megatron.distributed import net
+from icrl_megatron.distributed.process import CONFIG_ERROR, PARENT_ENV, die_with_parent, is_rank
+from icrl_megatron.settings import loading as settings_module
+from icrl_megatron.settings.schema import Settings
+from icrl_megatron.settings.task_schema import PORT, TaskSource
+from icrl_megatron.tasks import registry
+from icrl_megatron.tasks.base import Checked
+from icrl_megatron.utils.disk import disk_errors
+from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.files import write_atomically
+from icrl_megatron.utils.progress import Progress
+from icrl_megatron.utils.terminal import guard
+
+SERVERS_ENV = "ICRL_SERVERS"
+"""Folder in which whoever started the servers leaves their addresses."""
+ADDRESSES = "addresses.json"
+HOST = "{host}"
+"""In a command: where its server listens. Loopback when one machine has the whole job, else every interface."""
+RESTARTS = 3
+"""Times that a server which died is started again; the first wait is BACK_OFF_S, and doubles."""
+BACK_OFF_S = 1.0
+END_TIMEOUT_S = 10.0
+"""From SIGTERM to SIGKILL."""
+GRACE_S = 60.0
+"""How much longer ranks wait for addresses than the servers may take: clocks and file systems differ."""
+POLL_S = 0.2
+ANSWER_TIMEOUT_S = 5.0
+
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # one's own machines need no proxy
+
+
+@dataclass
+class Running:
+    """One server."""
+
+    source: str
+    command: str
+    url: str
+    health: str
+    log: Path
+    process: subprocess.Popen[bytes]
+    restarts: int = 0
+    again_at: float | None = None
+    """When it is started again, if it is down and will be."""
+
+    def said(self, lines: int = 20) -> str:
+        """The end of its log; of lines without end, the last 16 KiB."""
+        with self.log.open("rb") as file:
+            file.seek(max(0, self.log.stat().st_size - (1 << 14)))
+            end = file.read(1 << 14).decode(errors="replace")
+        return "\n".join(end.splitlines()[-lines:]).strip()
+
+
+def wanted(settings: Settings) -> list[TaskSource]:
+    """The sources that servers are started for: with a command, and without addresses of servers that run already."""
+    return [source for source in settings.tasks.sources if source.served]
+
+
+@contextlib.contextmanager
+def beside(settings: Settings, folder: Path) -> Iterator[Settings]:
+    """The settings with the addresses of servers that run as long as the block: started here, unless this process is
+    a rank, whose job has started them. Raises ConfigError with their last words when they do not answer in time."""
+    if not wanted(settings):
+        yield settings
+        return
+    if is_rank():
+        yield told(settings, Path(_named()))
+        return
+    folder = _new_folder(folder.resolve())
+    handed_over = folder / settings_module.SAVED_NAME
+    settings_module.save(settings, handed_over)
+    command = [sys.executable, "-m", "icrl_megatron.launch.servers", str(folder), str(handed_over)]
+    # Its own session: Ctrl-C in a terminal must not take the servers away while the ranks save.
+    env = {**os.environ, PARENT_ENV: str(os.getpid())}
+    process = subprocess.Popen(command, env=env, start_new_session=True, stdin=subprocess.DEVNULL)
+    try:
+        with Progress().phase("environment servers") as bar:
+            while not (folder / ADDRESSES).exists() and process.poll() is None:
+                bar.advance(0)
+                time.sleep(POLL_S)
+        if not (folder / ADDRESSES).exists():
+            raise ConfigError(f"what starts environment servers ended with code {process.returncode} and no word")
+        yield told(settings, folder)
+    finally:
+        process.terminate()
+        _wait(process, END_TIMEOUT_S * 2)
+
+
+def _new_folder(logs: Path) -> Path:
+    """logs/servers.PID, made; with a number behind it where an earlier process of the same id left its logs."""
+    with disk_errors(logs, "the logs of environment servers"):
+        for number in itertools.count():
+            folder = logs / (f"servers.{os.getpid()}" + (f".{number}" if number else ""))
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(parents=True)
+                break
+    return folder
+
+
+def _named() -> str:
+    name = os.environ.get(SERVERS_ENV, "")
+    if not name:
+        raise ConfigError(
+            "tasks.sources[...].serve.command: nobody started the servers; use slurm/step.sh, sbatch, `icrl launch` or "
+            "`icrl train` instead of a bare torchrun, or name servers that run with tasks.sources.0.data.servers=[...]"
+        )
+    return name
+
+
+def told(settings: Settings, folder: Path) -> Settings:
+    """The settings with `data.servers` of each served source filled in, once the folder has them.
+
+    Raises ConfigError where the servers failed, or left no word within their time.
+    """
+    patience = max(source.serve.startup_timeout_s for source in wanted(settings)) + GRACE_S
+    deadline = time.monotonic() + patience
+    while not (folder / ADDRESSES).exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(f"no environment servers within {patience:.0f} s: nothing came to {folder / ADDRESSES}")
+        time.sleep(POLL_S)
+    left = json.loads((folder / ADDRESSES).read_text(encoding="utf-8"))
+    if "error" in left:
+        raise ConfigError(str(left["error"]))
+    return with_servers(settings, left["servers"])
+
+
+def with_servers(settings: Settings, addresses: Mapping[str, Sequence[str]]) -> Settings:
+    """A copy whose sources of these names have these addresses."""
+    sources = [
+        replace(s, data=replace(s.data, servers=list(addresses[s.name]))) if s.name in addresses else s
+        for s in settings.tasks.sources
+    ]
+    return replace(settings, tasks=replace(settings.tasks, sources=sources))
+
+
+def run(settings: Settings, folder: Path) -> None:
+    """Starts the servers, leaves their addresses in the folder once they answer and play, and watches over them until
+    it is told to stop (SIGTERM or SIGINT). Raises ConfigError, which it leaves in the folder too, when they fail."""
+    servers: list[Running] = []
+    try:
+        try:
+            for source in wanted(settings):
+                servers += [_start(source, i, folder) for i in range(source.serve.count)]
+            for source in wanted(settings):
+                _await_answers([s for s in servers if s.source == source.name], source.serve.startup_timeout_s)
+            for source in wanted(settings):
+                _tell_of_open([s for s in servers if s.source == source.name])
+            addresses = {s.source: [o.url for o in servers if o.source == s.source] for s in servers}
+            for source in with_servers(settings, addresses).tasks.sources:
+                limit = settings.rollout.max_observation_bytes
+                task_set = registry.of_source(source, limit) if source.name in addresses else None
+                if isinstance(task_set, Checked):
+                    task_set.check()
+        except ConfigError as error:
+            write_atomically(folder / ADDRESSES, [json.dumps({"error": str(error)})])
+            raise
+        write_atomically(folder / ADDRESSES, [json.dumps({"servers": addresses})])
+        listed = "; ".join(f"{name}: {' '.join(urls)}" for name, urls in addresses.items())
+        print(f"environment servers of {listed}", file=sys.stderr, flush=True)
+        while True:
+            _watch(servers)
+            time.sleep(POLL_S)
+    finally:
+        _end(servers)
+
+
+def _start(source: TaskSource, index: int, folder: Path) -> Running:
+    serve = source.serve
+    port = serve.port + index if serve.port else _free_port()
+    if serve.port and not _is_free(port):
+        raise ConfigError(
+            f"{source.name!r}: port {port} is taken on {socket.gethostname()}; set tasks.sources[...].serve.port=0 for "
+            "any free one"
+        )
+    command = serve.command.replace(PORT, str(port)).replace(HOST, "0.0.0.0" if _many_nodes() else "127.0.0.1")
+    log = folder / f"{source.name}.{index}.log"
+    return Running(source.name, command, f"http://{_host()}:{port}", serve.health, log, _popen(command, log))
+
+
+def _popen(command: str, log: Path) -> subprocess.Popen[bytes]:
+    """A group of its own, so that what the shell starts ends with it; and not outliving this process."""
+    with disk_errors(log, "the log of an environment server"):
+        file = log.open("ab")
+    with file:
+        return subprocess.Popen(
+            ["bash", "-c", command],
+            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True, preexec_fn=die_with_parent,  # this process has one thread
+        )  # fmt: skip
+
+
+def _many_nodes() -> bool:
+    return int(os.environ.get("SLURM_JOB_NUM_NODES") or 1) > 1
+
+
+def _host() -> str:
+    """As the other nodes of a job call this one."""
+    return os.environ.get("SLURMD_NODENAME", socket.gethostname()) if _many_nodes() else "127.0.0.1"
+
+
+def _tell_of_open(servers: list[Running]) -> None:
+    """Says which servers of a run on one machine can be reached from others: they have no password."""
+    for server in servers if not _many_nodes() else ():
+        with contextlib.suppress(psutil.Error):
+            top = psutil.Process(server.process.pid)
+            sockets = [c for p in (top, *top.children(recursive=True)) for c in p.net_connections("tcp")]
+            found = {c.laddr.ip for c in sockets if c.status == psutil.CONN_LISTEN}
+            if beyond := sorted(ip for ip in found if not net.is_loopback(ip)):
+                print(
+                    f"warning: the server of {server.source!r} listens on {beyond[0]}, where other machines reach it; "
+                    f"write {HOST} for its address, e.g. --host {HOST}, in tasks.sources[...].serve.command",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def _await_answers(servers: list[Running], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    for server in servers:
+        while not _answers(server.url + server.health):
+            code = server.process.poll()
+            if code is not None or time.monotonic() > deadline:
+                how = f"ended with code {code}" if code is not None else f"did not answer within {timeout_s:g} s"
+                raise ConfigError(
+                    f"{server.source!r}: the server {server.command!r} {how} at {server.url}{server.health}; "
+                    f"{server.log} ends with: {server.said() or '(nothing)'}"
+                )
+            time.sleep(POLL_S)
+
+
+def _answers(url: str) -> bool:
+    """Whatever it says short of a server error: upstream AgentGym knows no path for this."""
+    try:
+        with _DIRECT.open(url, timeout=ANSWER_TIMEOUT_S):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code < 500
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def _watch(servers: list[Running]) -> None:
+    """Starts again, on the same port and a bounded number of times, what died."""
+    now = time.monotonic()
+    for server in servers:
+        if server.again_at is not None and now >= server.again_at:
+            server.process, server.again_at = _popen(server.command, server.log), None
+        elif server.again_at is None and server.restarts <= RESTARTS and server.process.poll() is not None:
+            server.restarts += 1
+            what = f"the server of {server.source!r} at {server.url} ended with code {server.process.returncode}"
+            if server.restarts > RESTARTS:
+                print(f"error: {what} again and is given up; {server.log} has its words", file=sys.stderr, flush=True)
+                continue
+            server.again_at = now + BACK_OFF_S * 2 ** (server.restarts - 1)
+            print(f"{what}; starting it again ({server.restarts} of {RESTARTS})", file=sys.stderr, flush=True)
+
+
+def _end(servers: list[Running]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for server in servers:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(server.process.pid, number)
+        deadline = time.monotonic() + END_TIMEOUT_S
+        for server in servers:
+            _wait(server.process, max(0.0, deadline - time.monotonic()))
+
+
+def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=timeout_s)
+
+
+def main(arguments: list[str]) -> None:
+    """Entry point; ConfigError is one message and exit code 2."""
+    guard()
+    # Servers that outlive their job would keep its ports: this process ends them, whatever becomes of its parent.
+    die_with_parent(signal.SIGTERM)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # what stops ranks reaches every process of a step
+    signal.signal(signal.SIGTERM, _on_term)
+    folder, *words = arguments
+    try:
+        saved = len(words) == 1
+        settings = settings_module.load_saved(Path(words[0])) if saved else settings_module.load(words[1], words[2:])
+        if wanted(settings):
+            with disk_errors(Path(folder), "the logs of environment servers"):
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            run(settings, Path(folder))
+    except ConfigError as error:
+        if not (Path(folder) / ADDRESSES).exists():  # else whoever waits for addresses says it, once
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(CONFIG_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(0)
+
+
+def _on_term(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough, and ending the servers takes a moment
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,91 @@
+"""The embedded model: a random Qwen3 with a word tokenizer, written as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging
+
+from icrl_megatron.settings.schema import TinyModel
+
+PAD, END, UNKNOWN = "<|endoftext|>", "<|im_end|>", "<|unk|>"
+HEADERS = ("<|user|>", "<|assistant|>")
+CRITIC_TAGS = ("<critic>", "</critic>")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|assistant|> ' if message['role'] == 'assistant' else '<|user|> ' }}"
+    "{{ message['content'] | trim }} <|im_end|> "
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+"""One header token per message; whatever is not the assistant speaks as the user."""
+
+_INITIALIZER_RANGE = 0.05
+"""Qwen3's 0.02 is meant for widths in the thousands; a width of 64 learns several times slower from it."""
+
+_QK_NORM_GAIN = 2.0
+"""A head of 16 with unit gains cannot attend sharply: normalised q.k / sqrt(16) is at most 4. Gains of 2 make it 16."""
+
+
+def build_tokenizer(vocabulary: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per word: texts are words with single spaces between, and decoding gives them back.
+
+    Words that are not in `vocabulary` become <|unk|>. Raises ValueError on a word that is empty or has a space in it.
+    """
+    special = (PAD, END, UNKNOWN, *HEADERS)
+    words = sorted(set(vocabulary) - set(special) - set(CRITIC_TAGS))
+    for word in words:
+        if word.split() != [word]:
+            raise ValueError(f"{word!r} cannot be one token: a word is not empty and has no space in it")
+    ids = {word: i for i, word in enumerate((*special, *CRITIC_TAGS, *words))}
+    core = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    # Critic tags are text, not control: decoding without special tokens must keep them.
+    core.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in CRITIC_TAGS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=PAD,
+        eos_token=END,
+        unk_token=UNKNOWN,
+        additional_special_tokens=list(HEADERS),
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_tiny(folder: Path, init: TinyModel, vocabulary: Iterable[str], seed: int) -> None:
+    """Writes model and tokenizer to `folder` (made if missing), fp32, reproducible from `seed`.
+
+    The folder loads with AutoTokenizer and AutoModelForCausalLM; the model's vocabulary is exactly the tokenizer's.
+    """
+    tokenizer = build_tokenizer(vocabulary)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=init.hidden,
+        intermediate_size=init.ffn,
+        num_hidden_layers=init.layers,
+        num_attention_heads=init.heads,
+        num_key_value_heads=init.kv_heads,
+        head_dim=init.head_dim,
+        max_position_embeddings=init.max_positions,
+        tie_word_embeddings=init.tie_embeddings,
+        initializer_range=_INITIALIZER_RANGE,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config)
+    for layer in model.model.layers:
+        torch.nn.init.constant_(layer.self_attn.q_norm.weight, _QK_NORM_GAIN)
+        torch.nn.init.constant_(layer.self_attn.k_norm.weight, _QK_NORM_GAIN)
+    folder.mkdir(parents=True, exist_ok=True)
+    logging.disable_progress_bar()  # it would break into those of the run
+    model.float().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,143 @@
+"""`icrl report RUN...`: one HTML file without a network, which shows what was learned and how critique became skill."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from icrl_megatron.report.bands import band
+from icrl_megatron.report.final import outcome
+from icrl_megatron.report.page_choice import PageSize, choose
+from icrl_megatron.report.page_curves import Measured, group_data, groups, times
+from icrl_megatron.report.page_episodes import Speller, episode
+from icrl_megatron.settings import loading as settings_module
+from icrl_megatron.settings.schema import Settings
+from icrl_megatron.telemetry.metrics import EVALUATION_TOKENS
+from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
+from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.files import write_atomically
+from icrl_megatron.utils.result_files import begins_with, check_file
+
+WEB = Path(__file__).parent / "web"
+DEFAULT_SIZE = PageSize()
+SCRIPTS = ("base.js", "charts.js", "episodes.js", "page.js")
+"""In the order in which they depend on each other; one script in the page."""
+
+
+def write_page(runs: Sequence[Path], out: Path, size: PageSize = DEFAULT_SIZE, overwrite: bool = False) -> Path:
+    """Writes the page of these run folders to `out`. Raises ConfigError on a folder that is no run with metrics, and
+    where `out` is another file than an earlier page, unless `overwrite` says that it may be replaced."""
+    check_file(out, "a page", begins_with(b"<title>ICRL report</title>"), overwrite)
+    measured = _labelled(runs, [_measured(run) for run in runs])
+    shown = [run_data(run, of, size, len(runs)) for run, of in zip(runs, measured, strict=True)]
+    data: dict[str, list[dict[str, Any]]] = {"runs": shown, "groups": []}
+    for members in groups(measured):
+        of_seeds = [shown[m]["weights"] for m in members]
+        transfer = {name: asdict(band([(w["steps"], w[name]) for w in of_seeds])) for name in ("mean", "held", "moved")}
+        data["groups"].append(group_data(measured, members) | {"transfer": transfer})
+    parts = {name: (WEB / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", *SCRIPTS)}
+    script = "\n".join(parts[name] for name in SCRIPTS)
+    page = parts["page.html"].replace("/*CSS*/", parts["page.css"]).replace("/*JS*/", script)
+    # "</" could end the script element, whatever a model wrote; JSON reads "<\/" as the same.
+    text = json.dumps(_finite(data), separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\u0021--")
+    write_atomically(out, [page.replace("/*DATA*/", text)])
+    return out
+
+
+def _measured(run: Path) -> Measured:
+    rows = read_rows(run / METRICS_FILE)
+    if not rows or not (run / settings_module.SAVED_NAME).exists():
+        raise ConfigError(f"{run}: no {METRICS_FILE} or {settings_module.SAVED_NAME} there; give the folder of a run")
+    settings = settings_module.load_saved(run / settings_module.SAVED_NAME)
+    return Measured(settings.name, settings, rows)
+
+
+def _labelled(folders: Sequence[Path], runs: Sequence[Measured]) -> list[Measured]:
+    """Experiments of the same name are told apart by their folders; the seeds of one keep one name."""
+    found = list(runs)
+    for parts in (1, 2):  # a folder's name, then its parent's too
+        experiments = groups(runs)
+        names = [found[members[0]].label for members in experiments]
+        for members in experiments:
+            if names.count(found[members[0]].label) > 1:
+                label = "/".join(folders[members[0]].resolve().parts[-parts:])
+                if len(members) > 1:  # icrl_0, icrl_1, icrl_2
+                    label = label.removesuffix(f"_{runs[members[0]].settings.seed}")
+                for m in members:
+                    found[m] = replace(found[m], label=label)
+    return found
+
+
+def run_data(run: Path, measured: Measured, size: PageSize, runs: int = 1) -> dict[str, Any]:
+    """Everything the page shows of one run, as JSON; `runs` of them share its total."""
+    settings, costs = measured.settings, measured.costs()
+    calibration = settings.algo.calibration
+    choice = choose(run, calibration.w_max, size, runs)
+    speller = Speller.of_run(run, settings)
+    return {
+        "label": measured.label,
+        "folder": str(run),
+        "seed": settings.seed,
+        "steps": len(costs),
+        "tokens": costs[-1] if costs else 0,
+        "evaluation_tokens": sum(row.get(EVALUATION_TOKENS, 0.0) for row in measured.rows),
+        "times": times(measured),
+        "table": _table(run, settings),
+        "control": {when: _read(run / f"control_{when}.json") for when in ("before", "after")},
+        "setup": _setup(settings),
+        "w_max": calibration.w_max,
+        "weight_name": "Shaping f(p), in w's place," if settings.algo.shaping_gamma > 0 else "Calibration weight",
+        "weights": choice.weights,
+        "episodes": {
+            "shown": [episode(step, record, speller, choice.limit) for step, record in choice.records],
+            "played": choice.played,
+            "read": choice.read,
+            "dumped": choice.dumped,
+            "limit": choice.limit,
+        },
+    }
+
+
+def _table(run: Path, settings: Settings) -> list[dict[str, Any]]:
+    found = outcome(settings.name, run, settings)
+    return [
+        {"task": name, "before": asdict(found.before[name]), "after": asdict(found.after[name])} for name in found.after
+    ]
+
+
+def _setup(settings: Settings) -> dict[str, str]:
+    rollout, algo = settings.rollout, settings.algo
+    weight = f"w_max {algo.calibration.w_max:g}, {algo.calibration.denominator}" if algo.calibration.enabled else "off"
+    if algo.shaping_gamma > 0:
+        weight = f"off; shaped, p / (p + {algo.shaping_gamma:g})"
+    if rollout.rounds == 1:
+        weight = "no revisions"
+    return {
+        "tasks": ", ".join(s.name for s in settings.tasks.sources),
+        "batch": f"{rollout.tasks_per_step} tasks x {rollout.episodes_per_task} episodes",
+        "rounds": str(rollout.rounds),
+        "critic": rollout.critic,
+        "groups": algo.group_by,
+        "calibration": weight,
+        "revisions": "internalised" if algo.internalise else "trained with their critique",
+        "learning rate": f"{settings.optim.learning_rate:g}",
+        "seed": str(settings.seed),
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """JSON in a browser has no NaN."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(of) for name, of in value.items()}
+    return [_finite(of) for of in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,134 @@
+"""Which of a run's episodes a page shows, read one step at a time: memory and page stay small, however long the run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from icrl_megatron.report.page_episodes import outcome
+from icrl_megatron.telemetry.dumps import DumpRecord, dump_path, dumped_steps, read_dump
+
+BINS = 24
+"""Bars of the calibration weight's distribution, from 0 to w_max."""
+SHORTEST = 60
+"""Tokens that a text keeps at least, before episodes are left out instead."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PageSize:
+    """How much of the runs goes into a page. The defaults keep it under 15 MB, whatever the runs are."""
+
+    episodes: int = 240
+    """Of each run, spread over its steps."""
+    tokens: int = 4000
+    """Of each text; what is longer is cut, and says so."""
+    total_tokens: int = 300_000
+    """Of all texts of the page together: texts are cut shorter, then episodes left out, until they fit."""
+    steps: int = 120
+    """Steps of each run whose rollouts are read, spread over it: columns of the weights' picture."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was read of a run's rollouts."""
+
+    records: list[tuple[int, DumpRecord]]
+    """(step, episode) of those that are shown, in the run's order."""
+    limit: int
+    """Tokens of each of their texts that are shown."""
+    weights: dict[str, Any]
+    """Per step read: the share of calibrated tokens in each of `BINS` bins of their weight; their mean, how many were
+    held back (w under 0.5) and how many transferred (w of 1 and more), as shares; and how many there are."""
+    played: int
+    """Episodes in the steps that were read."""
+    read: int
+    dumped: int
+    """Steps that were read, and that there are."""
+
+
+def choose(run: Path, w_max: float, size: PageSize, runs: int) -> Choice:
+    """`runs`: how many share the page's total. Raises ConfigError on a damaged dump."""
+    dumped = dumped_steps(run)
+    steps = spread(dumped, size.steps)
+    quota = -(-size.episodes // max(1, min(len(steps), size.episodes)))
+    showing = set(spread(steps, size.episodes))
+    chosen: list[tuple[int, DumpRecord]] = []
+    found: dict[str, Any] = {name: [] for name in ("steps", "shares", "mean", "held", "moved", "counts")}
+    played = 0
+    for step in steps:
+        records = read_dump(dump_path(run, step))
+        played += len(records)
+        weights = [w for record in records for credited in record.credit.values() for w in credited.weights]
+        if weights:
+            for name, value in _of_weights(step, np.asarray(weights), w_max).items():
+                found[name].append(value)
+        if step in showing:
+            chosen += [(step, record) for record in _of_step(step, records, quota)]
+    chosen = spread(chosen, size.episodes)
+    chosen, limit = _fitting(chosen, size.tokens, size.total_tokens // max(1, runs))
+    return Choice(chosen, limit, found, played, len(steps), len(dumped))
+
+
+def _of_weights(step: int, weights: np.ndarray, w_max: float) -> dict[str, Any]:
+    bins = np.histogram(np.clip(weights, 0.0, w_max), np.linspace(0.0, w_max, BINS + 1))[0]
+    parts = {"mean": weights.mean(), "held": (weights < 0.5).mean(), "moved": (weights >= 1.0).mean()}
+    shares = (bins / len(weights)).round(4).tolist()
+    return {"steps": step, "shares": shares, "counts": len(weights)} | {
+        name: round(float(value), 4) for name, value in parts.items()
+    }
+
+
+def _of_step(step: int, records: Sequence[DumpRecord], quota: int) -> list[DumpRecord]:
+    """Every outcome in its turn, those with a weighted revision first; in the order of the dump."""
+
+    def turn(i: int) -> tuple[bool, bytes]:
+        # By lot among equals: a dump is sorted by task, and its first tasks are not its whole step.
+        lot = hashlib.blake2b(f"{step}/{i}".encode(), digest_size=8).digest()
+        return not any(c.weights for c in records[i].credit.values()), lot
+
+    by_outcome: dict[str, list[int]] = {}
+    for i in sorted(range(len(records)), key=turn):
+        by_outcome.setdefault(outcome(records[i].episode.attempts), []).append(i)
+    picked: list[int] = []
+    # Rescued episodes are what the page is for: two of them for each of another kind.
+    turns = ("rescued", "failed", "rescued", "hurt", "alone")
+    while len(picked) < min(quota, len(records)):
+        for kind in turns:
+            if by_outcome.get(kind) and len(picked) < quota:
+                picked.append(by_outcome[kind].pop(0))
+    return [records[i] for i in sorted(picked)]
+
+
+def _fitting(
+    chosen: list[tuple[int, DumpRecord]], longest: int, total: int
+) -> tuple[list[tuple[int, DumpRecord]], int]:
+    """The episodes and the length of their texts with which they hold at most `total` tokens."""
+    limit = longest
+    while limit > SHORTEST and sum(_cost(record, limit) for _, record in chosen) > total:
+        limit = max(SHORTEST, limit // 2)
+    cost = sum(_cost(record, limit) for _, record in chosen)
+    return spread(chosen, len(chosen) * total // cost) if cost > total else chosen, limit
+
+
+def _cost(record: DumpRecord, limit: int) -> int:
+    """Tokens of an episode on the page; four characters of an observation or a prompt count as one."""
+    episode = record.episode
+    texts = [len(t.completion.ids) for a in episode.attempts for t in a.turns]
+    texts += [len(c.completion.ids) for c in episode.critiques]
+    texts += [len(t.observation) // 4 for a in episode.attempts for t in a.turns]
+    texts += [len(record.prompts.get("0/attempt", "")) // 8]
+    return sum(min(limit, length) for length in texts)
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """`count` of the items at even distances, or all of them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[(i * len(items)) // count] for i in range(count)]

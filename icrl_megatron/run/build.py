@@ -1,0 +1,95 @@
+"""Which engines a rank has, what its weights are pushed to, and where its episodes come from: by the settings alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from icrl_megatron.distributed import grid as grids
+from icrl_megatron.distributed import platform
+from icrl_megatron.distributed.grid import any_rank
+from icrl_megatron.engines import registry as engines_module
+from icrl_megatron.engines.registry import Engines
+from icrl_megatron.engines.sglang import SGLangEngine
+from icrl_megatron.engines.sync import WeightSync
+from icrl_megatron.model.qwen3 import DTYPES
+from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.model.weights import Gatherer
+from icrl_megatron.rollout.episode import Stage
+from icrl_megatron.rollout.external import ExternalSpeaker
+from icrl_megatron.rollout.prompts import Prompter
+from icrl_megatron.rollout.source import DumpSource, EngineSource, EpisodeSource, FakeSource, NoEngine
+from icrl_megatron.rollout.speakers import Casting, EmptyCritic, EngineSpeaker, Speaker, engine_casting
+from icrl_megatron.run.saving import Start
+from icrl_megatron.settings.loading import model_folder, run_folder
+from icrl_megatron.settings.schema import Settings
+from icrl_megatron.tasks import registry
+from icrl_megatron.utils.connections import Connections
+from icrl_megatron.utils.progress import Progress
+
+
+def build_engines(settings: Settings, start: Start, grid: grids.Grid) -> Engines | None:
+    """This rank's engines, not ready yet; None in the debug modes that generate nothing."""
+    if settings.debug.mode in ("from_dump", "fake_data"):
+        return None
+    dtype, logs = DTYPES[settings.actor.precision], run_folder(settings) / "logs"
+    return engines_module.build(settings, start.folder, grid, dtype, platform.device(), logs, start.has_weights)
+
+
+def weight_sync(settings: Settings, gatherer: Gatherer, engines: Engines | None, tied: bool) -> WeightSync:
+    """What the actor's weights are pushed with. An engine that is not of this process is asked for checksums once."""
+    if engines is None:
+        return WeightSync(gatherer, NoEngine())
+    if settings.engine.kind == "local" or settings.engine.quantization:  # what was quantised has other values
+        return WeightSync(gatherer, engines.trained, frozen=engines.frozen, meet=engines.group.meet)
+
+    def verify() -> bool:
+        stream, same = gatherer.stream(), True
+        if isinstance(engines.trained, SGLangEngine):
+            same = engines.trained.verify(stream, tied)
+        for _ in stream:
+            pass
+        return not any_rank(gatherer.grid, not same)
+
+    return WeightSync(gatherer, engines.trained, verify, engines.frozen, engines.group.meet)
+
+
+def episode_source(
+    settings: Settings,
+    grid: grids.Grid,
+    catalogue: registry.Catalogue,
+    prompter: Prompter,
+    progress: Progress,
+    engines: Engines | None,
+    sync: WeightSync,
+) -> EpisodeSource:
+    """Where episodes come from, by debug mode."""
+    rollout = settings.rollout
+    if settings.debug.mode == "from_dump":
+        return DumpSource(Path(settings.debug.dump))
+    if engines is None:
+        room = max(1, rollout.context_tokens - rollout.max_turn_tokens - rollout.max_critique_tokens) // 2
+        vocabulary = Qwen3Shape.read(model_folder(settings)).vocab
+        return FakeSource(vocabulary, room, rollout.max_turn_tokens, rollout.max_critique_tokens)
+
+    def gather(mine: object) -> list[object]:
+        return grids.gather_objects(grid, mine)
+
+    stage = Stage(catalogue.environment, prompter, rollout, drop_too_long=settings.tasks.too_long == "drop")
+    casting = _casting(settings, prompter, engines)
+    return EngineSource(stage, casting, engines, sync.resend, gather, progress)
+
+
+def _casting(settings: Settings, prompter: Prompter, engines: Engines) -> Casting:
+    """Who plays which role on this rank; nobody is asked on a rank that leads no engine."""
+    if engines.solver is None:
+        return engine_casting(EmptyCritic())
+    temperature, stops = settings.rollout.temperature, prompter.stop_ids
+    critic: Speaker | None = None
+    if engines.frozen is not None:
+        critic = EngineSpeaker(engines.frozen, temperature, stops)
+    elif settings.rollout.critic == "external":
+        external = settings.rollout.external
+        critic = ExternalSpeaker(external, temperature, prompter, Connections(external.concurrency))
+    elif settings.rollout.critic == "empty":
+        critic = EmptyCritic()
+    return engine_casting(EngineSpeaker(engines.solver, temperature, stops), critic)

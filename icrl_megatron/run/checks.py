@@ -1,0 +1,299 @@
+"""Everything that can be known to be wrong with a run before anything heavy is imported. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from icrl_megatron.model.shape import Qwen3Shape, check_folder
+from icrl_megatron.run import files as run_files
+from icrl_megatron.run import start
+from icrl_megatron.run.heldout import check_earlier_rows, check_rows
+from icrl_megatron.run.resume import check_resume, earlier
+from icrl_megatron.run.rollout_checks import check_engine, check_installed, check_rollout
+from icrl_megatron.settings import loading as settings_module
+from icrl_megatron.settings.limits import CHOICES, RANGES
+from icrl_megatron.settings.schema import ActorSettings, AlgoSettings, Settings
+from icrl_megatron.settings.task_schema import PORT, TaskServers
+from icrl_megatron.tasks import registry
+from icrl_megatron.tasks.base import Checked
+from icrl_megatron.tasks.datasets import check_no_leak
+from icrl_megatron.telemetry.dumps import dumped_steps
+from icrl_megatron.types import Split, Task
+from icrl_megatron.utils.errors import ConfigError
+
+
+def validate(settings: Settings) -> None:
+    """Raises ConfigError naming the first wrong setting, file or combination, its value and the remedy.
+
+    Touches the file system: reads the model folder's headers, and makes sure that the run folder can be written.
+    """
+    folder = settings_module.run_folder(settings)
+    before = _check_resume(settings, folder)
+    start.check(settings)
+    validate_settings(settings)
+    validate_grid(settings, ranks(settings), ranks_on_node(settings))
+    _check_tasks(settings, before)
+    check_installed(settings.engine)
+    validate_shape(settings, _check_model(settings))
+    _check_debug(settings)
+    _check_writable(folder)
+    run_files.check(settings, folder)
+
+
+def _check_resume(settings: Settings, folder: Path) -> list[Settings]:
+    """Before anything else, so that a combination of settings is only judged where all of them may change. Returns the
+    settings that the run has had so far."""
+    path = folder / settings_module.SAVED_NAME
+    if not path.exists():
+        return start.lineage(settings) if settings.start_from else []
+    saved = settings_module.load_saved(path)
+    check_resume(saved, settings, folder)
+    return [*earlier(folder), *start.lineage(settings), saved]
+
+
+def validate_settings(settings: Settings) -> None:
+    """What the settings alone tell, wherever the run's files and GPUs are. Raises ConfigError."""
+    _check_values(settings)
+    _check_sources(settings)
+    _check_algo(settings.algo, settings)
+    check_rollout(settings)
+
+
+def validate_shape(settings: Settings, shape: Qwen3Shape) -> None:
+    """Whether a model of this shape can be cut and used as the settings say. Raises ConfigError."""
+    _check_split(settings.actor, shape)
+    _check_context(settings, shape)
+
+
+def ranks(settings: Settings) -> int:
+    """Processes of the run: WORLD_SIZE among ranks, else `launch.ranks` x `launch.nodes`."""
+    world = os.environ.get("WORLD_SIZE", "")
+    asked = settings.launch.ranks * settings.launch.nodes
+    return int(world) if world.isdecimal() and int(world) > 0 else asked
+
+
+def ranks_on_node(settings: Settings) -> int:
+    """Of them, those of one node: LOCAL_WORLD_SIZE among ranks, else their share."""
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(told) if told.isdecimal() and int(told) > 0 else max(1, ranks(settings) // settings.launch.nodes)
+
+
+def _get(settings: Settings, name: str) -> object:
+    value: object = settings
+    for part in name.split("."):
+        value = getattr(value, part)
+        if value is None:
+            return None
+    return value
+
+
+def _check_values(settings: Settings) -> None:
+    for name, choices in CHOICES.items():
+        value = _get(settings, name)
+        if value not in choices:
+            listed = ", ".join(choice or "''" for choice in choices)
+            raise ConfigError(f"{name}={value}: choose one of {listed}")
+    for name, (low, high) in RANGES.items():
+        number = _get(settings, name)
+        if isinstance(number, int | float) and not (math.isfinite(number) and low <= number <= high):
+            bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise ConfigError(f"{name}={number}: must be a finite number, {bound}")
+    if not settings.name or "/" in settings.name:
+        raise ConfigError(f"name={settings.name!r}: must be a plain name, it becomes a folder; run_dir sets a path")
+
+
+def _check_sources(settings: Settings) -> None:
+    sources = settings.tasks.sources
+    if not sources:
+        raise ConfigError("tasks.sources is empty: name at least one task set, e.g. tasks.sources=[{name: household}]")
+    for i, source in enumerate(sources):
+        if not (math.isfinite(source.weight) and source.weight > 0):
+            raise ConfigError(f"tasks.sources.{i}.weight={source.weight}: must be a positive number")
+        if source.name in [other.name for other in sources[:i]]:
+            raise ConfigError(f"tasks.sources.{i}.name={source.name}: named twice; name it once and add the weights up")
+
+
+def _check_tasks(settings: Settings, before: Sequence[Settings]) -> None:
+    problems: dict[Split, list[Task]] = {"train": [], "heldout": []}
+    splits: tuple[Split, Split] = ("train", "heldout")
+    for i, source in enumerate(settings.tasks.sources):
+        task_set = registry.of_source(source)
+        for split in splits:
+            found = registry.problems(task_set, split)
+            problems[split] += found
+            if not found:
+                raise ConfigError(f"tasks.sources.{i}.name={source.name}: this task set has no {split} problems")
+        check_rows(source, source)
+        check_earlier_rows(source, before, problems["heldout"])
+        if isinstance(task_set, Checked) and not source.served:  # else once its servers run
+            task_set.check()
+    check_servers(settings)
+    check_no_leak(problems["train"], problems["heldout"])
+    templates = settings.rollout.templates
+    if templates not in ("standard", "compact"):
+        missing = [n for n in ("attempt", "revision", "critique") if not (Path(templates) / f"{n}.jinja").is_file()]
+        if missing:
+            raise ConfigError(
+                f"rollout.templates={templates}: not standard, compact or a folder with "
+                f"{', '.join(f'{n}.jinja' for n in missing)}"
+            )
+
+
+def _check_algo(algo: AlgoSettings, settings: Settings) -> None:
+    episodes = settings.rollout.tasks_per_step * settings.rollout.episodes_per_task
+    one_a_group = settings.rollout.rounds == 1 or algo.group_by == "task_round_role"
+    if settings.rollout.episodes_per_task == 1 and one_a_group:
+        raise ConfigError(
+            "rollout.episodes_per_task=1: with rollout.rounds=1 or algo.group_by=task_round_role every group has one "
+            "member, so no baseline and no advantage; use at least 2"
+        )
+    if algo.shaping_gamma > 0 and (algo.calibration.enabled or not algo.internalise):
+        raise ConfigError(
+            f"algo.shaping_gamma={algo.shaping_gamma:g} replaces the calibration weight of internalised revisions: it "
+            "needs algo.calibration.enabled=false and algo.internalise=true; give these too, or algo.shaping_gamma=0, "
+            "in a new run"
+        )
+    if algo.updates_per_step > episodes:
+        raise ConfigError(
+            f"algo.updates_per_step={algo.updates_per_step}: more than the {episodes} episodes of a step "
+            "(rollout.tasks_per_step x rollout.episodes_per_task); lower it, or raise rollout.tasks_per_step"
+        )
+
+
+def validate_grid(settings: Settings, world: int, on_node: int) -> None:
+    """Whether `world` ranks, `on_node` on each node, can be cut as the settings say. Raises ConfigError."""
+    actor = settings.actor
+    cell = actor.tensor_parallel * actor.pipeline_parallel
+    source = "WORLD_SIZE" if os.environ.get("WORLD_SIZE") else "launch.ranks"
+    if world % cell:
+        raise ConfigError(
+            f"actor.tensor_parallel={actor.tensor_parallel} x actor.pipeline_parallel={actor.pipeline_parallel} "
+            f"= {cell} does not divide the {world} ranks ({source}); use {source}={cell} or a multiple of it"
+        )
+    if actor.sequence_parallel and actor.tensor_parallel == 1:
+        raise ConfigError("actor.sequence_parallel=true needs actor.tensor_parallel > 1; set it to false")
+    replicas, tasks = world // cell, settings.rollout.tasks_per_step * settings.rollout.episodes_per_task
+    if replicas > tasks:
+        raise ConfigError(f"{replicas} replicas share {tasks} episodes a step: raise rollout.tasks_per_step")
+    check_engine(settings, world, on_node)
+    if actor.fp8 != "off" and (settings.launch.device == "cpu" or actor.precision != "bf16"):
+        raise ConfigError(
+            f"actor.fp8={actor.fp8} needs a GPU with FP8 and actor.precision=bf16 "
+            f"(launch.device={settings.launch.device}, actor.precision={actor.precision}); use actor.fp8=off"
+        )
+    if actor.head_logits == "bf16" and (actor.head_backend == "torch" or actor.precision != "bf16"):
+        raise ConfigError(
+            "actor.head_logits=bf16 needs the triton head and actor.precision=bf16 "
+            f"(actor.head_backend={actor.head_backend}, actor.precision={actor.precision}); use actor.head_logits=fp32"
+        )
+
+
+def _check_model(settings: Settings) -> Qwen3Shape:
+    model = settings.model
+    if settings.start_from:
+        return Qwen3Shape.read(start.configuration(settings))
+    if model.path:
+        folder = settings_module.model_folder(settings)
+        return check_folder(folder) if folder == Path(model.path) else Qwen3Shape.read(folder)
+    if model.init is None:
+        raise ConfigError("model.path is empty: give a Hugging Face folder with a dense Qwen3, model.path=...")
+    return Qwen3Shape.of_tiny(model.init)
+
+
+def _check_split(actor: ActorSettings, shape: Qwen3Shape) -> None:
+    """The vocabulary is not among these: it is padded to a multiple of the TP size."""
+    tensor, pipeline = actor.tensor_parallel, actor.pipeline_parallel
+    if shape.heads % shape.kv_heads:
+        raise ConfigError(f"the model's {shape.kv_heads} key-value heads do not divide its {shape.heads} heads")
+    if shape.head_dim % 2:
+        raise ConfigError(f"the model's head_dim {shape.head_dim} is odd: rotary embeddings need an even one")
+    parts = {"attention heads": shape.heads, "key-value heads": shape.kv_heads, "MLP width": shape.ffn}
+    for what, count in parts.items():
+        if count % tensor:
+            fits = [n for n in range(1, count + 1) if all(c % n == 0 for c in parts.values())]
+            raise ConfigError(
+                f"actor.tensor_parallel={tensor} does not divide the model's {what} ({count}); {_list(fits)} would do"
+            )
+    if shape.layers % pipeline:
+        fits = [n for n in range(1, shape.layers + 1) if shape.layers % n == 0]
+        raise ConfigError(
+            f"actor.pipeline_parallel={pipeline} does not divide the model's {shape.layers} layers; {_list(fits)} fit"
+        )
+
+
+def _check_context(settings: Settings, shape: Qwen3Shape) -> None:
+    rollout = settings.rollout
+    if rollout.context_tokens > shape.max_positions:
+        raise ConfigError(
+            f"rollout.context_tokens={rollout.context_tokens}: the model has {shape.max_positions} positions; use at "
+            "most that many, or extend the model with YaRN (docs/MODELS.md)"
+        )
+    for name in ("max_turn_tokens", "max_critique_tokens"):
+        if getattr(rollout, name) >= rollout.context_tokens:
+            raise ConfigError(
+                f"rollout.{name}={getattr(rollout, name)} leaves no room for a prompt within "
+                f"rollout.context_tokens={rollout.context_tokens}; lower it"
+            )
+
+
+def _check_debug(settings: Settings) -> None:
+    debug = settings.debug
+    if debug.mode == "from_dump":
+        if not debug.dump:
+            raise ConfigError("debug.mode=from_dump needs debug.dump=RUN, the folder of a run whose rollouts are read")
+        if not dumped_steps(debug.dump):
+            raise ConfigError(f"debug.dump={debug.dump}: no rollouts/step_*.jsonl there; give the folder of a run")
+    elif debug.dump:
+        raise ConfigError(f"debug.dump={debug.dump} needs debug.mode=from_dump; leave debug.dump empty")
+
+
+def _check_writable(folder: Path) -> None:
+    """Tries it: permission bits say nothing to root, nor on a file system that is full or read-only. A folder that is
+    made for the trial is taken away again."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"run folder {folder} cannot be written ({error.strerror}: {existing}); choose another with run_dir=..."
+        ) from error
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return " or ".join(map(str, numbers[:6]))
+
+
+def check_servers(settings: Settings) -> None:
+    """Raises ConfigError if the command of an environment server cannot work (`tasks.sources[...].serve`)."""
+    for i, source in enumerate(settings.tasks.sources):
+        serve, name = source.serve, f"tasks.sources.{i}.serve"
+        if not serve.command:
+            continue
+        if source.name not in registry.SERVED:
+            raise ConfigError(
+                f"{name}.command={serve.command}: task set {source.name!r} asks no server; leave it out, or set the "
+                f"whole list: tasks.sources=[{{name: {source.name}}}]"
+            )
+        _check_numbers(name, serve)
+        if PORT not in serve.command and (serve.port == 0 or serve.count > 1):
+            raise ConfigError(
+                f"{name}.command={serve.command}: write {PORT} where the port belongs, or set {name}.port and count=1"
+            )
+
+
+def _check_numbers(name: str, serve: TaskServers) -> None:
+    if serve.count < 1:
+        raise ConfigError(f"{name}.count={serve.count}: must be at least 1")
+    if not 0 <= serve.port <= 65536 - serve.count:
+        raise ConfigError(f"{name}.port={serve.port}: must be 0 (any free one) or leave room for {serve.count} ports")
+    if not serve.startup_timeout_s > 0:
+        raise ConfigError(f"{name}.startup_timeout_s={serve.startup_timeout_s}: must be above 0")
+    if not serve.health.startswith("/"):
+        raise ConfigError(f"{name}.health={serve.health}: must be a path, e.g. / or /health")

@@ -1,0 +1,113 @@
+"""Which problems an evaluation plays: the held-out ones, or subsets of them, and never one that was trained on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from icrl_megatron.settings.schema import Settings
+from icrl_megatron.settings.task_schema import TaskSource
+from icrl_megatron.tasks import registry
+from icrl_megatron.tasks.datasets import SUFFIXES, Row, check_no_leak, content_hash, read_rows, subset_of
+from icrl_megatron.types import Task
+from icrl_megatron.utils.errors import ConfigError
+
+TEST = "test"
+"""All held-out problems."""
+
+
+def problems(
+    settings: Settings, run: Settings | None, on: Sequence[str], limit: int | None, before: Sequence[Settings] = ()
+) -> list[Task]:
+    """The held-out problems of the settings' task sets, of each at most `limit`; `on` names subsets, or all as "test".
+    `run`: the settings of the run that the model comes from; `before`: those that it had earlier.
+
+    Raises ConfigError on a subset that there is none of, and on a problem that is a training problem of these settings
+    or of the run, with file and line where the rows are on disk.
+    """
+    if "train" in on:
+        raise ConfigError(
+            "--on train: an evaluation on training rows measures memory; leave --on out for the held-out problems, or "
+            "name rows that were not trained on with tasks.sources.0.data.heldout=[FILE]"
+        )
+    found: list[Task] = []
+    known: set[str] = set()
+    catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes)
+    for source in settings.tasks.sources:
+        task_set = catalogue.get(source.name)
+        heldout = registry.problems(task_set, "heldout")
+        _check_trained(source, source, heldout)
+        for trained in _trained(source, [run] if run else []):
+            _check_trained(trained, source, heldout)
+        check_earlier_rows(source, before, heldout)
+        if not heldout:
+            raise ConfigError(f"task set {source.name!r} has no held-out problems to evaluate on")
+        known |= {name for task in heldout for name in _names(subset_of(task))}
+        chosen = heldout if TEST in on else [task for task in heldout if _names(subset_of(task)) & set(on)]
+        found += chosen[:limit]
+    for name in set(on) - known - {TEST}:
+        raise _unknown(name, known)
+    return found
+
+
+def check_earlier_rows(source: TaskSource, before: Sequence[Settings], heldout: Sequence[Task]) -> None:
+    """Raises ConfigError where a held-out problem was trained on with settings that the run had `before`. Training rows
+    that cannot be read any more are not compared."""
+    for trained in _trained(source, before):
+        try:
+            registry.of_source(trained).problems("train")
+        except ConfigError:
+            continue
+        _check_trained(trained, source, heldout)
+
+
+def _trained(source: TaskSource, runs: Sequence[Settings]) -> list[TaskSource]:
+    """Other training rows of this task set in these settings, each once."""
+    found = {_where(one): one for run in runs for one in run.tasks.sources if one.name == source.name}
+    return [one for where, one in found.items() if where != _where(source)]
+
+
+def _where(source: TaskSource) -> tuple[str, ...]:
+    return (source.data.prompt_column, *source.data.train)
+
+
+def _check_trained(trained: TaskSource, source: TaskSource, heldout: Sequence[Task]) -> None:
+    check_rows(trained, source)
+    if not source.data.heldout or trained.data.train:
+        check_no_leak(registry.of_source(trained).problems("train"), heldout)
+
+
+def check_rows(trained: TaskSource, tested: TaskSource) -> None:
+    """Raises ConfigError naming file and line of both, where a held-out row asks what a training row asks."""
+    of_training = {content_hash(row.prompt): row for row in _rows(trained, trained.data.train)}
+    for row in _rows(tested, tested.data.heldout) if of_training else ():
+        twin = of_training.get(content_hash(row.prompt))
+        if twin is not None:
+            raise ConfigError(
+                f"{row.where}: this held-out problem is a training problem too ({twin.where}), and an evaluation on "
+                f"training rows measures memory; delete it from one of the files, or give other held-out rows of "
+                f"{tested.name} with tasks.sources[...].data.heldout=[FILE]"
+            )
+
+
+def _rows(source: TaskSource, names: Iterable[str]) -> Iterable[Row]:
+    for name in names:
+        if _has_rows(Path(name)):
+            yield from read_rows(name, source.data.prompt_column, source.data.label_column)
+
+
+def _has_rows(path: Path) -> bool:
+    """Task sets also take what has no rows: the numbers of a server's tasks, or folders of their own kind."""
+    return path.suffix in SUFFIXES or (path.is_dir() and any(file.suffix in SUFFIXES for file in path.iterdir()))
+
+
+def _names(subset: str) -> set[str]:
+    """A subset goes by its whole name, e.g. math/aime24, and by its last part."""
+    return {subset, subset.rsplit("/", 1)[-1]}
+
+
+def _unknown(name: str, known: set[str]) -> ConfigError:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
+    return ConfigError(f"--on {name}: no such subset of the held-out problems; {hint} ({TEST}: all of them)")

@@ -1,0 +1,66 @@
+"""How a rank joins its run: the process group, the lock of the run folder, and a check that all ranks see it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from icrl_megatron.distributed import grid as grids
+from icrl_megatron.distributed import platform
+from icrl_megatron.distributed.grid import any_rank
+from icrl_megatron.distributed.process import report_started
+from icrl_megatron.settings.loading import run_folder
+from icrl_megatron.settings.schema import Settings
+from icrl_megatron.utils.disk import disk_errors
+from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.files import locked
+
+RANK_LOCK = ".lock"
+
+
+SEEN_TIMEOUT_S = 60.0
+
+
+"""Network file systems may show a new file late."""
+
+
+@contextmanager
+def joined(settings: Settings) -> Iterator[grids.Grid]:
+    """This rank's place in the grid, for as long as the job holds its run folder."""
+    platform.prepare(settings.launch.device)
+    grids.single_process()
+    grid = grids.build(settings)
+    try:
+        # The launcher holds a lock of its own; this one is for ranks that outlive it by a moment, or never had one.
+        with locked(run_folder(settings), RANK_LOCK) if grid.rank == 0 else nullcontext():
+            if grid.rank == 0:
+                report_started()
+            require_shared(run_folder(settings), grid)
+            yield grid
+    finally:
+        grids.shutdown()
+
+
+def require_shared(folder: Path, grid: grids.Grid) -> None:
+    """Raises ConfigError on all ranks if one of them does not see what the first writes into the run folder."""
+    token = folder / f".seen.{grids.gather_objects(grid, secrets.token_hex(8))[0]}"
+    if grid.rank == 0:
+        with disk_errors(token, "a file that the other ranks look for"):
+            token.touch()
+    any_rank(grid, False)  # nobody looks before it is there: a network file system may remember that it was not
+    deadline = time.monotonic() + float(os.environ.get("ICRL_SEEN_TIMEOUT_S", SEEN_TIMEOUT_S))
+    while not token.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    blind = [name for name in grids.gather_objects(grid, "" if token.exists() else socket.gethostname()) if name]
+    if grid.rank == 0:
+        token.unlink(missing_ok=True)
+    if blind:
+        raise ConfigError(
+            f"run_dir={folder}: {blind[0]} does not see what the first node wrote there; use a folder on a file "
+            "system that all nodes share, run_dir=..."
+        )

@@ -1,0 +1,211 @@
+"""The problems that a run trains and evaluates on: read, limited, and known to fit the context."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.rollout.guard import GuardedEnvironment
+from icrl_megatron.rollout.prompts import Prompter, tokenizer
+from icrl_megatron.rollout.room import TooLong, TooLongError, too_long
+from icrl_megatron.run import start
+from icrl_megatron.settings.loading import model_folder
+from icrl_megatron.settings.schema import Settings
+from icrl_megatron.tasks import registry
+from icrl_megatron.tasks.base import EnvironmentFailure, Readable, sendable
+from icrl_megatron.types import Split, Task
+from icrl_megatron.utils.errors import ConfigError
+
+RESETS_S = 10.0
+"""How long environments of a task set that is not `Readable` are reset to see their problems."""
+NAMED = 3
+"""Problems that a message names."""
+
+Gather = Callable[[Any], list[Any]]
+"""An object of this rank -> the objects of all ranks, in rank order."""
+
+
+@dataclass(frozen=True)
+class Problems:
+    """By task source, in a fixed order; the same on every rank."""
+
+    train: dict[str, list[Task]]
+    heldout: dict[str, list[Task]]
+    dropped: int = 0
+    """Problems that were left out because they do not fit the context (`tasks.too_long`)."""
+
+    def evaluated(self, limit: int) -> tuple[Task, ...]:
+        """The held-out problems of an evaluation: the first `limit` of each source."""
+        return tuple(task for tasks in self.heldout.values() for task in tasks[:limit])
+
+    def without(self, lost: Sequence[TooLong]) -> Problems:
+        ids = {one.task.task_id for one in lost}
+
+        def kept(found: dict[str, list[Task]]) -> dict[str, list[Task]]:
+            return {name: [task for task in tasks if task.task_id not in ids] for name, tasks in found.items()}
+
+        return Problems(kept(self.train), kept(self.heldout), self.dropped + len(ids))
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the problems this process examines, and how it learns of the others'."""
+
+    index: int = 0
+    count: int = 1
+    gather: Gather = lambda mine: [mine]
+
+
+def read(settings: Settings, catalogue: registry.Catalogue) -> Problems:
+    """The problems as the sources have them, at most `tasks.limit` training problems of each.
+
+    Raises ConfigError where a source has none.
+    """
+    splits: tuple[Split, Split] = ("train", "heldout")
+    found: dict[Split, dict[str, list[Task]]] = {
+        split: {s.name: registry.problems(catalogue.get(s.name), split) for s in settings.tasks.sources}
+        for split in splits
+    }
+    for split, by_source in found.items():
+        _require_some(by_source, split)
+    limited = {name: tasks[: settings.tasks.limit] for name, tasks in found["train"].items()}
+    return Problems(limited, found["heldout"])
+
+
+def fitting(
+    found: Problems,
+    settings: Settings,
+    catalogue: registry.Catalogue,
+    prompter: Prompter,
+    positions: int,
+    share: Share | None = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> Problems:
+    """The problems that fit the context of a model with this many positions, and are enough for a step.
+
+    Raises ConfigError, which names the problems, where `tasks.too_long` is error and where too few are left. All
+    processes of `share` call it together.
+    """
+    tasks = [task for of in (found.train, found.heldout) for tasks in of.values() for task in tasks]
+    prompted = settings.debug.mode not in ("from_dump", "fake_data")
+    lost = examine(tasks, settings, catalogue, prompter, share or Share()) if prompted else []
+    if lost:
+        if settings.tasks.too_long == "error":
+            raise TooLongError(refusal(lost, len(tasks), settings, positions))
+        log(said := left_out(lost, len(tasks), settings))
+        found = found.without(lost)
+        _require_some(found.train, "train", said)
+        _require_some(found.heldout, "heldout", said)
+    require_enough(found, settings)
+    return found
+
+
+def examine(
+    tasks: Sequence[Task],
+    settings: Settings,
+    catalogue: registry.Catalogue,
+    prompter: Prompter,
+    share: Share,
+) -> list[TooLong]:
+    """The tasks of which some prompt does not fit, in their order."""
+    revised = settings.rollout.rounds > 1 or settings.eval.control_problems > 0
+    mine = tasks[share.index :: share.count]
+    lost = too_long(statements(mine, settings, catalogue), prompter, settings.rollout, revised)
+    order = {task.task_id: i for i, task in enumerate(tasks)}
+    everyones = [one for part in share.gather(lost) for one in part]
+    return sorted(everyones, key=lambda one: order[one.task.task_id])
+
+
+def statements(tasks: Sequence[Task], settings: Settings, catalogue: registry.Catalogue) -> Iterator[tuple[Task, str]]:
+    """Each task with its problem as the solver first reads it, as far as it can be known without a server.
+
+    Environments of a task set that is not `Readable` are reset for RESETS_S seconds at most; not where what is too long
+    is dropped, which must not depend on a clock. Prompts that were not seen here are judged when they are played.
+    """
+    spent: dict[str, float] = {}
+    for task in tasks:
+        task_set = catalogue.get(task.source)
+        if isinstance(task_set, Readable):
+            text = task_set.statement(task)
+            if text is not None:
+                yield task, sendable(text)
+        elif settings.tasks.too_long == "error" and spent.get(task.source, 0.0) < RESETS_S:
+            begun = time.monotonic()
+            try:
+                environment = GuardedEnvironment(task, catalogue.environment, settings.rollout.environment_timeout_s)
+                text = asyncio.run(environment.reset())
+            except EnvironmentFailure:  # costs its episodes later, not the run
+                continue
+            finally:
+                spent[task.source] = spent.get(task.source, 0.0) + time.monotonic() - begun
+            yield task, text
+
+
+def refusal(lost: Sequence[TooLong], of: int, settings: Settings, positions: int) -> str:
+    """Which problems do not fit the context of a model with this many positions, and what helps."""
+    first, limit = max(lost, key=lambda one: one.needed), settings.rollout.context_tokens
+    if first.needed <= positions:
+        remedy = f": raise it to at least {first.needed}, shorten the problems, or set tasks.too_long=drop"
+    else:
+        remedy = f" (the model has {positions} positions): shorten the problems, or set tasks.too_long=drop"
+    return (
+        f"{len(lost)} of {of} problems are too long: {named(lost)}. The {first.role} prompt of {first.task.task_id} "
+        f"needs {first.needed} tokens, and rollout.context_tokens is {limit}{remedy}"
+    )
+
+
+def left_out(lost: Sequence[TooLong], of: int, settings: Settings) -> str:
+    """One line about problems that are dropped."""
+    limit = settings.rollout.context_tokens
+    return f"{len(lost)} of {of} problems do not fit rollout.context_tokens={limit} and are left out: {named(lost)}"
+
+
+def named(lost: Sequence[TooLong]) -> str:
+    """The first few, with file and line where they are rows of a file."""
+    return ", ".join(_where(one.task) for one in lost[:NAMED]) + (", ..." if len(lost) > NAMED else "")
+
+
+def require_enough(found: Problems, settings: Settings) -> None:
+    """Raises ConfigError where a source has fewer training problems than a step draws."""
+    drawn = math.ceil(settings.rollout.tasks_per_step * settings.rollout.oversample)
+    for name, tasks in found.train.items():
+        if len(tasks) < drawn:
+            limit = settings.tasks.limit
+            more = "raise tasks.limit" if limit is not None and limit < drawn else "add problems to tasks.sources"
+            raise ConfigError(
+                f"task set {name!r} has {len(tasks)} training problems, and a step draws {drawn} "
+                f"(rollout.tasks_per_step={settings.rollout.tasks_per_step} x rollout.oversample="
+                f"{settings.rollout.oversample:g}): {more}, or lower rollout.tasks_per_step"
+            )
+
+
+def dry_run(settings: Settings) -> str:
+    """Examines the problems of a run as its ranks will before they load the model, which is only read as far as that
+    needs. Returns what they will say of problems that are left out; raises ConfigError as they will."""
+    said: list[str] = []
+    folder = start.configuration(settings) if settings.start_from else model_folder(settings)
+    catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes)
+    prompter, positions = Prompter(tokenizer(folder), settings.rollout), Qwen3Shape.read(folder).max_positions
+    fitting(read(settings, catalogue), settings, catalogue, prompter, positions, log=said.append)
+    return "\n".join(said)
+
+
+def _require_some(by_source: dict[str, list[Task]], split: Split, why: str = "") -> None:
+    for name, tasks in by_source.items():
+        if not tasks:
+            because = f" left ({why})" if why else ""
+            raise ConfigError(f"task set {name!r} has no {split} problems{because}; take it out of tasks.sources")
+
+
+def _where(task: Task) -> str:
+    """The task, with file and line where it is a row of a file."""
+    try:
+        return f"{task.task_id} ({json.loads(task.problem)['where']})"
+    except (ValueError, KeyError, TypeError):
+        return task.task_id

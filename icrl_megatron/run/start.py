@@ -1,0 +1,182 @@
+"""A run that begins from another run's checkpoint (`start_from`): its weights, and its moments where they are wanted.
+
+`python -m icrl_megatron.run.start SETTINGS.yaml` is what torchrun starts, before training. It leaves in <run_dir>/start
+
+    step_NNNNNN/   the checkpoint: files are shared with the original, or copied; the original may be deleted then
+    hf/            its weights in the run's precision, a Hugging Face folder: the model that training loads, and the
+                   starting weights of engines, of a frozen critic and of the KL reference
+
+Training then reads the fp32 weights and the moments from the checkpoint. Everything above `main` imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from icrl_megatron.distributed.process import run_rank
+from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.run import files as run_files
+from icrl_megatron.run.resume import EARLIER_FOLDER, earlier
+from icrl_megatron.settings import loading as settings_module
+from icrl_megatron.settings.loading import SAVED_NAME, load_saved, run_folder
+from icrl_megatron.settings.schema import AlgoSettings, Settings
+from icrl_megatron.utils.errors import ConfigError
+
+FOLDER, MODEL = run_files.START, run_files.EXPORT
+_SIDE_FILES = "model"
+"""In a checkpoint: the model's configuration and tokenizer."""
+
+
+def check(settings: Settings) -> None:
+    """Raises ConfigError where `start_from` is no checkpoint, or contradicts another setting."""
+    given, folder = settings.start_from, run_folder(settings)
+    if not given:
+        if settings.start_with_moments:
+            raise ConfigError("start_with_moments=true needs a checkpoint: give start_from, or leave it false")
+        return
+    own, there = folder.resolve(), Path(given).resolve()
+    if there == own or there.is_relative_to(own / "checkpoints"):
+        raise ConfigError(
+            f"start_from={given} lies in the run folder {folder} itself: leave start_from empty to go on with that "
+            "run, or choose another run_dir for a new one"
+        )
+    shape = Qwen3Shape.read(configuration(settings))
+    if settings.model.path and (Path(settings.model.path) / "config.json").exists():
+        other = Qwen3Shape.read(Path(settings.model.path))
+        if other != shape:
+            raise ConfigError(
+                f"start_from={given} is a checkpoint of another model than model.path={settings.model.path} "
+                f"({shape} and {other}): leave model.path empty, since a checkpoint brings its model along"
+            )
+    for saved in _settings_of(source(given))[-1:] if settings.start_with_moments and not made(settings) else ():
+        for name in ("beta1", "beta2"):
+            was, now = getattr(saved.optim, name), getattr(settings.optim, name)
+            if was != now:
+                raise ConfigError(
+                    f"start_with_moments=true takes over averages with optim.{name}={was}, and the run has {now}: set "
+                    f"optim.{name}={was}, or start_with_moments=false"
+                )
+
+
+def source(given: str) -> Path:
+    """The checkpoint that `start_from` names: itself, or the newest of a folder of them, or of a run.
+
+    Raises ConfigError where there is none.
+    """
+    path = Path(given)
+    if _is_checkpoint(path):
+        return path
+    for root in (path, path / "checkpoints"):
+        steps = sorted((len(p.name), p.name) for p in root.glob("step_*") if _is_checkpoint(p))
+        if steps:
+            return root / steps[-1][1]
+    raise ConfigError(
+        f"start_from={given}: no checkpoint there; give a step_NNNNNN folder, the folder that has them, or a run folder"
+    )
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """A folder gets a name without an ending when it is complete."""
+    named = re.fullmatch(r"step_\d+", path.name) or (path / "icrl.json").exists()
+    return bool(named) and (path / _SIDE_FILES / "config.json").is_file()
+
+
+def made(settings: Settings) -> bool:
+    """Whether the run has all that it needs of the checkpoint."""
+    folder = run_folder(settings) / FOLDER
+    return (folder / MODEL / "config.json").exists() and any(map(_is_checkpoint, folder.glob("step_*")))
+
+
+def configuration(settings: Settings) -> Path:
+    """A folder with the model's configuration and tokenizer."""
+    return _model(settings) if made(settings) else source(settings.start_from) / _SIDE_FILES
+
+
+def training(settings: Settings) -> Settings:
+    """The settings of the training program, once the start is made."""
+    (copy,) = [path for path in (run_folder(settings) / FOLDER).glob("step_*") if _is_checkpoint(path)]
+    model = replace(settings.model, path=str(_model(settings)), init=None)
+    return replace(settings, start_from=str(copy), model=model)
+
+
+def lineage(settings: Settings) -> list[Settings]:
+    """The settings of the run that the checkpoint comes from, oldest first, as far as they can be read: what it trained
+    on must not be held out now."""
+    if not settings.start_from or made(settings):  # then this run's folder holds them (`earlier`)
+        return []
+    return _settings_of(source(settings.start_from))
+
+
+def _settings_of(checkpoint: Path) -> list[Settings]:
+    folder = _run_of(checkpoint)
+    with suppress(ConfigError):
+        if folder is not None:
+            return [*earlier(folder), load_saved(folder / SAVED_NAME)]
+    return []
+
+
+def _run_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint lies in."""
+    above = checkpoint.resolve().parents[:2]
+    return next((folder for folder in above if (folder / SAVED_NAME).exists()), None)
+
+
+def _model(settings: Settings) -> Path:
+    return run_folder(settings) / FOLDER / MODEL
+
+
+def main(settings: Settings) -> int:
+    """One rank of the program; returns 0. Any grid reads any grid's checkpoint."""
+    from icrl_megatron.actor import checkpoint
+    from icrl_megatron.actor.actor import Actor
+    from icrl_megatron.actor.export import write_hf
+    from icrl_megatron.model.weights import Gatherer
+    from icrl_megatron.run.joining import joined
+
+    with joined(settings) as grid:
+        given, folder = source(settings.start_from), run_folder(settings) / FOLDER
+        actor = Actor(replace(settings, algo=AlgoSettings()), given / checkpoint.SIDE_FILES, grid, weights=False)
+        checkpoint.load(given, actor.rows, actor.optimizer, grid)
+        if grid.rank == 0:
+            _copy(given, folder)
+            _keep_lineage(given, run_folder(settings))
+        write_hf(Gatherer(actor.rows, grid), given / checkpoint.SIDE_FILES, folder / MODEL, grid)
+    return 0
+
+
+def _copy(given: Path, folder: Path) -> None:
+    """The checkpoint as folder/step_NNNNNN, whole or not at all."""
+    name = given.name if re.fullmatch(r"step_\d+", given.name) else "step_000000"
+    part, final = folder / f"{name}.part", folder / name
+    try:
+        run_files.clear_start(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(given, part, copy_function=_link)
+        part.rename(final)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: the checkpoint {given} cannot be copied there ({error.strerror or error}); choose a run_dir on "
+            "a disk with room that you may write to"
+        ) from error
+
+
+def _link(given: str, target: str) -> None:
+    try:
+        os.link(os.path.realpath(given), target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(given, target)
+
+
+def _keep_lineage(given: Path, run_dir: Path) -> None:
+    for number, saved in enumerate(_settings_of(given)):
+        settings_module.save(saved, run_dir / EARLIER_FOLDER / f"start_{number:03d}.yaml")
+
+
+if __name__ == "__main__":
+    run_rank(lambda: main(load_saved(Path(sys.argv[1]))))

@@ -1,0 +1,157 @@
+"""Watched while a run trains: whether engine and trainer compute the same model, and whether the policy collapsed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from icrl_megatron.actor.actor import InvariantError
+from icrl_megatron.settings.schema import Settings
+from icrl_megatron.telemetry.metrics import REPLY_ENTROPY, reply_entropy
+from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
+from icrl_megatron.types import Episode, StepStats
+from icrl_megatron.utils.errors import HopelessError
+
+FLAT_GRADIENT = 1e-6
+"""A gradient norm below this teaches nothing: living policies of the small runs have 1e-2 to 1."""
+LOW_ENTROPY, LOW_SHARE = 1e-2, 0.1
+"""Entropy of replies, in nats a token, and its share of that of the run's first step, below which a policy hardly
+chooses any more."""
+SOLVED = 0.95
+"""Mean reward from which on a policy that is sure and learns nothing is just good."""
+COLLAPSED_STEPS = 3
+"""Steps in a row after which a collapse is reported."""
+REMIND_EVERY = 10
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Largest accepted |log pi_train - log pi_engine| of a step, and how many steps in a row may exceed it."""
+
+    mean: float
+    largest: float
+    patience: int
+
+
+MISMATCH = {"fp32": Limits(1e-5, 1e-3, 1), "bf16": Limits(2.5e-2, 2.0, 3)}
+"""Defaults by precision; docs/ENGINES.md says how they were measured. A quantised engine or actor has no default."""
+
+
+class CollapsedError(HopelessError):
+    """The policy hardly chooses any more and gets no gradient: more steps change nothing."""
+
+
+def mismatch_limits(settings: Settings) -> Limits:
+    """`engine.mismatch_limit`, with the defaults of the precision where it says nothing."""
+    given, default = settings.engine.mismatch_limit, MISMATCH[settings.actor.precision]
+    if settings.engine.quantization or settings.actor.fp8 != "off":
+        default = Limits(math.inf, math.inf, default.patience)
+    return Limits(
+        default.mean if given.mean is None else given.mean,
+        default.largest if given.largest is None else given.largest,
+        given.patience or default.patience,
+    )
+
+
+class Watch:
+    """Looks at every step. It is told the same on every rank, so all ranks warn and stop together."""
+
+    def __init__(self, settings: Settings, run_dir: Path, log: Callable[[str], None]) -> None:
+        self._settings, self._run_dir, self._log = settings, run_dir, log
+        self._limits = mismatch_limits(settings)
+        self._apart = self._flat = 0
+        """Steps in a row so far."""
+        self._first: float | None = None
+        """Entropy at the run's first step."""
+        self._alive = 0
+        """The newest step whose replies were not almost certain."""
+        for row in read_rows(run_dir / METRICS_FILE):
+            if REPLY_ENTROPY in row:
+                self._low(int(row["step"]), row[REPLY_ENTROPY])
+
+    def engine(self, step: int, stats: StepStats) -> None:
+        """Compares the log-probs of engine and trainer under the same prompt, which the step measured.
+
+        Raises InvariantError when they were too far apart for `engine.mismatch_limit.patience` steps in a row; warns of
+        each. With rollout.partial old tokens come from older weights, and nothing can be said.
+        """
+        if self._settings.debug.mode != "train" or self._settings.rollout.partial:
+            return
+        mean, most = (stats.metrics.get(f"mismatch_{what}", 0.0) for what in ("abs", "max"))
+        limits = self._limits
+        if mean <= limits.mean and most <= limits.largest:
+            self._apart = 0
+            return
+        self._apart += 1
+        said = (
+            f"engine and trainer differ by {mean:.2e} in a log-prob on average and by {most:.2e} at most "
+            f"({self._settings.actor.precision} allows {limits.mean:.2g} and {limits.largest:.2g}) at step {step}"
+        )
+        if self._apart < limits.patience:
+            self._log(f"{said}; the run stops after {limits.patience} such steps in a row")
+            return
+        raise InvariantError(
+            f"{said}, {self._apart} in a row. Probable causes: weights were not synced whole or not "
+            "at all, the engine samples at another temperature than rollout.temperature, or one of them computes "
+            "another model. For an engine that is known to differ by more, raise engine.mismatch_limit.mean and "
+            "engine.mismatch_limit.largest"
+        )
+
+    def policy(self, step: int, episodes: Sequence[Episode], stats: StepStats | None) -> None:
+        """Whether the policy has collapsed: its replies are almost certain, they do not solve the tasks, and there is
+        no gradient (`stats` is None for a step without an update).
+
+        Warns after COLLAPSED_STEPS such steps in a row, and raises CollapsedError then with optim.on_collapse=stop.
+        """
+        if self._settings.debug.mode != "train":
+            return
+        if not self._certain(step, episodes) or (stats is not None and not stats.grad_norm < FLAT_GRADIENT):
+            self._flat = 0
+            return
+        self._flat += 1
+        late = self._flat - COLLAPSED_STEPS
+        if late >= 0 and self._settings.optim.on_collapse == "stop":
+            raise CollapsedError(f"step {step}: {self.described(episodes)}")
+        if late >= 0 and late % REMIND_EVERY == 0:
+            self._log(f"step {step}: {self.described(episodes)}")
+
+    def hint(self, step: int, episodes: Sequence[Episode]) -> str:
+        """What to add to the message of a step that had nothing to learn from: nothing while the policy lives."""
+        return f"; {self.described(episodes)}" if self._certain(step, episodes) else ""
+
+    def described(self, episodes: Sequence[Episode]) -> str:
+        entropy, first = reply_entropy(episodes), self._first
+        return (
+            f"the policy has collapsed: its replies have an entropy of {entropy:.1e} a token ({first:.1e} at first) "
+            f"and there is no gradient, so it learns nothing any more. optim.learning_rate="
+            f"{self._settings.optim.learning_rate:g} is the probable cause: {self._remedy()}"
+        )
+
+    def _certain(self, step: int, episodes: Sequence[Episode]) -> bool:
+        entropy = reply_entropy(episodes)
+        rewards = [attempt.outcome for episode in episodes for attempt in episode.attempts[:1]]
+        return entropy is not None and self._low(step, entropy) and sum(rewards) / len(rewards) < SOLVED
+
+    def _low(self, step: int, entropy: float) -> bool:
+        self._first = entropy if self._first is None else self._first
+        low = entropy < max(LOW_ENTROPY, LOW_SHARE * self._first)
+        self._alive = min(self._alive, step - 1) if low else step
+        return low
+
+    def _remedy(self) -> str:
+        """How to go on from before the collapse: the weights that a step saves are those that the next step plays."""
+        root = self._run_dir / "checkpoints"
+        steps = sorted(int(m[1]) for path in root.glob("step_*") if (m := re.fullmatch(r"step_(\d+)", path.name)))
+        good = [step for step in steps if step < self._alive]
+        if not good:
+            return "no checkpoint is from before that; lower optim.learning_rate in a new run"
+        newest = root / f"step_{good[-1]:06d}"
+        if good == steps:
+            return f"lower optim.learning_rate and run the same command again, which goes on from {newest.name}"
+        return (
+            f"{newest} is the newest checkpoint from before that; delete those after it, lower optim.learning_rate and "
+            f"run the same command again, or begin a new run with start_from={newest}"
+        )

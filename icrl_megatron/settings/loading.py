@@ -1,0 +1,250 @@
+"""From a recipe's name and `key=value` overrides to `Settings`, and to and from the YAML saved with a run.
+
+OmegaConf does the merging and the type checks; what it says of a mistake is turned into one message that names the
+setting, the value and what was expected. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from icrl_megatron.settings.schema import Settings
+from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.files import write_atomically
+
+SAVED_NAME = "settings.yaml"
+"""File in a run folder that holds its resolved settings."""
+KEPT_MODEL = "model_files"
+"""Folder in a run folder with what the model's folder has besides weights."""
+
+_REFUSED = ("top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+"""What other trainers let one set, and what would make the engine sample from another distribution."""
+
+
+def load(recipe: str, overrides: Sequence[str] = ()) -> Settings:
+    """The settings of a recipe with overrides such as "optim.learning_rate=1e-5" or "tasks.sources.0.weight=2".
+
+    `algo.preset=...` is applied before all others, so that an explicit value wins over the preset's.
+    Raises ConfigError on an unknown recipe or setting (with the nearest valid name) and on a value of a wrong type.
+    """
+    settings = from_recipe(recipe)
+    pairs = [split_override(override) for override in overrides]
+    for key, raw in pairs:
+        if key == "algo.preset":
+            from icrl_megatron.settings.presets import apply_preset  # numpy: only where it is asked for
+
+            settings.algo = apply_preset(settings.algo, raw)
+    return apply_overrides(settings, pairs)
+
+
+def from_recipe(recipe: str) -> Settings:
+    """What the recipe's function returns. Raises ConfigError on an unknown name."""
+    from icrl_recipes import registry
+
+    recipes = registry()
+    if recipe in recipes:
+        return recipes[recipe]()
+    near = difflib.get_close_matches(recipe, recipes, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(recipes)}"
+    raise ConfigError(f"unknown recipe {recipe!r}: {hint} (`icrl recipes` lists them)")
+
+
+def apply_overrides(settings: Settings, pairs: Sequence[tuple[str, str]]) -> Settings:
+    """A copy of `settings` with (dotted name, text) pairs merged in, in order. Raises ConfigError as `load` does."""
+    config: DictConfig = OmegaConf.structured(settings)
+    for key, raw in pairs:
+        config = _merge(config, key, raw)
+    return _to_settings(config, "the overrides")
+
+
+def run_folder(settings: Settings) -> Path:
+    """Where the run writes: `run_dir`, or runs/<name> under the working directory."""
+    return Path(settings.run_dir) if settings.run_dir else Path("runs") / settings.name
+
+
+def model_folder(settings: Settings) -> Path:
+    """`model.path`. Where that folder is gone, the copy of it without weights that the run folder holds: a run that has
+    a checkpoint can go on with that."""
+    folder = Path(settings.model.path)
+    kept = (run_folder(settings) / KEPT_MODEL, run_folder(settings) / "warm_start" / KEPT_MODEL)
+    return folder if folder.is_dir() else next((k for k in kept if (k / "config.json").is_file()), folder)
+
+
+def to_yaml(settings: Settings) -> str:
+    """All settings as YAML, in the order of `settings/schema.py`."""
+    return OmegaConf.to_yaml(OmegaConf.structured(settings))
+
+
+def save(settings: Settings, path: Path) -> None:
+    """Writes the YAML that `load_saved` reads; the file appears whole or not at all."""
+    write_atomically(path, to_yaml(settings).splitlines(), "the settings")
+
+
+def load_saved(path: Path) -> Settings:
+    """Reads what `save` wrote. Raises ConfigError when the file is missing, unreadable or of another version."""
+    try:
+        saved = OmegaConf.load(path)
+        if not isinstance(saved, DictConfig):
+            raise ConfigError(f"{path}: not a mapping of settings; restore the file, or choose another run_dir")
+        return _to_settings(OmegaConf.merge(OmegaConf.structured(Settings), saved), str(path))
+    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(
+            f"{path}: not the saved settings of a run of this version ({_first_line(error)}); restore the file, or "
+            "choose another run_dir"
+        ) from error
+
+
+@functools.cache
+def field_types() -> Mapping[str, Any]:
+    """Dotted name -> type of every setting and section; elements of lists appear without their index."""
+    found: dict[str, Any] = {}
+
+    def walk(cls: type, prefix: str) -> None:
+        for name, hint in typing.get_type_hints(cls).items():
+            dotted = prefix + name
+            found[dotted] = hint
+            inner = next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
+            if isinstance(inner, type):
+                walk(inner, dotted + ".")
+
+    walk(Settings, "")
+    return types.MappingProxyType(found)
+
+
+def changed(one: Settings, other: Settings) -> dict[str, tuple[object, object]]:
+    """Dotted name -> (value in `one`, value in `other`) of every setting in which the two differ."""
+    left, right = _flat(dataclasses.asdict(one)), _flat(dataclasses.asdict(other))
+    names = [*left, *(name for name in right if name not in left)]
+    return {name: (left.get(name), right.get(name)) for name in names if left.get(name) != right.get(name)}
+
+
+def split_override(override: str) -> tuple[str, str]:
+    """ "steps=100" -> ("steps", "100"). Raises ConfigError on text that is no override."""
+    key, equals, raw = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"{override!r} is not an override: write name=value, e.g. steps=100")
+    return re.sub(r"\[(\d+)\]", r".\1", key.strip()), raw.strip()
+
+
+def _merge(config: DictConfig, key: str, raw: str) -> DictConfig:
+    hint = _type_of(key)
+    value = _parse(key, raw, hint)
+    try:
+        if re.search(r"\.\d+(\.|$)", key):  # merging cannot reach into a list
+            if OmegaConf.select(config, key) is None:
+                raise ConfigError(f"{key}={raw}: there is no such element; set the whole list instead")
+            OmegaConf.update(config, key, value)
+            return config
+        nested: Any = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        return typing.cast(DictConfig, OmegaConf.merge(config, nested))
+    except (OmegaConfBaseException, TypeError) as error:
+        detail = "" if dataclasses.is_dataclass(hint) or isinstance(value, str | int | float) else _first_line(error)
+        raise ConfigError(f"{key}={raw}: expected {_describe(hint)}" + (f" ({detail})" if detail else "")) from error
+
+
+def _type_of(key: str) -> Any:
+    """The declared type of a setting; raises ConfigError with the nearest valid name when there is none."""
+    known = field_types()
+    dotted = re.sub(r"\.\d+(?=\.|$)", "", key)
+    if dotted in known:
+        return known[dotted]
+    section, _, _ = dotted.rpartition(".")
+    if dotted.rpartition(".")[2] in _REFUSED:
+        raise ConfigError(
+            f"{key}: there is no such sampling here, log-probs would not be those of the policy that is trained; "
+            "rollout.temperature is all"
+        )
+    if typing.get_origin(known.get(section)) is dict:
+        return typing.get_args(known[section])[1]
+    leaf = dotted.rpartition(".")[2]
+    raise ConfigError(f"unknown setting {key!r}: {_hint(key, section, leaf, known)}")
+
+
+def _hint(key: str, section: str, leaf: str, known: Mapping[str, Any]) -> str:
+    """The nearest valid name: the same last part elsewhere, else a similar one in the section, else anywhere."""
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
+    if similar := difflib.get_close_matches(leaf, siblings, n=1):
+        with_index = ".".join([*key.split(".")[:-1], similar[0]])
+        return f"did you mean {with_index}?"
+    dotted = f"{section}.{leaf}" if section else leaf
+    same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
+    if near := difflib.get_close_matches(dotted, same_leaf, n=1, cutoff=0.0):
+        return f"did you mean {near[0]}?"
+    if section in known and siblings:
+        return f"{section} has {', '.join(siblings)}"
+    near = difflib.get_close_matches(dotted, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else "`icrl train RECIPE --dry-run` shows all settings"
+
+
+def _parse(key: str, raw: str, hint: Any) -> Any:
+    """Text -> value. What a text setting gets is kept as typed, unless quoted: a run called 1e3 keeps its name."""
+    if "${" in raw or raw == "???":
+        raise ConfigError(f"{key}={raw}: ${{...}} and ??? mean something to OmegaConf and are not values")
+    if hint is str and raw[:1] not in ("'", '"'):
+        return raw
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]), resolve=False)["value"]  # type: ignore[index,call-overload]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{key}={raw}: cannot be read ({_first_line(error)}); expected {_describe(hint)}") from error
+
+
+def _to_settings(config: Any, where: str) -> Settings:
+    try:
+        settings = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}: {_first_line(error)}") from error
+    assert isinstance(settings, Settings)
+    _check_elements(settings, "")
+    return settings
+
+
+def _check_elements(section: Any, prefix: str) -> None:
+    """Raises ConfigError for a mapping or a list inside a list of texts, which OmegaConf lets in."""
+    for name, hint in typing.get_type_hints(type(section)).items():
+        value = getattr(section, name)
+        elements = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else [value]
+        for element in elements:
+            if dataclasses.is_dataclass(element):
+                _check_elements(element, f"{prefix}{name}.")
+            elif isinstance(element, list | dict):
+                raise ConfigError(f"{prefix}{name}: expected {_describe(hint)}, and {element!r} is in it: quote it")
+
+
+def _describe(hint: Any) -> str:
+    plain = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+    if hint in plain:
+        return plain[hint]
+    if dataclasses.is_dataclass(hint):
+        return "values for " + ", ".join(field.name for field in dataclasses.fields(hint))
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is list:
+        return f"a list, each element with {_describe(arguments[0])}"
+    if typing.get_origin(hint) is dict:
+        return "a mapping {name: value}"
+    return " or ".join(_describe(argument) for argument in arguments) if arguments else str(hint)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, object]:
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        value = dict(enumerate(value))
+    if isinstance(value, dict) and value:
+        return {k: v for name, item in value.items() for k, v in _flat(item, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): value}

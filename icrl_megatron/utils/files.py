@@ -1,0 +1,107 @@
+"""Files that are either old or new, never half written, and folders that one job owns: a run may be killed any time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from icrl_megatron.utils.disk import disk_errors, size_text
+from icrl_megatron.utils.errors import ConfigError
+
+PICTURE_MARK = b"icrl-megatron"
+"""In the first bytes of every PNG that this program draws."""
+
+
+def write_atomically(path: Path, lines: Iterable[str], what: str = "") -> None:
+    """Replaces `path` by these lines (a newline is added to each); on a crash the old content is still there.
+
+    Raises ConfigError for errors of the disk; `what` names the content in it, the file's name by default.
+    """
+    records, size = (f"{line}\n".encode() for line in lines), 0
+    try:
+        with _replaced(path) as file:
+            for record in records:
+                size += len(record)
+                file.write(record)
+    except OSError:
+        size += sum(map(len, records))  # how much room the whole file needs
+        with disk_errors(path, f"{what or path.name} ({size_text(size)})"):
+            raise
+
+
+def save_picture(figure: Any, path: Path) -> None:
+    """Writes a matplotlib figure as a PNG, atomically. Raises ConfigError for errors of the disk."""
+    with disk_errors(path, "the picture"), _replaced(path) as file:
+        figure.savefig(file, dpi=140, format="png", metadata={"Software": PICTURE_MARK.decode()})
+
+
+class AppendFile:
+    """A file that grows by whole records: one that the disk has no room for leaves nothing behind. Not buffered, so
+    that nothing is left to write when the program ends after an error."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        """Creates the file, and its folder, if need be. Raises ConfigError for errors of the disk, as `write` does."""
+        self.path, self._what = path, what
+        with disk_errors(path, what):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab", buffering=0)
+
+    def write(self, record: bytes) -> None:
+        """Appends one record; it is with the operating system when this returns."""
+        with disk_errors(self.path, f"{self._what} ({size_text(len(record))})"):
+            size = os.fstat(self._file.fileno()).st_size
+            try:
+                rest = memoryview(record)
+                while rest:  # a disk that is nearly full takes a part
+                    rest = rest[self._file.write(rest) :]
+            except OSError:
+                self._file.truncate(size)
+                raise
+
+    def sync(self) -> None:
+        """Everything written so far is on the disk when this returns."""
+        with disk_errors(self.path, self._what):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextmanager
+def locked(folder: Path, name: str) -> Iterator[None]:
+    """Holds the lock `name` of a run folder, which is made if need be; it is released when the process ends, however
+    that happens.
+
+    Raises ConfigError when another process holds it, or the folder cannot be written.
+    """
+    with disk_errors(folder, "the lock of the folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / name).open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"run_dir={folder}: another run writes there; wait for it, or choose another name"
+            ) from error
+        yield
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[IO[bytes]]:
+    """A new file beside `path` that replaces it when the block ends without an error, and is gone otherwise."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
