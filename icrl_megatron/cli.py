@@ -236,7 +236,8 @@ def eval_(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure a model on held-out problems: alone, with critique, and against another on the same seeds."""
-    from icrl_megatron.evaluation.run import Request, evaluate
+    from icrl_megatron.evaluation.result import Request
+    from icrl_megatron.evaluation.run import evaluate
     from icrl_megatron.evaluation.views import show as show_result
 
     named, subsets, changed = tuple(task or ()), tuple(on or ("test",)), tuple(overrides or ())

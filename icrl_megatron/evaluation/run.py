@@ -8,17 +8,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from icrl_megatron.evaluation.scores import Comparison, Score, Successes, compare, score, successes
+from icrl_megatron.evaluation.result import RESULT, Request, Result, read_result
+from icrl_megatron.evaluation.scores import compare, score, successes
 from icrl_megatron.launch import servers as serve
 from icrl_megatron.model.shape import Qwen3Shape, check_folder
 from icrl_megatron.rollout.episode import Stage, play
 from icrl_megatron.rollout.speakers import EngineSpeaker, Seeds, Speaker, engine_casting
 from icrl_megatron.run import heldout as eval_problems
-from icrl_megatron.run.heldout import TEST
 from icrl_megatron.run.resume import earlier
 from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.settings.schema import Settings
@@ -32,60 +31,11 @@ from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.files import write_atomically
 from icrl_megatron.utils.progress import Progress
 
-RESULT = "eval.json"
 PICTURE = "eval.png"
 ROOM_BYTES = 1 << 20
 """Free space that an evaluation asks for before it plays, so that its result is not lost for want of it."""
 SEEDS = Seeds(run=0, step=0, purpose="eval")
 """Frozen: two evaluations of the same problems differ by their models alone."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One `icrl eval`, as it was asked for."""
-
-    model: Path
-    """A Hugging Face folder, a checkpoint, a folder of them, or a run folder."""
-    tasks: tuple[str, ...] = ()
-    """Names of task sets; empty: those of the run's settings."""
-    on: tuple[str, ...] = (TEST,)
-    """Subsets of the held-out problems by name (the files they came from); "test": all of them."""
-    rounds: int = 1
-    samples: int = 1
-    problems: int | None = None
-    """At most this many of each task set; None: all."""
-    critic: str = ""
-    """Empty: the model itself; else a Hugging Face folder or checkpoint, or the address of an endpoint."""
-    revise_successes: bool = False
-    against: Path | None = None
-    """An earlier result to compare with."""
-    out: Path | None = None
-    overrides: tuple[str, ...] = ()
-    overwrite: bool = False
-    """Whether `out` may be replaced whatever is there."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What is saved and shown."""
-
-    model: str
-    critic: str
-    rounds: int
-    samples: int
-    scores: tuple[Score, ...]
-    generated_tokens: int
-    successes: Successes
-    subsets: dict[str, str]
-    """task id -> subset."""
-    contents: dict[str, str]
-    """task id -> hash of its problem: two results are compared only where these agree."""
-    comparison: tuple[Comparison, ...] = ()
-    against: str = ""
-    lost: tuple[str, ...] = field(default=())
-    """The first few reasons why episodes were dropped."""
-    too_long: int = 0
-    """Problems that were left out because they do not fit the context (`tasks.too_long=drop`)."""
 
 
 def evaluate(request: Request) -> tuple[Result, Path]:
@@ -145,7 +95,7 @@ def _compared(result: Result, earlier: Result | None) -> Result:
 
 
 def _write(result: Result, out: Path, logs: Path, request: Request) -> None:
-    from icrl_megatron.evaluation.views import picture
+    from icrl_megatron.evaluation.views import picture  # matplotlib: only where it is drawn
 
     with results.writing(out, results.EVALUATION, _read_by(request), request.overwrite) as folder:
         write_atomically(folder / RESULT, [json.dumps(asdict(result), indent=1)], "the evaluation")
@@ -153,19 +103,6 @@ def _write(result: Result, out: Path, logs: Path, request: Request) -> None:
         if logs.name:
             with disk_errors(out, "the logs of environment servers"):
                 shutil.copytree(logs, folder / "logs")
-
-
-def read_result(path: Path) -> Result:
-    """What `evaluate` wrote, given the file or its folder; scores are left out. Raises ConfigError on another file."""
-    file = path / RESULT if path.is_dir() else path
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        kept: dict[str, Any] = {
-            name: saved[name] for name in ("model", "critic", "rounds", "samples", "successes", "subsets", "contents")
-        }
-        return Result(scores=(), generated_tokens=int(saved["generated_tokens"]), **kept)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--against={path}: not the result of an `icrl eval` ({error}); give its {RESULT}") from error
 
 
 def _check(request: Request) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -13,12 +12,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from icrl_megatron.evaluation.result import Result
 from icrl_megatron.report.plots import COLOURS
 from icrl_megatron.utils.console import PlainConsole
 from icrl_megatron.utils.files import save_picture
-
-if TYPE_CHECKING:
-    from icrl_megatron.evaluation.run import Result
 
 
 def _share(mean: float, low: float, high: float) -> str:

@@ -17,7 +17,8 @@ from rich.console import Console
 from whole_runs import Ended, batch
 
 from icrl_megatron.evaluation import run as evaluation
-from icrl_megatron.evaluation.run import Request, Result, evaluate, read_result
+from icrl_megatron.evaluation.result import Request, Result, read_result
+from icrl_megatron.evaluation.run import evaluate
 from icrl_megatron.evaluation.scores import compare, estimate, mcnemar, score, successes, transitions
 from icrl_megatron.evaluation.views import comparison_table, rounds_table, scores_table, show, transitions_table
 from icrl_megatron.settings.loading import save

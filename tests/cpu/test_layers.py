@@ -1,0 +1,114 @@
+"""Imports between the package's folders go downward only, so that no folder depends on what is built on top of it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import icrl_megatron
+
+ROOT = Path(icrl_megatron.__file__).parent
+LAYERS = (
+    "types",
+    "utils",
+    "settings",
+    "distributed",
+    "tasks",
+    "model",
+    "engines",
+    "algo",
+    "data",
+    "telemetry",
+    "rollout",
+    "actor",
+    "report",
+    "run",
+    "plan",
+    "launch",
+    "evaluation",
+    "loop",
+    "train",
+    "sft",
+    "cli",
+)
+"""Folders and modules of the package's root, lowest first: each imports only from itself and from those before it."""
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name below the root."""
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported(path: Path, known: set[str]) -> set[str]:
+    """The modules of this package that a file imports anywhere in it, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            package, _, below = name.partition(".")
+            if package != ROOT.name or not below:
+                continue
+            while below not in known:  # a name inside a module
+                below = below.rpartition(".")[0]
+            found.add(below)
+    return found
+
+
+def layer(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def upward(layers: tuple[str, ...]) -> list[str]:
+    """Imports that go up, as "module -> module"."""
+    height = {name: i for i, name in enumerate(layers)}
+    known = modules()
+    return [
+        f"{module} -> {other}"
+        for module, path in sorted(known.items())
+        for other in sorted(imported(path, set(known)))
+        if module and other and height[layer(other)] > height[layer(module)]
+    ]
+
+
+def test_every_folder_has_its_place() -> None:
+    assert {layer(module) for module in modules() if module} == set(LAYERS)
+
+
+def test_imports_go_downward_only() -> None:
+    assert upward(LAYERS) == []
+
+
+def test_an_upward_import_would_be_seen() -> None:
+    assert "loop -> run.parts" in upward(tuple(reversed(LAYERS)))
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    """Within a folder too: at import time, a circle works or fails by which module is first."""
+    known = modules()
+    below = {module: imported(path, set(known)) - {module} for module, path in known.items()}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        if module not in done:
+            for other in below[module]:
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in known:
+        visit(module, ())
+
+
+def test_the_root_holds_the_program_and_nothing_else() -> None:
+    assert {path.name for path in ROOT.glob("*.py")} == {
+        "__init__.py", "cli.py", "loop.py", "sft.py", "train.py", "types.py",
+    }  # fmt: skip
