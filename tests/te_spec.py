@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from icrl_megatron.distributed import platform
-from icrl_megatron.model import qwen3
 
 PACKAGE, VERSION = "transformer_engine", "2.8.0"
 
@@ -54,6 +53,8 @@ if __name__ == "__main__":
     if importlib.util.find_spec(PACKAGE) is None:
         sys.meta_path.insert(0, Finder())
     platform.device = lambda: torch.device("cuda", 0)  # its answer to one question; no GPU is used
+    from icrl_megatron.model import qwen3  # imports Megatron, so only now
+
     layer = qwen3.block_spec(None, "auto").submodules  # type: ignore[arg-type]
     parts = {**vars(layer.self_attention.submodules), **vars(layer.mlp.submodules)}
     print(json.dumps({name: getattr(part, "__name__", str(part)) for name, part in parts.items()}))

@@ -219,8 +219,8 @@ import resource, sys
 from pathlib import Path
 import torch
 from icrl_megatron.actor.shards import Piece, ShardReader, write_index
-from icrl_megatron.actor.weights import Slice
-from icrl_megatron.config import ConfigError
+from icrl_megatron.model.weights import Slice
+from icrl_megatron.utils.errors import ConfigError
 folder, shape = Path(sys.argv[1]), (100, 1000, 1000)
 write_index(folder, [Piece("param/w", shape, "one.safetensors", (0, 0, 0), shape)])
 reader = ShardReader(folder, ["one.safetensors"])

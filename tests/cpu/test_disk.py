@@ -107,7 +107,7 @@ import sys
 sys.path[:0] = sys.argv[2:]
 from pathlib import Path
 import test_disk
-from icrl_megatron.config import ConfigError
+from icrl_megatron.utils.errors import ConfigError
 {AS_NOBODY}
 for name, write in {{**test_disk.WRITERS, "lock": test_disk._lock}}.items():
     try:

@@ -15,7 +15,7 @@ from icrl_megatron.launch import doctor
 
 REPORT = """
 import dataclasses, json, sys
-from icrl_megatron import doctor
+from icrl_megatron.launch import doctor
 code = doctor.report()
 print(json.dumps([dataclasses.asdict(check) for check in doctor.run_checks()]), file=sys.stderr)
 sys.exit(code)

@@ -19,15 +19,15 @@ from icrl_megatron.launch import torchrun as launch
 LAUNCHER = """
 import sys
 from pathlib import Path
-from icrl_megatron.launch import launch
+from icrl_megatron.launch.torchrun import launch
 sys.exit(launch(Path("settings.yaml"), int(sys.argv[2]), Path("logs"), module=sys.argv[1], stop_timeout_s=20))
 """
 
 RANK_HEAD = """
 import os, signal, sys, time
 from pathlib import Path
-from icrl_megatron.config import ConfigError
-from icrl_megatron.launch import STOPPED, StopRequest, run_rank
+from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.distributed.process import STOPPED, StopRequest, run_rank
 
 rank = os.environ["RANK"]
 
@@ -354,7 +354,7 @@ def test_second_interrupt_kills(start: Start) -> None:
 
 def test_a_rank_whose_parent_is_gone_ends_itself() -> None:
     """The race at start: the parent died before the child could ask to die with it."""
-    code = "from icrl_megatron.launch.torchrun import die_with_parent; die_with_parent(); print('alive')"
+    code = "from icrl_megatron.distributed.process import die_with_parent; die_with_parent(); print('alive')"
     for parent, expected in ((os.getpid(), (0, "alive\n")), (os.getpid() + 1, (1, ""))):
         env = {**os.environ, launch.PARENT_ENV: str(parent)}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
@@ -366,7 +366,7 @@ import time
 time.sleep(3)
 
 def main():
-    from icrl_megatron.launch import report_started
+    from icrl_megatron.distributed.process import report_started
     report_started()
     time.sleep(2)
     note("quiet")

@@ -52,7 +52,7 @@ def test_a_whole_folder_is_read_without_torch(base: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from icrl_megatron.shape import check_folder
+from icrl_megatron.model.shape import check_folder
 shape = check_folder(Path({str(base)!r}))
 assert (shape.layers, shape.heads, shape.kv_heads, shape.head_dim, shape.tied) == (2, 4, 2, 16, True)
 assert not {{"torch", "transformers", "safetensors", "numpy"}} & set(sys.modules)

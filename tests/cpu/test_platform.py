@@ -230,7 +230,7 @@ def test_libraries_for_gpus_do_not_reach_megatron_on_a_cpu(tmp_path: Path, name:
     would give Megatron an optimizer that cannot work."""
     (tmp_path / f"{name}.py").write_text("raise OSError('libcuda.so.1: cannot open shared object file')")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    code = "from icrl_megatron import doctor; print(doctor._megatron().state); import icrl_megatron.actor.actor"
+    code = "from icrl_megatron.launch import doctor; print(doctor._megatron().state); import icrl_megatron.actor.actor"
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0 and done.stdout.split() == ["ok"], done.stderr

@@ -160,7 +160,7 @@ def test_workers_elsewhere_come_to_the_address_that_faces_them(monkeypatch: pyte
 
 GLOO = """
 import os, sys
-from icrl_megatron.rollout.sglang_weights import _gloo_on
+from icrl_megatron.engines.sglang_weights import _gloo_on
 from datetime import timedelta
 import torch.distributed as dist
 os.environ["GLOO_SOCKET_IFNAME"] = "none_has_this_name"

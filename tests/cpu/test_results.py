@@ -504,7 +504,7 @@ def test_a_run_begins_in_no_folder_with_files_of_its_names(
 REWRITES = """
 import sys
 from pathlib import Path
-from icrl_megatron.telemetry import results
+from icrl_megatron.utils import results
 target, first, mode = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if mode == "two renames":
     results._exchanged = lambda one, other: False
@@ -543,7 +543,7 @@ def test_killed_at_any_moment_old_or_new_is_there(mode: str, tmp_path: Path) -> 
 DIES_BETWEEN = """
 import os, sys
 from pathlib import Path
-from icrl_megatron.telemetry import results
+from icrl_megatron.utils import results
 results._exchanged = lambda one, other: False
 target, real = Path(sys.argv[1]), Path.rename
 def rename(path, to):
@@ -612,8 +612,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 from matplotlib.figure import Figure
-from icrl_megatron.telemetry import results
-from icrl_megatron.telemetry.files import AppendFile, save_picture, write_atomically
+from icrl_megatron.utils import results
+from icrl_megatron.utils.files import AppendFile, save_picture, write_atomically
 os.umask(int(sys.argv[1], 8))
 out = Path(sys.argv[2])
 with results.writing(out / "model", results.MODEL) as folder:
@@ -640,8 +640,8 @@ def test_files_follow_the_umask(mask: int, tmp_path: Path) -> None:
 AS_ANOTHER = f"""
 import sys
 from pathlib import Path
-from icrl_megatron.config import ConfigError
-from icrl_megatron.telemetry import results
+from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils import results
 {AS_NOBODY}
 try:
     results.check(Path(sys.argv[1]), results.MODEL, overwrite=True)

@@ -226,7 +226,8 @@ def test_ranks_that_nobody_started_servers_for_say_so(monkeypatch: pytest.Monkey
 
 def test_a_killed_launcher_leaves_no_server(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from icrl_megatron import serve, settings\n"
+        "import sys, time; from pathlib import Path; from icrl_megatron.launch import servers as serve\n"
+        "from icrl_megatron.settings import loading as settings\n"
         f"asked = settings.load('rulebook_easy', [{SOURCE!r}, 'tasks.sources.0.serve.command=' + sys.argv[1]])\n"
         "with serve.beside(asked, Path('logs')) as told:\n"
         "    print(told.tasks.sources[0].data.servers[0], flush=True); time.sleep(60)\n"

@@ -100,7 +100,7 @@ def test_a_character_that_the_terminals_encoding_lacks_is_no_error() -> None:
 
 BARS = """
 import sys, time
-from icrl_megatron.telemetry.progress import Progress
+from icrl_megatron.utils.progress import Progress
 progress = Progress()
 with progress.phase("a [bold]phase\\x1b]0;owned\\x07", 2) as bar:
     bar.advance(1, "\\x1b]0;owned\\x07")

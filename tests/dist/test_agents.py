@@ -19,8 +19,8 @@ MEET = """
 import datetime, os, sys
 import torch
 import torch.distributed as dist
-from icrl_megatron.actor import rendezvous
-from icrl_megatron.launch import run_rank
+from icrl_megatron.distributed import rendezvous
+from icrl_megatron.distributed.process import run_rank
 
 def main():
     limit = datetime.timedelta(seconds=60)
