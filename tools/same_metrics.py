@@ -2,8 +2,8 @@
 
     python tools/same_metrics.py REVISION [--runs quickstart,grid,sglang] [--keep FOLDER]
 
-Each run's metrics.jsonl must be the same, digit by digit, except time/ and memory/: the quickstart's first 40 steps (with
-its warm start, at tensor parallel 2), ten steps at tensor parallel 2 x pipeline parallel 2, and four steps on an
+Each run's metrics.jsonl must be the same, digit by digit, except time/ and memory/: the quickstart's first 40 steps
+(with its warm start, at tensor parallel 2), ten steps at tensor parallel 2 x pipeline parallel 2, and four steps on an
 SGLang server that serves one request at a time (it ignores a request's seed, so only the order of requests decides what
 it samples). Both revisions use the libraries of this interpreter. The SGLang run needs ICRL_ENGINE_PYTHON, as
 `make test-engine` makes it. Exits with 1 on a difference.
