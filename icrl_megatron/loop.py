@@ -1,79 +1,78 @@
-"""ICRL's training loop, on one screen. `train.py` builds the parts; everything here is the algorithm."""
+"""The training loop, on one screen. `train.py` and `sft.py` build the parts; everything here is the algorithm."""
 
 from __future__ import annotations
 
 import math
 
-from icrl_megatron.algo.credit import CreditReport, credit
+from icrl_megatron.algo.credit import CreditReport
 from icrl_megatron.data.packing import pack
 from icrl_megatron.distributed.platform import token_multiple
 from icrl_megatron.distributed.process import STOPPED
 from icrl_megatron.rollout.source import Played
-from icrl_megatron.run.parts import Parts, Recorder
-from icrl_megatron.settings.schema import Settings
+from icrl_megatron.run.evaluator import Evaluator
+from icrl_megatron.run.parts import Parts
+from icrl_megatron.run.recorder import Recorder
+from icrl_megatron.run.state import RunState
+from icrl_megatron.run.watch import NoSignalError, nothing_to_learn
+from icrl_megatron.telemetry.writer import Row
 from icrl_megatron.types import StepStats
-from icrl_megatron.utils.errors import HopelessError
 
 
-class NoSignalError(HopelessError):
-    """Every group of a batch, and of its replacements, was flat: there is nothing to learn from."""
-
-
-def run(parts: Parts, recorder: Recorder) -> int:
+def run(parts: Parts, state: RunState, recorder: Recorder, evaluator: Evaluator) -> int:
     """Trains to the end. Returns 0, or STOPPED when a signal asked all ranks to stop; both leave a checkpoint."""
     settings = parts.settings
-    recorder.begin()
-    while not recorder.finished():
-        played, report = play_and_credit(parts, recorder)
-        if trouble := nothing_to_learn(settings, recorder.step, played, report):
-            if recorder.stop_requested():
+    push(parts)
+    if state.step == 0:
+        evaluator.control("before")
+        evaluator.alone()
+    if state.pending is not None:
+        end_step(state, recorder, evaluator, state.pending, None)
+    while not state.finished():
+        played, report = play_and_credit(parts, state, recorder)
+        if trouble := nothing_to_learn(settings, state.step, played, report):
+            if state.stop_requested():
                 break  # what preempts a job ends its environment servers too: the step is played again
-            raise NoSignalError(trouble + parts.watch.hint(recorder.step + 1, played.episodes))
+            raise NoSignalError(trouble + parts.watch.hint(state.step + 1, played.episodes))
         idle = settings.debug.mode == "rollout_only" or (not report.has_signal and settings.algo.on_no_signal == "skip")
-        stats = None if idle else update(parts, recorder, report)
-        parts.watch.policy(recorder.step + 1, played.episodes, stats)
-        recorder.record(played, report, stats)
-        if recorder.stop_requested():
+        stats = None if idle else update(parts, state, recorder, report)
+        parts.watch.policy(state.step + 1, played.episodes, stats)
+        state.step += 1
+        end_step(state, recorder, evaluator, recorder.row(played, report, stats), stats)
+        if state.stop_requested():
             break
     else:
-        recorder.conclude()
+        evaluator.alone()
+        with recorder.progress.phase("export"):
+            state.conclude()
+        evaluator.control("after")
         return 0
-    recorder.checkpoint()
+    state.save()
     return STOPPED
 
 
-def play_and_credit(parts: Parts, recorder: Recorder) -> tuple[Played, CreditReport]:
+def push(parts: Parts) -> None:
+    """Hands the actor's weights to the engines, which wake up in the memory that the actor gives back."""
+    parts.actor.offload.release()
+    parts.sync.push()
+
+
+def play_and_credit(parts: Parts, state: RunState, recorder: Recorder) -> tuple[Played, CreditReport]:
     """Episodes, and what each of their tokens earned. A batch without a signal is drawn again, boundedly."""
     rollout, algo = parts.settings.rollout, parts.settings.algo
     begun, needed = math.ceil(rollout.tasks_per_step * rollout.oversample), rollout.tasks_per_step
     for resample in range(algo.max_resamples + 1):
-        seeds = parts.seeds(recorder.step, resample)
-        tasks = parts.sampler.draw(recorder.step, resample, begun)
+        seeds = parts.seeds(state.step, resample)
+        tasks = parts.sampler.draw(state.step, resample, begun)
         with recorder.phase("rollout"):
             played = parts.source.play(tasks, rollout.episodes_per_task, seeds, rollout.rounds, needed)
         recorder.count(played, resample)
-        report = credit(played.episodes, algo, train_critic=rollout.critic == "self")
+        report = parts.credit(played.episodes)
         if report.has_signal:
             break
     return played, report
 
 
-def nothing_to_learn(settings: Settings, step: int, played: Played, report: CreditReport) -> str:
-    """Why the run cannot go on with this batch; empty where it can."""
-    if not played.episodes:
-        lost = played.dropped[0]
-        return f"step {step}: all {len(played.dropped)} episodes were lost; {lost.task.task_id}: {lost.error}"
-    if report.has_signal or (settings.algo.on_no_signal != "error" and report.samples):
-        return ""
-    tasks = dict.fromkeys(episode.task.task_id for episode in played.episodes)
-    return (
-        f"step {step}: no reward differed inside any group in {settings.algo.max_resamples + 1} batches, the last of "
-        f"{', '.join(tasks)}; make them easier or harder, raise rollout.episodes_per_task, or set "
-        "algo.on_no_signal=skip"
-    )
-
-
-def update(parts: Parts, recorder: Recorder, report: CreditReport) -> StepStats:
+def update(parts: Parts, state: RunState, recorder: Recorder, report: CreditReport) -> StepStats:
     """Packs the samples, scores what must be frozen, trains, and hands the new weights to the engines."""
     settings, grid = parts.settings, parts.grid
     layout = {
@@ -92,9 +91,21 @@ def update(parts: Parts, recorder: Recorder, report: CreditReport) -> StepStats:
     with recorder.phase("score"):
         scored = parts.actor.score(plan, behaviour)
     with recorder.phase("train"):
-        stats = parts.actor.train(plan, scored, parts.learning_rate(recorder.step))
-    parts.watch.engine(recorder.step + 1, stats)
+        stats = parts.actor.train(plan, scored, parts.rate(state.step))
+    parts.watch.engine(state.step + 1, stats)
     with recorder.phase("sync"):
-        parts.actor.offload.release()
-        parts.sync.push()
+        push(parts)
     return stats
+
+
+def end_step(state: RunState, recorder: Recorder, evaluator: Evaluator, row: Row, stats: StepStats | None) -> None:
+    """Evaluates where due, writes the metrics and saves where due. The step itself is done: an error here saves it."""
+    state.completed(row)
+    if evaluator.due():
+        with recorder.phase("evaluation"):
+            row = row | evaluator.heldout()
+    row = row | recorder.timings(row, stats)
+    state.write(row)
+    state.completed(None)
+    recorder.advance(row)
+    state.save_if_due()

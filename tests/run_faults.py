@@ -22,7 +22,7 @@ from icrl_megatron.actor.optimizer import Optimizer
 from icrl_megatron.engines.local import LocalEngine
 from icrl_megatron.engines.protocol import EngineError
 from icrl_megatron.rollout.source import EngineSource
-from icrl_megatron.run import parts
+from icrl_megatron.run import recorder
 from icrl_megatron.tasks.rulebook import Rulebook
 from icrl_megatron.types import Task
 
@@ -65,7 +65,7 @@ def fault(text: str, model_path: str = "") -> Iterator[None]:
     kind, _, number = text.partition("@")
     state = _Fault(kind, int(number), model_path)
     play, generate, environment = EngineSource.play, LocalEngine.generate, Rulebook.environment
-    score, update, demonstrations = Actor.score, Optimizer.step, sft.demonstrations
+    score, update, demonstrate = Actor.score, Optimizer.step, sft.TeacherSource.play
 
     def playing(self: Any, tasks: Any, episodes: int, seeds: Any, *more: Any, **named: Any) -> Any:
         state.playing(seeds.step, seeds.purpose)
@@ -100,12 +100,12 @@ def fault(text: str, model_path: str = "") -> Iterator[None]:
             raise OSError(5, "Input/output error")
         return dump(*what)
 
-    def demonstrating(tasks: Any, stage: Any, seeds: Any) -> Any:
+    def demonstrating(self: Any, tasks: Any, episodes: int, seeds: Any, *more: Any) -> Any:
         if kind == "sft" and seeds.step == state.number:
             raise ZeroDivisionError("a bug")
-        return demonstrations(tasks, stage, seeds)
+        return demonstrate(self, tasks, episodes, seeds, *more)
 
-    dump = parts.write_dump
+    dump = recorder.write_dump
     with ExitStack() as installed:
         for where, name, spy in (
             (EngineSource, "play", playing),
@@ -113,8 +113,8 @@ def fault(text: str, model_path: str = "") -> Iterator[None]:
             (Rulebook, "environment", rewarding),
             (Actor, "score", scoring),
             (Optimizer, "step", updating),
-            (parts, "write_dump", dumping),
-            (sft, "demonstrations", demonstrating),
+            (recorder, "write_dump", dumping),
+            (sft.TeacherSource, "play", demonstrating),
         ):
             installed.enter_context(patch.object(where, name, spy))
         yield

@@ -219,7 +219,7 @@ def _part(needed: int, share: Share) -> int:
     return 0 if share.index is None else len(range(needed)[share.index :: share.count])
 
 
-class _PlaysWholeGroups:
+class PlaysWholeGroups:
     """Of a source that never cuts an episode off."""
 
     def tapes(self) -> Tapes:
@@ -230,7 +230,7 @@ class _PlaysWholeGroups:
 
 
 @dataclass(frozen=True)
-class DumpSource(_PlaysWholeGroups):
+class DumpSource(PlaysWholeGroups):
     """The episodes that another run dumped, step after step and round again: train without an engine."""
 
     run_dir: Path
@@ -243,7 +243,7 @@ class DumpSource(_PlaysWholeGroups):
 
 
 @dataclass(frozen=True)
-class FakeSource(_PlaysWholeGroups):
+class FakeSource(PlaysWholeGroups):
     """Random tokens with random rewards, of the lengths that the settings allow: shapes and speed, not learning."""
 
     vocabulary: int

@@ -8,8 +8,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from icrl_megatron.distributed.grid import Grid, gather_objects
 from icrl_megatron.model.shape import Qwen3Shape
 from icrl_megatron.rollout.guard import GuardedEnvironment
 from icrl_megatron.rollout.prompts import Prompter, tokenizer
@@ -21,6 +23,7 @@ from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import EnvironmentFailure, Readable, sendable
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.progress import Progress
 
 RESETS_S = 10.0
 """How long environments of a task set that is not `Readable` are reset to see their problems."""
@@ -183,6 +186,22 @@ def require_enough(found: Problems, settings: Settings) -> None:
                 f"(rollout.tasks_per_step={settings.rollout.tasks_per_step} x rollout.oversample="
                 f"{settings.rollout.oversample:g}): {more}, or lower rollout.tasks_per_step"
             )
+
+
+def chosen(
+    settings: Settings,
+    catalogue: registry.Catalogue,
+    prompter: Prompter,
+    folder: Path,
+    grid: Grid,
+    progress: Progress,
+) -> Problems:
+    """The problems of the run that fit the context of the model in `folder`; every rank examines its share. Raises
+    ConfigError as `fitting` does."""
+    found = read(settings, catalogue)
+    share = Share(grid.rank, grid.world, lambda mine: gather_objects(grid, mine))
+    positions = Qwen3Shape.read(folder).max_positions
+    return fitting(found, settings, catalogue, prompter, positions, share, progress.log)
 
 
 def dry_run(settings: Settings) -> str:

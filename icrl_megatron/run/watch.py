@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icrl_megatron.actor.actor import InvariantError
+from icrl_megatron.algo.credit import CreditReport
+from icrl_megatron.rollout.source import Played
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.telemetry.metrics import REPLY_ENTROPY, reply_entropy
 from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
@@ -155,3 +157,35 @@ class Watch:
             f"{newest} is the newest checkpoint from before that; delete those after it, lower optim.learning_rate and "
             f"run the same command again, or begin a new run with start_from={newest}"
         )
+
+
+class NoWatch:
+    """Demonstrations come from no engine, and a policy that becomes sure of them is what training wants."""
+
+    def engine(self, step: int, stats: StepStats) -> None:
+        """Nothing to compare."""
+
+    def policy(self, step: int, episodes: Sequence[Episode], stats: StepStats | None) -> None:
+        """Nothing to look at."""
+
+    def hint(self, step: int, episodes: Sequence[Episode]) -> str:
+        return ""
+
+
+class NoSignalError(HopelessError):
+    """Every group of a batch, and of its replacements, was flat: there is nothing to learn from."""
+
+
+def nothing_to_learn(settings: Settings, step: int, played: Played, report: CreditReport) -> str:
+    """Why the run cannot go on with this batch; empty where it can."""
+    if not played.episodes:
+        lost = played.dropped[0]
+        return f"step {step}: all {len(played.dropped)} episodes were lost; {lost.task.task_id}: {lost.error}"
+    if report.has_signal or (settings.algo.on_no_signal != "error" and report.samples):
+        return ""
+    tasks = dict.fromkeys(episode.task.task_id for episode in played.episodes)
+    return (
+        f"step {step}: no reward differed inside any group in {settings.algo.max_resamples + 1} batches, the last of "
+        f"{', '.join(tasks)}; make them easier or harder, raise rollout.episodes_per_task, or set "
+        "algo.on_no_signal=skip"
+    )

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icrl_megatron.evaluation.control import control, critique_free, paired_difference, proportion
 from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.episode import Stage
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Ask, Cast, EmptyCritic, Seeds, Speaker
 from icrl_megatron.rollout.teacher import teacher_casting
+from icrl_megatron.run.control import control, paired_difference, proportion
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import StepResult
@@ -94,32 +94,6 @@ def cast(solver: Speaker, critic: Speaker | None = None) -> Cast:
     return Cast(solver, critic or solver)
 
 
-def test_critique_free_is_the_solver_alone_by_source() -> None:
-    problems = [*tasks(150), *tasks(150, "other"), *tasks(5, "broken")]
-    sure, never = Coin(1.0, 1.0), Coin(0.0, 1.0)
-    casting = lambda task, index: cast(never if task.source == "other" else sure)  # noqa: E731
-    result = asyncio.run(critique_free(problems, 2, stage(), casting, SEEDS))
-    assert [s.source for s in result.by_source] == ["broken", "coin", "other"]
-    broken, coin, other = result.by_source
-    assert (coin.rounds[0].successes, coin.rounds[0].n, coin.dropped) == (300, 300, 0)
-    assert (other.rounds[0].successes, other.rounds[0].n, other.critique_tokens) == (0, 300, 0.0)
-    assert (broken.rounds[0].n, broken.dropped) == (0, 10)
-    assert result.overall.rounds[0].mean == 0.5 and result.overall.dropped == 10
-    assert result.generated_tokens == 2 * 600
-    assert len(coin.rounds) == 1
-
-
-def test_with_critique_success_is_cumulative_over_rounds() -> None:
-    casting = lambda task, index: cast(Coin(0.3, 0.6))  # noqa: E731
-    result = asyncio.run(critique_free(tasks(400), 1, stage(), casting, SEEDS, rounds=3))
-    means = [p.mean for p in result.overall.rounds]
-    for mean, expected in zip(means, (0.3, 1 - 0.7 * 0.4, 1 - 0.7 * 0.4**2), strict=True):
-        assert abs(mean - expected) < 4 * math.sqrt(expected * (1 - expected) / 400)
-    assert result.overall.critique_tokens == 2
-    alone = asyncio.run(critique_free(tasks(400), 1, stage(), casting, SEEDS))
-    assert alone.overall.rounds[0] == result.overall.rounds[0]
-
-
 def test_the_control_sees_what_the_critique_carries() -> None:
     casting = lambda task, index: cast(Coin(0.3, 0.8))  # noqa: E731
     problems = [*tasks(600), *tasks(3, "broken")]
@@ -150,12 +124,8 @@ def test_without_failures_the_control_says_that_it_knows_nothing() -> None:
 
 def test_results_are_json() -> None:
     casting = lambda task, index: cast(Coin(0.3, 0.8))  # noqa: E731
-    for result in (
-        asyncio.run(critique_free(tasks(10), 1, stage(), casting, SEEDS, rounds=2)),
-        asyncio.run(control(tasks(10), 5, stage(), casting, SEEDS)),
-    ):
-        plain = dataclasses.asdict(result)
-        assert json.loads(json.dumps(plain)) == json.loads(json.dumps(plain, allow_nan=False))
+    plain = dataclasses.asdict(asyncio.run(control(tasks(10), 5, stage(), casting, SEEDS)))
+    assert json.loads(json.dumps(plain)) == json.loads(json.dumps(plain, allow_nan=False))
 
 
 def test_the_control_plays_the_embedded_tasks() -> None:
@@ -164,9 +134,9 @@ def test_the_control_plays_the_embedded_tasks() -> None:
     prompter = Prompter(tokenizer, SETTINGS)
     played = replace(stage(), environment=registry.environment, prompter=prompter)
     casting = teacher_casting(registry.get, prompter, SEEDS)
-    result = asyncio.run(critique_free(task_set.problems("heldout"), 1, played, casting, SEEDS, rounds=2))
-    assert result.by_source[0].source == "household" and result.overall.rounds[0].n == 64
-    assert result.overall.rounds[1].successes > result.overall.rounds[0].successes
+    result = asyncio.run(control(task_set.problems("heldout"), 64, played, casting, SEEDS))
+    assert result.first_attempts == 64 and result.failures > 0
+    assert result.critique.successes > result.empty.successes
 
 
 @pytest.mark.parametrize(

@@ -30,13 +30,15 @@ from icrl_megatron.rollout.guard import GuardedEnvironment
 from icrl_megatron.rollout.source import Played, require_sound
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.rollout.teacher import teacher_casting
-from icrl_megatron.sft import demonstrations
+from icrl_megatron.run.watch import nothing_to_learn
+from icrl_megatron.settings.schema import Settings
+from icrl_megatron.sft import TeacherSource, constant_credit
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure, StepResult
 from icrl_megatron.telemetry.dumps import read_episodes, write_dump
 from icrl_megatron.telemetry.metrics import rollout_metrics
 from icrl_megatron.types import DroppedEpisode, Episode, Split, Task
-from icrl_megatron.utils.errors import ConfigError, HopelessError
+from icrl_megatron.utils.errors import ConfigError
 
 
 def long_step(text: str) -> type[Works]:
@@ -160,8 +162,9 @@ def test_a_teacher_that_fails_costs_its_demonstration(what: str, value: Any) -> 
 def test_a_warm_start_without_any_demonstration_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Set(act=lambda: None)
     monkeypatch.setitem(registry._TASK_SETS, "set", lambda: made)  # type: ignore[arg-type]
-    with pytest.raises(HopelessError, match=r"all 1 demonstrations failed; set/train/0: the teacher's act of task"):
-        demonstrations([TASK], Stage(made.environment, PROMPTER, SETTINGS), Seeds(0, 0))
+    played = TeacherSource(Stage(made.environment, PROMPTER, SETTINGS)).play([TASK], 1, Seeds(0, 0), 2)
+    said = nothing_to_learn(Settings(), 0, played, constant_credit(played.episodes))
+    assert said.startswith("step 0: all 1 episodes were lost; set/train/0: the teacher's act of task")
 
 
 @pytest.mark.parametrize(

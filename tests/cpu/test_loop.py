@@ -15,9 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 from whole_runs import Ended, batch, icrl, rows, train
 
+from icrl_megatron import loop
 from icrl_megatron.distributed.process import StopRequest
 from icrl_megatron.launch.ablate import ARMS
-from icrl_megatron.run import parts as parts_module
+from icrl_megatron.run import state as state_module
+from icrl_megatron.run.evaluator import NoEvaluator
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.telemetry.dumps import dump_path, read_episodes
 from icrl_megatron.telemetry.writer import Row, read_rows
@@ -246,7 +248,7 @@ def test_on_resume_the_engine_takes_memory_after_the_actor_gave_it_up(
         return SimpleNamespace(step=3, generated_tokens=5, weight_version=4)
 
     saver = SimpleNamespace(run_dir=tmp_path, folder=tmp_path, restore=restore, completed=lambda progress, beside: None)
-    monkeypatch.setattr(parts_module, "together", lambda grid, work: work())
+    monkeypatch.setattr(state_module, "together", lambda grid, work: work())
     sync: SimpleNamespace = SimpleNamespace(version=0, push=lambda: order.append(f"push after {sync.version}"))
     parts = SimpleNamespace(
         actor=SimpleNamespace(
@@ -256,12 +258,15 @@ def test_on_resume_the_engine_takes_memory_after_the_actor_gave_it_up(
         grid=SimpleNamespace(rank=1),
         source=SimpleNamespace(take_back=lambda kept: None, tapes=dict),
         sampler=SimpleNamespace(curriculum=None),
-        settings=Settings(),
+        settings=Settings(steps=3),
     )
+    state = state_module.RunState(parts, saver, StopRequest.__new__(StopRequest), order.append)  # type: ignore[arg-type]
+    monkeypatch.setattr(state, "conclude", lambda: order.append("conclude"))
     quiet = Progress(console=Console(file=io.StringIO()))
-    recorder = parts_module.Recorder(parts, saver, quiet, StopRequest.__new__(StopRequest))  # type: ignore[arg-type]
-    assert order == ["load", "release", "push after 3"]
-    assert (recorder.step, recorder.generated) == (3, 5)
+    recorder = SimpleNamespace(progress=quiet)
+    assert loop.run(parts, state, recorder, NoEvaluator()) == 0  # type: ignore[arg-type]
+    assert order == ["load", "release", "push after 3", "conclude"]
+    assert (state.step, state.generated) == (3, 5)
 
 
 LOGGED = {

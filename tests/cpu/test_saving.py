@@ -12,7 +12,7 @@ import pytest
 from whole_runs import Ended, batch, rows, train
 
 from icrl_megatron.actor import manifest
-from icrl_megatron.run.parts import NEWEST_ROWS
+from icrl_megatron.run.state import NEWEST_ROWS
 from icrl_megatron.telemetry.writer import Row
 
 SMALL = ("steps=3", "eval.problems=2", "rollout.tasks_per_step=2", "checkpoint.keep=9", "launch.device=cpu")

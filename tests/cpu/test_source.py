@@ -11,12 +11,12 @@ from rich.console import Console
 
 from icrl_megatron.engines.protocol import EngineError, EngineLostError, EngineStats, RequestFailedError
 from icrl_megatron.engines.registry import Share, lead_rank
-from icrl_megatron.evaluation.control import ControlResult, ControlState, control
 from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.episode import Stage
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.source import MAX_DEATHS, EngineSource, Played
 from icrl_megatron.rollout.speakers import Ask, Seeds, engine_casting
+from icrl_megatron.run.control import ControlResult, ControlState, control
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks import registry
 from icrl_megatron.types import Completion

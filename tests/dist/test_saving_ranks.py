@@ -12,7 +12,7 @@ from ranks import run_ranks
 from whole_runs import rows
 
 from icrl_megatron.actor import manifest
-from icrl_megatron.run.parts import NEWEST_ROWS
+from icrl_megatron.run.state import NEWEST_ROWS
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -1,9 +1,9 @@
-"""What a solver can do: alone, with critique over K rounds, and whether it is the critique that carries the gain."""
+"""Do second attempts succeed because of the critique? Failed attempts are retried with it, without it, and afresh."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,25 +22,6 @@ Arms = tuple[bool, bool, bool]
 
 
 @dataclass(frozen=True)
-class SourceResult:
-    source: str
-    rounds: tuple[Proportion, ...]
-    """rounds[r]: succeeded in round r or before. rounds[0] is the solver alone."""
-    dropped: int
-    """Episodes that failed for reasons which are not the model's; in no denominator."""
-    critique_tokens: float
-    """Mean length of a critique; 0 when none was written."""
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    by_source: tuple[SourceResult, ...]
-    overall: SourceResult
-    """Over all episodes; its `source` is "all"."""
-    generated_tokens: int
-
-
-@dataclass(frozen=True)
 class ControlResult:
     """Second tries after the same failed first attempts, three ways."""
 
@@ -56,33 +37,6 @@ class ControlResult:
     """Another attempt, critique-free."""
     critique_minus_empty: Difference
     critique_minus_plain: Difference
-
-
-async def critique_free(
-    problems: Sequence[Task],
-    samples: int,
-    stage: Stage,
-    casting: Casting,
-    seeds: Seeds,
-    rounds: int = 1,
-    on_end: Callable[[Ended], None] | None = None,
-) -> EvalResult:
-    """Plays every problem `samples` times. With `rounds` above 1 the casting's critic helps from the second round on;
-    the first stays the critique-free number. Raises what `episode.play` raises."""
-    staged = replace(stage, settings=replace(stage.settings, rounds=rounds))
-    episodes, dropped = await play(problems, samples, staged, casting, seeds, on_end)
-    sources = sorted({task.source for task in problems})
-    by_source = tuple(
-        _source_result(
-            source,
-            [e for e in episodes if e.task.source == source],
-            sum(d.task.source == source for d in dropped),
-            rounds,
-        )
-        for source in sources
-    )
-    overall = _source_result("all", episodes, len(dropped), rounds)
-    return EvalResult(by_source, overall, sum(e.generated_tokens() for e in episodes))
 
 
 @dataclass
@@ -172,13 +126,3 @@ async def _arms(first: Episode, stage: Stage, casting: Casting, seeds: Seeds) ->
     problem = await environment.reset()
     critique = await play_critique(place, problem, attempt, stage, casting(task, index).critic)
     return await arm("critique", critique.text), await arm("empty", ""), await arm("plain", None)
-
-
-def _source_result(source: str, episodes: Sequence[Episode], dropped: int, rounds: int) -> SourceResult:
-    # Attempts end with the first success, so an episode succeeded by round r when any of its first r + 1 attempts did.
-    by_round = tuple(
-        proportion(sum(any(a.success for a in e.attempts[: r + 1]) for e in episodes), len(episodes))
-        for r in range(rounds)
-    )
-    lengths = [len(c.completion.ids) for e in episodes for c in e.critiques]
-    return SourceResult(source, by_round, dropped, sum(lengths) / len(lengths) if lengths else 0.0)

@@ -1,0 +1,113 @@
+"""What a run measures beside its steps: critique-free success on held-out problems, and whether critiques help."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import asdict, replace
+from typing import Any, Protocol
+
+from icrl_megatron.engines.protocol import EngineLostError
+from icrl_megatron.rollout.source import EngineSource, require_sound
+from icrl_megatron.run.control import ControlState, control
+from icrl_megatron.run.files import CONTROL
+from icrl_megatron.run.parts import Parts
+from icrl_megatron.run.problems import Problems
+from icrl_megatron.run.state import RunState
+from icrl_megatron.telemetry.metrics import EVALUATION_TIME, heldout_metrics
+from icrl_megatron.telemetry.writer import Row
+from icrl_megatron.utils.files import write_atomically
+from icrl_megatron.utils.progress import Progress
+
+
+class Evaluator(Protocol):
+    """What the loop asks for; `NoEvaluator` answers for runs without held-out problems."""
+
+    def due(self) -> bool:
+        """Whether the step that has just ended is evaluated before its metrics are written."""
+        ...
+
+    def heldout(self) -> Row:
+        """Critique-free success on held-out problems with the current weights."""
+        ...
+
+    def alone(self) -> None:
+        """Evaluates outside a step, before the first one or after the last one, and writes a row of its own, unless
+        an earlier process of the run has done so."""
+        ...
+
+    def control(self, when: str) -> None:
+        """control_<when>.json: do second attempts succeed because of the critique?"""
+        ...
+
+
+class NoEvaluator:
+    def due(self) -> bool:
+        return False
+
+    def heldout(self) -> Row:
+        return {}
+
+    def alone(self) -> None:
+        """Nothing is measured."""
+
+    def control(self, when: str) -> None:
+        """Nothing is measured."""
+
+
+class HeldoutEvaluator:
+    """Plays held-out problems on the run's own engines. All ranks call each method."""
+
+    def __init__(self, parts: Parts, state: RunState, problems: Problems, progress: Progress) -> None:
+        self._parts, self._state, self._heldout, self._progress = parts, state, problems.heldout, progress
+        self._evaluated = problems.evaluated(parts.settings.eval.problems)
+
+    def due(self) -> bool:
+        interval = self._parts.settings.eval.interval
+        return bool(interval) and self._state.step % interval == 0 and not self._state.finished()
+
+    def heldout(self) -> Row:
+        settings = self._parts.settings
+        if not self._evaluated or settings.debug.mode in ("from_dump", "fake_data"):
+            return {}
+        # The same seeds at every step and in every run: two evaluations differ by their weights alone.
+        seeds = replace(self._parts.seeds(0, purpose="heldout"), run=0)
+        played = self._parts.source.play(self._evaluated, settings.eval.samples, seeds, rounds=1)
+        if self._state.step == 0:
+            require_sound(played)
+        return heldout_metrics(played.episodes)
+
+    def alone(self) -> None:
+        if self._state.evaluated():
+            return
+        begun = time.perf_counter()
+        row = self.heldout()
+        row["tokens/generated_total"] = self._state.generated
+        row[EVALUATION_TIME] = time.perf_counter() - begun
+        self._state.write(row)
+
+    def control(self, when: str) -> None:
+        parts, path = self._parts, self._state.run_dir / CONTROL.format(when)
+        if parts.settings.eval.control_problems == 0 or not isinstance(parts.source, EngineSource):
+            return
+        source, seeds = parts.source, parts.seeds(0, purpose=f"control/{when}")
+        mine = parts.grid.rank == 0 and not path.exists()
+        todo = self._heldout if mine else {}
+        states = {name: ControlState() for name in todo}
+        results: dict[str, Any] = {}
+
+        def go_on() -> int:
+            for name in (n for n in todo if n not in results):
+                limit = parts.settings.eval.control_problems
+                played = control(todo[name][: 2 * limit], limit, source.stage, source.casting, seeds, states[name])
+                try:
+                    results[name] = asdict(asyncio.run(played))
+                except EngineLostError:
+                    break
+            return len(todo) - len(results)
+
+        with self._progress.phase("control"):
+            source.survive(len(todo), go_on)
+        if mine:
+            write_atomically(path, [json.dumps(results, indent=2)], "the control")

@@ -1,0 +1,152 @@
+"""What a step leaves behind: its metrics, its rollouts for people to read, and what the curriculum learns from it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from icrl_megatron.algo.credit import CreditReport
+from icrl_megatron.data.curriculum import append_history, success_shares
+from icrl_megatron.distributed import platform
+from icrl_megatron.rollout.source import Played
+from icrl_megatron.run.state import RunState
+from icrl_megatron.telemetry.dumps import write_dump
+from icrl_megatron.telemetry.metrics import GENERATED, USED, rollout_metrics
+from icrl_megatron.telemetry.writer import TIME_PREFIX, Row
+from icrl_megatron.types import Ids, StepStats
+from icrl_megatron.utils.progress import Phase, Progress
+
+
+class Recorder:
+    """Measures the phases of a step and makes its metrics. All ranks call each method."""
+
+    def __init__(
+        self,
+        state: RunState,
+        progress: Progress,
+        bar: Phase,
+        decode: Callable[[Ids], str],
+        dropped_too_long: int = 0,
+    ) -> None:
+        """`decode` turns token ids into text; `dropped_too_long` counts problems that do not fit the context."""
+        self.state, self.progress, self.bar = state, progress, bar
+        self._decode, self._dropped_too_long = decode, dropped_too_long
+        self._times: dict[str, float] = defaultdict(float)
+        self._resampled = 0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times one phase of the step."""
+        begun = time.perf_counter()
+        yield
+        platform.synchronize()
+        self._times[name] += time.perf_counter() - begun
+
+    def count(self, played: Played, resample: int) -> None:
+        """Counts the generated tokens of a batch, the cost of a run; those of discarded batches count too."""
+        self.state.generated += played.generated_tokens()
+        self._resampled = resample
+
+    def row(self, played: Played, report: CreditReport, stats: StepStats | None) -> Row:
+        """The metrics of the step that has just ended (`stats` is None without an update). Writes its rollouts."""
+        state, sync = self.state, self.state.parts.sync
+        self._observe(played)
+        row = rollout_metrics(played.episodes, played.dropped, report)
+        row |= _cost(played)
+        row |= {"tokens/generated_total": state.generated, "steps/resampled": self._resampled}
+        row |= {"data/dropped_too_long": float(self._dropped_too_long)}
+        row |= {"weights/version": sync.version, "steps/without_signal": float(not report.has_signal)}
+        row |= _engine_metrics(played)
+        if stats is not None:
+            row |= _actor_metrics(stats)
+            row |= {f"memory/{point}_gib": gib for point, gib in sync.memory_gib.items()}
+        if played.dropped:
+            lost = played.dropped[0]
+            self.progress.log(
+                f"step {state.step}: {len(played.dropped)} episodes lost, {lost.task.task_id}: {lost.error}"
+            )
+        weights = stats.calibration_weights if stats is not None else {}
+        state.by_first_rank(
+            lambda: write_dump(state.run_dir, state.step, played.episodes, report.samples, self._decode, weights)
+        )
+        return row
+
+    def timings(self, row: Row, stats: StepStats | None) -> Row:
+        """Seconds of each phase and tokens per second of the step; starts the next step's clock."""
+        found = {f"{TIME_PREFIX}{name}_s": seconds for name, seconds in self._times.items()}
+        step_s = sum(self._times.values()) - self._times.get("evaluation", 0.0)
+        for what in (GENERATED, USED):
+            found[f"{TIME_PREFIX}{what.removeprefix('tokens/')}_tokens_per_s"] = row.get(what, 0.0) / max(step_s, 1e-9)
+        if stats is not None:
+            found[f"{TIME_PREFIX}trained_tokens_per_s"] = stats.tokens / max(self._times["train"], 1e-9)
+        self._times.clear()
+        return found
+
+    def advance(self, row: Row) -> None:
+        """Moves the progress bar by one step."""
+        free = row.get("success/critique_free", 0.0)
+        with_critique = row.get("success/with_critique", free)
+        self.bar.advance(1, f"step {self.state.step}  critique-free {free:.0%}  with critique {with_critique:.0%}")
+
+    def _observe(self, played: Played) -> None:
+        state = self.state
+        if (curriculum := state.parts.sampler.curriculum) is not None:
+            shares = success_shares(played.episodes)
+            curriculum.observe(shares)
+            asked = [e.task for e in played.episodes]
+            state.by_first_rank(lambda: append_history(state.run_dir, state.step, shares, asked))
+
+
+class SupervisedRecorder(Recorder):
+    """The metrics of supervised training: every token is a demonstration's, so rewards and costs say nothing."""
+
+    def row(self, played: Played, report: CreditReport, stats: StepStats | None) -> Row:
+        assert stats is not None  # demonstrations always have a signal
+        nll = stats.metrics.get("nll", math.nan)  # a skipped update has measured none
+        return {
+            "sft/nll": nll,
+            "actor/grad_norm": stats.grad_norm,
+            "actor/skipped_updates": float(stats.skipped_updates),
+        }
+
+    def advance(self, row: Row) -> None:
+        self.bar.advance(1, f"nll {row['sft/nll']:.3f}")
+
+
+def _cost(played: Played) -> Row:
+    """What the step's batch cost: generated + kept before = used + discarded + kept now."""
+    return {
+        GENERATED: float(played.generated_tokens()),
+        "tokens/discarded": float(played.discarded_tokens),
+        "tokens/kept": float(played.kept_tokens),
+    }
+
+
+def _engine_metrics(played: Played) -> Row:
+    """What the engines counted, where they count: the local engine does not."""
+    engine = played.engine
+    if engine.requests == 0:
+        return {}
+    return {
+        "engine/requests": float(engine.requests),
+        "engine/retries": float(engine.retries),
+        "engine/aborted": float(engine.aborted),
+        "engine/deaths": float(played.deaths),
+        "episodes/cut_off": float(played.cut_off),
+        "engine/cache_hit_rate": engine.cached_tokens / max(1, engine.prompt_tokens),
+    }
+
+
+def _actor_metrics(stats: StepStats) -> Row:
+    row = {f"actor/{name}": value for name, value in stats.metrics.items()}
+    return row | {
+        "actor/loss": stats.loss,
+        "actor/grad_norm": stats.grad_norm,
+        "actor/learning_rate": stats.learning_rate,
+        "actor/skipped_updates": float(stats.skipped_updates),
+        "tokens/trained": float(stats.tokens),
+        "tokens/loss": float(stats.loss_tokens),
+    }

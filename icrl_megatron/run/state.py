@@ -1,0 +1,143 @@
+"""Where a run is, and how that survives: restored from a checkpoint at the start, saved after any completed step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from icrl_megatron.actor import checkpoint
+from icrl_megatron.actor.export import write_hf
+from icrl_megatron.data.curriculum import cut_history, read_history
+from icrl_megatron.distributed.grid import any_rank, gather_objects, together
+from icrl_megatron.distributed.process import StopRequest
+from icrl_megatron.model.weights import Gatherer
+from icrl_megatron.rollout import tapes
+from icrl_megatron.rollout.tapes import Tapes
+from icrl_megatron.run.files import EXPORT
+from icrl_megatron.run.parts import Parts
+from icrl_megatron.run.saving import Files, Saver
+from icrl_megatron.telemetry.metrics import GENERATED
+from icrl_megatron.telemetry.writer import METRICS_FILE, MetricsWriter, Row, read_rows
+from icrl_megatron.utils.results import MOVE_AWAY
+
+TAPES = "tapes.jsonl"
+"""In a checkpoint: episodes that were cut off (`rollout.partial`)."""
+NEWEST_ROWS = "metrics.jsonl"
+"""In a checkpoint: the rows of its step."""
+PENDING = "row.json"
+"""In a checkpoint: the metrics of its step that are not in metrics.jsonl yet, because the step's evaluation failed."""
+
+
+class RunState:
+    """Step, generated tokens and metrics.jsonl of a run. Every rank calls each method; rank 0 writes the files."""
+
+    def __init__(self, parts: Parts, saver: Saver, stop: StopRequest, log: Callable[[str], None]) -> None:
+        """Loads the checkpoint that the run goes on from, or `start_from`; the engines do not have its weights yet."""
+        self.parts, self.saver, self.run_dir = parts, saver, saver.run_dir
+        self.step = self.generated = 0
+        self.pending: Row | None = None
+        """The metrics of the last step, as long as they are not written."""
+        self._stop, self._log = stop, log
+        newest: list[Row] = []
+        resumed = saver.restore()
+        if resumed is not None:
+            if parts.settings.rollout.partial:
+                self._take_back(tapes.read(saver.folder / TAPES))
+            self.step, self.generated = resumed.step, resumed.generated_tokens
+            parts.sync.version = max(0, resumed.weight_version - 1)  # the first push is that version again
+            self.pending, newest = _read_pending(saver.folder / PENDING), read_rows(saver.folder / NEWEST_ROWS)
+        elif parts.settings.start_from:
+            self._start_from(Path(parts.settings.start_from))
+        main = parts.grid.rank == 0
+        self._resume_curriculum(main)
+        written = None if resumed is None else self.step - (self.pending is not None)
+        self._writer = together(parts.grid, lambda: MetricsWriter(self.run_dir, written, newest) if main else None)
+        self.completed(self.pending)
+
+    def _start_from(self, folder: Path) -> None:
+        """The weights of another run's checkpoint in fp32, which `model.path` may hold rounded, and its moments."""
+        actor, moments = self.parts.actor, self.parts.settings.start_with_moments
+        checkpoint.load(folder, actor.rows, actor.optimizer, self.parts.grid)
+        if not moments:
+            actor.optimizer.forget()
+        self._log(f"starting from {folder} {'with' if moments else 'without'} its optimizer moments")
+
+    def _take_back(self, kept: Tapes) -> None:
+        """Episodes go on where their problems are still trained on: the data may have changed."""
+        known = {task: group for task, group in kept.items() if task in self.parts.sampler.known}
+        if len(known) < len(kept):
+            self._log(f"{len(kept) - len(known)} unfinished groups are left out: their problems are gone")
+        self.parts.source.take_back(known)
+
+    def _resume_curriculum(self, main: bool) -> None:
+        """Replays the success shares of the steps before the checkpoint. Every rank reads the file, then rank 0 cuts
+        what later steps wrote."""
+        curriculum = self.parts.sampler.curriculum
+        if curriculum is None:
+            return
+        for shares in read_history(self.run_dir, self.step, self.parts.sampler.known):
+            curriculum.observe(shares)
+        any_rank(self.parts.grid, False)  # every rank has read it
+        if main:
+            cut_history(self.run_dir, self.step)
+
+    def finished(self) -> bool:
+        limit = self.parts.settings.max_generated_tokens
+        return self.step >= self.parts.settings.steps or (limit is not None and self.generated >= limit)
+
+    def stop_requested(self) -> bool:
+        """The same answer on every rank, so that all stop at the same step."""
+        return any_rank(self.parts.grid, bool(self._stop))
+
+    def completed(self, pending: Row | None) -> None:
+        """The step is done: from here on an error saves it, with its metrics where they are still `pending`."""
+        optimizer, kept = self.parts.actor.optimizer, self.parts.source.tapes()
+
+        def beside() -> Files:
+            everyones = {task: of for mine in gather_objects(self.parts.grid, kept) for task, of in mine.items()}
+            found = {TAPES: tapes.to_lines(everyones)} if everyones else {}
+            rows = together(self.parts.grid, lambda: self._writer.saved() if self._writer is not None else [])
+            found |= {NEWEST_ROWS: rows or []}
+            return found | ({PENDING: [json.dumps(pending)]} if pending is not None else {})
+
+        self.pending = pending
+        progress = checkpoint.Progress(self.step, self.parts.sync.version, optimizer.steps, self.generated)
+        self.saver.completed(progress, beside)
+
+    def by_first_rank(self, write: Callable[[], object]) -> None:
+        """Rank 0 writes files; where that fails, all ranks end."""
+        together(self.parts.grid, lambda: write() if self._writer is not None else None)
+
+    def write(self, row: Row) -> None:
+        """Appends one row of this step to metrics.jsonl and the trackers."""
+        writer = self._writer
+        self.by_first_rank(lambda: writer.write(self.step, row) if writer is not None else None)
+
+    def evaluated(self) -> bool:
+        """Whether the metrics end with an evaluation at this step; the same answer on every rank."""
+        rows = read_rows(self.run_dir / METRICS_FILE) if self._writer is not None else []
+        ends = bool(rows) and rows[-1]["step"] == self.step and GENERATED not in rows[-1]
+        return any_rank(self.parts.grid, ends)
+
+    def save(self) -> None:
+        """Saves the last completed step, once."""
+        self.saver.save()
+
+    def save_if_due(self) -> None:
+        if self.step % self.parts.settings.checkpoint.interval == 0 and not self.finished():
+            self.save()
+
+    def conclude(self) -> None:
+        """The last checkpoint and the exported model."""
+        self.save()
+        actor, grid = self.parts.actor, self.parts.grid
+        write_hf(Gatherer(actor.rows, grid), self.saver.model, self.run_dir / EXPORT, grid, remedy=MOVE_AWAY)
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _read_pending(path: Path) -> Row | None:
+    """The row that a checkpoint was saved with, if its evaluation had failed; its files were verified before."""
+    row: Row | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return row
