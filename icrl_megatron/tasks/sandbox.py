@@ -15,19 +15,19 @@ What each limit rests on (bubblewrap's manual, setrlimit(2), seccomp(2)):
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import math
 import os
-import platform
 import selectors
 import shutil
-import struct
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +83,7 @@ class Sandbox:
                 "programs are run in a sandbox, and bubblewrap (bwrap) is not installed: apt-get install bubblewrap"
             )
         self._bwrap, self.limits = found, limits
-        self._filter = seccomp_filter(platform.machine())
+        self._filter = seccomp_filter()
 
     def check(self) -> None:
         """Runs one line. Raises ConfigError with what bubblewrap said when it cannot make its namespaces here."""
@@ -271,52 +271,33 @@ def _environment() -> dict[str, str]:
     }
 
 
-# System calls of linux/audit.h's architectures: (audit number, clone, clone3, those that are denied).
-# The denied are, in this order: fork, vfork (x86 only); unshare, setns, mount, ptrace, bpf, io_uring_setup, keyctl,
-# add_key, request_key, userfaultfd, perf_event_open, process_vm_readv, process_vm_writev; memfd_create, memfd_secret,
-# shmget, mq_open, which hold memory that no limit of a process counts.
-_CALLS: dict[str, tuple[int, int, int, Sequence[int]]] = {
-    "x86_64": (
-        0xC000003E, 56, 435,
-        (57, 58, 272, 308, 165, 101, 321, 425, 250, 248, 249, 323, 298, 310, 311, 319, 447, 29, 240),
-    ),
-    "aarch64": (
-        0xC00000B7, 220, 435,
-        (97, 268, 40, 117, 280, 425, 219, 217, 218, 282, 241, 270, 271, 279, 447, 194, 180),
-    ),
-}  # fmt: skip
+_DENIED = (
+    *("fork", "vfork", "unshare", "setns", "mount", "ptrace", "bpf", "io_uring_setup", "keyctl", "add_key"),
+    *("request_key", "userfaultfd", "perf_event_open", "process_vm_readv", "process_vm_writev"),
+    *("memfd_create", "memfd_secret", "shmget", "mq_open"),  # memory that no limit of a process counts
+)
 _CLONE_THREAD = 0x10000
-_ALLOW, _KILL, _EPERM, _ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
-_LOAD, _EQUAL, _AT_LEAST, _SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 
 
-def seccomp_filter(machine: str) -> bytes:
-    """A classic BPF program (linux/filter.h): no new processes, and none of `_CALLS`. clone3 is said not to exist, so
-    that libc makes threads with clone, whose flags can be read here. Raises ConfigError on another processor."""
-    if machine not in _CALLS:
+def seccomp_filter() -> bytes:
+    """A BPF program for `bwrap --seccomp`: threads but no new processes, and none of the `_DENIED` system calls.
+
+    clone3 answers that it does not exist, so that libc makes threads with clone, whose flags a filter can read. Raises
+    ConfigError where libseccomp is missing.
+    """
+    try:
+        import pyseccomp
+    except (ImportError, RuntimeError) as error:  # it loads the system's libseccomp.so.2
         raise ConfigError(
-            f"programs are run in a sandbox that knows {' and '.join(_CALLS)}, and this machine is {machine}; leave "
-            "the task set `code` out of tasks.sources"
-        )
-    audit, clone, clone3, denied = _CALLS[machine]
-    number, architecture, first_argument = 0, 4, 16  # offsets in struct seccomp_data
-    rules = [
-        (_LOAD, 0, 0, architecture),
-        (_EQUAL, 1, 0, audit),
-        (_RETURN, 0, 0, _KILL),
-        (_LOAD, 0, 0, number),
-        (_AT_LEAST, 0, 1, 0x40000000),  # x32, the same calls under other numbers
-        (_RETURN, 0, 0, _EPERM),
-        (_EQUAL, 0, 1, clone3),
-        (_RETURN, 0, 0, _ENOSYS),
-    ]
-    for call in denied:
-        rules += [(_EQUAL, 0, 1, call), (_RETURN, 0, 0, _EPERM)]
-    rules += [
-        (_EQUAL, 0, 3, clone),
-        (_LOAD, 0, 0, first_argument),
-        (_SET, 1, 0, _CLONE_THREAD),
-        (_RETURN, 0, 0, _EPERM),
-        (_RETURN, 0, 0, _ALLOW),
-    ]
-    return b"".join(struct.pack("HBBI", *rule) for rule in rules)
+            f"programs are run in a sandbox, which needs libseccomp ({error}): apt-get install libseccomp2"
+        ) from error
+    rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+    rules.set_attr(pyseccomp.Attr.ACT_BADARCH, pyseccomp.ERRNO(errno.EPERM))  # x32: the same calls by other numbers
+    rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")
+    rules.add_rule(pyseccomp.ERRNO(errno.EPERM), "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, _CLONE_THREAD, 0))
+    for call in _DENIED:
+        rules.add_rule(pyseccomp.ERRNO(errno.EPERM), call)
+    with tempfile.TemporaryFile() as file:
+        rules.export_bpf(file)
+        file.seek(0)
+        return file.read()
