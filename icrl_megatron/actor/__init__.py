@@ -1,16 +1,3 @@
-"""The Megatron-Core actor. Importing any part of it keeps Megatron's start-up notices off the screen, and
-torch's compiler and GPU libraries out of processes without a GPU."""
+"""The Megatron-Core actor."""
 
-import logging
-import warnings
-
-from icrl_megatron.distributed import platform
-
-# They are about optional accelerators (`icrl doctor` names those) and about Megatron's own use of torch.
-warnings.filterwarnings("ignore", module=r"megatron\..*")
-warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each rank reads a checkpoint alone
-logging.getLogger("megatron.core").setLevel(logging.ERROR)
-platform.spare_the_compiler()
-platform.hide_gpu_libraries()
-platform.keep_fp8_scales_exact()
+from icrl_megatron.distributed import before_megatron as before_megatron

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from icrl_megatron.distributed import before_megatron  # noqa: F401
+
+# isort: split
 import importlib.util
 from typing import Any
 

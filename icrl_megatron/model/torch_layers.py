@@ -5,6 +5,9 @@ For CPUs, and for GPUs without Transformer Engine.
 
 from __future__ import annotations
 
+from icrl_megatron.distributed import before_megatron  # noqa: F401
+
+# isort: split
 from typing import Any
 
 import torch

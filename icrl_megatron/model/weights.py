@@ -6,6 +6,9 @@ and weight sync are all walks over these rows, one tensor at a time: no rank eve
 
 from __future__ import annotations
 
+from icrl_megatron.distributed import before_megatron  # noqa: F401
+
+# isort: split
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from disks import small_disk
 
+from icrl_megatron.distributed import process
 from icrl_megatron.launch import torchrun as launch
 
 LAUNCHER = """
@@ -277,7 +278,7 @@ def test_stop_reaches_every_rank_once_and_all_save(start: Start, number: signal.
     launched.await_files("ready.0", "ready.1")
     launched.process.send_signal(number)
     code, _, err = launched.end()
-    assert code == launch.STOPPED, err
+    assert code == process.STOPPED, err
     assert launched.read("signals.0", "signals.1") == ["1", "1"]
 
 
@@ -300,7 +301,7 @@ def test_a_stop_before_the_ranks_listen_is_not_lost(start: Start) -> None:
     launched.await_files("started.0", "started.1")
     launched.process.send_signal(signal.SIGTERM)
     code, _, err = launched.end()
-    assert code == launch.STOPPED, err
+    assert code == process.STOPPED, err
     assert launched.read("heard.0", "heard.1") == ["True", "True"]
 
 
@@ -406,9 +407,9 @@ def test_a_bar_shows_until_the_ranks_have_met(tmp_path: Path) -> None:
 def test_a_rank_knows_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not launch.is_rank()
+    assert not process.is_rank()
     monkeypatch.setenv("RANK", "0")
-    assert launch.is_rank()
+    assert process.is_rank()
 
 
 def test_a_file_asks_to_stop_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,7 +417,7 @@ def test_a_file_asks_to_stop_at_any_time(tmp_path: Path, monkeypatch: pytest.Mon
     before = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)]
     monkeypatch.setenv(launch.STOP_ENV, str(tmp_path / "stop"))
     try:
-        stop = launch.StopRequest()
+        stop = process.StopRequest()
         assert not stop
         (tmp_path / "stop").touch()
         assert stop

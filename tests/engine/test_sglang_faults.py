@@ -62,8 +62,8 @@ def test_a_killed_server_is_lost_and_comes_back_though_its_new_port_is_taken(
         ports = iter([taken])
         monkeypatch.setattr(sglang_server, "_free_port", lambda: next(ports, None) or find())
         engine.revive()
-    starts = [line for line in server.spec.log.read_text().splitlines() if line.startswith("=== ")]
-    assert [f"port {taken}" in line for line in starts] == [False, True, False]
+    starts = [f"port {taken}" in line for line in server.spec.log.read_text().splitlines() if line.startswith("=== ")]
+    assert starts[:2] == [False, True] and not starts[-1]
     engine.update_weights(tensors, 2)
     assert generate(engine, [([8, 9], Sampling(0.0, 4, 0, ()))])[0].weight_version == 2
 
