@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from icrl_megatron.distributed import platform
+from icrl_megatron.distributed import before_megatron, platform  # noqa: F401
 
 PACKAGE, VERSION = "transformer_engine", "2.8.0"
 

@@ -1,5 +1,5 @@
-"""Import this before Megatron: it silences Megatron's start-up notices, and keeps torch's compiler and GPU libraries out
-of processes without a GPU."""
+"""Import this before Megatron: it silences Megatron's start-up notices, and keeps torch's compiler and GPU libraries
+out of processes without a GPU."""
 
 import logging
 import warnings
