@@ -94,7 +94,7 @@ def given_peers(inputs: Inputs) -> dict[str, Run | str]:
 
     def ours() -> Tensor:
         slopes_4C = chunks.objective(span, inputs.streams, inputs.terms, outputs)
-        return chunks.logit_gradients(inputs.targets_L, outputs.entropy_L, slopes_4C, inputs.terms)
+        return chunks.logit_gradients(inputs.targets_L, outputs.entropy_L, slopes_4C, inputs.terms.entropy_coef != 0)
 
     def restore() -> None:
         chunks.buffer_CV[:, : inputs.shard.valid].copy_(logits_LV)
@@ -239,7 +239,9 @@ def tuning_passes(inputs: Inputs, tokens: int) -> tuple[dict[str, tuple[Run, int
     size = tokens * inputs.shape.columns
 
     def gradients() -> Tensor:
-        return chunks.logit_gradients(streams.targets_L, outputs.entropy_L[span], slopes_4C, inputs.terms)
+        return chunks.logit_gradients(
+            streams.targets_L, outputs.entropy_L[span], slopes_4C, inputs.terms.entropy_coef != 0
+        )
 
     return {
         "statistics": (lambda: chunks.statistics(streams.targets_L), 4 * size),

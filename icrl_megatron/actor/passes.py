@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from icrl_kernels import Chunking, HeadOutput, MainGrad, Streams, Terms, VocabShard, policy_head, score_head
+from icrl_megatron.actor.plain_loss import PlainLoss
 from icrl_megatron.distributed import platform
 from icrl_megatron.distributed.grid import Grid
 from icrl_megatron.model.qwen3 import Qwen3, packed_params
@@ -44,6 +45,8 @@ class HeadPlan:
     chunking: Chunking
     mismatch_cap: float | None
     """Truncation of the engine-mismatch weight; None: measured only."""
+    loss: PlainLoss | None = None
+    """None: ICRL's own objective, which the fused head computes."""
 
 
 Measure = Callable[[MicroBatch, Frozen, HeadOutput], dict[str, float]]
@@ -130,7 +133,11 @@ def _loss(
     weight_VH = model.head_weight_VH()
     # Megatron multiplies a per-token loss by nothing before its backward pass, and neither do we.
     main_grad = MainGrad(weight_VH.main_grad) if hasattr(weight_VH, "main_grad") else None
-    out = policy_head(hidden_LH, weight_VH, streams, plan.terms, plan.shard, plan.chunking, main_grad)
+    if plan.loss is None:
+        out = policy_head(hidden_LH, weight_VH, streams, plan.terms, plan.shard, plan.chunking, main_grad)
+    else:
+        temperature = plan.terms.temperature
+        out = plan.loss(hidden_LH, weight_VH, batch, streams, temperature, plan.shard, plan.chunking, main_grad)
     count = torch.tensor(len(batch.targets_L), dtype=torch.int, device=hidden_LH.device)
     return out.loss, count, measure(batch, frozen, out)
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from icrl_megatron.algo.samples import to_samples
-from icrl_megatron.settings.schema import AlgoSettings, GroupFilter
+from icrl_megatron.settings.schema import AlgoSettings, GroupFilter, Overlong
 from icrl_megatron.types import Episode, Sample
 
 STD_FLOOR = 1e-6
@@ -62,7 +62,8 @@ def credit(episodes: Iterable[Episode], settings: AlgoSettings, train_critic: bo
             dropped += 1
             dropped_samples += len(members)
             continue
-        values = advantages([m.reward for m in members], settings.normalise_std, settings.pseudo_positive)
+        rewards = [m.reward - overlong_penalty(m.loss_tokens(), settings.overlong) for m in members]
+        values = advantages(rewards, settings.normalise_std, settings.pseudo_positive)
         flat += not any(values)
         kept += [replace(m, advantage=a) for m, a in zip(members, values, strict=True)]
 
@@ -85,6 +86,15 @@ def advantages(rewards: Sequence[float], normalise_std: bool = True, pseudo_posi
     if normalise_std:
         centred /= baseline.std(ddof=1) + STD_FLOOR
     return [float(a) for a in centred]
+
+
+def overlong_penalty(tokens: int, overlong: Overlong) -> float:
+    """DAPO's soft punishment (arXiv 2503.14476, Eq. 13): 0 up to `max_tokens - buffer_tokens` generated tokens, then
+    linearly up to `factor` at `max_tokens`, and no more beyond."""
+    if overlong.max_tokens is None:
+        return 0.0
+    excess = tokens - (overlong.max_tokens - overlong.buffer_tokens)
+    return overlong.factor * min(1.0, max(0.0, excess / overlong.buffer_tokens))
 
 
 def _surplus_revisions(samples: Sequence[Sample], limit: int | None) -> set[str]:

@@ -24,7 +24,7 @@ from icrl_megatron.types import Ids, MicroBatch, Sample, StepPlan
 from icrl_megatron.utils.errors import ConfigError
 
 Prompt = Literal["train", "behaviour"]
-NORMALISATIONS = ("sequence_mean", "token_mean")
+NORMALISATIONS = ("sequence_mean", "token_mean", "constant")
 BLANK_TOKENS = 2
 
 
@@ -63,7 +63,7 @@ def pack(
     own: list[Sample] = []
     updates = []
     for members in split_updates(trained, settings.updates_per_step):
-        coefficients = _coefficients(members, settings.loss_normalisation)
+        coefficients = _coefficients(members, settings)
         bins = _fill(assign(members, replicas)[replica], micro_batch_tokens, settings)
         micro_batches = []
         for bin_samples in bins:
@@ -88,14 +88,19 @@ def split_updates(samples: Sequence[Sample], updates_per_step: int) -> list[list
     return [mixed[len(mixed) * u // count : len(mixed) * (u + 1) // count] for u in range(count)]
 
 
-def _coefficients(members: Sequence[Sample], normalisation: str) -> dict[str, float]:
+def _coefficients(members: Sequence[Sample], settings: AlgoSettings) -> dict[str, float]:
     """sample_id -> c_t of its loss tokens; `members` are an update's samples over all replicas.
 
-    sequence_mean: 1 / (samples * loss tokens of the sample). token_mean: 1 / loss tokens of the update.
+    sequence_mean: 1 / (samples * loss tokens of the sample). token_mean: 1 / loss tokens of the update. constant:
+    1 / (samples * algo.constant_tokens), which weighs a token alike in short and long replies (Dr. GRPO,
+    arXiv 2503.20783).
     """
     counts = {s.sample_id: s.loss_tokens() for s in members}
-    if normalisation == "token_mean":
+    if settings.loss_normalisation == "token_mean":
         return dict.fromkeys(counts, 1.0 / sum(counts.values()))
+    if settings.loss_normalisation == "constant":
+        assert settings.constant_tokens is not None  # run/checks.py
+        return dict.fromkeys(counts, 1.0 / (len(members) * settings.constant_tokens))
     return {sample_id: 1.0 / (len(members) * count) for sample_id, count in counts.items()}
 
 

@@ -15,7 +15,7 @@ from icrl_megatron.run.heldout import check_earlier_rows, check_rows
 from icrl_megatron.run.resume import check_resume, earlier
 from icrl_megatron.run.rollout_checks import check_engine, check_installed, check_rollout
 from icrl_megatron.settings import loading as settings_module
-from icrl_megatron.settings.limits import CHOICES, RANGES
+from icrl_megatron.settings.limits import CHOICES, LOSSES, RANGES
 from icrl_megatron.settings.schema import ActorSettings, AlgoSettings, Settings
 from icrl_megatron.settings.task_schema import PORT, TaskServers
 from icrl_megatron.tasks import registry
@@ -157,10 +157,47 @@ def _check_algo(algo: AlgoSettings, settings: Settings) -> None:
             "needs algo.calibration.enabled=false and algo.internalise=true; give these too, or algo.shaping_gamma=0, "
             "in a new run"
         )
+    _check_loss(algo)
     if algo.updates_per_step > episodes:
         raise ConfigError(
             f"algo.updates_per_step={algo.updates_per_step}: more than the {episodes} episodes of a step "
             "(rollout.tasks_per_step x rollout.episodes_per_task); lower it, or raise rollout.tasks_per_step"
+        )
+
+
+def _check_loss(algo: AlgoSettings) -> None:
+    """Whether the loss exists, and every setting of it has an effect."""
+    if ":" in algo.loss:
+        from icrl_megatron.algo.losses import named  # torch: only for a loss of the user's own
+
+        named(algo.loss)
+    elif algo.loss not in LOSSES:
+        raise ConfigError(f"algo.loss={algo.loss}: choose one of {', '.join(LOSSES)}, or package.module:function")
+    default = AlgoSettings()
+    if algo.dual_clip != default.dual_clip and algo.loss != "dual_clip":
+        raise ConfigError(
+            f"algo.dual_clip={algo.dual_clip:g} has no effect with algo.loss={algo.loss}; leave it out, or set "
+            "algo.loss=dual_clip"
+        )
+    if algo.kl_estimator != default.kl_estimator and algo.kl_coef == 0:
+        raise ConfigError(
+            f"algo.kl_estimator={algo.kl_estimator} has no effect with algo.kl_coef=0; leave it out, or set "
+            "algo.kl_coef"
+        )
+    if (algo.loss_normalisation == "constant") != (algo.constant_tokens is not None):
+        raise ConfigError(
+            f"algo.loss_normalisation={algo.loss_normalisation} with algo.constant_tokens={algo.constant_tokens}: "
+            "set both loss_normalisation=constant and constant_tokens, or neither"
+        )
+    if algo.shaping_gamma > 0 and (algo.loss != "icrl" or algo.kl_estimator != "k3"):
+        raise ConfigError(
+            f"algo.shaping_gamma={algo.shaping_gamma:g} is part of algo.loss=icrl with algo.kl_estimator=k3; set "
+            "these, or algo.shaping_gamma=0"
+        )
+    longest, buffer = algo.overlong.max_tokens, algo.overlong.buffer_tokens
+    if longest is not None and buffer > longest:
+        raise ConfigError(
+            f"algo.overlong.buffer_tokens={buffer}: more than algo.overlong.max_tokens={longest}; lower it"
         )
 
 

@@ -12,7 +12,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "algo.preset": ("paper", "reference"),
     "algo.group_by": ("task_role", "task_round_role", "task"),
     "algo.calibration.denominator": ("rollout", "recomputed"),
-    "algo.loss_normalisation": ("sequence_mean", "token_mean"),
+    "algo.loss_normalisation": ("sequence_mean", "token_mean", "constant"),
+    "algo.kl_estimator": ("k1", "k2", "k3"),
     "algo.on_no_signal": ("error", "skip", "train"),
     "actor.precision": ("bf16", "fp32"),
     "actor.fp8": ("off", "current", "blockwise"),
@@ -27,6 +28,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "launch.device": ("auto", "cpu", "cuda"),
 }
 """Settings that name one of a few things."""
+
+LOSSES = ("icrl", "dual_clip", "gspo", "cispo")
+"""Names that `algo.loss` takes: functions of algo/losses.py, which imports torch."""
 
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31 - 1),
@@ -76,6 +80,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "algo.mismatch_correction.cap": (1e-6, math.inf),
     "algo.clip_low": (0, 1),
     "algo.clip_high": (0, math.inf),
+    "algo.dual_clip": (1, math.inf),
+    "algo.constant_tokens": (1, math.inf),
+    "algo.overlong.max_tokens": (1, math.inf),
+    "algo.overlong.buffer_tokens": (1, math.inf),
+    "algo.overlong.factor": (0, math.inf),
     "algo.kl_coef": (0, math.inf),
     "algo.entropy_coef": (0, math.inf),
     "algo.updates_per_step": (1, math.inf),

@@ -181,6 +181,18 @@ class GroupFilter:
 
 
 @dataclass
+class Overlong:
+    """DAPO's soft punishment of long replies (arXiv 2503.14476, Eq. 13), taken off the reward before advantages."""
+
+    max_tokens: int | None = None
+    """Generated tokens of a sample at which the whole penalty applies; null: none."""
+    buffer_tokens: int = 1
+    """The penalty grows linearly over this many tokens before `max_tokens`."""
+    factor: float = 1.0
+    """The whole penalty."""
+
+
+@dataclass
 class AlgoSettings:
     preset: str = "paper"
     """paper | reference: a bundle of the values below; explicit overrides win over it."""
@@ -199,12 +211,24 @@ class AlgoSettings:
     """Above 0, internalised revisions count p / (p + shaping_gamma) a token, unclipped, instead of w_t times the
     clipped ratio (Critique-GRPO's policy shaping, which takes 0.1); calibration.enabled must then be false."""
     mismatch_correction: MismatchCorrection = field(default_factory=MismatchCorrection)
+    loss: str = "icrl"
+    """icrl | dual_clip | gspo | cispo, or package.module:function (algo/losses.py, docs/EXTENDING.md)."""
     clip_low: float = 0.2
     clip_high: float = 0.28
+    """The ratio is clipped to [1 - clip_low, 1 + clip_high]: of a token, and with loss=gspo of a sequence (the paper
+    takes 3e-4 and 4e-4)."""
+    dual_clip: float = 3.0
+    """With loss=dual_clip: largest ratio that counts where the advantage is negative."""
     kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    """k1 | k2 | k3: how the KL term is estimated from the sampled tokens."""
     entropy_coef: float = 0.0
     loss_normalisation: str = "sequence_mean"
-    """sequence_mean | token_mean."""
+    """sequence_mean | token_mean | constant (the sum over `constant_tokens` times the sequences: Dr. GRPO, with
+    normalise_std=false)."""
+    constant_tokens: int | None = None
+    """With loss_normalisation=constant: the same length for all sequences, such as the longest reply allowed."""
+    overlong: Overlong = field(default_factory=Overlong)
     updates_per_step: int = 1
     """Optimizer updates made from one step's samples."""
     max_resamples: int = 4

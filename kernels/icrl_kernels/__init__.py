@@ -1,14 +1,16 @@
 """The head of the policy: log-prob, entropy, calibration weight and clipped loss without a [tokens, vocabulary].
 
-`head.policy_head` and `head.score_head` are what the actor calls, `objective.token_objective` is the loss they stand on
-(ICRL Eq. 6), and `reference` is the same computation with all logits at once, for tests and benchmarks. `torch_chunks`
-computes on CPUs, `triton_chunks` and `triton_kernels` on GPUs; the latter are imported only when they are used.
+The actor calls `head.policy_head`, which knows ICRL's objective (`objective.token_objective`, Eq. 6), `head.score_head`
+without gradients, and `logprobs.logprob_head` below any other loss. `reference` is the same computation with all logits
+at once, for tests and benchmarks. `torch_chunks` computes on CPUs, `triton_chunks` and `triton_kernels` on GPUs; the
+latter are imported only when they are used.
 """
 
 from __future__ import annotations
 
 from icrl_kernels.chunking import Chunking
 from icrl_kernels.head import HeadOutput, MainGrad, policy_head, score_head
+from icrl_kernels.logprobs import logprob_head
 from icrl_kernels.objective import Streams, Terms, TokenObjective, token_objective
 from icrl_kernels.reference import reference_head, reference_scores
 from icrl_kernels.vocabulary import VocabShard
@@ -21,6 +23,7 @@ __all__ = [
     "Terms",
     "TokenObjective",
     "VocabShard",
+    "logprob_head",
     "policy_head",
     "reference_head",
     "reference_scores",

@@ -63,6 +63,17 @@ class Gradients:
     """Multiplies what is added to `weight_VH`."""
 
 
+@dataclass(frozen=True)
+class Slopes:
+    """Derivatives of a loss with respect to each token's log-prob and entropy, [C] each."""
+
+    logprob_C: Tensor
+    entropy_C: Tensor | None
+    """None where the loss has no entropy term."""
+    silent_C: Tensor
+    """bool: tokens that contribute nothing, whatever their logits hold."""
+
+
 class Chunks(Protocol):
     """One pass of the head over one set of inputs."""
 
@@ -76,3 +87,6 @@ class Chunks(Protocol):
 
     def train(self, span: slice, streams: Streams, terms: Terms, outputs: TokenOutputs, grads: Gradients) -> None:
         """Fills rows `span` of the outputs, and adds the chunk's gradients. `streams` are the chunk's own."""
+
+    def backward(self, span: slice, targets_C: Tensor, slopes: Slopes, grads: Gradients) -> None:
+        """Computes the chunk's logits again and adds the gradients that `slopes` stand for."""

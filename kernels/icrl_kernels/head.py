@@ -93,7 +93,7 @@ def policy_head(
     buffer_VH = None if main_grad is None else main_grad.buffer_VH
     check_products(hidden_LH, weight_VH, streams.targets_L, terms.temperature, shard, chunking, buffer_VH)
     check_objective(hidden_LH, streams, terms, shard)
-    chunks = _chunks(hidden_LH, weight_VH, terms.temperature, shard, chunking)
+    chunks = chunks_of(hidden_LH, weight_VH, terms.temperature, shard, chunking)
     return HeadOutput(*_Head.apply(hidden_LH, weight_VH, chunks, streams, terms, main_grad, needs))
 
 
@@ -112,14 +112,16 @@ def score_head(
     """
     check_products(hidden_LH, weight_VH, targets_L, temperature, shard, chunking)
     check_targets(targets_L, shard)
-    chunks = _chunks(hidden_LH, weight_VH, temperature, shard, chunking)
+    chunks = chunks_of(hidden_LH, weight_VH, temperature, shard, chunking)
     logprobs_L, entropy_L = (torch.empty_like(targets_L, dtype=chunks.dtype) for _ in range(2))
     for span in spans(targets_L.shape[0], chunks.tokens):
         chunks.score(span, targets_L[span], logprobs_L[span], entropy_L[span])
     return logprobs_L, entropy_L
 
 
-def _chunks(hidden_LH: Tensor, weight_VH: Tensor, temperature: float, shard: VocabShard, chunking: Chunking) -> Chunks:
+def chunks_of(
+    hidden_LH: Tensor, weight_VH: Tensor, temperature: float, shard: VocabShard, chunking: Chunking
+) -> Chunks:
     if chunking.backend == "torch" or (chunking.backend == "auto" and not hidden_LH.is_cuda):
         return TorchChunks(hidden_LH, weight_VH, temperature, shard, chunking.tokens)
     if not hidden_LH.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
@@ -144,7 +146,7 @@ class _Head(torch.autograd.Function):
         needs: tuple[bool, bool],
     ) -> tuple[Tensor, ...]:
         tokens = hidden_LH.shape[0]
-        grads = _gradients(hidden_LH, weight_VH, chunks.dtype, main_grad, needs)
+        grads = gradients_of(hidden_LH, weight_VH, chunks.dtype, main_grad, needs)
         out = TokenOutputs.empty(streams.targets_L, chunks.dtype)
         for span in spans(tokens, chunks.tokens):
             chunks.train(span, streams.slice(span), terms, out, grads)
@@ -172,7 +174,7 @@ class _Head(torch.autograd.Function):
         return grad_hidden, None if grads.weight_VH is None else grads.weight_VH.mul_(grad_loss), *[None] * 5
 
 
-def _gradients(
+def gradients_of(
     hidden_LH: Tensor, weight_VH: Tensor, dtype: torch.dtype, main_grad: MainGrad | None, needs: tuple[bool, bool]
 ) -> Gradients:
     hidden = torch.empty_like(hidden_LH) if needs[0] else None

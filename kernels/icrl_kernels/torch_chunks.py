@@ -10,13 +10,12 @@ The factor of a row and the 1[v = target] are moved out of the buffer, into the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from icrl_kernels.chunking import Gradients, TokenOutputs
+from icrl_kernels.chunking import Gradients, Slopes, TokenOutputs
 from icrl_kernels.objective import Streams, Terms, TokenObjective, token_objective
 from icrl_kernels.vocabulary import RowSoftmax, VocabShard, row_softmax_, row_tiles
 
@@ -64,6 +63,16 @@ class TorchChunks:
         outputs.clipped_high_L[span] = objective.clipped_high_L
         outputs.finite_L[span] = (rows.logprobs_C + rows.entropy_C + objective.loss_L).isfinite()
 
+    def backward(self, span: slice, targets_C: Tensor, slopes: Slopes, grads: Gradients) -> None:
+        """As in `chunking.Chunks`."""
+        rows = self._softmax(span, targets_C)
+        if slopes.entropy_C is None:
+            self._backward(span, targets_C, rows, slopes, grads)
+        else:
+            silent_C, entropy_C = slopes.silent_C, slopes.entropy_C
+            finite = Slopes(slopes.logprob_C, entropy_C.masked_fill(silent_C, 0.0), silent_C)
+            self._backward(span, targets_C, rows, finite, grads)
+
     def _weight_blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Columns of the buffer and the rows of the weight that they come from, in the computing dtype."""
         rows = self.weight_VH.shape[0]
@@ -80,7 +89,7 @@ class TorchChunks:
             torch.addmm(out, hidden_CH, block_VH.T, beta=0, alpha=self.inverse_temperature, out=out)
         return row_softmax_(logits_CV, targets_C, self.shard)
 
-    def _backward(self, span: slice, targets_C: Tensor, rows: RowSoftmax, slopes: _Slopes, grads: Gradients) -> None:
+    def _backward(self, span: slice, targets_C: Tensor, rows: RowSoftmax, slopes: Slopes, grads: Gradients) -> None:
         """Adds the chunk's gradients to `grads`, using up the exponentials in the buffer."""
         exp_CV = self.buffer_CV[: rows.shift_C.shape[0]]
         hidden_CH = self.hidden_LH[span].to(self.dtype)
@@ -111,18 +120,7 @@ class TorchChunks:
             grads.weight_VH.index_add_(0, local_C[owned_C], pull_C1 * hidden_CH[owned_C], alpha=grads.weight_scale)
 
 
-@dataclass(frozen=True)
-class _Slopes:
-    """Derivatives of a chunk's loss with respect to log-prob and entropy."""
-
-    logprob_C: Tensor
-    entropy_C: Tensor | None
-    """None where the objective has no entropy term."""
-    silent_C: Tensor
-    """bool: coefficient 0."""
-
-
-def _objective_and_slopes(rows: RowSoftmax, streams: Streams, terms: Terms) -> tuple[TokenObjective, _Slopes]:
+def _objective_and_slopes(rows: RowSoftmax, streams: Streams, terms: Terms) -> tuple[TokenObjective, Slopes]:
     # This graph ends here. The hooks of an activation checkpoint would take its tensors for those of the model, and get
     # them back for the derivative by running all chunks before this one again.
     with torch.enable_grad(), saved_tensors_hooks(_itself, _itself):
@@ -131,7 +129,7 @@ def _objective_and_slopes(rows: RowSoftmax, streams: Streams, terms: Terms) -> t
         wanted = (logprobs_C, entropy_C) if terms.entropy_coef != 0 else (logprobs_C,)
         slopes = torch.autograd.grad(objective.loss_L.sum(), wanted)
     silent_C = streams.coefficients_L == 0
-    return objective, _Slopes(slopes[0], slopes[1] if len(slopes) == 2 else None, silent_C)
+    return objective, Slopes(slopes[0], slopes[1] if len(slopes) == 2 else None, silent_C)
 
 
 def _itself(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from icrl_kernels import triton_kernels as kernels
-from icrl_kernels.chunking import Gradients, TokenOutputs
+from icrl_kernels.chunking import Gradients, Slopes, TokenOutputs
 from icrl_kernels.objective import Streams, Terms
 from icrl_kernels.vocabulary import VocabShard
 
@@ -99,13 +99,41 @@ class TritonChunks:
             slopes_4C = self.objective(span, streams, terms, outputs)
             if grads.hidden_LH is None and grads.weight_VH is None:
                 return
-            grad_CV = self.logit_gradients(streams.targets_L, outputs.entropy_L[span], slopes_4C, terms)
-            if grads.hidden_LH is not None:
-                _product(grad_CV, self.weight_VH, out=grads.hidden_LH[span])
-            if grads.weight_VH is not None:
-                # The gradient of a silent token is 0, but 0 times a NaN would spread over the whole weight.
-                hidden_CH = self.hidden_LH[span].masked_fill((streams.coefficients_L == 0)[:, None], 0.0)
-                _add_product_(grads.weight_VH[: self.shard.valid], grad_CV.T, hidden_CH, grads.weight_scale)
+            entropy_C, has_entropy = outputs.entropy_L[span], terms.entropy_coef != 0
+            self._add(span, streams.targets_L, entropy_C, slopes_4C, has_entropy, streams.coefficients_L == 0, grads)
+
+    def backward(self, span: slice, targets_C: Tensor, slopes: Slopes, grads: Gradients) -> None:
+        """As in `chunking.Chunks`."""
+        with _on(targets_C.device):
+            self._logits(span)
+            scratch = TokenOutputs.empty(targets_C, self.dtype)
+            counted_C = (~slopes.silent_C).float()
+            whole = slice(0, targets_C.shape[0])
+            slopes_4C = self.objective(whole, Streams(targets_C, counted_C, counted_C), Terms(), scratch)
+            slopes_4C[2] = slopes.logprob_C.masked_fill(slopes.silent_C, 0.0)
+            if slopes.entropy_C is not None:
+                slopes_4C[3] = slopes.entropy_C.masked_fill(slopes.silent_C, 0.0)
+            has_entropy = slopes.entropy_C is not None
+            self._add(span, targets_C, scratch.entropy_L, slopes_4C, has_entropy, slopes.silent_C, grads)
+
+    def _add(
+        self,
+        span: slice,
+        targets_C: Tensor,
+        entropy_C: Tensor,
+        slopes_4C: Tensor,
+        has_entropy: bool,
+        silent_C: Tensor,
+        grads: Gradients,
+    ) -> None:
+        """The two products of the backward half, from the logits in the buffer."""
+        grad_CV = self.logit_gradients(targets_C, entropy_C, slopes_4C, has_entropy)
+        if grads.hidden_LH is not None:
+            _product(grad_CV, self.weight_VH, out=grads.hidden_LH[span])
+        if grads.weight_VH is not None:
+            # The gradient of a silent token is 0, but 0 times a NaN would spread over the whole weight.
+            hidden_CH = self.hidden_LH[span].masked_fill(silent_C[:, None], 0.0)
+            _add_product_(grads.weight_VH[: self.shard.valid], grad_CV.T, hidden_CH, grads.weight_scale)
 
     def _logits(self, span: slice) -> None:
         """Fills the buffer."""
@@ -189,7 +217,7 @@ class TritonChunks:
         )
         return slopes_4C
 
-    def logit_gradients(self, targets_C: Tensor, entropy_C: Tensor, slopes_4C: Tensor, terms: Terms) -> Tensor:
+    def logit_gradients(self, targets_C: Tensor, entropy_C: Tensor, slopes_4C: Tensor, has_entropy: bool) -> Tensor:
         """[C, columns] in the dtype of the hidden states, in the buffer's memory."""
         rows, columns = targets_C.shape[0], self.shard.valid
         narrower = self.buffer_CV.dtype != self.hidden_LH.dtype
@@ -209,7 +237,7 @@ class TritonChunks:
             splits,
             self.inverse_temperature,
             self.per_nat,
-            HAS_ENTROPY=terms.entropy_coef != 0,
+            HAS_ENTROPY=has_entropy,
             BLOCK=self.tuning.block,
             num_warps=self.tuning.warps,
         )

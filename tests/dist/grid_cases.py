@@ -172,11 +172,41 @@ def _sparse(settings: Settings) -> None:
     settings.optim.clip_grad, settings.optim.eps = 0.0, 0.1
 
 
+def _plain(settings: Settings) -> None:
+    """As `everything`, over the log-prob head that recomputes instead of the fused one."""
+    _everything(settings)
+    settings.algo.loss = "icrl_megatron.algo.losses:icrl"
+
+
+def _gspo(settings: Settings) -> None:
+    algo = settings.algo
+    algo.loss, algo.kl_estimator, algo.kl_coef, algo.entropy_coef = "gspo", "k2", 0.1, 0.02
+    algo.loss_normalisation, algo.constant_tokens, algo.updates_per_step = "constant", 20, 2
+    algo.clip_low = algo.clip_high = 0.005
+
+
+def _cispo(settings: Settings) -> None:
+    algo = settings.algo
+    algo.loss, algo.kl_estimator, algo.kl_coef = "cispo", "k1", 0.1
+    algo.updates_per_step, algo.mismatch_correction.enabled = 2, True
+    algo.clip_low = algo.clip_high = 0.01
+
+
+def _dual_clip(settings: Settings) -> None:
+    algo = settings.algo
+    algo.loss, algo.dual_clip, algo.updates_per_step = "dual_clip", 1.01, 2
+    algo.clip_low = algo.clip_high = 0.02
+
+
 CASES = {
     "paper": Case("tied", 13, _paper),
     "everything": Case("untied", 14, _everything),
     # One sample an update: of two replicas one has nothing to do.
     "sparse": Case("tied", 3, _sparse),
+    "plain": Case("untied", 14, _plain),
+    "gspo": Case("tied", 9, _gspo),
+    "cispo": Case("tied", 9, _cispo),
+    "dual_clip": Case("tied", 9, _dual_clip),
 }
 
 

@@ -12,10 +12,13 @@ from grid_cases import LEARNING_RATE, STEPS, Case, Layout, Trained
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
-from icrl_kernels import Streams, Terms, token_objective
+from icrl_kernels import Streams, Terms, TokenObjective, token_objective
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.data.packing import split_updates
 from icrl_megatron.types import Sample
+
+
+OTHERS = ("gspo", "cispo", "dual_clip")
 
 
 class Reference:
@@ -73,10 +76,13 @@ class Reference:
         if self.settings.algo.loss_normalisation == "token_mean":
             coefficient = 1.0 / sum(sum(other.loss_mask) for other in update)
         else:
-            coefficient = 1.0 / (len(update) * sum(s.loss_mask))
+            coefficient = 1.0 / (len(update) * (self.settings.algo.constant_tokens or sum(s.loss_mask)))
         streams.coefficients_L.fill_(coefficient)
         logprobs_L, entropy_L = self.policy(self.model, s)
-        out = token_objective(logprobs_L, entropy_L, streams, self.terms)
+        if self.settings.algo.loss in OTHERS:
+            out = self._other(logprobs_L, entropy_L, streams)
+        else:
+            out = token_objective(logprobs_L, entropy_L, streams, self.terms)
         out.loss_L.sum().backward()
         metrics["tokens"] += len(logprobs_L)
         metrics["clip_low"] += float(out.clipped_low_L.sum())
@@ -84,6 +90,30 @@ class Reference:
         metrics["calibrated"] += len(logprobs_L) * s.calibrated
         metrics["calibration_at_max"] += float((out.calibration_weight_L >= self.terms.w_max).sum()) * s.calibrated
         return float(out.loss_L.detach().sum())
+
+    def _other(self, logprobs_L: Tensor, entropy_L: Tensor, streams: Streams) -> TokenObjective:
+        """The other losses, written for one sequence at a time."""
+        algo, advantage_L = self.settings.algo, streams.advantages_L
+        assert streams.old_logprobs_L is not None and streams.behaviour_logprobs_L is not None
+        log_ratio_L = logprobs_L - streams.old_logprobs_L
+        ratio_L = (log_ratio_L.mean().expand_as(log_ratio_L) if algo.loss == "gspo" else log_ratio_L).exp()
+        low, high = 1 - algo.clip_low, 1 + algo.clip_high
+        loss_L = torch.maximum(-ratio_L * advantage_L, -ratio_L.clamp(low, high) * advantage_L)
+        if algo.loss == "dual_clip":
+            loss_L = torch.where(advantage_L < 0, torch.minimum(loss_L, -algo.dual_clip * advantage_L), loss_L)
+        if algo.loss == "cispo":
+            loss_L = -ratio_L.detach().clamp(low, high) * advantage_L * logprobs_L
+        weight_L = torch.ones_like(loss_L)
+        if streams.calibrated_L is not None and streams.calibrated_L.any():
+            weight_L = (streams.old_logprobs_L - streams.behaviour_logprobs_L).exp().clamp(max=self.terms.w_max)
+        loss_L = weight_L * loss_L - algo.entropy_coef * entropy_L
+        if streams.reference_logprobs_L is not None:
+            gap_L = logprobs_L - streams.reference_logprobs_L
+            loss_L = loss_L + algo.kl_coef * {"k1": gap_L, "k2": gap_L**2 / 2}[algo.kl_estimator]
+        clips = algo.loss != "cispo"
+        clipped_low_L = clips & (advantage_L < 0) & ((ratio_L < low) | (algo.loss == "dual_clip") & (ratio_L > algo.dual_clip))
+        clipped_high_L = clips & (advantage_L > 0) & (ratio_L > high)
+        return TokenObjective(streams.coefficients_L * loss_L, ratio_L.detach(), weight_L, clipped_low_L, clipped_high_L)
 
     def policy(self, model: Qwen3ForCausalLM, s: Sample, behaviour: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies, [L] each, of the sample's loss tokens after one of its prompts."""
