@@ -92,7 +92,7 @@ def test_a_checkpoint_computes_a_chunk_twice_at_most(
 
     inputs_LH, weight_VH, streams = make_inputs(40, 30, Terms())
     inputs_LH, weight_VH, streams = how.put(inputs_LH), how.put(weight_VH), put_streams(streams, how)
-    make, passes = head._chunks, []
+    make, passes = head.chunks_of, []
 
     def counted(*args: Any) -> Any:
         chunks = make(*args)
@@ -100,7 +100,7 @@ def test_a_checkpoint_computes_a_chunk_twice_at_most(
         chunks.train = lambda span, *rest: (passes.append(span.start), train(span, *rest))
         return chunks
 
-    monkeypatch.setattr(head, "_chunks", counted)
+    monkeypatch.setattr(head, "chunks_of", counted)
 
     def added(wrapped: bool) -> Tensor:
         passes.clear()
