@@ -19,6 +19,7 @@ from icrl_megatron import loop
 from icrl_megatron.actor.actor import Actor
 from icrl_megatron.algo.credit import CreditReport
 from icrl_megatron.algo.samples import to_samples
+from icrl_megatron.algo.schedules import learning_rate
 from icrl_megatron.data.sampler import TaskSampler, order_seed
 from icrl_megatron.distributed import grid as grids
 from icrl_megatron.distributed.process import StopRequest, run_rank
@@ -37,7 +38,7 @@ from icrl_megatron.run.recorder import SupervisedRecorder
 from icrl_megatron.run.state import RunState
 from icrl_megatron.run.watch import NoWatch
 from icrl_megatron.settings.loading import load_saved, run_folder
-from icrl_megatron.settings.schema import AlgoSettings, Calibration, DebugSettings, Settings, WarmStart
+from icrl_megatron.settings.schema import AlgoSettings, Calibration, DebugSettings, Settings
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Teachable
 from icrl_megatron.types import Episode, Task
@@ -86,13 +87,6 @@ def supervised(settings: Settings) -> Settings:
     )
 
 
-def learning_rate(step: int, warm: WarmStart) -> float:
-    """Linear warm-up; with `decay`, linear to a tenth over the last half."""
-    rate = warm.learning_rate * min(1.0, (step + 1) / (warm.warmup_steps + 1))
-    late = max(0.0, 2.0 * step / warm.steps - 1.0)
-    return rate * (1.0 - 0.9 * late) if warm.decay else rate
-
-
 def constant_credit(episodes: Iterable[Episode]) -> CreditReport:
     """Every sample of a demonstration has advantage 1: the policy gradient under the demonstrator's own policy."""
     samples = [replace(s, advantage=1.0) for e in episodes for s in to_samples(e, PLAIN, train_critic=True)]
@@ -129,7 +123,7 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
         source=TeacherSource(Stage(catalogue.environment, prompter, settings.rollout)),
         sampler=TaskSampler(settings.tasks.sources, found.train, order_seed(settings)),
         credit=constant_credit,
-        rate=lambda step: learning_rate(step, warm),
+        rate=lambda step: learning_rate(step, warm.steps, warm),
         watch=NoWatch(),
         purpose="sft",
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from icrl_megatron import loop
 from icrl_megatron.actor.actor import Actor
 from icrl_megatron.algo.credit import credit
+from icrl_megatron.algo.schedules import learning_rate
 from icrl_megatron.data.curriculum import Curriculum
 from icrl_megatron.data.sampler import TaskSampler, order_seed
 from icrl_megatron.distributed import grid as grids
@@ -26,7 +27,7 @@ from icrl_megatron.run.recorder import Recorder
 from icrl_megatron.run.state import RunState
 from icrl_megatron.run.watch import Watch
 from icrl_megatron.settings.loading import load_saved, run_folder
-from icrl_megatron.settings.schema import OptimSettings, Settings
+from icrl_megatron.settings.schema import Settings
 from icrl_megatron.tasks import registry
 from icrl_megatron.utils.progress import Progress
 
@@ -98,14 +99,9 @@ def _parts(
         source=build.episode_source(settings, grid, catalogue, prompter, progress, engines, sync),
         sampler=TaskSampler(settings.tasks.sources, found.train, order_seed(settings), curriculum),
         credit=lambda episodes: credit(episodes, settings.algo, train_critic=settings.rollout.critic == "self"),
-        rate=lambda step: learning_rate(step, settings.optim),
+        rate=lambda step: learning_rate(step, settings.steps, settings.optim),
         watch=Watch(settings, run_folder(settings), progress.log),
     )
-
-
-def learning_rate(step: int, optim: OptimSettings) -> float:
-    """Constant after a linear warm-up."""
-    return optim.learning_rate * min(1.0, (step + 1) / (optim.warmup_steps + 1))
 
 
 if __name__ == "__main__":

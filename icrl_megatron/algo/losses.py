@@ -142,8 +142,8 @@ def named(name: str) -> Loss:
         given = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"algo.loss={name}: {error}; choose one of {', '.join(LOSSES)}, or package.module:function of a module "
-            "that Python finds (PYTHONPATH)"
+            f"algo.loss={name}: {error}; choose one of {', '.join(LOSSES)} for a new run, or add the "
+            "folder of the module to PYTHONPATH"
         ) from error
     if not callable(given):
         raise ConfigError(f"algo.loss={name}: that is no function; it must take LossInputs and AlgoSettings")

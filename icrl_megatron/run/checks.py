@@ -158,6 +158,12 @@ def _check_algo(algo: AlgoSettings, settings: Settings) -> None:
             "in a new run"
         )
     _check_loss(algo)
+    for name, of in (("optim", settings.optim), ("warm_start", settings.warm_start)):
+        if of.schedule == "constant" and of.decay_steps is not None:
+            raise ConfigError(
+                f"{name}.decay_steps={of.decay_steps} has no effect with {name}.schedule=constant; leave it out, or "
+                f"choose another {name}.schedule"
+            )
     if algo.updates_per_step > episodes:
         raise ConfigError(
             f"algo.updates_per_step={algo.updates_per_step}: more than the {episodes} episodes of a step "
@@ -172,32 +178,32 @@ def _check_loss(algo: AlgoSettings) -> None:
 
         named(algo.loss)
     elif algo.loss not in LOSSES:
-        raise ConfigError(f"algo.loss={algo.loss}: choose one of {', '.join(LOSSES)}, or package.module:function")
-    default = AlgoSettings()
+        raise ConfigError(f"algo.loss={algo.loss}: choose one of {', '.join(LOSSES)} for a new run")
+    default, longest = AlgoSettings(), algo.overlong.max_tokens
     if algo.dual_clip != default.dual_clip and algo.loss != "dual_clip":
         raise ConfigError(
-            f"algo.dual_clip={algo.dual_clip:g} has no effect with algo.loss={algo.loss}; leave it out, or set "
-            "algo.loss=dual_clip"
+            f"algo.dual_clip={algo.dual_clip:g} has no effect with algo.loss={algo.loss}: set algo.loss=dual_clip in "
+            "a new run, or leave algo.dual_clip out of a new run"
         )
     if algo.kl_estimator != default.kl_estimator and algo.kl_coef == 0:
         raise ConfigError(
-            f"algo.kl_estimator={algo.kl_estimator} has no effect with algo.kl_coef=0; leave it out, or set "
-            "algo.kl_coef"
+            f"algo.kl_estimator={algo.kl_estimator} has no effect without a KL term: set algo.kl_coef in a new "
+            "run, or leave algo.kl_estimator out of a new run"
         )
     if (algo.loss_normalisation == "constant") != (algo.constant_tokens is not None):
         raise ConfigError(
-            f"algo.loss_normalisation={algo.loss_normalisation} with algo.constant_tokens={algo.constant_tokens}: "
-            "set both loss_normalisation=constant and constant_tokens, or neither"
+            f"algo.loss_normalisation={algo.loss_normalisation} with algo.constant_tokens={algo.constant_tokens}: set "
+            "algo.loss_normalisation=constant and algo.constant_tokens together, in a new run"
         )
     if algo.shaping_gamma > 0 and (algo.loss != "icrl" or algo.kl_estimator != "k3"):
         raise ConfigError(
-            f"algo.shaping_gamma={algo.shaping_gamma:g} is part of algo.loss=icrl with algo.kl_estimator=k3; set "
-            "these, or algo.shaping_gamma=0"
+            f"algo.shaping_gamma={algo.shaping_gamma:g} is a part of ICRL's own objective: set algo.loss=icrl and "
+            "algo.kl_estimator=k3, or algo.shaping_gamma=0, in a new run"
         )
-    longest, buffer = algo.overlong.max_tokens, algo.overlong.buffer_tokens
-    if longest is not None and buffer > longest:
+    if longest is not None and algo.overlong.buffer_tokens > longest:
         raise ConfigError(
-            f"algo.overlong.buffer_tokens={buffer}: more than algo.overlong.max_tokens={longest}; lower it"
+            f"algo.overlong.buffer_tokens={algo.overlong.buffer_tokens} is more than algo.overlong.max_tokens="
+            f"{longest}: lower algo.overlong.buffer_tokens in a new run"
         )
 
 

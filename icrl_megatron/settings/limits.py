@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
+"""Functions of algo/schedules.py."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "baseline": ("", "grpo"),
     "rollout.critic": ("self", "frozen", "external", "empty"),
@@ -24,6 +27,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "actor.head_logits": ("fp32", "bf16"),
     "tasks.too_long": ("error", "drop"),
     "optim.on_collapse": ("warn", "stop"),
+    "optim.schedule": SCHEDULES,
+    "warm_start.schedule": SCHEDULES,
     "debug.mode": ("train", "rollout_only", "from_dump", "fake_data"),
     "launch.device": ("auto", "cpu", "cuda"),
 }
@@ -44,6 +49,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "warm_start.learning_rate": (0, math.inf),
     "warm_start.weight_decay": (0, math.inf),
     "warm_start.warmup_steps": (0, math.inf),
+    "warm_start.decay_steps": (1, math.inf),
+    "warm_start.final_factor": (0, 1),
+    "optim.decay_steps": (1, math.inf),
+    "optim.final_factor": (0, 1),
     "rollout.tasks_per_step": (1, math.inf),
     "rollout.episodes_per_task": (1, math.inf),
     "rollout.rounds": (1, math.inf),

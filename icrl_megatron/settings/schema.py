@@ -43,8 +43,10 @@ class WarmStart:
     learning_rate: float = 3e-3
     weight_decay: float = 0.0
     warmup_steps: int = 20
-    decay: bool = True
-    """Linear decay to a tenth over the last half."""
+    schedule: str = "wsd"
+    """constant | linear | cosine | wsd, as in `optim`."""
+    decay_steps: int | None = None
+    final_factor: float = 0.1
 
 
 @dataclass
@@ -272,6 +274,13 @@ class OptimSettings:
     weight_decay: float = 0.1
     clip_grad: float = 1.0
     warmup_steps: int = 0
+    """Steps of a linear warm-up."""
+    schedule: str = "constant"
+    """constant | linear | cosine | wsd (stable, then linear): how the rate falls after the warm-up."""
+    decay_steps: int | None = None
+    """Steps at the end over which it falls; null: all after the warm-up, and half of all with wsd."""
+    final_factor: float = 0.0
+    """Share of the learning rate that is left at the end."""
     on_collapse: str = "warn"
     """What to do when the policy has collapsed (entropy and gradient norm both near 0, so nothing is learned any more):
     warn | stop."""

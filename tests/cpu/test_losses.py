@@ -156,13 +156,13 @@ def test_the_overlong_penalty(tokens: int, penalty: float) -> None:
         (["algo.loss=math:pie"], "module 'math' has no attribute 'pie'"),
         (["algo.loss=math:pi"], "algo.loss=math:pi: that is no function"),
         (["algo.dual_clip=5"], "algo.dual_clip=5 has no effect with algo.loss=icrl"),
-        (["algo.kl_estimator=k1"], "algo.kl_estimator=k1 has no effect with algo.kl_coef=0"),
-        (["algo.loss_normalisation=constant"], "set both"),
-        (["algo.constant_tokens=64"], "set both"),
-        (["algo.overlong.max_tokens=8", "algo.overlong.buffer_tokens=9"], "more than algo.overlong.max_tokens=8"),
+        (["algo.kl_estimator=k1"], "algo.kl_estimator=k1 has no effect without a KL term"),
+        (["algo.loss_normalisation=constant"], "and algo.constant_tokens together"),
+        (["algo.constant_tokens=64"], "and algo.constant_tokens together"),
+        (["algo.overlong.max_tokens=8", "algo.overlong.buffer_tokens=9"], "is more than algo.overlong.max_tokens=8"),
         (
             ["algo.shaping_gamma=0.1", "algo.calibration.enabled=false", "algo.loss=gspo"],
-            "algo.shaping_gamma=0.1 is part of algo.loss=icrl",
+            "algo.shaping_gamma=0.1 is a part of ICRL's own objective",
         ),
     ],
 )

@@ -1,0 +1,67 @@
+"""Learning-rate schedules against their closed forms."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+
+from icrl_megatron.algo.schedules import learning_rate
+from icrl_megatron.run.checks import validate_settings
+from icrl_megatron.settings.limits import SCHEDULES
+from icrl_megatron.settings.loading import load
+from icrl_megatron.settings.schema import OptimSettings, WarmStart
+from icrl_megatron.utils.errors import ConfigError
+
+
+def rates(steps: int, **settings: object) -> list[float]:
+    optim = OptimSettings(learning_rate=2.0, **settings)  # type: ignore[arg-type]
+    return [learning_rate(step, steps, optim) for step in range(steps)]
+
+
+def test_constant_after_a_linear_warm_up() -> None:
+    assert rates(5) == [2.0] * 5
+    assert rates(5, warmup_steps=3) == [0.5, 1.0, 1.5, 2.0, 2.0]
+
+
+def test_linear_and_cosine_fall_from_the_end_of_the_warm_up() -> None:
+    assert rates(4, schedule="linear") == [2.0, 1.5, 1.0, 0.5]
+    assert rates(6, schedule="linear", warmup_steps=2, final_factor=0.5)[2:] == pytest.approx([2.0, 1.75, 1.5, 1.25])
+    expected = [1.0 + math.cos(math.pi * step / 8) for step in range(8)]
+    assert rates(8, schedule="cosine") == pytest.approx(expected)
+
+
+def test_wsd_is_stable_and_then_linear() -> None:
+    assert rates(8, schedule="wsd") == [2.0, 2.0, 2.0, 2.0, 2.0, 1.5, 1.0, 0.5]
+    assert rates(8, schedule="wsd", decay_steps=2) == [2.0] * 7 + [1.0]
+
+
+@pytest.mark.parametrize("steps", [7, 60, 120])
+def test_the_warm_starts_rate_is_what_it_always_was(steps: int) -> None:
+    """To the bit: linear to a tenth over the last half."""
+    warm = WarmStart(steps=steps)
+    for step in range(steps):
+        late = max(0.0, 2.0 * step / steps - 1.0)
+        before = warm.learning_rate * min(1.0, (step + 1) / (warm.warmup_steps + 1)) * (1.0 - 0.9 * late)
+        assert learning_rate(step, steps, warm) == before
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_rate_leaves_its_bounds(schedule: str) -> None:
+    for warmup, decay, steps in ((0, None, 1), (10, None, 5), (3, 100, 20), (0, 1, 3)):
+        found = rates(steps, schedule=schedule, warmup_steps=warmup, decay_steps=decay, final_factor=0.25)
+        assert all(0 < rate <= 2.0 for rate in found)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optim.schedule=step", "optim.schedule=step: choose one of constant, linear, cosine, wsd"),
+        ("optim.decay_steps=5", "optim.decay_steps=5 has no effect with optim.schedule=constant"),
+        ("optim.final_factor=2", "optim.final_factor=2"),
+    ],
+)
+def test_wrong_settings_are_refused(override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        validate_settings(load("rulebook_easy", [override]))
