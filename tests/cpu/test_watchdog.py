@@ -364,8 +364,10 @@ CTRL_C = """
 import asyncio, os, signal, threading, time
 from icrl_megatron.rollout.watchdog import WATCHDOG, Watched
 def blocks():
-    for seconds in (0.2, 0.4):  # asyncio takes the first one for a wish
-        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+    for seconds in (0.2, 0.6, 5.0, 10.0):  # asyncio only notes the first one, and a busy machine merges two
+        sender = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+        sender.daemon = True
+        sender.start()
     time.sleep(3600)
 async def main():
     with WATCHDOG.on_duty():
