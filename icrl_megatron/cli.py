@@ -176,7 +176,7 @@ def cancel(experiment: Experiment) -> None:
 
 @app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(metavar="HF_FOLDER", help="A Hugging Face folder with a dense Qwen3.")],
+    source: Annotated[Path, typer.Argument(metavar="HF_FOLDER", help="A Hugging Face folder (docs/MODELS.md).")],
     target: Annotated[
         Path, typer.Argument(metavar="CHECKPOINTS", help="A folder of checkpoints, in which step_000000 is written.")
     ],

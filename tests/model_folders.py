@@ -1,4 +1,4 @@
-"""Small Qwen3 folders: a whole one, copies with something changed, and folders of any size that take no disk space."""
+"""Small model folders: a whole one, copies with something changed, and folders of any size that take no disk space."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.model.tiny import build_tokenizer
 
 WORDS = [f"w{i}" for i in range(30)]
@@ -21,10 +21,11 @@ YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_positi
 Tensors = dict[str, torch.Tensor]
 
 
-def make_folder(folder: Path, tied: bool = True, rows: int = 0) -> Path:
+def make_folder(folder: Path, tied: bool = True, rows: int = 0, family: str = "qwen3") -> Path:
     """Weights so large that every part of the model shows in the log-probs; `rows` more than the tokenizer has."""
     tokenizer = build_tokenizer(WORDS)
-    config = Qwen3Config(
+    config = AutoConfig.for_model(
+        family,
         vocab_size=len(tokenizer) + rows,
         hidden_size=32,
         intermediate_size=64,
@@ -41,7 +42,7 @@ def make_folder(folder: Path, tied: bool = True, rows: int = 0) -> Path:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model = Qwen3ForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.data.uniform_(0.5, 1.5)
@@ -119,7 +120,7 @@ def read_index(folder: Path) -> dict[str, str]:
     return found
 
 
-def write_sparse(path: Path, shape: Qwen3Shape, dtype: str = "BF16") -> None:
+def write_sparse(path: Path, shape: ModelShape, dtype: str = "BF16") -> None:
     """A file with every tensor of a model of any size, all zeros, which takes no space on the disk."""
     header, end = {}, 0
     for name, size in shape.tensors().items():

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from icrl_megatron.distributed import platform
-from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.settings.schema import ActorSettings, Settings
 
 
@@ -26,9 +26,9 @@ def pretend_hopper() -> None:
     torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
 
 
-def build(shape: Qwen3Shape, fp8: str, grid: Any) -> Any:
+def build(shape: ModelShape, fp8: str, grid: Any) -> Any:
     """The model as on a GPU: "is this one?" is answered with yes, and where tensors are made, with the CPU."""
-    from icrl_megatron.model import qwen3 as model
+    from icrl_megatron.model import gpt as model
 
     platform.device = lambda: torch.device("cuda", 0)
     pretend_hopper()
@@ -49,7 +49,7 @@ def main(folder: Path, fp8: str) -> None:
     from icrl_megatron.model import weights
 
     grids.single_process()
-    grid, shape = grids.build(Settings()), Qwen3Shape.read(folder)
+    grid, shape = grids.build(Settings()), ModelShape.read(folder)
     model = build(shape, fp8, grid)
     table = weights.rows(model, shape, grid)
     with torch.no_grad():

@@ -18,13 +18,13 @@ from safetensors import safe_open
 from icrl_megatron.engines.protocol import EngineError
 from icrl_megatron.engines.sglang_checks import Checksums
 from icrl_megatron.engines.sglang_server import Server
-from icrl_megatron.model.shape import Qwen3Shape, check_folder, locate_weights
+from icrl_megatron.model.shape import ModelShape, check_folder, locate_weights
 from icrl_megatron.utils.errors import ConfigError
 
 TIMEOUT_S = 600.0
 
 
-def tensors(folder: Path, shape: Qwen3Shape, dtype: torch.dtype, device: str) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors(folder: Path, shape: ModelShape, dtype: torch.dtype, device: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the folder as the server keeps it; a tied model's head is its embedding."""
     for name, stored in locate_weights(folder, shape).items():
         with safe_open(stored.file, framework="pt", device=device) as file:
@@ -33,7 +33,7 @@ def tensors(folder: Path, shape: Qwen3Shape, dtype: torch.dtype, device: str) ->
 
 def verify(url: str, folder: Path, key: str = "") -> int:
     """How many parameters were compared. Raises EngineError when one differs, ConfigError when nothing can be read."""
-    shape: Qwen3Shape = check_folder(folder)
+    shape: ModelShape = check_folder(folder)
     server = Server(None, url.rstrip("/"), key)
     try:
         info = server.info()

@@ -18,8 +18,8 @@ from icrl_megatron.actor.plain_loss import PlainLoss
 from icrl_megatron.algo import losses
 from icrl_megatron.distributed import platform
 from icrl_megatron.distributed.grid import Grid, gather_objects
-from icrl_megatron.model.qwen3 import build
-from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.model.gpt import build
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.model.weights import load_hf, rows
 from icrl_megatron.settings.schema import AlgoSettings, Settings
 from icrl_megatron.types import MicroBatch, StepPlan, StepStats
@@ -38,12 +38,12 @@ class Actor:
     """One rank's part of the model and its optimizer. All ranks call the same methods in the same order."""
 
     def __init__(self, settings: Settings, folder: Path, grid: Grid, weights: bool = True) -> None:
-        """Builds the model and loads `folder` (a Hugging Face Qwen3; only its configuration where `weights` is False).
+        """Builds the model and loads `folder` (a Hugging Face model; only its configuration where `weights` is False).
 
         Raises ConfigError on a bad folder.
         """
         self.settings, self.grid = settings, grid
-        self.shape = Qwen3Shape.read(folder)
+        self.shape = ModelShape.read(folder)
         self.model = build(self.shape, settings.actor, grid)
         self.rows = rows(self.model, self.shape, grid)
         if weights:

@@ -14,7 +14,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
 
-from icrl_megatron.model.qwen3 import DTYPES, Qwen3
+from icrl_megatron.model.gpt import DTYPES, PolicyModel
 from icrl_megatron.settings.schema import ActorSettings, OptimSettings
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
@@ -30,7 +30,7 @@ class Applied:
     applied: bool
 
 
-def wrap(model: Qwen3) -> DistributedDataParallel:
+def wrap(model: PolicyModel) -> DistributedDataParallel:
     """The model with a flat fp32 gradient buffer whose sum over data-parallel ranks is scattered to their shards."""
     config = model.config
     config.finalize_model_grads_func = _finalize

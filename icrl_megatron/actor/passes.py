@@ -20,8 +20,8 @@ from icrl_kernels import Chunking, HeadOutput, MainGrad, Streams, Terms, VocabSh
 from icrl_megatron.actor.plain_loss import PlainLoss
 from icrl_megatron.distributed import platform
 from icrl_megatron.distributed.grid import Grid
-from icrl_megatron.model.qwen3 import Qwen3, packed_params
-from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.model.gpt import PolicyModel, packed_params
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.types import MicroBatch
 
 
@@ -52,7 +52,7 @@ class HeadPlan:
 Measure = Callable[[MicroBatch, Frozen, HeadOutput], dict[str, float]]
 
 
-def head_shard(shape: Qwen3Shape, grid: Grid) -> VocabShard:
+def head_shard(shape: ModelShape, grid: Grid) -> VocabShard:
     """This rank's columns of the vocabulary; padding columns lie outside `valid`."""
     per_rank = shape.padded_vocab(grid.tensor) // grid.tensor
     start = min(grid.tensor_rank * per_rank, shape.vocab)
@@ -97,7 +97,7 @@ def _run(step: Callable[..., Any], model: Any, batches: list[Any], forward_only:
     )
 
 
-def _inner(module: Any) -> Qwen3:
+def _inner(module: Any) -> PolicyModel:
     return module.module if hasattr(module, "ddp_config") else module
 
 
@@ -114,7 +114,7 @@ def _hidden(module: Any, batch: MicroBatch) -> Tensor:
     )
 
 
-def _loss_tokens(hidden_T1H: Tensor, batch: MicroBatch, model: Qwen3) -> Tensor:
+def _loss_tokens(hidden_T1H: Tensor, batch: MicroBatch, model: PolicyModel) -> Tensor:
     """[L, H] hidden states that predict loss tokens, whole on every tensor-parallel rank.
 
     The head's gradient is each rank's part over its own columns; the regions' backward passes sum it over the ranks.
@@ -126,7 +126,7 @@ def _loss_tokens(hidden_T1H: Tensor, batch: MicroBatch, model: Qwen3) -> Tensor:
 
 
 def _loss(
-    batch: MicroBatch, frozen: Frozen, plan: HeadPlan, model: Qwen3, measure: Measure, hidden_T1H: Tensor
+    batch: MicroBatch, frozen: Frozen, plan: HeadPlan, model: PolicyModel, measure: Measure, hidden_T1H: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     hidden_LH = _loss_tokens(hidden_T1H, batch, model)
     streams = _streams(batch, frozen, plan, hidden_LH.device)
@@ -176,7 +176,7 @@ def _required(tensor_L: Tensor | None) -> Tensor:
     return tensor_L
 
 
-def _scores(batch: MicroBatch, plan: HeadPlan, model: Qwen3, hidden_T1H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _scores(batch: MicroBatch, plan: HeadPlan, model: PolicyModel, hidden_T1H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     hidden_LH = _loss_tokens(hidden_T1H, batch, model)
     targets_L = torch.from_numpy(batch.targets_L).to(hidden_LH.device)
     logprobs_L, _ = score_head(

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from icrl_megatron.engines.decoding import Decoding, Finished, Request
 from icrl_megatron.engines.protocol import EngineError, Sampling
-from icrl_megatron.model.shape import Qwen3Shape, locate_weights
+from icrl_megatron.model.shape import ModelShape, locate_weights
 from icrl_megatron.settings.schema import EngineSettings
 from icrl_megatron.types import Completion, Ids
 from icrl_megatron.utils.errors import ConfigError
@@ -51,7 +51,7 @@ class LocalEngine:
         whole update has arrived."""
         self._settings = settings
         self._device = torch.device(device)
-        shape = Qwen3Shape.read(Path(model_dir))
+        shape = ModelShape.read(Path(model_dir))
         model = _load(Path(model_dir), shape, dtype) if weights else _build(Path(model_dir), dtype)
         self._model = model.to(self._device)
         _require_finite(self._model, model_dir)
@@ -215,7 +215,7 @@ def _check_tensor(
         raise EngineError(f"Update {version}: {name!r} is {tensor.dtype}, not a floating-point tensor.")
 
 
-def _load(folder: Path, shape: Qwen3Shape, dtype: torch.dtype) -> PreTrainedModel:
+def _load(folder: Path, shape: ModelShape, dtype: torch.dtype) -> PreTrainedModel:
     """Raises ConfigError unless the folder holds exactly the tensors of `shape`: transformers itself fills missing
     tensors with random numbers and ignores unexpected ones."""
     files = {stored.file.name for stored in locate_weights(folder, shape).values()}

@@ -26,7 +26,7 @@ from icrl_megatron.engines.sglang import Follower, SGLangEngine
 from icrl_megatron.engines.sglang_checks import require_context
 from icrl_megatron.engines.sglang_server import Server, ServerSpec, check_version
 from icrl_megatron.engines.sglang_weights import OverGroup, Shapes, SharedMemory, Sink, Transport
-from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.settings.schema import EngineSettings, Settings
 from icrl_megatron.utils.errors import ConfigError
 
@@ -176,7 +176,7 @@ def server_count(settings: Settings, world: int) -> int:
 
 def tensor_shapes(folder: Path) -> Shapes:
     """Every tensor of a Hugging Face folder's model with its shape; a tied model has no head. Raises ConfigError."""
-    return Qwen3Shape.read(folder).tensors()
+    return ModelShape.read(folder).tensors()
 
 
 def _spec(settings: Settings, folder: Path, device: torch.device, log: Path) -> ServerSpec:

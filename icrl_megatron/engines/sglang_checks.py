@@ -1,9 +1,9 @@
 """Does the server hold the weights it was sent? A checksum per parameter, as SGLang's own /weights_checker makes them.
 
-SGLang keeps q, k and v in one parameter, and gate and up in another, each worker with its share (models/qwen3.py), and
-pads the vocabulary to a multiple of 64 (layers/vocab_parallel_embedding.py). Its hash on a CPU is the beginning of
-SHA-256 over the bytes (managers/mm_utils.py); on a GPU it is `word_hash`, here in torch, so that the trainer needs no
-SGLang of its own.
+SGLang keeps q, k and v in one parameter, and gate and up in another, each worker with its share (models/qwen2.py and
+qwen3.py), and pads the vocabulary to a multiple of 64 (layers/vocab_parallel_embedding.py). Its hash on a CPU is the
+beginning of SHA-256 over the bytes (managers/mm_utils.py); on a GPU it is `word_hash`, here in torch, so that the
+trainer needs no SGLang of its own.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Checksums:
         self._held: dict[str, dict[str, Tensor]] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        module = next((m for m in _FUSED if name.endswith(f"{m}.weight")), None)
+        module = next((m for m in _FUSED if name.endswith((f"{m}.weight", f"{m}.bias"))), None)
         if module is None:
             self._put(name, [[part] for part in self._split(name, tensor)])
             return

@@ -14,7 +14,7 @@ from pathlib import Path
 from icrl_megatron.evaluation.result import RESULT, Request, Result, read_result
 from icrl_megatron.evaluation.scores import compare, score, successes
 from icrl_megatron.launch import servers as serve
-from icrl_megatron.model.shape import Qwen3Shape, check_folder
+from icrl_megatron.model.shape import ModelShape, check_folder
 from icrl_megatron.rollout.episode import Stage, play
 from icrl_megatron.rollout.speakers import EngineSpeaker, Seeds, Speaker, engine_casting
 from icrl_megatron.run import heldout as eval_problems
@@ -194,7 +194,7 @@ def _fitting(request: Request, settings: Settings, folder: Path, problems: Seque
     if not lost:
         return list(problems)
     if settings.tasks.too_long == "error" or len(lost) == len(problems):
-        raise TooLongError(refusal(lost, len(problems), settings, Qwen3Shape.read(folder).max_positions))
+        raise TooLongError(refusal(lost, len(problems), settings, ModelShape.read(folder).max_positions))
     Progress().log(left_out(lost, len(problems), settings))
     ids = {one.task.task_id for one in lost}
     return [task for task in problems if task.task_id not in ids]
@@ -205,7 +205,7 @@ def _play(
 ) -> tuple[list[Episode], list[DroppedEpisode]]:
     from icrl_megatron.distributed import platform
     from icrl_megatron.engines.local import LocalEngine
-    from icrl_megatron.model.qwen3 import DTYPES
+    from icrl_megatron.model.gpt import DTYPES
     from icrl_megatron.rollout.prompts import Prompter, tokenizer
 
     platform.prepare(settings.launch.device)

@@ -1,16 +1,18 @@
-"""The fields of a Qwen3 config.json: what each means here, and which values can be trained.
+"""The fields of a config.json: what each means here, and which values can be trained.
 
-Every known field is in one of the tables below. An unknown field, or a value that asks for anything but the plain dense
-Qwen3, is refused by name, because ignoring it would silently train a different model. Imports no torch.
+Every known field is in one of the tables below, or in the model's family. An unknown field, or a value that asks for
+anything but the plain dense decoder, is refused by name, because ignoring it would silently train a different model.
+Imports no torch.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from icrl_megatron.model.families import FAMILIES
+from icrl_megatron.model.family import Family, Only
 from icrl_megatron.utils.errors import ConfigError
 
 LFS_POINTER = b"version https://git-lfs"
@@ -27,7 +29,6 @@ SIZES = {
 """Required positive integers. transformers has defaults for them, but they fit one model size only."""
 
 DEFAULTS: dict[str, int | float | bool] = {
-    "head_dim": 128,
     "max_position_embeddings": 32768,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
@@ -38,24 +39,11 @@ ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}
 """Read by rope_config.py, which compares them with each other."""
 
 
-@dataclass(frozen=True)
-class Only:
-    """A field that may be absent or have one of these values. Any other value changes the model."""
-
-    values: tuple[object, ...]
-    why: str
-    """Why other values are refused, and the remedy."""
-
-
-_OTHER_HEAD = "the folder is not a causal language model; use one for Qwen3ForCausalLM"
 _QUANTISED = "the weights are quantised; use the bf16 folder, e.g. Qwen3-8B instead of Qwen3-8B-FP8"
 _DECODER = "only the plain causal decoder can be trained; set it to false"
 
 ONLY: dict[str, Only] = {
-    "model_type": Only(("qwen3",), "only dense qwen3 can be trained; use such a folder"),
-    "architectures": Only((None, ["Qwen3ForCausalLM"]), _OTHER_HEAD),
     "add_cross_attention": Only((False, None), _DECODER),
-    "attention_bias": Only((False,), "attention biases are not supported; use a folder without them"),
     "attention_dropout": Only((0.0,), "attention dropout is not supported; set it to 0.0"),
     "auto_map": Only((), "the folder has model code of its own, which is not run; use a folder without it"),
     "chunk_size_feed_forward": Only((0, None), "chunked MLPs are not supported; set it to 0"),
@@ -114,7 +102,7 @@ NOTES = {
 }
 """Fields that describe the folder. What the model computes does not depend on them."""
 
-_CHECKED_HERE = {"layer_types", "pad_token_id"}
+_CHECKED_HERE = {"layer_types", "pad_token_id", "head_dim", "model_type", "architectures"}
 KNOWN = {*SIZES, *DEFAULTS, *ROPE, *ONLY, *WITHOUT_EFFECT, *NOTES, *_CHECKED_HERE}
 
 
@@ -125,24 +113,53 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     raw = read_json(path)
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: not readable as a Qwen3 configuration (not a JSON object); check model.path")
-    if "model_type" not in raw:
-        raise ConfigError(f"{path}: not readable as a Qwen3 configuration (model_type is missing); check model.path")
-    for name, only in ONLY.items():
+        raise ConfigError(f"{path}: not a model's configuration (not a JSON object); check model.path")
+    family = _family(raw, path)
+    checked = {**ONLY, **family.only}
+    for name, only in checked.items():
         if name in raw and not any(_same(raw[name], value) for value in only.values):
             raise ConfigError(f"{path}: {name}={_shown(raw[name])}: {only.why}")
     for name, value in raw.items():
-        if name not in KNOWN and value is not None:
+        if name not in KNOWN and name not in family.only and value is not None:
             raise ConfigError(
                 f"{path}: {name}={_shown(value)}: unknown field, which may change the model; delete it if the weights "
                 "do not depend on it"
             )
     fields = {**DEFAULTS, **raw}
-    for name in (*SIZES, "head_dim", "max_position_embeddings"):
+    for name in (*SIZES, "max_position_embeddings"):
         fields[name] = _size(fields, name, path)
+    fields.setdefault("head_dim", family.head_dim or _even_heads(fields, path))
+    fields["head_dim"] = _size(fields, "head_dim", path)
     _check_numbers(fields, path)
     _check_layers(fields, path)
     return fields
+
+
+def _family(raw: dict[str, Any], path: Path) -> Family:
+    if "model_type" not in raw:
+        raise ConfigError(f"{path}: not a model's configuration (model_type is missing); check model.path")
+    name = raw["model_type"]
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ConfigError(
+            f"{path}: model_type={_shown(name)}: only dense {' and '.join(FAMILIES)} can be trained; use such a folder"
+        )
+    family, given = FAMILIES[name], raw.get("architectures")
+    if given not in (None, [family.architecture]):
+        raise ConfigError(
+            f"{path}: architectures={_shown(given)}: the folder is not a causal language model; use one for "
+            f"{family.architecture}"
+        )
+    return family
+
+
+def _even_heads(fields: dict[str, Any], path: Path) -> int:
+    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+    if hidden % heads:
+        raise ConfigError(
+            f"{path}: hidden_size={hidden} is no multiple of num_attention_heads={heads}, and head_dim is missing; "
+            "copy the model's config.json again"
+        )
+    return int(hidden // heads)
 
 
 def read_json(path: Path) -> Any:

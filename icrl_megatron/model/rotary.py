@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from icrl_megatron.model.rope import Yarn
-from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.model.shape import ModelShape
 
 
-def softmax_scale(shape: Qwen3Shape) -> float | None:
+def softmax_scale(shape: ModelShape) -> float | None:
     """Factor on attention logits; None for the default, 1 / sqrt(head_dim)."""
     return shape.yarn.attention_factor**2 / math.sqrt(shape.head_dim) if shape.yarn else None
 

@@ -1,4 +1,4 @@
-"""The dimensions of a Qwen3 model, and the check of its Hugging Face folder. Imports no torch."""
+"""The dimensions of a dense decoder, and the check of its Hugging Face folder. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from icrl_megatron.model.config import read_config, read_json
+from icrl_megatron.model.families import FAMILIES
+from icrl_megatron.model.family import Family
 from icrl_megatron.model.rope import Yarn, read_rope
 from icrl_megatron.model.weight_files import EMBEDDING, HEAD, Stored, check_weights
 from icrl_megatron.settings.schema import TinyModel
@@ -14,8 +16,8 @@ from icrl_megatron.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Qwen3Shape:
-    """The numbers of a Hugging Face Qwen3 config.json that the trainer needs."""
+class ModelShape:
+    """The numbers of a Hugging Face config.json that the trainer needs."""
 
     layers: int
     hidden: int
@@ -30,15 +32,21 @@ class Qwen3Shape:
     max_positions: int
     """Longest sequence: max_position_embeddings, or what YaRN extends the model to."""
     yarn: Yarn | None = None
+    model_type: str = "qwen3"
+    """Name of the family (`families.FAMILIES`)."""
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
 
     @staticmethod
-    def read(folder: Path) -> Qwen3Shape:
+    def read(folder: Path) -> ModelShape:
         """From `folder/config.json`. Raises ConfigError if it is missing or damaged, or describes a model that is not
         supported."""
         path = folder / "config.json"
         fields = read_config(path)
         rope = read_rope(fields, fields["max_position_embeddings"], path)
-        return Qwen3Shape(
+        return ModelShape(
             layers=fields["num_hidden_layers"],
             hidden=fields["hidden_size"],
             heads=fields["num_attention_heads"],
@@ -51,12 +59,13 @@ class Qwen3Shape:
             norm_eps=fields["rms_norm_eps"],
             max_positions=rope.yarn.positions if rope.yarn else fields["max_position_embeddings"],
             yarn=rope.yarn,
+            model_type=fields["model_type"],
         )
 
     @staticmethod
-    def of_tiny(init: TinyModel, vocab: int = 0) -> Qwen3Shape:
+    def of_tiny(init: TinyModel, vocab: int = 0) -> ModelShape:
         """Of the embedded model; its vocabulary is known only once its tokenizer is made, 0 until then."""
-        return Qwen3Shape(
+        return ModelShape(
             layers=init.layers,
             hidden=init.hidden,
             heads=init.heads,
@@ -68,6 +77,7 @@ class Qwen3Shape:
             rope_base=1e4,
             norm_eps=1e-6,
             max_positions=init.max_positions,
+            model_type=init.family,
         )
 
     def padded_vocab(self, tensor_parallel: int) -> int:
@@ -83,21 +93,24 @@ class Qwen3Shape:
             "self_attn.k_proj": (keys, hidden),
             "self_attn.v_proj": (keys, hidden),
             "self_attn.o_proj": (hidden, queries),
-            "self_attn.q_norm": (self.head_dim,),
-            "self_attn.k_norm": (self.head_dim,),
             "post_attention_layernorm": (hidden,),
             "mlp.gate_proj": (self.ffn, hidden),
             "mlp.up_proj": (self.ffn, hidden),
             "mlp.down_proj": (hidden, self.ffn),
         }
+        sizes: dict[str, tuple[int, ...]] = {f"{name}.weight": size for name, size in layer.items()}
+        if self.family.qk_norm:
+            sizes |= {f"self_attn.{name}_norm.weight": (self.head_dim,) for name in "qk"}
+        if self.family.qkv_bias:
+            sizes |= {f"self_attn.{name}_proj.bias": layer[f"self_attn.{name}_proj"][:1] for name in "qkv"}
         found: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocab, hidden)}
         for i in range(self.layers):
-            found |= {f"model.layers.{i}.{name}.weight": size for name, size in layer.items()}
+            found |= {f"model.layers.{i}.{name}": size for name, size in sizes.items()}
         found["model.norm.weight"] = (hidden,)
         return found if self.tied else {**found, HEAD: (self.vocab, hidden)}
 
 
-def check_folder(folder: Path) -> Qwen3Shape:
+def check_folder(folder: Path) -> ModelShape:
     """The shape of a Hugging Face folder that can be trained faithfully: every field of config.json is supported, the
     weights are exactly the model's tensors, and every token of the tokenizer has a row.
 
@@ -105,14 +118,14 @@ def check_folder(folder: Path) -> Qwen3Shape:
     head of a tied model if it is stored), so it is fast at any size.
     """
     if not folder.is_dir():
-        raise ConfigError(f"model.path={folder}: no such folder; give a Hugging Face folder with a dense Qwen3")
-    shape = Qwen3Shape.read(folder)
+        raise ConfigError(f"model.path={folder}: no such folder; give a Hugging Face folder ({' or '.join(FAMILIES)})")
+    shape = ModelShape.read(folder)
     locate_weights(folder, shape)
     _check_tokenizer(folder, shape.vocab)
     return shape
 
 
-def locate_weights(folder: Path, shape: Qwen3Shape) -> dict[str, Stored]:
+def locate_weights(folder: Path, shape: ModelShape) -> dict[str, Stored]:
     """Finds each tensor of the model. Raises ConfigError unless the folder holds these tensors and no others."""
     return check_weights(folder, shape.tensors(), shape.tied)
 

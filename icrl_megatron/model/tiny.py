@@ -1,4 +1,4 @@
-"""The embedded model: a random Qwen3 with a word tokenizer, written as an ordinary Hugging Face folder."""
+"""The embedded model: random weights and a word tokenizer, written as an ordinary Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from icrl_megatron.model.families import FAMILIES
 from icrl_megatron.settings.schema import TinyModel
 
 PAD, END, UNKNOWN = "<|endoftext|>", "<|im_end|>", "<|unk|>"
@@ -64,7 +66,8 @@ def build_tiny(folder: Path, init: TinyModel, vocabulary: Iterable[str], seed: i
     The folder loads with AutoTokenizer and AutoModelForCausalLM; the model's vocabulary is exactly the tokenizer's.
     """
     tokenizer = build_tokenizer(vocabulary)
-    config = Qwen3Config(
+    family = FAMILIES[init.family]
+    config = getattr(transformers, family.architecture.replace("ForCausalLM", "Config"))(
         vocab_size=len(tokenizer),
         hidden_size=init.hidden,
         intermediate_size=init.ffn,
@@ -81,8 +84,8 @@ def build_tiny(folder: Path, init: TinyModel, vocabulary: Iterable[str], seed: i
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config)
-    for layer in model.model.layers:
+        model = getattr(transformers, family.architecture)(config)
+    for layer in model.model.layers if family.qk_norm else ():
         torch.nn.init.constant_(layer.self_attn.q_norm.weight, _QK_NORM_GAIN)
         torch.nn.init.constant_(layer.self_attn.k_norm.weight, _QK_NORM_GAIN)
     folder.mkdir(parents=True, exist_ok=True)

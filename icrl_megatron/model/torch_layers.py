@@ -86,10 +86,11 @@ def batch_slots(params: PackedSeqParams) -> tuple[Tensor, int, int]:
 
 def torch_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     """Megatron's local layers with the modules above in place of those that need CUDA or refuse SP."""
-    spec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
     attention.core_attention = PackedAttention
-    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)

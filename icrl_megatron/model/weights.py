@@ -1,4 +1,4 @@
-"""One table between Hugging Face's Qwen3 tensors and Megatron's parameters, for weights and optimizer moments alike.
+"""One table between Hugging Face's tensors and Megatron's parameters, for weights and optimizer moments alike.
 
 Every Megatron parameter of a rank is a join of rectangular slices of Hugging Face tensors. Import, export, checkpoints
 and weight sync are all walks over these rows, one tensor at a time: no rank ever holds a second copy of the model.
@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from icrl_megatron.distributed.grid import Grid
-from icrl_megatron.model.qwen3 import Qwen3
-from icrl_megatron.model.shape import Qwen3Shape, locate_weights
+from icrl_megatron.model.gpt import PolicyModel
+from icrl_megatron.model.shape import ModelShape, locate_weights
 from icrl_megatron.model.weight_files import EMBEDDING, HEAD
 from icrl_megatron.utils.errors import ConfigError
 
@@ -59,7 +59,7 @@ class Row:
     """A tied head on a later pipeline stage than the embedding: loaded like it, never saved."""
 
 
-def rows(model: Qwen3, shape: Qwen3Shape, grid: Grid) -> list[Row]:
+def rows(model: PolicyModel, shape: ModelShape, grid: Grid) -> list[Row]:
     """The table for this rank's parameters, every one exactly once."""
     offset = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
     table = _Table(shape, grid.tensor, grid.tensor_rank, offset)
@@ -69,7 +69,7 @@ def rows(model: Qwen3, shape: Qwen3Shape, grid: Grid) -> list[Row]:
 class _Table:
     """The mapping rules; `layer_offset` is the global index of this stage's first layer."""
 
-    def __init__(self, shape: Qwen3Shape, tensor: int, tensor_rank: int, layer_offset: int) -> None:
+    def __init__(self, shape: ModelShape, tensor: int, tensor_rank: int, layer_offset: int) -> None:
         self.shape, self.tensor, self.rank, self.layer_offset = shape, tensor, tensor_rank, layer_offset
 
     def row(self, name: str, param: torch.nn.Parameter) -> Row:
@@ -101,7 +101,9 @@ class _Table:
             case "self_attention.k_layernorm.weight":
                 return self._whole(name, param, prefix + "self_attn.k_norm.weight")
             case "self_attention.linear_qkv.weight":
-                return self._qkv(name, param, prefix)
+                return self._qkv(name, param, prefix, "weight", (s.hidden,))
+            case "self_attention.linear_qkv.bias":
+                return self._qkv(name, param, prefix, "bias", ())
             case "self_attention.linear_proj.weight":
                 part = self._slice(prefix + "self_attn.o_proj.weight", (s.hidden, s.heads * s.head_dim), dim=1)
                 return Row(name, param, (part,), _alone, _only)
@@ -115,8 +117,8 @@ class _Table:
                 return Row(name, param, (part,), _alone, _only)
         raise RuntimeError(f"no rule maps Megatron's parameter {name}")
 
-    def _slice(self, name: str, full: tuple[int, int], dim: int) -> Slice:
-        size, offset = list(full), [0, 0]
+    def _slice(self, name: str, full: tuple[int, ...], dim: int) -> Slice:
+        size, offset = list(full), [0] * len(full)
         size[dim] //= self.tensor
         offset[dim] = size[dim] * self.rank
         return Slice(name, full, tuple(offset), tuple(size))
@@ -125,21 +127,22 @@ class _Table:
         full = tuple(param.shape)
         return Row(name, param, (Slice(source, full, (0,) * len(full), full),), _alone, _only)
 
-    def _qkv(self, name: str, param: torch.nn.Parameter, prefix: str) -> Row:
-        """Megatron stores, group by group, the group's query heads, its key head and its value head."""
+    def _qkv(self, name: str, param: torch.nn.Parameter, prefix: str, kind: str, inputs: tuple[int, ...]) -> Row:
+        """Megatron stores, group by group, the group's query heads, its key head and its value head. `inputs` is the
+        size of one row: () for biases."""
         s = self.shape
         groups, per_group = s.kv_heads // self.tensor, s.heads // s.kv_heads
-        q = self._slice(prefix + "self_attn.q_proj.weight", (s.heads * s.head_dim, s.hidden), dim=0)
-        k = self._slice(prefix + "self_attn.k_proj.weight", (s.kv_heads * s.head_dim, s.hidden), dim=0)
-        v = self._slice(prefix + "self_attn.v_proj.weight", (s.kv_heads * s.head_dim, s.hidden), dim=0)
+        q = self._slice(f"{prefix}self_attn.q_proj.{kind}", (s.heads * s.head_dim, *inputs), dim=0)
+        k = self._slice(f"{prefix}self_attn.k_proj.{kind}", (s.kv_heads * s.head_dim, *inputs), dim=0)
+        v = self._slice(f"{prefix}self_attn.v_proj.{kind}", (s.kv_heads * s.head_dim, *inputs), dim=0)
 
         def split(t: Tensor) -> list[Tensor]:
-            grouped = t.reshape(groups, per_group + 2, s.head_dim, s.hidden)
-            return [p.reshape(-1, s.hidden) for p in grouped.split([per_group, 1, 1], dim=1)]
+            grouped = t.reshape(groups, per_group + 2, s.head_dim, *inputs)
+            return [p.reshape(-1, *inputs) for p in grouped.split([per_group, 1, 1], dim=1)]
 
         def join(parts: list[Tensor]) -> Tensor:
-            grouped = [p.reshape(groups, -1, s.head_dim, s.hidden) for p in parts]
-            return torch.cat(grouped, dim=1).reshape(-1, s.hidden)
+            grouped = [p.reshape(groups, -1, s.head_dim, *inputs) for p in parts]
+            return torch.cat(grouped, dim=1).reshape(-1, *inputs)
 
         return Row(name, param, (q, k, v), split, join)
 
@@ -166,7 +169,7 @@ def _only(parts: list[Tensor]) -> Tensor:
 class HFFolder:
     """Lazy reader of the weights of a Hugging Face folder."""
 
-    def __init__(self, folder: Path, shape: Qwen3Shape) -> None:
+    def __init__(self, folder: Path, shape: ModelShape) -> None:
         """Raises ConfigError unless the folder holds exactly the tensors of `shape`."""
         self.where = locate_weights(folder, shape)
         try:
@@ -189,7 +192,7 @@ class HFFolder:
 
 
 @torch.no_grad()
-def load_hf(table: list[Row], folder: Path, shape: Qwen3Shape) -> None:
+def load_hf(table: list[Row], folder: Path, shape: ModelShape) -> None:
     """Fills every parameter from a Hugging Face folder, tensor by tensor. Raises ConfigError on a folder that does not
     hold exactly this model, or values that are not finite."""
     source = HFFolder(folder, shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.plan.hardware import GPUS_A_NODE
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.utils.errors import ConfigError
@@ -109,7 +109,7 @@ class Layout:
             serving=Serving.of(settings),
         )
 
-    def refusal(self, shape: Qwen3Shape, episodes: int) -> str | None:
+    def refusal(self, shape: ModelShape, episodes: int) -> str | None:
         """Why this layout cannot be run at all, or None. `episodes` are those of a step."""
         if self.gpus > self.node and self.gpus % self.node:
             return f"{self.gpus} GPUs are not whole nodes of {self.node}"
@@ -117,7 +117,7 @@ class Layout:
             return f"TP x PP x CP = {self.cell} does not divide {self.gpus} GPUs"
         return self._engines_refusal(shape) or self._split_refusal(shape, episodes)
 
-    def _engines_refusal(self, shape: Qwen3Shape) -> str | None:
+    def _engines_refusal(self, shape: ModelShape) -> str | None:
         """As `validate_rollout.check_engine`, which `icrl train` asks."""
         tensor, servers = self.engine_tensor, self.serving.servers
         if self.serving.local and tensor > 1:
@@ -136,7 +136,7 @@ class Layout:
             return f"engine TP {tensor} does not divide the {shape.heads} attention heads"
         return None
 
-    def _split_refusal(self, shape: Qwen3Shape, episodes: int) -> str | None:
+    def _split_refusal(self, shape: ModelShape, episodes: int) -> str | None:
         if self.tensor > GPUS_A_NODE:
             return f"tensor parallel beyond the {GPUS_A_NODE} GPUs of a node"
         for what, count in (("attention heads", shape.heads), ("key-value heads", shape.kv_heads), ("MLP", shape.ffn)):
@@ -148,7 +148,7 @@ class Layout:
             return f"{self.data} replicas share {episodes} episodes a step"
         return None
 
-    def checked(self, shape: Qwen3Shape, episodes: int) -> Layout:
+    def checked(self, shape: ModelShape, episodes: int) -> Layout:
         """Itself. Raises ConfigError where it cannot be run."""
         refusal = self.refusal(shape, episodes)
         if refusal:
@@ -174,18 +174,20 @@ class Counts:
     total: int
 
 
-def counts(shape: Qwen3Shape) -> Counts:
-    """Parameters of the whole model (q, k, v, o; gate, up, down; two layer norms and two of q and k; final norm)."""
+def counts(shape: ModelShape) -> Counts:
+    """Parameters of the whole model: q, k, v, o; gate, up, down; two layer norms, and what the family adds; final
+    norm."""
     query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = shape.hidden * (2 * query + 2 * key_value)
     linear = attention + 3 * shape.hidden * shape.ffn
-    layer = linear + 2 * shape.hidden + 2 * shape.head_dim
+    added = 2 * shape.head_dim * shape.family.qk_norm + (query + 2 * key_value) * shape.family.qkv_bias
+    layer = linear + 2 * shape.hidden + added
     embedding = shape.vocab * shape.hidden
     total = shape.layers * layer + embedding * (1 if shape.tied else 2) + shape.hidden
     return Counts(layer, linear, embedding, total)
 
 
-def local_parameters(shape: Qwen3Shape, layout: Layout) -> int:
+def local_parameters(shape: ModelShape, layout: Layout) -> int:
     """Parameters on a GPU of the fullest pipeline stage: TP splits matrices and the padded vocabulary, not norms."""
     count = counts(shape)
     layer = count.linear // layout.tensor + count.layer - count.linear
@@ -197,19 +199,19 @@ def local_parameters(shape: Qwen3Shape, layout: Layout) -> int:
     return layers + embedding + shape.hidden
 
 
-def engine_parameters(shape: Qwen3Shape, engine_tensor: int) -> int:
+def engine_parameters(shape: ModelShape, engine_tensor: int) -> int:
     """Parameters on one GPU of an engine; key-value heads are copied where there are fewer than GPUs."""
     return counts(shape).total // engine_tensor
 
 
-def engine_bytes(shape: Qwen3Shape, layout: Layout) -> float:
+def engine_bytes(shape: ModelShape, layout: Layout) -> float:
     """Bytes of one engine's weights on one GPU. SGLang's online FP8 quantises the layers' matrices alone; scales are
     below a thousandth of them."""
     saved = shape.layers * counts(shape).linear * (layout.item - 1) if layout.serving.fp8 else 0
     return float(engine_parameters(shape, layout.engine_tensor) * layout.item - saved // layout.engine_tensor)
 
 
-def kv_bytes_a_token(shape: Qwen3Shape, engine_tensor: int, item: int) -> float:
+def kv_bytes_a_token(shape: ModelShape, engine_tensor: int, item: int) -> float:
     """Bytes of key-value cache that one token takes on one GPU of an engine."""
     heads = max(1, shape.kv_heads // engine_tensor)
     return 2.0 * shape.layers * heads * shape.head_dim * item

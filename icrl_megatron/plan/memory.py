@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from icrl_megatron.engines.sglang_server import CONTEXT_SPARE
-from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.plan.calibration import CONSTANTS, Constants
 from icrl_megatron.plan.hardware import Gpu
 from icrl_megatron.plan.layout import Layout, counts, engine_bytes, kv_bytes_a_token, local_parameters
@@ -95,7 +95,7 @@ class Memory:
         return over if over > ROUNDING_BYTES else 0.0
 
 
-def state(shape: Qwen3Shape, layout: Layout) -> State:
+def state(shape: ModelShape, layout: Layout) -> State:
     """Megatron's distributed optimizer: weights, an fp32 gradient buffer, and Adam's state cut over the replicas.
 
     In bf16 each replica's share has fp32 weights and two moments (12 bytes a parameter); in fp32 the weights are their
@@ -113,7 +113,7 @@ def state(shape: Qwen3Shape, layout: Layout) -> State:
     )
 
 
-def layer_activations(shape: Qwen3Shape, layout: Layout, tokens: int, recompute: str) -> float:
+def layer_activations(shape: ModelShape, layout: Layout, tokens: int, recompute: str) -> float:
     """Bytes that one layer keeps for its backward pass of a micro-batch of `tokens` (flash attention: nothing grows
     with the square of the length)."""
     item, sp, tp = layout.item, layout.sequence_share, 1 / (layout.tensor * layout.context)
@@ -128,7 +128,7 @@ def layer_activations(shape: Qwen3Shape, layout: Layout, tokens: int, recompute:
     return tokens * (kept * item + (statistics if recompute == "none" else 0.0))
 
 
-def activations(shape: Qwen3Shape, layout: Layout, tokens: int, micro_batches: int) -> float:
+def activations(shape: ModelShape, layout: Layout, tokens: int, micro_batches: int) -> float:
     """Bytes at the peak of a training pass. The first stage of a 1F1B pipeline holds as many micro-batches as there
     are stages; a layer that is recomputed needs all of its own once more, and its products gather their input."""
     layers = shape.layers // layout.pipeline
@@ -140,12 +140,12 @@ def activations(shape: Qwen3Shape, layout: Layout, tokens: int, micro_batches: i
     return kept + working + gathered + ends
 
 
-def forward_only(shape: Qwen3Shape, layout: Layout, tokens: int) -> float:
+def forward_only(shape: ModelShape, layout: Layout, tokens: int) -> float:
     """Bytes of a pass without gradients: one layer's activations, and its input."""
     return layer_activations(shape, layout, tokens, "none") + 2 * tokens * shape.hidden * layout.item
 
 
-def head(shape: Qwen3Shape, layout: Layout, settings: Settings, tokens: int) -> float:
+def head(shape: ModelShape, layout: Layout, settings: Settings, tokens: int) -> float:
     """Bytes of the chunked head for at most `tokens` loss tokens: a buffer of logits, hidden states and gradients."""
     columns = shape.padded_vocab(layout.tensor) // layout.tensor
     stored = 2 if settings.actor.head_logits == "bf16" else 4
@@ -156,7 +156,7 @@ def head(shape: Qwen3Shape, layout: Layout, settings: Settings, tokens: int) -> 
     return buffer + 3.0 * tokens / layout.context * shape.hidden * layout.item
 
 
-def engine(shape: Qwen3Shape, layout: Layout, settings: Settings, gpu: Gpu, left: float) -> Engine:
+def engine(shape: ModelShape, layout: Layout, settings: Settings, gpu: Gpu, left: float) -> Engine:
     """What the engines take; `left` is what the rest leaves free, which only a local engine looks at.
 
     A server takes memory_fraction of the GPU for weights and cache together, whatever lies beside it: it is started on
@@ -194,7 +194,7 @@ def _too_small(layout: Layout, settings: Settings, smallest: float) -> str:
 
 
 def estimate(
-    shape: Qwen3Shape,
+    shape: ModelShape,
     layout: Layout,
     settings: Settings,
     gpu: Gpu,

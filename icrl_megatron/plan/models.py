@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.run import start
 from icrl_megatron.settings.loading import model_folder
 from icrl_megatron.settings.schema import Settings
@@ -16,43 +16,54 @@ from icrl_megatron.utils.errors import ConfigError
 _VOCABULARY, _POSITIONS = 151_936, 40_960
 
 
-def _qwen3(layers: int, hidden: int, heads: int, ffn: int, tied: bool) -> Qwen3Shape:
-    return Qwen3Shape(layers, hidden, heads, 8, 128, ffn, _VOCABULARY, tied, 1e6, 1e-6, _POSITIONS)
+def _qwen3(layers: int, hidden: int, heads: int, ffn: int, tied: bool) -> ModelShape:
+    return ModelShape(layers, hidden, heads, 8, 128, ffn, _VOCABULARY, tied, 1e6, 1e-6, _POSITIONS)
 
 
-PUBLISHED: dict[str, Qwen3Shape] = {
+def _qwen2(layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab: int, tied: bool) -> ModelShape:
+    head = hidden // heads
+    return ModelShape(layers, hidden, heads, kv_heads, head, ffn, vocab, tied, 1e6, 1e-6, 32_768, None, "qwen2")
+
+
+PUBLISHED: dict[str, ModelShape] = {
     "Qwen3-0.6B": _qwen3(28, 1024, 16, 3072, tied=True),
     "Qwen3-1.7B": _qwen3(28, 2048, 16, 6144, tied=True),
     "Qwen3-4B": _qwen3(36, 2560, 32, 9728, tied=True),
     "Qwen3-8B": _qwen3(36, 4096, 32, 12288, tied=False),
     "Qwen3-14B": _qwen3(40, 5120, 40, 17408, tied=False),
     "Qwen3-32B": _qwen3(64, 5120, 64, 25600, tied=False),
+    "Qwen2.5-0.5B-Instruct": _qwen2(24, 896, 14, 2, 4864, 151_936, tied=True),
+    "Qwen2.5-1.5B-Instruct": _qwen2(28, 1536, 12, 2, 8960, 151_936, tied=True),
+    "Qwen2.5-3B-Instruct": _qwen2(36, 2048, 16, 2, 11_008, 151_936, tied=True),
+    "Qwen2.5-7B-Instruct": _qwen2(28, 3584, 28, 4, 18_944, 152_064, tied=False),
+    "Qwen2.5-14B-Instruct": _qwen2(48, 5120, 40, 8, 13_824, 152_064, tied=False),
+    "Qwen2.5-32B-Instruct": _qwen2(64, 5120, 40, 8, 27_648, 152_064, tied=False),
 }
-"""The dense Qwen3 family by the name of its folder (the models' own config.json)."""
+"""Published models by the name of their folder (their own config.json)."""
 
 _TEMPLATES = Path(__file__).parents[1] / "rollout" / "templates"
 _SPECIAL_TOKENS = 16
 """Upper bound of what the embedded tokenizer adds to the words."""
 
 
-def shape_of(settings: Settings) -> Qwen3Shape:
+def shape_of(settings: Settings) -> ModelShape:
     """The model's shape. Raises ConfigError where neither a folder nor the name of one says it."""
     model = settings.model
     if settings.start_from:
-        return Qwen3Shape.read(start.configuration(settings))
+        return ModelShape.read(start.configuration(settings))
     if model.path:
         folder = model_folder(settings)
         if folder.is_dir():
-            return Qwen3Shape.read(folder)
+            return ModelShape.read(folder)
         if folder.name in PUBLISHED:
             return PUBLISHED[folder.name]
         raise ConfigError(
             f"model.path={model.path}: no such folder, and its name is none of {', '.join(PUBLISHED)}, whose shape "
-            "is known; give a Hugging Face folder with a dense Qwen3"
+            "is known; give a Hugging Face folder"
         )
     if model.init is None:
         raise ConfigError("model.path is empty: name the model to plan for, e.g. model.path=models/Qwen3-8B")
-    return Qwen3Shape.of_tiny(model.init, _tiny_vocabulary(settings))
+    return ModelShape.of_tiny(model.init, _tiny_vocabulary(settings))
 
 
 def _tiny_vocabulary(settings: Settings) -> int:

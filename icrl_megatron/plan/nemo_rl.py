@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.plan import timing
 from icrl_megatron.plan.calibration import CONSTANTS, Constants
 from icrl_megatron.plan.hardware import GPUS
@@ -19,7 +19,7 @@ from icrl_megatron.plan.layout import Layout, engine_parameters
 from icrl_megatron.plan.models import PUBLISHED
 from icrl_megatron.plan.workload import single_turn
 
-LLAMA_8B = Qwen3Shape(32, 4096, 32, 8, 128, 14336, 128_256, False, 5e5, 1e-5, 131_072)
+LLAMA_8B = ModelShape(32, 4096, 32, 8, 128, 14336, 128_256, False, 5e5, 1e-5, 131_072)
 PROMPTS, ANSWERS, WINDOW = 64, 32, 4096
 UPDATES = 4
 ENGINE_MEMORY = 0.6
@@ -33,7 +33,7 @@ class Published:
     """A row of the tables."""
 
     name: str
-    shape: Qwen3Shape
+    shape: ModelShape
     layout: Layout
     answer_tokens: float
     tokens_a_second_a_gpu: float

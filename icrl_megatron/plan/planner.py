@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.plan import hardware, memory, timing
 from icrl_megatron.plan.calibration import CONSTANTS, Constants
 from icrl_megatron.plan.changes import KINDS, MOST_GPUS, changes
@@ -21,7 +21,7 @@ from icrl_megatron.utils.errors import ConfigError
 class Plan:
     """What a step is expected to take. Predicted, never measured."""
 
-    shape: Qwen3Shape
+    shape: ModelShape
     gpu: Gpu
     layout: Layout
     work: Workload
@@ -62,7 +62,7 @@ def plan(settings: Settings, gpus: int | None = None, gpu: Gpu | None = None, co
 
 
 def of_layout(
-    settings: Settings, shape: Qwen3Shape, layout: Layout, gpu: Gpu, constants: Constants = CONSTANTS
+    settings: Settings, shape: ModelShape, layout: Layout, gpu: Gpu, constants: Constants = CONSTANTS
 ) -> Plan:
     """The plan of a layout that `Layout.refusal` has nothing against."""
     held = memory_of(settings, shape, layout, gpu, constants)
@@ -70,7 +70,7 @@ def of_layout(
 
 
 def memory_of(
-    settings: Settings, shape: Qwen3Shape, layout: Layout, gpu: Gpu, constants: Constants = CONSTANTS
+    settings: Settings, shape: ModelShape, layout: Layout, gpu: Gpu, constants: Constants = CONSTANTS
 ) -> memory.Memory:
     """The memory alone, which most of the layouts that are tried fall by, and which costs no time to work out."""
     if layout.fp8 != "off" and gpu.fp8_flops == 0.0:
@@ -83,7 +83,7 @@ def memory_of(
 
 def timed(
     settings: Settings,
-    shape: Qwen3Shape,
+    shape: ModelShape,
     layout: Layout,
     gpu: Gpu,
     held: memory.Memory,

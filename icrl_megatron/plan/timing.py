@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.plan import pipeline
 from icrl_megatron.plan.calibration import CONSTANTS, Constants
 from icrl_megatron.plan.hardware import Gpu
@@ -76,7 +76,7 @@ class Rollout:
     tail: float
 
 
-def forward_flops(shape: Qwen3Shape, work: Workload, everywhere: bool = False) -> tuple[float, float]:
+def forward_flops(shape: ModelShape, work: Workload, everywhere: bool = False) -> tuple[float, float]:
     """FLOPs of one forward pass over the step's sequences: layers, and the head over its loss tokens.
 
     Two a parameter and token; causal attention adds 2 x heads x head size x length^2 a layer (half of both products).
@@ -89,7 +89,7 @@ def forward_flops(shape: Qwen3Shape, work: Workload, everywhere: bool = False) -
 
 
 def estimate(
-    shape: Qwen3Shape,
+    shape: ModelShape,
     layout: Layout,
     work: Workload,
     passes: Passes,
@@ -141,7 +141,7 @@ def _imbalance(work: Workload, layout: Layout) -> float:
 
 
 def _tensor_traffic(
-    shape: Qwen3Shape, layout: Layout, work: Workload, gpu: Gpu, constants: Constants
+    shape: ModelShape, layout: Layout, work: Workload, gpu: Gpu, constants: Constants
 ) -> tuple[float, float]:
     """Seconds of the all-gathers and reduce-scatters of one forward and one backward pass over the step.
 
@@ -155,7 +155,7 @@ def _tensor_traffic(
     return 4.0 * once, 6.0 * once
 
 
-def _reduction(shape: Qwen3Shape, layout: Layout, gpu: Gpu, constants: Constants) -> float:
+def _reduction(shape: ModelShape, layout: Layout, gpu: Gpu, constants: Constants) -> float:
     """Seconds to reduce-scatter fp32 gradients and all-gather weights over the replicas, once an update."""
     ranks = layout.data * layout.context
     if ranks == 1:
@@ -168,7 +168,7 @@ def _reduction(shape: Qwen3Shape, layout: Layout, gpu: Gpu, constants: Constants
     return moved / bandwidth + buckets * 2 * (ranks - 1) * constants.hop_latency_s
 
 
-def sync(shape: Qwen3Shape, layout: Layout, gpu: Gpu, constants: Constants = CONSTANTS) -> float:
+def sync(shape: ModelShape, layout: Layout, gpu: Gpu, constants: Constants = CONSTANTS) -> float:
     """Seconds until the engines have new weights: gathered over TP, sent over PP, copied into each engine."""
     whole = counts(shape).total * float(layout.item)
     link = gpu.nvlink_bandwidth * constants.link_efficiency
@@ -185,7 +185,7 @@ def sync(shape: Qwen3Shape, layout: Layout, gpu: Gpu, constants: Constants = CON
 
 
 def play(
-    shape: Qwen3Shape, layout: Layout, work: Workload, gpu: Gpu, cache_bytes: float, constants: Constants = CONSTANTS
+    shape: ModelShape, layout: Layout, work: Workload, gpu: Gpu, cache_bytes: float, constants: Constants = CONSTANTS
 ) -> Rollout:
     """The rollout on the engine that ends last. Whole tasks are dealt to the engines in turn, as the loop does it."""
     tasks = len(work.generated_E) // work.episodes_a_task
@@ -206,7 +206,7 @@ def _seconds(rollout: Rollout) -> float:
 
 
 def _engine(
-    shape: Qwen3Shape,
+    shape: ModelShape,
     layout: Layout,
     generated_E: Floats,
     context_E: Floats,
@@ -238,7 +238,7 @@ def _engine(
 
 
 def decode_step(
-    shape: Qwen3Shape, layout: Layout, running: float, cached: float, gpu: Gpu, constants: Constants = CONSTANTS
+    shape: ModelShape, layout: Layout, running: float, cached: float, gpu: Gpu, constants: Constants = CONSTANTS
 ) -> float:
     """Seconds of one iteration of an engine with `running` sequences and `cached` tokens: the roofline of reading the
     weights and the cache against the products, then tensor-parallel latency and the scheduler."""

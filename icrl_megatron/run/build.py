@@ -11,8 +11,8 @@ from icrl_megatron.engines import registry as engines_module
 from icrl_megatron.engines.registry import Engines
 from icrl_megatron.engines.sglang import SGLangEngine
 from icrl_megatron.engines.sync import WeightSync
-from icrl_megatron.model.qwen3 import DTYPES
-from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.model.gpt import DTYPES
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.model.weights import Gatherer
 from icrl_megatron.rollout.episode import Stage
 from icrl_megatron.rollout.external import ExternalSpeaker
@@ -68,7 +68,7 @@ def episode_source(
         return DumpSource(Path(settings.debug.dump))
     if engines is None:
         room = max(1, rollout.context_tokens - rollout.max_turn_tokens - rollout.max_critique_tokens) // 2
-        vocabulary = Qwen3Shape.read(model_folder(settings)).vocab
+        vocabulary = ModelShape.read(model_folder(settings)).vocab
         return FakeSource(vocabulary, room, rollout.max_turn_tokens, rollout.max_critique_tokens)
 
     def gather(mine: object) -> list[object]:

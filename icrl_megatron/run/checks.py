@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from icrl_megatron.model.shape import Qwen3Shape, check_folder
+from icrl_megatron.model.shape import ModelShape, check_folder
 from icrl_megatron.run import files as run_files
 from icrl_megatron.run import start
 from icrl_megatron.run.heldout import check_earlier_rows, check_rows
@@ -63,7 +63,7 @@ def validate_settings(settings: Settings) -> None:
     check_rollout(settings)
 
 
-def validate_shape(settings: Settings, shape: Qwen3Shape) -> None:
+def validate_shape(settings: Settings, shape: ModelShape) -> None:
     """Whether a model of this shape can be cut and used as the settings say. Raises ConfigError."""
     _check_split(settings.actor, shape)
     _check_context(settings, shape)
@@ -94,7 +94,7 @@ def _get(settings: Settings, name: str) -> object:
 def _check_values(settings: Settings) -> None:
     for name, choices in CHOICES.items():
         value = _get(settings, name)
-        if value not in choices:
+        if value is not None and value not in choices:
             listed = ", ".join(choice or "''" for choice in choices)
             raise ConfigError(f"{name}={value}: choose one of {listed}")
     for name, (low, high) in RANGES.items():
@@ -235,19 +235,19 @@ def validate_grid(settings: Settings, world: int, on_node: int) -> None:
         )
 
 
-def _check_model(settings: Settings) -> Qwen3Shape:
+def _check_model(settings: Settings) -> ModelShape:
     model = settings.model
     if settings.start_from:
-        return Qwen3Shape.read(start.configuration(settings))
+        return ModelShape.read(start.configuration(settings))
     if model.path:
         folder = settings_module.model_folder(settings)
-        return check_folder(folder) if folder == Path(model.path) else Qwen3Shape.read(folder)
+        return check_folder(folder) if folder == Path(model.path) else ModelShape.read(folder)
     if model.init is None:
-        raise ConfigError("model.path is empty: give a Hugging Face folder with a dense Qwen3, model.path=...")
-    return Qwen3Shape.of_tiny(model.init)
+        raise ConfigError("model.path is empty: give a Hugging Face folder, model.path=...")
+    return ModelShape.of_tiny(model.init)
 
 
-def _check_split(actor: ActorSettings, shape: Qwen3Shape) -> None:
+def _check_split(actor: ActorSettings, shape: ModelShape) -> None:
     """The vocabulary is not among these: it is padded to a multiple of the TP size."""
     tensor, pipeline = actor.tensor_parallel, actor.pipeline_parallel
     if shape.heads % shape.kv_heads:
@@ -268,7 +268,7 @@ def _check_split(actor: ActorSettings, shape: Qwen3Shape) -> None:
         )
 
 
-def _check_context(settings: Settings, shape: Qwen3Shape) -> None:
+def _check_context(settings: Settings, shape: ModelShape) -> None:
     rollout = settings.rollout
     if rollout.context_tokens > shape.max_positions:
         raise ConfigError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from icrl_megatron.distributed.grid import Grid, gather_objects
-from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.rollout.guard import GuardedEnvironment
 from icrl_megatron.rollout.prompts import Prompter, tokenizer
 from icrl_megatron.rollout.room import TooLong, TooLongError, too_long
@@ -200,7 +200,7 @@ def chosen(
     ConfigError as `fitting` does."""
     found = read(settings, catalogue)
     share = Share(grid.rank, grid.world, lambda mine: gather_objects(grid, mine))
-    positions = Qwen3Shape.read(folder).max_positions
+    positions = ModelShape.read(folder).max_positions
     return fitting(found, settings, catalogue, prompter, positions, share, progress.log)
 
 
@@ -210,7 +210,7 @@ def dry_run(settings: Settings) -> str:
     said: list[str] = []
     folder = start.configuration(settings) if settings.start_from else model_folder(settings)
     catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes)
-    prompter, positions = Prompter(tokenizer(folder), settings.rollout), Qwen3Shape.read(folder).max_positions
+    prompter, positions = Prompter(tokenizer(folder), settings.rollout), ModelShape.read(folder).max_positions
     fitting(read(settings, catalogue), settings, catalogue, prompter, positions, log=said.append)
     return "\n".join(said)
 

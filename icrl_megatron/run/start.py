@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from icrl_megatron.distributed.process import run_rank
-from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.run import files as run_files
 from icrl_megatron.run.resume import EARLIER_FOLDER, earlier
 from icrl_megatron.settings import loading as settings_module
@@ -46,9 +46,9 @@ def check(settings: Settings) -> None:
             f"start_from={given} lies in the run folder {folder} itself: leave start_from empty to go on with that "
             "run, or choose another run_dir for a new one"
         )
-    shape = Qwen3Shape.read(configuration(settings))
+    shape = ModelShape.read(configuration(settings))
     if settings.model.path and (Path(settings.model.path) / "config.json").exists():
-        other = Qwen3Shape.read(Path(settings.model.path))
+        other = ModelShape.read(Path(settings.model.path))
         if other != shape:
             raise ConfigError(
                 f"start_from={given} is a checkpoint of another model than model.path={settings.model.path} "

@@ -9,6 +9,7 @@ SCHEDULES = ("constant", "linear", "cosine", "wsd")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "baseline": ("", "grpo"),
+    "model.init.family": ("qwen3", "qwen2"),
     "rollout.critic": ("self", "frozen", "external", "empty"),
     "engine.kind": ("local", "sglang"),
     "engine.quantization": ("", "fp8"),

@@ -13,8 +13,10 @@ from icrl_megatron.settings.task_schema import TaskSettings
 
 @dataclass
 class TinyModel:
-    """An embedded Qwen3 made on the spot with its own word tokenizer, for machines without a GPU and for tests."""
+    """An embedded model made on the spot with its own word tokenizer, for machines without a GPU and for tests."""
 
+    family: str = "qwen3"
+    """qwen3 | qwen2 (docs/MODELS.md)."""
     layers: int = 2
     hidden: int = 64
     heads: int = 4
@@ -28,7 +30,7 @@ class TinyModel:
 @dataclass
 class ModelSettings:
     path: str = ""
-    """A Hugging Face folder with a dense Qwen3 (docs/MODELS.md). Empty with `init` set: made in the run folder."""
+    """A Hugging Face folder (docs/MODELS.md). Empty with `init` set: made in the run folder."""
     init: TinyModel | None = None
     """Make this tiny model (random weights) when `path` is empty."""
 

@@ -16,7 +16,7 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from icrl_megatron.model.config import DEFAULTS, WITHOUT_EFFECT, name_dtype
-from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.utils.errors import ConfigError
 
 QWEN3_06B: dict[str, Any] = {
@@ -51,10 +51,10 @@ CARD_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddin
 """What Qwen3's model cards say to write for 131,072 tokens."""
 
 
-def read(folder: Path, *without: str, **fields: Any) -> Qwen3Shape:
+def read(folder: Path, *without: str, **fields: Any) -> ModelShape:
     kept = {name: value for name, value in QWEN3_06B.items() if name not in without}
     (folder / "config.json").write_text(json.dumps({**kept, **fields}))
-    return Qwen3Shape.read(folder)
+    return ModelShape.read(folder)
 
 
 @pytest.mark.parametrize(
@@ -86,16 +86,19 @@ def test_published_and_fine_tuned_configurations_are_read(
 
 
 def test_absent_fields_are_what_transformers_takes(tmp_path: Path) -> None:
-    shape = read(tmp_path, *DEFAULTS, "rope_theta")
+    shape = read(tmp_path, *DEFAULTS, "head_dim", "rope_theta")
     config = Qwen3Config()
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
-    assert (shape.head_dim, shape.max_positions, shape.norm_eps, shape.tied) == tuple(DEFAULTS.values())
+    assert (shape.max_positions, shape.norm_eps, shape.tied) == tuple(DEFAULTS.values())
+    assert shape.head_dim == config.head_dim
     assert shape.rope_base == config.rope_parameters["rope_theta"]
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "qwen3_moe"}, 'model_type="qwen3_moe"'),
-    ({"model_type": "qwen2"}, 'model_type="qwen2"'),
+    ({"model_type": "llama"}, 'model_type="llama"'),
+    ({"model_type": "qwen2"}, 'architectures=["Qwen3ForCausalLM"]'),
+    ({"model_type": ["qwen3"]}, 'model_type=["qwen3"]'),
     ({"model_type": None}, "model_type=null"),
     ({"architectures": ["Qwen3ForSequenceClassification"]}, 'architectures=["Qwen3ForSequenceClassification"]'),
     ({"architectures": ["Qwen3Model"]}, 'architectures=["Qwen3Model"]'),
@@ -194,7 +197,7 @@ def test_missing_sizes_are_named(tmp_path: Path, name: str) -> None:
     ("content", "message"),
     [
         (b"{", "cannot be read as JSON"),
-        (b"[]", "not readable as a Qwen3 configuration"),
+        (b"[]", "not a model's configuration"),
         (b"\xff\xfe", "cannot be read as JSON"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 726\n", "Git LFS pointer"),
     ],
@@ -202,7 +205,7 @@ def test_missing_sizes_are_named(tmp_path: Path, name: str) -> None:
 def test_damaged_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ConfigError, match=f"{tmp_path / 'config.json'}: .*{message}"):
-        Qwen3Shape.read(tmp_path)
+        ModelShape.read(tmp_path)
 
 
 def test_the_remedies_for_an_attention_factor_can_be_followed(tmp_path: Path) -> None:
@@ -252,7 +255,7 @@ SECTIONS = st.one_of(st.sampled_from([ABSENT, None, {}]), SECTION, SECTION)
 SIZES = {"hidden_size": 32, "head_dim": 16, "num_hidden_layers": 1, "max_position_embeddings": 256}
 
 
-def is_transformers_own(shape: Qwen3Shape, folder: Path) -> None:
+def is_transformers_own(shape: ModelShape, folder: Path) -> None:
     """YaRN's frequencies to the bit."""
     from icrl_megatron.model.rotary import yarn_frequencies
 

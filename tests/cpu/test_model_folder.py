@@ -16,7 +16,7 @@ import torch
 from model_folders import copy, make_folder, read_index, save, shard, tensors, with_fields, write_index, write_sparse
 
 from icrl_megatron.engines.registry import tensor_shapes
-from icrl_megatron.model.shape import Qwen3Shape, check_folder, locate_weights
+from icrl_megatron.model.shape import ModelShape, check_folder, locate_weights
 from icrl_megatron.plan.models import PUBLISHED
 from icrl_megatron.run.checks import validate
 from icrl_megatron.settings import loading as S
@@ -300,6 +300,6 @@ def test_missing_model_folders_are_named() -> None:
 
 
 def test_shape_of_the_tiny_model() -> None:
-    shape = Qwen3Shape.of_tiny(TinyModel(layers=3, heads=8), vocab=101)
+    shape = ModelShape.of_tiny(TinyModel(layers=3, heads=8), vocab=101)
     assert (shape.layers, shape.heads, shape.padded_vocab(2)) == (3, 8, 102)
     assert [PUBLISHED["Qwen3-4B"].padded_vocab(tp) for tp in (1, 2, 3, 8)] == [151936, 151936, 151938, 151936]

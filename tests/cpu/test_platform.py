@@ -17,7 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from icrl_kernels import Chunking
 from icrl_megatron.distributed import platform
-from icrl_megatron.model import qwen3
+from icrl_megatron.model import gpt as qwen3
 from icrl_megatron.settings.schema import ActorSettings
 from icrl_megatron.utils.errors import ConfigError
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from icrl_megatron.distributed import platform
-from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.utils.errors import ConfigError
 
 if torch.cuda.is_available():
@@ -29,8 +29,9 @@ from icrl_megatron.model.weights import Row, Slice, _Table, load_hf  # noqa: E40
 HAS_TRANSFORMER_ENGINE = bool(list(importlib.metadata.distributions(name="transformer_engine")))
 
 
-def config(tied: bool) -> Qwen3Config:
-    return Qwen3Config(
+def config(family: str, tied: bool) -> PreTrainedConfig:
+    return AutoConfig.for_model(
+        family,
         vocab_size=50,
         hidden_size=24,
         intermediate_size=40,
@@ -42,28 +43,35 @@ def config(tied: bool) -> Qwen3Config:
     )
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(
+    scope="module", params=[("qwen3", True), ("qwen3", False), ("qwen2", False)], ids=["tied", "untied", "qwen2"]
+)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("hf")
     torch.manual_seed(0)
-    Qwen3ForCausalLM(config(request.param)).save_pretrained(out)
+    model = AutoModelForCausalLM.from_config(config(*request.param))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)  # biases too, which else are all zeros
+    model.save_pretrained(out)
     return out
 
 
-def table(shape: Qwen3Shape, tensor: int, pipeline: int, tensor_rank: int, stage: int) -> list[Row]:
+def table(shape: ModelShape, tensor: int, pipeline: int, tensor_rank: int, stage: int) -> list[Row]:
     """The rows of one rank, for parameters of the shapes that Megatron gives them there."""
     h, d, per = shape.hidden, shape.head_dim, shape.layers // pipeline
     vocab = (shape.padded_vocab(tensor) // tensor, h)
     layer = {
         "input_layernorm.weight": (h,),
         "self_attention.linear_qkv.weight": ((shape.heads + 2 * shape.kv_heads) * d // tensor, h),
-        "self_attention.q_layernorm.weight": (d,),
-        "self_attention.k_layernorm.weight": (d,),
         "self_attention.linear_proj.weight": (h, shape.heads * d // tensor),
         "pre_mlp_layernorm.weight": (h,),
         "mlp.linear_fc1.weight": (2 * shape.ffn // tensor, h),
         "mlp.linear_fc2.weight": (h, shape.ffn // tensor),
     }
+    if shape.family.qk_norm:
+        layer |= {f"self_attention.{n}_layernorm.weight": (d,) for n in "qk"}
+    if shape.family.qkv_bias:
+        layer["self_attention.linear_qkv.bias"] = layer["self_attention.linear_qkv.weight"][:1]
     found = {f"decoder.layers.{i}.{n}": size for i in range(per) for n, size in layer.items()}
     if stage == 0:
         found["embedding.word_embeddings.weight"] = vocab
@@ -79,7 +87,7 @@ def table(shape: Qwen3Shape, tensor: int, pipeline: int, tensor_rank: int, stage
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 def test_slices_tile_every_tensor(folder: Path, tensor: int, pipeline: int) -> None:
     """Loaded rank by rank and put back by the slices' own offsets, every element returns to its place, once."""
-    shape, want = Qwen3Shape.read(folder), load_file(folder / "model.safetensors")
+    shape, want = ModelShape.read(folder), load_file(folder / "model.safetensors")
     back = {n: torch.full_like(t, torch.nan) for n, t in want.items()}
     seen: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(()))
     for stage in range(pipeline):
@@ -103,23 +111,25 @@ def test_slices_tile_every_tensor(folder: Path, tensor: int, pipeline: int) -> N
     assert seen.keys() == want.keys()
     for name, count in seen.items():
         # Norms are whole on every tensor-parallel rank; everything else is held once.
-        assert (count == (tensor if want[name].ndim == 1 else 1)).all(), name
+        assert (count == (tensor if "norm" in name else 1)).all(), name
 
 
 def test_qkv_is_interleaved_by_group(folder: Path) -> None:
     """Query heads 2g and 2g + 1, then key head g, then value head g: what Megatron's attention splits apart."""
-    shape, source = Qwen3Shape.read(folder), load_file(folder / "model.safetensors")
-    (row,) = [r for r in table(shape, 2, 1, 1, 0) if r.name == "decoder.layers.3.self_attention.linear_qkv.weight"]
-    load_hf([row], folder, shape)
-    blocks = row.param.detach().split(shape.head_dim)
-    q, k, v = (source[f"model.layers.3.self_attn.{n}_proj.weight"].split(shape.head_dim) for n in "qkv")
-    want = [q[4], q[5], k[2], v[2], q[6], q[7], k[3], v[3]]
-    assert len(blocks) == len(want) and all(torch.equal(a, b) for a, b in zip(blocks, want, strict=True))
+    shape, source = ModelShape.read(folder), load_file(folder / "model.safetensors")
+    rows = {r.name: r for r in table(shape, 2, 1, 1, 0)}
+    for kind in ("weight", "bias") if shape.family.qkv_bias else ("weight",):
+        row = rows[f"decoder.layers.3.self_attention.linear_qkv.{kind}"]
+        load_hf([row], folder, shape)
+        blocks = row.param.detach().split(shape.head_dim)
+        q, k, v = (source[f"model.layers.3.self_attn.{n}_proj.{kind}"].split(shape.head_dim) for n in "qkv")
+        want = [q[4], q[5], k[2], v[2], q[6], q[7], k[3], v[3]]
+        assert len(blocks) == len(want) and all(torch.equal(a, b) for a, b in zip(blocks, want, strict=True))
 
 
 def test_padding_rows_are_zero(folder: Path) -> None:
     """50 words over 4 ranks: 13 rows each, of which the last rank has 11."""
-    shape = Qwen3Shape.read(folder)
+    shape = ModelShape.read(folder)
     rows = {r.name: r for r in table(shape, 4, 1, 3, 0)}
     row = rows["embedding.word_embeddings.weight"]
     load_hf([row], folder, shape)
@@ -128,7 +138,7 @@ def test_padding_rows_are_zero(folder: Path) -> None:
 
 
 def test_unknown_parameters_are_refused(folder: Path) -> None:
-    rules = _Table(Qwen3Shape.read(folder), 1, 0, 0)
+    rules = _Table(ModelShape.read(folder), 1, 0, 0)
     for name in ("decoder.layers.0.mlp.router.weight", "vision.weight"):
         with pytest.raises(RuntimeError, match=name.rpartition("layers")[0] or name):
             rules.row(name, torch.nn.Parameter(torch.zeros(1)))
@@ -143,7 +153,7 @@ def rewritten(folder: Path, out: Path, tensors: dict[str, torch.Tensor]) -> Path
 
 def test_missing_and_misshapen_tensors_are_named(folder: Path, tmp_path: Path) -> None:
     tensors, name = load_file(folder / "model.safetensors"), "model.layers.2.mlp.up_proj.weight"
-    shape = Qwen3Shape.read(folder)
+    shape = ModelShape.read(folder)
     rows = table(shape, 2, 2, 1, 1)
     without = rewritten(folder, tmp_path / "without", {n: t for n, t in tensors.items() if n != name})
     with pytest.raises(ConfigError, match=f"{without}.*{name} is missing"):
@@ -154,7 +164,7 @@ def test_missing_and_misshapen_tensors_are_named(folder: Path, tmp_path: Path) -
 
 
 def test_shards_are_read_where_the_index_says(folder: Path, tmp_path: Path) -> None:
-    tensors, shape = load_file(folder / "model.safetensors"), Qwen3Shape.read(folder)
+    tensors, shape = load_file(folder / "model.safetensors"), ModelShape.read(folder)
     where = {}
     for i, name in enumerate(tensors):
         where[name] = f"part-{i % 3}.safetensors"
@@ -171,7 +181,7 @@ def test_values_that_the_dtype_cannot_hold_are_named(folder: Path, tmp_path: Pat
     tensors, name = load_file(folder / "model.safetensors"), "model.layers.3.self_attn.k_proj.weight"
     large = {n: t.double() for n, t in tensors.items()}
     large[name][0, 0] = 1e39
-    shape = Qwen3Shape.read(folder)
+    shape = ModelShape.read(folder)
     with pytest.raises(ConfigError, match=f"{name} has 1 values that are not finite in torch.float32"):
         load_hf(table(shape, 1, 1, 0, 0), rewritten(folder, tmp_path / "large", large), shape)
 
@@ -180,7 +190,7 @@ def test_values_that_the_dtype_cannot_hold_are_named(folder: Path, tmp_path: Pat
 @pytest.mark.parametrize("fp8", ["off", "current", "blockwise"])
 def test_transformer_engines_parameters_are_all_known(folder: Path, tmp_path: Path, fp8: str) -> None:
     """Built by Transformer Engine itself: its names are in the table, and weights come out as they went in."""
-    model = Qwen3ForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)  # norms too, which else are all ones
     model.to(torch.bfloat16).save_pretrained(tmp_path)

@@ -14,15 +14,17 @@ from icrl_megatron.types import Sample
 
 LEARNING_RATE = 1e-2
 STEPS = 2
-VOCAB = {"tied": 101, "untied": 99}
+VOCAB = {"tied": 101, "untied": 99, "qwen2": 97}
 """Odd, so that no TP size divides it: the last ranks hold padding."""
 MODELS = {
     "tied": TinyModel(max_positions=128),
     "untied": TinyModel(layers=4, hidden=48, heads=8, kv_heads=4, head_dim=12, ffn=80, tie_embeddings=False),
+    "qwen2": TinyModel(family="qwen2", max_positions=128, tie_embeddings=False),
 }
-"""Two K/V groups, one to a rank at TP 2, and four."""
+"""Two K/V groups, one to a rank at TP 2, and four; the second family has biases and no norms of heads."""
 ROPE = {
     "tied": {"rope_type": "default", "rope_theta": 10_000.0},
+    "qwen2": {"rope_type": "default", "rope_theta": 1_000_000.0},
     "untied": {"rope_type": "yarn", "rope_theta": 500.5, "factor": 4.0, "original_max_position_embeddings": 16},
 }
 """The samples are longer than what YaRN starts from."""
@@ -204,6 +206,7 @@ CASES = {
     # One sample an update: of two replicas one has nothing to do.
     "sparse": Case("tied", 3, _sparse),
     "plain": Case("untied", 14, _plain),
+    "qwen2": Case("qwen2", 9, _everything),
     "gspo": Case("tied", 9, _gspo),
     "cispo": Case("tied", 9, _cispo),
     "dual_clip": Case("tied", 9, _dual_clip),

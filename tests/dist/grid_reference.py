@@ -1,4 +1,4 @@
-"""The same training by other means: Hugging Face's Qwen3, one sequence at a time, full logits, autograd, AdamW.
+"""The same training by other means: Hugging Face's model, one sequence at a time, full logits, autograd, AdamW.
 
 Shares with the trainer only the per-token formula (`token_objective`) and which samples form an update.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from grid_cases import LEARNING_RATE, STEPS, Case, Layout, Trained
 from torch import Tensor
-from transformers import Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from icrl_kernels import Streams, Terms, TokenObjective, token_objective
 from icrl_megatron.settings.schema import Settings
@@ -25,7 +25,7 @@ class Reference:
     def __init__(self, case: Case, folder: Path) -> None:
         self.settings: Settings = case.settings(Layout())
         self.samples = case.draw(Layout())
-        self.model, self.start = (Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+        self.model, self.start = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
         algo, optim = self.settings.algo, self.settings.optim
         self.terms = Terms(
             self.settings.rollout.temperature,
@@ -115,7 +115,7 @@ class Reference:
         clipped_high_L = clips & (advantage_L > 0) & (ratio_L > high)
         return TokenObjective(streams.coefficients_L * loss_L, ratio_L.detach(), weight_L, clipped_low_L, clipped_high_L)
 
-    def policy(self, model: Qwen3ForCausalLM, s: Sample, behaviour: bool = False) -> tuple[Tensor, Tensor]:
+    def policy(self, model: PreTrainedModel, s: Sample, behaviour: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies, [L] each, of the sample's loss tokens after one of its prompts."""
         prompt = s.behaviour_prompt_ids if behaviour else s.train_prompt_ids
         logits_TV = model(torch.tensor([prompt + s.response_ids])).logits[0] / self.terms.temperature

@@ -131,7 +131,7 @@ def train(case: Case, layout: Layout, grid: grids.Grid, root: Path) -> Trained:
 
 def round_trip(layout: Layout, grid: grids.Grid, root: Path, out: Path) -> None:
     """Import and export of every model in both precisions, in one file and in shards, and the shards once more."""
-    for case in (CASES["paper"], CASES["everything"]):
+    for case in (CASES["paper"], CASES["everything"], CASES["qwen2"]):
         for precision, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
             settings = case.settings(layout)
             settings.actor.precision, settings.algo.kl_coef = precision, 0.0

@@ -17,7 +17,7 @@ from grid_cases import CASES, GRIDS, LAYOUTS, MODELS, ROPE, SAVERS, SHARD_BYTES,
 from grid_reference import Reference
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 WORKER = Path(__file__).parent / "grid_worker.py"
 TOLERANCE = 1e-5
@@ -27,7 +27,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(1000)]
 def make_model(folder: Path, name: str, dtype: torch.dtype) -> None:
     """Weights large enough that no layer is close to the identity, norms included."""
     tiny = MODELS[name]
-    config = Qwen3Config(
+    config = AutoConfig.for_model(
+        tiny.family,
         vocab_size=VOCAB[name],
         hidden_size=tiny.hidden,
         intermediate_size=tiny.ffn,
@@ -41,7 +42,7 @@ def make_model(folder: Path, name: str, dtype: torch.dtype) -> None:
         initializer_range=0.08,
     )
     torch.manual_seed(len(name))
-    model = Qwen3ForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for param in model.parameters():
             if param.ndim == 1:
@@ -150,7 +151,7 @@ def test_export_returns_the_import(root: Path, layout: str, model: str, dtype: s
         return  # the same tensors as those of the single file
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        logits = [Qwen3ForCausalLM.from_pretrained(p, dtype="auto")(ids).logits for p in (folder, source)]
+        logits = [AutoModelForCausalLM.from_pretrained(p, dtype="auto")(ids).logits for p in (folder, source)]
     assert logits[0].dtype == logits[1].dtype == getattr(torch, dtype) and torch.equal(*logits)
 
 

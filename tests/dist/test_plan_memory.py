@@ -13,7 +13,7 @@ from icrl_megatron.settings.schema import Settings, TinyModel
 from icrl_megatron.plan import memory
 from icrl_megatron.plan.layout import Layout
 from icrl_megatron.settings.loading import save
-from icrl_megatron.model.shape import Qwen3Shape
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.model.tiny import build_tiny
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -46,7 +46,7 @@ def test_planned_state_is_what_ranks_hold(
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
 
-    planned = memory.state(Qwen3Shape.read(tmp_path / "model"), Layout.of(settings, ranks))
+    planned = memory.state(ModelShape.read(tmp_path / "model"), Layout.of(settings, ranks))
     held = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)]
     for name in ("weights", "gradients", "optimizer"):
         most = max(rank[name] for rank in held)

@@ -16,7 +16,7 @@ from model_folders import WORDS, copy, make_folder, save, tensors, with_fields
 
 from icrl_megatron.engines.protocol import Sampling
 from icrl_megatron.model.rotary import yarn_frequencies
-from icrl_megatron.model.shape import Qwen3Shape, check_folder
+from icrl_megatron.model.shape import ModelShape, check_folder
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -100,7 +100,7 @@ def test_rotary_embeddings_are_read_as_here(base: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     tables = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")]
     for folder, theirs in zip(folders, tables, strict=True):
-        shape = Qwen3Shape.read(folder)
+        shape = ModelShape.read(folder)
         frequencies, factor = 1.0 / shape.rope_base ** (torch.arange(0, 16, 2) / 16), 1.0
         if shape.yarn is not None:
             frequencies = yarn_frequencies(shape.yarn, shape.rope_base, 16)

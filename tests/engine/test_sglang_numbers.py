@@ -21,6 +21,7 @@ from engine_cases import (
     greedy,
     load,
     reference_logprobs,
+    serving,
     spec,
     weights,
 )
@@ -31,7 +32,8 @@ from icrl_megatron.engines.registry import Engines, Share, _remote
 from icrl_megatron.engines.sglang import SGLangEngine
 from icrl_megatron.engines.sglang_server import Server
 from icrl_megatron.engines.sync import WeightSync
-from icrl_megatron.settings.schema import RolloutSettings, Settings
+from icrl_megatron.model.tiny import build_tiny
+from icrl_megatron.settings.schema import RolloutSettings, Settings, TinyModel
 from icrl_megatron.utils.errors import ConfigError
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -77,6 +79,27 @@ def test_new_weights_are_live_stamped_and_checksummed(engine: SGLangEngine, mode
     other = [(n, t + 1.0 if n == "model.layers.1.self_attn.k_proj.weight" else t) for n, t in new]
     with pytest.raises(EngineError, match=r"other values of 'model\.layers\.1\.self_attn\.qkv_proj\.weight'"):
         engine.verify(iter(other), tied=False)
+
+
+def test_the_second_family_is_synced_and_checksummed(tmp_path: Path) -> None:
+    """Qwen2.5's biases of q, k and v reach SGLang's fused one, and the replies are transformers'."""
+    model = tmp_path / "model"
+    build_tiny(model, TinyModel(family="qwen2", tie_embeddings=False), [f"w{i}" for i in range(60)], 0)
+    with serving(model, tmp_path, engine_settings()) as server:
+        engine, reference = engine_on(server, model, engine_settings()), load(model)
+        new = changed(reference, 1)
+        engine.update_weights(iter(new), 1)
+        engine.verify(iter(new), tied=False)
+        reference.load_state_dict(dict(new))
+        replies = generate(engine, [(p, Sampling(0.0, 24, 0, ())) for p in PROMPTS[:8]])
+        end = reference.config.eos_token_id
+        assert [c.ids for c in replies] == [greedy(reference, p, 24, end) for p in PROMPTS[:8]]
+        for prompt, reply in zip(PROMPTS, replies, strict=False):
+            expected = reference_logprobs(reference, prompt, reply.ids, 1.0)
+            assert float((expected - torch.tensor(reply.logprobs)).abs().max()) < TOLERANCE
+        other = [(n, t + 1.0 if n == "model.layers.1.self_attn.k_proj.bias" else t) for n, t in new]
+        with pytest.raises(EngineError, match=r"other values of 'model\.layers\.1\.self_attn\.qkv_proj\.bias'"):
+            engine.verify(iter(other), tied=False)
 
 
 @pytest.mark.parametrize("bucket_mib", [1, 512])
