@@ -47,10 +47,12 @@ def test_yarn_and_rows_without_a_token_are_as_in_transformers(base: Path, tmp_pa
         engine = engine_on(server, folder, engine_settings())
         engine.verify(iter(weights(reference)), tied=False)  # as it read the folder by itself
         engine.update_weights(weights(reference), 1)
-        for prompt, done in zip(prompts, generate(engine, requests), strict=True):
+        replies = generate(engine, requests)
+        for prompt, done in zip(prompts, replies, strict=True):
             want = reference_logprobs(reference, prompt, done.ids, 1.0)
             assert (want - torch.tensor(done.logprobs)).abs().max() < TOLERANCE
-            assert len(done.ids) > 20 and any(i >= words for i in done.ids)
+        sampled = [i for done in replies for i in done.ids]  # a reply may end early: SGLang ignores seeds
+        assert len(sampled) > 20 and any(i >= words for i in sampled)
 
 
 SECTIONS: dict[str, dict[str, Any]] = {
