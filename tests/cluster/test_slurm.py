@@ -143,13 +143,13 @@ def test_slurm_accepts_every_file(file: str, cluster: Cluster) -> None:
 
 def test_what_is_wrong_ends_the_job_at_once(undisturbed: Path, cluster: Cluster, model: Path) -> None:
     """One job for each place where it can come out: the settings, the run that is there already, the other nodes."""
-    nowhere, other = "model.path=/nowhere/Qwen3-8B", "optim.learning_rate=1e-4"
+    nowhere, other = "model.path=/nowhere/Qwen3-8B", "optim.beta1=0.8"
     wrong = [cluster.sbatch("icrl_8b.sbatch", *arguments(cluster.folder / "wrong", model, nowhere))]
     wrong += [cluster.sbatch("icrl_8b.sbatch", *arguments(undisturbed, model, other))]
     wrong += [cluster.sbatch("icrl_8b.sbatch", *arguments(cluster.local / "run", model))]
     messages = (
         "error: model.path=/nowhere/Qwen3-8B: no such folder",
-        "holds a run with other settings: optim.learning_rate (was 0.001, now 0.0001)",
+        "holds a run with other settings: optim.beta1 (was 0.9, now 0.8)",
         " does not see what the first node wrote there; use a folder on a file system that all nodes share",
     )
     for job, message in zip(wrong, messages, strict=True):
