@@ -105,7 +105,7 @@ def end_step(state: RunState, recorder: Recorder, evaluator: Evaluator, row: Row
         with recorder.phase("evaluation"):
             row = row | evaluator.heldout()
     row = row | recorder.timings(row, stats)
-    state.write(row)
+    state.write(row, recorder.episodes)
     state.completed(None)
     recorder.advance(row)
     state.save_if_due()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -128,7 +129,7 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
         purpose="sft",
     )
     state = RunState(parts, saver, stop, progress.log)
-    with progress.phase("warm start", settings.steps) as bar, saver.on_error():
+    with closing(state), progress.phase("warm start", settings.steps) as bar, saver.on_error():
         bar.advance(state.step)
         return loop.run(parts, state, SupervisedRecorder(state, progress, bar, prompter.decode), NoEvaluator())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from icrl_megatron import loop
@@ -63,7 +64,7 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
         saver = saving.Saver(start, actor, settings.checkpoint.keep, progress.log, lambda: bool(stop))
         state = RunState(parts, saver, stop, progress.log)
         evaluator = HeldoutEvaluator(parts, state, found, progress)
-        with progress.phase(settings.name, settings.steps) as bar, saver.on_error():
+        with closing(state), progress.phase(settings.name, settings.steps) as bar, saver.on_error():
             bar.advance(state.step)
             recorder = Recorder(state, progress, bar, prompter.decode, found.dropped)
             return loop.run(parts, state, recorder, evaluator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import tempfile
@@ -15,8 +16,8 @@ from icrl_megatron.run.heldout import check_earlier_rows, check_rows
 from icrl_megatron.run.resume import check_resume, earlier
 from icrl_megatron.run.rollout_checks import check_engine, check_installed, check_rollout
 from icrl_megatron.settings import loading as settings_module
-from icrl_megatron.settings.limits import CHOICES, LOSSES, RANGES
-from icrl_megatron.settings.schema import ActorSettings, AlgoSettings, Settings
+from icrl_megatron.settings.limits import CHOICES, LOSSES, RANGES, TRACKERS
+from icrl_megatron.settings.schema import ActorSettings, AlgoSettings, Settings, TrackerSettings
 from icrl_megatron.settings.task_schema import PORT, TaskServers
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked
@@ -59,6 +60,7 @@ def validate_settings(settings: Settings) -> None:
     """What the settings alone tell, wherever the run's files and GPUs are. Raises ConfigError."""
     _check_values(settings)
     _check_sources(settings)
+    _check_trackers(settings.trackers)
     _check_algo(settings.algo, settings)
     check_rollout(settings)
 
@@ -104,6 +106,17 @@ def _check_values(settings: Settings) -> None:
             raise ConfigError(f"{name}={number}: must be a finite number, {bound}")
     if not settings.name or "/" in settings.name:
         raise ConfigError(f"name={settings.name!r}: must be a plain name, it becomes a folder; run_dir sets a path")
+
+
+def _check_trackers(trackers: TrackerSettings) -> None:
+    for name in trackers.names:
+        if name not in TRACKERS:
+            raise ConfigError(f"trackers.names has {name}: choose from {', '.join(TRACKERS)}")
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"trackers.names has {name}, which is not installed: pip install 'icrl-megatron[{name}]', or take "
+                f"{name} out of trackers.names"
+            )
 
 
 def _check_sources(settings: Settings) -> None:

@@ -16,7 +16,7 @@ from icrl_megatron.run.state import RunState
 from icrl_megatron.telemetry.dumps import write_dump
 from icrl_megatron.telemetry.metrics import GENERATED, USED, rollout_metrics
 from icrl_megatron.telemetry.writer import TIME_PREFIX, Row
-from icrl_megatron.types import Ids, StepStats
+from icrl_megatron.types import Episode, Ids, StepStats
 from icrl_megatron.utils.progress import Phase, Progress
 
 
@@ -36,6 +36,8 @@ class Recorder:
         self._decode, self._dropped_too_long = decode, dropped_too_long
         self._times: dict[str, float] = defaultdict(float)
         self._resampled = 0
+        self.episodes: tuple[Episode, ...] = ()
+        """Of the step that has just ended; trackers show a few."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -53,6 +55,7 @@ class Recorder:
     def row(self, played: Played, report: CreditReport, stats: StepStats | None) -> Row:
         """The metrics of the step that has just ended (`stats` is None without an update). Writes its rollouts."""
         state, sync = self.state, self.state.parts.sync
+        self.episodes = played.episodes
         self._observe(played)
         row = rollout_metrics(played.episodes, played.dropped, report)
         row |= _cost(played)

@@ -83,6 +83,7 @@ RULES: dict[str, Rule] = {
     "optim.beta2": _MOMENTS,
     "eval": FREE,
     "checkpoint": FREE,
+    "trackers": FREE,
     "debug.mode": _MODE,
     "debug.dump": FREE,
     "launch": FREE,

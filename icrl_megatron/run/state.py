@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from icrl_megatron.actor import checkpoint
@@ -18,7 +18,9 @@ from icrl_megatron.run.files import EXPORT
 from icrl_megatron.run.parts import Parts
 from icrl_megatron.run.saving import Files, Saver
 from icrl_megatron.telemetry.metrics import GENERATED
+from icrl_megatron.telemetry.trackers import Trackers, flat, table_rows
 from icrl_megatron.telemetry.writer import METRICS_FILE, MetricsWriter, Row, read_rows
+from icrl_megatron.types import Episode
 from icrl_megatron.utils.results import MOVE_AWAY
 
 TAPES = "tapes.jsonl"
@@ -53,7 +55,13 @@ class RunState:
         self._resume_curriculum(main)
         written = None if resumed is None else self.step - (self.pending is not None)
         self._writer = together(parts.grid, lambda: MetricsWriter(self.run_dir, written, newest) if main else None)
+        self._trackers = together(parts.grid, lambda: self._start_trackers() if main else None)
         self.completed(self.pending)
+
+    def _start_trackers(self) -> Trackers:
+        settings = self.parts.settings
+        name = settings.name if self.parts.purpose == "train" else f"{settings.name}-{self.parts.purpose}"
+        return Trackers(settings.trackers, name, self.run_dir, flat(settings), self._log)
 
     def _start_from(self, folder: Path) -> None:
         """The weights of another run's checkpoint in fp32, which `model.path` may hold rounded, and its moments."""
@@ -109,10 +117,14 @@ class RunState:
         """Rank 0 writes files; where that fails, all ranks end."""
         together(self.parts.grid, lambda: write() if self._writer is not None else None)
 
-    def write(self, row: Row) -> None:
-        """Appends one row of this step to metrics.jsonl and the trackers."""
-        writer = self._writer
-        self.by_first_rank(lambda: writer.write(self.step, row) if writer is not None else None)
+    def write(self, row: Row, episodes: Sequence[Episode] = ()) -> None:
+        """Appends one row of this step to metrics.jsonl, TensorBoard and the trackers, which get a few episodes too."""
+        self.by_first_rank(lambda: self._write(row, episodes))
+
+    def _write(self, row: Row, episodes: Sequence[Episode]) -> None:
+        assert self._writer is not None and self._trackers is not None
+        self._writer.write(self.step, row)
+        self._trackers.write(self.step, row, table_rows(episodes, self.parts.settings.trackers.episodes))
 
     def evaluated(self) -> bool:
         """Whether the metrics end with an evaluation at this step; the same answer on every rank."""
@@ -133,8 +145,13 @@ class RunState:
         self.save()
         actor, grid = self.parts.actor, self.parts.grid
         write_hf(Gatherer(actor.rows, grid), self.saver.model, self.run_dir / EXPORT, grid, remedy=MOVE_AWAY)
+
+    def close(self) -> None:
+        """Ends the metrics and the trackers, however the run ends."""
         if self._writer is not None:
             self._writer.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def _read_pending(path: Path) -> Row | None:

@@ -38,6 +38,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
 LOSSES = ("icrl", "dual_clip", "gspo", "cispo")
 """Names that `algo.loss` takes: functions of algo/losses.py, which imports torch."""
 
+TRACKERS = ("wandb", "mlflow", "trackio")
+"""Names that `trackers.names` may hold: modules of telemetry/."""
+
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31 - 1),
     "data.seed": (0, 2**31 - 1),
@@ -90,6 +93,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "algo.mismatch_correction.cap": (1e-6, math.inf),
     "algo.clip_low": (0, 1),
     "algo.clip_high": (0, math.inf),
+    "trackers.episodes": (0, math.inf),
+    "trackers.max_chars": (1, math.inf),
     "algo.dual_clip": (1, math.inf),
     "algo.constant_tokens": (1, math.inf),
     "algo.overlong.max_tokens": (1, math.inf),

@@ -301,6 +301,24 @@ class EvalSettings:
 
 
 @dataclass
+class TrackerSettings:
+    """Experiment trackers beside metrics.jsonl and TensorBoard, which are always written."""
+
+    names: list[str] = field(default_factory=list)
+    """Any of wandb, mlflow, trackio (docs/EXTENDING.md)."""
+    project: str = "icrl-megatron"
+    run_name: str = ""
+    """Empty: the run's name."""
+    group: str = ""
+    tags: list[str] = field(default_factory=list)
+    offline: bool = False
+    """Write below the run folder and use no network."""
+    episodes: int = 4
+    """Attempts and critiques of a step that are logged as a table, with at most `max_chars` of their text; 0: none."""
+    max_chars: int = 2000
+
+
+@dataclass
 class CheckpointSettings:
     interval: int = 50
     """Steps between checkpoints; the last step is always saved."""
@@ -362,5 +380,6 @@ class Settings:
     optim: OptimSettings = field(default_factory=OptimSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    trackers: TrackerSettings = field(default_factory=TrackerSettings)
     debug: DebugSettings = field(default_factory=DebugSettings)
     launch: LaunchSettings = field(default_factory=LaunchSettings)
