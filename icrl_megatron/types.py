@@ -1,9 +1,9 @@
-"""The ladder: what flows between the stages, one way, each rung a frozen dataclass.
+"""What the stages pass to each other: frozen dataclasses that flow one way.
 
     Task -> Completion -> Turn -> Attempt / Critique -> Episode -> Sample -> StepPlan(MicroBatch) -> StepStats
 
-From `Sample` on nothing knows what a critic is. Token sequences are tuples or NumPy arrays on the host; tensors are
-made by the actor, at the last moment and on its own device. This module imports no torch.
+From `Sample` on, no stage knows what a critic is. Token sequences are tuples or NumPy arrays on the host. The actor
+turns them into tensors on its own device. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True)
 class Task:
-    """One problem of one task set, as plain data: `registry.environment(task)` makes it playable.
+    """One problem of one task set, as plain data. `registry.environment(task)` returns its environment.
 
     Example: Task("rulebook_hard/train/17", "rulebook_hard", "train", "red square large dotted")
     """
@@ -38,12 +38,15 @@ class Task:
     """Name of the task set in `tasks/registry.py`."""
     split: Split
     problem: str
-    """All that the task set needs to rebuild the problem, as text (its own encoding; JSON where it is structured)."""
+    """What the task set needs to rebuild the problem, in its own encoding (JSON where it is structured)."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What an engine returned for one request: tokens in, tokens out."""
+    """What an engine returned for one request: token ids in, token ids out.
+
+    Example: Completion((412, 9, 1), (-0.3, -1.2, -0.0), "stop", weight_version=3)
+    """
 
     ids: Ids
     """Generated ids, the end token included when `finish_reason` is "stop"."""
@@ -51,13 +54,13 @@ class Completion:
     """Log-probability of each id under the distribution it was sampled from (temperature applied), same length."""
     finish_reason: FinishReason
     weight_version: int
-    """Of the newest of its tokens."""
+    """Version of the weights that generated its newest token."""
     older: tuple[tuple[int, int], ...] = ()
-    """(version, tokens) of the leading tokens that older weights generated, in a reply that was interrupted."""
+    """(version, tokens) of the leading tokens, if an interrupted reply began under older weights."""
 
     @staticmethod
     def parse(fields: Mapping[str, Any]) -> Completion:
-        """From JSON that was written of `vars`."""
+        """Reads what `vars` returned, after a round trip through JSON."""
         older = tuple((version, tokens) for version, tokens in fields.get("older", ()))
         kept = {"ids": tuple(fields["ids"]), "logprobs": tuple(fields["logprobs"]), "older": older}
         return Completion(**{**fields, **kept})
@@ -65,32 +68,37 @@ class Completion:
 
 @dataclass(frozen=True)
 class Turn:
-    """One reply of the solver and what the environment answered."""
+    """One reply of the solver and the environment's observation.
+
+    Example: Turn(completion, "go to shelf 2", "go to shelf 2", "On shelf 2 you see a mug.", (27, 4, 980, 5))
+    """
 
     completion: Completion
     text: str
-    """The decoded reply, for people and parsers; never encoded again."""
+    """The decoded reply, for people and parsers. It is never encoded again."""
     action: str | None
-    """What was parsed out of it; None when nothing could be."""
+    """The action parsed from the reply; None if there is none."""
     observation: str
-    """The environment's answer; what it said after the last turn is read by the critic alone."""
+    """The environment's answer. Only the critic reads the one after the last turn."""
     observation_ids: Ids
-    """Ids appended to the context between this reply and the next (end of turn, observation, next header); empty after
-    the last turn."""
+    """Ids in the context between this reply and the next (end of turn, observation, next header); empty after the last
+    turn."""
     cut_chars: int = 0
-    """Characters of the answer that `observation` lacks (rollout.max_observation_bytes and max_observation_tokens)."""
+    """Characters cut from the answer (rollout.max_observation_bytes and max_observation_tokens)."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try of the solver at a task: round 0 without a critique, later rounds after one.
+    """One attempt of the solver at a task: round 0 without a critique, later rounds after one (revisions).
 
     Token layout: prompt_ids, then for each turn completion.ids and observation_ids.
+
+    Example: Attempt(0, prompt, prompt, (turn,), outcome=0.0, success=False, summary="The mug is cold.", "max_turns")
     """
 
     round: int
     prompt_ids: Ids
-    """What the engine saw: with the critique, if there was one."""
+    """What the engine saw, including the critique if there was one."""
     plain_prompt_ids: Ids
     """The critique-free prompt of the same task; equal to `prompt_ids` in round 0."""
     turns: tuple[Turn, ...]
@@ -98,10 +106,10 @@ class Attempt:
     """The environment's reward, in [0, 1]."""
     success: bool
     summary: str
-    """What the environment says of the outcome; the critic reads it."""
+    """The environment's account of the outcome, for the critic."""
     stop_reason: Literal["done", "max_turns", "repeated", "context", "length", "deadline"]
     summary_cut_chars: int = 0
-    """Characters that `summary` lacks, by the same limits as observations."""
+    """Characters cut from the summary, by the same limits as observations."""
 
     def response_ids(self) -> Ids:
         return tuple(i for turn in self.turns for i in (*turn.completion.ids, *turn.observation_ids))
@@ -119,18 +127,24 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Critique:
-    """The critic's reading of the attempt of the same round; the next attempt is what it is paid for."""
+    """What the critic wrote about the attempt of the same round. Its reward is the improvement of the next attempt.
+
+    Example: Critique(0, prompt, completion, "You did not heat the mug. Use the microwave first.")
+    """
 
     round: int
     prompt_ids: Ids
     completion: Completion
     text: str
-    """What was handed to the solver: between <critic> tags, or the whole reply."""
+    """What the solver reads: the text between <critic> tags, or the whole reply."""
 
 
 @dataclass(frozen=True)
 class Episode:
-    """attempts[0], critiques[0], attempts[1], ...; len(critiques) is len(attempts) - 1."""
+    """attempts[0], critiques[0], attempts[1], ...; len(critiques) is len(attempts) - 1.
+
+    Example: Episode(task, 3, (failed, revised), (critique,))
+    """
 
     task: Task
     index: int
@@ -145,24 +159,30 @@ class Episode:
 
 @dataclass(frozen=True)
 class DroppedEpisode:
-    """An episode whose environment or grading failed, or whose prompt does not fit: counted, never trained on, never a
-    reward of 0."""
+    """An episode whose environment or grading failed, or whose prompt does not fit. It is counted and never trained on,
+    not even with a reward of 0.
+
+    Example: DroppedEpisode(task, 3, "step took longer than rollout.environment_timeout_s = 60 s", late=True)
+    """
 
     task: Task
     index: int
     error: str
     bad_answer: bool = False
-    """The environment, or its server, answered what cannot be true (`tasks.base.BadAnswer`)."""
+    """The environment or its server returned an invalid answer (`tasks.base.BadAnswer`)."""
     late: bool = False
     """A call of the environment took longer than rollout.environment_timeout_s."""
     too_long: bool = False
-    """A prompt of it did not fit the context (`tasks.too_long`)."""
+    """One of its prompts did not fit the context (`tasks.too_long`)."""
 
 
 @dataclass(frozen=True)
 class UnplayedEpisode:
-    """An episode that was cut off: its engine was lost, and it is played again once that was revived; or the step had
-    enough without it, and there is no error."""
+    """An episode that was cut off. If its engine was lost, `error` says so and the episode is played again; if the step
+    had enough groups without it, `error` is empty.
+
+    Example: UnplayedEpisode(task, 3, "The SGLang server died.")
+    """
 
     task: Task
     index: int
@@ -171,7 +191,12 @@ class UnplayedEpisode:
 
 @dataclass(frozen=True)
 class Sample:
-    """One trainable sequence. The two prompts differ only for revisions that are being internalised."""
+    """One trainable sequence. The two prompts differ only for revisions that are internalized.
+
+    Example: the revision of episode 3, trained without the critique that it was written with:
+    Sample("set/17#3/1/revision", "set/17/revision", "revision", 1, (*plain, *critique), plain, response, mask,
+    logprobs, calibrated=True, reward=1.0, advantage=0.7)
+    """
 
     sample_id: str
     """"<task_id>#<episode>/<round>/<role>": unique within a step; orders everything that must not depend on arrival."""
@@ -196,8 +221,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences packed end to end (thd). T tokens, S sequences, L loss tokens; loss tokens are those whose *prediction*
-    is trained: `loss_index_L[i]` is the position whose hidden state predicts `targets_L[i]`."""
+    """Sequences packed end to end (thd). T tokens, S sequences, L loss tokens. `loss_index_L[i]` is the position whose
+    hidden state predicts `targets_L[i]`.
+
+    Example: prompts (5, 6) and (7,) with replies (8, 9) and (4,): tokens_T = 5 6 8 9 7 4, cu_seqlens = 0 4 6,
+    loss_index_L = 1 2 4, targets_L = 8 9 4
+    """
 
     tokens_T: IntArray
     positions_T: IntArray
@@ -208,17 +237,20 @@ class MicroBatch:
     rollout_logprobs_L: FloatArray
     advantages_L: FloatArray
     coefficients_L: FloatArray
-    """c_t >= 0: the global normaliser of each token. The loss of a step is a plain sum of c_t * loss_t."""
+    """c_t >= 0: the global normalizer of each token. The loss of a step is the sum of c_t * loss_t."""
     calibrated_L: BoolArray
     same_prompt_L: BoolArray
-    """True where a sample is trained under the prompt that the engine saw: only there can the two be compared."""
+    """True where a sample is trained under the prompt that the engine saw, so that both log-probs are comparable."""
     sample_index_L: IntArray
     """Index of the sample in `StepPlan.samples`, for scattering per-token results back."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one data-parallel replica does in one step: `updates[u][m]` is micro-batch m of optimizer update u."""
+    """What one data-parallel replica does in one step: `updates[u][m]` is micro-batch m of optimizer update u.
+
+    Example: StepPlan(samples, ((micro_batch_0, micro_batch_1),), global_samples=256, global_loss_tokens=51_200)
+    """
 
     samples: tuple[Sample, ...]
     """The samples of this replica, in packing order."""
@@ -230,7 +262,10 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class StepStats:
-    """What the actor measured over one step, already reduced over all ranks."""
+    """What the actor measured over one step, already reduced over all ranks.
+
+    Example: StepStats(loss=0.02, grad_norm=0.4, learning_rate=1e-6, skipped_updates=0, loss_tokens=51_200, tokens=90_112)
+    """
 
     loss: float
     grad_norm: float
