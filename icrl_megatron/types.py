@@ -264,7 +264,7 @@ class StepPlan:
 class StepStats:
     """What the actor measured over one step, already reduced over all ranks.
 
-    Example: StepStats(loss=0.02, grad_norm=0.4, learning_rate=1e-6, skipped_updates=0, loss_tokens=51_200, tokens=90_112)
+    Example: StepStats(0.02, grad_norm=0.4, learning_rate=1e-6, skipped_updates=0, loss_tokens=51_200, tokens=90_112)
     """
 
     loss: float
