@@ -194,7 +194,7 @@ class Sample:
     """One trainable sequence. The two prompts differ only for revisions that are internalized.
 
     Example: the revision of episode 3, trained without the critique that it was written with:
-    Sample("set/17#3/1/revision", "set/17/revision", "revision", 1, (*plain, *critique), plain, response, mask,
+    Sample("set/17#3/1/revision", "set/17/solver", "revision", 1, (*plain, *critique), plain, response, mask,
     logprobs, calibrated=True, reward=1.0, advantage=0.7)
     """
 

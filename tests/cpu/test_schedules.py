@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from icrl_megatron.algo import schedules
 from icrl_megatron.algo.schedules import learning_rate
 from icrl_megatron.run.checks import validate_settings
+from icrl_megatron.settings import limits
 from icrl_megatron.settings.limits import SCHEDULES
 from icrl_megatron.settings.loading import load
 from icrl_megatron.settings.schema import OptimSettings, WarmStart
@@ -52,6 +56,19 @@ def test_no_rate_leaves_its_bounds(schedule: str) -> None:
     for warmup, decay, steps in ((0, None, 1), (10, None, 5), (3, 100, 20), (0, 1, 3)):
         found = rates(steps, schedule=schedule, warmup_steps=warmup, decay_steps=decay, final_factor=0.25)
         assert all(0 < rate <= 2.0 for rate in found)
+
+
+def test_the_documented_schedule_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "EXTENDING.md").read_text()
+    section = page.partition("## A schedule")[2].partition("\n## ")[0]
+    names: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0], names)
+    monkeypatch.setattr(schedules, "square_root", names["square_root"], raising=False)
+    monkeypatch.setitem(limits.CHOICES, "optim.schedule", (*SCHEDULES, "square_root"))
+    settings = load("rulebook_easy", ["optim.schedule=square_root", "steps=4", "optim.learning_rate=2.0"])
+    validate_settings(settings)
+    found = [learning_rate(step, 4, settings.optim) for step in range(4)]
+    assert found == pytest.approx([2.0 * (1 - (step / 4) ** 0.5) for step in range(4)])
 
 
 @pytest.mark.parametrize(
