@@ -15,7 +15,8 @@ from icrl_megatron.data.sampler import TaskSampler, order_seed
 from icrl_megatron.distributed import grid as grids
 from icrl_megatron.distributed.grid import any_rank
 from icrl_megatron.distributed.process import StopRequest, run_rank
-from icrl_megatron.engines.registry import Engines
+from icrl_megatron.engines.rank import Engines
+from icrl_megatron.engines.registry import engine_kind
 from icrl_megatron.model.weights import Gatherer
 from icrl_megatron.rollout.prompts import Prompter, tokenizer
 from icrl_megatron.rollout.watchdog import WATCHDOG
@@ -48,16 +49,14 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes)
     prompter = Prompter(tokenizer(start.tokenizer), settings.rollout)
     found = chosen(settings, catalogue, prompter, start.model, grid, progress)
-    # Servers start while the actor is built, where they do not take its memory. An engine in this process waits for the
-    # actor, which says best what is wrong with a model.
-    served = settings.engine.kind == "sglang"
-    engines = build.build_engines(settings, start, grid) if served else None
+    early = engine_kind(settings.engine.kind).before_actor
+    engines = build.build_engines(settings, start, grid) if early else None
     try:
         first = engines is not None and engines.in_turn
         if first:
             _wait_ready(engines, grid, progress)
         actor = Actor(settings, start.folder, grid, weights=start.found is None)
-        engines = engines if served else build.build_engines(settings, start, grid)
+        engines = engines if early else build.build_engines(settings, start, grid)
         if not first:
             _wait_ready(engines, grid, progress)
         parts = _parts(settings, grid, actor, catalogue, prompter, engines, found, progress)

@@ -36,8 +36,8 @@ from rollout_steps import Step, stage_of, step
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from icrl_megatron.engines.protocol import Sampling
-from icrl_megatron.engines.registry import tensor_shapes
 from icrl_megatron.engines.sglang import SGLangEngine
+from icrl_megatron.engines.sglang_build import tensor_shapes
 from icrl_megatron.engines.sglang_server import Server, ServerSpec, check_version, installed_version
 from icrl_megatron.engines.sglang_weights import Bucket, SharedMemory, filled, sizes
 from icrl_megatron.model.tiny import build_tiny

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from icrl_megatron.engines.registry import Engines, Share
+from icrl_megatron.engines.rank import Engines, Share
 from icrl_megatron.engines.sglang import SGLangEngine
 from icrl_megatron.rollout.episode import Stage
 from icrl_megatron.rollout.prompts import Prompter

@@ -9,26 +9,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from icrl_megatron.engines.protocol import EngineError
+from icrl_megatron.engines.sglang_build import folder_tensors
 from icrl_megatron.engines.sglang_checks import Checksums
 from icrl_megatron.engines.sglang_server import Server
-from icrl_megatron.model.shape import ModelShape, check_folder, locate_weights
+from icrl_megatron.model.shape import ModelShape, check_folder
 from icrl_megatron.utils.errors import ConfigError
 
 TIMEOUT_S = 600.0
-
-
-def tensors(folder: Path, shape: ModelShape, dtype: torch.dtype, device: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the folder as the server keeps it; a tied model's head is its embedding."""
-    for name, stored in locate_weights(folder, shape).items():
-        with safe_open(stored.file, framework="pt", device=device) as file:
-            yield name, file.get_tensor(stored.name).to(dtype)
 
 
 def verify(url: str, folder: Path, key: str = "") -> int:
@@ -43,7 +35,7 @@ def verify(url: str, folder: Path, key: str = "") -> int:
     if dtype is None:
         raise ConfigError(f"{url} was started with --dtype {info.get('dtype')}: start it with bfloat16 or float32")
     expected = Checksums(int(info.get("tp_size") or 1), shape.tied)
-    for name, tensor in tensors(folder, shape, dtype, str(info.get("device") or "cpu")):
+    for name, tensor in folder_tensors(folder, dtype, torch.device(str(info.get("device") or "cpu"))):
         expected.add(name, tensor)
     expected.compare(server.post("/weights_checker", {"action": "checksum"}, TIMEOUT_S))
     return len(expected.expected[0])

@@ -1,10 +1,10 @@
-"""The engine protocol: what the rollout asks of whoever generates tokens, fitted to SGLang's native API."""
+"""The engine protocol: what the rollout and the weight sync need from an engine. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from icrl_megatron.types import Completion
 
@@ -95,3 +95,47 @@ class Engine(WeightReceiver, Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Served(Protocol):
+    """An engine outside of this process. It can be lost, and started again. `Engine`s that are not `Served` are ready
+    once they are built, and end with the rank."""
+
+    def start(self) -> None:
+        """Starts the server without waiting for it; does nothing for a server of `engine.urls`."""
+        ...
+
+    def wait_ready(self, tick: Callable[[], None]) -> None:
+        """Returns when the server takes requests, and calls `tick` meanwhile. Raises EngineError if that takes too
+        long."""
+        ...
+
+    def lost(self) -> str:
+        """Why the server has to be restarted; empty while it works."""
+        ...
+
+    def revive(self) -> None:
+        """Restarts the server. It has the weights of its model folder until the next update. Raises EngineError."""
+        ...
+
+    def take_stats(self) -> EngineStats:
+        """What was counted since the last call."""
+        ...
+
+    def sleep(self) -> None: ...
+
+    def wake_weights(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+
+@runtime_checkable
+class Verifiable(Protocol):
+    """An engine whose weights can be compared with those it was sent."""
+
+    def verify(self, tensors: Iterable[tuple[str, torch.Tensor]], tied: bool) -> bool:
+        """Compares full tensors, under their Hugging Face names, with the engine's. `tied`: the model's head is its
+        embedding. Returns False if the server was lost, before or meanwhile. Raises EngineError with the first name
+        whose values differ."""
+        ...

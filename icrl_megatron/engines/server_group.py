@@ -1,4 +1,4 @@
-"""The ranks on whose GPUs one SGLang server runs: what its leader learns of it, all of them must know."""
+"""The ranks on whose GPUs one server runs: all of them must know what its leader learns about it."""
 
 from __future__ import annotations
 
@@ -7,38 +7,41 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
-
 from icrl_megatron.engines.protocol import EngineError
 
 
 @dataclass(frozen=True)
 class ServerGroup:
-    """All its ranks make the same calls in the same order. The defaults are a rank that shares no GPU with a server of
-    another."""
+    """All its ranks make the same calls in the same order. The defaults are for a rank that shares no server."""
 
     handle: Any = None
-    """A gloo group; None where there is nobody to wait for."""
+    """A gloo group; None if there is no other rank to wait for."""
     lead: int = 0
     """The rank, of all, that leads the server."""
     timeout_s: float = 1800.0
 
     def meet(self) -> None:
-        """Returns once every rank has called it: a GPU's memory is taken when whoever had it has given it back.
+        """Returns once every rank has called it. Memory of a GPU is taken only after its last user has given it back.
 
-        Raises EngineError when one does not come in time.
+        Raises EngineError when a rank does not come in time.
         """
         if self.handle is None:
             return
+        import torch.distributed as dist  # here, so that kinds of engines can be looked at without torch
+
         try:
             dist.monitored_barrier(self.handle, datetime.timedelta(seconds=self.timeout_s))
         except RuntimeError as error:
-            raise EngineError(f"Ranks that share an SGLang server wait for each other in vain: {error}") from error
+            raise EngineError(
+                f"A rank that shares a server did not come within {self.timeout_s:g} s: {error}"
+            ) from error
 
     def of_lead(self, do: Callable[[], bool]) -> bool:
-        """What `do` returns on the rank that leads, or the EngineError it raises there, on every rank."""
+        """Runs `do` on the rank that leads; returns its result, or raises its EngineError, on every rank."""
         if self.handle is None:
             return do()
+        import torch.distributed as dist
+
         found: list[bool | EngineError] = [False]
         if dist.get_rank() == self.lead:
             try:

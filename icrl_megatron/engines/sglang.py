@@ -205,6 +205,15 @@ class SGLangEngine:
             self._lose(f"The SGLang server at {self.server.url} died.")
         return self._lost
 
+    def start(self) -> None:
+        if self.server.spec is not None:
+            self.server.start()
+
+    def wait_ready(self, tick: Callable[[], None] = lambda: None) -> None:
+        """Raises EngineError with the end of the server's log if it does not become ready."""
+        if self.server.spec is not None:
+            self.server.wait_ready(tick)
+
     def revive(self) -> None:
         """Starts the server anew. It holds the weights of its folder until the next update. Raises EngineError."""
         if self.server.spec is None:

@@ -61,7 +61,7 @@ def _single(layout: Layout) -> Iterator[tuple[str, Layout]]:
             yield f"engine.memory_fraction={fraction:g}", layout.but(memory_fraction=fraction)
             fraction = round(fraction - _FRACTION_STEP, 2)
     for size in (2, 4, 8):
-        if size > layout.engine_tensor:
+        if size > layout.engine_tensor and layout.serving.tensor_parallel:
             yield f"engine.tensor_parallel={size}", layout.but(engine_tensor=size)
         if size > layout.tensor:
             words = f"actor.tensor_parallel={size}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from icrl_megatron.engines.registry import engine_kind
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.plan.hardware import GPUS_A_NODE
 from icrl_megatron.settings.schema import Settings
@@ -14,10 +15,12 @@ from icrl_megatron.utils.errors import ConfigError
 class Serving:
     """What the settings say of the engines, and no search moves."""
 
+    kind: str = "sglang"
+    """Its name (engine.kind), for messages."""
     local: bool = False
-    """A model in each rank's own process (engine.kind=local)."""
+    """A model in each rank's own process, e.g. engine.kind=local."""
     remote: bool = False
-    """Servers that somebody else runs, on other GPUs (engine.urls)."""
+    """Servers on other GPUs (engine.urls)."""
     servers: int | None = None
     """How many there are (engine.servers, or those of engine.urls); None: one per engine TP ranks."""
     fp8: bool = False
@@ -27,17 +30,25 @@ class Serving:
     episodes, each of which has one request at a time."""
     on_a_gpu: int = 1
     """Engines that share a GPU: two with a frozen critic."""
+    spare_tokens: int = 0
+    """Tokens of its cache that an engine keeps for itself."""
+    tensor_parallel: bool = True
+    """Whether one engine may use several GPUs."""
 
     @staticmethod
     def of(settings: Settings) -> Serving:
-        engine, local = settings.engine, settings.engine.kind == "local"
+        engine, kind = settings.engine, engine_kind(settings.engine.kind)
+        taken = kind.gpu_memory(engine)
         return Serving(
-            local=local,
-            remote=bool(engine.urls),
+            kind=engine.kind,
+            local=taken == "what is left",
+            remote=taken == "none",
             servers=len(engine.urls) or engine.servers,
-            fp8=engine.quantization == "fp8" and not local,
+            fp8=engine.quantization == "fp8" and kind.quantizes,
             most_running=min(engine.max_batch, settings.rollout.concurrency),
             on_a_gpu=2 if settings.rollout.critic == "frozen" else 1,
+            spare_tokens=kind.spare_tokens,
+            tensor_parallel=kind.tensor_parallel,
         )
 
 
@@ -118,12 +129,12 @@ class Layout:
         return self._engines_refusal(shape) or self._split_refusal(shape, episodes)
 
     def _engines_refusal(self, shape: ModelShape) -> str | None:
-        """As `validate_rollout.check_engine`, which `icrl train` asks."""
+        """As `EngineKind.check_ranks`, which `icrl train` calls."""
         tensor, servers = self.engine_tensor, self.serving.servers
-        if self.serving.local and tensor > 1:
-            return f"engine TP {tensor}: engine.kind=local has only 1"
+        if not self.serving.tensor_parallel and tensor > 1:
+            return f"engine TP {tensor}: engine.kind={self.serving.kind} has only 1"
         if self.serving.local and servers:
-            return "engine.servers and engine.urls are SGLang's, not of engine.kind=local"
+            return f"engine.servers and engine.urls are SGLang's, not of engine.kind={self.serving.kind}"
         if self.serving.remote and self.serving.on_a_gpu > 1:
             return "engine.urls starts no server for a frozen critic"
         if self.gpus % tensor:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from icrl_megatron.engines.sglang_server import CONTEXT_SPARE
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.plan.calibration import CONSTANTS, Constants
 from icrl_megatron.plan.hardware import Gpu
@@ -164,12 +163,13 @@ def engine(shape: ModelShape, layout: Layout, settings: Settings, gpu: Gpu, left
     """
     of_weights, engines = engine_bytes(shape, layout), layout.serving.on_a_gpu
     token = kv_bytes_a_token(shape, layout.engine_tensor, layout.item)
-    least = (settings.rollout.context_tokens + CONTEXT_SPARE) * token
+    spare = layout.serving.spare_tokens
+    least = (settings.rollout.context_tokens + spare) * token
     if layout.serving.local:  # its cache grows with what it decodes
         cache = max(least, left / engines - of_weights)
         return Engine(engines * of_weights, cache, engines * cache)
     share = layout.memory_fraction / engines * gpu.memory_bytes - of_weights
-    cache = max(least, min(share, ((settings.engine.kv_tokens or math.inf) + CONTEXT_SPARE) * token))
+    cache = max(least, min(share, ((settings.engine.kv_tokens or math.inf) + spare) * token))
     if layout.serving.remote:  # on its owner's GPUs, which are taken to be like ours
         return Engine(0.0, cache, 0.0)
     smallest = (of_weights + least) * engines / gpu.memory_bytes

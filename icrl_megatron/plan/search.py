@@ -47,8 +47,7 @@ def search(settings: Settings, gpus: int, gpu: Gpu) -> Found:
     best: list[Plan] = []
     rejected: list[Rejected] = []
     base = Layout.of(settings, gpus)
-    # A local engine lives inside its rank.
-    engines = (1,) if settings.engine.kind == "local" else SIZES
+    engines = SIZES if base.serving.tensor_parallel else (1,)
     stages = [size for size in range(1, MOST_STAGES + 1) if shape.layers % size == 0]
     for tensor, pipeline, context, engine in product(SIZES, stages, CONTEXT, engines):
         sizes = {"tensor": tensor, "pipeline": pipeline, "context": context, "engine_tensor": engine}

@@ -13,7 +13,7 @@ import numpy as np
 
 from icrl_megatron.distributed.grid import Failure, attempt, raise_failures
 from icrl_megatron.engines.protocol import EngineError, EngineStats
-from icrl_megatron.engines.registry import Engines, Share
+from icrl_megatron.engines.rank import Engines, Share
 from icrl_megatron.rollout.episode import Ended, Stage, play_all
 from icrl_megatron.rollout.groups import Groups, deal
 from icrl_megatron.rollout.speakers import Casting, Meter, Seeds

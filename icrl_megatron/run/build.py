@@ -7,9 +7,10 @@ from pathlib import Path
 from icrl_megatron.distributed import grid as grids
 from icrl_megatron.distributed import platform
 from icrl_megatron.distributed.grid import any_rank
-from icrl_megatron.engines import registry as engines_module
-from icrl_megatron.engines.registry import Engines
-from icrl_megatron.engines.sglang import SGLangEngine
+from icrl_megatron.engines.kind import EngineRequest
+from icrl_megatron.engines.protocol import Verifiable
+from icrl_megatron.engines.rank import Engines
+from icrl_megatron.engines.registry import engine_kind
 from icrl_megatron.engines.sync import WeightSync
 from icrl_megatron.model.gpt import DTYPES
 from icrl_megatron.model.shape import ModelShape
@@ -31,20 +32,29 @@ def build_engines(settings: Settings, start: Start, grid: grids.Grid) -> Engines
     """This rank's engines, not ready yet; None in the debug modes that generate nothing."""
     if settings.debug.mode in ("from_dump", "fake_data"):
         return None
-    dtype, logs = DTYPES[settings.actor.precision], run_folder(settings) / "logs"
-    return engines_module.build(settings, start.folder, grid, dtype, platform.device(), logs, start.has_weights)
+    request = EngineRequest(
+        settings=settings,
+        folder=start.folder,
+        grid=grid,
+        dtype=DTYPES[settings.actor.precision],
+        device=platform.device(),
+        logs=run_folder(settings) / "logs",
+        weights=start.has_weights,
+        critic=start.folder if settings.rollout.critic == "frozen" else None,
+    )
+    return engine_kind(settings.engine.kind).build(request)
 
 
 def weight_sync(settings: Settings, gatherer: Gatherer, engines: Engines | None, tied: bool) -> WeightSync:
-    """What the actor's weights are pushed with. An engine that is not of this process is asked for checksums once."""
+    """What pushes the actor's weights. The first push that reaches every engine is verified, if the engines can."""
     if engines is None:
         return WeightSync(gatherer, NoEngine())
-    if settings.engine.kind == "local" or settings.engine.quantization:  # what was quantised has other values
+    if not engine_kind(settings.engine.kind).verifies(settings.engine):
         return WeightSync(gatherer, engines.trained, frozen=engines.frozen, meet=engines.group.meet)
 
     def verify() -> bool:
         stream, same = gatherer.stream(), True
-        if isinstance(engines.trained, SGLangEngine):
+        if isinstance(engines.trained, Verifiable):
             same = engines.trained.verify(stream, tied)
         for _ in stream:
             pass

@@ -9,12 +9,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from icrl_megatron.engines.registry import engine_kind
 from icrl_megatron.model.shape import ModelShape, check_folder
 from icrl_megatron.run import files as run_files
 from icrl_megatron.run import start
 from icrl_megatron.run.heldout import check_earlier_rows, check_rows
 from icrl_megatron.run.resume import check_resume, earlier
-from icrl_megatron.run.rollout_checks import check_engine, check_installed, check_rollout
+from icrl_megatron.run.rollout_checks import check_rollout
 from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.settings.limits import CHOICES, LOSSES, RANGES, TRACKERS
 from icrl_megatron.settings.schema import ActorSettings, AlgoSettings, Settings, TrackerSettings
@@ -38,7 +39,7 @@ def validate(settings: Settings) -> None:
     validate_settings(settings)
     validate_grid(settings, ranks(settings), ranks_on_node(settings))
     _check_tasks(settings, before)
-    check_installed(settings.engine)
+    engine_kind(settings.engine.kind).check_installed(settings.engine)
     validate_shape(settings, _check_model(settings))
     _check_debug(settings)
     _check_writable(folder)
@@ -63,6 +64,7 @@ def validate_settings(settings: Settings) -> None:
     _check_trackers(settings.trackers)
     _check_algo(settings.algo, settings)
     check_rollout(settings)
+    engine_kind(settings.engine.kind).check(settings)
 
 
 def validate_shape(settings: Settings, shape: ModelShape) -> None:
@@ -235,7 +237,7 @@ def validate_grid(settings: Settings, world: int, on_node: int) -> None:
     replicas, tasks = world // cell, settings.rollout.tasks_per_step * settings.rollout.episodes_per_task
     if replicas > tasks:
         raise ConfigError(f"{replicas} replicas share {tasks} episodes a step: raise rollout.tasks_per_step")
-    check_engine(settings, world, on_node)
+    engine_kind(settings.engine.kind).check_ranks(settings, world, on_node)
     if actor.fp8 != "off" and (settings.launch.device == "cpu" or actor.precision != "bf16"):
         raise ConfigError(
             f"actor.fp8={actor.fp8} needs a GPU with FP8 and actor.precision=bf16 "

@@ -20,6 +20,7 @@ from icrl_megatron.actor import checkpoint, manifest
 from icrl_megatron.actor.actor import Actor
 from icrl_megatron.actor.side_files import read_side_files, write_side_files
 from icrl_megatron.distributed.grid import Grid, gather_objects, meet, together
+from icrl_megatron.engines.registry import engine_kind
 from icrl_megatron.settings.loading import KEPT_MODEL
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
@@ -98,10 +99,11 @@ def begin(run_dir: Path, model_path: Path, grid: Grid, log: Log) -> Start:
 
 def require_weights(start: Start, settings: Settings) -> None:
     """Raises ConfigError if the model's folder is gone and a part of the run needs the starting weights again."""
+    kind, why = settings.engine.kind, engine_kind(settings.engine.kind).needs_folder
     needs = {
         f"algo.kl_coef={settings.algo.kl_coef:g} (the reference model)": settings.algo.kl_coef > 0,
         "rollout.critic=frozen": settings.rollout.critic == "frozen",
-        "engine.kind=sglang (its servers load the model's folder when they start)": settings.engine.kind == "sglang",
+        f"engine.kind={kind} ({why})": bool(why),
     }
     named = [what for what, needed in needs.items() if needed]
     if start.found is None:

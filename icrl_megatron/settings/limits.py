@@ -11,7 +11,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "baseline": ("", "grpo"),
     "model.init.family": ("qwen3", "qwen2"),
     "rollout.critic": ("self", "frozen", "external", "empty"),
-    "engine.kind": ("local", "sglang"),
     "engine.quantization": ("", "fp8"),
     "algo.preset": ("paper", "reference"),
     "algo.group_by": ("task_role", "task_round_role", "task"),

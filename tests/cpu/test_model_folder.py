@@ -15,7 +15,7 @@ import pytest
 import torch
 from model_folders import copy, make_folder, read_index, save, shard, tensors, with_fields, write_index, write_sparse
 
-from icrl_megatron.engines.registry import tensor_shapes
+from icrl_megatron.engines.sglang_build import tensor_shapes
 from icrl_megatron.model.shape import ModelShape, check_folder, locate_weights
 from icrl_megatron.plan.models import PUBLISHED
 from icrl_megatron.run.checks import validate

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from icrl_megatron.engines import registry as engines
+from icrl_megatron.engines.sglang_build import server_spec
 from icrl_megatron.plan import hardware, memory, planner
 from icrl_megatron.plan.changes import KINDS, changes
 from icrl_megatron.plan.hardware import GIB
@@ -40,7 +40,8 @@ def plan(*overrides: str, gpu: hardware.Gpu = H100, gpus: int | None = None) -> 
 def asked_for(settings: Settings, gpu: hardware.Gpu, folder: Path) -> float:
     """Bytes of a GPU that the command of a server asks for: weights and cache are --mem-fraction-static of it, or
     weights and --max-total-tokens where that is less. Of both servers, where the critic has its own."""
-    words = engines._spec(settings, folder, torch.device("cuda", 0), folder / "log").command(port=1)
+    two = settings.rollout.critic == "frozen"
+    words = server_spec(settings, folder, torch.device("cuda", 0), folder / "log", two).command(port=1)
     given = dict(pairwise(words))
     made = planner.plan(settings, gpu=gpu)
     servers = 2 if settings.rollout.critic == "frozen" else 1

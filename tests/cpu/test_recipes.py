@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from model_folders import write_sparse
 
+from icrl_megatron.engines import sglang_kind
 from icrl_megatron.plan import planner
 from icrl_megatron.plan.models import shape_of
 from icrl_megatron.run import checks as validate
-from icrl_megatron.run import rollout_checks as validate_rollout
 from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.settings.schema import EngineSettings, Settings
 from icrl_megatron.settings.task_schema import TaskSettings, TaskSource
@@ -80,7 +80,7 @@ def test_recipe_is_valid(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         settings = with_model(settings, tmp_path / "model")
     validate.validate(stood_in(settings))
     if supplied(settings):
-        monkeypatch.setattr(validate_rollout, "installed_version", lambda python: None)  # it is in the image
+        monkeypatch.setattr(sglang_kind, "installed_version", lambda python: None)  # it is in the image
         with pytest.raises(ConfigError, match=r"SGLang|tasks\.sources|data\.(servers|train|corpus)"):
             validate.validate(settings)
     else:

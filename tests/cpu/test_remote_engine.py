@@ -19,9 +19,11 @@ import torch
 from safetensors.torch import load_file
 
 from icrl_megatron.distributed.grid import Grid
+from icrl_megatron.engines.kind import EngineRequest
 from icrl_megatron.engines.protocol import EngineError
-from icrl_megatron.engines.registry import Engines, _address, build
+from icrl_megatron.engines.rank import Engines
 from icrl_megatron.engines.sglang import SGLangEngine
+from icrl_megatron.engines.sglang_build import _address, build
 from icrl_megatron.engines.sglang_checks import Checksums
 from icrl_megatron.engines.sglang_server import TESTED
 from icrl_megatron.engines.sglang_weights import _gloo_on
@@ -92,7 +94,7 @@ def connect(stand: Stand, model: Path, api_key_env: str = "") -> Engines:
     engine = EngineSettings(kind="sglang", urls=[stand.url], tensor_parallel=1, api_key_env=api_key_env)
     settings = Settings(engine=engine)
     grid = Grid(0, 1, 1, 0, 1, 0, 1, 0, None)
-    return build(settings, model, grid, torch.float32, torch.device("cpu"), model / "logs")
+    return build(EngineRequest(settings, model, grid, torch.float32, torch.device("cpu"), model / "logs"))
 
 
 def test_one_rank_may_use_a_server_of_two_workers(stand: Stand, model: Path) -> None:

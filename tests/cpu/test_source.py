@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from icrl_megatron.engines.protocol import EngineError, EngineLostError, EngineStats, RequestFailedError
-from icrl_megatron.engines.registry import Share, lead_rank
+from icrl_megatron.engines.rank import Share, lead_rank
 from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.episode import Stage
 from icrl_megatron.rollout.prompts import Prompter, template_words

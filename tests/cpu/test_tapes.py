@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.engines.protocol import EngineStats
-from icrl_megatron.engines.registry import Share
+from icrl_megatron.engines.rank import Share
 from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.episode import Ended, Stage, play_all
 from icrl_megatron.rollout.groups import Groups, deal

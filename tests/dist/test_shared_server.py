@@ -30,7 +30,7 @@ from icrl_megatron.distributed.grid import any_rank
 from icrl_megatron.engines.sync import WeightSync
 from icrl_megatron.settings.schema import EngineSettings, Settings
 from icrl_megatron.engines.protocol import EngineError, NoAnswerError
-from icrl_megatron.engines.registry import Engines, Share
+from icrl_megatron.engines.rank import Engines, Share
 from icrl_megatron.engines.server_group import ServerGroup
 from icrl_megatron.engines.sglang import Follower, SGLangEngine
 from icrl_megatron.engines.sglang_checks import Checksums

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from icrl_megatron.engines.protocol import Sampling
-from icrl_megatron.engines.registry import tensor_shapes
 from icrl_megatron.engines.sglang import SGLangEngine
+from icrl_megatron.engines.sglang_build import tensor_shapes
 from icrl_megatron.engines.sglang_server import Server, ServerSpec
 from icrl_megatron.engines.sglang_weights import SharedMemory
 from icrl_megatron.settings.schema import EngineSettings

@@ -28,8 +28,9 @@ from engine_cases import (
 
 from icrl_megatron.distributed import platform
 from icrl_megatron.engines.protocol import EngineError, RequestFailedError, Sampling
-from icrl_megatron.engines.registry import Engines, Share, _remote
+from icrl_megatron.engines.rank import Engines, Share
 from icrl_megatron.engines.sglang import SGLangEngine
+from icrl_megatron.engines.sglang_build import _remote
 from icrl_megatron.engines.sglang_server import Server
 from icrl_megatron.engines.sync import WeightSync
 from icrl_megatron.model.tiny import build_tiny

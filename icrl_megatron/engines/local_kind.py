@@ -1,0 +1,19 @@
+"""`engine.kind=local`: a transformers model in each rank's own process."""
+
+from __future__ import annotations
+
+from icrl_megatron.engines.kind import EngineKind, EngineRequest
+from icrl_megatron.engines.rank import Engines, Share
+
+
+class Local(EngineKind):
+    def build(self, request: EngineRequest) -> Engines:
+        from icrl_megatron.engines.local import LocalEngine  # torch and transformers: only where it is built
+
+        engine, dtype, device, grid = request.settings.engine, request.dtype, request.device, request.grid
+        solver = LocalEngine(request.folder, engine, dtype, device, request.weights)
+        critic = LocalEngine(request.critic, engine, dtype, device) if request.critic is not None else None
+        return Engines(solver, solver, critic, Share(grid.rank, grid.world))
+
+
+KIND = Local()

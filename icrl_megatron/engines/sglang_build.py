@@ -1,0 +1,206 @@
+"""Builds a rank's part of the SGLang servers: the server that it leads, or a share in one that another rank leads.
+
+Ranks are divided into as many groups of neighbors as there are servers. The first rank of a group leads: it starts and
+watches the server, plays the group's share of the tasks, and sends the weights.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import urllib.parse
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+
+from icrl_megatron.distributed.grid import Grid
+from icrl_megatron.engines.kind import EngineRequest
+from icrl_megatron.engines.protocol import EngineError, NoAnswerError
+from icrl_megatron.engines.rank import Engines, Share, lead_rank
+from icrl_megatron.engines.server_group import ServerGroup
+from icrl_megatron.engines.sglang import Follower, SGLangEngine
+from icrl_megatron.engines.sglang_checks import require_context
+from icrl_megatron.engines.sglang_server import Server, ServerSpec, check_version
+from icrl_megatron.engines.sglang_weights import OverGroup, Shapes, SharedMemory, Sink, Transport
+from icrl_megatron.model.shape import ModelShape, locate_weights
+from icrl_megatron.settings.schema import EngineSettings, Settings
+from icrl_megatron.utils.errors import ConfigError
+
+
+def build(request: EngineRequest) -> Engines:
+    """What this rank leads. Servers are started unless they start `in_turn`, and not waited for (`wait_ready`). All
+    ranks call it together.
+
+    Raises ConfigError if an engine cannot be what the settings say.
+    """
+    settings, grid, device = request.settings, request.grid, request.device
+    in_turn = _in_turn(request)
+    servers = server_count(settings, grid.world)
+    number, limit_s = grid.rank // (grid.world // servers), settings.launch.timeout_s
+    lead = lead_rank(grid.rank, grid.world, servers)
+    group = _group(grid, servers, limit_s) if in_turn else None
+    together = ServerGroup(group, lead, limit_s)
+    if grid.rank != lead:
+        tensor, sync_s = settings.engine.tensor_parallel, settings.engine.sync_timeout_s
+        offers = SharedMemory(None, tensor, group, lead, sync_s) if group else None
+        sink = Sink(tensor_shapes(request.folder), request.dtype, device, settings.engine.bucket_mib)
+        return Engines(Follower(sink, offers), None, None, Share(None, servers), in_turn, together)
+    solver = _remote_engine(request, number) if settings.engine.urls else _own_engine(request, number, group, lead)
+    critic = None
+    if request.critic is not None:
+        log = request.logs / f"sglang_critic_{number}.log"
+        spec = replace(server_spec(settings, request.critic, device, log, two=True), keeps_weights=True)
+        shapes = tensor_shapes(request.critic)
+        critic = SGLangEngine(Server(spec), settings.engine, _no_transport, shapes, request.dtype, device)
+    engines = Engines(solver, solver, critic, Share(number, servers), in_turn, together)
+    if not in_turn:
+        engines.start()
+    return engines
+
+
+def _in_turn(request: EngineRequest) -> bool:
+    """Whether servers have to start one after another: they share GPUs with the actor, or with each other."""
+    if request.device.type != "cuda" or request.settings.engine.urls:
+        return False
+    shared = request.synced or request.critic is not None
+    if shared and "expandable_segments:True" in _allocator_settings():
+        raise ConfigError(
+            "PYTORCH_CUDA_ALLOC_CONF has expandable_segments:True: such memory can be neither released nor mapped by "
+            "an engine beside the actor; take it out, or use engine.urls"
+        )
+    return shared
+
+
+def _own_engine(request: EngineRequest, number: int, group: Any, lead: int) -> SGLangEngine:
+    """On a server that this rank starts."""
+    settings, log = request.settings, request.logs / f"sglang_{number}.log"
+    spec = server_spec(settings, request.folder, request.device, log, two=request.critic is not None)
+    server = Server(replace(spec, keeps_weights=not request.synced))
+
+    def transport() -> Transport:
+        return SharedMemory(server, settings.engine.tensor_parallel, group, lead, settings.engine.sync_timeout_s)
+
+    shapes = tensor_shapes(request.folder)
+    return SGLangEngine(server, settings.engine, transport, shapes, request.dtype, request.device)
+
+
+def _remote_engine(request: EngineRequest, number: int) -> SGLangEngine:
+    """On a server of `engine.urls`. If nobody pushes weights later, it gets those of the folder now: nobody knows which
+    ones it has."""
+    server, engine = _remote(request.settings, request.settings.engine.urls[number])
+    host, device = _address(server.url), request.device
+
+    def transport() -> Transport:
+        return OverGroup(server, engine.tensor_parallel, host, device, engine.sync_timeout_s)
+
+    solver = SGLangEngine(server, engine, transport, tensor_shapes(request.folder), request.dtype, device)
+    if not request.synced:
+        solver.update_weights(folder_tensors(request.folder, request.dtype, device), version=1)
+        if why := solver.lost():
+            raise EngineError(why)
+    return solver
+
+
+def folder_tensors(folder: Path, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a Hugging Face folder, one at a time. Raises ConfigError unless it has all of the model's."""
+    for name, stored in locate_weights(folder, ModelShape.read(folder)).items():
+        with safe_open(stored.file, framework="pt", device=str(device)) as file:
+            yield name, file.get_tensor(stored.name).to(dtype)
+
+
+def server_count(settings: Settings, world: int) -> int:
+    """How many servers `world` ranks have."""
+    engine = settings.engine
+    return len(engine.urls) or engine.servers or max(1, world // engine.tensor_parallel)
+
+
+def tensor_shapes(folder: Path) -> Shapes:
+    """Every tensor of a Hugging Face folder's model with its shape; a tied model has no head. Raises ConfigError."""
+    return ModelShape.read(folder).tensors()
+
+
+def server_spec(settings: Settings, folder: Path, device: torch.device, log: Path, two: bool) -> ServerSpec:
+    """What a server is started with. `two`: whether two servers share the GPU."""
+    engine = settings.engine
+    if two:
+        engine = replace(engine, memory_fraction=engine.memory_fraction / 2)
+    return ServerSpec(
+        model=folder,
+        settings=engine,
+        precision=settings.actor.precision,
+        context_tokens=settings.rollout.context_tokens,
+        log=log.resolve(),
+        on_cpu=device.type == "cpu",
+        first_gpu=device.index or 0,
+    )
+
+
+def _remote(settings: Settings, url: str) -> tuple[Server, EngineSettings]:
+    """A server of `engine.urls` that was checked to fit, and the settings with its number of workers."""
+    named = settings.engine.api_key_env
+    server = Server(None, url.rstrip("/"), os.environ.get(named, ""))
+    try:
+        info = server.info()
+    except EngineError as error:
+        raise ConfigError(f"engine.urls: {error}") from error
+    check_version(info.get("version"), settings.engine, url)
+    require_context(server, settings.rollout.context_tokens)
+    if info.get("preferred_sampling_params"):
+        raise ConfigError(
+            f"{url} has --preferred-sampling-params {info['preferred_sampling_params']}: log-probs would not be those "
+            "of the policy; start it without"
+        )
+    _close_update(server, settings.engine.sync_timeout_s)
+    return server, replace(settings.engine, tensor_parallel=int(info.get("tp_size") or 1))
+
+
+def _close_update(server: Server, timeout_s: float) -> None:
+    """Ends an update that a killed run left open, because no other could begin. SGLang refuses this if none is open,
+    which is fine."""
+    try:
+        server.post("/end_weight_update", {}, timeout_s)
+    except NoAnswerError as error:
+        raise ConfigError(f"engine.urls: {error} It may wait for a run that is gone: restart it.") from error
+    except EngineError as error:
+        if "no weight-update session" not in str(error):
+            raise ConfigError(f"engine.urls: {error}") from error
+
+
+def _group(grid: Grid, servers: int, timeout_s: float) -> Any:
+    """The host group of the ranks that offer buffers to this rank's server; None if each rank has its own server."""
+    size, mine = grid.world // servers, None
+    if size > 1:
+        for first in range(0, grid.world, size):
+            ranks = list(range(first, first + size))
+            group = dist.new_group(ranks, backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+            mine = group if grid.rank in ranks else mine
+    return mine
+
+
+def _address(url: str) -> str:
+    """The address at which the workers of a remote server reach this rank: that of the interface toward them.
+
+    Raises ConfigError if there is none.
+    """
+    parts = urllib.parse.urlsplit(url)
+    try:
+        family, kind, _, _, there = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(there)  # sends nothing
+            return str(probe.getsockname()[0])
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"engine.urls: there is no way to {url} ({error})") from error
+
+
+def _allocator_settings() -> str:
+    return os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
+
+
+def _no_transport() -> Transport:
+    raise EngineError("Weights were sent to the frozen critic.")
