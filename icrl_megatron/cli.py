@@ -238,15 +238,12 @@ def eval_(
     """Measure a model on held-out problems: alone, with critique, and against another on the same seeds."""
     from icrl_megatron.evaluation.result import Request
     from icrl_megatron.evaluation.run import evaluate
-    from icrl_megatron.evaluation.views import show as show_result
 
     named, subsets, changed = tuple(task or ()), tuple(on or ("test",)), tuple(overrides or ())
     request = Request(
         model, named, subsets, rounds, samples, problems, critic, revise_all, against, out, changed, overwrite
     )
-    result, folder = evaluate(request)
-    show_result(result)
-    typer.echo(f"written to {folder}: eval.json, eval.png")
+    raise typer.Exit(evaluate(request))
 
 
 @app.command("report")

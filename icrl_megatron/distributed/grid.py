@@ -20,6 +20,9 @@ from icrl_megatron.utils.errors import ConfigError, HopelessError
 
 T = TypeVar("T")
 
+SHARE_TIMEOUT_S = 86400.0
+"""How long ranks without a model wait for each other, at least."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -50,15 +53,7 @@ def build(settings: Settings) -> Grid:
     from megatron.core import parallel_state, tensor_parallel
 
     timeout = datetime.timedelta(seconds=settings.launch.timeout_s)
-    if not dist.is_initialized():
-        rendezvous.keep_to_this_machine(settings.engine)
-        dist.init_process_group(
-            platform.backend(),
-            store=rendezvous.store(timeout),
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-            timeout=timeout,
-        )
+    _join(settings, platform.backend(), timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=settings.actor.tensor_parallel,
         pipeline_model_parallel_size=settings.actor.pipeline_parallel,
@@ -77,6 +72,31 @@ def build(settings: Settings) -> Grid:
         data_rank=parallel_state.get_data_parallel_rank(),
         host_group=dist.new_group(backend="gloo", timeout=timeout),
     )
+
+
+def _join(settings: Settings, backend: str, timeout: datetime.timedelta) -> None:
+    if not dist.is_initialized():
+        rendezvous.keep_to_this_machine(settings.engine)
+        dist.init_process_group(
+            backend,
+            store=rendezvous.store(timeout),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timeout,
+        )
+
+
+def without_model(settings: Settings) -> Grid:
+    """The place of a rank that holds no part of a model: such ranks only exchange Python objects. One rank alone needs
+    no process group, and its grid has no `host_group`."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return Grid(0, 1, 1, 0, 1, 0, 1, 0, None)
+    # The agent ends all ranks when one dies. Their shares may take very different times, so the wait is long.
+    timeout = datetime.timedelta(seconds=max(settings.launch.timeout_s, SHARE_TIMEOUT_S))
+    _join(settings, "gloo", timeout)
+    rank = dist.get_rank()
+    return Grid(rank, world, 1, 0, 1, 0, world, rank, dist.new_group(backend="gloo", timeout=timeout))
 
 
 def single_process() -> None:

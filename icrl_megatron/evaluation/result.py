@@ -12,6 +12,7 @@ from icrl_megatron.run.heldout import TEST
 from icrl_megatron.utils.errors import ConfigError
 
 RESULT = "eval.json"
+PICTURE = "eval.png"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,18 @@ class Request:
     overrides: tuple[str, ...] = ()
     overwrite: bool = False
     """Whether `out` may be replaced whatever is there."""
+
+    def critic_address(self) -> str:
+        """The address of the critic's endpoint; empty if the critic is none."""
+        return self.critic if self.critic.startswith(("http://", "https://")) else ""
+
+    def critic_folder(self) -> Path | None:
+        """Where another critic's weights are."""
+        return Path(self.critic) if self.critic and not self.critic_address() else None
+
+    def reads(self) -> list[Path]:
+        """What the evaluation reads, and so must not replace."""
+        return [path for path in (self.model, self.critic_folder(), self.against) if path is not None]
 
 
 @dataclass(frozen=True)

@@ -40,13 +40,14 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def launch(
-    settings_path: Path,
+    file: Path,
     ranks: int,
     log_dir: Path,
     module: str = "icrl_megatron.train",
     stop_timeout_s: float = 1800.0,
+    stopping: str = "stopping: the ranks save first; Ctrl-C again ends them at once",
 ) -> int:
-    """Runs `python -m MODULE SETTINGS` in `ranks` processes and returns one of the exit codes above.
+    """Runs `python -m MODULE FILE` in `ranks` processes and returns one of the exit codes above.
 
     Rank 0 owns the terminal; the others write to files under `log_dir`, and the end of the one that failed first is
     shown. The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 reaches each rank as one SIGUSR1; they have `stop_timeout_s` to
@@ -55,7 +56,7 @@ def launch(
     with disk_errors(log_dir, "the logs of ranks"):
         log_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "icrl_megatron.launch.agent", f"--nproc-per-node={ranks}", f"--log-dir={log_dir}"]
-    command += ["-m", module, str(settings_path)]
+    command += ["-m", module, str(file)]
     # Not on the disk of the run: ranks say there, too, that this disk is full.
     with tempfile.TemporaryDirectory(prefix="icrl_launch_") as control, _counting_signals() as received:
         outcome, stop, started = (Path(control) / name for name in ("outcome.json", "stop", "started"))
@@ -64,7 +65,7 @@ def launch(
         agent = subprocess.Popen(command, env=env, start_new_session=True)
         try:
             with _starting(ranks, started) as tick:
-                killed = _wait(agent, received, stop, stop_timeout_s, tick)
+                killed = _wait(agent, received, stop, stop_timeout_s, stopping, tick)
         finally:
             _kill_tree(agent)
         return killed or _exit_code(agent.returncode, outcome)
@@ -113,6 +114,7 @@ def _wait(
     received: dict[int, int],
     stop: Path,
     stop_timeout_s: float,
+    stopping: str,
     tick: Callable[[], None],
 ) -> int:
     """Until the agent ends: 0 then, or an exit code of ours when it has to be killed. Forwards one stop request."""
@@ -128,7 +130,7 @@ def _wait(
             for rank in _children(agent.pid, recursive=False):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     rank.send_signal(signal.SIGUSR1)
-            print("stopping: the ranks save first; Ctrl-C again ends them at once", file=sys.stderr)
+            print(stopping, file=sys.stderr)
         if received[signal.SIGINT] > 1:
             return KILLED
         if deadline is not None and time.monotonic() > deadline:

@@ -59,7 +59,7 @@ def _check_resume(settings: Settings, folder: Path) -> list[Settings]:
 
 def validate_settings(settings: Settings) -> None:
     """What the settings alone tell, wherever the run's files and GPUs are. Raises ConfigError."""
-    _check_values(settings)
+    check_values(settings)
     _check_sources(settings)
     _check_trackers(settings.trackers)
     _check_algo(settings.algo, settings)
@@ -95,7 +95,9 @@ def _get(settings: Settings, name: str) -> object:
     return value
 
 
-def _check_values(settings: Settings) -> None:
+def check_values(settings: Settings) -> None:
+    """Raises ConfigError if a single setting is not one of its choices or out of its range."""
+    engine_kind(settings.engine.kind)
     for name, choices in CHOICES.items():
         value = _get(settings, name)
         if value is not None and value not in choices:

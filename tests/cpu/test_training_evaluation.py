@@ -41,9 +41,9 @@ def test_its_tokens_and_its_time_are_counted_apart(rows: list[Row]) -> None:
 def test_it_sees_the_newest_weights(rows: list[Row], finished_run: Path, tmp_path: Path) -> None:
     """What the training's own engine measured last is what the exported model does with the same seeds."""
     code = (
-        "import sys; from pathlib import Path; from icrl_megatron.evaluation import run as evaluation\n"
+        "import sys; from pathlib import Path; from icrl_megatron.evaluation import play, run as evaluation\n"
         "from icrl_megatron.rollout.speakers import Seeds\n"
-        "evaluation.SEEDS = Seeds(run=0, step=0, purpose='heldout')\n"
+        "play.SEEDS = Seeds(run=0, step=0, purpose='heldout')\n"
         "evaluation.evaluate(evaluation.Request(Path(sys.argv[1]), problems=8, out=Path(sys.argv[2])))"
     )
     command = [sys.executable, "-c", code, str(finished_run), str(tmp_path)]

@@ -1,0 +1,228 @@
+"""One rank of `icrl eval`: plays its share of the problems on its engine; the first rank writes and shows the result.
+
+python -m icrl_megatron.evaluation.play JOB.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch.distributed as dist
+
+from icrl_megatron.distributed import grid as grids
+from icrl_megatron.distributed import platform
+from icrl_megatron.distributed.grid import Grid
+from icrl_megatron.distributed.process import STOP_ENV, STOPPED, leave_outcome, report_started, run_rank
+from icrl_megatron.engines.kind import EngineRequest
+from icrl_megatron.engines.protocol import EngineError
+from icrl_megatron.engines.rank import Engines
+from icrl_megatron.engines.registry import engine_kind
+from icrl_megatron.evaluation.job import Job
+from icrl_megatron.evaluation.result import PICTURE, RESULT, Result, read_result
+from icrl_megatron.evaluation.scores import compare, score, successes
+from icrl_megatron.model.gpt import DTYPES
+from icrl_megatron.model.shape import ModelShape
+from icrl_megatron.rollout.episode import Stage
+from icrl_megatron.rollout.external import ExternalSpeaker, first_model
+from icrl_megatron.rollout.prompts import Prompter, tokenizer
+from icrl_megatron.rollout.room import TooLongError
+from icrl_megatron.rollout.source import EngineSource, Played
+from icrl_megatron.rollout.speakers import Casting, EmptyCritic, EngineSpeaker, Seeds, Speaker, engine_casting
+from icrl_megatron.run.problems import Share, examine, left_out, refusal
+from icrl_megatron.tasks import registry
+from icrl_megatron.tasks.datasets import content_hash, subset_of
+from icrl_megatron.types import Task
+from icrl_megatron.utils import results
+from icrl_megatron.utils.connections import Connections
+from icrl_megatron.utils.disk import disk_errors
+from icrl_megatron.utils.errors import ConfigError, HopelessError
+from icrl_megatron.utils.files import write_atomically
+from icrl_megatron.utils.progress import Progress
+
+SEEDS = Seeds(run=0, step=0, purpose="eval")
+"""Fixed: two evaluations of the same problems differ only by their models."""
+
+
+def run(job: Job) -> None:
+    """Plays the job on the ranks that call this together, and writes and shows the result on the first of them.
+
+    Raises ConfigError if problems are too long or the engine cannot be what the settings say, and HopelessError if an
+    engine fails.
+    """
+    platform.prepare(job.settings.launch.device)
+    try:
+        with _joined(job) as grid:
+            played, too_long = _play(job, grid, Progress(enabled=grid.rank == 0))
+    except EngineError as error:
+        raise HopelessError(str(error)) from error
+    if grid.rank == 0:
+        from icrl_megatron.evaluation.views import show  # matplotlib: only where it draws
+
+        result = replace(_result(job, played), too_long=too_long)
+        _write(result, job)
+        show(result)
+        print(f"written to {job.out}: {RESULT}, {PICTURE}")
+
+
+@contextmanager
+def _joined(job: Job) -> Iterator[Grid]:
+    """This rank's place among those of the evaluation."""
+    grid = grids.without_model(job.settings)
+    try:
+        if grid.rank == 0:
+            report_started()
+        yield grid
+    finally:
+        if dist.is_initialized() and grid.world > 1:
+            dist.destroy_process_group()
+
+
+def _play(job: Job, grid: Grid, progress: Progress) -> tuple[Played, int]:
+    """(the episodes of all ranks in the order of the tasks, how many problems were left out as too long)."""
+
+    def gather(mine: Any) -> list[Any]:
+        return [mine] if grid.world == 1 else grids.gather_objects(grid, mine)
+
+    shape = ModelShape.read(job.folder)
+    rollout = job.settings.rollout
+    rollout = replace(rollout, context_tokens=min(rollout.context_tokens, shape.max_positions))
+    settings = replace(job.settings, rollout=rollout)
+    prompter = Prompter(tokenizer(job.folder), rollout)
+    _check_critic(job)
+    catalogue = registry.Catalogue(settings.tasks.sources, rollout.max_observation_bytes)
+    share = Share(grid.rank, grid.world, gather)
+    tasks = _fitting(replace(job, settings=settings), catalogue, prompter, share, shape.max_positions, progress)
+    stage = Stage(
+        catalogue.environment, prompter, rollout, job.request.revise_successes, settings.tasks.too_long == "drop"
+    )
+    request = EngineRequest(
+        settings=settings,
+        folder=job.folder,
+        grid=grid,
+        dtype=DTYPES[settings.actor.precision],
+        device=platform.device(),
+        logs=job.logs,
+        critic=job.critic,
+        synced=False,
+    )
+    casting_of = _Casting(job, prompter)  # an endpoint that does not answer ends this before an engine is built
+    with closing(engine_kind(settings.engine.kind).build(request)) as engines:
+        with progress.phase("engine") as bar:
+            engines.wait_ready(lambda: bar.advance(0))
+            engines.wake()
+        source = EngineSource(stage, casting_of.on(engines), engines, lambda stale: None, gather, progress)
+        return source.play(tasks, job.request.samples, SEEDS, rollout.rounds), len(job.tasks) - len(tasks)
+
+
+class _Casting:
+    """Who speaks in the episodes of an evaluation."""
+
+    def __init__(self, job: Job, prompter: Prompter) -> None:
+        """Raises ConfigError if the critic's endpoint does not answer."""
+        rollout, address = job.settings.rollout, job.request.critic_address()
+        self._temperature, self._stops = rollout.temperature, prompter.stop_ids
+        self._external: Speaker | None = None
+        if address:
+            external = replace(rollout.external, url=address.rstrip("/"))
+            external = replace(external, model=first_model(external))
+            connections = Connections(external.concurrency)
+            self._external = ExternalSpeaker(external, rollout.temperature, prompter, connections)
+
+    def on(self, engines: Engines) -> Casting:
+        """With a rank's engines; a rank without one plays no episode."""
+        if engines.solver is None:
+            return engine_casting(EmptyCritic())
+        critic = self._external
+        if engines.frozen is not None:
+            critic = EngineSpeaker(engines.frozen, self._temperature, self._stops)
+        return engine_casting(EngineSpeaker(engines.solver, self._temperature, self._stops), critic)
+
+
+def _check_critic(job: Job) -> None:
+    if job.critic is not None and tokenizer(job.critic).get_vocab() != tokenizer(job.folder).get_vocab():
+        raise ConfigError(
+            f"--critic={job.request.critic} has another tokenizer than {job.request.model}: serve it behind an "
+            "OpenAI-compatible endpoint and give its address"
+        )
+
+
+def _fitting(
+    job: Job,
+    catalogue: registry.Catalogue,
+    prompter: Prompter,
+    share: Share,
+    positions: int,
+    progress: Progress,
+) -> list[Task]:
+    """The problems that fit the context. Raises TooLongError if some do not and such problems are not dropped, and if
+    none fits."""
+    settings = replace(job.settings, eval=replace(job.settings.eval, control_problems=0))
+    lost = examine(job.tasks, settings, catalogue, prompter, share)
+    if not lost:
+        return list(job.tasks)
+    if settings.tasks.too_long == "error" or len(lost) == len(job.tasks):
+        raise TooLongError(refusal(lost, len(job.tasks), settings, positions))
+    progress.log(left_out(lost, len(job.tasks), settings))
+    ids = {one.task.task_id for one in lost}
+    return [task for task in job.tasks if task.task_id not in ids]
+
+
+def _result(job: Job, played: Played) -> Result:
+    request, rounds, episodes = job.request, job.settings.rollout.rounds, played.episodes
+    result = Result(
+        model=str(request.model),
+        critic=request.critic or "itself",
+        rounds=rounds,
+        samples=request.samples,
+        scores=score(episodes, played.dropped, rounds),
+        generated_tokens=played.used_tokens(),
+        successes=successes(episodes, request.samples),
+        subsets={e.task.task_id: subset_of(e.task) for e in episodes},
+        contents={e.task.task_id: content_hash(e.task.problem) for e in episodes},
+        lost=tuple(dict.fromkeys(d.error for d in played.dropped))[:3],
+    )
+    if request.against is None:
+        return result
+    earlier = read_result(request.against)
+    found = compare(result.successes, earlier.successes, result.subsets)
+    return replace(result, comparison=found, against=earlier.model)
+
+
+def _write(result: Result, job: Job) -> None:
+    from icrl_megatron.evaluation.views import picture  # matplotlib: only where it draws
+
+    with results.writing(job.out, results.EVALUATION, job.request.reads(), job.request.overwrite) as folder:
+        write_atomically(folder / RESULT, [json.dumps(asdict(result), indent=1)], "the evaluation")
+        picture(result, folder / PICTURE)
+        if any(job.logs.iterdir()):
+            with disk_errors(job.out, "the logs of servers and ranks"):
+                shutil.copytree(job.logs, folder / "logs")
+
+
+def _stop(number: int = 0, frame: FrameType | None = None) -> None:
+    """An evaluation has nothing to save: a rank that is asked to stop ends at once. Its servers end with it."""
+    leave_outcome(STOPPED, "stopped on request")
+    os._exit(0)  # with another code the agent would report a failed rank
+
+
+def main(arguments: Sequence[str]) -> int:
+    """One of several ranks that `icrl eval` started."""
+    signal.signal(signal.SIGUSR1, _stop)
+    if Path(os.environ.get(STOP_ENV, "")).is_file():  # the signal came before this process listened
+        _stop()
+    run(Job.load(Path(arguments[0])))
+    return 0
+
+
+if __name__ == "__main__":
+    run_rank(lambda: main(sys.argv[1:]))
