@@ -113,7 +113,7 @@ def test_a_cancelled_job_does_not_come_back(cluster: Cluster, model: Path) -> No
 
 
 def test_evaluation(preempted: tuple[Path, int], cluster: Cluster) -> None:
-    """`icrl eval` starts the servers of the run that it evaluates."""
+    """`icrl eval` starts the servers of the run that it evaluates, and a rank for each GPU of the node."""
     words = (
         str(preempted[0]),
         "--problems",
@@ -124,8 +124,10 @@ def test_evaluation(preempted: tuple[Path, int], cluster: Cluster) -> None:
         "--out",
         str(cluster.folder / "eval"),
     )
-    ended = cluster.ended(cluster.sbatch("eval.sbatch", *words, options=("--nodes=1",)))
+    job = cluster.sbatch("eval.sbatch", *words, options=("--nodes=1",), ICRL_RANKS_PER_NODE="2")
+    ended = cluster.ended(job)
     assert (ended.state, ended.code) == ("COMPLETED", "0:0"), ended.log
+    assert len(list((cluster.folder / "eval" / "logs").glob("*/rank_1.log"))) == 1
     found = json.loads((cluster.folder / "eval" / "eval.json").read_text())
     assert [len(scores) for scores in found["successes"].values()] == [2, 2, 2]
     assert found["lost"] == []

@@ -1,0 +1,89 @@
+"""`icrl eval` on several real ranks: the numbers of one, one message for what is wrong, and an end when it is stopped."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from whole_runs import icrl, signalled, start, when
+
+from icrl_megatron.distributed.process import KILLED
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+SERVER = Path(__file__).resolve().parents[1] / "agentgym_server.py"
+
+
+def evaluated(model: Path, out: Path, *words: str) -> dict[str, object]:
+    code, shown, err = icrl("eval", str(model), "--out", str(out), *words)
+    assert code == 0, err
+    assert shown.count("written to") == 1
+    found: dict[str, object] = json.loads((out / "eval.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(finished_run: Path) -> Path:
+    return finished_run / "hf"
+
+
+def test_sampling_on_one_and_on_two_ranks_gives_the_same_numbers(model: Path, tmp_path: Path) -> None:
+    words = ("--problems", "11", "--samples", "3", "--rounds", "2")
+    found = [evaluated(model, tmp_path / f"on_{ranks}", *words, f"launch.ranks={ranks}") for ranks in (1, 2)]
+    assert found[0] == found[1]
+    assert len(found[0]["successes"]) == 11  # type: ignore[arg-type]
+    greedy = evaluated(model, tmp_path / "greedy", "--problems", "11", "rollout.temperature=0", "launch.ranks=2")
+    assert greedy["generated_tokens"] != found[0]["generated_tokens"]
+
+
+def test_another_critic_and_environment_servers_beside_two_ranks(model: Path, tmp_path: Path) -> None:
+    words = ("--problems", "4", "--rounds", "2", "--critic", str(model.parent / "warm_start" / "hf"))
+    source = "tasks.sources=[{name: alfworld, data: {train: ['0:4'], heldout: ['4:8']}}]"
+    serve = f"tasks.sources.0.serve.command={sys.executable} {SERVER} alfworld {{port}} {{host}}"
+    found = [
+        evaluated(model, tmp_path / f"on_{ranks}", *words, source, serve, "rollout.max_turns=2", f"launch.ranks={ranks}")
+        for ranks in (1, 2)
+    ]
+    assert found[0] == found[1]
+    (log,) = (tmp_path / "on_2" / "logs").glob("servers.*/alfworld.0.log")
+    assert log.read_text().count("POST /create") > 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["engine.tensor_parallel=2"], "engine.tensor_parallel=2: engine.kind=local has only 1"),
+        (["engine.kind=sglang", "engine.tensor_parallel=3"], "engine.tensor_parallel=3 does not divide the 2 ranks"),
+        (["rollout.temperature=-1"], "rollout.temperature=-1"),
+        (["rollout.temperature=0", "--samples", "2"], "greedy decoding gives the same reply every time"),
+        (["--critic", "http://127.0.0.1:9/v1", "--rounds", "2"], "no OpenAI-compatible endpoint"),
+        (["rollout.context_tokens=20"], "problems are too long"),
+    ],
+)
+def test_what_is_wrong_is_one_message_and_code_2(model: Path, tmp_path: Path, words: list[str], said: str) -> None:
+    code, _, err = icrl("eval", str(model), "--problems", "4", "launch.ranks=2", "--out", str(tmp_path / "out"), *words)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2, err
+    assert len(errors) == 1 and said in errors[0] and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stop_ends_the_ranks_at_once_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    words = ("--samples", "2000", "--rounds", "2", "launch.ranks=2", "--out", str(tmp_path / "out"))
+    running = start("eval", str(model), *words)
+    tree: list[psutil.Process] = []
+
+    def both_play() -> bool:
+        tree[:] = psutil.Process(running.pid).children(recursive=True)
+        return sum(one.cpu_times().user > 6 for one in tree) == 2
+
+    when(running, both_play)
+    code, _, err = signalled(running, signal.SIGINT)
+    assert code == KILLED, err
+    assert "stopping: nothing is written" in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+    assert not psutil.wait_procs(tree, timeout=10)[1]
