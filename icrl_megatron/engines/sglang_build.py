@@ -81,7 +81,8 @@ def _own_engine(request: EngineRequest, number: int, group: Any, lead: int) -> S
     """On a server that this rank starts."""
     settings, log = request.settings, request.logs / f"sglang_{number}.log"
     spec = server_spec(settings, request.folder, request.device, log, two=request.critic is not None)
-    server = Server(replace(spec, keeps_weights=not request.synced))
+    # Servers that share a GPU sleep in turn when they start, and nobody pushes weights after that.
+    server = Server(replace(spec, keeps_weights=not request.synced and request.critic is not None))
 
     def transport() -> Transport:
         return SharedMemory(server, settings.engine.tensor_parallel, group, lead, settings.engine.sync_timeout_s)

@@ -78,6 +78,7 @@ class RolloutSettings:
     text at all (a control)."""
     external: ExternalCritic = field(default_factory=ExternalCritic)
     temperature: float = 1.0
+    """Above 0. `icrl eval` also takes 0: greedy decoding."""
     max_turn_tokens: int = 2048
     max_critique_tokens: int = 1024
     max_turns: int = 30

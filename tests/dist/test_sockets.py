@@ -92,8 +92,9 @@ def test_a_run_listens_on_loopback_only_and_unpickles_nothing(finished_run: Path
 
 
 def test_an_evaluation_listens_on_loopback_only(finished_run: Path, tmp_path: Path) -> None:
-    """Of a checkpoint, which is turned into a model by a process group of one."""
-    words = [str(finished_run / "checkpoints"), "--problems", "4", "--rounds", "2", "--out", str(tmp_path)]
+    """Of a checkpoint, which is turned into a model by a process group of one, on two ranks."""
+    words = [str(finished_run / "checkpoints"), "--problems", "4", "--rounds", "2", "launch.ranks=2"]
+    words += ["--out", str(tmp_path)]
     running = start("eval", *words)
     with Watch(running.pid) as watch:
         code, _, err = end(running)
