@@ -61,7 +61,7 @@ def test_another_critic_and_environment_servers_beside_two_ranks(model: Path, tm
         (["rollout.temperature=-1"], "rollout.temperature=-1"),
         (["rollout.temperature=0", "--samples", "2"], "greedy decoding gives the same reply every time"),
         (["--critic", "http://127.0.0.1:9/v1", "--rounds", "2"], "no OpenAI-compatible endpoint"),
-        (["rollout.context_tokens=8"], "problems are too long"),
+        (["rollout.context_tokens=8", "--rounds", "2"], "problems are too long"),
     ],
 )
 def test_what_is_wrong_is_one_message_and_code_2(model: Path, tmp_path: Path, words: list[str], said: str) -> None:
