@@ -79,7 +79,7 @@ class EngineKind:
         if engine.tensor_parallel > 1:
             raise ConfigError(f"engine.tensor_parallel={engine.tensor_parallel}: engine.kind={engine.kind} has only 1")
         if engine.urls or engine.servers:
-            raise ConfigError("engine.urls and engine.servers are SGLang's: set engine.kind=sglang, or leave them out")
+            raise ConfigError("engine.urls and engine.servers are for servers: set engine.kind=sglang, or leave them out")
 
     def check_installed(self, engine: EngineSettings) -> None:
         """Raises ConfigError if the engine's software is missing or has an unsupported version."""

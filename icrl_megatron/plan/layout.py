@@ -134,7 +134,7 @@ class Layout:
         if not self.serving.tensor_parallel and tensor > 1:
             return f"engine TP {tensor}: engine.kind={self.serving.kind} has only 1"
         if self.serving.local and servers:
-            return f"engine.servers and engine.urls are SGLang's, not of engine.kind={self.serving.kind}"
+            return f"engine.servers and engine.urls are for servers, not for engine.kind={self.serving.kind}"
         if self.serving.remote and self.serving.on_a_gpu > 1:
             return "engine.urls starts no server for a frozen critic"
         if self.gpus % tensor:

@@ -210,7 +210,7 @@ def test_search_ranks_what_fits_and_says_why_others_fell() -> None:
         (["actor.pipeline_parallel=5"], 40, "does not divide the 36 layers"),
         (["engine.tensor_parallel=3"], 4, "engine TP 3 does not divide"),
         (["engine.kind=local"], 4, "engine TP 2: engine.kind=local has only 1"),
-        (["engine.kind=local", "engine.tensor_parallel=1", "engine.servers=2"], 4, "not of engine.kind=local"),
+        (["engine.kind=local", "engine.tensor_parallel=1", "engine.servers=2"], 4, "not for engine.kind=local"),
         (["engine.urls=[http://a:1]", "rollout.critic=frozen"], 4, "engine.urls starts no server for a frozen critic"),
         (["engine.servers=3"], 4, "3 servers of engine TP 2 do not share 4 GPUs evenly"),
         (["engine.servers=4"], 4, "4 servers of engine TP 2 do not share 4 GPUs evenly"),
