@@ -108,7 +108,7 @@ def _surplus_revisions(samples: Sequence[Sample], limit: int | None) -> set[str]
 
 
 def _hopeless(members: Sequence[Sample], group_filter: GroupFilter) -> bool:
-    """True for a critique or revision group in which nobody succeeded, or whose mean reward is too low."""
+    """True for a critique or revision group without any success, or whose mean reward is too low."""
     if any(m.role == "attempt" for m in members):
         return False
     rewards = [m.reward for m in members]

@@ -1,4 +1,4 @@
-"""The engine protocol: what the rollout asks of whoever generates tokens, fitted to SGLang's native API."""
+"""The engine protocol: what rollouts need from whatever generates tokens, modeled on SGLang's native API."""
 
 from __future__ import annotations
 

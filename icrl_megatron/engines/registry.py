@@ -51,7 +51,7 @@ class Engines:
     """The starting weights, for `rollout.critic=frozen`."""
     share: Share
     in_turn: bool = False
-    """On the actor's GPUs a server takes its memory while nobody else does: it sizes its cache by what it finds free,
+    """On the actor's GPUs, servers allocate memory one at a time: a server sizes its cache by what it finds free,
     and SGLang refuses GPUs that differ. The same on every rank."""
     group: ServerGroup = field(default_factory=ServerGroup)
     """The ranks whose GPUs this rank's server uses."""
@@ -195,7 +195,7 @@ def _spec(settings: Settings, folder: Path, device: torch.device, log: Path) -> 
 
 
 def _remote(settings: Settings, url: str) -> tuple[Server, EngineSettings]:
-    """A server that somebody else runs, once it is known to fit, and the settings with its own number of workers."""
+    """An external server after it was checked, and the settings with its own number of workers."""
     named = settings.engine.api_key_env
     server = Server(None, url.rstrip("/"), os.environ.get(named, ""))
     try:

@@ -18,13 +18,13 @@ class ServerGroup:
     another."""
 
     handle: Any = None
-    """A gloo group; None where there is nobody to wait for."""
+    """A gloo group; None for a single rank."""
     lead: int = 0
     """The rank, of all, that leads the server."""
     timeout_s: float = 1800.0
 
     def meet(self) -> None:
-        """Returns once every rank has called it: a GPU's memory is taken when whoever had it has given it back.
+        """Returns once every rank has called it: a GPU's memory is taken only after it was released.
 
         Raises EngineError when one does not come in time.
         """
@@ -33,7 +33,7 @@ class ServerGroup:
         try:
             dist.monitored_barrier(self.handle, datetime.timedelta(seconds=self.timeout_s))
         except RuntimeError as error:
-            raise EngineError(f"Ranks that share an SGLang server wait for each other in vain: {error}") from error
+            raise EngineError(f"A rank that shares an SGLang server did not respond: {error}") from error
 
     def of_lead(self, do: Callable[[], bool]) -> bool:
         """What `do` returns on the rank that leads, or the EngineError it raises there, on every rank."""

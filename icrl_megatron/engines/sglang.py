@@ -162,7 +162,7 @@ class SGLangEngine:
         return True
 
     def sleep(self) -> None:
-        """Gives the memory of weights and KV cache back. A server of somebody else keeps it: nobody here could use it,
+        """Gives the memory of weights and KV cache back. An external server keeps it: it is on other GPUs,
         and a run that is killed would leave it without, which nothing tells the next one."""
         if not self._asleep:
             self._tell(_FLUSH, {})  # waits until it is idle: released while it is not, SGLang ends itself
@@ -184,7 +184,7 @@ class SGLangEngine:
         """Aborts every request in flight until all have come back: each returns what it has, with "abort" as its
         reason. Those that were still to be sent in this event loop return nothing."""
         link = self._connections.here()
-        if link.interrupted.is_set():  # whoever set it waits
+        if link.interrupted.is_set():  # the code that set it is waiting
             return
         link.interrupted.set()
         deadline = time.monotonic() + ABORT_GRACE_S
@@ -279,7 +279,7 @@ class SGLangEngine:
             if not asked.done():
                 await self._cut_off(link, rid, asked)
             return asked.result()
-        except asyncio.CancelledError:  # nobody waits for this episode any more
+        except asyncio.CancelledError:  # the episode was cancelled
             await asyncio.shield(self._abort(link, rid))
             raise
         finally:

@@ -33,7 +33,7 @@ from icrl_megatron.utils.progress import Progress
 
 PICTURE = "eval.png"
 ROOM_BYTES = 1 << 20
-"""Free space that an evaluation asks for before it plays, so that its result is not lost for want of it."""
+"""Free space that an evaluation requires before it starts, so that its result can be written."""
 SEEDS = Seeds(run=0, step=0, purpose="eval")
 """Frozen: two evaluations of the same problems differ by their models alone."""
 
@@ -142,7 +142,7 @@ def _check_pairs(request: Request, problems: Sequence[Task], earlier: Result) ->
 
 def _run_settings(model: Path) -> tuple[Settings | None, list[Settings]]:
     """The settings of the run that a model lies in, if it lies in one, and those that the run had earlier. They name
-    commands to start, so those that come with somebody else's model or checkpoint, in its own folder, are not read."""
+    commands to start, so settings files that come with a downloaded model or checkpoint are not read."""
     inside = any((model / name).exists() for name in ("config.json", "icrl.json"))
     for folder in (*(() if inside else (model,)), *model.resolve().parents[:3]):
         if (folder / settings_module.SAVED_NAME).exists():

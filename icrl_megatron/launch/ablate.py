@@ -85,7 +85,7 @@ class Cell:
     evaluation_tokens: int
     steps: int
     critique_tokens: float | None
-    """Mean length of a critique over the last tenth of training; None where nobody was criticised."""
+    """Mean length of a critique over the last tenth of training; None if there were no critiques."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ class Arm:
 
 
 def parse(recipe: str, arms: str, seeds: str, out: Path, overrides: Sequence[str], budget_of: str) -> Plan:
-    """Raises ConfigError on an unknown arm, a seed that is none, settings that the recipe does not take, and a folder
-    with files of somebody else in the place of the table."""
+    """Raises ConfigError on an unknown arm, an invalid seed, settings that the recipe does not have, and a
+    folder whose files are not those of an earlier table."""
     chosen = tuple(ARMS) if arms == "all" else tuple(a.strip() for a in arms.split(",") if a.strip())
     for arm in (*chosen, *([budget_of] if budget_of else [])):
         if arm not in ARMS:

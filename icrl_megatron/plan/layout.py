@@ -17,7 +17,7 @@ class Serving:
     local: bool = False
     """A model in each rank's own process (engine.kind=local)."""
     remote: bool = False
-    """Servers that somebody else runs, on other GPUs (engine.urls)."""
+    """External servers, on other GPUs (engine.urls)."""
     servers: int | None = None
     """How many there are (engine.servers, or those of engine.urls); None: one per engine TP ranks."""
     fp8: bool = False

@@ -210,7 +210,7 @@ def estimate(
     trained = activations(shape, layout, tokens, micro_batches)
     loss = 1 + constants.fragmentation
     engines = engine(shape, layout, settings, gpu, (gpu.memory_bytes - constants.reserved_bytes) / loss - beside)
-    # A local engine sleeps in host memory, and that of somebody else was never here.
+    # A local engine sleeps in host memory, and an external server is on another machine.
     servers = 0 if serving.local or serving.remote else serving.on_a_gpu
     asleep = servers * constants.engine_asleep_bytes
     # A server's share is measured by what the driver has free, so what is lost between its blocks is inside of it.

@@ -80,7 +80,7 @@ def episode_source(
 
 
 def _casting(settings: Settings, prompter: Prompter, engines: Engines) -> Casting:
-    """Who plays which role on this rank; nobody is asked on a rank that leads no engine."""
+    """Who plays which role on this rank. A rank that leads no engine plays no episode."""
     if engines.solver is None:
         return engine_casting(EmptyCritic())
     temperature, stops = settings.rollout.temperature, prompter.stop_ids

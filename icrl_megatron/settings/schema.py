@@ -130,7 +130,7 @@ class EngineSettings:
     servers: int | None = None
     """SGLang servers that the run starts; null: one per `tensor_parallel` ranks."""
     urls: list[str] = field(default_factory=list)
-    """SGLang servers that somebody else runs (http://host:port), used instead of starting any."""
+    """External SGLang servers (http://host:port), used instead of starting any."""
     api_key_env: str = ""
     """Environment variable with the API key of the servers of `urls`; empty: they want none. Servers that the run
     starts have a key that is made for each of them."""

@@ -120,7 +120,7 @@ class RetrievalQA:
         return _statement(str(json.loads(task.problem)["prompt"]))
 
     def check(self) -> None:
-        """Builds the index, so that ranks find it. Raises ConfigError on a corpus that is none."""
+        """Builds the index, so that ranks find it. Raises ConfigError on an invalid corpus."""
         self.retriever()
 
     def retriever(self) -> Retriever:

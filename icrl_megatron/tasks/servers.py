@@ -62,7 +62,7 @@ class Server:
 
 
 class Pool:
-    """The servers of one task set. Raises ConfigError on no address, and on one that is none."""
+    """The servers of one task set. Raises ConfigError if there is no address, or an invalid one."""
 
     def __init__(
         self, urls: Sequence[str], timeout_s: float, answer_bytes: int = RolloutSettings.max_observation_bytes

@@ -78,12 +78,12 @@ def policy_head(
         main_grad: where the gradient of the weight is added to, if not to `.grad`.
 
     All sums are float32 (float64 for float64 inputs), whatever the dtype of the inputs, and so are the logits unless
-    `chunking` says otherwise. Communicated is one all-gather a chunk, of four numbers a token. The gradient of
-    `hidden_LH` is this rank's part, the sum over its own columns: whoever made `hidden_LH` the same on all ranks sums
-    it over the group. The gradients are held until the backward pass, which scales them in place and hands them over,
-    once. They are not saved through autograd. Under torch.utils.checkpoint a chunk is computed twice at most: with
-    `use_reentrant=True` once without gradients and once with them; with `use_reentrant=False` once, and once more to no
-    use if something after the head in the checkpointed function saves a tensor.
+    `chunking` says otherwise. Ranks communicate one all-gather per chunk, of four numbers per token. The gradient of
+    `hidden_LH` is this rank's part, the sum over its own columns. The caller, which made `hidden_LH` the same on all
+    ranks, sums it over the group. The gradients are held until the backward pass, which scales them in place and hands
+    them over, once. They are not saved through autograd. Under torch.utils.checkpoint a chunk is computed twice at
+    most: with `use_reentrant=True` once without gradients and once with them; with `use_reentrant=False` once, and once
+    more if something after the head in the checkpointed function saves a tensor.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.

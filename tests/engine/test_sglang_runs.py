@@ -1,4 +1,4 @@
-"""Whole runs of `icrl train` on the real SGLang: two grids, a kill in the middle, servers of somebody else."""
+"""Whole runs of `icrl train` on the real SGLang: two grids, a kill in the middle, external servers."""
 
 from __future__ import annotations
 
