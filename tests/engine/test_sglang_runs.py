@@ -173,7 +173,10 @@ def test_oversampled_steps_cut_off_the_slow_and_go_on_with_them(
     # Few at a time, so that some are in the middle when enough are complete.
     partial = ("rollout.oversample=2", "rollout.partial=true", "rollout.concurrency=5")
     partial = (*partial, "algo.mismatch_correction.enabled=true")
-    for until in (STEPS - 1, STEPS):  # the second command goes on from the checkpoint of the first, tapes and all
+    for until in (
+        STEPS - 1,
+        STEPS,
+    ):  # the second command resumes the first, with its replay logs
         changes = (f"engine.urls=[{server.url}]", "engine.api_key_env=SERVER_KEY", *partial, f"steps={until}")
         code, _, err = icrl(*command(folder, model, *changes))
         assert code == 0, err
