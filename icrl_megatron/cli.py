@@ -236,12 +236,12 @@ def eval_(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure a model on held-out problems: alone, with critique, and against another on the same seeds."""
-    from icrl_megatron.evaluation.result import Request
+    from icrl_megatron.evaluation.result import EvalRequest
     from icrl_megatron.evaluation.run import evaluate
     from icrl_megatron.evaluation.views import show as show_result
 
     named, subsets, changed = tuple(task or ()), tuple(on or ("test",)), tuple(overrides or ())
-    request = Request(
+    request = EvalRequest(
         model, named, subsets, rounds, samples, problems, critic, revise_all, against, out, changed, overwrite
     )
     result, folder = evaluate(request)

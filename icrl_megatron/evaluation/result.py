@@ -15,7 +15,7 @@ RESULT = "eval.json"
 
 
 @dataclass(frozen=True)
-class Request:
+class EvalRequest:
     """One `icrl eval`, as it was asked for."""
 
     model: Path

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from icrl_megatron.evaluation.result import RESULT, Request, Result, read_result
+from icrl_megatron.evaluation.result import RESULT, EvalRequest, Result, read_result
 from icrl_megatron.evaluation.scores import compare, score, successes
 from icrl_megatron.launch import servers as serve
 from icrl_megatron.model.shape import ModelShape, check_folder
@@ -38,7 +38,7 @@ SEEDS = Seeds(run=0, step=0, purpose="eval")
 """Frozen: two evaluations of the same problems differ by their models alone."""
 
 
-def evaluate(request: Request) -> tuple[Result, Path]:
+def evaluate(request: EvalRequest) -> tuple[Result, Path]:
     """Plays the held-out problems and writes a folder with eval.json and eval.png; returns the result and its folder.
 
     Raises ConfigError on a model, task set, critic or earlier result that is not one, and on a folder that must not be
@@ -64,7 +64,7 @@ def evaluate(request: Request) -> tuple[Result, Path]:
     return result, out
 
 
-def _read_by(request: Request) -> list[Path]:
+def _read_by(request: EvalRequest) -> list[Path]:
     """What the evaluation reads, and so must not replace."""
     critic = [Path(request.critic)] if request.critic and not _is_address(request.critic) else []
     return [request.model, *critic, *([request.against] if request.against else [])]
@@ -94,7 +94,7 @@ def _compared(result: Result, earlier: Result | None) -> Result:
     return replace(result, comparison=found, against=earlier.model)
 
 
-def _write(result: Result, out: Path, logs: Path, request: Request) -> None:
+def _write(result: Result, out: Path, logs: Path, request: EvalRequest) -> None:
     from icrl_megatron.evaluation.views import picture  # matplotlib: only where it is drawn
 
     with results.writing(out, results.EVALUATION, _read_by(request), request.overwrite) as folder:
@@ -105,7 +105,7 @@ def _write(result: Result, out: Path, logs: Path, request: Request) -> None:
                 shutil.copytree(logs, folder / "logs")
 
 
-def _check(request: Request) -> None:
+def _check(request: EvalRequest) -> None:
     for name, value in (("rounds", request.rounds), ("samples", request.samples), ("problems", request.problems)):
         if value is not None and value < 1:
             raise ConfigError(f"--{name}={value}: must be at least 1")
@@ -124,7 +124,7 @@ def _is_address(critic: str) -> bool:
     return critic.startswith(("http://", "https://"))
 
 
-def _check_pairs(request: Request, problems: Sequence[Task], earlier: Result) -> None:
+def _check_pairs(request: EvalRequest, problems: Sequence[Task], earlier: Result) -> None:
     """Raises ConfigError where the two evaluations have no problem in common, or another one under the same name."""
     common = [task for task in problems if task.task_id in earlier.successes]
     if not common:
@@ -150,7 +150,7 @@ def _run_settings(model: Path) -> tuple[Settings | None, list[Settings]]:
     return None, []
 
 
-def _settings(request: Request, run: Settings | None) -> Settings:
+def _settings(request: EvalRequest, run: Settings | None) -> Settings:
     settings = run or Settings()
     known = {source.name: source for source in settings.tasks.sources}
     if request.tasks:
@@ -180,17 +180,17 @@ def _model_folder(model: Path) -> Iterator[Path]:
             yield Path(temporary) / "hf"
 
 
-def _fitting(request: Request, settings: Settings, folder: Path, problems: Sequence[Task]) -> list[Task]:
+def _fitting(request: EvalRequest, settings: Settings, folder: Path, problems: Sequence[Task]) -> list[Task]:
     """The problems that fit the context of the model in `folder`. Raises TooLongError where others are not dropped, and
     where none fits."""
     from icrl_megatron.rollout.prompts import Prompter, tokenizer
     from icrl_megatron.rollout.room import TooLongError
-    from icrl_megatron.run.problems import Share, examine, left_out, refusal
+    from icrl_megatron.run.problems import ProblemShare, examine, left_out, refusal
 
     rollout = replace(settings.rollout, rounds=request.rounds, critic="self")
     settings = replace(settings, rollout=rollout, eval=replace(settings.eval, control_problems=0))
     catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes)
-    lost = examine(problems, settings, catalogue, Prompter(tokenizer(folder), rollout), Share())
+    lost = examine(problems, settings, catalogue, Prompter(tokenizer(folder), rollout), ProblemShare())
     if not lost:
         return list(problems)
     if settings.tasks.too_long == "error" or len(lost) == len(problems):
@@ -201,7 +201,7 @@ def _fitting(request: Request, settings: Settings, folder: Path, problems: Seque
 
 
 def _play(
-    request: Request, settings: Settings, folder: Path, problems: Sequence[Task]
+    request: EvalRequest, settings: Settings, folder: Path, problems: Sequence[Task]
 ) -> tuple[list[Episode], list[DroppedEpisode]]:
     from icrl_megatron.distributed import platform
     from icrl_megatron.engines.local import LocalEngine
@@ -242,7 +242,7 @@ def _play(
             return asyncio.run(jobs)
 
 
-def _result(request: Request, played: list[Episode], dropped: list[DroppedEpisode]) -> Result:
+def _result(request: EvalRequest, played: list[Episode], dropped: list[DroppedEpisode]) -> Result:
     return Result(
         model=str(request.model),
         critic=request.critic or "itself",

@@ -26,7 +26,7 @@ ROUNDING_BYTES = 2.0**20
 
 
 @dataclass(frozen=True)
-class State:
+class StateMemory:
     """What the actor holds between passes, bytes on one GPU."""
 
     weights: float
@@ -71,7 +71,7 @@ class Engine:
 class Memory:
     """Bytes on the fullest GPU."""
 
-    state: State
+    state: StateMemory
     activations: float
     head: float
     engine: Engine
@@ -95,7 +95,7 @@ class Memory:
         return over if over > ROUNDING_BYTES else 0.0
 
 
-def state(shape: ModelShape, layout: Layout) -> State:
+def state(shape: ModelShape, layout: Layout) -> StateMemory:
     """Megatron's distributed optimizer: weights, an fp32 gradient buffer, and Adam's state cut over the replicas.
 
     In bf16 each replica's share has fp32 weights and two moments (12 bytes a parameter); in fp32 the weights are their
@@ -105,7 +105,7 @@ def state(shape: ModelShape, layout: Layout) -> State:
     local = local_parameters(shape, layout)
     of_optimizer = 12 if layout.precision == "bf16" else 8
     linear = shape.layers // layout.pipeline * counts(shape).linear / layout.tensor
-    return State(
+    return StateMemory(
         local * layout.item,
         local * 4.0,
         local * of_optimizer / (layout.data * layout.context),

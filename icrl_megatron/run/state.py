@@ -110,7 +110,7 @@ class RunState:
             return found | ({PENDING: [json.dumps(pending)]} if pending is not None else {})
 
         self.pending = pending
-        progress = checkpoint.Progress(self.step, self.parts.sync.version, optimizer.steps, self.generated)
+        progress = checkpoint.SavedProgress(self.step, self.parts.sync.version, optimizer.steps, self.generated)
         self.saver.completed(progress, beside)
 
     def by_first_rank(self, write: Callable[[], object]) -> None:

@@ -44,7 +44,7 @@ class Ran:
     def checkpoints(self, name: str) -> list[str]:
         return sorted(p.name for p in (self.folder / name / "checkpoints").glob("*"))
 
-    def saved(self, name: str, step: int) -> tuple[manifest.Progress, dict[str, manifest.FileRecord]]:
+    def saved(self, name: str, step: int) -> tuple[manifest.SavedProgress, dict[str, manifest.FileRecord]]:
         """What a checkpoint says and holds, by checksum; everything but which run it is of."""
         found = manifest.read(self.folder / name / "checkpoints" / manifest.folder_name(step))
         # The rows of the step hold wall-clock times.

@@ -149,7 +149,7 @@ def save_checkpoints(name: str, layout: Layout, grid: grids.Grid, root: Path) ->
         bench, folder = Bench(CASES["paper"], layout, grid, root, precision), root / "saved" / f"{name}-{precision}"
         bench.step()
         like = model_folder(root, "tied")
-        progress = checkpoint.Progress(1, 3, bench.actor.optimizer.steps, 77)
+        progress = checkpoint.SavedProgress(1, 3, bench.actor.optimizer.steps, 77)
         checkpoint.save(folder, bench.actor.rows, bench.actor.optimizer, grid, progress, like, keep=1)
         before = bench.weights()
         bench.step()
@@ -167,7 +167,7 @@ def load_checkpoints(name: str, layout: Layout, grid: grids.Grid, root: Path, ou
         bench = Bench(CASES["paper"], layout, grid, root, folder.name.rpartition("-")[2])
         optimizer = bench.actor.optimizer
         progress = checkpoint.load(checkpoint.complete(folder)[-1], bench.actor.rows, optimizer, grid)
-        assert progress == checkpoint.Progress(1, 3, 1, 77) and optimizer.steps == 1
+        assert progress == checkpoint.SavedProgress(1, 3, 1, 77) and optimizer.steps == 1
         before = bench.weights()
         bench.step()
         after = bench.weights()
