@@ -111,9 +111,13 @@ class Reference:
             gap_L = logprobs_L - streams.reference_logprobs_L
             loss_L = loss_L + algo.kl_coef * {"k1": gap_L, "k2": gap_L**2 / 2}[algo.kl_estimator]
         clips = algo.loss != "cispo"
-        clipped_low_L = clips & (advantage_L < 0) & ((ratio_L < low) | (algo.loss == "dual_clip") & (ratio_L > algo.dual_clip))
+        clipped_low_L = (
+            clips & (advantage_L < 0) & ((ratio_L < low) | (algo.loss == "dual_clip") & (ratio_L > algo.dual_clip))
+        )
         clipped_high_L = clips & (advantage_L > 0) & (ratio_L > high)
-        return TokenObjective(streams.coefficients_L * loss_L, ratio_L.detach(), weight_L, clipped_low_L, clipped_high_L)
+        return TokenObjective(
+            streams.coefficients_L * loss_L, ratio_L.detach(), weight_L, clipped_low_L, clipped_high_L
+        )
 
     def policy(self, model: PreTrainedModel, s: Sample, behaviour: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies, [L] each, of the sample's loss tokens after one of its prompts."""

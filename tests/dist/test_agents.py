@@ -53,9 +53,22 @@ def agents(folder: Path, *words: str) -> list[subprocess.Popen[str]]:
     meet = [f"--master-port={free_port()}", "--master-addr=127.0.0.1"]
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "icrl_megatron.launch.agent", "--nnodes=2", f"--node-rank={node}", "--nproc-per-node=2",
-             *meet, "-m", "meet", *words],
-            env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [
+                sys.executable,
+                "-m",
+                "icrl_megatron.launch.agent",
+                "--nnodes=2",
+                f"--node-rank={node}",
+                "--nproc-per-node=2",
+                *meet,
+                "-m",
+                "meet",
+                *words,
+            ],
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )  # fmt: skip
         for node in (1, 0)  # the first node may be the last to start
     ]
