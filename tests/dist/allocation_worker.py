@@ -1,4 +1,4 @@
-"""`torchrun allocation_worker.py FOLDER SETTINGS.yaml OUT`: what a rank's actor really holds, in bytes, after an update."""
+"""`torchrun allocation_worker.py FOLDER SETTINGS.yaml OUT`: bytes that a rank's actor holds after an update."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def allocated(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
 def main(folder: Path, settings_path: Path, out: Path) -> None:
     settings = load_saved(settings_path)
     platform.prepare("cpu")
-    from icrl_megatron.distributed import grid as grids
     from icrl_megatron.actor.actor import Actor
+    from icrl_megatron.distributed import grid as grids
 
     grid = grids.build(settings)
     actor = Actor(settings, folder, grid)

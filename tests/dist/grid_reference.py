@@ -13,10 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from icrl_kernels import Streams, Terms, TokenObjective, token_objective
-from icrl_megatron.settings.schema import Settings
 from icrl_megatron.data.packing import split_updates
+from icrl_megatron.settings.schema import Settings
 from icrl_megatron.types import Sample
-
 
 OTHERS = ("gspo", "cispo", "dual_clip")
 

@@ -34,13 +34,13 @@ from megatron.core import parallel_state  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from icrl_megatron.actor import checkpoint, export  # noqa: E402
-from icrl_megatron.distributed import grid as grids  # noqa: E402
 from icrl_megatron.actor.actor import Actor, InvariantError, ScoredPlan  # noqa: E402
 from icrl_megatron.actor.optimizer import Applied  # noqa: E402
+from icrl_megatron.data.packing import pack  # noqa: E402
+from icrl_megatron.distributed import grid as grids  # noqa: E402
 from icrl_megatron.distributed.platform import token_multiple  # noqa: E402
 from icrl_megatron.model.weights import Gatherer  # noqa: E402
 from icrl_megatron.settings.schema import Settings  # noqa: E402
-from icrl_megatron.data.packing import pack  # noqa: E402
 from icrl_megatron.types import StepPlan, StepStats  # noqa: E402
 
 Weights = dict[str, Tensor]

@@ -69,7 +69,7 @@ def agents(folder: Path, *words: str) -> list[subprocess.Popen[str]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-        )  # fmt: skip
+        )
         for node in (1, 0)  # the first node may be the last to start
     ]
 

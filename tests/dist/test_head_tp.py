@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
-
 from head_cases import needs_triton
 from ranks import run_ranks
+from torch import Tensor
 
 from icrl_kernels import Chunking, Streams, Terms, VocabShard, policy_head, reference_head, reference_scores, score_head
 
@@ -44,8 +41,8 @@ SMALL_CHUNKS = {
 
 
 def cases() -> dict[str, tuple[Case, int]]:
-    """Name -> inputs of the whole vocabulary, and the rows that its weight is padded to. Of `uncut` ones the head chooses
-    the chunks."""
+    """Name -> inputs of the whole vocabulary, and the rows that its weight is padded to. The head chooses the chunks of
+    `uncut` ones."""
     edges = build(vocabulary=64, tokens=23, terms=TERMS)
     edges[2].targets_L[:8] = torch.tensor([0, 15, 16, 31, 32, 47, 48, 63])
     low = on_policy(build(vocabulary=60, tokens=9, terms=Terms()))

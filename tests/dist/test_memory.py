@@ -73,7 +73,7 @@ def low(by_step: dict[int, list[float]], steps: range) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "early", "late"), [(1, 50, 300), (2, 400, 600)])
 def test_memory_does_not_grow_with_steps(ranks: int, early: int, late: int, finished_run: Path, tmp_path: Path) -> None:
-    """From step `early` to step `late`. The heaps of two ranks settle only in about 400 steps: of 900 steps, the last 500
+    """From step `early` to step `late`. The heaps of two ranks settle in about 400 steps: of 900 steps, the last 500
     added less than 2 MiB, and the steps from 50 to 400 added 10 to 20 MiB."""
     model = f"model.path={finished_run / 'warm_start' / 'hf'}"
     seen = resident_by_step(tmp_path / "run", late, ranks, model)

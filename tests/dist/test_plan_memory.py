@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from icrl_megatron.settings.schema import Settings, TinyModel
+from icrl_megatron.model.shape import ModelShape
+from icrl_megatron.model.tiny import build_tiny
 from icrl_megatron.plan import memory
 from icrl_megatron.plan.layout import Layout
 from icrl_megatron.settings.loading import save
-from icrl_megatron.model.shape import ModelShape
-from icrl_megatron.model.tiny import build_tiny
+from icrl_megatron.settings.schema import Settings, TinyModel
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,20 +19,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-
 from ranks import run_ranks
 
-from icrl_megatron.run import build as wiring
 from icrl_megatron.distributed import platform
 from icrl_megatron.distributed.grid import any_rank
-from icrl_megatron.engines.sync import WeightSync
-from icrl_megatron.settings.schema import EngineSettings, Settings
 from icrl_megatron.engines.protocol import EngineError, NoAnswerError
 from icrl_megatron.engines.registry import Engines, Share
 from icrl_megatron.engines.server_group import ServerGroup
 from icrl_megatron.engines.sglang import Follower, SGLangEngine
 from icrl_megatron.engines.sglang_checks import Checksums
 from icrl_megatron.engines.sglang_weights import SharedMemory, Sink
+from icrl_megatron.engines.sync import WeightSync
+from icrl_megatron.run import build as wiring
+from icrl_megatron.settings.schema import EngineSettings, Settings
 
 WORLD = 2
 LIMIT_S = 20.0
