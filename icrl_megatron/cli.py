@@ -336,6 +336,23 @@ def recipes() -> None:
     PlainConsole().print(table)
 
 
+@app.command("settings")
+def settings_(
+    prefix: Annotated[str, typer.Argument(help="A section or a setting, such as algo or rollout.rounds.")] = "",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/SETTINGS.md.")] = False,
+) -> None:
+    """List settings with their type, default, allowed values and meaning."""
+    from icrl_megatron.settings import describe
+
+    if markdown:
+        sys.stdout.write(describe.markdown())
+        return
+    found = describe.described(prefix)
+    if not found:
+        raise ConfigError(f"no setting is called {prefix} or begins with it; `icrl settings` lists all of them")
+    typer.echo("\n".join(str(one) for one in found))
+
+
 @app.command()
 def plan(
     recipe: Recipe,

@@ -356,6 +356,7 @@ class Settings:
     """One run. `icrl train RECIPE key=value ...` resolves to one of these, and it is saved with the run."""
 
     name: str = "run"
+    """Names the run folder below runs/."""
     run_dir: str = ""
     """Where everything is written; empty: runs/<name>."""
     seed: int = 0
