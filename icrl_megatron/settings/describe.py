@@ -19,7 +19,8 @@ from icrl_megatron.settings.schema import Settings
 INTRODUCTION = """# Settings
 
 Written by `icrl settings --markdown`; a test compares this page with it. Any setting can be given on the command line
-as `NAME=VALUE`, for example `icrl train quickstart steps=10`; elements of lists have a number: `tasks.sources.0.weight=2`.
+as `NAME=VALUE`, for example `icrl train quickstart steps=10`. Elements of lists have a number:
+`tasks.sources.0.weight=2`.
 """
 HEADER = "| setting | type | default | allowed | meaning |\n| --- | --- | --- | --- | --- |\n"
 
