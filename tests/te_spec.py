@@ -53,8 +53,8 @@ if __name__ == "__main__":
     if importlib.util.find_spec(PACKAGE) is None:
         sys.meta_path.insert(0, Finder())
     platform.device = lambda: torch.device("cuda", 0)  # its answer to one question; no GPU is used
-    from icrl_megatron.model import gpt as qwen3  # imports Megatron, so only now
+    from icrl_megatron.model import gpt  # imports Megatron, so only now
 
-    layer = qwen3.block_spec(None, "auto").submodules  # type: ignore[arg-type]
+    layer = gpt.block_spec(types.SimpleNamespace(qk_layernorm=True), "auto").submodules  # type: ignore[arg-type]
     parts = {**vars(layer.self_attention.submodules), **vars(layer.mlp.submodules)}
     print(json.dumps({name: getattr(part, "__name__", str(part)) for name, part in parts.items()}))
