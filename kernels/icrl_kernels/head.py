@@ -8,7 +8,8 @@ forward pass, while the chunk's softmax is at hand, and nothing is computed twic
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,6 +54,8 @@ class HeadOutput:
     """bool, as in `objective.TokenObjective`."""
     non_finite: Tensor
     """int64 scalar: tokens with a coefficient whose logits or loss are not finite; above 0, drop the step."""
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """Other values of each token, [L]: the fused objective has none, a plain loss may."""
 
 
 def policy_head(

@@ -196,8 +196,13 @@ def _cispo(settings: Settings) -> None:
 
 def _dual_clip(settings: Settings) -> None:
     algo = settings.algo
-    algo.loss, algo.dual_clip, algo.updates_per_step = "dual_clip", 1.01, 2
+    algo.dual_clip, algo.updates_per_step = 1.01, 2
     algo.clip_low = algo.clip_high = 0.02
+
+
+def _sparse_gspo(settings: Settings) -> None:
+    _sparse(settings)
+    settings.algo.loss = "gspo"
 
 
 CASES = {
@@ -210,6 +215,7 @@ CASES = {
     "gspo": Case("tied", 9, _gspo),
     "cispo": Case("tied", 9, _cispo),
     "dual_clip": Case("tied", 9, _dual_clip),
+    "sparse_gspo": Case("tied", 3, _sparse_gspo),
 }
 
 

@@ -120,6 +120,7 @@ def test_the_cases_reach_every_branch(references: dict[str, Trained]) -> None:
     for name in ("everything", "plain", "gspo", "dual_clip"):
         last = references[name].metrics[-1]
         assert last["clip_low"] > 0 and last["clip_high"] > 0, name
+    assert references["dual_clip"].metrics[-1]["loss_dual_clip"] > 0
     assert any(0 < m["calibration_at_max"] < 1 for m in references["paper"].metrics)
     assert all(norm > 0.05 for name in ("paper", "everything") for norm in references[name].norms)
     for trained in references.values():
