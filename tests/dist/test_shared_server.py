@@ -24,11 +24,12 @@ import torch.distributed as dist
 
 from ranks import run_ranks
 
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.run import build as wiring
 from icrl_megatron.distributed import platform
 from icrl_megatron.distributed.grid import any_rank
 from icrl_megatron.engines.sync import WeightSync
-from icrl_megatron.settings.schema import EngineSettings, Settings
+from icrl_megatron.settings.schema import EngineSettings, Settings, TinyModel
 from icrl_megatron.engines.protocol import EngineError, NoAnswerError
 from icrl_megatron.engines.registry import Engines, Share
 from icrl_megatron.engines.server_group import ServerGroup
@@ -40,6 +41,7 @@ WORLD = 2
 LIMIT_S = 20.0
 """No wait of the ranks for each other is longer."""
 SLOW_S = 1.0
+UNTIED = ModelShape.of_tiny(TinyModel(tie_embeddings=False))
 SHAPES = {"model.embed_tokens.weight": (64, 2), "model.norm.weight": (4,)}
 RELEASE, RESUME, CHECK = "/release_memory_occupation", "/resume_memory_occupation", "/weights_checker"
 
@@ -73,7 +75,7 @@ class Server:
         note(self.events, path + (f" of {offered}" if offered else ""))
         if path != CHECK:
             return {}
-        checks = Checksums(WORLD, tied=False)
+        checks = Checksums(WORLD, UNTIED)
         for name, tensor in tensors().items():
             checks.add(name, tensor)
         found = [{"parallelism_info": {"tp_rank": w}, "checksums": c} for w, c in enumerate(checks.expected)]
@@ -134,7 +136,7 @@ class Rank:
                 yield tensor
 
         gatherer: Any = SimpleNamespace(stream=stream, grid=grid)
-        sync = wiring.weight_sync(Settings(engine=settings), gatherer, engines, tied=False)
+        sync = wiring.weight_sync(Settings(engine=settings), gatherer, engines, UNTIED)
         return Rank(number, grid, events, server, engines, sync)
 
     def survive(self) -> bool:
