@@ -65,6 +65,7 @@ def test_a_head_is_a_share_of_the_width_where_qwen2_does_not_say(tmp_path: Path)
     [
         ({"attention_bias": False}, "attention_bias=false: Qwen2 has biases on q, k and v"),
         ({"use_sliding_window": True}, "use_sliding_window=true"),
+        ({"dual_chunk_attention_config": {"chunk_size": 262144}}, "dual_chunk_attention_config="),
         ({"architectures": ["Qwen2Model"]}, "use one for Qwen2ForCausalLM"),
     ],
 )
