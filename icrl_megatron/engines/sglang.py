@@ -30,6 +30,7 @@ from icrl_megatron.engines.protocol import (
 )
 from icrl_megatron.engines.sglang_checks import Checksums
 from icrl_megatron.engines.sglang_server import Server
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.settings.schema import EngineSettings
 from icrl_megatron.types import Completion, Ids
 from icrl_megatron.utils import connections
@@ -144,12 +145,12 @@ class SGLangEngine:
         self._post("/end_weight_update", {})
         self._version, self._half = version, ""
 
-    def verify(self, tensors: Iterable[tuple[str, torch.Tensor]], tied: bool) -> bool:
+    def verify(self, tensors: Iterable[tuple[str, torch.Tensor]], shape: ModelShape) -> bool:
         """Compares a checksum of every parameter; False where the server is lost, before or meanwhile. Raises
         EngineError with the first name whose values differ."""
         if self.lost():
             return False
-        expected = Checksums(self._settings.tensor_parallel, tied)
+        expected = Checksums(self._settings.tensor_parallel, shape)
         for name, tensor in tensors:
             expected.add(name, tensor)
         try:

@@ -121,8 +121,8 @@ def layer_activations(shape: ModelShape, layout: Layout, tokens: int, recompute:
         return tokens * shape.hidden * item * sp
     query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     kept = 4 * shape.hidden * sp  # inputs and outputs of both norms
-    # q, k, v; q and k before their norms, and after the rotation; the attention's output
-    kept += (query + 2 * key_value + 2 * (query + key_value) + query) * tp
+    # q, k, v; q and k after their norms, if they have any, and after the rotation; the attention's output
+    kept += (query + 2 * key_value + (1 + shape.family.qk_norm) * (query + key_value) + query) * tp
     kept += 3 * shape.ffn * tp  # gate, up, and their product
     statistics = 4.0 * shape.heads * tp
     return tokens * (kept * item + (statistics if recompute == "none" else 0.0))

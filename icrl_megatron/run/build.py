@@ -35,7 +35,7 @@ def build_engines(settings: Settings, start: Start, grid: grids.Grid) -> Engines
     return engines_module.build(settings, start.folder, grid, dtype, platform.device(), logs, start.has_weights)
 
 
-def weight_sync(settings: Settings, gatherer: Gatherer, engines: Engines | None, tied: bool) -> WeightSync:
+def weight_sync(settings: Settings, gatherer: Gatherer, engines: Engines | None, shape: ModelShape) -> WeightSync:
     """What the actor's weights are pushed with. An engine that is not of this process is asked for checksums once."""
     if engines is None:
         return WeightSync(gatherer, NoEngine())
@@ -45,7 +45,7 @@ def weight_sync(settings: Settings, gatherer: Gatherer, engines: Engines | None,
     def verify() -> bool:
         stream, same = gatherer.stream(), True
         if isinstance(engines.trained, SGLangEngine):
-            same = engines.trained.verify(stream, tied)
+            same = engines.trained.verify(stream, shape)
         for _ in stream:
             pass
         return not any_rank(gatherer.grid, not same)

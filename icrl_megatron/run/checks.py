@@ -14,7 +14,7 @@ from icrl_megatron.run import files as run_files
 from icrl_megatron.run import start
 from icrl_megatron.run.heldout import check_earlier_rows, check_rows
 from icrl_megatron.run.resume import check_resume, earlier
-from icrl_megatron.run.rollout_checks import check_engine, check_installed, check_rollout
+from icrl_megatron.run.rollout_checks import check_engine, check_engine_split, check_installed, check_rollout
 from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.settings.limits import CHOICES, LOSSES, RANGES, TRACKERS
 from icrl_megatron.settings.schema import (
@@ -75,6 +75,7 @@ def validate_settings(settings: Settings) -> None:
 def validate_shape(settings: Settings, shape: ModelShape) -> None:
     """Whether a model of this shape can be cut and used as the settings say. Raises ConfigError."""
     _check_split(settings.actor, shape)
+    check_engine_split(settings.engine, shape)
     _check_context(settings, shape)
 
 

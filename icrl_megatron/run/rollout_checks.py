@@ -7,6 +7,7 @@ import re
 import sys
 
 from icrl_megatron.engines.sglang_server import check_version, installed_version
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.settings.schema import EngineSettings, RolloutSettings, Settings
 from icrl_megatron.utils.errors import ConfigError
 
@@ -127,6 +128,18 @@ def _check_groups(engine: EngineSettings, world: int, on_node: int) -> None:
             f"would lie on two nodes, its server on one; use engine.servers={fits[0]}, or leave it out for one per "
             "engine.tensor_parallel ranks"
         )
+
+
+def check_engine_split(engine: EngineSettings, shape: ModelShape) -> None:
+    """Raises ConfigError if SGLang cannot split the model over the GPUs of a server that the run starts."""
+    size = engine.tensor_parallel
+    if engine.kind == "local" or engine.urls or shape.splits_over(size):
+        return
+    fits = " or ".join(str(n) for n in range(1, size) if shape.splits_over(n))
+    raise ConfigError(
+        f"engine.tensor_parallel={size}: SGLang cannot split the model's {shape.heads} attention heads, "
+        f"{shape.kv_heads} key-value heads and MLP width {shape.ffn} over {size} GPUs; {fits} would do"
+    )
 
 
 def check_installed(engine: EngineSettings) -> None:

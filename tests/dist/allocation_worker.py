@@ -39,6 +39,7 @@ def main(folder: Path, settings_path: Path, out: Path) -> None:
     moments = [v for s in distributed.optimizer.state.values() for v in s.values() if torch.is_tensor(v) and v.dim()]
     optimizer = {k: v for k, v in allocated([*mains, *moments]).items() if k not in weights}
     found = {name: sum(of.values()) for name, of in (("weights", weights), ("gradients", gradients))}
+    found["parameters"] = sum(param.numel() for param in actor.wrapped.parameters())
     found["optimizer"] = sum(optimizer.values())
     (out / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
     grids.shutdown()

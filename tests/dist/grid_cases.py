@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -217,6 +217,14 @@ CASES = {
     "dual_clip": Case("tied", 9, _dual_clip),
     "sparse_gspo": Case("tied", 3, _sparse_gspo),
 }
+
+
+SAVED = {
+    "fp32": (CASES["paper"], "fp32"),
+    "bf16": (CASES["paper"], "bf16"),
+    "qwen2": (replace(CASES["paper"], model="qwen2"), "fp32"),
+}
+"""What is saved in checkpoints, with its precision. The second family's optimizer has moments of biases."""
 
 
 def model_folder(root: Path, name: str, dtype: str = "float32") -> Path:

@@ -30,13 +30,15 @@ from icrl_megatron.engines.sglang import Follower, SGLangEngine
 from icrl_megatron.engines.sglang_checks import Checksums
 from icrl_megatron.engines.sglang_weights import SharedMemory, Sink
 from icrl_megatron.engines.sync import WeightSync
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.run import build as wiring
-from icrl_megatron.settings.schema import EngineSettings, Settings
+from icrl_megatron.settings.schema import EngineSettings, Settings, TinyModel
 
 WORLD = 2
 LIMIT_S = 20.0
 """No wait of the ranks for each other is longer."""
 SLOW_S = 1.0
+UNTIED = ModelShape.of_tiny(TinyModel(tie_embeddings=False))
 SHAPES = {"model.embed_tokens.weight": (64, 2), "model.norm.weight": (4,)}
 RELEASE, RESUME, CHECK = "/release_memory_occupation", "/resume_memory_occupation", "/weights_checker"
 
@@ -70,7 +72,7 @@ class Server:
         note(self.events, path + (f" of {offered}" if offered else ""))
         if path != CHECK:
             return {}
-        checks = Checksums(WORLD, tied=False)
+        checks = Checksums(WORLD, UNTIED)
         for name, tensor in tensors().items():
             checks.add(name, tensor)
         found = [{"parallelism_info": {"tp_rank": w}, "checksums": c} for w, c in enumerate(checks.expected)]
@@ -134,7 +136,7 @@ class Rank:
                 yield tensor
 
         gatherer: Any = SimpleNamespace(stream=stream, grid=grid)
-        sync = wiring.weight_sync(Settings(engine=settings), gatherer, engines, tied=False)
+        sync = wiring.weight_sync(Settings(engine=settings), gatherer, engines, UNTIED)
         return Rank(number, grid, events, server, engines, sync)
 
     def survive(self) -> bool:

@@ -102,12 +102,12 @@ def test_three_steps_at_tensor_parallel_2(model: Path, tmp_path: Path) -> None:
     assert all(0 < row["engine/cache_hit_rate"] < 1 for row in done)
 
 
-def test_a_run_at_pipeline_parallel_2_survives_kill_9_of_its_server(model: Path, tmp_path: Path) -> None:
-    """Two servers, one for each rank; the other one's share is not played again."""
+def test_a_run_at_pipeline_parallel_2_survives_kill_9_of_its_server(qwen2: Path, tmp_path: Path) -> None:
+    """A Qwen2.5 on two servers, one for each rank. The share of the other server is not played again."""
     folder = tmp_path / "pp2"
     logs = [folder / "logs" / f"sglang_{number}.log" for number in (0, 1)]
     grid = ("launch.ranks=2", "actor.pipeline_parallel=2", "engine.servers=2")
-    running = start(*command(folder, model, *grid))
+    running = start(*command(folder, qwen2, *grid))
     when(running, lambda: steps_done(folder) == 1)
     before = batches(logs[0])
     when(running, lambda: batches(logs[0]) > before)
