@@ -236,11 +236,11 @@ def eval_(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure a model on held-out problems: alone, with critique, and against another on the same seeds."""
-    from icrl_megatron.evaluation.result import Request
+    from icrl_megatron.evaluation.result import EvalRequest
     from icrl_megatron.evaluation.run import evaluate
 
     named, subsets, changed = tuple(task or ()), tuple(on or ("test",)), tuple(overrides or ())
-    request = Request(
+    request = EvalRequest(
         model, named, subsets, rounds, samples, problems, critic, revise_all, against, out, changed, overwrite
     )
     raise typer.Exit(evaluate(request))
@@ -331,6 +331,23 @@ def recipes() -> None:
     for name, recipe in registry().items():
         table.add_row(name, (recipe.__doc__ or "").split("\n\n")[0].replace("\n    ", " "))
     PlainConsole().print(table)
+
+
+@app.command("settings")
+def settings_(
+    prefix: Annotated[str, typer.Argument(help="A section or a setting, such as algo or rollout.rounds.")] = "",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/SETTINGS.md.")] = False,
+) -> None:
+    """List settings with their type, default, allowed values and meaning."""
+    from icrl_megatron.settings import describe
+
+    if markdown:
+        sys.stdout.write(describe.markdown())
+        return
+    found = describe.described(prefix)
+    if not found:
+        raise ConfigError(f"no setting is called {prefix} or begins with it; `icrl settings` lists all of them")
+    typer.echo("\n".join(str(one) for one in found))
 
 
 @app.command()

@@ -89,7 +89,7 @@ def _parts(
     found: Problems,
     progress: Progress,
 ) -> Parts:
-    sync = build.weight_sync(settings, Gatherer(actor.rows, grid), engines, actor.shape.tied)
+    sync = build.weight_sync(settings, Gatherer(actor.rows, grid), engines, actor.shape)
     curriculum = Curriculum(settings.tasks.curriculum_floor) if settings.tasks.curriculum else None
     return Parts(
         settings=settings,

@@ -29,7 +29,7 @@ export ICRL_SERVERS=$state/servers.${SLURM_RESTART_COUNT:-0}
 export ICRL_PYTHON=$python
 contain "$@"
 
-# The last task of an array has the array's own number: whoever names that, means all of its tasks.
+# The last task of an array has the array's own number, which Slurm takes for all of its tasks.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 steps=0 stopping=0 running='' train_step=0 servers='' server_step=0
@@ -89,7 +89,7 @@ end_servers() {
   servers=''
 }
 
-cancelled() {  # Slurm would requeue a job that somebody has cancelled, and it would come back
+cancelled() {  # Slurm would requeue a cancelled job
   [ "$(timeout 30 squeue --noheader --jobs="$job" --format=%T)" = COMPLETING ] || return 1
   echo "cancelled: not requeued" >&2
 }

@@ -61,14 +61,14 @@ if [ -z "${ICRL_OUTCOME:-}" ] && [ -n "${SLURM_JOB_ID:-}" ] && [ "${SLURM_NODEID
   rm -f "$outcome"
 fi
 
-give_up() {  # no requeue any more, whatever whoever started this step does
+give_up() {  # no more requeues, regardless of what the caller of this step does
   if [ -n "${SLURM_JOB_ID:-}" ]; then
     if command -v scontrol > /dev/null; then timeout 30 scontrol update JobId="$SLURM_JOB_ID" Requeue=0 || true; fi
     touch "$logs/given_up.$SLURM_JOB_ID"  # for the script around a container, where there is no scontrol
   fi
   exit "$1"
 }
-# Under NeMo-Run nobody decides between the runs of a job: one that was requeued asks first how the one before ended.
+# Under NeMo-Run no script decides between the runs of a job: a requeued run first checks how the one before ended.
 if [ -z "${ICRL_OUTCOME:-}" ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "${SLURM_NODEID:-0}" -eq 0 ]; then
   before=$logs/outcome.$SLURM_JOB_ID.$((SLURM_RESTART_COUNT - 1)).json
   decision=$("$python" -m icrl_megatron.launch.job decide "$before" "$logs/job.$SLURM_JOB_ID.json" 1 0 "$@") || decision=fail
@@ -95,12 +95,12 @@ ICRL_OUTCOME=$outcome "$python" -m icrl_megatron.launch.agent \
   -m icrl_megatron.launch.rank "$@" || code=$?
 [ -z "$servers" ] || { kill "$servers" 2> /dev/null; wait "$servers"; } || true
 
-if [ -z "${ICRL_OUTCOME:-}" ] && [ -f "$outcome" ]; then  # nobody above reads it
+if [ -z "${ICRL_OUTCOME:-}" ] && [ -f "$outcome" ]; then  # no caller reads it
   case $(cat "$outcome") in
     *'"code": 1'* | *'"code": 2'*)
       [ "${SLURM_NODEID:-0}" -ne 0 ] || "$python" -m icrl_megatron.launch.job said "$outcome"
       case $(cat "$outcome") in *'"code": 2'*) give_up 2 ;; *) give_up 1 ;; esac ;;
-    *'"code": 3'*) code=${ICRL_EXIT_STOPPED:-0} ;;  # stopped on request: whoever requeues wants to know
+    *'"code": 3'*) code=${ICRL_EXIT_STOPPED:-0} ;;  # stopped on request: the caller decides about a requeue
   esac
 fi
 exit "$code"

@@ -60,9 +60,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def save(actor: Actor, folder: Path, root: Path, number: int, keep: int | None = 2, run: str = "") -> Path:
-    progress = checkpoint.Progress(number, number + 1, actor.optimizer.steps, 10 * number)
+    progress = checkpoint.SavedProgress(number, number + 1, actor.optimizer.steps, 10 * number)
     return checkpoint.save(root, actor.rows, actor.optimizer, actor.grid, progress, folder, keep, run=run)
 
 
-def load(actor: Actor, folder: Path) -> checkpoint.Progress:
+def load(actor: Actor, folder: Path) -> checkpoint.SavedProgress:
     return checkpoint.load(folder, actor.rows, actor.optimizer, actor.grid)

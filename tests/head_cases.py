@@ -135,7 +135,8 @@ def put_streams(streams: Streams, how: How) -> Streams:
 
 
 def _on_cpu(output: HeadOutput) -> HeadOutput:
-    return replace(output, **{f.name: getattr(output, f.name).detach().cpu() for f in fields(output)})
+    tensors = {name: value for name, value in vars(output).items() if isinstance(value, Tensor)}
+    return replace(output, **{name: tensor.detach().cpu() for name, tensor in tensors.items()})
 
 
 def assert_near(value: Tensor, truth: Tensor, tolerance: float = 1e-5, floor: float = 1e-6) -> None:

@@ -52,14 +52,14 @@ def make_folder(folder: Path, tied: bool = True, rows: int = 0, family: str = "q
 
 
 def published(folder: Path) -> None:
-    """Spells config.json as the published Qwen3 folders do (transformers 4.51)."""
+    """Spells config.json as the published folders do (transformers 4.51)."""
 
     def spell(config: dict[str, Any]) -> None:
         theta = config.pop("rope_parameters")["rope_theta"]
         del config["dtype"], config["layer_types"], config["pad_token_id"]
         config.update(
             {
-                "attention_bias": False,
+                **({"attention_bias": False} if config["model_type"] == "qwen3" else {}),
                 "bos_token_id": 0,
                 "max_window_layers": 2,
                 "rope_scaling": None,

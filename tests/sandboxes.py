@@ -7,9 +7,9 @@ import subprocess
 
 import pytest
 
-from icrl_megatron.tasks.sandbox import Limits
+from icrl_megatron.tasks.sandbox import SandboxLimits
 
-LIMITS = Limits(cpu_s=2.0, memory_bytes=256 << 20)
+LIMITS = SandboxLimits(cpu_s=2.0, memory_bytes=256 << 20)
 
 
 def why_not() -> str:

@@ -1,4 +1,5 @@
-"""Prints the modules of the GPU layer spec, as JSON: `python tests/te_spec.py`. In a process of its own.
+"""Prints the modules of the GPU layer spec with and without norms of query and key heads, as two lines of JSON:
+`python tests/te_spec.py`. In a process of its own.
 
 Without Transformer Engine its names are stood in for, so that Megatron's own classes around them can be defined and its
 own function builds the spec; nothing of it could compute. Where it is installed, it is the real one.
@@ -53,8 +54,10 @@ if __name__ == "__main__":
     if importlib.util.find_spec(PACKAGE) is None:
         sys.meta_path.insert(0, Finder())
     platform.device = lambda: torch.device("cuda", 0)  # its answer to one question; no GPU is used
-    from icrl_megatron.model import gpt as qwen3  # imports Megatron, so only now
+    from icrl_megatron.model import gpt  # imports Megatron, so only now
 
-    layer = qwen3.block_spec(None, "auto").submodules  # type: ignore[arg-type]
-    parts = {**vars(layer.self_attention.submodules), **vars(layer.mlp.submodules)}
-    print(json.dumps({name: getattr(part, "__name__", str(part)) for name, part in parts.items()}))
+    for qk_norm in (True, False):
+        config: Any = types.SimpleNamespace(qk_layernorm=qk_norm)
+        layer: Any = gpt.block_spec(config, "auto").submodules
+        parts = {**vars(layer.self_attention.submodules), **vars(layer.mlp.submodules)}
+        print(json.dumps({name: getattr(part, "__name__", str(part)) for name, part in parts.items()}))

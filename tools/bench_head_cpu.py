@@ -31,11 +31,21 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from icrl_kernels import Chunking, Streams, Terms, VocabShard, policy_head, reference_head
+from icrl_kernels import (
+    Chunking,
+    Streams,
+    Terms,
+    VocabShard,
+    logprob_head,
+    policy_head,
+    reference_head,
+    token_objective,
+)
 
 ADVANTAGE = 0.7
 PEERS = {
     "head": "this project's chunked head",
+    "recomputing": "its head for other losses, which computes logits twice",
     "eager": "eager torch, all logits at once",
     "liger": "Liger chunked GRPO, one sequence of all tokens",
     "liger_rows": "Liger chunked GRPO, eight sequences",
@@ -70,6 +80,16 @@ def _ours(shape: Shape) -> Pass:
     return lambda hidden, weight, streams: (
         policy_head(hidden, weight, streams, Terms(), shard, Chunking(shape.chunk)).loss
     )
+
+
+def _recomputing(shape: Shape) -> Pass:
+    shard = VocabShard.whole(shape.vocabulary)
+
+    def run(hidden_LH: Tensor, weight_VH: Tensor, streams: Streams) -> Tensor:
+        scores = logprob_head(hidden_LH, weight_VH, streams.targets_L, 1.0, shard, Chunking(shape.chunk))
+        return token_objective(*scores, streams, Terms()).loss_L.sum()
+
+    return run
 
 
 def _eager(shape: Shape) -> Pass:
@@ -118,8 +138,8 @@ def _resident_mib(field: str) -> float:
 
 def measure(peer: str, shape: Shape) -> Measurement:
     """One pass of one peer in this process."""
-    makers = {"head": lambda: _ours(shape), "eager": lambda: _eager(shape)}
-    run = makers[peer]() if peer in makers else _liger(8 if peer == "liger_rows" else 1)
+    makers = {"head": _ours, "recomputing": _recomputing, "eager": _eager}
+    run = makers[peer](shape) if peer in makers else _liger(8 if peer == "liger_rows" else 1)
     hidden_LH, weight_VH, streams = _inputs(shape)
     few = slice(0, 8)
     run(hidden_LH[few].clone().requires_grad_(), weight_VH.requires_grad_(), streams.slice(few)).backward()

@@ -43,7 +43,7 @@ from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.base import StepResult, Teachable
 from icrl_megatron.tasks.grader import Grader
-from icrl_megatron.tasks.sandbox import Limits, Sandbox
+from icrl_megatron.tasks.sandbox import Sandbox, SandboxLimits
 from icrl_megatron.types import Completion, Task
 from icrl_megatron.utils.errors import ConfigError
 
@@ -249,7 +249,7 @@ def grading(count: int) -> dict[str, float]:
 def sandboxed(count: int = 60) -> dict[str, float]:
     """Nothing where no sandbox can be made."""
     try:
-        sandbox = Sandbox(Limits(10.0, 256 << 20))
+        sandbox = Sandbox(SandboxLimits(10.0, 256 << 20))
         sandbox.check()
     except ConfigError as error:
         Console().print(f"programs: {error}", markup=False)

@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
-from icrl_kernels import Chunking, Streams, Terms, VocabShard, policy_head, score_head
+from icrl_kernels import Chunking, Streams, Terms, VocabShard, logprob_head, policy_head, score_head
 
 
 def main() -> None:
@@ -24,6 +24,8 @@ def main() -> None:
             hidden_LH.requires_grad_(), weight_VH.requires_grad_()
             policy_head(hidden_LH, weight_VH, streams, terms, shard, chunking).loss.backward()
             score_head(hidden_LH, weight_VH, targets_L, 0.9, shard, chunking)
+            logprobs_L, entropy_L = logprob_head(hidden_LH, weight_VH, targets_L, 0.9, shard, chunking)
+            (logprobs_L + entropy_L).sum().backward()
     torch.cuda.synchronize()
     print("small cases of the head are done")  # tools/gpu_check.py looks for it
 

@@ -34,7 +34,7 @@ def verify(url: str, folder: Path, key: str = "") -> int:
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(str(info.get("dtype")))
     if dtype is None:
         raise ConfigError(f"{url} was started with --dtype {info.get('dtype')}: start it with bfloat16 or float32")
-    expected = Checksums(int(info.get("tp_size") or 1), shape.tied)
+    expected = Checksums(int(info.get("tp_size") or 1), shape)
     for name, tensor in folder_tensors(folder, dtype, torch.device(str(info.get("device") or "cpu"))):
         expected.add(name, tensor)
     expected.compare(server.post("/weights_checker", {"action": "checksum"}, TIMEOUT_S))

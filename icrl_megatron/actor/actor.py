@@ -21,7 +21,7 @@ from icrl_megatron.distributed.grid import Grid, gather_objects
 from icrl_megatron.model.gpt import build
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.model.weights import load_hf, rows
-from icrl_megatron.settings.schema import AlgoSettings, Settings
+from icrl_megatron.settings.schema import Settings
 from icrl_megatron.types import MicroBatch, StepPlan, StepStats
 
 RATIO_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
@@ -57,7 +57,7 @@ class Actor:
             shard=head_shard(self.shape, grid),
             chunking=platform.head_chunking(settings.actor),
             mismatch_cap=settings.algo.mismatch_correction.cap if settings.algo.mismatch_correction.enabled else None,
-            loss=_plain_loss(settings.algo),
+            loss=None if settings.algo.fused() else PlainLoss(losses.named(settings.algo.loss), settings.algo),
         )
 
     def score(self, plan: StepPlan, behaviour: StepPlan | None = None) -> ScoredPlan:
@@ -157,11 +157,6 @@ def _non_finite(frozen: tuple[Frozen, ...]) -> int:
         if streams:
             count += int((~torch.stack(streams).isfinite()).any(dim=0).sum())
     return count
-
-
-def _plain_loss(algo: AlgoSettings) -> PlainLoss | None:
-    function = losses.chosen(algo)
-    return None if function is None else PlainLoss(function, algo)
 
 
 def _terms(settings: Settings) -> Terms:

@@ -20,7 +20,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from icrl_megatron.actor import manifest as manifests
-from icrl_megatron.actor.manifest import META, PART, DamagedError, Manifest, Progress, complete
+from icrl_megatron.actor.manifest import META, PART, DamagedError, Manifest, SavedProgress, complete
 from icrl_megatron.actor.optimizer import STATES, Optimizer
 from icrl_megatron.actor.shards import INDEX, ShardReader, ShardWriter, Written, write_index
 from icrl_megatron.actor.side_files import read_side_files
@@ -33,11 +33,11 @@ from icrl_megatron.distributed.grid import (
     sum_over_ranks,
     together,
 )
-from icrl_megatron.model.weights import Row, Slice
+from icrl_megatron.model.weights import Slice, WeightRow
 from icrl_megatron.utils.disk import disk_errors, require_space
 from icrl_megatron.utils.errors import ConfigError, HopelessError
 
-__all__ = ["META", "SIDE_FILES", "Checkpoint", "NonFiniteError", "Progress", "complete", "find", "load", "save"]
+__all__ = ["META", "SIDE_FILES", "Checkpoint", "NonFiniteError", "SavedProgress", "complete", "find", "load", "save"]
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ class Checkpoint:
     manifest: Manifest
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> SavedProgress:
         return self.manifest.progress
 
     @property
@@ -70,7 +70,7 @@ class Checkpoint:
         """The model's configuration and tokenizer, a Hugging Face folder without weights."""
         return self.folder / SIDE_FILES
 
-    def load(self, rows: list[Row], optimizer: Optimizer, grid: Grid) -> Progress:
+    def load(self, rows: list[WeightRow], optimizer: Optimizer, grid: Grid) -> SavedProgress:
         """Reads weights and optimizer state into this grid, whatever grid wrote them. All ranks call it together.
 
         Raises ConfigError, on all ranks, where the checkpoint holds another model or cannot be read.
@@ -89,10 +89,10 @@ class Checkpoint:
 
 def save(
     root: Path,
-    rows: list[Row],
+    rows: list[WeightRow],
     optimizer: Optimizer,
     grid: Grid,
-    progress: Progress,
+    progress: SavedProgress,
     like: Path,
     keep: int | None = None,
     beside: Mapping[str, Sequence[str]] | None = None,
@@ -146,7 +146,7 @@ def save(
     return final
 
 
-def load(folder: Path, rows: list[Row], optimizer: Optimizer, grid: Grid) -> Progress:
+def load(folder: Path, rows: list[WeightRow], optimizer: Optimizer, grid: Grid) -> SavedProgress:
     """Verifies one checkpoint and reads it into this grid. All ranks call it together. Raises ConfigError if it is
     damaged, cannot be read, or is of another model or version."""
     return _opened(folder, grid).load(rows, optimizer, grid)
@@ -277,7 +277,7 @@ def _set_aside(folder: Path) -> Path:
     return kept
 
 
-def _check_finite(rows: list[Row], optimizer: Optimizer, grid: Grid, step: int) -> None:
+def _check_finite(rows: list[WeightRow], optimizer: Optimizer, grid: Grid, step: int) -> None:
     """Raises NonFiniteError on all ranks if any rank holds a value that is not finite."""
     broken = ((row.name, state) for row in rows if (state := optimizer.non_finite(row.param)))
     for found in gather_objects(grid, next(broken, None)):
@@ -292,7 +292,7 @@ def _check_finite(rows: list[Row], optimizer: Optimizer, grid: Grid, step: int) 
 _STATE_NAMES = dict(zip(STATES, ("weights", "first moments", "second moments"), strict=True))
 
 
-def _to_write(rows: list[Row], grid: Grid) -> Iterator[tuple[Row, list[tuple[int, Slice]]]]:
+def _to_write(rows: list[WeightRow], grid: Grid) -> Iterator[tuple[WeightRow, list[tuple[int, Slice]]]]:
     """Each row with the (index, rectangle)s of it that this rank writes. Replicas take turns; what every rank of a
     tensor-parallel group has whole, its first one writes."""
     for number, row in enumerate(rows):
@@ -301,17 +301,17 @@ def _to_write(rows: list[Row], grid: Grid) -> Iterator[tuple[Row, list[tuple[int
         yield row, [(i, p) for i, p in parts if mine and 0 not in p.size]
 
 
-def _bytes_to_write(rows: list[Row], grid: Grid) -> int:
+def _bytes_to_write(rows: list[WeightRow], grid: Grid) -> int:
     return sum(_BYTES * math.prod([*p.size]) for _, parts in _to_write(rows, grid) for _, p in parts)
 
 
-def _write(part: Path, rows: list[Row], optimizer: Optimizer, grid: Grid, what: str) -> list[Written]:
+def _write(part: Path, rows: list[WeightRow], optimizer: Optimizer, grid: Grid, what: str) -> list[Written]:
     """Writes this rank's rectangles; returns what each rank has written. A rank that fails gathers on, so that the
     others are not left waiting, and then all raise."""
     writer = ShardWriter(part, grid.rank)
     failed: BaseException | None = None
 
-    def add(state: str, whole: Tensor, row: Row, parts: list[tuple[int, Slice]]) -> None:
+    def add(state: str, whole: Tensor, row: WeightRow, parts: list[tuple[int, Slice]]) -> None:
         with disk_errors(part.parent, what):
             pieces = row.split(whole)
             for index, rectangle in parts:

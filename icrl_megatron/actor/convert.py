@@ -43,7 +43,7 @@ def import_hf(source: Path, target: Path, overwrite: bool = False) -> None:
         like = Path(temporary)
         write_side_files(read_side_files(source), like)
         name_dtype(like / "config.json", str(DTYPES[precision]).removeprefix("torch."))
-        start = checkpoint.Progress(step=0, weight_version=0, optimizer_steps=0, generated_tokens=0)
+        start = checkpoint.SavedProgress(step=0, weight_version=0, optimizer_steps=0, generated_tokens=0)
         # `folder` has the name of a step, in a temporary folder of its own, and the checkpoint's own writer makes it.
         folder.rmdir()
         try:

@@ -42,7 +42,7 @@ class DamagedError(Exception):
 
 
 @dataclass(frozen=True)
-class Progress:
+class SavedProgress:
     """Where a run is: everything besides tensors that the next step depends on. Random choices are functions of
     (seed, step), so they need no state of their own."""
 
@@ -66,7 +66,7 @@ class FileRecord:
 class Manifest:
     """The content of icrl.json."""
 
-    progress: Progress
+    progress: SavedProgress
     run: str
     """Identifies the run folder that the checkpoint was written for; empty for an imported model."""
     files: Mapping[str, FileRecord]
@@ -122,7 +122,7 @@ def read(folder: Path) -> Manifest:
         if content.pop("format") != FORMAT:
             raise ConfigError(_other_version(folder, "its format is another one"))
         files = {name: FileRecord(**record) for name, record in content["files"].items()}
-        manifest = Manifest(Progress(**content["progress"]), content["run"], files)
+        manifest = Manifest(SavedProgress(**content["progress"]), content["run"], files)
     except ConfigError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

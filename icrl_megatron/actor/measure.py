@@ -63,6 +63,7 @@ def measure(w_max: float, batch: MicroBatch, frozen: Frozen, out: HeadOutput) ->
     if frozen.reference_L is not None:
         gap_L = frozen.reference_L - out.logprobs_L
         numbers["kl_reference"] = (torch.expm1(gap_L) - gap_L).sum()
+    numbers.update((f"loss_{name}", values_L.sum()) for name, values_L in out.metrics.items())
     # One copy for all of them: each number asked for alone would wait for the device.
     tensors = [v.double() for v in numbers.values() if isinstance(v, torch.Tensor)]
     found = iter(torch.stack(tensors).tolist())

@@ -46,7 +46,7 @@ class HeadPlan:
     mismatch_cap: float | None
     """Truncation of the engine-mismatch weight; None: measured only."""
     loss: PlainLoss | None = None
-    """None: ICRL's own objective, which the fused head computes."""
+    """None: the fused head computes the objective (`AlgoSettings.fused`)."""
 
 
 Measure = Callable[[MicroBatch, Frozen, HeadOutput], dict[str, float]]

@@ -14,7 +14,7 @@ from icrl_megatron.algo.losses import Loss, LossInputs, PolicyTerm, kl_L
 from icrl_megatron.settings.schema import AlgoSettings
 from icrl_megatron.types import MicroBatch
 
-_Live = Callable[[Tensor], Tensor]
+_Fill = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,69 +35,66 @@ class PlainLoss:
         chunking: Chunking,
         main_grad: MainGrad | None,
     ) -> HeadOutput:
-        """What `icrl_kernels.policy_head` returns, for this loss. `streams` holds what ICRL's objective gets too."""
+        """What `icrl_kernels.policy_head` returns, for this loss. The fused head gets the same `streams`."""
         logprobs_L, entropy_L = logprob_head(
             hidden_LH, weight_VH, streams.targets_L, temperature, shard, chunking, main_grad
         )
-        silent_L = streams.coefficients_L == 0
+        uncounted_L = streams.coefficients_L == 0
 
-        def live(values_L: Tensor) -> Tensor:
-            # Filled before any arithmetic: a gradient of 0 times an infinite derivative would be NaN.
-            return values_L.to(logprobs_L.dtype).masked_fill(silent_L, 0.0)
+        def fill(values_L: Tensor) -> Tensor:
+            # Zeros before any arithmetic: a gradient of 0 times an infinite derivative would be NaN.
+            return values_L.to(logprobs_L.dtype).masked_fill(uncounted_L, 0.0)
 
-        inputs = self._inputs(live, logprobs_L, batch, streams)
-        term, weight_L = self.function(inputs, self.algo), self._weight_L(live, inputs, streams)
+        inputs = _inputs(fill, logprobs_L, entropy_L, batch, streams)
+        term, weight_L = self.function(inputs, self.algo), self._weight_L(inputs, streams)
         loss_L = weight_L * term.loss_L
         if self.algo.kl_coef != 0 and streams.reference_logprobs_L is not None:
-            reference_L = live(streams.reference_logprobs_L)
+            reference_L = fill(streams.reference_logprobs_L)
             loss_L = loss_L + self.algo.kl_coef * kl_L(self.algo.kl_estimator, inputs.logprobs_L, reference_L)
         if self.algo.entropy_coef != 0:
-            loss_L = loss_L - self.algo.entropy_coef * live(entropy_L)
-        loss_L = streams.coefficients_L.to(logprobs_L.dtype) * loss_L
-        return _output(loss_L, logprobs_L.detach(), entropy_L.detach(), inputs, term, weight_L, silent_L)
+            loss_L = loss_L - self.algo.entropy_coef * inputs.entropy_L
+        loss_L = fill(streams.coefficients_L) * loss_L
+        return _output(loss_L, logprobs_L.detach(), entropy_L.detach(), inputs, term, weight_L)
 
-    def _inputs(self, live: _Live, logprobs_L: Tensor, batch: MicroBatch, streams: Streams) -> LossInputs:
-        current_L = live(logprobs_L)
-        _, sequence_L = np.unique(batch.sample_index_L, return_inverse=True)
-        rollout_L = torch.from_numpy(batch.rollout_logprobs_L).to(current_L.device)
-        behaviour_L = rollout_L if streams.behaviour_logprobs_L is None else streams.behaviour_logprobs_L
-        return LossInputs(
-            logprobs_L=current_L,
-            old_L=current_L.detach() if streams.old_logprobs_L is None else live(streams.old_logprobs_L),
-            behaviour_L=live(behaviour_L),
-            engine_L=live(rollout_L),
-            advantages_L=live(streams.advantages_L),
-            mask_L=streams.coefficients_L != 0,
-            sequence_L=torch.from_numpy(sequence_L.astype(np.int64).reshape(-1)).to(current_L.device),
-            sequences=int(sequence_L.max()) + 1 if sequence_L.size else 0,
-        )
-
-    def _weight_L(self, live: _Live, inputs: LossInputs, streams: Streams) -> Tensor:
+    def _weight_L(self, inputs: LossInputs, streams: Streams) -> Tensor:
         """w_t = min(pi_old(y|q) / pi(y|q,c), w_max) on calibrated tokens, 1 elsewhere; without a gradient."""
         ones_L = torch.ones_like(inputs.old_L)
         if streams.calibrated_L is None:
             return ones_L
         proposed_L = (inputs.old_L - inputs.behaviour_L).exp().clamp(max=self.algo.calibration.w_max)
-        return torch.where(streams.calibrated_L & inputs.mask_L, proposed_L, ones_L).detach()
+        return torch.where(streams.calibrated_L & inputs.mask_L, proposed_L, ones_L)
+
+
+def _inputs(fill: _Fill, logprobs_L: Tensor, entropy_L: Tensor, batch: MicroBatch, streams: Streams) -> LossInputs:
+    current_L = fill(logprobs_L)
+    samples, sequence_L = np.unique(batch.sample_index_L, return_inverse=True)
+    engine_L = fill(torch.from_numpy(batch.rollout_logprobs_L).to(current_L.device))
+    behaviour_L = streams.behaviour_logprobs_L
+    return LossInputs(
+        logprobs_L=current_L,
+        entropy_L=fill(entropy_L),
+        old_L=current_L.detach() if streams.old_logprobs_L is None else fill(streams.old_logprobs_L),
+        behaviour_L=engine_L if behaviour_L is None else fill(behaviour_L),
+        engine_L=engine_L,
+        advantages_L=fill(streams.advantages_L),
+        mask_L=streams.coefficients_L != 0,
+        sequence_L=torch.from_numpy(sequence_L.astype(np.int64)).to(current_L.device),
+        sequences=len(samples),
+    )
 
 
 def _output(
-    loss_L: Tensor,
-    logprobs_L: Tensor,
-    entropy_L: Tensor,
-    inputs: LossInputs,
-    term: PolicyTerm,
-    weight_L: Tensor,
-    silent_L: Tensor,
+    loss_L: Tensor, logprobs_L: Tensor, entropy_L: Tensor, inputs: LossInputs, term: PolicyTerm, weight_L: Tensor
 ) -> HeadOutput:
     finite_L = (logprobs_L + entropy_L + loss_L.detach()).isfinite()
     return HeadOutput(
         loss=loss_L.sum(),
         logprobs_L=logprobs_L,
         entropy_L=entropy_L,
-        ratio_L=inputs.ratio_L().detach(),
+        ratio_L=inputs.log_ratio_L().detach().exp(),
         calibration_weight_L=weight_L,
-        clipped_low_L=term.clipped_low_L.detach(),
-        clipped_high_L=term.clipped_high_L.detach(),
-        non_finite=(~finite_L & ~silent_L).sum(),
+        clipped_low_L=term.clipped_low_L,
+        clipped_high_L=term.clipped_high_L,
+        non_finite=(~finite_L & inputs.mask_L).sum(),
+        metrics={name: values_L.detach() * inputs.mask_L for name, values_L in term.metrics.items()},
     )

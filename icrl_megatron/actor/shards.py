@@ -1,5 +1,5 @@
 """A checkpoint's tensors: each rank writes the rectangles it has into safetensors files of its own, and reads the
-rectangles it needs from anybody's files. `index.json` says which rectangle is where."""
+rectangles it needs from the files of all ranks. `index.json` says which rectangle is where."""
 
 from __future__ import annotations
 

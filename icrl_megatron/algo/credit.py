@@ -34,6 +34,8 @@ class CreditReport:
     """Groups taken out by `algo.group_filter`; their samples are gone, also from the normaliser."""
     dropped_samples: int
     """Of those groups, and revisions beyond `algo.revisions_per_task`."""
+    overlong_penalty: float | None = None
+    """Mean of what `algo.overlong` took off the samples' rewards; None where it is off or there is no sample."""
 
     @property
     def has_signal(self) -> bool:
@@ -54,6 +56,7 @@ def credit(episodes: Iterable[Episode], settings: AlgoSettings, train_critic: bo
             groups[sample.group].append(sample)
 
     kept: list[Sample] = []
+    penalties: list[float] = []
     flat = dropped = 0
     dropped_samples = len(surplus)
     for _, members in sorted(groups.items()):
@@ -62,14 +65,18 @@ def credit(episodes: Iterable[Episode], settings: AlgoSettings, train_critic: bo
             dropped += 1
             dropped_samples += len(members)
             continue
-        rewards = [m.reward - overlong_penalty(m.loss_tokens(), settings.overlong) for m in members]
+        off = [overlong_penalty(m.loss_tokens(), settings.overlong) for m in members]
+        rewards = [m.reward - penalty for m, penalty in zip(members, off, strict=True)]
         values = advantages(rewards, settings.normalise_std, settings.pseudo_positive)
+        penalties += off
         flat += not any(values)
         kept += [replace(m, advantage=a) for m, a in zip(members, values, strict=True)]
 
     kept.sort(key=lambda s: s.sample_id)
     _check_unique(kept)
-    return CreditReport(tuple(kept), len(groups), flat, dropped, dropped_samples)
+    penalized = settings.overlong.max_tokens is not None and penalties
+    penalty = sum(penalties) / len(penalties) if penalized else None
+    return CreditReport(tuple(kept), len(groups), flat, dropped, dropped_samples, penalty)
 
 
 def advantages(rewards: Sequence[float], normalise_std: bool = True, pseudo_positive: bool = False) -> list[float]:
@@ -89,8 +96,8 @@ def advantages(rewards: Sequence[float], normalise_std: bool = True, pseudo_posi
 
 
 def overlong_penalty(tokens: int, overlong: Overlong) -> float:
-    """DAPO's soft punishment (arXiv 2503.14476, Eq. 13): 0 up to `max_tokens - buffer_tokens` generated tokens, then
-    linearly up to `factor` at `max_tokens`, and no more beyond."""
+    """DAPO's soft punishment (arXiv 2503.14476, Eq. 13), what is taken off a reward: 0 up to `max_tokens -
+    buffer_tokens` generated tokens, then linear up to `factor` at `max_tokens`, and `factor` beyond."""
     if overlong.max_tokens is None:
         return 0.0
     excess = tokens - (overlong.max_tokens - overlong.buffer_tokens)
@@ -108,7 +115,7 @@ def _surplus_revisions(samples: Sequence[Sample], limit: int | None) -> set[str]
 
 
 def _hopeless(members: Sequence[Sample], group_filter: GroupFilter) -> bool:
-    """True for a critique or revision group in which nobody succeeded, or whose mean reward is too low."""
+    """True for a critique or revision group without any success, or whose mean reward is too low."""
     if any(m.role == "attempt" for m in members):
         return False
     rewards = [m.reward for m in members]

@@ -1,8 +1,9 @@
 """Losses as plain functions of log-probs. `algo.loss` chooses one by name, or as "package.module:function".
 
-A loss gets the loss tokens of one packed micro-batch, with whole sequences, and returns the policy term of each token.
-The caller multiplies it by the calibration weight w_t, adds the KL and entropy terms, and sums over tokens with the
-normaliser c_t of the whole step, so a loss cannot depend on micro-batching, packing or the grid.
+A loss gets the loss tokens of one packed micro-batch and returns the policy term of each token. The caller multiplies
+it by the calibration weight w_t, adds the KL and entropy terms, and sums over tokens with the normalizer c_t of the
+whole step. A sequence is never split over micro-batches or ranks, so a loss that reads only a token's own sequence
+gives the same gradient on every grid; `loss_check.py` tests that property of a user's loss before the run starts.
 
 To add one: a function with the signature of `Loss`, and its name in `LOSSES` (settings/limits.py).
 """
@@ -10,8 +11,8 @@ To add one: a function with the signature of `Loss`, and its name in `LOSSES` (s
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,17 +21,16 @@ from icrl_megatron.settings.limits import LOSSES
 from icrl_megatron.settings.schema import AlgoSettings
 from icrl_megatron.utils.errors import ConfigError
 
-FUSED = "icrl"
-"""The loss that the fused head computes by itself, with k3 as its KL estimator."""
-
 
 @dataclass(frozen=True)
 class LossInputs:
-    """The loss tokens of one micro-batch. Tensors are [L], fp32 (fp64 in tests), and finite; a token that does not
+    """The loss tokens of one micro-batch. Tensors are [L], finite, and fp32 (fp64 in tests). A token that does not
     count holds zeros."""
 
     logprobs_L: Tensor
-    """log pi_theta(y|q); the only tensor with a gradient."""
+    """log pi_theta(y|q). It has a gradient."""
+    entropy_L: Tensor
+    """Entropy of pi_theta at the token, in nats. It has a gradient too; the other tensors have none."""
     old_L: Tensor
     """log pi_old(y|q): the policy before this step's first update."""
     behaviour_L: Tensor
@@ -38,22 +38,26 @@ class LossInputs:
     engine_L: Tensor
     """Log-prob that the engine reported when it sampled the token."""
     advantages_L: Tensor
+    """Times the truncated engine mismatch where `algo.mismatch_correction` is on."""
     mask_L: Tensor
     """bool: tokens that count."""
     sequence_L: Tensor
-    """int64: the sequence of each token, 0 to `sequences` - 1. A sequence is never split over micro-batches."""
+    """int64: the sequence of each token, 0 to `sequences` - 1."""
     sequences: int
 
-    def ratio_L(self) -> Tensor:
-        """pi_theta / pi_old of each token."""
-        return (self.logprobs_L - self.old_L).exp()
+    def log_ratio_L(self) -> Tensor:
+        """log(pi_theta / pi_old) of each token."""
+        return self.logprobs_L - self.old_L
+
+    def sum_S(self, values_L: Tensor) -> Tensor:
+        """Sum of a value over the counted tokens of each sequence, [sequences]."""
+        # index_add adds in a random order on a GPU, but all ranks of a tensor-parallel group must get the same bits.
+        sequence_S1 = torch.arange(self.sequences, device=values_L.device)[:, None]
+        return ((sequence_S1 == self.sequence_L) * (values_L * self.mask_L)).sum(1)
 
     def mean_S(self, values_L: Tensor) -> Tensor:
-        """Mean of a value over the counted tokens of each sequence, [sequences]; 0 for a sequence without any."""
-        zeros_S = values_L.new_zeros(self.sequences)
-        total_S = zeros_S.index_add(0, self.sequence_L, values_L * self.mask_L)
-        count_S = zeros_S.index_add(0, self.sequence_L, self.mask_L.to(values_L.dtype))
-        return total_S / count_S.clamp(min=1)
+        """Mean over the counted tokens of each sequence, [sequences]; 0 for a sequence without any."""
+        return self.sum_S(values_L) / self.sum_S(torch.ones_like(values_L)).clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,13 @@ class PolicyTerm:
     """What a loss returns, [L] each."""
 
     loss_L: Tensor
-    """To be minimised; without coefficient, weight, KL and entropy."""
+    """To be minimized; without coefficient, weight, KL and entropy."""
     clipped_low_L: Tensor
-    """bool: the advantage is negative and clipping removes the gradient."""
+    """bool: the advantage is negative, and the lower bound removes the gradient."""
     clipped_high_L: Tensor
-    """bool: the same for a positive advantage."""
+    """bool: the advantage is positive, and the upper bound removes the gradient."""
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """Other values of each token; their means over all loss tokens of a step are logged as actor/loss_<name>."""
 
 
 Loss = Callable[[LossInputs, AlgoSettings], PolicyTerm]
@@ -73,63 +79,57 @@ Loss = Callable[[LossInputs, AlgoSettings], PolicyTerm]
 
 def icrl(inputs: LossInputs, algo: AlgoSettings) -> PolicyTerm:
     """-min(ratio A, clip(ratio) A): PPO's clipped term with two bounds (ICRL Eq. 6)."""
-    return _clipped(inputs.ratio_L(), inputs.advantages_L, algo)
-
-
-def dual_clip(inputs: LossInputs, algo: AlgoSettings) -> PolicyTerm:
-    """As `icrl`, and for negative advantages at most `dual_clip` |A| (arXiv 1912.09729, Eq. 5): a token that the policy
-    now finds far more likely than before cannot dominate the step."""
-    ratio_L, advantages_L = inputs.ratio_L(), inputs.advantages_L
-    term = _clipped(ratio_L, advantages_L, algo)
-    bounded_L = (advantages_L < 0) & (ratio_L > algo.dual_clip)
-    loss_L = torch.where(bounded_L, -algo.dual_clip * advantages_L, term.loss_L)
-    return PolicyTerm(loss_L, term.clipped_low_L | bounded_L, term.clipped_high_L)
+    return _clipped(inputs.log_ratio_L(), inputs.advantages_L, algo)
 
 
 def gspo(inputs: LossInputs, algo: AlgoSettings) -> PolicyTerm:
-    """Sequence-level ratio, the geometric mean of the token ratios (GSPO, arXiv 2507.18071, Eqs. 5 and 7). All tokens
-    of a sequence have the same term, so `loss_normalisation=sequence_mean` gives the paper's objective."""
-    log_ratio_S = inputs.mean_S(inputs.logprobs_L - inputs.old_L)
-    return _clipped(log_ratio_S.exp()[inputs.sequence_L], inputs.advantages_L, algo)
+    """One ratio per sequence, the geometric mean of its tokens' ratios (GSPO, arXiv 2507.18071, Eqs. 5 and 7). All
+    tokens of a sequence have the same term, so `loss_normalisation=sequence_mean` gives the paper's objective."""
+    log_ratio_L = inputs.mean_S(inputs.log_ratio_L())[inputs.sequence_L]
+    term = _clipped(log_ratio_L, inputs.advantages_L, algo)
+    return replace(term, metrics={**term.metrics, "sequence_ratio": log_ratio_L.exp()})
 
 
 def cispo(inputs: LossInputs, algo: AlgoSettings) -> PolicyTerm:
     """-sg(clip(ratio)) A log pi: the importance weight is clipped, and no token loses its gradient (MiniMax-M1,
     arXiv 2506.13585, Eqs. 4 and 5, which leave the lower bound open: clip_low=1)."""
-    ratio_L = inputs.ratio_L().detach()
+    ratio_L = inputs.log_ratio_L().detach().exp()
     weight_L = ratio_L.clamp(1.0 - algo.clip_low, 1.0 + algo.clip_high)
     loss_L = -weight_L * inputs.advantages_L * inputs.logprobs_L
     never_L = torch.zeros_like(inputs.mask_L)
-    return PolicyTerm(loss_L, never_L, never_L)
+    return PolicyTerm(loss_L, never_L, never_L, {"clipped_weight": weight_L != ratio_L})
 
 
-def _clipped(ratio_L: Tensor, advantages_L: Tensor, algo: AlgoSettings) -> PolicyTerm:
+def _clipped(log_ratio_L: Tensor, advantages_L: Tensor, algo: AlgoSettings) -> PolicyTerm:
+    """PPO's clipped term. With `algo.dual_clip` the ratio of a token with a negative advantage counts at most that much
+    (dual clip, arXiv 1912.09729, Eq. 5): a token that the policy now finds far more likely cannot dominate the step."""
     low, high = 1.0 - algo.clip_low, 1.0 + algo.clip_high
-    frozen_L = ratio_L.detach()
-    clipped_low_L = (advantages_L < 0) & (frozen_L < low)
-    clipped_high_L = (advantages_L > 0) & (frozen_L > high)
-    # By cases, so that an overflowing ratio whose gradient is clipped away leaves no NaN.
-    used_L = torch.where(clipped_low_L | clipped_high_L, frozen_L.clamp(low, high), ratio_L)
-    return PolicyTerm(-used_L * advantages_L, clipped_low_L, clipped_high_L)
+    ratio_L = log_ratio_L.detach().exp()
+    clipped_low_L = (advantages_L < 0) & (ratio_L < low)
+    clipped_high_L = (advantages_L > 0) & (ratio_L > high)
+    clipped_L, bound_L, metrics = clipped_low_L | clipped_high_L, ratio_L.clamp(low, high), {}
+    if algo.dual_clip is not None:
+        dual_L = (advantages_L < 0) & (ratio_L > algo.dual_clip)
+        clipped_L, bound_L = clipped_L | dual_L, torch.where(dual_L, algo.dual_clip, bound_L)
+        metrics = {"dual_clip": dual_L}
+    # Clipped tokens are taken out before exp: the gradient of an overflowing ratio would be 0 * inf = NaN.
+    used_L = torch.where(clipped_L, bound_L, log_ratio_L.masked_fill(clipped_L, 0.0).exp())
+    return PolicyTerm(-used_L * advantages_L, clipped_low_L, clipped_high_L, metrics)
 
 
 def kl_L(estimator: str, logprobs_L: Tensor, reference_L: Tensor) -> Tensor:
     """Schulman's estimators of KL(pi_theta || pi_ref) for sampled tokens, [L]: k1 = log r, k2 = (log r)^2 / 2,
-    k3 = exp(-log r) - 1 + log r, with log r = log pi_theta - log pi_ref (joschu.net/blog/kl-approx.html)."""
+    k3 = exp(-log r) - 1 + log r, with log r = log pi_theta - log pi_ref (joschu.net/blog/kl-approx.html).
+
+    As a loss term, only k2 has the gradient of the KL in expectation on the current policy's own samples; that of k1 is
+    0 in expectation.
+    """
     log_ratio_L = logprobs_L - reference_L
     if estimator == "k1":
         return log_ratio_L
     if estimator == "k2":
         return log_ratio_L.square() / 2
     return torch.expm1(-log_ratio_L) + log_ratio_L
-
-
-def chosen(algo: AlgoSettings) -> Loss | None:
-    """The loss that `algo` asks for; None where the fused head computes it. Raises ConfigError on a name that leads to
-    no function."""
-    if algo.loss == FUSED and algo.kl_estimator == "k3":
-        return None
-    return named(algo.loss)
 
 
 def named(name: str) -> Loss:
@@ -140,11 +140,11 @@ def named(name: str) -> Loss:
     module, _, function = name.partition(":")
     try:
         given = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever the user's module raises
         raise ConfigError(
             f"algo.loss={name}: {error}; choose one of {', '.join(LOSSES)} for a new run, or add the "
             "folder of the module to PYTHONPATH"
         ) from error
     if not callable(given):
-        raise ConfigError(f"algo.loss={name}: that is no function; it must take LossInputs and AlgoSettings")
+        raise ConfigError(f"algo.loss={name}: not a function; it must take LossInputs and AlgoSettings")
     return given

@@ -2,7 +2,8 @@
 
 Invariants (tests/cpu/test_packing.py):
 - an update's samples depend on the step's samples alone, not on the replicas, the budget or the order of arrival;
-- the coefficients of an update sum to 1 over all replicas, so the loss and its gradient are plain sums;
+- the coefficients hold the whole normalizer, so the loss and its gradient are plain sums; those of an update sum to 1
+  over all replicas, except with loss_normalisation=constant;
 - every loss token of the step appears exactly once over all replicas, updates and micro-batches;
 - the "train" and the "behaviour" plan of the same samples have the same micro-batches and the same loss tokens in the
   same order: only the prompts in front of them differ, so that their per-token results can be compared one to one.
@@ -92,7 +93,7 @@ def _coefficients(members: Sequence[Sample], settings: AlgoSettings) -> dict[str
     """sample_id -> c_t of its loss tokens; `members` are an update's samples over all replicas.
 
     sequence_mean: 1 / (samples * loss tokens of the sample). token_mean: 1 / loss tokens of the update. constant:
-    1 / (samples * algo.constant_tokens), which weighs a token alike in short and long replies (Dr. GRPO,
+    1 / (samples * algo.constant_tokens), which weighs tokens of short and long replies equally (Dr. GRPO,
     arXiv 2503.20783).
     """
     counts = {s.sample_id: s.loss_tokens() for s in members}

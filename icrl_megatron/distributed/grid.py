@@ -100,7 +100,7 @@ def without_model(settings: Settings) -> Grid:
 
 
 def single_process() -> None:
-    """Environment of a one-rank job for programs that nobody started as ranks (tools, conversions, tests)."""
+    """Sets the environment of a one-rank job, for programs that were not started as ranks (tools, tests)."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, value)
 

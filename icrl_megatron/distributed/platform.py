@@ -123,7 +123,7 @@ def backend() -> str:
 
 
 def memory_gib() -> float:
-    """Memory in use: of the whole GPU, whoever uses it; on a CPU, resident in this process."""
+    """Memory in use: on a GPU by all processes together; on a CPU, resident in this process."""
     if device().type == "cuda":
         free, total = torch.cuda.mem_get_info()
         return (total - free) / 2**30

@@ -34,7 +34,7 @@ KILLED = 130
 OUTCOME_ENV = "ICRL_OUTCOME"
 
 
-"""File that the first rank with something to say writes {"code", "message"} to; whoever starts the agent may set it."""
+"""File that the first rank with something to say writes {"code", "message"} to; the caller of the agent may set it."""
 
 
 STOP_ENV = "ICRL_STOP"
@@ -110,7 +110,7 @@ def _leave(code: int) -> NoReturn:
 
 
 def report_started() -> None:
-    """Rank 0 says that it writes to the terminal from here on, if anybody wants to know."""
+    """Rank 0 reports that it writes to the terminal from now on, if the launcher asked for it."""
     if os.environ.get(STARTED_ENV):
         Path(os.environ[STARTED_ENV]).touch()
 
@@ -158,7 +158,7 @@ def read_outcome(path: Path) -> tuple[int, str] | None:
 
 def leave_outcome(code: int, message: str) -> None:
     """Writes how this rank ended where the launcher asked for it; the first rank to write wins. An error is printed
-    where nobody asked, or the file cannot be written."""
+    if no launcher asked for it, or if the file cannot be written."""
     name = os.environ.get(OUTCOME_ENV)
     if name:
         path = Path(name)

@@ -33,7 +33,7 @@ def store(timeout: datetime.timedelta) -> dist.Store:
 def _shared(timeout: datetime.timedelta) -> dist.Store:
     """Lives as long as the process: with rank 0 the store ends for everybody."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # Under a torchrun that somebody else started, its agent serves the store already.
+    # Under an external torchrun, its agent already serves the store.
     serves = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     return dist.TCPStore(
         address,
@@ -54,8 +54,8 @@ def _listening_fd(address: str, port: int) -> int:
 
 
 def keep_to_this_machine(engine: EngineSettings) -> None:
-    """Where all ranks are on one machine, gloo and NCCL listen on loopback, whatever the environment says: nobody else
-    has to reach them. NCCL keeps its choice where weights go to servers elsewhere (`engine.urls`)."""
+    """If all ranks are on one machine, gloo and NCCL listen on loopback, regardless of the environment: no other
+    machine has to reach them. NCCL keeps its choice where weights go to servers elsewhere (`engine.urls`)."""
     world = os.environ["WORLD_SIZE"]
     if world != "1" and os.environ.get("LOCAL_WORLD_SIZE") != world:
         return

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from icrl_megatron.engines import server_checks
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.settings.schema import EngineSettings, Settings
 from icrl_megatron.utils.errors import ConfigError
 
@@ -79,7 +80,12 @@ class EngineKind:
         if engine.tensor_parallel > 1:
             raise ConfigError(f"engine.tensor_parallel={engine.tensor_parallel}: engine.kind={engine.kind} has only 1")
         if engine.urls or engine.servers:
-            raise ConfigError("engine.urls and engine.servers are for servers: set engine.kind=sglang, or leave them out")
+            raise ConfigError(
+                "engine.urls and engine.servers are for servers: set engine.kind=sglang, or leave them empty"
+            )
+
+    def check_shape(self, engine: EngineSettings, shape: ModelShape) -> None:
+        """Raises ConfigError if an engine cannot split a model of this shape over its GPUs."""
 
     def check_installed(self, engine: EngineSettings) -> None:
         """Raises ConfigError if the engine's software is missing or has an unsupported version."""

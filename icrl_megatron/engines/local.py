@@ -148,7 +148,7 @@ class LocalEngine:
         return Request(prompt, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)))
 
     async def _drive(self) -> None:
-        """Runs waves until nobody waits; the next request starts it anew, in whichever event loop it comes from."""
+        """Runs waves until no request waits. The next request starts it again, in that request's event loop."""
         try:
             while self._pending:
                 await self._quiescence()

@@ -11,6 +11,8 @@ from icrl_megatron.types import Completion
 if TYPE_CHECKING:
     import torch
 
+    from icrl_megatron.model.shape import ModelShape
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -134,8 +136,8 @@ class Served(Protocol):
 class Verifiable(Protocol):
     """An engine whose weights can be compared with those it was sent."""
 
-    def verify(self, tensors: Iterable[tuple[str, torch.Tensor]], tied: bool) -> bool:
-        """Compares full tensors, under their Hugging Face names, with the engine's. `tied`: the model's head is its
-        embedding. Returns False if the server was lost, before or meanwhile. Raises EngineError with the first name
+    def verify(self, tensors: Iterable[tuple[str, torch.Tensor]], shape: ModelShape) -> bool:
+        """Compares full tensors, under their Hugging Face names, with the engine's. `shape` is
+        the model's. Returns False if the server was lost, before or meanwhile. Raises EngineError with the first name
         whose values differ."""
         ...

@@ -15,13 +15,13 @@ class ServerGroup:
     """All its ranks make the same calls in the same order. The defaults are for a rank that shares no server."""
 
     handle: Any = None
-    """A gloo group; None if there is no other rank to wait for."""
+    """A gloo group; None for a single rank."""
     lead: int = 0
     """The rank, of all, that leads the server."""
     timeout_s: float = 1800.0
 
     def meet(self) -> None:
-        """Returns once every rank has called it. Memory of a GPU is taken only after its last user has given it back.
+        """Returns once every rank has called it: a GPU's memory is taken only after it was released.
 
         Raises EngineError when a rank does not come in time.
         """

@@ -30,6 +30,7 @@ from icrl_megatron.engines.protocol import (
 )
 from icrl_megatron.engines.sglang_checks import Checksums
 from icrl_megatron.engines.sglang_server import Server
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.settings.schema import EngineSettings
 from icrl_megatron.types import Completion, Ids
 from icrl_megatron.utils import connections
@@ -144,12 +145,12 @@ class SGLangEngine:
         self._post("/end_weight_update", {})
         self._version, self._half = version, ""
 
-    def verify(self, tensors: Iterable[tuple[str, torch.Tensor]], tied: bool) -> bool:
+    def verify(self, tensors: Iterable[tuple[str, torch.Tensor]], shape: ModelShape) -> bool:
         """Compares a checksum of every parameter; False where the server is lost, before or meanwhile. Raises
         EngineError with the first name whose values differ."""
         if self.lost():
             return False
-        expected = Checksums(self._settings.tensor_parallel, tied)
+        expected = Checksums(self._settings.tensor_parallel, shape)
         for name, tensor in tensors:
             expected.add(name, tensor)
         try:
@@ -162,7 +163,7 @@ class SGLangEngine:
         return True
 
     def sleep(self) -> None:
-        """Gives the memory of weights and KV cache back. A server of somebody else keeps it: nobody here could use it,
+        """Gives the memory of weights and KV cache back. An external server keeps it: it is on other GPUs,
         and a run that is killed would leave it without, which nothing tells the next one."""
         if not self._asleep:
             self._tell(_FLUSH, {})  # waits until it is idle: released while it is not, SGLang ends itself
@@ -184,7 +185,7 @@ class SGLangEngine:
         """Aborts every request in flight until all have come back: each returns what it has, with "abort" as its
         reason. Those that were still to be sent in this event loop return nothing."""
         link = self._connections.here()
-        if link.interrupted.is_set():  # whoever set it waits
+        if link.interrupted.is_set():  # the code that set it is waiting
             return
         link.interrupted.set()
         deadline = time.monotonic() + ABORT_GRACE_S
@@ -288,7 +289,7 @@ class SGLangEngine:
             if not asked.done():
                 await self._cut_off(link, rid, asked)
             return asked.result()
-        except asyncio.CancelledError:  # nobody waits for this episode any more
+        except asyncio.CancelledError:  # the episode was cancelled
             await asyncio.shield(self._abort(link, rid))
             raise
         finally:

@@ -1,4 +1,4 @@
-"""What SGLang's answer to a request must be before anybody trains on it.
+"""Checks SGLang's answer to a request before it is used for training.
 
 Facts about SGLang 0.5.23 are from its managers/tokenizer_manager.py and scheduler_components/output_streamer.py.
 """

@@ -1,9 +1,11 @@
 """Does the server hold the weights it was sent? A checksum per parameter, as SGLang's own /weights_checker makes them.
 
 SGLang keeps q, k and v in one parameter, and gate and up in another, each worker with its share (models/qwen2.py and
-qwen3.py), and pads the vocabulary to a multiple of 64 (layers/vocab_parallel_embedding.py). Its hash on a CPU is the
-beginning of SHA-256 over the bytes (managers/mm_utils.py); on a GPU it is `word_hash`, here in torch, so that the
-trainer needs no SGLang of its own.
+qwen3.py). If there are more workers than key-value heads, several neighboring workers hold the same head
+(layers/linear.py: QKVParallelLinear). Servers on a CPU pad these heads instead, which is not supported here. The
+vocabulary is padded to a multiple of 64 (layers/vocab_parallel_embedding.py). The hash on a CPU is the beginning of
+SHA-256 over the bytes (managers/mm_utils.py). On a GPU it is `word_hash`, here in torch, so that the trainer does not
+need SGLang installed.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from icrl_megatron.engines.protocol import EngineError
 from icrl_megatron.engines.sglang_server import Server, require_cache
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.utils.errors import ConfigError
 
 _FUSED = {
@@ -25,6 +28,7 @@ _FUSED = {
     "mlp.gate_proj": ("mlp.gate_up_proj", ("gate_proj", "up_proj")),
     "mlp.up_proj": ("mlp.gate_up_proj", ("gate_proj", "up_proj")),
 }
+_KEYS_VALUES = ("k_proj", "v_proj")
 _COLUMNS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 """Split over the workers by input."""
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
@@ -37,14 +41,14 @@ _TILES_AT_ONCE = 256
 
 
 class Checksums:
-    """What the parameters of a server's `workers` must hash to, from Hugging Face tensors in any order.
+    """The expected hashes of the parameters of a server's `workers`, computed from Hugging Face tensors in any order.
 
-    A fused parameter is held until its parts are there; nothing else is.
+    The parts of a fused parameter are kept until all of them have arrived. No other tensor is kept.
     """
 
-    def __init__(self, workers: int, tied: bool) -> None:
+    def __init__(self, workers: int, shape: ModelShape) -> None:
         self.expected: list[dict[str, str]] = [{} for _ in range(workers)]
-        self._workers, self._tied = workers, tied
+        self._workers, self._shape = workers, shape
         self._held: dict[str, dict[str, Tensor]] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -57,7 +61,7 @@ class Checksums:
         held = self._held.setdefault(target, {})
         held[module.split(".")[1]] = tensor.clone()
         if len(held) == len(parts):
-            shares = [self._rows(held[part]) for part in parts]
+            shares = [self._heads(held[p]) if p in _KEYS_VALUES else self._rows(held[p]) for p in parts]
             self._put(target, [[share[w] for share in shares] for w in range(self._workers)])
             del self._held[target]
 
@@ -75,7 +79,7 @@ class Checksums:
                         f"Worker {worker} of the engine holds other values of {name!r} than it was sent "
                         f"({actual[name]}, not {value}): the weights were not synced whole."
                     )
-            alias = {"lm_head.weight"} if self._tied else set()
+            alias = {"lm_head.weight"} if self._shape.tied else set()
             extra = sorted(set(actual) - set(expected) - alias)
             if extra:
                 raise EngineError(f"The engine's parameter {extra[0]!r} was never sent.")
@@ -97,6 +101,11 @@ class Checksums:
 
     def _rows(self, tensor: Tensor) -> list[Tensor]:
         return list(tensor.chunk(self._workers))
+
+    def _heads(self, tensor: Tensor) -> list[Tensor]:
+        """Each worker's rows of a key or value projection."""
+        copies = max(1, self._workers // self._shape.kv_heads)
+        return [share for share in tensor.chunk(self._workers // copies) for _ in range(copies)]
 
 
 def _hash(parts: list[Tensor]) -> str:

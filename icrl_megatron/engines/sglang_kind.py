@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from icrl_megatron.engines.kind import EngineRequest, ServerKind
 from icrl_megatron.engines.sglang_server import CONTEXT_SPARE, check_version, installed_version
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.settings.schema import EngineSettings, Settings
 from icrl_megatron.utils.errors import ConfigError
 
@@ -28,6 +29,16 @@ class SGLang(ServerKind):
         super().check_ranks(settings, world, on_node)
         if not settings.engine.urls:
             _check_arguments(settings.engine)
+
+    def check_shape(self, engine: EngineSettings, shape: ModelShape) -> None:
+        size = engine.tensor_parallel
+        if engine.urls or shape.splits_over(size):
+            return
+        fits = " or ".join(str(n) for n in range(1, size) if shape.splits_over(n))
+        raise ConfigError(
+            f"engine.tensor_parallel={size}: SGLang cannot split the model's {shape.heads} attention heads, "
+            f"{shape.kv_heads} key-value heads and MLP width {shape.ffn} over {size} GPUs; {fits} would do"
+        )
 
     def check_installed(self, engine: EngineSettings) -> None:
         if not engine.urls:

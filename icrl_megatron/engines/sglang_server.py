@@ -106,18 +106,18 @@ class ServerSpec:
         env |= {"SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{meeting}"}
         # SGLang names its shared memory after these two, which it takes from the store's address otherwise.
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        # A server is on one machine: its workers listen to nobody else.
+        # A server is on one machine: its workers listen on loopback only.
         return env | dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), net.loopback_interface())
 
 
 @dataclass
 class Server:
-    """A server that answers at `url`. `spec` is None for one that somebody else runs: it is never started or killed."""
+    """A server that answers at `url`. `spec` is None for an external server, which is never started or killed."""
 
     spec: ServerSpec | None
     url: str = ""
     key: str = field(default="", repr=False)
-    """API key: made at each start of a server of ours; empty where somebody else's wants none."""
+    """API key: made at each start of our own servers; empty for an external server that needs none."""
     _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
     """What its workers meet in, for the present start."""
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
@@ -203,7 +203,7 @@ class Server:
             return False
 
     def alive(self) -> bool:
-        """Whether there is a process; for a server of somebody else, whether it answers."""
+        """Whether the process exists; for an external server, whether it answers."""
         if self.spec is None:
             return self.answers()
         return self._process is not None and self._process.poll() is None
@@ -212,7 +212,7 @@ class Server:
         return self._process.pid if self._process is not None else None
 
     def memory_bytes(self) -> int:
-        """Resident host memory of the server's processes; 0 for somebody else's."""
+        """Resident host memory of the server's processes; 0 for an external server."""
         try:
             top = psutil.Process(self._process.pid) if self._process is not None else None
             found = [top, *top.children(recursive=True)] if top is not None else []

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from icrl_megatron.evaluation.result import Request
+from icrl_megatron.evaluation.result import EvalRequest
 from icrl_megatron.settings.loading import load_saved, save
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.types import Task
@@ -19,7 +19,7 @@ _PATHS = ("model", "against", "out")
 
 @dataclass(frozen=True)
 class Job:
-    request: Request
+    request: EvalRequest
     settings: Settings
     """With `rollout.rounds` as requested, and the addresses of environment servers."""
     tasks: tuple[Task, ...]
@@ -45,7 +45,7 @@ class Job:
         given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in saved["request"].items()}
         given |= {name: Path(given[name]) for name in _PATHS if given[name] is not None}
         return Job(
-            request=Request(**given),
+            request=EvalRequest(**given),
             settings=load_saved(path.with_name("settings.yaml")),
             tasks=tuple(Task(**task) for task in saved["tasks"]),
             folder=Path(saved["folder"]),

@@ -38,7 +38,7 @@ from icrl_megatron.rollout.prompts import Prompter, tokenizer
 from icrl_megatron.rollout.room import TooLongError
 from icrl_megatron.rollout.source import EngineSource, Played
 from icrl_megatron.rollout.speakers import Casting, EmptyCritic, EngineSpeaker, Seeds, Speaker, engine_casting
-from icrl_megatron.run.problems import Share, examine, left_out, refusal
+from icrl_megatron.run.problems import ProblemShare, examine, left_out, refusal
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.datasets import content_hash, subset_of
 from icrl_megatron.types import Task
@@ -100,7 +100,7 @@ def _play(job: Job, grid: Grid, progress: Progress) -> tuple[Played, int]:
     prompter = Prompter(tokenizer(job.folder), rollout)
     _check_critic(job)
     catalogue = registry.Catalogue(settings.tasks.sources, rollout.max_observation_bytes)
-    share = Share(grid.rank, grid.world, gather)
+    share = ProblemShare(grid.rank, grid.world, gather)
     tasks = _fitting(replace(job, settings=settings), catalogue, prompter, share, shape.max_positions, progress)
     stage = Stage(
         catalogue.environment, prompter, rollout, job.request.revise_successes, settings.tasks.too_long == "drop"
@@ -160,7 +160,7 @@ def _fitting(
     job: Job,
     catalogue: registry.Catalogue,
     prompter: Prompter,
-    share: Share,
+    share: ProblemShare,
     positions: int,
     progress: Progress,
 ) -> list[Task]:

@@ -16,7 +16,7 @@ PICTURE = "eval.png"
 
 
 @dataclass(frozen=True)
-class Request:
+class EvalRequest:
     """One `icrl eval`, as it was asked for."""
 
     model: Path

@@ -13,7 +13,7 @@ from pathlib import Path
 from icrl_megatron.distributed.process import KILLED, STOPPED, is_rank
 from icrl_megatron.engines.registry import engine_kind
 from icrl_megatron.evaluation.job import Job
-from icrl_megatron.evaluation.result import Request, Result, read_result
+from icrl_megatron.evaluation.result import EvalRequest, Result, read_result
 from icrl_megatron.launch import servers as serve
 from icrl_megatron.launch.torchrun import launch
 from icrl_megatron.model.shape import check_folder
@@ -30,10 +30,10 @@ from icrl_megatron.utils.disk import require_space
 from icrl_megatron.utils.errors import ConfigError
 
 ROOM_BYTES = 1 << 20
-"""Free space that an evaluation asks for before it plays, so that its result is not lost for want of it."""
+"""Free space that an evaluation requires before it starts, so that its result can be written."""
 
 
-def evaluate(request: Request) -> int:
+def evaluate(request: EvalRequest) -> int:
     """Plays the held-out problems, writes a folder with eval.json and eval.png, and prints the result. Returns the exit
     code: 0, or that of ranks that failed, whose message has been printed.
 
@@ -84,7 +84,7 @@ def default_folder(model: Path) -> Path:
     return folder.parent / f"eval_{folder.name}" if results.is_result(folder) else folder / "eval"
 
 
-def _check(request: Request) -> None:
+def _check(request: EvalRequest) -> None:
     for name, value in (("rounds", request.rounds), ("samples", request.samples), ("problems", request.problems)):
         if value is not None and value < 1:
             raise ConfigError(f"--{name}={value}: must be at least 1")
@@ -100,7 +100,7 @@ def _check(request: Request) -> None:
         )
 
 
-def _check_engine(request: Request, settings: Settings) -> None:
+def _check_engine(request: EvalRequest, settings: Settings) -> None:
     """Raises ConfigError for settings that this evaluation cannot use on its ranks."""
     ranks, rollout = settings.launch.ranks, settings.rollout
     greedy = rollout.temperature == 0
@@ -121,7 +121,7 @@ def _check_engine(request: Request, settings: Settings) -> None:
     kind.check_installed(settings.engine)
 
 
-def _check_pairs(request: Request, problems: Sequence[Task], earlier: Result) -> None:
+def _check_pairs(request: EvalRequest, problems: Sequence[Task], earlier: Result) -> None:
     """Raises ConfigError where the two evaluations have no problem in common, or another one under the same name."""
     common = [task for task in problems if task.task_id in earlier.successes]
     if not common:
@@ -139,7 +139,7 @@ def _check_pairs(request: Request, problems: Sequence[Task], earlier: Result) ->
 
 def _run_settings(model: Path) -> tuple[Settings | None, list[Settings]]:
     """The settings of the run that a model lies in, if it lies in one, and those that the run had earlier. They name
-    commands to start, so those that come with somebody else's model or checkpoint, in its own folder, are not read."""
+    commands to start, so settings files that come with a downloaded model or checkpoint are not read."""
     inside = any((model / name).exists() for name in ("config.json", "icrl.json"))
     for folder in (*(() if inside else (model,)), *model.resolve().parents[:3]):
         if (folder / settings_module.SAVED_NAME).exists():
@@ -147,7 +147,7 @@ def _run_settings(model: Path) -> tuple[Settings | None, list[Settings]]:
     return None, []
 
 
-def _settings(request: Request, run: Settings | None) -> Settings:
+def _settings(request: EvalRequest, run: Settings | None) -> Settings:
     settings = run or Settings()
     known = {source.name: source for source in settings.tasks.sources}
     if request.tasks:

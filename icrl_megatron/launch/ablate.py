@@ -52,7 +52,7 @@ ARMS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class AblationPlan:
     """What was asked for."""
 
     recipe: str
@@ -85,7 +85,7 @@ class Cell:
     evaluation_tokens: int
     steps: int
     critique_tokens: float | None
-    """Mean length of a critique over the last tenth of training; None where nobody was criticised."""
+    """Mean length of a critique over the last tenth of training; None if there were no critiques."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ class Arm:
     cells: tuple[Cell, ...]
 
 
-def parse(recipe: str, arms: str, seeds: str, out: Path, overrides: Sequence[str], budget_of: str) -> Plan:
-    """Raises ConfigError on an unknown arm, a seed that is none, settings that the recipe does not take, and a folder
-    with files of somebody else in the place of the table."""
+def parse(recipe: str, arms: str, seeds: str, out: Path, overrides: Sequence[str], budget_of: str) -> AblationPlan:
+    """Raises ConfigError on an unknown arm, an invalid seed, settings that the recipe does not have, and a
+    folder whose files are not those of an earlier table."""
     chosen = tuple(ARMS) if arms == "all" else tuple(a.strip() for a in arms.split(",") if a.strip())
     for arm in (*chosen, *([budget_of] if budget_of else [])):
         if arm not in ARMS:
@@ -124,7 +124,7 @@ def parse(recipe: str, arms: str, seeds: str, out: Path, overrides: Sequence[str
         settings_module.load(recipe, [*overrides, *ARMS[arm]])
     _check_out(out)
     # Absolute: a run that goes on must not find itself in another place than where a job began it.
-    return Plan(recipe, chosen, numbers, out.resolve(), tuple(overrides), budget_of)
+    return AblationPlan(recipe, chosen, numbers, out.resolve(), tuple(overrides), budget_of)
 
 
 def _check_out(out: Path) -> None:
@@ -136,7 +136,7 @@ def _check_out(out: Path) -> None:
         raise ConfigError(f"--out={out}: no ablation wrote its {', '.join(found)}; choose another folder")
 
 
-def run(plan: Plan, cell: int | None = None) -> int:
+def run(plan: AblationPlan, cell: int | None = None) -> int:
     """Runs what is missing, all of it or one cell (counted from 0); returns the exit code of the first that failed."""
     cells = plan.cells()
     if cell is not None and not 0 <= cell < len(cells):
@@ -156,7 +156,7 @@ def finished(folder: Path) -> bool:
     return (folder / "report.json").exists()
 
 
-def start_words(plan: Plan) -> list[str]:
+def start_words(plan: AblationPlan) -> list[str]:
     """The command of the warm start that all cells share; empty where none is needed, or it is done."""
     folder = _shared_start(plan)
     if folder is None or (folder / "warm_start" / "hf").exists():
@@ -164,7 +164,7 @@ def start_words(plan: Plan) -> list[str]:
     return ["sft", plan.recipe, *plan.overrides, f"run_dir={folder}"]
 
 
-def cell_words(plan: Plan, arm: str, seed: int) -> list[str]:
+def cell_words(plan: AblationPlan, arm: str, seed: int) -> list[str]:
     """The command of one cell: `train`, the recipe and what this cell changes of it.
 
     Raises ConfigError where another cell sets the budget and is not finished."""
@@ -184,7 +184,7 @@ def cell_words(plan: Plan, arm: str, seed: int) -> list[str]:
     return ["train", plan.recipe, *changes]
 
 
-def _shared_start(plan: Plan) -> Path | None:
+def _shared_start(plan: AblationPlan) -> Path | None:
     """The run folder of the shared warm start; None where the settings name a start and warm nothing up."""
     settings = settings_module.load(plan.recipe, plan.overrides)
     given = settings.start_from or (settings.model.path and settings.warm_start.steps == 0)
@@ -196,7 +196,7 @@ def _icrl(arguments: list[str]) -> int:
     return subprocess.run([sys.executable, "-m", "icrl_megatron.cli", *arguments], check=False).returncode
 
 
-def results(plan: Plan) -> list[Arm]:
+def results(plan: AblationPlan) -> list[Arm]:
     """The rows of the arms that have finished cells."""
     found = []
     for arm in plan.arms:
@@ -206,7 +206,7 @@ def results(plan: Plan) -> list[Arm]:
     return found
 
 
-def _arm(plan: Plan, arm: str, seeds: Sequence[int]) -> Arm:
+def _arm(plan: AblationPlan, arm: str, seeds: Sequence[int]) -> Arm:
     cells = tuple(_cell(plan.folder(arm, seed), seed) for seed in seeds)
     lengths = [cell.critique_tokens for cell in cells if cell.critique_tokens is not None]
     return Arm(
@@ -278,7 +278,7 @@ def _share(arm: Arm) -> str:
     return f"{100 * arm.success.mean:.1f}{interval}"
 
 
-def write(plan: Plan, arms: Sequence[Arm]) -> None:
+def write(plan: AblationPlan, arms: Sequence[Arm]) -> None:
     """ablation.json, ablation.md and ablation.png in the plan's folder."""
     from icrl_megatron.report.plots import arms_picture
 
@@ -299,7 +299,7 @@ def write(plan: Plan, arms: Sequence[Arm]) -> None:
     arms_picture({plan.recipe: curves}, plan.out / TABLE_PICTURE)
 
 
-def conclude(plan: Plan) -> None:
+def conclude(plan: AblationPlan) -> None:
     """Writes the files of what is finished and prints its table; nothing where nothing is."""
     if found := results(plan):
         write(plan, found)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from icrl_megatron.launch.ablate import START, Plan, cell_words, finished, start_words
+from icrl_megatron.launch.ablate import START, AblationPlan, cell_words, finished, start_words
 from icrl_megatron.run import checks as validate
 from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.utils.disk import disk_errors
@@ -52,7 +52,7 @@ class Job:
     """Runs after these however they ended; else only after success."""
 
 
-def save_plan(plan: Plan) -> Path:
+def save_plan(plan: AblationPlan) -> Path:
     """<out>/plans/<digest>.json, under a name of its own: queued jobs read it hours later."""
     text = json.dumps(asdict(plan) | {"out": str(plan.out)}, indent=1)
     path = plan.out / "plans" / f"{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}.json"
@@ -60,17 +60,17 @@ def save_plan(plan: Plan) -> Path:
     return path
 
 
-def load_plan(path: Path) -> Plan:
+def load_plan(path: Path) -> AblationPlan:
     """What `save_plan` wrote. Raises ConfigError on anything else."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         lists = {name: tuple(saved.pop(name)) for name in ("arms", "seeds", "overrides")}
-        return Plan(**{**saved, **lists, "out": Path(saved["out"])})
+        return AblationPlan(**{**saved, **lists, "out": Path(saved["out"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a plan of `icrl ablate --on slurm` ({error}); submit it again") from error
 
 
-def words(plan: Plan, cell: str) -> list[str]:
+def words(plan: AblationPlan, cell: str) -> list[str]:
     """The command of one task of the array (a number), or of the shared start; empty where nothing is left to do."""
     if cell == START_CELL:
         return start_words(plan)
@@ -78,7 +78,7 @@ def words(plan: Plan, cell: str) -> list[str]:
     return [] if finished(plan.folder(arm, seed)) else cell_words(plan, arm, seed)
 
 
-def jobs(plan: Plan, plan_file: Path, queue: Queue) -> list[Job]:
+def jobs(plan: AblationPlan, plan_file: Path, queue: Queue) -> list[Job]:
     """The submissions of a plan in their order: the shared warm start where one is missing, the arm that sets the
     budget, all other cells, and the table. Empty where everything is finished."""
     missing = [i for i, (arm, seed) in enumerate(plan.cells()) if not finished(plan.folder(arm, seed))]
@@ -98,7 +98,9 @@ def jobs(plan: Plan, plan_file: Path, queue: Queue) -> list[Job]:
     return [*found, _job(plan, plan_file, short, TABLE_CELL, (), tuple(j.name for j in found))]
 
 
-def _job(plan: Plan, plan_file: Path, queue: Queue, name: str, array: tuple[str, ...], after: tuple[str, ...]) -> Job:
+def _job(
+    plan: AblationPlan, plan_file: Path, queue: Queue, name: str, array: tuple[str, ...], after: tuple[str, ...]
+) -> Job:
     launch = settings_module.load(plan.recipe, plan.overrides).launch
     given = [f"--{key}={value}" for key in ("account", "partition", "time") if (value := getattr(queue, key))]
     size = [f"--nodes={1 if name == TABLE_CELL else launch.nodes}", f"--gpus-per-node={launch.ranks}"]
@@ -108,12 +110,12 @@ def _job(plan: Plan, plan_file: Path, queue: Queue, name: str, array: tuple[str,
     return Job(name, ("sbatch", "--parsable", *options, str(SCRIPT), *told), after, any_end=name == TABLE_CELL)
 
 
-def job_name(plan: Plan) -> str:
+def job_name(plan: AblationPlan) -> str:
     """One name for all jobs of an ablation folder, by which they are found again."""
     return f"icrl-ablate-{hashlib.blake2b(str(plan.out).encode(), digest_size=4).hexdigest()}"
 
 
-def check(plan: Plan) -> None:
+def check(plan: AblationPlan) -> None:
     """Raises ConfigError on what would end a cell at once: settings, model and folder of each arm, a missing script."""
     if not SCRIPT.exists():
         raise ConfigError(f"--on slurm: no {SCRIPT} here; run it in the folder of the checkout")
@@ -124,7 +126,7 @@ def check(plan: Plan) -> None:
         validate.validate(settings_module.load(plan.recipe, [word for word in told if not word.startswith(late)]))
 
 
-def submit(plan: Plan, queue: Queue) -> list[tuple[str, str]]:
+def submit(plan: AblationPlan, queue: Queue) -> list[tuple[str, str]]:
     """Queues what is missing; (name, job id) of each submission.
 
     Raises ConfigError where Slurm refuses, with its words; what was queued by then is cancelled."""

@@ -48,7 +48,7 @@ _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 @dataclass(frozen=True)
-class Share:
+class AgentShare:
     """What this machine runs of a job."""
 
     nodes: int
@@ -65,7 +65,7 @@ class Share:
     words: tuple[str, ...]
 
     @staticmethod
-    def parse(arguments: Sequence[str]) -> Share:
+    def parse(arguments: Sequence[str]) -> AgentShare:
         """Exits with 2 and the usage when the arguments make no share."""
         parser = argparse.ArgumentParser(prog="python -m icrl_megatron.launch.agent")
         parser.add_argument("--nnodes", type=int, default=1)
@@ -82,7 +82,7 @@ class Share:
             parser.error("several nodes need a --master-port that all of them know")
         module, *words = read.command
         where = (read.master_addr, read.master_port, read.log_dir)
-        return Share(read.nnodes, read.node_rank, read.nproc_per_node, *where, module, tuple(words))
+        return AgentShare(read.nnodes, read.node_rank, read.nproc_per_node, *where, module, tuple(words))
 
     def environment(self, local: int, port: int) -> dict[str, str]:
         """What rank number `local` of this machine learns; `port` is the one that the store is served on."""
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str]) -> int:
     # Ranks inherit it until they listen themselves, so an early signal kills none of them.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     die_with_parent()
-    share = Share.parse(arguments)
+    share = AgentShare.parse(arguments)
     received: list[int] = []
     for number in _STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # slurm/step.sh has it ignored where ranks save on it
@@ -149,7 +149,7 @@ def _explain(failed: Rank) -> int:
     return 1
 
 
-def _bound(share: Share) -> socket.socket | None:
+def _bound(share: AgentShare) -> socket.socket | None:
     """The socket of the store, on the first node of a job that needs one."""
     if share.node > 0 or share.nodes * share.ranks == 1:
         return None
@@ -161,7 +161,7 @@ def _bound(share: Share) -> socket.socket | None:
     return found
 
 
-def _start(share: Share, listener: socket.socket | None) -> list[Rank]:
+def _start(share: AgentShare, listener: socket.socket | None) -> list[Rank]:
     port = listener.getsockname()[1] if listener is not None else share.port
     folder = None
     if share.log_dir is not None and share.ranks > 1:

@@ -211,11 +211,11 @@ def _slurm() -> Check:
 
 
 def _sandbox() -> Check:
-    from icrl_megatron.tasks.sandbox import Limits, Sandbox
+    from icrl_megatron.tasks.sandbox import Sandbox, SandboxLimits
     from icrl_megatron.utils.errors import ConfigError
 
     try:
-        Sandbox(Limits(5.0, 512 << 20)).check()
+        Sandbox(SandboxLimits(5.0, 512 << 20)).check()
     except ConfigError as error:
         state: State = "missing" if shutil.which("bwrap") is None else "wrong"
         return Check("sandbox", state, "", f"{error}   (for the task set `code`)")

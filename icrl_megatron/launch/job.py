@@ -31,7 +31,7 @@ BACK_OFF_S = 30.0
 
 
 @dataclass(frozen=True)
-class State:
+class JobState:
     """What a job remembers over its steps and requeues."""
 
     crashes: int = 0
@@ -50,7 +50,7 @@ class Decision:
     """What the job does next: `action` is done, requeue, retry or fail."""
 
     action: str
-    state: State
+    state: JobState
     message: str = ""
     wait_s: float = 0.0
 
@@ -80,7 +80,7 @@ def progress(run_folder: Path) -> Reached:
     return Reached("/".join([*found, *(path.name for path in baselines)]), "/".join([*saved, *of_baselines]))
 
 
-def decide(outcome: tuple[int, str] | None, returncode: int, stopping: bool, run: Reached, state: State) -> Decision:
+def decide(outcome: tuple[int, str] | None, returncode: int, stopping: bool, run: Reached, state: JobState) -> Decision:
     """After a step of `run` ended with `returncode`, having left `outcome`.
 
     Done after success. A stop on request is requeued, unless the run got no further since the last one; one that could
@@ -93,7 +93,9 @@ def decide(outcome: tuple[int, str] | None, returncode: int, stopping: bool, run
     if outcome is not None and outcome[0] == STOPPED:
         if at == state.stopped_at:
             return Decision("fail", state, f"stopped twice at {at} without a step between: the time limit is too short")
-        return Decision("requeue", State(state.crashes, state.crashed_at, at), f"stopped on request at {at}, and saved")
+        return Decision(
+            "requeue", JobState(state.crashes, state.crashed_at, at), f"stopped on request at {at}, and saved"
+        )
     if returncode == 0:
         return Decision("done", state)
     if stopping:
@@ -108,7 +110,7 @@ def decide(outcome: tuple[int, str] | None, returncode: int, stopping: bool, run
     return Decision("retry", after, f"crash {crashes} of at most {MAX_CRASHES}, at {at} (code {returncode})", wait)
 
 
-def _killed_while_stopping(returncode: int, run: Reached, state: State) -> Decision:
+def _killed_while_stopping(returncode: int, run: Reached, state: JobState) -> Decision:
     unsaved = state.unsaved + 1 if run.saved == state.unsaved_at else 1
     after = replace(state, unsaved=unsaved, unsaved_at=run.saved)
     said = f"ended with {returncode} while stopping"
@@ -141,7 +143,7 @@ def check(arguments: list[str]) -> tuple[Path, bool]:
 
 def _decide(run_folder: Path, outcome: Path, state_path: Path, returncode: int, stopping: bool) -> str:
     """Decides, remembers, says why on stderr, and returns the words for the shell."""
-    state = State(**json.loads(state_path.read_text())) if state_path.exists() else State()
+    state = JobState(**json.loads(state_path.read_text())) if state_path.exists() else JobState()
     decision = decide(read_outcome(outcome), returncode, stopping, progress(run_folder), state)
     write_atomically(state_path, [json.dumps(asdict(decision.state))], "what the job remembers")
     if decision.message:

@@ -47,7 +47,7 @@ def _owned(settings: Settings) -> Iterator[Settings]:
     settings change in a run that is resumed. Yields the settings with the addresses of the environment servers that run
     beside it, where there are any.
 
-    Raises ConfigError for a run of several machines that nobody started on them.
+    Raises ConfigError for a run on several machines whose ranks were not started there.
     """
     if settings.launch.nodes > 1 and not is_rank():
         raise ConfigError(

@@ -44,7 +44,7 @@ from icrl_megatron.utils.progress import Progress
 from icrl_megatron.utils.terminal import guard
 
 SERVERS_ENV = "ICRL_SERVERS"
-"""Folder in which whoever started the servers leaves their addresses."""
+"""Folder with the addresses of the servers, written by the process that started them."""
 ADDRESSES = "addresses.json"
 HOST = "{host}"
 """In a command: where its server listens. Loopback when one machine has the whole job, else every interface."""
@@ -333,7 +333,7 @@ def main(arguments: list[str]) -> None:
                 Path(folder).mkdir(parents=True, exist_ok=True)
             run(settings, Path(folder))
     except ConfigError as error:
-        if not (Path(folder) / ADDRESSES).exists():  # else whoever waits for addresses says it, once
+        if not (Path(folder) / ADDRESSES).exists():  # else the process that waits for the addresses reports it, once
             print(f"error: {error}", file=sys.stderr)
         sys.exit(CONFIG_ERROR)
     except KeyboardInterrupt:

@@ -80,7 +80,7 @@ def _environment(ranks: int, outcome: Path, stop: Path, started: Path) -> dict[s
 
 @contextlib.contextmanager
 def _starting(ranks: int, started: Path) -> Iterator[Callable[[], None]]:
-    """A bar until the file `started` exists: importing torch and Megatron takes seconds, and nobody else says so."""
+    """A bar until the file `started` exists: importing torch and Megatron takes seconds without any output."""
     with contextlib.ExitStack() as shown:
         phase = shown.enter_context(Progress().phase("starting 1 rank" if ranks == 1 else f"starting {ranks} ranks"))
 

@@ -36,7 +36,7 @@ DEFAULTS: dict[str, int | float | bool] = {
 """Optional fields that affect the computation, with transformers' defaults."""
 
 ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}
-"""Read by rope_config.py, which compares them with each other."""
+"""Read by rope.py, which compares them with each other."""
 
 
 _QUANTISED = "the weights are quantised; use the bf16 folder, e.g. Qwen3-8B instead of Qwen3-8B-FP8"

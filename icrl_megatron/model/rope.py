@@ -1,4 +1,4 @@
-"""Reads the rotary embedding of a Qwen3 config.json the way transformers 5 and SGLang 0.5.23 do.
+"""Reads the rotary embedding of a config.json the way transformers 5 and SGLang 0.5.23 do.
 
 Published folders have `rope_theta` and `rope_scaling` at the top level; transformers 5 writes both into
 `rope_parameters`. A folder is refused if its fields contradict each other, or if transformers and SGLang would compute
@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 from icrl_megatron.utils.errors import ConfigError
 
 DEFAULT_THETA = 10_000.0
-"""transformers' default for Qwen3 if config.json has no rope_theta."""
+"""transformers' default if config.json has no rope_theta."""
 _PLAIN = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _YARN = {
     *_PLAIN,

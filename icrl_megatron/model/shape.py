@@ -84,6 +84,12 @@ class ModelShape:
         """Rows of the embedding over all ranks: the vocabulary rounded up to a multiple of the TP size."""
         return -(-self.vocab // tensor_parallel) * tensor_parallel
 
+    def splits_over(self, workers: int) -> bool:
+        """Whether SGLang can split the model over this many GPUs: query heads and MLP evenly, and each GPU has whole
+        key-value heads, or all GPUs hold equally many copies of one."""
+        whole = self.kv_heads % workers == 0 or workers % self.kv_heads == 0
+        return whole and self.heads % workers == 0 and self.ffn % workers == 0
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the model by its Hugging Face name, with its shape; a tied model has no head."""
         hidden, queries, keys = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim

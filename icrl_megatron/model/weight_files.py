@@ -81,7 +81,7 @@ def check_weights(folder: Path, expected: Mapping[str, tuple[int, ...]], tied: b
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the folder, keyed by its name in Qwen3ForCausalLM. Raises ConfigError."""
+    """Every tensor of the folder, keyed by its name in transformers' causal language model. Raises ConfigError."""
     found: dict[str, Stored] = {}
     for path in weight_files(folder):
         for tensor in _header(path):

@@ -43,7 +43,7 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Row:
+class WeightRow:
     """One Megatron parameter and the slices it is made of.
 
     `split` takes any tensor of the parameter's shape to one tensor per slice, `join` is its inverse (padding rows of
@@ -59,7 +59,7 @@ class Row:
     """A tied head on a later pipeline stage than the embedding: loaded like it, never saved."""
 
 
-def rows(model: PolicyModel, shape: ModelShape, grid: Grid) -> list[Row]:
+def rows(model: PolicyModel, shape: ModelShape, grid: Grid) -> list[WeightRow]:
     """The table for this rank's parameters, every one exactly once."""
     offset = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
     table = _Table(shape, grid.tensor, grid.tensor_rank, offset)
@@ -72,14 +72,14 @@ class _Table:
     def __init__(self, shape: ModelShape, tensor: int, tensor_rank: int, layer_offset: int) -> None:
         self.shape, self.tensor, self.rank, self.layer_offset = shape, tensor, tensor_rank, layer_offset
 
-    def row(self, name: str, param: torch.nn.Parameter) -> Row:
+    def row(self, name: str, param: torch.nn.Parameter) -> WeightRow:
         layer = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
         if layer is None:
             return self._outer(name, param)
         prefix = f"model.layers.{int(layer[1]) + self.layer_offset}."
         return self._inner(name, layer[2], prefix, param)
 
-    def _outer(self, name: str, param: torch.nn.Parameter) -> Row:
+    def _outer(self, name: str, param: torch.nn.Parameter) -> WeightRow:
         if name == "decoder.final_layernorm.weight":
             return self._whole(name, param, "model.norm.weight")
         if name == "embedding.word_embeddings.weight":
@@ -89,7 +89,7 @@ class _Table:
             return self._vocab(name, param, source, duplicate=self.shape.tied)
         raise RuntimeError(f"no rule maps Megatron's parameter {name}")
 
-    def _inner(self, name: str, local: str, prefix: str, param: torch.nn.Parameter) -> Row:
+    def _inner(self, name: str, local: str, prefix: str, param: torch.nn.Parameter) -> WeightRow:
         s = self.shape
         match local:
             case "input_layernorm.weight" | "self_attention.linear_qkv.layer_norm_weight":
@@ -106,15 +106,15 @@ class _Table:
                 return self._qkv(name, param, prefix, "bias", ())
             case "self_attention.linear_proj.weight":
                 part = self._slice(prefix + "self_attn.o_proj.weight", (s.hidden, s.heads * s.head_dim), dim=1)
-                return Row(name, param, (part,), _alone, _only)
+                return WeightRow(name, param, (part,), _alone, _only)
             case "mlp.linear_fc1.weight":
                 full = (s.ffn, s.hidden)
                 gate = self._slice(prefix + "mlp.gate_proj.weight", full, dim=0)
                 up = self._slice(prefix + "mlp.up_proj.weight", full, dim=0)
-                return Row(name, param, (gate, up), lambda t: list(t.chunk(2)), torch.cat)
+                return WeightRow(name, param, (gate, up), lambda t: list(t.chunk(2)), torch.cat)
             case "mlp.linear_fc2.weight":
                 part = self._slice(prefix + "mlp.down_proj.weight", (s.hidden, s.ffn), dim=1)
-                return Row(name, param, (part,), _alone, _only)
+                return WeightRow(name, param, (part,), _alone, _only)
         raise RuntimeError(f"no rule maps Megatron's parameter {name}")
 
     def _slice(self, name: str, full: tuple[int, ...], dim: int) -> Slice:
@@ -123,11 +123,11 @@ class _Table:
         offset[dim] = size[dim] * self.rank
         return Slice(name, full, tuple(offset), tuple(size))
 
-    def _whole(self, name: str, param: torch.nn.Parameter, source: str) -> Row:
+    def _whole(self, name: str, param: torch.nn.Parameter, source: str) -> WeightRow:
         full = tuple(param.shape)
-        return Row(name, param, (Slice(source, full, (0,) * len(full), full),), _alone, _only)
+        return WeightRow(name, param, (Slice(source, full, (0,) * len(full), full),), _alone, _only)
 
-    def _qkv(self, name: str, param: torch.nn.Parameter, prefix: str, kind: str, inputs: tuple[int, ...]) -> Row:
+    def _qkv(self, name: str, param: torch.nn.Parameter, prefix: str, kind: str, inputs: tuple[int, ...]) -> WeightRow:
         """Megatron stores, group by group, the group's query heads, its key head and its value head. `inputs` is the
         size of one row: () for biases."""
         s = self.shape
@@ -144,9 +144,9 @@ class _Table:
             grouped = [p.reshape(groups, -1, s.head_dim, *inputs) for p in parts]
             return torch.cat(grouped, dim=1).reshape(-1, *inputs)
 
-        return Row(name, param, (q, k, v), split, join)
+        return WeightRow(name, param, (q, k, v), split, join)
 
-    def _vocab(self, name: str, param: torch.nn.Parameter, source: str, duplicate: bool) -> Row:
+    def _vocab(self, name: str, param: torch.nn.Parameter, source: str, duplicate: bool) -> WeightRow:
         s, per_rank = self.shape, param.shape[0]
         start = min(self.rank * per_rank, s.vocab)
         real = min(per_rank, s.vocab - start)
@@ -155,7 +155,7 @@ class _Table:
         def join(parts: list[Tensor]) -> Tensor:
             return torch.nn.functional.pad(parts[0], (0, 0, 0, per_rank - real))
 
-        return Row(name, param, (part,), lambda t: [t[:real]], join, duplicate)
+        return WeightRow(name, param, (part,), lambda t: [t[:real]], join, duplicate)
 
 
 def _alone(t: Tensor) -> list[Tensor]:
@@ -192,7 +192,7 @@ class HFFolder:
 
 
 @torch.no_grad()
-def load_hf(table: list[Row], folder: Path, shape: ModelShape) -> None:
+def load_hf(table: list[WeightRow], folder: Path, shape: ModelShape) -> None:
     """Fills every parameter from a Hugging Face folder, tensor by tensor. Raises ConfigError on a folder that does not
     hold exactly this model, or values that are not finite."""
     source = HFFolder(folder, shape)
@@ -206,7 +206,7 @@ class Gatherer:
     Every rank of a model-parallel group must walk the iterator together; every rank receives every tensor.
     """
 
-    def __init__(self, table: list[Row], grid: Grid) -> None:
+    def __init__(self, table: list[WeightRow], grid: Grid) -> None:
         self.grid = grid
         self.mine = {part.name: (row, i) for row in table if not row.duplicate for i, part in enumerate(row.slices)}
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()

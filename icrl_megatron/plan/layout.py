@@ -20,7 +20,7 @@ class Serving:
     local: bool = False
     """A model in each rank's own process, e.g. engine.kind=local."""
     remote: bool = False
-    """Servers on other GPUs (engine.urls)."""
+    """External servers, on other GPUs (engine.urls)."""
     servers: int | None = None
     """How many there are (engine.servers, or those of engine.urls); None: one per engine TP ranks."""
     fp8: bool = False
@@ -143,8 +143,11 @@ class Layout:
             return f"engine TP {tensor} is beyond the {GPUS_A_NODE} GPUs of a node"
         if servers and (self.gpus % servers or (self.gpus // servers < tensor and not self.serving.remote)):
             return f"{servers} servers of engine TP {tensor} do not share {self.gpus} GPUs evenly"
-        if shape.heads % tensor:
-            return f"engine TP {tensor} does not divide the {shape.heads} attention heads"
+        if not shape.splits_over(tensor):
+            return (
+                f"engine TP {tensor} does not fit {shape.heads} attention heads, {shape.kv_heads} key-value heads and "
+                f"MLP width {shape.ffn}"
+            )
         return None
 
     def _split_refusal(self, shape: ModelShape, episodes: int) -> str | None:
@@ -179,29 +182,32 @@ class Counts:
 
     layer: int
     linear: int
-    """Of a layer's matrices, norms left out."""
+    """Of a layer's matrices, without norms and biases."""
+    norms: int
+    """Of a layer's norms, which every tensor-parallel rank holds whole."""
     embedding: int
     """Of one of the two embeddings; the output one is the same tensor where the model ties them."""
     total: int
 
 
 def counts(shape: ModelShape) -> Counts:
-    """Parameters of the whole model: q, k, v, o; gate, up, down; two layer norms, and what the family adds; final
-    norm."""
+    """Parameters of the whole model. A layer has matrices q, k, v, o, gate, up and down, two norms, and the head norms
+    and biases of its family."""
     query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = shape.hidden * (2 * query + 2 * key_value)
     linear = attention + 3 * shape.hidden * shape.ffn
-    added = 2 * shape.head_dim * shape.family.qk_norm + (query + 2 * key_value) * shape.family.qkv_bias
-    layer = linear + 2 * shape.hidden + added
+    norms = 2 * shape.hidden + 2 * shape.head_dim * shape.family.qk_norm
+    layer = linear + norms + (query + 2 * key_value) * shape.family.qkv_bias
     embedding = shape.vocab * shape.hidden
     total = shape.layers * layer + embedding * (1 if shape.tied else 2) + shape.hidden
-    return Counts(layer, linear, embedding, total)
+    return Counts(layer, linear, norms, embedding, total)
 
 
 def local_parameters(shape: ModelShape, layout: Layout) -> int:
-    """Parameters on a GPU of the fullest pipeline stage: TP splits matrices and the padded vocabulary, not norms."""
+    """Parameters on a GPU of the fullest pipeline stage: TP splits matrices, biases and the padded vocabulary, not
+    norms."""
     count = counts(shape)
-    layer = count.linear // layout.tensor + count.layer - count.linear
+    layer = (count.layer - count.norms) // layout.tensor + count.norms
     embedding = shape.padded_vocab(layout.tensor) // layout.tensor * shape.hidden
     layers = shape.layers // layout.pipeline * layer
     if layout.pipeline == 1:
@@ -211,8 +217,10 @@ def local_parameters(shape: ModelShape, layout: Layout) -> int:
 
 
 def engine_parameters(shape: ModelShape, engine_tensor: int) -> int:
-    """Parameters on one GPU of an engine; key-value heads are copied where there are fewer than GPUs."""
-    return counts(shape).total // engine_tensor
+    """Parameters on one GPU of an engine. With fewer key-value heads than GPUs, each GPU has a copy of one."""
+    key_value = 2 * shape.kv_heads * shape.head_dim * (shape.hidden + shape.family.qkv_bias) * shape.layers
+    copied = key_value * max(1, engine_tensor // shape.kv_heads)
+    return (counts(shape).total - key_value + copied) // engine_tensor
 
 
 def engine_bytes(shape: ModelShape, layout: Layout) -> float:

@@ -25,7 +25,7 @@ ROUNDING_BYTES = 2.0**20
 
 
 @dataclass(frozen=True)
-class State:
+class StateMemory:
     """What the actor holds between passes, bytes on one GPU."""
 
     weights: float
@@ -70,7 +70,7 @@ class Engine:
 class Memory:
     """Bytes on the fullest GPU."""
 
-    state: State
+    state: StateMemory
     activations: float
     head: float
     engine: Engine
@@ -94,7 +94,7 @@ class Memory:
         return over if over > ROUNDING_BYTES else 0.0
 
 
-def state(shape: ModelShape, layout: Layout) -> State:
+def state(shape: ModelShape, layout: Layout) -> StateMemory:
     """Megatron's distributed optimizer: weights, an fp32 gradient buffer, and Adam's state cut over the replicas.
 
     In bf16 each replica's share has fp32 weights and two moments (12 bytes a parameter); in fp32 the weights are their
@@ -104,7 +104,7 @@ def state(shape: ModelShape, layout: Layout) -> State:
     local = local_parameters(shape, layout)
     of_optimizer = 12 if layout.precision == "bf16" else 8
     linear = shape.layers // layout.pipeline * counts(shape).linear / layout.tensor
-    return State(
+    return StateMemory(
         local * layout.item,
         local * 4.0,
         local * of_optimizer / (layout.data * layout.context),
@@ -120,8 +120,8 @@ def layer_activations(shape: ModelShape, layout: Layout, tokens: int, recompute:
         return tokens * shape.hidden * item * sp
     query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     kept = 4 * shape.hidden * sp  # inputs and outputs of both norms
-    # q, k, v; q and k before their norms, and after the rotation; the attention's output
-    kept += (query + 2 * key_value + 2 * (query + key_value) + query) * tp
+    # q, k, v; q and k after their norms, if they have any, and after the rotation; the attention's output
+    kept += (query + 2 * key_value + (1 + shape.family.qk_norm) * (query + key_value) + query) * tp
     kept += 3 * shape.ffn * tp  # gate, up, and their product
     statistics = 4.0 * shape.heads * tp
     return tokens * (kept * item + (statistics if recompute == "none" else 0.0))
@@ -210,7 +210,7 @@ def estimate(
     trained = activations(shape, layout, tokens, micro_batches)
     loss = 1 + constants.fragmentation
     engines = engine(shape, layout, settings, gpu, (gpu.memory_bytes - constants.reserved_bytes) / loss - beside)
-    # A local engine sleeps in host memory, and that of somebody else was never here.
+    # A local engine sleeps in host memory, and an external server is on another machine.
     servers = 0 if serving.local or serving.remote else serving.on_a_gpu
     asleep = servers * constants.engine_asleep_bytes
     # A server's share is measured by what the driver has free, so what is lost between its blocks is inside of it.

@@ -39,6 +39,8 @@ class Passes:
     """Forward passes over every sequence besides training: old policy, behaviour prompts, reference model."""
     head_everywhere: bool = False
     """Whether the head runs over prompts too (ours does not; other trainers' do)."""
+    head_products: int = 3
+    """Matrix products of the head in a training pass: 4 where its backward pass recomputes the logits."""
 
     @staticmethod
     def of(settings: Settings) -> Passes:
@@ -46,7 +48,8 @@ class Passes:
         algo = settings.algo
         old = algo.updates_per_step > 1 or algo.mismatch_correction.enabled
         behaviour = algo.calibration.enabled and algo.calibration.denominator == "recomputed"
-        return Passes(algo.updates_per_step, int(old) + int(behaviour) + int(algo.kl_coef > 0))
+        scored = int(old) + int(behaviour) + int(algo.kl_coef > 0)
+        return Passes(algo.updates_per_step, scored, head_products=3 if algo.fused() else 4)
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def estimate(
     recomputed = 1.0 if layout.recompute == "full" else 0.0
     # The last stage has the head besides its layers, and every other stage waits for it.
     of_head = head * layout.pipeline / rate
-    trained = (3.0 + recomputed) * layers / layer_rate + 3.0 * of_head
+    trained = (3.0 + recomputed) * layers / layer_rate + passes.head_products * of_head
     scored = passes.scored * (layers / layer_rate + of_head)
     tokens_M = pipeline.packed(work.sequence_S, layout.data, passes.updates, layout.micro_batch_tokens)
     bubbles = trained * pipeline.waiting_1f1b(tokens_M, layout.pipeline)

@@ -1,4 +1,4 @@
-"""Threads of an event loop that nobody has to wait for."""
+"""Threads of an event loop that need not end before the process does."""
 
 from __future__ import annotations
 

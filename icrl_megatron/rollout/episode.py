@@ -17,9 +17,9 @@ from typing import Literal, TypeVar
 from icrl_megatron.engines.protocol import EngineLostError, RequestFailedError
 from icrl_megatron.rollout.guard import GuardedEnvironment, LateFailure, Said, Stepped
 from icrl_megatron.rollout.prompts import Prompter, parse_critique
+from icrl_megatron.rollout.replay import InterruptedEpisodeError
 from icrl_megatron.rollout.room import TooLongError, require_room
 from icrl_megatron.rollout.speakers import Ask, Casting, Seeds, Speaker
-from icrl_megatron.rollout.tapes import InterruptedEpisodeError
 from icrl_megatron.rollout.watchdog import WATCHDOG
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks.base import BadAnswer, Environment, EnvironmentFailure

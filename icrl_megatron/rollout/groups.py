@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from icrl_megatron.rollout.episode import Ended
+from icrl_megatron.rollout.replay import ReplayLog, ReplayLogs, Stop, recorded
 from icrl_megatron.rollout.speakers import Cast, Casting, Interruptible
-from icrl_megatron.rollout.tapes import Stop, Tape, Tapes, taped
 from icrl_megatron.types import Task, UnplayedEpisode
 
 
@@ -31,10 +31,10 @@ def deal(tasks: Sequence[Task], kept: Sequence[Sequence[Task]]) -> list[list[Tas
 class Groups:
     """A group is all episodes of one task. Once `needed` groups are complete, the others are interrupted."""
 
-    def __init__(self, tasks: Sequence[Task], episodes: int, needed: int, kept: Tapes | None = None) -> None:
+    def __init__(self, tasks: Sequence[Task], episodes: int, needed: int, kept: ReplayLogs | None = None) -> None:
         """`kept`: what earlier steps played of some of the tasks."""
         self.tasks, self._episodes, self._needed = list(tasks), episodes, needed
-        self._tapes: Tapes = {task: dict((kept or {}).get(task, {})) for task in tasks}
+        self._replay_logs: ReplayLogs = {task: dict((kept or {}).get(task, {})) for task in tasks}
         self._done: dict[Task, list[Ended]] = {task: [] for task in tasks}
         self._cut = 0
         self._stop = Stop()
@@ -51,16 +51,16 @@ class Groups:
         self._speakers, self._tick, self._stop = {}, tick, Stop()
 
     def casting(self, speakers: Casting) -> Casting:
-        """The same speakers, taped where episodes may be cut off or were. All of them are interrupted when there are
+        """The same speakers, recorded where episodes may be cut off or were. All of them are interrupted when there are
         enough groups: the solver, and a critic that is another engine or no engine at all."""
-        if self._needed == len(self.tasks) and not any(self._tapes.values()):
+        if self._needed == len(self.tasks) and not any(self._replay_logs.values()):
             return speakers
         stop = self._stop
 
         def cast(task: Task, index: int) -> Cast:
             found = speakers(task, index)
             self._speakers |= {id(s): s for s in (found.solver, found.critic) if isinstance(s, Interruptible)}
-            return taped(found, self._tapes[task].setdefault(index, Tape()), stop)
+            return recorded(found, self._replay_logs[task].setdefault(index, ReplayLog()), stop)
 
         return cast
 
@@ -92,9 +92,13 @@ class Groups:
         """Episodes that were cut off."""
         return self._cut
 
-    def cut_off(self) -> Tapes:
-        """The tapes of the groups that are not complete."""
-        return {task: tapes for task, tapes in self._tapes.items() if not self._whole(task) and tapes}
+    def cut_off(self) -> ReplayLogs:
+        """Replay logs of the groups that are not complete."""
+        return {
+            task: replay_logs
+            for task, replay_logs in self._replay_logs.items()
+            if not self._whole(task) and replay_logs
+        }
 
     def _whole(self, task: Task) -> bool:
         return len(self._done[task]) == self._episodes

@@ -1,4 +1,4 @@
-"""Who talks in an episode: an engine, or nobody. (`teacher.py` has the scripted one.)"""
+"""Who writes the replies of an episode: an engine, or an empty critic. (`teacher.py` has the scripted one.)"""
 
 from __future__ import annotations
 

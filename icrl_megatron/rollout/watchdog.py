@@ -109,7 +109,7 @@ class Watchdog:
         self._main = threading.main_thread().ident
         self._duties = self._ctrl_c = 0
         self._ctrl_c_handler: Callable[[int, FrameType | None], Any] | None = None
-        """The one that is in place while nobody is on duty."""
+        """The handler while no watched call is running."""
         os.register_at_fork(after_in_child=self._forget)
 
     def obey(self, stop: object) -> None:

@@ -45,7 +45,7 @@ def build_engines(settings: Settings, start: Start, grid: grids.Grid) -> Engines
     return engine_kind(settings.engine.kind).build(request)
 
 
-def weight_sync(settings: Settings, gatherer: Gatherer, engines: Engines | None, tied: bool) -> WeightSync:
+def weight_sync(settings: Settings, gatherer: Gatherer, engines: Engines | None, shape: ModelShape) -> WeightSync:
     """What pushes the actor's weights. The first push that reaches every engine is verified, if the engines can."""
     if engines is None:
         return WeightSync(gatherer, NoEngine())
@@ -55,7 +55,7 @@ def weight_sync(settings: Settings, gatherer: Gatherer, engines: Engines | None,
     def verify() -> bool:
         stream, same = gatherer.stream(), True
         if isinstance(engines.trained, Verifiable):
-            same = engines.trained.verify(stream, tied)
+            same = engines.trained.verify(stream, shape)
         for _ in stream:
             pass
         return not any_rank(gatherer.grid, not same)
@@ -90,7 +90,7 @@ def episode_source(
 
 
 def _casting(settings: Settings, prompter: Prompter, engines: Engines) -> Casting:
-    """Who plays which role on this rank; nobody is asked on a rank that leads no engine."""
+    """Who plays which role on this rank. A rank that leads no engine plays no episode."""
     if engines.solver is None:
         return engine_casting(EmptyCritic())
     temperature, stops = settings.rollout.temperature, prompter.stop_ids

@@ -18,7 +18,14 @@ from icrl_megatron.run.resume import check_resume, earlier
 from icrl_megatron.run.rollout_checks import check_rollout
 from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.settings.limits import CHOICES, LOSSES, RANGES, TRACKERS
-from icrl_megatron.settings.schema import ActorSettings, AlgoSettings, Settings, TrackerSettings
+from icrl_megatron.settings.schema import (
+    ActorSettings,
+    AlgoSettings,
+    Overlong,
+    RolloutSettings,
+    Settings,
+    TrackerSettings,
+)
 from icrl_megatron.settings.task_schema import PORT, TaskServers
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked
@@ -70,6 +77,7 @@ def validate_settings(settings: Settings) -> None:
 def validate_shape(settings: Settings, shape: ModelShape) -> None:
     """Whether a model of this shape can be cut and used as the settings say. Raises ConfigError."""
     _check_split(settings.actor, shape)
+    engine_kind(settings.engine.kind).check_shape(settings.engine, shape)
     _check_context(settings, shape)
 
 
@@ -175,6 +183,7 @@ def _check_algo(algo: AlgoSettings, settings: Settings) -> None:
             "in a new run"
         )
     _check_loss(algo)
+    _check_overlong(algo.overlong, settings.rollout)
     for name, of in (("optim", settings.optim), ("warm_start", settings.warm_start)):
         if of.schedule == "constant" and of.decay_steps is not None:
             raise ConfigError(
@@ -189,20 +198,24 @@ def _check_algo(algo: AlgoSettings, settings: Settings) -> None:
 
 
 def _check_loss(algo: AlgoSettings) -> None:
-    """Whether the loss exists, and every setting of it has an effect."""
+    """Whether the loss works, and every setting of it has an effect."""
     if ":" in algo.loss:
-        from icrl_megatron.algo.losses import named  # torch: only for a loss of the user's own
+        from icrl_megatron.algo.loss_check import check_loss  # imports torch, which the names below do not need
 
-        named(algo.loss)
+        check_loss(algo.loss, algo)
     elif algo.loss not in LOSSES:
         raise ConfigError(f"algo.loss={algo.loss}: choose one of {', '.join(LOSSES)} for a new run")
-    default, longest = AlgoSettings(), algo.overlong.max_tokens
-    if algo.dual_clip != default.dual_clip and algo.loss != "dual_clip":
+    if algo.dual_clip is not None and algo.loss == "cispo":
         raise ConfigError(
-            f"algo.dual_clip={algo.dual_clip:g} has no effect with algo.loss={algo.loss}: set algo.loss=dual_clip in "
-            "a new run, or leave algo.dual_clip out of a new run"
+            f"algo.dual_clip={algo.dual_clip:g} has no effect with algo.loss=cispo, which keeps every token's "
+            "gradient: leave algo.dual_clip out of a new run"
         )
-    if algo.kl_estimator != default.kl_estimator and algo.kl_coef == 0:
+    if algo.dual_clip is not None and algo.updates_per_step == 1:
+        raise ConfigError(
+            f"algo.dual_clip={algo.dual_clip:g} has no effect with algo.updates_per_step=1, where every ratio is 1: "
+            "raise algo.updates_per_step"
+        )
+    if algo.kl_estimator != "k3" and algo.kl_coef == 0:
         raise ConfigError(
             f"algo.kl_estimator={algo.kl_estimator} has no effect without a KL term: set algo.kl_coef in a new "
             "run, or leave algo.kl_estimator out of a new run"
@@ -212,15 +225,42 @@ def _check_loss(algo: AlgoSettings) -> None:
             f"algo.loss_normalisation={algo.loss_normalisation} with algo.constant_tokens={algo.constant_tokens}: set "
             "algo.loss_normalisation=constant and algo.constant_tokens together, in a new run"
         )
-    if algo.shaping_gamma > 0 and (algo.loss != "icrl" or algo.kl_estimator != "k3"):
+    if algo.shaping_gamma > 0 and not algo.fused():
         raise ConfigError(
-            f"algo.shaping_gamma={algo.shaping_gamma:g} is a part of ICRL's own objective: set algo.loss=icrl and "
-            "algo.kl_estimator=k3, or algo.shaping_gamma=0, in a new run"
+            f"algo.shaping_gamma={algo.shaping_gamma:g} is a part of ICRL's own objective: set algo.loss=icrl, "
+            "algo.kl_estimator=k3 and algo.dual_clip=null, or algo.shaping_gamma=0, in a new run"
         )
-    if longest is not None and algo.overlong.buffer_tokens > longest:
+
+
+def _check_overlong(overlong: Overlong, rollout: RolloutSettings) -> None:
+    """Whether the penalty on long replies can apply, and at which length it begins."""
+    default, longest = Overlong(), overlong.max_tokens
+    if longest is None:
+        for name in ("buffer_tokens", "factor"):
+            if getattr(overlong, name) != getattr(default, name):
+                raise ConfigError(
+                    f"algo.overlong.{name}={getattr(overlong, name):g} has no effect without algo.overlong.max_tokens: "
+                    "set algo.overlong.max_tokens in a new run"
+                )
+        return
+    if overlong.factor == 0:
         raise ConfigError(
-            f"algo.overlong.buffer_tokens={algo.overlong.buffer_tokens} is more than algo.overlong.max_tokens="
+            f"algo.overlong.max_tokens={longest} has no effect with algo.overlong.factor=0: raise algo.overlong.factor "
+            "in a new run"
+        )
+    if overlong.buffer_tokens > longest:
+        raise ConfigError(
+            f"algo.overlong.buffer_tokens={overlong.buffer_tokens} is more than algo.overlong.max_tokens="
             f"{longest}: lower algo.overlong.buffer_tokens in a new run"
+        )
+    generated = max(rollout.max_turns * rollout.max_turn_tokens, rollout.max_critique_tokens)
+    generated, free = min(generated, rollout.context_tokens), longest - overlong.buffer_tokens
+    if free >= generated:
+        raise ConfigError(
+            f"algo.overlong.max_tokens={longest} has no effect: the penalty begins above {free} tokens "
+            f"(algo.overlong.buffer_tokens={overlong.buffer_tokens} before it), and no reply has more than {generated} "
+            "(rollout.max_turns x rollout.max_turn_tokens, rollout.max_critique_tokens, rollout.context_tokens); lower "
+            "algo.overlong.max_tokens in a new run"
         )
 
 

@@ -31,8 +31,8 @@ def clear_start(folder: Path) -> None:
 
 
 def check(settings: Settings, folder: Path) -> None:
-    """Raises ConfigError unless the run folder is new, or of the run that these settings go on with: a run replaces no
-    file of anybody else, neither at its start nor at its end."""
+    """Raises ConfigError unless the run folder is new, or of the run that these settings go on with: a run
+    never replaces files that it did not write."""
     saved = folder / settings_module.SAVED_NAME
     names = (*_WRITTEN, *(CONTROL.format(when) for when in ("before", "after")))
     strangers = [name for name in names if (folder / name).exists()]

@@ -9,7 +9,7 @@ from pathlib import Path
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks import registry
-from icrl_megatron.tasks.datasets import SUFFIXES, Row, check_no_leak, content_hash, read_rows, subset_of
+from icrl_megatron.tasks.datasets import SUFFIXES, DataRow, check_no_leak, content_hash, read_rows, subset_of
 from icrl_megatron.types import Task
 from icrl_megatron.utils.errors import ConfigError
 
@@ -91,7 +91,7 @@ def check_rows(trained: TaskSource, tested: TaskSource) -> None:
             )
 
 
-def _rows(source: TaskSource, names: Iterable[str]) -> Iterable[Row]:
+def _rows(source: TaskSource, names: Iterable[str]) -> Iterable[DataRow]:
     for name in names:
         if _has_rows(Path(name)):
             yield from read_rows(name, source.data.prompt_column, source.data.label_column)

@@ -52,7 +52,7 @@ def require_shared(folder: Path, grid: grids.Grid) -> None:
     if grid.rank == 0:
         with disk_errors(token, "a file that the other ranks look for"):
             token.touch()
-    any_rank(grid, False)  # nobody looks before it is there: a network file system may remember that it was not
+    any_rank(grid, False)  # no rank looks before it exists: a network file system may cache that it did not
     deadline = time.monotonic() + float(os.environ.get("ICRL_SEEN_TIMEOUT_S", SEEN_TIMEOUT_S))
     while not token.exists() and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -57,7 +57,7 @@ class Problems:
 
 
 @dataclass(frozen=True)
-class Share:
+class ProblemShare:
     """Which part of the problems this process examines, and how it learns of the others'."""
 
     index: int = 0
@@ -87,7 +87,7 @@ def fitting(
     catalogue: registry.Catalogue,
     prompter: Prompter,
     positions: int,
-    share: Share | None = None,
+    share: ProblemShare | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Problems:
     """The problems that fit the context of a model with this many positions, and are enough for a step.
@@ -97,7 +97,7 @@ def fitting(
     """
     tasks = [task for of in (found.train, found.heldout) for tasks in of.values() for task in tasks]
     prompted = settings.debug.mode not in ("from_dump", "fake_data")
-    lost = examine(tasks, settings, catalogue, prompter, share or Share()) if prompted else []
+    lost = examine(tasks, settings, catalogue, prompter, share or ProblemShare()) if prompted else []
     if lost:
         if settings.tasks.too_long == "error":
             raise TooLongError(refusal(lost, len(tasks), settings, positions))
@@ -114,7 +114,7 @@ def examine(
     settings: Settings,
     catalogue: registry.Catalogue,
     prompter: Prompter,
-    share: Share,
+    share: ProblemShare,
 ) -> list[TooLong]:
     """The tasks of which some prompt does not fit, in their order."""
     revised = settings.rollout.rounds > 1 or settings.eval.control_problems > 0
@@ -199,7 +199,7 @@ def chosen(
     """The problems of the run that fit the context of the model in `folder`; every rank examines its share. Raises
     ConfigError as `fitting` does."""
     found = read(settings, catalogue)
-    share = Share(grid.rank, grid.world, lambda mine: gather_objects(grid, mine))
+    share = ProblemShare(grid.rank, grid.world, lambda mine: gather_objects(grid, mine))
     positions = ModelShape.read(folder).max_positions
     return fitting(found, settings, catalogue, prompter, positions, share, progress.log)
 

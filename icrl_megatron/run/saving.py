@@ -119,7 +119,7 @@ def require_weights(start: Start, settings: Settings) -> None:
 class _Completed:
     """The state after a step, as a checkpoint of it has to say."""
 
-    progress: checkpoint.Progress
+    progress: checkpoint.SavedProgress
     beside: Callable[[], Files]
     begun: int
     """`Optimizer.begun` then."""
@@ -152,7 +152,7 @@ class Saver:
         assert self._start.found is not None
         return self._start.found.folder
 
-    def restore(self) -> checkpoint.Progress | None:
+    def restore(self) -> checkpoint.SavedProgress | None:
         """Loads the checkpoint that the run goes on from; None if it begins. Raises ConfigError as
         `Checkpoint.load`."""
         found = self._start.found
@@ -162,7 +162,7 @@ class Saver:
         self._log(f"resuming from {found.folder}")
         return progress
 
-    def completed(self, progress: checkpoint.Progress, beside: Callable[[], Files] = dict) -> None:
+    def completed(self, progress: checkpoint.SavedProgress, beside: Callable[[], Files] = dict) -> None:
         """A step is done, and this is where the run is. `beside` is called when it is saved, on all ranks."""
         self._completed = _Completed(progress, beside, self._actor.optimizer.begun)
 

@@ -12,8 +12,8 @@ from icrl_megatron.data.curriculum import cut_history, read_history
 from icrl_megatron.distributed.grid import any_rank, gather_objects, together
 from icrl_megatron.distributed.process import StopRequest
 from icrl_megatron.model.weights import Gatherer
-from icrl_megatron.rollout import tapes
-from icrl_megatron.rollout.tapes import Tapes
+from icrl_megatron.rollout import replay
+from icrl_megatron.rollout.replay import ReplayLogs
 from icrl_megatron.run.files import EXPORT
 from icrl_megatron.run.parts import Parts
 from icrl_megatron.run.saving import Files, Saver
@@ -23,7 +23,7 @@ from icrl_megatron.telemetry.writer import METRICS_FILE, MetricsWriter, Row, rea
 from icrl_megatron.types import Episode
 from icrl_megatron.utils.results import MOVE_AWAY
 
-TAPES = "tapes.jsonl"
+REPLAY = "replay.jsonl"
 """In a checkpoint: episodes that were cut off (`rollout.partial`)."""
 NEWEST_ROWS = "metrics.jsonl"
 """In a checkpoint: the rows of its step."""
@@ -45,7 +45,7 @@ class RunState:
         resumed = saver.restore()
         if resumed is not None:
             if parts.settings.rollout.partial:
-                self._take_back(tapes.read(saver.folder / TAPES))
+                self._take_back(replay.read(saver.folder / REPLAY))
             self.step, self.generated = resumed.step, resumed.generated_tokens
             parts.sync.version = max(0, resumed.weight_version - 1)  # the first push is that version again
             self.pending, newest = _read_pending(saver.folder / PENDING), read_rows(saver.folder / NEWEST_ROWS)
@@ -71,7 +71,7 @@ class RunState:
             actor.optimizer.forget()
         self._log(f"starting from {folder} {'with' if moments else 'without'} its optimizer moments")
 
-    def _take_back(self, kept: Tapes) -> None:
+    def _take_back(self, kept: ReplayLogs) -> None:
         """Episodes go on where their problems are still trained on: the data may have changed."""
         known = {task: group for task, group in kept.items() if task in self.parts.sampler.known}
         if len(known) < len(kept):
@@ -100,17 +100,17 @@ class RunState:
 
     def completed(self, pending: Row | None) -> None:
         """The step is done: from here on an error saves it, with its metrics where they are still `pending`."""
-        optimizer, kept = self.parts.actor.optimizer, self.parts.source.tapes()
+        optimizer, kept = self.parts.actor.optimizer, self.parts.source.replay_logs()
 
         def beside() -> Files:
             everyones = {task: of for mine in gather_objects(self.parts.grid, kept) for task, of in mine.items()}
-            found = {TAPES: tapes.to_lines(everyones)} if everyones else {}
+            found = {REPLAY: replay.to_lines(everyones)} if everyones else {}
             rows = together(self.parts.grid, lambda: self._writer.saved() if self._writer is not None else [])
             found |= {NEWEST_ROWS: rows or []}
             return found | ({PENDING: [json.dumps(pending)]} if pending is not None else {})
 
         self.pending = pending
-        progress = checkpoint.Progress(self.step, self.parts.sync.version, optimizer.steps, self.generated)
+        progress = checkpoint.SavedProgress(self.step, self.parts.sync.version, optimizer.steps, self.generated)
         self.saver.completed(progress, beside)
 
     def by_first_rank(self, write: Callable[[], object]) -> None:

@@ -34,7 +34,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """Settings that name one of a few things."""
 
-LOSSES = ("icrl", "dual_clip", "gspo", "cispo")
+LOSSES = ("icrl", "gspo", "cispo")
 """Names that `algo.loss` takes: functions of algo/losses.py, which imports torch."""
 
 TRACKERS = ("wandb", "mlflow", "trackio")

@@ -131,7 +131,7 @@ class EngineSettings:
     servers: int | None = None
     """SGLang servers that the run starts; null: one per `tensor_parallel` ranks."""
     urls: list[str] = field(default_factory=list)
-    """SGLang servers that somebody else runs (http://host:port), used instead of starting any."""
+    """External SGLang servers (http://host:port), used instead of starting any."""
     api_key_env: str = ""
     """Environment variable with the API key of the servers of `urls`; empty: they want none. Servers that the run
     starts have a key that is made for each of them."""
@@ -217,13 +217,14 @@ class AlgoSettings:
     clipped ratio (Critique-GRPO's policy shaping, which takes 0.1); calibration.enabled must then be false."""
     mismatch_correction: MismatchCorrection = field(default_factory=MismatchCorrection)
     loss: str = "icrl"
-    """icrl | dual_clip | gspo | cispo, or package.module:function (algo/losses.py, docs/EXTENDING.md)."""
+    """icrl | gspo | cispo, or package.module:function (algo/losses.py, docs/EXTENDING.md)."""
     clip_low: float = 0.2
     clip_high: float = 0.28
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]: of a token, and with loss=gspo of a sequence (the paper
     takes 3e-4 and 4e-4)."""
-    dual_clip: float = 3.0
-    """With loss=dual_clip: largest ratio that counts where the advantage is negative."""
+    dual_clip: float | None = None
+    """Largest ratio that counts where the advantage is negative (arXiv 1912.09729, which takes 3), with loss=icrl or
+    gspo; null: no bound."""
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
     """k1 | k2 | k3: how the KL term is estimated from the sampled tokens."""
@@ -241,6 +242,11 @@ class AlgoSettings:
     on_no_signal: str = "error"
     """After that: error (ends the run and names the tasks) | skip (no update, and the step is counted: for baselines
     that may find nothing) | train (update anyway: the entropy and KL terms still act)."""
+
+    def fused(self) -> bool:
+        """Whether the fused head computes this objective. Every other one goes through the head that recomputes its
+        logits in the backward pass (docs/KERNEL.md)."""
+        return self.loss == "icrl" and self.kl_estimator == "k3" and self.dual_clip is None
 
 
 @dataclass
@@ -357,6 +363,7 @@ class Settings:
     """One run. `icrl train RECIPE key=value ...` resolves to one of these, and it is saved with the run."""
 
     name: str = "run"
+    """Names the run folder below runs/."""
     run_dir: str = ""
     """Where everything is written; empty: runs/<name>."""
     seed: int = 0

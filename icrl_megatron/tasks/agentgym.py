@@ -21,7 +21,7 @@ from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks.agentgym_dialects import Dialect, ProtocolError, Reply
 from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure, StepResult, sendable
 from icrl_megatron.tasks.datasets import id_range
-from icrl_megatron.tasks.servers import Pool, Refused, Server
+from icrl_megatron.tasks.servers import EnvironmentServer, Pool, Refused
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
@@ -31,7 +31,7 @@ MAX_TURNS = 30
 class Session:
     """One environment on one server: create, reset, step, close, in the server's dialect."""
 
-    def __init__(self, name: str, pool: Pool, server: Server, dialect: Dialect) -> None:
+    def __init__(self, name: str, pool: Pool, server: EnvironmentServer, dialect: Dialect) -> None:
         self.name, self.dialect, self.server = name, dialect, server
         self.where = server.url
         self._pool = pool
@@ -85,7 +85,7 @@ class Session:
         return answer
 
 
-async def probe(pool: Pool, server: Server) -> Dialect:
+async def probe(pool: Pool, server: EnvironmentServer) -> Dialect:
     """Dialect B has /health; A answers 404 there. Raises EnvironmentFailure when the server does not answer at all."""
     try:
         answer = await pool.call(server, "GET", "/health")

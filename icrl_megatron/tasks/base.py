@@ -97,7 +97,7 @@ class Checked(TaskSet, Protocol):
     """A task set with more to examine before a run than that its problems can be read."""
 
     def check(self) -> None:
-        """Raises ConfigError naming what is wrong, where, and the remedy. Called once, by whoever starts the run."""
+        """Raises ConfigError naming what is wrong, where, and the remedy. Called once, before the run starts."""
         ...
 
 
@@ -137,4 +137,5 @@ class EnvironmentFailure(RuntimeError):
 
 
 class BadAnswer(EnvironmentFailure):
-    """It answered, and the answer cannot be true: another protocol, or a reward that is none. Counted by itself too."""
+    """The environment returned an invalid answer, such as another protocol or a reward that is not a number. Counted
+    separately too."""

@@ -22,7 +22,7 @@ SUFFIXES = (".jsonl", ".parquet", ".arrow")
 
 
 @dataclass(frozen=True)
-class Row:
+class DataRow:
     """One problem as a file has it."""
 
     file: Path
@@ -38,7 +38,7 @@ class Row:
         return f"{self.file}, line {self.number}"
 
 
-def read_tasks(name: str, split: Split, data: TaskData, problem: Callable[[Row], str]) -> list[Task]:
+def read_tasks(name: str, split: Split, data: TaskData, problem: Callable[[DataRow], str]) -> list[Task]:
     """The tasks of one split, in the order of the files; `problem` turns a row into `Task.problem`, and raises
     ConfigError on one that is no problem. None when the settings name no file for the split."""
     names = data.train if split == "train" else data.heldout
@@ -62,7 +62,7 @@ def subset_of(task: Task) -> str:
     return task.task_id.rsplit("/", 1)[0].replace(f"/{task.split}", "", 1)
 
 
-def read_rows(given: str, prompt_column: str, label_column: str) -> Iterator[Row]:
+def read_rows(given: str, prompt_column: str, label_column: str) -> Iterator[DataRow]:
     """Rows of one entry of the settings. Raises ConfigError on a missing, empty or unreadable file, a missing column
     and an empty prompt or label."""
     files = _files(given)
@@ -74,7 +74,7 @@ def read_rows(given: str, prompt_column: str, label_column: str) -> Iterator[Row
             where = f"{file}, line {number}"
             prompt = _text(fields, prompt_column, where, "prompt_column")
             label = _text(fields, label_column, where, "label_column")
-            yield Row(file, number, subset, prompt, label)
+            yield DataRow(file, number, subset, prompt, label)
     if not found:
         raise ConfigError(f"{given}: no rows in it; give a file with at least one problem")
 
@@ -106,8 +106,8 @@ def asked(task: Task) -> str:
     return f"{task.source}:{task.problem}"
 
 
-def _check_unique(rows: Sequence[Row]) -> None:
-    first: dict[str, Row] = {}
+def _check_unique(rows: Sequence[DataRow]) -> None:
+    first: dict[str, DataRow] = {}
     for row in rows:
         twin = first.setdefault(content_hash(row.prompt), row)
         if twin is not row:

@@ -111,7 +111,7 @@ class GameFolders:
         self._found: dict[Split, list[Task]] = {}
 
     def problems(self, split: Split) -> Sequence[Task]:
-        """Raises ConfigError on a folder that is none, or has no game that can be solved."""
+        """Raises ConfigError if the folder does not exist or has no game that can be solved."""
         if split not in self._found:
             given = self._data.train if split == "train" else self._data.heldout
             if not given:

@@ -10,7 +10,7 @@ import json
 from functools import cached_property
 from typing import Any
 
-from icrl_megatron.tasks.datasets import Row, read_tasks
+from icrl_megatron.tasks.datasets import DataRow, read_tasks
 from icrl_megatron.tasks.grade_worker import last_box, normalised, plain_number
 from icrl_megatron.tasks.grader import Grader
 from icrl_megatron.tasks.single_turn import Form, Judge, SingleTurnTasks, Verdict, of_answer
@@ -60,5 +60,5 @@ class Mathematics(SingleTurnTasks):
         return Grader(self.data.grading_workers, self.data.grading_timeout_s, self.data.numeric_tolerance)
 
 
-def _problem(row: Row) -> str:
+def _problem(row: DataRow) -> str:
     return json.dumps({"prompt": row.prompt, "label": row.label, "where": row.where}, ensure_ascii=False)

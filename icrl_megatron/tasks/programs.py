@@ -23,8 +23,8 @@ from functools import cached_property
 from itertools import repeat
 from typing import Any
 
-from icrl_megatron.tasks.datasets import Row, read_tasks
-from icrl_megatron.tasks.sandbox import OUTPUT_BYTES, Limits, Ran, Sandbox
+from icrl_megatron.tasks.datasets import DataRow, read_tasks
+from icrl_megatron.tasks.sandbox import OUTPUT_BYTES, Ran, Sandbox, SandboxLimits
 from icrl_megatron.tasks.sandbox_guest import encoded
 from icrl_megatron.tasks.single_turn import Form, Judge, SingleTurnTasks, Verdict
 from icrl_megatron.types import Split, Task
@@ -96,7 +96,7 @@ class Programs(SingleTurnTasks):
 
     @cached_property
     def sandbox(self) -> Sandbox:
-        return Sandbox(Limits(self.data.grading_timeout_s, self.data.program_memory_mib << 20))
+        return Sandbox(SandboxLimits(self.data.grading_timeout_s, self.data.program_memory_mib << 20))
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
@@ -177,7 +177,7 @@ def _cut(text: str) -> str:
 # Labels
 
 
-def _problem(row: Row) -> str:
+def _problem(row: DataRow) -> str:
     try:
         cases = list(_cases(row.label))
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:

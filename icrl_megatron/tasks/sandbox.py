@@ -50,7 +50,7 @@ NOBODY = "65534"
 
 
 @dataclass(frozen=True)
-class Limits:
+class SandboxLimits:
     """What one run may use."""
 
     cpu_s: float
@@ -76,7 +76,7 @@ class Ran:
 class Sandbox:
     """One way to run programs; any number of threads may. Raises ConfigError where bubblewrap is missing."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: SandboxLimits) -> None:
         found = shutil.which("bwrap")
         if found is None:
             raise ConfigError(
@@ -132,7 +132,7 @@ class Sandbox:
             return _watched(process, reading, self.limits)
 
 
-def _watched(process: subprocess.Popen[bytes], reading: int, limits: Limits) -> Ran:
+def _watched(process: subprocess.Popen[bytes], reading: int, limits: SandboxLimits) -> Ran:
     """Reads until the process and its pipes end, or a limit does."""
     assert process.stdout is not None and process.stderr is not None
     clock = Clock(process.pid, limits.clock_s)

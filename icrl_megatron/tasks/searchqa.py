@@ -17,7 +17,7 @@ from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.agentgym_dialects import action_of
 from icrl_megatron.tasks.base import StepResult, TaskSet
-from icrl_megatron.tasks.datasets import Row, id_range, read_tasks
+from icrl_megatron.tasks.datasets import DataRow, id_range, read_tasks
 from icrl_megatron.tasks.retrieval import LocalRetriever, RemoteRetriever, Retriever
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
@@ -120,7 +120,7 @@ class RetrievalQA:
         return _statement(str(json.loads(task.problem)["prompt"]))
 
     def check(self) -> None:
-        """Builds the index, so that ranks find it. Raises ConfigError on a corpus that is none."""
+        """Builds the index, so that ranks find it. Raises ConfigError on an invalid corpus."""
         self.retriever()
 
     def retriever(self) -> Retriever:
@@ -142,7 +142,7 @@ def SearchQA(source: TaskSource, answer_bytes: int = RolloutSettings.max_observa
     return RetrievalQA(source, answer_bytes)
 
 
-def _problem(row: Row) -> str:
+def _problem(row: DataRow) -> str:
     try:
         listed = json.loads(row.label) if row.label.startswith("[") else [row.label]
     except ValueError:

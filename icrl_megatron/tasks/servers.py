@@ -38,7 +38,7 @@ class Refused(EnvironmentFailure):
 
 
 @dataclass
-class Server:
+class EnvironmentServer:
     """One address and how it has been doing."""
 
     url: str
@@ -62,7 +62,7 @@ class Server:
 
 
 class Pool:
-    """The servers of one task set. Raises ConfigError on no address, and on one that is none."""
+    """The servers of one task set. Raises ConfigError if there is no address, or an invalid one."""
 
     def __init__(
         self, urls: Sequence[str], timeout_s: float, answer_bytes: int = RolloutSettings.max_observation_bytes
@@ -75,11 +75,11 @@ class Pool:
         for url in urls:
             if not url.startswith(("http://", "https://")):
                 raise ConfigError(f"data.servers: {url!r} is no address; write http://host:port")
-        self.servers = [Server(url.rstrip("/")) for url in dict.fromkeys(urls)]
+        self.servers = [EnvironmentServer(url.rstrip("/")) for url in dict.fromkeys(urls)]
         self._timeout_s, self._answer_bytes = timeout_s, answer_bytes
         self._connections = connections.Connections(CONNECTIONS)
 
-    def choose(self) -> Server:
+    def choose(self) -> EnvironmentServer:
         """The server with the fewest episodes among those that are well; of the sick the one that rests least long."""
         now = time.monotonic()
         well = [s for s in self.servers if s.resting_until <= now]
@@ -91,7 +91,9 @@ class Pool:
             f"{soonest.resting_until - now:.0f} s. Look at {soonest.url}"
         )
 
-    async def call(self, server: Server, method: str, path: str, body: Any = None, again: bool = True) -> Any:
+    async def call(
+        self, server: EnvironmentServer, method: str, path: str, body: Any = None, again: bool = True
+    ) -> Any:
         """One JSON answer. `again`: whether a call whose answer was lost may be made twice.
 
         Raises Refused on an error that the server reports and on an answer that is no JSON, BadAnswer on one that is

@@ -38,8 +38,9 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """Means over the episodes of one step; shares are in [0, 1], lengths in tokens.
 
-    reward/<role>, reward/round_<k>, success/critique_free, success/with_critique, success/round_<k> (of the attempts of
-    that round), success/source/<name> (critique-free), revision/gain (mean r(next) - r(this)), critique/tokens,
+    reward/<role>, reward/round_<k>, reward/overlong_penalty (of the samples that are trained), success/critique_free,
+    success/with_critique, success/round_<k> (of the attempts of that round), success/source/<name> (critique-free),
+    revision/gain (mean r(next) - r(this)), critique/tokens,
     attempt/tokens, attempt/turns, attempt/lost_turns, attempt/stop_<reason>, tokens/used, episodes/*, groups/*,
     infrastructure/bad_answers and episodes/late (both among the episodes dropped), episodes/texts_cut (observations and
     summaries that were longer than allowed).
@@ -66,6 +67,8 @@ def rollout_metrics(
         counts["groups/flat_share"] = report.flat_groups / report.groups
     if report.samples:
         counts["samples/flat_share"] = sum(s.advantage == 0.0 for s in report.samples) / len(report.samples)
+    if report.overlong_penalty is not None:
+        counts["reward/overlong_penalty"] = report.overlong_penalty
     means = {name: sum(of) / len(of) for name, of in values.items()}
     return dict(sorted((means | {name: float(n) for name, n in counts.items()}).items()))
 

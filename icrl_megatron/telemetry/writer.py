@@ -68,8 +68,8 @@ class MetricsWriter:
 
 
 class ScalarBoard:
-    """A TensorBoard event file of scalars, one record a step. TensorBoard's own writer has a thread, in which an error
-    of the disk ends with a traceback that nobody can catch."""
+    """A TensorBoard event file of scalars, one record a step. TensorBoard's own writer has a thread, in which a
+    disk error ends with a traceback that cannot be caught."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         """Begins a file; TensorBoard drops what earlier files hold from `first_step` on."""

@@ -1,4 +1,4 @@
-"""HTTP connections for whoever is awaited in one event loop after another: each loop gets its own, closed with it.
+"""HTTP connections for code that runs in one event loop after another: each loop gets its own, closed with it.
 
 Whatever is asked may be broken or hostile, so answers are read with `body`: never more bytes than the caller allows,
 compressed or not.
@@ -36,7 +36,7 @@ class Link:
     """Closes the session when the loop ends: asyncio.run cancels what is left, and waits for it."""
     interrupted: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the rest of what this loop plays is not needed. It ends with the loop, so that the next step begins
-    without it; whoever waits at the gate, or between two tries, finds it set when his turn comes."""
+    without it; a request that waits at the gate or between two tries sees it when it continues."""
 
 
 class Connections:

@@ -1,7 +1,7 @@
 """The one writer of result folders: an export, an imported checkpoint, an evaluation, an index. Imports no torch.
 
 A result folder appears under its name when it is complete, and replaces an earlier result of the same kind atomically.
-It holds a marker that lists what was written, so that a later replacement deletes nothing that somebody else put there.
+It holds a marker that lists what was written, so that a later replacement deletes nothing that was added later.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class TokenOutputs:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Where gradients go; None where nobody wants them."""
+    """Where gradients go; None where they are not needed."""
 
     hidden_LH: Tensor | None
     """In the dtype of the hidden states; every chunk writes its own rows."""

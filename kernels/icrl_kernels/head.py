@@ -8,7 +8,8 @@ forward pass, while the chunk's softmax is at hand, and nothing is computed twic
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,6 +54,8 @@ class HeadOutput:
     """bool, as in `objective.TokenObjective`."""
     non_finite: Tensor
     """int64 scalar: tokens with a coefficient whose logits or loss are not finite; above 0, drop the step."""
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """Other values of each token, [L]: the fused objective has none, a plain loss may."""
 
 
 def policy_head(
@@ -78,12 +81,12 @@ def policy_head(
         main_grad: where the gradient of the weight is added to, if not to `.grad`.
 
     All sums are float32 (float64 for float64 inputs), whatever the dtype of the inputs, and so are the logits unless
-    `chunking` says otherwise. Communicated is one all-gather a chunk, of four numbers a token. The gradient of
-    `hidden_LH` is this rank's part, the sum over its own columns: whoever made `hidden_LH` the same on all ranks sums
-    it over the group. The gradients are held until the backward pass, which scales them in place and hands them over,
-    once. They are not saved through autograd. Under torch.utils.checkpoint a chunk is computed twice at most: with
-    `use_reentrant=True` once without gradients and once with them; with `use_reentrant=False` once, and once more to no
-    use if something after the head in the checkpointed function saves a tensor.
+    `chunking` says otherwise. Ranks communicate one all-gather per chunk, of four numbers per token. The gradient of
+    `hidden_LH` is this rank's part, the sum over its own columns. The caller, which made `hidden_LH` the same on all
+    ranks, sums it over the group. The gradients are held until the backward pass, which scales them in place and hands
+    them over, once. They are not saved through autograd. Under torch.utils.checkpoint a chunk is computed twice at
+    most: with `use_reentrant=True` once without gradients and once with them; with `use_reentrant=False` once, and once
+    more if something after the head in the checkpointed function saves a tensor.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.

@@ -1,7 +1,7 @@
 """Log-prob and entropy of each token as differentiable tensors, for losses that are plain functions of them.
 
-The backward pass computes the logits of each chunk again, so no more than a chunk of them ever exists. That is one more
-product than `head.policy_head` needs, which knows its objective and forms the gradient in the forward pass.
+The backward pass computes the logits of each chunk again, so only one chunk of them exists at a time. That takes one
+more matrix product than `head.policy_head`, which knows its objective and forms the gradient in the forward pass.
 """
 
 from __future__ import annotations

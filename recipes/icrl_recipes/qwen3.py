@@ -30,7 +30,7 @@ SERVERS = {"alfworld": 32, "webshop": 1, "searchqa": 1}
 def source(task: str) -> TaskSource:
     """A task of the paper. AgentGym's servers start with the run; ALFWorld's games are numbered as AgentGym does it.
 
-    What else a task needs (rows or task ids of the others) is whoever's who runs it: docs/TASKS.md.
+    What else a task needs (rows or task ids of the others) is up to the user: docs/TASKS.md.
     """
     if task not in SERVERS:
         return TaskSource(task)

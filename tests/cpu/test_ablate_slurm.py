@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from icrl_megatron.launch import job
-from icrl_megatron.launch.ablate import Plan, parse
+from icrl_megatron.launch.ablate import AblationPlan, parse
 from icrl_megatron.launch.ablate_array import Queue, check, jobs, load_plan, save_plan, submit, words
 from icrl_megatron.utils.errors import ConfigError
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 QUEUE = Queue("A", "P", "04:00:00", at_once=2)
 
 
-def plan(folder: Path, budget_of: str = "", *overrides: str) -> Plan:
+def plan(folder: Path, budget_of: str = "", *overrides: str) -> AblationPlan:
     return parse("rulebook_easy", "grpo,icrl", "0,1", folder, overrides, budget_of)
 
 
@@ -32,7 +32,7 @@ def warm(folder: Path) -> None:
     (folder / "start" / "warm_start" / "hf").mkdir(parents=True)
 
 
-def arrays(asked: Plan) -> dict[str, tuple[str | None, tuple[str, ...]]]:
+def arrays(asked: AblationPlan) -> dict[str, tuple[str | None, tuple[str, ...]]]:
     """Name -> (the array's tasks, what it waits for)."""
     found = {}
     for one in jobs(asked, Path("/plan.json"), QUEUE):

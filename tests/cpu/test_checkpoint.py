@@ -52,7 +52,7 @@ def test_a_crash_while_saving_leaves_the_last_good_one(
     assert checkpoint.complete(tmp_path) == [good]
     assert manifest.leftovers(tmp_path) == [part]
     resumed = make()
-    assert load(resumed, good) == checkpoint.Progress(1, 2, 1, 10)
+    assert load(resumed, good) == checkpoint.SavedProgress(1, 2, 1, 10)
     assert same(saved, weights(resumed))
     for a in (actor, resumed):
         step(a, seed=1)

@@ -14,8 +14,9 @@ from icrl_megatron.algo.credit import advantages, credit
 from icrl_megatron.algo.samples import to_samples
 from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.settings.presets import apply_preset
-from icrl_megatron.settings.schema import AlgoSettings, Calibration, GroupFilter
+from icrl_megatron.settings.schema import AlgoSettings, Calibration, GroupFilter, Overlong
 from icrl_megatron.settings.task_schema import TaskSource
+from icrl_megatron.telemetry.metrics import rollout_metrics
 from icrl_megatron.types import Attempt, Completion, Critique, Episode, Sample, Task, Turn
 from icrl_megatron.utils.errors import ConfigError
 
@@ -176,6 +177,21 @@ def test_group_filter_of_the_reference() -> None:
     # 0.9, 0.9: a high mean without a success.
     near = [episode(i, [0.0, 0.9]) for i in range(2)]
     assert credit(near, settings, True).dropped_groups == 2
+
+
+def test_the_overlong_penalty_is_taken_off_before_the_baseline() -> None:
+    """Replies of 3, 5 and 10 generated tokens, with the penalty from 4 to 8; observations do not count."""
+    replies = (((1, 2), (3,)), ((1, 2), (3, 4, 5)), ((1,) * 6, (2,) * 4))
+    episodes = [replace(episode(i, [1.0]), attempts=(attempt(0, 1.0, of),)) for i, of in enumerate(replies)]
+    settings = AlgoSettings(normalise_std=False, overlong=Overlong(max_tokens=8, buffer_tokens=4, factor=0.8))
+    report = credit(episodes, settings, True)
+    assert [s.loss_tokens() for s in report.samples] == [3, 5, 10]
+    assert [s.reward for s in report.samples] == [1.0] * 3  # what is logged stays the environment's
+    mean = (0.2 + 0.8) / 3
+    assert [s.advantage for s in report.samples] == pytest.approx([mean, mean - 0.2, mean - 0.8])
+    assert rollout_metrics(episodes, (), report)["reward/overlong_penalty"] == pytest.approx(mean)
+    without = credit(episodes, AlgoSettings(), True)
+    assert without.flat_groups == 1 and "reward/overlong_penalty" not in rollout_metrics(episodes, (), without)
 
 
 def test_presets() -> None:

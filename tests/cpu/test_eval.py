@@ -17,7 +17,7 @@ from rich.console import Console
 from whole_runs import Ended, batch
 
 from icrl_megatron.evaluation import run as evaluation
-from icrl_megatron.evaluation.result import Request, Result, read_result
+from icrl_megatron.evaluation.result import EvalRequest, Result, read_result
 from icrl_megatron.evaluation.run import evaluate
 from icrl_megatron.evaluation.scores import compare, estimate, mcnemar, score, successes, transitions
 from icrl_megatron.evaluation.views import comparison_table, rounds_table, scores_table, show, transitions_table
@@ -329,7 +329,7 @@ def test_other_files_are_no_results(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not the result of an `icrl eval`"):
         read_result(tmp_path)
     with pytest.raises(ConfigError, match="no such folder"):
-        evaluate(Request(tmp_path / "gone"))
+        evaluate(EvalRequest(tmp_path / "gone"))
 
 
 @pytest.mark.parametrize("record", ["config.json", "icrl.json"])
@@ -341,7 +341,7 @@ def test_settings_inside_a_foreign_model_or_checkpoint_are_not_read(tmp_path: Pa
     save(settings, model / "settings.yaml")
     (model / record).write_text("{}")
     with pytest.raises(ConfigError, match="lies in no run folder"):
-        evaluate(Request(model))
+        evaluate(EvalRequest(model))
     assert not (tmp_path / "ran").exists()
     (tmp_path / "settings.yaml").write_text((model / "settings.yaml").read_text())
     assert evaluation._run_settings(model) == (settings, [])  # of the run folder that the model lies in

@@ -13,7 +13,7 @@ import pytest
 from icrl_megatron.distributed.process import CONFIG_ERROR, HOPELESS, STOPPED
 from icrl_megatron.engines.sglang_server import TESTED
 from icrl_megatron.launch import job
-from icrl_megatron.launch.job import MAX_CRASHES, MAX_UNSAVED, Reached, State, decide, progress
+from icrl_megatron.launch.job import MAX_CRASHES, MAX_UNSAVED, JobState, Reached, decide, progress
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "slurm").iterdir())
@@ -24,12 +24,12 @@ def at(text: str, saved: str = "-/-") -> Reached:
 
 
 def test_success_is_done() -> None:
-    assert decide(None, 0, False, at("-/4"), State()).action == "done"
-    assert decide(None, 0, True, at("-/4"), State()).action == "done"  # it ended by itself before the signal came
+    assert decide(None, 0, False, at("-/4"), JobState()).action == "done"
+    assert decide(None, 0, True, at("-/4"), JobState()).action == "done"  # it ended by itself before the signal came
 
 
 def test_a_stop_is_requeued_as_long_as_the_run_gets_on() -> None:
-    first = decide((STOPPED, ""), 0, True, at("-/4"), State())
+    first = decide((STOPPED, ""), 0, True, at("-/4"), JobState())
     assert first.action == "requeue"
     assert decide((STOPPED, ""), 0, True, at("-/9"), first.state).action == "requeue"
     stuck = decide((STOPPED, ""), 0, True, at("-/4"), first.state)
@@ -39,7 +39,7 @@ def test_a_stop_is_requeued_as_long_as_the_run_gets_on() -> None:
 
 def test_stops_that_cannot_save_are_not_requeued_for_ever() -> None:
     """Each gets to another step before it is killed, and none keeps anything."""
-    state, actions = State(), []
+    state, actions = JobState(), []
     for step in range(MAX_UNSAVED):
         decision = decide(None, 137, True, at(f"-/{step % 2}", "-/step_000004"), state)
         actions.append(decision.action)
@@ -50,7 +50,7 @@ def test_stops_that_cannot_save_are_not_requeued_for_ever() -> None:
 
 
 def test_stops_that_cannot_save_are_requeued_while_checkpoints_are_written_between() -> None:
-    state = State()
+    state = JobState()
     for step in range(3 * MAX_UNSAVED):
         decision = decide(None, 137, True, at(f"-/{step}", f"-/step_{step:06d}"), state)
         assert decision.action == "requeue"
@@ -58,7 +58,7 @@ def test_stops_that_cannot_save_are_requeued_while_checkpoints_are_written_betwe
 
 
 def test_crashes_are_retried_with_growing_waits_and_a_bound() -> None:
-    state, waits = State(), []
+    state, waits = JobState(), []
     for crash in range(MAX_CRASHES):
         decision = decide(None, 1, False, at(f"-/{crash}"), state)
         assert decision.action == "retry"
@@ -71,7 +71,7 @@ def test_crashes_are_retried_with_growing_waits_and_a_bound() -> None:
 
 
 def test_the_same_step_is_not_tried_a_third_time() -> None:
-    first = decide(None, 1, False, at("-/7"), State())
+    first = decide(None, 1, False, at("-/7"), JobState())
     second = decide(None, 1, False, at("-/7"), first.state)
     assert (first.action, second.action) == ("retry", "fail")
     assert "crashed twice at -/7" in second.message
@@ -79,7 +79,7 @@ def test_the_same_step_is_not_tried_a_third_time() -> None:
 
 def test_what_would_happen_again_is_never_retried() -> None:
     for code in (CONFIG_ERROR, HOPELESS):
-        decision = decide((code, "actor.x: wrong"), 1, False, at("-/-"), State())
+        decision = decide((code, "actor.x: wrong"), 1, False, at("-/-"), JobState())
         assert (decision.action, decision.message) == ("fail", "actor.x: wrong")
 
 

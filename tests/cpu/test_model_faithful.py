@@ -36,9 +36,12 @@ TOKENS, PADDING = 200, 27
 """37 words of the tokenizer and 27 more rows make 64."""
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(
+    scope="module", params=[("qwen3", True), ("qwen3", False), ("qwen2", False)], ids=["tied", "untied", "qwen2"]
+)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("base") / "model", tied=request.param, rows=PADDING)
+    family, tied = request.param
+    return make_folder(tmp_path_factory.mktemp("base") / "model", tied=tied, rows=PADDING, family=family)
 
 
 @pytest.fixture(scope="module")
@@ -168,16 +171,17 @@ def test_weights_that_are_not_finite_are_found_while_loading(
         LocalEngine(folder, EngineSettings(), torch.float32, "cpu")
 
 
-ROUND_TRIPS = ("plain", "yarn", "says_bf16", "shards", "backbone_names", "bf16")
+ROUND_TRIPS = ("plain", "qwen2", "yarn", "says_bf16", "shards", "backbone_names", "bf16")
 
 
 @pytest.fixture(scope="module")
 def round_trips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """NAME/m, and NAME/hf that `icrl import` and `icrl export` made of it."""
     root = tmp_path_factory.mktemp("round_trips")
-    base, commands = make_folder(root / "base", rows=PADDING), {}
+    base, second = (make_folder(root / family / "base", rows=PADDING, family=family) for family in ("qwen3", "qwen2"))
+    commands = {}
     for name in ROUND_TRIPS:
-        folder = copy(base, root / name / "m", old=name == "yarn")
+        folder = copy(second if name == "qwen2" else base, root / name / "m", old=name == "yarn")
         if name == "yarn":
             with_fields(folder, {"rope_scaling": {**YARN, "type": "yarn"}})
         elif name == "backbone_names":
@@ -195,7 +199,8 @@ def test_import_and_export_return_every_row(round_trips: Path, name: str) -> Non
     """Bit for bit, padding rows too, and the configuration means the same."""
     folder, result = round_trips / name / "m", round_trips / name / "hf"
     dtype = torch.bfloat16 if name == "bf16" else torch.float32
-    back, want = tensors(result), {n: t.to(dtype) for n, t in tensors(round_trips / "base").items()}
+    source = round_trips / ("qwen2" if name == "qwen2" else "qwen3") / "base"
+    back, want = tensors(result), {n: t.to(dtype) for n, t in tensors(source).items()}
     assert back.keys() == want.keys()
     assert all(torch.equal(back[n], want[n]) and back[n].dtype == dtype for n in want)
     config = json.loads((result / "config.json").read_text())

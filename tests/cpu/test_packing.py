@@ -56,7 +56,8 @@ layouts = st.fixed_dictionaries(
 )
 algos = st.builds(
     AlgoSettings,
-    loss_normalisation=st.sampled_from(["sequence_mean", "token_mean"]),
+    loss_normalisation=st.sampled_from(["sequence_mean", "token_mean", "constant"]),
+    constant_tokens=st.just(7),
     updates_per_step=st.integers(1, 3),
     calibration=st.builds(Calibration, denominator=st.sampled_from(["rollout", "recomputed"])),
 )
@@ -94,7 +95,11 @@ def test_loss_tokens_and_coefficients(items, algo, layout, random) -> None:
     for u, reference in enumerate(alone.updates):
         got = sorted(row for p in of_step for batch in p.updates[u] for row in rows(p, batch))
         assert got == sorted(row for batch in reference for row in rows(alone, batch))
-        assert sum(row[4] for row in got) == pytest.approx(1.0, abs=1e-6)
+        if algo.loss_normalisation == "constant":
+            members = {row[0] for row in got}
+            assert [row[4] for row in got] == pytest.approx([1 / (7 * len(members))] * len(got))
+        else:
+            assert sum(row[4] for row in got) == pytest.approx(1.0, abs=1e-6)
 
     by_id = {s.sample_id: s for s in items}
     everything = sorted(row[:4] for p in of_step for u in p.updates for b in u for row in rows(p, b))

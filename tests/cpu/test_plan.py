@@ -124,6 +124,17 @@ def test_the_head_lies_on_the_last_stage_alone() -> None:
     assert two / one == pytest.approx((4 * layers + 6 * head) / (4 * layers + 3 * head))
 
 
+def test_a_loss_outside_the_fused_head_costs_one_more_product() -> None:
+    fused, plain = (timing.Passes.of(load("algo.updates_per_step=2", *words)) for words in ((), ("algo.loss=gspo",)))
+    assert (fused.head_products, plain.head_products) == (3, 4)
+    times = [
+        timing.estimate(PUBLISHED["Qwen3-8B"], Layout(4), simulate(load()), of, H100, 20e9) for of in (fused, plain)
+    ]
+    layers, head = timing.forward_flops(PUBLISHED["Qwen3-8B"], simulate(load()), everywhere=False)
+    ratio = times[1].phases["training"] / times[0].phases["training"]
+    assert ratio == pytest.approx((4 * layers + 4 * head) / (4 * layers + 3 * head))
+
+
 def test_offloading_makes_room_and_costs_transfers() -> None:
     none, some, everything = (planner.plan(load(f"actor.offload={what}")) for what in ("none", "optimizer", "all"))
     state = none.memory.state

@@ -17,7 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from icrl_kernels import Chunking
 from icrl_megatron.distributed import platform
-from icrl_megatron.model import gpt as qwen3
+from icrl_megatron.model import gpt
 from icrl_megatron.settings.schema import ActorSettings
 from icrl_megatron.utils.errors import ConfigError
 
@@ -155,17 +155,19 @@ def test_gpu_layers_come_from_transformer_engine() -> None:
     script = Path(__file__).parents[1] / "te_spec.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    parts = json.loads(done.stdout.splitlines()[-1])
-    assert {
-        name: parts[name] for name in ("linear_qkv", "core_attention", "linear_proj", "linear_fc1", "linear_fc2")
-    } == {
-        "linear_qkv": "TELayerNormColumnParallelLinear",
-        "core_attention": "TEDotProductAttention",
-        "linear_proj": "TERowParallelLinear",
-        "linear_fc1": "TELayerNormColumnParallelLinear",
-        "linear_fc2": "TERowParallelLinear",
-    }
-    assert parts["q_layernorm"] == parts["k_layernorm"] == "TENorm", "Qwen3 normalises queries and keys"
+    qwen3, qwen2 = (json.loads(line) for line in done.stdout.splitlines()[-2:])
+    for parts in (qwen3, qwen2):
+        assert {
+            name: parts[name] for name in ("linear_qkv", "core_attention", "linear_proj", "linear_fc1", "linear_fc2")
+        } == {
+            "linear_qkv": "TELayerNormColumnParallelLinear",
+            "core_attention": "TEDotProductAttention",
+            "linear_proj": "TERowParallelLinear",
+            "linear_fc1": "TELayerNormColumnParallelLinear",
+            "linear_fc2": "TERowParallelLinear",
+        }
+    assert qwen3["q_layernorm"] == qwen3["k_layernorm"] == "TENorm"
+    assert qwen2["q_layernorm"] == qwen2["k_layernorm"] == "IdentityOp"
 
 
 @pytest.mark.parametrize(
@@ -201,16 +203,16 @@ def test_missing_transformer_engine_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     capable(monkeypatch, (9, 0))
     config: Any = None  # nobody looks at it
     with pytest.raises(ConfigError, match=r"Transformer Engine.*not installed"):
-        qwen3.block_spec(config, "auto")
+        gpt.block_spec(config, "auto")
 
 
 def test_layers_and_heads_that_cannot_be_here_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = SimpleNamespace(fp8=None)
     with pytest.raises(ConfigError, match=r"actor.layers=transformer_engine: Transformer Engine needs a GPU"):
-        qwen3.block_spec(config, "transformer_engine")  # type: ignore[arg-type]
+        gpt.block_spec(config, "transformer_engine")  # type: ignore[arg-type]
     config.fp8 = "hybrid"
     with pytest.raises(ConfigError, match=r"actor.layers=torch has no FP8"):
-        qwen3.block_spec(config, "torch")  # type: ignore[arg-type]
+        gpt.block_spec(config, "torch")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"actor.head_logits=bf16: the torch head"):
         platform.head_chunking(ActorSettings(head_logits="bf16"))
     monkeypatch.setenv("TRITON_INTERPRET", "0")

@@ -27,6 +27,7 @@ from icrl_megatron.engines.sglang_build import _address, build
 from icrl_megatron.engines.sglang_checks import Checksums
 from icrl_megatron.engines.sglang_server import TESTED
 from icrl_megatron.engines.sglang_weights import _gloo_on
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.model.tiny import build_tiny
 from icrl_megatron.settings.schema import EngineSettings, Settings, TinyModel
 from icrl_megatron.utils.errors import ConfigError
@@ -100,13 +101,13 @@ def connect(stand: Stand, model: Path, api_key_env: str = "") -> Engines:
 def test_one_rank_may_use_a_server_of_two_workers(stand: Stand, model: Path) -> None:
     engine = connect(stand, model).trained
     assert isinstance(engine, SGLangEngine)
-    tensors = load_file(model / "model.safetensors")
-    expected = Checksums(WORKERS, tied=False)
+    tensors, shape = load_file(model / "model.safetensors"), ModelShape.read(model)
+    expected = Checksums(WORKERS, shape)
     for name, tensor in tensors.items():
         expected.add(name, tensor)
     ranks = [{"parallelism_info": {"tp_rank": w}, "checksums": c} for w, c in enumerate(expected.expected)]
     stand.answers["/weights_checker"] = 200, {"success": True, "ranks": ranks}
-    assert engine.verify(tensors.items(), tied=False)
+    assert engine.verify(tensors.items(), shape)
 
 
 def test_an_update_that_was_left_open_is_ended_and_memory_is_left_alone(stand: Stand, model: Path) -> None:

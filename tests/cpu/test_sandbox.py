@@ -15,7 +15,7 @@ from sandboxes import LIMITS, sandboxed
 
 from icrl_megatron.tasks import sandbox
 from icrl_megatron.tasks.base import EnvironmentFailure
-from icrl_megatron.tasks.sandbox import Limits, Ran, Sandbox, seccomp_filter
+from icrl_megatron.tasks.sandbox import Ran, Sandbox, SandboxLimits, seccomp_filter
 from icrl_megatron.utils.errors import ConfigError
 
 
@@ -150,7 +150,7 @@ def test_time_on_the_processor_and_on_the_clock(box: Sandbox, monkeypatch: pytes
     stubborn = f"import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\n{spin}"
     assert run(box, stubborn).end in ("cpu", "clock")
     monkeypatch.setattr(sandbox, "CLOCK_EXTRA_S", 1.0)
-    quick = Sandbox(Limits(1.0, 256 << 20))
+    quick = Sandbox(SandboxLimits(1.0, 256 << 20))
     begun = time.monotonic()
     assert run(quick, "import time\ntime.sleep(3600)").end == "clock"
     # Closed pipes are no end.
@@ -191,8 +191,8 @@ def test_system_calls_that_are_denied(box: Sandbox) -> None:
 def test_a_killed_trainer_leaves_no_program_behind() -> None:
     mark = f"left_{os.getpid()}"
     script = (
-        "from icrl_megatron.tasks.sandbox import Limits, Sandbox\n"
-        f"Sandbox(Limits(60.0, 256 << 20)).run('import time; {mark} = 1; time.sleep(600)')"
+        "from icrl_megatron.tasks.sandbox import Sandbox, SandboxLimits\n"
+        f"Sandbox(SandboxLimits(60.0, 256 << 20)).run('import time; {mark} = 1; time.sleep(600)')"
     )
     process = subprocess.Popen([sys.executable, "-c", script])
 

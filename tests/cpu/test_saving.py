@@ -44,7 +44,7 @@ class Ran:
     def checkpoints(self, name: str) -> list[str]:
         return sorted(p.name for p in (self.folder / name / "checkpoints").glob("*"))
 
-    def saved(self, name: str, step: int) -> tuple[manifest.Progress, dict[str, manifest.FileRecord]]:
+    def saved(self, name: str, step: int) -> tuple[manifest.SavedProgress, dict[str, manifest.FileRecord]]:
         """What a checkpoint says and holds, by checksum; everything but which run it is of."""
         found = manifest.read(self.folder / name / "checkpoints" / manifest.folder_name(step))
         # The rows of the step hold wall-clock times.
@@ -121,7 +121,7 @@ def test_what_was_cut_off_is_saved_as_it_was_before_the_failed_step_went_on_with
     name = at("partial engine@2")
     assert ran.ended["partial engine@2"].code == 1
     assert ran.saved(name, 2) == ran.saved("partial", 2)
-    assert "tapes.jsonl" in ran.saved(name, 2)[1]
+    assert "replay.jsonl" in ran.saved(name, 2)[1]
     assert ran.ended["partial engine@2 again"].code == 0
     assert ran.rows(name) == ran.rows("partial")
 

@@ -15,7 +15,8 @@ from icrl_megatron.engines.sglang import SGLangEngine
 from icrl_megatron.engines.sglang_checks import Checksums, word_hash
 from icrl_megatron.engines.sglang_server import Server
 from icrl_megatron.engines.sglang_weights import Answer, Bucket, Sink, Transport
-from icrl_megatron.settings.schema import EngineSettings
+from icrl_megatron.model.shape import ModelShape
+from icrl_megatron.settings.schema import EngineSettings, TinyModel
 from icrl_megatron.types import Completion
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -305,12 +306,13 @@ def test_checksums_of_two_workers_are_those_of_their_shares() -> None:
     prefix = "model.layers.0."
     q, k, v = torch.randn(8, 4), torch.randn(4, 4), torch.randn(4, 4)
     down, embedding = torch.randn(4, 6), torch.randn(70, 4)
-    expected = Checksums(2, tied=True)
+    shape = ModelShape.of_tiny(TinyModel(kv_heads=2))
+    expected = Checksums(2, shape)
     for name, tensor in (("q_proj", q), ("v_proj", v), ("k_proj", k)):
         expected.add(f"{prefix}self_attn.{name}.weight", tensor)
     expected.add(f"{prefix}mlp.down_proj.weight", down)
     expected.add("model.embed_tokens.weight", embedding)
-    shares = Checksums(1, tied=True)
+    shares = Checksums(1, shape)
     shares.add("qkv", torch.cat([q[4:], k[2:], v[2:]]))
     shares.add("down", down[:, 3:].contiguous())
     shares.add("vocabulary", torch.cat([embedding[64:], torch.zeros(58, 4)]))
@@ -318,6 +320,21 @@ def test_checksums_of_two_workers_are_those_of_their_shares() -> None:
     assert second[f"{prefix}self_attn.qkv_proj.weight"] == shares.expected[0]["qkv"]
     assert second[f"{prefix}mlp.down_proj.weight"] == shares.expected[0]["down"]
     assert second["model.embed_tokens.weight"] == shares.expected[0]["vocabulary"]
+
+
+@pytest.mark.parametrize(("kv_heads", "held"), [(1, (0, 0, 0, 0)), (2, (0, 0, 1, 1)), (4, (0, 1, 2, 3))])
+def test_four_workers_hold_copies_of_fewer_key_value_heads(kv_heads: int, held: tuple[int, ...]) -> None:
+    """As SGLang's QKVParallelLinear does; heads have three rows."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(12), torch.randn(3 * kv_heads), torch.randn(3 * kv_heads)
+    shape = ModelShape.of_tiny(TinyModel(kv_heads=kv_heads))
+    expected, shares = Checksums(4, shape), Checksums(1, shape)
+    for name, tensor in (("q_proj", q), ("k_proj", k), ("v_proj", v)):
+        expected.add(f"self_attn.{name}.bias", tensor)
+    for worker, head in enumerate(held):
+        rows = slice(3 * head, 3 * head + 3)
+        shares.add("qkv", torch.cat([q[3 * worker : 3 * worker + 3], k[rows], v[rows]]))
+        assert expected.expected[worker]["self_attn.qkv_proj.bias"] == shares.expected[0]["qkv"]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from icrl_megatron.engines.protocol import EngineError, NoAnswerError
 from icrl_megatron.engines.sglang import SGLangEngine
 from icrl_megatron.engines.sglang_server import Server, ServerSpec, require_cache
 from icrl_megatron.engines.sglang_weights import SharedMemory
-from icrl_megatron.settings.schema import EngineSettings
+from icrl_megatron.model.shape import ModelShape
+from icrl_megatron.settings.schema import EngineSettings, TinyModel
 from icrl_megatron.utils.errors import ConfigError
 
 SHAPES = {"model.embed_tokens.weight": (16, 2)}
@@ -102,7 +103,7 @@ def update(engine: SGLangEngine) -> None:
 
 
 def verify(engine: SGLangEngine) -> None:
-    engine.verify(WEIGHTS, tied=False)
+    engine.verify(WEIGHTS, ModelShape.of_tiny(TinyModel()))
 
 
 CALLS: dict[str, Callable[[SGLangEngine], None]] = {

@@ -44,7 +44,7 @@ def test_it_sees_the_newest_weights(rows: list[Row], finished_run: Path, tmp_pat
         "import sys; from pathlib import Path; from icrl_megatron.evaluation import play, run as evaluation\n"
         "from icrl_megatron.rollout.speakers import Seeds\n"
         "play.SEEDS = Seeds(run=0, step=0, purpose='heldout')\n"
-        "evaluation.evaluate(evaluation.Request(Path(sys.argv[1]), problems=8, out=Path(sys.argv[2])))"
+        "evaluation.evaluate(evaluation.EvalRequest(Path(sys.argv[1]), problems=8, out=Path(sys.argv[2])))"
     )
     command = [sys.executable, "-c", code, str(finished_run), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)

@@ -23,7 +23,7 @@ if torch.cuda.is_available():
     pytest.skip("the stand-ins for CUDA would hide the GPU from other tests of this process", allow_module_level=True)
 platform.prepare("cpu")
 
-from icrl_megatron.model.weights import Row, Slice, _Table, load_hf  # noqa: E402
+from icrl_megatron.model.weights import Slice, WeightRow, _Table, load_hf  # noqa: E402
 
 # By its metadata: the library itself is hidden on a CPU (distributed/platform.py).
 HAS_TRANSFORMER_ENGINE = bool(list(importlib.metadata.distributions(name="transformer_engine")))
@@ -56,7 +56,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return out
 
 
-def table(shape: ModelShape, tensor: int, pipeline: int, tensor_rank: int, stage: int) -> list[Row]:
+def table(shape: ModelShape, tensor: int, pipeline: int, tensor_rank: int, stage: int) -> list[WeightRow]:
     """The rows of one rank, for parameters of the shapes that Megatron gives them there."""
     h, d, per = shape.hidden, shape.head_dim, shape.layers // pipeline
     vocab = (shape.padded_vocab(tensor) // tensor, h)

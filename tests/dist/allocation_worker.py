@@ -1,4 +1,4 @@
-"""`torchrun allocation_worker.py FOLDER SETTINGS.yaml OUT`: what a rank's actor really holds, in bytes, after an update."""
+"""`torchrun allocation_worker.py FOLDER SETTINGS.yaml OUT`: bytes that a rank's actor holds after an update."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def allocated(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
 def main(folder: Path, settings_path: Path, out: Path) -> None:
     settings = load_saved(settings_path)
     platform.prepare("cpu")
-    from icrl_megatron.distributed import grid as grids
     from icrl_megatron.actor.actor import Actor
+    from icrl_megatron.distributed import grid as grids
 
     grid = grids.build(settings)
     actor = Actor(settings, folder, grid)
@@ -39,6 +39,7 @@ def main(folder: Path, settings_path: Path, out: Path) -> None:
     moments = [v for s in distributed.optimizer.state.values() for v in s.values() if torch.is_tensor(v) and v.dim()]
     optimizer = {k: v for k, v in allocated([*mains, *moments]).items() if k not in weights}
     found = {name: sum(of.values()) for name, of in (("weights", weights), ("gradients", gradients))}
+    found["parameters"] = sum(param.numel() for param in actor.wrapped.parameters())
     found["optimizer"] = sum(optimizer.values())
     (out / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
     grids.shutdown()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -196,8 +196,13 @@ def _cispo(settings: Settings) -> None:
 
 def _dual_clip(settings: Settings) -> None:
     algo = settings.algo
-    algo.loss, algo.dual_clip, algo.updates_per_step = "dual_clip", 1.01, 2
+    algo.dual_clip, algo.updates_per_step = 1.01, 2
     algo.clip_low = algo.clip_high = 0.02
+
+
+def _sparse_gspo(settings: Settings) -> None:
+    _sparse(settings)
+    settings.algo.loss = "gspo"
 
 
 CASES = {
@@ -210,7 +215,16 @@ CASES = {
     "gspo": Case("tied", 9, _gspo),
     "cispo": Case("tied", 9, _cispo),
     "dual_clip": Case("tied", 9, _dual_clip),
+    "sparse_gspo": Case("tied", 3, _sparse_gspo),
 }
+
+
+SAVED = {
+    "fp32": (CASES["paper"], "fp32"),
+    "bf16": (CASES["paper"], "bf16"),
+    "qwen2": (replace(CASES["paper"], model="qwen2"), "fp32"),
+}
+"""What is saved in checkpoints, with its precision. The second family's optimizer has moments of biases."""
 
 
 def model_folder(root: Path, name: str, dtype: str = "float32") -> Path:

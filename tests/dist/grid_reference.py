@@ -13,12 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from icrl_kernels import Streams, Terms, TokenObjective, token_objective
-from icrl_megatron.settings.schema import Settings
 from icrl_megatron.data.packing import split_updates
+from icrl_megatron.settings.schema import Settings
 from icrl_megatron.types import Sample
 
-
-OTHERS = ("gspo", "cispo", "dual_clip")
+OTHERS = ("gspo", "cispo")
 
 
 class Reference:
@@ -59,6 +58,8 @@ class Reference:
             frozen = {s.sample_id: self._streams(s) for s in self.samples}
         losses, norms = [], []
         metrics = {"clip_low": 0.0, "clip_high": 0.0, "calibration_at_max": 0.0, "tokens": 0.0, "calibrated": 0.0}
+        if self.settings.algo.dual_clip is not None:
+            metrics["loss_dual_clip"] = 0.0
         for update in split_updates(self.samples, self.settings.algo.updates_per_step):
             self.model.zero_grad()
             losses.append(sum(self._backward(s, update, frozen[s.sample_id], metrics) for s in update))
@@ -66,8 +67,8 @@ class Reference:
             bound = self.settings.optim.clip_grad or float("inf")
             norms.append(float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), bound)))
             self.adam.step()
-        for name, count in (("clip_low", "tokens"), ("clip_high", "tokens"), ("calibration_at_max", "calibrated")):
-            metrics[name] /= metrics[count]
+        for name in metrics.keys() - {"tokens", "calibrated"}:
+            metrics[name] /= metrics["calibrated" if name == "calibration_at_max" else "tokens"]
         found.losses.append(sum(losses))
         found.norms.append(max(norms))
         found.metrics.append(metrics)
@@ -79,8 +80,8 @@ class Reference:
             coefficient = 1.0 / (len(update) * (self.settings.algo.constant_tokens or sum(s.loss_mask)))
         streams.coefficients_L.fill_(coefficient)
         logprobs_L, entropy_L = self.policy(self.model, s)
-        if self.settings.algo.loss in OTHERS:
-            out = self._other(logprobs_L, entropy_L, streams)
+        if self.settings.algo.loss in OTHERS or self.settings.algo.dual_clip is not None:
+            out = self._other(logprobs_L, entropy_L, streams, metrics)
         else:
             out = token_objective(logprobs_L, entropy_L, streams, self.terms)
         out.loss_L.sum().backward()
@@ -91,7 +92,9 @@ class Reference:
         metrics["calibration_at_max"] += float((out.calibration_weight_L >= self.terms.w_max).sum()) * s.calibrated
         return float(out.loss_L.detach().sum())
 
-    def _other(self, logprobs_L: Tensor, entropy_L: Tensor, streams: Streams) -> TokenObjective:
+    def _other(
+        self, logprobs_L: Tensor, entropy_L: Tensor, streams: Streams, metrics: dict[str, float]
+    ) -> TokenObjective:
         """The other losses, written for one sequence at a time."""
         algo, advantage_L = self.settings.algo, streams.advantages_L
         assert streams.old_logprobs_L is not None and streams.behaviour_logprobs_L is not None
@@ -99,8 +102,9 @@ class Reference:
         ratio_L = (log_ratio_L.mean().expand_as(log_ratio_L) if algo.loss == "gspo" else log_ratio_L).exp()
         low, high = 1 - algo.clip_low, 1 + algo.clip_high
         loss_L = torch.maximum(-ratio_L * advantage_L, -ratio_L.clamp(low, high) * advantage_L)
-        if algo.loss == "dual_clip":
+        if algo.dual_clip is not None:
             loss_L = torch.where(advantage_L < 0, torch.minimum(loss_L, -algo.dual_clip * advantage_L), loss_L)
+            metrics["loss_dual_clip"] += float(((advantage_L < 0) & (ratio_L > algo.dual_clip)).sum())
         if algo.loss == "cispo":
             loss_L = -ratio_L.detach().clamp(low, high) * advantage_L * logprobs_L
         weight_L = torch.ones_like(loss_L)
@@ -111,9 +115,10 @@ class Reference:
             gap_L = logprobs_L - streams.reference_logprobs_L
             loss_L = loss_L + algo.kl_coef * {"k1": gap_L, "k2": gap_L**2 / 2}[algo.kl_estimator]
         clips = algo.loss != "cispo"
-        clipped_low_L = clips & (advantage_L < 0) & ((ratio_L < low) | (algo.loss == "dual_clip") & (ratio_L > algo.dual_clip))
+        clipped_low_L = clips & (advantage_L < 0) & (ratio_L < low)
         clipped_high_L = clips & (advantage_L > 0) & (ratio_L > high)
-        return TokenObjective(streams.coefficients_L * loss_L, ratio_L.detach(), weight_L, clipped_low_L, clipped_high_L)
+        loss_L = streams.coefficients_L * loss_L
+        return TokenObjective(loss_L, ratio_L.detach(), weight_L, clipped_low_L, clipped_high_L)
 
     def policy(self, model: PreTrainedModel, s: Sample, behaviour: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies, [L] each, of the sample's loss tokens after one of its prompts."""

@@ -22,6 +22,7 @@ from grid_cases import (  # noqa: E402
     GRIDS,
     LAYOUTS,
     LEARNING_RATE,
+    SAVED,
     SAVERS,
     SHARD_BYTES,
     STEPS,
@@ -34,13 +35,13 @@ from megatron.core import parallel_state  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from icrl_megatron.actor import checkpoint, export  # noqa: E402
-from icrl_megatron.distributed import grid as grids  # noqa: E402
 from icrl_megatron.actor.actor import Actor, InvariantError, ScoredPlan  # noqa: E402
 from icrl_megatron.actor.optimizer import Applied  # noqa: E402
+from icrl_megatron.data.packing import pack  # noqa: E402
+from icrl_megatron.distributed import grid as grids  # noqa: E402
 from icrl_megatron.distributed.platform import token_multiple  # noqa: E402
 from icrl_megatron.model.weights import Gatherer  # noqa: E402
 from icrl_megatron.settings.schema import Settings  # noqa: E402
-from icrl_megatron.data.packing import pack  # noqa: E402
 from icrl_megatron.types import StepPlan, StepStats  # noqa: E402
 
 Weights = dict[str, Tensor]
@@ -144,12 +145,12 @@ def round_trip(layout: Layout, grid: grids.Grid, root: Path, out: Path) -> None:
 
 
 def save_checkpoints(name: str, layout: Layout, grid: grids.Grid, root: Path) -> None:
-    """After one step; what the next one makes of it lies beside the checkpoint."""
-    for precision in ("fp32", "bf16"):
-        bench, folder = Bench(CASES["paper"], layout, grid, root, precision), root / "saved" / f"{name}-{precision}"
+    """After one step. The weights after that step and after the next one lie beside the checkpoint."""
+    for kind, (case, precision) in SAVED.items():
+        bench, folder = Bench(case, layout, grid, root, precision), root / "saved" / f"{name}-{kind}"
         bench.step()
-        like = model_folder(root, "tied")
-        progress = checkpoint.Progress(1, 3, bench.actor.optimizer.steps, 77)
+        like = model_folder(root, case.model)
+        progress = checkpoint.SavedProgress(1, 3, bench.actor.optimizer.steps, 77)
         checkpoint.save(folder, bench.actor.rows, bench.actor.optimizer, grid, progress, like, keep=1)
         before = bench.weights()
         bench.step()
@@ -162,12 +163,13 @@ def save_checkpoints(name: str, layout: Layout, grid: grids.Grid, root: Path) ->
 
 def load_checkpoints(name: str, layout: Layout, grid: grids.Grid, root: Path, out: Path) -> None:
     """Every checkpoint there is so far, and the step after it; in bf16 only this layout's own."""
-    folders = sorted(p for p in (root / "saved").glob("*") if p.name.endswith("-fp32") or p.name == f"{name}-bf16")
+    folders = sorted(p for p in (root / "saved").glob("*") if not p.name.endswith("-bf16") or p.name == f"{name}-bf16")
     for folder in folders:
-        bench = Bench(CASES["paper"], layout, grid, root, folder.name.rpartition("-")[2])
+        case, precision = SAVED[folder.name.rpartition("-")[2]]
+        bench = Bench(case, layout, grid, root, precision)
         optimizer = bench.actor.optimizer
         progress = checkpoint.load(checkpoint.complete(folder)[-1], bench.actor.rows, optimizer, grid)
-        assert progress == checkpoint.Progress(1, 3, 1, 77) and optimizer.steps == 1
+        assert progress == checkpoint.SavedProgress(1, 3, 1, 77) and optimizer.steps == 1
         before = bench.weights()
         bench.step()
         after = bench.weights()

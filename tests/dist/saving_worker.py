@@ -21,13 +21,13 @@ from unittest.mock import patch
 
 os.environ.update(RANK=sys.argv[1], LOCAL_RANK=sys.argv[1], WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
 
-from run_faults import fault  # noqa: E402
+from run_faults import fault
 
+from icrl_megatron import train
+from icrl_megatron.actor import checkpoint, manifest
+from icrl_megatron.actor.optimizer import Optimizer
 from icrl_megatron.run import saving
-from icrl_megatron import train  # noqa: E402
-from icrl_megatron.actor import checkpoint, manifest  # noqa: E402
-from icrl_megatron.actor.optimizer import Optimizer  # noqa: E402
-from icrl_megatron.settings.loading import load  # noqa: E402
+from icrl_megatron.settings.loading import load
 
 RANK = int(sys.argv[1])
 NEVER, ALWAYS = "checkpoint.interval=1000", "checkpoint.interval=1"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from icrl_megatron.distributed import net
-from icrl_megatron.launch.agent import Share, _bound
+from icrl_megatron.launch.agent import AgentShare, _bound
 
 pytestmark = pytest.mark.dist
 
@@ -53,10 +53,23 @@ def agents(folder: Path, *words: str) -> list[subprocess.Popen[str]]:
     meet = [f"--master-port={free_port()}", "--master-addr=127.0.0.1"]
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "icrl_megatron.launch.agent", "--nnodes=2", f"--node-rank={node}", "--nproc-per-node=2",
-             *meet, "-m", "meet", *words],
-            env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "icrl_megatron.launch.agent",
+                "--nnodes=2",
+                f"--node-rank={node}",
+                "--nproc-per-node=2",
+                *meet,
+                "-m",
+                "meet",
+                *words,
+            ],
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for node in (1, 0)  # the first node may be the last to start
     ]
 
@@ -81,13 +94,13 @@ def test_a_rank_that_fails_ends_the_ranks_of_its_node(tmp_path: Path) -> None:
 
 
 def test_the_store_of_one_machine_is_bound_to_loopback_and_no_other_address() -> None:
-    found = _bound(Share.parse(["--nproc-per-node=2", "-m", "x"]))
+    found = _bound(AgentShare.parse(["--nproc-per-node=2", "-m", "x"]))
     assert found is not None
     with found:
         assert found.getsockname()[0] == "127.0.0.1" and found.getsockname()[1] > 0
-    assert _bound(Share.parse(["--nproc-per-node=1", "-m", "x"])) is None  # one rank needs none
+    assert _bound(AgentShare.parse(["--nproc-per-node=1", "-m", "x"])) is None  # one rank needs none
     many = ["--nnodes=2", "--nproc-per-node=1", "--master-port=1234", "--node-rank=1", "-m", "x"]
-    assert _bound(Share.parse(many)) is None  # the first node has it
+    assert _bound(AgentShare.parse(many)) is None  # the first node has it
 
 
 def test_an_address_that_is_not_this_machines_is_one_message(tmp_path: Path) -> None:
@@ -106,5 +119,5 @@ def test_an_address_that_is_not_this_machines_is_one_message(tmp_path: Path) -> 
 )
 def test_what_is_no_share_of_a_job_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        Share.parse(words)
+        AgentShare.parse(words)
     assert ended.value.code == 2 and "usage" in capsys.readouterr().err

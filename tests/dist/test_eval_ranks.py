@@ -1,4 +1,4 @@
-"""`icrl eval` on several real ranks: the numbers of one, one message for what is wrong, and an end when it is stopped."""
+"""`icrl eval` on several ranks: the numbers of one rank, one message for an error, and an end when it is stopped."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def test_another_critic_and_environment_servers_beside_two_ranks(model: Path, tm
     source = "tasks.sources=[{name: alfworld, data: {train: ['0:4'], heldout: ['4:8']}}]"
     serve = f"tasks.sources.0.serve.command={sys.executable} {SERVER} alfworld {{port}} {{host}}"
     found = [
-        evaluated(model, tmp_path / f"on_{ranks}", *words, source, serve, "rollout.max_turns=2", f"launch.ranks={ranks}")
+        evaluated(
+            model, tmp_path / f"on_{ranks}", *words, source, serve, "rollout.max_turns=2", f"launch.ranks={ranks}"
+        )
         for ranks in (1, 2)
     ]
     assert found[0] == found[1]

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(1000)]
 
 
 def make_model(folder: Path, name: str, dtype: torch.dtype) -> None:
-    """Weights large enough that no layer is close to the identity, norms included."""
+    """Weights large enough that no layer is close to the identity, norms and biases included."""
     tiny = MODELS[name]
     config = AutoConfig.for_model(
         tiny.family,
@@ -46,7 +46,7 @@ def make_model(folder: Path, name: str, dtype: torch.dtype) -> None:
     with torch.no_grad():
         for param in model.parameters():
             if param.ndim == 1:
-                param.mul_(torch.empty_like(param).uniform_(0.5, 1.5))
+                param.add_(torch.empty_like(param).uniform_(-0.5, 0.5))  # biases are 0
     model.to(dtype).save_pretrained(folder)
 
 
@@ -120,6 +120,7 @@ def test_the_cases_reach_every_branch(references: dict[str, Trained]) -> None:
     for name in ("everything", "plain", "gspo", "dual_clip"):
         last = references[name].metrics[-1]
         assert last["clip_low"] > 0 and last["clip_high"] > 0, name
+    assert references["dual_clip"].metrics[-1]["loss_dual_clip"] > 0
     assert any(0 < m["calibration_at_max"] < 1 for m in references["paper"].metrics)
     assert all(norm > 0.05 for name in ("paper", "everything") for norm in references[name].norms)
     for trained in references.values():
@@ -161,11 +162,12 @@ def loads() -> list[tuple[str, str]]:
     return [(saver, loader) for saver in SAVERS for loader in GRIDS if runs_at[saver] <= runs_at[loader]]
 
 
+@pytest.mark.parametrize("kind", ["fp32", "qwen2"])
 @pytest.mark.parametrize(("saver", "loader"), loads())
-def test_checkpoint_survives_a_change_of_grid(root: Path, saver: str, loader: str) -> None:
+def test_checkpoint_survives_a_change_of_grid(root: Path, saver: str, loader: str, kind: str) -> None:
     """The weights are bit-equal after loading, and the next update is the one of the run that was not interrupted."""
-    saved, following = torch.load(root / "saved" / f"{saver}-fp32" / "next.pt")
-    loaded, resumed = torch.load(root / loader / f"{saver}-fp32.pt")
+    saved, following = torch.load(root / "saved" / f"{saver}-{kind}" / "next.pt")
+    loaded, resumed = torch.load(root / loader / f"{saver}-{kind}.pt")
     assert saved.keys() == loaded.keys() == resumed.keys()
     assert all(torch.equal(saved[n], loaded[n]) for n in saved)
     for name in following:

@@ -1,4 +1,4 @@
-"""The head over 1, 2 and 4 real gloo ranks gives what the eager head gives in one process.
+"""Both heads over 1, 2 and 4 real gloo ranks give what the eager head gives in one process in float64.
 
 Run as a program, with rank, rendezvous file and output folder, this file is one of the ranks.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +15,22 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
-
 from head_cases import needs_triton
 from ranks import run_ranks
+from torch import Tensor
 
-from icrl_kernels import Chunking, Streams, Terms, VocabShard, policy_head, reference_head, reference_scores, score_head
+from icrl_kernels import (
+    Chunking,
+    Streams,
+    Terms,
+    VocabShard,
+    logprob_head,
+    policy_head,
+    reference_head,
+    reference_scores,
+    score_head,
+    token_objective,
+)
 
 WORLD = 4
 Key = tuple[int, str]
@@ -44,8 +52,8 @@ SMALL_CHUNKS = {
 
 
 def cases() -> dict[str, tuple[Case, int]]:
-    """Name -> inputs of the whole vocabulary, and the rows that its weight is padded to. Of `uncut` ones the head chooses
-    the chunks."""
+    """Name -> inputs of the whole vocabulary, and the rows that its weight is padded to. The head chooses the chunks of
+    `uncut` ones."""
     edges = build(vocabulary=64, tokens=23, terms=TERMS)
     edges[2].targets_L[:8] = torch.tensor([0, 15, 16, 31, 32, 47, 48, 63])
     low = on_policy(build(vocabulary=60, tokens=9, terms=Terms()))
@@ -108,22 +116,33 @@ def sharded(
     place = dist.get_rank(group) * columns
     hidden_LH = hidden_LH.clone().requires_grad_()
     own_VH = padded(weight_VH, rows)[place : place + columns].clone().requires_grad_()
+
+    def gradients(loss: Tensor) -> tuple[Tensor, Tensor]:
+        grad_hidden, own_grad = torch.autograd.grad(loss, (hidden_LH, own_VH))
+        dist.all_reduce(grad_hidden, group=group)
+        grads = [torch.empty_like(own_grad) for _ in range(degree)]
+        dist.all_gather(grads, own_grad, group=group)
+        return grad_hidden, torch.cat(grads)
+
     output = policy_head(hidden_LH, own_VH, streams, terms, shard, Chunking(chunk[0], backend))
-    output.loss.backward()
-    assert hidden_LH.grad is not None and own_VH.grad is not None
-    dist.all_reduce(hidden_LH.grad, group=group)
-    grads = [torch.empty_like(own_VH.grad) for _ in range(degree)]
-    dist.all_gather(grads, own_VH.grad, group=group)
+    grad_hidden, grad_weight = gradients(output.loss)
     scores = score_head(hidden_LH, own_VH, streams.targets_L, terms.temperature, shard, Chunking(chunk[1], backend))
+    gathers = len(GATHERS) - before
+    plain = logprob_head(hidden_LH, own_VH, streams.targets_L, terms.temperature, shard, Chunking(chunk[0], backend))
+    plain_loss = token_objective(*plain, streams, terms).loss_L.sum()
+    plain_hidden, plain_weight = gradients(plain_loss)
     return {
+        "plain_loss": plain_loss.detach(),
+        "plain_grad_hidden": plain_hidden,
+        "plain_grad_weight": plain_weight,
         "loss": output.loss.detach(),
         "logprobs": output.logprobs_L,
         "entropy": output.entropy_L,
-        "grad_hidden": hidden_LH.grad,
-        "grad_weight": torch.cat(grads),
+        "grad_hidden": grad_hidden,
+        "grad_weight": grad_weight,
         "scores": scores[0],
         "score_entropy": scores[1],
-        "gathers": torch.tensor(len(GATHERS) - before),
+        "gathers": torch.tensor(gathers),
     }
 
 
@@ -140,6 +159,9 @@ def reference(case: Case, rows: int) -> Result:
         "entropy": output.entropy_L,
         "grad_hidden": hidden_LH.grad,
         "grad_weight": whole_VH.grad,
+        "plain_loss": output.loss.detach(),
+        "plain_grad_hidden": hidden_LH.grad,
+        "plain_grad_weight": whole_VH.grad,
         "scores": output.logprobs_L,
         "score_entropy": output.entropy_L,
     }

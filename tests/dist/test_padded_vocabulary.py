@@ -54,7 +54,6 @@ def test_engine_trainer_and_export_have_all_rows(padded: Path, tmp_path: Path, t
     assert bool(changed.all())
 
 
-
 def generated_ids(path: Path) -> list[int]:
     attempts = [attempt for episode in read_episodes(path) for attempt in episode.attempts]
     return [i for attempt in attempts for turn in attempt.turns for i in turn.completion.ids]

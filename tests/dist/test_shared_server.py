@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,25 +19,26 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-
 from ranks import run_ranks
 
-from icrl_megatron.run import build as wiring
 from icrl_megatron.distributed import platform
 from icrl_megatron.distributed.grid import any_rank
-from icrl_megatron.engines.sync import WeightSync
-from icrl_megatron.settings.schema import EngineSettings, Settings
 from icrl_megatron.engines.protocol import EngineError, NoAnswerError
 from icrl_megatron.engines.rank import Engines, Share
 from icrl_megatron.engines.server_group import ServerGroup
 from icrl_megatron.engines.sglang import Follower, SGLangEngine
 from icrl_megatron.engines.sglang_checks import Checksums
 from icrl_megatron.engines.sglang_weights import SharedMemory, Sink
+from icrl_megatron.engines.sync import WeightSync
+from icrl_megatron.model.shape import ModelShape
+from icrl_megatron.run import build as wiring
+from icrl_megatron.settings.schema import EngineSettings, Settings, TinyModel
 
 WORLD = 2
 LIMIT_S = 20.0
 """No wait of the ranks for each other is longer."""
 SLOW_S = 1.0
+UNTIED = ModelShape.of_tiny(TinyModel(tie_embeddings=False))
 SHAPES = {"model.embed_tokens.weight": (64, 2), "model.norm.weight": (4,)}
 RELEASE, RESUME, CHECK = "/release_memory_occupation", "/resume_memory_occupation", "/weights_checker"
 
@@ -73,7 +72,7 @@ class Server:
         note(self.events, path + (f" of {offered}" if offered else ""))
         if path != CHECK:
             return {}
-        checks = Checksums(WORLD, tied=False)
+        checks = Checksums(WORLD, UNTIED)
         for name, tensor in tensors().items():
             checks.add(name, tensor)
         found = [{"parallelism_info": {"tp_rank": w}, "checksums": c} for w, c in enumerate(checks.expected)]
@@ -113,7 +112,10 @@ class Rank:
     def make(number: int, folder: Path, name: str) -> Rank:
         limit = datetime.timedelta(seconds=LIMIT_S)
         groups = [dist.new_group(list(range(WORLD)), backend="gloo", timeout=limit) for _ in range(2)]
-        group, grid = ServerGroup(groups[0], 0, LIMIT_S), SimpleNamespace(rank=number, world=WORLD, host_group=groups[1])
+        group, grid = (
+            ServerGroup(groups[0], 0, LIMIT_S),
+            SimpleNamespace(rank=number, world=WORLD, host_group=groups[1]),
+        )
         events, device = folder / f"{name}.events", torch.device("cpu")
         server = Server(events)
         settings = EngineSettings(kind="sglang", sync_timeout_s=LIMIT_S, tensor_parallel=WORLD)
@@ -134,7 +136,7 @@ class Rank:
                 yield tensor
 
         gatherer: Any = SimpleNamespace(stream=stream, grid=grid)
-        sync = wiring.weight_sync(Settings(engine=settings), gatherer, engines, tied=False)
+        sync = wiring.weight_sync(Settings(engine=settings), gatherer, engines, UNTIED)
         return Rank(number, grid, events, server, engines, sync)
 
     def survive(self) -> bool:

@@ -1,4 +1,4 @@
-"""What real runs listen on, as the kernel tells it, and what happens when somebody writes pickles to all of it."""
+"""What real runs listen on, as the kernel tells it, and what happens when pickles are written to all of it."""
 
 from __future__ import annotations
 

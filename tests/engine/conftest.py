@@ -26,9 +26,18 @@ whole_runs.TIMEOUT_S = 600  # a server alone takes a minute and more to start on
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen3 with an untied head and the words of Rulebook."""
-    folder = tmp_path_factory.mktemp("engine") / "model"
+    return tiny(tmp_path_factory.mktemp("engine") / "model", "qwen3")
+
+
+@pytest.fixture(scope="session")
+def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a Qwen2.5."""
+    return tiny(tmp_path_factory.mktemp("engine") / "qwen2", "qwen2")
+
+
+def tiny(folder: Path, family: str) -> Path:
     words = template_words("compact") | set(registry.get("rulebook_easy").vocabulary())  # type: ignore[attr-defined]
-    build_tiny(folder, TinyModel(tie_embeddings=False), sorted(words), 0)
+    build_tiny(folder, TinyModel(family=family, tie_embeddings=False), sorted(words), 0)
     return folder
 
 

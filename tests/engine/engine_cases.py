@@ -16,11 +16,13 @@ from icrl_megatron.engines.sglang import SGLangEngine
 from icrl_megatron.engines.sglang_build import tensor_shapes
 from icrl_megatron.engines.sglang_server import Server, ServerSpec
 from icrl_megatron.engines.sglang_weights import SharedMemory
-from icrl_megatron.settings.schema import EngineSettings
+from icrl_megatron.model.shape import ModelShape
+from icrl_megatron.settings.schema import EngineSettings, TinyModel
 from icrl_megatron.types import Completion
 
 CONTEXT = 512
 Tensors = list[tuple[str, torch.Tensor]]
+UNTIED = ModelShape.of_tiny(TinyModel(tie_embeddings=False))
 
 
 def engine_settings(**changes: object) -> EngineSettings:
@@ -48,7 +50,7 @@ def engine_on(server: Server, model: Path, settings: EngineSettings) -> SGLangEn
     return SGLangEngine(
         server,
         settings,
-        lambda: SharedMemory(server, 1, None, 0, settings.sync_timeout_s),
+        lambda: SharedMemory(server, settings.tensor_parallel, None, 0, settings.sync_timeout_s),
         tensor_shapes(model),
         torch.float32,
         torch.device("cpu"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from engine_cases import CONTEXT, engine_on, engine_settings, generate, load, spec, weights
+from engine_cases import CONTEXT, UNTIED, engine_on, engine_settings, generate, load, spec, weights
 
 from icrl_megatron.engines import sglang, sglang_server
 from icrl_megatron.engines.protocol import EngineError, EngineLostError, Sampling
@@ -52,7 +52,7 @@ def test_a_killed_server_is_lost_and_comes_back_though_its_new_port_is_taken(
     engine.wake_weights()
     engine.update_weights(tensors, 2)
     engine.wake()
-    engine.verify(tensors, tied=False)
+    engine.verify(tensors, UNTIED)
 
     find = sglang_server._free_port
     assert server.spec is not None

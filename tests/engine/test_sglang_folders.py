@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import CONTEXT, engine_on, engine_settings, generate, load, reference_logprobs, serving, weights
+from engine_cases import (
+    CONTEXT,
+    UNTIED,
+    engine_on,
+    engine_settings,
+    generate,
+    load,
+    reference_logprobs,
+    serving,
+    weights,
+)
 from model_folders import WORDS, copy, make_folder, save, tensors, with_fields
 
 from icrl_megatron.engines.protocol import Sampling
@@ -45,7 +55,7 @@ def test_yarn_and_rows_without_a_token_are_as_in_transformers(base: Path, tmp_pa
     requests = [(prompt, Sampling(1.0, 64, seed, ())) for seed, prompt in enumerate(prompts)]
     with serving(folder, tmp_path, engine_settings()) as server:
         engine = engine_on(server, folder, engine_settings())
-        engine.verify(iter(weights(reference)), tied=False)  # as it read the folder by itself
+        engine.verify(iter(weights(reference)), UNTIED)  # as it read the folder by itself
         engine.update_weights(weights(reference), 1)
         replies = generate(engine, requests)
         for prompt, done in zip(prompts, replies, strict=True):

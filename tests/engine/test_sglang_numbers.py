@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import runpy
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 from engine_cases import (
     CONTEXT,
+    UNTIED,
     changed,
     engine_on,
     engine_settings,
@@ -25,14 +27,17 @@ from engine_cases import (
     spec,
     weights,
 )
+from safetensors.torch import save_file
 
 from icrl_megatron.distributed import platform
 from icrl_megatron.engines.protocol import EngineError, RequestFailedError, Sampling
 from icrl_megatron.engines.rank import Engines, Share
 from icrl_megatron.engines.sglang import SGLangEngine
 from icrl_megatron.engines.sglang_build import _remote
+from icrl_megatron.engines.sglang_checks import Checksums
 from icrl_megatron.engines.sglang_server import Server
 from icrl_megatron.engines.sync import WeightSync
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.model.tiny import build_tiny
 from icrl_megatron.settings.schema import RolloutSettings, Settings, TinyModel
 from icrl_megatron.utils.errors import ConfigError
@@ -68,7 +73,7 @@ def test_new_weights_are_live_stamped_and_checksummed(engine: SGLangEngine, mode
     before = generate(engine, [(PROMPTS[0], greedily)])[0]
     new = changed(reference, 1)
     engine.update_weights(iter(new), 2)
-    engine.verify(iter(new), tied=False)
+    engine.verify(iter(new), UNTIED)
     reference.load_state_dict(dict(new))
     end = reference.config.eos_token_id
     after = generate(engine, [(p, greedily) for p in PROMPTS[:8]])
@@ -79,18 +84,21 @@ def test_new_weights_are_live_stamped_and_checksummed(engine: SGLangEngine, mode
 
     other = [(n, t + 1.0 if n == "model.layers.1.self_attn.k_proj.weight" else t) for n, t in new]
     with pytest.raises(EngineError, match=r"other values of 'model\.layers\.1\.self_attn\.qkv_proj\.weight'"):
-        engine.verify(iter(other), tied=False)
+        engine.verify(iter(other), UNTIED)
 
 
-def test_the_second_family_is_synced_and_checksummed(tmp_path: Path) -> None:
-    """Qwen2.5's biases of q, k and v reach SGLang's fused one, and the replies are transformers'."""
-    model = tmp_path / "model"
+def test_qwen2_on_two_workers_is_synced_and_checksummed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The biases of q, k and v reach SGLang's fused bias, half of it on each worker. Replies are those of
+    transformers."""
+    cores = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")  # one NUMA node serves both
+    model, settings = tmp_path / "model", engine_settings(tensor_parallel=2)
     build_tiny(model, TinyModel(family="qwen2", tie_embeddings=False), [f"w{i}" for i in range(60)], 0)
-    with serving(model, tmp_path, engine_settings()) as server:
-        engine, reference = engine_on(server, model, engine_settings()), load(model)
-        new = changed(reference, 1)
+    with serving(model, tmp_path, settings) as server:
+        engine, reference = engine_on(server, model, settings), load(model)
+        new, shape = changed(reference, 1), ModelShape.read(model)
         engine.update_weights(iter(new), 1)
-        engine.verify(iter(new), tied=False)
+        engine.verify(iter(new), shape)
         reference.load_state_dict(dict(new))
         replies = generate(engine, [(p, Sampling(0.0, 24, 0, ())) for p in PROMPTS[:8]])
         end = reference.config.eos_token_id
@@ -100,7 +108,48 @@ def test_the_second_family_is_synced_and_checksummed(tmp_path: Path) -> None:
             assert float((expected - torch.tensor(reply.logprobs)).abs().max()) < TOLERANCE
         other = [(n, t + 1.0 if n == "model.layers.1.self_attn.k_proj.bias" else t) for n, t in new]
         with pytest.raises(EngineError, match=r"other values of 'model\.layers\.1\.self_attn\.qkv_proj\.bias'"):
-            engine.verify(iter(other), tied=False)
+            engine.verify(iter(other), shape)
+
+
+LOAD_QKV = """
+import hashlib, json, sys
+from types import SimpleNamespace
+import torch
+from safetensors.torch import load_file
+from sglang.srt.layers import linear
+for file, kv_heads in zip(sys.argv[1::2], sys.argv[2::2]):
+    parts, found = load_file(file), []
+    for rank in range(4):
+        linear._resolve_linear_group = lambda _: SimpleNamespace(rank_in_group=rank, world_size=4)
+        layer = linear.QKVParallelLinear(8, 3, 4, int(kv_heads), bias=True, params_dtype=torch.float32)
+        for name, part in parts.items():
+            projection, kind = name.split(".")[-2:]
+            param = getattr(layer, kind)
+            param.weight_loader(param, part, projection[0])
+        values = {kind: getattr(layer, kind).data.contiguous().numpy().tobytes() for kind in ("weight", "bias")}
+        found.append({f"self_attn.qkv_proj.{k}": hashlib.sha256(v).hexdigest()[:16] for k, v in values.items()})
+    print(json.dumps(found))
+"""
+"""Loads q, k and v as each of four GPU workers does. (A server on a CPU pads key-value heads instead.)"""
+
+
+def test_four_workers_load_fewer_key_value_heads_as_expected(tmp_path: Path) -> None:
+    expected, words = [], []
+    for kv_heads in (1, 2, 4):
+        sizes, file = {"q": 12, "k": 3 * kv_heads, "v": 3 * kv_heads}, tmp_path / f"{kv_heads}.safetensors"
+        parts = {f"self_attn.{n}_proj.weight": torch.randn(size, 8) for n, size in sizes.items()}
+        parts |= {f"self_attn.{n}_proj.bias": torch.randn(size) for n, size in sizes.items()}
+        checks = Checksums(4, ModelShape.of_tiny(TinyModel(heads=4, kv_heads=kv_heads)))
+        for name, part in parts.items():
+            checks.add(name, part)
+        save_file(parts, file)
+        expected.append(checks.expected)
+        words += [str(file), str(kv_heads)]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [os.environ["ICRL_ENGINE_PYTHON"], "-c", LOAD_QKV, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[{")] == expected
 
 
 @pytest.mark.parametrize("bucket_mib", [1, 512])
@@ -109,7 +158,7 @@ def test_small_buckets_give_the_same_weights(server: Server, model: Path, bucket
     engine._sink.limit = 60_000 if bucket_mib == 1 else engine._sink.limit  # a tiny model fits in one
     new = changed(load(model), 3)
     engine.update_weights(new, 5)
-    engine.verify(new, tied=False)
+    engine.verify(new, UNTIED)
 
 
 def test_malformed_updates_are_refused_and_the_server_lives(engine: SGLangEngine, model: Path) -> None:
@@ -193,7 +242,7 @@ def test_an_update_that_a_killed_run_left_open_is_ended(
     for _ in range(2):  # and where none is open nothing is wrong
         _remote(settings, server.url)
     engine.update_weights(tensors, 4)
-    assert engine.verify(tensors, tied=False)
+    assert engine.verify(tensors, UNTIED)
 
 
 def test_servers_started_in_turn_sleep_until_weights_are_pushed(model: Path, tmp_path: Path) -> None:

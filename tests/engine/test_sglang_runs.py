@@ -1,4 +1,4 @@
-"""Whole runs of `icrl train` on the real SGLang: two grids, a kill in the middle, servers of somebody else."""
+"""Whole runs of `icrl train` on the real SGLang: two grids, a kill in the middle, external servers."""
 
 from __future__ import annotations
 
@@ -102,12 +102,12 @@ def test_three_steps_at_tensor_parallel_2(model: Path, tmp_path: Path) -> None:
     assert all(0 < row["engine/cache_hit_rate"] < 1 for row in done)
 
 
-def test_a_run_at_pipeline_parallel_2_survives_kill_9_of_its_server(model: Path, tmp_path: Path) -> None:
-    """Two servers, one for each rank; the other one's share is not played again."""
+def test_a_run_at_pipeline_parallel_2_survives_kill_9_of_its_server(qwen2: Path, tmp_path: Path) -> None:
+    """A Qwen2.5 on two servers, one for each rank. The share of the other server is not played again."""
     folder = tmp_path / "pp2"
     logs = [folder / "logs" / f"sglang_{number}.log" for number in (0, 1)]
     grid = ("launch.ranks=2", "actor.pipeline_parallel=2", "engine.servers=2")
-    running = start(*command(folder, model, *grid))
+    running = start(*command(folder, qwen2, *grid))
     when(running, lambda: steps_done(folder) == 1)
     before = batches(logs[0])
     when(running, lambda: batches(logs[0]) > before)
@@ -173,7 +173,10 @@ def test_oversampled_steps_cut_off_the_slow_and_go_on_with_them(
     # Few at a time, so that some are in the middle when enough are complete.
     partial = ("rollout.oversample=2", "rollout.partial=true", "rollout.concurrency=5")
     partial = (*partial, "algo.mismatch_correction.enabled=true")
-    for until in (STEPS - 1, STEPS):  # the second command goes on from the checkpoint of the first, tapes and all
+    for until in (
+        STEPS - 1,
+        STEPS,
+    ):  # the second command resumes the first, with its replay logs
         changes = (f"engine.urls=[{server.url}]", "engine.api_key_env=SERVER_KEY", *partial, f"steps={until}")
         code, _, err = icrl(*command(folder, model, *changes))
         assert code == 0, err

@@ -1,9 +1,9 @@
-"""Episodes that are cut off and go on later: a tape keeps the replies, and an episode replays what its tape holds.
+"""Replay logs: the replies of episodes that were cut off, so that the episodes can continue in the next step.
 
 When enough groups of a step are complete, the slowest episodes are interrupted (`rollout.oversample`). Their replies,
-the one that was cut off included, can be kept (`rollout.partial`): in the next step the episode is played again from
-its beginning, in an environment of its own, and the tape speaks as long as it is asked what it was asked before. A
-reply that was cut off goes on where it ended; its older tokens keep the log-probs they were sampled with.
+including the one that was cut off, can be kept (`rollout.partial`). In the next step the episode is played again from
+its beginning, in a new environment. As long as a prompt equals the logged one, the logged reply is returned. A reply
+that was cut off continues where it ended; its older tokens keep the log-probs they were sampled with.
 """
 
 from __future__ import annotations
@@ -30,37 +30,36 @@ class Stop:
 
 
 @dataclass
-class Tape:
-    """The replies of one episode in their order, each with the prompt it answered."""
+class ReplayLog:
+    """The replies of one episode in order, each with the prompt that it answered."""
 
     replies: list[tuple[Ids, Completion]] = field(default_factory=list)
 
 
-Tapes = dict[Task, dict[int, Tape]]
-"""The tapes of groups that were cut off, by task and episode index."""
+ReplayLogs = dict[Task, dict[int, ReplayLog]]
+"""Replay logs of groups that were cut off, by task and episode index."""
 
 
-def tokens(tapes: Tapes) -> int:
-    """Tokens that tapes hold."""
-    return sum(len(c.ids) for group in tapes.values() for tape in group.values() for _, c in tape.replies)
+def tokens(logs: ReplayLogs) -> int:
+    """Generated tokens in replay logs."""
+    return sum(len(c.ids) for group in logs.values() for log in group.values() for _, c in log.replies)
 
 
-def copied(tapes: Tapes) -> Tapes:
-    """The same replies on new tapes: those that go on are changed while they are played."""
-    return {task: {i: Tape([*tape.replies]) for i, tape in group.items()} for task, group in tapes.items()}
+def copied(logs: ReplayLogs) -> ReplayLogs:
+    """A copy with the same replies: playing an episode changes its log."""
+    return {task: {i: ReplayLog([*log.replies]) for i, log in group.items()} for task, group in logs.items()}
 
 
-def to_lines(tapes: Tapes) -> list[str]:
-    """One JSON object for each group, from which `from_lines` makes it again."""
+def to_lines(logs: ReplayLogs) -> list[str]:
+    """One JSON object for each group; `from_lines` reads them."""
     return [
-        json.dumps({"task": task, "episodes": {i: tape.replies for i, tape in group.items()}}, default=vars)
-        for task, group in tapes.items()
+        json.dumps({"task": task, "episodes": {i: log.replies for i, log in group.items()}}, default=vars)
+        for task, group in logs.items()
     ]
 
 
-def read(path: Path) -> Tapes:
-    """The tapes of a file that `to_lines` filled; none where there is no such file. Raises ConfigError on another
-    file."""
+def read(path: Path) -> ReplayLogs:
+    """Reads a file of `to_lines`; empty if there is none. Raises ConfigError if it cannot be read."""
     if not path.exists():
         return {}
     try:
@@ -72,58 +71,59 @@ def read(path: Path) -> Tapes:
         ) from error
 
 
-def from_lines(lines: Iterable[str]) -> Tapes:
+def from_lines(lines: Iterable[str]) -> ReplayLogs:
     """Raises ValueError, KeyError or TypeError on lines that `to_lines` did not write."""
-    found: Tapes = {}
+    found: ReplayLogs = {}
     for line in map(json.loads, lines):
         found[Task(**line["task"])] = {
-            int(index): Tape([(tuple(prompt), Completion.parse(reply)) for prompt, reply in replies])
+            int(index): ReplayLog([(tuple(prompt), Completion.parse(reply)) for prompt, reply in replies])
             for index, replies in line["episodes"].items()
         }
     return found
 
 
-def taped(cast: Cast, tape: Tape, stop: Stop) -> Cast:
-    """The same speakers; solver and critic of an episode take turns, so one tape serves both."""
-    reel = _Reel(tape, stop)
-    return Cast(_Taped(cast.solver, reel), _Taped(cast.critic, reel))
+def recorded(cast: Cast, log: ReplayLog, stop: Stop) -> Cast:
+    """The same speakers with a replay log. Solver and critic take turns, so they share one."""
+    cursor = _Cursor(log, stop)
+    return Cast(_Recorded(cast.solver, cursor), _Recorded(cast.critic, cursor))
 
 
 @dataclass
-class _Reel:
-    tape: Tape
+class _Cursor:
+    log: ReplayLog
     stop: Stop
     played: int = 0
+    """Replies of the log that were returned, or added, so far."""
 
 
 @dataclass(frozen=True)
-class _Taped:
+class _Recorded:
     speaker: Speaker
-    reel: _Reel
+    cursor: _Cursor
 
     async def reply(self, ask: Ask) -> Completion:
         """Raises InterruptedEpisodeError once the step has enough."""
-        reel, tape = self.reel, self.reel.tape
+        cursor, log = self.cursor, self.cursor.log
         begun: Completion | None = None
-        if reel.played < len(tape.replies):
-            prompt, completion = tape.replies[reel.played]
-            if prompt != ask.prompt_ids:  # the environment answered otherwise this time: the rest is void
-                del tape.replies[reel.played :]
+        if cursor.played < len(log.replies):
+            prompt, completion = log.replies[cursor.played]
+            if prompt != ask.prompt_ids:  # the environment answered differently this time, so the rest is invalid
+                del log.replies[cursor.played :]
             elif completion.finish_reason == "abort":
                 begun = completion
-                del tape.replies[reel.played :]
+                del log.replies[cursor.played :]
             else:
-                reel.played += 1
+                cursor.played += 1
                 return completion
-        if reel.stop.asked:
+        if cursor.stop.asked:
             if begun is not None:
-                tape.replies.append((ask.prompt_ids, begun))
+                log.replies.append((ask.prompt_ids, begun))
             raise InterruptedEpisodeError
         reply = await self._fresh(ask, begun)
-        tape.replies.append((ask.prompt_ids, reply))
-        if reply.finish_reason == "abort" and reel.stop.asked:
+        log.replies.append((ask.prompt_ids, reply))
+        if reply.finish_reason == "abort" and cursor.stop.asked:
             raise InterruptedEpisodeError
-        reel.played += 1
+        cursor.played += 1
         return reply
 
     async def _fresh(self, ask: Ask, begun: Completion | None) -> Completion:

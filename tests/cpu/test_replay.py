@@ -23,9 +23,17 @@ from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.episode import Ended, Stage, play_all
 from icrl_megatron.rollout.groups import Groups, deal
 from icrl_megatron.rollout.prompts import Prompter, template_words
+from icrl_megatron.rollout.replay import (
+    InterruptedEpisodeError,
+    ReplayLog,
+    Stop,
+    from_lines,
+    recorded,
+    to_lines,
+    tokens,
+)
 from icrl_megatron.rollout.source import EngineSource
 from icrl_megatron.rollout.speakers import Ask, Cast, Seeds
-from icrl_megatron.rollout.tapes import InterruptedEpisodeError, Stop, Tape, from_lines, taped, to_lines, tokens
 from icrl_megatron.run.checks import validate
 from icrl_megatron.settings.loading import load
 from icrl_megatron.settings.schema import RolloutSettings
@@ -58,22 +66,22 @@ def said(*ids: int, reason: str = "stop", version: int = 1) -> Completion:
     return Completion(ids, tuple(-float(i) for i in ids), reason, version)  # type: ignore[arg-type]
 
 
-def record(tape: Tape, stop: Stop, *replies: Completion) -> tuple[Scripted, Cast]:
+def record(replay_log: ReplayLog, stop: Stop, *replies: Completion) -> tuple[Scripted, Cast]:
     speaker = Scripted(list(replies))
-    return speaker, taped(Cast(speaker, speaker), tape, stop)
+    return speaker, recorded(Cast(speaker, speaker), replay_log, stop)
 
 
 def test_a_reply_that_was_cut_off_goes_on_and_keeps_its_old_logprobs() -> None:
-    tape, stop = Tape(), Stop()
-    _, cast = record(tape, stop, said(1, 2), said(3, reason="abort"))
+    replay_log, stop = ReplayLog(), Stop()
+    _, cast = record(replay_log, stop, said(1, 2), said(3, reason="abort"))
 
     async def cut() -> None:
         await cast.solver.reply(ask([9]))
-        stop.asked = True  # while the next reply is being generated, as far as the tape can tell
-        tape.replies.append(((9, 1, 2, 8), said(3, reason="abort")))
+        stop.asked = True  # while the next reply is being generated, as far as the replay log can tell
+        replay_log.replies.append(((9, 1, 2, 8), said(3, reason="abort")))
 
     asyncio.run(cut())
-    speaker, again = record(tape, Stop(), said(4, 5, version=2))
+    speaker, again = record(replay_log, Stop(), said(4, 5, version=2))
 
     async def go_on() -> list[Completion]:
         return [await again.solver.reply(ask([9])), await again.critic.reply(ask([9, 1, 2, 8]))]
@@ -85,8 +93,8 @@ def test_a_reply_that_was_cut_off_goes_on_and_keeps_its_old_logprobs() -> None:
 
 
 def test_once_there_is_enough_nobody_is_asked_any_more_and_nothing_is_lost() -> None:
-    tape = Tape([((9,), said(1)), ((9, 1), said(2, reason="abort"))])
-    speaker, cast = record(tape, Stop(asked=True))
+    replay_log = ReplayLog([((9,), said(1)), ((9, 1), said(2, reason="abort"))])
+    speaker, cast = record(replay_log, Stop(asked=True))
 
     async def play() -> None:
         await cast.solver.reply(ask([9]))
@@ -95,18 +103,18 @@ def test_once_there_is_enough_nobody_is_asked_any_more_and_nothing_is_lost() -> 
     with pytest.raises(InterruptedEpisodeError):
         asyncio.run(play())
     assert speaker.asked == []
-    assert [c.ids for _, c in tape.replies] == [(1,), (2,)]
+    assert [c.ids for _, c in replay_log.replies] == [(1,), (2,)]
 
 
-def test_an_environment_that_answers_otherwise_voids_the_rest_of_a_tape() -> None:
-    tape = Tape([((9,), said(1)), ((9, 1, 7), said(2))])
-    _, cast = record(tape, Stop(), said(5))
+def test_an_environment_that_answers_otherwise_voids_the_rest_of_a_replay_log() -> None:
+    replay_log = ReplayLog([((9,), said(1)), ((9, 1, 7), said(2))])
+    _, cast = record(replay_log, Stop(), said(5))
 
     async def play() -> list[Ids]:
         return [(await cast.solver.reply(ask(p))).ids for p in ([9], [9, 1, 6])]
 
     assert asyncio.run(play()) == [(1,), (5,)]
-    assert tape.replies == [((9,), said(1)), ((9, 1, 6), said(5))]
+    assert replay_log.replies == [((9,), said(1)), ((9, 1, 6), said(5))]
 
 
 @pytest.fixture(scope="module")
@@ -206,12 +214,12 @@ def test_a_critic_of_its_own_is_interrupted_too(stage: Stage) -> None:
     assert len(waited) == 6 and max(waited) < 10
 
 
-def test_tapes_survive_being_written_down() -> None:
+def test_replay_logs_survive_being_written_down() -> None:
     task = Task("household/train/1", "household", "train", '{"goal": "ü"}')
     joined = Completion((3, 4), (-0.1, -2.5), "abort", 2, ((1, 1),))
-    tapes = {task: {0: Tape([((9, 8), said(1, 2)), ((9, 8, 1, 2), joined)]), 3: Tape()}}
-    assert from_lines(to_lines(tapes)) == tapes
-    assert tokens(tapes) == 4
+    replay_logs = {task: {0: ReplayLog([((9, 8), said(1, 2)), ((9, 8, 1, 2), joined)]), 3: ReplayLog()}}
+    assert from_lines(to_lines(replay_logs)) == replay_logs
+    assert tokens(replay_logs) == 4
 
 
 @dataclass
@@ -251,7 +259,7 @@ def test_every_token_is_used_kept_or_thrown_away(stage: Stage, partial: bool) ->
 
     # Another process goes on from a checkpoint.
     second = source()
-    second.take_back(from_lines(to_lines(first.tapes())))
+    second.take_back(from_lines(to_lines(first.replay_logs())))
     slow.clear()
     later = second.play(tasks[1:], 2, SEEDS, 1, 2)
     assert (later.kept_tokens, later.discarded_tokens) == (0, 0)
