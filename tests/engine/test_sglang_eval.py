@@ -17,7 +17,7 @@ from icrl_megatron.distributed.grid import without_model
 from icrl_megatron.engines.sglang_server import Server
 from icrl_megatron.evaluation import play
 from icrl_megatron.evaluation.job import Job
-from icrl_megatron.evaluation.result import Request
+from icrl_megatron.evaluation.result import EvalRequest
 from icrl_megatron.model.tiny import build_tiny
 from icrl_megatron.rollout.prompts import template_words
 from icrl_megatron.rollout.source import Played
@@ -71,7 +71,7 @@ def test_greedy_replies_are_the_local_engines_token_by_token(
     tasks = tuple(registry.get("rulebook_easy").problems("heldout"))[:20]
     found = []
     for kind in (EngineSettings(), remote):
-        job = Job(Request(model), replace(settings, engine=kind), tasks, model, None, tmp_path / "out", tmp_path)
+        job = Job(EvalRequest(model), replace(settings, engine=kind), tasks, model, None, tmp_path / "out", tmp_path)
         found.append(play._play(job, without_model(settings), Progress(enabled=False))[0])
     local, sglang = map(replies, found)
     assert [(t, i, [c.ids for c in of]) for t, i, of in sglang] == [(t, i, [c.ids for c in of]) for t, i, of in local]
