@@ -1,10 +1,13 @@
-"""What `tools/gpu_check.sh` runs: stages with a time limit; nothing but torch and triton is needed.
+"""Runs the stages of tools/gpu_stages.py on a machine with one NVIDIA GPU, each with a time limit.
 
-How each stage went goes into stages.json, what it measured into JSON of its own, what it printed into its log. Started
-again, it goes on with the stages that have not passed, or only with --quick.
+    bash tools/gpu_check.sh [--slot 1|2] [--size quick|full] [--out benchmarks/<gpu>-<date>] [stage ...]
 
-A stage whose packages are missing is named with its reason, and so is one that fails; the others go on. The exit code
-is 0 if all stages that could run passed, 1 if one failed, 2 without a GPU.
+<out>/stages.json says how each stage went; each stage writes its own JSON and <out>/<stage>.log. After each stage,
+everything small is packed into one archive, so that a machine that disappears takes nothing with it. Started again, it
+runs only the stages that have not passed. `--size tiny` is a dry run on a CPU.
+
+A stage whose packages are missing says so. A stage that fails does not stop the others. The exit code is 0 if all
+stages that could run passed, 1 if one failed, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -15,111 +18,31 @@ import json
 import os
 import platform
 import re
-import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-STAGE_LIMIT_S = 590
-STAGES_FILE = "stages.json"
-TAIL_CHARACTERS = 4000
-RUN_NEEDS = ("megatron.core", "transformers", "omegaconf", "typer", "rich", "jinja2", "tensorboard", "matplotlib")
+from gpu_stages import STAGES, Size, Stage, program
 
+ROOT = Path(__file__).parents[1]
+STAGES_FILE, ARCHIVE = "stages.json", "results.tgz"
+TAIL_CHARACTERS = 4000
+KILL_AFTER_S = 5.0
+SIDE_BY_SIDE = 6
+"""Stages that run at one time, of those that measure no time."""
+LARGEST_PACKED = 4 * 2**20
+PACKAGES = ("torch", "triton", "transformers", "megatron-core", "transformer-engine", "liger-kernel", "sglang")
 
 Result = dict[str, object]
-"""How a stage went, as it is written."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One command. `needs` are modules, `tool` a program on the PATH or beside the CUDA compiler."""
-
-    name: str
-    command: Callable[[Path, bool], list[str]]
-    needs: tuple[str, ...] = ()
-    tool: str = ""
-    environment: tuple[tuple[str, str], ...] = ()
-    says: str = ""
-    """What its output must hold to have passed."""
-    unable: str = ""
-    """Pattern of a line with which it says that it cannot run on this machine."""
-
-
-def python(*arguments: str) -> list[str]:
-    return [sys.executable, *arguments]
-
-
-SANITIZER_UNABLE = r"(?im)^=+ .*(?:device (?:is )?not supported|unsupported device|debugger interface).*$"
-
-
-def sanitized(kind: str, *options: str) -> Stage:
-    """A small case of the head under compute-sanitizer."""
-
-    def command(out: Path, quick: bool) -> list[str]:
-        tool = [program("compute-sanitizer") or "", "--tool", kind, "--error-exitcode", "9", *options]
-        return [*tool, *python("tools/head_small_case.py")]
-
-    # Torch's allocator would hand out pieces of large blocks, and an access past a tensor would still be inside of one.
-    environment = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
-    # A sanitizer that does not fit the driver may end well without having started the program.
-    says = "small cases of the head are done"
-    return Stage(kind, command, (), "compute-sanitizer", environment, says, SANITIZER_UNABLE)
-
-
-def bench(name: str, *more: str) -> Callable[[Path, bool], list[str]]:
-    return lambda out, quick: python(
-        "tools/bench_head_cuda.py", "--out", str(out / name), *more, *(["--quick"] if quick else [])
-    )
-
-
-def tests(*paths: str) -> Callable[[Path, bool], list[str]]:
-    return lambda out, quick: python("-m", "pytest", "-q", "-p", "no:cacheprovider", *paths)
-
-
-def training(out: Path, quick: bool) -> list[str]:
-    layers = "auto" if importlib.util.find_spec("transformer_engine") else "torch"
-    steps = ["steps=20", "eval.interval=10", "baseline=", "launch.device=cuda", "launch.ranks=1"]
-    where = f"run_dir={out / 'run'}"
-    return python("-m", "icrl_megatron.cli", "train", "rulebook_easy", *steps, where, f"actor.layers={layers}")
-
-
-def rollouts(out: Path, quick: bool) -> list[str]:
-    rounds = "1" if quick else "2"
-    return python(
-        "tools/bench_rollout.py", "--device", "cuda", "--rounds", rounds, "--out", str(out / "rollout_cuda.json")
-    )
-
-
-def short(run: str) -> Callable[[Path, bool], list[str]]:
-    return lambda out, quick: python("tools/gpu_runs.py", run, "--out", str(out), *(["--steps", "3"] if quick else []))
-
-
-ACTOR_RUNS = ("actor_bf16", "actor_fp8_current", "actor_fp8_blockwise")
-ENGINE_RUNS = ("engine_bf16", "engine_fp8", "engine_frozen_critic")
-"""Of tools/gpu_runs.py, which needs more than this program does."""
-KERNEL_TESTS = [f"tests/cpu/test_{name}.py" for name in ("head", "head_autograd", "triton_kernels")]
-STAGES = (
-    Stage("kernels", tests(*KERNEL_TESTS), ("pytest", "hypothesis")),
-    Stage("gpu_tests", tests("-m", "gpu", "tests/gpu"), ("pytest", "hypothesis")),
-    # Torch asks CUDA what it knows to fail, as for the attributes of a host pointer: no error of the kernels.
-    sanitized("memcheck", "--report-api-errors", "no"),
-    sanitized("racecheck"),
-    Stage("tune", bench("head_tuning.json", "--tune")),
-    Stage("bench_head", bench("head_cuda.json")),
-    Stage("icrl_run", training, RUN_NEEDS),
-    *(Stage(run, short(run), (*RUN_NEEDS, "transformer_engine")) for run in ACTOR_RUNS),
-    *(Stage(run, short(run), (*RUN_NEEDS, "sglang")) for run in ENGINE_RUNS),
-    Stage("bench_rollout", rollouts, (*RUN_NEEDS, "sglang")),
-)
-
-
-def program(name: str) -> str | None:
-    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+"""How a stage went, as it is written to stages.json."""
 
 
 def missing(stage: Stage) -> str:
@@ -137,37 +60,64 @@ def _importable(name: str) -> bool:
         return False
 
 
-def run(stage: Stage, out: Path, quick: bool) -> Result:
-    """Runs it with its time limit; what it wrote is in <out>/<stage>.log."""
+def run(stage: Stage, out: Path, size: Size) -> Result:
+    """Runs it with its time limit; its output is in <out>/<stage>.log."""
     reason = missing(stage)
     if reason:
         return {"stage": stage.name, "result": "cannot run here", "reason": reason}
-    command, began, log = stage.command(out, quick), time.monotonic(), out / f"{stage.name}.log"
+    command, began, log = stage.command(out, size), time.monotonic(), out / f"{stage.name}.log"
     with log.open("w") as file:
-        try:
-            code = subprocess.run(
-                command, cwd=ROOT, env=environment(stage), stdout=file, stderr=subprocess.STDOUT, timeout=STAGE_LIMIT_S
-            ).returncode
-            result = "passed" if code == 0 else f"failed with exit code {code}"
-        except subprocess.TimeoutExpired:
-            result = f"failed: took over {STAGE_LIMIT_S} s"
+        result = _outcome(command, environment(stage, size), stage.limit_s, file.fileno())
     said = log.read_text(errors="replace")
     return {
         "stage": stage.name,
         **judged(stage, result, said),
-        "quick": quick and command != stage.command(out, False),
+        "size": size,
         "seconds": round(time.monotonic() - began, 1),
         "command": " ".join(command).replace(f"{ROOT}/", ""),
         "tail": said[-TAIL_CHARACTERS:],
     }
 
 
-def environment(stage: Stage) -> dict[str, str]:
-    """This process's, where the checkout is found and kernels run on the card."""
-    paths = [str(ROOT / part) for part in ("", "kernels", "recipes")]
+def _outcome(command: list[str], variables: dict[str, str], limit_s: float, log: int) -> str:
+    """Runs the command in a session of its own, which is killed as a whole: no rank or server keeps the GPU."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        code = process.wait(limit_s)
+        return "passed" if code == 0 else f"failed with exit code {code}"
+    except subprocess.TimeoutExpired:
+        _signal(process.pid, signal.SIGTERM)
+        try:
+            process.wait(KILL_AFTER_S)
+        except subprocess.TimeoutExpired:
+            pass
+        return f"failed: took over {limit_s} s"
+    finally:
+        _signal(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _signal(group: int, number: signal.Signals) -> None:
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        pass
+
+
+def environment(stage: Stage, size: Size) -> dict[str, str]:
+    """This process's environment, with the checkout on the path. Kernels are interpreted only in a dry run."""
+    paths = [str(ROOT / part) for part in ("", "kernels", "recipes", "tools")]
     found = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH", "")]))}
-    found.pop("TRITON_INTERPRET", None)
-    return found | dict(stage.environment)
+    found["TRITON_INTERPRET"] = "1" if size == "tiny" else "0"
+    return found | {"PYTHONUNBUFFERED": "1"} | dict(stage.environment)
 
 
 def judged(stage: Stage, result: str, said: str) -> Result:
@@ -182,7 +132,7 @@ def judged(stage: Stage, result: str, said: str) -> Result:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the results were measured on."""
+    """Where the results were measured."""
 
     card: str
     driver: str
@@ -192,22 +142,24 @@ class Machine:
     versions: dict[str, str]
 
 
-def machine() -> Machine | None:
-    """None where torch sees no GPU."""
+def machine(size: Size) -> Machine | None:
+    """None where torch sees no GPU, unless the run is a dry run."""
     import torch
 
+    cuda = torch.version.cuda or "none"
+    if size == "tiny":
+        return Machine("dry run", "none", "none", cuda, platform.python_version(), _versions())
     if not torch.cuda.is_available():
         return None
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     line = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
     card, driver, memory = (line[0].split(", ") if line else [torch.cuda.get_device_name(), "?", "?"])[:3]
-    names = ("torch", "triton", "transformers", "megatron-core", "transformer-engine", "liger-kernel", "sglang")
-    return Machine(card, driver, memory, torch.version.cuda or "?", platform.python_version(), _versions(names))
+    return Machine(card, driver, memory, cuda, platform.python_version(), _versions())
 
 
-def _versions(names: tuple[str, ...]) -> dict[str, str]:
+def _versions() -> dict[str, str]:
     found = {}
-    for name in names:
+    for name in PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -215,49 +167,97 @@ def _versions(names: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def go_on(here: Machine, out: Path, wanted: list[str], quick: bool, again: bool) -> dict[str, Result]:
-    """How every stage went, now or before; the file is written after each, so that nothing is lost."""
-    kept = out / STAGES_FILE
+@dataclass(frozen=True)
+class Wanted:
+    """What to run, and where results go."""
+
+    out: Path
+    size: Size
+    slot: int | None = None
+    names: tuple[str, ...] = ()
+    again: bool = False
+    """Also stages that passed before."""
+    archive: Path | None = None
+
+    def has(self, stage: Stage) -> bool:
+        return (not self.names or stage.name in self.names) and self.slot in (None, stage.slot)
+
+
+def go_on(here: Machine, wanted: Wanted) -> dict[str, Result]:
+    """How every stage went, now or before. Results are written after each stage."""
+    kept = wanted.out / STAGES_FILE
     results: dict[str, Result] = json.loads(kept.read_text()) if kept.exists() else {}
-    for stage in STAGES:
-        done = results.get(stage.name, {})
-        # What was measured quickly is not what was asked for without --quick.
-        passed = done.get("result") == "passed" and (quick or not done.get("quick"))
-        if (not wanted or stage.name in wanted) and (again or not passed):
-            done = results[stage.name] = run(stage, out, quick) | {"machine": asdict(here)}
-            kept.write_text(json.dumps(results, indent=1) + "\n")
-        if done:
-            print(f"{stage.name:12} {done['result']} {done.get('reason', '')}", flush=True)
+    due = [s for s in STAGES if wanted.has(s) and (wanted.again or not _passed(results.get(s.name, {}), wanted.size))]
+    for stage, done in _played(due, wanted):
+        results[stage.name] = done | {"machine": asdict(here)}
+        kept.write_text(json.dumps(results, indent=1) + "\n")
+        (wanted.out / "summary.md").write_text(summary(here, list(results.values())))
+        pack(wanted.out, wanted.archive or wanted.out / ARCHIVE)
+        print(f"{stage.name:16} {done['result']} {done.get('reason', '')} {done.get('seconds', '')} s", flush=True)
+        if str(done["result"]).startswith("failed"):
+            print("\n".join(f"    {line[:200]}" for line in str(done["tail"]).splitlines()[-8:]), flush=True)
     return results
 
 
+def _played(due: list[Stage], wanted: Wanted) -> Iterator[tuple[Stage, Result]]:
+    """Runs stages in order; neighbors that measure no time run side by side, after the first one of all."""
+    groups = [(True, due[:1]), *((timed, list(group)) for timed, group in groupby(due[1:], key=lambda s: s.timed))]
+    for timed, stages in groups:
+        with ThreadPoolExecutor(1 if timed else SIDE_BY_SIDE) as pool:
+            yield from zip(stages, pool.map(lambda s: run(s, wanted.out, wanted.size), stages), strict=True)
+
+
+def _passed(done: Result, size: Size) -> bool:
+    """A quick measurement does not stand for a full one, nor a dry run for any."""
+    order = ("tiny", "quick", "full")
+    return done.get("result") == "passed" and order.index(str(done["size"])) >= order.index(size)
+
+
+def pack(out: Path, archive: Path) -> None:
+    """Writes logs, JSON and metrics of all stages so far into one archive."""
+    partial = archive.with_suffix(".part")
+    with tarfile.open(partial, "w:gz") as tar:
+        for path in sorted(out.rglob("*")):
+            if path.is_file() and path.stat().st_size <= LARGEST_PACKED and not path.name.startswith(ARCHIVE[:8]):
+                if path.suffix not in (".safetensors", ".pt", ".distcp", ".part"):
+                    tar.add(path, path.relative_to(out.parent))
+    partial.replace(archive)
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stages", nargs="*", help=f"some of {', '.join(s.name for s in STAGES)}; all by default")
-    parser.add_argument("--quick", action="store_true", help="the smallest benchmark")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--again", action="store_true", help="also stages that passed already")
-    chosen = parser.parse_args()
-    unknown = set(chosen.stages) - {s.name for s in STAGES}
-    if unknown:
-        parser.error(f"no stage {', '.join(sorted(unknown))}")
+    chosen = arguments()
     if importlib.util.find_spec("torch") is None:
         print(
             f"error: {sys.executable} has no torch; name one that has: PYTHON=... tools/gpu_check.sh", file=sys.stderr
         )
         return 2
-    here = machine()
+    here = machine(chosen.size)
     if here is None:
-        print("error: torch sees no GPU here; this is for machines with one", file=sys.stderr)
+        print("error: torch sees no GPU here; --size tiny is a dry run without one", file=sys.stderr)
         return 2
     label = re.sub(r"[^a-z0-9]+", "-", here.card.lower().replace("nvidia", "")).strip("-")
     out = (chosen.out or ROOT / "benchmarks" / f"{label}-{time.strftime('%Y-%m-%d')}").resolve()
     out.mkdir(parents=True, exist_ok=True)
     print(f"{here.card}, driver {here.driver}, {here.memory}, CUDA {here.cuda}; {here.versions}", flush=True)
-    results = go_on(here, out, chosen.stages, chosen.quick, chosen.again)
-    (out / "summary.md").write_text(summary(here, list(results.values())))
+    wanted = Wanted(out, chosen.size, chosen.slot, tuple(chosen.stages), chosen.again, chosen.archive)
+    results = go_on(here, wanted)
     print(f"results in {out}")
     return int(any(str(done["result"]).startswith("failed") for done in results.values()))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", help=f"some of {', '.join(s.name for s in STAGES)}; all by default")
+    parser.add_argument("--slot", type=int, choices=sorted({s.slot for s in STAGES}), help="only this slot's stages")
+    parser.add_argument("--size", choices=("tiny", "quick", "full"), default="full", help="tiny: a dry run on a CPU")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--archive", type=Path, help=f"where the archive goes; <out>/{ARCHIVE} by default")
+    parser.add_argument("--again", action="store_true", help="also stages that passed already")
+    chosen = parser.parse_args()
+    unknown = set(chosen.stages) - {s.name for s in STAGES}
+    if unknown:
+        parser.error(f"no stage {', '.join(sorted(unknown))}")
+    return chosen
 
 
 def summary(here: Machine, results: list[Result]) -> str:

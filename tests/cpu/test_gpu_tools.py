@@ -6,6 +6,8 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tarfile
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,25 +37,32 @@ def check() -> ModuleType:
     return load("gpu_check")
 
 
+def stage(check: ModuleType, code: str, name: str = "s", **more: object) -> object:
+    """A stage that runs a line of Python."""
+    return check.Stage(name, lambda out, size: [sys.executable, "-c", code], **({"limit_s": 60} | more))
+
+
 def test_a_stage_says_what_is_missing(check: ModuleType) -> None:
-    assert check.missing(check.Stage("a", list, ("json", "no_such_module.at_all"))) == (
-        "not installed: no_such_module.at_all"
-    )
-    assert check.missing(check.Stage("b", list, tool="no-such-program")) == "no no-such-program on the PATH"
-    assert check.missing(check.Stage("c", list, ("json",))) == ""
-    assert check.run(check.Stage("d", list, ("no_such_module",)), Path(), False)["result"] == "cannot run here"
+    def missing(**more: object) -> str:
+        return str(check.missing(stage(check, "", **more)))
+
+    assert missing(needs=("json", "no_such_module.at_all")) == "not installed: no_such_module.at_all"
+    assert missing(tool="no-such-program") == "no no-such-program on the PATH"
+    assert missing(needs=("json",)) == ""
+    assert check.run(stage(check, "", needs=("no_such_module",)), Path(), "full")["result"] == "cannot run here"
 
 
 def test_sanitizers_see_every_allocation_and_say_where_they_cannot_run(check: ModuleType, tmp_path: Path) -> None:
     memcheck, racecheck = (s for s in check.STAGES if s.tool == "compute-sanitizer")
-    for stage in (memcheck, racecheck):
-        assert check.environment(stage)["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
-    command = " ".join(memcheck.command(tmp_path, False))
+    for sanitizer in (memcheck, racecheck):
+        assert check.environment(sanitizer, "full")["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+        assert "--target-processes application-only" in " ".join(sanitizer.command(tmp_path, "full"))
+    command = " ".join(memcheck.command(tmp_path, "full"))
     assert "--tool memcheck" in command and "--report-api-errors no" in command
 
     def run(text: str, code: int) -> dict[str, str]:
-        program = check.python("-c", f"print({text!r}); raise SystemExit({code})")
-        return check.run(replace(memcheck, command=lambda out, quick: program, tool=""), tmp_path, False)
+        program = [sys.executable, "-c", f"print({text!r}); raise SystemExit({code})"]
+        return dict(check.run(replace(memcheck, command=lambda out, size: program, tool=""), tmp_path, "full"))
 
     done = "small cases of the head are done"
     for line in ("Error: Device not supported. Please refer to ...", "Error: the debugger interface is not supported"):
@@ -67,7 +76,14 @@ def test_sanitizers_see_every_allocation_and_say_where_they_cannot_run(check: Mo
 
 def test_stages_run_the_kernels_on_the_card(check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert all("TRITON_INTERPRET" not in check.environment(stage) for stage in check.STAGES)
+    assert {check.environment(s, "full")["TRITON_INTERPRET"] for s in check.STAGES} == {"0"}
+    assert {check.environment(s, "tiny")["TRITON_INTERPRET"] for s in check.STAGES} == {"1"}
+
+
+def test_the_stages_of_a_slot_fit_into_it(check: ModuleType) -> None:
+    """No single stage may take a whole slot, and every stage belongs to one of the two."""
+    assert {s.slot for s in check.STAGES} == {1, 2}
+    assert all(0 < s.limit_s <= 240 for s in check.STAGES)
 
 
 @pytest.mark.parametrize(("devices", "there"), [(["nvidia5", "nvidiactl"], True), (["nvidiactl", "nvidia-uvm"], False)])
@@ -81,62 +97,91 @@ def test_any_gpu_is_one(devices: list[str], there: bool, tmp_path: Path) -> None
     assert conftest.has_gpu(tmp_path) == there
 
 
+HERE = ("Some GPU", "1", "2", "3", "3.12", {"torch": "2"})
+
+
 def test_what_was_measured_quickly_is_measured_again(
     check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stage(name: str, *quickly: str) -> object:
-        code = "import sys; open(sys.argv[1], 'a').write(sys.argv[2])"
-        return check.Stage(
-            name,
-            lambda out, quick: check.python("-c", code, str(out / f"{name}.txt"), *(quickly if quick else ["full."])),
-        )
+    def sized(name: str) -> object:
+        code = "import sys; open(sys.argv[1], 'a').write(sys.argv[2] + '.')"
+        return check.Stage(name, lambda out, size: [sys.executable, "-c", code, str(out / f"{name}.txt"), size], 60)
 
-    here = check.Machine("Some GPU", "1", "2", "3", "3.12", {"torch": "2"})
-    monkeypatch.setattr(check, "STAGES", (stage("bench", "quick."), stage("tests", "full.")))
-    for quick in (True, True, False, False, True):
-        check.go_on(here, tmp_path, [], quick, False)
-    assert (tmp_path / "bench.txt").read_text() == "quick.full."
-    assert (tmp_path / "tests.txt").read_text() == "full."
+    monkeypatch.setattr(check, "STAGES", (sized("bench"),))
+    for size in ("tiny", "quick", "quick", "tiny", "full", "full", "quick"):
+        check.go_on(check.Machine(*HERE), check.Wanted(tmp_path, size))
+    assert (tmp_path / "bench.txt").read_text() == "tiny.quick.full."
 
 
-def test_stages_pass_fail_and_run_out_of_time(
-    check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stage(code: str) -> object:
-        return check.Stage("s", lambda out, quick: check.python("-c", code))
-
-    passed = check.run(stage("import icrl_kernels; print('fine')"), tmp_path, False)
+def test_stages_pass_fail_and_run_out_of_time(check: ModuleType, tmp_path: Path) -> None:
+    passed = check.run(stage(check, "import icrl_kernels; print('fine')"), tmp_path, "full")
     assert passed["result"] == "passed" and passed["tail"] == "fine\n"
-    assert check.run(stage("raise SystemExit(3)"), tmp_path, False)["result"] == "failed with exit code 3"
-    monkeypatch.setattr(check, "STAGE_LIMIT_S", 1)
-    assert "took over 1 s" in check.run(stage("import time; time.sleep(60)"), tmp_path, False)["result"]
-    here = check.Machine("Some GPU", "1", "2", "3", "3.12", {"torch": "2"})
-    assert "| s | passed" in check.summary(here, [passed])
+    assert check.run(stage(check, "raise SystemExit(3)"), tmp_path, "full")["result"] == "failed with exit code 3"
+    assert "| s | passed" in check.summary(check.Machine(*HERE), [passed])
 
 
-def test_a_check_goes_on_where_it_ended_and_keeps_what_was_measured(
+def test_a_stage_over_its_limit_is_killed_with_its_children(check: ModuleType, tmp_path: Path) -> None:
+    """The child ignores SIGTERM and would keep the GPU."""
+    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    code = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); print(p.pid, flush=True); p.wait()"
+    began = time.monotonic()
+    done = check.run(stage(check, code, limit_s=2), tmp_path, "full")
+    assert "took over 2 s" in done["result"] and time.monotonic() - began < 20
+    child_pid = int(str(done["tail"]))
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child_pid}/stat").exists() and time.monotonic() < deadline:
+        if Path(f"/proc/{child_pid}/stat").read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    assert not Path(f"/proc/{child_pid}").exists()
+
+
+def test_a_check_goes_on_where_it_ended_and_packs_what_was_measured(
     check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with the real stages, one writes its numbers to a file of its own name."""
-    count = "from pathlib import Path; p = Path({0!r}); p.write_text((p.read_text() if p.exists() else '') + '1')"
+    """As the real stages do, each writes its numbers to a file of its own name."""
 
-    def stage(name: str, end: str) -> object:
-        code = count.format(str(tmp_path / f"{name}.json")) + end
-        return check.Stage(name, lambda out, quick: check.python("-c", code))
+    def counting(name: str, end: str = "") -> object:
+        path = str(tmp_path / f"{name}.json")
+        code = f"from pathlib import Path; p = Path({path!r}); p.write_text((p.read_text() if p.exists() else '') + '1')"
+        return stage(check, code + end, name)
 
-    here = check.Machine("Some GPU", "1", "2", "3", "3.12", {"torch": "2"})
-    stages = (stage("good", ""), stage("bad", "; raise SystemExit(3)"), stage("not_asked_for", ""))
+    stages = (counting("good"), counting("bad", "; raise SystemExit(3)"), counting("not_asked_for"))
     monkeypatch.setattr(check, "STAGES", stages)
+    (tmp_path / "weights.safetensors").write_bytes(b"x")
+    asked = check.Wanted(tmp_path, "full", names=("good", "bad"), archive=tmp_path / "there.tgz")
     for _ in range(2):
-        results = check.go_on(here, tmp_path, ["good", "bad"], False, False)
+        results = check.go_on(check.Machine(*HERE), asked)
     assert {name: done["result"] for name, done in results.items()} == {
         "good": "passed",
         "bad": "failed with exit code 3",
     }
-    assert (tmp_path / "good.json").read_text() == "1"
-    assert (tmp_path / "bad.json").read_text() == "11"
-    check.go_on(here, tmp_path, ["good"], False, True)
+    assert ((tmp_path / "good.json").read_text(), (tmp_path / "bad.json").read_text()) == ("1", "11")
+    with tarfile.open(tmp_path / "there.tgz") as packed:
+        names = {Path(name).name for name in packed.getnames()}
+    assert {"good.json", "bad.json", "bad.log", "stages.json", "summary.md"} <= names
+    assert "weights.safetensors" not in names and "there.part" not in names
+    check.go_on(check.Machine(*HERE), replace(asked, again=True))
     assert (tmp_path / "good.json").read_text() == "11"
+
+
+def test_stages_that_measure_no_time_run_side_by_side(
+    check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two stages wait for each other's file; the first stage of all and every timed stage run alone."""
+
+    def meets(own: str, other: str) -> str:
+        return (
+            f"import pathlib, time; pathlib.Path({str(tmp_path / own)!r}).touch()\n"
+            f"while not pathlib.Path({str(tmp_path / other)!r}).exists(): time.sleep(0.01)"
+        )
+
+    both = [stage(check, meets(a, b), a, timed=False, limit_s=30) for a, b in (("a", "b"), ("b", "a"))]
+    last = stage(check, "", "last")
+    monkeypatch.setattr(check, "STAGES", (stage(check, "", "first", timed=False), *both, last))
+    results = check.go_on(check.Machine(*HERE), check.Wanted(tmp_path, "full"))
+    assert [done["result"] for done in results.values()] == ["passed"] * 4
+    assert list(results) == ["first", "a", "b", "last"]
 
 
 def test_short_runs_are_stages_and_say_what_they_measured(check: ModuleType, tmp_path: Path) -> None:

@@ -1,0 +1,111 @@
+"""The stages of `tools/gpu_check.py`: what runs on a GPU, in which order, with which limits.
+
+A first slot of 11 minutes takes the stages of slot 1, a second one those of slot 2. Within a slot, the stages that
+only check values come first and run side by side; the stages that measure time then run alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Size = Literal["tiny", "quick", "full"]
+"""tiny: a dry run on a CPU. quick: the smallest measurement. full: every shape."""
+Command = Callable[[Path, Size], list[str]]
+RUN_NEEDS = ("megatron.core", "transformers", "omegaconf", "typer", "rich", "jinja2", "tensorboard", "matplotlib")
+KERNEL_TESTS = [f"tests/cpu/test_{name}.py" for name in ("head", "head_autograd", "triton_kernels")]
+SANITIZER_UNABLE = r"(?im)^=+ .*(?:device (?:is )?not supported|unsupported device|debugger interface).*$"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command."""
+
+    name: str
+    command: Command
+    limit_s: int
+    """After this many seconds its whole process group is killed."""
+    slot: int = 1
+    timed: bool = True
+    """It measures time or memory, so nothing runs beside it."""
+    needs: tuple[str, ...] = ()
+    """Modules that it imports."""
+    tool: str = ""
+    """A program on the PATH, or beside the CUDA compiler."""
+    environment: tuple[tuple[str, str], ...] = ()
+    says: str = ""
+    """Text that its output contains if it passed."""
+    unable: str = ""
+    """Pattern of a line that says that it cannot run on this machine."""
+
+
+def python(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]
+
+
+def program(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+
+
+def device(size: Size) -> str:
+    return "cpu" if size == "tiny" else "cuda"
+
+
+def tool(script: str, *arguments: str, result: str = "") -> Command:
+    """A script of this folder that takes --device and --size, and writes --out."""
+
+    def command(out: Path, size: Size) -> list[str]:
+        target = ["--out", str(out / result) if result else str(out)]
+        return python(f"tools/{script}", *arguments, *target, "--device", device(size), "--size", size)
+
+    return command
+
+
+def tests(*arguments: str, processes: int = 1) -> Command:
+    def command(out: Path, size: Size) -> list[str]:
+        several = ["-n", str(processes)] if processes > 1 and importlib.util.find_spec("xdist") else []
+        return python("-m", "pytest", "-q", "-p", "no:cacheprovider", *several, *arguments)
+
+    return command
+
+
+def small_case(out: Path, size: Size) -> list[str]:
+    return python("tools/head_small_case.py", "--device", device(size))
+
+
+def sanitized(kind: str, slot: int, *options: str) -> Stage:
+    """The small case under compute-sanitizer, after `head_small` has compiled the kernels."""
+
+    def command(out: Path, size: Size) -> list[str]:
+        # Application only: not the compilers that Triton starts.
+        common = ["--target-processes", "application-only", "--error-exitcode", "9"]
+        return [program("compute-sanitizer") or "", "--tool", kind, *common, *options, *small_case(out, size)]
+
+    # Torch's allocator hands out pieces of large blocks, and an access past a tensor would still be inside its block.
+    environment = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+    # A sanitizer that does not fit the driver may exit with 0 without having started the program.
+    says = "small cases of the head are done"
+    return Stage(kind, command, 150, slot, False, (), "compute-sanitizer", environment, says, SANITIZER_UNABLE)
+
+
+def icrl_run(out: Path, size: Size) -> list[str]:
+    layers = "auto" if importlib.util.find_spec("transformer_engine") else "torch"
+    steps = ["warm_start.steps=20", "steps=5", "eval.interval=0", "baseline=", "launch.ranks=1"]
+    where = [f"run_dir={out / 'run'}", f"launch.device={device(size)}", f"actor.layers={layers}"]
+    return python("-m", "icrl_megatron.cli", "train", "rulebook_easy", *steps, *where)
+
+
+PYTEST = ("pytest", "hypothesis")
+STAGES = (
+    Stage("head_small", small_case, 90, timed=False),
+    Stage("gpu_tests", tests("-m", "gpu", "tests/gpu"), 120, 1, False, PYTEST),
+    Stage("kernels", tests(*KERNEL_TESTS, processes=6), 150, 1, False, PYTEST),
+    # Torch asks CUDA for attributes of host pointers and expects the error; the kernels do not.
+    sanitized("memcheck", 1, "--report-api-errors", "no"),
+    Stage("head_products", tool("head_products.py", result="head_products.json"), 60),
+)

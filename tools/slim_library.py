@@ -1,0 +1,83 @@
+"""Removes from a CUDA library what one GPU architecture does not need, so that it packs to a fraction of its size.
+
+A CUDA library holds "fat binaries": for each kernel, machine code for several architectures and often PTX. This module
+replaces the code of all other architectures by zeros, which compress to nothing. All headers stay as they are, because
+the driver walks over them. PTX stays only where it is the only code that the architecture could run.
+
+The layout is that of `fatbinary_section.h` and of the entries that `cuobjdump --list-elf` prints: a header of 16 bytes
+(magic, version, header bytes, body bytes), then entries with a header of their own (kind, header bytes, payload bytes,
+architecture at byte 28).
+"""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+FAT_MAGIC = 0xBA55ED50
+FAT_SECTIONS = (b".nv_fatbin", b"__nv_relfatbin")
+PTX, MACHINE_CODE = 1, 2
+
+
+@dataclass(frozen=True)
+class CodeEntry:
+    """The payload of one entry of a fat binary: bytes `begin` to `end` of the file."""
+
+    begin: int
+    end: int
+    kind: int
+    architecture: int
+    """Compute capability times ten, such as 90."""
+
+
+def slim(library: Path, architecture: int) -> int:
+    """Strips symbols and blanks foreign device code in place; returns the number of bytes that were blanked."""
+    subprocess.run(["strip", "--strip-all", str(library)], check=True)
+    data = bytearray(library.read_bytes())
+    entries = list(code_entries(data))
+    native = any(e.kind == MACHINE_CODE and e.architecture == architecture for e in entries)
+    blanked = 0
+    for entry in entries:
+        needed = entry.kind == MACHINE_CODE and entry.architecture == architecture
+        if native and not needed:
+            data[entry.begin : entry.end] = bytes(entry.end - entry.begin)
+            blanked += entry.end - entry.begin
+    if blanked:
+        library.write_bytes(data)
+    return blanked
+
+
+def code_entries(data: bytearray) -> Iterator[CodeEntry]:
+    """Every entry of every fat binary of an ELF file."""
+    for offset, size in _sections(data):
+        at, end = offset, offset + size
+        while at < end:
+            if struct.unpack_from("<I", data, at)[0] != FAT_MAGIC:
+                at += 8
+                continue
+            _, _, header, body = struct.unpack_from("<IHHQ", data, at)
+            yield from _entries(data, at + header, at + header + body)
+            at = (at + header + body + 7) // 8 * 8
+
+
+def _entries(data: bytearray, at: int, end: int) -> Iterator[CodeEntry]:
+    while at < end:
+        kind, _, header, payload = struct.unpack_from("<HHIQ", data, at)
+        (architecture,) = struct.unpack_from("<I", data, at + 28)
+        yield CodeEntry(at + header, at + header + payload, kind, architecture)
+        at += header + payload
+
+
+def _sections(data: bytearray) -> Iterator[tuple[int, int]]:
+    """(offset, bytes) of the sections that hold fat binaries."""
+    (table,) = struct.unpack_from("<Q", data, 0x28)
+    entry_bytes, count, names_at = struct.unpack_from("<HHH", data, 0x3A)
+    rows = [struct.unpack_from("<IIQQQQ", data, table + i * entry_bytes) for i in range(count)]
+    names = rows[names_at][4]
+    for name, _, _, _, offset, size in rows:
+        begin = names + name
+        if bytes(data[begin : data.index(b"\0", begin)]) in FAT_SECTIONS:
+            yield offset, size
