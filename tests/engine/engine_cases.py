@@ -78,6 +78,19 @@ def changed(model: PreTrainedModel, seed: int) -> Tensors:
     return [(name, tensor + 0.05 * torch.randn_like(tensor)) for name, tensor in weights(model)]
 
 
+def repeating(model: PreTrainedModel, token: int) -> Tensors:
+    """Weights with which greedy replies are this token again and again: every hidden vector is the same."""
+    changed = []
+    for name, tensor in weights(model):
+        value = torch.ones_like(tensor)
+        if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+            value.zero_()
+        if name.endswith("lm_head.weight"):
+            value[token] = 1.0
+        changed.append((name, value))
+    return changed
+
+
 @torch.no_grad()
 def reference_logprobs(
     model: PreTrainedModel, prompt: Sequence[int], ids: Sequence[int], temperature: float
