@@ -8,9 +8,10 @@ Three operations, each for the head of Qwen3-4B and 8B, at TP 1 and at one rank'
     train    hidden states and weight in bf16 -> loss, both gradients
     score    hidden states and weight in bf16 -> log-probs
 
-Peers take turns in one process, each run between two events on the device after a sweep over a buffer larger than the
-L2 cache; medians are reported, with GB/s (given) or TF/s (the others), the share of an H100's floor, and the memory
-that a pass allocates at its peak. A peer that is not installed, or runs out of memory, is named with its reason.
+A peer's gradients are compared with ours before it is timed. Peers take turns in one process, each run between two
+events on the device after a sweep over a buffer larger than the L2 cache. Reported are medians, with GB/s (given) or
+TF/s (the others), the share of an H100's floor, and the memory that a pass allocates at its peak. A peer that is not
+installed, runs out of memory or computes something else is named with its reason.
 `bars` holds each bar with its value. The file is written after every row.
 `python tools/bench_head.py --device cuda` is the same.
 """
@@ -32,12 +33,28 @@ from typing import Any
 import bench_schema
 import head_cuda_targets
 import torch
-from head_cuda_peers import DEVICE, MODELS, Inputs, Run, Shape, given_peers, score_peers, train_peers, tuning_passes
+from head_cuda_peers import (
+    DEVICE,
+    MODELS,
+    Chunking,
+    Inputs,
+    Run,
+    Shape,
+    given_peers,
+    own_pass,
+    score_peers,
+    train_peers,
+    tuning_passes,
+)
 from head_cuda_targets import Row
 from torch import Tensor
 
 GB = 1e9
 OPERATIONS = {"given": given_peers, "train": train_peers, "score": score_peers}
+
+
+MOST_ERROR = 0.05
+"""Of a peer's gradients, relative to ours: bf16 rounding is below 0.01. What computes something else is not timed."""
 
 
 def measure(peers: dict[str, Run | str], rounds: int) -> dict[str, dict[str, Any]]:
@@ -48,8 +65,14 @@ def measure(peers: dict[str, Run | str], rounds: int) -> dict[str, dict[str, Any
         reason = run if isinstance(run, str) else _warm(run)
         if isinstance(reason, str):
             found[name] = {"missing": reason}
-        else:
-            found[name], runs[name] = {"extra_gb": reason / GB}, run  # type: ignore[assignment]
+            continue
+        found[name] = {"extra_gb": reason / GB}
+        if hasattr(run, "wrong_by"):
+            found[name]["gradient_error"] = off = run.wrong_by()
+            if not off <= MOST_ERROR:
+                found[name]["missing"] = f"wrong: its gradients differ from ours by {off:.2g}"
+                continue
+        runs[name] = run  # type: ignore[assignment]
     flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=DEVICE)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
@@ -125,6 +148,17 @@ def tune(tokens: int) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["statistics_ms"] + row["gradients_ms"])
 
 
+def tune_chunks(tokens: int, rounds: int = 5) -> list[dict[str, Any]]:
+    """Times of the whole training pass by the rows of a chunk, in turns; `default` marks what the plan chooses."""
+    inputs = Inputs(Shape("Qwen3-8B", tokens, 1))
+    runs: dict[tuple[str, int | None], Run] = {}
+    for logits, rows in (("fp32", (None, 2048, 2560, 2816, 3072, 3328)), ("bf16", (None, 3072, 4096, 5504, 6528))):
+        for count in rows:
+            runs[logits, count] = own_pass(inputs, Chunking(count, logits=logits))
+    found = measure({f"{logits} {count or 'default'}": run for (logits, count), run in runs.items()}, rounds)
+    return [{"chunk": name} | values for name, values in found.items()]
+
+
 def _tuned(inputs: Inputs, flush: Tensor) -> dict[str, float]:
     runs, _ = tuning_passes(inputs, 2048)
     found = {}
@@ -177,7 +211,9 @@ def main() -> int:
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     described = about() | {"quick": chosen.quick}
     if chosen.tune:
-        write(chosen.out, described | {"tuning": tune(8192), "medians": {}})
+        rows = tune_chunks(8192)
+        print(json.dumps(rows, indent=1), flush=True)
+        write(chosen.out, described | {"tuning": tune(8192), "chunks": rows, "medians": {}})
     else:
         bench(shapes, 5 if chosen.quick else chosen.rounds, lambda rows: write(chosen.out, described | report(rows)))
         for bar in bench_schema.bars(bench_schema.read(chosen.out)):

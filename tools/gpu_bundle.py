@@ -5,7 +5,8 @@
 For each group of tools/gpu_bundle.txt it installs the wheels for Python 3.12 into a folder, removes the files and the
 device code that a Hopper GPU never loads, and writes build/gpu-bundle/GROUP.tar.xz. On the GPU machine:
 
-    python3 -m tarfile -e build/gpu-bundle/trainer.tar.xz /tmp/site && export PYTHONPATH=/tmp/site:$PWD:$PWD/kernels:$PWD/recipes
+    python3 -m tarfile -e build/gpu-bundle/trainer.tar.xz site
+    export PYTHONPATH=$PWD/site:$PWD:$PWD/kernels:$PWD/recipes
 
 Transformer Engine's torch extension is published as source only. It is compiled once, in an environment with the
 torch of the GPU machine (about 25 minutes on two cores), and kept in build/gpu-bundle/wheels; `--find-links` names a
@@ -58,7 +59,9 @@ def packages(group: str) -> list[str]:
     lines = [line.split() for line in PACKAGES.read_text().splitlines() if line and not line.startswith("#")]
     found = [requirement for name, requirement in lines if name == group]
     if not found:
-        raise SystemExit(f"error: no group {group!r} in {PACKAGES}; there are {', '.join(sorted({n for n, _ in lines}))}")
+        raise SystemExit(
+            f"error: no group {group!r} in {PACKAGES}; there are {', '.join(sorted({n for n, _ in lines}))}"
+        )
     return found
 
 
@@ -80,7 +83,8 @@ def compile_extension(requirement: str, wheels: Path, work: Path) -> None:
     subprocess.run([f"python{PYTHON}", "-m", "venv", str(work)], check=True)
     pip = [str(python), "-m", "pip"]
     subprocess.run(
-        [*pip, "install", "-q", f"torch=={TORCH}", "setuptools<81", "wheel", "packaging", "ninja", "pybind11"], check=True
+        [*pip, "install", "-q", f"torch=={TORCH}", "setuptools<81", "wheel", "packaging", "ninja", "pybind11"],
+        check=True,
     )
     found = subprocess.run(
         [str(python), "-c", "import sysconfig; print(sysconfig.get_path('platlib'))"],

@@ -13,6 +13,7 @@ stages that could run passed, 1 if one failed, 2 without a GPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -39,6 +40,7 @@ KILL_AFTER_S = 5.0
 SIDE_BY_SIDE = 6
 """Stages that run at one time, of those that measure no time."""
 LARGEST_PACKED = 4 * 2**20
+NOT_PACKED = (".safetensors", ".pt", ".distcp", ".tgz", ".part")
 PACKAGES = ("torch", "triton", "transformers", "megatron-core", "transformer-engine", "liger-kernel", "sglang")
 
 Result = dict[str, object]
@@ -95,10 +97,8 @@ def _outcome(command: list[str], variables: dict[str, str], limit_s: float, log:
         return "passed" if code == 0 else f"failed with exit code {code}"
     except subprocess.TimeoutExpired:
         _signal(process.pid, signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(KILL_AFTER_S)
-        except subprocess.TimeoutExpired:
-            pass
         return f"failed: took over {limit_s} s"
     finally:
         _signal(process.pid, signal.SIGKILL)
@@ -106,10 +106,8 @@ def _outcome(command: list[str], variables: dict[str, str], limit_s: float, log:
 
 
 def _signal(group: int, number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
-    except ProcessLookupError:
-        pass
 
 
 def environment(stage: Stage, size: Size) -> dict[str, str]:
@@ -218,9 +216,9 @@ def pack(out: Path, archive: Path) -> None:
     partial = archive.with_suffix(".part")
     with tarfile.open(partial, "w:gz") as tar:
         for path in sorted(out.rglob("*")):
-            if path.is_file() and path.stat().st_size <= LARGEST_PACKED and not path.name.startswith(ARCHIVE[:8]):
-                if path.suffix not in (".safetensors", ".pt", ".distcp", ".part"):
-                    tar.add(path, path.relative_to(out.parent))
+            small = path.is_file() and path.stat().st_size <= LARGEST_PACKED
+            if small and path.suffix not in NOT_PACKED:
+                tar.add(path, path.relative_to(out.parent))
     partial.replace(archive)
 
 

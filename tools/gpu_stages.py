@@ -93,19 +93,39 @@ def sanitized(kind: str, slot: int, *options: str) -> Stage:
     return Stage(kind, command, 150, slot, False, (), "compute-sanitizer", environment, says, SANITIZER_UNABLE)
 
 
+def bench(result: str, *arguments: str) -> Command:
+    """The head's benchmark, which has its own dry run in the tests."""
+
+    def command(out: Path, size: Size) -> list[str]:
+        quick = ["--quick"] if size == "quick" else ["--help"] if size == "tiny" else []
+        return python("tools/bench_head_cuda.py", "--out", str(out / result), *arguments, *quick)
+
+    return command
+
+
 def icrl_run(out: Path, size: Size) -> list[str]:
-    layers = "auto" if importlib.util.find_spec("transformer_engine") else "torch"
+    """The whole trainer: warm start and five steps of ICRL with the engine in the trainer's process."""
+    layers = "auto" if importlib.util.find_spec("transformer_engine") and size != "tiny" else "torch"
     steps = ["warm_start.steps=20", "steps=5", "eval.interval=0", "baseline=", "launch.ranks=1"]
     where = [f"run_dir={out / 'run'}", f"launch.device={device(size)}", f"actor.layers={layers}"]
     return python("-m", "icrl_megatron.cli", "train", "rulebook_easy", *steps, *where)
 
 
 PYTEST = ("pytest", "hypothesis")
+TE = "transformer_engine"
 STAGES = (
     Stage("head_small", small_case, 90, timed=False),
     Stage("gpu_tests", tests("-m", "gpu", "tests/gpu"), 120, 1, False, PYTEST),
-    Stage("kernels", tests(*KERNEL_TESTS, processes=6), 150, 1, False, PYTEST),
+    Stage("kernels", tests(*KERNEL_TESTS, processes=5), 150, 1, False, PYTEST),
+    Stage("actor_values", tool("gpu_actor.py", result="actor_values.json"), 120, 1, False, ("megatron.core", TE)),
     # Torch asks CUDA for attributes of host pointers and expects the error; the kernels do not.
     sanitized("memcheck", 1, "--report-api-errors", "no"),
+    Stage("bench_quick", bench("head_quick.json", "--quick"), 100),
+    Stage("train_first", tool("gpu_train.py", "--first", result="train_first.json"), 200, 1, True, ("megatron.core",)),
     Stage("head_products", tool("head_products.py", result="head_products.json"), 60),
+    Stage("icrl_run", icrl_run, 150, 2, False, RUN_NEEDS),
+    sanitized("racecheck", 2),
+    Stage("tune", bench("head_tuning.json", "--tune"), 120, 2),
+    Stage("train_rest", tool("gpu_train.py", "--rest", result="train_rest.json"), 240, 2, True, ("megatron.core",)),
+    Stage("bench_head", bench("head_cuda.json"), 240, 2),
 )

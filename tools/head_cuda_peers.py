@@ -20,6 +20,7 @@ from icrl_kernels import (  # noqa: E402
     Streams,
     Terms,
     VocabShard,
+    logprob_head,
     policy_head,
     score_head,
     token_objective,
@@ -72,6 +73,21 @@ class Inputs:
 
     def clear(self) -> None:
         self.hidden_LH.grad = self.weight_VH.grad = None
+
+    def wrong_by(self, mean_entropy: bool) -> float:
+        """Relative error of the gradients that a peer left, against ours of the same loss: the objective, or the mean
+        cross entropy. A peer without a gradient of the weight is compared by that of the hidden states."""
+        got = [self.hidden_LH.grad, self.weight_VH.grad]
+        self.clear()
+        nll_L = -logprob_head(self.hidden_LH, self.weight_VH, self.targets_L, 1.0, self.shard)[0]
+        if mean_entropy:
+            nll_L.mean().backward()
+        else:
+            token_objective(-nll_L, torch.zeros_like(nll_L), self.streams, self.terms).loss_L.sum().backward()
+        want = [self.hidden_LH.grad, self.weight_VH.grad]
+        self.clear()
+        pairs = [(g, w) for g, w in zip(got, want, strict=True) if g is not None and w is not None]
+        return max(float((g.float() - w.float()).norm() / w.float().norm()) for g, w in pairs)
 
 
 def eager_loss(logits_LV: Tensor, inputs: Inputs) -> Tensor:
@@ -171,46 +187,111 @@ def one_rank_group() -> None:
         parallel_state.initialize_model_parallel()
 
 
-def train_peers(inputs: Inputs) -> dict[str, Run | str]:
+def own_pass(inputs: Inputs, chunking: Chunking) -> Run:
+    """Our forward and backward pass, adding to a gradient buffer as Megatron's."""
     main_grad_VH = torch.zeros_like(inputs.weight_VH, dtype=torch.float32)
+
+    def run() -> None:
+        policy_head(
+            inputs.hidden_LH,
+            inputs.weight_VH,
+            inputs.streams,
+            inputs.terms,
+            inputs.shard,
+            chunking,
+            MainGrad(main_grad_VH),
+        ).loss.backward()
+
+    return prepared(run, inputs.clear)
+
+
+def train_peers(inputs: Inputs) -> dict[str, Run | str]:
     hidden_LH, weight_VH = inputs.hidden_LH, inputs.weight_VH
-
-    def ours(logits: str) -> Run:
-        def run() -> None:
-            main, chunking = MainGrad(main_grad_VH), Chunking(logits=logits)
-            policy_head(
-                hidden_LH, weight_VH, inputs.streams, inputs.terms, inputs.shard, chunking, main
-            ).loss.backward()
-
-        return prepared(run, inputs.clear)
 
     def eager() -> None:
         eager_loss(hidden_LH @ weight_VH.T, inputs).backward()
 
-    peers: dict[str, Run | str] = {"kernels": ours("fp32"), "kernels, bf16 logits": ours("bf16")}
-    peers["eager"] = prepared(eager, inputs.clear)
-    peers["liger FLCE"] = optional(lambda: _liger_flce(inputs))
-    peers["verl"] = optional(lambda: _verl(inputs))
+    peers: dict[str, Run | str] = {
+        "kernels": own_pass(inputs, Chunking()),
+        "kernels, bf16 logits": own_pass(inputs, Chunking(logits="bf16")),
+    }
+    peers["eager"] = checked(prepared(eager, inputs.clear), inputs)
+    for name, make in OTHERS.items():
+        peers[name] = optional(lambda make=make: make(inputs))  # type: ignore[misc]
     return peers
 
 
+def per_token(inputs: Inputs, nll_of: Callable[[], Tensor]) -> Run:
+    """Our objective over a peer's cross entropy of each token."""
+
+    def run() -> None:
+        logprobs_L = -nll_of().float()
+        token_objective(logprobs_L, torch.zeros_like(logprobs_L), inputs.streams, inputs.terms).loss_L.sum().backward()
+
+    return checked(prepared(run, inputs.clear), inputs)
+
+
 def _liger_flce(inputs: Inputs) -> Run:
+    """Mean cross entropy, which is less than our objective: it needs no second pass over per-token numbers."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     def run() -> None:
         liger_fused_linear_cross_entropy(inputs.hidden_LH, inputs.weight_VH, inputs.targets_L).backward()
 
-    return prepared(run, inputs.clear)
+    return checked(prepared(run, inputs.clear), inputs, mean_entropy=True)
+
+
+def _liger_scaled(inputs: Inputs) -> Run:
+    """Liger's CuTe kernels for Hopper: cross entropy and entropy of each token, at a temperature."""
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+    apply = LigerFusedLinearScaledCrossEntropyFunction.apply
+
+    def nll() -> Tensor:
+        found = apply(inputs.hidden_LH, inputs.weight_VH, inputs.targets_L, 1.0)
+        return found[0] if isinstance(found, tuple) else found
+
+    return per_token(inputs, nll)
+
+
+def _cut(inputs: Inputs) -> Run:
+    """Cut cross entropy without its gradient filter, which drops small gradients."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    def nll() -> Tensor:
+        found: Tensor = linear_cross_entropy(
+            inputs.hidden_LH, inputs.weight_VH, inputs.targets_L, reduction="none", filter_eps=None
+        )
+        return found
+
+    return per_token(inputs, nll)
+
+
+def _quack(inputs: Inputs) -> Run:
+    """Mean cross entropy by CuTe kernels for Hopper."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def run() -> None:
+        chunked_linear_cross_entropy(inputs.hidden_LH, inputs.weight_VH, inputs.targets_L).backward()
+
+    return checked(prepared(run, inputs.clear), inputs, mean_entropy=True)
 
 
 def _verl(inputs: Inputs) -> Run:
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
-    def run() -> None:
-        logprobs_L, _ = linear_cross_entropy(inputs.hidden_LH, inputs.weight_VH, inputs.targets_L, 1.0)
-        token_objective(logprobs_L, logprobs_L, inputs.streams, inputs.terms).loss_L.sum().backward()
+    return per_token(
+        inputs, lambda: -linear_cross_entropy(inputs.hidden_LH, inputs.weight_VH, inputs.targets_L, 1.0)[0]
+    )
 
-    return prepared(run, inputs.clear)
+
+OTHERS = {
+    "liger FLCE": _liger_flce,
+    "liger scaled FLCE": _liger_scaled,
+    "cut cross entropy": _cut,
+    "quack": _quack,
+    "verl": _verl,
+}
 
 
 def score_peers(inputs: Inputs) -> dict[str, Run | str]:
@@ -223,7 +304,14 @@ def score_peers(inputs: Inputs) -> dict[str, Run | str]:
     def eager() -> Tensor:
         return (hidden_LH @ weight_VH.T).float().log_softmax(-1).gather(1, targets_L[:, None])
 
-    return {"kernels": ours("fp32"), "kernels, bf16 logits": ours("bf16"), "eager": eager}
+    def liger() -> Run:
+        from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+        apply = LigerFusedLinearScaledCrossEntropyFunction.apply
+        return torch.no_grad()(lambda: apply(hidden_LH, weight_VH, targets_L, 1.0))
+
+    peers: dict[str, Run | str] = {"kernels": ours("fp32"), "kernels, bf16 logits": ours("bf16"), "eager": eager}
+    return peers | {"liger scaled FLCE": optional(liger)}
 
 
 def tuning_passes(inputs: Inputs, tokens: int) -> tuple[dict[str, tuple[Run, int]], Tensor]:
@@ -252,6 +340,12 @@ def tuning_passes(inputs: Inputs, tokens: int) -> tuple[dict[str, tuple[Run, int
 def prepared(run: Run, before: Callable[[], None]) -> Run:
     """With what has to be done before each run, neither timed nor counted as its memory."""
     run.before = before  # type: ignore[attr-defined]
+    return run
+
+
+def checked(run: Run, inputs: Inputs, mean_entropy: bool = False) -> Run:
+    """With the relative error of its gradients against ours, asked for after a run."""
+    run.wrong_by = lambda: inputs.wrong_by(mean_entropy)  # type: ignore[attr-defined]
     return run
 
 

@@ -1,6 +1,6 @@
 """A few small passes of the head's kernels, for compute-sanitizer: every kernel, masked tails, splits, all dtypes.
 
-    python tools/head_small_case.py [--device cuda|cpu]     (cpu: in Triton's interpreter)
+python tools/head_small_case.py [--device cuda|cpu]     (cpu: in Triton's interpreter)
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ A CUDA library holds "fat binaries": for each kernel, machine code for several a
 replaces the code of all other architectures by zeros, which compress to nothing. All headers stay as they are, because
 the driver walks over them. PTX stays only where it is the only code that the architecture could run.
 
-The layout is that of `fatbinary_section.h` and of the entries that `cuobjdump --list-elf` prints: a header of 16 bytes
-(magic, version, header bytes, body bytes), then entries with a header of their own (kind, header bytes, payload bytes,
-architecture at byte 28).
+The layout was read off the libraries of CUDA 12 and 13; NVIDIA does not document it. A fat binary is a header of 16
+bytes (magic, version, header bytes, body bytes) and then entries, each with a header of its own (kind, header bytes,
+payload bytes, architecture at byte 28).
 """
 
 from __future__ import annotations

@@ -153,15 +153,24 @@ def token_multiple(actor: ActorSettings) -> int:
 
 
 def fusions(layers: str) -> dict[str, bool]:
-    """TransformerConfig arguments for `actor.layers`: the fused kernels that Megatron's own launcher takes by default,
-    where Transformer Engine has them. Not run on a GPU yet.
+    """TransformerConfig arguments for `actor.layers`: the fused kernels of Transformer Engine's layers.
 
-    Without the fused rotary embedding Megatron asks the GPU for the lengths of the sequences in every layer. Products
-    add to fp32 gradients only where Apex's extension is there, which Megatron demands.
+    Without the fused rotary embedding, Megatron copies the sequence lengths to the host in every layer.
     """
     fused = layers != "torch" and device().type == "cuda"
-    apex = fused and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-    return {"apply_rope_fusion": fused, "bias_activation_fusion": fused, "gradient_accumulation_fusion": apex}
+    if fused:
+        _let_transformer_engine_add_gradients()
+    return {"apply_rope_fusion": fused, "bias_activation_fusion": fused, "gradient_accumulation_fusion": fused}
+
+
+def _let_transformer_engine_add_gradients() -> None:
+    """Lifts Megatron's demand for Apex where weight gradients are added to their fp32 buffers.
+
+    Transformer Engine's layers do that in the matrix product itself. Megatron 0.16 demands Apex's extension for its own
+    `ColumnParallelLinear` too. The only one in our model is the output layer, whose forward pass never runs: the head
+    uses its weight alone.
+    """
+    importlib.import_module("megatron.core.tensor_parallel.layers")._grad_accum_fusion_available = True  # type: ignore[attr-defined]
 
 
 def fp8_config(settings: ActorSettings) -> dict[str, Any]:

@@ -123,7 +123,10 @@ def test_stages_pass_fail_and_run_out_of_time(check: ModuleType, tmp_path: Path)
 def test_a_stage_over_its_limit_is_killed_with_its_children(check: ModuleType, tmp_path: Path) -> None:
     """The child ignores SIGTERM and would keep the GPU."""
     child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-    code = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); print(p.pid, flush=True); p.wait()"
+    code = (
+        f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); "
+        "print(p.pid, flush=True); p.wait()"
+    )
     began = time.monotonic()
     done = check.run(stage(check, code, limit_s=2), tmp_path, "full")
     assert "took over 2 s" in done["result"] and time.monotonic() - began < 20
@@ -143,7 +146,9 @@ def test_a_check_goes_on_where_it_ended_and_packs_what_was_measured(
 
     def counting(name: str, end: str = "") -> object:
         path = str(tmp_path / f"{name}.json")
-        code = f"from pathlib import Path; p = Path({path!r}); p.write_text((p.read_text() if p.exists() else '') + '1')"
+        code = (
+            f"from pathlib import Path; p = Path({path!r}); p.write_text((p.read_text() if p.exists() else '') + '1')"
+        )
         return stage(check, code + end, name)
 
     stages = (counting("good"), counting("bad", "; raise SystemExit(3)"), counting("not_asked_for"))
@@ -338,7 +343,7 @@ def test_benchmarked_peers_compute_the_same(bench: ModuleType) -> None:
         assert inputs.hidden_LH.grad is None and inputs.weight_VH.grad is None
         peers[name]()
         assert_near(inputs.hidden_LH.grad, exact, tolerance)
-    scores = {name: run() for name, run in bench.score_peers(inputs).items()}
+    scores = {name: run() for name, run in bench.score_peers(inputs).items() if callable(run)}
     assert_near(scores["kernels"][0], scores["eager"][:, 0], 0.01)  # eager logits are bf16
     assert_near(scores["kernels, bf16 logits"][0], scores["eager"][:, 0], 0.01)
 

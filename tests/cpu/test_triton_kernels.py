@@ -167,3 +167,30 @@ def test_eight_shards_of_a_vocabulary_give_what_one_gives() -> None:
     score_tokens[(1,)](partials, logprobs_L, entropy_L, ranks, tokens, 1 / 0.7, math.log2(math.e) / 0.7, ROWS=16)
     assert_near(logprobs_L.cpu(), truth.logprobs_L)
     assert_near(entropy_L.cpu(), truth.entropy_L)
+
+
+@pytest.mark.parametrize("width", [4096, 2560])
+@pytest.mark.parametrize("tokens", [8192, 16384])
+@pytest.mark.parametrize("logit_bytes", [4, 2])
+@pytest.mark.parametrize("tensor_parallel", [1, 2, 4, 8])
+def test_chunks_never_lose_more_waves_than_even_ones(
+    width: int, tokens: int, logit_bytes: int, tensor_parallel: int
+) -> None:
+    """d(hidden) of Qwen3-8B and 4B on an H100's 132 multiprocessors; the buffer of logits keeps its bound."""
+    from icrl_kernels.triton_chunks import CHUNK_ALIGN, CHUNK_BYTES, chunk_rows, waves
+
+    per_token = 151936 // tensor_parallel * logit_bytes
+    rows = chunk_rows(tokens, per_token, width, 132)
+    fewest = -(-tokens // (CHUNK_BYTES // per_token // CHUNK_ALIGN * CHUNK_ALIGN))
+    even = -(-tokens // fewest // CHUNK_ALIGN) * CHUNK_ALIGN
+    assert rows % CHUNK_ALIGN == 0 and rows * per_token <= CHUNK_BYTES
+    assert waves(tokens, rows, width, 132) <= waves(tokens, even, width, 132)
+    assert -(-tokens // rows) <= fewest + 1
+
+
+def test_chunks_of_an_8b_head_fill_an_h100() -> None:
+    from icrl_kernels.triton_chunks import chunk_rows, waves
+
+    assert waves(8192, 2816, 4096, 132) == 9
+    assert chunk_rows(8192, 151936 * 4, 4096, 132) == 3072 and waves(8192, 3072, 4096, 132) == 8
+    assert chunk_rows(1, 151936 * 4, 4096, 132) == 128

@@ -10,6 +10,7 @@ import torch
 from head_cases import assert_near
 
 from icrl_kernels import Chunking, MainGrad, Streams, Terms, VocabShard, policy_head, reference_head, score_head
+from icrl_kernels.chunking import TokenOutputs
 
 pytestmark = pytest.mark.gpu
 
@@ -100,3 +101,40 @@ def test_main_grad_gets_fp32_sums_of_bf16_products() -> None:
     (want,) = torch.autograd.grad(truth.loss, (weight_VH,))
     assert weight_VH.grad is None
     assert_near(buffer_VH / 3, want, 0.01)
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
+def test_gradients_written_over_their_own_logits(entropy_coef: float) -> None:
+    """bf16 gradients lie in the front half of the fp32 row that other warps may still be reading. Racecheck sees shared
+    memory only, so this compares every element of many rows, several times, with a copy of the logits."""
+    from icrl_kernels.triton_chunks import TritonChunks
+
+    rows, columns = 3000, 151_936
+    hidden_LH, weight_VH, streams = inputs(rows, 64, columns, torch.bfloat16)
+    chunks = TritonChunks(hidden_LH, weight_VH, 0.9, VocabShard.whole(columns), rows, "fp32")
+    outputs, terms = TokenOutputs.empty(streams.targets_L, torch.float32), Terms(0.9, entropy_coef=entropy_coef)
+    for turn in range(4):
+        draw = torch.Generator("cuda").manual_seed(turn)
+        chunks.buffer_CV.fill_(float("nan"))  # poison: padding columns and stale rows must not matter
+        chunks.buffer_CV[:, :columns].normal_(0.0, 3.0, generator=draw)
+        logits_CV = chunks.buffer_CV[:, :columns].clone()
+        slopes_4C = chunks.objective(slice(0, rows), streams, terms, outputs)
+        got_CV = chunks.logit_gradients(streams.targets_L, outputs.entropy_L, slopes_4C, entropy_coef != 0)
+        assert got_CV.dtype == torch.bfloat16
+        for start in range(0, rows, 250):
+            part = slice(start, start + 250)
+            want_CV = exact_gradients(logits_CV[part], streams.targets_L[part], slopes_4C[2:, part], 0.9)
+            off_CV = (got_CV[part].double() - want_CV).abs()
+            assert bool((off_CV <= 2**-8 * want_CV.abs() + 1e-12).all()), (turn, start, float(off_CV.max()))
+
+
+def exact_gradients(
+    logits_CV: torch.Tensor, targets_C: torch.Tensor, slopes_2C: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """In float64, from the derivatives of the loss with respect to log-prob and entropy."""
+    logprobs_CV = (logits_CV.double() / temperature).log_softmax(-1)
+    p_CV = logprobs_CV.exp()
+    entropy_C1 = -(p_CV * logprobs_CV).sum(-1, keepdim=True)
+    hot_CV = torch.zeros_like(p_CV).scatter_(1, targets_C[:, None], 1.0)
+    g_C1, h_C1 = slopes_2C.double()[..., None]
+    return (g_C1 * (hot_CV - p_CV) - h_C1 * p_CV * (logprobs_CV + entropy_C1)) / temperature
