@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 STAGES_FILE, ARCHIVE = "stages.json", "results.tgz"
 TAIL_CHARACTERS = 4000
 KILL_AFTER_S = 5.0
-SIDE_BY_SIDE = 6
+SIDE_BY_SIDE = 8
 """Stages that run at one time, of those that measure no time."""
 LARGEST_PACKED = 4 * 2**20
 NOT_PACKED = (".safetensors", ".pt", ".distcp", ".tgz", ".part")
@@ -176,6 +176,8 @@ class Wanted:
     again: bool = False
     """Also stages that passed before."""
     archive: Path | None = None
+    budget_s: float = float("inf")
+    """No stage starts after this many seconds."""
 
     def has(self, stage: Stage) -> bool:
         return (not self.names or stage.name in self.names) and self.slot in (None, stage.slot)
@@ -199,9 +201,16 @@ def go_on(here: Machine, wanted: Wanted) -> dict[str, Result]:
 
 def _played(due: list[Stage], wanted: Wanted) -> Iterator[tuple[Stage, Result]]:
     """Runs stages in order; neighbors that measure no time run side by side, after the first one of all."""
-    groups = [(True, due[:1]), *((timed, list(group)) for timed, group in groupby(due[1:], key=lambda s: s.timed))]
-    for timed, stages in groups:
-        with ThreadPoolExecutor(1 if timed else SIDE_BY_SIDE) as pool:
+    began = time.monotonic()
+    groups = [due[:1]]
+    for timed, neighbors in groupby(due[1:], key=lambda stage: stage.timed):
+        group = list(neighbors)
+        groups += [[stage] for stage in group] if timed else [group]
+    for stages in groups:
+        if time.monotonic() - began > wanted.budget_s:
+            print(f"not started within {wanted.budget_s:.0f} s: {', '.join(s.name for s in stages)}", flush=True)
+            continue
+        with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
             yield from zip(stages, pool.map(lambda s: run(s, wanted.out, wanted.size), stages), strict=True)
 
 
@@ -237,7 +246,7 @@ def main() -> int:
     out = (chosen.out or ROOT / "benchmarks" / f"{label}-{time.strftime('%Y-%m-%d')}").resolve()
     out.mkdir(parents=True, exist_ok=True)
     print(f"{here.card}, driver {here.driver}, {here.memory}, CUDA {here.cuda}; {here.versions}", flush=True)
-    wanted = Wanted(out, chosen.size, chosen.slot, tuple(chosen.stages), chosen.again, chosen.archive)
+    wanted = Wanted(out, chosen.size, chosen.slot, tuple(chosen.stages), chosen.again, chosen.archive, chosen.budget)
     results = go_on(here, wanted)
     print(f"results in {out}")
     return int(any(str(done["result"]).startswith("failed") for done in results.values()))
@@ -250,6 +259,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", choices=("tiny", "quick", "full"), default="full", help="tiny: a dry run on a CPU")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--archive", type=Path, help=f"where the archive goes; <out>/{ARCHIVE} by default")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="start no stage after so many seconds")
     parser.add_argument("--again", action="store_true", help="also stages that passed already")
     chosen = parser.parse_args()
     unknown = set(chosen.stages) - {s.name for s in STAGES}

@@ -16,6 +16,7 @@ os.environ.setdefault("LOCAL_RANK", "0")  # of a rank, the platform asks for the
 for _part in (".", "kernels", "recipes"):  # without an installation too
     sys.path.insert(0, str(Path(__file__).parents[1] / _part))
 
+from icrl_megatron.distributed import before_megatron  # noqa: E402, F401, I001  # first of all
 from icrl_megatron.data.packing import pack  # noqa: E402
 from icrl_megatron.distributed import platform  # noqa: E402
 from icrl_megatron.settings.schema import Settings  # noqa: E402

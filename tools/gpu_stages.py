@@ -107,24 +107,48 @@ def icrl_run(out: Path, size: Size) -> list[str]:
     """The whole trainer: warm start and five steps of ICRL with the engine in the trainer's process."""
     layers = "auto" if importlib.util.find_spec("transformer_engine") and size != "tiny" else "torch"
     steps = ["warm_start.steps=20", "steps=5", "eval.interval=0", "baseline=", "launch.ranks=1"]
+    steps.append("algo.on_no_signal=train")  # a model this young may solve nothing
     where = [f"run_dir={out / 'run'}", f"launch.device={device(size)}", f"actor.layers={layers}"]
     return python("-m", "icrl_megatron.cli", "train", "rulebook_easy", *steps, *where)
 
 
+def engine(model: str, servers: str) -> Command:
+    """SGLang servers beside a model on the same GPU."""
+
+    def command(out: Path, size: Size) -> list[str]:
+        where = ["--out", str(out / f"engine_{model}_{servers.replace(',', '_')}"), "--device", device(size)]
+        return python("tools/gpu_engine.py", "--model", model, "--servers", servers, *where)
+
+    return command
+
+
+def icrl_engine(out: Path, size: Size) -> list[str]:
+    """A short ICRL run: the Transformer Engine actor and SGLang on the same GPU."""
+    layers = "transformer_engine" if importlib.util.find_spec("transformer_engine") and size != "tiny" else "torch"
+    return python(
+        "tools/gpu_runs.py", "engine_bf16", "--out", str(out), "--device", device(size), f"actor.layers={layers}"
+    )
+
+
 PYTEST = ("pytest", "hypothesis")
-TE = "transformer_engine"
+ENGINE_NEEDS = (*RUN_NEEDS, "sglang")
 STAGES = (
     Stage("head_small", small_case, 90, timed=False),
     Stage("gpu_tests", tests("-m", "gpu", "tests/gpu"), 120, 1, False, PYTEST),
     Stage("kernels", tests(*KERNEL_TESTS, processes=5), 150, 1, False, PYTEST),
-    Stage("actor_values", tool("gpu_actor.py", result="actor_values.json"), 120, 1, False, ("megatron.core", TE)),
+    Stage("actor_values", tool("gpu_actor.py", result="actor_values.json"), 120, 1, False, ("megatron.core",)),
     # Torch asks CUDA for attributes of host pointers and expects the error; the kernels do not.
     sanitized("memcheck", 1, "--report-api-errors", "no"),
+    Stage("engine_kernels", lambda out, size: python("tools/gpu_server.py"), 150, 1, False, ENGINE_NEEDS),
     Stage("bench_quick", bench("head_quick.json", "--quick"), 100),
     Stage("train_first", tool("gpu_train.py", "--first", result="train_first.json"), 200, 1, True, ("megatron.core",)),
+    Stage("engine", engine("0.6B", "bf16"), 200, 1, True, ENGINE_NEEDS),
     Stage("head_products", tool("head_products.py", result="head_products.json"), 60),
     Stage("icrl_run", icrl_run, 150, 2, False, RUN_NEEDS),
     sanitized("racecheck", 2),
+    Stage("engine_more", engine("0.6B", "fp8,eager"), 240, 2, True, ENGINE_NEEDS),
+    Stage("engine_4b", engine("4B", "bf16"), 240, 2, True, ENGINE_NEEDS),
+    Stage("icrl_engine", icrl_engine, 240, 2, True, ENGINE_NEEDS),
     Stage("tune", bench("head_tuning.json", "--tune"), 120, 2),
     Stage("train_rest", tool("gpu_train.py", "--rest", result="train_rest.json"), 240, 2, True, ("megatron.core",)),
     Stage("bench_head", bench("head_cuda.json"), 240, 2),

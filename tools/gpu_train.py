@@ -36,7 +36,7 @@ PEAK_FLOPS = 989e12
 """Dense bf16 of an H100 or H200 (data sheet)."""
 SEQUENCES, PROMPT, RESPONSE = 8, 128, 896
 LIMIT_S = 75
-FIRST = 5
+FIRST = 3
 """Variants that show the most, for a first slot."""
 ROUNDS = 3
 
