@@ -9,14 +9,19 @@ the engine's mismatch. `--device cpu` goes the same way with a small model, for 
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import bench_schema
+import gpu_server
 import torch
 import typer
 
@@ -37,6 +42,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "engine_frozen_critic": (*ENGINE, "rollout.critic=frozen"),
 }
 """Changes to the recipe `rulebook_easy`."""
+START_LIMIT_S, GRACE_S = 150, 10
+"""Seconds for a server to start, and for a run to end once its time is over."""
 KEPT = ("time/", "memory/", "engine/", "actor/mismatch", "actor/ratio_deviation", "actor/grad_norm", "tokens/")
 
 
@@ -55,7 +62,36 @@ def command(run: str, device: str, steps: int, folder: Path, more: tuple[str, ..
         "eval.control_problems=0",
         "baseline=",
     ]
+    if device == "cuda":
+        changes += gpu_settings(run)
     return [sys.executable, "-m", "icrl_megatron.cli", "train", "rulebook_easy", *model, *changes, *RUNS[run], *more]
+
+
+def gpu_settings(run: str) -> list[str]:
+    """Changes for what this machine has: a server without FlashInfer, and layers without Transformer Engine."""
+    found = []
+    if run.startswith("engine"):
+        found += [f"engine.server_args=[{','.join(gpu_server.ARGUMENTS)}]", f"engine.startup_timeout_s={START_LIMIT_S}"]
+    if importlib.util.find_spec("transformer_engine") is None:
+        found.append("actor.layers=torch")
+    return found
+
+
+def limited(started: list[str], limit_s: float) -> int:
+    """Runs a command in a session of its own and kills all of it after `limit_s`. Returns its exit code, or 124 if it
+    was killed."""
+    process = subprocess.Popen(started, env=gpu_server.environment(os.environ), start_new_session=True)
+    try:
+        return process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # the launcher ends its ranks, and each rank its server
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+        print(f"error: killed after {limit_s:g} s", file=sys.stderr)
+        return 124
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def medians(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -74,27 +110,28 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the JSON and the run.")] = Path("benchmarks"),
     steps: Annotated[int, typer.Option(min=2)] = 6,
     device: Annotated[str, typer.Option(help="cuda | cpu.")] = "cuda",
+    limit_s: Annotated[float, typer.Option(help="The run is killed after this long.")] = 3600.0,
 ) -> None:
     if run not in RUNS or device not in MODELS:
         print(f"error: no run {run} on {device}; there are {', '.join(RUNS)} on {', '.join(MODELS)}", file=sys.stderr)
         raise typer.Exit(2)
     folder = (out / f"run_{run}").resolve()
     started = command(run, device, steps, folder, tuple(overrides or ()))
-    done = subprocess.run(started, check=False)
-    if done.returncode:
-        raise typer.Exit(done.returncode)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    code, metrics = limited(started, limit_s), folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     packages = ("torch", "triton", "megatron-core", "transformer-engine", "sglang")
     card = torch.cuda.get_device_name() if device == "cuda" else "none"
     report = bench_schema.about(packages) | {
         "card": card,
         "run": run,
+        "exit_code": code,
         "model": MODELS[device],
         "medians": medians(rows),
     }
     target = out / f"{run}.json"
     target.write_text(json.dumps(bench_schema.stamped("gpu_run", report), indent=1) + "\n")
     print(json.dumps(report["medians"], indent=1))
+    raise typer.Exit(code)
 
 
 if __name__ == "__main__":

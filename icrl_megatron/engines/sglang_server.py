@@ -91,6 +91,9 @@ class ServerSpec:
             command += ["--max-total-tokens", str(kv_tokens + CONTEXT_SPARE)]
         if settings.quantization:
             command += ["--quantization", settings.quantization]
+            # The loader that can quantize again what is sent later: with the default one SGLang forgets how to load a
+            # parameter once it is quantized, and the first update ends the server.
+            command += ["--load-format", "flash_rl"]
         return [*command, *settings.server_args]
 
     def environment(self, port: int, key: str, meeting: Path) -> dict[str, str]:

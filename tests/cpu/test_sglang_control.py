@@ -181,3 +181,13 @@ def test_a_cache_smaller_than_a_context_is_refused() -> None:
     require_cache({"max_total_num_tokens": 520}, 512, "the server", "engine.kv_tokens")
     with pytest.raises(ConfigError, match=r"the server holds 519 tokens.*context_tokens=512 takes 520: raise engine"):
         require_cache({"max_total_num_tokens": 519}, 512, "the server", "engine.kv_tokens")
+
+
+def test_a_server_that_quantizes_can_take_weights_again(tmp_path: Path) -> None:
+    settings = EngineSettings(kind="sglang", quantization="fp8", server_args=["--last"])
+    words = ServerSpec(tmp_path, settings, "bf16", 64, tmp_path / "log", on_cpu=False).command(1)
+    assert words[words.index("--quantization") + 1] == "fp8"
+    assert words[words.index("--load-format") + 1] == "flash_rl"
+    assert words[-1] == "--last"
+    plain = ServerSpec(tmp_path, EngineSettings(kind="sglang"), "bf16", 64, tmp_path / "log", on_cpu=False)
+    assert "--load-format" not in plain.command(1)
