@@ -124,10 +124,9 @@ def engine(model: str, servers: str) -> Command:
 
 def icrl_engine(out: Path, size: Size) -> list[str]:
     """A short ICRL run: the Transformer Engine actor and SGLang on the same GPU."""
+    where = ["--device", device(size), "--limit-s", "220", "--steps", "4"]
     layers = "transformer_engine" if importlib.util.find_spec("transformer_engine") and size != "tiny" else "torch"
-    return python(
-        "tools/gpu_runs.py", "engine_bf16", "--out", str(out), "--device", device(size), f"actor.layers={layers}"
-    )
+    return python("tools/gpu_runs.py", "engine_bf16", f"actor.layers={layers}", "--out", str(out), *where)
 
 
 PYTEST = ("pytest", "hypothesis")
