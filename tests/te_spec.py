@@ -57,7 +57,7 @@ if __name__ == "__main__":
     from icrl_megatron.model import gpt  # imports Megatron, so only now
 
     for qk_norm in (True, False):
-        config: Any = types.SimpleNamespace(qk_layernorm=qk_norm)
+        config: Any = types.SimpleNamespace(qk_layernorm=qk_norm, bf16=True)
         layer: Any = gpt.block_spec(config, "auto").submodules
         parts = {**vars(layer.self_attention.submodules), **vars(layer.mlp.submodules)}
         print(json.dumps({name: getattr(part, "__name__", str(part)) for name, part in parts.items()}))

@@ -3,10 +3,12 @@
     python tools/gpu_bundle.py [GROUP ...] [--find-links FOLDER]
 
 For each group of tools/gpu_bundle.txt it installs the wheels for Python 3.12 into a folder, removes the files and the
-device code that a Hopper GPU never loads, and writes build/gpu-bundle/GROUP.tar.xz. On the GPU machine:
+device code that a Hopper GPU never loads, and writes build/gpu-bundle/GROUP.tar.xz. `trainer` is all that the actor
+and the head need. SGLang needs `engine` and `cute` (NVIDIA's CuTe DSL, which its dense MLP and two of the head's peers
+import). On the GPU machine, one archive after the other:
 
     python3 -m tarfile -e build/gpu-bundle/trainer.tar.xz site
-    export PYTHONPATH=$PWD/site:$PWD:$PWD/kernels:$PWD/recipes
+    export PYTHONPATH=$PWD/site:$PWD/site/nvidia_cutlass_dsl/dsl_packages
 
 Transformer Engine's torch extension is published as source only. It is compiled once, in an environment with the
 torch of the GPU machine (about 25 minutes on two cores), and kept in build/gpu-bundle/wheels; `--find-links` names a
@@ -140,7 +142,7 @@ def bundle(group: str, links: list[Path]) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="*", default=["trainer", "engine"], help="trainer | engine | peers")
+    parser.add_argument("groups", nargs="*", default=["trainer", "engine", "cute"], help="trainer | engine | cute")
     parser.add_argument("--find-links", type=Path, action="append", default=[], help="folder of wheels to use first")
     chosen = parser.parse_args()
     sizes = {group: bundle(group, chosen.find_links).stat().st_size for group in chosen.groups}

@@ -77,7 +77,7 @@ def run(stage: Stage, out: Path, size: Size) -> Result:
         "size": size,
         "seconds": round(time.monotonic() - began, 1),
         "command": " ".join(command).replace(f"{ROOT}/", ""),
-        "tail": said[-TAIL_CHARACTERS:],
+        "tail": said[-TAIL_CHARACTERS:].replace(f"{ROOT}/", ""),
     }
 
 

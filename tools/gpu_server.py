@@ -32,6 +32,8 @@ def environment(base: Mapping[str, str]) -> dict[str, str]:
     env = dict(base)
     env["SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK"] = "1"  # 0.5.23 asks for kernels of another torch
     env["SGLANG_ENABLE_JIT_DEEPGEMM"] = "0"
+    # The Rust core of the prefix cache is compiled for the pinned torch: with 2.11 it takes int64 tensors for int32.
+    env["SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND"] = "python"
     env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     # SGLang takes the parent of nvcc's folder, which is wrong where nvcc on the PATH is a script.
     toolkit = Path("/usr/local/cuda")

@@ -15,7 +15,9 @@ of pass and optimizer and 989 TF/s; recomputation is not counted.
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
+import pstats
 import statistics
 import subprocess
 import sys
@@ -85,7 +87,8 @@ def measure(name: str, variant: Variant, device: str, out: Path) -> None:
         if variant.optimizer:
             measure_step(actor, plan, device, keep)
         keep(**rates(actor, found))
-        measure_offload(actor, device, keep)
+        if variant.shape != "4b":  # the first release pins host memory, at 2.3 GB/s
+            measure_offload(actor, device, keep)
     except Exception as error:
         keep(failed=f"{type(error).__name__}: {error}"[:400], where=traceback.format_exc()[-1500:], at=memory(device))
         raise
@@ -172,7 +175,7 @@ def measure_passes(actor: Any, plan: Any, device: str, keep: Callable[..., None]
         keep(**{"pass": timed(run, device), "trained": memory(device)})
         keep(head_forward_ms=statistics.median(b.elapsed_time(e) for b, e in heads[2:]) if heads else None)
         if device == "cuda":
-            keep(kernels=profile(run))
+            keep(kernels=profile(run), host=host_profile(lambda: actor.score(plan)))
     finally:
         passes.policy_head = whole
 
@@ -187,6 +190,26 @@ def profile(run: Callable[[], None]) -> list[tuple[str, float, int]]:
         torch.cuda.synchronize()
     rows = [(e.key[:70], e.device_time_total / 1e3, e.count) for e in seen.key_averages()]
     return sorted(rows, key=lambda row: -row[1])[:14]
+
+
+def host_profile(run: Callable[[], Any]) -> dict[str, Any]:
+    """Where the host's time goes in one run: the 25 functions with the most of their own, and waits for the device."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiling
+
+    watched = cProfile.Profile()
+    watched.enable()
+    run()
+    watched.disable()
+    stats: Any = pstats.Stats(watched)
+    rows = sorted(stats.stats.items(), key=lambda item: -item[1][2])[:25]
+    own = [(f"{Path(where[0]).name}:{where[1]} {where[2]}", values[0], values[2]) for where, values in rows]
+    with profiling(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        run()
+        torch.cuda.synchronize()
+    waits = ("aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynchronize", "aten::item")
+    calls = {e.key: (e.count, e.cpu_time_total / 1e3) for e in seen.key_averages() if e.key in waits}
+    return {"own_seconds": own, "waits_count_ms": calls}
 
 
 def measure_step(actor: Any, plan: Any, device: str, keep: Callable[..., None]) -> None:

@@ -82,7 +82,7 @@ def transformer_config(shape: ModelShape, actor: ActorSettings) -> TransformerCo
         batch_p2p_comm=platform.device().type != "cpu",
         batch_p2p_sync=False,
         **recompute,
-        **platform.fusions(actor.layers),
+        **platform.fusions(actor.layers, dtype == torch.bfloat16),
         **platform.fp8_config(actor),
     )
 
@@ -119,11 +119,11 @@ def packed_params(cu_seqlens: Tensor, longest: int) -> PackedSeqParams:
 
 
 def block_spec(config: TransformerConfig, layers: str) -> ModuleSpec | TransformerBlockSubmodules:
-    """The decoder layers by `actor.layers`; auto is Transformer Engine's modules on a GPU, plain torch on a CPU.
+    """The decoder layers by `actor.layers` (`platform.transformer_engine_layers`).
 
     Raises ConfigError where Transformer Engine is wanted and not there, or FP8 without it.
     """
-    if layers == "torch" or (layers == "auto" and platform.device().type == "cpu"):
+    if not platform.transformer_engine_layers(layers, config.bf16):
         if config.fp8:
             raise ConfigError("actor.layers=torch has no FP8; use actor.layers=transformer_engine, or actor.fp8=off")
         from icrl_megatron.model.torch_layers import torch_block_spec

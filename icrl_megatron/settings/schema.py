@@ -257,7 +257,7 @@ class ActorSettings:
     precision: str = "bf16"
     """bf16 | fp32."""
     layers: str = "auto"
-    """auto (Transformer Engine on GPUs, torch on CPUs) | transformer_engine | torch."""
+    """auto (Transformer Engine for bf16 on GPUs, else torch) | transformer_engine | torch."""
     fp8: str = "off"
     """off | current (a scale a tensor) | blockwise: Transformer Engine's recipes, on GPUs with FP8 only."""
     recompute: str = "none"

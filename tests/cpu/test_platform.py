@@ -189,26 +189,30 @@ def test_fp8_scales_stay_exact_on_hopper_alone(
     assert os.environ.get(name) == expected
 
 
+FUSIONS = ("apply_rope_fusion", "bias_activation_fusion", "gradient_accumulation_fusion")
+
+
 def test_kernels_are_fused_where_transformer_engine_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not any(platform.fusions("auto").values()) and not any(platform.fusions("torch").values())
+    assert not any(platform.fusions(layers, True)[name] for layers in ("auto", "torch") for name in FUSIONS)
     capable(monkeypatch, (9, 0))
-    assert not any(platform.fusions("torch").values())
+    assert not any(platform.fusions("torch", True).values())
+    assert not any(platform.fusions("auto", False).values())  # fp32: torch's layers
     layers: Any = importlib.import_module("megatron.core.tensor_parallel.layers")
     monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)  # no Apex
-    assert all(platform.fusions("auto").values())
+    assert all(platform.fusions("auto", True).values())
     assert layers._grad_accum_fusion_available
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="Transformer Engine is here")
 def test_missing_transformer_engine_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     capable(monkeypatch, (9, 0))
-    config: Any = None  # nobody looks at it
+    config: Any = SimpleNamespace(bf16=True)
     with pytest.raises(ConfigError, match=r"Transformer Engine.*not installed"):
         gpt.block_spec(config, "auto")
 
 
 def test_layers_and_heads_that_cannot_be_here_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = SimpleNamespace(fp8=None)
+    config = SimpleNamespace(fp8=None, bf16=True)
     with pytest.raises(ConfigError, match=r"actor.layers=transformer_engine: Transformer Engine needs a GPU"):
         gpt.block_spec(config, "transformer_engine")  # type: ignore[arg-type]
     config.fp8 = "hybrid"
