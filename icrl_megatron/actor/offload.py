@@ -1,8 +1,9 @@
 """Gives the actor's memory to the engine while episodes are played: `actor.offload`.
 
 optimizer: moments and fp32 main weights wait in pinned host memory. all: gradients go too, which need no copy, since
-every step begins with zeroes. Weights stay, for they are what the engine is sent. Not measured on GPUs yet; on a CPU
-there is no other memory to go to, so only gradients are given up.
+every step begins with zeros. Weights stay, because they are sent to the engine. On an H100, 27.5 GB left in 0.42 s and
+returned in 0.46 s; the first time takes 11 s more, for pinning (docs/GPU.md). A CPU has no other memory, so only
+gradients are given up there.
 """
 
 from __future__ import annotations
