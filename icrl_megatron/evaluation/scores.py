@@ -5,7 +5,6 @@ Pure statistics over which attempts succeeded: it needs no model, and two evalua
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import numpy as np
 
 from icrl_megatron.tasks.datasets import subset_of
 from icrl_megatron.types import DroppedEpisode, Episode
-from icrl_megatron.utils.intervals import Difference, Proportion, paired_difference, proportion
+from icrl_megatron.utils.intervals import Difference, Proportion, mcnemar, paired_difference, proportion
 
 ALL = "all"
 Successes = dict[str, list[list[bool]]]
@@ -156,10 +155,3 @@ def _compare(subset: str, first: Successes, second: Successes, tasks: set[str]) 
         only_second=only_second,
         mcnemar_p=mcnemar(only_first, only_second),
     )
-
-
-def mcnemar(b: int, c: int) -> float:
-    """Two-sided p of the exact test: of b + c discordant pairs, each falls either way with probability 1/2."""
-    n = b + c
-    ways = (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(min(b, c) + 1))
-    return min(1.0, 2.0 * math.fsum(math.exp(w - n * math.log(2.0)) for w in ways))

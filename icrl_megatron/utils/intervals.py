@@ -1,15 +1,15 @@
-"""How sure a measured share is: Wilson intervals, and a bootstrap for paired differences. Imports no torch."""
+"""Confidence intervals of measured shares, with scipy.stats. Imports no torch.
+
+scipy.stats takes most of a second to import, so each function imports it when it is called.
+"""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
-_Z = 1.959963984540054
-"""Standard normal quantile of a two-sided 95 % interval."""
-_RESAMPLES = 4000
+RESAMPLES = 4000
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Difference:
 
 
 def proportion(successes: int, n: int) -> Proportion:
-    """Wilson's score interval, which stays inside [0, 1] and is honest near its ends."""
+    """Wilson's score interval, which stays inside [0, 1]."""
     if n == 0:
         return Proportion(0, 0, 0.0, 0.0, 1.0)
+    from scipy.stats import binomtest
+
     mean = successes / n
-    scale = 1 + _Z**2 / n
-    centre = (mean + _Z**2 / (2 * n)) / scale
-    half = _Z / scale * math.sqrt(mean * (1 - mean) / n + _Z**2 / (4 * n**2))
-    return Proportion(successes, n, mean, max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half)))
+    interval = binomtest(successes, n).proportion_ci(method="wilson")
+    return Proportion(successes, n, mean, min(mean, float(interval.low)), max(mean, float(interval.high)))
 
 
 def paired_difference(differences: np.ndarray) -> Difference:
@@ -48,6 +48,20 @@ def paired_difference(differences: np.ndarray) -> Difference:
     n = len(differences)
     if n == 0:
         return Difference(0.0, -1.0, 1.0)
-    picks = np.random.Generator(np.random.Philox(key=0)).integers(0, n, size=(_RESAMPLES, n))
-    low, high = np.quantile(differences[picks].mean(axis=1), [0.025, 0.975])
-    return Difference(float(differences.mean()), float(low), float(high))
+    mean = float(differences.mean())
+    if n == 1:  # scipy refuses to resample one value
+        return Difference(mean, mean, mean)
+    from scipy.stats import bootstrap
+
+    draw = np.random.Generator(np.random.Philox(key=0))
+    found = bootstrap((differences,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=draw)
+    return Difference(mean, float(found.confidence_interval.low), float(found.confidence_interval.high))
+
+
+def mcnemar(b: int, c: int) -> float:
+    """Two-sided p of McNemar's exact test: each of b + c discordant pairs falls either way with probability 1/2."""
+    if b + c == 0:
+        return 1.0
+    from scipy.stats import binomtest
+
+    return float(binomtest(b, b + c).pvalue)

@@ -19,13 +19,14 @@ from whole_runs import Ended, batch
 from icrl_megatron.evaluation import run as evaluation
 from icrl_megatron.evaluation.result import EvalRequest, Result, read_result
 from icrl_megatron.evaluation.run import evaluate
-from icrl_megatron.evaluation.scores import compare, estimate, mcnemar, score, successes, transitions
+from icrl_megatron.evaluation.scores import compare, estimate, score, successes, transitions
 from icrl_megatron.evaluation.views import comparison_table, rounds_table, scores_table, show, transitions_table
 from icrl_megatron.settings.loading import save
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.settings.task_schema import TaskServers, TaskSource
 from icrl_megatron.types import Attempt, Completion, Critique, DroppedEpisode, Episode, Task, Turn
 from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.intervals import mcnemar
 
 
 def episode(task_id: str, index: int, outcomes: list[bool]) -> Episode:
