@@ -12,22 +12,24 @@ import string
 from collections.abc import Sequence
 from pathlib import Path
 
+from icrl_megatron.agents.formats import FORMATS, FinalAnswer
+from icrl_megatron.agents.search import Search
+from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
+from icrl_megatron.agents.tools import ToolCall, ToolFailure
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks.agentgym import AgentGym
-from icrl_megatron.tasks.agentgym_dialects import action_of
-from icrl_megatron.tasks.base import StepResult, TaskSet
+from icrl_megatron.tasks.base import EnvironmentFailure, StepResult, TaskSet
 from icrl_megatron.tasks.datasets import DataRow, id_range, read_tasks
-from icrl_megatron.tasks.retrieval import LocalRetriever, RemoteRetriever, Retriever
+from icrl_megatron.tasks.retrieval import LocalRetriever, RemoteRetriever
+from icrl_megatron.tasks.servers import REST_S, TRIES
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
 MAX_TURNS = 10
 PASSAGE_CHARS = 2000
-INSTRUCTION = (
-    "Answer the question below. Think first; then either search with <search>words</search>, as often as you need, or, "
-    "when you know, reply <answer>the answer</answer>, as short as possible."
-)
+FORMAT = FORMATS["search_r1"]
+INSTRUCTION = f"Answer the question below. {FORMAT.instructions(())}"
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
@@ -46,31 +48,32 @@ class SearchEnvironment:
 
     max_turns = MAX_TURNS
 
-    def __init__(self, question: str, golds: Sequence[str], retriever: Retriever, passages: int) -> None:
-        self._question, self._golds = question, tuple(golds)
-        self._retriever, self._passages = retriever, passages
+    def __init__(self, question: str, golds: Sequence[str], toolbox: Toolbox) -> None:
+        self._question, self._golds, self._toolbox = question, tuple(golds), toolbox
         self._answer: str | None = None
-        self._searches = 0
+        self._session = toolbox.session()
 
     async def reset(self) -> str:
-        self._answer, self._searches = None, 0
+        self._answer, self._session = None, self._toolbox.session()
         return _statement(self._question)
 
     def parse(self, reply: str) -> str | None:
-        return action_of("searchqa", reply)
+        found = FORMAT.parse(reply)
+        return FORMAT.render(found) if isinstance(found, ToolCall | FinalAnswer) else None
 
     def hint(self) -> str:
         return "No action could be read. Reply with <search>words</search> or <answer>the answer</answer>."
 
     async def step(self, action: str) -> StepResult:
-        kind, text = action[1 : action.index(">")], action[action.index(">") + 1 : action.rindex("<")]
-        if kind == "answer":
-            self._answer = text
+        asked = FORMAT.parse(action)
+        if isinstance(asked, FinalAnswer):
+            self._answer = asked.text
             return StepResult("", done=True)
-        self._searches += 1
-        found = await self._retriever.search(text, self._passages) if text.strip() else []
-        shown = "\n\n".join(f"({i}) {passage[:PASSAGE_CHARS]}" for i, passage in enumerate(found, start=1))
-        return StepResult(shown or "Nothing was found.", done=False)
+        assert isinstance(asked, ToolCall)  # `parse` returned the action
+        try:
+            return StepResult((await self._session.call(asked)).text, done=False)
+        except ToolFailure as error:
+            raise EnvironmentFailure(str(error)) from error
 
     def outcome(self) -> float:
         return 1.0 if self.success() else 0.0
@@ -82,7 +85,7 @@ class SearchEnvironment:
         if self.success():
             return "The answer is right."
         if self._answer is None:
-            return f"No answer was given in {self._searches} searches."
+            return f"No answer was given in {self._session.counts.total()} searches."
         return f"The answer {self._answer[:200]!r} is wrong."
 
 
@@ -99,7 +102,7 @@ class RetrievalQA:
             )
         if source.data.passages < 1:
             raise ConfigError(f"task set {self.name!r}: data.passages={source.data.passages}: must be at least 1")
-        self._retriever: Retriever | None = None
+        self._toolbox: Toolbox | None = None
         self._read: dict[Split, list[Task]] = {}
 
     def problems(self, split: Split) -> Sequence[Task]:
@@ -110,7 +113,7 @@ class RetrievalQA:
     def environment(self, task: Task) -> SearchEnvironment:
         try:
             fields = json.loads(task.problem)
-            return SearchEnvironment(fields["prompt"], fields["golds"], self.retriever(), self._data.passages)
+            return SearchEnvironment(fields["prompt"], fields["golds"], self.toolbox())
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
@@ -121,14 +124,17 @@ class RetrievalQA:
 
     def check(self) -> None:
         """Builds the index, so that ranks find it. Raises ConfigError on an invalid corpus."""
-        self.retriever()
+        self.toolbox()
 
-    def retriever(self) -> Retriever:
-        if self._retriever is None:
+    def toolbox(self) -> Toolbox:
+        if self._toolbox is None:
             data = self._data
             local = LocalRetriever(Path(data.corpus)) if data.corpus else None
-            self._retriever = local or RemoteRetriever(data.servers, data.request_timeout_s, self._answer_bytes)
-        return self._retriever
+            retriever = local or RemoteRetriever(data.servers, data.request_timeout_s, self._answer_bytes)
+            # The servers' pool has its own deadline for each call, and tries again by itself.
+            limits = ToolLimits(call_s=TRIES * (data.request_timeout_s + REST_S))
+            self._toolbox = Toolbox([Search(retriever.search, data.passages, PASSAGE_CHARS)], limits)
+        return self._toolbox
 
 
 def _statement(question: str) -> str:

@@ -13,6 +13,7 @@ LAYERS = (
     "utils",
     "settings",
     "distributed",
+    "agents",
     "tasks",
     "model",
     "engines",

@@ -1,0 +1,36 @@
+"""Search as a tool: any function that returns passages for a query."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from icrl_megatron.agents.tools import Arguments, ToolSpec
+
+NOTHING = "Nothing was found."
+
+
+class Search:
+    """Answers `query` with numbered passages, each cut to `passage_chars`."""
+
+    spec = ToolSpec(
+        "search",
+        "Searches a collection of documents.",
+        {
+            "type": "object",
+            "properties": {"query": {"type": "string"}},
+            "required": ["query"],
+            "additionalProperties": False,
+        },
+    )
+
+    def __init__(
+        self, find: Callable[[str, int], Awaitable[list[str]]], passages: int, passage_chars: int = 2000
+    ) -> None:
+        """`find(query, count)` returns at most `count` passages, best first, and may raise EnvironmentFailure."""
+        self._find, self._passages, self._passage_chars = find, passages, passage_chars
+
+    async def call(self, arguments: Arguments) -> str:
+        query = arguments["query"].strip()
+        found = await self._find(query, self._passages) if query else []
+        shown = (f"({i}) {passage[: self._passage_chars]}" for i, passage in enumerate(found, start=1))
+        return "\n\n".join(shown) or NOTHING

@@ -1,0 +1,135 @@
+"""Runs the calls of an episode: checks arguments, limits time and concurrency, answers repeated calls from history."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError, best_match
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+from icrl_megatron.agents.tools import Outcome, Tool, ToolCall, ToolFailure, ToolResult, ToolUseError
+from icrl_megatron.utils.errors import ConfigError
+
+SHOWN_CHARS = 300
+"""Of an error that the model observes."""
+
+
+@dataclass(frozen=True)
+class ToolLimits:
+    """Bounds of every call."""
+
+    call_s: float = 60.0
+    """Seconds after which a call counts as failed infrastructure."""
+    tries: int = 2
+    """Attempts at a call whose infrastructure failed."""
+    pause_s: float = 0.25
+    """Seconds before the second attempt; doubles with each further one."""
+    repeats: int = 2
+    """How often an episode gets the same answer again; after that, it is told to do something else."""
+    concurrency: int = 64
+    """Calls of one tool that run at a time, over all episodes of a process."""
+
+
+class Toolbox:
+    """The tools of a task set. One per process; `session` opens an episode's own view of it."""
+
+    def __init__(self, tools: Sequence[Tool], limits: ToolLimits) -> None:
+        """Raises ConfigError for two tools of one name and for an invalid schema."""
+        self.limits = limits
+        self.tools = {tool.spec.name: tool for tool in tools}
+        if len(self.tools) < len(tools):
+            names = Counter(tool.spec.name for tool in tools)
+            raise ConfigError(f"tools: {[n for n, count in names.items() if count > 1]} are named twice; rename one")
+        self._validators = {}
+        for name, tool in self.tools.items():
+            try:
+                Draft202012Validator.check_schema(tool.spec.parameters)
+            except SchemaError as error:
+                raise ConfigError(f"tool {name!r}: its parameters are no JSON schema ({error.message})") from error
+            self._validators[name] = Draft202012Validator(tool.spec.parameters)
+        self._gates: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Semaphore]] = WeakKeyDictionary()
+
+    def session(self) -> ToolSession:
+        return ToolSession(self)
+
+    def mistake(self, call: ToolCall) -> str:
+        """Why a call cannot be made, in words for the model; empty if it can."""
+        if call.name not in self.tools:
+            return f"There is no tool {call.name[:50]!r}. The tools are {', '.join(self.tools)}."
+        error = best_match(self._validators[call.name].iter_errors(dict(call.arguments)))
+        if error is None:
+            return ""
+        where = ".".join(map(str, error.absolute_path))
+        return f"{call.name}: {f'{where}: ' if where else ''}{error.message[:SHOWN_CHARS]}"
+
+    async def run(self, call: ToolCall) -> str:
+        """The tool's own answer to a call without mistakes.
+
+        Raises ToolUseError, and ToolFailure after the last try or the deadline.
+        """
+        again = AsyncRetrying(
+            stop=stop_after_attempt(self.limits.tries),
+            wait=wait_exponential(multiplier=self.limits.pause_s),
+            retry=retry_if_exception_type(ToolFailure),
+            reraise=True,
+        )
+        async with self._gate(call.name):
+            async for attempt in again:
+                with attempt:
+                    return await self._once(call)
+        raise AssertionError("tenacity returns or raises")
+
+    async def _once(self, call: ToolCall) -> str:
+        try:
+            async with asyncio.timeout(self.limits.call_s):
+                return await self.tools[call.name].call(call.arguments)
+        except TimeoutError as error:
+            raise ToolFailure(f"tool {call.name!r} did not answer within {self.limits.call_s:g} s") from error
+
+    def _gate(self, name: str) -> asyncio.Semaphore:
+        """Semaphores belong to the event loop that first waits on them."""
+        gates = self._gates.setdefault(asyncio.get_running_loop(), {})
+        return gates.setdefault(name, asyncio.Semaphore(self.limits.concurrency))
+
+
+@dataclass
+class ToolSession:
+    """The calls of one attempt at a task, in order."""
+
+    box: Toolbox
+    counts: Counter[tuple[str, Outcome]] = field(default_factory=Counter)
+    """(tool, outcome) -> calls. A call of an unknown tool counts under the tool name ""."""
+    _answers: dict[str, ToolResult] = field(default_factory=dict)
+    _asked: Counter[str] = field(default_factory=Counter)
+
+    async def call(self, call: ToolCall) -> ToolResult:
+        """Runs a call. Raises ToolFailure: the episode must then be dropped and counted, not rewarded."""
+        result = await self._result(call)
+        self.counts[call.name if call.name in self.box.tools else "", result.outcome] += 1
+        return result
+
+    async def _result(self, call: ToolCall) -> ToolResult:
+        mistake = self.box.mistake(call)
+        if mistake:
+            return ToolResult(mistake, "invalid")
+        key = call.key()
+        self._asked[key] += 1
+        if key in self._answers:
+            if self._asked[key] > 1 + self.box.limits.repeats:
+                return ToolResult("You have made this call already. Use its answer, or do something else.", "stopped")
+            return ToolResult(self._answers[key].text, "repeat")
+        try:
+            result = ToolResult(await self.box.run(call), "answer")
+        except ToolUseError as error:
+            result = ToolResult(str(error)[:SHOWN_CHARS], "invalid")
+        self._answers[key] = result
+        return result
+
+    def made(self, *outcomes: Outcome) -> int:
+        """Calls with one of these outcomes."""
+        return sum(count for (_, outcome), count in self.counts.items() if outcome in outcomes)

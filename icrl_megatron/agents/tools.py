@@ -1,0 +1,76 @@
+"""What a tool is: its specification, a call, a result, and the two ways in which a call fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+Arguments = Mapping[str, Any]
+Outcome = Literal["answer", "repeat", "stopped", "invalid"]
+
+
+@dataclass(frozen=True)
+class ToolSpec:
+    """What the model is told about a tool.
+
+    Example: ToolSpec("search", "Searches the corpus.", {"type": "object", "properties": {"query": {"type": "string"}},
+    "required": ["query"], "additionalProperties": False})
+    """
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+    """JSON schema of the arguments, an object."""
+
+    def function(self) -> dict[str, Any]:
+        """As chat templates and OpenAI's API take it in `tools`."""
+        fields = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+        return {"type": "function", "function": fields}
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that was read from a reply.
+
+    Example: ToolCall("search", {"query": "capital of France"})
+    """
+
+    name: str
+    arguments: Arguments
+
+    def key(self) -> str:
+        """Equal for calls of one tool with equal arguments, whatever their order."""
+        return f"{self.name} {json.dumps(self.arguments, sort_keys=True, ensure_ascii=False)}"
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """What the model observes after a call."""
+
+    text: str
+    outcome: Outcome
+    """answer | repeat (from the episode's history) | stopped (asked too often) | invalid (the model's mistake)."""
+
+
+class Tool(Protocol):
+    """One tool, shared by all episodes of a process: it keeps no state of an episode."""
+
+    spec: ToolSpec
+
+    async def call(self, arguments: Arguments) -> str:
+        """The answer to arguments that satisfy `spec.parameters`.
+
+        Raises ToolUseError when the model asked for something that cannot be answered, and ToolFailure when the
+        infrastructure failed.
+        """
+        ...
+
+
+class ToolUseError(ValueError):
+    """The model's mistake. It observes the message."""
+
+
+class ToolFailure(RuntimeError):
+    """A failure of the infrastructure. The model never observes it, and it never becomes a reward."""

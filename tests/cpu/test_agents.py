@@ -1,0 +1,277 @@
+"""Tools and their formats: the toolbox over real coroutines, the calculator against Python's fractions, round trips."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icrl_megatron.agents.calculator import Calculator
+from icrl_megatron.agents.formats import FORMATS, FinalAnswer, Malformed, Qwen3, SearchR1
+from icrl_megatron.agents.search import NOTHING, Search
+from icrl_megatron.agents.toolbox import Toolbox, ToolLimits, ToolSession
+from icrl_megatron.agents.tools import ToolCall, ToolFailure, ToolSpec, ToolUseError
+from icrl_megatron.utils.errors import ConfigError
+
+NUMBER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+
+
+class Doubler:
+    """Doubles n. Negative numbers are the model's mistake; the first `broken` calls fail."""
+
+    spec = ToolSpec("double", "Doubles n.", NUMBER)
+
+    def __init__(self, seconds: float = 0.0, broken: int = 0) -> None:
+        self.seconds, self.broken, self.calls, self.running, self.most = seconds, broken, 0, 0, 0
+
+    async def call(self, arguments: Any) -> str:
+        self.calls, self.running = self.calls + 1, self.running + 1
+        self.most = max(self.most, self.running)
+        try:
+            await asyncio.sleep(self.seconds)
+        finally:
+            self.running -= 1
+        if self.calls <= self.broken:
+            raise ToolFailure("the line is down")
+        if arguments["n"] < 0:
+            raise ToolUseError("n must not be negative")
+        return str(2 * arguments["n"])
+
+
+def limits(**changes: float) -> ToolLimits:
+    return ToolLimits(**({"call_s": 5.0, "pause_s": 0.001} | changes))  # type: ignore[arg-type]
+
+
+def session(tool: Doubler, **changes: float) -> ToolSession:
+    return Toolbox([tool], limits(**changes)).session()
+
+
+def ask(opened: ToolSession, *calls: ToolCall) -> list[tuple[str, str]]:
+    async def run() -> list[tuple[str, str]]:
+        return [(r.text, r.outcome) for r in [await opened.call(call) for call in calls]]
+
+    return asyncio.run(run())
+
+
+def double(n: object) -> ToolCall:
+    return ToolCall("double", {"n": n})
+
+
+def test_answers_repeats_and_stops() -> None:
+    tool = Doubler()
+    opened = session(tool, repeats=1)
+    found = ask(opened, double(4), double(5), double(4), double(4))
+    assert found[:3] == [("8", "answer"), ("10", "answer"), ("8", "repeat")]
+    assert found[3][1] == "stopped" and "already" in found[3][0]
+    assert tool.calls == 2 and opened.made("answer") == 2 and opened.made("repeat", "stopped") == 2
+    assert ask(opened.box.session(), double(4)) == [("8", "answer")] and tool.calls == 3  # another episode
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (ToolCall("halve", {"n": 1}), "There is no tool 'halve'. The tools are double."),
+        (double("four"), "double: n: 'four' is not of type 'integer'"),
+        (ToolCall("double", {}), "double: 'n' is a required property"),
+        (ToolCall("double", {"n": 1, "m": 2}), "double: Additional properties are not allowed ('m' was unexpected)"),
+        (double(-1), "n must not be negative"),
+    ],
+)
+def test_the_model_observes_its_own_mistakes(call: ToolCall, said: str) -> None:
+    opened = session(Doubler())
+    assert ask(opened, call) == [(said, "invalid")]
+    assert opened.made("invalid") == 1 and opened.made("answer") == 0
+
+
+def test_the_order_of_arguments_makes_no_other_call() -> None:
+    assert ToolCall("t", {"a": 1, "b": [2]}).key() == ToolCall("t", {"b": [2], "a": 1}).key()
+    assert ToolCall("t", {"a": 1}).key() != ToolCall("t", {"a": "1"}).key() != ToolCall("u", {"a": "1"}).key()
+
+
+def test_failed_infrastructure_is_tried_again_and_never_observed() -> None:
+    tool = Doubler(broken=1)
+    assert ask(session(tool, tries=2), double(3)) == [("6", "answer")] and tool.calls == 2
+    opened = session(Doubler(broken=9), tries=2)
+    with pytest.raises(ToolFailure, match="the line is down"):
+        ask(opened, double(3))
+    assert not opened.counts  # nothing was answered
+    slow = session(Doubler(seconds=30), call_s=0.05, tries=1)
+    began = time.monotonic()
+    with pytest.raises(ToolFailure, match=r"tool 'double' did not answer within 0.05 s"):
+        ask(slow, double(3))
+    assert time.monotonic() - began < 5
+
+
+def test_calls_of_a_tool_are_bounded_over_all_episodes() -> None:
+    tool = Doubler(seconds=0.02)
+    box = Toolbox([tool], limits(concurrency=3))
+
+    async def run() -> None:
+        await asyncio.gather(*(box.session().call(double(n)) for n in range(12)))
+
+    asyncio.run(run())
+    asyncio.run(run())  # another event loop
+    assert tool.most == 3 and tool.calls == 24
+
+
+def test_a_toolbox_that_cannot_work_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"\['double'\] are named twice"):
+        Toolbox([Doubler(), Doubler()], limits())
+    broken = Doubler()
+    broken.spec = ToolSpec("double", "", {"type": "no such type"})
+    with pytest.raises(ConfigError, match="'double': its parameters are no JSON schema"):
+        Toolbox([broken], limits())
+
+
+async def places(query: str, count: int) -> list[str]:
+    return [f"{query} " * 50, "Rome"][:count] if query == "Paris" else []
+
+
+@pytest.mark.parametrize(("query", "found"), [("Paris", "(1) Paris Pari\n\n(2) Rome"), (" ", NOTHING), ("x", NOTHING)])
+def test_passages_are_numbered_and_cut(query: str, found: str) -> None:
+    tool = Search(places, passages=2, passage_chars=10)
+    assert asyncio.run(tool.call({"query": query})) == found
+
+
+def compute(expression: str) -> str:
+    return asyncio.run(Calculator().call({"expression": expression}))
+
+
+EXPRESSIONS = st.recursive(
+    st.integers(0, 99).map(str) | st.sampled_from(["0.5", "2.75", "10.01"]),
+    lambda inner: st.tuples(inner, st.sampled_from("+-*/"), inner).map(lambda t: f"({t[0]} {t[1]} {t[2]})"),
+    max_leaves=12,
+)
+
+
+@given(EXPRESSIONS)
+def test_the_calculator_is_exact(expression: str) -> None:
+    import re
+
+    exact = re.sub(r"[\d.]+", lambda number: f"Fraction('{number[0]}')", expression)
+    try:
+        want = eval(exact, {"Fraction": Fraction})  # built above, of numbers and operators only
+    except ZeroDivisionError:
+        with pytest.raises(ToolUseError, match="divides by zero"):
+            compute(expression)
+        return
+    assert Fraction(compute(expression).partition(" = ")[0]) == want
+
+
+@pytest.mark.parametrize(
+    ("expression", "result"),
+    [("2^10", "1024"), ("-1/8", "-0.125"), ("1/3", "1/3 = 0.333333333333"), ("10**-3", "0.001"), ("-7//2", "-4")],
+)
+def test_how_the_calculator_writes_numbers(expression: str, result: str) -> None:
+    assert compute(expression) == result
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "9**9**9",
+        "2**5000",
+        "1e400",
+        "a + 1",
+        "__import__('os')",
+        "(lambda: 1)()",
+        "1 if 1 else 2",
+        "",
+        "((1",
+        "(" * 390,
+    ],
+)
+def test_the_calculator_refuses_everything_else_at_once(expression: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(ToolUseError, match="cannot be computed"):
+        compute(expression)
+    assert time.monotonic() - began < 1
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)
+)
+
+
+@given(st.text(), st.dictionaries(st.text(), JSON, max_size=3), st.text())
+def test_calls_in_qwens_format_are_read_as_they_were_written(name: str, arguments: dict[str, Any], before: str) -> None:
+    call, form = ToolCall(name, arguments), Qwen3()
+    written = form.render(call)
+    if "tool_call>" not in name + str(arguments):
+        assert form.parse(before.replace("<", "") + written) == call
+
+
+NO_JSON = Malformed("The text between <tool_call> and </tool_call> is no JSON.")
+
+
+@pytest.mark.parametrize(
+    ("reply", "parsed"),
+    [
+        ("<think>hm</think>\n42", FinalAnswer("42")),
+        ("<think>hm</think>\n", None),
+        ('<tool_call>{"name": "t"}</tool_call>', ToolCall("t", {})),
+        ('<tool_call>{"name": "t", "arguments": [1]}</tool_call>', Malformed('"arguments" must be a JSON object.')),
+        ("<tool_call>{t}</tool_call>", Malformed("The text between <tool_call> and </tool_call> is no JSON.")),
+        (
+            "<tool_call>" + "[" * 100_000 + "</tool_call>",
+            Malformed("The text between <tool_call> and </tool_call> is no JSON."),
+        ),
+        ('<tool_call>{"name": "t"}', Malformed("The call is not closed: end it with </tool_call>.")),
+    ],
+)
+def test_replies_in_qwens_format(reply: str, parsed: object) -> None:
+    assert Qwen3().parse(reply) == parsed
+
+
+@pytest.mark.parametrize(
+    ("reply", "parsed"),
+    [
+        ("So <search> a </search>", ToolCall("search", {"query": "a"})),
+        ("<search>a</search><answer>b</answer>", FinalAnswer("b")),
+        ("<answer>b</answer> or <search>a</search>", ToolCall("search", {"query": "a"})),
+        ("<answer>b", None),
+        ("</answer><answer>", None),
+    ],
+)
+def test_the_last_tag_counts_in_search_r1(reply: str, parsed: object) -> None:
+    assert SearchR1().parse(reply) == parsed
+    assert parsed is None or SearchR1().parse(SearchR1().render(parsed)) == parsed  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_reading_a_reply_takes_linear_time(form: Any) -> None:
+    for text in ("<search>" * 300_000, "</search>" * 300_000, "<tool_call>" * 300_000, "</tool_call>" * 300_000):
+        began = time.process_time()
+        form.parse(text)
+        assert time.process_time() - began < 1
+
+
+def example(heading: str) -> dict[str, Any]:
+    """What the Python block below a heading of docs/EXTENDING.md defines."""
+    page = (Path(__file__).parents[2] / "docs" / "EXTENDING.md").read_text()
+    code = page.split(f"## {heading}\n")[1].split("```python\n")[1].split("```")[0]
+    found: dict[str, Any] = {}
+    exec(code, found)
+    return found
+
+
+def test_the_documented_tool_works() -> None:
+    opened = Toolbox([example("A tool")["Reverse"]()], limits()).session()
+    calls = [ToolCall("reverse", {"text": text}) for text in ("Rome", "", 7)]  # type: ignore[dict-item]
+    found = ask(opened, *calls)
+    assert found[:2] == [("emoR", "answer"), ("text must not be empty", "invalid")]
+    assert found[2] == ("reverse: text: 7 is not of type 'string'", "invalid")
+
+
+def test_the_documented_format_works() -> None:
+    form = example("A tool format")["Lines"]()
+    for action in (ToolCall("reverse", {"text": "Rome and Paris"}), FinalAnswer("42")):
+        assert form.parse("I think.\n" + form.render(action)) == action
+    assert form.parse("hm") is None and form.parse("") is None and isinstance(form.parse("CALL "), Malformed)
+    assert "reverse" in form.instructions([example("A tool")["Reverse"].spec])
