@@ -1,0 +1,105 @@
+"""The GPU tools on a CPU, in tiny sizes, and the code that shrinks CUDA libraries for a GPU machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TOOLS = Path(__file__).parents[2] / "tools"
+sys.path.append(str(TOOLS))
+
+import bench_schema  # noqa: E402
+import slim_library  # noqa: E402
+
+if torch.cuda.is_available():
+    pytest.skip("there is a GPU here: tools/gpu_check.sh runs these tools on it", allow_module_level=True)
+
+
+def dry_run(script: str, out: Path) -> dict[str, object]:
+    command = [sys.executable, str(TOOLS / script), "--device", "cpu", "--size", "tiny", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return bench_schema.read(out)
+
+
+def test_products_of_the_head(tmp_path: Path) -> None:
+    found = dry_run("head_products.py", tmp_path / "products.json")
+    for row in found["rows"]:  # type: ignore[attr-defined]
+        for name in ("logits_fp32", "logits_bf16", "d_hidden_strided", "d_hidden_dense_exact_sum", "d_weight_strided"):
+            assert row[name]["ms"] > 0, name
+
+
+def test_a_training_step(tmp_path: Path) -> None:
+    found = dry_run("gpu_train.py", tmp_path / "train.json")
+    row = found["rows"]["tiny_fp32"]  # type: ignore[index]
+    assert row["first_step"]["ratio_deviation_max"] <= 1e-5
+    assert min(row[part]["ms"] for part in ("score", "pass", "step", "optimizer")) > 0
+    assert row["tokens_per_s"] > 0 and row["planned"]["pass_ms"] > 0 and "failed" not in row
+
+
+def test_values_of_the_actor(tmp_path: Path) -> None:
+    found = dry_run("gpu_actor.py", tmp_path / "values.json")
+    rows = found["rows"]
+    assert set(rows) == {"fp32", "torch_bf16"}  # type: ignore[arg-type]
+    bf16 = rows["torch_bf16"]  # type: ignore[index]
+    assert 0 < bf16["gradient_relative"] < 0.05 and 0 < bf16["logprob_mean_abs"] < 0.05
+    assert bf16["ratio_deviation_first_step"] <= 2e-2
+
+
+def fat_binary(*entries: tuple[int, int, bytes]) -> bytes:
+    """(kind, architecture, code) entries as a CUDA library holds them."""
+    body = b""
+    for kind, architecture, code in entries:
+        body += struct.pack("<HHIQ", kind, 0, 64, len(code)).ljust(28, b"\0")
+        body += struct.pack("<I", architecture).ljust(36, b"\0") + code
+    return struct.pack("<IHHQ", slim_library.FAT_MAGIC, 1, 16, len(body)) + body
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None or shutil.which("strip") is None, reason="needs gcc and strip")
+def test_only_the_code_of_one_architecture_stays(tmp_path: Path) -> None:
+    """A real shared library whose section holds two fat binaries: one with sm_90 code, one with PTX alone."""
+    mixed = fat_binary((2, 80, b"A" * 64), (2, 90, b"H" * 64), (1, 90, b"P" * 64))
+    only_ptx = fat_binary((1, 70, b"Q" * 64))
+    packed = mixed.ljust(-(-len(mixed) // 8) * 8, b"\0") + only_ptx
+    numbers = ",".join(map(str, packed))
+    source = tmp_path / "lib.c"
+    source.write_text(
+        f'__attribute__((section(".nv_fatbin"), used, aligned(8))) const unsigned char code[] = {{{numbers}}};\n'
+        "int answer(void) { return 42; }\n"
+    )
+    library = tmp_path / "lib.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    blanked = slim_library.slim(library, 90)
+    data = library.read_bytes()
+    assert b"H" * 64 in data and b"A" * 64 not in data and b"P" * 64 not in data
+    assert blanked == 192 and b"Q" * 64 not in data  # the library has sm_90 code, so it needs no PTX
+    import ctypes
+
+    assert ctypes.CDLL(str(library)).answer() == 42
+    kinds = [(e.kind, e.architecture) for e in slim_library.code_entries(bytearray(data))]
+    assert kinds == [(2, 80), (2, 90), (1, 90), (1, 70)]
+
+
+def test_every_stage_and_group_of_the_bundle_is_named(tmp_path: Path) -> None:
+    import gpu_bundle
+
+    for group in ("trainer", "engine", "cute"):
+        assert all("==" in requirement for requirement in gpu_bundle.packages(group))
+    with pytest.raises(SystemExit, match="no group 'nothing'"):
+        gpu_bundle.packages("nothing")
+    listed = subprocess.run(
+        [sys.executable, str(TOOLS / "gpu_check.py"), "--size", "tiny", "--out", str(tmp_path), "head_small"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert listed.returncode == 0, listed.stdout + listed.stderr
+    assert json.loads((tmp_path / "stages.json").read_text())["head_small"]["result"] == "passed"
