@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from icrl_megatron.agents.tools import ToolCall, ToolSpec
+from icrl_megatron.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,7 @@ Parsed = ToolCall | FinalAnswer | Malformed | None
 class ToolFormat(Protocol):
     """One way to write calls and answers. `parse(render(x)) == x` for every call and answer that `parse` returns."""
 
-    name: str
-
-    def instructions(self, specs: Sequence[ToolSpec]) -> str:
+    def instructions(self) -> str:
         """What the prompt says about the tools and the form of a call."""
         ...
 
@@ -45,10 +44,11 @@ class ToolFormat(Protocol):
 class Qwen3:
     """The form of Qwen2.5's and Qwen3's chat templates: JSON in <tool_call>. A reply without a call is the answer."""
 
-    name = "qwen3"
+    def __init__(self, specs: Sequence[ToolSpec]) -> None:
+        self._specs = specs
 
-    def instructions(self, specs: Sequence[ToolSpec]) -> str:
-        listed = "\n".join(json.dumps(spec.function(), ensure_ascii=False) for spec in specs)
+    def instructions(self) -> str:
+        listed = "\n".join(json.dumps(spec.function(), ensure_ascii=False) for spec in self._specs)
         return (
             f"You may call these tools:\n<tools>\n{listed}\n</tools>\n"
             'Write a call as <tool_call>\n{"name": <name>, "arguments": <JSON object>}\n</tool_call>\n'
@@ -80,32 +80,42 @@ class Qwen3:
         return f"<tool_call>\n{body}\n</tool_call>"
 
 
-class SearchR1:
-    """The form of Search-R1 (arXiv 2503.09516): <search>query</search> or <answer>text</answer>; the last counts."""
+class Tags:
+    """Inline tags, as in Search-R1 (arXiv 2503.09516) and Chain-of-Agents: <search>words</search> calls the tool
+    `search` with its one text argument, and <answer>text</answer> ends the attempt. The last complete tag counts.
+    """
 
-    name = "search_r1"
+    def __init__(self, specs: Sequence[ToolSpec]) -> None:
+        """Raises ConfigError for a tool that does not take exactly one text."""
+        self._arguments = {spec.name: _only_text(spec) for spec in specs}
 
-    def instructions(self, specs: Sequence[ToolSpec]) -> str:
-        return (
-            "Think first; then either search with <search>words</search>, as often as you need, or, when you know, "
-            "reply <answer>the answer</answer>, as short as possible."
-        )
+    def instructions(self) -> str:
+        calls = ", ".join(f"<{name}>{argument}</{name}>" for name, argument in self._arguments.items())
+        return f"Reply with one of {calls}, or with <answer>the answer</answer>."
 
     def parse(self, reply: str) -> Parsed:
-        ends = {tag: reply.rfind(f"</{tag}>") for tag in ("search", "answer") if _last(reply, tag) is not None}
+        ends = {tag: reply.rfind(f"</{tag}>") for tag in (*self._arguments, "answer") if _last(reply, tag) is not None}
         if not ends:
             return None
         tag = max(ends, key=lambda name: ends[name])
         text = (_last(reply, tag) or "").strip()
-        return FinalAnswer(text) if tag == "answer" else ToolCall("search", {"query": text})
+        return FinalAnswer(text) if tag == "answer" else ToolCall(tag, {self._arguments[tag]: text})
 
     def render(self, action: ToolCall | FinalAnswer) -> str:
         if isinstance(action, FinalAnswer):
             return f"<answer>{action.text}</answer>"
-        return f"<search>{action.arguments['query']}</search>"
+        return f"<{action.name}>{action.arguments[self._arguments[action.name]]}</{action.name}>"
 
 
-FORMATS: dict[str, ToolFormat] = {form.name: form for form in (Qwen3(), SearchR1())}
+def _only_text(spec: ToolSpec) -> str:
+    properties = spec.parameters.get("properties", {})
+    texts = [name for name, schema in properties.items() if schema.get("type") == "string"]
+    if len(properties) != 1 or not texts:
+        raise ConfigError(f"tool {spec.name!r} takes {list(properties)}: a tag holds one text; use the format qwen3")
+    return texts[0]
+
+
+FORMATS: dict[str, Callable[[Sequence[ToolSpec]], ToolFormat]] = {"qwen3": Qwen3, "tags": Tags}
 
 
 def _last(text: str, tag: str) -> str | None:

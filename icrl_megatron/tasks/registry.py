@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.settings.task_schema import TaskSource
+from icrl_megatron.tasks.archive import Archive
 from icrl_megatron.tasks.base import Environment, TaskSet, escaped, shown
 from icrl_megatron.tasks.household import Household
 from icrl_megatron.tasks.rulebook import Rulebook
@@ -20,6 +21,8 @@ _TASK_SETS: dict[str, Callable[[], TaskSet]] = {
     "rulebook_hard": lambda: Rulebook("rulebook_hard"),
     "rulebook_easy": lambda: Rulebook("rulebook_easy"),
     "household": Household,
+    "archive": lambda: Archive("archive"),
+    "archive_easy": lambda: Archive("archive_easy"),
 }
 
 _AGENTGYM = ("webshop", "sciworld", "babyai", "textcraft")

@@ -10,26 +10,30 @@ import json
 import re
 import string
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from icrl_megatron.agents.formats import FORMATS, FinalAnswer
+from icrl_megatron.agents.formats import Tags
 from icrl_megatron.agents.search import Search
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
-from icrl_megatron.agents.tools import ToolCall, ToolFailure
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks.agentgym import AgentGym
-from icrl_megatron.tasks.base import EnvironmentFailure, StepResult, TaskSet
+from icrl_megatron.tasks.base import TaskSet
 from icrl_megatron.tasks.datasets import DataRow, id_range, read_tasks
 from icrl_megatron.tasks.retrieval import LocalRetriever, RemoteRetriever
 from icrl_megatron.tasks.servers import REST_S, TRIES
+from icrl_megatron.tasks.tool_use import ToolEnvironment
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
 MAX_TURNS = 10
+FORMAT = Tags([Search.spec])
 PASSAGE_CHARS = 2000
-FORMAT = FORMATS["search_r1"]
-INSTRUCTION = f"Answer the question below. {FORMAT.instructions(())}"
+INSTRUCTION = (
+    "Answer the question below. Think first; then either search with <search>words</search>, as often as you need, or, "
+    "when you know, reply <answer>the answer</answer>, as short as possible."
+)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
@@ -41,52 +45,6 @@ def normalised(answer: str) -> str:
 
 def exact_match(answer: str, golds: Sequence[str]) -> bool:
     return bool(normalised(answer)) and normalised(answer) in {normalised(gold) for gold in golds}
-
-
-class SearchEnvironment:
-    """One question: reward 1 for an answer that matches one of the gold answers. Any answer ends the attempt."""
-
-    max_turns = MAX_TURNS
-
-    def __init__(self, question: str, golds: Sequence[str], toolbox: Toolbox) -> None:
-        self._question, self._golds, self._toolbox = question, tuple(golds), toolbox
-        self._answer: str | None = None
-        self._session = toolbox.session()
-
-    async def reset(self) -> str:
-        self._answer, self._session = None, self._toolbox.session()
-        return _statement(self._question)
-
-    def parse(self, reply: str) -> str | None:
-        found = FORMAT.parse(reply)
-        return FORMAT.render(found) if isinstance(found, ToolCall | FinalAnswer) else None
-
-    def hint(self) -> str:
-        return "No action could be read. Reply with <search>words</search> or <answer>the answer</answer>."
-
-    async def step(self, action: str) -> StepResult:
-        asked = FORMAT.parse(action)
-        if isinstance(asked, FinalAnswer):
-            self._answer = asked.text
-            return StepResult("", done=True)
-        assert isinstance(asked, ToolCall)  # `parse` returned the action
-        try:
-            return StepResult((await self._session.call(asked)).text, done=False)
-        except ToolFailure as error:
-            raise EnvironmentFailure(str(error)) from error
-
-    def outcome(self) -> float:
-        return 1.0 if self.success() else 0.0
-
-    def success(self) -> bool:
-        return self._answer is not None and exact_match(self._answer, self._golds)
-
-    def summary(self) -> str:
-        if self.success():
-            return "The answer is right."
-        if self._answer is None:
-            return f"No answer was given in {self._session.counts.total()} searches."
-        return f"The answer {self._answer[:200]!r} is wrong."
 
 
 class RetrievalQA:
@@ -110,10 +68,11 @@ class RetrievalQA:
             self._read[split] = read_tasks(self.name, split, self._data, _problem)
         return self._read[split]
 
-    def environment(self, task: Task) -> SearchEnvironment:
+    def environment(self, task: Task) -> ToolEnvironment:
         try:
             fields = json.loads(task.problem)
-            return SearchEnvironment(fields["prompt"], fields["golds"], self.toolbox())
+            right, statement = partial(exact_match, golds=tuple(fields["golds"])), _statement(fields["prompt"])
+            return ToolEnvironment(statement, FORMAT, self.toolbox(), right, MAX_TURNS)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"

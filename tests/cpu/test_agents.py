@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icrl_megatron.agents.calculator import Calculator
-from icrl_megatron.agents.formats import FORMATS, FinalAnswer, Malformed, Qwen3, SearchR1
+from icrl_megatron.agents.formats import FORMATS, FinalAnswer, Malformed, Qwen3, Tags
 from icrl_megatron.agents.search import NOTHING, Search
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits, ToolSession
 from icrl_megatron.agents.tools import ToolCall, ToolFailure, ToolSpec, ToolUseError
@@ -201,7 +201,7 @@ JSON = st.recursive(
 
 @given(st.text(), st.dictionaries(st.text(), JSON, max_size=3), st.text())
 def test_calls_in_qwens_format_are_read_as_they_were_written(name: str, arguments: dict[str, Any], before: str) -> None:
-    call, form = ToolCall(name, arguments), Qwen3()
+    call, form = ToolCall(name, arguments), Qwen3([])
     written = form.render(call)
     if "tool_call>" not in name + str(arguments):
         assert form.parse(before.replace("<", "") + written) == call
@@ -226,7 +226,7 @@ NO_JSON = Malformed("The text between <tool_call> and </tool_call> is no JSON.")
     ],
 )
 def test_replies_in_qwens_format(reply: str, parsed: object) -> None:
-    assert Qwen3().parse(reply) == parsed
+    assert Qwen3([]).parse(reply) == parsed
 
 
 @pytest.mark.parametrize(
@@ -239,16 +239,17 @@ def test_replies_in_qwens_format(reply: str, parsed: object) -> None:
         ("</answer><answer>", None),
     ],
 )
-def test_the_last_tag_counts_in_search_r1(reply: str, parsed: object) -> None:
-    assert SearchR1().parse(reply) == parsed
-    assert parsed is None or SearchR1().parse(SearchR1().render(parsed)) == parsed  # type: ignore[arg-type]
+def test_the_last_tag_counts(reply: str, parsed: object) -> None:
+    assert Tags([Search.spec]).parse(reply) == parsed
+    assert parsed is None or Tags([Search.spec]).parse(Tags([Search.spec]).render(parsed)) == parsed  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 def test_reading_a_reply_takes_linear_time(form: Any) -> None:
+    reader = form([Search.spec])
     for text in ("<search>" * 300_000, "</search>" * 300_000, "<tool_call>" * 300_000, "</tool_call>" * 300_000):
         began = time.process_time()
-        form.parse(text)
+        reader.parse(text)
         assert time.process_time() - began < 1
 
 
@@ -270,8 +271,13 @@ def test_the_documented_tool_works() -> None:
 
 
 def test_the_documented_format_works() -> None:
-    form = example("A tool format")["Lines"]()
+    form = example("A tool format")["Lines"]([example("A tool")["Reverse"].spec])
     for action in (ToolCall("reverse", {"text": "Rome and Paris"}), FinalAnswer("42")):
         assert form.parse("I think.\n" + form.render(action)) == action
     assert form.parse("hm") is None and form.parse("") is None and isinstance(form.parse("CALL "), Malformed)
-    assert "reverse" in form.instructions([example("A tool")["Reverse"].spec])
+    assert "reverse" in form.instructions()
+
+
+def test_a_tag_holds_one_text() -> None:
+    with pytest.raises(ConfigError, match=r"tool 'double' takes \['n'\]: a tag holds one text; use the format qwen3"):
+        Tags([Doubler.spec])

@@ -1,0 +1,64 @@
+"""Tasks that are solved with tools: each turn of the solver is a call or the answer, which ends the attempt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from icrl_megatron.agents.formats import FinalAnswer, Malformed, ToolFormat
+from icrl_megatron.agents.toolbox import Toolbox
+from icrl_megatron.agents.tools import ToolCall, ToolFailure
+from icrl_megatron.tasks.base import EnvironmentFailure, StepResult
+
+SHOWN_CHARS = 200
+
+
+class ToolEnvironment:
+    """One problem: reward 1 for a right answer, judged by the answer alone."""
+
+    def __init__(
+        self, statement: str, form: ToolFormat, toolbox: Toolbox, right: Callable[[str], bool], max_turns: int
+    ) -> None:
+        """`right` grades the text of an answer."""
+        self.max_turns = max_turns
+        self._statement, self._form, self._toolbox, self._right = statement, form, toolbox, right
+        self._malformed = ""
+        self.answer: str | None = None
+        self.session = toolbox.session()
+
+    async def reset(self) -> str:
+        self.answer, self.session, self._malformed = None, self._toolbox.session(), ""
+        return self._statement
+
+    def parse(self, reply: str) -> str | None:
+        """The call or answer of a reply, written again: what `step` reads, and what tells repeated actions."""
+        found = self._form.parse(reply)
+        self._malformed = found.problem if isinstance(found, Malformed) else ""
+        return self._form.render(found) if isinstance(found, ToolCall | FinalAnswer) else None
+
+    def hint(self) -> str:
+        return self._malformed or f"No action could be read. {self._form.instructions()}"
+
+    async def step(self, action: str) -> StepResult:
+        """Raises EnvironmentFailure where a tool's infrastructure failed."""
+        asked = self._form.parse(action)
+        if isinstance(asked, FinalAnswer):
+            self.answer = asked.text
+            return StepResult("", done=True)
+        assert isinstance(asked, ToolCall)  # `parse` returned the action
+        try:
+            return StepResult((await self.session.call(asked)).text, done=False)
+        except ToolFailure as error:
+            raise EnvironmentFailure(str(error)) from error
+
+    def outcome(self) -> float:
+        return 1.0 if self.success() else 0.0
+
+    def success(self) -> bool:
+        return self.answer is not None and self._right(self.answer)
+
+    def summary(self) -> str:
+        if self.success():
+            return "The answer is right."
+        if self.answer is None:
+            return f"No answer was given in {self.session.counts.total()} calls."
+        return f"The answer {self.answer[:SHOWN_CHARS]!r} is wrong."
