@@ -110,6 +110,8 @@ class Attempt:
     stop_reason: Literal["done", "max_turns", "repeated", "context", "length", "deadline"]
     summary_cut_chars: int = 0
     """Characters cut from the summary, by the same limits as observations."""
+    measures: tuple[tuple[str, float], ...] = ()
+    """(name, value) pairs that the environment counted, e.g. ("calls", 3.0)."""
 
     def response_ids(self) -> Ids:
         return tuple(i for turn in self.turns for i in (*turn.completion.ids, *turn.observation_ids))

@@ -20,7 +20,7 @@ SETTINGS = RolloutSettings(
 )
 PROMPTER = Prompter(build_tokenizer(["go", "up", "down", *template_words("compact")]), SETTINGS)
 TASK = Task("set/train/0", "set", "train", "a problem")
-METHODS = ("reset", "parse", "hint", "step", "outcome", "success", "summary")
+METHODS = ("reset", "parse", "hint", "step", "outcome", "success", "summary", "measures")
 WAITS = ("reset", "step")
 
 

@@ -133,3 +133,7 @@ class ToolSession:
     def made(self, *outcomes: Outcome) -> int:
         """Calls with one of these outcomes."""
         return sum(count for (_, outcome), count in self.counts.items() if outcome in outcomes)
+
+    def of_tool(self, name: str) -> int:
+        """Calls of one tool, however they ended."""
+        return sum(count for (tool, _), count in self.counts.items() if tool == name)

@@ -129,8 +129,8 @@ async def play_attempt(
     stop_reason = await conversation.run(problem)
     success = environment.success()
     summary, missing = stage.shortened(environment.summary())
-    outcome, turns = environment.outcome(), tuple(conversation.turns)
-    return problem, Attempt(round, prompt, plain, turns, outcome, success, summary, stop_reason, missing)
+    outcome, turns, measures = environment.outcome(), tuple(conversation.turns), environment.measures()
+    return problem, Attempt(round, prompt, plain, turns, outcome, success, summary, stop_reason, missing, measures)
 
 
 async def play_critique(place: Place, problem: str, attempt: Attempt, stage: Stage, critic: Speaker) -> Critique:

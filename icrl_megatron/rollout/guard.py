@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import numbers
 import operator
+import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
@@ -181,6 +183,11 @@ class GuardedEnvironment:
     def outcome(self) -> float:
         return self._caller.call("outcome", lambda: self._environment.outcome(), _reward)
 
+    def measures(self) -> tuple[tuple[str, float], ...]:
+        """What a `Measuring` environment counted, sorted by name; nothing from any other environment."""
+        counted: Callable[[], object] = lambda: getattr(self._environment, "measures", dict)()  # noqa: E731
+        return self._caller.call("measures", counted, _measures)
+
     def _said(self, value: object, name: str = "it") -> Said:
         whole = text_of(value, name)
         if 4 * len(whole) <= self._max_bytes:
@@ -245,3 +252,17 @@ def _reward(value: Any) -> float:
     if not is_number or not 0 <= value <= 1:  # NaN fails every comparison
         raise WrongReturnError("it must be a finite number in [0, 1]; divide scores by their maximum")
     return float(value)
+
+
+MOST_MEASURES, MEASURE_NAME = 50, re.compile(r"[a-z0-9_]{1,60}")
+
+
+def _measures(value: Any) -> tuple[tuple[str, float], ...]:
+    fine = isinstance(value, dict) and len(value) <= MOST_MEASURES
+    if not fine or not all(isinstance(name, str) and MEASURE_NAME.fullmatch(name) for name in value):
+        raise WrongReturnError(
+            f"it must be a dict of at most {MOST_MEASURES} names of lower-case letters, digits and _"
+        )
+    if not all(isinstance(number, numbers.Real) and math.isfinite(number) for number in value.values()):
+        raise WrongReturnError("its values must be finite numbers")
+    return tuple(sorted((str(name), float(number)) for name, number in value.items()))

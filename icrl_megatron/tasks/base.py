@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -54,6 +54,14 @@ class Environment(Protocol):
 
     def summary(self) -> str:
         """The outcome in words, for the critic's prompt only."""
+        ...
+
+
+class Measuring(Environment, Protocol):
+    """An environment that counts things during an attempt."""
+
+    def measures(self) -> Mapping[str, float]:
+        """Finite numbers by name, of the attempt so far. Their means are logged as task/<name>."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from icrl_megatron.agents.formats import FinalAnswer, Malformed, ToolFormat
@@ -62,3 +63,19 @@ class ToolEnvironment:
         if self.answer is None:
             return f"No answer was given in {self.session.counts.total()} calls."
         return f"The answer {self.answer[:SHOWN_CHARS]!r} is wrong."
+
+    def measures(self) -> dict[str, float]:
+        """Whether there was an answer, and calls by tool and by how they ended."""
+        counts, session = self.session.counts, self.session
+        calls = {f"calls_{_plain(name)}": session.of_tool(name) for name in self._toolbox.tools}
+        ended = {
+            "calls": counts.total(),
+            "calls_repeated": session.made("repeat", "stopped"),
+            "calls_invalid": session.made("invalid"),
+        }
+        return {name: float(number) for name, number in {"answered": self.answer is not None, **calls, **ended}.items()}
+
+
+def _plain(name: str) -> str:
+    """A tool's name as a part of a metric's name."""
+    return re.sub(r"[^a-z0-9_]", "_", name.lower())[:50]

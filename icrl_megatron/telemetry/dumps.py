@@ -129,4 +129,5 @@ def _attempt(fields: dict[str, Any]) -> Attempt:
         for t in fields["turns"]
     )
     ids = {name: tuple(fields[name]) for name in ("prompt_ids", "plain_prompt_ids")}
-    return Attempt(**{**fields, **ids, "turns": turns})
+    measures = tuple((name, value) for name, value in fields.get("measures", ()))
+    return Attempt(**{**fields, **ids, "turns": turns, "measures": measures})

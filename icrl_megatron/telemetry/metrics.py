@@ -41,6 +41,7 @@ def rollout_metrics(
     reward/<role>, reward/round_<k>, reward/overlong_penalty (of the samples that are trained), success/critique_free,
     success/with_critique, success/round_<k> (of the attempts of that round), success/source/<name> (critique-free),
     revision/gain (mean r(next) - r(this)), critique/tokens,
+    task/<what the environment counted>,
     attempt/tokens, attempt/turns, attempt/lost_turns, attempt/stop_<reason>, tokens/used, episodes/*, groups/*,
     infrastructure/bad_answers and episodes/late (both among the episodes dropped), episodes/texts_cut (observations and
     summaries that were longer than allowed).
@@ -127,3 +128,5 @@ def _attempt(attempt: Attempt, values: Values) -> None:
     values["attempt/lost_turns"].append(sum(t.action is None for t in attempt.turns))
     for reason in ("done", "max_turns", "repeated", "context", "length", "deadline"):
         values[f"attempt/stop_{reason}"].append(attempt.stop_reason == reason)
+    for name, value in attempt.measures:
+        values[f"task/{name}"].append(value)

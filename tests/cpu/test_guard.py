@@ -125,6 +125,10 @@ def test_any_max_turns_and_any_environment(value: Callable[[], Any]) -> None:
         ("outcome", 1.5, "it must be a finite number in [0, 1]"),
         ("success", 1, "it must be True or False"),
         ("summary", ["down"], "it must be a str"),
+        ("measures", None, "it must be a dict of at most 50 names"),
+        ("measures", {"Calls": 1}, "it must be a dict of at most 50 names"),
+        ("measures", {"calls": "1"}, "its values must be finite numbers"),
+        ("measures", {"calls": math.nan}, "its values must be finite numbers"),
     ],
 )
 def test_a_wrong_return_costs_its_episode_and_says_what_is_wrong(method: str, value: object, said: str) -> None:
@@ -132,6 +136,13 @@ def test_a_wrong_return_costs_its_episode_and_says_what_is_wrong(method: str, va
     assert isinstance(ended, DroppedEpisode) and ended.bad_answer
     assert ended.error.startswith(f"{method} of task 'set/train/0' (task set 'set') is ")
     assert said in ended.error
+
+
+def test_what_an_environment_counts_is_kept() -> None:
+    ended = play_one(returning("measures", {"calls": np.int64(3), "answered": True}))
+    assert isinstance(ended, Episode) and ended.attempts[0].measures == (("answered", 1.0), ("calls", 3.0))
+    plain = play_one(Works)
+    assert isinstance(plain, Episode) and plain.attempts[0].measures == ()
 
 
 @pytest.mark.parametrize("method", WAITS)
