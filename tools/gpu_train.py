@@ -305,15 +305,26 @@ def main() -> int:
     for name in names:
         part, log = (chosen.out.with_name(f"train_{name}.{end}") for end in ("part", "log"))
         command = [sys.executable, __file__, "--worker", name, "--device", chosen.device, "--size", chosen.size]
+        part.unlink(missing_ok=True)  # of an earlier run
+        late = False
         with log.open("w") as file:
             try:
                 subprocess.run([*command, "--out", str(part)], stdout=file, stderr=file, timeout=LIMIT_S, check=False)
             except subprocess.TimeoutExpired:
-                print(f"{name}: over {LIMIT_S} s", flush=True)
-        rows[name] = json.loads(part.read_text()) if part.exists() else {"failed": log.read_text()[-1500:]}
+                late = True
+        rows[name] = read(part, log) | ({"failed": f"over {LIMIT_S} s"} if late else {})
         write(chosen.out, rows)
         print(line(name, rows[name]), flush=True)
     return int(any("failed" in row for row in rows.values()))
+
+
+def read(part: Path, log: Path) -> dict[str, Any]:
+    """What a variant wrote; the end of its log if it wrote nothing, or was killed while it wrote."""
+    try:
+        found: dict[str, Any] = json.loads(part.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {"failed": log.read_text(errors="replace")[-1500:]}
+    return found
 
 
 def line(name: str, row: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ warnings.filterwarnings("ignore", module=r"megatron\..*")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each rank reads a checkpoint alone
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of a CUDA toolkit without a GPU
 platform.spare_the_compiler()
 platform.hide_gpu_libraries()
 platform.keep_fp8_scales_exact()

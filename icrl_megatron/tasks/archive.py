@@ -29,7 +29,7 @@ from icrl_megatron.utils.errors import ConfigError
 
 PEOPLE, TOWNS, LARGEST = 1000, 100, 49
 HELDOUT_PEOPLE = 200
-"""The last ones; no training problem names them."""
+"""Drawn at random, so that every digit is trained at every place; no training problem names them."""
 OUTDATED = 0.7
 """Share of the towns whose size a search gets wrong."""
 MAX_TURNS = 6
@@ -223,8 +223,8 @@ class Archive:
 
     def problems(self, split: Split) -> Sequence[Task]:
         rng = random.Random(f"{self.name} {split}")
-        known = PEOPLE - HELDOUT_PEOPLE
-        people = range(known) if split == "train" else range(known, PEOPLE)
+        shuffled = random.Random(8).sample(range(PEOPLE), PEOPLE)
+        people = shuffled[HELDOUT_PEOPLE:] if split == "train" else shuffled[:HELDOUT_PEOPLE]
         count = TRAIN_PROBLEMS if split == "train" else HELDOUT_PROBLEMS
         if self._people == 1:
             count = min(count, len(people))

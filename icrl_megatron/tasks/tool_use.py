@@ -40,12 +40,13 @@ class ToolEnvironment:
         return self._malformed or f"No action could be read. {self._form.instructions()}"
 
     async def step(self, action: str) -> StepResult:
-        """Raises EnvironmentFailure where a tool's infrastructure failed."""
+        """Runs a call, or takes the answer. Raises EnvironmentFailure where a tool's infrastructure failed."""
         asked = self._form.parse(action)
         if isinstance(asked, FinalAnswer):
             self.answer = asked.text
             return StepResult("", done=True)
-        assert isinstance(asked, ToolCall)  # `parse` returned the action
+        if not isinstance(asked, ToolCall):
+            return StepResult(self.hint(), done=False)
         try:
             return StepResult((await self.session.call(asked)).text, done=False)
         except ToolFailure as error:

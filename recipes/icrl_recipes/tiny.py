@@ -71,3 +71,26 @@ def household() -> Settings:
     settings.warm_start = WarmStart(steps=600, episodes_per_step=16)
     settings.optim.learning_rate, settings.algo.entropy_coef = 1e-3, 0.01
     return settings
+
+
+def _archive(name: str) -> Settings:
+    """Questions that only tools can answer: several turns of calls, then a number."""
+    settings = _tiny(name, name)
+    settings.rollout.max_turns, settings.rollout.max_turn_tokens = 14, 32
+    settings.warm_start = WarmStart(steps=1000, episodes_per_step=32)
+    settings.algo.entropy_coef = 0.005
+    return settings
+
+
+def archive() -> Settings:
+    """Archive with two towns: search, page and calculator calls in one episode. One CPU core."""
+    settings = _archive("archive")
+    settings.steps = 80
+    return settings
+
+
+def archive_easy() -> Settings:
+    """Archive with one town: whom to ask, a search that is often outdated or a page that is right. One CPU core."""
+    settings = _archive("archive_easy")
+    settings.steps, settings.warm_start.steps = 40, 600
+    return settings

@@ -368,3 +368,22 @@ def test_no_row_that_is_measured_is_skipped(bench: ModuleType) -> None:
         "gradients": 6 * 64 * 400,
     }
     assert passes["statistics"][0]().shape[1:] == (4, 64) and passes["gradients"][0]().shape == (64, 400)
+
+
+def test_gradients_that_are_not_finite_are_wrong() -> None:
+    rows = {"fp32": 0.0, "te_bf16": float("nan"), "te_fp8_current": 0.1, "torch_bf16": 0.06}
+    found = {name: {"gradient_relative": value} for name, value in rows.items()}
+    assert load("gpu_actor").wrong(found | {"te_fp8_blockwise": {"failed": 1}}) == [
+        "te_bf16",
+        "torch_bf16",
+        "te_fp8_blockwise",
+    ]
+
+
+@pytest.mark.parametrize("written", [None, '{"start_s": 1'])
+def test_a_variant_without_a_whole_result_has_failed(tmp_path: Path, written: str | None) -> None:
+    part, log = tmp_path / "part", tmp_path / "log"
+    log.write_text("out of memory")
+    if written:
+        part.write_text(written)
+    assert load("gpu_train").read(part, log) == {"failed": "out of memory"}

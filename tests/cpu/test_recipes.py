@@ -16,10 +16,11 @@ from icrl_megatron.run import checks as validate
 from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.settings.schema import EngineSettings, Settings
 from icrl_megatron.settings.task_schema import TaskSettings, TaskSource
+from icrl_megatron.tasks import registry as task_sets
 from icrl_megatron.utils.errors import ConfigError
 from icrl_recipes import registry
 
-EMBEDDED = ("rulebook_hard", "rulebook_easy", "household")
+EMBEDDED = task_sets.names()
 RECIPES = tuple(registry())
 ON_GPUS = tuple(name for name in RECIPES if registry()[name]().launch.device == "cuda")
 

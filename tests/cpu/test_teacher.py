@@ -23,7 +23,7 @@ SETTINGS = RolloutSettings(max_turn_tokens=4, context_tokens=200, templates="com
 SEEDS = Seeds(run=0, step=0)
 
 
-@pytest.mark.parametrize("name", ["rulebook_hard", "rulebook_easy", "household"])
+@pytest.mark.parametrize("name", ["rulebook_hard", "rulebook_easy", "household", "archive", "archive_easy"])
 def test_teachers_play_ordinary_episodes(name: str) -> None:
     task_set: Any = registry.get(name)
     tokenizer = build_tokenizer([*task_set.vocabulary(), *template_words("compact")])
