@@ -1,7 +1,8 @@
-"""Builds a rank's part of the SGLang servers: the server that it leads, or a share in one that another rank leads.
+"""Builds a rank's part of the SGLang servers: the server that it leads, or a follower of a server that another rank
+leads.
 
-Ranks are divided into as many groups of neighbors as there are servers. The first rank of a group leads: it starts and
-watches the server, plays the group's share of the tasks, and sends the weights.
+Ranks are split into one group of consecutive ranks per server. The first rank of a group leads: it starts and watches
+the server, plays the group's share of the tasks, and sends the weights.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ from icrl_megatron.utils.errors import ConfigError
 
 
 def build(request: EngineRequest) -> Engines:
-    """What this rank leads. Servers are started unless they start `in_turn`, and not waited for (`wait_ready`). All
-    ranks call it together.
+    """Builds this rank's engines. Starts servers unless they start `in_turn`, and does not wait for them
+    (`wait_ready`). Collective over all ranks.
 
-    Raises ConfigError if an engine cannot be what the settings say.
+    Raises ConfigError if the settings describe an engine that cannot be built.
     """
     settings, grid, device = request.settings, request.grid, request.device
     in_turn = _in_turn(request)
@@ -65,23 +66,23 @@ def build(request: EngineRequest) -> Engines:
 
 
 def _in_turn(request: EngineRequest) -> bool:
-    """Whether servers have to start one after another: they share GPUs with the actor, or with each other."""
+    """Whether servers have to start one after another because they share GPUs with the actor or with each other."""
     if request.device.type != "cuda" or request.settings.engine.urls:
         return False
     shared = request.synced or request.critic is not None
     if shared and "expandable_segments:True" in _allocator_settings():
         raise ConfigError(
-            "PYTORCH_CUDA_ALLOC_CONF has expandable_segments:True: such memory can be neither released nor mapped by "
-            "an engine beside the actor; take it out, or use engine.urls"
+            "PYTORCH_CUDA_ALLOC_CONF has expandable_segments:True: an engine on the actor's GPUs can neither "
+            "release nor map such memory; take it out, or use engine.urls"
         )
     return shared
 
 
 def _own_engine(request: EngineRequest, number: int, group: Any, lead: int) -> SGLangEngine:
-    """On a server that this rank starts."""
+    """Creates an engine on a server that this rank starts."""
     settings, log = request.settings, request.logs / f"sglang_{number}.log"
     spec = server_spec(settings, request.folder, request.device, log, two=request.critic is not None)
-    # Servers that share a GPU sleep in turn when they start, and nobody pushes weights after that.
+    # Servers that share a GPU sleep in turn when they start, and without a sync no weights are pushed afterwards.
     server = Server(replace(spec, keeps_weights=not request.synced and request.critic is not None))
 
     def transport() -> Transport:
@@ -92,8 +93,8 @@ def _own_engine(request: EngineRequest, number: int, group: Any, lead: int) -> S
 
 
 def _remote_engine(request: EngineRequest, number: int) -> SGLangEngine:
-    """On a server of `engine.urls`. If nobody pushes weights later, it gets those of the folder now: nobody knows which
-    ones it has."""
+    """Creates an engine on a server of `engine.urls`. If no weights are pushed later, sends those of the folder now,
+    because it is not known which weights the server has."""
     server, engine = _remote(request.settings, request.settings.engine.urls[number])
     host, device = _address(server.url), request.device
 
@@ -109,25 +110,26 @@ def _remote_engine(request: EngineRequest, number: int) -> SGLangEngine:
 
 
 def folder_tensors(folder: Path, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a Hugging Face folder, one at a time. Raises ConfigError unless it has all of the model's."""
+    """Yields every tensor of a Hugging Face folder, one at a time. Raises ConfigError unless it has all of the
+    model's."""
     for name, stored in locate_weights(folder, ModelShape.read(folder)).items():
         with safe_open(stored.file, framework="pt", device=str(device)) as file:
             yield name, file.get_tensor(stored.name).to(dtype)
 
 
 def server_count(settings: Settings, world: int) -> int:
-    """How many servers `world` ranks have."""
+    """The number of servers for `world` ranks."""
     engine = settings.engine
     return len(engine.urls) or engine.servers or max(1, world // engine.tensor_parallel)
 
 
 def tensor_shapes(folder: Path) -> Shapes:
-    """Every tensor of a Hugging Face folder's model with its shape; a tied model has no head. Raises ConfigError."""
+    """Shapes of every tensor of a Hugging Face folder's model; a tied model has no head. Raises ConfigError."""
     return ModelShape.read(folder).tensors()
 
 
 def server_spec(settings: Settings, folder: Path, device: torch.device, log: Path, two: bool) -> ServerSpec:
-    """What a server is started with. `two`: whether two servers share the GPU."""
+    """The configuration that a server is started with. `two`: whether two servers share the GPU."""
     engine = settings.engine
     if two:
         engine = replace(engine, memory_fraction=engine.memory_fraction / 2)
@@ -143,7 +145,7 @@ def server_spec(settings: Settings, folder: Path, device: torch.device, log: Pat
 
 
 def _remote(settings: Settings, url: str) -> tuple[Server, EngineSettings]:
-    """A server of `engine.urls` that was checked to fit, and the settings with its number of workers."""
+    """Checks a server of `engine.urls`; returns it and the settings with its number of workers."""
     named = settings.engine.api_key_env
     server = Server(None, url.rstrip("/"), os.environ.get(named, ""))
     try:
@@ -162,7 +164,7 @@ def _remote(settings: Settings, url: str) -> tuple[Server, EngineSettings]:
 
 
 def _close_update(server: Server, timeout_s: float) -> None:
-    """Ends an update that a killed run left open, because no other could begin. SGLang refuses this if none is open,
+    """Ends an update that a killed run left open, because it blocks new ones. SGLang refuses this if none is open,
     which is fine."""
     try:
         server.post("/end_weight_update", {}, timeout_s)
@@ -174,7 +176,7 @@ def _close_update(server: Server, timeout_s: float) -> None:
 
 
 def _group(grid: Grid, servers: int, timeout_s: float) -> Any:
-    """The host group of the ranks that offer buffers to this rank's server; None if each rank has its own server."""
+    """The gloo group of the ranks that share this rank's server; None if each rank has its own server."""
     size, mine = grid.world // servers, None
     if size > 1:
         for first in range(0, grid.world, size):
@@ -196,7 +198,7 @@ def _address(url: str) -> str:
             probe.connect(there)  # sends nothing
             return str(probe.getsockname()[0])
     except (OSError, ValueError) as error:
-        raise ConfigError(f"engine.urls: there is no way to {url} ({error})") from error
+        raise ConfigError(f"engine.urls: {url} cannot be reached ({error})") from error
 
 
 def _allocator_settings() -> str:

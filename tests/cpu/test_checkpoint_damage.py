@@ -250,7 +250,7 @@ def test_a_record_of_another_version_is_no_damage(root: Path, grid: grids.Grid) 
     content = json.loads(text) | {"format": 3}
     del content["sha256"]
     path.write_text(json.dumps(content | {"sha256": manifest._checksum(content)}))
-    proves_nothing(root, grid, r"written by another version of this program \(its format is another one\)")
+    proves_nothing(root, grid, r"written by another version of this program \(its format differs\)")
     path.write_text('{"step": 2, "weight_version": 3, "optimizer_steps": 2, "generated_tokens": 20}')
     proves_nothing(root, grid, r"written by an earlier version .* export it with that version")
 
