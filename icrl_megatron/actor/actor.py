@@ -144,8 +144,8 @@ class Actor:
         deviation = measured.maxima.get("ratio_deviation", 0.0)
         if not deviation <= tolerance:
             raise InvariantError(
-                f"first step: a ratio of the unchanged policy is off 1 by {deviation:.2e} (allowed {tolerance:.0e}); "
-                "the scoring and the training pass do not compute the same model"
+                f"first step: a ratio of the unchanged policy deviates from 1 by {deviation:.2e} (allowed "
+                f"{tolerance:.0e}); the scoring and the training pass do not compute the same model"
             )
 
 

@@ -183,7 +183,7 @@ def newest(root: Path, grid: Grid | None, log: Callable[[str], None], set_aside:
             damaged.append((folder, error))
             continue
         if manifests.folder_name(found.progress.step) != folder.name:
-            raise ConfigError(f"{folder}: holds step {found.progress.step}; give the folder its own name back")
+            raise ConfigError(f"{folder}: holds step {found.progress.step}; restore the name of the folder")
         if damaged:
             listed = "; ".join(f"{bad.name}: {why}" for bad, why in damaged)
             kept = _first_rank(grid, lambda: [_set_aside(bad) for bad, _ in damaged]) if set_aside else []
@@ -193,7 +193,7 @@ def newest(root: Path, grid: Grid | None, log: Callable[[str], None], set_aside:
     if damaged:
         listed = "; ".join(f"{bad.name}: {why}" for bad, why in damaged)
         raise ConfigError(
-            f"{root}: no checkpoint is whole ({listed}). Put a good copy of one in its place, or begin a new run "
+            f"{root}: all checkpoints are damaged ({listed}). Put a good copy of one in its place, or begin a new run "
             "with another run_dir"
         )
     return None
@@ -252,7 +252,7 @@ def _confirm(folder: Path, damage: DamagedError, seen_by: int, grid: Grid | None
 
     if not _first_rank(grid, again):
         raise ConfigError(
-            f"{folder}: {damage} as rank {seen_by} reads it, but rank 0 reads it whole; check the file system of that "
+            f"{folder}: {damage} when rank {seen_by} reads it, but not when rank 0 does; check the file system of that "
             "rank's machine, and run the same command again"
         )
 

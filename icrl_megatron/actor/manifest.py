@@ -126,7 +126,7 @@ def read(folder: Path) -> Manifest:
     except ConfigError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DamagedError(META, f"is not what was written ({type(error).__name__}: {error})") from error
+        raise DamagedError(META, f"differs from what was written ({type(error).__name__}: {error})") from error
     for name in files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ConfigError(f"{folder / META}: lists {name!r}, which is outside the checkpoint; do not use it")

@@ -129,7 +129,7 @@ class ShardReader:
         """The rectangle `part` of the tensor `name`, float32 on the CPU. Raises ConfigError if the checkpoint holds
         another model or cannot be read."""
         if name not in self._full:
-            raise ConfigError(f"{self._folder}: has no {name}, so it holds another model than the one that is trained")
+            raise ConfigError(f"{self._folder}: has no {name}, so it is a checkpoint of another model")
         if self._full[name] != part.full:
             raise ConfigError(
                 f"{self._folder}: holds another model: {name} has shape {self._full[name]}, the model's is {part.full}"

@@ -214,7 +214,7 @@ class Decoding:
         ids = self._ids_NR[: self._done].index_select(1, rows).T.tolist()
         logprobs_RN = self._logprobs_NR[: self._done].index_select(1, rows).T
         if not bool(torch.isfinite(logprobs_RN).all()):
-            raise EngineError("The model gave log-probs that are not finite: check the last weight update.")
+            raise EngineError("The model returned log-probs that are not finite: check the last weight update.")
         reasons: list[FinishReason] = ["stop" if s else "length" for s in stopped_R[rows].tolist()]
         indices = self._index_R[rows].tolist()
         self._alive_R = self._alive_R & ~ended_R

@@ -57,7 +57,7 @@ class LocalEngine:
         _require_finite(self._model, model_dir)
         self._vocabulary, self._max_positions = shape.vocab, shape.max_positions
         self._version = 0
-        self._unfit = "" if weights else "The engine has no weights yet: send a whole update."
+        self._unfit = "" if weights else "The engine has no weights yet: send a complete update."
         """Why requests are refused; empty when they are accepted."""
         self._pending: list[_Pending] = []
         self._running: list[_Pending] = []
@@ -83,11 +83,11 @@ class LocalEngine:
         complete update has arrived. Raises EngineError while requests are running.
         """
         if any(not p.future.done() for p in (*self._pending, *self._running)):
-            raise EngineError(f"Weights of version {version} came while requests are running: wait for them.")
+            raise EngineError(f"Weights of version {version} came while requests are running: wait until they finish.")
         if self._unfit == _CLOSED:
             raise EngineError(_CLOSED)
         asleep = self._unfit == _ASLEEP
-        self._unfit = f"The engine holds half of the weights of version {version}: send a whole update."
+        self._unfit = f"The engine has only a part of the weights of version {version}: send a complete update."
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         seen: set[str] = set()
         written: dict[int, str] = {}
@@ -112,7 +112,7 @@ class LocalEngine:
 
     def sleep(self) -> None:
         if any(not p.future.done() for p in (*self._pending, *self._running)):
-            raise EngineError("The engine cannot sleep while requests are running: wait for them.")
+            raise EngineError("The engine cannot sleep while requests are running: wait until they finish.")
         if not self._unfit:
             self._unfit = _ASLEEP
             self._model.to("cpu")
@@ -139,7 +139,7 @@ class LocalEngine:
         if room < 1:
             raise EngineError(
                 f"A prompt has {len(prompt)} tokens, but the model has {self._max_positions} positions: lower "
-                "rollout.context_tokens to that, or take a model with more."
+                "rollout.context_tokens to that, or use a model with more."
             )
         if not prompt or min(prompt) < 0 or max(prompt) >= self._vocabulary:
             raise EngineError(f"A prompt is empty or has ids outside 0..{self._vocabulary - 1}: check the tokenizer.")
@@ -197,7 +197,7 @@ class LocalEngine:
             )
 
 
-_CLOSED = "The engine is closed: make a new one."
+_CLOSED = "The engine is closed: create a new one."
 _ASLEEP = "The engine sleeps: call wake() before generate()."
 
 
@@ -207,7 +207,7 @@ def _check_tensor(
     if name not in parameters:
         raise EngineError(f"Update {version}: the model has no tensor {name!r}.")
     if name in seen:
-        raise EngineError(f"Update {version}: {name!r} came twice.")
+        raise EngineError(f"Update {version}: {name!r} was sent twice.")
     if tensor.shape != parameters[name].shape:
         expected = tuple(parameters[name].shape)
         raise EngineError(f"Update {version}: {name!r} has shape {tuple(tensor.shape)}, the model's is {expected}.")

@@ -58,15 +58,15 @@ def check_groups(engine: EngineSettings, world: int, on_node: int) -> None:
     if on_node % engine.tensor_parallel:
         raise ConfigError(
             f"engine.tensor_parallel={engine.tensor_parallel} does not divide the {on_node} ranks of a node: a server "
-            "would lie on two; use a divisor"
+            "would span two; use a divisor"
         )
     size = world // servers
     if on_node % size:
         fits = [n for n in range(servers, world + 1) if world % n == 0 and on_node % (world // n) == 0]
         raise ConfigError(
-            f"engine.servers={servers} cuts {world} ranks into groups of {size}, and a node has {on_node}: a group "
-            f"would lie on two nodes, its server on one; use engine.servers={fits[0]}, or leave it out for one per "
-            "engine.tensor_parallel ranks"
+            f"engine.servers={servers} splits {world} ranks into groups of {size}, and a node has {on_node}: a group "
+            f"would span two nodes, but a server runs on one; use engine.servers={fits[0]}, or leave it out for one "
+            "per engine.tensor_parallel ranks"
         )
 
 
@@ -79,7 +79,7 @@ def check_urls(settings: Settings, world: int) -> None:
     if world % len(urls) or settings.engine.servers:
         raise ConfigError(
             f"engine.urls names {len(urls)} servers for {world} ranks: their number must divide the ranks, and "
-            "engine.servers stay out"
+            "engine.servers must be unset"
         )
     if settings.rollout.critic == "frozen":
         raise ConfigError(

@@ -134,7 +134,7 @@ class SGLangEngine:
     def _update(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         if self._transport is None:
             self._transport = self._make_transport()
-        self._half = f"The engine holds half of the weights of version {version}: send a whole update."
+        self._half = f"The engine has only a part of the weights of version {version}: send a complete update."
         try:
             self._sink.pour(tensors, version, self._transport, self.lost())
         except EngineError as error:

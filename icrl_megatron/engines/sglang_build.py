@@ -157,7 +157,7 @@ def _remote(settings: Settings, url: str) -> tuple[Server, EngineSettings]:
     if info.get("preferred_sampling_params"):
         raise ConfigError(
             f"{url} has --preferred-sampling-params {info['preferred_sampling_params']}: log-probs would not be those "
-            "of the policy; start it without"
+            "of the policy; start it without this option"
         )
     _close_update(server, settings.engine.sync_timeout_s)
     return server, replace(settings.engine, tensor_parallel=int(info.get("tp_size") or 1))
@@ -169,7 +169,7 @@ def _close_update(server: Server, timeout_s: float) -> None:
     try:
         server.post("/end_weight_update", {}, timeout_s)
     except NoAnswerError as error:
-        raise ConfigError(f"engine.urls: {error} It may wait for a run that is gone: restart it.") from error
+        raise ConfigError(f"engine.urls: {error} It may be waiting for a run that has ended: restart it.") from error
     except EngineError as error:
         if "no weight-update session" not in str(error):
             raise ConfigError(f"engine.urls: {error}") from error

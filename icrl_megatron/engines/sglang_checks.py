@@ -69,14 +69,14 @@ class Checksums:
         """Raises EngineError with the first name whose hash differs, that is missing, or that was never sent."""
         found = _by_worker(answer)
         if len(found) != self._workers:
-            raise EngineError(f"SGLang gave the checksums of {len(found)} workers, not of {self._workers}.")
+            raise EngineError(f"SGLang returned checksums of {len(found)} workers instead of {self._workers}.")
         for worker, (expected, actual) in enumerate(zip(self.expected, found, strict=True)):
             for name, value in expected.items():
                 if name not in actual:
                     raise EngineError(f"The engine has no parameter {name!r}: it runs a different model.")
                 if actual[name] != value:
                     raise EngineError(
-                        f"Worker {worker} of the engine holds other values of {name!r} than it was sent "
+                        f"Worker {worker} of the engine has other values of {name!r} than it was sent "
                         f"({actual[name]}, not {value}): the weight update is incomplete."
                     )
             alias = {"lm_head.weight"} if self._shape.tied else set()

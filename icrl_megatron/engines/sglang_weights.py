@@ -344,7 +344,7 @@ def checked(
         if name not in shapes:
             raise EngineError(f"Update {version}: the model has no tensor {name!r}.")
         if name in seen:
-            raise EngineError(f"Update {version}: {name!r} came twice.")
+            raise EngineError(f"Update {version}: {name!r} was sent twice.")
         if tuple(tensor.shape) != shapes[name]:
             raise EngineError(
                 f"Update {version}: {name!r} has shape {tuple(tensor.shape)}, the model's is {shapes[name]}."

@@ -178,7 +178,7 @@ def _check_algo(algo: AlgoSettings, settings: Settings) -> None:
         )
     if algo.shaping_gamma > 0 and (algo.calibration.enabled or not algo.internalise):
         raise ConfigError(
-            f"algo.shaping_gamma={algo.shaping_gamma:g} replaces the calibration weight of internalised revisions: it "
+            f"algo.shaping_gamma={algo.shaping_gamma:g} replaces the calibration weight of internalized revisions: it "
             "needs algo.calibration.enabled=false and algo.internalise=true; give these too, or algo.shaping_gamma=0, "
             "in a new run"
         )
@@ -377,7 +377,7 @@ def check_servers(settings: Settings) -> None:
             continue
         if source.name not in registry.SERVED:
             raise ConfigError(
-                f"{name}.command={serve.command}: task set {source.name!r} asks no server; leave it out, or set the "
+                f"{name}.command={serve.command}: task set {source.name!r} uses no server; leave it out, or set the "
                 f"whole list: tasks.sources=[{{name: {source.name}}}]"
             )
         _check_numbers(name, serve)

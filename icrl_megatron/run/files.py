@@ -38,7 +38,7 @@ def check(settings: Settings, folder: Path) -> None:
     strangers = [name for name in names if (folder / name).exists()]
     if strangers and not saved.exists():
         raise ConfigError(
-            f"run_dir={folder}: it has {', '.join(strangers)} but no {settings_module.SAVED_NAME}, so it is not a "
+            f"run_dir={folder}: it holds {', '.join(strangers)} but no {settings_module.SAVED_NAME}, so it is not a "
             "run that can be resumed, and a new run would replace them; choose another run_dir"
         )
     sources = [Path(settings.model.path)] if settings.model.path else []

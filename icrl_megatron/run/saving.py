@@ -221,7 +221,7 @@ class Saver:
         except (ConfigError, HopelessError) as failed:
             self._explain(error, f"{failed}; {self._standing()}")
             return
-        self._say(f"saved step {self._saved}, the last one that was completed")
+        self._say(f"saved step {self._saved}, the last completed one")
 
     def _explain(self, error: BaseException, message: str) -> None:
         """Logs why nothing was saved, unless the run ends with a one-line remedy, such as for a full disk."""
@@ -254,7 +254,7 @@ def _ledger(run_dir: Path, found: checkpoint.Checkpoint | None, log: Log) -> str
     if found is None:
         _check_never_saved(run_dir, run, saved, log)
     elif saved > reached and not (root / f"{manifest.folder_name(saved)}{manifest.DAMAGED}").exists():
-        log(f"{root}: step {saved} was saved last and is not there any more; {found.folder.name} is the newest")
+        log(f"{root}: step {saved} was saved last and is missing; {found.folder.name} is the newest")
     if not run or saved != reached:
         run = run or uuid.uuid4().hex
         _write_ledger(run_dir, run, reached)

@@ -77,7 +77,9 @@ class RunState:
         """Resumes unfinished episodes whose problems are still training problems: the data may have changed."""
         known = {task: group for task, group in kept.items() if task in self.parts.sampler.known}
         if len(known) < len(kept):
-            self._log(f"{len(kept) - len(known)} unfinished groups are left out: their problems are gone")
+            self._log(
+                f"{len(kept) - len(known)} unfinished groups are dropped: their problems are no longer trained on"
+            )
         self.parts.source.take_back(known)
 
     def _resume_curriculum(self, main: bool) -> None:

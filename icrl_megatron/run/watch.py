@@ -150,13 +150,13 @@ class Watch:
         steps = sorted(int(m[1]) for path in root.glob("step_*") if (m := re.fullmatch(r"step_(\d+)", path.name)))
         good = [step for step in steps if step < self._alive]
         if not good:
-            return "no checkpoint is from before that; lower optim.learning_rate in a new run"
+            return "no checkpoint is from before the collapse; lower optim.learning_rate in a new run"
         newest = root / f"step_{good[-1]:06d}"
         if good == steps:
             return f"lower optim.learning_rate and run the same command again, which resumes from {newest.name}"
         return (
-            f"{newest} is the newest checkpoint from before that; delete those after it, lower optim.learning_rate and "
-            f"run the same command again, or begin a new run with start_from={newest}"
+            f"{newest} is the newest checkpoint from before the collapse; delete those after it, lower "
+            f"optim.learning_rate and run the same command again, or begin a new run with start_from={newest}"
         )
 
 

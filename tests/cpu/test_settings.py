@@ -218,8 +218,8 @@ def test_every_range_is_checked(name: str, low: float) -> None:
         ("engine.kind=sglang engine.servers=2 engine.tensor_parallel=2", "engine.servers=2"),
         (
             "engine.kind=sglang launch.ranks=8 launch.nodes=3 engine.tensor_parallel=8 engine.servers=2",
-            "cuts 24 ranks into groups of 12, and a node has 8: a group would lie on two nodes, its server on one; use "
-            "engine.servers=3, or leave it out",
+            "splits 24 ranks into groups of 12, and a node has 8: a group would span two nodes, but a server runs on "
+            "one; use engine.servers=3, or leave it out",
         ),
         (
             "engine.kind=sglang launch.ranks=6 launch.nodes=2 engine.tensor_parallel=4",
