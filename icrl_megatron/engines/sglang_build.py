@@ -46,12 +46,12 @@ def build(request: EngineRequest) -> Engines:
     number, limit_s = grid.rank // (grid.world // servers), settings.launch.timeout_s
     lead = lead_rank(grid.rank, grid.world, servers)
     group = _group(grid, servers, limit_s) if in_turn else None
-    together = ServerGroup(group, lead, limit_s)
+    server_group = ServerGroup(group, lead, limit_s)
     if grid.rank != lead:
         tensor, sync_s = settings.engine.tensor_parallel, settings.engine.sync_timeout_s
         offers = SharedMemory(None, tensor, group, lead, sync_s) if group else None
         sink = Sink(tensor_shapes(request.folder), request.dtype, device, settings.engine.bucket_mib)
-        return Engines(Follower(sink, offers), None, None, Share(None, servers), in_turn, together)
+        return Engines(Follower(sink, offers), None, None, Share(None, servers), in_turn, server_group)
     solver = _remote_engine(request, number) if settings.engine.urls else _own_engine(request, number, group, lead)
     critic = None
     if request.critic is not None:
@@ -59,7 +59,7 @@ def build(request: EngineRequest) -> Engines:
         spec = replace(server_spec(settings, request.critic, device, log, two=True), keeps_weights=True)
         shapes = tensor_shapes(request.critic)
         critic = SGLangEngine(Server(spec), settings.engine, _no_transport, shapes, request.dtype, device)
-    engines = Engines(solver, solver, critic, Share(number, servers), in_turn, together)
+    engines = Engines(solver, solver, critic, Share(number, servers), in_turn, server_group)
     if not in_turn:
         engines.start()
     return engines
