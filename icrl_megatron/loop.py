@@ -1,4 +1,4 @@
-"""The training loop, on one screen. `train.py` and `sft.py` build the parts; everything here is the algorithm."""
+"""The training loop. `train.py` and `sft.py` build the components; the algorithm is here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from icrl_megatron.types import StepStats
 
 
 def run(parts: Parts, state: RunState, recorder: Recorder, evaluator: Evaluator) -> int:
-    """Trains to the end. Returns 0, or STOPPED when a signal asked all ranks to stop; both leave a checkpoint."""
+    """Trains to the end. Returns 0, or STOPPED if a signal asked all ranks to stop; both leave a checkpoint."""
     settings = parts.settings
     push(parts)
     if state.step == 0:
@@ -31,7 +31,7 @@ def run(parts: Parts, state: RunState, recorder: Recorder, evaluator: Evaluator)
         played, report = play_and_credit(parts, state, recorder)
         if trouble := nothing_to_learn(settings, state.step, played, report):
             if state.stop_requested():
-                break  # what preempts a job ends its environment servers too: the step is played again
+                break  # preemption also kills environment servers: the step is played again after a resume
             raise NoSignalError(trouble + parts.watch.hint(state.step + 1, played.episodes))
         idle = settings.debug.mode == "rollout_only" or (not report.has_signal and settings.algo.on_no_signal == "skip")
         stats = None if idle else update(parts, state, recorder, report)
@@ -51,13 +51,14 @@ def run(parts: Parts, state: RunState, recorder: Recorder, evaluator: Evaluator)
 
 
 def push(parts: Parts) -> None:
-    """Hands the actor's weights to the engines, which wake up in the memory that the actor gives back."""
+    """Sends the actor's weights to the engines, which wake up in the memory that the actor releases."""
     parts.actor.offload.release()
     parts.sync.push()
 
 
 def play_and_credit(parts: Parts, state: RunState, recorder: Recorder) -> tuple[Played, CreditReport]:
-    """Episodes, and what each of their tokens earned. A batch without a signal is drawn again, boundedly."""
+    """Plays episodes and computes the credit of their tokens. A batch without a signal is drawn again, up to a
+    limit."""
     rollout, algo = parts.settings.rollout, parts.settings.algo
     begun, needed = math.ceil(rollout.tasks_per_step * rollout.oversample), rollout.tasks_per_step
     for resample in range(algo.max_resamples + 1):
@@ -73,7 +74,7 @@ def play_and_credit(parts: Parts, state: RunState, recorder: Recorder) -> tuple[
 
 
 def update(parts: Parts, state: RunState, recorder: Recorder, report: CreditReport) -> StepStats:
-    """Packs the samples, scores what must be frozen, trains, and hands the new weights to the engines."""
+    """Packs the samples, scores them with frozen weights, trains, and sends the new weights to the engines."""
     settings, grid = parts.settings, parts.grid
     layout = {
         "micro_batch_tokens": settings.actor.micro_batch_tokens,
@@ -99,7 +100,7 @@ def update(parts: Parts, state: RunState, recorder: Recorder, report: CreditRepo
 
 
 def end_step(state: RunState, recorder: Recorder, evaluator: Evaluator, row: Row, stats: StepStats | None) -> None:
-    """Evaluates where due, writes the metrics and saves where due. The step itself is done: an error here saves it."""
+    """Evaluates and saves if due, and writes the metrics. The step is already completed: an error here saves it."""
     state.completed(row)
     if evaluator.due():
         with recorder.phase("evaluation"):

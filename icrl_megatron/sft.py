@@ -1,8 +1,8 @@
-"""Supervised training: the loop of `loop.py` on demonstrations, each of which has advantage 1.
+"""Supervised training: the loop of `loop.py` on demonstrations with advantage 1.
 
-Log-likelihood is the policy gradient of samples with advantage 1 under their own policy, so all but the source of
-episodes is as in RL. `python -m icrl_megatron.sft SETTINGS.yaml` is one rank. It first makes the embedded model
-if `model.init` is set, and leaves a Hugging Face folder at `<run_dir>/hf`.
+The log-likelihood gradient is the policy gradient of samples with advantage 1 under their own policy, so only the
+source of episodes differs from RL. `python -m icrl_megatron.sft SETTINGS.yaml` is one rank. It first creates the
+embedded model if `model.init` is set, and writes a Hugging Face folder to `<run_dir>/hf`.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.progress import Progress
 
 SEED_FOLDER = "random"
-"""Where the embedded model stands before it learned anything."""
+"""Folder of the embedded model with its initial weights."""
 PLAIN = AlgoSettings(internalise=False, calibration=Calibration(enabled=False), loss_normalisation="token_mean")
-"""Log-likelihood: no clip that binds, no weight, every sample under the prompt that it was played with."""
+"""Log-likelihood: no effective clip, no weights, every sample under the prompt that it was played with."""
 
 
 def main(settings: Settings) -> int:
-    """One rank of the stage; returns 0 or STOPPED."""
+    """Runs one rank of the stage; returns 0 or STOPPED."""
     stop = StopRequest()
     WATCHDOG.obey(stop)
     settings = supervised(settings)
@@ -64,8 +64,8 @@ def main(settings: Settings) -> int:
 
 
 def supervised(settings: Settings) -> Settings:
-    """The same run with an objective that is plain log-likelihood (no clip, no weight, every prompt as it was), one
-    demonstration a task, and nothing to evaluate."""
+    """The same settings with a log-likelihood objective (no clip, no weights, original prompts), one demonstration per
+    task, and no evaluation."""
     warm = settings.warm_start
     return replace(
         settings,
@@ -89,14 +89,15 @@ def supervised(settings: Settings) -> Settings:
 
 
 def constant_credit(episodes: Iterable[Episode]) -> CreditReport:
-    """Every sample of a demonstration has advantage 1: the policy gradient under the demonstrator's own policy."""
+    """Credit with advantage 1 for every sample of a demonstration: the policy gradient under the demonstrator's
+    policy."""
     samples = [replace(s, advantage=1.0) for e in episodes for s in to_samples(e, PLAIN, train_critic=True)]
     return CreditReport(tuple(samples), groups=0, flat_groups=0, dropped_groups=0, dropped_samples=0)
 
 
 @dataclass(frozen=True)
 class TeacherSource(PlaysWholeGroups):
-    """Episodes that the task sets' teachers play; every rank plays all of them and gets the same ones."""
+    """Episodes played by the task sets' teachers; every rank plays all of them and gets the same ones."""
 
     stage: Stage
 
@@ -135,7 +136,7 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
 
 
 def _start_folder(settings: Settings, grid: grids.Grid) -> Path:
-    """The model to start from: `model.path`, or `model.init` made with every word of the tasks and templates."""
+    """The model to start from: `model.path`, or `model.init` built with every word of the tasks and templates."""
     if settings.model.path:
         return Path(settings.model.path)
     if settings.model.init is None:

@@ -1,4 +1,4 @@
-"""One rank: `python -m icrl_megatron.train SETTINGS.yaml` builds its parts and runs the loop."""
+"""One training rank: `python -m icrl_megatron.train SETTINGS.yaml` builds its components and runs the loop."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from icrl_megatron.utils.progress import Progress
 
 
 def main(settings: Settings) -> int:
-    """One rank of one run; returns 0 or STOPPED."""
+    """Runs one rank; returns 0 or STOPPED."""
     stop = StopRequest()
     WATCHDOG.obey(stop)
     with joined(settings) as grid:
@@ -76,7 +76,7 @@ def _wait_ready(engines: Engines | None, grid: grids.Grid, progress: Progress) -
     if engines is not None:
         with progress.phase("engine") as bar:
             engines.wait_ready(lambda: bar.advance(0))
-        any_rank(grid, False)  # a server's GPUs are those of ranks that do not lead it, too
+        any_rank(grid, False)  # a barrier: a server also uses the GPUs of ranks that do not lead it
 
 
 def _parts(

@@ -1,4 +1,4 @@
-"""The actor: a Megatron model that scores and trains packed plans, and does not know what a critic is."""
+"""The actor: a Megatron model that scores and trains packed plans, independently of the kind of critic."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from icrl_megatron.settings.schema import Settings
 from icrl_megatron.types import MicroBatch, StepPlan, StepStats
 
 RATIO_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
-"""|ratio - 1| allowed between a scoring and a training pass of the same weights, by precision."""
+"""Allowed |ratio - 1| between a scoring and a training pass with the same weights, by precision."""
 ScoredPlan = tuple[tuple[Frozen, ...], ...]
-"""[update][micro-batch], beside `StepPlan.updates`."""
+"""[update][micro-batch], parallel to `StepPlan.updates`."""
 
 
 class InvariantError(RuntimeError):
-    """A quantity that is known in advance came out otherwise: the run must not go on."""
+    """A quantity with a known value has another value: the run must stop."""
 
 
 class Actor:
     """One rank's part of the model and its optimizer. All ranks call the same methods in the same order."""
 
     def __init__(self, settings: Settings, folder: Path, grid: Grid, weights: bool = True) -> None:
-        """Builds the model and loads `folder` (a Hugging Face model; only its configuration where `weights` is False).
+        """Builds the model and loads `folder` (a Hugging Face model; only its configuration if `weights` is False).
 
         Raises ConfigError on a bad folder.
         """
@@ -61,11 +61,11 @@ class Actor:
         )
 
     def score(self, plan: StepPlan, behaviour: StepPlan | None = None) -> ScoredPlan:
-        """Frozen log-probs for a plan: of the old policy, of the behaviour prompts (`behaviour`, packed alike) and of
-        the reference model, each only where it is needed.
+        """Frozen log-probs for a plan: of the old policy, of the behavior prompts (`behaviour`, packed like `plan`) and
+        of the reference model, each only if it is needed.
 
-        With one update a step the training pass is itself the old policy, and scoring it again would give the same
-        numbers; that is shown once a run, before its first update, where the ratio is asserted to be 1.
+        With one update per step the training pass itself is the old policy, and a scoring pass would give the same
+        numbers. This is verified once per run, before its first update, where the ratio must be 1.
         """
         algo = self.settings.algo
         needs_old = len(plan.updates) > 1 or algo.mismatch_correction.enabled or self.optimizer.steps == 0
@@ -75,7 +75,7 @@ class Actor:
         passes = (old, behind, reference)
 
         def of(u: int, m: int) -> Frozen:
-            # Stages before the last have nothing to hand over.
+            # Only the last stage has scores.
             return Frozen(*[None if scores is None or not scores[u] else scores[u][m] for scores in passes])
 
         return tuple(tuple(of(u, m) for m in range(len(update))) for u, update in enumerate(plan.updates))
@@ -98,7 +98,7 @@ class Actor:
             of_scoring.add({"non_finite": _non_finite(frozen)} if self.grid.tensor_rank == 0 else {})
             of_scoring.reduce(self.grid)
             if of_scoring.sums["non_finite"] > 0:
-                # The policy that was scored is already broken: its training pass could only be refused.
+                # The scored policy is already broken: its training pass would be refused.
                 totals.merge(of_scoring)
                 skipped += 1
                 continue
@@ -124,7 +124,7 @@ class Actor:
         )
 
     def _everyones(self, weights: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
-        # The ranks of a tensor-parallel group computed the same ones.
+        # All ranks of a tensor-parallel group computed the same weights.
         mine = weights if self.grid.tensor_rank == 0 else {}
         return {name: of for one in gather_objects(self.grid, mine) for name, of in one.items()}
 
@@ -137,15 +137,15 @@ class Actor:
         return model
 
     def _check_first_step(self, measured: Totals) -> None:
-        """The first update was scored beforehand, by the same weights: ratio 1 and KL 0, to rounding."""
+        """The first update was scored with the same weights, so ratio must be 1 and KL 0, up to rounding."""
         if self.optimizer.steps > 0:
             return
         tolerance = RATIO_TOLERANCE[self.settings.actor.precision]
         deviation = measured.maxima.get("ratio_deviation", 0.0)
         if not deviation <= tolerance:
             raise InvariantError(
-                f"first step: a ratio of the unchanged policy is off 1 by {deviation:.2e} (allowed {tolerance:.0e}); "
-                "the scoring and the training pass do not compute the same model"
+                f"first step: a ratio of the unchanged policy deviates from 1 by {deviation:.2e} (allowed "
+                f"{tolerance:.0e}); the scoring and the training pass do not compute the same model"
             )
 
 

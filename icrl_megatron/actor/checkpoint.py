@@ -1,9 +1,9 @@
-"""Checkpoints that outlive crashes, damage and a change of grid.
+"""Checkpoints that survive crashes, detect damage, and load into any grid.
 
 A checkpoint holds, for every Hugging Face tensor, the fp32 main weight and both moments as rectangles in safetensors
 files (`shards.py`), the model's configuration and tokenizer, and a record with the checksum of each file
-(`manifest.py`). Any TP x PP x DP grid reads what it needs. A folder appears under its final name only when it is
-complete and on the disk, so a crash in the middle leaves the last good one.
+(`manifest.py`). Any TP x PP x DP grid reads the parts that it needs. A folder gets its final name only when it is
+complete and synced to disk, so after a crash the last good checkpoint remains.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from icrl_megatron.distributed.grid import (
     attempt,
     gather_objects,
     raise_failures,
+    run_on_all_ranks,
     sum_over_ranks,
-    together,
 )
 from icrl_megatron.model.weights import Slice, WeightRow
 from icrl_megatron.utils.disk import disk_errors, require_space
@@ -43,20 +43,20 @@ T = TypeVar("T")
 
 SIDE_FILES = "model"
 _BYTES = 4 * len(STATES)
-"""Of a weight with its moments."""
+"""Bytes per weight, including its moments."""
 _SPARE_BYTES, _SPARE_SHARE = 1 << 16, 0.002
-"""For headers, the index, and the rounding of file sizes to blocks: so much, and this share of the tensors' bytes."""
+"""Reserve for headers, the index, and rounding of file sizes to blocks: bytes, plus a share of the tensors' bytes."""
 _READERS = 4
-"""Files that a rank verifies at the same time."""
+"""Files that a rank verifies concurrently."""
 
 
 class NonFiniteError(HopelessError):
-    """Weights or moments hold NaN or infinity; nothing was saved."""
+    """Weights or moments contain NaN or infinity; nothing was saved."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files were verified."""
+    """A checkpoint with verified files."""
 
     folder: Path
     manifest: Manifest
@@ -71,9 +71,9 @@ class Checkpoint:
         return self.folder / SIDE_FILES
 
     def load(self, rows: list[WeightRow], optimizer: Optimizer, grid: Grid) -> SavedProgress:
-        """Reads weights and optimizer state into this grid, whatever grid wrote them. All ranks call it together.
+        """Reads weights and optimizer state into this grid, whatever grid wrote them. Collective over all ranks.
 
-        Raises ConfigError, on all ranks, where the checkpoint holds another model or cannot be read.
+        Raises ConfigError, on all ranks, if the checkpoint holds another model or cannot be read.
         """
 
         def work() -> None:
@@ -82,7 +82,7 @@ class Checkpoint:
                 states = {n: row.join([reader.read(f"{n}/{part.name}", part) for part in row.slices]) for n in STATES}
                 optimizer.write(row.param, {n: t.to(row.param.device) for n, t in states.items()})
 
-        together(grid, lambda: _named(self.folder, work))
+        run_on_all_ranks(grid, lambda: _named(self.folder, work))
         optimizer.steps = self.progress.optimizer_steps
         return self.progress
 
@@ -98,15 +98,15 @@ def save(
     beside: Mapping[str, Sequence[str]] | None = None,
     run: str = "",
 ) -> Path:
-    """Writes `root/step_NNNNNN`, then deletes all but the newest `keep` checkpoints of the same `run` (None: nothing).
-    All ranks call it together, and raise together.
+    """Writes `root/step_NNNNNN`, then deletes all but the newest `keep` checkpoints of the same `run` (None: none is
+    deleted). Collective over all ranks; errors are raised on all of them.
 
-    Configuration and tokenizer of the Hugging Face folder `like` go with it, so that a checkpoint can be exported on
-    its own. `beside`: further files of it by name, in lines. All ranks share the writing, and each holds at most a few
-    files (`shards.FILE_BYTES`) in host memory.
+    The configuration and tokenizer of the Hugging Face folder `like` are included, so that a checkpoint can be exported
+    without other files. `beside`: lines of additional files, by file name. All ranks share the writing, and each holds
+    at most a few files (`shards.FILE_BYTES`) in host memory.
 
-    Raises NonFiniteError, and ConfigError where the disk is full or refuses, or the step was saved before. Then `root`
-    is as it was.
+    Raises NonFiniteError, and ConfigError if the disk is full or the write fails, or if the step was saved before.
+    `root` is then unchanged.
     """
     _check_finite(rows, optimizer, grid, progress.step)
     final = root / manifests.folder_name(progress.step)
@@ -120,7 +120,7 @@ def save(
         require_space(root, tensor_bytes + sum(map(len, files.values())) + spare, what)
         if final.exists():
             raise ConfigError(
-                f"{final}: there is a checkpoint of this step already; move it away, or choose another folder"
+                f"{final}: a checkpoint of this step already exists; move it away, or choose another folder"
             )
         _delete(part)
         part.mkdir(parents=True)
@@ -131,7 +131,7 @@ def save(
             with disk_errors(root, what):
                 return work() if grid.rank == 0 else None
 
-        return together(grid, on_disk)
+        return run_on_all_ranks(grid, on_disk)
 
     try:
         files = first(begin, what)
@@ -147,14 +147,14 @@ def save(
 
 
 def load(folder: Path, rows: list[WeightRow], optimizer: Optimizer, grid: Grid) -> SavedProgress:
-    """Verifies one checkpoint and reads it into this grid. All ranks call it together. Raises ConfigError if it is
+    """Verifies one checkpoint and reads it into this grid. Collective over all ranks. Raises ConfigError if it is
     damaged, cannot be read, or is of another model or version."""
     return _opened(folder, grid).load(rows, optimizer, grid)
 
 
 def find(source: Path, grid: Grid | None = None, log: Callable[[str], None] = print) -> Checkpoint:
-    """The checkpoint `source`, or the newest good one if `source` is a folder of them; damaged ones are named by `log`.
-    `grid`: all ranks call it together; None: this process alone.
+    """The checkpoint `source`, or the newest good one if `source` is a folder of them; `log` reports damaged ones.
+    Collective over all ranks of `grid`; None: this process only.
 
     Raises ConfigError if a checkpoint named by the user is damaged, or there is no good one.
     """
@@ -169,11 +169,11 @@ def find(source: Path, grid: Grid | None = None, log: Callable[[str], None] = pr
 
 
 def newest(root: Path, grid: Grid | None, log: Callable[[str], None], set_aside: bool = False) -> Checkpoint | None:
-    """The newest checkpoint under `root` that is not damaged; None if there is none at all. All ranks of `grid` call it
-    together and agree.
+    """The newest undamaged checkpoint under `root`; None if there is no checkpoint. Collective over all ranks of
+    `grid`, with the same result.
 
-    Damaged ones are skipped, with one message, and with `set_aside` renamed to step_NNNNNN.damaged. Raises ConfigError
-    if all are damaged, and where one cannot be read now or is of another version: that proves no damage.
+    Damaged ones are skipped with one message and, with `set_aside`, renamed to step_NNNNNN.damaged. Raises ConfigError
+    if all are damaged, or if one cannot be read now or is of another version, since that does not prove damage.
     """
     damaged: list[tuple[Path, DamagedError]] = []
     for folder in reversed(_first_rank(grid, lambda: complete(root))):
@@ -183,7 +183,7 @@ def newest(root: Path, grid: Grid | None, log: Callable[[str], None], set_aside:
             damaged.append((folder, error))
             continue
         if manifests.folder_name(found.progress.step) != folder.name:
-            raise ConfigError(f"{folder}: holds step {found.progress.step}; give the folder its own name back")
+            raise ConfigError(f"{folder}: holds step {found.progress.step}; restore the name of the folder")
         if damaged:
             listed = "; ".join(f"{bad.name}: {why}" for bad, why in damaged)
             kept = _first_rank(grid, lambda: [_set_aside(bad) for bad, _ in damaged]) if set_aside else []
@@ -193,7 +193,7 @@ def newest(root: Path, grid: Grid | None, log: Callable[[str], None], set_aside:
     if damaged:
         listed = "; ".join(f"{bad.name}: {why}" for bad, why in damaged)
         raise ConfigError(
-            f"{root}: no checkpoint is whole ({listed}). Put a good copy of one in its place, or begin a new run "
+            f"{root}: all checkpoints are damaged ({listed}). Put a good copy of one in its place, or begin a new run "
             "with another run_dir"
         )
     return None
@@ -213,7 +213,7 @@ def _named(folder: Path, work: Callable[[], T]) -> T:
 
 
 def _verify(folder: Path, grid: Grid | None) -> Manifest:
-    """Every rank reads a share of the files. Raises DamagedError or ConfigError, the same on every rank."""
+    """Each rank reads a share of the files. Raises DamagedError or ConfigError, the same on every rank."""
     rank, world = (0, 1) if grid is None else (grid.rank, grid.world)
 
     def check() -> Manifest:
@@ -238,8 +238,8 @@ def _verify(folder: Path, grid: Grid | None) -> Manifest:
 
 
 def _confirm(folder: Path, damage: DamagedError, seen_by: int, grid: Grid | None) -> None:
-    """Rank 0 reads the file once more. Raises ConfigError unless it finds damage, too: then the machine of the rank
-    that found it sees the file system differently, which says nothing about the file."""
+    """Rank 0 reads the file again. Raises ConfigError if it finds no damage: then the other rank's machine sees the
+    file system differently, which does not prove damage."""
 
     def again() -> bool:
         try:
@@ -252,7 +252,7 @@ def _confirm(folder: Path, damage: DamagedError, seen_by: int, grid: Grid | None
 
     if not _first_rank(grid, again):
         raise ConfigError(
-            f"{folder}: {damage} as rank {seen_by} reads it, but rank 0 reads it whole; check the file system of that "
+            f"{folder}: {damage} when rank {seen_by} reads it, but not when rank 0 does; check the file system of that "
             "rank's machine, and run the same command again"
         )
 
@@ -262,10 +262,10 @@ def _gather(grid: Grid | None, mine: T) -> list[T]:
 
 
 def _first_rank(grid: Grid | None, work: Callable[[], T]) -> T:
-    """What `work` returns on rank 0, on every rank; raises on every rank what it raises there."""
+    """Returns on every rank the result of `work` on rank 0; raises on every rank what it raises there."""
     if grid is None:
         return work()
-    done = together(grid, lambda: work() if grid.rank == 0 else None)
+    done = run_on_all_ranks(grid, lambda: work() if grid.rank == 0 else None)
     result: T = gather_objects(grid, done)[0]
     return result
 
@@ -278,14 +278,14 @@ def _set_aside(folder: Path) -> Path:
 
 
 def _check_finite(rows: list[WeightRow], optimizer: Optimizer, grid: Grid, step: int) -> None:
-    """Raises NonFiniteError on all ranks if any rank holds a value that is not finite."""
+    """Raises NonFiniteError on all ranks if any rank has a value that is not finite."""
     broken = ((row.name, state) for row in rows if (state := optimizer.non_finite(row.param)))
     for found in gather_objects(grid, next(broken, None)):
         if found is not None:
             raise NonFiniteError(
                 f"step {step} was not saved: the {_STATE_NAMES[found[1]]} of {found[0]} are not all finite, so an "
                 "update destroyed the model. Earlier checkpoints are untouched: lower optim.learning_rate or raise "
-                "optim.eps, and go on from the newest one"
+                "optim.eps, and resume from the newest one"
             )
 
 
@@ -293,8 +293,8 @@ _STATE_NAMES = dict(zip(STATES, ("weights", "first moments", "second moments"), 
 
 
 def _to_write(rows: list[WeightRow], grid: Grid) -> Iterator[tuple[WeightRow, list[tuple[int, Slice]]]]:
-    """Each row with the (index, rectangle)s of it that this rank writes. Replicas take turns; what every rank of a
-    tensor-parallel group has whole, its first one writes."""
+    """Each row with the (index, rectangle)s of it that this rank writes. Data-parallel replicas alternate; a tensor
+    that is not sharded is written by the first rank of its tensor-parallel group."""
     for number, row in enumerate(rows):
         mine = not row.duplicate and number % grid.data == grid.data_rank
         parts = [(i, p) for i, p in enumerate(row.slices) if p.size != p.full or grid.tensor_rank == 0]
@@ -306,8 +306,8 @@ def _bytes_to_write(rows: list[WeightRow], grid: Grid) -> int:
 
 
 def _write(part: Path, rows: list[WeightRow], optimizer: Optimizer, grid: Grid, what: str) -> list[Written]:
-    """Writes this rank's rectangles; returns what each rank has written. A rank that fails gathers on, so that the
-    others are not left waiting, and then all raise."""
+    """Writes this rank's rectangles; returns what each rank has written. A rank that fails still takes part in the
+    collectives, so that the others do not hang; then all ranks raise."""
     writer = ShardWriter(part, grid.rank)
     failed: BaseException | None = None
 
@@ -335,7 +335,7 @@ def _write(part: Path, rows: list[WeightRow], optimizer: Optimizer, grid: Grid, 
 def _finish(
     part: Path, final: Path, manifest: Manifest, files: Mapping[str, bytes], written: Sequence[Written]
 ) -> None:
-    """Everything but the shards, the record last; then the folder gets its name. By rank 0."""
+    """Writes everything but the shards, the record last, and then renames the folder. Only on rank 0."""
     records = {name: record for of in written for name, record in of.files.items()}
     records[INDEX] = write_index(part, (piece for of in written for piece in of.pieces))
     for name, data in files.items():
@@ -348,12 +348,12 @@ def _finish(
 
 
 def _delete_old(final: Path, keep: int, run: str) -> None:
-    """Deletes the oldest of the checkpoints of `run` up to `final`, until `keep` are left. Nothing else is touched."""
+    """Deletes the oldest checkpoints of `run` up to `final`, until `keep` are left, and nothing else."""
     mine = [p for p in complete(final.parent) if p == final or _run_of(p) == run]
     for old in mine[: mine.index(final) + 1][:-keep]:
         part = old.with_name(old.name + PART)
         _delete(part)
-        old.rename(part)  # a process that is killed here leaves no checkpoint that looks damaged
+        old.rename(part)  # if the process is killed here, no checkpoint looks damaged
         _delete(part)
 
 

@@ -1,4 +1,4 @@
-"""`icrl import` and `icrl export`: between Hugging Face folders and checkpoints, in one process."""
+"""`icrl import` and `icrl export`: conversion between Hugging Face folders and checkpoints, in one process."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from icrl_megatron.utils.errors import ConfigError
 
 
 def import_hf(source: Path, target: Path, overwrite: bool = False) -> None:
-    """Writes `target`/step_000000: fp32 main weights, moments of zero. Other steps there are not touched. The
-    checkpoint's config.json names the dtype that the weights are stored in, even if the folder's names another, so
-    `export_hf` returns the same values.
+    """Writes `target`/step_000000 with fp32 main weights and zero moments. Other steps there are not touched. The
+    checkpoint's config.json names the stored dtype of the weights, even if the folder's config.json names another, so
+    that `export_hf` returns the same values.
 
     Raises ConfigError on a bad folder, and on a target that must not be written (`results.check_import`).
     """
@@ -44,7 +44,7 @@ def import_hf(source: Path, target: Path, overwrite: bool = False) -> None:
         write_side_files(read_side_files(source), like)
         name_dtype(like / "config.json", str(DTYPES[precision]).removeprefix("torch."))
         start = checkpoint.SavedProgress(step=0, weight_version=0, optimizer_steps=0, generated_tokens=0)
-        # `folder` has the name of a step, in a temporary folder of its own, and the checkpoint's own writer makes it.
+        # `folder` is named like a step, inside a temporary folder; the checkpoint writer must create it.
         folder.rmdir()
         try:
             checkpoint.save(folder.parent, actor.rows, actor.optimizer, grid, start, like)

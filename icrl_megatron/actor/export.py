@@ -1,4 +1,4 @@
-"""Hugging Face folders from the grid's weights, and checkpoints to and from them (`icrl import`, `icrl export`)."""
+"""Writes Hugging Face folders from the grid's weights."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from icrl_megatron.utils.disk import disk_errors, require_space, size_text
 from icrl_megatron.utils.errors import ConfigError
 
 SHARD_BYTES = 4 << 30
-"""Weights are written in files of about this size: the most that rank 0 holds beside its own share."""
+"""Approximate size of the weight files, and so the maximum that rank 0 holds in addition to its own share."""
 
 
 def write_hf(
     gatherer: Gatherer, like: Path, out: Path, grid: Grid, overwrite: bool = False, remedy: str = results.REMEDY
 ) -> None:
-    """Writes the weights, in the parameters' dtype, beside the configuration and tokenizer files of the folder `like`.
+    """Writes the weights, in the parameters' dtype, with the configuration and tokenizer files of the folder `like`.
 
-    Every rank takes part; rank 0 writes, as `results.writing` does. Raises ConfigError, on all ranks, where `out` must
-    not be replaced (`remedy` says what to do then) or the disk has no room.
+    Collective over all ranks; rank 0 writes, as `results.writing` does. Raises ConfigError, on all ranks, if `out` must
+    not be replaced (`remedy` says what to do then) or the disk is full.
     """
     error: ConfigError | None = None
     stream = gatherer.stream()
@@ -38,7 +38,7 @@ def write_hf(
                 _write(stream, _ShardWriter(folder, out, gatherer), like)
         except ConfigError as caught:
             error = caught
-    for _ in stream:  # what rank 0 did not take: all ranks gather each tensor together
+    for _ in stream:  # if rank 0 stopped early: gathering is collective
         pass
     said = gather_objects(grid, str(error) if error else "")[0]
     if said:
@@ -55,10 +55,10 @@ def _write(stream: Iterator[tuple[str, torch.Tensor]], writer: _ShardWriter, lik
 
 
 class _ShardWriter:
-    """Collects tensors up to SHARD_BYTES and writes them; one file and no index where all fits in one."""
+    """Collects tensors up to SHARD_BYTES and writes them; a single file without an index if all fit in one."""
 
     def __init__(self, folder: Path, out: Path, gatherer: Gatherer) -> None:
-        """Writes into `folder`, which will be `out`."""
+        """Writes into `folder`, which is later renamed to `out`."""
         self.folder, self.out = folder, out
         self.dtype = gatherer.owned[0][3]
         sizes = [torch.Size(full).numel() * dtype.itemsize for _, _, full, dtype in gatherer.owned]
@@ -70,7 +70,7 @@ class _ShardWriter:
 
     @staticmethod
     def _plan(sizes: Sequence[int]) -> int:
-        """How many files there will be: names carry the count, so it must be known before the first is written."""
+        """The number of files, which must be known before the first is written because their names contain it."""
         files, held = 0, 0
         for size in sizes:
             if held and held + size > SHARD_BYTES:
@@ -87,7 +87,7 @@ class _ShardWriter:
         self.total += size
 
     def close(self) -> None:
-        """Writes what is left, the index of several files, and the dtype into the configuration."""
+        """Writes the remaining tensors, the index if there are several files, and the dtype in the configuration."""
         self._flush()
         with self._errors():
             if self.count > 1:

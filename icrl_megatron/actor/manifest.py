@@ -1,7 +1,7 @@
-"""icrl.json, the record of a checkpoint: where the run was, and the size and SHA-256 of every other file. No torch.
+"""icrl.json, the record of a checkpoint: the run's progress, and the size and SHA-256 of every other file. No torch.
 
-It is written last, and holds a checksum of itself, so every damaged byte of a checkpoint can be proved. Everything in
-a checkpoint is JSON, text or safetensors: reading one never executes code.
+It is written last and contains a checksum of itself, so that any damaged byte of a checkpoint is detected. Everything
+in a checkpoint is JSON, text or safetensors, so reading one never executes code.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from icrl_megatron.utils.errors import ConfigError
 
 META = "icrl.json"
 FORMAT = 2
-"""1 was torch.distributed.checkpoint's format, whose list of tensors is a pickle."""
+"""1 was the format of torch.distributed.checkpoint, whose list of tensors is a pickle."""
 PART = ".part"
-"""Ends the name of a folder that is being written or deleted."""
+"""Suffix of a folder that is being written or deleted."""
 DAMAGED = ".damaged"
-"""Ends the name of a damaged checkpoint that was set aside."""
+"""Suffix of a damaged checkpoint that was set aside."""
 _FOLDER = "step_{:06d}"
 _NAME = re.compile(r"step_(\d{6,})")
 _LEFTOVER = re.compile(r"step_\d{6,}(\.\w+)?\.part")
@@ -34,7 +34,7 @@ _NO_MEMORY = re.compile(r"allocate memory|out of memory|os error 12\b", re.IGNOR
 
 
 class DamagedError(Exception):
-    """A file of a checkpoint is provably not what was written. `file` is its path relative to the checkpoint."""
+    """A file of a checkpoint provably differs from what was written. `file` is its path relative to the checkpoint."""
 
     def __init__(self, file: str, reason: str) -> None:
         super().__init__(f"{file} {reason}")
@@ -43,11 +43,11 @@ class DamagedError(Exception):
 
 @dataclass(frozen=True)
 class SavedProgress:
-    """Where a run is: everything besides tensors that the next step depends on. Random choices are functions of
-    (seed, step), so they need no state of their own."""
+    """The progress of a run: everything besides tensors that the next step depends on. Random choices are functions of
+    (seed, step), so they have no state to save."""
 
     step: int
-    """Training steps done."""
+    """Completed training steps."""
     weight_version: int
     optimizer_steps: int
     generated_tokens: int
@@ -55,7 +55,7 @@ class SavedProgress:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file must be."""
+    """Expected size and hash of a file."""
 
     bytes: int
     sha256: str
@@ -68,7 +68,7 @@ class Manifest:
 
     progress: SavedProgress
     run: str
-    """Identifies the run folder that the checkpoint was written for; empty for an imported model."""
+    """Identifies the run folder that the checkpoint belongs to; empty for an imported model."""
     files: Mapping[str, FileRecord]
     """By path relative to the checkpoint, with forward slashes."""
 
@@ -82,8 +82,8 @@ def is_checkpoint_name(name: str) -> bool:
 
 
 def complete(root: Path) -> list[Path]:
-    """The checkpoints under `root` that were written completely, oldest first. Whether they are still whole is not
-    checked. A folder has its final name only when it is complete, so one without icrl.json is listed: it is damaged."""
+    """The completely written checkpoints under `root`, oldest first, without a check for damage. A folder has its final
+    name only when it is complete, so one without icrl.json is listed: it is damaged."""
     found = [(int(match[1]), p) for p in _entries(root) if (match := _NAME.fullmatch(p.name))]
     return [p for step, p in sorted(found) if p.name == folder_name(step) and p.is_dir()]
 
@@ -109,24 +109,24 @@ def write(folder: Path, manifest: Manifest) -> None:
 
 
 def read(folder: Path) -> Manifest:
-    """Raises DamagedError on proof, and ConfigError where icrl.json is of another version or cannot be read now."""
+    """Raises DamagedError on proof of damage, and ConfigError if icrl.json is of another version or unreadable now."""
     with reading(folder, META):
         text = (folder / META).read_bytes()
     try:
         content = json.loads(text)
         if not isinstance(content, dict):
-            raise TypeError("it is no JSON object")
+            raise TypeError("it is not a JSON object")
         _check_version(folder, content)
         if content.pop("sha256") != _checksum(content):
             raise ValueError("its checksum differs")
         if content.pop("format") != FORMAT:
-            raise ConfigError(_other_version(folder, "its format is another one"))
+            raise ConfigError(_other_version(folder, "its format differs"))
         files = {name: FileRecord(**record) for name, record in content["files"].items()}
         manifest = Manifest(SavedProgress(**content["progress"]), content["run"], files)
     except ConfigError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DamagedError(META, f"is not what was written ({type(error).__name__}: {error})") from error
+        raise DamagedError(META, f"differs from what was written ({type(error).__name__}: {error})") from error
     for name in files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ConfigError(f"{folder / META}: lists {name!r}, which is outside the checkpoint; do not use it")
@@ -134,7 +134,7 @@ def read(folder: Path) -> Manifest:
 
 
 def check_file(folder: Path, name: str, record: FileRecord) -> None:
-    """Compares one file with its record. Raises DamagedError on proof, ConfigError if it cannot be read."""
+    """Compares one file with its record. Raises DamagedError on proof of damage, ConfigError if it cannot be read."""
     path = folder / name
     if path.is_symlink():
         raise ConfigError(f"{path}: is a symbolic link, and a checkpoint has none; put the file itself there")
@@ -145,11 +145,11 @@ def check_file(folder: Path, name: str, record: FileRecord) -> None:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != record.sha256:
-        raise DamagedError(name, "has another checksum than when it was written")
+        raise DamagedError(name, "has a different checksum than when it was written")
 
 
 def shares(files: Mapping[str, FileRecord], ranks: int) -> list[list[str]]:
-    """The files dealt to `ranks` readers, so that each reads about as many bytes; the same on every rank."""
+    """Assigns the files to `ranks` readers with about equal bytes each; the same on every rank."""
     dealt: list[list[str]] = [[] for _ in range(ranks)]
     load = [0] * ranks
     for name in sorted(files, key=lambda n: (-files[n].bytes, n)):
@@ -160,7 +160,7 @@ def shares(files: Mapping[str, FileRecord], ranks: int) -> list[list[str]]:
 
 
 def write_file(path: Path, data: bytes) -> FileRecord:
-    """Writes `data` to a new file, which follows the umask and is on the disk when this returns. Raises OSError."""
+    """Writes `data` to a new file, which follows the umask and is synced to disk on return. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.write(data)
@@ -170,7 +170,7 @@ def write_file(path: Path, data: bytes) -> FileRecord:
 
 
 def sync_folder(folder: Path) -> None:
-    """Puts a folder's list of names on the disk."""
+    """Syncs a folder's list of names to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -180,8 +180,8 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def reading(folder: Path, name: str) -> Iterator[None]:
-    """Names what goes wrong while a file of a checkpoint is read. Raises DamagedError only if the file is not there;
-    everything else says nothing about its content and becomes a ConfigError."""
+    """Converts errors of reading a checkpoint's file. Raises DamagedError only if the file is missing; every other
+    error does not prove damage and becomes a ConfigError."""
     try:
         yield
     except (DamagedError, ConfigError):
@@ -205,16 +205,16 @@ def reading(folder: Path, name: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch, safetensors or Python report a lack of memory."""
+    """Whether torch, safetensors or Python report that memory ran out."""
     return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
 
 
 def _check_version(folder: Path, content: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a record of an earlier or a later version: neither is damage."""
+    """Raises ConfigError for a record of an earlier or later version, because neither is damage."""
     known = {"format", "progress", "run", "files", "sha256"}
     if content.keys() == _FIRST_FORMAT:
         raise ConfigError(
-            f"{folder}: written by an earlier version of this program, in a format that is not read any more because "
+            f"{folder}: written by an earlier version of this program, in a format that is no longer read because "
             "its pickled metadata can execute code; export it with that version (`icrl export`) and begin a new run "
             "with model.path=EXPORT"
         )

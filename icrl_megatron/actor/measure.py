@@ -1,4 +1,4 @@
-"""What is measured of the objective: sums over loss tokens, made per micro-batch and reduced once per update."""
+"""Statistics of the objective: sums over loss tokens, computed per micro-batch and reduced once per update."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _PER = {
     "mismatch_abs": "mismatched",
     "mismatch_ratio": "mismatched",
 }
-"""Sums whose mean is over part of the tokens only; all others are divided by `tokens`."""
+"""Sums whose mean is over some of the tokens; all others are divided by `tokens`."""
 _PLAIN = ("loss", "non_finite", "calibrated", "mismatched", "tokens")
 
 
 def measure(w_max: float, batch: MicroBatch, frozen: Frozen, out: HeadOutput) -> dict[str, float]:
-    """Sums (and `max/` maxima) over one micro-batch's loss tokens of everything worth logging of the objective."""
+    """Sums (and `max/` maxima) over one micro-batch's loss tokens of all logged statistics of the objective."""
     log_ratio_L = out.ratio_L.log()
     device = out.logprobs_L.device
     calibrated_L = torch.from_numpy(batch.calibrated_L).to(device)
@@ -64,21 +64,21 @@ def measure(w_max: float, batch: MicroBatch, frozen: Frozen, out: HeadOutput) ->
         gap_L = frozen.reference_L - out.logprobs_L
         numbers["kl_reference"] = (torch.expm1(gap_L) - gap_L).sum()
     numbers.update((f"loss_{name}", values_L.sum()) for name, values_L in out.metrics.items())
-    # One copy for all of them: each number asked for alone would wait for the device.
+    # One copy to the host for all numbers: one copy per number would synchronize each time.
     tensors = [v.double() for v in numbers.values() if isinstance(v, torch.Tensor)]
     found = iter(torch.stack(tensors).tolist())
     return {name: next(found) if isinstance(value, torch.Tensor) else float(value) for name, value in numbers.items()}
 
 
 def token_weights(samples: Sequence[Sample], batch: MicroBatch, out: HeadOutput) -> dict[str, tuple[float, ...]]:
-    """sample_id -> calibration weight of each of its loss tokens, for the calibrated samples of one micro-batch."""
+    """sample_id -> calibration weight of each loss token, for the calibrated samples of one micro-batch."""
     chosen_L = np.flatnonzero(batch.calibrated_L)
     if len(chosen_L) == 0:
         return {}
     weights_L = out.calibration_weight_L.detach().float().cpu().numpy()
     found: dict[str, list[float]] = defaultdict(list)
     for position in chosen_L:
-        # Loss tokens of a sample stand in its own order.
+        # Loss tokens of a sample are in their original order.
         found[samples[batch.sample_index_L[position]].sample_id].append(round(float(weights_L[position]), 4))
     return {name: tuple(of) for name, of in found.items()}
 
@@ -104,8 +104,8 @@ class Totals:
             self._raise(name, value)
 
     def reduce(self, grid: Grid) -> None:
-        """Over all ranks. Only last stages measured anything, and of a tensor-parallel group only its first rank's
-        numbers may have been added: its ranks all measured the same tokens."""
+        """Reduces over all ranks. Only last stages have numbers, and only the first rank of each tensor-parallel group
+        may have added its numbers, because all ranks of the group measured the same tokens."""
         everyone: list[tuple[dict[str, float], dict[str, float]]] = [({}, {})] * grid.world
         dist.all_gather_object(everyone, (dict(self.sums), self.maxima), group=grid.host_group)
         self.sums, self.maxima = defaultdict(float), {}
@@ -116,7 +116,7 @@ class Totals:
                 self._raise(name, value)
 
     def means(self) -> dict[str, float]:
-        """Token means, maxima as `<name>_max`, and counts; a mean over no token is left out."""
+        """Token means, maxima as `<name>_max`, and counts; a mean over no tokens is left out."""
         found = {f"{name}_max": value for name, value in self.maxima.items()}
         for name, value in self.sums.items():
             count = self.sums.get(_PER.get(name, "tokens"), 0.0)
@@ -127,6 +127,6 @@ class Totals:
         return found
 
     def _raise(self, name: str, value: float) -> None:
-        # Not max(): NaN must win, wherever it stands.
+        # Not max(): NaN must win in any position.
         if name not in self.maxima or not value <= self.maxima[name]:
             self.maxima[name] = value

@@ -1,9 +1,9 @@
-"""Gives the actor's memory to the engine while episodes are played: `actor.offload`.
+"""Frees the actor's GPU memory for the engine during rollouts: `actor.offload`.
 
-optimizer: moments and fp32 main weights wait in pinned host memory. all: gradients go too, which need no copy, since
-every step begins with zeros. Weights stay, because they are sent to the engine. On an H100, 27.5 GB left in 0.42 s and
-returned in 0.46 s; the first time takes 11 s more, for pinning (docs/GPU.md). A CPU has no other memory, so only
-gradients are given up there.
+optimizer: moments and fp32 main weights move to pinned host memory. all: gradients are freed too, without a copy, since
+every step begins by zeroing them. Weights stay on the GPU because they are sent to the engine. On an H100, 27.5 GB left
+in 0.42 s and returned in 0.46 s; the first time takes 11 s more, for pinning (docs/GPU.md). A CPU run has no second
+memory, so only gradients are freed there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from icrl_megatron.actor.optimizer import Optimizer
 
 @dataclass
 class Offload:
-    """`release` and `restore` take turns; either may be called again without effect."""
+    """`release` and `restore` alternate; repeated calls have no effect."""
 
     what: str
     """none | optimizer | all."""
@@ -43,12 +43,12 @@ class Offload:
         if self.what == "all":
             for storage in self._gradients():
                 self._sizes.append((storage, storage.nbytes()))
-                storage.resize_(0)  # the buffer and every view of it stay what they are, without memory
+                storage.resize_(0)  # the buffer and its views stay valid, without memory
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def restore(self) -> None:
-        """Takes it back: states as they were, gradients undefined until they are zeroed."""
+        """Restores the device memory: states with their values, gradients undefined until they are zeroed."""
         for tensor, device in self._homes:
             tensor.data = tensor.data.to(device)
         for storage, size in self._sizes:
@@ -56,7 +56,7 @@ class Offload:
         self._homes, self._sizes, self._released = [], [], False
 
     def _states(self) -> Iterator[Tensor]:
-        """Moments, and main weights where they are not the parameters themselves, that are on a GPU."""
+        """Moments, and main weights that are not the parameters themselves, that are on a GPU."""
         inner = self.optimizer.distributed.optimizer
         parameters = {p.untyped_storage().data_ptr() for p in self.wrapped.parameters()}
         mains = [p for group in inner.param_groups for p in group["params"]]

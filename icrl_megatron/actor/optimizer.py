@@ -1,4 +1,4 @@
-"""Megatron's distributed optimizer (Adam), and its state in the parameters' own shapes for checkpoints."""
+"""Megatron's distributed optimizer (Adam), with its state in the parameters' own shapes for checkpoints."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ STATES = ("param", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Applied:
-    """What one optimizer step did."""
+    """The result of one optimizer step."""
 
     grad_norm: float
-    """Global 2-norm before clipping; may be inf or NaN, and then nothing was applied."""
+    """Global 2-norm before clipping; if it is inf or NaN, no update was applied."""
     applied: bool
 
 
 def wrap(model: PolicyModel) -> DistributedDataParallel:
-    """The model with a flat fp32 gradient buffer whose sum over data-parallel ranks is scattered to their shards."""
+    """Wraps the model with a flat fp32 gradient buffer that is reduce-scattered over the data-parallel ranks."""
     config = model.config
     config.finalize_model_grads_func = _finalize
     return DistributedDataParallel(
@@ -42,12 +42,12 @@ def wrap(model: PolicyModel) -> DistributedDataParallel:
 
 
 def _finalize(model: list[Any], num_tokens: Tensor | None, **kwargs: Any) -> None:
-    """Megatron's reduction over all ranks without its division: the coefficients of the tokens are already global."""
+    """Megatron's gradient reduction without its division: the coefficients of the tokens are already global."""
     finalize_model_grads(model, None, **kwargs)
 
 
 class Optimizer:
-    """One optimizer step at a time, with the learning rate chosen by the caller."""
+    """Applies optimizer steps with a learning rate chosen by the caller."""
 
     def __init__(self, model: DistributedDataParallel, actor: ActorSettings, optim: OptimSettings) -> None:
         self.optim = optim
@@ -68,15 +68,15 @@ class Optimizer:
         )
         self.distributed: Any = self.megatron.chained_optimizers[0]
         self.begun = 0
-        """Updates that this process began to apply: when it changes, the weights may have changed."""
+        """Updates that this process began to apply: if it changed, the weights may have changed."""
 
     def zero_grad(self) -> None:
         self.megatron.zero_grad()
 
     def step(self, learning_rate: float, healthy: bool) -> Applied:
-        """Clips and applies the reduced gradients unless they, or the loss (`healthy`), are not finite."""
+        """Clips and applies the reduced gradients unless they or the loss (`healthy`) are not finite."""
         for group in self.megatron.param_groups:
-            # Megatron leaves both to its scheduler, which exempts norms (wd_mult 0); without this they would decay.
+            # Megatron's scheduler, unused here, sets both; it exempts norms (wd_mult 0), which would decay otherwise.
             group["lr"], group["weight_decay"] = learning_rate, self.optim.weight_decay * group["wd_mult"]
         self.megatron.prepare_grads()
         norm = float(self.megatron.get_grad_norm())
@@ -90,20 +90,21 @@ class Optimizer:
 
     @torch.no_grad()
     def read(self, param: torch.nn.Parameter) -> Iterator[tuple[str, Tensor]]:
-        """(state name, fp32 tensor in the parameter's shape) for each of STATES; all data-parallel ranks take part."""
+        """(state name, fp32 tensor in the parameter's shape) for each of STATES. Collective over data-parallel
+        ranks."""
         shards = self._shards(param)
         span = self.distributed._get_model_param_range_map(param)["param"] if shards else None
         for name in STATES:
             flat = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
             if span is not None:
                 flat[span.start : span.end] = shards[name].flatten()
-            # Shards do not overlap, so the sum is their concatenation whatever buckets cut a parameter.
+            # Shards do not overlap, so the sum is their concatenation, however buckets divide a parameter.
             dist.all_reduce(flat, group=parallel_state.get_data_parallel_group())
             yield name, flat.view(param.shape)
 
     @torch.no_grad()
     def non_finite(self, param: torch.nn.Parameter) -> str:
-        """Name of the first of STATES with a NaN or infinity in this rank's shard of the parameter; "" if none has."""
+        """The first of STATES with a NaN or infinity in this rank's shard of the parameter; "" if there is none."""
         for name, shard in self._shards(param).items():
             if shard.numel() and not all(math.isfinite(edge) for edge in torch.aminmax(shard)):
                 return name
@@ -111,7 +112,7 @@ class Optimizer:
 
     @torch.no_grad()
     def write(self, param: torch.nn.Parameter, states: dict[str, Tensor]) -> None:
-        """Sets this rank's shard, and the parameter itself, from tensors of the parameter's shape."""
+        """Sets this rank's shard and the parameter itself from tensors of the parameter's shape."""
         param.copy_(states["param"])
         shards = self._shards(param)
         if not shards:
@@ -122,7 +123,7 @@ class Optimizer:
 
     @torch.no_grad()
     def forget(self) -> None:
-        """Moments of zero and no update counted, as before the first step."""
+        """Zeroes the moments and the update count, as before the first step."""
         for state in self.distributed.optimizer.state.values():
             for name in ("exp_avg", "exp_avg_sq"):
                 if name in state:
@@ -131,7 +132,7 @@ class Optimizer:
 
     @property
     def steps(self) -> int:
-        """Updates applied so far."""
+        """Number of applied updates."""
         inner = self.distributed.optimizer
         counted = inner.param_groups if self._fused else inner.state.values()
         return max((int(c["step"]) for c in counted if "step" in c), default=0)
@@ -140,7 +141,7 @@ class Optimizer:
     def steps(self, value: int) -> None:
         inner = self.distributed.optimizer
         if self._fused:
-            # A new optimizer has no count yet, and one that it began at 1 would correct the bias of old moments.
+            # A new optimizer has no count yet; starting at 1 would apply the wrong bias correction to loaded moments.
             for group in inner.param_groups:
                 group["step"] = value
         else:
@@ -149,11 +150,12 @@ class Optimizer:
 
     @property
     def _fused(self) -> bool:
-        """Transformer Engine's and Apex's Adam count in their groups, torch's in its states."""
+        """Transformer Engine's and Apex's Adam keep the step in param_groups, torch's in its states."""
         return not isinstance(self.distributed.optimizer, (torch.optim.Adam, torch.optim.AdamW))
 
     def _shards(self, param: torch.nn.Parameter) -> dict[str, Tensor]:
-        """This rank's flat shards of the parameter's states, made as zeros before the first step; {} if it has none."""
+        """This rank's flat shards of the parameter's states, created as zeros before the first step; {} if it has
+        none."""
         if param not in self.distributed.model_param_group_index_map:
             return {}
         group, order = self.distributed.model_param_group_index_map[param]
@@ -162,7 +164,7 @@ class Optimizer:
         if "exp_avg" not in state:
             if not self._fused:
                 state["step"] = torch.tensor(0.0)
-            # Where the parameter is, though the main weight may be offloaded: `Offload` brings back what it took.
+            # On the parameter's device even if the main weight is offloaded: `Offload` restores only what it released.
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(main, device=param.device)
         return {"param": main, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}

@@ -1,4 +1,4 @@
-"""One micro-batch through the model and the head: what Megatron's schedules call, with or without a backward pass."""
+"""Runs one micro-batch through the model and the head: the functions that Megatron's schedules call."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from icrl_megatron.types import MicroBatch
 
 @dataclass(frozen=True)
 class Frozen:
-    """Log-probs of one micro-batch's loss tokens under frozen weights, [L] fp32; None where not scored."""
+    """Log-probs of one micro-batch's loss tokens under frozen weights, [L] fp32; None if not scored."""
 
     old_L: Tensor | None = None
     """log pi_old(y|q). None: this pass is the old policy."""
     behaviour_L: Tensor | None = None
-    """log pi(y|q,c) by the trainer (`calibration.denominator=recomputed`); None: the engine's log-probs serve."""
+    """log pi(y|q,c) by the trainer (`calibration.denominator=recomputed`); None: the engine's log-probs are used."""
     reference_L: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """What the head needs besides the tensors."""
+    """The head's inputs besides the tensors."""
 
     terms: Terms
     shard: VocabShard
     chunking: Chunking
     mismatch_cap: float | None
-    """Truncation of the engine-mismatch weight; None: measured only."""
+    """Truncation of the engine-mismatch weight; None: the mismatch is only measured."""
     loss: PlainLoss | None = None
     """None: the fused head computes the objective (`AlgoSettings.fused`)."""
 
@@ -53,7 +53,7 @@ Measure = Callable[[MicroBatch, Frozen, HeadOutput], dict[str, float]]
 
 
 def head_shard(shape: ModelShape, grid: Grid) -> VocabShard:
-    """This rank's columns of the vocabulary; padding columns lie outside `valid`."""
+    """This rank's columns of the vocabulary; padding columns are outside `valid`."""
     per_rank = shape.padded_vocab(grid.tensor) // grid.tensor
     start = min(grid.tensor_rank * per_rank, shape.vocab)
     group = parallel_state.get_tensor_model_parallel_group() if grid.tensor > 1 else None
@@ -61,9 +61,9 @@ def head_shard(shape: ModelShape, grid: Grid) -> VocabShard:
 
 
 def train_pass(model: Any, plan: HeadPlan, batches: list[tuple[MicroBatch, Frozen]], measure: Measure) -> list[Any]:
-    """Forward and backward over all micro-batches; gradients end up reduced in the model's buffer.
+    """Forward and backward over all micro-batches; reduces the gradients into the model's buffer.
 
-    Returns what `measure` made of each micro-batch, on the last stage; an empty list elsewhere.
+    Returns the result of `measure` for each micro-batch on the last stage; an empty list elsewhere.
     """
 
     def step(batches_left: Iterator[tuple[MicroBatch, Frozen]], module: Any) -> tuple[Tensor, Any]:
@@ -102,7 +102,7 @@ def _inner(module: Any) -> PolicyModel:
 
 
 def _hidden(module: Any, batch: MicroBatch) -> Tensor:
-    """[T, 1, H] final hidden states on the last stage (a rank's share of T under sequence parallelism)."""
+    """[T, 1, H] final hidden states on the last stage (this rank's share of T under sequence parallelism)."""
     device = platform.device()
     cu_seqlens = torch.from_numpy(batch.cu_seqlens).to(device)
     longest = int((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).max())
@@ -115,9 +115,9 @@ def _hidden(module: Any, batch: MicroBatch) -> Tensor:
 
 
 def _loss_tokens(hidden_T1H: Tensor, batch: MicroBatch, model: PolicyModel) -> Tensor:
-    """[L, H] hidden states that predict loss tokens, whole on every tensor-parallel rank.
+    """[L, H] hidden states that predict loss tokens, complete on every tensor-parallel rank.
 
-    The head's gradient is each rank's part over its own columns; the regions' backward passes sum it over the ranks.
+    Each rank's head gradient covers only its own columns; the regions' backward passes sum it over the ranks.
     """
     index_L = torch.from_numpy(batch.loss_index_L).to(hidden_T1H.device)
     if model.config.sequence_parallel:
@@ -131,7 +131,7 @@ def _loss(
     hidden_LH = _loss_tokens(hidden_T1H, batch, model)
     streams = _streams(batch, frozen, plan, hidden_LH.device)
     weight_VH = model.head_weight_VH()
-    # Megatron multiplies a per-token loss by nothing before its backward pass, and neither do we.
+    # Megatron does not scale a per-token loss before its backward pass, and neither does this.
     main_grad = MainGrad(weight_VH.main_grad) if hasattr(weight_VH, "main_grad") else None
     if plan.loss is None:
         out = policy_head(hidden_LH, weight_VH, streams, plan.terms, plan.shard, plan.chunking, main_grad)
@@ -149,14 +149,14 @@ def _streams(batch: MicroBatch, frozen: Frozen, plan: HeadPlan, device: torch.de
     rollout_L = on_device(batch.rollout_logprobs_L)
     advantages_L, calibrated_L = on_device(batch.advantages_L), on_device(batch.calibrated_L)
     if plan.mismatch_cap is not None:
-        # Under the prompt the engine saw: pi_train from the scoring pass, where that prompt was scored.
+        # Under the prompt that the engine saw: pi_train from the scoring pass, if that prompt was scored.
         same_prompt_L, trainer_L = on_device(batch.same_prompt_L), _required(frozen.old_L)
         if frozen.behaviour_L is not None:
             trainer_L = torch.where(same_prompt_L, trainer_L, frozen.behaviour_L)
         engine_mismatch_L = (trainer_L - rollout_L).exp().clamp(max=plan.mismatch_cap)
         if frozen.behaviour_L is None:
-            # Another prompt's log-prob says nothing of the engine; where it is w_t's own denominator, its drift is
-            # already inside w_t.
+            # The log-prob under another prompt does not measure engine mismatch; where it is the denominator of w_t,
+            # the mismatch is already part of w_t.
             engine_mismatch_L = engine_mismatch_L.masked_fill(~same_prompt_L | calibrated_L, 1.0)
         advantages_L = advantages_L * engine_mismatch_L
     return Streams(

@@ -1,4 +1,4 @@
-"""A loss that is a plain function (`algo.losses`), computed for one micro-batch over the recomputing log-prob head."""
+"""Computes a loss given as a plain function (`algo.losses`) for one micro-batch, with the recomputing log-prob head."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _Fill = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class PlainLoss:
-    """The chosen function and the settings it reads."""
+    """A loss function and the settings it reads."""
 
     function: Loss
     algo: AlgoSettings
@@ -35,14 +35,14 @@ class PlainLoss:
         chunking: Chunking,
         main_grad: MainGrad | None,
     ) -> HeadOutput:
-        """What `icrl_kernels.policy_head` returns, for this loss. The fused head gets the same `streams`."""
+        """Returns the same as `icrl_kernels.policy_head`, for this loss. The fused head gets the same `streams`."""
         logprobs_L, entropy_L = logprob_head(
             hidden_LH, weight_VH, streams.targets_L, temperature, shard, chunking, main_grad
         )
         uncounted_L = streams.coefficients_L == 0
 
         def fill(values_L: Tensor) -> Tensor:
-            # Zeros before any arithmetic: a gradient of 0 times an infinite derivative would be NaN.
+            # Zero before any arithmetic: a zero gradient times an infinite derivative would be NaN.
             return values_L.to(logprobs_L.dtype).masked_fill(uncounted_L, 0.0)
 
         inputs = _inputs(fill, logprobs_L, entropy_L, batch, streams)
@@ -57,7 +57,7 @@ class PlainLoss:
         return _output(loss_L, logprobs_L.detach(), entropy_L.detach(), inputs, term, weight_L)
 
     def _weight_L(self, inputs: LossInputs, streams: Streams) -> Tensor:
-        """w_t = min(pi_old(y|q) / pi(y|q,c), w_max) on calibrated tokens, 1 elsewhere; without a gradient."""
+        """w_t = min(pi_old(y|q) / pi(y|q,c), w_max) on calibrated tokens, 1 elsewhere; no gradient."""
         ones_L = torch.ones_like(inputs.old_L)
         if streams.calibrated_L is None:
             return ones_L

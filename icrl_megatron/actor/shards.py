@@ -1,5 +1,5 @@
-"""A checkpoint's tensors: each rank writes the rectangles it has into safetensors files of its own, and reads the
-rectangles it needs from the files of all ranks. `index.json` says which rectangle is where."""
+"""A checkpoint's tensors: each rank writes its rectangles into its own safetensors files, and reads the rectangles it
+needs from the files of all ranks. `index.json` maps rectangles to files."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from icrl_megatron.utils.errors import ConfigError
 
 INDEX = "index.json"
 FILE_BYTES = 512 << 20
-"""A rank starts a new file when the next rectangle would make one larger than this, which bounds its host memory."""
+"""Maximum size of a file unless a single rectangle is larger, which bounds a rank's host memory."""
 _WRITERS = 2
-"""Files of a rank that are hashed and written at the same time, while the next one is gathered."""
+"""Files that a rank hashes and writes concurrently while the next one is gathered."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A rectangle of the tensor `name`, and the file it is in, under the same name."""
+    """A rectangle of the tensor `name`, and the file that has it under the same name."""
 
     name: str
     """State and Hugging Face name, e.g. exp_avg/model.norm.weight."""
@@ -42,7 +42,7 @@ class Piece:
 
 @dataclass
 class Written:
-    """What one rank has written."""
+    """The pieces and files that one rank has written."""
 
     pieces: list[Piece] = field(default_factory=list)
     files: dict[str, FileRecord] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class ShardWriter:
         self._written = Written()
 
     def add(self, name: str, tensor: Tensor, part: Slice) -> None:
-        """`tensor`: float32, of part.size, on any device; it is copied. Raises what writing an earlier file raised."""
+        """Copies `tensor` (float32, shape part.size, any device). Raises errors from writing earlier files."""
         size = tensor.numel() * tensor.element_size()
         if self._held and self._bytes + size > FILE_BYTES:
             self._flush()
@@ -70,7 +70,7 @@ class ShardWriter:
         self._written.pieces.append(Piece(name, part.full, self._file, part.offset, part.size))
 
     def close(self) -> Written:
-        """Waits for the files. Raises the first error of writing one."""
+        """Waits until the files are written. Raises the first error."""
         try:
             if self._held:
                 self._flush()
@@ -105,10 +105,10 @@ def write_index(folder: Path, pieces: Iterable[Piece]) -> FileRecord:
 
 
 class ShardReader:
-    """Reads rectangles of whole tensors, whichever grid wrote them. The files were verified before."""
+    """Reads rectangles of tensors, whatever grid wrote them. The files must have been verified."""
 
     def __init__(self, folder: Path, files: Iterable[str]) -> None:
-        """`files`: those that the checkpoint's record lists; no other is opened. Raises ConfigError on an index of
+        """`files`: the files in the checkpoint's record; no other file is opened. Raises ConfigError on an index of
         another version."""
         self._folder, self._listed = folder, set(files)
         self._open: dict[str, Any] = {}
@@ -126,10 +126,10 @@ class ShardReader:
             ) from error
 
     def read(self, name: str, part: Slice) -> Tensor:
-        """The rectangle `part` of the tensor `name`, float32 on the CPU. Raises ConfigError where the checkpoint holds
-        another model, or cannot be read."""
+        """The rectangle `part` of the tensor `name`, float32 on the CPU. Raises ConfigError if the checkpoint holds
+        another model or cannot be read."""
         if name not in self._full:
-            raise ConfigError(f"{self._folder}: has no {name}, so it holds another model than the one that is trained")
+            raise ConfigError(f"{self._folder}: has no {name}, so it is a checkpoint of another model")
         if self._full[name] != part.full:
             raise ConfigError(
                 f"{self._folder}: holds another model: {name} has shape {self._full[name]}, the model's is {part.full}"
@@ -149,7 +149,7 @@ class ShardReader:
     def _tensor(self, piece: Piece) -> Any:
         if piece.file not in self._listed:
             raise ConfigError(
-                f"{self._folder}: its {INDEX} names {piece.file!r}, which is no file of it; do not use it"
+                f"{self._folder}: its {INDEX} names {piece.file!r}, which is not a file of it; do not use it"
             )
         try:
             if piece.file not in self._open:

@@ -1,4 +1,5 @@
-"""What a Hugging Face folder has besides its weights: configuration, tokenizer, chat templates, licence."""
+"""Reads and writes the files of a Hugging Face folder other than weights: configuration, tokenizer, templates,
+license."""
 
 from __future__ import annotations
 
@@ -13,15 +14,15 @@ _WEIGHTS = re.compile(
     re.IGNORECASE,
 )
 _CODE = re.compile(r"\.(py|pyc|so)$")
-"""Never executed here (trust_remote_code is off), so not passed on either."""
+"""Never executed (trust_remote_code is off), so not copied."""
 _TEMPLATES = "additional_chat_templates"
 _LARGEST = 256 << 20
-"""Bytes. The largest tokenizers have about 40 MiB; anything above this is weights under another name."""
+"""Maximum size in bytes. The largest tokenizers have about 40 MiB; larger files are weights under another name."""
 
 
 def read_side_files(folder: Path) -> dict[str, bytes]:
-    """Name -> content of every file of a Hugging Face folder that is neither weights nor code, in about 10 to 40 MiB;
-    further chat templates (additional_chat_templates/*.jinja) by their relative path.
+    """Name -> content of every file of a Hugging Face folder that is neither weights nor code, about 10 to 40 MiB in
+    total; additional chat templates (additional_chat_templates/*.jinja) by their relative path.
 
     Raises ConfigError if there is no config.json, or a file cannot be read.
     """
@@ -40,7 +41,7 @@ def read_side_files(folder: Path) -> dict[str, bytes]:
 
 
 def write_side_files(files: dict[str, bytes], folder: Path) -> None:
-    """Writes what `read_side_files` read into a folder, which is made if need be. Raises OSError."""
+    """Writes the result of `read_side_files` into a folder, which is created if needed. Raises OSError."""
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)

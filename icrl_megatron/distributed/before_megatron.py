@@ -1,4 +1,4 @@
-"""Import this before Megatron: it silences Megatron's start-up notices, and keeps torch's compiler and GPU libraries
+"""Import this before Megatron: it silences Megatron's startup notices, and keeps torch's compiler and GPU libraries
 out of processes without a GPU."""
 
 import logging
@@ -6,7 +6,7 @@ import warnings
 
 from icrl_megatron.distributed import platform
 
-# The notices are about optional accelerators (`icrl doctor` names those) and about Megatron's own use of torch.
+# The notices are about optional accelerators (`icrl doctor` reports those) and about Megatron's own use of torch.
 warnings.filterwarnings("ignore", module=r"megatron\..*")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each rank reads a checkpoint alone

@@ -1,4 +1,4 @@
-"""The TP x PP x DP grid of ranks, and the few collectives the trainer makes on host objects."""
+"""The TP x PP x DP grid of ranks, and the trainer's collectives on host objects."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from icrl_megatron.utils.errors import ConfigError, HopelessError
 T = TypeVar("T")
 
 SHARE_TIMEOUT_S = 86400.0
-"""How long ranks without a model wait for each other, at least."""
+"""Minimum timeout of collectives between ranks without a model."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """This rank's place. Ranks of one tensor-parallel group are neighbours; pipeline stages lie furthest apart."""
+    """This rank's position. Ranks of a tensor-parallel group are consecutive; pipeline stages are furthest apart."""
 
     rank: int
     world: int
@@ -49,7 +49,7 @@ class Grid:
 
 
 def build(settings: Settings) -> Grid:
-    """Joins the process group and Megatron's parallel state: RANK, WORLD_SIZE and MASTER_* say which and where."""
+    """Joins the process group and Megatron's parallel state, using RANK, WORLD_SIZE and MASTER_*."""
     from megatron.core import parallel_state, tensor_parallel
 
     timeout = datetime.timedelta(seconds=settings.launch.timeout_s)
@@ -87,12 +87,12 @@ def _join(settings: Settings, backend: str, timeout: datetime.timedelta) -> None
 
 
 def without_model(settings: Settings) -> Grid:
-    """The place of a rank that holds no part of a model: such ranks only exchange Python objects. One rank alone needs
-    no process group, and its grid has no `host_group`."""
+    """The grid of a rank without a part of a model: such ranks only exchange Python objects. A single rank needs no
+    process group, and its grid has no `host_group`."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return Grid(0, 1, 1, 0, 1, 0, 1, 0, None)
-    # The agent ends all ranks when one dies. Their shares may take very different times, so the wait is long.
+    # The agent ends all ranks when one dies. Their shares may take very different times, so the timeout is long.
     timeout = datetime.timedelta(seconds=max(settings.launch.timeout_s, SHARE_TIMEOUT_S))
     _join(settings, "gloo", timeout)
     rank = dist.get_rank()
@@ -115,7 +115,7 @@ def shutdown() -> None:
 
 
 def gather_objects(grid: Grid, mine: Any) -> list[Any]:
-    """Every rank's object, in rank order, on every rank."""
+    """All ranks' objects, in rank order, on every rank."""
     out: list[Any] = [None] * grid.world
     dist.all_gather_object(out, mine, group=grid.host_group)
     return out
@@ -127,7 +127,7 @@ class OtherRankError(RuntimeError):
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception of one rank as text, which can be sent to the others whatever its type is."""
+    """An exception of one rank as text, which can be sent to other ranks whatever its type."""
 
     kind: type[ConfigError] | type[HopelessError] | type[OtherRankError]
     message: str
@@ -150,16 +150,15 @@ def raise_failures(mine: BaseException | None, everyone: Sequence[Failure | None
             raise failure.kind(prefix + failure.message)
 
 
-def together(grid: Grid, work: Callable[[], T]) -> T:
-    """Runs `work`, which must not communicate, on every rank. Returns its result once all ranks are done with theirs.
+def run_on_all_ranks(grid: Grid, work: Callable[[], T]) -> T:
+    """Runs `work`, which must not communicate, on every rank. Returns its result when all ranks are done.
 
     If it fails on any rank, all ranks raise: a rank whose own work failed raises its own exception, the others raise
-    the same ConfigError or HopelessError, or OtherRankError for any other exception. So no rank waits for one that
-    has failed.
+    the same ConfigError or HopelessError, or OtherRankError for any other exception. So no rank waits for a failed one.
     """
     done, failed = attempt(work)
     raise_failures(failed, gather_objects(grid, None if failed is None else Failure.of(failed)))
-    return done  # type: ignore[return-value]  # it is there if nothing failed
+    return done  # type: ignore[return-value]  # raise_failures raises if there is no result
 
 
 def attempt(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
@@ -170,11 +169,11 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
         return None, error
 
 
-def meet(grid: Grid, name: str, timeout_s: Callable[[], float]) -> bool:
+def barrier(grid: Grid, name: str, timeout_s: Callable[[], float]) -> bool:
     """Waits until every rank has called this with the same `name`; False if one has not after `timeout_s()` seconds.
 
-    Uses the store that the ranks met at, so it works while another rank hangs in a collective. `timeout_s` is asked
-    again and again, so it may become shorter meanwhile.
+    Uses the rendezvous store, so it works while another rank hangs in a collective. `timeout_s` is called repeatedly,
+    so its value may change during the wait.
     """
     store, begun = _get_default_store(), time.monotonic()
     store.set(f"{name}/{grid.rank}", "")
@@ -187,7 +186,7 @@ def meet(grid: Grid, name: str, timeout_s: Callable[[], float]) -> bool:
 
 
 def any_rank(grid: Grid, flag: bool) -> bool:
-    """True on all ranks if it is True on any: how a signal to one rank stops all of them at the same step."""
+    """True on all ranks if it is True on any, so that a signal to one rank stops all of them at the same step."""
     value = torch.tensor([int(flag)])
     dist.all_reduce(value, op=dist.ReduceOp.MAX, group=grid.host_group)
     return bool(value.item())

@@ -1,4 +1,4 @@
-"""Sockets of a run: bound to one address, and to loopback where one machine holds the whole run. No torch."""
+"""Sockets bound to one address, and to loopback if the run uses one machine. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import psutil
 
 
 def bound(address: str, port: int = 0) -> socket.socket:
-    """A TCP socket bound to `address` (a name or a number) and to nothing else; it does not listen yet.
+    """A TCP socket bound only to `address` (a name or a number); it does not listen yet.
 
     torch's TCPStore listens on every interface unless it is given such a socket (`master_listen_fd`). Port 0 takes a
     free one. Raises OSError.
@@ -17,7 +17,7 @@ def bound(address: str, port: int = 0) -> socket.socket:
     family, kind, protocol, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     found = socket.socket(family, kind, protocol)
     try:
-        # A job that was started again takes the port of its predecessor, whose connections linger for a minute.
+        # A restarted job uses the port of its predecessor, whose connections linger for a minute.
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(where)
     except OSError:
@@ -27,7 +27,7 @@ def bound(address: str, port: int = 0) -> socket.socket:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, by name or number, is this machine as seen from itself."""
+    """Whether a host name or address is the loopback of this machine."""
     if host == "localhost":
         return True
     try:
@@ -39,7 +39,7 @@ def is_loopback(host: str) -> bool:
 
 
 def loopback_interface() -> str:
-    """Name of the interface that only this machine reaches: lo on Linux."""
+    """Name of the loopback interface: lo on Linux."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == "127.0.0.1" for address in addresses):
             return name

@@ -1,8 +1,8 @@
-"""The only module that knows a CPU from a GPU: device, backend, layer spec, FP8, and what Megatron needs on a CPU.
+"""All CPU and GPU differences: device, backend, layer spec, FP8, and the CUDA calls that Megatron makes on a CPU.
 
-Megatron-Core 0.16 names CUDA in places that a CPU run passes through: factory calls with `device="cuda"`, the RNG
-tracker, `Tensor.type()` strings that the optimizers compare. `prepare()` must run before Megatron is used; on a CPU
-it answers those calls with their CPU equivalents, and on a GPU it does nothing but pick the device.
+Megatron-Core 0.16 names CUDA in code that a CPU run executes: factory calls with `device="cuda"`, the RNG tracker, and
+`Tensor.type()` strings that the optimizers compare. `prepare()` must run before Megatron is used; on a CPU it replaces
+those calls with their CPU equivalents, and on a GPU it only selects the device.
 """
 
 from __future__ import annotations
@@ -22,78 +22,77 @@ from icrl_megatron.settings.schema import ActorSettings
 from icrl_megatron.utils.errors import ConfigError
 
 FP8_RECIPES = {"current": "tensorwise", "blockwise": "blockwise"}
-"""Our names to Megatron's `fp8_recipe`. Only those whose scales come from the tensor itself: delayed scaling takes them
-from the passes before, and scoring and training of the same weights would not compute the same function."""
+"""Values of `actor.fp8` to Megatron's `fp8_recipe`. Only recipes with scales from the tensor itself: delayed scaling
+uses earlier passes, so scoring and training with the same weights would not compute the same function."""
 _FP8_TOKENS = {"off": 1, "current": 16, "blockwise": 128}
-"""Tokens of an FP8 product come in multiples of this: what cuBLAS takes (as in Megatron's get_fp8_align_size), or a
-block."""
+"""Required multiple of an FP8 product's tokens: cuBLAS's (as in Megatron's get_fp8_align_size), or the block size."""
 _NAMES_CUDA = (
     "megatron.core.optimizer.optimizer",
     "megatron.core.optimizer.clip_grads",
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.utils",
 )
-"""Megatron modules on a CPU run's path that make tensors with a literal device="cuda"."""
+"""Megatron modules used in CPU runs that create tensors with a literal device="cuda"."""
 
 FOR_GPUS = ("apex", "flash_mla", "transformer_engine")
-"""Optional libraries of Megatron that this program uses on GPUs alone."""
+"""Optional libraries of Megatron that this program uses only on GPUs."""
 
 _device: torch.device | None = None
 
 
 def spare_the_compiler() -> None:
-    """Without a GPU nothing is compiled; Megatron's decorators would import torch's compiler all the same, which takes
-    a quarter of a rank's start. Call it before Megatron is imported."""
+    """Disables torch's compiler without a GPU, where nothing is compiled. Megatron's decorators would still import it,
+    which takes a quarter of a rank's startup. Call it before Megatron is imported."""
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def hide_gpu_libraries() -> None:
-    """Without a GPU, libraries for GPUs are as if not installed; call it before Megatron is imported.
+    """Hides GPU libraries as if they were not installed, if there is no GPU. Call it before Megatron is imported.
 
-    Megatron takes Transformer Engine's or Apex's optimizer and norms wherever it can import them, and those fail on CPU
-    tensors; of FlashMLA, which SGLang brings, it expects an ImportError, and without a driver gets an OSError.
+    Megatron uses Transformer Engine's or Apex's optimizer and norms whenever it can import them, and those fail on CPU
+    tensors. For FlashMLA, which SGLang installs, it expects an ImportError, but without a driver gets an OSError.
     """
     if not torch.cuda.is_available():
         for name in FOR_GPUS:
-            sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # Python's own way to say: not there
+            sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # None makes the import fail
 
 
 def keep_no_record_of_collectives() -> None:
     """Turns off torch's flight recorder (gloo and NCCL keep their last 2000 collectives in it). Call it before the
-    process group is made. For CPU runs, where nothing reads the recorder.
+    process group is created. For CPU runs, where nothing reads the recorder.
 
-    A record consists of small C++ allocations that stay for about 200 steps. They are made in the middle of a step,
-    between the step's tensors on the same heap, so a freed tensor leaves a hole that the next larger tensor does not
-    fit into. Resident memory of rulebook_easy grew by 87 MiB from step 50 to step 300 this way. On a GPU the tensors
-    are not on this heap, and NCCL dumps the recorder when a collective times out, so it stays on.
+    A record consists of small C++ allocations that live for about 200 steps. They are made in the middle of a step,
+    between the step's tensors on the same heap, so a freed tensor leaves a hole too small for the next larger tensor.
+    Resident memory of rulebook_easy grew by 87 MiB from step 50 to step 300 this way. On a GPU the tensors are not on
+    this heap, and NCCL dumps the recorder when a collective times out, so it stays on.
     """
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")
 
 
 def keep_fp8_scales_exact() -> None:
-    """Transformer Engine else rounds the scales of blocks to powers of two, which Blackwell's products need and which
-    costs accuracy on Hopper. Read when it is imported: call it before Megatron is. Of ranks alone the GPU is asked:
-    others, which may fork, leave it alone."""
+    """Keeps FP8 block scales in fp32 on Hopper. By default Transformer Engine rounds them to powers of two, which
+    Blackwell's products need and which costs accuracy on Hopper. The variable is read at import: call this before
+    Megatron is imported. Only ranks query the GPU; other processes may fork, so they must not."""
     rank = os.environ.get("LOCAL_RANK")
     if rank and torch.cuda.is_available() and torch.cuda.get_device_capability(int(rank))[0] == 9:
         os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
 
 
 def show_gpu_library(name: str) -> None:
-    """For those who look at one of these libraries themselves."""
+    """Undoes `hide_gpu_libraries` for code that imports one of these libraries itself."""
     if sys.modules.get(name, name) is None:
         del sys.modules[name]
 
 
 def prepare(choice: str = "auto") -> torch.device:
-    """Picks this rank's device and readies the process for Megatron; call it before anything of Megatron's.
+    """Selects this rank's device and prepares the process for Megatron; call it before any use of Megatron.
 
     Args:
         choice: auto | cpu | cuda (`launch.device`).
 
     Raises:
-        ConfigError: cuda was asked for and there is none.
+        ConfigError: cuda was requested and there is none.
     """
     global _device
     has_cuda = torch.cuda.is_available()
@@ -118,12 +117,12 @@ def device() -> torch.device:
 
 
 def backend() -> str:
-    """torch.distributed's backend: NCCL for GPU tensors with gloo beside it for host ones, gloo alone on a CPU."""
+    """torch.distributed's backend: NCCL for GPU tensors plus gloo for host tensors, or only gloo on a CPU."""
     return "gloo" if device().type == "cpu" else "cpu:gloo,cuda:nccl"
 
 
 def memory_gib() -> float:
-    """Memory in use: on a GPU by all processes together; on a CPU, resident in this process."""
+    """Memory in use in GiB: on a GPU, by all processes; on a CPU, resident memory of this process."""
     if device().type == "cuda":
         free, total = torch.cuda.mem_get_info()
         return (total - free) / 2**30
@@ -131,13 +130,14 @@ def memory_gib() -> float:
 
 
 def synchronize() -> None:
-    """Waits for the device's queue, so that a phase's wall-clock time is the phase's own."""
+    """Waits for the device's queue, so that the wall-clock time of a phase includes only its own work."""
     if device().type == "cuda":
         torch.cuda.synchronize()
 
 
 def head_chunking(actor: ActorSettings) -> Chunking:
-    """How the head is computed here. Raises ConfigError where its kernels are asked for and cannot run."""
+    """How the head is computed on this device. Raises ConfigError if the Triton kernels are requested but cannot
+    run."""
     on_cpu = device().type == "cpu"
     backend = "torch" if on_cpu and actor.head_backend == "auto" else actor.head_backend
     if on_cpu and backend == "triton" and os.environ.get("TRITON_INTERPRET", "0") != "1":
@@ -148,12 +148,12 @@ def head_chunking(actor: ActorSettings) -> Chunking:
 
 
 def token_multiple(actor: ActorSettings) -> int:
-    """What a micro-batch's tokens must be a multiple of: each rank of a sequence-parallel group has a whole share."""
+    """The required multiple of a micro-batch's tokens: each rank of a sequence-parallel group has an equal share."""
     return _FP8_TOKENS[actor.fp8] * (actor.tensor_parallel if actor.sequence_parallel else 1)
 
 
 def transformer_engine_layers(layers: str, bf16: bool) -> bool:
-    """Whether `actor.layers` means Transformer Engine's modules: with auto, for bf16 on a GPU.
+    """Whether `actor.layers` selects Transformer Engine's modules: with auto, for bf16 on a GPU.
 
     Transformer Engine multiplies fp32 matrices in TF32. On an H100 its log-probs of an fp32 model differed from the
     local engine's by 2.8e-4 on average, and 1e-5 is the limit for fp32. So fp32 gets torch's layers.
@@ -173,11 +173,11 @@ def fusions(layers: str, bf16: bool) -> dict[str, bool]:
 
 
 def _let_transformer_engine_add_gradients() -> None:
-    """Lifts Megatron's demand for Apex where weight gradients are added to their fp32 buffers.
+    """Bypasses Megatron's requirement for Apex when weight gradients are accumulated into their fp32 buffers.
 
-    Transformer Engine's layers do that in the matrix product itself. Megatron 0.16 demands Apex's extension for its own
-    `ColumnParallelLinear` too. The only one in our model is the output layer, whose forward pass never runs: the head
-    uses its weight alone.
+    Transformer Engine's layers accumulate in the matrix product itself. Megatron 0.16 requires Apex's extension also
+    for its own `ColumnParallelLinear`. This model has only one, the output layer, whose forward pass never runs: the
+    head uses only its weight.
     """
     importlib.import_module("megatron.core.tensor_parallel.layers")._grad_accum_fusion_available = True  # type: ignore[attr-defined]
 
@@ -185,8 +185,8 @@ def _let_transformer_engine_add_gradients() -> None:
 def fp8_config(settings: ActorSettings) -> dict[str, Any]:
     """TransformerConfig arguments for `actor.fp8`; empty when off.
 
-    E4M3 with a scale for each block; with one for a whole tensor, gradients take E5M2 for its range. The head stays in
-    bf16 by Megatron's own default of quantising only the decoder's linears.
+    E4M3 with a scale per block; with one scale per tensor, gradients use E5M2 for its range. The head stays in bf16
+    because Megatron by default quantizes only the decoder's linear layers.
 
     Raises:
         ConfigError: the recipe is unknown, precision is not bf16, or the hardware has no FP8.
@@ -216,7 +216,7 @@ def require_fp8_hardware(recipe: str) -> None:
 
 
 class _Stream:
-    """A CPU has one implicit queue: every wait on it is already over. A class, because annotations name it."""
+    """A no-op CUDA stream: a CPU has one implicit queue. A class, because annotations name it."""
 
     def __init__(self, *_: object, **__: object) -> None: ...
 
@@ -231,7 +231,7 @@ class _Stream:
 
 
 def _stand_in_for_cuda() -> None:
-    """Answers the CUDA calls that Megatron makes on every path. Only in a process that has no use for CUDA."""
+    """Replaces the CUDA calls that Megatron makes on every path. Only for a process that does not use CUDA."""
     cpu = torch.device("cpu")
     cuda: Any = torch.cuda
     tensor_class: Any = torch.Tensor
@@ -250,7 +250,7 @@ def _stand_in_for_cuda() -> None:
 
 
 class _TorchOnCPU:
-    """torch as those Megatron modules see it: factories read a literal `device="cuda"` as the CPU.
+    """torch for the modules of `_NAMES_CUDA`: factories treat a literal `device="cuda"` as the CPU.
 
     Patching torch itself would hide its factories from device contexts (transformers builds models under one).
     """
@@ -269,7 +269,7 @@ class _TorchOnCPU:
 
 
 def _typed_as_cuda(original: Any) -> Any:
-    """`Tensor.type()` with the name that Megatron's optimizers look for; conversions are untouched."""
+    """`Tensor.type()` with the type name that Megatron's optimizers expect; conversions are unchanged."""
 
     @functools.wraps(original)
     def typed(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -280,7 +280,7 @@ def _typed_as_cuda(original: Any) -> Any:
 
 
 def _patch_megatron() -> None:
-    """Inside Megatron: the tensor factories above, and the RNG tracker, which keeps CUDA generator states."""
+    """Patches Megatron: the tensor factories above, and the RNG tracker, which stores CUDA generator states."""
     for name in _NAMES_CUDA:
         importlib.import_module(name).torch = _TorchOnCPU()  # type: ignore[attr-defined]
     rng: Any = importlib.import_module("megatron.core.tensor_parallel.random")

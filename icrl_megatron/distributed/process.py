@@ -1,5 +1,4 @@
-"""The rank's side of a launch: it dies with its parent, listens to stop requests, and reports how it
-ended."""
+"""A rank's process: it dies with its parent, handles stop requests, and reports how it ended."""
 
 from __future__ import annotations
 
@@ -20,68 +19,36 @@ from icrl_megatron.utils.errors import ConfigError, HopelessError
 from icrl_megatron.utils.terminal import guard
 
 HOPELESS = 1
-
-
 CONFIG_ERROR = 2
-
-
 STOPPED = 3
-
-
 KILLED = 130
-
-
 OUTCOME_ENV = "ICRL_OUTCOME"
-
-
-"""File that the first rank with something to say writes {"code", "message"} to; the caller of the agent may set it."""
-
-
+"""File to which the first rank with an outcome writes {"code", "message"}; the caller of the agent may set it."""
 STOP_ENV = "ICRL_STOP"
-
-
-"""File whose existence means stop: a signal that comes before a rank listens would be lost, and in a container it may
-kill what serves the file system (slurm/job.sh)."""
-
-
+"""File whose existence requests a stop: a signal that arrives before a rank listens would be lost, and in a container
+it may kill the process that serves the file system (slurm/job.sh)."""
 STARTED_ENV = "ICRL_STARTED"
-
-
-"""File that rank 0 makes when the ranks have met: from then on the terminal is its own."""
-
-
+"""File that rank 0 creates when all ranks have joined: from then on rank 0 writes to the terminal."""
 PARENT_ENV = "ICRL_PARENT"
-
-
 """Process id of the parent that a child must not outlive."""
-
-
 STORE_FD_ENV = "ICRL_STORE_FD"
-
-
 """Descriptor of the bound socket on which rank 0 serves the job's store."""
-
-
 LEAVE_TIMEOUT_S = 30.0
-
-
-"""From the end of a rank's work to the end of its process, at most."""
-
-
+"""Maximum time from the end of a rank's work to the end of its process."""
 _PR_SET_PDEATHSIG = 1
 
 
 def is_rank() -> bool:
-    """Whether this process is a rank already."""
+    """Whether this process already is a rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def run_rank(main: Callable[[], int]) -> NoReturn:
-    """What a rank's entry point wraps itself in: dies with its parent, and leaves its outcome for the launcher.
+    """Runs a rank's `main`: the process dies with its parent, and writes its outcome for the launcher.
 
-    `main` returns 0, or STOPPED when all ranks agreed to stop. The process then exits with 0 in both cases, because the
-    agent ends the other ranks as soon as one exits otherwise; with 2 after a ConfigError and 1 after a
-    HopelessError, whose messages need no traceback.
+    `main` returns 0, or STOPPED when all ranks agreed to stop. The process exits with 0 in both cases, because the
+    agent ends the other ranks as soon as one exits otherwise; with 2 after a ConfigError and 1 after a HopelessError,
+    whose messages need no traceback.
     """
     guard()
     die_with_parent()
@@ -99,8 +66,8 @@ def run_rank(main: Callable[[], int]) -> NoReturn:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the process, and does not wait long for threads that an environment may have left running."""
-    # Python gives signals their default action back while it ends: a stop request that comes then would kill the rank.
+    """Ends the process, and waits at most LEAVE_TIMEOUT_S for threads that an environment may have left running."""
+    # Python restores default signal handlers while it exits: a stop request at that time would kill the rank.
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     last = threading.Timer(LEAVE_TIMEOUT_S, os._exit, [code])
@@ -110,16 +77,16 @@ def _leave(code: int) -> NoReturn:
 
 
 def report_started() -> None:
-    """Rank 0 reports that it writes to the terminal from now on, if the launcher asked for it."""
+    """Reports that rank 0 writes to the terminal from now on, if the launcher requested the report."""
     if os.environ.get(STARTED_ENV):
         Path(os.environ[STARTED_ENV]).touch()
 
 
 class StopRequest:
-    """Whether this rank was asked to stop. A flag only: the loop agrees on it with all ranks between two steps."""
+    """Whether this rank was asked to stop. Only a flag: the loop agrees on it with all ranks between two steps."""
 
     def __init__(self) -> None:
-        """Starts listening to SIGUSR1 and SIGTERM; call it in the main thread, before anything slow."""
+        """Starts listening for SIGUSR1 and SIGTERM; call it in the main thread, before anything slow."""
         self._set = False
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._on_signal)
@@ -135,20 +102,20 @@ class StopRequest:
 
 
 def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
-    """Asks Linux to send this process a signal when its parent dies, even of SIGKILL; ends it if that already
-    happened."""
+    """Asks Linux to send this process a signal when its parent dies, even by SIGKILL; exits if the parent is already
+    dead."""
     if sys.platform != "linux":
         return
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    # Taken out, so that a child of this process does not compare with its grandparent.
+    # Removed, so that a child of this process does not compare it with its own parent.
     parent = os.environ.pop(PARENT_ENV, "")
     if parent and os.getppid() != int(parent):
         os._exit(1)
 
 
 def read_outcome(path: Path) -> tuple[int, str] | None:
-    """(exit code, message) that a rank left, None if none did."""
+    """(exit code, message) that a rank wrote; None if none did."""
     try:
         left = json.loads(path.read_text(encoding="utf-8"))
         return int(left["code"]), str(left["message"])
@@ -157,8 +124,8 @@ def read_outcome(path: Path) -> tuple[int, str] | None:
 
 
 def leave_outcome(code: int, message: str) -> None:
-    """Writes how this rank ended where the launcher asked for it; the first rank to write wins. An error is printed
-    if no launcher asked for it, or if the file cannot be written."""
+    """Writes how this rank ended to the file that the launcher named; the first rank to write wins. Prints an error if
+    no file was named or it cannot be written."""
     name = os.environ.get(OUTCOME_ENV)
     if name:
         path = Path(name)

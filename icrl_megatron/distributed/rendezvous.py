@@ -1,7 +1,7 @@
-"""How ranks find each other: over loopback where one machine holds all of them, else over the job's static address.
+"""How ranks find each other: over loopback if all are on one machine, otherwise at the job's static address.
 
 The store of a job holds bytes and never unpickles them. Rank 0 serves it on the socket that the agent bound
-(`icrl_megatron.launch.agent`), so that it listens on one address only; torch's own listens on every interface.
+(`icrl_megatron.launch.agent`), so that it listens on one address only; torch's own store listens on every interface.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from icrl_megatron.distributed.process import STORE_FD_ENV
 from icrl_megatron.settings.schema import EngineSettings
 
 _uses = itertools.count()
-"""Phases of a job in one process (warm start, training, baseline) join one after another: each has keys of its own."""
+"""Phases of a job in one process (warm start, training, baseline) join one after another: each has its own keys."""
 
 
 def store(timeout: datetime.timedelta) -> dist.Store:
-    """The store that this job's process group is formed with; RANK, WORLD_SIZE and MASTER_* say who takes part."""
+    """The store for this job's process group; RANK, WORLD_SIZE and MASTER_* define its members."""
     if int(os.environ["WORLD_SIZE"]) == 1:
         return dist.HashStore()
     return dist.PrefixStore(f"icrl/{next(_uses)}", _shared(timeout))
@@ -31,7 +31,7 @@ def store(timeout: datetime.timedelta) -> dist.Store:
 
 @functools.cache
 def _shared(timeout: datetime.timedelta) -> dist.Store:
-    """Lives as long as the process: with rank 0 the store ends for everybody."""
+    """Lives as long as the process: when rank 0 ends, the store ends for all ranks."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # Under an external torchrun, its agent already serves the store.
     serves = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -54,8 +54,9 @@ def _listening_fd(address: str, port: int) -> int:
 
 
 def keep_to_this_machine(engine: EngineSettings) -> None:
-    """If all ranks are on one machine, gloo and NCCL listen on loopback, regardless of the environment: no other
-    machine has to reach them. NCCL keeps its choice where weights go to servers elsewhere (`engine.urls`)."""
+    """If all ranks are on one machine, gloo and NCCL listen on loopback, whatever the environment says, because no
+    other machine has to reach them. NCCL's interface is unchanged if weights go to servers elsewhere
+    (`engine.urls`)."""
     world = os.environ["WORLD_SIZE"]
     if world != "1" and os.environ.get("LOCAL_WORLD_SIZE") != world:
         return

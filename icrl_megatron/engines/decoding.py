@@ -1,9 +1,9 @@
 """One batch of requests on a transformers model: prefill, then one token a step until every row has ended.
 
 Shapes: B requests, R rows still in the batch, U distinct prompts, L longest prompt, N most new tokens, V vocabulary.
-Cache columns 0..L-1 hold the prompts, right-padded; column L + t holds what was generated at step t, for every row.
-So the prefill needs no mask (causal attention never looks at the padding to its right), and a decode step hides nothing
-but the padding.
+Cache columns 0..L-1 hold the prompts, right-padded; column L + t holds the token generated at step t, for every row.
+The prefill therefore needs no mask (causal attention never sees padding to the right of a token), and a decode step
+masks only the padding.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Finished:
-    """`index` is the request's place in the batch."""
+    """`index` is the position of the request in the batch."""
 
     index: int
     ids: Ids
@@ -42,8 +42,8 @@ class Finished:
 
 
 class _Layer(CacheLayerMixin):
-    """Keys and values in one growing buffer [rows, kv_heads, columns, head_dim], written in place: appending by
-    concatenation, as transformers' DynamicLayer does, would copy the whole cache at every token."""
+    """Keys and values in one growing buffer [rows, kv_heads, columns, head_dim], written in place. Concatenating, as
+    transformers' DynamicLayer does, would copy the whole cache at every token."""
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
@@ -90,11 +90,11 @@ class _Layer(CacheLayerMixin):
 
 
 class Decoding:
-    """The state of one batch; `step()` until `rows` is 0.
+    """The state of one batch. Call `step()` until `rows` is 0.
 
     Log-probs are those of the distribution the token was drawn from: softmax(logits / T) in fp32 over all V rows of the
-    head, T = 1 for greedy requests. That includes rows without a token in the tokenizer, because the trainer, SGLang
-    and other users of the exported model normalise over them too. Such an id decodes to an empty string.
+    head, with T = 1 for greedy requests. Rows without a token in the tokenizer are included because the trainer, SGLang
+    and other users of the exported model normalize over them too. Such an id decodes to an empty string.
     """
 
     def __init__(self, model: PreTrainedModel, requests: Sequence[Request]) -> None:
@@ -124,14 +124,14 @@ class Decoding:
 
     @property
     def rows(self) -> int:
-        """Rows that have not ended."""
+        """Rows that have not finished."""
         return self._alive
 
     @torch.inference_mode()
     def step(self) -> list[Finished]:
-        """Samples one token of every row (the first call prefills) and returns the requests that ended with it.
+        """Samples one token for every row (the first call prefills) and returns the requests that finished with it.
 
-        Raises EngineError when the model gives logits that are not finite.
+        Raises EngineError when log-probs are not finite.
         """
         logits_RV = self._prefill() if self._tokens_R is None else self._decode()
         self._tokens_R, logprobs_R = self._sample(logits_RV)
@@ -144,7 +144,7 @@ class Decoding:
         return self._finish(ended, ended_R, stopped_R) if ended else []
 
     def _prefill(self) -> torch.Tensor:
-        """Returns logits_RV of the first new token. A prompt that several requests share is read once."""
+        """Returns logits_RV of the first new token. A prompt shared by several requests is prefilled once."""
         device = self._model.device
         distinct = sorted(set(self._prompts), key=lambda p: (len(p), p))
         longest = len(distinct[-1])
@@ -185,7 +185,7 @@ class Decoding:
         return logits_RV
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        # Masks by layer type are transformers' own way past its mask building, which costs more than a tiny layer.
+        # A mask per layer type skips transformers' own mask building, which costs more than a tiny layer.
         hidden: torch.Tensor = self._backbone(
             input_ids=ids,
             position_ids=positions,
@@ -196,13 +196,13 @@ class Decoding:
         return hidden
 
     def _sample(self, logits_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inverse-CDF draw: (ids_R, log-probs_R)."""
+        """Inverse-CDF sampling: (ids_R, log-probs_R)."""
         if self._tempered:
             logits_RV = logits_RV / self._temperature_R1
         logprobs_RV = torch.log_softmax(logits_RV, dim=-1)
         cdf_RV = logprobs_RV.exp().cumsum(-1)
         total_R1 = cdf_RV[:, -1:]
-        # Strictly under the total, so that the search cannot run past the last id that has any mass.
+        # Strictly below the total, so that the search cannot pass the last id with nonzero probability.
         point_R1 = torch.minimum(self._uniform_NR[self._done][:, None] * total_R1, total_R1.nextafter(-total_R1))
         ids_R1 = torch.searchsorted(cdf_RV, point_R1, right=True).clamp_(max=logits_RV.shape[-1] - 1)
         if self._greedy_R is not None:
@@ -214,12 +214,12 @@ class Decoding:
         ids = self._ids_NR[: self._done].index_select(1, rows).T.tolist()
         logprobs_RN = self._logprobs_NR[: self._done].index_select(1, rows).T
         if not bool(torch.isfinite(logprobs_RN).all()):
-            raise EngineError("The model gave log-probs that are not finite: check the last weight update.")
+            raise EngineError("The model returned log-probs that are not finite: check the last weight update.")
         reasons: list[FinishReason] = ["stop" if s else "length" for s in stopped_R[rows].tolist()]
         indices = self._index_R[rows].tolist()
         self._alive_R = self._alive_R & ~ended_R
         self._alive -= len(ended)
-        # Ended rows ride along until they are a quarter of the batch: a compaction copies the cache.
+        # Finished rows stay until they are a quarter of the batch, because compaction copies the cache.
         if 0 < self._alive <= 0.75 * self._alive_R.numel():
             self._compact(self._alive_R.nonzero().flatten())
         return [
@@ -241,7 +241,7 @@ class Decoding:
 
 
 def _uniforms(samplings: Sequence[Sampling], steps: int) -> np.ndarray:
-    """[N, B] fp32: column b is drawn from request b's seed alone."""
+    """[N, B] fp32: column b depends only on the seed of request b."""
     uniforms = np.zeros((steps, len(samplings)), dtype=np.float32)
     for column, sampling in enumerate(samplings):
         generator = np.random.Generator(np.random.Philox(key=sampling.seed))
@@ -250,7 +250,7 @@ def _uniforms(samplings: Sequence[Sampling], steps: int) -> np.ndarray:
 
 
 def _chunks(lengths: Sequence[int]) -> list[slice]:
-    """Cuts ascending lengths into runs of at most PREFILL_TOKENS padded tokens (a longer one gets its own)."""
+    """Splits ascending lengths into chunks of at most PREFILL_TOKENS padded tokens (a longer prompt gets its own)."""
     cuts, start = [], 0
     for end in range(1, len(lengths) + 1):
         if end == len(lengths) or (end + 1 - start) * lengths[end] > PREFILL_TOKENS:

@@ -1,6 +1,6 @@
-"""What the trainer, the planner and `icrl eval` need to know about a kind of engine. Imports no torch.
+"""The interface of an engine kind for the trainer, the planner and `icrl eval`. Imports no torch.
 
-A kind is one object, named in `registry.py`. Nothing else in the package asks which kind a run uses.
+A kind is one object, registered in `registry.py`. No other code in the package depends on which kind a run uses.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from icrl_megatron.engines.rank import Engines
 
 GpuMemory = Literal["what is left", "a fraction", "none"]
-"""What an engine takes of its ranks' GPUs. "what is left": it lives in the rank's process, its weights sleep in host
-memory, and its cache grows into free memory. "a fraction": `engine.memory_fraction` of each GPU, given back while the
-actor trains. "none": it runs on other GPUs."""
+"""How an engine uses the GPUs of its ranks. "what is left": it runs in the rank's process, its weights are in host
+memory while it sleeps, and its cache grows into free memory. "a fraction": it takes `engine.memory_fraction` of each
+GPU and releases it while the actor trains. "none": it runs on other GPUs."""
 
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """What a rank's engines are built from. All ranks make the same request, each with its own `grid.rank`."""
+    """Inputs for building a rank's engines. All ranks make the same request, each with its own `grid.rank`."""
 
     settings: Settings
     folder: Path
@@ -37,44 +37,44 @@ class EngineRequest:
     dtype: torch.dtype
     device: torch.device
     logs: Path
-    """Folder for the logs of servers."""
+    """Folder for server logs."""
     weights: bool = True
-    """Whether `folder` has weights. If not, the engine gets all of them from the first push."""
+    """Whether `folder` has weights. If not, the first push sends all of them."""
     critic: Path | None = None
     """Folder of a second model, whose weights never change."""
     synced: bool = True
-    """Whether the trainer pushes weights before it asks for tokens. If not, the engine uses those of `folder`."""
+    """Whether the trainer pushes weights before the first request. If not, the engine uses the weights in `folder`."""
 
 
 class EngineKind:
     """The defaults describe an engine inside the rank's own process. A kind overrides what differs."""
 
     before_actor = False
-    """Whether engines are built before the actor, so that servers start while the actor is built. An engine in the
-    rank's process is built after the actor, whose messages about a broken model folder are better."""
+    """Whether engines are built before the actor, so that servers start while the actor is built. An in-process engine
+    is built after the actor, because the actor's messages about a broken model folder are better."""
     needs_folder = ""
-    """Why a resumed run still needs the weights in the model's folder; empty if it does not."""
+    """Why a resumed run still needs the weights in the model's folder; empty if it does not need them."""
     tensor_parallel = False
     """Whether one engine may use several GPUs (`engine.tensor_parallel`)."""
     quantizes = False
     """Whether `engine.quantization` applies."""
     spare_tokens = 0
-    """Tokens of the KV cache that the engine keeps for itself, beyond `rollout.context_tokens`."""
+    """KV cache tokens that the engine reserves for itself, beyond `rollout.context_tokens`."""
 
     def verifies(self, engine: EngineSettings) -> bool:
-        """Whether the weights that an engine holds can be compared with those it was sent. If so, the receivers of all
-        ranks that lead an engine are `Verifiable`."""
+        """Whether the engine's weights can be compared with those it was sent. If so, the receivers of all ranks that
+        lead an engine are `Verifiable`."""
         return False
 
     def gpu_memory(self, engine: EngineSettings) -> GpuMemory:
-        """What the planner charges the ranks' GPUs."""
+        """The GPU memory that the planner charges to the ranks."""
         return "what is left"
 
     def check(self, settings: Settings) -> None:
-        """Raises ConfigError for settings that this kind cannot work with, on any number of ranks."""
+        """Raises ConfigError for settings that this kind does not support, on any number of ranks."""
 
     def check_ranks(self, settings: Settings, world: int, on_node: int) -> None:
-        """Raises ConfigError if the engines do not fit `world` ranks, `on_node` of them on each node."""
+        """Raises ConfigError if the engines do not fit `world` ranks with `on_node` ranks per node."""
         engine = settings.engine
         server_checks.check_key(engine)
         if engine.tensor_parallel > 1:
@@ -85,20 +85,20 @@ class EngineKind:
             )
 
     def check_shape(self, engine: EngineSettings, shape: ModelShape) -> None:
-        """Raises ConfigError if an engine cannot split a model of this shape over its GPUs."""
+        """Raises ConfigError if an engine cannot shard a model of this shape over its GPUs."""
 
     def check_installed(self, engine: EngineSettings) -> None:
         """Raises ConfigError if the engine's software is missing or has an unsupported version."""
 
     def build(self, request: EngineRequest) -> Engines:
-        """This rank's engines. Servers are started unless they start `in_turn`, and not waited for. All ranks call it
-        together. Raises ConfigError if an engine cannot be what the settings say."""
+        """Builds this rank's engines. Starts servers unless they start `in_turn`, and does not wait for them.
+        Collective over all ranks. Raises ConfigError if the settings describe an engine that cannot be built."""
         raise NotImplementedError
 
 
 class ServerKind(EngineKind):
-    """An engine that is a server with GPUs of its ranks, started by the first rank of a group, or one that runs
-    elsewhere (`engine.urls`)."""
+    """An engine that is a server: either on the GPUs of its ranks, started by the first rank of a group, or external
+    (`engine.urls`)."""
 
     before_actor = True
     needs_folder = "its servers load the model's folder when they start"
@@ -112,7 +112,7 @@ class ServerKind(EngineKind):
 
     def check_ranks(self, settings: Settings, world: int, on_node: int) -> None:
         server_checks.check_key(settings.engine)
-        if settings.engine.urls:  # the GPUs of those servers are not ours
+        if settings.engine.urls:  # external servers have their own GPUs
             server_checks.check_urls(settings, world)
         else:
             server_checks.check_groups(settings.engine, world, on_node)

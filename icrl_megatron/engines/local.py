@@ -20,7 +20,7 @@ from icrl_megatron.types import Completion, Ids
 from icrl_megatron.utils.errors import ConfigError
 
 _IDLE_PASSES = 4
-"""Passes of the event loop without a new request after which everybody is taken to be waiting for the engine."""
+"""Event-loop passes without a new request after which all episodes are assumed to be waiting for the engine."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class _Pending:
 class LocalEngine:
     """Implements `engines.protocol.Engine`.
 
-    Requests that are waiting when the event loop has nothing else to do form a wave; a wave is sorted by prompt length
-    and cut into batches of at most `max_batch`. No clock takes part, so the same requests always form the same batches.
-    Raises ConfigError when the folder holds no whole model that it can run.
+    Requests that are pending when the event loop is idle form a wave. A wave is sorted by prompt length and split into
+    batches of at most `max_batch`. Batching does not depend on time, so the same requests always form the same batches.
+    Raises ConfigError if the folder does not hold a complete model that the engine can run.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class LocalEngine:
         device: torch.device | str,
         weights: bool = True,
     ) -> None:
-        """`weights`: False for a folder with a configuration and a tokenizer only; no request is taken then until a
-        whole update has arrived."""
+        """`weights`: False for a folder with only a configuration and a tokenizer; requests are then refused until a
+        complete update has arrived."""
         self._settings = settings
         self._device = torch.device(device)
         shape = ModelShape.read(Path(model_dir))
@@ -57,14 +57,14 @@ class LocalEngine:
         _require_finite(self._model, model_dir)
         self._vocabulary, self._max_positions = shape.vocab, shape.max_positions
         self._version = 0
-        self._unfit = "" if weights else "The engine has no weights yet: send a whole update."
-        """Why requests are refused; empty when they are not."""
+        self._unfit = "" if weights else "The engine has no weights yet: send a complete update."
+        """Why requests are refused; empty when they are accepted."""
         self._pending: list[_Pending] = []
         self._running: list[_Pending] = []
         self._driver: asyncio.Task[None] | None = None
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
-        """Raises EngineError when the engine sleeps, is closed or holds half an update, when the prompt does not fit
+        """Raises EngineError when the engine sleeps, is closed or holds a partial update, when the prompt does not fit
         the model's positions or vocabulary, and after `engine.request_timeout_s`. A reply ends at the last position."""
         request = self._checked(tuple(prompt_ids), sampling)
         loop = asyncio.get_running_loop()
@@ -76,18 +76,18 @@ class LocalEngine:
         return await waiting.future
 
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Copies Hugging-Face-named full tensors in place, one at a time, converted to the engine's dtype.
+        """Copies full tensors with Hugging Face names in place, one at a time, converted to the engine's dtype.
 
-        Raises EngineError, naming the first bad tensor, on a name that is unknown or comes twice, a wrong shape, a
-        dtype that is not floating point, a tied pair that differs, and on names that never came; no request is taken
-        then until a whole update has arrived. Raises EngineError while requests are running.
+        Raises EngineError, naming the first bad tensor, on an unknown or duplicate name, a wrong shape, a dtype that is
+        not floating point, a tied pair whose values differ, or missing names; requests are then refused until a
+        complete update has arrived. Raises EngineError while requests are running.
         """
         if any(not p.future.done() for p in (*self._pending, *self._running)):
-            raise EngineError(f"Weights of version {version} came while requests are running: wait for them.")
+            raise EngineError(f"Weights of version {version} came while requests are running: wait until they finish.")
         if self._unfit == _CLOSED:
             raise EngineError(_CLOSED)
         asleep = self._unfit == _ASLEEP
-        self._unfit = f"The engine holds half of the weights of version {version}: send a whole update."
+        self._unfit = f"The engine has only a part of the weights of version {version}: send a complete update."
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         seen: set[str] = set()
         written: dict[int, str] = {}
@@ -108,17 +108,17 @@ class LocalEngine:
         self._unfit = _ASLEEP if asleep else ""
 
     async def interrupt(self) -> None:
-        """Its batches run to their end: a token more costs less than a batch cut short and begun again."""
+        """Does nothing: its batches finish, because one more token costs less than restarting an aborted batch."""
 
     def sleep(self) -> None:
         if any(not p.future.done() for p in (*self._pending, *self._running)):
-            raise EngineError("The engine cannot sleep while requests are running: wait for them.")
+            raise EngineError("The engine cannot sleep while requests are running: wait until they finish.")
         if not self._unfit:
             self._unfit = _ASLEEP
             self._model.to("cpu")
 
     def wake_weights(self) -> None:
-        """Nothing yet: weights are updated where they sleep, in host memory."""
+        """Does nothing: weights are updated in host memory, where they are while the engine sleeps."""
 
     def wake(self) -> None:
         self._model.to(self._device)
@@ -139,7 +139,7 @@ class LocalEngine:
         if room < 1:
             raise EngineError(
                 f"A prompt has {len(prompt)} tokens, but the model has {self._max_positions} positions: lower "
-                "rollout.context_tokens to that, or take a model with more."
+                "rollout.context_tokens to that, or use a model with more."
             )
         if not prompt or min(prompt) < 0 or max(prompt) >= self._vocabulary:
             raise EngineError(f"A prompt is empty or has ids outside 0..{self._vocabulary - 1}: check the tokenizer.")
@@ -148,7 +148,7 @@ class LocalEngine:
         return Request(prompt, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)))
 
     async def _drive(self) -> None:
-        """Runs waves until no request waits. The next request starts it again, in that request's event loop."""
+        """Runs waves until no request is pending. The next request starts it again, in that request's event loop."""
         try:
             while self._pending:
                 await self._quiescence()
@@ -170,7 +170,7 @@ class LocalEngine:
             seen = len(self._pending)
 
     async def _run(self, batch: list[_Pending]) -> None:
-        """Runs one batch; its requests end one by one. A failure ends those that had not."""
+        """Runs one batch; its requests finish one at a time. A failure fails all requests that have not finished."""
         try:
             decoding = Decoding(self._model, [p.request for p in batch])
             deadline = min(p.deadline for p in batch)
@@ -191,13 +191,13 @@ class LocalEngine:
                     waiting.future.set_exception(reason)
 
     def _answer(self, waiting: _Pending, finished: Finished) -> None:
-        if not waiting.future.done():  # its episode may have been cancelled
+        if not waiting.future.done():  # its episode may have been canceled
             waiting.future.set_result(
                 Completion(finished.ids, finished.logprobs, finished.finish_reason, self._version)
             )
 
 
-_CLOSED = "The engine is closed: make a new one."
+_CLOSED = "The engine is closed: create a new one."
 _ASLEEP = "The engine sleeps: call wake() before generate()."
 
 
@@ -207,7 +207,7 @@ def _check_tensor(
     if name not in parameters:
         raise EngineError(f"Update {version}: the model has no tensor {name!r}.")
     if name in seen:
-        raise EngineError(f"Update {version}: {name!r} came twice.")
+        raise EngineError(f"Update {version}: {name!r} was sent twice.")
     if tensor.shape != parameters[name].shape:
         expected = tuple(parameters[name].shape)
         raise EngineError(f"Update {version}: {name!r} has shape {tuple(tensor.shape)}, the model's is {expected}.")
@@ -217,22 +217,22 @@ def _check_tensor(
 
 def _load(folder: Path, shape: ModelShape, dtype: torch.dtype) -> PreTrainedModel:
     """Raises ConfigError unless the folder holds exactly the tensors of `shape`: transformers itself fills missing
-    tensors with random numbers and ignores unexpected ones."""
+    tensors with random values and ignores unexpected ones."""
     files = {stored.file.name for stored in locate_weights(folder, shape).values()}
-    # Its bar would break into those of the run.
+    # Its progress bar would break into those of the run.
     transformers.utils.logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder)
-        if len(files) == 1:  # transformers does not find a single numbered shard by itself
+        if len(files) == 1:  # transformers does not find a single numbered shard
             (config.transformers_weights,) = files
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa")
-    except Exception as error:  # transformers fails in many ways on fields of a wrong type
+    except Exception as error:  # transformers raises many types of errors for fields of a wrong type
         raise ConfigError(f"The engine cannot load the model in {str(folder)!r}: {error}") from error
     return model.eval().requires_grad_(False)
 
 
 def _build(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a configuration, with random weights."""
+    """Builds the configured model with random weights."""
     try:
         config = AutoConfig.from_pretrained(folder)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")

@@ -8,7 +8,7 @@ from icrl_megatron.engines.rank import Engines, Share
 
 class Local(EngineKind):
     def build(self, request: EngineRequest) -> Engines:
-        from icrl_megatron.engines.local import LocalEngine  # torch and transformers: only where it is built
+        from icrl_megatron.engines.local import LocalEngine  # lazy: imports torch and transformers
 
         engine, dtype, device, grid = request.settings.engine, request.dtype, request.device, request.grid
         solver = LocalEngine(request.folder, engine, dtype, device, request.weights)

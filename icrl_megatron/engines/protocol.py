@@ -22,7 +22,7 @@ class Sampling:
     """0 means greedy; log-probs are then those of temperature 1."""
     max_new_tokens: int
     seed: int
-    """Of this request alone: the same seed, prompt and weights give the same tokens whatever else is in the batch."""
+    """Seed of this request: the same seed, prompt and weights give the same tokens whatever else is in the batch."""
     stop_ids: tuple[int, ...]
 
 
@@ -31,69 +31,71 @@ class EngineError(RuntimeError):
 
 
 class NoAnswerError(EngineError):
-    """The engine did not answer, failed, or answered what makes no sense: it hangs, or is dying."""
+    """The engine did not answer, failed, or gave an invalid answer: it hangs or is dying."""
 
 
 class RequestFailedError(EngineError):
-    """This request failed, the engine did not: its episode may be played again."""
+    """This request failed but the engine did not: the episode may be replayed."""
 
 
 class EngineLostError(EngineError):
-    """The engine died or hangs: whatever it was doing can be played again once it was revived."""
+    """The engine died or hangs: its work can be replayed after a restart."""
 
 
 class WeightReceiver(Protocol):
-    """What weights are synced to: an engine, or a sink where nothing is generated.
+    """Receives weights: an engine, or a sink on ranks that generate nothing.
 
-    Beside the actor an engine gives its memory back for the time of training, and takes it again in two stages: sleep,
-    wake_weights, update_weights, wake. So the two never hold their peaks together.
+    An engine that shares GPUs with the actor releases its memory during training and takes it back in two stages:
+    sleep, wake_weights, update_weights, wake. So the peak memory use of engine and actor never coincides.
     """
 
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Takes Hugging-Face-named full tensors, streamed. Raises EngineError on a missing, unknown or wrong one."""
+        """Receives a stream of full tensors with Hugging Face names. Raises EngineError on a missing, unknown or bad
+        one."""
         ...
 
     def sleep(self) -> None:
-        """Gives memory back while the actor trains; generate is refused until `wake`."""
+        """Releases memory while the actor trains; `generate` is refused until `wake`."""
         ...
 
     def wake_weights(self) -> None:
-        """Takes memory for weights alone; what they hold is undefined until they are updated."""
+        """Allocates memory for weights only; their values are undefined until they are updated."""
         ...
 
     def wake(self) -> None:
-        """Takes the rest of the memory; requests are taken again."""
+        """Allocates the remaining memory; requests are accepted again."""
         ...
 
 
 @dataclass
 class EngineStats:
-    """What an engine counted since it was last asked."""
+    """Counters since the last call of `take_stats`."""
 
     requests: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    """Prompt tokens that were read from the prefix cache."""
+    """Prompt tokens read from the prefix cache."""
     retries: int = 0
     aborted: int = 0
-    """Requests that were cut off at their deadline."""
+    """Requests aborted at their deadline."""
 
     def __add__(self, other: EngineStats) -> EngineStats:
         return EngineStats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 class Engine(WeightReceiver, Protocol):
-    """Requests from many concurrent episodes; a weight update takes effect between requests and is stamped on them."""
+    """Serves requests of many concurrent episodes. A weight update takes effect between requests; completions carry its
+    version."""
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion: ...
 
     async def interrupt(self) -> None:
-        """Ends what is being generated, where the engine can: such requests return "abort" and what they have, and
-        those that come later in the same event loop return "abort" and nothing."""
+        """Aborts running requests, if the engine can: they return what they have with finish reason "abort", and later
+        requests in the same event loop return nothing with "abort"."""
         ...
 
     def health(self) -> str:
-        """ "ok", or what is wrong."""
+        """Returns "ok", or the problem."""
         ...
 
     def close(self) -> None: ...
@@ -101,16 +103,15 @@ class Engine(WeightReceiver, Protocol):
 
 @runtime_checkable
 class Served(Protocol):
-    """An engine outside of this process. It can be lost, and started again. `Engine`s that are not `Served` are ready
-    once they are built, and end with the rank."""
+    """An engine outside of this process. It can be lost and restarted. An `Engine` that is not `Served` is ready once
+    it is built, and ends with the rank."""
 
     def start(self) -> None:
         """Starts the server without waiting for it; does nothing for a server of `engine.urls`."""
         ...
 
     def wait_ready(self, tick: Callable[[], None]) -> None:
-        """Returns when the server takes requests, and calls `tick` meanwhile. Raises EngineError if that takes too
-        long."""
+        """Returns when the server accepts requests, and calls `tick` while waiting. Raises EngineError on timeout."""
         ...
 
     def lost(self) -> str:
@@ -118,11 +119,11 @@ class Served(Protocol):
         ...
 
     def revive(self) -> None:
-        """Restarts the server. It has the weights of its model folder until the next update. Raises EngineError."""
+        """Restarts the server with the weights of its model folder. Raises EngineError."""
         ...
 
     def take_stats(self) -> EngineStats:
-        """What was counted since the last call."""
+        """Returns the counters since the last call."""
         ...
 
     def sleep(self) -> None: ...
@@ -137,7 +138,7 @@ class Verifiable(Protocol):
     """An engine whose weights can be compared with those it was sent."""
 
     def verify(self, tensors: Iterable[tuple[str, torch.Tensor]], shape: ModelShape) -> bool:
-        """Compares full tensors, under their Hugging Face names, with the engine's. `shape` is
-        the model's. Returns False if the server was lost, before or meanwhile. Raises EngineError with the first name
+        """Compares full tensors with Hugging Face names to those of the engine. `shape` is the shape of the model.
+        Returns False if the server was lost before or during the comparison. Raises EngineError with the first name
         whose values differ."""
         ...

@@ -1,4 +1,4 @@
-"""The engines of one rank, and which share of the tasks the rank plays on them."""
+"""The engines of one rank and the rank's share of the tasks."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Engines:
     """The engines of one rank."""
 
     trained: WeightReceiver
-    """What weights are synced to."""
+    """Receives weights."""
     solver: Engine | None
-    """The same engine, on a rank that generates; None on the others."""
+    """The same engine on a rank that generates; None on other ranks."""
     frozen: Engine | None
     """A second engine whose weights never change: the critic of `rollout.critic=frozen`, or of `icrl eval --critic`."""
     share: Share
     in_turn: bool = False
-    """Servers start one after another, and each sleeps once it is ready. A server sizes its cache by the GPU memory
-    that it finds free, so nothing else may be on the GPU when it starts. The same on every rank."""
+    """Servers start one after another, and each sleeps once it is ready. A server sizes its cache by the free GPU
+    memory at startup, so nothing else may use the GPU then. The same on every rank."""
     group: ServerGroup = field(default_factory=ServerGroup)
     """The ranks whose GPUs this rank's server uses."""
 
@@ -40,13 +40,13 @@ class Engines:
         return [engine for engine in engines if isinstance(engine, Served)]
 
     def start(self) -> None:
-        """Starts the servers that belong to this rank, without waiting for them."""
+        """Starts the servers of this rank without waiting for them."""
         for engine in self._served():
             engine.start()
 
     def wait_ready(self, tick: Callable[[], None] = lambda: None) -> None:
-        """Returns when every server of this rank is ready. Servers that start `in_turn` are started here and sleep
-        afterwards. Raises EngineError with the end of the log of a server that does not become ready."""
+        """Returns when every server of this rank is ready. Servers that start `in_turn` are started here and then put
+        to sleep. Raises EngineError with the end of the log of a server that does not become ready."""
         for engine in self._served():
             if self.in_turn:
                 engine.start()
@@ -55,18 +55,18 @@ class Engines:
                 engine.sleep()
 
     def wake(self) -> None:
-        """Ends the sleep of engines that keep their weights and get no others (`icrl eval`)."""
+        """Wakes engines that keep their weights and get no others (`icrl eval`)."""
         for engine in self._served() if self.in_turn else ():
             engine.wake_weights()
             engine.wake()
 
     def lost(self) -> str:
-        """Why an engine of this rank has to be restarted; empty when none has to."""
+        """Why an engine of this rank has to be restarted; empty if none has to."""
         return next(filter(None, (engine.lost() for engine in self._served())), "")
 
     def revive(self) -> bool:
         """Restarts the lost engines of this rank's group. Returns True on every rank of the group if the trained engine
-        then needs the current weights, which these ranks send together. Raises EngineError on every rank of the
+        then needs the current weights, which all these ranks must send. Raises EngineError on every rank of the
         group."""
         return self.group.of_lead(self._revive)
 
@@ -78,7 +78,7 @@ class Engines:
         return stale
 
     def take_stats(self) -> EngineStats:
-        """What this rank's engines counted since the last call."""
+        """Returns the counters of this rank's engines since the last call."""
         taken = [engine.take_stats() for engine in self._served()]
         return sum(taken, EngineStats())
 
@@ -89,7 +89,7 @@ class Engines:
 
 
 def lead_rank(rank: int, world: int, servers: int) -> int:
-    """The rank that leads the server of `rank`'s group. Ranks are divided into as many groups of neighbors as there
-    are servers, and the first rank of a group leads."""
+    """The rank that leads the server of `rank`'s group. Ranks are split into one group of consecutive ranks per server,
+    and the first rank of a group leads."""
     size = world // servers
     return rank // size * size

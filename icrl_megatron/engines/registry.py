@@ -1,4 +1,4 @@
-"""The kinds of engines (`engine.kind`). A kind is a module with a `KIND`, and its line here. Imports no torch."""
+"""Registry of engine kinds (`engine.kind`). A kind is a module with a `KIND` and a line here. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KINDS = {
 
 
 def engine_kind(name: str) -> EngineKind:
-    """A kind by its name, or by "package.module:OBJECT". Raises ConfigError if there is none."""
+    """Returns a kind by its name or by "package.module:OBJECT". Raises ConfigError if it does not exist."""
     module, _, attribute = KINDS.get(name, name).partition(":")
     if not attribute:
         raise ConfigError(f"engine.kind={name}: choose one of {', '.join(KINDS)}, or package.module:OBJECT")
@@ -26,5 +26,5 @@ def engine_kind(name: str) -> EngineKind:
             "PYTHONPATH"
         ) from error
     if not isinstance(found, EngineKind):
-        raise ConfigError(f"engine.kind={name}: that is no EngineKind (icrl_megatron/engines/kind.py)")
+        raise ConfigError(f"engine.kind={name}: this is not an EngineKind (icrl_megatron/engines/kind.py)")
     return found

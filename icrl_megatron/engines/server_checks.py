@@ -1,4 +1,4 @@
-"""Settings of servers that can be known to be wrong before one is started. Imports no torch."""
+"""Checks of server settings that do not need a running server. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from icrl_megatron.utils.errors import ConfigError
 
 
 def check_cache(settings: Settings) -> None:
-    """Raises ConfigError if `engine.kv_tokens` is below one context. How many tokens fit a GPU is known only when the
-    server is ready."""
+    """Raises ConfigError if `engine.kv_tokens` is less than one context. How many tokens fit on a GPU is known only
+    when the server is ready."""
     tokens, context = settings.engine.kv_tokens, settings.rollout.context_tokens
     if tokens is not None and tokens < context:
         raise ConfigError(
@@ -28,22 +28,22 @@ def check_key(engine: EngineSettings) -> None:
     if not engine.urls:
         raise ConfigError(
             "engine.api_key_env is for servers of engine.urls, and there are none: servers that the run starts have "
-            "keys of their own; leave it empty"
+            "their own keys; leave it empty"
         )
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):  # it may be the key: not repeated
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):  # it may be the key itself, so the message omits it
         raise ConfigError(
             "engine.api_key_env is not the name of an environment variable: put the key into one, and its name here"
         )
     if not os.environ.get(name):
         raise ConfigError(
             f"engine.api_key_env={name}: this environment variable is empty or not set; export it, or leave the "
-            "setting empty where the servers want no key"
+            "setting empty if the servers need no key"
         )
 
 
 def check_groups(engine: EngineSettings, world: int, on_node: int) -> None:
-    """Raises ConfigError if the servers that the run starts cannot share the ranks. Each server uses the GPUs of a
-    group of neighboring ranks on one node."""
+    """Raises ConfigError if the servers that the run starts cannot be divided among the ranks. Each server uses the
+    GPUs of a group of consecutive ranks on one node."""
     if world % engine.tensor_parallel:
         raise ConfigError(
             f"engine.tensor_parallel={engine.tensor_parallel} does not divide the {world} ranks; lower it to a "
@@ -58,15 +58,15 @@ def check_groups(engine: EngineSettings, world: int, on_node: int) -> None:
     if on_node % engine.tensor_parallel:
         raise ConfigError(
             f"engine.tensor_parallel={engine.tensor_parallel} does not divide the {on_node} ranks of a node: a server "
-            "would lie on two; use a divisor"
+            "would span two; use a divisor"
         )
     size = world // servers
     if on_node % size:
         fits = [n for n in range(servers, world + 1) if world % n == 0 and on_node % (world // n) == 0]
         raise ConfigError(
-            f"engine.servers={servers} cuts {world} ranks into groups of {size}, and a node has {on_node}: a group "
-            f"would lie on two nodes, its server on one; use engine.servers={fits[0]}, or leave it out for one per "
-            "engine.tensor_parallel ranks"
+            f"engine.servers={servers} splits {world} ranks into groups of {size}, and a node has {on_node}: a group "
+            f"would span two nodes, but a server runs on one; use engine.servers={fits[0]}, or leave it out for one "
+            "per engine.tensor_parallel ranks"
         )
 
 
@@ -75,11 +75,11 @@ def check_urls(settings: Settings, world: int) -> None:
     urls = settings.engine.urls
     for url in urls:
         if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"engine.urls: {url!r} is no address; write http://host:port")
+            raise ConfigError(f"engine.urls: {url!r} is not an address; write http://host:port")
     if world % len(urls) or settings.engine.servers:
         raise ConfigError(
             f"engine.urls names {len(urls)} servers for {world} ranks: their number must divide the ranks, and "
-            "engine.servers stay out"
+            "engine.servers must be unset"
         )
     if settings.rollout.critic == "frozen":
         raise ConfigError(

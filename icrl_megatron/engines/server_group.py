@@ -1,4 +1,4 @@
-"""The ranks on whose GPUs one server runs: all of them must know what its leader learns about it."""
+"""The ranks that share one server's GPUs, and the collectives that keep them in agreement about it."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from icrl_megatron.engines.protocol import EngineError
 
 @dataclass(frozen=True)
 class ServerGroup:
-    """All its ranks make the same calls in the same order. The defaults are for a rank that shares no server."""
+    """All ranks of the group make the same calls in the same order. The defaults are for a rank that shares no
+    server."""
 
     handle: Any = None
     """A gloo group; None for a single rank."""
     lead: int = 0
-    """The rank, of all, that leads the server."""
+    """Global rank that leads the server."""
     timeout_s: float = 1800.0
 
-    def meet(self) -> None:
-        """Returns once every rank has called it: a GPU's memory is taken only after it was released.
+    def barrier(self) -> None:
+        """Returns once every rank has called it, so that GPU memory is taken only after it was released.
 
-        Raises EngineError when a rank does not come in time.
+        Raises EngineError on timeout.
         """
         if self.handle is None:
             return
-        import torch.distributed as dist  # here, so that kinds of engines can be looked at without torch
+        import torch.distributed as dist  # lazy, so that engine kinds can be imported without torch
 
         try:
             dist.monitored_barrier(self.handle, datetime.timedelta(seconds=self.timeout_s))
@@ -37,7 +38,7 @@ class ServerGroup:
             ) from error
 
     def of_lead(self, do: Callable[[], bool]) -> bool:
-        """Runs `do` on the rank that leads; returns its result, or raises its EngineError, on every rank."""
+        """Runs `do` on the leading rank; returns its result, or raises its EngineError, on every rank."""
         if self.handle is None:
             return do()
         import torch.distributed as dist

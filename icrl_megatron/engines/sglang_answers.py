@@ -30,17 +30,17 @@ class Reply:
 
 
 def answer_bytes(tokens: int) -> int:
-    """Bytes that are read of an answer with so many new tokens: about five times what they take with their log-probs,
-    and room for everything else."""
+    """Maximum bytes read of an answer with so many new tokens: about five times the size of the tokens with their
+    log-probs, plus room for everything else."""
     return _ANSWER_BYTES + _BYTES_A_TOKEN * tokens
 
 
 def read(text: bytes, longest: int, vocabulary: int, version: int) -> Reply:
-    """`version` is that of the weights pushed last, with which all of a reply is generated, since no request is left
-    when weights change; 0 where none were pushed. Raises GarbageError.
+    """`version` is the version of the last weight push; 0 if there was none. A whole reply is generated with it,
+    because no request is running when weights change. Raises GarbageError.
 
-    A request that was aborted in SGLang's own queue has no counters. It has the tokens that it generated before it was
-    put back there, as far as they were reported (every SGLANG_FORCE_STREAM_INTERVAL tokens), and mostly none.
+    A request that was aborted in SGLang's queue has no counters. It has the tokens generated before SGLang put it back
+    into the queue, as far as they were reported (every SGLANG_FORCE_STREAM_INTERVAL tokens), and mostly none.
     """
     try:
         meta = json.loads(text)["meta_info"]
@@ -62,7 +62,7 @@ def read(text: bytes, longest: int, vocabulary: int, version: int) -> Reply:
     if wrong := [i for i in ids if type(i) is not int or not 0 <= i < vocabulary]:
         raise GarbageError(f"SGLang's answer has {wrong[0]!r} among its ids: the model has 0..{vocabulary - 1}.")
     if not all(math.isfinite(p) and p <= 1e-6 for p in logprobs):
-        raise GarbageError("SGLang gave log-probs that are no log-probs: check the last weight update.")
+        raise GarbageError("SGLang gave invalid log-probs (NaN, infinite or positive): check the last weight update.")
     if str(stamp) != str(version):
         raise GarbageError(f"SGLang answered with weights of version {stamp!r}: version {version} was pushed last.")
     return Reply(Completion(ids, logprobs, kind, version), *counted)

@@ -1,7 +1,8 @@
-"""Builds a rank's part of the SGLang servers: the server that it leads, or a share in one that another rank leads.
+"""Builds a rank's part of the SGLang servers: the server that it leads, or a follower of a server that another rank
+leads.
 
-Ranks are divided into as many groups of neighbors as there are servers. The first rank of a group leads: it starts and
-watches the server, plays the group's share of the tasks, and sends the weights.
+Ranks are split into one group of consecutive ranks per server. The first rank of a group leads: it starts and watches
+the server, plays the group's share of the tasks, and sends the weights.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ from icrl_megatron.utils.errors import ConfigError
 
 
 def build(request: EngineRequest) -> Engines:
-    """What this rank leads. Servers are started unless they start `in_turn`, and not waited for (`wait_ready`). All
-    ranks call it together.
+    """Builds this rank's engines. Starts servers unless they start `in_turn`, and does not wait for them
+    (`wait_ready`). Collective over all ranks.
 
-    Raises ConfigError if an engine cannot be what the settings say.
+    Raises ConfigError if the settings describe an engine that cannot be built.
     """
     settings, grid, device = request.settings, request.grid, request.device
     in_turn = _in_turn(request)
@@ -45,12 +46,12 @@ def build(request: EngineRequest) -> Engines:
     number, limit_s = grid.rank // (grid.world // servers), settings.launch.timeout_s
     lead = lead_rank(grid.rank, grid.world, servers)
     group = _group(grid, servers, limit_s) if in_turn else None
-    together = ServerGroup(group, lead, limit_s)
+    server_group = ServerGroup(group, lead, limit_s)
     if grid.rank != lead:
         tensor, sync_s = settings.engine.tensor_parallel, settings.engine.sync_timeout_s
         offers = SharedMemory(None, tensor, group, lead, sync_s) if group else None
         sink = Sink(tensor_shapes(request.folder), request.dtype, device, settings.engine.bucket_mib)
-        return Engines(Follower(sink, offers), None, None, Share(None, servers), in_turn, together)
+        return Engines(Follower(sink, offers), None, None, Share(None, servers), in_turn, server_group)
     solver = _remote_engine(request, number) if settings.engine.urls else _own_engine(request, number, group, lead)
     critic = None
     if request.critic is not None:
@@ -58,30 +59,30 @@ def build(request: EngineRequest) -> Engines:
         spec = replace(server_spec(settings, request.critic, device, log, two=True), keeps_weights=True)
         shapes = tensor_shapes(request.critic)
         critic = SGLangEngine(Server(spec), settings.engine, _no_transport, shapes, request.dtype, device)
-    engines = Engines(solver, solver, critic, Share(number, servers), in_turn, together)
+    engines = Engines(solver, solver, critic, Share(number, servers), in_turn, server_group)
     if not in_turn:
         engines.start()
     return engines
 
 
 def _in_turn(request: EngineRequest) -> bool:
-    """Whether servers have to start one after another: they share GPUs with the actor, or with each other."""
+    """Whether servers have to start one after another because they share GPUs with the actor or with each other."""
     if request.device.type != "cuda" or request.settings.engine.urls:
         return False
     shared = request.synced or request.critic is not None
     if shared and "expandable_segments:True" in _allocator_settings():
         raise ConfigError(
-            "PYTORCH_CUDA_ALLOC_CONF has expandable_segments:True: such memory can be neither released nor mapped by "
-            "an engine beside the actor; take it out, or use engine.urls"
+            "PYTORCH_CUDA_ALLOC_CONF has expandable_segments:True: an engine on the actor's GPUs can neither "
+            "release nor map such memory; take it out, or use engine.urls"
         )
     return shared
 
 
 def _own_engine(request: EngineRequest, number: int, group: Any, lead: int) -> SGLangEngine:
-    """On a server that this rank starts."""
+    """Creates an engine on a server that this rank starts."""
     settings, log = request.settings, request.logs / f"sglang_{number}.log"
     spec = server_spec(settings, request.folder, request.device, log, two=request.critic is not None)
-    # Servers that share a GPU sleep in turn when they start, and nobody pushes weights after that.
+    # Servers that share a GPU sleep in turn when they start, and without a sync no weights are pushed afterwards.
     server = Server(replace(spec, keeps_weights=not request.synced and request.critic is not None))
 
     def transport() -> Transport:
@@ -92,8 +93,8 @@ def _own_engine(request: EngineRequest, number: int, group: Any, lead: int) -> S
 
 
 def _remote_engine(request: EngineRequest, number: int) -> SGLangEngine:
-    """On a server of `engine.urls`. If nobody pushes weights later, it gets those of the folder now: nobody knows which
-    ones it has."""
+    """Creates an engine on a server of `engine.urls`. If no weights are pushed later, sends those of the folder now,
+    because it is not known which weights the server has."""
     server, engine = _remote(request.settings, request.settings.engine.urls[number])
     host, device = _address(server.url), request.device
 
@@ -109,25 +110,26 @@ def _remote_engine(request: EngineRequest, number: int) -> SGLangEngine:
 
 
 def folder_tensors(folder: Path, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a Hugging Face folder, one at a time. Raises ConfigError unless it has all of the model's."""
+    """Yields every tensor of a Hugging Face folder, one at a time. Raises ConfigError unless it has all of the
+    model's."""
     for name, stored in locate_weights(folder, ModelShape.read(folder)).items():
         with safe_open(stored.file, framework="pt", device=str(device)) as file:
             yield name, file.get_tensor(stored.name).to(dtype)
 
 
 def server_count(settings: Settings, world: int) -> int:
-    """How many servers `world` ranks have."""
+    """The number of servers for `world` ranks."""
     engine = settings.engine
     return len(engine.urls) or engine.servers or max(1, world // engine.tensor_parallel)
 
 
 def tensor_shapes(folder: Path) -> Shapes:
-    """Every tensor of a Hugging Face folder's model with its shape; a tied model has no head. Raises ConfigError."""
+    """Shapes of every tensor of a Hugging Face folder's model; a tied model has no head. Raises ConfigError."""
     return ModelShape.read(folder).tensors()
 
 
 def server_spec(settings: Settings, folder: Path, device: torch.device, log: Path, two: bool) -> ServerSpec:
-    """What a server is started with. `two`: whether two servers share the GPU."""
+    """The configuration that a server is started with. `two`: whether two servers share the GPU."""
     engine = settings.engine
     if two:
         engine = replace(engine, memory_fraction=engine.memory_fraction / 2)
@@ -143,7 +145,7 @@ def server_spec(settings: Settings, folder: Path, device: torch.device, log: Pat
 
 
 def _remote(settings: Settings, url: str) -> tuple[Server, EngineSettings]:
-    """A server of `engine.urls` that was checked to fit, and the settings with its number of workers."""
+    """Checks a server of `engine.urls`; returns it and the settings with its number of workers."""
     named = settings.engine.api_key_env
     server = Server(None, url.rstrip("/"), os.environ.get(named, ""))
     try:
@@ -155,26 +157,26 @@ def _remote(settings: Settings, url: str) -> tuple[Server, EngineSettings]:
     if info.get("preferred_sampling_params"):
         raise ConfigError(
             f"{url} has --preferred-sampling-params {info['preferred_sampling_params']}: log-probs would not be those "
-            "of the policy; start it without"
+            "of the policy; start it without this option"
         )
     _close_update(server, settings.engine.sync_timeout_s)
     return server, replace(settings.engine, tensor_parallel=int(info.get("tp_size") or 1))
 
 
 def _close_update(server: Server, timeout_s: float) -> None:
-    """Ends an update that a killed run left open, because no other could begin. SGLang refuses this if none is open,
+    """Ends an update that a killed run left open, because it blocks new ones. SGLang refuses this if none is open,
     which is fine."""
     try:
         server.post("/end_weight_update", {}, timeout_s)
     except NoAnswerError as error:
-        raise ConfigError(f"engine.urls: {error} It may wait for a run that is gone: restart it.") from error
+        raise ConfigError(f"engine.urls: {error} It may be waiting for a run that has ended: restart it.") from error
     except EngineError as error:
         if "no weight-update session" not in str(error):
             raise ConfigError(f"engine.urls: {error}") from error
 
 
 def _group(grid: Grid, servers: int, timeout_s: float) -> Any:
-    """The host group of the ranks that offer buffers to this rank's server; None if each rank has its own server."""
+    """The gloo group of the ranks that share this rank's server; None if each rank has its own server."""
     size, mine = grid.world // servers, None
     if size > 1:
         for first in range(0, grid.world, size):
@@ -196,7 +198,7 @@ def _address(url: str) -> str:
             probe.connect(there)  # sends nothing
             return str(probe.getsockname()[0])
     except (OSError, ValueError) as error:
-        raise ConfigError(f"engine.urls: there is no way to {url} ({error})") from error
+        raise ConfigError(f"engine.urls: {url} cannot be reached ({error})") from error
 
 
 def _allocator_settings() -> str:

@@ -1,11 +1,11 @@
-"""Does the server hold the weights it was sent? A checksum per parameter, as SGLang's own /weights_checker makes them.
+"""Verifies that a server holds the weights it was sent, with the checksum per parameter of SGLang's /weights_checker.
 
-SGLang keeps q, k and v in one parameter, and gate and up in another, each worker with its share (models/qwen2.py and
+SGLang stores q, k and v in one parameter, and gate and up in another, sharded over the workers (models/qwen2.py and
 qwen3.py). If there are more workers than key-value heads, several neighboring workers hold the same head
 (layers/linear.py: QKVParallelLinear). Servers on a CPU pad these heads instead, which is not supported here. The
 vocabulary is padded to a multiple of 64 (layers/vocab_parallel_embedding.py). The hash on a CPU is the beginning of
-SHA-256 over the bytes (managers/mm_utils.py). On a GPU it is `word_hash`, here in torch, so that the trainer does not
-need SGLang installed.
+SHA-256 over the bytes (managers/mm_utils.py). On a GPU it is `word_hash`, reimplemented here in torch so that the
+trainer does not need SGLang.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FUSED = {
 }
 _KEYS_VALUES = ("k_proj", "v_proj")
 _COLUMNS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
-"""Split over the workers by input."""
+"""Sharded over the workers by input."""
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 _VOCABULARY_MULTIPLE = 64
 _LOW = 0xFFFFFFFF
@@ -66,18 +66,18 @@ class Checksums:
             del self._held[target]
 
     def compare(self, answer: dict[str, Any]) -> None:
-        """Raises EngineError with the first name that differs, lacks, or was never sent."""
+        """Raises EngineError with the first name whose hash differs, that is missing, or that was never sent."""
         found = _by_worker(answer)
         if len(found) != self._workers:
-            raise EngineError(f"SGLang gave the checksums of {len(found)} workers, not of {self._workers}.")
+            raise EngineError(f"SGLang returned checksums of {len(found)} workers instead of {self._workers}.")
         for worker, (expected, actual) in enumerate(zip(self.expected, found, strict=True)):
             for name, value in expected.items():
                 if name not in actual:
-                    raise EngineError(f"The engine has no parameter {name!r}: it computes another model.")
+                    raise EngineError(f"The engine has no parameter {name!r}: it runs a different model.")
                 if actual[name] != value:
                     raise EngineError(
-                        f"Worker {worker} of the engine holds other values of {name!r} than it was sent "
-                        f"({actual[name]}, not {value}): the weights were not synced whole."
+                        f"Worker {worker} of the engine has other values of {name!r} than it was sent "
+                        f"({actual[name]}, not {value}): the weight update is incomplete."
                     )
             alias = {"lm_head.weight"} if self._shape.tied else set()
             extra = sorted(set(actual) - set(expected) - alias)
@@ -109,7 +109,7 @@ class Checksums:
 
 
 def _hash(parts: list[Tensor]) -> str:
-    """As SGLang hashes the parts in one tensor."""
+    """Hashes the parts as SGLang hashes one tensor that contains them."""
     if parts[0].is_cuda:
         return f"{word_hash(torch.cat(parts)):016x}"
     digest = hashlib.sha256()
@@ -121,8 +121,8 @@ def _hash(parts: list[Tensor]) -> str:
 def word_hash(tensor: Tensor) -> int:
     """SGLang's hash of a tensor on a GPU (0.5.23: kernels/ops/memory/gpu_tensor_hash.py), on any device.
 
-    The bytes are 32-bit words. Each is mixed with its position, under two seeds; the sums over a tile of words, mixed
-    once more, are the halves of a 64-bit number, and the sum of those is mixed at last.
+    The bytes are 32-bit words. Each word is mixed with its position, under two seeds. The sums over a tile of words,
+    mixed again, are the halves of a 64-bit number; the sum of these numbers gets a final mix.
     """
     bytes_ = tensor.contiguous().reshape(-1).view(torch.uint8)
     words = torch.nn.functional.pad(bytes_, (0, -len(bytes_) % 4)).view(torch.int32)
@@ -151,14 +151,14 @@ def _tiles(words: Tensor, place: Tensor, factor: int, seed: int, turn: int, coun
 
 
 def _mix(x: Tensor) -> Tensor:
-    """MurmurHash3's 32-bit finaliser; the products wrap, and their low halves are what counts."""
+    """MurmurHash3's 32-bit finalizer; the products wrap, and only their low halves count."""
     x = (x ^ x >> 16) * 0x85EBCA6B & _LOW
     x = (x ^ x >> 13) * 0xC2B2AE35 & _LOW
     return x ^ x >> 16
 
 
 def _by_worker(answer: dict[str, Any]) -> list[dict[str, str]]:
-    """One mapping for each tensor-parallel worker, in their order."""
+    """One mapping per tensor-parallel worker, in rank order."""
     try:
         ranks = answer["ranks"]
         placed = [(_tensor_rank(r["parallelism_info"]), r["checksums"]) for r in ranks]

@@ -1,4 +1,4 @@
-"""`engine.kind=sglang`: SGLang servers, which the run starts or which run elsewhere. Imports no torch."""
+"""`engine.kind=sglang`: SGLang servers that the run starts, or external ones. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from icrl_megatron.engines.rank import Engines
 
 _OURS = ("--host", "--port", "--api-key", "--admin-api-key", "--config", "--dist-init-addr", "--nnodes")
-"""Arguments of a server that the run sets itself: they say where it listens and who may use it."""
+"""Server arguments that the run sets itself: they define where the server listens and who may use it."""
 
 
 class SGLang(ServerKind):
@@ -45,7 +45,7 @@ class SGLang(ServerKind):
             check_version(installed_version(engine.python), engine, f"engine.python={engine.python or sys.executable}")
 
     def build(self, request: EngineRequest) -> Engines:
-        from icrl_megatron.engines.sglang_build import build  # torch: only where an engine is built
+        from icrl_megatron.engines.sglang_build import build  # lazy: imports torch
 
         return build(request)
 
@@ -58,8 +58,8 @@ def _check_arguments(engine: EngineSettings) -> None:
         name = argument.partition("=")[0]
         if name in _OURS:
             raise ConfigError(
-                f"engine.server_args has {name}, which the run sets itself: its servers listen on loopback, with a key "
-                "of their own; drop it, or start the server yourself and name it in engine.urls"
+                f"engine.server_args has {name}, which the run sets itself: its servers listen on loopback, with their "
+                "own key; drop it, or start the server yourself and name it in engine.urls"
             )
 
 

@@ -1,4 +1,4 @@
-"""One SGLang server: its command line, its process, its log, and the requests that control it.
+"""One SGLang server: its command line, process, log, and control requests.
 
 Facts about SGLang 0.5.23 are from its server_args.py, http_server.py and weight_updater.py.
 """
@@ -34,36 +34,36 @@ from icrl_megatron.utils.errors import ConfigError
 TESTED = ("0.5.23",)
 """Versions of SGLang that this revision was tested with."""
 TAIL_LINES = 25
-"""Lines of a server's log that a message shows."""
+"""Lines of a server's log in an error message."""
 _CPU_KV_TOKENS = 65536
 CONTEXT_SPARE = 8
-"""SGLang keeps a few tokens of --context-length, and of its KV cache, for itself (tp_worker.py: the longest input is 6
-less than the smaller of the two; a longer one is refused, and a reply that would be longer is cut)."""
+"""SGLang reserves a few tokens of --context-length and of its KV cache (tp_worker.py: the longest input is 6 less than
+the smaller of the two; a longer one is refused, and a reply that would be longer is cut)."""
 _PORT_TRIES = 3
 _LOG_OF_A_START = 1 << 20
-"""Bytes of a log that are looked at while its server starts."""
+"""Bytes of the log that are searched while a server starts."""
 _ANSWER_BYTES = 64 << 20
-"""Of an answer to a request that controls a server; the longest one holds a checksum of every tensor."""
+"""Maximum size of the answer to a control request; the longest one has a checksum of every tensor."""
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_ASYNC", "ICRL_")
-"""Beginnings of the names in a rank's environment that would make a server take itself for a rank."""
+"""Prefixes of a rank's environment variables that would make a server consider itself a rank."""
 
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """What one server is started with."""
+    """The configuration that a server is started with."""
 
     model: Path
     settings: EngineSettings
     precision: str
     """bf16 | fp32: the dtype of its weights and activations."""
     context_tokens: int
-    """Longest prompt and reply together."""
+    """Maximum length of prompt plus reply."""
     log: Path
-    """File that its output is appended to."""
+    """File to which the server's output is appended."""
     on_cpu: bool
     first_gpu: int = 0
     keeps_weights: bool = False
-    """Nobody sends it weights: those that it was started with outlive its sleep, in host memory."""
+    """No weights are sent: the server keeps those it started with in host memory while it sleeps."""
 
     @property
     def python(self) -> str:
@@ -82,7 +82,7 @@ class ServerSpec:
             kv_tokens = kv_tokens or _CPU_KV_TOKENS
             command += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
             command += ["--grammar-backend", "none", "--disable-cuda-graph"]
-            command += ["--sleep-on-idle"]  # its loop would else keep a core busy while the actor trains
+            command += ["--sleep-on-idle"]  # otherwise its loop keeps a core busy while the actor trains
         else:
             command += ["--base-gpu-id", str(self.first_gpu), "--enable-memory-saver"]
             command += ["--mem-fraction-static", str(settings.memory_fraction)]
@@ -91,46 +91,46 @@ class ServerSpec:
             command += ["--max-total-tokens", str(kv_tokens + CONTEXT_SPARE)]
         if settings.quantization:
             command += ["--quantization", settings.quantization]
-            # The loader that can quantize again what is sent later: with the default one SGLang forgets how to load a
-            # parameter once it is quantized, and the first update ends the server.
+            # This loader can quantize weights that are sent later. With the default loader SGLang forgets how to load a
+            # parameter once it is quantized, and the first update crashes the server.
             command += ["--load-format", "flash_rl"]
         return [*command, *settings.server_args]
 
     def environment(self, port: int, key: str, meeting: Path) -> dict[str, str]:
-        """`meeting` is a file, not there yet, by which the server's workers find each other: the store that they would
-        use otherwise listens on every interface."""
+        """`meeting` is the path of a file, not yet created, through which the server's workers find each other: the
+        default store listens on every interface."""
         env = {k: v for k, v in os.environ.items() if not k.startswith(_TORCHRUN)}
         if self.settings.python:
-            env.pop("PYTHONPATH", None)  # the trainer's packages are not those of the other interpreter
+            env.pop("PYTHONPATH", None)  # the other interpreter has its own packages
         if self.on_cpu:
             env["SGLANG_USE_CPU_ENGINE"] = "1"
-        # The spare tokens may lie beyond the model's positions; no request is ever that long.
+        # The spare tokens may exceed the model's positions; no request is that long.
         env |= {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1", KEY_ENV: key}
         env |= {"SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{meeting}"}
-        # SGLang names its shared memory after these two, which it takes from the store's address otherwise.
+        # SGLang names its shared memory after these two, which otherwise come from the store's address.
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        # A server is on one machine: its workers listen on loopback only.
+        # A server runs on one machine: its workers listen on loopback only.
         return env | dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), net.loopback_interface())
 
 
 @dataclass
 class Server:
-    """A server that answers at `url`. `spec` is None for an external server, which is never started or killed."""
+    """A server at `url`. `spec` is None for an external server, which is never started or killed."""
 
     spec: ServerSpec | None
     url: str = ""
     key: str = field(default="", repr=False)
-    """API key: made at each start of our own servers; empty for an external server that needs none."""
+    """API key: generated at each start of the run's own servers; empty for an external server that needs none."""
     _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
-    """What its workers meet in, for the present start."""
+    """Holds the file through which the workers of the current start find each other."""
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     _tries: int = 0
     _log_begin: int = 0
-    """Bytes of the log before the present start."""
+    """Size of the log in bytes before the current start."""
 
     def start(self) -> None:
-        """Starts the process on a free port, without waiting for it. Call it in the main thread (see leash.py). Raises
-        EngineError if the model's folder is gone."""
+        """Starts the process on a free port, without waiting for it. Call it in the main thread (see parent_watch.py).
+        Raises EngineError if the model's folder is gone."""
         assert self.spec is not None
         if not self.spec.model.is_dir():
             raise EngineError(
@@ -143,15 +143,15 @@ class Server:
         self.key = secrets.token_urlsafe(32)
         self._folder = tempfile.TemporaryDirectory(prefix="icrl_sglang_")  # its mode is 0700
         self.url = f"http://127.0.0.1:{port}"
-        leash = [self.spec.python, str(Path(__file__).with_name("leash.py")), str(os.getpid())]
+        watched = [self.spec.python, str(Path(__file__).with_name("parent_watch.py")), str(os.getpid())]
         with self.spec.log.open("ab") as log:
             self._log_begin = log.tell()
             log.write(f"\n=== {time.strftime('%Y-%m-%d %H:%M:%S')} port {port}\n".encode())
             log.flush()
-            # Its own session: it is killed as a group. Its working directory must not be one whose folders Python
-            # would import (a checkout of this project has one called kernels).
+            # A separate session, so that it can be killed as a group. Its working directory must not contain folders
+            # that Python would import (a checkout of this project has one called kernels).
             self._process = subprocess.Popen(
-                [*leash, *self.spec.command(port)],
+                [*watched, *self.spec.command(port)],
                 env=self.spec.environment(port, self.key, Path(self._folder.name) / "meeting"),
                 cwd=self.spec.log.parent,
                 stdin=subprocess.DEVNULL,
@@ -161,8 +161,8 @@ class Server:
             )
 
     def wait_ready(self, tick: Callable[[], None] = lambda: None) -> None:
-        """Until it answers. Raises EngineError with the log's end when it dies or `engine.startup_timeout_s` passes;
-        ConfigError where its KV cache is too small."""
+        """Returns when it answers. Raises EngineError with the end of the log if it dies or after
+        `engine.startup_timeout_s`; ConfigError if its KV cache is too small."""
         assert self.spec is not None
         limit = self.spec.settings.startup_timeout_s
         deadline = time.monotonic() + limit
@@ -179,8 +179,8 @@ class Server:
             if time.monotonic() > deadline:
                 self.kill()
                 raise EngineError(
-                    f"The SGLang server was not ready after engine.startup_timeout_s = {limit:g} s: raise it, or see "
-                    f"why. {self.log_end()}"
+                    f"The SGLang server was not ready after engine.startup_timeout_s = {limit:g} s: raise it, or check "
+                    f"the log. {self.log_end()}"
                 )
             time.sleep(0.5)
         try:
@@ -191,14 +191,14 @@ class Server:
             raise
 
     def _port_taken(self) -> bool:
-        """SGLang says so and stays for two minutes, to end with the words of its warm-up."""
+        """Whether the log reports a used port. SGLang logs this but stays for two minutes, until its warm-up fails."""
         assert self.spec is not None
         with self.spec.log.open("rb") as log:
             log.seek(self._log_begin)
             return b"address already in use" in log.read(_LOG_OF_A_START).lower()
 
     def answers(self) -> bool:
-        """Whether /health says yes now."""
+        """Whether /health returns 200 now."""
         try:
             with self._open("/health", None, timeout=30.0) as reply:
                 return bool(reply.status == 200)
@@ -224,7 +224,7 @@ class Server:
             return 0
 
     def kill(self) -> None:
-        """Kills what was started here, its workers included, and reaps it."""
+        """Kills and reaps the process started here, including its workers."""
         if self._process is None:
             return
         try:
@@ -241,15 +241,15 @@ class Server:
             self._folder.cleanup()
 
     def headers(self) -> dict[str, str]:
-        """What a request to this server must carry."""
+        """Headers that a request to this server needs."""
         return {"Authorization": f"Bearer {self.key}"} if self.key else {}
 
     def masked(self, text: str) -> str:
-        """Without the key, which a server may repeat in what it says."""
+        """Masks the key, which a server may repeat in its answers."""
         return text.replace(self.key, "***") if self.key else text
 
     def quoted(self, text: bytes, limit: int = 300) -> str:
-        """The beginning of what the server said, for a message."""
+        """The beginning of the server's answer, for a message."""
         return repr(self.masked(text.decode(errors="replace"))[:limit])
 
     def _open(self, path: str, body: bytes | None, timeout: float) -> Any:
@@ -257,10 +257,10 @@ class Server:
         return _DIRECTLY.open(urllib.request.Request(f"{self.url}{path}", data=body, headers=headers), timeout=timeout)
 
     def post(self, path: str, body: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """POSTs JSON and returns the JSON answer, {} where SGLang has nothing to tell.
+        """POSTs JSON and returns the JSON answer; {} if SGLang's answer has no content.
 
-        Raises NoAnswerError when no answer comes in time, or one that no SGLang gives when it did what it was asked;
-        EngineError when it refuses.
+        Raises NoAnswerError if no answer comes in time or it is not one that SGLang gives on success; EngineError if
+        the server refuses.
         """
         try:
             with self._open(path, json.dumps(body).encode(), timeout) as reply:
@@ -274,14 +274,14 @@ class Server:
         answer = _said(path, text)
         if answer is None:
             raise NoAnswerError(
-                f"SGLang answered {path} with {self.quoted(text)}, which no SGLang says. {self.log_end()}"
+                f"SGLang answered {path} with {self.quoted(text)}, which SGLang never does. {self.log_end()}"
             )
         if answer.get("success") is False:
             raise EngineError(f"SGLang refused {path}: {self.masked(str(answer.get('message')))}. {self.log_end()}")
         return answer
 
     def info(self) -> dict[str, Any]:
-        """What /server_info says (settings and version). Raises EngineError."""
+        """Returns /server_info (settings and version). Raises EngineError."""
         try:
             with self._open("/server_info", None, timeout=60.0) as reply:
                 found: dict[str, Any] = json.loads(_body(reply, 60.0))
@@ -311,7 +311,8 @@ class Server:
 
 
 def installed_version(python: str) -> str | None:
-    """The version of SGLang that an interpreter has, None for none. Raises ConfigError if it cannot be run."""
+    """The SGLang version of an interpreter; None if it has none. Raises ConfigError if the interpreter cannot be
+    run."""
     code = "import importlib.metadata as m\ntry: print(m.version('sglang'))\nexcept m.PackageNotFoundError: print()"
     try:
         done = subprocess.run([python or sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -323,7 +324,7 @@ def installed_version(python: str) -> str | None:
 
 
 def check_version(found: str | None, settings: EngineSettings, where: str) -> None:
-    """Raises ConfigError for no SGLang, or another version than the tested ones."""
+    """Raises ConfigError if SGLang is missing or its version is untested."""
     if found is None:
         raise ConfigError(
             f"engine.kind=sglang: {where} has no SGLang; pip install sglang=={TESTED[-1]} there, or set engine.python"
@@ -336,8 +337,8 @@ def check_version(found: str | None, settings: EngineSettings, where: str) -> No
 
 
 def require_cache(info: dict[str, Any], context_tokens: int, where: str, settings: str) -> None:
-    """Raises ConfigError if a KV cache (as /server_info tells) holds less than one whole context: SGLang would cut
-    replies where it ends, and say nothing."""
+    """Raises ConfigError if a KV cache (per /server_info) holds less than one whole context: SGLang would silently cut
+    replies at its end."""
     held, needed = info.get("max_total_num_tokens"), context_tokens + CONTEXT_SPARE
     if isinstance(held, int) and held < needed:
         raise ConfigError(
@@ -347,7 +348,7 @@ def require_cache(info: dict[str, Any], context_tokens: int, where: str, setting
 
 
 def _said(path: str, text: bytes) -> dict[str, Any] | None:
-    """What SGLang answers where it did what it was asked, or says why it did not; None for anything else."""
+    """SGLang's answer on success or on an explained refusal; None for anything else."""
     plain = path.partition("?")[0]
     if plain == "/flush_cache":  # text
         return {} if text.startswith(b"Cache flushed") else None
@@ -361,8 +362,8 @@ def _said(path: str, text: bytes) -> dict[str, Any] | None:
 
 
 def _body(reply: Any, timeout: float) -> bytes:
-    """The whole answer. Raises OSError when it is longer than _ANSWER_BYTES, or has not ended after `timeout` seconds
-    in which a little came again and again."""
+    """Reads the whole answer. Raises OSError if it is longer than _ANSWER_BYTES, or if it keeps trickling in after
+    `timeout` seconds."""
     deadline, found = time.monotonic() + timeout, bytearray()
     while chunk := reply.read1(1 << 16):
         found += chunk
@@ -376,7 +377,7 @@ def _body(reply: Any, timeout: float) -> bytes:
 def _rest(error: urllib.error.HTTPError) -> bytes:
     try:
         return error.read(65536)
-    except (OSError, http.client.HTTPException):  # it broke off in the middle
+    except (OSError, http.client.HTTPException):  # the connection broke in the middle
         return b""
 
 
@@ -386,4 +387,4 @@ def _free_port() -> int:
 
 
 _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Requests go to exactly their address: no proxy of the environment takes part."""
+"""Ignores proxies of the environment."""

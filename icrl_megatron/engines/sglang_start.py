@@ -1,8 +1,8 @@
-"""`python sglang_start.py ARGUMENTS...`: a SGLang server whose API key appears in no command line and no log.
+"""`python sglang_start.py ARGUMENTS...`: starts an SGLang server whose API key appears in no command line and no log.
 
-Does what `python -m sglang.launch_server ARGUMENTS` does, run as a file by the interpreter that has SGLang, so the
-standard library is all there is. The key comes in the environment, which the kernel shows to the same user only, and
-is handed to SGLang inside this process.
+Does what `python -m sglang.launch_server ARGUMENTS` does. Runs as a file under the interpreter that has SGLang, so it
+uses only the standard library. The key comes from the environment, which the kernel shows only to the same user, and is
+passed to SGLang inside this process.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ MODULE = "sglang.launch_server"
 
 
 def hide(key: str) -> None:
-    """From now on every log record of this process has *** in the place of the key: SGLang 0.5.23 logs its whole
-    configuration when it starts (entrypoints/engine.py)."""
+    """Replaces the key by *** in all later log records of this process: SGLang 0.5.23 logs its whole configuration when
+    it starts (entrypoints/engine.py)."""
     make = logging.getLogRecordFactory()
 
     def hiding(*args: object, **named: object) -> logging.LogRecord:
@@ -34,7 +34,7 @@ def hide(key: str) -> None:
 def main(arguments: list[str]) -> None:
     key = os.environ.pop(KEY_ENV)
     hide(key)
-    # Python puts this file's folder first, which has modules called like SGLang's own.
+    # Python puts this file's folder first in sys.path, and it has modules with the names of SGLang's own.
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]
     sys.argv = [MODULE, *arguments, f"--api-key={key}"]  # a key may begin with a dash

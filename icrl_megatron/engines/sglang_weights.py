@@ -1,9 +1,9 @@
-"""How weights reach an SGLang server: flattened buckets of bounded size, by shared memory or over a process group.
+"""Transfers weights to an SGLang server in flat buckets of bounded size, by shared memory or over a process group.
 
-A bucket is one buffer of bytes that holds several tensors end to end, and where each lies. Beside the trainer the
-server maps the buffer itself: shared memory on a CPU, CUDA IPC on a GPU (SGLang's update_weights_from_tensor).
-Elsewhere its tensors are broadcast over a group that trainer and server form (update_weights_from_distributed). Where
-one bucket does not hold all weights, one is filled while the server copies the other. Facts are from SGLang 0.5.23:
+A bucket is one buffer of bytes that holds several tensors end to end, with the position of each. A server on the
+trainer's machine maps the buffer: shared memory on a CPU, CUDA IPC on a GPU (SGLang's update_weights_from_tensor). For
+other servers the tensors are broadcast over a group of trainer and server (update_weights_from_distributed). If one
+bucket does not hold all weights, one is filled while the server copies the other. Facts are from SGLang 0.5.23:
 managers/scheduler_components/weight_updater.py, weight_sync/tensor_bucket.py, and SafeUnpickler in utils/common.py.
 """
 
@@ -33,13 +33,13 @@ from icrl_megatron.engines.protocol import EngineError
 from icrl_megatron.engines.sglang_server import Server
 
 _ALIGN = 16
-"""Bytes: a tensor begins where any dtype may be viewed."""
+"""Alignment of tensors in bytes; any dtype can be viewed at such an offset."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Placed:
-    """Where a tensor lies in a bucket, in bytes."""
+    """Position of a tensor in a bucket, in bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -49,8 +49,8 @@ class Placed:
 
 
 class Bucket:
-    """A buffer that is filled again and again: the receiver has copied what was in it before it answers. (A server on a
-    GPU drops its view of the buffer before it answers, and torch waits for the copies of a stream that used one.)"""
+    """A reusable buffer: the receiver has copied its contents before it answers. (A server on a GPU drops its view of
+    the buffer before it answers, and torch waits for the copies of a stream that used one.)"""
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         with _by_name():
@@ -61,11 +61,11 @@ class Bucket:
         self.used = 0
 
     def start(self) -> int:
-        """Where the next tensor begins."""
+        """Offset of the next tensor."""
         return -(-self.used // _ALIGN) * _ALIGN
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Copies the tensor in, for which there must be room."""
+        """Copies the tensor into the buffer, which must have room for it."""
         start, end = self.start(), self.start() + tensor.nbytes
         self.buffer[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
         self.placed.append(Placed(name, tuple(tensor.shape), tensor.dtype, start, end))
@@ -75,11 +75,11 @@ class Bucket:
         self.placed, self.used = [], 0
 
     def handle(self) -> bytes:
-        """What SGLang unpickles: the buffer's handle, not its bytes, and the places."""
+        """What SGLang unpickles: a handle to the buffer (not its bytes) and the positions."""
         if self.buffer.is_cuda:
-            torch.cuda.synchronize()  # the receiver's stream knows nothing of ours
+            torch.cuda.synchronize()  # the receiver's stream is not ordered after ours
         places = [
-            # SGLang reads attributes, and its unpickler knows this class; the trainer need not have SGLang.
+            # SGLang reads attributes, and its unpickler allows this class; the trainer need not have SGLang.
             SimpleNamespace(
                 name=p.name,
                 shape=torch.Size(p.shape),
@@ -97,29 +97,29 @@ class Bucket:
 
 
 Answer = Callable[[], None]
-"""Waits for what the server was asked. Raises EngineError when it refused, or did not answer in time."""
+"""Waits for the server's answer. Raises EngineError if it refused or did not answer in time."""
 
 
 class Transport(Protocol):
-    """Hands buckets to a server. All ranks that offer a share of the weights make the same calls in the same order, and
+    """Sends buckets to a server. All ranks that send a share of the weights make the same calls in the same order, and
     wait for each answer before the next call."""
 
     def begin(self, lost: str) -> Answer:
-        """Opens an update; `lost` says why the server is not to be asked, empty where it lives."""
+        """Opens an update. `lost` is the reason why the server must not be used; empty if it is alive."""
         ...
 
     def send(self, bucket: Bucket, options: dict[str, Any]) -> Answer:
-        """The bucket must stay as it is until the server has answered."""
+        """The bucket must not change until the server has answered."""
         ...
 
     def close(self) -> None: ...
 
 
 class SharedMemory:
-    """For a server on this machine: every rank of it gets a handle to a buffer on its own device.
+    """For a server on this machine: each of its workers gets a handle to a buffer on its own device.
 
-    `group` holds the ranks that offer a buffer each, so that no worker reads another GPU's memory (not measured on GPUs
-    yet); it is None where one buffer serves all workers, as on a CPU.
+    `group` holds the ranks that send one buffer each, so that no worker reads another GPU's memory (not measured on
+    GPUs yet); it is None if one buffer serves all workers, as on a CPU.
     """
 
     def __init__(self, server: Server | None, workers: int, group: Any, lead: int, timeout_s: float) -> None:
@@ -151,7 +151,7 @@ class SharedMemory:
         return answer if answer is not None and self._group is None else partial(self._agree, answer)
 
     def _agree(self, answer: Answer | None) -> None:
-        """The leader's answer is everybody's: all ranks give up together."""
+        """Broadcasts the leader's result: all ranks succeed or fail."""
         failure: list[EngineError | None] = [None]
         if answer is not None:
             try:
@@ -167,10 +167,10 @@ class SharedMemory:
 
 
 class OverGroup:
-    """For a server anywhere: gloo between CPUs, NCCL between GPUs (which must not be shared with the server)."""
+    """For a server on any machine: gloo between CPUs, NCCL between GPUs (which must not be shared with the server)."""
 
     def __init__(self, server: Server, workers: int, host: str, device: torch.device, timeout_s: float) -> None:
-        """`host` is where the server's workers reach this rank."""
+        """`host` is the address at which the server's workers reach this rank."""
         self._server, self._timeout_s = server, timeout_s
         self._workers, self._host, self._on_cpu = workers, host, device.type == "cpu"
         self._threads = ThreadPoolExecutor(1)
@@ -186,10 +186,10 @@ class OverGroup:
         return asked(self._threads, self._server, "/begin_weight_update", {}, self._timeout_s)
 
     def _form(self) -> None:
-        """This rank is 0, the server's workers are 1 and up."""
+        """This rank is rank 0 of the group; the server's workers are 1 and up."""
         from torch.distributed import distributed_c10d as c10d
 
-        listener = net.bound(self._host)  # where the server's workers reach this rank, and nowhere else
+        listener = net.bound(self._host)  # only on the address at which the server's workers reach this rank
         port = listener.getsockname()[1]
         size, backend = self._workers + 1, "gloo" if self._on_cpu else "nccl"
         self._name = f"icrl_weights_{port}"
@@ -214,7 +214,7 @@ class OverGroup:
                 master_listen_fd=listener.detach(),
             )
             with _gloo_on(self._host):
-                # torch has no public way to form a group with processes outside of its own; the server does the same.
+                # torch has no public API for a group with processes outside its own world; the server does the same.
                 group, _ = c10d._new_process_group_helper(
                     size,
                     0,
@@ -227,7 +227,7 @@ class OverGroup:
         except (RuntimeError, ValueError) as error:
             raise EngineError(
                 f"No group for weights could be formed with {self._server.url} from {self._host}:{port} ({error}). "
-                "Each must reach the other at any port: open them between the two, and where the server's host has "
+                "Each must reach the other at any port: open all ports between them, and if the server's host has "
                 "several networks, start it with GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME naming the one between them. "
                 f"{self._server.log_end()}"
             ) from error
@@ -264,24 +264,25 @@ class OverGroup:
 
     def close(self) -> None:
         if self._group is not None:
-            with suppress(EngineError):  # the server may be gone, and the group with it
+            with suppress(EngineError):  # the server and the group may be gone
                 self._server.post("/destroy_weights_update_group", {"group_name": self._name}, 30.0)
         self._threads.shutdown(wait=False)
 
 
 class Sink:
-    """Checked tensors into buckets into a transport. The buffers are made at first use, and kept on a CPU alone."""
+    """Checks tensors, fills buckets with them and sends these over a transport. The buffers are allocated at first use,
+    and kept only on a CPU."""
 
     def __init__(self, shapes: Shapes, dtype: torch.dtype, device: torch.device, bucket_mib: int) -> None:
-        """`shapes` are those of every Hugging Face tensor of the model."""
+        """`shapes` has every Hugging Face tensor of the model."""
         self._shapes, self._dtype, self._device = shapes, dtype, device
-        # As few requests as may be: one costs as much as copying tens of MiB (docs/LOG.md).
+        # As few requests as possible: one costs as much as copying tens of MiB (docs/LOG.md).
         self.limit = bucket_mib << 20
         self._pair: tuple[Bucket, Bucket] | None = None
 
     def pour(self, tensors: Iterable[tuple[str, Tensor]], version: int, transport: Transport, lost: str = "") -> None:
-        """Begins an update and sends all of it; with the last bucket the server takes the new version, and forgets what
-        the old weights computed. Raises EngineError, when nothing is being copied any more."""
+        """Sends a complete update. With the last bucket the server takes the new version and flushes its prefix cache.
+        Raises EngineError after all copies have ended."""
         pair = self._pair or self._buckets()
         answer = transport.begin(lost)
         try:
@@ -290,7 +291,7 @@ class Sink:
                 options = {"abort_all_requests": False, "flush_cache": last}
                 answer = transport.send(bucket, {**options, "weight_version": str(version) if last else None})
         except EngineError:
-            with suppress(EngineError):  # the first error tells
+            with suppress(EngineError):  # report the first error
                 answer()
             raise
         answer()
@@ -298,10 +299,10 @@ class Sink:
             self._pair = pair
         else:
             del bucket, pair
-            torch.cuda.ipc_collect()  # what was shared is free only when it is asked whether the server let go of it
+            torch.cuda.ipc_collect()  # frees shared memory that the server has released
 
     def _buckets(self) -> tuple[Bucket, Bucket]:
-        """Two that can take turns; where all weights fit into one it is both."""
+        """Two buckets that alternate; the same one twice if all weights fit into it."""
         largest, total = sizes(self._shapes, self._dtype.itemsize)
         first = Bucket(max(largest, min(self.limit, total)), self._device)
         return first, first if total <= self.limit else Bucket(len(first.buffer), self._device)
@@ -310,8 +311,9 @@ class Sink:
 def filled(
     tensors: Iterable[tuple[str, Tensor]], pair: tuple[Bucket, Bucket], limit: int
 ) -> Iterator[tuple[Bucket, bool]]:
-    """Fills the two buckets in turns, with up to `limit` bytes or one larger tensor: (what must be sent, whether it is
-    the last). Whoever asks for the next bucket may still be sending this one, but no longer the one before."""
+    """Fills the two buckets alternately, with up to `limit` bytes or one larger tensor. Yields (bucket to send, whether
+    it is the last). When the caller requests the next bucket, it may still be sending this one, but not the one
+    before."""
     bucket, other = pair
     bucket.clear()
     for name, tensor in tensors:
@@ -325,7 +327,7 @@ def filled(
 
 
 def sizes(shapes: Shapes, itemsize: int) -> tuple[int, int]:
-    """Bytes of the largest tensor, and of all end to end in one bucket."""
+    """Bytes of the largest tensor, and of all tensors end to end in one bucket."""
     each = [torch.Size(shape).numel() * itemsize for shape in shapes.values()]
     return max(each), sum(-(-size // _ALIGN) * _ALIGN for size in each)
 
@@ -333,16 +335,16 @@ def sizes(shapes: Shapes, itemsize: int) -> tuple[int, int]:
 def checked(
     tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, dtype: torch.dtype, version: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors, once each was found to be one of the model's: a malformed update would kill the server.
+    """Yields the same tensors after checking that each belongs to the model: a malformed update would kill the server.
 
-    Raises EngineError naming the first bad one, and on names that never came.
+    Raises EngineError naming the first bad tensor, and if names are missing.
     """
     seen: set[str] = set()
     for name, tensor in tensors:
         if name not in shapes:
             raise EngineError(f"Update {version}: the model has no tensor {name!r}.")
         if name in seen:
-            raise EngineError(f"Update {version}: {name!r} came twice.")
+            raise EngineError(f"Update {version}: {name!r} was sent twice.")
         if tuple(tensor.shape) != shapes[name]:
             raise EngineError(
                 f"Update {version}: {name!r} has shape {tuple(tensor.shape)}, the model's is {shapes[name]}."
@@ -372,8 +374,8 @@ def _refuse(why: str) -> None:
 
 @contextmanager
 def _gloo_on(address: str) -> Iterator[None]:
-    """A gloo group that is formed meanwhile speaks from this address. Else it would take the interface that the ranks
-    share, which is the loopback in a run on one machine."""
+    """A gloo group formed in this context uses the interface of this address. Otherwise it would use the interface that
+    the ranks share, which is the loopback in a run on one machine."""
     before = os.environ.get("GLOO_SOCKET_IFNAME")
     named = [name for name, has in psutil.net_if_addrs().items() if any(a.address == address for a in has)]
     if named:
@@ -388,7 +390,7 @@ def _gloo_on(address: str) -> Iterator[None]:
 
 @contextmanager
 def _by_name() -> Iterator[None]:
-    """Shares CPU memory by name: a file descriptor could only be handed to a child process."""
+    """Shares CPU memory by name: a file descriptor could only be passed to a child process."""
     before = mp.get_sharing_strategy()
     mp.set_sharing_strategy("file_system")
     try:

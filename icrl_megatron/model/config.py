@@ -1,7 +1,7 @@
-"""The fields of a config.json: what each means here, and which values can be trained.
+"""The fields of a config.json: their meaning here, and the values that can be trained.
 
-Every known field is in one of the tables below, or in the model's family. An unknown field, or a value that asks for
-anything but the plain dense decoder, is refused by name, because ignoring it would silently train a different model.
+Every known field is in one of the tables below or in the model's family. An unknown field, or a value for anything
+other than the plain dense decoder, is refused by name, because ignoring it would silently train a different model.
 Imports no torch.
 """
 
@@ -16,7 +16,7 @@ from icrl_megatron.model.family import Family, Only
 from icrl_megatron.utils.errors import ConfigError
 
 LFS_POINTER = b"version https://git-lfs"
-"""Beginning of the small text file that Git checks out in place of a large file."""
+"""First bytes of the small text file that Git checks out in place of a large file."""
 
 SIZES = {
     "hidden_size": "width of the residual stream",
@@ -36,16 +36,16 @@ DEFAULTS: dict[str, int | float | bool] = {
 """Optional fields that affect the computation, with transformers' defaults."""
 
 ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}
-"""Read by rope.py, which compares them with each other."""
+"""Checked by rope.py, because they depend on each other."""
 
 
-_QUANTISED = "the weights are quantised; use the bf16 folder, e.g. Qwen3-8B instead of Qwen3-8B-FP8"
+_QUANTISED = "the weights are quantized; use the bf16 folder, e.g. Qwen3-8B instead of Qwen3-8B-FP8"
 _DECODER = "only the plain causal decoder can be trained; set it to false"
 
 ONLY: dict[str, Only] = {
     "add_cross_attention": Only((False, None), _DECODER),
     "attention_dropout": Only((0.0,), "attention dropout is not supported; set it to 0.0"),
-    "auto_map": Only((), "the folder has model code of its own, which is not run; use a folder without it"),
+    "auto_map": Only((), "the folder has its own model code, which is not run; use a folder without it"),
     "chunk_size_feed_forward": Only((0, None), "chunked MLPs are not supported; set it to 0"),
     "cross_attention_hidden_size": Only((None,), _DECODER),
     "dtype": Only((None, "float32", "bfloat16", "float16", "float64"), _QUANTISED),
@@ -86,21 +86,21 @@ WITHOUT_EFFECT: dict[str, tuple[type, ...]] = {
     "use_cache": (bool,),
 }
 """Fields with no effect here; their types are checked because transformers checks them. Stop ids come from the
-tokenizer, no weight is initialised at random, and the two window fields count only with use_sliding_window."""
+tokenizer, no weight is initialized at random, and the two window fields apply only with use_sliding_window."""
 
 NOTES = {
     *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "transformers.js_config"),
     *("_attn_implementation_autoset", "tokenizer_class", "prefix"),
     *("unsloth_fixed", "unsloth_version", "finetuning_task", "task_specific_params", "problem_type", "tf_legacy_loss"),
     *("sep_token_id", "unk_token_id", "decoder_start_token_id"),
-    # Defaults of `generate` that old versions of transformers wrote here. Sampling follows the settings instead.
+    # Defaults of `generate` that old versions of transformers stored here. Sampling uses the settings instead.
     *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups"),
     *("diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
     *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences"),
     *("output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id"),
     *("remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
 }
-"""Fields that describe the folder. What the model computes does not depend on them."""
+"""Fields that describe the folder. The computation does not depend on them."""
 
 _CHECKED_HERE = {"layer_types", "pad_token_id", "head_dim", "model_type", "architectures"}
 KNOWN = {*SIZES, *DEFAULTS, *ROPE, *ONLY, *WITHOUT_EFFECT, *NOTES, *_CHECKED_HERE}
@@ -156,7 +156,7 @@ def _even_heads(fields: dict[str, Any], path: Path) -> int:
     hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
     if hidden % heads:
         raise ConfigError(
-            f"{path}: hidden_size={hidden} is no multiple of num_attention_heads={heads}, and head_dim is missing; "
+            f"{path}: hidden_size={hidden} is not a multiple of num_attention_heads={heads}, and head_dim is missing; "
             "copy the model's config.json again"
         )
     return int(hidden // heads)
@@ -175,10 +175,10 @@ def read_json(path: Path) -> Any:
 
 
 def name_dtype(path: Path, dtype: str) -> None:
-    """Writes the dtype of the weights (torch's name for it) into a config.json, under both names if it has both."""
+    """Writes the dtype of the weights (torch's name) into a config.json, under both names if it has both."""
     fields = json.loads(path.read_text(encoding="utf-8"))
     fields["dtype"] = dtype
-    if "torch_dtype" in fields:  # what transformers 4 reads
+    if "torch_dtype" in fields:  # read by transformers 4
         fields["torch_dtype"] = dtype
     path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
@@ -195,7 +195,7 @@ def require_not_lfs(path: Path, begin: bytes) -> None:
 def _size(fields: dict[str, Any], name: str, path: Path) -> int:
     value = fields.get(name)
     if value is None and name == "num_key_value_heads" and name in fields:
-        value = fields["num_attention_heads"]  # as transformers reads null
+        value = fields["num_attention_heads"]  # transformers' meaning of null
     if name not in fields:
         raise ConfigError(f"{path}: {name} is missing; copy the model's config.json again")
     if type(value) is not int or value < 1:
@@ -241,7 +241,7 @@ def _check_layers(fields: dict[str, Any], path: Path) -> None:
 
 
 def _same(a: object, b: object) -> bool:
-    """Whether two JSON values are equal. Python takes true for 1."""
+    """Whether two JSON values are equal; unlike in Python, true is not 1."""
     return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 

@@ -1,4 +1,4 @@
-"""Model families: what tells one dense decoder from another. Imports no torch.
+"""Registry of model families: the differences between dense decoders. Imports no torch.
 
 All families share the decoder of `shape.py` (pre-norm, RMSNorm, grouped-query attention with rotary embedding, gated
 SiLU MLP). A family is one file with a `Family`, and one line in `FAMILIES` below.

@@ -1,4 +1,4 @@
-"""What one model family has of its own. Imports no torch."""
+"""The definition of a model family. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ class Only:
 
     values: tuple[object, ...]
     why: str
-    """Why other values are refused, and the remedy."""
+    """Why other values are refused, with the remedy."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A dense decoder as transformers, Megatron-Core and SGLang know it."""
+    """A dense decoder of transformers, Megatron-Core and SGLang."""
 
     model_type: str
-    """In config.json."""
+    """`model_type` in config.json."""
     architecture: str
-    """Class of transformers and SGLang, ending in ForCausalLM."""
+    """Class name in transformers and SGLang, ending in ForCausalLM."""
     qk_norm: bool
-    """Whether queries and keys of each head are normalised."""
+    """Whether queries and keys of each head are normalized."""
     qkv_bias: bool
-    """Whether the projections to queries, keys and values have biases (the output projection has none)."""
+    """Whether the q, k and v projections have biases (the output projection has none)."""
     head_dim: int | None
-    """Default where config.json does not say; None: hidden_size / num_attention_heads."""
+    """Default if config.json has none; None: hidden_size / num_attention_heads."""
     only: Mapping[str, Only] = field(default_factory=dict)
-    """Fields of config.json that this family reads in its own way."""
+    """Fields of config.json with family-specific allowed values."""

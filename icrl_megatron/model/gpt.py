@@ -27,20 +27,20 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class PolicyModel(GPTModel):
-    """GPTModel whose last stage returns final hidden states: logits exist only in the head, chunk by chunk."""
+    """GPTModel whose last stage returns final hidden states: only the head computes logits, in chunks."""
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states
 
     def head_weight_VH(self) -> Tensor:
-        """This rank's vocabulary shard of the output projection (the embedding's, where tied). Last stage only."""
+        """This rank's vocabulary shard of the output projection (the embedding if tied). Last stage only."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
 
 def transformer_config(shape: ModelShape, actor: ActorSettings) -> TransformerConfig:
-    """Megatron's configuration of this model under this parallel layout."""
+    """Megatron's configuration of this model with this parallel layout."""
     dtype = DTYPES[actor.precision]
     recompute: dict[str, Any] = {}
     if actor.recompute == "full":
@@ -74,10 +74,11 @@ def transformer_config(shape: ModelShape, actor: ActorSettings) -> TransformerCo
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         variable_seq_lengths=True,
-        # Megatron demands a dispatcher fit for variable lengths even where no expert exists.
+        # Megatron requires a dispatcher for variable lengths even without experts.
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
-        # Random weights are overwritten at once, but only initialisation marks what is tensor-parallel, for the norm.
+        # The random weights are overwritten, but only initialization marks tensor-parallel parameters, for the grad
+        # norm.
         perform_initialization=True,
         batch_p2p_comm=platform.device().type != "cpu",
         batch_p2p_sync=False,
@@ -88,7 +89,7 @@ def transformer_config(shape: ModelShape, actor: ActorSettings) -> TransformerCo
 
 
 def build(shape: ModelShape, actor: ActorSettings, grid: Grid) -> PolicyModel:
-    """This rank's part of the model, weights not yet loaded, on the platform's device."""
+    """This rank's part of the model on the platform's device, without loaded weights."""
     config = transformer_config(shape, actor)
     model = PolicyModel(
         config,
@@ -119,9 +120,9 @@ def packed_params(cu_seqlens: Tensor, longest: int) -> PackedSeqParams:
 
 
 def block_spec(config: TransformerConfig, layers: str) -> ModuleSpec | TransformerBlockSubmodules:
-    """The decoder layers by `actor.layers` (`platform.transformer_engine_layers`).
+    """The decoder layers for `actor.layers` (`platform.transformer_engine_layers`).
 
-    Raises ConfigError where Transformer Engine is wanted and not there, or FP8 without it.
+    Raises ConfigError if Transformer Engine is selected but unavailable, or FP8 is enabled without it.
     """
     if not platform.transformer_engine_layers(layers, config.bf16):
         if config.fp8:

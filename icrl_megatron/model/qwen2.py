@@ -11,7 +11,7 @@ FAMILY = Family(
     qkv_bias=True,
     head_dim=None,
     only={
-        # transformers does not read it: the biases are always there.
+        # transformers does not read it: the biases always exist.
         "attention_bias": Only((True, None), "Qwen2 has biases on q, k and v; delete the field"),
     },
 )

@@ -1,4 +1,4 @@
-"""Reads the rotary embedding of a config.json the way transformers 5 and SGLang 0.5.23 do.
+"""Reads the rotary embedding of a config.json as transformers 5 and SGLang 0.5.23 do.
 
 Published folders have `rope_theta` and `rope_scaling` at the top level; transformers 5 writes both into
 `rope_parameters`. A folder is refused if its fields contradict each other, or if transformers and SGLang would compute
@@ -45,13 +45,14 @@ class Yarn:
     beta_fast: float = 32.0
     """Dimensions with more turns than this within `original_positions` keep their frequency."""
     beta_slow: float = 1.0
-    """Dimensions with fewer turns than this have their frequency divided by `factor`; in between it is blended."""
+    """Dimensions with fewer turns than this have their frequency divided by `factor`; dimensions in between are
+    blended."""
     truncate: bool = True
     """Round the ends of the ramp to whole dimensions."""
 
     @property
     def positions(self) -> int:
-        """Longest sequence that the scaling is made for."""
+        """Longest sequence that the scaling supports."""
         return int(self.original_positions * self.factor)
 
 
@@ -78,7 +79,7 @@ def read_rope(raw: dict[str, Any], max_positions: int, path: Path) -> Rope:
 
 
 def _section(raw: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
-    """The name and contents of the section in use. In transformers rope_scaling replaces all of rope_parameters,
+    """The name and contents of the section in use. In transformers, rope_scaling replaces all of rope_parameters
     including its rope_theta, so a file may have both only if they are equal."""
     found = {}
     for name in ("rope_scaling", "rope_parameters"):
@@ -96,7 +97,7 @@ def _section(raw: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _spelled(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields with `rope_type` in place of its old name, `type`."""
+    """The fields with `rope_type` instead of its old name, `type`."""
     rest = {k: v for k, v in fields.items() if k != "type"}
     return {"rope_type": fields.get("type", "default"), **rest}
 
@@ -201,5 +202,5 @@ def _attention_factor(name: str, fields: dict[str, Any], factor: float, path: Pa
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    """Whether `value` is a finite number that a float can hold. Python takes true for 1; it does not count here."""
+    """Whether `value` is a finite number that a float can hold; unlike in Python, true is not a number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300

@@ -1,8 +1,8 @@
 """YaRN for Megatron's model: the frequencies of its rotary embedding, and the scale of its attention logits.
 
 Megatron-Core 0.16 has a YarnRotaryEmbedding, but its fused kernel for packed sequences drops the attention factor. YaRN
-multiplies both queries and keys by that factor, so here its square is part of the softmax scale, which every attention
-kernel applies.
+multiplies both queries and keys by that factor, so its square is included here in the softmax scale, which every
+attention kernel applies.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def softmax_scale(shape: ModelShape) -> float | None:
 
 
 def yarn_frequencies(yarn: Yarn, base: float, head_dim: int) -> Tensor:
-    """[head_dim / 2] fp32, radians per position: plain frequencies, blended over the dimensions into those divided by
-    `yarn.factor`."""
+    """[head_dim / 2] fp32, radians per position: a blend over the dimensions from plain frequencies to frequencies
+    divided by `yarn.factor`."""
     low, high = _ramp(yarn, base, head_dim)
     periods = base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     scaled = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""The dimensions of a dense decoder, and the check of its Hugging Face folder. Imports no torch."""
+"""The dimensions of a dense decoder, and the validation of its Hugging Face folder. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from icrl_megatron.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The numbers of a Hugging Face config.json that the trainer needs."""
+    """The fields of a Hugging Face config.json that the trainer needs."""
 
     layers: int
     hidden: int
@@ -30,7 +30,7 @@ class ModelShape:
     rope_base: float
     norm_eps: float
     max_positions: int
-    """Longest sequence: max_position_embeddings, or what YaRN extends the model to."""
+    """Longest sequence: max_position_embeddings, or YaRN's extended length."""
     yarn: Yarn | None = None
     model_type: str = "qwen3"
     """Name of the family (`families.FAMILIES`)."""
@@ -41,8 +41,8 @@ class ModelShape:
 
     @staticmethod
     def read(folder: Path) -> ModelShape:
-        """From `folder/config.json`. Raises ConfigError if it is missing or damaged, or describes a model that is not
-        supported."""
+        """Reads `folder/config.json`. Raises ConfigError if it is missing or damaged, or describes an unsupported
+        model."""
         path = folder / "config.json"
         fields = read_config(path)
         rope = read_rope(fields, fields["max_position_embeddings"], path)
@@ -64,7 +64,7 @@ class ModelShape:
 
     @staticmethod
     def of_tiny(init: TinyModel, vocab: int = 0) -> ModelShape:
-        """Of the embedded model; its vocabulary is known only once its tokenizer is made, 0 until then."""
+        """The shape of the embedded model; `vocab` is 0 until its tokenizer is built."""
         return ModelShape(
             layers=init.layers,
             hidden=init.hidden,
@@ -85,13 +85,13 @@ class ModelShape:
         return -(-self.vocab // tensor_parallel) * tensor_parallel
 
     def splits_over(self, workers: int) -> bool:
-        """Whether SGLang can split the model over this many GPUs: query heads and MLP evenly, and each GPU has whole
-        key-value heads, or all GPUs hold equally many copies of one."""
+        """Whether SGLang can shard the model over this many GPUs: query heads and MLP evenly, and each GPU has whole
+        key-value heads, or each key-value head is on equally many GPUs."""
         whole = self.kv_heads % workers == 0 or workers % self.kv_heads == 0
         return whole and self.heads % workers == 0 and self.ffn % workers == 0
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the model by its Hugging Face name, with its shape; a tied model has no head."""
+        """Every tensor of the model: Hugging Face name to shape; a tied model has no head."""
         hidden, queries, keys = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
         layer = {
             "input_layernorm": (hidden,),
@@ -121,7 +121,7 @@ def check_folder(folder: Path) -> ModelShape:
     weights are exactly the model's tensors, and every token of the tokenizer has a row.
 
     Raises ConfigError naming the file, field or tensor, its value and the remedy. Reads JSON files and headers (and the
-    head of a tied model if it is stored), so it is fast at any size.
+    head of a tied model if it is stored), so it is fast for models of any size.
     """
     if not folder.is_dir():
         raise ConfigError(f"model.path={folder}: no such folder; give a Hugging Face folder ({' or '.join(FAMILIES)})")
@@ -132,7 +132,7 @@ def check_folder(folder: Path) -> ModelShape:
 
 
 def locate_weights(folder: Path, shape: ModelShape) -> dict[str, Stored]:
-    """Finds each tensor of the model. Raises ConfigError unless the folder holds these tensors and no others."""
+    """Finds each tensor of the model. Raises ConfigError unless the folder has exactly these tensors."""
     return check_weights(folder, shape.tensors(), shape.tied)
 
 
@@ -156,7 +156,7 @@ def _check_tokenizer(folder: Path, rows: int) -> None:
 
 
 def _tokens(file: str, raw: Any) -> list[tuple[int, str]]:
-    """(id, token) of every token in a tokenizer's file."""
+    """(id, token) for every token in a tokenizer file."""
     if file == "tokenizer_config.json":
         added = raw.get("added_tokens_decoder") or {}
         return [(int(i), str(token["content"])) for i, token in added.items()]

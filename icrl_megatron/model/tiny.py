@@ -1,4 +1,4 @@
-"""The embedded model: random weights and a word tokenizer, written as an ordinary Hugging Face folder."""
+"""The embedded model: random weights and a word tokenizer, written as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
-"""One header token per message; whatever is not the assistant speaks as the user."""
+"""One header token per message; every role except assistant is written as the user."""
 
 _INITIALIZER_RANGE = 0.05
-"""Qwen3's 0.02 is meant for widths in the thousands; a width of 64 learns several times slower from it."""
+"""Qwen3's 0.02 is meant for widths in the thousands; with a width of 64, learning is several times slower."""
 
 _QK_NORM_GAIN = 2.0
-"""A head of 16 with unit gains cannot attend sharply: normalised q.k / sqrt(16) is at most 4. Gains of 2 make it 16."""
+"""A head of 16 with unit gains cannot attend sharply: normalized q.k / sqrt(16) is at most 4. Gains of 2 make it 16."""
 
 
 def build_tokenizer(vocabulary: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per word: texts are words with single spaces between, and decoding gives them back.
+    """A tokenizer with one token per word: texts are words separated by single spaces, and decoding restores them.
 
-    Words that are not in `vocabulary` become <|unk|>. Raises ValueError on a word that is empty or has a space in it.
+    Words not in `vocabulary` become <|unk|>. Raises ValueError for a word that is empty or contains a space.
     """
     special = (PAD, END, UNKNOWN, *HEADERS)
     words = sorted(set(vocabulary) - set(special) - set(CRITIC_TAGS))
@@ -47,7 +47,7 @@ def build_tokenizer(vocabulary: Iterable[str]) -> PreTrainedTokenizerFast:
     ids = {word: i for i, word in enumerate((*special, *CRITIC_TAGS, *words))}
     core = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    # Critic tags are text, not control: decoding without special tokens must keep them.
+    # Critic tags are text, not special tokens: decoding without special tokens must keep them.
     core.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in CRITIC_TAGS])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -61,9 +61,9 @@ def build_tokenizer(vocabulary: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def build_tiny(folder: Path, init: TinyModel, vocabulary: Iterable[str], seed: int) -> None:
-    """Writes model and tokenizer to `folder` (made if missing), fp32, reproducible from `seed`.
+    """Writes model and tokenizer to `folder` (created if missing), fp32, reproducible from `seed`.
 
-    The folder loads with AutoTokenizer and AutoModelForCausalLM; the model's vocabulary is exactly the tokenizer's.
+    The folder loads with AutoTokenizer and AutoModelForCausalLM; model and tokenizer have the same vocabulary.
     """
     tokenizer = build_tokenizer(vocabulary)
     family = FAMILIES[init.family]
@@ -89,6 +89,6 @@ def build_tiny(folder: Path, init: TinyModel, vocabulary: Iterable[str], seed: i
         torch.nn.init.constant_(layer.self_attn.q_norm.weight, _QK_NORM_GAIN)
         torch.nn.init.constant_(layer.self_attn.k_norm.weight, _QK_NORM_GAIN)
     folder.mkdir(parents=True, exist_ok=True)
-    logging.disable_progress_bar()  # it would break into those of the run
+    logging.disable_progress_bar()  # it would break into the run's progress bars
     model.float().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm whose weight's gradient is summed over the TP group when activations are sequence-sharded."""
+    """torch's RMSNorm, marked so that its weight gradient is summed over the TP group with sequence-parallel
+    activations."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -29,8 +30,8 @@ class RMSNorm(torch.nn.RMSNorm):
 class PackedAttention(torch.nn.Module):
     """Causal attention over packed sequences (thd) with torch's scaled_dot_product_attention.
 
-    Sequences are laid into a right-padded batch: under a causal mask no real query sees padding, so no mask is needed,
-    and one call serves all sequences.
+    Sequences are copied into a right-padded batch. Under a causal mask no query of a token sees padding, so no mask is
+    needed, and one call serves all sequences.
     """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
@@ -68,9 +69,9 @@ class PackedAttention(torch.nn.Module):
 
 
 def batch_slots(params: PackedSeqParams) -> tuple[Tensor, int, int]:
-    """Where each packed token goes in a [sequences, longest] batch: (slots [T] int64, sequences, longest).
+    """The position of each packed token in a [sequences, longest] batch: (slots [T] int64, sequences, longest).
 
-    Kept on `params`, since every layer of a micro-batch asks for the same.
+    Cached on `params`, because every layer of a micro-batch needs the same.
     """
     found = getattr(params, "icrl_slots", None)
     if found is None:
@@ -85,7 +86,7 @@ def batch_slots(params: PackedSeqParams) -> tuple[Tensor, int, int]:
 
 
 def torch_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Megatron's local layers with the modules above in place of those that need CUDA or refuse SP."""
+    """Megatron's local layers, with the modules above replacing those that need CUDA or do not support SP."""
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm

@@ -1,7 +1,7 @@
 """Finds the weight files of a Hugging Face folder and checks that they hold exactly the tensors of the model.
 
-Only safetensors headers are read, plus the head of a tied model if a file has one. If a folder has two sets of weights,
-transformers takes model.safetensors and SGLang follows the index, so such a folder is refused. Imports no torch.
+Reads only safetensors headers, plus the head of a tied model if a file has one. If a folder has two sets of weights,
+transformers uses model.safetensors and SGLang uses the index, so such a folder is refused. Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from icrl_megatron.utils.errors import ConfigError
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INDEX, SINGLE, ONLY_SHARD = "model.safetensors.index.json", "model.safetensors", "model-00001-of-00001.safetensors"
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Dtypes that weights may be stored in, with the bytes of one value. Other dtypes mean quantised weights."""
+"""Supported dtypes of stored weights, with bytes per value. Other dtypes mean quantized weights."""
 _MAX_HEADER_BYTES = 100_000_000
-"""The safetensors format allows no longer header."""
+"""Maximum header size of the safetensors format."""
 _COMPARED_BYTES = 8 << 20
 _BACKBONE = ("embed_tokens.", "layers.", "norm.")
-"""Beginnings of tensor names in folders that hold the backbone only, such as those of embedding models."""
+"""Prefixes of tensor names in folders with only the backbone, such as those of embedding models."""
 _AGAIN = "copy the model's folder again"
 _PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 _FOREIGN = ("tf_model.h5", "flax_model.msgpack", "*.gguf", "*.onnx")
@@ -39,9 +39,9 @@ class Stored:
 
     file: Path
     name: str
-    """Its name in the file."""
+    """Name in the file."""
     dtype: str
-    """As safetensors names it, e.g. BF16."""
+    """safetensors' name, e.g. BF16."""
     shape: tuple[int, ...]
     begin: int
     """Offset of its values in the file, in bytes."""
@@ -49,10 +49,9 @@ class Stored:
 
 
 def check_weights(folder: Path, expected: Mapping[str, tuple[int, ...]], tied: bool) -> dict[str, Stored]:
-    """Finds each of the `expected` tensors (name to shape). A tied model may also store a head that equals its
-    embedding.
+    """Finds each of the `expected` tensors (name to shape). A tied model may also store a head equal to its embedding.
 
-    Raises ConfigError naming the first file or tensor that is missing, unexpected, misshapen, quantised or damaged.
+    Raises ConfigError naming the first file or tensor that is missing, unexpected, misshapen, quantized or damaged.
     """
     found = stored_tensors(folder)
     for name, tensor in found.items():
@@ -63,7 +62,7 @@ def check_weights(folder: Path, expected: Mapping[str, tuple[int, ...]], tied: b
             )
         if tensor.dtype not in DTYPES:
             raise ConfigError(
-                f"{tensor.file}: tensor {tensor.name} is {tensor.dtype}, so it is quantised; use the bf16 folder"
+                f"{tensor.file}: tensor {tensor.name} is {tensor.dtype}, so it is quantized; use the bf16 folder"
             )
     for name, shape in expected.items():
         if name not in found:
@@ -95,7 +94,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights. Raises ConfigError if that is ambiguous."""
+    """The files that hold the weights. Raises ConfigError if this is ambiguous."""
     _refuse_others(folder)
     files, single, index = sorted(folder.glob("*.safetensors")), folder / SINGLE, folder / INDEX
     if index.exists():
@@ -126,13 +125,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_safetensors(path: Path) -> None:
-    """Raises ConfigError unless the file's header is whole and its size is what the header says."""
+    """Raises ConfigError unless the file's header is complete and its size matches the header."""
     for _ in _header(path):
         pass
 
 
 def _refuse_others(folder: Path) -> None:
-    """Raises ConfigError if the folder has adapters, or weights in a format that is not read."""
+    """Raises ConfigError if the folder has adapters, or weights in an unsupported format."""
     for name in _ADAPTERS:
         if (folder / name).exists():
             raise ConfigError(
@@ -168,7 +167,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _check_index(folder: Path, found: dict[str, Stored]) -> None:
-    """Raises ConfigError unless index and files name the same tensors."""
+    """Raises ConfigError unless index and files have the same tensors."""
     index = folder / INDEX
     told = _weight_map(index)
     held = {tensor.name: tensor.file.name for tensor in found.values()}
@@ -181,7 +180,7 @@ def _check_index(folder: Path, found: dict[str, Stored]) -> None:
 
 
 def _header(path: Path) -> Iterator[Stored]:
-    """The file's tensors. Raises ConfigError if it is missing, damaged or a Git LFS pointer."""
+    """Yields the file's tensors. Raises ConfigError if it is missing, damaged or a Git LFS pointer."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -218,7 +217,7 @@ def _stored(path: Path, name: str, entry: dict[str, Any], data: int) -> Stored:
 
 
 def _check_tied_head(embedding: Stored, head: Stored) -> None:
-    """Raises ConfigError if the two differ: transformers then does not tie them, whatever config.json says."""
+    """Raises ConfigError if they differ: transformers then does not tie them, whatever config.json says."""
     if head.dtype != embedding.dtype or head.shape != embedding.shape or not _equal_bytes(embedding, head):
         raise ConfigError(
             f"{head.file}: tie_word_embeddings=true in config.json, but {head.name} differs from {embedding.name}; set "

@@ -1,7 +1,7 @@
-"""One table between Hugging Face's tensors and Megatron's parameters, for weights and optimizer moments alike.
+"""The mapping between Hugging Face tensors and Megatron parameters, for both weights and optimizer moments.
 
 Every Megatron parameter of a rank is a join of rectangular slices of Hugging Face tensors. Import, export, checkpoints
-and weight sync are all walks over these rows, one tensor at a time: no rank ever holds a second copy of the model.
+and weight sync iterate over this table, one tensor at a time, so no rank ever holds a second copy of the model.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from icrl_megatron.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class Slice:
-    """A rectangle of a Hugging Face tensor: its name and full shape, and where this rank's part begins and how large it
-    is."""
+    """A rectangle of a Hugging Face tensor: the tensor's name and full shape, and the offset and size of the part."""
 
     name: str
     full: tuple[int, ...]
@@ -44,10 +43,10 @@ class Slice:
 
 @dataclass(frozen=True)
 class WeightRow:
-    """One Megatron parameter and the slices it is made of.
+    """One Megatron parameter and the slices it consists of.
 
-    `split` takes any tensor of the parameter's shape to one tensor per slice, `join` is its inverse (padding rows of
-    the vocabulary come back as zeros).
+    `split` maps a tensor of the parameter's shape to one tensor per slice; `join` is its inverse (padding rows of the
+    vocabulary become zeros).
     """
 
     name: str
@@ -56,11 +55,11 @@ class WeightRow:
     split: Callable[[Tensor], list[Tensor]]
     join: Callable[[list[Tensor]], Tensor]
     duplicate: bool = False
-    """A tied head on a later pipeline stage than the embedding: loaded like it, never saved."""
+    """A tied head on a later pipeline stage than the embedding: loaded from the embedding, never saved."""
 
 
 def rows(model: PolicyModel, shape: ModelShape, grid: Grid) -> list[WeightRow]:
-    """The table for this rank's parameters, every one exactly once."""
+    """The table for this rank's parameters, each exactly once."""
     offset = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
     table = _Table(shape, grid.tensor, grid.tensor_rank, offset)
     return [table.row(name, param) for name, param in model.named_parameters()]
@@ -128,8 +127,8 @@ class _Table:
         return WeightRow(name, param, (Slice(source, full, (0,) * len(full), full),), _alone, _only)
 
     def _qkv(self, name: str, param: torch.nn.Parameter, prefix: str, kind: str, inputs: tuple[int, ...]) -> WeightRow:
-        """Megatron stores, group by group, the group's query heads, its key head and its value head. `inputs` is the
-        size of one row: () for biases."""
+        """Megatron stores, per group, the query heads, the key head and the value head. `inputs` is the shape of one
+        row: () for biases."""
         s = self.shape
         groups, per_group = s.kv_heads // self.tensor, s.heads // s.kv_heads
         q = self._slice(f"{prefix}self_attn.q_proj.{kind}", (s.heads * s.head_dim, *inputs), dim=0)
@@ -178,7 +177,7 @@ class HFFolder:
             raise ConfigError(f"{folder}: weights cannot be read ({error}); copy the model's folder again") from error
 
     def read(self, part: Slice, dtype: torch.dtype) -> Tensor:
-        """The slice in `dtype`. Raises ConfigError if a value is not finite."""
+        """Reads the slice in `dtype`. Raises ConfigError if a value is not finite."""
         stored = self.where[part.name]
         values: Tensor = self.files[stored.file].get_slice(stored.name)[part.index]
         converted = values.to(dtype)
@@ -193,17 +192,17 @@ class HFFolder:
 
 @torch.no_grad()
 def load_hf(table: list[WeightRow], folder: Path, shape: ModelShape) -> None:
-    """Fills every parameter from a Hugging Face folder, tensor by tensor. Raises ConfigError on a folder that does not
-    hold exactly this model, or values that are not finite."""
+    """Fills every parameter from a Hugging Face folder, one tensor at a time. Raises ConfigError if the folder does not
+    hold exactly this model, or has values that are not finite."""
     source = HFFolder(folder, shape)
     for row in table:
         row.param.copy_(row.join([source.read(part, row.param.dtype) for part in row.slices]))
 
 
 class Gatherer:
-    """Streams full Hugging Face tensors out of the grid: gathered over tensor-parallel ranks, sent over stages.
+    """Streams full Hugging Face tensors from the grid: gathered over tensor-parallel ranks, broadcast over stages.
 
-    Every rank of a model-parallel group must walk the iterator together; every rank receives every tensor.
+    Iterating is collective over each model-parallel group; every rank receives every tensor.
     """
 
     def __init__(self, table: list[WeightRow], grid: Grid) -> None:
@@ -225,7 +224,7 @@ class Gatherer:
 
     @torch.no_grad()
     def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, full tensor in the parameters' dtype, on the device), one at a time."""
+        """Yields (name, full tensor in the parameters' dtype, on the device), one at a time."""
         for stage, name, full, dtype in self.owned:
             if self.grid.pipeline_rank == stage:
                 whole = self._gather(name)
@@ -242,7 +241,7 @@ class Gatherer:
         if self.grid.tensor == 1 or part.size == part.full:
             return local
         dim = next(d for d in range(len(part.full)) if part.size[d] != part.full[d])
-        # The last vocabulary shard may hold fewer real rows: all ranks gather the same padded size and cut once.
+        # The last vocabulary shard may have fewer rows: all ranks gather the same padded size, and the result is cut.
         step = -(-part.full[dim] // self.grid.tensor)
         padded = (
             local if local.shape[dim] == step else torch.nn.functional.pad(local, (0, 0, 0, step - local.shape[dim]))

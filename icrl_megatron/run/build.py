@@ -1,4 +1,4 @@
-"""Which engines a rank has, what its weights are pushed to, and where its episodes come from: by the settings alone."""
+"""Builds a rank's engines, weight sync and episode source from the settings."""
 
 from __future__ import annotations
 
@@ -46,11 +46,12 @@ def build_engines(settings: Settings, start: Start, grid: grids.Grid) -> Engines
 
 
 def weight_sync(settings: Settings, gatherer: Gatherer, engines: Engines | None, shape: ModelShape) -> WeightSync:
-    """What pushes the actor's weights. The first push that reaches every engine is verified, if the engines can."""
+    """The object that pushes the actor's weights. The first push that reaches every engine is verified, if the engines
+    support it."""
     if engines is None:
         return WeightSync(gatherer, NoEngine())
     if not engine_kind(settings.engine.kind).verifies(settings.engine):
-        return WeightSync(gatherer, engines.trained, frozen=engines.frozen, meet=engines.group.meet)
+        return WeightSync(gatherer, engines.trained, frozen=engines.frozen, barrier=engines.group.barrier)
 
     def verify() -> bool:
         stream, same = gatherer.stream(), True
@@ -60,7 +61,7 @@ def weight_sync(settings: Settings, gatherer: Gatherer, engines: Engines | None,
             pass
         return not any_rank(gatherer.grid, not same)
 
-    return WeightSync(gatherer, engines.trained, verify, engines.frozen, engines.group.meet)
+    return WeightSync(gatherer, engines.trained, verify, engines.frozen, engines.group.barrier)
 
 
 def episode_source(
@@ -72,7 +73,7 @@ def episode_source(
     engines: Engines | None,
     sync: WeightSync,
 ) -> EpisodeSource:
-    """Where episodes come from, by debug mode."""
+    """The source of episodes for the debug mode."""
     rollout = settings.rollout
     if settings.debug.mode == "from_dump":
         return DumpSource(Path(settings.debug.dump))
@@ -90,7 +91,7 @@ def episode_source(
 
 
 def _casting(settings: Settings, prompter: Prompter, engines: Engines) -> Casting:
-    """Who plays which role on this rank. A rank that leads no engine plays no episode."""
+    """The speaker of each role on this rank. A rank that leads no engine plays no episode."""
     if engines.solver is None:
         return engine_casting(EmptyCritic())
     temperature, stops = settings.rollout.temperature, prompter.stop_ids

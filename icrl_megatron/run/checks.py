@@ -1,4 +1,4 @@
-"""Everything that can be known to be wrong with a run before anything heavy is imported. Imports no torch."""
+"""Checks of a run's settings, files and model before anything heavy is imported. Imports no torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from icrl_megatron.utils.errors import ConfigError
 def validate(settings: Settings) -> None:
     """Raises ConfigError naming the first wrong setting, file or combination, its value and the remedy.
 
-    Touches the file system: reads the model folder's headers, and makes sure that the run folder can be written.
+    Accesses the file system: reads the headers of the model folder, and checks that the run folder can be written.
     """
     folder = settings_module.run_folder(settings)
     before = _check_resume(settings, folder)
@@ -54,8 +54,8 @@ def validate(settings: Settings) -> None:
 
 
 def _check_resume(settings: Settings, folder: Path) -> list[Settings]:
-    """Before anything else, so that a combination of settings is only judged where all of them may change. Returns the
-    settings that the run has had so far."""
+    """Runs first, so that a combination of settings is checked only if all of them may change. Returns the settings
+    that the run has had so far."""
     path = folder / settings_module.SAVED_NAME
     if not path.exists():
         return start.lineage(settings) if settings.start_from else []
@@ -65,7 +65,7 @@ def _check_resume(settings: Settings, folder: Path) -> list[Settings]:
 
 
 def validate_settings(settings: Settings) -> None:
-    """What the settings alone tell, wherever the run's files and GPUs are. Raises ConfigError."""
+    """Checks that depend only on the settings, not on files or GPUs. Raises ConfigError."""
     check_values(settings)
     _check_sources(settings)
     _check_trackers(settings.trackers)
@@ -75,21 +75,21 @@ def validate_settings(settings: Settings) -> None:
 
 
 def validate_shape(settings: Settings, shape: ModelShape) -> None:
-    """Whether a model of this shape can be cut and used as the settings say. Raises ConfigError."""
+    """Checks that a model of this shape can be sharded and used with the settings. Raises ConfigError."""
     _check_split(settings.actor, shape)
     engine_kind(settings.engine.kind).check_shape(settings.engine, shape)
     _check_context(settings, shape)
 
 
 def ranks(settings: Settings) -> int:
-    """Processes of the run: WORLD_SIZE among ranks, else `launch.ranks` x `launch.nodes`."""
+    """Number of ranks: WORLD_SIZE inside a rank, otherwise `launch.ranks` x `launch.nodes`."""
     world = os.environ.get("WORLD_SIZE", "")
     asked = settings.launch.ranks * settings.launch.nodes
     return int(world) if world.isdecimal() and int(world) > 0 else asked
 
 
 def ranks_on_node(settings: Settings) -> int:
-    """Of them, those of one node: LOCAL_WORLD_SIZE among ranks, else their share."""
+    """Ranks per node: LOCAL_WORLD_SIZE inside a rank, otherwise an equal share."""
     told = os.environ.get("LOCAL_WORLD_SIZE", "")
     return int(told) if told.isdecimal() and int(told) > 0 else max(1, ranks(settings) // settings.launch.nodes)
 
@@ -104,7 +104,7 @@ def _get(settings: Settings, name: str) -> object:
 
 
 def check_values(settings: Settings) -> None:
-    """Raises ConfigError if a single setting is not one of its choices or out of its range."""
+    """Raises ConfigError if a setting has a value outside of its choices or range."""
     engine_kind(settings.engine.kind)
     for name, choices in CHOICES.items():
         value = _get(settings, name)
@@ -154,7 +154,7 @@ def _check_tasks(settings: Settings, before: Sequence[Settings]) -> None:
                 raise ConfigError(f"tasks.sources.{i}.name={source.name}: this task set has no {split} problems")
         check_rows(source, source)
         check_earlier_rows(source, before, problems["heldout"])
-        if isinstance(task_set, Checked) and not source.served:  # else once its servers run
+        if isinstance(task_set, Checked) and not source.served:  # served task sets are checked once their servers run
             task_set.check()
     check_servers(settings)
     check_no_leak(problems["train"], problems["heldout"])
@@ -178,7 +178,7 @@ def _check_algo(algo: AlgoSettings, settings: Settings) -> None:
         )
     if algo.shaping_gamma > 0 and (algo.calibration.enabled or not algo.internalise):
         raise ConfigError(
-            f"algo.shaping_gamma={algo.shaping_gamma:g} replaces the calibration weight of internalised revisions: it "
+            f"algo.shaping_gamma={algo.shaping_gamma:g} replaces the calibration weight of internalized revisions: it "
             "needs algo.calibration.enabled=false and algo.internalise=true; give these too, or algo.shaping_gamma=0, "
             "in a new run"
         )
@@ -198,9 +198,9 @@ def _check_algo(algo: AlgoSettings, settings: Settings) -> None:
 
 
 def _check_loss(algo: AlgoSettings) -> None:
-    """Whether the loss works, and every setting of it has an effect."""
+    """Checks that the loss works, and that every setting of it has an effect."""
     if ":" in algo.loss:
-        from icrl_megatron.algo.loss_check import check_loss  # imports torch, which the names below do not need
+        from icrl_megatron.algo.loss_check import check_loss  # lazy: imports torch, only for custom losses
 
         check_loss(algo.loss, algo)
     elif algo.loss not in LOSSES:
@@ -227,13 +227,13 @@ def _check_loss(algo: AlgoSettings) -> None:
         )
     if algo.shaping_gamma > 0 and not algo.fused():
         raise ConfigError(
-            f"algo.shaping_gamma={algo.shaping_gamma:g} is a part of ICRL's own objective: set algo.loss=icrl, "
+            f"algo.shaping_gamma={algo.shaping_gamma:g} is part of ICRL's own objective: set algo.loss=icrl, "
             "algo.kl_estimator=k3 and algo.dual_clip=null, or algo.shaping_gamma=0, in a new run"
         )
 
 
 def _check_overlong(overlong: Overlong, rollout: RolloutSettings) -> None:
-    """Whether the penalty on long replies can apply, and at which length it begins."""
+    """Checks that the penalty on long replies can apply, given the length at which it begins."""
     default, longest = Overlong(), overlong.max_tokens
     if longest is None:
         for name in ("buffer_tokens", "factor"):
@@ -265,7 +265,7 @@ def _check_overlong(overlong: Overlong, rollout: RolloutSettings) -> None:
 
 
 def validate_grid(settings: Settings, world: int, on_node: int) -> None:
-    """Whether `world` ranks, `on_node` on each node, can be cut as the settings say. Raises ConfigError."""
+    """Checks that the settings fit `world` ranks with `on_node` ranks per node. Raises ConfigError."""
     actor = settings.actor
     cell = actor.tensor_parallel * actor.pipeline_parallel
     source = "WORLD_SIZE" if os.environ.get("WORLD_SIZE") else "launch.ranks"
@@ -305,7 +305,7 @@ def _check_model(settings: Settings) -> ModelShape:
 
 
 def _check_split(actor: ActorSettings, shape: ModelShape) -> None:
-    """The vocabulary is not among these: it is padded to a multiple of the TP size."""
+    """Checks all sharded sizes but the vocabulary, which is padded to a multiple of the TP size."""
     tensor, pipeline = actor.tensor_parallel, actor.pipeline_parallel
     if shape.heads % shape.kv_heads:
         raise ConfigError(f"the model's {shape.kv_heads} key-value heads do not divide its {shape.heads} heads")
@@ -352,8 +352,7 @@ def _check_debug(settings: Settings) -> None:
 
 
 def _check_writable(folder: Path) -> None:
-    """Tries it: permission bits say nothing to root, nor on a file system that is full or read-only. A folder that is
-    made for the trial is taken away again."""
+    """Tries to write: permission bits do not apply to root, nor on a full or read-only file system."""
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
@@ -378,7 +377,7 @@ def check_servers(settings: Settings) -> None:
             continue
         if source.name not in registry.SERVED:
             raise ConfigError(
-                f"{name}.command={serve.command}: task set {source.name!r} asks no server; leave it out, or set the "
+                f"{name}.command={serve.command}: task set {source.name!r} uses no server; leave it out, or set the "
                 f"whole list: tasks.sources=[{{name: {source.name}}}]"
             )
         _check_numbers(name, serve)

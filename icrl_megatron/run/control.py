@@ -1,4 +1,5 @@
-"""Do second attempts succeed because of the critique? Failed attempts are retried with it, without it, and afresh."""
+"""Measures whether second attempts succeed because of the critique: failed attempts are retried with the critique, with
+an empty one, and from scratch."""
 
 from __future__ import annotations
 
@@ -18,12 +19,12 @@ from icrl_megatron.types import DroppedEpisode, Episode, Task, UnplayedEpisode
 from icrl_megatron.utils.intervals import Difference, Proportion, paired_difference, proportion
 
 Arms = tuple[bool, bool, bool]
-"""Success with the critique, with an empty one, and afresh."""
+"""Success with the critique, with an empty one, and from scratch."""
 
 
 @dataclass(frozen=True)
 class ControlResult:
-    """Second tries after the same failed first attempts, three ways."""
+    """Results of second attempts after the same failed first attempts, in three arms."""
 
     failures: int
     """Failed first attempts that were retried: the n of each arm."""
@@ -34,14 +35,14 @@ class ControlResult:
     empty: Proportion
     """Revision prompt with an empty critique."""
     plain: Proportion
-    """Another attempt, critique-free."""
+    """Another attempt from scratch, without a critique."""
     critique_minus_empty: Difference
     critique_minus_plain: Difference
 
 
 @dataclass
 class ControlState:
-    """What a control report has played: it goes on from here when its engine was lost."""
+    """What has been played for a control report, so that it can continue after its engine was lost."""
 
     first: dict[Task, Episode | DroppedEpisode] = field(default_factory=dict)
     retried: dict[Task, Arms | None] = field(default_factory=dict)
@@ -59,10 +60,10 @@ async def control(
     seeds: Seeds,
     state: ControlState | None = None,
 ) -> ControlResult:
-    """Lets the solver fail, and retries each failed attempt with its critique, with an empty one, and afresh.
+    """Plays first attempts, and retries each failed one with its critique, with an empty one, and from scratch.
 
     At most `limit` failures are retried, the first ones in the order of `problems`; each problem is tried once. The
-    three arms draw independent samples. What is in the `state` is not played again. Raises what `episode.play` raises.
+    three arms draw independent samples. Results in `state` are not played again. Raises what `episode.play` raises.
     """
     state = state or ControlState()
     staged = replace(stage, settings=replace(stage.settings, rounds=1))
@@ -92,8 +93,8 @@ async def control(
 async def _retry(
     gate: asyncio.Semaphore, first: Episode, stage: Stage, casting: Casting, seeds: Seeds, state: ControlState
 ) -> None:
-    """Success of the three arms after one failed attempt; None when the environment, or a request twice, failed, or a
-    prompt that is too long is dropped."""
+    """Records the success of the three arms after one failed attempt; None if the environment failed, a request failed
+    twice, or a prompt that is too long is dropped."""
     async with gate:
         for _ in range(2):
             try:

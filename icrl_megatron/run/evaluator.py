@@ -1,4 +1,4 @@
-"""What a run measures beside its steps: critique-free success on held-out problems, and whether critiques help."""
+"""A run's evaluations: critique-free success on held-out problems, and whether critiques help."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from icrl_megatron.utils.progress import Progress
 
 
 class Evaluator(Protocol):
-    """What the loop asks for; `NoEvaluator` answers for runs without held-out problems."""
+    """The loop's interface to evaluation; `NoEvaluator` is for runs without held-out problems."""
 
     def due(self) -> bool:
-        """Whether the step that has just ended is evaluated before its metrics are written."""
+        """Whether to evaluate after the current step, before its metrics are written."""
         ...
 
     def heldout(self) -> Row:
@@ -33,12 +33,12 @@ class Evaluator(Protocol):
         ...
 
     def alone(self) -> None:
-        """Evaluates outside a step, before the first one or after the last one, and writes a row of its own, unless
-        an earlier process of the run has done so."""
+        """Evaluates outside a step, before the first or after the last one, and writes a separate row, unless an
+        earlier process of the run has done so."""
         ...
 
     def control(self, when: str) -> None:
-        """control_<when>.json: do second attempts succeed because of the critique?"""
+        """Writes control_<when>.json: whether second attempts succeed because of the critique."""
         ...
 
 
@@ -50,10 +50,10 @@ class NoEvaluator:
         return {}
 
     def alone(self) -> None:
-        """Nothing is measured."""
+        """Does nothing."""
 
     def control(self, when: str) -> None:
-        """Nothing is measured."""
+        """Does nothing."""
 
 
 class HeldoutEvaluator:
@@ -71,7 +71,7 @@ class HeldoutEvaluator:
         settings = self._parts.settings
         if not self._evaluated or settings.debug.mode in ("from_dump", "fake_data"):
             return {}
-        # The same seeds at every step and in every run: two evaluations differ by their weights alone.
+        # The same seeds at every step and in every run: two evaluations differ only by their weights.
         seeds = replace(self._parts.seeds(0, purpose="heldout"), run=0)
         played = self._parts.source.play(self._evaluated, settings.eval.samples, seeds, rounds=1)
         if self._state.step == 0:

@@ -1,4 +1,4 @@
-"""What lies in a run folder, and whether a run may write there. Imports no torch."""
+"""The files of a run folder, and whether a run may write there. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ _WRITTEN = (METRICS_FILE, HISTORY, ROLLOUTS_FOLDER, TENSORBOARD_FOLDER, REPORT, 
 
 
 def clear_start(folder: Path) -> None:
-    """Removes an earlier or unfinished start from <run_dir>/start, and nothing else that lies there."""
+    """Removes an earlier or unfinished start from <run_dir>/start, and nothing else."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name == EXPORT or re.fullmatch(r"step_\d+(\.part)?", path.name):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def check(settings: Settings, folder: Path) -> None:
-    """Raises ConfigError unless the run folder is new, or of the run that these settings go on with: a run
-    never replaces files that it did not write."""
+    """Raises ConfigError unless the run folder is new or belongs to the run that these settings resume: a run never
+    replaces files that it did not write."""
     saved = folder / settings_module.SAVED_NAME
     names = (*_WRITTEN, *(CONTROL.format(when) for when in ("before", "after")))
     strangers = [name for name in names if (folder / name).exists()]
     if strangers and not saved.exists():
         raise ConfigError(
             f"run_dir={folder}: it holds {', '.join(strangers)} but no {settings_module.SAVED_NAME}, so it is not a "
-            "run that can go on, and a new run would replace them; choose another run_dir"
+            "run that can be resumed, and a new run would replace them; choose another run_dir"
         )
     sources = [Path(settings.model.path)] if settings.model.path else []
     for run in (folder, *([folder / BASELINE.format(settings.baseline)] if settings.baseline else [])):

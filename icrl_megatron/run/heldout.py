@@ -1,4 +1,4 @@
-"""Which problems an evaluation plays: the held-out ones, or subsets of them, and never one that was trained on."""
+"""Selects the problems of an evaluation: held-out problems or subsets of them, and never a training problem."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ TEST = "test"
 def problems(
     settings: Settings, run: Settings | None, on: Sequence[str], limit: int | None, before: Sequence[Settings] = ()
 ) -> list[Task]:
-    """The held-out problems of the settings' task sets, of each at most `limit`; `on` names subsets, or all as "test".
-    `run`: the settings of the run that the model comes from; `before`: those that it had earlier.
+    """At most `limit` held-out problems of each of the settings' task sets; `on` names subsets, or "test" for all.
+    `run`: the settings of the run that the model comes from; `before`: its earlier settings.
 
-    Raises ConfigError on a subset that there is none of, and on a problem that is a training problem of these settings
-    or of the run, with file and line where the rows are on disk.
+    Raises ConfigError for an unknown subset, and for a problem that is a training problem of these settings or of the
+    run, with file and line if the rows are on disk.
     """
     if "train" in on:
         raise ConfigError(
@@ -52,8 +52,8 @@ def problems(
 
 
 def check_earlier_rows(source: TaskSource, before: Sequence[Settings], heldout: Sequence[Task]) -> None:
-    """Raises ConfigError where a held-out problem was trained on with settings that the run had `before`. Training rows
-    that cannot be read any more are not compared."""
+    """Raises ConfigError if a held-out problem is a training problem of settings that the run had `before`. Training
+    rows that can no longer be read are not compared."""
     for trained in _trained(source, before):
         try:
             registry.of_source(trained).problems("train")
@@ -63,7 +63,7 @@ def check_earlier_rows(source: TaskSource, before: Sequence[Settings], heldout: 
 
 
 def _trained(source: TaskSource, runs: Sequence[Settings]) -> list[TaskSource]:
-    """Other training rows of this task set in these settings, each once."""
+    """Other training rows of this task set in the settings of `runs`, each once."""
     found = {_where(one): one for run in runs for one in run.tasks.sources if one.name == source.name}
     return [one for where, one in found.items() if where != _where(source)]
 
@@ -79,7 +79,7 @@ def _check_trained(trained: TaskSource, source: TaskSource, heldout: Sequence[Ta
 
 
 def check_rows(trained: TaskSource, tested: TaskSource) -> None:
-    """Raises ConfigError naming file and line of both, where a held-out row asks what a training row asks."""
+    """Raises ConfigError, naming file and line of both, if a held-out row has the prompt of a training row."""
     of_training = {content_hash(row.prompt): row for row in _rows(trained, trained.data.train)}
     for row in _rows(tested, tested.data.heldout) if of_training else ():
         twin = of_training.get(content_hash(row.prompt))
@@ -98,12 +98,12 @@ def _rows(source: TaskSource, names: Iterable[str]) -> Iterable[DataRow]:
 
 
 def _has_rows(path: Path) -> bool:
-    """Task sets also take what has no rows: the numbers of a server's tasks, or folders of their own kind."""
+    """Whether `path` has rows: task sets also accept other data, such as task numbers of a server, or other folders."""
     return path.suffix in SUFFIXES or (path.is_dir() and any(file.suffix in SUFFIXES for file in path.iterdir()))
 
 
 def _names(subset: str) -> set[str]:
-    """A subset goes by its whole name, e.g. math/aime24, and by its last part."""
+    """Names of a subset: its full name, e.g. math/aime24, and its last part."""
     return {subset, subset.rsplit("/", 1)[-1]}
 
 

@@ -1,4 +1,4 @@
-"""How a rank joins its run: the process group, the lock of the run folder, and a check that all ranks see it."""
+"""How a rank joins its run: process group, lock of the run folder, and a check that all ranks see the folder."""
 
 from __future__ import annotations
 
@@ -21,22 +21,18 @@ from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.files import locked
 
 RANK_LOCK = ".lock"
-
-
 SEEN_TIMEOUT_S = 60.0
-
-
 """Network file systems may show a new file late."""
 
 
 @contextmanager
 def joined(settings: Settings) -> Iterator[grids.Grid]:
-    """This rank's place in the grid, for as long as the job holds its run folder."""
+    """This rank's grid, while the job holds its run folder."""
     platform.prepare(settings.launch.device)
     grids.single_process()
     grid = grids.build(settings)
     try:
-        # The launcher holds a lock of its own; this one is for ranks that outlive it by a moment, or never had one.
+        # The launcher has its own lock. This one is for ranks that outlive it for a moment, or have no launcher.
         with locked(run_folder(settings), RANK_LOCK) if grid.rank == 0 else nullcontext():
             if grid.rank == 0:
                 report_started()
@@ -47,12 +43,12 @@ def joined(settings: Settings) -> Iterator[grids.Grid]:
 
 
 def require_shared(folder: Path, grid: grids.Grid) -> None:
-    """Raises ConfigError on all ranks if one of them does not see what the first writes into the run folder."""
+    """Raises ConfigError on all ranks if one of them does not see a file that rank 0 wrote to the run folder."""
     token = folder / f".seen.{grids.gather_objects(grid, secrets.token_hex(8))[0]}"
     if grid.rank == 0:
         with disk_errors(token, "a file that the other ranks look for"):
             token.touch()
-    any_rank(grid, False)  # no rank looks before it exists: a network file system may cache that it did not
+    any_rank(grid, False)  # a barrier: a network file system may cache that a file did not exist
     deadline = time.monotonic() + float(os.environ.get("ICRL_SEEN_TIMEOUT_S", SEEN_TIMEOUT_S))
     while not token.exists() and time.monotonic() < deadline:
         time.sleep(0.2)

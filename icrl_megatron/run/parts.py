@@ -1,4 +1,4 @@
-"""What computes in a run: the model, the engines behind the weight sync, the tasks, and where episodes come from."""
+"""The components of a run that compute: model, engines behind the weight sync, tasks, and episode source."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from icrl_megatron.types import Episode
 
 
 class Weights(Protocol):
-    """Hands the actor's weights to the engines: `engines.sync.WeightSync`, or `NoEngines`."""
+    """Sends the actor's weights to the engines: `engines.sync.WeightSync`, or `NoEngines`."""
 
     version: int
     memory_gib: dict[str, float]
 
     def sleep(self) -> None:
-        """The engines give their memory to the actor until the next push."""
+        """The engines release their memory for the actor until the next push."""
         ...
 
     def push(self) -> int:
-        """Hands over the current weights, wakes the engines and returns the new version."""
+        """Sends the current weights, wakes the engines and returns the new version."""
         ...
 
 
 class NoEngines:
-    """Supervised training has no engine that could use the weights."""
+    """For supervised training, which has no engines."""
 
     def __init__(self) -> None:
         self.version = 0
         self.memory_gib: dict[str, float] = {}
 
     def sleep(self) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
     def push(self) -> int:
         return self.version
@@ -48,7 +48,7 @@ class NoEngines:
 
 @dataclass(frozen=True)
 class Parts:
-    """One rank's share of everything that computes."""
+    """One rank's components."""
 
     settings: Settings
     grid: Grid
@@ -57,9 +57,9 @@ class Parts:
     source: EpisodeSource
     sampler: TaskSampler
     credit: Callable[[Sequence[Episode]], CreditReport]
-    """What each token of the episodes earned: `algo.credit`, or a constant for demonstrations."""
+    """Computes the credit of each token of the episodes: `algo.credit`, or a constant for demonstrations."""
     rate: Callable[[int], float]
-    """Step, from 0 -> learning rate."""
+    """Learning rate of a step, counted from 0."""
     watch: Watch | NoWatch
     purpose: str = "train"
     """Part of every seed of training episodes."""

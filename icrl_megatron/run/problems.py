@@ -1,4 +1,4 @@
-"""The problems that a run trains and evaluates on: read, limited, and known to fit the context."""
+"""The problems that a run trains and evaluates on: read, limited, and checked to fit the context."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.progress import Progress
 
 RESETS_S = 10.0
-"""How long environments of a task set that is not `Readable` are reset to see their problems."""
+"""Maximum time for resetting environments of a task set that is not `Readable`, to see their problems."""
 NAMED = 3
-"""Problems that a message names."""
+"""Maximum number of problems in a message."""
 
 Gather = Callable[[Any], list[Any]]
-"""An object of this rank -> the objects of all ranks, in rank order."""
+"""All-gather: an object of this rank -> the objects of all ranks, in rank order."""
 
 
 @dataclass(frozen=True)
 class Problems:
-    """By task source, in a fixed order; the same on every rank."""
+    """Problems by task source, in a fixed order; the same on every rank."""
 
     train: dict[str, list[Task]]
     heldout: dict[str, list[Task]]
     dropped: int = 0
-    """Problems that were left out because they do not fit the context (`tasks.too_long`)."""
+    """Problems left out because they do not fit the context (`tasks.too_long`)."""
 
     def evaluated(self, limit: int) -> tuple[Task, ...]:
         """The held-out problems of an evaluation: the first `limit` of each source."""
@@ -58,7 +58,7 @@ class Problems:
 
 @dataclass(frozen=True)
 class ProblemShare:
-    """Which part of the problems this process examines, and how it learns of the others'."""
+    """The part of the problems that this process examines, and the all-gather of the results."""
 
     index: int = 0
     count: int = 1
@@ -66,9 +66,9 @@ class ProblemShare:
 
 
 def read(settings: Settings, catalogue: registry.Catalogue) -> Problems:
-    """The problems as the sources have them, at most `tasks.limit` training problems of each.
+    """The problems of the sources, at most `tasks.limit` training problems of each.
 
-    Raises ConfigError where a source has none.
+    Raises ConfigError if a source has none.
     """
     splits: tuple[Split, Split] = ("train", "heldout")
     found: dict[Split, dict[str, list[Task]]] = {
@@ -90,10 +90,10 @@ def fitting(
     share: ProblemShare | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Problems:
-    """The problems that fit the context of a model with this many positions, and are enough for a step.
+    """The problems that fit the context of a model with this many positions, checked to be enough for a step.
 
-    Raises ConfigError, which names the problems, where `tasks.too_long` is error and where too few are left. All
-    processes of `share` call it together.
+    Raises ConfigError, which names the problems, if `tasks.too_long` is error or too few are left. Collective over all
+    processes of `share`.
     """
     tasks = [task for of in (found.train, found.heldout) for tasks in of.values() for task in tasks]
     prompted = settings.debug.mode not in ("from_dump", "fake_data")
@@ -116,7 +116,7 @@ def examine(
     prompter: Prompter,
     share: ProblemShare,
 ) -> list[TooLong]:
-    """The tasks of which some prompt does not fit, in their order."""
+    """The tasks with a prompt that does not fit, in their order."""
     revised = settings.rollout.rounds > 1 or settings.eval.control_problems > 0
     mine = tasks[share.index :: share.count]
     lost = too_long(statements(mine, settings, catalogue), prompter, settings.rollout, revised)
@@ -126,10 +126,10 @@ def examine(
 
 
 def statements(tasks: Sequence[Task], settings: Settings, catalogue: registry.Catalogue) -> Iterator[tuple[Task, str]]:
-    """Each task with its problem as the solver first reads it, as far as it can be known without a server.
+    """Each task with its problem as the solver first reads it, as far as it is known without a server.
 
-    Environments of a task set that is not `Readable` are reset for RESETS_S seconds at most; not where what is too long
-    is dropped, which must not depend on a clock. Prompts that were not seen here are judged when they are played.
+    Environments of a task set that is not `Readable` are reset for at most RESETS_S seconds, but not if problems that
+    are too long are dropped, which must not depend on time. Prompts not seen here are checked when they are played.
     """
     spent: dict[str, float] = {}
     for task in tasks:
@@ -143,7 +143,7 @@ def statements(tasks: Sequence[Task], settings: Settings, catalogue: registry.Ca
             try:
                 environment = GuardedEnvironment(task, catalogue.environment, settings.rollout.environment_timeout_s)
                 text = asyncio.run(environment.reset())
-            except EnvironmentFailure:  # costs its episodes later, not the run
+            except EnvironmentFailure:  # fails its episodes later, but not the run
                 continue
             finally:
                 spent[task.source] = spent.get(task.source, 0.0) + time.monotonic() - begun
@@ -151,7 +151,7 @@ def statements(tasks: Sequence[Task], settings: Settings, catalogue: registry.Ca
 
 
 def refusal(lost: Sequence[TooLong], of: int, settings: Settings, positions: int) -> str:
-    """Which problems do not fit the context of a model with this many positions, and what helps."""
+    """The message for problems that do not fit the context of a model with this many positions, with remedies."""
     first, limit = max(lost, key=lambda one: one.needed), settings.rollout.context_tokens
     if first.needed <= positions:
         remedy = f": raise it to at least {first.needed}, shorten the problems, or set tasks.too_long=drop"
@@ -164,18 +164,18 @@ def refusal(lost: Sequence[TooLong], of: int, settings: Settings, positions: int
 
 
 def left_out(lost: Sequence[TooLong], of: int, settings: Settings) -> str:
-    """One line about problems that are dropped."""
+    """One line about dropped problems."""
     limit = settings.rollout.context_tokens
     return f"{len(lost)} of {of} problems do not fit rollout.context_tokens={limit} and are left out: {named(lost)}"
 
 
 def named(lost: Sequence[TooLong]) -> str:
-    """The first few, with file and line where they are rows of a file."""
+    """The first few, with file and line if they are rows of a file."""
     return ", ".join(_where(one.task) for one in lost[:NAMED]) + (", ..." if len(lost) > NAMED else "")
 
 
 def require_enough(found: Problems, settings: Settings) -> None:
-    """Raises ConfigError where a source has fewer training problems than a step draws."""
+    """Raises ConfigError if a source has fewer training problems than a step draws."""
     drawn = math.ceil(settings.rollout.tasks_per_step * settings.rollout.oversample)
     for name, tasks in found.train.items():
         if len(tasks) < drawn:
@@ -205,8 +205,8 @@ def chosen(
 
 
 def dry_run(settings: Settings) -> str:
-    """Examines the problems of a run as its ranks will before they load the model, which is only read as far as that
-    needs. Returns what they will say of problems that are left out; raises ConfigError as they will."""
+    """Examines the problems of a run as its ranks do before they load the model; reads only the model's configuration
+    and tokenizer. Returns the ranks' message about problems that are left out; raises the same ConfigError."""
     said: list[str] = []
     folder = start.configuration(settings) if settings.start_from else model_folder(settings)
     catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes)
@@ -223,7 +223,7 @@ def _require_some(by_source: dict[str, list[Task]], split: Split, why: str = "")
 
 
 def _where(task: Task) -> str:
-    """The task, with file and line where it is a row of a file."""
+    """The task, with file and line if it is a row of a file."""
     try:
         return f"{task.task_id} ({json.loads(task.problem)['where']})"
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""What a step leaves behind: its metrics, its rollouts for people to read, and what the curriculum learns from it."""
+"""Records a step: its metrics, its rollouts for people to read, and the success shares for the curriculum."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from icrl_megatron.utils.progress import Phase, Progress
 
 
 class Recorder:
-    """Measures the phases of a step and makes its metrics. All ranks call each method."""
+    """Times the phases of a step and computes its metrics. All ranks call each method."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Recorder:
         self._times: dict[str, float] = defaultdict(float)
         self._resampled = 0
         self.episodes: tuple[Episode, ...] = ()
-        """Of the step that has just ended; trackers show a few."""
+        """Episodes of the last step; trackers show a few."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -48,12 +48,12 @@ class Recorder:
         self._times[name] += time.perf_counter() - begun
 
     def count(self, played: Played, resample: int) -> None:
-        """Counts the generated tokens of a batch, the cost of a run; those of discarded batches count too."""
+        """Counts the generated tokens of a batch, the cost of a run, including discarded batches."""
         self.state.generated += played.generated_tokens()
         self._resampled = resample
 
     def row(self, played: Played, report: CreditReport, stats: StepStats | None) -> Row:
-        """The metrics of the step that has just ended (`stats` is None without an update). Writes its rollouts."""
+        """The metrics of the last step (`stats` is None without an update). Writes its rollouts."""
         state, sync = self.state, self.state.parts.sync
         self.episodes = played.episodes
         self._observe(played)
@@ -78,7 +78,7 @@ class Recorder:
         return row
 
     def timings(self, row: Row, stats: StepStats | None) -> Row:
-        """Seconds of each phase and tokens per second of the step; starts the next step's clock."""
+        """Seconds per phase and tokens per second of the step; resets the timers."""
         found = {f"{TIME_PREFIX}{name}_s": seconds for name, seconds in self._times.items()}
         step_s = sum(self._times.values()) - self._times.get("evaluation", 0.0)
         for what in (GENERATED, USED):
@@ -104,11 +104,11 @@ class Recorder:
 
 
 class SupervisedRecorder(Recorder):
-    """The metrics of supervised training: every token is a demonstration's, so rewards and costs say nothing."""
+    """The metrics of supervised training: all tokens come from demonstrations, so rewards and costs mean nothing."""
 
     def row(self, played: Played, report: CreditReport, stats: StepStats | None) -> Row:
         assert stats is not None  # demonstrations always have a signal
-        nll = stats.metrics.get("nll", math.nan)  # a skipped update has measured none
+        nll = stats.metrics.get("nll", math.nan)  # missing after a skipped update
         return {
             "sft/nll": nll,
             "actor/grad_norm": stats.grad_norm,
@@ -120,7 +120,7 @@ class SupervisedRecorder(Recorder):
 
 
 def _cost(played: Played) -> Row:
-    """What the step's batch cost: generated + kept before = used + discarded + kept now."""
+    """Token counts of the step's batch: generated + kept before = used + discarded + kept now."""
     return {
         GENERATED: float(played.generated_tokens()),
         "tokens/discarded": float(played.discarded_tokens),
@@ -129,7 +129,7 @@ def _cost(played: Played) -> Row:
 
 
 def _engine_metrics(played: Played) -> Row:
-    """What the engines counted, where they count: the local engine does not."""
+    """The engines' counters; empty for the local engine, which has none."""
     engine = played.engine
     if engine.requests == 0:
         return {}

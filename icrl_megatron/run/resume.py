@@ -1,8 +1,7 @@
-"""Which settings of a run may change when it is resumed, why the others may not, and what is kept of each change.
+"""Which settings of a run may change when it is resumed, why the others may not, and the record of each change.
 
-A run that has begun is its checkpoints. A setting may change unless the checkpoints, or the steps behind them, would
-then mean something else. Before the first checkpoint everything may change: nothing depends on the settings yet.
-Imports no torch.
+A setting may change unless that would contradict the checkpoints or the steps before them. Before the first checkpoint
+any setting may change, because nothing depends on the settings yet. Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.files import write_atomically
 
 CHANGES_FILE = "settings_changes.jsonl"
-"""In the run folder: one line for each setting that changed: step, name, old, new, time."""
+"""In the run folder: one line per changed setting: step, name, old, new, time."""
 EARLIER_FOLDER = "settings_before"
-"""In the run folder: settings that the run had until a step, step_NNNNNN.yaml; those of its start, start_NNN.yaml."""
+"""In the run folder: earlier settings: step_NNNNNN.yaml until that step, start_NNN.yaml of the runs it started from."""
 
 Since = Literal["start", "training", "end of the warm start"]
 
@@ -37,9 +36,10 @@ class Rule:
     """Whether a setting may change in a run."""
 
     reason: str = ""
-    """Why it cannot; empty where it may at any time."""
+    """Why it may not change; empty if it may at any time."""
     since: Since = "training"
-    """When that begins: at the first checkpoint of any stage, the first training step, or the warm start's result."""
+    """From when on it may not change: the first checkpoint of any stage, the first training step, or the warm start's
+    result."""
 
 
 FREE = Rule()
@@ -48,9 +48,9 @@ _RANDOM = Rule("problems and samples of the steps so far were drawn with it and 
 _PRECISION = Rule("the steps so far were computed in the other precision", "start")
 _MOMENTS = Rule("the optimizer's moments in the checkpoints are averages with this decay", "start")
 _WARM_START = Rule("the warm start is over and is not repeated", "end of the warm start")
-_ALGORITHM = Rule("it is part of the algorithm that the steps so far were made with")
+_ALGORITHM = Rule("it is part of the algorithm of the steps so far")
 _POLICY = Rule("the policy in the checkpoints was trained to sample at this temperature")
-_STARTED = Rule("it is read where a run begins, and this run goes on from its own checkpoints")
+_STARTED = Rule("it only applies when a run begins, and this run resumes from its own checkpoints")
 _MODE = Rule("some of the run's steps would be training and some would not")
 
 RULES: dict[str, Rule] = {
@@ -88,12 +88,12 @@ RULES: dict[str, Rule] = {
     "debug.dump": FREE,
     "launch": FREE,
 }
-"""Name of a setting, or of a section for all of its settings -> its rule. The longest name that fits decides."""
+"""Setting name, or section name for all of its settings -> rule. The longest matching name applies."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One setting that differs from what the run had so far."""
+    """A setting that differs from the run's previous settings."""
 
     name: str
     old: object
@@ -107,8 +107,8 @@ def rule_of(name: str) -> Rule:
 
 
 def check_resume(saved: Settings, settings: Settings, folder: Path) -> None:
-    """Raises ConfigError if `settings` cannot go on with the run in `folder`, which had `saved`. It names every setting
-    that cannot change, and why."""
+    """Raises ConfigError if `settings` cannot resume the run in `folder`, which had `saved`. The error names every
+    setting that may not change, and why."""
     passed = _passed(folder)
     refused, allowed = [], []
     for change in changes(saved, settings):
@@ -121,21 +121,21 @@ def check_resume(saved: Settings, settings: Settings, folder: Path) -> None:
         return
     harmless = f" ({', '.join(allowed)} may differ)" if allowed else ""
     raise ConfigError(
-        f"{folder} holds a run with other settings: {'; '.join(refused)}{harmless}. Give the same values to go on with "
-        f"it, or begin a new run with another run_dir{_offer(folder)}"
+        f"{folder} holds a run with other settings: {'; '.join(refused)}{harmless}. Give the same values to resume it, "
+        f"or begin a new run with another run_dir{_offer(folder)}"
     )
 
 
 def changes(saved: Settings, settings: Settings) -> list[Change]:
-    """Every setting in which the two differ."""
+    """Every setting whose value differs."""
     return [Change(name, old, new) for name, (old, new) in settings_module.changed(saved, settings).items()]
 
 
 def adopt(settings: Settings, folder: Path) -> list[str]:
-    """Makes `settings` those of the run in `folder`, and keeps what they were: one plain line for each change.
+    """Saves `settings` as those of the run in `folder`, records the old ones, and returns one line per change.
 
     Call it while the run folder is locked, after `check_resume`. A change before the first training step also removes
-    what the start with the other settings left behind.
+    the results of a start with the other settings.
     """
     saved, passed = folder / SAVED_NAME, _passed(folder)
     found = changes(settings_module.load_saved(saved), settings) if saved.exists() else []
@@ -143,7 +143,7 @@ def adopt(settings: Settings, folder: Path) -> list[str]:
     if found and passed:
         step = max(_steps(folder / "checkpoints"), default=0)
         before = folder / EARLIER_FOLDER / f"step_{step:06d}.yaml"
-        if not before.exists():  # else no step was made since the last change
+        if not before.exists():  # otherwise no step was made since the last change
             before.parent.mkdir(exist_ok=True)
             shutil.copyfile(saved, before)
         _append(folder / CHANGES_FILE, step, found)
@@ -155,13 +155,13 @@ def adopt(settings: Settings, folder: Path) -> list[str]:
 
 
 def earlier(folder: Path) -> list[Settings]:
-    """The settings that the run in `folder` had before they changed, and before them those of the run that its weights
-    come from (`run/start.py`); oldest first."""
+    """Earlier settings of the run in `folder`, preceded by those of the run that its weights come from
+    (`run/start.py`); oldest first."""
     return [settings_module.load_saved(path) for path in sorted((folder / EARLIER_FOLDER).glob("*.yaml"))]
 
 
 def _passed(folder: Path) -> set[Since]:
-    """Which points of its life the run in `folder` has passed."""
+    """The stages that the run in `folder` has passed."""
     trained = bool(_steps(folder / "checkpoints")) or any(r["step"] > 0 for r in read_rows(folder / METRICS_FILE))
     warmed = (folder / "warm_start" / "hf").exists()
     if trained:
@@ -179,7 +179,7 @@ def _append(path: Path, step: int, found: Sequence[Change]) -> None:
 
 
 def _clear_start(folder: Path, passed: set[Since], changed: Sequence[str]) -> None:
-    """What the next start would take for its own: the control report, start weights, the random model."""
+    """Removes what the next start would reuse: the control report, start weights, the random model."""
     (folder / "control_before.json").unlink(missing_ok=True)
     if not passed:
         shutil.rmtree(folder / "warm_start" / "random", ignore_errors=True)
@@ -198,4 +198,4 @@ def _shown(value: object) -> str:
 
 def _offer(folder: Path) -> str:
     root = folder / "checkpoints"
-    return f"; start_from={root} takes its weights along" if _steps(root) else ""
+    return f"; start_from={root} starts it from these weights" if _steps(root) else ""

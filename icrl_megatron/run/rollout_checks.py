@@ -1,4 +1,4 @@
-"""What can be known to be wrong with rollouts before anything heavy is imported. Imports no torch."""
+"""Checks of rollout settings before anything heavy is imported. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from icrl_megatron.utils.errors import ConfigError
 
 
 def check_rollout(settings: Settings) -> None:
-    """Raises ConfigError if partial rollouts or an external critic lack what they need."""
+    """Raises ConfigError if partial rollouts or an external critic lack required settings."""
     _check_partial(settings)
     _check_external(settings.rollout)
 
@@ -17,11 +17,14 @@ def _check_partial(settings: Settings) -> None:
     if not rollout.partial:
         return
     if rollout.oversample == 1.0:
-        raise ConfigError("rollout.partial=true: nothing is ever cut off; set rollout.oversample above 1, e.g. 1.25")
+        raise ConfigError(
+            "rollout.partial=true has no effect because no episode is interrupted; set rollout.oversample above 1, "
+            "e.g. 1.25"
+        )
     if not settings.algo.mismatch_correction.enabled:
         raise ConfigError(
             "rollout.partial=true trains on tokens of older weights: set algo.mismatch_correction.enabled=true, which "
-            "weighs them by the log-probs they were sampled with"
+            "weights them by the log-probs they were sampled with"
         )
 
 

@@ -1,7 +1,7 @@
-"""The checkpoints of one run folder: where a run goes on, what is saved, and what is still saved after an error.
+"""The checkpoints of one run folder: where a run resumes, what is saved, and what is saved after an error.
 
-run folder/progress.json      the newest step that was saved: without checkpoints, a run does not start again from 0
-run folder/model_files/       configuration, tokenizer, templates: what checkpoints and exports are completed with
+run folder/progress.json      the newest saved step, so that a run whose checkpoints are gone does not restart from 0
+run folder/model_files/       configuration, tokenizer, templates: copied into checkpoints and exports
 run folder/checkpoints/       step_NNNNNN; step_NNNNNN.damaged is kept and not used
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from icrl_megatron.actor import checkpoint, manifest
 from icrl_megatron.actor.actor import Actor
 from icrl_megatron.actor.side_files import read_side_files, write_side_files
-from icrl_megatron.distributed.grid import Grid, gather_objects, meet, together
+from icrl_megatron.distributed.grid import Grid, barrier, gather_objects, run_on_all_ranks
 from icrl_megatron.engines.registry import engine_kind
 from icrl_megatron.settings.loading import KEPT_MODEL
 from icrl_megatron.settings.schema import Settings
@@ -32,25 +32,25 @@ from icrl_megatron.utils.files import write_atomically
 CHECKPOINTS = "checkpoints"
 LEDGER = "progress.json"
 WAIT_S, HURRIED_WAIT_S = 30.0, 5.0
-"""How long a rank that failed waits for the others, which may hang in a collective; the second once it was asked to
-stop, as torchrun asks the ranks that are left when one has died."""
+"""How long a failed rank waits for the others, which may hang in a collective; the second value applies once it was
+asked to stop, as torchrun asks the remaining ranks when one has died."""
 
 Log = Callable[[str], None]
 Files = Mapping[str, Sequence[str]]
-"""Files that lie beside the tensors, by name, in lines."""
+"""Lines of additional files in a checkpoint, by file name."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins or goes on; the same on every rank."""
+    """Where a run begins or resumes; the same on every rank."""
 
     run_dir: Path
     run: str
     """Identifies the run folder in its checkpoints."""
     found: checkpoint.Checkpoint | None
-    """What it goes on from; None: it begins."""
+    """The checkpoint that it resumes from; None: it begins."""
     model_path: Path
-    """The model's own folder; it may be gone once there is a checkpoint."""
+    """The original model folder; it may be gone once there is a checkpoint."""
 
     @property
     def model(self) -> Path:
@@ -59,7 +59,8 @@ class Start:
 
     @property
     def tokenizer(self) -> Path:
-        """Where the tokenizer is read from: as the checkpoint has it, or the model's own folder, which errors name."""
+        """Folder of the tokenizer: the run's copy with a checkpoint, otherwise the original folder, for error
+        messages."""
         return self.model_path if self.found is None else self.model
 
     @property
@@ -69,20 +70,21 @@ class Start:
 
     @property
     def folder(self) -> Path:
-        """What actor and engines are built from: the model's folder, or the run's copy where that is gone."""
+        """The folder that actor and engines are built from: the original model folder, or the run's copy if that is
+        gone."""
         return self.model_path if self.has_weights else self.model
 
 
 def begin(run_dir: Path, model_path: Path, grid: Grid, log: Log) -> Start:
-    """Finds and verifies the checkpoint that the run in `run_dir` goes on from, and keeps a copy of what the model's
-    folder has besides weights. All ranks call it together, and hold the run folder's lock.
+    """Finds and verifies the checkpoint that the run in `run_dir` resumes from, and copies the files of the model's
+    folder other than weights. Collective over all ranks, which hold the run folder's lock.
 
-    Raises ConfigError where the run had a checkpoint and has none now: it must not silently start again from step 0.
+    Raises ConfigError if the run had a checkpoint and has none now: it must not silently restart from step 0.
     """
     root = run_dir / CHECKPOINTS
 
     def first(work: Callable[[], str]) -> str:
-        done = together(grid, lambda: work() if grid.rank == 0 else "")
+        done = run_on_all_ranks(grid, lambda: work() if grid.rank == 0 else "")
         return str(gather_objects(grid, done)[0])
 
     def clean() -> str:
@@ -117,20 +119,20 @@ def require_weights(start: Start, settings: Settings) -> None:
 
 @dataclass(frozen=True)
 class _Completed:
-    """The state after a step, as a checkpoint of it has to say."""
+    """The state after a step, for a checkpoint of it."""
 
     progress: checkpoint.SavedProgress
     beside: Callable[[], Files]
     begun: int
-    """`Optimizer.begun` then."""
+    """`Optimizer.begun` after the step."""
 
 
 class Saver:
-    """Saves the last completed step: when it is due, when the run ends, and when it fails. All ranks call each method
-    together."""
+    """Saves the last completed step: when it is due, when the run ends, and when it fails. Collective over all
+    ranks."""
 
     def __init__(self, start: Start, actor: Actor, keep: int, log: Log, stopping: Callable[[], bool]) -> None:
-        """`log` prints on rank 0; `stopping` says whether this rank was asked to stop."""
+        """`log` prints on rank 0; `stopping` returns whether this rank was asked to stop."""
         self._start, self._actor, self._grid, self._keep = start, actor, actor.grid, keep
         self._log, self._stopping = log, stopping
         self._saved = start.found.progress.step if start.found is not None else None
@@ -148,12 +150,12 @@ class Saver:
 
     @property
     def folder(self) -> Path:
-        """The checkpoint that the run goes on from; only if there is one."""
+        """The checkpoint that the run resumes from; call it only if there is one."""
         assert self._start.found is not None
         return self._start.found.folder
 
     def restore(self) -> checkpoint.SavedProgress | None:
-        """Loads the checkpoint that the run goes on from; None if it begins. Raises ConfigError as
+        """Loads the checkpoint that the run resumes from; None if it begins. Raises ConfigError as
         `Checkpoint.load`."""
         found = self._start.found
         if found is None:
@@ -163,11 +165,11 @@ class Saver:
         return progress
 
     def completed(self, progress: checkpoint.SavedProgress, beside: Callable[[], Files] = dict) -> None:
-        """A step is done, and this is where the run is. `beside` is called when it is saved, on all ranks."""
+        """Records a completed step and its progress. `beside` is called when it is saved, on all ranks."""
         self._completed = _Completed(progress, beside, self._actor.optimizer.begun)
 
     def save(self) -> None:
-        """Saves the last completed step, unless it is saved already. Raises as `checkpoint.save`."""
+        """Saves the last completed step unless it is saved already. Raises as `checkpoint.save`."""
         done, actor = self._completed, self._actor
         if done is None or self._saved == done.progress.step:
             return
@@ -184,7 +186,7 @@ class Saver:
             self._start.run,
         )
         self._saved, self._failed = done.progress.step, False
-        together(self._grid, self._note_saved)
+        run_on_all_ranks(self._grid, self._note_saved)
 
     def _note_saved(self) -> None:
         if self._grid.rank == 0 and self._saved is not None:
@@ -192,21 +194,21 @@ class Saver:
 
     @contextmanager
     def on_error(self) -> Iterator[None]:
-        """Saves the last completed step when the body raises, if the weights are still those of that step."""
+        """Saves the last completed step if the body raises and the weights are still those of that step."""
         try:
             yield
         except (Exception, KeyboardInterrupt) as error:
             try:
                 self._save_after(error)
-            except Exception as failed:  # the first error must reach the user whatever happens here
+            except Exception as failed:  # the first error must always reach the user
                 self._say(f"the last completed step could not be saved ({_line(failed)}); {self._standing()}")
             raise
 
     def _save_after(self, error: BaseException) -> None:
         done = self._completed
         if self._failed or done is None or done.progress.step in (0, self._saved):
-            return  # the error says that saving failed, or nothing would be lost
-        if not meet(self._grid, "icrl/failed", lambda: HURRIED_WAIT_S if self._stopping() else WAIT_S):
+            return  # saving itself failed, or there is nothing to lose
+        if not barrier(self._grid, "icrl/failed", lambda: HURRIED_WAIT_S if self._stopping() else WAIT_S):
             self._explain(error, f"not all ranks could be reached, so nothing was saved; {self._standing()}")
             return
         mine = (done.progress.step, self._actor.optimizer.begun == done.begun)
@@ -219,10 +221,10 @@ class Saver:
         except (ConfigError, HopelessError) as failed:
             self._explain(error, f"{failed}; {self._standing()}")
             return
-        self._say(f"saved step {self._saved}, the last one that was completed")
+        self._say(f"saved step {self._saved}, the last completed one")
 
     def _explain(self, error: BaseException, message: str) -> None:
-        """Says why nothing was saved, unless the run ends with one line that has a remedy, such as a full disk."""
+        """Logs why nothing was saved, unless the run ends with a one-line remedy, such as for a full disk."""
         if not isinstance(error, ConfigError):
             self._say(message)
 
@@ -239,7 +241,7 @@ class Saver:
 
 
 def _ledger(run_dir: Path, found: checkpoint.Checkpoint | None, log: Log) -> str:
-    """The run's identity, from its progress.json, which is made if need be. By rank 0. Raises as `begin`."""
+    """The run's id, from its progress.json, which is created if needed. On rank 0. Raises as `begin`."""
     path, root = run_dir / LEDGER, run_dir / CHECKPOINTS
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
@@ -252,7 +254,7 @@ def _ledger(run_dir: Path, found: checkpoint.Checkpoint | None, log: Log) -> str
     if found is None:
         _check_never_saved(run_dir, run, saved, log)
     elif saved > reached and not (root / f"{manifest.folder_name(saved)}{manifest.DAMAGED}").exists():
-        log(f"{root}: step {saved} was saved last and is not there any more; {found.folder.name} is the newest")
+        log(f"{root}: step {saved} was saved last and is missing; {found.folder.name} is the newest")
     if not run or saved != reached:
         run = run or uuid.uuid4().hex
         _write_ledger(run_dir, run, reached)
@@ -260,7 +262,7 @@ def _ledger(run_dir: Path, found: checkpoint.Checkpoint | None, log: Log) -> str
 
 
 def _check_never_saved(run_dir: Path, run: str, saved: int, log: Log) -> None:
-    """Of a run without checkpoints: raises ConfigError unless it is certain that it never had one."""
+    """For a run without checkpoints: raises ConfigError unless it certainly never had one."""
     remedy = "Put the checkpoints back there, or begin a new run with another run_dir or name"
     root = run_dir / CHECKPOINTS
     if saved > 0:
@@ -281,8 +283,8 @@ def _write_ledger(run_dir: Path, run: str, saved: int) -> None:
 
 
 def _keep_model(source: Path, kept: Path) -> str:
-    """Copies a model's side files to `kept`, which is replaced if this program wrote it. Where the source is gone, what
-    was kept stays. Raises ConfigError if `kept` holds anything else."""
+    """Copies a model's side files to `kept`, which is replaced if this program wrote it. If the source is gone, the
+    existing copy stays. Raises ConfigError if `kept` holds anything else."""
     if not source.is_dir() and (kept / "config.json").exists():
         return ""
     files = read_side_files(source)

@@ -1,8 +1,8 @@
-"""A run that begins from another run's checkpoint (`start_from`): its weights, and its moments where they are wanted.
+"""Starts a run from another run's checkpoint (`start_from`): from its weights, and optionally its moments.
 
-`python -m icrl_megatron.run.start SETTINGS.yaml` is what torchrun starts, before training. It leaves in <run_dir>/start
+torchrun starts `python -m icrl_megatron.run.start SETTINGS.yaml` before training. It writes to <run_dir>/start
 
-    step_NNNNNN/   the checkpoint: files are shared with the original, or copied; the original may be deleted then
+    step_NNNNNN/   the checkpoint: files are hard links or copies, so the original may be deleted then
     hf/            its weights in the run's precision, a Hugging Face folder: the model that training loads, and the
                    starting weights of engines, of a frozen critic and of the KL reference
 
@@ -34,7 +34,7 @@ _SIDE_FILES = "model"
 
 
 def check(settings: Settings) -> None:
-    """Raises ConfigError where `start_from` is no checkpoint, or contradicts another setting."""
+    """Raises ConfigError if `start_from` is not a checkpoint, or contradicts another setting."""
     given, folder = settings.start_from, run_folder(settings)
     if not given:
         if settings.start_with_moments:
@@ -43,7 +43,7 @@ def check(settings: Settings) -> None:
     own, there = folder.resolve(), Path(given).resolve()
     if there == own or there.is_relative_to(own / "checkpoints"):
         raise ConfigError(
-            f"start_from={given} lies in the run folder {folder} itself: leave start_from empty to go on with that "
+            f"start_from={given} is in the run folder {folder} itself: leave start_from empty to resume that "
             "run, or choose another run_dir for a new one"
         )
     shape = ModelShape.read(configuration(settings))
@@ -52,22 +52,22 @@ def check(settings: Settings) -> None:
         if other != shape:
             raise ConfigError(
                 f"start_from={given} is a checkpoint of another model than model.path={settings.model.path} "
-                f"({shape} and {other}): leave model.path empty, since a checkpoint brings its model along"
+                f"({shape} and {other}): leave model.path empty, since a checkpoint contains its model's configuration"
             )
     for saved in _settings_of(source(given))[-1:] if settings.start_with_moments and not made(settings) else ():
         for name in ("beta1", "beta2"):
             was, now = getattr(saved.optim, name), getattr(settings.optim, name)
             if was != now:
                 raise ConfigError(
-                    f"start_with_moments=true takes over averages with optim.{name}={was}, and the run has {now}: set "
+                    f"start_with_moments=true loads averages with optim.{name}={was}, and the run has {now}: set "
                     f"optim.{name}={was}, or start_with_moments=false"
                 )
 
 
 def source(given: str) -> Path:
-    """The checkpoint that `start_from` names: itself, or the newest of a folder of them, or of a run.
+    """The checkpoint that `start_from` names: itself, or the newest of a folder of them or of a run.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError if there is none.
     """
     path = Path(given)
     if _is_checkpoint(path):
@@ -82,13 +82,13 @@ def source(given: str) -> Path:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """A folder gets a name without an ending when it is complete."""
+    """Whether `path` is a complete checkpoint: a folder gets its name without a suffix when it is complete."""
     named = re.fullmatch(r"step_\d+", path.name) or (path / "icrl.json").exists()
     return bool(named) and (path / _SIDE_FILES / "config.json").is_file()
 
 
 def made(settings: Settings) -> bool:
-    """Whether the run has all that it needs of the checkpoint."""
+    """Whether the run has everything that it needs from the checkpoint."""
     folder = run_folder(settings) / FOLDER
     return (folder / MODEL / "config.json").exists() and any(map(_is_checkpoint, folder.glob("step_*")))
 
@@ -99,16 +99,16 @@ def configuration(settings: Settings) -> Path:
 
 
 def training(settings: Settings) -> Settings:
-    """The settings of the training program, once the start is made."""
+    """The settings of the training program, once the start folder exists."""
     (copy,) = [path for path in (run_folder(settings) / FOLDER).glob("step_*") if _is_checkpoint(path)]
     model = replace(settings.model, path=str(_model(settings)), init=None)
     return replace(settings, start_from=str(copy), model=model)
 
 
 def lineage(settings: Settings) -> list[Settings]:
-    """The settings of the run that the checkpoint comes from, oldest first, as far as they can be read: what it trained
-    on must not be held out now."""
-    if not settings.start_from or made(settings):  # then this run's folder holds them (`earlier`)
+    """The settings of the run that the checkpoint comes from, oldest first, as far as they can be read: its training
+    problems must not be held out now."""
+    if not settings.start_from or made(settings):  # then this run's folder has them (`earlier`)
         return []
     return _settings_of(source(settings.start_from))
 
@@ -122,7 +122,7 @@ def _settings_of(checkpoint: Path) -> list[Settings]:
 
 
 def _run_of(checkpoint: Path) -> Path | None:
-    """The run folder that a checkpoint lies in."""
+    """The run folder that contains a checkpoint."""
     above = checkpoint.resolve().parents[:2]
     return next((folder for folder in above if (folder / SAVED_NAME).exists()), None)
 
@@ -132,7 +132,7 @@ def _model(settings: Settings) -> Path:
 
 
 def main(settings: Settings) -> int:
-    """One rank of the program; returns 0. Any grid reads any grid's checkpoint."""
+    """Runs one rank of the program; returns 0. Any grid reads any grid's checkpoint."""
     from icrl_megatron.actor import checkpoint
     from icrl_megatron.actor.actor import Actor
     from icrl_megatron.actor.export import write_hf
@@ -151,7 +151,7 @@ def main(settings: Settings) -> int:
 
 
 def _copy(given: Path, folder: Path) -> None:
-    """The checkpoint as folder/step_NNNNNN, whole or not at all."""
+    """Copies the checkpoint to folder/step_NNNNNN, completely or not at all."""
     name = given.name if re.fullmatch(r"step_\d+", given.name) else "step_000000"
     part, final = folder / f"{name}.part", folder / name
     try:

@@ -1,4 +1,4 @@
-"""Where a run is, and how that survives: restored from a checkpoint at the start, saved after any completed step."""
+"""The state of a run: restored from a checkpoint at the start, saved after any completed step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from icrl_megatron.actor import checkpoint
 from icrl_megatron.actor.export import write_hf
 from icrl_megatron.data.curriculum import cut_history, read_history
-from icrl_megatron.distributed.grid import any_rank, gather_objects, together
+from icrl_megatron.distributed.grid import any_rank, gather_objects, run_on_all_ranks
 from icrl_megatron.distributed.process import StopRequest
 from icrl_megatron.model.weights import Gatherer
 from icrl_megatron.rollout import replay
@@ -24,22 +24,22 @@ from icrl_megatron.types import Episode
 from icrl_megatron.utils.results import MOVE_AWAY
 
 REPLAY = "replay.jsonl"
-"""In a checkpoint: episodes that were cut off (`rollout.partial`)."""
+"""In a checkpoint: unfinished episodes (`rollout.partial`)."""
 NEWEST_ROWS = "metrics.jsonl"
 """In a checkpoint: the rows of its step."""
 PENDING = "row.json"
-"""In a checkpoint: the metrics of its step that are not in metrics.jsonl yet, because the step's evaluation failed."""
+"""In a checkpoint: the metrics of its step, if the step's evaluation failed before they were in metrics.jsonl."""
 
 
 class RunState:
     """Step, generated tokens and metrics.jsonl of a run. Every rank calls each method; rank 0 writes the files."""
 
     def __init__(self, parts: Parts, saver: Saver, stop: StopRequest, log: Callable[[str], None]) -> None:
-        """Loads the checkpoint that the run goes on from, or `start_from`; the engines do not have its weights yet."""
+        """Loads the checkpoint that the run resumes from, or `start_from`; does not send its weights to the engines."""
         self.parts, self.saver, self.run_dir = parts, saver, saver.run_dir
         self.step = self.generated = 0
         self.pending: Row | None = None
-        """The metrics of the last step, as long as they are not written."""
+        """The metrics of the last step until they are written."""
         self._stop, self._log = stop, log
         newest: list[Row] = []
         resumed = saver.restore()
@@ -47,15 +47,17 @@ class RunState:
             if parts.settings.rollout.partial:
                 self._take_back(replay.read(saver.folder / REPLAY))
             self.step, self.generated = resumed.step, resumed.generated_tokens
-            parts.sync.version = max(0, resumed.weight_version - 1)  # the first push is that version again
+            parts.sync.version = max(0, resumed.weight_version - 1)  # the first push has that version again
             self.pending, newest = _read_pending(saver.folder / PENDING), read_rows(saver.folder / NEWEST_ROWS)
         elif parts.settings.start_from:
             self._start_from(Path(parts.settings.start_from))
         main = parts.grid.rank == 0
         self._resume_curriculum(main)
         written = None if resumed is None else self.step - (self.pending is not None)
-        self._writer = together(parts.grid, lambda: MetricsWriter(self.run_dir, written, newest) if main else None)
-        self._trackers = together(parts.grid, lambda: self._start_trackers() if main else None)
+        self._writer = run_on_all_ranks(
+            parts.grid, lambda: MetricsWriter(self.run_dir, written, newest) if main else None
+        )
+        self._trackers = run_on_all_ranks(parts.grid, lambda: self._start_trackers() if main else None)
         self.completed(self.pending)
 
     def _start_trackers(self) -> Trackers:
@@ -64,7 +66,7 @@ class RunState:
         return Trackers(settings.trackers, name, self.run_dir, flat(settings), self._log)
 
     def _start_from(self, folder: Path) -> None:
-        """The weights of another run's checkpoint in fp32, which `model.path` may hold rounded, and its moments."""
+        """Loads another run's checkpoint: fp32 weights, which `model.path` may have rounded, and its moments."""
         actor, moments = self.parts.actor, self.parts.settings.start_with_moments
         checkpoint.load(folder, actor.rows, actor.optimizer, self.parts.grid)
         if not moments:
@@ -72,15 +74,17 @@ class RunState:
         self._log(f"starting from {folder} {'with' if moments else 'without'} its optimizer moments")
 
     def _take_back(self, kept: ReplayLogs) -> None:
-        """Episodes go on where their problems are still trained on: the data may have changed."""
+        """Resumes unfinished episodes whose problems are still training problems: the data may have changed."""
         known = {task: group for task, group in kept.items() if task in self.parts.sampler.known}
         if len(known) < len(kept):
-            self._log(f"{len(kept) - len(known)} unfinished groups are left out: their problems are gone")
+            self._log(
+                f"{len(kept) - len(known)} unfinished groups are dropped: their problems are no longer trained on"
+            )
         self.parts.source.take_back(known)
 
     def _resume_curriculum(self, main: bool) -> None:
-        """Replays the success shares of the steps before the checkpoint. Every rank reads the file, then rank 0 cuts
-        what later steps wrote."""
+        """Replays the success shares of the steps before the checkpoint. Every rank reads the file, then rank 0 removes
+        the lines of later steps."""
         curriculum = self.parts.sampler.curriculum
         if curriculum is None:
             return
@@ -95,17 +99,17 @@ class RunState:
         return self.step >= self.parts.settings.steps or (limit is not None and self.generated >= limit)
 
     def stop_requested(self) -> bool:
-        """The same answer on every rank, so that all stop at the same step."""
+        """The same result on every rank, so that all stop at the same step."""
         return any_rank(self.parts.grid, bool(self._stop))
 
     def completed(self, pending: Row | None) -> None:
-        """The step is done: from here on an error saves it, with its metrics where they are still `pending`."""
+        """Marks the step as done: from now on it is saved after an error, with its metrics if they are `pending`."""
         optimizer, kept = self.parts.actor.optimizer, self.parts.source.replay_logs()
 
         def beside() -> Files:
             everyones = {task: of for mine in gather_objects(self.parts.grid, kept) for task, of in mine.items()}
             found = {REPLAY: replay.to_lines(everyones)} if everyones else {}
-            rows = together(self.parts.grid, lambda: self._writer.saved() if self._writer is not None else [])
+            rows = run_on_all_ranks(self.parts.grid, lambda: self._writer.saved() if self._writer is not None else [])
             found |= {NEWEST_ROWS: rows or []}
             return found | ({PENDING: [json.dumps(pending)]} if pending is not None else {})
 
@@ -114,8 +118,8 @@ class RunState:
         self.saver.completed(progress, beside)
 
     def by_first_rank(self, write: Callable[[], object]) -> None:
-        """Rank 0 writes files; where that fails, all ranks end."""
-        together(self.parts.grid, lambda: write() if self._writer is not None else None)
+        """Writes files on rank 0; if that fails, all ranks raise."""
+        run_on_all_ranks(self.parts.grid, lambda: write() if self._writer is not None else None)
 
     def write(self, row: Row, episodes: Sequence[Episode] = ()) -> None:
         """Appends one row of this step to metrics.jsonl, TensorBoard and the trackers, which get a few episodes too."""
@@ -127,7 +131,7 @@ class RunState:
         self._trackers.write(self.step, row, table_rows(episodes, self.parts.settings.trackers.episodes))
 
     def evaluated(self) -> bool:
-        """Whether the metrics end with an evaluation at this step; the same answer on every rank."""
+        """Whether the last row of the metrics is an evaluation at this step; the same result on every rank."""
         rows = read_rows(self.run_dir / METRICS_FILE) if self._writer is not None else []
         ends = bool(rows) and rows[-1]["step"] == self.step and GENERATED not in rows[-1]
         return any_rank(self.parts.grid, ends)
@@ -141,13 +145,13 @@ class RunState:
             self.save()
 
     def conclude(self) -> None:
-        """The last checkpoint and the exported model."""
+        """Saves the last checkpoint and exports the model."""
         self.save()
         actor, grid = self.parts.actor, self.parts.grid
         write_hf(Gatherer(actor.rows, grid), self.saver.model, self.run_dir / EXPORT, grid, remedy=MOVE_AWAY)
 
     def close(self) -> None:
-        """Ends the metrics and the trackers, however the run ends."""
+        """Closes the metrics and the trackers, however the run ends."""
         if self._writer is not None:
             self._writer.close()
         if self._trackers is not None:
@@ -155,6 +159,6 @@ class RunState:
 
 
 def _read_pending(path: Path) -> Row | None:
-    """The row that a checkpoint was saved with, if its evaluation had failed; its files were verified before."""
+    """The row that a checkpoint was saved with if its evaluation had failed; the file was verified before."""
     row: Row | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     return row

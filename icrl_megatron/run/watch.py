@@ -1,4 +1,4 @@
-"""Watched while a run trains: whether engine and trainer compute the same model, and whether the policy collapsed."""
+"""Monitors training: whether engine and trainer compute the same model, and whether the policy collapsed."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from icrl_megatron.types import Episode, StepStats
 from icrl_megatron.utils.errors import HopelessError
 
 FLAT_GRADIENT = 1e-6
-"""A gradient norm below this teaches nothing: living policies of the small runs have 1e-2 to 1."""
+"""Gradient norms below this count as no gradient: healthy policies of the small runs have 1e-2 to 1."""
 LOW_ENTROPY, LOW_SHARE = 1e-2, 0.1
-"""Entropy of replies, in nats a token, and its share of that of the run's first step, below which a policy hardly
-chooses any more."""
+"""Entropy of replies in nats per token, and its share of the first step's entropy, below which replies count as almost
+certain."""
 SOLVED = 0.95
-"""Mean reward from which on a policy that is sure and learns nothing is just good."""
+"""Mean reward from which on a policy with certain replies and no gradient has solved its tasks, not collapsed."""
 COLLAPSED_STEPS = 3
-"""Steps in a row after which a collapse is reported."""
+"""Consecutive steps after which a collapse is reported."""
 REMIND_EVERY = 10
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Largest accepted |log pi_train - log pi_engine| of a step, and how many steps in a row may exceed it."""
+    """Largest accepted |log pi_train - log pi_engine| of a step, and the number of consecutive steps above it that stop
+    the run."""
 
     mean: float
     largest: float
@@ -39,15 +40,15 @@ class Limits:
 
 
 MISMATCH = {"fp32": Limits(1e-5, 1e-3, 1), "bf16": Limits(2.5e-2, 2.0, 3)}
-"""Defaults by precision; docs/ENGINES.md says how they were measured. A quantised engine or actor has no default."""
+"""Defaults by precision, measured as in docs/ENGINES.md. A quantized engine or actor has no default."""
 
 
 class CollapsedError(HopelessError):
-    """The policy hardly chooses any more and gets no gradient: more steps change nothing."""
+    """The policy's replies are almost certain and it gets no gradient: more steps change nothing."""
 
 
 def mismatch_limits(settings: Settings) -> Limits:
-    """`engine.mismatch_limit`, with the defaults of the precision where it says nothing."""
+    """`engine.mismatch_limit`, with the precision's defaults for what it does not set."""
     given, default = settings.engine.mismatch_limit, MISMATCH[settings.actor.precision]
     if settings.engine.quantization or settings.actor.fp8 != "off":
         default = Limits(math.inf, math.inf, default.patience)
@@ -59,13 +60,13 @@ def mismatch_limits(settings: Settings) -> Limits:
 
 
 class Watch:
-    """Looks at every step. It is told the same on every rank, so all ranks warn and stop together."""
+    """Checks every step. Its inputs are the same on every rank, so all ranks warn and stop at the same step."""
 
     def __init__(self, settings: Settings, run_dir: Path, log: Callable[[str], None]) -> None:
         self._settings, self._run_dir, self._log = settings, run_dir, log
         self._limits = mismatch_limits(settings)
         self._apart = self._flat = 0
-        """Steps in a row so far."""
+        """Consecutive steps so far."""
         self._first: float | None = None
         """Entropy at the run's first step."""
         self._alive = 0
@@ -75,10 +76,10 @@ class Watch:
                 self._low(int(row["step"]), row[REPLY_ENTROPY])
 
     def engine(self, step: int, stats: StepStats) -> None:
-        """Compares the log-probs of engine and trainer under the same prompt, which the step measured.
+        """Checks the step's difference of engine and trainer log-probs under the same prompt.
 
-        Raises InvariantError when they were too far apart for `engine.mismatch_limit.patience` steps in a row; warns of
-        each. With rollout.partial old tokens come from older weights, and nothing can be said.
+        Raises InvariantError if it was too large for `engine.mismatch_limit.patience` consecutive steps; warns at each
+        one before. With rollout.partial, old tokens come from older weights, and no check is possible.
         """
         if self._settings.debug.mode != "train" or self._settings.rollout.partial:
             return
@@ -96,17 +97,17 @@ class Watch:
             self._log(f"{said}; the run stops after {limits.patience} such steps in a row")
             return
         raise InvariantError(
-            f"{said}, {self._apart} in a row. Probable causes: weights were not synced whole or not "
+            f"{said}, {self._apart} in a row. Probable causes: weights were not synced completely or not "
             "at all, the engine samples at another temperature than rollout.temperature, or one of them computes "
             "another model. For an engine that is known to differ by more, raise engine.mismatch_limit.mean and "
             "engine.mismatch_limit.largest"
         )
 
     def policy(self, step: int, episodes: Sequence[Episode], stats: StepStats | None) -> None:
-        """Whether the policy has collapsed: its replies are almost certain, they do not solve the tasks, and there is
+        """Checks whether the policy has collapsed: its replies are almost certain, do not solve the tasks, and there is
         no gradient (`stats` is None for a step without an update).
 
-        Warns after COLLAPSED_STEPS such steps in a row, and raises CollapsedError then with optim.on_collapse=stop.
+        Warns after COLLAPSED_STEPS consecutive such steps, or raises CollapsedError with optim.on_collapse=stop.
         """
         if self._settings.debug.mode != "train":
             return
@@ -121,14 +122,14 @@ class Watch:
             self._log(f"step {step}: {self.described(episodes)}")
 
     def hint(self, step: int, episodes: Sequence[Episode]) -> str:
-        """What to add to the message of a step that had nothing to learn from: nothing while the policy lives."""
+        """Addition to the message of a step without a learning signal; empty unless the replies are almost certain."""
         return f"; {self.described(episodes)}" if self._certain(step, episodes) else ""
 
     def described(self, episodes: Sequence[Episode]) -> str:
         entropy, first = reply_entropy(episodes), self._first
         return (
             f"the policy has collapsed: its replies have an entropy of {entropy:.1e} a token ({first:.1e} at first) "
-            f"and there is no gradient, so it learns nothing any more. optim.learning_rate="
+            f"and there is no gradient, so it no longer learns. optim.learning_rate="
             f"{self._settings.optim.learning_rate:g} is the probable cause: {self._remedy()}"
         )
 
@@ -144,40 +145,40 @@ class Watch:
         return low
 
     def _remedy(self) -> str:
-        """How to go on from before the collapse: the weights that a step saves are those that the next step plays."""
+        """How to resume from before the collapse: the weights that a step saves are those that the next step plays."""
         root = self._run_dir / "checkpoints"
         steps = sorted(int(m[1]) for path in root.glob("step_*") if (m := re.fullmatch(r"step_(\d+)", path.name)))
         good = [step for step in steps if step < self._alive]
         if not good:
-            return "no checkpoint is from before that; lower optim.learning_rate in a new run"
+            return "no checkpoint is from before the collapse; lower optim.learning_rate in a new run"
         newest = root / f"step_{good[-1]:06d}"
         if good == steps:
-            return f"lower optim.learning_rate and run the same command again, which goes on from {newest.name}"
+            return f"lower optim.learning_rate and run the same command again, which resumes from {newest.name}"
         return (
-            f"{newest} is the newest checkpoint from before that; delete those after it, lower optim.learning_rate and "
-            f"run the same command again, or begin a new run with start_from={newest}"
+            f"{newest} is the newest checkpoint from before the collapse; delete those after it, lower "
+            f"optim.learning_rate and run the same command again, or begin a new run with start_from={newest}"
         )
 
 
 class NoWatch:
-    """Demonstrations come from no engine, and a policy that becomes sure of them is what training wants."""
+    """For demonstrations, which come from no engine; becoming certain of them is the goal of training."""
 
     def engine(self, step: int, stats: StepStats) -> None:
-        """Nothing to compare."""
+        """Does nothing."""
 
     def policy(self, step: int, episodes: Sequence[Episode], stats: StepStats | None) -> None:
-        """Nothing to look at."""
+        """Does nothing."""
 
     def hint(self, step: int, episodes: Sequence[Episode]) -> str:
         return ""
 
 
 class NoSignalError(HopelessError):
-    """Every group of a batch, and of its replacements, was flat: there is nothing to learn from."""
+    """No group of a batch, nor of its replacements, had a reward that differed: there is nothing to learn from."""
 
 
 def nothing_to_learn(settings: Settings, step: int, played: Played, report: CreditReport) -> str:
-    """Why the run cannot go on with this batch; empty where it can."""
+    """Why the run cannot train on this batch; empty if it can."""
     if not played.episodes:
         lost = played.dropped[0]
         return f"step {step}: all {len(played.dropped)} episodes were lost; {lost.task.task_id}: {lost.error}"

@@ -1,9 +1,9 @@
-"""The head of the policy: log-prob, entropy, calibration weight and clipped loss without a [tokens, vocabulary].
+"""The policy head: log-prob, entropy, calibration weight and clipped loss without a [tokens, vocabulary] tensor.
 
-The actor calls `head.policy_head`, which knows ICRL's objective (`objective.token_objective`, Eq. 6), `head.score_head`
-without gradients, and `logprobs.logprob_head` below any other loss. `reference` is the same computation with all logits
-at once, for tests and benchmarks. `torch_chunks` computes on CPUs, `triton_chunks` and `triton_kernels` on GPUs; the
-latter are imported only when they are used.
+The actor calls `head.policy_head`, which implements ICRL's objective (`objective.token_objective`, Eq. 6),
+`head.score_head` without gradients, and `logprobs.logprob_head` for any other loss. `reference` is the same computation
+with all logits at once, for tests and benchmarks. `torch_chunks` runs on CPUs, `triton_chunks` and `triton_kernels` on
+GPUs; the latter are imported only when they are used.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Arguments of the head, checked before anything is computed or communicated: a ValueError names what was wrong.
+"""Validates the head's arguments before any computation or communication. A ValueError names the argument.
 
-What has to look into tensors is asked of the device in one question, so that a GPU is waited for once.
+Conditions on tensor values are evaluated in one batch, so that the host waits for a GPU only once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from icrl_kernels.vocabulary import VocabShard
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
-"""What the Triton kernels take."""
+"""Dtypes that the Triton kernels support."""
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -31,7 +31,7 @@ def _require(condition: bool, argument: str, expected: str, got: object) -> None
 
 @dataclass(frozen=True)
 class _Question:
-    """A condition that only the device knows, and what is wrong where it does not hold."""
+    """A condition on tensor values, and the error if it does not hold."""
 
     holds: Tensor
     argument: str
@@ -55,10 +55,10 @@ def check_products(
     chunking: Chunking,
     main_grad_VH: Tensor | None = None,
 ) -> None:
-    """Shapes, dtypes, devices and ranges of what both heads take.
+    """Checks shapes, dtypes, devices and ranges of the arguments that both heads have.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: names the argument, the expected and the actual value.
     """
     _require(hidden_LH.dim() == 2, "hidden_LH", "two dimensions [tokens, hidden]", list(hidden_LH.shape))
     kernels = chunking.backend == "triton" or (chunking.backend == "auto" and hidden_LH.is_cuda)
@@ -77,7 +77,7 @@ def check_products(
         _require(tensor.device == hidden_LH.device, name, here, tensor.device)
     _require(_is_number(temperature), "temperature", "a finite number above 0", repr(temperature))
     _require(0 < temperature < float("inf"), "temperature", "a finite number above 0", temperature)
-    # What the kernels multiply with is log2(e) / T.
+    # The kernels multiply by log2(e) / T.
     warm = math.log2(math.e) / temperature < FLOAT32_MAX
     _require(warm, "temperature", "a number whose inverse float32 can hold", temperature)
     _check_chunking(chunking, kernels, hidden_LH.dtype)
@@ -91,10 +91,10 @@ def check_products(
 
 
 def check_targets(targets_L: Tensor, shard: VocabShard) -> None:
-    """Every target is in the vocabulary.
+    """Checks that every target is in the vocabulary.
 
     Raises:
-        ValueError: naming what was expected and what came.
+        ValueError: names the expected and the actual values.
     """
     _ask(_targets(targets_L, shard, torch.ones_like(targets_L, dtype=torch.bool)))
 
@@ -127,7 +127,7 @@ def _check_shard(shard: VocabShard, rows: int) -> None:
     within = shard.vocabulary >= 1 and (shard.valid == 0 or (shard.start >= 0 and ends <= shard.vocabulary))
     _require(within, "shard", f"columns within 0 to {shard.vocabulary}", f"{shard.start} to {ends}")
     if shard.group is not None:
-        _require(dist.is_initialized(), "shard.group", "an initialised torch.distributed", "none; initialise it first")
+        _require(dist.is_initialized(), "shard.group", "an initialized torch.distributed", "none; initialize it first")
         _require(_is_member(shard.group), "shard.group", "a group that this rank is in", repr(shard.group))
     if shard.ranks() == 1:
         alone = f"{shard.vocabulary} without a group of more ranks"
@@ -137,7 +137,7 @@ def _check_shard(shard: VocabShard, rows: int) -> None:
 def _is_member(group: dist.ProcessGroup) -> bool:
     try:
         return dist.get_rank(group) >= 0
-    except Exception:  # whatever torch makes of a group that was destroyed, or of what is none
+    except Exception:  # torch raises various errors for a destroyed group, or for an object that is not a group
         return False
 
 
@@ -146,12 +146,12 @@ def _is_number(value: object) -> bool:
 
 
 def check_objective(hidden_LH: Tensor, streams: Streams, terms: Terms, shard: VocabShard) -> None:
-    """Shapes, dtypes, devices and values of the streams and the scalars of the objective.
+    """Checks shapes, dtypes, devices and values of the streams, and the scalars of the objective.
 
-    Of a token whose coefficient is 0 only the coefficient is looked at.
+    For a token whose coefficient is 0, only the coefficient is checked.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: names the argument, the expected and the actual value.
     """
     tokens = hidden_LH.shape[0]
     for name in (field.name for field in fields(terms)):
@@ -183,7 +183,7 @@ def check_objective(hidden_LH: Tensor, streams: Streams, terms: Terms, shard: Vo
 
 
 def _values(streams: Streams, shard: VocabShard) -> list[_Question]:
-    """What streams whose shapes and dtypes are right may hold."""
+    """Conditions on the values of streams with correct shapes and dtypes."""
     coefficients_L = streams.coefficients_L
     live_L, negative_L = coefficients_L != 0, coefficients_L < 0
     asked = _numbers("coefficients_L", coefficients_L, live_L, True)

@@ -1,4 +1,4 @@
-"""What the two ways of computing the head have in common: how the work is cut, what they fill in, what they offer."""
+"""The interface of the torch and Triton implementations of the head: chunk sizes, outputs, gradients, and methods."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from icrl_kernels.objective import Streams, Terms
 
 @dataclass(frozen=True)
 class Chunking:
-    """How the head is computed. No choice changes what is computed, but bf16 logits round it."""
+    """How the head is computed. Except for the rounding of bf16 logits, the result does not depend on it."""
 
     tokens: int | None = None
-    """Tokens whose logits exist at one time; None: as many as suit the device."""
+    """Tokens whose logits exist at one time; None: chosen for the device."""
     backend: str = "auto"
-    """auto | torch | triton. auto: triton for tensors on a GPU, torch elsewhere. triton takes fp32 and bf16 inputs."""
+    """auto | torch | triton. auto: triton for tensors on a GPU, torch elsewhere. triton supports fp32 and bf16
+    inputs."""
     logits: str = "fp32"
-    """fp32 | bf16: how a chunk's logits are stored. bf16 (triton with bf16 inputs only) halves the buffer and rounds
-    logits of 16 to 32 by up to 0.06; docs/KERNEL.md has what that does to log-probs and calibration weights."""
+    """fp32 | bf16: dtype of a chunk's stored logits. bf16 (triton with bf16 inputs only) halves the buffer and rounds
+    logits of 16 to 32 by up to 0.06; docs/KERNEL.md has the effect on log-probs and calibration weights."""
 
 
 def spans(tokens: int, chunk: int) -> Iterator[slice]:
@@ -32,7 +33,7 @@ def spans(tokens: int, chunk: int) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class TokenOutputs:
-    """What a pass says of each token: [L] tensors, filled chunk by chunk."""
+    """The outputs per token: [L] tensors, filled chunk by chunk."""
 
     loss_L: Tensor
     logprobs_L: Tensor
@@ -46,21 +47,21 @@ class TokenOutputs:
 
     @classmethod
     def empty(cls, like_L: Tensor, dtype: torch.dtype) -> TokenOutputs:
-        """Unfilled, one number a token of `like_L`."""
+        """Uninitialized outputs, one number per token of `like_L`."""
         floats = [torch.empty_like(like_L, dtype=dtype) for _ in range(5)]
         return cls(*floats, *[torch.empty_like(like_L, dtype=torch.bool) for _ in range(3)])
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Where gradients go; None where they are not needed."""
+    """Gradient buffers; None if not needed."""
 
     hidden_LH: Tensor | None
-    """In the dtype of the hidden states; every chunk writes its own rows."""
+    """In the dtype of the hidden states; each chunk writes its own rows."""
     weight_VH: Tensor | None
-    """fp32 (fp64 for fp64 inputs), this rank's rows; every chunk adds to all of them."""
+    """fp32 (fp64 for fp64 inputs), this rank's rows; each chunk adds to all of them."""
     weight_scale: float = 1.0
-    """Multiplies what is added to `weight_VH`."""
+    """Factor on what is added to `weight_VH`."""
 
 
 @dataclass(frozen=True)
@@ -69,24 +70,24 @@ class Slopes:
 
     logprob_C: Tensor
     entropy_C: Tensor | None
-    """None where the loss has no entropy term."""
+    """None if the loss has no entropy term."""
     silent_C: Tensor
-    """bool: tokens that contribute nothing, whatever their logits hold."""
+    """bool: tokens that contribute nothing, whatever their logits."""
 
 
 class Chunks(Protocol):
     """One pass of the head over one set of inputs."""
 
     tokens: int
-    """Tokens a chunk."""
+    """Tokens per chunk."""
     dtype: torch.dtype
-    """Of the per-token outputs."""
+    """Dtype of the per-token outputs."""
 
     def score(self, span: slice, targets_C: Tensor, logprobs_C: Tensor, entropy_C: Tensor) -> None:
-        """Fills log-probs and entropies of a chunk."""
+        """Computes log-probs and entropies of a chunk."""
 
     def train(self, span: slice, streams: Streams, terms: Terms, outputs: TokenOutputs, grads: Gradients) -> None:
-        """Fills rows `span` of the outputs, and adds the chunk's gradients. `streams` are the chunk's own."""
+        """Writes rows `span` of the outputs, and adds the chunk's gradients. `streams` has only the chunk's tokens."""
 
     def backward(self, span: slice, targets_C: Tensor, slopes: Slopes, grads: Gradients) -> None:
-        """Computes the chunk's logits again and adds the gradients that `slopes` stand for."""
+        """Recomputes the chunk's logits and adds the gradients for `slopes`."""

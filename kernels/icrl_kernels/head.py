@@ -1,8 +1,8 @@
-"""The head of the policy, from hidden states to loss and gradients, never holding more than a chunk of logits.
+"""The policy head, from hidden states to loss and gradients, with at most one chunk of logits in memory.
 
-Everything but the log-prob is known of a token before the head runs, so the gradient is formed chunk by chunk in the
-forward pass, while the chunk's softmax is at hand, and nothing is computed twice. `torch_chunks` does a chunk on a CPU,
-`triton_chunks` on a GPU; both follow the same mathematics (docs/KERNEL.md) and the same contract, which stands here.
+All inputs of the objective except the log-prob are known before the head runs. So the gradient is computed per chunk in
+the forward pass, from the chunk's softmax, and nothing is computed twice. `torch_chunks` computes a chunk on a CPU,
+`triton_chunks` on a GPU; both implement the same mathematics (docs/KERNEL.md) and the contract documented here.
 """
 
 from __future__ import annotations
@@ -25,26 +25,27 @@ from icrl_kernels.vocabulary import VocabShard
 
 @dataclass(frozen=True)
 class MainGrad:
-    """A gradient buffer that the weight's gradient is added to while the loss is computed, as Megatron's main_grad.
+    """A gradient buffer, like Megatron's main_grad, to which the weight's gradient is added during the forward pass.
 
-    The weight then gets no `.grad` from the head. Every forward pass with gradients enabled adds, and what is added
-    cannot be taken back. Under torch.utils.checkpoint there is one such pass with `use_reentrant=True`. With
-    `use_reentrant=False` there is one only if nothing after the head in the checkpointed function saves a tensor and
-    early stopping is on, as it is by default; else the head is run and its gradient added again. Keep the head outside.
+    The weight then gets no `.grad` from the head. Every forward pass with gradients enabled adds to the buffer, and
+    this cannot be undone. Under torch.utils.checkpoint there is one such pass with `use_reentrant=True`. With
+    `use_reentrant=False` there is only one if nothing after the head in the checkpointed function saves a tensor and
+    early stopping is on (the default); otherwise the head runs again and adds its gradient again. Keep the head outside
+    of checkpointed functions.
     """
 
     buffer_VH: Tensor
-    """float32 (float64 for float64 weights), of the weight's shape."""
+    """float32 (float64 for float64 weights), in the weight's shape."""
     scale: float = 1.0
-    """What the loss is multiplied with before backward(); the backward pass asserts it."""
+    """Factor applied to the loss before backward(); the backward pass asserts it."""
 
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """What `policy_head` returns. Per-token tensors are [L], detached, float64 for float64 inputs and else float32."""
+    """The result of `policy_head`. Per-token tensors are [L], detached, float32 (float64 for float64 inputs)."""
 
     loss: Tensor
-    """Scalar: the plain sum over tokens; differentiable in hidden states and weight, once."""
+    """Scalar: the sum over tokens; differentiable in hidden states and weight, once."""
     logprobs_L: Tensor
     entropy_L: Tensor
     ratio_L: Tensor
@@ -53,9 +54,10 @@ class HeadOutput:
     clipped_high_L: Tensor
     """bool, as in `objective.TokenObjective`."""
     non_finite: Tensor
-    """int64 scalar: tokens with a coefficient whose logits or loss are not finite; above 0, drop the step."""
+    """int64 scalar: tokens with a nonzero coefficient whose logits or loss are not finite; if above 0, skip the
+    step."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Other values of each token, [L]: the fused objective has none, a plain loss may."""
+    """Additional values per token, [L]: the fused objective has none, a plain loss may."""
 
 
 def policy_head(
@@ -73,23 +75,23 @@ def policy_head(
         hidden_LH: last hidden states of the loss tokens, [L, H], contiguous; float32 or bfloat16, on a CPU also float64
             and float16; the same on all ranks of `shard.group`.
         weight_VH: this rank's rows of the output layer, [V, H], contiguous, in the dtype of `hidden_LH`. All ranks of
-            the group have equally many, padding included: they decide into which chunks tokens are cut.
+            the group have the same number, padding included, because it determines the chunks.
         streams: [L] tensors, the same on all ranks of the group.
         terms: the scalars of the objective.
-        shard: which columns of the vocabulary the rows of the weight are.
-        chunking: how the work is cut, and by what it is done.
-        main_grad: where the gradient of the weight is added to, if not to `.grad`.
+        shard: the vocabulary columns that the weight's rows represent.
+        chunking: chunk size and implementation.
+        main_grad: buffer for the gradient of the weight, instead of `.grad`.
 
     All sums are float32 (float64 for float64 inputs), whatever the dtype of the inputs, and so are the logits unless
     `chunking` says otherwise. Ranks communicate one all-gather per chunk, of four numbers per token. The gradient of
-    `hidden_LH` is this rank's part, the sum over its own columns. The caller, which made `hidden_LH` the same on all
-    ranks, sums it over the group. The gradients are held until the backward pass, which scales them in place and hands
-    them over, once. They are not saved through autograd. Under torch.utils.checkpoint a chunk is computed twice at
-    most: with `use_reentrant=True` once without gradients and once with them; with `use_reentrant=False` once, and once
-    more if something after the head in the checkpointed function saves a tensor.
+    `hidden_LH` is partial: the sum over this rank's columns. The caller, which made `hidden_LH` the same on all ranks,
+    sums it over the group. The gradients are kept until the backward pass, which scales them in place and returns them,
+    once. They are not saved through autograd. Under torch.utils.checkpoint a chunk is computed at most twice: with
+    `use_reentrant=True` once without gradients and once with them; with `use_reentrant=False` once, and once more if
+    something after the head in the checkpointed function saves a tensor.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: names the argument, the expected and the actual value.
     """
     wants = torch.is_grad_enabled()
     needs = (wants and hidden_LH.requires_grad, wants and (weight_VH.requires_grad or main_grad is not None))
@@ -129,13 +131,13 @@ def chunks_of(
         return TorchChunks(hidden_LH, weight_VH, temperature, shard, chunking.tokens)
     if not hidden_LH.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
         raise ValueError("chunking.backend: expected torch for CPU tensors, got triton (or set TRITON_INTERPRET=1)")
-    from icrl_kernels.triton_chunks import TritonChunks  # triton is there only where it is needed
+    from icrl_kernels.triton_chunks import TritonChunks  # lazy: triton is not installed everywhere
 
     return TritonChunks(hidden_LH, weight_VH, temperature, shard, chunking.tokens, chunking.logits)
 
 
 class _Head(torch.autograd.Function):
-    """Loss and gradients in the forward pass; the backward pass only scales them."""
+    """Computes loss and gradients in the forward pass; the backward pass only scales the gradients."""
 
     @staticmethod
     def forward(
@@ -164,14 +166,14 @@ class _Head(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
-            raise RuntimeError("policy_head's gradients went to an earlier backward pass: call it again")
+            raise RuntimeError("policy_head's gradients were used by an earlier backward pass: call it again")
         grads: Gradients = ctx.grads
-        # Letting go of them lets autograd adopt the tensors instead of copying them.
+        # Dropping the references lets autograd take over the tensors instead of copying them.
         ctx.grads = None
-        # One dimension makes torch multiply in the scale's dtype; a scalar would be rounded to bf16 first.
+        # A one-element vector makes torch multiply in its dtype; a scalar would be rounded to bf16 first.
         grad_hidden = None if grads.hidden_LH is None else grads.hidden_LH.mul_(grad_loss[None])
         if ctx.main_scale is not None:
-            # On a GPU the comparison happens there, and the host does not wait for it.
+            # On a GPU the comparison is asynchronous: the host does not wait for it.
             torch._assert_async(grad_loss == ctx.main_scale, "the loss was not scaled by MainGrad.scale")
             return grad_hidden, *[None] * 6
         return grad_hidden, None if grads.weight_VH is None else grads.weight_VH.mul_(grad_loss), *[None] * 5

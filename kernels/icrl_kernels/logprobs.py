@@ -1,7 +1,7 @@
 """Log-prob and entropy of each token as differentiable tensors, for losses that are plain functions of them.
 
-The backward pass computes the logits of each chunk again, so only one chunk of them exists at a time. That takes one
-more matrix product than `head.policy_head`, which knows its objective and forms the gradient in the forward pass.
+The backward pass recomputes the logits of each chunk, so only one chunk exists at a time. This costs one more matrix
+product than `head.policy_head`, which has a fixed objective and computes the gradient in the forward pass.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def logprob_head(
     """Log-probs of the targets and entropies, [L] each, both differentiable once.
 
     A token whose two derivatives are 0 adds nothing to any gradient, even if its logits are not finite. With
-    `main_grad` the gradient of the weight is added to its buffer in the backward pass, and `MainGrad.scale` must be 1.
-    All other arguments, dtypes, communication and errors are those of `head.policy_head`; the loss, and so the
+    `main_grad`, the gradient of the weight is added to its buffer in the backward pass, and `MainGrad.scale` must be 1.
+    All other arguments, dtypes, communication and errors are as in `head.policy_head`. The loss, and so the
     derivatives, must be the same on all ranks of the group.
     """
     buffer_VH = None if main_grad is None else main_grad.buffer_VH

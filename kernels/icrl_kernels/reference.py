@@ -1,4 +1,4 @@
-"""The head written plainly: all logits at once, autograd for every gradient. What tests and benchmarks compare with."""
+"""The head in eager torch: all logits at once, with autograd. The reference for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ def _scores(hidden_LH: Tensor, weight_VH: Tensor, targets_L: Tensor, temperature
 
 
 def reference_head(hidden_LH: Tensor, weight_VH: Tensor, streams: Streams, terms: Terms, vocabulary: int) -> HeadOutput:
-    """`policy_head` over a whole vocabulary, computed in the dtype of the inputs, whichever it is.
+    """`policy_head` over a whole vocabulary, computed in the dtype of the inputs.
 
-    Rows of `weight_VH` from `vocabulary` on are padding. Coefficients of 0 do not shield from non-finite logits here.
+    Rows of `weight_VH` from `vocabulary` on are padding. Unlike in `policy_head`, coefficients of 0 do not mask
+    non-finite logits.
     """
     logprobs_L, entropy_L = _scores(hidden_LH, weight_VH[:vocabulary], streams.targets_L, terms.temperature)
     objective = token_objective(logprobs_L, entropy_L, streams, terms)

@@ -1,10 +1,10 @@
-"""The head in torch, for CPUs: few large operations over a buffer of [chunk, columns] that is reused.
+"""The head in torch, for CPUs: few large operations over a reused buffer of [chunk, columns].
 
 With e = exp(z - m) in the buffer, q = exp(m - M) / S and the derivatives g = dloss/dlogprob and b = -dloss/dentropy:
 
     dloss/dz_v = g (1[v = target] - p_v) + b p_v (log p_v + H)        p_v = q e_v
 
-The factor of a row and the 1[v = target] are moved out of the buffer, into the [C, H] sides of the two products.
+The row factor and the 1[v = target] term are applied outside the buffer, to the [C, H] sides of the two products.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from icrl_kernels.objective import Streams, Terms, TokenObjective, token_objecti
 from icrl_kernels.vocabulary import RowSoftmax, VocabShard, row_softmax_, row_tiles
 
 CHUNK_ELEMENTS = 128 * 151936
-"""Of logits that exist at one time, where the caller gives no number of tokens."""
+"""Logits that exist at one time, if the caller gives no number of tokens."""
 BLOCK_ROWS = 8192
-"""Rows of the weight that a product takes at a time, after converting them where they are of half precision."""
+"""Weight rows per product; half-precision rows are converted before it."""
 
 
 class TorchChunks:
-    """One buffer of [chunk, columns] in the computing dtype, and the products of the head around it."""
+    """A buffer of [chunk, columns] in the computing dtype, with the products of the head."""
 
     def __init__(
         self, hidden_LH: Tensor, weight_VH: Tensor, temperature: float, shard: VocabShard, tokens: int | None
@@ -35,7 +35,7 @@ class TorchChunks:
         self.inverse_temperature, self.shard, self.tokens = (
             1.0 / temperature,
             shard,
-            # Of the rows with their padding, which are as many on every rank: ranks must cut alike.
+            # Based on all rows including padding, which are equal on every rank: ranks must use the same chunks.
             tokens or max(1, CHUNK_ELEMENTS // max(1, weight_VH.shape[0])),
         )
         self.dtype = torch.float64 if hidden_LH.dtype == torch.float64 else torch.float32
@@ -43,13 +43,13 @@ class TorchChunks:
         self.buffer_CV = hidden_LH.new_empty(rows, shard.valid, dtype=self.dtype)
 
     def score(self, span: slice, targets_C: Tensor, logprobs_C: Tensor, entropy_C: Tensor) -> None:
-        """As in `chunking.Chunks`."""
+        """See `chunking.Chunks`."""
         rows = self._softmax(span, targets_C)
         logprobs_C.copy_(rows.logprobs_C)
         entropy_C.copy_(rows.entropy_C)
 
     def train(self, span: slice, streams: Streams, terms: Terms, outputs: TokenOutputs, grads: Gradients) -> None:
-        """As in `chunking.Chunks`."""
+        """See `chunking.Chunks`."""
         rows = self._softmax(span, streams.targets_L)
         objective, slopes = _objective_and_slopes(rows, streams, terms)
         if grads.hidden_LH is not None or grads.weight_VH is not None:
@@ -64,7 +64,7 @@ class TorchChunks:
         outputs.finite_L[span] = (rows.logprobs_C + rows.entropy_C + objective.loss_L).isfinite()
 
     def backward(self, span: slice, targets_C: Tensor, slopes: Slopes, grads: Gradients) -> None:
-        """As in `chunking.Chunks`."""
+        """See `chunking.Chunks`."""
         rows = self._softmax(span, targets_C)
         if slopes.entropy_C is None:
             self._backward(span, targets_C, rows, slopes, grads)
@@ -74,7 +74,7 @@ class TorchChunks:
             self._backward(span, targets_C, rows, finite, grads)
 
     def _weight_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Columns of the buffer and the rows of the weight that they come from, in the computing dtype."""
+        """Yields columns of the buffer with the corresponding weight rows, in the computing dtype."""
         rows = self.weight_VH.shape[0]
         for start in range(0, rows, BLOCK_ROWS):
             columns = slice(start, min(start + BLOCK_ROWS, rows))
@@ -90,7 +90,7 @@ class TorchChunks:
         return row_softmax_(logits_CV, targets_C, self.shard)
 
     def _backward(self, span: slice, targets_C: Tensor, rows: RowSoftmax, slopes: Slopes, grads: Gradients) -> None:
-        """Adds the chunk's gradients to `grads`, using up the exponentials in the buffer."""
+        """Adds the chunk's gradients to `grads`; overwrites the exponentials in the buffer."""
         exp_CV = self.buffer_CV[: rows.shift_C.shape[0]]
         hidden_CH = self.hidden_LH[span].to(self.dtype)
         silent_C1 = slopes.silent_C[:, None]
@@ -99,7 +99,7 @@ class TorchChunks:
             scale_C = -slopes.logprob_C * scale_C
         else:
             _add_entropy_gradient_(exp_CV, rows, slopes.logprob_C, slopes.entropy_C)
-        # Exponentials of a token that must not count may be NaN, and 0 * NaN would spread over the whole weight.
+        # Exponentials of a silent token may be NaN, and 0 * NaN would spread over the whole weight gradient.
         spoiled_C = slopes.silent_C & ~(rows.logprobs_C + rows.entropy_C).isfinite()
         exp_CV.index_fill_(0, spoiled_C.nonzero()[:, 0], 0.0)
         local_C = targets_C - self.shard.start
@@ -107,7 +107,7 @@ class TorchChunks:
         pull_C1 = (slopes.logprob_C * self.inverse_temperature)[owned_C, None]
         scaled_CH = (hidden_CH * (grads.weight_scale * scale_C)[:, None]).masked_fill_(silent_C1, 0.0)
         grad_CH = torch.zeros_like(hidden_CH)
-        for columns, block_VH in self._weight_blocks():  # both products while the block of exponentials is in the cache
+        for columns, block_VH in self._weight_blocks():  # both products while the block of exponentials is cached
             if grads.hidden_LH is not None:
                 grad_CH.addmm_(exp_CV[:, columns], block_VH)
             if grads.weight_VH is not None:
@@ -121,8 +121,8 @@ class TorchChunks:
 
 
 def _objective_and_slopes(rows: RowSoftmax, streams: Streams, terms: Terms) -> tuple[TokenObjective, Slopes]:
-    # This graph ends here. The hooks of an activation checkpoint would take its tensors for those of the model, and get
-    # them back for the derivative by running all chunks before this one again.
+    # This graph ends here. Otherwise the hooks of an activation checkpoint would treat its tensors as the model's and
+    # recompute all earlier chunks to restore them.
     with torch.enable_grad(), saved_tensors_hooks(_itself, _itself):
         logprobs_C, entropy_C = rows.logprobs_C.requires_grad_(), rows.entropy_C.requires_grad_()
         objective = token_objective(logprobs_C, entropy_C, streams, terms)
@@ -137,7 +137,8 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 def _add_entropy_gradient_(exp_CV: Tensor, rows: RowSoftmax, logprob_slope_C: Tensor, entropy_slope_C: Tensor) -> None:
-    """Turns e into -g e + b e (log p + H), with log p = (z - m) + shift - log S and e (z - m) = e log e, 0 at e = 0."""
+    """Replaces e by -g e + b e (log p + H), with log p = (z - m) + shift - log S and e (z - m) = e log e, 0 at e =
+    0."""
     b_C = -entropy_slope_C
     shift_C = torch.where(rows.shift_C == -torch.inf, 0.0, rows.shift_C)
     linear_C = b_C * (shift_C - rows.log_sum_C + rows.entropy_C) - logprob_slope_C

@@ -1,7 +1,7 @@
-"""The head on a GPU: cuBLAS products with Triton kernels between them, over one buffer of logits that is reused.
+"""The head on a GPU: cuBLAS products and Triton kernels over one reused buffer of logits.
 
-A chunk's logits are written once, read for the statistics, and read once more to become their own gradient in place;
-the two products of the backward half then read that. Over a tensor-parallel group four numbers a token are gathered.
+A chunk's logits are written once, read for the statistics, and read once more to be replaced by their gradient in
+place; the two products of the backward half then read that. A tensor-parallel group gathers four numbers per token.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from icrl_kernels.objective import Streams, Terms
 from icrl_kernels.vocabulary import VocabShard
 
 CHUNK_BYTES = 2_100_000_000
-"""Of logits that exist at one time, where the caller gives no number of tokens."""
+"""Bytes of logits that exist at one time, if the caller gives no number of tokens."""
 CHUNK_ALIGN = 128
 TILE_ROWS, TILE_COLUMNS = 128, 256
-"""Of cuBLAS's bf16 products on Hopper: one tile keeps one multiprocessor busy."""
+"""Tile size of cuBLAS's bf16 products on Hopper: one tile occupies one multiprocessor."""
 WIDTH_OF_A_WAVE = 4096
-"""Hidden size at which one pass over the weight's fp32 gradient takes as long as one wave of d(hidden): 8 bytes a
-weight at 3.0 TB/s, against 2 x 128 x 256 FLOPs a vocabulary entry on one of 132 multiprocessors of 790 TF/s."""
+"""Hidden size at which one pass over the weight's fp32 gradient takes as long as one wave of d(hidden): 8 bytes per
+weight at 3.0 TB/s, versus 2 x 128 x 256 FLOPs per vocabulary entry on one of 132 multiprocessors of 790 TF/s."""
 ROW_ALIGN = 64
 """Rows of the buffer begin at multiples of this many elements, whatever the number of columns."""
 TOKENS_PER_PROGRAM = 128
@@ -36,28 +36,28 @@ TOKENS_PER_PROGRAM = 128
 
 @dataclass(frozen=True)
 class Tuning:
-    """Launch parameters of the kernels that pass over the logits."""
+    """Launch parameters of the kernels that process the logits."""
 
     block: int
-    """Columns at a time."""
+    """Columns per iteration."""
     warps: int
     programs: int
-    """Programs at a time, for each multiprocessor."""
+    """Concurrent programs per multiprocessor."""
 
 
 TUNING = {9: Tuning(2048, 8, 4)}
-"""By major compute capability. Chosen by what the compiler says: with blocks of 4096 a thread takes 80 to 92
-registers, and four programs do not fit at a time. On an H100 it reaches 89 % of the copy bandwidth;
+"""By major compute capability. Chosen from compiler output: with blocks of 4096 a thread uses 80 to 92 registers, and
+four programs do not fit concurrently. On an H100 it reaches 89 % of the copy bandwidth;
 `tools/bench_head_cuda.py --tune` compares other values, and has not run there yet."""
 DEFAULT = Tuning(2048, 8, 4)
 INTERPRETER = Tuning(1024, 4, 1)
 
 
 class TritonChunks:
-    """One buffer of [chunk, columns], and the products and kernels of the head around it.
+    """A buffer of [chunk, columns], with the products and kernels of the head.
 
-    fp32 inputs have fp32 logits and gradients. bf16 inputs have logits of `logits` and bf16 gradients, which lie in the
-    first half of their row where the logits are fp32.
+    fp32 inputs have fp32 logits and gradients. bf16 inputs have logits of dtype `logits` and bf16 gradients, which are
+    in the first half of their row if the logits are fp32.
     """
 
     dtype = torch.float32
@@ -75,7 +75,7 @@ class TritonChunks:
         self.shard, self.inverse_temperature = shard, 1.0 / float(temperature)
         self.per_nat = math.log2(math.e) / float(temperature)
         stored = torch.bfloat16 if logits == "bf16" else torch.float32
-        # Of the rows with their padding, which are as many on every rank: ranks must cut alike.
+        # Based on all rows including padding, which are equal on every rank: ranks must use the same chunks.
         self.tokens = tokens or chunk_rows(
             hidden_LH.shape[0],
             _stride(weight_VH.shape[0]) * stored.itemsize,
@@ -88,7 +88,7 @@ class TritonChunks:
         self.programs = self.tuning.programs * _multiprocessors(hidden_LH.device)
 
     def score(self, span: slice, targets_C: Tensor, logprobs_C: Tensor, entropy_C: Tensor) -> None:
-        """As in `chunking.Chunks`."""
+        """See `chunking.Chunks`."""
         with _on(targets_C.device):
             self._logits(span)
             partials_P4C = self.statistics(targets_C)
@@ -105,7 +105,7 @@ class TritonChunks:
             )
 
     def train(self, span: slice, streams: Streams, terms: Terms, outputs: TokenOutputs, grads: Gradients) -> None:
-        """As in `chunking.Chunks`."""
+        """See `chunking.Chunks`."""
         with _on(streams.targets_L.device):
             self._logits(span)
             slopes_4C = self.objective(span, streams, terms, outputs)
@@ -115,7 +115,7 @@ class TritonChunks:
             self._add(span, streams.targets_L, entropy_C, slopes_4C, has_entropy, streams.coefficients_L == 0, grads)
 
     def backward(self, span: slice, targets_C: Tensor, slopes: Slopes, grads: Gradients) -> None:
-        """As in `chunking.Chunks`."""
+        """See `chunking.Chunks`."""
         with _on(targets_C.device):
             self._logits(span)
             scratch = TokenOutputs.empty(targets_C, self.dtype)
@@ -138,22 +138,22 @@ class TritonChunks:
         silent_C: Tensor,
         grads: Gradients,
     ) -> None:
-        """The two products of the backward half, from the logits in the buffer."""
+        """Computes the two products of the backward half from the logits in the buffer."""
         grad_CV = self.logit_gradients(targets_C, entropy_C, slopes_4C, has_entropy)
         if grads.hidden_LH is not None:
             _product(grad_CV, self.weight_VH, out=grads.hidden_LH[span])
         if grads.weight_VH is not None:
-            # The gradient of a silent token is 0, but 0 times a NaN would spread over the whole weight.
+            # The gradient of a silent token is 0, but 0 times a NaN would spread over the whole weight gradient.
             hidden_CH = self.hidden_LH[span].masked_fill(silent_C[:, None], 0.0)
             _add_product_(grads.weight_VH[: self.shard.valid], grad_CV.T, hidden_CH, grads.weight_scale)
 
     def _logits(self, span: slice) -> None:
-        """Fills the buffer."""
+        """Computes the chunk's logits into the buffer."""
         hidden_CH = self.hidden_LH[span]
         _product(hidden_CH, self.weight_VH.T, out=self.buffer_CV[: hidden_CH.shape[0], : self.shard.valid])
 
     def statistics(self, targets_C: Tensor) -> Tensor:
-        """[parts, 4, C] of the logits in the buffer, over all ranks of the group (`triton_kernels`)."""
+        """Statistics [parts, 4, C] of the logits in the buffer, over all ranks of the group (`triton_kernels`)."""
         rows, columns = targets_C.shape[0], self.shard.valid
         splits = self._splits(rows)
         partials_P4C = targets_C.new_empty(splits, 4, rows, dtype=torch.float32)
@@ -173,7 +173,7 @@ class TritonChunks:
         return partials_P4C if self.shard.ranks() == 1 else self._gathered(partials_P4C)
 
     def _gathered(self, partials_P4C: Tensor) -> Tensor:
-        """[ranks, 4, C]: this rank's splits merged into one, and those of the others."""
+        """[ranks, 4, C]: the statistics of all ranks; this rank's splits are merged first."""
         parts, _, rows = partials_P4C.shape
         own_4C = partials_P4C[0]
         if parts > 1:
@@ -215,7 +215,7 @@ class TritonChunks:
             rows,
             self.inverse_temperature,
             self.per_nat,
-            # Triton would compile anew for integers, and again for an integer 1.
+            # Triton would compile again for integers, and once more for the integer 1.
             float(1.0 - terms.clip_low),
             float(1.0 + terms.clip_high),
             float(terms.w_max),
@@ -256,12 +256,12 @@ class TritonChunks:
         return grad_CV
 
     def _splits(self, rows: int) -> int:
-        """Pieces of a row, so that few rows occupy all multiprocessors too; a piece is one block at least."""
+        """Splits per row, so that few rows also occupy all multiprocessors; a split has at least one block."""
         return max(1, min(triton.cdiv(self.programs, rows), triton.cdiv(self.shard.valid, self.tuning.block)))
 
 
 def _stride(columns: int) -> int:
-    """Elements from row to row of the buffer."""
+    """Row stride of the buffer in elements."""
     return triton.cdiv(max(1, columns), ROW_ALIGN) * ROW_ALIGN
 
 
@@ -270,9 +270,9 @@ def chunk_rows(tokens: int, bytes_per_token: int, width: int, multiprocessors: i
     """Tokens of every chunk but the last, at most CHUNK_BYTES of logits.
 
     d(hidden) of a chunk is [rows, width]: few tiles for many multiprocessors, so its last wave of tiles may be nearly
-    empty. And every chunk reads and writes the fp32 gradient of the weight once. This takes the cut that is predicted
-    to lose least to both, and of equals the one with the smallest chunks. Ranks must cut alike: every argument is the
-    same on all ranks of a group.
+    empty. And every chunk reads and writes the fp32 gradient of the weight once. Returns the chunk size with the lowest
+    predicted cost of both, and the smallest of equals. Ranks must use the same chunks: every argument is the same on
+    all ranks of a group.
     """
     most = max(CHUNK_ALIGN, CHUNK_BYTES // bytes_per_token // CHUNK_ALIGN * CHUNK_ALIGN)
     whole = triton.cdiv(max(1, tokens), CHUNK_ALIGN) * CHUNK_ALIGN
@@ -300,12 +300,12 @@ def _plain(stream_C: Tensor) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out = left @ right, summed in fp32; `out` may be fp32 where the factors are bf16."""
+    """out = left @ right, accumulated in fp32; `out` may be fp32 if the factors are bf16."""
     if out.dtype == left.dtype and (left.dtype == torch.float32 or out.is_cuda):
         torch.mm(left, right, out=out)
     elif out.is_cuda:
         torch.mm(left, right, out_dtype=out.dtype, out=out)
-    else:  # the interpreter's products: no kernel for them on a CPU
+    else:  # for the interpreter: there is no CPU kernel for these products
         out.copy_(left.float() @ right.float())
 
 
@@ -320,7 +320,7 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor, scale: float) -> N
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Kernels are launched on the current device, wherever their tensors are."""
+    """Makes `device` current, because kernels launch on the current device, whatever that of their tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

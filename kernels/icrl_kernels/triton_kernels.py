@@ -1,15 +1,15 @@
-"""The Triton kernels of the head. Numbers go in and out as float32; docs/KERNEL.md has the mathematics.
+"""The Triton kernels of the head. Inputs and outputs are float32; docs/KERNEL.md has the mathematics.
 
-Logits z are unscaled here and 1/T is applied to differences, where it costs no precision. Of a row (a token) and a set
-of columns the statistics are four numbers, which can be merged over sets, be they blocks, splits or ranks:
+Logits z are unscaled here and 1/T is applied to differences, where it costs no precision. The statistics of a row (a
+token) over a set of columns are four numbers, which can be merged over sets (blocks, splits or ranks):
 
     top = max z,   total = sum e,   slope = sum e (z - top),   target's z          e = exp((z - top) / T)
 
-Lengths, temperature, bounds and coefficients are runtime values: a change of them compiles nothing. FLOOR stands for
-the maximum of no columns. It is finite, so that differences of two of them are 0 and not NaN, and so low that its
-exponential is 0 next to any real one.
+Lengths, temperature, bounds and coefficients are runtime values: changing them compiles nothing. FLOOR is the maximum
+of an empty set of columns. It is finite, so that a difference of two of them is 0 and not NaN, and so low that its
+exponential is 0 relative to any real logit.
 
-Under TRITON_INTERPRET=1 the kernels run on CPU tensors. Out-of-bounds accesses and races are not seen there.
+Under TRITON_INTERPRET=1 the kernels run on CPU tensors. This does not detect out-of-bounds accesses and races.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ import triton.language as tl
 
 FLOOR = tl.constexpr(-3.0e38)
 LOG2E = tl.constexpr(1.4426950408889634)
-# The interpreter truncates float32 to bfloat16, hardware rounds to nearest even.
+# The interpreter truncates float32 to bfloat16; hardware rounds to nearest even.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 
-# `columns` is specialised: it is the model's own, and where it is a multiple of 16 the mask lets loads be vectors.
+# `columns` is specialized: it is fixed per model, and if it is a multiple of 16, masked loads can be vectorized.
 @triton.jit(do_not_specialize=["rows", "first_column", "splits"])
 def split_statistics(
     logits_ptr, targets_ptr, partials_ptr, rows, columns, stride, first_column, splits, per_nat, BLOCK: tl.constexpr
 ):
-    """partials[split, 4, rows] of logits[rows, columns]; a program takes one split of one row after the other.
+    """partials[split, 4, rows] of logits[rows, columns]; a program processes one split of a row at a time.
 
-    Each lane keeps statistics of the columns that it sees, with one exponential an element: of e^(z - top) and
-    e^(top - z) one is 1. `per_nat` is log2(e) / T. The row index is 64 bits wide: rows * stride may pass 2^31.
+    Each lane keeps statistics of its columns, with one exponential per element: of e^(z - top) and e^(top - z), one
+    is 1. `per_nat` is log2(e) / T. The row index has 64 bits because rows * stride may exceed 2^31.
     """
     span = tl.cdiv(tl.cdiv(columns, splits), BLOCK) * BLOCK
     for item in range(tl.program_id(0).to(tl.int64), rows * splits, tl.num_programs(0)):
@@ -91,7 +91,7 @@ def _merged(partials_ptr, parts, rows, row, inside, per_nat, ROWS: tl.constexpr)
 
 @triton.jit(do_not_specialize=["parts", "rows"])
 def merge_statistics(partials_ptr, merged_ptr, parts, rows, per_nat, ROWS: tl.constexpr):
-    """merged[4, rows] of partials[parts, 4, rows]; a program takes ROWS rows."""
+    """merged[4, rows] of partials[parts, 4, rows]; a program processes ROWS rows."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     top, total, slope, target = _merged(partials_ptr, parts, rows, row, inside, per_nat, ROWS)
@@ -116,7 +116,7 @@ def _scores(top, total, slope, target, inverse_temperature):
 def score_tokens(
     partials_ptr, logprobs_ptr, entropy_ptr, parts, rows, inverse_temperature, per_nat, ROWS: tl.constexpr
 ):
-    """Log-probs and entropies [rows] of partials[parts, 4, rows]: all that a frozen pass wants."""
+    """Log-probs and entropies [rows] of partials[parts, 4, rows], for passes without gradients."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     top, total, slope, target = _merged(partials_ptr, parts, rows, row, inside, per_nat, ROWS)
@@ -127,7 +127,7 @@ def score_tokens(
 
 @triton.jit
 def _k3(gap):
-    """exp(gap) - 1 - gap, by its series where the difference would cancel."""
+    """exp(gap) - 1 - gap, as a series where the difference would cancel."""
     series = 1.0 + gap / 5.0 * (1.0 + gap / 6.0 * (1.0 + gap / 7.0 * (1.0 + gap / 8.0 * (1.0 + gap / 9.0))))
     series = 0.5 * gap * gap * (1.0 + gap / 3.0 * (1.0 + gap / 4.0 * series))
     return tl.where(tl.abs(gap) < 0.5, series, tl.exp(gap) - 1.0 - gap)
@@ -166,9 +166,9 @@ def token_objective(
     HAS_REFERENCE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Eq. 6 of arXiv 2605.15224 and its derivatives by log-prob and entropy; `objective.token_objective` in a kernel.
+    """Eq. 6 of arXiv 2605.15224 and its derivatives by log-prob and entropy; the kernel of `objective.token_objective`.
 
-    A token with coefficient 0 has loss and slopes 0, ratio and weight 1, whatever its other numbers are.
+    A token with coefficient 0 has loss and slopes 0, ratio and weight 1, whatever its other inputs.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -191,7 +191,7 @@ def token_objective(
         behaviour = tl.load(behaviour_ptr + row, mask=inside & live, other=0.0)
         calibrated = tl.load(calibrated_ptr + row, mask=inside & live, other=0) != 0
         proposed = tl.exp(old - behaviour)
-        # Not a minimum: NaN has to get through.
+        # Not a minimum: NaN must propagate.
         weight = tl.where(calibrated, tl.where(proposed > w_max, w_max, proposed), 1.0)
         shaped = calibrated & (shaping_gamma > 0)
         likely = tl.exp(logprob)
@@ -202,7 +202,7 @@ def token_objective(
     bound = tl.where(clipped_low, low, high)
     used_ratio = tl.where(shaped, 1.0, tl.where(clipped, bound, ratio))
     loss = -weight * used_ratio * advantage
-    # f' = f (1 - f) by the log-prob, where f stands for weight and ratio.
+    # df/dlogprob = f (1 - f), where f replaces weight and ratio.
     steep = tl.where(shaped, 1.0 - weight, ratio)
     logprob_slope = tl.where(clipped, 0.0, -weight * steep * advantage)
     if HAS_REFERENCE:
@@ -229,7 +229,7 @@ def token_objective(
 
 @triton.jit
 def _rounded(x, dtype: tl.constexpr):
-    """float32 to `dtype`, to nearest even."""
+    """float32 to `dtype`, rounded to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
@@ -255,12 +255,12 @@ def logit_gradients(
     HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dloss/dz over the logits' own memory: dz_v = (g (1[v = target] - p_v) - s p_v (log p_v + H)) / T,
+    """Writes dloss/dz into the logits' memory: dz_v = (g (1[v = target] - p_v) - s p_v (log p_v + H)) / T,
     with g = dloss/dlogprob and s = dloss/dentropy.
 
-    Gradients may be narrower than logits. Block j of a row then lands below where block j began, so a row belongs to
-    one program (`splits` 1) that walks upwards, and only the first block overlaps with itself: all of it is read before
-    any of it is written. A row whose slopes are 0 is not read.
+    Gradients may be narrower than logits. Block j of a row is then written below the start of block j, so a row belongs
+    to one program (`splits` 1) that processes it in ascending order, and only the first block overlaps with itself: it
+    is read completely before it is written. A row whose slopes are 0 is not read.
     """
     span = tl.cdiv(tl.cdiv(columns, splits), BLOCK) * BLOCK
     for item in range(tl.program_id(0).to(tl.int64), rows * splits, tl.num_programs(0)):

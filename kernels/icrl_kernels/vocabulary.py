@@ -1,4 +1,4 @@
-"""A vocabulary split over tensor-parallel ranks, and the softmax statistics that put it together again exactly.
+"""A vocabulary sharded over tensor-parallel ranks, and softmax statistics that merge exactly over the shards.
 
 For one row of scaled logits z, each rank keeps over its own columns
 
@@ -17,21 +17,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 TILE_ELEMENTS = 1 << 18
-"""Elements that an elementwise pass works on at a time: a tile and its scratch stay in the cache."""
+"""Elements per tile of an elementwise pass: a tile and its scratch fit in the cache."""
 
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Which columns of the vocabulary the rows of this rank's weight are."""
+    """The vocabulary columns that this rank's weight rows represent."""
 
     start: int
     """Id of the first column."""
     valid: int
-    """Real columns of this shard: weight rows from `valid` on are padding and never count."""
+    """Real columns of this shard: weight rows from `valid` on are padding and ignored."""
     vocabulary: int
-    """Real columns of all shards together."""
+    """Real columns of all shards."""
     group: dist.ProcessGroup | None = None
-    """The tensor-parallel group that holds the shards; None for a vocabulary in one piece."""
+    """The tensor-parallel group of the shards; None for an unsharded vocabulary."""
 
     @classmethod
     def whole(cls, vocabulary: int) -> VocabShard:
@@ -50,7 +50,7 @@ class VocabShard:
 
 @dataclass(frozen=True)
 class RowSoftmax:
-    """What a row's softmax is made of, over the whole vocabulary. All tensors [C]."""
+    """Statistics of each row's softmax over the whole vocabulary. All tensors [C]."""
 
     logprobs_C: Tensor
     entropy_C: Tensor
@@ -61,9 +61,9 @@ class RowSoftmax:
 
 
 def row_softmax_(logits_CV: Tensor, targets_C: Tensor, shard: VocabShard) -> RowSoftmax:
-    """Statistics of scaled logits [C, shard.valid]; the buffer is left holding exp(z - m) of this rank's columns.
+    """Statistics of scaled logits [C, shard.valid]; afterwards the buffer has exp(z - m) of this rank's columns.
 
-    One all-gather of four numbers a row over `shard.group`; none without a group or with a group of one.
+    One all-gather of four numbers per row over `shard.group`; none without a group or with a group of one.
     """
     local_C = targets_C - shard.start
     owned_C = (local_C >= 0) & (local_C < shard.valid)
@@ -86,7 +86,7 @@ def row_softmax_(logits_CV: Tensor, targets_C: Tensor, shard: VocabShard) -> Row
 def _merge(partials_R4C: Tensor, own_max_C: Tensor) -> RowSoftmax:
     max_RC, sums_RC, weighted_RC, target_RC = partials_R4C.unbind(1)
     top_C = max_RC.amax(0)
-    # A shard without real columns has max -inf and sums 0: any finite shift will do for it, -inf would make a NaN.
+    # A shard without real columns has max -inf and sums 0: any finite shift works for it; -inf would give NaN.
     shift_RC = torch.where(max_RC == -torch.inf, 0.0, max_RC - top_C)
     scale_RC = shift_RC.exp()
     sums_C = (scale_RC * sums_RC).sum(0)
@@ -106,7 +106,7 @@ def _exponentials_(logits_CV: Tensor, partials_4C: Tensor) -> None:
 
 
 def row_tiles(buffer_CV: Tensor) -> list[tuple[slice, Tensor, Tensor]]:
-    """(rows, their view, scratch of the same shape) for groups of rows that fit in the cache; the scratch is shared."""
+    """(rows, their view, scratch of the same shape) for groups of rows that fit in the cache; all share one scratch."""
     tokens, columns = buffer_CV.shape
     step = max(1, min(tokens, TILE_ELEMENTS // max(1, columns)))
     scratch = buffer_CV.new_empty(step, columns)

@@ -34,7 +34,7 @@ def test_a_weight_that_changed_after_scoring_ends_the_run(make: Callable[..., Ac
     (row,) = [r for r in actor.rows if r.name == parameter]
     row.param.data[3] += 0.5
     after_damage = weights(actor)
-    with pytest.raises(InvariantError, match="a ratio of the unchanged policy is off 1 by"):
+    with pytest.raises(InvariantError, match="a ratio of the unchanged policy deviates from 1 by"):
         actor.train(of_step, scored, LEARNING_RATE)
     assert same(after_damage, weights(actor)) and actor.optimizer.steps == 0
 

@@ -172,7 +172,7 @@ def test_a_checkpoint_is_never_written_over(make: Callable[..., Actor], folder: 
     actor = make()
     saved = save(actor, folder, tmp_path, 1)
     record = (saved / checkpoint.META).read_text()
-    with pytest.raises(ConfigError, match=r"step_000001: there is a checkpoint of this step already"):
+    with pytest.raises(ConfigError, match=r"step_000001: a checkpoint of this step already exists"):
         save(actor, folder, tmp_path, 1)
     assert (saved / checkpoint.META).read_text() == record
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
@@ -279,5 +279,5 @@ def test_an_index_opens_no_other_files(make: Callable[..., Actor], folder: Path,
     text = (saved / "index.json").read_text().replace("rank_00000_0000.safetensors", named)
     record = manifest.write_file(saved / "index.json", text.encode())
     manifest.write(saved, replace(found, files={**found.files, "index.json": record}))
-    with pytest.raises(ConfigError, match=r"which is no file of it|cannot be read"):
+    with pytest.raises(ConfigError, match=r"which is not a file of it|cannot be read"):
         load(make(), saved)

@@ -147,7 +147,9 @@ def test_two_damaged_ones_of_one_step_are_both_kept(saved: Path, root: Path, gri
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(root: Path, grid: grids.Grid) -> None:
     for name in ("step_000001", "step_000002"):
         (root / name / "icrl.json").unlink()
-    with pytest.raises(ConfigError, match=r"no checkpoint is whole \(step_000002: icrl\.json is missing; step_000001"):
+    with pytest.raises(
+        ConfigError, match=r"all checkpoints are damaged \(step_000002: icrl\.json is missing; step_000001"
+    ):
         newest(root, grid)
     assert sorted(p.name for p in root.iterdir()) == ["step_000001", "step_000002"]
 
@@ -250,14 +252,14 @@ def test_a_record_of_another_version_is_no_damage(root: Path, grid: grids.Grid) 
     content = json.loads(text) | {"format": 3}
     del content["sha256"]
     path.write_text(json.dumps(content | {"sha256": manifest._checksum(content)}))
-    proves_nothing(root, grid, r"written by another version of this program \(its format is another one\)")
+    proves_nothing(root, grid, r"written by another version of this program \(its format differs\)")
     path.write_text('{"step": 2, "weight_version": 3, "optimizer_steps": 2, "generated_tokens": 20}')
     proves_nothing(root, grid, r"written by an earlier version .* export it with that version")
 
 
 def test_a_renamed_checkpoint_is_no_damage(root: Path, grid: grids.Grid) -> None:
     (root / "step_000002").rename(root / "step_000005")
-    proves_nothing(root, grid, r"step_000005: holds step 2; give the folder its own name back")
+    proves_nothing(root, grid, r"step_000005: holds step 2; restore the name of the folder")
 
 
 def test_a_symbolic_link_is_not_followed(root: Path, grid: grids.Grid) -> None:

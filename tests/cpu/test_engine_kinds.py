@@ -78,7 +78,7 @@ def test_every_kind_is_there_and_none_loads_torch() -> None:
         ("vllm", "engine.kind=vllm: choose one of local, sglang, or package.module:OBJECT"),
         ("nowhere:KIND", "No module named 'nowhere'; choose one of local, sglang, or add the folder"),
         ("uniform_engine:KINDS", "has no attribute 'KINDS'"),
-        ("uniform_engine:Uniform", "that is no EngineKind"),
+        ("uniform_engine:Uniform", "this is not an EngineKind"),
     ],
 )
 def test_a_kind_that_is_none_is_refused(name: str, said: str) -> None:

@@ -56,7 +56,7 @@ def test_a_head_is_a_share_of_the_width_where_qwen2_does_not_say(tmp_path: Path)
     del fields["head_dim"]
     (folder / "config.json").write_text(json.dumps(fields))
     assert ModelShape.read(folder).head_dim == 8
-    with pytest.raises(ConfigError, match="hidden_size=33 is no multiple of num_attention_heads=4"):
+    with pytest.raises(ConfigError, match="hidden_size=33 is not a multiple of num_attention_heads=4"):
         ModelShape.read(changed(folder, hidden_size=33))
 
 

@@ -117,13 +117,13 @@ def test_kernels_on_a_cpu_need_their_interpreter(monkeypatch: pytest.MonkeyPatch
 def test_a_group_that_is_not_initialised_is_named() -> None:
     hidden_LH, weight_VH, streams = good_inputs()
     shard = VocabShard(0, 10, 20, object())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"shard.group: expected an initialised torch.distributed"):
+    with pytest.raises(ValueError, match=r"shard.group: expected an initialized torch.distributed"):
         policy_head(hidden_LH, weight_VH, streams, Terms(), shard)
 
 
 @pytest.fixture
 def group(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
-    """Of one rank, in an initialised torch.distributed."""
+    """Of one rank, in an initialized torch.distributed."""
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     one = dist.new_group([0])

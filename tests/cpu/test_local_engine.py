@@ -200,7 +200,7 @@ def test_malformed_updates_are_named_and_the_engine_waits_for_a_whole_one(folder
     assert "lm_head.weight" not in good
     bad = [
         ([*good.items(), ("model.extra", torch.zeros(1))], r"no tensor 'model\.extra'"),
-        ([*good.items(), (norm, good[norm])], r"'model\.norm\.weight' came twice"),
+        ([*good.items(), (norm, good[norm])], r"'model\.norm\.weight' was sent twice"),
         ([(norm, torch.zeros(3))], r"'model\.norm\.weight' has shape \(3,\), the model's is \(32,\)"),
         ([(norm, good[norm].to(torch.int64))], r"'model\.norm\.weight' is torch\.int64"),
         (
@@ -212,8 +212,8 @@ def test_malformed_updates_are_named_and_the_engine_waits_for_a_whole_one(folder
     for tensors, message in bad:
         with pytest.raises(EngineError, match=message):
             engine.update_weights(tensors, 3)
-        assert "half of the weights of version 3" in engine.health()
-        with pytest.raises(EngineError, match="send a whole update"):
+        assert "a part of the weights of version 3" in engine.health()
+        with pytest.raises(EngineError, match="send a complete update"):
             run(engine, [([5], sampling(0))])
     engine.update_weights([*good.items(), ("lm_head.weight", good[embedding])], 4)
     assert engine.health() == "ok"

@@ -235,7 +235,7 @@ def test_an_engine_that_lost_an_update_ends_the_run(ran: Ran) -> None:
     ended = ran.ended["unsynced"]
     assert ended.code == 1
     assert "InvariantError: engine and trainer differ by" in ended.error
-    assert "weights were not synced whole" in ended.error
+    assert "weights were not synced completely" in ended.error
 
 
 def test_on_resume_the_engine_takes_memory_after_the_actor_gave_it_up(
@@ -248,7 +248,7 @@ def test_on_resume_the_engine_takes_memory_after_the_actor_gave_it_up(
         return SimpleNamespace(step=3, generated_tokens=5, weight_version=4)
 
     saver = SimpleNamespace(run_dir=tmp_path, folder=tmp_path, restore=restore, completed=lambda progress, beside: None)
-    monkeypatch.setattr(state_module, "together", lambda grid, work: work())
+    monkeypatch.setattr(state_module, "run_on_all_ranks", lambda grid, work: work())
     sync: SimpleNamespace = SimpleNamespace(version=0, push=lambda: order.append(f"push after {sync.version}"))
     parts = SimpleNamespace(
         actor=SimpleNamespace(

@@ -390,7 +390,7 @@ def test_the_overlong_penalty(tokens: int, penalty: float) -> None:
         (["algo.overlong.max_tokens=100000"], "the penalty begins above 99999 tokens"),
         (
             ["algo.shaping_gamma=0.1", "algo.calibration.enabled=false", "algo.loss=gspo"],
-            "algo.shaping_gamma=0.1 is a part of ICRL's own objective",
+            "algo.shaping_gamma=0.1 is part of ICRL's own objective",
         ),
     ],
 )

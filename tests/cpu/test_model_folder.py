@@ -151,9 +151,9 @@ REFUSED: dict[str, tuple[Damage, str]] = {
         lambda f: with_config(f, lambda c: c.pop("head_dim")),
         "q_proj.weight has shape (64, 32), config.json implies (512, 32)",
     ),
-    "quantised": (
+    "quantized": (
         lambda f: add(f, "model.layers.0.mlp.up_proj.weight", torch.ones(64, 32).to(torch.float8_e4m3fn)),
-        "tensor model.layers.0.mlp.up_proj.weight is F8_E4M3, so it is quantised",
+        "tensor model.layers.0.mlp.up_proj.weight is F8_E4M3, so it is quantized",
     ),
     "scales": (
         lambda f: add(f, "model.layers.0.mlp.up_proj.weight_scale_inv", torch.ones(1, 1)),

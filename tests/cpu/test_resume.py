@@ -71,7 +71,7 @@ def test_what_does_not_change_the_checkpoints_may_change(tmp_path: Path, overrid
         ("actor.precision=bf16", "computed in the other precision"),
         ("optim.beta2=0.9", "averages with this decay"),
         ("debug.mode=rollout_only", "some of the run's steps would be training"),
-        ("start_from=elsewhere", "goes on from its own checkpoints"),
+        ("start_from=elsewhere", "resumes from its own checkpoints"),
     ],
 )
 def test_what_cannot_change_says_why_and_what_to_do(tmp_path: Path, override: str, why: str) -> None:

@@ -98,7 +98,7 @@ def test_any_error_before_the_update_saves_the_last_completed_step(ran: Ran, nam
     ended = ran.ended[name]
     assert ended.code != 0
     assert FAULTS[name] in ended.error
-    assert "saved step 2, the last one that was completed" in " ".join(ended.error.split())
+    assert "saved step 2, the last completed one" in " ".join(ended.error.split())
     assert ran.saved(at(name), 2) == ran.saved("whole", 2)
     again = ran.ended[f"{name} again"]
     assert again.code == 0, again.error
@@ -111,7 +111,7 @@ def test_a_batch_without_signal_costs_no_step_and_its_tokens_are_counted_once(ra
     ended = ran.ended["flat@2"]
     assert ended.code == 1
     assert "error: step 2: no reward differed inside any group in 3 batches" in ended.error
-    assert "saved step 2, the last one that was completed" in " ".join(ended.error.split())
+    assert "saved step 2, the last completed one" in " ".join(ended.error.split())
     assert ran.saved(at("flat@2"), 2) == ran.saved("strict", 2)
     assert ran.ended["flat@2 again"].code == 0, ran.ended["flat@2 again"].error
     assert ran.rows(at("flat@2")) == ran.rows("strict")
@@ -129,7 +129,7 @@ def test_what_was_cut_off_is_saved_as_it_was_before_the_failed_step_went_on_with
 def test_a_step_whose_evaluation_failed_is_saved_and_only_evaluated_again(ran: Ran) -> None:
     name = at("heldout@2")
     assert ran.ended["heldout@2"].code == 1
-    assert "saved step 2, the last one that was completed" in " ".join(ran.ended["heldout@2"].error.split())
+    assert "saved step 2, the last completed one" in " ".join(ran.ended["heldout@2"].error.split())
     saved, expected = ran.saved(name, 2), ran.saved("evaluated", 2)
     assert saved[0] == expected[0]
     assert {k: v for k, v in saved[1].items() if k != "row.json"} == expected[1]
@@ -162,7 +162,7 @@ def test_the_warm_start_saves_its_last_completed_step(finished_run: Path, tmp_pa
     command[0] = "sft"
     ended = batch(tmp_path, {"fails": ["fault=sft@5", *command], "goes on": command})
     assert ended["fails"].code == 1
-    assert "saved step 5, the last one that was completed" in " ".join(ended["fails"].error.split())
+    assert "saved step 5, the last completed one" in " ".join(ended["fails"].error.split())
     assert ended["goes on"].code == 0, ended["goes on"].error
     assert f"resuming from {folder}" in "".join(ended["goes on"].error.split("\n"))
     assert rows(folder / "warm_start") == rows(finished_run / "warm_start")
@@ -171,7 +171,7 @@ def test_the_warm_start_saves_its_last_completed_step(finished_run: Path, tmp_pa
 
 
 GONE = {
-    "records": "no checkpoint is whole",
+    "records": "all checkpoints are damaged",
     "checkpoints": "step 3 was saved, and no checkpoint is there now",
     "all but metrics": "neither checkpoints nor a readable progress.json",
     "emptied ledger": "neither checkpoints nor a readable progress.json",
@@ -211,7 +211,7 @@ def test_a_run_that_lost_its_checkpoints_does_not_begin_again(ran: Ran, start: l
         assert not left, left
     assert (ended["metrics"].code, ended["newest"].code) == (0, 0), ended
     assert ended["newest"].error.count("resuming from") == 1
-    assert "step 3 was saved last and is not there any more" in " ".join(ended["newest"].error.split())
+    assert "step 3 was saved last and is missing" in " ".join(ended["newest"].error.split())
     assert rows(tmp_path / "metrics")[2:] == rows(tmp_path / "newest")[4:]
     assert rows(tmp_path / "metrics")[0] == rows(tmp_path / "newest")[3]  # the checkpoint brings its own rows along
     shutil.copytree(ran.folder / "whole" / "checkpoints", tmp_path / "all but metrics" / "checkpoints")

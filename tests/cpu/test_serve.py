@@ -145,7 +145,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         ("serve.port=70000", "serve.port=70000: must be 0"),
         ("serve.health=health", "must be a path"),
         ("serve.startup_timeout_s=0", "must be above 0"),
-        ("name=rulebook_hard", "'rulebook_hard' asks no server"),
+        ("name=rulebook_hard", "'rulebook_hard' uses no server"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(override: str, message: str) -> None:

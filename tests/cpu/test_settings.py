@@ -212,14 +212,14 @@ def test_every_range_is_checked(name: str, low: float) -> None:
         ("engine.tensor_parallel=2", "engine.kind=local has only 1"),
         ("engine.kind=sglang engine.tensor_parallel=3", "engine.tensor_parallel=3 does not divide"),
         ("engine.urls=[http://a:1]", "engine.urls and engine.servers are for servers"),
-        ("engine.kind=sglang engine.urls=[a:1]", "'a:1' is no address"),
+        ("engine.kind=sglang engine.urls=[a:1]", "'a:1' is not an address"),
         ("engine.kind=sglang engine.urls=[http://a:1,http://b:1,http://c:1]", "names 3 servers for 2 ranks"),
         ("engine.kind=sglang engine.urls=[http://a:1] rollout.critic=frozen", "use another critic"),
         ("engine.kind=sglang engine.servers=2 engine.tensor_parallel=2", "engine.servers=2"),
         (
             "engine.kind=sglang launch.ranks=8 launch.nodes=3 engine.tensor_parallel=8 engine.servers=2",
-            "cuts 24 ranks into groups of 12, and a node has 8: a group would lie on two nodes, its server on one; use "
-            "engine.servers=3, or leave it out",
+            "splits 24 ranks into groups of 12, and a node has 8: a group would span two nodes, but a server runs on "
+            "one; use engine.servers=3, or leave it out",
         ),
         (
             "engine.kind=sglang launch.ranks=6 launch.nodes=2 engine.tensor_parallel=4",

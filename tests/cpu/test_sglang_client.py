@@ -208,7 +208,7 @@ def test_a_server_that_answers_nothing_at_all_is_lost(monkeypatch: pytest.Monkey
     (error,), engine = talk(never)
     assert isinstance(error, EngineLostError)
     assert "hangs" in str(error)
-    with pytest.raises(EngineError, match="not this run's to restart"):
+    with pytest.raises(EngineError, match="The run cannot restart it"):
         engine.revive()
 
 

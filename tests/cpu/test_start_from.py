@@ -165,9 +165,9 @@ def test_a_run_a_folder_of_checkpoints_and_a_checkpoint_are_all_taken(tmp_path: 
         (["start_from=nowhere"], "start_from=nowhere: no checkpoint there; give a step_NNNNNN folder"),
         (
             ["start_from=A", "run_dir=A"],
-            "start_from \\(was '', now 'A'\\): .* this run goes on from its own checkpoints",
+            "start_from \\(was '', now 'A'\\): .* this run resumes from its own checkpoints",
         ),
-        (["start_from=C/checkpoints", "run_dir=C"], "lies in the run folder C itself: leave start_from empty"),
+        (["start_from=C/checkpoints", "run_dir=C"], "is in the run folder C itself: leave start_from empty"),
         (["start_from=A", "model.path=other"], "another model than model.path=other .* leave model.path empty"),
         (
             ["start_from=A", "start_with_moments=true", "optim.beta2=0.9"],

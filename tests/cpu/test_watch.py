@@ -47,7 +47,7 @@ def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     ended = batch(folder, commands)
     # As the message says: delete what was saved after the newest good checkpoint, and lower the learning rate.
     found = re.search(
-        r"step_(\d+) is the newest checkpoint from before that; delete those after it", said(ended["error"])
+        r"step_(\d+) is the newest checkpoint from before the collapse; delete those after it", said(ended["error"])
     )
     for path in (folder / "error" / "checkpoints").glob("step_*") if found else ():
         if path.name > f"step_{found[1]}":
@@ -127,7 +127,7 @@ def test_a_batch_without_signal_says_that_the_policy_has_collapsed(ran: tuple[Pa
     error = said(ran[1]["error"])
     assert ran[1]["error"].code == 1
     assert "no reward differed" in error and "the policy has collapsed" in error
-    assert "step_000002 is the newest checkpoint from before that; delete those after it" in error
+    assert "step_000002 is the newest checkpoint from before the collapse; delete those after it" in error
     assert f"start_from={ran[0] / 'error' / 'checkpoints' / 'step_000002'}" in error
 
 

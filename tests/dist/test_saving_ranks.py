@@ -55,7 +55,7 @@ def test_an_engine_that_fails_on_one_rank_ends_all_and_the_step_is_saved(ranks: 
     assert own == "EngineError: the engine failed"
     assert other.startswith("OtherRankError: rank 1 failed: Traceback")
     assert "EngineError: the engine failed" in other
-    assert "saved step 2, the last one that was completed" in ranks.said("engine")[0]
+    assert "saved step 2, the last completed one" in ranks.said("engine")[0]
     assert ranks.files("engine", 2) == ranks.files("whole", 2)
     assert ranks.saved("engine", 2).progress == ranks.saved("whole", 2).progress
     assert ranks.how("engine again") == ["done", "done"]
@@ -93,14 +93,14 @@ def test_a_disk_that_refuses_one_rank_ends_all_with_the_same_line(ranks: Ranks) 
 def test_damage_that_only_one_rank_sees_is_no_proof(ranks: Ranks) -> None:
     for how in ranks.how("blind"):
         assert how.startswith("ConfigError: ")
-        assert "is missing as rank 1 reads it, but rank 0 reads it whole" in how
+        assert "is missing when rank 1 reads it, but not when rank 0 does" in how
 
 
 def test_all_ranks_fall_back_to_the_same_checkpoint(ranks: Ranks) -> None:
     assert ranks.how("damaged") == ["done", "done"]
     said = ranks.said("damaged")[0]
     assert said.count("damaged checkpoint") == 1
-    assert "is not there any more" not in said
+    assert "was saved last and is missing" not in said
     assert "rank_00001_0000.safetensors has" in said
     assert ranks.checkpoints("full") == ["step_000003", "step_000004", "step_000004.damaged"]
     assert rows(ranks.folder / "full") == rows(ranks.folder / "whole")

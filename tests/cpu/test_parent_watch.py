@@ -10,12 +10,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from icrl_megatron.engines import leash
+from icrl_megatron.engines import parent_watch
 
-LEASH = Path(leash.__file__)
+PARENT_WATCH = Path(parent_watch.__file__)
 PARENT = f"""
 import os, subprocess, sys
-command = [sys.executable, {str(LEASH)!r}, str(os.getpid()), "sleep", "60"]
+command = [sys.executable, {str(PARENT_WATCH)!r}, str(os.getpid()), "sleep", "60"]
 print(subprocess.Popen(command, start_new_session=True).pid, flush=True)
 sys.stdin.read()
 """
@@ -37,5 +37,5 @@ def test_the_child_dies_with_its_parent(number: signal.Signals) -> None:
 
 
 def test_a_parent_that_is_gone_already_starts_nothing() -> None:
-    done = subprocess.run([sys.executable, str(LEASH), "1", "echo", "started"], capture_output=True, timeout=20)
+    done = subprocess.run([sys.executable, str(PARENT_WATCH), "1", "echo", "started"], capture_output=True, timeout=20)
     assert (done.returncode, done.stdout) == (1, b"")

@@ -1,7 +1,7 @@
-"""`python leash.py PARENT COMMAND...`: becomes COMMAND, which Linux kills when PARENT dies, even of SIGKILL.
+"""`python parent_watch.py PARENT COMMAND...`: executes COMMAND, which Linux kills when PARENT dies, even by SIGKILL.
 
-Run as a file by whichever interpreter the command needs, so the standard library is all there is. The parent must start
-it from a thread that lives as long as the command should: the kernel watches the thread, not the process.
+Runs as a file under whichever interpreter COMMAND needs, so it uses only the standard library. The parent must start it
+from a thread that lives as long as COMMAND should, because the kernel watches the thread, not the process.
 """
 
 from __future__ import annotations
