@@ -76,7 +76,7 @@ class RunState:
         known = {task: group for task, group in kept.items() if task in self.parts.sampler.known}
         if len(known) < len(kept):
             self._log(f"{len(kept) - len(known)} unfinished groups are left out: their problems are gone")
-        self.parts.source.take_back(known)
+        self.parts.source.restore_replay_logs(known)
 
     def _resume_curriculum(self, main: bool) -> None:
         """Replays the success shares of the steps before the checkpoint. Every rank reads the file, then rank 0 cuts

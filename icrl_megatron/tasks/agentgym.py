@@ -36,10 +36,10 @@ class Session:
         self.where = server.url
         self._pool = pool
         self._env: int | str | None = None
-        self._speaks = dialects.ENVIRONMENTS[name]
+        self._protocol = dialects.ENVIRONMENTS[name]
 
     async def create(self) -> None:
-        body = {} if self.dialect == "B" else self._speaks.create_body
+        body = {} if self.dialect == "B" else self._protocol.create_body
         made = dialects.env_id(self.dialect, self.name, await self._call("/create", body))
         if made in self.server.environments:  # the two episodes would act in one world
             raise EnvironmentFailure(
@@ -54,21 +54,21 @@ class Session:
             if self.name == "alfworld":
                 body["world_type"] = "Text"
         else:
-            body = self._speaks.reset_body(self._env, task)
+            body = self._protocol.reset_body(self._env, task)
         answer = await self._call("/reset", body)
         return dialects.reply_of(self.dialect, self.name, answer, "reset")
 
     async def step(self, action: str) -> Reply:
-        key = "env_id" if self.dialect == "B" else self._speaks.id_key
+        key = "env_id" if self.dialect == "B" else self._protocol.id_key
         # A step whose answer was lost may have been taken: it is not taken twice.
         answer = await self._call("/step", {key: self._env, "action": action}, again=False)
         return dialects.reply_of(self.dialect, self.name, answer, "step")
 
     async def close(self) -> None:
         """Best effort: upstream ALFWorld cannot close at all."""
-        if self._env is None or (self.dialect == "A" and not self._speaks.closes):
+        if self._env is None or (self.dialect == "A" and not self._protocol.closes):
             return
-        key = "env_id" if self.dialect == "B" else self._speaks.id_key
+        key = "env_id" if self.dialect == "B" else self._protocol.id_key
         with contextlib.suppress(EnvironmentFailure):
             await self._pool.call(self.server, "POST", "/close", {key: self._env}, again=False)
         self._env = None
@@ -96,7 +96,7 @@ async def probe(pool: Pool, server: EnvironmentServer) -> Dialect:
     return "B" if isinstance(answer, dict) else "A"
 
 
-class Played(Protocol):
+class OpenEnvironment(Protocol):
     """One environment somewhere: a `Session`, or one in a process of this machine."""
 
     where: str
@@ -107,14 +107,14 @@ class Played(Protocol):
     async def step(self, action: str) -> Reply: ...
 
 
-class Owner(Protocol):
+class SessionProvider(Protocol):
     """What an environment is opened at, and left to when it is over."""
 
     name: str
 
     async def open_session(self) -> Any: ...
 
-    def leave(self, session: Any) -> None: ...
+    def release(self, session: Any) -> None: ...
 
 
 class AgentGymEnvironment:
@@ -122,41 +122,41 @@ class AgentGymEnvironment:
 
     max_turns = MAX_TURNS
 
-    def __init__(self, task: int | str, owner: Owner) -> None:
-        self._task, self._owner = task, owner
-        self._session: Played | None = None
+    def __init__(self, task: int | str, provider: SessionProvider) -> None:
+        self._task, self._provider = task, provider
+        self._session: OpenEnvironment | None = None
         self._reward = 0.0
         self._steps = 0
 
     async def reset(self) -> str:
         self._reward, self._steps = 0.0, 0
         if self._session is None:
-            self._session = await self._owner.open_session()
-        with _told(self._session):
+            self._session = await self._provider.open_session()
+        with _protocol_failures(self._session):
             first = await self._session.reset(self._task)
-        instruction = dialects.ENVIRONMENTS[self._owner.name].instruction
+        instruction = dialects.ENVIRONMENTS[self._provider.name].instruction
         return f"{instruction}\n\n{self._shown(first, first=True)}"
 
     def parse(self, reply: str) -> str | None:
-        return dialects.action_of(self._owner.name, reply)
+        return dialects.action_of(self._provider.name, reply)
 
     def hint(self) -> str:
-        return "No action could be read. " + dialects.ENVIRONMENTS[self._owner.name].instruction
+        return "No action could be read. " + dialects.ENVIRONMENTS[self._provider.name].instruction
 
     async def step(self, action: str) -> StepResult:
         assert self._session is not None
-        with _told(self._session):
+        with _protocol_failures(self._session):
             reply = await self._session.step(sendable(action))
             self._reward, self._steps = reply.reward, self._steps + 1
-            dialects.outcome_of(self._owner.name, self._reward)
-        done = dialects.ends_episode(self._owner.name, action, reply)
+            dialects.outcome_of(self._provider.name, self._reward)
+        done = dialects.ends_episode(self._provider.name, action, reply)
         return StepResult(self._shown(reply, first=False), done)
 
     def outcome(self) -> float:
-        return dialects.outcome_of(self._owner.name, self._reward)
+        return dialects.outcome_of(self._provider.name, self._reward)
 
     def success(self) -> bool:
-        return self.outcome() >= dialects.ENVIRONMENTS[self._owner.name].success_at
+        return self.outcome() >= dialects.ENVIRONMENTS[self._provider.name].success_at
 
     def summary(self) -> str:
         if self.success():
@@ -167,10 +167,10 @@ class AgentGymEnvironment:
     def __del__(self) -> None:
         # The protocol of environments has no farewell: an episode that is over lets go of its environment.
         if self._session is not None:
-            self._owner.leave(self._session)
+            self._provider.release(self._session)
 
     def _shown(self, reply: Reply, first: bool) -> str:
-        name = self._owner.name
+        name = self._provider.name
         return dialects.shown(name, reply) if dialects.lists_actions(name, reply, first) else reply.observation
 
 
@@ -235,7 +235,7 @@ class AgentGym:
                 if server.url not in self._dialects:
                     self._dialects[server.url] = await probe(self.pool(), server)
                 session = Session(self.name, self.pool(), server, self._dialects[server.url])
-                with _told(session):
+                with _protocol_failures(session):
                     await session.create()
                 return session
             except BaseException as error:
@@ -246,7 +246,7 @@ class AgentGym:
         assert failure is not None
         raise failure
 
-    def leave(self, session: Session) -> None:
+    def release(self, session: Session) -> None:
         session.server.episodes -= 1
         session.forget()
         with contextlib.suppress(RuntimeError):  # no loop runs any more: the server forgets it by itself
@@ -256,7 +256,7 @@ class AgentGym:
 
 
 @contextlib.contextmanager
-def _told(session: Played) -> Iterator[None]:
+def _protocol_failures(session: OpenEnvironment) -> Iterator[None]:
     """What does not fit the protocol is a failure of the infrastructure."""
     try:
         yield
@@ -293,7 +293,7 @@ async def examine(name: str, url: str, task: int, timeout_s: float) -> tuple[Dia
     """Drives one server through create, reset, one step and close: (dialect, first observation, answer to the step)."""
     pool = Pool([url], timeout_s)
     session = Session(name, pool, pool.servers[0], await probe(pool, pool.servers[0]))
-    with _told(session):
+    with _protocol_failures(session):
         await session.create()
         try:
             first = await session.reset(task)

@@ -27,7 +27,7 @@ class Environment(Protocol):
 
     `reset` and `step` are coroutines because environments may live behind a network; the embedded ones never wait.
     Failures of infrastructure raise `EnvironmentFailure`; they cost the episode, never a reward of 0. So does whatever
-    else a method raises, a return of another type, and a call that takes too long (`rollout/guard.py`).
+    else a method raises, a return of another type, and a call that takes too long (`rollout/checked_environment.py`).
     """
 
     max_turns: int

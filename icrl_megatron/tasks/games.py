@@ -34,7 +34,7 @@ PDDL, TEXTWORLD = ".tw-pddl", ".z8"
 INSTALL = "pip install 'icrl-megatron[alfworld]'"
 
 
-class Table:
+class GameProcess:
     """One process, and the episodes that play in it, one call at a time; a call that hangs or kills it costs them all,
     and the next one starts another."""
 
@@ -79,14 +79,14 @@ class Table:
         return "killed its process"
 
 
-class Seat:
-    """One episode's game at a table; its next reset is at the same one."""
+class GameSession:
+    """One episode's game at a process; its next reset is at the same one."""
 
     _numbers = itertools.count()
 
-    def __init__(self, table: Table) -> None:
-        self.table, self.where, self.env = table, "a game", next(self._numbers)
-        table.episodes += 1
+    def __init__(self, process: GameProcess) -> None:
+        self.process, self.where, self.env = process, "a game", next(self._numbers)
+        process.episodes += 1
 
     async def reset(self, task: str) -> Reply:
         self.where = task
@@ -96,7 +96,7 @@ class Seat:
         return await self._reply({"do": "step", "env": self.env, "action": action}, "step")
 
     async def _reply(self, job: dict[str, Any], kind: str) -> Reply:
-        return dialects.reply_of("A", "alfworld", await self.table.ask(job), kind)
+        return dialects.reply_of("A", "alfworld", await self.process.ask(job), kind)
 
 
 class GameFolders:
@@ -107,7 +107,7 @@ class GameFolders:
         self.name, self._data = source.name, source.data
         check_limits(source)
         timeout_s, count = source.data.request_timeout_s, source.data.grading_workers
-        self._tables = [Table(timeout_s, answer_bytes) for _ in range(count)]
+        self._processes = [GameProcess(timeout_s, answer_bytes) for _ in range(count)]
         self._found: dict[Split, list[Task]] = {}
 
     def problems(self, split: Split) -> Sequence[Task]:
@@ -141,27 +141,27 @@ class GameFolders:
             raise ConfigError(f"task set {self.name!r} needs {', '.join(missing)} to play {game}: {INSTALL}")
 
         async def first() -> None:
-            seat = Seat(self._tables[0])
-            await seat.reset(game)
-            await seat.step("look")
-            self.leave(seat)
+            session = GameSession(self._processes[0])
+            await session.reset(game)
+            await session.step("look")
+            self.release(session)
 
         try:
             asyncio.run(first())
         except EnvironmentFailure as error:
             raise ConfigError(f"{game}: {error}; is it a whole game of a version that is installed here?") from error
 
-    async def open_session(self) -> Seat:
-        return Seat(min(self._tables, key=lambda table: table.episodes))
+    async def open_session(self) -> GameSession:
+        return GameSession(min(self._processes, key=lambda process: process.episodes))
 
-    def leave(self, session: Seat) -> None:
-        session.table.episodes -= 1
-        session.table.forget(session.env)
+    def release(self, session: GameSession) -> None:
+        session.process.episodes -= 1
+        session.process.forget(session.env)
 
     def close(self) -> None:
         """Ends the processes; the task set is not played after it."""
-        for table in self._tables:
-            table.close()
+        for process in self._processes:
+            process.close()
 
     def _games(self, split: Split, folder: Path) -> Iterator[Task]:
         if not folder.is_dir():

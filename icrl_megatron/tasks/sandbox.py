@@ -120,7 +120,8 @@ class Sandbox:
             }
             try:
                 process = subprocess.Popen(
-                    [self._bwrap, *_rooms(), "--ro-bind-data", str(code), "/program.py", "--seccomp", str(rules),
+                    [self._bwrap, *_bwrap_arguments(), "--ro-bind-data", str(code), "/program.py",
+                     "--seccomp", str(rules),
                      "--remount-ro", "/", "--", _PYTHON, "-s", "-P", "-S", "/guest.py", json.dumps(guest)],
                     stdin=data, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=(code, rules, writing),
                     env=_environment(),
@@ -232,7 +233,7 @@ _PYTHON_LIBRARIES = ("python", "ffi", "crypto", "ssl", "z", "bz2", "lzma", "expa
 
 
 @functools.cache
-def _rooms() -> tuple[str, ...]:
+def _bwrap_arguments() -> tuple[str, ...]:
     """bubblewrap's arguments: what there is inside."""
     base, binary = Path(sys.base_prefix), Path(sys.executable).resolve()
     shown: list[str] = []

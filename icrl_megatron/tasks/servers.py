@@ -22,9 +22,9 @@ from icrl_megatron.utils.errors import ConfigError
 TRIES = 4
 BACKOFF_S = 0.25
 """Before the second try; doubles each time."""
-TRIPS_AT = 5
-"""Failures in a row after which a server gets no new episodes for `REST_S`."""
-REST_S = 30.0
+MAX_FAILURES = 5
+"""Failures in a row after which a server gets no new episodes for `PAUSE_S`."""
+PAUSE_S = 30.0
 RETRYABLE = frozenset({429, 502, 503, 504})
 CONNECTIONS = 1024
 
@@ -46,7 +46,7 @@ class EnvironmentServer:
     """Episodes that live there now."""
     failures: int = 0
     """In a row."""
-    resting_until: float = field(default=0.0)
+    paused_until: float = field(default=0.0)
     environments: set[int | str] = field(default_factory=set)
     """Ids of the environments that episodes play there now."""
 
@@ -55,10 +55,10 @@ class EnvironmentServer:
 
     def failed(self) -> None:
         self.failures += 1
-        if self.failures >= TRIPS_AT:
+        if self.failures >= MAX_FAILURES:
             # One more failure after the rest, and it rests again.
-            self.failures = TRIPS_AT - 1
-            self.resting_until = time.monotonic() + REST_S
+            self.failures = MAX_FAILURES - 1
+            self.paused_until = time.monotonic() + PAUSE_S
 
 
 class Pool:
@@ -82,13 +82,13 @@ class Pool:
     def choose(self) -> EnvironmentServer:
         """The server with the fewest episodes among those that are well; of the sick the one that rests least long."""
         now = time.monotonic()
-        well = [s for s in self.servers if s.resting_until <= now]
+        well = [s for s in self.servers if s.paused_until <= now]
         if well:
             return min(well, key=lambda s: s.episodes)
-        soonest = min(self.servers, key=lambda s: s.resting_until)
+        soonest = min(self.servers, key=lambda s: s.paused_until)
         raise EnvironmentFailure(
-            f"all {len(self.servers)} servers failed {TRIPS_AT} times in a row; the next try is in "
-            f"{soonest.resting_until - now:.0f} s. Look at {soonest.url}"
+            f"all {len(self.servers)} servers failed {MAX_FAILURES} times in a row; the next try is in "
+            f"{soonest.paused_until - now:.0f} s. Look at {soonest.url}"
         )
 
     async def call(

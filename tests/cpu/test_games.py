@@ -119,10 +119,10 @@ def test_episodes_share_processes_and_none_blocks_the_others(made: tuple[Path, d
         )
         beating.cancel()
         assert all(e.success() for e in environments)
-        assert [t.episodes for t in task_set._tables] == [3, 3]
+        assert [t.episodes for t in task_set._processes] == [3, 3]
         environments.clear()
         gc.collect()
-        assert [t.episodes for t in task_set._tables] == [0, 0]
+        assert [t.episodes for t in task_set._processes] == [0, 0]
         return late
 
     try:
@@ -142,7 +142,7 @@ def test_a_process_that_dies_costs_its_episodes_and_no_more(made: tuple[Path, di
         first, second = task_set.environment(task), task_set.environment(task)
         await first.reset()
         await second.reset()
-        worker = task_set._tables[0]._worker
+        worker = task_set._processes[0]._worker
         assert worker is not None
         worker._process.kill()
         with pytest.raises(EnvironmentFailure, match="killed its process"):
@@ -165,7 +165,7 @@ def test_a_step_that_hangs_is_cut_off(made: tuple[Path, dict[str, list[str]]]) -
 
     async def episode() -> None:
         await environment.reset()
-        table = task_set._tables[0]
+        table = task_set._processes[0]
         assert table._worker is not None
         os.kill(table._worker._process.pid, 19)  # SIGSTOP
         table._timeout_s = 0.5
