@@ -1,4 +1,4 @@
-"""SearchQA: questions answered with searches, judged by exact match.
+"""SearchQA: questions answered with searches, scored by exact match.
 
 problem  {"prompt": question, "label": answer, or a JSON list of answers}
 reply    <search>words</search> or <answer>the answer</answer>
@@ -32,7 +32,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def normalised(answer: str) -> str:
-    """As SQuAD's evaluation does: lower case, without punctuation and articles, single spaces."""
+    """Normalizes as SQuAD's evaluation does: lower case, without punctuation and articles, single spaces."""
     bare = "".join(c for c in answer.lower() if c not in string.punctuation)
     return " ".join(_ARTICLES.sub(" ", bare).split())
 
@@ -94,7 +94,7 @@ class RetrievalQA:
         self.name, self._data, self._answer_bytes = source.name, source.data, answer_bytes
         if bool(source.data.corpus) == (bool(source.data.servers) or source.served):
             raise ConfigError(
-                f"task set {self.name!r} needs one place to search: set one of data.corpus, data.servers and "
+                f"task set {self.name!r} needs one place to search: set exactly one of data.corpus, data.servers and "
                 "serve.command of its entry in tasks.sources"
             )
         if source.data.passages < 1:
@@ -120,7 +120,7 @@ class RetrievalQA:
         return _statement(str(json.loads(task.problem)["prompt"]))
 
     def check(self) -> None:
-        """Builds the index, so that ranks find it. Raises ConfigError on an invalid corpus."""
+        """Builds the index, so that it exists when ranks start. Raises ConfigError on an invalid corpus."""
         self.retriever()
 
     def retriever(self) -> Retriever:
@@ -136,7 +136,8 @@ def _statement(question: str) -> str:
 
 
 def SearchQA(source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> TaskSet:
-    """Ranges of task ids are questions of AgentGym's SearchQA server; rows of a file are asked here."""
+    """The task set of a source: task id ranges are questions of AgentGym's SearchQA server, file rows are asked
+    locally."""
     if any(id_range(given) is not None for given in (*source.data.train, *source.data.heldout)):
         return AgentGym(source, answer_bytes)
     return RetrievalQA(source, answer_bytes)
@@ -149,5 +150,5 @@ def _problem(row: DataRow) -> str:
         listed = [row.label]
     golds = [str(gold) for gold in listed]
     if not any(normalised(gold) for gold in golds):
-        raise ConfigError(f"{row.where}: the label {row.label[:80]!r} is empty once normalised; mend or delete the row")
+        raise ConfigError(f"{row.where}: the label {row.label[:80]!r} is empty once normalized; fix or delete the row")
     return json.dumps({"prompt": row.prompt, "golds": golds, "where": row.where}, ensure_ascii=False)

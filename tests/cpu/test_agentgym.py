@@ -163,7 +163,7 @@ def fails(url: str, timeout_s: float = 10.0) -> str:
         ("/reset", [(200, {"error": {"code": "no_task", "message": "gone", "retryable": False}})], "no_task gone"),
         ("/reset", [(409, {"error": {"code": "busy", "message": "in use", "retryable": False}})], "HTTP 409"),
         ("/reset", [(200, [1])], "is this a server of textcraft"),
-        ("/create", [(200, {"id": True})], "holds no environment id"),
+        ("/create", [(200, {"id": True})], "has no environment id"),
         ("/reset", [503] * 9, "HTTP 503"),
     ],
 )

@@ -190,8 +190,8 @@ def folder_with(tmp_path: Path, name: str, content: str) -> Path:
     [
         ("notes.txt", "hello", "holds no .tw-pddl or .z8 game"),
         ("game.tw-pddl", '{"solvable": false}', "that can be solved"),
-        ("game.tw-pddl", "{", "no game of ALFWorld"),
-        ("game.tw-pddl", "[]", "no game of ALFWorld"),
+        ("game.tw-pddl", "{", "not a game of ALFWorld"),
+        ("game.tw-pddl", "[]", "not a game of ALFWorld"),
     ],
 )
 def test_folders_that_are_none(tmp_path: Path, name: str, content: str, part: str) -> None:
