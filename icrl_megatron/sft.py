@@ -55,7 +55,7 @@ PLAIN = AlgoSettings(internalise=False, calibration=Calibration(enabled=False), 
 
 
 def main(settings: Settings) -> int:
-    """One rank of the setup; returns 0 or STOPPED."""
+    """One rank of the stage; returns 0 or STOPPED."""
     stop = StopRequest()
     WATCHDOG.obey(stop)
     settings = supervised(settings)

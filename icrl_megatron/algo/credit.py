@@ -62,7 +62,7 @@ def credit(episodes: Iterable[Episode], settings: AlgoSettings, train_critic: bo
     dropped_samples = len(surplus)
     for _, members in sorted(groups.items()):
         members.sort(key=lambda s: s.sample_id)
-        if settings.group_filter.enabled and _hopeless(members, settings.group_filter):
+        if settings.group_filter.enabled and _filtered_out(members, settings.group_filter):
             dropped += 1
             dropped_samples += len(members)
             continue
@@ -116,7 +116,7 @@ def _surplus_revisions(samples: Sequence[Sample], limit: int | None) -> set[str]
     return {sample.sample_id for of in ranked for sample in of[limit:]}
 
 
-def _hopeless(members: Sequence[Sample], group_filter: GroupFilter) -> bool:
+def _filtered_out(members: Sequence[Sample], group_filter: GroupFilter) -> bool:
     """True for a group without first attempts that has no success or a too low mean reward."""
     if any(m.role == "attempt" for m in members):
         return False

@@ -48,8 +48,8 @@ class Curriculum:
         list come first."""
         rounds, rest = divmod(count, len(problems))
         # Exponential clocks: the `rest` smallest times are a weighted sample without replacement.
-        rings = sorted((rng.expovariate(max(self.weight(t.task_id), 1e-9)), i) for i, t in enumerate(problems))
-        return [*problems] * rounds + [problems[i] for _, i in rings[:rest]]
+        times = sorted((rng.expovariate(max(self.weight(t.task_id), 1e-9)), i) for i, t in enumerate(problems))
+        return [*problems] * rounds + [problems[i] for _, i in times[:rest]]
 
 
 def success_shares(episodes: Iterable[Episode]) -> dict[str, float]:

@@ -115,15 +115,15 @@ def _fill(samples: Sequence[Sample], budget: int, settings: AlgoSettings) -> lis
         for s in samples:
             lengths[s.sample_id] = max(lengths[s.sample_id], len(s.behaviour_prompt_ids) + len(s.response_ids))
     bins: list[list[Sample]] = []
-    room: list[int] = []
+    free: list[int] = []
     for sample in sorted(samples, key=lambda s: (-lengths[s.sample_id], s.sample_id)):
         need = lengths[sample.sample_id]
-        slot = next((i for i, left in enumerate(room) if need <= left), len(bins))
+        slot = next((i for i, left in enumerate(free) if need <= left), len(bins))
         if slot == len(bins):
             bins.append([])
-            room.append(budget)
+            free.append(budget)
         bins[slot].append(sample)
-        room[slot] -= need
+        free[slot] -= need
     return bins
 
 

@@ -67,7 +67,7 @@ class TaskSampler:
         `resample` > 0 returns the same mixture with other problems. A draw contains a problem twice only if its source
         has fewer problems than its share of `n`.
         """
-        slots = self._row(step * n, (step + 1) * n)
+        slots = self._slots(step * n, (step + 1) * n)
         if self.curriculum is not None:
             return self._by_success(slots, self.curriculum, random.Random(f"{self._seed}/curriculum/{step}/{resample}"))
         if resample == 0:
@@ -84,7 +84,7 @@ class TaskSampler:
         shares = sorted(Counter(s for s, _ in slots).items())
         return [task for source, share in shares for task in curriculum.draw(self._orders[source], share, rng)]
 
-    def _row(self, start: int, stop: int) -> list[tuple[int, int]]:
+    def _slots(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Slots `start` to `stop` as (source, number of earlier slots of that source). Ranges may be requested in any
         order."""
         if start < self._passed:

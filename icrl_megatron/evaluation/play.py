@@ -115,9 +115,8 @@ def _play(job: Job, grid: Grid, progress: Progress) -> tuple[Played, int]:
         critic=job.critic,
         synced=False,
     )
-    speakers = _EvaluationSpeakers(
-        job, prompter
-    )  # an endpoint that does not answer ends this before an engine is built
+    # Built first, so that an endpoint that does not answer ends the evaluation before an engine is built.
+    speakers = _EvaluationSpeakers(job, prompter)
     with closing(engine_kind(settings.engine.kind).build(request)) as engines:
         with progress.phase("engine") as bar:
             engines.wait_ready(lambda: bar.advance(0))

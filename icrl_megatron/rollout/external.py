@@ -60,15 +60,15 @@ class ExternalSpeaker:
             await asyncio.wait({asked, interrupted}, return_when=asyncio.FIRST_COMPLETED)
             if not asked.done():
                 return Completion((), (), "abort", 0)
-            said = sendable(asked.result())
+            text = sendable(asked.result())
         finally:
             asked.cancel()
             interrupted.cancel()
         # An endpoint that ignores max_tokens may send megabytes, which take seconds to encode.
-        begin = said[: CHARS_A_TOKEN * ask.max_new_tokens]
+        begin = text[: CHARS_A_TOKEN * ask.max_new_tokens]
         ids = self.prompter.encode_reply(begin)
         cut = ids[: ask.max_new_tokens]
-        whole = len(begin) == len(said) and len(cut) == len(ids)
+        whole = len(begin) == len(text) and len(cut) == len(ids)
         return Completion(cut, (0.0,) * len(cut), "stop" if whole else "length", 0)
 
     async def interrupt(self) -> None:
@@ -131,15 +131,15 @@ def _content(answer: bytes) -> str:
     """The text of an answer: a string, or a list of parts that are joined. Raises RequestFailedError for anything
     else."""
     try:
-        said = json.loads(answer)["choices"][0]["message"]["content"]
-        if isinstance(said, list):
-            said = "".join(_text(part["text"]) for part in said)
-        return "" if said is None else _text(said)
+        text = json.loads(answer)["choices"][0]["message"]["content"]
+        if isinstance(text, list):
+            text = "".join(_text(part["text"]) for part in text)
+        return "" if text is None else _text(text)
     except (ValueError, RecursionError, LookupError, TypeError) as error:
         raise RequestFailedError(f"The external critic answered {answer[:200]!r}.") from error
 
 
-def _text(said: object) -> str:
-    if not isinstance(said, str):
-        raise TypeError(f"{type(said).__name__} is not text")
-    return said
+def _text(text: object) -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"{type(text).__name__} is not text")
+    return text

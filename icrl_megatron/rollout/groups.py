@@ -18,14 +18,14 @@ def split_tasks(tasks: Sequence[Task], kept: Sequence[Sequence[Task]]) -> list[l
     kept it: the same episodes twice in one step would be trained on twice.
     """
     counts = [len(tasks[index :: len(kept)]) for index in range(len(kept))]
-    hands = [list(mine[:count]) for mine, count in zip(kept, counts, strict=True)]
-    taken = {task.task_id for hand in hands for task in hand}
+    shares = [list(mine[:count]) for mine, count in zip(kept, counts, strict=True)]
+    taken = {task.task_id for share in shares for task in share}
     fresh = iter([task for task in tasks if task.task_id not in taken])
-    while any(len(hand) < count for hand, count in zip(hands, counts, strict=True)):
-        for hand, count in zip(hands, counts, strict=True):
-            if len(hand) < count:
-                hand.append(next(fresh))
-    return hands
+    while any(len(share) < count for share, count in zip(shares, counts, strict=True)):
+        for share, count in zip(shares, counts, strict=True):
+            if len(share) < count:
+                share.append(next(fresh))
+    return shares
 
 
 class Groups:

@@ -129,10 +129,12 @@ class _Recorded:
     async def _fresh(self, ask: Ask, begun: Completion | None) -> Completion:
         if begun is None or not begun.ids:
             return await self.speaker.reply(ask)
-        room = ask.max_new_tokens - len(begun.ids)
-        if room < 1:
+        remaining = ask.max_new_tokens - len(begun.ids)
+        if remaining < 1:
             return replace(begun, finish_reason="length")
-        rest = await self.speaker.reply(replace(ask, prompt_ids=(*ask.prompt_ids, *begun.ids), max_new_tokens=room))
+        rest = await self.speaker.reply(
+            replace(ask, prompt_ids=(*ask.prompt_ids, *begun.ids), max_new_tokens=remaining)
+        )
         ended = len(begun.ids) - sum(tokens for _, tokens in begun.older)
         older = (*begun.older, (begun.weight_version, ended))
         return Completion(

@@ -217,7 +217,8 @@ class AgentGym:
                 asyncio.run(examine(self.name, server.url, first, self._data.request_timeout_s))
             except EnvironmentFailure as error:
                 raise ConfigError(
-                    f"tasks.sources: {self.name!r}: {error}. `icrl env check {server.url} --kind {self.name}` says more"
+                    f"tasks.sources: {self.name!r}: {error}. `icrl env check {server.url} --kind {self.name}` "
+                    "shows more"
                 ) from error
 
     def pool(self) -> Pool:

@@ -223,7 +223,7 @@ def _spoken(messages: list[dict[str, Any]], where: str) -> str:
     if unknown := set(roles) - {"system", "user"}:
         raise ConfigError(
             f"{where}: a prompt with messages of {', '.join(sorted(map(str, unknown)))}; only system and user messages "
-            "make a problem, take the others out"
+            "are allowed; remove the others"
         )
     return "\n\n".join(str(m["content"] or "") for m in messages)
 

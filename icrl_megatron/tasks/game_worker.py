@@ -26,13 +26,13 @@ class Games:
         number = job["env"]
         if job["do"] == "step":
             if number not in self._open:
-                return {"error": "this process was started anew, and its games are gone"}
+                return {"error": "this process was restarted and lost its games"}
             state, _, done = self._open[number].step(job["action"])
-            return _told(state, bool(done))
+            return _answer(state, bool(done))
         if self._paths.get(number) != job["game"]:
             self._close(number)
             self._open[number], self._paths[number] = started(job["game"]), job["game"]
-        return _told(self._open[number].reset(), False)
+        return _answer(self._open[number].reset(), False)
 
     def _close(self, number: int) -> None:
         self._paths.pop(number, None)
@@ -53,7 +53,7 @@ def started(path: str) -> Any:
     return textworld.start(path, wanted, wrappers)
 
 
-def _told(state: Any, done: bool) -> dict[str, Any]:
+def _answer(state: Any, done: bool) -> dict[str, Any]:
     return {
         "observation": str(state["feedback"]).strip(),
         "reward": 1.0 if state["won"] else 0.0,

@@ -165,7 +165,7 @@ class GameFolders:
 
     def _games(self, split: Split, folder: Path) -> Iterator[Task]:
         if not folder.is_dir():
-            raise ConfigError(f"data.{split}: {folder} is no folder of games")
+            raise ConfigError(f"data.{split}: {folder} is not a folder of games")
         found = 0
         for path in sorted(p for p in folder.rglob("*") if p.name.endswith((PDDL, TEXTWORLD))):
             content = path.read_bytes()

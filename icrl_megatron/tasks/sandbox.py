@@ -137,20 +137,20 @@ def _watched(process: subprocess.Popen[bytes], reading: int, limits: SandboxLimi
     """Reads until the process and its pipes end, or a limit is reached."""
     assert process.stdout is not None and process.stderr is not None
     clock = Clock(process.pid, limits.clock_s)
-    said = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray(), reading: bytearray()}
+    buffers = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray(), reading: bytearray()}
     cut: End | None = None
     try:
         with selectors.DefaultSelector() as selector:
-            for pipe in said:
+            for pipe in buffers:
                 selector.register(pipe, selectors.EVENT_READ)
             while selector.get_map() and cut is None:
                 ready = selector.select(clock.left())
                 for key, _ in ready:
                     chunk = os.read(key.fd, 1 << 16)
-                    said[key.fd] += chunk
+                    buffers[key.fd] += chunk
                     if not chunk:
                         selector.unregister(key.fd)
-                if sum(map(len, said.values())) > OUTPUT_BYTES:
+                if sum(map(len, buffers.values())) > OUTPUT_BYTES:
                     cut = "output"
                 elif clock.is_up():
                     cut = "clock"
@@ -160,10 +160,10 @@ def _watched(process: subprocess.Popen[bytes], reading: int, limits: SandboxLimi
         process.wait(timeout=30)
         process.stdout.close()
         process.stderr.close()
-    output, errors, report = (bytes(part) for part in said.values())
+    output, errors, report = (bytes(part) for part in buffers.values())
     if not report.startswith(READY):
         if cut == "clock":
-            raise EnvironmentFailure(f"no sandbox within {limits.clock_s:g} s")
+            raise EnvironmentFailure(f"the sandbox did not start within {limits.clock_s:g} s")
         raise EnvironmentFailure(f"bubblewrap: {errors[-300:].decode(errors='replace').strip() or code}")
     end = cut or ("clock" if code is None else _end_of(code))
     return Ran(end, output, errors, report[len(READY) :])

@@ -74,7 +74,7 @@ class Pool:
             )
         for url in urls:
             if not url.startswith(("http://", "https://")):
-                raise ConfigError(f"data.servers: {url!r} is no address; write http://host:port")
+                raise ConfigError(f"data.servers: {url!r} is not an address; write http://host:port")
         self.servers = [EnvironmentServer(url.rstrip("/")) for url in dict.fromkeys(urls)]
         self._timeout_s, self._answer_bytes = timeout_s, answer_bytes
         self._connections = connections.Connections(CONNECTIONS)
@@ -141,5 +141,5 @@ def _body(status: int, answer: bytes, url: str) -> Any:
     if status >= 400:
         raise Refused(f"{url} answered HTTP {status}: {text[:200]}", status, body)
     if body is None:
-        raise Refused(f"{url} answered no JSON: {text[:100]!r}", status)
+        raise Refused(f"{url} did not answer JSON: {text[:100]!r}", status)
     return body

@@ -55,7 +55,7 @@ def test_settings_that_cannot_work() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             AgentGym(TaskSource("babyai", data=data)).problems("train")
-    for urls, message in (([], "no servers"), (["host:1"], "is no address")):
+    for urls, message in (([], "no servers"), (["host:1"], "is not an address")):
         with pytest.raises(ConfigError, match=message):
             gym("babyai", *urls).pool()
 
