@@ -24,11 +24,11 @@ from icrl_megatron.algo.schedules import learning_rate
 from icrl_megatron.data.sampler import TaskSampler, order_seed
 from icrl_megatron.distributed import grid as grids
 from icrl_megatron.distributed.process import StopRequest, run_rank
-from icrl_megatron.rollout.episode import Stage, play
+from icrl_megatron.rollout.episode import EpisodeSetup, play
 from icrl_megatron.rollout.prompts import Prompter, template_words, tokenizer
-from icrl_megatron.rollout.source import Played, PlaysWholeGroups
+from icrl_megatron.rollout.source import NoPartialRollouts, Played
 from icrl_megatron.rollout.speakers import Seeds
-from icrl_megatron.rollout.teacher import teacher_casting
+from icrl_megatron.rollout.teacher import teacher_speakers
 from icrl_megatron.rollout.watchdog import WATCHDOG
 from icrl_megatron.run import saving
 from icrl_megatron.run.evaluator import NoEvaluator
@@ -96,16 +96,18 @@ def constant_credit(episodes: Iterable[Episode]) -> CreditReport:
 
 
 @dataclass(frozen=True)
-class TeacherSource(PlaysWholeGroups):
-    """Episodes played by the task sets' teachers; every rank plays all of them and gets the same ones."""
+class TeacherSource(NoPartialRollouts):
+    """Episodes that the task sets' teachers play; every rank plays all of them and gets the same ones."""
 
-    stage: Stage
+    setup: EpisodeSetup
 
     def play(
         self, tasks: Sequence[Task], episodes: int, seeds: Seeds, rounds: int, needed: int | None = None
     ) -> Played:
-        casting = teacher_casting(registry.get, self.stage.prompter, seeds, self.stage.settings.environment_timeout_s)
-        played, dropped = asyncio.run(play(tasks, episodes, self.stage, casting, seeds))
+        speakers_for = teacher_speakers(
+            registry.get, self.setup.prompter, seeds, self.setup.settings.environment_timeout_s
+        )
+        played, dropped = asyncio.run(play(tasks, episodes, self.setup, speakers_for, seeds))
         return Played(tuple(played), tuple(dropped), generated=0)
 
 
@@ -122,7 +124,7 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
         grid=grid,
         actor=actor,
         sync=NoEngines(),
-        source=TeacherSource(Stage(catalogue.environment, prompter, settings.rollout)),
+        source=TeacherSource(EpisodeSetup(catalogue.environment, prompter, settings.rollout)),
         sampler=TaskSampler(settings.tasks.sources, found.train, order_seed(settings)),
         credit=constant_credit,
         rate=lambda step: learning_rate(step, warm.steps, warm),

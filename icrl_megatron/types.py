@@ -1,9 +1,9 @@
-"""What the stages pass to each other: frozen dataclasses that flow one way.
+"""The data types that the steps of training pass on: frozen dataclasses that flow one way.
 
     Task -> Completion -> Turn -> Attempt / Critique -> Episode -> Sample -> StepPlan(MicroBatch) -> StepStats
 
-From `Sample` on, no stage knows what a critic is. Token sequences are tuples or NumPy arrays on the host. The actor
-turns them into tensors on its own device. This module imports no torch.
+From `Sample` on, no code knows what a critic is. Token sequences are tuples or NumPy arrays on the host; the actor
+turns them into tensors on its own device. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Task:
     """
 
     task_id: str
-    """Unique over all task sets and splits; groups are formed on it."""
+    """Unique over all task sets and splits; groups are formed by it."""
     source: str
     """Name of the task set in `tasks/registry.py`."""
     split: Split
     problem: str
-    """What the task set needs to rebuild the problem, in its own encoding (JSON where it is structured)."""
+    """What the task set needs to rebuild the problem, in its own encoding (JSON if it is structured)."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class Completion:
     """Log-probability of each id under the distribution it was sampled from (temperature applied), same length."""
     finish_reason: FinishReason
     weight_version: int
-    """Version of the weights that generated its newest token."""
+    """Version of the weights that generated the newest token."""
     older: tuple[tuple[int, int], ...] = ()
-    """(version, tokens) of the leading tokens, if an interrupted reply began under older weights."""
+    """(version, tokens) of the leading tokens, if an interrupted reply started under older weights."""
 
     @staticmethod
     def parse(fields: Mapping[str, Any]) -> Completion:
-        """Reads what `vars` returned, after a round trip through JSON."""
+        """Inverse of `vars`, after a round trip through JSON."""
         older = tuple((version, tokens) for version, tokens in fields.get("older", ()))
         kept = {"ids": tuple(fields["ids"]), "logprobs": tuple(fields["logprobs"]), "older": older}
         return Completion(**{**fields, **kept})
@@ -79,7 +79,7 @@ class Turn:
     action: str | None
     """The action parsed from the reply; None if there is none."""
     observation: str
-    """The environment's answer. Only the critic reads the one after the last turn."""
+    """The environment's answer. Only the critic reads the last turn's."""
     observation_ids: Ids
     """Ids in the context between this reply and the next (end of turn, observation, next header); empty after the last
     turn."""
@@ -98,7 +98,7 @@ class Attempt:
 
     round: int
     prompt_ids: Ids
-    """What the engine saw, including the critique if there was one."""
+    """The prompt given to the engine, including the critique if there was one."""
     plain_prompt_ids: Ids
     """The critique-free prompt of the same task; equal to `prompt_ids` in round 0."""
     turns: tuple[Turn, ...]
@@ -106,7 +106,7 @@ class Attempt:
     """The environment's reward, in [0, 1]."""
     success: bool
     summary: str
-    """The environment's account of the outcome, for the critic."""
+    """The environment's description of the outcome, for the critic."""
     stop_reason: Literal["done", "max_turns", "repeated", "context", "length", "deadline"]
     summary_cut_chars: int = 0
     """Characters cut from the summary, by the same limits as observations."""
@@ -180,8 +180,8 @@ class DroppedEpisode:
 
 @dataclass(frozen=True)
 class UnplayedEpisode:
-    """An episode that was cut off. If its engine was lost, `error` says so and the episode is played again; if the step
-    had enough groups without it, `error` is empty.
+    """An episode that was cut off. If its engine was lost, `error` describes that and the episode is played again. If
+    the step had enough groups without it, `error` is empty.
 
     Example: UnplayedEpisode(task, 3, "The SGLang server died.")
     """
@@ -193,15 +193,16 @@ class UnplayedEpisode:
 
 @dataclass(frozen=True)
 class Sample:
-    """One trainable sequence. The two prompts differ only for revisions that are internalized.
+    """One trainable sequence. The two prompts differ only for internalized revisions.
 
-    Example: the revision of episode 3, trained without the critique that it was written with:
+    Example: the revision of episode 3, trained without the critique that it was generated with:
     Sample("set/17#3/1/revision", "set/17/solver", "revision", 1, (*plain, *critique), plain, response, mask,
     logprobs, calibrated=True, reward=1.0, advantage=0.7)
     """
 
     sample_id: str
-    """"<task_id>#<episode>/<round>/<role>": unique within a step; orders everything that must not depend on arrival."""
+    """"<task_id>#<episode>/<round>/<role>": unique within a step; the sort key wherever order must not depend on
+    arrival."""
     group: str
     """Samples with the same group share a baseline."""
     role: Role
@@ -213,7 +214,7 @@ class Sample:
     loss_mask: tuple[bool, ...]
     rollout_logprobs: tuple[float, ...]
     calibrated: bool
-    """True where w_t applies (internalised revisions with calibration on), or the shaping function in its place."""
+    """True if w_t, or the shaping function instead of it, applies (internalized revisions with calibration on)."""
     reward: float
     advantage: float = 0.0
 
@@ -233,7 +234,7 @@ class MicroBatch:
     tokens_T: IntArray
     positions_T: IntArray
     cu_seqlens: npt.NDArray[np.int32]
-    """[S + 1]; the last sequence may be padding that carries no loss."""
+    """[S + 1]; the last sequence may be padding without loss tokens."""
     loss_index_L: IntArray
     targets_L: IntArray
     rollout_logprobs_L: FloatArray
@@ -242,14 +243,14 @@ class MicroBatch:
     """c_t >= 0: the global normalizer of each token. The loss of a step is the sum of c_t * loss_t."""
     calibrated_L: BoolArray
     same_prompt_L: BoolArray
-    """True where a sample is trained under the prompt that the engine saw, so that both log-probs are comparable."""
+    """True if the sample is trained under the prompt that the engine saw, so that both log-probs are comparable."""
     sample_index_L: IntArray
-    """Index of the sample in `StepPlan.samples`, for scattering per-token results back."""
+    """Index of the sample in `StepPlan.samples`, used to return per-token results to samples."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one data-parallel replica does in one step: `updates[u][m]` is micro-batch m of optimizer update u.
+    """The work of one data-parallel replica in one step: `updates[u][m]` is micro-batch m of optimizer update u.
 
     Example: StepPlan(samples, ((micro_batch_0, micro_batch_1),), global_samples=256, global_loss_tokens=51_200)
     """
@@ -259,12 +260,12 @@ class StepPlan:
     updates: tuple[tuple[MicroBatch, ...], ...]
     global_samples: int
     global_loss_tokens: int
-    """Counts over all replicas, the denominators behind `coefficients_L`."""
+    """Counts over all replicas: the denominators in `coefficients_L`."""
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """What the actor measured over one step, already reduced over all ranks.
+    """The actor's measurements of one step, reduced over all ranks.
 
     Example: StepStats(0.02, grad_norm=0.4, learning_rate=1e-6, skipped_updates=0, loss_tokens=51_200, tokens=90_112)
     """
@@ -279,4 +280,4 @@ class StepStats:
     calibration_weights: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """sample_id -> w_t of each loss token of the calibrated samples, of all replicas; the same on every rank."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Token means, maxima and counts by name; `actor/measure.py` makes them."""
+    """Token means, maxima and counts by name, from `actor/measure.py`."""

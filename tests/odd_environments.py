@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from icrl_megatron.model.tiny import build_tokenizer
-from icrl_megatron.rollout.episode import Stage, play_episode
+from icrl_megatron.rollout.episode import EpisodeSetup, play_episode
 from icrl_megatron.rollout.prompts import Prompter, template_words
-from icrl_megatron.rollout.speakers import Ask, Cast, Seeds
+from icrl_megatron.rollout.speakers import Ask, Seeds, Speakers
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks.base import StepResult
 from icrl_megatron.types import Completion, DroppedEpisode, Episode, Task
@@ -65,8 +65,8 @@ class Says:
 
 
 def play_one(factory: Callable[[Task], Any], **changes: Any) -> Episode | DroppedEpisode:
-    stage = Stage(factory, PROMPTER, replace(SETTINGS, **changes))
-    return asyncio.run(play_episode(TASK, 0, stage, lambda task, index: Cast(Says(), Says()), Seeds(0, 0)))
+    setup = EpisodeSetup(factory, PROMPTER, replace(SETTINGS, **changes))
+    return asyncio.run(play_episode(TASK, 0, setup, lambda task, index: Speakers(Says(), Says()), Seeds(0, 0)))
 
 
 def returning(method: str, value: object, wrapped: bool = True) -> type[Works]:

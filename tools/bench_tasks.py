@@ -34,9 +34,9 @@ from agentgym_server import serving
 from bench_schema import Bar
 
 from icrl_megatron.model.tiny import build_tokenizer
-from icrl_megatron.rollout.episode import Stage, play
+from icrl_megatron.rollout.episode import EpisodeSetup, play
 from icrl_megatron.rollout.prompts import Prompter, template_words
-from icrl_megatron.rollout.speakers import Ask, Seeds, engine_casting
+from icrl_megatron.rollout.speakers import Ask, Seeds, same_speakers
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.settings.task_schema import TaskData, TaskSource
 from icrl_megatron.tasks import registry
@@ -87,10 +87,10 @@ def embedded(name: str, reply: str) -> dict[str, float]:
     assert isinstance(task_set, Teachable)
     settings = RolloutSettings(templates="compact", context_tokens=512, max_turn_tokens=24, rounds=1, concurrency=200)
     prompter = Prompter(build_tokenizer([*task_set.vocabulary(), *template_words("compact")]), settings)
-    stage = Stage(registry.environment, prompter, settings)
+    setup = EpisodeSetup(registry.environment, prompter, settings)
     tasks = list(task_set.problems("train"))[:100]
     begun = time.perf_counter()
-    played, _ = asyncio.run(play(tasks, 10, stage, engine_casting(Instant(prompter, reply)), Seeds(0, 0)))
+    played, _ = asyncio.run(play(tasks, 10, setup, same_speakers(Instant(prompter, reply)), Seeds(0, 0)))
     whole = time.perf_counter() - begun
 
     async def alone() -> int:
@@ -199,8 +199,8 @@ def waiting() -> dict[str, float]:
     def on_end(result: object) -> None:
         ended.append(time.perf_counter() - begun)
 
-    stage = Stage(environment, prompter, settings)
-    played, _ = asyncio.run(play(tasks, 1, stage, engine_casting(Instant(prompter, "oak")), Seeds(0, 0), on_end))
+    setup = EpisodeSetup(environment, prompter, settings)
+    played, _ = asyncio.run(play(tasks, 1, setup, same_speakers(Instant(prompter, "oak")), Seeds(0, 0), on_end))
     assert len(played) == len(tasks)
     return {"alone_s": WAIT_S * WAITS, "of_200_s": sorted(ended)[-2], "slow_one_alone_s": 10 * WAIT_S * WAITS}
 

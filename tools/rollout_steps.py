@@ -19,10 +19,10 @@ from transformers import AutoTokenizer
 
 from icrl_megatron.engines.rank import Engines, Share
 from icrl_megatron.engines.sglang import SGLangEngine
-from icrl_megatron.rollout.episode import Stage
+from icrl_megatron.rollout.episode import EpisodeSetup
 from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.source import EngineSource
-from icrl_megatron.rollout.speakers import Ask, Cast, EngineSpeaker, Seeds
+from icrl_megatron.rollout.speakers import Ask, EngineSpeaker, Seeds, Speakers
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks import registry
 from icrl_megatron.types import Completion, Task
@@ -74,21 +74,21 @@ class Step:
     cache_hit_rate: float
 
 
-def stage_of(folder: Path, context_tokens: int) -> Stage:
+def setup_of(folder: Path, context_tokens: int) -> EpisodeSetup:
     """Household on the model of `folder`."""
     settings = RolloutSettings(
         max_turn_tokens=MOST_TOKENS, max_critique_tokens=MOST_TOKENS, context_tokens=context_tokens, templates="compact"
     )
-    return Stage(registry.environment, Prompter(AutoTokenizer.from_pretrained(folder), settings), settings)
+    return EpisodeSetup(registry.environment, Prompter(AutoTokenizer.from_pretrained(folder), settings), settings)
 
 
-def step(engine: SGLangEngine, stage: Stage, tasks: int, oversample: float, number: int) -> Step:
+def step(engine: SGLangEngine, setup: EpisodeSetup, tasks: int, oversample: float, number: int) -> Step:
     """Plays one step that needs `tasks` groups."""
-    watch, talker = Watch(), EngineSpeaker(engine, 1.0, stage.prompter.stop_ids)
+    watch, talker = Watch(), EngineSpeaker(engine, 1.0, setup.prompter.stop_ids)
 
-    def cast(task: Task, index: int) -> Cast:
+    def speakers_of(task: Task, index: int) -> Speakers:
         watched = _Watched(talker, watch, (task.task_id, index))
-        return Cast(watched, watched)
+        return Speakers(watched, watched)
 
     def nothing_to_resend(stale: bool) -> None:
         """No engine is lost here."""
@@ -98,11 +98,11 @@ def step(engine: SGLangEngine, stage: Stage, tasks: int, oversample: float, numb
 
     engines = Engines(engine, engine, None, Share(0, 1))
     quiet = Progress(console=Console(file=io.StringIO()))
-    source = EngineSource(stage, cast, engines, nothing_to_resend, alone, quiet)
+    source = EngineSource(setup, speakers_of, engines, nothing_to_resend, alone, quiet)
     known = list(registry.get("household").problems("train"))
     chosen = known[: math.ceil(tasks * oversample)]
     begun = time.perf_counter()
-    played = source.play(chosen, EPISODES_PER_TASK, Seeds(0, number), stage.settings.rounds, tasks)
+    played = source.play(chosen, EPISODES_PER_TASK, Seeds(0, number), setup.settings.rounds, tasks)
     seconds = time.perf_counter() - begun
     return Step(
         seconds,

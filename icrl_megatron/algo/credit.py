@@ -1,4 +1,4 @@
-"""Credit: rewards -> advantages, inside groups that share a baseline (paper Eq. 5), and the two published presets."""
+"""Credit: rewards -> advantages, in groups that share a baseline (paper Eq. 5), and the two published presets."""
 
 from __future__ import annotations
 
@@ -14,37 +14,38 @@ from icrl_megatron.settings.schema import AlgoSettings, GroupFilter, Overlong
 from icrl_megatron.types import Episode, Sample
 
 STD_FLOOR = 1e-6
-"""Added to a group's deviation (Eq. 5)."""
+"""Added to a group's standard deviation (Eq. 5)."""
 NO_SPREAD = 1e-8
-"""Rewards closer than this are equal: differences of outcomes carry rounding, which must not become a signal."""
+"""Rewards closer than this are equal, because differences of outcomes have rounding errors that must not become a
+signal."""
 
 
 @dataclass(frozen=True)
 class CreditReport:
-    """The samples of a step with their advantages, and what became of their groups."""
+    """The samples of a step with their advantages, and counts of their groups."""
 
     samples: tuple[Sample, ...]
-    """Sorted by sample_id. Samples with advantage 0 are among them: they count in the loss normaliser (the mean of
+    """Sorted by sample_id. Includes samples with advantage 0: they count in the loss normalizer (the mean of
     `sequence_mean` is over the whole batch) and in the KL and entropy terms."""
     groups: int
-    """All groups, the dropped ones included."""
+    """All groups, including dropped ones."""
     flat_groups: int
     """Kept groups whose members all have advantage 0."""
     dropped_groups: int
-    """Groups taken out by `algo.group_filter`; their samples are gone, also from the normaliser."""
+    """Groups removed by `algo.group_filter`; their samples are removed too, also from the normalizer."""
     dropped_samples: int
-    """Of those groups, and revisions beyond `algo.revisions_per_task`."""
+    """Samples of those groups, and revisions beyond `algo.revisions_per_task`."""
     overlong_penalty: float | None = None
-    """Mean of what `algo.overlong` took off the samples' rewards; None where it is off or there is no sample."""
+    """Mean penalty of `algo.overlong` per sample; None if it is off or there is no sample."""
 
     @property
     def has_signal(self) -> bool:
-        """Whether any token of the batch would be pushed up or down; without it the batch should be drawn again."""
+        """Whether any token of the batch has a nonzero advantage; if not, the batch should be redrawn."""
         return any(s.advantage != 0.0 and any(s.loss_mask) for s in self.samples)
 
 
 def credit(episodes: Iterable[Episode], settings: AlgoSettings, train_critic: bool) -> CreditReport:
-    """Samples of all episodes of a step with normalised advantages. The order of the episodes does not matter.
+    """Samples of all episodes of a step with normalized advantages. The order of the episodes does not matter.
 
     Raises ConfigError on an outcome outside [0, 1], and ValueError on two episodes of a task with the same index.
     """
@@ -61,7 +62,7 @@ def credit(episodes: Iterable[Episode], settings: AlgoSettings, train_critic: bo
     dropped_samples = len(surplus)
     for _, members in sorted(groups.items()):
         members.sort(key=lambda s: s.sample_id)
-        if settings.group_filter.enabled and _hopeless(members, settings.group_filter):
+        if settings.group_filter.enabled and _filtered_out(members, settings.group_filter):
             dropped += 1
             dropped_samples += len(members)
             continue
@@ -80,11 +81,12 @@ def credit(episodes: Iterable[Episode], settings: AlgoSettings, train_critic: bo
 
 
 def advantages(rewards: Sequence[float], normalise_std: bool = True, pseudo_positive: bool = False) -> list[float]:
-    """Eq. 5: A_i = (r_i - mean(r)) / (std(r) + 1e-6) over one group; not `normalise_std` takes off the mean only.
+    """Eq. 5: A_i = (r_i - mean(r)) / (std(r) + 1e-6) over one group; without `normalise_std`, only the mean is
+    subtracted.
 
-    The deviation is the sample deviation (n - 1): our choice. `pseudo_positive` adds one reward of 1 to what mean and
-    deviation are taken over, so that a group which failed throughout is pushed down. Groups of one, and groups
-    without spread (the pseudo reward included), give 0.
+    The deviation is the sample standard deviation (n - 1): our choice. `pseudo_positive` adds one reward of 1 to the
+    values from which mean and deviation are computed, so that a group of failures gets negative advantages. Groups of
+    one, and groups without spread (including the pseudo reward), give 0.
     """
     baseline = np.asarray([*rewards, 1.0] if pseudo_positive else rewards, dtype=np.float64)
     if len(rewards) < 2 or np.ptp(baseline) < NO_SPREAD:
@@ -96,7 +98,7 @@ def advantages(rewards: Sequence[float], normalise_std: bool = True, pseudo_posi
 
 
 def overlong_penalty(tokens: int, overlong: Overlong) -> float:
-    """DAPO's soft punishment (arXiv 2503.14476, Eq. 13), what is taken off a reward: 0 up to `max_tokens -
+    """DAPO's soft punishment (arXiv 2503.14476, Eq. 13), which is subtracted from a reward: 0 up to `max_tokens -
     buffer_tokens` generated tokens, then linear up to `factor` at `max_tokens`, and `factor` beyond."""
     if overlong.max_tokens is None:
         return 0.0
@@ -105,7 +107,7 @@ def overlong_penalty(tokens: int, overlong: Overlong) -> float:
 
 
 def _surplus_revisions(samples: Sequence[Sample], limit: int | None) -> set[str]:
-    """Ids of the revisions of each task beyond its `limit` best; the first by its id among equals."""
+    """Ids of the revisions of each task beyond its `limit` best; equal rewards are ordered by id."""
     by_task: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples if limit is not None else ():
         if sample.role == "revision":
@@ -114,8 +116,8 @@ def _surplus_revisions(samples: Sequence[Sample], limit: int | None) -> set[str]
     return {sample.sample_id for of in ranked for sample in of[limit:]}
 
 
-def _hopeless(members: Sequence[Sample], group_filter: GroupFilter) -> bool:
-    """True for a critique or revision group without any success, or whose mean reward is too low."""
+def _filtered_out(members: Sequence[Sample], group_filter: GroupFilter) -> bool:
+    """True for a group without first attempts that has no success or a too low mean reward."""
     if any(m.role == "attempt" for m in members):
         return False
     rewards = [m.reward for m in members]
@@ -126,5 +128,5 @@ def _check_unique(samples: Sequence[Sample]) -> None:
     for first, second in pairwise(samples):
         if first.sample_id == second.sample_id:
             raise ValueError(
-                f"Sample {first.sample_id!r} came twice in one step: episodes of the same task need different indices."
+                f"Sample {first.sample_id!r} is there twice: episodes of the same task need different indices."
             )

@@ -1,4 +1,4 @@
-"""A user's own loss, tried on a small example before a model is loaded."""
+"""Checks a user's own loss on a small example before a model is loaded."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ LENGTHS = (3, 2)
 def check_loss(name: str, algo: AlgoSettings) -> None:
     """Calls the loss on two packed sequences and on each of them alone.
 
-    Raises ConfigError if there is no such function, if it fails, returns tensors of another shape or type, has no
-    gradient, or gives a sequence another loss when it is alone: its result would depend on packing and on the grid.
+    Raises ConfigError if the function does not exist, fails, returns tensors of another shape or type, or has no
+    gradient, or if the loss of a sequence differs when it is alone, because results would depend on packing and on the
+    grid.
     """
     function, example = named(name), _example()
     term = _called(name, function, example, algo)
@@ -59,7 +60,7 @@ def _example() -> LossInputs:
 
 
 def _only(inputs: LossInputs, chosen_L: Tensor) -> LossInputs:
-    """One sequence of the example, as a micro-batch of its own."""
+    """One sequence of the example, as a separate micro-batch."""
     tensors = {f.name: getattr(inputs, f.name)[chosen_L] for f in fields(inputs) if f.name.endswith("_L")}
     return replace(inputs, **tensors | {"sequence_L": torch.zeros_like(tensors["sequence_L"])}, sequences=1)
 
@@ -67,7 +68,7 @@ def _only(inputs: LossInputs, chosen_L: Tensor) -> LossInputs:
 def _called(name: str, function: Loss, inputs: LossInputs, algo: AlgoSettings) -> PolicyTerm:
     try:
         term = function(inputs, algo)
-    except Exception as error:  # whatever the user's function raises
+    except Exception as error:  # the user's function may raise anything
         raise ConfigError(f"algo.loss={name} fails on an example of two sequences: {error!r}") from error
     if not isinstance(term, PolicyTerm):
         raise ConfigError(f"algo.loss={name} returns {type(term).__name__}; it must return a PolicyTerm")

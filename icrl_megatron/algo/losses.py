@@ -1,11 +1,11 @@
-"""Losses as plain functions of log-probs. `algo.loss` chooses one by name, or as "package.module:function".
+"""Losses as plain functions of log-probs. `algo.loss` selects one by name, or as "package.module:function".
 
 A loss gets the loss tokens of one packed micro-batch and returns the policy term of each token. The caller multiplies
 it by the calibration weight w_t, adds the KL and entropy terms, and sums over tokens with the normalizer c_t of the
 whole step. A sequence is never split over micro-batches or ranks, so a loss that reads only a token's own sequence
 gives the same gradient on every grid; `loss_check.py` tests that property of a user's loss before the run starts.
 
-To add one: a function with the signature of `Loss`, and its name in `LOSSES` (settings/limits.py).
+To add one: write a function with the signature of `Loss`, and add its name to `LOSSES` (settings/limits.py).
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from icrl_megatron.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class LossInputs:
-    """The loss tokens of one micro-batch. Tensors are [L], finite, and fp32 (fp64 in tests). A token that does not
-    count holds zeros."""
+    """The loss tokens of one micro-batch. Tensors are [L], finite, and fp32 (fp64 in tests). Tokens that do not count
+    are zero."""
 
     logprobs_L: Tensor
     """log pi_theta(y|q). It has a gradient."""
     entropy_L: Tensor
-    """Entropy of pi_theta at the token, in nats. It has a gradient too; the other tensors have none."""
+    """Entropy of pi_theta at the token, in nats. It also has a gradient; the other tensors have none."""
     old_L: Tensor
     """log pi_old(y|q): the policy before this step's first update."""
     behaviour_L: Tensor
-    """Log-prob under the prompt that the engine saw: with the critique for revisions."""
+    """Log-prob under the prompt that the engine saw, which has the critique for revisions."""
     engine_L: Tensor
     """Log-prob that the engine reported when it sampled the token."""
     advantages_L: Tensor
-    """Times the truncated engine mismatch where `algo.mismatch_correction` is on."""
+    """Multiplied by the truncated engine mismatch if `algo.mismatch_correction` is on."""
     mask_L: Tensor
     """bool: tokens that count."""
     sequence_L: Tensor
@@ -65,13 +65,13 @@ class PolicyTerm:
     """What a loss returns, [L] each."""
 
     loss_L: Tensor
-    """To be minimized; without coefficient, weight, KL and entropy."""
+    """To be minimized; does not include coefficient, calibration weight, KL and entropy."""
     clipped_low_L: Tensor
     """bool: the advantage is negative, and the lower bound removes the gradient."""
     clipped_high_L: Tensor
     """bool: the advantage is positive, and the upper bound removes the gradient."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Other values of each token; their means over all loss tokens of a step are logged as actor/loss_<name>."""
+    """Other values per token; their means over all loss tokens of a step are logged as actor/loss_<name>."""
 
 
 Loss = Callable[[LossInputs, AlgoSettings], PolicyTerm]
@@ -101,8 +101,8 @@ def cispo(inputs: LossInputs, algo: AlgoSettings) -> PolicyTerm:
 
 
 def _clipped(log_ratio_L: Tensor, advantages_L: Tensor, algo: AlgoSettings) -> PolicyTerm:
-    """PPO's clipped term. With `algo.dual_clip` the ratio of a token with a negative advantage counts at most that much
-    (dual clip, arXiv 1912.09729, Eq. 5): a token that the policy now finds far more likely cannot dominate the step."""
+    """PPO's clipped term. With `algo.dual_clip`, the ratio of a token with a negative advantage is at most that value
+    (dual clip, arXiv 1912.09729, Eq. 5), so that a token that became far more likely cannot dominate the step."""
     low, high = 1.0 - algo.clip_low, 1.0 + algo.clip_high
     ratio_L = log_ratio_L.detach().exp()
     clipped_low_L = (advantages_L < 0) & (ratio_L < low)
@@ -112,7 +112,7 @@ def _clipped(log_ratio_L: Tensor, advantages_L: Tensor, algo: AlgoSettings) -> P
         dual_L = (advantages_L < 0) & (ratio_L > algo.dual_clip)
         clipped_L, bound_L = clipped_L | dual_L, torch.where(dual_L, algo.dual_clip, bound_L)
         metrics = {"dual_clip": dual_L}
-    # Clipped tokens are taken out before exp: the gradient of an overflowing ratio would be 0 * inf = NaN.
+    # Clipped tokens are masked before exp, because the gradient of an overflowing ratio would be 0 * inf = NaN.
     used_L = torch.where(clipped_L, bound_L, log_ratio_L.masked_fill(clipped_L, 0.0).exp())
     return PolicyTerm(-used_L * advantages_L, clipped_low_L, clipped_high_L, metrics)
 
@@ -133,14 +133,14 @@ def kl_L(estimator: str, logprobs_L: Tensor, reference_L: Tensor) -> Tensor:
 
 
 def named(name: str) -> Loss:
-    """A loss by its name, or by "package.module:function". Raises ConfigError where there is none."""
+    """A loss by its name, or by "package.module:function". Raises ConfigError if there is none."""
     if name in LOSSES:
         found: Loss = globals()[name]
         return found
     module, _, function = name.partition(":")
     try:
         given = getattr(importlib.import_module(module), function)
-    except Exception as error:  # whatever the user's module raises
+    except Exception as error:  # the user's module may raise anything
         raise ConfigError(
             f"algo.loss={name}: {error}; choose one of {', '.join(LOSSES)} for a new run, or add the "
             "folder of the module to PYTHONPATH"

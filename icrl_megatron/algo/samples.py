@@ -1,4 +1,4 @@
-"""Episode -> samples: the last place that knows which text came from a critic."""
+"""Episode -> samples: the last module that knows which text came from a critic."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GROUPINGS = ("task_role", "task_round_role", "task")
 def to_samples(episode: Episode, settings: AlgoSettings, train_critic: bool) -> list[Sample]:
     """The trainable sequences of one episode, in playing order, without advantages.
 
-    Critiques are left out when `train_critic` is False (a frozen critic, or none); the revisions that followed stay.
+    With `train_critic` False (a frozen critic, or none), critiques are left out; the revisions that follow them stay.
     Raises ConfigError on an outcome that is not a number in [0, 1] and on an unknown `group_by`.
     """
     if settings.group_by not in GROUPINGS:
@@ -31,7 +31,7 @@ def to_samples(episode: Episode, settings: AlgoSettings, train_critic: bool) -> 
 
 
 def critique_reward(this: Attempt, following: Attempt) -> float:
-    """What a critique earned: 1 if the attempt after it succeeded, else the change in outcome (negative if it hurt)."""
+    """A critique's reward: 1 if the next attempt succeeded, else the change in outcome (negative if it got worse)."""
     return 1.0 if following.success else following.outcome - this.outcome
 
 
@@ -44,7 +44,7 @@ def _solver_sample(episode: Episode, attempt: Attempt, settings: AlgoSettings) -
         role="revision" if revision else "attempt",
         round=attempt.round,
         behaviour_prompt_ids=attempt.prompt_ids,
-        # Eq. 6: the ratio of a revision is taken under the prompt that never saw the critique.
+        # Eq. 6: the ratio of a revision uses the prompt without the critique.
         train_prompt_ids=attempt.plain_prompt_ids if internalised else attempt.prompt_ids,
         response_ids=attempt.response_ids(),
         loss_mask=attempt.loss_mask(),
@@ -101,7 +101,7 @@ def _sample(
 
 
 def group_key(task: Task, role: Role, round: int, group_by: str) -> str:
-    """Who shares a baseline. `task_role` is Eq. 5: the solver's group (with revisions) and the critic's."""
+    """The group that shares a baseline. `task_role` is Eq. 5: the solver's group (with revisions) and the critic's."""
     if group_by == "task":
         return task.task_id
     if group_by == "task_round_role":

@@ -1,6 +1,6 @@
-"""Learning-rate schedules, for RL and supervised training alike: pure functions of the step.
+"""Learning-rate schedules for RL and supervised training: pure functions of the step.
 
-To add one: a function with the signature of `Decay`, and its name in `SCHEDULES` (settings/limits.py).
+To add one: write a function with the signature of `Decay`, and add its name to `SCHEDULES` (settings/limits.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from icrl_megatron.settings.schema import OptimSettings, WarmStart
 
 Decay = Callable[[float], float]
-"""Share of the decay that is done, 0 to 1 -> share of the way from the peak rate down to the final one."""
+"""Share of the decay that is done, 0 to 1 -> share of the way from the peak rate to the final rate."""
 
 
 def constant(done: float) -> float:
@@ -27,14 +27,14 @@ def cosine(done: float) -> float:
 
 
 wsd = linear
-"""Warm-up, stable, decay (arXiv 2404.06395): `linear` that begins late."""
+"""Warm-up, stable, decay (arXiv 2404.06395): `linear` that starts late."""
 
 
 def learning_rate(step: int, steps: int, settings: OptimSettings | WarmStart) -> float:
-    """The rate of a step from 0 to `steps` - 1: a linear warm-up over `warmup_steps` times the chosen decay.
+    """The rate of a step from 0 to `steps` - 1: a linear warm-up over `warmup_steps`, multiplied by the chosen decay.
 
-    The decay covers the last `decay_steps` steps, by default all after the warm-up, and half of all with wsd. It is at
-    `final_factor` times the peak after the last step.
+    The decay covers the last `decay_steps` steps: by default all after the warm-up, or half of all steps with wsd.
+    After the last step, the rate is `final_factor` times the peak.
     """
     rate = settings.learning_rate * min(1.0, (step + 1) / (settings.warmup_steps + 1))
     longest = steps / 2.0 if settings.schedule == "wsd" else max(1, steps - settings.warmup_steps)

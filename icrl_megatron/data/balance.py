@@ -1,4 +1,4 @@
-"""Which data-parallel replica trains which sample: pure Python, so that it can be tested without a grid."""
+"""Assigns samples to data-parallel replicas, in pure Python so that it can be tested without a grid."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def train_tokens(sample: Sample) -> int:
 
 
 def assign(samples: Iterable[Sample], replicas: int) -> list[list[Sample]]:
-    """Shares out the samples so that the replicas' token counts are close; each list is sorted by sample_id.
+    """Distributes the samples so that the replicas' token counts are close; each list is sorted by sample_id.
 
     Longest first, each to the replica with the fewest tokens so far (ties: fewest samples, then lowest number). Every
-    sample lands on exactly one replica, and the result does not depend on the order in which the samples arrive.
+    sample goes to exactly one replica, and the result does not depend on the order of the samples.
     """
     if replicas < 1:
-        raise ValueError(f"replicas is {replicas}: there is at least one.")
+        raise ValueError(f"replicas is {replicas}: must be at least 1.")
     shares: list[list[Sample]] = [[] for _ in range(replicas)]
     load = [0] * replicas
     for sample in sorted(samples, key=lambda s: (-train_tokens(s), s.sample_id)):

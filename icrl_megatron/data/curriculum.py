@@ -1,4 +1,4 @@
-"""Which problems are worth playing now: those that sometimes succeed. What always or never does is drawn less often."""
+"""Weights problems by recent success: problems that always or never succeed are drawn less often."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.files import AppendFile, write_atomically
 
 HISTORY = "task_success.jsonl"
-"""In the run folder: one line a step, the share of first attempts of each played problem that succeeded."""
+"""File in the run folder. One line per step: for each played problem, the share of first attempts that succeeded."""
 RECENT = 3
-"""Visits that count."""
+"""Number of recent visits that count."""
 
 
 class Curriculum:
     """Weights of problems by their recent critique-free success. The same on every rank, and after a resume.
 
-    An unseen problem weighs 1. One with recent success p weighs floor + (1 - floor) * 4p(1 - p): the spread of a
-    group's rewards, which is what a step learns from.
+    An unseen problem has weight 1. One with recent success p has weight floor + (1 - floor) * 4p(1 - p), which follows
+    the spread of a group's rewards, the signal that a step learns from.
     """
 
     def __init__(self, floor: float) -> None:
@@ -39,16 +39,17 @@ class Curriculum:
         return self._floor + (1.0 - self._floor) * 4.0 * p * (1.0 - p)
 
     def observe(self, shares: dict[str, float]) -> None:
-        """What one step saw; `success_shares` makes it."""
+        """Adds the results of one step, from `success_shares`."""
         for task_id, share in shares.items():
             self._recent[task_id].append(share)
 
     def draw(self, problems: Sequence[Task], count: int, rng: random.Random) -> list[Task]:
-        """`count` problems without repetition, likelier the more they weigh; all of them again where they are fewer."""
+        """`count` weighted draws without replacement. If there are fewer problems than `count`, whole copies of the
+        list come first."""
         rounds, rest = divmod(count, len(problems))
-        # Exponential clocks: the first `rest` to ring are a weighted sample without replacement.
-        rings = sorted((rng.expovariate(max(self.weight(t.task_id), 1e-9)), i) for i, t in enumerate(problems))
-        return [*problems] * rounds + [problems[i] for _, i in rings[:rest]]
+        # Exponential clocks: the `rest` smallest times are a weighted sample without replacement.
+        times = sorted((rng.expovariate(max(self.weight(t.task_id), 1e-9)), i) for i, t in enumerate(problems))
+        return [*problems] * rounds + [problems[i] for _, i in times[:rest]]
 
 
 def success_shares(episodes: Iterable[Episode]) -> dict[str, float]:
@@ -60,8 +61,8 @@ def success_shares(episodes: Iterable[Episode]) -> dict[str, float]:
 
 
 def append_history(run_dir: Path, step: int, shares: dict[str, float], tasks: Iterable[Task] = ()) -> None:
-    """Adds what a step saw, with a hash of what each of the `tasks` asks: a task id names another problem once its file
-    changes."""
+    """Appends the results of a step, with a hash of each task's prompt, because a task id names another problem if its
+    file changes."""
     asks = {task.task_id: content_hash(asked(task)) for task in tasks}
     file = AppendFile(run_dir / HISTORY, "the successes of the step")
     file.write(f"{json.dumps({'step': step, 'success': shares, 'asks': asks})}\n".encode())
@@ -69,7 +70,8 @@ def append_history(run_dir: Path, step: int, shares: dict[str, float], tasks: It
 
 
 def read_history(run_dir: Path, until: int, tasks: Iterable[Task] = ()) -> list[dict[str, float]]:
-    """What the steps up to `until` saw, in order, without problems that are another one among the `tasks` of today.
+    """The results of the steps up to `until`, in order, without problems whose prompt differs from that of today's
+    `tasks`.
 
     Raises ConfigError on a damaged file.
     """
@@ -83,7 +85,7 @@ def read_history(run_dir: Path, until: int, tasks: Iterable[Task] = ()) -> list[
 
 
 def cut_history(run_dir: Path, until: int) -> None:
-    """Removes what came after the checkpoint that a run goes on from. One rank calls it, before any appends."""
+    """Removes the lines after the checkpoint from which a run resumes. One rank calls it, before any rank appends."""
     rows = (json.dumps(vars(row)) for row in _rows(run_dir, until))
     write_atomically(run_dir / HISTORY, rows, "the successes of the steps")
 
@@ -96,14 +98,16 @@ class _Row:
     success: dict[str, float]
     """Task id -> share."""
     asks: dict[str, str]
-    """Task id -> hash of what it asks."""
+    """Task id -> hash of its prompt."""
 
 
 def _rows(run_dir: Path, until: int) -> list[_Row]:
-    """The lines of the file up to a step, in order; steps without a curriculum left none."""
+    """The lines of the file up to a step, in order; steps without a curriculum have none."""
     found: dict[int, _Row] = {}
     path = run_dir / HISTORY
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # a last line may be cut short
+    lines = (
+        path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    )  # the last line may be incomplete
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)

@@ -1,12 +1,12 @@
-"""Samples -> StepPlan: optimizer updates, replicas, packed micro-batches, and every loss token's global coefficient.
+"""Samples -> StepPlan: optimizer updates, replicas, packed micro-batches, and global coefficients of loss tokens.
 
 Invariants (tests/cpu/test_packing.py):
-- an update's samples depend on the step's samples alone, not on the replicas, the budget or the order of arrival;
-- the coefficients hold the whole normalizer, so the loss and its gradient are plain sums; those of an update sum to 1
-  over all replicas, except with loss_normalisation=constant;
+- an update's samples depend only on the step's samples, not on the replicas, the budget or the order of arrival;
+- the coefficients contain the whole normalizer, so the loss and its gradient are plain sums; those of an update sum to
+  1 over all replicas, except with loss_normalisation=constant;
 - every loss token of the step appears exactly once over all replicas, updates and micro-batches;
 - the "train" and the "behaviour" plan of the same samples have the same micro-batches and the same loss tokens in the
-  same order: only the prompts in front of them differ, so that their per-token results can be compared one to one.
+  same order. Only the prompts differ, so per-token results of the two plans can be compared one to one.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def pack(
 ) -> StepPlan:
     """The plan of one data-parallel replica, from the samples of the *whole* step (the same on every rank).
 
-    `micro_batch_tokens` is the budget of a micro-batch, alignment padding not counted; a longer sequence gets its own.
-    `align`: every micro-batch is padded to a multiple of it by one sequence without loss tokens. Samples without loss
-    tokens are left out, of the normaliser too. A replica with nothing to do in an update gets one blank micro-batch, so
-    that every rank takes part in its collectives; there are never more updates than samples.
+    `micro_batch_tokens` is the budget of a micro-batch, without alignment padding; a longer sequence gets its own
+    micro-batch. `align`: every micro-batch is padded to a multiple of it by one sequence without loss tokens. Samples
+    without loss tokens are left out, also from the normalizer. A replica with no samples in an update gets one blank
+    micro-batch, so that every rank takes part in the collectives. There are never more updates than samples.
 
-    Raises ConfigError on an unknown normalisation, ValueError on samples that cannot be packed (an empty prompt,
-    streams of unequal length, a sample_id used twice, or no loss token in the whole step).
+    Raises ConfigError on an unknown normalization, ValueError on samples that cannot be packed (an empty prompt,
+    streams of unequal length, a duplicate sample_id, or no loss token in the whole step).
     """
     if settings.loss_normalisation not in NORMALISATIONS:
         raise ConfigError(
@@ -59,7 +59,7 @@ def pack(
     for sample in trained:
         _check(sample)
     if len({s.sample_id for s in trained}) < len(trained):
-        raise ValueError("Two samples of this step have the same sample_id: normalisers and order hang on it.")
+        raise ValueError("Two samples of this step have the same sample_id: normalizers and order depend on it.")
 
     own: list[Sample] = []
     updates = []
@@ -80,9 +80,11 @@ def pack(
 
 
 def split_updates(samples: Sequence[Sample], updates_per_step: int) -> list[list[Sample]]:
-    """Shares a step's samples out over its optimizer updates, at most one update per sample, sizes within one.
+    """Distributes a step's samples over its optimizer updates, at most one update per sample, with sizes that differ by
+    at most one.
 
-    The order is a hash of the ids: mixed over tasks and roles, yet the same on every rank and for any order of arrival.
+    The order is a hash of the ids: it mixes tasks and roles, and is the same on every rank and for any order of
+    arrival.
     """
     mixed = sorted(samples, key=lambda s: (zlib.crc32(s.sample_id.encode()), s.sample_id))
     count = min(updates_per_step, len(mixed))
@@ -109,26 +111,26 @@ def _fill(samples: Sequence[Sample], budget: int, settings: AlgoSettings) -> lis
     """First fit, longest first, into micro-batches of at most `budget` tokens (or of one sequence)."""
     lengths = {s.sample_id: train_tokens(s) for s in samples}
     if settings.calibration.enabled and settings.calibration.denominator == "recomputed":
-        # The trainer then reads both prompts, and one division has to fit both.
+        # The trainer then reads both prompts, and the same split into micro-batches must fit both.
         for s in samples:
             lengths[s.sample_id] = max(lengths[s.sample_id], len(s.behaviour_prompt_ids) + len(s.response_ids))
     bins: list[list[Sample]] = []
-    room: list[int] = []
+    free: list[int] = []
     for sample in sorted(samples, key=lambda s: (-lengths[s.sample_id], s.sample_id)):
         need = lengths[sample.sample_id]
-        slot = next((i for i, left in enumerate(room) if need <= left), len(bins))
+        slot = next((i for i, left in enumerate(free) if need <= left), len(bins))
         if slot == len(bins):
             bins.append([])
-            room.append(budget)
+            free.append(budget)
         bins[slot].append(sample)
-        room[slot] -= need
+        free[slot] -= need
     return bins
 
 
 def _micro_batch(
     samples: Sequence[Sample], first_index: int, coefficients: dict[str, float], align: int, prompt: Prompt
 ) -> MicroBatch:
-    """Lays the sequences end to end. A token at response position j is predicted at prompt_len + j - 1."""
+    """Packs the sequences end to end. The token at response position j is predicted at prompt_len + j - 1."""
     prompts: list[Ids] = [s.train_prompt_ids if prompt == "train" else s.behaviour_prompt_ids for s in samples]
     prompt_S = np.fromiter(map(len, prompts), dtype=np.int64, count=len(samples))
     response_S = np.fromiter((len(s.response_ids) for s in samples), dtype=np.int64, count=len(samples))
@@ -143,7 +145,7 @@ def _micro_batch(
     filled = int((prompt_S + response_S).sum())
     tokens_T[:filled] = np.fromiter(ids, dtype=np.int64, count=filled)
 
-    # Over the R response tokens first, then only those with loss.
+    # First over the R response tokens, then only those with loss.
     mask_R = _joined(np.bool_, (s.loss_mask for s in samples))
     sample_L = np.repeat(np.arange(len(samples)), response_S)[mask_R]
     response_starts = np.cumsum(response_S) - response_S
@@ -173,7 +175,7 @@ def _joined(dtype: type[Any], parts: Iterable[Sequence[float]]) -> npt.NDArray[A
 
 def _check(sample: Sample) -> None:
     if not sample.train_prompt_ids or not sample.behaviour_prompt_ids:
-        raise ValueError(f"Sample {sample.sample_id!r} has an empty prompt: its first token has nothing to follow.")
+        raise ValueError(f"Sample {sample.sample_id!r} has an empty prompt: nothing predicts its first token.")
     if not len(sample.response_ids) == len(sample.loss_mask) == len(sample.rollout_logprobs):
         raise ValueError(
             f"Sample {sample.sample_id!r}: {len(sample.response_ids)} response ids, {len(sample.loss_mask)} mask "

@@ -1,6 +1,6 @@
-"""Which tasks a step plays: a pure function of (seed, step, resample), so there is no data position to save.
+"""Chooses the tasks of a step: a pure function of (seed, step, resample), so there is no data position to save.
 
-With a curriculum it is one of what the steps before saw, too, which the run folder holds (`curriculum.py`).
+With a curriculum, it also depends on the results of the previous steps, which are in the run folder (`curriculum.py`).
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from icrl_megatron.utils.errors import ConfigError
 
 
 def order_seed(settings: Settings) -> int:
-    """`TaskSampler`'s seed: data.seed, or the run's."""
+    """The seed of `TaskSampler`: data.seed, or the run's seed."""
     return settings.seed if settings.data.seed is None else settings.data.seed
 
 
 class TaskSampler:
-    """Draws training tasks from a weighted mixture of sources, each walked round in its own shuffled order.
+    """Draws training tasks from a weighted mixture of sources, each cycled in its own shuffled order.
 
-    All steps read one endless row of slots; a slot belongs to the source that is furthest behind its weight, so the
-    mixture holds within one task at every moment, and every problem of a source comes once before any comes again.
+    All steps read one endless sequence of slots. Each slot belongs to the source that is furthest behind its weight, so
+    the mixture is always exact to within one task, and every problem of a source is drawn once before any is drawn
+    again.
 
-    `problems` maps a source's name to its training problems. Raises ConfigError on no source, a source that is empty or
-    named twice, and a weight that is not a positive number.
+    `problems` maps a source's name to its training problems. Raises ConfigError if there is no source, a source is
+    empty or named twice, or a weight is not a positive number.
     """
 
     def __init__(
@@ -51,8 +52,8 @@ class TaskSampler:
             self._orders.append(order)
         self._seed = seed
         self._passed = 0
-        """Slots before the row that was asked for last. Only their number by source is kept, so that the memory of a
-        run does not grow with its steps."""
+        """Number of slots before the last requested range. Only counts per source are kept, so memory does not grow
+        with the number of steps."""
         self._taken = [0] * len(sources)
 
     @cached_property
@@ -61,12 +62,12 @@ class TaskSampler:
         return frozenset(task for order in self._orders for task in order)
 
     def draw(self, step: int, resample: int, n: int) -> list[Task]:
-        """The `n` tasks of a step (the same `n` at every step), a function of the seed and the arguments alone.
+        """The `n` tasks of a step (the same `n` at every step), a function of the seed and the arguments only.
 
-        `resample` > 0 asks for the same mixture again with other problems. A draw holds a problem twice only when its
-        source has fewer problems than its share of `n`.
+        `resample` > 0 returns the same mixture with other problems. A draw contains a problem twice only if its source
+        has fewer problems than its share of `n`.
         """
-        slots = self._row(step * n, (step + 1) * n)
+        slots = self._slots(step * n, (step + 1) * n)
         if self.curriculum is not None:
             return self._by_success(slots, self.curriculum, random.Random(f"{self._seed}/curriculum/{step}/{resample}"))
         if resample == 0:
@@ -83,19 +84,19 @@ class TaskSampler:
         shares = sorted(Counter(s for s, _ in slots).items())
         return [task for source, share in shares for task in curriculum.draw(self._orders[source], share, rng)]
 
-    def _row(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Slots `start` to `stop` as (source, how many slots that source had before), in whatever order rows are asked
-        for."""
+    def _slots(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Slots `start` to `stop` as (source, number of earlier slots of that source). Ranges may be requested in any
+        order."""
         if start < self._passed:
             self._passed, self._taken = 0, [0] * len(self._taken)
         while self._passed < start:
             self._passed += 1
             self._slot(self._passed, self._taken)
-        taken = list(self._taken)  # the same row may be asked for again
+        taken = list(self._taken)  # the same range may be requested again
         return [self._slot(number, taken) for number in range(start + 1, stop + 1)]
 
     def _slot(self, number: int, taken: list[int]) -> tuple[int, int]:
-        """The slot of this number, counted from 1, after `taken` slots of each source; counts it in `taken`."""
+        """Slot `number`, counted from 1, after `taken` slots of each source; updates `taken`."""
         source = max(range(len(taken)), key=lambda s: (number * self._weights[s] - taken[s], -s))
         taken[source] += 1
         return source, taken[source] - 1

@@ -32,12 +32,12 @@ from icrl_megatron.evaluation.result import PICTURE, RESULT, Result, read_result
 from icrl_megatron.evaluation.scores import compare, score, successes
 from icrl_megatron.model.gpt import DTYPES
 from icrl_megatron.model.shape import ModelShape
-from icrl_megatron.rollout.episode import Stage
+from icrl_megatron.rollout.context_budget import TooLongError
+from icrl_megatron.rollout.episode import EpisodeSetup
 from icrl_megatron.rollout.external import ExternalSpeaker, first_model
 from icrl_megatron.rollout.prompts import Prompter, tokenizer
-from icrl_megatron.rollout.room import TooLongError
 from icrl_megatron.rollout.source import EngineSource, Played
-from icrl_megatron.rollout.speakers import Casting, EmptyCritic, EngineSpeaker, Seeds, Speaker, engine_casting
+from icrl_megatron.rollout.speakers import EmptyCritic, EngineSpeaker, Seeds, Speaker, SpeakersFor, same_speakers
 from icrl_megatron.run.problems import ProblemShare, examine, left_out, refusal
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.datasets import content_hash, subset_of
@@ -102,7 +102,7 @@ def _play(job: Job, grid: Grid, progress: Progress) -> tuple[Played, int]:
     catalogue = registry.Catalogue(settings.tasks.sources, rollout.max_observation_bytes)
     share = ProblemShare(grid.rank, grid.world, gather)
     tasks = _fitting(replace(job, settings=settings), catalogue, prompter, share, shape.max_positions, progress)
-    stage = Stage(
+    setup = EpisodeSetup(
         catalogue.environment, prompter, rollout, job.request.revise_successes, settings.tasks.too_long == "drop"
     )
     request = EngineRequest(
@@ -115,16 +115,17 @@ def _play(job: Job, grid: Grid, progress: Progress) -> tuple[Played, int]:
         critic=job.critic,
         synced=False,
     )
-    casting_of = _Casting(job, prompter)  # an endpoint that does not answer ends this before an engine is built
+    # Built first, so that an endpoint that does not answer ends the evaluation before an engine is built.
+    speakers = _EvaluationSpeakers(job, prompter)
     with closing(engine_kind(settings.engine.kind).build(request)) as engines:
         with progress.phase("engine") as bar:
             engines.wait_ready(lambda: bar.advance(0))
             engines.wake()
-        source = EngineSource(stage, casting_of.on(engines), engines, lambda stale: None, gather, progress)
+        source = EngineSource(setup, speakers.on(engines), engines, lambda stale: None, gather, progress)
         return source.play(tasks, job.request.samples, SEEDS, rollout.rounds), len(job.tasks) - len(tasks)
 
 
-class _Casting:
+class _EvaluationSpeakers:
     """Who speaks in the episodes of an evaluation."""
 
     def __init__(self, job: Job, prompter: Prompter) -> None:
@@ -138,14 +139,14 @@ class _Casting:
             connections = Connections(external.concurrency)
             self._external = ExternalSpeaker(external, rollout.temperature, prompter, connections)
 
-    def on(self, engines: Engines) -> Casting:
+    def on(self, engines: Engines) -> SpeakersFor:
         """With a rank's engines; a rank without one plays no episode."""
         if engines.solver is None:
-            return engine_casting(EmptyCritic())
+            return same_speakers(EmptyCritic())
         critic = self._external
         if engines.frozen is not None:
             critic = EngineSpeaker(engines.frozen, self._temperature, self._stops)
-        return engine_casting(EngineSpeaker(engines.solver, self._temperature, self._stops), critic)
+        return same_speakers(EngineSpeaker(engines.solver, self._temperature, self._stops), critic)
 
 
 def _check_critic(job: Job) -> None:

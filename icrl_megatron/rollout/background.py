@@ -1,4 +1,4 @@
-"""Threads of an event loop that need not end before the process does."""
+"""An executor whose daemon threads do not delay the end of an event loop or of the process."""
 
 from __future__ import annotations
 
@@ -14,38 +14,39 @@ THREADS = 32
 
 
 class Overrun(BaseException):
-    """Raised inside an environment's code that took too long. Not an Exception: such code often catches those."""
+    """Raised inside environment code that took too long. Not an Exception, because environment code often catches
+    those."""
 
 
 class DaemonThreads(ThreadPoolExecutor):
-    """A default executor for an event loop (`asyncio.to_thread`).
+    """Default executor of an event loop (for `asyncio.to_thread`) that never waits for its threads.
 
-    asyncio's own waits for its threads when the loop ends, and Python again when the process does: one call that never
-    returns would keep a run from ending. These threads are left when nobody waits for their call any more. If an
-    environment started it (`interruptible`), its Python code is ended too; at most THREADS calls run that somebody
-    waits for.
+    asyncio waits for its threads when the loop ends, and Python waits again at exit, so one call that never returns
+    would keep a run from ending. Here a thread is abandoned once its caller stops waiting. If an environment started
+    the call (`interruptible`), its Python code is also interrupted. At most THREADS calls that still have a waiting
+    caller run at once.
     """
 
     def __init__(self, interruptible: Callable[[], bool]) -> None:
-        super().__init__(max_workers=1)  # asyncio accepts nothing but this class; its own threads are never started
+        super().__init__(max_workers=1)  # asyncio requires this base class; its own threads never start
         self._interruptible = interruptible
-        self._guard = threading.Lock()
+        self._lock = threading.Lock()
         self._waiting: deque[_Call] = deque()
         self._running = 0
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         call = _Call(lambda: fn(*args, **kwargs), self, self._interruptible())
-        with self._guard:
+        with self._lock:
             self._waiting.append(call)
             self._start_next()
         return call
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Waits for nothing."""
+        """Does not wait."""
 
     def left(self, call: _Call) -> None:
-        """Nobody waits for a call that runs."""
-        with self._guard:
+        """Abandons a running call whose caller stopped waiting."""
+        with self._lock:
             if call.ended:
                 return
             call.ended = True
@@ -56,7 +57,7 @@ class DaemonThreads(ThreadPoolExecutor):
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, error)
 
     def _start_next(self) -> None:
-        """With the lock held."""
+        """The caller must hold the lock."""
         while self._waiting and self._running < THREADS:
             call = self._waiting.popleft()
             if call.set_running_or_notify_cancel():
@@ -75,7 +76,7 @@ class DaemonThreads(ThreadPoolExecutor):
             result = call.code()
         except BaseException as raised:
             error = raised
-        with self._guard:
+        with self._lock:
             if call.ended:
                 return
             call.ended = True
@@ -96,7 +97,7 @@ class _Call(Future[Any]):
         self._threads = threads
 
     def cancel(self) -> bool:
-        """What asyncio does when the coroutine that waits for the call is cancelled."""
+        """asyncio calls this when the coroutine that waits for the call is cancelled."""
         if super().cancel():
             return True
         if self.running():

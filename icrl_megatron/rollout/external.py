@@ -22,18 +22,18 @@ from icrl_megatron.utils.errors import ConfigError
 RETRIES = 3
 _FIRST_PAUSE_S = 0.5
 _PASSING = (408, 409, 429, 500, 502, 503, 504)
-"""Statuses after which asking again may help."""
+"""Statuses after which a retry may help."""
 _ANSWER_BYTES = 1 << 20
 _BYTES_A_TOKEN = 256
-"""Of an answer are read so many bytes, and so many more for each token that was asked for."""
+"""The longest answer that is read: this many bytes, plus this many for each requested token."""
 _MODELS_BYTES = 16 << 20
-"""Of a list of models."""
+"""The longest list of models that is read."""
 
 
 @dataclass(frozen=True)
 class ExternalSpeaker:
-    """Plays the critic alone. Its text is encoded once with the solver's tokenizer, with log-probs of 0: what it says
-    is read by the solver and never trained on."""
+    """A critic only. Its text is encoded once with the solver's tokenizer, with log-probs of 0, because the solver
+    reads it and it is never trained on."""
 
     settings: ExternalCritic
     temperature: float
@@ -41,9 +41,9 @@ class ExternalSpeaker:
     connections: Connections
 
     async def reply(self, ask: Ask) -> Completion:
-        """Nothing, with "abort" as its reason, when it is interrupted: an endpoint gives no part of an answer.
+        """Returns no tokens, with finish reason "abort", if it is interrupted: an endpoint returns no partial answers.
 
-        Raises RequestFailedError when the endpoint refuses, or still fails after some tries.
+        Raises RequestFailedError if the endpoint refuses, or still fails after RETRIES retries.
         """
         body = {
             "model": self.settings.model,
@@ -60,15 +60,15 @@ class ExternalSpeaker:
             await asyncio.wait({asked, interrupted}, return_when=asyncio.FIRST_COMPLETED)
             if not asked.done():
                 return Completion((), (), "abort", 0)
-            said = sendable(asked.result())
+            text = sendable(asked.result())
         finally:
             asked.cancel()
             interrupted.cancel()
         # An endpoint that ignores max_tokens may send megabytes, which take seconds to encode.
-        begin = said[: CHARS_A_TOKEN * ask.max_new_tokens]
+        begin = text[: CHARS_A_TOKEN * ask.max_new_tokens]
         ids = self.prompter.encode_reply(begin)
         cut = ids[: ask.max_new_tokens]
-        whole = len(begin) == len(said) and len(cut) == len(ids)
+        whole = len(begin) == len(text) and len(cut) == len(ids)
         return Completion(cut, (0.0,) * len(cut), "stop" if whole else "length", 0)
 
     async def interrupt(self) -> None:
@@ -104,7 +104,7 @@ class ExternalSpeaker:
 
 
 def first_model(settings: ExternalCritic) -> str:
-    """The name of the first model that the endpoint serves. Raises ConfigError when there is none."""
+    """The name of the first model that the endpoint serves. Raises ConfigError if there is none."""
 
     async def models() -> bytes:
         url, limit = f"{settings.url.rstrip('/')}/models", aiohttp.ClientTimeout(total=min(settings.timeout_s, 30.0))
@@ -117,8 +117,8 @@ def first_model(settings: ExternalCritic) -> str:
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError, RecursionError, LookupError, TypeError) as error:
         raise ConfigError(
             f"--critic={settings.url}: no OpenAI-compatible endpoint there ({type(error).__name__}: {error}); give the "
-            f"address that ends before /chat/completions, e.g. http://host:30000/v1, and a key in "
-            f"{settings.api_key_env} if it wants one"
+            f"base URL without /chat/completions, e.g. http://host:30000/v1, and put the key, if it needs one, in "
+            f"{settings.api_key_env}"
         ) from error
 
 
@@ -128,17 +128,18 @@ def _authorization(settings: ExternalCritic) -> dict[str, str]:
 
 
 def _content(answer: bytes) -> str:
-    """What was said: a text, or a list of parts of which each is one. Raises RequestFailedError for anything else."""
+    """The text of an answer: a string, or a list of parts that are joined. Raises RequestFailedError for anything
+    else."""
     try:
-        said = json.loads(answer)["choices"][0]["message"]["content"]
-        if isinstance(said, list):
-            said = "".join(_text(part["text"]) for part in said)
-        return "" if said is None else _text(said)
+        text = json.loads(answer)["choices"][0]["message"]["content"]
+        if isinstance(text, list):
+            text = "".join(_text(part["text"]) for part in text)
+        return "" if text is None else _text(text)
     except (ValueError, RecursionError, LookupError, TypeError) as error:
         raise RequestFailedError(f"The external critic answered {answer[:200]!r}.") from error
 
 
-def _text(said: object) -> str:
-    if not isinstance(said, str):
-        raise TypeError(f"{type(said).__name__} is no text")
-    return said
+def _text(text: object) -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"{type(text).__name__} is not text")
+    return text

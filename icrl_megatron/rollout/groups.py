@@ -1,4 +1,4 @@
-"""The groups of a step on one rank: which are complete, when there are enough, and what was cut off."""
+"""Tracks the groups of a step on one rank: which are complete, whether there are enough, and what was cut off."""
 
 from __future__ import annotations
 
@@ -7,65 +7,66 @@ from collections.abc import Callable, Sequence
 
 from icrl_megatron.rollout.episode import Ended
 from icrl_megatron.rollout.replay import ReplayLog, ReplayLogs, Stop, recorded
-from icrl_megatron.rollout.speakers import Cast, Casting, Interruptible
+from icrl_megatron.rollout.speakers import Interruptible, Speakers, SpeakersFor
 from icrl_megatron.types import Task, UnplayedEpisode
 
 
-def deal(tasks: Sequence[Task], kept: Sequence[Sequence[Task]]) -> list[list[Task]]:
-    """The tasks of each share: what it has kept first, then its part of the others, dealt in turns.
+def split_tasks(tasks: Sequence[Task], kept: Sequence[Sequence[Task]]) -> list[list[Task]]:
+    """Splits tasks over shares. Each share gets the tasks it has kept first, then its part of the others, round-robin.
 
-    A share has as many as if nothing had been kept. A kept task that was drawn again is played once, where it was kept:
-    the same episodes twice in one step would be trained on twice.
+    A share's size does not depend on what was kept. A kept task that was drawn again is played once, on the share that
+    kept it: the same episodes twice in one step would be trained on twice.
     """
     counts = [len(tasks[index :: len(kept)]) for index in range(len(kept))]
-    hands = [list(mine[:count]) for mine, count in zip(kept, counts, strict=True)]
-    taken = {task.task_id for hand in hands for task in hand}
+    shares = [list(mine[:count]) for mine, count in zip(kept, counts, strict=True)]
+    taken = {task.task_id for share in shares for task in share}
     fresh = iter([task for task in tasks if task.task_id not in taken])
-    while any(len(hand) < count for hand, count in zip(hands, counts, strict=True)):
-        for hand, count in zip(hands, counts, strict=True):
-            if len(hand) < count:
-                hand.append(next(fresh))
-    return hands
+    while any(len(share) < count for share, count in zip(shares, counts, strict=True)):
+        for share, count in zip(shares, counts, strict=True):
+            if len(share) < count:
+                share.append(next(fresh))
+    return shares
 
 
 class Groups:
     """A group is all episodes of one task. Once `needed` groups are complete, the others are interrupted."""
 
     def __init__(self, tasks: Sequence[Task], episodes: int, needed: int, kept: ReplayLogs | None = None) -> None:
-        """`kept`: what earlier steps played of some of the tasks."""
+        """`kept`: replay logs from earlier steps for some of the tasks."""
         self.tasks, self._episodes, self._needed = list(tasks), episodes, needed
         self._replay_logs: ReplayLogs = {task: dict((kept or {}).get(task, {})) for task in tasks}
         self._done: dict[Task, list[Ended]] = {task: [] for task in tasks}
         self._cut = 0
         self._stop = Stop()
         self._speakers: dict[int, Interruptible] = {}
-        """Who is interrupted when there are enough, by identity."""
+        """The speakers to interrupt when enough groups are complete, by id()."""
         self._tick: Callable[[], None] = lambda: None
         self._interrupting: asyncio.Future[list[None]] | None = None
 
-    def places(self) -> list[tuple[Task, int]]:
+    def pairs(self) -> list[tuple[Task, int]]:
         return [(task, index) for task in self.tasks for index in range(self._episodes)]
 
     def begin(self, tick: Callable[[], None]) -> None:
-        """Before episodes are played; `tick` hears of each end."""
+        """Call before episodes are played. `tick` is called at the end of each episode."""
         self._speakers, self._tick, self._stop = {}, tick, Stop()
 
-    def casting(self, speakers: Casting) -> Casting:
-        """The same speakers, recorded where episodes may be cut off or were. All of them are interrupted when there are
-        enough groups: the solver, and a critic that is another engine or no engine at all."""
+    def recorded(self, speakers_for: SpeakersFor) -> SpeakersFor:
+        """The same speakers, with replay logs if episodes may be or were cut off. When enough groups are complete, all
+        of them are interrupted: the solver, and the critic if it is another engine or not an engine."""
         if self._needed == len(self.tasks) and not any(self._replay_logs.values()):
-            return speakers
+            return speakers_for
         stop = self._stop
 
-        def cast(task: Task, index: int) -> Cast:
-            found = speakers(task, index)
+        def speakers_of(task: Task, index: int) -> Speakers:
+            found = speakers_for(task, index)
             self._speakers |= {id(s): s for s in (found.solver, found.critic) if isinstance(s, Interruptible)}
             return recorded(found, self._replay_logs[task].setdefault(index, ReplayLog()), stop)
 
-        return cast
+        return speakers_of
 
     def ended(self, result: Ended) -> None:
-        """Hears of every episode; interrupts the speakers, once, when the last group that is needed is complete."""
+        """Call with the result of every episode. Interrupts the speakers once, when the last needed group is
+        complete."""
         if isinstance(result, UnplayedEpisode):
             self._cut += not result.error
             return
@@ -75,8 +76,8 @@ class Groups:
             self._stop.asked = True
             self._interrupting = asyncio.gather(*(speaker.interrupt() for speaker in self._speakers.values()))
 
-    async def settle(self) -> None:
-        """Until an interruption has ended: it must not meet the requests of the next step."""
+    async def wait_for_interruption(self) -> None:
+        """Waits until the interruption has ended, so that it does not affect requests of the next step."""
         if self._interrupting is not None:
             await self._interrupting
             self._interrupting = None
@@ -89,11 +90,11 @@ class Groups:
         return [result for task in self.tasks if self._whole(task) for result in self._done[task]]
 
     def discarded(self) -> int:
-        """Episodes that were cut off."""
+        """Number of episodes that were cut off."""
         return self._cut
 
     def cut_off(self) -> ReplayLogs:
-        """Replay logs of the groups that are not complete."""
+        """Replay logs of incomplete groups."""
         return {
             task: replay_logs
             for task, replay_logs in self._replay_logs.items()

@@ -1,8 +1,7 @@
 """The three prompt forms of one backbone, as token ids: attempt, revision (attempt after a critique) and critique.
 
-Text enters here once and leaves as ids; generated ids are never decoded and encoded again. Whatever comes from a task,
-an environment or a model is untrusted: it is encoded apart from the chat template's own text, and so cannot open or
-close a turn.
+Text is encoded once, here; generated ids are never decoded and encoded again. Text from a task, an environment or a
+model is untrusted: it is encoded separately from the chat template's own text, so it cannot open or close a turn.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from icrl_megatron.utils.errors import ConfigError
 
 FORMS = ("attempt", "revision", "critique")
 REMEMBERED_TEXTS, REMEMBERED_CHARS = 512, 8192
-"""How many texts have their ids kept, and how long such a text may be. A few steps fill the memory, which then stays as
-it is: a text of 8192 characters and its ids take about 90 KB, so at most about 45 MB."""
+"""How many texts have their ids cached, and the longest such text. The cache fills within a few steps and then stays at
+its maximum size: a text of 8192 characters and its ids take about 90 KB, so at most about 45 MB."""
 CHARS_A_TOKEN = 8
-"""Of a text that may have n tokens, n times as many characters are encoded: more than that many tokens of prose or code
-hold, and megabytes are never encoded to be thrown away."""
+"""Of a text limited to n tokens, only n times this many characters are encoded: prose and code of that length have more
+than n tokens, and megabytes are never encoded only to be discarded."""
 _BUILT_IN = Path(__file__).parent / "templates"
 _CRITIC = re.compile(r"<critic>(.*?)</critic>", re.DOTALL)
 
@@ -41,11 +40,11 @@ class TurnText:
     """Counted from 1."""
     text: str
     observation: str
-    """Cut at `rollout.observation_chars`; empty when nothing was observed."""
+    """Cut at `rollout.observation_chars`; empty if there was none."""
 
 
 def tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a Hugging Face folder. Raises ConfigError where it is damaged."""
+    """The tokenizer of a Hugging Face folder. Raises ConfigError if it is damaged."""
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:
@@ -55,13 +54,15 @@ def tokenizer(folder: str | Path) -> Any:
 
 
 def parse_critique(reply: str) -> str:
-    """What a critic hands to the solver: its last text between <critic> tags, or the whole reply without tags."""
+    """The part of a critic's reply that the solver reads: the last text between <critic> tags, or the whole reply
+    without tags."""
     tagged = _CRITIC.findall(reply)
     return str(tagged[-1] if tagged else reply).strip()
 
 
 def template_folder(name: str) -> Path:
-    """`standard` and `compact` are built in; any other name is a folder. Raises ConfigError when a form is missing."""
+    """`standard` and `compact` are built in; any other name is a folder. Raises ConfigError if a template is
+    missing."""
     folder = _BUILT_IN / name if name in ("standard", "compact") else Path(name)
     missing = [f"{form}.jinja" for form in FORMS if not (folder / f"{form}.jinja").is_file()]
     if missing:
@@ -85,8 +86,8 @@ def template_words(name: str) -> set[str]:
 class Prompter:
     """Builds prompts for one tokenizer and one set of templates.
 
-    Raises ConfigError when a template is missing or broken, and when the tokenizer's chat template is missing, changes
-    the content of a message, or does not end a reply with a special token.
+    Raises ConfigError if a template is missing or broken, or if the tokenizer's chat template is missing, changes the
+    content of a message, or does not end a reply with a special token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: RolloutSettings) -> None:
@@ -94,31 +95,32 @@ class Prompter:
         self._observation_chars = settings.observation_chars
         self._templates = _load_templates(settings.templates)
         self._control_ids = _control_ids(tokenizer)
-        # Episodes of a task share their prompts, and worlds repeat their observations.
+        # Episodes of a task share their prompts, and environments repeat their observations.
         self._remembered = functools.lru_cache(maxsize=REMEMBERED_TEXTS)(self._encode)
         head, turn_end, tail = _chat_parts(tokenizer, settings.chat_template_args)
         self._head, self._turn_end, self._tail = (self._encode_trusted(part) for part in (head, turn_end, tail))
         if not self._turn_end or self._turn_end[0] not in self._control_ids:
             raise ConfigError(
                 f"The chat template of {tokenizer.name_or_path!r} closes a reply with {turn_end!r}, which does not "
-                "start with a special token: a generated reply could not end itself. Use a template like ChatML."
+                "start with a special token, so a generated reply could not end. Use a template like ChatML."
             )
         self._end_id = self._turn_end[0]
         self._between = self._turn_end[1:]
         eos = tokenizer.eos_token_id
         self.stop_ids: Ids = (self._end_id,) if eos is None or eos == self._end_id else (self._end_id, int(eos))
-        """Ids that end a reply: the template's end of turn first, then the tokenizer's end of text if it is another."""
+        """Ids that end a reply: the template's end of turn, then the tokenizer's end of text if it is different."""
 
     def attempt(self, observation: str) -> Ids:
         """The critique-free prompt of a task."""
         return self._message("attempt", observation=observation)
 
     def revision(self, observation: str, critique: str) -> Ids:
-        """The prompt of an attempt that follows a critique; only the latest critique is shown."""
+        """The prompt of an attempt that follows a critique; it contains only the latest critique."""
         return self._message("revision", observation=observation, critique=critique)
 
     def critique(self, observation: str, turns: Sequence[TurnText], summary: str, omitted: int = 0) -> Ids:
-        """The critic's prompt: task, trajectory and outcome. `omitted` leading turns were left out for lack of room."""
+        """The critic's prompt: task, trajectory and outcome. `omitted` leading turns were left out because they did not
+        fit."""
         return self._message("critique", observation=observation, turns=turns, summary=summary, omitted=omitted)
 
     def text(self, form: str, **values: object) -> str:
@@ -126,12 +128,13 @@ class Prompter:
         return self._templates[form].render(**values).strip()
 
     def at_most(self, text: str) -> int:
-        """At least as many tokens as a prompt with this content has, without tokenising it (`rollout.room`)."""
+        """An upper bound on the tokens of a prompt with this content, without tokenizing it
+        (`rollout.context_budget`)."""
         size = len(text) if text.isascii() else 3 * len(text.encode(errors="replace"))
         return len(self._head) + size + len(self._tail) + 1  # some tokenizers put a space in front
 
     def lengths(self, texts: list[str]) -> list[int]:
-        """Tokens of the prompts with these contents."""
+        """Token counts of the prompts with these contents."""
         if not texts:
             return []
         plain = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
@@ -140,22 +143,23 @@ class Prompter:
         return [around + len(ids) - sum(map(dropped, ids)) for ids in self._tokenizer(texts, **plain).input_ids]
 
     def critique_text(self, observation: str, turns: Sequence[TurnText], summary: str, omitted: int = 0) -> str:
-        """The same as text, without the chat template: for a critic that has one of its own."""
+        """The same as text, without the chat template: for a critic behind an endpoint that applies its own
+        template."""
         return self.text("critique", observation=observation, turns=turns, summary=summary, omitted=omitted)
 
     def turn_text(self, number: int, text: str, observation: str) -> TurnText:
         return TurnText(number, text.strip(), observation[: self._observation_chars].strip())
 
     def observation_ids(self, observation: str, ended: bool) -> Ids:
-        """What is appended between two replies: end of turn (unless the reply `ended` itself with it), the observation
-        as a user message, and the header of the next reply."""
+        """The ids between two replies: the end of turn (unless the reply `ended` with it), the observation as a user
+        message, and the header of the next reply."""
         closing = self._between if ended else (self._end_id, *self._between)
         return (*closing, *self._encode_untrusted(observation.strip()), *self._tail)
 
     def shortened(self, text: str, max_tokens: int, missing: int = 0) -> tuple[str, int]:
-        """A text of at most `max_tokens` tokens, and how many characters it lacks: the beginning, and a note that says
-        so. `missing` characters at the end were left out before."""
-        if not missing and 4 * len(text) <= max_tokens:  # a token has at least a byte
+        """(text cut to at most `max_tokens` tokens, number of characters cut). A cut text is the beginning and a note
+        that says how much was cut. `missing` characters were already cut from the end."""
+        if not missing and 4 * len(text) <= max_tokens:  # a character has at most 4 bytes, and a token at least one
             return text, 0
         head = text[: max_tokens * CHARS_A_TOKEN]
         if not missing and len(head) == len(text) and self._length(text) <= max_tokens:
@@ -172,15 +176,15 @@ class Prompter:
             kept = min(kept - 1, int(0.98 * kept * max_tokens / length))
 
     def ended(self, ids: Ids) -> bool:
-        """Whether a reply closed its turn by itself."""
+        """Whether a reply ends with the end of turn."""
         return bool(ids) and ids[-1] == self._end_id
 
     def encode_reply(self, text: str) -> Ids:
-        """A reply written by a script, as a model would have generated it: its text and the end of turn."""
+        """Encodes a scripted reply as a model would have generated it: its text and the end of turn."""
         return (*self._encode_untrusted(text.strip()), self._end_id)
 
     def decode(self, ids: Ids) -> str:
-        """For people and parsers: without special tokens, never to be encoded again."""
+        """Text for people and parsers, without special tokens. It must never be encoded again."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _message(self, form: str, **values: object) -> Ids:
@@ -208,7 +212,7 @@ def _load_templates(name: str) -> dict[str, jinja2.Template]:
     )
     try:
         templates = {form: environment.get_template(f"{form}.jinja") for form in FORMS}
-        for template in templates.values():  # a misspelt variable is found here, not in the middle of a run
+        for template in templates.values():  # finds a misspelled variable before the run starts
             template.render(observation="", critique="", turns=[TurnText(1, "", "")], summary="", omitted=0)
         return templates
     except jinja2.TemplateError as error:
@@ -216,7 +220,7 @@ def _load_templates(name: str) -> dict[str, jinja2.Template]:
 
 
 def _control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Special ids that text must never produce. The unknown word stays allowed where it is nothing but that."""
+    """Special ids that text must never produce. The unknown token stays allowed if it has no other function."""
     added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
     special = {int(i) for i in tokenizer.all_special_ids} | {i for i, token in added.items() if token.special}
     used = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}

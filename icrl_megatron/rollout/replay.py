@@ -13,13 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from icrl_megatron.rollout.speakers import Ask, Cast, Speaker
+from icrl_megatron.rollout.speakers import Ask, Speaker, Speakers
 from icrl_megatron.types import Completion, Ids, Task
 from icrl_megatron.utils.errors import ConfigError
 
 
 class InterruptedEpisodeError(Exception):
-    """The rest of this step is not needed: the episode ends here."""
+    """The step no longer needs this episode."""
 
 
 @dataclass
@@ -82,10 +82,10 @@ def from_lines(lines: Iterable[str]) -> ReplayLogs:
     return found
 
 
-def recorded(cast: Cast, log: ReplayLog, stop: Stop) -> Cast:
-    """The same speakers with a replay log. Solver and critic take turns, so they share one."""
+def recorded(speakers: Speakers, log: ReplayLog, stop: Stop) -> Speakers:
+    """The same speakers with a replay log. Solver and critic share one log because they take turns."""
     cursor = _Cursor(log, stop)
-    return Cast(_Recorded(cast.solver, cursor), _Recorded(cast.critic, cursor))
+    return Speakers(_Recorded(speakers.solver, cursor), _Recorded(speakers.critic, cursor))
 
 
 @dataclass
@@ -93,7 +93,7 @@ class _Cursor:
     log: ReplayLog
     stop: Stop
     played: int = 0
-    """Replies of the log that were returned, or added, so far."""
+    """Number of replies of the log that were returned or added so far."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class _Recorded:
     cursor: _Cursor
 
     async def reply(self, ask: Ask) -> Completion:
-        """Raises InterruptedEpisodeError once the step has enough."""
+        """Raises InterruptedEpisodeError once the step has enough groups."""
         cursor, log = self.cursor, self.cursor.log
         begun: Completion | None = None
         if cursor.played < len(log.replies):
@@ -129,10 +129,12 @@ class _Recorded:
     async def _fresh(self, ask: Ask, begun: Completion | None) -> Completion:
         if begun is None or not begun.ids:
             return await self.speaker.reply(ask)
-        room = ask.max_new_tokens - len(begun.ids)
-        if room < 1:
+        remaining = ask.max_new_tokens - len(begun.ids)
+        if remaining < 1:
             return replace(begun, finish_reason="length")
-        rest = await self.speaker.reply(replace(ask, prompt_ids=(*ask.prompt_ids, *begun.ids), max_new_tokens=room))
+        rest = await self.speaker.reply(
+            replace(ask, prompt_ids=(*ask.prompt_ids, *begun.ids), max_new_tokens=remaining)
+        )
         ended = len(begun.ids) - sum(tokens for _, tokens in begun.older)
         older = (*begun.older, (begun.weight_version, ended))
         return Completion(

@@ -1,4 +1,4 @@
-"""Who writes the replies of an episode: an engine, or an empty critic. (`teacher.py` has the scripted one.)"""
+"""The sources of replies in an episode: an engine, or an empty critic. (`teacher.py` has the scripted one.)"""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Ask:
     text: str
     """The newest observation, or the summary of the failed attempt for a critique."""
     critique: str | None
-    """What the solver was told in this round; None in round 0 and for critiques."""
+    """The critique that the solver reads in this round; None in round 0 and for critiques."""
     message: str = ""
-    """All that a critic reads, as text, for one that is not behind an engine; empty for the solver."""
+    """The critic's whole prompt as text, for a critic that is not an engine; empty for the solver."""
 
 
 class Speaker(Protocol):
@@ -33,24 +33,24 @@ class Speaker(Protocol):
 
 @runtime_checkable
 class Interruptible(Protocol):
-    """A speaker whose replies take long, and can be cut short."""
+    """A speaker whose replies can be cut short."""
 
     async def interrupt(self) -> None:
-        """Ends the replies in flight, and those that are asked for later in the same event loop: each returns what it
-        has, with "abort" as its reason."""
+        """Ends the replies in flight and those requested later in the same event loop. Each returns what it has, with
+        finish reason "abort"."""
         ...
 
 
 @dataclass(frozen=True)
-class Cast:
-    """The speakers of one episode; they may be the same, and in ICRL's training they are."""
+class Speakers:
+    """The speakers of one episode; in ICRL's training, both are the same."""
 
     solver: Speaker
     critic: Speaker
 
 
-Casting = Callable[[Task, int], Cast]
-"""(task, episode index) -> its speakers: engines serve every episode, a teacher plays only one."""
+SpeakersFor = Callable[[Task, int], Speakers]
+"""(task, episode index) -> its speakers. Engines serve every episode; a teacher plays only one."""
 
 
 @dataclass(frozen=True)
@@ -71,32 +71,32 @@ class EngineSpeaker:
 
 @dataclass(frozen=True)
 class EmptyCritic:
-    """A control: a critic that says nothing, and generates no token."""
+    """A control: a critic that generates no tokens."""
 
     async def reply(self, ask: Ask) -> Completion:
         return Completion((), (), "stop", 0)
 
 
-def engine_casting(solver: Speaker, critic: Speaker | None = None) -> Casting:
-    """The same speakers for every episode; without a critic the solver criticises itself."""
-    cast = Cast(solver, critic or solver)
-    return lambda task, index: cast
+def same_speakers(solver: Speaker, critic: Speaker | None = None) -> SpeakersFor:
+    """The same speakers for every episode; without a critic, the solver criticizes itself."""
+    speakers = Speakers(solver, critic or solver)
+    return lambda task, index: speakers
 
 
 @dataclass
 class Meter:
-    """Counts what speakers generate, whatever becomes of it."""
+    """Counts the tokens that speakers generate, used or not."""
 
     tokens: int = 0
 
-    def on(self, casting: Casting) -> Casting:
-        """The same speakers, counted."""
+    def on(self, speakers_for: SpeakersFor) -> SpeakersFor:
+        """The same speakers, with their tokens counted."""
 
-        def cast(task: Task, index: int) -> Cast:
-            speakers = casting(task, index)
-            return Cast(_Metered(speakers.solver, self), _Metered(speakers.critic, self))
+        def speakers_of(task: Task, index: int) -> Speakers:
+            speakers = speakers_for(task, index)
+            return Speakers(_Metered(speakers.solver, self), _Metered(speakers.critic, self))
 
-        return cast
+        return speakers_of
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,12 @@ class _Metered:
 
 @dataclass(frozen=True)
 class Seeds:
-    """Where every random choice of a rollout comes from: stable over processes, machines and order of arrival."""
+    """Derives the seed of every random choice in a rollout: stable over processes, machines and order of arrival."""
 
     run: int
     step: int
     purpose: str = "train"
-    """Keeps rollouts of one step apart: train, eval, control, sft, ..."""
+    """Separates rollouts of one step: train, eval, control, sft, ..."""
 
     def of(self, task_id: str, index: int, round: int, role: str, turn: int) -> int:
         """A seed in [0, 2**63) for one request."""

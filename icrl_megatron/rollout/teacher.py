@@ -1,4 +1,4 @@
-"""A task set's teacher as a speaker: demonstrations for `icrl sft` are ordinary episodes, with log-probs of 0."""
+"""A task set's teacher as a speaker: demonstrations for `icrl sft` are ordinary episodes with log-probs of 0."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from icrl_megatron.rollout.guard import Caller, WrongReturnError, text_of
+from icrl_megatron.rollout.checked_environment import Caller, WrongReturnError, text_of
 from icrl_megatron.rollout.prompts import CHARS_A_TOKEN, Prompter
-from icrl_megatron.rollout.speakers import Ask, Cast, Casting, Seeds
+from icrl_megatron.rollout.speakers import Ask, Seeds, Speakers, SpeakersFor
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks.base import TaskSet, Teachable, Teacher, sendable
 from icrl_megatron.types import Completion, Task
@@ -18,8 +18,8 @@ from icrl_megatron.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class TeacherSpeaker:
-    """Plays one episode, both roles. Raises ConfigError when a reply is longer than the settings allow a model, and
-    EnvironmentFailure where the teacher fails."""
+    """Plays both roles of one episode. Raises ConfigError if a reply is longer than the settings allow a model, and
+    EnvironmentFailure if the teacher fails."""
 
     teacher: Teacher
     prompter: Prompter
@@ -28,34 +28,35 @@ class TeacherSpeaker:
     async def reply(self, ask: Ask) -> Completion:
         critic = ask.role == "critique"
         if critic:
-            text = self.caller.call("the teacher's criticise", lambda: self.teacher.criticise(ask.text), _said)
+            text = self.caller.call("the teacher's criticise", lambda: self.teacher.criticise(ask.text), _text)
         else:
-            text = self.caller.call("the teacher's act", lambda: self.teacher.act(ask.text, ask.critique), _said)
-        begin = text[: CHARS_A_TOKEN * (ask.max_new_tokens + 1)]  # enough to know that it is too long
+            text = self.caller.call("the teacher's act", lambda: self.teacher.act(ask.text, ask.critique), _text)
+        begin = text[: CHARS_A_TOKEN * (ask.max_new_tokens + 1)]  # enough to detect that it is too long
         ids = self.prompter.encode_reply(begin)
         if len(ids) > ask.max_new_tokens or len(begin) < len(text):
             setting = "max_critique_tokens" if critic else "max_turn_tokens"
             more = "more than " if len(begin) < len(text) else ""
             raise ConfigError(
-                f"A demonstration has {more}{len(ids)} tokens and room for {ask.max_new_tokens}: raise "
+                f"A demonstration has {more}{len(ids)} tokens, and the limit is {ask.max_new_tokens}: raise "
                 f"rollout.{setting} or rollout.context_tokens. It reads {text[:80]!r}."
             )
         return Completion(ids, (0.0,) * len(ids), "stop", 0)
 
 
-def teacher_casting(
+def teacher_speakers(
     task_set: Callable[[str], TaskSet],
     prompter: Prompter,
     seeds: Seeds,
     timeout_s: float = RolloutSettings.environment_timeout_s,
-) -> Casting:
-    """One teacher per episode, with randomness of its own. `task_set` finds a task set by name (`registry.get`); each
-    call of a teacher may take `timeout_s`.
+) -> SpeakersFor:
+    """One teacher per episode, each with its own random generator. `task_set` finds a task set by name
+    (`registry.get`). Each call of a teacher may take `timeout_s`.
 
-    The casting raises ConfigError for a task set that has no teacher, and EnvironmentFailure where making one fails.
+    The returned function raises ConfigError for a task set that has no teacher, and EnvironmentFailure if creating one
+    fails.
     """
 
-    def cast(task: Task, index: int) -> Cast:
+    def speakers_of(task: Task, index: int) -> Speakers:
         teachable = task_set(task.source)
         if not isinstance(teachable, Teachable):
             raise ConfigError(
@@ -66,9 +67,9 @@ def teacher_casting(
         caller = Caller(task, timeout_s)
         teacher = caller.call("teacher", lambda: teachable.teacher(task, rng), _teacher)
         speaker = TeacherSpeaker(teacher, prompter, caller)
-        return Cast(speaker, speaker)
+        return Speakers(speaker, speaker)
 
-    return cast
+    return speakers_of
 
 
 def _teacher(value: Any) -> Teacher:
@@ -77,5 +78,5 @@ def _teacher(value: Any) -> Teacher:
     return value
 
 
-def _said(value: object) -> str:
+def _text(value: object) -> str:
     return sendable(text_of(value))

@@ -1,5 +1,5 @@
-"""A timer of the kernel that signals one thread (timer_create(2)). The usual ones, alarm(2) and setitimer(2), belong to
-whoever limits calls with them: environments and test runners do."""
+"""A kernel timer that signals one thread (timer_create(2)). alarm(2) and setitimer(2) are left to environments and test
+runners, which use them to limit calls."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Times(ctypes.Structure):
 
 
 class KernelTimer:
-    """Sends a signal to the thread that made it. Linux only; a child after fork has none."""
+    """Sends a signal to the thread that created it. Linux only; a child after fork does not inherit it."""
 
     def __init__(self, number: int) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
@@ -39,8 +39,8 @@ class KernelTimer:
             raise OSError(ctypes.get_errno(), "timer_create")
 
     def set(self, seconds: float, again_s: float = 0.0) -> None:
-        """Signals after so many seconds from now, and then every `again_s` seconds unless that is 0. `seconds` = 0: not
-        any more."""
+        """Signals after `seconds`, and then every `again_s` seconds unless that is 0. `seconds` = 0 disarms the
+        timer."""
         (every, every_ns), (whole, whole_ns) = ((int(t), int((t - int(t)) * 1e9)) for t in (again_s, seconds))
         times = _Times(every, every_ns, whole, whole_ns)
         self._libc.timer_settime(self._timer, 0, ctypes.byref(times), None)

@@ -1,12 +1,12 @@
-"""Ends code of an environment that blocks the event loop.
+"""Interrupts environment code that blocks the event loop.
 
-Environments are played in a rank's own event loop, where no clock decides on the order of calls: runs with the local
-engine repeat bit for bit, and episodes may share what their task set holds. Processes of their own would give up both,
-so a kernel timer interrupts the main thread instead: that ends sleeps, loops, regular expressions and blocking reads
-where they are, works for every task set, and costs a call that returns in time a microsecond.
+Environments run in a rank's own event loop, where the order of calls does not depend on a clock: runs with the local
+engine are bitwise reproducible, and episodes may share objects of their task set. Separate processes would lose both.
+Instead a kernel timer interrupts the main thread. It ends sleeps, loops, regular expressions and blocking reads, works
+for every task set, and costs a call that returns in time one microsecond.
 
-What it cannot interrupt is C code that never returns to the interpreter. LAST_RESORT_S later it ends the process, with
-a traceback that names it.
+It cannot interrupt C code that never returns to the interpreter. LAST_RESORT_S after the limit, it ends the process
+with a traceback that names that code.
 """
 
 from __future__ import annotations
@@ -35,26 +35,27 @@ from icrl_megatron.tasks.base import EnvironmentFailure
 T = TypeVar("T")
 
 SHORTEST_S = 0.05
-"""No call is interrupted earlier, however little time it has left: the machine may be busy."""
+"""No call is interrupted earlier, however little time it has left, because the machine may be busy."""
 LONGEST_S = 1e8
-"""Three years: what kernel timers can hold."""
+"""Three years, the maximum of kernel timers."""
 TICK_S = 1.0
-"""A call that runs is looked at this often: a stop request shortens the time that it has left."""
+"""Interval at which a running call is checked; a stop request shortens its remaining time."""
 STOP_GRACE_S, STOP_SHARE_S = 5.0, 0.5
-"""After a stop request, all calls together may block for the first; once that is used up, each for the second."""
+"""After a stop request, all calls together may block for the first time; once that is used up, each call may block for
+the second."""
 GRACE_S = 1.0
-"""A coroutine that was cancelled may wait this long for what it cleans up."""
+"""A cancelled coroutine may wait this long for its cleanup."""
 STALL_S = 1.0
-"""A call that blocks the event loop for longer extends the time limits of the calls that wait meanwhile."""
+"""A call that blocks the event loop for longer than this extends the time limits of the calls that wait meanwhile."""
 LAST_RESORT_S = 30.0
 AGAIN_S = 0.5
-"""After such a pause, code that has caught the interruption and went on is interrupted again."""
+"""Code that caught the interruption and continued is interrupted again after this pause."""
 _TICK = signal.SIGRTMAX - 5 if sys.platform == "linux" else 0
 _LAST_RESORT = signal.SIGVTALRM
-"""Comes by the CPU time of the process: whatever waits can be interrupted."""
+"""Measures CPU time of the process, because code that waits can be interrupted by the tick."""
 
 _inside: contextvars.ContextVar[Watched] = contextvars.ContextVar("inside")
-"""The call whose code runs; also in the tasks that it starts."""
+"""The call whose code is running; also set in the tasks that it starts."""
 
 
 @dataclass(eq=False)
@@ -63,12 +64,12 @@ class Watched:
 
     limit_s: float
     own: asyncio.Timeout | None = None
-    """The time limit of the whole call, once it waits."""
+    """The time limit of the whole call, once it has started to wait."""
     blocked: bool = False
     """Whether it, or a task that it started, ran until its time was up."""
 
     def left_s(self) -> float:
-        """What its code may take now."""
+        """Seconds that its code may still take."""
         if self.blocked:
             return 0.0
         if self.own is None or (ends := self.own.when()) is None:
@@ -77,7 +78,7 @@ class Watched:
 
 
 class Raised(Exception):
-    """Carries what code of an environment raised, whatever that was."""
+    """Carries any exception that environment code raised."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__()
@@ -85,47 +86,48 @@ class Raised(Exception):
 
 
 class Watchdog:
-    """One for each process (`WATCHDOG`). Outside of the main thread, and of Linux, nothing is interrupted."""
+    """One instance per process (`WATCHDOG`). Outside the main thread, or on another system than Linux, nothing is
+    interrupted."""
 
     def __init__(self) -> None:
         self._stop: object = False
         self._stopped_at = math.inf
         self._blocked_s = 0.0
-        """By calls, since the stop request."""
+        """Seconds that calls blocked since the stop request."""
         self._timer: KernelTimer | None = None
         self._next_tick = math.inf
         self._calls = self._calls_seen = 0
         self._begun = 0.0
         self._ends: float | None = None
-        """When the call that runs will be interrupted (time.monotonic()); None while none runs."""
+        """When the running call will be interrupted (time.monotonic()); None if no call is running."""
         self._limit_s = 0.0
         """Of the call that runs, or ran last."""
         self._interruptions = 0
         """Of the call that runs, or ran last."""
         self._traced: Any = None
-        """What sys.settrace had been given before."""
+        """The previous trace function of sys.settrace."""
         self._waiting: set[Watched] = set()
-        """The calls that wait."""
+        """Calls that are waiting."""
         self._main = threading.main_thread().ident
-        self._duties = self._ctrl_c = 0
+        self._watching = self._ctrl_c = 0
         self._ctrl_c_handler: Callable[[int, FrameType | None], Any] | None = None
         """The handler while no watched call is running."""
         os.register_at_fork(after_in_child=self._forget)
 
     def obey(self, stop: object) -> None:
-        """From when `stop` counts as true (`launch.StopRequest`), calls may block for a short time only."""
+        """Once `stop` is true (`launch.StopRequest`), calls may block only for a short time."""
         self._stop, self._stopped_at, self._blocked_s = stop, math.inf, 0.0
 
     @property
     def stopping(self) -> bool:
-        """Whether a call met a stop request."""
+        """Whether a tick during a call saw a stop request."""
         return self._stopped_at < math.inf
 
     def run(self, code: Callable[[], T], call: Watched) -> T:
         """Runs code of a call.
 
-        Raises Raised with whatever the code raised, Overrun when it ran until the time was up, and KeyboardInterrupt
-        after Ctrl-C.
+        Raises Raised with the exception that the code raised, Overrun if it ran until its time was up, and
+        KeyboardInterrupt after Ctrl-C.
         """
         if self._ends is not None or not self._ready():
             try:
@@ -141,7 +143,7 @@ class Watchdog:
         try:
             return code()
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) and (self._ctrl_c > ctrl_c or not self._duties):
+            if isinstance(error, KeyboardInterrupt) and (self._ctrl_c > ctrl_c or not self._watching):
                 raise
             raise Raised(error) from error
         finally:
@@ -153,7 +155,7 @@ class Watchdog:
                 self._account(call)
 
     def _account(self, call: Watched) -> None:
-        """After code ran for long: raises Overrun if it was interrupted."""
+        """After a long call: extends other limits, and raises Overrun if the call was interrupted."""
         now = time.monotonic()
         if now - self._begun > STALL_S:
             for limit in (other.own for other in self._waiting if other is not call and other.own is not None):
@@ -167,21 +169,21 @@ class Watchdog:
 
     @types.coroutine
     def drive(self, code: Coroutine[Any, Any, T], call: Watched, yielded: Any) -> Generator[Any, Any, T]:
-        """Goes on with a coroutine that waits for `yielded`, and runs each stretch of it between two waits like `run`,
-        which it raises like. Without `call.own`, the time limit is that of each stretch.
+        """Continues a coroutine that waits for `yielded`, and runs each stretch between two waits like `run`, with the
+        same exceptions. Without `call.own`, the time limit applies to each stretch.
 
-        A coroutine that is cancelled and goes on waiting for more than GRACE_S is abandoned.
+        A cancelled coroutine that keeps waiting for more than GRACE_S is abandoned.
         """
-        patience, returned = _Patience(), False
+        grace, returned = _CancelGrace(), False
         self._waiting.add(call)
         try:
             while True:
-                patience.begin()
+                grace.begin()
                 try:
                     given = yield yielded
                     send: Callable[[Any], Any] = code.send
                 except asyncio.CancelledError as error:
-                    if patience.is_over():
+                    if grace.is_over():
                         raise
                     send, given = code.throw, error
                 except Exception as error:
@@ -191,37 +193,37 @@ class Watchdog:
                 except Raised as raised:
                     if returned := isinstance(raised.error, StopIteration):
                         return raised.error.value
-                    if patience.cancelled and isinstance(raised.error, asyncio.CancelledError):
+                    if grace.cancelled and isinstance(raised.error, asyncio.CancelledError):
                         raise raised.error from None
                     raise
         finally:
-            patience.end()
+            grace.end()
             self._waiting.discard(call)
             if not returned:
                 with contextlib.suppress(Raised, Overrun):
                     self.run(lambda: code.close(), Watched(GRACE_S))
 
     @contextlib.contextmanager
-    def on_duty(self) -> Iterator[None]:
-        """While episodes are played in the running event loop: what environments start there, tasks and threads, is
-        treated as their own code, and a Ctrl-C is told from code that raises KeyboardInterrupt."""
+    def watching(self) -> Iterator[None]:
+        """Active while episodes are played in the running event loop. Tasks and threads that environments start there
+        are treated as environment code, and a Ctrl-C is distinguished from code that raises KeyboardInterrupt."""
         loop = asyncio.get_running_loop()
         if loop.get_task_factory() is None:
             loop.set_task_factory(_task)
             loop.set_default_executor(DaemonThreads(lambda: _inside.get(None) is not None))
-        self._duties += 1
-        if self._duties == 1 and self._ready() and callable(handler := signal.getsignal(signal.SIGINT)):
+        self._watching += 1
+        if self._watching == 1 and self._ready() and callable(handler := signal.getsignal(signal.SIGINT)):
             self._ctrl_c_handler = handler
             signal.signal(signal.SIGINT, self._on_ctrl_c)
         try:
             yield
         finally:
-            self._duties -= 1
-            if not self._duties:
+            self._watching -= 1
+            if not self._watching:
                 self._rest()
 
     def _rest(self) -> None:
-        """Nothing is watched any more; at the process's end, the timer's signal would kill it."""
+        """Stops watching; at process exit, the timer's signal would kill the process."""
         self._stop_ticks()
         if self._ctrl_c_handler is not None:
             signal.signal(signal.SIGINT, self._ctrl_c_handler)
@@ -249,19 +251,20 @@ class Watchdog:
         return True
 
     def _forget(self) -> None:
-        """In a child after fork, which inherits no timers."""
+        """Called in a child after fork, which inherits no timers."""
         self._timer, self._next_tick, self._ends = None, math.inf, None
 
     def _tick_in(self, seconds: float) -> None:
         assert self._timer is not None
         self._next_tick = time.monotonic() + seconds
-        # Again and again: a signal that comes just before the code enters a system call does not interrupt that call.
+        # Repeated, because a signal that arrives just before the code enters a system call does not interrupt that
+        # call.
         self._timer.set(seconds, AGAIN_S)
-        # As long as the interpreter handles ticks, each of them puts the last resort off.
+        # As long as the interpreter handles ticks, each tick postpones the last resort.
         signal.setitimer(signal.ITIMER_VIRTUAL, self._limit_s + LAST_RESORT_S)
 
     def _tick(self, number: int, frame: FrameType | None) -> None:
-        """The timer's signal: raises Overrun inside of a call whose time is up."""
+        """Handles the timer's signal: raises Overrun inside a call whose time is up."""
         ends, now = self._ends, time.monotonic()
         if ends is None and self._calls == self._calls_seen:
             self._stop_ticks()  # nothing was called since the last tick; the next call sets the timers
@@ -270,7 +273,7 @@ class Watchdog:
         if ends is None:
             self._tick_in(TICK_S)
             return
-        if frame is not None and frame.f_code in _OURS:  # the call has just ended, or has not begun yet
+        if frame is not None and frame.f_code in _WATCHDOG_CODE:  # the call has just ended, or has not begun yet
             self._tick_in(SHORTEST_S)
             return
         if self._stopped_at == math.inf and self._stop:
@@ -291,36 +294,36 @@ class Watchdog:
         raise Overrun
 
     def _interrupt_lines(self, frame: FrameType | None) -> None:
-        """Interrupts the next line, too, that the code of the call executes: the one inside `except:`, where it caught
-        the interruption."""
+        """Also interrupts the next line of the call's code: the one inside `except:`, if it caught the interruption."""
 
         def trace(frame: FrameType, event: str, argument: Any) -> Any:
             if self._ends is not None and event in ("call", "line"):
                 raise Overrun
             return trace
 
-        while frame is not None and frame.f_code not in _OURS:
+        while frame is not None and frame.f_code not in _WATCHDOG_CODE:
             frame.f_trace = trace
             frame = frame.f_back
         sys.settrace(trace)
 
 
-class _Patience:
-    """With a coroutine that was cancelled and has not ended."""
+class _CancelGrace:
+    """The time that a cancelled coroutine has to end."""
 
     def __init__(self) -> None:
         self.cancelled = False
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self) -> None:
-        """It waits again."""
+        """Call before the coroutine waits again."""
         if self.cancelled and self._timer is None:
             task = asyncio.current_task()
             assert task is not None
             self._timer = asyncio.get_running_loop().call_later(GRACE_S, task.cancel)
 
     def is_over(self) -> bool:
-        """Whether a cancellation is the last one; it is the timer's then, and no longer counts as one of the task."""
+        """Whether this cancellation came from the timer and is the last one; it then no longer counts as one of the
+        task."""
         self.cancelled = True
         if self._timer is None or self._timer.when() > asyncio.get_running_loop().time():
             return False
@@ -334,8 +337,8 @@ class _Patience:
             self._timer.cancel()
 
 
-_OURS = frozenset(f.__code__ for f in (Watchdog.run, Watchdog._tick_in, KernelTimer.set))
-"""Whose frames hold no code of an environment."""
+_WATCHDOG_CODE = frozenset(f.__code__ for f in (Watchdog.run, Watchdog._tick_in, KernelTimer.set))
+"""Functions whose frames hold no environment code."""
 
 
 def first_step(code: Coroutine[Any, Any, T]) -> tuple[bool, Any]:
@@ -347,7 +350,7 @@ def first_step(code: Coroutine[Any, Any, T]) -> tuple[bool, Any]:
 
 
 def _task(loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> asyncio.Task[Any]:
-    """A task factory: what environments start is watched as they are."""
+    """A task factory that watches tasks started by environments."""
     parent = _inside.get(None)
     return asyncio.Task(coro if parent is None else _child(coro, parent), loop=loop, **options)
 

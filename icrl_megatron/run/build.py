@@ -15,11 +15,11 @@ from icrl_megatron.engines.sync import WeightSync
 from icrl_megatron.model.gpt import DTYPES
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.model.weights import Gatherer
-from icrl_megatron.rollout.episode import Stage
+from icrl_megatron.rollout.episode import EpisodeSetup
 from icrl_megatron.rollout.external import ExternalSpeaker
 from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.source import DumpSource, EngineSource, EpisodeSource, FakeSource, NoEngine
-from icrl_megatron.rollout.speakers import Casting, EmptyCritic, EngineSpeaker, Speaker, engine_casting
+from icrl_megatron.rollout.speakers import EmptyCritic, EngineSpeaker, Speaker, SpeakersFor, same_speakers
 from icrl_megatron.run.saving import Start
 from icrl_megatron.settings.loading import model_folder, run_folder
 from icrl_megatron.settings.schema import Settings
@@ -85,15 +85,15 @@ def episode_source(
     def gather(mine: object) -> list[object]:
         return grids.gather_objects(grid, mine)
 
-    stage = Stage(catalogue.environment, prompter, rollout, drop_too_long=settings.tasks.too_long == "drop")
-    casting = _casting(settings, prompter, engines)
-    return EngineSource(stage, casting, engines, sync.resend, gather, progress)
+    setup = EpisodeSetup(catalogue.environment, prompter, rollout, drop_too_long=settings.tasks.too_long == "drop")
+    speakers_for = _speakers_for(settings, prompter, engines)
+    return EngineSource(setup, speakers_for, engines, sync.resend, gather, progress)
 
 
-def _casting(settings: Settings, prompter: Prompter, engines: Engines) -> Casting:
-    """The speaker of each role on this rank. A rank that leads no engine plays no episode."""
+def _speakers_for(settings: Settings, prompter: Prompter, engines: Engines) -> SpeakersFor:
+    """Who plays which role on this rank. A rank that leads no engine plays no episode."""
     if engines.solver is None:
-        return engine_casting(EmptyCritic())
+        return same_speakers(EmptyCritic())
     temperature, stops = settings.rollout.temperature, prompter.stop_ids
     critic: Speaker | None = None
     if engines.frozen is not None:
@@ -103,4 +103,4 @@ def _casting(settings: Settings, prompter: Prompter, engines: Engines) -> Castin
         critic = ExternalSpeaker(external, temperature, prompter, Connections(external.concurrency))
     elif settings.rollout.critic == "empty":
         critic = EmptyCritic()
-    return engine_casting(EngineSpeaker(engines.solver, temperature, stops), critic)
+    return same_speakers(EngineSpeaker(engines.solver, temperature, stops), critic)

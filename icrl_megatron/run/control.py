@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from icrl_megatron.engines.protocol import RequestFailedError
-from icrl_megatron.rollout.episode import Ended, Place, Stage, gather, play, play_attempt, play_critique
-from icrl_megatron.rollout.room import TooLongError
-from icrl_megatron.rollout.speakers import Casting, Seeds
+from icrl_megatron.rollout.context_budget import TooLongError
+from icrl_megatron.rollout.episode import Ended, EpisodeKey, EpisodeSetup, gather, play, play_attempt, play_critique
+from icrl_megatron.rollout.speakers import Seeds, SpeakersFor
 from icrl_megatron.rollout.watchdog import WATCHDOG
 from icrl_megatron.tasks.base import EnvironmentFailure
 from icrl_megatron.types import DroppedEpisode, Episode, Task, UnplayedEpisode
@@ -55,8 +55,8 @@ class ControlState:
 async def control(
     problems: Sequence[Task],
     limit: int,
-    stage: Stage,
-    casting: Casting,
+    setup: EpisodeSetup,
+    speakers_for: SpeakersFor,
     seeds: Seeds,
     state: ControlState | None = None,
 ) -> ControlResult:
@@ -66,15 +66,15 @@ async def control(
     three arms draw independent samples. Results in `state` are not played again. Raises what `episode.play` raises.
     """
     state = state or ControlState()
-    staged = replace(stage, settings=replace(stage.settings, rounds=1))
+    one_round = replace(setup, settings=replace(setup.settings, rounds=1))
     first = replace(seeds, purpose=f"{seeds.purpose}/first")
-    await play([t for t in problems if t not in state.first], 1, staged, casting, first, state.heard)
+    await play([t for t in problems if t not in state.first], 1, one_round, speakers_for, first, state.heard)
     episodes = [e for e in (state.first[task] for task in problems) if isinstance(e, Episode)]
     dropped = len(problems) - len(episodes)
     failed = [e for e in episodes if not e.attempts[0].success][:limit]
-    gate = asyncio.Semaphore(stage.settings.concurrency)
+    gate = asyncio.Semaphore(setup.settings.concurrency)
     todo = [e for e in failed if e.task not in state.retried]
-    await gather([_retry(gate, episode, stage, casting, seeds, state) for episode in todo])
+    await gather([_retry(gate, episode, setup, speakers_for, seeds, state) for episode in todo])
     retries = [state.retried[e.task] for e in failed]
     arms = np.array([r for r in retries if r is not None], dtype=np.int64).reshape(-1, 3)
     critique, empty, plain = (proportion(int(arm.sum()), len(arms)) for arm in arms.T)
@@ -91,39 +91,44 @@ async def control(
 
 
 async def _retry(
-    gate: asyncio.Semaphore, first: Episode, stage: Stage, casting: Casting, seeds: Seeds, state: ControlState
+    gate: asyncio.Semaphore,
+    first: Episode,
+    setup: EpisodeSetup,
+    speakers_for: SpeakersFor,
+    seeds: Seeds,
+    state: ControlState,
 ) -> None:
     """Records the success of the three arms after one failed attempt; None if the environment failed, a request failed
     twice, or a prompt that is too long is dropped."""
     async with gate:
         for _ in range(2):
             try:
-                with WATCHDOG.on_duty():
-                    state.retried[first.task] = await _arms(first, stage, casting, seeds)
+                with WATCHDOG.watching():
+                    state.retried[first.task] = await _arms(first, setup, speakers_for, seeds)
                 return
             except RequestFailedError:
                 continue
             except EnvironmentFailure:
                 break
             except TooLongError:
-                if not stage.drop_too_long:
+                if not setup.drop_too_long:
                     raise
                 break
     state.retried[first.task] = None
 
 
-async def _arms(first: Episode, stage: Stage, casting: Casting, seeds: Seeds) -> Arms:
+async def _arms(first: Episode, setup: EpisodeSetup, speakers_for: SpeakersFor, seeds: Seeds) -> Arms:
     task, index, attempt = first.task, first.index, first.attempts[0]
 
     async def arm(name: str, critique: str | None) -> bool:
-        place = Place(task, index, replace(seeds, purpose=f"{seeds.purpose}/{name}"))
-        environment = stage.guarded(task)
+        key = EpisodeKey(task, index, replace(seeds, purpose=f"{seeds.purpose}/{name}"))
+        environment = setup.new_environment(task)
         round = 0 if critique is None else 1
-        _, retried = await play_attempt(place, round, critique, environment, stage, casting(task, index).solver)
+        _, retried = await play_attempt(key, round, critique, environment, setup, speakers_for(task, index).solver)
         return retried.success
 
-    place = Place(task, index, replace(seeds, purpose=f"{seeds.purpose}/critique"))
-    environment = stage.guarded(task)
+    key = EpisodeKey(task, index, replace(seeds, purpose=f"{seeds.purpose}/critique"))
+    environment = setup.new_environment(task)
     problem = await environment.reset()
-    critique = await play_critique(place, problem, attempt, stage, casting(task, index).critic)
+    critique = await play_critique(key, problem, attempt, setup, speakers_for(task, index).critic)
     return await arm("critique", critique.text), await arm("empty", ""), await arm("plain", None)

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 from icrl_megatron.engines.protocol import EngineLostError
-from icrl_megatron.rollout.source import EngineSource, require_sound
+from icrl_megatron.rollout.source import EngineSource, require_playable
 from icrl_megatron.run.control import ControlState, control
 from icrl_megatron.run.files import CONTROL
 from icrl_megatron.run.parts import Parts
@@ -75,7 +75,7 @@ class HeldoutEvaluator:
         seeds = replace(self._parts.seeds(0, purpose="heldout"), run=0)
         played = self._parts.source.play(self._evaluated, settings.eval.samples, seeds, rounds=1)
         if self._state.step == 0:
-            require_sound(played)
+            require_playable(played)
         return heldout_metrics(played.episodes)
 
     def alone(self) -> None:
@@ -97,10 +97,10 @@ class HeldoutEvaluator:
         states = {name: ControlState() for name in todo}
         results: dict[str, Any] = {}
 
-        def go_on() -> int:
+        def play_rest() -> int:
             for name in (n for n in todo if n not in results):
                 limit = parts.settings.eval.control_problems
-                played = control(todo[name][: 2 * limit], limit, source.stage, source.casting, seeds, states[name])
+                played = control(todo[name][: 2 * limit], limit, source.setup, source.speakers_for, seeds, states[name])
                 try:
                     results[name] = asdict(asyncio.run(played))
                 except EngineLostError:
@@ -108,6 +108,6 @@ class HeldoutEvaluator:
             return len(todo) - len(results)
 
         with self._progress.phase("control"):
-            source.survive(len(todo), go_on)
+            source.play_with_recovery(len(todo), play_rest)
         if mine:
             write_atomically(path, [json.dumps(results, indent=2)], "the control")

@@ -13,9 +13,9 @@ from typing import Any
 
 from icrl_megatron.distributed.grid import Grid, gather_objects
 from icrl_megatron.model.shape import ModelShape
-from icrl_megatron.rollout.guard import GuardedEnvironment
+from icrl_megatron.rollout.checked_environment import CheckedEnvironment
+from icrl_megatron.rollout.context_budget import TooLong, TooLongError, too_long
 from icrl_megatron.rollout.prompts import Prompter, tokenizer
-from icrl_megatron.rollout.room import TooLong, TooLongError, too_long
 from icrl_megatron.run import start
 from icrl_megatron.settings.loading import model_folder
 from icrl_megatron.settings.schema import Settings
@@ -141,7 +141,7 @@ def statements(tasks: Sequence[Task], settings: Settings, catalogue: registry.Ca
         elif settings.tasks.too_long == "error" and spent.get(task.source, 0.0) < RESETS_S:
             begun = time.monotonic()
             try:
-                environment = GuardedEnvironment(task, catalogue.environment, settings.rollout.environment_timeout_s)
+                environment = CheckedEnvironment(task, catalogue.environment, settings.rollout.environment_timeout_s)
                 text = asyncio.run(environment.reset())
             except EnvironmentFailure:  # fails its episodes later, but not the run
                 continue

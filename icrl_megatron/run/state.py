@@ -80,7 +80,7 @@ class RunState:
             self._log(
                 f"{len(kept) - len(known)} unfinished groups are dropped: their problems are no longer trained on"
             )
-        self.parts.source.take_back(known)
+        self.parts.source.restore_replay_logs(known)
 
     def _resume_curriculum(self, main: bool) -> None:
         """Replays the success shares of the steps before the checkpoint. Every rank reads the file, then rank 0 removes

@@ -1,9 +1,9 @@
 """AgentGym's environments (ALFWorld, WebShop, SciWorld, BabyAI, TextCraft, SearchQA) behind their HTTP servers.
 
-    problem  {"task": 2420}          (what the environment calls it; `data.train: ["0:2420"]`, or the reference's JSONL)
-    reply    any thought, its last <action>...</action>
+    problem  {"task": 2420}          (the environment's task id; `data.train: ["0:2420"]`, or the reference's JSONL)
+    reply    any thought; its last <action>...</action> counts
 
-An episode lives on one server from its first reset on; each round is a reset of the same environment there.
+An episode stays on one server from its first reset; each round resets the same environment there.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Session:
         self.where = server.url
         self._pool = pool
         self._env: int | str | None = None
-        self._speaks = dialects.ENVIRONMENTS[name]
+        self._protocol = dialects.ENVIRONMENTS[name]
 
     async def create(self) -> None:
-        body = {} if self.dialect == "B" else self._speaks.create_body
+        body = {} if self.dialect == "B" else self._protocol.create_body
         made = dialects.env_id(self.dialect, self.name, await self._call("/create", body))
-        if made in self.server.environments:  # the two episodes would act in one world
+        if made in self.server.environments:  # both episodes would act in one environment
             raise EnvironmentFailure(
                 f"{self.server.url}/create answered the id {made!r} twice: another episode still plays there"
             )
@@ -54,27 +54,27 @@ class Session:
             if self.name == "alfworld":
                 body["world_type"] = "Text"
         else:
-            body = self._speaks.reset_body(self._env, task)
+            body = self._protocol.reset_body(self._env, task)
         answer = await self._call("/reset", body)
         return dialects.reply_of(self.dialect, self.name, answer, "reset")
 
     async def step(self, action: str) -> Reply:
-        key = "env_id" if self.dialect == "B" else self._speaks.id_key
-        # A step whose answer was lost may have been taken: it is not taken twice.
+        key = "env_id" if self.dialect == "B" else self._protocol.id_key
+        # A step whose answer was lost may have been executed, so it is not sent again.
         answer = await self._call("/step", {key: self._env, "action": action}, again=False)
         return dialects.reply_of(self.dialect, self.name, answer, "step")
 
     async def close(self) -> None:
-        """Best effort: upstream ALFWorld cannot close at all."""
-        if self._env is None or (self.dialect == "A" and not self._speaks.closes):
+        """Best effort: upstream ALFWorld has no /close."""
+        if self._env is None or (self.dialect == "A" and not self._protocol.closes):
             return
-        key = "env_id" if self.dialect == "B" else self._speaks.id_key
+        key = "env_id" if self.dialect == "B" else self._protocol.id_key
         with contextlib.suppress(EnvironmentFailure):
             await self._pool.call(self.server, "POST", "/close", {key: self._env}, again=False)
         self._env = None
 
     def forget(self) -> None:
-        """The episode is over: the server may use the environment's id again."""
+        """Call when the episode is over: the server may then use the environment's id again."""
         if self._env is not None:
             self.server.environments.discard(self._env)
 
@@ -86,7 +86,7 @@ class Session:
 
 
 async def probe(pool: Pool, server: EnvironmentServer) -> Dialect:
-    """Dialect B has /health; A answers 404 there. Raises EnvironmentFailure when the server does not answer at all."""
+    """Dialect B has /health; A answers 404 there. Raises EnvironmentFailure if the server does not answer at all."""
     try:
         answer = await pool.call(server, "GET", "/health")
     except Refused as refusal:
@@ -96,67 +96,67 @@ async def probe(pool: Pool, server: EnvironmentServer) -> Dialect:
     return "B" if isinstance(answer, dict) else "A"
 
 
-class Played(Protocol):
-    """One environment somewhere: a `Session`, or one in a process of this machine."""
+class OpenEnvironment(Protocol):
+    """An open environment: a `Session`, or one in a local process."""
 
     where: str
-    """What complaints name."""
+    """Its name in error messages."""
 
     async def reset(self, task: Any) -> Reply: ...
 
     async def step(self, action: str) -> Reply: ...
 
 
-class Owner(Protocol):
-    """What an environment is opened at, and left to when it is over."""
+class SessionProvider(Protocol):
+    """Opens environments, and releases them when their episode is over."""
 
     name: str
 
     async def open_session(self) -> Any: ...
 
-    def leave(self, session: Any) -> None: ...
+    def release(self, session: Any) -> None: ...
 
 
 class AgentGymEnvironment:
-    """One task of one environment. Raises EnvironmentFailure for everything that is not the model's doing."""
+    """One task of one environment. Raises EnvironmentFailure for every failure that is not caused by the model."""
 
     max_turns = MAX_TURNS
 
-    def __init__(self, task: int | str, owner: Owner) -> None:
-        self._task, self._owner = task, owner
-        self._session: Played | None = None
+    def __init__(self, task: int | str, provider: SessionProvider) -> None:
+        self._task, self._provider = task, provider
+        self._session: OpenEnvironment | None = None
         self._reward = 0.0
         self._steps = 0
 
     async def reset(self) -> str:
         self._reward, self._steps = 0.0, 0
         if self._session is None:
-            self._session = await self._owner.open_session()
-        with _told(self._session):
+            self._session = await self._provider.open_session()
+        with _protocol_failures(self._session):
             first = await self._session.reset(self._task)
-        instruction = dialects.ENVIRONMENTS[self._owner.name].instruction
+        instruction = dialects.ENVIRONMENTS[self._provider.name].instruction
         return f"{instruction}\n\n{self._shown(first, first=True)}"
 
     def parse(self, reply: str) -> str | None:
-        return dialects.action_of(self._owner.name, reply)
+        return dialects.action_of(self._provider.name, reply)
 
     def hint(self) -> str:
-        return "No action could be read. " + dialects.ENVIRONMENTS[self._owner.name].instruction
+        return "No action could be read. " + dialects.ENVIRONMENTS[self._provider.name].instruction
 
     async def step(self, action: str) -> StepResult:
         assert self._session is not None
-        with _told(self._session):
+        with _protocol_failures(self._session):
             reply = await self._session.step(sendable(action))
             self._reward, self._steps = reply.reward, self._steps + 1
-            dialects.outcome_of(self._owner.name, self._reward)
-        done = dialects.ends_episode(self._owner.name, action, reply)
+            dialects.outcome_of(self._provider.name, self._reward)
+        done = dialects.ends_episode(self._provider.name, action, reply)
         return StepResult(self._shown(reply, first=False), done)
 
     def outcome(self) -> float:
-        return dialects.outcome_of(self._owner.name, self._reward)
+        return dialects.outcome_of(self._provider.name, self._reward)
 
     def success(self) -> bool:
-        return self.outcome() >= dialects.ENVIRONMENTS[self._owner.name].success_at
+        return self.outcome() >= dialects.ENVIRONMENTS[self._provider.name].success_at
 
     def summary(self) -> str:
         if self.success():
@@ -165,12 +165,12 @@ class AgentGymEnvironment:
         return f"The task was not solved in {self._steps} actions.{partly}"
 
     def __del__(self) -> None:
-        # The protocol of environments has no farewell: an episode that is over lets go of its environment.
+        # The Environment protocol has no close, so the environment is released when its episode is garbage-collected.
         if self._session is not None:
-            self._owner.leave(self._session)
+            self._provider.release(self._session)
 
     def _shown(self, reply: Reply, first: bool) -> str:
-        name = self._owner.name
+        name = self._provider.name
         return dialects.shown(name, reply) if dialects.lists_actions(name, reply, first) else reply.observation
 
 
@@ -185,7 +185,7 @@ class AgentGym:
         self._closing: set[asyncio.Task[None]] = set()
 
     def problems(self, split: Split) -> Sequence[Task]:
-        """Raises ConfigError when the settings name no task ids, or a file that has none."""
+        """Raises ConfigError if the settings name no task ids, or a file without any."""
         given = self._data.train if split == "train" else self._data.heldout
         if not given:
             raise ConfigError(
@@ -207,17 +207,18 @@ class AgentGym:
             ) from error
 
     def statement(self, task: Task) -> None:
-        """Only the server knows: a problem that is too long is found when it is played."""
+        """Only the server knows the text, so a problem that is too long is found when it is played."""
 
     def check(self) -> None:
-        """Plays the first step of an episode on every server. Raises ConfigError naming the one that cannot."""
+        """Plays the first step of an episode on every server. Raises ConfigError naming the one that fails."""
         first = json.loads(self.problems("train")[0].problem)["task"]
         for server in self.pool().servers:
             try:
                 asyncio.run(examine(self.name, server.url, first, self._data.request_timeout_s))
             except EnvironmentFailure as error:
                 raise ConfigError(
-                    f"tasks.sources: {self.name!r}: {error}. `icrl env check {server.url} --kind {self.name}` says more"
+                    f"tasks.sources: {self.name!r}: {error}. `icrl env check {server.url} --kind {self.name}` "
+                    "shows more"
                 ) from error
 
     def pool(self) -> Pool:
@@ -226,7 +227,7 @@ class AgentGym:
         return self._pool
 
     async def open_session(self) -> Session:
-        """A new environment on the least-loaded server that can make one."""
+        """A new environment on the least-loaded server that can create one."""
         failure: EnvironmentFailure | None = None
         for _ in range(min(3, len(self.pool().servers) + 1)):
             server = self.pool().choose()
@@ -235,7 +236,7 @@ class AgentGym:
                 if server.url not in self._dialects:
                     self._dialects[server.url] = await probe(self.pool(), server)
                 session = Session(self.name, self.pool(), server, self._dialects[server.url])
-                with _told(session):
+                with _protocol_failures(session):
                     await session.create()
                 return session
             except BaseException as error:
@@ -246,18 +247,18 @@ class AgentGym:
         assert failure is not None
         raise failure
 
-    def leave(self, session: Session) -> None:
+    def release(self, session: Session) -> None:
         session.server.episodes -= 1
         session.forget()
-        with contextlib.suppress(RuntimeError):  # no loop runs any more: the server forgets it by itself
+        with contextlib.suppress(RuntimeError):  # no event loop is running; the server drops the environment itself
             task = asyncio.get_running_loop().create_task(session.close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
 
 @contextlib.contextmanager
-def _told(session: Played) -> Iterator[None]:
-    """What does not fit the protocol is a failure of the infrastructure."""
+def _protocol_failures(session: OpenEnvironment) -> Iterator[None]:
+    """Converts a ProtocolError to a BadAnswer."""
     try:
         yield
     except ProtocolError as error:
@@ -265,7 +266,7 @@ def _told(session: Played) -> Iterator[None]:
 
 
 def _ids(given: str) -> tuple[str, list[int]]:
-    """("/<subset>" or nothing, task ids) of one entry of the settings."""
+    """("/<subset>" or "", task ids) of one entry of the settings."""
     if (found := id_range(given)) is not None:
         return "", list(found)
     path, ids = Path(given), []
@@ -278,22 +279,20 @@ def _ids(given: str) -> tuple[str, list[int]]:
             text = str(json.loads(line)["task_id"])
             ids.append(int(text.rsplit("_", 1)[-1]))
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}, line {number}: no object with a whole-number task_id; mend the row") from error
+            raise ConfigError(f"{path}, line {number}: not an object with an integer task_id; fix the row") from error
     if len(set(ids)) < len(ids):
         twice = next(i for i in ids if ids.count(i) > 1)
-        raise ConfigError(
-            f"{path}, line {len(ids) - ids[::-1].index(twice)}: task_id {twice} is there twice; delete one"
-        )
+        raise ConfigError(f"{path}, line {len(ids) - ids[::-1].index(twice)}: duplicate task_id {twice}; delete one")
     if not ids:
         raise ConfigError(f"{path}: no rows; give at least one task_id")
     return f"/{path.stem}", ids
 
 
 async def examine(name: str, url: str, task: int, timeout_s: float) -> tuple[Dialect, str, Reply]:
-    """Drives one server through create, reset, one step and close: (dialect, first observation, answer to the step)."""
+    """Runs create, reset, one step and close on one server: (dialect, first observation, answer to the step)."""
     pool = Pool([url], timeout_s)
     session = Session(name, pool, pool.servers[0], await probe(pool, pool.servers[0]))
-    with _told(session):
+    with _protocol_failures(session):
         await session.create()
         try:
             first = await session.reset(task)

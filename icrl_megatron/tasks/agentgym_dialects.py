@@ -1,6 +1,7 @@
-"""What the AgentGym servers say, as facts: bodies and answers of both dialects, and what counts as success.
+"""The protocol of the AgentGym servers: bodies and answers of both dialects, and what counts as success.
 
-Dialect A is AgentGym's own: every environment has shapes of its own. Dialect B is a later fork with one shape for all.
+Dialect A is AgentGym's own, with different fields for every environment. Dialect B is a later fork with the same fields
+for all.
 """
 
 from __future__ import annotations
@@ -16,27 +17,27 @@ NAMES = ("alfworld", "webshop", "sciworld", "babyai", "textcraft", "searchqa")
 
 
 class ProtocolError(ValueError):
-    """A server's answer does not fit the dialect: it is another kind of server, or another version."""
+    """A server's answer does not match the dialect: it is another kind of server, or another version."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer of a server, in one shape for all of them."""
+    """A server's answer, in one form for all environments."""
 
     observation: str
     reward: float
     done: bool
     actions: tuple[str, ...] = ()
-    """What can be done now, where the environment says so."""
+    """The available actions, if the environment lists them."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """How one environment of dialect A is spoken to, and how all of them are judged."""
+    """The protocol of one environment in dialect A, and its scoring in both dialects."""
 
     name: str
     create_body: Json
-    """Body of POST /create; None for none."""
+    """Body of POST /create; None: no body."""
     id_key: str
     """Name of the environment's id in later bodies."""
     reset_body: Callable[[Json, int], dict[str, Json]]
@@ -46,9 +47,9 @@ class Environment:
     scale: float = 1.0
     """What rewards are divided by."""
     least: float = 0.0
-    """The lowest reward it can pay; what is below 0 counts as 0."""
+    """The lowest reward it can return; rewards below 0 count as 0."""
     success_at: float = 1.0
-    """Success is an outcome of at least this."""
+    """An outcome of at least this is a success."""
     instruction: str = ""
 
 
@@ -84,7 +85,7 @@ ENVIRONMENTS: Mapping[str, Environment] = {
         Environment(
             "sciworld", None, "id", _data, scale=100.0, least=-100.0, instruction=f"You work in a laboratory. {FORMAT}"
         ),
-        # A solved level pays 1 minus a share of the steps it took, never 1 itself.
+        # The reward of a solved level is 1 minus a share of the steps it took, never 1 itself.
         Environment("babyai", None, "id", _data, success_at=1e-6, instruction=f"You move on a grid. {FORMAT}"),
         Environment("textcraft", {}, "id", _data, instruction=f"You craft items from recipes. {FORMAT}"),
         Environment(
@@ -105,11 +106,11 @@ FIRST_ACTIONS: Mapping[str, str] = {
     "textcraft": "inventory",
     "searchqa": "<search>capital of France</search>",
 }
-"""An action that every task of an environment understands, for looking whether a server works."""
+"""An action that is valid in every task of an environment, to test whether a server works."""
 
 
 def action_of(name: str, reply: str) -> str | None:
-    """The last action in a reply, as the server wants it; None if there is none."""
+    """The last action in a reply, in the server's format; None if there is none."""
     if name != "searchqa":
         last = last_tagged(reply, "action")
         return (last[1].strip() or None) if last else None
@@ -121,23 +122,23 @@ def action_of(name: str, reply: str) -> str | None:
 
 
 def last_tagged(text: str, tag: str) -> tuple[int, str] | None:
-    """(where it ends, what is inside) of the last complete <tag>...</tag>; in one pass, however many tags are open."""
+    """(end, content) of the last complete <tag>...</tag>, found in one pass, however many tags are open."""
     end = text.rfind(f"</{tag}>")
     start = text.rfind(f"<{tag}>", 0, max(end, 0))
     return (end, text[start + len(tag) + 2 : end]) if start >= 0 else None
 
 
 def env_id(dialect: Dialect, name: str, answer: Json) -> Json:
-    """The id in an answer to /create: a bare integer, or under a name. Raises ProtocolError without one."""
+    """The id in an answer to /create: a bare integer, or under a key. Raises ProtocolError if there is none."""
     key = "env_id" if dialect == "B" else ENVIRONMENTS[name].id_key
     found = answer.get(key, answer.get("id")) if isinstance(answer, dict) else answer
     if isinstance(found, bool) or not isinstance(found, int | str):
-        raise ProtocolError(f"POST /create answered {_cut(answer)}, which holds no environment id")
+        raise ProtocolError(f"POST /create answered {_cut(answer)}, which has no environment id")
     return found
 
 
 def failure(answer: Json) -> tuple[str, bool] | None:
-    """(message, whether trying again may help) of an answer that is an error, even under HTTP 200; else None."""
+    """(message, whether a retry may help) if an answer is an error, even under HTTP 200; else None."""
     if not isinstance(answer, dict) or "error" not in answer or answer["error"] in (None, False, ""):
         return None
     error = answer["error"]
@@ -147,13 +148,15 @@ def failure(answer: Json) -> tuple[str, bool] | None:
 
 
 def reply_of(dialect: Dialect, name: str, answer: Json, kind: str) -> Reply:
-    """An answer to /reset or /step (`kind`). Raises ProtocolError on one that does not fit."""
+    """Parses an answer to /reset or /step (`kind`). Raises ProtocolError if it does not fit."""
     environment = ENVIRONMENTS[name]
     if dialect == "A" and kind == "reset" and name == "searchqa" and isinstance(answer, str):
         return Reply(answer, 0.0, False)
     if dialect == "A" and kind == "reset" and name == "webshop" and isinstance(answer, list) and answer:
         if not isinstance(answer[0], str):
-            raise ProtocolError(f"POST /reset answered a list that begins with no text: {_cut(answer)}; is it webshop?")
+            raise ProtocolError(
+                f"POST /reset answered a list that does not begin with text: {_cut(answer)}; is it webshop?"
+            )
         return Reply(answer[0], 0.0, False)
     if not isinstance(answer, dict):
         raise ProtocolError(f"POST /{kind} answered {_cut(answer)}; is this a server of {name}?")
@@ -169,7 +172,7 @@ def reply_of(dialect: Dialect, name: str, answer: Json, kind: str) -> Reply:
 
 
 def _actions(answer: dict[str, Json]) -> tuple[str, ...]:
-    """What can be done now; nothing where the environment does not say so in a list of texts."""
+    """The available actions; empty if the environment does not list them as strings."""
     info = answer.get("info")
     for found in (answer.get("available_actions"), info.get("available_actions") if isinstance(info, dict) else None):
         if found and isinstance(found, list):
@@ -179,7 +182,7 @@ def _actions(answer: dict[str, Json]) -> tuple[str, ...]:
 
 def _done(answer: dict[str, Json], kind: str) -> bool:
     done = answer.get("done", False)
-    if done not in (True, False, None):  # a text "false" would count as true
+    if done not in (True, False, None):  # the string "false" would count as true
         raise ProtocolError(f"POST /{kind} answered {_cut(done)} as done, which must be true or false")
     return bool(done)
 
@@ -189,7 +192,7 @@ def _reward(answer: dict[str, Json], kind: str) -> float:
     try:
         if isinstance(reward, int | float) and not isinstance(reward, bool) and math.isfinite(reward):
             return float(reward)
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer too large for a float
         pass
     if kind == "reset":
         return 0.0
@@ -197,7 +200,7 @@ def _reward(answer: dict[str, Json], kind: str) -> float:
 
 
 def shown(name: str, reply: Reply) -> str:
-    """What the solver reads. ALFWorld lists what can be done, at the start and where nothing happened."""
+    """The solver's observation, for ALFWorld with the available actions."""
     if name == "alfworld" and reply.actions:
         return f"{reply.observation}\nAVAILABLE ACTIONS: {','.join(reply.actions)}"
     return reply.observation
@@ -208,22 +211,22 @@ def lists_actions(name: str, reply: Reply, first: bool) -> bool:
 
 
 def outcome_of(name: str, reward: float) -> float:
-    """The reward of an attempt in [0, 1]: scaled, and negative scores as 0. Raises ProtocolError on one that the
-    environment cannot pay."""
+    """The reward of an attempt in [0, 1]: scaled, with negative scores as 0. Raises ProtocolError if the environment
+    cannot return this reward."""
     most, least = ENVIRONMENTS[name].scale, ENVIRONMENTS[name].least
     if not least - 1e-6 <= reward <= most * (1.0 + 1e-6):
-        raise ProtocolError(f"a reward of {reward:g} is not between {least:g} and {most:g}, what {name} can pay")
+        raise ProtocolError(f"a reward of {reward:g} is not between {least:g} and {most:g}, the range of {name}")
     return min(1.0, max(0.0, reward / most))
 
 
 def ends_episode(name: str, action: str, reply: Reply) -> bool:
-    """SearchQA's server leaves `done` false after a wrong answer; an answer is an answer."""
+    """SearchQA's server leaves `done` false after a wrong answer, but any answer ends the episode."""
     return reply.done or (name == "searchqa" and action.startswith("<answer>"))
 
 
 def _cut(answer: Json) -> str:
     try:
         text = repr(answer)
-    except (ValueError, RecursionError):  # an integer with thousands of digits, or lists nested that deep
+    except (ValueError, RecursionError):  # an integer with thousands of digits, or deeply nested lists
         return f"a {type(answer).__name__} that cannot be shown"
     return text if len(text) <= 120 else f"{text[:120]}..."

@@ -1,4 +1,4 @@
-"""What a task set is: where problems come from, how one is played, how an answer is judged.
+"""The interfaces of task sets: problems, environments, teachers and checks.
 
 A new task is one file with one class that satisfies `TaskSet`, and one line in `registry.py`.
 """
@@ -23,11 +23,12 @@ class StepResult:
 
 
 class Environment(Protocol):
-    """One playable problem. An instance belongs to one attempt at a time; `reset` starts the same problem afresh.
+    """One playable problem. An instance belongs to one attempt at a time; `reset` restarts the same problem.
 
-    `reset` and `step` are coroutines because environments may live behind a network; the embedded ones never wait.
-    Failures of infrastructure raise `EnvironmentFailure`; they cost the episode, never a reward of 0. So does whatever
-    else a method raises, a return of another type, and a call that takes too long (`rollout/guard.py`).
+    `reset` and `step` are coroutines because environments may be behind a network; the embedded ones never wait.
+    Infrastructure failures raise `EnvironmentFailure`: they cost the episode and never become a reward of 0. The same
+    applies to any other exception of a method, a return value of another type, and a call that takes too long
+    (`rollout/checked_environment.py`).
     """
 
     max_turns: int
@@ -37,11 +38,11 @@ class Environment(Protocol):
         ...
 
     def parse(self, reply: str) -> str | None:
-        """The action inside a reply, or None if there is none (a turn is then lost and `hint()` is observed)."""
+        """The action in a reply, or None if there is none (the turn is then lost and `hint()` is the observation)."""
         ...
 
     def hint(self) -> str:
-        """What is observed after a reply without an action."""
+        """The observation after a reply without an action."""
         ...
 
     async def step(self, action: str) -> StepResult: ...
@@ -66,7 +67,7 @@ class Measuring(Environment, Protocol):
 
 
 class Teacher(Protocol):
-    """A scripted player that writes the demonstrations of `icrl sft`, imperfect by design: it teaches the forms
+    """A scripted player that writes the demonstrations of `icrl sft`. It is imperfect by design: it teaches the formats
     (attempt, critique, attempt after critique) and a prior, not the solution. One instance plays one episode."""
 
     def act(self, observation: str, critique: str | None) -> str:
@@ -83,7 +84,7 @@ class TaskSet(Protocol):
     name: str
 
     def problems(self, split: Split) -> Sequence[Task]:
-        """All problems of a split, in a fixed order; the two splits share none."""
+        """All problems of a split, in a fixed order; the two splits have no problem in common."""
         ...
 
     def environment(self, task: Task) -> Environment: ...
@@ -96,37 +97,37 @@ class Teachable(TaskSet, Protocol):
     def teacher(self, task: Task, rng: random.Random) -> Teacher: ...
 
     def vocabulary(self) -> Iterator[str]:
-        """Every word its texts use, for the embedded tokenizer."""
+        """All words in its texts, for the embedded tokenizer."""
         ...
 
 
 @runtime_checkable
 class Checked(TaskSet, Protocol):
-    """A task set with more to examine before a run than that its problems can be read."""
+    """A task set with its own checks before a run, beyond reading its problems."""
 
     def check(self) -> None:
-        """Raises ConfigError naming what is wrong, where, and the remedy. Called once, before the run starts."""
+        """Raises ConfigError naming the error, its location and the remedy. Called once, before the run starts."""
         ...
 
 
 @runtime_checkable
 class Readable(TaskSet, Protocol):
-    """A task set whose problems can be read without being played, so that one that is too long for the context is found
-    before the run."""
+    """A task set whose problems can be read without being played, so that problems that are too long for the context
+    are found before the run."""
 
     def statement(self, task: Task) -> str | None:
-        """What `Environment.reset` returns for the task; None where only a server or a process can tell."""
+        """What `Environment.reset` returns for the task; None if only a server or a process knows."""
         ...
 
 
 def sendable(text: str) -> str:
-    """With half characters (lone surrogates) as question marks: no tokenizer takes them, and no JSON of a server's, so
-    that a reply or an observation could fail the infrastructure."""
+    """Replaces lone surrogates by question marks. Tokenizers and servers' JSON parsers reject them, so a reply or an
+    observation that has them would fail like the infrastructure."""
     return text.encode(errors="replace").decode()
 
 
 def shown(value: object, chars: int = 200) -> str:
-    """A value as a message can hold it: short, printable, and whatever its __repr__ does."""
+    """A value for a message: short, printable, and safe if its __repr__ fails."""
     try:
         text = reprlib.repr(value) if type(value) in (list, tuple, dict, set, frozenset) else repr(value)
     except Exception:
@@ -135,15 +136,15 @@ def shown(value: object, chars: int = 200) -> str:
 
 
 def escaped(text: str, chars: int = 500) -> str:
-    """At most so many characters of a text, on one line and without control characters."""
+    """At most `chars` characters of a text, on one line and without control characters."""
     cut = text if len(text) <= chars else f"{text[:chars]}..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in cut)
 
 
 class EnvironmentFailure(RuntimeError):
-    """The infrastructure behind an environment failed (not the model): the episode is dropped and counted."""
+    """The infrastructure behind an environment failed, not the model: the episode is dropped and counted."""
 
 
 class BadAnswer(EnvironmentFailure):
-    """The environment returned an invalid answer, such as another protocol or a reward that is not a number. Counted
-    separately too."""
+    """The environment returned an invalid answer, such as another protocol or a reward that is not a number. Also
+    counted separately."""

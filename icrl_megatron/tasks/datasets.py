@@ -1,7 +1,7 @@
-"""Rows of problems on disk: JSONL, Parquet and folders of Hugging Face datasets. Every complaint names file and line.
+"""Reads problems from disk: JSONL, Parquet and folders of Hugging Face datasets. Every error names file and line.
 
-A row is a prompt and a label. The prompt is text, or a list of chat messages of which system and user speak; the label
-is text, a number, or a list (of equally good answers, or of test cases) or object (of test cases), which stays JSON.
+A row has a prompt and a label. The prompt is text, or a list of chat messages by system and user. The label is text, a
+number, a list (of equally good answers, or of test cases), or an object (of test cases). Lists and objects stay JSON.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ SUFFIXES = (".jsonl", ".parquet", ".arrow")
 
 @dataclass(frozen=True)
 class DataRow:
-    """One problem as a file has it."""
+    """One row of a file."""
 
     file: Path
     number: int
-    """Line of a JSONL file, or row of another; counted from 1."""
+    """Line of a JSONL file, or row of another file; counted from 1."""
     subset: str
-    """What results are reported by: the name of the file or folder that the settings gave."""
+    """The name under which results are reported: that of the file or folder in the settings."""
     prompt: str
     label: str
 
@@ -39,8 +39,8 @@ class DataRow:
 
 
 def read_tasks(name: str, split: Split, data: TaskData, problem: Callable[[DataRow], str]) -> list[Task]:
-    """The tasks of one split, in the order of the files; `problem` turns a row into `Task.problem`, and raises
-    ConfigError on one that is no problem. None when the settings name no file for the split."""
+    """The tasks of one split, in the order of the files. `problem` turns a row into `Task.problem`, and raises
+    ConfigError on an invalid row. Raises ConfigError if the settings name no file for the split."""
     names = data.train if split == "train" else data.heldout
     if not names:
         raise ConfigError(
@@ -58,12 +58,12 @@ def read_tasks(name: str, split: Split, data: TaskData, problem: Callable[[DataR
 
 
 def subset_of(task: Task) -> str:
-    """The task set and, where its problems have several sources, which of them."""
+    """The task set and, if its problems have several sources, the source."""
     return task.task_id.rsplit("/", 1)[0].replace(f"/{task.split}", "", 1)
 
 
 def read_rows(given: str, prompt_column: str, label_column: str) -> Iterator[DataRow]:
-    """Rows of one entry of the settings. Raises ConfigError on a missing, empty or unreadable file, a missing column
+    """Rows of one entry of the settings. Raises ConfigError on a missing, empty or unreadable file, a missing column,
     and an empty prompt or label."""
     files = _files(given)
     subset = Path(given).stem if "*" not in given else Path(given).parent.name or "rows"
@@ -80,12 +80,13 @@ def read_rows(given: str, prompt_column: str, label_column: str) -> Iterator[Dat
 
 
 def content_hash(text: str) -> str:
-    """Equal for texts that differ in case and white space only."""
+    """A hash that ignores case and white space."""
     return hashlib.blake2b(" ".join(text.casefold().split()).encode(errors="replace"), digest_size=16).hexdigest()
 
 
 def check_no_leak(train: Iterable[Task], heldout: Iterable[Task]) -> None:
-    """Raises ConfigError when the content of a held-out problem is also trained on, whatever files they came from."""
+    """Raises ConfigError if a held-out problem has the same content as a training problem, in whatever files they
+    are."""
     trained = {content_hash(asked(task)): task for task in train}
     leaked = [(task, trained[key]) for task in heldout if (key := content_hash(asked(task))) in trained]
     if leaked:
@@ -97,7 +98,7 @@ def check_no_leak(train: Iterable[Task], heldout: Iterable[Task]) -> None:
 
 
 def asked(task: Task) -> str:
-    """What is asked, without its label: a copy with another label leaks all the same."""
+    """The prompt without its label: a copy with another label is a leak too."""
     if task.problem.startswith("{"):
         try:
             return f"{task.source}:{json.loads(task.problem)['prompt']}"
@@ -112,7 +113,7 @@ def _check_unique(rows: Sequence[DataRow]) -> None:
         twin = first.setdefault(content_hash(row.prompt), row)
         if twin is not row:
             raise ConfigError(
-                f"{row.where}: the same prompt as {twin.where}; a problem that is there twice counts twice, delete one"
+                f"{row.where}: the same prompt as {twin.where}; delete one, because a duplicate problem counts twice"
             )
 
 
@@ -159,9 +160,9 @@ def _json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 fields = json.loads(line)
             except ValueError as error:
-                raise ConfigError(f"{file}, line {number}: not JSON ({error}); mend or delete it") from error
+                raise ConfigError(f"{file}, line {number}: not JSON ({error}); fix or delete it") from error
             if not isinstance(fields, dict):
-                raise ConfigError(f"{file}, line {number}: not a JSON object with columns; mend or delete it")
+                raise ConfigError(f"{file}, line {number}: not a JSON object with columns; fix or delete it")
             yield number, fields
 
 
@@ -197,7 +198,7 @@ def _text(fields: dict[str, Any], column: str, where: str, setting: str) -> str:
         raise ConfigError(f"{where}: column {column!r} is an object; a prompt is text or a list of chat messages")
     text = _spoken(value, where) if _is_messages(value) else _plain(value)
     if not text.strip():
-        raise ConfigError(f"{where}: column {column!r} is empty ({value!r}); mend or delete the row")
+        raise ConfigError(f"{where}: column {column!r} is empty ({value!r}); fix or delete the row")
     return text
 
 
@@ -222,13 +223,13 @@ def _spoken(messages: list[dict[str, Any]], where: str) -> str:
     if unknown := set(roles) - {"system", "user"}:
         raise ConfigError(
             f"{where}: a prompt with messages of {', '.join(sorted(map(str, unknown)))}; only system and user messages "
-            "make a problem, take the others out"
+            "are allowed; remove the others"
         )
     return "\n\n".join(str(m["content"] or "") for m in messages)
 
 
 def id_range(text: str) -> range | None:
-    """ "0:2420" as a range of task ids; None when it is none. Raises ConfigError on an empty one."""
+    """`0:2420` as a range of task ids; None if it is not a range. Raises ConfigError on an empty range."""
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if match is None:
         return None

@@ -1,4 +1,4 @@
-"""`icrl env check URL`: what a server is, found out by playing the first step of an episode on it."""
+"""`icrl env check URL`: identifies a server by playing the first step of an episode on it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from icrl_megatron.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class Found:
-    """What one kind of conversation with the server came to."""
+    """What a server answered when it was tried as one kind of environment."""
 
     kind: str
     dialect: str
@@ -28,7 +28,7 @@ class Found:
 
 
 def check(url: str, kind: str, task: int, timeout_s: float, console: Console | None = None) -> int:
-    """Prints what the server is; returns 0. Raises ConfigError when it is down, or speaks like none that is known."""
+    """Prints what the server is and returns 0. Raises ConfigError if it is down or of no known kind."""
     if kind and kind not in dialects.NAMES:
         raise ConfigError(f"--kind={kind}: choose one of {', '.join(dialects.NAMES)}")
     out = console or PlainConsole()
@@ -38,7 +38,7 @@ def check(url: str, kind: str, task: int, timeout_s: float, console: Console | N
     for name in [kind] if kind else dialects.NAMES:
         try:
             dialect, first, then = asyncio.run(examine(name, url, task, timeout_s))
-            # Dialect B has one shape for all of them.
+            # Dialect B has the same fields for all environments.
             known = name if kind or dialect == "A" else "an environment that does not say which it is"
             _print(out, url, Found(known, dialect, first, then), time.perf_counter() - begun)
             return 0
@@ -60,7 +60,7 @@ def _require_up(url: str, timeout_s: float) -> None:
     try:
         asyncio.run(ask())
     except EnvironmentFailure as error:
-        raise ConfigError(f"{error} Start it, or mend the address") from error
+        raise ConfigError(f"{error} Start it, or correct the address") from error
 
 
 def _print(out: Console, url: str, found: Found, seconds: float) -> None:

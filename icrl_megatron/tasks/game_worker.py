@@ -1,7 +1,8 @@
-"""Plays TextWorld's games, in a process of its own: `python -m icrl_megatron.tasks.game_worker`.
+"""Plays TextWorld's games in a separate process: `python -m icrl_megatron.tasks.game_worker`.
 
-Reads one JSON job a line and answers in one: {"do": "reset", "env": 3, "game": "/path/game.tw-pddl"}, {"do": "step",
-"env": 3, "action": "look"}; each with "left": [1, 2], the games that are over. An open game belongs to one episode.
+Reads one JSON job per line and answers with one line: {"do": "reset", "env": 3, "game": "/path/game.tw-pddl"}, {"do":
+"step", "env": 3, "action": "look"}; each with "left": [1, 2], the games that are over. An open game belongs to one
+episode.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 
 class Games:
-    """The games that are open, by the number their episode gave them."""
+    """The open games, by the number that their episode gave them."""
 
     def __init__(self) -> None:
         self._open: dict[int, Any] = {}
@@ -25,13 +26,13 @@ class Games:
         number = job["env"]
         if job["do"] == "step":
             if number not in self._open:
-                return {"error": "this process was started anew, and its games are gone"}
+                return {"error": "this process was restarted and lost its games"}
             state, _, done = self._open[number].step(job["action"])
-            return _told(state, bool(done))
+            return _answer(state, bool(done))
         if self._paths.get(number) != job["game"]:
             self._close(number)
             self._open[number], self._paths[number] = started(job["game"]), job["game"]
-        return _told(self._open[number].reset(), False)
+        return _answer(self._open[number].reset(), False)
 
     def _close(self, number: int) -> None:
         self._paths.pop(number, None)
@@ -40,7 +41,7 @@ class Games:
 
 
 def started(path: str) -> Any:
-    """A game; ALFWorld's get the names of things that its agents see (`mug 1`) in place of its internal ones."""
+    """Starts a game; in ALFWorld's, things have the names that its agents see (`mug 1`) instead of internal ones."""
     import textworld
 
     wrappers = []
@@ -52,7 +53,7 @@ def started(path: str) -> Any:
     return textworld.start(path, wanted, wrappers)
 
 
-def _told(state: Any, done: bool) -> dict[str, Any]:
+def _answer(state: Any, done: bool) -> dict[str, Any]:
     return {
         "observation": str(state["feedback"]).strip(),
         "reward": 1.0 if state["won"] else 0.0,
@@ -63,8 +64,8 @@ def _told(state: Any, done: bool) -> dict[str, Any]:
 
 def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what the libraries print is no answer
-    import textworld  # noqa: F401  (before the first answer's time runs)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keeps what the libraries print out of the answers
+    import textworld  # noqa: F401  (before the time limit of the first answer starts)
 
     games = Games()
     print(json.dumps({"ready": True}), file=answers, flush=True)

@@ -1,9 +1,9 @@
-"""ALFWorld in this machine's own processes: the games of a folder, as textworld plays them.
+"""ALFWorld in local processes: the games of a folder, played by textworld.
 
     data.train   ["/data/json_2.1.1/train"]      every .tw-pddl (ALFWorld) and .z8 (TextWorld) game under it
-    reply        any thought, its last <action>...</action>
+    reply        any thought; its last <action>...</action> counts
 
-What is said and paid is as behind AgentGym's server (`agentgym.py`): the reward is 1 for a game that was won.
+Observations and rewards are those of AgentGym's server (`agentgym.py`): the reward is 1 for a game that was won.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ PDDL, TEXTWORLD = ".tw-pddl", ".z8"
 INSTALL = "pip install 'icrl-megatron[alfworld]'"
 
 
-class Table:
-    """One process, and the episodes that play in it, one call at a time; a call that hangs or kills it costs them all,
-    and the next one starts another."""
+class GameProcess:
+    """One process and the episodes that play in it, one call at a time. A call that hangs or kills it costs all of
+    them; the next call starts a new process."""
 
     def __init__(self, timeout_s: float, answer_bytes: int) -> None:
         self.episodes = 0
@@ -46,11 +46,11 @@ class Table:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="games")
 
     async def ask(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Raises EnvironmentFailure when the process does not answer, or answers an error."""
+        """Raises EnvironmentFailure if the process does not answer, or answers with an error."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._ask, job)
 
     def forget(self, env: int) -> None:
-        """Takes no lock and waits for nothing: it is called by destructors. The next call tells the process."""
+        """Takes no lock and does not wait, because destructors call it. The next call tells the process."""
         self._left.append(env)
 
     def close(self) -> None:
@@ -79,14 +79,14 @@ class Table:
         return "killed its process"
 
 
-class Seat:
-    """One episode's game at a table; its next reset is at the same one."""
+class GameSession:
+    """One episode's game in a process; its next reset uses the same process."""
 
     _numbers = itertools.count()
 
-    def __init__(self, table: Table) -> None:
-        self.table, self.where, self.env = table, "a game", next(self._numbers)
-        table.episodes += 1
+    def __init__(self, process: GameProcess) -> None:
+        self.process, self.where, self.env = process, "a game", next(self._numbers)
+        process.episodes += 1
 
     async def reset(self, task: str) -> Reply:
         self.where = task
@@ -96,18 +96,18 @@ class Seat:
         return await self._reply({"do": "step", "env": self.env, "action": action}, "step")
 
     async def _reply(self, job: dict[str, Any], kind: str) -> Reply:
-        return dialects.reply_of("A", "alfworld", await self.table.ask(job), kind)
+        return dialects.reply_of("A", "alfworld", await self.process.ask(job), kind)
 
 
 class GameFolders:
-    """A task set over the games of `data.train` and `data.heldout`, played in `data.grading_workers` processes."""
+    """A task set of the games of `data.train` and `data.heldout`, played in `data.grading_workers` processes."""
 
     def __init__(self, source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> None:
         """`answer_bytes`: `rollout.max_observation_bytes`."""
         self.name, self._data = source.name, source.data
         check_limits(source)
         timeout_s, count = source.data.request_timeout_s, source.data.grading_workers
-        self._tables = [Table(timeout_s, answer_bytes) for _ in range(count)]
+        self._processes = [GameProcess(timeout_s, answer_bytes) for _ in range(count)]
         self._found: dict[Split, list[Task]] = {}
 
     def problems(self, split: Split) -> Sequence[Task]:
@@ -130,10 +130,10 @@ class GameFolders:
             ) from error
 
     def statement(self, task: Task) -> None:
-        """Only the game knows: a problem that is too long is found when it is played."""
+        """Only the game knows the text, so a problem that is too long is found when it is played."""
 
     def check(self) -> None:
-        """Plays the first step of the first game. Raises ConfigError when it cannot be played here."""
+        """Plays the first step of the first game. Raises ConfigError if it cannot be played here."""
         game = str(json.loads(self.problems("train")[0].problem)["game"])
         needed = ("textworld", *(("alfworld", "fast_downward") if game.endswith(PDDL) else ()))
         missing = [name for name in needed if importlib.util.find_spec(name) is None]
@@ -141,37 +141,37 @@ class GameFolders:
             raise ConfigError(f"task set {self.name!r} needs {', '.join(missing)} to play {game}: {INSTALL}")
 
         async def first() -> None:
-            seat = Seat(self._tables[0])
-            await seat.reset(game)
-            await seat.step("look")
-            self.leave(seat)
+            session = GameSession(self._processes[0])
+            await session.reset(game)
+            await session.step("look")
+            self.release(session)
 
         try:
             asyncio.run(first())
         except EnvironmentFailure as error:
             raise ConfigError(f"{game}: {error}; is it a whole game of a version that is installed here?") from error
 
-    async def open_session(self) -> Seat:
-        return Seat(min(self._tables, key=lambda table: table.episodes))
+    async def open_session(self) -> GameSession:
+        return GameSession(min(self._processes, key=lambda process: process.episodes))
 
-    def leave(self, session: Seat) -> None:
-        session.table.episodes -= 1
-        session.table.forget(session.env)
+    def release(self, session: GameSession) -> None:
+        session.process.episodes -= 1
+        session.process.forget(session.env)
 
     def close(self) -> None:
-        """Ends the processes; the task set is not played after it."""
-        for table in self._tables:
-            table.close()
+        """Ends the processes; the task set must not be used afterwards."""
+        for process in self._processes:
+            process.close()
 
     def _games(self, split: Split, folder: Path) -> Iterator[Task]:
         if not folder.is_dir():
-            raise ConfigError(f"data.{split}: {folder} is no folder of games")
+            raise ConfigError(f"data.{split}: {folder} is not a folder of games")
         found = 0
         for path in sorted(p for p in folder.rglob("*") if p.name.endswith((PDDL, TEXTWORLD))):
             content = path.read_bytes()
             if path.name.endswith(PDDL) and not _solvable(path, content):
                 continue
-            # The leak check compares prompts: two copies of a game are the same problem.
+            # The leak check compares prompts, so this hash makes two copies of a game the same problem.
             problem = {"game": str(path.resolve()), "prompt": hashlib.blake2b(content, digest_size=16).hexdigest()}
             yield Task(f"{self.name}/{split}/{folder.name}/{found}", self.name, split, json.dumps(problem))
             found += 1
@@ -180,7 +180,7 @@ class GameFolders:
 
 
 def ALFWorld(source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> TaskSet:
-    """Ids are games of AgentGym's server; folders are played here."""
+    """The task set of a source: ids are games of AgentGym's server, folders are played locally."""
     given = (*source.data.train, *source.data.heldout)
     folders = [name for name in given if id_range(name) is None and Path(name).is_dir()]
     if folders and (source.data.servers or source.served):
@@ -192,8 +192,8 @@ def ALFWorld(source: TaskSource, answer_bytes: int = RolloutSettings.max_observa
 
 
 def _solvable(path: Path, content: bytes) -> bool:
-    """ALFWorld's generator says of each game whether its planner found a solution."""
+    """ALFWorld's generator records for each game whether its planner found a solution."""
     try:
         return bool(json.loads(content).get("solvable", True))
     except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{path}: no game of ALFWorld ({error}); copy or delete it") from error
+        raise ConfigError(f"{path}: not a game of ALFWorld ({error}); copy it again or delete it") from error

@@ -1,8 +1,9 @@
-"""Grades mathematical answers, in a process of its own: `python -m icrl_megatron.tasks.grade_worker`.
+"""Grades mathematical answers in a separate process: `python -m icrl_megatron.tasks.grade_worker`.
 
-Reads one JSON job a line and writes one JSON verdict a line. A job that takes too much CPU time ends the process (by
-SIGPROF's own action, which also ends what Python cannot interrupt, such as a power of bignums); `grader.py` starts
-another. CPU time, because on a busy machine seconds on the clock would make a right answer wrong.
+Reads one JSON job per line and writes one JSON verdict per line. A job that exceeds its CPU time ends the process by
+SIGPROF's default action, which also ends code that Python cannot interrupt, such as a power of big integers;
+`grader.py` then starts another process. The limit is CPU time because, on a busy machine, a wall-clock limit would make
+correct answers wrong.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from typing import Any
 MEMORY_BYTES = 2 << 30
 FULL_SCORE = 0.99
 MAX_ANSWER_CHARS = 2000
-"""No answer of a real problem is longer; what is, is wrong."""
+"""Answers of real problems are shorter; a longer one is wrong."""
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z\\])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![A-Za-z\d.])")
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:,\d{3})*|\d*)(?:\.\d+)?%?")
 
 
 def last_box(text: str) -> str | None:
-    """The content of the last complete \\boxed{...} or \\fbox{...}, braces balanced; None if there is none."""
-    if "box" not in text:  # megabytes of braces are not looked at one by one
+    """The content of the last complete \\boxed{...} or \\fbox{...} with balanced braces; None if there is none."""
+    if "box" not in text:  # avoids scanning megabytes of braces one by one
         return None
     opened: list[int | None] = []
     found: tuple[int, int] | None = None
@@ -43,7 +44,7 @@ def last_box(text: str) -> str | None:
 
 
 def normalised(answer: str) -> str:
-    """Without dollar signs, and with 4.5e33 written as a power of ten: read as LaTeX it is 4.5 times Euler's e."""
+    """Removes dollar signs, and writes 4.5e33 as a power of ten: as LaTeX it would be 4.5 times Euler's e."""
     stripped = answer.strip().strip("$").strip()
     if (inner := last_box(stripped)) is not None:
         stripped = inner
@@ -51,7 +52,7 @@ def normalised(answer: str) -> str:
 
 
 def plain_number(text: str) -> float | None:
-    """A decimal number, thousands separated by commas or a percent sign allowed; None for anything else."""
+    """A decimal number; commas between thousands and a percent sign are allowed. None for anything else."""
     compact = text.replace("\\%", "%").replace("\\,", "").replace("{,}", ",").replace(" ", "")
     power = re.fullmatch(r"(.+?)\\times10\^\{?([+-]?\d+)\}?", compact)
     if power is not None:
@@ -65,7 +66,7 @@ def plain_number(text: str) -> float | None:
 
 @functools.cache
 def parse_in_two_stages() -> None:
-    """Makes the LaTeX parser under math-verify try the fast prediction first; it is most of what grading costs.
+    """Makes math-verify's LaTeX parser try the fast prediction mode first. Parsing is most of the cost of grading.
 
     ANTLR's documentation of `PredictionMode.SLL`: it returns the parse tree that full LL would, or reports a syntax
     error; on an error we parse again with LL. The trees are the same, and so are the verdicts.
@@ -92,19 +93,20 @@ def parse_in_two_stages() -> None:
 
 
 def parsed(answer: str) -> list[Any]:
-    """What math-verify makes of one answer, always wrapped: bare labels are read in part (`3\\sqrt{13}` as 3)."""
+    """math-verify's parse of one answer. The answer is always boxed, because a bare one is only partly parsed
+    (`3\\sqrt{13}` as 3)."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     parse_in_two_stages()
     configuration = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-    # Its own time limit is a signal too, and would replace ours.
+    # math-verify's time limit also uses a signal, and would replace ours.
     found: list[Any] = parse(f"$\\boxed{{{answer}}}$", extraction_config=configuration, parsing_timeout=None)
     return found
 
 
 @functools.lru_cache(maxsize=4096)
 def correct(answer: str, label: str, tolerance: float) -> bool:
-    """Whether an answer equals a label. `tolerance` is relative, and used where both are plain numbers."""
+    """Whether an answer equals a label. `tolerance` is relative, and applies if both are plain numbers."""
     # Cached, because the episodes of a group often end in the same answer.
     from math_verify import verify
 
@@ -122,12 +124,12 @@ def correct(answer: str, label: str, tolerance: float) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _gold(label: str) -> tuple[Any, ...]:
-    """All episodes of a task are graded against one label."""
+    """The parsed label, cached because all episodes of a task are graded against it."""
     return tuple(parsed(label))
 
 
 def readable(label: str) -> bool:
-    """Whether a label means something to the grader, other than as the string it is."""
+    """Whether the grader can parse a label as more than a string."""
     gold = normalised(label)
     return plain_number(gold) is not None or any(not isinstance(part, str) for part in parsed(gold))
 
@@ -140,7 +142,7 @@ def _generated(family: str, count: int, seed: int, level: int) -> Any:
 
 
 def full_score(job: dict[str, Any]) -> bool:
-    """Whether a family's own scorer gives an answer the whole score; what makes it raise is wrong."""
+    """Whether a family's own scorer gives an answer the full score; an answer on which it raises is wrong."""
     found = _generated(job["family"], job["count"], job["seed"], job["level"])
     return float(found.score_answer(job["answer"], found[job["index"]])) >= FULL_SCORE
 
@@ -156,11 +158,11 @@ def answer_job(job: dict[str, Any]) -> bool:
 def main() -> None:
     import logging
 
-    logging.disable(logging.CRITICAL)  # one line for every answer that is no mathematics
-    # The address space that Python and sympy have mapped already counts too.
+    logging.disable(logging.CRITICAL)  # avoids one log line for every answer that is not mathematics
+    # The limit includes the address space that Python and sympy have already mapped.
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    parsed("1")  # imports, before the first answer's time runs
+    parsed("1")  # imports before the time limit of the first answer starts
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         job = json.loads(line)

@@ -1,4 +1,4 @@
-"""A pool of grading processes that can be killed: `\\boxed{9^{9^{9^9}}}` costs one of them, and not the run."""
+"""A pool of grading processes that can be killed: `\\boxed{9^{9^{9^9}}}` costs one process, not the run."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from icrl_megatron.utils.errors import ConfigError
 
 START_TIMEOUT_S = 120.0
 PATIENCE = 20.0
-"""The worker ends itself when its CPU time is up; after this many times as long on the clock it is killed."""
+"""The worker ends itself when its CPU time is used up. It is killed after this many times as much wall-clock time."""
 LINE_BYTES = 1 << 20
-"""A verdict is a line of a few hundred bytes."""
+"""The longest verdict that is read; verdicts have a few hundred bytes."""
 
 LIMITS = {"grading_workers": 1, "grading_timeout_s": 0.01, "numeric_tolerance": 0.0, "program_memory_mib": 64}
-"""Smallest values of the settings that judge answers."""
+"""Smallest valid values of the grading settings."""
 
 
 def check_limits(source: TaskSource) -> None:
-    """Raises ConfigError naming a limit of `source.data` that nothing could be judged with."""
+    """Raises ConfigError naming a limit of `source.data` that is too small for grading."""
     for field, least in LIMITS.items():
         value = getattr(source.data, field)
         if not least <= value < 1e6:  # NaN fails every comparison
@@ -36,7 +36,7 @@ def check_limits(source: TaskSource) -> None:
 
 
 class Worker:
-    """One process that answers a line of JSON with a line of JSON; when `ask` raises, it is dead."""
+    """A process that answers a line of JSON with a line of JSON. If `ask` raises, the process is dead."""
 
     def __init__(self, module: str = "icrl_megatron.tasks.grade_worker", line_bytes: int = LINE_BYTES) -> None:
         """`line_bytes`: the longest answer that is read."""
@@ -52,11 +52,11 @@ class Worker:
             self._line(START_TIMEOUT_S)
         except (TimeoutError, EOFError, ValueError) as error:
             self.close()
-            raise EnvironmentFailure(f"python -m {module} did not start: is what it imports installed?") from error
+            raise EnvironmentFailure(f"python -m {module} did not start: are its imports installed?") from error
 
     def ask(self, job: dict[str, Any], wait_s: float) -> dict[str, Any]:
-        """Raises EOFError when the process died of the job or answered no JSON object, TimeoutError when it did not
-        answer at all, ValueError when the answer is longer than `line_bytes`."""
+        """Raises EOFError if the process died on the job or its answer is not a JSON object, TimeoutError if it did not
+        answer, ValueError if the answer is longer than `line_bytes`."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(job).encode() + b"\n")
@@ -103,10 +103,11 @@ def _answer(line: bytes) -> dict[str, Any]:
 
 
 class Grader:
-    """Grades from many coroutines at once, on `workers` processes that are started when first needed.
+    """Grades for many coroutines at once, on `workers` processes that are started when first needed.
 
-    An answer on which a process hangs or dies is tried once more on a fresh one, in case the machine was to blame; then
-    it is wrong, and counted in `killed`. A pool whose processes do not start raises EnvironmentFailure.
+    If a process hangs or dies on an answer, the answer is tried once more on a new process, in case the machine caused
+    it; if that fails too, the answer is wrong and counted in `killed`. If processes do not start, EnvironmentFailure is
+    raised.
     """
 
     def __init__(self, workers: int, timeout_s: float, tolerance: float = 0.0) -> None:
@@ -115,21 +116,21 @@ class Grader:
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="grader")
         self._lock = threading.Lock()
         self.killed = 0
-        """Answers that no process survived."""
+        """Answers on which both processes hung or died."""
 
     async def correct(self, answer: str, label: str) -> bool:
         return await self.judge({"kind": "correct", "answer": answer, "label": label, "tolerance": self._tolerance})
 
     async def judge(self, job: dict[str, Any]) -> bool:
-        """One job as `grade_worker.answer_job` takes it."""
+        """Runs one job of `grade_worker.answer_job`."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, job)
 
     def readable(self, labels: list[str]) -> list[bool]:
-        """Whether each label means something, graded all at once; blocks."""
+        """Whether the grader can parse each label; runs in parallel and blocks."""
         return list(self._threads.map(self._run, ({"kind": "readable", "label": label} for label in labels)))
 
     def close(self) -> None:
-        """Ends the processes; the grader is not used after it."""
+        """Ends the processes; the grader must not be used afterwards."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         while not self._idle.empty():
             self._idle.get_nowait().close()

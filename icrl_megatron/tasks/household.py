@@ -1,11 +1,11 @@
-"""Household: a small multi-turn text world. Fetch an object, put it on a surface, within few turns.
+"""Household: a small multi-turn text world. Fetch an object and put it on a surface within few turns.
 
-    problem  "take apple put desk from bathroom"       (the goal, and the room one stands in)
-    actions  go ROOM | open CONTAINER | take OBJECT | put SURFACE      (put walks there by itself)
+    problem  "take apple put desk from bathroom"       (the goal, and the room in which the player starts)
+    actions  go ROOM | open CONTAINER | take OBJECT | put SURFACE      (put also walks there)
     summary  "failed apple at murk"                   (where the object was, in a code that only the critic reads)
 
-Every object has one home, the same in all problems, and every container is closed at the start: a solver that knows the
-homes needs four turns, three from the right room, and four is the limit, so that blind search mostly fails.
+Every object has one home, the same in all problems, and every container is closed at the start. A solver that knows the
+homes needs four turns (three from the right room). The limit is four, so blind search mostly fails.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MAX_TURNS = 4
 HOME_SEED = 11
 CRITIC_ACCURACY = 0.4
 STUBBORNNESS = 0.5
-"""Share of the teacher's first searches that go to its wrong belief; the rest is uniform over the containers."""
+"""Share of the teacher's first searches that go to its wrong belief; the rest are uniform over the containers."""
 
 
 def homes() -> dict[str, str]:
@@ -53,7 +53,7 @@ HOMES = homes()
 
 @dataclass(frozen=True)
 class Goal:
-    """A problem, decoded."""
+    """A parsed problem."""
 
     thing: str
     surface: str
@@ -71,13 +71,14 @@ class Goal:
             if goal.text() == problem:
                 return goal
         raise ConfigError(
-            f"problem {problem!r} is not a Household problem: it reads 'take OBJECT put SURFACE from ROOM'; "
+            f"problem {problem!r} is not a Household problem of the form 'take OBJECT put SURFACE from ROOM'; "
             "take problems from TaskSet.problems()"
         )
 
 
 class HouseholdEnvironment:
-    """One problem: reward 1 once the object lies on the surface, else 0. Invalid actions cost a turn and say why."""
+    """One problem: reward 1 once the object is on the surface, else 0. An invalid action costs a turn and returns the
+    reason."""
 
     max_turns = MAX_TURNS
 
@@ -129,8 +130,8 @@ class HouseholdEnvironment:
         if self._held is not None:
             return f"invalid holding {self._held}"
         place = self._where[thing]
-        # A thing in a closed container and a thing in another room look the same: neither is in sight. A thing that
-        # was put on a surface, the wrong one, can always be taken back.
+        # A thing in a closed container and a thing in another room give the same message. A thing on a wrong surface
+        # can always be taken back.
         if place in PLACES and (place not in self._open or ROOM_OF[place] != self._room):
             return f"invalid no {thing} in sight"
         self._held = thing
@@ -158,14 +159,14 @@ class HouseholdEnvironment:
 
 
 class HouseholdTeacher:
-    """Moves in good form, searches where it wrongly believes things to be, goes where advice says, and reads the code
-    correctly 40 % of the time."""
+    """Uses valid actions, searches at its wrong belief, follows advice, and reads the code correctly 40 % of the
+    time."""
 
     def __init__(self, goal: Goal, rng: random.Random) -> None:
         self._goal = goal
         self._rng = rng
         home = PLACES.index(HOMES[goal.thing])
-        # As regular as the homes, and wrong for every object: three containers on, hence in another room.
+        # As regular as the homes and wrong for every object: three containers further, so in another room.
         self._belief = PLACES[(home + 3) % len(PLACES)]
         self._begin(None)
 
@@ -176,8 +177,8 @@ class HouseholdTeacher:
         self._search(advised[-1] if advised else self._belief if stubborn else self._rng.choice(PLACES))
 
     def _search(self, place: str) -> None:
-        # It reaches in without looking: seeing whether the thing is there is the hardest step a tiny model could learn,
-        # and with a turn limit that allows one search it would change nothing.
+        # It takes the thing without checking that it is there. That check is the hardest step for a tiny model to
+        # learn, and would change nothing because the turn limit allows only one search.
         self._plan += [f"go {ROOM_OF[place]}", f"open {place}", f"take {self._goal.thing}"]
 
     def act(self, observation: str, critique: str | None) -> str:
@@ -197,7 +198,7 @@ class HouseholdTeacher:
 
 
 class Household:
-    """A `Teachable` task set. One surface of each object is held out, from every room."""
+    """A `Teachable` task set. For each object, one surface is held out, from every room."""
 
     name = "household"
 

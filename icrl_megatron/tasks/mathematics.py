@@ -26,7 +26,7 @@ FORM = Form(
 
 
 class Mathematics(SingleTurnTasks):
-    """A task set over the files of `tasks.sources[...].data`."""
+    """A task set of the files of `tasks.sources[...].data`."""
 
     form = FORM
 
@@ -42,7 +42,7 @@ class Mathematics(SingleTurnTasks):
         return prompt if "\\boxed" in prompt else f"{prompt}\n\n{INSTRUCTION}", judge
 
     def check(self) -> None:
-        """Raises ConfigError on a label that means nothing to the grader: no answer could ever be right."""
+        """Raises ConfigError on a label that the grader cannot parse, because no answer could be right."""
         splits: tuple[Split, Split] = ("train", "heldout")
         tasks = [task for split in splits for task in self.problems(split)]
         labels = {str(json.loads(task.problem)["label"]): task for task in tasks}
@@ -52,7 +52,7 @@ class Mathematics(SingleTurnTasks):
             task = labels[bad[0]]
             raise ConfigError(
                 f"{json.loads(task.problem)['where']}: the label {bad[0][:80]!r} is not mathematics, so no answer "
-                f"could be right; mend or delete the row ({len(bad)} such labels)"
+                f"could be right; fix or delete the row ({len(bad)} such labels)"
             )
 
     @cached_property

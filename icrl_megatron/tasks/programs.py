@@ -1,11 +1,11 @@
-"""Code: answers that are Python programs, run in a sandbox against test cases.
+"""Code: answers are Python programs that run in a sandbox against test cases.
 
     reply    any reasoning, its last fenced block (```python ... ```)
     label    {"inputs": [...], "outputs": [...]}, or [{"input": ..., "output": ...}, ...]: programs that read and print
              ["assert f(1) == 2", ...], or such lines as text: programs that are called
 
-Reward 1 if every case passes. What a case expects stays outside the sandbox, but for asserts of other forms than
-`assert CALL == LITERAL`: those are evaluated beside the program, which could read them.
+The reward is 1 if every case passes. Expected values stay outside the sandbox, except for asserts of another form than
+`assert CALL == LITERAL`: those are evaluated in the program's process, which could read them.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _FENCE = re.compile(r"^[ \t]*+```[ \t]*+([\w+-]*+)[ \t]*+\r?$", re.MULTILINE)
 
 
 def last_program(reply: str) -> str | None:
-    """The last complete fenced block that is not said to be of another language; None if there is none."""
+    """The last complete fenced block that is not marked as another language; None if there is none."""
     found: str | None = None
     opened: re.Match[str] | None = None
     for fence in _FENCE.finditer(reply):
-        if opened is None or fence[1]:  # a block that was never closed ends where another begins
+        if opened is None or fence[1]:  # an unclosed block ends where another begins
             opened = fence
             continue
         if opened[1].lower() in ("", "python", "py", "python3"):
@@ -63,10 +63,11 @@ FORM = Form(
 
 @dataclass(frozen=True)
 class Case:
-    """One test. With `value` the program is imported and that expression evaluated; else it is run."""
+    """One test. With `value`, the program is imported and that expression is evaluated; otherwise the program is
+    run."""
 
     expected: str
-    """What it prints, or the encoded value of the expression."""
+    """The expected output, or the encoded value of the expression."""
     stdin: str = ""
     setup: str = ""
     """Statements before the expression."""
@@ -74,7 +75,7 @@ class Case:
 
 
 class Programs(SingleTurnTasks):
-    """A task set over the files of `tasks.sources[...].data`. Raises ConfigError where bubblewrap is missing."""
+    """A task set of the files of `tasks.sources[...].data`. Raises ConfigError if bubblewrap is missing."""
 
     form = FORM
 
@@ -91,7 +92,7 @@ class Programs(SingleTurnTasks):
         return f"{problem['prompt']}\n\n{INSTRUCTION}", judge
 
     def check(self) -> None:
-        """Raises ConfigError when programs cannot be run on this machine."""
+        """Raises ConfigError if programs cannot be run on this machine."""
         self.sandbox.check()
 
     @cached_property
@@ -115,7 +116,7 @@ def judged(program: str, cases: Sequence[Case], sandbox: Sandbox, tolerance: flo
 
 
 def _printed(program: str, case: Case, sandbox: Sandbox, tolerance: float) -> str | None:
-    """What is wrong with what a program prints; None if nothing is."""
+    """The error in a program's output; None if it is right."""
     ran = sandbox.run(program, case.stdin)
     given = f" Its input was {_cut(case.stdin)}."
     if (ended := _ended(ran, sandbox)) is not None:
@@ -125,7 +126,7 @@ def _printed(program: str, case: Case, sandbox: Sandbox, tolerance: float) -> st
 
 
 def _called(program: str, case: Case, sandbox: Sandbox) -> str | None:
-    """What is wrong with an expression's value; None if nothing is."""
+    """The error in an expression's value; None if it is right."""
     nonce = secrets.token_hex(8)
     ran = sandbox.run(program, json.dumps({"setup": case.setup, "value": case.value, "nonce": nonce}), call=True)
     given = f" It evaluated {_cut(case.value)}."
@@ -139,7 +140,7 @@ def _called(program: str, case: Case, sandbox: Sandbox) -> str | None:
 
 
 def _ended(ran: Ran, sandbox: Sandbox) -> str | None:
-    """How a run ended other than well."""
+    """How a run failed; None if it did not."""
     errors = ran.errors.decode(errors="replace").strip().splitlines()
     return {
         "done": None,
@@ -151,8 +152,8 @@ def _ended(ran: Ran, sandbox: Sandbox) -> str | None:
 
 
 def same_output(given: str, expected: str, tolerance: float) -> bool:
-    """Equal but for white space at the ends of lines and of the whole; with a tolerance, numbers may also differ by
-    that relative error, and then white space only separates words."""
+    """Equal except for white space at the ends of lines and of the whole text. With a tolerance, numbers may also
+    differ by that relative error, and white space only separates words."""
 
     def lines(text: str) -> list[str]:
         return [line.rstrip() for line in text.strip().splitlines()]
@@ -181,7 +182,7 @@ def _problem(row: DataRow) -> str:
     try:
         cases = list(_cases(row.label))
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
-        raise ConfigError(f"{row.where}: the label holds no test cases ({error}); mend or delete the row") from error
+        raise ConfigError(f"{row.where}: the label holds no test cases ({error}); fix or delete the row") from error
     if any(len(case.expected) > OUTPUT_BYTES // 2 for case in cases):
         raise ConfigError(f"{row.where}: a test expects over {OUTPUT_BYTES >> 21} MiB; delete it from the row")
     made = [{name: text for name, text in asdict(case).items() if text or name == "expected"} for case in cases]
@@ -195,7 +196,7 @@ def _cases(label: str) -> Iterator[Case]:
         given = [label]
     if isinstance(given, dict):
         if given.get("fn_name"):
-            raise ValueError("tests with fn_name are not known; write them as asserts")
+            raise ValueError("tests with fn_name are not supported; write them as asserts")
         inputs, outputs = given.get("inputs"), given.get("outputs")
         if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs):
             raise ValueError("inputs and outputs must be lists of the same length")
@@ -210,11 +211,11 @@ def _cases(label: str) -> Iterator[Case]:
 
 
 def _lines(value: Any, what: str) -> str:
-    """Text as it is; a list is one line each, as some datasets have it."""
+    """Text unchanged; the elements of a list become lines, a form that some datasets use."""
     if isinstance(value, list) and all(isinstance(line, str) for line in value):
         return "\n".join(value)
     if not isinstance(value, str):
-        raise ValueError(f"{what} is {value!r:.60}, which is no text")
+        raise ValueError(f"{what} is {value!r:.60}, which is not text")
     return value
 
 
@@ -233,7 +234,7 @@ def _asserts(source: str) -> Iterator[Case]:
 
 
 def _split(test: ast.expr) -> tuple[str, Any]:
-    """(expression, the value it has to have). What is compared with a literal is kept apart from it."""
+    """(expression, expected value). A literal that the expression is compared with is split off."""
     if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.Eq | ast.Is):
         for value, literal in ((test.left, test.comparators[0]), (test.comparators[0], test.left)):
             if _is_literal(literal):

@@ -1,9 +1,9 @@
-"""Families of reasoning-gym by name: generated problems with scorers of their own, run in the grading processes.
+"""Families of reasoning-gym by name: generated problems with their own scorers, which run in the grading processes.
 
     data.train   ["chain_sum:1000:1", "maze:200:1:2"]      family : problems : seed : level of its curriculum (optional)
     reply        any reasoning, its last <answer>...</answer>
 
-A scorer pays partly for garbage (0.01, in places 0.25), so what counts is a full score or nothing.
+Scorers give partial scores for garbage (0.01, some 0.25), so only a full score counts.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ FORM = Form(_answer, hint="There is no answer between <answer> tags.", missing="
 
 
 class ReasoningGym(SingleTurnTasks):
-    """A task set over the families of `tasks.sources[...].data`; what is held out is taken out of training."""
+    """A task set of the families of `tasks.sources[...].data`. Held-out problems are removed from training."""
 
     form = FORM
 
     def load(self, split: Split) -> list[Task]:
-        """Raises ConfigError on an unknown family or level, and where reasoning-gym is not installed."""
+        """Raises ConfigError on an unknown family or level, or if reasoning-gym is not installed."""
         held = {content_hash(_prompt(task)) for task in self.problems("heldout")} if split == "train" else set()
         return self._generate(split, held)
 
@@ -66,7 +66,7 @@ class ReasoningGym(SingleTurnTasks):
             found = dataset(spec["family"], spec["count"], spec["seed"], spec["level"])
             for index in range(spec["count"]):
                 prompt = str(found[index]["question"])
-                # Small families repeat themselves.
+                # Small families generate duplicates.
                 if content_hash(prompt) not in seen:
                     seen.add(content_hash(prompt))
                     problem = json.dumps({"prompt": prompt, "index": index, **spec})
@@ -85,14 +85,14 @@ def parse(text: str) -> dict[str, Any]:
     family, *numbers = text.split(":")
     if len(numbers) not in (2, 3) or not all(n.isdecimal() for n in numbers) or int(numbers[0]) < 1:
         raise ConfigError(
-            f"{text!r} is no family of reasoning-gym: write family:problems:seed, or with :level behind it"
+            f"{text!r} is not a family of reasoning-gym: write family:problems:seed or family:problems:seed:level"
         )
     count, seed, *level = (int(n) for n in numbers)
     return {"family": family, "count": count, "seed": seed, "level": level[0] if level else 0}
 
 
 def dataset(family: str, count: int, seed: int, level: int) -> Any:
-    """reasoning-gym's dataset: the same arguments give the same problems. Raises ConfigError as `problems` does."""
+    """reasoning-gym's dataset; the same arguments give the same problems. Raises ConfigError as `load` does."""
     try:
         from reasoning_gym.factory import DATASETS, create_curriculum, create_dataset
     except ImportError as error:
@@ -106,8 +106,8 @@ def dataset(family: str, count: int, seed: int, level: int) -> Any:
     try:
         curriculum = create_curriculum(family)
         highest = max((len(attribute.levels) - 1 for attribute in curriculum.attributes.values()), default=0)
-        if level > highest:  # it would take the highest and say nothing
-            raise ValueError(f"the highest is {highest}")
+        if level > highest:  # it would silently use the highest
+            raise ValueError(f"the highest level is {highest}")
         curriculum.set_global_level(level)
         configuration = curriculum.generate_configuration({"size": count, "seed": seed})
     except ValueError as error:

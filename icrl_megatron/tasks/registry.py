@@ -1,6 +1,5 @@
-"""Task sets by name. A new one is one file and one line here: `_TASK_SETS` for those that need nothing from outside,
-`_FROM_DATA` for those that `tasks.sources` has to tell where their data or servers are.
-"""
+"""Task sets by name. A new task set is one file and one line here: in `_TASK_SETS` if it needs no data, in `_FROM_DATA`
+if `tasks.sources` must name its data or servers."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ _TASK_SETS: dict[str, Callable[[], TaskSet]] = {
 _AGENTGYM = ("webshop", "sciworld", "babyai", "textcraft")
 
 SERVED = (*_AGENTGYM, "alfworld", "searchqa")
-"""Task sets that ask servers."""
+"""Task sets that use servers."""
 
 _FROM_DATA: dict[str, str] = {
     "math": "icrl_megatron.tasks.mathematics:Mathematics",
@@ -38,22 +37,22 @@ _FROM_DATA: dict[str, str] = {
     "alfworld": "icrl_megatron.tasks.games:ALFWorld",
     **dict.fromkeys(_AGENTGYM, "icrl_megatron.tasks.agentgym:AgentGym"),
 }
-"""name -> "module:class", imported when it is first asked for: their libraries are not small."""
+"""name -> "module:class", imported when first needed because their libraries are large."""
 
 
 def names() -> tuple[str, ...]:
-    """The task sets that need no data."""
+    """Names of the task sets that need no data."""
     return tuple(_TASK_SETS)
 
 
 def get(name: str) -> TaskSet:
-    """The task set of that name, without data. Raises ConfigError, with the nearest names, if there is none."""
+    """The task set of that name, without data. Raises ConfigError with the nearest name if there is none."""
     return of_source(TaskSource(name))
 
 
 def of_source(source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> TaskSet:
     """The task set that one entry of `tasks.sources` describes. `answer_bytes` is `rollout.max_observation_bytes`, for
-    those that ask servers. Raises ConfigError on an unknown name, and what the task set raises about its data."""
+    task sets that use servers. Raises ConfigError on an unknown name, and what the task set raises about its data."""
     known = (*_TASK_SETS, *_FROM_DATA)
     if source.name in _TASK_SETS:
         return _TASK_SETS[source.name]()
@@ -68,13 +67,12 @@ def of_source(source: TaskSource, answer_bytes: int = RolloutSettings.max_observ
 
 
 def environment(task: Task) -> Environment:
-    """Makes a task of an embedded set playable. Raises ConfigError if its source is unknown or its problem is not of
-    that source."""
+    """The environment of an embedded task. Raises ConfigError if its source is unknown or its problem is invalid."""
     return get(task.source).environment(task)
 
 
 def problems(task_set: TaskSet, split: Split) -> list[Task]:
-    """All problems of a split, checked. Raises ConfigError when the task set cannot say them, or says something else
+    """All problems of a split, checked. Raises ConfigError if the task set cannot list them, or lists anything other
     than tasks."""
     where = f"task set {task_set.name!r}: problems({split!r})"
     try:
@@ -96,7 +94,7 @@ def problems(task_set: TaskSet, split: Split) -> list[Task]:
 
 
 class Catalogue:
-    """The task sets of one run, each made once: data is read and servers are connected to when first needed."""
+    """The task sets of one run, each created once; data is read and servers are connected to when first needed."""
 
     def __init__(
         self, sources: Iterable[TaskSource], answer_bytes: int = RolloutSettings.max_observation_bytes

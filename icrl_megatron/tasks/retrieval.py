@@ -1,4 +1,4 @@
-"""Where searches are answered: BM25 over a JSONL of documents on this machine, or a retriever behind HTTP."""
+"""Retrievers: BM25 over a local JSONL of documents, or a retriever behind HTTP."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Retriever(Protocol):
 
 
 class LocalRetriever:
-    """BM25 by bm25s. The index is built once beside the corpus, and memory-mapped from then on.
+    """BM25 by bm25s. The index is built once beside the corpus and memory-mapped afterwards.
 
-    A document is {"contents"} (its title on the first line) or {"title", "text"}. Raises ConfigError on a corpus that
-    is missing, empty or damaged, and when the index cannot be written.
+    A document is {"contents"} (its title on the first line) or {"title", "text"}. Raises ConfigError if the corpus is
+    missing, empty or damaged, or the index cannot be written.
     """
 
     def __init__(self, corpus: Path) -> None:
@@ -68,7 +68,7 @@ class LocalRetriever:
 
 
 class RemoteRetriever:
-    """Servers that answer as Search-R1's retriever: POST /retrieve {"queries", "topk", "return_scores"}."""
+    """Servers with the API of Search-R1's retriever: POST /retrieve {"queries", "topk", "return_scores"}."""
 
     def __init__(
         self, urls: Sequence[str], timeout_s: float, answer_bytes: int = RolloutSettings.max_observation_bytes
@@ -112,13 +112,13 @@ def _build(corpus: Path, folder: Path, source: dict[str, int]) -> None:
                 texts.append(_text(json.loads(line)))
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
-                    f"{corpus}, line {number}: not a document with contents, or with title and text ({error!r}); mend "
+                    f"{corpus}, line {number}: not a document with contents, or with title and text ({error!r}); fix "
                     "or delete the line"
                 ) from error
             offsets.append(offset)
             offset += len(line)
     if not any(text.strip() for text in texts):
-        raise ConfigError(f"{corpus}: no documents in it; a search could find nothing")
+        raise ConfigError(f"{corpus}: no documents in it; give at least one")
     index = bm25s.BM25()
     index.index(_words(texts), show_progress=False)
     remedy = "move it away, or the corpus to another folder"

@@ -1,11 +1,12 @@
 """Rulebook: one answer word per attribute word, by a hidden rule that is the same for every problem.
 
     problem  "crimson square tiny woven"      (one value of each slot)
-    reply    "oak elm oak fir"                (one answer word per slot, all of them right or reward 0)
-    summary  "wrong zib fine gop fine"        (each wrong slot's answer in a code that only the critic reads)
+    reply    "oak elm oak fir"                (one answer word per slot; reward 1 if all are right, else 0)
+    summary  "wrong zib fine gop fine"        (each wrong slot, its answer in a code that only the critic reads)
 
-Nothing in a problem says what the rule is: a solver has to find it, or be told by a critic that can read the code. With
-4 slots of 8 values one guess in 4096 is right, so exploration alone finds nothing; with 3 slots of 6 it finds enough.
+The problem does not contain the rule: a solver has to find it, or learn it from a critic that can read the code. With 4
+slots of 8 values, one guess in 4096 is right, so exploration alone finds nothing; with 3 slots of 6 values it finds
+enough.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ CRITIC_ACCURACY = 0.4
 
 @dataclass(frozen=True)
 class Shape:
-    """What tells one Rulebook from another."""
+    """The parameters of a Rulebook."""
 
     slots: int
     values: int
-    """Values per slot, and answer words in use."""
+    """Number of values per slot, and of answer words in use."""
     heldout: int
-    """Problems never trained on, of `values ** slots`."""
+    """Number of held-out problems, of `values ** slots`."""
     rule_seed: int
     stubbornness: float
-    """Share of the teacher's answers that are its wrong belief."""
+    """Share of the teacher's answers that follow its wrong belief."""
     hunch: float
-    """Share of them that are right; what is left is uniform over the answer words."""
+    """Share of its answers that are right; the rest are uniform over the answer words."""
 
 
 SHAPES = {
@@ -133,7 +134,7 @@ class RulebookTeacher:
         return " ".join(advised)
 
     def _guess(self, truth: str) -> str:
-        # The belief is as regular as the rule, and wrong everywhere: the rule's answer moved on by one word.
+        # The belief is as regular as the rule and wrong everywhere: the rule's answer shifted by one word.
         belief = self._answers[(self._answers.index(truth) + 1) % self._shape.values]
         stubborn, hunch = self._shape.stubbornness, self._shape.hunch
         weights = [
@@ -143,7 +144,7 @@ class RulebookTeacher:
         return self._rng.choices(self._answers, weights)[0]
 
     def criticise(self, summary: str) -> str:
-        """The full answer: what was fine as it was given, what was wrong decoded, with an error in 60 % of them."""
+        """The full answer: fine slots as given, wrong slots decoded, with one error in 60 % of the critiques."""
         codes = summary.split()[1:]
         advice = [given if c == FINE else ANSWERS[HINTS.index(c)] for c, given in zip(codes, self._last, strict=True)]
         if self._rng.random() >= CRITIC_ACCURACY:

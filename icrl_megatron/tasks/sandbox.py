@@ -1,15 +1,15 @@
-"""Runs programs that a model wrote, in bubblewrap: nothing of the host but a Python and its libraries, no network, no
-other process, and limits on time, memory, files and output.
+"""Runs programs that a model wrote, in bubblewrap: with nothing of the host but a Python and its libraries, no network,
+no other process, and limits on time, memory, files and output.
 
-What each limit rests on (bubblewrap's manual, setrlimit(2), seccomp(2)):
+How each limit is enforced (bubblewrap's manual, setrlimit(2), seccomp(2)):
 
     files       an empty read-only root; of the host, only the interpreter, its standard library and shared libraries.
-                A small tmpfs at /tmp is all that can be written
-    network     a network namespace of its own, with nothing in it
-    processes   a system-call filter: threads may be made, processes not. RLIMIT_NPROC would not bind root
-    memory      RLIMIT_AS of the one process, a sized tmpfs, and no shared memory beside them (same filter)
-    time        RLIMIT_CPU, and a limit on the clock after which everything in the process namespace is killed
-    output      what is read of it, after which the same happens
+                Only a small tmpfs at /tmp is writable
+    network     an empty network namespace
+    processes   a system-call filter allows threads and denies processes. RLIMIT_NPROC would not bind root
+    memory      RLIMIT_AS of the one process, a tmpfs of limited size, and no other shared memory (same filter)
+    time        RLIMIT_CPU, and a wall-clock limit after which everything in the process namespace is killed
+    output      a limit on the bytes that are read, after which everything is killed too
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ End = Literal["done", "failed", "cpu", "clock", "output"]
 
 TMP_BYTES = 16 << 20
 OUTPUT_BYTES = 4 << 20
-"""Of standard output, error output and report together."""
+"""Limit on standard output, standard error and report together."""
 CLOCK_FACTOR, CLOCK_EXTRA_S = 3.0, 5.0
-"""The limit on the clock, from that on CPU time. Time in which the program wanted a processor and a busy machine gave
-it none does not count, up to `HELD_UP_FACTOR` times the limit."""
+"""The wall-clock limit is computed from the CPU limit. Time in which the program was runnable but got no CPU on a busy
+machine does not count, up to `HELD_UP_FACTOR` times the limit."""
 HELD_UP_FACTOR = 10.0
 NOBODY = "65534"
 
 
 @dataclass(frozen=True)
 class SandboxLimits:
-    """What one run may use."""
+    """Limits of one run."""
 
     cpu_s: float
     memory_bytes: int
@@ -63,18 +63,18 @@ class SandboxLimits:
 
 @dataclass(frozen=True)
 class Ran:
-    """How one run ended, and what it said."""
+    """The result and output of one run."""
 
     end: End
-    """done: exit code 0; failed: another one, or a signal; the others name the limit it was killed at."""
+    """done: exit code 0; failed: another exit code, or a signal; the others name the limit at which it was killed."""
     output: bytes
     errors: bytes
     report: bytes
-    """What the guest (or the program in its place) reported."""
+    """The report of the guest (or of a program that impersonates it)."""
 
 
 class Sandbox:
-    """One way to run programs; any number of threads may. Raises ConfigError where bubblewrap is missing."""
+    """Runs programs; usable from any number of threads. Raises ConfigError if bubblewrap is missing."""
 
     def __init__(self, limits: SandboxLimits) -> None:
         found = shutil.which("bwrap")
@@ -86,7 +86,7 @@ class Sandbox:
         self._filter = seccomp_filter()
 
     def check(self) -> None:
-        """Runs one line. Raises ConfigError with what bubblewrap said when it cannot make its namespaces here."""
+        """Runs one line. Raises ConfigError with bubblewrap's error if it cannot create its namespaces here."""
         try:
             ran = self.run("print(6 * 7)")
         except EnvironmentFailure as error:
@@ -103,9 +103,9 @@ class Sandbox:
             )
 
     def run(self, program: str, stdin: str = "", call: bool = False) -> Ran:
-        """Runs a program; `call`: evaluate the test on stdin beside it (`sandbox_guest`). Blocks.
+        """Runs a program and blocks. `call`: also evaluate the test on stdin in its process (`sandbox_guest`).
 
-        Raises EnvironmentFailure when the sandbox did not come about: then the program was not run at all.
+        Raises EnvironmentFailure if the sandbox was not created; the program then did not run.
         """
         with contextlib.ExitStack() as stack:
             code, data, rules = (stack.enter_context(_memory(part)) for part in (program, stdin, self._filter))
@@ -120,7 +120,8 @@ class Sandbox:
             }
             try:
                 process = subprocess.Popen(
-                    [self._bwrap, *_rooms(), "--ro-bind-data", str(code), "/program.py", "--seccomp", str(rules),
+                    [self._bwrap, *_bwrap_arguments(), "--ro-bind-data", str(code), "/program.py",
+                     "--seccomp", str(rules),
                      "--remount-ro", "/", "--", _PYTHON, "-s", "-P", "-S", "/guest.py", json.dumps(guest)],
                     stdin=data, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=(code, rules, writing),
                     env=_environment(),
@@ -133,43 +134,43 @@ class Sandbox:
 
 
 def _watched(process: subprocess.Popen[bytes], reading: int, limits: SandboxLimits) -> Ran:
-    """Reads until the process and its pipes end, or a limit does."""
+    """Reads until the process and its pipes end, or a limit is reached."""
     assert process.stdout is not None and process.stderr is not None
     clock = Clock(process.pid, limits.clock_s)
-    said = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray(), reading: bytearray()}
+    buffers = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray(), reading: bytearray()}
     cut: End | None = None
     try:
         with selectors.DefaultSelector() as selector:
-            for pipe in said:
+            for pipe in buffers:
                 selector.register(pipe, selectors.EVENT_READ)
             while selector.get_map() and cut is None:
                 ready = selector.select(clock.left())
                 for key, _ in ready:
                     chunk = os.read(key.fd, 1 << 16)
-                    said[key.fd] += chunk
+                    buffers[key.fd] += chunk
                     if not chunk:
                         selector.unregister(key.fd)
-                if sum(map(len, said.values())) > OUTPUT_BYTES:
+                if sum(map(len, buffers.values())) > OUTPUT_BYTES:
                     cut = "output"
                 elif clock.is_up():
                     cut = "clock"
         code = _ended(process, clock) if cut is None else None
     finally:
-        process.kill()  # and with it, by its namespace, everything inside
+        process.kill()  # also kills everything in its namespace
         process.wait(timeout=30)
         process.stdout.close()
         process.stderr.close()
-    output, errors, report = (bytes(part) for part in said.values())
+    output, errors, report = (bytes(part) for part in buffers.values())
     if not report.startswith(READY):
         if cut == "clock":
-            raise EnvironmentFailure(f"no sandbox within {limits.clock_s:g} s")
+            raise EnvironmentFailure(f"the sandbox did not start within {limits.clock_s:g} s")
         raise EnvironmentFailure(f"bubblewrap: {errors[-300:].decode(errors='replace').strip() or code}")
     end = cut or ("clock" if code is None else _end_of(code))
     return Ran(end, output, errors, report[len(READY) :])
 
 
 def _ended(process: subprocess.Popen[bytes], clock: Clock) -> int | None:
-    """Its exit code; None when it closed its pipes and stayed."""
+    """Its exit code; None if it closed its pipes and did not exit."""
     while not clock.is_up():
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(timeout=max(0.05, clock.left()))
@@ -177,7 +178,7 @@ def _ended(process: subprocess.Popen[bytes], clock: Clock) -> int | None:
 
 
 class Clock:
-    """Runs while a process or its children run or wait, and stands while they are held up."""
+    """A time limit that does not count time in which a process or its children wait for a CPU."""
 
     def __init__(self, pid: int, limit_s: float) -> None:
         self._pid, self._limit_s, self._begun = pid, limit_s, time.monotonic()
@@ -187,7 +188,7 @@ class Clock:
         return max(0.0, self._deadline - time.monotonic())
 
     def is_up(self) -> bool:
-        """Whether the limit is reached; looked into only when it seems to be."""
+        """Whether the limit is reached. Waiting time is only measured once it seems to be."""
         if self.left():
             return False
         allowed = min(self._limit_s + held_up_s(self._pid), HELD_UP_FACTOR * self._limit_s)
@@ -196,8 +197,8 @@ class Clock:
 
 
 def held_up_s(pid: int) -> float:
-    """Seconds that the threads of a process and of its children were runnable and did not run (proc(5), schedstat);
-    0 where the kernel does not say."""
+    """Seconds that the threads of a process and of its children were runnable and did not run (proc(5), schedstat); 0
+    if the kernel does not report it."""
     total = 0.0
     with contextlib.suppress(OSError, IndexError, ValueError):
         for thread in Path(f"/proc/{pid}/task").iterdir():
@@ -214,7 +215,7 @@ def _end_of(code: int) -> End:
 
 @contextmanager
 def _memory(content: str | bytes) -> Iterator[int]:
-    """A file without a name, read from its beginning."""
+    """An anonymous file, open at its beginning."""
     fd = os.memfd_create("icrl")
     try:
         with open(fd, "wb", closefd=False) as file:
@@ -228,12 +229,12 @@ def _memory(content: str | bytes) -> Iterator[int]:
 _PYTHON = "/python/bin/python3"
 _OS_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 _PYTHON_LIBRARIES = ("python", "ffi", "crypto", "ssl", "z", "bz2", "lzma", "expat", "sqlite3", "mpdec")
-"""What a Python that brings its own libraries (conda's, say) loads for its standard library."""
+"""Libraries that the standard library loads in a Python with its own libraries (conda's, for example)."""
 
 
 @functools.cache
-def _rooms() -> tuple[str, ...]:
-    """bubblewrap's arguments: what there is inside."""
+def _bwrap_arguments() -> tuple[str, ...]:
+    """bubblewrap's arguments: the namespaces and files of the sandbox."""
     base, binary = Path(sys.base_prefix), Path(sys.executable).resolve()
     shown: list[str] = []
     for name in _OS_LIBRARIES:
@@ -265,7 +266,7 @@ def _environment() -> dict[str, str]:
         "LANG": "C.UTF-8",
         "LD_LIBRARY_PATH": "/python/lib",
         "PYTHONHOME": "/python",
-        "PYTHONHASHSEED": "0",  # a program that prints a set prints it alike every time
+        "PYTHONHASHSEED": "0",  # makes the order of printed sets reproducible
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUTF8": "1",
     }
@@ -274,16 +275,16 @@ def _environment() -> dict[str, str]:
 _DENIED = (
     *("fork", "vfork", "unshare", "setns", "mount", "ptrace", "bpf", "io_uring_setup", "keyctl", "add_key"),
     *("request_key", "userfaultfd", "perf_event_open", "process_vm_readv", "process_vm_writev"),
-    *("memfd_create", "memfd_secret", "shmget", "mq_open"),  # memory that no limit of a process counts
+    *("memfd_create", "memfd_secret", "shmget", "mq_open"),  # memory that no process limit counts
 )
 _CLONE_THREAD = 0x10000
 
 
 def seccomp_filter() -> bytes:
-    """A BPF program for `bwrap --seccomp`: threads but no new processes, and none of the `_DENIED` system calls.
+    """A BPF program for `bwrap --seccomp`: allows threads, denies new processes and the `_DENIED` system calls.
 
-    clone3 answers that it does not exist, so that libc makes threads with clone, whose flags a filter can read. Raises
-    ConfigError where libseccomp is missing.
+    clone3 returns ENOSYS so that libc creates threads with clone, whose flags a filter can read. Raises ConfigError if
+    libseccomp is missing.
     """
     try:
         import pyseccomp

@@ -1,9 +1,9 @@
-"""What runs inside the sandbox: limits itself, then runs the program. Started as a script, and imports nothing of ours.
+"""Runs inside the sandbox: sets its own limits, then runs the program. A script that imports nothing of this package.
 
     python /guest.py '{"cpu_s": 5, "memory": ..., "file": ..., "report": 7, "call": false}'
 
-On the report pipe it first says that the sandbox stands. A program that is called (`call`) is imported; then the
-expression on stdin is evaluated beside it, and its value reported.
+It first writes to the report pipe that the sandbox is ready. With `call`, the program is imported, then the expression
+on stdin is evaluated in the same process and its value is reported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REPORT_CHARS = 3 << 20
 
 
 def canonical(value: Any) -> Any:
-    """A value as JSON that is equal for values that Python calls equal, among numbers, text and containers of them."""
+    """A value as JSON. Values that Python calls equal, among numbers, text and containers of them, have equal JSON."""
     if isinstance(value, bool | int):
         return ["number", hex(value)]
     if isinstance(value, float):
@@ -49,9 +49,9 @@ def encoded(value: Any) -> str:
 
 
 def _limit(limits: dict[str, Any]) -> None:
-    """Hard limits, which a process without privileges cannot raise again."""
+    """Hard limits, which an unprivileged process cannot raise again."""
     cpu = limits["cpu_s"]
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))  # a program may ignore the signal of the first
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))  # a program may ignore the signal of the soft limit
     for what, value in (
         (resource.RLIMIT_AS, limits["memory"]),
         (resource.RLIMIT_FSIZE, limits["file"]),
@@ -64,7 +64,7 @@ def _limit(limits: dict[str, Any]) -> None:
 def main() -> None:
     limits = json.loads(sys.argv[1])
     _limit(limits)
-    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # python -S leaves them out
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # python -S does not define them
     sys.argv = ["program.py"]
     with open("/program.py", encoding="utf-8") as file:
         source = file.read()

@@ -1,4 +1,4 @@
-"""SearchQA: questions answered with searches, judged by exact match.
+"""SearchQA: questions answered with searches, scored by exact match.
 
 problem  {"prompt": question, "label": answer, or a JSON list of answers}
 reply    <search>words</search> or <answer>the answer</answer>
@@ -22,7 +22,7 @@ from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.base import TaskSet
 from icrl_megatron.tasks.datasets import DataRow, id_range, read_tasks
 from icrl_megatron.tasks.retrieval import LocalRetriever, RemoteRetriever
-from icrl_megatron.tasks.servers import REST_S, TRIES
+from icrl_megatron.tasks.servers import PAUSE_S, TRIES
 from icrl_megatron.tasks.tool_use import ToolEnvironment
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
@@ -38,7 +38,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def normalised(answer: str) -> str:
-    """As SQuAD's evaluation does: lower case, without punctuation and articles, single spaces."""
+    """Normalizes as SQuAD's evaluation does: lower case, without punctuation and articles, single spaces."""
     bare = "".join(c for c in answer.lower() if c not in string.punctuation)
     return " ".join(_ARTICLES.sub(" ", bare).split())
 
@@ -55,7 +55,7 @@ class RetrievalQA:
         self.name, self._data, self._answer_bytes = source.name, source.data, answer_bytes
         if bool(source.data.corpus) == (bool(source.data.servers) or source.served):
             raise ConfigError(
-                f"task set {self.name!r} needs one place to search: set one of data.corpus, data.servers and "
+                f"task set {self.name!r} needs one place to search: set exactly one of data.corpus, data.servers and "
                 "serve.command of its entry in tasks.sources"
             )
         if source.data.passages < 1:
@@ -82,7 +82,7 @@ class RetrievalQA:
         return _statement(str(json.loads(task.problem)["prompt"]))
 
     def check(self) -> None:
-        """Builds the index, so that ranks find it. Raises ConfigError on an invalid corpus."""
+        """Builds the index, so that it exists when ranks start. Raises ConfigError on an invalid corpus."""
         self.toolbox()
 
     def toolbox(self) -> Toolbox:
@@ -91,7 +91,7 @@ class RetrievalQA:
             local = LocalRetriever(Path(data.corpus)) if data.corpus else None
             retriever = local or RemoteRetriever(data.servers, data.request_timeout_s, self._answer_bytes)
             # The servers' pool has its own deadline for each call, and tries again by itself.
-            limits = ToolLimits(call_s=TRIES * (data.request_timeout_s + REST_S))
+            limits = ToolLimits(call_s=TRIES * (data.request_timeout_s + PAUSE_S))
             self._toolbox = Toolbox([Search(retriever.search, data.passages, PASSAGE_CHARS)], limits)
         return self._toolbox
 
@@ -101,7 +101,8 @@ def _statement(question: str) -> str:
 
 
 def SearchQA(source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> TaskSet:
-    """Ranges of task ids are questions of AgentGym's SearchQA server; rows of a file are asked here."""
+    """The task set of a source: task id ranges are questions of AgentGym's SearchQA server, file rows are asked
+    locally."""
     if any(id_range(given) is not None for given in (*source.data.train, *source.data.heldout)):
         return AgentGym(source, answer_bytes)
     return RetrievalQA(source, answer_bytes)
@@ -114,5 +115,5 @@ def _problem(row: DataRow) -> str:
         listed = [row.label]
     golds = [str(gold) for gold in listed]
     if not any(normalised(gold) for gold in golds):
-        raise ConfigError(f"{row.where}: the label {row.label[:80]!r} is empty once normalised; mend or delete the row")
+        raise ConfigError(f"{row.where}: the label {row.label[:80]!r} is empty once normalized; fix or delete the row")
     return json.dumps({"prompt": row.prompt, "golds": golds, "where": row.where}, ensure_ascii=False)

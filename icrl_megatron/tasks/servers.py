@@ -1,6 +1,6 @@
-"""A pool of servers that say the same: least-loaded choice, retries with back-off, and a breaker for the sick.
+"""A pool of equivalent servers: least-loaded choice, retries with back-off, and a circuit breaker.
 
-Nothing here knows what is being asked. Everything that goes wrong ends in EnvironmentFailure, never in a reward.
+It does not know the requests. Every error ends in EnvironmentFailure, never in a reward.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from icrl_megatron.utils.errors import ConfigError
 
 TRIES = 4
 BACKOFF_S = 0.25
-"""Before the second try; doubles each time."""
-TRIPS_AT = 5
-"""Failures in a row after which a server gets no new episodes for `REST_S`."""
-REST_S = 30.0
+"""Pause before the second try; doubles each time."""
+MAX_FAILURES = 5
+"""Consecutive failures after which a server gets no new episodes for `PAUSE_S`."""
+PAUSE_S = 30.0
 RETRYABLE = frozenset({429, 502, 503, 504})
 CONNECTIONS = 1024
 
 
 class Refused(EnvironmentFailure):
-    """The server answered, and the answer was an error that trying again does not mend."""
+    """The server answered with an error that a retry does not fix."""
 
     def __init__(self, message: str, status: int, body: Any = None) -> None:
         super().__init__(message)
@@ -39,26 +39,26 @@ class Refused(EnvironmentFailure):
 
 @dataclass
 class EnvironmentServer:
-    """One address and how it has been doing."""
+    """One address and its recent state."""
 
     url: str
     episodes: int = 0
-    """Episodes that live there now."""
+    """Episodes that use it now."""
     failures: int = 0
-    """In a row."""
-    resting_until: float = field(default=0.0)
+    """Consecutive failures."""
+    paused_until: float = field(default=0.0)
     environments: set[int | str] = field(default_factory=set)
-    """Ids of the environments that episodes play there now."""
+    """Ids of the environments that episodes use there now."""
 
     def succeeded(self) -> None:
         self.failures = 0
 
     def failed(self) -> None:
         self.failures += 1
-        if self.failures >= TRIPS_AT:
-            # One more failure after the rest, and it rests again.
-            self.failures = TRIPS_AT - 1
-            self.resting_until = time.monotonic() + REST_S
+        if self.failures >= MAX_FAILURES:
+            # After the pause, one more failure pauses it again.
+            self.failures = MAX_FAILURES - 1
+            self.paused_until = time.monotonic() + PAUSE_S
 
 
 class Pool:
@@ -74,30 +74,30 @@ class Pool:
             )
         for url in urls:
             if not url.startswith(("http://", "https://")):
-                raise ConfigError(f"data.servers: {url!r} is no address; write http://host:port")
+                raise ConfigError(f"data.servers: {url!r} is not an address; write http://host:port")
         self.servers = [EnvironmentServer(url.rstrip("/")) for url in dict.fromkeys(urls)]
         self._timeout_s, self._answer_bytes = timeout_s, answer_bytes
         self._connections = connections.Connections(CONNECTIONS)
 
     def choose(self) -> EnvironmentServer:
-        """The server with the fewest episodes among those that are well; of the sick the one that rests least long."""
+        """The server with the fewest episodes, of those that are not paused. Raises EnvironmentFailure if all are."""
         now = time.monotonic()
-        well = [s for s in self.servers if s.resting_until <= now]
+        well = [s for s in self.servers if s.paused_until <= now]
         if well:
             return min(well, key=lambda s: s.episodes)
-        soonest = min(self.servers, key=lambda s: s.resting_until)
+        soonest = min(self.servers, key=lambda s: s.paused_until)
         raise EnvironmentFailure(
-            f"all {len(self.servers)} servers failed {TRIPS_AT} times in a row; the next try is in "
-            f"{soonest.resting_until - now:.0f} s. Look at {soonest.url}"
+            f"all {len(self.servers)} servers failed {MAX_FAILURES} times in a row; the next try is in "
+            f"{soonest.paused_until - now:.0f} s. Check {soonest.url}"
         )
 
     async def call(
         self, server: EnvironmentServer, method: str, path: str, body: Any = None, again: bool = True
     ) -> Any:
-        """One JSON answer. `again`: whether a call whose answer was lost may be made twice.
+        """Returns one JSON answer. `again`: whether a call whose answer was lost may be repeated.
 
-        Raises Refused on an error that the server reports and on an answer that is no JSON, BadAnswer on one that is
-        too long, EnvironmentFailure when it does not answer within the deadline.
+        Raises Refused if the server reports an error or its answer is not JSON, BadAnswer if the answer is too long,
+        EnvironmentFailure if it does not answer within the deadline.
         """
         failure = ""
         for attempt in range(TRIES):
@@ -108,14 +108,14 @@ class Pool:
             except connections.TooLongError as error:
                 raise BadAnswer(
                     f"{server.url}{path} answered more than rollout.max_observation_bytes = {self._answer_bytes} "
-                    "bytes: raise that, or let the server say less"
+                    "bytes: raise that, or make the server's answers shorter"
                 ) from error
             except aiohttp.ClientConnectorError as error:
                 failure = f"cannot be reached ({error})"
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
                 late = isinstance(error, TimeoutError)
                 failure = f"did not answer within {self._timeout_s:g} s" if late else f"broke off ({error!r})"
-                if not again:  # it may have been done
+                if not again:  # it may have been executed
                     server.failed()
                     break
             else:
@@ -141,5 +141,5 @@ def _body(status: int, answer: bytes, url: str) -> Any:
     if status >= 400:
         raise Refused(f"{url} answered HTTP {status}: {text[:200]}", status, body)
     if body is None:
-        raise Refused(f"{url} answered no JSON: {text[:100]!r}", status)
+        raise Refused(f"{url} did not answer JSON: {text[:100]!r}", status)
     return body

@@ -17,26 +17,26 @@ from icrl_megatron.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one answer."""
+    """The judgment of one answer."""
 
     right: bool
     remark: str
-    """In words, for the critic."""
+    """The reason, for the critic."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How an answer is written, and what is said when there is none."""
+    """The format of an answer, and the texts for a missing one."""
 
     find: Callable[[str], str | None]
-    """The answer inside a reply; it reads megabytes of anything in linear time."""
+    """Finds the answer in a reply, in linear time even for megabytes of any text."""
     hint: str
     missing: str
     """The summary of an attempt without an answer."""
 
 
 Judge = Callable[[str], Awaitable[Verdict]]
-"""An answer -> what becomes of it. Raises EnvironmentFailure when the judging itself failed."""
+"""An answer -> its verdict. Raises EnvironmentFailure if the judging itself failed."""
 
 
 class SingleTurnEnvironment:
@@ -73,12 +73,12 @@ class SingleTurnEnvironment:
 
 
 class SingleTurnTasks(ABC):
-    """A task set (`tasks.base.TaskSet`) of such questions; its problems are JSON objects, read or made once a split."""
+    """A task set (`tasks.base.TaskSet`) of such questions. Its problems are JSON objects, loaded once per split."""
 
     form: ClassVar[Form]
 
     def __init__(self, source: TaskSource) -> None:
-        """Raises ConfigError on a limit that nothing could be judged with."""
+        """Raises ConfigError on a limit that is too small for grading."""
         check_limits(source)
         self.name, self.data = source.name, source.data
         self._problems: dict[Split, list[Task]] = {}
@@ -105,13 +105,13 @@ class SingleTurnTasks(ABC):
 
     @abstractmethod
     def load(self, split: Split) -> list[Task]:
-        """All problems of a split. Raises ConfigError where there are none, or what they come from is damaged."""
+        """All problems of a split. Raises ConfigError if there are none, or their source is damaged."""
 
     @abstractmethod
     def question(self, problem: dict[str, Any]) -> tuple[str, Judge]:
-        """What is asked, and how an answer to it is judged. Raises KeyError or TypeError on what is no problem."""
+        """(prompt, judge of answers to it). Raises KeyError or TypeError on an invalid problem."""
 
 
 def of_answer(right: bool, answer: str, what: str) -> Verdict:
-    """The verdict on a short answer, which the remark repeats; `what` is how it is called."""
+    """The verdict on a short answer, which the remark repeats; `what` names the answer."""
     return Verdict(right, f"The {what} is right." if right else f"The {what} {answer[:200]} is wrong.")

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from icrl_megatron.algo.credit import CreditReport
 from icrl_megatron.model.tiny import build_tokenizer
-from icrl_megatron.rollout.episode import Stage, play
+from icrl_megatron.rollout.episode import EpisodeSetup, play
 from icrl_megatron.rollout.prompts import Prompter, template_words
-from icrl_megatron.rollout.speakers import Ask, Cast, Seeds
+from icrl_megatron.rollout.speakers import Ask, Seeds, Speakers
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.settings.task_schema import TaskData, TaskSource
 from icrl_megatron.tasks import agentgym_dialects as dialects
@@ -163,7 +163,7 @@ def fails(url: str, timeout_s: float = 10.0) -> str:
         ("/reset", [(200, {"error": {"code": "no_task", "message": "gone", "retryable": False}})], "no_task gone"),
         ("/reset", [(409, {"error": {"code": "busy", "message": "in use", "retryable": False}})], "HTTP 409"),
         ("/reset", [(200, [1])], "is this a server of textcraft"),
-        ("/create", [(200, {"id": True})], "holds no environment id"),
+        ("/create", [(200, {"id": True})], "has no environment id"),
         ("/reset", [503] * 9, "HTTP 503"),
     ],
 )
@@ -223,9 +223,9 @@ def test_a_reward_out_of_range_costs_its_episode_and_is_counted(textcraft: tuple
         async def reply(self, ask: Ask) -> Completion:
             return Completion(ids, (0.0,) * len(ids), "stop", 0)
 
-    stage = Stage(task_set.environment, prompter, settings)
+    setup = EpisodeSetup(task_set.environment, prompter, settings)
     played, dropped = asyncio.run(
-        play(task_set.problems("train"), 1, stage, lambda task, index: Cast(Crafts(), Crafts()), Seeds(0, 0))
+        play(task_set.problems("train"), 1, setup, lambda task, index: Speakers(Crafts(), Crafts()), Seeds(0, 0))
     )
     assert [e.attempts[0].outcome for e in played] == [1.0] * 3
     assert len(dropped) == 1 and dropped[0].bad_answer and "reward" in dropped[0].error
@@ -312,7 +312,7 @@ def test_a_sick_server_gets_no_more_episodes() -> None:
         assert state.made == 12
         assert broken.calls["/create"] <= 2 * servers.TRIES  # and then it rested
         bad = next(s for s in task_set.pool().servers if s.url == sick)
-        assert bad.resting_until > 0
+        assert bad.paused_until > 0
 
 
 def test_episodes_go_where_the_fewest_are_and_stay_there() -> None:
@@ -333,7 +333,7 @@ def test_episodes_go_where_the_fewest_are_and_stay_there() -> None:
 
 def test_all_sick_is_said(textcraft: tuple[str, State]) -> None:
     pool = Pool(["http://127.0.0.1:9"], 1.0)
-    for _ in range(servers.TRIPS_AT):
+    for _ in range(servers.MAX_FAILURES):
         pool.servers[0].failed()
     with pytest.raises(EnvironmentFailure, match="all 1 servers failed 5 times"):
         pool.choose()

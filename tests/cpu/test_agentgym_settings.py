@@ -28,7 +28,7 @@ def gym(name: str, *urls: str) -> AgentGym:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{"task_id": "7"}\n{"task_id": "7"}', "line 2: task_id 7 is there twice"), ("{}", "line 1"), ("", "no rows")],
+    [('{"task_id": "7"}\n{"task_id": "7"}', "line 2: duplicate task_id 7"), ("{}", "line 1"), ("", "no rows")],
 )
 def test_bad_files_of_ids_are_named(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "ids.jsonl"
@@ -55,7 +55,7 @@ def test_settings_that_cannot_work() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             AgentGym(TaskSource("babyai", data=data)).problems("train")
-    for urls, message in (([], "no servers"), (["host:1"], "is no address")):
+    for urls, message in (([], "no servers"), (["host:1"], "is not an address")):
         with pytest.raises(ConfigError, match=message):
             gym("babyai", *urls).pool()
 

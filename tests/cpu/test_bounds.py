@@ -35,7 +35,7 @@ from icrl_megatron.tasks import env_check, servers
 from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.agentgym_dialects import ProtocolError
 from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure
-from icrl_megatron.tasks.games import Table
+from icrl_megatron.tasks.games import GameProcess
 from icrl_megatron.tasks.grader import Worker
 from icrl_megatron.tasks.retrieval import RemoteRetriever
 from icrl_megatron.utils.connections import Connections
@@ -330,7 +330,7 @@ def test_a_worker_that_answers_nonsense_is_dead(worker: Callable[[str], str], ex
 
 
 def test_a_game_that_says_too_much_names_the_setting(worker: Callable[[str], str]) -> None:
-    table = Table(20.0, LIMIT)
+    table = GameProcess(20.0, LIMIT)
     table._worker = Worker(worker("'x' * (2 << 20)"), LIMIT)
     with pytest.raises(EnvironmentFailure, match=f"max_observation_bytes = {LIMIT}"):
         asyncio.run(table.ask({"do": "step"}))

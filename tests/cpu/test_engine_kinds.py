@@ -23,10 +23,10 @@ from icrl_megatron.model.tiny import build_tiny
 from icrl_megatron.plan import planner
 from icrl_megatron.plan.hardware import GPUS
 from icrl_megatron.plan.search import search
-from icrl_megatron.rollout.episode import Stage
+from icrl_megatron.rollout.episode import EpisodeSetup
 from icrl_megatron.rollout.prompts import Prompter, template_words, tokenizer
 from icrl_megatron.rollout.source import EngineSource
-from icrl_megatron.rollout.speakers import EngineSpeaker, Seeds, engine_casting
+from icrl_megatron.rollout.speakers import EngineSpeaker, Seeds, same_speakers
 from icrl_megatron.run.checks import validate_grid, validate_settings
 from icrl_megatron.settings.loading import load
 from icrl_megatron.settings.schema import Settings, TinyModel
@@ -96,10 +96,10 @@ def test_the_documented_engine_plays_real_tasks_through_a_source(model: Path, tm
     assert solver is not None
     engines.trained.update_weights([], 7)
     prompter = Prompter(tokenizer(model), settings.rollout)
-    stage = Stage(registry.environment, prompter, settings.rollout)
-    casting = engine_casting(EngineSpeaker(solver, 1.0, prompter.stop_ids))
+    setup = EpisodeSetup(registry.environment, prompter, settings.rollout)
+    speakers_for = same_speakers(EngineSpeaker(solver, 1.0, prompter.stop_ids))
     progress = Progress(console=Console(file=io.StringIO()))
-    source = EngineSource(stage, casting, engines, lambda stale: None, lambda mine: [mine], progress)
+    source = EngineSource(setup, speakers_for, engines, lambda stale: None, lambda mine: [mine], progress)
     tasks = list(registry.get("household").problems("train"))[:4]
     played = source.play(tasks, 2, Seeds(0, 0), 2)
     assert [(e.task, e.index) for e in played.episodes] == [(task, i) for task in tasks for i in range(2)]

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from icrl_megatron.engines.local import LocalEngine
 from icrl_megatron.engines.protocol import EngineError
 from icrl_megatron.model.tiny import build_tiny, build_tokenizer
-from icrl_megatron.rollout.episode import Stage, play, play_episode
+from icrl_megatron.rollout.episode import EpisodeSetup, play, play_episode
 from icrl_megatron.rollout.prompts import Prompter, template_words
-from icrl_megatron.rollout.speakers import Ask, Cast, EmptyCritic, EngineSpeaker, Seeds, Speaker, engine_casting
+from icrl_megatron.rollout.speakers import Ask, EmptyCritic, EngineSpeaker, Seeds, Speaker, Speakers, same_speakers
 from icrl_megatron.settings.schema import EngineSettings, RolloutSettings, TinyModel
 from icrl_megatron.tasks.base import EnvironmentFailure, StepResult
 from icrl_megatron.types import Attempt, Completion, DroppedEpisode, Episode, Task
@@ -118,9 +118,9 @@ def ladder(name: str, goal: int) -> Task:
 def scripted(
     prompter: Prompter, solver: list[str], critic: list[str], goal: int = 3, **changes: Any
 ) -> tuple[Episode, Script, Script]:
-    stage = Stage(changes.pop("environment", Ladder), prompter, replace(SETTINGS, **changes))
+    setup = EpisodeSetup(changes.pop("environment", Ladder), prompter, replace(SETTINGS, **changes))
     speakers = Script(prompter, solver), Script(prompter, critic)
-    episode = asyncio.run(play_episode(ladder("one", goal), 0, stage, lambda task, index: Cast(*speakers), SEEDS))
+    episode = asyncio.run(play_episode(ladder("one", goal), 0, setup, lambda task, index: Speakers(*speakers), SEEDS))
     assert isinstance(episode, Episode)
     return episode, *speakers
 
@@ -128,10 +128,10 @@ def scripted(
 def test_ids_concatenate_to_exactly_what_the_engine_saw(folder: Path, engine: LocalEngine, prompter: Prompter) -> None:
     solver = Recorder(EngineSpeaker(engine, 1.0, prompter.stop_ids))
     critic = Recorder(EngineSpeaker(engine, 0.7, prompter.stop_ids))
-    casting = engine_casting(solver, critic)
-    stage = Stage(Ladder, prompter, replace(SETTINGS, max_turn_tokens=60))
+    speakers_for = same_speakers(solver, critic)
+    setup = EpisodeSetup(Ladder, prompter, replace(SETTINGS, max_turn_tokens=60))
     tasks = [ladder(str(i), 5) for i in range(6)]
-    episodes, dropped = asyncio.run(play(tasks, 2, stage, casting, SEEDS))
+    episodes, dropped = asyncio.run(play(tasks, 2, setup, speakers_for, SEEDS))
     assert len(episodes) == 12 and not dropped
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     seen = {(ask.prompt_ids, completion) for ask, completion in solver.seen}
@@ -162,12 +162,12 @@ def check_logprobs(model: torch.nn.Module, attempt: Attempt) -> None:
 
 
 def test_a_run_repeats_bit_for_bit_and_in_order(engine: LocalEngine, prompter: Prompter) -> None:
-    casting = engine_casting(EngineSpeaker(engine, 1.0, prompter.stop_ids))
+    speakers_for = same_speakers(EngineSpeaker(engine, 1.0, prompter.stop_ids))
     tasks = [ladder(name, 2) for name in ("b", "a", "c")]
 
     def once(concurrency: int, seeds: Seeds = SEEDS) -> list[Episode]:
-        stage = Stage(Ladder, prompter, replace(SETTINGS, concurrency=concurrency))
-        return asyncio.run(play(tasks, 3, stage, casting, seeds))[0]
+        setup = EpisodeSetup(Ladder, prompter, replace(SETTINGS, concurrency=concurrency))
+        return asyncio.run(play(tasks, 3, setup, speakers_for, seeds))[0]
 
     first = once(512)
     assert [(e.task.task_id, e.index) for e in first] == [(t.task_id, i) for t in tasks for i in range(3)]
@@ -278,11 +278,11 @@ def test_a_raising_environment_costs_its_episode_only(prompter: Prompter, method
         return type("Bad", (Ladder,), {method: explode})(task)
 
     replies = ["nonsense", "up", "up", "up"]
-    stage = Stage(factory, prompter, SETTINGS)
+    setup = EpisodeSetup(factory, prompter, SETTINGS)
     tasks = [ladder("a", 3), ladder("bad", 3), ladder("c", 3)]
-    casting = lambda task, index: Cast(Script(prompter, list(replies)), EmptyCritic())  # noqa: E731
+    speakers_for = lambda task, index: Speakers(Script(prompter, list(replies)), EmptyCritic())  # noqa: E731
     heard: list[Episode | DroppedEpisode] = []
-    episodes, dropped = asyncio.run(play(tasks, 2, stage, casting, SEEDS, heard.append))
+    episodes, dropped = asyncio.run(play(tasks, 2, setup, speakers_for, SEEDS, heard.append))
     assert [(e.task.task_id, e.index) for e in episodes] == [(f"ladder/{n}", i) for n in "ac" for i in (0, 1)]
     assert [(d.task.task_id, d.index) for d in dropped] == [("ladder/bad", 0), ("ladder/bad", 1)]
     assert all("ZeroDivisionError: by design" in d.error and not d.bad_answer for d in dropped)
@@ -296,9 +296,9 @@ def test_an_episode_whose_environment_failed_is_played_again_in_another(prompter
         made.append(Ladder(task) if made else type("Bad", (Ladder,), {"outcome": lambda self: 1 / 0})(task))
         return made[-1]
 
-    stage = Stage(factory, prompter, SETTINGS)
-    casting = lambda task, index: Cast(Script(prompter, ["up", "up", "up"]), EmptyCritic())  # noqa: E731
-    episodes, dropped = asyncio.run(play([ladder("a", 3)], 1, stage, casting, SEEDS))
+    setup = EpisodeSetup(factory, prompter, SETTINGS)
+    speakers_for = lambda task, index: Speakers(Script(prompter, ["up", "up", "up"]), EmptyCritic())  # noqa: E731
+    episodes, dropped = asyncio.run(play([ladder("a", 3)], 1, setup, speakers_for, SEEDS))
     assert (len(episodes), len(dropped), len(made)) == (1, 0, 2)
 
 
@@ -320,9 +320,9 @@ class Counted:
 @pytest.mark.parametrize("concurrency", [1, 3])
 def test_at_most_so_many_episodes_are_played_at_once(prompter: Prompter, concurrency: int) -> None:
     count = {"now": 0, "most": 0}
-    stage = Stage(Ladder, prompter, replace(SETTINGS, concurrency=concurrency))
-    casting = lambda task, index: Cast(Counted(Script(prompter, ["up"] * 3), count), EmptyCritic())  # noqa: E731
-    episodes, _ = asyncio.run(play([ladder(str(i), 3) for i in range(4)], 2, stage, casting, SEEDS))
+    setup = EpisodeSetup(Ladder, prompter, replace(SETTINGS, concurrency=concurrency))
+    speakers_for = lambda task, index: Speakers(Counted(Script(prompter, ["up"] * 3), count), EmptyCritic())  # noqa: E731
+    episodes, _ = asyncio.run(play([ladder(str(i), 3) for i in range(4)], 2, setup, speakers_for, SEEDS))
     assert (len(episodes), count["most"]) == (8, concurrency)
 
 
@@ -350,9 +350,9 @@ class Slow(Ladder):
 )
 def test_environments_that_wait_have_a_time_limit(prompter: Prompter, error: Exception | None, message: str) -> None:
     kind = type("Slower", (Slow,), {"error": error})
-    stage = Stage(kind, prompter, replace(SETTINGS, environment_timeout_s=0.05))
-    casting = lambda task, index: Cast(Script(prompter, ["up"]), EmptyCritic())  # noqa: E731
-    result = asyncio.run(play_episode(ladder("slow", 3), 0, stage, casting, SEEDS))
+    setup = EpisodeSetup(kind, prompter, replace(SETTINGS, environment_timeout_s=0.05))
+    speakers_for = lambda task, index: Speakers(Script(prompter, ["up"]), EmptyCritic())  # noqa: E731
+    result = asyncio.run(play_episode(ladder("slow", 3), 0, setup, speakers_for, SEEDS))
     assert isinstance(result, DroppedEpisode) and result.error == message
 
 
@@ -362,17 +362,17 @@ def test_embedded_environments_never_meet_the_clock(prompter: Prompter) -> None:
 
 
 def test_an_engine_failure_ends_the_run_and_cancels_the_rest(engine: LocalEngine, prompter: Prompter) -> None:
-    stage = Stage(Ladder, prompter, SETTINGS)
+    setup = EpisodeSetup(Ladder, prompter, SETTINGS)
     engine.sleep()
-    casting = engine_casting(EngineSpeaker(engine, 1.0, prompter.stop_ids))
+    speakers_for = same_speakers(EngineSpeaker(engine, 1.0, prompter.stop_ids))
     with pytest.raises(EngineError, match="sleeps"):
-        asyncio.run(play([ladder("a", 3), ladder("b", 3)], 4, stage, casting, SEEDS))
+        asyncio.run(play([ladder("a", 3), ladder("b", 3)], 4, setup, speakers_for, SEEDS))
 
 
 def test_an_empty_critic_says_nothing(prompter: Prompter) -> None:
-    stage = Stage(Ladder, prompter, replace(SETTINGS, rounds=2))
-    casting = lambda task, index: Cast(Script(prompter, ["wait"] * 6), EmptyCritic())  # noqa: E731
-    episode = asyncio.run(play_episode(ladder("a", 3), 0, stage, casting, SEEDS))
+    setup = EpisodeSetup(Ladder, prompter, replace(SETTINGS, rounds=2))
+    speakers_for = lambda task, index: Speakers(Script(prompter, ["wait"] * 6), EmptyCritic())  # noqa: E731
+    episode = asyncio.run(play_episode(ladder("a", 3), 0, setup, speakers_for, SEEDS))
     assert isinstance(episode, Episode)
     assert episode.critiques[0].text == "" and episode.critiques[0].completion.ids == ()
     assert episode.attempts[1].prompt_ids == prompter.revision("start at bottom", "")

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icrl_megatron.model.tiny import build_tokenizer
-from icrl_megatron.rollout.episode import Stage
+from icrl_megatron.rollout.episode import EpisodeSetup
 from icrl_megatron.rollout.prompts import Prompter, template_words
-from icrl_megatron.rollout.speakers import Ask, Cast, EmptyCritic, Seeds, Speaker
-from icrl_megatron.rollout.teacher import teacher_casting
+from icrl_megatron.rollout.speakers import Ask, EmptyCritic, Seeds, Speaker, Speakers
+from icrl_megatron.rollout.teacher import teacher_speakers
 from icrl_megatron.run.control import control, paired_difference, proportion
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks import registry
@@ -86,18 +86,18 @@ def tasks(count: int, source: str = "coin") -> list[Task]:
     return [Task(f"{source}/{i}", source, "heldout", "") for i in range(count)]
 
 
-def stage() -> Stage:
-    return Stage(Question, PROMPTER, SETTINGS)
+def setup() -> EpisodeSetup:
+    return EpisodeSetup(Question, PROMPTER, SETTINGS)
 
 
-def cast(solver: Speaker, critic: Speaker | None = None) -> Cast:
-    return Cast(solver, critic or solver)
+def one_episode(solver: Speaker, critic: Speaker | None = None) -> Speakers:
+    return Speakers(solver, critic or solver)
 
 
 def test_the_control_sees_what_the_critique_carries() -> None:
-    casting = lambda task, index: cast(Coin(0.3, 0.8))  # noqa: E731
+    speakers_for = lambda task, index: one_episode(Coin(0.3, 0.8))  # noqa: E731
     problems = [*tasks(600), *tasks(3, "broken")]
-    result = asyncio.run(control(problems, 300, stage(), casting, SEEDS))
+    result = asyncio.run(control(problems, 300, setup(), speakers_for, SEEDS))
     assert result.failures == result.critique.n == result.empty.n == result.plain.n == 300
     assert result.first_attempts == 600 and result.dropped == 3
     for arm, expected in ((result.critique, 0.8), (result.empty, 0.3), (result.plain, 0.3)):
@@ -106,25 +106,25 @@ def test_the_control_sees_what_the_critique_carries() -> None:
         assert 0 < difference.low < difference.mean < difference.high < 1
     assert result.critique_minus_empty.mean == pytest.approx(result.critique.mean - result.empty.mean)
     assert result.empty.successes != result.plain.successes  # independent samples, not one sample twice
-    assert asyncio.run(control(problems, 300, stage(), casting, SEEDS)) == result
+    assert asyncio.run(control(problems, 300, setup(), speakers_for, SEEDS)) == result
 
 
 def test_the_control_of_an_empty_critic_finds_nothing() -> None:
-    casting = lambda task, index: cast(Coin(0.3, 0.8), EmptyCritic())  # noqa: E731
-    result = asyncio.run(control(tasks(500), 300, stage(), casting, SEEDS))
+    speakers_for = lambda task, index: one_episode(Coin(0.3, 0.8), EmptyCritic())  # noqa: E731
+    result = asyncio.run(control(tasks(500), 300, setup(), speakers_for, SEEDS))
     assert result.critique_minus_empty.low < 0 < result.critique_minus_empty.high
 
 
 def test_without_failures_the_control_says_that_it_knows_nothing() -> None:
-    result = asyncio.run(control(tasks(5), 10, stage(), lambda task, index: cast(Coin(1.0, 1.0)), SEEDS))
+    result = asyncio.run(control(tasks(5), 10, setup(), lambda task, index: one_episode(Coin(1.0, 1.0)), SEEDS))
     assert result.failures == 0 and result.first_attempts == 5
     assert (result.critique.low, result.critique.high) == (0.0, 1.0)
     assert (result.critique_minus_plain.low, result.critique_minus_plain.high) == (-1.0, 1.0)
 
 
 def test_results_are_json() -> None:
-    casting = lambda task, index: cast(Coin(0.3, 0.8))  # noqa: E731
-    plain = dataclasses.asdict(asyncio.run(control(tasks(10), 5, stage(), casting, SEEDS)))
+    speakers_for = lambda task, index: one_episode(Coin(0.3, 0.8))  # noqa: E731
+    plain = dataclasses.asdict(asyncio.run(control(tasks(10), 5, setup(), speakers_for, SEEDS)))
     assert json.loads(json.dumps(plain)) == json.loads(json.dumps(plain, allow_nan=False))
 
 
@@ -132,9 +132,9 @@ def test_the_control_plays_the_embedded_tasks() -> None:
     task_set = registry.get("household")
     tokenizer = build_tokenizer([*task_set.vocabulary(), *template_words("compact")])  # type: ignore[attr-defined]
     prompter = Prompter(tokenizer, SETTINGS)
-    played = replace(stage(), environment=registry.environment, prompter=prompter)
-    casting = teacher_casting(registry.get, prompter, SEEDS)
-    result = asyncio.run(control(task_set.problems("heldout"), 64, played, casting, SEEDS))
+    played = replace(setup(), environment=registry.environment, prompter=prompter)
+    speakers_for = teacher_speakers(registry.get, prompter, SEEDS)
+    result = asyncio.run(control(task_set.problems("heldout"), 64, played, speakers_for, SEEDS))
     assert result.first_attempts == 64 and result.failures > 0
     assert result.critique.successes > result.empty.successes
 

@@ -119,10 +119,10 @@ def test_episodes_share_processes_and_none_blocks_the_others(made: tuple[Path, d
         )
         beating.cancel()
         assert all(e.success() for e in environments)
-        assert [t.episodes for t in task_set._tables] == [3, 3]
+        assert [t.episodes for t in task_set._processes] == [3, 3]
         environments.clear()
         gc.collect()
-        assert [t.episodes for t in task_set._tables] == [0, 0]
+        assert [t.episodes for t in task_set._processes] == [0, 0]
         return late
 
     try:
@@ -142,12 +142,12 @@ def test_a_process_that_dies_costs_its_episodes_and_no_more(made: tuple[Path, di
         first, second = task_set.environment(task), task_set.environment(task)
         await first.reset()
         await second.reset()
-        worker = task_set._tables[0]._worker
+        worker = task_set._processes[0]._worker
         assert worker is not None
         worker._process.kill()
         with pytest.raises(EnvironmentFailure, match="killed its process"):
             await first.step("look")
-        with pytest.raises(EnvironmentFailure, match="started anew"):
+        with pytest.raises(EnvironmentFailure, match="was restarted"):
             await second.step("look")
         await played(second, won["train"])
         assert second.success()
@@ -165,7 +165,7 @@ def test_a_step_that_hangs_is_cut_off(made: tuple[Path, dict[str, list[str]]]) -
 
     async def episode() -> None:
         await environment.reset()
-        table = task_set._tables[0]
+        table = task_set._processes[0]
         assert table._worker is not None
         os.kill(table._worker._process.pid, 19)  # SIGSTOP
         table._timeout_s = 0.5
@@ -190,8 +190,8 @@ def folder_with(tmp_path: Path, name: str, content: str) -> Path:
     [
         ("notes.txt", "hello", "holds no .tw-pddl or .z8 game"),
         ("game.tw-pddl", '{"solvable": false}', "that can be solved"),
-        ("game.tw-pddl", "{", "no game of ALFWorld"),
-        ("game.tw-pddl", "[]", "no game of ALFWorld"),
+        ("game.tw-pddl", "{", "not a game of ALFWorld"),
+        ("game.tw-pddl", "[]", "not a game of ALFWorld"),
     ],
 )
 def test_folders_that_are_none(tmp_path: Path, name: str, content: str, part: str) -> None:
@@ -229,7 +229,7 @@ def test_folders_and_servers_do_not_go_together(tmp_path: Path) -> None:
     served = registry.of_source(TaskSource("alfworld", data=TaskData(train=["0:2"], heldout=["2:3"])))
     assert isinstance(served, agentgym.AgentGym)
     mixed = TaskSource("alfworld", data=TaskData(train=["0:2"], heldout=[str(folder / "heldout")]))
-    with pytest.raises(ConfigError, match="0:2 is no folder"):
+    with pytest.raises(ConfigError, match="0:2 is not a folder"):
         registry.of_source(mixed).problems("train")
 
 

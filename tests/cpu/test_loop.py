@@ -256,7 +256,7 @@ def test_on_resume_the_engine_takes_memory_after_the_actor_gave_it_up(
         ),
         sync=sync,
         grid=SimpleNamespace(rank=1),
-        source=SimpleNamespace(take_back=lambda kept: None, replay_logs=dict),
+        source=SimpleNamespace(restore_replay_logs=lambda kept: None, replay_logs=dict),
         sampler=SimpleNamespace(curriculum=None),
         settings=Settings(steps=3),
     )

@@ -294,7 +294,7 @@ GOOD = {"prompt": "q?", "label": "1"}
         ([GOOD, {"prompt": "s?", "label": "2"}, {"prompt": "Q? ", "label": "1"}], ["line 3", "same prompt", "line 1"]),
         (
             [{"prompt": [{"role": "assistant", "content": "x"}], "label": "1"}],
-            ["line 1", "assistant", "take the others"],
+            ["line 1", "assistant", "remove the others"],
         ),
         ([], ["no rows"]),
         ([GOOD, {"prompt": "bad?", "label": "\\begin{cases}"}], ["line 2", "label", "not mathematics"]),

@@ -205,7 +205,7 @@ def test_many_answers_are_judged_at_once_and_a_bad_one_holds_up_no_other(tmp_pat
     [
         ([], "label' is empty"),
         ({"inputs": ["1"], "outputs": []}, "same length"),
-        ({"inputs": ["1"], "outputs": [1]}, "output is 1, which is no text"),
+        ({"inputs": ["1"], "outputs": [1]}, "output is 1, which is not text"),
         ({"fn_name": "f", "inputs": ["1"], "outputs": ["1"]}, "fn_name"),
         ([{"input": "1"}], "output is None"),
         ("assert f(", "line 1"),

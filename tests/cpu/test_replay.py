@@ -20,8 +20,8 @@ from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.engines.protocol import EngineStats
 from icrl_megatron.engines.rank import Share
 from icrl_megatron.model.tiny import build_tokenizer
-from icrl_megatron.rollout.episode import Ended, Stage, play_all
-from icrl_megatron.rollout.groups import Groups, deal
+from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play_all
+from icrl_megatron.rollout.groups import Groups, split_tasks
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.replay import (
     InterruptedEpisodeError,
@@ -33,7 +33,7 @@ from icrl_megatron.rollout.replay import (
     tokens,
 )
 from icrl_megatron.rollout.source import EngineSource
-from icrl_megatron.rollout.speakers import Ask, Cast, Seeds
+from icrl_megatron.rollout.speakers import Ask, Seeds, Speakers
 from icrl_megatron.run.checks import validate
 from icrl_megatron.settings.loading import load
 from icrl_megatron.settings.schema import RolloutSettings
@@ -66,17 +66,17 @@ def said(*ids: int, reason: str = "stop", version: int = 1) -> Completion:
     return Completion(ids, tuple(-float(i) for i in ids), reason, version)  # type: ignore[arg-type]
 
 
-def record(replay_log: ReplayLog, stop: Stop, *replies: Completion) -> tuple[Scripted, Cast]:
+def record(replay_log: ReplayLog, stop: Stop, *replies: Completion) -> tuple[Scripted, Speakers]:
     speaker = Scripted(list(replies))
-    return speaker, recorded(Cast(speaker, speaker), replay_log, stop)
+    return speaker, recorded(Speakers(speaker, speaker), replay_log, stop)
 
 
 def test_a_reply_that_was_cut_off_goes_on_and_keeps_its_old_logprobs() -> None:
     replay_log, stop = ReplayLog(), Stop()
-    _, cast = record(replay_log, stop, said(1, 2), said(3, reason="abort"))
+    _, speakers = record(replay_log, stop, said(1, 2), said(3, reason="abort"))
 
     async def cut() -> None:
-        await cast.solver.reply(ask([9]))
+        await speakers.solver.reply(ask([9]))
         stop.asked = True  # while the next reply is being generated, as far as the replay log can tell
         replay_log.replies.append(((9, 1, 2, 8), said(3, reason="abort")))
 
@@ -94,11 +94,11 @@ def test_a_reply_that_was_cut_off_goes_on_and_keeps_its_old_logprobs() -> None:
 
 def test_once_there_is_enough_nobody_is_asked_any_more_and_nothing_is_lost() -> None:
     replay_log = ReplayLog([((9,), said(1)), ((9, 1), said(2, reason="abort"))])
-    speaker, cast = record(replay_log, Stop(asked=True))
+    speaker, speakers = record(replay_log, Stop(asked=True))
 
     async def play() -> None:
-        await cast.solver.reply(ask([9]))
-        await cast.solver.reply(ask([9, 1]))
+        await speakers.solver.reply(ask([9]))
+        await speakers.solver.reply(ask([9, 1]))
 
     with pytest.raises(InterruptedEpisodeError):
         asyncio.run(play())
@@ -108,23 +108,23 @@ def test_once_there_is_enough_nobody_is_asked_any_more_and_nothing_is_lost() -> 
 
 def test_an_environment_that_answers_otherwise_voids_the_rest_of_a_replay_log() -> None:
     replay_log = ReplayLog([((9,), said(1)), ((9, 1, 7), said(2))])
-    _, cast = record(replay_log, Stop(), said(5))
+    _, speakers = record(replay_log, Stop(), said(5))
 
     async def play() -> list[Ids]:
-        return [(await cast.solver.reply(ask(p))).ids for p in ([9], [9, 1, 6])]
+        return [(await speakers.solver.reply(ask(p))).ids for p in ([9], [9, 1, 6])]
 
     assert asyncio.run(play()) == [(1,), (5,)]
     assert replay_log.replies == [((9,), said(1)), ((9, 1, 6), said(5))]
 
 
 @pytest.fixture(scope="module")
-def stage() -> Stage:
+def setup() -> EpisodeSetup:
     words = template_words("compact") | set(registry.get("household").vocabulary())  # type: ignore[attr-defined]
     tokenizer: PreTrainedTokenizerFast = build_tokenizer(words)
     settings = RolloutSettings(
         max_turn_tokens=8, max_critique_tokens=8, context_tokens=512, templates="compact", rounds=1, max_turns=3
     )
-    return Stage(registry.environment, Prompter(tokenizer, settings), settings)
+    return EpisodeSetup(registry.environment, Prompter(tokenizer, settings), settings)
 
 
 @dataclass
@@ -148,18 +148,18 @@ class Slow:
         return Completion(ids, (-1.0,) * len(ids), "stop", 1)
 
 
-def test_a_step_with_enough_groups_keeps_the_slow_ones_for_the_next(stage: Stage) -> None:
+def test_a_step_with_enough_groups_keeps_the_slow_ones_for_the_next(setup: EpisodeSetup) -> None:
     tasks = list(registry.get("household").problems("train"))[:3]
     groups = Groups(tasks, 2, needed=2)
 
     async def play() -> list[Ended]:
-        def cast(task: object, index: int) -> Cast:
-            speaker = Slow(stage.prompter, slow=task == tasks[0])
-            return Cast(speaker, speaker)
+        def speakers_of(task: object, index: int) -> Speakers:
+            speaker = Slow(setup.prompter, slow=task == tasks[0])
+            return Speakers(speaker, speaker)
 
         groups.begin(lambda: None)
-        results = await play_all(groups.places(), stage, groups.casting(cast), SEEDS, groups.ended)
-        await groups.settle()
+        results = await play_all(groups.pairs(), setup, groups.recorded(speakers_of), SEEDS, groups.ended)
+        await groups.wait_for_interruption()
         return results
 
     results = asyncio.run(play())
@@ -170,22 +170,22 @@ def test_a_step_with_enough_groups_keeps_the_slow_ones_for_the_next(stage: Stage
     assert list(kept) == [tasks[0]]
     assert [len(t.replies) for t in kept[tasks[0]].values()] == [2, 2]
 
-    (mine,) = deal(tasks[1:], [list(kept)])
+    (mine,) = split_tasks(tasks[1:], [list(kept)])
     assert mine == [tasks[0], tasks[1]]
     after = Groups(mine, 2, 2, kept)
 
     async def go_on() -> list[Ended]:
-        speaker = Slow(stage.prompter)
+        speaker = Slow(setup.prompter)
         after.begin(lambda: None)
         return await play_all(
-            after.places(), stage, after.casting(lambda t, i: Cast(speaker, speaker)), SEEDS, after.ended
+            after.pairs(), setup, after.recorded(lambda t, i: Speakers(speaker, speaker)), SEEDS, after.ended
         )
 
     resumed = [r for r in asyncio.run(go_on()) if isinstance(r, Episode) and r.task == tasks[0]]
     assert [r.attempts[0].turns[1].completion.older for r in resumed] == [((1, 1),), ((1, 1),)]
 
 
-def test_a_critic_of_its_own_is_interrupted_too(stage: Stage) -> None:
+def test_a_critic_of_its_own_is_interrupted_too(setup: EpisodeSetup) -> None:
     """A frozen one, or an external one: neither is the engine that is trained."""
     tasks, waited = list(registry.get("household").problems("train"))[:3], list[float]()
 
@@ -204,11 +204,11 @@ def test_a_critic_of_its_own_is_interrupted_too(stage: Stage) -> None:
             waited.append(time.monotonic() - begun)
             return said(5, reason="abort" if self.waits else "stop")
 
-    def cast(task: Task, index: int) -> Cast:
-        return Cast(Slow(stage.prompter), Critic(waits=task == tasks[0]))
+    def speakers_of(task: Task, index: int) -> Speakers:
+        return Speakers(Slow(setup.prompter), Critic(waits=task == tasks[0]))
 
     quiet = Progress(console=Console(file=io.StringIO()))
-    source = EngineSource(stage, cast, Engine(), lambda stale: None, lambda mine: [mine], quiet)  # type: ignore[arg-type]
+    source = EngineSource(setup, speakers_of, Engine(), lambda stale: None, lambda mine: [mine], quiet)  # type: ignore[arg-type]
     played = source.play(tasks, 2, SEEDS, 2, 2)
     assert {e.task for e in played.episodes} == set(tasks[1:])
     assert len(waited) == 6 and max(waited) < 10
@@ -236,21 +236,21 @@ class Engine:
 
 
 @pytest.mark.parametrize("partial", [True, False])
-def test_every_token_is_used_kept_or_thrown_away(stage: Stage, partial: bool) -> None:
+def test_every_token_is_used_kept_or_thrown_away(setup: EpisodeSetup, partial: bool) -> None:
     tasks = list(registry.get("household").problems("train"))[:3]
     engine, slow = Engine(), [tasks[0]]
 
-    def cast(task: Task, index: int) -> Cast:
-        speaker = Slow(stage.prompter, slow=task in slow)
-        return Cast(speaker, speaker)
+    def speakers_of(task: Task, index: int) -> Speakers:
+        speaker = Slow(setup.prompter, slow=task in slow)
+        return Speakers(speaker, speaker)
 
-    settings = replace(stage.settings, partial=partial, oversample=1.5)
-    staged, quiet = replace(stage, settings=settings), Progress(console=Console(file=io.StringIO()))
+    settings = replace(setup.settings, partial=partial, oversample=1.5)
+    changed, quiet = replace(setup, settings=settings), Progress(console=Console(file=io.StringIO()))
 
     def source() -> EngineSource:
-        return EngineSource(staged, cast, engine, lambda stale: None, lambda mine: [mine], quiet)  # type: ignore[arg-type]
+        return EngineSource(changed, speakers_of, engine, lambda stale: None, lambda mine: [mine], quiet)  # type: ignore[arg-type]
 
-    reply = len(stage.prompter.encode_reply("look"))
+    reply = len(setup.prompter.encode_reply("look"))
     first = source()
     played = first.play(tasks, 2, SEEDS, 1, 2)
     assert played.used_tokens() == 2 * 2 * 3 * reply
@@ -259,7 +259,7 @@ def test_every_token_is_used_kept_or_thrown_away(stage: Stage, partial: bool) ->
 
     # Another process goes on from a checkpoint.
     second = source()
-    second.take_back(from_lines(to_lines(first.replay_logs())))
+    second.restore_replay_logs(from_lines(to_lines(first.replay_logs())))
     slow.clear()
     later = second.play(tasks[1:], 2, SEEDS, 1, 2)
     assert (later.kept_tokens, later.discarded_tokens) == (0, 0)
@@ -277,7 +277,7 @@ def test_each_share_has_its_number_of_tasks_and_none_comes_twice(data: st.DataOb
     kept: list[list[Task]] = [[] for _ in range(shares)]
     for task in data.draw(st.permutations(tasks))[: data.draw(st.integers(0, 6))]:
         kept[data.draw(st.integers(0, shares - 1))].append(task)
-    hands = deal(drawn, kept)
+    hands = split_tasks(drawn, kept)
     assert [len(hand) for hand in hands] == [len(drawn[index::shares]) for index in range(shares)]
     dealt = [task for hand in hands for task in hand]
     assert len(set(dealt)) == len(dealt)
@@ -287,11 +287,11 @@ def test_each_share_has_its_number_of_tasks_and_none_comes_twice(data: st.DataOb
         assert hands == [drawn[index::shares] for index in range(shares)]
 
 
-def test_a_task_that_one_rank_kept_is_not_played_by_another(stage: Stage) -> None:
+def test_a_task_that_one_rank_kept_is_not_played_by_another(setup: EpisodeSetup) -> None:
     """Two ranks with an engine each draw from seven tasks, so that what one kept is soon drawn again."""
     problems = list(registry.get("household").problems("train"))[:7]
     sampler = TaskSampler([TaskSource("household")], {"household": problems}, 0)
-    staged = replace(stage, settings=replace(stage.settings, partial=True, oversample=1.5))
+    changed = replace(setup, settings=replace(setup.settings, partial=True, oversample=1.5))
     meeting, said = threading.Barrier(2, timeout=60), [object(), object()]
     played: list[list[tuple[str, int]]] = []
 
@@ -305,12 +305,12 @@ def test_a_task_that_one_rank_kept_is_not_played_by_another(stage: Stage) -> Non
             meeting.wait()
             return everyone
 
-        def cast(task: Task, number: int) -> Cast:
-            speaker = Slow(stage.prompter, slow=task in slow)
-            return Cast(speaker, speaker)
+        def speakers_of(task: Task, number: int) -> Speakers:
+            speaker = Slow(setup.prompter, slow=task in slow)
+            return Speakers(speaker, speaker)
 
         quiet = Progress(console=Console(file=io.StringIO()))
-        source = EngineSource(staged, cast, engine, lambda stale: None, gather, quiet)  # type: ignore[arg-type]
+        source = EngineSource(changed, speakers_of, engine, lambda stale: None, gather, quiet)  # type: ignore[arg-type]
         for step in range(8):
             tasks = sampler.draw(step, 0, 6)
             slow.clear()

@@ -12,10 +12,10 @@ from rich.console import Console
 from icrl_megatron.engines.protocol import EngineError, EngineLostError, EngineStats, RequestFailedError
 from icrl_megatron.engines.rank import Share, lead_rank
 from icrl_megatron.model.tiny import build_tokenizer
-from icrl_megatron.rollout.episode import Stage
+from icrl_megatron.rollout.episode import EpisodeSetup
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.source import MAX_DEATHS, EngineSource, Played
-from icrl_megatron.rollout.speakers import Ask, Seeds, engine_casting
+from icrl_megatron.rollout.speakers import Ask, Seeds, same_speakers
 from icrl_megatron.run.control import ControlResult, ControlState, control
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks import registry
@@ -63,61 +63,61 @@ class Mortal:
 
 
 @pytest.fixture(scope="module")
-def stage() -> Stage:
+def setup() -> EpisodeSetup:
     words = template_words("compact") | set(registry.get("household").vocabulary())  # type: ignore[attr-defined]
     settings = RolloutSettings(
         max_turn_tokens=8, max_critique_tokens=8, context_tokens=512, templates="compact", max_turns=2, concurrency=2
     )
-    return Stage(registry.environment, Prompter(build_tokenizer(words), settings), settings)
+    return EpisodeSetup(registry.environment, Prompter(build_tokenizer(words), settings), settings)
 
 
-def play(stage: Stage, mortal: Mortal) -> tuple[Played, list[bool]]:
+def play(setup: EpisodeSetup, mortal: Mortal) -> tuple[Played, list[bool]]:
     resent: list[bool] = []
     progress = Progress(console=Console(file=io.StringIO()))
-    source = EngineSource(stage, engine_casting(mortal), mortal, resent.append, lambda mine: [mine], progress)  # type: ignore[arg-type]
+    source = EngineSource(setup, same_speakers(mortal), mortal, resent.append, lambda mine: [mine], progress)  # type: ignore[arg-type]
     return source.play(TASKS, EPISODES, Seeds(0, 0), 1), resent
 
 
-def source_on(stage: Stage, mortal: Mortal) -> EngineSource:
+def source_on(setup: EpisodeSetup, mortal: Mortal) -> EngineSource:
     progress = Progress(console=Console(file=io.StringIO()))
-    return EngineSource(stage, engine_casting(mortal), mortal, lambda stale: None, lambda mine: [mine], progress)  # type: ignore[arg-type]
+    return EngineSource(setup, same_speakers(mortal), mortal, lambda stale: None, lambda mine: [mine], progress)  # type: ignore[arg-type]
 
 
-def test_what_is_played_again_is_paid_for_and_told_apart(stage: Stage) -> None:
-    whole, _ = play(stage, Mortal(stage.prompter))
+def test_what_is_played_again_is_paid_for_and_told_apart(setup: EpisodeSetup) -> None:
+    whole, _ = play(setup, Mortal(setup.prompter))
     assert (whole.used_tokens(), whole.discarded_tokens, whole.kept_tokens) == (whole.generated_tokens(), 0, 0)
-    mortal = Mortal(stage.prompter, dies_at=frozenset({5, 8}))
-    played, _ = play(stage, mortal)
-    reply = len(stage.prompter.encode_reply("look"))
+    mortal = Mortal(setup.prompter, dies_at=frozenset({5, 8}))
+    played, _ = play(setup, mortal)
+    reply = len(setup.prompter.encode_reply("look"))
     # Two requests died unanswered; the answers of their neighbours in flight were thrown away.
     assert played.generated_tokens() == (mortal.requests - 2) * reply
     assert played.used_tokens() == whole.used_tokens()
     assert played.discarded_tokens == played.generated_tokens() - played.used_tokens()
 
 
-def test_a_control_report_goes_on_when_its_engine_was_lost(stage: Stage) -> None:
+def test_a_control_report_goes_on_when_its_engine_was_lost(setup: EpisodeSetup) -> None:
     def report(mortal: Mortal) -> tuple[ControlResult, int]:
-        source, state, found = source_on(stage, mortal), ControlState(), list[ControlResult]()
+        source, state, found = source_on(setup, mortal), ControlState(), list[ControlResult]()
 
-        def go_on() -> int:
-            played = control(TASKS, 3, stage, source.casting, Seeds(0, 0), state)
+        def play_rest() -> int:
+            played = control(TASKS, 3, setup, source.speakers_for, Seeds(0, 0), state)
             try:
                 found.append(asyncio.run(played))
             except EngineLostError:
                 return 1
             return 0
 
-        return (found, source.survive(1, go_on))[0][0], mortal.requests
+        return (found, source.play_with_recovery(1, play_rest))[0][0], mortal.requests
 
-    undisturbed, requests = report(Mortal(stage.prompter))
+    undisturbed, requests = report(Mortal(setup.prompter))
     assert undisturbed.failures == 3
     # In the first attempts, and in the retries.
-    died = Mortal(stage.prompter, dies_at=frozenset({2, 11}))
+    died = Mortal(setup.prompter, dies_at=frozenset({2, 11}))
     again, more = report(died)
     assert died.revived == 2
     assert again == undisturbed
     assert requests < more < 2 * requests, "what was played before the deaths is not played again"
-    dropped, _ = report(Mortal(stage.prompter, fails_at=frozenset(range(6, 100))))
+    dropped, _ = report(Mortal(setup.prompter, fails_at=frozenset(range(6, 100))))
     assert (dropped.failures, dropped.dropped) == (0, 3)
 
 
@@ -125,10 +125,10 @@ def places(played: Played) -> list[tuple[str, int]]:
     return [(e.task.task_id, e.index) for e in played.episodes]
 
 
-def test_episodes_of_a_lost_engine_are_played_again_and_the_others_are_kept(stage: Stage) -> None:
-    whole, _ = play(stage, Mortal(stage.prompter))
-    mortal = Mortal(stage.prompter, dies_at=frozenset({5, 8}))
-    played, resent = play(stage, mortal)
+def test_episodes_of_a_lost_engine_are_played_again_and_the_others_are_kept(setup: EpisodeSetup) -> None:
+    whole, _ = play(setup, Mortal(setup.prompter))
+    mortal = Mortal(setup.prompter, dies_at=frozenset({5, 8}))
+    played, resent = play(setup, mortal)
     assert places(played) == places(whole) == [(t.task_id, i) for t in TASKS for i in range(EPISODES)]
     assert (played.deaths, mortal.revived, resent) == (2, 2, [True, True])
     assert played.dropped == ()
@@ -136,29 +136,27 @@ def test_episodes_of_a_lost_engine_are_played_again_and_the_others_are_kept(stag
     assert 12 < mortal.requests < 12 + 2 * 4
 
 
-def test_the_third_death_in_a_step_ends_the_run(stage: Stage) -> None:
-    mortal = Mortal(stage.prompter, dies_at=frozenset({1, 3, 5}))
-    with pytest.raises(
-        EngineError, match=f"{MAX_DEATHS} engines were lost while one step was played. died at request 5"
-    ):
-        play(stage, mortal)
+def test_the_third_death_in_a_step_ends_the_run(setup: EpisodeSetup) -> None:
+    mortal = Mortal(setup.prompter, dies_at=frozenset({1, 3, 5}))
+    with pytest.raises(EngineError, match=f"{MAX_DEATHS} engines were lost in one step. died at request 5"):
+        play(setup, mortal)
 
 
-def test_deaths_count_over_the_batches_of_a_step_and_not_over_steps(stage: Stage) -> None:
+def test_deaths_count_over_the_batches_of_a_step_and_not_over_steps(setup: EpisodeSetup) -> None:
     """Each batch has 12 turns: two engines die in the first, one in its replacement."""
-    mortal = Mortal(stage.prompter, dies_at=frozenset({1, 4, 25}))
-    source = source_on(stage, mortal)
+    mortal = Mortal(setup.prompter, dies_at=frozenset({1, 4, 25}))
+    source = source_on(setup, mortal)
     assert source.play(TASKS, EPISODES, Seeds(0, 3), 1).deaths == 2
-    with pytest.raises(EngineError, match=f"{MAX_DEATHS} engines were lost while one step was played"):
+    with pytest.raises(EngineError, match=f"{MAX_DEATHS} engines were lost in one step"):
         source.play(TASKS, EPISODES, Seeds(0, 3, "train/1"), 1)
-    later = source_on(stage, Mortal(stage.prompter, dies_at=frozenset({1, 4, 25})))
+    later = source_on(setup, Mortal(setup.prompter, dies_at=frozenset({1, 4, 25})))
     assert [later.play(TASKS, EPISODES, Seeds(0, step), 1).deaths for step in (3, 4)] == [2, 1]
 
 
-def test_a_failed_request_costs_one_more_try_and_then_the_episode(stage: Stage) -> None:
-    once, _ = play(stage, Mortal(stage.prompter, fails_at=frozenset({0})))
+def test_a_failed_request_costs_one_more_try_and_then_the_episode(setup: EpisodeSetup) -> None:
+    once, _ = play(setup, Mortal(setup.prompter, fails_at=frozenset({0})))
     assert (len(once.episodes), len(once.dropped)) == (6, 0)
-    always, _ = play(stage, Mortal(stage.prompter, fails_at=frozenset(range(100))))
+    always, _ = play(setup, Mortal(setup.prompter, fails_at=frozenset(range(100))))
     assert (len(always.episodes), len(always.dropped)) == (0, 6)
     assert "failed" in always.dropped[0].error
 

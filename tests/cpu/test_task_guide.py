@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from sandboxes import sandboxed
 
 from icrl_megatron.model.tiny import build_tokenizer
-from icrl_megatron.rollout.episode import Stage, play_episode
+from icrl_megatron.rollout.episode import EpisodeSetup, play_episode
 from icrl_megatron.rollout.prompts import Prompter
-from icrl_megatron.rollout.speakers import Ask, Cast, Seeds
+from icrl_megatron.rollout.speakers import Ask, Seeds, Speakers
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.settings.task_schema import TaskData, TaskSource
 from icrl_megatron.tasks import registry
@@ -50,8 +50,8 @@ class Says:
 
 def play(task: Task, environment: Callable[[Task], Environment], line: Callable[[Ask], str]) -> Episode:
     speaker = Says(line)
-    stage = Stage(environment, PROMPTER, SETTINGS)
-    played = asyncio.run(play_episode(task, 0, stage, lambda task, index: Cast(speaker, speaker), Seeds(0, 0)))
+    setup = EpisodeSetup(environment, PROMPTER, SETTINGS)
+    played = asyncio.run(play_episode(task, 0, setup, lambda task, index: Speakers(speaker, speaker), Seeds(0, 0)))
     assert isinstance(played, Episode), played
     return played
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from icrl_megatron.model.tiny import build_tokenizer
-from icrl_megatron.rollout.episode import Stage, play
+from icrl_megatron.rollout.episode import EpisodeSetup, play
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Seeds
-from icrl_megatron.rollout.teacher import teacher_casting
+from icrl_megatron.rollout.teacher import teacher_speakers
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Environment
@@ -29,12 +29,12 @@ def test_teachers_play_ordinary_episodes(name: str) -> None:
     tokenizer = build_tokenizer([*task_set.vocabulary(), *template_words("compact")])
     settings = RolloutSettings(rounds=2, templates="compact", context_tokens=512)
     prompter = Prompter(tokenizer, settings)
-    stage = Stage(registry.environment, prompter, settings)
+    setup = EpisodeSetup(registry.environment, prompter, settings)
     tasks = random.Random(0).sample(list(task_set.problems("train")), 40)
 
     def demonstrate(seed: int) -> list[Episode]:
-        casting = teacher_casting(registry.get, prompter, Seeds(seed, 0, "sft"))
-        episodes, dropped = asyncio.run(play(tasks, 1, stage, casting, SEEDS))
+        speakers_for = teacher_speakers(registry.get, prompter, Seeds(seed, 0, "sft"))
+        episodes, dropped = asyncio.run(play(tasks, 1, setup, speakers_for, SEEDS))
         assert not dropped
         return episodes
 
@@ -54,10 +54,10 @@ def test_teachers_play_ordinary_episodes(name: str) -> None:
 def test_a_demonstration_longer_than_a_reply_may_be_is_an_error() -> None:
     task_set = registry.get("rulebook_hard")
     prompter = Prompter(build_tokenizer(["a"]), SETTINGS)
-    stage = Stage(registry.environment, prompter, SETTINGS)
-    casting = teacher_casting(registry.get, prompter, SEEDS)
-    with pytest.raises(ConfigError, match=r"has 5 tokens and room for 4: raise rollout\.max_turn_tokens"):
-        asyncio.run(play(task_set.problems("train")[:1], 1, stage, casting, SEEDS))
+    setup = EpisodeSetup(registry.environment, prompter, SETTINGS)
+    speakers_for = teacher_speakers(registry.get, prompter, SEEDS)
+    with pytest.raises(ConfigError, match=r"has 5 tokens, and the limit is 4: raise rollout\.max_turn_tokens"):
+        asyncio.run(play(task_set.problems("train")[:1], 1, setup, speakers_for, SEEDS))
 
 
 def test_a_task_set_without_a_teacher_cannot_demonstrate() -> None:
@@ -74,4 +74,4 @@ def test_a_task_set_without_a_teacher_cannot_demonstrate() -> None:
     prompter = Prompter(build_tokenizer(["a"]), SETTINGS)
 
     with pytest.raises(ConfigError, match="Task set 'bare' has no teacher"):
-        teacher_casting(lambda name: Bare(), prompter, SEEDS)(task, 0)
+        teacher_speakers(lambda name: Bare(), prompter, SEEDS)(task, 0)

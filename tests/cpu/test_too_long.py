@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from whole_runs import Ended, batch, rows, train
 
 from icrl_megatron.model.tiny import build_tokenizer
+from icrl_megatron.rollout.context_budget import too_long
 from icrl_megatron.rollout.prompts import Prompter, template_words, tokenizer
-from icrl_megatron.rollout.room import too_long
 from icrl_megatron.run.problems import RESETS_S
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.types import Task

@@ -22,9 +22,9 @@ import pytest
 
 from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout import watchdog
-from icrl_megatron.rollout.episode import Stage, play
+from icrl_megatron.rollout.episode import EpisodeSetup, play
 from icrl_megatron.rollout.prompts import Prompter, template_words
-from icrl_megatron.rollout.speakers import Ask, Cast, Seeds
+from icrl_megatron.rollout.speakers import Ask, Seeds, Speakers
 from icrl_megatron.rollout.watchdog import WATCHDOG
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks.base import Environment, StepResult
@@ -81,13 +81,13 @@ def played(
 ) -> tuple[list[Episode], list[DroppedEpisode], float]:
     """(episodes, dropped ones, seconds) of the tasks good/0, bad/1, good/2, ..."""
     names = [Task(f"{('good', 'bad')[i % 2]}/{i}", "set", "train", "") for i in range(tasks)]
-    stage = Stage(
+    setup = EpisodeSetup(
         lambda task: bad(task) if task.task_id.startswith("bad") else Plain(task),
         PROMPTER,
         replace(SETTINGS, **changes),
     )
     begun = time.monotonic()
-    episodes, dropped = asyncio.run(play(names, 1, stage, lambda task, index: Cast(Says(), Says()), Seeds(0, 0)))
+    episodes, dropped = asyncio.run(play(names, 1, setup, lambda task, index: Speakers(Says(), Says()), Seeds(0, 0)))
     return episodes, dropped, time.monotonic() - begun
 
 
@@ -303,10 +303,10 @@ def test_what_blocks_is_the_same_every_time() -> None:
     def order(kind: type[Plain]) -> list[str]:
         heard: list[str] = []
         names = [Task(f"{('good', 'bad')[i % 3 == 1]}/{i}", "set", "train", "") for i in range(6)]
-        stage = Stage(lambda t: kind(t) if "bad" in t.task_id else Plain(t), PROMPTER, SETTINGS)
-        cast = Cast(Says(), Says())
+        setup = EpisodeSetup(lambda t: kind(t) if "bad" in t.task_id else Plain(t), PROMPTER, SETTINGS)
+        speakers = Speakers(Says(), Says())
         asyncio.run(
-            play(names, 1, stage, lambda t, i: cast, Seeds(0, 0), lambda ended: heard.append(ended.task.task_id))
+            play(names, 1, setup, lambda t, i: speakers, Seeds(0, 0), lambda ended: heard.append(ended.task.task_id))
         )
         return heard
 
@@ -370,7 +370,7 @@ def blocks():
         sender.start()
     time.sleep(3600)
 async def main():
-    with WATCHDOG.on_duty():
+    with WATCHDOG.watching():
         WATCHDOG.run(lambda: blocks(), Watched(600.0))
 asyncio.run(main())
 """

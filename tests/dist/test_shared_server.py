@@ -140,7 +140,7 @@ class Rank:
         return Rank(number, grid, events, server, engines, sync)
 
     def survive(self) -> bool:
-        """As `EngineSource.survive` does: whether the engine of any rank was lost."""
+        """As `EngineSource.play_with_recovery` does: whether the engine of any rank was lost."""
         lost = any_rank(self.grid, bool(self.engines.lost()))
         if lost:
             self.sync.resend(self.engines.revive())

@@ -29,8 +29,8 @@ from odd_environments import (
     returning,
 )
 
-from icrl_megatron.rollout.episode import Stage, play_episode
-from icrl_megatron.rollout.speakers import Cast, Seeds
+from icrl_megatron.rollout.episode import EpisodeSetup, play_episode
+from icrl_megatron.rollout.speakers import Seeds, Speakers
 from icrl_megatron.tasks.base import EnvironmentFailure, StepResult
 from icrl_megatron.types import DroppedEpisode, Episode, Task
 from icrl_megatron.utils.errors import ConfigError
@@ -254,8 +254,8 @@ def test_cancelling_an_episode_cancels_it() -> None:
             raise AssertionError
 
     async def cancelled() -> bool:
-        stage = Stage(Stubborn, PROMPTER, SETTINGS)
-        job = asyncio.create_task(play_episode(TASK, 0, stage, lambda t, i: Cast(Says(), Says()), Seeds(0, 0)))
+        setup = EpisodeSetup(Stubborn, PROMPTER, SETTINGS)
+        job = asyncio.create_task(play_episode(TASK, 0, setup, lambda t, i: Speakers(Says(), Says()), Seeds(0, 0)))
         await asyncio.sleep(0.05)
         job.cancel()
         await asyncio.wait({job}, timeout=5)

@@ -25,11 +25,11 @@ from odd_environments import (
 )
 
 from icrl_megatron.algo.credit import CreditReport
-from icrl_megatron.rollout.episode import Stage, play
-from icrl_megatron.rollout.guard import GuardedEnvironment
-from icrl_megatron.rollout.source import Played, require_sound
+from icrl_megatron.rollout.checked_environment import CheckedEnvironment
+from icrl_megatron.rollout.episode import EpisodeSetup, play
+from icrl_megatron.rollout.source import Played, require_playable
 from icrl_megatron.rollout.speakers import Seeds
-from icrl_megatron.rollout.teacher import teacher_casting
+from icrl_megatron.rollout.teacher import teacher_speakers
 from icrl_megatron.run.watch import nothing_to_learn
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.sft import TeacherSource, constant_credit
@@ -84,7 +84,7 @@ def test_a_text_within_the_limits_is_left_as_it_is(text: str) -> None:
 
 @given(st.text(min_size=1, max_size=300), st.integers(4, 40))
 def test_a_text_of_too_many_bytes_is_cut_between_characters(text: str, limit: int) -> None:
-    environment = GuardedEnvironment(TASK, returning("summary", text), 60.0, limit)
+    environment = CheckedEnvironment(TASK, returning("summary", text), 60.0, limit)
     said = environment.summary()
     assert len(said.text.encode()) <= limit
     assert len(said.text) + said.missing == len(text)
@@ -150,9 +150,9 @@ def test_a_teacher_that_fails_costs_its_demonstration(what: str, value: Any) -> 
         return Hostile() if value is Hostile else value
 
     made = Set(**{what: odd})
-    stage = Stage(made.environment, PROMPTER, replace(SETTINGS, max_critique_tokens=8, max_turn_tokens=8))
-    casting = teacher_casting(lambda name: made, PROMPTER, Seeds(0, 0), 60.0)
-    episodes, dropped = asyncio.run(play([TASK], 1, stage, casting, Seeds(0, 0)))
+    setup = EpisodeSetup(made.environment, PROMPTER, replace(SETTINGS, max_critique_tokens=8, max_turn_tokens=8))
+    speakers_for = teacher_speakers(lambda name: made, PROMPTER, Seeds(0, 0), 60.0)
+    episodes, dropped = asyncio.run(play([TASK], 1, setup, speakers_for, Seeds(0, 0)))
     if value == "\ud800" and what != "teacher":
         assert len(episodes) == 1
     else:
@@ -162,7 +162,7 @@ def test_a_teacher_that_fails_costs_its_demonstration(what: str, value: Any) -> 
 def test_a_warm_start_without_any_demonstration_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Set(act=lambda: None)
     monkeypatch.setitem(registry._TASK_SETS, "set", lambda: made)  # type: ignore[arg-type]
-    played = TeacherSource(Stage(made.environment, PROMPTER, SETTINGS)).play([TASK], 1, Seeds(0, 0), 2)
+    played = TeacherSource(EpisodeSetup(made.environment, PROMPTER, SETTINGS)).play([TASK], 1, Seeds(0, 0), 2)
     said = nothing_to_learn(Settings(), 0, played, constant_credit(played.episodes))
     assert said.startswith("step 0: all 1 episodes were lost; set/train/0: the teacher's act of task")
 
@@ -186,10 +186,10 @@ def test_a_task_set_whose_every_episode_is_wrong_is_named() -> None:
     wrong = DroppedEpisode(bad, 0, "outcome is nan", bad_answer=True)
     played = play_one(Works)
     assert isinstance(played, Episode)
-    require_sound(Played((replace(played, task=good), replace(played, task=bad)), (wrong,)))
-    require_sound(Played((), (replace(wrong, bad_answer=False), wrong)))
+    require_playable(Played((replace(played, task=good), replace(played, task=bad)), (wrong,)))
+    require_playable(Played((), (replace(wrong, bad_answer=False), wrong)))
     with pytest.raises(ConfigError, match="no episode of task set 'bad' can be played: outcome is nan"):
-        require_sound(Played((replace(played, task=good),), (wrong, wrong)))
+        require_playable(Played((replace(played, task=good),), (wrong, wrong)))
 
 
 def test_failures_keep_their_kind() -> None:

@@ -1,7 +1,7 @@
-"""The boundary between a run and the code of a task: whatever that returns, raises or does costs an episode at most.
+"""Calls the code of tasks. Whatever that code returns, raises or does costs at most one episode.
 
-Every call goes through `Caller`, which limits its time, converts what it returns to exactly the type that was promised,
-and turns everything else into an EnvironmentFailure. Nothing behind this module has to expect a surprise.
+Every call goes through `Caller`, which limits its time, converts the return value to exactly the promised type, and
+turns everything else into an EnvironmentFailure. Callers of this module need no further checks.
 """
 
 from __future__ import annotations
@@ -30,42 +30,42 @@ T = TypeVar("T")
 
 
 class LateFailure(EnvironmentFailure):
-    """A call used up its time. It is not made again: what hangs would hang for as long again."""
+    """A call exceeded its time limit. It is not retried, because it would hang for as long again."""
 
 
 class WrongReturnError(Exception):
-    """A value is not what was promised; the message says what must be."""
+    """A value is not of the promised type or range; the message says what it must be."""
 
 
 @dataclass(frozen=True)
-class Said:
-    """A text of an environment, as far as it was read."""
+class ClippedText:
+    """Text from an environment, cut at the byte limit."""
 
     text: str
     missing: int
-    """Characters at its end that were left out."""
+    """Number of characters cut from the end."""
 
 
 @dataclass(frozen=True)
-class Stepped:
-    """A `StepResult` that was checked."""
+class CheckedStep:
+    """A validated `StepResult`."""
 
-    observation: Said
+    observation: ClippedText
     done: bool
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Calls code of one task."""
+    """Calls the code of one task."""
 
     task: Task
     timeout_s: float
 
     def call(self, what: str, code: Callable[[], object], read: Callable[[Any], T]) -> T:
-        """What `read` makes of what `code` returns. `what` names the call in messages.
+        """Returns `read(code())`. `what` names the call in messages.
 
-        Raises EnvironmentFailure; BadAnswer, a kind of it, for what `read` refuses; LateFailure, another, when it takes
-        longer than the time limit; and the ConfigError that the code raises.
+        Raises EnvironmentFailure; its subclass BadAnswer if `read` rejects the value; its subclass LateFailure if the
+        call exceeds the time limit; and any ConfigError that the code raises.
         """
         try:
             return WATCHDOG.run(lambda: self._converted(what, code(), read), Watched(self.timeout_s))
@@ -94,7 +94,7 @@ class Caller:
             async with watched.own as limit:
                 found = await WATCHDOG.drive(awaited, watched, yielded)
         except (Raised, Overrun, TimeoutError) as error:
-            if task.cancelling() > cancelled:  # the code made another error of it
+            if task.cancelling() > cancelled:  # the code replaced the cancellation by another error
                 raise asyncio.CancelledError from error
             if watched.blocked or limit.expired():
                 raise self._late(what, watched.blocked) from None
@@ -122,7 +122,7 @@ class Caller:
         return LateFailure(f"{what} took longer than rollout.environment_timeout_s = {self.timeout_s} s")
 
     def _failure(self, what: str, error: BaseException) -> Exception:
-        """What to raise in place of what the code raised."""
+        """The exception to raise instead of what the code raised."""
         raised = error.error if isinstance(error, Raised) else error
         if isinstance(raised, Overrun):
             return self._late(what, blocked=True)
@@ -137,10 +137,10 @@ class Caller:
         return EnvironmentFailure(f"{what} raised {type(raised).__name__}: {text}")
 
 
-class GuardedEnvironment:
-    """An environment whose every failure is an `EnvironmentFailure`, and which returns what it should.
+class CheckedEnvironment:
+    """An environment whose failures are all `EnvironmentFailure` and whose return values have the promised types.
 
-    Raises EnvironmentFailure from every method, as `Caller` does.
+    Every method raises EnvironmentFailure, as `Caller` does.
     """
 
     def __init__(
@@ -150,35 +150,35 @@ class GuardedEnvironment:
         timeout_s: float,
         max_bytes: int = RolloutSettings.max_observation_bytes,
     ) -> None:
-        """`max_bytes`: `rollout.max_observation_bytes`, the longest text that is kept, in UTF-8."""
+        """`max_bytes`: `rollout.max_observation_bytes`, the longest text that is kept, in bytes of UTF-8."""
         self._caller, self._max_bytes = Caller(task, timeout_s), max_bytes
         self._environment = self._caller.call("construction", lambda: factory(task), _environment)
         self.max_turns = self._caller.call("max_turns", lambda: self._environment.max_turns, _turns)
 
     async def reset(self) -> str:
-        """The problem, whole: part of it would be another problem. Raises BadAnswer when it is too long."""
-        said = await self._caller.wait("reset", lambda: self._environment.reset(), self._said)
-        if said.missing:
+        """The whole problem, because part of it would be another problem. Raises BadAnswer if it is too long."""
+        text = await self._caller.wait("reset", lambda: self._environment.reset(), self._text)
+        if text.missing:
             raise BadAnswer(
                 f"reset() of task {self._caller.task.task_id!r} returned a problem of more than "
                 f"rollout.max_observation_bytes = {self._max_bytes} bytes: raise that, or shorten the problem"
             )
-        return said.text
+        return text.text
 
-    async def step(self, action: str) -> Stepped:
-        return await self._caller.wait("step", lambda: self._environment.step(action), self._stepped)
+    async def step(self, action: str) -> CheckedStep:
+        return await self._caller.wait("step", lambda: self._environment.step(action), self._step)
 
     def parse(self, reply: str) -> str | None:
         return self._caller.call("parse", lambda: self._environment.parse(reply), self._action)
 
-    def hint(self) -> Said:
-        return self._caller.call("hint", lambda: self._environment.hint(), self._said)
+    def hint(self) -> ClippedText:
+        return self._caller.call("hint", lambda: self._environment.hint(), self._text)
 
     def success(self) -> bool:
         return self._caller.call("success", lambda: self._environment.success(), _truth)
 
-    def summary(self) -> Said:
-        return self._caller.call("summary", lambda: self._environment.summary(), self._said)
+    def summary(self) -> ClippedText:
+        return self._caller.call("summary", lambda: self._environment.summary(), self._text)
 
     def outcome(self) -> float:
         return self._caller.call("outcome", lambda: self._environment.outcome(), _reward)
@@ -188,32 +188,32 @@ class GuardedEnvironment:
         counted: Callable[[], object] = lambda: getattr(self._environment, "measures", dict)()  # noqa: E731
         return self._caller.call("measures", counted, _measures)
 
-    def _said(self, value: object, name: str = "it") -> Said:
+    def _text(self, value: object, name: str = "it") -> ClippedText:
         whole = text_of(value, name)
         if 4 * len(whole) <= self._max_bytes:
-            return Said(sendable(whole), 0)
+            return ClippedText(sendable(whole), 0)
         begin = sendable(whole[: self._max_bytes]).encode()[: self._max_bytes].decode(errors="ignore")
-        return Said(begin, len(whole) - len(begin))
+        return ClippedText(begin, len(whole) - len(begin))
 
-    def _stepped(self, value: object) -> Stepped:
+    def _step(self, value: object) -> CheckedStep:
         if not isinstance(value, StepResult):
             raise WrongReturnError("it must be a StepResult(observation, done)")
-        return Stepped(self._said(value.observation, "its observation"), _truth(value.done, "its done"))
+        return CheckedStep(self._text(value.observation, "its observation"), _truth(value.done, "its done"))
 
     def _action(self, value: object) -> str | None:
         if value is None:
             return None
-        said = self._said(value)
-        if said.missing:
+        text = self._text(value)
+        if text.missing:
             raise WrongReturnError(f"it must have at most rollout.max_observation_bytes = {self._max_bytes} bytes")
-        return said.text
+        return text.text
 
 
 def text_of(value: object, name: str = "it") -> str:
     """A plain str. Raises WrongReturnError for anything else, bytes included."""
     if not isinstance(value, str):
         raise WrongReturnError(f"{name} must be a str")
-    return str.__str__(value)  # of a subclass, whose methods may do anything, a copy
+    return str.__str__(value)  # copies an instance of a str subclass, whose methods may do anything
 
 
 def _environment(value: Any) -> Environment:

@@ -1,4 +1,4 @@
-"""Whether the prompts of a problem fit the context, known before anything is generated."""
+"""Checks whether the prompts of a problem fit the context, before anything is generated."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from icrl_megatron.types import Role, Task
 from icrl_megatron.utils.errors import ConfigError
 
 BATCH_CHARS = 1 << 22
-"""Text that is tokenised at once."""
+"""Characters of text that are tokenized at once."""
 SEAM_TOKENS = 16
-"""More than the tokens that change where two texts meet."""
+"""An upper bound on the tokens that change where two texts are joined."""
 
 
 class TooLongError(ConfigError):
-    """A prompt leaves no room for a reply. The message names the task and what helps."""
+    """A prompt leaves no room for a reply. The message names the task and a remedy."""
 
 
 @dataclass(frozen=True)
 class TooLong:
-    """A problem that does not fit, with the prompt of it that needs the most room."""
+    """A problem that does not fit, with its prompt that needs the most context."""
 
     task: Task
     role: Role
     needed: int
-    """The smallest `rollout.context_tokens` that it fits: its tokens, a critique of full length where it holds or
-    precedes one, and one token of a reply."""
+    """The smallest `rollout.context_tokens` that fits it: the prompt's tokens, a critique of full length if the prompt
+    contains or precedes one, and one token of a reply."""
 
 
-def require_room(task: Task, role: Role, length: int, settings: RolloutSettings) -> None:
+def require_fits(task: Task, role: Role, length: int, settings: RolloutSettings) -> None:
     """Raises TooLongError unless a prompt of `length` tokens leaves room for a reply in `rollout.context_tokens`."""
     if length >= settings.context_tokens:
         raise TooLongError(
@@ -44,12 +44,13 @@ def require_room(task: Task, role: Role, length: int, settings: RolloutSettings)
 def too_long(
     statements: Iterable[tuple[Task, str]], prompter: Prompter, settings: RolloutSettings, revised: bool
 ) -> list[TooLong]:
-    """The problems, each with the text that its environment begins with, of which some prompt does not fit.
+    """Returns the problems with a prompt that does not fit. `statements` has each problem and the text that its
+    environment begins with.
 
-    The attempt's prompt has to leave room for one token. With `revised`, so does the revision's with a critique of full
-    length, and the critic's prompt without any turn has to leave room for that critique. Only texts that may be too
-    long by their size are tokenised: a token is at least one byte of the text after Unicode is composed, which makes a
-    text at most three times as large.
+    The attempt's prompt must leave room for one token. With `revised`, so must the revision's with a critique of full
+    length, and the critic's prompt without any turn must leave room for that critique. Only texts that may be too long
+    by their size are tokenized: a token is at least one byte of the text after Unicode is composed, and composing makes
+    a text at most three times as large.
     """
     found: list[TooLong] = []
     for batch in _batches(_suspects(statements, prompter, settings, revised)):
@@ -65,14 +66,14 @@ class _Prompt:
     role: Role
     text: str
     beside: int
-    """Tokens that have to fit beside it."""
+    """Tokens that must fit in the context in addition to the prompt."""
 
 
 @dataclass(frozen=True)
 class _Suspect:
     task: Task
     prompts: tuple[_Prompt, ...]
-    """The attempt's first."""
+    """The attempt's prompt comes first."""
 
 
 def _suspects(
@@ -91,8 +92,8 @@ def _suspects(
 
 
 def _worst(suspect: _Suspect, length: int, prompter: Prompter, limit: int) -> TooLong | None:
-    """The prompt that needs the most room, where that is more than there is. `length`: tokens of the attempt's; the
-    others hold the same text and what the templates add, and are tokenised only where that may matter."""
+    """The prompt that needs the most context, if that is more than `limit`. `length`: tokens of the attempt's prompt.
+    The other prompts contain the same text plus what the templates add, and are tokenized only if that may matter."""
     first = suspect.prompts[0]
     needed: list[tuple[int, Role]] = [(length + first.beside, first.role)]
     for prompt in suspect.prompts[1:]:
