@@ -109,9 +109,11 @@ def estimate(
     recomputed = 1.0 if layout.recompute == "full" else 0.0
     # The last stage has the head besides its layers, and every other stage waits for it.
     of_head = head * layout.pipeline / rate
-    trained = (3.0 + recomputed) * layers / layer_rate + passes.head_products * of_head
-    scored = passes.scored * (layers / layer_rate + of_head)
     tokens_M = pipeline.packed(work.sequence_S, layout.data, passes.updates, layout.micro_batch_tokens)
+    launches = passes.updates * len(tokens_M) * shape.layers / layout.pipeline * constants.layer_launch_s
+    trained = (3.0 + recomputed) * layers / layer_rate + passes.head_products * of_head
+    trained = max(trained, (2.0 + recomputed) * launches)
+    scored = passes.scored * max(layers / layer_rate + of_head, launches)
     bubbles = trained * pipeline.waiting_1f1b(tokens_M, layout.pipeline)
     bubbles += scored * pipeline.waiting_forward(tokens_M, layout.pipeline)
     # A replica that has less than one micro-batch of work is not faster for it, nor is one with an uneven share.
@@ -127,7 +129,11 @@ def estimate(
         "tensor collectives": forward_moves * (1 + recomputed) + backward_moves,
         "bubbles": bubbles * uneven,
         "data collectives": passes.updates * _reduction(shape, layout, gpu, constants),
-        "optimizer": passes.updates * 40.0 * local_parameters(shape, layout) / layout.data / gpu.memory_bandwidth,
+        "optimizer": passes.updates
+        * constants.optimizer_bytes
+        * local_parameters(shape, layout)
+        / layout.data
+        / gpu.memory_bandwidth,
         "sync": sync(shape, layout, gpu, constants),
         "offload": 2.0 * moved_bytes / (gpu.host_bandwidth * constants.link_efficiency),
         "other": constants.step_fixed_s,

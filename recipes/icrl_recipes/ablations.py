@@ -14,7 +14,7 @@ def _everything(name: str) -> Settings:
 def ablation_no_role_groups() -> Settings:
     """Without role-wise groups, 68.4 in the paper: attempts and critiques of a task share a baseline. 4 H100.
 
-    Planned: 58 GiB of a GPU in training, 48 GiB of cache in rollouts; 142 s a step.
+    Planned: 58 GiB of a GPU in training, 48 GiB of cache in rollouts; 115 s a step.
     """
     settings = _everything("ablation_no_role_groups")
     settings.algo.group_by = "task"
@@ -24,7 +24,7 @@ def ablation_no_role_groups() -> Settings:
 def ablation_no_calibration() -> Settings:
     """Without the calibration weight, 67.8 in the paper. 4 H100.
 
-    Planned: 58 GiB of a GPU in training, 48 GiB of cache in rollouts; 142 s a step.
+    Planned: 58 GiB of a GPU in training, 48 GiB of cache in rollouts; 115 s a step.
     """
     settings = _everything("ablation_no_calibration")
     settings.algo.calibration = Calibration(enabled=False)
@@ -34,7 +34,7 @@ def ablation_no_calibration() -> Settings:
 def ablation_frozen_critic() -> Settings:
     """With a critic that is never trained; the calibration weight stays. 4 H100.
 
-    Planned: 58 GiB of a GPU in training, 20 GiB of cache in rollouts; 127 s a step.
+    Planned: 58 GiB of a GPU in training, 20 GiB of cache in rollouts; 107 s a step.
     """
     settings = _everything("ablation_frozen_critic")
     settings.rollout.critic = "frozen"
@@ -44,7 +44,7 @@ def ablation_frozen_critic() -> Settings:
 def ablation_not_internalised() -> Settings:
     """Revisions trained under the prompt with the critique that they were written with. 4 H100.
 
-    Planned: 58 GiB of a GPU in training, 48 GiB of cache in rollouts; 142 s a step.
+    Planned: 58 GiB of a GPU in training, 48 GiB of cache in rollouts; 115 s a step.
     """
     settings = _everything("ablation_not_internalised")
     settings.algo.internalise = False
@@ -54,7 +54,7 @@ def ablation_not_internalised() -> Settings:
 def ablation_recomputed_denominator() -> Settings:
     """The calibration weight's denominator scored by the trainer instead of taken from the engine. 4 H100.
 
-    Planned: 58 GiB of a GPU in training, 48 GiB of cache in rollouts; 158 s a step.
+    Planned: 58 GiB of a GPU in training, 48 GiB of cache in rollouts; 124 s a step.
     """
     settings = _everything("ablation_recomputed_denominator")
     settings.algo.calibration = Calibration(denominator="recomputed")
@@ -64,7 +64,7 @@ def ablation_recomputed_denominator() -> Settings:
 def reference_preset() -> Settings:
     """Groups, filters and denominator as in the authors' published code instead of as in the paper. 4 H100.
 
-    Planned: 58 GiB of a GPU in training, 48 GiB of cache in rollouts; 158 s a step.
+    Planned: 58 GiB of a GPU in training, 48 GiB of cache in rollouts; 124 s a step.
     """
     from icrl_megatron.settings.presets import apply_preset
 

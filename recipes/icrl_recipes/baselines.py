@@ -9,7 +9,7 @@ from icrl_recipes.qwen3 import critique_grpo, grpo
 def grpo_4b_alfworld_2xh100() -> Settings:
     """GRPO on ALFWorld with Qwen3-4B: one of the three behind the paper's agentic average of 49.2. 2 H100.
 
-    Planned: 44 GiB of a GPU in training, 52 GiB of cache in rollouts; 89 s a step.
+    Planned: 44 GiB of a GPU in training, 52 GiB of cache in rollouts; 74 s a step.
     """
     return grpo("grpo_4b_alfworld_2xh100", "4B", "alfworld", gpus=2)
 
@@ -17,7 +17,7 @@ def grpo_4b_alfworld_2xh100() -> Settings:
 def grpo_8b_alfworld_4xh100() -> Settings:
     """GRPO on ALFWorld with Qwen3-8B: one of the three behind the paper's agentic average of 52.8. 4 H100.
 
-    Planned: 58 GiB of a GPU in training, 48 GiB of cache in rollouts; 84 s a step.
+    Planned: 58 GiB of a GPU in training, 48 GiB of cache in rollouts; 71 s a step.
     """
     return grpo("grpo_8b_alfworld_4xh100", "8B", "alfworld", gpus=4)
 
@@ -25,7 +25,7 @@ def grpo_8b_alfworld_4xh100() -> Settings:
 def grpo_4b_webshop_2xh100() -> Settings:
     """GRPO on WebShop with Qwen3-4B: one of the three behind the paper's agentic average of 49.2. 2 H100.
 
-    Planned: 44 GiB of a GPU in training, 52 GiB of cache in rollouts; 98 s a step.
+    Planned: 44 GiB of a GPU in training, 52 GiB of cache in rollouts; 74 s a step.
     """
     return grpo("grpo_4b_webshop_2xh100", "4B", "webshop", gpus=2)
 
@@ -33,7 +33,7 @@ def grpo_4b_webshop_2xh100() -> Settings:
 def grpo_8b_webshop_4xh100() -> Settings:
     """GRPO on WebShop with Qwen3-8B: one of the three behind the paper's agentic average of 52.8. 4 H100.
 
-    Planned: 58 GiB of a GPU in training, 48 GiB of cache in rollouts; 86 s a step.
+    Planned: 58 GiB of a GPU in training, 48 GiB of cache in rollouts; 66 s a step.
     """
     return grpo("grpo_8b_webshop_4xh100", "8B", "webshop", gpus=4)
 
@@ -41,7 +41,7 @@ def grpo_8b_webshop_4xh100() -> Settings:
 def grpo_4b_searchqa_4xh100() -> Settings:
     """GRPO on SearchQA with Qwen3-4B: one of the three behind the paper's agentic average of 49.2. 4 H100.
 
-    Planned: 32 GiB of a GPU in training, 52 GiB of cache in rollouts; 37 s a step.
+    Planned: 32 GiB of a GPU in training, 52 GiB of cache in rollouts; 31 s a step.
     """
     return grpo("grpo_4b_searchqa_4xh100", "4B", "searchqa", gpus=4)
 
@@ -49,7 +49,7 @@ def grpo_4b_searchqa_4xh100() -> Settings:
 def grpo_8b_searchqa_8xh100() -> Settings:
     """GRPO on SearchQA with Qwen3-8B: one of the three behind the paper's agentic average of 52.8. 8 H100.
 
-    Planned: 46 GiB of a GPU in training, 48 GiB of cache in rollouts; 38 s a step.
+    Planned: 46 GiB of a GPU in training, 48 GiB of cache in rollouts; 33 s a step.
     """
     return grpo("grpo_8b_searchqa_8xh100", "8B", "searchqa", gpus=8)
 
@@ -57,7 +57,7 @@ def grpo_8b_searchqa_8xh100() -> Settings:
 def grpo_8b_math_4xh100() -> Settings:
     """GRPO on mathematics with Qwen3-8B: 68.3 on average over five sets in the paper. 4 H100.
 
-    Planned: 58 GiB of a GPU in training, 48 GiB of cache in rollouts; 28 s a step.
+    Planned: 58 GiB of a GPU in training, 48 GiB of cache in rollouts; 24 s a step.
     """
     return grpo("grpo_8b_math_4xh100", "8B", "math", gpus=4)
 
@@ -65,7 +65,7 @@ def grpo_8b_math_4xh100() -> Settings:
 def critique_grpo_4b_alfworld_2xh100() -> Settings:
     """Critique-GRPO on ALFWorld with Qwen3-4B: one of the three behind the paper's agentic average of 55.9. 2 H100.
 
-    Planned: 44 GiB of a GPU in training, 24 GiB of cache in rollouts; 136 s a step.
+    Planned: 44 GiB of a GPU in training, 24 GiB of cache in rollouts; 113 s a step.
     """
     return critique_grpo("critique_grpo_4b_alfworld_2xh100", "4B", "alfworld", gpus=2)
 
@@ -73,7 +73,7 @@ def critique_grpo_4b_alfworld_2xh100() -> Settings:
 def critique_grpo_8b_alfworld_4xh100() -> Settings:
     """Critique-GRPO on ALFWorld with Qwen3-8B: one of the three behind the paper's agentic average of 56.6. 4 H100.
 
-    Planned: 58 GiB of a GPU in training, 20 GiB of cache in rollouts; 127 s a step.
+    Planned: 58 GiB of a GPU in training, 20 GiB of cache in rollouts; 107 s a step.
     """
     return critique_grpo("critique_grpo_8b_alfworld_4xh100", "8B", "alfworld", gpus=4)
 
@@ -81,7 +81,7 @@ def critique_grpo_8b_alfworld_4xh100() -> Settings:
 def critique_grpo_4b_webshop_2xh100() -> Settings:
     """Critique-GRPO on WebShop with Qwen3-4B: one of the three behind the paper's agentic average of 55.9. 2 H100.
 
-    Planned: 44 GiB of a GPU in training, 24 GiB of cache in rollouts; 159 s a step.
+    Planned: 44 GiB of a GPU in training, 24 GiB of cache in rollouts; 123 s a step.
     """
     return critique_grpo("critique_grpo_4b_webshop_2xh100", "4B", "webshop", gpus=2)
 
@@ -89,7 +89,7 @@ def critique_grpo_4b_webshop_2xh100() -> Settings:
 def critique_grpo_8b_webshop_4xh100() -> Settings:
     """Critique-GRPO on WebShop with Qwen3-8B: one of the three behind the paper's agentic average of 56.6. 4 H100.
 
-    Planned: 58 GiB of a GPU in training, 20 GiB of cache in rollouts; 139 s a step.
+    Planned: 58 GiB of a GPU in training, 20 GiB of cache in rollouts; 108 s a step.
     """
     return critique_grpo("critique_grpo_8b_webshop_4xh100", "8B", "webshop", gpus=4)
 
@@ -97,7 +97,7 @@ def critique_grpo_8b_webshop_4xh100() -> Settings:
 def critique_grpo_4b_searchqa_4xh100() -> Settings:
     """Critique-GRPO on SearchQA with Qwen3-4B: one of the three behind the paper's agentic average of 55.9. 4 H100.
 
-    Planned: 33 GiB of a GPU in training, 24 GiB of cache in rollouts; 55 s a step.
+    Planned: 33 GiB of a GPU in training, 24 GiB of cache in rollouts; 45 s a step.
     """
     return critique_grpo("critique_grpo_4b_searchqa_4xh100", "4B", "searchqa", gpus=4)
 
@@ -105,7 +105,7 @@ def critique_grpo_4b_searchqa_4xh100() -> Settings:
 def critique_grpo_8b_searchqa_8xh100() -> Settings:
     """Critique-GRPO on SearchQA with Qwen3-8B: one of the three behind the paper's agentic average of 56.6. 8 H100.
 
-    Planned: 46 GiB of a GPU in training, 20 GiB of cache in rollouts; 55 s a step.
+    Planned: 46 GiB of a GPU in training, 20 GiB of cache in rollouts; 46 s a step.
     """
     return critique_grpo("critique_grpo_8b_searchqa_8xh100", "8B", "searchqa", gpus=8)
 
@@ -113,6 +113,6 @@ def critique_grpo_8b_searchqa_8xh100() -> Settings:
 def critique_grpo_8b_math_4xh100() -> Settings:
     """Critique-GRPO on mathematics with Qwen3-8B: 73.3 on average over five sets in the paper. 4 H100.
 
-    Planned: 58 GiB of a GPU in training, 20 GiB of cache in rollouts; 48 s a step.
+    Planned: 58 GiB of a GPU in training, 20 GiB of cache in rollouts; 43 s a step.
     """
     return critique_grpo("critique_grpo_8b_math_4xh100", "8B", "math", gpus=4)

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,3 +104,23 @@ def test_every_stage_and_group_of_the_bundle_is_named(tmp_path: Path) -> None:
     )
     assert listed.returncode == 0, listed.stdout + listed.stderr
     assert json.loads((tmp_path / "stages.json").read_text())["head_small"]["result"] == "passed"
+
+
+MEASURED = Path(__file__).parents[2] / "benchmarks" / "h100-80gb-hbm3-2026-11-26" / "train_first.json"
+
+
+@pytest.mark.parametrize("name", ["1.7b_bf16", "1.7b_fp8_current", "4b_bf16"])
+def test_the_plan_meets_what_an_h100_measured(name: str, tmp_path: Path) -> None:
+    """Its three constants were fitted to these runs; one overheads' sum per phase must hold for all of them."""
+    import gpu_model
+    import gpu_train
+
+    from icrl_megatron.model.shape import ModelShape
+
+    variant, measured = gpu_train.VARIANTS[name], bench_schema.read(MEASURED)["rows"][name]
+    settings = gpu_model.settings(variant.precision, variant.layers, variant.fp8, variant.recompute)
+    shape = ModelShape.read(gpu_model.write_config(tmp_path / "model", variant.shape))
+    planned = gpu_train.planned(SimpleNamespace(settings=settings, shape=shape), variant)
+    for phase in ("score", "pass", "optimizer"):
+        assert planned[f"{phase}_ms"] / measured[phase]["ms"] == pytest.approx(1, abs=0.13), phase
+    assert planned["peak_gb"] / measured["stepped"]["peak_gb"] == pytest.approx(1, abs=0.1)
