@@ -102,7 +102,7 @@ def _coefficients(members: Sequence[Sample], settings: AlgoSettings) -> dict[str
     if settings.loss_normalisation == "token_mean":
         return dict.fromkeys(counts, 1.0 / sum(counts.values()))
     if settings.loss_normalisation == "constant":
-        assert settings.constant_tokens is not None  # run/checks.py
+        assert settings.constant_tokens is not None  # checked in run/checks.py
         return dict.fromkeys(counts, 1.0 / (len(members) * settings.constant_tokens))
     return {sample_id: 1.0 / (len(members) * count) for sample_id, count in counts.items()}
 

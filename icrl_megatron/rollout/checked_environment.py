@@ -99,7 +99,7 @@ class Caller:
             if watched.blocked or limit.expired():
                 raise self._late(what, watched.blocked) from None
             raise self._failure(what, error) from None
-        if task.cancelling() > cancelled:  # the code ignored it
+        if task.cancelling() > cancelled:  # the code ignored the cancellation
             raise asyncio.CancelledError
         if limit.expired():
             raise self._late(what)

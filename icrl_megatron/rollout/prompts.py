@@ -201,7 +201,7 @@ class Prompter:
 
     def _encode(self, text: str) -> Ids:
         ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        # A word-level vocabulary holds its special tokens as plain words, so splitting alone does not keep them out.
+        # A word-level vocabulary contains its special tokens as plain words, so splitting alone does not exclude them.
         return tuple(i for i in ids if i not in self._control_ids)
 
 

@@ -290,10 +290,10 @@ class NoEngine:
             pass
 
     def sleep(self) -> None:
-        """It holds nothing."""
+        """Nothing to release or restore."""
 
     def wake_weights(self) -> None:
-        """It holds nothing."""
+        """Nothing to release or restore."""
 
     def wake(self) -> None:
-        """It holds nothing."""
+        """Nothing to release or restore."""

@@ -101,9 +101,9 @@ class Watchdog:
         self._ends: float | None = None
         """When the running call will be interrupted (time.monotonic()); None if no call is running."""
         self._limit_s = 0.0
-        """Of the call that runs, or ran last."""
+        """Time limit of the running or last call."""
         self._interruptions = 0
-        """Of the call that runs, or ran last."""
+        """Number of interruptions of the running or last call."""
         self._traced: Any = None
         """The previous trace function of sys.settrace."""
         self._waiting: set[Watched] = set()

@@ -45,7 +45,7 @@ class Environment:
     closes: bool = True
     """Upstream ALFWorld answers 404 to /close."""
     scale: float = 1.0
-    """What rewards are divided by."""
+    """Divisor of rewards."""
     least: float = 0.0
     """The lowest reward it can return; rewards below 0 count as 0."""
     success_at: float = 1.0

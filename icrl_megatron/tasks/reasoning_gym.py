@@ -81,7 +81,7 @@ def _prompt(task: Task) -> str:
 
 
 def parse(text: str) -> dict[str, Any]:
-    """ "maze:200:1:2" as its parts. Raises ConfigError on anything else."""
+    """Splits `maze:200:1:2` into its parts. Raises ConfigError on anything else."""
     family, *numbers = text.split(":")
     if len(numbers) not in (2, 3) or not all(n.isdecimal() for n in numbers) or int(numbers[0]) < 1:
         raise ConfigError(

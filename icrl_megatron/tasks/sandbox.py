@@ -210,7 +210,7 @@ def held_up_s(pid: int) -> float:
 def _end_of(code: int) -> End:
     if code == 0:
         return "done"
-    return "cpu" if code in (128 + 24, 128 + 9) else "failed"  # SIGXCPU, and SIGKILL where that was ignored
+    return "cpu" if code in (128 + 24, 128 + 9) else "failed"  # SIGXCPU, or SIGKILL if the program ignored it
 
 
 @contextmanager

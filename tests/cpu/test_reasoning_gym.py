@@ -63,8 +63,8 @@ def test_only_a_full_score_counts() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("chain_sum", "no family of reasoning-gym"),
-        ("chain_sum:0:1", "no family"),
+        ("chain_sum", "not a family of reasoning-gym"),
+        ("chain_sum:0:1", "not a family"),
         ("chain_summ:3:1", "has no family 'chain_summ'"),
         ("chain_sum:3:1:99", "no such level"),
     ],
