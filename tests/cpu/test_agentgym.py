@@ -155,7 +155,7 @@ def fails(url: str, timeout_s: float = 10.0) -> str:
         ("/step", [(200, {"error": "env died"})], "answered an error: env died"),
         ("/step", [(500, None)], "HTTP 500"),
         ("/step", ["drop"], "broke off"),
-        ("/step", ["garbage"], "no JSON"),
+        ("/step", ["garbage"], "did not answer JSON"),
         ("/step", [(200, {"observation": "x", "reward": None, "done": False})], "reward None"),
         ("/step", [(200, {"observation": "x", "reward": 7, "done": False})], "reward of 7 is not between 0 and 1"),
         ("/step", [(200, {"observation": "x", "reward": -0.5, "done": False})], "reward of -0.5 is not between"),
