@@ -103,6 +103,16 @@ def bench(result: str, *arguments: str) -> Command:
     return command
 
 
+FIRST = ("1.7b_bf16", "1.7b_fp8_current", "4b_bf16")
+LARGE = ("4b_bf16_passes", "4b_fp8_current_passes", "4b_fp8_blockwise_passes")
+MORE = ("1.7b_fp8_blockwise", "0.6b_bf16", "1.7b_bf16_recompute", "8b_bf16_passes")
+"""Variants of tools/gpu_train.py, in groups that fit into a stage."""
+
+
+def training(result: str, variants: tuple[str, ...]) -> Command:
+    return tool("gpu_train.py", "--only", *variants, result=result)
+
+
 def icrl_run(out: Path, size: Size) -> list[str]:
     """The whole trainer: warm start and five steps of ICRL with the engine in the trainer's process."""
     layers = "auto" if importlib.util.find_spec("transformer_engine") and size != "tiny" else "torch"
@@ -140,7 +150,7 @@ STAGES = (
     sanitized("memcheck", 1, "--report-api-errors", "no"),
     Stage("engine_kernels", lambda out, size: python("tools/gpu_server.py"), 150, 1, False, ENGINE_NEEDS),
     Stage("bench_quick", bench("head_quick.json", "--quick"), 100),
-    Stage("train_first", tool("gpu_train.py", "--first", result="train_first.json"), 200, 1, True, ("megatron.core",)),
+    Stage("train_first", training("train_first.json", FIRST), 230, 1, True, ("megatron.core",)),
     Stage("engine", engine("0.6B", "bf16"), 200, 1, True, ENGINE_NEEDS),
     Stage("head_products", tool("head_products.py", result="head_products.json"), 60),
     Stage("icrl_run", icrl_run, 150, 2, False, RUN_NEEDS),
@@ -149,6 +159,7 @@ STAGES = (
     Stage("engine_4b", engine("4B", "bf16"), 240, 2, True, ENGINE_NEEDS),
     Stage("icrl_engine", icrl_engine, 240, 2, True, ENGINE_NEEDS),
     Stage("tune", bench("head_tuning.json", "--tune"), 120, 2),
-    Stage("train_rest", tool("gpu_train.py", "--rest", result="train_rest.json"), 240, 2, True, ("megatron.core",)),
+    Stage("train_4b", training("train_4b.json", LARGE), 230, 2, True, ("megatron.core",)),
+    Stage("train_more", training("train_more.json", MORE), 230, 2, True, ("megatron.core",)),
     Stage("bench_head", bench("head_cuda.json"), 240, 2),
 )

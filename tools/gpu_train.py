@@ -38,8 +38,6 @@ PEAK_FLOPS = 989e12
 """Dense bf16 of an H100 or H200 (data sheet)."""
 SEQUENCES, PROMPT, RESPONSE = 8, 128, 896
 LIMIT_S = 75
-FIRST = 3
-"""Variants that show the most, for a first slot."""
 ROUNDS = 3
 
 
@@ -290,16 +288,13 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--size", choices=("tiny", "quick", "full"), default="full", help="tiny: a dry run on a CPU")
     parser.add_argument("--only", nargs="*", help=f"some of {', '.join(VARIANTS)}")
-    parser.add_argument("--first", action="store_true", help=f"only the first {FIRST} variants")
-    parser.add_argument("--rest", action="store_true", help="only the others")
     parser.add_argument("--worker")
     chosen = parser.parse_args()
     variants = TINY if chosen.size == "tiny" else VARIANTS
     if chosen.worker:
         measure(chosen.worker, variants[chosen.worker], chosen.device, chosen.out)
         return 0
-    part = slice(FIRST) if chosen.first else slice(FIRST if chosen.rest and len(variants) > FIRST else 0, None)
-    names = chosen.only or list(variants)[part]
+    names = list(TINY) if chosen.size == "tiny" else chosen.only or list(VARIANTS)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     rows: dict[str, Any] = {}
     for name in names:

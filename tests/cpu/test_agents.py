@@ -188,10 +188,10 @@ def test_how_the_calculator_writes_numbers(expression: str, result: str) -> None
     ],
 )
 def test_the_calculator_refuses_everything_else_at_once(expression: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ToolUseError, match="cannot be computed"):
         compute(expression)
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 JSON = st.recursive(

@@ -88,7 +88,18 @@ def test_only_the_code_of_one_architecture_stays(tmp_path: Path) -> None:
     assert kinds == [(2, 80), (2, 90), (1, 90), (1, 70)]
 
 
-def test_every_stage_and_group_of_the_bundle_is_named(tmp_path: Path) -> None:
+def test_every_variant_of_the_training_step_is_in_one_stage() -> None:
+    import gpu_stages
+    import gpu_train
+
+    staged = [*gpu_stages.FIRST, *gpu_stages.LARGE, *gpu_stages.MORE]
+    assert sorted(staged) == sorted(gpu_train.VARIANTS)
+    for stage in (stage for stage in gpu_stages.STAGES if stage.name.startswith("train_")):
+        command = stage.command(Path("out"), "full")
+        assert set(command) & set(gpu_train.VARIANTS) and stage.limit_s >= 3 * gpu_train.LIMIT_S
+
+
+def test_every_group_of_the_bundle_is_named(tmp_path: Path) -> None:
     import gpu_bundle
 
     for group in ("trainer", "engine", "cute"):
