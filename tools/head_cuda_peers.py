@@ -87,7 +87,19 @@ class Inputs:
         want = [self.hidden_LH.grad, self.weight_VH.grad]
         self.clear()
         pairs = [(g, w) for g, w in zip(got, want, strict=True) if g is not None and w is not None]
-        return max(float((g.float() - w.float()).norm() / w.float().norm()) for g, w in pairs)
+        if not pairs:
+            raise ValueError("it left no gradient")
+        return max(relative_error(g, w) for g, w in pairs)
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference over the norm of `want`. It goes by blocks of rows: fp32 copies of all gradients of 16384
+    tokens would take 10 GB each."""
+    off, size = 0.0, 0.0
+    for got_block, want_block in zip(got.split(512), want.split(512), strict=True):
+        off += float((got_block.float() - want_block.float()).square().sum())
+        size += float(want_block.float().square().sum())
+    return float((off / size) ** 0.5)
 
 
 def eager_loss(logits_LV: Tensor, inputs: Inputs) -> Tensor:
@@ -95,96 +107,6 @@ def eager_loss(logits_LV: Tensor, inputs: Inputs) -> Tensor:
     logprobs_LV = logits_LV.float().log_softmax(-1)
     logprobs_L = logprobs_LV.gather(1, inputs.targets_L[:, None])[:, 0]
     return token_objective(logprobs_L, torch.zeros_like(logprobs_L), inputs.streams, inputs.terms).loss_L.sum()
-
-
-def given_peers(inputs: Inputs) -> dict[str, Run | str]:
-    """Logits given in bf16; the kernels overwrite them, so every peer works on a copy that is made untimed."""
-    from icrl_kernels.triton_chunks import TritonChunks
-
-    tokens = inputs.shape.tokens
-    with torch.no_grad():
-        logits_LV = inputs.hidden_LH @ inputs.weight_VH.T
-    chunks = TritonChunks(inputs.hidden_LH, inputs.weight_VH, 1.0, inputs.shard, tokens, "bf16")
-    outputs = TokenOutputs.empty(inputs.targets_L, torch.float32)
-    span = slice(0, tokens)
-
-    def ours() -> Tensor:
-        slopes_4C = chunks.objective(span, inputs.streams, inputs.terms, outputs)
-        return chunks.logit_gradients(inputs.targets_L, outputs.entropy_L, slopes_4C, inputs.terms.entropy_coef != 0)
-
-    def restore() -> None:
-        chunks.buffer_CV[:, : inputs.shard.valid].copy_(logits_LV)
-
-    def with_grad(loss_of: Callable[[Tensor], Tensor]) -> Run:
-        leaf = logits_LV.detach().requires_grad_()
-
-        def run() -> Tensor | None:
-            loss_of(leaf).backward()
-            return leaf.grad
-
-        def clear() -> None:
-            leaf.grad = None
-
-        return prepared(run, clear)
-
-    peers: dict[str, Run | str] = {
-        "kernels": prepared(ours, restore),
-        "eager": with_grad(lambda z: eager_loss(z, inputs)),
-    }
-    peers["liger vocab-parallel CE"] = optional(lambda: with_grad(_liger_ce(inputs)))
-    peers["liger grpo_loss"] = optional(lambda: with_grad(_liger_grpo(inputs)))
-    peers["megatron fused CE"] = optional(lambda: with_grad(_megatron_ce(inputs)))
-    return peers
-
-
-def _liger_ce(inputs: Inputs) -> Callable[[Tensor], Tensor]:
-    from liger_kernel.transformers.vocab_parallel_cross_entropy import LigerVocabParallelCrossEntropy
-
-    entropy = LigerVocabParallelCrossEntropy()
-
-    def loss(logits_LV: Tensor) -> Tensor:
-        logprobs_L = -entropy(logits_LV[:, None], inputs.targets_L[:, None])[:, 0]
-        return token_objective(logprobs_L, torch.zeros_like(logprobs_L), inputs.streams, inputs.terms).loss_L.sum()
-
-    return loss
-
-
-def _liger_grpo(inputs: Inputs) -> Callable[[Tensor], Tensor]:
-    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
-
-    assert inputs.streams.old_logprobs_L is not None
-    old_1L, advantage_1 = inputs.streams.old_logprobs_L[None, 1:], inputs.streams.advantages_L[:1]
-
-    def loss(logits_LV: Tensor) -> Tensor:
-        # One sequence of all tokens, with one logit more than its completion has tokens.
-        given_1LV, targets_1L = logits_LV[None], inputs.targets_L[None, 1:]
-        options = {"temperature": 1.0, "beta": 0.0, "eps_low": 0.2, "eps_high": 0.28, "inplace": False}
-        return triton_grpo_loss(given_1LV, old_1L, None, targets_1L, advantage_1, **options)[0].sum()
-
-    return loss
-
-
-def _megatron_ce(inputs: Inputs) -> Callable[[Tensor], Tensor]:
-    from megatron.core import parallel_state
-    from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
-
-    one_rank_group()
-    group = parallel_state.get_tensor_model_parallel_group()
-
-    def loss(logits_LV: Tensor) -> Tensor:
-        logprobs_L = -fused_vocab_parallel_cross_entropy(logits_LV[:, None], inputs.targets_L[:, None], group)[:, 0]
-        return token_objective(logprobs_L, torch.zeros_like(logprobs_L), inputs.streams, inputs.terms).loss_L.sum()
-
-    return loss
-
-
-def one_rank_group() -> None:
-    """Megatron's groups, for one process."""
-    from megatron.core import parallel_state
-
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
 
 
 def own_pass(inputs: Inputs, chunking: Chunking) -> Run:
@@ -308,10 +230,26 @@ def score_peers(inputs: Inputs) -> dict[str, Run | str]:
         from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
 
         apply = LigerFusedLinearScaledCrossEntropyFunction.apply
-        return torch.no_grad()(lambda: apply(hidden_LH, weight_VH, targets_L, 1.0))
+        run = torch.no_grad()(lambda: apply(hidden_LH, weight_VH, targets_L, 1.0))
+        return scored(inputs, run, lambda found: -(found[0] if isinstance(found, tuple) else found).float())
 
-    peers: dict[str, Run | str] = {"kernels": ours("fp32"), "kernels, bf16 logits": ours("bf16"), "eager": eager}
-    return peers | {"liger scaled FLCE": optional(liger)}
+    return {
+        "kernels": ours("fp32"),
+        "kernels, bf16 logits": scored(inputs, ours("bf16"), lambda found: found[0]),
+        "eager": scored(inputs, eager, lambda found: found[:, 0]),
+        "liger scaled FLCE": optional(liger),
+    }
+
+
+def scored(inputs: Inputs, run: Run, logprobs_of: Callable[[Any], Tensor]) -> Run:
+    """With the relative error of its log-probs, which `logprobs_of` finds in what it returns."""
+
+    def wrong_by() -> float:
+        # Relative to the spread of log-probs: their mean is far from 0 and would hide an error.
+        want_L, _ = score_head(inputs.hidden_LH, inputs.weight_VH, inputs.targets_L, 1.0, inputs.shard, Chunking())
+        return relative_error(logprobs_of(run()) - want_L.mean(), want_L - want_L.mean())
+
+    return compared(run, "logprob", wrong_by)
 
 
 def tuning_passes(inputs: Inputs, tokens: int) -> tuple[dict[str, tuple[Run, int]], Tensor]:
@@ -344,8 +282,13 @@ def prepared(run: Run, before: Callable[[], None]) -> Run:
 
 
 def checked(run: Run, inputs: Inputs, mean_entropy: bool = False) -> Run:
-    """With the relative error of its gradients against ours, asked for after a run."""
-    run.wrong_by = lambda: inputs.wrong_by(mean_entropy)  # type: ignore[attr-defined]
+    """With the relative error of the gradients that it leaves in the inputs."""
+    return compared(run, "gradient", lambda: inputs.wrong_by(mean_entropy))
+
+
+def compared(run: Run, output: str, wrong_by: Callable[[], float]) -> Run:
+    """With the relative error of an output against ours, asked for after a run."""
+    run.output, run.wrong_by = output, wrong_by  # type: ignore[attr-defined]
     return run
 
 
