@@ -32,7 +32,7 @@ import torch
 import typer
 from bench_schema import Bar
 from rich.console import Console
-from rollout_steps import Step, stage_of, step
+from rollout_steps import Step, setup_of, step
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from icrl_megatron.engines.protocol import Sampling
@@ -257,13 +257,13 @@ def requests_of(engine: SGLangEngine, folder: Path, rounds: int, requests: int) 
 
 def steps_of(engine: SGLangEngine, folder: Path, rounds: int, tasks: int) -> dict[str, dict[str, float]]:
     """Steps with and without oversampling, in turns; seconds of an episode are over all episodes of all turns."""
-    stage = stage_of(folder, CONTEXT)
+    setup = setup_of(folder, CONTEXT)
     taken: dict[float, list[Step]] = {1.0: [], OVERSAMPLE: []}
     for i in range(rounds + 1):
         for oversample, steps in taken.items():
             engine.server.post("/flush_cache?timeout=60", {}, 90.0)
             engine.take_stats()  # of what came before
-            done = step(engine, stage, tasks, oversample, i)
+            done = step(engine, setup, tasks, oversample, i)
             if i:  # the first warms up
                 steps.append(done)
     found: dict[str, dict[str, float]] = {}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -144,3 +146,24 @@ def test_every_benchmark_has_a_program_and_a_reason_when_it_cannot_run() -> None
 def test_committed_results_have_their_bars() -> None:
     for name, count in {"head_cpu": 4, "step_cpu": 1, "tasks_cpu": 6, "rollout_cpu": 3}.items():
         assert len(bench_schema.bars(bench_schema.read(ROOT / "benchmarks" / f"{name}.json"))) == count
+
+
+@pytest.mark.parametrize("path", sorted(TOOLS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_tool_names_only_what_exists(path: Path) -> None:
+    """Tools import each other and the package; a renamed function must not wait for the next benchmark to be noticed."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and (TOOLS / f"{node.module}.py").exists():
+            text = (TOOLS / f"{node.module}.py").read_text()
+            tree = ast.parse(text)
+            defined = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+            defined |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            defined |= {a.asname or a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
+            assert {alias.name for alias in node.names} <= defined, node.module
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("icrl_megatron"):
+            module = ROOT / (node.module.replace(".", "/") + ".py")
+            text = module.read_text() if module.exists() else ""
+            for alias in node.names:
+                submodule = ROOT / node.module.replace(".", "/") / f"{alias.name}.py"
+                folder = ROOT / node.module.replace(".", "/") / alias.name
+                found = re.search(rf"\b{alias.name}\b", text) or submodule.exists() or folder.is_dir()
+                assert found, f"{node.module}.{alias.name}"
