@@ -150,7 +150,7 @@ def test_committed_results_have_their_bars() -> None:
 
 @pytest.mark.parametrize("path", sorted(TOOLS.glob("*.py")), ids=lambda path: path.stem)
 def test_every_tool_names_only_what_exists(path: Path) -> None:
-    """Tools import each other and the package; a renamed function must not wait for the next benchmark to be noticed."""
+    """Tools import each other and the package. A renamed function must not go unnoticed until the next benchmark."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and (TOOLS / f"{node.module}.py").exists():
             text = (TOOLS / f"{node.module}.py").read_text()
