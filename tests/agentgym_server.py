@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import threading
 from collections import Counter
@@ -205,7 +206,8 @@ class Handler(BaseHTTPRequestHandler):
 
 class Talkative(Handler):
     def log_message(self, *arguments: object) -> None:
-        print(self.command, self.path, file=sys.stderr, flush=True)
+        # One write a line: requests are answered by threads, and print writes word by word.
+        os.write(sys.stderr.fileno(), f"{self.command} {self.path}\n".encode())
 
 
 class Server(ThreadingHTTPServer):

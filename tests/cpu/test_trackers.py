@@ -107,9 +107,14 @@ def test_a_resumed_run_goes_on_and_repeats_no_step(name: str, tmp_path: Path, mo
         monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio")
     assert tracked(name, tmp_path, range(3)) == 0
     first = state(tmp_path)[name]
+    time.sleep(1.1)  # wandb names its folders by the second, and no run resumes within one
     assert tracked(name, tmp_path, range(1, 5)) == 0  # resumed from step 1
     assert state(tmp_path)[name] == {"run_id": first["run_id"], "last_step": 4}
     history, texts = READ[name](tmp_path)
+    deadline = time.monotonic() + 30
+    while len(history) < 5 and time.monotonic() < deadline:  # wandb's service writes after the run has finished
+        time.sleep(0.2)
+        history, texts = READ[name](tmp_path)
     assert history == [(step, 0.5 * step) for step in range(5)]
     assert texts == ["nonononono"]  # one row of at most ten characters
 
