@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.settings.task_schema import TaskSource
-from icrl_megatron.tasks.archive import Archive
 from icrl_megatron.tasks.base import Environment, TaskSet, escaped, shown
 from icrl_megatron.tasks.household import Household
 from icrl_megatron.tasks.rulebook import Rulebook
@@ -20,8 +19,8 @@ _TASK_SETS: dict[str, Callable[[], TaskSet]] = {
     "rulebook_hard": lambda: Rulebook("rulebook_hard"),
     "rulebook_easy": lambda: Rulebook("rulebook_easy"),
     "household": Household,
-    "archive": lambda: Archive("archive"),
-    "archive_easy": lambda: Archive("archive_easy"),
+    "archive": lambda: _archive("archive"),
+    "archive_easy": lambda: _archive("archive_easy"),
 }
 
 _AGENTGYM = ("webshop", "sciworld", "babyai", "textcraft")
@@ -38,6 +37,13 @@ _FROM_DATA: dict[str, str] = {
     **dict.fromkeys(_AGENTGYM, "icrl_megatron.tasks.agentgym:AgentGym"),
 }
 """name -> "module:class", imported when first needed because their libraries are large."""
+
+
+def _archive(name: str) -> TaskSet:
+    """Imported here because a launcher's environment (NeMo-Run's) lacks the toolbox's libraries."""
+    from icrl_megatron.tasks.archive import Archive
+
+    return Archive(name)
 
 
 def names() -> tuple[str, ...]:
