@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable
+from decimal import Decimal
 from fractions import Fraction
 
 from icrl_megatron.agents.tools import Arguments, ToolSpec, ToolUseError
 
-MOST_CHARS, MOST_BITS, MOST_EXPONENT = 400, 4096, 4096
+MOST_CHARS, MOST_BITS, MOST_EXPONENT, MOST_DECIMAL_EXPONENT = 400, 4096, 4096, 1000
 _BINARY: dict[type, Callable[[Fraction, Fraction], Fraction | int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -23,21 +24,18 @@ _BINARY: dict[type, Callable[[Fraction, Fraction], Fraction | int]] = {
 class Calculator:
     """Answers `expression` with an integer, a finite decimal, or else a fraction."""
 
-    spec = ToolSpec(
+    spec = ToolSpec.of_text(
         "calculator",
         "Computes an arithmetic expression exactly: + - * / // % ** and parentheses.",
-        {
-            "type": "object",
-            "properties": {"expression": {"type": "string", "maxLength": MOST_CHARS}},
-            "required": ["expression"],
-            "additionalProperties": False,
-        },
+        "expression",
+        maxLength=MOST_CHARS,
     )
 
     async def call(self, arguments: Arguments) -> str:
         text = str(arguments["expression"])
+        source = text.strip().replace("^", "**")
         try:
-            return written(_value(ast.parse(text.strip().replace("^", "**"), mode="eval").body))
+            return written(_value(ast.parse(source, mode="eval").body, source))
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise ToolUseError(f"{text[:80]!r} cannot be computed: {_reason(error)}") from error
         except ZeroDivisionError as error:
@@ -45,22 +43,36 @@ class Calculator:
 
 
 def _reason(error: BaseException) -> str:
-    return "it is no arithmetic expression" if isinstance(error, SyntaxError) else str(error) or type(error).__name__
+    return (
+        "it is not an arithmetic expression" if isinstance(error, SyntaxError) else str(error) or type(error).__name__
+    )
 
 
-def _value(node: ast.expr) -> Fraction:
+def _value(node: ast.expr, source: str) -> Fraction:
     match node:
-        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
-            return _bounded(Fraction(str(number)))
+        case ast.Constant(value=bool()):
+            pass
+        case ast.Constant(value=int() as number):
+            return _bounded(Fraction(number))
+        case ast.Constant(value=float()):
+            return _decimal(ast.get_source_segment(source, node) or "")
         case ast.UnaryOp(op=ast.USub(), operand=inner):
-            return -_value(inner)
+            return -_value(inner, source)
         case ast.UnaryOp(op=ast.UAdd(), operand=inner):
-            return _value(inner)
+            return _value(inner, source)
         case ast.BinOp(left=left, op=ast.Pow(), right=right):
-            return _power(_value(left), _value(right))
+            return _power(_value(left, source), _value(right, source))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-            return _bounded(Fraction(_BINARY[type(op)](_value(left), _value(right))))
+            return _bounded(Fraction(_BINARY[type(op)](_value(left, source), _value(right, source))))
     raise ValueError(f"{ast.unparse(node)[:60]!r} is not a number, an operator or a pair of parentheses")
+
+
+def _decimal(literal: str) -> Fraction:
+    """The literal's own value, not the nearest float's. The exponent is checked before 10 is raised to it."""
+    number = Decimal(literal)
+    if abs(number.adjusted()) > MOST_DECIMAL_EXPONENT:
+        raise ValueError("the result is too large or too small")
+    return _bounded(Fraction(number))
 
 
 def _power(base: Fraction, exponent: Fraction) -> Fraction:

@@ -12,16 +12,7 @@ NOTHING = "Nothing was found."
 class Search:
     """Answers `query` with numbered passages, each cut to `passage_chars`."""
 
-    spec = ToolSpec(
-        "search",
-        "Searches a collection of documents.",
-        {
-            "type": "object",
-            "properties": {"query": {"type": "string"}},
-            "required": ["query"],
-            "additionalProperties": False,
-        },
-    )
+    spec = ToolSpec.of_text("search", "Searches a collection of documents.", "query")
 
     def __init__(
         self, find: Callable[[str, int], Awaitable[list[str]]], passages: int, passage_chars: int = 2000

@@ -50,7 +50,7 @@ class Toolbox:
             try:
                 Draft202012Validator.check_schema(tool.spec.parameters)
             except SchemaError as error:
-                raise ConfigError(f"tool {name!r}: its parameters are no JSON schema ({error.message})") from error
+                raise ConfigError(f"tool {name!r}: its parameters are not a JSON schema ({error.message})") from error
             self._validators[name] = Draft202012Validator(tool.spec.parameters)
         self._gates: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Semaphore]] = WeakKeyDictionary()
 

@@ -15,8 +15,7 @@ Outcome = Literal["answer", "repeat", "stopped", "invalid"]
 class ToolSpec:
     """What the model is told about a tool.
 
-    Example: ToolSpec("search", "Searches the corpus.", {"type": "object", "properties": {"query": {"type": "string"}},
-    "required": ["query"], "additionalProperties": False})
+    Example: ToolSpec("double", "Doubles n.", {"type": "object", "properties": {"n": {"type": "integer"}}})
     """
 
     name: str
@@ -24,10 +23,12 @@ class ToolSpec:
     parameters: Mapping[str, Any]
     """JSON schema of the arguments, an object."""
 
-    def function(self) -> dict[str, Any]:
-        """As chat templates and OpenAI's API take it in `tools`."""
-        fields = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
-        return {"type": "function", "function": fields}
+    @staticmethod
+    def of_text(name: str, description: str, argument: str, **limits: int) -> ToolSpec:
+        """A tool with one text argument; `limits` are keywords of its JSON schema, such as maxLength=400."""
+        text = {"type": "string", **limits}
+        schema = {"type": "object", "properties": {argument: text}, "required": [argument]}
+        return ToolSpec(name, description, {**schema, "additionalProperties": False})
 
 
 @dataclass(frozen=True)

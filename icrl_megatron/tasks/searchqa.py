@@ -22,7 +22,7 @@ from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.base import TaskSet
 from icrl_megatron.tasks.datasets import DataRow, id_range, read_tasks
 from icrl_megatron.tasks.retrieval import LocalRetriever, RemoteRetriever
-from icrl_megatron.tasks.servers import PAUSE_S, TRIES
+from icrl_megatron.tasks.servers import TRIES
 from icrl_megatron.tasks.tool_use import ToolEnvironment
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
@@ -90,8 +90,8 @@ class RetrievalQA:
             data = self._data
             local = LocalRetriever(Path(data.corpus)) if data.corpus else None
             retriever = local or RemoteRetriever(data.servers, data.request_timeout_s, self._answer_bytes)
-            # The servers' pool has its own deadline for each call, and tries again by itself.
-            limits = ToolLimits(call_s=TRIES * (data.request_timeout_s + PAUSE_S))
+            # The pool of servers has its own deadlines and retries; this limit only ends what they miss.
+            limits = ToolLimits(call_s=TRIES * data.request_timeout_s + 10.0, tries=1)
             self._toolbox = Toolbox([Search(retriever.search, data.passages, PASSAGE_CHARS)], limits)
         return self._toolbox
 

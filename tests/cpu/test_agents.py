@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icrl_megatron.agents.calculator import Calculator
-from icrl_megatron.agents.formats import FORMATS, FinalAnswer, Malformed, Qwen3, Tags
+from icrl_megatron.agents.formats import FinalAnswer, Malformed, Tags
 from icrl_megatron.agents.search import NOTHING, Search
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits, ToolSession
 from icrl_megatron.agents.tools import ToolCall, ToolFailure, ToolSpec, ToolUseError
@@ -125,7 +125,7 @@ def test_a_toolbox_that_cannot_work_is_refused() -> None:
         Toolbox([Doubler(), Doubler()], limits())
     broken = Doubler()
     broken.spec = ToolSpec("double", "", {"type": "no such type"})
-    with pytest.raises(ConfigError, match="'double': its parameters are no JSON schema"):
+    with pytest.raises(ConfigError, match="'double': its parameters are not a JSON schema"):
         Toolbox([broken], limits())
 
 
@@ -166,7 +166,15 @@ def test_the_calculator_is_exact(expression: str) -> None:
 
 @pytest.mark.parametrize(
     ("expression", "result"),
-    [("2^10", "1024"), ("-1/8", "-0.125"), ("1/3", "1/3 = 0.333333333333"), ("10**-3", "0.001"), ("-7//2", "-4")],
+    [
+        ("2^10", "1024"),
+        ("-1/8", "-0.125"),
+        ("1/3", "1/3 = 0.333333333333"),
+        ("10**-3", "0.001"),
+        ("-7//2", "-4"),
+        ("0.1000000000000000055 * 10**19", "1000000000000000055"),
+        ("1_000 + 1e3", "2000"),
+    ],
 )
 def test_how_the_calculator_writes_numbers(expression: str, result: str) -> None:
     assert compute(expression) == result
@@ -177,7 +185,10 @@ def test_how_the_calculator_writes_numbers(expression: str, result: str) -> None
     [
         "9**9**9",
         "2**5000",
-        "1e400",
+        "1e2000",
+        "1e999999999",
+        "1e-999999999",
+        "True",
         "a + 1",
         "__import__('os')",
         "(lambda: 1)()",
@@ -194,60 +205,27 @@ def test_the_calculator_refuses_everything_else_at_once(expression: str) -> None
     assert time.process_time() - began < 1
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)
-)
-
-
-@given(st.text(), st.dictionaries(st.text(), JSON, max_size=3), st.text())
-def test_calls_in_qwens_format_are_read_as_they_were_written(name: str, arguments: dict[str, Any], before: str) -> None:
-    call, form = ToolCall(name, arguments), Qwen3([])
-    written = form.render(call)
-    if "tool_call>" not in name + str(arguments):
-        assert form.parse(before.replace("<", "") + written) == call
-
-
-NO_JSON = Malformed("The text between <tool_call> and </tool_call> is no JSON.")
-
-
-@pytest.mark.parametrize(
-    ("reply", "parsed"),
-    [
-        ("<think>hm</think>\n42", FinalAnswer("42")),
-        ("<think>hm</think>\n", None),
-        ('<tool_call>{"name": "t"}</tool_call>', ToolCall("t", {})),
-        ('<tool_call>{"name": "t", "arguments": [1]}</tool_call>', Malformed('"arguments" must be a JSON object.')),
-        ("<tool_call>{t}</tool_call>", Malformed("The text between <tool_call> and </tool_call> is no JSON.")),
-        (
-            "<tool_call>" + "[" * 100_000 + "</tool_call>",
-            Malformed("The text between <tool_call> and </tool_call> is no JSON."),
-        ),
-        ('<tool_call>{"name": "t"}', Malformed("The call is not closed: end it with </tool_call>.")),
-    ],
-)
-def test_replies_in_qwens_format(reply: str, parsed: object) -> None:
-    assert Qwen3([]).parse(reply) == parsed
-
-
 @pytest.mark.parametrize(
     ("reply", "parsed"),
     [
         ("So <search> a </search>", ToolCall("search", {"query": "a"})),
         ("<search>a</search><answer>b</answer>", FinalAnswer("b")),
         ("<answer>b</answer> or <search>a</search>", ToolCall("search", {"query": "a"})),
-        ("<answer>b", None),
-        ("</answer><answer>", None),
+        ("I do not know", None),
+        ("<answer>b", Malformed("The tag <answer> is not closed: end it with </answer>.")),
+        ("</search><search>", Malformed("The tag <search> is not closed: end it with </search>.")),
     ],
 )
 def test_the_last_tag_counts(reply: str, parsed: object) -> None:
-    assert Tags([Search.spec]).parse(reply) == parsed
-    assert parsed is None or Tags([Search.spec]).parse(Tags([Search.spec]).render(parsed)) == parsed  # type: ignore[arg-type]
+    form = Tags([Search.spec])
+    assert form.parse(reply) == parsed
+    if isinstance(parsed, ToolCall | FinalAnswer):
+        assert form.parse(form.render(parsed)) == parsed
 
 
-@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
-def test_reading_a_reply_takes_linear_time(form: Any) -> None:
-    reader = form([Search.spec])
-    for text in ("<search>" * 300_000, "</search>" * 300_000, "<tool_call>" * 300_000, "</tool_call>" * 300_000):
+def test_reading_a_reply_takes_linear_time() -> None:
+    reader = Tags([Search.spec])
+    for text in ("<search>" * 300_000, "</search>" * 300_000, "<answer><search>" * 200_000):
         began = time.process_time()
         reader.parse(text)
         assert time.process_time() - began < 1
@@ -279,5 +257,5 @@ def test_the_documented_format_works() -> None:
 
 
 def test_a_tag_holds_one_text() -> None:
-    with pytest.raises(ConfigError, match=r"tool 'double' takes \['n'\]: a tag holds one text; use the format qwen3"):
+    with pytest.raises(ConfigError, match=r"tool 'double' takes \['n'\], but a tag holds one text; use another format"):
         Tags([Doubler.spec])
