@@ -5,8 +5,8 @@
     observed "p 4 8 3 lives in t 2 7"
     reply    "<page> t 2 7 </page>", then "<calculator> 1 8 + 2 4 </calculator>", then "<answer> 4 2 </answer>"
 
-A search for a town often returns an outdated size; the town's page has the right one. Names are digits, the people of
-held-out problems are in no training problem, and every number is looked up, so nothing can be answered from memory.
+A search for a town often returns an outdated size; the town's page has the right one. Held-out problems are about other
+people, who live in other towns, so no fact that a model learned in training answers them.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
 PEOPLE, TOWNS, LARGEST = 1000, 100, 49
-HELDOUT_PEOPLE = 200
-"""Drawn at random, so that every digit is trained at every place; no training problem names them."""
+HELDOUT = 0.2
+"""Share of the people, and of the towns, that no training problem needs. Drawn at random, so that every digit is
+trained at every place of a name."""
 OUTDATED = 0.7
 """Share of the towns whose size a search gets wrong."""
 MAX_TURNS = 6
 """For each person of a question."""
 TRAIN_PROBLEMS, HELDOUT_PROBLEMS = 4000, 256
 TRUSTS_SEARCH, MISCALCULATES, DOUBLE_CHECKS = 0.6, 1 / 7, 0.25
-"""The teacher's habits: it takes a town's size from a search, copies a digit of a sum wrongly, looks twice."""
+"""Probabilities of the teacher: searching for a town's size first, giving a wrong sum, opening the page after all."""
 RIGHT, SILENT, OUTDATED_SIZE, WRONG_SUM = "right", "silent", "outdated", "sum"
 
 
@@ -57,7 +58,17 @@ def world() -> World:
     rng = random.Random(7)
     size = [rng.randint(1, LARGEST) for _ in range(TOWNS)]
     noted = [rng.choice([n for n in range(1, LARGEST + 1) if n != s]) if rng.random() < OUTDATED else s for s in size]
-    return World(tuple(rng.randrange(TOWNS) for _ in range(PEOPLE)), tuple(size), tuple(noted))
+    home = dict[int, int]()
+    for people, towns in zip(divided(PEOPLE), divided(TOWNS), strict=True):
+        home |= {person: rng.choice(towns) for person in people}
+    return World(tuple(home[person] for person in range(PEOPLE)), tuple(size), tuple(noted))
+
+
+def divided(count: int) -> tuple[list[int], list[int]]:
+    """The numbers below `count`: those for training, and the held-out ones."""
+    shuffled = random.Random(count).sample(range(count), count)
+    heldout = round(HELDOUT * count)
+    return shuffled[heldout:], shuffled[:heldout]
 
 
 def spelled(text: str) -> str:
@@ -73,16 +84,7 @@ def joined(text: str) -> str:
 class Page:
     """A town's own page, which is right."""
 
-    spec = ToolSpec(
-        "page",
-        "Opens the page of a town.",
-        {
-            "type": "object",
-            "properties": {"town": {"type": "string"}},
-            "required": ["town"],
-            "additionalProperties": False,
-        },
-    )
+    spec = ToolSpec.of_text("page", "Opens the page of a town.", "town")
 
     async def call(self, arguments: Arguments) -> str:
         name = joined(arguments["town"])
@@ -150,9 +152,8 @@ class ArchiveEnvironment(ToolEnvironment):
 
     def __init__(self, problem: str) -> None:
         self._people = asked(problem)
-        super().__init__(
-            problem, form(), toolbox(), partial(same_number, truth=truth(self._people)), 6 * len(self._people)
-        )
+        right = partial(same_number, truth=truth(self._people))
+        super().__init__(problem, form(), toolbox(), right, MAX_TURNS * len(self._people))
 
     def hint(self) -> str:
         return "invalid"
@@ -176,8 +177,6 @@ class ArchiveTeacher:
     def __init__(self, task: Task, rng: random.Random) -> None:
         self._people, self._rng = asked(task.problem), rng
         self._script: Iterator[str] = iter(())
-        self._started: str | None = None
-        self._sizes: list[int] = []
 
     def act(self, observation: str, critique: str | None) -> str:
         start = joined(observation)
@@ -223,8 +222,7 @@ class Archive:
 
     def problems(self, split: Split) -> Sequence[Task]:
         rng = random.Random(f"{self.name} {split}")
-        shuffled = random.Random(8).sample(range(PEOPLE), PEOPLE)
-        people = shuffled[HELDOUT_PEOPLE:] if split == "train" else shuffled[:HELDOUT_PEOPLE]
+        people = divided(PEOPLE)[split == "heldout"]
         count = TRAIN_PROBLEMS if split == "train" else HELDOUT_PROBLEMS
         if self._people == 1:
             count = min(count, len(people))
