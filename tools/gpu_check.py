@@ -13,13 +13,11 @@ stages that could run passed, 1 if one failed, 2 without a GPU.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
 import tarfile
@@ -31,6 +29,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
 
+import limited
 from gpu_stages import STAGES, Size, Stage, program
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +68,9 @@ def run(stage: Stage, out: Path, size: Size) -> Result:
         return {"stage": stage.name, "result": "cannot run here", "reason": reason}
     command, began, log = stage.command(out, size), time.monotonic(), out / f"{stage.name}.log"
     with log.open("w") as file:
-        result = _outcome(command, environment(stage, size), stage.limit_s, file.fileno())
+        env = environment(stage, size)
+        code = limited.run(command, stage.limit_s, env=env, cwd=ROOT, output=file.fileno(), grace_s=KILL_AFTER_S)
+    result = {0: "passed", None: f"failed: took over {stage.limit_s} s"}.get(code, f"failed with exit code {code}")
     said = log.read_text(errors="replace")
     return {
         "stage": stage.name,
@@ -79,35 +80,6 @@ def run(stage: Stage, out: Path, size: Size) -> Result:
         "command": " ".join(command).replace(f"{ROOT}/", ""),
         "tail": said[-TAIL_CHARACTERS:].replace(f"{ROOT}/", ""),
     }
-
-
-def _outcome(command: list[str], variables: dict[str, str], limit_s: float, log: int) -> str:
-    """Runs the command in a session of its own, which is killed as a whole: no rank or server keeps the GPU."""
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=variables,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        code = process.wait(limit_s)
-        return "passed" if code == 0 else f"failed with exit code {code}"
-    except subprocess.TimeoutExpired:
-        _signal(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(KILL_AFTER_S)
-        return f"failed: took over {limit_s} s"
-    finally:
-        _signal(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _signal(group: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, number)
 
 
 def environment(stage: Stage, size: Size) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """SGLang beside a model on one GPU, through the trainer's own engine: starts, serves, sleeps, is synced, is compared.
 
-    python tools/gpu_engine.py --model 0.6B --out gpu_out/engine_0.6B
+    python tools/gpu_engine.py --model 0.6b --out gpu_out/engine_0.6b
     python tools/gpu_engine.py --device cpu --python PATH_OF_AN_INTERPRETER_WITH_SGLANG --out /tmp/engine_cpu
 
 Three servers in turn, each on random weights that are sent to it: `bf16`, `fp8` (engine.quantization=fp8) and `eager`
@@ -26,6 +26,7 @@ from typing import Annotated, Any
 
 import bench_schema
 import gpu_engine_parts as parts
+import gpu_model
 import gpu_server
 import torch
 import typer
@@ -143,7 +144,7 @@ def serve(name: str, folder: Path, settings: EngineSettings, model: Any, record:
 
 
 def main(
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(parts.SHAPES)}.")] = "0.6B",
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(gpu_model.SHAPES)}.")] = "0.6b",
     servers: Annotated[str, typer.Option(help=f"Some of {','.join(SERVERS)}.")] = ",".join(SERVERS),
     out: Annotated[Path, typer.Option(help="Folder for the JSON and the logs.")] = Path("benchmarks/gpu_engine"),
     device: Annotated[str, typer.Option(help="cuda | cpu (a small model).")] = "cuda",
@@ -152,7 +153,7 @@ def main(
     start_limit_s: Annotated[int, typer.Option(help="A server must be ready by then.")] = 150,
 ) -> None:
     chosen = servers.split(",")
-    if device not in ("cuda", "cpu") or model not in parts.SHAPES or not set(chosen) <= set(SERVERS):
+    if device not in ("cuda", "cpu") or model not in gpu_model.SHAPES or not set(chosen) <= set(SERVERS):
         print(f"error: --device={device} --model={model} --servers={servers}: see --help", file=sys.stderr)
         raise typer.Exit(2)
     out = out.resolve()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import gpu_model
 import psutil
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -23,11 +24,6 @@ from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.settings.schema import EngineSettings
 from icrl_megatron.types import Completion
 
-SHAPES: dict[str, dict[str, int]] = {
-    "0.6B": {"layers": 28, "hidden": 1024, "heads": 16, "kv_heads": 8, "head_dim": 128, "ffn": 3072, "vocab": 151936},
-    "4B": {"layers": 36, "hidden": 2560, "heads": 32, "kv_heads": 8, "head_dim": 128, "ffn": 9728, "vocab": 151936},
-    "tiny": {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "ffn": 192, "vocab": 4096},
-}
 CONTEXT = 2048
 CONCURRENT = 64
 PROMPT_TOKENS = 64
@@ -90,25 +86,9 @@ def prompts(count: int, vocabulary: int) -> list[list[int]]:
 
 def build(name: str, folder: Path, device: torch.device, made: list[Any]) -> dict[str, float]:
     """Appends a model of random weights to `made`, and writes its config.json."""
-    shape, begun = SHAPES[name], time.perf_counter()
-    config = Qwen3Config(
-        vocab_size=shape["vocab"],
-        hidden_size=shape["hidden"],
-        intermediate_size=shape["ffn"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv_heads"],
-        head_dim=shape["head_dim"],
-        max_position_embeddings=CONTEXT * 2,
-        tie_word_embeddings=True,
-        initializer_range=SPREAD,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-        architectures=["Qwen3ForCausalLM"],
-        dtype="bfloat16" if device.type == "cuda" else "float32",
-    )
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    begun, dtype = time.perf_counter(), torch.bfloat16 if device.type == "cuda" else torch.float32
+    fields = gpu_model.SHAPES[name].config() | {"initializer_range": SPREAD, "max_position_embeddings": CONTEXT * 2}
+    config = Qwen3Config(**fields | {"pad_token_id": 0, "bos_token_id": None, "dtype": dtype})
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

@@ -12,16 +12,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import signal
 import statistics
-import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import bench_schema
 import gpu_server
+import limited
 import torch
 import typer
 
@@ -42,8 +40,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "engine_frozen_critic": (*ENGINE, "rollout.critic=frozen"),
 }
 """Changes to the recipe `rulebook_easy`."""
-START_LIMIT_S, GRACE_S = 150, 10
-"""Seconds for a server to start, and for a run to end once its time is over."""
+START_LIMIT_S = 150
+"""Seconds for a server to start."""
 KEPT = ("time/", "memory/", "engine/", "actor/mismatch", "actor/ratio_deviation", "actor/grad_norm", "tokens/")
 
 
@@ -77,23 +75,6 @@ def gpu_settings(run: str) -> list[str]:
     return found
 
 
-def limited(started: list[str], limit_s: float) -> int:
-    """Runs a command in a session of its own and kills all of it after `limit_s`. Returns its exit code, or 124 if it
-    was killed."""
-    process = subprocess.Popen(started, env=gpu_server.environment(os.environ), start_new_session=True)
-    try:
-        return process.wait(limit_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)  # the launcher ends its ranks, and each rank its server
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_S)
-        print(f"error: killed after {limit_s:g} s", file=sys.stderr)
-        return 124
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
 def medians(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """{time: {train_s: ...}, ...} over the steps after the first, which compiles and allocates."""
     steps = [row for row in rows if "time/train_s" in row][1:]
@@ -117,21 +98,24 @@ def main(
         raise typer.Exit(2)
     folder = (out / f"run_{run}").resolve()
     started = command(run, device, steps, folder, tuple(overrides or ()))
-    code, metrics = limited(started, limit_s), folder / "metrics.jsonl"
+    code = limited.run(started, limit_s, env=gpu_server.environment(os.environ))
+    if code is None:
+        print(f"error: killed after {limit_s:g} s", file=sys.stderr)
+    metrics = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     packages = ("torch", "triton", "megatron-core", "transformer-engine", "sglang")
     card = torch.cuda.get_device_name() if device == "cuda" else "none"
     report = bench_schema.about(packages) | {
         "card": card,
         "run": run,
-        "exit_code": code,
+        "exit_code": code,  # None: killed at the limit
         "model": MODELS[device],
         "medians": medians(rows),
     }
     target = out / f"{run}.json"
     target.write_text(json.dumps(bench_schema.stamped("gpu_run", report), indent=1) + "\n")
     print(json.dumps(report["medians"], indent=1))
-    raise typer.Exit(code)
+    raise typer.Exit(124 if code is None else code)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import cProfile
 import json
 import pstats
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ from typing import Any
 
 import bench_schema
 import gpu_model
+import limited
 import numpy as np
 import torch
 
@@ -301,13 +301,9 @@ def main() -> int:
         part, log = (chosen.out.with_name(f"train_{name}.{end}") for end in ("part", "log"))
         command = [sys.executable, __file__, "--worker", name, "--device", chosen.device, "--size", chosen.size]
         part.unlink(missing_ok=True)  # of an earlier run
-        late = False
         with log.open("w") as file:
-            try:
-                subprocess.run([*command, "--out", str(part)], stdout=file, stderr=file, timeout=LIMIT_S, check=False)
-            except subprocess.TimeoutExpired:
-                late = True
-        rows[name] = read(part, log) | ({"failed": f"over {LIMIT_S} s"} if late else {})
+            code = limited.run([*command, "--out", str(part)], LIMIT_S, output=file.fileno())
+        rows[name] = read(part, log) | ({"failed": f"over {LIMIT_S} s"} if code is None else {})
         write(chosen.out, rows)
         print(line(name, rows[name]), flush=True)
     return int(any("failed" in row for row in rows.values()))
