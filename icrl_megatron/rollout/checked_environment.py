@@ -185,8 +185,7 @@ class CheckedEnvironment:
 
     def measures(self) -> tuple[tuple[str, float], ...]:
         """What a `Measuring` environment counted, sorted by name; nothing from any other environment."""
-        counted: Callable[[], object] = lambda: getattr(self._environment, "measures", dict)()  # noqa: E731
-        return self._caller.call("measures", counted, _measures)
+        return self._caller.call("measures", lambda: getattr(self._environment, "measures", dict)(), _measures)
 
     def _text(self, value: object, name: str = "it") -> ClippedText:
         whole = text_of(value, name)
