@@ -1,4 +1,4 @@
-"""The head on a GPU against eager torch, Liger, Megatron and verl: device time and memory. Needs only torch and triton.
+"""The head on a GPU against eager torch, Liger, Megatron and verl: device time and memory. Needs torch and triton.
 
     python tools/bench_head_cuda.py --out benchmarks/head_cuda.json [--quick] [--tune]
 
@@ -8,11 +8,11 @@ Three operations, each for the head of Qwen3-4B and 8B, at TP 1 and at one rank'
     train    hidden states and weight in bf16 -> loss, both gradients
     score    hidden states and weight in bf16 -> log-probs
 
-A peer's gradients are compared with ours before it is timed. Peers take turns in one process; each run is timed with
-two device events, after a sweep over a buffer larger than the L2 cache. Reported are medians, with GB/s (given) or TF/s
-(the others), the fraction of an H100's floor, and the peak memory that a pass allocates. A peer that is not installed,
-runs out of memory or computes different gradients is listed with the reason.
-`bars` has each bar with its value. The file is written after every row.
+A peer's gradients are compared with ours before it is timed. Peers take turns in one process, each run between two
+events on the device after a sweep over a buffer larger than the L2 cache. Reported are medians, with GB/s (given) or
+TF/s (the others), the share of an H100's floor, and the memory that a pass allocates at its peak. A peer that is not
+installed, runs out of memory or computes something else is named with its reason.
+`bars` holds each bar with its value. The file is written after every row.
 `python tools/bench_head.py --device cuda` is the same.
 """
 
@@ -54,11 +54,11 @@ OPERATIONS = {"given": given_peers, "train": train_peers, "score": score_peers}
 
 
 MOST_ERROR = 0.05
-"""Maximum relative difference of a peer's gradients: bf16 rounding is below 0.01. Peers above it are not timed."""
+"""Of a peer's gradients, relative to ours: bf16 rounding is below 0.01. What computes something else is not timed."""
 
 
 def measure(peers: dict[str, Run | str], rounds: int) -> dict[str, dict[str, Any]]:
-    """Milliseconds and additional bytes by peer; the reason for peers that could not run."""
+    """Milliseconds and extra bytes by peer; what could not run says why."""
     found: dict[str, dict[str, Any]] = {}
     runs: dict[str, Run] = {}
     for name, run in peers.items():
@@ -84,7 +84,7 @@ def measure(peers: dict[str, Run | str], rounds: int) -> dict[str, dict[str, Any
 
 
 def _warm(run: Run) -> int | str:
-    """Runs twice, to compile and to measure the peak memory above the memory allocated before."""
+    """Runs twice, for compilation and for its peak memory above what is allocated before."""
     try:
         for _ in range(2):
             getattr(run, "before", lambda: None)()
@@ -112,7 +112,7 @@ def _timed(run: Run, flush: Tensor) -> float:
 
 
 def bench(shapes: list[Shape], rounds: int, keep: Callable[[list[Row]], None]) -> None:
-    """Passes all rows so far to `keep` after each one, because after some CUDA errors the process cannot continue."""
+    """Hands `keep` all rows so far after each one: some errors of CUDA leave the process unable to go on."""
     rows: list[Row] = []
     for shape in shapes:
         size = (shape.tokens, shape.columns, shape.hidden)
@@ -129,7 +129,7 @@ def bench(shapes: list[Shape], rounds: int, keep: Callable[[list[Row]], None]) -
 
 
 def tune(tokens: int) -> list[dict[str, Any]]:
-    """Times of the two kernels that pass over logits, by block, warps and programs per multiprocessor."""
+    """Times of the two kernels that pass over logits, by block, warps and programs a multiprocessor."""
     from icrl_kernels import triton_chunks
 
     inputs, rows = Inputs(Shape("Qwen3-8B", tokens, 1)), []
@@ -149,7 +149,7 @@ def tune(tokens: int) -> list[dict[str, Any]]:
 
 
 def tune_chunks(tokens: int, rounds: int = 5) -> list[dict[str, Any]]:
-    """Times of the whole training pass by rows per chunk, in turns; `default` marks the plan's choice."""
+    """Times of the whole training pass by the rows of a chunk, in turns; `default` marks what the plan chooses."""
     inputs = Inputs(Shape("Qwen3-8B", tokens, 1))
     runs: dict[tuple[str, int | None], Run] = {}
     for logits, rows in (("fp32", (None, 2048, 2560, 2816, 3072, 3328)), ("bf16", (None, 3072, 4096, 5504, 6528))):

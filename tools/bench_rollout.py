@@ -256,13 +256,13 @@ def requests_of(engine: SGLangEngine, folder: Path, rounds: int, requests: int) 
 
 
 def steps_of(engine: SGLangEngine, folder: Path, rounds: int, tasks: int) -> dict[str, dict[str, float]]:
-    """Alternating steps with and without oversampling; episode times are over all episodes of all turns."""
+    """Steps with and without oversampling, in turns; seconds of an episode are over all episodes of all turns."""
     stage = stage_of(folder, CONTEXT)
     taken: dict[float, list[Step]] = {1.0: [], OVERSAMPLE: []}
     for i in range(rounds + 1):
         for oversample, steps in taken.items():
             engine.server.post("/flush_cache?timeout=60", {}, 90.0)
-            engine.take_stats()  # discards earlier statistics
+            engine.take_stats()  # of what came before
             done = step(engine, stage, tasks, oversample, i)
             if i:  # the first warms up
                 steps.append(done)
