@@ -1,4 +1,4 @@
-"""`icrl`: a thin command line. Each command imports what it needs when it runs, so that help costs no torch."""
+"""`icrl`: the command line. Each command imports its modules when it runs, so that --help does not import torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Body = TypeVar("Body", bound=Callable[..., Any])
 
 
 class Guarded(typer.Typer):
-    """Its commands print control characters as escapes (`utils/terminal.py`); typer's own help has its colors."""
+    """Escapes control characters in the output of commands (`utils/terminal.py`), but not in typer's colored help."""
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[Body], Body]:
         register = super().command(name, **options)
@@ -48,14 +48,14 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, e.g. optim.learning_rate=1e-5 steps=50."),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what is there, on purpose, even if something else wrote it.")
+    bool, typer.Option("--overwrite", help="Replace existing files even if another program wrote them.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings, check them, and stop.")]
 
 
 @app.command()
 def train(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Train. Given the same command again, a run that was stopped goes on from its last checkpoint."""
+    """Train. The same command resumes a stopped run from its last checkpoint."""
     resolved = _resolve(recipe, overrides, dry_run)
     if not dry_run:
         from icrl_megatron.launch import phases as pipeline
@@ -67,15 +67,15 @@ def train(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) 
 
 @app.command()
 def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Only the supervised warm start of a recipe: demonstrations in the three prompt forms."""
+    """Run only a recipe's supervised warm start: demonstrations in the three prompt forms."""
     resolved = _resolve(recipe, overrides, dry_run)
     if resolved.start_from:
         raise ConfigError(
             f"start_from={resolved.start_from}: `icrl sft` warms up a model.path or model.init; leave start_from empty "
-            "and give model.path=FOLDER, which `icrl export` makes of a checkpoint, or use `icrl train`"
+            "and give model.path=FOLDER, which `icrl export` makes from a checkpoint, or use `icrl train`"
         )
     if resolved.warm_start.steps == 0:
-        raise ConfigError("warm_start.steps=0: nothing to do; begin a new run with e.g. warm_start.steps=300")
+        raise ConfigError("warm_start.steps=0: nothing to do; start a new run with e.g. warm_start.steps=300")
     if not dry_run:
         from icrl_megatron.launch import phases as pipeline
 
@@ -90,7 +90,7 @@ def _resolve(recipe: str, overrides: list[str] | None, show: bool) -> Settings:
     if show:
         typer.echo(settings.to_yaml(resolved), nl=False)
     validate.validate(resolved)
-    if show and (resolved.model.path or resolved.start_from):  # one that model.init makes has no tokenizer yet
+    if show and (resolved.model.path or resolved.start_from):  # a model from model.init has no tokenizer yet
         from icrl_megatron.run.problems import dry_run
 
         if said := dry_run(resolved):
@@ -102,7 +102,7 @@ def _finish(code: int) -> NoReturn:
     from icrl_megatron.distributed.process import STOPPED
 
     if code == STOPPED:
-        typer.echo("stopped on request, and saved; the same command goes on from here", err=True)
+        typer.echo("stopped on request, and saved; the same command resumes from here", err=True)
     raise typer.Exit(code)
 
 
@@ -117,16 +117,16 @@ def launch(
     container: Annotated[str, typer.Option(help="Image for pyxis/enroot.")] = "",
     mount: Annotated[list[str] | None, typer.Option(help="More container mounts.")] = None,
     host: Annotated[str, typer.Option(help="Login node, for an SSH tunnel.")] = "",
-    port: Annotated[int, typer.Option(help="Of ssh on the login node.")] = 22,
+    port: Annotated[int, typer.Option(help="SSH port of the login node.")] = 22,
     user: Annotated[str, typer.Option(help="User of the tunnel.")] = "",
     identity: Annotated[str, typer.Option(help="Private key of the tunnel.")] = "",
     remote_home: Annotated[str, typer.Option(help="The checkout on the cluster.")] = "",
-    python: Annotated[str, typer.Option(help="Python of the step, where it is not this one.")] = "",
-    ranks_per_node: Annotated[int, typer.Option(help="Where it is not the recipe's launch.ranks.")] = 0,
+    python: Annotated[str, typer.Option(help="Python of the step; this one by default.")] = "",
+    ranks_per_node: Annotated[int, typer.Option(help="Ranks per node; the recipe's launch.ranks by default.")] = 0,
     dry_run: DryRun = False,
-    detach: Annotated[bool, typer.Option("--detach", help="Submit, and return.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Submit and return.")] = False,
 ) -> None:
-    """Launch a recipe through NeMo-Run, on this machine or on Slurm. Non-zero unless every task succeeded."""
+    """Launch a recipe through NeMo-Run, on this machine or on Slurm. Exits with 0 only if every task succeeded."""
     from icrl_recipes import launch as nemo
 
     where = nemo.Where(
@@ -147,12 +147,12 @@ def launch(
     raise typer.Exit(nemo.launch(recipe, overrides or [], where, dry_run, detach))
 
 
-Experiment = Annotated[str, typer.Argument(help="What `icrl launch` printed.", show_default=False)]
+Experiment = Annotated[str, typer.Argument(help="The id that `icrl launch` printed.", show_default=False)]
 
 
 @app.command()
 def status(experiment: Experiment) -> None:
-    """Say how a launched experiment is."""
+    """Print the status of a launched experiment."""
     from icrl_recipes import launch as nemo
 
     raise typer.Exit(nemo.status(experiment))
@@ -182,7 +182,7 @@ def import_(
     ],
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn a Hugging Face folder into a checkpoint that training can start from."""
+    """Convert a Hugging Face folder to a checkpoint from which training can start."""
     from icrl_megatron.utils import results
 
     written = results.check_import(target, source, overwrite)
@@ -195,10 +195,10 @@ def import_(
 @app.command()
 def export(
     source: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint of a run.")],
-    target: Annotated[Path, typer.Argument(metavar="HF_FOLDER", help="Where the Hugging Face folder is written.")],
+    target: Annotated[Path, typer.Argument(metavar="HF_FOLDER", help="The Hugging Face folder to write.")],
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn a checkpoint into a Hugging Face folder, weights and tokenizer, that transformers and SGLang load."""
+    """Convert a checkpoint to a Hugging Face folder (weights and tokenizer) that transformers and SGLang load."""
     from icrl_megatron.utils import results
 
     results.check(target, results.MODEL, [source], overwrite)
@@ -226,16 +226,18 @@ def eval_(
     overrides: Overrides = None,
     task: Annotated[list[str] | None, typer.Option(help="Task set, repeatable; the run's own by default.")] = None,
     on: Annotated[list[str] | None, typer.Option(help="test: all held-out problems; or a subset, repeatable.")] = None,
-    rounds: Annotated[int, typer.Option(help="Attempts an episode; above 1 the critic helps.")] = 1,
-    samples: Annotated[int, typer.Option(help="Episodes of each problem.")] = 1,
-    problems: Annotated[int | None, typer.Option(help="At most this many of each task set.")] = None,
+    rounds: Annotated[
+        int, typer.Option(help="Attempts per episode; above 1, the critic critiques each but the last.")
+    ] = 1,
+    samples: Annotated[int, typer.Option(help="Episodes per problem.")] = 1,
+    problems: Annotated[int | None, typer.Option(help="Maximum number of problems per task set.")] = None,
     critic: Annotated[str, typer.Option(help="Another model's folder, or an endpoint's address.")] = "",
     revise_all: Annotated[bool, typer.Option(help="Critique and retry successes too.")] = False,
-    against: Annotated[Path | None, typer.Option(help="eval.json of another model, to compare with.")] = None,
+    against: Annotated[Path | None, typer.Option(help="eval.json of another model to compare with.")] = None,
     out: Annotated[Path | None, typer.Option(help="The folder to write; MODEL/eval by default.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure a model on held-out problems: alone, with critique, and against another on the same seeds."""
+    """Measure a model on held-out problems: without critique, with it, and against another on the same seeds."""
     from icrl_megatron.evaluation.result import EvalRequest
     from icrl_megatron.evaluation.run import evaluate
 
@@ -250,7 +252,7 @@ def eval_(
 def report_page(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, shown together.")],
     out: Annotated[Path | None, typer.Option(help="The file to write; RUN/report.html by default.")] = None,
-    episodes: Annotated[int, typer.Option(help="Episodes of each run that the page holds.", min=0)] = 240,
+    episodes: Annotated[int, typer.Option(help="Maximum number of episodes per run in the page.", min=0)] = 240,
     overwrite: Overwrite = False,
 ) -> None:
     """Write one HTML page: curves, tables, time, and episodes with every token shaded by its calibration weight."""
@@ -264,19 +266,19 @@ def report_page(
 def ablate(
     recipe: Recipe,
     overrides: Overrides = None,
-    arms: Annotated[str, typer.Option(help="Names with commas (docs/BASELINES.md), or all.")] = "all",
-    seeds: Annotated[str, typer.Option(help="Whole numbers with commas.")] = "0,1,2",
-    out: Annotated[Path | None, typer.Option(help="Where the runs go; runs/ablate_RECIPE by default.")] = None,
-    budget_of: Annotated[str, typer.Option(help="Arm whose generated tokens end all others.")] = "",
-    cell: Annotated[int | None, typer.Option(help="Run this one only, counted from 0.")] = None,
-    table: Annotated[bool, typer.Option("--table", help="Run nothing; the table of what is finished.")] = False,
-    on: Annotated[str, typer.Option(help="local: one after another; slurm: an array job.")] = "local",
+    arms: Annotated[str, typer.Option(help="Comma-separated names (docs/BASELINES.md), or all.")] = "all",
+    seeds: Annotated[str, typer.Option(help="Comma-separated integers.")] = "0,1,2",
+    out: Annotated[Path | None, typer.Option(help="Folder for the runs; runs/ablate_RECIPE by default.")] = None,
+    budget_of: Annotated[str, typer.Option(help="Arm whose generated tokens are the budget of all others.")] = "",
+    cell: Annotated[int | None, typer.Option(help="Run only this cell, counted from 0.")] = None,
+    table: Annotated[bool, typer.Option("--table", help="Run nothing; print the table of finished cells.")] = False,
+    on: Annotated[str, typer.Option(help="local: sequentially; slurm: as an array job.")] = "local",
     account: Annotated[str, typer.Option(help="Slurm account.")] = "",
     partition: Annotated[str, typer.Option(help="Slurm partition.")] = "",
-    time: Annotated[str, typer.Option(help="Time limit of a cell on Slurm; it is requeued and goes on.")] = "",
-    at_once: Annotated[int, typer.Option(help="Cells on Slurm at the same time; 0: all that fit.", min=0)] = 0,
+    time: Annotated[str, typer.Option(help="Time limit per job on Slurm; a cell is requeued and resumes.")] = "",
+    at_once: Annotated[int, typer.Option(help="Cells that run on Slurm at one time; 0: all that fit.", min=0)] = 0,
 ) -> None:
-    """Compare ICRL with its baselines and ablations over seeds. Given again, it goes on where it was stopped."""
+    """Compare ICRL with its baselines and ablations over seeds. The same command resumes where it stopped."""
     from icrl_megatron.launch import ablate as ablation
 
     if on not in ("local", "slurm"):
@@ -289,7 +291,7 @@ def ablate(
         if queued := ablate_slurm.submit(plan, ablate_slurm.Queue(account, partition, time, at_once)):
             for name, job in queued:
                 typer.echo(f"{name:8} job {job}")
-            typer.echo(f"logs in {where / 'jobs'}; the same command with --table shows what is finished")
+            typer.echo(f"logs in {where / 'jobs'}; the same command with --table shows the finished cells")
             return
     code = 0 if table or on == "slurm" else ablation.run(plan, cell)
     ablation.conclude(plan)
@@ -297,23 +299,23 @@ def ablate(
         _finish(code)
 
 
-env_app = Guarded(help="Look at environments behind servers.", no_args_is_help=True)
+env_app = Guarded(help="Inspect environment servers.", no_args_is_help=True)
 app.add_typer(env_app, name="env")
 
 
 @env_app.callback()
 def env() -> None:
-    """Look at environments behind servers."""
+    """Inspect environment servers."""
 
 
 @env_app.command("check")
 def env_check(
     url: Annotated[str, typer.Argument(metavar="URL", help="Address of an AgentGym server, e.g. http://host:36001.")],
-    kind: Annotated[str, typer.Option(help="Which environment it should be; found out by default.")] = "",
-    task: Annotated[int, typer.Option(help="Task id to play the first step of.")] = 0,
-    timeout: Annotated[float, typer.Option(help="Seconds a call may take.")] = 30.0,
+    kind: Annotated[str, typer.Option(help="The expected environment; detected by default.")] = "",
+    task: Annotated[int, typer.Option(help="Id of the task whose first step is played.")] = 0,
+    timeout: Annotated[float, typer.Option(help="Maximum seconds per call.")] = 30.0,
 ) -> None:
-    """Drive a server through an episode's beginning, and say what it is."""
+    """Play the beginning of an episode on a server, and print what the server is."""
     from icrl_megatron.tasks.env_check import check
 
     raise typer.Exit(check(url, kind, task, timeout))
@@ -354,14 +356,14 @@ def settings_(
 def plan(
     recipe: Recipe,
     overrides: Overrides = None,
-    gpus: Annotated[int | None, typer.Option(help="GPUs in all; what the recipe asks for by default.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="Total number of GPUs; the recipe's by default.")] = None,
     gpu: Annotated[str, typer.Option(help="h100, h200, b200 or a100.")] = "h100",
-    search: Annotated[bool, typer.Option("--search", help="Find the best layout, and say why others fell.")] = False,
+    search: Annotated[bool, typer.Option("--search", help="Find the best layout, and say why others fail.")] = False,
     scaling: Annotated[bool, typer.Option("--scaling", help="Also print a table of 8 to 1024 GPUs.")] = False,
-    picture: Annotated[Path | None, typer.Option(help="Write a PNG of that table, and print it.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Write a PNG of that table, and print the table.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Predict memory and time of a step from the settings alone, before a GPU is asked for."""
+    """Predict memory and time of a step from the settings alone, before any GPU is used."""
     from icrl_megatron.plan import command
 
     command.run(recipe, overrides or [], gpus, gpu, search, scaling, picture, overwrite)
@@ -369,14 +371,14 @@ def plan(
 
 @app.command()
 def doctor() -> None:
-    """Say what this machine can do and what is missing, with the command that mends it."""
+    """Check what this machine supports and what is missing, and print the commands that fix it."""
     from icrl_megatron.launch.doctor import report
 
     raise typer.Exit(report())
 
 
 def main() -> None:
-    """Entry point: one plain message on stderr and code 2 after a ConfigError, code 1 after a HopelessError."""
+    """Entry point: one message on stderr, and exit code 2 after a ConfigError or 1 after a HopelessError."""
     from icrl_megatron.utils.disk import unexplained_errors
 
     try:
@@ -384,7 +386,7 @@ def main() -> None:
             app()
     except (ConfigError, HopelessError) as error:
         guard()
-        with suppress(OSError):  # the error may be that of the disk that stderr is written to
+        with suppress(OSError):  # the error may be that stderr's own disk is full
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
 

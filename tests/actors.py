@@ -1,4 +1,4 @@
-"""A tiny actor on one rank, steps of it and its checkpoints: for tests of the actor and of what is saved of it."""
+"""A tiny actor on one rank, its training steps and its checkpoints."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A real HTTP server that answers as AgentGym's do, from conversations written down per environment and dialect.
+"""An HTTP server with AgentGym's protocol, which replays recorded conversations per environment and dialect.
 
-Every conversation is one task: the answers to reset and to each action, in the shapes of the protocol. What a request
-must hold is checked here, so that a client that leaves a field out is told as the real servers would tell it.
+Every conversation is one task: the answers to reset and to each action, in the protocol's format. The server checks the
+fields of requests, so a client that omits one gets the same error as from the real servers.
 
-    python tests/agentgym_server.py NAME PORT HOST       serves there, and says on stderr what it was asked
+    python tests/agentgym_server.py NAME PORT HOST       serves there, and logs the requests to stderr
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ TASK_KEY = {"alfworld": "game", "webshop": "session_id", "searchqa": "id"}
 
 @dataclass
 class State:
-    """What a server has been asked, and how it misbehaves."""
+    """A server's recorded requests, and its faults."""
 
     name: str
     dialect: str
     fail: dict[str, list[Any]] = field(default_factory=dict)
-    """path -> what the next requests get instead: a status, (status, body), "hang", "drop" or "garbage"."""
+    """path -> the faulty answers to the next requests: a status, (status, body), "hang", "drop" or "garbage"."""
     calls: Counter[str] = field(default_factory=Counter)
     open: dict[int, tuple[int, int]] = field(default_factory=dict)
     """environment -> (task, steps taken)"""
@@ -200,7 +200,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def handle(self) -> None:
-        with contextlib.suppress(ConnectionError):  # a client that did not wait
+        with contextlib.suppress(ConnectionError):  # the client has disconnected
             super().handle()
 
 
@@ -217,7 +217,7 @@ class Server(ThreadingHTTPServer):
 
 @contextmanager
 def serving(name: str, dialect: str = "A", state: State | None = None) -> Iterator[tuple[str, State]]:
-    """(address, state) of a server of one environment; `state`: one that misbehaves from the start."""
+    """(address, state) of a server of one environment; pass a `state` for faults from the start."""
     state = state or State(name, dialect)
     server = Server(("127.0.0.1", 0), type("Bound", (Handler,), {"state": state}))
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()

@@ -1,4 +1,4 @@
-"""Run folders as a run leaves them that has begun, without running one."""
+"""Run folders of a started run, created without running it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RECIPE = "quickstart"
 
 
 def begin(folder: Path, *overrides: str, step: int = 4) -> Settings:
-    """A run of the quickstart with these overrides. Its checkpoint is empty: rules for resuming read names alone."""
+    """A run of the quickstart with these overrides. Its checkpoint is empty: the checks of a resume read only names."""
     begun = again(folder, *overrides)
     S.save(begun, folder / S.SAVED_NAME)
     (folder / "checkpoints" / f"step_{step:06d}").mkdir(parents=True, exist_ok=True)
@@ -25,7 +25,7 @@ def again(folder: Path, *overrides: str) -> Settings:
 
 
 def write_rows(path: Path, first: int) -> str:
-    """Four rows of mathematics, which differ between calls with other numbers; returns their path."""
+    """Writes four rows of arithmetic, which depend on `first`; returns the path."""
     rows = [json.dumps({"prompt": f"What is {i} + {i}?", "label": str(2 * i)}) for i in range(first, first + 4)]
     path.write_text("\n".join(rows) + "\n")
     return str(path)

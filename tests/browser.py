@@ -1,4 +1,4 @@
-"""A headless Chromium on a pipe: enough of the DevTools protocol to open a file, click and look."""
+"""A headless Chromium on a pipe: enough of the DevTools protocol to open a file, click and inspect the page."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def executable() -> str | None:
 
 
 class Browser:
-    """One page. Its network is switched off, so what it shows came out of the file."""
+    """One page. Its network is disabled, so everything it shows is from the file."""
 
     def __init__(self, program: str, profile: Path) -> None:
         to_child, from_us = os.pipe()
         to_us, from_child = os.pipe()
         self._write, self._read = from_us, to_us
 
-        def place() -> None:  # the protocol speaks on descriptors 3 and 4
+        def place() -> None:  # the protocol uses file descriptors 3 and 4
             spare = [os.dup(to_child), os.dup(from_child)]
             os.dup2(spare[0], 3)
             os.dup2(spare[1], 4)
@@ -57,7 +57,7 @@ class Browser:
         self.call("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Raises RuntimeError on a protocol error, TimeoutError when the browser is silent."""
+        """Raises RuntimeError on a protocol error, TimeoutError if the browser does not answer."""
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
         if self._session:
@@ -79,7 +79,7 @@ class Browser:
         return found["result"].get("value")
 
     def open(self, file: Path) -> None:
-        """Loads a file and waits until its script is done."""
+        """Loads a file and waits until its script has finished."""
         self.call("Page.navigate", url=file.resolve().as_uri())
         self.wait("document.body && document.body.dataset.ready === 'yes'")
 
@@ -91,13 +91,13 @@ class Browser:
             time.sleep(0.05)
 
     def click(self, script: str) -> None:
-        """A real click in the middle of the element that the expression gives."""
+        """Clicks the center of the element that the expression returns."""
         x, y = self._middle(script)
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def press(self, key: str) -> None:
-        """A key, to whatever has the focus."""
+        """Sends a key to the focused element."""
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
 
@@ -106,7 +106,7 @@ class Browser:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def _middle(self, script: str) -> tuple[float, float]:
-        """Where an element is, once it is in sight."""
+        """Scrolls an element into view and returns its center."""
         x, y = self.evaluate(
             f"(() => {{ const e = {script}; e.scrollIntoView({{block: 'center', behavior: 'instant'}});"
             "const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"

@@ -1,4 +1,4 @@
-"""A random Qwen3 with a byte-level tokenizer, for task sets whose words are not known beforehand."""
+"""A random Qwen3 with a byte-level tokenizer, for task sets whose vocabulary is not known in advance."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHATML = (
 
 
 def build(folder: Path, positions: int = 1024, layers: int = 1) -> Path:
-    """Writes the model, fp32, to `folder`: one token a byte, but for a few merges."""
+    """Writes the model, fp32, to `folder`: one token per byte, except for a few merges."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""`python compile_kernels.py`: every kernel compiled for an H100, as JSON. Needs triton, no GPU and no interpreter."""
+"""`python compile_kernels.py`: compiles every kernel for an H100; prints JSON. Needs triton, no GPU, no interpreter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LANES = 32
 FLAGS = {"HAS_OLD": True, "HAS_BEHAVIOUR": True, "HAS_REFERENCE": True, "HAS_ENTROPY": True}
 SIZES = {"BLOCK": TUNED.block, "ROWS": TOKENS_PER_PROGRAM}
 LAUNCHED = {"columns": 151936, "stride": 151936, "gradient_stride": 151936}
-"""Of the integers that a kernel may specialise, those of Qwen3; pointers are aligned too."""
+"""Qwen3's values of the integers on which a kernel may specialize; pointers are aligned too."""
 POINTERS = {"targets_ptr": "*i64", "calibrated_ptr": "*u8", "finite_ptr": "*u8"}
 INTEGERS = {"rows", "columns", "stride", "gradient_stride", "first_column", "splits", "parts"}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -43,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "score_tokens": {},
     "token_objective": {},
 }
-"""Kernel -> what differs from the rest: types of pointers, flags, launched integers."""
+"""Kernel -> its differences from the defaults: pointer types, flags, launched integers."""
 
 
 def type_of(name: str, variant: dict[str, Any]) -> str:
@@ -53,7 +53,7 @@ def type_of(name: str, variant: dict[str, Any]) -> str:
 
 
 def aligned(parameter: Any, variant: dict[str, Any]) -> bool:
-    """Whether a launch tells the compiler that this is a multiple of 16."""
+    """Whether the launch declares this parameter to be a multiple of 16."""
     if parameter.is_constexpr or parameter.do_not_specialize:
         return False
     return parameter.name.endswith("_ptr") or {**LAUNCHED, **variant}.get(parameter.name, 1) % 16 == 0
@@ -86,7 +86,7 @@ def report(name: str, variant: dict[str, Any]) -> dict[str, Any]:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers a thread and bytes of stack, which spilled registers would lie in."""
+    """Registers per thread, and bytes of stack, where spilled registers would be."""
     text = cuobjdump("-res-usage", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found is not None, text
@@ -94,7 +94,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def loop_length(cubin: bytes) -> int:
-    """Machine instructions in the shortest loop around an exponential: what a thread runs for its part of a block."""
+    """Machine instructions in the shortest loop with an exponential, which a thread runs for its part of a block."""
     code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", cuobjdump("-sass", cubin))]
     loops = []
     for at, text in code:

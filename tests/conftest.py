@@ -1,4 +1,4 @@
-"""Skips, with the reason, what this machine cannot run; keeps torch from oversubscribing the cores."""
+"""Skips tests that this machine cannot run, with the reason; keeps torch from oversubscribing the cores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# A deadline per example measures the machine's load, not the code.
+# A deadline per example would measure the machine's load, not the code.
 hypothesis.settings.register_profile("house", deadline=None)
 hypothesis.settings.load_profile("house")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -18,25 +18,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def has_gpu(devices: Path = Path("/dev")) -> bool:
-    """Whether this machine, or what a container was given of it, has a GPU: its first may be /dev/nvidia5."""
+    """Whether this machine or container has a GPU; in a container the first may be /dev/nvidia5."""
     return any(devices.glob("nvidia[0-9]*"))
 
 
-if not has_gpu():  # before anything imports triton: without a GPU its interpreter runs the kernels
+if not has_gpu():  # before triton is imported: without a GPU its interpreter runs the kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SLURM_PARTS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged")
 
 
 def _missing() -> dict[str, str]:
-    """Marker -> why its tests cannot run here."""
+    """Marker -> the reason why its tests cannot run here."""
     import torch
 
     reasons = {}
     if not torch.cuda.is_available():
         reasons["gpu"] = "no CUDA device"
     if not os.environ.get("ICRL_ENGINE_PYTHON"):
-        reasons["engine"] = "no interpreter with SGLang: `make test-engine` makes one"
+        reasons["engine"] = "no interpreter with SGLang: `make test-engine` creates one"
     absent = [part for part in SLURM_PARTS if shutil.which(part) is None]
     if absent:
         reasons["cluster"] = f"no {', '.join(absent)}"
@@ -44,7 +44,7 @@ def _missing() -> dict[str, str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # The longest files first, so that no process of pytest-xdist is left alone with one at the end.
+    # The longest files first, so that no pytest-xdist worker runs one alone at the end.
     items.sort(key=lambda item: item.get_closest_marker("dist") is None)
     if not any(item.get_closest_marker(name) for item in items for name in ("gpu", "engine", "cluster")):
         return
@@ -57,8 +57,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small run that was never interrupted: warm start, training, report. Its `warm_start/hf` is a
-    model that other tests start from."""
+    """The folder of a small uninterrupted run: warm start, training, report. Other tests start from the model in its
+    `warm_start/hf`."""
     from whole_runs import WARM_START, icrl, train
 
     folder = tmp_path_factory.mktemp("finished") / "run"

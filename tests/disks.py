@@ -1,4 +1,4 @@
-"""Real disks that are small, full or read-only, and processes without root's rights; what cannot be made is skipped."""
+"""Real disks that are small, full or read-only, and processes without root permissions; skips tests if unavailable."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 
 NOBODY = 65534
 AS_NOBODY = f"import os\nif os.getuid() == 0: os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
-"""First lines of a program, after its imports: permission bits say nothing to root."""
+"""First lines of a program, after its imports: root ignores permission bits."""
 
 
 @contextmanager
 def small_disk(folder: Path, kib: int) -> Iterator[Path]:
-    """A tmpfs of this size at `folder`, which is made; skips the test where nothing can be mounted."""
+    """A tmpfs of this size at `folder`, which is created; skips the test if mounting is not possible."""
     folder.mkdir(parents=True)
     folder.chmod(0o777)
     _mount("-t", "tmpfs", "-o", f"size={kib}k,mode=777", "tmpfs", str(folder))
@@ -30,14 +30,14 @@ def small_disk(folder: Path, kib: int) -> Iterator[Path]:
 
 
 def fill(disk: Path, leave_kib: int = 0) -> Path:
-    """Fills a small disk with one file but for so many KiB; returns the file."""
+    """Fills a small disk with one file, except for `leave_kib` KiB; returns the file."""
     found, file = os.statvfs(disk), disk / "filler"
     file.write_bytes(bytes(max(0, found.f_bavail * found.f_frsize - leave_kib * 1024)))
     return file
 
 
 def read_only(disk: Path) -> None:
-    """From now on nothing on this small disk can be opened for writing, also while a process has files open there."""
+    """Makes a small disk read-only, even while a process has files open there."""
     _mount("--bind", str(disk), str(disk))
     _mount("-o", "remount,bind,ro", str(disk))
 

@@ -1,4 +1,4 @@
-"""Inputs of the head, the ways of computing it, and how near they must be to float64."""
+"""Inputs of the head, the ways of computing it, and their tolerances against float64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WIDTH = 16
 
 @dataclass(frozen=True)
 class How:
-    """A way of computing the head, and the error it may have: of the norm, and an element where the truth is 0."""
+    """A way of computing the head, and its tolerances: relative to the norm, and per element where the truth is 0."""
 
     backend: str
     dtype: torch.dtype
@@ -41,11 +41,11 @@ class How:
         return Chunking(tokens, self.backend, self.logits)
 
     def device(self) -> torch.device:
-        """Kernels run where there is a GPU; elsewhere their interpreter does."""
+        """The device of the kernels: the GPU if there is one; otherwise the CPU, with triton's interpreter."""
         return torch.device("cuda" if self.backend == "triton" and torch.cuda.is_available() else "cpu")
 
     def put(self, tensor: Tensor) -> Tensor:
-        """On the device; floating tensors in the dtype."""
+        """Moves a tensor to the device; floating tensors are converted to the dtype."""
         return tensor.to(self.device(), self.dtype if tensor.is_floating_point() else None)
 
 
@@ -57,15 +57,15 @@ TRITON_BF16_LOGITS = How("triton", torch.bfloat16, logits="bf16")
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 WAYS = [EXACT, TORCH, pytest.param(TRITON, marks=needs_triton)]
-"""For tests that every way must pass."""
+"""Parametrizes tests that every way must pass."""
 
 
 def make_inputs(
     tokens: int, rows: int, terms: Terms, seed: int = 0, scale: float = 1.0, vocabulary: int | None = None
 ) -> tuple[Tensor, Tensor, Streams]:
-    """Float64 hidden states and weight, and streams whose old log-probs lie around the policy's own.
+    """Float64 hidden states and weight, and streams whose old log-probs are near the policy's own.
 
-    All numbers are exact in float32, so that a narrower head works on the same ones.
+    All values are exact in float32, so that a head with a narrower dtype gets the same values.
     """
     draw = torch.Generator().manual_seed(seed)
     vocabulary = vocabulary or rows
@@ -90,7 +90,7 @@ def make_inputs(
 
 
 def on_policy(streams: Streams) -> Streams:
-    """Without old log-probs, which those who change hidden states or weight afterwards would make wrong."""
+    """The streams without old log-probs, for tests that change hidden states or weight, which would invalidate them."""
     return replace(streams, old_logprobs_L=None, behaviour_logprobs_L=None, calibrated_L=None)
 
 
@@ -140,7 +140,7 @@ def _on_cpu(output: HeadOutput) -> HeadOutput:
 
 
 def assert_near(value: Tensor, truth: Tensor, tolerance: float = 1e-5, floor: float = 1e-6) -> None:
-    """The error's norm is within `tolerance` of the truth's, or `floor` an element where the truth is all but 0."""
+    """The error's norm is within `tolerance` of the truth's, or `floor` per element if the truth is nearly 0."""
     error = (value.double() - truth.double()).norm()
     assert error <= tolerance * truth.double().norm() + floor * max(1, truth.numel()) ** 0.5, float(error)
 
@@ -148,7 +148,7 @@ def assert_near(value: Tensor, truth: Tensor, tolerance: float = 1e-5, floor: fl
 def assert_same(head: Result, truth: Result, how: How, gradients: How | None = None) -> None:
     """Outputs within the errors of `how`, gradients within those of `gradients` if they are given."""
     gradients = gradients or how
-    # The loss is a sum whose terms cancel: what counts is the error a token.
+    # The loss is a sum whose terms cancel, so the error per token is compared.
     assert_near(head[0].loss, truth[0].loss, how.tolerance, how.floor * max(1, truth[0].logprobs_L.numel()))
     for name in ("logprobs_L", "entropy_L", "ratio_L", "calibration_weight_L"):
         assert_near(getattr(head[0], name), getattr(truth[0], name), how.tolerance, how.floor)

@@ -1,7 +1,7 @@
-"""`python in_place.py COMMANDS.json ENDED.json`: `icrl` commands in one process, with task sets that misbehave.
+"""`python in_place.py COMMANDS.json ENDED.json` runs `icrl` commands in one process, with faulty task sets.
 
 The task sets are rulebook_easy under other names, each with one fault; UNSYNCED before a command damages the engine;
-fault=KIND@STEP before a command fails there (run_faults.py).
+fault=KIND@STEP before a command injects a fault there (run_faults.py).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from icrl_megatron.types import Split, Task
 INNER = "rulebook_easy"
 UNSYNCED = "unsynced"
 LONG = 9
-"""Number of the problem of the task set long_row, in each split, that no context holds."""
+"""Index of the problem in each split of the task set long_row that fits no context."""
 
 
 class Faulty:
-    """Task set `name`: the fault is in its name."""
+    """A task set whose name selects its fault."""
 
     def __init__(self, name: str) -> None:
         self.name, self.inner = name, Rulebook(INNER)
@@ -66,7 +66,7 @@ class Faulty:
 
 
 def damage_engine() -> None:
-    """From now on an engine loses a little of each update that it takes."""
+    """Makes engines apply each weight update with a small error, from now on."""
     import torch
 
     from icrl_megatron.engines.local import LocalEngine
@@ -83,7 +83,7 @@ def damage_engine() -> None:
 
 @contextlib.contextmanager
 def stale_engine() -> Iterator[None]:
-    """An engine that keeps the first weights that it was sent."""
+    """An engine that keeps the first weights it received."""
     from icrl_megatron.engines.local import LocalEngine
 
     whole = LocalEngine.update_weights
@@ -102,7 +102,7 @@ def stale_engine() -> Iterator[None]:
 
 @contextlib.contextmanager
 def warm_engine() -> Iterator[None]:
-    """An engine that samples at 1.3 times the temperature that it is asked for."""
+    """An engine that samples at 1.3 times the requested temperature."""
     from icrl_megatron.engines.local import LocalEngine
 
     right = LocalEngine.generate
@@ -116,7 +116,7 @@ def warm_engine() -> Iterator[None]:
 
 
 ENGINE_FAULTS = {"stale": stale_engine, "warm": warm_engine}
-"""Before a command: the engine has this fault until the command ends."""
+"""Prefix of a command -> the engine's fault until the command ends."""
 
 
 def run(command: list[str]) -> tuple[int, str]:
@@ -128,7 +128,7 @@ def run(command: list[str]) -> tuple[int, str]:
         command = command[1:]
     errors, installed = io.StringIO(), contextlib.ExitStack()
     if command[0].startswith("fault="):
-        from run_faults import fault  # imports what other commands need not
+        from run_faults import fault  # has imports that other commands do not need
 
         model = next((word.removeprefix("model.path=") for word in command if word.startswith("model.path=")), "")
         installed.enter_context(fault(command[0].removeprefix("fault="), model))

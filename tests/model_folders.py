@@ -1,4 +1,4 @@
-"""Small model folders: a whole one, copies with something changed, and folders of any size that take no disk space."""
+"""Small model folders: a complete one, modified copies, and folders of any size that take no disk space."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ Tensors = dict[str, torch.Tensor]
 
 
 def make_folder(folder: Path, tied: bool = True, rows: int = 0, family: str = "qwen3") -> Path:
-    """Weights so large that every part of the model shows in the log-probs; `rows` more than the tokenizer has."""
+    """A model with weights so large that every part affects the log-probs; its vocabulary has `rows` more rows than the
+    tokenizer."""
     tokenizer = build_tokenizer(WORDS)
     config = AutoConfig.for_model(
         family,
@@ -52,7 +53,7 @@ def make_folder(folder: Path, tied: bool = True, rows: int = 0, family: str = "q
 
 
 def published(folder: Path) -> None:
-    """Spells config.json as the published folders do (transformers 4.51)."""
+    """Writes config.json in the format of the published folders (transformers 4.51)."""
 
     def spell(config: dict[str, Any]) -> None:
         theta = config.pop("rope_parameters")["rope_theta"]
@@ -83,7 +84,7 @@ def with_fields(folder: Path, fields: Mapping[str, Any]) -> None:
 
 
 def copy(base: Path, out: Path, fields: Mapping[str, Any] | None = None, old: bool = False) -> Path:
-    """A copy with these fields in its config.json, which is spelled in the `old` way if asked for."""
+    """A copy with these fields in its config.json, in the published format if `old`."""
     shutil.copytree(base, out)
     if old:
         published(out)
@@ -100,7 +101,7 @@ def save(values: Tensors, path: Path) -> None:
 
 
 def shard(folder: Path, files: int = 3) -> None:
-    """In place of one file, several and an index."""
+    """Replaces the one weights file with several and an index."""
     values, where = tensors(folder), {}
     (folder / "model.safetensors").unlink()
     for i in range(files):
@@ -121,7 +122,7 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def write_sparse(path: Path, shape: ModelShape, dtype: str = "BF16") -> None:
-    """A file with every tensor of a model of any size, all zeros, which takes no space on the disk."""
+    """Writes a sparse file with every tensor of a model of any size, all zeros, which takes no disk space."""
     header, end = {}, 0
     for name, size in shape.tensors().items():
         start, end = end, end + 2 * prod(size)

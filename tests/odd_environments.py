@@ -1,4 +1,4 @@
-"""Environments in which one thing is odd, and a speaker without a model to play them."""
+"""Environments with one fault each, and a speaker without a model to play them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WAITS = ("reset", "step")
 
 
 class Works:
-    """An environment that keeps its promises, and whose attempts fail, so that everything is asked of it."""
+    """A correct environment whose attempts fail, so that all of its methods are called."""
 
     max_turns: Any = 3
 
@@ -70,7 +70,7 @@ def play_one(factory: Callable[[Task], Any], **changes: Any) -> Episode | Droppe
 
 
 def returning(method: str, value: object, wrapped: bool = True) -> type[Works]:
-    """An environment whose `method` returns a value; a coroutine does where one is promised, if `wrapped`."""
+    """An environment whose `method` returns `value`; if `wrapped`, asynchronous methods stay coroutines."""
 
     async def wait(self: Works, *arguments: object) -> Any:
         return value
@@ -92,7 +92,7 @@ def raising(method: str, error: BaseException | type[BaseException]) -> type[Wor
 
 
 class Hostile:
-    """Raises whatever is asked of it."""
+    """Raises on every operation."""
 
     def __getattribute__(self, name: str) -> Any:
         raise RuntimeError("no attributes")
@@ -105,7 +105,7 @@ class Hostile:
 
 
 def check(ended: Episode | DroppedEpisode) -> None:
-    """What was played can be trained on and written down; what was dropped says why on one short line."""
+    """Checks that a played episode can be trained on and dumped, and that a dropped one has a short one-line reason."""
     if isinstance(ended, DroppedEpisode):
         assert 0 < len(ended.error) < 1000 and ended.error.isprintable()
         return

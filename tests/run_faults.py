@@ -1,9 +1,9 @@
-"""Faults inside a run, at a step of one's choice: `with fault("engine@2"):` fails in the third step (counted from 0).
+"""Faults inside a run, at a given step: `with fault("engine@2"):` fails in the third step (counted from 0).
 
-engine, memory, bug, interrupt: while episodes are played; nan: a reward that is none; lost: no reward at all;
-flat: no reward differs, while those of other steps depend on what was said; score: before the update; update: when it
-has begun; heldout@N: in the N-th evaluation on held-out problems, from 0; dump: the step's rollouts cannot be written;
-sft: in a step of the warm start; gone: the model's folder is deleted.
+engine, memory, bug, interrupt: while episodes are played; nan: a reward is NaN; lost: no reward at all;
+flat: all rewards are equal, while those of other steps depend on the replies; score: before the update; update: after
+it has begun; heldout@N: in the N-th evaluation on held-out problems, from 0; dump: the step's rollouts cannot be
+written; sft: in a step of the warm start; gone: the model's folder is deleted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Fault:
         self.step, self.on, self.evaluations = -1, False, 0
 
     def playing(self, step: int, purpose: str) -> None:
-        """Episodes of a step, or of an evaluation, begin."""
+        """Called when the episodes of a step or of an evaluation begin."""
         if purpose == "heldout":
             self.on = self.kind == "heldout" and self.evaluations == self.number
             self.evaluations += 1
@@ -61,7 +61,7 @@ class _Fault:
 
 @contextmanager
 def fault(text: str, model_path: str = "") -> Iterator[None]:
-    """Installs the fault `KIND@STEP` in this process for as long as the context lasts."""
+    """Installs the fault `KIND@STEP` in this process until the block ends."""
     kind, _, number = text.partition("@")
     state = _Fault(kind, int(number), model_path)
     play, generate, environment = EngineSource.play, LocalEngine.generate, Rulebook.environment

@@ -1,4 +1,4 @@
-"""What a tree of processes listens on, as the kernel tells it, for as long as the tree lives."""
+"""Samples the listening sockets of a process tree, as the kernel reports them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Listener:
     address: str
     port: int
     command: str
-    """Beginning of the command line of the process that holds it."""
+    """Beginning of the command line of its process."""
 
     @property
     def local(self) -> bool:
-        """Whether nothing beyond this machine can reach it."""
+        """Whether only this machine can reach it."""
         found = ipaddress.ip_address(self.address)
         mapped = getattr(found, "ipv4_mapped", None)
         return (mapped or found).is_loopback
@@ -33,7 +33,7 @@ class Listener:
 
 @dataclass
 class Watch:
-    """Samples the listening sockets below process `pid` until the block ends: `found` has every one seen."""
+    """Samples the listening sockets of `pid` and its descendants until the block ends; `found` has all of them."""
 
     pid: int
     found: set[Listener] = field(default_factory=set)
@@ -61,7 +61,7 @@ class Watch:
 
 
 def listeners(pid: int) -> set[Listener]:
-    """The listening TCP sockets of a process and of everything below it, now."""
+    """The current listening TCP sockets of a process and its descendants."""
     try:
         top = psutil.Process(pid)
         tree = [top, *top.children(recursive=True)]
@@ -89,7 +89,7 @@ def _table() -> dict[str, tuple[str, int]]:
 
 
 def _address(words: str) -> str:
-    """The kernel prints each 32-bit word of an address in the machine's own order."""
+    """Parses an address: the kernel prints each 32-bit word in the machine's byte order."""
     parts = [bytes.fromhex(words[i : i + 8])[::-1] for i in range(0, len(words), 8)]
     return str(ipaddress.ip_address(b"".join(parts)))
 

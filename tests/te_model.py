@@ -1,8 +1,8 @@
-"""Real Transformer Engine layers and the weight table: `python tests/te_model.py FOLDER FP8`, in a process of its own.
+"""Real Transformer Engine layers and the weight table: `python tests/te_model.py FOLDER FP8`, in a separate process.
 
-Builds the Qwen3 of a Hugging Face folder as on a GPU, with the setting FP8 of actor.fp8, loads the folder's weights,
-streams them out again, and prints as JSON what was found. Needs Transformer Engine and no GPU: its modules are built
-with parameters on the CPU, and nothing is computed with them.
+Builds the Qwen3 of a Hugging Face folder as on a GPU, with actor.fp8=FP8, loads the folder's weights, exports them
+again, and prints the result as JSON. Needs Transformer Engine but no GPU: the modules' parameters are on the CPU, and
+nothing is computed with them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def pretend_hopper() -> None:
 
 
 def build(shape: ModelShape, fp8: str, grid: Any) -> Any:
-    """The model as on a GPU: "is this one?" is answered with yes, and where tensors are made, with the CPU."""
+    """The model as on a GPU: checks for a GPU succeed, but tensors are created on the CPU."""
     from icrl_megatron.model import gpt as model
 
     platform.device = lambda: torch.device("cuda", 0)
@@ -54,7 +54,7 @@ def main(folder: Path, fp8: str) -> None:
     table = weights.rows(model, shape, grid)
     with torch.no_grad():
         for row in table:
-            row.param.fill_(torch.nan)  # so that only what was loaded can come out
+            row.param.fill_(torch.nan)  # so that only loaded values can be exported
     weights.load_hf(table, folder, shape)
     stored, found = load_file(folder / "model.safetensors"), dict(weights.Gatherer(table, grid).stream())
     layer = model.decoder.layers[0]

@@ -1,8 +1,8 @@
 """Prints the modules of the GPU layer spec with and without norms of query and key heads, as two lines of JSON:
-`python tests/te_spec.py`. In a process of its own.
+`python tests/te_spec.py`, in a separate process.
 
-Without Transformer Engine its names are stood in for, so that Megatron's own classes around them can be defined and its
-own function builds the spec; nothing of it could compute. Where it is installed, it is the real one.
+Without Transformer Engine its names are replaced by stubs, so that Megatron's classes around them can be defined and
+its function can build the spec; the stubs compute nothing. If Transformer Engine is installed, it is used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PACKAGE, VERSION = "transformer_engine", "2.8.0"
 
 
 class Name(type):
-    """A class for whatever is asked for, at any depth."""
+    """A stub class for any attribute, at any depth."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -46,15 +46,15 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """There is nothing in it."""
+        """Does nothing: stub modules are empty."""
 
 
 if __name__ == "__main__":
     platform.show_gpu_library(PACKAGE)
     if importlib.util.find_spec(PACKAGE) is None:
         sys.meta_path.insert(0, Finder())
-    platform.device = lambda: torch.device("cuda", 0)  # its answer to one question; no GPU is used
-    from icrl_megatron.model import gpt  # imports Megatron, so only now
+    platform.device = lambda: torch.device("cuda", 0)  # pretends that there is a GPU; none is used
+    from icrl_megatron.model import gpt  # imported late because it imports Megatron
 
     for qk_norm in (True, False):
         config: Any = types.SimpleNamespace(qk_layernorm=qk_norm, bf16=True)

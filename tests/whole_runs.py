@@ -1,4 +1,4 @@
-"""Starts the real program: `icrl` in a process of its own, or many runs one after another in one process."""
+"""Starts the real program: `icrl` in a separate process, or many runs one after another in one process."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ _IN_PLACE = Path(__file__).with_name("in_place.py")
 
 @dataclass(frozen=True)
 class Ended:
-    """How one command of a batch ended: exit code (1 for an exception) and what it wrote to stderr."""
+    """The outcome of one command of a batch: its exit code (1 for an exception) and its stderr."""
 
     code: int
     error: str
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    """`icrl ARGUMENTS` as a process; its output is read by `end`."""
+    """Starts `icrl ARGUMENTS` as a process; `end` reads its output."""
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"COLUMNS": "100"}
     return subprocess.Popen([*ICRL, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr); kills the whole tree when it takes too long."""
+    """(exit code, stdout, stderr); kills the whole process tree on a timeout."""
     try:
         out, err = process.communicate(timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
@@ -70,7 +70,7 @@ def train(folder: Path, *overrides: str) -> list[str]:
 
 
 def kill_tree(process: subprocess.Popen[str]) -> None:
-    """SIGKILL for the launcher and everything below it, at once."""
+    """Sends SIGKILL to the launcher and all of its descendants at once."""
     tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for one in reversed(tree):
         one.kill()
@@ -79,7 +79,7 @@ def kill_tree(process: subprocess.Popen[str]) -> None:
 
 
 def when(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
-    """Waits, by polling often, until something happened to a running process."""
+    """Polls until `happened()` is true while the process is running."""
     deadline = time.monotonic() + TIMEOUT_S
     while not happened():
         if process.poll() is not None or time.monotonic() > deadline:
@@ -88,7 +88,7 @@ def when(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
 
 
 def has_child(process: subprocess.Popen[str]) -> bool:
-    """Whether the launcher has started its agent, and so listens to signals."""
+    """Whether the launcher has started its agent, and so has installed its signal handlers."""
     return bool(psutil.Process(process.pid).children())
 
 
@@ -98,7 +98,7 @@ def signalled(process: subprocess.Popen[str], number: signal.Signals) -> tuple[i
 
 
 def rows(folder: Path) -> list[Row]:
-    """metrics.jsonl without what depends on the clock, and on what else the process holds in memory."""
+    """metrics.jsonl without the metrics that depend on the clock or on the process's other memory."""
     return [
         {k: v for k, v in row.items() if not k.startswith((TIME_PREFIX, "memory/"))}
         for row in read_rows(folder / "metrics.jsonl")
@@ -111,7 +111,7 @@ def lines(folder: Path) -> int:
 
 
 def batch(folder: Path, commands: dict[str, Sequence[str]]) -> dict[str, Ended]:
-    """Runs `icrl` commands one after another in one process that is a rank already, so nothing starts twice."""
+    """Runs `icrl` commands one after another in one process that is already a rank, so that no ranks are started."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

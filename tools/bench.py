@@ -1,14 +1,13 @@
-"""Every benchmark that this machine can run, one after another, and at the end which bars are missed.
+"""Runs the benchmarks that this machine supports, one after another, and reports missed bars (limits of results).
 
     python tools/bench.py                                   all of them, results in benchmarks/
     python tools/bench.py head step --out /tmp/bench        some of them
     python tools/bench.py tasks --bar "grading answers_per_s=300"      with another limit
 
-Each benchmark is a process of its own with a time limit. One that fails, misses a bar or runs out of time does not
-keep the others from running. A benchmark whose packages are not installed is skipped, and the table says why.
+Each benchmark is a separate process with a time limit. If one fails, misses a bar or times out, the others still run. A
+benchmark whose packages are not installed is skipped, and the table gives the reason.
 
-The exit code is 0 if every bar that was measured is met, 1 if a bar is missed or a benchmark failed, 2 for a wrong
-argument.
+The exit code is 0 if all measured bars are met, 1 if a bar is missed or a benchmark failed, 2 for a wrong argument.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ from rich.table import Table
 
 TOOLS = Path(__file__).parent
 ENGINE_PYTHON = TOOLS.parent / ".venv" / ".engine-python"
-"""`make test-engine` leaves here the path of the interpreter that has SGLang."""
+"""`make test-engine` writes the path of the interpreter that has SGLang to this file."""
 KILL_AFTER_S = 10.0
 STYLES = {"MISSED": "red", "failed": "red", "met": "green"}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the benchmarks are told."""
+    """Options that all benchmarks receive."""
 
     device: str
     engine_python: str
@@ -55,10 +54,10 @@ class Benchmark:
     name: str
     script: str
     result: str
-    """Name of the JSON; it holds {device}."""
+    """Name of the JSON file; may contain {device}."""
     words: Callable[[Options], list[str]]
     quick: tuple[str, ...]
-    """Arguments with which it runs in seconds. The numbers then mean nothing."""
+    """Arguments with which it runs in seconds; the results are then meaningless."""
     lacks: Callable[[Options], str] = lambda options: ""
     """Why it cannot run here; empty if it can."""
 
@@ -69,7 +68,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one benchmark ended."""
+    """The outcome of one benchmark."""
 
     name: str
     state: str
@@ -93,7 +92,7 @@ def _head_lacks(options: Options) -> str:
 def _rollout_lacks(options: Options) -> str:
     if options.engine_python or importlib.util.find_spec("sglang") is not None:
         return ""
-    return "no interpreter with SGLang: make test-engine makes one, or name it with --engine-python"
+    return "no interpreter with SGLang: make test-engine creates one, or name one with --engine-python"
 
 
 def _rollout_words(options: Options) -> list[str]:
@@ -149,7 +148,7 @@ BENCHMARKS = (
 
 
 def run(benchmark: Benchmark, options: Options, out: Path, timeout_s: float) -> Outcome:
-    """Runs one benchmark. Its JSON appears in `out` only when this run has written it."""
+    """Runs one benchmark. Its JSON is copied to `out` only if this run wrote it."""
     if reason := benchmark.lacks(options):
         return Outcome(benchmark.name, "skipped", reason)
     with tempfile.TemporaryDirectory() as temporary:
@@ -157,7 +156,7 @@ def run(benchmark: Benchmark, options: Options, out: Path, timeout_s: float) -> 
         code = _ended(benchmark.command(options, made), timeout_s)
         if code is None:
             return Outcome(benchmark.name, "failed", f"stopped after {timeout_s:g} s (--timeout-s)")
-        # A program that missed a bar ends with 1 too, but after it has written its numbers.
+        # A program that missed a bar also ends with 1, but after it has written its results.
         if code not in (0, 1) or not made.exists():
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             return Outcome(benchmark.name, "failed", f"{how}; its messages are above")
@@ -170,8 +169,8 @@ def run(benchmark: Benchmark, options: Options, out: Path, timeout_s: float) -> 
 
 
 def _ended(command: Sequence[str], timeout_s: float) -> int | None:
-    """The exit code of a program that inherits the terminal; None where it was stopped for taking too long."""
-    # A session of its own, so that everything it started can be stopped with it.
+    """The exit code of a program that inherits the terminal; None if it exceeded the time limit and was stopped."""
+    # Own session, so that its children can be stopped too.
     process = subprocess.Popen(command, start_new_session=True)
     try:
         return process.wait(timeout_s)
@@ -194,7 +193,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def limits(words: Sequence[str]) -> dict[str, float]:
-    """Of NAME=LIMIT. Raises ValueError on any other word."""
+    """{NAME: LIMIT} of words NAME=LIMIT. Raises ValueError on any other word."""
     found = {}
     for word in words:
         name, _, limit = word.rpartition("=")
@@ -208,14 +207,14 @@ def limits(words: Sequence[str]) -> dict[str, float]:
 
 
 def with_limits(outcomes: Sequence[Outcome], other: dict[str, float]) -> list[Outcome]:
-    """The outcomes with other limits for some bars."""
+    """The outcomes with these limits replaced."""
     return [
         replace(o, bars=tuple(replace(bar, limit=other.get(bar.name, bar.limit)) for bar in o.bars)) for o in outcomes
     ]
 
 
 def show(outcomes: Sequence[Outcome], console: Console) -> None:
-    """One row for each bar and for each benchmark without bars, then a summary line."""
+    """Prints one row per bar and per benchmark without bars, then a summary line."""
     table = Table("benchmark", "bar", "value", "limit", "", title="bars")
     for outcome in outcomes:
         if not outcome.bars:
@@ -234,12 +233,12 @@ def show(outcomes: Sequence[Outcome], console: Console) -> None:
 
 
 def main(
-    names: Annotated[list[str] | None, typer.Argument(help="Which to run; all by default.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Benchmarks to run; all by default.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the JSON results.")] = Path("benchmarks"),
     device: Annotated[str, typer.Option(help="cpu | cuda.")] = "cpu",
     engine_python: Annotated[str, typer.Option(help="Interpreter that has SGLang.", envvar="ICRL_ENGINE_PYTHON")] = "",
-    timeout_s: Annotated[float, typer.Option(min=1.0, help="Longest run of one benchmark.")] = 1800.0,
-    quick: Annotated[bool, typer.Option(help="Tiny sizes, to try the programs. Their numbers mean nothing.")] = False,
+    timeout_s: Annotated[float, typer.Option(min=1.0, help="Time limit per benchmark.")] = 1800.0,
+    quick: Annotated[bool, typer.Option(help="Tiny sizes, to try the programs; results are meaningless.")] = False,
     bar: Annotated[list[str] | None, typer.Option(metavar="NAME=LIMIT", help="Another limit for a bar.")] = None,
 ) -> None:
     """Runs the benchmarks and exits with 1 if a bar is missed or a benchmark failed."""

@@ -1,10 +1,10 @@
-"""Whole training steps of a recipe: seconds by phase, tokens a second and GPU, beside what the planner predicts.
+"""Full training steps of a recipe: seconds by phase and tokens per second and GPU, compared with the planner.
 
     python tools/bench_e2e.py qwen3_8b_alfworld_4xh100 model.path=/models/Qwen3-8B --out benchmarks/e2e_8b.json
     python tools/bench_e2e.py rulebook_easy --steps 6          on a CPU
 
-Runs `icrl train` (or, with --run, reads a run that a job made) and takes the medians over its steps but the first two,
-which warm up. The prediction is the planner's for the same settings on --gpu; a CPU has none.
+Runs `icrl train` (or, with --run, reads an existing run) and takes the medians over its steps, except the first two,
+which warm up. The prediction is the planner's for the same settings on --gpu; there is none for a CPU.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ PHASES = {
     "sync": ("sync", "offload"),
     "pack": ("other",),
 }
-"""The loop's phases to the planner's."""
+"""Phase of the training loop -> phases of the planner."""
 
 
 def measured(run: Path, gpus: int) -> dict[str, float]:
-    """Medians over the steps of a run: seconds of each phase and of the step, trained tokens a second and GPU."""
+    """Medians over the steps of a run: seconds of each phase and of the step, trained tokens per second and GPU."""
     rows = [row for row in read_rows(run / METRICS_FILE) if f"{TIME_PREFIX}train_s" in row][WARM_UP:]
     if not rows:
         raise ValueError(f"{run}: fewer than {WARM_UP + 1} training steps; raise --steps")
@@ -51,14 +51,14 @@ def measured(run: Path, gpus: int) -> dict[str, float]:
 
 
 def predicted(settings: Settings, gpu: hardware.Gpu) -> dict[str, float]:
-    """The same quantities by the planner."""
+    """The same quantities, predicted by the planner."""
     made = planner.plan(settings, gpu=gpu)
     found = {f"{name}_s": sum(made.times.phases[part] for part in parts) for name, parts in PHASES.items()}
     return found | {"step_s": made.times.total, "tokens_per_s_a_gpu": made.tokens_a_second_a_gpu}
 
 
 def train(recipe: str, overrides: list[str], folder: Path, steps: int) -> None:
-    """`icrl train` for a few steps. Where it fails, it has said why; its exit code becomes this program's."""
+    """Runs `icrl train` for a few steps. If it fails, it prints the error, and this program exits with its code."""
     command = [sys.executable, "-c", "from icrl_megatron.cli import main; main()", "train", recipe, *overrides]
     short = ["eval.interval=0", "eval.control_problems=0", "eval.problems=1", "baseline=", f"steps={steps}"]
     done = subprocess.run([*command, *short, f"run_dir={folder}"], check=False, timeout=TIMEOUT_S)
@@ -70,12 +70,12 @@ def train(recipe: str, overrides: list[str], folder: Path, steps: int) -> None:
 def main(
     recipe: str,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/e2e.json"),
+    out: Annotated[Path, typer.Option(help="The JSON file to write.")] = Path("benchmarks/e2e.json"),
     steps: Annotated[int, typer.Option(min=WARM_UP + 1, help="Training steps.")] = 8,
-    run: Annotated[Path | None, typer.Option(help="Read this run instead of making one.")] = None,
-    gpu: Annotated[str, typer.Option(help="GPU that the prediction is for.")] = "h100",
+    run: Annotated[Path | None, typer.Option(help="Read this run instead of starting one.")] = None,
+    gpu: Annotated[str, typer.Option(help="GPU of the prediction.")] = "h100",
 ) -> None:
-    """Measures a recipe's steps and writes them beside the planner's."""
+    """Measures a recipe's steps and writes them with the planner's prediction."""
     try:
         settings = settings_module.load(recipe, overrides or [])
         report: dict[str, Any] = bench_schema.about()

@@ -1,9 +1,9 @@
-"""The head against its peers, on a CPU or on a GPU.
+"""Compares the head with other implementations, on a CPU or on a GPU.
 
-    python tools/bench_head.py --out benchmarks/head_cpu.json          what tools/bench_head_cpu.py does
-    python tools/bench_head.py --device cuda [--quick] [--tune]        what tools/bench_head_cuda.py does
+    python tools/bench_head.py --out benchmarks/head_cpu.json          runs tools/bench_head_cpu.py
+    python tools/bench_head.py --device cuda [--quick] [--tune]        runs tools/bench_head_cuda.py
 
-On a GPU a checkout, torch and triton are enough: nothing else is imported before it is known where to measure.
+On a GPU a checkout, torch and triton suffice: nothing else is imported before the device is known.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def on_gpu(words: list[str]) -> list[str] | None:
-    """The command of the GPU's benchmark, with all the other words, where --device says cuda."""
+    """With --device cuda, the command of the GPU benchmark with all other words; else None."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--device", default="cpu")
     known, others = parser.parse_known_args(words)

@@ -1,10 +1,10 @@
-"""The chunked head against eager torch and Liger's chunked GRPO loss: CPU seconds and extra peak memory, on a CPU.
+"""The chunked head against eager torch and Liger's chunked GRPO loss: CPU seconds and additional peak memory on a CPU.
 
     python tools/bench_head.py --out benchmarks/head_cpu.json
 
-Each measurement is one forward and backward pass in a process of its own, after a pass over a few tokens: user and
-system time of the process, and the highest resident set above what inputs and weight already occupy. The peers take
-turns, so that a busy machine troubles all of them alike. All compute the same loss; that they agree is checked.
+Each measurement is one forward and backward pass in a separate process, after a pass over a few tokens: user and system
+time of the process, and the peak resident set above that of inputs and weight. The peers take turns, so that load on
+the machine affects all of them equally. All must compute the same loss.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ PEERS = {
     "liger_rows": "Liger chunked GRPO, eight sequences",
 }
 BARS = {"eager": (1.0, 0.15), "liger": (0.6, 0.6)}
-"""Peer -> most CPU seconds and most extra memory of ours, as a share of its."""
+"""Peer -> maximum CPU seconds and maximum additional memory of ours, relative to the peer's."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _resident_mib(field: str) -> float:
 
 
 def measure(peer: str, shape: Shape) -> Measurement:
-    """One pass of one peer in this process."""
+    """Measures one pass of one peer in this process."""
     makers = {"head": _ours, "recomputing": _recomputing, "eager": _eager}
     run = makers[peer](shape) if peer in makers else _liger(8 if peer == "liger_rows" else 1)
     hidden_LH, weight_VH, streams = _inputs(shape)
@@ -145,7 +145,7 @@ def measure(peer: str, shape: Shape) -> Measurement:
     run(hidden_LH[few].clone().requires_grad_(), weight_VH.requires_grad_(), streams.slice(few)).backward()
     hidden_LH.requires_grad_()
     weight_VH.grad = None
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the current resident set
     before, resident = resource.getrusage(resource.RUSAGE_SELF), _resident_mib("VmRSS")
     began = time.perf_counter()
     loss = run(hidden_LH, weight_VH, streams)
@@ -179,11 +179,11 @@ def _check_agreement(runs: dict[str, list[Measurement]]) -> None:
         for name in ("loss", "hidden_grad_norm", "weight_grad_norm"):
             got, want = getattr(measurements[0], name), getattr(truth, name)
             if abs(got - want) > 1e-4 * abs(want):
-                raise RuntimeError(f"{peer} computes another {name} than eager torch: {got} instead of {want}")
+                raise RuntimeError(f"{peer} computes a different {name} than eager torch: {got} instead of {want}")
 
 
 def _report(runs: dict[str, list[Measurement]]) -> dict[str, Any]:
-    """Medians, shares of ours in each peer's, and whether the bars are held."""
+    """Medians, ours relative to each peer's, and the bars."""
     names = ("cpu_seconds", "wall_seconds", "extra_peak_mib")
     medians = {p: {n: statistics.median(getattr(m, n) for m in ms) for n in names} for p, ms in runs.items()}
     ours = medians["head"]
@@ -209,7 +209,7 @@ def _print(report: dict[str, Any]) -> None:
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="Where the JSON goes; on a CPU benchmarks/head_cpu.json.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The JSON file; on a CPU benchmarks/head_cpu.json.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each peer; medians are reported.")] = 5,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     tokens: int = Shape.tokens,
@@ -219,7 +219,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, or cuda, with the options of tools/bench_head_cuda.py.")] = "cpu",
     peer: Annotated[str | None, typer.Option(hidden=True, help="Measure this one here and print it.")] = None,
 ) -> None:
-    """Measures all peers and writes the medians, exiting with 1 if a bar is not held, and with 2 without Liger."""
+    """Measures all peers and writes the medians; exits with 1 if a bar is missed, and with 2 without Liger."""
     out = out or Path("benchmarks/head_cpu.json")
     shape = Shape(tokens, hidden, vocabulary, chunk)
     if peer is not None:

@@ -1,4 +1,4 @@
-"""Results of the benchmarks and their bars as tables, and a plot of measured and predicted steps where there are both.
+"""Tables of benchmark results and bars, and a plot of measured and predicted steps for results that have both.
 
 python tools/bench_report.py benchmarks/*.json --out benchmarks/report
 """
@@ -20,7 +20,7 @@ COLUMNS = ("benchmark", "subject", "quantity", "measured", "predicted", "unit", 
 
 
 def rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """One a measurement; the prediction is the planner's, of the same quantity, where the result has one."""
+    """One row per measurement, with the planner's prediction of the same quantity if the result has one."""
     found = []
     for result in results:
         name = result["benchmark"] + (f" {result['recipe']}" if "recipe" in result else "")
@@ -33,7 +33,7 @@ def rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def bar_rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """One a bar."""
+    """One row per bar."""
     return [(result["benchmark"], *bar.cells()) for result in results for bar in bench_schema.bars(result)]
 
 
@@ -44,7 +44,7 @@ def markdown(table: list[tuple[str, ...]], columns: tuple[str, ...] = COLUMNS) -
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> bool:
-    """Measured seconds by phase beside the predicted ones, for every result that has both. False if none has."""
+    """Plots measured and predicted seconds by phase for every result that has both. Returns False if none has."""
     both = [r for r in results if "predicted" in r]
     if not both:
         return False
@@ -60,7 +60,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> bool:
                     axes.bar(x, values[name], bottom=bottom, color=f"C{number}", label=name if x == 0 else None)
                     bottom += values[name]
                 axes.text(x, bottom, label, ha="center", va="bottom")
-            axes.set(title=f"{result['recipe']}, {result['gpus']} GPUs", ylabel="seconds a step", xticks=[])
+            axes.set(title=f"{result['recipe']}, {result['gpus']} GPUs", ylabel="seconds per step", xticks=[])
             axes.legend(frameon=False, fontsize=8)
         figure.savefig(path, dpi=140)
     return True
@@ -70,7 +70,7 @@ def main(
     files: Annotated[list[Path], typer.Argument(help="Results of the benchmarks.")],
     out: Annotated[Path, typer.Option(help="Name of the table (.md) and the plot (.png).")] = Path("benchmarks/report"),
 ) -> None:
-    """Writes the table, and the plot where a result has a prediction."""
+    """Writes the table, and the plot if a result has a prediction."""
     try:
         results = [bench_schema.read(path) for path in files]
     except ValueError as error:

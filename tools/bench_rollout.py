@@ -1,14 +1,14 @@
-"""Rollouts through SGLang: what the client costs, how long episodes take, what the cache finds, what a sync takes.
+"""Rollouts through SGLang: the client's overhead, episode times, cache hit rates, and the time of a weight sync.
 
     python tools/bench_rollout.py --python PATH_OF_AN_INTERPRETER_WITH_SGLANG --out benchmarks/rollout_cpu.json
     python tools/bench_rollout.py --device cuda --model /models/Qwen3-8B --out benchmarks/rollout_8b.json
 
-One server, on a Qwen3 of random weights or on --model; on a GPU it shares the card with this process, as it does with
-an actor. `bare` sends prompts to SGLang's API with nothing around it, `streamed` the same with the
-time to the first token seen; `client` is the trainer's engine. They take turns, greedily, so that all generate the
-same tokens. `oversample_*` play whole steps of Household (rollout_steps.py). `sync_*` pushes all weights of a model,
-in turns with one copy of as many bytes within this process; where its time goes stands beside it: seconds of filling
-the buckets alone, of each request to the server, and of a request that carries nothing.
+One server runs a Qwen3 with random weights or --model; on a GPU it shares the card with this process, as it does with
+an actor. `bare` sends prompts directly to SGLang's API, `streamed` does the same with streaming and measures the time
+to the first token; `client` is the trainer's engine. They alternate and decode greedily, so that all generate the same
+tokens. `oversample_*` play full steps of Household (rollout_steps.py). `sync_*` pushes all weights of a model,
+alternating with one copy of as many bytes within this process, and reports the parts of its time: seconds to fill the
+buckets alone, for each request to the server, and for a request without payload.
 """
 
 from __future__ import annotations
@@ -54,21 +54,21 @@ LARGER = {
     "cpu": TinyModel(layers=6, hidden=1024, heads=8, kv_heads=4, head_dim=128, ffn=3072, tie_embeddings=False),
     "cuda": TinyModel(layers=12, hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=12288, tie_embeddings=False),
 }
-"""Only synced: several times as many bytes. On a GPU a third of Qwen3-8B's layers."""
+"""Models that are only synced, with several times as many bytes. On a GPU, a third of Qwen3-8B's layers."""
 PRECISION = {"cpu": ("fp32", torch.float32), "cuda": ("bf16", torch.bfloat16)}
 GPU_FRACTION = 0.4
-"""Of the card's memory, for the server; this process has the model too."""
+"""Fraction of the card's memory for the server; this process holds the model too."""
 COPIED_AT_ONCE = 1 << 30
-"""Bytes; a copy of more is made of several."""
+"""Bytes per copy; larger copies are split."""
 CONTEXT = 1024
 NEW_TOKENS = 48
 OVERSAMPLE = 1.5
 REQUEST_TURNS = 5
-"""Turns of requests for each round: the server's own seconds vary by a fifth from turn to turn."""
+"""Passes over the requests per round: the server's own time varies by a fifth between passes."""
 CLIENT_BAR = 1.1
-"""Most seconds of the client as a share of the bare requests'."""
+"""Maximum seconds of the client, relative to the bare requests."""
 SYNC_BAR = 1.5
-"""Most seconds of a sync as a share of one copy of its bytes."""
+"""Maximum seconds of a sync, relative to one copy of its bytes."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def prompts(count: int, vocabulary: int) -> list[list[int]]:
 
 
 async def bare(server: Server, asked: list[list[int]], first_tokens: list[float]) -> Turn:
-    """Streaming requests, all at once; appends each one's seconds to the first token."""
+    """Sends all requests at once with streaming; appends the seconds to each one's first token."""
     begun = time.perf_counter()
 
     async def one(session: aiohttp.ClientSession, ids: list[int]) -> int:
@@ -127,7 +127,7 @@ async def bare(server: Server, asked: list[list[int]], first_tokens: list[float]
 
 
 async def unary(server: Server, asked: list[list[int]]) -> Turn:
-    """The same without streaming: what the client's requests are, bare."""
+    """The same without streaming: the client's requests without the client."""
     begun = time.perf_counter()
 
     async def one(session: aiohttp.ClientSession, ids: list[int]) -> int:
@@ -149,7 +149,7 @@ async def through(engine: SGLangEngine, asked: list[list[int]]) -> Turn:
 
 
 class Timed(Server):
-    """A server that remembers how long each request took."""
+    """A server that records the time of each request."""
 
     def __init__(self, spec: ServerSpec) -> None:
         super().__init__(spec)
@@ -167,14 +167,14 @@ def syncs(engine: SGLangEngine, server: Timed, folder: Path, rounds: int, device
     """Medians over pushes of all weights, each followed by one copy of as many bytes within this process."""
     dtype = PRECISION[device.type][1]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
-    # A tied head is the embedding, and is not sent.
+    # A tied head is the embedding, and is not sent separately.
     tensors = [(name, p.detach()) for name, p in model.named_parameters()]
     size = sum(t.nbytes for _, t in tensors)
     source = torch.ones(min(size, COPIED_AT_ONCE), dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     pushes, copies = [], []
     for i in range(rounds + 1):
-        if i == 1:  # the first makes the buffers
+        if i == 1:  # the first push creates the buffers
             server.took.clear()
             pushes.clear()
             copies.clear()
@@ -208,7 +208,7 @@ def syncs(engine: SGLangEngine, server: Timed, folder: Path, rounds: int, device
 
 
 def _filling(tensors: list[tuple[str, torch.Tensor]], rounds: int, device: torch.device) -> float:
-    """Seconds of copying all tensors into buckets, with nobody to send them to."""
+    """Seconds to copy all tensors into buckets, without sending them."""
     largest, total = sizes({name: tuple(t.shape) for name, t in tensors}, tensors[0][1].itemsize)
     limit = max(largest, min(total, EngineSettings().bucket_mib << 20))
     bucket, took = Bucket(limit, device), []
@@ -228,7 +228,7 @@ def requests_of(engine: SGLangEngine, folder: Path, rounds: int, requests: int) 
     server, first_tokens = engine.server, list[float]()
     turns: dict[str, list[Turn]] = {"bare": [], "streamed": [], "client": []}
 
-    def flush() -> None:  # else a later turn would find the earlier one's prompts in the cache
+    def flush() -> None:  # otherwise a later pass would find the earlier one's prompts in the cache
         engine.server.post("/flush_cache", {}, 60.0)
 
     for i in range(rounds + 1):
@@ -286,7 +286,7 @@ def steps_of(engine: SGLangEngine, folder: Path, rounds: int, tasks: int) -> dic
 def serving(
     model: TinyModel | Path, settings: EngineSettings, device: torch.device
 ) -> Iterator[tuple[SGLangEngine, Timed, Path]]:
-    """A ready server on a model, its client, and the model's folder, which is made where it is not given."""
+    """A ready server on a model, its client, and the model's folder, which is built for a `TinyModel`."""
     precision, dtype = PRECISION[device.type]
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where) / "model" if isinstance(model, TinyModel) else model
@@ -313,7 +313,7 @@ def refused(device: str, python: str, model: Path | None) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         return "--device cuda: torch sees no GPU here; --device cpu measures without one"
     if model is not None and not (model / "config.json").exists():
-        return f"--model {model}: no Hugging Face folder (it has no config.json)"
+        return f"--model {model}: not a Hugging Face folder (it has no config.json)"
     try:
         check_version(installed_version(python), EngineSettings(python=python), python or sys.executable)
     except ConfigError as error:
@@ -324,13 +324,13 @@ def refused(device: str, python: str, model: Path | None) -> str:
 def main(
     python: Annotated[str, typer.Option(help="Interpreter that has SGLang; empty: this one.")] = "",
     device: Annotated[str, typer.Option(help="cpu | cuda.")] = "cpu",
-    model: Annotated[Path | None, typer.Option(help="A Qwen3 folder, in the place of random weights.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each, after one that warms up.")] = 3,
-    requests: Annotated[int, typer.Option(min=1, help="Prompts in a turn.")] = 64,
-    tasks: Annotated[int, typer.Option(min=1, help="Tasks that a step needs, 4 episodes each.")] = 10,
-    out: Annotated[Path | None, typer.Option(help="Where the JSON goes.")] = None,
+    model: Annotated[Path | None, typer.Option(help="A Qwen3 folder instead of random weights.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each, after a warm-up.")] = 3,
+    requests: Annotated[int, typer.Option(min=1, help="Prompts per turn.")] = 64,
+    tasks: Annotated[int, typer.Option(min=1, help="Tasks per step, 4 episodes each.")] = 10,
+    out: Annotated[Path | None, typer.Option(help="The JSON file to write.")] = None,
 ) -> None:
-    """Measures and writes it, exiting with 1 if a bar is not held, and with 2 where it cannot be measured."""
+    """Measures and writes the result; exits with 1 if a bar is missed, and with 2 if this machine cannot measure it."""
     reason = refused(device, python, model)
     if reason:
         print(f"error: {reason}", file=sys.stderr)

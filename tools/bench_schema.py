@@ -1,11 +1,11 @@
-"""The one shape of every benchmark's JSON, so that `bench_report.py` reads them all.
+"""The JSON schema of all benchmark results, which `bench_report.py` reads.
 
     {"schema": 1, "benchmark": "step", "command": ..., "date": ..., "machine": ..., "versions": {...},
      "measurements": [{"subject": "icrl", "quantity": "cpu_seconds", "value": 0.58, "unit": "s"}, ...],
      "bars": [{"name": "CPU seconds, share of TRL's", "value": 0.52, "limit": 0.8, "at_least": false}, ...], ...}
 
-Other keys hold what only one benchmark reports. Every measurement was made; one that could not be made is left out.
-`bars` is left out by benchmarks that have none.
+Other keys are specific to one benchmark. Measurements that could not be made are omitted, and so is `bars` for
+benchmarks that have none.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ UNITS = {
     "_a_gpu": "1/s/GPU",
     "gb_per_s": "GB/s",
 }
-"""Ends of a quantity's name to its unit; quantities with another end are plain numbers."""
+"""Suffix of a quantity's name -> its unit; quantities with other suffixes have no unit."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number: of what, what of it, and in which unit."""
+    """One value of one quantity of a subject, with its unit."""
 
     subject: str
     quantity: str
@@ -50,7 +50,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Bar:
-    """A limit that one value of a benchmark has to keep."""
+    """A limit on one value of a benchmark."""
 
     name: str
     value: float | None
@@ -61,7 +61,7 @@ class Bar:
 
     @property
     def held(self) -> bool | None:
-        """None where nothing was measured; a value that is NaN holds no bar."""
+        """Whether the value keeps the limit; None if it was not measured. NaN never keeps it."""
         if self.value is None:
             return None
         return self.value >= self.limit if self.at_least else self.value <= self.limit
@@ -81,18 +81,18 @@ class Bar:
 
 
 def unit_of(quantity: str) -> str:
-    """The unit that a quantity's name ends with; the longest end that fits wins."""
+    """The unit of a quantity, from the longest suffix that matches."""
     fitting = [end for end in UNITS if quantity.endswith(end)]
     return UNITS[max(fitting, key=len)] if fitting else ""
 
 
 def measurements(medians: Mapping[str, Mapping[str, float]]) -> list[Measurement]:
-    """From {subject: {quantity: value}}."""
+    """The measurements in {subject: {quantity: value}}."""
     return [Measurement(s, q, float(v), unit_of(q)) for s, values in medians.items() for q, v in values.items()]
 
 
 def require(extra: str, *modules: str) -> None:
-    """Ends the program with 2 where the modules that a benchmark compares with are not installed."""
+    """Exits with 2 if modules with which a benchmark compares are not installed."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         print(f"error: {', '.join(missing)} cannot be imported; pip install -e '.[{extra}]'", file=sys.stderr)
@@ -116,12 +116,12 @@ def about(packages: tuple[str, ...] = ("torch", "megatron-core", "numpy")) -> di
 
 
 def anywhere(word: str) -> str:
-    """A path of this machine says nothing on another one."""
+    """The word, but of an absolute path only the name, because the folder is specific to this machine."""
     return f".../{Path(word).name}" if Path(word).is_absolute() else word
 
 
 def stamped(benchmark: str, report: Mapping[str, Any]) -> dict[str, Any]:
-    """A benchmark's own report with the common keys; its `medians` become the measurements, its `Bar`s become rows."""
+    """A benchmark's report with the common keys added; `medians` become the measurements, `Bar`s become dicts."""
     rows = [asdict(row) for row in measurements(report["medians"])]
     found = {"schema": SCHEMA, "benchmark": benchmark, **report, "measurements": rows}
     return found | ({"bars": [asdict(bar) for bar in report["bars"]]} if "bars" in report else {})
@@ -133,7 +133,7 @@ def bars(result: Mapping[str, Any]) -> list[Bar]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result of this schema. Raises ValueError naming the file and what it lacks."""
+    """A result of this schema. Raises ValueError with the file and the missing keys."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -141,6 +141,6 @@ def read(path: Path) -> dict[str, Any]:
     lacking = [key for key in REQUIRED if not isinstance(found, dict) or key not in found]
     if lacking:
         raise ValueError(
-            f"{path}: no result of a benchmark of this version, it lacks {', '.join(lacking)}; run it again"
+            f"{path}: not a benchmark result of this version, it lacks {', '.join(lacking)}; run the benchmark again"
         )
     return dict(found)

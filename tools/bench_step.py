@@ -1,23 +1,23 @@
-"""A training step without its generation, this trainer against TRL's GRPOTrainer: CPU seconds, on a CPU.
+"""CPU seconds of a training step without generation: this trainer against TRL's GRPOTrainer, on a CPU.
 
     pip install -e .[bench] -c constraints.txt
     python tools/bench_step.py --out benchmarks/step_cpu.json
 
 Both train the same Hugging Face folder, a tiny Qwen3 (4 layers, hidden 128, vocabulary 8192, tied head), in float32
 with AdamW, on the same 16 sequences: 2 prompts of 64 tokens with 8 completions of 64 each, canned, with fixed rewards.
-One round of attempts is plain GRPO, so both compute the same update; that gradient norm and entropy of the first step
-agree is checked. What a step is:
+One round of attempts is plain GRPO, so both compute the same update; the gradient norm and entropy of the first step
+must agree. A step consists of:
 
 - ours: episodes -> credit -> pack -> score -> train (forward, loss, backward, clipping, AdamW, all metrics and
-  assertions) -> push of the weights to an engine that drops them. Scoring does nothing from the second step on.
-- TRL's: one turn of its training loop, with a `rollout_func`, its own hook, that returns the canned ids: fetching the
+  assertions) -> push of the weights to an engine that discards them. Scoring does nothing from the second step on.
+- TRL's: one iteration of its training loop, with TRL's hook `rollout_func` returning the canned ids: fetching the
   rows, decoding and rewards, advantages, padding, `compute_loss`, backward, clipping, fused AdamW. `beta` 0,
   `num_iterations` 1, no second scoring pass, no gradient checkpointing, SDPA attention, no logging, nothing saved, and
-  the micro-batch that costs it least. Without a GPU TRL's fused head scores every position (on one, those of the
-  completions, as ours does everywhere): `--prompt-tokens 8` shows how much of the difference that is.
+  the micro-batch with the lowest cost. Without a GPU TRL's fused head scores every position (on a GPU, those of the
+  completions, as ours does everywhere): `--prompt-tokens 8` shows how much of the difference is due to this.
 
-Each peer is a process of its own that stays alive; they take turns of a few steps, so that a busy machine troubles both
-alike. A figure is the user and system time of the process per step; the first turn (warm-up) is not counted.
+Each peer is a separate, persistent process; they take turns of a few steps, so that load on the machine affects both
+equally. The results are user plus system time of the process per step; the first turn (warm-up) is not counted.
 """
 
 from __future__ import annotations
@@ -47,25 +47,25 @@ from icrl_megatron.settings.schema import Settings, TinyModel
 
 PEERS = {"icrl": "this project", "trl": "TRL GRPOTrainer"}
 BAR = 0.8
-"""Most CPU seconds of ours, as a share of TRL's."""
+"""Maximum CPU seconds of ours, relative to TRL's."""
 MODEL = TinyModel(layers=4, hidden=128, heads=4, kv_heads=2, head_dim=32, ffn=384)
 VOCABULARY = 8192
 PROMPTS, GENERATIONS = 2, 8
 SEQUENCE_TOKENS, PROMPT_TOKENS = 128, 64
 TRL_MICRO_BATCH = 2
-"""Sequences of a pass of TRL's; its time per step falls from 16 to 2 (1.58, 1.45, 1.38, 1.33 s at 16, 8, 4, 2)."""
+"""TRL's micro-batch in sequences; its time per step is 1.58, 1.45, 1.38, 1.33 s at 16, 8, 4, 2."""
 LEARNING_RATE = 1e-6
 SPECIAL_TOKENS = 7
-"""Ids below are the tokenizer's own; prompts and completions use words only."""
+"""Lower ids are the tokenizer's special tokens; prompts and completions use only words."""
 WARM_UP = 3
 MAX_STEPS = 2_000
 AGREEMENT = 1e-3
-"""Relative; TRL adds 1e-4 to the deviation of a group and we 1e-6, which is 2e-4 of the advantages."""
+"""Relative; TRL adds 1e-4 to a group's standard deviation and we add 1e-6, which changes the advantages by 2e-4."""
 
 
 @dataclass(frozen=True)
 class Canned:
-    """What generation would have returned: `completions[p][g]` with `rewards[g]` for prompt p."""
+    """Canned results of generation: `completions[p][g]` with `rewards[g]` for prompt p."""
 
     prompts: list[tuple[int, ...]]
     completions: list[list[tuple[int, ...]]]
@@ -74,7 +74,7 @@ class Canned:
 
 @dataclass(frozen=True)
 class Turn:
-    """Per step, over one turn of several."""
+    """Means per step over one turn."""
 
     cpu_seconds: float
     wall_seconds: float
@@ -94,10 +94,10 @@ def canned(prompt_tokens: int) -> Canned:
 
 
 class Turns:
-    """A peer's side of the taking of turns: a number of steps comes in by stdin, a report of them goes out."""
+    """A peer's side of the turns: reads a number of steps from stdin and writes a report of them."""
 
     def __init__(self) -> None:
-        # Libraries print to stdout too: only reports may go to the parent.
+        # Libraries also print to stdout, but only reports may go to the parent.
         self.out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self.first_step: dict[str, float] = {}
@@ -105,7 +105,7 @@ class Turns:
         self._wait()
 
     def another(self) -> bool:
-        """To be called after every step; waits for the next turn where one ends. False: no more steps."""
+        """Call after every step; at the end of a turn, waits for the next one. Returns False if there are no more."""
         self.left -= 1
         if self.left > 0:
             return True
@@ -209,7 +209,7 @@ def run_trl(folder: Path, data: Canned) -> None:
 
 
 def _trl_settings(out: Path) -> dict[str, Any]:
-    """GRPOConfig's arguments: our algorithm's numbers, and what costs TRL least."""
+    """GRPOConfig's arguments: our algorithm's values, and TRL's fastest options."""
     ours = Settings()
     return {
         "output_dir": str(out),
@@ -245,7 +245,7 @@ def _trl_settings(out: Path) -> dict[str, Any]:
 
 
 class Peer:
-    """The parent's side: one peer's process."""
+    """The parent's side of one peer's process."""
 
     def __init__(self, name: str, folder: Path, threads: int, prompt_tokens: int) -> None:
         self.name = name
@@ -262,7 +262,7 @@ class Peer:
             )
 
     def take(self, steps: int) -> tuple[Turn, dict[str, float]]:
-        """`steps` steps: their cost, and what the very first step computed. Raises RuntimeError if the peer fails."""
+        """Runs `steps` steps: their cost and the first step's metrics. Raises RuntimeError if the peer fails."""
         stdin, stdout = self._pipes()
         print(steps, file=stdin, flush=True)
         line = stdout.readline()
@@ -295,7 +295,7 @@ def _measure(rounds: int, steps: int, threads: int, prompt_tokens: int) -> dict[
         try:
             _check_agreement(*(peer.take(WARM_UP)[1] for peer in peers))
             for round in track(range(rounds), description="measuring", console=Console(stderr=True)):
-                # Each goes first every other round.
+                # The peers alternate in going first.
                 for peer in peers if round % 2 == 0 else peers[::-1]:
                     turns[peer.name].append(peer.take(steps)[0])
         finally:
@@ -311,7 +311,7 @@ def _check_agreement(ours: dict[str, float], theirs: dict[str, float]) -> None:
 
 
 def _report(turns: dict[str, list[Turn]]) -> dict[str, Any]:
-    """Medians per step, the ratio of the medians and of each round, and whether the bar is held."""
+    """Medians per step, the ratio of the medians and of each round, and the bar."""
     names = ("cpu_seconds", "wall_seconds")
     medians = {p: {n: statistics.median(getattr(t, n) for t in ts) for n in names} for p, ts in turns.items()}
     share = {n: medians["icrl"][n] / medians["trl"][n] for n in names}
@@ -325,7 +325,7 @@ def _report(turns: dict[str, list[Turn]]) -> dict[str, Any]:
 
 
 def _print(report: dict[str, Any]) -> None:
-    columns = ("", "CPU s a step", "wall s a step", "ours: CPU", "lowest", "highest", "bar")
+    columns = ("", "CPU s per step", "wall s per step", "ours: CPU", "lowest", "highest", "bar")
     table = Table(*columns, title="step without generation, CPU, float32")
     for peer, text in PEERS.items():
         median = report["medians"][peer]
@@ -340,9 +340,9 @@ def _print(report: dict[str, Any]) -> None:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/step_cpu.json"),
+    out: Annotated[Path, typer.Option(help="The JSON file to write.")] = Path("benchmarks/step_cpu.json"),
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each peer; medians are reported.")] = 9,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of a turn.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Steps per turn.")] = 5,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     prompt_tokens: Annotated[
         int, typer.Option(min=1, max=SEQUENCE_TOKENS - 1, help=f"Of each sequence's {SEQUENCE_TOKENS} tokens.")
@@ -350,7 +350,7 @@ def main(
     peer: Annotated[str | None, typer.Option(hidden=True, help="Be this peer.")] = None,
     folder: Annotated[Path | None, typer.Option(hidden=True, help="The model of that peer.")] = None,
 ) -> None:
-    """Measures both and writes the medians, exiting with 1 if the bar is not held, and with 2 without TRL."""
+    """Measures both and writes the medians; exits with 1 if the bar is missed, and with 2 without TRL."""
     if peer is not None and folder is not None:
         runs: dict[str, Callable[[Path, Canned], None]] = {"icrl": run_ours, "trl": run_trl}
         runs[peer](folder, canned(prompt_tokens))

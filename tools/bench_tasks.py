@@ -1,13 +1,13 @@
-"""Episodes and steps a second of the task sets, with an engine that answers at once: `python tools/bench_tasks.py`.
+"""Speed of the task sets with an engine that answers at once: `python tools/bench_tasks.py [PART]...`.
 
-    embedded    environment steps a second on one core, 200 episodes at once through the real episode loop
+    embedded    environment steps per second on one core, with 200 concurrent episodes in the real episode loop
     client      the AgentGym client against a bare HTTP call to the same local server (CPU seconds of this process)
-    waiting     200 episodes of an environment that waits, one of them ten times as long: how long the others take
-    grading     answers a second in two grading processes: no answer comes twice, and the right ones are written
-                otherwise than their labels; the first answers after the start, and those after them
-    programs    runs of a small program a second, two at a time, each in a sandbox of its own (where bubblewrap is)
+    waiting     200 episodes of an environment that waits, one of them ten times as long: the time of the others
+    grading     answers per second in two grading processes: no answer occurs twice, and correct ones are written
+                differently from their labels; the first answers after the start and the later ones are timed separately
+    programs    runs of a small program per second, two at a time, each in its own sandbox (if bubblewrap is installed)
 
-Prints a table and writes JSON. Figures depend on what else the machine does; run it alone. Parts can be named.
+Prints a table and writes JSON. The results depend on other load on the machine, so run it alone.
 """
 
 from __future__ import annotations
@@ -57,21 +57,21 @@ FORMS = (
     (r"\{%d, 5\}", r"\{5, %d\}"),
     (r"x^{2} + %d", "%d + x^2"),
 )
-"""A label, and its value written otherwise."""
+"""Labels, and the same values written differently."""
 STEPS = 400
 FIRST = 200
-"""Answers after the start that are timed by themselves: the parser learns its grammar on them."""
+"""The first answers after the start, timed separately: the parser learns its grammar on them."""
 WAIT_S, WAITS = 0.05, 10
 STEPS_BAR = 2_000.0
-"""Environment steps a second of an embedded task set, at least."""
+"""Minimum environment steps per second of an embedded task set."""
 OVERHEAD_BAR = 0.2
-"""CPU seconds that the AgentGym client adds to a bare HTTP call, as a share of the call's, at most."""
+"""Maximum CPU seconds that the AgentGym client adds to a bare HTTP call, relative to the call's."""
 ANSWERS_BAR = 200.0
-"""Graded answers a second, at least."""
+"""Minimum graded answers per second."""
 
 
 class Instant:
-    """Answers everything with the same reply, at once."""
+    """A speaker that always gives the same reply at once."""
 
     def __init__(self, prompter: Prompter, text: str) -> None:
         ids = prompter.encode_reply(text)
@@ -82,7 +82,7 @@ class Instant:
 
 
 def embedded(name: str, reply: str) -> dict[str, float]:
-    """The whole episode loop (prompts, parsing, tokens), and the environment's steps alone."""
+    """Times the whole episode loop (prompts, parsing, tokens), and the environment's steps alone."""
     task_set = registry.get(name)
     assert isinstance(task_set, Teachable)
     settings = RolloutSettings(templates="compact", context_tokens=512, max_turn_tokens=24, rounds=1, concurrency=200)
@@ -114,7 +114,7 @@ def embedded(name: str, reply: str) -> dict[str, float]:
 
 
 def client() -> dict[str, float]:
-    """CPU seconds of a step through the client over those of the same POST with a bare client, interleaved."""
+    """CPU seconds of a step through the client relative to the same POST with a bare client, interleaved."""
 
     async def measure(url: str) -> tuple[float, float]:
         task_set = AgentGym(TaskSource("babyai", data=TaskData(train=["0:4"], heldout=["4:5"], servers=[url])))
@@ -154,7 +154,7 @@ async def _cpu(call: Callable[[], Awaitable[None]], times: int) -> float:
 
 
 class Waits:
-    """An environment behind something slow: `WAITS` turns, each of which takes a while."""
+    """A slow environment: `WAITS` turns, each of which waits."""
 
     max_turns = WAITS
 
@@ -185,7 +185,7 @@ class Waits:
 
 
 def waiting() -> dict[str, float]:
-    """Seconds until all but the slow one of 200 episodes had ended, with what they would take if each were alone."""
+    """Seconds until all but the slow one of 200 episodes have ended, and the time of an episode that runs alone."""
     settings = RolloutSettings(templates="compact", rounds=1, concurrency=200, repeat_limit=WAITS + 1)
     prompter = Prompter(build_tokenizer(["what", "on", "oak", *template_words("compact")]), settings)
     tasks = [Task(f"waits/train/{i}", "waits", "train", "") for i in range(200)]
@@ -206,25 +206,25 @@ def waiting() -> dict[str, float]:
 
 
 def answers(count: int) -> list[tuple[str, str]]:
-    """(answer, label): four answers to each label, one of which is right; no two are alike."""
+    """(answer, label): four answers to each label, one of which is correct; no two are equal."""
     pairs = []
     for i in range(count // 4):
         label, otherwise = FORMS[i % len(FORMS)]
         pairs.append((otherwise % (i + 2), label % (i + 2)))
         for k in range(1, 4):
-            form = FORMS[(i + k // 3) % len(FORMS)]  # two of the three wrong ones in the right form
+            form = FORMS[(i + k // 3) % len(FORMS)]  # two of the three wrong answers have the correct form
             pairs.append((form[k % 2] % (i + 10_000 * k), label % (i + 2)))
     return pairs
 
 
 def workers_cpu_s() -> float:
-    """CPU seconds of the grading processes so far: what a busy machine delays, it does not add to these."""
+    """CPU seconds of the grading processes so far; load on the machine does not increase them."""
     times = [child.cpu_times() for child in psutil.Process().children()]
     return sum(spent.user + spent.system for spent in times)
 
 
 def grading(count: int) -> dict[str, float]:
-    """Answers that are right a quarter of the time, in the forms that answers have."""
+    """Grades answers of various forms, a quarter of them correct."""
     grader = Grader(workers=2, timeout_s=30.0)
 
     async def grade(pairs: list[tuple[str, str]]) -> list[bool]:
@@ -247,7 +247,7 @@ def grading(count: int) -> dict[str, float]:
 
 
 def sandboxed(count: int = 60) -> dict[str, float]:
-    """Nothing where no sandbox can be made."""
+    """Times programs in sandboxes; empty if no sandbox can be created."""
     try:
         sandbox = Sandbox(SandboxLimits(10.0, 256 << 20))
         sandbox.check()
@@ -263,7 +263,7 @@ def sandboxed(count: int = 60) -> dict[str, float]:
 
 
 def bars(found: dict[str, dict[str, float]]) -> list[Bar]:
-    """Of the parts that were measured."""
+    """The bars of the measured parts."""
     limits = {
         **{f"{name} environment_steps_per_s": (STEPS_BAR, True) for name in REPLIES},
         "client overhead": (OVERHEAD_BAR, False),
@@ -278,11 +278,11 @@ REPLIES = {"rulebook_hard": "oak elm oak fir", "rulebook_easy": "oak elm oak", "
 
 
 def main(
-    parts: Annotated[list[str] | None, typer.Argument(help="Which to measure; all by default.")] = None,
+    parts: Annotated[list[str] | None, typer.Argument(help="Parts to measure; all by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     count: Annotated[int, typer.Option("--answers", min=8, help="Answers to grade.")] = 800,
 ) -> None:
-    """Measures and prints the parts, exiting with 1 if a bar is not held."""
+    """Measures and prints the parts; exits with 1 if a bar is missed."""
     every: dict[str, Callable[[], dict[str, float]]] = {
         **{name: partial(embedded, name, reply) for name, reply in REPLIES.items()},
         "client": client,

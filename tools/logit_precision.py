@@ -1,9 +1,9 @@
-"""What storing a chunk's logits in bf16 does to log-probs and calibration weights, against fp32 logits and float64.
+"""Errors of log-probs and calibration weights if a chunk's logits are stored in bf16 or fp32, against float64.
 
     python tools/logit_precision.py [--tokens 64]
 
 Hidden states and weights are bf16 and random, scaled so that the largest logit of a row of 151936 is about 8, 16 and
-32; targets are sampled from the softmax. Products are summed in fp32 and then stored, as the head on a GPU does it.
+32; targets are sampled from the softmax. Products are summed in fp32 and then stored, as in the head on a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ VOCABULARY, WIDTH = 151936, 64
 
 
 def main(tokens: Annotated[int, typer.Option(min=1)] = 64) -> None:
-    """Prints mean and largest errors by size of the logits and by how they are stored."""
+    """Prints mean and maximum errors by size and storage type of the logits."""
     title = f"error of the log-prob (nats) and of a weight exp(a - b) of two of them, {tokens} tokens"
     table = Table("largest logit", "logits", "log-prob mean", "log-prob max", "weight mean", "weight max", title=title)
     for size in (8.0, 16.0, 32.0):

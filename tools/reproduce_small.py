@@ -1,9 +1,9 @@
-"""The paper's comparison at the scale of two CPU cores: `make reproduce-small`, at most an hour.
+"""The paper's comparison on two CPU cores: `make reproduce-small`, at most an hour.
 
-Three task settings (Rulebook hard and easy, Household), six arms, three seeds. One warm start per task is shared by all
-arms and seeds of it; a seed changes which problems are drawn and every sampled token. ICRL runs a fixed number of
-steps; every other arm of the same task and seed stops when it generated as many tokens as ICRL did. What is finished is
-not run again, so an interrupted reproduction goes on with the same command.
+Three task settings (Rulebook hard and easy, Household), six arms, three seeds. All arms and seeds of a task share one
+warm start; the seed determines the drawn problems and every sampled token. ICRL runs a fixed number of steps; every
+other arm of the same task and seed stops when it has generated as many tokens as ICRL. Finished runs are skipped, so
+the same command resumes an interrupted reproduction.
 
     python tools/reproduce_small.py [--out benchmarks/reproduce_small] [--runs runs/reproduce] [--seeds 3] [--jobs 2]
 """
@@ -39,7 +39,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "frozen critic": ("rollout.critic=frozen",),
     "not internalised": ("algo.internalise=false",),
 }
-"""What each arm changes of the task's recipe."""
+"""Arm -> its overrides of the task's recipe."""
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Two-sided 95 % quantile of Student's t by number of seeds."""
 JOB_LIMIT_S = 1800
@@ -47,7 +47,7 @@ JOB_LIMIT_S = 1800
 
 @dataclass(frozen=True)
 class Result:
-    """One run: held-out critique-free success after it, in [0, 1], and what it cost."""
+    """One run: its final held-out critique-free success, in [0, 1], and its cost."""
 
     task: str
     arm: str
@@ -63,13 +63,13 @@ def main(
     out: Annotated[Path, typer.Option(help="Stem of the .json, .md and .png that are written.")] = Path(
         "benchmarks/reproduce_small"
     ),
-    runs: Annotated[Path, typer.Option(help="Where the runs are kept.")] = Path("runs/reproduce"),
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/reproduce"),
     seeds: int = 3,
     jobs: Annotated[int, typer.Option(help="Runs at a time, one core each.")] = 2,
     tasks: Annotated[str, typer.Option(help="Comma-separated task settings.")] = ",".join(TASKS),
-    only_report: Annotated[bool, typer.Option("--only-report", help="From the runs that are there.")] = False,
+    only_report: Annotated[bool, typer.Option("--only-report", help="Only report the existing runs.")] = False,
 ) -> None:
-    """Runs what is missing, then writes the table and the picture."""
+    """Runs the missing runs, then writes the table and the picture."""
     begun, console, chosen = time.monotonic(), Console(stderr=True), tasks.split(",")
     if not only_report:
         with ThreadPoolExecutor(jobs) as pool:
@@ -120,7 +120,7 @@ def train(runs: Path, task: str, arm: str, seed: int) -> str:
         ]
         if arm != "icrl":
             budget = read(runs, task, "icrl", seed).generated_tokens
-            # No batch is drawn again: an arm that finds nothing pays for it like any other.
+            # Batches without a signal are not resampled: every arm pays for them.
             overrides += [
                 f"max_generated_tokens={budget}",
                 "steps=100000",
@@ -132,7 +132,7 @@ def train(runs: Path, task: str, arm: str, seed: int) -> str:
 
 
 def run(arguments: list[str], log: Path) -> None:
-    """One `icrl` command; ends the reproduction with the log's tail when it fails."""
+    """Runs one `icrl` command; if it fails, exits with the end of its log."""
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "icrl_megatron.cli", *arguments]
     with log.open("w") as out:
@@ -160,7 +160,7 @@ def read(runs: Path, task: str, arm: str, seed: int) -> Result:
 
 
 def summary(results: list[Result], task: str, arm: str) -> str:
-    """Mean over seeds with Student's 95 % interval, cut to [0, 1], and each seed's value."""
+    """Mean over seeds with Student's 95 % interval, clipped to [0, 1], and each seed's value."""
     values = [r.after for r in results if (r.task, r.arm) == (task, arm)]
     if not values:
         return "-"
@@ -179,7 +179,7 @@ def table(results: list[Result]) -> Table:
 
 
 def write(results: list[Result], runs: Path, out: Path, minutes: float) -> None:
-    """JSON with every number, a Markdown table, and the learning curves of all arms."""
+    """Writes JSON with all results, a Markdown table, and the learning curves of all arms."""
     out.parent.mkdir(parents=True, exist_ok=True)
     packages = ("torch", "megatron-core", "transformers", "icrl-megatron")
     record = {

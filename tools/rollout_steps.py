@@ -1,7 +1,7 @@
-"""Steps of rollouts with and without oversampling, timed episode by episode (for `bench_rollout.py`).
+"""Rollout steps with and without oversampling, timed per episode (for `bench_rollout.py`).
 
-A model with random weights has no end of its own, so the longest a reply may get is drawn: log-normal, the same for the
-same task, episode and role in every step, with a few that are many times as long as the median.
+A model with random weights does not end replies itself, so the maximum length of each reply is drawn: log-normal,
+identical for the same task, episode and role in every step, with a few that are many times the median.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EPISODES_PER_TASK = 4
 
 @dataclass
 class Watch:
-    """From an episode's first request to its last reply."""
+    """Times each episode from its first request to its last reply."""
 
     begun: dict[tuple[str, int], float] = field(default_factory=dict)
     ended: dict[tuple[str, int], float] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Step:
 
     seconds: float
     episode_seconds: tuple[float, ...]
-    """Of the episodes of complete groups."""
+    """Tokens of the episodes of complete groups."""
     used_tokens: int
     generated_tokens: int
     cut_off: int

@@ -1,12 +1,12 @@
-"""Shows that a change of the code changes no number: the same runs at an earlier revision and in this working tree.
+"""Checks that a code change does not change results: compares runs at an earlier revision and in this working tree.
 
     python tools/same_metrics.py REVISION [--runs quickstart,grid,sglang] [--keep FOLDER]
 
-Each run's metrics.jsonl must be the same, digit by digit, except time/ and memory/: the quickstart's first 40 steps
-(with its warm start, at tensor parallel 2), ten steps at tensor parallel 2 x pipeline parallel 2, and four steps on an
-SGLang server that serves one request at a time (it ignores a request's seed, so only the order of requests decides what
-it samples). Both revisions use the libraries of this interpreter. The SGLang run needs ICRL_ENGINE_PYTHON, as
-`make test-engine` makes it. Exits with 1 on a difference.
+Each run's metrics.jsonl must be identical, except time/ and memory/: the quickstart's first 40 steps (with its warm
+start, at tensor parallel 2), ten steps at tensor parallel 2 x pipeline parallel 2, and four steps on an SGLang server
+that serves one request at a time (it ignores a request's seed, so its samples depend only on the order of requests).
+Both revisions use this interpreter's libraries. The SGLang run needs ICRL_ENGINE_PYTHON, as `make test-engine` sets it.
+Exits with 1 on a difference.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SMALL = ("eval.interval=5", "eval.problems=16", "eval.control_problems=4", "chec
 
 @dataclass(frozen=True)
 class Run:
-    """One `icrl train`, and the files below its folder that are compared."""
+    """One `icrl train`, and the files below its run folder to compare."""
 
     words: tuple[str, ...]
     compared: tuple[str, ...]
@@ -61,21 +61,21 @@ RUNS = {
 
 
 def train(tree: Path, folder: Path, words: tuple[str, ...]) -> None:
-    """Runs `icrl train` with the code of one tree. Raises CalledProcessError where it fails."""
+    """Runs `icrl train` with the code of one tree. Raises CalledProcessError if it fails."""
     path = os.pathsep.join(str(tree / part) for part in ("", "kernels", "recipes"))
     command = [sys.executable, "-c", "from icrl_megatron.cli import main; main()", "train", *words, f"run_dir={folder}"]
     subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": path}, check=True, timeout=TIMEOUT_S)
 
 
 def compared(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl without what differs between two runs of the same code."""
+    """The rows of a metrics.jsonl without the metrics that differ between two runs of the same code."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [{name: value for name, value in row.items() if not name.startswith(UNLIKE)} for row in rows]
 
 
 def differences(before: Path, after: Path) -> list[str]:
-    """The first metrics that differ, as "step N: NAME BEFORE AFTER"; values are compared as Python prints them, so NaN
-    equals NaN."""
+    """The first differing metrics, as "step N: NAME BEFORE AFTER"; values are compared as Python prints them, so that
+    NaN equals NaN."""
     found: list[str] = []
     missing: dict[str, float] = {}
     for old, new in zip_longest(compared(before), compared(after), fillvalue=missing):
@@ -106,7 +106,7 @@ def main() -> int:
 
 
 def compare(name: str, tree: Path, folder: Path) -> bool:
-    """Whether one run gave the same metrics in both trees; prints the answer."""
+    """Whether one run has the same metrics in both trees; prints the result."""
     run, before, after = RUNS[name], folder / f"{name}_before", folder / f"{name}_after"
     train(tree, before, run.words)
     train(ROOT, after, run.words)

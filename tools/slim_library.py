@@ -1,11 +1,11 @@
-"""Removes from a CUDA library what one GPU architecture does not need, so that it packs to a fraction of its size.
+"""Removes the code for other GPU architectures from a CUDA library, so that it compresses to a fraction of its size.
 
-A CUDA library holds "fat binaries": for each kernel, machine code for several architectures and often PTX. This module
-replaces the code of all other architectures by zeros, which compress to nothing. All headers stay as they are, because
-the driver walks over them. PTX stays only where it is the only code that the architecture could run.
+A CUDA library contains "fat binaries": for each kernel, machine code for several architectures and often PTX. This
+module replaces the code of all other architectures with zeros, which compress to almost nothing. All headers are kept,
+because the driver traverses them. PTX is kept only if it is the only code that the architecture can run.
 
-The layout was read off the libraries of CUDA 12 and 13; NVIDIA does not document it. A fat binary is a header of 16
-bytes (magic, version, header bytes, body bytes) and then entries, each with a header of its own (kind, header bytes,
+The layout was derived from the libraries of CUDA 12 and 13; NVIDIA does not document it. A fat binary is a header of 16
+bytes (magic, version, header bytes, body bytes) followed by entries, each with its own header (kind, header bytes,
 payload bytes, architecture at byte 28).
 """
 
@@ -34,7 +34,7 @@ class CodeEntry:
 
 
 def slim(library: Path, architecture: int) -> int:
-    """Strips symbols and blanks foreign device code in place; returns the number of bytes that were blanked."""
+    """Strips symbols and zeroes other architectures' device code in place; returns the number of zeroed bytes."""
     subprocess.run(["strip", "--strip-all", str(library)], check=True)
     data = bytearray(library.read_bytes())
     entries = list(code_entries(data))
@@ -51,7 +51,7 @@ def slim(library: Path, architecture: int) -> int:
 
 
 def code_entries(data: bytearray) -> Iterator[CodeEntry]:
-    """Every entry of every fat binary of an ELF file."""
+    """All entries of all fat binaries in an ELF file."""
     for offset, size in _sections(data):
         at, end = offset, offset + size
         while at < end:
@@ -72,7 +72,7 @@ def _entries(data: bytearray, at: int, end: int) -> Iterator[CodeEntry]:
 
 
 def _sections(data: bytearray) -> Iterator[tuple[int, int]]:
-    """(offset, bytes) of the sections that hold fat binaries."""
+    """(offset, bytes) of the sections that contain fat binaries."""
     (table,) = struct.unpack_from("<Q", data, 0x28)
     entry_bytes, count, names_at = struct.unpack_from("<HHH", data, 0x3A)
     rows = [struct.unpack_from("<IIQQQQ", data, table + i * entry_bytes) for i in range(count)]

@@ -1,7 +1,7 @@
-"""Does a running SGLang server hold the weights of a Hugging Face folder? `python tools/verify_sync.py URL FOLDER`.
+"""Checks that an SGLang server has the weights of a Hugging Face folder: `python tools/verify_sync.py URL FOLDER`.
 
-Compares a checksum of every parameter, tensor by tensor. Exits with 0 when all agree, 1 with the first name that
-differs, 2 when the server or the folder cannot be read. A server that quantises its weights always differs.
+Compares a checksum of every parameter. Exits with 0 if all agree, 1 with the name of the first that differs, 2 if the
+server or the folder cannot be read. A server with quantized weights always differs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TIMEOUT_S = 600.0
 
 
 def verify(url: str, folder: Path, key: str = "") -> int:
-    """How many parameters were compared. Raises EngineError when one differs, ConfigError when nothing can be read."""
+    """Returns the number of compared parameters. Raises EngineError if one differs, ConfigError if reading fails."""
     shape: ModelShape = check_folder(folder)
     server = Server(None, url.rstrip("/"), key)
     try:

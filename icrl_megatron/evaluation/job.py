@@ -1,4 +1,4 @@
-"""What the ranks of an evaluation play. `icrl eval` prepares it once and hands it to every rank as a file."""
+"""The job of an evaluation's ranks: `icrl eval` prepares it once and passes it to every rank as a file."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from icrl_megatron.types import Task
 from icrl_megatron.utils.files import write_atomically
 
 _PATHS = ("model", "against", "out")
-"""Fields of a request that are paths, where they are set."""
+"""Fields of a request that are paths if set."""
 
 
 @dataclass(frozen=True)
 class Job:
     request: EvalRequest
     settings: Settings
-    """With `rollout.rounds` as requested, and the addresses of environment servers."""
+    """Includes the requested `rollout.rounds` and the addresses of environment servers."""
     tasks: tuple[Task, ...]
     folder: Path
     """Hugging Face folder of the model."""
     critic: Path | None
-    """Hugging Face folder of another critic."""
+    """Hugging Face folder of the critic, if it is another model."""
     out: Path
     logs: Path
     """Folder for the logs of servers and ranks."""

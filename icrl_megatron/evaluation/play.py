@@ -1,4 +1,4 @@
-"""One rank of `icrl eval`: plays its share of the problems on its engine; the first rank writes and shows the result.
+"""One rank of `icrl eval`: plays its share of the problems on its engine; rank 0 writes and prints the result.
 
 python -m icrl_megatron.evaluation.play JOB.json
 """
@@ -50,13 +50,13 @@ from icrl_megatron.utils.files import write_atomically
 from icrl_megatron.utils.progress import Progress
 
 SEEDS = Seeds(run=0, step=0, purpose="eval")
-"""Fixed: two evaluations of the same problems differ only by their models."""
+"""Fixed, so that two evaluations of the same problems differ only in their models."""
 
 
 def run(job: Job) -> None:
-    """Plays the job on the ranks that call this together, and writes and shows the result on the first of them.
+    """Plays the job on all ranks, which must all call this; rank 0 writes and prints the result.
 
-    Raises ConfigError if problems are too long or the engine cannot be what the settings say, and HopelessError if an
+    Raises ConfigError if problems are too long or the engine does not support the settings, and HopelessError if an
     engine fails.
     """
     platform.prepare(job.settings.launch.device)
@@ -66,7 +66,7 @@ def run(job: Job) -> None:
     except EngineError as error:
         raise HopelessError(str(error)) from error
     if grid.rank == 0:
-        from icrl_megatron.evaluation.views import show  # matplotlib: only where it draws
+        from icrl_megatron.evaluation.views import show  # imports matplotlib, which other ranks do not need
 
         result = replace(_result(job, played), too_long=too_long)
         _write(result, job)
@@ -76,7 +76,7 @@ def run(job: Job) -> None:
 
 @contextmanager
 def _joined(job: Job) -> Iterator[Grid]:
-    """This rank's place among those of the evaluation."""
+    """The grid of the evaluation's ranks; the process group is destroyed when the block ends."""
     grid = grids.without_model(job.settings)
     try:
         if grid.rank == 0:
@@ -88,7 +88,7 @@ def _joined(job: Job) -> Iterator[Grid]:
 
 
 def _play(job: Job, grid: Grid, progress: Progress) -> tuple[Played, int]:
-    """(the episodes of all ranks in the order of the tasks, how many problems were left out as too long)."""
+    """(the episodes of all ranks in the order of the tasks, the number of problems dropped as too long)."""
 
     def gather(mine: Any) -> list[Any]:
         return [mine] if grid.world == 1 else grids.gather_objects(grid, mine)
@@ -165,8 +165,8 @@ def _fitting(
     positions: int,
     progress: Progress,
 ) -> list[Task]:
-    """The problems that fit the context. Raises TooLongError if some do not and such problems are not dropped, and if
-    none fits."""
+    """The problems that fit the context. Raises TooLongError if none fits, or if some do not and `tasks.too_long` is
+    "error"."""
     settings = replace(job.settings, eval=replace(job.settings.eval, control_problems=0))
     lost = examine(job.tasks, settings, catalogue, prompter, share)
     if not lost:
@@ -200,7 +200,7 @@ def _result(job: Job, played: Played) -> Result:
 
 
 def _write(result: Result, job: Job) -> None:
-    from icrl_megatron.evaluation.views import picture  # matplotlib: only where it draws
+    from icrl_megatron.evaluation.views import picture  # imports matplotlib, which other ranks do not need
 
     with results.writing(job.out, results.EVALUATION, job.request.reads(), job.request.overwrite) as folder:
         write_atomically(folder / RESULT, [json.dumps(asdict(result), indent=1)], "the evaluation")
@@ -211,15 +211,15 @@ def _write(result: Result, job: Job) -> None:
 
 
 def _stop(number: int = 0, frame: FrameType | None = None) -> None:
-    """An evaluation has nothing to save: a rank that is asked to stop ends at once. Its servers end with it."""
+    """Ends this rank at once when it is asked to stop: it has nothing to save. Its servers end with it."""
     leave_outcome(STOPPED, "stopped on request")
-    os._exit(0)  # with another code the agent would report a failed rank
+    os._exit(0)  # the agent reports any other code as a failed rank
 
 
 def main(arguments: Sequence[str]) -> int:
-    """One of several ranks that `icrl eval` started."""
+    """Entry point of one of several ranks that `icrl eval` started."""
     signal.signal(signal.SIGUSR1, _stop)
-    if Path(os.environ.get(STOP_ENV, "")).is_file():  # the signal came before this process listened
+    if Path(os.environ.get(STOP_ENV, "")).is_file():  # the signal arrived before the handler was installed
         _stop()
     run(Job.load(Path(arguments[0])))
     return 0

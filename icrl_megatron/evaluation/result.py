@@ -1,4 +1,4 @@
-"""An evaluation as it is asked for, and its result as it is saved and read again."""
+"""The request for an evaluation, and its saved result."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ PICTURE = "eval.png"
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """One `icrl eval`, as it was asked for."""
+    """The arguments of one `icrl eval`."""
 
     model: Path
     """A Hugging Face folder, a checkpoint, a folder of them, or a run folder."""
     tasks: tuple[str, ...] = ()
-    """Names of task sets; empty: those of the run's settings."""
+    """Names of task sets; if empty, those of the run's settings."""
     on: tuple[str, ...] = (TEST,)
-    """Subsets of the held-out problems by name (the files they came from); "test": all of them."""
+    """Subsets of the held-out problems by name (the files they came from); "test" means all of them."""
     rounds: int = 1
     samples: int = 1
     problems: int | None = None
-    """At most this many of each task set; None: all."""
+    """Maximum number per task set; None means all."""
     critic: str = ""
-    """Empty: the model itself; else a Hugging Face folder or checkpoint, or the address of an endpoint."""
+    """A Hugging Face folder, a checkpoint, or the address of an endpoint; if empty, the model itself."""
     revise_successes: bool = False
     against: Path | None = None
     """An earlier result to compare with."""
     out: Path | None = None
     overrides: tuple[str, ...] = ()
     overwrite: bool = False
-    """Whether `out` may be replaced whatever is there."""
+    """Whether `out` may be replaced whatever it contains."""
 
     def critic_address(self) -> str:
-        """The address of the critic's endpoint; empty if the critic is none."""
+        """The address of the critic's endpoint; empty if the critic is not an endpoint."""
         return self.critic if self.critic.startswith(("http://", "https://")) else ""
 
     def critic_folder(self) -> Path | None:
-        """Where another critic's weights are."""
+        """The folder with the critic's weights, if it is another model."""
         return Path(self.critic) if self.critic and not self.critic_address() else None
 
     def reads(self) -> list[Path]:
-        """What the evaluation reads, and so must not replace."""
+        """The evaluation's inputs, which it must not replace."""
         return [path for path in (self.model, self.critic_folder(), self.against) if path is not None]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What is saved and shown."""
+    """The saved and printed result."""
 
     model: str
     critic: str
@@ -66,17 +66,18 @@ class Result:
     subsets: dict[str, str]
     """task id -> subset."""
     contents: dict[str, str]
-    """task id -> hash of its problem: two results are compared only where these agree."""
+    """task id -> hash of its problem: two results can be compared only if these agree."""
     comparison: tuple[Comparison, ...] = ()
     against: str = ""
     lost: tuple[str, ...] = field(default=())
     """The first few reasons why episodes were dropped."""
     too_long: int = 0
-    """Problems that were left out because they do not fit the context (`tasks.too_long=drop`)."""
+    """Number of problems dropped because they do not fit the context (`tasks.too_long=drop`)."""
 
 
 def read_result(path: Path) -> Result:
-    """What `evaluate` wrote, given the file or its folder; scores are left out. Raises ConfigError on another file."""
+    """The result that `evaluate` wrote, without its scores; `path` is the file or its folder. Raises ConfigError if it
+    is not such a file."""
     file = path / RESULT if path.is_dir() else path
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""`icrl eval`: how good a model is alone, with critique over K rounds, and against another model on the same seeds."""
+"""`icrl eval`: a model without critique, with critique over K rounds, and against another model on the same seeds."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from icrl_megatron.utils.disk import require_space
 from icrl_megatron.utils.errors import ConfigError
 
 ROOM_BYTES = 1 << 20
-"""Free space that an evaluation requires before it starts, so that its result can be written."""
+"""Free disk space that an evaluation requires before it starts, so that its result can be written."""
 
 
 def evaluate(request: EvalRequest) -> int:
-    """Plays the held-out problems, writes a folder with eval.json and eval.png, and prints the result. Returns the exit
-    code: 0, or that of ranks that failed, whose message has been printed.
+    """Plays the held-out problems, writes a folder with eval.json and eval.png, and prints the result. Returns 0, or
+    the exit code of failed ranks, whose message has been printed.
 
-    Raises ConfigError on a wrong model, task set, setting, critic or earlier result, and on a folder that must not be
-    replaced, before anything is played.
+    Before playing, raises ConfigError on a wrong model, task set, setting, critic or earlier result, and if the output
+    folder must not be replaced.
     """
     _check(request)
     out = request.out or default_folder(request.model)
@@ -59,13 +59,13 @@ def evaluate(request: EvalRequest) -> int:
             critic = held.enter_context(_model_folder(other)) if other is not None else None
             code = _played(Job(request, settings, tuple(problems), folder, critic, out, logs))
     finally:
-        if code == 0 or not any(logs.iterdir()):  # the logs of an evaluation that failed are kept
+        if code == 0 or not any(logs.iterdir()):  # the logs of a failed evaluation are kept
             shutil.rmtree(logs, ignore_errors=True)
     return code
 
 
 def _played(job: Job) -> int:
-    """Plays the job in this process, or starts the ranks that play it."""
+    """Plays the job in this process if there is one rank, or starts the ranks."""
     if job.settings.launch.ranks == 1:
         from icrl_megatron.evaluation.play import run
 
@@ -79,7 +79,7 @@ def _played(job: Job) -> int:
 
 
 def default_folder(model: Path) -> Path:
-    """MODEL/eval; beside it as eval_NAME where MODEL is itself replaced or deleted as a whole, as checkpoints are."""
+    """MODEL/eval; or eval_NAME beside MODEL if MODEL is itself replaced or deleted as a whole, as checkpoints are."""
     folder = model if model.is_dir() else model.parent
     return folder.parent / f"eval_{folder.name}" if results.is_result(folder) else folder / "eval"
 
@@ -89,7 +89,7 @@ def _check(request: EvalRequest) -> None:
         if value is not None and value < 1:
             raise ConfigError(f"--{name}={value}: must be at least 1")
     if request.critic and request.rounds == 1:
-        raise ConfigError(f"--critic={request.critic} needs --rounds of at least 2: in one round nobody is criticised")
+        raise ConfigError(f"--critic={request.critic} needs --rounds of at least 2: one round has no critique")
     if not request.model.exists():
         raise ConfigError(f"{request.model}: no such folder; give a checkpoint, a run or a Hugging Face folder")
     folder = request.critic_folder()
@@ -101,7 +101,7 @@ def _check(request: EvalRequest) -> None:
 
 
 def _check_engine(request: EvalRequest, settings: Settings) -> None:
-    """Raises ConfigError for settings that this evaluation cannot use on its ranks."""
+    """Raises ConfigError if the engine cannot run this evaluation with these settings."""
     ranks, rollout = settings.launch.ranks, settings.rollout
     greedy = rollout.temperature == 0
     validate.check_values(replace(settings, rollout=replace(rollout, temperature=1.0)) if greedy else settings)
@@ -122,24 +122,24 @@ def _check_engine(request: EvalRequest, settings: Settings) -> None:
 
 
 def _check_pairs(request: EvalRequest, problems: Sequence[Task], earlier: Result) -> None:
-    """Raises ConfigError where the two evaluations have no problem in common, or another one under the same name."""
+    """Raises ConfigError if the two evaluations have no common problem, or different problems of the same name."""
     common = [task for task in problems if task.task_id in earlier.successes]
     if not common:
         raise ConfigError(
-            f"--against={request.against}: no problem of this evaluation is in it; evaluate both models with the same "
+            f"--against={request.against}: it has no problem of this evaluation; evaluate both models with the same "
             "--task, --on and --problems"
         )
     for task in common:
         if earlier.contents.get(task.task_id) != content_hash(task.problem):
             raise ConfigError(
-                f"--against={request.against}: {task.task_id} was another problem then, so its rows have changed; "
-                "evaluate that model again"
+                f"--against={request.against}: {task.task_id} was a different problem in that evaluation, because the "
+                "task set's rows have changed since; evaluate that model again"
             )
 
 
 def _run_settings(model: Path) -> tuple[Settings | None, list[Settings]]:
-    """The settings of the run that a model lies in, if it lies in one, and those that the run had earlier. They name
-    commands to start, so settings files that come with a downloaded model or checkpoint are not read."""
+    """The settings of the run whose folder contains the model, if any, and the run's earlier settings. Settings contain
+    commands to execute, so a settings file inside a downloaded model or checkpoint is not read."""
     inside = any((model / name).exists() for name in ("config.json", "icrl.json"))
     for folder in (*(() if inside else (model,)), *model.resolve().parents[:3]):
         if (folder / settings_module.SAVED_NAME).exists():
@@ -154,14 +154,14 @@ def _settings(request: EvalRequest, run: Settings | None) -> Settings:
         sources = [known.get(name, TaskSource(name)) for name in request.tasks]
         settings = replace(settings, tasks=replace(settings.tasks, sources=sources))
     elif run is None:
-        raise ConfigError(f"{request.model} lies in no run folder, so its tasks are not known: name some with --task")
+        raise ConfigError(f"{request.model} is not in a run folder, so its tasks are unknown: name some with --task")
     pairs = [settings_module.split_override(text) for text in request.overrides]
     return _for_evaluation(settings_module.apply_overrides(settings, pairs), request.rounds)
 
 
 def _for_evaluation(settings: Settings, rounds: int) -> Settings:
-    """The same settings without what is of training only. Ranks are those of this machine; a process that is the only
-    rank of its job plays alone. Raises ConfigError among several ranks."""
+    """The settings with training-only parts reset. The ranks run on this machine; a process that is the only rank of
+    its job plays alone. Raises ConfigError if this process is one of several ranks."""
     if is_rank() and os.environ["WORLD_SIZE"] != "1":
         raise ConfigError("`icrl eval` starts its ranks itself: run it once, with launch.ranks=N")
     ranks = 1 if is_rank() else settings.launch.ranks
@@ -175,7 +175,7 @@ def _for_evaluation(settings: Settings, rounds: int) -> Settings:
 
 @contextmanager
 def _model_folder(model: Path) -> Iterator[Path]:
-    """A Hugging Face folder with the model's weights: itself, a run's export, or a checkpoint turned into one."""
+    """A Hugging Face folder with the model's weights: the folder itself, a run's export, or a converted checkpoint."""
     if (model / "config.json").exists():
         check_folder(model)
         yield model

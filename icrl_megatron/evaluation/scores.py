@@ -1,6 +1,6 @@
-"""What a set of evaluated episodes is worth, by subset, with intervals; and two sets of them, pair by pair.
+"""Scores of evaluated episodes by subset, with intervals, and paired comparisons of two evaluations.
 
-Pure statistics over which attempts succeeded: it needs no model, and two evaluations that were saved can be compared.
+Computed only from which attempts succeeded: no model is needed, so saved evaluations can be compared.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from icrl_megatron.utils.intervals import Difference, Proportion, mcnemar, paire
 
 ALL = "all"
 Successes = dict[str, list[list[bool]]]
-"""task id -> one list per sample, by its index: the success of each attempt of the episode. Empty: it was lost."""
+"""task id -> one list per sample, by index: the success of each attempt of the episode; empty if it was lost."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Transitions:
-    """Between an attempt and the revision after it, counted over all such pairs."""
+    """Counts over all pairs of an attempt and the revision after it."""
 
     wrong_to_right: int
     right_to_wrong: int
@@ -43,21 +43,21 @@ class Transitions:
 
 @dataclass(frozen=True)
 class Score:
-    """One subset, or all of them together (`subset` is then "all")."""
+    """Scores of one subset, or of all subsets together (`subset` is then "all")."""
 
     subset: str
     average: Estimate
     """avg@N: critique-free success, the mean over a problem's samples and then over problems."""
     passed: Estimate
-    """pass@N: share of problems that any of its samples solved without a critique."""
+    """pass@N: share of problems that any of their samples solved without a critique."""
     rounds: tuple[Proportion, ...]
-    """rounds[r]: episodes that succeeded in round r or before."""
+    """rounds[r]: share of episodes that succeeded in round r or before."""
     transitions: Transitions
     attempt_tokens: float
-    """Mean over all attempts; 0 where there were none."""
+    """Mean over all attempts; 0 if there were none."""
     critique_tokens: float
     dropped: int
-    """Episodes that failed for reasons which are not the model's; in no denominator."""
+    """Number of episodes lost for reasons other than the model; not counted in any denominator."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ class Comparison:
     difference: Difference
     """Mean of the per-problem differences, bootstrapped over problems."""
     only_first: int
-    """Pairs of samples that the first got right and the second wrong."""
+    """Number of pairs in which the first sample succeeded and the second failed."""
     only_second: int
     mcnemar_p: float
     """Exact two-sided McNemar test on those two counts."""
 
 
 def successes(episodes: Sequence[Episode], samples: int) -> Successes:
-    """`samples` lists for each problem that has an episode, so that sample i of two evaluations is the same seed."""
+    """`samples` lists per problem with an episode, so that sample i has the same seed in two evaluations."""
     found: Successes = {}
     for episode in episodes:
         of_task = found.setdefault(episode.task.task_id, [[] for _ in range(samples)])
@@ -85,7 +85,7 @@ def successes(episodes: Sequence[Episode], samples: int) -> Successes:
 
 
 def score(episodes: Sequence[Episode], dropped: Sequence[DroppedEpisode], rounds: int) -> tuple[Score, ...]:
-    """One score per subset in alphabetical order, and "all" at the end where there are several."""
+    """One score per subset in alphabetical order, and "all" at the end if there are several."""
     subsets = sorted({subset_of(e.task) for e in episodes} | {subset_of(d.task) for d in dropped})
     found = [
         _score(
@@ -127,7 +127,7 @@ def transitions(tries: Sequence[Sequence[bool]]) -> Transitions:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Without values nothing is known: 0 in [0, 1]."""
+    """Without values, mean 0 and interval [0, 1]."""
     if not values:
         return Estimate(0.0, 0.0, 1.0, 0)
     found = paired_difference(np.asarray(values, dtype=np.float64))
@@ -135,7 +135,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def compare(first: Successes, second: Successes, subset_by_task: Mapping[str, str]) -> tuple[Comparison, ...]:
-    """`first` minus `second` by subset and over all, on the samples that both have and neither lost."""
+    """`first` minus `second` by subset and over all, on the samples that both evaluations have and did not lose."""
     names = sorted({subset_by_task[t] for t in first if t in second})
     found = [_compare(name, first, second, {t for t in first if subset_by_task[t] == name}) for name in names]
     return tuple(found if len(found) == 1 else [*found, _compare(ALL, first, second, set(first))])

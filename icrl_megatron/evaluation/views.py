@@ -1,4 +1,4 @@
-"""An evaluation for eyes: a table in the terminal and a picture."""
+"""Shows an evaluation as tables in the terminal and as a picture."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def _share(mean: float, low: float, high: float) -> str:
 
 
 ROUNDS_A_TABLE = 4
-"""Columns of intervals that fit 80 characters beside a subset's name."""
+"""Number of interval columns that fit in 80 characters beside a subset's name."""
 
 
 def show(result: Result, console: Console | None = None) -> None:
-    """Prints the scores and, where there is one, the comparison; made for 80 columns."""
+    """Prints the scores and, if there is one, the comparison, in 80 columns."""
     out = console or PlainConsole()
     out.print(scores_table(result))
     if result.rounds > 1:
@@ -42,7 +42,7 @@ def show(result: Result, console: Console | None = None) -> None:
 
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", overflow="fold")  # a long name, rather than a number
+    table.add_column("", overflow="fold")  # long names wrap, numbers do not
     for column in columns:
         table.add_column(column, justify="right")
     return table
@@ -58,7 +58,7 @@ def scores_table(result: Result) -> Table:
 
 
 def rounds_table(result: Result, first: int) -> Table:
-    """Success in a round or before, for the rounds from `first` on (counted from 0)."""
+    """Success by the end of each round, for the rounds from `first` on (counted from 0)."""
     rounds = range(first, min(result.rounds, first + ROUNDS_A_TABLE))
     table = _table(f"Success by round in %; critic: {result.critic}", [f"round {r + 1}" for r in rounds])
     for s in result.scores:
@@ -67,8 +67,8 @@ def rounds_table(result: Result, first: int) -> Table:
 
 
 def transitions_table(result: Result) -> Table:
-    columns = ("wrong to\nright", "right to\nwrong", "stayed\nwrong", "stayed\nright", "tokens a\ncritique")
-    table = _table("From an attempt to the revision after it, and what a critique cost", columns)
+    columns = ("wrong to\nright", "right to\nwrong", "stayed\nwrong", "stayed\nright", "tokens per\ncritique")
+    table = _table("From an attempt to the revision after it, and tokens per critique", columns)
     for s in result.scores:
         t = s.transitions
         counts = (t.wrong_to_right, t.right_to_wrong, t.stayed_wrong, t.stayed_right)

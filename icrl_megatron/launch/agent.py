@@ -1,13 +1,13 @@
-"""Starts the ranks of one machine, watches them, and ends them together when one fails. No torch.
+"""Starts the ranks of one machine, monitors them, and ends all of them if one fails. No torch.
 
     python -m icrl_megatron.launch.agent --nproc-per-node=8
         [--nnodes=2 --node-rank=0 --master-addr=HOST --master-port=PORT]
         [--log-dir=FOLDER] -m MODULE WORDS...
 
-`icrl train` runs one on this machine, slurm/step.sh one on each node. The ranks meet at a static address: the agent of
-the first node binds it and hands the socket to rank 0, which serves the store (`distributed/rendezvous.py`). The agent
-itself reads nothing from the network. Ranks get RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and
-MASTER_PORT, as torchrun sets them.
+`icrl train` runs one agent on this machine, slurm/step.sh one on each node. The rendezvous has a static address: the
+first node's agent binds it and passes the socket to rank 0, which serves the store (`distributed/rendezvous.py`). The
+agent itself reads nothing from the network. Ranks get RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT, as under torchrun.
 """
 
 from __future__ import annotations
@@ -42,31 +42,31 @@ from icrl_megatron.utils.terminal import guard
 
 TAIL_LINES = 40
 END_TIMEOUT_S = 30.0
-"""From SIGTERM to SIGKILL, for the ranks that are left when one has failed."""
+"""Between SIGTERM and SIGKILL, for the remaining ranks after one has failed."""
 _POLL_S = 0.05
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 @dataclass(frozen=True)
 class AgentShare:
-    """What this machine runs of a job."""
+    """This machine's part of a job."""
 
     nodes: int
     node: int
-    """Number of this machine, from 0."""
+    """Index of this machine, from 0."""
     ranks: int
     """Processes on each machine."""
     address: str
     port: int
-    """Where the ranks meet; 0 lets the only machine choose."""
+    """Port of the rendezvous; 0 selects a free one, on a single machine only."""
     log_dir: Path | None
-    """Folder for the output of all ranks but the first of this machine; None: all write to this process's own."""
+    """Folder for the output of all ranks but this machine's first; if None, all ranks write to the agent's output."""
     module: str
     words: tuple[str, ...]
 
     @staticmethod
     def parse(arguments: Sequence[str]) -> AgentShare:
-        """Exits with 2 and the usage when the arguments make no share."""
+        """Exits with 2 and the usage if the arguments are invalid."""
         parser = argparse.ArgumentParser(prog="python -m icrl_megatron.launch.agent")
         parser.add_argument("--nnodes", type=int, default=1)
         parser.add_argument("--node-rank", type=int, default=0)
@@ -79,13 +79,13 @@ class AgentShare:
         if not read.command or read.nproc_per_node < 1 or not 0 <= read.node_rank < read.nnodes:
             parser.error("needs a module, at least one rank, and a --node-rank below --nnodes")
         if read.nnodes > 1 and read.master_port == 0:
-            parser.error("several nodes need a --master-port that all of them know")
+            parser.error("several nodes need the same --master-port on each of them")
         module, *words = read.command
         where = (read.master_addr, read.master_port, read.log_dir)
         return AgentShare(read.nnodes, read.node_rank, read.nproc_per_node, *where, module, tuple(words))
 
     def environment(self, local: int, port: int) -> dict[str, str]:
-        """What rank number `local` of this machine learns; `port` is the one that the store is served on."""
+        """Environment variables of local rank `local`; `port` is the store's port."""
         return {
             "RANK": str(self.node * self.ranks + local),
             "LOCAL_RANK": str(local),
@@ -106,16 +106,16 @@ class Rank:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs until all ranks ended. Returns 0, 1 when a rank failed, 2 after a ConfigError that the outcome file does not
-    hold, or 128 + the number of the signal that ended it."""
+    """Runs until all ranks have ended. Returns 0, 1 if a rank failed, 2 after a ConfigError that is not in the outcome
+    file, or 128 + the number of the signal that ended the agent."""
     guard()
-    # Ranks inherit it until they listen themselves, so an early signal kills none of them.
+    # Ranks inherit this until they install their own handler, so that an early signal does not kill them.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     die_with_parent()
     share = AgentShare.parse(arguments)
     received: list[int] = []
     for number in _STOPS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # slurm/step.sh has it ignored where ranks save on it
+        if signal.getsignal(number) is not signal.SIG_IGN:  # slurm/step.sh ignores the signal on which ranks save
             signal.signal(number, lambda number, frame: received.append(number))
     try:
         listener = _bound(share)
@@ -138,11 +138,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _explain(failed: Rank) -> int:
-    """Says how the rank that failed first ended, unless its message is known already; returns our exit code."""
+    """Prints how the first failed rank ended, unless the outcome file has its message; returns the exit code."""
     left = read_outcome(Path(os.environ[OUTCOME_ENV])) if OUTCOME_ENV in os.environ else None
     if left is not None and left[0] in (CONFIG_ERROR, HOPELESS):
         return 1
-    if failed.process.returncode == CONFIG_ERROR:  # it could not leave its message, so it printed it
+    if failed.process.returncode == CONFIG_ERROR:  # it could not write the outcome file, so it printed its message
         print(_tail(failed.log), end="", file=sys.stderr)
         return CONFIG_ERROR
     print(_report(failed), file=sys.stderr)
@@ -150,12 +150,12 @@ def _explain(failed: Rank) -> int:
 
 
 def _bound(share: AgentShare) -> socket.socket | None:
-    """The socket of the store, on the first node of a job that needs one."""
+    """The store's listening socket, on the first node; None on other nodes and for a single rank."""
     if share.node > 0 or share.nodes * share.ranks == 1:
         return None
     found = net.bound(share.address, share.port)
     if share.nodes > 1 and net.is_loopback(str(found.getsockname()[0])):
-        # Debian's /etc/hosts gives a machine's own name an address that no other node can reach.
+        # Debian's /etc/hosts maps a machine's own name to an address that other nodes cannot reach.
         found.close()
         found = net.bound("0.0.0.0", share.port)
     return found
@@ -180,7 +180,7 @@ def _start(share: AgentShare, listener: socket.socket | None) -> list[Rank]:
         log = folder / f"rank_{number}.log" if folder is not None and local > 0 else None
         with contextlib.ExitStack() as opened, disk_errors(share.log_dir or Path(), "the logs of ranks"):
             output = opened.enter_context(log.open("wb")) if log is not None else None
-            # A session of its own: a rank takes its children with it, and hears of Ctrl-C from the launcher only.
+            # Own session: a rank's children end with it, and Ctrl-C reaches it only through the launcher.
             process = subprocess.Popen(
                 command, env=env, stdout=output, stderr=output, pass_fds=handed_over, start_new_session=True
             )
@@ -191,7 +191,8 @@ def _start(share: AgentShare, listener: socket.socket | None) -> list[Rank]:
 
 
 def _watch(ranks: Sequence[Rank], received: Sequence[int]) -> Rank | None:
-    """Until all have ended well, one has failed, or a signal came. Returns the one that failed first; none is left."""
+    """Waits until all ranks have succeeded, one has failed, or a signal has arrived, and ends the remaining ranks.
+    Returns the first failed rank."""
     try:
         running = list(ranks)
         while running and not received:
@@ -226,7 +227,7 @@ def _report(failed: Rank) -> str:
             how += " (out of memory?)"
     else:
         how = f"failed with exit code {code}"
-    if failed.log is None:  # it has written to the terminal itself
+    if failed.log is None:  # it wrote to the terminal
         return f"error: rank {failed.number} {how}; its messages are above"
     return f"{_tail(failed.log)}error: rank {failed.number} {how}; its whole output is in {failed.log}"
 

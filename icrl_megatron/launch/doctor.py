@@ -1,4 +1,4 @@
-"""`icrl doctor`: what this machine can do, what is missing, and the command that mends it."""
+"""`icrl doctor`: checks what this machine supports and what is missing, and prints the command that fixes it."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Check:
     state: State
     found: str
     remedy: str = ""
-    """The command, or what to do, when the state is not ok."""
+    """The command or action that fixes it, if the state is not ok."""
     required: bool = False
-    """Training does not start without it."""
+    """Whether training needs it."""
 
     @property
     def broken(self) -> bool:
@@ -42,14 +42,14 @@ class Check:
 
 
 def report() -> int:
-    """Prints what was found and what mends the rest; 0, or 1 if something that every run needs is not ok."""
+    """Prints the checks and the fixes; returns 0, or 1 if a required check is not ok."""
     from rich.table import Table
     from rich.text import Text
 
     from icrl_megatron.utils.console import PlainConsole
 
     console = PlainConsole()
-    with console.status("looking at this machine (importing the libraries takes some seconds)"):
+    with console.status("checking this machine (importing the libraries takes some seconds)"):
         checks = run_checks()
     styles = {"ok": "green", "missing": "yellow", "wrong": "red"}
     table = Table("what", "state", "found", box=None, pad_edge=False)
@@ -59,9 +59,9 @@ def report() -> int:
         )
         table.add_row(check.name, state, Text(check.found))
     console.print(table)
-    console.print("\nwhat mends the rest:")
+    console.print("\nfixes:")
     for check in checks:
-        if check.remedy:  # in one piece however narrow the terminal is, to be copied
+        if check.remedy:  # not wrapped, so that it can be copied
             console.print(Text(f"  {check.name}: {check.remedy}"), soft_wrap=True)
     broken = [check.name for check in checks if check.broken]
     on = "GPUs" if any(check.name == "GPU" and check.state == "ok" for check in checks) else "the CPU"
@@ -71,18 +71,18 @@ def report() -> int:
 
 
 def run_checks() -> list[Check]:
-    """All checks, required ones first. A check that itself fails is reported as wrong, never raised."""
+    """All checks, required ones first. An exception in a check is reported as wrong, never raised."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what a library warns of at import is a line of the report
+        warnings.simplefilter("ignore")  # warnings of libraries at import would disturb the report
         return [_guarded(check) for check in _CHECKS]
 
 
 def _guarded(check: Callable[[], Check]) -> Check:
     try:
         return check()
-    except Exception as error:  # a broken library may raise anything at import, and that is the finding
+    except Exception as error:  # a broken library may raise anything at import, which is the result of the check
         name = check.__name__.strip("_").replace("_", " ")
-        return Check(name, "wrong", f"{type(error).__name__}: {error}", "mend that package", check in _REQUIRED)
+        return Check(name, "wrong", f"{type(error).__name__}: {error}", "repair that package", check in _REQUIRED)
 
 
 def _version(distribution: str) -> str | None:
@@ -102,14 +102,14 @@ def _machine() -> Check:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gib = psutil.virtual_memory().total / 2**30
     fine = gib >= MIN_MEMORY_GIB
-    remedy = "" if fine else f"the quickstart wants {MIN_MEMORY_GIB:.0f} GiB"
+    remedy = "" if fine else f"the quickstart needs {MIN_MEMORY_GIB:.0f} GiB"
     return Check("cores, memory", "ok" if fine else "wrong", f"{cores} cores, {gib:.0f} GiB", remedy)
 
 
 def _disk() -> Check:
     gib = shutil.disk_usage(Path.cwd()).free / 2**30
     fine = gib >= MIN_DISK_GIB
-    remedy = "" if fine else "free some, or write elsewhere with run_dir=..."
+    remedy = "" if fine else "free some space, or write elsewhere with run_dir=..."
     return Check("disk, here", "ok" if fine else "wrong", f"{gib:.0f} GiB free", remedy)
 
 
@@ -121,7 +121,7 @@ def _torch() -> Check:
 
 
 def _library(name: str, module: str, remedy: str, required: bool = False) -> Check:
-    """Installed, and importable: the second is not implied by the first."""
+    """Checks that a library is installed and can be imported."""
     version = _version(name)
     if version is None:
         return Check(name, "missing", "", remedy, required)
@@ -134,7 +134,7 @@ def _library(name: str, module: str, remedy: str, required: bool = False) -> Che
 
 
 def _megatron() -> Check:
-    # What training imports of it: its layers try further libraries at import, any of which may break it.
+    # The module that training imports: its layers import further libraries, any of which may fail.
     return _library("megatron-core", "icrl_megatron.model.torch_layers", "make install", required=True)
 
 
@@ -174,11 +174,11 @@ def _transformer_engine() -> Check:
 
 
 def _apex() -> Check:
-    """NVIDIA's, which is built from source. The index's package of the name is a web toolkit: harmful here."""
+    """NVIDIA Apex, built from source. The package `apex` on PyPI is a web toolkit and does harm here."""
     from icrl_megatron.distributed import platform
 
     platform.show_gpu_library("apex")
-    remedy = "optional; build it from NVIDIA's source (the package `apex` on the index is another program)"
+    remedy = "optional; build it from NVIDIA's source (the package `apex` on PyPI is an unrelated program)"
     if importlib.util.find_spec("amp_C") is not None and importlib.util.find_spec("apex.optimizers") is not None:
         return Check("NVIDIA Apex", "ok", _version("apex") or "built from source")
     if importlib.util.find_spec("apex") is not None:
@@ -192,9 +192,9 @@ def _sglang() -> Check:
 
 
 def _nemo_run() -> Check:
-    remedy = "make install-nemo   (a venv of its own, for icrl launch)"
+    remedy = "make install-nemo   (a separate venv, for icrl launch)"
     if _version("nemo-run") is not None and not (_version("leptonai") or "").startswith("0.2"):
-        return Check("nemo-run", "wrong", f"leptonai {_version('leptonai')} does not fit it", remedy)
+        return Check("nemo-run", "wrong", f"leptonai {_version('leptonai')} is incompatible with it", remedy)
     return _library("nemo-run", "nemo_run", remedy)
 
 

@@ -1,8 +1,8 @@
-"""What a batch job asks before, between and after its steps (slurm/job.sh). Plain decisions, no torch.
+"""Checks and decisions of a batch job (slurm/job.sh) before, between and after its steps. No torch.
 
 python -m icrl_megatron.launch.job check train RECIPE [KEY=VALUE]...    prints the run folder, and "servers" if it
                                                                       starts some; or exits with 2
-python -m icrl_megatron.launch.job cell PLAN CELL    prints the words of an ablation's cell, one a line
+python -m icrl_megatron.launch.job cell PLAN CELL    prints the words of an ablation's cell, one per line
 python -m icrl_megatron.launch.job table PLAN    writes and prints an ablation's table
 python -m icrl_megatron.launch.job said FILE    prints the error that ranks or servers left there
 python -m icrl_megatron.launch.job decide OUTCOME STATE RC STOP train RECIPE [KEY=VALUE]...
@@ -23,31 +23,31 @@ from icrl_megatron.utils.files import write_atomically
 from icrl_megatron.utils.terminal import guard
 
 MAX_CRASHES = 3
-"""Crashes of a job, over all of its requeues, after which it is given up."""
+"""A job fails after more crashes than this, over all of its requeues."""
 MAX_UNSAVED = 3
-"""Stops in a row that ended without a new checkpoint, after which a job is given up."""
+"""Consecutive stops without a new checkpoint after which a job fails."""
 BACK_OFF_S = 30.0
-"""Wait before the first retry; doubles with each."""
+"""Wait before the first retry; doubles with each retry."""
 
 
 @dataclass(frozen=True)
 class JobState:
-    """What a job remembers over its steps and requeues."""
+    """State of a job across its steps and requeues."""
 
     crashes: int = 0
     crashed_at: str = ""
-    """Progress at the last crash; the same again means a step that cannot be passed."""
+    """Progress at the last crash; a second crash at the same progress means that the step always crashes."""
     stopped_at: str = ""
     """Progress at the last stop on request."""
     unsaved: int = 0
-    """Stops that ended without saving, since there was another newest checkpoint."""
+    """Stops without saving since the newest checkpoint changed."""
     unsaved_at: str = ""
-    """What was saved at the last of them."""
+    """The newest checkpoints at the last of them."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What the job does next: `action` is done, requeue, retry or fail."""
+    """The job's next action: done, requeue, retry or fail."""
 
     action: str
     state: JobState
@@ -57,16 +57,16 @@ class Decision:
 
 @dataclass(frozen=True)
 class Reached:
-    """How far a run is, as texts that change whenever it got further."""
+    """Progress of a run, as texts that change whenever it advances."""
 
     at: str
-    """The last line of each of its metrics files."""
+    """The step of the last line of each of its metrics files."""
     saved: str
-    """Its newest checkpoints: what a run that is started again begins from."""
+    """Its newest checkpoints, from which it resumes."""
 
 
 def progress(run_folder: Path) -> Reached:
-    """How far a run is. Raises nothing: what is not there is a dash."""
+    """The progress of a run. Raises nothing: a missing part is "-"."""
     found, saved = [], []
     for folder in (run_folder / "warm_start", run_folder):
         metrics = folder / "metrics.jsonl"
@@ -81,11 +81,11 @@ def progress(run_folder: Path) -> Reached:
 
 
 def decide(outcome: tuple[int, str] | None, returncode: int, stopping: bool, run: Reached, state: JobState) -> Decision:
-    """After a step of `run` ended with `returncode`, having left `outcome`.
+    """The action after a step of `run` ended with `returncode` and wrote `outcome`.
 
-    Done after success. A stop on request is requeued, unless the run got no further since the last one; one that could
-    not save is, unless there was no new checkpoint MAX_UNSAVED times. A crash is tried again after a wait that doubles,
-    at most MAX_CRASHES times, and never twice at the same progress.
+    Success is done. A stop on request is requeued, unless the run has not advanced since the last one. A stop that
+    could not save is requeued, unless it is the MAX_UNSAVED-th without a new checkpoint. A crash is retried after a
+    wait that doubles, at most MAX_CRASHES times, but not if the previous crash was at the same progress.
     """
     at = run.at
     if outcome is not None and outcome[0] in (CONFIG_ERROR, HOPELESS):
@@ -115,17 +115,17 @@ def _killed_while_stopping(returncode: int, run: Reached, state: JobState) -> De
     after = replace(state, unsaved=unsaved, unsaved_at=run.saved)
     said = f"ended with {returncode} while stopping"
     if unsaved >= MAX_UNSAVED:
-        why = f"{said}, {unsaved} times without a checkpoint after {run.saved}: the same steps would be played for ever"
+        why = f"{said}, {unsaved} times without a checkpoint after {run.saved}: the same steps would repeat forever"
         remedy = "give it more time between signal and end, or a smaller checkpoint.interval"
         return Decision("fail", after, f"{why}; {remedy}")
-    return Decision("requeue", after, f"{said}; goes on from its last checkpoint")
+    return Decision("requeue", after, f"{said}; resumes from its last checkpoint")
 
 
 def check(arguments: list[str]) -> tuple[Path, bool]:
-    """The run folder of `train|sft RECIPE [KEY=VALUE]...`, and whether the job has to start environment servers.
+    """The run folder of `train|sft RECIPE [KEY=VALUE]...`, and whether the job must start environment servers.
 
-    Raises ConfigError on all that can be known beforehand; the number of ranks is WORLD_SIZE's, which the job sets to
-    nodes x ranks a node."""
+    Raises ConfigError on all errors that can be found before the run; the number of ranks is WORLD_SIZE, which the job
+    sets to nodes x ranks per node."""
     from icrl_megatron.launch import servers as serve
     from icrl_megatron.plan import planner
     from icrl_megatron.run import checks as validate
@@ -136,16 +136,16 @@ def check(arguments: list[str]) -> tuple[Path, bool]:
     planner.check(resolved)
     world, planned = validate.ranks(resolved), planner.ranks(resolved)
     if world != planned:
-        print(f"note: {arguments[1]} is for {planned} ranks (launch.ranks x launch.nodes), here are {world}",
+        print(f"note: {arguments[1]} is for {planned} ranks (launch.ranks x launch.nodes), this job has {world}",
               file=sys.stderr)  # fmt: skip
     return settings.run_folder(resolved), bool(serve.wanted(resolved))
 
 
 def _decide(run_folder: Path, outcome: Path, state_path: Path, returncode: int, stopping: bool) -> str:
-    """Decides, remembers, says why on stderr, and returns the words for the shell."""
+    """Decides, saves the state, prints the reason to stderr, and returns the words for the shell."""
     state = JobState(**json.loads(state_path.read_text())) if state_path.exists() else JobState()
     decision = decide(read_outcome(outcome), returncode, stopping, progress(run_folder), state)
-    write_atomically(state_path, [json.dumps(asdict(decision.state))], "what the job remembers")
+    write_atomically(state_path, [json.dumps(asdict(decision.state))], "the job's state")
     if decision.message:
         print(f"{'error: ' * (decision.action == 'fail')}{decision.message}", file=sys.stderr)
     return f"retry {decision.wait_s:g}" if decision.action == "retry" else decision.action
@@ -163,7 +163,7 @@ def _of_ablation(verb: str, plan_file: Path, cell: str = "") -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Entry point; ConfigError is one message and exit code 2."""
+    """Entry point; a ConfigError is printed as one message, with exit code 2."""
     guard()
     try:
         verb, *rest = arguments

@@ -1,7 +1,7 @@
-"""What `icrl train` does around the training program: warm start, training, baseline, report. Imports no torch.
+"""The phases of `icrl train`: warm start, training, baseline, report. Imports no torch.
 
-Each phase is a program of ranks with a folder of its own; a phase that is done is not done again, so the same command
-goes on wherever it was stopped.
+Each phase is a multi-rank program with its own folder. Finished phases are skipped, so the same command resumes
+wherever it was stopped.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ _JOB_LOCK = ".job.lock"
 
 
 def run(settings: Settings) -> int:
-    """Start (a checkpoint of another run, or a warm start), training, baseline and report, where the settings ask for
-    them. Returns the process's exit code."""
+    """Runs the phases that the settings select: start (a checkpoint of another run, or a warm start), training,
+    baseline and report. Returns the process's exit code."""
     with _owned(settings) as owned:
         return _run(owned, run_folder(settings))
 
 
 def warm_start(settings: Settings) -> int:
-    """The supervised stage alone (`icrl sft`): leaves a Hugging Face folder in <run_dir>/warm_start/hf."""
+    """Runs only the supervised phase (`icrl sft`), which writes a Hugging Face folder to <run_dir>/warm_start/hf."""
     with _owned(settings) as owned:
         return _warm_start(owned)
 
 
 @contextmanager
 def _owned(settings: Settings) -> Iterator[Settings]:
-    """Holds the lock of the run folder before anything is written there (among ranks, rank 0 does), and says which
-    settings change in a run that is resumed. Yields the settings with the addresses of the environment servers that run
-    beside it, where there are any.
+    """Holds the lock of the run folder (of several ranks, only rank 0 does) before anything is written there, and
+    prints which settings change in a resumed run. Yields the settings with the addresses of the run's environment
+    servers, if any.
 
-    Raises ConfigError for a run on several machines whose ranks were not started there.
+    Raises ConfigError for a multi-node run if this process is not a rank.
     """
     if settings.launch.nodes > 1 and not is_rank():
         raise ConfigError(
@@ -86,7 +86,7 @@ def _warm_start(settings: Settings) -> int:
 
 
 def _start(settings: Settings, folder: Path) -> int:
-    """What training begins from: a checkpoint of another run, or a warm start, or `model.path` as it is."""
+    """Prepares the start of training: a checkpoint of another run, a warm start, or `model.path` unchanged."""
     if settings.start_from:
         return 0 if start.made(settings) else _phase("icrl_megatron.run.start", settings, folder)
     return _warm_start(settings) if _needs_warm_start(settings) else 0
@@ -104,7 +104,7 @@ def _training(settings: Settings, folder: Path) -> Settings:
 
 
 def _baseline(settings: Settings, folder: Path) -> Settings:
-    """Plain GRPO (one attempt, no critic) from the same start until it generated as many tokens."""
+    """Settings of plain GRPO (one attempt, no critic) from the same start, with the same number of generated tokens."""
     from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
 
     spent = int(read_rows(folder / METRICS_FILE)[-1]["tokens/generated_total"])
@@ -121,7 +121,7 @@ def _baseline(settings: Settings, folder: Path) -> Settings:
 
 
 def _phase(module: str, settings: Settings, folder: Path) -> int:
-    """Runs `module` on all ranks: starts them, or runs in place when this process is a rank already."""
+    """Runs `module` on all ranks: starts them, or runs in this process if it is already a rank."""
     if is_rank():
         return int(importlib.import_module(module).main(settings))
     logs = folder / "logs"

@@ -1,4 +1,4 @@
-"""What slurm/step.sh starts on every rank: `python -m icrl_megatron.launch.rank train|sft RECIPE [KEY=VALUE]...`."""
+"""Rank program of slurm/step.sh: `python -m icrl_megatron.launch.rank train|sft RECIPE [KEY=VALUE]...`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COMMANDS = ("train", "sft")
 def main(arguments: list[str]) -> int:
     """One rank of `icrl train` or `icrl sft` that an agent started. Returns 0 or STOPPED.
 
-    Raises ConfigError as they do; every rank checks the same settings, so that all of them end.
+    Raises ConfigError as these commands do; every rank checks the same settings, so all of them end.
     """
     from icrl_megatron.launch import phases as pipeline
     from icrl_megatron.plan import planner

@@ -1,12 +1,12 @@
-"""Environment servers beside a run (`tasks.sources[...].serve`): started, waited for, watched, ended with it.
+"""Starts, monitors and ends the environment servers of a run (`tasks.sources[...].serve`). No torch.
 
     python -m icrl_megatron.launch.servers FOLDER SETTINGS.yaml
         by `icrl train` and `icrl eval`, on this machine
     python -m icrl_megatron.launch.servers FOLDER train RECIPE [KEY=VALUE]...
         by slurm/job.sh; under NeMo-Run by slurm/step.sh
 
-FOLDER gets a log of each server and addresses.json: where they are, or why they are not. Ranks find it by ICRL_SERVERS.
-The addresses are where servers happen to run, not settings: a run's saved settings do not name them. No torch.
+FOLDER receives a log of each server and addresses.json, which holds the servers' addresses or the error. Ranks find
+FOLDER through ICRL_SERVERS. The addresses are not settings: a run's saved settings do not contain them.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ SERVERS_ENV = "ICRL_SERVERS"
 """Folder with the addresses of the servers, written by the process that started them."""
 ADDRESSES = "addresses.json"
 HOST = "{host}"
-"""In a command: where its server listens. Loopback when one machine has the whole job, else every interface."""
+"""In a command: the address to listen on. Loopback if the job runs on one machine, else all interfaces."""
 RESTARTS = 3
-"""Times that a server which died is started again; the first wait is BACK_OFF_S, and doubles."""
+"""How often a dead server is restarted; the first wait is BACK_OFF_S, and doubles."""
 BACK_OFF_S = 1.0
 END_TIMEOUT_S = 10.0
-"""From SIGTERM to SIGKILL."""
+"""Between SIGTERM and SIGKILL."""
 GRACE_S = 60.0
-"""How much longer ranks wait for addresses than the servers may take: clocks and file systems differ."""
+"""Ranks wait this much longer for addresses than the servers may take: clocks and file systems differ."""
 POLL_S = 0.2
 ANSWER_TIMEOUT_S = 5.0
 
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # one's own machines need no proxy
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the job's own machines need no proxy
 
 
 @dataclass
@@ -73,10 +73,10 @@ class Running:
     process: subprocess.Popen[bytes]
     restarts: int = 0
     again_at: float | None = None
-    """When it is started again, if it is down and will be."""
+    """When it will be restarted, if it is down and will be."""
 
     def said(self, lines: int = 20) -> str:
-        """The end of its log; of lines without end, the last 16 KiB."""
+        """The last lines of its log, at most 16 KiB."""
         with self.log.open("rb") as file:
             file.seek(max(0, self.log.stat().st_size - (1 << 14)))
             end = file.read(1 << 14).decode(errors="replace")
@@ -84,14 +84,15 @@ class Running:
 
 
 def wanted(settings: Settings) -> list[TaskSource]:
-    """The sources that servers are started for: with a command, and without addresses of servers that run already."""
+    """The sources for which servers are started: those with a command and without addresses of running servers."""
     return [source for source in settings.tasks.sources if source.served]
 
 
 @contextlib.contextmanager
 def beside(settings: Settings, folder: Path) -> Iterator[Settings]:
-    """The settings with the addresses of servers that run as long as the block: started here, unless this process is
-    a rank, whose job has started them. Raises ConfigError with their last words when they do not answer in time."""
+    """Yields the settings with the addresses of servers, which run until the block ends. They are started here, unless
+    this process is a rank, whose job has started them. Raises ConfigError with the end of a server's log if it does not
+    answer in time."""
     if not wanted(settings):
         yield settings
         return
@@ -102,7 +103,7 @@ def beside(settings: Settings, folder: Path) -> Iterator[Settings]:
     handed_over = folder / settings_module.SAVED_NAME
     settings_module.save(settings, handed_over)
     command = [sys.executable, "-m", "icrl_megatron.launch.servers", str(folder), str(handed_over)]
-    # Its own session: Ctrl-C in a terminal must not take the servers away while the ranks save.
+    # Own session: Ctrl-C in a terminal must not end the servers while the ranks save.
     env = {**os.environ, PARENT_ENV: str(os.getpid())}
     process = subprocess.Popen(command, env=env, start_new_session=True, stdin=subprocess.DEVNULL)
     try:
@@ -111,7 +112,9 @@ def beside(settings: Settings, folder: Path) -> Iterator[Settings]:
                 bar.advance(0)
                 time.sleep(POLL_S)
         if not (folder / ADDRESSES).exists():
-            raise ConfigError(f"what starts environment servers ended with code {process.returncode} and no word")
+            raise ConfigError(
+                f"the process that starts environment servers ended with code {process.returncode} and no message"
+            )
         yield told(settings, folder)
     finally:
         process.terminate()
@@ -119,7 +122,7 @@ def beside(settings: Settings, folder: Path) -> Iterator[Settings]:
 
 
 def _new_folder(logs: Path) -> Path:
-    """logs/servers.PID, made; with a number behind it where an earlier process of the same id left its logs."""
+    """Creates logs/servers.PID; with a number appended if an earlier process with the same id left its logs."""
     with disk_errors(logs, "the logs of environment servers"):
         for number in itertools.count():
             folder = logs / (f"servers.{os.getpid()}" + (f".{number}" if number else ""))
@@ -133,22 +136,23 @@ def _named() -> str:
     name = os.environ.get(SERVERS_ENV, "")
     if not name:
         raise ConfigError(
-            "tasks.sources[...].serve.command: nobody started the servers; use slurm/step.sh, sbatch, `icrl launch` or "
-            "`icrl train` instead of a bare torchrun, or name servers that run with tasks.sources.0.data.servers=[...]"
+            "tasks.sources[...].serve.command: the servers were not started; use slurm/step.sh, sbatch, `icrl launch` "
+            "or `icrl train` instead of a bare torchrun, or name running servers with "
+            "tasks.sources.0.data.servers=[...]"
         )
     return name
 
 
 def told(settings: Settings, folder: Path) -> Settings:
-    """The settings with `data.servers` of each served source filled in, once the folder has them.
+    """Waits for the addresses in the folder, and returns the settings with `data.servers` of each served source set.
 
-    Raises ConfigError where the servers failed, or left no word within their time.
+    Raises ConfigError if the servers failed, or if there are no addresses in time.
     """
     patience = max(source.serve.startup_timeout_s for source in wanted(settings)) + GRACE_S
     deadline = time.monotonic() + patience
     while not (folder / ADDRESSES).exists():
         if time.monotonic() > deadline:
-            raise ConfigError(f"no environment servers within {patience:.0f} s: nothing came to {folder / ADDRESSES}")
+            raise ConfigError(f"no environment servers within {patience:.0f} s: {folder / ADDRESSES} does not exist")
         time.sleep(POLL_S)
     left = json.loads((folder / ADDRESSES).read_text(encoding="utf-8"))
     if "error" in left:
@@ -157,7 +161,7 @@ def told(settings: Settings, folder: Path) -> Settings:
 
 
 def with_servers(settings: Settings, addresses: Mapping[str, Sequence[str]]) -> Settings:
-    """A copy whose sources of these names have these addresses."""
+    """A copy of the settings with these addresses in the sources of these names."""
     sources = [
         replace(s, data=replace(s.data, servers=list(addresses[s.name]))) if s.name in addresses else s
         for s in settings.tasks.sources
@@ -166,8 +170,8 @@ def with_servers(settings: Settings, addresses: Mapping[str, Sequence[str]]) -> 
 
 
 def run(settings: Settings, folder: Path) -> None:
-    """Starts the servers, leaves their addresses in the folder once they answer and play, and watches over them until
-    it is told to stop (SIGTERM or SIGINT). Raises ConfigError, which it leaves in the folder too, when they fail."""
+    """Starts the servers, writes their addresses to the folder once they answer and their task sets' checks pass, and
+    monitors them until SIGTERM or SIGINT. If they fail, raises ConfigError, which it also writes to the folder."""
     servers: list[Running] = []
     try:
         try:
@@ -201,8 +205,8 @@ def _start(source: TaskSource, index: int, folder: Path) -> Running:
     port = serve.port + index if serve.port else _free_port()
     if serve.port and not _is_free(port):
         raise ConfigError(
-            f"{source.name!r}: port {port} is taken on {socket.gethostname()}; set tasks.sources[...].serve.port=0 for "
-            "any free one"
+            f"{source.name!r}: port {port} is in use on {socket.gethostname()}; set tasks.sources[...].serve.port=0 "
+            "for any free one"
         )
     command = serve.command.replace(PORT, str(port)).replace(HOST, "0.0.0.0" if _many_nodes() else "127.0.0.1")
     log = folder / f"{source.name}.{index}.log"
@@ -210,7 +214,7 @@ def _start(source: TaskSource, index: int, folder: Path) -> Running:
 
 
 def _popen(command: str, log: Path) -> subprocess.Popen[bytes]:
-    """A group of its own, so that what the shell starts ends with it; and not outliving this process."""
+    """A server in its own process group, so that the shell's children can be ended; it ends with this process."""
     with disk_errors(log, "the log of an environment server"):
         file = log.open("ab")
     with file:
@@ -226,12 +230,12 @@ def _many_nodes() -> bool:
 
 
 def _host() -> str:
-    """As the other nodes of a job call this one."""
+    """This machine's name as the job's other nodes resolve it; loopback on one machine."""
     return os.environ.get("SLURMD_NODENAME", socket.gethostname()) if _many_nodes() else "127.0.0.1"
 
 
 def _tell_of_open(servers: list[Running]) -> None:
-    """Says which servers of a run on one machine can be reached from others: they have no password."""
+    """Warns if a server of a single-machine run is reachable from other machines: servers have no password."""
     for server in servers if not _many_nodes() else ():
         with contextlib.suppress(psutil.Error):
             top = psutil.Process(server.process.pid)
@@ -239,7 +243,7 @@ def _tell_of_open(servers: list[Running]) -> None:
             found = {c.laddr.ip for c in sockets if c.status == psutil.CONN_LISTEN}
             if beyond := sorted(ip for ip in found if not net.is_loopback(ip)):
                 print(
-                    f"warning: the server of {server.source!r} listens on {beyond[0]}, where other machines reach it; "
+                    f"warning: the server of {server.source!r} listens on {beyond[0]}, which other machines can reach; "
                     f"write {HOST} for its address, e.g. --host {HOST}, in tasks.sources[...].serve.command",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
@@ -276,7 +280,7 @@ def _await_answers(servers: list[Running], timeout_s: float) -> None:
 
 
 def _answers(url: str) -> bool:
-    """Whatever it says short of a server error: upstream AgentGym knows no path for this."""
+    """Whether the server answers with anything but a server error: upstream AgentGym has no health path."""
     try:
         with _DIRECT.open(url, timeout=ANSWER_TIMEOUT_S):
             return True
@@ -287,7 +291,7 @@ def _answers(url: str) -> bool:
 
 
 def _watch(servers: list[Running]) -> None:
-    """Starts again, on the same port and a bounded number of times, what died."""
+    """Restarts dead servers on the same port, at most RESTARTS times each."""
     now = time.monotonic()
     for server in servers:
         if server.again_at is not None and now >= server.again_at:
@@ -296,10 +300,10 @@ def _watch(servers: list[Running]) -> None:
             server.restarts += 1
             what = f"the server of {server.source!r} at {server.url} ended with code {server.process.returncode}"
             if server.restarts > RESTARTS:
-                print(f"error: {what} again and is given up; {server.log} has its words", file=sys.stderr, flush=True)
+                print(f"error: {what} again and is not restarted; see {server.log}", file=sys.stderr, flush=True)
                 continue
             server.again_at = now + BACK_OFF_S * 2 ** (server.restarts - 1)
-            print(f"{what}; starting it again ({server.restarts} of {RESTARTS})", file=sys.stderr, flush=True)
+            print(f"{what}; restarting it ({server.restarts} of {RESTARTS})", file=sys.stderr, flush=True)
 
 
 def _end(servers: list[Running]) -> None:
@@ -318,11 +322,11 @@ def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Entry point; ConfigError is one message and exit code 2."""
+    """Entry point; a ConfigError is printed as one message, with exit code 2."""
     guard()
-    # Servers that outlive their job would keep its ports: this process ends them, whatever becomes of its parent.
+    # Servers that outlive their job would keep its ports: this process ends them, however its parent ends.
     die_with_parent(signal.SIGTERM)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # what stops ranks reaches every process of a step
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the signal that stops ranks reaches every process of a step
     signal.signal(signal.SIGTERM, _on_term)
     folder, *words = arguments
     try:
@@ -333,7 +337,7 @@ def main(arguments: list[str]) -> None:
                 Path(folder).mkdir(parents=True, exist_ok=True)
             run(settings, Path(folder))
     except ConfigError as error:
-        if not (Path(folder) / ADDRESSES).exists():  # else the process that waits for the addresses reports it, once
+        if not (Path(folder) / ADDRESSES).exists():  # else the process that waits for the addresses reports it
             print(f"error: {error}", file=sys.stderr)
         sys.exit(CONFIG_ERROR)
     except KeyboardInterrupt:
@@ -341,7 +345,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _on_term(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough, and ending the servers takes a moment
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second SIGTERM must not interrupt the ending of the servers
     sys.exit(0)
 
 

@@ -1,11 +1,11 @@
-"""Starts the ranks of a run on this machine and stays their parent: one signal a rank, no orphans, plain exit codes.
+"""Starts the ranks of a run on this machine and supervises them: one signal per rank, no orphans, plain exit codes.
 
     icrl train (launcher)  ->  icrl_megatron.launch.agent  ->  ranks (icrl_megatron.train)
 
-The ranks leave how they ended in a small file that the launcher reads: one message, not one a rank. The ranks' side,
-`run_rank` and `StopRequest`, works under a plain torchrun too.
+The ranks write their outcome to a small file that the launcher reads, so that there is one message, not one per rank.
+The ranks' side, `run_rank` and `StopRequest`, also works under a plain torchrun.
 
-Exit codes: 0 done; 1 failed; 2 ConfigError; 3 stopped on request after saving (the same command goes on); 130 killed.
+Exit codes: 0 done; 1 failed; 2 ConfigError; 3 stopped on request after saving (the same command resumes); 130 killed.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ def launch(
 ) -> int:
     """Runs `python -m MODULE FILE` in `ranks` processes and returns one of the exit codes above.
 
-    Rank 0 owns the terminal; the others write to files under `log_dir`, and the end of the one that failed first is
-    shown. The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 reaches each rank as one SIGUSR1; they have `stop_timeout_s` to
-    save before they are killed. A second SIGINT kills them at once. Must be called from the main thread.
+    Rank 0 writes to the terminal; the others write to files under `log_dir`, and the end of the first failed rank's
+    file is printed. The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 reaches each rank as one SIGUSR1; the ranks have
+    `stop_timeout_s` to save before they are killed. A second SIGINT kills them at once. Call it from the main thread.
     """
     with disk_errors(log_dir, "the logs of ranks"):
         log_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "icrl_megatron.launch.agent", f"--nproc-per-node={ranks}", f"--log-dir={log_dir}"]
     command += ["-m", module, str(file)]
-    # Not on the disk of the run: ranks say there, too, that this disk is full.
+    # Not on the run's disk, because ranks must be able to report that this disk is full.
     with tempfile.TemporaryDirectory(prefix="icrl_launch_") as control, _counting_signals() as received:
         outcome, stop, started = (Path(control) / name for name in ("outcome.json", "stop", "started"))
-        # Its own session: Ctrl-C in a terminal reaches the launcher alone, and the ranks hear of it once.
+        # Own session: Ctrl-C in a terminal reaches only the launcher, which signals the ranks once.
         env = _environment(ranks, outcome, stop, started)
         agent = subprocess.Popen(command, env=env, start_new_session=True)
         try:
@@ -80,7 +80,7 @@ def _environment(ranks: int, outcome: Path, stop: Path, started: Path) -> dict[s
 
 @contextlib.contextmanager
 def _starting(ranks: int, started: Path) -> Iterator[Callable[[], None]]:
-    """A bar until the file `started` exists: importing torch and Megatron takes seconds without any output."""
+    """Shows a bar until the file `started` exists: importing torch and Megatron takes seconds without any output."""
     with contextlib.ExitStack() as shown:
         phase = shown.enter_context(Progress().phase("starting 1 rank" if ranks == 1 else f"starting {ranks} ranks"))
 
@@ -95,7 +95,7 @@ def _starting(ranks: int, started: Path) -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def _counting_signals() -> Iterator[dict[int, int]]:
-    """Counts the stop signals by number instead of dying of them; puts the former handlers back."""
+    """Counts the stop signals by number instead of being killed by them; restores the previous handlers."""
     received = dict.fromkeys(map(int, _STOP_SIGNALS), 0)
 
     def count(number: int, frame: FrameType | None) -> None:
@@ -117,7 +117,8 @@ def _wait(
     stopping: str,
     tick: Callable[[], None],
 ) -> int:
-    """Until the agent ends: 0 then, or an exit code of ours when it has to be killed. Forwards one stop request."""
+    """Waits for the agent and forwards one stop request. Returns 0 when it ends, or an exit code if the caller must
+    kill it."""
     deadline = None
     while True:
         tick()
@@ -146,7 +147,7 @@ def _children(pid: int, recursive: bool) -> list[psutil.Process]:
 
 
 def _kill_tree(agent: subprocess.Popen[bytes]) -> None:
-    """Kills what is left below the agent, and reaps it; nothing when it has ended by itself."""
+    """Kills the agent and all its descendants and reaps it; does nothing if it has already ended."""
     if agent.poll() is None:
         below = _children(agent.pid, recursive=True)
         agent.kill()

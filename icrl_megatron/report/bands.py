@@ -1,4 +1,4 @@
-"""One curve out of several seeds: their mean at common costs, with an interval over the seeds. Imports no torch."""
+"""Mean curve of several seeds at common x values, with an interval over the seeds. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 from icrl_megatron.telemetry.metrics import HELDOUT
 
 Curve = tuple[Sequence[float], Sequence[float]]
-"""x, in rising order, and y: lists of the same length."""
+"""x, ascending, and y: lists of the same length."""
 
 _RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class Band:
-    """A mean over seeds at common x with a 95 % percentile bootstrap interval over them; all lists have one length.
+    """A mean over seeds at common x with a 95 % percentile bootstrap interval over them; all lists have equal length.
 
-    Of one seed it is the curve itself, and the interval has no width: one number says nothing of its spread."""
+    With one seed it is the curve itself and the interval has zero width, because the spread is unknown."""
 
     seeds: int
     x: tuple[float, ...]
@@ -29,8 +29,8 @@ class Band:
 
 
 def band(curves: Sequence[Curve], points: int = 60) -> Band:
-    """At most `points` places between the latest first and the earliest last x: nowhere is a curve continued beyond
-    what was measured. Where all curves have the same few x, these are the places. Empty curves are left out."""
+    """The band at up to `points` x values between the latest first and the earliest last x, so that no curve is
+    extrapolated. If all curves have the same x, at most `points` of them, these are used. Empty curves are omitted."""
     known = [(np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)) for x, y in curves if len(x)]
     if not known:
         return Band(0, (), (), (), ())
@@ -47,26 +47,26 @@ def band(curves: Sequence[Curve], points: int = 60) -> Band:
 
 
 def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`values` [seeds, P] -> (low, mean, high), each [P]. The same resamples serve all P: the band is smooth."""
+    """`values` [seeds, P] -> (low, mean, high), each [P]. All P use the same resamples, so the band is smooth."""
     mean = values.mean(axis=0)
     if len(values) == 1:
         return mean, mean, mean
     picks = np.random.Generator(np.random.Philox(key=0)).integers(0, len(values), size=(_RESAMPLES, len(values)))
-    # Weights instead of picks: [resamples, seeds] @ [seeds, P] needs no [resamples, seeds, P].
+    # Weights instead of picks: [resamples, seeds] @ [seeds, P] avoids an array [resamples, seeds, P].
     shares = np.stack([np.bincount(pick, minlength=len(values)) for pick in picks]) / len(values)
     low, high = np.quantile(shares @ values, [0.025, 0.975], axis=0)
     return low, mean, high
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Running mean over a window of a twelfth of the run, centred and cut at both ends, so that it is never late."""
+    """Running mean over a centered window of a twelfth of the run, truncated at both ends, so that it does not lag."""
     half = max(1, len(values) // 24)
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return [sum(w) / len(w) for w in windows]
 
 
 def evaluations(rows: Sequence[Mapping[str, float]], name: str = HELDOUT) -> tuple[list[float], list[float]]:
-    """(generated tokens, held-out success) of each evaluation; `name` may be that of one task set."""
+    """(generated tokens, held-out success) of each evaluation; `name` may be the metric of one task set."""
     found = [(row["tokens/generated_total"], row[name]) for row in rows if name in row]
     return [x for x, _ in found], [y for _, y in found]
 

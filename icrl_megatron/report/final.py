@@ -1,4 +1,4 @@
-"""What a run ends with: a table (before and after), a learning curve, the control, and where everything lies."""
+"""The report at the end of a run: success before and after, the learning curve, the control, and the output paths."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REPORT = "report.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """Held-out critique-free success of one run, before and after, by task source."""
+    """Held-out critique-free success of one run before and after training, by task source."""
 
     label: str
     rows: list[Row]

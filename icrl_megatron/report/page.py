@@ -1,4 +1,4 @@
-"""`icrl report RUN...`: one HTML file without a network, which shows what was learned and how critique became skill."""
+"""`icrl report RUN...`: one HTML file that needs no network, with the learning curves, calibration and episodes."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from icrl_megatron.utils.result_files import begins_with, check_file
 WEB = Path(__file__).parent / "web"
 DEFAULT_SIZE = PageSize()
 SCRIPTS = ("base.js", "charts.js", "episodes.js", "page.js")
-"""In the order in which they depend on each other; one script in the page."""
+"""In order of dependency; the page contains them as one script."""
 
 
 def write_page(runs: Sequence[Path], out: Path, size: PageSize = DEFAULT_SIZE, overwrite: bool = False) -> Path:
-    """Writes the page of these run folders to `out`. Raises ConfigError on a folder that is no run with metrics, and
-    where `out` is another file than an earlier page, unless `overwrite` says that it may be replaced."""
+    """Writes the page of these run folders to `out`. Raises ConfigError if a folder is not a run with metrics, or if
+    `out` exists and is not an earlier page, unless `overwrite`."""
     check_file(out, "a page", begins_with(b"<title>ICRL report</title>"), overwrite)
     measured = _labelled(runs, [_measured(run) for run in runs])
     shown = [run_data(run, of, size, len(runs)) for run, of in zip(runs, measured, strict=True)]
@@ -42,7 +42,7 @@ def write_page(runs: Sequence[Path], out: Path, size: PageSize = DEFAULT_SIZE, o
     parts = {name: (WEB / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", *SCRIPTS)}
     script = "\n".join(parts[name] for name in SCRIPTS)
     page = parts["page.html"].replace("/*CSS*/", parts["page.css"]).replace("/*JS*/", script)
-    # "</" could end the script element, whatever a model wrote; JSON reads "<\/" as the same.
+    # "</" in a model's text could end the script element; JSON reads "<\/" as the same characters.
     text = json.dumps(_finite(data), separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\u0021--")
     write_atomically(out, [page.replace("/*DATA*/", text)])
     return out
@@ -51,15 +51,15 @@ def write_page(runs: Sequence[Path], out: Path, size: PageSize = DEFAULT_SIZE, o
 def _measured(run: Path) -> Measured:
     rows = read_rows(run / METRICS_FILE)
     if not rows or not (run / settings_module.SAVED_NAME).exists():
-        raise ConfigError(f"{run}: no {METRICS_FILE} or {settings_module.SAVED_NAME} there; give the folder of a run")
+        raise ConfigError(f"{run}: no {METRICS_FILE} or {settings_module.SAVED_NAME} in it; give the folder of a run")
     settings = settings_module.load_saved(run / settings_module.SAVED_NAME)
     return Measured(settings.name, settings, rows)
 
 
 def _labelled(folders: Sequence[Path], runs: Sequence[Measured]) -> list[Measured]:
-    """Experiments of the same name are told apart by their folders; the seeds of one keep one name."""
+    """Labels experiments of the same name by their folders; the seeds of one experiment share a label."""
     found = list(runs)
-    for parts in (1, 2):  # a folder's name, then its parent's too
+    for parts in (1, 2):  # the folder's name, then also its parent's
         experiments = groups(runs)
         names = [found[members[0]].label for members in experiments]
         for members in experiments:
@@ -73,7 +73,7 @@ def _labelled(folders: Sequence[Path], runs: Sequence[Measured]) -> list[Measure
 
 
 def run_data(run: Path, measured: Measured, size: PageSize, runs: int = 1) -> dict[str, Any]:
-    """Everything the page shows of one run, as JSON; `runs` of them share its total."""
+    """Everything the page shows of one run, as JSON; `runs` is how many runs share the page's total size."""
     settings, costs = measured.settings, measured.costs()
     calibration = settings.algo.calibration
     choice = choose(run, calibration.w_max, size, runs)
@@ -135,7 +135,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON in a browser has no NaN."""
+    """Replaces NaN and infinity with None: JSON in a browser has neither."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Which of a run's episodes a page shows, read one step at a time: memory and page stay small, however long the run."""
+"""Selects the episodes of a run for a page, one step at a time: memory and page stay small, however long the run."""
 
 from __future__ import annotations
 
@@ -14,47 +14,48 @@ from icrl_megatron.report.page_episodes import outcome
 from icrl_megatron.telemetry.dumps import DumpRecord, dump_path, dumped_steps, read_dump
 
 BINS = 24
-"""Bars of the calibration weight's distribution, from 0 to w_max."""
+"""Histogram bins of the calibration weight, from 0 to w_max."""
 SHORTEST = 60
-"""Tokens that a text keeps at least, before episodes are left out instead."""
+"""Texts are truncated to no fewer tokens than this; then episodes are omitted instead."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class PageSize:
-    """How much of the runs goes into a page. The defaults keep it under 15 MB, whatever the runs are."""
+    """How much of the runs a page contains. The defaults keep any page under 15 MB."""
 
     episodes: int = 240
-    """Of each run, spread over its steps."""
+    """Maximum per run, spread over its steps."""
     tokens: int = 4000
-    """Of each text; what is longer is cut, and says so."""
+    """Maximum per text; longer texts are truncated, with a note."""
     total_tokens: int = 300_000
-    """Of all texts of the page together: texts are cut shorter, then episodes left out, until they fit."""
+    """Maximum over all texts of the page: texts are truncated further, then episodes omitted, until they fit."""
     steps: int = 120
-    """Steps of each run whose rollouts are read, spread over it: columns of the weights' picture."""
+    """Steps of each run whose rollouts are read, spread over the run: the columns of the weights' plot."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was read of a run's rollouts."""
+    """The part of a run's rollouts that a page shows."""
 
     records: list[tuple[int, DumpRecord]]
-    """(step, episode) of those that are shown, in the run's order."""
+    """(step, episode) of the shown episodes, in the run's order."""
     limit: int
-    """Tokens of each of their texts that are shown."""
+    """Tokens shown of each text."""
     weights: dict[str, Any]
-    """Per step read: the share of calibrated tokens in each of `BINS` bins of their weight; their mean, how many were
-    held back (w under 0.5) and how many transferred (w of 1 and more), as shares; and how many there are."""
+    """Per step read, over the calibrated tokens: the share in each of `BINS` weight bins, the mean weight, the share
+    held back (w < 0.5), the share transferred (w >= 1), and their number."""
     played: int
     """Episodes in the steps that were read."""
     read: int
+    """Steps that were read."""
     dumped: int
-    """Steps that were read, and that there are."""
+    """Steps that have a dump."""
 
 
 def choose(run: Path, w_max: float, size: PageSize, runs: int) -> Choice:
-    """`runs`: how many share the page's total. Raises ConfigError on a damaged dump."""
+    """`runs` is how many runs share the page's total size. Raises ConfigError on a damaged dump."""
     dumped = dumped_steps(run)
     steps = spread(dumped, size.steps)
     quota = -(-size.episodes // max(1, min(len(steps), size.episodes)))
@@ -86,10 +87,10 @@ def _of_weights(step: int, weights: np.ndarray, w_max: float) -> dict[str, Any]:
 
 
 def _of_step(step: int, records: Sequence[DumpRecord], quota: int) -> list[DumpRecord]:
-    """Every outcome in its turn, those with a weighted revision first; in the order of the dump."""
+    """`quota` episodes, taken in turn from each outcome, episodes with a weighted revision first; in dump order."""
 
     def turn(i: int) -> tuple[bool, bytes]:
-        # By lot among equals: a dump is sorted by task, and its first tasks are not its whole step.
+        # Ties are broken by hash: a dump is sorted by task, and its first tasks do not represent the whole step.
         lot = hashlib.blake2b(f"{step}/{i}".encode(), digest_size=8).digest()
         return not any(c.weights for c in records[i].credit.values()), lot
 
@@ -97,7 +98,7 @@ def _of_step(step: int, records: Sequence[DumpRecord], quota: int) -> list[DumpR
     for i in sorted(range(len(records)), key=turn):
         by_outcome.setdefault(outcome(records[i].episode.attempts), []).append(i)
     picked: list[int] = []
-    # Rescued episodes are what the page is for: two of them for each of another kind.
+    # The page is meant to show rescued episodes: they get two turns, the other outcomes one.
     turns = ("rescued", "failed", "rescued", "hurt", "alone")
     while len(picked) < min(quota, len(records)):
         for kind in turns:
@@ -109,7 +110,7 @@ def _of_step(step: int, records: Sequence[DumpRecord], quota: int) -> list[DumpR
 def _fitting(
     chosen: list[tuple[int, DumpRecord]], longest: int, total: int
 ) -> tuple[list[tuple[int, DumpRecord]], int]:
-    """The episodes and the length of their texts with which they hold at most `total` tokens."""
+    """(episodes, text length limit in tokens) such that the texts have at most `total` tokens together."""
     limit = longest
     while limit > SHORTEST and sum(_cost(record, limit) for _, record in chosen) > total:
         limit = max(SHORTEST, limit // 2)
@@ -128,7 +129,7 @@ def _cost(record: DumpRecord, limit: int) -> int:
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
-    """`count` of the items at even distances, or all of them."""
+    """`count` evenly spaced items, or all if there are fewer."""
     if len(items) <= count:
         return list(items)
     return [items[(i * len(items)) // count] for i in range(count)]

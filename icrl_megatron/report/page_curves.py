@@ -1,6 +1,6 @@
-"""Curves for the page: runs that differ by their seed alone become one, with an interval over the seeds.
+"""Curves for the page: runs that differ only in the seed become one curve, with an interval over the seeds.
 
-However long a run was, a curve has at most `POINTS` places.
+A curve has at most `POINTS` points, however long the run is.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CURVES = (
     *("actor/entropy", "actor/mismatch_abs", "actor/grad_norm", "groups/flat_share"),
 )
 OF_ONE_EXPERIMENT = ("seed", "run_dir", "name", "max_generated_tokens")
-"""Settings that may differ between the seeds of one experiment; at equal cost each seed has a budget of its own."""
+"""Settings that may differ between the seeds of one experiment; at equal cost each seed has its own token budget."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Measured:
 
 
 def groups(runs: Sequence[Measured]) -> list[list[int]]:
-    """Indices of the runs that are seeds of one experiment, in the order of the runs."""
+    """For each experiment, the indices of the runs that are its seeds, in the order of the runs."""
     found: list[list[int]] = []
     for number, run in enumerate(runs):
         for members in found:
@@ -92,7 +92,7 @@ def _curve(run: Measured, name: str, places: Callable[[Measured], list[float]]) 
 
 
 def _raw(runs: Sequence[Measured], places: Callable[[Measured], list[float]]) -> list[list[float]]:
-    """The unsmoothed critique-free success of a run that stands alone; of several only the band is readable."""
+    """The unsmoothed critique-free success of a single run; empty for several, where only the band is readable."""
     if len(runs) > 1:
         return []
     steps, x = runs[0].steps(), places(runs[0])
@@ -105,7 +105,7 @@ def _raw(runs: Sequence[Measured], places: Callable[[Measured], list[float]]) ->
 
 
 def heldout(runs: Sequence[Measured]) -> list[dict[str, Any]]:
-    """Evaluations over all task sets together: Wilson's interval for one seed, over the seeds for several."""
+    """Evaluations over all task sets together, with Wilson's interval for one seed, or an interval over the seeds."""
     found: list[tuple[float, float, float, float]] = []  # step, tokens, share, trials
     for run in runs:
         sources = [s.name for s in run.settings.tasks.sources]
@@ -117,7 +117,7 @@ def heldout(runs: Sequence[Measured]) -> list[dict[str, Any]]:
     for step, at in groupby(sorted(found), key=lambda one: one[0]):
         evaluated = list(at)
         if len(evaluated) < len(runs):
-            continue  # a mean over fewer seeds than its neighbours would be another curve
+            continue  # a mean over fewer seeds is not comparable with its neighbors
         shares = np.asarray([[one[2]] for one in evaluated])
         trials = int(sum(one[3] for one in evaluated))
         low, mean, high = (float(v[0]) for v in interval(shares))
@@ -130,7 +130,7 @@ def heldout(runs: Sequence[Measured]) -> list[dict[str, Any]]:
 
 
 def times(run: Measured) -> dict[str, Any]:
-    """Seconds of each phase, as means over at most `POINTS` stretches of steps."""
+    """Seconds of each phase, as means over at most `POINTS` ranges of steps."""
     steps = run.steps()
     names = sorted({n for row in steps for n in row if n.startswith(TIME_PREFIX) and not n.endswith("_per_s")})
     parts = buckets(list(range(len(steps))), POINTS)
@@ -144,7 +144,7 @@ def times(run: Measured) -> dict[str, Any]:
 
 
 def buckets(items: Sequence[int], count: int) -> list[list[int]]:
-    """At most `count` stretches of neighbours, of nearly one length."""
+    """At most `count` runs of consecutive items, of equal length except the last."""
     size = max(1, math.ceil(len(items) / count))
     return [list(items[i : i + size]) for i in range(0, len(items), size)]
 

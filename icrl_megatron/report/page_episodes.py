@@ -1,4 +1,4 @@
-"""Episodes for the page: texts in the pieces that the model wrote, each with the weight it was trained with."""
+"""Episodes for the page: texts split into the model's tokens, each with its training weight."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from icrl_megatron.telemetry.dumps import Credited, DumpRecord
 from icrl_megatron.types import Attempt, Critique, Ids
 
 WINDOW = 6
-"""Tokens before a token that are decoded with it, so that spaces and characters of several tokens come out right."""
+"""Tokens decoded before each token, so that spaces and characters that span several tokens are decoded correctly."""
 
 
 @dataclass(frozen=True)
 class Speller:
-    """Token ids -> the text of each. Without a tokenizer (its folder was moved) a text stays in one piece."""
+    """Token ids -> the text of each token. Without a tokenizer (its folder was moved) texts are not split."""
 
     tokenizer: Any
 
     @staticmethod
     def of_run(run: Path, settings: Settings) -> Speller:
-        """The tokenizer of a run: that of its export, else of the model it started from."""
+        """With the tokenizer of the run's export, or else of the model that it started from."""
         folders = [run / "hf", run / KEPT_MODEL, run / "warm_start" / "hf"]
         folders += [Path(settings.model.path)] if settings.model.path else []
         folder = next((f for f in folders if (f / "tokenizer_config.json").exists()), None)
@@ -35,7 +35,7 @@ class Speller:
         return Speller(AutoTokenizer.from_pretrained(folder))
 
     def pieces(self, ids: Ids) -> list[str] | None:
-        """One text a token, which joined give the whole; the token that ends a turn shows as nothing."""
+        """One text per token; joined, they are the whole text. Special tokens, such as the end of a turn, are empty."""
         if self.tokenizer is None:
             return None
         special = set(self.tokenizer.all_special_ids)
@@ -53,7 +53,7 @@ class Speller:
 
 
 def episode(step: int, record: DumpRecord, speller: Speller, limit: int) -> dict[str, Any]:
-    """One episode as JSON: what the page's browser shows and filters by."""
+    """One episode as JSON: what the page's episode browser shows and filters by."""
     played = record.episode
     rounds: list[dict[str, Any]] = []
     for attempt in played.attempts:
@@ -74,7 +74,7 @@ def episode(step: int, record: DumpRecord, speller: Speller, limit: int) -> dict
 
 
 def outcome(attempts: Sequence[Attempt]) -> str:
-    """alone, rescued, hurt or failed: what critique did for an episode."""
+    """What critique changed: alone (solved without), rescued, hurt (a worse outcome) or failed."""
     if attempts[0].success:
         return "alone"
     if attempts[-1].success:
@@ -113,7 +113,7 @@ def _critique(critique: Critique, credited: Credited | None, speller: Speller, l
 def _tokens(
     ids: Ids, text: str, weights: Sequence[float], logprobs: Sequence[float], speller: Speller, limit: int
 ) -> list[list[Any]]:
-    """[text, weight or null, log-prob under the prompt it was written with] of each token."""
+    """[text, weight or null, log-prob under the prompt it was sampled with] of each token."""
     pieces = speller.pieces(ids[:limit])
     if pieces is None:
         return [[text[: 4 * limit], sum(weights) / len(weights) if weights else None, None]]

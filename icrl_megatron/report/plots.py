@@ -1,4 +1,4 @@
-"""The picture of a run, or of several arms over seeds: critique-free success against what it cost."""
+"""Plots of critique-free success against cost, for runs and for the arms of an ablation over seeds."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ COLOURS = ("#d1495b", "#30638e", "#edae49", "#00798c", "#7d5ba6", "#6b705c")
 
 
 def learning_curve(runs: Sequence[tuple[str, Sequence[Row]]], path: str | Path, title: str = "") -> Path:
-    """Draws critique-free success over generated tokens (left) and steps (right), one colour per run, as a PNG.
+    """Draws critique-free success over generated tokens (left) and steps (right), one color per run, as a PNG.
 
-    A thin line is each step's training success, a thick one its running mean, circles are held-out evaluations.
-    `runs` are (label, rows of metrics.jsonl); rows may lack any of the numbers.
+    Thin lines are each step's training success, thick lines their running mean, circles held-out evaluations.
+    `runs` are (label, rows of metrics.jsonl); rows may lack any of the metrics.
     """
     with mpl.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(11, 4.4), layout="constrained")
@@ -70,8 +70,8 @@ def _points(costs: Sequence[float], rows: Sequence[Row], name: str) -> list[tupl
 
 
 def arms_picture(curves: Mapping[str, Mapping[str, Sequence[Sequence[Row]]]], path: str | Path) -> Path:
-    """Held-out critique-free success over generated tokens: one panel per task, one colour per arm, one thin line per
-    seed, a thick one for their mean at common costs and a band for its 95 % interval over the seeds.
+    """Draws held-out critique-free success over generated tokens: one panel per task, one color per arm, a thin line
+    per seed, a thick one for their mean at common costs and a band for its 95 % interval over the seeds.
     `curves[task][arm]` holds the rows of each seed's metrics."""
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(4.2 * len(curves), 4.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""One episode for human eyes: problem, attempts, critiques, and what each of them earned."""
+"""Prints one episode: problem, attempts, critiques, and the reward and advantage of each."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from icrl_megatron.utils.errors import ConfigError
 def show(
     run_dir: str | Path, step: int | None = None, index: int | None = None, console: Console | None = None
 ) -> None:
-    """Prints episode `index` of a step's dump (default: the last step, and its first episode with a revision).
+    """Prints episode `index` of a step's dump (default: the last step and its first episode with a revision).
 
-    Raises ConfigError when the run has no such step or the step no such episode.
+    Raises ConfigError if the run has no such step or the step no such episode.
     """
     steps = dumped_steps(run_dir)
     if not steps:
@@ -42,7 +42,7 @@ def show(
 
 
 def render(record: DumpRecord) -> RenderableType:
-    """The whole episode, in the order it was played."""
+    """The whole episode, in chronological order."""
     episode = record.episode
     title = Text.assemble(
         text(episode.task.task_id, "bold"), f", try {episode.index}, {episode.generated_tokens()} tokens"

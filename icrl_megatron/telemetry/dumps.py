@@ -1,6 +1,6 @@
-"""Episodes on disk: one readable JSON object per episode and line, from which the same episodes can be made again.
+"""Rollout dumps: one JSON object per line and episode, from which the episodes can be restored exactly.
 
-A line holds the episode itself, the texts of its prompts, and what each of its samples was credited with.
+A line holds the episode, the decoded prompts, and the credit of each of its samples.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ ROLLOUTS_FOLDER = "rollouts"
 
 @dataclass(frozen=True)
 class Credited:
-    """What one sample of an episode was worth."""
+    """The credit of one sample of an episode."""
 
     reward: float
     advantage: float
     weights: tuple[float, ...] = ()
-    """Calibration weight of each generated token, for internalised revisions that were trained; else empty."""
+    """Calibration weight of each generated token of an internalised revision that was trained; else empty."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def dump_path(run_dir: str | Path, step: int) -> Path:
 
 
 def dumped_steps(run_dir: str | Path) -> list[int]:
-    """Steps whose rollouts this run folder holds, in order."""
+    """Steps whose rollouts are in this run folder, in ascending order."""
     names = (p.name for p in (Path(run_dir) / ROLLOUTS_FOLDER).glob("step_*.jsonl"))
     return sorted(int(m[1]) for m in map(re.compile(r"step_(\d+)\.jsonl").fullmatch, names) if m)
 
@@ -59,7 +59,7 @@ def write_dump(
     decode: Callable[[Ids], str],
     weights: Mapping[str, tuple[float, ...]] = MappingProxyType({}),
 ) -> Path:
-    """Writes rollouts/step_<step>.jsonl in one go, the episodes sorted by task and index; returns its path.
+    """Writes rollouts/step_<step>.jsonl atomically, the episodes sorted by task and index; returns its path.
 
     `weights` is `StepStats.calibration_weights`."""
     credited = {s.sample_id: Credited(s.reward, s.advantage, weights.get(s.sample_id, ())) for s in samples}
@@ -74,7 +74,7 @@ def read_dump(path: str | Path) -> list[DumpRecord]:
     """Raises ConfigError on a missing or damaged file."""
     path = Path(path)
     try:
-        # Not splitlines(): texts of environments may hold other characters that end lines.
+        # Not splitlines(), which also splits at other characters that an environment's texts may contain.
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     except OSError as error:
         raise ConfigError(
@@ -92,7 +92,7 @@ def read_dump(path: str | Path) -> list[DumpRecord]:
 
 
 def read_episodes(path: str | Path) -> list[Episode]:
-    """The episodes of a dump, equal to those that were written. Raises ConfigError on a missing or damaged file."""
+    """The episodes of a dump, as they were written. Raises ConfigError on a missing or damaged file."""
     return [record.episode for record in read_dump(path)]
 
 

@@ -12,7 +12,7 @@ from icrl_megatron.telemetry.trackers import COLUMNS, Identity, Sink, TableRow
 
 _TAG = "icrl.run_id"
 _PARAMS, _VALUE_CHARS = 100, 500
-"""MLflow's limits of one batch and of a parameter's value."""
+"""MLflow's limits on the parameters per batch and on the length of a parameter's value."""
 
 
 class MlflowSink:
@@ -35,7 +35,7 @@ class MlflowSink:
 
 
 def _name(metric: str) -> str:
-    """One level of groups: in a file store, heldout/reward cannot be a file and hold heldout/reward/math too."""
+    """Keeps one group level: in a file store, heldout/reward cannot be both a file and the folder of another metric."""
     group, slash, rest = metric.partition("/")
     return group + slash + rest.replace("/", ".")
 

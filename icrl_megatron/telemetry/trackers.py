@@ -1,8 +1,8 @@
-"""Experiment trackers beside metrics.jsonl and TensorBoard. A tracker never ends a run, and never delays it for long.
+"""Experiment trackers in addition to metrics.jsonl and TensorBoard. A tracker never ends a run or delays it for long.
 
-Each tracker has a thread of its own with a bounded queue. What fails there is said once, counted, and not tried again
-in this process; metrics.jsonl stays complete. To add a tracker: a file with a function like `Start`, and a line in
-`TRACKERS`, and its name in `TRACKERS` of settings/limits.py.
+Each tracker has its own thread with a bounded queue. A tracker that fails is reported once, counted, and not used again
+in this process; metrics.jsonl stays complete. To add a tracker, write a module with a `Start` function, and add it to
+`TRACKERS` here and to `TRACKERS` in settings/limits.py.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ TRACKERS = {
     "mlflow": "icrl_megatron.telemetry.mlflow_tracker",
     "trackio": "icrl_megatron.telemetry.trackio_tracker",
 }
-"""Name (of the package too) -> module with a `start`."""
+"""Name (also that of the Python package) -> module with a `start` function."""
 STATE_FILE = "trackers.json"
-"""In the run folder: each tracker's run id, and the last step that it was given."""
+"""In the run folder: each tracker's run id and the last step it received."""
 QUEUE_ITEMS = 256
 CLOSE_TIMEOUT_S = 60.0
 COLUMNS = ("task", "episode", "round", "role", "reward", "text")
-"""Of the table of episodes."""
+"""Columns of the episode table."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a tracker needs to begin or go on with its run."""
+    """What a tracker needs to start or resume its run."""
 
     settings: TrackerSettings
     name: str
     run_id: str
     resumed: bool
     folder: Path
-    """Of the run; offline data goes below it."""
+    """The run folder; offline data is written below it."""
     config: Mapping[str, object]
     """The run's settings by dotted name."""
 
@@ -82,18 +82,18 @@ def flat(settings: object, prefix: str = "") -> dict[str, object]:
 
 
 class Sink(Protocol):
-    """One tracker's open run. Methods are called in its own thread and may block or raise."""
+    """One tracker's open run. Its methods run in the tracker's thread and may block or raise."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Numbers of one step; steps never go backwards."""
+        """Logs the metrics of one step; step numbers never decrease."""
         ...
 
     def table(self, step: int, rows: Sequence[TableRow]) -> None:
-        """A few episodes of one step."""
+        """Logs a few episodes of one step."""
         ...
 
     def close(self) -> None:
-        """Flushes and ends."""
+        """Flushes and ends the run."""
         ...
 
 
@@ -118,18 +118,18 @@ class Trackers:
             known = self._state.setdefault(tracker, {})
             resumed = "run_id" in known
             run_id = str(known.setdefault("run_id", uuid.uuid4().hex))
-            first = int(str(known.get("last_step", -1))) + 1  # steps before it were given by an earlier process
+            first = int(str(known.get("last_step", -1))) + 1  # an earlier process logged the steps before it
             identity = Identity(settings, settings.run_name or name, run_id, resumed, folder, config)
             self._threads.append(_Thread(tracker, identity, first, log))
         self._save()
 
     @property
     def failed(self) -> int:
-        """Trackers that were given up."""
+        """Number of trackers that failed and get no more metrics."""
         return sum(thread.failed for thread in self._threads)
 
     def write(self, step: int, metrics: Mapping[str, float], rows: Sequence[TableRow] = ()) -> None:
-        """Hands over one step and returns at once. A step that a tracker got before a resume is left out."""
+        """Queues one step and returns at once. A tracker that got this step before a resume does not get it again."""
         longest, most = self._settings.max_chars, self._settings.episodes
         short = [(*row[:5], row[5][:longest]) for row in rows[:most]]
         for thread in self._threads:
@@ -138,7 +138,7 @@ class Trackers:
         self._save()
 
     def close(self) -> None:
-        """Waits a bounded time for what is queued."""
+        """Waits a bounded time until the queues are empty."""
         for thread in self._threads:
             thread.close()
 
@@ -183,7 +183,7 @@ class _Thread:
                 if rows:
                     sink.table(step, rows)
             sink.close()
-        except BaseException as error:  # a tracker may raise SystemExit, which must not be lost in a thread
+        except BaseException as error:  # a tracker may raise SystemExit, which a thread would swallow
             self._fail(f"{type(error).__name__}: {error}")
 
     def _fail(self, why: str) -> None:
@@ -193,7 +193,7 @@ class _Thread:
 
 
 def _read(path: Path) -> dict[str, dict[str, object]]:
-    """The state that an earlier process left. Raises ConfigError if the file is damaged."""
+    """The state that an earlier process saved. Raises ConfigError if the file is damaged."""
     if not path.exists():
         return {}
     try:
@@ -203,4 +203,4 @@ def _read(path: Path) -> dict[str, dict[str, object]]:
             for name, of in state.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is damaged ({error}): delete it, and trackers begin new runs") from error
+        raise ConfigError(f"{path} is damaged ({error}): delete it, and the trackers will start new runs") from error

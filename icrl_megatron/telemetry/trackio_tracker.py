@@ -1,4 +1,4 @@
-"""Trackio (0.43): a local database below <run_dir>/trackio, or the Space that its own environment variables name."""
+"""Trackio (0.43): a local database below <run_dir>/trackio, or the Space named by Trackio's environment variables."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TrackioSink:
 
 def start(identity: Identity) -> Sink:
     settings = identity.settings
-    if settings.offline:  # read when it is imported
+    if settings.offline:  # Trackio reads it at import
         os.environ["TRACKIO_DIR"] = str(identity.folder / "trackio")
     import trackio
 

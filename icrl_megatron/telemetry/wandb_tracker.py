@@ -1,4 +1,4 @@
-"""Weights & Biases (wandb 0.31: Run.log, Table). Offline runs are below <run_dir>/wandb: `wandb sync` uploads them."""
+"""Weights & Biases (wandb 0.31: Run.log, Table). `wandb sync` uploads offline runs, which are below <run_dir>/wandb."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics to metrics.jsonl and TensorBoard: a run that was killed and resumed leaves the rows of one that was not."""
+"""Metrics in metrics.jsonl and TensorBoard: a killed and resumed run has the same rows as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from icrl_megatron.utils.files import AppendFile, write_atomically
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 TIME_PREFIX = "time/"
-"""Names of wall-clock measurements start with this: the only ones that differ between two runs of the same settings."""
+"""Prefix of wall-clock metrics, the only ones that differ between two runs with the same settings."""
 
 Row = dict[str, float]
 
 
 class MetricsWriter:
-    """One JSON object per `write` in <run_dir>/metrics.jsonl, the same numbers as TensorBoard scalars. Rank 0 only.
+    """On rank 0, writes one JSON object per `write` to <run_dir>/metrics.jsonl, and the same as TensorBoard scalars.
 
-    `resume_step` is the step of the checkpoint the run goes on from: rows of later steps are cut, the others stay. None
-    starts an empty file. `newest` are the last step's rows as the checkpoint has them (`saved`): those that the file
-    lost come back. Raises ConfigError if the folder cannot be written.
+    `resume_step` is the step of the checkpoint from which the run resumes: rows of later steps are removed. None starts
+    an empty file. `newest` are the last step's rows from the checkpoint (`saved`): those missing in the file are
+    restored. Raises ConfigError if the folder cannot be written.
     """
 
     def __init__(self, run_dir: str | Path, resume_step: int | None, newest: Sequence[Row] = ()) -> None:
@@ -42,15 +42,15 @@ class MetricsWriter:
         self._board = ScalarBoard(self.path.parent / TENSORBOARD_FOLDER, 0 if resume_step is None else resume_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one row; it is with the operating system when this returns."""
+        """Appends one row; the operating system has it when this returns."""
         row = {"step": step, **metrics}
         self._file.write(f"{_line(row)}\n".encode())
         self._newest = [*(r for r in self._newest if r["step"] == step), row]
         self._board.write(step, metrics)
 
     def saved(self) -> list[str]:
-        """The rows of the newest step, one JSON object each, for a checkpoint that is written now. All rows are on the
-        disk when this returns: a checkpoint must not outlive the metrics of its steps."""
+        """The newest step's rows, one JSON object each, for a checkpoint about to be written. All rows are on disk when
+        this returns, so that a crash cannot lose the metrics of steps that a checkpoint contains."""
         self._file.sync()
         return [_line(row) for row in self._newest]
 
@@ -68,16 +68,16 @@ class MetricsWriter:
 
 
 class ScalarBoard:
-    """A TensorBoard event file of scalars, one record a step. TensorBoard's own writer has a thread, in which a
-    disk error ends with a traceback that cannot be caught."""
+    """A TensorBoard event file of scalars, one record per step. Not TensorBoard's own writer, which writes in a thread,
+    where a disk error ends in a traceback that cannot be caught."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """Begins a file; TensorBoard drops what earlier files hold from `first_step` on."""
-        from tensorboard.compat.proto import event_pb2, summary_pb2  # those who only read rows need none of it
+        """Starts a file; TensorBoard discards the records of earlier files from `first_step` on."""
+        from tensorboard.compat.proto import event_pb2, summary_pb2  # not needed to read rows
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        # The time to the nanosecond: TensorBoard reads the files in the order of their names.
+        # Time in nanoseconds, because TensorBoard reads the files in the order of their names.
         name = f"events.out.tfevents.{time.time():020.9f}.{socket.gethostname()}.{os.getpid()}"
         self._file = AppendFile(folder / name, "the TensorBoard events")
         self._records = RecordWriter(self._file)
@@ -96,8 +96,8 @@ class ScalarBoard:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a metrics.jsonl, none if there is no file. A last line cut short by a crash is left out; numbers that
-    were not finite come back as NaN. Raises ConfigError on any other damage."""
+    """The rows of a metrics.jsonl; empty if the file does not exist. A last line that a crash truncated is skipped;
+    numbers that were not finite are NaN. Raises ConfigError on any other damage."""
     path = Path(path)
     if not path.exists():
         return []
@@ -117,5 +117,5 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def _line(row: Mapping[str, float]) -> str:
-    # JSON has no NaN: null stands for every number that is not finite.
+    # JSON has no NaN: numbers that are not finite are written as null.
     return json.dumps({name: value if math.isfinite(value) else None for name, value in row.items()})

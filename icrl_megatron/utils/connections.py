@@ -1,6 +1,6 @@
-"""HTTP connections for code that runs in one event loop after another: each loop gets its own, closed with it.
+"""HTTP connections for code that runs several event loops in sequence: each loop has its own session, closed with it.
 
-Whatever is asked may be broken or hostile, so answers are read with `body`: never more bytes than the caller allows,
+Servers may be broken or hostile, so `body` reads responses: it never returns more bytes than the caller allows,
 compressed or not.
 """
 
@@ -14,40 +14,40 @@ from dataclasses import dataclass, field
 import aiohttp
 
 KEEP_ALIVE_S = 2.0
-"""An idle connection is not used again after this time. uvicorn, by which SGLang and AgentGym are served, closes one
-after 5 s; a loop that is busy meanwhile does not hear of it, and the next request would be lost."""
+"""An idle connection is not reused after this time. SGLang and AgentGym run on uvicorn, which closes idle connections
+after 5 s; a busy event loop does not notice that, and the next request would fail."""
 _CHUNK = 1 << 16
 _WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 """Content-Encoding -> zlib's `wbits`."""
 
 
 class TooLongError(ValueError):
-    """An answer is longer than the caller allows; the rest of it was not read."""
+    """A response is longer than the caller allows; the rest of it was not read."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """What belongs to one event loop: connections, and the gate that limits the requests in flight."""
+    """The state of one event loop: its connections, and the gate that limits the requests in flight."""
 
     loop: asyncio.AbstractEventLoop
     session: aiohttp.ClientSession
     gate: asyncio.Semaphore
     holder: asyncio.Task[None]
-    """Closes the session when the loop ends: asyncio.run cancels what is left, and waits for it."""
+    """Closes the session when the loop ends: asyncio.run cancels the remaining tasks and waits for them."""
     interrupted: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when the rest of what this loop plays is not needed. It ends with the loop, so that the next step begins
-    without it; a request that waits at the gate or between two tries sees it when it continues."""
+    """Set when the remaining episodes of this loop are not needed. It belongs to the loop, so the next step starts with
+    it unset; a request that waits at the gate or between two tries sees it when it continues."""
 
 
 class Connections:
-    """At most `limit` requests at a time, if callers enter the gate. Answers must be read with `body`."""
+    """At most `limit` requests at a time, if callers enter the gate. Responses must be read with `body`."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._link: Link | None = None
 
     def here(self) -> Link:
-        """The running loop's."""
+        """The link of the running event loop."""
         loop = asyncio.get_running_loop()
         if self._link is None or self._link.loop is not loop:
             session = open_session(aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S))
@@ -56,7 +56,7 @@ class Connections:
 
 
 def open_session(connector: aiohttp.TCPConnector | None = None) -> aiohttp.ClientSession:
-    """A session whose answers `body` can bound: aiohttp itself would decompress a chunk of any size at once."""
+    """A session without automatic decompression: aiohttp would decompress a chunk to any size before `body` sees it."""
     return aiohttp.ClientSession(
         connector=connector,
         timeout=aiohttp.ClientTimeout(total=None),
@@ -68,8 +68,8 @@ def open_session(connector: aiohttp.TCPConnector | None = None) -> aiohttp.Clien
 async def body(reply: aiohttp.ClientResponse, limit: int) -> bytes:
     """The whole body, decompressed.
 
-    Raises TooLongError when it has more than `limit` bytes: then the connection is closed, and at most `limit` bytes
-    plus one chunk were read. Raises aiohttp.ClientPayloadError on a compression that is damaged or unknown.
+    Raises TooLongError if it has more than `limit` bytes: the connection is closed after at most `limit` bytes plus
+    one chunk were read. Raises aiohttp.ClientPayloadError if the compressed data is damaged or of an unknown type.
     """
     encoding = reply.headers.get("Content-Encoding", "").strip().lower()
     if encoding not in ("", "identity", *_WINDOWS):
@@ -95,7 +95,7 @@ def _as_it_is(chunk: bytes, room: int) -> bytes:
 
 
 class _Inflate:
-    """Decompresses no further than there is room."""
+    """Decompresses at most `room` bytes at a time."""
 
     def __init__(self, wbits: int) -> None:
         self._stream, self._wbits, self._begun = zlib.decompressobj(wbits), wbits, False
@@ -110,7 +110,7 @@ class _Inflate:
         except zlib.error as error:
             if self._begun or self._wbits != zlib.MAX_WBITS:
                 raise aiohttp.ClientPayloadError(f"the answer's compressed data is damaged ({error})") from error
-            # Some servers send "deflate" without the header that it should have.
+            # Some servers send "deflate" without the required zlib header.
             self._stream, self._begun = zlib.decompressobj(-zlib.MAX_WBITS), True
             return self.more(chunk, room)
         self._begun = True

@@ -1,4 +1,4 @@
-"""rich's console, which styles text and shows the control characters in it."""
+"""A rich console that escapes control characters in the text it prints."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from icrl_megatron.utils.terminal import printable, unguarded
 
 
 class PlainConsole(Console):
-    """Takes no markup: a task or a file may be called [bold]. Styles are given as `Text` or `style=`."""
+    """Markup is off, because the name of a task or file may contain [bold]. Pass styles as `Text` or `style=`."""
 
     def __init__(self, stderr: bool = False, **options: Any) -> None:
         options.setdefault("file", unguarded("stderr" if stderr else "stdout"))
         super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Before the text is laid out, so that what is shown fits."""
+        """Escapes before layout, so that the escaped text fits."""
         return super().render_str(printable(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """All that is shown passes here, `Text` too; rich's own movements of the cursor are marked as control."""
+        """Escapes all output, `Text` included; rich marks its own cursor movements as control segments."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def text(said: str, style: str = "") -> Text:
-    """What a model, an environment or a file says, to be laid out."""
+    """Untrusted text (of a model, an environment or a file) as a renderable."""
     return Text(printable(said), style=style)

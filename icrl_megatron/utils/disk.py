@@ -1,4 +1,4 @@
-"""Free disk space and the errors of writing files: one `ConfigError` with path, need and remedy. Imports no torch."""
+"""Free disk space and write errors, as one `ConfigError` with path, size and remedy. Imports no torch."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _REASONS = {
     errno.ELOOP: ("the path goes through too many symbolic links", "choose another folder"),
 }
 _SHORT_WRITE = re.compile(r"unexpected pos|PytorchStreamWriter failed|file write failed|requested and \d+ written")
-"""torch and NumPy report a short write without its cause, which is a full disk (or a used up quota)."""
+"""torch and NumPy report a short write without its cause, which is a full disk or an exhausted quota."""
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that this user may still write where `path` is, or will be: the nearest existing folder decides."""
+    """Bytes that this user may still write at `path`, which need not exist: the nearest existing folder decides."""
     folder = path.absolute()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -41,9 +41,9 @@ def free_bytes(path: Path) -> int:
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:
-    """Raises ConfigError if fewer than `needed_bytes` are free where `folder` is, or will be.
+    """Raises ConfigError if fewer than `needed_bytes` are free at `folder`, which need not exist.
 
-    `what` names what is going to be written, e.g. "the checkpoint of step 20". The folder need not exist.
+    `what` names the data to be written, e.g. "the checkpoint of step 20".
     """
     with disk_errors(folder, what):
         free = free_bytes(folder)
@@ -56,11 +56,11 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
 
 @contextmanager
 def disk_errors(folder: Path, what: str) -> Iterator[None]:
-    """Turns the errors of writing `what` to `folder` (or to a file) into one ConfigError with path, reason and remedy.
+    """Turns errors from writing `what` to `folder` (or to a file) into one ConfigError with path, reason and remedy.
 
-    Knows OSError (disk full, quota, read-only, permission, and what else a disk or a path answers) and what
-    safetensors, torch, torch.distributed.checkpoint and NumPy raise in its place. Put the size into `what` where it is
-    known: "the export (12.3 GiB)". Everything else passes through unchanged, a broken connection too.
+    Handles OSError (disk full, quota, read-only, permission and the other codes in `_REASONS`) and what safetensors,
+    torch, torch.distributed.checkpoint and NumPy raise instead. Put the size into `what` if it is known: "the export
+    (12.3 GiB)". All other errors pass through unchanged, including those of connections.
     """
     try:
         yield
@@ -76,8 +76,8 @@ def disk_errors(folder: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def unexplained_errors() -> Iterator[None]:
-    """For the entry point of a program: an error of the disk that reaches it becomes a ConfigError too, with the file
-    that the system names. Errors of processes and connections, and those that no remedy is known for, pass through."""
+    """For a program's entry point: an uncaught disk error becomes a ConfigError with the file that the OS names. Errors
+    of processes and connections, and errors without a known remedy, pass through."""
     try:
         yield
     except OSError as error:
@@ -89,7 +89,7 @@ def unexplained_errors() -> Iterator[None]:
 
 
 def size_text(size: int) -> str:
-    """`size` bytes for a message: in GiB, and in KiB below 1 MiB."""
+    """`size` bytes as text: in GiB, or in KiB below 1 MiB."""
     if size < 1 << 20:
         return f"{size / 2**10:.1f} KiB"
     gib = size / 2**30
@@ -105,7 +105,7 @@ def _free_text(folder: Path) -> str:
 
 def _error_number(error: BaseException) -> int | None:
     """The errno behind an exception, if it is one of `_REASONS`."""
-    if type(error).__name__ == "CheckpointException":  # torch's: it holds what failed on each rank, with its trace
+    if type(error).__name__ == "CheckpointException":  # torch's: holds each rank's error and its trace
         codes = (_error_number(failed) for failed, _ in error.failures.values())  # type: ignore[attr-defined]
         return next((code for code in codes if code is not None), None)
     if isinstance(error, OSError) and error.errno is not None:

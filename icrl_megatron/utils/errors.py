@@ -1,4 +1,4 @@
-"""The two errors that end the program with one message and without a traceback."""
+"""The two errors that end the program with one message and no traceback."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ class ConfigError(ValueError):
 
 
 class HopelessError(RuntimeError):
-    """A run cannot go on, now or when it is started again, and the message says all of it. The process exits with 1."""
+    """A run cannot continue, and restarting it would not help; the message is complete. The process exits with 1."""

@@ -1,4 +1,4 @@
-"""Files that are either old or new, never half written, and folders that one job owns: a run may be killed any time."""
+"""Atomic file writes and folder locks: a run may be killed at any time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from icrl_megatron.utils.disk import disk_errors, size_text
 from icrl_megatron.utils.errors import ConfigError
 
 PICTURE_MARK = b"icrl-megatron"
-"""In the first bytes of every PNG that this program draws."""
+"""Contained in the first bytes of every PNG that this program draws."""
 
 
 def write_atomically(path: Path, lines: Iterable[str], what: str = "") -> None:
-    """Replaces `path` by these lines (a newline is added to each); on a crash the old content is still there.
+    """Replaces `path` with these lines (a newline is added to each); a crash leaves the old content.
 
-    Raises ConfigError for errors of the disk; `what` names the content in it, the file's name by default.
+    Raises ConfigError on disk errors; `what` names the content in the message (default: the file's name).
     """
     records, size = (f"{line}\n".encode() for line in lines), 0
     try:
@@ -28,35 +28,35 @@ def write_atomically(path: Path, lines: Iterable[str], what: str = "") -> None:
                 size += len(record)
                 file.write(record)
     except OSError:
-        size += sum(map(len, records))  # how much room the whole file needs
+        size += sum(map(len, records))  # the size of the whole file
         with disk_errors(path, f"{what or path.name} ({size_text(size)})"):
             raise
 
 
 def save_picture(figure: Any, path: Path) -> None:
-    """Writes a matplotlib figure as a PNG, atomically. Raises ConfigError for errors of the disk."""
+    """Writes a matplotlib figure as a PNG, atomically. Raises ConfigError on disk errors."""
     with disk_errors(path, "the picture"), _replaced(path) as file:
         figure.savefig(file, dpi=140, format="png", metadata={"Software": PICTURE_MARK.decode()})
 
 
 class AppendFile:
-    """A file that grows by whole records: one that the disk has no room for leaves nothing behind. Not buffered, so
-    that nothing is left to write when the program ends after an error."""
+    """A file that grows by whole records: a record that does not fit on the disk leaves no partial data. Unbuffered, so
+    that nothing remains to be written when the program ends after an error."""
 
     def __init__(self, path: Path, what: str) -> None:
-        """Creates the file, and its folder, if need be. Raises ConfigError for errors of the disk, as `write` does."""
+        """Creates the file and its folder if needed. Raises ConfigError on disk errors, as `write` does."""
         self.path, self._what = path, what
         with disk_errors(path, what):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
 
     def write(self, record: bytes) -> None:
-        """Appends one record; it is with the operating system when this returns."""
+        """Appends one record; the operating system has it when this returns."""
         with disk_errors(self.path, f"{self._what} ({size_text(len(record))})"):
             size = os.fstat(self._file.fileno()).st_size
             try:
                 rest = memoryview(record)
-                while rest:  # a disk that is nearly full takes a part
+                while rest:  # a nearly full disk writes only a part
                     rest = rest[self._file.write(rest) :]
             except OSError:
                 self._file.truncate(size)
@@ -73,10 +73,9 @@ class AppendFile:
 
 @contextmanager
 def locked(folder: Path, name: str) -> Iterator[None]:
-    """Holds the lock `name` of a run folder, which is made if need be; it is released when the process ends, however
-    that happens.
+    """Holds the lock `name` of a run folder, which is created if needed; the lock is released however the process ends.
 
-    Raises ConfigError when another process holds it, or the folder cannot be written.
+    Raises ConfigError if another process holds it or the folder cannot be written.
     """
     with disk_errors(folder, "the lock of the folder"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +92,7 @@ def locked(folder: Path, name: str) -> Iterator[None]:
 
 @contextmanager
 def _replaced(path: Path) -> Iterator[IO[bytes]]:
-    """A new file beside `path` that replaces it when the block ends without an error, and is gone otherwise."""
+    """A new file beside `path` that replaces it if the block ends without an error, and is deleted otherwise."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

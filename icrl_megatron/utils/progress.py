@@ -1,4 +1,4 @@
-"""What is going on right now: bars in a terminal, a plain line now and then anywhere else."""
+"""Progress output: bars in a terminal, occasional plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from icrl_megatron.utils.console import PlainConsole
 from icrl_megatron.utils.terminal import guard
 
 PLAIN_INTERVAL_S = 10.0
-"""Seconds between the lines of one phase when the output is not a terminal."""
+"""Seconds between two lines of a phase if the output is not a terminal."""
 
 
 class Phase:
-    """A phase that is under way; `advance` may be called as often as anything happens."""
+    """A running phase; `advance` may be called any number of times."""
 
     def __init__(self, owner: Progress, name: str, total: int | None) -> None:
         self.name = name
@@ -59,10 +59,10 @@ class Phase:
 
 
 class Progress:
-    """Rank 0 makes one and hands it on; `enabled=False` (every other rank) says nothing at all.
+    """Rank 0 creates an enabled one; with `enabled=False` (all other ranks) it prints nothing.
 
-    Phases may be nested (the run, and in it the rollouts of a step). Without a terminal a phase writes a line
-    every 10 s, and one at its end if it lasted that long.
+    Phases may be nested (the run, and within it the rollouts of a step). Without a terminal a phase writes a line
+    every 10 s, and one when it ends if it lasted that long.
     """
 
     def __init__(self, enabled: bool = True, console: Console | None = None) -> None:
@@ -73,11 +73,11 @@ class Progress:
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Phase]:
-        """A phase of `total` units (None: unknown). The bar is gone when it ends, whichever way."""
+        """A phase of `total` units (None: unknown). Its bar is removed when the block ends, even on an error."""
         if self._open == 0 and self.enabled and self.console.is_terminal:
             self.bars = self._make_bars()
             self.bars.start()
-            guard()  # rich puts its own streams in front, for what is printed while bars are shown
+            guard()  # rich replaces sys.stdout and sys.stderr while bars are shown
         self._open += 1
         phase = Phase(self, name, total)
         try:
@@ -90,9 +90,9 @@ class Progress:
                 self.bars = None
 
     def log(self, text: str) -> None:
-        """One line that stays, above the bars."""
+        """Prints one permanent line above the bars."""
         if self.enabled:
-            with suppress(OSError):  # a full disk behind stderr costs these lines, not the run
+            with suppress(OSError):  # a full disk behind stderr loses these lines but does not end the run
                 self.console.print(text, highlight=False, markup=False)
 
     def _make_bars(self) -> Bars:

@@ -1,4 +1,4 @@
-"""Single files that a command writes where a person says: a page, a picture. Imports no torch."""
+"""Checks for single output files whose path a user gives: a page, a picture. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _HEAD_BYTES = 4096
 
 
 def check_file(target: Path, what: str, ours: Callable[[Path], bool], overwrite: bool = False) -> None:
-    """Raises ConfigError if the file `target` must not be written, before any work: a folder, a link, and, without
-    `overwrite`, a file with other contents than what `ours` recognises. `what` names it in messages."""
+    """Raises ConfigError, before any work, if `target` must not be written: it is a folder, a symbolic link or, without
+    `overwrite`, a nonempty file that `ours` does not recognize. `what` names the file in messages."""
     with disk_errors(target, what):
         if target.is_symlink():
             raise ConfigError(f"{target}: a symbolic link, which is not replaced; name the file itself, or another one")
@@ -29,7 +29,7 @@ def check_file(target: Path, what: str, ours: Callable[[Path], bool], overwrite:
 
 
 def begins_with(*texts: bytes) -> Callable[[Path], bool]:
-    """Recognises files by texts in their first bytes."""
+    """Recognizes files by texts in their first bytes."""
 
     def recognise(path: Path) -> bool:
         with path.open("rb") as file:

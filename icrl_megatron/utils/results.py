@@ -1,7 +1,7 @@
-"""The one writer of result folders: an export, an imported checkpoint, an evaluation, an index. Imports no torch.
+"""Writes result folders: exports, imported checkpoints, evaluations, indices. Imports no torch.
 
-A result folder appears under its name when it is complete, and replaces an earlier result of the same kind atomically.
-It holds a marker that lists what was written, so that a later replacement deletes nothing that was added later.
+A result folder gets its name when it is complete, and atomically replaces an earlier result of the same kind. Its
+marker lists the written files, so that a replacement does not delete files that were added later.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ REMEDY = "choose another folder, or give --overwrite to replace it"
 MOVE_AWAY = "move it away, or choose another run_dir"
 """The remedy of commands that write a run."""
 MARKER = ".icrl-result"
-"""In a result folder: kind, version of the program, and the files that were written. No name that transformers or
-SGLang read."""
+"""A file in each result folder: kind, version of the program, and the files that were written. transformers and SGLang
+do not read a file of this name."""
 CHECKPOINT_RECORD = "icrl.json"
-"""What every complete checkpoint holds (`actor.checkpoint.META`)."""
+"""A file in every complete checkpoint (`actor.checkpoint.META`)."""
 FIRST_STEP = "step_000000"
 _TEMPORARY = ".icrl-tmp"
 _LOCK = "lock"
@@ -45,14 +45,14 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 @dataclass(frozen=True)
 class Kind:
-    """What a result folder is."""
+    """A kind of result folder."""
 
     name: str
-    """As it stands in the marker."""
+    """Its name in the marker."""
     called: str
-    """In messages."""
+    """Its name in messages."""
     known: Callable[[Path], bool] = lambda folder: False
-    """Whether a folder without a marker is certainly a whole result of this kind, with nothing else in it."""
+    """Whether a folder without a marker is certainly a complete result of this kind, with nothing else in it."""
 
 
 def _is_evaluation(folder: Path) -> bool:
@@ -83,13 +83,13 @@ INDEX = Kind("index", "search index", _is_index)
 def check(
     target: Path, kind: Kind, sources: Sequence[Path] = (), overwrite: bool = False, remedy: str = REMEDY
 ) -> None:
-    """Raises ConfigError if `target` must not become a result folder of this kind, before any work. Changes nothing.
+    """Raises ConfigError, before any work, if `target` must not become a result folder of this kind. Changes nothing.
 
     A target may be absent, empty, or an earlier result of the same kind in which nothing was added or changed;
-    `overwrite` allows any other folder too, on purpose. Never allowed: a file, a symbolic link, a mount point, the
-    working directory or home or a folder that contains them, a folder that contains one of `sources`, a checkpoint in
-    the place of another kind, and a place inside another result, which would be deleted with it. `remedy` ends the
-    message where `overwrite` would help.
+    `overwrite` allows any other folder too. Never allowed: a file, a symbolic link, a mount point, the working
+    directory or home or a folder that contains them, a folder that contains one of `sources`, a checkpoint if the kind
+    is another, and a folder inside another result, which would be deleted with it. `remedy` ends the message if
+    `overwrite` would help.
     """
     with disk_errors(target, f"the {kind.called}"):
         _check_name(target, kind, sources)
@@ -103,11 +103,11 @@ def check(
 def writing(
     target: Path, kind: Kind, sources: Sequence[Path] = (), overwrite: bool = False, remedy: str = REMEDY
 ) -> Iterator[Path]:
-    """Yields an empty temporary folder beside `target`; when the block ends, that folder is `target`.
+    """Yields an empty temporary folder beside `target`, which becomes `target` when the block succeeds.
 
     Checks the target as `check` does, at the beginning and again before it is replaced. A block that fails, or is
-    killed at any moment, leaves the old result. Files get the permissions of the umask. Raises ConfigError, also for
-    errors of the disk outside of the block.
+    killed at any time, leaves the old result. Files get the permissions of the umask. Raises ConfigError, also on disk
+    errors outside the block.
     """
     check(target, kind, sources, overwrite, remedy)
     target = _named(target)
@@ -129,9 +129,9 @@ def writing(
 
 
 def check_import(root: Path, source: Path, overwrite: bool = False) -> Path:
-    """Where an import into the folder of checkpoints `root` goes: its step_000000, beside other steps, which stay.
+    """The target of an import into the checkpoint folder `root`: its step_000000. Other steps there are kept.
 
-    Raises ConfigError as `check` does, and unless `overwrite` where `root` holds anything but checkpoints.
+    Raises ConfigError as `check` does, and if `root` holds anything but checkpoints, unless `overwrite`.
     """
     with disk_errors(root, "the checkpoint"):
         _check_name(root, CHECKPOINT, [source])
@@ -147,7 +147,7 @@ def check_import(root: Path, source: Path, overwrite: bool = False) -> Path:
 
 
 def check_permission(target: Path) -> None:
-    """Raises the OSError that replacing `target` would raise. Tries it: permission bits say nothing to root."""
+    """Raises the OSError that replacing `target` would raise, by writing a file: root ignores permission bits."""
     if target.exists() and not os.access(target, os.W_OK):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
     parent = target.parent
@@ -158,23 +158,23 @@ def check_permission(target: Path) -> None:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether this is the temporary folder of a result that is being written, or of a process that was killed."""
+    """Whether this is the temporary folder of a result that is being written, or that a killed process left."""
     return path.name.startswith(".") and path.name.endswith(_TEMPORARY)
 
 
 def is_result(folder: Path) -> bool:
-    """Whether a folder is a result of this program, which is replaced, or as a checkpoint deleted, as a whole."""
+    """Whether a folder is a result of this program. Results are replaced (and checkpoints deleted) as a whole."""
     return (folder / MARKER).is_file() or (folder / CHECKPOINT_RECORD).is_file()
 
 
 def read_marker(folder: Path) -> Mapping[str, object]:
-    """The marker of a result folder; empty where there is none, or it is damaged."""
+    """The marker of a result folder; empty if it is missing or damaged."""
     found = read_json(folder / MARKER)
     return found if isinstance(found.get("files"), dict) and isinstance(found.get("kind"), str) else {}
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """The object in a JSON file; empty where there is none."""
+    """The object in a JSON file; empty if the file cannot be read or holds no object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -183,23 +183,23 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def describe(folder: Path) -> str:
-    """Number and size of a result's files, for the line that says what was written."""
+    """Number and total size of a result's files, as text."""
     sizes = [path.stat().st_size for path in _files(folder) if path.name != MARKER]
     return f"{len(sizes)} file{'' if len(sizes) == 1 else 's'}, {size_text(sum(sizes))}"
 
 
 def _named(target: Path) -> Path:
-    """The same path, ending in the folder's own name: "a/.." has none."""
+    """The same path, ending in the folder's name; "a/.." does not."""
     return Path(os.path.realpath(target)) if target.name in ("", "..") else target
 
 
 def _belongs(path: Path) -> bool:
-    """Whether this program puts it into a folder of checkpoints."""
+    """Whether this program writes such a path into a checkpoint folder."""
     return (path.name.startswith("step_") and path.is_dir()) or is_temporary(path) or bool(read_marker(path))
 
 
 def _check_name(target: Path, kind: Kind, sources: Sequence[Path]) -> None:
-    """Raises ConfigError for targets that no option makes acceptable."""
+    """Raises ConfigError for targets that no option allows."""
     if target.is_symlink():
         raise ConfigError(
             f"{target}: a symbolic link to {os.path.realpath(target)}, which is not replaced; name the folder, or "
@@ -215,25 +215,25 @@ def _check_name(target: Path, kind: Kind, sources: Sequence[Path]) -> None:
             raise ConfigError(f"{target}: {how} {what}; name a new folder for the {kind.called}")
     for source in sources:
         if any(real == path or real in path.parents for path in _places_of(source)):
-            raise ConfigError(f"{target}: contains {source}, which is read; choose a folder outside it")
+            raise ConfigError(f"{target}: contains {source}, an input of this command; choose a folder outside it")
 
 
 def _check_place(target: Path, kind: Kind) -> None:
-    """Raises ConfigError where a folder cannot be replaced as a whole, or would be deleted with another one."""
+    """Raises ConfigError if the folder cannot be replaced as a whole, or would be deleted with another one."""
     real = Path(os.path.realpath(target))
     if kind is not CHECKPOINT and (target / CHECKPOINT_RECORD).is_file():
-        raise ConfigError(f"{target}: a checkpoint, which nothing but a checkpoint replaces; choose another folder")
+        raise ConfigError(f"{target}: a checkpoint, which only a checkpoint may replace; choose another folder")
     if os.path.ismount(real):
         raise ConfigError(f"{target}: a mount point, which cannot be replaced; name a folder inside it")
     for parent in real.parents:
         if is_result(parent):
             raise ConfigError(
-                f"{target}: lies inside the result {parent}, and would be deleted with it; choose a folder outside it"
+                f"{target}: is inside the result {parent}, and would be deleted with it; choose a folder outside it"
             )
 
 
 def _places_of(source: Path) -> Iterator[Path]:
-    """Where a source folder is: by its name, and by what it and its files link to."""
+    """The paths of a source folder: its name, and the targets of its own link and of its files' links."""
     yield Path(os.path.realpath(source.parent)) / source.name
     yield Path(os.path.realpath(source))
     for path in source.iterdir() if source.is_dir() else ():
@@ -242,10 +242,10 @@ def _places_of(source: Path) -> Iterator[Path]:
 
 
 def _not_ours(target: Path, kind: Kind) -> str:
-    """Why `target` is neither empty nor an unchanged result of this kind; empty where it is."""
+    """Why `target` is neither empty nor an unchanged result of this kind; empty text if it is one of these."""
     for _ in range(_LOOKS):
         marker = read_marker(target)
-        with suppress(FileNotFoundError):  # another process replaces the target meanwhile
+        with suppress(FileNotFoundError):  # another process is replacing the target
             why = _stranger(target, kind, marker)
             if not why or read_marker(target) == marker:
                 return why
@@ -269,7 +269,7 @@ def _stranger(target: Path, kind: Kind, marker: Mapping[str, object]) -> str:
         if name == MARKER:
             continue
         if name not in written:
-            return f"{name} was put into it after it was written"
+            return f"{name} was added after it was written"
         if written[name] != _digest(path):
             return f"{name} was changed after it was written"
     return ""
@@ -281,7 +281,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Everything below a folder that is no folder itself, links included."""
+    """All paths below a folder that are not folders, links included."""
     found = []
     for at, folders, names in os.walk(folder):
         links = [name for name in folders if (Path(at) / name).is_symlink()]
@@ -290,7 +290,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _digest(path: Path) -> str:
-    """Of size, beginning and end: weights that were trained further differ in both, and are too large to read whole."""
+    """Hashes size, beginning and end: weights are too large to read in full, and further training changes both ends."""
     if path.is_symlink() or not path.is_file():
         return "not a file"
     size = path.stat().st_size
@@ -304,7 +304,7 @@ def _digest(path: Path) -> str:
 
 
 def _finish(new: Path, kind: Kind) -> None:
-    """Marker and permissions; everything is on the disk before the folder gets its name."""
+    """Writes marker and permissions, and syncs everything to disk before the folder gets its name."""
     files = {path.relative_to(new).as_posix(): _digest(path) for path in _files(new)}
     marker = new / MARKER
     marker.write_text(
@@ -312,9 +312,9 @@ def _finish(new: Path, kind: Kind) -> None:
         + "\n",
         encoding="utf-8",
     )
-    mode = stat.S_IMODE(marker.stat().st_mode)  # what the umask, or the folder's default ACL, gives a new file
+    mode = stat.S_IMODE(marker.stat().st_mode)  # the mode of a new file under the umask or the folder's default ACL
     for path in _files(new):
-        if not path.is_symlink():  # safetensors makes its files 0600, and copies keep the permissions of the original
+        if not path.is_symlink():  # safetensors creates files as 0600, and copies keep the original's permissions
             path.chmod(mode)
             _sync(path)
     for at, _, _ in os.walk(new):
@@ -331,9 +331,9 @@ def _sync(path: Path) -> None:
 
 
 def _swap(new: Path, target: Path, aside: Path) -> None:
-    """`new` becomes `target`; an old folder there goes to `new` or to `aside`, in the same temporary folder."""
+    """Renames `new` to `target`; an old folder there is moved to `new` or `aside`, in the same temporary folder."""
     try:
-        new.rename(target)  # where nothing is, or an empty folder
+        new.rename(target)  # succeeds if the target is absent or an empty folder
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
@@ -348,7 +348,7 @@ def _swap(new: Path, target: Path, aside: Path) -> None:
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Exchanges two folders in one step; False where system or file system cannot."""
+    """Exchanges two folders atomically; False if the OS or the file system cannot."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     if renameat2 is None:
         return False
@@ -357,10 +357,10 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 def _remove_stale(target: Path) -> None:
-    """Removes temporary folders of this target whose process is gone; puts an old result back that one of them held
-    when it was killed between two renames."""
+    """Removes temporary folders of this target whose process has ended, and restores an old result if that process was
+    killed between two renames."""
     for holder in target.parent.glob(f".{_escaped(target.name)}.*{_TEMPORARY}"):
-        with suppress(ConfigError, OSError):  # it is locked by a process that lives, or belongs to another user
+        with suppress(ConfigError, OSError):  # a live process has locked it, or another user owns it
             begun = {path.name for path in holder.iterdir()} - {_LOCK}
             if not begun and time.time() - holder.stat().st_mtime < _YOUNG_S:
                 continue  # a process may be about to lock it
@@ -371,7 +371,7 @@ def _remove_stale(target: Path) -> None:
 
 
 def _remove(holder: Path) -> None:
-    with suppress(OSError):  # another process removes it too, or something in it cannot be removed
+    with suppress(OSError):  # another process is removing it too, or something in it cannot be removed
         for path in holder.iterdir():
             if path.name != _LOCK:
                 shutil.rmtree(path, ignore_errors=True)

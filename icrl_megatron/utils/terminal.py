@@ -1,9 +1,9 @@
-"""What reaches a terminal: text of models, environments, servers and files, with control characters made visible.
+"""Escapes control characters in everything that this program prints: text of models, environments, servers and files.
 
-A terminal obeys what it is sent: sequences after ESC move the cursor, set the title, or fill the clipboard, and
-bidirectional overrides show text in another order than it has. Every process of this program calls `guard` first, so
-that whatever it prints (messages, warnings, tracebacks, what a library or a task prints) passes `printable`. Only the
-consoles of `console.py` write control sequences, which are their own.
+A terminal executes ESC sequences, which move the cursor, set the title, or fill the clipboard; bidirectional overrides
+change the order in which text is shown. Every process of this program calls `guard` first, so that all its output
+(messages, warnings, tracebacks, output of libraries and tasks) goes through `printable`. Only the consoles of
+`console.py` write control sequences of their own.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any, TextIO, cast
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 but newline and tab, DEL, C1
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks, embeddings, overrides and isolates of direction
-    "\u2028\u2029"  # separators of lines and paragraphs
-    "\ud800-\udfff]"  # halves of characters, which no terminal can be sent
+    "\u2028\u2029"  # line and paragraph separators
+    "\ud800-\udfff]"  # surrogates, which cannot be encoded
 )
 
 
 def printable(text: str) -> str:
-    """The text with each control character as an escape (\\x1b, \\u202e); newlines and tabs stay."""
+    """Replaces each control character with an escape (\\x1b, \\u202e); newlines and tabs stay."""
     return _UNSEEN.sub(lambda found: _escape(ord(found[0])), text)
 
 
@@ -31,7 +31,7 @@ def _escape(code: int) -> str:
 
 
 class _Guarded:
-    """A text stream through `printable`. It says that it is no terminal, so that libraries write no colors to it."""
+    """A text stream that applies `printable`. `isatty` is False, so that libraries write no colors to it."""
 
     def __init__(self, stream: TextIO) -> None:
         self.unguarded = stream
@@ -52,17 +52,17 @@ class _Guarded:
 
 
 def guard() -> None:
-    """From now on stdout and stderr of this process show control characters. Calling it again does no harm."""
+    """Makes stdout and stderr of this process escape control characters. Idempotent."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None or isinstance(stream, _Guarded):
             continue
-        with contextlib.suppress(AttributeError, ValueError):  # a stream of a test, or of something around this program
-            stream.reconfigure(errors="backslashreplace")  # a character that the terminal's encoding lacks is no error
+        with contextlib.suppress(AttributeError, ValueError):  # a stream that a test or an embedding program replaced
+            stream.reconfigure(errors="backslashreplace")  # characters outside the terminal's encoding are no error
         setattr(sys, name, _Guarded(stream))
 
 
 def unguarded(name: str) -> TextIO:
-    """stdout or stderr itself, for who makes its text printable before."""
+    """stdout or stderr without the guard, for callers that already escape their text."""
     stream = getattr(sys, name)
     return cast(TextIO, stream.unguarded if isinstance(stream, _Guarded) else stream)

@@ -55,7 +55,7 @@ def test_what_cannot_be_measured_is_named(cluster: Cluster) -> None:
     job = cluster.sbatch("bench_8b.sbatch", options=ONE_NODE, BENCHMARKS="speed", OUT=str(cluster.folder / "none"))
     ended = cluster.ended(job)
     assert (ended.state, ended.code) == ("FAILED", "2:0")
-    assert "error: BENCHMARKS=speed: some of head step rollout e2e" in ended.log
+    assert "error: BENCHMARKS=speed: choose from head step rollout e2e" in ended.log
     out = cluster.folder / "no_gpu"
     ended = cluster.ended(cluster.sbatch("bench_8b.sbatch", options=ONE_NODE, BENCHMARKS="head", OUT=str(out)))
     assert (ended.state, ended.code) == ("FAILED", "1:0")

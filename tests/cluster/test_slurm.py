@@ -97,7 +97,7 @@ def test_a_failing_rank_ends_the_job_with_its_traceback(cluster: Cluster, model:
     assert ended.state == "FAILED"
     assert "Traceback (most recent call last)" in ended.log
     assert "RuntimeError: injected fault of rank 1" in ended.log
-    assert "trying again in 0.5 s" in ended.log
+    assert "retrying in 0.5 s" in ended.log
     assert ended.log.count("crash 1 of at most 3") == 1
     assert "error: crashed twice at -/-" in ended.log  # not a third time
 

@@ -315,7 +315,7 @@ def test_subsets_rounds_and_a_critic_from_a_checkpoint(ended: tuple[Path, dict[s
         ("no_task", ["--task"]),
         ("on_train", ["--on train", "training rows"]),
         ("no_critic", ["/nowhere/critic", "neither a folder nor an address"]),
-        ("other_task", ["--against", "no problem of this evaluation is in it"]),
+        ("other_task", ["--against", "it has no problem of this evaluation"]),
         ("unknown", ["rulebok_hard", "rulebook_hard"]),
     ],
 )
@@ -341,7 +341,7 @@ def test_settings_inside_a_foreign_model_or_checkpoint_are_not_read(tmp_path: Pa
     model = tmp_path / "somebodys"
     save(settings, model / "settings.yaml")
     (model / record).write_text("{}")
-    with pytest.raises(ConfigError, match="lies in no run folder"):
+    with pytest.raises(ConfigError, match="is not in a run folder"):
         evaluate(EvalRequest(model))
     assert not (tmp_path / "ran").exists()
     (tmp_path / "settings.yaml").write_text((model / "settings.yaml").read_text())

@@ -96,9 +96,7 @@ def test_a_run_goes_on_and_exports_again(ended: tuple[Path, dict[str, Ended]], f
     before, after = (load_file(run / "hf" / "model.safetensors") for run in (finished_run, folder / "run"))
     assert any(not before[name].equal(after[name]) for name in before)
     metrics = (folder / "kept" / "metrics.jsonl").read_text()
-    assert (
-        by_name["kept"].code == 2 and "kept/hf: notes.md was put into it after it was written" in by_name["kept"].error
-    )
+    assert by_name["kept"].code == 2 and "kept/hf: notes.md was added after it was written" in by_name["kept"].error
     assert "move it away, or choose another run_dir" in by_name["kept"].error
     assert (folder / "kept" / "hf" / "notes.md").read_text() == "mine"
     assert metrics == (finished_run / "metrics.jsonl").read_text()  # found before a step was played

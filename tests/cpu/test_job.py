@@ -121,7 +121,7 @@ def test_another_number_of_ranks_than_the_recipe_s_is_said(
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("WORLD_SIZE", "2")
     job.main(words)
-    assert "note: quickstart is for 4 ranks (launch.ranks x launch.nodes), here are 2" in capsys.readouterr().err
+    assert "note: quickstart is for 4 ranks (launch.ranks x launch.nodes), this job has 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

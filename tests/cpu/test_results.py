@@ -390,7 +390,7 @@ def test_an_import_stays_beside_other_steps(tmp_path: Path) -> None:
     write(root / "step_000000", results.CHECKPOINT, "earlier")
     assert results.check_import(root, source) == root / "step_000000"
     (root / "step_000000" / "notes.md").write_text("mine")
-    with pytest.raises(ConfigError, match=r"step_000000: notes\.md was put into it"):
+    with pytest.raises(ConfigError, match=r"step_000000: notes\.md was added"):
         results.check_import(root, source)
     assert results.check_import(root, source, overwrite=True) == root / "step_000000"
     (root / "notes.md").write_text("mine")

@@ -101,7 +101,7 @@ def test_a_server_that_other_machines_reach_is_told_unless_they_need_to(
         addresses = {one.address for child in below() for one in listeners(child.pid)}
     assert addresses == {"127.0.0.1" if (host, nodes) == ("{host}", "1") else "0.0.0.0"}
     said = capfd.readouterr().err
-    assert ("warning: the server of 'alfworld' listens on 0.0.0.0, where other machines reach it" in said) == warned
+    assert ("warning: the server of 'alfworld' listens on 0.0.0.0, which other machines can reach" in said) == warned
 
 
 def test_servers_that_run_already_are_used_instead(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         other.bind(("", 0))
         other.listen()
         port = f"tasks.sources.0.serve.port={other.getsockname()[1]}"
-        with pytest.raises(ConfigError, match=r"is taken on .*; set tasks.*serve\.port=0"):
+        with pytest.raises(ConfigError, match=r"is in use on .*; set tasks.*serve\.port=0"):
             with serve.beside(settings(COMMAND, port), tmp_path):
                 pass
 
@@ -185,7 +185,7 @@ def test_a_server_that_dies_is_started_again_at_its_address(started: tuple[subpr
     until(lambda: answers(url_of(folder)))
     process.terminate()
     said = process.communicate(timeout=30)[1]
-    assert "ended with code -9; starting it again (1 of 3)" in said
+    assert "ended with code -9; restarting it (1 of 3)" in said
 
 
 def test_usr1_is_for_the_ranks_and_a_dead_parent_ends_the_servers(started: tuple[subprocess.Popen[str], Path]) -> None:
@@ -214,7 +214,7 @@ def test_ranks_wait_for_what_their_job_started(
 def test_ranks_that_nobody_started_servers_for_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    with pytest.raises(ConfigError, match=r"nobody started the servers; use slurm/step\.sh"):
+    with pytest.raises(ConfigError, match=r"the servers were not started; use slurm/step\.sh"):
         with serve.beside(settings(), tmp_path):
             pass
     monkeypatch.setenv(serve.SERVERS_ENV, str(tmp_path))
