@@ -10,6 +10,7 @@ import tarfile
 import time
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -23,18 +24,9 @@ TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.append(str(TOOLS))  # as for a script: the tools import each other
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def check() -> ModuleType:
-    return load("gpu_check")
+    return import_module("gpu_check")
 
 
 def stage(check: ModuleType, code: str, name: str = "s", **more: object) -> object:
@@ -199,7 +191,7 @@ def test_short_runs_say_what_they_measured(check: ModuleType, tmp_path: Path) ->
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    medians = load("bench_schema").read(tmp_path / "actor_bf16.json")["medians"]
+    medians = import_module("bench_schema").read(tmp_path / "actor_bf16.json")["medians"]
     assert medians["time"]["train_s"] > 0 and medians["actor"]["ratio_deviation_max"] <= 1e-5
     assert {"rollout_gib", "asleep_gib", "weights_gib", "awake_gib"} <= medians["memory"].keys()
 
@@ -233,7 +225,7 @@ def measured(ms: float, extra_gb: float = 1.0) -> dict[str, float]:
 
 
 def test_measurements_are_held_against_the_bars() -> None:
-    module = load("head_cuda_targets")
+    module = import_module("head_cuda_targets")
     size = {"model": "Qwen3-8B", "tensor_parallel": 1}
     given = {"kernels": measured(3.0), "liger vocab-parallel CE": measured(6.0), "megatron fused CE": {"missing": "no"}}
     train = {"kernels": measured(40.0, 2.4), "kernels, bf16 logits": measured(50.0, 1.2), "eager": measured(99.0, 23.9)}
@@ -259,11 +251,11 @@ def test_measurements_are_held_against_the_bars() -> None:
     assert "tflops_per_s" not in rows[0]["peers"]["kernels"] and "gb_per_s" not in rows[1]["peers"]["kernels"]
     assert "2489 GB/s, 83% of the floor, 1.00 GB extra" in module.line(rows[0])
     assert "1529 TF/s, 194% of the floor, 2.40 GB extra" in module.line(rows[1])
-    assert load("bench_schema").unit_of("train extra_gb") == "GB"
+    assert import_module("bench_schema").unit_of("train extra_gb") == "GB"
 
 
 def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = load("bench_head_cuda")
+    module = import_module("bench_head_cuda")
     monkeypatch.setattr(module, "OPERATIONS", {"given": lambda inputs: {}, "score": lambda inputs: {}})
     monkeypatch.setattr(module, "Inputs", lambda shape: shape)
     monkeypatch.setattr(module, "about", lambda: dict.fromkeys(("command", "date", "machine", "versions"), ""))
@@ -283,13 +275,13 @@ def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.Monke
             1,
             lambda rows: module.write(tmp_path / "a.json", module.about() | module.report(rows)),
         )
-    kept = load("bench_schema").read(tmp_path / "a.json")
+    kept = import_module("bench_schema").read(tmp_path / "a.json")
     assert [row["peers"]["kernels"]["ms"] for row in kept["rows"]] == [3.0]
-    assert load("bench_schema").bars(kept)[0].held is True and kept["measurements"]
+    assert import_module("bench_schema").bars(kept)[0].held is True and kept["measurements"]
 
 
 def test_the_head_is_measured_on_a_gpu_with_all_other_words() -> None:
-    module = load("bench_head")
+    module = import_module("bench_head")
     there = [sys.executable, str(TOOLS / "bench_head_cuda.py"), "--quick", "--out", "head.json"]
     assert module.on_gpu(["--quick", "--device", "cuda", "--out", "head.json"]) == there
     assert module.on_gpu(["--device=cuda", "--quick", "--out", "head.json"]) == there
@@ -313,7 +305,7 @@ def test_benchmarks_refuse_in_one_line(words: list[str], said: str) -> None:
 
 def test_a_benchmark_without_its_peers_says_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        load("bench_schema").require("bench", "json", "no_such_peer")
+        import_module("bench_schema").require("bench", "json", "no_such_peer")
     assert capsys.readouterr().err == "error: no_such_peer cannot be imported; pip install -e '.[bench]'\n"
 
 
@@ -322,7 +314,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The benchmark's peers, on a small model and the CPU, with Triton's interpreter."""
     if torch.cuda.is_available():
         pytest.skip("tools/gpu_check.sh runs the benchmark itself")
-    module = load("head_cuda_peers")
+    module = import_module("head_cuda_peers")
     monkeypatch.setattr(module, "DEVICE", "cpu")
     monkeypatch.setattr(module, "VOCABULARY", 400)
     monkeypatch.setattr(module, "MODELS", {"tiny": 32})
@@ -348,7 +340,7 @@ def test_benchmarked_peers_compute_the_same(bench: ModuleType) -> None:
 
 @needs_triton
 def test_benchmarked_gradients_of_given_logits_are_the_same(bench: ModuleType) -> None:
-    peers = load("head_cuda_given").given_peers(bench.Inputs(bench.Shape("tiny", 12, 1)))
+    peers = import_module("head_cuda_given").given_peers(bench.Inputs(bench.Shape("tiny", 12, 1)))
     peers["kernels"].before()
     assert_near(peers["kernels"](), peers["eager"](), 0.01)
 
@@ -373,7 +365,7 @@ def test_no_row_that_is_measured_is_skipped(bench: ModuleType) -> None:
 def test_gradients_that_are_not_finite_are_wrong() -> None:
     rows = {"fp32": 0.0, "te_bf16": float("nan"), "te_fp8_current": 0.1, "torch_bf16": 0.06}
     found = {name: {"gradient_relative": value} for name, value in rows.items()}
-    assert load("gpu_actor").wrong(found | {"te_fp8_blockwise": {"failed": 1}}) == [
+    assert import_module("gpu_actor").wrong(found | {"te_fp8_blockwise": {"failed": 1}}) == [
         "te_bf16",
         "torch_bf16",
         "te_fp8_blockwise",
@@ -386,4 +378,4 @@ def test_a_variant_without_a_whole_result_has_failed(tmp_path: Path, written: st
     log.write_text("out of memory")
     if written:
         part.write_text(written)
-    assert load("gpu_train").read(part, log) == {"failed": "out of memory"}
+    assert import_module("gpu_train").read(part, log) == {"failed": "out of memory"}
