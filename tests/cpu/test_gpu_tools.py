@@ -293,7 +293,7 @@ def test_the_head_is_measured_on_a_gpu_with_all_other_words() -> None:
     [
         (["bench_head.py", "--device", "tpu"], "--device tpu: one of cpu, cuda"),
         (["bench_rollout.py", "--device", "tpu"], "--device tpu: one of cpu, cuda"),
-        (["bench_rollout.py", "--model", "nowhere"], "--model nowhere: no Hugging Face folder"),
+        (["bench_rollout.py", "--model", "nowhere"], "--model nowhere: not a Hugging Face folder"),
         (["bench_rollout.py", "--python", "/no/python"], "engine.python=/no/python: cannot be run"),
     ],
 )
