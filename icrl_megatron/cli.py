@@ -127,7 +127,7 @@ def launch(
     detach: Annotated[bool, typer.Option("--detach", help="Submit, and return.")] = False,
 ) -> None:
     """Launch a recipe through NeMo-Run, on this machine or on Slurm. Non-zero unless every task succeeded."""
-    from icrl_recipes import launch as nemo
+    from icrl_megatron.launch import nemo
 
     where = nemo.Where(
         on=on,
@@ -153,7 +153,7 @@ Experiment = Annotated[str, typer.Argument(help="What `icrl launch` printed.", s
 @app.command()
 def status(experiment: Experiment) -> None:
     """Say how a launched experiment is."""
-    from icrl_recipes import launch as nemo
+    from icrl_megatron.launch import nemo
 
     raise typer.Exit(nemo.status(experiment))
 
@@ -161,7 +161,7 @@ def status(experiment: Experiment) -> None:
 @app.command()
 def logs(experiment: Experiment) -> None:
     """Print a launched experiment's logs."""
-    from icrl_recipes import launch as nemo
+    from icrl_megatron.launch import nemo
 
     raise typer.Exit(nemo.logs(experiment))
 
@@ -169,7 +169,7 @@ def logs(experiment: Experiment) -> None:
 @app.command()
 def cancel(experiment: Experiment) -> None:
     """Cancel a launched experiment."""
-    from icrl_recipes import launch as nemo
+    from icrl_megatron.launch import nemo
 
     raise typer.Exit(nemo.cancel(experiment))
 
