@@ -321,15 +321,20 @@ def env_check(
 
 @app.command()
 def recipes() -> None:
-    """List the recipes."""
+    """List the recipes, those for GPUs with their planned memory and time."""
     from rich.table import Table
 
+    from icrl_megatron.plan import planner
     from icrl_megatron.utils.console import PlainConsole
     from icrl_recipes import registry
 
     table = Table("recipe", "what it is", box=None, pad_edge=False)
     for name, recipe in registry().items():
-        table.add_row(name, (recipe.__doc__ or "").split("\n\n")[0].replace("\n    ", " "))
+        settings, about = recipe(), " ".join((recipe.__doc__ or "").split())
+        if settings.launch.device == "cuda":
+            with suppress(ConfigError):  # a model that is not here, for example
+                about += f" {planner.one_line(planner.plan(settings))}"
+        table.add_row(name, about)
     PlainConsole().print(table)
 
 
