@@ -127,7 +127,7 @@ def launch(
     detach: Annotated[bool, typer.Option("--detach", help="Submit and return.")] = False,
 ) -> None:
     """Launch a recipe through NeMo-Run, on this machine or on Slurm. Exits with 0 only if every task succeeded."""
-    from icrl_recipes import launch as nemo
+    from icrl_megatron.launch import nemo
 
     where = nemo.Where(
         on=on,
@@ -153,7 +153,7 @@ Experiment = Annotated[str, typer.Argument(help="The id that `icrl launch` print
 @app.command()
 def status(experiment: Experiment) -> None:
     """Print the status of a launched experiment."""
-    from icrl_recipes import launch as nemo
+    from icrl_megatron.launch import nemo
 
     raise typer.Exit(nemo.status(experiment))
 
@@ -161,7 +161,7 @@ def status(experiment: Experiment) -> None:
 @app.command()
 def logs(experiment: Experiment) -> None:
     """Print a launched experiment's logs."""
-    from icrl_recipes import launch as nemo
+    from icrl_megatron.launch import nemo
 
     raise typer.Exit(nemo.logs(experiment))
 
@@ -169,7 +169,7 @@ def logs(experiment: Experiment) -> None:
 @app.command()
 def cancel(experiment: Experiment) -> None:
     """Cancel a launched experiment."""
-    from icrl_recipes import launch as nemo
+    from icrl_megatron.launch import nemo
 
     raise typer.Exit(nemo.cancel(experiment))
 
@@ -323,15 +323,20 @@ def env_check(
 
 @app.command()
 def recipes() -> None:
-    """List the recipes."""
+    """List the recipes, those for GPUs with their planned memory and time."""
     from rich.table import Table
 
+    from icrl_megatron.plan import planner
     from icrl_megatron.utils.console import PlainConsole
     from icrl_recipes import registry
 
     table = Table("recipe", "what it is", box=None, pad_edge=False)
     for name, recipe in registry().items():
-        table.add_row(name, (recipe.__doc__ or "").split("\n\n")[0].replace("\n    ", " "))
+        settings, about = recipe(), " ".join((recipe.__doc__ or "").split())
+        if settings.launch.device == "cuda":
+            with suppress(ConfigError):  # a model that is not here, for example
+                about += f" {planner.one_line(planner.plan(settings))}"
+        table.add_row(name, about)
     PlainConsole().print(table)
 
 

@@ -27,19 +27,14 @@ from rich.console import Console
 from rich.table import Table
 
 from icrl_megatron.report.plots import arms_picture
+from icrl_megatron.settings import arms
 from icrl_megatron.telemetry.metrics import HELDOUT
 from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
 
 TASKS = ("rulebook_hard", "rulebook_easy", "household")
-ARMS: dict[str, tuple[str, ...]] = {
-    "icrl": (),
-    "grpo": ("rollout.rounds=1",),
-    "no calibration": ("algo.calibration.enabled=false",),
-    "no role groups": ("algo.group_by=task",),
-    "frozen critic": ("rollout.critic=frozen",),
-    "not internalised": ("algo.internalise=false",),
-}
-"""Arm -> its overrides of the task's recipe."""
+COMPARED = ("icrl", "grpo", "no_calibration", "no_role_groups", "frozen_critic", "not_internalised")
+ARMS = {name.replace("_", " "): arms.ARMS[name].changes for name in COMPARED}
+"""What each arm changes of the task's recipe, by the name in the table."""
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Two-sided 95 % quantile of Student's t by number of seeds."""
 JOB_LIMIT_S = 1800
@@ -76,8 +71,8 @@ def main(
             list(pool.map(lambda task: warm_start(runs, task), chosen))
             # ICRL first: its token count is the budget of the other arms.
             pairs = [(task, seed) for seed in range(seeds) for task in chosen]
-            for arms in (["icrl"], [arm for arm in ARMS if arm != "icrl"]):
-                jobs_left = [(task, arm, seed) for arm in arms for task, seed in pairs]
+            for group in (["icrl"], [arm for arm in ARMS if arm != "icrl"]):
+                jobs_left = [(task, arm, seed) for arm in group for task, seed in pairs]
                 for done in pool.map(lambda job: train(runs, *job), jobs_left):
                     console.print(f"{(time.monotonic() - begun) / 60:5.1f} min  {done}", highlight=False)
     results = [
@@ -120,13 +115,7 @@ def train(runs: Path, task: str, arm: str, seed: int) -> str:
         ]
         if arm != "icrl":
             budget = read(runs, task, "icrl", seed).generated_tokens
-            # Batches without a signal are not resampled: every arm pays for them.
-            overrides += [
-                f"max_generated_tokens={budget}",
-                "steps=100000",
-                "algo.on_no_signal=skip",
-                "algo.max_resamples=0",
-            ]
+            overrides += arms.at_equal_cost(budget, steps=100_000)
         run(["train", task, *overrides], where.with_suffix(".log"))
     return str(read(runs, task, arm, seed))
 

@@ -155,8 +155,7 @@ def _settings(request: EvalRequest, run: Settings | None) -> Settings:
         settings = replace(settings, tasks=replace(settings.tasks, sources=sources))
     elif run is None:
         raise ConfigError(f"{request.model} is not in a run folder, so its tasks are unknown: name some with --task")
-    pairs = [settings_module.split_override(text) for text in request.overrides]
-    return _for_evaluation(settings_module.apply_overrides(settings, pairs), request.rounds)
+    return _for_evaluation(settings_module.apply_overrides(settings, request.overrides), request.rounds)
 
 
 def _for_evaluation(settings: Settings, rounds: int) -> Settings:

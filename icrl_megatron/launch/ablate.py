@@ -21,6 +21,7 @@ from rich.table import Table
 from icrl_megatron.report.bands import Band, arm_band
 from icrl_megatron.report.final import outcome
 from icrl_megatron.settings import loading as settings_module
+from icrl_megatron.settings.arms import ARMS, at_equal_cost
 from icrl_megatron.settings.loading import SAVED_NAME
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.telemetry.metrics import EVALUATION_TOKENS
@@ -33,22 +34,6 @@ from icrl_megatron.utils.results import read_json
 
 START = "start"
 TABLE, TABLE_TEXT, TABLE_PICTURE = "ablation.json", "ablation.md", "ablation.png"
-ARMS: dict[str, tuple[str, ...]] = {
-    "icrl": (),
-    "grpo": ("rollout.rounds=1", "algo.calibration.enabled=false"),
-    "critique_grpo": (
-        *("rollout.critic=frozen", "algo.group_by=task_role", "algo.calibration.enabled=false"),
-        *("algo.normalise_std=false", "algo.shaping_gamma=0.1", "algo.revisions_per_task=1"),
-        "algo.loss_normalisation=token_mean",
-    ),
-    "frozen_critic": ("rollout.critic=frozen",),
-    "no_calibration": ("algo.calibration.enabled=false",),
-    "no_role_groups": ("algo.group_by=task",),
-    "not_internalised": ("algo.internalise=false",),
-    "recomputed": ("algo.calibration.denominator=recomputed",),
-    "reference": ("algo.preset=reference",),
-}
-"""What each arm changes of the recipe; docs/BASELINES.md says why."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +74,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Arm:
+class ArmResult:
     """One row of the table."""
 
     arm: str
@@ -121,7 +106,7 @@ def parse(recipe: str, arms: str, seeds: str, out: Path, overrides: Sequence[str
     except ValueError as error:
         raise ConfigError(f"--seeds={seeds}: write whole numbers with commas, e.g. 0,1,2") from error
     for arm in chosen:  # before anything runs
-        settings_module.load(recipe, [*overrides, *ARMS[arm]])
+        settings_module.load(recipe, [*overrides, *ARMS[arm].changes])
     _check_out(out)
     # Absolute: a run that goes on must not find itself in another place than where a job began it.
     return AblationPlan(recipe, chosen, numbers, out.resolve(), tuple(overrides), budget_of)
@@ -171,16 +156,14 @@ def cell_words(plan: AblationPlan, arm: str, seed: int) -> list[str]:
     folder = _shared_start(plan)
     model = [] if folder is None else [f"model.path={folder / 'warm_start' / 'hf'}"]
     fixed = [f"run_dir={plan.folder(arm, seed)}", f"name={arm}", f"seed={seed}", *model]
-    changes = [*plan.overrides, *fixed, "warm_start.steps=0", "baseline=", *ARMS[arm]]
+    changes = [*plan.overrides, *fixed, "warm_start.steps=0", "baseline=", *ARMS[arm].changes]
     if plan.budget_of and arm != plan.budget_of:
         if not finished(plan.folder(plan.budget_of, seed)):
             raise ConfigError(
                 f"arm {plan.budget_of!r} with seed {seed} sets the budget and is not finished: run it first"
             )
         rows = read_rows(plan.folder(plan.budget_of, seed) / METRICS_FILE)
-        changes += [f"max_generated_tokens={int(rows[-1]['tokens/generated_total'])}", "steps=1000000"]
-        # An arm that finds nothing pays for it like any other.
-        changes += ["algo.on_no_signal=skip", "algo.max_resamples=0"]
+        changes += at_equal_cost(int(rows[-1]["tokens/generated_total"]), steps=1_000_000)
     return ["train", plan.recipe, *changes]
 
 
@@ -196,7 +179,7 @@ def _icrl(arguments: list[str]) -> int:
     return subprocess.run([sys.executable, "-m", "icrl_megatron.cli", *arguments], check=False).returncode
 
 
-def results(plan: AblationPlan) -> list[Arm]:
+def results(plan: AblationPlan) -> list[ArmResult]:
     """The rows of the arms that have finished cells."""
     found = []
     for arm in plan.arms:
@@ -206,10 +189,10 @@ def results(plan: AblationPlan) -> list[Arm]:
     return found
 
 
-def _arm(plan: AblationPlan, arm: str, seeds: Sequence[int]) -> Arm:
+def _arm(plan: AblationPlan, arm: str, seeds: Sequence[int]) -> ArmResult:
     cells = tuple(_cell(plan.folder(arm, seed), seed) for seed in seeds)
     lengths = [cell.critique_tokens for cell in cells if cell.critique_tokens is not None]
-    return Arm(
+    return ArmResult(
         arm=arm,
         seeds=len(cells),
         success=paired_difference(np.asarray([cell.success for cell in cells], dtype=np.float64)),
@@ -241,7 +224,7 @@ def _settings(folder: Path) -> Settings:
     return settings_module.load_saved(folder / SAVED_NAME)
 
 
-def tables(arms: Sequence[Arm]) -> list[Table]:
+def tables(arms: Sequence[ArmResult]) -> list[Table]:
     """For a terminal of 80 columns: the arms, and where there are several task sets, each arm's success on each."""
     shown = Table(
         title="Held-out success without a critique, % [95 % over seeds]",
@@ -273,12 +256,12 @@ def _short(tokens: float) -> str:
     return f"{tokens / 1e6:.2f}M" if tokens >= 1e6 else f"{tokens:,.0f}"
 
 
-def _share(arm: Arm) -> str:
+def _share(arm: ArmResult) -> str:
     interval = f" [{100 * arm.success.low:.1f}, {100 * arm.success.high:.1f}]" if arm.seeds > 1 else ""
     return f"{100 * arm.success.mean:.1f}{interval}"
 
 
-def write(plan: AblationPlan, arms: Sequence[Arm]) -> None:
+def write(plan: AblationPlan, arms: Sequence[ArmResult]) -> None:
     """ablation.json, ablation.md and ablation.png in the plan's folder."""
     from icrl_megatron.report.plots import arms_picture
 

@@ -20,8 +20,9 @@ from icrl_megatron.launch.torchrun import launch
 from icrl_megatron.run import resume, start
 from icrl_megatron.run.files import BASELINE, EXPORT, WARM_START
 from icrl_megatron.settings import loading as settings_module
+from icrl_megatron.settings.arms import ARMS, at_equal_cost
 from icrl_megatron.settings.loading import run_folder
-from icrl_megatron.settings.schema import Calibration, ModelSettings, Settings
+from icrl_megatron.settings.schema import ModelSettings, Settings
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.files import locked
 
@@ -104,20 +105,18 @@ def _training(settings: Settings, folder: Path) -> Settings:
 
 
 def _baseline(settings: Settings, folder: Path) -> Settings:
-    """Settings of plain GRPO (one attempt, no critic) from the same start, with the same number of generated tokens."""
+    """The arm `settings.baseline` from the same start, with the same number of generated tokens."""
     from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
 
     spent = int(read_rows(folder / METRICS_FILE)[-1]["tokens/generated_total"])
-    return replace(
+    same_start = replace(
         _training(settings, folder),
         name=f"{settings.name}_{settings.baseline}",
         run_dir=str(folder / BASELINE.format(settings.baseline)),
-        steps=100 * settings.steps,
-        max_generated_tokens=spent,
-        rollout=replace(settings.rollout, rounds=1),
-        algo=replace(settings.algo, calibration=Calibration(enabled=False), on_no_signal="skip", max_resamples=0),
         eval=replace(settings.eval, control_problems=0),
     )
+    changes = (*ARMS[settings.baseline].changes, *at_equal_cost(spent, 100 * settings.steps))
+    return settings_module.apply_overrides(same_start, changes)
 
 
 def _phase(module: str, settings: Settings, folder: Path) -> int:

@@ -147,7 +147,7 @@ def cheapest_change(found: Plan, settings: Settings) -> str:
 
 
 def one_line(found: Plan) -> str:
-    """What a recipe's docstring says of its plan."""
+    """What `icrl recipes` prints about a plan."""
     held = found.memory
     return (
         f"Planned: {held.phases['train'] / GIB:.0f} GiB of a GPU in training, {held.engine.cache / GIB:.0f} GiB of "

@@ -20,6 +20,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from icrl_megatron.settings.presets import apply_preset
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.files import write_atomically
@@ -36,17 +37,9 @@ _REFUSED = ("top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty"
 def load(recipe: str, overrides: Sequence[str] = ()) -> Settings:
     """The settings of a recipe with overrides such as "optim.learning_rate=1e-5" or "tasks.sources.0.weight=2".
 
-    `algo.preset=...` is applied before all others, so that an explicit value wins over the preset's.
     Raises ConfigError on an unknown recipe or setting (with the nearest valid name) and on a value of a wrong type.
     """
-    settings = from_recipe(recipe)
-    pairs = [split_override(override) for override in overrides]
-    for key, raw in pairs:
-        if key == "algo.preset":
-            from icrl_megatron.settings.presets import apply_preset  # numpy: only where it is asked for
-
-            settings.algo = apply_preset(settings.algo, raw)
-    return apply_overrides(settings, pairs)
+    return apply_overrides(from_recipe(recipe), overrides)
 
 
 def from_recipe(recipe: str) -> Settings:
@@ -61,8 +54,13 @@ def from_recipe(recipe: str) -> Settings:
     raise ConfigError(f"unknown recipe {recipe!r}: {hint} (`icrl recipes` lists them)")
 
 
-def apply_overrides(settings: Settings, pairs: Sequence[tuple[str, str]]) -> Settings:
-    """A copy of `settings` with (dotted name, text) pairs merged in, in order. Raises ConfigError as `load` does."""
+def apply_overrides(settings: Settings, overrides: Sequence[str]) -> Settings:
+    """A copy of `settings` with the overrides merged in, in order; `algo.preset=...` comes before all others, so an
+    explicit value replaces the preset's. Raises ConfigError as `load` does."""
+    pairs = [_split(override) for override in overrides]
+    for key, raw in pairs:
+        if key == "algo.preset":
+            settings = dataclasses.replace(settings, algo=apply_preset(settings.algo, raw))
     config: DictConfig = OmegaConf.structured(settings)
     for key, raw in pairs:
         config = _merge(config, key, raw)
@@ -130,7 +128,7 @@ def changed(one: Settings, other: Settings) -> dict[str, tuple[object, object]]:
     return {name: (left.get(name), right.get(name)) for name in names if left.get(name) != right.get(name)}
 
 
-def split_override(override: str) -> tuple[str, str]:
+def _split(override: str) -> tuple[str, str]:
     """ "steps=100" -> ("steps", "100"). Raises ConfigError on text that is no override."""
     key, equals, raw = override.partition("=")
     if not equals or not key.strip():

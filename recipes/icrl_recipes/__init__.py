@@ -1,23 +1,21 @@
-"""Recipes: plain functions that return `Settings`. What one adds, `icrl recipes` lists and `icrl train NAME` runs."""
+"""Recipes: functions that return `Settings`. `icrl recipes` lists them and `icrl train NAME` runs one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from inspect import getmembers, isfunction
-from types import ModuleType
+from collections.abc import Callable
+from inspect import isfunction
+from typing import Any
 
 from icrl_megatron.settings.schema import Settings
 
 
 def registry() -> dict[str, Callable[[], Settings]]:
-    """Name -> function, in the order in which they are listed. Imports no torch, and nothing of NeMo-Run."""
-    from icrl_recipes import ablations, baselines, paper, scale, tiny
+    """Name -> function, in the order of the list: the public functions of `tiny`, then the table of `qwen3`.
 
-    modules = (tiny, paper, scale, baselines, ablations)
-    return {function.__name__: function for module in modules for function in _public(module)}
+    Imports neither torch nor NeMo-Run.
+    """
+    from icrl_recipes import qwen3, tiny
 
-
-def _public(module: ModuleType) -> Iterator[Callable[[], Settings]]:
-    """The recipes that a module defines, in the order of its lines."""
-    own = [f for name, f in getmembers(module, isfunction) if f.__module__ == module.__name__ and name[0] != "_"]
-    yield from sorted(own, key=lambda function: function.__code__.co_firstlineno)
+    functions = {name: value for name, value in vars(tiny).items() if isfunction(value) and name[0] != "_"}
+    own: dict[str, Any] = {name: value for name, value in functions.items() if value.__module__ == tiny.__name__}
+    return own | {recipe.__name__: recipe for recipe in qwen3.RECIPES}

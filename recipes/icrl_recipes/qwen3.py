@@ -1,14 +1,18 @@
-"""What the Qwen3 recipes share: the hyper-parameters of ICRL's published training code (arXiv 2605.15224), on H100s.
+"""The Qwen3 recipes for H100s as a table: the paper's runs and baselines (arXiv 2605.15224), larger runs, ablations.
 
-The model is a folder in Hugging Face's layout; a recipe names models/Qwen3-8B under the working directory, and
-`model.path=/elsewhere/Qwen3-8B` another. Planned figures are `icrl plan`'s: predicted, not measured (docs/PLANNER.md).
+Each row is `icrl(...)`, with the hyper-parameters of ICRL's published training code, and a few changes. The model is a
+folder in Hugging Face's layout: models/Qwen3-8B under the working directory, or `model.path=/elsewhere/Qwen3-8B`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from icrl_megatron.settings.arms import ARMS
+from icrl_megatron.settings.loading import apply_overrides
 from icrl_megatron.settings.schema import (
     ActorSettings,
-    Calibration,
     EngineSettings,
     LaunchSettings,
     ModelSettings,
@@ -61,7 +65,7 @@ def icrl(name: str, size: str, task: str, gpus: int) -> Settings:
             tensor_parallel=2,
             sequence_parallel=True,
             recompute="full",
-            offload="all",  # beside the actor's whole state an engine's 0.7 of a GPU has no room
+            offload="all",  # the engine takes 0.7 of a GPU; the actor's whole state does not fit beside it
             precision="bf16",
             micro_batch_tokens=16384,
         ),
@@ -70,21 +74,127 @@ def icrl(name: str, size: str, task: str, gpus: int) -> Settings:
     )
 
 
-def grpo(name: str, size: str, task: str, gpus: int) -> Settings:
-    """One attempt a task and no critic: everything else as `icrl`."""
-    settings = icrl(name, size, task, gpus)
-    settings.rollout.rounds = 1
-    settings.algo.calibration = Calibration(enabled=False)
-    return settings
+Run = tuple[str, str, int]
+"""Model size, task and number of H100s."""
 
 
-def critique_grpo(name: str, size: str, task: str, gpus: int) -> Settings:
-    """A critic that is never trained, whose revisions enter the solver's group and are shaped (docs/BASELINES.md)."""
-    settings = icrl(name, size, task, gpus)
-    settings.rollout.critic = "frozen"
-    settings.algo.calibration = Calibration(enabled=False)
-    settings.algo.normalise_std = False
-    settings.algo.shaping_gamma = 0.1
-    settings.algo.revisions_per_task = 1
-    settings.algo.loss_normalisation = "token_mean"
-    return settings
+def _recipe(name: str, about: str, run: Run, *changes: str) -> Callable[[], Settings]:
+    """A row of the table: a function of this name with a docstring."""
+
+    def make() -> Settings:
+        return apply_overrides(icrl(name, *run), changes)
+
+    make.__name__, make.__doc__ = name, about
+    return make
+
+
+PAPER_RUNS: tuple[Run, ...] = (
+    *(("4B", "alfworld", 2), ("8B", "alfworld", 4), ("4B", "webshop", 2), ("8B", "webshop", 4)),
+    *(("4B", "searchqa", 4), ("8B", "searchqa", 8), ("8B", "math", 4)),
+)
+TITLES = {"alfworld": "ALFWorld", "webshop": "WebShop", "searchqa": "SearchQA"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of the paper's result tables."""
+
+    name: str
+    """Its recipes are called <name>_<size>_<task>_<GPUs>xh100."""
+    arm: str
+    agentic: str
+    """About an agentic run; {average} is the paper's mean over the three agentic tasks."""
+    averages: dict[str, float]
+    """By model size, in %."""
+    mathematics: str
+    """About the run on mathematics."""
+
+    def recipes(self) -> list[Callable[[], Settings]]:
+        made = []
+        for run in PAPER_RUNS:
+            size, task, gpus = run
+            agentic = self.agentic.format(size=size, task=TITLES.get(task), average=self.averages[size])
+            about = f"{self.mathematics if task == 'math' else agentic} {gpus} H100."
+            name = f"{self.name}_{size.lower()}_{task}_{gpus}xh100"
+            made.append(_recipe(name, about, run, *ARMS[self.arm].changes))
+        return made
+
+
+ICRL = Method(
+    "qwen3",
+    "icrl",
+    "ICRL's Qwen3-{size} on {task}, one of the three behind the paper's agentic average of {average}.",
+    {"4B": 57.0, "8B": 57.8},
+    "ICRL's Qwen3-8B on mathematics: 75.3 on average over MATH500, Minerva, OlympiadBench, AIME24 and AMC23 in the "
+    "paper, 65.1 on AIME24.",
+)
+GRPO = Method(
+    "grpo",
+    "grpo",
+    "GRPO on {task} with Qwen3-{size}: one of the three behind the paper's agentic average of {average}.",
+    {"4B": 49.2, "8B": 52.8},
+    "GRPO on mathematics with Qwen3-8B: 68.3 on average over five sets in the paper.",
+)
+CRITIQUE_GRPO = Method(
+    "critique_grpo",
+    "critique_grpo",
+    "Critique-GRPO on {task} with Qwen3-{size}: one of the three behind the paper's agentic average of {average}.",
+    {"4B": 55.9, "8B": 56.6},
+    "Critique-GRPO on mathematics with Qwen3-8B: 73.3 on average over five sets in the paper.",
+)
+
+# The local engine leaves the actor's state enough memory, so nothing is offloaded.
+ON_LOCAL_ENGINE = ("engine.kind=local", "engine.tensor_parallel=1", "actor.offload=none")
+LARGER_AND_FIRST_RUNS = (
+    _recipe(
+        "qwen3_8b_math_8xh100_fp8",
+        "The mathematics run on a whole node with FP8 products (blockwise scaling); reproduces nothing yet. 8 H100.",
+        ("8B", "math", 8),
+        "actor.fp8=blockwise",
+    ),
+    _recipe(
+        "qwen3_8b_2nodes",
+        "The 8B ALFWorld run with twice the tasks a step, data parallel over two nodes. 16 H100.",
+        ("8B", "alfworld", 16),
+        "rollout.tasks_per_step=32",
+    ),
+    _recipe(
+        "qwen3_32b_4nodes",
+        "Qwen3-32B on ALFWorld, a size that the paper does not train: TP 8, engines of 8. 32 H100.",
+        ("32B", "alfworld", 32),
+        *("rollout.tasks_per_step=32", "actor.tensor_parallel=8", "engine.tensor_parallel=8"),
+    ),
+    _recipe(
+        "qwen3_4b",
+        "Qwen3-4B on the embedded Household with the local engine: a first run on 2 H100 that needs only the model.",
+        ("4B", "household", 2),
+        *ON_LOCAL_ENGINE,
+    ),
+    _recipe(
+        "qwen3_8b",
+        "Qwen3-8B on the embedded Household with the local engine: a first run on 4 H100 that needs only the model.",
+        ("8B", "household", 4),
+        *ON_LOCAL_ENGINE,
+    ),
+)
+
+ABLATIONS = {
+    "ablation_no_role_groups": "no_role_groups",
+    "ablation_no_calibration": "no_calibration",
+    "ablation_frozen_critic": "frozen_critic",
+    "ablation_not_internalised": "not_internalised",
+    "ablation_recomputed_denominator": "recomputed",
+    "reference_preset": "reference",
+}
+"""Recipe -> its arm, on the 8B ALFWorld run."""
+
+RECIPES: tuple[Callable[[], Settings], ...] = (
+    *ICRL.recipes(),
+    *LARGER_AND_FIRST_RUNS,
+    *GRPO.recipes(),
+    *CRITIQUE_GRPO.recipes(),
+    *(
+        _recipe(name, f"{ARMS[arm].about} 4 H100.", ("8B", "alfworld", 4), *ARMS[arm].changes)
+        for name, arm in ABLATIONS.items()
+    ),
+)

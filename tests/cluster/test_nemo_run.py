@@ -221,9 +221,9 @@ def normalised(output: str, cluster: Cluster, model: Path) -> str:
 
 def test_factories_wrap_the_same_settings(nemo: str, cluster: Cluster) -> None:
     code = (
-        "from icrl_recipes import launch, registry; import nemo_run as run; "
-        "assert launch.register_factories() == list(registry()); "
-        f"task = launch.partial('{RECIPE}', ['steps=3']); assert isinstance(task, run.Partial); "
+        "from icrl_megatron.launch import nemo; from icrl_recipes import registry; import nemo_run as run; "
+        "assert nemo.register_factories() == list(registry()); "
+        f"task = nemo.partial('{RECIPE}', ['steps=3']); assert isinstance(task, run.Partial); "
         f"assert (task.recipe, task.overrides) == ('{RECIPE}', ['steps=3'])"
     )
     done = cluster.run(nemo, "-c", code, timeout_s=120)

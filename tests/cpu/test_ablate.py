@@ -11,9 +11,11 @@ import pytest
 from rich.console import Console
 from whole_runs import SMALL, WARM_START, icrl
 
-from icrl_megatron.launch.ablate import ARMS, Arm, Cell, parse, tables
+from icrl_megatron.launch import phases
+from icrl_megatron.launch.ablate import ArmResult, Cell, parse, tables
 from icrl_megatron.report.bands import band
 from icrl_megatron.settings import loading as settings
+from icrl_megatron.settings.arms import ARMS, at_equal_cost
 from icrl_megatron.telemetry.writer import read_rows
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.intervals import Difference
@@ -23,11 +25,21 @@ OUT = Path("nowhere")
 
 def test_every_arm_is_settings_that_every_recipe_takes_and_the_guide_explains() -> None:
     guide = (Path(__file__).parents[2] / "docs" / "BASELINES.md").read_text()
-    for arm, changes in ARMS.items():
-        assert f"| `{arm}` |" in guide
+    for name, arm in ARMS.items():
+        assert f"| `{name}` |" in guide
         for recipe in ("rulebook_hard", "qwen3_8b"):
-            loaded = settings.load(recipe, changes)
-            assert (loaded != settings.load(recipe)) == (arm != "icrl")
+            loaded = settings.load(recipe, arm.changes)
+            assert (loaded != settings.load(recipe)) == (name != "icrl")
+
+
+def test_the_baseline_of_a_run_is_the_arm_at_equal_cost(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "tokens/generated_total": 1234}\n')
+    run = settings.load("rulebook_easy", ["baseline=grpo", f"run_dir={tmp_path}", "steps=7"])
+    made = phases._baseline(run, tmp_path)
+    arm = settings.apply_overrides(run, [*ARMS["grpo"].changes, *at_equal_cost(1234, 700)])
+    differing = {name.partition(".")[0] for name in settings.changed(arm, made)}
+    assert differing == {"name", "run_dir", "model", "eval"}
+    assert (made.rollout.rounds, made.max_generated_tokens, made.steps) == (1, 1234, 700)
 
 
 def test_cells_begin_with_the_arm_that_sets_the_budget() -> None:
@@ -101,7 +113,8 @@ def test_two_arms_run_stop_and_go_on(tmp_path: Path) -> None:
 def test_the_tables_fit_a_terminal_of_80_columns() -> None:
     tasks = ("rulebook_hard", "household", "searchqa")
     cell = Cell(0, 1.0, dict.fromkeys(tasks, 1.0), 123_456_789, 5, 1_000_000, 99.0)
-    row = Arm("not_internalised", 5, Difference(1.0, 1.0, 1.0), cell.by_task, 123_456_789, 1e6, 99.0, band([]), (cell,))
+    success = Difference(1.0, 1.0, 1.0)
+    row = ArmResult("not_internalised", 5, success, cell.by_task, 123_456_789, 1e6, 99.0, band([]), (cell,))
     shown = tables([row, row])
     assert all(Console(width=400).measure(one).maximum <= 80 for one in shown)
     console = Console(width=80, file=io.StringIO())

@@ -1,4 +1,4 @@
-"""What srun is told about a container: by slurm/container.sh for sbatch's jobs, by icrl_recipes for NeMo-Run's.
+"""What srun is told about a container: by slurm/container.sh for sbatch's jobs, by launch/container.py for NeMo-Run's.
 
 With the real pyxis and enroot it is tested in tests/cluster.
 """
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from icrl_recipes import container, launch
-from icrl_recipes.launch import Where
+from icrl_megatron.launch import container, nemo
+from icrl_megatron.launch.nemo import Where
 
 Done = subprocess.CompletedProcess[str]
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +78,7 @@ def test_an_image_that_is_a_file_has_its_whole_path(tmp_path: Path) -> None:
 def test_mounts_bring_model_and_run_folder(tmp_path: Path) -> None:
     home, models = tmp_path / "home", tmp_path / "models" / "tiny"
     models.mkdir(parents=True)
-    settings = launch.resolve("quickstart", [f"run_dir={tmp_path}/runs/new"], Where())
+    settings = nemo.resolve("quickstart", [f"run_dir={tmp_path}/runs/new"], Where())
     found = container.mounts(home, ["/a:/b:ro"], settings)
     assert found == [f"{home}:{home}", "/a:/b:ro", f"{tmp_path}:{tmp_path}"]
     settings.model.path = "/opt/model"  # perhaps the image's own

@@ -17,9 +17,9 @@ from whole_runs import Ended, batch, icrl, rows, train
 
 from icrl_megatron import loop
 from icrl_megatron.distributed.process import StopRequest
-from icrl_megatron.launch.ablate import ARMS
 from icrl_megatron.run import state as state_module
 from icrl_megatron.run.evaluator import NoEvaluator
+from icrl_megatron.settings.arms import ARMS
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.telemetry.dumps import dump_path, read_episodes
 from icrl_megatron.telemetry.writer import Row, read_rows
@@ -42,7 +42,7 @@ VARIANTS: dict[str, list[str]] = {
     "kl": ["algo.kl_coef=0.1", "optim.learning_rate=0.01"],
     "two_updates": ["algo.updates_per_step=2"],
     "corrected": ["algo.mismatch_correction.enabled=true"],
-    "critique_grpo": list(ARMS["critique_grpo"]),
+    "critique_grpo": list(ARMS["critique_grpo"].changes),
     "token_mean": ["algo.loss_normalisation=token_mean"],
     "all_resampled": ["algo.max_resamples=2", "tasks.sources=[{name: flat}]"],
     "no_signal": ["algo.on_no_signal=error", "algo.max_resamples=1", "tasks.sources=[{name: flat}]"],

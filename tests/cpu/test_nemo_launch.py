@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from icrl_megatron.launch import nemo
+from icrl_megatron.launch.nemo import Where
 from icrl_megatron.utils.errors import ConfigError
-from icrl_recipes import launch
-from icrl_recipes.launch import Where
 
 
 def tunnel() -> Where:
@@ -24,7 +24,7 @@ def in_image(image: str) -> Where:
 
 def test_neither_recipes_nor_ranks_import_nemo_run() -> None:
     code = (
-        "import sys, icrl_recipes.launch, icrl_recipes; icrl_recipes.registry(); "
+        "import sys, icrl_megatron.launch.nemo, icrl_recipes; icrl_recipes.registry(); "
         "assert 'nemo_run' not in sys.modules and 'torch' not in sys.modules; "
         "import icrl_megatron.launch.phases, icrl_megatron.launch.rank; assert 'nemo_run' not in sys.modules"
     )
@@ -51,14 +51,14 @@ def test_neither_recipes_nor_ranks_import_nemo_run() -> None:
 )
 def test_what_is_wrong_is_said_at_once(where: Where, recipe: str, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        launch.resolve(recipe, overrides, where)
+        nemo.resolve(recipe, overrides, where)
     assert message in str(caught.value)
 
 
 def test_a_tunnel_does_not_look_for_the_model_here() -> None:
     where = tunnel()
-    settings = launch.resolve("qwen3_8b_alfworld_4xh100", ["model.path=/only/there"], where)
-    env = launch.environment(where, settings)
+    settings = nemo.resolve("qwen3_8b_alfworld_4xh100", ["model.path=/only/there"], where)
+    env = nemo.environment(where, settings)
     assert env["ICRL_HOME"] == "/home/me/icrl"
     assert env["ICRL_PYTHON"] == "python3"
     assert env["ICRL_RANKS_PER_NODE"] == "4"
@@ -67,12 +67,12 @@ def test_a_tunnel_does_not_look_for_the_model_here() -> None:
 def test_the_number_of_ranks_does_not_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.chdir(tmp_path)
-    launch.resolve("quickstart", [], Where())
-    assert "WORLD_SIZE" not in launch.os.environ
+    nemo.resolve("quickstart", [], Where())
+    assert "WORLD_SIZE" not in nemo.os.environ
 
 
 @pytest.mark.skipif(importlib.util.find_spec("nemo_run") is not None, reason="NeMo-Run is installed here")
 def test_without_nemo_run_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="make install-nemo"):
-        launch.launch("quickstart", [], Where())
+        nemo.launch("quickstart", [], Where())

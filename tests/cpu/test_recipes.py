@@ -1,4 +1,4 @@
-"""Every recipe: resolved, saved and read back, validated, planned, and described as it is planned."""
+"""Every recipe: resolved, saved and read back, validated, planned, and listed with its plan."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from model_folders import write_sparse
 
+from icrl_megatron import cli
 from icrl_megatron.engines import sglang_kind
 from icrl_megatron.plan import planner
 from icrl_megatron.plan.models import shape_of
@@ -96,10 +97,21 @@ def test_recipe_is_planned_and_fits(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ON_GPUS)
-def test_docstring_says_what_is_planned(name: str) -> None:
-    text = " ".join((registry()[name].__doc__ or "").split())
-    assert "H100" in text
-    assert planner.one_line(planner.plan(settings_module.load(name))) in text
+def test_docstring_says_how_many_gpus(name: str) -> None:
+    assert f" {planner.ranks(settings_module.load(name))} H100" in (registry()[name].__doc__ or "")
+
+
+def test_recipes_are_listed_with_what_they_are_and_their_plan(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "400")
+    cli.recipes()
+    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
+    assert tuple(listed) == RECIPES
+    for name in RECIPES:
+        planned = f" {planner.one_line(planner.plan(settings_module.load(name)))}" if name in ON_GPUS else ""
+        assert listed[name].strip() == " ".join((registry()[name].__doc__ or "").split()) + planned
 
 
 def test_names_say_how_many_gpus() -> None:

@@ -13,9 +13,9 @@ from icrl_kernels import Streams, Terms
 from icrl_kernels.objective import token_objective
 from icrl_megatron.algo.credit import credit
 from icrl_megatron.algo.samples import to_samples
-from icrl_megatron.launch.ablate import ARMS
 from icrl_megatron.run.checks import _check_algo
 from icrl_megatron.settings import loading as settings
+from icrl_megatron.settings.arms import ARMS
 from icrl_megatron.settings.schema import AlgoSettings, Calibration
 from icrl_megatron.types import Attempt, Completion, Critique, Episode, Task, Turn
 from icrl_megatron.utils.errors import ConfigError
@@ -86,7 +86,7 @@ def episode(index: int, outcomes: list[float]) -> Episode:
 
 
 def test_revisions_are_shaped_and_share_the_solver_s_group_without_its_deviation() -> None:
-    algo = settings.load("rulebook_hard", ARMS["critique_grpo"]).algo
+    algo = settings.load("rulebook_hard", ARMS["critique_grpo"].changes).algo
     assert (algo.shaping_gamma, algo.calibration.enabled, algo.normalise_std) == (0.1, False, False)
     episodes = [episode(0, [0.0, 1.0]), episode(1, [0.5])]
     samples = {s.sample_id.split("#")[1]: s for s in credit(episodes, algo, train_critic=False).samples}
@@ -106,7 +106,7 @@ def test_revisions_are_shaped_and_share_the_solver_s_group_without_its_deviation
 
 def test_the_best_revision_of_a_task_is_trained_beside_all_attempts() -> None:
     episodes = [episode(0, [0.0, 0.2]), episode(1, [0.0, 1.0]), episode(2, [0.5, 1.0]), episode(3, [1.0])]
-    algo = settings.load("rulebook_hard", ARMS["critique_grpo"]).algo
+    algo = settings.load("rulebook_hard", ARMS["critique_grpo"].changes).algo
     report = credit(episodes, algo, train_critic=False)
     names = [s.sample_id.split("#")[1] for s in report.samples]
     assert names == ["0/0/attempt", "1/0/attempt", "1/1/revision", "2/0/attempt", "3/0/attempt"]
@@ -120,6 +120,6 @@ def test_the_best_revision_of_a_task_is_trained_beside_all_attempts() -> None:
 
 @pytest.mark.parametrize("wrong", ["algo.calibration.enabled=true", "algo.internalise=false"])
 def test_it_takes_the_place_of_the_calibration_weight(wrong: str) -> None:
-    loaded = settings.load("rulebook_hard", [*ARMS["critique_grpo"], wrong])
+    loaded = settings.load("rulebook_hard", [*ARMS["critique_grpo"].changes, wrong])
     with pytest.raises(ConfigError, match=r"algo\.shaping_gamma=0\.1 replaces the calibration weight"):
         _check_algo(loaded.algo, loaded)

@@ -1,4 +1,4 @@
-"""What NeMo-Run is told where a launch runs in a container (pyxis and enroot); slurm/container.sh is for sbatch."""
+"""Options for NeMo-Run when a launch runs in a container (pyxis and enroot); slurm/container.sh is for sbatch."""
 
 from __future__ import annotations
 

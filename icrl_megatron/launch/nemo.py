@@ -1,7 +1,8 @@
-"""NeMo-Run on top of the same step: `icrl launch RECIPE --on local|slurm`, and factories for users of NeMo's recipes.
+"""`icrl launch RECIPE --on local|slurm` through NeMo-Run, and factories for users of NeMo's recipes.
 
-Both executors run slurm/step.sh with a recipe's name and overrides, so that every launcher resolves the same settings.
-Importing this module imports no nemo_run; its functions do (5 to 13 s), and say how to install it where it is missing.
+Both executors run slurm/step.sh with a recipe's name and overrides, so every launcher resolves the same settings.
+Importing this module does not import nemo_run. Its functions do (5 to 13 s), and raise ConfigError with the command
+that installs it if it is missing.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from icrl_megatron.launch import container
 from icrl_megatron.run import checks as validate
 from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.utils.errors import ConfigError
-from icrl_recipes import container
 
 HOME = Path(os.environ.get("ICRL_HOME", Path.cwd()))
 """The checkout that holds slurm/; runs write below it."""
