@@ -58,6 +58,18 @@ class Completion:
     older: tuple[tuple[int, int], ...] = ()
     """(version, tokens) of the leading tokens, if an interrupted reply started under older weights."""
 
+    def first(self, count: int) -> Completion:
+        """The first `count` tokens, and the versions that generated them."""
+        older, left, newest = list[tuple[int, int]](), count, self.weight_version
+        for version, tokens in self.older:
+            if left <= tokens:
+                newest = version
+                break
+            older.append((version, tokens))
+            left -= tokens
+        ids, logprobs = self.ids[:count], self.logprobs[:count]
+        return Completion(ids, logprobs, self.finish_reason, newest, tuple(older))
+
     @staticmethod
     def parse(fields: Mapping[str, Any]) -> Completion:
         """Inverse of `vars`, after a round trip through JSON."""

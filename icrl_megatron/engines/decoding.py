@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from icrl_megatron.engines.protocol import EngineError, Sampling
+from icrl_megatron.engines.stop_texts import StopRows, StopTexts
 from icrl_megatron.types import FinishReason, Ids
 
 PREFILL_TOKENS = 16384
@@ -29,6 +30,8 @@ _GROWTH = 32
 class Request:
     prompt: Ids
     sampling: Sampling
+    stop: StopTexts | None = None
+    """`sampling.stop` for the model's tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Decoding:
         widest = max(len(s.stop_ids) for s in samplings)
         stops = [(*s.stop_ids, *[-1] * (widest - len(s.stop_ids))) for s in samplings]
         self._stop_RS = torch.tensor(stops, dtype=torch.long, device=device).view(len(requests), widest)
+        self._stop_rows = StopRows([r.stop for r in requests], device)
         self._limit_R = torch.tensor([s.max_new_tokens for s in samplings], device=device)
         self._index_R = torch.arange(len(requests), device=device)
         self._alive_R = torch.ones(len(requests), dtype=torch.bool, device=device)
@@ -139,6 +143,7 @@ class Decoding:
         self._logprobs_NR[self._done] = logprobs_R
         self._done += 1
         stopped_R = (self._tokens_R[:, None] == self._stop_RS).any(1)
+        stopped_R |= self._stop_rows.ended(self._tokens_R, self._ids_NR[: self._done], self._alive_R)
         ended_R = (stopped_R | (self._limit_R <= self._done)) & self._alive_R
         ended = ended_R.nonzero().flatten().tolist()
         return self._finish(ended, ended_R, stopped_R) if ended else []
@@ -232,6 +237,7 @@ class Decoding:
             layer.select(keep)
         assert self._tokens_R is not None
         self._tokens_R, self._stop_RS = self._tokens_R[keep], self._stop_RS[keep]
+        self._stop_rows.select(keep)
         self._limit_R, self._index_R, self._alive_R = self._limit_R[keep], self._index_R[keep], self._alive_R[keep]
         self._temperature_R1, self._position_R1 = self._temperature_R1[keep], self._position_R1[keep]
         self._mask_R11C = self._mask_R11C[keep]

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from icrl_megatron.engines.decoding import Decoding, Finished, Request
 from icrl_megatron.engines.protocol import EngineError, Sampling
+from icrl_megatron.engines.stop_texts import StopTexts
 from icrl_megatron.model.shape import ModelShape, locate_weights
 from icrl_megatron.settings.schema import EngineSettings
 from icrl_megatron.types import Completion, Ids
@@ -49,7 +50,8 @@ class LocalEngine:
     ) -> None:
         """`weights`: False for a folder with only a configuration and a tokenizer; requests are then refused until a
         complete update has arrived."""
-        self._settings = settings
+        self._settings, self._folder = settings, Path(model_dir)
+        self._stop_texts: dict[tuple[str, ...], StopTexts] = {}
         self._device = torch.device(device)
         shape = ModelShape.read(Path(model_dir))
         model = _load(Path(model_dir), shape, dtype) if weights else _build(Path(model_dir), dtype)
@@ -145,7 +147,14 @@ class LocalEngine:
             raise EngineError(f"A prompt is empty or has ids outside 0..{self._vocabulary - 1}: check the tokenizer.")
         if sampling.max_new_tokens < 1 or sampling.temperature < 0:
             raise EngineError(f"max_new_tokens must be at least 1 and temperature at least 0, not {sampling}.")
-        return Request(prompt, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)))
+        stop = self._stops(sampling.stop) if sampling.stop else None
+        return Request(prompt, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)), stop)
+
+    def _stops(self, texts: tuple[str, ...]) -> StopTexts:
+        if texts not in self._stop_texts:
+            tokenizer = AutoTokenizer.from_pretrained(self._folder)
+            self._stop_texts[texts] = StopTexts(tokenizer, texts, self._vocabulary)
+        return self._stop_texts[texts]
 
     async def _drive(self) -> None:
         """Runs waves until no request is pending. The next request starts it again, in that request's event loop."""

@@ -24,6 +24,8 @@ class Sampling:
     seed: int
     """Seed of this request: the same seed, prompt and weights give the same tokens whatever else is in the batch."""
     stop_ids: tuple[int, ...]
+    stop: tuple[str, ...] = ()
+    """A reply also ends with the token that completes one of these texts; the whole token and its log-prob are kept."""
 
 
 class EngineError(RuntimeError):

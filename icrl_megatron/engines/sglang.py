@@ -277,6 +277,8 @@ class SGLangEngine:
                 "max_new_tokens": sampling.max_new_tokens,
                 "stop_token_ids": list(sampling.stop_ids),
                 "sampling_seed": sampling.seed,
+                "stop": list(sampling.stop),
+                "no_stop_trim": True,
             },
             "return_logprob": True,
         }

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from icrl_megatron.agents.dialogue import Dialogue
 from icrl_megatron.rollout.background import Overrun
 from icrl_megatron.rollout.watchdog import WATCHDOG, Raised, Watched, first_step
 from icrl_megatron.settings.schema import RolloutSettings
@@ -50,7 +51,8 @@ class ClippedText:
 class CheckedStep:
     """A validated `StepResult`."""
 
-    observation: ClippedText
+    observations: tuple[ClippedText, ...]
+    """One, or one per tool call of the reply."""
     done: bool
 
 
@@ -153,6 +155,7 @@ class CheckedEnvironment:
         """`max_bytes`: `rollout.max_observation_bytes`, the longest text that is kept, in bytes of UTF-8."""
         self._caller, self._max_bytes = Caller(task, timeout_s), max_bytes
         self._environment = self._caller.call("construction", lambda: factory(task), _environment)
+        self.dialogue: Dialogue = self._caller.call("dialogue", lambda: self._environment, _dialogue)
         self.max_turns = self._caller.call("max_turns", lambda: self._environment.max_turns, _turns)
 
     async def reset(self) -> str:
@@ -197,7 +200,11 @@ class CheckedEnvironment:
     def _step(self, value: object) -> CheckedStep:
         if not isinstance(value, StepResult):
             raise WrongReturnError("it must be a StepResult(observation, done)")
-        return CheckedStep(self._text(value.observation, "its observation"), _truth(value.done, "its done"))
+        given = value.observation if isinstance(value.observation, tuple) else (value.observation,)
+        if not 1 <= len(given) <= MOST_OBSERVATIONS:
+            raise WrongReturnError(f"its observation must be a str, or a tuple of 1 to {MOST_OBSERVATIONS} of them")
+        texts = tuple(self._text(text, "its observation") for text in given)
+        return CheckedStep(texts, _truth(value.done, "its done"))
 
     def _action(self, value: object) -> str | None:
         if value is None:
@@ -225,6 +232,17 @@ def _environment(value: Any) -> Environment:
 
 
 _METHODS = ("reset", "parse", "hint", "step", "outcome", "success", "summary")
+
+
+MOST_OBSERVATIONS = 32
+
+
+def _dialogue(value: Any) -> Dialogue:
+    """The `dialogue` of a `Conversing` environment; the default for any other one."""
+    found = getattr(value, "dialogue", Dialogue())
+    if not isinstance(found, Dialogue):
+        raise WrongReturnError("its dialogue must be an icrl_megatron.agents.dialogue.Dialogue")
+    return found
 
 
 def _awaitable(value: object) -> Awaitable[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from icrl_megatron.agents.dialogue import Dialogue
 from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.types import Role, Task
@@ -31,6 +32,15 @@ class TooLong:
     contains or precedes one, and one token of a reply."""
 
 
+@dataclass(frozen=True)
+class Statement:
+    """A problem as the solver first reads it."""
+
+    task: Task
+    text: str
+    dialogue: Dialogue
+
+
 def require_fits(task: Task, role: Role, length: int, settings: RolloutSettings) -> None:
     """Raises TooLongError unless a prompt of `length` tokens leaves room for a reply in `rollout.context_tokens`."""
     if length >= settings.context_tokens:
@@ -42,10 +52,10 @@ def require_fits(task: Task, role: Role, length: int, settings: RolloutSettings)
 
 
 def too_long(
-    statements: Iterable[tuple[Task, str]], prompter: Prompter, settings: RolloutSettings, revised: bool
+    statements: Iterable[Statement], prompter: Prompter, settings: RolloutSettings, revised: bool
 ) -> list[TooLong]:
-    """Returns the problems with a prompt that does not fit. `statements` has each problem and the text that its
-    environment begins with.
+    """Returns the problems with a prompt that does not fit. Raises ConfigError if the chat template cannot render the
+    tools of one.
 
     The attempt's prompt must leave room for one token. With `revised`, so must the revision's with a critique of full
     length, and the critic's prompt without any turn must leave room for that critique. Only texts that may be too long
@@ -77,18 +87,19 @@ class _Suspect:
 
 
 def _suspects(
-    statements: Iterable[tuple[Task, str]], prompter: Prompter, settings: RolloutSettings, revised: bool
+    statements: Iterable[Statement], prompter: Prompter, settings: RolloutSettings, revised: bool
 ) -> Iterator[_Suspect]:
     critique = 0 if settings.critic == "empty" else settings.max_critique_tokens
-    for task, statement in statements:
-        prompts = [_Prompt("attempt", prompter.text("attempt", observation=statement), 1)]
+    for found in statements:
+        statement, tools = found.text, prompter.extra_tokens(found.dialogue)
+        prompts = [_Prompt("attempt", prompter.text("attempt", observation=statement), tools + 1)]
         if revised:
             asked = prompter.text("revision", observation=statement, critique="-")
-            prompts.append(_Prompt("revision", asked, critique + 1))
+            prompts.append(_Prompt("revision", asked, critique + tools + 1))
             read = prompter.critique_text(statement, [], "", omitted=settings.max_turns)
             prompts.append(_Prompt("critique", read, max(critique, 1)))
         if any(prompter.at_most(prompt.text) + prompt.beside > settings.context_tokens for prompt in prompts):
-            yield _Suspect(task, tuple(prompts))
+            yield _Suspect(found.task, tuple(prompts))
 
 
 def _worst(suspect: _Suspect, length: int, prompter: Prompter, limit: int) -> TooLong | None:

@@ -127,8 +127,9 @@ async def play_attempt(
     Raises EnvironmentFailure, ConfigError and EngineError as `play_episode` describes.
     """
     problem = await environment.reset()
-    plain = setup.prompter.attempt(problem)
-    prompt = plain if critique is None else setup.prompter.revision(problem, critique)
+    dialogue = environment.dialogue
+    plain = setup.prompter.attempt(problem, dialogue)
+    prompt = plain if critique is None else setup.prompter.revision(problem, critique, dialogue)
     role: Role = "attempt" if round == 0 else "revision"
     require_fits(key.task, role, len(prompt), setup.settings)
     conversation = _Conversation(key, round, role, critique, environment, setup, solver, prompt)
@@ -162,7 +163,7 @@ async def play_critique(
     max_new_tokens = min(settings.max_critique_tokens, settings.context_tokens - len(prompt))
     seed = key.seed(attempt.round, "critique", 0)
     message = setup.prompter.critique_text(problem, turns[omitted:], summary, omitted)
-    ask = Ask("critique", prompt, max_new_tokens, seed, attempt.summary, None, message)
+    ask = Ask("critique", prompt, max_new_tokens, seed, attempt.summary, None, message=message)
     completion = _require_tokens(await critic.reply(ask))
     text = parse_critique(setup.prompter.decode(completion.ids))
     return Critique(attempt.round, prompt, completion, text)
@@ -202,8 +203,7 @@ class _Conversation:
             action = self._environment.parse(text)
             result = await self._step(action)
             stop = self._stop_reason(action, result, last=number + 1 == limit)
-            observation, missing = self._setup.shortened(result.observation)
-            between = self._setup.prompter.observation_ids(observation, self._setup.prompter.ended(completion.ids))
+            observation, between, missing = self._observed(result, completion)
             if stop is None and self._tokens_left() <= len(completion.ids) + len(between):
                 stop = "context"
             if stop is not None:
@@ -213,15 +213,23 @@ class _Conversation:
             self._context_ids += [*completion.ids, *between]
         raise AssertionError("the last turn always has a stop reason")
 
+    def _observed(self, result: CheckedStep, completion: Completion) -> tuple[str, Ids, int]:
+        """(what the critic reads, ids between this reply and the next, number of characters cut)."""
+        prompter, dialogue = self._setup.prompter, self._environment.dialogue
+        shortened = [self._setup.shortened(text) for text in result.observations]
+        texts = [text for text, _ in shortened]
+        between = prompter.observation_ids(texts, prompter.ended(completion.ids), dialogue)
+        return "\n".join(texts), between, sum(missing for _, missing in shortened)
+
     async def _ask(self, number: int, observation: str) -> Completion:
         max_new_tokens = min(self._setup.settings.max_turn_tokens, self._tokens_left())
-        seed = self._place.seed(self._round, self._role, number)
-        ask = Ask(self._role, tuple(self._context_ids), max_new_tokens, seed, observation, self._critique)
+        seed, stop = self._place.seed(self._round, self._role, number), self._environment.dialogue.stop
+        ask = Ask(self._role, tuple(self._context_ids), max_new_tokens, seed, observation, self._critique, stop)
         return _require_tokens(await self._solver.reply(ask))
 
     async def _step(self, action: str | None) -> CheckedStep:
         if action is None:
-            return CheckedStep(self._environment.hint(), done=False)
+            return CheckedStep((self._environment.hint(),), done=False)
         return await self._environment.step(action)
 
     def _stop_reason(self, action: str | None, result: CheckedStep, last: bool) -> StopReason | None:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from icrl_megatron.rollout.episode import Ended
-from icrl_megatron.rollout.replay import ReplayLog, ReplayLogs, Stop, recorded
+from icrl_megatron.rollout.replay import BeforeStop, ReplayLog, ReplayLogs, Stop, recorded
 from icrl_megatron.rollout.speakers import Interruptible, Speakers, SpeakersFor
 from icrl_megatron.types import Task, UnplayedEpisode
 
@@ -50,7 +50,7 @@ class Groups:
         """Call before episodes are played. `tick` is called at the end of each episode."""
         self._speakers, self._tick, self._stop = {}, tick, Stop()
 
-    def recorded(self, speakers_for: SpeakersFor) -> SpeakersFor:
+    def recorded(self, speakers_for: SpeakersFor, before_stop: BeforeStop) -> SpeakersFor:
         """The same speakers, with replay logs if episodes may be or were cut off. When enough groups are complete, all
         of them are interrupted: the solver, and the critic if it is another engine or not an engine."""
         if self._needed == len(self.tasks) and not any(self._replay_logs.values()):
@@ -60,7 +60,7 @@ class Groups:
         def speakers_of(task: Task, index: int) -> Speakers:
             found = speakers_for(task, index)
             self._speakers |= {id(s): s for s in (found.solver, found.critic) if isinstance(s, Interruptible)}
-            return recorded(found, self._replay_logs[task].setdefault(index, ReplayLog()), stop)
+            return recorded(found, self._replay_logs[task].setdefault(index, ReplayLog()), stop, before_stop)
 
         return speakers_of
 

@@ -11,12 +11,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from icrl_megatron.agents.dialogue import Dialogue
+from icrl_megatron.rollout.chat_template import MessageParts, message_parts, tool_parts
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.types import Ids
 from icrl_megatron.utils.errors import ConfigError
@@ -83,6 +85,25 @@ def template_words(name: str) -> set[str]:
     return words
 
 
+PLAIN = Dialogue()
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The chat template's own text and an inline format's, as ids where nothing else can merge with it."""
+
+    head: Ids
+    """Before the first user message."""
+    next_user: Ids
+    """From the end of a reply to the next user message. Starts with the end of turn."""
+    tail: Ids
+    """From the end of a user message to the reply."""
+    before: Ids
+    after: Ids
+    tool: MessageParts
+    """Around tool messages; empty texts unless the dialogue has them."""
+
+
 class Prompter:
     """Builds prompts for one tokenizer and one set of templates.
 
@@ -97,31 +118,31 @@ class Prompter:
         self._control_ids = _control_ids(tokenizer)
         # Episodes of a task share their prompts, and environments repeat their observations.
         self._remembered = functools.lru_cache(maxsize=REMEMBERED_TEXTS)(self._encode)
-        head, turn_end, tail = _chat_parts(tokenizer, settings.chat_template_args)
-        self._head, self._turn_end, self._tail = (self._encode_trusted(part) for part in (head, turn_end, tail))
-        if not self._turn_end or self._turn_end[0] not in self._control_ids:
-            raise ConfigError(
-                f"The chat template of {tokenizer.name_or_path!r} closes a reply with {turn_end!r}, which does not "
-                "start with a special token, so a generated reply could not end. Use a template like ChatML."
-            )
-        self._end_id = self._turn_end[0]
-        self._between = self._turn_end[1:]
+        self._added_tokens = _added_tokens(tokenizer)
+        self._arguments = settings.chat_template_args
+        self._parts = functools.cache(self._encoded_parts)
+        self._end_id = self._parts(PLAIN).next_user[0]
         eos = tokenizer.eos_token_id
         self.stop_ids: Ids = (self._end_id,) if eos is None or eos == self._end_id else (self._end_id, int(eos))
         """Ids that end a reply: the template's end of turn, then the tokenizer's end of text if it is different."""
 
-    def attempt(self, observation: str) -> Ids:
-        """The critique-free prompt of a task."""
-        return self._message("attempt", observation=observation)
+    def extra_tokens(self, dialogue: Dialogue) -> int:
+        """Tokens that the dialogue's tools add to a prompt. Raises ConfigError if the chat template cannot render its
+        tools or tool messages."""
+        return self._around(dialogue) - self._around(PLAIN)
 
-    def revision(self, observation: str, critique: str) -> Ids:
+    def attempt(self, observation: str, dialogue: Dialogue = PLAIN) -> Ids:
+        """The critique-free prompt of a task."""
+        return self._message("attempt", dialogue, observation=observation)
+
+    def revision(self, observation: str, critique: str, dialogue: Dialogue = PLAIN) -> Ids:
         """The prompt of an attempt that follows a critique; it contains only the latest critique."""
-        return self._message("revision", observation=observation, critique=critique)
+        return self._message("revision", dialogue, observation=observation, critique=critique)
 
     def critique(self, observation: str, turns: Sequence[TurnText], summary: str, omitted: int = 0) -> Ids:
         """The critic's prompt: task, trajectory and outcome. `omitted` leading turns were left out because they did not
         fit."""
-        return self._message("critique", observation=observation, turns=turns, summary=summary, omitted=omitted)
+        return self._message("critique", PLAIN, observation=observation, turns=turns, summary=summary, omitted=omitted)
 
     def text(self, form: str, **values: object) -> str:
         """The content of a prompt of one of FORMS, without the chat template."""
@@ -131,14 +152,14 @@ class Prompter:
         """An upper bound on the tokens of a prompt with this content, without tokenizing it
         (`rollout.context_budget`)."""
         size = len(text) if text.isascii() else 3 * len(text.encode(errors="replace"))
-        return len(self._head) + size + len(self._tail) + 1  # some tokenizers put a space in front
+        return self._around(PLAIN) + size + 1  # some tokenizers put a space in front
 
     def lengths(self, texts: list[str]) -> list[int]:
         """Token counts of the prompts with these contents."""
         if not texts:
             return []
         plain = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
-        around = len(self._head) + len(self._tail)
+        around = self._around(PLAIN)
         dropped = self._control_ids.__contains__
         return [around + len(ids) - sum(map(dropped, ids)) for ids in self._tokenizer(texts, **plain).input_ids]
 
@@ -150,11 +171,37 @@ class Prompter:
     def turn_text(self, number: int, text: str, observation: str) -> TurnText:
         return TurnText(number, text.strip(), observation[: self._observation_chars].strip())
 
-    def observation_ids(self, observation: str, ended: bool) -> Ids:
-        """The ids between two replies: the end of turn (unless the reply `ended` with it), the observation as a user
-        message, and the header of the next reply."""
-        closing = self._between if ended else (self._end_id, *self._between)
-        return (*closing, *self._encode_untrusted(observation.strip()), *self._tail)
+    def observation_ids(self, observations: Sequence[str], ended: bool, dialogue: Dialogue = PLAIN) -> Ids:
+        """The ids between two replies. `ended`: the reply ended with the end of turn.
+
+        A user or tool message: the end of turn (unless the reply has it), the observation, and the header of the next
+        reply. Several observations are consecutive tool messages. Inline: the observation between the dialogue's texts.
+        """
+        parts = self._parts(dialogue)
+        if dialogue.observation == "tool":
+            ids = self._tool_messages(parts.tool, observations)
+            return ids[1:] if ended else ids
+        texts = [self._encode_untrusted(observation.strip()) for observation in observations]
+        if dialogue.observation == "inline" and not ended:
+            return tuple(i for text in texts for i in (*parts.before, *text, *parts.after))
+        opening = parts.next_user[1:] if ended else parts.next_user
+        return (*opening, *(i for text in texts for i in text), *parts.tail)
+
+    def _tool_messages(self, parts: MessageParts, observations: Sequence[str]) -> Ids:
+        """Text between two added tokens is encoded as one piece, as the template's rendering is: a tokenizer may merge
+        the last character of an observation with the line break that the template writes behind it."""
+        ids: list[int] = []
+        untrusted = ""
+        for number, text in enumerate([parts.head, *[parts.between] * (len(observations) - 1), parts.tail]):
+            found = list(self._added_tokens.finditer(text))
+            first, last = (found[0].start(), found[-1].end()) if found else (len(text), len(text))
+            untrusted += text[:first]
+            if found:
+                ids += [*self._encode_untrusted(untrusted), *self._encode_trusted(text[first:last])]
+                untrusted = text[last:]
+            if number < len(observations):
+                untrusted += observations[number].strip()
+        return (*ids, *self._encode_untrusted(untrusted))
 
     def shortened(self, text: str, max_tokens: int, missing: int = 0) -> tuple[str, int]:
         """(text cut to at most `max_tokens` tokens, number of characters cut). A cut text is the beginning and a note
@@ -179,16 +226,53 @@ class Prompter:
         """Whether a reply ends with the end of turn."""
         return bool(ids) and ids[-1] == self._end_id
 
-    def encode_reply(self, text: str) -> Ids:
-        """Encodes a scripted reply as a model would have generated it: its text and the end of turn."""
-        return (*self._encode_untrusted(text.strip()), self._end_id)
+    def encode_reply(self, text: str, stop: Sequence[str] = ()) -> Ids:
+        """Encodes a scripted reply as a model would have generated it: its text, and the end of turn unless it ends
+        with a stop string."""
+        ids = self._encode_untrusted(text.strip())
+        return ids if text.strip().endswith(tuple(stop)) else (*ids, self._end_id)
+
+    def before_stop(self, ids: Ids, stop: Sequence[str]) -> Ids:
+        """The beginning of a reply that was cut off, without the tokens of a stop string that has begun. The rest is
+        generated by another request, and an engine looks for stop strings in what that request generates."""
+        if not stop:
+            return ids
+        tail = self.decode(ids[-max(len(text.encode()) for text in stop) :])
+        begun = max((n for text in stop for n in range(1, len(text)) if tail.endswith(text[:n])), default=0)
+        kept = len(ids)
+        while kept and len(self.decode(ids[kept:])) < begun:
+            kept -= 1
+        return ids[:kept]
 
     def decode(self, ids: Ids) -> str:
         """Text for people and parsers, without special tokens. It must never be encoded again."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def _message(self, form: str, **values: object) -> Ids:
-        return (*self._head, *self._encode_untrusted(self.text(form, **values)), *self._tail)
+    def _message(self, form: str, dialogue: Dialogue, **values: object) -> Ids:
+        parts = self._parts(dialogue)
+        return (*parts.head, *self._encode_untrusted(self.text(form, **values)), *parts.tail)
+
+    def _around(self, dialogue: Dialogue) -> int:
+        parts = self._parts(dialogue)
+        return len(parts.head) + len(parts.tail)
+
+    def _encoded_parts(self, dialogue: Dialogue) -> _Parts:
+        """Raises ConfigError, as `chat_template` describes."""
+        user = message_parts(self._tokenizer, self._arguments, dialogue.tools)
+        tool = MessageParts("", "", "")
+        if dialogue.observation == "tool":
+            tool = tool_parts(self._tokenizer, self._arguments, dialogue.tools)
+        texts = (user.head, user.between, user.tail, dialogue.before, dialogue.after)
+        head, between, tail, before, after = map(self._encode_trusted, texts)
+        parts = _Parts(head, between, tail, before, after, tool)
+        for text in (user.between, *[tool.head] * (dialogue.observation == "tool")):
+            opening = self._encode_trusted(text)
+            if not opening or opening[0] not in self._control_ids:
+                raise ConfigError(
+                    f"The chat template of {self._tokenizer.name_or_path!r} closes a reply with {text!r}, which does "
+                    "not start with a special token, so a generated reply could not end. Use a template like ChatML."
+                )
+        return parts
 
     def _encode_trusted(self, text: str) -> Ids:
         return tuple(self._tokenizer(text, add_special_tokens=False).input_ids)
@@ -228,25 +312,8 @@ def _control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(special if unknown in used else special - {unknown})
 
 
-def _chat_parts(tokenizer: PreTrainedTokenizerBase, arguments: dict[str, bool | str]) -> tuple[str, str, str]:
-    """(before the first user message, end of a reply up to the next user message, after a user message)."""
-    where = f"The chat template of {tokenizer.name_or_path!r}"
-    if not tokenizer.chat_template:
-        raise ConfigError(f"{where} is missing: the model folder needs a chat_template.jinja.")
-    first, reply, second = "firstmessage", "thereply", "secondmessage"
-    messages = [
-        {"role": "user", "content": first},
-        {"role": "assistant", "content": reply},
-        {"role": "user", "content": second},
-    ]
-    try:
-        render = tokenizer.apply_chat_template
-        text = cast(str, render(messages, tokenize=False, add_generation_prompt=True, **arguments))
-        single = cast(str, render(messages[:1], tokenize=False, add_generation_prompt=True, **arguments))
-    except jinja2.TemplateError as error:
-        raise ConfigError(f"{where} cannot render a dialogue of user, assistant, user: {error}") from error
-    if any(text.count(part) != 1 for part in (first, reply, second)) or single.count(first) != 1:
-        raise ConfigError(f"{where} does not show each message once and unchanged: it rendered {text!r}.")
-    head, tail = single.split(first)
-    turn_end = text[text.index(reply) + len(reply) : text.index(second)]
-    return head, turn_end, tail
+def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches the tokens that a tokenizer finds before it splits text into pieces."""
+    added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    contents = sorted((re.escape(str(token)) for token in added.values()), key=len, reverse=True)
+    return re.compile("|".join(contents) or "(?!)")

@@ -9,7 +9,7 @@ that was cut off continues where it ended; its older tokens keep the log-probs t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -82,9 +82,13 @@ def from_lines(lines: Iterable[str]) -> ReplayLogs:
     return found
 
 
-def recorded(speakers: Speakers, log: ReplayLog, stop: Stop) -> Speakers:
+BeforeStop = Callable[[Ids, Sequence[str]], Ids]
+"""(ids of a reply that was cut off, its stop strings) -> its beginning without a stop string that has begun."""
+
+
+def recorded(speakers: Speakers, log: ReplayLog, stop: Stop, before_stop: BeforeStop) -> Speakers:
     """The same speakers with a replay log. Solver and critic share one log because they take turns."""
-    cursor = _Cursor(log, stop)
+    cursor = _Cursor(log, stop, before_stop)
     return Speakers(_Recorded(speakers.solver, cursor), _Recorded(speakers.critic, cursor))
 
 
@@ -92,6 +96,7 @@ def recorded(speakers: Speakers, log: ReplayLog, stop: Stop) -> Speakers:
 class _Cursor:
     log: ReplayLog
     stop: Stop
+    before_stop: BeforeStop
     played: int = 0
     """Number of replies of the log that were returned or added so far."""
 
@@ -127,6 +132,8 @@ class _Recorded:
         return reply
 
     async def _fresh(self, ask: Ask, begun: Completion | None) -> Completion:
+        if begun is not None:
+            begun = begun.first(len(self.cursor.before_stop(begun.ids, ask.stop)))
         if begun is None or not begun.ids:
             return await self.speaker.reply(ask)
         remaining = ask.max_new_tokens - len(begun.ids)

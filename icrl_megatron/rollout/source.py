@@ -114,7 +114,7 @@ class EngineSource:
             def play_rest() -> int:
                 nonlocal left
                 groups.begin(lambda: bar.advance(1))
-                speakers_for = groups.recorded(meter.on(self.speakers_for))
+                speakers_for = groups.recorded(meter.on(self.speakers_for), setup.prompter.before_stop)
                 results = asyncio.run(_round(left, setup, speakers_for, groups, seeds))
                 left = [(r.task, r.index) for r in results if isinstance(r, UnplayedEpisode) and r.error]
                 left = [] if groups.enough() else left

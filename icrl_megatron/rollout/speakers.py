@@ -23,6 +23,8 @@ class Ask:
     """The newest observation, or the summary of the failed attempt for a critique."""
     critique: str | None
     """The critique that the solver reads in this round; None in round 0 and for critiques."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the reply (`Dialogue.stop`)."""
     message: str = ""
     """The critic's whole prompt as text, for a critic that is not an engine; empty for the solver."""
 
@@ -62,7 +64,7 @@ class EngineSpeaker:
     stop_ids: Ids
 
     async def reply(self, ask: Ask) -> Completion:
-        sampling = Sampling(self.temperature, ask.max_new_tokens, ask.seed, self.stop_ids)
+        sampling = Sampling(self.temperature, ask.max_new_tokens, ask.seed, self.stop_ids, ask.stop)
         return await self.engine.generate(ask.prompt_ids, sampling)
 
     async def interrupt(self) -> None:

@@ -32,7 +32,7 @@ class TeacherSpeaker:
         else:
             text = self.caller.call("the teacher's act", lambda: self.teacher.act(ask.text, ask.critique), _text)
         begin = text[: CHARS_A_TOKEN * (ask.max_new_tokens + 1)]  # enough to detect that it is too long
-        ids = self.prompter.encode_reply(begin)
+        ids = self.prompter.encode_reply(begin, ask.stop)
         if len(ids) > ask.max_new_tokens or len(begin) < len(text):
             setting = "max_critique_tokens" if critic else "max_turn_tokens"
             more = "more than " if len(begin) < len(text) else ""

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from icrl_megatron.agents.dialogue import Dialogue
 from icrl_megatron.distributed.grid import Grid, gather_objects
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.rollout.checked_environment import CheckedEnvironment
-from icrl_megatron.rollout.context_budget import TooLong, TooLongError, too_long
+from icrl_megatron.rollout.context_budget import Statement, TooLong, TooLongError, too_long
 from icrl_megatron.rollout.prompts import Prompter, tokenizer
 from icrl_megatron.run import start
 from icrl_megatron.settings.loading import model_folder
@@ -125,19 +126,22 @@ def examine(
     return sorted(everyones, key=lambda one: order[one.task.task_id])
 
 
-def statements(tasks: Sequence[Task], settings: Settings, catalogue: registry.Catalogue) -> Iterator[tuple[Task, str]]:
+def statements(tasks: Sequence[Task], settings: Settings, catalogue: registry.Catalogue) -> Iterator[Statement]:
     """Each task with its problem as the solver first reads it, as far as it is known without a server.
 
     Environments of a task set that is not `Readable` are reset for at most RESETS_S seconds, but not if problems that
     are too long are dropped, which must not depend on time. Prompts not seen here are checked when they are played.
     """
     spent: dict[str, float] = {}
+    dialogues: dict[str, Dialogue] = {}
     for task in tasks:
         task_set = catalogue.get(task.source)
         if isinstance(task_set, Readable):
             text = task_set.statement(task)
+            if task.source not in dialogues:  # the same for every problem of a task set
+                dialogues[task.source] = _dialogue(task, settings, catalogue)
             if text is not None:
-                yield task, sendable(text)
+                yield Statement(task, sendable(text), dialogues[task.source])
         elif settings.tasks.too_long == "error" and spent.get(task.source, 0.0) < RESETS_S:
             begun = time.monotonic()
             try:
@@ -147,7 +151,14 @@ def statements(tasks: Sequence[Task], settings: Settings, catalogue: registry.Ca
                 continue
             finally:
                 spent[task.source] = spent.get(task.source, 0.0) + time.monotonic() - begun
-            yield task, text
+            yield Statement(task, text, environment.dialogue)
+
+
+def _dialogue(task: Task, settings: Settings, catalogue: registry.Catalogue) -> Dialogue:
+    try:
+        return CheckedEnvironment(task, catalogue.environment, settings.rollout.environment_timeout_s).dialogue
+    except EnvironmentFailure:  # as above
+        return Dialogue()
 
 
 def refusal(lost: Sequence[TooLong], of: int, settings: Settings, positions: int) -> str:

@@ -32,6 +32,9 @@ class TaskData:
     """Deadline of one call to a server, retries not counted."""
     corpus: str = ""
     """searchqa: JSONL of documents for the built-in retriever, in place of servers."""
+    format: str = "qwen3"
+    """searchqa: how calls and answers are written. qwen3: the chat template's tool calls and tool messages; tags:
+    inline tags, as in Chain-of-Agents; search_r1: Search-R1's inline tags (docs/TASKS.md)."""
     passages: int = 3
     """searchqa: documents shown for a search."""
 

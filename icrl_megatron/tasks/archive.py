@@ -243,7 +243,7 @@ class Archive:
 
     def vocabulary(self) -> Iterator[str]:
         yield from ("(1)", *"0123456789pt?+-*/.=")
-        for tag in ("plan", "check", "critic", "answer", *toolbox().tools):
+        for tag in ("plan", "check", "critic", "answer", Tags.observation, *toolbox().tools):
             yield from (f"<{tag}>", f"</{tag}>")
         yield from ("sum", "size", "home", "lives", "in", "old", "note", "doubt", "page", "compute", "no", "number")
         yield from (RIGHT, SILENT, OUTDATED_SIZE, "invalid", "Nothing", "was", "found.")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from icrl_megatron.agents.dialogue import Dialogue
 from icrl_megatron.types import Split, Task
 
 
@@ -18,8 +19,12 @@ from icrl_megatron.types import Split, Task
 class StepResult:
     """The environment's answer to one action."""
 
-    observation: str
+    observation: str | tuple[str, ...]
+    """Several: one per tool call of the reply, in order."""
     done: bool
+
+    def texts(self) -> tuple[str, ...]:
+        return self.observation if isinstance(self.observation, tuple) else (self.observation,)
 
 
 class Environment(Protocol):
@@ -64,6 +69,13 @@ class Measuring(Environment, Protocol):
     def measures(self) -> Mapping[str, float]:
         """Finite numbers by name, of the attempt so far. Their means are logged as task/<name>."""
         ...
+
+
+class Conversing(Environment, Protocol):
+    """An environment that says how its turns become tokens, for example because the model calls tools."""
+
+    dialogue: Dialogue
+    """The same for every problem of a task set."""
 
 
 class Teacher(Protocol):

@@ -1,7 +1,7 @@
 """SearchQA: questions answered with searches, scored by exact match.
 
 problem  {"prompt": question, "label": answer, or a JSON list of answers}
-reply    <search>words</search> or <answer>the answer</answer>
+reply    a call of `search`, or the answer, in the form that `data.format` names
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from icrl_megatron.agents.formats import Tags
+from icrl_megatron.agents.formats import make_format
 from icrl_megatron.agents.search import Search
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
 from icrl_megatron.settings.schema import RolloutSettings
@@ -28,12 +28,8 @@ from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
 MAX_TURNS = 10
-FORMAT = Tags([Search.spec])
 PASSAGE_CHARS = 2000
-INSTRUCTION = (
-    "Answer the question below. Think first; then either search with <search>words</search>, as often as you need, or, "
-    "when you know, reply <answer>the answer</answer>, as short as possible."
-)
+INSTRUCTION = "Answer the question below. Think before each search and before the answer. Keep the answer short."
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
@@ -60,6 +56,7 @@ class RetrievalQA:
             )
         if source.data.passages < 1:
             raise ConfigError(f"task set {self.name!r}: data.passages={source.data.passages}: must be at least 1")
+        self._form = make_format(source.data.format, [Search.spec])
         self._toolbox: Toolbox | None = None
         self._read: dict[Split, list[Task]] = {}
 
@@ -71,15 +68,18 @@ class RetrievalQA:
     def environment(self, task: Task) -> ToolEnvironment:
         try:
             fields = json.loads(task.problem)
-            right, statement = partial(exact_match, golds=tuple(fields["golds"])), _statement(fields["prompt"])
-            return ToolEnvironment(statement, FORMAT, self.toolbox(), right, MAX_TURNS)
+            right, statement = partial(exact_match, golds=tuple(fields["golds"])), self._statement(fields["prompt"])
+            return ToolEnvironment(statement, self._form, self.toolbox(), right, MAX_TURNS)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
             ) from error
 
     def statement(self, task: Task) -> str:
-        return _statement(str(json.loads(task.problem)["prompt"]))
+        return self._statement(str(json.loads(task.problem)["prompt"]))
+
+    def _statement(self, question: str) -> str:
+        return f"{INSTRUCTION} {self._form.instructions()}\n\nQuestion: {question}"
 
     def check(self) -> None:
         """Builds the index, so that it exists when ranks start. Raises ConfigError on an invalid corpus."""
@@ -94,10 +94,6 @@ class RetrievalQA:
             limits = ToolLimits(call_s=TRIES * data.request_timeout_s + 10.0, tries=1)
             self._toolbox = Toolbox([Search(retriever.search, data.passages, PASSAGE_CHARS)], limits)
         return self._toolbox
-
-
-def _statement(question: str) -> str:
-    return f"{INSTRUCTION}\n\nQuestion: {question}"
 
 
 def SearchQA(source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> TaskSet:

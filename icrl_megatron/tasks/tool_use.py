@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable
 
-from icrl_megatron.agents.formats import FinalAnswer, Malformed, ToolFormat
+from icrl_megatron.agents.formats import FinalAnswer, Malformed, ToolCalls, ToolFormat, harmless
 from icrl_megatron.agents.toolbox import Toolbox
-from icrl_megatron.agents.tools import ToolCall, ToolFailure
+from icrl_megatron.agents.tools import ToolFailure
 from icrl_megatron.tasks.base import EnvironmentFailure, StepResult
 
 SHOWN_CHARS = 200
@@ -20,37 +21,44 @@ class ToolEnvironment:
         self, statement: str, form: ToolFormat, toolbox: Toolbox, right: Callable[[str], bool], max_turns: int
     ) -> None:
         """`right` grades the text of an answer."""
-        self.max_turns = max_turns
+        self.max_turns, self.dialogue = max_turns, form.dialogue
         self._statement, self._form, self._toolbox, self._right = statement, form, toolbox, right
-        self._malformed = ""
+        self._malformed, self._changed_tags = "", 0
         self.answer: str | None = None
         self.session = toolbox.session()
 
     async def reset(self) -> str:
-        self.answer, self.session, self._malformed = None, self._toolbox.session(), ""
+        self.answer, self.session, self._malformed, self._changed_tags = None, self._toolbox.session(), "", 0
         return self._statement
 
     def parse(self, reply: str) -> str | None:
-        """The call or answer of a reply, written again: what `step` reads, and what tells repeated actions."""
+        """The calls or answer of a reply, written again: what `step` reads, and what tells repeated actions."""
         found = self._form.parse(reply)
         self._malformed = found.problem if isinstance(found, Malformed) else ""
-        return self._form.render(found) if isinstance(found, ToolCall | FinalAnswer) else None
+        return self._form.render(found) if isinstance(found, ToolCalls | FinalAnswer) else None
 
     def hint(self) -> str:
         return self._malformed or f"No action could be read. {self._form.instructions()}"
 
     async def step(self, action: str) -> StepResult:
-        """Runs a call, or takes the answer. Raises EnvironmentFailure where a tool's infrastructure failed."""
+        """Runs the calls at the same time, or takes the answer. Raises EnvironmentFailure if the infrastructure of a
+        tool failed."""
         asked = self._form.parse(action)
         if isinstance(asked, FinalAnswer):
             self.answer = asked.text
             return StepResult("", done=True)
-        if not isinstance(asked, ToolCall):
+        if not isinstance(asked, ToolCalls):
             return StepResult(self.hint(), done=False)
         try:
-            return StepResult((await self.session.call(asked)).text, done=False)
+            results = await asyncio.gather(*map(self.session.call, asked.calls))
         except ToolFailure as error:
             raise EnvironmentFailure(str(error)) from error
+        return StepResult(tuple(self._shown(result.text) for result in results), done=False)
+
+    def _shown(self, text: str) -> str:
+        text, changed = harmless(text, self._form.tags)
+        self._changed_tags += changed
+        return text
 
     def outcome(self) -> float:
         return 1.0 if self.success() else 0.0
@@ -66,13 +74,14 @@ class ToolEnvironment:
         return f"The answer {self.answer[:SHOWN_CHARS]!r} is wrong."
 
     def measures(self) -> dict[str, float]:
-        """Whether there was an answer, and calls by tool and by how they ended."""
+        """Whether there was an answer; calls by tool and by how they ended; tags of the format in tools' answers."""
         counts, session = self.session.counts, self.session
         calls = {f"calls_{_plain(name)}": session.of_tool(name) for name in self._toolbox.tools}
         ended = {
             "calls": counts.total(),
             "calls_repeated": session.made("repeat", "stopped"),
             "calls_invalid": session.made("invalid"),
+            "changed_tags": self._changed_tags,
         }
         return {name: float(number) for name, number in {"answered": self.answer is not None, **calls, **ended}.items()}
 

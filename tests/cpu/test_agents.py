@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icrl_megatron.agents.calculator import Calculator
-from icrl_megatron.agents.formats import FinalAnswer, Malformed, Tags
+from icrl_megatron.agents.formats import FinalAnswer, Malformed, Tags, ToolCalls
 from icrl_megatron.agents.search import NOTHING, Search
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits, ToolSession
 from icrl_megatron.agents.tools import ToolCall, ToolFailure, ToolSpec, ToolUseError
@@ -208,9 +208,9 @@ def test_the_calculator_refuses_everything_else_at_once(expression: str) -> None
 @pytest.mark.parametrize(
     ("reply", "parsed"),
     [
-        ("So <search> a </search>", ToolCall("search", {"query": "a"})),
+        ("So <search> a </search>", ToolCalls((ToolCall("search", {"query": "a"}),))),
         ("<search>a</search><answer>b</answer>", FinalAnswer("b")),
-        ("<answer>b</answer> or <search>a</search>", ToolCall("search", {"query": "a"})),
+        ("<answer>b</answer> or <search>a</search>", ToolCalls((ToolCall("search", {"query": "a"}),))),
         ("I do not know", None),
         ("<answer>b", Malformed("The tag <answer> is not closed: end it with </answer>.")),
         ("</search><search>", Malformed("The tag <search> is not closed: end it with </search>.")),
@@ -219,7 +219,7 @@ def test_the_calculator_refuses_everything_else_at_once(expression: str) -> None
 def test_the_last_tag_counts(reply: str, parsed: object) -> None:
     form = Tags([Search.spec])
     assert form.parse(reply) == parsed
-    if isinstance(parsed, ToolCall | FinalAnswer):
+    if isinstance(parsed, ToolCalls | FinalAnswer):
         assert form.parse(form.render(parsed)) == parsed
 
 
@@ -250,12 +250,12 @@ def test_the_documented_tool_works() -> None:
 
 def test_the_documented_format_works() -> None:
     form = example("A tool format")["Lines"]([example("A tool")["Reverse"].spec])
-    for action in (ToolCall("reverse", {"text": "Rome and Paris"}), FinalAnswer("42")):
+    for action in (ToolCalls((ToolCall("reverse", {"text": "Rome and Paris"}),)), FinalAnswer("42")):
         assert form.parse("I think.\n" + form.render(action)) == action
     assert form.parse("hm") is None and form.parse("") is None and isinstance(form.parse("CALL "), Malformed)
     assert "reverse" in form.instructions()
 
 
 def test_a_tag_holds_one_text() -> None:
-    with pytest.raises(ConfigError, match=r"tool 'double' takes \['n'\], but a tag holds one text; use another format"):
+    with pytest.raises(ConfigError, match=r"'double' takes \['n'\], but a tag holds one text; set data.format=qwen3"):
         Tags([Doubler.spec])

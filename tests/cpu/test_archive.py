@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from icrl_megatron.agents.formats import ToolCalls
 from icrl_megatron.tasks import archive, registry
 from icrl_megatron.tasks.archive import Archive, ArchiveEnvironment, ArchiveTeacher, joined, spelled, world
 from icrl_megatron.types import Task
@@ -29,7 +30,7 @@ def replies(environment: ArchiveEnvironment, teacher: ArchiveTeacher, critique: 
             action = environment.parse(said[-1])
             assert action is not None
             result = await environment.step(action)
-            observation = result.observation
+            (observation,) = result.texts()
             if result.done:
                 return
 
@@ -67,8 +68,9 @@ def test_the_tools_say_the_facts() -> None:
     town = facts.home[person]
 
     def ask(tag: str, text: str) -> str:
-        call = archive.form().parse(f"<{tag}> {text} </{tag}>")
-        return asyncio.run(box.call(call)).text  # type: ignore[arg-type]
+        asked = archive.form().parse(f"<{tag}> {text} </{tag}>")
+        assert isinstance(asked, ToolCalls)
+        return asyncio.run(box.call(*asked.calls)).text
 
     assert joined(ask("search", "p 4 8 3")).endswith(f"p483 lives in t{town:02d}")
     assert joined(ask("search", spelled(f"t{town:02d}"))).endswith(f"old note size {facts.noted[town]}")

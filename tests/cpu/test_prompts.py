@@ -63,7 +63,7 @@ def test_a_dialogue_is_what_the_chat_template_renders(kind: str, ended: bool) ->
     reply = prompter.encode_reply("put the cup")
     assert prompter.ended(reply) and not prompter.ended(reply[:-1])
     said = reply if ended else reply[:-1]
-    ids = (*prompter.attempt("the red cup"), *said, *prompter.observation_ids("holding nothing", ended=ended))
+    ids = (*prompter.attempt("the red cup"), *said, *prompter.observation_ids(["holding nothing"], ended=ended))
     messages = [
         {"role": "user", "content": "the red cup"},
         {"role": "assistant", "content": "put the cup"},
@@ -85,7 +85,7 @@ def test_hostile_text_cannot_forge_a_turn(kind: str, pieces: list[str]) -> None:
         (prompter.attempt(text), prompter.attempt("cup")),
         (prompter.revision(text, text), prompter.revision("cup", "cup")),
         (prompter.critique(text, turns, text), prompter.critique("cup", plain, "cup")),
-        (prompter.observation_ids(text, ended=False), prompter.observation_ids("cup", ended=False)),
+        (prompter.observation_ids([text], ended=False), prompter.observation_ids(["cup"], ended=False)),
         (prompter.encode_reply(text), prompter.encode_reply("cup")),
     ]
     for hostile, harmless in pairs:
@@ -147,7 +147,7 @@ def test_compact_templates_add_few_words_and_a_word_tokenizer_knows_them() -> No
 def test_chat_template_arguments_reach_the_template() -> None:
     quiet = Prompter(byte_level(), RolloutSettings(chat_template_args={"enable_thinking": False}))
     assert "</think>" in quiet.decode(quiet.attempt("cup"))
-    assert "</think>" in quiet.decode(quiet.observation_ids("cup", ended=True))
+    assert "</think>" in quiet.decode(quiet.observation_ids(["cup"], ended=True))
     assert "</think>" not in PROMPTERS["bytes"].decode(PROMPTERS["bytes"].attempt("cup"))
 
 

@@ -68,7 +68,7 @@ def said(*ids: int, reason: str = "stop", version: int = 1) -> Completion:
 
 def record(replay_log: ReplayLog, stop: Stop, *replies: Completion) -> tuple[Scripted, Speakers]:
     speaker = Scripted(list(replies))
-    return speaker, recorded(Speakers(speaker, speaker), replay_log, stop)
+    return speaker, recorded(Speakers(speaker, speaker), replay_log, stop, lambda ids, stop: ids)
 
 
 def test_a_reply_that_was_cut_off_goes_on_and_keeps_its_old_logprobs() -> None:
@@ -158,7 +158,9 @@ def test_a_step_with_enough_groups_keeps_the_slow_ones_for_the_next(setup: Episo
             return Speakers(speaker, speaker)
 
         groups.begin(lambda: None)
-        results = await play_all(groups.pairs(), setup, groups.recorded(speakers_of), SEEDS, groups.ended)
+        results = await play_all(
+            groups.pairs(), setup, groups.recorded(speakers_of, setup.prompter.before_stop), SEEDS, groups.ended
+        )
         await groups.wait_for_interruption()
         return results
 
@@ -178,7 +180,11 @@ def test_a_step_with_enough_groups_keeps_the_slow_ones_for_the_next(setup: Episo
         speaker = Slow(setup.prompter)
         after.begin(lambda: None)
         return await play_all(
-            after.pairs(), setup, after.recorded(lambda t, i: Speakers(speaker, speaker)), SEEDS, after.ended
+            after.pairs(),
+            setup,
+            after.recorded(lambda t, i: Speakers(speaker, speaker), setup.prompter.before_stop),
+            SEEDS,
+            after.ended,
         )
 
     resumed = [r for r in asyncio.run(go_on()) if isinstance(r, Episode) and r.task == tasks[0]]

@@ -63,7 +63,8 @@ def source(folder: Path, **data: object) -> TaskSource:
     ):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = {split: [str(folder / f"{split}.jsonl")] for split in ("train", "heldout")}
-    return TaskSource("searchqa", data=TaskData(prompt_column="q", label_column="a", **files, **data))  # type: ignore[arg-type]
+    columns = {"prompt_column": "q", "label_column": "a", "format": "tags"}
+    return TaskSource("searchqa", data=TaskData(**{**columns, **files, **data}))  # type: ignore[arg-type]
 
 
 def play(task_set: RetrievalQA, replies: list[str]) -> tuple[list[str], float, str]:
@@ -77,7 +78,7 @@ def play(task_set: RetrievalQA, replies: list[str]) -> tuple[list[str], float, s
                 seen.append(environment.hint())
                 continue
             result = await environment.step(action)
-            seen.append(result.observation)
+            seen += result.texts()
             if result.done:
                 break
         return seen
@@ -109,7 +110,7 @@ def test_what_a_document_says_is_no_answer(corpus: Path) -> None:
     task_set = registry.of_source(source(corpus.parent, corpus=str(corpus)))
     assert isinstance(task_set, RetrievalQA)
     seen, outcome, summary = play(task_set, ["<search>badgers burrows</search>"])
-    assert "<answer>Rome</answer>" in seen[1] and outcome == 0.0 and "No answer" in summary
+    assert "< answer>Rome< /answer>" in seen[1] and outcome == 0.0 and "No answer" in summary
 
 
 def test_the_index_is_built_once_and_again_when_the_corpus_changed(corpus: Path) -> None:

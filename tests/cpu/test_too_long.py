@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from whole_runs import Ended, batch, rows, train
 
+from icrl_megatron.agents.dialogue import Dialogue
 from icrl_megatron.model.tiny import build_tokenizer
-from icrl_megatron.rollout.context_budget import too_long
+from icrl_megatron.rollout.context_budget import Statement, too_long
 from icrl_megatron.rollout.prompts import Prompter, template_words, tokenizer
 from icrl_megatron.run.problems import RESETS_S
 from icrl_megatron.settings.schema import RolloutSettings
@@ -62,9 +63,9 @@ def test_it_is_what_the_prompts_say(
         "critique": len(prompter.critique(text, [], "", omitted=30)) + critique,
     }
     chosen = RolloutSettings(context_tokens=max(1, needed[which] + away), max_critique_tokens=critique)
-    alone = too_long([(task, text)], prompter, chosen, revised=False)
+    alone = too_long([Statement(task, text, Dialogue())], prompter, chosen, revised=False)
     assert [one.needed for one in alone] == [needed["attempt"]] * (needed["attempt"] > chosen.context_tokens)
-    both = too_long([(task, text)], prompter, chosen, revised=True)
+    both = too_long([Statement(task, text, Dialogue())], prompter, chosen, revised=True)
     most = max(needed.values())
     assert [one.needed for one in both] == [most] * (most > chosen.context_tokens)
     assert all(needed[one.role] == one.needed for one in both)
@@ -162,10 +163,10 @@ def test_a_context_that_is_enough_is_named(ran: tuple[Path, dict[str, Ended], di
     prompter = Prompter(tokenizer(model), RolloutSettings(templates="compact"))
     task, text = Task("t/0", "t", "train", ""), "word " * 30
     lengths = RolloutSettings(context_tokens=20, max_critique_tokens=4)
-    (found,) = too_long([(task, text)], prompter, lengths, revised=True)
+    (found,) = too_long([Statement(task, text, Dialogue())], prompter, lengths, revised=True)
     for context, count in ((found.needed, 0), (found.needed - 1, 1)):
         at = RolloutSettings(context_tokens=context, max_critique_tokens=4)
-        assert len(too_long([(task, text)], prompter, at, revised=True)) == count
+        assert len(too_long([Statement(task, text, Dialogue())], prompter, at, revised=True)) == count
 
 
 def test_dropped_rows_are_counted_and_named_once(ran: tuple[Path, dict[str, Ended], dict[str, int]]) -> None:

@@ -1,0 +1,82 @@
+"""The parts of a model's chat template, found by rendering dialogues whose messages are known."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, cast
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from icrl_megatron.utils.errors import ConfigError
+
+FIRST, REPLY, SECOND, THIRD = "firstmessage", "thereply", "secondmessage", "thirdmessage"
+
+
+@dataclass(frozen=True)
+class MessageParts:
+    """The template's text around messages of one role that follow each other."""
+
+    head: str
+    between: str
+    tail: str
+    """Includes the header of the next reply."""
+
+
+Arguments = dict[str, bool | str]
+"""`rollout.chat_template_args`."""
+
+
+def message_parts(tokenizer: PreTrainedTokenizerBase, arguments: Arguments, tools: str = "") -> MessageParts:
+    """(before the first user message, end of a reply up to the next user message, after a user message). `tools`: as in
+    `Dialogue.tools`. Raises ConfigError if the template is missing, fails, changes messages, or leaves out a tool."""
+    where = f"The chat template of {tokenizer.name_or_path!r}"
+    if not tokenizer.chat_template:
+        raise ConfigError(f"{where} is missing: the model folder needs a chat_template.jinja.")
+    dialogue = [_message("user", FIRST), _message("assistant", REPLY), _message("user", SECOND)]
+    options = {**arguments, **({"tools": json.loads(tools)} if tools else {})}
+    text = _rendered(tokenizer, dialogue, options, "user, assistant, user")
+    single = _rendered(tokenizer, dialogue[:1], options, "user")
+    if any(text.count(part) != 1 for part in (FIRST, REPLY, SECOND)) or single.count(FIRST) != 1:
+        raise ConfigError(f"{where} does not show each message once and unchanged: it rendered {text!r}.")
+    head, tail = single.split(FIRST)
+    for tool in json.loads(tools) if tools else ():
+        if tool["function"]["name"] not in head:
+            raise ConfigError(
+                f"{where} does not show the tool {tool['function']['name']!r} to the model: use a model whose template "
+                "takes tools, or a format that describes them in the prompt (format=tags)."
+            )
+    return MessageParts(head, text[text.index(REPLY) + len(REPLY) : text.index(SECOND)], tail)
+
+
+def tool_parts(tokenizer: PreTrainedTokenizerBase, arguments: Arguments, tools: str) -> MessageParts:
+    """(end of a reply up to the first tool message, between two tool messages, after the last one). Raises ConfigError
+    if the template has no tool messages."""
+    messages = (("user", FIRST), ("assistant", REPLY), ("tool", SECOND), ("tool", THIRD))
+    dialogue = [_message(role, content) for role, content in messages]
+    text = _rendered(tokenizer, dialogue, {**arguments, "tools": json.loads(tools)}, "user, assistant, tool, tool")
+    if any(text.count(part) != 1 for part in (REPLY, SECOND, THIRD)):
+        raise ConfigError(
+            f"The chat template of {tokenizer.name_or_path!r} has no tool messages: use a model whose template has, or "
+            "a format that does without (format=tags)."
+        )
+    _, after = text.split(REPLY)
+    head, rest = after.split(SECOND)
+    return MessageParts(head, *rest.split(THIRD))
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], options: dict[str, Any], roles: str
+) -> str:
+    try:
+        render = tokenizer.apply_chat_template
+        return cast(str, render(messages, tokenize=False, add_generation_prompt=True, **options))
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"The chat template of {tokenizer.name_or_path!r} cannot render a dialogue of {roles}: {error}"
+        ) from error
