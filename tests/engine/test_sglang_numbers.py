@@ -32,6 +32,7 @@ from engine_cases import (
 from safetensors.torch import save_file
 
 from icrl_megatron.distributed import platform
+from icrl_megatron.engines.local import LocalEngine
 from icrl_megatron.engines.protocol import EngineError, RequestFailedError, Sampling
 from icrl_megatron.engines.rank import Engines, Share
 from icrl_megatron.engines.sglang import SGLangEngine
@@ -41,7 +42,8 @@ from icrl_megatron.engines.sglang_server import Server
 from icrl_megatron.engines.sync import WeightSync
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.model.tiny import build_tiny
-from icrl_megatron.settings.schema import RolloutSettings, Settings, TinyModel
+from icrl_megatron.rollout.prompts import tokenizer
+from icrl_megatron.settings.schema import EngineSettings, RolloutSettings, Settings, TinyModel
 from icrl_megatron.utils.errors import ConfigError
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -87,6 +89,25 @@ def test_new_weights_are_live_stamped_and_checksummed(engine: SGLangEngine, mode
     other = [(n, t + 1.0 if n == "model.layers.1.self_attn.k_proj.weight" else t) for n, t in new]
     with pytest.raises(EngineError, match=r"other values of 'model\.layers\.1\.self_attn\.qkv_proj\.weight'"):
         engine.verify(iter(other), UNTIED)
+
+
+def test_stop_strings_end_replies_as_in_the_local_engine(engine: SGLangEngine, model: Path) -> None:
+    """Also in the middle of a token: the whole token and its log-prob stay."""
+    reference, decode = load(model), tokenizer(model).decode
+    engine.update_weights(weights(reference), 1)
+    everything = zip(PROMPTS, generate(engine, [(p, Sampling(0.0, 24, 0, ())) for p in PROMPTS]), strict=True)
+    prompts, free = zip(*[(p, reply) for p, reply in everything if len(reply.ids) > 9], strict=True)
+    stops = [(decode([reply.ids[6 + i % 3]]).strip()[: 2 + i % 2], "never") for i, reply in enumerate(free)]
+    asked = [(p, Sampling(0.0, 24, 0, (), stop)) for p, stop in zip(prompts, stops, strict=True)]
+    stopped = generate(engine, asked)
+    local = LocalEngine(model, EngineSettings(), torch.float32, "cpu")
+    for reply, ours, whole, stop in zip(stopped, generate(local, asked), free, stops, strict=True):
+        count = next(n for n in range(1, 25) if stop[0] in decode(list(whole.ids[:n])))
+        assert reply.ids == ours.ids == whole.ids[:count] and reply.finish_reason == ours.finish_reason == "stop"
+        torch.testing.assert_close(
+            torch.tensor(reply.logprobs), torch.tensor(whole.logprobs[:count]), atol=1e-5, rtol=0
+        )
+    assert any(not decode(list(reply.ids)).endswith(stop[0]) for reply, stop in zip(stopped, stops, strict=True))
 
 
 def test_qwen2_on_two_workers_is_synced_and_checksummed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
