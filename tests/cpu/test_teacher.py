@@ -47,7 +47,9 @@ def test_teachers_play_ordinary_episodes(name: str) -> None:
         ids = [i for a in episode.attempts for i in (*a.prompt_ids, *a.response_ids())]
         assert tokenizer.unk_token_id not in ids
         for attempt in episode.attempts:
-            assert all(t.completion.ids[-1] == prompter.stop_ids[0] for t in attempt.turns)
+            stop = registry.environment(episode.task).dialogue.stop if name.startswith("archive") else ()
+            ends = [prompter.ended(t.completion.ids) or t.text.endswith(stop or "never") for t in attempt.turns]
+            assert all(ends)
             assert not any(attempt.rollout_logprobs())
 
 
