@@ -139,7 +139,7 @@ def test_a_step_without_gpus_says_so(tmp_path: Path) -> None:
     if Path("/dev/nvidia0").exists():
         pytest.skip("this machine has a GPU")
     assert done.returncode == 2
-    assert "ICRL_RANKS_PER_NODE is not set" in done.stderr
+    assert "set ICRL_RANKS_PER_NODE to the number of ranks" in done.stderr
 
 
 @pytest.mark.parametrize(
