@@ -57,18 +57,24 @@ def push(parts: Parts) -> None:
 
 
 def play_and_credit(parts: Parts, state: RunState, recorder: Recorder) -> tuple[Played, CreditReport]:
-    """Plays episodes and computes the credit of their tokens. A batch without a signal is drawn again, up to a
-    limit."""
+    """Plays episodes and computes the credit of their tokens. A batch without a signal is drawn again, up to a limit;
+    with dynamic sampling, so are tasks without one."""
     rollout, algo = parts.settings.rollout, parts.settings.algo
     begun, needed = math.ceil(rollout.tasks_per_step * rollout.oversample), rollout.tasks_per_step
+    before: Played | None = None
     for resample in range(algo.max_resamples + 1):
         seeds = parts.seeds(state.step, resample)
         tasks = parts.sampler.draw(state.step, resample, begun)
         with recorder.phase("rollout"):
             played = parts.source.play(tasks, rollout.episodes_per_task, seeds, rollout.rounds, needed)
         recorder.count(played, resample)
-        report = parts.credit(played.episodes)
-        if report.has_signal:
+        if algo.dynamic_sampling:
+            before = played = played if before is None else before.and_more(played)
+            report, full = parts.credit(played.episodes).filled(needed, (e.task for e in played.episodes))
+        else:
+            report = parts.credit(played.episodes)
+            full = report.has_signal
+        if full:
             break
     return played, report
 

@@ -230,6 +230,9 @@ class Sample:
     reward: float
     advantage: float = 0.0
 
+    def task_id(self) -> str:
+        return self.sample_id.rsplit("#", 1)[0]
+
     def loss_tokens(self) -> int:
         return sum(self.loss_mask)
 

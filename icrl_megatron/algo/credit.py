@@ -11,7 +11,7 @@ import numpy as np
 
 from icrl_megatron.algo.samples import to_samples
 from icrl_megatron.settings.schema import AlgoSettings, GroupFilter, Overlong
-from icrl_megatron.types import Episode, Sample
+from icrl_megatron.types import Episode, Sample, Task
 
 STD_FLOOR = 1e-6
 """Added to a group's standard deviation (Eq. 5)."""
@@ -37,6 +37,13 @@ class CreditReport:
     """Samples of those groups, and revisions beyond `algo.revisions_per_task`."""
     overlong_penalty: float | None = None
     """Mean penalty of `algo.overlong` per sample; None if it is off or there is no sample."""
+
+    def filled(self, count: int, order: Iterable[Task]) -> tuple[CreditReport, bool]:
+        """(only the samples of the first `count` tasks with a signal, in this order; whether there are so many)."""
+        signal = {s.task_id() for s in self.samples if s.advantage != 0.0 and any(s.loss_mask)}
+        chosen = set([task for task in dict.fromkeys(task.task_id for task in order) if task in signal][:count])
+        samples = tuple(s for s in self.samples if s.task_id() in chosen)
+        return replace(self, samples=samples), len(chosen) == count
 
     @property
     def has_signal(self) -> bool:
@@ -111,7 +118,7 @@ def _surplus_revisions(samples: Sequence[Sample], limit: int | None) -> set[str]
     by_task: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples if limit is not None else ():
         if sample.role == "revision":
-            by_task[sample.sample_id.rsplit("#", 1)[0]].append(sample)
+            by_task[sample.task_id()].append(sample)
     ranked = (sorted(of, key=lambda s: (-s.reward, s.sample_id)) for of in by_task.values())
     return {sample.sample_id for of in ranked for sample in of[limit:]}
 

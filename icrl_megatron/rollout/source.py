@@ -49,6 +49,20 @@ class Played:
     generated: int | None = None
     """Tokens generated in this step, used or not; None: the tokens of the episodes."""
 
+    def and_more(self, later: Played) -> Played:
+        """Two batches of a step as one. A task that both played counts once."""
+        known = {episode.task.task_id for episode in self.episodes}
+        more = tuple(episode for episode in later.episodes if episode.task.task_id not in known)
+        unused = later.used_tokens() - sum(episode.generated_tokens() for episode in more)
+        return replace(
+            later,
+            episodes=self.episodes + more,
+            dropped=self.dropped + later.dropped,
+            cut_off=self.cut_off + later.cut_off,
+            discarded_tokens=self.discarded_tokens + later.discarded_tokens + unused,
+            generated=self.generated_tokens() + later.generated_tokens(),
+        )
+
     def used_tokens(self) -> int:
         """Tokens of the episodes, some of which may have been generated in the previous step."""
         return sum(e.generated_tokens() for e in self.episodes)

@@ -73,6 +73,7 @@ RULES: dict[str, Rule] = {
     "engine": FREE,
     "algo": _ALGORITHM,
     "algo.max_resamples": FREE,
+    "algo.dynamic_sampling": FREE,
     "algo.on_no_signal": FREE,
     "algo.updates_per_step": FREE,
     "algo.mismatch_correction": FREE,

@@ -239,6 +239,9 @@ class AlgoSettings:
     """Optimizer updates made from one step's samples."""
     max_resamples: int = 4
     """Times a batch without any signal is drawn again."""
+    dynamic_sampling: bool = False
+    """Draw more tasks, up to max_resamples times, until rollout.tasks_per_step of them have a group whose rewards
+    differ, and train on those alone (DAPO, arXiv 2503.14476)."""
     on_no_signal: str = "error"
     """After that: error (ends the run and names the tasks) | skip (no update, and the step is counted: for baselines
     that may find nothing) | train (update anyway: the entropy and KL terms still act)."""
