@@ -14,7 +14,7 @@ CODE := icrl_megatron kernels recipes tests tools
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev install-alfworld install-nemo quickstart system-packages test test-chaos test-engine \
-	test-cluster lint format bench reproduce-small gpu-bundle clean
+	test-cluster lint format bench reproduce-small reproduce-agents gpu-bundle clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -108,6 +108,9 @@ bench: $(VENV)/.installed-bench ## Run every benchmark that can run here, and sa
 
 reproduce-small: $(VENV)/.installed ## ICRL, its ablations and GRPO over three seeds (up to an hour on 2 cores)
 	$(BIN)/python tools/reproduce_small.py
+
+reproduce-agents: $(VENV)/.installed ## What tools, distillation and RL contribute on Archive, over three seeds
+	$(BIN)/python tools/reproduce_agents.py
 
 gpu-bundle: $(VENV)/.installed ## Pack what a GPU machine without a network needs (needs python3.12; compiles for 25 minutes)
 	$(BIN)/python tools/gpu_bundle.py

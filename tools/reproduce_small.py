@@ -149,12 +149,16 @@ def read(runs: Path, task: str, arm: str, seed: int) -> Result:
 
 
 def summary(results: list[Result], task: str, arm: str) -> str:
-    """Mean over seeds with Student's 95 % interval, clipped to [0, 1], and each seed's value."""
     values = [r.after for r in results if (r.task, r.arm) == (task, arm)]
     if not values:
         return "-"
     if len(values) == 1:
         return f"{values[0]:.0%}"
+    return interval(values)
+
+
+def interval(values: list[float]) -> str:
+    """Mean over seeds with Student's 95 % interval, clipped to [0, 1], and each seed's value."""
     half = T_95.get(len(values), 2.0) * stdev(values) / len(values) ** 0.5
     low, high = max(0.0, mean(values) - half), min(1.0, mean(values) + half)
     return f"{mean(values):.0%} [{low:.0%}, {high:.0%}] ({', '.join(f'{v:.0%}' for v in values)})"

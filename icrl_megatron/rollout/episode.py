@@ -136,8 +136,14 @@ async def play_attempt(
     stop_reason = await conversation.run(problem)
     success = environment.success()
     summary, missing = setup.shortened(environment.summary())
-    outcome, turns, measures = environment.outcome(), tuple(conversation.turns), environment.measures()
+    turns, measures = tuple(conversation.turns), environment.measures()
+    outcome = max(0.0, environment.outcome() - _cost(turns, measures, setup.settings))
     return problem, Attempt(round, prompt, plain, turns, outcome, success, summary, stop_reason, missing, measures)
+
+
+def _cost(turns: Sequence[Turn], measures: Sequence[tuple[str, float]], settings: RolloutSettings) -> float:
+    calls = dict(measures).get("calls", 0.0)
+    return settings.call_cost * calls + settings.token_cost * sum(len(turn.completion.ids) for turn in turns)
 
 
 async def play_critique(

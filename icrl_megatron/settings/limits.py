@@ -63,6 +63,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "rollout.max_turn_tokens": (1, math.inf),
     "rollout.max_critique_tokens": (1, math.inf),
     "rollout.max_turns": (1, math.inf),
+    "rollout.call_cost": (0, 1),
+    "rollout.token_cost": (0, 1),
     "rollout.repeat_limit": (2, math.inf),
     "rollout.context_tokens": (2, math.inf),
     "rollout.observation_chars": (1, math.inf),

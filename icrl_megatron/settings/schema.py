@@ -83,6 +83,10 @@ class RolloutSettings:
     max_critique_tokens: int = 1024
     max_turns: int = 30
     """Upper bound; an environment may ask for fewer."""
+    call_cost: float = 0.0
+    """Taken off the reward of an attempt for each of its tool calls; a reward never falls below 0."""
+    token_cost: float = 0.0
+    """The same for each token that the solver generates."""
     repeat_limit: int = 3
     """The same action this many times in a row ends the attempt."""
     context_tokens: int = 16384

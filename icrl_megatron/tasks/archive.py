@@ -174,11 +174,14 @@ class ArchiveTeacher:
     """A scripted system of planner, searcher, coder and verifier. It is often wrong: it trusts outdated notes and
     miscalculates. Advice makes it open pages or compute again."""
 
-    def __init__(self, task: Task, rng: random.Random) -> None:
-        self._people, self._rng = asked(task.problem), rng
+    def __init__(self, task: Task, rng: random.Random, tools: bool = True) -> None:
+        """Without `tools`, every reply is the right answer."""
+        self._people, self._rng, self._tools = asked(task.problem), rng, tools
         self._script: Iterator[str] = iter(())
 
     def act(self, observation: str, critique: str | None) -> str:
+        if not self._tools:
+            return f"<answer> {spelled(str(truth(self._people)))} </answer>"
         start = joined(observation)
         if start.endswith("?"):
             self._script = self._play(critique or "")
@@ -215,13 +218,14 @@ class ArchiveTeacher:
 
 
 class Archive:
-    """A `Teachable` task set; `archive` asks for two towns, `archive_easy` for one."""
+    """A `Teachable` task set; `archive` asks for two towns, `archive_easy` for one. The teacher of `archive_answers`
+    answers without tools: a model that learns from it can only memorize."""
 
     def __init__(self, name: str) -> None:
         self.name, self._people = name, 1 if name == "archive_easy" else 2
 
     def problems(self, split: Split) -> Sequence[Task]:
-        rng = random.Random(f"{self.name} {split}")
+        rng = random.Random(f"{'archive' if self._people == 2 else 'archive_easy'} {split}")
         people = divided(PEOPLE)[split == "heldout"]
         count = TRAIN_PROBLEMS if split == "train" else HELDOUT_PROBLEMS
         if self._people == 1:
@@ -239,7 +243,7 @@ class Archive:
         return task.problem
 
     def teacher(self, task: Task, rng: random.Random) -> ArchiveTeacher:
-        return ArchiveTeacher(task, rng)
+        return ArchiveTeacher(task, rng, tools=self.name != "archive_answers")
 
     def vocabulary(self) -> Iterator[str]:
         yield from ("(1)", *"0123456789pt?+-*/.=")

@@ -21,6 +21,7 @@ _TASK_SETS: dict[str, Callable[[], TaskSet]] = {
     "household": Household,
     "archive": lambda: _archive("archive"),
     "archive_easy": lambda: _archive("archive_easy"),
+    "archive_answers": lambda: _archive("archive_answers"),
 }
 
 _AGENTGYM = ("webshop", "sciworld", "babyai", "textcraft")
