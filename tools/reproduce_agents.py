@@ -117,7 +117,7 @@ def finish(runs: Path, arm: Arm, seed: int, more: tuple[str, ...]) -> str:
     where = folder(runs, arm, seed)
     if arm.changes is not None and not (where / "hf").exists():
         start = (f"model.path={runs / f'{arm.start}_{seed}' / 'warm_start' / 'hf'}",) if arm.start else ()
-        own = ["warm_start.steps=0", "eval.interval=0", "eval.control_problems=0", *start, *more, *arm.changes]
+        own = [*more, "warm_start.steps=0", "eval.interval=0", "eval.control_problems=0", *start, *arm.changes]
         if arm != ICRL:
             own += at_equal_cost(spent(folder(runs, ICRL, seed)), steps=100_000)
         run(["train", "archive", f"run_dir={where}", f"seed={seed}", *own], where.with_suffix(".log"))
