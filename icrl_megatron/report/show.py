@@ -39,6 +39,10 @@ class Look:
         said += [critique.text for e in episodes for critique in e.critiques]
         return Look(tools, colors(s.agent for reply in said for s in split(reply, tools)), full)
 
+    def cuts(self, attempt: Attempt) -> bool:
+        """Whether an attempt has a call or an observation."""
+        return any(t.observation or any(s.kind == "call" for s in split(t.text, self.tools)) for t in attempt.turns)
+
 
 def show(
     run_dir: str | Path,
@@ -68,8 +72,9 @@ def show(
         raise ConfigError(f"Episode {index} does not exist: step {step} has episodes 0 to {len(records) - 1}.")
     out = console or PlainConsole()
     out.print(f"step {step}, episode {index} of {len(records)}", style="dim")
-    out.print(render(records[index], Look.of(records, full)))
-    if not full and any(turn.observation for attempt in records[index].episode.attempts for turn in attempt.turns):
+    look = Look.of(records, full)
+    out.print(render(records[index], look))
+    if not full and any(map(look.cuts, records[index].episode.attempts)):
         out.print("Calls and observations are cut to a line each; --full shows them whole.", style="dim")
 
 
