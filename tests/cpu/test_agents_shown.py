@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser import Browser, executable
@@ -175,7 +176,7 @@ def test_the_parts_on_the_page_hold_every_token_once(run: Path) -> None:
                     assert [part["agent"] for part in on_page["parts"]] == agents
 
 
-def rounds(record: DumpRecord, speller: Speller) -> list[dict[str, list[dict[str, list[dict[str, list[str]]]]]]]:
+def rounds(record: DumpRecord, speller: Speller) -> list[dict[str, Any]]:
     found = episode(1, record, speller, 4000, ("page", "calculator"))["rounds"]
     return [one for one in found if one["role"] != "critique"]
 
@@ -206,6 +207,11 @@ def test_the_page_shows_each_agent_in_its_color(browser: Browser, page: Path) ->
     assert browser.evaluate(f"{folded}.length >= 4 && {folded}.every(d => !d.open)")
     assert browser.evaluate(f"{folded}.filter(d => d.matches('.obs')).length") > 0
     browser.click("document.querySelector('#episode .col details summary')")
+    browser.wait(f"{folded}[0].open")
+    browser.evaluate(f"{folded}[0].open = false")
+    browser.evaluate("document.querySelector('#episode .col .text').focus()")
+    for _ in range(8):  # the plan has six tokens, and the call follows
+        browser.press("ArrowRight")
     browser.wait(f"{folded}[0].open")
     charts = browser.evaluate("[...document.querySelectorAll('#counted figcaption')].map(c => c.textContent)")
     assert charts == ["Calls by tool", "Repeated and invalid calls", "Share of attempts with an answer"]
@@ -245,6 +251,7 @@ def test_without_javascript_the_episodes_are_still_there(browser: Browser, page:
         browser.call("Emulation.setScriptExecutionDisabled", value=False)
 
 
-def test_a_page_with_many_agents_stays_in_its_size(run: Path, tmp_path: Path) -> None:
+def test_the_static_part_is_bounded(run: Path, page: Path, tmp_path: Path) -> None:
     out = write_page([run], tmp_path / "page.html", PageSize(episodes=2))
     assert out.read_text().count("<article>") == 2
+    assert page.read_text().count("<article>") == 12  # of 16
