@@ -213,11 +213,12 @@ def show(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     step: Annotated[int | None, typer.Option(help="Training step; the last one by default.")] = None,
     episode: Annotated[int | None, typer.Option(help="Which episode of the step.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Show whole tool calls and observations.")] = False,
 ) -> None:
-    """Print an episode of a run: attempt, critique, revision, rewards."""
+    """Print an episode of a run: attempt, critique, revision, rewards. Each agent has its own color."""
     from icrl_megatron.report.show import show as show_episode
 
-    show_episode(run, step, episode)
+    show_episode(run, step, episode, full=full)
 
 
 @app.command("eval")

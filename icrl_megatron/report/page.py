@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from icrl_megatron.report.bands import band
 from icrl_megatron.report.final import outcome
 from icrl_megatron.report.page_choice import PageSize, choose
 from icrl_megatron.report.page_curves import Measured, group_data, groups, times
-from icrl_megatron.report.page_episodes import Speller, episode
+from icrl_megatron.report.page_episodes import Speller, agents, episode
+from icrl_megatron.report.page_static import static_episodes
+from icrl_megatron.report.segments import colors, tools_of
 from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.telemetry.metrics import EVALUATION_TOKENS
@@ -34,17 +37,20 @@ def write_page(runs: Sequence[Path], out: Path, size: PageSize = DEFAULT_SIZE, o
     check_file(out, "a page", begins_with(b"<title>ICRL report</title>"), overwrite)
     measured = _labelled(runs, [_measured(run) for run in runs])
     shown = [run_data(run, of, size, len(runs)) for run, of in zip(runs, measured, strict=True)]
-    data: dict[str, list[dict[str, Any]]] = {"runs": shown, "groups": []}
+    names = agents(one for run in shown for one in run["episodes"]["shown"])
+    data: dict[str, Any] = {"runs": shown, "groups": [], "agents": colors(names)}
     for members in groups(measured):
         of_seeds = [shown[m]["weights"] for m in members]
         transfer = {name: asdict(band([(w["steps"], w[name]) for w in of_seeds])) for name in ("mean", "held", "moved")}
         data["groups"].append(group_data(measured, members) | {"transfer": transfer})
     parts = {name: (WEB / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", *SCRIPTS)}
     script = "\n".join(parts[name] for name in SCRIPTS)
-    page = parts["page.html"].replace("/*CSS*/", parts["page.css"]).replace("/*JS*/", script)
     # "</" in a model's text could end the script element; JSON reads "<\/" as the same characters.
     text = json.dumps(_finite(data), separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\u0021--")
-    write_atomically(out, [page.replace("/*DATA*/", text)])
+    filled = {"CSS": parts["page.css"], "STATIC": static_episodes(data), "DATA": text, "JS": script}
+    # In one pass: a text of a model may contain the place of another part.
+    page = re.sub(r"/\*([A-Z]+)\*/", lambda place: filled[place[1]], parts["page.html"])
+    write_atomically(out, [page])
     return out
 
 
@@ -78,6 +84,7 @@ def run_data(run: Path, measured: Measured, size: PageSize, runs: int = 1) -> di
     calibration = settings.algo.calibration
     choice = choose(run, calibration.w_max, size, runs)
     speller = Speller.of_run(run, settings)
+    tools = tools_of(record.episode for _, record in choice.records)
     return {
         "label": measured.label,
         "folder": str(run),
@@ -93,7 +100,7 @@ def run_data(run: Path, measured: Measured, size: PageSize, runs: int = 1) -> di
         "weight_name": "Shaping f(p), in w's place," if settings.algo.shaping_gamma > 0 else "Calibration weight",
         "weights": choice.weights,
         "episodes": {
-            "shown": [episode(step, record, speller, choice.limit) for step, record in choice.records],
+            "shown": [episode(step, record, speller, choice.limit, tools) for step, record in choice.records],
             "played": choice.played,
             "read": choice.read,
             "dumped": choice.dumped,

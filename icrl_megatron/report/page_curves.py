@@ -22,6 +22,9 @@ from icrl_megatron.utils.intervals import proportion
 
 POINTS = 160
 ROUND = "success/round_"
+COUNTED = "task/"
+"""Prefix of what environments counted (`rollout_metrics`)."""
+MOST_COUNTED = 60
 CURVES = (
     *(CRITIQUE_FREE, "reward/attempt", "reward/revision", "reward/critique", "critique/tokens", "attempt/tokens"),
     *("actor/entropy", "actor/mismatch_abs", "actor/grad_norm", "groups/flat_share"),
@@ -67,6 +70,7 @@ def group_data(runs: Sequence[Measured], members: Sequence[int]) -> dict[str, An
     of_group = [runs[m] for m in members]
     names = [name for name in CURVES if any(name in row for run in of_group for row in run.steps())]
     rounds = sorted({name for run in of_group for row in run.steps() for name in row if name.startswith(ROUND)})
+    counted = sorted({name for run in of_group for row in run.steps() for name in row if name.startswith(COUNTED)})
     by_axis: dict[str, Callable[[Measured], list[float]]] = {
         "step": lambda run: [row["step"] for row in run.steps()],
         "tokens": Measured.costs,
@@ -81,6 +85,7 @@ def group_data(runs: Sequence[Measured], members: Sequence[int]) -> dict[str, An
         "runs": list(members),
         "curves": {axis: bands(names, places) for axis, places in by_axis.items()},
         "rounds": {axis: bands(rounds, places) for axis, places in by_axis.items()},
+        "counted": {axis: bands(counted[:MOST_COUNTED], places) for axis, places in by_axis.items()},
         "raw": {axis: _raw(of_group, places) for axis, places in by_axis.items()},
         "heldout": heldout(of_group),
     }

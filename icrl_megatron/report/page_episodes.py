@@ -1,16 +1,19 @@
-"""Episodes for the page: texts split into the model's tokens, each with its training weight."""
+"""Episodes for the page: texts split into agents and these into the model's tokens, each with its training weight."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from icrl_megatron.report.segments import Segment, split
 from icrl_megatron.settings.loading import KEPT_MODEL
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.telemetry.dumps import Credited, DumpRecord
-from icrl_megatron.types import Attempt, Critique, Ids
+from icrl_megatron.types import Attempt, Completion, Critique, Ids
 
 WINDOW = 6
 """Tokens decoded before each token, so that spaces and characters that span several tokens are decoded correctly."""
@@ -52,16 +55,18 @@ class Speller:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)) if ids else ""
 
 
-def episode(step: int, record: DumpRecord, speller: Speller, limit: int) -> dict[str, Any]:
+def episode(step: int, record: DumpRecord, speller: Speller, limit: int, tools: Collection[str] = ()) -> dict[str, Any]:
     """One episode as JSON: what the page's episode browser shows and filters by."""
     played = record.episode
     rounds: list[dict[str, Any]] = []
     for attempt in played.attempts:
         role = "revision" if attempt.round else "attempt"
-        rounds.append(_attempt(attempt, role, record.credit.get(f"{attempt.round}/{role}"), speller, limit))
+        credited = record.credit.get(f"{attempt.round}/{role}")
+        rounds.append(_attempt(attempt, role, credited, speller, limit, tools))
         if attempt.round < len(played.critiques):
             critique = played.critiques[attempt.round]
-            rounds.append(_critique(critique, record.credit.get(f"{critique.round}/critique"), speller, limit))
+            credited = record.credit.get(f"{critique.round}/critique")
+            rounds.append(_critique(critique, credited, speller, limit, tools))
     return {
         "step": step,
         "task": played.task.task_id,
@@ -82,14 +87,22 @@ def outcome(attempts: Sequence[Attempt]) -> str:
     return "hurt" if attempts[-1].outcome < attempts[0].outcome else "failed"
 
 
-def _attempt(attempt: Attempt, role: str, credited: Credited | None, speller: Speller, limit: int) -> dict[str, Any]:
+def agents(episodes: Iterable[dict[str, Any]]) -> set[str]:
+    """Every agent of these episodes, which `episode` returned."""
+    turns = (turn for e in episodes for of_round in e["rounds"] for turn in of_round["turns"])
+    return {part["agent"] for turn in turns for part in turn["parts"]}
+
+
+def _attempt(
+    attempt: Attempt, role: str, credited: Credited | None, speller: Speller, limit: int, tools: Collection[str]
+) -> dict[str, Any]:
     turns, begun = [], 0
     weights = credited.weights if credited else ()
     for turn in attempt.turns:
         ids = turn.completion.ids
         of_turn = weights[begun : begun + len(ids)]
-        tokens = _tokens(ids, turn.text, of_turn, turn.completion.logprobs, speller, limit)
-        turns.append({"tokens": tokens, "observation": turn.observation[: 4 * limit], "lost": turn.action is None})
+        parts = _parts(turn.completion, turn.text, of_turn, speller, limit, tools)
+        turns.append({"parts": parts, "observation": turn.observation[: 4 * limit], "lost": turn.action is None})
         begun += len(ids)
     found: dict[str, Any] = {"role": role, "round": attempt.round, "turns": turns, "success": attempt.success}
     found |= {"outcome": attempt.outcome, "stop": attempt.stop_reason, "summary": attempt.summary[: 4 * limit]}
@@ -97,10 +110,11 @@ def _attempt(attempt: Attempt, role: str, credited: Credited | None, speller: Sp
     return found | {"generated": begun, "weight": mean} | _earned(credited)
 
 
-def _critique(critique: Critique, credited: Credited | None, speller: Speller, limit: int) -> dict[str, Any]:
+def _critique(
+    critique: Critique, credited: Credited | None, speller: Speller, limit: int, tools: Collection[str]
+) -> dict[str, Any]:
     completion = critique.completion
-    tokens = _tokens(completion.ids, critique.text, (), completion.logprobs, speller, limit)
-    turns = [{"tokens": tokens, "observation": "", "lost": False}]
+    turns = [{"parts": _parts(completion, critique.text, (), speller, limit, tools), "observation": "", "lost": False}]
     found: dict[str, Any] = {
         "role": "critique",
         "round": critique.round,
@@ -110,15 +124,39 @@ def _critique(critique: Critique, credited: Credited | None, speller: Speller, l
     return found | _earned(credited)
 
 
-def _tokens(
-    ids: Ids, text: str, weights: Sequence[float], logprobs: Sequence[float], speller: Speller, limit: int
-) -> list[list[Any]]:
-    """[text, weight or null, log-prob under the prompt it was sampled with] of each token."""
+def _parts(
+    completion: Completion, text: str, weights: Sequence[float], speller: Speller, limit: int, tools: Collection[str]
+) -> list[dict[str, Any]]:
+    """The agents of a reply as JSON, each with its tokens: [text, weight or null, log-prob under the prompt that it was
+    sampled with]. A token at a boundary, such as "><", belongs to the agent of its first character, spaces aside."""
+    ids = completion.ids
     pieces = speller.pieces(ids[:limit])
     if pieces is None:
-        return [[text[: 4 * limit], sum(weights) / len(weights) if weights else None, None]]
-    found = [[piece, weights[i] if i < len(weights) else None, round(logprobs[i], 3)] for i, piece in enumerate(pieces)]
-    return [*found, [f" ... ({len(ids) - limit} tokens more)", None, None]] if len(ids) > limit else found
+        mean = sum(weights) / len(weights) if weights else None
+        return _grouped([[s.text, mean, None] for s in split(text[: 4 * limit], tools)], tools)
+    tokens = [
+        [piece, weights[i] if i < len(weights) else None, round(completion.logprobs[i], 3)]
+        for i, piece in enumerate(pieces)
+    ]
+    rest = {"agent": "", "kind": "text", "tokens": [[f" ... ({len(ids) - limit} tokens more)", None, None]]}
+    return [*_grouped(tokens, tools), *([rest] if len(ids) > limit else [])]
+
+
+def _grouped(tokens: list[list[Any]], tools: Collection[str]) -> list[dict[str, Any]]:
+    segments = split("".join(token[0] for token in tokens), tools) or (Segment("", "", "text"),)
+    starts = list(accumulate((len(s.text) for s in segments[:-1]), initial=0))
+    parts: list[dict[str, Any]] = []
+    at, last = 0, -1
+    for token in tokens:
+        letters = token[0].lstrip()
+        if letters or not parts:  # spaces between two agents stay with the first
+            which = bisect_right(starts, at + len(token[0]) - len(letters)) - 1
+            if which != last:
+                parts.append({"agent": segments[which].agent, "kind": segments[which].kind, "tokens": []})
+                last = which
+        parts[-1]["tokens"].append(token)
+        at += len(token[0])
+    return parts
 
 
 def _earned(credited: Credited | None) -> dict[str, Any]:

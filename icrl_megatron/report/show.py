@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -10,16 +12,48 @@ from rich.panel import Panel
 from rich.rule import Rule
 from rich.text import Text
 
+from icrl_megatron.report.segments import Segment, colors, split, tools_of
 from icrl_megatron.telemetry.dumps import DumpRecord, dump_path, dumped_steps, read_dump
 from icrl_megatron.types import Attempt, Critique
 from icrl_megatron.utils.console import PlainConsole, text
 from icrl_megatron.utils.errors import ConfigError
 
+PEEK_CHARS = 400
+"""A line shows at most this much of a call or an observation, and no more than fits."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """How the texts of a step's episodes are shown."""
+
+    tools: frozenset[str]
+    colors: Mapping[str, str]
+    full: bool
+    """Whether calls and observations are shown whole."""
+
+    @staticmethod
+    def of(records: Sequence[DumpRecord], full: bool = False) -> Look:
+        tools = tools_of(record.episode for record in records)
+        episodes = [record.episode for record in records]
+        said = [turn.text for e in episodes for attempt in e.attempts for turn in attempt.turns]
+        said += [critique.text for e in episodes for critique in e.critiques]
+        return Look(tools, colors(s.agent for reply in said for s in split(reply, tools)), full)
+
+    def cuts(self, attempt: Attempt) -> bool:
+        """Whether an attempt has a call or an observation."""
+        return any(t.observation or any(s.kind == "call" for s in split(t.text, self.tools)) for t in attempt.turns)
+
 
 def show(
-    run_dir: str | Path, step: int | None = None, index: int | None = None, console: Console | None = None
+    run_dir: str | Path,
+    step: int | None = None,
+    index: int | None = None,
+    console: Console | None = None,
+    full: bool = False,
 ) -> None:
     """Prints episode `index` of a step's dump (default: the last step and its first episode with a revision).
+
+    Tool calls and observations are cut to a line each, unless `full`.
 
     Raises ConfigError if the run has no such step or the step no such episode.
     """
@@ -38,10 +72,13 @@ def show(
         raise ConfigError(f"Episode {index} does not exist: step {step} has episodes 0 to {len(records) - 1}.")
     out = console or PlainConsole()
     out.print(f"step {step}, episode {index} of {len(records)}", style="dim")
-    out.print(render(records[index]))
+    look = Look.of(records, full)
+    out.print(render(records[index], look))
+    if not full and any(map(look.cuts, records[index].episode.attempts)):
+        out.print("Calls and observations are cut to a line each; --full shows them whole.", style="dim")
 
 
-def render(record: DumpRecord) -> RenderableType:
+def render(record: DumpRecord, look: Look) -> RenderableType:
     """The whole episode, in chronological order."""
     episode = record.episode
     title = Text.assemble(
@@ -52,24 +89,48 @@ def render(record: DumpRecord) -> RenderableType:
         Panel(text(record.prompts["0/attempt"].strip()), title="problem", title_align="left", border_style="blue"),
     ]
     for attempt in episode.attempts:
-        parts += _attempt(record, attempt)
+        parts += _attempt(record, attempt, look)
         if attempt.round < len(episode.critiques):
-            parts.append(_critique(record, episode.critiques[attempt.round]))
+            parts.append(_critique(record, episode.critiques[attempt.round], look))
     return Group(*parts)
 
 
-def _attempt(record: DumpRecord, attempt: Attempt) -> list[RenderableType]:
+def _said(reply: str, look: Look) -> list[RenderableType]:
+    """Each agent of a reply in its color, a call in one line."""
+    segments = [segment for segment in split(reply, look.tools) if segment.text.strip()]
+    return [_segment(segment, look) for segment in segments]
+
+
+def _segment(segment: Segment, look: Look) -> RenderableType:
+    style = look.colors.get(segment.agent, "")
+    if segment.kind == "call" and not look.full:
+        return _line(segment.text, style)
+    return text(segment.text.strip(), style)
+
+
+def _line(said: str, style: str) -> Text:
+    """The beginning of a text, cut where the line ends."""
+    words = " ".join(said[: 4 * PEEK_CHARS].split())
+    shown = text(words[:PEEK_CHARS] + ("…" if len(words) > PEEK_CHARS or len(said) > 4 * PEEK_CHARS else ""), style)
+    shown.no_wrap, shown.overflow = True, "ellipsis"
+    return shown
+
+
+def _attempt(record: DumpRecord, attempt: Attempt, look: Look) -> list[RenderableType]:
     role = "revision" if attempt.round else "attempt"
     style = "green" if attempt.success else "red"
     parts: list[RenderableType] = [Rule(f"round {attempt.round}: {role}", align="left", style=style)]
     for number, turn in enumerate(attempt.turns, start=1):
         many = len(attempt.turns) > 1
-        parts.append(Padding(text(turn.text.strip() or "(nothing)"), (0, 0, 0, 2)))
+        parts += [Padding(said, (0, 0, 0, 2)) for said in _said(turn.text, look) or [Text("(nothing)")]]
         if turn.action is None:
             parts.append(Padding(Text("no action could be read", style="yellow"), (0, 0, 0, 2)))
         if turn.observation:
             head = f"observed after turn {number}: " if many else "observed: "
-            parts.append(Padding(Text.assemble((head, "dim"), text(turn.observation.strip(), "cyan")), (0, 0, 0, 4)))
+            whole = text(turn.observation.strip(), "italic")
+            observed = whole if look.full else _line(turn.observation, "italic")
+            line = Text.assemble((head, "dim"), observed, no_wrap=observed.no_wrap, overflow=observed.overflow)
+            parts.append(Padding(line, (0, 0, 0, 4)))
     verdict = "succeeded" if attempt.success else "failed"
     parts.append(
         Text.assemble(
@@ -83,9 +144,9 @@ def _attempt(record: DumpRecord, attempt: Attempt) -> list[RenderableType]:
     return parts
 
 
-def _critique(record: DumpRecord, critique: Critique) -> RenderableType:
+def _critique(record: DumpRecord, critique: Critique, look: Look) -> RenderableType:
     return Panel(
-        text(critique.text.strip() or "(empty)"),
+        Group(*(_said(critique.text, look) or [Text("(empty)")])),
         title=f"critique, {len(critique.completion.ids)} tokens",
         title_align="left",
         subtitle=_earned(record, f"{critique.round}/critique"),

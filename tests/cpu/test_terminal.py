@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import unicodedata
 from pathlib import Path
@@ -17,6 +15,7 @@ from agentgym_server import State, serving
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+from terminals import in_a_terminal
 from whole_runs import SMALL, icrl
 
 from icrl_megatron.telemetry.dumps import dump_path, dumped_steps
@@ -28,25 +27,6 @@ SHOWN = (r"\x1b]0;owned\x07", r"\x1b[8mhidden", r"\x9b2J", r"\u202etxt.exe")
 OURS = re.compile("\x1b\\[[0-9;]*[mABCDKGHJ]|\x1b\\[\\?25[lh]")
 """Colors, movements and the cursor's visibility, as rich writes them. Of colors, never the one that hides."""
 GUARD = "from icrl_megatron.utils.terminal import guard; guard(); "
-
-
-def in_a_terminal(command: list[str], timeout_s: float = 120, **more: str) -> str:
-    """What a terminal gets as stdout and stderr of a command."""
-    ours, theirs = os.openpty()
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "NO_COLOR")}
-    env |= {"TERM": "xterm-256color", "COLUMNS": "100", **more}
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
-    os.close(theirs)
-    got = b""
-    try:
-        while piece := os.read(ours, 65536):
-            got += piece
-    except OSError:  # all who could write have ended
-        pass
-    finally:
-        os.close(ours)
-    process.wait(timeout=timeout_s)
-    return got.decode("utf-8", "surrogateescape").replace("\r\n", "\n")
 
 
 def unseen(text: str) -> set[str]:

@@ -8,7 +8,10 @@ function shade(weight, top) {
   if (weight < 1) return `color-mix(in srgb, var(--held-fill) ${Math.round(92 * (1 - weight))}%, transparent)`;
   return `color-mix(in srgb, var(--moved-fill) ${Math.round(30 + 62 * Math.min(1, (weight - 1) / Math.max(top - 1, 1e-9)))}%, transparent)`;
 }
-const weightsOf = episode => episode.rounds.flatMap(r => r.turns.flatMap(t => t.tokens.map(x => x[1]).filter(x => x !== null)));
+const tokensOf = turn => turn.parts.flatMap(p => p.tokens);
+const textOf = tokens => tokens.map(t => t[0]).join("");
+const roundWeights = round => round.turns.flatMap(t => tokensOf(t).map(x => x[1]).filter(x => x !== null));
+const weightsOf = episode => episode.rounds.flatMap(roundWeights);
 function facts([, weight, logprob]) {
   const found = [];
   if (weight !== null) found.push(`w ${weight.toFixed(3)}: ${weight < .5 ? "held back" : weight < 1 ? "partly transferred" : "transferred"}`);
@@ -38,6 +41,8 @@ function walkable(text) {
     e.preventDefault();
     leave();
     at = Math.max(0, Math.min(tokens.length - 1, at + move));
+    const folded = tokens[at].closest("details");
+    if (folded) folded.open = true;
     tokens[at].classList.add("at");
     tokens[at].scrollIntoView({ block: "nearest" });
     const place = tokens[at].getBoundingClientRect();
@@ -52,20 +57,36 @@ function transferred(weights) {
     el("i", { class: "h", style: `flex:${held}` }), el("i", { class: "p", style: `flex:${between}` }), el("i", { class: "m", style: `flex:${moved}` })),
     el("div", { class: "facts" }, el("span", {}, `${percent(held)} held back (w < 0.5)`), el("span", {}, `${percent(between)} partly`), el("span", {}, `${percent(moved)} transferred (w ≥ 1)`)));
 }
+// One line of a call or an observation, which opens to the whole.
+function collapsed(kind, style, name, text, ...inside) {
+  const peek = text.slice(0, 640).split(/\s+/).join(" ").slice(0, 160);
+  return el("details", { class: kind, style }, el("summary", {}, el("b", {}, name), el("span", { class: "peek" }, peek)), ...inside);
+}
+const agentStyle = name => `--agent:${data.agents[name]}`;
+function partView(part, top) {
+  const tokens = part.tokens.map(t => tokenSpan(t, top));
+  if (part.kind === "call") return collapsed("agent", agentStyle(part.agent), part.agent, textOf(part.tokens), ...tokens);
+  if (!part.agent) return el("div", {}, ...tokens);
+  return el("div", { class: "agent", style: agentStyle(part.agent) }, el("b", {}, part.agent), ...tokens);
+}
+function agentsKey(episode) {
+  const names = new Set(episode.rounds.flatMap(r => r.turns.flatMap(t => t.parts.map(p => p.agent))).filter(name => name));
+  return names.size ? el("div", { class: "agents" }, ...[...names].sort().map(name => el("span", { class: "agent", style: agentStyle(name) }, el("b", {}, name)))) : null;
+}
 function column(round, top) {
   const critique = round.role === "critique", kind = critique ? "critique" : round.success ? "ok" : "no";
   const title = critique ? "Critique" : round.role === "attempt" ? "Attempt, alone" : `Revision ${round.round}, with the critique`;
   const earned = round.reward === null ? "not trained" : `reward ${short(round.reward)}, advantage ${round.advantage >= 0 ? "+" : ""}${round.advantage.toFixed(2)}`;
   const body = el("div", { class: "text" });
   round.turns.forEach(turn => {
-    body.append(el("div", {}, ...turn.tokens.map(t => tokenSpan(t, top))));
+    body.append(...turn.parts.map(part => partView(part, top)));
     if (turn.lost) body.append(el("div", { class: "note" }, "no action could be read"));
-    if (turn.observation) body.append(el("div", { class: "obs" }, turn.observation));
+    if (turn.observation) body.append(collapsed("obs", "", "observed", turn.observation, turn.observation));
   });
   const told = [earned, `${round.generated} tokens`];
   if (!critique) told.push(`${round.success ? "succeeded" : "failed"}, outcome ${short(round.outcome)}, ${round.stop}`);
   if (round.weight !== null && round.weight !== undefined) told.push(`mean w ${round.weight.toFixed(2)}`);
-  const weights = round.turns.flatMap(t => t.tokens.map(x => x[1]).filter(x => x !== null));
+  const weights = roundWeights(round);
   return el("div", { class: `col ${kind}`, "data-role": round.role }, el("h3", {}, title, el("small", {}, critique ? "" : round.success ? "✓" : "✗")), walkable(body),
     round.summary ? el("p", { class: "note" }, round.summary) : null, weights.length ? transferred(weights) : null,
     el("div", { class: "facts" }, ...told.map(text => el("span", {}, text))));
@@ -79,7 +100,7 @@ function episodeView(episode, run) {
   const weighted = weightsOf(episode).length > 0;
   return [el("div", { class: "facts" }, el("b", {}, episode.task), el("span", {}, `step ${episode.step}, try ${episode.index}`), el("span", {}, `${marks[episode.outcome]} ${words[episode.outcome]}`)),
     el("div", { class: "text problem" }, episode.problem),
-    weighted ? key(run.w_max) : null,
+    agentsKey(episode), weighted ? key(run.w_max) : null,
     el("div", { class: "cols" }, ...episode.rounds.map(r => column(r, run.w_max)))].filter(part => part !== null);
 }
 
@@ -94,7 +115,7 @@ let found = [];
 function search() {
   const text = state.text.toLowerCase();
   found = runs[state.run].episodes.shown.filter(e => (!state.outcome || e.outcome === state.outcome) && (!state.task || e.source === state.task)
-    && e.step >= state.from && (!text || JSON.stringify([e.task, e.problem, e.rounds.map(r => r.turns.map(t => [t.tokens.map(x => x[0]).join(""), t.observation]))]).toLowerCase().includes(text)));
+    && e.step >= state.from && (!text || JSON.stringify([e.task, e.problem, e.rounds.map(r => r.turns.map(t => [textOf(tokensOf(t)), t.observation]))]).toLowerCase().includes(text)));
   if (state.sort !== "played") { const by = new Map(found.map(e => [e, ranks[state.sort](e)])); found.sort((a, b) => by.get(a) - by.get(b) || 0); }
 }
 const changed = (name, value) => { state[name] = value; state.chosen = 0; drawList(); };

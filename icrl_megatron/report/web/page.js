@@ -72,6 +72,24 @@ function drawTimes() {
     drawn(() => lines(host, groups.map((g, i) => ({ name: g.label, colour: colourOf(i), band: curve(g, name) })), { title: caption }));
   }
 }
+// Calls by tool are one chart, calls that went wrong another; whatever else an environment counted has its own.
+function drawCounted() {
+  const names = [...new Set(groups.flatMap(g => Object.keys(g.counted.step)))].map(name => name.slice("task/".length)).sort();
+  $("tools").hidden = !names.length;
+  const wrong = names.filter(name => ["calls_repeated", "calls_invalid"].includes(name));
+  const calls = names.filter(name => name === "calls" || name.startsWith("calls_") && !wrong.includes(name));
+  const charts = [["Calls by tool", calls], ["Repeated and invalid calls", wrong], ...names.filter(name => !wrong.includes(name) && !calls.includes(name)).map(name => [name, [name]])];
+  const dashes = ["none", "7 4", "2 4", "9 3 2 3"], single = groups.length === 1;
+  const title = name => name === "calls" ? "all calls" : name.replace(/^calls_/, "");
+  const colour = (name, i, k) => !single ? colourOf(i) : name === "calls" ? "var(--ink)" : Object.hasOwn(data.agents, title(name)) ? data.agents[title(name)] : colourOf(k);
+  for (const [caption, of] of charts) {
+    if (!of.length) continue;
+    const host = el("div");
+    $("counted").append(chart(caption === "answered" ? "Share of attempts with an answer" : caption, host));
+    drawn(() => lines(host, groups.flatMap((g, i) => of.map((name, k) => ({ name: named(g, title(name)), colour: colour(name, i, k), dash: single ? "none" : dashes[k % 4],
+      band: g.counted[state.axis][`task/${name}`] || nothing }))), { title: caption, unit: caption === "answered" }));
+  }
+}
 function drawHero() {
   const best = exemplary();
   if (!best) { $("example").querySelector("#hero").append(el("p", { class: "note" }, "No episode of these runs was rescued by a critique.")); return; }
@@ -90,7 +108,7 @@ $("theme").addEventListener("click", () => {
   document.documentElement.dataset.theme = next;
   $("theme").textContent = `theme: ${next || "system"}`;
 });
-drawTiles(); drawHero(); drawn(drawCurves); drawTables(); drawWeights(); drawTimes(); drawFilters(); drawList();
+drawTiles(); drawHero(); drawn(drawCurves); drawTables(); drawWeights(); drawCounted(); drawTimes(); drawFilters(); drawList();
 $("list").children[state.chosen]?.scrollIntoView({ block: "nearest" });
 scrollTo(0, 0);
 document.body.dataset.ready = "yes";
