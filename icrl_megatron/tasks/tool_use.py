@@ -74,6 +74,8 @@ class ToolEnvironment:
             "calls_repeated": session.made("repeat", "stopped"),
             "calls_invalid": session.made("invalid"),
         }
+        if self._toolbox.cache is not None:
+            ended["calls_cached"] = session.cached
         return {name: float(number) for name, number in {"answered": self.answer is not None, **calls, **ended}.items()}
 
 
