@@ -1,7 +1,8 @@
 """Answers of tools in one SQLite file, shared by all ranks of a run and by later runs.
 
-An entry is found by tool, version (`ToolSpec.version`) and arguments. Only answers are stored, never errors. With
-`tasks.tool_cache.mode=replay` the file is only read, and a call that it does not have fails.
+An entry is found by tool, version (`ToolSpec.version`) and arguments. Failures of the infrastructure are never stored.
+With `tasks.tool_cache.mode=replay` the file is only read, and a call that it does not have fails. So that such a run
+observes the same, what a tool said of the model's mistakes (`ToolUseError`) is recorded too; only replays use it.
 
 The file uses SQLite's write-ahead log (https://sqlite.org/wal.html): readers never wait for a writer, a killed process
 loses at most its last answers, and all processes must be on one machine. Reads and writes run in one thread each, so
@@ -23,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from icrl_megatron.agents.tools import ToolFailure
+from icrl_megatron.agents.tools import ToolFailure, ToolUseError
 from icrl_megatron.settings.task_schema import ToolCacheSettings
 from icrl_megatron.utils.disk import disk_errors
 from icrl_megatron.utils.errors import ConfigError
@@ -40,12 +41,13 @@ BUSY_S = 10.0
 _TABLE = """
 CREATE TABLE answers (
     tool TEXT NOT NULL, version TEXT NOT NULL, arguments TEXT NOT NULL, answer TEXT NOT NULL, stored_s REAL NOT NULL,
-    PRIMARY KEY (tool, version, arguments)
+    mistake INTEGER NOT NULL, PRIMARY KEY (tool, version, arguments)
 )"""
-_READ = "SELECT answer FROM answers WHERE tool = ? AND version = ? AND arguments = ? AND stored_s >= ?"
+_READ = "SELECT answer, stored_s, mistake FROM answers WHERE tool = ? AND version = ? AND arguments = ?"
 _WRITE = """
-INSERT INTO answers VALUES (?, ?, ?, ?, ?)
-ON CONFLICT DO UPDATE SET answer = excluded.answer, stored_s = excluded.stored_s WHERE stored_s < ?"""
+INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE
+SET answer = excluded.answer, stored_s = excluded.stored_s, mistake = excluded.mistake
+WHERE answers.mistake OR answers.stored_s < ?"""
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "sshfs", "afs",
             "wekafs", "panfs", "orangefs"}  # fmt: skip
 """File systems whose other machines do not see SQLite's shared memory, as /proc/self/mounts names them."""
@@ -66,7 +68,7 @@ class ToolCache:
         self._reads = _connect(self.path, self.replay)
         self._writes = _connect(self.path, self.replay)
         self._writes.execute(f"PRAGMA max_page_count = {settings.max_mib * 2**20 // PAGE_BYTES}")
-        self._waiting: list[tuple[Entry, str]] = []
+        self._waiting: list[tuple[Entry, str, bool]] = []
         self._waiting_bytes, self._lock, self._warned = 0, threading.Lock(), False
         atexit.register(self.close)
 
@@ -83,8 +85,8 @@ class ToolCache:
             connection.close()
 
     async def get(self, entry: Entry) -> str | None:
-        """The stored answer, or None. Raises ToolFailure if the file cannot be read, and with mode=replay also if it
-        has no answer."""
+        """The stored answer, or None. Raises ToolFailure if the file cannot be read. With mode=replay, also raises
+        ToolFailure if the file has no answer, and ToolUseError if the tool called it a mistake."""
         found = await asyncio.wrap_future(self._reader.submit(self._read, entry))
         if found is None and self.replay:
             tool, version, arguments = entry
@@ -95,9 +97,11 @@ class ToolCache:
             )
         return found
 
-    def put(self, entry: Entry, answer: str) -> None:
-        """Stores an answer soon, without waiting for it. The first answer of two processes stays until it expires. One
-        that cannot be stored is lost, with one warning for each process."""
+    def put(self, entry: Entry, answer: str, mistake: bool = False) -> None:
+        """Stores an answer soon, without waiting for it. `mistake`: it is the message of a ToolUseError.
+
+        The first answer of two processes stays until it expires. An answer that cannot be stored is lost, with one
+        warning for each process."""
         if self.replay:
             return
         size = sum(len(text.encode(errors="replace")) for text in (*entry, answer))
@@ -106,7 +110,7 @@ class ToolCache:
         with self._lock:
             full = self._waiting_bytes + size > MOST_WAITING_BYTES
             if not full:
-                self._waiting.append((entry, answer.encode(errors="replace").decode()))
+                self._waiting.append((entry, answer.encode(errors="replace").decode(), mistake))
                 self._waiting_bytes += size
         if full:
             self._warn("more answers arrive than the disk takes; choose a file on a faster disk")
@@ -114,15 +118,20 @@ class ToolCache:
             self._writer.submit(self._flush)
 
     def _oldest(self) -> float:
-        """Answers stored before this time (seconds since 1970) have expired. A replay uses all."""
-        return 0.0 if self._expiry_s is None or self.replay else time.time() - self._expiry_s
+        """Answers stored before this time (seconds since 1970) have expired."""
+        return 0.0 if self._expiry_s is None else time.time() - self._expiry_s
 
     def _read(self, entry: Entry) -> str | None:
         try:
-            rows = self._reads.execute(_READ, (*entry, self._oldest())).fetchall()
+            rows = self._reads.execute(_READ, entry).fetchall()
         except sqlite3.Error as error:
             raise ToolFailure(f"tool cache {self.path}: {error}") from error
-        return str(rows[0][0]) if rows else None
+        if not rows:
+            return None
+        answer, stored_s, mistake = rows[0]
+        if self.replay and mistake:
+            raise ToolUseError(answer)
+        return str(answer) if self.replay or (not mistake and stored_s >= self._oldest()) else None
 
     def _flush(self) -> None:
         """Writes all that waits in one transaction."""
@@ -133,7 +142,8 @@ class ToolCache:
         now, oldest = time.time(), self._oldest()
         try:
             with _transaction(self._writes):
-                self._writes.executemany(_WRITE, [(*entry, answer, now, oldest) for entry, answer in entries])
+                rows = [(*entry, answer, now, mistake, oldest) for entry, answer, mistake in entries]
+                self._writes.executemany(_WRITE, rows)
         except sqlite3.Error as error:
             self._warn(
                 f"{error}; answers are not stored. If the file is full, raise tasks.tool_cache.max_mib or choose "

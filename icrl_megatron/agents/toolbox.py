@@ -70,7 +70,7 @@ class Toolbox:
         return f"{call.name}: {f'{where}: ' if where else ''}{error.message[:SHOWN_CHARS]}"
 
     async def kept(self, call: ToolCall) -> str | None:
-        """The cache's answer to a call without mistakes, or None. Raises ToolFailure as `ToolCache.get` does."""
+        """The cache's answer to a call without mistakes, or None. Raises what `ToolCache.get` raises."""
         version = self.tools[call.name].spec.version
         if self.cache is None or not version:
             return None
@@ -85,10 +85,16 @@ class Toolbox:
 
         Raises ToolUseError, and ToolFailure after the last try or the deadline.
         """
-        answer = await self._tried(call)
         version = self.tools[call.name].spec.version
-        if self.cache is not None and version:
-            self.cache.put((call.name, version, call.written_arguments()), answer)
+        if self.cache is None or not version:
+            return await self._tried(call)
+        entry = (call.name, version, call.written_arguments())
+        try:
+            answer = await self._tried(call)
+        except ToolUseError as error:
+            self.cache.put(entry, str(error), mistake=True)
+            raise
+        self.cache.put(entry, answer)
         return answer
 
     async def _tried(self, call: ToolCall) -> str:
@@ -145,10 +151,9 @@ class ToolSession:
             if self._asked[key] > 1 + self.box.limits.repeats:
                 return ToolResult("You have made this call already. Use its answer, or do something else.", "stopped")
             return ToolResult(self._answers[key].text, "repeat")
-        kept = await self.box.kept(call)
-        if kept is not None:
-            self.cached += 1
         try:
+            kept = await self.box.kept(call)
+            self.cached += kept is not None
             result = ToolResult(await self.box.run(call) if kept is None else kept, "answer")
         except ToolUseError as error:
             result = ToolResult(str(error)[:SHOWN_CHARS], "invalid")

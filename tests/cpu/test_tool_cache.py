@@ -113,14 +113,27 @@ def test_another_version_has_other_answers_and_none_is_not_cached(path: Path, op
     assert [row[1] for row in rows(path)] == ["1", "2"]
 
 
-def test_errors_are_never_stored(path: Path, opened: Opened) -> None:
+def test_failures_are_never_stored_and_no_error_answers_a_call(path: Path, opened: Opened) -> None:
     tool, cache = Counter(), open_cache(opened, path)
     for _ in range(2):
         assert ask(session(tool, cache), "no") == "no"
         with pytest.raises(ToolFailure, match="the line is down"):
             ask(session(tool, cache), "down")
-    cache.close()
-    assert tool.calls == 4 and rows(path) == []
+        cache._writer.submit(int).result()
+    assert tool.calls == 4 and [row[2] for row in rows(path)] == ['{"text": "no"}']
+
+
+def test_a_mistake_is_recorded_for_replays_and_gives_way_to_an_answer(path: Path, opened: Opened) -> None:
+    tool, cache = Counter(), open_cache(opened, path)
+    assert ask(session(tool, cache), "no") == "no"
+    stored(path, 1)
+    replayed = session(tool, open_cache(opened, path, "replay"))
+    assert ask(replayed, "no") == "no" and replayed.counts == {("count", "invalid"): 1} and tool.calls == 1
+    entry = ("count", "1", '{"text": "no"}')
+    for text, mistake in (("yes", False), ("no", True)):
+        cache.put(entry, text, mistake)
+        cache._writer.submit(int).result()
+        assert asyncio.run(cache.get(entry)) == "yes"
 
 
 def test_expired_answers_are_asked_for_again_and_replaced(path: Path, opened: Opened) -> None:
