@@ -12,7 +12,6 @@ that neither the disk nor another process's write stops the event loop.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import os
 import secrets
 import sqlite3
@@ -45,7 +44,8 @@ CREATE TABLE answers (
 )"""
 _READ = "SELECT answer, stored_s, mistake FROM answers WHERE tool = ? AND version = ? AND arguments = ?"
 _WRITE = """
-INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE
+INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?)
+ON CONFLICT (tool, version, arguments) DO UPDATE
 SET answer = excluded.answer, stored_s = excluded.stored_s, mistake = excluded.mistake
 WHERE answers.mistake OR answers.stored_s < ?"""
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "sshfs", "afs",
@@ -70,15 +70,13 @@ class ToolCache:
         self._writes.execute(f"PRAGMA max_page_count = {settings.max_mib * 2**20 // PAGE_BYTES}")
         self._waiting: list[tuple[Entry, str, bool]] = []
         self._waiting_bytes, self._lock, self._warned = 0, threading.Lock(), False
-        atexit.register(self.close)
 
     @staticmethod
     def of(settings: ToolCacheSettings) -> ToolCache | None:
         return None if settings.mode == "off" else ToolCache(settings)
 
     def close(self) -> None:
-        """Writes what waits and closes the file. Also called when the process ends."""
-        atexit.unregister(self.close)
+        """Writes what waits and closes the file. A process that ends without it writes what waits, too."""
         for thread in (self._reader, self._writer):
             thread.shutdown()
         for connection in (self._reads, self._writes):
@@ -212,9 +210,14 @@ def _refused(path: Path, why: str) -> ConfigError:
     )
 
 
-def _check_file_system(path: Path) -> None:
+def _network(path: Path) -> str:
+    """The type of the network file system that holds `path`; empty if it is on a local one."""
     kind = file_system(path, Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace"))
-    if kind in _NETWORK:
+    return kind if kind in _NETWORK else ""
+
+
+def _check_file_system(path: Path) -> None:
+    if kind := _network(path):
         raise ConfigError(
             f"tasks.tool_cache.path={path}: it is on a network file system ({kind}), where several machines would "
             "damage the file; choose a path on a local disk of each node, e.g. /tmp/tools.sqlite. "
@@ -252,8 +255,9 @@ def _create(path: Path) -> None:
 def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
     """A connection without implicit transactions. It is used by one thread at a time."""
     how = "mode=ro" if read_only else "mode=rw"
-    if read_only and not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists():
-        how = "immutable=1"  # SQLite cannot create its shared memory there, and needs none
+    nobody_writes = read_only and not path.with_name(f"{path.name}-wal").exists()
+    if nobody_writes and (_network(path) or not os.access(path.parent, os.W_OK)):
+        how = "immutable=1"  # SQLite's shared memory cannot be there, and is not needed
     uri = f"{path.absolute().as_uri()}?{how}"
     made = sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
     made.execute("PRAGMA synchronous = NORMAL")  # in this mode a commit waits for no disk, and a crash damages nothing

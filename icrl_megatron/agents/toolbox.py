@@ -98,7 +98,7 @@ class Toolbox:
         return answer
 
     async def _tried(self, call: ToolCall) -> str:
-        """Tries again after a failure. A plain loop: tenacity took 45 us a call, the rest of the toolbox 30."""
+        """`run` without the cache. A plain loop, because tenacity took more time than the rest of the toolbox."""
         tried = 0
         async with self._gate(call.name):
             while True:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import sqlite3
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from disks import read_only, small_disk
 from whole_runs import icrl
 
 from icrl_megatron.agents.cache import MOST_ENTRY_BYTES, ToolCache, check, file_system
@@ -180,6 +180,36 @@ def test_a_full_file_takes_no_more_answers(path: Path, opened: Opened, capfd: py
     assert capfd.readouterr().err.count("raise tasks.tool_cache.max_mib") == 1
 
 
+def test_a_full_disk_ends_the_writing_and_not_the_run(
+    tmp_path: Path, opened: Opened, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with small_disk(tmp_path / "disk", 1024) as disk:
+        path = disk / "tools.sqlite"
+        cache = open_cache(opened, path)
+        for i in range(60):
+            cache.put(("t", "1", str(i)), str(i) * 20_000)
+            cache._writer.submit(int).result()
+        assert asyncio.run(cache.get(("t", "1", "3"))) == "3" * 20_000
+        assert asyncio.run(cache.get(("t", "1", "59"))) is None
+        opened.pop().close()
+        check(ToolCacheSettings("replay", str(path)))
+    assert "database or disk is full; answers are not stored" in capfd.readouterr().err
+
+
+def test_a_read_only_disk_can_be_replayed_and_nothing_else(tmp_path: Path, opened: Opened) -> None:
+    with small_disk(tmp_path / "disk", 4096) as disk:
+        path = disk / "tools.sqlite"
+        filled(path)
+        read_only(disk)
+        check(ToolCacheSettings("replay", str(path)))
+        assert asyncio.run(open_cache(opened, path, "replay").get(("t", "1", "7"))) == "answer " * 100
+        opened.pop().close()
+        with pytest.raises(ConfigError, match="the file or its folder cannot be written"):
+            check(ToolCacheSettings("read_write", str(path)))
+        with pytest.raises(ConfigError, match="the file system is read-only; mount it for writing"):
+            check(ToolCacheSettings("read_write", str(disk / "other.sqlite")))
+
+
 WRITER = """
 import sys
 from pathlib import Path
@@ -217,6 +247,8 @@ def test_two_processes_create_and_fill_one_file(path: Path) -> None:
         assert process.communicate(timeout=60) == ("", None) and process.returncode == 0
     check(ToolCacheSettings("replay", str(path)))
     assert {row[2]: row[3] for row in rows(path)} == {str(i): f"{i} " * 200 for i in range(900)}
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # no write-ahead log or temporary file is left
 
 
@@ -293,7 +325,7 @@ def filled(path: Path) -> bytes:
 
 def overwritten(path: Path) -> None:
     content = filled(path)
-    path.write_bytes(content[:40_000] + os.urandom(40_000) + content[80_000:])
+    path.write_bytes(content[:40_960] + b"\xff" * 40_960 + content[81_920:])
 
 
 BAD = {
@@ -316,6 +348,17 @@ def test_a_file_that_is_no_cache_is_refused_and_left_alone(name: str, mode: str,
     with pytest.raises(ConfigError, match=rf"^tasks\.tool_cache\.path={path}: .*{said}.*; move it away, choose"):
         check(ToolCacheSettings(mode, str(path)))
     assert (path.read_bytes() if path.is_file() else b"") == before
+
+
+def test_damage_that_is_found_during_the_run_is_a_failure(path: Path, opened: Opened) -> None:
+    overwritten(path)
+    cache, failures = open_cache(opened, path), 0
+    for i in range(200):
+        try:
+            assert asyncio.run(cache.get(("t", "1", str(i)))) == "answer " * 100
+        except ToolFailure as error:
+            failures += "tools.sqlite: database disk image is malformed" in str(error)
+    assert 10 < failures < 200
 
 
 @pytest.mark.parametrize(
