@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from icrl_megatron import loop
 from icrl_megatron.actor.actor import Actor
+from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.algo.credit import CreditReport
 from icrl_megatron.algo.samples import to_samples
 from icrl_megatron.algo.schedules import learning_rate
@@ -115,7 +116,8 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     run_dir, warm, progress = run_folder(settings), settings.warm_start, Progress(enabled=grid.rank == 0)
     start = saving.begin(run_dir, _start_folder(settings, grid), grid, progress.log)
     prompter = Prompter(tokenizer(start.tokenizer), settings.rollout)
-    catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes)
+    tool_cache = ToolCache.of(settings.tasks.tool_cache)
+    catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes, tool_cache)
     found = chosen(settings, catalogue, prompter, start.model, grid, progress)
     actor = Actor(settings, start.folder, grid, weights=start.found is None)
     saver = saving.Saver(start, actor, settings.checkpoint.keep, progress.log, lambda: bool(stop))

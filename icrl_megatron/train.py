@@ -8,6 +8,7 @@ from pathlib import Path
 
 from icrl_megatron import loop
 from icrl_megatron.actor.actor import Actor
+from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.algo.credit import credit
 from icrl_megatron.algo.schedules import learning_rate
 from icrl_megatron.data.curriculum import Curriculum
@@ -46,7 +47,8 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     progress = Progress(enabled=grid.rank == 0)
     start = saving.begin(run_folder(settings), Path(settings.model.path), grid, progress.log)
     saving.require_weights(start, settings)
-    catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes)
+    tool_cache = ToolCache.of(settings.tasks.tool_cache)
+    catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes, tool_cache)
     prompter = Prompter(tokenizer(start.tokenizer), settings.rollout)
     found = chosen(settings, catalogue, prompter, start.model, grid, progress)
     early = engine_kind(settings.engine.kind).before_actor

@@ -124,6 +124,23 @@ BENCHMARKS = (
         ("rulebook_easy", "waiting"),
     ),
     Benchmark(
+        "agents",
+        "bench_agents.py",
+        "agents_cpu.json",
+        lambda options: [],
+        (
+            "toolbox",
+            "cache",
+            "contended",
+            "--rounds=2",
+            "--episodes=8",
+            "--calls=2",
+            "--tool-ms=5",
+            "--entries=64",
+            "--seconds=0.2",
+        ),
+    ),
+    Benchmark(
         "rollout",
         "bench_rollout.py",
         "rollout_{device}.json",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 from icrl_megatron.agents.tools import Arguments, ToolSpec
 
@@ -15,9 +16,16 @@ class Search:
     spec = ToolSpec.of_text("search", "Searches a collection of documents.", "query")
 
     def __init__(
-        self, find: Callable[[str, int], Awaitable[list[str]]], passages: int, passage_chars: int = 2000
+        self,
+        find: Callable[[str, int], Awaitable[list[str]]],
+        passages: int,
+        passage_chars: int = 2000,
+        version: str = "",
     ) -> None:
-        """`find(query, count)` returns at most `count` passages, best first, and may raise EnvironmentFailure."""
+        """`find(query, count)` returns at most `count` passages, best first, and may raise EnvironmentFailure.
+        `version` names the collection and its state, for the cache of answers; empty: they are not cached."""
+        if version:
+            self.spec = replace(self.spec, version=f"{version}, {passages} passages of {passage_chars} characters")
         self._find, self._passages, self._passage_chars = find, passages, passage_chars
 
     async def call(self, arguments: Arguments) -> str:

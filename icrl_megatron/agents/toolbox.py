@@ -10,8 +10,8 @@ from weakref import WeakKeyDictionary
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError, best_match
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
+from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.agents.tools import Outcome, Tool, ToolCall, ToolFailure, ToolResult, ToolUseError
 from icrl_megatron.utils.errors import ConfigError
 
@@ -38,9 +38,11 @@ class ToolLimits:
 class Toolbox:
     """The tools of a task set. One per process; `session` opens an episode's own view of it."""
 
-    def __init__(self, tools: Sequence[Tool], limits: ToolLimits) -> None:
-        """Raises ConfigError for two tools of one name and for an invalid schema."""
-        self.limits = limits
+    def __init__(self, tools: Sequence[Tool], limits: ToolLimits, cache: ToolCache | None = None) -> None:
+        """`cache` keeps the answers of tools that have a version (`ToolSpec.version`).
+
+        Raises ConfigError for two tools of one name and for an invalid schema."""
+        self.limits, self.cache = limits, cache
         self.tools = {tool.spec.name: tool for tool in tools}
         if len(self.tools) < len(tools):
             names = Counter(tool.spec.name for tool in tools)
@@ -67,22 +69,46 @@ class Toolbox:
         where = ".".join(map(str, error.absolute_path))
         return f"{call.name}: {f'{where}: ' if where else ''}{error.message[:SHOWN_CHARS]}"
 
+    async def kept(self, call: ToolCall) -> str | None:
+        """The cache's answer to a call without mistakes, or None. Raises what `ToolCache.get` raises."""
+        version = self.tools[call.name].spec.version
+        if self.cache is None or not version:
+            return None
+        try:
+            async with asyncio.timeout(self.limits.call_s):
+                return await self.cache.get((call.name, version, call.written_arguments()))
+        except TimeoutError as error:
+            raise ToolFailure(f"tool cache {self.cache.path}: no answer within {self.limits.call_s:g} s") from error
+
     async def run(self, call: ToolCall) -> str:
-        """The tool's own answer to a call without mistakes.
+        """The tool's own answer to a call without mistakes, which is then stored in the cache.
 
         Raises ToolUseError, and ToolFailure after the last try or the deadline.
         """
-        again = AsyncRetrying(
-            stop=stop_after_attempt(self.limits.tries),
-            wait=wait_exponential(multiplier=self.limits.pause_s),
-            retry=retry_if_exception_type(ToolFailure),
-            reraise=True,
-        )
+        version = self.tools[call.name].spec.version
+        if self.cache is None or not version:
+            return await self._tried(call)
+        entry = (call.name, version, call.written_arguments())
+        try:
+            answer = await self._tried(call)
+        except ToolUseError as error:
+            self.cache.put(entry, str(error), mistake=True)
+            raise
+        self.cache.put(entry, answer)
+        return answer
+
+    async def _tried(self, call: ToolCall) -> str:
+        """`run` without the cache. A plain loop, because tenacity took more time than the rest of the toolbox."""
+        tried = 0
         async with self._gate(call.name):
-            async for attempt in again:
-                with attempt:
+            while True:
+                try:
                     return await self._once(call)
-        raise AssertionError("tenacity returns or raises")
+                except ToolFailure:
+                    tried += 1
+                    if tried >= self.limits.tries:
+                        raise
+                await asyncio.sleep(self.limits.pause_s * 2 ** (tried - 1))
 
     async def _once(self, call: ToolCall) -> str:
         try:
@@ -104,6 +130,8 @@ class ToolSession:
     box: Toolbox
     counts: Counter[tuple[str, Outcome]] = field(default_factory=Counter)
     """(tool, outcome) -> calls. A call of an unknown tool counts under the tool name ""."""
+    cached: int = 0
+    """Calls among them that the shared cache answered."""
     _answers: dict[str, ToolResult] = field(default_factory=dict)
     _asked: Counter[str] = field(default_factory=Counter)
 
@@ -124,7 +152,9 @@ class ToolSession:
                 return ToolResult("You have made this call already. Use its answer, or do something else.", "stopped")
             return ToolResult(self._answers[key].text, "repeat")
         try:
-            result = ToolResult(await self.box.run(call), "answer")
+            kept = await self.box.kept(call)
+            self.cached += kept is not None
+            result = ToolResult(await self.box.run(call) if kept is None else kept, "answer")
         except ToolUseError as error:
             result = ToolResult(str(error)[:SHOWN_CHARS], "invalid")
         self._answers[key] = result

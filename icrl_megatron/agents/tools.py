@@ -22,6 +22,9 @@ class ToolSpec:
     description: str
     parameters: Mapping[str, Any]
     """JSON schema of the arguments, an object."""
+    version: str = ""
+    """Names what answers depend on besides the arguments, such as the collection that is searched: equal versions and
+    arguments have equal answers, so `tasks.tool_cache` may keep them. Empty: never kept, as for tools with state."""
 
     @staticmethod
     def of_text(name: str, description: str, argument: str, **limits: int) -> ToolSpec:
@@ -43,7 +46,11 @@ class ToolCall:
 
     def key(self) -> str:
         """Equal for calls of one tool with equal arguments, whatever their order."""
-        return f"{self.name} {json.dumps(self.arguments, sort_keys=True, ensure_ascii=False)}"
+        return f"{self.name} {self.written_arguments()}"
+
+    def written_arguments(self) -> str:
+        """JSON of the arguments in ASCII, the same for equal arguments in any order."""
+        return json.dumps(self.arguments, sort_keys=True)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.distributed import grid as grids
 from icrl_megatron.distributed import platform
 from icrl_megatron.distributed.grid import Grid
@@ -99,7 +100,8 @@ def _play(job: Job, grid: Grid, progress: Progress) -> tuple[Played, int]:
     settings = replace(job.settings, rollout=rollout)
     prompter = Prompter(tokenizer(job.folder), rollout)
     _check_critic(job)
-    catalogue = registry.Catalogue(settings.tasks.sources, rollout.max_observation_bytes)
+    tool_cache = ToolCache.of(settings.tasks.tool_cache)
+    catalogue = registry.Catalogue(settings.tasks.sources, rollout.max_observation_bytes, tool_cache)
     share = ProblemShare(grid.rank, grid.world, gather)
     tasks = _fitting(replace(job, settings=settings), catalogue, prompter, share, shape.max_positions, progress)
     setup = EpisodeSetup(

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from icrl_megatron.agents import cache as tool_cache
 from icrl_megatron.distributed.process import KILLED, STOPPED, is_rank
 from icrl_megatron.engines.registry import engine_kind
 from icrl_megatron.evaluation.job import Job
@@ -46,6 +47,7 @@ def evaluate(request: EvalRequest) -> int:
     require_space(out, ROOM_BYTES, "the evaluation")
     run, before = _run_settings(request.model)
     settings = _settings(request, run)
+    tool_cache.check(settings.tasks.tool_cache)
     problems = eval_problems.problems(settings, run, request.on, request.problems, before)
     if request.against:
         _check_pairs(request, problems, read_result(request.against))

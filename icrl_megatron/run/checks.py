@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from icrl_megatron.agents import cache as tool_cache
 from icrl_megatron.engines.registry import engine_kind
 from icrl_megatron.model.shape import ModelShape, check_folder
 from icrl_megatron.run import files as run_files
@@ -157,6 +158,7 @@ def _check_tasks(settings: Settings, before: Sequence[Settings]) -> None:
         if isinstance(task_set, Checked) and not source.served:  # served task sets are checked once their servers run
             task_set.check()
     check_servers(settings)
+    tool_cache.check(settings.tasks.tool_cache)
     check_no_leak(problems["train"], problems["heldout"])
     templates = settings.rollout.templates
     if templates not in ("standard", "compact"):

@@ -71,6 +71,21 @@ class TaskSource:
 
 
 @dataclass
+class ToolCacheSettings:
+    """Answers of tools that are kept in one SQLite file (docs/TASKS.md)."""
+
+    mode: str = "off"
+    """off | read_write | replay: only answers of the file, at any age; a call that it does not have costs its episode.
+    A run whose answers are all in the file needs no network."""
+    path: str = ""
+    """The file, on a local disk of each node. Several runs may use it at the same time."""
+    expiry_s: float | None = None
+    """Older answers are asked for again; null: never."""
+    max_mib: int = 4096
+    """Size at which the file takes no more answers."""
+
+
+@dataclass
 class TaskSettings:
     sources: list[TaskSource] = field(default_factory=lambda: [TaskSource()])
     """Mixture the training tasks are drawn from."""
@@ -83,6 +98,7 @@ class TaskSettings:
     too_long: str = "error"
     """What to do with a training or held-out problem whose prompt does not fit rollout.context_tokens: error (names the
     rows before the model is loaded) | drop (leaves them out and counts them)."""
+    tool_cache: ToolCacheSettings = field(default_factory=ToolCacheSettings)
 
 
 PORT = "{port}"

@@ -14,15 +14,16 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
+from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.agents.calculator import Calculator
 from icrl_megatron.agents.formats import Tags
 from icrl_megatron.agents.search import Search
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
-from icrl_megatron.agents.tools import Arguments, ToolSpec, ToolUseError
+from icrl_megatron.agents.tools import Arguments, Tool, ToolSpec, ToolUseError
 from icrl_megatron.tasks.tool_use import ToolEnvironment
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
@@ -38,6 +39,8 @@ MAX_TURNS = 6
 TRAIN_PROBLEMS, HELDOUT_PROBLEMS = 4000, 256
 TRUSTS_SEARCH, MISCALCULATES, DOUBLE_CHECKS = 0.6, 1 / 7, 0.25
 """Probabilities of the teacher: searching for a town's size first, giving a wrong sum, opening the page after all."""
+VERSION = "archive 1"
+"""Of the facts, for the cache of answers."""
 RIGHT, SILENT, OUTDATED_SIZE, WRONG_SUM = "right", "silent", "outdated", "sum"
 
 
@@ -84,7 +87,7 @@ def joined(text: str) -> str:
 class Page:
     """A town's own page, which is right."""
 
-    spec = ToolSpec.of_text("page", "Opens the page of a town.", "town")
+    spec = replace(ToolSpec.of_text("page", "Opens the page of a town.", "town"), version=VERSION)
 
     async def call(self, arguments: Arguments) -> str:
         name = joined(arguments["town"])
@@ -127,8 +130,9 @@ async def find(query: str, count: int) -> list[str]:
 
 
 @cache
-def toolbox() -> Toolbox:
-    return Toolbox([Search(find, passages=1), Page(), WordCalculator()], ToolLimits(call_s=10.0, tries=1))
+def toolbox(tool_cache: ToolCache | None = None) -> Toolbox:
+    tools: list[Tool] = [Search(find, passages=1, version=VERSION), Page(), WordCalculator()]
+    return Toolbox(tools, ToolLimits(call_s=10.0, tries=1), tool_cache)
 
 
 def form() -> Tags:
@@ -150,10 +154,10 @@ def truth(people: Sequence[int]) -> int:
 class ArchiveEnvironment(ToolEnvironment):
     """One question. The summary tells the critic what went wrong, in one word."""
 
-    def __init__(self, problem: str) -> None:
+    def __init__(self, problem: str, tool_cache: ToolCache | None = None) -> None:
         self._people = asked(problem)
         right = partial(same_number, truth=truth(self._people))
-        super().__init__(problem, form(), toolbox(), right, MAX_TURNS * len(self._people))
+        super().__init__(problem, form(), toolbox(tool_cache), right, MAX_TURNS * len(self._people))
 
     def hint(self) -> str:
         return "invalid"
@@ -223,6 +227,7 @@ class Archive:
 
     def __init__(self, name: str) -> None:
         self.name, self._people = name, 1 if name == "archive_easy" else 2
+        self.tool_cache: ToolCache | None = None
 
     def problems(self, split: Split) -> Sequence[Task]:
         rng = random.Random(f"{'archive' if self._people == 2 else 'archive_easy'} {split}")
@@ -237,7 +242,7 @@ class Archive:
         return [Task(f"{self.name}/{split}/{i}", self.name, split, problem) for i, problem in enumerate(found)]
 
     def environment(self, task: Task) -> ArchiveEnvironment:
-        return ArchiveEnvironment(task.problem)
+        return ArchiveEnvironment(task.problem, self.tool_cache)
 
     def statement(self, task: Task) -> str:
         return task.problem

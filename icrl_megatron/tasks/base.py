@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.agents.dialogue import Dialogue
 from icrl_megatron.types import Split, Task
 
@@ -120,6 +121,14 @@ class Checked(TaskSet, Protocol):
     def check(self) -> None:
         """Raises ConfigError naming the error, its location and the remedy. Called once, before the run starts."""
         ...
+
+
+@runtime_checkable
+class Cacheable(TaskSet, Protocol):
+    """A task set with tools, whose `Toolbox` gets the run's cache of answers."""
+
+    tool_cache: ToolCache | None
+    """Set before the first environment is made."""
 
 
 @runtime_checkable

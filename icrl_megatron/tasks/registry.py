@@ -7,9 +7,10 @@ import difflib
 import importlib
 from collections.abc import Callable, Iterable
 
+from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.settings.task_schema import TaskSource
-from icrl_megatron.tasks.base import Environment, TaskSet, escaped, shown
+from icrl_megatron.tasks.base import Cacheable, Environment, TaskSet, escaped, shown
 from icrl_megatron.tasks.household import Household
 from icrl_megatron.tasks.rulebook import Rulebook
 from icrl_megatron.types import Split, Task
@@ -104,16 +105,23 @@ class Catalogue:
     """The task sets of one run, each created once; data is read and servers are connected to when first needed."""
 
     def __init__(
-        self, sources: Iterable[TaskSource], answer_bytes: int = RolloutSettings.max_observation_bytes
+        self,
+        sources: Iterable[TaskSource],
+        answer_bytes: int = RolloutSettings.max_observation_bytes,
+        tool_cache: ToolCache | None = None,
     ) -> None:
-        """`answer_bytes`: `rollout.max_observation_bytes`."""
+        """`answer_bytes`: `rollout.max_observation_bytes`. `tool_cache` is for task sets with tools."""
         self._sources, self._answer_bytes = {source.name: source for source in sources}, answer_bytes
         self._made: dict[str, TaskSet] = {}
+        self._tool_cache = tool_cache
 
     def get(self, name: str) -> TaskSet:
         """Raises ConfigError as `of_source` does."""
         if name not in self._made:
-            self._made[name] = of_source(self._sources.get(name, TaskSource(name)), self._answer_bytes)
+            made = of_source(self._sources.get(name, TaskSource(name)), self._answer_bytes)
+            if isinstance(made, Cacheable):
+                made.tool_cache = self._tool_cache
+            self._made[name] = made
         return self._made[name]
 
     def environment(self, task: Task) -> Environment:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.agents.formats import make_format
 from icrl_megatron.agents.search import Search
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
@@ -57,6 +58,8 @@ class RetrievalQA:
         if source.data.passages < 1:
             raise ConfigError(f"task set {self.name!r}: data.passages={source.data.passages}: must be at least 1")
         self._form = make_format(source.data.format, [Search.spec])
+        self._serve_command = source.serve.command
+        self.tool_cache: ToolCache | None = None
         self._toolbox: Toolbox | None = None
         self._read: dict[Split, list[Task]] = {}
 
@@ -92,8 +95,16 @@ class RetrievalQA:
             retriever = local or RemoteRetriever(data.servers, data.request_timeout_s, self._answer_bytes)
             # The pool of servers has its own deadlines and retries; this limit only ends what they miss.
             limits = ToolLimits(call_s=TRIES * data.request_timeout_s + 10.0, tries=1)
-            self._toolbox = Toolbox([Search(retriever.search, data.passages, PASSAGE_CHARS)], limits)
+            search = Search(retriever.search, data.passages, PASSAGE_CHARS, self._version())
+            self._toolbox = Toolbox([search], limits, self.tool_cache)
         return self._toolbox
+
+    def _version(self) -> str:
+        """Names the collection. Servers that the run starts have other addresses each time, but the same command."""
+        if not self._data.corpus:
+            return self._serve_command or " ".join(self._data.servers)
+        stat = Path(self._data.corpus).stat()
+        return f"{Path(self._data.corpus).name} of {stat.st_size} bytes, changed {stat.st_mtime_ns}"
 
 
 def SearchQA(source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> TaskSet:

@@ -83,6 +83,8 @@ class ToolEnvironment:
             "calls_invalid": session.made("invalid"),
             "changed_tags": self._changed_tags,
         }
+        if self._toolbox.cache is not None:
+            ended["calls_cached"] = session.cached
         return {name: float(number) for name, number in {"answered": self.answer is not None, **calls, **ended}.items()}
 
 

@@ -85,7 +85,7 @@ def _archive(name: str) -> Settings:
 def archive() -> Settings:
     """Archive with two towns: search, page and calculator calls in one episode. One CPU core."""
     settings = _archive("archive")
-    settings.steps = 80
+    settings.steps, settings.optim.learning_rate = 120, 3e-4
     return settings
 
 
