@@ -169,7 +169,7 @@ async def play_critique(
     max_new_tokens = min(settings.max_critique_tokens, settings.context_tokens - len(prompt))
     seed = key.seed(attempt.round, "critique", 0)
     message = setup.prompter.critique_text(problem, turns[omitted:], summary, omitted)
-    ask = Ask("critique", prompt, max_new_tokens, seed, attempt.summary, None, message=message)
+    ask = Ask("critique", prompt, max_new_tokens, seed, attempt.summary, None, message)
     completion = _require_tokens(await critic.reply(ask))
     text = parse_critique(setup.prompter.decode(completion.ids))
     return Critique(attempt.round, prompt, completion, text)
@@ -230,7 +230,7 @@ class _Conversation:
     async def _ask(self, number: int, observation: str) -> Completion:
         max_new_tokens = min(self._setup.settings.max_turn_tokens, self._tokens_left())
         seed, stop = self._place.seed(self._round, self._role, number), self._environment.dialogue.stop
-        ask = Ask(self._role, tuple(self._context_ids), max_new_tokens, seed, observation, self._critique, stop)
+        ask = Ask(self._role, tuple(self._context_ids), max_new_tokens, seed, observation, self._critique, stop=stop)
         return _require_tokens(await self._solver.reply(ask))
 
     async def _step(self, action: str | None) -> CheckedStep:

@@ -18,6 +18,7 @@ from icrl_megatron.types import Completion
 from icrl_megatron.utils import connections
 from icrl_megatron.utils.connections import Connections, Link
 from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.retries import PassingError, tries
 
 RETRIES = 3
 _FIRST_PAUSE_S = 0.5
@@ -75,25 +76,28 @@ class ExternalSpeaker:
         self.connections.here().interrupted.set()
 
     async def _ask(self, link: Link, body: str, longest: int) -> str:
-        last = ""
         async with link.gate:
-            for attempt in range(RETRIES + 1):
-                if attempt:
-                    await asyncio.sleep(_FIRST_PAUSE_S * 2**attempt)
-                try:
-                    status, answer = await self._post(link.session, body, longest)
-                except connections.TooLongError as error:
-                    last = str(error)
-                    break
-                except (aiohttp.ClientError, OSError, TimeoutError) as error:
-                    last = f"{type(error).__name__}: {error}"
-                    continue
-                if status == 200:
-                    return _content(answer)
-                last = f"status {status}: {answer[:300]!r}"
-                if status not in _PASSING:
-                    break
-        raise RequestFailedError(f"The external critic at {self.settings.url} failed: {last}")
+            try:
+                async for attempt in tries(RETRIES + 1, 2 * _FIRST_PAUSE_S):
+                    with attempt:
+                        return await self._try(link, body, longest)
+            except PassingError as error:
+                raise RequestFailedError(f"The external critic at {self.settings.url} failed: {error}") from error
+        raise AssertionError("the last try returns or raises")
+
+    async def _try(self, link: Link, body: str, longest: int) -> str:
+        try:
+            status, answer = await self._post(link.session, body, longest)
+        except connections.TooLongError as error:
+            raise RequestFailedError(f"The external critic at {self.settings.url} failed: {error}") from error
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise PassingError(f"{type(error).__name__}: {error}") from error
+        if status == 200:
+            return _content(answer)
+        said = f"status {status}: {answer[:300]!r}"
+        if status in _PASSING:
+            raise PassingError(said)
+        raise RequestFailedError(f"The external critic at {self.settings.url} failed: {said}")
 
     async def _post(self, session: aiohttp.ClientSession, body: str, longest: int) -> tuple[int, bytes]:
         headers = _authorization(self.settings)

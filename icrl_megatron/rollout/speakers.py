@@ -23,10 +23,10 @@ class Ask:
     """The newest observation, or the summary of the failed attempt for a critique."""
     critique: str | None
     """The critique that the solver reads in this round; None in round 0 and for critiques."""
-    stop: tuple[str, ...] = ()
-    """Texts that end the reply (`Dialogue.stop`)."""
     message: str = ""
     """The critic's whole prompt as text, for a critic that is not an engine; empty for the solver."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the reply (`Dialogue.stop`)."""
 
 
 class Speaker(Protocol):

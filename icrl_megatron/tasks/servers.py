@@ -5,7 +5,6 @@ It does not know the requests. Every error ends in EnvironmentFailure, never in 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure
 from icrl_megatron.utils import connections
 from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.retries import PassingError, tries
 
 TRIES = 4
 BACKOFF_S = 0.25
@@ -99,32 +99,41 @@ class Pool:
         Raises Refused if the server reports an error or its answer is not JSON, BadAnswer if the answer is too long,
         EnvironmentFailure if it does not answer within the deadline.
         """
-        failure = ""
-        for attempt in range(TRIES):
-            if attempt:
-                await asyncio.sleep(BACKOFF_S * 2 ** (attempt - 1))
-            try:
-                status, answer = await self._once(method, server.url + path, body)
-            except connections.TooLongError as error:
-                raise BadAnswer(
-                    f"{server.url}{path} answered more than rollout.max_observation_bytes = {self._answer_bytes} "
-                    "bytes: raise that, or make the server's answers shorter"
-                ) from error
-            except aiohttp.ClientConnectorError as error:
-                failure = f"cannot be reached ({error})"
-            except (aiohttp.ClientError, OSError, TimeoutError) as error:
-                late = isinstance(error, TimeoutError)
-                failure = f"did not answer within {self._timeout_s:g} s" if late else f"broke off ({error!r})"
-                if not again:  # it may have been executed
-                    server.failed()
-                    break
-            else:
-                if status not in RETRYABLE:
-                    server.succeeded()
-                    return _body(status, answer, server.url + path)
-                failure = f"answered HTTP {status}"
+        try:
+            async for attempt in tries(TRIES, BACKOFF_S):
+                with attempt:
+                    return await self._try(server, method, path, body, again)
+        except PassingError as failure:
+            raise EnvironmentFailure(f"{server.url}{path} {failure}; is the server running?") from failure
+
+    async def _try(self, server: EnvironmentServer, method: str, path: str, body: Any, again: bool) -> Any:
+        """Raises PassingError if the call may be repeated, and what `call` raises."""
+        try:
+            status, answer = await self._once(method, server.url + path, body)
+            if status in RETRYABLE:
+                raise PassingError(f"answered HTTP {status}")
+        except connections.TooLongError as error:
+            raise BadAnswer(
+                f"{server.url}{path} answered more than rollout.max_observation_bytes = {self._answer_bytes} "
+                "bytes: raise that, or make the server's answers shorter"
+            ) from error
+        except (PassingError, aiohttp.ClientError, OSError, TimeoutError) as error:
             server.failed()
-        raise EnvironmentFailure(f"{server.url}{path} {failure}; is the server running?")
+            failure = self._described(error)
+            executed = not isinstance(error, PassingError | aiohttp.ClientConnectorError)
+            if executed and not again:
+                raise EnvironmentFailure(f"{server.url}{path} {failure}; is the server running?") from error
+            raise PassingError(failure) from error
+        server.succeeded()
+        return _body(status, answer, server.url + path)
+
+    def _described(self, error: Exception) -> str:
+        if isinstance(error, PassingError):
+            return str(error)
+        if isinstance(error, aiohttp.ClientConnectorError):
+            return f"cannot be reached ({error})"
+        late = isinstance(error, TimeoutError)
+        return f"did not answer within {self._timeout_s:g} s" if late else f"broke off ({error!r})"
 
     async def _once(self, method: str, url: str, body: Any) -> tuple[int, bytes]:
         link, limit = self._connections.here(), aiohttp.ClientTimeout(total=self._timeout_s)
