@@ -56,8 +56,8 @@ class Toolbox:
             self._validators[name] = Draft202012Validator(tool.spec.parameters)
         self._gates: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Semaphore]] = WeakKeyDictionary()
 
-    def session(self) -> ToolSession:
-        return ToolSession(self)
+    def session(self, most_calls: int | None = None) -> ToolSession:
+        return ToolSession(self, most_calls)
 
     def mistake(self, call: ToolCall) -> str:
         """Why a call cannot be made, in words for the model; empty if it can."""
@@ -128,10 +128,13 @@ class ToolSession:
     """The calls of one attempt at a task, in order."""
 
     box: Toolbox
+    most_calls: int | None = None
+    """`rollout.max_calls`."""
     counts: Counter[tuple[str, Outcome]] = field(default_factory=Counter)
     """(tool, outcome) -> calls. A call of an unknown tool counts under the tool name ""."""
     cached: int = 0
     """Calls among them that the shared cache answered."""
+    _begun: int = 0
     _answers: dict[str, ToolResult] = field(default_factory=dict)
     _asked: Counter[str] = field(default_factory=Counter)
 
@@ -142,6 +145,9 @@ class ToolSession:
         return result
 
     async def _result(self, call: ToolCall) -> ToolResult:
+        self._begun += 1
+        if self.most_calls is not None and self._begun > self.most_calls:
+            return ToolResult("No calls are left. Give the final answer.", "refused")
         mistake = self.box.mistake(call)
         if mistake:
             return ToolResult(mistake, "invalid")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 Arguments = Mapping[str, Any]
-Outcome = Literal["answer", "repeat", "stopped", "invalid"]
+Outcome = Literal["answer", "repeat", "stopped", "invalid", "refused"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class ToolResult:
 
     text: str
     outcome: Outcome
-    """answer | repeat (from the episode's history) | stopped (asked too often) | invalid (the model's mistake)."""
+    """answer | repeat (from the episode's history) | stopped (asked too often) | invalid (the model's mistake) | refused
+    (after `rollout.max_calls`)."""
 
 
 class Tool(Protocol):

@@ -158,6 +158,12 @@ class CheckedEnvironment:
         self.dialogue: Dialogue = self._caller.call("dialogue", lambda: self._environment, _dialogue)
         self.max_turns = self._caller.call("max_turns", lambda: self._environment.max_turns, _turns)
 
+    def limit_calls(self, most: int | None) -> None:
+        """Sets `rollout.max_calls` of a `Conversing` environment; others make no calls."""
+        limit = getattr(self._environment, "limit_calls", None)
+        if most is not None and limit is not None:
+            self._caller.call("limit_calls", lambda: limit(most), lambda value: None)
+
     async def reset(self) -> str:
         """The whole problem, because part of it would be another problem. Raises BadAnswer if it is too long."""
         text = await self._caller.wait("reset", lambda: self._environment.reset(), self._text)

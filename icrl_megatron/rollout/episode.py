@@ -59,9 +59,11 @@ class EpisodeSetup:
     def new_environment(self, task: Task) -> CheckedEnvironment:
         """A new environment for the task. Raises EnvironmentFailure."""
         settings = self.settings
-        return CheckedEnvironment(
+        environment = CheckedEnvironment(
             task, self.environment, settings.environment_timeout_s, settings.max_observation_bytes
         )
+        environment.limit_calls(settings.max_calls)
+        return environment
 
     def shortened(self, text: ClippedText) -> tuple[str, int]:
         """(environment text cut to the token limits, number of characters cut)."""

@@ -78,6 +78,10 @@ class Conversing(Environment, Protocol):
     dialogue: Dialogue
     """The same for every problem of a task set."""
 
+    def limit_calls(self, most: int) -> None:
+        """Sets `rollout.max_calls`, before the first reset."""
+        ...
+
 
 class Teacher(Protocol):
     """A scripted player that writes the demonstrations of `icrl sft`. It is imperfect by design: it teaches the formats

@@ -24,11 +24,16 @@ class ToolEnvironment:
         self.max_turns, self.dialogue = max_turns, form.dialogue
         self._statement, self._form, self._toolbox, self._right = statement, form, toolbox, right
         self._malformed, self._changed_tags = "", 0
+        self._most_calls: int | None = None
         self.answer: str | None = None
         self.session = toolbox.session()
 
+    def limit_calls(self, most: int) -> None:
+        self._most_calls = most
+
     async def reset(self) -> str:
-        self.answer, self.session, self._malformed, self._changed_tags = None, self._toolbox.session(), "", 0
+        self.answer, self.session = None, self._toolbox.session(self._most_calls)
+        self._malformed, self._changed_tags = "", 0
         return self._statement
 
     def parse(self, reply: str) -> str | None:
@@ -81,6 +86,7 @@ class ToolEnvironment:
             "calls": counts.total(),
             "calls_repeated": session.made("repeat", "stopped"),
             "calls_invalid": session.made("invalid"),
+            "calls_refused": session.made("refused"),
             "changed_tags": self._changed_tags,
         }
         if self._toolbox.cache is not None:

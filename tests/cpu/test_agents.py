@@ -108,6 +108,20 @@ def test_failed_infrastructure_is_tried_again_and_never_observed() -> None:
     assert time.monotonic() - began < 5
 
 
+def test_an_attempt_has_so_many_calls() -> None:
+    """Calls at the same time count too, and so do mistakes."""
+    tool = Doubler(seconds=0.01)
+    opened = Toolbox([tool], limits()).session(most_calls=3)
+
+    async def run() -> list[str]:
+        first = await asyncio.gather(opened.call(double(1)), opened.call(double("four")))
+        rest = await asyncio.gather(*(opened.call(double(n)) for n in (2, 3)))
+        return [result.outcome for result in (*first, *rest)]
+
+    assert asyncio.run(run()) == ["answer", "invalid", "answer", "refused"] and tool.calls == 2
+    assert opened.counts.total() == 4 and ask(Toolbox([tool], limits()).session(0), double(1))[0][1] == "refused"
+
+
 def test_calls_of_a_tool_are_bounded_over_all_episodes() -> None:
     tool = Doubler(seconds=0.02)
     box = Toolbox([tool], limits(concurrency=3))

@@ -77,3 +77,28 @@ def test_a_task_set_without_a_teacher_cannot_demonstrate() -> None:
 
     with pytest.raises(ConfigError, match="Task set 'bare' has no teacher"):
         teacher_speakers(lambda name: Bare(), prompter, SEEDS)(task, 0)
+
+
+def test_calls_and_tokens_cost_reward_and_calls_are_limited() -> None:
+    task_set: Any = registry.get("archive")
+    prompter = Prompter(
+        build_tokenizer([*task_set.vocabulary(), *template_words("compact")]),
+        RolloutSettings(templates="compact", context_tokens=512),
+    )
+    tasks = list(task_set.problems("train")[:40])
+
+    def played(**changes: Any) -> list[Episode]:
+        settings = RolloutSettings(rounds=1, templates="compact", context_tokens=512, **changes)
+        setup = EpisodeSetup(registry.environment, prompter, settings)
+        speakers_for = teacher_speakers(registry.get, prompter, Seeds(0, 0, "sft"))
+        return asyncio.run(play(tasks, 1, setup, speakers_for, SEEDS))[0]
+
+    free, charged = played(), played(call_cost=0.03, token_cost=0.002)
+    assert {a.outcome for e in free for a in e.attempts} == {0.0, 1.0}
+    for before, after in zip(free, charged, strict=True):
+        (plain,), (paid,) = before.attempts, after.attempts
+        cost = 0.03 * dict(paid.measures)["calls"] + 0.002 * sum(len(t.completion.ids) for t in paid.turns)
+        assert paid.outcome == pytest.approx(max(0.0, plain.outcome - cost)) and paid.success == plain.success
+    limited = played(max_calls=2)
+    assert all("No calls are left" in e.attempts[0].turns[2].observation for e in limited)
+    assert all(dict(e.attempts[0].measures)["calls_refused"] >= 1 for e in limited)
