@@ -59,8 +59,8 @@ class ToolResult:
 
     text: str
     outcome: Outcome
-    """answer | repeat (from the episode's history) | stopped (asked too often) | invalid (the model's mistake) | refused
-    (after `rollout.max_calls`)."""
+    """answer | repeat (from the episode's history) | stopped (asked too often) | invalid (the model's mistake) |
+    refused (after `rollout.max_calls`)."""
 
 
 class Tool(Protocol):
