@@ -139,13 +139,18 @@ async def play_attempt(
     success = environment.success()
     summary, missing = setup.shortened(environment.summary())
     turns, measures = tuple(conversation.turns), environment.measures()
-    outcome = max(0.0, environment.outcome() - _cost(turns, measures, setup.settings))
+    outcome = _reward(environment.outcome(), turns, measures, setup.settings)
     return problem, Attempt(round, prompt, plain, turns, outcome, success, summary, stop_reason, missing, measures)
 
 
-def _cost(turns: Sequence[Turn], measures: Sequence[tuple[str, float]], settings: RolloutSettings) -> float:
-    calls = dict(measures).get("calls", 0.0)
-    return settings.call_cost * calls + settings.token_cost * sum(len(turn.completion.ids) for turn in turns)
+def _reward(
+    outcome: float, turns: Sequence[Turn], measures: Sequence[tuple[str, float]], settings: RolloutSettings
+) -> float:
+    """The environment's outcome, by the settings times the format score and less the cost of calls and tokens."""
+    counted, tokens = dict(measures), sum(len(turn.completion.ids) for turn in turns)
+    if settings.format_reward:
+        outcome *= counted.get("format", 1.0)
+    return max(0.0, outcome - settings.call_cost * counted.get("calls", 0.0) - settings.token_cost * tokens)
 
 
 async def play_critique(

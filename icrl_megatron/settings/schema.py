@@ -103,6 +103,8 @@ class RolloutSettings:
     """Longest reply of the critic."""
     max_turns: int = limited(30, 1)
     """Upper bound; an environment may ask for fewer."""
+    format_reward: bool = False
+    """Multiply the reward of an attempt by its format score (task/format), where the task set has a grammar."""
     max_calls: int | None = limited(None, 0)
     """Tool calls of an attempt; later ones are answered with a request for the final answer. Null: no limit."""
     call_cost: float = limited(0.0, 0, 1)

@@ -39,6 +39,8 @@ class TaskData:
     format: str = "qwen3"
     """searchqa: how calls and answers are written. qwen3: the chat template's tool calls and tool messages; tags:
     inline tags, as in Chain-of-Agents; search_r1: Search-R1's inline tags (docs/TASKS.md)."""
+    grammar: str = ""
+    """searchqa: multi_hop, web or code (docs/AGENTS.md): whether replies follow it is measured; empty: none."""
     passages: int = 3
     """searchqa: documents shown for a search."""
 

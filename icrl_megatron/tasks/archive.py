@@ -21,6 +21,7 @@ from typing import Any
 from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.agents.calculator import Calculator
 from icrl_megatron.agents.formats import Tags
+from icrl_megatron.agents.grammar import Grammar
 from icrl_megatron.agents.search import Search
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
 from icrl_megatron.agents.tools import Arguments, Tool, ToolSpec, ToolUseError
@@ -151,13 +152,18 @@ def truth(people: Sequence[int]) -> int:
     return sum(world().size[world().home[person]] for person in people)
 
 
+GRAMMAR = Grammar(
+    ("plan", "check", "search", "page", "calculator"), first=("plan",), after={"plan": ("search",), "check": ("page",)}
+)
+
+
 class ArchiveEnvironment(ToolEnvironment):
     """One question. The summary tells the critic what went wrong, in one word."""
 
     def __init__(self, problem: str, tool_cache: ToolCache | None = None) -> None:
         self._people = asked(problem)
         right = partial(same_number, truth=truth(self._people))
-        super().__init__(problem, form(), toolbox(tool_cache), right, MAX_TURNS * len(self._people))
+        super().__init__(problem, form(), toolbox(tool_cache), right, MAX_TURNS * len(self._people), GRAMMAR)
 
     def hint(self) -> str:
         return "invalid"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.agents.formats import make_format
+from icrl_megatron.agents.grammar import named_grammar
 from icrl_megatron.agents.search import Search
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
 from icrl_megatron.settings.schema import RolloutSettings
@@ -58,6 +59,7 @@ class RetrievalQA:
         if source.data.passages < 1:
             raise ConfigError(f"task set {self.name!r}: data.passages={source.data.passages}: must be at least 1")
         self._form = make_format(source.data.format, [Search.spec])
+        self._grammar = named_grammar(source.data.grammar)
         self._serve_command = source.serve.command
         self.tool_cache: ToolCache | None = None
         self._toolbox: Toolbox | None = None
@@ -72,7 +74,7 @@ class RetrievalQA:
         try:
             fields = json.loads(task.problem)
             right, statement = partial(exact_match, golds=tuple(fields["golds"])), self._statement(fields["prompt"])
-            return ToolEnvironment(statement, self._form, self.toolbox(), right, MAX_TURNS)
+            return ToolEnvironment(statement, self._form, self.toolbox(), right, MAX_TURNS, self._grammar)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 
 from icrl_megatron.agents.formats import FinalAnswer, Malformed, ToolCalls, ToolFormat, harmless
+from icrl_megatron.agents.grammar import Grammar
 from icrl_megatron.agents.toolbox import Toolbox
 from icrl_megatron.agents.tools import ToolFailure
 from icrl_megatron.tasks.base import EnvironmentFailure, StepResult
@@ -18,11 +19,18 @@ class ToolEnvironment:
     """One problem: reward 1 for a right answer, judged by the answer alone."""
 
     def __init__(
-        self, statement: str, form: ToolFormat, toolbox: Toolbox, right: Callable[[str], bool], max_turns: int
+        self,
+        statement: str,
+        form: ToolFormat,
+        toolbox: Toolbox,
+        right: Callable[[str], bool],
+        max_turns: int,
+        grammar: Grammar | None = None,
     ) -> None:
-        """`right` grades the text of an answer."""
+        """`right` grades the text of an answer. `grammar`: measured as `format`."""
         self.max_turns, self.dialogue = max_turns, form.dialogue
         self._statement, self._form, self._toolbox, self._right = statement, form, toolbox, right
+        self._grammar, self._replies = grammar, list[str]()
         self._malformed, self._changed_tags = "", 0
         self._most_calls: int | None = None
         self.answer: str | None = None
@@ -33,11 +41,12 @@ class ToolEnvironment:
 
     async def reset(self) -> str:
         self.answer, self.session = None, self._toolbox.session(self._most_calls)
-        self._malformed, self._changed_tags = "", 0
+        self._malformed, self._changed_tags, self._replies = "", 0, []
         return self._statement
 
     def parse(self, reply: str) -> str | None:
         """The calls or answer of a reply, written again: what `step` reads, and what tells repeated actions."""
+        self._replies.append(reply)
         found = self._form.parse(reply)
         self._malformed = found.problem if isinstance(found, Malformed) else ""
         return self._form.render(found) if isinstance(found, ToolCalls | FinalAnswer) else None
@@ -79,7 +88,8 @@ class ToolEnvironment:
         return f"The answer {self.answer[:SHOWN_CHARS]!r} is wrong."
 
     def measures(self) -> dict[str, float]:
-        """Whether there was an answer; calls by tool and by how they ended; tags of the format in tools' answers."""
+        """Whether there was an answer; calls by tool and by how they ended; tags of the format in tools' answers;
+        whether the replies follow the grammar."""
         counts, session = self.session.counts, self.session
         calls = {f"calls_{_plain(name)}": session.of_tool(name) for name in self._toolbox.tools}
         ended = {
@@ -91,7 +101,10 @@ class ToolEnvironment:
         }
         if self._toolbox.cache is not None:
             ended["calls_cached"] = session.cached
-        return {name: float(number) for name, number in {"answered": self.answer is not None, **calls, **ended}.items()}
+        found: dict[str, float] = {"answered": self.answer is not None, **calls, **ended}
+        if self._grammar is not None:
+            found["format"] = self._grammar.score(self._replies)
+        return {name: float(number) for name, number in found.items()}
 
 
 def _plain(name: str) -> str:
