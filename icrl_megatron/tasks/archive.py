@@ -2,8 +2,8 @@
 
     problem  "sum size home p 4 8 3 p 1 9 0 ?"     (two people; "size home p 4 8 3 ?" in the easy set)
     reply    "<plan> home home size size sum </plan> <search> p 4 8 3 </search>"
-    observed "p 4 8 3 lives in t 2 7"
-    reply    "<page> t 2 7 </page>", then "<calculator> 1 8 + 2 4 </calculator>", then "<answer> 4 2 </answer>"
+    observed "p 4 8 3 lives in t 0 2 7"
+    reply    "<page> t 0 2 7 </page>", then "<calculator> 1 8 + 2 4 </calculator>", then "<answer> 4 2 </answer>"
 
 A search for a town often returns an outdated size; the town's page has the right one. Held-out problems are about other
 people, who live in other towns, so no fact that a model learned in training answers them.
@@ -29,10 +29,10 @@ from icrl_megatron.tasks.tool_use import ToolEnvironment
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
-PEOPLE, TOWNS, LARGEST = 1000, 100, 49
+PEOPLE, TOWNS, LARGEST = 1000, 900, 49
 HELDOUT = 0.2
 """Share of the people, and of the towns, that no training problem needs. Drawn at random, so that every digit is
-trained at every place of a name."""
+trained at every place of a name. Many names, because a model that has seen 80 towns copies names like 2 2 badly."""
 OUTDATED = 0.7
 """Share of the towns whose size a search gets wrong."""
 MAX_TURNS = 6
@@ -76,7 +76,7 @@ def divided(count: int) -> tuple[list[int], list[int]]:
 
 
 def spelled(text: str) -> str:
-    """Digit by digit, with spaces: "p483 lives in t27" -> "p 4 8 3 lives in t 2 7"."""
+    """Digit by digit, with spaces: "p483 lives in t27" -> "p 4 8 3 lives in t 0 2 7"."""
     return " ".join(re.findall(r"[a-z]{2,}|[a-z]|\d|[^\sa-z\d]", text))
 
 
@@ -92,7 +92,7 @@ class Page:
 
     async def call(self, arguments: Arguments) -> str:
         name = joined(arguments["town"])
-        if not re.fullmatch(r"t\d\d", name):
+        if not re.fullmatch(r"t\d{3}", name) or int(name[1:]) >= TOWNS:
             raise ToolUseError("no page")
         return spelled(f"{name} size {world().size[int(name[1:])]}")
 
@@ -113,8 +113,8 @@ def index() -> tuple[Any, tuple[str, ...]]:
     import bm25s
 
     facts = world()
-    documents = [f"p{i:03d} lives in t{town:02d}" for i, town in enumerate(facts.home)]
-    documents += [f"t{i:02d} old note size {size}" for i, size in enumerate(facts.noted)]
+    documents = [f"p{i:03d} lives in t{town:03d}" for i, town in enumerate(facts.home)]
+    documents += [f"t{i:03d} old note size {size}" for i, size in enumerate(facts.noted)]
     indexed = [f"{text[:4]} {text}" for text in documents]
     found = bm25s.BM25()
     found.index(bm25s.tokenize(indexed, stopwords=None, show_progress=False), show_progress=False)
@@ -204,7 +204,7 @@ class ArchiveTeacher:
             before = f"<plan> {plan} </plan> " if number == 0 else ""
             yield f"{before}<search> {spelled(f'p{person:03d}')} </search>"
             town = facts.home[person]
-            name = spelled(f"t{town:02d}")
+            name = spelled(f"t{town:03d}")
             if careful or self._rng.random() >= TRUSTS_SEARCH:
                 yield f"<page> {name} </page>"
                 sizes.append(facts.size[town])

@@ -58,7 +58,7 @@ def test_no_heldout_person_is_in_training(name: str) -> None:
 
 @given(st.integers(0, 999), st.integers(0, 99), st.integers(0, 999))
 def test_spelling_is_reversible(person: int, town: int, number: int) -> None:
-    text = f"p{person:03d} lives in t{town:02d} size {number} + {number}"
+    text = f"p{person:03d} lives in t{town:03d} size {number} + {number}"
     assert joined(spelled(text)) == text
 
 
@@ -72,9 +72,9 @@ def test_the_tools_say_the_facts() -> None:
         assert isinstance(asked, ToolCalls)
         return asyncio.run(box.call(*asked.calls)).text
 
-    assert joined(ask("search", "p 4 8 3")).endswith(f"p483 lives in t{town:02d}")
-    assert joined(ask("search", spelled(f"t{town:02d}"))).endswith(f"old note size {facts.noted[town]}")
-    assert joined(ask("page", spelled(f"t{town:02d}"))) == f"t{town:02d} size {facts.size[town]}"
+    assert joined(ask("search", "p 4 8 3")).endswith(f"p483 lives in t{town:03d}")
+    assert joined(ask("search", spelled(f"t{town:03d}"))).endswith(f"old note size {facts.noted[town]}")
+    assert joined(ask("page", spelled(f"t{town:03d}"))) == f"t{town:03d} size {facts.size[town]}"
     assert joined(ask("calculator", "1 8 + 2 4")) == "42"
     assert ask("page", "p 4 8 3") == "no page" and ask("calculator", "home") == "no number"
     outdated = sum(n != s for n, s in zip(facts.noted, facts.size, strict=True)) / archive.TOWNS
@@ -103,7 +103,7 @@ def test_every_word_is_in_the_vocabulary() -> None:
             said = " ".join([task.problem, *replies(environment, teacher, None), environment.summary()])
             advice = " ".join(teacher.criticise(s) for s in (archive.OUTDATED_SIZE, archive.WRONG_SUM, archive.SILENT))
             assert set(said.split()) | set(advice.split()) <= known
-        for text in ("p 4 8 3", "t 2 7"):
+        for text in ("p 4 8 3", "t 0 2 7"):
             assert set(asyncio.run(archive.find(text, 1))[0].split()) <= known
 
 

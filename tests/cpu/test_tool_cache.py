@@ -333,7 +333,7 @@ def test_archives_tools_are_cached_except_the_calculator(path: Path, opened: Ope
 
         async def run(played: Any = environment) -> None:
             await played.reset()
-            for action in ("<search>p 4 8 3</search>", "<page>t 2 7</page>", "<calculator>1 + 1</calculator>"):
+            for action in ("<search>p 4 8 3</search>", "<page>t 0 2 7</page>", "<calculator>1 + 1</calculator>"):
                 await played.step(action)
 
         asyncio.run(run())
