@@ -67,7 +67,8 @@ class ToolEnvironment:
             results = await asyncio.gather(*map(self.session.call, asked.calls))
         except ToolFailure as error:
             raise EnvironmentFailure(str(error)) from error
-        return StepResult(tuple(self._shown(result.text) for result in results), done=False)
+        texts = tuple(self._shown(result.text) for result in results)
+        return StepResult(texts if len(texts) > 1 else texts[0], done=False)
 
     def _shown(self, text: str) -> str:
         text, changed = harmless(text, self._form.tags)
