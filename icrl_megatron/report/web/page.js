@@ -76,7 +76,7 @@ function drawTimes() {
 function drawCounted() {
   const names = [...new Set(groups.flatMap(g => Object.keys(g.counted.step)))].map(name => name.slice("task/".length)).sort();
   $("tools").hidden = !names.length;
-  const wrong = names.filter(name => ["calls_repeated", "calls_invalid"].includes(name));
+  const wrong = names.filter(name => ["calls_repeated", "calls_invalid", "calls_refused"].includes(name));
   const calls = names.filter(name => name === "calls" || name.startsWith("calls_") && !wrong.includes(name));
   const charts = [["Calls by tool", calls], ["Repeated and invalid calls", wrong], ...names.filter(name => !wrong.includes(name) && !calls.includes(name)).map(name => [name, [name]])];
   const dashes = ["none", "7 4", "2 4", "9 3 2 3"], single = groups.length === 1;
