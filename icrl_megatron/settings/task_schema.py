@@ -37,10 +37,13 @@ class TaskData:
     corpus: str = ""
     """searchqa: JSONL of documents for the built-in retriever, in place of servers."""
     format: str = "qwen3"
-    """searchqa: how calls and answers are written. qwen3: the chat template's tool calls and tool messages; tags:
-    inline tags, as in Chain-of-Agents; search_r1: Search-R1's inline tags (docs/TASKS.md)."""
+    """searchqa, math with tools: how calls and answers are written. qwen3: the chat template's tool calls and tool
+    messages; tags: inline tags, as in Chain-of-Agents; search_r1: Search-R1's inline tags (docs/AGENTS.md)."""
+    tools: list[str] = field(default_factory=list)
+    """math: python and calculator, in several turns (docs/AGENTS.md); empty: one reply without tools."""
     grammar: str = ""
-    """searchqa: multi_hop, web or code (docs/AGENTS.md): whether replies follow it is measured; empty: none."""
+    """searchqa, math with tools: multi_hop, web or code (docs/AGENTS.md): whether replies follow it is measured;
+    empty: none."""
     passages: int = 3
     """searchqa: documents shown for a search."""
 

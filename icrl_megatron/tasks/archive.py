@@ -25,6 +25,7 @@ from icrl_megatron.agents.grammar import Grammar
 from icrl_megatron.agents.search import Search
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
 from icrl_megatron.agents.tools import Arguments, Tool, ToolSpec, ToolUseError
+from icrl_megatron.tasks.single_turn import Verdict, of_answer
 from icrl_megatron.tasks.tool_use import ToolEnvironment
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
@@ -162,8 +163,8 @@ class ArchiveEnvironment(ToolEnvironment):
 
     def __init__(self, problem: str, tool_cache: ToolCache | None = None) -> None:
         self._people = asked(problem)
-        right = partial(same_number, truth=truth(self._people))
-        super().__init__(problem, form(), toolbox(tool_cache), right, MAX_TURNS * len(self._people), GRAMMAR)
+        judge = partial(same_number, truth=truth(self._people))
+        super().__init__(problem, form(), toolbox(tool_cache), judge, MAX_TURNS * len(self._people), GRAMMAR)
 
     def hint(self) -> str:
         return "invalid"
@@ -176,8 +177,8 @@ class ArchiveEnvironment(ToolEnvironment):
         return OUTDATED_SIZE if self.session.counts["page", "answer"] < len(self._people) else WRONG_SUM
 
 
-def same_number(answer: str, truth: int) -> bool:
-    return joined(answer) == str(truth)
+async def same_number(answer: str, truth: int) -> Verdict:
+    return of_answer(joined(answer) == str(truth), answer, "answer")
 
 
 class ArchiveTeacher:

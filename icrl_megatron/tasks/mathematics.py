@@ -1,7 +1,7 @@
 """Mathematics: problems with one final answer, from any dataset on disk, graded by math-verify.
 
 problem  {"prompt": ..., "label": ...}
-reply    any reasoning, its answer in the last \\boxed{...}
+reply    any reasoning, its answer in the last \\boxed{...}; with `data.tools`, calls of them and then the answer
 """
 
 from __future__ import annotations
@@ -10,13 +10,25 @@ import json
 from functools import cached_property
 from typing import Any
 
+from icrl_megatron.agents.calculator import Calculator
+from icrl_megatron.agents.formats import make_format
+from icrl_megatron.agents.grammar import named_grammar
+from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
+from icrl_megatron.agents.tools import Tool
+from icrl_megatron.settings.task_schema import TaskSource
+from icrl_megatron.tasks.base import Environment
 from icrl_megatron.tasks.datasets import DataRow, read_tasks
 from icrl_megatron.tasks.grade_worker import last_box, normalised, plain_number
 from icrl_megatron.tasks.grader import Grader
+from icrl_megatron.tasks.python_tool import Python
+from icrl_megatron.tasks.sandbox import SandboxLimits
 from icrl_megatron.tasks.single_turn import Form, Judge, SingleTurnTasks, Verdict, of_answer
+from icrl_megatron.tasks.tool_use import ToolEnvironment
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
+MAX_TURNS, CALL_S = 10, 50.0
+"""With tools: turns of an attempt, and the longest call in seconds."""
 INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
 FORM = Form(
     lambda reply: last_box(reply) or None,
@@ -30,6 +42,31 @@ class Mathematics(SingleTurnTasks):
 
     form = FORM
 
+    def __init__(self, source: TaskSource) -> None:
+        """Raises ConfigError for an unknown tool, format or grammar, and for a tool that cannot run here."""
+        super().__init__(source)
+        self._toolbox: Toolbox | None = None
+        if source.data.tools:
+            self._toolbox = Toolbox([self._tool(name) for name in source.data.tools], self._limits())
+            self._calls = make_format(source.data.format, [tool.spec for tool in self._toolbox.tools.values()])
+            self._grammar = named_grammar(source.data.grammar)
+
+    def _limits(self) -> ToolLimits:
+        return ToolLimits(call_s=CALL_S, tries=2, concurrency=self.data.grading_workers)
+
+    def _tool(self, name: str) -> Tool:
+        if name == "calculator":
+            return Calculator()
+        if name == "python":
+            return Python(SandboxLimits(self.data.grading_timeout_s, self.data.program_memory_mib << 20))
+        raise ConfigError(f"task set {self.name!r}: data.tools has {name!r}; the tools are python and calculator")
+
+    def environment(self, task: Task) -> Environment:
+        if self._toolbox is None:
+            return super().environment(task)
+        statement, judge = self._asked(task)
+        return ToolEnvironment(statement, self._calls, self._toolbox, judge, MAX_TURNS, self._grammar)
+
     def load(self, split: Split) -> list[Task]:
         return read_tasks(self.name, split, self.data, _problem)
 
@@ -37,12 +74,18 @@ class Mathematics(SingleTurnTasks):
         prompt, label = problem["prompt"], problem["label"]
 
         async def judge(answer: str) -> Verdict:
-            return of_answer(await self.grader.correct(answer, label), answer, "final answer")
+            return of_answer(await self.grader.correct(last_box(answer) or answer, label), answer, "final answer")
 
+        if self._toolbox is not None:
+            return f"{prompt}\n\n{self._calls.instructions()}", judge
         return prompt if "\\boxed" in prompt else f"{prompt}\n\n{INSTRUCTION}", judge
 
     def check(self) -> None:
-        """Raises ConfigError on a label that the grader cannot parse, because no answer could be right."""
+        """Raises ConfigError on a label that the grader cannot parse, because no answer could be right, and if programs
+        cannot run here."""
+        for tool in self._toolbox.tools.values() if self._toolbox is not None else ():
+            if isinstance(tool, Python):
+                tool.sandbox.check()
         splits: tuple[Split, Split] = ("train", "heldout")
         tasks = [task for split in splits for task in self.problems(split)]
         labels = {str(json.loads(task.problem)["label"]): task for task in tasks}

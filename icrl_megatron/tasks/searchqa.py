@@ -10,7 +10,6 @@ import json
 import re
 import string
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from icrl_megatron.agents.cache import ToolCache
@@ -25,6 +24,7 @@ from icrl_megatron.tasks.base import TaskSet
 from icrl_megatron.tasks.datasets import DataRow, id_range, read_tasks
 from icrl_megatron.tasks.retrieval import LocalRetriever, RemoteRetriever
 from icrl_megatron.tasks.servers import TRIES
+from icrl_megatron.tasks.single_turn import Judge, Verdict, of_answer
 from icrl_megatron.tasks.tool_use import ToolEnvironment
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
@@ -43,6 +43,13 @@ def normalised(answer: str) -> str:
 
 def exact_match(answer: str, golds: Sequence[str]) -> bool:
     return bool(normalised(answer)) and normalised(answer) in {normalised(gold) for gold in golds}
+
+
+def matching(golds: Sequence[str]) -> Judge:
+    async def judge(answer: str) -> Verdict:
+        return of_answer(exact_match(answer, golds), answer, "answer")
+
+    return judge
 
 
 class RetrievalQA:
@@ -73,8 +80,8 @@ class RetrievalQA:
     def environment(self, task: Task) -> ToolEnvironment:
         try:
             fields = json.loads(task.problem)
-            right, statement = partial(exact_match, golds=tuple(fields["golds"])), self._statement(fields["prompt"])
-            return ToolEnvironment(statement, self._form, self.toolbox(), right, MAX_TURNS, self._grammar)
+            judge, statement = matching(tuple(fields["golds"])), self._statement(fields["prompt"])
+            return ToolEnvironment(statement, self._form, self.toolbox(), judge, MAX_TURNS, self._grammar)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from icrl_megatron.settings.task_schema import TaskSource
-from icrl_megatron.tasks.base import StepResult
+from icrl_megatron.tasks.base import Environment, StepResult
 from icrl_megatron.tasks.grader import check_limits
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
@@ -88,7 +88,7 @@ class SingleTurnTasks(ABC):
             self._problems[split] = self.load(split)
         return self._problems[split]
 
-    def environment(self, task: Task) -> SingleTurnEnvironment:
+    def environment(self, task: Task) -> Environment:
         question, judge = self._asked(task)
         return SingleTurnEnvironment(question, self.form, judge)
 

@@ -4,43 +4,45 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
 
 from icrl_megatron.agents.formats import FinalAnswer, Malformed, ToolCalls, ToolFormat, harmless
 from icrl_megatron.agents.grammar import Grammar
 from icrl_megatron.agents.toolbox import Toolbox
 from icrl_megatron.agents.tools import ToolFailure
 from icrl_megatron.tasks.base import EnvironmentFailure, StepResult
+from icrl_megatron.tasks.single_turn import Judge, Verdict
 
-SHOWN_CHARS = 200
+ANSWER_CHARS = 4000
 
 
 class ToolEnvironment:
-    """One problem: reward 1 for a right answer, judged by the answer alone."""
+    """One problem: reward 1 for a right answer."""
 
     def __init__(
         self,
         statement: str,
         form: ToolFormat,
         toolbox: Toolbox,
-        right: Callable[[str], bool],
+        judge: Judge,
         max_turns: int,
         grammar: Grammar | None = None,
     ) -> None:
-        """`right` grades the text of an answer. `grammar`: measured as `format`."""
+        """`judge` reads the final answer alone, at most ANSWER_CHARS of it, without the format's tags. `grammar`:
+        measured as `format`."""
         self.max_turns, self.dialogue = max_turns, form.dialogue
-        self._statement, self._form, self._toolbox, self._right = statement, form, toolbox, right
+        self._statement, self._form, self._toolbox, self._judge = statement, form, toolbox, judge
         self._grammar, self._replies = grammar, list[str]()
         self._malformed, self._changed_tags = "", 0
         self._most_calls: int | None = None
         self.answer: str | None = None
+        self._verdict: Verdict | None = None
         self.session = toolbox.session()
 
     def limit_calls(self, most: int) -> None:
         self._most_calls = most
 
     async def reset(self) -> str:
-        self.answer, self.session = None, self._toolbox.session(self._most_calls)
+        self.answer, self._verdict, self.session = None, None, self._toolbox.session(self._most_calls)
         self._malformed, self._changed_tags, self._replies = "", 0, []
         return self._statement
 
@@ -55,11 +57,12 @@ class ToolEnvironment:
         return self._malformed or f"No action could be read. {self._form.instructions()}"
 
     async def step(self, action: str) -> StepResult:
-        """Runs the calls at the same time, or takes the answer. Raises EnvironmentFailure if the infrastructure of a
-        tool failed."""
+        """Runs the calls at the same time, or judges the answer. Raises EnvironmentFailure if the infrastructure of a
+        tool or the judge failed."""
         asked = self._form.parse(action)
         if isinstance(asked, FinalAnswer):
-            self.answer = asked.text
+            self.answer, _ = harmless(asked.text[:ANSWER_CHARS], self._form.tags)
+            self._verdict = await self._judge(self.answer)
             return StepResult("", done=True)
         if not isinstance(asked, ToolCalls):
             return StepResult(self.hint(), done=False)
@@ -79,14 +82,12 @@ class ToolEnvironment:
         return 1.0 if self.success() else 0.0
 
     def success(self) -> bool:
-        return self.answer is not None and self._right(self.answer)
+        return self._verdict is not None and self._verdict.right
 
     def summary(self) -> str:
-        if self.success():
-            return "The answer is right."
-        if self.answer is None:
+        if self._verdict is None:
             return f"No answer was given in {self.session.counts.total()} calls."
-        return f"The answer {self.answer[:SHOWN_CHARS]!r} is wrong."
+        return self._verdict.remark
 
     def measures(self) -> dict[str, float]:
         """Whether there was an answer; calls by tool and by how they ended; tags of the format in tools' answers;

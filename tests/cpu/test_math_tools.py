@@ -1,0 +1,108 @@
+"""Mathematics with tools: programs in the real sandbox, answers that math-verify grades, settings that are refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("math_verify")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sandboxes import LIMITS, sandboxed
+
+from icrl_megatron.agents.formats import Qwen3, ToolCalls
+from icrl_megatron.agents.tools import ToolCall
+from icrl_megatron.settings.task_schema import TaskData, TaskSource
+from icrl_megatron.tasks import registry
+from icrl_megatron.tasks.base import Checked, Environment
+from icrl_megatron.tasks.python_tool import SHOWN_CHARS, Python
+from icrl_megatron.utils.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def python() -> Python:
+    return Python(replace(LIMITS, cpu_s=1.0))
+
+
+def observed(python: Python, code: str) -> str:
+    return asyncio.run(python.call({"code": code}))
+
+
+@sandboxed
+@pytest.mark.parametrize(
+    ("code", "seen"),
+    [
+        ("print(sum(range(10)))", "45"),
+        ("x = 1", "The program printed nothing; use print()."),
+        ("print('so far'); 1 / 0", "so far\nTraceback"),
+        ("1 +", "SyntaxError"),
+        ("import sys; sys.exit(3)", "The program failed."),
+        ("while True: pass", "it used more than 1 s of CPU time"),
+        ("print('x' * 2000)", "[... 464 characters cut]"),
+        ("print('\\ud800')", "UnicodeEncodeError"),
+        ("import socket; socket.create_connection(('1.1.1.1', 80), 2)", "Error"),
+        ("print(open('/etc/passwd').read())", "FileNotFoundError"),
+    ],
+)
+def test_the_model_observes_what_its_program_did(python: Python, code: str, seen: str) -> None:
+    text = observed(python, code)
+    assert seen in text and len(text) <= 2 * SHOWN_CHARS + 100
+
+
+@sandboxed
+@given(st.text(max_size=60))
+@settings(max_examples=5, deadline=None)
+def test_any_text_is_a_program(python: Python, code: str) -> None:
+    assert observed(python, code)
+
+
+def source(folder: Path, **data: object) -> TaskSource:
+    for split, label in (("train", "60"), ("heldout", "1/3")):
+        (folder / f"{split}.jsonl").write_text(json.dumps({"prompt": f"A {split} problem.", "label": label}) + "\n")
+    files = {split: [str(folder / f"{split}.jsonl")] for split in ("train", "heldout")}
+    return TaskSource("math", data=TaskData(**files, **data))  # type: ignore[arg-type]
+
+
+def play(environment: Environment, replies: list[str]) -> list[str]:
+    async def run() -> list[str]:
+        seen = [await environment.reset()]
+        for reply in replies:
+            action = environment.parse(reply)
+            seen += (environment.hint(),) if action is None else (await environment.step(action)).texts()
+        return seen
+
+    return asyncio.run(run())
+
+
+@sandboxed
+@pytest.mark.parametrize(("answer", "success"), [("\\boxed{60.0}", 1.0), ("61", 0.0)])
+def test_a_problem_is_solved_with_programs(tmp_path: Path, answer: str, success: float) -> None:
+    task_set = registry.of_source(source(tmp_path, tools=["python", "calculator"]))
+    assert isinstance(task_set, Checked)
+    task_set.check()
+    environment = task_set.environment(task_set.problems("train")[0])
+    program, sum_ = ToolCall("python", {"code": "print(3 * 4 * 5)"}), ToolCall("calculator", {"expression": "2 ** 5"})
+    calls = ToolCalls((program, sum_))
+    seen = play(environment, [Qwen3([]).render(calls), f"<think>so</think><answer>{answer}</answer>"])
+    assert "A train problem." in seen[0] and "boxed" not in seen[0] and seen[1:3] == ["60", "32"]
+    assert environment.outcome() == success and ("right" in environment.summary()) == bool(success)
+    assert environment.measures()["calls_python"] == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"tools": ["shell"]}, "task set 'math': data.tools has 'shell'; the tools are python and calculator"),
+        ({"tools": ["calculator"], "format": "xml"}, "data.format=xml: must be one of qwen3, tags, search_r1"),
+        ({"tools": ["calculator"], "grammar": "x"}, "data.grammar=x: must be one of"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tmp_path: Path, data: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        registry.of_source(source(tmp_path, **data))
+    assert said in str(refused.value)
