@@ -16,7 +16,7 @@ import pytest
 from whole_runs import SMALL, WARM_START, icrl, rows
 
 from icrl_megatron.run.checks import validate_settings
-from icrl_megatron.settings import allowed
+from icrl_megatron.settings import limits
 from icrl_megatron.settings.loading import load
 from icrl_megatron.settings.schema import Settings, TrackerSettings
 from icrl_megatron.telemetry import trackers
@@ -99,7 +99,7 @@ def from_wandb(folder: Path) -> tuple[list[tuple[int, float]], list[str]]:
 READ = {"wandb": from_wandb, "mlflow": from_mlflow, "trackio": from_trackio}
 
 
-@pytest.mark.parametrize("name", allowed.TRACKERS)
+@pytest.mark.parametrize("name", limits.TRACKERS)
 def test_a_resumed_run_goes_on_and_repeats_no_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(name)
     if name == "trackio":  # it reads its folder once, when it is imported
@@ -174,7 +174,7 @@ def test_wrong_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_settings_know_the_trackers() -> None:
-    assert tuple(trackers.TRACKERS) == allowed.TRACKERS
+    assert tuple(trackers.TRACKERS) == limits.TRACKERS
 
 
 @pytest.mark.dist
