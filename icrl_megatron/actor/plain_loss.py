@@ -11,7 +11,7 @@ from torch import Tensor
 
 from icrl_kernels import Chunking, HeadOutput, MainGrad, Streams, VocabShard, logprob_head
 from icrl_megatron.algo.losses import Loss, LossInputs, PolicyTerm, kl_L
-from icrl_megatron.settings.algo_schema import AlgoSettings
+from icrl_megatron.settings.schema import AlgoSettings
 from icrl_megatron.types import MicroBatch
 
 _Fill = Callable[[Tensor], Tensor]

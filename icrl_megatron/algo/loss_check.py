@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from icrl_megatron.algo.losses import Loss, LossInputs, PolicyTerm, named
-from icrl_megatron.settings.algo_schema import AlgoSettings
+from icrl_megatron.settings.schema import AlgoSettings
 from icrl_megatron.utils.errors import ConfigError
 
 LENGTHS = (3, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from icrl_megatron.settings.algo_schema import AlgoSettings
+from icrl_megatron.settings.schema import AlgoSettings
 from icrl_megatron.types import Attempt, Critique, Episode, Ids, Role, Sample, Task
 from icrl_megatron.utils.errors import ConfigError
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icrl_megatron.data.balance import assign, train_tokens
-from icrl_megatron.settings.algo_schema import AlgoSettings
+from icrl_megatron.settings.schema import AlgoSettings
 from icrl_megatron.types import Ids, MicroBatch, Sample, StepPlan
 from icrl_megatron.utils.errors import ConfigError
 

@@ -18,10 +18,15 @@ from icrl_megatron.run.heldout import check_earlier_rows, check_rows
 from icrl_megatron.run.resume import check_resume, earlier
 from icrl_megatron.run.rollout_checks import check_rollout
 from icrl_megatron.settings import loading as settings_module
-from icrl_megatron.settings.algo_schema import AlgoSettings, Overlong
-from icrl_megatron.settings.allowed import LOSSES, TRACKERS
-from icrl_megatron.settings.limits import CHOICES, RANGES
-from icrl_megatron.settings.schema import ActorSettings, RolloutSettings, Settings, TrackerSettings
+from icrl_megatron.settings.limits import CHOICES, LOSSES, RANGES, TRACKERS
+from icrl_megatron.settings.schema import (
+    ActorSettings,
+    AlgoSettings,
+    Overlong,
+    RolloutSettings,
+    Settings,
+    TrackerSettings,
+)
 from icrl_megatron.settings.task_schema import PORT, TaskServers
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked

@@ -24,9 +24,8 @@ from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.run import files as run_files
 from icrl_megatron.run.resume import EARLIER_FOLDER, earlier
 from icrl_megatron.settings import loading as settings_module
-from icrl_megatron.settings.algo_schema import AlgoSettings
 from icrl_megatron.settings.loading import SAVED_NAME, load_saved, run_folder
-from icrl_megatron.settings.schema import Settings
+from icrl_megatron.settings.schema import AlgoSettings, Settings
 from icrl_megatron.utils.errors import ConfigError
 
 FOLDER, MODEL = run_files.START, run_files.EXPORT

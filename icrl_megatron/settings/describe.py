@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from icrl_megatron.settings.allowed import LOSSES, TRACKERS
-from icrl_megatron.settings.limits import CHOICES, RANGES
+from icrl_megatron.settings.limits import CHOICES, LOSSES, RANGES, TRACKERS
 from icrl_megatron.settings.schema import Settings
 
 INTRODUCTION = """# Settings

@@ -1,34 +1,134 @@
-"""The allowed values of all settings by dotted name, read off their fields (`allowed.py`). Imports no torch."""
+"""Allowed values of single settings: choices of text settings and ranges of numbers. Imports no torch."""
 
 from __future__ import annotations
 
-import dataclasses
-import typing
-from collections.abc import Iterator
-from typing import Any
+import math
 
-from icrl_megatron.settings import allowed
-from icrl_megatron.settings.schema import Settings
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
+"""Functions of algo/schedules.py."""
 
-
-def fields(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
-    """Every setting below a class: (dotted name, without numbers of list elements; its field)."""
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        hint, name = hints[field.name], prefix + field.name
-        inner = next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
-        if inner is None:
-            yield name, field
-        else:
-            yield from fields(typing.cast(type, inner), f"{name}.")
-
-
-def _declared(kind: str) -> dict[str, Any]:
-    return {name: field.metadata[kind] for name, field in fields(Settings) if kind in field.metadata}
-
-
-CHOICES: dict[str, tuple[str, ...]] = _declared(allowed.CHOICES)
+CHOICES: dict[str, tuple[str, ...]] = {
+    "baseline": ("", "grpo"),
+    "model.init.family": ("qwen3", "qwen2"),
+    "rollout.critic": ("self", "frozen", "external", "empty"),
+    "engine.quantization": ("", "fp8"),
+    "algo.preset": ("paper", "reference"),
+    "algo.group_by": ("task_role", "task_round_role", "task"),
+    "algo.calibration.denominator": ("rollout", "recomputed"),
+    "algo.loss_normalisation": ("sequence_mean", "token_mean", "constant"),
+    "algo.kl_estimator": ("k1", "k2", "k3"),
+    "algo.on_no_signal": ("error", "skip", "train"),
+    "actor.precision": ("bf16", "fp32"),
+    "actor.fp8": ("off", "current", "blockwise"),
+    "actor.offload": ("none", "optimizer", "all"),
+    "actor.recompute": ("none", "selective", "full"),
+    "actor.layers": ("auto", "transformer_engine", "torch"),
+    "actor.head_backend": ("auto", "torch", "triton"),
+    "actor.head_logits": ("fp32", "bf16"),
+    "tasks.too_long": ("error", "drop"),
+    "tasks.tool_cache.mode": ("off", "read_write", "replay"),
+    "optim.on_collapse": ("warn", "stop"),
+    "optim.schedule": SCHEDULES,
+    "warm_start.schedule": SCHEDULES,
+    "debug.mode": ("train", "rollout_only", "from_dump", "fake_data"),
+    "launch.device": ("auto", "cpu", "cuda"),
+}
 """Settings that name one of a few things."""
 
-RANGES: dict[str, tuple[float, float]] = _declared(allowed.RANGE)
-"""Smallest and largest value of each number."""
+LOSSES = ("icrl", "gspo", "cispo")
+"""Names that `algo.loss` takes: functions of algo/losses.py, which imports torch."""
+
+TRACKERS = ("wandb", "mlflow", "trackio")
+"""Names that `trackers.names` may hold: modules of telemetry/."""
+
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**31 - 1),
+    "data.seed": (0, 2**31 - 1),
+    "steps": (0, math.inf),
+    "max_generated_tokens": (1, math.inf),
+    "tasks.limit": (1, math.inf),
+    "tasks.curriculum_floor": (0, 1),
+    "tasks.tool_cache.expiry_s": (0, math.inf),
+    "tasks.tool_cache.max_mib": (1, math.inf),
+    "warm_start.steps": (0, math.inf),
+    "warm_start.episodes_per_step": (1, math.inf),
+    "warm_start.learning_rate": (0, math.inf),
+    "warm_start.weight_decay": (0, math.inf),
+    "warm_start.warmup_steps": (0, math.inf),
+    "warm_start.decay_steps": (1, math.inf),
+    "warm_start.final_factor": (0, 1),
+    "optim.decay_steps": (1, math.inf),
+    "optim.final_factor": (0, 1),
+    "rollout.tasks_per_step": (1, math.inf),
+    "rollout.episodes_per_task": (1, math.inf),
+    "rollout.rounds": (1, math.inf),
+    "rollout.temperature": (1e-3, math.inf),
+    "rollout.max_turn_tokens": (1, math.inf),
+    "rollout.max_critique_tokens": (1, math.inf),
+    "rollout.max_turns": (1, math.inf),
+    "rollout.call_cost": (0, 1),
+    "rollout.token_cost": (0, 1),
+    "rollout.repeat_limit": (2, math.inf),
+    "rollout.context_tokens": (2, math.inf),
+    "rollout.observation_chars": (1, math.inf),
+    "rollout.environment_timeout_s": (1e-3, math.inf),
+    "rollout.concurrency": (1, math.inf),
+    "rollout.max_observation_bytes": (1024, math.inf),
+    "rollout.max_observation_tokens": (16, math.inf),
+    "rollout.oversample": (1, 16),
+    "rollout.external.timeout_s": (1e-3, math.inf),
+    "rollout.external.concurrency": (1, math.inf),
+    "engine.tensor_parallel": (1, math.inf),
+    "engine.servers": (1, math.inf),
+    "engine.memory_fraction": (0.01, 0.99),
+    "engine.kv_tokens": (1, math.inf),
+    "engine.bucket_mib": (1, math.inf),
+    "engine.startup_timeout_s": (1e-3, math.inf),
+    "engine.sync_timeout_s": (1e-3, math.inf),
+    "engine.max_batch": (1, math.inf),
+    "engine.mismatch_limit.mean": (0, math.inf),
+    "engine.mismatch_limit.largest": (0, math.inf),
+    "engine.mismatch_limit.patience": (1, math.inf),
+    "engine.request_timeout_s": (1e-3, math.inf),
+    "algo.group_filter.min_mean_reward": (-1, 1),
+    "algo.calibration.w_max": (1e-6, math.inf),
+    "algo.shaping_gamma": (0, math.inf),
+    "algo.revisions_per_task": (1, math.inf),
+    "algo.mismatch_correction.cap": (1e-6, math.inf),
+    "algo.clip_low": (0, 1),
+    "algo.clip_high": (0, math.inf),
+    "trackers.episodes": (0, math.inf),
+    "trackers.max_chars": (1, math.inf),
+    "algo.dual_clip": (1, math.inf),
+    "algo.constant_tokens": (1, math.inf),
+    "algo.overlong.max_tokens": (1, math.inf),
+    "algo.overlong.buffer_tokens": (1, math.inf),
+    "algo.overlong.factor": (0, math.inf),
+    "algo.kl_coef": (0, math.inf),
+    "algo.entropy_coef": (0, math.inf),
+    "algo.updates_per_step": (1, math.inf),
+    "algo.max_resamples": (0, math.inf),
+    "actor.tensor_parallel": (1, math.inf),
+    "actor.pipeline_parallel": (1, math.inf),
+    "actor.micro_batch_tokens": (1, math.inf),
+    "actor.head_chunk_tokens": (1, math.inf),
+    "optim.learning_rate": (0, math.inf),
+    "optim.beta1": (0, 1 - 1e-9),
+    "optim.beta2": (0, 1 - 1e-9),
+    "optim.eps": (0, math.inf),
+    "optim.weight_decay": (0, math.inf),
+    "optim.clip_grad": (0, math.inf),
+    "optim.warmup_steps": (0, math.inf),
+    "eval.interval": (0, math.inf),
+    "eval.problems": (1, math.inf),
+    "eval.samples": (1, math.inf),
+    "eval.control_problems": (0, math.inf),
+    "checkpoint.interval": (1, math.inf),
+    "checkpoint.keep": (1, math.inf),
+    "launch.ranks": (1, math.inf),
+    "launch.nodes": (1, math.inf),
+    "launch.timeout_s": (1, math.inf),
+    **{f"model.init.{name}": (1, math.inf) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn")},
+    "model.init.max_positions": (2, math.inf),
+}
+"""Smallest and largest value of each number; null is in range where it is allowed."""

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from icrl_megatron.settings.algo_schema import AlgoSettings
-from icrl_megatron.settings.allowed import FAMILIES, SCHEDULES, chosen, limited
 from icrl_megatron.settings.task_schema import TaskSettings
 
 
@@ -17,24 +15,16 @@ from icrl_megatron.settings.task_schema import TaskSettings
 class TinyModel:
     """An embedded model made on the spot with its own word tokenizer, for machines without a GPU and for tests."""
 
-    family: str = chosen("qwen3", *FAMILIES)
+    family: str = "qwen3"
     """qwen3 | qwen2 (docs/MODELS.md)."""
-    layers: int = limited(2, 1)
-    """Transformer blocks."""
-    hidden: int = limited(64, 1)
-    """Width of the residual stream."""
-    heads: int = limited(4, 1)
-    """Attention heads."""
-    kv_heads: int = limited(2, 1)
-    """Key and value heads; must divide `heads`."""
-    head_dim: int = limited(16, 1)
-    """Width of a head."""
-    ffn: int = limited(192, 1)
-    """Width inside the feed-forward network."""
+    layers: int = 2
+    hidden: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    ffn: int = 192
     tie_embeddings: bool = True
-    """Use the embedding as the output head."""
-    max_positions: int = limited(1024, 2)
-    """Longest sequence in tokens."""
+    max_positions: int = 1024
 
 
 @dataclass
@@ -49,22 +39,16 @@ class ModelSettings:
 class WarmStart:
     """The supervised stage (`icrl sft`): demonstrations of the task sets' teachers in the three prompt forms."""
 
-    steps: int = limited(0, 0)
+    steps: int = 0
     """0: none."""
-    episodes_per_step: int = limited(64, 1)
-    """Demonstrations in an update."""
-    learning_rate: float = limited(3e-3, 0)
-    """After the warm-up."""
-    weight_decay: float = limited(0.0, 0)
-    """Of Adam."""
-    warmup_steps: int = limited(20, 0)
-    """Steps over which the learning rate rises from 0."""
-    schedule: str = chosen("wsd", *SCHEDULES)
+    episodes_per_step: int = 64
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.0
+    warmup_steps: int = 20
+    schedule: str = "wsd"
     """constant | linear | cosine | wsd, as in `optim`."""
-    decay_steps: int | None = limited(None, 1)
-    """As in `optim`."""
-    final_factor: float = limited(0.1, 0, 1)
-    """As in `optim`."""
+    decay_steps: int | None = None
+    final_factor: float = 0.1
 
 
 @dataclass
@@ -74,62 +58,58 @@ class ExternalCritic:
     url: str = ""
     """Up to and without /chat/completions, e.g. https://api.openai.com/v1."""
     model: str = ""
-    """Its name at the endpoint."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable with the key; a server that wants none needs none."""
-    timeout_s: float = limited(120.0, 0.001)
-    """Seconds until a request is sent again."""
-    concurrency: int = limited(32, 1)
+    timeout_s: float = 120.0
+    concurrency: int = 32
     """Requests in flight."""
 
 
 @dataclass
 class RolloutSettings:
-    tasks_per_step: int = limited(16, 1)
+    tasks_per_step: int = 16
     """B."""
-    episodes_per_task: int = limited(8, 1)
+    episodes_per_task: int = 8
     """G."""
-    rounds: int = limited(2, 1)
+    rounds: int = 2
     """K: attempts per episode. 1 is plain GRPO."""
-    critic: str = chosen("self", "self", "frozen", "external", "empty")
+    critic: str = "self"
     """self: the trained backbone; frozen: the starting weights, never trained; external: `rollout.external`; empty: no
     text at all (a control)."""
     external: ExternalCritic = field(default_factory=ExternalCritic)
-    temperature: float = limited(1.0, 0.001)
+    temperature: float = 1.0
     """Above 0. `icrl eval` also takes 0: greedy decoding."""
-    max_turn_tokens: int = limited(2048, 1)
-    """Longest reply of the solver."""
-    max_critique_tokens: int = limited(1024, 1)
-    """Longest reply of the critic."""
-    max_turns: int = limited(30, 1)
+    max_turn_tokens: int = 2048
+    max_critique_tokens: int = 1024
+    max_turns: int = 30
     """Upper bound; an environment may ask for fewer."""
     format_reward: bool = False
     """Multiply the reward of an attempt by its format score (task/format), where the task set has a grammar."""
-    max_calls: int | None = limited(None, 0)
+    max_calls: int | None = None
     """Tool calls of an attempt; later ones are answered with a request for the final answer. Null: no limit."""
-    call_cost: float = limited(0.0, 0, 1)
+    call_cost: float = 0.0
     """Taken off the reward of an attempt for each of its tool calls; a reward never falls below 0."""
-    token_cost: float = limited(0.0, 0, 1)
+    token_cost: float = 0.0
     """The same for each token that the solver generates."""
-    repeat_limit: int = limited(3, 2)
+    repeat_limit: int = 3
     """The same action this many times in a row ends the attempt."""
-    context_tokens: int = limited(16384, 2)
+    context_tokens: int = 16384
     """Prompt and response together."""
-    observation_chars: int = limited(800, 1)
+    observation_chars: int = 800
     """Observations are cut at this length in the critic's prompt."""
     templates: str = "standard"
     """standard | compact | a folder with attempt.jinja, revision.jinja and critique.jinja."""
     chat_template_args: dict[str, bool | str] = field(default_factory=dict)
     """Handed to the tokenizer's chat template, e.g. enable_thinking."""
-    environment_timeout_s: float = limited(60.0, 0.001)
+    environment_timeout_s: float = 60.0
     """Longest call of an environment: reset, step, parse or grading. A call that takes longer costs its episode."""
-    max_observation_bytes: int = limited(4 << 20, 1024)
+    max_observation_bytes: int = 4 << 20
     """At most this many bytes of one answer of an environment or its server are read; the rest is cut and counted."""
-    max_observation_tokens: int = limited(8192, 16)
+    max_observation_tokens: int = 8192
     """At most this many tokens of one observation enter the context; the rest is cut and counted."""
-    concurrency: int = limited(512, 1)
+    concurrency: int = 512
     """Episodes in flight per engine."""
-    oversample: float = limited(1.0, 1, 16)
+    oversample: float = 1.0
     """Tasks begun for each task needed: once enough groups are complete, the slowest are cut off. It favours tasks that
     are quickly played."""
     partial: bool = False
@@ -142,11 +122,11 @@ class MismatchLimit:
     """Largest accepted |log pi_train - log pi_engine| of a step under the same prompt. Null: the default of
     `actor.precision` (docs/ENGINES.md says how it was measured)."""
 
-    mean: float | None = limited(None, 0)
+    mean: float | None = None
     """Mean over the loss tokens of a step."""
-    largest: float | None = limited(None, 0)
+    largest: float | None = None
     """Of any one token."""
-    patience: int | None = limited(None, 1)
+    patience: int | None = None
     """Steps in a row above a limit after which the run stops; each logs a warning. Null: 1 in fp32, 3 in bf16."""
 
 
@@ -154,9 +134,9 @@ class MismatchLimit:
 class EngineSettings:
     kind: str = "local"
     """local: transformers in the rank's own process; sglang: SGLang servers (docs/ENGINES.md)."""
-    tensor_parallel: int = limited(1, 1)
+    tensor_parallel: int = 1
     """GPUs of one SGLang server; those of `urls` have their own."""
-    servers: int | None = limited(None, 1)
+    servers: int | None = None
     """SGLang servers that the run starts; null: one per `tensor_parallel` ranks."""
     urls: list[str] = field(default_factory=list)
     """External SGLang servers (http://host:port), used instead of starting any."""
@@ -167,93 +147,174 @@ class EngineSettings:
     """Interpreter that has SGLang, where that is not the trainer's own; empty: the trainer's."""
     server_args: list[str] = field(default_factory=list)
     """More arguments for sglang.launch_server, as they are."""
-    quantization: str = chosen("", "", "fp8")
+    quantization: str = ""
     """fp8: the engine quantises the weights it is sent; empty: they keep the actor's precision."""
-    memory_fraction: float = limited(0.7, 0.01, 0.99)
+    memory_fraction: float = 0.7
     """Share of a GPU's memory for the engine's weights and KV cache together; a frozen critic's server gets half of
     it."""
-    kv_tokens: int | None = limited(None, 1)
+    kv_tokens: int | None = None
     """Tokens that the KV cache holds; null: what fits (GPU), or 65536 (CPU)."""
-    bucket_mib: int = limited(512, 1)
+    bucket_mib: int = 512
     """Weights are handed over in a buffer of at most this size, or that of the largest tensor; in two that take turns
     where one does not hold them all."""
-    startup_timeout_s: float = limited(600.0, 0.001)
+    startup_timeout_s: float = 600.0
     """A server that is not ready by then ends the run."""
-    sync_timeout_s: float = limited(600.0, 0.001)
+    sync_timeout_s: float = 600.0
     """No answer to one bucket of weights may take longer."""
     allow_untested: bool = False
     """Accept a version of SGLang other than the tested ones."""
-    max_batch: int = limited(256, 1)
+    max_batch: int = 256
     """Sequences decoded together, and requests in flight."""
     mismatch_limit: MismatchLimit = field(default_factory=MismatchLimit)
-    request_timeout_s: float = limited(600.0, 0.001)
+    request_timeout_s: float = 600.0
     """The local engine then fails; SGLang then aborts the request, and what was generated is kept."""
 
 
 @dataclass
+class Calibration:
+    enabled: bool = True
+    denominator: str = "rollout"
+    """rollout: pi(y|q,c) from the engine's log-probs; recomputed: scored by the trainer (one more frozen pass)."""
+    w_max: float = 2.0
+
+
+@dataclass
+class MismatchCorrection:
+    enabled: bool = False
+    cap: float = 2.0
+    """pi_train / pi_engine under the same prompt, truncated here, multiplies the token's loss."""
+
+
+@dataclass
+class GroupFilter:
+    """Reference preset: drops critique and revision groups that look hopeless."""
+
+    enabled: bool = False
+    min_mean_reward: float = 0.3
+
+
+@dataclass
+class Overlong:
+    """DAPO's soft punishment of long replies (arXiv 2503.14476, Eq. 13), taken off the reward before advantages."""
+
+    max_tokens: int | None = None
+    """Generated tokens of a sample at which the whole penalty applies; null: none."""
+    buffer_tokens: int = 1
+    """The penalty grows linearly over this many tokens before `max_tokens`."""
+    factor: float = 1.0
+    """The whole penalty."""
+
+
+@dataclass
+class AlgoSettings:
+    preset: str = "paper"
+    """paper | reference: a bundle of the values below; explicit overrides win over it."""
+    group_by: str = "task_role"
+    """task_role (paper Eq. 5) | task_round_role (reference) | task (no role groups: an ablation)."""
+    normalise_std: bool = True
+    pseudo_positive: bool = False
+    """Adds one pseudo sample of reward 1 to each group before mean and deviation are taken (reference)."""
+    group_filter: GroupFilter = field(default_factory=GroupFilter)
+    internalise: bool = True
+    """Train revisions under the critique-free prompt. False: under the prompt they were written with (an ablation)."""
+    calibration: Calibration = field(default_factory=Calibration)
+    revisions_per_task: int | None = None
+    """At most this many revisions of a task are trained, the best of them (Critique-GRPO's code: 1); null: all."""
+    shaping_gamma: float = 0.0
+    """Above 0, internalised revisions count p / (p + shaping_gamma) a token, unclipped, instead of w_t times the
+    clipped ratio (Critique-GRPO's policy shaping, which takes 0.1); calibration.enabled must then be false."""
+    mismatch_correction: MismatchCorrection = field(default_factory=MismatchCorrection)
+    loss: str = "icrl"
+    """icrl | gspo | cispo, or package.module:function (algo/losses.py, docs/EXTENDING.md)."""
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    """The ratio is clipped to [1 - clip_low, 1 + clip_high]: of a token, and with loss=gspo of a sequence (the paper
+    takes 3e-4 and 4e-4)."""
+    dual_clip: float | None = None
+    """Largest ratio that counts where the advantage is negative (arXiv 1912.09729, which takes 3), with loss=icrl or
+    gspo; null: no bound."""
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    """k1 | k2 | k3: how the KL term is estimated from the sampled tokens."""
+    entropy_coef: float = 0.0
+    loss_normalisation: str = "sequence_mean"
+    """sequence_mean | token_mean | constant (the sum over `constant_tokens` times the sequences: Dr. GRPO, with
+    normalise_std=false)."""
+    constant_tokens: int | None = None
+    """With loss_normalisation=constant: the same length for all sequences, such as the longest reply allowed."""
+    overlong: Overlong = field(default_factory=Overlong)
+    updates_per_step: int = 1
+    """Optimizer updates made from one step's samples."""
+    max_resamples: int = 4
+    """Times a batch without any signal is drawn again."""
+    dynamic_sampling: bool = False
+    """Draw more tasks, up to max_resamples times, until rollout.tasks_per_step of them have a group whose rewards
+    differ, and train on those alone (DAPO, arXiv 2503.14476)."""
+    on_no_signal: str = "error"
+    """After that: error (ends the run and names the tasks) | skip (no update, and the step is counted: for baselines
+    that may find nothing) | train (update anyway: the entropy and KL terms still act)."""
+
+    def fused(self) -> bool:
+        """Whether the fused head computes this objective. Every other one goes through the head that recomputes its
+        logits in the backward pass (docs/KERNEL.md)."""
+        return self.loss == "icrl" and self.kl_estimator == "k3" and self.dual_clip is None
+
+
+@dataclass
 class ActorSettings:
-    tensor_parallel: int = limited(1, 1)
-    """Ranks that share each layer."""
-    pipeline_parallel: int = limited(1, 1)
-    """Stages of consecutive layers."""
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
     sequence_parallel: bool = False
-    """Split activations between layers over the tensor-parallel ranks."""
-    precision: str = chosen("bf16", "bf16", "fp32")
+    precision: str = "bf16"
     """bf16 | fp32."""
-    layers: str = chosen("auto", "auto", "transformer_engine", "torch")
+    layers: str = "auto"
     """auto (Transformer Engine for bf16 on GPUs, else torch) | transformer_engine | torch."""
-    fp8: str = chosen("off", "off", "current", "blockwise")
+    fp8: str = "off"
     """off | current (a scale a tensor) | blockwise: Transformer Engine's recipes, on GPUs with FP8 only."""
-    recompute: str = chosen("none", "none", "selective", "full")
+    recompute: str = "none"
     """none | selective | full."""
-    offload: str = chosen("none", "none", "optimizer", "all")
+    offload: str = "none"
     """What leaves the GPU while episodes are played: none | optimizer (moments, main weights) | all (gradients too)."""
-    micro_batch_tokens: int = limited(16384, 1)
+    micro_batch_tokens: int = 16384
     """Token budget of a packed micro-batch; a longer sequence gets one of its own."""
-    head_chunk_tokens: int | None = limited(None, 1)
+    head_chunk_tokens: int | None = None
     """Loss tokens whose logits exist at once; null: as many as suit the device."""
-    head_backend: str = chosen("auto", "auto", "torch", "triton")
+    head_backend: str = "auto"
     """auto (triton on GPUs, torch on CPUs) | torch | triton."""
-    head_logits: str = chosen("fp32", "fp32", "bf16")
+    head_logits: str = "fp32"
     """fp32 | bf16: what a chunk's logits are stored in; bf16 is for triton with precision=bf16 (docs/KERNEL.md)."""
 
 
 @dataclass
 class OptimSettings:
-    learning_rate: float = limited(1e-6, 0)
-    """After the warm-up."""
-    beta1: float = limited(0.9, 0, 1 - 1e-9)
-    """Of Adam."""
-    beta2: float = limited(0.98, 0, 1 - 1e-9)
-    """Of Adam."""
-    eps: float = limited(1e-8, 0)
-    """Of Adam."""
-    weight_decay: float = limited(0.1, 0)
-    """Of Adam."""
-    clip_grad: float = limited(1.0, 0)
-    """Largest gradient norm; 0: no limit."""
-    warmup_steps: int = limited(0, 0)
+    learning_rate: float = 1e-6
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+    warmup_steps: int = 0
     """Steps of a linear warm-up."""
-    schedule: str = chosen("constant", *SCHEDULES)
+    schedule: str = "constant"
     """constant | linear | cosine | wsd (stable, then linear): how the rate falls after the warm-up."""
-    decay_steps: int | None = limited(None, 1)
+    decay_steps: int | None = None
     """Steps at the end over which it falls; null: all after the warm-up, and half of all with wsd."""
-    final_factor: float = limited(0.0, 0, 1)
+    final_factor: float = 0.0
     """Share of the learning rate that is left at the end."""
-    on_collapse: str = chosen("warn", "warn", "stop")
+    on_collapse: str = "warn"
     """What to do when the policy has collapsed (entropy and gradient norm both near 0, so nothing is learned any more):
     warn | stop."""
 
 
 @dataclass
 class EvalSettings:
-    interval: int = limited(0, 0)
+    interval: int = 0
     """Steps between critique-free evaluations on held-out problems; 0: only before and after."""
-    problems: int = limited(64, 1)
+    problems: int = 64
     """Held-out problems of each task source."""
-    samples: int = limited(1, 1)
+    samples: int = 1
     """Attempts per problem, at temperature 1."""
-    control_problems: int = limited(128, 0)
+    control_problems: int = 128
     """Failed attempts retried in the control report (critique, empty critique, another attempt); 0: no report."""
 
 
@@ -264,32 +325,27 @@ class TrackerSettings:
     names: list[str] = field(default_factory=list)
     """Any of wandb, mlflow, trackio (docs/EXTENDING.md)."""
     project: str = "icrl-megatron"
-    """Project or experiment at the tracker."""
     run_name: str = ""
     """Empty: the run's name."""
     group: str = ""
-    """Group of the run at the tracker."""
     tags: list[str] = field(default_factory=list)
-    """Tags of the run at the tracker."""
     offline: bool = False
     """Write below the run folder and use no network."""
-    episodes: int = limited(4, 0)
+    episodes: int = 4
     """Attempts and critiques of a step that are logged as a table, with at most `max_chars` of their text; 0: none."""
-    max_chars: int = limited(2000, 1)
-    """Longest text of a table cell."""
+    max_chars: int = 2000
 
 
 @dataclass
 class CheckpointSettings:
-    interval: int = limited(50, 1)
+    interval: int = 50
     """Steps between checkpoints; the last step is always saved."""
-    keep: int = limited(2, 1)
-    """Newest checkpoints that are kept."""
+    keep: int = 2
 
 
 @dataclass
 class DebugSettings:
-    mode: str = chosen("train", "train", "rollout_only", "from_dump", "fake_data")
+    mode: str = "train"
     """train | rollout_only (no update) | from_dump (train on the episodes of a dump) | fake_data (random samples)."""
     dump: str = ""
     """Run folder whose rollouts `from_dump` reads."""
@@ -297,19 +353,19 @@ class DebugSettings:
 
 @dataclass
 class LaunchSettings:
-    ranks: int = limited(1, 1)
+    ranks: int = 1
     """Processes on each machine; `icrl train` starts them on this one unless it is a rank already."""
-    nodes: int = limited(1, 1)
+    nodes: int = 1
     """Machines of the job; more than one are started by slurm/ or `icrl launch`."""
-    device: str = chosen("auto", "auto", "cpu", "cuda")
+    device: str = "auto"
     """auto | cpu | cuda."""
-    timeout_s: float = limited(1800.0, 1)
+    timeout_s: float = 1800.0
     """No collective waits longer."""
 
 
 @dataclass
 class DataSettings:
-    seed: int | None = limited(None, 0, 2**31 - 1)
+    seed: int | None = None
     """Of the order in which problems are drawn; null: as `seed`, which everything that is sampled has."""
 
 
@@ -321,13 +377,11 @@ class Settings:
     """Names the run folder below runs/."""
     run_dir: str = ""
     """Where everything is written; empty: runs/<name>."""
-    seed: int = limited(0, 0, 2**31 - 1)
-    """Of problems, sampled tokens and random weights."""
-    steps: int = limited(300, 0)
-    """Training steps."""
-    max_generated_tokens: int | None = limited(None, 1)
+    seed: int = 0
+    steps: int = 300
+    max_generated_tokens: int | None = None
     """Ends training once this many tokens were generated (for comparisons at equal cost)."""
-    baseline: str = chosen("", "", "grpo")
+    baseline: str = ""
     """Also train this baseline (grpo) from the same start with the same number of generated tokens, and compare."""
     start_from: str = ""
     """A checkpoint of another run (step_NNNNNN, a folder of them, or a run folder), whose weights a new run begins

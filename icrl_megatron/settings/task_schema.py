@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from icrl_megatron.settings.allowed import chosen, limited
-
 
 @dataclass
 class TaskData:
@@ -17,9 +15,7 @@ class TaskData:
     heldout: list[str] = field(default_factory=list)
     """The same for held-out rows, one subset per entry; no row may also be a training row."""
     prompt_column: str = "prompt"
-    """Column of the rows with the problem."""
     label_column: str = "label"
-    """Column of the rows with the right answer."""
     numeric_tolerance: float = 0.0
     """math, code: relative error at which two plain numbers are still equal; labels that were rounded need one, e.g.
     0.01."""
@@ -69,9 +65,7 @@ class TaskServers:
 @dataclass
 class TaskSource:
     name: str = "rulebook_hard"
-    """A task set of docs/TASKS.md."""
     weight: float = 1.0
-    """Share of the drawn problems, relative to the other sources."""
     data: TaskData = field(default_factory=TaskData)
     serve: TaskServers = field(default_factory=TaskServers)
 
@@ -85,14 +79,14 @@ class TaskSource:
 class ToolCacheSettings:
     """Answers of tools that are kept in one SQLite file (docs/TASKS.md)."""
 
-    mode: str = chosen("off", "off", "read_write", "replay")
+    mode: str = "off"
     """off | read_write | replay: only answers of the file, at any age; a call that it does not have costs its episode.
     A run whose answers are all in the file needs no network."""
     path: str = ""
     """The file, on a local disk of each node. Several runs may use it at the same time."""
-    expiry_s: float | None = limited(None, 0)
+    expiry_s: float | None = None
     """Older answers are asked for again; null: never."""
-    max_mib: int = limited(4096, 1)
+    max_mib: int = 4096
     """Size at which the file takes no more answers."""
 
 
@@ -100,13 +94,13 @@ class ToolCacheSettings:
 class TaskSettings:
     sources: list[TaskSource] = field(default_factory=lambda: [TaskSource()])
     """Mixture the training tasks are drawn from."""
-    limit: int | None = limited(None, 1)
+    limit: int | None = None
     """At most this many training problems of each source (the first ones)."""
     curriculum: bool = False
     """Draw problems by their recent success: what always or never succeeds comes less often. Off: each in its turn."""
-    curriculum_floor: float = limited(0.1, 0, 1)
+    curriculum_floor: float = 0.1
     """With a curriculum: the weight of what always or never succeeds, where an unseen problem has 1."""
-    too_long: str = chosen("error", "error", "drop")
+    too_long: str = "error"
     """What to do with a training or held-out problem whose prompt does not fit rollout.context_tokens: error (names the
     rows before the model is loaded) | drop (leaves them out and counts them)."""
     tool_cache: ToolCacheSettings = field(default_factory=ToolCacheSettings)

@@ -2,7 +2,7 @@
 
 Each tracker has its own thread with a bounded queue. A tracker that fails is reported once, counted, and not used again
 in this process; metrics.jsonl stays complete. To add a tracker, write a module with a `Start` function, and add it to
-`TRACKERS` here and to `TRACKERS` in settings/allowed.py.
+`TRACKERS` here and to `TRACKERS` in settings/limits.py.
 """
 
 from __future__ import annotations

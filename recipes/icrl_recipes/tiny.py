@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from icrl_megatron.settings.algo_schema import AlgoSettings
 from icrl_megatron.settings.schema import (
     ActorSettings,
+    AlgoSettings,
     CheckpointSettings,
     EvalSettings,
     LaunchSettings,

@@ -13,7 +13,7 @@ from icrl_megatron.algo import schedules
 from icrl_megatron.algo.schedules import learning_rate
 from icrl_megatron.run.checks import validate_settings
 from icrl_megatron.settings import limits
-from icrl_megatron.settings.allowed import SCHEDULES
+from icrl_megatron.settings.limits import SCHEDULES
 from icrl_megatron.settings.loading import load
 from icrl_megatron.settings.schema import OptimSettings, WarmStart
 from icrl_megatron.utils.errors import ConfigError

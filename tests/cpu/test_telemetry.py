@@ -14,8 +14,8 @@ from icrl_megatron.algo.credit import credit
 from icrl_megatron.report.bands import smoothed
 from icrl_megatron.report.plots import learning_curve
 from icrl_megatron.report.show import show
-from icrl_megatron.settings.algo_schema import AlgoSettings
 from icrl_megatron.settings.presets import apply_preset
+from icrl_megatron.settings.schema import AlgoSettings
 from icrl_megatron.telemetry.dumps import dump_path, dumped_steps, read_dump, read_episodes, write_dump
 from icrl_megatron.telemetry.metrics import heldout_metrics, rollout_metrics
 from icrl_megatron.telemetry.writer import METRICS_FILE, TENSORBOARD_FOLDER, MetricsWriter, read_rows
