@@ -82,7 +82,7 @@ class TaskSettings:
     """Use only this many training problems of each source, the first ones. Null: all."""
     curriculum: bool = False
     """Draw problems according to their recent success: those that always or never succeed are drawn less often. False:
-    all problems equally often."""
+    each problem in turn."""
     curriculum_floor: Annotated[float, Range(0, 1)] = 0.1
     """With a curriculum: the weight of a problem that always or never succeeds. An unseen problem has weight 1."""
     too_long: Annotated[str, Choice(("error", "drop"))] = "error"
