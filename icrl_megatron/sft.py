@@ -39,8 +39,9 @@ from icrl_megatron.run.problems import chosen
 from icrl_megatron.run.recorder import SupervisedRecorder
 from icrl_megatron.run.state import RunState
 from icrl_megatron.run.watch import NoWatch
+from icrl_megatron.settings.algo_schema import AlgoSettings, Calibration
 from icrl_megatron.settings.loading import load_saved, run_folder
-from icrl_megatron.settings.schema import AlgoSettings, Calibration, DebugSettings, Settings
+from icrl_megatron.settings.schema import DebugSettings, Settings
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Teachable
 from icrl_megatron.types import Episode, Task

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from icrl_megatron.algo.samples import to_samples
-from icrl_megatron.settings.schema import AlgoSettings, GroupFilter, Overlong
+from icrl_megatron.settings.algo_schema import AlgoSettings, GroupFilter, Overlong
 from icrl_megatron.types import Episode, Sample, Task
 
 STD_FLOOR = 1e-6

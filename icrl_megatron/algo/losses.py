@@ -5,7 +5,7 @@ it by the calibration weight w_t, adds the KL and entropy terms, and sums over t
 whole step. A sequence is never split over micro-batches or ranks, so a loss that reads only a token's own sequence
 gives the same gradient on every grid; `loss_check.py` tests that property of a user's loss before the run starts.
 
-To add one: write a function with the signature of `Loss`, and add its name to `LOSSES` (settings/limits.py).
+To add one: write a function with the signature of `Loss`, and add its name to `LOSSES` (settings/algo_schema.py).
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from icrl_megatron.settings.limits import LOSSES
-from icrl_megatron.settings.schema import AlgoSettings
+from icrl_megatron.settings.algo_schema import LOSSES, AlgoSettings
 from icrl_megatron.utils.errors import ConfigError
 
 

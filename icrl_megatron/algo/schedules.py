@@ -1,6 +1,6 @@
 """Learning-rate schedules for RL and supervised training: pure functions of the step.
 
-To add one: write a function with the signature of `Decay`, and add its name to `SCHEDULES` (settings/limits.py).
+To add one: write a function with the signature of `Decay`, and add its name to `SCHEDULES` (settings/schema.py).
 """
 
 from __future__ import annotations

@@ -1,16 +1,14 @@
-"""Registry of engine kinds (`engine.kind`). A kind is a module with a `KIND` and a line here. Imports no torch."""
+"""Registry of engine kinds (`engine.kind`). A kind is a module `<name>_kind` with a `KIND`. No torch."""
 
 from __future__ import annotations
 
 import importlib
 
 from icrl_megatron.engines.kind import EngineKind
+from icrl_megatron.settings.rollout_schema import ENGINE_KINDS
 from icrl_megatron.utils.errors import ConfigError
 
-KINDS = {
-    "local": "icrl_megatron.engines.local_kind:KIND",
-    "sglang": "icrl_megatron.engines.sglang_kind:KIND",
-}
+KINDS = {name: f"icrl_megatron.engines.{name}_kind:KIND" for name in ENGINE_KINDS}
 
 
 def engine_kind(name: str) -> EngineKind:

@@ -1,13 +1,18 @@
 """Registry of model families: the differences between dense decoders. Imports no torch.
 
 All families share the decoder of `shape.py` (pre-norm, RMSNorm, grouped-query attention with rotary embedding, gated
-SiLU MLP). A family is one file with a `Family`, and one line in `FAMILIES` below.
+SiLU MLP). A family is one file with a `Family`, named like its `model_type`, and a name in `FAMILIES` of
+settings/schema.py.
 """
 
 from __future__ import annotations
 
-from icrl_megatron.model import qwen2, qwen3
-from icrl_megatron.model.family import Family
+import importlib
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (qwen3.FAMILY, qwen2.FAMILY)}
+from icrl_megatron.model.family import Family
+from icrl_megatron.settings import schema
+
+FAMILIES: dict[str, Family] = {
+    name: importlib.import_module(f"icrl_megatron.model.{name}").FAMILY for name in schema.FAMILIES
+}
 """By `model_type` of config.json."""

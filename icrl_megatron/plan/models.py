@@ -8,6 +8,7 @@ from pathlib import Path
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.run import start
 from icrl_megatron.settings.loading import model_folder
+from icrl_megatron.settings.rollout_schema import TEMPLATES
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Teachable
@@ -77,6 +78,6 @@ def _tiny_vocabulary(settings: Settings) -> int:
 
 def _template_words(name: str) -> set[str]:
     """As `rollout.prompts.template_words`, which would import the tokenizers' libraries."""
-    folder = Path(name) if name not in ("standard", "compact") else _TEMPLATES / name
+    folder = Path(name) if name not in TEMPLATES else _TEMPLATES / name
     text = " ".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.jinja")))
     return set(re.sub(r"{[{%#].*?[}%#]}", " ", text, flags=re.DOTALL).split())

@@ -12,7 +12,7 @@ import aiohttp
 from icrl_megatron.engines.protocol import RequestFailedError
 from icrl_megatron.rollout.prompts import CHARS_A_TOKEN, Prompter
 from icrl_megatron.rollout.speakers import Ask
-from icrl_megatron.settings.schema import ExternalCritic
+from icrl_megatron.settings.rollout_schema import ExternalCritic
 from icrl_megatron.tasks.base import sendable
 from icrl_megatron.types import Completion
 from icrl_megatron.utils import connections

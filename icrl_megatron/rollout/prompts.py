@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from icrl_megatron.agents.dialogue import Dialogue
 from icrl_megatron.rollout.chat_template import MessageParts, message_parts, tool_parts
-from icrl_megatron.settings.schema import RolloutSettings
+from icrl_megatron.settings.rollout_schema import TEMPLATES, RolloutSettings
 from icrl_megatron.types import Ids
 from icrl_megatron.utils.errors import ConfigError
 
@@ -65,7 +65,7 @@ def parse_critique(reply: str) -> str:
 def template_folder(name: str) -> Path:
     """`standard` and `compact` are built in; any other name is a folder. Raises ConfigError if a template is
     missing."""
-    folder = _BUILT_IN / name if name in ("standard", "compact") else Path(name)
+    folder = _BUILT_IN / name if name in TEMPLATES else Path(name)
     missing = [f"{form}.jinja" for form in FORMS if not (folder / f"{form}.jinja").is_file()]
     if missing:
         raise ConfigError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -18,16 +17,11 @@ from icrl_megatron.run.heldout import check_earlier_rows, check_rows
 from icrl_megatron.run.resume import check_resume, earlier
 from icrl_megatron.run.rollout_checks import check_rollout
 from icrl_megatron.settings import loading as settings_module
-from icrl_megatron.settings.limits import CHOICES, LOSSES, RANGES, TRACKERS
-from icrl_megatron.settings.schema import (
-    ActorSettings,
-    AlgoSettings,
-    Overlong,
-    RolloutSettings,
-    Settings,
-    TrackerSettings,
-)
-from icrl_megatron.settings.task_schema import PORT, TaskServers
+from icrl_megatron.settings.algo_schema import LOSSES, AlgoSettings, Overlong
+from icrl_megatron.settings.limits import check_limits
+from icrl_megatron.settings.rollout_schema import TEMPLATES, RolloutSettings
+from icrl_megatron.settings.schema import ActorSettings, Settings, TrackerSettings
+from icrl_megatron.settings.task_schema import PORT
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked
 from icrl_megatron.tasks.datasets import check_no_leak
@@ -95,36 +89,16 @@ def ranks_on_node(settings: Settings) -> int:
     return int(told) if told.isdecimal() and int(told) > 0 else max(1, ranks(settings) // settings.launch.nodes)
 
 
-def _get(settings: Settings, name: str) -> object:
-    value: object = settings
-    for part in name.split("."):
-        value = getattr(value, part)
-        if value is None:
-            return None
-    return value
-
-
 def check_values(settings: Settings) -> None:
     """Raises ConfigError if a setting has a value outside of its choices or range."""
     engine_kind(settings.engine.kind)
-    for name, choices in CHOICES.items():
-        value = _get(settings, name)
-        if value is not None and value not in choices:
-            listed = ", ".join(choice or "''" for choice in choices)
-            raise ConfigError(f"{name}={value}: choose one of {listed}")
-    for name, (low, high) in RANGES.items():
-        number = _get(settings, name)
-        if isinstance(number, int | float) and not (math.isfinite(number) and low <= number <= high):
-            bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise ConfigError(f"{name}={number}: must be a finite number, {bound}")
+    check_limits(settings)
     if not settings.name or "/" in settings.name:
         raise ConfigError(f"name={settings.name!r}: must be a plain name, it becomes a folder; run_dir sets a path")
 
 
 def _check_trackers(trackers: TrackerSettings) -> None:
     for name in trackers.names:
-        if name not in TRACKERS:
-            raise ConfigError(f"trackers.names has {name}: choose from {', '.join(TRACKERS)}")
         if importlib.util.find_spec(name) is None:
             raise ConfigError(
                 f"trackers.names has {name}, which is not installed: pip install 'icrl-megatron[{name}]', or take "
@@ -137,8 +111,6 @@ def _check_sources(settings: Settings) -> None:
     if not sources:
         raise ConfigError("tasks.sources is empty: name at least one task set, e.g. tasks.sources=[{name: household}]")
     for i, source in enumerate(sources):
-        if not (math.isfinite(source.weight) and source.weight > 0):
-            raise ConfigError(f"tasks.sources.{i}.weight={source.weight}: must be a positive number")
         if source.name in [other.name for other in sources[:i]]:
             raise ConfigError(f"tasks.sources.{i}.name={source.name}: named twice; name it once and add the weights up")
 
@@ -161,7 +133,7 @@ def _check_tasks(settings: Settings, before: Sequence[Settings]) -> None:
     tool_cache.check(settings.tasks.tool_cache)
     check_no_leak(problems["train"], problems["heldout"])
     templates = settings.rollout.templates
-    if templates not in ("standard", "compact"):
+    if templates not in TEMPLATES:
         missing = [n for n in ("attempt", "revision", "critique") if not (Path(templates) / f"{n}.jinja").is_file()]
         if missing:
             raise ConfigError(
@@ -382,19 +354,11 @@ def check_servers(settings: Settings) -> None:
                 f"{name}.command={serve.command}: task set {source.name!r} uses no server; leave it out, or set the "
                 f"whole list: tasks.sources=[{{name: {source.name}}}]"
             )
-        _check_numbers(name, serve)
+        if serve.port + serve.count > 65536:
+            raise ConfigError(f"{name}.port={serve.port}: leave room for {serve.count} ports, up to 65535")
+        if not serve.health.startswith("/"):
+            raise ConfigError(f"{name}.health={serve.health}: must be a path, e.g. / or /health")
         if PORT not in serve.command and (serve.port == 0 or serve.count > 1):
             raise ConfigError(
                 f"{name}.command={serve.command}: write {PORT} where the port belongs, or set {name}.port and count=1"
             )
-
-
-def _check_numbers(name: str, serve: TaskServers) -> None:
-    if serve.count < 1:
-        raise ConfigError(f"{name}.count={serve.count}: must be at least 1")
-    if not 0 <= serve.port <= 65536 - serve.count:
-        raise ConfigError(f"{name}.port={serve.port}: must be 0 (any free one) or leave room for {serve.count} ports")
-    if not serve.startup_timeout_s > 0:
-        raise ConfigError(f"{name}.startup_timeout_s={serve.startup_timeout_s}: must be above 0")
-    if not serve.health.startswith("/"):
-        raise ConfigError(f"{name}.health={serve.health}: must be a path, e.g. / or /health")

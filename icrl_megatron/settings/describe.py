@@ -7,13 +7,12 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import math
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from icrl_megatron.settings.limits import CHOICES, LOSSES, RANGES, TRACKERS
+from icrl_megatron.settings.limits import Choice, Limit, limits_of
 from icrl_megatron.settings.schema import Settings
 
 INTRODUCTION = """# Settings
@@ -32,9 +31,15 @@ class Setting:
     kind: str
     """Its type as it is declared."""
     default: str
-    allowed: str
-    """Choices or range; empty if any value of the type is taken."""
+    limit: Limit | None
+    """Choices or range; None if every value of the type is allowed."""
     help: str
+
+    @property
+    def allowed(self) -> str:
+        """The limit in words; empty if there is none."""
+        any_of = "any of " if isinstance(self.limit, Choice) and self.kind.startswith("list") else ""
+        return f"{any_of}{self.limit or ''}"
 
     def __str__(self) -> str:
         allowed = f"; {self.allowed}" if self.allowed else ""
@@ -60,12 +65,12 @@ def markdown() -> str:
 
 
 def _walk(cls: type, prefix: str) -> Iterator[Setting]:
-    helps, hints = _helps(cls), typing.get_type_hints(cls)
+    helps, hints, limits = _helps(cls), typing.get_type_hints(cls), limits_of(cls)
     for field in dataclasses.fields(cls):
         name, hint = prefix + field.name, hints[field.name]
         inner = next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
         if inner is None:
-            yield Setting(name, _kind(hint), _default(field), _allowed(name), helps.get(field.name, ""))
+            yield Setting(name, _kind(hint), _default(field), limits.get(field.name), helps.get(field.name, ""))
         else:
             number = ".0" if typing.get_origin(hint) is list else ""
             yield from _walk(typing.cast(type, inner), f"{name}{number}.")
@@ -91,17 +96,3 @@ def _default(field: dataclasses.Field[Any]) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return "null" if value is None else str(value) or "''"
-
-
-def _allowed(name: str) -> str:
-    plain = name.replace(".0.", ".")
-    if plain in CHOICES:
-        return ", ".join(choice or "''" for choice in CHOICES[plain])
-    if plain == "algo.loss":
-        return ", ".join((*LOSSES, "package.module:function"))
-    if plain == "trackers.names":
-        return f"any of {', '.join(TRACKERS)}"
-    if plain not in RANGES:
-        return ""
-    low, high = RANGES[plain]
-    return f"at least {low:.12g}" if high == math.inf else f"{low:.12g} to {high:.12g}"

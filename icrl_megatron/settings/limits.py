@@ -1,134 +1,85 @@
-"""Allowed values of single settings: choices of text settings and ranges of numbers. Imports no torch."""
+"""Ranges and choices of settings. They are written in the annotation of the field: `Annotated[int, Range(1)]`.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-SCHEDULES = ("constant", "linear", "cosine", "wsd")
-"""Functions of algo/schedules.py."""
+from icrl_megatron.utils.errors import ConfigError
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "baseline": ("", "grpo"),
-    "model.init.family": ("qwen3", "qwen2"),
-    "rollout.critic": ("self", "frozen", "external", "empty"),
-    "engine.quantization": ("", "fp8"),
-    "algo.preset": ("paper", "reference"),
-    "algo.group_by": ("task_role", "task_round_role", "task"),
-    "algo.calibration.denominator": ("rollout", "recomputed"),
-    "algo.loss_normalisation": ("sequence_mean", "token_mean", "constant"),
-    "algo.kl_estimator": ("k1", "k2", "k3"),
-    "algo.on_no_signal": ("error", "skip", "train"),
-    "actor.precision": ("bf16", "fp32"),
-    "actor.fp8": ("off", "current", "blockwise"),
-    "actor.offload": ("none", "optimizer", "all"),
-    "actor.recompute": ("none", "selective", "full"),
-    "actor.layers": ("auto", "transformer_engine", "torch"),
-    "actor.head_backend": ("auto", "torch", "triton"),
-    "actor.head_logits": ("fp32", "bf16"),
-    "tasks.too_long": ("error", "drop"),
-    "tasks.tool_cache.mode": ("off", "read_write", "replay"),
-    "optim.on_collapse": ("warn", "stop"),
-    "optim.schedule": SCHEDULES,
-    "warm_start.schedule": SCHEDULES,
-    "debug.mode": ("train", "rollout_only", "from_dump", "fake_data"),
-    "launch.device": ("auto", "cpu", "cuda"),
-}
-"""Settings that name one of a few things."""
 
-LOSSES = ("icrl", "gspo", "cispo")
-"""Names that `algo.loss` takes: functions of algo/losses.py, which imports torch."""
+@dataclass(frozen=True)
+class Range:
+    """Smallest and largest value of a number. Null is also allowed if the type of the field includes None."""
 
-TRACKERS = ("wandb", "mlflow", "trackio")
-"""Names that `trackers.names` may hold: modules of telemetry/."""
+    low: float
+    high: float = math.inf
 
-RANGES: dict[str, tuple[float, float]] = {
-    "seed": (0, 2**31 - 1),
-    "data.seed": (0, 2**31 - 1),
-    "steps": (0, math.inf),
-    "max_generated_tokens": (1, math.inf),
-    "tasks.limit": (1, math.inf),
-    "tasks.curriculum_floor": (0, 1),
-    "tasks.tool_cache.expiry_s": (0, math.inf),
-    "tasks.tool_cache.max_mib": (1, math.inf),
-    "warm_start.steps": (0, math.inf),
-    "warm_start.episodes_per_step": (1, math.inf),
-    "warm_start.learning_rate": (0, math.inf),
-    "warm_start.weight_decay": (0, math.inf),
-    "warm_start.warmup_steps": (0, math.inf),
-    "warm_start.decay_steps": (1, math.inf),
-    "warm_start.final_factor": (0, 1),
-    "optim.decay_steps": (1, math.inf),
-    "optim.final_factor": (0, 1),
-    "rollout.tasks_per_step": (1, math.inf),
-    "rollout.episodes_per_task": (1, math.inf),
-    "rollout.rounds": (1, math.inf),
-    "rollout.temperature": (1e-3, math.inf),
-    "rollout.max_turn_tokens": (1, math.inf),
-    "rollout.max_critique_tokens": (1, math.inf),
-    "rollout.max_turns": (1, math.inf),
-    "rollout.call_cost": (0, 1),
-    "rollout.token_cost": (0, 1),
-    "rollout.repeat_limit": (2, math.inf),
-    "rollout.context_tokens": (2, math.inf),
-    "rollout.observation_chars": (1, math.inf),
-    "rollout.environment_timeout_s": (1e-3, math.inf),
-    "rollout.concurrency": (1, math.inf),
-    "rollout.max_observation_bytes": (1024, math.inf),
-    "rollout.max_observation_tokens": (16, math.inf),
-    "rollout.oversample": (1, 16),
-    "rollout.external.timeout_s": (1e-3, math.inf),
-    "rollout.external.concurrency": (1, math.inf),
-    "engine.tensor_parallel": (1, math.inf),
-    "engine.servers": (1, math.inf),
-    "engine.memory_fraction": (0.01, 0.99),
-    "engine.kv_tokens": (1, math.inf),
-    "engine.bucket_mib": (1, math.inf),
-    "engine.startup_timeout_s": (1e-3, math.inf),
-    "engine.sync_timeout_s": (1e-3, math.inf),
-    "engine.max_batch": (1, math.inf),
-    "engine.mismatch_limit.mean": (0, math.inf),
-    "engine.mismatch_limit.largest": (0, math.inf),
-    "engine.mismatch_limit.patience": (1, math.inf),
-    "engine.request_timeout_s": (1e-3, math.inf),
-    "algo.group_filter.min_mean_reward": (-1, 1),
-    "algo.calibration.w_max": (1e-6, math.inf),
-    "algo.shaping_gamma": (0, math.inf),
-    "algo.revisions_per_task": (1, math.inf),
-    "algo.mismatch_correction.cap": (1e-6, math.inf),
-    "algo.clip_low": (0, 1),
-    "algo.clip_high": (0, math.inf),
-    "trackers.episodes": (0, math.inf),
-    "trackers.max_chars": (1, math.inf),
-    "algo.dual_clip": (1, math.inf),
-    "algo.constant_tokens": (1, math.inf),
-    "algo.overlong.max_tokens": (1, math.inf),
-    "algo.overlong.buffer_tokens": (1, math.inf),
-    "algo.overlong.factor": (0, math.inf),
-    "algo.kl_coef": (0, math.inf),
-    "algo.entropy_coef": (0, math.inf),
-    "algo.updates_per_step": (1, math.inf),
-    "algo.max_resamples": (0, math.inf),
-    "actor.tensor_parallel": (1, math.inf),
-    "actor.pipeline_parallel": (1, math.inf),
-    "actor.micro_batch_tokens": (1, math.inf),
-    "actor.head_chunk_tokens": (1, math.inf),
-    "optim.learning_rate": (0, math.inf),
-    "optim.beta1": (0, 1 - 1e-9),
-    "optim.beta2": (0, 1 - 1e-9),
-    "optim.eps": (0, math.inf),
-    "optim.weight_decay": (0, math.inf),
-    "optim.clip_grad": (0, math.inf),
-    "optim.warmup_steps": (0, math.inf),
-    "eval.interval": (0, math.inf),
-    "eval.problems": (1, math.inf),
-    "eval.samples": (1, math.inf),
-    "eval.control_problems": (0, math.inf),
-    "checkpoint.interval": (1, math.inf),
-    "checkpoint.keep": (1, math.inf),
-    "launch.ranks": (1, math.inf),
-    "launch.nodes": (1, math.inf),
-    "launch.timeout_s": (1, math.inf),
-    **{f"model.init.{name}": (1, math.inf) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn")},
-    "model.init.max_positions": (2, math.inf),
-}
-"""Smallest and largest value of each number; null is in range where it is allowed."""
+    def __str__(self) -> str:
+        return f"at least {self.low:.12g}" if self.high == math.inf else f"{self.low:.12g} to {self.high:.12g}"
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises ConfigError if `value` of the setting `name` is outside the range."""
+        if value is None or (math.isfinite(value) and self.low <= value <= self.high):
+            return
+        bound = f"at least {self.low:g}" if self.high == math.inf else f"between {self.low:g} and {self.high:g}"
+        raise ConfigError(f"{name}={value}: must be a finite number, {bound}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The texts that a setting may have; for a list, the texts that it may contain."""
+
+    names: tuple[str, ...]
+    other: str = ""
+    """What else the setting accepts, such as "package.module:function". The code that uses the setting checks it."""
+
+    def __str__(self) -> str:
+        return ", ".join(name or "''" for name in (*self.names, *([self.other] if self.other else [])))
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises ConfigError if `value` of the setting `name` is not a choice."""
+        if isinstance(value, list):
+            for one in value:
+                if one not in self.names:
+                    raise ConfigError(f"{name} has {one}: choose from {self}")
+        elif value is not None and value not in self.names and not self.other:
+            raise ConfigError(f"{name}={value}: choose one of {self}")
+
+
+Limit = Range | Choice
+
+
+@functools.cache
+def limits_of(section: type) -> Mapping[str, Limit]:
+    """Field -> its range or choices, for the fields of one dataclass that have any."""
+    found = {}
+    for name, hint in typing.get_type_hints(section, include_extras=True).items():
+        for note in getattr(hint, "__metadata__", ()):
+            if isinstance(note, Range | Choice):
+                found[name] = note
+    return found
+
+
+def check_limits(section: Any, prefix: str = "") -> None:
+    """Raises ConfigError if a field of `section` (a dataclass), or of a section inside it, is outside of its range or
+    choices. `prefix` precedes the names in messages: "rollout."."""
+    limits = limits_of(section.__class__)
+    for field in dataclasses.fields(section):
+        name, value = prefix + field.name, getattr(section, field.name)
+        if field.name in limits:
+            limits[field.name].check(name, value)
+        elif dataclasses.is_dataclass(value):
+            check_limits(value, f"{name}.")
+        elif isinstance(value, list):
+            for i, element in enumerate(value):
+                if dataclasses.is_dataclass(element):
+                    check_limits(element, f"{name}.{i}.")

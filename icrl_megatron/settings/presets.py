@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from icrl_megatron.settings.schema import AlgoSettings, GroupFilter, MismatchCorrection
+from icrl_megatron.settings.algo_schema import AlgoSettings, GroupFilter, MismatchCorrection
 from icrl_megatron.utils.errors import ConfigError
 
 

@@ -1,372 +1,210 @@
 """Every setting of the trainer: plain dataclasses, no torch. Recipes return `Settings`; OmegaConf merges overrides.
 
-A field's docstring is its help text. Defaults are the paper's (arXiv 2605.15224) where it names one. What makes values
-wrong together is checked in `run/checks.py`, before anything heavy is imported.
+A field has everything about a setting: its type, range or choices (`Annotated`, settings/limits.py), default, and help
+text (the docstring). Defaults are those of the paper (arXiv 2605.15224) if it gives one. `run/checks.py` checks
+combinations of settings before anything heavy is imported. Larger sections have files of their own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from icrl_megatron.settings.algo_schema import AlgoSettings
+from icrl_megatron.settings.limits import Choice, Range
+from icrl_megatron.settings.rollout_schema import EngineSettings, RolloutSettings
 from icrl_megatron.settings.task_schema import TaskSettings
+
+FAMILIES = ("qwen3", "qwen2")
+"""Modules of model/, named like `model_type` in config.json."""
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
+"""Functions of algo/schedules.py."""
+TRACKERS = ("wandb", "mlflow", "trackio")
+"""Python packages; each has a module telemetry/<name>_tracker.py."""
+_SEED = Range(0, 2**31 - 1)
 
 
 @dataclass
 class TinyModel:
-    """An embedded model made on the spot with its own word tokenizer, for machines without a GPU and for tests."""
+    """A small model with random weights and its own word tokenizer, for machines without a GPU and for tests."""
 
-    family: str = "qwen3"
-    """qwen3 | qwen2 (docs/MODELS.md)."""
-    layers: int = 2
-    hidden: int = 64
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 16
-    ffn: int = 192
+    family: Annotated[str, Choice(FAMILIES)] = "qwen3"
+    """Architecture (docs/MODELS.md)."""
+    layers: Annotated[int, Range(1)] = 2
+    """Number of decoder layers."""
+    hidden: Annotated[int, Range(1)] = 64
+    """Width of the hidden states."""
+    heads: Annotated[int, Range(1)] = 4
+    """Number of attention heads."""
+    kv_heads: Annotated[int, Range(1)] = 2
+    """Number of key-value heads."""
+    head_dim: Annotated[int, Range(1)] = 16
+    """Width of one attention head."""
+    ffn: Annotated[int, Range(1)] = 192
+    """Inner width of the MLP."""
     tie_embeddings: bool = True
-    max_positions: int = 1024
+    """Use the input embedding as the output head too."""
+    max_positions: Annotated[int, Range(2)] = 1024
+    """Longest sequence in tokens."""
 
 
 @dataclass
 class ModelSettings:
     path: str = ""
-    """A Hugging Face folder (docs/MODELS.md). Empty with `init` set: made in the run folder."""
+    """A Hugging Face folder (docs/MODELS.md). Empty: the model of `init` is created in the run folder."""
     init: TinyModel | None = None
-    """Make this tiny model (random weights) when `path` is empty."""
+    """Create this small model with random weights if `path` is empty."""
 
 
 @dataclass
 class WarmStart:
-    """The supervised stage (`icrl sft`): demonstrations of the task sets' teachers in the three prompt forms."""
+    """Supervised training before RL (`icrl sft`) on the task sets' teachers' demonstrations in the three prompt
+    forms."""
 
-    steps: int = 0
-    """0: none."""
-    episodes_per_step: int = 64
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.0
-    warmup_steps: int = 20
-    schedule: str = "wsd"
-    """constant | linear | cosine | wsd, as in `optim`."""
-    decay_steps: int | None = None
-    final_factor: float = 0.1
-
-
-@dataclass
-class ExternalCritic:
-    """A critic behind an OpenAI-compatible endpoint (`rollout.critic=external`): never trained."""
-
-    url: str = ""
-    """Up to and without /chat/completions, e.g. https://api.openai.com/v1."""
-    model: str = ""
-    api_key_env: str = "OPENAI_API_KEY"
-    """Environment variable with the key; a server that wants none needs none."""
-    timeout_s: float = 120.0
-    concurrency: int = 32
-    """Requests in flight."""
-
-
-@dataclass
-class RolloutSettings:
-    tasks_per_step: int = 16
-    """B."""
-    episodes_per_task: int = 8
-    """G."""
-    rounds: int = 2
-    """K: attempts per episode. 1 is plain GRPO."""
-    critic: str = "self"
-    """self: the trained backbone; frozen: the starting weights, never trained; external: `rollout.external`; empty: no
-    text at all (a control)."""
-    external: ExternalCritic = field(default_factory=ExternalCritic)
-    temperature: float = 1.0
-    """Above 0. `icrl eval` also takes 0: greedy decoding."""
-    max_turn_tokens: int = 2048
-    max_critique_tokens: int = 1024
-    max_turns: int = 30
-    """Upper bound; an environment may ask for fewer."""
-    format_reward: bool = False
-    """Multiply the reward of an attempt by its format score (task/format), where the task set has a grammar."""
-    max_calls: int | None = None
-    """Tool calls of an attempt; later ones are answered with a request for the final answer. Null: no limit."""
-    call_cost: float = 0.0
-    """Taken off the reward of an attempt for each of its tool calls; a reward never falls below 0."""
-    token_cost: float = 0.0
-    """The same for each token that the solver generates."""
-    repeat_limit: int = 3
-    """The same action this many times in a row ends the attempt."""
-    context_tokens: int = 16384
-    """Prompt and response together."""
-    observation_chars: int = 800
-    """Observations are cut at this length in the critic's prompt."""
-    templates: str = "standard"
-    """standard | compact | a folder with attempt.jinja, revision.jinja and critique.jinja."""
-    chat_template_args: dict[str, bool | str] = field(default_factory=dict)
-    """Handed to the tokenizer's chat template, e.g. enable_thinking."""
-    environment_timeout_s: float = 60.0
-    """Longest call of an environment: reset, step, parse or grading. A call that takes longer costs its episode."""
-    max_observation_bytes: int = 4 << 20
-    """At most this many bytes of one answer of an environment or its server are read; the rest is cut and counted."""
-    max_observation_tokens: int = 8192
-    """At most this many tokens of one observation enter the context; the rest is cut and counted."""
-    concurrency: int = 512
-    """Episodes in flight per engine."""
-    oversample: float = 1.0
-    """Tasks begun for each task needed: once enough groups are complete, the slowest are cut off. It favours tasks that
-    are quickly played."""
-    partial: bool = False
-    """Keep what was cut off and go on with it in the next step, with the log-probs its old tokens were sampled with:
-    algo.mismatch_correction weighs them. Checkpoints hold what is kept."""
-
-
-@dataclass
-class MismatchLimit:
-    """Largest accepted |log pi_train - log pi_engine| of a step under the same prompt. Null: the default of
-    `actor.precision` (docs/ENGINES.md says how it was measured)."""
-
-    mean: float | None = None
-    """Mean over the loss tokens of a step."""
-    largest: float | None = None
-    """Of any one token."""
-    patience: int | None = None
-    """Steps in a row above a limit after which the run stops; each logs a warning. Null: 1 in fp32, 3 in bf16."""
-
-
-@dataclass
-class EngineSettings:
-    kind: str = "local"
-    """local: transformers in the rank's own process; sglang: SGLang servers (docs/ENGINES.md)."""
-    tensor_parallel: int = 1
-    """GPUs of one SGLang server; those of `urls` have their own."""
-    servers: int | None = None
-    """SGLang servers that the run starts; null: one per `tensor_parallel` ranks."""
-    urls: list[str] = field(default_factory=list)
-    """External SGLang servers (http://host:port), used instead of starting any."""
-    api_key_env: str = ""
-    """Environment variable with the API key of the servers of `urls`; empty: they want none. Servers that the run
-    starts have a key that is made for each of them."""
-    python: str = ""
-    """Interpreter that has SGLang, where that is not the trainer's own; empty: the trainer's."""
-    server_args: list[str] = field(default_factory=list)
-    """More arguments for sglang.launch_server, as they are."""
-    quantization: str = ""
-    """fp8: the engine quantises the weights it is sent; empty: they keep the actor's precision."""
-    memory_fraction: float = 0.7
-    """Share of a GPU's memory for the engine's weights and KV cache together; a frozen critic's server gets half of
-    it."""
-    kv_tokens: int | None = None
-    """Tokens that the KV cache holds; null: what fits (GPU), or 65536 (CPU)."""
-    bucket_mib: int = 512
-    """Weights are handed over in a buffer of at most this size, or that of the largest tensor; in two that take turns
-    where one does not hold them all."""
-    startup_timeout_s: float = 600.0
-    """A server that is not ready by then ends the run."""
-    sync_timeout_s: float = 600.0
-    """No answer to one bucket of weights may take longer."""
-    allow_untested: bool = False
-    """Accept a version of SGLang other than the tested ones."""
-    max_batch: int = 256
-    """Sequences decoded together, and requests in flight."""
-    mismatch_limit: MismatchLimit = field(default_factory=MismatchLimit)
-    request_timeout_s: float = 600.0
-    """The local engine then fails; SGLang then aborts the request, and what was generated is kept."""
-
-
-@dataclass
-class Calibration:
-    enabled: bool = True
-    denominator: str = "rollout"
-    """rollout: pi(y|q,c) from the engine's log-probs; recomputed: scored by the trainer (one more frozen pass)."""
-    w_max: float = 2.0
-
-
-@dataclass
-class MismatchCorrection:
-    enabled: bool = False
-    cap: float = 2.0
-    """pi_train / pi_engine under the same prompt, truncated here, multiplies the token's loss."""
-
-
-@dataclass
-class GroupFilter:
-    """Reference preset: drops critique and revision groups that look hopeless."""
-
-    enabled: bool = False
-    min_mean_reward: float = 0.3
-
-
-@dataclass
-class Overlong:
-    """DAPO's soft punishment of long replies (arXiv 2503.14476, Eq. 13), taken off the reward before advantages."""
-
-    max_tokens: int | None = None
-    """Generated tokens of a sample at which the whole penalty applies; null: none."""
-    buffer_tokens: int = 1
-    """The penalty grows linearly over this many tokens before `max_tokens`."""
-    factor: float = 1.0
-    """The whole penalty."""
-
-
-@dataclass
-class AlgoSettings:
-    preset: str = "paper"
-    """paper | reference: a bundle of the values below; explicit overrides win over it."""
-    group_by: str = "task_role"
-    """task_role (paper Eq. 5) | task_round_role (reference) | task (no role groups: an ablation)."""
-    normalise_std: bool = True
-    pseudo_positive: bool = False
-    """Adds one pseudo sample of reward 1 to each group before mean and deviation are taken (reference)."""
-    group_filter: GroupFilter = field(default_factory=GroupFilter)
-    internalise: bool = True
-    """Train revisions under the critique-free prompt. False: under the prompt they were written with (an ablation)."""
-    calibration: Calibration = field(default_factory=Calibration)
-    revisions_per_task: int | None = None
-    """At most this many revisions of a task are trained, the best of them (Critique-GRPO's code: 1); null: all."""
-    shaping_gamma: float = 0.0
-    """Above 0, internalised revisions count p / (p + shaping_gamma) a token, unclipped, instead of w_t times the
-    clipped ratio (Critique-GRPO's policy shaping, which takes 0.1); calibration.enabled must then be false."""
-    mismatch_correction: MismatchCorrection = field(default_factory=MismatchCorrection)
-    loss: str = "icrl"
-    """icrl | gspo | cispo, or package.module:function (algo/losses.py, docs/EXTENDING.md)."""
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    """The ratio is clipped to [1 - clip_low, 1 + clip_high]: of a token, and with loss=gspo of a sequence (the paper
-    takes 3e-4 and 4e-4)."""
-    dual_clip: float | None = None
-    """Largest ratio that counts where the advantage is negative (arXiv 1912.09729, which takes 3), with loss=icrl or
-    gspo; null: no bound."""
-    kl_coef: float = 0.0
-    kl_estimator: str = "k3"
-    """k1 | k2 | k3: how the KL term is estimated from the sampled tokens."""
-    entropy_coef: float = 0.0
-    loss_normalisation: str = "sequence_mean"
-    """sequence_mean | token_mean | constant (the sum over `constant_tokens` times the sequences: Dr. GRPO, with
-    normalise_std=false)."""
-    constant_tokens: int | None = None
-    """With loss_normalisation=constant: the same length for all sequences, such as the longest reply allowed."""
-    overlong: Overlong = field(default_factory=Overlong)
-    updates_per_step: int = 1
-    """Optimizer updates made from one step's samples."""
-    max_resamples: int = 4
-    """Times a batch without any signal is drawn again."""
-    dynamic_sampling: bool = False
-    """Draw more tasks, up to max_resamples times, until rollout.tasks_per_step of them have a group whose rewards
-    differ, and train on those alone (DAPO, arXiv 2503.14476)."""
-    on_no_signal: str = "error"
-    """After that: error (ends the run and names the tasks) | skip (no update, and the step is counted: for baselines
-    that may find nothing) | train (update anyway: the entropy and KL terms still act)."""
-
-    def fused(self) -> bool:
-        """Whether the fused head computes this objective. Every other one goes through the head that recomputes its
-        logits in the backward pass (docs/KERNEL.md)."""
-        return self.loss == "icrl" and self.kl_estimator == "k3" and self.dual_clip is None
+    steps: Annotated[int, Range(0)] = 0
+    """Number of supervised steps. 0: no warm start."""
+    episodes_per_step: Annotated[int, Range(1)] = 64
+    """Demonstrated episodes per step."""
+    learning_rate: Annotated[float, Range(0)] = 3e-3
+    """Peak learning rate."""
+    weight_decay: Annotated[float, Range(0)] = 0.0
+    """Weight decay of AdamW."""
+    warmup_steps: Annotated[int, Range(0)] = 20
+    """Number of steps in which the learning rate rises linearly to its peak."""
+    schedule: Annotated[str, Choice(SCHEDULES)] = "wsd"
+    """How the learning rate falls after the warm-up, as in `optim`."""
+    decay_steps: Annotated[int | None, Range(1)] = None
+    """Number of final steps in which the learning rate falls. Null: all after the warm-up, or half of all with wsd."""
+    final_factor: Annotated[float, Range(0, 1)] = 0.1
+    """Final learning rate as a fraction of the peak."""
 
 
 @dataclass
 class ActorSettings:
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
+    tensor_parallel: Annotated[int, Range(1)] = 1
+    """Number of ranks that share each layer."""
+    pipeline_parallel: Annotated[int, Range(1)] = 1
+    """Number of pipeline stages; each has an equal part of the layers."""
     sequence_parallel: bool = False
-    precision: str = "bf16"
-    """bf16 | fp32."""
-    layers: str = "auto"
-    """auto (Transformer Engine for bf16 on GPUs, else torch) | transformer_engine | torch."""
-    fp8: str = "off"
-    """off | current (a scale a tensor) | blockwise: Transformer Engine's recipes, on GPUs with FP8 only."""
-    recompute: str = "none"
-    """none | selective | full."""
-    offload: str = "none"
-    """What leaves the GPU while episodes are played: none | optimizer (moments, main weights) | all (gradients too)."""
-    micro_batch_tokens: int = 16384
-    """Token budget of a packed micro-batch; a longer sequence gets one of its own."""
-    head_chunk_tokens: int | None = None
-    """Loss tokens whose logits exist at once; null: as many as suit the device."""
-    head_backend: str = "auto"
-    """auto (triton on GPUs, torch on CPUs) | torch | triton."""
-    head_logits: str = "fp32"
-    """fp32 | bf16: what a chunk's logits are stored in; bf16 is for triton with precision=bf16 (docs/KERNEL.md)."""
+    """Also split activations along the sequence over the tensor-parallel ranks."""
+    precision: Annotated[str, Choice(("bf16", "fp32"))] = "bf16"
+    """Precision of weights and activations."""
+    layers: Annotated[str, Choice(("auto", "transformer_engine", "torch"))] = "auto"
+    """Implementation of the layers. auto: Transformer Engine for bf16 on GPUs, otherwise torch."""
+    fp8: Annotated[str, Choice(("off", "current", "blockwise"))] = "off"
+    """FP8 recipe of Transformer Engine, only on GPUs with FP8. current: one scale per tensor. blockwise: one scale per
+    block."""
+    recompute: Annotated[str, Choice(("none", "selective", "full"))] = "none"
+    """Which activations are recomputed in the backward pass to save memory. selective: those of the attention core.
+    full: those of every layer."""
+    offload: Annotated[str, Choice(("none", "optimizer", "all"))] = "none"
+    """What is moved to CPU memory while episodes are played. optimizer: moments and main weights. all: also
+    gradients."""
+    micro_batch_tokens: Annotated[int, Range(1)] = 16384
+    """Largest number of tokens in a packed micro-batch. A longer sequence gets a micro-batch of its own."""
+    head_chunk_tokens: Annotated[int | None, Range(1)] = None
+    """Number of loss tokens whose logits are in memory at the same time. Null: chosen for the device."""
+    head_backend: Annotated[str, Choice(("auto", "torch", "triton"))] = "auto"
+    """Implementation of the output head and the loss. auto: triton on GPUs, torch on CPUs."""
+    head_logits: Annotated[str, Choice(("fp32", "bf16"))] = "fp32"
+    """Precision in which a chunk's logits are stored. bf16 requires triton and precision=bf16 (docs/KERNEL.md)."""
 
 
 @dataclass
 class OptimSettings:
-    learning_rate: float = 1e-6
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_grad: float = 1.0
-    warmup_steps: int = 0
-    """Steps of a linear warm-up."""
-    schedule: str = "constant"
-    """constant | linear | cosine | wsd (stable, then linear): how the rate falls after the warm-up."""
-    decay_steps: int | None = None
-    """Steps at the end over which it falls; null: all after the warm-up, and half of all with wsd."""
-    final_factor: float = 0.0
-    """Share of the learning rate that is left at the end."""
-    on_collapse: str = "warn"
-    """What to do when the policy has collapsed (entropy and gradient norm both near 0, so nothing is learned any more):
-    warn | stop."""
+    learning_rate: Annotated[float, Range(0)] = 1e-6
+    """Peak learning rate."""
+    beta1: Annotated[float, Range(0, 1 - 1e-9)] = 0.9
+    """Adam's decay rate of the first moment."""
+    beta2: Annotated[float, Range(0, 1 - 1e-9)] = 0.98
+    """Adam's decay rate of the second moment."""
+    eps: Annotated[float, Range(0)] = 1e-8
+    """Adam's epsilon, added to the denominator."""
+    weight_decay: Annotated[float, Range(0)] = 0.1
+    """Weight decay of AdamW."""
+    clip_grad: Annotated[float, Range(0)] = 1.0
+    """Largest norm of the gradient; a longer gradient is scaled down to it. 0: no clipping."""
+    warmup_steps: Annotated[int, Range(0)] = 0
+    """Number of steps in which the learning rate rises linearly to its peak."""
+    schedule: Annotated[str, Choice(SCHEDULES)] = "constant"
+    """How the learning rate falls after the warm-up. wsd: it is constant, and then falls linearly."""
+    decay_steps: Annotated[int | None, Range(1)] = None
+    """Number of final steps in which the learning rate falls. Null: all after the warm-up, or half of all with wsd."""
+    final_factor: Annotated[float, Range(0, 1)] = 0.0
+    """Final learning rate as a fraction of the peak."""
+    on_collapse: Annotated[str, Choice(("warn", "stop"))] = "warn"
+    """What to do if the policy has collapsed, i.e. entropy and gradient norm are both close to 0 and the model no
+    longer learns."""
 
 
 @dataclass
 class EvalSettings:
-    interval: int = 0
-    """Steps between critique-free evaluations on held-out problems; 0: only before and after."""
-    problems: int = 64
-    """Held-out problems of each task source."""
-    samples: int = 1
+    interval: Annotated[int, Range(0)] = 0
+    """Steps between critique-free evaluations on held-out problems. 0: only before and after training."""
+    problems: Annotated[int, Range(1)] = 64
+    """Number of held-out problems of each task source."""
+    samples: Annotated[int, Range(1)] = 1
     """Attempts per problem, at temperature 1."""
-    control_problems: int = 128
-    """Failed attempts retried in the control report (critique, empty critique, another attempt); 0: no report."""
+    control_problems: Annotated[int, Range(0)] = 128
+    """Number of failed attempts that the control report retries with a critique, an empty critique and without either.
+    0: no report."""
 
 
 @dataclass
 class TrackerSettings:
-    """Experiment trackers beside metrics.jsonl and TensorBoard, which are always written."""
+    """Experiment trackers in addition to metrics.jsonl and TensorBoard, which are always written."""
 
-    names: list[str] = field(default_factory=list)
-    """Any of wandb, mlflow, trackio (docs/EXTENDING.md)."""
+    names: Annotated[list[str], Choice(TRACKERS)] = field(default_factory=list)
+    """Trackers to use (docs/EXTENDING.md)."""
     project: str = "icrl-megatron"
+    """Name of the project in the trackers."""
     run_name: str = ""
-    """Empty: the run's name."""
+    """Name of the run in the trackers. Empty: `name`."""
     group: str = ""
+    """Group of the run in the trackers. Empty: none."""
     tags: list[str] = field(default_factory=list)
+    """Tags of the run in the trackers."""
     offline: bool = False
-    """Write below the run folder and use no network."""
-    episodes: int = 4
-    """Attempts and critiques of a step that are logged as a table, with at most `max_chars` of their text; 0: none."""
-    max_chars: int = 2000
+    """Write tracker data below the run folder and do not use the network."""
+    episodes: Annotated[int, Range(0)] = 4
+    """Number of attempts and critiques of each step that are logged as a table. 0: none."""
+    max_chars: Annotated[int, Range(1)] = 2000
+    """Largest number of characters of each text in that table."""
 
 
 @dataclass
 class CheckpointSettings:
-    interval: int = 50
-    """Steps between checkpoints; the last step is always saved."""
-    keep: int = 2
+    interval: Annotated[int, Range(1)] = 50
+    """Steps between checkpoints. The last step is always saved."""
+    keep: Annotated[int, Range(1)] = 2
+    """Number of newest checkpoints that are kept; older ones are deleted."""
 
 
 @dataclass
 class DebugSettings:
-    mode: str = "train"
-    """train | rollout_only (no update) | from_dump (train on the episodes of a dump) | fake_data (random samples)."""
+    mode: Annotated[str, Choice(("train", "rollout_only", "from_dump", "fake_data"))] = "train"
+    """train: normal. rollout_only: no updates. from_dump: train on the episodes of an earlier run. fake_data: train on
+    random samples."""
     dump: str = ""
-    """Run folder whose rollouts `from_dump` reads."""
+    """Folder of the run whose rollouts `from_dump` reads."""
 
 
 @dataclass
 class LaunchSettings:
-    ranks: int = 1
-    """Processes on each machine; `icrl train` starts them on this one unless it is a rank already."""
-    nodes: int = 1
-    """Machines of the job; more than one are started by slurm/ or `icrl launch`."""
-    device: str = "auto"
-    """auto | cpu | cuda."""
-    timeout_s: float = 1800.0
-    """No collective waits longer."""
+    ranks: Annotated[int, Range(1)] = 1
+    """Processes on each machine. `icrl train` starts them on this machine, unless it already runs as a rank."""
+    nodes: Annotated[int, Range(1)] = 1
+    """Number of machines. If more than one, start the job with slurm/ or `icrl launch`."""
+    device: Annotated[str, Choice(("auto", "cpu", "cuda"))] = "auto"
+    """Device for training and for the local engine. auto: cuda if there is a GPU, otherwise cpu."""
+    timeout_s: Annotated[float, Range(1)] = 1800.0
+    """Time limit of a collective operation between ranks, in seconds."""
 
 
 @dataclass
 class DataSettings:
-    seed: int | None = None
-    """Of the order in which problems are drawn; null: as `seed`, which everything that is sampled has."""
+    seed: Annotated[int | None, _SEED] = None
+    """Random seed of the order in which problems are drawn. Null: the run's `seed`."""
 
 
 @dataclass
@@ -374,20 +212,23 @@ class Settings:
     """One run. `icrl train RECIPE key=value ...` resolves to one of these, and it is saved with the run."""
 
     name: str = "run"
-    """Names the run folder below runs/."""
+    """Name of the run, and of its folder below runs/."""
     run_dir: str = ""
-    """Where everything is written; empty: runs/<name>."""
-    seed: int = 0
-    steps: int = 300
-    max_generated_tokens: int | None = None
-    """Ends training once this many tokens were generated (for comparisons at equal cost)."""
-    baseline: str = ""
-    """Also train this baseline (grpo) from the same start with the same number of generated tokens, and compare."""
+    """Folder for everything that the run writes. Empty: runs/<name>."""
+    seed: Annotated[int, _SEED] = 0
+    """Random seed of the run: of weights made with `model.init`, and of everything that is sampled."""
+    steps: Annotated[int, Range(0)] = 300
+    """Number of training steps."""
+    max_generated_tokens: Annotated[int | None, Range(1)] = None
+    """Training ends after this many generated tokens, for comparisons at equal cost. Null: no limit."""
+    baseline: Annotated[str, Choice(("", "grpo"))] = ""
+    """Also train this baseline from the same start with the same number of generated tokens, and compare. Empty:
+    none."""
     start_from: str = ""
-    """A checkpoint of another run (step_NNNNNN, a folder of them, or a run folder), whose weights a new run begins
-    with. Data and algorithm may differ; steps count from 0; no warm start; the model is the checkpoint's."""
+    """Checkpoint of another run from which the run takes its weights and model: step_NNNNNN, a folder of these, or a
+    run folder. Data and algorithm may differ. Steps count from 0, and there is no warm start."""
     start_with_moments: bool = False
-    """With `start_from`: also take over the optimizer's moments and step count."""
+    """With `start_from`: also load the optimizer's moments and step count."""
     model: ModelSettings = field(default_factory=ModelSettings)
     tasks: TaskSettings = field(default_factory=TaskSettings)
     data: DataSettings = field(default_factory=DataSettings)

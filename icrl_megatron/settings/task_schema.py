@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from icrl_megatron.settings.limits import Choice, Range
 
 
 @dataclass
@@ -15,20 +18,22 @@ class TaskData:
     heldout: list[str] = field(default_factory=list)
     """The same for held-out rows, one subset per entry; no row may also be a training row."""
     prompt_column: str = "prompt"
+    """Column of the rows that contains the problem."""
     label_column: str = "label"
-    numeric_tolerance: float = 0.0
+    """Column of the rows that contains the correct answer."""
+    numeric_tolerance: Annotated[float, Range(0, 1e6)] = 0.0
     """math, code: relative error at which two plain numbers are still equal; labels that were rounded need one, e.g.
     0.01."""
-    grading_workers: int = 2
+    grading_workers: Annotated[int, Range(1, 1e6)] = 2
     """math, reasoning_gym, code, alfworld from a folder: processes of each rank that judge answers or play games; one
     that hangs is killed."""
-    grading_timeout_s: float = 5.0
+    grading_timeout_s: Annotated[float, Range(0.01, 1e6)] = 5.0
     """CPU seconds that judging an answer may cost; code: that each of its tests may."""
-    program_memory_mib: int = 512
+    program_memory_mib: Annotated[int, Range(64, 1e6)] = 512
     """code: memory of a program."""
     servers: list[str] = field(default_factory=list)
     """alfworld, webshop, sciworld, babyai, textcraft: URLs of AgentGym servers; searchqa: of retrievers."""
-    request_timeout_s: float = 60.0
+    request_timeout_s: Annotated[float, Range(1e-3)] = 60.0
     """Deadline of one call to a server, retries not counted."""
     corpus: str = ""
     """searchqa: JSONL of documents for the built-in retriever, in place of servers."""
@@ -40,7 +45,7 @@ class TaskData:
     grammar: str = ""
     """searchqa, math with tools: multi_hop, web or code (docs/AGENTS.md): whether replies follow it is measured;
     empty: none."""
-    passages: int = 3
+    passages: Annotated[int, Range(1)] = 3
     """searchqa: documents shown for a search."""
 
 
@@ -52,20 +57,22 @@ class TaskServers:
     command: str = ""
     """What a shell starts one server with; empty: none. {port} stands for its port, and {host} for the address that it
     listens on: 127.0.0.1, or 0.0.0.0 where the job has several nodes. E.g. alfworld --host {host} --port {port}."""
-    count: int = 1
+    count: Annotated[int, Range(1)] = 1
     """Servers, each with a port of its own."""
-    port: int = 0
+    port: Annotated[int, Range(0, 65535)] = 0
     """Of the first one, the others follow; 0: any free ones."""
     health: str = "/"
     """A server is ready when it answers this path with anything but a server error."""
-    startup_timeout_s: float = 600.0
+    startup_timeout_s: Annotated[float, Range(1e-3)] = 600.0
     """One that does not answer by then ends the run."""
 
 
 @dataclass
 class TaskSource:
     name: str = "rulebook_hard"
-    weight: float = 1.0
+    """A task set (docs/TASKS.md)."""
+    weight: Annotated[float, Range(1e-6)] = 1.0
+    """Share of this source in the mixture, relative to the weights of the others."""
     data: TaskData = field(default_factory=TaskData)
     serve: TaskServers = field(default_factory=TaskServers)
 
@@ -79,30 +86,31 @@ class TaskSource:
 class ToolCacheSettings:
     """Answers of tools that are kept in one SQLite file (docs/TASKS.md)."""
 
-    mode: str = "off"
-    """off | read_write | replay: only answers of the file, at any age; a call that it does not have costs its episode.
-    A run whose answers are all in the file needs no network."""
+    mode: Annotated[str, Choice(("off", "read_write", "replay"))] = "off"
+    """replay: only answers of the file, at any age; a call that it does not have costs its episode. A run whose answers
+    are all in the file needs no network."""
     path: str = ""
     """The file, on a local disk of each node. Several runs may use it at the same time."""
-    expiry_s: float | None = None
-    """Older answers are asked for again; null: never."""
-    max_mib: int = 4096
-    """Size at which the file takes no more answers."""
+    expiry_s: Annotated[float | None, Range(0)] = None
+    """Older answers are asked for again, in seconds. Null: never."""
+    max_mib: Annotated[int, Range(1)] = 4096
+    """Size at which the file takes no more answers, in MiB."""
 
 
 @dataclass
 class TaskSettings:
     sources: list[TaskSource] = field(default_factory=lambda: [TaskSource()])
     """Mixture the training tasks are drawn from."""
-    limit: int | None = None
-    """At most this many training problems of each source (the first ones)."""
+    limit: Annotated[int | None, Range(1)] = None
+    """Use only this many training problems of each source, the first ones. Null: all."""
     curriculum: bool = False
-    """Draw problems by their recent success: what always or never succeeds comes less often. Off: each in its turn."""
-    curriculum_floor: float = 0.1
-    """With a curriculum: the weight of what always or never succeeds, where an unseen problem has 1."""
-    too_long: str = "error"
-    """What to do with a training or held-out problem whose prompt does not fit rollout.context_tokens: error (names the
-    rows before the model is loaded) | drop (leaves them out and counts them)."""
+    """Draw problems according to their recent success: those that always or never succeed are drawn less often. False:
+    each problem in turn."""
+    curriculum_floor: Annotated[float, Range(0, 1)] = 0.1
+    """With a curriculum: the weight of a problem that always or never succeeds. An unseen problem has weight 1."""
+    too_long: Annotated[str, Choice(("error", "drop"))] = "error"
+    """What to do with problems whose prompt does not fit into rollout.context_tokens. error: end the run with a list of
+    them before the model is loaded. drop: leave them out and count them."""
     tool_cache: ToolCacheSettings = field(default_factory=ToolCacheSettings)
 
 

@@ -13,9 +13,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from icrl_megatron.settings import limits
 from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks.base import EnvironmentFailure
-from icrl_megatron.utils.errors import ConfigError
 
 START_TIMEOUT_S = 120.0
 PATIENCE = 20.0
@@ -23,16 +23,10 @@ PATIENCE = 20.0
 LINE_BYTES = 1 << 20
 """The longest verdict that is read; verdicts have a few hundred bytes."""
 
-LIMITS = {"grading_workers": 1, "grading_timeout_s": 0.01, "numeric_tolerance": 0.0, "program_memory_mib": 64}
-"""Smallest valid values of the grading settings."""
-
 
 def check_limits(source: TaskSource) -> None:
-    """Raises ConfigError naming a limit of `source.data` that is too small for grading."""
-    for field, least in LIMITS.items():
-        value = getattr(source.data, field)
-        if not least <= value < 1e6:  # NaN fails every comparison
-            raise ConfigError(f"task set {source.name!r}: data.{field}={value}: must be at least {least:g}")
+    """Raises ConfigError naming a setting of `source.data` that is out of range."""
+    limits.check_limits(source.data, f"task set {source.name!r}: data.")
 
 
 class Worker:

@@ -22,6 +22,7 @@ from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.base import TaskSet
 from icrl_megatron.tasks.datasets import DataRow, id_range, read_tasks
+from icrl_megatron.tasks.grader import check_limits
 from icrl_megatron.tasks.retrieval import LocalRetriever, RemoteRetriever
 from icrl_megatron.tasks.servers import TRIES
 from icrl_megatron.tasks.single_turn import Judge, Verdict, of_answer
@@ -63,8 +64,7 @@ class RetrievalQA:
                 f"task set {self.name!r} needs one place to search: set exactly one of data.corpus, data.servers and "
                 "serve.command of its entry in tasks.sources"
             )
-        if source.data.passages < 1:
-            raise ConfigError(f"task set {self.name!r}: data.passages={source.data.passages}: must be at least 1")
+        check_limits(source)
         self._form = make_format(source.data.format, [Search.spec])
         self._grammar = named_grammar(source.data.grammar)
         self._serve_command = source.serve.command

@@ -1,8 +1,8 @@
 """Experiment trackers in addition to metrics.jsonl and TensorBoard. A tracker never ends a run or delays it for long.
 
 Each tracker has its own thread with a bounded queue. A tracker that fails is reported once, counted, and not used again
-in this process; metrics.jsonl stays complete. To add a tracker, write a module with a `Start` function, and add it to
-`TRACKERS` here and to `TRACKERS` in settings/limits.py.
+in this process; metrics.jsonl stays complete. To add a tracker, write telemetry/<name>_tracker.py with a `Start`
+function, and add the name to `TRACKERS` in settings/schema.py.
 """
 
 from __future__ import annotations
@@ -17,16 +17,12 @@ from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Protocol
 
-from icrl_megatron.settings.schema import TrackerSettings
+from icrl_megatron.settings.schema import TRACKERS, TrackerSettings
 from icrl_megatron.types import Episode
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.files import write_atomically
 
-TRACKERS = {
-    "wandb": "icrl_megatron.telemetry.wandb_tracker",
-    "mlflow": "icrl_megatron.telemetry.mlflow_tracker",
-    "trackio": "icrl_megatron.telemetry.trackio_tracker",
-}
+MODULES = {name: f"icrl_megatron.telemetry.{name}_tracker" for name in TRACKERS}
 """Name (also that of the Python package) -> module with a `start` function."""
 STATE_FILE = "trackers.json"
 """In the run folder: each tracker's run id and the last step it received."""
@@ -175,7 +171,7 @@ class _Thread:
 
     def _run(self, identity: Identity) -> None:
         try:
-            start: Start = importlib.import_module(TRACKERS[self.name]).start
+            start: Start = importlib.import_module(MODULES[self.name]).start
             sink = start(identity)
             while (item := self._queue.get()) is not None:
                 step, metrics, rows = item

@@ -28,7 +28,7 @@ from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.external import ExternalSpeaker, first_model
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Ask
-from icrl_megatron.settings.schema import ExternalCritic, RolloutSettings
+from icrl_megatron.settings.rollout_schema import ExternalCritic, RolloutSettings
 from icrl_megatron.settings.task_schema import TaskData, TaskSource
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks import env_check, servers

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from icrl_megatron.algo.credit import advantages, credit
 from icrl_megatron.algo.samples import to_samples
 from icrl_megatron.data.sampler import TaskSampler
+from icrl_megatron.settings.algo_schema import AlgoSettings, Calibration, GroupFilter, Overlong
 from icrl_megatron.settings.presets import apply_preset
-from icrl_megatron.settings.schema import AlgoSettings, Calibration, GroupFilter, Overlong
 from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.telemetry.metrics import rollout_metrics
 from icrl_megatron.types import Attempt, Completion, Critique, Episode, Sample, Task, Turn

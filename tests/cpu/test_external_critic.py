@@ -18,7 +18,8 @@ from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.speakers import Ask
 from icrl_megatron.run.checks import validate
 from icrl_megatron.settings.loading import load
-from icrl_megatron.settings.schema import ExternalCritic, RolloutSettings, TinyModel
+from icrl_megatron.settings.rollout_schema import ExternalCritic, RolloutSettings
+from icrl_megatron.settings.schema import TinyModel
 from icrl_megatron.types import Completion
 from icrl_megatron.utils.connections import Connections
 from icrl_megatron.utils.errors import ConfigError

@@ -23,7 +23,6 @@ from icrl_megatron.model.shape import ModelShape, check_folder
 from icrl_megatron.plan.layout import Layout, counts, engine_parameters
 from icrl_megatron.plan.models import PUBLISHED
 from icrl_megatron.run.checks import validate_shape
-from icrl_megatron.settings.limits import CHOICES
 from icrl_megatron.settings.loading import load
 from icrl_megatron.settings.schema import EngineSettings
 from icrl_megatron.utils.errors import ConfigError
@@ -35,8 +34,8 @@ def changed(folder: Path, **fields: object) -> Path:
     return folder
 
 
-def test_settings_know_the_families() -> None:
-    assert CHOICES["model.init.family"] == tuple(FAMILIES)
+def test_a_family_is_called_as_in_config_json() -> None:
+    assert all(family.model_type == name for name, family in FAMILIES.items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

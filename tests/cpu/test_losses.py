@@ -24,9 +24,8 @@ from icrl_megatron.algo.loss_check import check_loss
 from icrl_megatron.algo.losses import LossInputs
 from icrl_megatron.data.packing import pack
 from icrl_megatron.run.checks import validate_settings
-from icrl_megatron.settings.limits import LOSSES
+from icrl_megatron.settings.algo_schema import LOSSES, AlgoSettings, Calibration, Overlong
 from icrl_megatron.settings.loading import load
-from icrl_megatron.settings.schema import AlgoSettings, Calibration, Overlong
 from icrl_megatron.types import MicroBatch, Sample
 from icrl_megatron.utils.errors import ConfigError
 

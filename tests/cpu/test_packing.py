@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from icrl_megatron.data.balance import assign, train_tokens
 from icrl_megatron.data.packing import pack, split_updates
-from icrl_megatron.settings.schema import AlgoSettings, Calibration
+from icrl_megatron.settings.algo_schema import AlgoSettings, Calibration
 from icrl_megatron.types import MicroBatch, Sample, StepPlan
 from icrl_megatron.utils.errors import ConfigError
 

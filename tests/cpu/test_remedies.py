@@ -22,7 +22,8 @@ import icrl_recipes
 from icrl_megatron.run.checks import validate
 from icrl_megatron.run.resume import adopt, check_resume, rule_of
 from icrl_megatron.settings import loading as S
-from icrl_megatron.settings.limits import CHOICES, RANGES
+from icrl_megatron.settings.describe import described
+from icrl_megatron.settings.limits import Choice, Range
 from icrl_megatron.utils.errors import ConfigError
 
 VERBS = "set|raise|lower|use|add|drop|take|leave|give|choose|shorten|change|try|allow"
@@ -130,13 +131,14 @@ def test_what_a_message_advises_may_change(remedy: Remedy) -> None:
 
 def other_value(name: str, value: Any) -> str:
     """Text of a value that the setting may have and has not."""
-    plain = re.sub(r"\.\d+(?=\.)", "", name)
-    if plain in CHOICES:
-        return next(choice for choice in CHOICES[plain] if choice != value)
+    plain = re.sub(r"\.\d+(?=\.)", ".0", name)
+    limit = next((one.limit for one in described(plain) if one.name == plain), None)
+    if isinstance(limit, Choice) and not isinstance(value, list):
+        return next(choice for choice in limit.names if choice != value)
     if isinstance(value, bool):
         return str(not value).lower()
-    if isinstance(value, int | float) or plain in RANGES:
-        low, high = RANGES.get(plain, (0, 100))
+    if isinstance(value, int | float) or isinstance(limit, Range):
+        low, high = (limit.low, limit.high) if isinstance(limit, Range) else (0, 100)
         options = [(value or 1) + 1, (value or 1) / 2, low]
         whole = not isinstance(value, float)
         found = next(o for o in options if low <= o <= high and o != value and (not whole or o == int(o)))

@@ -12,10 +12,9 @@ import pytest
 from icrl_megatron.algo import schedules
 from icrl_megatron.algo.schedules import learning_rate
 from icrl_megatron.run.checks import validate_settings
-from icrl_megatron.settings import limits
-from icrl_megatron.settings.limits import SCHEDULES
+from icrl_megatron.settings import limits, schema
 from icrl_megatron.settings.loading import load
-from icrl_megatron.settings.schema import OptimSettings, WarmStart
+from icrl_megatron.settings.schema import SCHEDULES, OptimSettings, WarmStart
 from icrl_megatron.utils.errors import ConfigError
 
 
@@ -64,7 +63,8 @@ def test_the_documented_schedule_works(monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {}
     exec(re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0], names)
     monkeypatch.setattr(schedules, "square_root", names["square_root"], raising=False)
-    monkeypatch.setitem(limits.CHOICES, "optim.schedule", (*SCHEDULES, "square_root"))
+    known = limits.limits_of(schema.OptimSettings)
+    monkeypatch.setitem(known, "schedule", limits.Choice((*SCHEDULES, "square_root")))  # type: ignore[arg-type]
     settings = load("rulebook_easy", ["optim.schedule=square_root", "steps=4", "optim.learning_rate=2.0"])
     validate_settings(settings)
     found = [learning_rate(step, 4, settings.optim) for step in range(4)]

@@ -141,10 +141,11 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("serve.command=alfworld", "write {port} where the port belongs"),
-        ("serve.count=0", "serve.count=0: must be at least 1"),
-        ("serve.port=70000", "serve.port=70000: must be 0"),
+        ("serve.count=0", "serve.count=0: must be a finite number, at least 1"),
+        ("serve.port=70000", "serve.port=70000: must be a finite number, between 0 and 65535"),
+        ("serve={port: 65535, count: 2}", "serve.port=65535: leave room for 2 ports"),
         ("serve.health=health", "must be a path"),
-        ("serve.startup_timeout_s=0", "must be above 0"),
+        ("serve.startup_timeout_s=0", "must be a finite number, at least 0.001"),
         ("name=rulebook_hard", "'rulebook_hard' uses no server"),
     ],
 )

@@ -15,8 +15,8 @@ from icrl_megatron.algo.credit import credit
 from icrl_megatron.algo.samples import to_samples
 from icrl_megatron.run.checks import _check_algo
 from icrl_megatron.settings import loading as settings
+from icrl_megatron.settings.algo_schema import AlgoSettings, Calibration
 from icrl_megatron.settings.arms import ARMS
-from icrl_megatron.settings.schema import AlgoSettings, Calibration
 from icrl_megatron.types import Attempt, Completion, Critique, Episode, Task, Turn
 from icrl_megatron.utils.errors import ConfigError
 

@@ -1,0 +1,143 @@
+"""Settings of generation: how episodes are played (`rollout`), and the engine that generates tokens (`engine`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from icrl_megatron.settings.limits import Choice, Range
+
+ENGINE_KINDS = ("local", "sglang")
+"""Modules engines/<name>_kind.py."""
+TEMPLATES = ("standard", "compact")
+"""Prompt templates that come with the package."""
+
+
+@dataclass
+class ExternalCritic:
+    """A critic behind an OpenAI-compatible endpoint (`rollout.critic=external`). It is never trained."""
+
+    url: str = ""
+    """Base URL of the server, without /chat/completions, e.g. https://api.openai.com/v1."""
+    model: str = ""
+    """Name of the model in the requests."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Name of the environment variable that contains the API key. It may be unset if the server needs no key."""
+    timeout_s: Annotated[float, Range(1e-3)] = 120.0
+    """Time limit of one request, in seconds."""
+    concurrency: Annotated[int, Range(1)] = 32
+    """Largest number of requests at the same time."""
+
+
+@dataclass
+class RolloutSettings:
+    tasks_per_step: Annotated[int, Range(1)] = 16
+    """Tasks per step (B)."""
+    episodes_per_task: Annotated[int, Range(1)] = 8
+    """Episodes per task and step (G)."""
+    rounds: Annotated[int, Range(1)] = 2
+    """Attempts per episode (K). With 1, the algorithm is plain GRPO."""
+    critic: Annotated[str, Choice(("self", "frozen", "external", "empty"))] = "self"
+    """Who writes critiques. self: the trained model. frozen: the starting weights, never trained. external:
+    `rollout.external`. empty: nobody, the critique is empty text (a control)."""
+    external: ExternalCritic = field(default_factory=ExternalCritic)
+    temperature: Annotated[float, Range(1e-3)] = 1.0
+    """Sampling temperature. `icrl eval` also accepts 0, greedy decoding."""
+    max_turn_tokens: Annotated[int, Range(1)] = 2048
+    """Largest number of tokens generated in one turn of an attempt."""
+    max_critique_tokens: Annotated[int, Range(1)] = 1024
+    """Largest number of tokens generated for one critique."""
+    max_turns: Annotated[int, Range(1)] = 30
+    """Largest number of turns of an attempt. An environment may set a lower limit."""
+    format_reward: bool = False
+    """Multiply the reward of an attempt by its format score (task/format), where the task set has a grammar."""
+    max_calls: Annotated[int | None, Range(0)] = None
+    """Largest number of tool calls of an attempt; after them it is asked for its answer. Null: no limit."""
+    call_cost: Annotated[float, Range(0, 1)] = 0.0
+    """Subtracted from the reward of an attempt for each of its tool calls; a reward never falls below 0."""
+    token_cost: Annotated[float, Range(0, 1)] = 0.0
+    """Subtracted from the reward of an attempt for each token that the solver generates."""
+    repeat_limit: Annotated[int, Range(2)] = 3
+    """An attempt ends when the same action occurs this many times in a row."""
+    context_tokens: Annotated[int, Range(2)] = 16384
+    """Largest number of tokens of prompt and response together."""
+    observation_chars: Annotated[int, Range(1)] = 800
+    """Largest number of characters of an observation in the critic's prompt; the rest is cut."""
+    templates: Annotated[
+        str, Choice(TEMPLATES, other="a folder with attempt.jinja, revision.jinja and critique.jinja")
+    ] = "standard"
+    """Prompt templates."""
+    chat_template_args: dict[str, bool | str] = field(default_factory=dict)
+    """Arguments for the tokenizer's chat template, e.g. enable_thinking."""
+    environment_timeout_s: Annotated[float, Range(1e-3)] = 60.0
+    """Time limit of one call of an environment (reset, step, parse or grading), in seconds. The episode of a call that
+    takes longer is dropped."""
+    max_observation_bytes: Annotated[int, Range(1024)] = 4 << 20
+    """Largest number of bytes read from one answer of an environment or its server; the rest is cut and counted."""
+    max_observation_tokens: Annotated[int, Range(16)] = 8192
+    """Largest number of tokens of one observation in the context; the rest is cut and counted."""
+    concurrency: Annotated[int, Range(1)] = 512
+    """Largest number of episodes played at the same time per engine."""
+    oversample: Annotated[float, Range(1, 16)] = 1.0
+    """Start this many times `tasks_per_step` tasks, and interrupt the slowest when enough groups are complete. Tasks
+    with short episodes are then trained more often."""
+    partial: bool = False
+    """Continue interrupted episodes in the next step. Their earlier tokens keep the log-probs they were sampled with,
+    and algo.mismatch_correction weights them. Checkpoints include interrupted episodes."""
+
+
+@dataclass
+class MismatchLimit:
+    """Largest accepted |log pi_train - log pi_engine| of a step under the same prompt. Null: the default for
+    `actor.precision` (docs/ENGINES.md says how it was measured)."""
+
+    mean: Annotated[float | None, Range(0)] = None
+    """Limit on the mean of |log pi_train - log pi_engine| over a step's loss tokens, in nats. Null: the default for
+    `actor.precision`."""
+    largest: Annotated[float | None, Range(0)] = None
+    """Limit on |log pi_train - log pi_engine| of any single token, in nats. Null: the default for `actor.precision`."""
+    patience: Annotated[int | None, Range(1)] = None
+    """The run stops after this many steps in a row above a limit; each of them logs a warning. Null: 1 in fp32, 3 in
+    bf16."""
+
+
+@dataclass
+class EngineSettings:
+    kind: Annotated[str, Choice(ENGINE_KINDS, other="package.module:OBJECT")] = "local"
+    """local: transformers in the rank's own process. sglang: SGLang servers (docs/ENGINES.md). docs/EXTENDING.md
+    explains how to write your own."""
+    tensor_parallel: Annotated[int, Range(1)] = 1
+    """GPUs per SGLang server that the run starts."""
+    servers: Annotated[int | None, Range(1)] = None
+    """Number of SGLang servers that the run starts. Null: one per `tensor_parallel` ranks."""
+    urls: list[str] = field(default_factory=list)
+    """Addresses of external SGLang servers (http://host:port). If given, the run starts none."""
+    api_key_env: str = ""
+    """Name of the environment variable that contains the API key of the servers in `urls`. Empty: they need no key.
+    Servers that the run starts get a generated key each."""
+    python: str = ""
+    """Python interpreter with SGLang. Empty: the trainer's own."""
+    server_args: list[str] = field(default_factory=list)
+    """Additional arguments for sglang.launch_server, passed on unchanged."""
+    quantization: Annotated[str, Choice(("", "fp8"))] = ""
+    """fp8: the engine quantizes the weights that it receives. Empty: the weights keep the actor's precision."""
+    memory_fraction: Annotated[float, Range(0.01, 0.99)] = 0.7
+    """Fraction of a GPU's memory for the engine's weights and KV cache. The server of a frozen critic gets half of
+    it."""
+    kv_tokens: Annotated[int | None, Range(1)] = None
+    """Capacity of the KV cache in tokens. Null: as many as fit on a GPU, or 65536 on CPUs."""
+    bucket_mib: Annotated[int, Range(1)] = 512
+    """Size in MiB of the buffer through which weights are sent; it is larger if one tensor needs more. There are two
+    buffers if all weights do not fit into one."""
+    startup_timeout_s: Annotated[float, Range(1e-3)] = 600.0
+    """The run ends if a server is not ready after this many seconds."""
+    sync_timeout_s: Annotated[float, Range(1e-3)] = 600.0
+    """Time limit of the answer to one buffer of weights, in seconds."""
+    allow_untested: bool = False
+    """Accept versions of SGLang other than the tested ones."""
+    max_batch: Annotated[int, Range(1)] = 256
+    """Largest number of sequences decoded together, and of requests at the same time."""
+    mismatch_limit: MismatchLimit = field(default_factory=MismatchLimit)
+    request_timeout_s: Annotated[float, Range(1e-3)] = 600.0
+    """Time limit of one request, in seconds. After it, the local engine fails; SGLang aborts the request and keeps the
+    tokens generated so far."""
