@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from icrl_megatron.agents.tools import Arguments, ToolSpec
+from icrl_megatron.agents.tools import Arguments, ToolFailure, ToolSpec
+from icrl_megatron.utils.errors import EnvironmentFailure
 
 NOTHING = "Nothing was found."
 
@@ -17,11 +18,17 @@ class Search:
     def __init__(
         self, find: Callable[[str, int], Awaitable[list[str]]], passages: int, passage_chars: int = 2000
     ) -> None:
-        """`find(query, count)` returns at most `count` passages, best first, and may raise EnvironmentFailure."""
+        """`find(query, count)` returns at most `count` passages, best first, and may raise EnvironmentFailure.
+
+        `LocalRetriever` and `RemoteRetriever` (tasks/retrieval.py) have such a method: `search`.
+        """
         self._find, self._passages, self._passage_chars = find, passages, passage_chars
 
     async def call(self, arguments: Arguments) -> str:
         query = arguments["query"].strip()
-        found = await self._find(query, self._passages) if query else []
+        try:
+            found = await self._find(query, self._passages) if query else []
+        except EnvironmentFailure as error:
+            raise ToolFailure(str(error)) from error
         shown = (f"({i}) {passage[: self._passage_chars]}" for i, passage in enumerate(found, start=1))
         return "\n\n".join(shown) or NOTHING

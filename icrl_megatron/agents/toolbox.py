@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError, best_match
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from icrl_megatron.agents.tools import Outcome, Tool, ToolCall, ToolFailure, ToolResult, ToolUseError
+from icrl_megatron.agents.tools import Outcome, Stateful, Tool, ToolCall, ToolFailure, ToolResult, ToolUseError
 from icrl_megatron.utils.errors import ConfigError
 
 SHOWN_CHARS = 300
@@ -67,8 +67,8 @@ class Toolbox:
         where = ".".join(map(str, error.absolute_path))
         return f"{call.name}: {f'{where}: ' if where else ''}{error.message[:SHOWN_CHARS]}"
 
-    async def run(self, call: ToolCall) -> str:
-        """The tool's own answer to a call without mistakes.
+    async def run(self, call: ToolCall, tool: Tool) -> str:
+        """The answer of `tool`, which is the call's tool or an episode's own, to a call without mistakes.
 
         Raises ToolUseError, and ToolFailure after the last try or the deadline.
         """
@@ -81,13 +81,13 @@ class Toolbox:
         async with self._gate(call.name):
             async for attempt in again:
                 with attempt:
-                    return await self._once(call)
+                    return await self._once(call, tool)
         raise AssertionError("tenacity returns or raises")
 
-    async def _once(self, call: ToolCall) -> str:
+    async def _once(self, call: ToolCall, tool: Tool) -> str:
         try:
             async with asyncio.timeout(self.limits.call_s):
-                return await self.tools[call.name].call(call.arguments)
+                return await tool.call(call.arguments)
         except TimeoutError as error:
             raise ToolFailure(f"tool {call.name!r} did not answer within {self.limits.call_s:g} s") from error
 
@@ -106,6 +106,8 @@ class ToolSession:
     """(tool, outcome) -> calls. A call of an unknown tool counts under the tool name ""."""
     _answers: dict[str, ToolResult] = field(default_factory=dict)
     _asked: Counter[str] = field(default_factory=Counter)
+    _own: dict[str, Tool] = field(default_factory=dict)
+    """The tools with a state of this episode."""
 
     async def call(self, call: ToolCall) -> ToolResult:
         """Runs a call. Raises ToolFailure: the episode must then be dropped and counted, not rewarded."""
@@ -119,16 +121,26 @@ class ToolSession:
             return ToolResult(mistake, "invalid")
         key = call.key()
         self._asked[key] += 1
-        if key in self._answers:
+        tool = self._tool(call.name)
+        if key in self._answers and call.name not in self._own:  # a state gives the same call another answer
             if self._asked[key] > 1 + self.box.limits.repeats:
                 return ToolResult("You have made this call already. Use its answer, or do something else.", "stopped")
             return ToolResult(self._answers[key].text, "repeat")
         try:
-            result = ToolResult(await self.box.run(call), "answer")
+            result = ToolResult(await self.box.run(call, tool), "answer")
         except ToolUseError as error:
             result = ToolResult(str(error)[:SHOWN_CHARS], "invalid")
         self._answers[key] = result
         return result
+
+    def _tool(self, name: str) -> Tool:
+        shared = self.box.tools[name]
+        if isinstance(shared, Stateful) and name not in self._own:
+            opened = shared.open()
+            if opened is shared:
+                return shared
+            self._own[name] = opened
+        return self._own.get(name, shared)
 
     def made(self, *outcomes: Outcome) -> int:
         """Calls with one of these outcomes."""

@@ -211,7 +211,7 @@ def _slurm() -> Check:
 
 
 def _sandbox() -> Check:
-    from icrl_megatron.tasks.sandbox import Sandbox, SandboxLimits
+    from icrl_megatron.utils.sandbox import Sandbox, SandboxLimits
     from icrl_megatron.utils.errors import ConfigError
 
     try:
