@@ -1,9 +1,9 @@
 """Python as a tool: each call runs a program in the sandbox (utils/sandbox.py).
 
 With `keeps_state`, the variables of an episode's earlier calls exist in later ones. No process lives between calls:
-the earlier calls that ended well run again first, without their output. The tool therefore costs nothing while the model
-writes, and an episode that is replayed from its calls reaches the same state. The price is that the limits of a call
-include the earlier ones, and that what depends on the clock may differ.
+the earlier calls that ended well run again first, without their output. So nothing is held while the model writes, and an
+episode that is replayed from its calls reaches the same state. The costs: the limits of a call include the earlier ones,
+and what depends on the clock may differ.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PythonLimits:
     """Bounds of a call."""
 
     cpu_s: float = 5.0
-    """CPU seconds. The wall-clock limit follows from it (`SandboxLimits.clock_s`): keep `ToolLimits.call_s` above it."""
+    """CPU seconds. It sets the wall-clock limit (`SandboxLimits.clock_s`): keep `ToolLimits.call_s` above that."""
     memory_bytes: int = 512 << 20
     code_chars: int = 20_000
     output_chars: int = 8_000

@@ -13,14 +13,12 @@ import sys
 import traceback
 from typing import Any
 
-REQUEST: str
-
 
 def run(code: str, name: str, names: dict[str, Any], show: bool) -> bool:
     """Whether the cell ended without an exception. With `show`, the value of a last expression is printed."""
     linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
     try:
-        parsed = compile(code, name, "exec", _ast.PyCF_ONLY_AST, dont_inherit=True)
+        parsed: Any = compile(code, name, "exec", _ast.PyCF_ONLY_AST, dont_inherit=True)
         last = parsed.body.pop() if parsed.body and isinstance(parsed.body[-1], _ast.Expr) else None
         exec(compile(parsed, name, "exec", dont_inherit=True), names)
         if last is not None:
@@ -38,8 +36,8 @@ def run(code: str, name: str, names: dict[str, Any], show: bool) -> bool:
     return True
 
 
-def main() -> None:
-    request = json.loads(REQUEST)
+def main(text: str) -> None:
+    request = json.loads(text)
     names: dict[str, Any] = {"__name__": "__main__"}
     if request["seeded"]:  # cells that run again must compute the same
         import random
@@ -59,4 +57,4 @@ def main() -> None:
 
 
 if "REQUEST" in globals():
-    main()
+    main(globals()["REQUEST"])

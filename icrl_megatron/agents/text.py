@@ -19,4 +19,6 @@ def head(text: str, chars: int) -> str:
 
 def tail(text: str, chars: int) -> str:
     """The last `chars` characters, and how many were left out."""
-    return text if len(text) <= chars else CUT.format(left_out=len(text) - chars).lstrip("\n") + text[-chars:]
+    return (
+        text if len(text) <= chars else CUT.format(left_out=len(text) - chars).lstrip("\n") + text[len(text) - chars :]
+    )

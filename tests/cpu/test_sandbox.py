@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from sandboxes import LIMITS, sandboxed
 
-from icrl_megatron.utils import sandbox
 from icrl_megatron.tasks.base import EnvironmentFailure
-from icrl_megatron.utils.sandbox import Ran, Sandbox, SandboxLimits, seccomp_filter
+from icrl_megatron.utils import sandbox
 from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.sandbox import Ran, Sandbox, SandboxLimits, seccomp_filter
 
 
 @pytest.fixture(scope="module")
