@@ -1,9 +1,9 @@
 """Python as a tool: each call runs a program in the sandbox (utils/sandbox.py).
 
 With `keeps_state`, the variables of an episode's earlier calls exist in later ones. No process lives between calls:
-the earlier calls that ended well run again first, without their output. So nothing is held while the model writes, and an
-episode that is replayed from its calls reaches the same state. The costs: the limits of a call include the earlier ones,
-and what depends on the clock may differ.
+the earlier calls that ended well run again first, without their output. So nothing is held while the model writes, and
+an episode that is replayed from its calls reaches the same state. The costs: the limits of a call include the earlier
+ones, and what depends on the clock may differ.
 """
 
 from __future__ import annotations
