@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from icrl_megatron.tasks.sandbox import SandboxLimits
+from icrl_megatron.utils.sandbox import SandboxLimits
 
 LIMITS = SandboxLimits(cpu_s=2.0, memory_bytes=256 << 20)
 

@@ -32,9 +32,9 @@ from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
 from icrl_megatron.agents.tools import Arguments, ToolCall, ToolSpec
 from icrl_megatron.settings.task_schema import ToolCacheSettings
-from icrl_megatron.tasks.sandbox import Sandbox, SandboxLimits
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.intervals import paired_difference
+from icrl_megatron.utils.sandbox import Sandbox, SandboxLimits
 
 OVERHEAD_BAR = 0.05
 """Maximum share of the bare coroutines' seconds that the toolbox adds."""

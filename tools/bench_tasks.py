@@ -43,9 +43,9 @@ from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.base import StepResult, Teachable
 from icrl_megatron.tasks.grader import Grader
-from icrl_megatron.tasks.sandbox import Sandbox, SandboxLimits
 from icrl_megatron.types import Completion, Task
 from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.sandbox import Sandbox, SandboxLimits
 
 FORMS = (
     (r"\frac{%d}{7}", "%d/7"),

@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError, best_match
 
 from icrl_megatron.agents.cache import ToolCache
-from icrl_megatron.agents.tools import Outcome, Tool, ToolCall, ToolFailure, ToolResult, ToolUseError
+from icrl_megatron.agents.tools import Outcome, Stateful, Tool, ToolCall, ToolFailure, ToolResult, ToolUseError
 from icrl_megatron.utils.errors import ConfigError
 
 SHOWN_CHARS = 300
@@ -80,40 +80,41 @@ class Toolbox:
         except TimeoutError as error:
             raise ToolFailure(f"tool cache {self.cache.path}: no answer within {self.limits.call_s:g} s") from error
 
-    async def run(self, call: ToolCall) -> str:
-        """The tool's own answer to a call without mistakes, which is then stored in the cache.
+    async def run(self, call: ToolCall, tool: Tool) -> str:
+        """The answer of `tool`, which is the call's tool or an episode's own, to a call without mistakes. It is then
+        stored in the cache.
 
         Raises ToolUseError, and ToolFailure after the last try or the deadline.
         """
         version = self.tools[call.name].spec.version
         if self.cache is None or not version:
-            return await self._tried(call)
+            return await self._tried(call, tool)
         entry = (call.name, version, call.written_arguments())
         try:
-            answer = await self._tried(call)
+            answer = await self._tried(call, tool)
         except ToolUseError as error:
             self.cache.put(entry, str(error), mistake=True)
             raise
         self.cache.put(entry, answer)
         return answer
 
-    async def _tried(self, call: ToolCall) -> str:
+    async def _tried(self, call: ToolCall, tool: Tool) -> str:
         """`run` without the cache. A plain loop, because tenacity took more time than the rest of the toolbox."""
         tried = 0
         async with self._gate(call.name):
             while True:
                 try:
-                    return await self._once(call)
+                    return await self._once(call, tool)
                 except ToolFailure:
                     tried += 1
                     if tried >= self.limits.tries:
                         raise
                 await asyncio.sleep(self.limits.pause_s * 2 ** (tried - 1))
 
-    async def _once(self, call: ToolCall) -> str:
+    async def _once(self, call: ToolCall, tool: Tool) -> str:
         try:
             async with asyncio.timeout(self.limits.call_s):
-                return await self.tools[call.name].call(call.arguments)
+                return await tool.call(call.arguments)
         except TimeoutError as error:
             raise ToolFailure(f"tool {call.name!r} did not answer within {self.limits.call_s:g} s") from error
 
@@ -137,6 +138,8 @@ class ToolSession:
     _begun: int = 0
     _answers: dict[str, ToolResult] = field(default_factory=dict)
     _asked: Counter[str] = field(default_factory=Counter)
+    _own: dict[str, Tool] = field(default_factory=dict)
+    """The tools with a state of this episode."""
 
     async def call(self, call: ToolCall) -> ToolResult:
         """Runs a call. Raises ToolFailure: the episode must then be dropped and counted, not rewarded."""
@@ -153,18 +156,28 @@ class ToolSession:
             return ToolResult(mistake, "invalid")
         key = call.key()
         self._asked[key] += 1
-        if key in self._answers:
+        tool = self._tool(call.name)
+        if key in self._answers and call.name not in self._own:  # a state gives the same call another answer
             if self._asked[key] > 1 + self.box.limits.repeats:
                 return ToolResult("You have made this call already. Use its answer, or do something else.", "stopped")
             return ToolResult(self._answers[key].text, "repeat")
         try:
             kept = await self.box.kept(call)
             self.cached += kept is not None
-            result = ToolResult(await self.box.run(call) if kept is None else kept, "answer")
+            result = ToolResult(await self.box.run(call, tool) if kept is None else kept, "answer")
         except ToolUseError as error:
             result = ToolResult(str(error)[:SHOWN_CHARS], "invalid")
         self._answers[key] = result
         return result
+
+    def _tool(self, name: str) -> Tool:
+        shared = self.box.tools[name]
+        if isinstance(shared, Stateful) and name not in self._own:
+            opened = shared.open()
+            if opened is shared:
+                return shared
+            self._own[name] = opened
+        return self._own.get(name, shared)
 
     def made(self, *outcomes: Outcome) -> int:
         """Calls with one of these outcomes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 Arguments = Mapping[str, Any]
 Outcome = Literal["answer", "repeat", "stopped", "invalid", "refused"]
@@ -74,6 +74,15 @@ class Tool(Protocol):
         Raises ToolUseError when the model asked for something that cannot be answered, and ToolFailure when the
         infrastructure failed.
         """
+        ...
+
+
+@runtime_checkable
+class Stateful(Tool, Protocol):
+    """A tool whose answers depend on the episode's earlier calls."""
+
+    def open(self) -> Tool:
+        """The tool of one episode; the tool itself if it keeps no state. It holds nothing that must be closed."""
         ...
 
 

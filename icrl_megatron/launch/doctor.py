@@ -211,8 +211,8 @@ def _slurm() -> Check:
 
 
 def _sandbox() -> Check:
-    from icrl_megatron.tasks.sandbox import Sandbox, SandboxLimits
     from icrl_megatron.utils.errors import ConfigError
+    from icrl_megatron.utils.sandbox import Sandbox, SandboxLimits
 
     try:
         Sandbox(SandboxLimits(5.0, 512 << 20)).check()

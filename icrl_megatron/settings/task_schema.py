@@ -42,6 +42,8 @@ class TaskData:
     messages; tags: inline tags, as in Chain-of-Agents; search_r1: Search-R1's inline tags (docs/AGENTS.md)."""
     tools: list[str] = field(default_factory=list)
     """math: python and calculator, in several turns (docs/AGENTS.md); empty: one reply without tools."""
+    python_state: bool = False
+    """math with python: keep the variables of an attempt's earlier programs."""
     grammar: str = ""
     """searchqa, math with tools: multi_hop, web or code (docs/AGENTS.md): whether replies follow it is measured;
     empty: none."""

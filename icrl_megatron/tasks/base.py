@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.agents.dialogue import Dialogue
 from icrl_megatron.types import Split, Task
+from icrl_megatron.utils.errors import EnvironmentFailure
 
 
 @dataclass(frozen=True)
@@ -164,10 +165,6 @@ def escaped(text: str, chars: int = 500) -> str:
     """At most `chars` characters of a text, on one line and without control characters."""
     cut = text if len(text) <= chars else f"{text[:chars]}..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in cut)
-
-
-class EnvironmentFailure(RuntimeError):
-    """The infrastructure behind an environment failed, not the model: the episode is dropped and counted."""
 
 
 class BadAnswer(EnvironmentFailure):

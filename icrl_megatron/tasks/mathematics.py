@@ -13,6 +13,7 @@ from typing import Any
 from icrl_megatron.agents.calculator import Calculator
 from icrl_megatron.agents.formats import make_format
 from icrl_megatron.agents.grammar import named_grammar
+from icrl_megatron.agents.python import Python, PythonLimits
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
 from icrl_megatron.agents.tools import Tool
 from icrl_megatron.settings.task_schema import TaskSource
@@ -20,8 +21,6 @@ from icrl_megatron.tasks.base import Environment
 from icrl_megatron.tasks.datasets import DataRow, read_tasks
 from icrl_megatron.tasks.grade_worker import last_box, normalised, plain_number
 from icrl_megatron.tasks.grader import Grader
-from icrl_megatron.tasks.python_tool import Python
-from icrl_megatron.tasks.sandbox import SandboxLimits
 from icrl_megatron.tasks.single_turn import Form, Judge, SingleTurnTasks, Verdict, of_answer
 from icrl_megatron.tasks.tool_use import ToolEnvironment
 from icrl_megatron.types import Split, Task
@@ -58,7 +57,8 @@ class Mathematics(SingleTurnTasks):
         if name == "calculator":
             return Calculator()
         if name == "python":
-            return Python(SandboxLimits(self.data.grading_timeout_s, self.data.program_memory_mib << 20))
+            limits = PythonLimits(self.data.grading_timeout_s, self.data.program_memory_mib << 20)
+            return Python(limits, self.data.python_state, self.data.grading_workers)
         raise ConfigError(f"task set {self.name!r}: data.tools has {name!r}; the tools are python and calculator")
 
     def environment(self, task: Task) -> Environment:
@@ -81,11 +81,7 @@ class Mathematics(SingleTurnTasks):
         return prompt if "\\boxed" in prompt else f"{prompt}\n\n{INSTRUCTION}", judge
 
     def check(self) -> None:
-        """Raises ConfigError on a label that the grader cannot parse, because no answer could be right, and if programs
-        cannot run here."""
-        for tool in self._toolbox.tools.values() if self._toolbox is not None else ():
-            if isinstance(tool, Python):
-                tool.sandbox.check()
+        """Raises ConfigError on a label that the grader cannot parse, because no answer could be right."""
         splits: tuple[Split, Split] = ("train", "heldout")
         tasks = [task for split in splits for task in self.problems(split)]
         labels = {str(json.loads(task.problem)["label"]): task for task in tasks}

@@ -24,11 +24,11 @@ from itertools import repeat
 from typing import Any
 
 from icrl_megatron.tasks.datasets import DataRow, read_tasks
-from icrl_megatron.tasks.sandbox import OUTPUT_BYTES, Ran, Sandbox, SandboxLimits
-from icrl_megatron.tasks.sandbox_guest import encoded
 from icrl_megatron.tasks.single_turn import Form, Judge, SingleTurnTasks, Verdict
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.sandbox import OUTPUT_BYTES, Ran, Sandbox, SandboxLimits
+from icrl_megatron.utils.sandbox_guest import encoded
 
 INSTRUCTION = (
     "Write a Python program, standard library only and in one process. Reason first, then give the whole program in "

@@ -1,4 +1,4 @@
-"""The two errors that end the program with one message and no traceback."""
+"""The two errors that end the program with one message and no traceback, and the one that costs an episode."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class ConfigError(ValueError):
 
 class HopelessError(RuntimeError):
     """A run cannot continue, and restarting it would not help; the message is complete. The process exits with 1."""
+
+
+class EnvironmentFailure(RuntimeError):
+    """The infrastructure behind an environment failed, not the model: the episode is dropped and counted."""

@@ -16,9 +16,9 @@ from icrl_megatron.settings.task_schema import TaskData, TaskSource
 from icrl_megatron.tasks import programs, registry
 from icrl_megatron.tasks.base import Checked
 from icrl_megatron.tasks.programs import Case, judged, last_program, same_output
-from icrl_megatron.tasks.sandbox import Sandbox
-from icrl_megatron.tasks.sandbox_guest import encoded
 from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.sandbox import Sandbox
+from icrl_megatron.utils.sandbox_guest import encoded
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from sandboxes import LIMITS, sandboxed
 
-from icrl_megatron.tasks import sandbox
 from icrl_megatron.tasks.base import EnvironmentFailure
-from icrl_megatron.tasks.sandbox import Ran, Sandbox, SandboxLimits, seccomp_filter
+from icrl_megatron.utils import sandbox
 from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.sandbox import Ran, Sandbox, SandboxLimits, seccomp_filter
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_system_calls_that_are_denied(box: Sandbox) -> None:
 def test_a_killed_trainer_leaves_no_program_behind() -> None:
     mark = f"left_{os.getpid()}"
     script = (
-        "from icrl_megatron.tasks.sandbox import Sandbox, SandboxLimits\n"
+        "from icrl_megatron.utils.sandbox import Sandbox, SandboxLimits\n"
         f"Sandbox(SandboxLimits(60.0, 256 << 20)).run('import time; {mark} = 1; time.sleep(600)')"
     )
     process = subprocess.Popen([sys.executable, "-c", script])

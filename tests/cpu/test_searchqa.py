@@ -14,6 +14,9 @@ import pytest
 
 pytest.importorskip("bm25s")
 
+from icrl_megatron.agents.search import NOTHING, Search
+from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
+from icrl_megatron.agents.tools import ToolCall, ToolFailure
 from icrl_megatron.settings.task_schema import TaskData, TaskSource
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.agentgym import AgentGym
@@ -199,3 +202,16 @@ def test_a_remote_retriever(remote: str) -> None:
     assert asyncio.run(retriever.search("rivers", 2)) == ["about rivers"] * 2
     with pytest.raises(EnvironmentFailure, match="is it a retriever"):
         asyncio.run(retriever.search("broken", 2))
+
+
+def test_both_retrievers_are_search_tools(corpus: Path, remote: str) -> None:
+    async def ask(tool: Search, query: str) -> str:
+        return (await Toolbox([tool], ToolLimits(tries=1)).session().call(ToolCall("search", {"query": query}))).text
+
+    local = Search(LocalRetriever(corpus).search, passages=1)
+    assert asyncio.run(ask(local, "river")).startswith("(1) Seine\n")
+    assert asyncio.run(ask(local, "zzzz")) == NOTHING
+    served = Search(RemoteRetriever([remote], 10.0).search, passages=2)
+    assert asyncio.run(ask(served, "rivers")) == "(1) about rivers\n\n(2) about rivers"
+    with pytest.raises(ToolFailure, match="is it a retriever"):
+        asyncio.run(ask(served, "broken"))

@@ -33,9 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from icrl_megatron.tasks.base import EnvironmentFailure
-from icrl_megatron.tasks.sandbox_guest import READY
-from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.errors import ConfigError, EnvironmentFailure
+from icrl_megatron.utils.sandbox_guest import READY
 
 End = Literal["done", "failed", "cpu", "clock", "output"]
 
