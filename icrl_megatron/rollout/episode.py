@@ -135,8 +135,19 @@ async def play_attempt(
     stop_reason = await conversation.run(problem)
     success = environment.success()
     summary, missing = setup.shortened(environment.summary())
-    outcome, turns, measures = environment.outcome(), tuple(conversation.turns), environment.measures()
+    turns, measures = tuple(conversation.turns), environment.measures()
+    outcome = priced(environment.outcome(), turns, measures, setup.settings)
     return problem, Attempt(round, prompt, plain, turns, outcome, success, summary, stop_reason, missing, measures)
+
+
+def priced(
+    outcome: float, turns: Sequence[Turn], measures: Sequence[tuple[str, float]], settings: RolloutSettings
+) -> float:
+    """The reward less the cost of the attempt's calls (the environment's measure "calls") and generated tokens, at
+    least 0."""
+    tokens = sum(len(turn.completion.ids) for turn in turns)
+    cost = settings.call_cost * dict(measures).get("calls", 0.0) + settings.token_cost * tokens
+    return min(max(outcome - cost, 0.0), 1.0) if cost else outcome
 
 
 async def play_critique(

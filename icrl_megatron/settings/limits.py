@@ -64,6 +64,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "rollout.max_critique_tokens": (1, math.inf),
     "rollout.max_turns": (1, math.inf),
     "rollout.repeat_limit": (2, math.inf),
+    "rollout.call_cost": (0, 1),
+    "rollout.token_cost": (0, 1),
     "rollout.context_tokens": (2, math.inf),
     "rollout.observation_chars": (1, math.inf),
     "rollout.environment_timeout_s": (1e-3, math.inf),

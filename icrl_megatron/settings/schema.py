@@ -93,6 +93,10 @@ class RolloutSettings:
     """standard | compact | a folder with attempt.jinja, revision.jinja and critique.jinja."""
     chat_template_args: dict[str, bool | str] = field(default_factory=dict)
     """Handed to the tokenizer's chat template, e.g. enable_thinking."""
+    call_cost: float = 0.0
+    """Taken from the reward of an attempt for each tool call (task/calls); the reward stays at least 0."""
+    token_cost: float = 0.0
+    """The same for each generated token."""
     environment_timeout_s: float = 60.0
     """Longest call of an environment: reset, step, parse or grading. A call that takes longer costs its episode."""
     max_observation_bytes: int = 4 << 20

@@ -55,11 +55,46 @@ class TaskServers:
 
 
 @dataclass
+class JudgeEndpoint:
+    """A model behind an OpenAI-compatible endpoint that judges answers (`agent.judge=model`)."""
+
+    url: str = ""
+    """Up to and without /chat/completions, e.g. http://host:8000/v1."""
+    model: str = ""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable with the key; a server that wants none needs none."""
+    timeout_s: float = 12.0
+    """Of one request; up to three retries. All together must end within rollout.environment_timeout_s."""
+    concurrency: int = 32
+    """Requests in flight of each rank."""
+
+
+@dataclass
+class AgentSettings:
+    """Task sets that are solved with tools: how an attempt is judged (docs/TASKS.md)."""
+
+    judge: str = "exact"
+    """exact | f1 (overlap of words) | math (numbers and formulas) | model (`endpoint`); archive has only exact."""
+    answer_chars: int = 4000
+    """A judge reads at most this many characters of an answer."""
+    grammar: str = "calls"
+    """Which tag may follow which: calls (only calls and answers are read) | multi_hop | web | code. Kept or not is
+    logged as task/format."""
+    reward: str = "answer"
+    """answer | answer_times_format: an attempt that breaks the grammar has reward 0."""
+    max_calls: int | None = None
+    """Calls of an attempt, failed ones included. The next one is answered with "no calls left"; one more ends the
+    attempt. Null: no limit besides the turns."""
+    endpoint: JudgeEndpoint = field(default_factory=JudgeEndpoint)
+
+
+@dataclass
 class TaskSource:
     name: str = "rulebook_hard"
     weight: float = 1.0
     data: TaskData = field(default_factory=TaskData)
     serve: TaskServers = field(default_factory=TaskServers)
+    agent: AgentSettings = field(default_factory=AgentSettings)
 
     @property
     def served(self) -> bool:

@@ -20,10 +20,12 @@ from typing import Any
 
 from icrl_megatron.agents.calculator import Calculator
 from icrl_megatron.agents.formats import Tags
+from icrl_megatron.agents.judge import by_rule
 from icrl_megatron.agents.search import Search
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
 from icrl_megatron.agents.tools import Arguments, ToolSpec, ToolUseError
-from icrl_megatron.tasks.tool_use import ToolEnvironment
+from icrl_megatron.settings.task_schema import AgentSettings, TaskSource
+from icrl_megatron.tasks.tool_use import ToolEnvironment, check_agent
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
@@ -150,10 +152,10 @@ def truth(people: Sequence[int]) -> int:
 class ArchiveEnvironment(ToolEnvironment):
     """One question. The summary tells the critic what went wrong, in one word."""
 
-    def __init__(self, problem: str) -> None:
+    def __init__(self, problem: str, agent: AgentSettings | None = None) -> None:
         self._people = asked(problem)
-        right = partial(same_number, truth=truth(self._people))
-        super().__init__(problem, form(), toolbox(), right, MAX_TURNS * len(self._people))
+        judge = by_rule(partial(same_number, truth=truth(self._people)))
+        super().__init__(problem, form(), toolbox(), judge, MAX_TURNS * len(self._people), agent)
 
     def hint(self) -> str:
         return "invalid"
@@ -217,8 +219,10 @@ class ArchiveTeacher:
 class Archive:
     """A `Teachable` task set; `archive` asks for two towns, `archive_easy` for one."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self._people = name, 1 if name == "archive_easy" else 2
+    def __init__(self, source: TaskSource) -> None:
+        check_agent(source, "exact")
+        self.name, self._agent = source.name, source.agent
+        self._people = 1 if source.name == "archive_easy" else 2
 
     def problems(self, split: Split) -> Sequence[Task]:
         rng = random.Random(f"{self.name} {split}")
@@ -233,7 +237,7 @@ class Archive:
         return [Task(f"{self.name}/{split}/{i}", self.name, split, problem) for i, problem in enumerate(found)]
 
     def environment(self, task: Task) -> ArchiveEnvironment:
-        return ArchiveEnvironment(task.problem)
+        return ArchiveEnvironment(task.problem, self._agent)
 
     def statement(self, task: Task) -> str:
         return task.problem

@@ -202,6 +202,35 @@ def test_an_episode_stops_at_success_or_after_its_last_round(prompter: Prompter,
     assert episode.attempts[-1].success == (rounds > 1)
 
 
+def priced_ladder(task: Task) -> Ladder:
+    made = Ladder(task)
+    made.measures = lambda: {"calls": 3.0}  # type: ignore[attr-defined]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("costs", "outcomes"),
+    [
+        ({}, [0.1, 1.0]),
+        ({"call_cost": 0.1}, [0.0, 0.7]),
+        ({"token_cost": 0.01}, [0.1 - 0.04, 1.0 - 0.04]),
+        ({"call_cost": 0.02, "token_cost": 0.001}, [0.1 - 0.064, 1.0 - 0.064]),
+    ],
+)
+def test_calls_and_tokens_cost_reward_but_no_success(
+    prompter: Prompter, costs: dict[str, float], outcomes: list[float]
+) -> None:
+    task, settings = Task("ladder/0", "ladder", "train", "2"), replace(SETTINGS, rounds=2, max_turns=2, **costs)  # type: ignore[arg-type]
+    solver, critic = Script(prompter, ["up", "wait", "up", "up"]), Script(prompter, ["advice1"])
+    setup = EpisodeSetup(priced_ladder, prompter, settings)
+    episode = asyncio.run(play_episode(task, 0, setup, same_speakers(Speakers(solver, critic)), SEEDS))
+    assert isinstance(episode, Episode)
+    tokens = [sum(len(turn.completion.ids) for turn in attempt.turns) for attempt in episode.attempts]
+    assert tokens == [4, 4]
+    assert [attempt.outcome for attempt in episode.attempts] == pytest.approx(outcomes)
+    assert [attempt.success for attempt in episode.attempts] == [False, True]
+
+
 def test_the_critic_reads_the_trajectory_and_its_outcome(prompter: Prompter) -> None:
     replies = ["up", "nonsense", "wait", "wait", "wait", "up", "up", "up"]
     _, _, critic = scripted(prompter, replies, ["advice1"], rounds=2, goal=3)

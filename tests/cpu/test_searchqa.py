@@ -14,12 +14,13 @@ import pytest
 
 pytest.importorskip("bm25s")
 
+from icrl_megatron.agents.judge import exact_match
 from icrl_megatron.settings.task_schema import TaskData, TaskSource
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.base import EnvironmentFailure
 from icrl_megatron.tasks.retrieval import LocalRetriever, RemoteRetriever
-from icrl_megatron.tasks.searchqa import RetrievalQA, exact_match
+from icrl_megatron.tasks.searchqa import RetrievalQA
 from icrl_megatron.utils.errors import ConfigError
 
 DOCUMENTS = [
