@@ -59,8 +59,8 @@ def format_score(replies: Sequence[str], grammar: Grammar, tools: Collection[str
     """1.0 if the replies of one attempt, in order, keep to the grammar; else 0.0. Linear in their length.
 
     Observations are no part of `replies`. Kept means: every tag that the grammar reads is closed in its own reply and
-    holds no other one, the first tag and each next one are allowed, a call is the last tag of its reply, and the last tag of all
-    is an answer. There is no partial score: the format multiplies the answer's reward, and a share of allowed
+    holds no other one, the first tag and each next one are allowed, a call is the last tag of its reply, and the last
+    tag of all is an answer. There is no partial score: the format multiplies the answer's reward, and a share of allowed
     transitions would grow with padding (many thoughts hide one missing check).
     """
     calls = {*tools, _TOOL_TAG}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from icrl_megatron.algo.credit import CreditReport
 from icrl_megatron.engines.local import LocalEngine
 from icrl_megatron.engines.protocol import EngineError
 from icrl_megatron.model.tiny import build_tiny, build_tokenizer
@@ -19,6 +20,7 @@ from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Ask, EmptyCritic, EngineSpeaker, Seeds, Speaker, Speakers, same_speakers
 from icrl_megatron.settings.schema import EngineSettings, RolloutSettings, TinyModel
 from icrl_megatron.tasks.base import EnvironmentFailure, StepResult
+from icrl_megatron.telemetry.metrics import rollout_metrics
 from icrl_megatron.types import Attempt, Completion, DroppedEpisode, Episode, Task
 from icrl_megatron.utils.errors import ConfigError
 
@@ -223,12 +225,18 @@ def test_calls_and_tokens_cost_reward_but_no_success(
     task, settings = Task("ladder/0", "ladder", "train", "2"), replace(SETTINGS, rounds=2, max_turns=2, **costs)  # type: ignore[arg-type]
     solver, critic = Script(prompter, ["up", "wait", "up", "up"]), Script(prompter, ["advice1"])
     setup = EpisodeSetup(priced_ladder, prompter, settings)
-    episode = asyncio.run(play_episode(task, 0, setup, same_speakers(Speakers(solver, critic)), SEEDS))
+    episode = asyncio.run(play_episode(task, 0, setup, lambda *_: Speakers(solver, critic), SEEDS))
     assert isinstance(episode, Episode)
     tokens = [sum(len(turn.completion.ids) for turn in attempt.turns) for attempt in episode.attempts]
     assert tokens == [4, 4]
     assert [attempt.outcome for attempt in episode.attempts] == pytest.approx(outcomes)
     assert [attempt.success for attempt in episode.attempts] == [False, True]
+    if not costs:
+        answered = replace(episode.attempts[1], measures=(("answered", 1.0),))
+        found = rollout_metrics(
+            [replace(episode, attempts=(episode.attempts[0], answered))], [], CreditReport((), 0, 0, 0, 0)
+        )
+        assert found["attempt/tokens_to_answer"] == 4.0 and found["attempt/observation_tokens"] > 0
 
 
 def test_the_critic_reads_the_trajectory_and_its_outcome(prompter: Prompter) -> None:
