@@ -60,8 +60,8 @@ def format_score(replies: Sequence[str], grammar: Grammar, tools: Collection[str
 
     Observations are no part of `replies`. Kept means: every tag that the grammar reads is closed in its own reply and
     holds no other one, the first tag and each next one are allowed, a call is the last tag of its reply, and the last
-    tag of all is an answer. There is no partial score: the format multiplies the answer's reward, and a share of allowed
-    transitions would grow with padding (many thoughts hide one missing check).
+    tag of all is an answer. There is no partial score: the format multiplies the answer's reward, and a share of
+    allowed transitions would grow with padding (many thoughts hide one missing check).
     """
     calls = {*tools, _TOOL_TAG}
     names = {*grammar.roles, ANSWER, *calls, _OBSERVED}
