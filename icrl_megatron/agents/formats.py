@@ -1,6 +1,6 @@
 """How a reply writes tool calls and answers, and how the model sees a tool's answer: one class per format.
 
-A task set chooses its format by name (`data.format`); another format is a class and a line in FORMATS.
+A task set chooses its format by name (`agent.format`); another format is a class and a line in FORMATS.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ FORMATS: dict[str, Callable[[Sequence[ToolSpec]], ToolFormat]] = {"qwen3": Qwen3
 def make_format(name: str, specs: Sequence[ToolSpec]) -> ToolFormat:
     """Raises ConfigError for an unknown name, and for tools that the format cannot write."""
     if name not in FORMATS:
-        raise ConfigError(f"data.format={name}: must be one of {', '.join(FORMATS)}")
+        raise ConfigError(f"agent.format={name}: must be one of {', '.join(FORMATS)}")
     return FORMATS[name](specs)
 
 
@@ -203,7 +203,7 @@ def _only_text(spec: ToolSpec) -> str:
     texts = [name for name, schema in properties.items() if schema.get("type") == "string"]
     if len(properties) != 1 or not texts:
         raise ConfigError(
-            f"tool {spec.name!r} takes {list(properties)}, but a tag holds one text; set data.format=qwen3"
+            f"tool {spec.name!r} takes {list(properties)}, but a tag holds one text; set agent.format=qwen3"
         )
     return texts[0]
 

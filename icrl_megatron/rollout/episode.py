@@ -146,10 +146,8 @@ async def play_attempt(
 def _reward(
     outcome: float, turns: Sequence[Turn], measures: Sequence[tuple[str, float]], settings: RolloutSettings
 ) -> float:
-    """The environment's outcome, by the settings times the format score and less the cost of calls and tokens."""
+    """The environment's outcome less the cost of the attempt's calls and generated tokens, at least 0."""
     counted, tokens = dict(measures), sum(len(turn.completion.ids) for turn in turns)
-    if settings.format_reward:
-        outcome *= counted.get("format", 1.0)
     return max(0.0, outcome - settings.call_cost * counted.get("calls", 0.0) - settings.token_cost * tokens)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from dataclasses import dataclass
 
 import aiohttp
@@ -16,17 +15,10 @@ from icrl_megatron.settings.rollout_schema import ExternalCritic
 from icrl_megatron.tasks.base import sendable
 from icrl_megatron.types import Completion
 from icrl_megatron.utils import connections
-from icrl_megatron.utils.connections import Connections, Link
+from icrl_megatron.utils.connections import Connections
+from icrl_megatron.utils.endpoint import EndpointClient, EndpointError, authorization
 from icrl_megatron.utils.errors import ConfigError
-from icrl_megatron.utils.retries import PassingError, tries
 
-RETRIES = 3
-_FIRST_PAUSE_S = 0.5
-_PASSING = (408, 409, 429, 500, 502, 503, 504)
-"""Statuses after which a retry may help."""
-_ANSWER_BYTES = 1 << 20
-_BYTES_A_TOKEN = 256
-"""The longest answer that is read: this many bytes, plus this many for each requested token."""
 _MODELS_BYTES = 16 << 20
 """The longest list of models that is read."""
 
@@ -44,24 +36,21 @@ class ExternalSpeaker:
     async def reply(self, ask: Ask) -> Completion:
         """Returns no tokens, with finish reason "abort", if it is interrupted: an endpoint returns no partial answers.
 
-        Raises RequestFailedError if the endpoint refuses, or still fails after RETRIES retries.
+        Raises RequestFailedError if the endpoint refuses, or still fails after the last retry.
         """
-        body = {
-            "model": self.settings.model,
-            "messages": [{"role": "user", "content": ask.message}],
-            "temperature": self.temperature,
-            "max_tokens": ask.max_new_tokens,
-            "seed": ask.seed % 2**31,
-        }
-        link = self.connections.here()
-        longest = _ANSWER_BYTES + _BYTES_A_TOKEN * ask.max_new_tokens
-        asked = asyncio.ensure_future(self._ask(link, json.dumps(body), longest))
+        external, link = self.settings, self.connections.here()
+        client = EndpointClient(
+            external.url, external.model, external.api_key_env, external.timeout_s, self.connections
+        )
+        asked = asyncio.ensure_future(client.ask(ask.message, ask.max_new_tokens, self.temperature, ask.seed))
         interrupted = asyncio.ensure_future(link.interrupted.wait())
         try:
             await asyncio.wait({asked, interrupted}, return_when=asyncio.FIRST_COMPLETED)
             if not asked.done():
                 return Completion((), (), "abort", 0)
             text = sendable(asked.result())
+        except EndpointError as error:
+            raise RequestFailedError(f"The external critic {error}") from error
         finally:
             asked.cancel()
             interrupted.cancel()
@@ -75,37 +64,6 @@ class ExternalSpeaker:
     async def interrupt(self) -> None:
         self.connections.here().interrupted.set()
 
-    async def _ask(self, link: Link, body: str, longest: int) -> str:
-        async with link.gate:
-            try:
-                async for attempt in tries(RETRIES + 1, 2 * _FIRST_PAUSE_S):
-                    with attempt:
-                        return await self._try(link, body, longest)
-            except PassingError as error:
-                raise RequestFailedError(f"The external critic at {self.settings.url} failed: {error}") from error
-        raise AssertionError("the last try returns or raises")
-
-    async def _try(self, link: Link, body: str, longest: int) -> str:
-        try:
-            status, answer = await self._post(link.session, body, longest)
-        except connections.TooLongError as error:
-            raise RequestFailedError(f"The external critic at {self.settings.url} failed: {error}") from error
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise PassingError(f"{type(error).__name__}: {error}") from error
-        if status == 200:
-            return _content(answer)
-        said = f"status {status}: {answer[:300]!r}"
-        if status in _PASSING:
-            raise PassingError(said)
-        raise RequestFailedError(f"The external critic at {self.settings.url} failed: {said}")
-
-    async def _post(self, session: aiohttp.ClientSession, body: str, longest: int) -> tuple[int, bytes]:
-        headers = _authorization(self.settings)
-        limit = aiohttp.ClientTimeout(total=self.settings.timeout_s)
-        url = f"{self.settings.url.rstrip('/')}/chat/completions"
-        async with session.post(url, data=body, headers=headers, timeout=limit) as reply:
-            return reply.status, await connections.body(reply, longest)
-
 
 def first_model(settings: ExternalCritic) -> str:
     """The name of the first model that the endpoint serves. Raises ConfigError if there is none."""
@@ -113,7 +71,7 @@ def first_model(settings: ExternalCritic) -> str:
     async def models() -> bytes:
         url, limit = f"{settings.url.rstrip('/')}/models", aiohttp.ClientTimeout(total=min(settings.timeout_s, 30.0))
         async with connections.open_session() as session:
-            async with session.get(url, headers=_authorization(settings), timeout=limit) as reply:
+            async with session.get(url, headers=authorization(settings.api_key_env), timeout=limit) as reply:
                 return await connections.body(reply, _MODELS_BYTES)
 
     try:
@@ -124,26 +82,3 @@ def first_model(settings: ExternalCritic) -> str:
             f"base URL without /chat/completions, e.g. http://host:30000/v1, and put the key, if it needs one, in "
             f"{settings.api_key_env}"
         ) from error
-
-
-def _authorization(settings: ExternalCritic) -> dict[str, str]:
-    key = os.environ.get(settings.api_key_env, "")
-    return {"Authorization": f"Bearer {key}"} if key else {}
-
-
-def _content(answer: bytes) -> str:
-    """The text of an answer: a string, or a list of parts that are joined. Raises RequestFailedError for anything
-    else."""
-    try:
-        text = json.loads(answer)["choices"][0]["message"]["content"]
-        if isinstance(text, list):
-            text = "".join(_text(part["text"]) for part in text)
-        return "" if text is None else _text(text)
-    except (ValueError, RecursionError, LookupError, TypeError) as error:
-        raise RequestFailedError(f"The external critic answered {answer[:200]!r}.") from error
-
-
-def _text(text: object) -> str:
-    if not isinstance(text, str):
-        raise TypeError(f"{type(text).__name__} is not text")
-    return text

@@ -49,8 +49,6 @@ class RolloutSettings:
     """Largest number of tokens generated for one critique."""
     max_turns: Annotated[int, Range(1)] = 30
     """Largest number of turns of an attempt. An environment may set a lower limit."""
-    format_reward: bool = False
-    """Multiply the reward of an attempt by its format score (task/format), where the task set has a grammar."""
     max_calls: Annotated[int | None, Range(0)] = None
     """Largest number of tool calls of an attempt; after them it is asked for its answer. Null: no limit."""
     call_cost: Annotated[float, Range(0, 1)] = 0.0

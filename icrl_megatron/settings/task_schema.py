@@ -37,16 +37,6 @@ class TaskData:
     """Deadline of one call to a server, retries not counted."""
     corpus: str = ""
     """searchqa: JSONL of documents for the built-in retriever, in place of servers."""
-    format: str = "qwen3"
-    """searchqa, math with tools: how calls and answers are written. qwen3: the chat template's tool calls and tool
-    messages; tags: inline tags, as in Chain-of-Agents; search_r1: Search-R1's inline tags (docs/AGENTS.md)."""
-    tools: list[str] = field(default_factory=list)
-    """math: python and calculator, in several turns (docs/AGENTS.md); empty: one reply without tools."""
-    python_state: bool = False
-    """math with python: keep the variables of an attempt's earlier programs."""
-    grammar: str = ""
-    """searchqa, math with tools: multi_hop, web or code (docs/AGENTS.md): whether replies follow it is measured;
-    empty: none."""
     passages: Annotated[int, Range(1)] = 3
     """searchqa: documents shown for a search."""
 
@@ -70,6 +60,45 @@ class TaskServers:
 
 
 @dataclass
+class JudgeEndpoint:
+    """A model behind an OpenAI-compatible endpoint that judges answers (`agent.judge=model`)."""
+
+    url: str = ""
+    """Base URL of the server, without /chat/completions, e.g. http://host:8000/v1."""
+    model: str = ""
+    """Name of the model in the requests."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Name of the environment variable that contains the API key. It may be unset if the server needs no key."""
+    timeout_s: Annotated[float, Range(1e-3)] = 12.0
+    """Time limit of one request, in seconds. With up to three retries it must fit rollout.environment_timeout_s."""
+    concurrency: Annotated[int, Range(1)] = 32
+    """Largest number of requests of a rank at the same time."""
+
+
+@dataclass
+class AgentSettings:
+    """Task sets that are solved with tools (docs/AGENTS.md)."""
+
+    format: Annotated[str, Choice(("qwen3", "tags", "search_r1"))] = "qwen3"
+    """How calls and answers are written. qwen3: the chat template's tool calls and tool messages. tags: inline tags, as
+    in Chain-of-Agents. search_r1: Search-R1's inline tags. Archive always uses tags."""
+    tools: list[str] = field(default_factory=list)
+    """math: python and calculator, in several turns. Empty: one reply without tools."""
+    python_state: bool = False
+    """math with python: keep the variables of an attempt's earlier programs."""
+    judge: Annotated[str, Choice(("", "exact", "f1", "math", "model"))] = ""
+    """Who grades an answer. exact: normalized text. f1: overlap of words. math: numbers and formulas. model:
+    `endpoint`. Empty: the task set's own, exact for searchqa and math for math."""
+    answer_chars: Annotated[int, Range(1)] = 4000
+    """A judge reads at most this many characters of an answer."""
+    grammar: Annotated[str, Choice(("calls", "multi_hop", "web", "code"))] = "calls"
+    """Which tag may follow which; calls: only calls and answers are read. Logged as task/format."""
+    reward: Annotated[str, Choice(("answer", "answer_times_format"))] = "answer"
+    """answer_times_format: an attempt that breaks the grammar has reward 0."""
+    endpoint: JudgeEndpoint = field(default_factory=JudgeEndpoint)
+
+
+@dataclass
 class TaskSource:
     name: str = "rulebook_hard"
     """A task set (docs/TASKS.md)."""
@@ -77,6 +106,7 @@ class TaskSource:
     """Share of this source in the mixture, relative to the weights of the others."""
     data: TaskData = field(default_factory=TaskData)
     serve: TaskServers = field(default_factory=TaskServers)
+    agent: AgentSettings = field(default_factory=AgentSettings)
 
     @property
     def served(self) -> bool:

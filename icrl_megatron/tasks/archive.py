@@ -21,12 +21,12 @@ from typing import Any
 from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.agents.calculator import Calculator
 from icrl_megatron.agents.formats import Tags
-from icrl_megatron.agents.grammar import Grammar
+from icrl_megatron.agents.judge import by_rule
 from icrl_megatron.agents.search import Search
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
 from icrl_megatron.agents.tools import Arguments, Tool, ToolSpec, ToolUseError
-from icrl_megatron.tasks.single_turn import Verdict, of_answer
-from icrl_megatron.tasks.tool_use import ToolEnvironment
+from icrl_megatron.settings.task_schema import AgentSettings, TaskSource
+from icrl_megatron.tasks.tool_use import ToolEnvironment, check_agent
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
@@ -153,18 +153,13 @@ def truth(people: Sequence[int]) -> int:
     return sum(world().size[world().home[person]] for person in people)
 
 
-GRAMMAR = Grammar(
-    ("plan", "check", "search", "page", "calculator"), first=("plan",), after={"plan": ("search",), "check": ("page",)}
-)
-
-
 class ArchiveEnvironment(ToolEnvironment):
     """One question. The summary tells the critic what went wrong, in one word."""
 
-    def __init__(self, problem: str, tool_cache: ToolCache | None = None) -> None:
+    def __init__(self, problem: str, agent: AgentSettings, tool_cache: ToolCache | None = None) -> None:
         self._people = asked(problem)
-        judge = partial(same_number, truth=truth(self._people))
-        super().__init__(problem, form(), toolbox(tool_cache), judge, MAX_TURNS * len(self._people), GRAMMAR)
+        judge = by_rule(partial(same_number, truth=truth(self._people)))
+        super().__init__(problem, form(), toolbox(tool_cache), judge, MAX_TURNS * len(self._people), agent)
 
     def hint(self) -> str:
         return "invalid"
@@ -177,8 +172,8 @@ class ArchiveEnvironment(ToolEnvironment):
         return OUTDATED_SIZE if self.session.counts["page", "answer"] < len(self._people) else WRONG_SUM
 
 
-async def same_number(answer: str, truth: int) -> Verdict:
-    return of_answer(joined(answer) == str(truth), answer, "answer")
+def same_number(answer: str, truth: int) -> bool:
+    return joined(answer) == str(truth)
 
 
 class ArchiveTeacher:
@@ -232,8 +227,10 @@ class Archive:
     """A `Teachable` task set; `archive` asks for two towns, `archive_easy` for one. The teacher of `archive_answers`
     answers without tools: a model that learns from it can only memorize."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self._people = name, 1 if name == "archive_easy" else 2
+    def __init__(self, source: TaskSource) -> None:
+        check_agent(source, "exact")
+        self.name, self._agent = source.name, source.agent
+        self._people = 1 if source.name == "archive_easy" else 2
         self.tool_cache: ToolCache | None = None
 
     def problems(self, split: Split) -> Sequence[Task]:
@@ -249,7 +246,7 @@ class Archive:
         return [Task(f"{self.name}/{split}/{i}", self.name, split, problem) for i, problem in enumerate(found)]
 
     def environment(self, task: Task) -> ArchiveEnvironment:
-        return ArchiveEnvironment(task.problem, self.tool_cache)
+        return ArchiveEnvironment(task.problem, self._agent, self.tool_cache)
 
     def statement(self, task: Task) -> str:
         return task.problem

@@ -1,7 +1,7 @@
 """Mathematics: problems with one final answer, from any dataset on disk, graded by math-verify.
 
 problem  {"prompt": ..., "label": ...}
-reply    any reasoning, its answer in the last \\boxed{...}; with `data.tools`, calls of them and then the answer
+reply    any reasoning, its answer in the last \\boxed{...}; with `agent.tools`, calls of them and then the answer
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 from icrl_megatron.agents.calculator import Calculator
 from icrl_megatron.agents.formats import make_format
-from icrl_megatron.agents.grammar import named_grammar
 from icrl_megatron.agents.python import Python, PythonLimits
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
 from icrl_megatron.agents.tools import Tool
@@ -22,7 +21,7 @@ from icrl_megatron.tasks.datasets import DataRow, read_tasks
 from icrl_megatron.tasks.grade_worker import last_box, normalised, plain_number
 from icrl_megatron.tasks.grader import Grader
 from icrl_megatron.tasks.single_turn import Form, Judge, SingleTurnTasks, Verdict, of_answer
-from icrl_megatron.tasks.tool_use import ToolEnvironment
+from icrl_megatron.tasks.tool_use import ToolEnvironment, check_agent
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
@@ -44,11 +43,12 @@ class Mathematics(SingleTurnTasks):
     def __init__(self, source: TaskSource) -> None:
         """Raises ConfigError for an unknown tool, format or grammar, and for a tool that cannot run here."""
         super().__init__(source)
+        check_agent(source, "math")
+        self._agent = source.agent
         self._toolbox: Toolbox | None = None
-        if source.data.tools:
-            self._toolbox = Toolbox([self._tool(name) for name in source.data.tools], self._limits())
-            self._calls = make_format(source.data.format, [tool.spec for tool in self._toolbox.tools.values()])
-            self._grammar = named_grammar(source.data.grammar)
+        if source.agent.tools:
+            self._toolbox = Toolbox([self._tool(name) for name in source.agent.tools], self._limits())
+            self._calls = make_format(source.agent.format, [tool.spec for tool in self._toolbox.tools.values()])
 
     def _limits(self) -> ToolLimits:
         return ToolLimits(call_s=CALL_S, tries=2, concurrency=self.data.grading_workers)
@@ -58,14 +58,18 @@ class Mathematics(SingleTurnTasks):
             return Calculator()
         if name == "python":
             limits = PythonLimits(self.data.grading_timeout_s, self.data.program_memory_mib << 20)
-            return Python(limits, self.data.python_state, self.data.grading_workers)
-        raise ConfigError(f"task set {self.name!r}: data.tools has {name!r}; the tools are python and calculator")
+            return Python(limits, self._agent.python_state, self.data.grading_workers)
+        raise ConfigError(f"task set {self.name!r}: agent.tools has {name!r}; the tools are python and calculator")
 
     def environment(self, task: Task) -> Environment:
         if self._toolbox is None:
             return super().environment(task)
         statement, judge = self._asked(task)
-        return ToolEnvironment(statement, self._calls, self._toolbox, judge, MAX_TURNS, self._grammar)
+
+        async def score(answer: str) -> float:
+            return float((await judge(answer)).right)
+
+        return ToolEnvironment(statement, self._calls, self._toolbox, score, MAX_TURNS, self._agent)
 
     def load(self, split: Split) -> list[Task]:
         return read_tasks(self.name, split, self.data, _problem)

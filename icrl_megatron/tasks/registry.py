@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.settings.schema import RolloutSettings
-from icrl_megatron.settings.task_schema import TaskSource
+from icrl_megatron.settings.task_schema import AgentSettings, TaskSource
 from icrl_megatron.tasks.base import Cacheable, Environment, TaskSet, escaped, shown
 from icrl_megatron.tasks.household import Household
 from icrl_megatron.tasks.rulebook import Rulebook
@@ -20,11 +20,12 @@ _TASK_SETS: dict[str, Callable[[], TaskSet]] = {
     "rulebook_hard": lambda: Rulebook("rulebook_hard"),
     "rulebook_easy": lambda: Rulebook("rulebook_easy"),
     "household": Household,
-    "archive": lambda: _archive("archive"),
-    "archive_easy": lambda: _archive("archive_easy"),
-    "archive_answers": lambda: _archive("archive_answers"),
 }
 
+_ARCHIVE = ("archive", "archive_easy", "archive_answers")
+"""They need no data, but the toolbox's libraries, which a launcher's environment (NeMo-Run's) lacks."""
+_AGENTS = (*_ARCHIVE, "searchqa", "math")
+"""Task sets that take `agent` settings."""
 _AGENTGYM = ("webshop", "sciworld", "babyai", "textcraft")
 
 SERVED = (*_AGENTGYM, "alfworld", "searchqa")
@@ -35,22 +36,16 @@ _FROM_DATA: dict[str, str] = {
     "reasoning_gym": "icrl_megatron.tasks.reasoning_gym:ReasoningGym",
     "code": "icrl_megatron.tasks.programs:Programs",
     "searchqa": "icrl_megatron.tasks.searchqa:SearchQA",
+    **dict.fromkeys(_ARCHIVE, "icrl_megatron.tasks.archive:Archive"),
     "alfworld": "icrl_megatron.tasks.games:ALFWorld",
     **dict.fromkeys(_AGENTGYM, "icrl_megatron.tasks.agentgym:AgentGym"),
 }
-"""name -> "module:class", imported when first needed because their libraries are large."""
-
-
-def _archive(name: str) -> TaskSet:
-    """Imported here because a launcher's environment (NeMo-Run's) lacks the toolbox's libraries."""
-    from icrl_megatron.tasks.archive import Archive
-
-    return Archive(name)
+"""name -> "module:class", created with the `TaskSource`. Imported when first needed: their libraries are large."""
 
 
 def names() -> tuple[str, ...]:
     """Names of the task sets that need no data."""
-    return tuple(_TASK_SETS)
+    return (*_TASK_SETS, *_ARCHIVE)
 
 
 def get(name: str) -> TaskSet:
@@ -62,6 +57,11 @@ def of_source(source: TaskSource, answer_bytes: int = RolloutSettings.max_observ
     """The task set that one entry of `tasks.sources` describes. `answer_bytes` is `rollout.max_observation_bytes`, for
     task sets that use servers. Raises ConfigError on an unknown name, and what the task set raises about its data."""
     known = (*_TASK_SETS, *_FROM_DATA)
+    if source.name in known and source.name not in _AGENTS and source.agent != AgentSettings():
+        raise ConfigError(
+            f"task set {source.name!r} calls no tools, so its `agent` settings have no effect: remove them; "
+            f"{', '.join(_AGENTS)} take them"
+        )
     if source.name in _TASK_SETS:
         return _TASK_SETS[source.name]()
     if source.name in _FROM_DATA:

@@ -1,56 +1,39 @@
-"""SearchQA: questions answered with searches, scored by exact match.
+"""SearchQA: questions answered with searches, scored by exact match or another judge (`agent.judge`).
 
 problem  {"prompt": question, "label": answer, or a JSON list of answers}
-reply    a call of `search`, or the answer, in the form that `data.format` names
+reply    a call of `search`, or the answer, in the form that `agent.format` names
 """
 
 from __future__ import annotations
 
 import json
-import re
-import string
 from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 
 from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.agents.formats import make_format
-from icrl_megatron.agents.grammar import named_grammar
+from icrl_megatron.agents.judge import Judge, ModelJudge, by_rule, exact_match, f1, normalised
 from icrl_megatron.agents.search import Search
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
 from icrl_megatron.settings.schema import RolloutSettings
-from icrl_megatron.settings.task_schema import TaskSource
+from icrl_megatron.settings.task_schema import AgentSettings, TaskSource
 from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.base import TaskSet
 from icrl_megatron.tasks.datasets import DataRow, id_range, read_tasks
-from icrl_megatron.tasks.grader import check_limits
+from icrl_megatron.tasks.grader import Grader, check_limits
 from icrl_megatron.tasks.retrieval import LocalRetriever, RemoteRetriever
 from icrl_megatron.tasks.servers import TRIES
-from icrl_megatron.tasks.single_turn import Judge, Verdict, of_answer
-from icrl_megatron.tasks.tool_use import ToolEnvironment
+from icrl_megatron.tasks.tool_use import ToolEnvironment, check_agent
 from icrl_megatron.types import Split, Task
+from icrl_megatron.utils.connections import Connections
+from icrl_megatron.utils.endpoint import EndpointClient
 from icrl_megatron.utils.errors import ConfigError
 
 MAX_TURNS = 10
 PASSAGE_CHARS = 2000
+JUDGES = ("exact", "f1", "math", "model")
 INSTRUCTION = "Answer the question below. Think before each search and before the answer. Keep the answer short."
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-
-
-def normalised(answer: str) -> str:
-    """Normalizes as SQuAD's evaluation does: lower case, without punctuation and articles, single spaces."""
-    bare = "".join(c for c in answer.lower() if c not in string.punctuation)
-    return " ".join(_ARTICLES.sub(" ", bare).split())
-
-
-def exact_match(answer: str, golds: Sequence[str]) -> bool:
-    return bool(normalised(answer)) and normalised(answer) in {normalised(gold) for gold in golds}
-
-
-def matching(golds: Sequence[str]) -> Judge:
-    async def judge(answer: str) -> Verdict:
-        return of_answer(exact_match(answer, golds), answer, "answer")
-
-    return judge
 
 
 class RetrievalQA:
@@ -65,8 +48,8 @@ class RetrievalQA:
                 "serve.command of its entry in tasks.sources"
             )
         check_limits(source)
-        self._form = make_format(source.data.format, [Search.spec])
-        self._grammar = named_grammar(source.data.grammar)
+        check_agent(source, *JUDGES)
+        self._agent, self._form = source.agent, make_format(source.agent.format, [Search.spec])
         self._serve_command = source.serve.command
         self.tool_cache: ToolCache | None = None
         self._toolbox: Toolbox | None = None
@@ -80,12 +63,37 @@ class RetrievalQA:
     def environment(self, task: Task) -> ToolEnvironment:
         try:
             fields = json.loads(task.problem)
-            judge, statement = matching(tuple(fields["golds"])), self._statement(fields["prompt"])
-            return ToolEnvironment(statement, self._form, self.toolbox(), judge, MAX_TURNS, self._grammar)
+            judge, statement = self._judge(fields["prompt"], tuple(fields["golds"])), self._statement(fields["prompt"])
+            return ToolEnvironment(statement, self._form, self.toolbox(), judge, MAX_TURNS, self._agent)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
             ) from error
+
+    def _judge(self, question: str, golds: tuple[str, ...]) -> Judge:
+        match self._agent.judge:
+            case "f1":
+                return by_rule(partial(f1, golds=golds))
+            case "math":
+                return partial(self._equal, golds=golds)
+            case "model":
+                return ModelJudge(self._client, question, golds)
+        return by_rule(partial(exact_match, golds=golds))
+
+    async def _equal(self, answer: str, golds: tuple[str, ...]) -> float:
+        for gold in golds:
+            if await self._grader.correct(answer, gold):
+                return 1.0
+        return 0.0
+
+    @cached_property
+    def _grader(self) -> Grader:
+        return Grader(self._data.grading_workers, self._data.grading_timeout_s, self._data.numeric_tolerance)
+
+    @cached_property
+    def _client(self) -> EndpointClient:
+        at = self._agent.endpoint
+        return EndpointClient(at.url, at.model, at.api_key_env, at.timeout_s, Connections(at.concurrency))
 
     def statement(self, task: Task) -> str:
         return self._statement(str(json.loads(task.problem)["prompt"]))
@@ -120,6 +128,11 @@ def SearchQA(source: TaskSource, answer_bytes: int = RolloutSettings.max_observa
     """The task set of a source: task id ranges are questions of AgentGym's SearchQA server, file rows are asked
     locally."""
     if any(id_range(given) is not None for given in (*source.data.train, *source.data.heldout)):
+        if source.agent != AgentSettings():
+            raise ConfigError(
+                f"task set {source.name!r}: AgentGym's server judges the answers to its own questions, so `agent` has "
+                "no effect: remove it, or give files of questions in data.train and data.heldout"
+            )
         return AgentGym(source, answer_bytes)
     return RetrievalQA(source, answer_bytes)
 

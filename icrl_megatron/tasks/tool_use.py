@@ -6,17 +6,19 @@ import asyncio
 import re
 
 from icrl_megatron.agents.formats import FinalAnswer, Malformed, ToolCalls, ToolFormat, harmless
-from icrl_megatron.agents.grammar import Grammar
+from icrl_megatron.agents.grammar import GRAMMARS, format_score, without_tags
+from icrl_megatron.agents.judge import Judge
 from icrl_megatron.agents.toolbox import Toolbox
 from icrl_megatron.agents.tools import ToolFailure
+from icrl_megatron.settings.task_schema import AgentSettings, TaskSource
 from icrl_megatron.tasks.base import EnvironmentFailure, StepResult
-from icrl_megatron.tasks.single_turn import Judge, Verdict
+from icrl_megatron.utils.errors import ConfigError
 
-ANSWER_CHARS = 4000
+SHOWN_CHARS = 200
 
 
 class ToolEnvironment:
-    """One problem: reward 1 for a right answer."""
+    """One problem. The judge of its answer may wait, so it is asked in the step that ends the attempt."""
 
     def __init__(
         self,
@@ -25,24 +27,23 @@ class ToolEnvironment:
         toolbox: Toolbox,
         judge: Judge,
         max_turns: int,
-        grammar: Grammar | None = None,
+        agent: AgentSettings,
     ) -> None:
-        """`judge` reads the final answer alone, at most ANSWER_CHARS of it, without the format's tags. `grammar`:
-        measured as `format`."""
+        """`judge` reads the final answer alone, at most `agent.answer_chars` of it, without tags."""
         self.max_turns, self.dialogue = max_turns, form.dialogue
         self._statement, self._form, self._toolbox, self._judge = statement, form, toolbox, judge
-        self._grammar, self._replies = grammar, list[str]()
+        self._agent, self._replies = agent, list[str]()
         self._malformed, self._changed_tags = "", 0
         self._most_calls: int | None = None
         self.answer: str | None = None
-        self._verdict: Verdict | None = None
+        self._score = 0.0
         self.session = toolbox.session()
 
     def limit_calls(self, most: int) -> None:
         self._most_calls = most
 
     async def reset(self) -> str:
-        self.answer, self._verdict, self.session = None, None, self._toolbox.session(self._most_calls)
+        self.answer, self._score, self.session = None, 0.0, self._toolbox.session(self._most_calls)
         self._malformed, self._changed_tags, self._replies = "", 0, []
         return self._statement
 
@@ -60,13 +61,14 @@ class ToolEnvironment:
         """Runs the calls at the same time, or judges the answer. Raises EnvironmentFailure if the infrastructure of a
         tool or the judge failed."""
         asked = self._form.parse(action)
-        if isinstance(asked, FinalAnswer):
-            self.answer, _ = harmless(asked.text[:ANSWER_CHARS], self._form.tags)
-            self._verdict = await self._judge(self.answer)
-            return StepResult("", done=True)
-        if not isinstance(asked, ToolCalls):
-            return StepResult(self.hint(), done=False)
         try:
+            if isinstance(asked, FinalAnswer):
+                self.answer = asked.text
+                read = without_tags(asked.text, self._toolbox.tools)[: self._agent.answer_chars]
+                self._score = await self._judge(read)
+                return StepResult("", done=True)
+            if not isinstance(asked, ToolCalls):
+                return StepResult(self.hint(), done=False)
             results = await asyncio.gather(*map(self.session.call, asked.calls))
         except ToolFailure as error:
             raise EnvironmentFailure(str(error)) from error
@@ -78,16 +80,22 @@ class ToolEnvironment:
         self._changed_tags += changed
         return text
 
+    def format_score(self) -> float:
+        return format_score(self._replies, GRAMMARS[self._agent.grammar], self._toolbox.tools)
+
     def outcome(self) -> float:
-        return 1.0 if self.success() else 0.0
+        return self._score * (self.format_score() if self._agent.reward == "answer_times_format" else 1.0)
 
     def success(self) -> bool:
-        return self._verdict is not None and self._verdict.right
+        """Whether the judge gave the full score; the format does not count here."""
+        return self._score == 1.0
 
     def summary(self) -> str:
-        if self._verdict is None:
+        if self.success():
+            return "The answer is right."
+        if self.answer is None:
             return f"No answer was given in {self.session.counts.total()} calls."
-        return self._verdict.remark
+        return f"The answer {self.answer[:SHOWN_CHARS]!r} is wrong."
 
     def measures(self) -> dict[str, float]:
         """Whether there was an answer; calls by tool and by how they ended; tags of the format in tools' answers;
@@ -100,13 +108,24 @@ class ToolEnvironment:
             "calls_invalid": session.made("invalid"),
             "calls_refused": session.made("refused"),
             "changed_tags": self._changed_tags,
+            "format": self.format_score(),
         }
         if self._toolbox.cache is not None:
             ended["calls_cached"] = session.cached
-        found: dict[str, float] = {"answered": self.answer is not None, **calls, **ended}
-        if self._grammar is not None:
-            found["format"] = self._grammar.score(self._replies)
-        return {name: float(number) for name, number in found.items()}
+        return {name: float(number) for name, number in {"answered": self.answer is not None, **calls, **ended}.items()}
+
+
+def check_agent(source: TaskSource, *judges: str) -> None:
+    """Raises ConfigError naming a setting of `source.agent` that cannot work. `judges`: those of the task set."""
+    agent, where = source.agent, f"task set {source.name!r}: agent"
+    if agent.judge not in ("", *judges):
+        raise ConfigError(f"{where}.judge={agent.judge}: must be one of {', '.join(judges)}")
+    at = agent.endpoint
+    if agent.judge == "model" and not (at.url.startswith(("http://", "https://")) and at.model):
+        raise ConfigError(
+            f"{where}.judge=model needs agent.endpoint.url and .model (url={at.url!r}, model={at.model!r}), e.g. "
+            "{url: 'http://host:8000/v1', model: NAME}"
+        )
 
 
 def _plain(name: str) -> str:

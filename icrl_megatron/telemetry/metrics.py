@@ -42,7 +42,9 @@ def rollout_metrics(
     success/with_critique, success/round_<k> (of the attempts of that round), success/source/<name> (critique-free),
     revision/gain (mean r(next) - r(this)), critique/tokens,
     task/<what the environment counted>,
-    attempt/tokens, attempt/turns, attempt/lost_turns, attempt/stop_<reason>, tokens/used, episodes/*, groups/*,
+    attempt/tokens, attempt/observation_tokens (that the model read), attempt/tokens_to_answer (generated, of attempts
+    whose environment counts an answer), attempt/turns, attempt/lost_turns, attempt/stop_<reason>, tokens/used,
+    episodes/*, groups/*,
     infrastructure/bad_answers and episodes/late (both among the episodes dropped), episodes/texts_cut (observations and
     summaries that were longer than allowed).
     """
@@ -124,6 +126,9 @@ def _attempt(attempt: Attempt, values: Values) -> None:
     values[f"reward/round_{attempt.round}"].append(attempt.outcome)
     values[f"success/round_{attempt.round}"].append(attempt.success)
     values["attempt/tokens"].append(sum(len(t.completion.ids) for t in attempt.turns))
+    values["attempt/observation_tokens"].append(sum(len(t.observation_ids) for t in attempt.turns))
+    if dict(attempt.measures).get("answered"):
+        values["attempt/tokens_to_answer"].append(sum(len(t.completion.ids) for t in attempt.turns))
     values["attempt/turns"].append(len(attempt.turns))
     values["attempt/lost_turns"].append(sum(t.action is None for t in attempt.turns))
     for reason in ("done", "max_turns", "repeated", "context", "length", "deadline"):

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from icrl_megatron.agents.calculator import Calculator
 from icrl_megatron.agents.formats import FinalAnswer, Malformed, Tags, ToolCalls
-from icrl_megatron.agents.grammar import GRAMMARS, named_grammar
 from icrl_megatron.agents.search import NOTHING, Search
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits, ToolSession
 from icrl_megatron.agents.tools import ToolCall, ToolFailure, ToolSpec, ToolUseError
@@ -238,55 +237,11 @@ def test_the_last_tag_counts(reply: str, parsed: object) -> None:
         assert form.parse(form.render(parsed)) == parsed
 
 
-SUGGESTED = "<think>a</think><suggested_answer>b</suggested_answer>"
-
-
-@pytest.mark.parametrize(
-    ("name", "replies", "score"),
-    [
-        ("multi_hop", ["<think>a</think> <search>b</search>", "<answer>c</answer>"], 1),
-        ("multi_hop", ["<search>b</search>", "<answer>c</answer>"], 0),
-        ("multi_hop", ["<think>a</think>"], 0),
-        ("multi_hop", ["<think>a", "</think><answer>c</answer>"], 0),
-        ("multi_hop", ["<think>a<plan>b</plan></think>", "<answer>c</answer>"], 0),
-        ("multi_hop", ["<think>a</think><answer>b</answer><answer>c</answer>"], 0),
-        ("multi_hop", ["<think>a</think><double_check>b</double_check><answer>c</answer>"], 1),  # no agent there: text
-        ("multi_hop", [], 0),
-        ("web", [SUGGESTED + "<answer>b</answer>"], 0),
-        (
-            "web",
-            [SUGGESTED + "<double_check>3</double_check><answer>b</answer>"],
-            1,
-        ),
-        (
-            "web",
-            [SUGGESTED + "<double_check>1</double_check><plan>b</plan>"],
-            0,
-        ),
-        ("code", ["<think>a</think><python>b</python>", "<reflection>c</reflection><answer>d</answer>"], 1),
-        ("code", ["<think>a</think><python>b</python>", "<answer>d</answer>"], 0),
-    ],
-)
-def test_a_grammar_tells_which_agent_may_follow(name: str, replies: list[str], score: float) -> None:
-    assert GRAMMARS[name].score(replies) == score
-
-
-@given(st.lists(st.sampled_from(["think", "plan", "reflection", "search", "answer"]), max_size=6), st.data())
-def test_a_grammar_reads_replies_however_they_are_split(agents: list[str], data: st.DataObject) -> None:
-    grammar, parts = GRAMMARS["multi_hop"], [f"<{agent}>x</{agent}>" for agent in agents]
-    cut = data.draw(st.integers(0, len(parts)))
-    good = bool(agents) and agents[0] in ("think", "plan") and agents[-1] == "answer" and agents.count("answer") == 1
-    assert grammar.score(["".join(parts)]) == grammar.score(["".join(parts[:cut]), "".join(parts[cut:])]) == good
-
-
 def test_reading_a_reply_takes_linear_time() -> None:
     reader = Tags([Search.spec])
     for text in ("<search>" * 300_000, "</search>" * 300_000, "<answer><search>" * 200_000):
         began = time.process_time()
         reader.parse(text)
-        assert time.process_time() - began < 1
-        began = time.process_time()
-        GRAMMARS["web"].score([text])
         assert time.process_time() - began < 1
 
 
@@ -316,7 +271,5 @@ def test_the_documented_format_works() -> None:
 
 
 def test_a_tag_holds_one_text() -> None:
-    with pytest.raises(ConfigError, match=r"data\.grammar=maths: must be one of multi_hop, web, code, or empty"):
-        named_grammar("maths")
-    with pytest.raises(ConfigError, match=r"'double' takes \['n'\], but a tag holds one text; set data.format=qwen3"):
+    with pytest.raises(ConfigError, match=r"'double' takes \['n'\], but a tag holds one text; set agent.format=qwen3"):
         Tags([Doubler.spec])

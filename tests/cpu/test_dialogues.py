@@ -222,7 +222,7 @@ def test_templates_that_cannot_show_tools_are_refused() -> None:
     )
     with pytest.raises(ConfigError, match="has no tool messages: use a model whose template has, or a format that"):
         Prompter(plain, RolloutSettings()).extra_tokens(dialogue)
-    with pytest.raises(ConfigError, match=r"data\.format=xml: must be one of qwen3, tags, search_r1"):
+    with pytest.raises(ConfigError, match=r"agent\.format=xml: must be one of qwen3, tags, search_r1"):
         make_format("xml", SPECS)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from icrl_megatron.algo.credit import CreditReport
 from icrl_megatron.engines.local import LocalEngine
 from icrl_megatron.engines.protocol import EngineError
 from icrl_megatron.model.tiny import build_tiny, build_tokenizer
@@ -19,6 +20,7 @@ from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Ask, EmptyCritic, EngineSpeaker, Seeds, Speaker, Speakers, same_speakers
 from icrl_megatron.settings.schema import EngineSettings, RolloutSettings, TinyModel
 from icrl_megatron.tasks.base import EnvironmentFailure, StepResult
+from icrl_megatron.telemetry.metrics import rollout_metrics
 from icrl_megatron.types import Attempt, Completion, DroppedEpisode, Episode, Task
 from icrl_megatron.utils.errors import ConfigError
 
@@ -200,6 +202,41 @@ def test_an_episode_stops_at_success_or_after_its_last_round(prompter: Prompter,
     episode, *_ = scripted(prompter, replies, ["advice1"], rounds=rounds)
     assert len(episode.attempts) == attempts and len(episode.critiques) == attempts - 1
     assert episode.attempts[-1].success == (rounds > 1)
+
+
+def priced_ladder(task: Task) -> Ladder:
+    made = Ladder(task)
+    made.measures = lambda: {"calls": 3.0}  # type: ignore[attr-defined]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("costs", "outcomes"),
+    [
+        ({}, [0.1, 1.0]),
+        ({"call_cost": 0.1}, [0.0, 0.7]),
+        ({"token_cost": 0.01}, [0.1 - 0.04, 1.0 - 0.04]),
+        ({"call_cost": 0.02, "token_cost": 0.001}, [0.1 - 0.064, 1.0 - 0.064]),
+    ],
+)
+def test_calls_and_tokens_cost_reward_but_no_success(
+    prompter: Prompter, costs: dict[str, float], outcomes: list[float]
+) -> None:
+    task, settings = Task("ladder/0", "ladder", "train", "2"), replace(SETTINGS, rounds=2, max_turns=2, **costs)  # type: ignore[arg-type]
+    solver, critic = Script(prompter, ["up", "wait", "up", "up"]), Script(prompter, ["advice1"])
+    setup = EpisodeSetup(priced_ladder, prompter, settings)
+    episode = asyncio.run(play_episode(task, 0, setup, lambda *_: Speakers(solver, critic), SEEDS))
+    assert isinstance(episode, Episode)
+    tokens = [sum(len(turn.completion.ids) for turn in attempt.turns) for attempt in episode.attempts]
+    assert tokens == [4, 4]
+    assert [attempt.outcome for attempt in episode.attempts] == pytest.approx(outcomes)
+    assert [attempt.success for attempt in episode.attempts] == [False, True]
+    if not costs:
+        answered = replace(episode.attempts[1], measures=(("answered", 1.0),))
+        found = rollout_metrics(
+            [replace(episode, attempts=(episode.attempts[0], answered))], [], CreditReport((), 0, 0, 0, 0)
+        )
+        assert found["attempt/tokens_to_answer"] == 4.0 and found["attempt/observation_tokens"] > 0
 
 
 def test_the_critic_reads_the_trajectory_and_its_outcome(prompter: Prompter) -> None:

@@ -14,17 +14,17 @@ from sandboxes import sandboxed
 
 from icrl_megatron.agents.formats import Qwen3, ToolCalls
 from icrl_megatron.agents.tools import ToolCall
-from icrl_megatron.settings.task_schema import TaskData, TaskSource
+from icrl_megatron.settings.task_schema import AgentSettings, TaskData, TaskSource
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked, Environment
 from icrl_megatron.utils.errors import ConfigError
 
 
-def source(folder: Path, **data: object) -> TaskSource:
+def source(folder: Path, **agent: object) -> TaskSource:
     for split, label in (("train", "60"), ("heldout", "1/3")):
         (folder / f"{split}.jsonl").write_text(json.dumps({"prompt": f"A {split} problem.", "label": label}) + "\n")
     files = {split: [str(folder / f"{split}.jsonl")] for split in ("train", "heldout")}
-    return TaskSource("math", data=TaskData(**files, **data))  # type: ignore[arg-type]
+    return TaskSource("math", data=TaskData(**files), agent=AgentSettings(**agent))  # type: ignore[arg-type]
 
 
 def play(environment: Environment, replies: list[str]) -> list[str]:
@@ -54,14 +54,14 @@ def test_a_problem_is_solved_with_programs(tmp_path: Path, answer: str, success:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("agent", "said"),
     [
-        ({"tools": ["shell"]}, "task set 'math': data.tools has 'shell'; the tools are python and calculator"),
-        ({"tools": ["calculator"], "format": "xml"}, "data.format=xml: must be one of qwen3, tags, search_r1"),
-        ({"tools": ["calculator"], "grammar": "x"}, "data.grammar=x: must be one of"),
+        ({"tools": ["shell"]}, "task set 'math': agent.tools has 'shell'; the tools are python and calculator"),
+        ({"tools": ["calculator"], "format": "xml"}, "agent.format=xml: must be one of qwen3, tags, search_r1"),
+        ({"tools": ["calculator"], "judge": "f1"}, "agent.judge=f1: must be one of math"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(tmp_path: Path, data: dict[str, object], said: str) -> None:
+def test_settings_that_cannot_work_are_refused(tmp_path: Path, agent: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        registry.of_source(source(tmp_path, **data))
+        registry.of_source(source(tmp_path, **agent))
     assert said in str(refused.value)

@@ -14,15 +14,16 @@ import pytest
 
 pytest.importorskip("bm25s")
 
+from icrl_megatron.agents.judge import exact_match
 from icrl_megatron.agents.search import NOTHING, Search
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
 from icrl_megatron.agents.tools import ToolCall, ToolFailure
-from icrl_megatron.settings.task_schema import TaskData, TaskSource
+from icrl_megatron.settings.task_schema import AgentSettings, TaskData, TaskSource
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.base import EnvironmentFailure
 from icrl_megatron.tasks.retrieval import LocalRetriever, RemoteRetriever
-from icrl_megatron.tasks.searchqa import RetrievalQA, exact_match
+from icrl_megatron.tasks.searchqa import RetrievalQA
 from icrl_megatron.utils.errors import ConfigError
 
 DOCUMENTS = [
@@ -66,8 +67,9 @@ def source(folder: Path, **data: object) -> TaskSource:
     ):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = {split: [str(folder / f"{split}.jsonl")] for split in ("train", "heldout")}
-    columns = {"prompt_column": "q", "label_column": "a", "format": "tags"}
-    return TaskSource("searchqa", data=TaskData(**{**columns, **files, **data}))  # type: ignore[arg-type]
+    columns = {"prompt_column": "q", "label_column": "a"}
+    given = TaskData(**{**columns, **files, **data})  # type: ignore[arg-type]
+    return TaskSource("searchqa", data=given, agent=AgentSettings(format="tags"))
 
 
 def play(task_set: RetrievalQA, replies: list[str]) -> tuple[list[str], float, str]:

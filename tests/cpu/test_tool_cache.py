@@ -21,7 +21,7 @@ import pytest
 from icrl_megatron.agents.cache import MOST_ENTRY_BYTES, ToolCache, check
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits, ToolSession
 from icrl_megatron.agents.tools import ToolCall, ToolFailure, ToolSpec, ToolUseError
-from icrl_megatron.settings.task_schema import TaskData, TaskSource, ToolCacheSettings
+from icrl_megatron.settings.task_schema import AgentSettings, TaskData, TaskSource, ToolCacheSettings
 from icrl_megatron.tasks.base import EnvironmentFailure
 from icrl_megatron.tasks.registry import Catalogue
 from icrl_megatron.types import Task
@@ -295,10 +295,10 @@ def test_a_run_is_repeated_without_its_server(tmp_path: Path, path: Path, opened
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     files = {split: [str(tmp_path / f"{split}.jsonl")] for split in ("train", "heldout")}
-    data = TaskData(**files, format="tags", servers=[f"http://127.0.0.1:{server.server_port}"])
+    data = TaskData(**files, servers=[f"http://127.0.0.1:{server.server_port}"])
 
     def play(cache: ToolCache, queries: tuple[str, ...]) -> tuple[list[str], dict[str, float]]:
-        catalogue = Catalogue([TaskSource("searchqa", data=data)], tool_cache=cache)
+        catalogue = Catalogue([TaskSource("searchqa", data=data, agent=AgentSettings(format="tags"))], tool_cache=cache)
         task: Task = catalogue.get("searchqa").problems("train")[0]
         environment = catalogue.environment(task)
 
