@@ -41,6 +41,7 @@ class RetrievalQA:
 
     def __init__(self, source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> None:
         """`answer_bytes`: `rollout.max_observation_bytes`."""
+        check_agent(source, *JUDGES)
         self.name, self._data, self._answer_bytes = source.name, source.data, answer_bytes
         if bool(source.data.corpus) == (bool(source.data.servers) or source.served):
             raise ConfigError(
@@ -48,7 +49,6 @@ class RetrievalQA:
                 "serve.command of its entry in tasks.sources"
             )
         check_limits(source)
-        check_agent(source, *JUDGES)
         self._agent, self._form = source.agent, make_format(source.agent.format, [Search.spec])
         self._serve_command = source.serve.command
         self.tool_cache: ToolCache | None = None
