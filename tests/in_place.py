@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import sys
@@ -33,7 +34,7 @@ class Faulty:
     """A task set whose name selects its fault."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.inner = name, Rulebook(INNER)
+        self.name, self.inner, self.turns = name, Rulebook(INNER), itertools.count()
 
     def problems(self, split: Split) -> Sequence[Task]:
         if self.name == "empty":
@@ -62,6 +63,8 @@ class Faulty:
             return math.nan
         if self.name == "blocks_often" and number % 3 == 0:
             time.sleep(3600)
+        if self.name == "half_flat":
+            return float(next(self.turns) % 2) if number % 2 else 0.0
         return {"nan": math.nan, "above_one": 1.5, "flat": 0.0}.get(self.name, float(success))
 
 
@@ -145,7 +148,18 @@ def run(command: list[str]) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
-    faults = ("empty", "raises", "raises_often", "nan", "nan_often", "blocks_often", "above_one", "flat", "long_row")
+    faults = (
+        "empty",
+        "raises",
+        "raises_often",
+        "nan",
+        "nan_often",
+        "blocks_often",
+        "above_one",
+        "flat",
+        "half_flat",
+        "long_row",
+    )
     for fault in faults:
         registry._TASK_SETS[fault] = lambda name=fault: Faulty(name)  # type: ignore[misc]
     commands = json.loads(Path(sys.argv[1]).read_text())

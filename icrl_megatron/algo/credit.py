@@ -39,10 +39,11 @@ class CreditReport:
     """Mean penalty of `algo.overlong` per sample; None if it is off or there is no sample."""
 
     def filled(self, count: int, order: Iterable[Task]) -> tuple[CreditReport, bool]:
-        """(only the samples of the first `count` tasks with a signal, in this order; whether there are so many)."""
+        """(only the samples of the first `count` tasks with a signal, in this order; whether there are so many). If no
+        task has one, all samples stay."""
         signal = {s.task_id() for s in self.samples if s.advantage != 0.0 and any(s.loss_mask)}
         chosen = set([task for task in dict.fromkeys(task.task_id for task in order) if task in signal][:count])
-        samples = tuple(s for s in self.samples if s.task_id() in chosen)
+        samples = tuple(s for s in self.samples if s.task_id() in chosen) or self.samples
         return replace(self, samples=samples), len(chosen) == count
 
     @property

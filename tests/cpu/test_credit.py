@@ -162,6 +162,8 @@ def test_a_filled_batch_holds_the_first_tasks_with_a_signal() -> None:
         filled, enough = report.filled(count, order)
         assert ({s.task_id() for s in filled.samples}, enough) == (tasks, full)
         assert all(s in report.samples for s in filled.samples) and filled.groups == report.groups
+    flat = credit(episodes[4:6], AlgoSettings(), train_critic=True)
+    assert flat.filled(1, order) == (flat, False) and flat.samples  # algo.on_no_signal then decides
 
 
 def test_a_sample_without_loss_tokens_counts_in_its_group_but_is_no_signal() -> None:

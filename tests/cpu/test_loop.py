@@ -45,10 +45,7 @@ VARIANTS: dict[str, list[str]] = {
     "critique_grpo": list(ARMS["critique_grpo"].changes),
     "token_mean": ["algo.loss_normalisation=token_mean"],
     "all_resampled": ["algo.max_resamples=2", "tasks.sources=[{name: flat}]"],
-    "dynamic": [
-        *("algo.dynamic_sampling=true", "algo.max_resamples=4"),
-        "tasks.sources=[{name: flat}, {name: rulebook_hard}]",
-    ],
+    "dynamic": ["algo.dynamic_sampling=true", "algo.max_resamples=4", "tasks.sources=[{name: half_flat}]"],
     "no_signal": ["algo.on_no_signal=error", "algo.max_resamples=1", "tasks.sources=[{name: flat}]"],
     "some_gradings_raise": ["tasks.sources=[{name: raises_often}]"],
     "some_rewards_are_nan": ["tasks.sources=[{name: nan_often}]"],
@@ -125,8 +122,8 @@ def test_dynamic_sampling_draws_until_enough_tasks_have_a_signal(ran: Ran) -> No
     """Half of the tasks never have one. Every batch counts as cost, and none of those tasks is trained on."""
     for row in ran.steps("dynamic"):
         assert 1 <= row["steps/resampled"] <= 4
-        assert row["episodes/played"] == 8 * (row["steps/resampled"] + 1)
-        assert 0 < row["samples/count"] < 3 * row["episodes/played"] / 2 and row["steps/without_signal"] == 0
+        assert 16 < row["episodes/played"] <= 16 * (row["steps/resampled"] + 1)  # a task played twice counts once
+        assert row["samples/count"] == 4 * 4 * 3 and row["steps/without_signal"] == 0
     total = ran.steps("dynamic")[-1]["tokens/generated_total"]
     assert total == sum(row["tokens/generated"] for row in ran.steps("dynamic"))
 
