@@ -73,7 +73,9 @@ class ServerSpec:
         settings = self.settings
         start = str(Path(__file__).with_name("sglang_start.py"))
         command = [self.python, start, "--model-path", str(self.model.resolve())]
-        command += ["--host", "127.0.0.1", "--port", str(port)]  # with a tokenizer, for stop strings
+        # SGLang needs the tokenizer for stop strings. Its warm-up sends English text, of which a small vocabulary may
+        # leave no token, and SGLang then crashes.
+        command += ["--host", "127.0.0.1", "--port", str(port), "--skip-server-warmup"]
         command += ["--dtype", {"bf16": "bfloat16", "fp32": "float32"}[self.precision]]
         command += ["--context-length", str(self.context_tokens + CONTEXT_SPARE)]
         command += ["--max-running-requests", str(settings.max_batch), "--tp-size", str(settings.tensor_parallel)]
