@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tenacity import AsyncRetrying
 
 
 class PassingError(Exception):
@@ -17,6 +20,9 @@ def tries(count: int, pause_s: float) -> AsyncRetrying:
             with attempt:
                 return await ask()
     """
+    # Imported here, because a launcher's environment (NeMo-Run's) imports task sets and lacks tenacity.
+    from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
     return AsyncRetrying(
         stop=stop_after_attempt(count),
         wait=wait_exponential(multiplier=pause_s),
