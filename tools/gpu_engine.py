@@ -112,7 +112,8 @@ def settings_of(name: str, device: str, python: str, fraction: float, start_limi
         kind="sglang",
         python=python,
         # Weights are sent before anything is asked. Only a server that quantizes has to read the model's files first.
-        server_args=[*extra, *([] if name == "fp8" else ["--load-format=dummy"])],
+        # The model's folder has no tokenizer.
+        server_args=[*extra, "--skip-tokenizer-init", *([] if name == "fp8" else ["--load-format=dummy"])],
         quantization="fp8" if name == "fp8" else "",
         memory_fraction=fraction,
         max_batch=parts.CONCURRENT,
