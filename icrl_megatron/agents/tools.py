@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 Arguments = Mapping[str, Any]
 Outcome = Literal["answer", "repeat", "stopped", "invalid", "refused"]
+_SORTED = json.JSONEncoder(sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class ToolCall:
 
     def written_arguments(self) -> str:
         """JSON of the arguments in ASCII, the same for equal arguments in any order."""
-        return json.dumps(self.arguments, sort_keys=True)
+        return _SORTED.encode(self.arguments)
 
 
 @dataclass(frozen=True)

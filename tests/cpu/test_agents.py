@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
 from icrl_megatron.agents.calculator import Calculator
 from icrl_megatron.agents.formats import FinalAnswer, Malformed, Tags, ToolCalls
@@ -132,6 +133,49 @@ def test_calls_of_a_tool_are_bounded_over_all_episodes() -> None:
     asyncio.run(run())
     asyncio.run(run())  # another event loop
     assert tool.most == 3 and tool.calls == 24
+
+
+def test_each_call_has_its_own_deadline() -> None:
+    """One timer serves all calls of an event loop. Calls that begin later end later, also after a pause."""
+    tool = Doubler(seconds=0.3)
+    box = Toolbox([tool], limits(call_s=0.6, tries=1))
+
+    async def late(after: float, seconds: float) -> tuple[float, str]:
+        await asyncio.sleep(after)
+        tool.seconds, began = seconds, time.monotonic()
+        try:
+            answer = (await box.session().call(double(1))).text
+        except ToolFailure:
+            answer = "late"
+        return time.monotonic() - began, answer
+
+    async def run() -> list[tuple[float, str]]:
+        first = await asyncio.gather(late(0.0, 30), late(0.2, 0.3), late(0.4, 30))
+        return [*first, await late(0.7, 30), await late(0.0, 0.3)]
+
+    for _ in range(2):  # the second time on another event loop
+        found = asyncio.run(run())
+        assert [text for _, text in found] == ["late", "2", "late", "late", "2"]
+        assert all(took < 5 and (text == "2" or took >= 0.59) for took, text in found)
+
+
+TEXT_SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "string", "minLength": 2, "maxLength": 3}, "b": {"type": "string"}},
+    "required": ["a"],
+}
+VALUES = st.text(max_size=5) | st.integers() | st.none() | st.lists(st.text(max_size=1), max_size=3)
+
+
+@given(
+    st.sampled_from([TEXT_SCHEMA, {**TEXT_SCHEMA, "additionalProperties": False}, NUMBER, {"type": "object"}]),
+    st.dictionaries(st.sampled_from("abcn"), VALUES, max_size=3),
+)
+def test_arguments_are_accepted_exactly_if_they_satisfy_the_schema(schema: Any, arguments: dict[str, Any]) -> None:
+    tool = Doubler()
+    tool.spec = ToolSpec("double", "", schema)
+    accepted = not Toolbox([tool], limits()).mistake(ToolCall("double", arguments))
+    assert accepted is Draft202012Validator(schema).is_valid(arguments)
 
 
 def test_a_toolbox_that_cannot_work_is_refused() -> None:

