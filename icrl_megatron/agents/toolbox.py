@@ -202,6 +202,17 @@ class ToolSession:
         self.counts[call.name if call.name in self.box.tools else "", result.outcome] += 1
         return result
 
+    async def call_all(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
+        """Runs calls at the same time. After a ToolFailure, no other one is left running."""
+        running = [asyncio.ensure_future(self.call(call)) for call in calls]
+        try:
+            return await asyncio.gather(*running)
+        except BaseException:
+            for call in running:
+                call.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            raise
+
     async def _result(self, call: ToolCall) -> ToolResult:
         self._begun += 1
         if self.most_calls is not None and self._begun > self.most_calls:

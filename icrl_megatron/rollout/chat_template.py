@@ -45,7 +45,7 @@ def message_parts(tokenizer: PreTrainedTokenizerBase, arguments: Arguments, tool
         if tool["function"]["name"] not in head:
             raise ConfigError(
                 f"{where} does not show the tool {tool['function']['name']!r} to the model: use a model whose template "
-                "takes tools, or a format that describes them in the prompt (format=tags)."
+                "takes tools, or a format that describes them in the prompt (agent.format=tags)."
             )
     return MessageParts(head, text[text.index(REPLY) + len(REPLY) : text.index(SECOND)], tail)
 
@@ -59,7 +59,7 @@ def tool_parts(tokenizer: PreTrainedTokenizerBase, arguments: Arguments, tools: 
     if any(text.count(part) != 1 for part in (REPLY, SECOND, THIRD)):
         raise ConfigError(
             f"The chat template of {tokenizer.name_or_path!r} has no tool messages: use a model whose template has, or "
-            "a format that does without (format=tags)."
+            "a format that does without (agent.format=tags)."
         )
     _, after = text.split(REPLY)
     head, rest = after.split(SECOND)

@@ -20,7 +20,7 @@ from icrl_megatron.tasks.base import Environment
 from icrl_megatron.tasks.datasets import DataRow, read_tasks
 from icrl_megatron.tasks.grade_worker import last_box, normalised, plain_number
 from icrl_megatron.tasks.grader import Grader
-from icrl_megatron.tasks.single_turn import Form, Judge, SingleTurnTasks, Verdict, of_answer
+from icrl_megatron.tasks.single_turn import AnswerCheck, Form, SingleTurnTasks, Verdict, of_answer
 from icrl_megatron.tasks.tool_use import ToolEnvironment, check_agent
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
@@ -74,15 +74,15 @@ class Mathematics(SingleTurnTasks):
     def load(self, split: Split) -> list[Task]:
         return read_tasks(self.name, split, self.data, _problem)
 
-    def question(self, problem: dict[str, Any]) -> tuple[str, Judge]:
+    def question(self, problem: dict[str, Any]) -> tuple[str, AnswerCheck]:
         prompt, label = problem["prompt"], problem["label"]
 
-        async def judge(answer: str) -> Verdict:
+        async def check(answer: str) -> Verdict:
             return of_answer(await self.grader.correct(last_box(answer) or answer, label), answer, "final answer")
 
         if self._toolbox is not None:
-            return f"{prompt}\n\n{self._calls.instructions()}", judge
-        return prompt if "\\boxed" in prompt else f"{prompt}\n\n{INSTRUCTION}", judge
+            return f"{prompt}\n\n{self._calls.instructions()}", check
+        return prompt if "\\boxed" in prompt else f"{prompt}\n\n{INSTRUCTION}", check
 
     def check(self) -> None:
         """Raises ConfigError on a label that the grader cannot parse, because no answer could be right."""

@@ -24,7 +24,7 @@ from itertools import repeat
 from typing import Any
 
 from icrl_megatron.tasks.datasets import DataRow, read_tasks
-from icrl_megatron.tasks.single_turn import Form, Judge, SingleTurnTasks, Verdict
+from icrl_megatron.tasks.single_turn import AnswerCheck, Form, SingleTurnTasks, Verdict
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.sandbox import OUTPUT_BYTES, Ran, Sandbox, SandboxLimits
@@ -82,14 +82,14 @@ class Programs(SingleTurnTasks):
     def load(self, split: Split) -> list[Task]:
         return read_tasks(self.name, split, self.data, _problem)
 
-    def question(self, problem: dict[str, Any]) -> tuple[str, Judge]:
+    def question(self, problem: dict[str, Any]) -> tuple[str, AnswerCheck]:
         cases = [Case(**case) for case in problem["cases"]]
 
-        async def judge(program: str) -> Verdict:
+        async def check(program: str) -> Verdict:
             loop, tolerance = asyncio.get_running_loop(), self.data.numeric_tolerance
             return await loop.run_in_executor(self._threads, judged, program, cases, self.sandbox, tolerance)
 
-        return f"{problem['prompt']}\n\n{INSTRUCTION}", judge
+        return f"{problem['prompt']}\n\n{INSTRUCTION}", check
 
     def check(self) -> None:
         """Raises ConfigError if programs cannot be run on this machine."""

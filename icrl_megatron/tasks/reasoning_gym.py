@@ -15,7 +15,7 @@ from typing import Any
 from icrl_megatron.tasks.agentgym_dialects import last_tagged
 from icrl_megatron.tasks.datasets import content_hash
 from icrl_megatron.tasks.grader import Grader
-from icrl_megatron.tasks.single_turn import Form, Judge, SingleTurnTasks, Verdict, of_answer
+from icrl_megatron.tasks.single_turn import AnswerCheck, Form, SingleTurnTasks, Verdict, of_answer
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
@@ -40,14 +40,14 @@ class ReasoningGym(SingleTurnTasks):
         held = {content_hash(_prompt(task)) for task in self.problems("heldout")} if split == "train" else set()
         return self._generate(split, held)
 
-    def question(self, problem: dict[str, Any]) -> tuple[str, Judge]:
+    def question(self, problem: dict[str, Any]) -> tuple[str, AnswerCheck]:
         made = {name: problem[name] for name in ("family", "count", "seed", "level", "index")}
 
-        async def judge(answer: str) -> Verdict:
+        async def check(answer: str) -> Verdict:
             job = {"kind": "reasoning_gym", "answer": answer, **made}
             return of_answer(await self.grader.judge(job), answer, "answer")
 
-        return f"{problem['prompt']}\n\n{INSTRUCTION}", judge
+        return f"{problem['prompt']}\n\n{INSTRUCTION}", check
 
     @cached_property
     def grader(self) -> Grader:

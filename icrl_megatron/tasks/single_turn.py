@@ -35,7 +35,7 @@ class Form:
     """The summary of an attempt without an answer."""
 
 
-Judge = Callable[[str], Awaitable[Verdict]]
+AnswerCheck = Callable[[str], Awaitable[Verdict]]
 """An answer -> its verdict. Raises EnvironmentFailure if the judging itself failed."""
 
 
@@ -44,8 +44,8 @@ class SingleTurnEnvironment:
 
     max_turns = 1
 
-    def __init__(self, question: str, form: Form, judge: Judge) -> None:
-        self._question, self._form, self._judge = question, form, judge
+    def __init__(self, question: str, form: Form, check: AnswerCheck) -> None:
+        self._question, self._form, self._check = question, form, check
         self._verdict: Verdict | None = None
 
     async def reset(self) -> str:
@@ -59,7 +59,7 @@ class SingleTurnEnvironment:
         return self._form.hint
 
     async def step(self, action: str) -> StepResult:
-        self._verdict = await self._judge(action)
+        self._verdict = await self._check(action)
         return StepResult("", done=True)
 
     def outcome(self) -> float:
@@ -89,13 +89,13 @@ class SingleTurnTasks(ABC):
         return self._problems[split]
 
     def environment(self, task: Task) -> Environment:
-        question, judge = self._asked(task)
-        return SingleTurnEnvironment(question, self.form, judge)
+        question, check = self._asked(task)
+        return SingleTurnEnvironment(question, self.form, check)
 
     def statement(self, task: Task) -> str:
         return self._asked(task)[0]
 
-    def _asked(self, task: Task) -> tuple[str, Judge]:
+    def _asked(self, task: Task) -> tuple[str, AnswerCheck]:
         try:
             return self.question(json.loads(task.problem))
         except (ValueError, KeyError, TypeError) as error:
@@ -108,8 +108,8 @@ class SingleTurnTasks(ABC):
         """All problems of a split. Raises ConfigError if there are none, or their source is damaged."""
 
     @abstractmethod
-    def question(self, problem: dict[str, Any]) -> tuple[str, Judge]:
-        """(prompt, judge of answers to it). Raises KeyError or TypeError on an invalid problem."""
+    def question(self, problem: dict[str, Any]) -> tuple[str, AnswerCheck]:
+        """(prompt, check of answers to it). Raises KeyError or TypeError on an invalid problem."""
 
 
 def of_answer(right: bool, answer: str, what: str) -> Verdict:

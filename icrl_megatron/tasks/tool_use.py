@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 
 from icrl_megatron.agents.formats import FinalAnswer, Malformed, ToolCalls, ToolFormat, harmless
@@ -69,7 +68,7 @@ class ToolEnvironment:
                 return StepResult("", done=True)
             if not isinstance(asked, ToolCalls):
                 return StepResult(self.hint(), done=False)
-            results = await asyncio.gather(*map(self.session.call, asked.calls))
+            results = await self.session.call_all(asked.calls)
         except ToolFailure as error:
             raise EnvironmentFailure(str(error)) from error
         texts = tuple(self._shown(result.text) for result in results)
