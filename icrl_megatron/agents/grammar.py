@@ -13,7 +13,7 @@ START, TOOL, ANSWER = "start", "tool", "answer"
 _TOOL_TAG = "tool_call"
 """The tag of formats that name the tool inside of the call."""
 _OBSERVED = ("observation", "information")
-"""Of the formats with inline observations. Only the runtime writes them: a reply with one has invented an observation."""
+"""Only the runtime writes these tags of inline observations: a reply with one has invented an observation."""
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ import re
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from icrl_megatron.agents.text import head, plain
-from icrl_megatron.agents.tools import Arguments, Tool, ToolFailure, ToolSpec, ToolUseError
+from icrl_megatron.agents.tools import Arguments, ToolFailure, ToolSpec, ToolUseError
 from icrl_megatron.utils.errors import ConfigError
 
 NO_TEXT = "The tool answered no text."
@@ -72,9 +72,10 @@ class McpServer:
         limits: McpLimits | None = None,
         prefix: str = "",
         environment: Mapping[str, str] | None = None,
+        version: str = "",
     ) -> None:
         """`prefix` is put before the names of its tools, for servers whose tools have the same names. `environment` is
-        added to the few variables that a command inherits (PATH, HOME and the like).
+        added to the few variables that a command inherits (PATH, HOME and the like). `version`: see `ToolSpec`.
 
         Raises ConfigError if the package is missing.
         """
@@ -85,7 +86,7 @@ class McpServer:
                 f"MCP tools need the package mcp, version 2 ({error}): pip install 'icrl-megatron[mcp]'"
             ) from error
         self._server, self._limits, self._prefix = server, limits or McpLimits(), prefix
-        self._environment = dict(environment or {})
+        self._environment, self._version = dict(environment or {}), version
         self._errors = bytearray()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="mcp", daemon=True)
@@ -99,10 +100,13 @@ class McpServer:
     def _named(self, problem: str) -> str:
         return f"MCP server {self._server if isinstance(self._server, str) else ' '.join(self._server)!r}: {problem}"
 
-    def tools(self) -> list[Tool]:
+    def tools(self) -> list[McpTool]:
         """The server's tools. Raises ConfigError if it cannot be started or reached, or lists no valid tools."""
         try:
-            return [McpTool(self, spec.name, spec, self._prefix) for spec in self._submit(self._listed()).result()]
+            return [
+                McpTool(self, spec.name, replace(spec, name=self._prefix + spec.name, version=self._version))
+                for spec in self._submit(self._listed()).result()
+            ]
         except ToolFailure as error:
             self.close()
             said = plain(self._errors.decode(errors="replace")).strip()
@@ -249,12 +253,12 @@ class McpServer:
 class McpTool:
     """One tool of a server."""
 
-    def __init__(self, server: McpServer, name: str, spec: ToolSpec, prefix: str) -> None:
-        self.spec = ToolSpec(prefix + spec.name, spec.description, spec.parameters)
-        self._server, self._name = server, name
+    def __init__(self, server: McpServer, name: str, spec: ToolSpec) -> None:
+        """`name`: the server's own name of the tool."""
+        self.spec, self.name, self._server = spec, name, server
 
     async def call(self, arguments: Arguments) -> str:
-        return await self._server.call(self._name, arguments)
+        return await self._server.call(self.name, arguments)
 
 
 class _BadToolError(Exception):

@@ -7,7 +7,7 @@ import ipaddress
 import json
 import socket
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,9 @@ class Document:
 class Page:
     """Answers `page`, an id or an address, with the text of that page."""
 
-    def __init__(self, source: Source, chars: int = 8000) -> None:
-        """`chars`: the length of an answer, after which it is cut. Raises ConfigError if trafilatura is missing."""
+    def __init__(self, source: Source, chars: int = 8000, version: str = "") -> None:
+        """`chars`: the length of an answer, after which it is cut. `version` names the pages, for the cache of answers;
+        empty: they are not cached. Raises ConfigError if trafilatura is missing."""
         try:
             import trafilatura  # noqa: F401
         except ImportError as error:
@@ -51,7 +52,8 @@ class Page:
                 f"the page tool extracts text with trafilatura, which cannot be imported ({error}): "
                 "pip install 'icrl-megatron[page]'"
             ) from error
-        self.spec = ToolSpec.of_text("page", "Opens a page and answers its text.", "page", maxLength=2000)
+        spec = ToolSpec.of_text("page", "Opens a page and answers its text.", "page", maxLength=2000)
+        self.spec = replace(spec, version=f"{version}, {chars} characters") if version else spec
         self._source, self._chars = source, chars
 
     async def call(self, arguments: Arguments) -> str:

@@ -47,6 +47,8 @@ class ToolLimits:
     """How often an episode gets the same answer again; after that, it is told to do something else."""
     concurrency: int = 64
     """Calls of one tool that run at a time, over all episodes of a process."""
+    concurrency_of: Mapping[str, int] = field(default_factory=dict)
+    """Tool -> its own value."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,8 @@ class Toolbox:
         loop = asyncio.get_running_loop()
         if loop not in self._loops:
             self._loops = {other: kept for other, kept in self._loops.items() if not other.is_closed()}
-            gates = {name: asyncio.Semaphore(self.limits.concurrency) for name in self.tools}
+            most = dict.fromkeys(self.tools, self.limits.concurrency) | dict(self.limits.concurrency_of)
+            gates = {name: asyncio.Semaphore(count) for name, count in most.items()}
             self._loops[loop] = gates, Deadlines(self.limits.call_s)
         return self._loops[loop]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from icrl_megatron.settings.limits import Choice, Range
+from icrl_megatron.settings.tool_schema import TOOLS, McpTools, PageTool
 
 
 @dataclass
@@ -28,17 +29,17 @@ class TaskData:
     """math, reasoning_gym, code, alfworld from a folder: processes of each rank that judge answers or play games; one
     that hangs is killed."""
     grading_timeout_s: Annotated[float, Range(0.01, 1e6)] = 5.0
-    """CPU seconds that judging an answer may cost; code: that each of its tests may."""
+    """CPU seconds that judging an answer may cost; code: that each of its tests may; python: that a call may."""
     program_memory_mib: Annotated[int, Range(64, 1e6)] = 512
-    """code: memory of a program."""
+    """Memory of a program, of code or of the tool python."""
     servers: list[str] = field(default_factory=list)
-    """alfworld, webshop, sciworld, babyai, textcraft: URLs of AgentGym servers; searchqa: of retrievers."""
+    """alfworld, webshop, sciworld, babyai, textcraft: URLs of AgentGym servers; with search: of retrievers."""
     request_timeout_s: Annotated[float, Range(1e-3)] = 60.0
     """Deadline of one call to a server, retries not counted."""
     corpus: str = ""
-    """searchqa: JSONL of documents for the built-in retriever, in place of servers."""
+    """With search: JSONL of documents for the built-in retriever, in place of servers."""
     passages: Annotated[int, Range(1)] = 3
-    """searchqa: documents shown for a search."""
+    """With search: documents shown for a search."""
 
 
 @dataclass
@@ -82,20 +83,24 @@ class AgentSettings:
     format: Annotated[str, Choice(("qwen3", "tags", "search_r1"))] = "qwen3"
     """How calls and answers are written. qwen3: the chat template's tool calls and tool messages. tags: inline tags, as
     in Chain-of-Agents. search_r1: Search-R1's inline tags. Archive always uses tags."""
-    tools: list[str] = field(default_factory=list)
-    """math: python and calculator, in several turns. Empty: one reply without tools."""
+    tools: Annotated[list[str], Choice(TOOLS)] = field(default_factory=list)
+    """searchqa, math, code: the tools of an attempt. Empty: search for searchqa; one reply without tools for math and
+    code."""
     python_state: bool = False
-    """math with python: keep the variables of an attempt's earlier programs."""
-    judge: Annotated[str, Choice(("", "exact", "f1", "math", "model"))] = ""
+    """With python: keep the variables of an attempt's earlier programs."""
+    judge: Annotated[str, Choice(("", "exact", "f1", "math", "model", "tests"))] = ""
     """Who grades an answer. exact: normalized text. f1: overlap of words. math: numbers and formulas. model:
-    `endpoint`. Empty: the task set's own, exact for searchqa and math for math."""
+    `endpoint`. tests: the label's tests, run on a program as for code. Empty: the task set's own, exact for searchqa,
+    math for math and tests for code."""
     answer_chars: Annotated[int, Range(1)] = 4000
-    """A judge reads at most this many characters of an answer."""
+    """A judge reads at most this many characters of an answer. A program is read as a whole."""
     grammar: Annotated[str, Choice(("calls", "multi_hop", "web", "code"))] = "calls"
     """Which tag may follow which; calls: only calls and answers are read. Logged as task/format."""
     reward: Annotated[str, Choice(("answer", "answer_times_format"))] = "answer"
     """answer_times_format: an attempt that breaks the grammar has reward 0."""
     endpoint: JudgeEndpoint = field(default_factory=JudgeEndpoint)
+    page: PageTool = field(default_factory=PageTool)
+    mcp: list[McpTools] = field(default_factory=list)
 
 
 @dataclass

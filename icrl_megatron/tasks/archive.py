@@ -26,7 +26,7 @@ from icrl_megatron.agents.search import Search
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
 from icrl_megatron.agents.tools import Arguments, Tool, ToolSpec, ToolUseError
 from icrl_megatron.settings.task_schema import AgentSettings, TaskSource
-from icrl_megatron.tasks.tool_use import ToolEnvironment, check_agent
+from icrl_megatron.tasks.tool_use import ToolEnvironment, check_judge
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
@@ -228,7 +228,9 @@ class Archive:
     answers without tools: a model that learns from it can only memorize."""
 
     def __init__(self, source: TaskSource) -> None:
-        check_agent(source, "exact")
+        check_judge(source, "exact")
+        if source.agent.tools:
+            raise ConfigError(f"task set {source.name!r} has its own tools: remove agent.tools={source.agent.tools}")
         self.name, self._agent = source.name, source.agent
         self._people = 1 if source.name == "archive_easy" else 2
         self.tool_cache: ToolCache | None = None

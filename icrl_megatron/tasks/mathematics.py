@@ -10,23 +10,14 @@ import json
 from functools import cached_property
 from typing import Any
 
-from icrl_megatron.agents.calculator import Calculator
-from icrl_megatron.agents.formats import make_format
-from icrl_megatron.agents.python import Python, PythonLimits
-from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
-from icrl_megatron.agents.tools import Tool
-from icrl_megatron.settings.task_schema import TaskSource
-from icrl_megatron.tasks.base import Environment
 from icrl_megatron.tasks.datasets import DataRow, read_tasks
 from icrl_megatron.tasks.grade_worker import last_box, normalised, plain_number
 from icrl_megatron.tasks.grader import Grader
-from icrl_megatron.tasks.single_turn import AnswerCheck, Form, SingleTurnTasks, Verdict, of_answer
-from icrl_megatron.tasks.tool_use import ToolEnvironment, check_agent
+from icrl_megatron.tasks.single_turn import AnswerCheck, Form, Verdict, of_answer
+from icrl_megatron.tasks.tool_use import ToolTasks
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
-MAX_TURNS, CALL_S = 10, 50.0
-"""With tools: turns of an attempt, and the longest call in seconds."""
 INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
 FORM = Form(
     lambda reply: last_box(reply) or None,
@@ -35,41 +26,11 @@ FORM = Form(
 )
 
 
-class Mathematics(SingleTurnTasks):
+class Mathematics(ToolTasks):
     """A task set of the files of `tasks.sources[...].data`."""
 
     form = FORM
-
-    def __init__(self, source: TaskSource) -> None:
-        """Raises ConfigError for an unknown tool, format or grammar, and for a tool that cannot run here."""
-        super().__init__(source)
-        check_agent(source, "math")
-        self._agent = source.agent
-        self._toolbox: Toolbox | None = None
-        if source.agent.tools:
-            self._toolbox = Toolbox([self._tool(name) for name in source.agent.tools], self._limits())
-            self._calls = make_format(source.agent.format, [tool.spec for tool in self._toolbox.tools.values()])
-
-    def _limits(self) -> ToolLimits:
-        return ToolLimits(call_s=CALL_S, tries=2, concurrency=self.data.grading_workers)
-
-    def _tool(self, name: str) -> Tool:
-        if name == "calculator":
-            return Calculator()
-        if name == "python":
-            limits = PythonLimits(self.data.grading_timeout_s, self.data.program_memory_mib << 20)
-            return Python(limits, self._agent.python_state, self.data.grading_workers)
-        raise ConfigError(f"task set {self.name!r}: agent.tools has {name!r}; the tools are python and calculator")
-
-    def environment(self, task: Task) -> Environment:
-        if self._toolbox is None:
-            return super().environment(task)
-        statement, judge = self._asked(task)
-
-        async def score(answer: str) -> float:
-            return float((await judge(answer)).right)
-
-        return ToolEnvironment(statement, self._calls, self._toolbox, score, MAX_TURNS, self._agent)
+    judge = "math"
 
     def load(self, split: Split) -> list[Task]:
         return read_tasks(self.name, split, self.data, _problem)
@@ -80,12 +41,13 @@ class Mathematics(SingleTurnTasks):
         async def check(answer: str) -> Verdict:
             return of_answer(await self.grader.correct(last_box(answer) or answer, label), answer, "final answer")
 
-        if self._toolbox is not None:
-            return f"{prompt}\n\n{self._calls.instructions()}", check
+        if self.tools.names:
+            return f"{prompt}\n\n{self.tools.form.instructions()}", check
         return prompt if "\\boxed" in prompt else f"{prompt}\n\n{INSTRUCTION}", check
 
     def check(self) -> None:
-        """Raises ConfigError on a label that the grader cannot parse, because no answer could be right."""
+        """Also raises ConfigError on a label that the grader cannot parse, because no answer could be right."""
+        super().check()
         splits: tuple[Split, Split] = ("train", "heldout")
         tasks = [task for split in splits for task in self.problems(split)]
         labels = {str(json.loads(task.problem)["label"]): task for task in tasks}

@@ -16,15 +16,17 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import repeat
 from typing import Any
 
+from icrl_megatron.settings.task_schema import TaskData
 from icrl_megatron.tasks.datasets import DataRow, read_tasks
-from icrl_megatron.tasks.single_turn import AnswerCheck, Form, SingleTurnTasks, Verdict
+from icrl_megatron.tasks.single_turn import AnswerCheck, Form, Verdict
+from icrl_megatron.tasks.tool_use import ToolTasks
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.sandbox import OUTPUT_BYTES, Ran, Sandbox, SandboxLimits
@@ -34,6 +36,7 @@ INSTRUCTION = (
     "Write a Python program, standard library only and in one process. Reason first, then give the whole program in "
     "one block:\n```python\n...\n```"
 )
+ANSWER = "The answer is a whole Python program, standard library only and in one process."
 MAX_PROGRAM_CHARS = 1 << 16
 SHOWN = 200
 _FENCE = re.compile(r"^[ \t]*+```[ \t]*+([\w+-]*+)[ \t]*+\r?$", re.MULTILINE)
@@ -74,34 +77,49 @@ class Case:
     value: str = ""
 
 
-class Programs(SingleTurnTasks):
-    """A task set of the files of `tasks.sources[...].data`. Raises ConfigError if bubblewrap is missing."""
+class ProgramTests:
+    """Runs programs against the tests of problems, in the sandbox."""
 
-    form = FORM
+    def __init__(self, data: TaskData) -> None:
+        self.sandbox = Sandbox(SandboxLimits(data.grading_timeout_s, data.program_memory_mib << 20))
+        self._tolerance = data.numeric_tolerance
+        self._threads = ThreadPoolExecutor(data.grading_workers, thread_name_prefix="sandbox")
 
-    def load(self, split: Split) -> list[Task]:
-        return read_tasks(self.name, split, self.data, _problem)
-
-    def question(self, problem: dict[str, Any]) -> tuple[str, AnswerCheck]:
+    def of(self, problem: Mapping[str, Any]) -> AnswerCheck:
+        """The check of answers to a problem that `program_problem` made: the last fenced block of an answer is the
+        program, or the whole answer without such a block."""
         cases = [Case(**case) for case in problem["cases"]]
 
-        async def check(program: str) -> Verdict:
-            loop, tolerance = asyncio.get_running_loop(), self.data.numeric_tolerance
-            return await loop.run_in_executor(self._threads, judged, program, cases, self.sandbox, tolerance)
+        async def check(answer: str) -> Verdict:
+            program, loop = last_program(answer) or answer, asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, judged, program, cases, self.sandbox, self._tolerance)
 
+        return check
+
+
+class Programs(ToolTasks):
+    """A task set of the files of `tasks.sources[...].data`."""
+
+    form = FORM
+    judge, whole_answer = "tests", True
+
+    def load(self, split: Split) -> list[Task]:
+        return read_tasks(self.name, split, self.data, program_problem)
+
+    def question(self, problem: dict[str, Any]) -> tuple[str, AnswerCheck]:
+        check = self._tests.of(problem)
+        if self.tools.names:
+            return f"{problem['prompt']}\n\n{self.tools.form.instructions()} {ANSWER}", check
         return f"{problem['prompt']}\n\n{INSTRUCTION}", check
 
     def check(self) -> None:
-        """Raises ConfigError if programs cannot be run on this machine."""
-        self.sandbox.check()
+        """Also raises ConfigError if programs cannot be run on this machine."""
+        super().check()
+        self._tests.sandbox.check()
 
     @cached_property
-    def sandbox(self) -> Sandbox:
-        return Sandbox(SandboxLimits(self.data.grading_timeout_s, self.data.program_memory_mib << 20))
-
-    @cached_property
-    def _threads(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self.data.grading_workers, thread_name_prefix="sandbox")
+    def _tests(self) -> ProgramTests:
+        return ProgramTests(self.data)
 
 
 def judged(program: str, cases: Sequence[Case], sandbox: Sandbox, tolerance: float) -> Verdict:
@@ -178,7 +196,7 @@ def _cut(text: str) -> str:
 # Labels
 
 
-def _problem(row: DataRow) -> str:
+def program_problem(row: DataRow) -> str:
     try:
         cases = list(_cases(row.label))
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:

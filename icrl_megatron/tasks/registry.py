@@ -24,7 +24,7 @@ _TASK_SETS: dict[str, Callable[[], TaskSet]] = {
 
 _ARCHIVE = ("archive", "archive_easy", "archive_answers")
 """They need no data, but the toolbox's libraries, which a launcher's environment (NeMo-Run's) lacks."""
-_AGENTS = (*_ARCHIVE, "searchqa", "math")
+_AGENTS = (*_ARCHIVE, "searchqa", "math", "code")
 """Task sets that take `agent` settings."""
 _AGENTGYM = ("webshop", "sciworld", "babyai", "textcraft")
 

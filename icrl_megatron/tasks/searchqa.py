@@ -7,64 +7,54 @@ reply    a call of `search`, or the answer, in the form that `agent.format` name
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from pathlib import Path
 
-from icrl_megatron.agents.cache import ToolCache
-from icrl_megatron.agents.formats import make_format
 from icrl_megatron.agents.judge import Judge, ModelJudge, by_rule, exact_match, f1, normalised
-from icrl_megatron.agents.search import Search
-from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.settings.task_schema import AgentSettings, TaskSource
 from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.base import TaskSet
 from icrl_megatron.tasks.datasets import DataRow, id_range, read_tasks
 from icrl_megatron.tasks.grader import Grader, check_limits
-from icrl_megatron.tasks.retrieval import LocalRetriever, RemoteRetriever
-from icrl_megatron.tasks.servers import TRIES
-from icrl_megatron.tasks.tool_use import ToolEnvironment, check_agent
+from icrl_megatron.tasks.programs import ANSWER, ProgramTests, program_problem
+from icrl_megatron.tasks.tool_use import MAX_TURNS, CheckedAnswer, ToolEnvironment, check_judge
+from icrl_megatron.tasks.tools import OffersTools, SourceTools
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.connections import Connections
 from icrl_megatron.utils.endpoint import EndpointClient
 from icrl_megatron.utils.errors import ConfigError
 
-MAX_TURNS = 10
-PASSAGE_CHARS = 2000
-JUDGES = ("exact", "f1", "math", "model")
+JUDGES = ("exact", "f1", "math", "model", "tests")
 INSTRUCTION = "Answer the question below. Think before each search and before the answer. Keep the answer short."
 
 
-class RetrievalQA:
+class RetrievalQA(OffersTools):
     """Questions of `data.train` and `data.heldout`; searches go to `data.corpus` or `data.servers`."""
 
     def __init__(self, source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> None:
         """`answer_bytes`: `rollout.max_observation_bytes`."""
-        check_agent(source, *JUDGES)
-        self.name, self._data, self._answer_bytes = source.name, source.data, answer_bytes
-        if bool(source.data.corpus) == (bool(source.data.servers) or source.served):
-            raise ConfigError(
-                f"task set {self.name!r} needs one place to search: set exactly one of data.corpus, data.servers and "
-                "serve.command of its entry in tasks.sources"
-            )
         check_limits(source)
-        self._agent, self._form = source.agent, make_format(source.agent.format, [Search.spec])
-        self._serve_command = source.serve.command
-        self.tool_cache: ToolCache | None = None
-        self._toolbox: Toolbox | None = None
+        check_judge(source, *JUDGES)
+        self.name, self._data, self._agent = source.name, source.data, source.agent
+        self.tools = SourceTools(source, source.agent.tools or ["search"], answer_bytes)
         self._read: dict[Split, list[Task]] = {}
 
     def problems(self, split: Split) -> Sequence[Task]:
         if split not in self._read:
-            self._read[split] = read_tasks(self.name, split, self._data, _problem)
+            self._read[split] = read_tasks(self.name, split, self._data, self._problem)
         return self._read[split]
 
     def environment(self, task: Task) -> ToolEnvironment:
+        form, toolbox = self.tools.form, self.tools.toolbox
         try:
             fields = json.loads(task.problem)
-            judge, statement = self._judge(fields["prompt"], tuple(fields["golds"])), self._statement(fields["prompt"])
-            return ToolEnvironment(statement, self._form, self.toolbox(), judge, MAX_TURNS, self._agent)
+            statement = self._statement(fields["prompt"])
+            if self._agent.judge == "tests":
+                check = self._tests.of(fields)
+                return CheckedAnswer(statement, self.tools, check, MAX_TURNS, self._agent, whole=True)
+            judge = self._judge(fields["prompt"], tuple(fields["golds"]))
+            return ToolEnvironment(statement, form, toolbox, judge, MAX_TURNS, self._agent)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
@@ -91,6 +81,10 @@ class RetrievalQA:
         return Grader(self._data.grading_workers, self._data.grading_timeout_s, self._data.numeric_tolerance)
 
     @cached_property
+    def _tests(self) -> ProgramTests:
+        return ProgramTests(self._data)
+
+    @cached_property
     def _client(self) -> EndpointClient:
         at = self._agent.endpoint
         return EndpointClient(at.url, at.model, at.api_key_env, at.timeout_s, Connections(at.concurrency))
@@ -99,29 +93,20 @@ class RetrievalQA:
         return self._statement(str(json.loads(task.problem)["prompt"]))
 
     def _statement(self, question: str) -> str:
-        return f"{INSTRUCTION} {self._form.instructions()}\n\nQuestion: {question}"
+        if self._agent.judge == "tests":
+            return f"{question}\n\n{self.tools.form.instructions()} {ANSWER}"
+        return f"{INSTRUCTION} {self.tools.form.instructions()}\n\nQuestion: {question}"
+
+    @property
+    def _problem(self) -> Callable[[DataRow], str]:
+        return program_problem if self._agent.judge == "tests" else _problem
 
     def check(self) -> None:
-        """Builds the index, so that it exists when ranks start. Raises ConfigError on an invalid corpus."""
-        self.toolbox()
-
-    def toolbox(self) -> Toolbox:
-        if self._toolbox is None:
-            data = self._data
-            local = LocalRetriever(Path(data.corpus)) if data.corpus else None
-            retriever = local or RemoteRetriever(data.servers, data.request_timeout_s, self._answer_bytes)
-            # The pool of servers has its own deadlines and retries; this limit only ends what they miss.
-            limits = ToolLimits(call_s=TRIES * data.request_timeout_s + 10.0, tries=1)
-            search = Search(retriever.search, data.passages, PASSAGE_CHARS, self._version())
-            self._toolbox = Toolbox([search], limits, self.tool_cache)
-        return self._toolbox
-
-    def _version(self) -> str:
-        """Names the collection. Servers that the run starts have other addresses each time, but the same command."""
-        if not self._data.corpus:
-            return self._serve_command or " ".join(self._data.servers)
-        stat = Path(self._data.corpus).stat()
-        return f"{Path(self._data.corpus).name} of {stat.st_size} bytes, changed {stat.st_mtime_ns}"
+        """Builds the index, so that it exists when ranks start. Raises ConfigError on an invalid corpus, and for a tool
+        or a judge that does not work."""
+        self.tools.check()
+        if self._agent.judge == "tests":
+            self._tests.sandbox.check()
 
 
 def SearchQA(source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> TaskSet:

@@ -98,6 +98,8 @@ class SingleTurnTasks(ABC):
     def _asked(self, task: Task) -> tuple[str, AnswerCheck]:
         try:
             return self.question(json.loads(task.problem))
+        except ConfigError:  # of a tool
+            raise
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"

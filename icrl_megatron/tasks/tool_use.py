@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import ClassVar
 
 from icrl_megatron.agents.formats import FinalAnswer, Malformed, ToolCalls, ToolFormat, harmless
 from icrl_megatron.agents.grammar import GRAMMARS, format_score, without_tags
@@ -10,10 +11,13 @@ from icrl_megatron.agents.judge import Judge
 from icrl_megatron.agents.toolbox import Toolbox
 from icrl_megatron.agents.tools import ToolFailure
 from icrl_megatron.settings.task_schema import AgentSettings, TaskSource
-from icrl_megatron.tasks.base import EnvironmentFailure, StepResult
+from icrl_megatron.tasks.base import Environment, EnvironmentFailure, StepResult
+from icrl_megatron.tasks.single_turn import AnswerCheck, SingleTurnTasks
+from icrl_megatron.tasks.tools import OffersTools, SourceTools
+from icrl_megatron.types import Task
 from icrl_megatron.utils.errors import ConfigError
 
-SHOWN_CHARS = 200
+SHOWN_CHARS, MAX_TURNS = 200, 10
 
 
 class ToolEnvironment:
@@ -27,11 +31,13 @@ class ToolEnvironment:
         judge: Judge,
         max_turns: int,
         agent: AgentSettings,
+        whole: bool = False,
     ) -> None:
-        """`judge` reads the final answer alone, at most `agent.answer_chars` of it, without tags."""
+        """`judge` reads the final answer alone: at most `agent.answer_chars` of it, without tags. `whole`: all of it,
+        because it is a program."""
         self.max_turns, self.dialogue = max_turns, form.dialogue
         self._statement, self._form, self._toolbox, self._judge = statement, form, toolbox, judge
-        self._agent, self._replies = agent, list[str]()
+        self._agent, self._whole, self._replies = agent, whole, list[str]()
         self._malformed, self._changed_tags = "", 0
         self._most_calls: int | None = None
         self.answer: str | None = None
@@ -63,8 +69,8 @@ class ToolEnvironment:
         try:
             if isinstance(asked, FinalAnswer):
                 self.answer = asked.text
-                read = without_tags(asked.text, self._toolbox.tools)[: self._agent.answer_chars]
-                self._score = await self._judge(read)
+                text = without_tags(asked.text, self._toolbox.tools)[: self._agent.answer_chars]
+                self._score = await self._judge(asked.text if self._whole else text)
                 return StepResult("", done=True)
             if not isinstance(asked, ToolCalls):
                 return StepResult(self.hint(), done=False)
@@ -114,8 +120,51 @@ class ToolEnvironment:
         return {name: float(number) for name, number in {"answered": self.answer is not None, **calls, **ended}.items()}
 
 
-def check_agent(source: TaskSource, *judges: str) -> None:
-    """Raises ConfigError naming a setting of `source.agent` that cannot work. `judges`: those of the task set."""
+class CheckedAnswer(ToolEnvironment):
+    """One whose answer is checked as without tools, so that the critic reads the same remark."""
+
+    def __init__(
+        self, statement: str, tools: SourceTools, check: AnswerCheck, max_turns: int, agent: AgentSettings, whole: bool
+    ) -> None:
+        super().__init__(statement, tools.form, tools.toolbox, self._scored, max_turns, agent, whole)
+        self._check, self._remark = check, ""
+
+    async def _scored(self, answer: str) -> float:
+        verdict = await self._check(answer)
+        self._remark = verdict.remark
+        return float(verdict.right)
+
+    def summary(self) -> str:
+        return super().summary() if self.answer is None else self._remark
+
+
+class ToolTasks(OffersTools, SingleTurnTasks):
+    """Questions with one answer, which are solved with tools if `agent.tools` names any."""
+
+    judge: ClassVar[str]
+    """The value of `agent.judge` that stands for the task set's own check."""
+    whole_answer: ClassVar[bool] = False
+    """See `ToolEnvironment`."""
+
+    def __init__(self, source: TaskSource) -> None:
+        """Raises ConfigError as `SourceTools` does, and for another judge."""
+        super().__init__(source)
+        check_judge(source, self.judge)
+        self.tools, self._agent = SourceTools(source, source.agent.tools), source.agent
+
+    def environment(self, task: Task) -> Environment:
+        if not self.tools.names:
+            return super().environment(task)
+        statement, check = self._asked(task)
+        return CheckedAnswer(statement, self.tools, check, MAX_TURNS, self._agent, self.whole_answer)
+
+    def check(self) -> None:
+        """Raises ConfigError for a tool that does not work."""
+        self.tools.check()
+
+
+def check_judge(source: TaskSource, *judges: str) -> None:
+    """Raises ConfigError for a judge that the task set does not have, or that lacks a setting."""
     agent, where = source.agent, f"task set {source.name!r}: agent"
     if agent.judge not in ("", *judges):
         raise ConfigError(f"{where}.judge={agent.judge}: must be one of {', '.join(judges)}")

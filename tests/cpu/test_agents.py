@@ -135,6 +135,28 @@ def test_calls_of_a_tool_are_bounded_over_all_episodes() -> None:
     assert tool.most == 3 and tool.calls == 24
 
 
+def test_calls_of_one_reply_end_together() -> None:
+    """After a failure no other call is left running, and the same holds if the episode is cancelled."""
+    tool = Doubler(seconds=30)
+
+    class Broken(Doubler):
+        spec = ToolSpec("broken", "Fails at once.", NUMBER)
+
+    async def run() -> list[int]:
+        opened = Toolbox([tool, Broken(broken=9)], limits(call_s=60.0, tries=1)).session()
+        with pytest.raises(ToolFailure, match="the line is down"):
+            await opened.call_all((double(1), ToolCall("broken", {"n": 1}), double(2)))
+        left = [tool.running]
+        waiting = asyncio.ensure_future(opened.call_all((double(3), double(4))))
+        await asyncio.sleep(0.01)
+        left.append(tool.running)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        return [*left, tool.running]
+
+    assert asyncio.run(run()) == [0, 2, 0] and tool.calls == 4
+
+
 def test_each_call_has_its_own_deadline() -> None:
     """One timer serves all calls of an event loop. Calls that begin later end later, also after a pause."""
     tool = Doubler(seconds=0.3)

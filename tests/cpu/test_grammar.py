@@ -64,6 +64,7 @@ def test_any_one_missing_or_added_tag_breaks_it(name: str, rng: random.Random, d
     assert score(whole.replace(mark, mark * 2, 1).split("\n\0"), name) == 0.0
     assert score([*replies, "<observation> 42 </observation>"], name) == 0.0
     assert score(["<observation> 42 </observation>", *replies], name) == 0.0
+    assert score([*replies[:-1], f"<information> 42 </information> {replies[-1]}"], name) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,8 @@ def test_a_problem_is_solved_with_programs(tmp_path: Path, answer: str, success:
 @pytest.mark.parametrize(
     ("agent", "said"),
     [
-        ({"tools": ["shell"]}, "task set 'math': agent.tools has 'shell'; the tools are python and calculator"),
-        ({"tools": ["calculator"], "format": "xml"}, "agent.format=xml: must be one of qwen3, tags, search_r1"),
+        ({"tools": ["shell"]}, "task set 'math': agent.tools has shell: choose from search, page, python, calculator"),
+        ({"tools": ["calculator"], "format": "xml"}, "agent.format=xml: choose one of qwen3, tags, search_r1"),
         ({"tools": ["calculator"], "judge": "f1"}, "agent.judge=f1: must be one of math"),
     ],
 )
