@@ -173,25 +173,31 @@ TEXTS = {one.name: one.limit for one in described() if isinstance(one.limit, Cho
 RANGES = {one.name: one.limit for one in described() if isinstance(one.limit, Range)}
 
 
+def given_to(name: str, value: str) -> Settings:
+    """Quickstart with a setting; one of an MCP server is given to a first server."""
+    server = ["tasks.sources.0.agent.mcp=[{command: [server]}]"] if ".mcp.0." in name else []
+    return S.load("quickstart", [*server, f"{name}={value}"])
+
+
 @pytest.mark.parametrize("name", sorted(set(TEXTS) - {"algo.preset"}))  # apply_preset refuses that one earlier
 def test_every_choice_is_checked(name: str) -> None:
     said = "not standard, compact or a folder" if name == "rollout.templates" else "choose one of"
     with pytest.raises(ConfigError, match=f"{name}=nonsense: {said}"):
-        validate(S.load("quickstart", [f"{name}=nonsense"]))
+        validate(given_to(name, "nonsense"))
 
 
 @pytest.mark.parametrize("name", sorted(RANGES))
 def test_every_range_is_checked(name: str) -> None:
     below = f"{RANGES[name].low - 1:.0f}"
     with pytest.raises(ConfigError, match=rf"{name}={below}(\.0)?: must be a finite number, (at least|between) "):
-        validate(S.load("quickstart", [f"{name}={below}"]))
+        validate(given_to(name, below))
 
 
 @pytest.mark.parametrize("name", sorted(name for name in RANGES if RANGES[name].high < math.inf))
 def test_every_upper_end_is_checked(name: str) -> None:
     above = f"{math.floor(RANGES[name].high) + 1}"
     with pytest.raises(ConfigError, match=rf"{name}={above}(\.0)?: must be a finite number, between "):
-        validate(S.load("quickstart", [f"{name}={above}"]))
+        validate(given_to(name, above))
 
 
 @pytest.mark.parametrize(
