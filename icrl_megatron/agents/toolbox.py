@@ -125,34 +125,30 @@ class Toolbox:
         where = ".".join(map(str, error.absolute_path))
         return f"{call.name}: {f'{where}: ' if where else ''}{error.message[:SHOWN_CHARS]}"
 
-    async def kept(self, call: ToolCall) -> str | None:
-        """The cache's answer to a call without mistakes, or None. Raises what `ToolCache.get` raises."""
-        version = self.tools[call.name].spec.version
-        if self.cache is None or not version:
-            return None
-        try:
-            async with asyncio.timeout(self.limits.call_s):
-                return await self.cache.get((call.name, version, call.written_arguments()))
-        except TimeoutError as error:
-            raise ToolFailure(f"tool cache {self.cache.path}: no answer within {self.limits.call_s:g} s") from error
+    async def run(self, call: ToolCall, tool: Tool) -> tuple[str, bool]:
+        """The answer to a call without mistakes, and whether it is the cache's. Else it is that of `tool`, which is the
+        call's tool or an episode's own, and then stored.
 
-    async def run(self, call: ToolCall, tool: Tool) -> str:
-        """The answer of `tool`, which is the call's tool or an episode's own, to a call without mistakes. It is then
-        stored in the cache.
-
-        Raises ToolUseError, and ToolFailure after the last try or the deadline.
+        Raises ToolUseError, ToolFailure after the last try or the deadline, and what `ToolCache.get` raises.
         """
         version = self.tools[call.name].spec.version
         if self.cache is None or not version:
-            return await self._tried(call, tool)
+            return await self._tried(call, tool), False
         entry = (call.name, version, call.written_arguments())
+        try:
+            async with asyncio.timeout(self.limits.call_s):
+                kept = await self.cache.get(entry)
+        except TimeoutError as error:
+            raise ToolFailure(f"tool cache {self.cache.path}: no answer within {self.limits.call_s:g} s") from error
+        if kept is not None:
+            return kept, True
         try:
             answer = await self._tried(call, tool)
         except ToolUseError as error:
             self.cache.put(entry, str(error), mistake=True)
             raise
         self.cache.put(entry, answer)
-        return answer
+        return answer, False
 
     async def _tried(self, call: ToolCall, tool: Tool) -> str:
         """`run` without the cache. A plain loop, because tenacity took more time than the rest of the toolbox."""
@@ -182,7 +178,7 @@ class Toolbox:
         return self._loops[loop]
 
 
-@dataclass
+@dataclass(slots=True)
 class ToolSession:
     """The calls of one attempt at a task, in order."""
 
@@ -231,9 +227,9 @@ class ToolSession:
                 return ToolResult("You have made this call already. Use its answer, or do something else.", "stopped")
             return ToolResult(self._answers[key].text, "repeat")
         try:
-            kept = await self.box.kept(call)
-            self.cached += kept is not None
-            result = ToolResult(await self.box.run(call, tool) if kept is None else kept, "answer")
+            text, cached = await self.box.run(call, tool)
+            self.cached += cached
+            result = ToolResult(text, "answer")
         except ToolUseError as error:
             result = ToolResult(str(error)[:SHOWN_CHARS], "invalid")
         self._answers[key] = result

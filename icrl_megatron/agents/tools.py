@@ -35,7 +35,7 @@ class ToolSpec:
         return ToolSpec(name, description, {**schema, "additionalProperties": False})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ToolCall:
     """A call that was read from a reply.
 
@@ -54,7 +54,7 @@ class ToolCall:
         return _SORTED.encode(self.arguments)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ToolResult:
     """What the model observes after a call."""
 
