@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 import qwen_tokenizers  # noqa: E402
 
-CHUNK, LONGEST_WORDS = 500, 150
+CHUNK, LONGEST_WORDS = 500, 60
 
 
 def speeds(count: int) -> dict[str, float]:
