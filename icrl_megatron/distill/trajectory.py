@@ -1,4 +1,4 @@
-"""A trajectory: what a multi-agent system, or one model that plays as one, wrote and observed while it solved a task."""
+"""A trajectory: what a multi-agent system, or one model that plays as one, wrote and observed in a task."""
 
 from __future__ import annotations
 
