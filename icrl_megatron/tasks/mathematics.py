@@ -40,7 +40,6 @@ class Mathematics(SingleTurnTasks):
     """A task set of the files of `tasks.sources[...].data`."""
 
     form = FORM
-
     data: ProgramData
 
     def __init__(self, source: MathSource) -> None:
