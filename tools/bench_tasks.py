@@ -38,7 +38,7 @@ from icrl_megatron.rollout.episode import EpisodeSetup, play
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Ask, Seeds, same_speakers
 from icrl_megatron.settings.schema import RolloutSettings
-from icrl_megatron.settings.task_schema import TaskData, TaskSource
+from icrl_megatron.settings.task_options import ServedSource, ServerData
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.base import StepResult, Teachable
@@ -117,7 +117,7 @@ def client() -> dict[str, float]:
     """CPU seconds of a step through the client relative to the same POST with a bare client, interleaved."""
 
     async def measure(url: str) -> tuple[float, float]:
-        task_set = AgentGym(TaskSource("babyai", data=TaskData(train=["0:4"], heldout=["4:5"], servers=[url])))
+        task_set = AgentGym(ServedSource("babyai", data=ServerData(train=["0:4"], heldout=["4:5"], servers=[url])))
         environment = task_set.environment(task_set.problems("train")[0])
         await environment.reset()
         async with aiohttp.ClientSession() as bare:

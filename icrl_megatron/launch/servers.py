@@ -34,7 +34,7 @@ from icrl_megatron.distributed import net
 from icrl_megatron.distributed.process import CONFIG_ERROR, PARENT_ENV, die_with_parent, is_rank
 from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.settings.schema import Settings
-from icrl_megatron.settings.task_schema import PORT, TaskSource
+from icrl_megatron.settings.task_options import PORT, ServedSource
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked
 from icrl_megatron.utils.disk import disk_errors
@@ -83,9 +83,9 @@ class Running:
         return "\n".join(end.splitlines()[-lines:]).strip()
 
 
-def wanted(settings: Settings) -> list[TaskSource]:
+def wanted(settings: Settings) -> list[ServedSource]:
     """The sources for which servers are started: those with a command and without addresses of running servers."""
-    return [source for source in settings.tasks.sources if source.served]
+    return [source for source in settings.tasks.sources if isinstance(source, ServedSource) and source.served]
 
 
 @contextlib.contextmanager
@@ -163,7 +163,9 @@ def told(settings: Settings, folder: Path) -> Settings:
 def with_servers(settings: Settings, addresses: Mapping[str, Sequence[str]]) -> Settings:
     """A copy of the settings with these addresses in the sources of these names."""
     sources = [
-        replace(s, data=replace(s.data, servers=list(addresses[s.name]))) if s.name in addresses else s
+        replace(s, data=replace(s.data, servers=list(addresses[s.name])))
+        if isinstance(s, ServedSource) and s.name in addresses
+        else s
         for s in settings.tasks.sources
     ]
     return replace(settings, tasks=replace(settings.tasks, sources=sources))
@@ -182,9 +184,9 @@ def run(settings: Settings, folder: Path) -> None:
             for source in wanted(settings):
                 _tell_of_open([s for s in servers if s.source == source.name])
             addresses = {s.source: [o.url for o in servers if o.source == s.source] for s in servers}
-            for source in with_servers(settings, addresses).tasks.sources:
+            for one in with_servers(settings, addresses).tasks.sources:
                 limit = settings.rollout.max_observation_bytes
-                task_set = registry.of_source(source, limit) if source.name in addresses else None
+                task_set = registry.of_source(one, limit) if one.name in addresses else None
                 if isinstance(task_set, Checked):
                     task_set.check()
         except ConfigError as error:
@@ -200,7 +202,7 @@ def run(settings: Settings, folder: Path) -> None:
         _end(servers)
 
 
-def _start(source: TaskSource, index: int, folder: Path) -> Running:
+def _start(source: ServedSource, index: int, folder: Path) -> Running:
     serve = source.serve
     port = serve.port + index if serve.port else _free_port()
     if serve.port and not _is_free(port):

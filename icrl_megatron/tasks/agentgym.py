@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from icrl_megatron.settings.schema import RolloutSettings
-from icrl_megatron.settings.task_schema import TaskSource
+from icrl_megatron.settings.task_options import ServedSource
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks.agentgym_dialects import Dialect, ProtocolError, Reply
 from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure, StepResult, sendable
@@ -177,7 +177,7 @@ class AgentGymEnvironment:
 class AgentGym:
     """A task set behind the servers of `data.servers`. Its name says which environment they run."""
 
-    def __init__(self, source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> None:
+    def __init__(self, source: ServedSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> None:
         """`answer_bytes`: `rollout.max_observation_bytes`."""
         self.name, self._data, self._answer_bytes = source.name, source.data, answer_bytes
         self._pool: Pool | None = None

@@ -7,6 +7,7 @@ reply    any reasoning, its answer in the last \\boxed{...}; with `agent.tools`,
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from functools import cached_property
 from typing import Any
 
@@ -15,13 +16,13 @@ from icrl_megatron.agents.formats import make_format
 from icrl_megatron.agents.python import Python, PythonLimits
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
 from icrl_megatron.agents.tools import Tool
-from icrl_megatron.settings.task_schema import TaskSource
+from icrl_megatron.settings.task_options import MathSource, ProgramData, check_unused
 from icrl_megatron.tasks.base import Environment
 from icrl_megatron.tasks.datasets import DataRow, read_tasks
 from icrl_megatron.tasks.grade_worker import last_box, normalised, plain_number
 from icrl_megatron.tasks.grader import Grader
 from icrl_megatron.tasks.single_turn import Form, Judge, SingleTurnTasks, Verdict, of_answer
-from icrl_megatron.tasks.tool_use import ToolEnvironment, check_agent
+from icrl_megatron.tasks.tool_use import ToolEnvironment
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
@@ -39,11 +40,12 @@ class Mathematics(SingleTurnTasks):
     """A task set of the files of `tasks.sources[...].data`."""
 
     form = FORM
+    data: ProgramData
 
-    def __init__(self, source: TaskSource) -> None:
-        """Raises ConfigError for an unknown tool, format or grammar, and for a tool that cannot run here."""
+    def __init__(self, source: MathSource) -> None:
+        """Raises ConfigError for an option that has no effect, and for a tool that cannot run here."""
         super().__init__(source)
-        check_agent(source, "math")
+        _check_tools(source)
         self._agent = source.agent
         self._toolbox: Toolbox | None = None
         if source.agent.tools:
@@ -56,10 +58,8 @@ class Mathematics(SingleTurnTasks):
     def _tool(self, name: str) -> Tool:
         if name == "calculator":
             return Calculator()
-        if name == "python":
-            limits = PythonLimits(self.data.grading_timeout_s, self.data.program_memory_mib << 20)
-            return Python(limits, self._agent.python_state, self.data.grading_workers)
-        raise ConfigError(f"task set {self.name!r}: agent.tools has {name!r}; the tools are python and calculator")
+        limits = PythonLimits(self.data.grading_timeout_s, self.data.program_memory_mib << 20)
+        return Python(limits, self._agent.python_state, self.data.grading_workers)
 
     def environment(self, task: Task) -> Environment:
         if self._toolbox is None:
@@ -101,6 +101,15 @@ class Mathematics(SingleTurnTasks):
     @cached_property
     def grader(self) -> Grader:
         return Grader(self.data.grading_workers, self.data.grading_timeout_s, self.data.numeric_tolerance)
+
+
+def _check_tools(source: MathSource) -> None:
+    """Raises ConfigError for an option of tools that are not used."""
+    if not source.agent.tools:
+        others = [f"agent.{one.name}" for one in fields(source.agent) if one.name != "tools"]
+        check_unused(source, [*others, "data.program_memory_mib"], "without agent.tools")
+    if "python" not in source.agent.tools:
+        check_unused(source, ["agent.python_state", "data.program_memory_mib"], "without python in agent.tools")
 
 
 def _problem(row: DataRow) -> str:

@@ -23,6 +23,7 @@ from functools import cached_property
 from itertools import repeat
 from typing import Any
 
+from icrl_megatron.settings.task_options import ProgramData
 from icrl_megatron.tasks.datasets import DataRow, read_tasks
 from icrl_megatron.tasks.single_turn import Form, Judge, SingleTurnTasks, Verdict
 from icrl_megatron.types import Split, Task
@@ -78,6 +79,7 @@ class Programs(SingleTurnTasks):
     """A task set of the files of `tasks.sources[...].data`. Raises ConfigError if bubblewrap is missing."""
 
     form = FORM
+    data: ProgramData
 
     def load(self, split: Split) -> list[Task]:
         return read_tasks(self.name, split, self.data, _problem)

@@ -17,14 +17,14 @@ from icrl_megatron.agents.judge import Judge, ModelJudge, by_rule, exact_match, 
 from icrl_megatron.agents.search import Search
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
 from icrl_megatron.settings.schema import RolloutSettings
-from icrl_megatron.settings.task_schema import AgentSettings, TaskSource
+from icrl_megatron.settings.task_options import SearchQASource, check_unused
 from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.base import TaskSet
 from icrl_megatron.tasks.datasets import DataRow, id_range, read_tasks
-from icrl_megatron.tasks.grader import Grader, check_limits
+from icrl_megatron.tasks.grader import Grader
 from icrl_megatron.tasks.retrieval import LocalRetriever, RemoteRetriever
 from icrl_megatron.tasks.servers import TRIES
-from icrl_megatron.tasks.tool_use import ToolEnvironment, check_agent
+from icrl_megatron.tasks.tool_use import ToolEnvironment
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.connections import Connections
 from icrl_megatron.utils.endpoint import EndpointClient
@@ -32,23 +32,28 @@ from icrl_megatron.utils.errors import ConfigError
 
 MAX_TURNS = 10
 PASSAGE_CHARS = 2000
-JUDGES = ("exact", "f1", "math", "model")
+OF_FILES = (
+    *("agent", "data.corpus", "data.passages", "data.prompt_column", "data.label_column"),
+    *("data.grading_workers", "data.grading_timeout_s", "data.numeric_tolerance"),
+)
+"""Options for questions from files."""
 INSTRUCTION = "Answer the question below. Think before each search and before the answer. Keep the answer short."
 
 
 class RetrievalQA:
     """Questions of `data.train` and `data.heldout`; searches go to `data.corpus` or `data.servers`."""
 
-    def __init__(self, source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> None:
+    def __init__(self, source: SearchQASource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> None:
         """`answer_bytes`: `rollout.max_observation_bytes`."""
-        check_agent(source, *JUDGES)
         self.name, self._data, self._answer_bytes = source.name, source.data, answer_bytes
         if bool(source.data.corpus) == (bool(source.data.servers) or source.served):
             raise ConfigError(
                 f"task set {self.name!r} needs one place to search: set exactly one of data.corpus, data.servers and "
                 "serve.command of its entry in tasks.sources"
             )
-        check_limits(source)
+        _check_judge(source)
+        if source.data.corpus:
+            check_unused(source, ["data.request_timeout_s"], "with data.corpus")
         self._agent, self._form = source.agent, make_format(source.agent.format, [Search.spec])
         self._serve_command = source.serve.command
         self.tool_cache: ToolCache | None = None
@@ -124,15 +129,26 @@ class RetrievalQA:
         return f"{Path(self._data.corpus).name} of {stat.st_size} bytes, changed {stat.st_mtime_ns}"
 
 
-def SearchQA(source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> TaskSet:
+def _check_judge(source: SearchQASource) -> None:
+    """Raises ConfigError if the judge lacks a setting, or for an option of another judge."""
+    judge, at = source.agent.judge, source.agent.endpoint
+    if judge != "math":
+        unused = ["data.grading_workers", "data.grading_timeout_s", "data.numeric_tolerance"]
+        check_unused(source, unused, f"with agent.judge={judge}")
+    if judge != "model":
+        check_unused(source, ["agent.endpoint"], f"with agent.judge={judge}")
+    elif not (at.url.startswith(("http://", "https://")) and at.model):
+        raise ConfigError(
+            f"task set {source.name!r}: agent.judge=model needs agent.endpoint.url and .model (url={at.url!r}, "
+            f"model={at.model!r}), e.g. {{url: 'http://host:8000/v1', model: NAME}}"
+        )
+
+
+def SearchQA(source: SearchQASource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> TaskSet:
     """The task set of a source: task id ranges are questions of AgentGym's SearchQA server, file rows are asked
     locally."""
     if any(id_range(given) is not None for given in (*source.data.train, *source.data.heldout)):
-        if source.agent != AgentSettings():
-            raise ConfigError(
-                f"task set {source.name!r}: AgentGym's server judges the answers to its own questions, so `agent` has "
-                "no effect: remove it, or give files of questions in data.train and data.heldout"
-            )
+        check_unused(source, OF_FILES, "with ranges of task ids, whose answers AgentGym's server judges")
         return AgentGym(source, answer_bytes)
     return RetrievalQA(source, answer_bytes)
 

@@ -8,9 +8,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from icrl_megatron.settings.task_schema import TaskSource
+from icrl_megatron.settings.task_options import DataSource, Problems
 from icrl_megatron.tasks.base import Environment, StepResult
-from icrl_megatron.tasks.grader import check_limits
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
@@ -76,10 +75,9 @@ class SingleTurnTasks(ABC):
     """A task set (`tasks.base.TaskSet`) of such questions. Its problems are JSON objects, loaded once per split."""
 
     form: ClassVar[Form]
+    data: Problems
 
-    def __init__(self, source: TaskSource) -> None:
-        """Raises ConfigError on a limit that is too small for grading."""
-        check_limits(source)
+    def __init__(self, source: DataSource) -> None:
         self.name, self.data = source.name, source.data
         self._problems: dict[Split, list[Task]] = {}
 

@@ -10,9 +10,8 @@ from icrl_megatron.agents.grammar import GRAMMARS, format_score, without_tags
 from icrl_megatron.agents.judge import Judge
 from icrl_megatron.agents.toolbox import Toolbox
 from icrl_megatron.agents.tools import ToolFailure
-from icrl_megatron.settings.task_schema import AgentSettings, TaskSource
+from icrl_megatron.settings.task_options import Answers
 from icrl_megatron.tasks.base import EnvironmentFailure, StepResult
-from icrl_megatron.utils.errors import ConfigError
 
 SHOWN_CHARS = 200
 
@@ -27,7 +26,7 @@ class ToolEnvironment:
         toolbox: Toolbox,
         judge: Judge,
         max_turns: int,
-        agent: AgentSettings,
+        agent: Answers,
     ) -> None:
         """`judge` reads the final answer alone, at most `agent.answer_chars` of it, without tags."""
         self.max_turns, self.dialogue = max_turns, form.dialogue
@@ -113,19 +112,6 @@ class ToolEnvironment:
         if self._toolbox.cache is not None:
             ended["calls_cached"] = session.cached
         return {name: float(number) for name, number in {"answered": self.answer is not None, **calls, **ended}.items()}
-
-
-def check_agent(source: TaskSource, *judges: str) -> None:
-    """Raises ConfigError naming a setting of `source.agent` that cannot work. `judges`: those of the task set."""
-    agent, where = source.agent, f"task set {source.name!r}: agent"
-    if agent.judge not in ("", *judges):
-        raise ConfigError(f"{where}.judge={agent.judge}: must be one of {', '.join(judges)}")
-    at = agent.endpoint
-    if agent.judge == "model" and not (at.url.startswith(("http://", "https://")) and at.model):
-        raise ConfigError(
-            f"{where}.judge=model needs agent.endpoint.url and .model (url={at.url!r}, model={at.model!r}), e.g. "
-            "{url: 'http://host:8000/v1', model: NAME}"
-        )
 
 
 def _plain(name: str) -> str:

@@ -20,7 +20,8 @@ from icrl_megatron.settings.schema import (
     RolloutSettings,
     Settings,
 )
-from icrl_megatron.settings.task_schema import TaskData, TaskServers, TaskSettings, TaskSource
+from icrl_megatron.settings.task_options import ServedSource, TaskServers, source_of
+from icrl_megatron.settings.task_schema import TaskSettings, TaskSource
 
 NODE = 8
 
@@ -36,10 +37,12 @@ def source(task: str) -> TaskSource:
 
     What else a task needs (rows or task ids of the others) is up to the user: docs/TASKS.md.
     """
-    if task not in SERVERS:
-        return TaskSource(task)
-    data = TaskData(train=["0:2420"], heldout=["2420:2620"]) if task == "alfworld" else TaskData()
-    return TaskSource(task, data=data, serve=TaskServers(AGENTGYM.format(name=task), count=SERVERS[task]))
+    made = source_of(task)
+    if isinstance(made, ServedSource):
+        made.serve = TaskServers(AGENTGYM.format(name=task), count=SERVERS[task])
+        if task == "alfworld":
+            made.data.train, made.data.heldout = ["0:2420"], ["2420:2620"]
+    return made
 
 
 def icrl(name: str, size: str, task: str, gpus: int) -> Settings:

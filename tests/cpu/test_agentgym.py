@@ -20,7 +20,7 @@ from icrl_megatron.rollout.episode import EpisodeSetup, play
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Ask, Seeds, Speakers
 from icrl_megatron.settings.schema import RolloutSettings
-from icrl_megatron.settings.task_schema import TaskData, TaskSource
+from icrl_megatron.settings.task_options import ServedSource, ServerData
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks import servers
 from icrl_megatron.tasks.agentgym import AgentGym, AgentGymEnvironment, probe
@@ -39,8 +39,8 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gym(name: str, *urls: str, timeout_s: float = 10.0) -> AgentGym:
-    data = TaskData(train=["0:4"], heldout=["4:6"], servers=list(urls), request_timeout_s=timeout_s)
-    return AgentGym(TaskSource(name, data=data))
+    data = ServerData(train=["0:4"], heldout=["4:6"], servers=list(urls), request_timeout_s=timeout_s)
+    return AgentGym(ServedSource(name, data=data))
 
 
 def reply(name: str, action: str) -> str:

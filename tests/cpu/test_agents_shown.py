@@ -25,7 +25,7 @@ from icrl_megatron.report.page_episodes import Speller, episode
 from icrl_megatron.report.segments import colors, split
 from icrl_megatron.report.show import show
 from icrl_megatron.settings.loading import SAVED_NAME, save
-from icrl_megatron.settings.task_schema import TaskSource
+from icrl_megatron.settings.task_options import ArchiveSource
 from icrl_megatron.tasks.archive import Archive
 from icrl_megatron.telemetry.dumps import DumpRecord, dump_path, read_dump, write_dump
 from icrl_megatron.telemetry.metrics import rollout_metrics
@@ -76,7 +76,7 @@ def played(task_set: Archive, task: Task, index: int) -> Episode:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with episodes of Archive's teacher. The first episode's texts try to break out of the page."""
-    folder, task_set = tmp_path_factory.mktemp("agents") / "run", Archive(TaskSource("archive"))
+    folder, task_set = tmp_path_factory.mktemp("agents") / "run", Archive(ArchiveSource("archive"))
     (folder / "rollouts").mkdir(parents=True)
     settings = archive_recipe()
     save(settings, folder / SAVED_NAME)

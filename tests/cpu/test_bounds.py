@@ -28,8 +28,9 @@ from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.external import ExternalSpeaker, first_model
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Ask
-from icrl_megatron.settings.rollout_schema import ExternalCritic, RolloutSettings
-from icrl_megatron.settings.task_schema import TaskData, TaskSource
+from icrl_megatron.settings.endpoint import Endpoint
+from icrl_megatron.settings.rollout_schema import RolloutSettings
+from icrl_megatron.settings.task_options import ServedSource, ServerData
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks import env_check, servers
 from icrl_megatron.tasks.agentgym import AgentGym
@@ -206,7 +207,7 @@ def test_nonsense_is_a_failure(content: bytes) -> None:
 
 def test_an_environment_server_that_says_too_much_is_named() -> None:
     with serving(whole(LONG)) as (url, _):
-        source = TaskSource("textcraft", data=TaskData(train=["0:2"], heldout=["2:3"], servers=[url]))
+        source = ServedSource("textcraft", data=ServerData(train=["0:2"], heldout=["2:3"], servers=[url]))
         task_set = AgentGym(source, LIMIT)
         with pytest.raises(BadAnswer, match=rf"max_observation_bytes = {LIMIT}"):
             asyncio.run(task_set.environment(task_set.problems("train")[0]).reset())
@@ -245,7 +246,7 @@ def test_two_episodes_never_share_an_environment() -> None:
     """A server that answers every /create with one id."""
     answer = json.dumps({"id": 0, "observation": "go", "reward": 0, "done": False}).encode()
     with serving(lambda handler: whole(b"{}" if handler.path == "/close" else answer)(handler)) as (url, _):
-        source = TaskSource("babyai", data=TaskData(train=["0:2"], heldout=["2:3"], servers=[url]))
+        source = ServedSource("babyai", data=ServerData(train=["0:2"], heldout=["2:3"], servers=[url]))
         task_set = AgentGym(source)
 
         async def both() -> None:
@@ -267,7 +268,7 @@ PROMPTER = Prompter(build_tokenizer(["up", *template_words("compact")]), Rollout
 
 def critic(sends: Sends) -> Any:
     with serving(sends) as (url, _):
-        speaker = ExternalSpeaker(ExternalCritic(url=url, model="m"), 1.0, PROMPTER, Connections(1))
+        speaker = ExternalSpeaker(Endpoint(url=url, model="m"), 1.0, PROMPTER, Connections(1))
         return asyncio.run(speaker.reply(Ask("critique", (1,), 8, 0, "", None, "words")))
 
 
@@ -289,7 +290,7 @@ def test_a_critics_text_is_encoded_as_far_as_it_may_be_used() -> None:
 
 def test_an_endless_list_of_models_is_refused() -> None:
     with serving(endless) as (url, _), pytest.raises(ConfigError, match="no OpenAI-compatible endpoint there"):
-        first_model(ExternalCritic(url=url))
+        first_model(Endpoint(url=url))
 
 
 @pytest.mark.parametrize(("sends", "timeout_s"), [(endless, 60.0), (trickles, 0.3)], ids=["endless", "trickles"])

@@ -23,7 +23,7 @@ from icrl_megatron.evaluation.scores import compare, estimate, score, successes,
 from icrl_megatron.evaluation.views import comparison_table, rounds_table, scores_table, show, transitions_table
 from icrl_megatron.settings.loading import save
 from icrl_megatron.settings.schema import Settings
-from icrl_megatron.settings.task_schema import TaskServers, TaskSource
+from icrl_megatron.settings.task_options import ServedSource, TaskServers
 from icrl_megatron.types import Attempt, Completion, Critique, DroppedEpisode, Episode, Task, Turn
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.intervals import mcnemar
@@ -337,7 +337,7 @@ def test_other_files_are_no_results(tmp_path: Path) -> None:
 def test_settings_inside_a_foreign_model_or_checkpoint_are_not_read(tmp_path: Path, record: str) -> None:
     """They could name commands that an evaluation starts."""
     settings = Settings()
-    settings.tasks.sources = [TaskSource("rulebook_easy", serve=TaskServers(command=f"touch {tmp_path / 'ran'}"))]
+    settings.tasks.sources = [ServedSource("textcraft", serve=TaskServers(command=f"touch {tmp_path / 'ran'}"))]
     model = tmp_path / "somebodys"
     save(settings, model / "settings.yaml")
     (model / record).write_text("{}")

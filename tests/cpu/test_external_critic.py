@@ -17,8 +17,9 @@ from icrl_megatron.rollout.external import ExternalSpeaker
 from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.speakers import Ask
 from icrl_megatron.run.checks import validate
+from icrl_megatron.settings.endpoint import Endpoint
 from icrl_megatron.settings.loading import load
-from icrl_megatron.settings.rollout_schema import ExternalCritic, RolloutSettings
+from icrl_megatron.settings.rollout_schema import RolloutSettings
 from icrl_megatron.settings.schema import TinyModel
 from icrl_megatron.types import Completion
 from icrl_megatron.utils.connections import Connections
@@ -53,7 +54,7 @@ def ask_often(
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         port = runner.addresses[0][1]
-        settings = ExternalCritic(url=f"http://127.0.0.1:{port}/v1/", model="m", api_key_env="KEY_OF_TEST")
+        settings = Endpoint(url=f"http://127.0.0.1:{port}/v1/", model="m", api_key_env="KEY_OF_TEST")
         speaker = ExternalSpeaker(settings, 0.5, prompter, Connections(2))
         question = Ask("critique", (1, 2), limit, 7, "", None, "what happened")
         try:

@@ -15,7 +15,8 @@ pytest.importorskip("bm25s")
 
 from icrl_megatron.agents.judge import ModelJudge, f1, verdict
 from icrl_megatron.agents.tools import ToolFailure
-from icrl_megatron.settings.task_schema import AgentSettings, JudgeEndpoint, TaskData, TaskSource
+from icrl_megatron.settings.endpoint import Endpoint
+from icrl_megatron.settings.task_options import Answers, ArchiveSource, SearchAgent, SearchData, SearchQASource
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.archive import spelled, truth
 from icrl_megatron.tasks.base import EnvironmentFailure
@@ -170,9 +171,9 @@ def searchqa(folder: Path, gold: str = "Paris", **agent: object) -> RetrievalQA:
     for split in ("train", "heldout"):
         (folder / f"{split}.jsonl").write_text(json.dumps({"q": f"Of France, {split}?", "a": gold}) + "\n")
     files = {split: [str(folder / f"{split}.jsonl")] for split in ("train", "heldout")}
-    data = TaskData(prompt_column="q", label_column="a", corpus=str(folder / "corpus.jsonl"), **files)
+    data = SearchData(prompt_column="q", label_column="a", corpus=str(folder / "corpus.jsonl"), **files)
     made = registry.of_source(
-        TaskSource("searchqa", data=data, agent=AgentSettings(**{"format": "tags"} | agent))  # type: ignore[arg-type]
+        SearchQASource("searchqa", data=data, agent=SearchAgent(**{"format": "tags"} | agent))  # type: ignore[arg-type]
     )
     assert isinstance(made, RetrievalQA)
     return made
@@ -226,7 +227,7 @@ def test_a_model_judges_inside_the_last_step(tmp_path: Path) -> None:
         return said(answers.pop(0))
 
     async def use(url: str) -> float:
-        task_set = searchqa(tmp_path, judge="model", endpoint=JudgeEndpoint(url=url, model="m"))
+        task_set = searchqa(tmp_path, judge="model", endpoint=Endpoint(url=url, model="m"))
         environment = task_set.environment(task_set.problems("train")[0])
         scores = []
         for _ in range(2):
@@ -252,7 +253,7 @@ def test_the_format_is_measured_and_by_a_setting_rewarded(tmp_path: Path) -> Non
 
 
 def test_archive_takes_the_same_settings() -> None:
-    source = TaskSource("archive_easy", agent=AgentSettings(grammar="web", reward="answer_times_format"))
+    source = ArchiveSource("archive_easy", agent=Answers(grammar="web", reward="answer_times_format"))
     task_set = registry.of_source(source)
     environment = task_set.environment(task_set.problems("train")[0])
     assert isinstance(environment, ToolEnvironment)
@@ -262,13 +263,13 @@ def test_archive_takes_the_same_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "agent", "message"),
+    ("agent", "message"),
     [
-        ("archive", {"judge": "f1"}, r"agent\.judge=f1: must be one of exact"),
-        ("household", {"judge": "f1"}, r"'household' calls no tools.*remove them"),
-        ("searchqa", {"judge": "model"}, r"judge=model needs agent\.endpoint\.url and \.model"),
+        ({"judge": "bleu"}, r"'searchqa': agent\.judge=bleu: choose one of exact, f1, math, model"),
+        ({"judge": "model"}, r"judge=model needs agent\.endpoint\.url and \.model"),
+        ({"endpoint": Endpoint(model="m", timeout_s=12.0)}, r"endpoint\.model=m has no effect with agent\.judge=exact"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(name: str, agent: dict[str, object], message: str) -> None:
+def test_settings_that_cannot_work_are_refused(tmp_path: Path, agent: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        registry.of_source(TaskSource(name, agent=AgentSettings(**agent)))  # type: ignore[arg-type]
+        searchqa(tmp_path, **agent)

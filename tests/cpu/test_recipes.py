@@ -16,6 +16,7 @@ from icrl_megatron.plan.models import shape_of
 from icrl_megatron.run import checks as validate
 from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.settings.schema import EngineSettings, Settings
+from icrl_megatron.settings.task_options import ALFWorldSource, DataSource, ServedSource
 from icrl_megatron.settings.task_schema import TaskSettings, TaskSource
 from icrl_megatron.tasks import registry as task_sets
 from icrl_megatron.utils.errors import ConfigError
@@ -28,7 +29,7 @@ ON_GPUS = tuple(name for name in RECIPES if registry()[name]().launch.device == 
 
 def supplied(settings: Settings) -> list[str]:
     """What whoever runs the recipe brings along: data or servers of its tasks, and an SGLang."""
-    found = [f"data of {s.name}" for s in settings.tasks.sources if s.name not in EMBEDDED and not s.data.train]
+    found = [f"data of {s.name}" for s in settings.tasks.sources if isinstance(s, DataSource) and not s.data.train]
     return found + (["SGLang"] if settings.engine.kind == "sglang" else [])
 
 
@@ -127,9 +128,10 @@ def test_names_say_how_many_gpus() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_on_agentgym_start_its_servers(name: str) -> None:
     for source in settings_module.load(name).tasks.sources:
-        assert source.served == (source.name in ("alfworld", "webshop", "searchqa"))
-        assert not source.served or f"{source.name} --host {{host}} --port {{port}}" in source.serve.command
-        if source.name == "alfworld":
+        assert isinstance(source, ServedSource) == (source.name in ("alfworld", "webshop", "searchqa"))
+        if isinstance(source, ServedSource):
+            assert source.served and f"{source.name} --host {{host}} --port {{port}}" in source.serve.command
+        if isinstance(source, ALFWorldSource):
             assert (source.data.train, source.data.heldout, source.serve.count) == (["0:2420"], ["2420:2620"], 32)
 
 

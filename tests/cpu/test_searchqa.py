@@ -18,7 +18,7 @@ from icrl_megatron.agents.judge import exact_match
 from icrl_megatron.agents.search import NOTHING, Search
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
 from icrl_megatron.agents.tools import ToolCall, ToolFailure
-from icrl_megatron.settings.task_schema import AgentSettings, TaskData, TaskSource
+from icrl_megatron.settings.task_options import SearchAgent, SearchData, SearchQASource
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.base import EnvironmentFailure
@@ -60,7 +60,7 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
-def source(folder: Path, **data: object) -> TaskSource:
+def source(folder: Path, **data: object) -> SearchQASource:
     for split, rows in (
         ("train", [{"q": "Capital of France?", "a": ["Paris", "paris city"]}]),
         ("heldout", [{"q": "Italy?", "a": "Rome"}]),
@@ -68,8 +68,8 @@ def source(folder: Path, **data: object) -> TaskSource:
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = {split: [str(folder / f"{split}.jsonl")] for split in ("train", "heldout")}
     columns = {"prompt_column": "q", "label_column": "a"}
-    given = TaskData(**{**columns, **files, **data})  # type: ignore[arg-type]
-    return TaskSource("searchqa", data=given, agent=AgentSettings(format="tags"))
+    given = SearchData(**{**columns, **files, **data})  # type: ignore[arg-type]
+    return SearchQASource("searchqa", data=given, agent=SearchAgent(format="tags"))
 
 
 def play(task_set: RetrievalQA, replies: list[str]) -> tuple[list[str], float, str]:
@@ -171,7 +171,7 @@ def test_settings_that_cannot_work(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="passages"):
         registry.of_source(source(tmp_path, corpus="c", passages=0))
     assert isinstance(
-        registry.of_source(TaskSource("searchqa", data=TaskData(train=["0:4"], heldout=["4:5"]))), AgentGym
+        registry.of_source(SearchQASource("searchqa", data=SearchData(train=["0:4"], heldout=["4:5"]))), AgentGym
     )
 
 

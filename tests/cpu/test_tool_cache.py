@@ -21,7 +21,8 @@ import pytest
 from icrl_megatron.agents.cache import MOST_ENTRY_BYTES, ToolCache, check
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits, ToolSession
 from icrl_megatron.agents.tools import ToolCall, ToolFailure, ToolSpec, ToolUseError
-from icrl_megatron.settings.task_schema import AgentSettings, TaskData, TaskSource, ToolCacheSettings
+from icrl_megatron.settings.task_options import ArchiveSource, SearchAgent, SearchData, SearchQASource
+from icrl_megatron.settings.task_schema import ToolCacheSettings
 from icrl_megatron.tasks.base import EnvironmentFailure
 from icrl_megatron.tasks.registry import Catalogue
 from icrl_megatron.types import Task
@@ -295,10 +296,12 @@ def test_a_run_is_repeated_without_its_server(tmp_path: Path, path: Path, opened
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     files = {split: [str(tmp_path / f"{split}.jsonl")] for split in ("train", "heldout")}
-    data = TaskData(**files, servers=[f"http://127.0.0.1:{server.server_port}"])
+    data = SearchData(**files, servers=[f"http://127.0.0.1:{server.server_port}"])
 
     def play(cache: ToolCache, queries: tuple[str, ...]) -> tuple[list[str], dict[str, float]]:
-        catalogue = Catalogue([TaskSource("searchqa", data=data, agent=AgentSettings(format="tags"))], tool_cache=cache)
+        catalogue = Catalogue(
+            [SearchQASource("searchqa", data=data, agent=SearchAgent(format="tags"))], tool_cache=cache
+        )
         task: Task = catalogue.get("searchqa").problems("train")[0]
         environment = catalogue.environment(task)
 
@@ -326,7 +329,7 @@ def test_a_run_is_repeated_without_its_server(tmp_path: Path, path: Path, opened
 
 def test_archives_tools_are_cached_except_the_calculator(path: Path, opened: Opened) -> None:
     pytest.importorskip("bm25s")
-    catalogue = Catalogue([TaskSource("archive")], tool_cache=open_cache(opened, path))
+    catalogue = Catalogue([ArchiveSource("archive")], tool_cache=open_cache(opened, path))
     task = catalogue.get("archive").problems("train")[0]
     for _ in range(2):
         environment = catalogue.environment(task)
