@@ -24,6 +24,7 @@ from icrl_megatron import __version__
 from icrl_megatron.utils.disk import disk_errors, size_text
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.files import locked
+from icrl_megatron.utils.step_names import step_name
 
 REMEDY = "choose another folder, or give --overwrite to replace it"
 MOVE_AWAY = "move it away, or choose another run_dir"
@@ -33,7 +34,7 @@ MARKER = ".icrl-result"
 do not read a file of this name."""
 CHECKPOINT_RECORD = "icrl.json"
 """A file in every complete checkpoint (`actor.checkpoint.META`)."""
-FIRST_STEP = "step_000000"
+FIRST_STEP = step_name(0)
 _TEMPORARY = ".icrl-tmp"
 _LOCK = "lock"
 _OLD = "replaced"

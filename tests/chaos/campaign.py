@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import whole_runs
 
+from icrl_megatron.utils.step_names import step_name, step_of, steps_in
+
 Strike = Callable[["Campaign", random.Random], None]
 LIMIT_S = 120.0
 STARTUP_S = 9.0
@@ -140,13 +142,14 @@ class Campaign:
 
     def checkpoints(self) -> list[str]:
         """Names of the complete checkpoints, oldest first."""
-        found = (p.parent.name for p in self.folder.glob("checkpoints/step_*/icrl.json"))
-        return sorted(n for n in found if re.fullmatch(r"step_\d+", n) and n not in self._given_up)
+        root = self.folder / "checkpoints"
+        found = (name for name in map(step_name, steps_in(root)) if (root / name / "icrl.json").exists())
+        return [name for name in found if name not in self._given_up]
 
     def saved(self) -> int:
         """Step of the newest complete checkpoint; 0 for none."""
         names = self.checkpoints()
-        return int(names[-1].removeprefix("step_")) if names else 0
+        return step_of(names[-1]) or 0 if names else 0
 
     def damaged(self, name: str, how: str) -> None:
         """From now on `name` does not count as a checkpoint."""

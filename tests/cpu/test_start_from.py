@@ -153,8 +153,10 @@ def test_a_run_a_folder_of_checkpoints_and_a_checkpoint_are_all_taken(tmp_path: 
         assert start.source(str(given)) == run / "checkpoints" / "step_000010"
         validate(S.load("rulebook_easy", [f"run_dir={tmp_path / 'b'}", f"start_from={given}"]))
     assert start.source(str(run / "checkpoints" / "step_000002")).name == "step_000002"
-    (run / "checkpoints" / "step_000011.part" / "model").mkdir(parents=True)
-    (run / "checkpoints" / "step_000011.part" / "model" / "config.json").write_text("{}")
+    for unusable in ("step_000011.part", "step_000012.damaged"):
+        (run / "checkpoints" / unusable / "model").mkdir(parents=True)
+        (run / "checkpoints" / unusable / "model" / "config.json").write_text("{}")
+        (run / "checkpoints" / unusable / "icrl.json").write_text("{}")
     assert start.source(str(run)).name == "step_000010"
 
 
