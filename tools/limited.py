@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from icrl_megatron.utils import processes
 
 GRACE_S = 10.0
 """Between SIGTERM, on which a launcher ends its ranks and servers, and SIGKILL."""
@@ -32,15 +31,6 @@ def run(
     try:
         return process.wait(limit_s)
     except subprocess.TimeoutExpired:
-        _signal(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(grace_s)
         return None
     finally:
-        _signal(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _signal(group: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, number)
+        processes.end_groups([process], grace_s)

@@ -6,13 +6,12 @@ import io
 import itertools
 import json
 import math
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from local_servers import Handler, threaded
 from rich.console import Console
 from whole_runs import Ended, batch
 
@@ -134,40 +133,28 @@ def test_the_tables_fit_a_terminal_of_80_columns() -> None:
 # The program
 
 
-class Critics(BaseHTTPRequestHandler):
+class Critics(Handler):
     """An OpenAI-compatible endpoint that always advises the same, and fails its first answer."""
 
     seen: ClassVar[list[dict[str, Any]]] = []
     failures: ClassVar[Iterator[int]] = iter(())
 
     def do_GET(self) -> None:
-        self._send(200, {"data": [{"id": "adviser"}]})
+        self.send_json({"data": [{"id": "adviser"}]})
 
     def do_POST(self) -> None:
-        self.seen.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.seen.append(json.loads(self.body()))
         if next(Critics.failures, None) is not None:
-            self._send(503, {"error": "busy"})
+            self.send_json({"error": "busy"}, 503)
         else:
-            self._send(200, {"choices": [{"message": {"content": "<critic> elm oak fir </critic>"}}]})
-
-    def _send(self, status: int, body: object) -> None:
-        text = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
+            self.send_json({"choices": [{"message": {"content": "<critic> elm oak fir </critic>"}}]})
 
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Critics)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     Critics.failures = iter(range(1))
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
+    with threaded(Critics) as url:
+        yield f"{url}/v1"
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from disks import small_disk
 
 from icrl_megatron.distributed import process
 from icrl_megatron.launch import torchrun as launch
+from icrl_megatron.utils import parent_watch
 
 LAUNCHER = """
 import sys
@@ -355,9 +356,9 @@ def test_second_interrupt_kills(start: Start) -> None:
 
 def test_a_rank_whose_parent_is_gone_ends_itself() -> None:
     """The race at start: the parent died before the child could ask to die with it."""
-    code = "from icrl_megatron.distributed.process import die_with_parent; die_with_parent(); print('alive')"
+    code = "from icrl_megatron.utils.parent_watch import die_with_parent; die_with_parent(); print('alive')"
     for parent, expected in ((os.getpid(), (0, "alive\n")), (os.getpid() + 1, (1, ""))):
-        env = {**os.environ, launch.PARENT_ENV: str(parent)}
+        env = {**os.environ, parent_watch.PARENT_ENV: str(parent)}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == expected
 

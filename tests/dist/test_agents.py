@@ -42,15 +42,10 @@ if __name__ == "__main__":
 """
 
 
-def free_port() -> int:
-    with net.bound("127.0.0.1") as probe:
-        return int(probe.getsockname()[1])
-
-
 def agents(folder: Path, *words: str) -> list[subprocess.Popen[str]]:
     (folder / "meet.py").write_text(MEET)
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
-    meet = [f"--master-port={free_port()}", "--master-addr=127.0.0.1"]
+    meet = [f"--master-port={net.free_port()}", "--master-addr=127.0.0.1"]
     return [
         subprocess.Popen(
             [
