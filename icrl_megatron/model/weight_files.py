@@ -124,12 +124,6 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(wanted)
 
 
-def check_safetensors(path: Path) -> None:
-    """Raises ConfigError unless the file's header is complete and its size matches the header."""
-    for _ in _header(path):
-        pass
-
-
 def _refuse_others(folder: Path) -> None:
     """Raises ConfigError if the folder has adapters, or weights in an unsupported format."""
     for name in _ADAPTERS:
