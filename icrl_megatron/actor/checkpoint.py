@@ -36,6 +36,7 @@ from icrl_megatron.distributed.grid import (
 from icrl_megatron.model.weights import Slice, WeightRow
 from icrl_megatron.utils.disk import disk_errors, require_space
 from icrl_megatron.utils.errors import ConfigError, HopelessError
+from icrl_megatron.utils.files import sync
 from icrl_megatron.utils.step_names import step_name, step_of
 
 __all__ = ["META", "SIDE_FILES", "Checkpoint", "NonFiniteError", "SavedProgress", "complete", "find", "load", "save"]
@@ -343,9 +344,9 @@ def _finish(
         records[name] = manifests.write_file(part / name, data)
     manifests.write(part, replace(manifest, files=records))
     for folder in (*(p for p in part.rglob("*") if p.is_dir()), part):
-        manifests.sync_folder(folder)
+        sync(folder)
     part.rename(final)
-    manifests.sync_folder(final.parent)
+    sync(final.parent)
 
 
 def _delete_old(final: Path, keep: int, run: str) -> None:

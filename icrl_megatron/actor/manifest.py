@@ -160,15 +160,6 @@ def write_file(path: Path, data: bytes) -> FileRecord:
     return FileRecord(len(data), hashlib.sha256(data).hexdigest())
 
 
-def sync_folder(folder: Path) -> None:
-    """Syncs a folder's list of names to disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 @contextmanager
 def reading(folder: Path, name: str) -> Iterator[None]:
     """Converts errors of reading a checkpoint's file. Raises DamagedError only if the file is missing; every other
