@@ -9,29 +9,9 @@ import icrl_megatron
 
 ROOT = Path(icrl_megatron.__file__).parent
 LAYERS = (
-    "types",
-    "utils",
-    "settings",
-    "distributed",
-    "agents",
-    "tasks",
-    "model",
-    "engines",
-    "algo",
-    "data",
-    "telemetry",
-    "rollout",
-    "actor",
-    "report",
-    "run",
-    "plan",
-    "launch",
-    "evaluation",
-    "loop",
-    "train",
-    "sft",
-    "cli",
-)
+    "types", "utils", "settings", "distributed", "agents", "tasks", "model", "engines", "algo", "data", "telemetry",
+    "rollout", "actor", "report", "run", "plan", "launch", "evaluation", "loop", "train", "sft", "cli",
+)  # fmt: skip
 """Folders and modules of the package's root, lowest first: each imports only from itself and from those before it."""
 
 
