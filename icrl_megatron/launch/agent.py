@@ -208,7 +208,8 @@ def _watch(ranks: Sequence[Rank], received: Sequence[int]) -> Rank | None:
             process.terminate()  # not its children, which it may need in order to save
         processes.wait_all(left, END_TIMEOUT_S)
         for process in left:
-            processes.kill_tree(process)
+            if process.poll() is None:
+                processes.kill_tree(process)
 
 
 def _report(failed: Rank) -> str:
