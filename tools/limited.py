@@ -1,12 +1,16 @@
-"""Runs a command with a time limit, in a session of its own that is killed as a whole."""
+"""Runs a command with a time limit, in a session of its own that is killed as a whole.
+
+Only the standard library: tools/gpu_check.py imports it under a Python in which this project is not installed.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from icrl_megatron.utils import processes
 
 GRACE_S = 10.0
 """Between SIGTERM, on which a launcher ends its ranks and servers, and SIGKILL."""
@@ -31,6 +35,15 @@ def run(
     try:
         return process.wait(limit_s)
     except subprocess.TimeoutExpired:
+        _signal(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(grace_s)
         return None
     finally:
-        processes.end_groups([process], grace_s)
+        _signal(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _signal(group: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
