@@ -219,7 +219,10 @@ HOSTILE = r"""
 def main():
     stop = StopRequest()
     print("the model says: \x1b]0;owned\x07", flush=True)
+    note("spoke")
     if rank == "1":
+        while not Path("spoke.0").exists():  # on a busy machine rank 0 would be ended before it speaks
+            time.sleep(0.05)
         raise RuntimeError("the server says: \x1b[2J")
     while not stop:
         time.sleep(0.05)
