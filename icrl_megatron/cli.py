@@ -130,20 +130,10 @@ def launch(
     from icrl_megatron.launch import nemo
 
     where = nemo.Where(
-        on=on,
-        account=account,
-        partition=partition,
-        time=time,
-        container=container,
-        mounts=tuple(mount or ()),
-        host=host,
-        port=port,
-        user=user,
-        identity=identity,
-        remote_home=remote_home,
-        python=python,
-        ranks_per_node=ranks_per_node,
-    )
+        on=on, account=account, partition=partition, time=time, container=container, mounts=tuple(mount or ()),
+        host=host, port=port, user=user, identity=identity, remote_home=remote_home,
+        python=python, ranks_per_node=ranks_per_node,
+    )  # fmt: skip
     raise typer.Exit(nemo.launch(recipe, overrides or [], where, dry_run, detach))
 
 

@@ -12,7 +12,6 @@ Prints a table and writes JSON. The results depend on other load on the machine,
 from __future__ import annotations
 
 import asyncio
-import json
 import multiprocessing
 import tempfile
 import time
@@ -21,20 +20,16 @@ from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
-import bench_schema
+import bench_parts
 import numpy as np
 import typer
-from bench_schema import Bar
-from rich.console import Console
-from rich.table import Table
+from bench_parts import Figures
 
 from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
 from icrl_megatron.agents.tools import Arguments, ToolCall, ToolSpec
 from icrl_megatron.settings.task_schema import ToolCacheSettings
-from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.intervals import paired_difference
-from icrl_megatron.utils.sandbox import Sandbox, SandboxLimits
 
 OVERHEAD_BAR = 0.05
 """Maximum share of the bare coroutines' seconds that the toolbox adds."""
@@ -45,8 +40,6 @@ PYTHON_BAR = 60.0
 ANSWER = "A passage about the town of that name. " * 40
 CONTENDED_S = 3.0
 WRITERS_ENTRIES = 50
-
-Figures = dict[str, float]
 
 
 class Waits:
@@ -194,11 +187,8 @@ async def _delays(cache: ToolCache, episodes: int, seconds: float) -> list[float
 
 def python_calls(count: int) -> Figures:
     """Milliseconds of a program in the sandbox; empty if no sandbox can be created."""
-    try:
-        sandbox = Sandbox(SandboxLimits(10.0, 256 << 20))
-        sandbox.check()
-    except ConfigError as error:
-        Console().print(f"python: {error}", markup=False)
+    sandbox = bench_parts.sandbox("python")
+    if sandbox is None:
         return {}
     spent = []
     for i in range(count):
@@ -206,17 +196,6 @@ def python_calls(count: int) -> Figures:
         assert sandbox.run(f"print({i} * 2)").output == f"{2 * i}\n".encode()
         spent.append(time.perf_counter() - begun)
     return {"call_ms": 1000 * float(np.median(spent)), "p90_ms": 1000 * float(np.percentile(spent, 90))}
-
-
-def bars(found: dict[str, Figures]) -> list[Bar]:
-    """The bars of the measured parts."""
-    limits = {
-        "toolbox overhead": (OVERHEAD_BAR, False),
-        "cache hits_per_s": (HITS_BAR, True),
-        "python call_ms": (PYTHON_BAR, False),
-    }
-    values = {f"{part} {name}": value for part, figures in found.items() for name, value in figures.items()}
-    return [Bar(name, values[name], *limit) for name, limit in limits.items() if name in values]
 
 
 def main(
@@ -231,30 +210,20 @@ def main(
     programs: Annotated[int, typer.Option(min=1, help="Programs in the sandbox.")] = 40,
 ) -> None:
     """Measures and prints the parts; exits with 1 if a bar is missed."""
-    every: dict[str, Callable[[], Figures]] = {
+    every = {
         "toolbox": lambda: overhead(rounds, episodes, calls, tool_ms / 1000),
         "wave": lambda: overhead(rounds, episodes, 1, tool_ms / 1000),
         "cache": lambda: cached(episodes, entries),
         "contended": lambda: contended(min(episodes, 64), seconds),
         "python": lambda: python_calls(programs),
     }
-    if unknown := set(parts or ()) - set(every):
-        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: choose from {', '.join(every)}")
-    found = {name: figures for name, measure in every.items() if name in (parts or every) and (figures := measure())}
-    shown = Table("what", "figure", "value")
-    for what, figures in found.items():
-        for name, value in figures.items():
-            shown.add_row(what, name, f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}")
-    Console().print(shown)
-    judged = bars(found)
-    if out is not None:
-        report = bench_schema.about(("jsonschema", "tenacity"))
-        report |= {"sizes": {"episodes": episodes, "calls": calls, "tool_ms": tool_ms, "rounds": rounds}}
-        report |= {"medians": found, "bars": judged}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(bench_schema.stamped("agents", report), indent=1) + "\n")
-    if not all(bar.held for bar in judged):
-        raise typer.Exit(1)
+    limits = {
+        "toolbox overhead": (OVERHEAD_BAR, False),
+        "cache hits_per_s": (HITS_BAR, True),
+        "python call_ms": (PYTHON_BAR, False),
+    }
+    sizes = {"episodes": episodes, "calls": calls, "tool_ms": tool_ms, "rounds": rounds}
+    bench_parts.measure("agents", every, parts, limits, ("jsonschema", "tenacity"), out, sizes=sizes)
 
 
 if __name__ == "__main__":

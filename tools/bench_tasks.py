@@ -13,7 +13,6 @@ Prints a table and writes JSON. The results depend on other load on the machine,
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -25,13 +24,10 @@ from typing import Annotated, Any
 import aiohttp
 import psutil
 import typer
-from rich.console import Console
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import bench_schema
+import bench_parts
 from agentgym_server import serving
-from bench_schema import Bar
 
 from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.episode import EpisodeSetup, play
@@ -44,8 +40,6 @@ from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.base import StepResult, Teachable
 from icrl_megatron.tasks.grader import Grader
 from icrl_megatron.types import Completion, Task
-from icrl_megatron.utils.errors import ConfigError
-from icrl_megatron.utils.sandbox import Sandbox, SandboxLimits
 
 FORMS = (
     (r"\frac{%d}{7}", "%d/7"),
@@ -248,11 +242,8 @@ def grading(count: int) -> dict[str, float]:
 
 def sandboxed(count: int = 60) -> dict[str, float]:
     """Times programs in sandboxes; empty if no sandbox can be created."""
-    try:
-        sandbox = Sandbox(SandboxLimits(10.0, 256 << 20))
-        sandbox.check()
-    except ConfigError as error:
-        Console().print(f"programs: {error}", markup=False)
+    sandbox = bench_parts.sandbox("programs")
+    if sandbox is None:
         return {}
     with ThreadPoolExecutor(2) as threads:
         begun = time.perf_counter()
@@ -260,18 +251,6 @@ def sandboxed(count: int = 60) -> dict[str, float]:
         taken = time.perf_counter() - begun
     assert ran == [f"{2 * i}\n".encode() for i in range(count)]
     return {"runs_per_s": count / taken}
-
-
-def bars(found: dict[str, dict[str, float]]) -> list[Bar]:
-    """The bars of the measured parts."""
-    limits = {
-        **{f"{name} environment_steps_per_s": (STEPS_BAR, True) for name in REPLIES},
-        "client overhead": (OVERHEAD_BAR, False),
-        "grading first_answers_per_s": (ANSWERS_BAR, True),
-        "grading answers_per_s": (ANSWERS_BAR, True),
-    }
-    values = {f"{part} {name}": value for part, figures in found.items() for name, value in figures.items()}
-    return [Bar(name, values[name], *limit) for name, limit in limits.items() if name in values]
 
 
 REPLIES = {"rulebook_hard": "oak elm oak fir", "rulebook_easy": "oak elm oak", "household": "go kitchen"}
@@ -283,29 +262,21 @@ def main(
     count: Annotated[int, typer.Option("--answers", min=8, help="Answers to grade.")] = 800,
 ) -> None:
     """Measures and prints the parts; exits with 1 if a bar is missed."""
-    every: dict[str, Callable[[], dict[str, float]]] = {
+    every = {
         **{name: partial(embedded, name, reply) for name, reply in REPLIES.items()},
         "client": client,
         "waiting": waiting,
         "grading": partial(grading, count),
         "programs": sandboxed,
     }
-    if unknown := set(parts or ()) - set(every):
-        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: choose from {', '.join(every)}")
-    found = {name: figures for name, measure in every.items() if name in (parts or every) and (figures := measure())}
-    shown = Table("what", "figure", "value")
-    for what, figures in found.items():
-        for name, value in figures.items():
-            shown.add_row(what, name, f"{value:,.3g}" if value < 1000 else f"{value:,.0f}")
-    Console().print(shown)
-    judged = bars(found)
-    if out is not None:
-        report = bench_schema.about(("math-verify", "latex2sympy2_extended", "sympy", "aiohttp"))
-        report |= {"medians": found, "bars": judged}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(bench_schema.stamped("tasks", report), indent=1) + "\n")
-    if not all(bar.held for bar in judged):
-        raise typer.Exit(1)
+    limits = {
+        **{f"{name} environment_steps_per_s": (STEPS_BAR, True) for name in REPLIES},
+        "client overhead": (OVERHEAD_BAR, False),
+        "grading first_answers_per_s": (ANSWERS_BAR, True),
+        "grading answers_per_s": (ANSWERS_BAR, True),
+    }
+    packages = ("math-verify", "latex2sympy2_extended", "sympy", "aiohttp")
+    bench_parts.measure("tasks", every, parts, limits, packages, out)
 
 
 if __name__ == "__main__":

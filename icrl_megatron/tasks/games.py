@@ -24,7 +24,7 @@ from icrl_megatron.settings.task_options import ALFWorldSource, check_unused
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks.agentgym import AgentGym, AgentGymEnvironment
 from icrl_megatron.tasks.agentgym_dialects import Reply
-from icrl_megatron.tasks.base import EnvironmentFailure, TaskSet
+from icrl_megatron.tasks.base import EnvironmentFailure, TaskSet, own_problem
 from icrl_megatron.tasks.datasets import id_range
 from icrl_megatron.tasks.grader import Worker
 from icrl_megatron.types import Split, Task
@@ -121,12 +121,8 @@ class GameFolders:
         return self._found[split]
 
     def environment(self, task: Task) -> AgentGymEnvironment:
-        try:
+        with own_problem(self, task):
             return AgentGymEnvironment(str(json.loads(task.problem)["game"]), self)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
-            ) from error
 
     def statement(self, task: Task) -> None:
         """Only the game knows the text, so a problem that is too long is found when it is played."""

@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -20,12 +20,6 @@ from icrl_megatron.utils.files import locked
 
 META = "source.json"
 OFFSETS = "offsets.npy"
-
-
-class Retriever(Protocol):
-    async def search(self, query: str, count: int) -> list[str]:
-        """At most `count` passages, best first."""
-        ...
 
 
 class LocalRetriever:

@@ -19,7 +19,7 @@ from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.settings.task_options import SearchQASource, check_unused
 from icrl_megatron.tasks.agentgym import AgentGym
-from icrl_megatron.tasks.base import TaskSet
+from icrl_megatron.tasks.base import TaskSet, own_problem
 from icrl_megatron.tasks.datasets import DataRow, id_range, read_tasks
 from icrl_megatron.tasks.grader import Grader
 from icrl_megatron.tasks.retrieval import LocalRetriever, RemoteRetriever
@@ -66,14 +66,10 @@ class RetrievalQA:
         return self._read[split]
 
     def environment(self, task: Task) -> ToolEnvironment:
-        try:
+        with own_problem(self, task):
             fields = json.loads(task.problem)
             judge, statement = self._judge(fields["prompt"], tuple(fields["golds"])), self._statement(fields["prompt"])
             return ToolEnvironment(statement, self._form, self.toolbox(), judge, MAX_TURNS, self._agent)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
-            ) from error
 
     def _judge(self, question: str, golds: tuple[str, ...]) -> Judge:
         match self._agent.judge:

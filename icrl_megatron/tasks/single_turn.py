@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from icrl_megatron.settings.task_options import DataSource, Problems
-from icrl_megatron.tasks.base import Environment, StepResult
+from icrl_megatron.tasks.base import Environment, StepResult, own_problem
 from icrl_megatron.types import Split, Task
-from icrl_megatron.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -94,12 +93,8 @@ class SingleTurnTasks(ABC):
         return self._asked(task)[0]
 
     def _asked(self, task: Task) -> tuple[str, Judge]:
-        try:
+        with own_problem(self, task):
             return self.question(json.loads(task.problem))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
-            ) from error
 
     @abstractmethod
     def load(self, split: Split) -> list[Task]:

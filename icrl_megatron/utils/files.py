@@ -33,6 +33,15 @@ def write_atomically(path: Path, lines: Iterable[str], what: str = "") -> None:
             raise
 
 
+def sync(path: Path) -> None:
+    """A file, or a folder's list of names, is on the disk when this returns. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def save_picture(figure: Any, path: Path) -> None:
     """Writes a matplotlib figure as a PNG, atomically. Raises ConfigError on disk errors."""
     with disk_errors(path, "the picture"), _replaced(path) as file:

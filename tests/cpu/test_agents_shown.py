@@ -9,13 +9,12 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Browser, executable
+from browser import Browser
 from terminals import in_a_terminal
 
 from icrl_megatron.algo.credit import credit
@@ -102,16 +101,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(run: Path) -> Path:
     return write_page([run], run / "report.html")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    program = executable()
-    if program is None:
-        pytest.skip("no Chromium on the path (ICRL_CHROMIUM names another)")
-    opened = Browser(program, tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.close()
 
 
 def shown(run: Path, full: bool = False, **terminal: object) -> str:

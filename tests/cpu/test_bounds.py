@@ -9,17 +9,16 @@ import contextlib
 import gzip
 import json
 import os
-import threading
 import time
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from local_servers import Handler, threaded
 
 from icrl_megatron.engines import sglang_server
 from icrl_megatron.engines.protocol import NoAnswerError, RequestFailedError
@@ -47,17 +46,17 @@ LIMIT = MIB // 4
 GOOD = json.dumps({"result": [[{"contents": "a passage"}]]}).encode()
 LONG = json.dumps({"result": [[{"contents": "x" * (12 * MIB)}]]}).encode()
 
-Sends = Callable[["Handler"], None]
+Sends = Callable[["Sender"], None]
 
 
-class Handler(BaseHTTPRequestHandler):
+class Sender(Handler):
     """Answers every request with what `sends` writes, and counts the bytes that the client took."""
 
     sends: Sends
     sent: list[int]
 
     def do_GET(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.body()
         with contextlib.suppress(OSError):  # the client has read enough
             type(self).sends(self)
         self.close_connection = True
@@ -76,12 +75,9 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
         self.sent[0] += len(content)
 
-    def log_message(self, *arguments: object) -> None:
-        pass
-
 
 def whole(content: bytes, **headers: str) -> Sends:
-    def send(handler: Handler) -> None:
+    def send(handler: Sender) -> None:
         handler.begin(len(content), **headers)
         for start in range(0, len(content), 1 << 16):
             handler.put(content[start : start + (1 << 16)])
@@ -89,13 +85,13 @@ def whole(content: bytes, **headers: str) -> Sends:
     return send
 
 
-def endless(handler: Handler) -> None:
+def endless(handler: Sender) -> None:
     handler.begin()
     while True:
         handler.put(b" " * (1 << 16))
 
 
-def trickles(handler: Handler) -> None:
+def trickles(handler: Sender) -> None:
     handler.begin()
     while True:
         handler.put(b" ")
@@ -106,15 +102,8 @@ def trickles(handler: Handler) -> None:
 def serving(sends: Sends) -> Iterator[tuple[str, list[int]]]:
     """(address, [bytes sent])."""
     sent = [0]
-    bound = type("Bound", (Handler,), {"sends": staticmethod(sends), "sent": sent})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), bound)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", sent
-    finally:
-        server.shutdown()
-        server.server_close()
+    with threaded(Sender, sends=staticmethod(sends), sent=sent) as url:
+        yield url, sent
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
+from attempts import observed
+from local_servers import said, serving
 
 pytest.importorskip("bm25s")
 
@@ -62,23 +64,12 @@ def test_the_last_word_is_the_verdict(said: str, found: bool | None) -> None:
     assert verdict(said) is found
 
 
-def said(text: object) -> web.Response:
-    return web.json_response({"choices": [{"message": {"role": "assistant", "content": text}}]})
-
-
 def served(handler: Handler, use: Callable[[str], Awaitable[float]]) -> float:
     """What `use` returns for the URL of an endpoint that answers with `handler`."""
 
     async def talk() -> float:
-        app = web.Application()
-        app.router.add_post("/v1/chat/completions", handler)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        try:
-            return await use(f"http://127.0.0.1:{runner.addresses[0][1]}/v1")
-        finally:
-            await runner.cleanup()
+        async with serving(web.post("/v1/chat/completions", handler)) as url:
+            return await use(f"{url}/v1")
 
     return asyncio.run(talk())
 
@@ -179,24 +170,9 @@ def searchqa(folder: Path, gold: str = "Paris", **agent: object) -> RetrievalQA:
     return made
 
 
-async def replied(environment: ToolEnvironment, *replies: str) -> list[str]:
-    """What the replies of one attempt observed."""
-    seen = [await environment.reset()]
-    for reply in replies:
-        action = environment.parse(reply)
-        if action is None:
-            seen.append(environment.hint())
-            continue
-        result = await environment.step(action)
-        seen += result.texts()
-        if result.done:
-            break
-    return seen[1:]
-
-
 def attempt(task_set: RetrievalQA, *replies: str) -> ToolEnvironment:
     environment = task_set.environment(task_set.problems("train")[0])
-    asyncio.run(replied(environment, *replies))
+    asyncio.run(observed(environment, *replies))
     return environment
 
 
@@ -231,10 +207,10 @@ def test_a_model_judges_inside_the_last_step(tmp_path: Path) -> None:
         environment = task_set.environment(task_set.problems("train")[0])
         scores = []
         for _ in range(2):
-            await replied(environment, "<search>France</search>", "<answer>City of light</answer>")
+            await observed(environment, "<search>France</search>", "<answer>City of light</answer>")
             scores.append(environment.outcome())
         with pytest.raises(EnvironmentFailure, match="neither yes nor no"):
-            await replied(environment, "<answer>City of light</answer>")
+            await observed(environment, "<answer>City of light</answer>")
         assert scores == [1.0, 0.0] and environment.outcome() == 0.0
         return scores[0]
 
@@ -258,7 +234,7 @@ def test_archive_takes_the_same_settings() -> None:
     environment = task_set.environment(task_set.problems("train")[0])
     assert isinstance(environment, ToolEnvironment)
     right = spelled(str(truth(environment._people)))  # type: ignore[attr-defined]
-    asyncio.run(replied(environment, "<search>p 1</search>", f"<answer>{right}</answer>"))
+    asyncio.run(observed(environment, "<search>p 1</search>", f"<answer>{right}</answer>"))
     assert environment.success() and environment.outcome() == 0.0
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from attempts import observed
+from local_servers import Handler, threaded
 
 pytest.importorskip("bm25s")
 
@@ -74,21 +74,7 @@ def source(folder: Path, **data: object) -> SearchQASource:
 
 def play(task_set: RetrievalQA, replies: list[str]) -> tuple[list[str], float, str]:
     environment = task_set.environment(task_set.problems("train")[0])
-
-    async def run() -> list[str]:
-        seen = [await environment.reset()]
-        for reply in replies:
-            action = environment.parse(reply)
-            if action is None:
-                seen.append(environment.hint())
-                continue
-            result = await environment.step(action)
-            seen += result.texts()
-            if result.done:
-                break
-        return seen
-
-    return asyncio.run(run()), environment.outcome(), environment.summary()
+    return asyncio.run(observed(environment, *replies)), environment.outcome(), environment.summary()
 
 
 def test_an_episode_with_searches(corpus: Path) -> None:
@@ -175,28 +161,19 @@ def test_settings_that_cannot_work(tmp_path: Path) -> None:
     )
 
 
-class Retrieves(BaseHTTPRequestHandler):
+class Retrieves(Handler):
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.body())
         answer: object = {"result": [[{"document": {"contents": f"about {body['queries'][0]}"}, "score": 1.0}] * 5]}
         if body["queries"][0] == "broken":
             answer = {"results": []}
-        text = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
+        self.send_json(answer)
 
 
 @pytest.fixture
 def remote() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Retrieves)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with threaded(Retrieves) as url:
+        yield url
 
 
 def test_a_remote_retriever(remote: str) -> None:
