@@ -54,14 +54,15 @@ class LocalRetriever:
         return len(self._offsets)
 
     async def search(self, query: str, count: int) -> list[str]:
-        return await asyncio.to_thread(self._search, query, count)
+        return [text for text, _ in await asyncio.to_thread(self.scored, query, count)]
 
-    def _search(self, query: str, count: int) -> list[str]:
+    def scored(self, query: str, count: int) -> list[tuple[str, float]]:
+        """As `search`, each passage with its BM25 score. Blocks."""
         tokens = _words([query])
         found, scores = self._index.retrieve(tokens, k=min(count, len(self)), show_progress=False, n_threads=0)
         with self._corpus.open("rb") as lines:
             return [
-                _text(_at(lines, int(self._offsets[i])))
+                (_text(_at(lines, int(self._offsets[i]))), float(score))
                 for i, score in zip(found[0], scores[0], strict=True)
                 if score > 0
             ]
