@@ -99,6 +99,23 @@ class AgentSettings:
 
 
 @dataclass
+class PlannedAttempt:
+    """What `icrl plan` expects of an attempt, in place of its own assumption about the task set (docs/PLANNER.md). Runs
+    do not read it."""
+
+    prompt_tokens: Annotated[float | None, Range(1)] = None
+    """Tokens of the first prompt."""
+    reply_tokens: Annotated[float | None, Range(1)] = None
+    """Mean number of tokens of a reply."""
+    observation_tokens: Annotated[float | None, Range(0)] = None
+    """Mean number of tokens of an observation."""
+    calls: Annotated[float | None, Range(0)] = None
+    """Mean number of tool calls of an attempt, each in a turn of its own. The answer takes one more turn."""
+    call_s: Annotated[float | None, Range(0)] = None
+    """Mean time of a tool call, in seconds."""
+
+
+@dataclass
 class TaskSource:
     name: str = "rulebook_hard"
     """A task set (docs/TASKS.md)."""
@@ -107,6 +124,7 @@ class TaskSource:
     data: TaskData = field(default_factory=TaskData)
     serve: TaskServers = field(default_factory=TaskServers)
     agent: AgentSettings = field(default_factory=AgentSettings)
+    plan: PlannedAttempt = field(default_factory=PlannedAttempt)
 
     @property
     def served(self) -> bool:
