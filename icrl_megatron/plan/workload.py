@@ -54,15 +54,15 @@ DEFAULT_PROFILE = Profile(300, 4, 20, 0.5, 20, 20, 0.0, 0.5)
 
 
 def profile_of(source: TaskSource) -> Profile:
-    """The source's profile, with what its `plan` settings say. A given `call_s` replaces the latency of turns."""
+    """The source's profile, with what its `plan` settings say. Calls replace the latency of turns."""
     profile, asked = PROFILES.get(source.name, DEFAULT_PROFILE), source.plan
     given = {name: getattr(asked, name) for name in ("prompt_tokens", "reply_tokens", "observation_tokens")}
-    profile = replace(profile, **{name: value for name, value in given.items() if value is not None})
+    profile = replace(profile, **{name: value for name, value in given.items() if value})
     if source.name == "math":
         profile = replace(profile, calls_at_once=source.data.grading_workers)
-    if asked.calls is not None:
+    if asked.calls:
         profile = replace(profile, turns=asked.calls + 1)
-    return profile if asked.call_s is None else replace(profile, call_s=asked.call_s, latency_s=0.0)
+    return replace(profile, call_s=asked.call_s, latency_s=0.0) if asked.calls or asked.call_s else profile
 
 
 @dataclass(frozen=True)

@@ -100,19 +100,19 @@ class AgentSettings:
 
 @dataclass
 class PlannedAttempt:
-    """What `icrl plan` expects of an attempt, in place of its own assumption about the task set (docs/PLANNER.md). Runs
-    do not read it."""
+    """What `icrl plan` expects of an attempt. 0: its own assumption about the task set (docs/PLANNER.md). Runs do not
+    read it."""
 
-    prompt_tokens: Annotated[float | None, Range(1)] = None
+    prompt_tokens: Annotated[float, Range(0)] = 0.0
     """Tokens of the first prompt."""
-    reply_tokens: Annotated[float | None, Range(1)] = None
+    reply_tokens: Annotated[float, Range(0)] = 0.0
     """Mean number of tokens of a reply."""
-    observation_tokens: Annotated[float | None, Range(0)] = None
+    observation_tokens: Annotated[float, Range(0)] = 0.0
     """Mean number of tokens of an observation."""
-    calls: Annotated[float | None, Range(0)] = None
+    calls: Annotated[float, Range(0)] = 0.0
     """Mean number of tool calls of an attempt, each in a turn of its own. The answer takes one more turn."""
-    call_s: Annotated[float | None, Range(0)] = None
-    """Mean time of a tool call, in seconds."""
+    call_s: Annotated[float, Range(0)] = 0.0
+    """Mean time of a tool call, in seconds. With `calls`, 0 means no time."""
 
 
 @dataclass

@@ -20,6 +20,8 @@ from icrl_megatron.utils.files import locked
 
 META = "source.json"
 OFFSETS = "offsets.npy"
+BUILD_S = 4 * 3600.0
+"""Processes of one corpus wait this long for the one that builds its index."""
 
 
 class Retriever(Protocol):
@@ -43,7 +45,7 @@ class LocalRetriever:
         stat = corpus.stat()
         source = {"size": stat.st_size, "changed": stat.st_mtime_ns}
         if _meta(folder) != source:
-            with locked(corpus.parent, f".{corpus.name}.bm25s.lock"):
+            with locked(corpus.parent, f".{corpus.name}.bm25s.lock", BUILD_S):
                 _build(corpus, folder, source)
         import bm25s
 

@@ -62,7 +62,7 @@ def test_tool_time_is_calls_times_seconds() -> None:
     assert once.waiting_E.sum() == 0, "the latency that is assumed of SearchQA's turns is for AgentGym's server"
     programs = simulate(load(CODE, "tasks.sources.0.data.grading_workers=5"))
     assert np.allclose(programs.queued_E, programs.calling_E / 5)
-    assert simulate(load(WEB, "tasks.sources.0.plan.calls=0")).calling_E.sum() == 0
+    assert simulate(load(WEB, "tasks.sources.0.plan.call_s=0")).calling_E.sum() == 0
 
 
 def test_a_step_grows_with_the_most_calls_of_an_episode_or_with_the_queue() -> None:

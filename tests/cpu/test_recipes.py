@@ -11,6 +11,7 @@ from model_folders import write_sparse
 
 from icrl_megatron import cli
 from icrl_megatron.engines import sglang_kind
+from icrl_megatron.launch import servers
 from icrl_megatron.plan import planner
 from icrl_megatron.plan.models import shape_of
 from icrl_megatron.run import checks as validate
@@ -174,3 +175,16 @@ def test_chain_of_agents_says_what_the_user_brings(
     settings = settings_module.load(f"coa_qwen3_8b_{task}_8xh100", [f"run_dir={tmp_path / 'run'}"])
     with pytest.raises(ConfigError, match=message):
         validate.validate(with_model(settings, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("task", ["web", "code", "multihop"])
+def test_chain_of_agents_has_as_many_turns_as_its_settings_say(task: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "What is 3 + 4?", "label": "7"}))
+    judge = ["tasks.sources.0.agent.judge=exact"] if task == "web" else []
+    rows = f"tasks.sources.0.data.train=[{tmp_path / 'rows.jsonl'}]"
+    settings = settings_module.load(f"coa_qwen3_8b_{task}_8xh100", [rows, *judge])
+    # The address of the server that the run would start; nothing is searched here.
+    (source,) = servers.with_servers(settings, {"searchqa": ["http://127.0.0.1:1"]}).tasks.sources
+    task_set = task_sets.of_source(source)
+    environment = task_set.environment(task_set.problems("train")[0])
+    assert environment.max_turns >= settings.rollout.max_turns

@@ -168,21 +168,24 @@ def test_what_it_cannot_serve_is_said(words: list[str], said: str, corpus: Path)
     assert said in err
 
 
-def served(corpus: Path) -> Settings:
+def served(corpus: Path, count: int = 1) -> Settings:
     command = f"icrl serve-search {corpus} --host {{host}} --port {{port}}"
-    return settings_module.load(
-        "rulebook_easy", ["tasks.sources=[{name: searchqa}]", f"tasks.sources.0.serve.command={command}"]
-    )
+    source = f"{{name: searchqa, serve: {{command: '{command}', count: {count}}}}}"
+    return settings_module.load("rulebook_easy", [f"tasks.sources=[{source}]"])
 
 
-def test_a_run_starts_it_without_an_active_environment(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_starts_several_without_an_active_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One builds the index of a new corpus, and the others wait for it."""
+    new = tmp_path / "new.jsonl"
+    new.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    with servers.beside(served(corpus), tmp_path / "logs") as told:
+    with servers.beside(served(new, count=4), tmp_path / "logs") as told:
         (source,) = told.tasks.sources
-        retriever = RemoteRetriever(source.data.servers, 10.0)
-        assert asyncio.run(retriever.search("Italy", 1)) == ["Rome\nRome is the capital of Italy."]
+        assert len(source.data.servers) == 4
+        for url in source.data.servers:
+            assert asyncio.run(RemoteRetriever([url], 10.0).search("Italy", 1)) == [
+                "Rome\nRome is the capital of Italy."
+            ]
 
 
 def test_a_run_without_the_corpus_says_so(tmp_path: Path) -> None:

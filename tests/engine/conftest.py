@@ -25,7 +25,7 @@ whole_runs.TIMEOUT_S = 600  # a server alone takes a minute and more to start on
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen3 with an untied head and the words of Rulebook."""
+    """A tiny Qwen3 with an untied head, the words of Rulebook and the tags of calls."""
     return tiny(tmp_path_factory.mktemp("engine") / "model", "qwen3")
 
 
@@ -37,6 +37,7 @@ def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tiny(folder: Path, family: str) -> Path:
     words = template_words("compact") | set(registry.get("rulebook_easy").vocabulary())  # type: ignore[attr-defined]
+    words |= {f"<{end}{tag}>" for tag in ("search", "page", "python", "answer") for end in ("", "/")}
     build_tiny(folder, TinyModel(family=family, tie_embeddings=False), sorted(words), 0)
     return folder
 
