@@ -195,7 +195,7 @@ SEARCH = "{command: 'icrl serve-search corpus.jsonl --host {host} --port {port}'
 
 @dataclass(frozen=True)
 class AgentTask:
-    """A task of Chain-of-Agents, trained with GRPO. Numbers are those of its published scripts (docs/AGENTS.md)."""
+    """A task of Chain-of-Agents, trained with GRPO. docs/AGENTS.md says which numbers its published scripts have."""
 
     about: str
     source: str
