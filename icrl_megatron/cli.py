@@ -312,6 +312,20 @@ def env_check(
     raise typer.Exit(check(url, kind, task, timeout))
 
 
+@app.command("serve-search")
+def serve_search(
+    corpus: Annotated[
+        Path, typer.Argument(metavar="CORPUS", help="JSONL of documents, as data.corpus (docs/TASKS.md).")
+    ],
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 8000,
+) -> None:
+    """Serve BM25 searches of a corpus through the API of Search-R1's retriever, for tasks.sources[...].data.servers."""
+    from icrl_megatron.tasks.serve_search import serve
+
+    serve(corpus, host, port)
+
+
 @app.command()
 def recipes() -> None:
     """List the recipes, those for GPUs with their planned memory and time."""

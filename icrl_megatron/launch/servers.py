@@ -218,12 +218,14 @@ def _start(source: ServedSource, index: int, folder: Path) -> Running:
 
 
 def _popen(command: str, log: Path) -> subprocess.Popen[bytes]:
-    """A server in its own process group, so that the shell's children can be ended; it ends with this process."""
+    """A server in its own process group, so that the shell's children can be ended; it ends with this process.
+    `icrl` is found although its environment may not be active."""
+    path = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
     with disk_errors(log, "the log of an environment server"):
         file = log.open("ab")
     with file:
         return subprocess.Popen(
-            ["bash", "-c", command],
+            ["bash", "-c", command], env={**os.environ, "PATH": path},
             stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
             start_new_session=True, preexec_fn=die_with_parent,  # this process has one thread
         )  # fmt: skip

@@ -235,7 +235,8 @@ def source_of(name: str) -> TaskSource:
 
 def no_option(setting: str, source: TaskSource) -> ConfigError:
     """`setting` is an option of other task sets, but not of this one."""
-    own = [name for name, _ in options(source) if "." in name]
+    common = dict(options(TaskSource()))
+    own = [name for name, _ in options(source) if name not in common]
     if own:
         return ConfigError(f"{setting}: task set {source.name!r} has no such option; it has {', '.join(own)}")
     near = difflib.get_close_matches(source.name, SOURCES, n=1)

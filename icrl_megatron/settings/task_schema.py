@@ -9,6 +9,23 @@ from icrl_megatron.settings.limits import Choice, Range
 
 
 @dataclass
+class PlannedAttempt:
+    """What `icrl plan` expects of an attempt. 0: its own assumption about the task set (docs/PLANNER.md). Runs do not
+    read it."""
+
+    prompt_tokens: Annotated[float, Range(0)] = 0.0
+    """Tokens of the first prompt."""
+    reply_tokens: Annotated[float, Range(0)] = 0.0
+    """Mean number of tokens of a reply."""
+    observation_tokens: Annotated[float, Range(0)] = 0.0
+    """Mean number of tokens of an observation."""
+    calls: Annotated[float, Range(0)] = 0.0
+    """Mean number of tool calls of an attempt, each in a turn of its own. The answer takes one more turn."""
+    call_s: Annotated[float, Range(0)] = 0.0
+    """Mean time of a tool call, in seconds. With `calls`, 0 means no time."""
+
+
+@dataclass
 class TaskSource:
     """An entry of `tasks.sources`. A task set with options has a class of its own, in settings/task_options.py."""
 
@@ -16,6 +33,7 @@ class TaskSource:
     """A task set (docs/TASKS.md)."""
     weight: Annotated[float, Range(1e-6)] = 1.0
     """Share of this source in the mixture, relative to the weights of the others."""
+    plan: PlannedAttempt = field(default_factory=PlannedAttempt)
 
 
 @dataclass

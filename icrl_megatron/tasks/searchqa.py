@@ -30,7 +30,7 @@ from icrl_megatron.utils.connections import Connections
 from icrl_megatron.utils.endpoint import EndpointClient
 from icrl_megatron.utils.errors import ConfigError
 
-MAX_TURNS = 10
+MAX_TURNS = 30
 PASSAGE_CHARS = 2000
 OF_FILES = (
     *("agent", "data.corpus", "data.passages", "data.prompt_column", "data.label_column"),
