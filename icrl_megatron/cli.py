@@ -130,20 +130,10 @@ def launch(
     from icrl_megatron.launch import nemo
 
     where = nemo.Where(
-        on=on,
-        account=account,
-        partition=partition,
-        time=time,
-        container=container,
-        mounts=tuple(mount or ()),
-        host=host,
-        port=port,
-        user=user,
-        identity=identity,
-        remote_home=remote_home,
-        python=python,
-        ranks_per_node=ranks_per_node,
-    )
+        on=on, account=account, partition=partition, time=time, container=container, mounts=tuple(mount or ()),
+        host=host, port=port, user=user, identity=identity, remote_home=remote_home,
+        python=python, ranks_per_node=ranks_per_node,
+    )  # fmt: skip
     raise typer.Exit(nemo.launch(recipe, overrides or [], where, dry_run, detach))
 
 
@@ -320,6 +310,20 @@ def env_check(
     from icrl_megatron.tasks.env_check import check
 
     raise typer.Exit(check(url, kind, task, timeout))
+
+
+@app.command("serve-search")
+def serve_search(
+    corpus: Annotated[
+        Path, typer.Argument(metavar="CORPUS", help="JSONL of documents, as data.corpus (docs/TASKS.md).")
+    ],
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 8000,
+) -> None:
+    """Serve BM25 searches of a corpus through the API of Search-R1's retriever, for tasks.sources[...].data.servers."""
+    from icrl_megatron.tasks.serve_search import serve
+
+    serve(corpus, host, port)
 
 
 @app.command()

@@ -61,7 +61,7 @@ def play_and_credit(parts: Parts, state: RunState, recorder: Recorder) -> tuple[
     with dynamic sampling, so are tasks without one."""
     rollout, algo = parts.settings.rollout, parts.settings.algo
     begun, needed = math.ceil(rollout.tasks_per_step * rollout.oversample), rollout.tasks_per_step
-    before: Played | None = None
+    enough, kept = needed if algo.dynamic_sampling else 1, Played((), (), generated=0)
     for resample in range(algo.max_resamples + 1):
         seeds = parts.seeds(state.step, resample)
         tasks = parts.sampler.draw(state.step, resample, begun)
@@ -69,12 +69,11 @@ def play_and_credit(parts: Parts, state: RunState, recorder: Recorder) -> tuple[
             played = parts.source.play(tasks, rollout.episodes_per_task, seeds, rollout.rounds, needed)
         recorder.count(played, resample)
         if algo.dynamic_sampling:
-            before = played = played if before is None else before.and_more(played)
-            report, full = parts.credit(played.episodes).filled(needed, (e.task for e in played.episodes))
-        else:
-            report = parts.credit(played.episodes)
-            full = report.has_signal
-        if full:
+            played = kept = kept.and_more(played)
+        report = parts.credit(played.episodes)
+        if algo.dynamic_sampling:
+            report = report.first_with_signal(needed, (e.task for e in played.episodes))
+        if len(report.tasks_with_signal()) >= enough:
             break
     return played, report
 

@@ -148,19 +148,8 @@ def run(command: list[str]) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
-    faults = (
-        "empty",
-        "raises",
-        "raises_often",
-        "nan",
-        "nan_often",
-        "blocks_often",
-        "above_one",
-        "flat",
-        "half_flat",
-        "long_row",
-    )
-    for fault in faults:
+    faults = "empty raises raises_often nan nan_often blocks_often above_one flat half_flat long_row"
+    for fault in faults.split():
         registry._TASK_SETS[fault] = lambda name=fault: Faulty(name)  # type: ignore[misc]
     commands = json.loads(Path(sys.argv[1]).read_text())
     target = Path(sys.argv[2])

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.model.tiny import build_tokenizer
+from icrl_megatron.model.weight_files import INDEX, shard_name
 
 WORDS = [f"w{i}" for i in range(30)]
 YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -105,7 +106,7 @@ def shard(folder: Path, files: int = 3) -> None:
     values, where = tensors(folder), {}
     (folder / "model.safetensors").unlink()
     for i in range(files):
-        name = f"model-{i + 1:05d}-of-{files:05d}.safetensors"
+        name = shard_name(i + 1, files)
         part = {n: values[n] for n in sorted(values)[i::files]}
         save(part, folder / name)
         where.update(dict.fromkeys(part, name))
@@ -113,11 +114,11 @@ def shard(folder: Path, files: int = 3) -> None:
 
 
 def write_index(folder: Path, where: dict[str, str]) -> None:
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    found: dict[str, str] = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    found: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
     return found
 
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import psutil
 
+from icrl_megatron.distributed import net
+from icrl_megatron.utils import processes
+
 _LISTEN = "0A"
 """State of a listening socket in /proc/net/tcp."""
 _PERIOD_S = 0.05
@@ -26,9 +29,7 @@ class Listener:
     @property
     def local(self) -> bool:
         """Whether only this machine can reach it."""
-        found = ipaddress.ip_address(self.address)
-        mapped = getattr(found, "ipv4_mapped", None)
-        return (mapped or found).is_loopback
+        return net.is_loopback(self.address)
 
 
 @dataclass
@@ -62,14 +63,9 @@ class Watch:
 
 def listeners(pid: int) -> set[Listener]:
     """The current listening TCP sockets of a process and its descendants."""
-    try:
-        top = psutil.Process(pid)
-        tree = [top, *top.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return set()
     table = _table()
     found = set()
-    for process in tree:
+    for process in processes.tree(pid):
         for inode in _inodes(process.pid) & table.keys():
             found.add(Listener(*table[inode], _command(process)))
     return found

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +15,9 @@ from pathlib import Path
 
 import psutil
 
+from icrl_megatron.distributed import net
 from icrl_megatron.telemetry.writer import TIME_PREFIX, Row, read_rows
+from icrl_megatron.utils import processes
 
 TIMEOUT_S = 300
 RECIPE = "rulebook_easy"
@@ -71,11 +73,21 @@ def train(folder: Path, *overrides: str) -> list[str]:
 
 def kill_tree(process: subprocess.Popen[str]) -> None:
     """Sends SIGKILL to the launcher and all of its descendants at once."""
-    tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for one in reversed(tree):
-        one.kill()
+    tree = processes.tree(process.pid)
+    processes.kill_tree(process)
     process.communicate()
     psutil.wait_procs(tree, timeout=30)
+
+
+def ranks_below(launcher: int) -> list[psutil.Process]:
+    """The ranks that a launcher has started: not the agent between them, whose arguments name the module too."""
+    found = []
+    for process in processes.tree(launcher):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            words = process.cmdline()
+            if "icrl_megatron.train" in words and "icrl_megatron.launch.agent" not in words:
+                found.append(process)
+    return found
 
 
 def when(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
@@ -112,10 +124,8 @@ def lines(folder: Path) -> int:
 
 def batch(folder: Path, commands: dict[str, Sequence[str]]) -> dict[str, Ended]:
     """Runs `icrl` commands one after another in one process that is already a rank, so that no ranks are started."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    rank["MASTER_PORT"] = str(net.free_port())
     (folder / "commands.json").write_text(json.dumps({name: list(c) for name, c in commands.items()}))
     done = subprocess.run(
         [sys.executable, str(_IN_PLACE), str(folder / "commands.json"), str(folder / "ended.json")],

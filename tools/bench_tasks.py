@@ -13,7 +13,6 @@ Prints a table and writes JSON. The results depend on other load on the machine,
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -25,27 +24,22 @@ from typing import Annotated, Any
 import aiohttp
 import psutil
 import typer
-from rich.console import Console
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import bench_schema
+import bench_parts
 from agentgym_server import serving
-from bench_schema import Bar
 
 from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.episode import EpisodeSetup, play
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Ask, Seeds, same_speakers
 from icrl_megatron.settings.schema import RolloutSettings
-from icrl_megatron.settings.task_schema import TaskData, TaskSource
+from icrl_megatron.settings.task_options import ServedSource, ServerData
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.base import StepResult, Teachable
 from icrl_megatron.tasks.grader import Grader
 from icrl_megatron.types import Completion, Task
-from icrl_megatron.utils.errors import ConfigError
-from icrl_megatron.utils.sandbox import Sandbox, SandboxLimits
 
 FORMS = (
     (r"\frac{%d}{7}", "%d/7"),
@@ -117,7 +111,7 @@ def client() -> dict[str, float]:
     """CPU seconds of a step through the client relative to the same POST with a bare client, interleaved."""
 
     async def measure(url: str) -> tuple[float, float]:
-        task_set = AgentGym(TaskSource("babyai", data=TaskData(train=["0:4"], heldout=["4:5"], servers=[url])))
+        task_set = AgentGym(ServedSource("babyai", data=ServerData(train=["0:4"], heldout=["4:5"], servers=[url])))
         environment = task_set.environment(task_set.problems("train")[0])
         await environment.reset()
         async with aiohttp.ClientSession() as bare:
@@ -248,11 +242,8 @@ def grading(count: int) -> dict[str, float]:
 
 def sandboxed(count: int = 60) -> dict[str, float]:
     """Times programs in sandboxes; empty if no sandbox can be created."""
-    try:
-        sandbox = Sandbox(SandboxLimits(10.0, 256 << 20))
-        sandbox.check()
-    except ConfigError as error:
-        Console().print(f"programs: {error}", markup=False)
+    sandbox = bench_parts.sandbox("programs")
+    if sandbox is None:
         return {}
     with ThreadPoolExecutor(2) as threads:
         begun = time.perf_counter()
@@ -260,18 +251,6 @@ def sandboxed(count: int = 60) -> dict[str, float]:
         taken = time.perf_counter() - begun
     assert ran == [f"{2 * i}\n".encode() for i in range(count)]
     return {"runs_per_s": count / taken}
-
-
-def bars(found: dict[str, dict[str, float]]) -> list[Bar]:
-    """The bars of the measured parts."""
-    limits = {
-        **{f"{name} environment_steps_per_s": (STEPS_BAR, True) for name in REPLIES},
-        "client overhead": (OVERHEAD_BAR, False),
-        "grading first_answers_per_s": (ANSWERS_BAR, True),
-        "grading answers_per_s": (ANSWERS_BAR, True),
-    }
-    values = {f"{part} {name}": value for part, figures in found.items() for name, value in figures.items()}
-    return [Bar(name, values[name], *limit) for name, limit in limits.items() if name in values]
 
 
 REPLIES = {"rulebook_hard": "oak elm oak fir", "rulebook_easy": "oak elm oak", "household": "go kitchen"}
@@ -283,29 +262,21 @@ def main(
     count: Annotated[int, typer.Option("--answers", min=8, help="Answers to grade.")] = 800,
 ) -> None:
     """Measures and prints the parts; exits with 1 if a bar is missed."""
-    every: dict[str, Callable[[], dict[str, float]]] = {
+    every = {
         **{name: partial(embedded, name, reply) for name, reply in REPLIES.items()},
         "client": client,
         "waiting": waiting,
         "grading": partial(grading, count),
         "programs": sandboxed,
     }
-    if unknown := set(parts or ()) - set(every):
-        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: choose from {', '.join(every)}")
-    found = {name: figures for name, measure in every.items() if name in (parts or every) and (figures := measure())}
-    shown = Table("what", "figure", "value")
-    for what, figures in found.items():
-        for name, value in figures.items():
-            shown.add_row(what, name, f"{value:,.3g}" if value < 1000 else f"{value:,.0f}")
-    Console().print(shown)
-    judged = bars(found)
-    if out is not None:
-        report = bench_schema.about(("math-verify", "latex2sympy2_extended", "sympy", "aiohttp"))
-        report |= {"medians": found, "bars": judged}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(bench_schema.stamped("tasks", report), indent=1) + "\n")
-    if not all(bar.held for bar in judged):
-        raise typer.Exit(1)
+    limits = {
+        **{f"{name} environment_steps_per_s": (STEPS_BAR, True) for name in REPLIES},
+        "client overhead": (OVERHEAD_BAR, False),
+        "grading first_answers_per_s": (ANSWERS_BAR, True),
+        "grading answers_per_s": (ANSWERS_BAR, True),
+    }
+    packages = ("math-verify", "latex2sympy2_extended", "sympy", "aiohttp")
+    bench_parts.measure("tasks", every, parts, limits, packages, out)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterable
+from importlib.metadata import distributions
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from slim_library import slim
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +39,7 @@ OUT = ROOT / "build" / "gpu-bundle"
 HOPPER = 90
 PYTHON, TORCH = "3.12", "2.11.0"
 """Of the GPU machine."""
+GROUPS = ("trainer", "engine", "cute")
 PLATFORMS = ("2_17", "2_24", "2_27", "2_28", "2_31", "2_34", "2_35")
 COMPILED = "transformer-engine-torch"
 UNUSED = (
@@ -59,10 +64,10 @@ UNUSED = (
 def packages(group: str) -> list[str]:
     """The requirements of a group."""
     lines = [line.split() for line in PACKAGES.read_text().splitlines() if line and not line.startswith("#")]
-    found = [requirement for name, requirement in lines if name == group]
+    found = [requirement for name, *requirements in lines for requirement in requirements if name == group]
     if not found:
         raise SystemExit(
-            f"error: no group {group!r} in {PACKAGES}; there are {', '.join(sorted({n for n, _ in lines}))}"
+            f"error: no group {group!r} in {PACKAGES}; there are {', '.join(sorted({line[0] for line in lines}))}"
         )
     return found
 
@@ -115,6 +120,25 @@ def shrink(folder: Path) -> None:
                 print(f"  {name}: {blanked / 2**20:.0f} MiB of code for other architectures blanked")
 
 
+def unmet(folder: Path, provided: Iterable[str]) -> dict[str, list[str]]:
+    """What the packages in `folder` require and nobody provides, each with the packages that require it."""
+    found: dict[str, list[str]] = {}
+    known = {canonicalize_name(name) for name in provided}
+    target = {"python_version": PYTHON, "python_full_version": f"{PYTHON}.0", "extra": ""}
+    for package in distributions(path=[str(folder)]):
+        for text in package.requires or ():
+            requirement = Requirement(text)
+            asked = requirement.marker is None or requirement.marker.evaluate(target)
+            if asked and canonicalize_name(requirement.name) not in known:
+                found.setdefault(canonicalize_name(requirement.name), []).append(package.metadata["Name"])
+    return found
+
+
+def provided() -> list[str]:
+    """Names of all packages that are packed, on the machine already, or known not to be needed."""
+    return [text.split("==")[0] for group in (*GROUPS, "machine", "unused") for text in packages(group)]
+
+
 def pack(folder: Path, archive: Path) -> None:
     """Writes the folder's contents as a .tar.xz."""
     with lzma.open(archive, "wb", preset=9) as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
@@ -134,6 +158,9 @@ def bundle(group: str, links: list[Path]) -> Path:
             compile_extension(requirement, wheels, OUT / "build-environment")
     shutil.rmtree(target, ignore_errors=True)
     install(requirements, target, [wheels, *links])
+    if lacking := unmet(target, provided()):
+        lines = [f"{name} (required by {', '.join(by)})" for name, by in sorted(lacking.items())]
+        raise SystemExit(f"error: add to group {group}, `machine` or `unused` of {PACKAGES}: {'; '.join(lines)}")
     shrink(target)
     archive = OUT / f"{group}.tar.xz"
     pack(target, archive)
@@ -142,7 +169,7 @@ def bundle(group: str, links: list[Path]) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="*", default=["trainer", "engine", "cute"], help="trainer | engine | cute")
+    parser.add_argument("groups", nargs="*", default=GROUPS, help=" | ".join(GROUPS))
     parser.add_argument("--find-links", type=Path, action="append", default=[], help="folder of wheels to use first")
     chosen = parser.parse_args()
     sizes = {group: bundle(group, chosen.find_links).stat().st_size for group in chosen.groups}

@@ -1,4 +1,7 @@
-"""Runs a command with a time limit, in a session of its own that is killed as a whole."""
+"""Runs a command with a time limit, in a session of its own that is killed as a whole.
+
+Only the standard library: tools/gpu_check.py imports it under a Python in which this project is not installed.
+"""
 
 from __future__ import annotations
 

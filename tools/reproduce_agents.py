@@ -11,18 +11,15 @@ Finished runs are skipped, so the same command resumes an interrupted reproducti
 from __future__ import annotations
 
 import json
-import platform
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Annotated
 
 import typer
-from reproduce_small import interval, run
+from reproduce_small import interval, play, record, run
 from rich.console import Console
 
 from icrl_megatron.settings.arms import at_equal_cost
@@ -88,17 +85,17 @@ def main(
     ] = None,
 ) -> None:
     """Runs the missing runs and evaluations, then writes the table."""
-    begun, console, more = time.monotonic(), Console(stderr=True), tuple(override or ())
-    with ThreadPoolExecutor(jobs) as pool:
-        starts = [(name, seed) for seed in range(seeds) for name in STARTS]
-        list(pool.map(lambda job: supervise(runs, *job, more), starts))
-        # ICRL first: its token count is the budget of the other arms.
-        for group in ([ICRL], [arm for arm in ARMS if arm != ICRL]):
-            for done in pool.map(lambda job: finish(runs, *job, more), [(a, s) for s in range(seeds) for a in group]):
-                console.print(f"{(time.monotonic() - begun) / 60:5.1f} min  {done}", highlight=False)
+    begun, more = time.monotonic(), tuple(override or ())
+    # ICRL first: its token count is the budget of the other arms.
+    play(
+        jobs,
+        [partial(supervise, runs, name, seed, more) for seed in range(seeds) for name in STARTS],
+        [partial(finish, runs, ICRL, seed, more) for seed in range(seeds)],
+        [partial(finish, runs, arm, seed, more) for seed in range(seeds) for arm in ARMS if arm != ICRL],
+    )
     results = [read(runs, arm, seed) for arm in ARMS for seed in range(seeds)]
-    write(results, out, (time.monotonic() - begun) / 60)
-    console.print(out.with_suffix(".md").read_text())
+    write(results, out, begun)
+    Console(stderr=True).print(out.with_suffix(".md").read_text())
 
 
 def folder(runs: Path, arm: Arm, seed: int) -> Path:
@@ -106,10 +103,11 @@ def folder(runs: Path, arm: Arm, seed: int) -> Path:
     return runs / f"{plain}_{seed}" if arm.changes is not None else runs / f"{arm.start}_{seed}" / "warm_start"
 
 
-def supervise(runs: Path, name: str, seed: int, more: tuple[str, ...]) -> None:
+def supervise(runs: Path, name: str, seed: int, more: tuple[str, ...]) -> str:
     where = runs / f"{name}_{seed}"
     if not (where / "warm_start" / "hf").exists():
         run(["sft", "archive", f"run_dir={where}", f"seed={seed}", *STARTS[name], *more], where.with_suffix(".log"))
+    return f"supervised start {where.name}"
 
 
 def finish(runs: Path, arm: Arm, seed: int, more: tuple[str, ...]) -> str:
@@ -122,17 +120,8 @@ def finish(runs: Path, arm: Arm, seed: int, more: tuple[str, ...]) -> str:
             own += at_equal_cost(spent(folder(runs, ICRL, seed)), steps=100_000)
         run(["train", "archive", f"run_dir={where}", f"seed={seed}", *own], where.with_suffix(".log"))
     if not (where / "eval" / "eval.json").exists():
-        words = [
-            "eval",
-            str(where / "hf"),
-            "--task",
-            "archive",
-            "--samples",
-            str(SAMPLES),
-            "--out",
-            str(where / "eval"),
-        ]
-        run(words, where.parent / f"{where.name}_{seed}_eval.log")
+        words = ["eval", str(where / "hf"), "--task", "archive", "--samples", str(SAMPLES)]
+        run([*words, "--out", str(where / "eval")], where.parent / f"{where.name}_{seed}_eval.log")
     return str(read(runs, arm, seed))
 
 
@@ -155,25 +144,15 @@ def read(runs: Path, arm: Arm, seed: int) -> Result:
     return Result(arm.name, seed, success, len(rows), spent(where), calls, invalid, ends("attempt/tokens"))
 
 
-def write(results: list[Result], out: Path, minutes: float) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    packages = ("torch", "megatron-core", "transformers", "icrl-megatron")
-    record = {
-        "command": " ".join(["python", "tools/reproduce_agents.py", *sys.argv[1:]]),
-        "minutes_of_this_call": round(minutes, 1),
-        "machine": platform.processor() or platform.machine(),
-        "versions": {name: version(name) for name in packages},
-        "results": [asdict(result) for result in results],
-    }
-    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+def write(results: list[Result], out: Path, begun: float) -> None:
+    record(out, begun, results=[asdict(result) for result in results])
     lines = [
         "| arm | held-out success: mean [95 %] (seeds) | calls, first and last steps | invalid | tokens |",
         "| --- | --- | --- | --- | --- |",
     ]
     for arm in ARMS:
         own = [result for result in results if result.arm == arm.name]
-        successes = [result.success for result in own]
-        cells = [interval(successes) if len(own) > 1 else f"{successes[0]:.0%}"]
+        cells = [interval([result.success for result in own])]
         cells += [_change([r.calls for r in own], "{:.1f}"), _change([r.invalid_calls for r in own], "{:.1%}")]
         lines.append(f"| {arm.name} | " + " | ".join([*cells, _change([r.tokens for r in own], "{:.0f}")]) + " |")
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")

@@ -15,8 +15,10 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
@@ -25,6 +27,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 
 from icrl_megatron.report.plots import arms_picture
 from icrl_megatron.settings import arms
@@ -35,8 +38,6 @@ TASKS = ("rulebook_hard", "rulebook_easy", "household")
 COMPARED = ("icrl", "grpo", "no_calibration", "no_role_groups", "frozen_critic", "not_internalised")
 ARMS = {name.replace("_", " "): arms.ARMS[name].changes for name in COMPARED}
 """What each arm changes of the task's recipe, by the name in the table."""
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Two-sided 95 % quantile of Student's t by number of seeds."""
 JOB_LIMIT_S = 1800
 
 
@@ -65,16 +66,15 @@ def main(
     only_report: Annotated[bool, typer.Option("--only-report", help="Only report the existing runs.")] = False,
 ) -> None:
     """Runs the missing runs, then writes the table and the picture."""
-    begun, console, chosen = time.monotonic(), Console(stderr=True), tasks.split(",")
+    begun, chosen = time.monotonic(), tasks.split(",")
     if not only_report:
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(lambda task: warm_start(runs, task), chosen))
-            # ICRL first: its token count is the budget of the other arms.
-            pairs = [(task, seed) for seed in range(seeds) for task in chosen]
-            for group in (["icrl"], [arm for arm in ARMS if arm != "icrl"]):
-                jobs_left = [(task, arm, seed) for arm in group for task, seed in pairs]
-                for done in pool.map(lambda job: train(runs, *job), jobs_left):
-                    console.print(f"{(time.monotonic() - begun) / 60:5.1f} min  {done}", highlight=False)
+
+        def trainings(names: Iterable[str]) -> list[Callable[[], str]]:
+            return [partial(train, runs, task, arm, seed) for arm in names for seed in range(seeds) for task in chosen]
+
+        # ICRL first: its token count is the budget of the other arms.
+        warm_starts = [partial(warm_start, runs, task) for task in chosen]
+        play(jobs, warm_starts, trainings(["icrl"]), trainings(arm for arm in ARMS if arm != "icrl"))
     results = [
         read(runs, task, arm, seed)
         for task in chosen
@@ -82,9 +82,9 @@ def main(
         for seed in range(seeds)
         if finished(folder(runs, task, arm, seed))
     ]
-    write(results, runs, out, (time.monotonic() - begun) / 60)
+    write(results, runs, out, begun)
     Console().print(table(results))
-    console.print(f"{out}.json  {out}.md  {out}.png")
+    Console(stderr=True).print(f"{out}.json  {out}.md  {out}.png")
 
 
 def folder(runs: Path, task: str, arm: str, seed: int) -> Path:
@@ -95,8 +95,9 @@ def finished(run: Path) -> bool:
     return (run / "hf").exists()
 
 
-def warm_start(runs: Path, task: str) -> None:
+def warm_start(runs: Path, task: str) -> str:
     run(["sft", task, f"run_dir={runs / task / 'start'}", "launch.ranks=1"], runs / task / "start.log")
+    return f"warm start of {task}"
 
 
 def train(runs: Path, task: str, arm: str, seed: int) -> str:
@@ -118,6 +119,15 @@ def train(runs: Path, task: str, arm: str, seed: int) -> str:
             overrides += arms.at_equal_cost(budget, steps=100_000)
         run(["train", task, *overrides], where.with_suffix(".log"))
     return str(read(runs, task, arm, seed))
+
+
+def play(jobs: int, *groups: Sequence[Callable[[], str]]) -> None:
+    """Runs one group after another, `jobs` runs at a time, and prints what each returns."""
+    begun, console = time.monotonic(), Console(stderr=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        for group in groups:
+            for done in pool.map(lambda job: job(), group):
+                console.print(f"{(time.monotonic() - begun) / 60:5.1f} min  {done}", highlight=False)
 
 
 def run(arguments: list[str], log: Path) -> None:
@@ -149,17 +159,14 @@ def read(runs: Path, task: str, arm: str, seed: int) -> Result:
 
 
 def summary(results: list[Result], task: str, arm: str) -> str:
-    values = [r.after for r in results if (r.task, r.arm) == (task, arm)]
-    if not values:
-        return "-"
-    if len(values) == 1:
-        return f"{values[0]:.0%}"
-    return interval(values)
+    return interval([r.after for r in results if (r.task, r.arm) == (task, arm)])
 
 
 def interval(values: list[float]) -> str:
-    """Mean over seeds with Student's 95 % interval, clipped to [0, 1], and each seed's value."""
-    half = T_95.get(len(values), 2.0) * stdev(values) / len(values) ** 0.5
+    """Mean over seeds with Student's 95 % interval, clipped to [0, 1], and each seed's value; a single value alone."""
+    if len(values) < 2:
+        return f"{values[0]:.0%}" if values else "-"
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
     low, high = max(0.0, mean(values) - half), min(1.0, mean(values) + half)
     return f"{mean(values):.0%} [{low:.0%}, {high:.0%}] ({', '.join(f'{v:.0%}' for v in values)})"
 
@@ -171,19 +178,23 @@ def table(results: list[Result]) -> Table:
     return shown
 
 
-def write(results: list[Result], runs: Path, out: Path, minutes: float) -> None:
-    """Writes JSON with all results, a Markdown table, and the learning curves of all arms."""
+def record(out: Path, begun: float, **content: object) -> None:
+    """Writes JSON with the `content` and what it was made with; `begun` is on the monotonic clock."""
     out.parent.mkdir(parents=True, exist_ok=True)
     packages = ("torch", "megatron-core", "transformers", "icrl-megatron")
-    record = {
-        "command": " ".join(["python", "tools/reproduce_small.py", *sys.argv[1:]]),
-        "minutes_of_this_call": round(minutes, 1),
+    made = {
+        "command": " ".join(["python", f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "minutes_of_this_call": round((time.monotonic() - begun) / 60, 1),
         "machine": platform.processor() or platform.machine(),
         "versions": {name: version(name) for name in packages},
-        "arms": {arm: list(changes) for arm, changes in ARMS.items()},
-        "results": [asdict(r) for r in results],
     }
-    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    out.with_suffix(".json").write_text(json.dumps(made | content, indent=1) + "\n")
+
+
+def write(results: list[Result], runs: Path, out: Path, begun: float) -> None:
+    """Writes JSON with all results, a Markdown table, and the learning curves of all arms."""
+    arms_changes = {arm: list(changes) for arm, changes in ARMS.items()}
+    record(out, begun, arms=arms_changes, results=[asdict(r) for r in results])
     lines = ["| arm | " + " | ".join(TASKS) + " |", "| --- " * (len(TASKS) + 1) + "|"]
     lines += [f"| {arm} | " + " | ".join(summary(results, task, arm) for task in TASKS) + " |" for arm in ARMS]
     before = [f"{mean([r.before for r in results if r.task == t] or [0.0]):.0%}" for t in TASKS]

@@ -36,6 +36,8 @@ from icrl_megatron.distributed.grid import (
 from icrl_megatron.model.weights import Slice, WeightRow
 from icrl_megatron.utils.disk import disk_errors, require_space
 from icrl_megatron.utils.errors import ConfigError, HopelessError
+from icrl_megatron.utils.files import sync
+from icrl_megatron.utils.step_names import step_name, step_of
 
 __all__ = ["META", "SIDE_FILES", "Checkpoint", "NonFiniteError", "SavedProgress", "complete", "find", "load", "save"]
 
@@ -109,7 +111,7 @@ def save(
     `root` is then unchanged.
     """
     _check_finite(rows, optimizer, grid, progress.step)
-    final = root / manifests.folder_name(progress.step)
+    final = root / step_name(progress.step)
     part, what = final.with_name(final.name + PART), f"the checkpoint of step {progress.step}"
     lines = {name: "".join(f"{line}\n" for line in of).encode() for name, of in (beside or {}).items()}
     tensor_bytes = int(sum_over_ranks(grid, {"": float(_bytes_to_write(rows, grid))})[""])
@@ -158,7 +160,7 @@ def find(source: Path, grid: Grid | None = None, log: Callable[[str], None] = pr
 
     Raises ConfigError if a checkpoint named by the user is damaged, or there is no good one.
     """
-    if (source / META).exists() or manifests.is_checkpoint_name(source.name):
+    if (source / META).exists() or step_of(source.name) is not None:
         return _opened(source, grid)
     found = newest(source, grid, log)
     if found is None:
@@ -182,7 +184,7 @@ def newest(root: Path, grid: Grid | None, log: Callable[[str], None], set_aside:
         except DamagedError as error:
             damaged.append((folder, error))
             continue
-        if manifests.folder_name(found.progress.step) != folder.name:
+        if step_name(found.progress.step) != folder.name:
             raise ConfigError(f"{folder}: holds step {found.progress.step}; restore the name of the folder")
         if damaged:
             listed = "; ".join(f"{bad.name}: {why}" for bad, why in damaged)
@@ -342,9 +344,9 @@ def _finish(
         records[name] = manifests.write_file(part / name, data)
     manifests.write(part, replace(manifest, files=records))
     for folder in (*(p for p in part.rglob("*") if p.is_dir()), part):
-        manifests.sync_folder(folder)
+        sync(folder)
     part.rename(final)
-    manifests.sync_folder(final.parent)
+    sync(final.parent)
 
 
 def _delete_old(final: Path, keep: int, run: str) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from icrl_megatron.actor.side_files import read_side_files, write_side_files
 from icrl_megatron.distributed.grid import Grid, gather_objects
 from icrl_megatron.model.config import name_dtype
+from icrl_megatron.model.weight_files import INDEX, SINGLE, shard_name
 from icrl_megatron.model.weights import Gatherer
 from icrl_megatron.utils import results
 from icrl_megatron.utils.disk import disk_errors, require_space, size_text
@@ -92,13 +93,13 @@ class _ShardWriter:
         with self._errors():
             if self.count > 1:
                 index = {"metadata": {"total_size": self.total}, "weight_map": self.where}
-                (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+                (self.folder / INDEX).write_text(json.dumps(index, indent=2))
             name_dtype(self.folder / "config.json", str(self.dtype).removeprefix("torch."))
 
     def _flush(self) -> None:
         self.files += 1
         one = self.count == 1
-        name = "model.safetensors" if one else f"model-{self.files:05d}-of-{self.count:05d}.safetensors"
+        name = SINGLE if one else shard_name(self.files, self.count)
         with self._errors():
             save_file(self.held, self.folder / name, metadata={"format": "pt"})
         self.where.update(dict.fromkeys(self.held, name))

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.step_names import step_of
 
 META = "icrl.json"
 FORMAT = 2
@@ -26,8 +27,6 @@ PART = ".part"
 """Suffix of a folder that is being written or deleted."""
 DAMAGED = ".damaged"
 """Suffix of a damaged checkpoint that was set aside."""
-_FOLDER = "step_{:06d}"
-_NAME = re.compile(r"step_(\d{6,})")
 _LEFTOVER = re.compile(r"step_\d{6,}(\.\w+)?\.part")
 _FIRST_FORMAT = {"step", "weight_version", "optimizer_steps", "generated_tokens"}
 _NO_MEMORY = re.compile(r"allocate memory|out of memory|os error 12\b", re.IGNORECASE)
@@ -73,19 +72,11 @@ class Manifest:
     """By path relative to the checkpoint, with forward slashes."""
 
 
-def folder_name(step: int) -> str:
-    return _FOLDER.format(step)
-
-
-def is_checkpoint_name(name: str) -> bool:
-    return _NAME.fullmatch(name) is not None
-
-
 def complete(root: Path) -> list[Path]:
     """The completely written checkpoints under `root`, oldest first, without a check for damage. A folder has its final
     name only when it is complete, so one without icrl.json is listed: it is damaged."""
-    found = [(int(match[1]), p) for p in _entries(root) if (match := _NAME.fullmatch(p.name))]
-    return [p for step, p in sorted(found) if p.name == folder_name(step) and p.is_dir()]
+    found = {step: p for p in _entries(root) if (step := step_of(p.name)) is not None}
+    return [p for _, p in sorted(found.items()) if p.is_dir()]
 
 
 def leftovers(root: Path) -> list[Path]:
@@ -167,15 +158,6 @@ def write_file(path: Path, data: bytes) -> FileRecord:
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(len(data), hashlib.sha256(data).hexdigest())
-
-
-def sync_folder(folder: Path) -> None:
-    """Syncs a folder's list of names to disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -20,6 +19,8 @@ from mcp.client.stdio import get_default_environment
 from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.message import SessionMessage
 from mcp_types import jsonrpc_message_adapter
+
+from icrl_megatron.utils import processes
 
 GRACE_S = 2.0
 """Seconds that a server has to exit after its standard input was closed."""
@@ -97,8 +98,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     assert process.stdin is not None
     process.stdin.close()
     await _exited(process)
-    with contextlib.suppress(ProcessLookupError):  # its children too
-        os.killpg(process.pid, signal.SIGKILL)
+    processes.signal_group(process.pid, signal.SIGKILL)  # its children too
     await _exited(process)
     process._transport.close()  # type: ignore[attr-defined]  # pipes with unread data; nothing public closes them
 

@@ -38,18 +38,21 @@ class CreditReport:
     overlong_penalty: float | None = None
     """Mean penalty of `algo.overlong` per sample; None if it is off or there is no sample."""
 
-    def filled(self, count: int, order: Iterable[Task]) -> tuple[CreditReport, bool]:
-        """(only the samples of the first `count` tasks with a signal, in this order; whether there are so many). If no
-        task has one, all samples stay."""
-        signal = {s.task_id() for s in self.samples if s.advantage != 0.0 and any(s.loss_mask)}
-        chosen = set([task for task in dict.fromkeys(task.task_id for task in order) if task in signal][:count])
-        samples = tuple(s for s in self.samples if s.task_id() in chosen) or self.samples
-        return replace(self, samples=samples), len(chosen) == count
+    def tasks_with_signal(self) -> set[str]:
+        """Ids of the tasks with a token whose advantage is not zero."""
+        return {s.task_id() for s in self.samples if s.advantage != 0.0 and any(s.loss_mask)}
 
     @property
     def has_signal(self) -> bool:
         """Whether any token of the batch has a nonzero advantage; if not, the batch should be redrawn."""
-        return any(s.advantage != 0.0 and any(s.loss_mask) for s in self.samples)
+        return bool(self.tasks_with_signal())
+
+    def first_with_signal(self, count: int, order: Iterable[Task]) -> CreditReport:
+        """Only the samples of the first `count` tasks with a signal, in this order. If no task has one, all samples
+        stay."""
+        signal = self.tasks_with_signal()
+        chosen = set([task for task in dict.fromkeys(task.task_id for task in order) if task in signal][:count])
+        return replace(self, samples=tuple(s for s in self.samples if s.task_id() in chosen) or self.samples)
 
 
 def credit(episodes: Iterable[Episode], settings: AlgoSettings, train_critic: bool) -> CreditReport:

@@ -26,6 +26,12 @@ def bound(address: str, port: int = 0) -> socket.socket:
     return found
 
 
+def free_port(address: str = "127.0.0.1") -> int:
+    """A TCP port that is free at `address` now; another program may take it before it is used."""
+    with bound(address) as probe:
+        return int(probe.getsockname()[1])
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host name or address is the loopback of this machine."""
     if host == "localhost":

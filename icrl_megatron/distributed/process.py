@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -16,6 +15,7 @@ from typing import NoReturn
 
 from icrl_megatron.utils.disk import unexplained_errors
 from icrl_megatron.utils.errors import ConfigError, HopelessError
+from icrl_megatron.utils.parent_watch import die_with_parent
 from icrl_megatron.utils.terminal import guard
 
 HOPELESS = 1
@@ -29,13 +29,10 @@ STOP_ENV = "ICRL_STOP"
 it may kill the process that serves the file system (slurm/job.sh)."""
 STARTED_ENV = "ICRL_STARTED"
 """File that rank 0 creates when all ranks have joined: from then on rank 0 writes to the terminal."""
-PARENT_ENV = "ICRL_PARENT"
-"""Process id of the parent that a child must not outlive."""
 STORE_FD_ENV = "ICRL_STORE_FD"
 """Descriptor of the bound socket on which rank 0 serves the job's store."""
 LEAVE_TIMEOUT_S = 30.0
 """Maximum time from the end of a rank's work to the end of its process."""
-_PR_SET_PDEATHSIG = 1
 
 
 def is_rank() -> bool:
@@ -99,19 +96,6 @@ class StopRequest:
     def __bool__(self) -> bool:
         self._set = self._set or (self._file is not None and self._file.exists())
         return self._set
-
-
-def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
-    """Asks Linux to send this process a signal when its parent dies, even by SIGKILL; exits if the parent is already
-    dead."""
-    if sys.platform != "linux":
-        return
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    # Removed, so that a child of this process does not compare it with its own parent.
-    parent = os.environ.pop(PARENT_ENV, "")
-    if parent and os.getppid() != int(parent):
-        os._exit(1)
 
 
 def read_outcome(path: Path) -> tuple[int, str] | None:

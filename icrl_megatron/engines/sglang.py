@@ -48,13 +48,9 @@ _DEATH_GRACE_S = 3.0
 _CONTROL_TIMEOUT_S = 300.0
 _FLUSH = "/flush_cache?timeout=60"
 _PLAIN = {
-    "top_p": 1.0,
-    "top_k": -1,
-    "min_p": 0.0,
-    "frequency_penalty": 0.0,
-    "presence_penalty": 0.0,
-    "repetition_penalty": 1.0,
-}
+    "top_p": 1.0, "top_k": -1, "min_p": 0.0,
+    "frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0,
+}  # fmt: skip
 """Sent with every request: with other values the log-probs would not be those of the policy."""
 
 

@@ -5,12 +5,10 @@ Facts about SGLang 0.5.23 are from its server_args.py, http_server.py and weight
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +26,7 @@ from icrl_megatron.distributed import net
 from icrl_megatron.engines.protocol import EngineError, NoAnswerError
 from icrl_megatron.engines.sglang_start import KEY_ENV
 from icrl_megatron.settings.schema import EngineSettings
+from icrl_megatron.utils import parent_watch, processes
 from icrl_megatron.utils.disk import disk_errors
 from icrl_megatron.utils.errors import ConfigError
 
@@ -141,11 +140,11 @@ class Server:
             )
         with disk_errors(self.spec.log, "the server's log"):
             self.spec.log.parent.mkdir(parents=True, exist_ok=True)
-        port = _free_port()
+        port = net.free_port()
         self.key = secrets.token_urlsafe(32)
         self._folder = tempfile.TemporaryDirectory(prefix="icrl_sglang_")  # its mode is 0700
         self.url = f"http://127.0.0.1:{port}"
-        watched = [self.spec.python, str(Path(__file__).with_name("parent_watch.py")), str(os.getpid())]
+        watched = [self.spec.python, parent_watch.__file__, str(os.getpid())]
         with self.spec.log.open("ab") as log:
             self._log_begin = log.tell()
             log.write(f"\n=== {time.strftime('%Y-%m-%d %H:%M:%S')} port {port}\n".encode())
@@ -219,8 +218,7 @@ class Server:
     def memory_bytes(self) -> int:
         """Resident host memory of the server's processes; 0 for an external server."""
         try:
-            top = psutil.Process(self._process.pid) if self._process is not None else None
-            found = [top, *top.children(recursive=True)] if top is not None else []
+            found = processes.tree(self._process.pid) if self._process is not None else []
             return sum(p.memory_info().rss for p in found)
         except psutil.NoSuchProcess:
             return 0
@@ -229,16 +227,7 @@ class Server:
         """Kills and reaps the process started here, including its workers."""
         if self._process is None:
             return
-        try:
-            workers = psutil.Process(self._process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            workers = []
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        for worker in workers:  # in case one left the group
-            with contextlib.suppress(psutil.NoSuchProcess):
-                worker.kill()
-        self._process.wait(timeout=60)
+        processes.kill_tree(self._process)
         if self._folder is not None:
             self._folder.cleanup()
 
@@ -381,11 +370,6 @@ def _rest(error: urllib.error.HTTPError) -> bytes:
         return error.read(65536)
     except (OSError, http.client.HTTPException):  # the connection broke in the middle
         return b""
-
-
-def _free_port() -> int:
-    with net.bound("127.0.0.1") as probe:
-        return int(probe.getsockname()[1])
 
 
 _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -23,7 +23,7 @@ from icrl_megatron.run import heldout as eval_problems
 from icrl_megatron.run.resume import earlier
 from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.settings.schema import Settings
-from icrl_megatron.settings.task_schema import TaskSource
+from icrl_megatron.settings.task_options import source_of
 from icrl_megatron.tasks.datasets import content_hash
 from icrl_megatron.types import Task
 from icrl_megatron.utils import results
@@ -153,7 +153,7 @@ def _settings(request: EvalRequest, run: Settings | None) -> Settings:
     settings = run or Settings()
     known = {source.name: source for source in settings.tasks.sources}
     if request.tasks:
-        sources = [known.get(name, TaskSource(name)) for name in request.tasks]
+        sources = [known.get(name, source_of(name)) for name in request.tasks]
         settings = replace(settings, tasks=replace(settings.tasks, sources=sources))
     elif run is None:
         raise ConfigError(f"{request.model} is not in a run folder, so its tasks are unknown: name some with --task")

@@ -30,14 +30,14 @@ from icrl_megatron.distributed.process import (
     CONFIG_ERROR,
     HOPELESS,
     OUTCOME_ENV,
-    PARENT_ENV,
     STORE_FD_ENV,
-    die_with_parent,
     leave_outcome,
     read_outcome,
 )
+from icrl_megatron.utils import processes
 from icrl_megatron.utils.disk import disk_errors
 from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.parent_watch import PARENT_ENV, die_with_parent
 from icrl_megatron.utils.terminal import guard
 
 TAIL_LINES = 40
@@ -203,20 +203,13 @@ def _watch(ranks: Sequence[Rank], received: Sequence[int]) -> Rank | None:
             time.sleep(_POLL_S)
         return None
     finally:
-        _end([rank.process for rank in ranks])
-
-
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    deadline = time.monotonic() + END_TIMEOUT_S
-    for process in processes:
-        if process.poll() is None:
-            process.terminate()
-    for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=max(0.0, deadline - time.monotonic()))
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        left = [rank.process for rank in ranks if rank.process.poll() is None]
+        for process in left:
+            process.terminate()  # not its children, which it may need in order to save
+        processes.wait_all(left, END_TIMEOUT_S)
+        for process in left:
+            if process.poll() is None:
+                processes.kill_tree(process)
 
 
 def _report(failed: Rank) -> str:

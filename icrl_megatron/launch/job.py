@@ -20,6 +20,7 @@ from pathlib import Path
 from icrl_megatron.distributed.process import CONFIG_ERROR, HOPELESS, STOPPED, read_outcome
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.files import write_atomically
+from icrl_megatron.utils.step_names import step_name, steps_in
 from icrl_megatron.utils.terminal import guard
 
 MAX_CRASHES = 3
@@ -73,8 +74,9 @@ def progress(run_folder: Path) -> Reached:
         lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.exists() else []
         whole = [line for line in lines[-2:] if line.endswith("}")]
         found.append(str(json.loads(whole[-1]).get("step")) if whole else "-")
-        names = (path.parent.name for path in folder.glob("checkpoints/step_*/icrl.json"))
-        saved.append(max((name for name in names if name.removeprefix("step_").isdigit()), default="-"))
+        root = folder / "checkpoints"
+        complete = [name for name in map(step_name, steps_in(root)) if (root / name / "icrl.json").exists()]
+        saved.append(complete[-1] if complete else "-")
     baselines = sorted(run_folder.glob("baseline_*"))
     of_baselines = [reached for path in baselines for reached in (path.name, progress(path).saved)]
     return Reached("/".join([*found, *(path.name for path in baselines)]), "/".join([*saved, *of_baselines]))

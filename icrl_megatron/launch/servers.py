@@ -31,15 +31,17 @@ from types import FrameType
 import psutil
 
 from icrl_megatron.distributed import net
-from icrl_megatron.distributed.process import CONFIG_ERROR, PARENT_ENV, die_with_parent, is_rank
+from icrl_megatron.distributed.process import CONFIG_ERROR, is_rank
 from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.settings.schema import Settings
-from icrl_megatron.settings.task_schema import PORT, TaskSource
+from icrl_megatron.settings.task_options import PORT, ServedSource
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked
+from icrl_megatron.utils import processes
 from icrl_megatron.utils.disk import disk_errors
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.files import write_atomically
+from icrl_megatron.utils.parent_watch import PARENT_ENV, die_with_parent
 from icrl_megatron.utils.progress import Progress
 from icrl_megatron.utils.terminal import guard
 
@@ -83,9 +85,9 @@ class Running:
         return "\n".join(end.splitlines()[-lines:]).strip()
 
 
-def wanted(settings: Settings) -> list[TaskSource]:
+def wanted(settings: Settings) -> list[ServedSource]:
     """The sources for which servers are started: those with a command and without addresses of running servers."""
-    return [source for source in settings.tasks.sources if source.served]
+    return [source for source in settings.tasks.sources if isinstance(source, ServedSource) and source.served]
 
 
 @contextlib.contextmanager
@@ -118,7 +120,7 @@ def beside(settings: Settings, folder: Path) -> Iterator[Settings]:
         yield told(settings, folder)
     finally:
         process.terminate()
-        _wait(process, END_TIMEOUT_S * 2)
+        processes.wait_all([process], END_TIMEOUT_S * 2)
 
 
 def _new_folder(logs: Path) -> Path:
@@ -163,7 +165,9 @@ def told(settings: Settings, folder: Path) -> Settings:
 def with_servers(settings: Settings, addresses: Mapping[str, Sequence[str]]) -> Settings:
     """A copy of the settings with these addresses in the sources of these names."""
     sources = [
-        replace(s, data=replace(s.data, servers=list(addresses[s.name]))) if s.name in addresses else s
+        replace(s, data=replace(s.data, servers=list(addresses[s.name])))
+        if isinstance(s, ServedSource) and s.name in addresses
+        else s
         for s in settings.tasks.sources
     ]
     return replace(settings, tasks=replace(settings.tasks, sources=sources))
@@ -182,9 +186,9 @@ def run(settings: Settings, folder: Path) -> None:
             for source in wanted(settings):
                 _tell_of_open([s for s in servers if s.source == source.name])
             addresses = {s.source: [o.url for o in servers if o.source == s.source] for s in servers}
-            for source in with_servers(settings, addresses).tasks.sources:
+            for one in with_servers(settings, addresses).tasks.sources:
                 limit = settings.rollout.max_observation_bytes
-                task_set = registry.of_source(source, limit) if source.name in addresses else None
+                task_set = registry.of_source(one, limit) if one.name in addresses else None
                 if isinstance(task_set, Checked):
                     task_set.check()
         except ConfigError as error:
@@ -197,12 +201,12 @@ def run(settings: Settings, folder: Path) -> None:
             _watch(servers)
             time.sleep(POLL_S)
     finally:
-        _end(servers)
+        processes.end_groups([server.process for server in servers], END_TIMEOUT_S)
 
 
-def _start(source: TaskSource, index: int, folder: Path) -> Running:
+def _start(source: ServedSource, index: int, folder: Path) -> Running:
     serve = source.serve
-    port = serve.port + index if serve.port else _free_port()
+    port = serve.port + index if serve.port else net.free_port("0.0.0.0")
     if serve.port and not _is_free(port):
         raise ConfigError(
             f"{source.name!r}: port {port} is in use on {socket.gethostname()}; set tasks.sources[...].serve.port=0 "
@@ -214,12 +218,14 @@ def _start(source: TaskSource, index: int, folder: Path) -> Running:
 
 
 def _popen(command: str, log: Path) -> subprocess.Popen[bytes]:
-    """A server in its own process group, so that the shell's children can be ended; it ends with this process."""
+    """A server in its own process group, so that the shell's children can be ended; it ends with this process.
+    `icrl` is found although its environment may not be active."""
+    path = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
     with disk_errors(log, "the log of an environment server"):
         file = log.open("ab")
     with file:
         return subprocess.Popen(
-            ["bash", "-c", command],
+            ["bash", "-c", command], env={**os.environ, "PATH": path},
             stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
             start_new_session=True, preexec_fn=die_with_parent,  # this process has one thread
         )  # fmt: skip
@@ -238,8 +244,7 @@ def _tell_of_open(servers: list[Running]) -> None:
     """Warns if a server of a single-machine run is reachable from other machines: servers have no password."""
     for server in servers if not _many_nodes() else ():
         with contextlib.suppress(psutil.Error):
-            top = psutil.Process(server.process.pid)
-            sockets = [c for p in (top, *top.children(recursive=True)) for c in p.net_connections("tcp")]
+            sockets = [c for p in processes.tree(server.process.pid) for c in p.net_connections("tcp")]
             found = {c.laddr.ip for c in sockets if c.status == psutil.CONN_LISTEN}
             if beyond := sorted(ip for ip in found if not net.is_loopback(ip)):
                 print(
@@ -249,20 +254,10 @@ def _tell_of_open(servers: list[Running]) -> None:
                 )  # fmt: skip
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
 def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-    return True
+    with contextlib.suppress(OSError), net.bound("0.0.0.0", port):
+        return True
+    return False
 
 
 def _await_answers(servers: list[Running], timeout_s: float) -> None:
@@ -304,21 +299,6 @@ def _watch(servers: list[Running]) -> None:
                 continue
             server.again_at = now + BACK_OFF_S * 2 ** (server.restarts - 1)
             print(f"{what}; restarting it ({server.restarts} of {RESTARTS})", file=sys.stderr, flush=True)
-
-
-def _end(servers: list[Running]) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for server in servers:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(server.process.pid, number)
-        deadline = time.monotonic() + END_TIMEOUT_S
-        for server in servers:
-            _wait(server.process, max(0.0, deadline - time.monotonic()))
-
-
-def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> None:
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=timeout_s)
 
 
 def main(arguments: list[str]) -> None:

@@ -28,12 +28,13 @@ from icrl_megatron.distributed.process import (
     HOPELESS,
     KILLED,
     OUTCOME_ENV,
-    PARENT_ENV,
     STARTED_ENV,
     STOP_ENV,
     read_outcome,
 )
+from icrl_megatron.utils import processes
 from icrl_megatron.utils.disk import disk_errors
+from icrl_megatron.utils.parent_watch import PARENT_ENV
 from icrl_megatron.utils.progress import Progress
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -67,7 +68,7 @@ def launch(
             with _starting(ranks, started) as tick:
                 killed = _wait(agent, received, stop, stop_timeout_s, stopping, tick)
         finally:
-            _kill_tree(agent)
+            processes.kill_tree(agent)
         return killed or _exit_code(agent.returncode, outcome)
 
 
@@ -128,33 +129,16 @@ def _wait(
         if deadline is None and any(received.values()):
             deadline = time.monotonic() + stop_timeout_s
             stop.touch()
-            for rank in _children(agent.pid, recursive=False):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    rank.send_signal(signal.SIGUSR1)
+            with contextlib.suppress(psutil.NoSuchProcess):  # the agent has ended
+                for rank in psutil.Process(agent.pid).children():
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        rank.send_signal(signal.SIGUSR1)
             print(stopping, file=sys.stderr)
         if received[signal.SIGINT] > 1:
             return KILLED
         if deadline is not None and time.monotonic() > deadline:
             print(f"error: the ranks did not stop within {stop_timeout_s:.0f} s and were killed", file=sys.stderr)
             return 1
-
-
-def _children(pid: int, recursive: bool) -> list[psutil.Process]:
-    try:
-        return list(psutil.Process(pid).children(recursive=recursive))
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _kill_tree(agent: subprocess.Popen[bytes]) -> None:
-    """Kills the agent and all its descendants and reaps it; does nothing if it has already ended."""
-    if agent.poll() is None:
-        below = _children(agent.pid, recursive=True)
-        agent.kill()
-        for process in below:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        agent.wait()
 
 
 def _exit_code(returncode: int, outcome: Path) -> int:

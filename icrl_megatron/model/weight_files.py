@@ -19,7 +19,7 @@ from icrl_megatron.model.config import read_json, require_not_lfs
 from icrl_megatron.utils.errors import ConfigError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-INDEX, SINGLE, ONLY_SHARD = "model.safetensors.index.json", "model.safetensors", "model-00001-of-00001.safetensors"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Supported dtypes of stored weights, with bytes per value. Other dtypes mean quantized weights."""
 _MAX_HEADER_BYTES = 100_000_000
@@ -93,6 +93,11 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     return found
 
 
+def shard_name(number: int, count: int) -> str:
+    """The name of one of `count` files, from 1, as transformers numbers them."""
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights. Raises ConfigError if this is ambiguous."""
     _refuse_others(folder)
@@ -109,7 +114,7 @@ def weight_files(folder: Path) -> list[Path]:
         wanted = {folder / name for name in named}
     elif single in files or not files:
         wanted = {single}
-    elif files == [folder / ONLY_SHARD]:
+    elif files == [folder / shard_name(1, 1)]:
         wanted = set(files)
     else:
         raise ConfigError(
@@ -122,12 +127,6 @@ def weight_files(folder: Path) -> list[Path]:
                 "copy the model's folder again"
             )
     return sorted(wanted)
-
-
-def check_safetensors(path: Path) -> None:
-    """Raises ConfigError unless the file's header is complete and its size matches the header."""
-    for _ in _header(path):
-        pass
 
 
 def _refuse_others(folder: Path) -> None:

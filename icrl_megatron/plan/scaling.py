@@ -17,7 +17,7 @@ from icrl_megatron.utils.result_files import begins_with, check_file
 
 GPU_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 GROUPS = {
-    "rollout": ("prefill", "decode", "environments"),
+    "rollout": ("prefill", "decode", "environments", "tools"),
     "scoring": ("scoring",),
     "training": ("training", "optimizer"),
     "collectives, bubbles": ("tensor collectives", "data collectives", "bubbles"),

@@ -76,6 +76,9 @@ class Rollout:
     prefill: float
     decode: float
     waiting: float
+    """For environments without tools, beyond decoding."""
+    calling: float
+    """For tool calls, beyond decoding and environments."""
     tail: float
 
 
@@ -124,6 +127,7 @@ def estimate(
         "prefill": rollout.prefill,
         "decode": rollout.decode,
         "environments": rollout.waiting,
+        "tools": rollout.calling,
         "scoring": scored * uneven + passes.scored * forward_moves,
         "training": trained * uneven,
         "tensor collectives": forward_moves * (1 + recomputed) + backward_moves,
@@ -200,10 +204,11 @@ def play(
     tasks = len(work.generated_E) // work.episodes_a_task
     shape_TE = (tasks, work.episodes_a_task)
     slowest: Rollout | None = None
-    columns = [c.reshape(shape_TE) for c in (work.generated_E, work.context_E, work.read_E, work.waiting_E)]
+    whole = (work.generated_E, work.context_E, work.read_E, work.waiting_E, work.calling_E, work.queued_E)
+    columns = [column.reshape(shape_TE) for column in whole]
     for engine in range(min(layout.engines, tasks)):
-        generated, context, read, waiting = (column[engine :: layout.engines].ravel() for column in columns)
-        ended = _engine(shape, layout, generated, context, read, waiting, gpu, cache_bytes, constants)
+        share = [column[engine :: layout.engines].ravel() for column in columns]
+        ended = _engine(shape, layout, share, gpu, cache_bytes, constants)
         if slowest is None or _seconds(ended) > _seconds(slowest):
             slowest = ended
     assert slowest is not None
@@ -211,28 +216,30 @@ def play(
 
 
 def _seconds(rollout: Rollout) -> float:
-    return rollout.prefill + rollout.decode + rollout.waiting
+    return rollout.prefill + rollout.decode + rollout.waiting + rollout.calling
 
 
 def _engine(
     shape: ModelShape,
     layout: Layout,
-    generated_E: Floats,
-    context_E: Floats,
-    read_E: Floats,
-    waiting_E: Floats,
+    share: list[Floats],
     gpu: Gpu,
     cache_bytes: float,
     constants: Constants,
 ) -> Rollout:
+    """`share`: generated, context, read, waiting, calling and queued of the engine's episodes, as in `Workload`.
+
+    An episode ends when its tokens would be decoded if nothing waited, plus its own waiting and calls. Decoding does
+    not get faster meanwhile, so this is an upper bound where calls are long.
+    """
     tensor, count = layout.engine_tensor, counts(shape)
-    flops = 2.0 * (shape.layers * count.layer) * float(read_E.sum())
+    flops = 2.0 * (shape.layers * count.layer) * float(share[2].sum())
     prefill = flops / (tensor * gpu.bf16_flops * constants.prefill_efficiency)
     capacity = cache_bytes / kv_bytes_a_token(shape, tensor, layout.item)
-    order = np.argsort(generated_E)
-    lengths, contexts = generated_E[order], context_E[order]
+    order = np.argsort(share[0])
+    lengths, contexts, _, waiting, calling, queued = (column[order] for column in share)
     edges = np.unique(np.linspace(0, len(lengths), SEGMENTS + 1).astype(int))
-    seconds, done, half = 0.0, 0.0, 0.0
+    seconds, done, half, environments_end, end = 0.0, 0.0, 0.0, 0.0, float(queued.sum())
     for low, high in pairwise(edges.tolist()):
         until = float(lengths[low:high].mean()) if high < len(lengths) else float(lengths[-1])
         iterations, done = max(0.0, until - done), max(done, until)
@@ -243,7 +250,10 @@ def _engine(
         step = decode_step(shape, layout, running / crowded, cached / crowded, gpu, constants)
         seconds += iterations * step * crowded
         half += iterations * step * crowded if running < len(lengths) / 2 else 0.0
-    return Rollout(prefill, float(seconds), float(waiting_E[order[-1]]), half / max(seconds, 1e-9))
+        environments_end = max(environments_end, seconds + float(waiting[low:high].max()))
+        end = max(end, seconds + float((waiting + calling)[low:high].max()))
+    tail = half / max(seconds, 1e-9)
+    return Rollout(prefill, float(seconds), environments_end - seconds, end - environments_end, tail)
 
 
 def decode_step(

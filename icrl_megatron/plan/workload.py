@@ -7,13 +7,15 @@ What the tasks' own numbers are is in `PROFILES`: assumptions, until a run's rol
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 from icrl_megatron.settings.schema import Settings
+from icrl_megatron.settings.task_options import ToolsSource
+from icrl_megatron.settings.task_schema import TaskSource
 
 Floats = npt.NDArray[np.float64]
 
@@ -35,6 +37,10 @@ class Profile:
     """Of the environment, per turn."""
     success: float
     """Share of first attempts that succeed: the others get a critique and another attempt."""
+    call_s: float = 0.0
+    """Of a tool call. Every turn but the last makes one."""
+    calls_at_once: int = 64
+    """Calls that run at a time in the process that plays an engine's episodes; the others wait."""
 
 
 PROFILES: dict[str, Profile] = {
@@ -46,6 +52,18 @@ PROFILES: dict[str, Profile] = {
 """Assumed. Only the critiques of ALFWorld and WebShop (57 and 94 tokens) are the paper's, of its trained 8B critic."""
 DEFAULT_PROFILE = Profile(300, 4, 20, 0.5, 20, 20, 0.0, 0.5)
 """For the small embedded tasks, assumed too."""
+
+
+def profile_of(source: TaskSource) -> Profile:
+    """The source's profile, with what its `plan` settings say. Calls replace the latency of turns."""
+    profile, asked = PROFILES.get(source.name, DEFAULT_PROFILE), source.plan
+    given = {name: getattr(asked, name) for name in ("prompt_tokens", "reply_tokens", "observation_tokens")}
+    profile = replace(profile, **{name: value for name, value in given.items() if value})
+    if isinstance(source, ToolsSource) and "python" in source.agent.tools:
+        profile = replace(profile, calls_at_once=source.data.grading_workers)
+    if asked.calls:
+        profile = replace(profile, turns=asked.calls + 1)
+    return replace(profile, call_s=asked.call_s, latency_s=0.0) if asked.calls or asked.call_s else profile
 
 
 @dataclass(frozen=True)
@@ -60,7 +78,12 @@ class Workload:
     context_E: Floats
     """Mean tokens in the cache while the episode decodes."""
     waiting_E: Floats
-    """Seconds spent in its environment."""
+    """Seconds spent in its environment, without tools."""
+    calling_E: Floats
+    """Seconds of its tool calls."""
+    queued_E: Floats
+    """The same, divided by the number of calls that run at a time: the sum over an engine's episodes is the shortest
+    time in which their calls can be made."""
     sequence_S: Floats
     """Tokens of each trained sequence, prompt included."""
     loss_S: Floats
@@ -78,7 +101,7 @@ class Workload:
 def simulate(settings: Settings, seed: int = 0) -> Workload:
     """A step's workload by the settings and the profiles of their task sources, mixed by weight."""
     rollout, sources = settings.rollout, settings.tasks.sources
-    key = tuple((PROFILES.get(s.name, DEFAULT_PROFILE), s.weight) for s in sources)
+    key = tuple((profile_of(source), source.weight) for source in sources)
     limits = (rollout.max_turns, rollout.max_turn_tokens, rollout.max_critique_tokens, rollout.context_tokens)
     shared = settings.rollout.critic == "self"
     needed = rollout.tasks_per_step
@@ -101,20 +124,24 @@ def _simulate(
     weights = np.array([weight for _, weight in sources])
     chosen_T = rng.choice(len(sources), size=tasks, p=weights / weights.sum())
     parts = [_play(p, int((chosen_T == i).sum()), episodes, rounds, limits, rng) for i, (p, _) in enumerate(sources)]
-    generated, read, context, waiting = (np.concatenate([part[k] for part in parts]) for k in range(4))
-    first = np.cumsum([0, *(len(part[0]) for part in parts)])
-    rows = np.concatenate([part[4] + [0, 0, 0, start] for part, start in zip(parts, first[:-1], strict=True)])
+    generated, read, context, waiting, calling, queued = (
+        np.concatenate([part[0][k] for part in parts]) for k in range(6)
+    )
+    first = np.cumsum([0, *(len(part[0][0]) for part in parts)])
+    rows = np.concatenate([part[1] + [0, 0, 0, start] for part, start in zip(parts, first[:-1], strict=True)])
     if needed < tasks:  # the quickest groups are trained on, and when the last of them is complete all others end
         longest_T = generated.reshape(tasks, episodes).max(axis=1)
         quickest = np.argsort(longest_T, kind="stable")[:needed]
         played = np.minimum(1.0, longest_T[quickest[-1]] / np.maximum(generated, 1.0))
         generated, read, waiting = generated * played, read * played, waiting * played
+        calling, queued = calling * played, queued * played
         rows = rows[np.isin(rows[:, 3] // episodes, quickest)]
     sequences = rows if train_critic else rows[rows[:, 2] == 0]
     order = rng.permutation(tasks)  # tasks of a mixture come in any order, their episodes together
-    columns = (generated, read, context, waiting)
-    generated, read, context, waiting = (c.reshape(tasks, episodes)[order].ravel() for c in columns)
-    return Workload(episodes, generated, read, context, waiting, sequences[:, 0], sequences[:, 1])
+    columns = (generated, read, context, waiting, calling, queued)
+    generated, read, context, waiting, calling, queued = (c.reshape(tasks, episodes)[order].ravel() for c in columns)
+    of_sequences = (sequences[:, 0], sequences[:, 1])
+    return Workload(episodes, generated, read, context, waiting, calling, queued, *of_sequences)
 
 
 def _lengths(rng: np.random.Generator, mean: float, spread: float, shape: tuple[int, ...], most: float) -> Floats:
@@ -131,12 +158,12 @@ def _play(
     rounds: int,
     limits: tuple[int, int, int, int],
     rng: np.random.Generator,
-) -> tuple[Floats, Floats, Floats, Floats, Floats]:
-    """Generated, read, context and waiting [E], and rows of sequences [S, 4]: tokens, loss tokens, is a critique,
-    which episode's."""
+) -> tuple[tuple[Floats, ...], Floats]:
+    """Generated, read, context, waiting, calling and queued [E], and rows of sequences [S, 4]: tokens, loss tokens, is
+    a critique, which episode's."""
     max_turns, max_reply, max_critique, window = limits
     count = tasks * episodes
-    generated, read, context, waiting = (np.zeros(count) for _ in range(4))
+    generated, read, context, waiting, calling = (np.zeros(count) for _ in range(5))
     read[::episodes] += profile.prompt_tokens  # the cache has it for the task's other episodes
     rows: list[Floats] = []
     alive = np.arange(count)
@@ -148,6 +175,7 @@ def _play(
         generated[alive] += replies
         read[alive] += observed
         waiting[alive] += turns * profile.latency_s
+        calling[alive] += (turns - 1) * profile.call_s
         whole = profile.prompt_tokens + replies + observed
         context[alive] = np.maximum(context[alive], profile.prompt_tokens + (replies + observed) / 2)
         rows.append(np.stack([whole, replies, np.zeros(len(alive)), alive], axis=1))
@@ -160,7 +188,8 @@ def _play(
         generated[alive] += critique
         read[alive] += prompt + profile.prompt_tokens + critique
         rows.append(np.stack([prompt + critique, critique, np.ones(len(alive)), alive], axis=1))
-    return generated, read, context, waiting, np.concatenate(rows)
+    queued = calling / profile.calls_at_once
+    return (generated, read, context, waiting, calling, queued), np.concatenate(rows)
 
 
 def _attempt(
@@ -190,4 +219,5 @@ def single_turn(
     replies = rng.permutation(replies)
     read = np.zeros(count)
     read[::episodes] = prompt
-    return Workload(episodes, replies, read, prompt + replies / 2, np.zeros(count), replies + prompt, replies)
+    waiting, calling, queued = (np.zeros(count) for _ in range(3))
+    return Workload(episodes, replies, read, prompt + replies / 2, waiting, calling, queued, replies + prompt, replies)

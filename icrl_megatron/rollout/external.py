@@ -11,7 +11,7 @@ import aiohttp
 from icrl_megatron.engines.protocol import RequestFailedError
 from icrl_megatron.rollout.prompts import CHARS_A_TOKEN, Prompter
 from icrl_megatron.rollout.speakers import Ask
-from icrl_megatron.settings.rollout_schema import ExternalCritic
+from icrl_megatron.settings.endpoint import Endpoint
 from icrl_megatron.tasks.base import sendable
 from icrl_megatron.types import Completion
 from icrl_megatron.utils import connections
@@ -28,7 +28,7 @@ class ExternalSpeaker:
     """A critic only. Its text is encoded once with the solver's tokenizer, with log-probs of 0, because the solver
     reads it and it is never trained on."""
 
-    settings: ExternalCritic
+    settings: Endpoint
     temperature: float
     prompter: Prompter
     connections: Connections
@@ -65,7 +65,7 @@ class ExternalSpeaker:
         self.connections.here().interrupted.set()
 
 
-def first_model(settings: ExternalCritic) -> str:
+def first_model(settings: Endpoint) -> str:
     """The name of the first model that the endpoint serves. Raises ConfigError if there is none."""
 
     async def models() -> bytes:

@@ -21,7 +21,7 @@ from icrl_megatron.settings.algo_schema import LOSSES, AlgoSettings, Overlong
 from icrl_megatron.settings.limits import check_limits
 from icrl_megatron.settings.rollout_schema import TEMPLATES, RolloutSettings
 from icrl_megatron.settings.schema import ActorSettings, Settings, TrackerSettings
-from icrl_megatron.settings.task_schema import PORT
+from icrl_megatron.settings.task_options import PORT, ServedSource, check_unused
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked
 from icrl_megatron.tasks.datasets import check_no_leak
@@ -63,6 +63,7 @@ def validate_settings(settings: Settings) -> None:
     """Checks that depend only on the settings, not on files or GPUs. Raises ConfigError."""
     check_values(settings)
     _check_sources(settings)
+    _check_servers(settings)
     _check_trackers(settings.trackers)
     _check_algo(settings.algo, settings)
     check_rollout(settings)
@@ -127,9 +128,9 @@ def _check_tasks(settings: Settings, before: Sequence[Settings]) -> None:
                 raise ConfigError(f"tasks.sources.{i}.name={source.name}: this task set has no {split} problems")
         check_rows(source, source)
         check_earlier_rows(source, before, problems["heldout"])
-        if isinstance(task_set, Checked) and not source.served:  # served task sets are checked once their servers run
+        served = isinstance(source, ServedSource) and source.served  # checked once the servers run
+        if isinstance(task_set, Checked) and not served:
             task_set.check()
-    check_servers(settings)
     tool_cache.check(settings.tasks.tool_cache)
     check_no_leak(problems["train"], problems["heldout"])
     templates = settings.rollout.templates
@@ -343,17 +344,16 @@ def _list(numbers: Sequence[int]) -> str:
     return " or ".join(map(str, numbers[:6]))
 
 
-def check_servers(settings: Settings) -> None:
-    """Raises ConfigError if the command of an environment server cannot work (`tasks.sources[...].serve`)."""
+def _check_servers(settings: Settings) -> None:
+    """Raises ConfigError if the command of an environment server cannot work (`tasks.sources[...].serve`), or if there
+    is none and other settings of servers are given."""
     for i, source in enumerate(settings.tasks.sources):
-        serve, name = source.serve, f"tasks.sources.{i}.serve"
-        if not serve.command:
+        if not isinstance(source, ServedSource):
             continue
-        if source.name not in registry.SERVED:
-            raise ConfigError(
-                f"{name}.command={serve.command}: task set {source.name!r} uses no server; leave it out, or set the "
-                f"whole list: tasks.sources=[{{name: {source.name}}}]"
-            )
+        if not source.serve.command:
+            check_unused(source, ["serve"], "without serve.command")
+            continue
+        serve, name = source.serve, f"tasks.sources.{i}.serve"
         if serve.port + serve.count > 65536:
             raise ConfigError(f"{name}.port={serve.port}: leave room for {serve.count} ports, up to 65535")
         if not serve.health.startswith("/"):

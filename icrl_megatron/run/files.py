@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from icrl_megatron.telemetry.dumps import ROLLOUTS_FOLDER
 from icrl_megatron.telemetry.writer import METRICS_FILE, TENSORBOARD_FOLDER
 from icrl_megatron.utils import results
 from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.step_names import step_of
 
 WARM_START = "warm_start"
 BASELINE = "baseline_{}"
@@ -26,7 +26,7 @@ _WRITTEN = (METRICS_FILE, HISTORY, ROLLOUTS_FOLDER, TENSORBOARD_FOLDER, REPORT, 
 def clear_start(folder: Path) -> None:
     """Removes an earlier or unfinished start from <run_dir>/start, and nothing else."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name == EXPORT or re.fullmatch(r"step_\d+(\.part)?", path.name):
+        if path.name == EXPORT or step_of(path.name.removesuffix(".part")) is not None:
             shutil.rmtree(path, ignore_errors=True)
 
 

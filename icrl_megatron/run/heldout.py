@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from icrl_megatron.settings.schema import Settings
+from icrl_megatron.settings.task_options import DataSource, Problems, Rows
 from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.datasets import SUFFIXES, DataRow, check_no_leak, content_hash, read_rows, subset_of
@@ -69,19 +70,24 @@ def _trained(source: TaskSource, runs: Sequence[Settings]) -> list[TaskSource]:
 
 
 def _where(source: TaskSource) -> tuple[str, ...]:
-    return (source.data.prompt_column, *source.data.train)
+    data = _data(source)
+    return (*([data.prompt_column] if isinstance(data, Rows) else []), *data.train)
+
+
+def _data(source: TaskSource) -> Problems:
+    return source.data if isinstance(source, DataSource) else Problems()
 
 
 def _check_trained(trained: TaskSource, source: TaskSource, heldout: Sequence[Task]) -> None:
     check_rows(trained, source)
-    if not source.data.heldout or trained.data.train:
+    if not _data(source).heldout or _data(trained).train:
         check_no_leak(registry.of_source(trained).problems("train"), heldout)
 
 
 def check_rows(trained: TaskSource, tested: TaskSource) -> None:
     """Raises ConfigError, naming file and line of both, if a held-out row has the prompt of a training row."""
-    of_training = {content_hash(row.prompt): row for row in _rows(trained, trained.data.train)}
-    for row in _rows(tested, tested.data.heldout) if of_training else ():
+    of_training = {content_hash(row.prompt): row for row in _rows(trained, _data(trained).train)}
+    for row in _rows(tested, _data(tested).heldout) if of_training else ():
         twin = of_training.get(content_hash(row.prompt))
         if twin is not None:
             raise ConfigError(
@@ -92,9 +98,12 @@ def check_rows(trained: TaskSource, tested: TaskSource) -> None:
 
 
 def _rows(source: TaskSource, names: Iterable[str]) -> Iterable[DataRow]:
+    data = _data(source)
+    if not isinstance(data, Rows):
+        return
     for name in names:
         if _has_rows(Path(name)):
-            yield from read_rows(name, source.data.prompt_column, source.data.label_column)
+            yield from read_rows(name, data.prompt_column, data.label_column)
 
 
 def _has_rows(path: Path) -> bool:

@@ -22,6 +22,7 @@ from icrl_megatron.settings.schema import Settings
 from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.files import write_atomically
+from icrl_megatron.utils.step_names import step_name, step_of, steps_in
 
 CHANGES_FILE = "settings_changes.jsonl"
 """In the run folder: one line per changed setting: step, name, old, new, time."""
@@ -142,8 +143,8 @@ def adopt(settings: Settings, folder: Path) -> list[str]:
     found = changes(settings_module.load_saved(saved), settings) if saved.exists() else []
     lines = []
     if found and passed:
-        step = max(_steps(folder / "checkpoints"), default=0)
-        before = folder / EARLIER_FOLDER / f"step_{step:06d}.yaml"
+        step = max(steps_in(folder / "checkpoints"), default=0)
+        before = folder / EARLIER_FOLDER / f"{step_name(step)}.yaml"
         if not before.exists():  # otherwise no step was made since the last change
             before.parent.mkdir(exist_ok=True)
             shutil.copyfile(saved, before)
@@ -158,18 +159,19 @@ def adopt(settings: Settings, folder: Path) -> list[str]:
 def earlier(folder: Path) -> list[Settings]:
     """Earlier settings of the run in `folder`, preceded by those of the run that its weights come from
     (`run/start.py`); oldest first."""
-    return [settings_module.load_saved(path) for path in sorted((folder / EARLIER_FOLDER).glob("*.yaml"))]
+    paths = (folder / EARLIER_FOLDER).glob("*.yaml")
+    return [settings_module.load_saved(path) for path in sorted(paths, key=lambda p: (step_of(p.stem) or -1, p.name))]
 
 
 def _passed(folder: Path) -> set[Since]:
     """The stages that the run in `folder` has passed."""
-    trained = bool(_steps(folder / "checkpoints")) or any(r["step"] > 0 for r in read_rows(folder / METRICS_FILE))
+    trained = bool(steps_in(folder / "checkpoints")) or any(r["step"] > 0 for r in read_rows(folder / METRICS_FILE))
     warmed = (folder / "warm_start" / "hf").exists()
     if trained:
         return {"start", "end of the warm start", "training"}
     if warmed:
         return {"start", "end of the warm start"}
-    return {"start"} if _steps(folder / "warm_start" / "checkpoints") else set()
+    return {"start"} if steps_in(folder / "warm_start" / "checkpoints") else set()
 
 
 def _append(path: Path, step: int, found: Sequence[Change]) -> None:
@@ -188,15 +190,10 @@ def _clear_start(folder: Path, passed: set[Since], changed: Sequence[str]) -> No
         run_files.clear_start(folder / run_files.START)
 
 
-def _steps(root: Path) -> list[int]:
-    """Steps of the checkpoints under `root`, from their names."""
-    return [int(match[1]) for path in root.glob("step_*") if (match := re.fullmatch(r"step_(\d+)", path.name))]
-
-
 def _shown(value: object) -> str:
     return "null" if value is None else repr(value)
 
 
 def _offer(folder: Path) -> str:
     root = folder / "checkpoints"
-    return f"; start_from={root} starts it from these weights" if _steps(root) else ""
+    return f"; start_from={root} starts it from these weights" if steps_in(root) else ""

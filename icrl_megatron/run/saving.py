@@ -28,6 +28,7 @@ from icrl_megatron.utils import results
 from icrl_megatron.utils.disk import disk_errors
 from icrl_megatron.utils.errors import ConfigError, HopelessError
 from icrl_megatron.utils.files import write_atomically
+from icrl_megatron.utils.step_names import step_name
 
 CHECKPOINTS = "checkpoints"
 LEDGER = "progress.json"
@@ -231,7 +232,7 @@ class Saver:
     def _standing(self) -> str:
         if self._saved is None:
             return "there is no checkpoint yet"
-        return f"the last checkpoint is {manifest.folder_name(self._saved)}"
+        return f"the last checkpoint is {step_name(self._saved)}"
 
     def _say(self, message: str) -> None:
         if self._grid.rank == 0:
@@ -253,7 +254,7 @@ def _ledger(run_dir: Path, found: checkpoint.Checkpoint | None, log: Log) -> str
     reached = found.progress.step if found is not None else 0
     if found is None:
         _check_never_saved(run_dir, run, saved, log)
-    elif saved > reached and not (root / f"{manifest.folder_name(saved)}{manifest.DAMAGED}").exists():
+    elif saved > reached and not (root / f"{step_name(saved)}{manifest.DAMAGED}").exists():
         log(f"{root}: step {saved} was saved last and is missing; {found.folder.name} is the newest")
     if not run or saved != reached:
         run = run or uuid.uuid4().hex

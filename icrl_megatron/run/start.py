@@ -12,7 +12,6 @@ Training then reads the fp32 weights and the moments from the checkpoint. Everyt
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 from contextlib import suppress
@@ -27,6 +26,7 @@ from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.settings.loading import SAVED_NAME, load_saved, run_folder
 from icrl_megatron.settings.schema import AlgoSettings, Settings
 from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.step_names import step_name, step_of, steps_in
 
 FOLDER, MODEL = run_files.START, run_files.EXPORT
 _SIDE_FILES = "model"
@@ -73,9 +73,8 @@ def source(given: str) -> Path:
     if _is_checkpoint(path):
         return path
     for root in (path, path / "checkpoints"):
-        steps = sorted((len(p.name), p.name) for p in root.glob("step_*") if _is_checkpoint(p))
-        if steps:
-            return root / steps[-1][1]
+        if found := _checkpoints(root):
+            return found[-1]
     raise ConfigError(
         f"start_from={given}: no checkpoint there; give a step_NNNNNN folder, the folder that has them, or a run folder"
     )
@@ -83,14 +82,19 @@ def source(given: str) -> Path:
 
 def _is_checkpoint(path: Path) -> bool:
     """Whether `path` is a complete checkpoint: a folder gets its name without a suffix when it is complete."""
-    named = re.fullmatch(r"step_\d+", path.name) or (path / "icrl.json").exists()
-    return bool(named) and (path / _SIDE_FILES / "config.json").is_file()
+    named = step_of(path.name) is not None or (path / "icrl.json").exists()
+    return named and (path / _SIDE_FILES / "config.json").is_file()
+
+
+def _checkpoints(root: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first; not those that were set aside."""
+    return [path for path in (root / step_name(step) for step in steps_in(root)) if _is_checkpoint(path)]
 
 
 def made(settings: Settings) -> bool:
     """Whether the run has everything that it needs from the checkpoint."""
     folder = run_folder(settings) / FOLDER
-    return (folder / MODEL / "config.json").exists() and any(map(_is_checkpoint, folder.glob("step_*")))
+    return (folder / MODEL / "config.json").exists() and bool(_checkpoints(folder))
 
 
 def configuration(settings: Settings) -> Path:
@@ -100,7 +104,7 @@ def configuration(settings: Settings) -> Path:
 
 def training(settings: Settings) -> Settings:
     """The settings of the training program, once the start folder exists."""
-    (copy,) = [path for path in (run_folder(settings) / FOLDER).glob("step_*") if _is_checkpoint(path)]
+    (copy,) = _checkpoints(run_folder(settings) / FOLDER)
     model = replace(settings.model, path=str(_model(settings)), init=None)
     return replace(settings, start_from=str(copy), model=model)
 
@@ -152,7 +156,7 @@ def main(settings: Settings) -> int:
 
 def _copy(given: Path, folder: Path) -> None:
     """Copies the checkpoint to folder/step_NNNNNN, completely or not at all."""
-    name = given.name if re.fullmatch(r"step_\d+", given.name) else "step_000000"
+    name = given.name if step_of(given.name) is not None else step_name(0)
     part, final = folder / f"{name}.part", folder / name
     try:
         run_files.clear_start(folder)

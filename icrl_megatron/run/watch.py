@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from icrl_megatron.telemetry.metrics import REPLY_ENTROPY, reply_entropy
 from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
 from icrl_megatron.types import Episode, StepStats
 from icrl_megatron.utils.errors import HopelessError
+from icrl_megatron.utils.step_names import step_name, steps_in
 
 FLAT_GRADIENT = 1e-6
 """Gradient norms below this count as no gradient: healthy policies of the small runs have 1e-2 to 1."""
@@ -147,11 +147,11 @@ class Watch:
     def _remedy(self) -> str:
         """How to resume from before the collapse: the weights that a step saves are those that the next step plays."""
         root = self._run_dir / "checkpoints"
-        steps = sorted(int(m[1]) for path in root.glob("step_*") if (m := re.fullmatch(r"step_(\d+)", path.name)))
+        steps = steps_in(root)
         good = [step for step in steps if step < self._alive]
         if not good:
             return "no checkpoint is from before the collapse; lower optim.learning_rate in a new run"
-        newest = root / f"step_{good[-1]:06d}"
+        newest = root / step_name(good[-1])
         if good == steps:
             return f"lower optim.learning_rate and run the same command again, which resumes from {newest.name}"
         return (

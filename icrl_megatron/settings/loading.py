@@ -22,6 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from icrl_megatron.settings.presets import apply_preset
 from icrl_megatron.settings.schema import Settings
+from icrl_megatron.settings.task_options import SOURCES, no_option, source_class, source_of
+from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.files import write_atomically
 
@@ -32,6 +34,10 @@ KEPT_MODEL = "model_files"
 
 _REFUSED = ("top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 """What other trainers let one set, and what would make the engine sample from another distribution."""
+
+_TASK_SETS = re.compile(r"tasks|tasks\.sources(\.\d+(\.name)?)?")
+"""Settings that say which task sets there are."""
+_ENTRY = re.compile(r"tasks\.sources\.(\d+)(\..+)?")
 
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> Settings:
@@ -55,9 +61,10 @@ def from_recipe(recipe: str) -> Settings:
 
 
 def apply_overrides(settings: Settings, overrides: Sequence[str]) -> Settings:
-    """A copy of `settings` with the overrides merged in, in order; `algo.preset=...` comes before all others, so an
-    explicit value replaces the preset's. Raises ConfigError as `load` does."""
-    pairs = [_split(override) for override in overrides]
+    """A copy of `settings` with the overrides merged in, in order; `algo.preset=...` and task sets come before all
+    others, so an explicit value replaces the preset's, and options are those of the final task set. Raises ConfigError
+    as `load` does."""
+    pairs = sorted(map(_split, overrides), key=lambda pair: not _TASK_SETS.fullmatch(pair[0]))
     for key, raw in pairs:
         if key == "algo.preset":
             settings = dataclasses.replace(settings, algo=apply_preset(settings.algo, raw))
@@ -95,9 +102,10 @@ def load_saved(path: Path) -> Settings:
     try:
         saved = OmegaConf.load(path)
         if not isinstance(saved, DictConfig):
-            raise ConfigError(f"{path}: not a mapping of settings; restore the file, or choose another run_dir")
-        return _to_settings(OmegaConf.merge(OmegaConf.structured(Settings), saved), str(path))
-    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError("not a mapping of settings")
+        given = _with_sources(typing.cast(dict[str, Any], OmegaConf.to_container(saved)))
+        return _to_settings(OmegaConf.merge(OmegaConf.structured(Settings), given), "the file")
+    except (OSError, yaml.YAMLError, OmegaConfBaseException, ConfigError) as error:
         raise ConfigError(
             f"{path}: not the saved settings of a run of this version ({_first_line(error)}); restore the file, or "
             "choose another run_dir"
@@ -105,8 +113,9 @@ def load_saved(path: Path) -> Settings:
 
 
 @functools.cache
-def field_types() -> Mapping[str, Any]:
-    """Dotted name -> type of every setting and section; elements of lists appear without their index."""
+def field_types(task_set: str = "") -> Mapping[str, Any]:
+    """Dotted name -> type of every setting and section; elements of lists appear without their index. Entries of
+    `tasks.sources` have the options of all task sets, or of the one that is named."""
     found: dict[str, Any] = {}
 
     def walk(cls: type, prefix: str) -> None:
@@ -114,8 +123,10 @@ def field_types() -> Mapping[str, Any]:
             dotted = prefix + name
             found[dotted] = hint
             inner = next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
-            if isinstance(inner, type):
-                walk(inner, dotted + ".")
+            entries = (source_class(task_set),) if task_set else (TaskSource, *SOURCES.values())
+            for section in entries if inner is TaskSource else (inner,):
+                if isinstance(section, type):
+                    walk(section, dotted + ".")
 
     walk(Settings, "")
     return types.MappingProxyType(found)
@@ -137,29 +148,74 @@ def _split(override: str) -> tuple[str, str]:
 
 
 def _merge(config: DictConfig, key: str, raw: str) -> DictConfig:
-    hint = _type_of(key)
+    source = _entry(config, key)
+    hint = _type_of(key, source)
     value = _parse(key, raw, hint)
     try:
         if re.search(r"\.\d+(\.|$)", key):  # merging cannot reach into a list
             if OmegaConf.select(config, key) is None:
                 raise ConfigError(f"{key}={raw}: there is no such element; set the whole list instead")
+            if source is not None:
+                _fit(config, key, value, source)
             OmegaConf.update(config, key, value)
             return config
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        return typing.cast(DictConfig, OmegaConf.merge(config, nested))
+        return typing.cast(DictConfig, OmegaConf.merge(config, _with_sources(nested)))
     except (OmegaConfBaseException, TypeError) as error:
         detail = "" if dataclasses.is_dataclass(hint) or isinstance(value, str | int | float) else _first_line(error)
         raise ConfigError(f"{key}={raw}: expected {_describe(hint)}" + (f" ({detail})" if detail else "")) from error
 
 
-def _type_of(key: str) -> Any:
-    """The declared type of a setting; raises ConfigError with the nearest valid name when there is none."""
-    known = field_types()
+def _entry(config: DictConfig, key: str) -> TaskSource | None:
+    """The entry of `tasks.sources` that `key` names, or is an option of."""
+    at, sources = _ENTRY.fullmatch(key), config.tasks.sources
+    if not at or int(at[1]) >= len(sources):
+        return None
+    return typing.cast(TaskSource, OmegaConf.to_object(sources[int(at[1])]))
+
+
+def _fit(config: DictConfig, key: str, value: Any, source: TaskSource) -> None:
+    """Gives the entry the class of its new task set, if `value` names one, with that task set's defaults. Raises
+    ConfigError if `value` is a mapping with an option that the task set does not have."""
+    at, given = _ENTRY.fullmatch(key), value if isinstance(value, dict) else {}
+    assert at is not None
+    name = {".name": value, None: given.get("name")}.get(at[2])
+    if name is not None and source_class(name) is not type(source):
+        source = dataclasses.replace(source_of(name), weight=source.weight)
+        config.tasks.sources[int(at[1])] = OmegaConf.structured(source)
+    for option in _flat(given, f"{key}.") if given else ():
+        _type_of(option, source)
+
+
+def _with_sources(given: dict[str, Any]) -> dict[str, Any]:
+    """Settings as mappings, where each entry of `tasks.sources` has the class of its task set. Raises ConfigError for
+    an entry with an unknown option."""
+    tasks = given.get("tasks")
+    if not isinstance(tasks, dict) or not isinstance(tasks.get("sources"), list):
+        return given
+    return {**given, "tasks": {**tasks, "sources": [_source(i, entry) for i, entry in enumerate(tasks["sources"])]}}
+
+
+def _source(index: int, entry: Any) -> Any:
+    if not isinstance(entry, dict):
+        return entry
+    source = source_of(str(entry.get("name", TaskSource.name)))
+    for name in _flat(entry, f"tasks.sources.{index}."):
+        _type_of(name, source)
+    return OmegaConf.merge(OmegaConf.structured(source), entry)
+
+
+def _type_of(key: str, source: TaskSource | None) -> Any:
+    """The declared type of a setting; `source` is the entry of `tasks.sources` that it belongs to, if any. Raises
+    ConfigError with the nearest valid name when there is none, and for an option of another task set."""
+    known = field_types(source.name if source else "")
     dotted = re.sub(r"\.\d+(?=\.|$)", "", key)
     if dotted in known:
         return known[dotted]
+    if source and dotted in field_types():
+        raise no_option(key, source)
     section, _, _ = dotted.rpartition(".")
     if dotted.rpartition(".")[2] in _REFUSED:
         raise ConfigError(

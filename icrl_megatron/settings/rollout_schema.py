@@ -5,28 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from icrl_megatron.settings.endpoint import Endpoint
 from icrl_megatron.settings.limits import Choice, Range
 
 ENGINE_KINDS = ("local", "sglang")
 """Modules engines/<name>_kind.py."""
 TEMPLATES = ("standard", "compact")
 """Prompt templates that come with the package."""
-
-
-@dataclass
-class ExternalCritic:
-    """A critic behind an OpenAI-compatible endpoint (`rollout.critic=external`). It is never trained."""
-
-    url: str = ""
-    """Base URL of the server, without /chat/completions, e.g. https://api.openai.com/v1."""
-    model: str = ""
-    """Name of the model in the requests."""
-    api_key_env: str = "OPENAI_API_KEY"
-    """Name of the environment variable that contains the API key. It may be unset if the server needs no key."""
-    timeout_s: Annotated[float, Range(1e-3)] = 120.0
-    """Time limit of one request, in seconds."""
-    concurrency: Annotated[int, Range(1)] = 32
-    """Largest number of requests at the same time."""
 
 
 @dataclass
@@ -40,7 +25,7 @@ class RolloutSettings:
     critic: Annotated[str, Choice(("self", "frozen", "external", "empty"))] = "self"
     """Who writes critiques. self: the trained model. frozen: the starting weights, never trained. external:
     `rollout.external`. empty: nobody, the critique is empty text (a control)."""
-    external: ExternalCritic = field(default_factory=ExternalCritic)
+    external: Endpoint = field(default_factory=Endpoint)
     temperature: Annotated[float, Range(1e-3)] = 1.0
     """Sampling temperature. `icrl eval` also accepts 0, greedy decoding."""
     max_turn_tokens: Annotated[int, Range(1)] = 2048

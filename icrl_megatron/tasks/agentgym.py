@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from icrl_megatron.settings.schema import RolloutSettings
-from icrl_megatron.settings.task_schema import TaskSource
+from icrl_megatron.settings.task_options import ServedSource
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks.agentgym_dialects import Dialect, ProtocolError, Reply
-from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure, StepResult, sendable
+from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure, StepResult, own_problem, sendable
 from icrl_megatron.tasks.datasets import id_range
 from icrl_megatron.tasks.servers import EnvironmentServer, Pool, Refused
 from icrl_megatron.types import Split, Task
@@ -177,7 +177,7 @@ class AgentGymEnvironment:
 class AgentGym:
     """A task set behind the servers of `data.servers`. Its name says which environment they run."""
 
-    def __init__(self, source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> None:
+    def __init__(self, source: ServedSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> None:
         """`answer_bytes`: `rollout.max_observation_bytes`."""
         self.name, self._data, self._answer_bytes = source.name, source.data, answer_bytes
         self._pool: Pool | None = None
@@ -199,12 +199,8 @@ class AgentGym:
         ]
 
     def environment(self, task: Task) -> AgentGymEnvironment:
-        try:
+        with own_problem(self, task):
             return AgentGymEnvironment(int(json.loads(task.problem)["task"]), self)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
-            ) from error
 
     def statement(self, task: Task) -> None:
         """Only the server knows the text, so a problem that is too long is found when it is played."""

@@ -25,8 +25,8 @@ from icrl_megatron.agents.judge import by_rule
 from icrl_megatron.agents.search import Search
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
 from icrl_megatron.agents.tools import Arguments, Tool, ToolSpec, ToolUseError
-from icrl_megatron.settings.task_schema import AgentSettings, TaskSource
-from icrl_megatron.tasks.tool_use import ToolEnvironment, check_judge
+from icrl_megatron.settings.task_options import Answers, ArchiveSource
+from icrl_megatron.tasks.tool_use import ToolEnvironment
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
@@ -156,7 +156,7 @@ def truth(people: Sequence[int]) -> int:
 class ArchiveEnvironment(ToolEnvironment):
     """One question. The summary tells the critic what went wrong, in one word."""
 
-    def __init__(self, problem: str, agent: AgentSettings, tool_cache: ToolCache | None = None) -> None:
+    def __init__(self, problem: str, agent: Answers, tool_cache: ToolCache | None = None) -> None:
         self._people = asked(problem)
         judge = by_rule(partial(same_number, truth=truth(self._people)))
         super().__init__(problem, form(), toolbox(tool_cache), judge, MAX_TURNS * len(self._people), agent)
@@ -227,10 +227,7 @@ class Archive:
     """A `Teachable` task set; `archive` asks for two towns, `archive_easy` for one. The teacher of `archive_answers`
     answers without tools: a model that learns from it can only memorize."""
 
-    def __init__(self, source: TaskSource) -> None:
-        check_judge(source, "exact")
-        if source.agent.tools:
-            raise ConfigError(f"task set {source.name!r} has its own tools: remove agent.tools={source.agent.tools}")
+    def __init__(self, source: ArchiveSource) -> None:
         self.name, self._agent = source.name, source.agent
         self._people = 1 if source.name == "archive_easy" else 2
         self.tool_cache: ToolCache | None = None

@@ -8,13 +8,14 @@ from __future__ import annotations
 import random
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.agents.dialogue import Dialogue
 from icrl_megatron.types import Split, Task
-from icrl_megatron.utils.errors import EnvironmentFailure
+from icrl_megatron.utils.errors import ConfigError, EnvironmentFailure
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,19 @@ class TaskSet(Protocol):
         ...
 
     def environment(self, task: Task) -> Environment: ...
+
+
+@contextmanager
+def own_problem(task_set: TaskSet, task: Task) -> Iterator[None]:
+    """Turns the errors of reading `task.problem` into a ConfigError."""
+    try:
+        yield
+    except ConfigError:  # of a tool
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"problem {task.problem[:80]!r} is not one of {task_set.name!r}: take problems from TaskSet.problems()"
+        ) from error
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icrl_megatron.settings.task_schema import TaskData
+from icrl_megatron.settings.task_options import Rows
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
@@ -38,7 +38,7 @@ class DataRow:
         return f"{self.file}, line {self.number}"
 
 
-def read_tasks(name: str, split: Split, data: TaskData, problem: Callable[[DataRow], str]) -> list[Task]:
+def read_tasks(name: str, split: Split, data: Rows, problem: Callable[[DataRow], str]) -> list[Task]:
     """The tasks of one split, in the order of the files. `problem` turns a row into `Task.problem`, and raises
     ConfigError on an invalid row. Raises ConfigError if the settings name no file for the split."""
     names = data.train if split == "train" else data.heldout

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from icrl_megatron.settings.schema import RolloutSettings
-from icrl_megatron.settings.task_schema import TaskSource
+from icrl_megatron.settings.task_options import ALFWorldSource, check_unused
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks.agentgym import AgentGym, AgentGymEnvironment
 from icrl_megatron.tasks.agentgym_dialects import Reply
-from icrl_megatron.tasks.base import EnvironmentFailure, TaskSet
+from icrl_megatron.tasks.base import EnvironmentFailure, TaskSet, own_problem
 from icrl_megatron.tasks.datasets import id_range
-from icrl_megatron.tasks.grader import Worker, check_limits
+from icrl_megatron.tasks.grader import Worker
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
@@ -102,10 +102,9 @@ class GameSession:
 class GameFolders:
     """A task set of the games of `data.train` and `data.heldout`, played in `data.grading_workers` processes."""
 
-    def __init__(self, source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> None:
+    def __init__(self, source: ALFWorldSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> None:
         """`answer_bytes`: `rollout.max_observation_bytes`."""
         self.name, self._data = source.name, source.data
-        check_limits(source)
         timeout_s, count = source.data.request_timeout_s, source.data.grading_workers
         self._processes = [GameProcess(timeout_s, answer_bytes) for _ in range(count)]
         self._found: dict[Split, list[Task]] = {}
@@ -122,12 +121,8 @@ class GameFolders:
         return self._found[split]
 
     def environment(self, task: Task) -> AgentGymEnvironment:
-        try:
+        with own_problem(self, task):
             return AgentGymEnvironment(str(json.loads(task.problem)["game"]), self)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
-            ) from error
 
     def statement(self, task: Task) -> None:
         """Only the game knows the text, so a problem that is too long is found when it is played."""
@@ -179,7 +174,7 @@ class GameFolders:
             raise ConfigError(f"data.{split}: {folder} holds no {PDDL} or {TEXTWORLD} game that can be solved")
 
 
-def ALFWorld(source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> TaskSet:
+def ALFWorld(source: ALFWorldSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> TaskSet:
     """The task set of a source: ids are games of AgentGym's server, folders are played locally."""
     given = (*source.data.train, *source.data.heldout)
     folders = [name for name in given if id_range(name) is None and Path(name).is_dir()]
@@ -188,7 +183,10 @@ def ALFWorld(source: TaskSource, answer_bytes: int = RolloutSettings.max_observa
             f"task set {source.name!r}: {folders[0]} is a folder of games, which are played here, and data.servers or "
             "serve.command names servers, which have games of their own; leave one of them out"
         )
-    return GameFolders(source, answer_bytes) if folders else AgentGym(source, answer_bytes)
+    if folders:
+        return GameFolders(source, answer_bytes)
+    check_unused(source, ["data.grading_workers"], "without folders of games in data.train and data.heldout")
+    return AgentGym(source, answer_bytes)
 
 
 def _solvable(path: Path, content: bytes) -> bool:

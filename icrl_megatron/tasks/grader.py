@@ -13,8 +13,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from icrl_megatron.settings import limits
-from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks.base import EnvironmentFailure
 
 START_TIMEOUT_S = 120.0
@@ -22,11 +20,6 @@ PATIENCE = 20.0
 """The worker ends itself when its CPU time is used up. It is killed after this many times as much wall-clock time."""
 LINE_BYTES = 1 << 20
 """The longest verdict that is read; verdicts have a few hundred bytes."""
-
-
-def check_limits(source: TaskSource) -> None:
-    """Raises ConfigError naming a setting of `source.data` that is out of range."""
-    limits.check_limits(source.data, f"task set {source.name!r}: data.")
 
 
 class Worker:

@@ -10,6 +10,8 @@ import json
 from functools import cached_property
 from typing import Any
 
+from icrl_megatron.settings.schema import RolloutSettings
+from icrl_megatron.settings.task_options import ToolData, ToolsSource, check_unused
 from icrl_megatron.tasks.datasets import DataRow, read_tasks
 from icrl_megatron.tasks.grade_worker import last_box, normalised, plain_number
 from icrl_megatron.tasks.grader import Grader
@@ -30,7 +32,13 @@ class Mathematics(ToolTasks):
     """A task set of the files of `tasks.sources[...].data`."""
 
     form = FORM
-    judge = "math"
+    data: ToolData
+
+    def __init__(self, source: ToolsSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> None:
+        """Raises ConfigError as `ToolTasks` does."""
+        super().__init__(source, answer_bytes)
+        if "python" not in source.agent.tools:
+            check_unused(source, ["data.program_memory_mib"], "without python in agent.tools")
 
     def load(self, split: Split) -> list[Task]:
         return read_tasks(self.name, split, self.data, _problem)

@@ -23,7 +23,7 @@ from functools import cached_property
 from itertools import repeat
 from typing import Any
 
-from icrl_megatron.settings.task_schema import TaskData
+from icrl_megatron.settings.task_options import ToolData
 from icrl_megatron.tasks.datasets import DataRow, read_tasks
 from icrl_megatron.tasks.single_turn import AnswerCheck, Form, Verdict
 from icrl_megatron.tasks.tool_use import ToolTasks
@@ -80,7 +80,7 @@ class Case:
 class ProgramTests:
     """Runs programs against the tests of problems, in the sandbox."""
 
-    def __init__(self, data: TaskData) -> None:
+    def __init__(self, data: ToolData) -> None:
         self.sandbox = Sandbox(SandboxLimits(data.grading_timeout_s, data.program_memory_mib << 20))
         self._tolerance = data.numeric_tolerance
         self._threads = ThreadPoolExecutor(data.grading_workers, thread_name_prefix="sandbox")
@@ -100,8 +100,8 @@ class ProgramTests:
 class Programs(ToolTasks):
     """A task set of the files of `tasks.sources[...].data`."""
 
-    form = FORM
-    judge, whole_answer = "tests", True
+    form, whole_answer = FORM, True
+    data: ToolData
 
     def load(self, split: Split) -> list[Task]:
         return read_tasks(self.name, split, self.data, program_problem)

@@ -12,6 +12,7 @@ import json
 from functools import cached_property
 from typing import Any
 
+from icrl_megatron.settings.task_options import FamilyData
 from icrl_megatron.tasks.agentgym_dialects import last_tagged
 from icrl_megatron.tasks.datasets import content_hash
 from icrl_megatron.tasks.grader import Grader
@@ -34,6 +35,7 @@ class ReasoningGym(SingleTurnTasks):
     """A task set of the families of `tasks.sources[...].data`. Held-out problems are removed from training."""
 
     form = FORM
+    data: FamilyData
 
     def load(self, split: Split) -> list[Task]:
         """Raises ConfigError on an unknown family or level, or if reasoning-gym is not installed."""

@@ -1,5 +1,5 @@
-"""Task sets by name. A new task set is one file and one line here: in `_TASK_SETS` if it needs no data, in `_FROM_DATA`
-if `tasks.sources` must name its data or servers."""
+"""Task sets by name. A new task set is one file and one line here: in `_TASK_SETS` if it has no options, in
+`_WITH_OPTIONS` if it has some (settings/task_options.py)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import importlib
 from collections.abc import Callable, Iterable
 
 from icrl_megatron.agents.cache import ToolCache
+from icrl_megatron.settings.limits import check_limits
 from icrl_megatron.settings.schema import RolloutSettings
-from icrl_megatron.settings.task_schema import AgentSettings, TaskSource
+from icrl_megatron.settings.task_options import ServedSource, source_class, source_of
+from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks.base import Cacheable, Environment, TaskSet, escaped, shown
 from icrl_megatron.tasks.household import Household
 from icrl_megatron.tasks.rulebook import Rulebook
@@ -24,14 +26,9 @@ _TASK_SETS: dict[str, Callable[[], TaskSet]] = {
 
 _ARCHIVE = ("archive", "archive_easy", "archive_answers")
 """They need no data, but the toolbox's libraries, which a launcher's environment (NeMo-Run's) lacks."""
-_AGENTS = (*_ARCHIVE, "searchqa", "math", "code")
-"""Task sets that take `agent` settings."""
 _AGENTGYM = ("webshop", "sciworld", "babyai", "textcraft")
 
-SERVED = (*_AGENTGYM, "alfworld", "searchqa")
-"""Task sets that use servers."""
-
-_FROM_DATA: dict[str, str] = {
+_WITH_OPTIONS: dict[str, str] = {
     "math": "icrl_megatron.tasks.mathematics:Mathematics",
     "reasoning_gym": "icrl_megatron.tasks.reasoning_gym:ReasoningGym",
     "code": "icrl_megatron.tasks.programs:Programs",
@@ -40,7 +37,8 @@ _FROM_DATA: dict[str, str] = {
     "alfworld": "icrl_megatron.tasks.games:ALFWorld",
     **dict.fromkeys(_AGENTGYM, "icrl_megatron.tasks.agentgym:AgentGym"),
 }
-"""name -> "module:class", created with the `TaskSource`. Imported when first needed: their libraries are large."""
+"""name -> "module:class", created with its entry of `tasks.sources`. Imported when first needed: their libraries are
+large."""
 
 
 def names() -> tuple[str, ...]:
@@ -49,24 +47,26 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> TaskSet:
-    """The task set of that name, without data. Raises ConfigError with the nearest name if there is none."""
-    return of_source(TaskSource(name))
+    """The task set of that name, with the defaults of its options. Raises ConfigError with the nearest name if there is
+    none."""
+    return of_source(source_of(name))
 
 
 def of_source(source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> TaskSet:
     """The task set that one entry of `tasks.sources` describes. `answer_bytes` is `rollout.max_observation_bytes`, for
     task sets that use servers. Raises ConfigError on an unknown name, and what the task set raises about its data."""
-    known = (*_TASK_SETS, *_FROM_DATA)
-    if source.name in known and source.name not in _AGENTS and source.agent != AgentSettings():
+    known = (*_TASK_SETS, *_WITH_OPTIONS)
+    if type(source) is not (needed := source_class(source.name)):
         raise ConfigError(
-            f"task set {source.name!r} calls no tools, so its `agent` settings have no effect: remove them; "
-            f"{', '.join(_AGENTS)} take them"
+            f"task set {source.name!r}: its entry is a {type(source).__name__}; make it with "
+            f"settings.task_options.{needed.__name__}"
         )
+    check_limits(source, f"task set {source.name!r}: ")
     if source.name in _TASK_SETS:
         return _TASK_SETS[source.name]()
-    if source.name in _FROM_DATA:
-        module, _, made = _FROM_DATA[source.name].partition(":")
-        limits = (answer_bytes,) if source.name in SERVED else ()
+    if source.name in _WITH_OPTIONS:
+        module, _, made = _WITH_OPTIONS[source.name].partition(":")
+        limits = (answer_bytes,) if isinstance(source, ServedSource) else ()
         task_set: TaskSet = getattr(importlib.import_module(module), made)(source, *limits)
         return task_set
     near = difflib.get_close_matches(source.name, known, n=1, cutoff=0.4)
@@ -118,7 +118,7 @@ class Catalogue:
     def get(self, name: str) -> TaskSet:
         """Raises ConfigError as `of_source` does."""
         if name not in self._made:
-            made = of_source(self._sources.get(name, TaskSource(name)), self._answer_bytes)
+            made = of_source(self._sources.get(name, source_of(name)), self._answer_bytes)
             if isinstance(made, Cacheable):
                 made.tool_cache = self._tool_cache
             self._made[name] = made

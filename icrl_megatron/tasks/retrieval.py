@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -20,12 +20,8 @@ from icrl_megatron.utils.files import locked
 
 META = "source.json"
 OFFSETS = "offsets.npy"
-
-
-class Retriever(Protocol):
-    async def search(self, query: str, count: int) -> list[str]:
-        """At most `count` passages, best first."""
-        ...
+BUILD_S = 4 * 3600.0
+"""Processes of one corpus wait this long for the one that builds its index."""
 
 
 class LocalRetriever:
@@ -43,7 +39,7 @@ class LocalRetriever:
         stat = corpus.stat()
         source = {"size": stat.st_size, "changed": stat.st_mtime_ns}
         if _meta(folder) != source:
-            with locked(corpus.parent, f".{corpus.name}.bm25s.lock"):
+            with locked(corpus.parent, f".{corpus.name}.bm25s.lock", BUILD_S):
                 _build(corpus, folder, source)
         import bm25s
 
@@ -54,14 +50,15 @@ class LocalRetriever:
         return len(self._offsets)
 
     async def search(self, query: str, count: int) -> list[str]:
-        return await asyncio.to_thread(self._search, query, count)
+        return [text for text, _ in await asyncio.to_thread(self.scored, query, count)]
 
-    def _search(self, query: str, count: int) -> list[str]:
+    def scored(self, query: str, count: int) -> list[tuple[str, float]]:
+        """As `search`, each passage with its BM25 score. Blocks."""
         tokens = _words([query])
         found, scores = self._index.retrieve(tokens, k=min(count, len(self)), show_progress=False, n_threads=0)
         with self._corpus.open("rb") as lines:
             return [
-                _text(_at(lines, int(self._offsets[i])))
+                (_text(_at(lines, int(self._offsets[i]))), float(score))
                 for i, score in zip(found[0], scores[0], strict=True)
                 if score > 0
             ]

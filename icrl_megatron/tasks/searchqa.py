@@ -12,30 +12,33 @@ from functools import cached_property, partial
 
 from icrl_megatron.agents.judge import Judge, ModelJudge, by_rule, exact_match, f1, normalised
 from icrl_megatron.settings.schema import RolloutSettings
-from icrl_megatron.settings.task_schema import AgentSettings, TaskSource
+from icrl_megatron.settings.task_options import SearchQASource, check_unused
 from icrl_megatron.tasks.agentgym import AgentGym
-from icrl_megatron.tasks.base import TaskSet
+from icrl_megatron.tasks.base import TaskSet, own_problem
 from icrl_megatron.tasks.datasets import DataRow, id_range, read_tasks
-from icrl_megatron.tasks.grader import Grader, check_limits
+from icrl_megatron.tasks.grader import Grader
 from icrl_megatron.tasks.programs import ANSWER, ProgramTests, program_problem
-from icrl_megatron.tasks.tool_use import MAX_TURNS, CheckedAnswer, ToolEnvironment, check_judge
+from icrl_megatron.tasks.tool_use import MAX_TURNS, CheckedAnswer, ToolEnvironment
 from icrl_megatron.tasks.tools import OffersTools, SourceTools
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.connections import Connections
 from icrl_megatron.utils.endpoint import EndpointClient
 from icrl_megatron.utils.errors import ConfigError
 
-JUDGES = ("exact", "f1", "math", "model", "tests")
+OF_FILES = (
+    *("agent", "data.corpus", "data.passages", "data.prompt_column", "data.label_column"),
+    *("data.grading_workers", "data.grading_timeout_s", "data.numeric_tolerance", "data.program_memory_mib"),
+)
+"""Options for questions from files."""
 INSTRUCTION = "Answer the question below. Think before each search and before the answer. Keep the answer short."
 
 
 class RetrievalQA(OffersTools):
     """Questions of `data.train` and `data.heldout`; searches go to `data.corpus` or `data.servers`."""
 
-    def __init__(self, source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> None:
+    def __init__(self, source: SearchQASource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> None:
         """`answer_bytes`: `rollout.max_observation_bytes`."""
-        check_limits(source)
-        check_judge(source, *JUDGES)
+        _check_judge(source)
         self.name, self._data, self._agent = source.name, source.data, source.agent
         self.tools = SourceTools(source, source.agent.tools or ["search"], answer_bytes)
         self._read: dict[Split, list[Task]] = {}
@@ -47,7 +50,7 @@ class RetrievalQA(OffersTools):
 
     def environment(self, task: Task) -> ToolEnvironment:
         form, toolbox = self.tools.form, self.tools.toolbox
-        try:
+        with own_problem(self, task):
             fields = json.loads(task.problem)
             statement = self._statement(fields["prompt"])
             if self._agent.judge == "tests":
@@ -55,10 +58,6 @@ class RetrievalQA(OffersTools):
                 return CheckedAnswer(statement, self.tools, check, MAX_TURNS, self._agent, whole=True)
             judge = self._judge(fields["prompt"], tuple(fields["golds"]))
             return ToolEnvironment(statement, form, toolbox, judge, MAX_TURNS, self._agent)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
-            ) from error
 
     def _judge(self, question: str, golds: tuple[str, ...]) -> Judge:
         match self._agent.judge:
@@ -109,15 +108,28 @@ class RetrievalQA(OffersTools):
             self._tests.sandbox.check()
 
 
-def SearchQA(source: TaskSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> TaskSet:
+def _check_judge(source: SearchQASource) -> None:
+    """Raises ConfigError if the judge lacks a setting, or for an option of another judge."""
+    judge, at, python = source.agent.judge, source.agent.endpoint, "python" in source.agent.tools
+    if judge not in ("math", "tests"):
+        limits = [] if python else ["data.grading_workers", "data.grading_timeout_s"]
+        check_unused(source, [*limits, "data.numeric_tolerance"], f"with agent.judge={judge}")
+    if judge != "tests" and not python:
+        check_unused(source, ["data.program_memory_mib"], f"with agent.judge={judge} and without python in agent.tools")
+    if judge != "model":
+        check_unused(source, ["agent.endpoint"], f"with agent.judge={judge}")
+    elif not (at.url.startswith(("http://", "https://")) and at.model):
+        raise ConfigError(
+            f"task set {source.name!r}: agent.judge=model needs agent.endpoint.url and .model (url={at.url!r}, "
+            f"model={at.model!r}), e.g. {{url: 'http://host:8000/v1', model: NAME}}"
+        )
+
+
+def SearchQA(source: SearchQASource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> TaskSet:
     """The task set of a source: task id ranges are questions of AgentGym's SearchQA server, file rows are asked
     locally."""
     if any(id_range(given) is not None for given in (*source.data.train, *source.data.heldout)):
-        if source.agent != AgentSettings():
-            raise ConfigError(
-                f"task set {source.name!r}: AgentGym's server judges the answers to its own questions, so `agent` has "
-                "no effect: remove it, or give files of questions in data.train and data.heldout"
-            )
+        check_unused(source, OF_FILES, "with ranges of task ids, whose answers AgentGym's server judges")
         return AgentGym(source, answer_bytes)
     return RetrievalQA(source, answer_bytes)
 

@@ -8,11 +8,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from icrl_megatron.settings.task_schema import TaskSource
-from icrl_megatron.tasks.base import Environment, StepResult
-from icrl_megatron.tasks.grader import check_limits
+from icrl_megatron.settings.task_options import DataSource, Problems
+from icrl_megatron.tasks.base import Environment, StepResult, own_problem
 from icrl_megatron.types import Split, Task
-from icrl_megatron.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -76,10 +74,9 @@ class SingleTurnTasks(ABC):
     """A task set (`tasks.base.TaskSet`) of such questions. Its problems are JSON objects, loaded once per split."""
 
     form: ClassVar[Form]
+    data: Problems
 
-    def __init__(self, source: TaskSource) -> None:
-        """Raises ConfigError on a limit that is too small for grading."""
-        check_limits(source)
+    def __init__(self, source: DataSource) -> None:
         self.name, self.data = source.name, source.data
         self._problems: dict[Split, list[Task]] = {}
 
@@ -96,14 +93,8 @@ class SingleTurnTasks(ABC):
         return self._asked(task)[0]
 
     def _asked(self, task: Task) -> tuple[str, AnswerCheck]:
-        try:
+        with own_problem(self, task):
             return self.question(json.loads(task.problem))
-        except ConfigError:  # of a tool
-            raise
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"problem {task.problem[:80]!r} is not one of {self.name!r}: take problems from TaskSet.problems()"
-            ) from error
 
     @abstractmethod
     def load(self, split: Split) -> list[Task]:

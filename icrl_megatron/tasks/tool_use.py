@@ -10,14 +10,14 @@ from icrl_megatron.agents.grammar import GRAMMARS, format_score, without_tags
 from icrl_megatron.agents.judge import Judge
 from icrl_megatron.agents.toolbox import Toolbox
 from icrl_megatron.agents.tools import ToolFailure
-from icrl_megatron.settings.task_schema import AgentSettings, TaskSource
+from icrl_megatron.settings.schema import RolloutSettings
+from icrl_megatron.settings.task_options import Answers, ToolsSource
 from icrl_megatron.tasks.base import Environment, EnvironmentFailure, StepResult
 from icrl_megatron.tasks.single_turn import AnswerCheck, SingleTurnTasks
 from icrl_megatron.tasks.tools import OffersTools, SourceTools
 from icrl_megatron.types import Task
-from icrl_megatron.utils.errors import ConfigError
 
-SHOWN_CHARS, MAX_TURNS = 200, 10
+SHOWN_CHARS, MAX_TURNS = 200, 30
 
 
 class ToolEnvironment:
@@ -30,7 +30,7 @@ class ToolEnvironment:
         toolbox: Toolbox,
         judge: Judge,
         max_turns: int,
-        agent: AgentSettings,
+        agent: Answers,
         whole: bool = False,
     ) -> None:
         """`judge` reads the final answer alone: at most `agent.answer_chars` of it, without tags. `whole`: all of it,
@@ -124,7 +124,7 @@ class CheckedAnswer(ToolEnvironment):
     """One whose answer is checked as without tools, so that the critic reads the same remark."""
 
     def __init__(
-        self, statement: str, tools: SourceTools, check: AnswerCheck, max_turns: int, agent: AgentSettings, whole: bool
+        self, statement: str, tools: SourceTools, check: AnswerCheck, max_turns: int, agent: Answers, whole: bool
     ) -> None:
         super().__init__(statement, tools.form, tools.toolbox, self._scored, max_turns, agent, whole)
         self._check, self._remark = check, ""
@@ -141,16 +141,13 @@ class CheckedAnswer(ToolEnvironment):
 class ToolTasks(OffersTools, SingleTurnTasks):
     """Questions with one answer, which are solved with tools if `agent.tools` names any."""
 
-    judge: ClassVar[str]
-    """The value of `agent.judge` that stands for the task set's own check."""
     whole_answer: ClassVar[bool] = False
     """See `ToolEnvironment`."""
 
-    def __init__(self, source: TaskSource) -> None:
-        """Raises ConfigError as `SourceTools` does, and for another judge."""
+    def __init__(self, source: ToolsSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> None:
+        """Raises ConfigError as `SourceTools` does."""
         super().__init__(source)
-        check_judge(source, self.judge)
-        self.tools, self._agent = SourceTools(source, source.agent.tools), source.agent
+        self.tools, self._agent = SourceTools(source, source.agent.tools, answer_bytes), source.agent
 
     def environment(self, task: Task) -> Environment:
         if not self.tools.names:
@@ -161,19 +158,6 @@ class ToolTasks(OffersTools, SingleTurnTasks):
     def check(self) -> None:
         """Raises ConfigError for a tool that does not work."""
         self.tools.check()
-
-
-def check_judge(source: TaskSource, *judges: str) -> None:
-    """Raises ConfigError for a judge that the task set does not have, or that lacks a setting."""
-    agent, where = source.agent, f"task set {source.name!r}: agent"
-    if agent.judge not in ("", *judges):
-        raise ConfigError(f"{where}.judge={agent.judge}: must be one of {', '.join(judges)}")
-    at = agent.endpoint
-    if agent.judge == "model" and not (at.url.startswith(("http://", "https://")) and at.model):
-        raise ConfigError(
-            f"{where}.judge=model needs agent.endpoint.url and .model (url={at.url!r}, model={at.model!r}), e.g. "
-            "{url: 'http://host:8000/v1', model: NAME}"
-        )
 
 
 def _plain(name: str) -> str:

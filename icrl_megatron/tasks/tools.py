@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 
@@ -18,11 +19,10 @@ from icrl_megatron.agents.python import Python, PythonLimits
 from icrl_megatron.agents.search import Search
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
 from icrl_megatron.agents.tools import Tool
-from icrl_megatron.settings.limits import check_limits
 from icrl_megatron.settings.schema import RolloutSettings
-from icrl_megatron.settings.task_schema import TaskSource
+from icrl_megatron.settings.task_options import ToolsSource, check_unused
 from icrl_megatron.settings.tool_schema import McpTools
-from icrl_megatron.tasks.retrieval import LocalRetriever, RemoteRetriever, Retriever
+from icrl_megatron.tasks.retrieval import LocalRetriever, RemoteRetriever
 from icrl_megatron.tasks.servers import TRIES
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.sandbox import SandboxLimits
@@ -32,6 +32,13 @@ SPARE_S = 10.0
 """Between a tool's own time limit and the toolbox's, which only ends what the former misses."""
 BUSY_FACTOR = 2.5
 """A program on a busy machine may take this many times its wall-clock limit."""
+OPTIONS = {
+    "search": ("data.corpus", "data.servers", "data.passages", "data.request_timeout_s", "serve"),
+    "page": ("agent.page",),
+    "python": ("agent.python_state",),
+    "mcp": ("agent.mcp",),
+}
+"""Tool -> its options."""
 _PREFIX = re.compile(r"[A-Za-z0-9_.-]*")
 
 
@@ -39,7 +46,7 @@ class SourceTools:
     """Opened when they are first needed, because opening starts MCP servers, which end with this process."""
 
     def __init__(
-        self, source: TaskSource, names: list[str], answer_bytes: int = RolloutSettings.max_observation_bytes
+        self, source: ToolsSource, names: list[str], answer_bytes: int = RolloutSettings.max_observation_bytes
     ) -> None:
         """`names`: `agent.tools`, or what an empty list stands for. `answer_bytes`: `rollout.max_observation_bytes`.
 
@@ -109,7 +116,7 @@ class SourceTools:
         return await self._retriever.search(query, count)
 
     @cached_property
-    def _retriever(self) -> Retriever:
+    def _retriever(self) -> LocalRetriever | RemoteRetriever:
         data = self._source.data
         if data.corpus:
             return LocalRetriever(Path(data.corpus))
@@ -151,30 +158,24 @@ class OffersTools:
         self.tools.cache = cache
 
 
-def check_tools(source: TaskSource, names: list[str]) -> None:
-    """Raises ConfigError for a value out of range, an unknown tool, and a tool whose settings are missing, wrong or
-    given without it. `names`: as for `SourceTools`."""
+def check_tools(source: ToolsSource, names: list[str]) -> None:
+    """Raises ConfigError for a tool whose settings are missing, wrong or given without it. `names`: as for
+    `SourceTools`."""
     agent, data, where = source.agent, source.data, f"task set {source.name!r}"
-    check_limits(agent, f"{where}: agent.")
     if len(set(names)) < len(names):
         raise ConfigError(f"{where}: agent.tools={names} names a tool twice; name it once")
-    places = [bool(data.corpus), bool(data.servers) or source.served]
-    if "search" in names and sum(places) != 1:
+    if not names:
+        check_unused(source, [f"agent.{one.name}" for one in fields(agent)], "without agent.tools")
+    for tool, settings in OPTIONS.items():
+        if tool not in names:
+            check_unused(source, settings, f"without {tool} in agent.tools")
+    if "search" in names and bool(data.corpus) == (bool(data.servers) or source.served):
         raise ConfigError(
             f"{where} needs one place to search: set exactly one of data.corpus, data.servers and serve.command of its "
             "entry in tasks.sources, or take search out of agent.tools"
         )
-    given = {
-        "search": "data.corpus, data.servers or serve.command" if any(places) else "",
-        "python": "agent.python_state" if agent.python_state else "",
-        "page": "agent.page" if agent.page != type(agent.page)() else "",
-        "mcp": "agent.mcp" if agent.mcp else "",
-    }
-    for tool, settings in given.items():
-        if settings and tool not in names:
-            raise ConfigError(
-                f"{where}: {settings} has no effect without {tool} in agent.tools: add it, or remove the setting"
-            )
+    if data.corpus:
+        check_unused(source, ["data.request_timeout_s"], "with data.corpus")
     if "mcp" in names and not agent.mcp:
         raise ConfigError(
             f"{where}: agent.tools has mcp, but agent.mcp names no server: add one, e.g. "

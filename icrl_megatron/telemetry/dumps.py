@@ -6,7 +6,6 @@ A line holds the episode, the decoded prompts, and the credit of each of its sam
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from icrl_megatron.types import Attempt, Completion, Critique, Episode, Ids, Sample, Task, Turn
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.files import write_atomically
+from icrl_megatron.utils.step_names import step_name, steps_in
 
 ROLLOUTS_FOLDER = "rollouts"
 
@@ -42,13 +42,12 @@ class DumpRecord:
 
 
 def dump_path(run_dir: str | Path, step: int) -> Path:
-    return Path(run_dir) / ROLLOUTS_FOLDER / f"step_{step:06d}.jsonl"
+    return Path(run_dir) / ROLLOUTS_FOLDER / f"{step_name(step)}.jsonl"
 
 
 def dumped_steps(run_dir: str | Path) -> list[int]:
     """Steps whose rollouts are in this run folder, in ascending order."""
-    names = (p.name for p in (Path(run_dir) / ROLLOUTS_FOLDER).glob("step_*.jsonl"))
-    return sorted(int(m[1]) for m in map(re.compile(r"step_(\d+)\.jsonl").fullmatch, names) if m)
+    return steps_in(Path(run_dir) / ROLLOUTS_FOLDER, ".jsonl")
 
 
 def write_dump(

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from icrl_megatron.telemetry.trackers import COLUMNS, Identity, Sink, TableRow
+from icrl_megatron.utils.step_names import step_name
 
 _TAG = "icrl.run_id"
 _PARAMS, _VALUE_CHARS = 100, 500
@@ -28,7 +29,7 @@ class MlflowSink:
 
     def table(self, step: int, rows: Sequence[TableRow]) -> None:
         columns = {name: [row[i] for row in rows] for i, name in enumerate(COLUMNS)}
-        self._client.log_dict(self._run_id, columns, f"episodes/step_{step:06d}.json")
+        self._client.log_dict(self._run_id, columns, f"episodes/{step_name(step)}.json")
 
     def close(self) -> None:
         self._client.set_terminated(self._run_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from icrl_megatron.utils.errors import ConfigError
 
 PICTURE_MARK = b"icrl-megatron"
 """Contained in the first bytes of every PNG that this program draws."""
+LOCK_POLL_S = 0.1
 
 
 def write_atomically(path: Path, lines: Iterable[str], what: str = "") -> None:
@@ -31,6 +33,15 @@ def write_atomically(path: Path, lines: Iterable[str], what: str = "") -> None:
         size += sum(map(len, records))  # the size of the whole file
         with disk_errors(path, f"{what or path.name} ({size_text(size)})"):
             raise
+
+
+def sync(path: Path) -> None:
+    """A file, or a folder's list of names, is on the disk when this returns. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def save_picture(figure: Any, path: Path) -> None:
@@ -72,21 +83,27 @@ class AppendFile:
 
 
 @contextmanager
-def locked(folder: Path, name: str) -> Iterator[None]:
-    """Holds the lock `name` of a run folder, which is created if needed; the lock is released however the process ends.
+def locked(folder: Path, name: str, wait_s: float = 0.0) -> Iterator[None]:
+    """Holds the lock `name` of a folder, which is created if needed; the lock is released however the process ends.
 
-    Raises ConfigError if another process holds it or the folder cannot be written.
+    Raises ConfigError if another process still holds it after `wait_s` seconds, or the folder cannot be written.
     """
+    deadline = time.monotonic() + wait_s
     with disk_errors(folder, "the lock of the folder"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / name).open("w")
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"run_dir={folder}: another run writes there; wait for it, or choose another name"
-            ) from error
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() >= deadline:
+                    where = folder / name if wait_s else f"run_dir={folder}"
+                    raise ConfigError(
+                        f"{where}: another run writes there; wait for it, or choose another name"
+                    ) from error
+            time.sleep(LOCK_POLL_S)
         yield
 
 

@@ -23,7 +23,8 @@ from pathlib import Path
 from icrl_megatron import __version__
 from icrl_megatron.utils.disk import disk_errors, size_text
 from icrl_megatron.utils.errors import ConfigError
-from icrl_megatron.utils.files import locked
+from icrl_megatron.utils.files import locked, sync
+from icrl_megatron.utils.step_names import step_name
 
 REMEDY = "choose another folder, or give --overwrite to replace it"
 MOVE_AWAY = "move it away, or choose another run_dir"
@@ -33,7 +34,7 @@ MARKER = ".icrl-result"
 do not read a file of this name."""
 CHECKPOINT_RECORD = "icrl.json"
 """A file in every complete checkpoint (`actor.checkpoint.META`)."""
-FIRST_STEP = "step_000000"
+FIRST_STEP = step_name(0)
 _TEMPORARY = ".icrl-tmp"
 _LOCK = "lock"
 _OLD = "replaced"
@@ -316,18 +317,10 @@ def _finish(new: Path, kind: Kind) -> None:
     for path in _files(new):
         if not path.is_symlink():  # safetensors creates files as 0600, and copies keep the original's permissions
             path.chmod(mode)
-            _sync(path)
+            sync(path)
     for at, _, _ in os.walk(new):
         Path(at).chmod(stat.S_IMODE(new.stat().st_mode))
-        _sync(Path(at))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(Path(at))
 
 
 def _swap(new: Path, target: Path, aside: Path) -> None:
@@ -344,7 +337,7 @@ def _swap(new: Path, target: Path, aside: Path) -> None:
             except OSError:
                 aside.rename(target)
                 raise
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _exchanged(one: Path, other: Path) -> bool:

@@ -1,7 +1,8 @@
-"""The Qwen3 recipes for H100s as a table: the paper's runs and baselines (arXiv 2605.15224), larger runs, ablations.
+"""The recipes for H100s as a table: ICRL's runs and baselines (arXiv 2605.15224), larger runs, ablations, and RL with
+tools as in Chain-of-Agents (arXiv 2508.13167).
 
-Each row is `icrl(...)`, with the hyper-parameters of ICRL's published training code, and a few changes. The model is a
-folder in Hugging Face's layout: models/Qwen3-8B under the working directory, or `model.path=/elsewhere/Qwen3-8B`.
+Each row is `icrl(...)`, with the hyper-parameters of ICRL's published training code, and changes. The model is a folder
+in Hugging Face's layout: models/Qwen3-8B under the working directory, or `model.path=/elsewhere/Qwen3-8B`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from icrl_megatron.settings.schema import (
     RolloutSettings,
     Settings,
 )
-from icrl_megatron.settings.task_schema import TaskData, TaskServers, TaskSettings, TaskSource
+from icrl_megatron.settings.task_options import ServedSource, TaskServers, source_of
+from icrl_megatron.settings.task_schema import TaskSettings, TaskSource
 
 NODE = 8
 
@@ -36,10 +38,12 @@ def source(task: str) -> TaskSource:
 
     What else a task needs (rows or task ids of the others) is up to the user: docs/TASKS.md.
     """
-    if task not in SERVERS:
-        return TaskSource(task)
-    data = TaskData(train=["0:2420"], heldout=["2420:2620"]) if task == "alfworld" else TaskData()
-    return TaskSource(task, data=data, serve=TaskServers(AGENTGYM.format(name=task), count=SERVERS[task]))
+    made = source_of(task)
+    if isinstance(made, ServedSource) and task in SERVERS:
+        made.serve = TaskServers(AGENTGYM.format(name=task), count=SERVERS[task])
+        if task == "alfworld":
+            made.data.train, made.data.heldout = ["0:2420"], ["2420:2620"]
+    return made
 
 
 def icrl(name: str, size: str, task: str, gpus: int) -> Settings:
@@ -188,6 +192,91 @@ ABLATIONS = {
 }
 """Recipe -> its arm, on the 8B ALFWorld run."""
 
+SEARCH = "{command: 'icrl serve-search corpus.jsonl --host {host} --port {port}', count: 4}"
+"""BM25 over corpus.jsonl in the working directory; tasks.sources.0.serve.command names another file or server."""
+
+
+@dataclass(frozen=True)
+class AgentTask:
+    """A task of Chain-of-Agents, trained with GRPO. docs/AGENTS.md says which numbers its published scripts have."""
+
+    about: str
+    source: str
+    """The entry of `tasks.sources`. What `plan` says is assumed."""
+    tasks: int
+    """Of a step, attempted 8 times each."""
+    prompt: int
+    response: int
+    """Tokens of the context. Observations count as part of the response."""
+    turns: int
+    updates: int
+    """Of a step."""
+    steps: int
+
+    def changes(self) -> tuple[str, ...]:
+        context = self.prompt + self.response
+        return (
+            *ARMS["grpo"].changes,
+            f"steps={self.steps}",
+            f"tasks.sources=[{self.source}]",
+            f"rollout.tasks_per_step={self.tasks}",
+            f"rollout.context_tokens={context}",
+            f"rollout.max_turn_tokens={self.response // 2}",
+            f"rollout.max_turns={self.turns}",
+            "rollout.max_observation_tokens=2048",
+            f"actor.micro_batch_tokens={max(context, 16384)}",
+            *("algo.clip_low=0.2", "algo.clip_high=0.28", "algo.dual_clip=10", "algo.kl_coef=0"),
+            *("algo.dynamic_sampling=true", "algo.loss_normalisation=token_mean"),
+            f"algo.updates_per_step={self.updates}",
+            # The penalty of DAPO (arXiv 2503.14476), over the last fifth of the length.
+            f"algo.overlong.max_tokens={self.response}",
+            f"algo.overlong.buffer_tokens={self.response // 5}",
+            *("optim.beta2=0.999", "optim.warmup_steps=10"),
+        )
+
+
+AGENT_TASKS = {
+    "web": AgentTask(
+        "web questions with search and pages",
+        f"{{name: searchqa, serve: {SEARCH}, "
+        "agent: {format: tags, tools: [search, page], grammar: web, judge: model}, "
+        "plan: {prompt_tokens: 700, reply_tokens: 400, observation_tokens: 1200, calls: 12, call_s: 3}}",
+        *(64, 2048, 30720, 25, 2, 60),
+    ),
+    "code": AgentTask(
+        "mathematics with Python programs",
+        "{name: math, data: {grading_workers: 12}, agent: {format: tags, tools: [python], grammar: code}, "
+        "plan: {prompt_tokens: 400, reply_tokens: 1200, observation_tokens: 150, calls: 3, call_s: 1}}",
+        *(256, 4096, 16384, 8, 8, 100),
+    ),
+    "multihop": AgentTask(
+        "multi-hop questions with search",
+        f"{{name: searchqa, serve: {SEARCH}, agent: {{format: tags, grammar: multi_hop}}, "
+        "plan: {prompt_tokens: 400, reply_tokens: 200, observation_tokens: 600, calls: 3, call_s: 0.2}}",
+        *(512, 2048, 8192, 8, 2, 100),
+    ),
+}
+AGENT_MODELS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "Qwen2.5-3B-Instruct": (8, ("engine.tensor_parallel=1",)),
+    "Qwen2.5-7B-Instruct": (8, ()),
+    "Qwen2.5-32B-Instruct": (32, ("actor.tensor_parallel=8", "engine.tensor_parallel=8")),
+    "Qwen3-8B": (8, ()),
+}
+"""Folder in models/ -> H100s and changes."""
+
+
+def _agents() -> list[Callable[[], Settings]]:
+    made = []
+    for model, (gpus, layout) in AGENT_MODELS.items():
+        size = model.removesuffix("-Instruct").lower().replace(".", "_").replace("-", "_")
+        for name, task in AGENT_TASKS.items():
+            about = f"GRPO on {task.about} as in Chain-of-Agents, {model}. {gpus} H100."
+            where = f"{gpus}xh100" if gpus <= NODE else f"{gpus // NODE}nodes"
+            changes = (f"model.path=models/{model}", *task.changes(), *layout)
+            made.append(_recipe(f"coa_{size}_{name}_{where}", about, ("8B", "math", gpus), *changes))
+    return made
+
+
 RECIPES: tuple[Callable[[], Settings], ...] = (
     *ICRL.recipes(),
     *LARGER_AND_FIRST_RUNS,
@@ -197,4 +286,5 @@ RECIPES: tuple[Callable[[], Settings], ...] = (
         _recipe(name, f"{ARMS[arm].about} 4 H100.", ("8B", "alfworld", 4), *ARMS[arm].changes)
         for name, arm in ABLATIONS.items()
     ),
+    *_agents(),
 )

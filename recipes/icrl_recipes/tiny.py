@@ -15,7 +15,8 @@ from icrl_megatron.settings.schema import (
     TinyModel,
     WarmStart,
 )
-from icrl_megatron.settings.task_schema import TaskSettings, TaskSource
+from icrl_megatron.settings.task_options import source_of
+from icrl_megatron.settings.task_schema import TaskSettings
 
 
 def _tiny(name: str, *sources: str) -> Settings:
@@ -24,7 +25,7 @@ def _tiny(name: str, *sources: str) -> Settings:
         name=name,
         steps=100,
         model=ModelSettings(init=TinyModel()),
-        tasks=TaskSettings(sources=[TaskSource(source) for source in sources]),
+        tasks=TaskSettings(sources=[source_of(source) for source in sources]),
         warm_start=WarmStart(steps=300),
         rollout=RolloutSettings(
             max_turn_tokens=24,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import re
@@ -14,6 +13,9 @@ from pathlib import Path
 
 import psutil
 import whole_runs
+
+from icrl_megatron.utils import processes
+from icrl_megatron.utils.step_names import step_name, step_of, steps_in
 
 Strike = Callable[["Campaign", random.Random], None]
 LIMIT_S = 120.0
@@ -91,10 +93,7 @@ class Campaign:
     def kill(self) -> None:
         """SIGKILL for the launcher and everything below it, at once."""
         tree = self.tree()
-        for one in reversed(tree):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-        self.process.wait(30)
+        processes.kill_tree(self.process)
         psutil.wait_procs(tree, timeout=30)
 
     def go_to_random_moment(self, rng: random.Random) -> None:
@@ -118,35 +117,22 @@ class Campaign:
             time.sleep(0.005)
 
     def tree(self) -> list[psutil.Process]:
-        if not self.running():
-            return []
-        try:
-            top = psutil.Process(self.process.pid)
-            return [top, *top.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
+        return processes.tree(self.process.pid) if self.running() else []
 
     def ranks(self) -> list[psutil.Process]:
         """The processes that train."""
-        found = []
-        for process in self.tree():
-            try:
-                line = process.cmdline()
-            except (psutil.NoSuchProcess, psutil.ZombieProcess):
-                continue
-            if "icrl_megatron.train" in line and "icrl_megatron.launch.agent" not in line:
-                found.append(process)
-        return found
+        return whole_runs.ranks_below(self.process.pid) if self.running() else []
 
     def checkpoints(self) -> list[str]:
         """Names of the complete checkpoints, oldest first."""
-        found = (p.parent.name for p in self.folder.glob("checkpoints/step_*/icrl.json"))
-        return sorted(n for n in found if re.fullmatch(r"step_\d+", n) and n not in self._given_up)
+        root = self.folder / "checkpoints"
+        found = (name for name in map(step_name, steps_in(root)) if (root / name / "icrl.json").exists())
+        return [name for name in found if name not in self._given_up]
 
     def saved(self) -> int:
         """Step of the newest complete checkpoint; 0 for none."""
         names = self.checkpoints()
-        return int(names[-1].removeprefix("step_")) if names else 0
+        return step_of(names[-1]) or 0 if names else 0
 
     def damaged(self, name: str, how: str) -> None:
         """From now on `name` does not count as a checkpoint."""

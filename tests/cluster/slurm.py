@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from icrl_megatron.telemetry.writer import TIME_PREFIX, Row, read_rows
+from whole_runs import rows
 
 Done = subprocess.CompletedProcess[str]
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,10 +133,10 @@ def arguments(folder: Path, model: Path, *more: str) -> list[str]:
     return [f"run_dir={folder}", f"model.path={model}", f"steps={STEPS}", *TINY, *more]
 
 
-def rows(folder: Path) -> list[Row]:
-    """metrics.jsonl without what depends on the clock."""
-    found = read_rows(folder / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith((TIME_PREFIX, "memory/"))} for row in found]
+def evaluation(run: Path, cluster: Cluster) -> list[str]:
+    """The words of `icrl eval` after its name; it writes to `eval` in the cluster's folder."""
+    sizes = ["--problems", "3", "--samples", "2", "launch.device=cpu"]
+    return [str(run), *sizes, "--out", str(cluster.folder / "eval")]
 
 
 def await_lines(folder: Path, count: int, cluster: Cluster, job: int) -> None:

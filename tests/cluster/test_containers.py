@@ -26,6 +26,7 @@ from slurm import (
     Done,
     Ended,
     arguments,
+    evaluation,
     preempt,
     resumed,
     rows,
@@ -118,18 +119,8 @@ def test_servers_beside_a_job_and_its_evaluation(contained: Contained, cluster: 
     ended = contained.ended("icrl_8b.sbatch", *arguments(folder, model, *SERVED, "steps=2"))
     assert (ended.state, ended.code) == ("COMPLETED", "0:0"), ended.log
     assert re.search(r"environment servers of alfworld: http://node\d:\d+", ended.log)
-    words = (
-        str(folder),
-        "--problems",
-        "3",
-        "--samples",
-        "2",
-        "launch.device=cpu",
-        "--out",
-        str(cluster.folder / "eval"),
-    )
     more = {"ICRL_MOUNTS": f"{model}:{model}"}  # named by the run's own settings only
-    ended = contained.ended("eval.sbatch", *words, options=("--nodes=1",), **more)
+    ended = contained.ended("eval.sbatch", *evaluation(folder, cluster), options=("--nodes=1",), **more)
     assert (ended.state, ended.code) == ("COMPLETED", "0:0"), ended.log
     found = json.loads((cluster.folder / "eval" / "eval.json").read_text())
     assert [len(scores) for scores in found["successes"].values()] == [2, 2, 2]

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from nemo import RECIPE, SLURM, Nemo, arguments, failed_after_one_retry, job_of, launched
 
+from icrl_megatron.distributed import net
 from slurm import AGENTGYM, FAULTY, ROOT, Cluster, icrl, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
@@ -74,7 +75,7 @@ def login_node(cluster: Cluster) -> Iterator[LoginNode]:
     sshd = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin")
     if sshd is None or shutil.which("ssh-keygen") is None or shutil.which("rsync") is None:
         pytest.skip("no openssh-server or rsync: make system-packages")
-    folder, address, port = cluster.folder / "login", "127.0.0.1", free_port()
+    folder, address, port = cluster.folder / "login", "127.0.0.1", net.free_port()
     home = folder / "home"
     home.mkdir(parents=True)
     (home / "slurm").symlink_to(ROOT / "slurm")
@@ -108,12 +109,6 @@ def login_node(cluster: Cluster) -> Iterator[LoginNode]:
     finally:
         server.kill()
         server.wait(timeout=20)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def reachable(host: str, port: int) -> bool:

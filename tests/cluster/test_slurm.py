@@ -17,6 +17,7 @@ from slurm import (
     Cluster,
     arguments,
     await_lines,
+    evaluation,
     icrl,
     preempt,
     resumed,
@@ -114,17 +115,9 @@ def test_a_cancelled_job_does_not_come_back(cluster: Cluster, model: Path) -> No
 
 def test_evaluation(preempted: tuple[Path, int], cluster: Cluster) -> None:
     """`icrl eval` starts the servers of the run that it evaluates, and a rank for each GPU of the node."""
-    words = (
-        str(preempted[0]),
-        "--problems",
-        "3",
-        "--samples",
-        "2",
-        "launch.device=cpu",
-        "--out",
-        str(cluster.folder / "eval"),
+    job = cluster.sbatch(
+        "eval.sbatch", *evaluation(preempted[0], cluster), options=("--nodes=1",), ICRL_RANKS_PER_NODE="2"
     )
-    job = cluster.sbatch("eval.sbatch", *words, options=("--nodes=1",), ICRL_RANKS_PER_NODE="2")
     ended = cluster.ended(job)
     assert (ended.state, ended.code) == ("COMPLETED", "0:0"), ended.log
     assert len(list((cluster.folder / "eval" / "logs").glob("*/rank_1.log"))) == 1

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from browser import Browser
+
     from icrl_megatron.actor.actor import Actor
     from icrl_megatron.distributed.grid import Grid
 
@@ -53,3 +55,15 @@ def make(folder: Path, grid: Grid) -> Callable[..., Actor]:
     from actors import make_actor
 
     return partial(make_actor, folder, grid)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    from browser import Browser, executable
+
+    program = executable()
+    if program is None:
+        pytest.skip("no Chromium on the path (ICRL_CHROMIUM names another)")
+    opened = Browser(program, tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()

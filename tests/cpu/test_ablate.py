@@ -68,20 +68,8 @@ def test_mistakes_are_named_before_anything_runs(
 @pytest.mark.slow
 def test_two_arms_run_stop_and_go_on(tmp_path: Path) -> None:
     out = tmp_path / "ablation"
-    command = [
-        "ablate",
-        "rulebook_easy",
-        "steps=2",
-        *SMALL,
-        *WARM_START,
-        "--arms",
-        "icrl,grpo",
-        "--seeds",
-        "0",
-        "--out",
-        str(out),
-    ]
-    command += ["--budget-of", "icrl"]
+    command = ["ablate", "rulebook_easy", "steps=2", *SMALL, *WARM_START, "--out", str(out)]
+    command += ["--arms", "icrl,grpo", "--seeds", "0", "--budget-of", "icrl"]
     code, _, err = icrl(*command, "--cell", "1")
     assert code == 2 and "run it first" in err
     assert not (out / "grpo_0" / "hf").exists()

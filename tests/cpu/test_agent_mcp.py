@@ -22,6 +22,7 @@ from icrl_megatron.agents import mcp, mcp_transports
 from icrl_megatron.agents.mcp import McpLimits, McpServer
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
 from icrl_megatron.agents.tools import Tool, ToolCall, ToolFailure, ToolUseError
+from icrl_megatron.distributed import net
 from icrl_megatron.utils.errors import ConfigError
 
 SCRIPT = str(Path(__file__).parents[1] / "mcp_server.py")
@@ -201,9 +202,7 @@ def test_a_server_ends_with_the_process_that_started_it() -> None:
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    return net.free_port()
 
 
 def serve(port: int) -> subprocess.Popen[bytes]:

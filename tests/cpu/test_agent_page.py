@@ -13,6 +13,7 @@ import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
+from local_servers import serving
 
 from icrl_megatron.agents import page
 from icrl_megatron.agents.page import NO_TEXT, Document, FetchedPages, FetchLimits, Page, StoredPages
@@ -127,16 +128,8 @@ def served(work: Callable[[str], Awaitable[Any]]) -> Any:
     """What `work` returns for the address of a server."""
 
     async def run() -> Any:
-        app = web.Application()
-        app.router.add_get("/{kind}", answer)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        try:
-            return await work(f"http://127.0.0.1:{runner.addresses[0][1]}")
-        finally:
-            await runner.cleanup()
+        async with serving(web.get("/{kind}", answer)) as url:
+            return await work(url)
 
     return asyncio.run(run())
 

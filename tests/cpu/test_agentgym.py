@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import local_servers
 import pytest
 from agentgym_server import TALKS, State, serving
 from aiohttp import web
@@ -20,7 +21,7 @@ from icrl_megatron.rollout.episode import EpisodeSetup, play
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Ask, Seeds, Speakers
 from icrl_megatron.settings.schema import RolloutSettings
-from icrl_megatron.settings.task_schema import TaskData, TaskSource
+from icrl_megatron.settings.task_options import ServedSource, ServerData
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks import servers
 from icrl_megatron.tasks.agentgym import AgentGym, AgentGymEnvironment, probe
@@ -39,8 +40,8 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gym(name: str, *urls: str, timeout_s: float = 10.0) -> AgentGym:
-    data = TaskData(train=["0:4"], heldout=["4:6"], servers=list(urls), request_timeout_s=timeout_s)
-    return AgentGym(TaskSource(name, data=data))
+    data = ServerData(train=["0:4"], heldout=["4:6"], servers=list(urls), request_timeout_s=timeout_s)
+    return AgentGym(ServedSource(name, data=data))
 
 
 def reply(name: str, action: str) -> str:
@@ -266,16 +267,10 @@ def test_a_step_is_not_lost_on_a_connection_that_closed_while_nobody_looked(monk
         async def answer(request: web.Request) -> web.Response:
             return web.json_response({"observation": "x"})
 
-        app = web.Application()
-        app.router.add_post("/step", answer)
-        runner = web.AppRunner(app, keepalive_timeout=0.3)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        found.append(f"http://127.0.0.1:{runner.addresses[0][1]}")
-        ready.set()
-        await asyncio.to_thread(done.wait, 60)
-        await runner.cleanup()
+        async with local_servers.serving(web.post("/step", answer), keepalive_timeout=0.3) as url:
+            found.append(url)
+            ready.set()
+            await asyncio.to_thread(done.wait, 60)
 
     async def steps() -> None:
         pool = Pool(found, 5.0)

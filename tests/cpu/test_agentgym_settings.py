@@ -9,7 +9,7 @@ import pytest
 from agentgym_server import TALKS, serving
 from rich.console import Console
 
-from icrl_megatron.settings.task_schema import TaskData, TaskSource
+from icrl_megatron.settings.task_options import ALFWorldSource, GameData, ServedSource, ServerData
 from icrl_megatron.tasks import registry, servers
 from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.env_check import check
@@ -22,8 +22,8 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gym(name: str, *urls: str) -> AgentGym:
-    data = TaskData(train=["0:4"], heldout=["4:6"], servers=list(urls), request_timeout_s=10.0)
-    return AgentGym(TaskSource(name, data=data))
+    data = ServerData(train=["0:4"], heldout=["4:6"], servers=list(urls), request_timeout_s=10.0)
+    return AgentGym(ServedSource(name, data=data))
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def gym(name: str, *urls: str) -> AgentGym:
 def test_bad_files_of_ids_are_named(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "ids.jsonl"
     file.write_text(text)
-    task_set = AgentGym(TaskSource("babyai", data=TaskData(train=[str(file)])))
+    task_set = AgentGym(ServedSource("babyai", data=ServerData(train=[str(file)])))
     with pytest.raises(ConfigError, match=message):
         task_set.problems("train")
 
@@ -41,7 +41,7 @@ def test_bad_files_of_ids_are_named(tmp_path: Path, text: str, message: str) -> 
 def test_ids_from_the_references_file(tmp_path: Path) -> None:
     file = tmp_path / "train.jsonl"
     file.write_text(json.dumps({"task_id": "2420", "metadata": {"data_source": "alfworld", "subset": "pick"}}) + "\n")
-    task_set = registry.of_source(TaskSource("alfworld", data=TaskData(train=[str(file)], heldout=["0:2"])))
+    task_set = registry.of_source(ALFWorldSource("alfworld", data=GameData(train=[str(file)], heldout=["0:2"])))
     (task,) = task_set.problems("train")
     assert task.task_id == "alfworld/train/train/2420" and json.loads(task.problem)["task"] == 2420
     assert [t.task_id for t in task_set.problems("heldout")] == ["alfworld/heldout/0", "alfworld/heldout/1"]
@@ -49,12 +49,12 @@ def test_ids_from_the_references_file(tmp_path: Path) -> None:
 
 def test_settings_that_cannot_work() -> None:
     for data, message in (
-        (TaskData(train=["5:5"]), "empty range"),
-        (TaskData(train=["nowhere.jsonl"]), "neither a range"),
-        (TaskData(), "has no train ids"),
+        (ServerData(train=["5:5"]), "empty range"),
+        (ServerData(train=["nowhere.jsonl"]), "neither a range"),
+        (ServerData(), "has no train ids"),
     ):
         with pytest.raises(ConfigError, match=message):
-            AgentGym(TaskSource("babyai", data=data)).problems("train")
+            AgentGym(ServedSource("babyai", data=data)).problems("train")
     for urls, message in (([], "no servers"), (["host:1"], "is not an address")):
         with pytest.raises(ConfigError, match=message):
             gym("babyai", *urls).pool()

@@ -9,13 +9,12 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Browser, executable
+from browser import Browser
 from terminals import in_a_terminal
 
 from icrl_megatron.algo.credit import credit
@@ -25,7 +24,7 @@ from icrl_megatron.report.page_episodes import Speller, episode
 from icrl_megatron.report.segments import colors, split
 from icrl_megatron.report.show import show
 from icrl_megatron.settings.loading import SAVED_NAME, save
-from icrl_megatron.settings.task_schema import TaskSource
+from icrl_megatron.settings.task_options import ArchiveSource
 from icrl_megatron.tasks.archive import Archive
 from icrl_megatron.telemetry.dumps import DumpRecord, dump_path, read_dump, write_dump
 from icrl_megatron.telemetry.metrics import rollout_metrics
@@ -76,7 +75,7 @@ def played(task_set: Archive, task: Task, index: int) -> Episode:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with episodes of Archive's teacher. The first episode's texts try to break out of the page."""
-    folder, task_set = tmp_path_factory.mktemp("agents") / "run", Archive(TaskSource("archive"))
+    folder, task_set = tmp_path_factory.mktemp("agents") / "run", Archive(ArchiveSource("archive"))
     (folder / "rollouts").mkdir(parents=True)
     settings = archive_recipe()
     save(settings, folder / SAVED_NAME)
@@ -102,16 +101,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(run: Path) -> Path:
     return write_page([run], run / "report.html")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    program = executable()
-    if program is None:
-        pytest.skip("no Chromium on the path (ICRL_CHROMIUM names another)")
-    opened = Browser(program, tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.close()
 
 
 def shown(run: Path, full: bool = False, **terminal: object) -> str:

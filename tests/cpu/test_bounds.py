@@ -9,17 +9,16 @@ import contextlib
 import gzip
 import json
 import os
-import threading
 import time
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from local_servers import Handler, threaded
 
 from icrl_megatron.engines import sglang_server
 from icrl_megatron.engines.protocol import NoAnswerError, RequestFailedError
@@ -28,8 +27,9 @@ from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.external import ExternalSpeaker, first_model
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Ask
-from icrl_megatron.settings.rollout_schema import ExternalCritic, RolloutSettings
-from icrl_megatron.settings.task_schema import TaskData, TaskSource
+from icrl_megatron.settings.endpoint import Endpoint
+from icrl_megatron.settings.rollout_schema import RolloutSettings
+from icrl_megatron.settings.task_options import ServedSource, ServerData
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks import env_check, servers
 from icrl_megatron.tasks.agentgym import AgentGym
@@ -46,17 +46,17 @@ LIMIT = MIB // 4
 GOOD = json.dumps({"result": [[{"contents": "a passage"}]]}).encode()
 LONG = json.dumps({"result": [[{"contents": "x" * (12 * MIB)}]]}).encode()
 
-Sends = Callable[["Handler"], None]
+Sends = Callable[["Sender"], None]
 
 
-class Handler(BaseHTTPRequestHandler):
+class Sender(Handler):
     """Answers every request with what `sends` writes, and counts the bytes that the client took."""
 
     sends: Sends
     sent: list[int]
 
     def do_GET(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.body()
         with contextlib.suppress(OSError):  # the client has read enough
             type(self).sends(self)
         self.close_connection = True
@@ -75,12 +75,9 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
         self.sent[0] += len(content)
 
-    def log_message(self, *arguments: object) -> None:
-        pass
-
 
 def whole(content: bytes, **headers: str) -> Sends:
-    def send(handler: Handler) -> None:
+    def send(handler: Sender) -> None:
         handler.begin(len(content), **headers)
         for start in range(0, len(content), 1 << 16):
             handler.put(content[start : start + (1 << 16)])
@@ -88,13 +85,13 @@ def whole(content: bytes, **headers: str) -> Sends:
     return send
 
 
-def endless(handler: Handler) -> None:
+def endless(handler: Sender) -> None:
     handler.begin()
     while True:
         handler.put(b" " * (1 << 16))
 
 
-def trickles(handler: Handler) -> None:
+def trickles(handler: Sender) -> None:
     handler.begin()
     while True:
         handler.put(b" ")
@@ -105,15 +102,8 @@ def trickles(handler: Handler) -> None:
 def serving(sends: Sends) -> Iterator[tuple[str, list[int]]]:
     """(address, [bytes sent])."""
     sent = [0]
-    bound = type("Bound", (Handler,), {"sends": staticmethod(sends), "sent": sent})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), bound)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", sent
-    finally:
-        server.shutdown()
-        server.server_close()
+    with threaded(Sender, sends=staticmethod(sends), sent=sent) as url:
+        yield url, sent
 
 
 @pytest.fixture(autouse=True)
@@ -206,7 +196,7 @@ def test_nonsense_is_a_failure(content: bytes) -> None:
 
 def test_an_environment_server_that_says_too_much_is_named() -> None:
     with serving(whole(LONG)) as (url, _):
-        source = TaskSource("textcraft", data=TaskData(train=["0:2"], heldout=["2:3"], servers=[url]))
+        source = ServedSource("textcraft", data=ServerData(train=["0:2"], heldout=["2:3"], servers=[url]))
         task_set = AgentGym(source, LIMIT)
         with pytest.raises(BadAnswer, match=rf"max_observation_bytes = {LIMIT}"):
             asyncio.run(task_set.environment(task_set.problems("train")[0]).reset())
@@ -245,7 +235,7 @@ def test_two_episodes_never_share_an_environment() -> None:
     """A server that answers every /create with one id."""
     answer = json.dumps({"id": 0, "observation": "go", "reward": 0, "done": False}).encode()
     with serving(lambda handler: whole(b"{}" if handler.path == "/close" else answer)(handler)) as (url, _):
-        source = TaskSource("babyai", data=TaskData(train=["0:2"], heldout=["2:3"], servers=[url]))
+        source = ServedSource("babyai", data=ServerData(train=["0:2"], heldout=["2:3"], servers=[url]))
         task_set = AgentGym(source)
 
         async def both() -> None:
@@ -267,7 +257,7 @@ PROMPTER = Prompter(build_tokenizer(["up", *template_words("compact")]), Rollout
 
 def critic(sends: Sends) -> Any:
     with serving(sends) as (url, _):
-        speaker = ExternalSpeaker(ExternalCritic(url=url, model="m"), 1.0, PROMPTER, Connections(1))
+        speaker = ExternalSpeaker(Endpoint(url=url, model="m"), 1.0, PROMPTER, Connections(1))
         return asyncio.run(speaker.reply(Ask("critique", (1,), 8, 0, "", None, "words")))
 
 
@@ -289,7 +279,7 @@ def test_a_critics_text_is_encoded_as_far_as_it_may_be_used() -> None:
 
 def test_an_endless_list_of_models_is_refused() -> None:
     with serving(endless) as (url, _), pytest.raises(ConfigError, match="no OpenAI-compatible endpoint there"):
-        first_model(ExternalCritic(url=url))
+        first_model(Endpoint(url=url))
 
 
 @pytest.mark.parametrize(("sends", "timeout_s"), [(endless, 60.0), (trickles, 0.3)], ids=["endless", "trickles"])

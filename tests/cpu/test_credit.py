@@ -153,17 +153,17 @@ def test_no_signal() -> None:
     assert len(report.samples) == 12  # they stay in the batch and in its normaliser
 
 
-def test_a_filled_batch_holds_the_first_tasks_with_a_signal() -> None:
+def test_the_first_tasks_with_a_signal() -> None:
     outcomes = {"a": (1.0, 1.0), "d": (0.0, 1.0), "c": (0.0, 0.0), "b": (1.0, 0.0)}
     episodes = [episode(i, [o], task_id=task) for task, of in outcomes.items() for i, o in enumerate(of)]
     report = credit(episodes, AlgoSettings(), train_critic=True)
     order = [e.task for e in episodes]
-    for count, tasks, full in ((1, {"d"}, True), (2, {"d", "b"}, True), (3, {"d", "b"}, False)):
-        filled, enough = report.filled(count, order)
-        assert ({s.task_id() for s in filled.samples}, enough) == (tasks, full)
-        assert all(s in report.samples for s in filled.samples) and filled.groups == report.groups
+    for count, tasks in ((1, {"d"}), (2, {"d", "b"}), (3, {"d", "b"})):
+        first = report.first_with_signal(count, order)
+        assert {s.task_id() for s in first.samples} == first.tasks_with_signal() == tasks
+        assert all(s in report.samples for s in first.samples) and first.groups == report.groups
     flat = credit(episodes[4:6], AlgoSettings(), train_critic=True)
-    assert flat.filled(1, order) == (flat, False) and flat.samples  # algo.on_no_signal then decides
+    assert flat.first_with_signal(1, order) == flat and flat.samples  # algo.on_no_signal then decides
 
 
 def test_a_sample_without_loss_tokens_counts_in_its_group_but_is_no_signal() -> None:

@@ -10,7 +10,8 @@ from whole_runs import icrl
 
 from icrl_megatron.settings.describe import Setting, described, markdown
 from icrl_megatron.settings.limits import Choice, Range
-from icrl_megatron.settings.loading import load
+from icrl_megatron.settings.loading import field_types, load
+from icrl_megatron.settings.task_options import SOURCES, options, source_of
 
 
 def test_the_page_is_what_the_command_prints() -> None:
@@ -21,10 +22,21 @@ def test_the_page_is_what_the_command_prints() -> None:
 def test_every_setting_is_there_and_can_be_set_to_what_is_printed() -> None:
     """Defaults are printed as overrides take them."""
     found = described()
-    names = {one.name.replace(".0.", ".") for one in found}
-    assert len(names) == len(found)
+    assert len({(one.name, one.task_sets) for one in found}) == len(found)
+    assert {re.sub(r"\.0\.", ".", one.name) for one in found} == {
+        name for name in field_types() if not any(other.startswith(f"{name}.") for other in field_types())
+    }
     settable = [one for one in found if one.name != "model.init" and not one.name.startswith("model.init.")]
     load("quickstart", [f"{one.name}={one.default}" for one in settable if "sources" not in one.name])
+
+
+@pytest.mark.parametrize("task_set", SOURCES)
+def test_every_option_is_there_with_its_task_sets_and_can_be_set(task_set: str) -> None:
+    own = {one.name: one.default for one in described("tasks.sources.0") if task_set in one.task_sets}
+    names = {f"tasks.sources.0.{name}" for name, _ in options(source_of(task_set))}
+    assert names - set(own) == {"tasks.sources.0.name", "tasks.sources.0.weight"} and set(own) <= names
+    overrides = [f"{name}={value}" for name, value in own.items()]
+    assert load("archive", [*overrides, f"tasks.sources.0.name={task_set}"]).tasks.sources == [source_of(task_set)]
 
 
 @pytest.mark.parametrize("setting", described(), ids=lambda one: one.name)

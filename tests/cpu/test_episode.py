@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,10 @@ def scripted(
     return episode, *speakers
 
 
+def solving(prompter: Prompter, *replies: str) -> Callable[[Task, int], Speakers]:
+    return lambda task, index: Speakers(Script(prompter, list(replies)), EmptyCritic())
+
+
 def test_ids_concatenate_to_exactly_what_the_engine_saw(folder: Path, engine: LocalEngine, prompter: Prompter) -> None:
     solver = Recorder(EngineSpeaker(engine, 1.0, prompter.stop_ids))
     critic = Recorder(EngineSpeaker(engine, 0.7, prompter.stop_ids))
@@ -222,11 +227,8 @@ def priced_ladder(task: Task) -> Ladder:
 def test_calls_and_tokens_cost_reward_but_no_success(
     prompter: Prompter, costs: dict[str, float], outcomes: list[float]
 ) -> None:
-    task, settings = Task("ladder/0", "ladder", "train", "2"), replace(SETTINGS, rounds=2, max_turns=2, **costs)  # type: ignore[arg-type]
-    solver, critic = Script(prompter, ["up", "wait", "up", "up"]), Script(prompter, ["advice1"])
-    setup = EpisodeSetup(priced_ladder, prompter, settings)
-    episode = asyncio.run(play_episode(task, 0, setup, lambda *_: Speakers(solver, critic), SEEDS))
-    assert isinstance(episode, Episode)
+    game = {"goal": 2, "environment": priced_ladder, "rounds": 2, "max_turns": 2}
+    episode, *_ = scripted(prompter, ["up", "wait", "up", "up"], ["advice1"], **game, **costs)
     tokens = [sum(len(turn.completion.ids) for turn in attempt.turns) for attempt in episode.attempts]
     assert tokens == [4, 4]
     assert [attempt.outcome for attempt in episode.attempts] == pytest.approx(outcomes)
@@ -254,12 +256,7 @@ def test_the_critic_reads_the_trajectory_and_its_outcome(prompter: Prompter) -> 
         (["up", "up"], "done", ["up", "up"], {}),
         (["up", "wait", "up"], "done", ["up", "wait", "up"], {"repeat_limit": 2}),
         (["wait", "wait", "wait"], "repeated", ["wait"] * 3, {}),
-        (
-            ["wait", "nonsense", "wait", "nonsense"],
-            "max_turns",
-            ["wait", None] * 2,
-            {"max_turns": 4, "repeat_limit": 2},
-        ),
+        (["wait", "nonsense"] * 2, "max_turns", ["wait", None] * 2, {"max_turns": 4, "repeat_limit": 2}),
         (["nonsense"] * 8, "max_turns", [None] * 8, {}),
         (["up", "down go..."], "length", ["up", None], {}),
         (["up", "down", "wait"], "context", ["up", "down", "wait"], {"context_tokens": 27}),
@@ -317,9 +314,8 @@ def test_a_raising_environment_costs_its_episode_only(prompter: Prompter, method
     replies = ["nonsense", "up", "up", "up"]
     setup = EpisodeSetup(factory, prompter, SETTINGS)
     tasks = [ladder("a", 3), ladder("bad", 3), ladder("c", 3)]
-    speakers_for = lambda task, index: Speakers(Script(prompter, list(replies)), EmptyCritic())  # noqa: E731
     heard: list[Episode | DroppedEpisode] = []
-    episodes, dropped = asyncio.run(play(tasks, 2, setup, speakers_for, SEEDS, heard.append))
+    episodes, dropped = asyncio.run(play(tasks, 2, setup, solving(prompter, *replies), SEEDS, heard.append))
     assert [(e.task.task_id, e.index) for e in episodes] == [(f"ladder/{n}", i) for n in "ac" for i in (0, 1)]
     assert [(d.task.task_id, d.index) for d in dropped] == [("ladder/bad", 0), ("ladder/bad", 1)]
     assert all("ZeroDivisionError: by design" in d.error and not d.bad_answer for d in dropped)
@@ -334,8 +330,7 @@ def test_an_episode_whose_environment_failed_is_played_again_in_another(prompter
         return made[-1]
 
     setup = EpisodeSetup(factory, prompter, SETTINGS)
-    speakers_for = lambda task, index: Speakers(Script(prompter, ["up", "up", "up"]), EmptyCritic())  # noqa: E731
-    episodes, dropped = asyncio.run(play([ladder("a", 3)], 1, setup, speakers_for, SEEDS))
+    episodes, dropped = asyncio.run(play([ladder("a", 3)], 1, setup, solving(prompter, "up", "up", "up"), SEEDS))
     assert (len(episodes), len(dropped), len(made)) == (1, 0, 2)
 
 
@@ -363,14 +358,10 @@ def test_at_most_so_many_episodes_are_played_at_once(prompter: Prompter, concurr
     assert (len(episodes), count["most"]) == (8, concurrency)
 
 
-@dataclass
 class Slow(Ladder):
     """Its step waits for something that never comes, or fails as a network would."""
 
     error: Exception | None = None
-
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
 
     async def step(self, action: str) -> StepResult:
         await asyncio.sleep(0 if self.error else 60)
@@ -388,8 +379,7 @@ class Slow(Ladder):
 def test_environments_that_wait_have_a_time_limit(prompter: Prompter, error: Exception | None, message: str) -> None:
     kind = type("Slower", (Slow,), {"error": error})
     setup = EpisodeSetup(kind, prompter, replace(SETTINGS, environment_timeout_s=0.05))
-    speakers_for = lambda task, index: Speakers(Script(prompter, ["up"]), EmptyCritic())  # noqa: E731
-    result = asyncio.run(play_episode(ladder("slow", 3), 0, setup, speakers_for, SEEDS))
+    result = asyncio.run(play_episode(ladder("slow", 3), 0, setup, solving(prompter, "up"), SEEDS))
     assert isinstance(result, DroppedEpisode) and result.error == message
 
 
@@ -408,8 +398,7 @@ def test_an_engine_failure_ends_the_run_and_cancels_the_rest(engine: LocalEngine
 
 def test_an_empty_critic_says_nothing(prompter: Prompter) -> None:
     setup = EpisodeSetup(Ladder, prompter, replace(SETTINGS, rounds=2))
-    speakers_for = lambda task, index: Speakers(Script(prompter, ["wait"] * 6), EmptyCritic())  # noqa: E731
-    episode = asyncio.run(play_episode(ladder("a", 3), 0, setup, speakers_for, SEEDS))
+    episode = asyncio.run(play_episode(ladder("a", 3), 0, setup, solving(prompter, *["wait"] * 6), SEEDS))
     assert isinstance(episode, Episode)
     assert episode.critiques[0].text == "" and episode.critiques[0].completion.ids == ()
     assert episode.attempts[1].prompt_ids == prompter.revision("start at bottom", "")

@@ -6,13 +6,12 @@ import io
 import itertools
 import json
 import math
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from local_servers import Handler, threaded
 from rich.console import Console
 from whole_runs import Ended, batch
 
@@ -23,7 +22,7 @@ from icrl_megatron.evaluation.scores import compare, estimate, score, successes,
 from icrl_megatron.evaluation.views import comparison_table, rounds_table, scores_table, show, transitions_table
 from icrl_megatron.settings.loading import save
 from icrl_megatron.settings.schema import Settings
-from icrl_megatron.settings.task_schema import TaskServers, TaskSource
+from icrl_megatron.settings.task_options import ServedSource, TaskServers
 from icrl_megatron.types import Attempt, Completion, Critique, DroppedEpisode, Episode, Task, Turn
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.intervals import mcnemar
@@ -134,118 +133,55 @@ def test_the_tables_fit_a_terminal_of_80_columns() -> None:
 # The program
 
 
-class Critics(BaseHTTPRequestHandler):
+class Critics(Handler):
     """An OpenAI-compatible endpoint that always advises the same, and fails its first answer."""
 
     seen: ClassVar[list[dict[str, Any]]] = []
     failures: ClassVar[Iterator[int]] = iter(())
 
     def do_GET(self) -> None:
-        self._send(200, {"data": [{"id": "adviser"}]})
+        self.send_json({"data": [{"id": "adviser"}]})
 
     def do_POST(self) -> None:
-        self.seen.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.seen.append(json.loads(self.body()))
         if next(Critics.failures, None) is not None:
-            self._send(503, {"error": "busy"})
+            self.send_json({"error": "busy"}, 503)
         else:
-            self._send(200, {"choices": [{"message": {"content": "<critic> elm oak fir </critic>"}}]})
-
-    def _send(self, status: int, body: object) -> None:
-        text = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
+            self.send_json({"choices": [{"message": {"content": "<critic> elm oak fir </critic>"}}]})
 
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Critics)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     Critics.failures = iter(range(1))
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
+    with threaded(Critics) as url:
+        yield f"{url}/v1"
 
 
 @pytest.fixture(scope="module")
 def ended(finished_run: Path, endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ended]]:
     folder = tmp_path_factory.mktemp("evals")
-    start, small = finished_run / "warm_start" / "hf", ["--problems", "12"]
-    before, after = str(folder / "before"), str(folder / "after")
+    start, small = finished_run / "warm_start" / "hf", "--problems 12"
+
+    def evaluation(model: Path, options: str, out: str = "") -> list[str]:
+        return ["eval", str(model), *options.split(), *(["--out", str(folder / out)] if out else [])]
+
     commands = {
-        "before": ["eval", str(start), *small, "--samples", "2", "--out", before],
-        "after": [
-            "eval",
-            str(finished_run),
-            *small,
-            "--samples",
-            "2",
-            "--rounds",
-            "2",
-            "--against",
-            before,
-            "--out",
-            after,
-        ],
-        "checkpoint": [
-            "eval",
-            str(finished_run / "checkpoints"),
-            *small,
-            "--samples",
-            "2",
-            "--out",
-            str(folder / "ckpt"),
-        ],
-        "critic": [
-            "eval",
-            str(finished_run),
-            *small,
-            "--rounds",
-            "2",
-            "--critic",
-            endpoint,
-            "--out",
-            str(folder / "c"),
-        ],
-        "swap": [
-            "eval",
-            str(finished_run),
-            *small,
-            "--rounds",
-            "2",
-            "--critic",
-            str(start),
-            "--revise-all",
-            "--out",
-            str(folder / "s"),
-        ],
-        "nobody": [
-            "eval",
-            str(finished_run),
-            "--rounds",
-            "2",
-            "--critic",
-            "http://127.0.0.1:9/v1",
-            "--out",
-            str(folder / "n"),
-        ],
-        "subset": [
-            *("eval", str(finished_run), *small, "--samples", "2", "--on", "rulebook_easy"),
-            *("--out", str(folder / "subset")),
-        ],
-        "critic_checkpoint": [
-            *("eval", str(finished_run), *small, "--rounds", "3", "--critic", str(finished_run / "checkpoints")),
-            *("--out", str(folder / "cc")),
-        ],
-        "on_train": ["eval", str(finished_run), "--on", "train"],
-        "no_critic": ["eval", str(finished_run), "--rounds", "2", "--critic", "/nowhere/critic"],
-        "other_task": ["eval", str(finished_run), *small, "--task", "rulebook_hard", "--against", before],
-        "one_round": ["eval", str(finished_run), "--critic", str(start)],
-        "no_task": ["eval", str(folder)],
-        "unknown": ["eval", str(finished_run), "--task", "rulebok_hard"],
+        "before": evaluation(start, f"{small} --samples 2", "before"),
+        "after": evaluation(finished_run, f"{small} --samples 2 --rounds 2 --against {folder / 'before'}", "after"),
+        "checkpoint": evaluation(finished_run / "checkpoints", f"{small} --samples 2", "ckpt"),
+        "critic": evaluation(finished_run, f"{small} --rounds 2 --critic {endpoint}", "c"),
+        "swap": evaluation(finished_run, f"{small} --rounds 2 --critic {start} --revise-all", "s"),
+        "nobody": evaluation(finished_run, "--rounds 2 --critic http://127.0.0.1:9/v1", "n"),
+        "subset": evaluation(finished_run, f"{small} --samples 2 --on rulebook_easy", "subset"),
+        "critic_checkpoint": evaluation(
+            finished_run, f"{small} --rounds 3 --critic {finished_run / 'checkpoints'}", "cc"
+        ),
+        "on_train": evaluation(finished_run, "--on train"),
+        "no_critic": evaluation(finished_run, "--rounds 2 --critic /nowhere/critic"),
+        "other_task": evaluation(finished_run, f"{small} --task rulebook_hard --against {folder / 'before'}"),
+        "one_round": evaluation(finished_run, f"--critic {start}"),
+        "no_task": evaluation(folder, ""),
+        "unknown": evaluation(finished_run, "--task rulebok_hard"),
     }
     return folder, batch(folder, commands)
 
@@ -337,7 +273,7 @@ def test_other_files_are_no_results(tmp_path: Path) -> None:
 def test_settings_inside_a_foreign_model_or_checkpoint_are_not_read(tmp_path: Path, record: str) -> None:
     """They could name commands that an evaluation starts."""
     settings = Settings()
-    settings.tasks.sources = [TaskSource("rulebook_easy", serve=TaskServers(command=f"touch {tmp_path / 'ran'}"))]
+    settings.tasks.sources = [ServedSource("textcraft", serve=TaskServers(command=f"touch {tmp_path / 'ran'}"))]
     model = tmp_path / "somebodys"
     save(settings, model / "settings.yaml")
     (model / record).write_text("{}")

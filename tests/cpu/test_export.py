@@ -113,17 +113,8 @@ def test_evaluations_are_not_put_where_they_would_be_deleted(ended: tuple[Path, 
 
 def test_all_files_follow_the_umask(ended: tuple[Path, dict[str, Ended]]) -> None:
     folder, _ = ended
-    made = (
-        "out",
-        "back",
-        "models",
-        "steps/step_000000",
-        "run/hf",
-        "run/eval",
-        "run/settings.yaml",
-        "run/metrics.jsonl",
-    )
-    for name in made:
+    of_the_run = (f"run/{name}" for name in ("hf", "eval", "settings.yaml", "metrics.jsonl"))
+    for name in ("out", "back", "models", "steps/step_000000", *of_the_run):
         for path in ((folder / name), *(folder / name).rglob("*")):
             want = (0o777 if path.is_dir() else 0o666) & ~UMASK
             assert path.stat().st_mode & 0o777 == want, path

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 from aiohttp import web
+from local_servers import said, serving
 from transformers import AutoTokenizer
 
 from icrl_megatron.engines.protocol import RequestFailedError
@@ -17,8 +18,9 @@ from icrl_megatron.rollout.external import ExternalSpeaker
 from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.speakers import Ask
 from icrl_megatron.run.checks import validate
+from icrl_megatron.settings.endpoint import Endpoint
 from icrl_megatron.settings.loading import load
-from icrl_megatron.settings.rollout_schema import ExternalCritic, RolloutSettings
+from icrl_megatron.settings.rollout_schema import RolloutSettings
 from icrl_megatron.settings.schema import TinyModel
 from icrl_megatron.types import Completion
 from icrl_megatron.utils.connections import Connections
@@ -46,30 +48,17 @@ def ask_often(
     """Requests at the same time, of which two are in flight."""
 
     async def talk() -> list[Completion]:
-        app = web.Application()
-        app.router.add_post("/v1/chat/completions", handler)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        port = runner.addresses[0][1]
-        settings = ExternalCritic(url=f"http://127.0.0.1:{port}/v1/", model="m", api_key_env="KEY_OF_TEST")
-        speaker = ExternalSpeaker(settings, 0.5, prompter, Connections(2))
-        question = Ask("critique", (1, 2), limit, 7, "", None, "what happened")
-        try:
+        async with serving(web.post("/v1/chat/completions", handler)) as url:
+            settings = Endpoint(url=f"{url}/v1/", model="m", api_key_env="KEY_OF_TEST")
+            speaker = ExternalSpeaker(settings, 0.5, prompter, Connections(2))
+            question = Ask("critique", (1, 2), limit, 7, "", None, "what happened")
             asked = [asyncio.ensure_future(speaker.reply(question)) for _ in range(count)]
             if interrupted_after_s is not None:
                 await asyncio.sleep(interrupted_after_s)
                 await speaker.interrupt()
             return list(await asyncio.gather(*asked))
-        finally:
-            await runner.cleanup()
 
     return asyncio.run(talk())
-
-
-def said(text: object) -> web.Response:
-    return web.json_response({"choices": [{"message": {"role": "assistant", "content": text}}]})
 
 
 def test_it_is_asked_in_words_and_its_words_become_ids(prompter: Prompter, monkeypatch: pytest.MonkeyPatch) -> None:

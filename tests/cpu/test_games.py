@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from icrl_megatron.settings.task_schema import TaskData, TaskSource
+from icrl_megatron.settings.task_options import ALFWorldSource, GameData
 from icrl_megatron.tasks import agentgym, games, registry
 from icrl_megatron.tasks.agentgym import AgentGymEnvironment
 from icrl_megatron.tasks.base import Checked, EnvironmentFailure
@@ -53,8 +53,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
 
 
 def of_folders(folder: Path, **data: object) -> GameFolders:
-    given = TaskData(train=[str(folder / "train")], heldout=[str(folder / "heldout")], **data)  # type: ignore[arg-type]
-    task_set = registry.of_source(TaskSource("alfworld", data=given))
+    given = GameData(train=[str(folder / "train")], heldout=[str(folder / "heldout")], **data)  # type: ignore[arg-type]
+    task_set = registry.of_source(ALFWorldSource("alfworld", data=given))
     assert isinstance(task_set, GameFolders) and isinstance(task_set, Checked)
     return task_set
 
@@ -226,9 +226,9 @@ def test_folders_and_servers_do_not_go_together(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, "game.z8", "")
     with pytest.raises(ConfigError, match="leave one of them out"):
         of_folders(folder, servers=["http://host:1"])
-    served = registry.of_source(TaskSource("alfworld", data=TaskData(train=["0:2"], heldout=["2:3"])))
+    served = registry.of_source(ALFWorldSource("alfworld", data=GameData(train=["0:2"], heldout=["2:3"])))
     assert isinstance(served, agentgym.AgentGym)
-    mixed = TaskSource("alfworld", data=TaskData(train=["0:2"], heldout=[str(folder / "heldout")]))
+    mixed = ALFWorldSource("alfworld", data=GameData(train=["0:2"], heldout=[str(folder / "heldout")]))
     with pytest.raises(ConfigError, match="0:2 is not a folder"):
         registry.of_source(mixed).problems("train")
 

@@ -379,3 +379,19 @@ def test_a_variant_without_a_whole_result_has_failed(tmp_path: Path, written: st
     if written:
         part.write_text(written)
     assert import_module("gpu_train").read(part, log) == {"failed": "out of memory"}
+
+
+def test_the_bundle_names_what_its_packages_lack(tmp_path: Path) -> None:
+    """A package that a machine without a network lacks is found while packing, not there."""
+    for name, needs in {
+        "one": ["two>=1", "three; python_version < '3.12'", "four; extra == 'x'"],
+        "two": ["Five"],
+    }.items():
+        folder = tmp_path / f"{name}-1.dist-info"
+        folder.mkdir()
+        lines = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 1", *(f"Requires-Dist: {need}" for need in needs)]
+        (folder / "METADATA").write_text("\n".join(lines) + "\n")
+    bundle = import_module("gpu_bundle")
+    assert bundle.unmet(tmp_path, ["one"]) == {"two": ["one"], "five": ["two"]}
+    assert bundle.unmet(tmp_path, ["one", "two", "FIVE"]) == {}
+    assert {"torch", "sglang", "nvidia-cutlass-dsl-libs-core"} <= set(bundle.provided())

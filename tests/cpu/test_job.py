@@ -14,6 +14,7 @@ from icrl_megatron.distributed.process import CONFIG_ERROR, HOPELESS, STOPPED
 from icrl_megatron.engines.sglang_server import TESTED
 from icrl_megatron.launch import job
 from icrl_megatron.launch.job import MAX_CRASHES, MAX_UNSAVED, JobState, Reached, decide, progress
+from icrl_megatron.utils.step_names import step_name
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "slurm").iterdir())
@@ -88,12 +89,13 @@ def test_progress_is_the_last_whole_line(tmp_path: Path) -> None:
     (tmp_path / "warm_start").mkdir()
     (tmp_path / "warm_start" / "metrics.jsonl").write_text('{"step": 12}\n')
     (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n{"step": 4}\n{"step": 5, "los')
-    for name in ("step_000002", "step_000004", "step_000006"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    (tmp_path / "checkpoints" / "step_000004" / "icrl.json").touch()  # the last one was not finished
-    assert progress(tmp_path) == Reached("12/4", "-/step_000004")
+    for step in (999_999, 1_000_000, 1_000_002):
+        (tmp_path / "checkpoints" / step_name(step)).mkdir(parents=True)
+    for step in (999_999, 1_000_000):  # the last one was not finished
+        (tmp_path / "checkpoints" / step_name(step) / "icrl.json").touch()
+    assert progress(tmp_path) == Reached("12/4", "-/step_1000000")
     (tmp_path / "baseline_grpo").mkdir()
-    assert progress(tmp_path) == Reached("12/4/baseline_grpo", "-/step_000004/baseline_grpo/-/-")
+    assert progress(tmp_path) == Reached("12/4/baseline_grpo", "-/step_1000000/baseline_grpo/-/-")
 
 
 def test_decisions_are_remembered(tmp_path: Path) -> None:

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
+from attempts import observed
+from local_servers import said, serving
 
 pytest.importorskip("bm25s")
 
 from icrl_megatron.agents.judge import ModelJudge, f1, verdict
 from icrl_megatron.agents.tools import ToolFailure
-from icrl_megatron.settings.task_schema import AgentSettings, JudgeEndpoint, TaskData, TaskSource
+from icrl_megatron.settings.endpoint import Endpoint
+from icrl_megatron.settings.task_options import Answers, ArchiveSource, SearchAgent, SearchData, SearchQASource
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.archive import spelled, truth
 from icrl_megatron.tasks.base import EnvironmentFailure
@@ -61,23 +64,12 @@ def test_the_last_word_is_the_verdict(said: str, found: bool | None) -> None:
     assert verdict(said) is found
 
 
-def said(text: object) -> web.Response:
-    return web.json_response({"choices": [{"message": {"role": "assistant", "content": text}}]})
-
-
 def served(handler: Handler, use: Callable[[str], Awaitable[float]]) -> float:
     """What `use` returns for the URL of an endpoint that answers with `handler`."""
 
     async def talk() -> float:
-        app = web.Application()
-        app.router.add_post("/v1/chat/completions", handler)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        try:
-            return await use(f"http://127.0.0.1:{runner.addresses[0][1]}/v1")
-        finally:
-            await runner.cleanup()
+        async with serving(web.post("/v1/chat/completions", handler)) as url:
+            return await use(f"{url}/v1")
 
     return asyncio.run(talk())
 
@@ -170,32 +162,17 @@ def searchqa(folder: Path, gold: str = "Paris", **agent: object) -> RetrievalQA:
     for split in ("train", "heldout"):
         (folder / f"{split}.jsonl").write_text(json.dumps({"q": f"Of France, {split}?", "a": gold}) + "\n")
     files = {split: [str(folder / f"{split}.jsonl")] for split in ("train", "heldout")}
-    data = TaskData(prompt_column="q", label_column="a", corpus=str(folder / "corpus.jsonl"), **files)
+    data = SearchData(prompt_column="q", label_column="a", corpus=str(folder / "corpus.jsonl"), **files)
     made = registry.of_source(
-        TaskSource("searchqa", data=data, agent=AgentSettings(**{"format": "tags"} | agent))  # type: ignore[arg-type]
+        SearchQASource("searchqa", data=data, agent=SearchAgent(**{"format": "tags"} | agent))  # type: ignore[arg-type]
     )
     assert isinstance(made, RetrievalQA)
     return made
 
 
-async def replied(environment: ToolEnvironment, *replies: str) -> list[str]:
-    """What the replies of one attempt observed."""
-    seen = [await environment.reset()]
-    for reply in replies:
-        action = environment.parse(reply)
-        if action is None:
-            seen.append(environment.hint())
-            continue
-        result = await environment.step(action)
-        seen += result.texts()
-        if result.done:
-            break
-    return seen[1:]
-
-
 def attempt(task_set: RetrievalQA, *replies: str) -> ToolEnvironment:
     environment = task_set.environment(task_set.problems("train")[0])
-    asyncio.run(replied(environment, *replies))
+    asyncio.run(observed(environment, *replies))
     return environment
 
 
@@ -226,14 +203,14 @@ def test_a_model_judges_inside_the_last_step(tmp_path: Path) -> None:
         return said(answers.pop(0))
 
     async def use(url: str) -> float:
-        task_set = searchqa(tmp_path, judge="model", endpoint=JudgeEndpoint(url=url, model="m"))
+        task_set = searchqa(tmp_path, judge="model", endpoint=Endpoint(url=url, model="m"))
         environment = task_set.environment(task_set.problems("train")[0])
         scores = []
         for _ in range(2):
-            await replied(environment, "<search>France</search>", "<answer>City of light</answer>")
+            await observed(environment, "<search>France</search>", "<answer>City of light</answer>")
             scores.append(environment.outcome())
         with pytest.raises(EnvironmentFailure, match="neither yes nor no"):
-            await replied(environment, "<answer>City of light</answer>")
+            await observed(environment, "<answer>City of light</answer>")
         assert scores == [1.0, 0.0] and environment.outcome() == 0.0
         return scores[0]
 
@@ -252,23 +229,23 @@ def test_the_format_is_measured_and_by_a_setting_rewarded(tmp_path: Path) -> Non
 
 
 def test_archive_takes_the_same_settings() -> None:
-    source = TaskSource("archive_easy", agent=AgentSettings(grammar="web", reward="answer_times_format"))
+    source = ArchiveSource("archive_easy", agent=Answers(grammar="web", reward="answer_times_format"))
     task_set = registry.of_source(source)
     environment = task_set.environment(task_set.problems("train")[0])
     assert isinstance(environment, ToolEnvironment)
     right = spelled(str(truth(environment._people)))  # type: ignore[attr-defined]
-    asyncio.run(replied(environment, "<search>p 1</search>", f"<answer>{right}</answer>"))
+    asyncio.run(observed(environment, "<search>p 1</search>", f"<answer>{right}</answer>"))
     assert environment.success() and environment.outcome() == 0.0
 
 
 @pytest.mark.parametrize(
-    ("name", "agent", "message"),
+    ("agent", "message"),
     [
-        ("archive", {"judge": "f1"}, r"agent\.judge=f1: must be one of exact"),
-        ("household", {"judge": "f1"}, r"'household' calls no tools.*remove them"),
-        ("searchqa", {"judge": "model"}, r"judge=model needs agent\.endpoint\.url and \.model"),
+        ({"judge": "bleu"}, r"'searchqa': agent\.judge=bleu: choose one of exact, f1, math, model"),
+        ({"judge": "model"}, r"judge=model needs agent\.endpoint\.url and \.model"),
+        ({"endpoint": Endpoint(model="m", timeout_s=12.0)}, r"endpoint\.model=m has no effect with agent\.judge=exact"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(name: str, agent: dict[str, object], message: str) -> None:
+def test_settings_that_cannot_work_are_refused(tmp_path: Path, agent: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        registry.of_source(TaskSource(name, agent=AgentSettings(**agent)))  # type: ignore[arg-type]
+        searchqa(tmp_path, **agent)

@@ -16,6 +16,7 @@ from disks import small_disk
 
 from icrl_megatron.distributed import process
 from icrl_megatron.launch import torchrun as launch
+from icrl_megatron.utils import parent_watch
 
 LAUNCHER = """
 import sys
@@ -38,6 +39,11 @@ def note(name, text=""):
 """
 
 
+def rank_module(body: str) -> str:
+    """A program with the `main` of `body`."""
+    return f"{RANK_HEAD}{body}\nif __name__ == '__main__':\n    run_rank(main)\n"
+
+
 def python_path(folder: Path) -> str:
     """Modules of this folder too, and those of the checkout that is tested."""
     return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH", ""))))
@@ -46,17 +52,17 @@ def python_path(folder: Path) -> str:
 class Launched:
     """A launcher process in its own folder, with the rank module `ranks.py` beside it."""
 
-    def __init__(self, folder: Path, body: str, ranks: int) -> None:
+    def __init__(self, folder: Path, body: str, ranks: int, stderr: int = subprocess.PIPE) -> None:
         self.folder = folder
-        (folder / "ranks.py").write_text(RANK_HEAD + body)
+        (folder / "ranks.py").write_text(rank_module(body))
         (folder / "launcher.py").write_text(LAUNCHER)
         clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
         self.process = subprocess.Popen(
             [sys.executable, "launcher.py", "ranks", str(ranks)],
             cwd=folder,
-            env={**clean, "PYTHONPATH": python_path(folder)},
+            env={**clean, "PYTHONPATH": python_path(folder), "TERM": "xterm"},
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
         )
 
@@ -99,9 +105,6 @@ def main():
     note("seen", f"{sys.argv[1]} {os.environ['WORLD_SIZE']} {os.environ['OMP_NUM_THREADS']}")
     print("hello from", rank)
     return 0
-
-if __name__ == "__main__":
-    run_rank(main)
 """
 
 
@@ -133,9 +136,6 @@ last = Last()
 def main():
     StopRequest()
     return 0
-
-if __name__ == "__main__":
-    run_rank(main)
 """
 
 
@@ -148,9 +148,6 @@ def test_a_stop_request_does_not_kill_a_rank_that_ends(start: Start) -> None:
 CONFIG_ERROR_BODY = """
 def main():
     raise ConfigError("steps=-1: must be at least 0")
-
-if __name__ == "__main__":
-    run_rank(main)
 """
 
 
@@ -167,9 +164,6 @@ def main():
     while not stop:
         time.sleep(0.05)
     return 0
-
-if __name__ == "__main__":
-    run_rank(main)
 """
 
 
@@ -180,9 +174,6 @@ def main():
             file.write(bytes(10**7))
     while True:
         time.sleep(0.1)
-
-if __name__ == "__main__":
-    run_rank(main)
 """
 FULL = (
     "error: a file that the program writes: the disk is full; free some space there, or choose a folder on another "
@@ -203,9 +194,8 @@ def test_a_full_disk_is_one_line_and_no_failed_rank(failing: str, tmp_path: Path
 @pytest.mark.parametrize("failing", ["0", "1"])
 def test_a_rank_that_cannot_leave_its_message_prints_it(failing: str, tmp_path: Path) -> None:
     """A batch job's outcome file is on the disk of its logs: the agent says nothing more, and ends with the code."""
-    (tmp_path / "ranks.py").write_text(
-        RANK_HEAD + FILLS_THE_DISK.replace("FAILING", repr(failing)).replace("filler", "disk/filler")
-    )
+    fills = FILLS_THE_DISK.replace("FAILING", repr(failing)).replace("filler", "disk/filler")
+    (tmp_path / "ranks.py").write_text(rank_module(fills))
     with small_disk(tmp_path / "disk", 256) as disk:
         arguments = ["--nproc-per-node=2", f"--log-dir={tmp_path / 'logs'}", "-m", "ranks", "x"]
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
@@ -229,14 +219,14 @@ HOSTILE = r"""
 def main():
     stop = StopRequest()
     print("the model says: \x1b]0;owned\x07", flush=True)
+    note("spoke")
     if rank == "1":
+        while not Path("spoke.0").exists():  # on a busy machine rank 0 would be ended before it speaks
+            time.sleep(0.05)
         raise RuntimeError("the server says: \x1b[2J")
     while not stop:
         time.sleep(0.05)
     raise RuntimeError("so does rank 0: \x9b2J")
-
-if __name__ == "__main__":
-    run_rank(main)
 """
 
 
@@ -266,9 +256,6 @@ def main():
     time.sleep(1.0)  # saving, while a second signal could come
     note("signals", str(count))
     return STOPPED
-
-if __name__ == "__main__":
-    run_rank(main)
 """
 
 
@@ -290,9 +277,6 @@ def main():
     stop = StopRequest()
     note("heard", str(bool(stop)))
     return STOPPED if stop else 0
-
-if __name__ == "__main__":
-    run_rank(main)
 """
 
 
@@ -311,9 +295,6 @@ def main():
     note("ready", str(os.getpid()))
     while True:
         time.sleep(0.05)
-
-if __name__ == "__main__":
-    run_rank(main)
 """
 
 
@@ -355,9 +336,9 @@ def test_second_interrupt_kills(start: Start) -> None:
 
 def test_a_rank_whose_parent_is_gone_ends_itself() -> None:
     """The race at start: the parent died before the child could ask to die with it."""
-    code = "from icrl_megatron.distributed.process import die_with_parent; die_with_parent(); print('alive')"
+    code = "from icrl_megatron.utils.parent_watch import die_with_parent; die_with_parent(); print('alive')"
     for parent, expected in ((os.getpid(), (0, "alive\n")), (os.getpid() + 1, (1, ""))):
-        env = {**os.environ, launch.PARENT_ENV: str(parent)}
+        env = {**os.environ, parent_watch.PARENT_ENV: str(parent)}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == expected
 
@@ -373,23 +354,12 @@ def main():
     note("quiet")
     time.sleep(3)
     return 0
-
-if __name__ == "__main__":
-    run_rank(main)
 """
 
 
 def test_a_bar_shows_until_the_ranks_have_met(tmp_path: Path) -> None:
-    (tmp_path / "ranks.py").write_text(RANK_HEAD + SLOW_START)
-    (tmp_path / "launcher.py").write_text(LAUNCHER)
     terminal, theirs = os.openpty()
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
-    process = subprocess.Popen(
-        [sys.executable, "launcher.py", "ranks", "1"],
-        cwd=tmp_path,
-        env={**env, "PYTHONPATH": python_path(tmp_path), "TERM": "xterm"},
-        stderr=theirs,
-    )
+    launched = Launched(tmp_path, SLOW_START, 1, theirs)
     os.close(theirs)
     shown, late = b"", b""
     try:
@@ -397,7 +367,7 @@ def test_a_bar_shows_until_the_ranks_have_met(tmp_path: Path) -> None:
             shown += (piece := os.read(terminal, 4096))
             late += piece if (tmp_path / "quiet.0").exists() else b""
     except OSError:  # the other end was closed: they have ended
-        assert process.wait(timeout=30) == 0
+        assert launched.end()[0] == 0
     finally:
         os.close(terminal)
     assert b"starting 1 rank" in shown

@@ -21,6 +21,7 @@ LAYERS = (
     "data",
     "telemetry",
     "rollout",
+    "distill",
     "actor",
     "report",
     "run",

@@ -27,7 +27,6 @@ from icrl_megatron.run.checks import validate_settings
 from icrl_megatron.settings.algo_schema import LOSSES, AlgoSettings, Calibration, Overlong
 from icrl_megatron.settings.loading import load
 from icrl_megatron.types import MicroBatch, Sample
-from icrl_megatron.utils.errors import ConfigError
 
 LENGTHS = (3, 1, 5)
 ALGO = AlgoSettings(clip_low=0.2, clip_high=0.3)
@@ -369,105 +368,9 @@ def test_the_overlong_penalty(tokens: int, penalty: float) -> None:
     assert overlong_penalty(tokens, Overlong()) == 0.0
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (["algo.loss=ppo"], "algo.loss=ppo: choose one of icrl, gspo, cispo"),
-        (["algo.loss=nowhere:loss"], "algo.loss=nowhere:loss: No module named 'nowhere'"),
-        (["algo.loss=math:pie"], "module 'math' has no attribute 'pie'"),
-        (["algo.loss=math:pi"], "algo.loss=math:pi: not a function"),
-        (["algo.dual_clip=0.5"], "algo.dual_clip=0.5: must be a finite number, at least 1"),
-        (["algo.dual_clip=3", "algo.loss=cispo"], "algo.dual_clip=3 has no effect with algo.loss=cispo"),
-        (["algo.dual_clip=3"], "algo.dual_clip=3 has no effect with algo.updates_per_step=1"),
-        (["algo.kl_estimator=k1"], "algo.kl_estimator=k1 has no effect without a KL term"),
-        (["algo.loss_normalisation=constant"], "and algo.constant_tokens together"),
-        (["algo.constant_tokens=64"], "and algo.constant_tokens together"),
-        (["algo.overlong.max_tokens=8", "algo.overlong.buffer_tokens=9"], "is more than algo.overlong.max_tokens=8"),
-        (["algo.overlong.buffer_tokens=9"], "algo.overlong.buffer_tokens=9 has no effect without"),
-        (["algo.overlong.factor=0.5"], "algo.overlong.factor=0.5 has no effect without"),
-        (["algo.overlong.max_tokens=8", "algo.overlong.factor=0"], "has no effect with algo.overlong.factor=0"),
-        (["algo.overlong.max_tokens=100000"], "the penalty begins above 99999 tokens"),
-        (
-            ["algo.shaping_gamma=0.1", "algo.calibration.enabled=false", "algo.loss=gspo"],
-            "algo.shaping_gamma=0.1 is part of ICRL's own objective",
-        ),
-    ],
-)
-def test_settings_without_effect_are_refused(overrides: list[str], said: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(said)):
-        validate_settings(load("rulebook_easy", overrides))
-
-
-OWN = """
-import torch
-from icrl_megatron.algo.losses import LossInputs, PolicyTerm
-
-def term(loss_L, inputs, **metrics):
-    return PolicyTerm(loss_L, torch.zeros_like(inputs.mask_L), torch.zeros_like(inputs.mask_L), metrics)
-
-def right(inputs, algo):
-    return term(-inputs.advantages_L * inputs.logprobs_L - 0.1 * inputs.entropy_L, inputs, entropy=inputs.entropy_L)
-
-def scalar(inputs, algo):
-    return term((-inputs.advantages_L * inputs.logprobs_L).mean(), inputs)
-
-def of_the_batch(inputs, algo):
-    return term(-(inputs.advantages_L - inputs.advantages_L.mean()) * inputs.logprobs_L, inputs)
-
-def detached(inputs, algo):
-    return term(inputs.old_L * inputs.advantages_L, inputs)
-
-def bare(inputs, algo):
-    return -inputs.advantages_L * inputs.logprobs_L
-
-def broken(inputs, algo):
-    return inputs.rewards_L
-
-def counted(inputs, algo):
-    return PolicyTerm(inputs.logprobs_L, inputs.advantages_L, inputs.mask_L)
-
-def averaged(inputs, algo):
-    return term(inputs.logprobs_L, inputs, entropy=inputs.entropy_L.mean())
-"""
-
-
-@pytest.mark.parametrize(
-    ("function", "said"),
-    [
-        ("right", ""),
-        ("scalar", "loss_L must be a tensor with one value per token, got []"),
-        ("of_the_batch", "the loss of a sequence changes with the other sequences of its micro-batch"),
-        ("detached", "loss_L has no gradient"),
-        ("bare", "returns Tensor; it must return a PolicyTerm"),
-        ("broken", "fails on an example of two sequences: AttributeError("),
-        ("counted", "clipped_low_L must be bool, got torch.float32"),
-        ("averaged", "metrics['entropy'] must be a tensor with one value per token, got []"),
-    ],
-)
-def test_a_loss_of_ones_own_is_tried_before_a_model_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, said: str
-) -> None:
-    (tmp_path / "own.py").write_text(OWN)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "own", raising=False)
-    settings = load("rulebook_easy", [f"algo.loss=own:{function}"])
-    if not said:
-        validate_settings(settings)
-        return
-    with pytest.raises(ConfigError, match=re.escape(f"algo.loss=own:{function}") + ".*" + re.escape(said)):
-        validate_settings(settings)
-
-
 @pytest.mark.parametrize(("name", "algo"), VARIANTS)
 def test_the_losses_that_come_along_pass_too(name: str, algo: AlgoSettings) -> None:
     check_loss(name, algo)
-
-
-def test_a_module_that_does_not_import_is_the_users_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "torn.py").write_text("def loss(:")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match=re.escape("algo.loss=torn:loss: invalid syntax")):
-        validate_settings(load("rulebook_easy", ["algo.loss=torn:loss"]))
 
 
 def test_the_documented_loss_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[..., Actor]) -> None:

@@ -14,17 +14,17 @@ from sandboxes import sandboxed
 
 from icrl_megatron.agents.formats import Qwen3, ToolCalls
 from icrl_megatron.agents.tools import ToolCall
-from icrl_megatron.settings.task_schema import AgentSettings, TaskData, TaskSource
+from icrl_megatron.settings.task_options import ToolAgent, ToolData, ToolsSource
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked, Environment
 from icrl_megatron.utils.errors import ConfigError
 
 
-def source(folder: Path, **agent: object) -> TaskSource:
+def source(folder: Path, **agent: object) -> ToolsSource:
     for split, label in (("train", "60"), ("heldout", "1/3")):
         (folder / f"{split}.jsonl").write_text(json.dumps({"prompt": f"A {split} problem.", "label": label}) + "\n")
     files = {split: [str(folder / f"{split}.jsonl")] for split in ("train", "heldout")}
-    return TaskSource("math", data=TaskData(**files), agent=AgentSettings(**agent))  # type: ignore[arg-type]
+    return ToolsSource("math", data=ToolData(**files), agent=ToolAgent(**agent))  # type: ignore[arg-type]
 
 
 def play(environment: Environment, replies: list[str]) -> list[str]:
@@ -58,7 +58,8 @@ def test_a_problem_is_solved_with_programs(tmp_path: Path, answer: str, success:
     [
         ({"tools": ["shell"]}, "task set 'math': agent.tools has shell: choose from search, page, python, calculator"),
         ({"tools": ["calculator"], "format": "xml"}, "agent.format=xml: choose one of qwen3, tags, search_r1"),
-        ({"tools": ["calculator"], "judge": "f1"}, "agent.judge=f1: must be one of math"),
+        ({"format": "tags"}, "task set 'math': agent.format=tags has no effect without agent.tools; leave it out"),
+        ({"tools": ["calculator"], "python_state": True}, "agent.python_state=True has no effect without python in"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path: Path, agent: dict[str, object], said: str) -> None:

@@ -20,7 +20,7 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icrl_megatron.settings.task_schema import TaskData, TaskSource
+from icrl_megatron.settings.task_options import ToolData, ToolsSource
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked
 from icrl_megatron.tasks.datasets import check_no_leak, subset_of
@@ -248,13 +248,13 @@ def test_environment_plays_one_turn(tmp_path: Path) -> None:
 # Files
 
 
-def dataset(folder: Path, train: list[dict], heldout: list[dict] | None = None, **data: object) -> TaskSource:  # type: ignore[type-arg]
+def dataset(folder: Path, train: list[dict], heldout: list[dict] | None = None, **data: object) -> ToolsSource:  # type: ignore[type-arg]
     names = {}
     for split, rows in (("train", train), ("heldout", heldout or [{"prompt": "held?", "label": "1"}])):
         path = folder / f"{split}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         names[split] = [str(path)]
-    return TaskSource("math", data=TaskData(**{**names, **data}))  # type: ignore[arg-type]
+    return ToolsSource("math", data=ToolData(**{**names, **data}))  # type: ignore[arg-type]
 
 
 def test_the_reference_format_without_metadata(tmp_path: Path) -> None:
@@ -271,13 +271,13 @@ def test_parquet_arrow_and_several_subsets(tmp_path: Path) -> None:
     saved.mkdir()
     with pa.OSFile(str(saved / "data-00000-of-00001.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as to:
         to.write_table(pa.table({"question": ["c?"], "answer": [3.0]}))
-    data = TaskData(
+    data = ToolData(
         train=[str(tmp_path / "aime.parquet")],
         heldout=[str(saved)],
         prompt_column="question",
         label_column="answer",
     )
-    task_set = Mathematics(TaskSource("math", data=data))
+    task_set = Mathematics(ToolsSource("math", data=data))
     assert [json.loads(t.problem)["label"] for t in task_set.problems("train")] == ["1", "2.5"]
     assert [t.task_id for t in task_set.problems("heldout")] == ["math/heldout/minerva/0"]
 
@@ -329,12 +329,12 @@ def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
     for name, message in (("gone.jsonl", "no such file"), ("rows.csv", "not .csv")):
         (tmp_path / "rows.csv").write_text("a,b")
         with pytest.raises(ConfigError, match=message):
-            Mathematics(TaskSource("math", data=TaskData(train=[str(tmp_path / name)]))).problems("train")
+            Mathematics(ToolsSource("math", data=ToolData(train=[str(tmp_path / name)]))).problems("train")
     with pytest.raises(ConfigError, match=r"data\.train"):
-        Mathematics(TaskSource("math")).problems("train")
+        Mathematics(ToolsSource("math")).problems("train")
     (tmp_path / "cut.parquet").write_bytes(b"PAR1")
     with pytest.raises(ConfigError, match="damaged"):
-        Mathematics(TaskSource("math", data=TaskData(train=[str(tmp_path / "cut.parquet")]))).problems("train")
+        Mathematics(ToolsSource("math", data=ToolData(train=[str(tmp_path / "cut.parquet")]))).problems("train")
 
 
 def test_an_evaluation_on_training_rows_is_refused(tmp_path: Path) -> None:

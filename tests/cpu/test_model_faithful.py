@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +42,6 @@ TOKENS, PADDING = 200, 27
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     family, tied = request.param
     return make_folder(tmp_path_factory.mktemp("base") / "model", tied=tied, rows=PADDING, family=family)
-
-
-@pytest.fixture(scope="module")
-def grid() -> Iterator[grids.Grid]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            patch.setenv(name, "")  # remembered, so that what single_process sets does not outlive the module
-            patch.delenv(name)
-        grids.single_process()
-        yield grids.build(Settings())
-        grids.shutdown()
 
 
 def settings() -> Settings:

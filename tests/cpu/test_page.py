@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from browser import Browser, executable
+from browser import Browser
 from whole_runs import icrl
 
 from icrl_megatron.report.page import PageSize, write_page
@@ -108,16 +107,6 @@ def test_the_page_stays_small_whatever_the_run(finished_run: Path) -> None:
     assert len(data["curves"]["step"]["reward/attempt"]["x"]) <= POINTS
     spent = times(long)
     assert len(spent["steps"]) <= POINTS and sum(spent["counts"]) == 8999
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    program = executable()
-    if program is None:
-        pytest.skip("no Chromium on the path (ICRL_CHROMIUM names another)")
-    opened = Browser(program, tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.close()
 
 
 def copied(run: Path, to: Path, **changes: object) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from icrl_megatron.engines import parent_watch
+from icrl_megatron.utils import parent_watch
 
 PARENT_WATCH = Path(parent_watch.__file__)
 PARENT = f"""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sandboxes import LIMITS, sandboxed
 from whole_runs import icrl
 
-from icrl_megatron.settings.task_schema import TaskData, TaskSource
+from icrl_megatron.settings.task_options import ToolData, ToolsSource
 from icrl_megatron.tasks import programs, registry
 from icrl_megatron.tasks.base import Checked
 from icrl_megatron.tasks.programs import Case, judged, last_program, same_output
@@ -169,11 +169,11 @@ def test_no_reply_breaks_the_search(reply: str) -> None:
 # The task set
 
 
-def dataset(folder: Path, rows: list[dict[str, object]], **data: object) -> TaskSource:
+def dataset(folder: Path, rows: list[dict[str, object]], **data: object) -> ToolsSource:
     for name, content in (("train", rows), ("heldout", [{"prompt": "held?", "label": ["assert True"]}])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     paths = {name: [str(folder / f"{name}.jsonl")] for name in ("train", "heldout")}
-    return TaskSource("code", data=TaskData(**paths, **data))  # type: ignore[arg-type]
+    return ToolsSource("code", data=ToolData(**paths, **data))  # type: ignore[arg-type]
 
 
 @sandboxed

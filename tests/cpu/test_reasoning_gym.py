@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("reasoning_gym", reason="the extra icrl-megatron[tasks] is not installed")
 
-from icrl_megatron.settings.task_schema import TaskData, TaskSource
+from icrl_megatron.settings.task_options import FamilyData, ReasoningGymSource
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.datasets import check_no_leak, content_hash, subset_of
 from icrl_megatron.tasks.reasoning_gym import ReasoningGym, dataset
@@ -17,7 +17,7 @@ from icrl_megatron.utils.errors import ConfigError
 
 
 def gym(train: list[str], heldout: list[str]) -> ReasoningGym:
-    made = registry.of_source(TaskSource("reasoning_gym", data=TaskData(train=train, heldout=heldout)))
+    made = registry.of_source(ReasoningGymSource("reasoning_gym", data=FamilyData(train=train, heldout=heldout)))
     assert isinstance(made, ReasoningGym)
     return made
 

@@ -11,11 +11,13 @@ from model_folders import write_sparse
 
 from icrl_megatron import cli
 from icrl_megatron.engines import sglang_kind
+from icrl_megatron.launch import servers
 from icrl_megatron.plan import planner
 from icrl_megatron.plan.models import shape_of
 from icrl_megatron.run import checks as validate
 from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.settings.schema import EngineSettings, Settings
+from icrl_megatron.settings.task_options import ALFWorldSource, DataSource, ServedSource
 from icrl_megatron.settings.task_schema import TaskSettings, TaskSource
 from icrl_megatron.tasks import registry as task_sets
 from icrl_megatron.utils.errors import ConfigError
@@ -23,12 +25,13 @@ from icrl_recipes import registry
 
 EMBEDDED = task_sets.names()
 RECIPES = tuple(registry())
+AGENTS = tuple(name for name in RECIPES if name.startswith("coa_"))
 ON_GPUS = tuple(name for name in RECIPES if registry()[name]().launch.device == "cuda")
 
 
 def supplied(settings: Settings) -> list[str]:
     """What whoever runs the recipe brings along: data or servers of its tasks, and an SGLang."""
-    found = [f"data of {s.name}" for s in settings.tasks.sources if s.name not in EMBEDDED and not s.data.train]
+    found = [f"data of {s.name}" for s in settings.tasks.sources if isinstance(s, DataSource) and not s.data.train]
     return found + (["SGLang"] if settings.engine.kind == "sglang" else [])
 
 
@@ -44,7 +47,7 @@ def with_model(settings: Settings, folder: Path) -> Settings:
     """With a folder that looks like the recipe's model from outside: configuration, tokenizer, weights of zeros."""
     shape = shape_of(settings)
     config = {
-        "model_type": "qwen3",
+        "model_type": shape.model_type,
         "num_hidden_layers": shape.layers,
         "hidden_size": shape.hidden,
         "num_attention_heads": shape.heads,
@@ -83,7 +86,7 @@ def test_recipe_is_valid(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     validate.validate(stood_in(settings))
     if supplied(settings):
         monkeypatch.setattr(sglang_kind, "installed_version", lambda python: None)  # it is in the image
-        with pytest.raises(ConfigError, match=r"SGLang|tasks\.sources|data\.(servers|train|corpus)"):
+        with pytest.raises(ConfigError, match=r"SGLang|tasks\.sources|data\.(servers|train|corpus)|agent\.endpoint"):
             validate.validate(settings)
     else:
         validate.validate(settings)
@@ -124,14 +127,66 @@ def test_names_say_how_many_gpus() -> None:
             assert settings.launch.ranks == 8
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in AGENTS])
 def test_recipes_on_agentgym_start_its_servers(name: str) -> None:
     for source in settings_module.load(name).tasks.sources:
-        assert source.served == (source.name in ("alfworld", "webshop", "searchqa"))
-        assert not source.served or f"{source.name} --host {{host}} --port {{port}}" in source.serve.command
-        if source.name == "alfworld":
+        assert isinstance(source, ServedSource) == (source.name in ("alfworld", "webshop", "searchqa"))
+        if isinstance(source, ServedSource):
+            assert source.served and f"{source.name} --host {{host}} --port {{port}}" in source.serve.command
+        if isinstance(source, ALFWorldSource):
             assert (source.data.train, source.data.heldout, source.serve.count) == (["0:2420"], ["2420:2620"], 32)
 
 
 def test_more_ranks_than_one_machine_are_counted() -> None:
     assert validate.ranks(settings_module.load("qwen3_32b_4nodes")) == 32
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_chain_of_agents_has_its_published_sizes_and_losses(name: str) -> None:
+    settings = settings_module.load(name)
+    rollout, algo, (source,) = settings.rollout, settings.algo, settings.tasks.sources
+    task = next(task for task in ("web", "code", "multihop") if f"_{task}_" in name)
+    sizes = (rollout.tasks_per_step, rollout.context_tokens // 1024, rollout.max_turns)
+    assert sizes == {"web": (64, 2 + 30, 25), "code": (256, 4 + 16, 8), "multihop": (512, 2 + 8, 8)}[task]
+    assert (rollout.episodes_per_task, rollout.rounds) == (8, 1)
+    assert (algo.clip_low, algo.clip_high, algo.dual_clip, algo.kl_coef) == (0.2, 0.28, 10, 0)
+    assert algo.dynamic_sampling and algo.overlong.max_tokens is not None
+    assert source.agent.tools == {"web": ["search", "page"], "code": ["python"], "multihop": []}[task]
+    assert source.served == (task != "code")
+
+
+def test_chain_of_agents_has_each_task_for_each_model() -> None:
+    paths = {Path(settings_module.load(name).model.path).name for name in AGENTS}
+    assert paths == {"Qwen2.5-3B-Instruct", "Qwen2.5-7B-Instruct", "Qwen2.5-32B-Instruct", "Qwen3-8B"}
+    assert len(AGENTS) == 3 * len(paths)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("web", r"agent\.judge=model needs agent\.endpoint\.url"),
+        ("code", r"task set 'math' has no train rows: set tasks\.sources\[\.\.\.\]\.data\.train"),
+        ("multihop", r"task set 'searchqa' has no train rows: set tasks\.sources\[\.\.\.\]\.data\.train"),
+    ],
+)
+def test_chain_of_agents_says_what_the_user_brings(
+    task: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(sglang_kind, "installed_version", lambda python: "0.5.23")
+    settings = settings_module.load(f"coa_qwen3_8b_{task}_8xh100", [f"run_dir={tmp_path / 'run'}"])
+    with pytest.raises(ConfigError, match=message):
+        validate.validate(with_model(settings, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("task", ["web", "code", "multihop"])
+def test_chain_of_agents_has_as_many_turns_as_its_settings_say(task: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "What is 3 + 4?", "label": "7"}))
+    judge = ["tasks.sources.0.agent.judge=exact"] if task == "web" else []
+    rows = f"tasks.sources.0.data.train=[{tmp_path / 'rows.jsonl'}]"
+    settings = settings_module.load(f"coa_qwen3_8b_{task}_8xh100", [rows, *judge])
+    # The address of the server that the run would start; nothing is searched here.
+    (source,) = servers.with_servers(settings, {"searchqa": ["http://127.0.0.1:1"]}).tasks.sources
+    task_set = task_sets.of_source(source)
+    environment = task_set.environment(task_set.problems("train")[0])
+    assert environment.max_turns >= settings.rollout.max_turns

@@ -148,7 +148,8 @@ def other_value(name: str, value: Any) -> str:
 
 @pytest.mark.parametrize("name", NAMED)
 def test_a_run_goes_on_with_what_a_message_advises(tmp_path: Path, name: str) -> None:
-    begun = begin(tmp_path)
+    task_set = ["tasks.sources.0.name=searchqa"] if name.startswith("tasks.sources.") else []
+    begun = begin(tmp_path, *task_set)
     if name == "tasks.sources":
         override = "tasks.sources=[{name: household}]"
     else:
@@ -157,7 +158,7 @@ def test_a_run_goes_on_with_what_a_message_advises(tmp_path: Path, name: str) ->
         for part in indexed.split("."):
             value = value[int(part)] if part.isdecimal() else getattr(value, part)
         override = f"{indexed}={other_value(indexed, value)}"
-    changed = again(tmp_path, override)
+    changed = again(tmp_path, *task_set, override)
     check_resume(begun, changed, tmp_path)
     lines = adopt(changed, tmp_path)
     assert lines and all(line.startswith("resume: ") for line in lines)

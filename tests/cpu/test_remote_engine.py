@@ -7,15 +7,14 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from local_servers import Handler, threaded
 from safetensors.torch import load_file
 
 from icrl_megatron.distributed.grid import Grid
@@ -51,9 +50,9 @@ class Stand:
 def stand() -> Iterator[Stand]:
     stand = Stand()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Answers(Handler):
         def do_POST(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.body()
             self.do_GET()
 
         def do_GET(self) -> None:
@@ -64,23 +63,13 @@ def stand() -> Iterator[Stand]:
                 status, answer = 401, {"error": "Unauthorized"}
             elif answer == "what it was asked with":
                 answer = {"success": False, "message": given}
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
             flushed = self.path.startswith("/flush_cache")  # which SGLang answers in words
-            self.wfile.write(b"Cache flushed." if flushed else json.dumps(answer).encode())
+            self.send(b"Cache flushed." if flushed else json.dumps(answer).encode(), status)
 
-        def log_message(self, *words: object) -> None:
-            """Says nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    stand.url = f"http://127.0.0.1:{server.server_port}"
     stand.answers["/server_info"] = 200, {"version": TESTED[-1], "tp_size": WORKERS}
     stand.answers["/end_weight_update"] = 400, {"success": False, "message": NO_UPDATE}
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield stand
-    server.shutdown()
-    server.server_close()
+    with threaded(Answers) as stand.url:
+        yield stand
 
 
 @pytest.fixture(scope="module")

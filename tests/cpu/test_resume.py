@@ -12,7 +12,7 @@ from icrl_megatron.run.checks import validate
 from icrl_megatron.run.heldout import problems
 from icrl_megatron.run.resume import RULES, adopt, check_resume, earlier, rule_of
 from icrl_megatron.settings import loading as S
-from icrl_megatron.settings.task_schema import TaskSource
+from icrl_megatron.settings.task_options import ToolsSource
 from icrl_megatron.utils.errors import ConfigError
 
 
@@ -100,8 +100,10 @@ def test_every_change_is_kept_once(tmp_path: Path) -> None:
     ]
     assert adopt(changed, tmp_path) == []
     adopt(again(tmp_path, "optim.learning_rate=0.25"), tmp_path)
-    (tmp_path / "checkpoints" / "step_000012").mkdir()
+    (tmp_path / "checkpoints" / "step_999999").mkdir()
     adopt(again(tmp_path, "tasks.sources=[{name: household}]"), tmp_path)
+    (tmp_path / "checkpoints" / "step_1000000").mkdir()
+    adopt(again(tmp_path, "optim.learning_rate=0.125"), tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "settings_changes.jsonl").read_text().splitlines()]
     assert [(r["step"], r["name"], r["old"], r["new"]) for r in rows[:4]] == [
         (4, "max_generated_tokens", None, 7),
@@ -109,10 +111,11 @@ def test_every_change_is_kept_once(tmp_path: Path) -> None:
         (4, "max_generated_tokens", 7, None),
         (4, "optim.learning_rate", 0.5, 0.25),
     ]
-    assert {"tasks.sources.0.name", "tasks.sources.1.name"} <= {r["name"] for r in rows if r["step"] == 12}
+    assert {"tasks.sources.0.name", "tasks.sources.1.name"} <= {r["name"] for r in rows if r["step"] == 999_999}
     assert all(r["time"].endswith("Z") for r in rows)
     # What the steps up to a change were made with, whatever was tried in between.
-    assert [s.optim.learning_rate for s in earlier(tmp_path)] == [begun.optim.learning_rate, 0.25]
+    rate = begun.optim.learning_rate
+    assert [s.optim.learning_rate for s in earlier(tmp_path)] == [rate, 0.25, rate]
 
 
 def test_everything_may_change_before_anything_was_made(tmp_path: Path) -> None:
@@ -172,7 +175,7 @@ def test_rows_that_were_trained_on_before_a_change_are_never_held_out(tmp_path: 
         with pytest.raises(ConfigError, match=r"first\.jsonl, line 1: this held-out problem is a training problem too"):
             validate(settings)
     asked = again(run, sources(second, first))
-    asked.tasks.sources = [TaskSource("math", data=asked.tasks.sources[0].data)]
+    asked.tasks.sources = [ToolsSource("math", data=asked.tasks.sources[0].data)]
     with pytest.raises(ConfigError, match="is a training problem too"):
         problems(asked, S.load_saved(run / S.SAVED_NAME), ("test",), None, earlier(run))
     Path(first).rename(tmp_path / "moved.jsonl")  # rows that are gone cannot be compared

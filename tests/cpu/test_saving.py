@@ -14,6 +14,7 @@ from whole_runs import Ended, batch, rows, train
 from icrl_megatron.actor import manifest
 from icrl_megatron.run.state import NEWEST_ROWS
 from icrl_megatron.telemetry.writer import Row
+from icrl_megatron.utils.step_names import step_name, step_of
 
 SMALL = ("steps=3", "eval.problems=2", "rollout.tasks_per_step=2", "checkpoint.keep=9", "launch.device=cpu")
 NEVER, ALWAYS = "checkpoint.interval=1000", "checkpoint.interval=1"
@@ -46,7 +47,7 @@ class Ran:
 
     def saved(self, name: str, step: int) -> tuple[manifest.SavedProgress, dict[str, manifest.FileRecord]]:
         """What a checkpoint says and holds, by checksum; everything but which run it is of."""
-        found = manifest.read(self.folder / name / "checkpoints" / manifest.folder_name(step))
+        found = manifest.read(self.folder / name / "checkpoints" / step_name(step))
         # The rows of the step hold wall-clock times.
         return found.progress, {name: of for name, of in found.files.items() if name != NEWEST_ROWS}
 
@@ -281,7 +282,7 @@ def test_a_full_disk_costs_no_checkpoint_and_more_space_is_all_it_takes(
     assert line.startswith(f"error: {run / 'checkpoints'}: not enough disk space for the checkpoint of step ")
     assert "it needs" in line and "are free; free some space there" in line
     left = sorted(p.name for p in (run / "checkpoints").iterdir())
-    assert left and all(manifest.is_checkpoint_name(name) for name in left)
+    assert left and all(step_of(name) is not None for name in left)
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
     again = batch(tmp_path, {"again": command})["again"]
     assert again.code == 0, again.error

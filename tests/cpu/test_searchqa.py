@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from attempts import observed
+from local_servers import Handler, threaded
 
 pytest.importorskip("bm25s")
 
@@ -18,7 +18,7 @@ from icrl_megatron.agents.judge import exact_match
 from icrl_megatron.agents.search import NOTHING, Search
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
 from icrl_megatron.agents.tools import ToolCall, ToolFailure
-from icrl_megatron.settings.task_schema import AgentSettings, TaskData, TaskSource
+from icrl_megatron.settings.task_options import SearchAgent, SearchData, SearchQASource
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.base import EnvironmentFailure
@@ -60,7 +60,7 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
-def source(folder: Path, **data: object) -> TaskSource:
+def source(folder: Path, **data: object) -> SearchQASource:
     for split, rows in (
         ("train", [{"q": "Capital of France?", "a": ["Paris", "paris city"]}]),
         ("heldout", [{"q": "Italy?", "a": "Rome"}]),
@@ -68,27 +68,13 @@ def source(folder: Path, **data: object) -> TaskSource:
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = {split: [str(folder / f"{split}.jsonl")] for split in ("train", "heldout")}
     columns = {"prompt_column": "q", "label_column": "a"}
-    given = TaskData(**{**columns, **files, **data})  # type: ignore[arg-type]
-    return TaskSource("searchqa", data=given, agent=AgentSettings(format="tags"))
+    given = SearchData(**{**columns, **files, **data})  # type: ignore[arg-type]
+    return SearchQASource("searchqa", data=given, agent=SearchAgent(format="tags"))
 
 
 def play(task_set: RetrievalQA, replies: list[str]) -> tuple[list[str], float, str]:
     environment = task_set.environment(task_set.problems("train")[0])
-
-    async def run() -> list[str]:
-        seen = [await environment.reset()]
-        for reply in replies:
-            action = environment.parse(reply)
-            if action is None:
-                seen.append(environment.hint())
-                continue
-            result = await environment.step(action)
-            seen += result.texts()
-            if result.done:
-                break
-        return seen
-
-    return asyncio.run(run()), environment.outcome(), environment.summary()
+    return asyncio.run(observed(environment, *replies)), environment.outcome(), environment.summary()
 
 
 def test_an_episode_with_searches(corpus: Path) -> None:
@@ -171,32 +157,23 @@ def test_settings_that_cannot_work(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="passages"):
         registry.of_source(source(tmp_path, corpus="c", passages=0))
     assert isinstance(
-        registry.of_source(TaskSource("searchqa", data=TaskData(train=["0:4"], heldout=["4:5"]))), AgentGym
+        registry.of_source(SearchQASource("searchqa", data=SearchData(train=["0:4"], heldout=["4:5"]))), AgentGym
     )
 
 
-class Retrieves(BaseHTTPRequestHandler):
+class Retrieves(Handler):
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.body())
         answer: object = {"result": [[{"document": {"contents": f"about {body['queries'][0]}"}, "score": 1.0}] * 5]}
         if body["queries"][0] == "broken":
             answer = {"results": []}
-        text = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
+        self.send_json(answer)
 
 
 @pytest.fixture
 def remote() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Retrieves)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with threaded(Retrieves) as url:
+        yield url
 
 
 def test_a_remote_retriever(remote: str) -> None:

@@ -146,7 +146,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         ("serve={port: 65535, count: 2}", "serve.port=65535: leave room for 2 ports"),
         ("serve.health=health", "must be a path"),
         ("serve.startup_timeout_s=0", "must be a finite number, at least 0.001"),
-        ("name=rulebook_hard", "'rulebook_hard' uses no server"),
+        ("name=rulebook_hard", "tasks.sources.0.serve.command: task set 'rulebook_hard' has no options: leave it out"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(override: str, message: str) -> None:

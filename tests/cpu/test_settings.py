@@ -95,7 +95,7 @@ def test_later_overrides_win_and_presets_come_first() -> None:
         ("learning_rate=3", "did you mean optim.learning_rate?"),
         ("optim.lr=3", "optim has learning_rate, beta1"),
         ("tasks.sources[0].wight=3", "did you mean tasks.sources.0.weight?"),
-        ("tasks.sources=[{nam: x}]", "Key 'nam'"),
+        ("tasks.sources=[{nam: x}]", "unknown setting 'tasks.sources.0.nam': did you mean tasks.sources.0.name?"),
         ("tasks.sources.7.weight=3", "there is no such element"),
         ("steps=many", "steps=many: expected an integer"),
         ("steps=1.5", "steps=1.5: expected an integer"),
@@ -109,7 +109,7 @@ def test_later_overrides_win_and_presets_come_first() -> None:
         ("engine.server_args=[[a]]", "engine.server_args: expected a list, each element with text, and ['a']"),
         ("engine.server_args={a: b}", "engine.server_args={a: b}: expected a list, each element with text"),
         ("rollout.chat_template_args={a: {b: c}}", "rollout.chat_template_args: expected a mapping"),
-        ("tasks.sources=[{data: {train: [{0: 9}]}}]", "tasks.sources.data.train: expected a list"),
+        ("tasks.sources=[{name: math, data: {train: [{0: 9}]}}]", "tasks.sources.data.train: expected a list"),
         ("tasks=3", "tasks=3: expected values for sources, limit"),
         ("steps", "'steps' is not an override: write name=value"),
         ("name=${seed}", "are not values"),
@@ -171,12 +171,15 @@ def test_run_folder() -> None:
 
 TEXTS = {one.name: one.limit for one in described() if isinstance(one.limit, Choice) and one.kind == "str"}
 RANGES = {one.name: one.limit for one in described() if isinstance(one.limit, Range)}
+OPTIONS = {one.name: one.task_sets for one in described() if one.task_sets}
 
 
 def given_to(name: str, value: str) -> Settings:
-    """Quickstart with a setting; one of an MCP server is given to a first server."""
+    """Quickstart with a setting; an option is given to a task set that has it, and one of an MCP server to a first
+    server."""
+    task_set = [f"tasks.sources.0.name={OPTIONS[name][0]}"] if name in OPTIONS else []
     server = ["tasks.sources.0.agent.mcp=[{command: [server]}]"] if ".mcp.0." in name else []
-    return S.load("quickstart", [*server, f"{name}={value}"])
+    return S.load("quickstart", [*task_set, *server, f"{name}={value}"])
 
 
 @pytest.mark.parametrize("name", sorted(set(TEXTS) - {"algo.preset"}))  # apply_preset refuses that one earlier

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 import torch
 from aiohttp import web
+from local_servers import serving
 
 from icrl_megatron.engines import sglang
 from icrl_megatron.engines.protocol import EngineError, EngineLostError, RequestFailedError, Sampling
@@ -52,21 +53,15 @@ def talk(
         return web.Response()
 
     async def run() -> tuple[list[Completion | BaseException], SGLangEngine]:
-        app = web.Application()
-        app.router.add_post("/generate", generate)
-        app.router.add_post("/abort_request", healthy)
-        app.router.add_get("/health", healthy)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        server = Server(None, f"http://127.0.0.1:{runner.addresses[0][1]}", key)
+        routes = web.post("/generate", generate), web.post("/abort_request", healthy), web.get("/health", healthy)
         settings = EngineSettings(kind="sglang", request_timeout_s=0.3)
-        engine = SGLangEngine(server, settings, no_transport, SHAPES, torch.float32, torch.device("cpu"))
-        engine._version = version
         found: list[Completion | BaseException] = []
-        for _ in range(count):
-            found += await asyncio.gather(engine.generate((1, 2), SAMPLING), return_exceptions=True)
-        await runner.cleanup()
+        async with serving(*routes) as url:
+            server = Server(None, url, key)
+            engine = SGLangEngine(server, settings, no_transport, SHAPES, torch.float32, torch.device("cpu"))
+            engine._version = version
+            for _ in range(count):
+                found += await asyncio.gather(engine.generate((1, 2), SAMPLING), return_exceptions=True)
         return found, engine
 
     return asyncio.run(run())

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import torch
+from local_servers import Handler, threaded
 
 from icrl_megatron.engines import sglang
 from icrl_megatron.engines.protocol import EngineError, NoAnswerError
@@ -49,24 +48,14 @@ class Fake:
 def fake() -> Iterator[Fake]:
     found = Fake()
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *args: object) -> None:
-            pass
-
+    class Answers(Handler):
         def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
+            self.body()
             status, body = found.reply(self.path.partition("?")[0])
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            self.send(body, status)
 
-    served = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found.url = f"http://127.0.0.1:{served.server_port}"
-    Thread(target=served.serve_forever, daemon=True).start()
-    yield found
-    served.shutdown()
-    served.server_close()
+    with threaded(Answers) as found.url:
+        yield found
 
 
 class Own(Server):

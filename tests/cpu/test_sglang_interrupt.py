@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from aiohttp import web
+from local_servers import serving
 
 from icrl_megatron.engines import sglang
 from icrl_megatron.engines.protocol import EngineLostError, Sampling
@@ -69,21 +70,15 @@ def on(slow: Slow, use: Callable[[SGLangEngine], Awaitable[None]], **changes: ob
     """Seconds that `use` takes with an engine on the server."""
 
     async def run() -> float:
-        app = web.Application()
-        app.router.add_post("/generate", slow.generate)
-        app.router.add_post("/abort_request", slow.abort)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        server = Server(None, f"http://127.0.0.1:{runner.addresses[0][1]}")
         settings = EngineSettings(**{"kind": "sglang", "max_batch": 2, **changes})  # type: ignore[arg-type]
         shapes = {"model.embed_tokens.weight": (16, 2)}
-        engine = SGLangEngine(server, settings, no_transport, shapes, torch.float32, torch.device("cpu"))
-        begun = time.monotonic()
-        await use(engine)
-        took = time.monotonic() - begun
-        await runner.cleanup()
-        return took
+        routes = web.post("/generate", slow.generate), web.post("/abort_request", slow.abort)
+        async with serving(*routes) as url:
+            server = Server(None, url)
+            engine = SGLangEngine(server, settings, no_transport, shapes, torch.float32, torch.device("cpu"))
+            begun = time.monotonic()
+            await use(engine)
+            return time.monotonic() - begun
 
     return asyncio.run(run())
 

@@ -23,7 +23,17 @@ from icrl_megatron.rollout.episode import EpisodeSetup, play_episode
 from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.speakers import Ask, Seeds, Speakers
 from icrl_megatron.settings.schema import RolloutSettings
-from icrl_megatron.settings.task_schema import TaskData, TaskSource
+from icrl_megatron.settings.task_options import (
+    ALFWorldSource,
+    GameData,
+    SearchData,
+    SearchQASource,
+    ServedSource,
+    ServerData,
+    ToolData,
+    ToolsSource,
+    source_of,
+)
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Environment, StepResult, TaskSet
 from icrl_megatron.tasks.mathematics import Mathematics
@@ -83,7 +93,7 @@ def test_the_guides_task_set_is_played(anagrams: TaskSet, monkeypatch: pytest.Mo
 
 def test_the_guide_names_every_task_set() -> None:
     text = GUIDE.read_text()
-    assert all(f"`{name}`" in text for name in (*registry._TASK_SETS, *registry._FROM_DATA))
+    assert all(f"`{name}`" in text for name in (*registry._TASK_SETS, *registry._WITH_OPTIONS))
 
 
 # Hostile output
@@ -166,16 +176,16 @@ def environments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Environm
     folder = tmp_path_factory.mktemp("rows")
     (folder / "rows.jsonl").write_text(json.dumps({"prompt": "1+1?", "label": "2"}) + "\n")
     (folder / "corpus.jsonl").write_text(json.dumps({"contents": "x\nsome text"}) + "\n")
-    data = TaskData(train=[str(folder / "rows.jsonl")], heldout=[str(folder / "rows.jsonl")])
+    data = ToolData(train=[str(folder / "rows.jsonl")], heldout=[str(folder / "rows.jsonl")])
     (folder / "code.jsonl").write_text(json.dumps({"prompt": "Add.", "label": ["assert add(1, 2) == 3"]}) + "\n")
     (folder / "game.tw-pddl").write_text('{"solvable": true}')
     sources = [
-        TaskSource("code", data=replace(data, train=[str(folder / "code.jsonl")])),
-        TaskSource("alfworld", data=TaskData(train=[str(folder)], heldout=[str(folder)])),
-        TaskSource("math", data=data),
-        TaskSource("searchqa", data=replace(data, corpus=str(folder / "corpus.jsonl"))),
-        TaskSource("textcraft", data=TaskData(train=["0:1"], servers=["http://127.0.0.1:9"])),
-        *(TaskSource(name) for name in registry.names()),
+        ToolsSource("code", data=replace(data, train=[str(folder / "code.jsonl")])),
+        ALFWorldSource("alfworld", data=GameData(train=[str(folder)], heldout=[str(folder)])),
+        ToolsSource("math", data=data),
+        SearchQASource("searchqa", data=SearchData(data.train, data.heldout, corpus=str(folder / "corpus.jsonl"))),
+        ServedSource("textcraft", data=ServerData(train=["0:1"], servers=["http://127.0.0.1:9"])),
+        *(source_of(name) for name in registry.names()),
     ]
     sets = {source.name: registry.of_source(source) for source in sources}
     assert isinstance(sets["math"], Mathematics)
@@ -234,8 +244,8 @@ def test_hostile_answers_are_judged_like_any_other(environments: dict[str, Envir
     """Not only parsed: what is hostile stands where an answer stands, and goes the whole way."""
     talk = State("textcraft", "A")
     with serving("textcraft", state=talk) as (url, _):
-        data = TaskData(train=["0:1"], heldout=["1:2"], servers=[url])
-        served = registry.of_source(TaskSource("textcraft", data=data))
+        data = ServerData(train=["0:1"], heldout=["1:2"], servers=[url])
+        served = registry.of_source(ServedSource("textcraft", data=data))
 
         async def one(text: str) -> None:
             environment = environments[name]
@@ -260,8 +270,8 @@ def test_markers_in_a_servers_observation_forge_no_turn() -> None:
         talk = State("textcraft", "A")
         talk.fail["/step"] = [(200, {"observation": observation, "reward": 0.0, "done": False})] * 2
         with serving("textcraft", state=talk) as (url, _):
-            data = TaskData(train=["0:1"], heldout=["1:2"], servers=[url])
-            served = registry.of_source(TaskSource("textcraft", data=data))
+            data = ServerData(train=["0:1"], heldout=["1:2"], servers=[url])
+            served = registry.of_source(ServedSource("textcraft", data=data))
             task = served.problems("train")[0]
             turn = itertools.cycle(ACTIONS)
             played = play(task, served.environment, lambda ask, turn=turn: next(turn))

@@ -8,20 +8,21 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from attempts import observed
+from local_servers import Handler, threaded
 
 from icrl_megatron.agents.cache import MOST_ENTRY_BYTES, ToolCache, check
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits, ToolSession
 from icrl_megatron.agents.tools import ToolCall, ToolFailure, ToolSpec, ToolUseError
-from icrl_megatron.settings.task_schema import AgentSettings, TaskData, TaskSource, ToolCacheSettings
+from icrl_megatron.settings.task_options import ArchiveSource, SearchAgent, SearchData, SearchQASource
+from icrl_megatron.settings.task_schema import ToolCacheSettings
 from icrl_megatron.tasks.base import EnvironmentFailure
 from icrl_megatron.tasks.registry import Catalogue
 from icrl_megatron.types import Task
@@ -270,63 +271,48 @@ def test_another_processs_write_stops_neither_the_event_loop_nor_reads(path: Pat
     stored(path, 11)
 
 
-class Retrieves(BaseHTTPRequestHandler):
+class Retrieves(Handler):
     asked: list[str]
 
     def do_POST(self) -> None:
-        (query,) = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["queries"]
+        (query,) = json.loads(self.body())["queries"]
         self.asked.append(query)
         contents = f"about {query}, answer {len(self.asked)}"  # never the same twice
-        text = json.dumps({"result": [[{"document": {"contents": contents}, "score": 1.0}]]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
+        self.send_json({"result": [[{"document": {"contents": contents}, "score": 1.0}]]})
 
 
 def test_a_run_is_repeated_without_its_server(tmp_path: Path, path: Path, opened: Opened) -> None:
     for split, answer in (("train", "Paris"), ("heldout", "Rome")):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"prompt": f"{split}?", "label": answer}) + "\n")
     asked: list[str] = []
-    handler = type("Handler", (Retrieves,), {"asked": asked})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     files = {split: [str(tmp_path / f"{split}.jsonl")] for split in ("train", "heldout")}
-    data = TaskData(**files, servers=[f"http://127.0.0.1:{server.server_port}"])
 
-    def play(cache: ToolCache, queries: tuple[str, ...]) -> tuple[list[str], dict[str, float]]:
-        catalogue = Catalogue([TaskSource("searchqa", data=data, agent=AgentSettings(format="tags"))], tool_cache=cache)
+    def play(cache: ToolCache, url: str, queries: tuple[str, ...]) -> tuple[list[str], dict[str, float]]:
+        data = SearchData(**files, servers=[url])
+        source = SearchQASource("searchqa", data=data, agent=SearchAgent(format="tags"))
+        catalogue = Catalogue([source], tool_cache=cache)
         task: Task = catalogue.get("searchqa").problems("train")[0]
         environment = catalogue.environment(task)
-
-        async def run() -> list[str]:
-            await environment.reset()
-            steps = [await environment.step(f"<search>{query}</search>") for query in queries]
-            return [text for step in steps for text in step.texts()]
-
-        return asyncio.run(run()), environment.measures()  # type: ignore[attr-defined]
+        _, *seen = asyncio.run(observed(environment, *(f"<search>{query}</search>" for query in queries)))
+        return seen, environment.measures()  # type: ignore[attr-defined]
 
     recording = open_cache(opened, path)
-    seen, counts = play(recording, ("rivers", "towns"))
+    with threaded(Retrieves, asked=asked) as url:
+        seen, counts = play(recording, url, ("rivers", "towns"))
     assert seen == ["(1) about rivers, answer 1", "(1) about towns, answer 2"] and counts["calls_cached"] == 0
     recording.close()
-    server.shutdown()
-    server.server_close()
 
     replayed = open_cache(opened, path, "replay")
-    seen_again, counts = play(replayed, ("rivers", "towns"))
+    seen_again, counts = play(replayed, url, ("rivers", "towns"))
     assert seen_again == seen and counts["calls_cached"] == counts["calls_search"] == 2
     with pytest.raises(EnvironmentFailure, match=r"mode=replay: .*tools\.sqlite has no answer of tool 'search'"):
-        play(replayed, ("lakes",))
+        play(replayed, url, ("lakes",))
     assert asked == ["rivers", "towns"]
 
 
 def test_archives_tools_are_cached_except_the_calculator(path: Path, opened: Opened) -> None:
     pytest.importorskip("bm25s")
-    catalogue = Catalogue([TaskSource("archive")], tool_cache=open_cache(opened, path))
+    catalogue = Catalogue([ArchiveSource("archive")], tool_cache=open_cache(opened, path))
     task = catalogue.get("archive").problems("train")[0]
     for _ in range(2):
         environment = catalogue.environment(task)

@@ -11,6 +11,7 @@ from whole_runs import Ended, batch, rows, train
 
 from icrl_megatron.run.watch import MISMATCH, Limits, mismatch_limits
 from icrl_megatron.settings import loading as S
+from icrl_megatron.utils.step_names import step_name, steps_in
 
 BF16 = ["actor.precision=bf16", "steps=5"]
 HUGE = ["optim.learning_rate=30", "steps=6", "checkpoint.keep=9"]
@@ -49,9 +50,10 @@ def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     found = re.search(
         r"step_(\d+) is the newest checkpoint from before the collapse; delete those after it", said(ended["error"])
     )
-    for path in (folder / "error" / "checkpoints").glob("step_*") if found else ():
-        if path.name > f"step_{found[1]}":
-            shutil.rmtree(path)
+    root = folder / "error" / "checkpoints"
+    for step in steps_in(root) if found else ():
+        if step > int(found[1]):
+            shutil.rmtree(root / step_name(step))
     advised = [*commands["error"], "optim.learning_rate=1e-4", "steps=4", "algo.on_no_signal=train"]
     ended |= batch(folder, {"advised": advised})
     return folder, ended

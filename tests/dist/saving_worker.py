@@ -10,7 +10,6 @@ import io
 import json
 import os
 import resource
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from run_faults import fault
 from icrl_megatron import train
 from icrl_megatron.actor import checkpoint, manifest
 from icrl_megatron.actor.optimizer import Optimizer
+from icrl_megatron.distributed import net
 from icrl_megatron.run import saving
 from icrl_megatron.settings.loading import load
 
@@ -82,10 +82,8 @@ def only_rank_1(context: Any) -> Any:
 def free_port(file: Path) -> str:
     """Rank 0 chooses it when it is needed, so that nobody else takes it meanwhile."""
     if RANK == 0:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            part = file.with_suffix(".part")
-            part.write_text(str(probe.getsockname()[1]))
+        part = file.with_suffix(".part")
+        part.write_text(str(net.free_port()))
         part.rename(file)
     while not file.exists():
         time.sleep(0.02)

@@ -42,29 +42,14 @@ if __name__ == "__main__":
 """
 
 
-def free_port() -> int:
-    with net.bound("127.0.0.1") as probe:
-        return int(probe.getsockname()[1])
-
-
 def agents(folder: Path, *words: str) -> list[subprocess.Popen[str]]:
     (folder / "meet.py").write_text(MEET)
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
-    meet = [f"--master-port={free_port()}", "--master-addr=127.0.0.1"]
+    command = [sys.executable, "-m", "icrl_megatron.launch.agent", "--nnodes=2", "--nproc-per-node=2"]
+    command += [f"--master-port={net.free_port()}", "--master-addr=127.0.0.1"]
     return [
         subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "icrl_megatron.launch.agent",
-                "--nnodes=2",
-                f"--node-rank={node}",
-                "--nproc-per-node=2",
-                *meet,
-                "-m",
-                "meet",
-                *words,
-            ],
+            [*command, f"--node-rank={node}", "-m", "meet", *words],
             env={**os.environ, "PYTHONPATH": path},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

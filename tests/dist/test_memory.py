@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from whole_runs import RECIPE, end, start
+from whole_runs import RECIPE, end, ranks_below, start
 
 MOST_MIB = 5.0
 """With torch's flight recorder on (TORCH_FR_BUFFER_SIZE=2000), ranks grew by 10 MiB on one rank, and by 5.4 MiB on two
@@ -28,19 +28,6 @@ SMALL = (
     "algo.on_no_signal=train",
     "algo.max_resamples=0",
 )
-
-
-def ranks_below(launcher: int) -> list[psutil.Process]:
-    """The ranks that a launcher has started: not the agent between them, whose arguments name the module too."""
-    found = []
-    for process in psutil.Process(launcher).children(recursive=True):
-        try:
-            words = process.cmdline()
-        except psutil.NoSuchProcess:
-            continue
-        if "icrl_megatron.train" in words and "icrl_megatron.launch.agent" not in words:
-            found.append(process)
-    return found
 
 
 def resident_by_step(folder: Path, steps: int, ranks: int, *overrides: str) -> dict[int, dict[int, list[float]]]:

@@ -13,6 +13,7 @@ from whole_runs import rows
 
 from icrl_megatron.actor import manifest
 from icrl_megatron.run.state import NEWEST_ROWS
+from icrl_megatron.utils.step_names import step_name
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -32,7 +33,7 @@ class Ranks:
         return [rank[run]["said"] for rank in self.ended]
 
     def saved(self, run: str, step: int) -> manifest.Manifest:
-        return manifest.read(self.folder / run / "checkpoints" / manifest.folder_name(step))
+        return manifest.read(self.folder / run / "checkpoints" / step_name(step))
 
     def files(self, name: str, step: int) -> dict[str, manifest.FileRecord]:
         """By checksum, without the rows of the step, which hold wall-clock times."""

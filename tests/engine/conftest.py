@@ -11,21 +11,17 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import whole_runs
-from engine_cases import engine_on, engine_settings, serving
+from engine_cases import engine_on, engine_settings, serving, tiny
 
 from icrl_megatron.engines.sglang import SGLangEngine
 from icrl_megatron.engines.sglang_server import Server
-from icrl_megatron.model.tiny import build_tiny
-from icrl_megatron.rollout.prompts import template_words
-from icrl_megatron.settings.schema import TinyModel
-from icrl_megatron.tasks import registry
 
 whole_runs.TIMEOUT_S = 600  # a server alone takes a minute and more to start on a busy machine
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen3 with an untied head and the words of Rulebook."""
+    """A tiny Qwen3 with an untied head, the words of Rulebook and the tags of tools."""
     return tiny(tmp_path_factory.mktemp("engine") / "model", "qwen3")
 
 
@@ -33,12 +29,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as a Qwen2.5."""
     return tiny(tmp_path_factory.mktemp("engine") / "qwen2", "qwen2")
-
-
-def tiny(folder: Path, family: str) -> Path:
-    words = template_words("compact") | set(registry.get("rulebook_easy").vocabulary())  # type: ignore[attr-defined]
-    build_tiny(folder, TinyModel(family=family, tie_embeddings=False), sorted(words), 0)
-    return folder
 
 
 @pytest.fixture(scope="session")

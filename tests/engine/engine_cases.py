@@ -17,12 +17,23 @@ from icrl_megatron.engines.sglang_build import tensor_shapes
 from icrl_megatron.engines.sglang_server import Server, ServerSpec
 from icrl_megatron.engines.sglang_weights import SharedMemory
 from icrl_megatron.model.shape import ModelShape
+from icrl_megatron.model.tiny import build_tiny
+from icrl_megatron.rollout.prompts import template_words
 from icrl_megatron.settings.schema import EngineSettings, TinyModel
+from icrl_megatron.tasks import registry
 from icrl_megatron.types import Completion
 
 CONTEXT = 512
 Tensors = list[tuple[str, torch.Tensor]]
 UNTIED = ModelShape.of_tiny(TinyModel(tie_embeddings=False))
+
+
+def tiny(folder: Path, family: str, seed: int = 0) -> Path:
+    """A model with an untied head, the words of Rulebook and the tags of tools."""
+    words = template_words("compact") | set(registry.get("rulebook_easy").vocabulary())  # type: ignore[attr-defined]
+    words |= {f"<{end}{tag}>" for tag in ("search", "page", "python", "answer") for end in ("", "/")}
+    build_tiny(folder, TinyModel(family=family, tie_embeddings=False), sorted(words), seed)
+    return folder
 
 
 def engine_settings(**changes: object) -> EngineSettings:

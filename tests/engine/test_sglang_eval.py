@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import changed, engine_on, engine_settings, load
+from engine_cases import changed, engine_on, engine_settings, load, tiny
 from whole_runs import icrl
 
 from icrl_megatron.distributed import platform
@@ -18,11 +18,9 @@ from icrl_megatron.engines.sglang_server import Server
 from icrl_megatron.evaluation import play
 from icrl_megatron.evaluation.job import Job
 from icrl_megatron.evaluation.result import EvalRequest
-from icrl_megatron.model.tiny import build_tiny
-from icrl_megatron.rollout.prompts import template_words
 from icrl_megatron.rollout.source import Played
 from icrl_megatron.settings import loading
-from icrl_megatron.settings.schema import EngineSettings, TinyModel
+from icrl_megatron.settings.schema import EngineSettings
 from icrl_megatron.tasks import registry
 from icrl_megatron.types import Completion
 from icrl_megatron.utils.progress import Progress
@@ -36,10 +34,7 @@ SMALL = ("actor.precision=fp32", "launch.device=cpu", "rollout.max_turn_tokens=2
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another model with the same tokenizer, as a critic."""
-    folder = tmp_path_factory.mktemp("critic") / "model"
-    words = template_words("compact") | set(registry.get("rulebook_easy").vocabulary())  # type: ignore[attr-defined]
-    build_tiny(folder, TinyModel(tie_embeddings=False), sorted(words), 7)
-    return folder
+    return tiny(tmp_path_factory.mktemp("critic") / "model", "qwen3", seed=7)
 
 
 def replies(played: Played) -> list[tuple[str, int, list[Completion]]]:

@@ -11,7 +11,8 @@ import psutil
 import pytest
 from engine_cases import CONTEXT, UNTIED, engine_on, engine_settings, generate, load, spec, weights
 
-from icrl_megatron.engines import sglang, sglang_server
+from icrl_megatron.distributed import net
+from icrl_megatron.engines import sglang
 from icrl_megatron.engines.protocol import EngineError, EngineLostError, Sampling
 from icrl_megatron.engines.sglang import SGLangEngine
 from icrl_megatron.engines.sglang_checks import require_context
@@ -54,13 +55,13 @@ def test_a_killed_server_is_lost_and_comes_back_though_its_new_port_is_taken(
     engine.wake()
     engine.verify(tensors, UNTIED)
 
-    find = sglang_server._free_port
+    find = net.free_port
     assert server.spec is not None
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         taken = holder.getsockname()[1]
         ports = iter([taken])
-        monkeypatch.setattr(sglang_server, "_free_port", lambda: next(ports, None) or find())
+        monkeypatch.setattr(net, "free_port", lambda: next(ports, None) or find())
         engine.revive()
     starts = [f"port {taken}" in line for line in server.spec.log.read_text().splitlines() if line.startswith("=== ")]
     assert starts[:2] == [False, True] and not starts[-1]

@@ -7,7 +7,6 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-import psutil
 import pytest
 from engine_cases import generate
 from sockets import listeners
@@ -15,6 +14,7 @@ from sockets import listeners
 from icrl_megatron.engines.protocol import Sampling
 from icrl_megatron.engines.sglang import SGLangEngine
 from icrl_megatron.engines.sglang_server import Server
+from icrl_megatron.utils import processes
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -50,8 +50,7 @@ def test_the_key_is_in_no_command_line_and_no_log(server: Server) -> None:
     assert server.spec is not None and len(server.key) > 40
     log = server.spec.log.read_text(errors="replace")
     assert "server_args=" in log and server.key not in log
-    top = psutil.Process(server.pid() or 0)
-    tree = [top, *top.children(recursive=True)]
+    tree = processes.tree(server.pid() or 0)
     assert len(tree) >= 3
     for process in tree:
         assert server.key not in " ".join(process.cmdline())

@@ -1,0 +1,267 @@
+"""The options of each task set: the class of its entries in `tasks.sources`, named in `SOURCES`.
+
+An entry has the options of its task set and no others. A task set that shares an option with others, under the same
+name, takes it from a common base class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from icrl_megatron.settings.endpoint import Endpoint
+from icrl_megatron.settings.limits import Choice, Range
+from icrl_megatron.settings.task_schema import TaskSource
+from icrl_megatron.settings.tool_schema import TOOLS, McpTools, PageTool
+from icrl_megatron.utils.errors import ConfigError
+
+PORT = "{port}"
+"""In `serve.command`: the port that the server has to listen on."""
+
+
+# `data`: where a task set finds its problems and its helpers (docs/TASKS.md)
+
+
+@dataclass
+class Problems:
+    train: list[str] = field(default_factory=list)
+    """Where the training problems are."""
+    heldout: list[str] = field(default_factory=list)
+    """The same for held-out problems, one subset per entry; none may also be a training problem."""
+
+
+@dataclass
+class Rows(Problems):
+    train: list[str] = field(default_factory=list)
+    """Files of training rows: JSONL, Parquet, or a folder of a Hugging Face dataset; a pattern names several."""
+    prompt_column: str = "prompt"
+    """Column of the rows that contains the problem."""
+    label_column: str = "label"
+    """Column of the rows that contains the correct answer."""
+
+
+@dataclass
+class Grading:
+    grading_workers: Annotated[int, Range(1, 1e6)] = 2
+    """Processes of each rank that judge answers; one that hangs is killed."""
+    grading_timeout_s: Annotated[float, Range(0.01, 1e6)] = 5.0
+    """CPU seconds that judging an answer may cost; for code, each of its tests, and for tools, a program."""
+
+
+@dataclass
+class NumberGrading(Grading):
+    numeric_tolerance: Annotated[float, Range(0, 1e6)] = 0.0
+    """Relative error at which two plain numbers are still equal; labels that were rounded need one, e.g. 0.01."""
+
+
+@dataclass
+class FamilyData(Grading, Problems):
+    train: list[str] = field(default_factory=list)
+    """Families of training problems, family:problems:seed or family:problems:seed:level."""
+
+
+@dataclass
+class ServerData(Problems):
+    train: list[str] = field(default_factory=list)
+    """Training problems: ranges of task ids, e.g. 0:2420, or JSONL files of rows with a task_id."""
+    servers: list[str] = field(default_factory=list)
+    """URLs of servers that are already running."""
+    request_timeout_s: Annotated[float, Range(1e-3)] = 60.0
+    """Deadline of one call to a server, retries not counted."""
+
+
+@dataclass
+class GameData(ServerData):
+    train: list[str] = field(default_factory=list)
+    """Training games: folders, or as for other servers ranges of task ids or JSONL files of rows with a task_id."""
+    request_timeout_s: Annotated[float, Range(1e-3)] = 60.0
+    """Deadline of one call to a server or a process with games, retries not counted."""
+    grading_workers: Annotated[int, Range(1, 1e6)] = 2
+    """Processes of each rank that play the games of folders; one that hangs is killed."""
+
+
+@dataclass
+class ToolData(NumberGrading, Rows, ServerData):
+    train: list[str] = field(default_factory=list)
+    """Files of training rows: JSONL, Parquet, or a folder of a Hugging Face dataset; a pattern names several."""
+    servers: list[str] = field(default_factory=list)
+    """With search: URLs of retrievers that are already running."""
+    corpus: str = ""
+    """With search: JSONL of documents for the built-in retriever, in place of servers."""
+    passages: Annotated[int, Range(1)] = 3
+    """With search: documents shown for a search."""
+    program_memory_mib: Annotated[int, Range(64, 1e6)] = 512
+    """Memory of a program in the sandbox."""
+
+
+@dataclass
+class SearchData(ToolData):
+    train: list[str] = field(default_factory=list)
+    """Files of training rows, as for math; or ranges of task ids of AgentGym's server, which then judges answers."""
+    servers: list[str] = field(default_factory=list)
+    """URLs of retrievers that are already running; with ranges of task ids, of AgentGym's servers."""
+
+
+# `serve`: environment servers
+
+
+@dataclass
+class TaskServers:
+    """Environment servers that the run starts beside itself, waits for, watches and ends with itself (docs/TASKS.md).
+    Their addresses become the source's `data.servers`; where those are given, nothing is started."""
+
+    command: str = ""
+    """What a shell starts one server with; empty: none. {port} stands for its port, and {host} for the address that it
+    listens on: 127.0.0.1, or 0.0.0.0 where the job has several nodes. E.g. alfworld --host {host} --port {port}."""
+    count: Annotated[int, Range(1)] = 1
+    """Servers, each with a port of its own."""
+    port: Annotated[int, Range(0, 65535)] = 0
+    """Of the first one, the others follow; 0: any free ones."""
+    health: str = "/"
+    """A server is ready when it answers this path with anything but a server error."""
+    startup_timeout_s: Annotated[float, Range(1e-3)] = 600.0
+    """One that does not answer by then ends the run."""
+
+
+# `agent`: how a task set is solved with tools (docs/AGENTS.md)
+
+
+@dataclass
+class Answers:
+    answer_chars: Annotated[int, Range(1)] = 4000
+    """A judge reads at most this many characters of an answer. A program is read as a whole."""
+    grammar: Annotated[str, Choice(("calls", "multi_hop", "web", "code"))] = "calls"
+    """Which tag may follow which; calls: only calls and answers are read. Logged as task/format."""
+    reward: Annotated[str, Choice(("answer", "answer_times_format"))] = "answer"
+    """With answer_times_format, an attempt that breaks the grammar has reward 0."""
+
+
+@dataclass
+class Calls(Answers):
+    format: Annotated[str, Choice(("qwen3", "tags", "search_r1"))] = "qwen3"
+    """How calls and answers are written. qwen3: the chat template's tool calls and tool messages. tags: inline tags, as
+    in Chain-of-Agents. search_r1: Search-R1's inline tags."""
+
+
+@dataclass
+class ToolAgent(Calls):
+    tools: Annotated[list[str], Choice(TOOLS)] = field(default_factory=list)
+    """Tools to solve problems with, in several turns. Empty: one reply without tools; for searchqa, search."""
+    python_state: bool = False
+    """With python: keep the variables of an attempt's earlier programs."""
+    page: PageTool = field(default_factory=PageTool)
+    mcp: list[McpTools] = field(default_factory=list)
+
+
+@dataclass
+class SearchAgent(ToolAgent):
+    judge: Annotated[str, Choice(("exact", "f1", "math", "model", "tests"))] = "exact"
+    """Who grades an answer. exact: normalized text. f1: overlap of words. math: numbers and formulas. model:
+    `endpoint`. tests: the label's tests, run on a program as for code."""
+    endpoint: Endpoint = field(default_factory=lambda: Endpoint(timeout_s=12.0))
+
+
+# The classes of entries
+
+
+@dataclass
+class DataSource(TaskSource):
+    """Of a task set that needs data."""
+
+    data: Problems = field(default_factory=Problems)
+
+
+@dataclass
+class ServedSource(DataSource):
+    """Of a task set behind servers."""
+
+    data: ServerData = field(default_factory=ServerData)
+    serve: TaskServers = field(default_factory=TaskServers)
+
+    @property
+    def served(self) -> bool:
+        """Whether servers are started for it."""
+        return bool(self.serve.command) and not self.data.servers
+
+
+@dataclass
+class ArchiveSource(TaskSource):
+    agent: Answers = field(default_factory=Answers)
+
+
+@dataclass
+class ToolsSource(ServedSource):
+    """Of a task set of rows that can be solved with tools."""
+
+    data: ToolData = field(default_factory=ToolData)
+    agent: ToolAgent = field(default_factory=ToolAgent)
+
+
+@dataclass
+class ReasoningGymSource(DataSource):
+    data: FamilyData = field(default_factory=FamilyData)
+
+
+@dataclass
+class SearchQASource(ToolsSource):
+    data: SearchData = field(default_factory=SearchData)
+    agent: SearchAgent = field(default_factory=SearchAgent)
+
+
+@dataclass
+class ALFWorldSource(ServedSource):
+    data: GameData = field(default_factory=GameData)
+
+
+SOURCES: dict[str, type[TaskSource]] = {
+    "math": ToolsSource,
+    "searchqa": SearchQASource,
+    "code": ToolsSource,
+    "reasoning_gym": ReasoningGymSource,
+    "alfworld": ALFWorldSource,
+    **dict.fromkeys(("webshop", "sciworld", "babyai", "textcraft"), ServedSource),
+    **dict.fromkeys(("archive", "archive_easy", "archive_answers"), ArchiveSource),
+}
+"""Task set -> the class of its entries in `tasks.sources`. A task set without options is not listed."""
+
+
+def source_class(name: str) -> type[TaskSource]:
+    return SOURCES.get(name, TaskSource)
+
+
+def source_of(name: str) -> TaskSource:
+    """An entry of this task set with the defaults of its options."""
+    return source_class(name)(name)
+
+
+def no_option(setting: str, source: TaskSource) -> ConfigError:
+    """`setting` is an option of other task sets, but not of this one."""
+    common = dict(options(TaskSource()))
+    own = [name for name, _ in options(source) if name not in common]
+    if own:
+        return ConfigError(f"{setting}: task set {source.name!r} has no such option; it has {', '.join(own)}")
+    near = difflib.get_close_matches(source.name, SOURCES, n=1)
+    remedy = f"did you mean {near[0]}?" if near else f"leave it out; {', '.join(SOURCES)} have options"
+    return ConfigError(f"{setting}: task set {source.name!r} has no options: {remedy}")
+
+
+def options(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name -> value of every setting below a section."""
+    for one in dataclasses.fields(section):
+        value = getattr(section, one.name)
+        if dataclasses.is_dataclass(value):
+            yield from options(value, f"{prefix}{one.name}.")
+        else:
+            yield prefix + one.name, value
+
+
+def check_unused(source: TaskSource, unused: Sequence[str], why: str) -> None:
+    """Raises ConfigError if a setting that has no effect, because of another one, is not its default. `unused`: dotted
+    names below `source`, also of sections. `why` names the other setting."""
+    default = dict(options(type(source)()))
+    for name, value in options(source):
+        if value != default[name] and any(f"{name}.".startswith(f"{section}.") for section in unused):
+            raise ConfigError(f"task set {source.name!r}: {name}={value} has no effect {why}; leave it out")

@@ -1,0 +1,98 @@
+"""Tool time in plans: calls, seconds and queues by arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from icrl_megatron.agents.toolbox import ToolLimits
+from icrl_megatron.plan import hardware, planner, timing
+from icrl_megatron.plan.layout import Layout
+from icrl_megatron.plan.models import PUBLISHED
+from icrl_megatron.plan.workload import PROFILES, Profile, Workload, profile_of, simulate
+from icrl_megatron.settings import loading as settings_module
+from icrl_megatron.settings.schema import Settings
+
+H100, SHAPE, LAYOUT = hardware.GPUS["h100"], PUBLISHED["Qwen3-8B"], Layout(1)
+WEB, CODE = "coa_qwen3_8b_web_8xh100", "coa_qwen3_8b_code_8xh100"
+
+
+def load(recipe: str, *overrides: str) -> Settings:
+    return settings_module.load(recipe, overrides)
+
+
+def played(calling: tuple[float, float], queued: float = 0.0, waiting: tuple[float, float] = (0, 0)) -> timing.Rollout:
+    """A short and a long episode on one engine."""
+    zero, one = np.zeros(2), np.ones(2)
+    work = Workload(
+        1, np.array([100.0, 1000.0]), zero, 500 * one, np.array(waiting), np.array(calling), queued / 2 * one, one, one
+    )
+    return timing.play(SHAPE, LAYOUT, work, H100, 40e9)
+
+
+@pytest.mark.parametrize("calling", [(0, 0), (1, 0), (60, 0), (0, 7), (60, 7), (5, 60)])
+@pytest.mark.parametrize("waiting", [(0, 0), (20, 1)])
+def test_an_episode_ends_after_its_tokens_and_its_calls(calling: tuple[int, int], waiting: tuple[int, int]) -> None:
+    both, alone = (timing.decode_step(SHAPE, LAYOUT, running, running * 500, H100) for running in (1.5, 1.0))
+    short = 100 * both
+    long = short + 900 * alone
+    rollout = played(calling, waiting=waiting)
+    assert rollout.decode == pytest.approx(long)
+    assert rollout.waiting == pytest.approx(max(short + waiting[0], long + waiting[1]) - long)
+    end = max(short + waiting[0] + calling[0], long + waiting[1] + calling[1])
+    assert rollout.decode + rollout.waiting + rollout.calling == pytest.approx(end)
+
+
+def test_a_rollout_is_not_shorter_than_its_queue_of_calls() -> None:
+    decode = played((0, 0)).decode
+    assert played((1, 1), queued=1000).calling == pytest.approx(1000 - decode)
+    assert played((1, 1), queued=decode / 2).calling == pytest.approx(1)
+
+
+def test_tool_time_is_calls_times_seconds() -> None:
+    # Enough room and turns, so that nothing is cut and the mean is what was asked for.
+    wide = ("rollout.max_turns=100", "tasks.sources.0.plan.calls=6")
+    once = simulate(load(WEB, *wide, "tasks.sources.0.plan.call_s=2"))
+    assert once.calling_E.mean() == pytest.approx(6 * 2, rel=0.05)
+    assert np.allclose(once.calling_E % 2, 0), "whole calls"
+    assert np.allclose(simulate(load(WEB, *wide, "tasks.sources.0.plan.call_s=6")).calling_E, 3 * once.calling_E)
+    assert np.allclose(once.queued_E, once.calling_E / 64)
+    assert once.waiting_E.sum() == 0, "the latency that is assumed of SearchQA's turns is for AgentGym's server"
+    programs = simulate(load(CODE, "tasks.sources.0.data.grading_workers=5"))
+    assert np.allclose(programs.queued_E, programs.calling_E / 5)
+    assert simulate(load(WEB, "tasks.sources.0.plan.call_s=0")).calling_E.sum() == 0
+
+
+def test_a_step_grows_with_the_most_calls_of_an_episode_or_with_the_queue() -> None:
+    def step(recipe: str, call_s: int, *more: str) -> float:
+        return planner.plan(load(recipe, f"tasks.sources.0.plan.call_s={call_s}", *more)).times.total
+
+    def calls(recipe: str, engines: int) -> list[np.ndarray]:
+        work = simulate(load(recipe, "tasks.sources.0.plan.call_s=1"))
+        by_task = work.calling_E.reshape(-1, work.episodes_a_task)
+        return [by_task[engine::engines].ravel() for engine in range(engines)]
+
+    longest = max(max(one.max(), one.sum() / 64) for one in calls(WEB, 4))
+    assert step(WEB, 3000) - step(WEB, 2000) == pytest.approx(1000 * longest, rel=0.01)
+    queue = max(one.sum() / 12 for one in calls(CODE, 4))
+    assert queue > max(one.max() for one in calls(CODE, 4)), "here programs wait for one another"
+    assert step(CODE, 3000) - step(CODE, 2000) == pytest.approx(1000 * queue, rel=0.01)
+
+
+def test_the_source_says_what_its_attempts_are_like() -> None:
+    (source,) = load(WEB).tasks.sources
+    plan = source.plan
+    found = profile_of(source)
+    assert (found.prompt_tokens, found.reply_tokens, found.observation_tokens) == (
+        plan.prompt_tokens,
+        plan.reply_tokens,
+        plan.observation_tokens,
+    )
+    assert (found.turns, found.call_s) == (13, 3)
+    assert profile_of(replace(source, plan=type(plan)())) == PROFILES["searchqa"]
+
+
+def test_the_planner_knows_how_many_calls_run_at_a_time() -> None:
+    assert Profile.calls_at_once == ToolLimits.concurrency
