@@ -14,6 +14,7 @@ Prints a table and writes JSON. The results depend on other load on the machine,
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.util
 import multiprocessing
 import tempfile
@@ -102,6 +103,8 @@ async def _pair(episodes: int, calls: int, tool_s: float, bare_first: bool) -> t
 def overhead(rounds: int, episodes: int, calls: int, tool_s: float) -> Figures:
     """What the toolbox adds, as a share of the bare seconds: mean over the rounds, its 95 % interval, and the smallest,
     median and largest round. `cpu_us`: microseconds of CPU time that it adds to a call, in the median round."""
+    gc.collect()
+    gc.freeze()  # else a collection of all that was imported takes 50 ms of one round or another
     pairs = [asyncio.run(_pair(episodes, calls, tool_s, round % 2 == 0)) for round in range(rounds)]
     shares = np.array([through.seconds / bare.seconds - 1.0 for bare, through in pairs])
     added = paired_difference(shares)

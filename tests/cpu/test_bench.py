@@ -159,7 +159,7 @@ def test_every_benchmark_has_a_program_and_a_reason_when_it_cannot_run() -> None
         assert (TOOLS / one.script).is_file()
         assert isinstance(one.lacks(OPTIONS), str)
     programs = {path.name for path in TOOLS.glob("bench_*.py")}
-    helpers = {f"bench_{name}.py" for name in ("parts", "report", "schema", "head_cpu", "head_cuda")}
+    helpers = {f"bench_{name}.py" for name in ("parts", "tokens", "report", "schema", "head_cpu", "head_cuda")}
     assert {one.script for one in bench.BENCHMARKS} == programs - helpers
 
 

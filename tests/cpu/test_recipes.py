@@ -130,9 +130,10 @@ def test_names_say_how_many_gpus() -> None:
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in AGENTS])
 def test_recipes_on_agentgym_start_its_servers(name: str) -> None:
     for source in settings_module.load(name).tasks.sources:
-        assert isinstance(source, ServedSource) == (source.name in ("alfworld", "webshop", "searchqa"))
-        if isinstance(source, ServedSource):
-            assert source.served and f"{source.name} --host {{host}} --port {{port}}" in source.serve.command
+        served = isinstance(source, ServedSource) and source.served
+        assert served == (source.name in ("alfworld", "webshop", "searchqa"))
+        if isinstance(source, ServedSource) and served:
+            assert f"{source.name} --host {{host}} --port {{port}}" in source.serve.command
         if isinstance(source, ALFWorldSource):
             assert (source.data.train, source.data.heldout, source.serve.count) == (["0:2420"], ["2420:2620"], 32)
 

@@ -40,9 +40,18 @@ ARCHIVE = "task set 'archive' has no such option; it has agent.answer_chars, age
     ("overrides", "message"),
     [
         (["tasks.sources=[{name: reasoning_gym, data: {corpus: x}}]"], f"tasks.sources.0.data.corpus: {PUZZLES}"),
-        (["tasks={sources: [{name: reasoning_gym, agent: {format: tags}}]}"], f"tasks.sources.0.agent.format: {PUZZLES}"),
-        (["tasks.sources.0.name=reasoning_gym", "tasks.sources.0.serve.count=3"], f"tasks.sources.0.serve.count: {PUZZLES}"),
-        (["tasks.sources.0.data={passages: 9}", "tasks.sources.0.name=reasoning_gym"], f"tasks.sources.0.data.passages: {PUZZLES}"),
+        (
+            ["tasks={sources: [{name: reasoning_gym, agent: {format: tags}}]}"],
+            f"tasks.sources.0.agent.format: {PUZZLES}",
+        ),
+        (
+            ["tasks.sources.0.name=reasoning_gym", "tasks.sources.0.serve.count=3"],
+            f"tasks.sources.0.serve.count: {PUZZLES}",
+        ),
+        (
+            ["tasks.sources.0.data={passages: 9}", "tasks.sources.0.name=reasoning_gym"],
+            f"tasks.sources.0.data.passages: {PUZZLES}",
+        ),
         (["tasks.sources.0={name: reasoning_gym, data: {servers: [a]}}"], f"tasks.sources.0.data.servers: {PUZZLES}"),
         (["tasks.sources.1.name=reasoning_gym", "tasks.sources.1.agent={}"], f"tasks.sources.1.agent: {PUZZLES}"),
         (["tasks.sources.0.name=archive", "tasks.sources.0.agent.format=tags"], f"agent.format: {ARCHIVE}"),
@@ -94,8 +103,8 @@ def test_saved_options_come_back(task_set: str, tmp_path: Path) -> None:
 
 
 def test_saved_options_of_another_task_set_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "settings.yaml").write_text("tasks: {sources: [{name: code, data: {corpus: x}}]}")
-    with pytest.raises(ConfigError, match=r"settings\.yaml: .*'code' has no such option"):
+    (tmp_path / "settings.yaml").write_text("tasks: {sources: [{name: reasoning_gym, data: {corpus: x}}]}")
+    with pytest.raises(ConfigError, match=r"settings\.yaml: .*'reasoning_gym' has no such option"):
         S.load_saved(tmp_path / "settings.yaml")
 
 
