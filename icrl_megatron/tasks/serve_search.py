@@ -120,6 +120,7 @@ def serve(corpus: Path, host: str, port: int) -> None:
     retriever = LocalRetriever(corpus)
     try:
         sock = net.bound(host, port)
+        sock.listen()  # before its address is printed
     except OSError as error:
         raise ConfigError(f"--host {host} --port {port}: cannot listen there ({error}); give another port") from error
     where = f"http://{host}:{sock.getsockname()[1]}"
