@@ -48,6 +48,34 @@ class SystemAgent:
     """Address of its server. Empty: distill.endpoint.url."""
 
 
+FILTERS = (
+    "correctness", "complexity", "format", "length", "redundancy", "leakage", "duplicates", "reflection", "correction",
+)  # fmt: skip
+"""Functions of distill/filters.py, in the order in which they apply."""
+
+
+@dataclass
+class DistillFilters:
+    """Which trajectories are kept, and how often (docs/AGENTS.md)."""
+
+    leave_out: Annotated[list[str], Choice(FILTERS)] = field(default_factory=list)
+    """Filters that are not applied."""
+    min_interactions: Annotated[int, Range(0)] = 5
+    """complexity: trajectories with fewer texts, calls and answers are dropped."""
+    max_chars: Annotated[int, Range(1)] = 60000
+    """length: longer trajectories are dropped; problem and observations count."""
+    max_repeats: Annotated[int, Range(0)] = 0
+    """redundancy: trajectories that repeat more calls are dropped."""
+    leakage_similarity: Annotated[float, Range(0.5, 1)] = 0.7
+    """leakage: a problem is nearly a held-out one from this share of common runs of three words."""
+    duplicate_similarity: Annotated[float, Range(0.5, 1)] = 0.9
+    """duplicates: the same for two trajectories, of which the later one is dropped."""
+    keep_without_reflection: Annotated[float, Range(0, 1)] = 0.5
+    """reflection: share that is kept of the trajectories in which nobody reflects or checks."""
+    correction_copies: Annotated[int, Range(1, 100)] = 2
+    """correction: how often a trajectory appears in which a low check led to another, right answer."""
+
+
 @dataclass
 class DistillSettings:
     system: Annotated[str, Choice(("scripted", "endpoint"))] = "scripted"
@@ -68,3 +96,4 @@ class DistillSettings:
     """Largest number of attempts at the same time."""
     task_timeout_s: Annotated[float, Range(1e-3)] = 900.0
     """Time limit of one attempt, in seconds."""
+    filters: DistillFilters = field(default_factory=DistillFilters)
