@@ -113,15 +113,9 @@ class _Attempt:
         self._events, self._notes = list[Event](), list[Note]()
         self._spent, self._uncounted, self._unreadable, self._threads = dict[str, Tokens](), 0, 0, 0
         self._team = {name: m.about for name, m in system.team.items() if name not in roles.ROLES}
-        unknown = [t for m in system.team.values() for t in m.tools if t not in self._inner.toolbox.tools]
-        if unknown:
-            raise ConfigError(
-                f"distill: an agent has the tool {unknown[0]!r}, and task set {task.source!r} has "
-                f"{', '.join(self._inner.toolbox.tools)}: correct distill.agents"
-            )
 
     def _opened(self, task: Task) -> ToolEnvironment:
-        self._inner = _tool_environment(self._system.environment(task), task)
+        self._inner = check_tools(self._system, self._system.environment(task), task)
         return self._inner
 
     async def play(self) -> Run:
@@ -307,11 +301,19 @@ class _Attempt:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
 
 
-def _tool_environment(environment: Environment, task: Task) -> ToolEnvironment:
+def check_tools(system: System, environment: Environment, task: Task) -> ToolEnvironment:
+    """The environment of a task, if the system can play it. Raises ConfigError if not."""
     if not isinstance(environment, ToolEnvironment):
         raise ConfigError(
             f"task set {task.source!r} has no tools that agents could call: take it out of tasks.sources, or give math "
             "tasks.sources[...].agent.tools"
+        )
+    known = environment.toolbox.tools
+    unknown = [(name, tool) for name, member in system.team.items() for tool in member.tools if tool not in known]
+    if unknown:
+        raise ConfigError(
+            f"distill.agents: agent {unknown[0][0]!r} has the tool {unknown[0][1]!r}, and task set {task.source!r} has "
+            f"{', '.join(known)}: correct its tools"
         )
     return environment
 

@@ -72,8 +72,9 @@ class AppendFile:
 
 
 @contextmanager
-def locked(folder: Path, name: str) -> Iterator[None]:
-    """Holds the lock `name` of a run folder, which is created if needed; the lock is released however the process ends.
+def locked(folder: Path, name: str, what: str = "") -> Iterator[None]:
+    """Holds the lock `name` of a folder, which is created if needed; the lock is released however the process ends.
+    `what` names the setting with the folder or file in the message (default: run_dir).
 
     Raises ConfigError if another process holds it or the folder cannot be written.
     """
@@ -85,7 +86,7 @@ def locked(folder: Path, name: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConfigError(
-                f"run_dir={folder}: another run writes there; wait for it, or choose another name"
+                f"{what or f'run_dir={folder}'}: another run writes there; wait for it, or choose another name"
             ) from error
         yield
 
