@@ -74,6 +74,7 @@ def prepare(settings: Settings, out: Path, overwrite: bool = False, cache: ToolC
         distill.tries,
         distill.task_timeout_s,
         settings.rollout.environment_timeout_s,
+        settings.rollout.max_observation_bytes,
     )
     shared = endpoint_agents.team(distill) if distill.system == "endpoint" else None
     for source in settings.tasks.sources:

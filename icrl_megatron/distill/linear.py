@@ -18,7 +18,7 @@ def linear(run: Run) -> Trajectory:
     """The trajectory of a run: its events ordered as `_ordered` says, without repeated messages (`_merged`)."""
     segments = [
         Segment(event.tag, event.text, event.kind, event.kind != "observation", event.call)
-        for event in _merged(run, list(_ordered(_units(run.events))))
+        for event in _merged(run, list(_ordered(_units(run))))
     ]
     if [s.agent for s in segments[-2:]] == [roles.SUGGESTION, roles.ANSWER] and segments[-2].text == segments[-1].text:
         del segments[-2]  # nobody checked it, so it was the answer
@@ -40,11 +40,14 @@ class _Unit:
         return self.events[0].thread
 
 
-def _units(events: Sequence[Event]) -> list[_Unit]:
-    """Raises ValueError unless every call has one observation, and every event knows only earlier ones."""
+def _units(run: Run) -> list[_Unit]:
+    """A call of a tool with a state needs all calls of that tool before it, whoever made them: they made its answer.
+
+    Raises ValueError unless every call has one observation, and every event knows only earlier ones."""
+    events = run.events
     observed = {event.knows[0]: number for number, event in enumerate(events) if event.kind == "observation"}
     owner = {number: call for call, number in observed.items()}
-    newest = dict[int, int]()
+    newest, state = dict[int, int](), dict[str, int]()
     units = []
     for number, event in enumerate(events):
         if any(known >= number for known in event.knows):
@@ -55,6 +58,10 @@ def _units(events: Sequence[Event]) -> list[_Unit]:
         if event.thread in newest:
             needs.add(newest[event.thread])
         newest[event.thread] = number
+        if event.kind == "call" and event.tag in run.stateful:
+            if event.tag in state:
+                needs.add(state[event.tag])
+            state[event.tag] = number
         both = (event, events[observed[number]]) if event.kind == "call" and number in observed else (event,)
         if event.kind == "call" and len(both) == 1:
             raise ValueError(f"event {number}: a call without an observation")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -23,6 +24,7 @@ from icrl_megatron.distill.events import Event, Failed, Run
 from icrl_megatron.distill.roles import Agent, Brief, Job, Note, Reply, Unreadable
 from icrl_megatron.distill.trajectory import Kind, Tokens
 from icrl_megatron.rollout.checked_environment import CheckedEnvironment
+from icrl_megatron.settings.rollout_schema import RolloutSettings
 from icrl_megatron.tasks.base import Environment, sendable
 from icrl_megatron.tasks.tool_use import ToolEnvironment
 from icrl_megatron.types import Task
@@ -56,6 +58,8 @@ class SystemLimits:
     """Seconds for one attempt at a task."""
     environment_s: float = 60.0
     """Seconds for one call of the environment."""
+    observation_bytes: int = RolloutSettings.max_observation_bytes
+    """Of one answer of a tool; the rest is cut."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +111,16 @@ class _Attempt:
 
     def __init__(self, system: System, task: Task, attempt: int) -> None:
         self._system, self._limits, self._task, self._attempt = system, system.limits, task, attempt
-        self._environment = CheckedEnvironment(task, self._opened, self._limits.environment_s)
+        self._environment = CheckedEnvironment(
+            task, self._opened, self._limits.environment_s, self._limits.observation_bytes
+        )
         self._calls_left = self._environment.max_turns - 1  # one turn is the answer's
         self._question = ""
         self._events, self._notes = list[Event](), list[Note]()
         self._spent, self._uncounted, self._unreadable, self._threads = dict[str, Tokens](), 0, 0, 0
         self._team = {name: m.about for name, m in system.team.items() if name not in roles.ROLES}
+        self._stateful = tuple(name for name, tool in self._inner.toolbox.tools.items() if _keeps_state(tool))
+        self._answers, self._one_at_a_time = dict[str, str](), asyncio.Lock()
 
     def _opened(self, task: Task) -> ToolEnvironment:
         self._inner = check_tools(self._system, self._system.environment(task), task)
@@ -171,15 +179,28 @@ class _Attempt:
                     brief, made = await self._call(brief, call, thread, plan), made + 1
 
     async def _call(self, brief: Brief, call: ToolCall, thread: int, plan: int) -> Brief:
-        """Makes a call. Returns the brief with its answer."""
+        """Makes a call. Returns the brief with its answer. A tool with a state answers one call after the other, in the
+        order of their events, because each answer depends on the calls before."""
         self._calls_left -= 1
-        asked = self._say(brief, call.name, "call", "", thread, plan, call)
-        step = await self._environment.step(self._inner.form.render(ToolCalls((call,))))
-        text = step.observations[0].text
-        self._events.append(Event(brief.agent, call.name, "observation", text, (asked,), thread))
-        written = Note(asked, brief.agent, "call", f"{call.name} {call.written_arguments()}")
+        async with self._one_at_a_time if call.name in self._stateful else nullcontext():
+            asked = self._say(brief, call.name, "call", "", thread, plan, call)
+            text = await self._observed(brief, call)
+            self._events.append(Event(brief.agent, call.name, "observation", text, (asked,), thread))
+        written = Note(asked, brief.agent, "call", call.key())
         observed = Note(len(self._events) - 1, brief.agent, "observation", text)
         return replace(brief, own=(*brief.own, written, observed))
+
+    async def _observed(self, brief: Brief, call: ToolCall) -> str:
+        """The answer to a call. One that another agent has had is given again here: the environment would tell an agent
+        that repeats calls to stop, and this one does not repeat its own."""
+        key = call.key()
+        own = any(note.text == key for note in brief.own)
+        if key in self._answers and call.name not in self._stateful and not own:
+            return self._answers[key]
+        step = await self._environment.step(self._inner.form.render(ToolCalls((call,))))
+        text = step.observations[0].text
+        self._answers.setdefault(key, text)
+        return text
 
     async def _said(self, agent: str, tag: str, read: Callable[[str], str]) -> str:
         """What a role says; empty text is nothing, and no event."""
@@ -205,7 +226,7 @@ class _Attempt:
             self._environment.success(),
             {name: self._spent[name] for name in sorted(self._spent)},
             tuple(tool.spec for tool in tools.values()),
-            tuple(name for name, tool in tools.items() if _keeps_state(tool)),
+            self._stateful,
             self._uncounted,
             self._unreadable,
         )

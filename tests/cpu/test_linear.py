@@ -173,6 +173,18 @@ def test_repetitions_are_merged_only_where_the_author_could_not_know() -> None:
     assert len(shown(run_of(aware))) == 4
 
 
+def test_calls_of_a_tool_with_a_state_keep_their_order() -> None:
+    """The answer to b depends on the call a of another agent, which b's author did not know."""
+    events = [
+        text("plan", "do", 0),
+        call(2, "a", 0), seen(2, "1", 1), call(1, "b", 0), seen(1, "2", 3), call(2, "c", 0, 1, 2), seen(2, "3", 5),
+    ]  # fmt: skip
+    said_in_order = [line.partition(":")[2] for line in shown(run_of(events))]
+    assert said_in_order == ["do", "b", "2", "a", "1", "c", "3"]
+    with_state = [line.partition(":")[2] for line in shown(run_of(events, stateful=("search",)))]
+    assert with_state == ["do", "a", "1", "b", "2", "c", "3"]
+
+
 def test_an_unchecked_suggestion_is_the_answer() -> None:
     events = [text(roles.SUGGESTION, "4 2", 0), Event("answerer", "answer", "answer", "4 2", (0,), 1)]
     assert shown(run_of(events)) == ["answer:4 2"]

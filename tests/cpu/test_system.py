@@ -335,6 +335,21 @@ def test_calls_that_cannot_be_made_never_become_events(call: str) -> None:
     assert [e.tag for e in run.events if e.call is not None] == ["search", "search"]
 
 
+def test_agents_that_make_the_same_call_get_the_same_answer() -> None:
+    """Also the fifth: it does not repeat its own call, which the environment would refuse."""
+
+    async def same(request: web.Request) -> web.Response:
+        body = await request.json()
+        if "You plan" in body["messages"][0]["content"]:
+            return said("<plan>" + "\nthen\n".join("worker: find p 0 0 1" for _ in range(5)) + "</plan>")
+        return said(reply_of(body))
+
+    (run,) = served(same)
+    assert isinstance(run, Run) and run.correct
+    observed = [event.text for event in run.events if event.kind == "observation"]
+    assert len(observed) == 5 and len(set(observed)) == 1 and "lives in" in observed[0]
+
+
 def test_calls_are_limited_by_job() -> None:
     async def endless(request: web.Request) -> web.Response:
         body = await request.json()
