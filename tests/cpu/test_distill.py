@@ -76,6 +76,18 @@ def test_the_file_holds_what_the_report_counts(whole: Path) -> None:
         assert answered == [call["id"] for call in made]
 
 
+def test_a_model_of_archive_knows_every_word_of_the_file(whole: Path) -> None:
+    from icrl_megatron.model.tiny import build_tokenizer
+    from icrl_megatron.tasks.archive import Archive
+    from icrl_megatron.tasks.registry import get
+
+    archive = get("archive")
+    assert isinstance(archive, Archive)
+    tokenizer = build_tokenizer(archive.vocabulary())
+    for message in (message for row in rows(whole) for message in row["messages"]):
+        assert tokenizer.unk_token_id not in tokenizer.encode(message["content"], add_special_tokens=False)
+
+
 def test_a_killed_command_goes_on_and_ends_with_the_same_files(tmp_path: Path, whole: Path) -> None:
     out = tmp_path / "archive.jsonl"
     overrides = ("tasks.limit=20", "distill.attempts=2", "distill.concurrency=1")
