@@ -92,7 +92,7 @@ def prepare(settings: Settings, out: Path, overwrite: bool = False, cache: ToolC
         systems[source.name] = system
     made = Distillation(settings, out, catalogue, problems, systems)
     check_file(out, "a file of trajectories", begins_with(b'{"messages"'), overwrite)
-    check_file(made.report, "a report", begins_with(f'{{"{_FIRST_KEY}"'.encode()), overwrite)
+    check_file(made.report, "a report", begins_with(f'"{_FIRST_KEY}"'.encode()), overwrite)
     return made
 
 
@@ -143,7 +143,8 @@ def _write(job: Distillation, runs: Sequence[Run]) -> str:
     kept, reports = filtered([linear(run) for run in runs], rules)
     counted = _counts(job, runs)
     filters = [report.to_json() for report in reports]
-    write_atomically(job.report, [json.dumps({**counted, "filters": filters, "written": len(kept)})], "the report")
+    whole = json.dumps({**counted, "filters": filters, "written": len(kept)}, indent=1)
+    write_atomically(job.report, [whole], "the report")
     if not kept:
         raise HopelessError(
             f"no trajectory is left of {len(runs)} attempts ({len(job.failures)} failed): {job.report} says why"

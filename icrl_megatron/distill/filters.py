@@ -1,5 +1,5 @@
-"""Filters of trajectories before training: pure functions, each with a report. Chain-of-Agents (arXiv 2508.13167)
-describes complexity, correctness, redundancy, format, reflection and error correction; their code is not published.
+"""Filters of trajectories before training: pure functions, each with a report. Complexity, correctness, redundancy,
+format, reflection and error correction follow the description of Chain-of-Agents (arXiv 2508.13167).
 
 A filter says for each trajectory how many copies of it remain. What it draws depends on the seed and the trajectory
 alone, not on the others or their order. FILTERS is the table: another filter is a function and a line there, and its

@@ -25,6 +25,7 @@ from icrl_megatron.distill.trajectory import Segment, Trajectory
 from icrl_megatron.settings.loading import load
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.utils.errors import ConfigError, HopelessError
+from icrl_megatron.utils.files import locked
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 ENDPOINT = ("distill.system=endpoint", "distill.endpoint={url: 'http://h/v1', model: m}")
@@ -193,6 +194,13 @@ def test_another_suffix_and_nothing_left(tmp_path: Path) -> None:
     with pytest.raises(HopelessError, match="no trajectory is left of 40 attempts"):
         command.run(settings("distill.filters.min_interactions=1000"), out)
     assert not out.exists() and report(out)["filters"][1]["why"] == {"too few interactions": report(out)["right"]}
+
+
+def test_two_commands_do_not_write_one_file(tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    with locked(tmp_path, f".{out.name}.lock"), pytest.raises(ConfigError, match=rf"--out={out}: another run"):
+        command.run(settings(), out)
+    assert not out.with_suffix(".runs.jsonl").exists()
 
 
 def test_the_writer_keeps_what_messages_hold(tmp_path: Path) -> None:

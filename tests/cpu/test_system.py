@@ -15,13 +15,20 @@ from aiohttp import web
 
 pytest.importorskip("bm25s")
 
+from icrl_megatron.agents.formats import make_format
+from icrl_megatron.agents.judge import by_rule
+from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
+from icrl_megatron.agents.tools import Arguments, ToolSpec
 from icrl_megatron.distill import endpoint_agents, roles, scripted
 from icrl_megatron.distill.events import Failed, Run
+from icrl_megatron.distill.linear import linear
 from icrl_megatron.distill.roles import Unreadable
-from icrl_megatron.distill.system import System, SystemLimits, play_all
+from icrl_megatron.distill.system import Member, System, SystemLimits, play_all
 from icrl_megatron.settings.distill_schema import DistillEndpoint, DistillSettings, SystemAgent
+from icrl_megatron.settings.task_schema import AgentSettings
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.archive import Archive, asked, spelled, truth
+from icrl_megatron.tasks.tool_use import ToolEnvironment
 from icrl_megatron.types import Task
 from icrl_megatron.utils.errors import ConfigError
 
@@ -144,6 +151,54 @@ def test_an_attempt_that_takes_too_long_has_failed() -> None:
     system = System(team, archive().environment, SystemLimits(task_s=0.05))
     (failed,) = play(system, list(archive().problems("train")[:1]))
     assert isinstance(failed, Failed) and failed.kind == "time"
+
+
+class Tally:
+    """A tool with a state that takes its time: two calls at once would both read the same number."""
+
+    spec = ToolSpec.of_text("count", "Adds one.", "why")
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def open(self) -> Tally:
+        return Tally()
+
+    async def call(self, arguments: Arguments) -> str:
+        number = self.number + 1
+        await asyncio.sleep(0.001)
+        self.number = number
+        return f"number {number}"
+
+
+class Counting:
+    """A worker of two calls, and everybody else; those that start later are faster."""
+
+    def __init__(self, text: str = "") -> None:
+        self.text = text
+
+    async def reply(self, brief: roles.Brief) -> roles.Reply:
+        await asyncio.sleep(0.01 / (1 + len(brief.job)))
+        call = f'<tool_call>{{"name": "count", "arguments": {{"why": "{brief.job} {len(brief.own)}"}}}}</tool_call>'
+        return roles.Reply(self.text or (call if len(brief.own) < 4 else "done"), 1, 1)
+
+
+def test_answers_of_a_tool_with_a_state_stand_in_the_order_in_which_they_were_given() -> None:
+    box = Toolbox([Tally()], ToolLimits())
+    form = make_format("qwen3", [Tally.spec])
+    plan = "<plan>worker: a\nworker: bb\nworker: ccc\nthen\nworker: d</plan>"
+    said = {"planner": plan, "reflector": "enough", "answerer": "<answer>8</answer>", "verifier": "pass", "worker": ""}
+    team = {name: Member(Counting(text)) for name, text in said.items()}
+
+    def environment(task: Task) -> ToolEnvironment:
+        return ToolEnvironment("count", form, box, by_rule(lambda answer: float(answer == "8")), 20, AgentSettings())
+
+    (run,) = play(System(team, environment), [Task("t/train/0", "t", "train", "count")])
+    assert isinstance(run, Run) and run.correct and run.stateful == ("count",)
+    observed = [s.text for s in linear(run).segments if s.kind == "observation"]
+    assert observed == [f"number {n}" for n in range(1, 9)]
+    by_thread = sorted((e for e in run.events if e.kind == "observation"), key=lambda e: e.thread)
+    assert [e.text for e in by_thread] != observed
 
 
 # --- reading replies
