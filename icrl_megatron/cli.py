@@ -82,6 +82,30 @@ def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) ->
         _finish(pipeline.warm_start(resolved))
 
 
+@app.command()
+def distill(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option(help="The JSONL file of trajectories to write.")],
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Let a multi-agent system play the training problems, and write what filters keep as training data. The same
+    command resumes a stopped one."""
+    from icrl_megatron.distill import command
+    from icrl_megatron.run import checks
+    from icrl_megatron.settings import loading as settings
+
+    resolved = settings.load(recipe, overrides or [])
+    if dry_run:
+        typer.echo(settings.to_yaml(resolved), nl=False)
+    checks.validate_tasks(resolved)
+    if dry_run:
+        command.prepare(resolved, out, overwrite)
+        return
+    typer.echo(command.run(resolved, out, overwrite))
+
+
 def _resolve(recipe: str, overrides: list[str] | None, show: bool) -> Settings:
     from icrl_megatron.run import checks as validate
     from icrl_megatron.settings import loading as settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -47,8 +48,10 @@ def build_tokenizer(vocabulary: Iterable[str]) -> PreTrainedTokenizerFast:
     ids = {word: i for i, word in enumerate((*special, *CRITIC_TAGS, *words))}
     core = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    # Critic tags are text, not special tokens: decoding without special tokens must keep them.
-    core.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in CRITIC_TAGS])
+    # Tags are text, not special tokens: decoding without special tokens must keep them. They are a token each even
+    # where no space separates them from other words, as in trajectories that are read from files.
+    tags = (*CRITIC_TAGS, *(word for word in words if re.fullmatch(r"</?\w+>", word)))
+    core.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in tags])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=PAD,

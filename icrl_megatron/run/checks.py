@@ -48,6 +48,13 @@ def validate(settings: Settings) -> None:
     run_files.check(settings, folder)
 
 
+def validate_tasks(settings: Settings) -> None:
+    """The part of `validate` for commands that play tasks without a model or a run folder. Raises ConfigError."""
+    check_values(settings)
+    _check_sources(settings)
+    _check_tasks(settings, [])
+
+
 def _check_resume(settings: Settings, folder: Path) -> list[Settings]:
     """Runs first, so that a combination of settings is checked only if all of them may change. Returns the settings
     that the run has had so far."""

@@ -86,6 +86,7 @@ RULES: dict[str, Rule] = {
     "eval": FREE,
     "checkpoint": FREE,
     "trackers": FREE,
+    "distill": FREE,
     "debug.mode": _MODE,
     "debug.dump": FREE,
     "launch": FREE,

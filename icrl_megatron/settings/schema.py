@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from icrl_megatron.settings.algo_schema import AlgoSettings
+from icrl_megatron.settings.distill_schema import DistillSettings
 from icrl_megatron.settings.limits import Choice, Range
 from icrl_megatron.settings.rollout_schema import EngineSettings, RolloutSettings
 from icrl_megatron.settings.task_schema import TaskSettings
@@ -241,5 +242,6 @@ class Settings:
     eval: EvalSettings = field(default_factory=EvalSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     trackers: TrackerSettings = field(default_factory=TrackerSettings)
+    distill: DistillSettings = field(default_factory=DistillSettings)
     debug: DebugSettings = field(default_factory=DebugSettings)
     launch: LaunchSettings = field(default_factory=LaunchSettings)

@@ -259,3 +259,6 @@ class Archive:
             yield from (f"<{tag}>", f"</{tag}>")
         yield from ("sum", "size", "home", "lives", "in", "old", "note", "doubt", "page", "compute", "no", "number")
         yield from (RIGHT, SILENT, OUTDATED_SIZE, "invalid", "Nothing", "was", "found.")
+        for tag in ("think", "reflection", "suggested_answer", "double_check"):  # of distill/scripted.py
+            yield from (f"<{tag}>", f"</{tag}>")
+        yield from ("searcher:", "coder:", "then")

@@ -39,7 +39,7 @@ class LocalRetriever:
         stat = corpus.stat()
         source = {"size": stat.st_size, "changed": stat.st_mtime_ns}
         if _meta(folder) != source:
-            with locked(corpus.parent, f".{corpus.name}.bm25s.lock", BUILD_S):
+            with locked(corpus.parent, f".{corpus.name}.bm25s.lock", f"the index of {corpus}", BUILD_S):
                 _build(corpus, folder, source)
         import bm25s
 

@@ -36,7 +36,7 @@ class ToolEnvironment:
         """`judge` reads the final answer alone: at most `agent.answer_chars` of it, without tags. `whole`: all of it,
         because it is a program."""
         self.max_turns, self.dialogue = max_turns, form.dialogue
-        self._statement, self._form, self._toolbox, self._judge = statement, form, toolbox, judge
+        self._statement, self.form, self.toolbox, self._judge = statement, form, toolbox, judge
         self._agent, self._whole, self._replies = agent, whole, list[str]()
         self._malformed, self._changed_tags = "", 0
         self._most_calls: int | None = None
@@ -48,28 +48,28 @@ class ToolEnvironment:
         self._most_calls = most
 
     async def reset(self) -> str:
-        self.answer, self._score, self.session = None, 0.0, self._toolbox.session(self._most_calls)
+        self.answer, self._score, self.session = None, 0.0, self.toolbox.session(self._most_calls)
         self._malformed, self._changed_tags, self._replies = "", 0, []
         return self._statement
 
     def parse(self, reply: str) -> str | None:
         """The calls or answer of a reply, written again: what `step` reads, and what tells repeated actions."""
         self._replies.append(reply)
-        found = self._form.parse(reply)
+        found = self.form.parse(reply)
         self._malformed = found.problem if isinstance(found, Malformed) else ""
-        return self._form.render(found) if isinstance(found, ToolCalls | FinalAnswer) else None
+        return self.form.render(found) if isinstance(found, ToolCalls | FinalAnswer) else None
 
     def hint(self) -> str:
-        return self._malformed or f"No action could be read. {self._form.instructions()}"
+        return self._malformed or f"No action could be read. {self.form.instructions()}"
 
     async def step(self, action: str) -> StepResult:
         """Runs the calls at the same time, or judges the answer. Raises EnvironmentFailure if the infrastructure of a
         tool or the judge failed."""
-        asked = self._form.parse(action)
+        asked = self.form.parse(action)
         try:
             if isinstance(asked, FinalAnswer):
                 self.answer = asked.text
-                text = without_tags(asked.text, self._toolbox.tools)[: self._agent.answer_chars]
+                text = without_tags(asked.text, self.toolbox.tools)[: self._agent.answer_chars]
                 self._score = await self._judge(asked.text if self._whole else text)
                 return StepResult("", done=True)
             if not isinstance(asked, ToolCalls):
@@ -81,12 +81,12 @@ class ToolEnvironment:
         return StepResult(texts if len(texts) > 1 else texts[0], done=False)
 
     def _shown(self, text: str) -> str:
-        text, changed = harmless(text, self._form.tags)
+        text, changed = harmless(text, self.form.tags)
         self._changed_tags += changed
         return text
 
     def format_score(self) -> float:
-        return format_score(self._replies, GRAMMARS[self._agent.grammar], self._toolbox.tools)
+        return format_score(self._replies, GRAMMARS[self._agent.grammar], self.toolbox.tools)
 
     def outcome(self) -> float:
         return self._score * (self.format_score() if self._agent.reward == "answer_times_format" else 1.0)
@@ -106,7 +106,7 @@ class ToolEnvironment:
         """Whether there was an answer; calls by tool and by how they ended; tags of the format in tools' answers;
         whether the replies follow the grammar."""
         counts, session = self.session.counts, self.session
-        calls = {f"calls_{_plain(name)}": session.of_tool(name) for name in self._toolbox.tools}
+        calls = {f"calls_{_plain(name)}": session.of_tool(name) for name in self.toolbox.tools}
         ended = {
             "calls": counts.total(),
             "calls_repeated": session.made("repeat", "stopped"),
@@ -115,7 +115,7 @@ class ToolEnvironment:
             "changed_tags": self._changed_tags,
             "format": self.format_score(),
         }
-        if self._toolbox.cache is not None:
+        if self.toolbox.cache is not None:
             ended["calls_cached"] = session.cached
         return {name: float(number) for name, number in {"answered": self.answer is not None, **calls, **ended}.items()}
 

@@ -83,8 +83,9 @@ class AppendFile:
 
 
 @contextmanager
-def locked(folder: Path, name: str, wait_s: float = 0.0) -> Iterator[None]:
+def locked(folder: Path, name: str, what: str = "", wait_s: float = 0.0) -> Iterator[None]:
     """Holds the lock `name` of a folder, which is created if needed; the lock is released however the process ends.
+    `what` names the setting with the folder or file in the message (default: run_dir).
 
     Raises ConfigError if another process still holds it after `wait_s` seconds, or the folder cannot be written.
     """
@@ -99,9 +100,8 @@ def locked(folder: Path, name: str, wait_s: float = 0.0) -> Iterator[None]:
                 break
             except OSError as error:
                 if time.monotonic() >= deadline:
-                    where = folder / name if wait_s else f"run_dir={folder}"
                     raise ConfigError(
-                        f"{where}: another run writes there; wait for it, or choose another name"
+                        f"{what or f'run_dir={folder}'}: another run writes there; wait for it, or choose another name"
                     ) from error
             time.sleep(LOCK_POLL_S)
         yield

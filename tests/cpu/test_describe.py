@@ -28,7 +28,7 @@ def test_every_setting_is_there_and_can_be_set_to_what_is_printed() -> None:
         name for name in field_types() if not any(other.startswith(f"{name}.") for other in field_types())
     }
     settable = [one for one in found if one.name != "model.init" and not one.name.startswith("model.init.")]
-    load("quickstart", [f"{one.name}={one.default}" for one in settable if "sources" not in one.name])
+    load("quickstart", [f"{one.name}={one.default}" for one in settable if ".0." not in one.name])
 
 
 @pytest.mark.parametrize("task_set", SOURCES)

@@ -84,6 +84,14 @@ def test_chat_template_spends_one_token_on_a_header_and_one_on_an_end() -> None:
     assert tokenizer.decode(ids, skip_special_tokens=True) == "go kitchen <critic> oak </critic> elm"
 
 
+def test_tags_are_tokens_without_spaces_around_them() -> None:
+    tokenizer = build_tokenizer(["<plan>", "</plan>", "go", "a<b"])
+    ids = tokenizer.encode("<plan>go</plan> a<b", add_special_tokens=False)
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<plan>", "go", "</plan>", "a<b"]
+    assert ids == tokenizer.encode("<plan> go </plan> a<b", add_special_tokens=False)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "<plan> go </plan> a<b"
+
+
 def test_text_cannot_carry_unsplittable_words() -> None:
     for word in ("two words", ""):
         with pytest.raises(ValueError, match="one token"):

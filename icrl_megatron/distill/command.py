@@ -1,0 +1,198 @@
+"""`icrl distill`: the system plays the training problems, and what the filters keep of its runs is written."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from icrl_megatron.agents.cache import ToolCache
+from icrl_megatron.distill import endpoint_agents, scripted, writers
+from icrl_megatron.distill.events import Failed, Run
+from icrl_megatron.distill.filters import FilterReport, Rules, filtered
+from icrl_megatron.distill.linear import linear
+from icrl_megatron.distill.records import Records, identity
+from icrl_megatron.distill.system import System, SystemLimits, check_tools, play_all
+from icrl_megatron.distill.trajectory import Tokens
+from icrl_megatron.settings.schema import Settings
+from icrl_megatron.settings.task_options import ServedSource, options
+from icrl_megatron.tasks import registry
+from icrl_megatron.tasks.base import Readable
+from icrl_megatron.types import Task
+from icrl_megatron.utils.errors import ConfigError, HopelessError
+from icrl_megatron.utils.files import locked, write_atomically
+from icrl_megatron.utils.progress import Progress
+from icrl_megatron.utils.result_files import begins_with, check_file
+
+FAILURES_IN_A_ROW = 3
+"""Times `distill.concurrency`: after so many, the command stops, because the endpoint is probably gone."""
+_SHOWN_FAILURES = 5
+_FIRST_KEY = "problems"
+
+
+@dataclass
+class Distillation:
+    """What one call of the command uses."""
+
+    settings: Settings
+    out: Path
+    catalogue: registry.Catalogue
+    problems: Sequence[Task]
+    systems: Mapping[str, System]
+    """By task set."""
+    failures: list[Failed] = field(default_factory=list)
+
+    @property
+    def report(self) -> Path:
+        return self.out.with_suffix(".report.json")
+
+    @property
+    def runs(self) -> Path:
+        return self.out.with_suffix(".runs.jsonl")
+
+    def jobs(self) -> Iterator[tuple[Task, int]]:
+        """Every problem once, then every problem again."""
+        return ((task, attempt) for attempt in range(self.settings.distill.attempts) for task in self.problems)
+
+
+def prepare(settings: Settings, out: Path, overwrite: bool = False, cache: ToolCache | None = None) -> Distillation:
+    """Everything that can be wrong is wrong here, before anything starts: raises ConfigError."""
+    if out.suffix != ".jsonl":
+        raise ConfigError(f"--out={out}: trajectories are written as JSONL; give a name that ends in .jsonl")
+    catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes, cache)
+    problems, systems = list[Task](), dict[str, System]()
+    distill = settings.distill
+    if distill.system == "scripted" and distill.agents:
+        raise ConfigError("distill.agents has no effect with distill.system=scripted: leave it empty")
+    limits = SystemLimits(
+        distill.rounds,
+        distill.job_calls,
+        distill.tries,
+        distill.task_timeout_s,
+        settings.rollout.environment_timeout_s,
+        settings.rollout.max_observation_bytes,
+    )
+    shared = endpoint_agents.team(distill) if distill.system == "endpoint" else None
+    for source in settings.tasks.sources:
+        if isinstance(source, ServedSource) and source.served:
+            raise ConfigError(
+                f"task set {source.name!r}: `icrl distill` starts no servers (serve.command): start them and give "
+                "their addresses as data.servers"
+            )
+        team = scripted.team(source.name) if shared is None else shared
+        tasks = registry.problems(catalogue.get(source.name), "train")[: settings.tasks.limit]
+        system = System(team, catalogue.environment, limits, settings.seed)
+        for task in tasks[:1]:
+            check_tools(system, catalogue.environment(task), task)
+        problems += tasks
+        systems[source.name] = system
+    made = Distillation(settings, out, catalogue, problems, systems)
+    check_file(out, "a file of trajectories", begins_with(b'{"messages"'), overwrite)
+    check_file(made.report, "a report", begins_with(f'"{_FIRST_KEY}"'.encode()), overwrite)
+    return made
+
+
+def run(settings: Settings, out: Path, overwrite: bool = False) -> str:
+    """Plays what has not been played, filters and writes. Returns a summary in words.
+
+    Raises ConfigError, and HopelessError if attempts fail without end or nothing is left."""
+    cache = ToolCache.of(settings.tasks.tool_cache)
+    with closing(cache) if cache else nullcontext():
+        job = prepare(settings, out, overwrite, cache)
+        with locked(out.parent, f".{out.name}.lock", f"--out={out}"):
+            records = Records(job.runs, identity(settings))
+            with closing(records):
+                _play(job, records)
+            return _write(job, [records.runs[t.task_id, a] for t, a in job.jobs() if (t.task_id, a) in records.runs])
+
+
+def _play(job: Distillation, records: Records) -> None:
+    distill, progress, in_a_row = job.settings.distill, Progress(), 0
+    jobs = list(job.jobs())
+    left = [(task, attempt) for task, attempt in jobs if (task.task_id, attempt) not in records.runs]
+    with progress.phase("attempts", len(jobs)) as bar:
+        bar.advance(len(jobs) - len(left))
+
+        def done(result: Run | Failed) -> None:
+            nonlocal in_a_row
+            if isinstance(result, Run):
+                records.add(result)
+                in_a_row = 0
+            else:
+                job.failures.append(result)
+                in_a_row += 1
+                if in_a_row >= FAILURES_IN_A_ROW * distill.concurrency:
+                    raise HopelessError(
+                        f"{in_a_row} attempts in a row failed, the last one: {result.message}; correct that, and the "
+                        f"same command goes on ({len(records.runs)} attempts are in {job.runs})"
+                    )
+            bar.advance(1, f"{len(job.failures)} failed" if job.failures else None)
+
+        for source, system in job.systems.items():
+            mine = ((task, attempt) for task, attempt in left if task.source == source)
+            asyncio.run(play_all(system, mine, distill.concurrency, done))
+
+
+def _write(job: Distillation, runs: Sequence[Run]) -> str:
+    grammars = {
+        source.name: dict(options(source)).get("agent.grammar", "calls") for source in job.settings.tasks.sources
+    }
+    rules = Rules(job.settings.distill.filters, job.settings.seed, _heldout(job), grammars)
+    kept, reports = filtered([linear(run) for run in runs], rules)
+    counted = _counts(job, runs)
+    filters = [report.to_json() for report in reports]
+    whole = json.dumps({**counted, "filters": filters, "written": len(kept)}, indent=1)
+    write_atomically(job.report, [whole], "the report")
+    if not kept:
+        raise HopelessError(
+            f"no trajectory is left of {len(runs)} attempts ({len(job.failures)} failed): {job.report} says why"
+        )
+    writers.write(job.out, kept)
+    return _summary(job, counted, reports, len(kept))
+
+
+def _heldout(job: Distillation) -> tuple[str, ...]:
+    found = []
+    for name in job.systems:
+        task_set = job.catalogue.get(name)
+        for task in registry.problems(task_set, "heldout"):
+            said = task_set.statement(task) if isinstance(task_set, Readable) else None
+            found.append(task.problem if said is None else said)
+    return tuple(found)
+
+
+def _counts(job: Distillation, runs: Sequence[Run]) -> dict[str, Any]:
+    spent: dict[str, Tokens] = {}
+    for one in runs:
+        for agent, tokens in one.spent.items():
+            before = spent.get(agent, Tokens())
+            spent[agent] = Tokens(before.read + tokens.read, before.written + tokens.written)
+    return {
+        _FIRST_KEY: len(job.problems),
+        "attempts": len(job.problems) * job.settings.distill.attempts,
+        "finished": len(runs),
+        "right": sum(one.correct for one in runs),
+        "problems_solved": len({one.task_id for one in runs if one.correct}),
+        "failed": dict(sorted(Counter(one.kind for one in job.failures).items())),
+        "failures": [f"{one.task_id}: {one.kind}: {one.message}"[:300] for one in job.failures[:_SHOWN_FAILURES]],
+        "tokens": {agent: {"read": t.read, "written": t.written} for agent, t in sorted(spent.items())},
+        "replies_without_token_counts": sum(one.uncounted for one in runs),
+        "unreadable_replies": sum(one.unreadable for one in runs),
+    }
+
+
+def _summary(job: Distillation, counted: Mapping[str, Any], reports: Sequence[FilterReport], written: int) -> str:
+    lines = [
+        f"{counted['finished']} of {counted['attempts']} attempts finished, {counted['right']} with a right answer"
+    ]
+    if job.failures:
+        lines.append(f"{len(job.failures)} attempts failed; the same command tries them again")
+    for one in reports:
+        why = "; ".join(f"{count} {reason}" for reason, count in one.why.items())
+        lines.append(f"{one.name:12} {one.read:7} -> {one.kept + one.added:7}  {why}".rstrip())
+    return "\n".join([*lines, f"written to {job.out}: {written} trajectories; counts in {job.report}"])

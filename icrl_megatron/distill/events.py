@@ -1,0 +1,91 @@
+"""A run of a multi-agent system at one task, as typed events: who said what, and which events its author had read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from icrl_megatron.agents.tools import ToolCall, ToolSpec
+from icrl_megatron.distill.trajectory import Kind, Tokens
+
+
+@dataclass(frozen=True)
+class Event:
+    """Events are numbered by their place in `Run.events`, in the order of time.
+
+    Example: Event("searcher", "search", "call", "", (0,), thread=1, call=ToolCall("search", {"query": "p 4 8 3"}))
+    """
+
+    agent: str
+    """Who wrote it; for an observation, whose call it answers."""
+    tag: str
+    """The segment's agent: `plan`, `think`, `reflection`, `suggested_answer`, `double_check` or `answer`; of a call and
+    an observation the tool."""
+    kind: Kind
+    text: str
+    """Empty for a call."""
+    knows: tuple[int, ...]
+    """Numbers of the earlier events that the author had read: an observation's is its call. What those events were
+    based on is not included."""
+    thread: int
+    """One job of one agent, such as one line of a plan. Threads are numbered in the order in which they were given,
+    which does not depend on which of them was faster."""
+    call: ToolCall | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished attempt of a system at one task."""
+
+    task_id: str
+    attempt: int
+    problem: str
+    events: tuple[Event, ...]
+    correct: bool
+    spent: Mapping[str, Tokens]
+    """By agent."""
+    tools: tuple[ToolSpec, ...] = ()
+    stateful: tuple[str, ...] = ()
+    """Tools whose answer to equal calls may differ within an attempt."""
+    uncounted: int = 0
+    """Replies whose tokens the endpoint did not count; `spent` lacks them."""
+    unreadable: int = 0
+    """Replies that could not be read, after which the agent was asked again. They are no events."""
+
+    def total(self) -> Tokens:
+        """Tokens of all agents."""
+        return Tokens(sum(t.read for t in self.spent.values()), sum(t.written for t in self.spent.values()))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def of_json(fields: Mapping[str, Any]) -> Run:
+        """Inverse of `to_json`, after a round trip through JSON. Raises LookupError, TypeError or ValueError."""
+        events = tuple(
+            Event(
+                **{
+                    **event,
+                    "knows": tuple(event["knows"]),
+                    "call": ToolCall(**event["call"]) if event["call"] else None,
+                }
+            )
+            for event in fields["events"]
+        )
+        spent = {agent: Tokens(**tokens) for agent, tokens in fields["spent"].items()}
+        tools = tuple(ToolSpec(**tool) for tool in fields["tools"])
+        return Run(
+            **{**fields, "events": events, "spent": spent, "tools": tools, "stateful": tuple(fields["stateful"])}
+        )
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An attempt that the infrastructure or an agent's form failed. It is counted and never becomes data."""
+
+    task_id: str
+    attempt: int
+    kind: str
+    """endpoint | environment | time | unreadable."""
+    message: str = field(compare=False)

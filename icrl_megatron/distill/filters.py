@@ -1,0 +1,308 @@
+"""Filters of trajectories before training: pure functions, each with a report. Complexity, correctness, redundancy,
+format, reflection and error correction follow the description of Chain-of-Agents (arXiv 2508.13167).
+
+A filter says for each trajectory how many copies of it remain. What it draws depends on the seed and the trajectory
+alone, not on the others or their order. FILTERS is the table: another filter is a function and a line there, and its
+name in settings/distill_schema.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from icrl_megatron.agents.grammar import GRAMMARS, format_score
+from icrl_megatron.distill import roles
+from icrl_megatron.distill.similarity import Index, Shingles, shingles
+from icrl_megatron.distill.trajectory import Segment, Trajectory
+from icrl_megatron.settings.distill_schema import DistillFilters
+
+EXAMPLES, SHOWN_CHARS = 3, 300
+"""In a report."""
+NEED_NO_REFLECTION = ("math", "code", "reasoning_gym")
+"""Task sets whose solutions check themselves by computing."""
+_COMMON, _COMMON_PROBLEMS = 0.1, 3
+"""A shingle in more than this share of the problems, and in that many, is part of the instructions."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What filters read besides the trajectories."""
+
+    settings: DistillFilters = field(default_factory=DistillFilters)
+    seed: int = 0
+    heldout: tuple[str, ...] = ()
+    """Held-out problems, as the solver first reads them."""
+    grammars: Mapping[str, str] = field(default_factory=dict)
+    """Task set -> name in `agents/grammar.py`; `calls` for others."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of a trajectory."""
+
+    copies: int = 1
+    why: str = ""
+    """The same words for the same reason; empty if nothing changes."""
+    detail: str = ""
+    """Of this trajectory."""
+
+
+KEPT = Verdict()
+Filter = Callable[[Sequence[Trajectory], Rules], list[Verdict]]
+
+
+@dataclass(frozen=True)
+class FilterReport:
+    """What one filter did."""
+
+    name: str
+    read: int
+    kept: int
+    """Of those read."""
+    dropped: int
+    added: int
+    """Further copies."""
+    why: Mapping[str, int]
+    """Reason -> trajectories."""
+    examples: tuple[str, ...]
+    """The first few, each with its task and what was found."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def filtered(
+    trajectories: Sequence[Trajectory], rules: Rules
+) -> tuple[tuple[Trajectory, ...], tuple[FilterReport, ...]]:
+    """Applies the filters in the order of the table, but for those that `settings.leave_out` names."""
+    reports = []
+    for name, filter_ in FILTERS.items():
+        if name not in rules.settings.leave_out:
+            trajectories, report = applied(name, filter_, trajectories, rules)
+            reports.append(report)
+    return tuple(trajectories), tuple(reports)
+
+
+def applied(
+    name: str, filter_: Filter, trajectories: Sequence[Trajectory], rules: Rules
+) -> tuple[tuple[Trajectory, ...], FilterReport]:
+    """(what one filter keeps, in order; its report)."""
+    verdicts = filter_(trajectories, rules)
+    both = list(zip(trajectories, verdicts, strict=True))
+    changed = [(one, verdict) for one, verdict in both if verdict.why]
+    examples = (f"{one.task_id}: {verdict.why} {verdict.detail}".strip()[:SHOWN_CHARS] for one, verdict in changed)
+    dropped = sum(verdict.copies == 0 for verdict in verdicts)
+    report = FilterReport(
+        name,
+        len(verdicts),
+        len(verdicts) - dropped,
+        dropped,
+        sum(max(0, verdict.copies - 1) for verdict in verdicts),
+        dict(sorted(Counter(verdict.why for _, verdict in changed).items())),
+        tuple(example for _, example in zip(range(EXAMPLES), examples, strict=False)),
+    )
+    return tuple(one for one, verdict in both for _ in range(verdict.copies)), report
+
+
+def correctness(trajectories: Sequence[Trajectory], rules: Rules) -> list[Verdict]:
+    """Drops wrong answers, and those that nobody judged."""
+
+    def judge(one: Trajectory) -> Verdict:
+        if one.correct:
+            return KEPT
+        return Verdict(0, "nobody judged the answer" if one.correct is None else "wrong answer", f"{_answer(one)!r}")
+
+    return [judge(one) for one in trajectories]
+
+
+def complexity(trajectories: Sequence[Trajectory], rules: Rules) -> list[Verdict]:
+    """Drops trajectories with few interactions: what agents said, called and answered; observations do not count."""
+    least = rules.settings.min_interactions
+    counts = [sum(s.kind != "observation" for s in one.segments) for one in trajectories]
+    return [KEPT if n >= least else Verdict(0, "too few interactions", f"({n})") for n in counts]
+
+
+def form(trajectories: Sequence[Trajectory], rules: Rules) -> list[Verdict]:
+    """Drops broken sequences, and those that the grammar of their task set does not allow."""
+
+    def judge(one: Trajectory) -> Verdict:
+        problem = _broken(one.segments, {spec.name for spec in one.tools})
+        if problem:
+            return Verdict(0, "broken sequence", f"({problem})")
+        grammar = rules.grammars.get(source_of(one), "calls")
+        if format_score(_replies(one.segments), GRAMMARS[grammar], [spec.name for spec in one.tools]) < 1:
+            return Verdict(0, f"against the grammar {grammar}", " ".join(s.agent for s in one.segments))
+        return KEPT
+
+    return [judge(one) for one in trajectories]
+
+
+def length(trajectories: Sequence[Trajectory], rules: Rules) -> list[Verdict]:
+    """Drops trajectories with too many characters, the problem and observations included."""
+    counts = [len(one.system) + len(one.problem) + len(_text(one)) for one in trajectories]
+    return [
+        KEPT if count <= rules.settings.max_chars else Verdict(0, "too long", f"({count} characters)")
+        for count in counts
+    ]
+
+
+def redundancy(trajectories: Sequence[Trajectory], rules: Rules) -> list[Verdict]:
+    """Drops trajectories that make the same call again more often than `max_repeats`."""
+
+    def judge(one: Trajectory) -> Verdict:
+        calls = Counter(segment.call.key() for segment in one.segments if segment.call)
+        repeats = calls.total() - len(calls)
+        if repeats <= rules.settings.max_repeats:
+            return KEPT
+        return Verdict(0, "redundant calls", f"({repeats}, such as {calls.most_common(1)[0][0]})")
+
+    return [judge(one) for one in trajectories]
+
+
+def leakage(trajectories: Sequence[Trajectory], rules: Rules) -> list[Verdict]:
+    """Drops trajectories whose problem is nearly a held-out one. Instructions that most problems share do not count."""
+    problems = {text: shingles(text) for text in [*rules.heldout, *(one.problem for one in trajectories)]}
+    common = _common(problems.values())
+    index, same = Index(rules.settings.leakage_similarity), {_plain(text) for text in rules.heldout}
+    for text in rules.heldout:
+        index.add(text, problems[text] - common)
+    found = {one.problem: index.find(problems[one.problem] - common) for one in trajectories}
+
+    def judge(one: Trajectory) -> Verdict:
+        like = one.problem if _plain(one.problem) in same else found[one.problem]
+        return KEPT if like is None else Verdict(0, "nearly a held-out problem", f"({like!r})")
+
+    return [judge(one) for one in trajectories]
+
+
+def duplicates(trajectories: Sequence[Trajectory], rules: Rules) -> list[Verdict]:
+    """Drops trajectories whose segments are nearly those of one before."""
+    index, verdicts = Index(rules.settings.duplicate_similarity), []
+    for one in trajectories:
+        text = shingles(_text(one))
+        like = index.find(text)
+        verdicts.append(KEPT if like is None else Verdict(0, "near-duplicate", f"(of {like})"))
+        if like is None:
+            index.add(one.task_id, text)
+    return verdicts
+
+
+def reflection(trajectories: Sequence[Trajectory], rules: Rules) -> list[Verdict]:
+    """Keeps a share of the trajectories in which nobody reflects or checks; all of mathematics and code."""
+
+    def judge(one: Trajectory) -> Verdict:
+        thinks = any(segment.agent in (roles.REFLECTION, roles.CHECK) for segment in one.segments)
+        if thinks or source_of(one) in NEED_NO_REFLECTION:
+            return KEPT
+        drawn = _draw(rules.seed, "reflection", one)
+        return KEPT if drawn < rules.settings.keep_without_reflection else Verdict(0, "without reflection, not drawn")
+
+    return [judge(one) for one in trajectories]
+
+
+def correction(trajectories: Sequence[Trajectory], rules: Rules) -> list[Verdict]:
+    """Copies trajectories in which a low check led to another answer that is right."""
+    copies = rules.settings.correction_copies
+    corrected = Verdict(copies, "corrected an error after a low check") if copies > 1 else KEPT
+    return [corrected if one.correct and _corrected(one) else KEPT for one in trajectories]
+
+
+FILTERS: dict[str, Filter] = {
+    "correctness": correctness,
+    "complexity": complexity,
+    "format": form,
+    "length": length,
+    "redundancy": redundancy,
+    "leakage": leakage,
+    "duplicates": duplicates,
+    "reflection": reflection,
+    "correction": correction,
+}
+"""In the order in which they apply: copies are made of what is left."""
+
+
+def source_of(one: Trajectory) -> str:
+    """The task set, with which the ids of its tasks begin."""
+    return one.task_id.partition("/")[0]
+
+
+def _answer(one: Trajectory) -> str:
+    return one.segments[-1].text if one.segments and one.segments[-1].kind == "answer" else ""
+
+
+def _said(segment: Segment) -> str:
+    return segment.call.key() if segment.call else segment.text
+
+
+def _text(one: Trajectory) -> str:
+    return "\n".join(f"{segment.agent} {_said(segment)}" for segment in one.segments)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _broken(segments: Sequence[Segment], tools: set[str]) -> str:
+    """What is wrong with the sequence; empty if nothing is."""
+    waiting: list[str] = []
+    for number, segment in enumerate(segments):
+        if segment.kind == "observation":
+            if not waiting or waiting.pop(0) != segment.agent:
+                return f"segment {number} is an observation without its call"
+            continue
+        if waiting and (segment.kind != "call" or segments[number - 1].kind == "observation"):
+            return f"segment {number} stands between a call and its observation"
+        if segment.call:
+            waiting.append(segment.agent)
+            if segment.call.name not in tools or segment.agent != segment.call.name:
+                return f"segment {number} calls the unknown tool {segment.call.name!r}"
+        elif not segment.text.strip():
+            return f"segment {number} is empty"
+    if waiting:
+        return "a call without its observation"
+    answers = [number for number, segment in enumerate(segments) if segment.kind == "answer"]
+    return "" if answers == [len(segments) - 1] else "not one answer at its end"
+
+
+def _replies(segments: Sequence[Segment]) -> list[str]:
+    """What agents say between tags; a call ends its reply."""
+    replies = [""]
+    for segment in segments:
+        if segment.kind != "observation":
+            tag = "answer" if segment.kind == "answer" else segment.agent
+            replies[-1] += f"<{tag}>{_said(segment)}</{tag}>"
+        if segment.call:
+            replies.append("")
+    return replies
+
+
+def _common(texts: Iterable[Shingles]) -> Shingles:
+    """Shingles of the instructions: those of many different problems."""
+    counts, problems = Counter[int](), 0
+    for text in texts:
+        counts.update(text)
+        problems += 1
+    least = max(_COMMON * problems, _COMMON_PROBLEMS)
+    return frozenset(shingle for shingle, count in counts.items() if count > least)
+
+
+def _draw(seed: int, name: str, one: Trajectory) -> float:
+    """A number in [0, 1), the same for the same trajectory."""
+    text = f"{seed} {name} {one.task_id} {_text(one)}"
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "big") / 2**64
+
+
+def _corrected(one: Trajectory) -> bool:
+    """Whether a check below GOOD_SCORE is followed by another answer than the one that was checked."""
+    suggested = ""
+    for segment in one.segments:
+        if segment.agent == roles.SUGGESTION:
+            suggested = segment.text
+        score = roles.score_of(segment.text) if segment.agent == roles.CHECK else None
+        if score is not None and score < roles.GOOD_SCORE and suggested != _answer(one):
+            return True
+    return False

@@ -1,0 +1,308 @@
+"""`icrl distill` as a user meets it: real processes, a kill, a real endpoint that fails, and mistakes in settings."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event as Flag
+from threading import Thread
+
+import pytest
+from aiohttp import web
+
+pytest.importorskip("bm25s")
+
+from icrl_megatron.distill import command, writers
+from icrl_megatron.distill.trajectory import Segment, Trajectory
+from icrl_megatron.settings.loading import load
+from icrl_megatron.settings.schema import Settings
+from icrl_megatron.utils.errors import ConfigError, HopelessError
+from icrl_megatron.utils.files import locked
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+ENDPOINT = ("distill.system=endpoint", "distill.endpoint={url: 'http://h/v1', model: m}")
+
+
+def settings(*overrides: str) -> Settings:
+    return load("archive", ["tasks.limit=20", "distill.attempts=2", *overrides])
+
+
+def started(out: Path, *overrides: str) -> subprocess.Popen[str]:
+    arguments = ["distill", "archive", "--out", str(out), *overrides]
+    code = "from icrl_megatron.cli import main; main()"
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def report(out: Path) -> dict:
+    return json.loads(out.with_suffix(".report.json").read_text())
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "archive.jsonl"
+    said = command.run(settings(), out)
+    assert "40 of 40 attempts finished" in said and said.endswith(f"counts in {out.with_suffix('.report.json')}")
+    return out
+
+
+def test_the_file_holds_what_the_report_counts(whole: Path) -> None:
+    counts, found = report(whole), rows(whole)
+    assert (counts["problems"], counts["attempts"], counts["finished"], counts["failed"]) == (20, 40, 40, {})
+    assert 8 < counts["right"] < 36 and counts["written"] == len(found) > 4
+    assert counts["tokens"]["searcher"]["read"] > counts["tokens"]["searcher"]["written"] > 0
+    for row in found:
+        roles = [message["role"] for message in row["messages"]]
+        assert roles[0] == "user" and roles[-1] == "assistant" and "tool" in roles
+        assert row["messages"][1]["content"].startswith("<plan>")
+        assert row["messages"][-1]["content"].endswith("</answer>")
+        assert json.loads(row["trajectory"])["correct"] is True
+        tools = {tool["function"]["name"] for tool in json.loads(row["tools"])}
+        made = [call for message in row["messages"] for call in message.get("tool_calls", [])]
+        assert {call["function"]["name"] for call in made} <= tools == {"search", "page", "calculator"}
+        answered = [message["tool_call_id"] for message in row["messages"] if message["role"] == "tool"]
+        assert answered == [call["id"] for call in made]
+
+
+def test_a_model_of_archive_knows_every_word_of_the_file(whole: Path) -> None:
+    from icrl_megatron.model.tiny import build_tokenizer
+    from icrl_megatron.tasks.archive import Archive
+    from icrl_megatron.tasks.registry import get
+
+    archive = get("archive")
+    assert isinstance(archive, Archive)
+    tokenizer = build_tokenizer(archive.vocabulary())
+    for message in (message for row in rows(whole) for message in row["messages"]):
+        assert tokenizer.unk_token_id not in tokenizer.encode(message["content"], add_special_tokens=False)
+
+
+def test_a_killed_command_goes_on_and_ends_with_the_same_files(tmp_path: Path, whole: Path) -> None:
+    out = tmp_path / "archive.jsonl"
+    overrides = ("tasks.limit=20", "distill.attempts=2", "distill.concurrency=1")
+    runs, process = out.with_suffix(".runs.jsonl"), started(out, *overrides)
+    deadline = time.monotonic() + 60
+    while not (runs.exists() and runs.read_bytes().count(b"\n") > 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=30)
+    begun = runs.read_bytes()
+    assert not out.exists() and begun.count(b"\n") < 41
+    with runs.open("ab") as file:
+        file.write(b'{"task_id": "archive/tra')  # what a kill in the middle of a record leaves
+    said, errors = started(out, *overrides).communicate(timeout=60)
+    assert "40 of 40 attempts finished" in said, errors
+    whole_lines = begun[: begun.rfind(b"\n") + 1]
+    assert runs.read_bytes().startswith(whole_lines) and runs.read_bytes().count(b"\n") == 41
+    assert out.read_bytes() == whole.read_bytes()
+    assert report(out) == report(whole)
+
+
+def test_finished_attempts_are_not_played_again(tmp_path: Path) -> None:
+    """Another choice of filters, and further attempts, use the runs that are there."""
+    out = tmp_path / "a.jsonl"
+    command.run(settings(), out)
+    before = out.with_suffix(".runs.jsonl").read_bytes()
+    command.run(settings("distill.filters.leave_out=[correctness]"), out)
+    assert out.with_suffix(".runs.jsonl").read_bytes() == before
+    assert "correctness" not in [one["name"] for one in report(out)["filters"]]
+    command.run(settings("distill.attempts=3"), out)
+    after = out.with_suffix(".runs.jsonl").read_bytes()
+    assert after.startswith(before) and after.count(b"\n") == before.count(b"\n") + 20
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"my notes\n", "not a file of runs"),
+        (b"my notes", "not a file of runs"),
+        (b'{"icrl_distill": {"seed": 1}}\n', r"made with other settings \(distill, seed, sources\)"),
+        (None, r"line 2: not a run"),
+    ],
+)
+def test_files_of_others_are_left_alone(tmp_path: Path, content: bytes | None, message: str) -> None:
+    out = tmp_path / "a.jsonl"
+    runs = out.with_suffix(".runs.jsonl")
+    if content is None:
+        head = json.dumps({"icrl_distill": command.identity(settings())})
+        content = f'{head}\n{{"task_id": 3}}\n'.encode()
+    runs.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        command.run(settings(), out)
+    assert runs.read_bytes() == content
+    runs.unlink()
+    out.write_text("mine\n")
+    with pytest.raises(ConfigError, match="--overwrite"):
+        command.run(settings(), out)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["distill.attempts=0"], "distill.attempts=0"),
+        (["distill.system=magic"], "choose one of scripted, endpoint"),
+        (["distill.filters.leave_out=[beauty]"], "distill.filters.leave_out has beauty"),
+        (["distill.filters.duplicate_similarity=0.2"], "between 0.5 and 1"),
+        (["distill.system=endpoint"], "set distill.endpoint.url"),
+        (["distill.agents=[{name: poet}]"], "no effect with distill.system=scripted"),
+        (["tasks.sources=[{name: household}]"], "'household' has no scripted team"),
+        (
+            [*ENDPOINT, "tasks.sources=[{name: household}]"],
+            "'household' has no tools",
+        ),
+        (
+            [*ENDPOINT, "distill.agents=[{name: poet, tools: [rhyme]}]"],
+            "has the tool 'rhyme'",
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_found_before_anything_starts(
+    tmp_path: Path,
+    overrides: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from icrl_megatron import cli
+
+    out = tmp_path / "deep" / "a.jsonl"
+    monkeypatch.setattr(sys, "argv", ["icrl", "distill", "archive", "--out", str(out), *overrides])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and message in said and said.count("\n") == 1
+    assert not out.parent.exists()
+
+
+def test_another_suffix_and_nothing_left(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"ends in \.jsonl"):
+        command.run(settings(), tmp_path / "a.parquet")
+    out = tmp_path / "a.jsonl"
+    with pytest.raises(HopelessError, match="no trajectory is left of 40 attempts"):
+        command.run(settings("distill.filters.min_interactions=1000"), out)
+    assert not out.exists() and report(out)["filters"][1]["why"] == {"too few interactions": report(out)["right"]}
+
+
+def test_two_commands_do_not_write_one_file(tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    with locked(tmp_path, f".{out.name}.lock"), pytest.raises(ConfigError, match=rf"--out={out}: another run"):
+        command.run(settings(), out)
+    assert not out.with_suffix(".runs.jsonl").exists()
+
+
+def test_the_writer_keeps_what_messages_hold(tmp_path: Path) -> None:
+    one = Trajectory(
+        "t/train/0", "why?", (Segment("think", "because"), Segment("plan", "do"), Segment("answer", "7", "answer")),
+        system="be good",
+    )  # fmt: skip
+    writers.write(tmp_path / "a.jsonl", [one])
+    (row,) = rows(tmp_path / "a.jsonl")
+    assert row["messages"] == [
+        {"role": "system", "content": "be good"},
+        {"role": "user", "content": "why?"},
+        {"role": "assistant", "content": "<think>\nbecause\n</think>\n\n<plan>do</plan>\n<answer>7</answer>"},
+    ]
+
+
+# --- behind an endpoint
+
+
+@contextmanager
+def endpoint(handler: Handler) -> Iterator[str]:
+    """A server in another thread, because the command runs its own event loop."""
+    ready, addresses = Flag(), list[str]()
+    loop = asyncio.new_event_loop()
+    ended = asyncio.Event()
+
+    async def serve() -> None:
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", handler)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        addresses.append(f"http://127.0.0.1:{runner.addresses[0][1]}/v1")
+        ready.set()
+        await ended.wait()
+        await runner.cleanup()
+
+    thread = Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    assert ready.wait(10)
+    try:
+        yield addresses[0]
+    finally:
+        loop.call_soon_threadsafe(ended.set)
+        thread.join(10)
+        loop.close()
+
+
+def model(body: dict) -> str:
+    """A model that is always sure that the answer is 7."""
+    prompt, brief = body["messages"][0]["content"], body["messages"][1]["content"]
+    if "You plan" in prompt:
+        return "<plan>worker: look</plan>"
+    if "You do one job" in prompt:
+        call = '<tool_call>{"name": "search", "arguments": {"query": "p 0 0 1"}}</tool_call>'
+        return "found" if "observation]" in brief else call
+    if "You answer" in prompt:
+        return "<answer>7</answer>"
+    return "enough" if "You judge" in prompt else "<double_check>4</double_check>"
+
+
+def said(text: str) -> web.Response:
+    usage = {"prompt_tokens": 5, "completion_tokens": 2}
+    return web.json_response({"choices": [{"message": {"content": text}}], "usage": usage})
+
+
+def test_attempts_that_fail_are_counted_never_written_and_tried_again(tmp_path: Path) -> None:
+    out, broken = tmp_path / "a.jsonl", True
+
+    async def answer(request: web.Request) -> web.Response:
+        body = await request.json()
+        brief = body["messages"][1]["content"]
+        if broken and "p 4 5 9" in brief:  # the first problem
+            return web.Response(status=400, text="no")
+        if broken and "You answer" in body["messages"][0]["content"] and "p 4 2 7" in brief:
+            return said("I would say 7")
+        return said(model(body))
+
+    with endpoint(answer) as url:
+        given = settings(
+            "tasks.limit=4", "distill.attempts=1", "distill.system=endpoint", "distill.endpoint.model=m",
+            f"distill.endpoint.url={url}", "distill.filters.leave_out=[correctness,duplicates,reflection]",
+        )  # fmt: skip
+        command.run(given, out)
+        counts = report(out)
+        failed = counts["failed"]
+        assert counts["finished"] == 4 - sum(failed.values()) and set(failed) == {"endpoint", "unreadable"}
+        assert counts["written"] == counts["finished"] < 4
+        assert all("archive/train/" in line for line in counts["failures"])
+        broken = False
+        command.run(given, out)
+    counts = report(out)
+    assert (counts["finished"], counts["failed"], counts["written"], counts["right"]) == (4, {}, 4, 0)
+    assert counts["tokens"]["planner"] == {"read": 20, "written": 8}
+
+
+def test_an_endpoint_that_is_gone_stops_the_command(tmp_path: Path) -> None:
+    async def refuse(request: web.Request) -> web.Response:
+        return web.Response(status=403, text="go away")
+
+    with endpoint(refuse) as url:
+        given = settings("distill.system=endpoint", "distill.endpoint.model=m", f"distill.endpoint.url={url}")
+        given.distill.concurrency = 2
+        with pytest.raises(HopelessError, match=r"6 attempts in a row failed.*go away"):
+            command.run(given, tmp_path / "a.jsonl")
