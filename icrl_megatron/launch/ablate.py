@@ -156,7 +156,7 @@ def cell_words(plan: AblationPlan, arm: str, seed: int) -> list[str]:
     folder = _shared_start(plan)
     model = [] if folder is None else [f"model.path={folder / 'warm_start' / 'hf'}"]
     fixed = [f"run_dir={plan.folder(arm, seed)}", f"name={arm}", f"seed={seed}", *model]
-    changes = [*plan.overrides, *fixed, "warm_start.steps=0", "baseline=", *ARMS[arm].changes]
+    changes = [*plan.overrides, *fixed, "warm_start.steps=0", "warm_start.epochs=null", "baseline=", *ARMS[arm].changes]
     if plan.budget_of and arm != plan.budget_of:
         if not finished(plan.folder(plan.budget_of, seed)):
             raise ConfigError(
