@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from icrl_megatron.agents.tools import ToolCall
-from icrl_megatron.distill.rows import BadRowError
+from icrl_megatron.distill.rows import MOST_ROW_BYTES, BadRowError
 from icrl_megatron.distill.trajectory import USER, Segment, Trajectory
 
 
@@ -66,6 +66,8 @@ def check(trajectory: Trajectory) -> None:
     """Raises BadRowError, with a remedy, if the trajectory cannot be trained on."""
     if not trajectory.problem.strip():
         raise BadRowError("there is no message of the user; add the problem")
+    if sum(len(segment.text) for segment in trajectory.segments) + len(trajectory.problem) > MOST_ROW_BYTES:
+        raise BadRowError(f"more than {MOST_ROW_BYTES} characters; shorten it")
     known = {spec.name for spec in trajectory.tools}
     for reply in replies(trajectory.segments):
         for call in reply.called():

@@ -12,6 +12,8 @@ from icrl_megatron.tasks.datasets import arrow_rows, files_of
 from icrl_megatron.utils.errors import ConfigError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
+SIDE_FILES = ("dataset_info.json", "dataset_infos.json", "state.json")
+"""What a folder of a Hugging Face dataset holds besides rows."""
 MOST_ROW_BYTES = 64 << 20
 """Of one line or row."""
 MOST_LIST_BYTES = 2 << 30
@@ -40,7 +42,7 @@ class Row:
 
 def files(pattern: str) -> list[Path]:
     """The files of one entry of the settings. Raises ConfigError if there is none, or one of another kind."""
-    return files_of(pattern, SUFFIXES)
+    return [file for file in files_of(pattern, SUFFIXES) if file.name not in SIDE_FILES]
 
 
 def rows(file: Path) -> Iterator[Row]:

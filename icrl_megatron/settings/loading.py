@@ -141,6 +141,7 @@ def _merge(config: DictConfig, key: str, raw: str) -> DictConfig:
     value = _parse(key, raw, hint)
     try:
         if re.search(r"\.\d+(\.|$)", key):  # merging cannot reach into a list
+            _begin_list(config, key)
             if OmegaConf.select(config, key) is None:
                 raise ConfigError(f"{key}={raw}: there is no such element; set the whole list instead")
             OmegaConf.update(config, key, value)
@@ -152,6 +153,14 @@ def _merge(config: DictConfig, key: str, raw: str) -> DictConfig:
     except (OmegaConfBaseException, TypeError) as error:
         detail = "" if dataclasses.is_dataclass(hint) or isinstance(value, str | int | float) else _first_line(error)
         raise ConfigError(f"{key}={raw}: expected {_describe(hint)}" + (f" ({detail})" if detail else "")) from error
+
+
+def _begin_list(config: DictConfig, key: str) -> None:
+    """Gives an empty list its first element, with default values, if that is what the key sets a value of."""
+    name, index, _ = key.partition(".0.")
+    kinds = typing.get_args(field_types().get(name))
+    if index and kinds and dataclasses.is_dataclass(kinds[0]) and OmegaConf.select(config, name) == []:
+        OmegaConf.update(config, name, [kinds[0]()])
 
 
 def _type_of(key: str) -> Any:

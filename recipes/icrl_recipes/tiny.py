@@ -76,6 +76,7 @@ def household() -> Settings:
 def _archive(name: str) -> Settings:
     """Questions that only tools can answer: several turns of calls, then a number."""
     settings = _tiny(name, name)
+    settings.tasks.sources[0].agent.format = "tags"
     settings.rollout.max_turns, settings.rollout.max_turn_tokens = 14, 32
     settings.warm_start = WarmStart(steps=1000, episodes_per_step=32)
     settings.algo.entropy_coef = 0.005

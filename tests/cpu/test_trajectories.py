@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,13 @@ from icrl_megatron.distill import readers, writers
 from icrl_megatron.distill.encode import encode
 from icrl_megatron.distill.rows import BadRowError
 from icrl_megatron.distill.trajectory import Segment, Tokens, Trajectory
-from icrl_megatron.rollout.prompts import Prompter
+from icrl_megatron.model.tiny import build_tokenizer
+from icrl_megatron.rollout.episode import EpisodeSetup, play
+from icrl_megatron.rollout.prompts import Prompter, template_words
+from icrl_megatron.rollout.speakers import Seeds
+from icrl_megatron.rollout.teacher import teacher_speakers
 from icrl_megatron.settings.rollout_schema import RolloutSettings
+from icrl_megatron.tasks import archive, registry
 from icrl_megatron.types import Task
 from icrl_megatron.utils.errors import ConfigError
 
@@ -126,6 +133,8 @@ def test_lists_and_parquet_hold_the_same(format: str, tmp_path: Path) -> None:
     assert [one.trajectory and one.trajectory.segments for one in readers.read(str(tmp_path / "a.json"))] == expected
     if format == "oagents":
         return  # a log of steps has no common columns
+    pytest.importorskip("datasets").Dataset.from_list(rows).save_to_disk(tmp_path / "dataset")
+    assert [one.trajectory and one.trajectory.segments for one in readers.read(str(tmp_path / "dataset"))] == expected
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert [one.trajectory and one.trajectory.segments for one in readers.read(str(tmp_path / "a.parquet"))] == expected
 
@@ -253,6 +262,35 @@ def test_an_episode_has_the_same_tokens_and_masks() -> None:
     assert [*[False] * len(attempt.prompt_ids), *attempt.loss_mask()] == found.trained_T.tolist()
     cut = found.first(len(found.ids_T) - 4)
     assert cut.trained_T[-1] and cut.ids_T.tolist() == found.ids_T[: len(cut.ids_T)].tolist()
+
+
+def test_a_trajectory_of_an_episode_has_the_ids_of_the_episode() -> None:
+    """Archive's teacher plays, and what it said is encoded again as a trajectory in the task's own format."""
+    task_set: Any = registry.get("archive")
+    settings = RolloutSettings(templates="compact", rounds=1, context_tokens=512)
+    ours = Prompter(build_tokenizer([*task_set.vocabulary(), *template_words("compact")]), settings)
+    setup, seeds = EpisodeSetup(registry.environment, ours, settings), Seeds(0, 0)
+    episodes, _ = asyncio.run(
+        play(task_set.problems("train")[:20], 1, setup, teacher_speakers(registry.get, ours, seeds), seeds)
+    )
+    for episode in episodes:
+        (attempt,) = episode.attempts
+        segments: list[Segment] = []
+        for turn in attempt.turns:
+            for tag, body in re.findall(r"<(\w+)>(.*?)</\1>", turn.text):
+                if tag in archive.toolbox().tools:
+                    argument = next(iter(archive.toolbox().tools[tag].spec.parameters["properties"]))
+                    segments.append(Segment(tag, "", "call", call=ToolCall(tag, {argument: body})))
+                    segments.append(Segment(tag, turn.observation, "observation", trained=False))
+                else:
+                    segments.append(Segment(tag, body, "answer" if tag == "answer" else "text"))
+        tools = tuple(tool.spec for tool in archive.toolbox().tools.values())
+        found = encode(Trajectory("t", episode.task.problem, tuple(segments), tools=tools), "tags", ours)
+        assert tuple(found.ids_T.tolist()) == (*attempt.prompt_ids, *attempt.response_ids())
+        assert found.trained_T.tolist() == [*[False] * len(attempt.prompt_ids), *attempt.loss_mask()]
+    unknown = Trajectory("t", "who is Anna", (Segment("answer", "4", "answer"),))
+    with pytest.raises(BadRowError, match="words that the model's tokenizer does not know"):
+        encode(unknown, "tags", ours)
 
 
 def test_control_tokens_in_a_file_stay_text() -> None:
