@@ -93,9 +93,8 @@ def _resolve(recipe: str, overrides: list[str] | None, show: bool) -> Settings:
     if show and (resolved.model.path or resolved.start_from):  # a model from model.init has no tokenizer yet
         from icrl_megatron.run import conversations, problems
 
-        for said in (problems.dry_run(resolved), conversations.dry_run(resolved)):
-            if said:
-                typer.echo(said, err=True)
+        for said in filter(None, (problems.dry_run(resolved), conversations.dry_run(resolved))):
+            typer.echo(said, err=True)
     return resolved
 
 

@@ -82,8 +82,8 @@ def encode(trajectory: Trajectory, format: str, prompter: Prompter) -> Encoded:
     encoded_whole = Encoded.of(found)
     if prompter.unknown(encoded_whole.ids_T.tolist()):
         raise BadRowError(
-            "words that the model's tokenizer does not know; use a model that knows them (the words of one that "
-            "model.init makes are those of tasks.sources)"
+            "words that the model's tokenizer does not know; use a model with a larger vocabulary (the model of a tiny "
+            "recipe knows the words of its task sets only)"
         )
     return encoded_whole
 

@@ -170,7 +170,7 @@ def cell_words(plan: AblationPlan, arm: str, seed: int) -> list[str]:
 def _shared_start(plan: AblationPlan) -> Path | None:
     """The run folder of the shared warm start; None where the settings name a start and warm nothing up."""
     settings = settings_module.load(plan.recipe, plan.overrides)
-    given = settings.start_from or (settings.model.path and settings.warm_start.steps == 0)
+    given = settings.start_from or (settings.model.path and not settings.warm_start.wanted)
     return None if given else plan.out / START
 
 

@@ -123,6 +123,7 @@ class Prompter:
         self._added_tokens = _added_tokens(tokenizer)
         self._arguments = settings.chat_template_args
         self._parts = functools.lru_cache(maxsize=REMEMBERED_DIALOGUES)(self._encoded_parts)
+        self._system = functools.lru_cache(maxsize=REMEMBERED_DIALOGUES)(self._system_parts)
         self._opening = functools.lru_cache(maxsize=REMEMBERED_DIALOGUES)(self._encoded_opening)
         self._end_id = self._parts(PLAIN).next_user[0]
         eos = tokenizer.eos_token_id
@@ -139,8 +140,7 @@ class Prompter:
         message = self._message("attempt", dialogue, observation=observation)
         if not system:
             return message
-        between = system_parts(self._tokenizer, self._arguments, dialogue.tools)
-        return (*self._between(between, [system]), *message[len(self._parts(dialogue).head) :])
+        return (*self._between(self._system(dialogue.tools), [system]), *message[len(self._parts(dialogue).head) :])
 
     def last_opening(self, dialogue: Dialogue) -> Ids:
         """What the chat template puts in front of the last reply if it has no thinking: Qwen3's empty block."""
@@ -302,6 +302,9 @@ class Prompter:
                     "not start with a special token, so a generated reply could not end. Use a template like ChatML."
                 )
         return parts
+
+    def _system_parts(self, tools: str) -> tuple[str, str]:
+        return system_parts(self._tokenizer, self._arguments, tools)
 
     def _encoded_opening(self, tools: str) -> Ids:
         return self._encode_trusted(last_opening(self._tokenizer, self._arguments, tools))

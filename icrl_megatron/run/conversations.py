@@ -161,8 +161,12 @@ def _refuse(rows: Sequence[Conversation], settings: Settings, positions: int, lo
     bad, long = [row for row in rows if row.bad], [row for row in rows if row.too_long]
     name = "rollout.context_tokens" if warm.max_tokens is None else "warm_start.max_tokens"
     if bad:
-        first = "; ".join(f"{row.where}: {row.bad}" for row in bad[:NAMED])
-        said = f"{len(bad)} of {len(rows)} rows cannot be trained on: {first}{'; ...' * (len(bad) > NAMED)}"
+        places: dict[str, list[str]] = {}
+        for row in bad:
+            places.setdefault(row.bad, []).append(row.where)
+        named = [f"{', '.join(at[:NAMED])}{', ...' * (len(at) > NAMED)}: {why}" for why, at in places.items()]
+        first = "; ".join([*named[:NAMED], *["..."] * (len(named) > NAMED)])
+        said = f"{len(bad)} of {len(rows)} rows cannot be trained on: {first}"
         if warm.bad_rows == "error":
             raise ConfigError(f"{said}. Correct them, or set warm_start.bad_rows=drop")
         log(f"{said}. They are left out")

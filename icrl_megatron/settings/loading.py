@@ -160,7 +160,7 @@ def _begin_list(config: DictConfig, key: str) -> None:
     name, index, _ = key.partition(".0.")
     kinds = typing.get_args(field_types().get(name))
     if index and kinds and dataclasses.is_dataclass(kinds[0]) and OmegaConf.select(config, name) == []:
-        OmegaConf.update(config, name, [kinds[0]()])
+        OmegaConf.update(config, name, [typing.cast(type, kinds[0])()])
 
 
 def _type_of(key: str) -> Any:
