@@ -1,7 +1,7 @@
 """Writes trajectories as OpenAI messages: JSONL, or Parquet. `readers.read` reads them back exactly.
 
-Each row has `messages` and `tools` (JSON), which chat templates, TRL and LLaMA-Factory read, and `trajectory` (JSON,
-see `messages.py`). Arguments of calls are objects in JSONL, as chat templates expect. They are JSON in Parquet, where
+Each row has `messages` and `tools` (JSON), which chat templates and other trainers read, and `trajectory` (JSON, see
+`messages.py`). Arguments of calls are objects in JSONL, as chat templates expect. They are JSON in Parquet, where
 every call would otherwise have the arguments of all others.
 """
 
