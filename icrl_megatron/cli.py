@@ -67,14 +67,14 @@ def train(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) 
 
 @app.command()
 def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Run only a recipe's supervised warm start: demonstrations in the three prompt forms."""
+    """Run only a recipe's supervised warm start: on files (warm_start.data) or on the task sets' demonstrations."""
     resolved = _resolve(recipe, overrides, dry_run)
     if resolved.start_from:
         raise ConfigError(
             f"start_from={resolved.start_from}: `icrl sft` warms up a model.path or model.init; leave start_from empty "
             "and give model.path=FOLDER, which `icrl export` makes from a checkpoint, or use `icrl train`"
         )
-    if resolved.warm_start.steps == 0:
+    if not resolved.warm_start.wanted:
         raise ConfigError("warm_start.steps=0: nothing to do; start a new run with e.g. warm_start.steps=300")
     if not dry_run:
         from icrl_megatron.launch import phases as pipeline
@@ -115,9 +115,9 @@ def _resolve(recipe: str, overrides: list[str] | None, show: bool) -> Settings:
         typer.echo(settings.to_yaml(resolved), nl=False)
     validate.validate(resolved)
     if show and (resolved.model.path or resolved.start_from):  # a model from model.init has no tokenizer yet
-        from icrl_megatron.run.problems import dry_run
+        from icrl_megatron.run import conversations, problems
 
-        if said := dry_run(resolved):
+        for said in filter(None, (problems.dry_run(resolved), conversations.dry_run(resolved))):
             typer.echo(said, err=True)
     return resolved
 

@@ -6,7 +6,6 @@ import math
 
 from icrl_megatron.algo.credit import CreditReport
 from icrl_megatron.data.packing import pack
-from icrl_megatron.distributed.platform import token_multiple
 from icrl_megatron.distributed.process import STOPPED
 from icrl_megatron.rollout.source import Played
 from icrl_megatron.run.evaluator import Evaluator
@@ -80,13 +79,7 @@ def play_and_credit(parts: Parts, state: RunState, recorder: Recorder) -> tuple[
 
 def update(parts: Parts, state: RunState, recorder: Recorder, report: CreditReport) -> StepStats:
     """Packs the samples, scores them with frozen weights, trains, and sends the new weights to the engines."""
-    settings, grid = parts.settings, parts.grid
-    layout = {
-        "micro_batch_tokens": settings.actor.micro_batch_tokens,
-        "align": token_multiple(settings.actor),
-        "replica": grid.data_rank,
-        "replicas": grid.data,
-    }
+    settings, layout = parts.settings, parts.packing()
     recompute = settings.algo.calibration.enabled and settings.algo.calibration.denominator == "recomputed"
     with recorder.phase("sleep"):
         parts.sync.sleep()

@@ -1,8 +1,9 @@
 """Supervised training: the loop of `loop.py` on demonstrations with advantage 1.
 
 The log-likelihood gradient is the policy gradient of samples with advantage 1 under their own policy, so only the
-source of episodes differs from RL. `python -m icrl_megatron.sft SETTINGS.yaml` is one rank. It first creates the
-embedded model if `model.init` is set, and writes a Hugging Face folder to `<run_dir>/hf`.
+source of episodes differs from RL: conversations from files (`warm_start.data`), or the task sets' teachers.
+`python -m icrl_megatron.sft SETTINGS.yaml` is one rank. It first creates the embedded model if `model.init` is set, and
+writes a Hugging Face folder to `<run_dir>/hf`.
 """
 
 from __future__ import annotations
@@ -25,17 +26,19 @@ from icrl_megatron.algo.schedules import learning_rate
 from icrl_megatron.data.sampler import TaskSampler, order_seed
 from icrl_megatron.distributed import grid as grids
 from icrl_megatron.distributed.process import StopRequest, run_rank
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.rollout.episode import EpisodeSetup, play
 from icrl_megatron.rollout.prompts import Prompter, template_words, tokenizer
-from icrl_megatron.rollout.source import NoPartialRollouts, Played
+from icrl_megatron.rollout.source import EpisodeSource, NoPartialRollouts, Played
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.rollout.teacher import teacher_speakers
 from icrl_megatron.rollout.watchdog import WATCHDOG
-from icrl_megatron.run import saving
+from icrl_megatron.run import conversations, saving
+from icrl_megatron.run.conversations import HeldoutLoss
 from icrl_megatron.run.evaluator import NoEvaluator
 from icrl_megatron.run.joining import joined
 from icrl_megatron.run.parts import NoEngines, Parts
-from icrl_megatron.run.problems import chosen
+from icrl_megatron.run.problems import ProblemShare, chosen
 from icrl_megatron.run.recorder import SupervisedRecorder
 from icrl_megatron.run.state import RunState
 from icrl_megatron.run.watch import NoWatch
@@ -117,9 +120,8 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     run_dir, warm, progress = run_folder(settings), settings.warm_start, Progress(enabled=grid.rank == 0)
     start = saving.begin(run_dir, _start_folder(settings, grid), grid, progress.log)
     prompter = Prompter(tokenizer(start.tokenizer), settings.rollout)
-    tool_cache = ToolCache.of(settings.tasks.tool_cache)
-    catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes, tool_cache)
-    found = chosen(settings, catalogue, prompter, start.model, grid, progress)
+    lessons = (_from_files if warm.data else _from_teachers)(settings, prompter, start.model, grid, progress)
+    settings = replace(settings, steps=lessons.steps)
     actor = Actor(settings, start.folder, grid, weights=start.found is None)
     saver = saving.Saver(start, actor, settings.checkpoint.keep, progress.log, lambda: bool(stop))
     parts = Parts(
@@ -127,17 +129,52 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
         grid=grid,
         actor=actor,
         sync=NoEngines(),
-        source=TeacherSource(EpisodeSetup(catalogue.environment, prompter, settings.rollout)),
-        sampler=TaskSampler(settings.tasks.sources, found.train, order_seed(settings)),
+        source=lessons.source,
+        sampler=lessons.sampler,
         credit=constant_credit,
-        rate=lambda step: learning_rate(step, warm.steps, warm),
+        rate=lambda step: learning_rate(step, lessons.steps, warm),
         watch=NoWatch(),
         purpose="sft",
     )
     state = RunState(parts, saver, stop, progress.log)
     with closing(state), progress.phase("warm start", settings.steps) as bar, saver.on_error():
         bar.advance(state.step)
-        return loop.run(parts, state, SupervisedRecorder(state, progress, bar, prompter.decode), NoEvaluator())
+        samples = constant_credit(lessons.heldout).samples
+        evaluator = HeldoutLoss(parts, state, samples) if samples else NoEvaluator()
+        recorder = SupervisedRecorder(state, progress, bar, prompter.decode, lessons.dropped)
+        return loop.run(parts, state, recorder, evaluator)
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What a run is trained on."""
+
+    source: EpisodeSource
+    sampler: TaskSampler
+    steps: int
+    dropped: int = 0
+    """Problems or rows that are left out."""
+    heldout: tuple[Episode, ...] = ()
+    """Conversations whose loss is measured."""
+
+
+def _from_teachers(
+    settings: Settings, prompter: Prompter, model: Path, grid: grids.Grid, progress: Progress
+) -> Lessons:
+    tool_cache = ToolCache.of(settings.tasks.tool_cache)
+    catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes, tool_cache)
+    found = chosen(settings, catalogue, prompter, model, grid, progress)
+    source = TeacherSource(EpisodeSetup(catalogue.environment, prompter, settings.rollout))
+    sampler = TaskSampler(settings.tasks.sources, found.train, order_seed(settings))
+    return Lessons(source, sampler, settings.steps, found.dropped)
+
+
+def _from_files(settings: Settings, prompter: Prompter, model: Path, grid: grids.Grid, progress: Progress) -> Lessons:
+    share = ProblemShare(grid.rank, grid.world, lambda mine: grids.gather_objects(grid, mine))
+    found = conversations.load(settings, prompter, ModelShape.read(model).max_positions, share, progress.log)
+    sampler = TaskSampler(found.sources, found.train, order_seed(settings))
+    heldout = tuple(found.episodes(found.heldout))
+    return Lessons(found, sampler, found.steps(settings), found.dropped, heldout)
 
 
 def _start_folder(settings: Settings, grid: grids.Grid) -> Path:

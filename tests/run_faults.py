@@ -23,6 +23,7 @@ from icrl_megatron.engines.local import LocalEngine
 from icrl_megatron.engines.protocol import EngineError
 from icrl_megatron.rollout.source import EngineSource
 from icrl_megatron.run import recorder
+from icrl_megatron.run.conversations import Conversations
 from icrl_megatron.tasks.rulebook import Rulebook
 from icrl_megatron.types import Task
 
@@ -65,7 +66,7 @@ def fault(text: str, model_path: str = "") -> Iterator[None]:
     kind, _, number = text.partition("@")
     state = _Fault(kind, int(number), model_path)
     play, generate, environment = EngineSource.play, LocalEngine.generate, Rulebook.environment
-    score, update, demonstrate = Actor.score, Optimizer.step, sft.TeacherSource.play
+    score, update = Actor.score, Optimizer.step
 
     def playing(self: Any, tasks: Any, episodes: int, seeds: Any, *more: Any, **named: Any) -> Any:
         state.playing(seeds.step, seeds.purpose)
@@ -100,10 +101,13 @@ def fault(text: str, model_path: str = "") -> Iterator[None]:
             raise OSError(5, "Input/output error")
         return dump(*what)
 
-    def demonstrating(self: Any, tasks: Any, episodes: int, seeds: Any, *more: Any) -> Any:
-        if kind == "sft" and seeds.step == state.number:
-            raise ZeroDivisionError("a bug")
-        return demonstrate(self, tasks, episodes, seeds, *more)
+    def demonstrating(demonstrate: Any) -> Any:
+        def spy(self: Any, tasks: Any, episodes: int, seeds: Any, *more: Any) -> Any:
+            if kind == "sft" and seeds.step == state.number:
+                raise ZeroDivisionError("a bug")
+            return demonstrate(self, tasks, episodes, seeds, *more)
+
+        return spy
 
     dump = recorder.write_dump
     with ExitStack() as installed:
@@ -114,7 +118,7 @@ def fault(text: str, model_path: str = "") -> Iterator[None]:
             (Actor, "score", scoring),
             (Optimizer, "step", updating),
             (recorder, "write_dump", dumping),
-            (sft.TeacherSource, "play", demonstrating),
+            *((source, "play", demonstrating(source.play)) for source in (sft.TeacherSource, Conversations)),
         ):
             installed.enter_context(patch.object(where, name, spy))
         yield

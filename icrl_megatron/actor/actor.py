@@ -80,6 +80,16 @@ class Actor:
 
         return tuple(tuple(of(u, m) for m in range(len(update))) for u, update in enumerate(plan.updates))
 
+    def nll(self, plan: StepPlan) -> float:
+        """Mean -log-prob of a plan's loss tokens under the current weights, over all replicas; the same on every
+        rank."""
+        totals = Totals()
+        for scores in self._score(self.wrapped, plan):
+            for logprobs_L in scores if self.grid.tensor_rank == 0 else ():  # only the last stage has any
+                totals.add({"nll": -float(logprobs_L.double().sum()), "tokens": len(logprobs_L)})
+        totals.reduce(self.grid)
+        return totals.sums["nll"] / totals.sums["tokens"]
+
     def train(self, plan: StepPlan, scored: ScoredPlan, learning_rate: float) -> StepStats:
         """Applies the plan's updates. Raises InvariantError if the first update of the run does not see ratio 1."""
         totals = Totals()

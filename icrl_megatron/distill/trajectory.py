@@ -8,6 +8,8 @@ from typing import Literal
 from icrl_megatron.agents.tools import ToolCall, ToolSpec
 
 Kind = Literal["text", "call", "observation", "answer"]
+ASSISTANT, THINK, USER = "assistant", "think", "user"
+"""Agents with a meaning of their own: free text, the model's thinking, and later messages of the user."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Segment:
     """
 
     agent: str
-    """The role that wrote it (`plan`, `reflection`, `answer`; `assistant` if it has none), or the tool."""
+    """The role that wrote it (`plan`, `reflection`, `answer`; `assistant` if it has none), or the tool. An
+    observation of `user` is a later message of the user."""
     text: str
     """Empty for a call, which `call` holds."""
     kind: Kind = "text"

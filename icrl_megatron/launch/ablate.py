@@ -156,7 +156,7 @@ def cell_words(plan: AblationPlan, arm: str, seed: int) -> list[str]:
     folder = _shared_start(plan)
     model = [] if folder is None else [f"model.path={folder / 'warm_start' / 'hf'}"]
     fixed = [f"run_dir={plan.folder(arm, seed)}", f"name={arm}", f"seed={seed}", *model]
-    changes = [*plan.overrides, *fixed, "warm_start.steps=0", "baseline=", *ARMS[arm].changes]
+    changes = [*plan.overrides, *fixed, "warm_start.steps=0", "warm_start.epochs=null", "baseline=", *ARMS[arm].changes]
     if plan.budget_of and arm != plan.budget_of:
         if not finished(plan.folder(plan.budget_of, seed)):
             raise ConfigError(
@@ -170,7 +170,7 @@ def cell_words(plan: AblationPlan, arm: str, seed: int) -> list[str]:
 def _shared_start(plan: AblationPlan) -> Path | None:
     """The run folder of the shared warm start; None where the settings name a start and warm nothing up."""
     settings = settings_module.load(plan.recipe, plan.overrides)
-    given = settings.start_from or (settings.model.path and settings.warm_start.steps == 0)
+    given = settings.start_from or (settings.model.path and not settings.warm_start.wanted)
     return None if given else plan.out / START
 
 

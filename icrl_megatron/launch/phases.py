@@ -94,7 +94,7 @@ def _start(settings: Settings, folder: Path) -> int:
 
 
 def _needs_warm_start(settings: Settings) -> bool:
-    return not settings.model.path or settings.warm_start.steps > 0
+    return not settings.model.path or settings.warm_start.wanted
 
 
 def _training(settings: Settings, folder: Path) -> Settings:

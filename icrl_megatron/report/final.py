@@ -48,7 +48,7 @@ def outcome(label: str, folder: Path, settings: Settings) -> Outcome:
         return [proportion(round(mean * trials), trials) for mean, trials in means]
 
     found = {name: measured(name) for name in names}
-    spent = int(rows[-1]["tokens/generated_total"])
+    spent = int(rows[-1]["tokens/generated_total"]) if rows else 0
     before, after = ({name: of[i] for name, of in found.items() if of} for i in (0, -1))
     return Outcome(label, rows, spent, before, after)
 

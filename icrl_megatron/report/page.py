@@ -26,6 +26,8 @@ from icrl_megatron.utils.files import write_atomically
 from icrl_megatron.utils.result_files import begins_with, check_file
 
 WEB = Path(__file__).parent / "web"
+WARM_START = "warm_start"
+"""Folder of a run's supervised training."""
 DEFAULT_SIZE = PageSize()
 SCRIPTS = ("base.js", "charts.js", "episodes.js", "page.js")
 """In order of dependency; the page contains them as one script."""
@@ -56,10 +58,11 @@ def write_page(runs: Sequence[Path], out: Path, size: PageSize = DEFAULT_SIZE, o
 
 def _measured(run: Path) -> Measured:
     rows = read_rows(run / METRICS_FILE)
-    if not rows or not (run / settings_module.SAVED_NAME).exists():
+    supervised = read_rows(run / WARM_START / METRICS_FILE)
+    if not (rows or supervised) or not (run / settings_module.SAVED_NAME).exists():
         raise ConfigError(f"{run}: no {METRICS_FILE} or {settings_module.SAVED_NAME} in it; give the folder of a run")
     settings = settings_module.load_saved(run / settings_module.SAVED_NAME)
-    return Measured(settings.name, settings, rows)
+    return Measured(settings.name, settings, rows, supervised)
 
 
 def _labelled(folders: Sequence[Path], runs: Sequence[Measured]) -> list[Measured]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from icrl_megatron.report.bands import Curve, band, interval, smoothed
 from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.settings.schema import Settings
-from icrl_megatron.telemetry.metrics import CRITIQUE_FREE, GENERATED, HELDOUT, HELDOUT_ATTEMPTS
+from icrl_megatron.telemetry.metrics import CRITIQUE_FREE, GENERATED, HELDOUT, HELDOUT_ATTEMPTS, HELDOUT_NLL, NLL
 from icrl_megatron.telemetry.writer import TIME_PREFIX, Row
 from icrl_megatron.utils.intervals import proportion
 
@@ -29,6 +29,8 @@ CURVES = (
     *(CRITIQUE_FREE, "reward/attempt", "reward/revision", "reward/critique", "critique/tokens", "attempt/tokens"),
     *("actor/entropy", "actor/mismatch_abs", "actor/grad_norm", "groups/flat_share"),
 )
+SUPERVISED = {"training": NLL, "held-out": HELDOUT_NLL}
+"""Curve -> metric, of supervised training."""
 OF_ONE_EXPERIMENT = ("seed", "run_dir", "name", "max_generated_tokens")
 """Settings that may differ between the seeds of one experiment; at equal cost each seed has its own token budget."""
 
@@ -40,6 +42,8 @@ class Measured:
     label: str
     settings: Settings
     rows: list[Row]
+    supervised: list[Row] = field(default_factory=list)
+    """Those of its supervised training."""
 
     def steps(self) -> list[Row]:
         """Rows of training steps."""
@@ -88,7 +92,14 @@ def group_data(runs: Sequence[Measured], members: Sequence[int]) -> dict[str, An
         "counted": {axis: bands(counted[:MOST_COUNTED], places) for axis, places in by_axis.items()},
         "raw": {axis: _raw(of_group, places) for axis, places in by_axis.items()},
         "heldout": heldout(of_group),
+        "supervised": {label: asdict(band(_losses(of_group, name), POINTS)) for label, name in SUPERVISED.items()},
     }
+
+
+def _losses(runs: Sequence[Measured], name: str) -> list[Curve]:
+    """A loss of supervised training by step, for the runs that measured it."""
+    of_runs = [[(row["step"], row[name]) for row in run.supervised if _is_known(row, name)] for run in runs]
+    return [([step for step, _ in known], [loss for _, loss in known]) for known in of_runs if known]
 
 
 def _curve(run: Measured, name: str, places: Callable[[Measured], list[float]]) -> Curve:

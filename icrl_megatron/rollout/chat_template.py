@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from icrl_megatron.utils.errors import ConfigError
 
 FIRST, REPLY, SECOND, THIRD = "firstmessage", "thereply", "secondmessage", "thirdmessage"
+SYSTEM = "systemmessage"
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,47 @@ def tool_parts(tokenizer: PreTrainedTokenizerBase, arguments: Arguments, tools: 
     return MessageParts(head, *rest.split(THIRD))
 
 
+def system_parts(tokenizer: PreTrainedTokenizerBase, arguments: Arguments, tools: str) -> tuple[str, str]:
+    """(before a system message, from there to the first user message). Raises ConfigError if the template changes it or
+    leaves it out."""
+    options = {**arguments, **({"tools": json.loads(tools)} if tools else {})}
+    dialogue = [_message("system", SYSTEM), _message("user", FIRST)]
+    text = _rendered(tokenizer, dialogue, options, "system, user")
+    if text.count(SYSTEM) != 1 or text.count(FIRST) != 1 or text.index(SYSTEM) > text.index(FIRST):
+        raise ConfigError(
+            f"The chat template of {tokenizer.name_or_path!r} does not show system messages: use a model whose "
+            "template does, or leave them out of the data."
+        )
+    before, after = text.split(SYSTEM)
+    return before, after.split(FIRST)[0]
+
+
+def last_opening(tokenizer: PreTrainedTokenizerBase, arguments: Arguments, tools: str) -> str:
+    """What the template writes between the header and the text of a last reply without thinking: an empty thinking
+    block, or nothing."""
+    options = {**arguments, **({"tools": json.loads(tools)} if tools else {})}
+    dialogue = [_message("user", FIRST), _message("assistant", REPLY)]
+    prompt = _rendered(tokenizer, dialogue[:1], options, "user")
+    whole = _rendered(tokenizer, dialogue, options, "user, assistant", prompts=False)
+    before = whole.split(REPLY)[0]
+    return before[len(prompt) :] if before.startswith(prompt) else ""
+
+
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
 def _rendered(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], options: dict[str, Any], roles: str
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    options: dict[str, Any],
+    roles: str,
+    prompts: bool = True,
 ) -> str:
+    """`prompts`: ends with the header of the next reply."""
     try:
         render = tokenizer.apply_chat_template
-        return cast(str, render(messages, tokenize=False, add_generation_prompt=True, **options))
+        return cast(str, render(messages, tokenize=False, add_generation_prompt=prompts, **options))
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
         raise ConfigError(
             f"The chat template of {tokenizer.name_or_path!r} cannot render a dialogue of {roles}: {error}"

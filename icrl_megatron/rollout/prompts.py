@@ -18,7 +18,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from icrl_megatron.agents.dialogue import Dialogue
-from icrl_megatron.rollout.chat_template import MessageParts, message_parts, tool_parts
+from icrl_megatron.rollout.chat_template import MessageParts, last_opening, message_parts, system_parts, tool_parts
 from icrl_megatron.settings.rollout_schema import TEMPLATES, RolloutSettings
 from icrl_megatron.types import Ids
 from icrl_megatron.utils.errors import ConfigError
@@ -30,6 +30,8 @@ its maximum size: a text of 8192 characters and its ids take about 90 KB, so at 
 CHARS_A_TOKEN = 8
 """Of a text limited to n tokens, only n times this many characters are encoded: prose and code of that length have more
 than n tokens, and megabytes are never encoded only to be discarded."""
+REMEMBERED_DIALOGUES = 256
+"""How many sets of tools have their parts of the template cached; trajectories from files may each have their own."""
 _BUILT_IN = Path(__file__).parent / "templates"
 _CRITIC = re.compile(r"<critic>(.*?)</critic>", re.DOTALL)
 
@@ -120,7 +122,9 @@ class Prompter:
         self._remembered = functools.lru_cache(maxsize=REMEMBERED_TEXTS)(self._encode)
         self._added_tokens = _added_tokens(tokenizer)
         self._arguments = settings.chat_template_args
-        self._parts = functools.cache(self._encoded_parts)
+        self._parts = functools.lru_cache(maxsize=REMEMBERED_DIALOGUES)(self._encoded_parts)
+        self._system = functools.lru_cache(maxsize=REMEMBERED_DIALOGUES)(self._system_parts)
+        self._opening = functools.lru_cache(maxsize=REMEMBERED_DIALOGUES)(self._encoded_opening)
         self._end_id = self._parts(PLAIN).next_user[0]
         eos = tokenizer.eos_token_id
         self.stop_ids: Ids = (self._end_id,) if eos is None or eos == self._end_id else (self._end_id, int(eos))
@@ -131,9 +135,24 @@ class Prompter:
         tools or tool messages."""
         return self._around(dialogue) - self._around(PLAIN)
 
-    def attempt(self, observation: str, dialogue: Dialogue = PLAIN) -> Ids:
-        """The critique-free prompt of a task."""
-        return self._message("attempt", dialogue, observation=observation)
+    def attempt(self, observation: str, dialogue: Dialogue = PLAIN, system: str = "") -> Ids:
+        """The critique-free prompt of a task. Raises ConfigError if the template cannot show a system message."""
+        message = self._message("attempt", dialogue, observation=observation)
+        if not system:
+            return message
+        return (*self._between(self._system(dialogue.tools), [system]), *message[len(self._parts(dialogue).head) :])
+
+    def last_opening(self, dialogue: Dialogue) -> Ids:
+        """What the chat template puts in front of the last reply if it has no thinking: Qwen3's empty block."""
+        return () if dialogue.observation == "inline" else self._opening(dialogue.tools)
+
+    def has_control(self, text: str) -> bool:
+        """Whether the text would become a control token if it were encoded as a part of the template."""
+        return not self._control_ids.isdisjoint(self._encode_trusted(text))
+
+    def unknown(self, ids: Sequence[int]) -> bool:
+        """Whether some text of a sequence was lost because the vocabulary has no token for it."""
+        return self._tokenizer.unk_token_id is not None and self._tokenizer.unk_token_id in ids
 
     def revision(self, observation: str, critique: str, dialogue: Dialogue = PLAIN) -> Ids:
         """The prompt of an attempt that follows a critique; it contains only the latest critique."""
@@ -179,7 +198,8 @@ class Prompter:
         """
         parts = self._parts(dialogue)
         if dialogue.observation == "tool":
-            ids = self._tool_messages(parts.tool, observations)
+            template = [parts.tool.head, *[parts.tool.between] * (len(observations) - 1), parts.tool.tail]
+            ids = self._between(template, [observation.strip() for observation in observations])
             return ids[1:] if ended else ids
         texts = [self._encode_untrusted(observation.strip()) for observation in observations]
         if dialogue.observation == "inline" and not ended:
@@ -187,20 +207,21 @@ class Prompter:
         opening = parts.next_user[1:] if ended else parts.next_user
         return (*opening, *(i for text in texts for i in text), *parts.tail)
 
-    def _tool_messages(self, parts: MessageParts, observations: Sequence[str]) -> Ids:
-        """Text between two added tokens is encoded as one piece, as the template's rendering is: a tokenizer may merge
-        the last character of an observation with the line break that the template writes behind it."""
+    def _between(self, texts: Sequence[str], messages: Sequence[str]) -> Ids:
+        """The template's `texts` with untrusted `messages` between them. Text between two added tokens is encoded as
+        one piece, as the template's rendering is: a tokenizer may merge the last character of a message with the line
+        break that the template writes behind it."""
         ids: list[int] = []
         untrusted = ""
-        for number, text in enumerate([parts.head, *[parts.between] * (len(observations) - 1), parts.tail]):
+        for number, text in enumerate(texts):
             found = list(self._added_tokens.finditer(text))
             first, last = (found[0].start(), found[-1].end()) if found else (len(text), len(text))
             untrusted += text[:first]
             if found:
                 ids += [*self._encode_untrusted(untrusted), *self._encode_trusted(text[first:last])]
                 untrusted = text[last:]
-            if number < len(observations):
-                untrusted += observations[number].strip()
+            if number < len(messages):
+                untrusted += messages[number]
         return (*ids, *self._encode_untrusted(untrusted))
 
     def shortened(self, text: str, max_tokens: int, missing: int = 0) -> tuple[str, int]:
@@ -229,8 +250,16 @@ class Prompter:
     def encode_reply(self, text: str, stop: Sequence[str] = ()) -> Ids:
         """Encodes a scripted reply as a model would have generated it: its text, and the end of turn unless it ends
         with a stop string."""
-        ids = self._encode_untrusted(text.strip())
-        return ids if text.strip().endswith(tuple(stop)) else (*ids, self._end_id)
+        return self.encode_parts([text], stop)[0]
+
+    def encode_parts(self, texts: Sequence[str], stop: Sequence[str] = ()) -> list[Ids]:
+        """The same for a reply that is the texts together. Each is encoded on its own, so that no token spans two."""
+        texts = [texts[0].lstrip(), *texts[1:]]
+        texts[-1] = texts[-1].rstrip()
+        found = [self._encode_untrusted(text) for text in texts]
+        if not "".join(texts).endswith(tuple(stop)):
+            found[-1] = (*found[-1], self._end_id)
+        return found
 
     def before_stop(self, ids: Ids, stop: Sequence[str]) -> Ids:
         """The beginning of a reply that was cut off, without the tokens of a stop string that has begun. The rest is
@@ -273,6 +302,12 @@ class Prompter:
                     "not start with a special token, so a generated reply could not end. Use a template like ChatML."
                 )
         return parts
+
+    def _system_parts(self, tools: str) -> tuple[str, str]:
+        return system_parts(self._tokenizer, self._arguments, tools)
+
+    def _encoded_opening(self, tools: str) -> Ids:
+        return self._encode_trusted(last_opening(self._tokenizer, self._arguments, tools))
 
     def _encode_trusted(self, text: str) -> Ids:
         return tuple(self._tokenizer(text, add_special_tokens=False).input_ids)

@@ -11,6 +11,7 @@ from pathlib import Path
 from icrl_megatron.agents import cache as tool_cache
 from icrl_megatron.engines.registry import engine_kind
 from icrl_megatron.model.shape import ModelShape, check_folder
+from icrl_megatron.run import conversation_checks as conversations
 from icrl_megatron.run import files as run_files
 from icrl_megatron.run import start
 from icrl_megatron.run.heldout import check_earlier_rows, check_rows
@@ -41,6 +42,8 @@ def validate(settings: Settings) -> None:
     validate_settings(settings)
     validate_grid(settings, ranks(settings), ranks_on_node(settings))
     _check_tasks(settings, before)
+    if not (folder / run_files.WARM_START / run_files.EXPORT).exists():  # otherwise nobody reads them again
+        conversations.check_files(settings.warm_start)
     engine_kind(settings.engine.kind).check_installed(settings.engine)
     validate_shape(settings, _check_model(settings))
     _check_debug(settings)
@@ -72,6 +75,7 @@ def validate_settings(settings: Settings) -> None:
     _check_sources(settings)
     _check_servers(settings)
     _check_trackers(settings.trackers)
+    conversations.check_settings(settings)
     _check_algo(settings.algo, settings)
     check_rollout(settings)
     engine_kind(settings.engine.kind).check(settings)
@@ -313,6 +317,11 @@ def _check_context(settings: Settings, shape: ModelShape) -> None:
         raise ConfigError(
             f"rollout.context_tokens={rollout.context_tokens}: the model has {shape.max_positions} positions; use at "
             "most that many, or extend the model with YaRN (docs/MODELS.md)"
+        )
+    longest = settings.warm_start.max_tokens
+    if longest is not None and longest > shape.max_positions:
+        raise ConfigError(
+            f"warm_start.max_tokens={longest}: the model has {shape.max_positions} positions; use at most that many"
         )
     for name in ("max_turn_tokens", "max_critique_tokens"):
         if getattr(rollout, name) >= rollout.context_tokens:

@@ -10,6 +10,7 @@ from icrl_megatron.actor.actor import Actor
 from icrl_megatron.algo.credit import CreditReport
 from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.distributed.grid import Grid
+from icrl_megatron.distributed.platform import token_multiple
 from icrl_megatron.rollout.source import EpisodeSource
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.run.watch import NoWatch, Watch
@@ -63,6 +64,15 @@ class Parts:
     watch: Watch | NoWatch
     purpose: str = "train"
     """Part of every seed of training episodes."""
+
+    def packing(self) -> dict[str, int]:
+        """Arguments of `data.packing.pack` for this rank's replica."""
+        return {
+            "micro_batch_tokens": self.settings.actor.micro_batch_tokens,
+            "align": token_multiple(self.settings.actor),
+            "replica": self.grid.data_rank,
+            "replicas": self.grid.data,
+        }
 
     def seeds(self, step: int, resample: int = 0, purpose: str = "") -> Seeds:
         purpose = purpose or self.purpose

@@ -14,7 +14,7 @@ from icrl_megatron.distributed import platform
 from icrl_megatron.rollout.source import Played
 from icrl_megatron.run.state import RunState
 from icrl_megatron.telemetry.dumps import write_dump
-from icrl_megatron.telemetry.metrics import GENERATED, USED, rollout_metrics
+from icrl_megatron.telemetry.metrics import GENERATED, HELDOUT_NLL, NLL, USED, rollout_metrics
 from icrl_megatron.telemetry.writer import TIME_PREFIX, Row
 from icrl_megatron.types import Episode, Ids, StepStats
 from icrl_megatron.utils.progress import Phase, Progress
@@ -29,11 +29,12 @@ class Recorder:
         progress: Progress,
         bar: Phase,
         decode: Callable[[Ids], str],
-        dropped_too_long: int = 0,
+        dropped: int = 0,
     ) -> None:
-        """`decode` turns token ids into text; `dropped_too_long` counts problems that do not fit the context."""
+        """`decode` turns token ids into text; `dropped` counts problems that do not fit the context, or conversations
+        that cannot be trained on."""
         self.state, self.progress, self.bar = state, progress, bar
-        self._decode, self._dropped_too_long = decode, dropped_too_long
+        self._decode, self._dropped = decode, dropped
         self._times: dict[str, float] = defaultdict(float)
         self._resampled = 0
         self.episodes: tuple[Episode, ...] = ()
@@ -60,7 +61,7 @@ class Recorder:
         row = rollout_metrics(played.episodes, played.dropped, report)
         row |= _cost(played)
         row |= {"tokens/generated_total": state.generated, "steps/resampled": self._resampled}
-        row |= {"data/dropped_too_long": float(self._dropped_too_long)}
+        row |= {"data/dropped_too_long": float(self._dropped)}
         row |= {"weights/version": sync.version, "steps/without_signal": float(not report.has_signal)}
         row |= _engine_metrics(played)
         if stats is not None:
@@ -110,13 +111,15 @@ class SupervisedRecorder(Recorder):
         assert stats is not None  # demonstrations always have a signal
         nll = stats.metrics.get("nll", math.nan)  # missing after a skipped update
         return {
-            "sft/nll": nll,
+            NLL: nll,
+            "data/dropped": float(self._dropped),
             "actor/grad_norm": stats.grad_norm,
             "actor/skipped_updates": float(stats.skipped_updates),
         }
 
     def advance(self, row: Row) -> None:
-        self.bar.advance(1, f"nll {row['sft/nll']:.3f}")
+        heldout = f"  held-out nll {row[HELDOUT_NLL]:.3f}" if HELDOUT_NLL in row else ""
+        self.bar.advance(1, f"nll {row[NLL]:.3f}{heldout}")
 
 
 def _cost(played: Played) -> Row:

@@ -67,6 +67,11 @@ RULES: dict[str, Rule] = {
     "tasks": FREE,
     "data.seed": _RANDOM,
     "warm_start": _WARM_START,
+    # Which rows are used may be corrected; after the warm start, nobody reads them.
+    **{
+        f"warm_start.{name}": FREE
+        for name in ("data", "heldout", "heldout_interval", "patience", "max_tokens", "too_long", "bad_rows")
+    },
     "rollout": FREE,
     "rollout.rounds": _ALGORITHM,
     "rollout.critic": _ALGORITHM,

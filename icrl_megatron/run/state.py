@@ -40,6 +40,8 @@ class RunState:
         self.step = self.generated = 0
         self.pending: Row | None = None
         """The metrics of the last step until they are written."""
+        self.ended_early = False
+        """Whether the held-out loss of supervised training has stopped falling (`warm_start.patience`)."""
         self._stop, self._log = stop, log
         newest: list[Row] = []
         resumed = saver.restore()
@@ -96,7 +98,11 @@ class RunState:
 
     def finished(self) -> bool:
         limit = self.parts.settings.max_generated_tokens
-        return self.step >= self.parts.settings.steps or (limit is not None and self.generated >= limit)
+        return (
+            self.ended_early
+            or self.step >= self.parts.settings.steps
+            or (limit is not None and self.generated >= limit)
+        )
 
     def stop_requested(self) -> bool:
         """The same result on every rank, so that all stop at the same step."""

@@ -153,6 +153,7 @@ def _merge(config: DictConfig, key: str, raw: str) -> DictConfig:
     value = _parse(key, raw, hint)
     try:
         if re.search(r"\.\d+(\.|$)", key):  # merging cannot reach into a list
+            _begin_list(config, key, source)
             if OmegaConf.select(config, key) is None:
                 raise ConfigError(f"{key}={raw}: there is no such element; set the whole list instead")
             if source is not None:
@@ -205,6 +206,14 @@ def _source(index: int, entry: Any) -> Any:
     for name in _flat(entry, f"tasks.sources.{index}."):
         _type_of(name, source)
     return OmegaConf.merge(OmegaConf.structured(source), entry)
+
+
+def _begin_list(config: DictConfig, key: str, source: TaskSource | None) -> None:
+    """Gives an empty list its first element, with default values, if that is what the key sets a value of."""
+    name, index, _ = key.rpartition(".0.")
+    kinds = typing.get_args(field_types(source.name if source else "").get(re.sub(r"\.\d+", "", name)))
+    if index and kinds and dataclasses.is_dataclass(kinds[0]) and OmegaConf.select(config, name) == []:
+        OmegaConf.update(config, name, [typing.cast(type, kinds[0])()])
 
 
 def _type_of(key: str, source: TaskSource | None) -> Any:

@@ -22,6 +22,8 @@ SCHEDULES = ("constant", "linear", "cosine", "wsd")
 """Functions of algo/schedules.py."""
 TRACKERS = ("wandb", "mlflow", "trackio")
 """Python packages; each has a module telemetry/<name>_tracker.py."""
+CONVERSATION_FORMATS = ("openai", "sharegpt", "alpaca", "afm", "oagents")
+"""Formats of files in distill/readers.py."""
 _SEED = Range(0, 2**31 - 1)
 
 
@@ -58,14 +60,47 @@ class ModelSettings:
 
 
 @dataclass
+class ConversationFiles:
+    """Files of conversations that the warm start trains on (docs/AGENTS.md)."""
+
+    path: str = ""
+    """A file, a folder, or a pattern that names several: JSONL, a JSON list, Parquet or Arrow."""
+    weight: Annotated[float, Range(1e-6)] = 1.0
+    """Share of this entry in the mixture, relative to the weights of the others."""
+    format: Annotated[str, Choice(("", *CONVERSATION_FORMATS))] = ""
+    """Format of the files. Empty: told by the columns of their first rows."""
+    tool_format: Annotated[str, Choice(("", "qwen3", "tags", "search_r1"))] = ""
+    """How calls and answers are written for the model. Empty: as in the task sets (`agent.format`)."""
+
+
+@dataclass
 class WarmStart:
-    """Supervised training before RL (`icrl sft`) on the task sets' teachers' demonstrations in the three prompt
-    forms."""
+    """Supervised training before RL (`icrl sft`) on conversations from files, or else on the task sets' teachers'
+    demonstrations in the three prompt forms."""
 
     steps: Annotated[int, Range(0)] = 0
-    """Number of supervised steps. 0: no warm start."""
+    """Number of supervised steps. 0: no warm start, unless `epochs` is given."""
+    epochs: Annotated[float | None, Range(1e-6)] = None
+    """Passes over the conversations of `data`, in place of `steps`. Null: `steps`."""
+    data: list[ConversationFiles] = field(default_factory=list)
+    """Conversations to train on. Empty: demonstrations of the task sets' teachers."""
+    heldout: str = ""
+    """Held-out conversations: a path as in `data.0`, or the fraction of all problems of `data` that is held out, such
+    as 0.02. Empty: none."""
+    heldout_interval: Annotated[int, Range(1)] = 50
+    """Steps between measurements of the loss on held-out conversations; also before the first and after the last."""
+    patience: Annotated[int | None, Range(1)] = None
+    """Training ends after this many measurements in a row without a new lowest held-out loss. Null: never early."""
+    max_tokens: Annotated[int | None, Range(2)] = None
+    """Largest number of tokens of a conversation. Null: `rollout.context_tokens`."""
+    too_long: Annotated[str, Choice(("error", "drop", "cut"))] = "error"
+    """What to do with longer conversations. error: end the run before the model is loaded. drop: leave them out and
+    count them. cut: train on their first `max_tokens` tokens."""
+    bad_rows: Annotated[str, Choice(("error", "drop"))] = "error"
+    """What to do with rows of `data` that cannot be trained on, such as a call without an answer. error: end the run
+    before the model is loaded. drop: leave them out and count them."""
     episodes_per_step: Annotated[int, Range(1)] = 64
-    """Demonstrated episodes per step."""
+    """Demonstrated episodes, or conversations, per step."""
     learning_rate: Annotated[float, Range(0)] = 3e-3
     """Peak learning rate."""
     weight_decay: Annotated[float, Range(0)] = 0.0
@@ -78,6 +113,10 @@ class WarmStart:
     """Number of final steps in which the learning rate falls. Null: all after the warm-up, or half of all with wsd."""
     final_factor: Annotated[float, Range(0, 1)] = 0.1
     """Final learning rate as a fraction of the peak."""
+
+    @property
+    def wanted(self) -> bool:
+        return self.steps > 0 or self.epochs is not None
 
 
 @dataclass

@@ -191,6 +191,10 @@ class ServedSource(DataSource):
 class ArchiveSource(TaskSource):
     agent: Answers = field(default_factory=Answers)
 
+    @property
+    def call_format(self) -> str:
+        return "tags"
+
 
 @dataclass
 class ToolsSource(ServedSource):
@@ -198,6 +202,10 @@ class ToolsSource(ServedSource):
 
     data: ToolData = field(default_factory=ToolData)
     agent: ToolAgent = field(default_factory=ToolAgent)
+
+    @property
+    def call_format(self) -> str:
+        return self.agent.format
 
 
 @dataclass

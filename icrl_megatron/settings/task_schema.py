@@ -35,6 +35,11 @@ class TaskSource:
     """Share of this source in the mixture, relative to the weights of the others."""
     plan: PlannedAttempt = field(default_factory=PlannedAttempt)
 
+    @property
+    def call_format(self) -> str:
+        """How its tool calls are written (docs/AGENTS.md)."""
+        return "qwen3"
+
 
 @dataclass
 class ToolCacheSettings:

@@ -65,7 +65,7 @@ def subset_of(task: Task) -> str:
 def read_rows(given: str, prompt_column: str, label_column: str) -> Iterator[DataRow]:
     """Rows of one entry of the settings. Raises ConfigError on a missing, empty or unreadable file, a missing column,
     and an empty prompt or label."""
-    files = _files(given)
+    files = files_of(given)
     subset = Path(given).stem if "*" not in given else Path(given).parent.name or "rows"
     found = 0
     for file in files:
@@ -117,12 +117,14 @@ def _check_unique(rows: Sequence[DataRow]) -> None:
             )
 
 
-def _files(given: str) -> list[Path]:
+def files_of(given: str, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """The files that an entry of the settings names: one, those of a folder, or those of a pattern. Raises ConfigError
+    if there is none."""
     path = Path(given)
     if "*" in given:
         found = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor)) if path.anchor else given))
     elif path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and not p.name.startswith("cache-"))
+        found = sorted(p for p in path.rglob("*") if p.suffix in suffixes and not p.name.startswith("cache-"))
         if (path / "dataset_dict.json").exists():
             splits = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir()))
             raise ConfigError(
@@ -132,12 +134,12 @@ def _files(given: str) -> list[Path]:
         found = [path] if path.exists() else []
     if not found:
         raise ConfigError(
-            f"{given}: no such file, or no {', '.join(SUFFIXES)} in it; give the path of a dataset on disk"
+            f"{given}: no such file, or no {', '.join(suffixes)} in it; give the path of a dataset on disk"
         )
     for file in found:
-        if file.suffix not in SUFFIXES:
+        if file.suffix not in suffixes:
             raise ConfigError(
-                f"{file}: a dataset is {', '.join(SUFFIXES)}, not {file.suffix or 'a file without suffix'}"
+                f"{file}: a dataset is {', '.join(suffixes)}, not {file.suffix or 'a file without suffix'}"
             )
     return found
 
@@ -147,7 +149,7 @@ def _fields(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if file.suffix == ".jsonl":
             yield from _json_lines(file)
         else:
-            yield from enumerate(_arrow_rows(file), start=1)
+            yield from enumerate(arrow_rows(file), start=1)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read ({error}); give a whole dataset file") from error
 
@@ -166,13 +168,14 @@ def _json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, fields
 
 
-def _arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
+def arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet or Arrow file. Raises ConfigError if it is damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         if file.suffix == ".parquet":
-            for batch in pq.ParquetFile(file).iter_batches():
+            for batch in pq.ParquetFile(file).iter_batches(batch_size=256):
                 yield from batch.to_pylist()
             return
         with pa.memory_map(str(file)) as source:

@@ -25,7 +25,7 @@ def write_atomically(path: Path, lines: Iterable[str], what: str = "") -> None:
     """
     records, size = (f"{line}\n".encode() for line in lines), 0
     try:
-        with _replaced(path) as file:
+        with replaced(path) as file:
             for record in records:
                 size += len(record)
                 file.write(record)
@@ -46,7 +46,7 @@ def sync(path: Path) -> None:
 
 def save_picture(figure: Any, path: Path) -> None:
     """Writes a matplotlib figure as a PNG, atomically. Raises ConfigError on disk errors."""
-    with disk_errors(path, "the picture"), _replaced(path) as file:
+    with disk_errors(path, "the picture"), replaced(path) as file:
         figure.savefig(file, dpi=140, format="png", metadata={"Software": PICTURE_MARK.decode()})
 
 
@@ -108,7 +108,7 @@ def locked(folder: Path, name: str, what: str = "", wait_s: float = 0.0) -> Iter
 
 
 @contextmanager
-def _replaced(path: Path) -> Iterator[IO[bytes]]:
+def replaced(path: Path) -> Iterator[IO[bytes]]:
     """A new file beside `path` that replaces it if the block ends without an error, and is deleted otherwise."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)

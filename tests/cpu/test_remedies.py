@@ -152,6 +152,8 @@ def test_a_run_goes_on_with_what_a_message_advises(tmp_path: Path, name: str) ->
     begun = begin(tmp_path, *task_set)
     if name == "tasks.sources":
         override = "tasks.sources=[{name: household}]"
+    elif name == "warm_start.data":
+        override = "warm_start.data=[{path: other}]"
     else:
         indexed = name.replace("tasks.sources.", "tasks.sources.0.")
         value: Any = begun

@@ -14,6 +14,13 @@ function drawCurves() {
   lines($("chart-rounds"), groups.flatMap((g, i) => Object.entries(g.rounds[state.axis]).map(([name, band], k) => ({ name: named(g, `round ${+name.split("_").pop() + 1}`), ...style(i, k, colourOf(k + 1)), band }))), { unit: true, title: "success by round" });
   lines($("chart-lengths"), groups.flatMap((g, i) => ["critique", "attempt"].map((what, k) => ({ name: named(g, what), ...style(i, k, roleColours[what]), band: curve(g, `${what}/tokens`) }))), { title: "tokens" });
 }
+function drawSupervised() {
+  const dashes = ["none", "7 4"], single = groups.length === 1, host = el("div");
+  const curves = groups.flatMap((g, i) => Object.entries(g.supervised).map(([what, band], k) => ({ name: named(g, what), colour: single ? colourOf(k) : colourOf(i), dash: single ? "none" : dashes[k], band })));
+  if (!curves.some(c => c.band.x.length)) return;
+  $("supervised").append(chart("Loss of supervised training", host, "Mean -log p of a token, in nats."));
+  drawn(() => lines(host, curves, { label: "step", title: "loss of supervised training" }));
+}
 function drawTiles() {
   const g = groups[0], run = runs[0], before = g.heldout[0], after = last(g.heldout), weight = g.transfer.mean;
   const tile = (value, text) => el("div", { class: "tile" }, el("b", {}, value), el("span", {}, text));
@@ -108,7 +115,7 @@ $("theme").addEventListener("click", () => {
   document.documentElement.dataset.theme = next;
   $("theme").textContent = `theme: ${next || "system"}`;
 });
-drawTiles(); drawHero(); drawn(drawCurves); drawTables(); drawWeights(); drawCounted(); drawTimes(); drawFilters(); drawList();
+drawTiles(); drawHero(); drawn(drawCurves); drawSupervised(); drawTables(); drawWeights(); drawCounted(); drawTimes(); drawFilters(); drawList();
 $("list").children[state.chosen]?.scrollIntoView({ block: "nearest" });
 scrollTo(0, 0);
 document.body.dataset.ready = "yes";

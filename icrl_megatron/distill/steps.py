@@ -1,0 +1,158 @@
+"""Runs of smolagents and OAgents: the steps of an agent, as JSON.
+
+Either one row per run, with its steps in `intermediate_steps`, or one row per step, where `task` begins a run:
+
+    {"task": "..."}
+    {"plan": "..."}
+    {"model_output": "...", "tool_calls": [{"name": "search", "arguments": {...}}], "observations": "..."}
+    {"model_output": "...", "tool_calls": [{"name": "final_answer", "arguments": {"answer": "..."}}]}
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from icrl_megatron.agents.tools import ToolCall, ToolSpec
+from icrl_megatron.distill.messages import tools_of
+from icrl_megatron.distill.rows import BadRowError, Fields, parsed, text_of
+from icrl_megatron.distill.trajectory import THINK, Segment, Tokens, Trajectory
+
+FINAL = "final_answer"
+_CODE = re.compile(r"(?:^|\n)\s*(?:Code:|Action:|```|<code>)")
+"""Where the part of a reply begins that the call repeats."""
+
+
+def fits(columns: Sequence[str]) -> bool:
+    return "intermediate_steps" in columns or "task" in columns or "system_prompt" in columns
+
+
+def begins(fields: Fields, before: Fields | None) -> bool:
+    """Whether a row begins a run; `before` is the row above it."""
+    return (
+        "intermediate_steps" in fields
+        or "system_prompt" in fields
+        or ("task" in fields and "system_prompt" not in (before or {}))
+    )
+
+
+def read(rows: Sequence[Fields], task_id: str) -> Trajectory:
+    """Raises BadRowError."""
+    first = rows[0]
+    steps: Any = list(rows)
+    if "intermediate_steps" in first:
+        steps = first["intermediate_steps"]
+        steps = parsed(steps) if isinstance(steps, str) else steps
+    if not isinstance(steps, list):
+        raise BadRowError("`intermediate_steps` is not a list of steps")
+    steps = [step for step in steps if isinstance(step, dict)]  # some logs hold a text for each step too
+    heads = {**first, **{k: s[k] for s in reversed(steps) for k in ("task", "system_prompt") if s.get(k)}}
+    problem = next((heads[name] for name in ("question", "task", "augmented_question") if heads.get(name)), "")
+    segments = tuple(_segments(steps, first.get("prediction")))
+    correct = next((heads[name] for name in ("correct", "is_correct") if isinstance(heads.get(name), bool)), None)
+    given = tools_of(first["tools"]) if first.get("tools") else ()
+    return Trajectory(
+        str(first.get("task_id") or task_id),
+        text_of(problem, "`task`"),
+        segments,
+        correct=correct,
+        spent=_spent(steps),
+        system=text_of(heads.get("system_prompt"), "`system_prompt`"),
+        tools=given or _tools(segments),
+    )
+
+
+def _segments(steps: Sequence[Fields], prediction: Any) -> Iterator[Segment]:
+    for step in steps:
+        if step.get("plan"):
+            yield Segment("plan", text_of(step["plan"], "`plan`").strip())
+            continue
+        calls = [_call(call) for call in step.get("tool_calls") or []]
+        final = next((call for call in calls if call.name == FINAL), None)
+        error = step.get("error")
+        if error and not calls:
+            continue  # a reply that could not be read is no demonstration
+        if thought := _thought(step):
+            yield Segment(THINK, thought)
+        if final is not None or step.get("is_final_answer"):
+            answer = step.get("action_output") if final is None else _one(final)
+            if final is None:  # a program that ends with the answer
+                yield from _called(calls, step)
+            yield Segment("answer", str(answer if answer is not None else prediction), "answer")
+            return
+        yield from _called(calls, step)
+        if not calls and "output" in step:
+            yield Segment("answer", str(step["output"]), "answer")
+            return
+    if prediction is not None:
+        yield Segment("answer", str(prediction), "answer")
+
+
+def _called(calls: Sequence[ToolCall], step: Fields) -> Iterator[Segment]:
+    if not calls:
+        return
+    yield from (Segment(call.name, "", "call", call=call) for call in calls)
+    seen = step.get("observations")
+    error = step.get("error")
+    if seen is None and error:
+        seen = str(error.get("message", error)) if isinstance(error, dict) else str(error)
+    if seen is None:
+        return  # `check` says which call has no answer
+    each = isinstance(seen, list) and all(isinstance(one, str) for one in seen)
+    texts = seen if each else [text_of(seen, "an observation")]
+    if len(texts) != len(calls):
+        raise BadRowError(f"{len(calls)} calls in a step with {len(texts)} observations; log one for each call")
+    for call, text in zip(calls, texts, strict=True):
+        yield Segment(call.name, text, "observation", trained=False)
+
+
+def _call(value: Any) -> ToolCall:
+    inner = value.get("function", value) if isinstance(value, dict) else None
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+        raise BadRowError(f"a call without the name of a tool ({str(value)[:80]!r}); give it one")
+    name, given = inner["name"], inner.get("arguments")
+    if isinstance(given, str):
+        with suppress(BadRowError):  # a program or a text
+            given = parsed(given)
+    if not isinstance(given, dict):
+        text = inner.get("arguments")
+        given = {} if text is None else {"code" if name == "python_interpreter" else "text": text}
+    return ToolCall(name, given)
+
+
+def _one(call: ToolCall) -> Any:
+    return next(iter(call.arguments.values()), "")
+
+
+def _thought(step: Fields) -> str:
+    """The reply before the program or call that it ends with."""
+    reply = step.get("model_output")
+    said = text_of(reply, "`model_output`")
+    cut = _CODE.search(said)
+    said = said[: cut.start()] if cut else said
+    return said.strip().removeprefix("Thought:").strip()
+
+
+def _tools(segments: Sequence[Segment]) -> tuple[ToolSpec, ...]:
+    """What the calls show of the tools: their names and arguments."""
+    seen: dict[str, dict[str, Any]] = {}
+    for call in (segment.call for segment in segments if segment.call is not None):
+        kinds = {name: {"type": _kind(value)} for name, value in call.arguments.items()}
+        seen.setdefault(call.name, {}).update(kinds)
+    return tuple(ToolSpec(name, "", {"type": "object", "properties": of}) for name, of in seen.items())
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", type(None): "null"}
+    return names.get(type(value), "object")
+
+
+def _spent(steps: Sequence[Fields]) -> Tokens:
+    used = [step["token_usage"] for step in steps if isinstance(step.get("token_usage"), dict)]
+
+    def total(name: str) -> int:
+        return sum(one[name] for one in used if isinstance(one.get(name), int))
+
+    return Tokens(total("input_tokens"), total("output_tokens"))
