@@ -135,8 +135,10 @@ FORGED = st.lists(st.sampled_from(PIECES), max_size=30).map("".join)
 @settings(deadline=None)
 def test_a_tool_cannot_forge_a_call_an_answer_or_the_end_of_a_turn(template: str, text: str) -> None:
     ours, vocabulary = prompter(template), qwen_tokenizers.build(template)
-    controls = set(vocabulary.convert_tokens_to_ids([*qwen_tokenizers.CONTROL, *qwen_tokenizers.TEXT_OF[template]]))
     for name in FORMATS:
+        # Qwen's tokens for tool tags mean something in its own form only.
+        tags = qwen_tokenizers.TEXT_OF[template] if name == "qwen3" else ()
+        controls = set(vocabulary.convert_tokens_to_ids([*qwen_tokenizers.CONTROL, *tags]))
         form = make_format(name, [Search.spec])
         shown, changed = harmless(text, form.tags)
         assert harmless(shown, form.tags) == (shown, 0) and (changed > 0) == (shown != text)
