@@ -11,7 +11,9 @@ from typing import Annotated, Any, NoReturn, TypeVar, cast
 
 import typer
 
+from icrl_megatron.launch import commands
 from icrl_megatron.settings.schema import Settings
+from icrl_megatron.utils.arguments import DryRun, Overrides, Overwrite, Recipe
 from icrl_megatron.utils.errors import ConfigError, HopelessError
 from icrl_megatron.utils.terminal import guard
 
@@ -41,16 +43,6 @@ app = Guarded(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Recipe = Annotated[str, typer.Argument(help="A name that `icrl recipes` lists.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, e.g. optim.learning_rate=1e-5 steps=50."),
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace existing files even if another program wrote them.")
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings, check them, and stop.")]
 
 
 @app.command()
@@ -130,62 +122,8 @@ def _finish(code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-@app.command()
-def launch(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    on: Annotated[str, typer.Option(help="local or slurm.")] = "local",
-    account: Annotated[str, typer.Option(help="Slurm account.")] = "",
-    partition: Annotated[str, typer.Option(help="Slurm partition.")] = "",
-    time: Annotated[str, typer.Option(help="Time limit.")] = "24:00:00",
-    container: Annotated[str, typer.Option(help="Image for pyxis/enroot.")] = "",
-    mount: Annotated[list[str] | None, typer.Option(help="More container mounts.")] = None,
-    host: Annotated[str, typer.Option(help="Login node, for an SSH tunnel.")] = "",
-    port: Annotated[int, typer.Option(help="SSH port of the login node.")] = 22,
-    user: Annotated[str, typer.Option(help="User of the tunnel.")] = "",
-    identity: Annotated[str, typer.Option(help="Private key of the tunnel.")] = "",
-    remote_home: Annotated[str, typer.Option(help="The checkout on the cluster.")] = "",
-    python: Annotated[str, typer.Option(help="Python of the step; this one by default.")] = "",
-    ranks_per_node: Annotated[int, typer.Option(help="Ranks per node; the recipe's launch.ranks by default.")] = 0,
-    dry_run: DryRun = False,
-    detach: Annotated[bool, typer.Option("--detach", help="Submit and return.")] = False,
-) -> None:
-    """Launch a recipe through NeMo-Run, on this machine or on Slurm. Exits with 0 only if every task succeeded."""
-    from icrl_megatron.launch import nemo
-
-    where = nemo.Where(
-        on=on, account=account, partition=partition, time=time, container=container, mounts=tuple(mount or ()),
-        host=host, port=port, user=user, identity=identity, remote_home=remote_home,
-        python=python, ranks_per_node=ranks_per_node,
-    )  # fmt: skip
-    raise typer.Exit(nemo.launch(recipe, overrides or [], where, dry_run, detach))
-
-
-Experiment = Annotated[str, typer.Argument(help="The id that `icrl launch` printed.", show_default=False)]
-
-
-@app.command()
-def status(experiment: Experiment) -> None:
-    """Print the status of a launched experiment."""
-    from icrl_megatron.launch import nemo
-
-    raise typer.Exit(nemo.status(experiment))
-
-
-@app.command()
-def logs(experiment: Experiment) -> None:
-    """Print a launched experiment's logs."""
-    from icrl_megatron.launch import nemo
-
-    raise typer.Exit(nemo.logs(experiment))
-
-
-@app.command()
-def cancel(experiment: Experiment) -> None:
-    """Cancel a launched experiment."""
-    from icrl_megatron.launch import nemo
-
-    raise typer.Exit(nemo.cancel(experiment))
+for launcher in (commands.launch, commands.status, commands.logs, commands.cancel):
+    app.command()(launcher)
 
 
 @app.command("import")
