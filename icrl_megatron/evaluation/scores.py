@@ -55,6 +55,10 @@ class Score:
     transitions: Transitions
     attempt_tokens: float
     """Mean over all attempts; 0 if there were none."""
+    read_tokens: float
+    """The same of the tokens that an attempt reads: its prompt and the observations, each once."""
+    measures: dict[str, float]
+    """Mean over all attempts of what their environment counted: answered, calls, calls_TOOL, ... (docs/AGENTS.md)."""
     critique_tokens: float
     dropped: int
     """Number of episodes lost for reasons other than the model; not counted in any denominator."""
@@ -106,7 +110,10 @@ def _score(subset: str, episodes: Sequence[Episode], dropped: int, rounds: int) 
     average = [float(np.mean([tries[0] for tries in of])) for of in by_task.values()]
     passed = [float(any(tries[0] for tries in of)) for of in by_task.values()]
     flat = [tries for of in by_task.values() for tries in of]
-    attempts = [sum(len(t.completion.ids) for t in a.turns) for e in episodes for a in e.attempts]
+    attempts = [attempt for e in episodes for attempt in e.attempts]
+    written = [sum(len(t.completion.ids) for t in a.turns) for a in attempts]
+    read = [len(a.prompt_ids) + sum(len(t.observation_ids) for t in a.turns) for a in attempts]
+    measured = sorted({name for a in attempts for name, _ in a.measures})
     critiques = [len(c.completion.ids) for e in episodes for c in e.critiques]
     return Score(
         subset=subset,
@@ -114,7 +121,9 @@ def _score(subset: str, episodes: Sequence[Episode], dropped: int, rounds: int) 
         passed=estimate(passed),
         rounds=tuple(proportion(sum(any(tries[: r + 1]) for tries in flat), len(flat)) for r in range(rounds)),
         transitions=transitions(flat),
-        attempt_tokens=float(np.mean(attempts)) if attempts else 0.0,
+        attempt_tokens=float(np.mean(written)) if written else 0.0,
+        read_tokens=float(np.mean(read)) if read else 0.0,
+        measures={name: sum(dict(a.measures).get(name, 0.0) for a in attempts) / len(attempts) for name in measured},
         critique_tokens=float(np.mean(critiques)) if critiques else 0.0,
         dropped=dropped,
     )

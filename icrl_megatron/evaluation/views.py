@@ -34,6 +34,8 @@ def show(result: Result, console: Console | None = None) -> None:
         for first in range(0, result.rounds, ROUNDS_A_TABLE):
             out.print(rounds_table(result, first))
         out.print(transitions_table(result))
+    if any(s.measures for s in result.scores):
+        out.print(tools_table(result))
     if result.comparison:
         out.print(comparison_table(result))
     for reason in result.lost:
@@ -73,6 +75,16 @@ def transitions_table(result: Result) -> Table:
         t = s.transitions
         counts = (t.wrong_to_right, t.right_to_wrong, t.stayed_wrong, t.stayed_right)
         table.add_row(s.subset, *map(str, counts), f"{s.critique_tokens:.0f}")
+    return table
+
+
+def tools_table(result: Result) -> Table:
+    """What all attempts read and counted, revisions included."""
+    every = result.scores[-1]
+    table = _table("Mean of all attempts", ["per attempt"])
+    table.add_row("tokens read: prompt and observations, each once", f"{every.read_tokens:.0f}")
+    for name, value in every.measures.items():
+        table.add_row(name, f"{value:.2f}")
     return table
 
 

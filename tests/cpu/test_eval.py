@@ -19,7 +19,14 @@ from icrl_megatron.evaluation import run as evaluation
 from icrl_megatron.evaluation.result import EvalRequest, Result, read_result
 from icrl_megatron.evaluation.run import evaluate
 from icrl_megatron.evaluation.scores import compare, estimate, score, successes, transitions
-from icrl_megatron.evaluation.views import comparison_table, rounds_table, scores_table, show, transitions_table
+from icrl_megatron.evaluation.views import (
+    comparison_table,
+    rounds_table,
+    scores_table,
+    show,
+    tools_table,
+    transitions_table,
+)
 from icrl_megatron.settings.loading import save
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.settings.task_options import ServedSource, TaskServers
@@ -30,8 +37,11 @@ from icrl_megatron.utils.intervals import mcnemar
 
 def episode(task_id: str, index: int, outcomes: list[bool]) -> Episode:
     done = Completion((1, 2), (0.0, 0.0), "stop", 0)
+    turn = Turn(done, "x", "x", "seen", (7, 8, 9))
     attempts = tuple(
-        Attempt(r, (0,), (0,), (Turn(done, "x", "x", "", ()),), float(ok), ok, "", "done")
+        Attempt(
+            r, (0,), (0,), (turn,), float(ok), ok, "", "done", measures=(("answered", float(ok)), ("calls_search", 3.0))
+        )
         for r, ok in enumerate(outcomes)
     )
     critiques = tuple(
@@ -57,6 +67,8 @@ def test_scores_by_subset_with_rounds_and_transitions() -> None:
     moved = everything.transitions
     assert (moved.wrong_to_right, moved.right_to_wrong, moved.stayed_wrong, moved.stayed_right) == (2, 0, 1, 0)
     assert everything.critique_tokens == 5.0 and everything.attempt_tokens == 2.0
+    assert everything.read_tokens == 1 + 3
+    assert everything.measures == pytest.approx({"answered": 3 / 7, "calls_search": 3.0})
     assert transitions([[True, False, False], [True, True]]).right_to_wrong == 1
 
 
@@ -120,13 +132,23 @@ def test_the_tables_fit_a_terminal_of_80_columns() -> None:
     )
     wide = Console(width=400)
     shown = [scores_table(result), rounds_table(result, 0), rounds_table(result, 4), transitions_table(result)]
-    for table in [*shown, comparison_table(result)]:
+    for table in [*shown, comparison_table(result), tools_table(result)]:
         assert wide.measure(table).maximum <= 80
     console = Console(width=80, file=io.StringIO())
     show(result, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in text
-    for part in ("t/olympiadbench", "avg@8", "pass@8", "round 1", "round 6", "only the", "McNemar", "critique"):
+    for part in (
+        "t/olympiadbench",
+        "avg@8",
+        "pass@8",
+        "round 1",
+        "round 6",
+        "only the",
+        "McNemar",
+        "critique",
+        "calls_search",
+    ):
         assert part in text
 
 
