@@ -1,16 +1,20 @@
 """What tools, distillation and RL each contribute on Archive, on two CPU cores: `make reproduce-agents`.
 
 For each seed: a model that learned answers only, RL from random weights, the supervised start (the task's own teacher),
-and from that start GRPO, ICRL, and ICRL with a cost per call. ICRL runs a fixed number of steps; every other RL arm
-stops when it has generated as many tokens. Every model is then evaluated on all held-out problems, without critiques.
-Finished runs are skipped, so the same command resumes an interrupted reproduction.
+and from that start GRPO, ICRL, and ICRL with a cost per call. Then distillation: the scripted multi-agent system
+itself, models that learned from all of its trajectories, from the filtered ones, and from those without one of the
+filters, and GRPO from the filtered start. ICRL runs a fixed number of steps; every other RL arm stops when it has
+generated as many tokens. Every model is then evaluated on all held-out problems, without critiques. Finished runs are
+skipped, so the same command resumes an interrupted reproduction.
 
     python tools/reproduce_agents.py [--out benchmarks/reproduce_agents] [--runs runs/agents] [--seeds 3] [--jobs 2]
+    python tools/reproduce_agents.py --arm system --arm "distilled, filtered"      # some arms
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,6 +27,7 @@ from reproduce_small import interval, play, record, run
 from rich.console import Console
 
 from icrl_megatron.settings.arms import at_equal_cost
+from icrl_megatron.settings.distill_schema import FILTERS
 from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
 
 CALL_COST = 0.05
@@ -42,8 +47,22 @@ class Arm:
     """Settings of the RL stage; None: there is none."""
 
 
-STARTS = {"answers": ("tasks.sources=[{name: archive_answers}]",), "sft": ()}
-"""Supervised stages and what they change of the recipe."""
+@dataclass(frozen=True)
+class Start:
+    """A supervised stage of the recipe."""
+
+    changes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] | None = None
+    """It learns from the system's trajectories without these filters. None: from the task's teacher."""
+
+
+STARTS = {
+    "answers": Start(("tasks.sources=[{name: archive_answers}]",)),
+    "sft": Start(),
+    "distilled": Start(left_out=()),
+    "unfiltered": Start(left_out=FILTERS),
+    **{f"without_{name}": Start(left_out=(name,)) for name in FILTERS},
+}
 GRPO = ("rollout.rounds=1",)
 ARMS = (
     Arm("answers only", "answers", None),
@@ -52,8 +71,14 @@ ARMS = (
     Arm("SFT, then GRPO", "sft", GRPO),
     Arm("SFT, then ICRL", "sft", ()),
     Arm("SFT, then ICRL, calls cost", "sft", (f"rollout.call_cost={CALL_COST}",)),
+    Arm("distilled, all trajectories", "unfiltered", None),
+    Arm("distilled, filtered", "distilled", None),
+    *(Arm(f"distilled without {name}", f"without_{name}", None) for name in FILTERS),
+    Arm("distilled, filtered, then GRPO", "distilled", GRPO),
 )
 ICRL = ARMS[4]
+SYSTEM = "system"
+"""The scripted multi-agent system itself, on the training problems that it plays."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +96,11 @@ class Result:
     invalid_calls: tuple[float, float] | None
     """Of 1: calls that could not be made."""
     tokens: tuple[float, float] | None
+    written: float
+    """Tokens written per attempt: by a model on the held-out problems; by the system in words, over all its agents."""
+    read: float
+    """Tokens read per attempt. A model reads its prompt and the observations once, in one sequence. The system's agents
+    read their prompts anew for each reply."""
 
 
 def main(
@@ -80,20 +110,29 @@ def main(
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/agents"),
     seeds: int = 3,
     jobs: Annotated[int, typer.Option(help="Runs at a time, one core each.")] = 2,
+    arm: Annotated[list[str] | None, typer.Option(help="Only these arms.")] = None,
     override: Annotated[
         list[str] | None, typer.Option("--set", help="A setting for every run, such as steps=2.")
     ] = None,
 ) -> None:
     """Runs the missing runs and evaluations, then writes the table."""
     begun, more = time.monotonic(), tuple(override or ())
-    # ICRL first: its token count is the budget of the other arms.
+    if unknown := set(arm or ()) - {SYSTEM, *(one.name for one in ARMS)}:
+        raise typer.BadParameter(f"no arm {', '.join(unknown)}; there are {SYSTEM}; {'; '.join(a.name for a in ARMS)}")
+    arms = [one for one in ARMS if not arm or one.name in arm]
+    # ICRL first: its token count is the budget of the other RL arms.
+    first = [ICRL] if any(one.changes is not None for one in arms) else []
+    starts = list(dict.fromkeys(one.start for one in (*first, *arms) if one.start))
+    with_system = not arm or SYSTEM in arm or any(STARTS[start].left_out is not None for start in starts)
     play(
         jobs,
-        [partial(supervise, runs, name, seed, more) for seed in range(seeds) for name in STARTS],
-        [partial(finish, runs, ICRL, seed, more) for seed in range(seeds)],
-        [partial(finish, runs, arm, seed, more) for seed in range(seeds) for arm in ARMS if arm != ICRL],
+        [partial(distill, runs, seed, more) for seed in range(seeds) if with_system],
+        [partial(supervise, runs, name, seed, more) for seed in range(seeds) for name in starts],
+        [partial(finish, runs, one, seed, more) for seed in range(seeds) for one in first],
+        [partial(finish, runs, one, seed, more) for seed in range(seeds) for one in arms if one not in first],
     )
-    results = [read(runs, arm, seed) for arm in ARMS for seed in range(seeds)]
+    results = [of_system(runs, seed) for seed in range(seeds) if with_system]
+    results += [read(runs, one, seed) for one in arms for seed in range(seeds)]
     write(results, out, begun)
     Console(stderr=True).print(out.with_suffix(".md").read_text())
 
@@ -103,10 +142,32 @@ def folder(runs: Path, arm: Arm, seed: int) -> Path:
     return runs / f"{plain}_{seed}" if arm.changes is not None else runs / f"{arm.start}_{seed}" / "warm_start"
 
 
+def traces(runs: Path, name: str, seed: int) -> Path:
+    return runs / f"{name}_{seed}.jsonl"
+
+
+def distill(runs: Path, seed: int, more: tuple[str, ...], name: str = "distilled") -> str:
+    """Lets the system play, if it has not, and writes what the filters of a start keep."""
+    out = traces(runs, name, seed)
+    if not out.exists():
+        left_out = f"distill.filters.leave_out=[{','.join(STARTS[name].left_out or ())}]"
+        run(["distill", "archive", "--out", str(out), f"seed={seed}", left_out, *more], out.with_suffix(".log"))
+    return f"trajectories {out.name}"
+
+
 def supervise(runs: Path, name: str, seed: int, more: tuple[str, ...]) -> str:
-    where = runs / f"{name}_{seed}"
+    where, start = runs / f"{name}_{seed}", STARTS[name]
     if not (where / "warm_start" / "hf").exists():
-        run(["sft", "archive", f"run_dir={where}", f"seed={seed}", *STARTS[name], *more], where.with_suffix(".log"))
+        data: list[str] = []
+        if start.left_out is not None:
+            played = traces(runs, "distilled", seed).with_suffix(".runs.jsonl")
+            own = traces(runs, name, seed)
+            if name != "distilled" and not own.exists():
+                shutil.copyfile(played, own.with_suffix(".runs.jsonl"))  # the same attempts, other filters
+            distill(runs, seed, more, name)
+            data = [f"warm_start.data=[{{path: {own}, tool_format: tags}}]"]
+        words = ["sft", "archive", f"run_dir={where}", f"seed={seed}", *start.changes, *data, *more]
+        run(words, where.with_suffix(".log"))
     return f"supervised start {where.name}"
 
 
@@ -129,11 +190,19 @@ def spent(where: Path) -> int:
     return int(read_rows(where / METRICS_FILE)[-1]["tokens/generated_total"])
 
 
+def of_system(runs: Path, seed: int) -> Result:
+    found = json.loads(traces(runs, "distilled", seed).with_suffix(".report.json").read_text())
+    played = found["finished"]
+    written, seen = (sum(of[kind] for of in found["tokens"].values()) / played for kind in ("written", "read"))
+    return Result(SYSTEM, seed, found["right"] / played, 0, 0, None, None, None, written, seen)
+
+
 def read(runs: Path, arm: Arm, seed: int) -> Result:
     where = folder(runs, arm, seed)
-    success = json.loads((where / "eval" / "eval.json").read_text())["scores"][-1]["average"]["mean"]
+    score = json.loads((where / "eval" / "eval.json").read_text())["scores"][-1]
+    success, cost = score["average"]["mean"], (score["attempt_tokens"], score["read_tokens"])
     if arm.changes is None:
-        return Result(arm.name, seed, success, 0, 0, None, None, None)
+        return Result(arm.name, seed, success, 0, 0, None, None, None, *cost)
     rows = [row for row in read_rows(where / METRICS_FILE) if "task/calls" in row]
 
     def ends(value: str, of: str = "") -> tuple[float, float]:
@@ -141,20 +210,23 @@ def read(runs: Path, arm: Arm, seed: int) -> Result:
         return round(mean(first), 4), round(mean(last), 4)
 
     calls, invalid = ends("task/calls"), ends("task/calls_invalid", "task/calls")
-    return Result(arm.name, seed, success, len(rows), spent(where), calls, invalid, ends("attempt/tokens"))
+    return Result(arm.name, seed, success, len(rows), spent(where), calls, invalid, ends("attempt/tokens"), *cost)
 
 
 def write(results: list[Result], out: Path, begun: float) -> None:
     record(out, begun, results=[asdict(result) for result in results])
     lines = [
-        "| arm | held-out success: mean [95 %] (seeds) | calls, first and last steps | invalid | tokens |",
-        "| --- | --- | --- | --- | --- |",
+        "| arm | held-out success: mean [95 %] (seeds) | calls, first and last steps | invalid | tokens | "
+        "tokens written, read |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
-    for arm in ARMS:
-        own = [result for result in results if result.arm == arm.name]
+    for arm in dict.fromkeys(result.arm for result in results):
+        own = [result for result in results if result.arm == arm]
         cells = [interval([result.success for result in own])]
         cells += [_change([r.calls for r in own], "{:.1f}"), _change([r.invalid_calls for r in own], "{:.1%}")]
-        lines.append(f"| {arm.name} | " + " | ".join([*cells, _change([r.tokens for r in own], "{:.0f}")]) + " |")
+        cells += [_change([r.tokens for r in own], "{:.0f}")]
+        cells += [f"{mean(r.written for r in own):.0f}, {mean(r.read for r in own):.0f}"]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
