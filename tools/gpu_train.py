@@ -247,7 +247,7 @@ def planned(actor: Any, variant: Variant) -> dict[str, Any]:
     work = planning.activations(shape, layout, tokens, 1)
     none = np.zeros(SEQUENCES)
     sizes = np.full(SEQUENCES, float(PROMPT + RESPONSE)), np.full(SEQUENCES, float(RESPONSE))
-    load = Workload(1, none + 1, none, none + 1, none, *sizes)
+    load = Workload(1, none + 1, none, none + 1, none, none, none, *sizes)
     passes = timing.Passes(1, 1)
     times = timing.estimate(shape, layout, load, passes, GPUS["h100"], 1e9).phases
     held = state.total if variant.optimizer else state.total - state.optimizer * 2 / 3  # Adam's moments do not exist

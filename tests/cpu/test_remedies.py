@@ -6,8 +6,10 @@ The messages are collected from the source of the package, so that a new one is 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 import shutil
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from icrl_megatron.run.resume import adopt, check_resume, rule_of
 from icrl_megatron.settings import loading as S
 from icrl_megatron.settings.describe import described
 from icrl_megatron.settings.limits import Choice, Range
+from icrl_megatron.settings.loading import field_types
 from icrl_megatron.utils.errors import ConfigError
 
 VERBS = "set|raise|lower|use|add|drop|take|leave|give|choose|shorten|change|try|allow"
@@ -143,7 +146,11 @@ def other_value(name: str, value: Any) -> str:
         whole = not isinstance(value, float)
         found = next(o for o in options if low <= o <= high and o != value and (not whole or o == int(o)))
         return str(int(found) if whole else found)
-    return "[other]" if isinstance(value, list) else "other"
+    if not isinstance(value, list):
+        return "other"
+    (element,) = typing.get_args(field_types()[re.sub(r"\.\d+", "", plain)])
+    texts = [one.name for one in dataclasses.fields(element) if one.type == "str"] if element is not str else []
+    return f"[{{{texts[0]}: other}}]" if texts else "[other]"
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -152,8 +159,6 @@ def test_a_run_goes_on_with_what_a_message_advises(tmp_path: Path, name: str) ->
     begun = begin(tmp_path, *task_set)
     if name == "tasks.sources":
         override = "tasks.sources=[{name: household}]"
-    elif name == "warm_start.data":
-        override = "warm_start.data=[{path: other}]"
     else:
         indexed = name.replace("tasks.sources.", "tasks.sources.0.")
         value: Any = begun
