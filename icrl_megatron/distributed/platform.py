@@ -7,6 +7,7 @@ those calls with their CPU equivalents, and on a GPU it only selects the device.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -37,6 +38,9 @@ _NAMES_CUDA = (
 FOR_GPUS = ("apex", "flash_mla", "transformer_engine")
 """Optional libraries of Megatron that this program uses only on GPUs."""
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Parameters of mallopt(3)."""
+_HEAP_LIMIT_BYTES = 1 << 20
 _device: torch.device | None = None
 
 
@@ -70,6 +74,19 @@ def keep_no_record_of_collectives() -> None:
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")
 
 
+def return_freed_memory() -> None:
+    """Makes the C heap give freed memory back to the system. For CPU runs, whose tensors are on it.
+
+    glibc raises its two limits, up to 64 MiB, when large blocks are freed. The heap then keeps the memory of every
+    larger batch, in pieces between blocks that live on: rulebook_easy grew by 29 MiB from step 75 to step 300, with a
+    policy that did not change, and not at all with fixed limits. Does nothing with another C library.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _HEAP_LIMIT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _HEAP_LIMIT_BYTES)
+
+
 def keep_fp8_scales_exact() -> None:
     """Keeps FP8 block scales in fp32 on Hopper. By default Transformer Engine rounds them to powers of two, which
     Blackwell's products need and which costs accuracy on Hopper. The variable is read at import: call this before
@@ -100,6 +117,7 @@ def prepare(choice: str = "auto") -> torch.device:
         raise ConfigError("launch.device=cuda: torch sees no GPU here; use launch.device=auto, or see `icrl doctor`")
     if choice == "cpu" or not has_cuda:
         keep_no_record_of_collectives()
+        return_freed_memory()
         if _device is None:
             _stand_in_for_cuda()
         _device = torch.device("cpu")

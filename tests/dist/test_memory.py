@@ -27,6 +27,7 @@ SMALL = (
     "checkpoint.interval=20",  # the recipe's own; the first one takes memory once
     "algo.on_no_signal=train",
     "algo.max_resamples=0",
+    "optim.learning_rate=0",  # a policy that learns writes longer replies, and larger batches take more memory
 )
 
 
