@@ -5,19 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from icrl_megatron.settings.endpoint import Endpoint
 from icrl_megatron.settings.limits import Choice, Range
 
 
 @dataclass
-class DistillEndpoint:
+class DistillEndpoint(Endpoint):
     """The endpoint of the system's agents (`distill.system=endpoint`)."""
 
-    url: str = ""
-    """Base URL of an OpenAI-compatible server, without /chat/completions, e.g. http://host:8000/v1."""
-    model: str = ""
-    """Name of the model in the requests."""
-    api_key_env: str = "OPENAI_API_KEY"
-    """Name of the environment variable that contains the API key. It may be unset if the server needs no key."""
     timeout_s: Annotated[float, Range(1e-3)] = 120.0
     """Time limit of one request, in seconds."""
     concurrency: Annotated[int, Range(1)] = 32

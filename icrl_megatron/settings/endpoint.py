@@ -1,4 +1,4 @@
-"""Settings of a model behind an OpenAI-compatible endpoint, which is never trained: a critic or a judge."""
+"""Settings of a model behind an OpenAI-compatible endpoint, which is never trained: a critic, a judge, an agent."""
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("bm25s")
 
+from agent_systems import archive, play
+
 from icrl_megatron.agents.formats import make_format
 from icrl_megatron.agents.judge import by_rule
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits
@@ -19,26 +21,12 @@ from icrl_megatron.distill import roles, scripted
 from icrl_megatron.distill.events import Failed, Run
 from icrl_megatron.distill.linear import linear
 from icrl_megatron.distill.roles import Unreadable
-from icrl_megatron.distill.system import Member, System, SystemLimits, play_all
+from icrl_megatron.distill.system import Member, System, SystemLimits
 from icrl_megatron.settings.task_options import Answers
 from icrl_megatron.tasks import registry
-from icrl_megatron.tasks.archive import Archive
 from icrl_megatron.tasks.tool_use import ToolEnvironment
 from icrl_megatron.types import Task
 from icrl_megatron.utils.errors import ConfigError
-
-
-def archive(name: str = "archive") -> Archive:
-    task_set = registry.get(name)
-    assert isinstance(task_set, Archive)
-    return task_set
-
-
-def play(system: System, tasks: list[Task], attempts: int = 1, concurrency: int = 16) -> list[Run | Failed]:
-    found: list[Run | Failed] = []
-    jobs = [(task, attempt) for task in tasks for attempt in range(attempts)]
-    asyncio.run(play_all(system, jobs, concurrency, found.append))
-    return found
 
 
 def scripted_system(name: str = "archive", seed: int = 0) -> System:

@@ -13,29 +13,17 @@ from aiohttp import web
 
 pytest.importorskip("bm25s")
 
+from agent_systems import archive, play
+
 from icrl_megatron.distill import endpoint_agents
 from icrl_megatron.distill.events import Failed, Run
 from icrl_megatron.distill.system import System, SystemLimits, play_all
 from icrl_megatron.settings.distill_schema import DistillEndpoint, DistillSettings, SystemAgent
-from icrl_megatron.tasks import registry
-from icrl_megatron.tasks.archive import Archive, asked, spelled, truth
+from icrl_megatron.tasks.archive import asked, spelled, truth
 from icrl_megatron.types import Task
 from icrl_megatron.utils.errors import ConfigError
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-def archive(name: str = "archive") -> Archive:
-    task_set = registry.get(name)
-    assert isinstance(task_set, Archive)
-    return task_set
-
-
-def play(system: System, tasks: list[Task], attempts: int = 1, concurrency: int = 16) -> list[Run | Failed]:
-    found: list[Run | Failed] = []
-    jobs = [(task, attempt) for task in tasks for attempt in range(attempts)]
-    asyncio.run(play_all(system, jobs, concurrency, found.append))
-    return found
 
 
 READ, WRITTEN = 7, 3
