@@ -5,8 +5,9 @@
 Each run's metrics.jsonl must be identical, except time/ and memory/: the quickstart's first 40 steps (with its warm
 start, at tensor parallel 2), ten steps at tensor parallel 2 x pipeline parallel 2, and four steps on an SGLang server
 that serves one request at a time (it ignores a request's seed, so its samples depend only on the order of requests).
-Both revisions use this interpreter's libraries. The SGLang run needs ICRL_ENGINE_PYTHON, as `make test-engine` sets it.
-Exits with 1 on a difference.
+Metrics that the earlier revision does not have are listed and do not count as differences. Both revisions use this
+interpreter's libraries. The SGLang run needs ICRL_ENGINE_PYTHON, as `make test-engine` sets it. Exits with 1 on a
+difference.
 """
 
 from __future__ import annotations
@@ -73,15 +74,15 @@ def compared(path: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if not name.startswith(UNLIKE)} for row in rows]
 
 
-def differences(before: Path, after: Path) -> list[str]:
-    """The first differing metrics, as "step N: NAME BEFORE AFTER"; values are compared as Python prints them, so that
-    NaN equals NaN."""
-    found: list[str] = []
-    missing: dict[str, float] = {}
-    for old, new in zip_longest(compared(before), compared(after), fillvalue=missing):
-        names = [name for name in {**old, **new} if repr(old.get(name)) != repr(new.get(name))]
+def differences(before: Path, after: Path) -> tuple[list[str], list[str]]:
+    """The differing metrics, as "step N: NAME BEFORE AFTER", and the names that no row before has. Values are compared
+    as Python prints them, so that NaN equals NaN."""
+    rows, found = list(zip_longest(compared(before), compared(after), fillvalue=dict[str, float]())), list[str]()
+    known = {name for old, _ in rows for name in old}
+    for old, new in rows:
+        names = [name for name in {**old, **new} if name in known and repr(old.get(name)) != repr(new.get(name))]
         found += [f"step {(old or new)['step']:g}: {name} {old.get(name)} {new.get(name)}" for name in names]
-    return found
+    return found, sorted({name for _, new in rows for name in new} - known)
 
 
 def main() -> int:
@@ -112,8 +113,10 @@ def compare(name: str, tree: Path, folder: Path) -> bool:
     train(ROOT, after, run.words)
     same = True
     for file in run.compared:
-        found, rows = differences(before / file, after / file), len(compared(after / file))
+        (found, added), rows = differences(before / file, after / file), len(compared(after / file))
         print(f"{name}: {file}: {rows} rows, {'identical' if not found else f'{len(found)} differences'}")
+        if added:
+            print(f"  only the later revision has {', '.join(added)}")
         for line in found[:10]:
             print(f"  {line}")
         same = same and not found and rows > 0
