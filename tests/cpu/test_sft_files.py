@@ -1,4 +1,4 @@
-"""Supervised training on files, by the real program: every format, held-out loss, early stop, grids, resume, refusals."""
+"""Supervised training on files by the real program: formats, held-out loss, early stop, grids, resume, refusals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import byte_model
 import pytest
 import torch
 from safetensors.torch import load_file
-from trajectory_files import ROWS, alpaca, openai, rows_of, write_jsonl
+from trajectory_files import LOGS, ROWS, alpaca, openai, rows_of, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from whole_runs import Ended, batch, icrl, rows
 
@@ -24,7 +24,7 @@ from icrl_megatron.settings.loading import load
 from icrl_megatron.utils.step_names import step_name
 from icrl_recipes import registry
 
-FORMATS = (*ROWS, "oagents")
+FORMATS = (*ROWS, *LOGS)
 MIXED = "[{path: %s/masked.jsonl, weight: 2}, {path: %s/afm.jsonl, tool_format: tags}, {path: %s/oagents.jsonl}]"
 WHOLE = ("warm_start.steps=6", "warm_start.heldout=0.25", "warm_start.heldout_interval=2", "warm_start.patience=3")
 WORSE = (
