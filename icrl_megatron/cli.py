@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -84,7 +85,7 @@ def sft(
         from icrl_megatron.launch import phases as pipeline
 
         code = pipeline.warm_start(resolved)
-        if code == 0:
+        if code == 0 and os.environ.get("RANK", "0") == "0":
             typer.echo(f"written to {run_folder(resolved) / files.WARM_START / files.EXPORT}")
         _finish(code)
 

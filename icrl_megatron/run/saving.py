@@ -173,7 +173,12 @@ class Saver:
         if self.best is None or self.best == self._saved:
             return
         folder = self._start.run_dir / CHECKPOINTS / step_name(self.best)
-        checkpoint.load(folder, self._actor.rows, self._actor.optimizer, self._grid)
+        try:
+            checkpoint.load(folder, self._actor.rows, self._actor.optimizer, self._grid)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}. Or move it away: the same command then exports the step with the next lowest held-out loss"
+            ) from error
 
     def has(self, step: int) -> bool:
         """Whether there is a checkpoint of the step."""

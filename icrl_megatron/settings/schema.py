@@ -86,7 +86,7 @@ class WarmStart:
     """Conversations to train on. Empty: demonstrations of the task sets' teachers."""
     heldout: str = ""
     """Held-out conversations: a path as in `data.0`, or the fraction of all problems of `data` that is held out, such
-    as 0.02. Empty: none."""
+    as 0.02. With them, the weights with the lowest held-out loss are exported. Empty: none."""
     heldout_interval: Annotated[int, Range(1)] = 50
     """Steps between measurements of the loss on held-out conversations; also before the first and after the last."""
     patience: Annotated[int | None, Range(1)] = None
@@ -217,7 +217,7 @@ class CheckpointSettings:
     interval: Annotated[int, Range(1)] = 50
     """Steps between checkpoints. The last step is always saved."""
     keep: Annotated[int, Range(1)] = 2
-    """Number of newest checkpoints that are kept; older ones are deleted."""
+    """Number of newest checkpoints that are kept; older ones are deleted, but not that of the lowest held-out loss."""
 
 
 @dataclass

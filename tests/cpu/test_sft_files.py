@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
@@ -58,7 +59,7 @@ def of_file(root: Path, name: str, data: str, *overrides: str) -> list[str]:
     """`icrl sft DATA` with the defaults of its recipe, but for a tiny model and steps of 4 conversations."""
     fixed = [f"run_dir={root / name}", f"model.path={root / 'bytes'}", "launch.device=cpu"]
     lengths = [f"rollout.{name}=100" for name in ("max_turn_tokens", "max_critique_tokens")]
-    small = ["warm_start.episodes_per_step=4", "warm_start.epochs=1", "rollout.context_tokens=1024", *lengths]
+    small = ["warm_start.episodes_per_step=4", "warm_start.epochs=1", "rollout.context_tokens=2048", *lengths]
     return ["sft", f"{root}/{data}", *fixed, *small, *overrides]
 
 
@@ -72,7 +73,7 @@ def sft(root: Path, name: str, data: str, *overrides: str) -> list[str]:
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     root = tmp_path_factory.mktemp("sft")
-    folder = byte_model.build(root / "bytes", layers=2, kv_heads=2)
+    folder = byte_model.build(root / "bytes", positions=2048, layers=2, kv_heads=2)
     tokenizer = AutoTokenizer.from_pretrained(folder)  # its template has no tools
     template = distribution("trl").locate_file("trl/chat_templates/qwen2_5.jinja")
     tokenizer.chat_template = Path(str(template)).read_text(encoding="utf-8")
@@ -193,6 +194,24 @@ def test_the_weights_with_the_lowest_held_out_loss_are_exported(ran: Ran) -> Non
             assert torch.equal(value, saved[f"{STATES[0]}/{tensor}"].view_as(value))
 
 
+def test_a_best_checkpoint_that_is_damaged_or_gone(ran: Ran, tmp_path: Path) -> None:
+    """The run was ended between its last checkpoint and the export."""
+    commands = {}
+    for name in ("damaged", "gone"):
+        shutil.copytree(ran.root / "worse", ran.root / name)
+        shutil.rmtree(ran.root / name / "warm_start/hf")
+        best = ran.root / name / "warm_start/checkpoints/step_000001"
+        (best / "rank_00000_0000.safetensors").write_bytes(b"")
+        if name == "gone":
+            shutil.rmtree(best)
+        other = f"warm_start.heldout={ran.root}/other.jsonl"
+        commands[name] = sft(ran.root, name, "[{path: %s/openai.jsonl}]", other, *WORSE)
+    ended = batch(tmp_path, commands)
+    assert ended["damaged"].code == 2 and "step_000001: damaged" in ended["damaged"].error
+    assert "Or move it away: the same command then exports" in " ".join(ended["damaged"].error.split())
+    assert ended["gone"].code == 0 and "weights of step 9 of 9" in " ".join(ended["gone"].error.split())
+
+
 def test_rows_are_dropped_and_counted_or_cut(ran: Ran) -> None:
     for name, dropped in (("dropped", 2), ("cut", 1)):
         assert ran.ended[name].code == 0, ran.ended[name].error
@@ -202,13 +221,13 @@ def test_rows_are_dropped_and_counted_or_cut(ran: Ran) -> None:
 
 REFUSED = {
     "bad": ("rough.jsonl, line 7: `messages` is '[]', not a list of messages", "set warm_start.bad_rows=drop"),
-    "long": ("rough.jsonl, line 8 with", "Raise rollout.context_tokens (the model has 1024 positions), or set"),
+    "long": ("rough.jsonl, line 8 with", "Raise rollout.context_tokens (the model has 2048 positions), or set"),
     "leak": ("this held-out problem is trained on too", "openai.jsonl, line 1"),
     "missing": ("no.jsonl: no such file", ".jsonl, .json, .parquet, .arrow"),
     "share": ("warm_start.heldout=1.5: give a fraction between 0 and 1, or a file",),
     "no data": ("warm_start.heldout=0.1 needs conversations: set warm_start.data=[{path: FILE}]",),
     "patience": ("warm_start.patience=1 needs a held-out loss: set warm_start.heldout",),
-    "positions": ("warm_start.max_tokens=5000: the model has 1024 positions",),
+    "positions": ("warm_start.max_tokens=5000: the model has 2048 positions",),
     "over": ("the warm start is over and is not repeated",),
 }
 
