@@ -84,9 +84,11 @@ def sft(
     if not dry_run:
         from icrl_megatron.launch import phases as pipeline
 
+        export = run_folder(resolved) / files.WARM_START / files.EXPORT
+        before = export.exists()
         code = pipeline.warm_start(resolved)
         if code == 0 and os.environ.get("RANK", "0") == "0":
-            typer.echo(f"written to {run_folder(resolved) / files.WARM_START / files.EXPORT}")
+            typer.echo(f"finished before, nothing was trained now: {export}" if before else f"written to {export}")
         _finish(code)
 
 

@@ -38,6 +38,11 @@ def check_settings(settings: Settings) -> None:
                 f"warm_start.{name}={getattr(warm, name)} needs conversations: set "
                 f"warm_start.data=[{{path: FILE}}], or leave warm_start.{name} out"
             )
+    if warm.steps > 0 and warm.epochs is not None:
+        raise ConfigError(
+            f"warm_start.steps={warm.steps} has no effect with warm_start.epochs={warm.epochs:g}: set "
+            "warm_start.epochs=null or warm_start.steps=0 in a new run"
+        )
     if warm.patience is not None and not warm.heldout:
         raise ConfigError(
             f"warm_start.patience={warm.patience} needs a held-out loss: set warm_start.heldout, e.g. to 0.02, or "

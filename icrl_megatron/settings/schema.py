@@ -81,7 +81,7 @@ class WarmStart:
     steps: Annotated[int, Range(0)] = 0
     """Number of supervised steps. 0: no warm start, unless `epochs` is given."""
     epochs: Annotated[float | None, Range(1e-6)] = None
-    """Passes over the conversations of `data`, in place of `steps`. Null: `steps`."""
+    """Passes over the conversations of `data`, in place of `steps`, which is then 0. Null: `steps`."""
     data: list[ConversationFiles] = field(default_factory=list)
     """Conversations to train on. Empty: demonstrations of the task sets' teachers."""
     heldout: str = ""

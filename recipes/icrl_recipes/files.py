@@ -9,6 +9,6 @@ def sft() -> Settings:
     """What `icrl sft DATA model.path=FOLDER` runs: two epochs of a pretrained model on files of conversations."""
     return Settings(
         name="sft",
-        warm_start=WarmStart(epochs=2, learning_rate=1e-5, warmup_steps=10, schedule="cosine"),
+        warm_start=WarmStart(epochs=2, learning_rate=1e-5, warmup_steps=5, schedule="cosine"),
         actor=ActorSettings(precision="bf16", recompute="full"),
     )
