@@ -46,6 +46,8 @@ class Distillation:
     systems: Mapping[str, System]
     """By task set."""
     failures: list[Failed] = field(default_factory=list)
+    outdated: int = 0
+    """Attempts in the file of runs whose problem has changed since."""
 
     @property
     def report(self) -> Path:
@@ -105,8 +107,9 @@ def run(settings: Settings, out: Path, overwrite: bool = False) -> str:
     with closing(cache) if cache else nullcontext():
         job = prepare(settings, out, overwrite, cache)
         with locked(out.parent, f".{out.name}.lock", f"--out={out}"):
-            records = Records(job.runs, identity(settings))
+            records = Records(job.runs, identity(settings), job.problems)
             with closing(records):
+                job.outdated = records.outdated
                 _play(job, records)
             return _write(job, [records.runs[t.task_id, a] for t, a in job.jobs() if (t.task_id, a) in records.runs])
 
@@ -178,6 +181,7 @@ def _counts(job: Distillation, runs: Sequence[Run]) -> dict[str, Any]:
         "finished": len(runs),
         "right": sum(one.correct for one in runs),
         "problems_solved": len({one.task_id for one in runs if one.correct}),
+        "of_changed_problems": job.outdated,
         "failed": dict(sorted(Counter(one.kind for one in job.failures).items())),
         "failures": [f"{one.task_id}: {one.kind}: {one.message}"[:300] for one in job.failures[:_SHOWN_FAILURES]],
         "tokens": {agent: {"read": t.read, "written": t.written} for agent, t in sorted(spent.items())},
@@ -192,6 +196,8 @@ def _summary(job: Distillation, counted: Mapping[str, Any], reports: Sequence[Fi
     ]
     if job.failures:
         lines.append(f"{len(job.failures)} attempts failed; the same command tries them again")
+    if job.outdated:
+        lines.append(f"{job.outdated} attempts in {job.runs} are not used, because their problems have changed since")
     for one in reports:
         why = "; ".join(f"{count} {reason}" for reason, count in one.why.items())
         lines.append(f"{one.name:12} {one.read:7} -> {one.kept + one.added:7}  {why}".rstrip())
