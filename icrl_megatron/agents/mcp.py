@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from icrl_megatron.agents import schemas
 from icrl_megatron.agents.text import head, plain
 from icrl_megatron.agents.tools import Arguments, ToolFailure, ToolSpec, ToolUseError
+from icrl_megatron.utils import addresses
 from icrl_megatron.utils.errors import ConfigError
 
 NO_TEXT = "The tool answered no text."
@@ -99,7 +100,13 @@ class McpServer:
         atexit.register(self.close)
 
     def _named(self, problem: str) -> str:
-        return f"MCP server {self._server if isinstance(self._server, str) else ' '.join(self._server)!r}: {problem}"
+        """A message about the server, without the keys that it was given."""
+        if isinstance(self._server, str):
+            shown = addresses.shown(self._server)
+            problem, keys = problem.replace(self._server, shown), addresses.secrets(self._server)
+        else:
+            shown, keys = repr(" ".join(self._server)), tuple(self._environment.values())
+        return f"MCP server {shown}: {addresses.hidden(problem, *keys)}"
 
     def tools(self) -> list[McpTool]:
         """The server's tools. Raises ConfigError if it cannot be started or reached, or lists no valid tools."""
@@ -113,7 +120,8 @@ class McpServer:
             raise
         except ToolFailure as error:
             self.close()
-            said = plain(self._errors.decode(errors="replace")).strip()
+            wrote = self._errors.decode(errors="replace")
+            said = plain(addresses.hidden(wrote, *self._environment.values())).strip()
             raise ConfigError(
                 f"{error}{f'; it wrote: {said[-500:]}' if said else ''}. Check that it can be started or reached from "
                 "this machine and speaks MCP"

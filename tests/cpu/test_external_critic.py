@@ -161,6 +161,7 @@ def test_an_interruption_ends_the_requests_in_flight_and_those_that_wait(prompte
 
 
 def test_an_external_critic_needs_an_address() -> None:
-    settings = load("rulebook_easy", ["rollout.critic=external"])
-    with pytest.raises(ConfigError, match=r"rollout\.external\.url"):
-        validate(settings)
+    at = ("rollout.critic=external", "rollout.external.model=m")
+    for overrides in (at[:1], (*at, "rollout.external.url=http://me:pw@h/v1")):
+        with pytest.raises(ConfigError, match=r"rollout\.external\.url(?!.*pw)"):
+            validate(load("rulebook_easy", overrides))
