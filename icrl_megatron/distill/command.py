@@ -48,6 +48,8 @@ class Distillation:
     failures: list[Failed] = field(default_factory=list)
     outdated: int = 0
     """Attempts in the file of runs whose problem has changed since."""
+    heldout: tuple[str, ...] = ()
+    """Held-out problems, which no trajectory may repeat."""
 
     @property
     def report(self) -> Path:
@@ -94,6 +96,8 @@ def prepare(settings: Settings, out: Path, overwrite: bool = False, cache: ToolC
         problems += tasks
         systems[source.name] = system
     made = Distillation(settings, out, catalogue, problems, systems)
+    if "leakage" not in distill.filters.leave_out:
+        made.heldout = _heldout(made)
     check_file(out, "a file of trajectories", begins_with(b'{"messages"'), overwrite)
     check_file(made.report, "a report", begins_with(f'"{_FIRST_KEY}"'.encode()), overwrite)
     return made
@@ -110,8 +114,16 @@ def run(settings: Settings, out: Path, overwrite: bool = False) -> str:
             records = Records(job.runs, identity(settings), job.problems)
             with closing(records):
                 job.outdated = records.outdated
-                _play(job, records)
-            return _write(job, [records.runs[t.task_id, a] for t, a in job.jobs() if (t.task_id, a) in records.runs])
+                try:
+                    _play(job, records)
+                except HopelessError:
+                    _report(job, _finished(job, records), [], 0)
+                    raise
+            return _write(job, _finished(job, records))
+
+
+def _finished(job: Distillation, records: Records) -> list[Run]:
+    return [records.runs[task.task_id, a] for task, a in job.jobs() if (task.task_id, a) in records.runs]
 
 
 def _play(job: Distillation, records: Records) -> None:
@@ -145,18 +157,23 @@ def _write(job: Distillation, runs: Sequence[Run]) -> str:
     grammars = {
         source.name: dict(options(source)).get("agent.grammar", "calls") for source in job.settings.tasks.sources
     }
-    rules = Rules(job.settings.distill.filters, job.settings.seed, _heldout(job), grammars)
+    rules = Rules(job.settings.distill.filters, job.settings.seed, job.heldout, grammars)
     kept, reports = filtered([linear(run) for run in runs], rules)
-    counted = _counts(job, runs)
-    filters = [report.to_json() for report in reports]
-    whole = json.dumps({**counted, "filters": filters, "written": len(kept)}, indent=1)
-    write_atomically(job.report, [whole], "the report")
+    counted = _report(job, runs, reports, len(kept))
     if not kept:
         raise HopelessError(
             f"no trajectory is left of {len(runs)} attempts ({len(job.failures)} failed): {job.report} says why"
         )
     writers.write(job.out, kept)
     return _summary(job, counted, reports, len(kept))
+
+
+def _report(job: Distillation, runs: Sequence[Run], reports: Sequence[FilterReport], written: int) -> dict[str, Any]:
+    """Writes the report. Returns its counts without the filters'."""
+    counted = _counts(job, runs)
+    whole = json.dumps({**counted, "filters": [one.to_json() for one in reports], "written": written}, indent=1)
+    write_atomically(job.report, [whole], "the report")
+    return counted
 
 
 def _heldout(job: Distillation) -> tuple[str, ...]:

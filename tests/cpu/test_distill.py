@@ -369,5 +369,27 @@ def test_an_endpoint_that_is_gone_stops_the_command(tmp_path: Path) -> None:
     with endpoint(refuse) as url:
         given = settings("distill.system=endpoint", "distill.endpoint.model=m", f"distill.endpoint.url={url}")
         given.distill.concurrency = 2
+        out = tmp_path / "a.jsonl"
         with pytest.raises(HopelessError, match=r"6 attempts in a row failed.*go away"):
-            command.run(given, tmp_path / "a.jsonl")
+            command.run(given, out)
+    assert report(out)["failed"] == {"endpoint": 6} and not out.exists()
+
+
+@pytest.mark.parametrize("answered", [401, 200])
+def test_an_endpoint_that_refuses_or_answers_other_json_ends_the_command_at_once(answered: int, tmp_path: Path) -> None:
+    async def other(request: web.Request) -> web.Response:
+        return web.json_response([], status=answered)
+
+    with endpoint(other) as url:
+        process = started(tmp_path / "a.jsonl", *ENDPOINT, f"distill.endpoint.url={url}")
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and errors.count("\n") == 1 and "48 attempts in a row failed" in errors, errors
+
+
+def test_heldout_problems_are_read_before_anything_is_played(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1 + 1", "label": "2"}\n')
+    source = f"{{name: math, data: {{train: [{tmp_path}/train.jsonl], heldout: [{tmp_path}/no.jsonl]}}, "
+    given = [*ENDPOINT, f"tasks.sources=[{source}agent: {{tools: [calculator]}}}}]"]
+    with pytest.raises(ConfigError, match=r"no\.jsonl"):
+        command.prepare(settings(*given), tmp_path / "a.jsonl")
+    command.prepare(settings(*given, "distill.filters.leave_out=[leakage]"), tmp_path / "a.jsonl")
