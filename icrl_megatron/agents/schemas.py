@@ -15,7 +15,7 @@ from jsonschema.protocols import Validator
 from jsonschema.validators import extend
 from referencing import Registry
 from referencing.exceptions import Unresolvable
-from referencing.jsonschema import DRAFT202012, ObjectSchema
+from referencing.jsonschema import DRAFT202012
 
 from icrl_megatron.agents.tools import ToolSpec
 
@@ -70,10 +70,10 @@ def mistake(check: Validator, arguments: Mapping[str, Any]) -> str:
     return f"{f'{where}: ' if where else ''}{error.message[:SHOWN_CHARS]}"
 
 
-def _check_references(schema: Mapping[str, Any]) -> None:
+def _check_references(schema: Any) -> None:
     """Raises BadSchemaError for references that leave the schema, have no target, or apply themselves to the same
     value again."""
-    root = DRAFT202012.create_resource(_object(schema))
+    root = DRAFT202012.create_resource(schema)
     resolver, graph, waiting = Registry().resolver_with_root(root), dict[int, list[int]](), [root]
     while waiting:
         resource = waiting.pop()
@@ -96,17 +96,13 @@ def _check_references(schema: Mapping[str, Any]) -> None:
             if not isinstance(target, Mapping | bool):
                 raise BadSchemaError(f"refers to {shown}, which is no schema")
             same.append(target)
-            waiting.append(DRAFT202012.create_resource(_object(target)))
+            waiting.append(DRAFT202012.create_resource(target))
         graph[id(part)] = [id(one) for one in same]
         waiting += resource.subresources()
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         raise BadSchemaError("refers to itself without end") from error
-
-
-def _object(schema: Any) -> ObjectSchema | bool:
-    return schema  # type: ignore[no-any-return]  # `referencing` asks for a dict
 
 
 def _without_dialects(schema: Any) -> Any:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from icrl_megatron.agents.calculator import Calculator
-from icrl_megatron.agents.formats import FinalAnswer, Malformed, Tags, ToolCalls
+from icrl_megatron.agents.formats import FinalAnswer, Malformed, Qwen3, Tags, ToolCalls
 from icrl_megatron.agents.search import NOTHING, Search
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits, ToolSession
 from icrl_megatron.agents.tools import Tool, ToolCall, ToolFailure, ToolSpec, ToolUseError
@@ -353,6 +353,16 @@ def test_the_last_tag_counts(reply: str, parsed: object) -> None:
     assert form.parse(reply) == parsed
     if isinstance(parsed, ToolCalls | FinalAnswer):
         assert form.parse(form.render(parsed)) == parsed
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("1e999", "1e999 is too large a number"), ("NaN", "NaN is not JSON"), ('"\\ud800"', "half a surrogate pair")],
+)
+def test_arguments_that_no_tool_takes_are_malformed(value: str, said: str) -> None:
+    call = f'{{"name": "search", "arguments": {{"query": {value}}}}}'
+    found = Qwen3([Search.spec]).parse(f"<tool_call>{call}</tool_call>")
+    assert isinstance(found, Malformed) and said in found.problem
 
 
 def test_reading_a_reply_takes_linear_time() -> None:
