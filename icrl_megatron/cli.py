@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -58,9 +59,21 @@ def train(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) 
 
 
 @app.command()
-def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Run only a recipe's supervised warm start: on files (warm_start.data) or on the task sets' demonstrations."""
-    resolved = _resolve(recipe, overrides, dry_run)
+def sft(
+    data: Annotated[
+        str,
+        typer.Argument(metavar="DATA|RECIPE", help="Conversations: a file, folder or pattern. Or a recipe's name."),
+    ],
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a model on files of conversations (docs/AGENTS.md), or run only the supervised warm start of a recipe."""
+    from icrl_megatron.run import conversation_checks, files
+    from icrl_megatron.settings.loading import run_folder
+    from icrl_recipes import registry
+
+    recipe, given = conversation_checks.as_recipe(data, registry())
+    resolved = _resolve(recipe, [*given, *(overrides or [])], dry_run)
     if resolved.start_from:
         raise ConfigError(
             f"start_from={resolved.start_from}: `icrl sft` warms up a model.path or model.init; leave start_from empty "
@@ -71,7 +84,12 @@ def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) ->
     if not dry_run:
         from icrl_megatron.launch import phases as pipeline
 
-        _finish(pipeline.warm_start(resolved))
+        export = run_folder(resolved) / files.WARM_START / files.EXPORT
+        before = export.exists()
+        code = pipeline.warm_start(resolved)
+        if code == 0 and os.environ.get("RANK", "0") == "0":
+            typer.echo(f"finished before, nothing was trained now: {export}" if before else f"written to {export}")
+        _finish(code)
 
 
 @app.command()

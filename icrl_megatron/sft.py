@@ -140,7 +140,7 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     with closing(state), progress.phase("warm start", settings.steps) as bar, saver.on_error():
         bar.advance(state.step)
         samples = constant_credit(lessons.heldout).samples
-        evaluator = HeldoutLoss(parts, state, samples) if samples else NoEvaluator()
+        evaluator = HeldoutLoss(parts, state, samples, progress.log) if samples else NoEvaluator()
         recorder = SupervisedRecorder(state, progress, bar, prompter.decode, lessons.dropped)
         return loop.run(parts, state, recorder, evaluator)
 

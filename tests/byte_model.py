@@ -14,7 +14,7 @@ CHATML = (
 )
 
 
-def build(folder: Path, positions: int = 1024, layers: int = 1) -> Path:
+def build(folder: Path, positions: int = 1024, layers: int = 1, kv_heads: int = 1) -> Path:
     """Writes the model, fp32, to `folder`: one token per byte, except for a few merges."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -34,7 +34,7 @@ def build(folder: Path, positions: int = 1024, layers: int = 1) -> Path:
         intermediate_size=64,
         num_hidden_layers=layers,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=kv_heads,
         head_dim=16,
         max_position_embeddings=positions,
         tie_word_embeddings=True,

@@ -81,12 +81,64 @@ def oagents(n: int) -> list[dict[str, Any]]:
     ]
 
 
+def action(number: int, **logged: Any) -> dict[str, Any]:
+    """One step of a smolagents agent as `agent.memory.get_full_steps()` has it, with every field."""
+    empty: dict[str, Any] = dict.fromkeys(
+        ("model_input_messages", "error", "model_output_message", "model_output", "code_action", "observations",
+         "observations_images", "action_output")
+    )  # fmt: skip
+    used = {"input_tokens": 100, "output_tokens": 7, "total_tokens": 107}
+    timing = {"start_time": 1.0, "end_time": 2.0, "duration": 1.0}
+    made = {"step_number": number, "timing": timing, "token_usage": used, "tool_calls": [], "is_final_answer": False}
+    return {**empty, **made, **logged}
+
+
+def smolagents(n: int) -> list[dict[str, Any]]:
+    """The log of a CodeAgent (odd n) or of a ToolCallingAgent."""
+
+    def call(name: str, arguments: Any, id: str) -> dict[str, Any]:
+        return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+    def program(number: int, thought: str, code: str) -> dict[str, Any]:
+        said = f"Thought: {thought}\n<code>\n{code}\n</code>"
+        return {
+            "model_output": said,
+            "code_action": code,
+            "tool_calls": [call("python_interpreter", code, f"c{number}")],
+        }
+
+    head = [{"task": f"where is p{n}?", "task_images": None}]
+    message = {"role": "assistant", "content": "look"}
+    planned = {"model_input_messages": [message], "model_output_message": message, "plan": "look", "timing": {}}
+    if n % 2:
+        error = {"type": "AgentExecutionError", "message": "no such name"}
+        seen = f"Execution logs:\nin t{n}\nLast output from code snippet:\nNone"
+        return [
+            *head,
+            {**planned, "token_usage": None},
+            action(1, error={"type": "AgentParsingError", "message": "no code"}, model_output="hm"),
+            action(2, **program(2, "I look.", f"find('p{n}')"), error=error, observations="Execution logs:\n"),
+            action(3, **program(3, "Again.", f"print(search('p{n}'))"), observations=seen),
+            action(4, **program(4, "Done.", f"final_answer('t{n}')"), observations="", action_output=f"t{n}",
+                   is_final_answer=True),
+        ]  # fmt: skip
+    both = [call("search", {"query": f"p{n}"}, "c1"), call("search", {"query": f"home of p{n}"}, "c2")]
+    final = [call("final_answer", {"answer": f"t{n}"}, "c3")]
+    return [
+        *head,
+        action(1, model_output="", tool_calls=both, observations=f"in t{n}\nat t{n}"),
+        action(2, model_output="", tool_calls=final, observations=f"t{n}", action_output=f"t{n}", is_final_answer=True),
+    ]
+
+
+LOGS = {"oagents": oagents, "smolagents": smolagents}
+"""Formats with several rows per run; both are read as `oagents`."""
 ROWS = {"openai": openai, "sharegpt": sharegpt, "alpaca": alpaca, "afm": afm}
 
 
 def rows_of(format: str, count: int) -> list[dict[str, Any]]:
-    if format == "oagents":
-        return [step for n in range(count) for step in oagents(n)]
+    if format in LOGS:
+        return [step for n in range(count) for step in LOGS[format](n)]
     return [ROWS[format](n) for n in range(count)]
 
 

@@ -99,9 +99,10 @@ def save(
     keep: int | None = None,
     beside: Mapping[str, Sequence[str]] | None = None,
     run: str = "",
+    best: int | None = None,
 ) -> Path:
     """Writes `root/step_NNNNNN`, then deletes all but the newest `keep` checkpoints of the same `run` (None: none is
-    deleted). Collective over all ranks; errors are raised on all of them.
+    deleted) and the one of the step `best`. Collective over all ranks; errors are raised on all of them.
 
     The configuration and tokenizer of the Hugging Face folder `like` are included, so that a checkpoint can be exported
     without other files. `beside`: lines of additional files, by file name. All ranks share the writing, and each holds
@@ -144,7 +145,7 @@ def save(
             shutil.rmtree(part, ignore_errors=True)
         raise
     if keep is not None:
-        first(lambda: _delete_old(final, keep, run), "the deletion of older checkpoints")
+        first(lambda: _delete_old(final, keep, run, best), "the deletion of older checkpoints")
     return final
 
 
@@ -349,10 +350,13 @@ def _finish(
     sync(final.parent)
 
 
-def _delete_old(final: Path, keep: int, run: str) -> None:
-    """Deletes the oldest checkpoints of `run` up to `final`, until `keep` are left, and nothing else."""
+def _delete_old(final: Path, keep: int, run: str, best: int | None) -> None:
+    """Deletes the oldest checkpoints of `run` up to `final`, until `keep` are left, but never that of the step `best`,
+    and nothing else."""
     mine = [p for p in complete(final.parent) if p == final or _run_of(p) == run]
     for old in mine[: mine.index(final) + 1][:-keep]:
+        if step_of(old.name) == best:
+            continue
         part = old.with_name(old.name + PART)
         _delete(part)
         old.rename(part)  # if the process is killed here, no checkpoint looks damaged

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from icrl_megatron.agents.grammar import Grammar
 from icrl_megatron.agents.tools import ToolCall, ToolSpec
 from icrl_megatron.distill.alpaca import asked
 from icrl_megatron.distill.rows import BadRowError, Fields, text_of
@@ -20,6 +21,7 @@ from icrl_megatron.distill.trajectory import ASSISTANT, Segment, Trajectory
 ARGUMENTS = {"wiki_search": "query", "web_search": "query", "crawl_page": "url", "code": "code"}
 """Argument of the published tools; others get `text`."""
 TOOLS = (*ARGUMENTS, "visual_inspector")
+_NO_TOOLS = (*Grammar.roles, "answer")
 _OPENING = re.compile(r"<([A-Za-z_]\w{0,40})>")
 
 
@@ -53,6 +55,8 @@ def segments_of(response: str) -> tuple[Segment, ...]:
             if not found or found[-1].kind != "call":
                 raise BadRowError("an observation without a call; delete it, or add its call")
             found.append(Segment(found[-1].agent, body, "observation", trained=False))
+        elif following == "observation" and tag in _NO_TOOLS:
+            raise BadRowError(f"an observation after <{tag}>, which is no call; delete it, or add its call")
         elif following == "observation" and tag:
             arguments = {ARGUMENTS.get(tag, "text"): body}
             found.append(Segment(tag, "", "call", call=ToolCall(tag, arguments)))

@@ -53,18 +53,18 @@ def of_messages(messages: Any, tools: Any, task_id: str) -> Trajectory:
 
 def tools_of(value: Any) -> tuple[ToolSpec, ...]:
     """Tools in OpenAI's form, with or without "function" around each, as a list or as JSON. Raises BadRowError."""
-    found = parsed(value) if isinstance(value, str) and value.strip() else value or []
+    found = parsed(value, "`tools`") if isinstance(value, str) and value.strip() else value or []
     if not isinstance(found, list):
         raise BadRowError(f"`tools` is {str(value)[:80]!r}, not a list of tools")
     specs = []
     for tool in found:
-        inner = parsed(tool) if isinstance(tool, str) else tool
+        inner = parsed(tool, "a tool in `tools`") if isinstance(tool, str) else tool
         inner = inner.get("function", inner) if isinstance(inner, dict) else inner
         match inner:
             case {"name": str(name)}:
                 about = text_of(inner.get("description"), f"the description of the tool {name!r}")
                 schema = inner.get("parameters") or {"type": "object", "properties": {}}
-                schema = parsed(schema) if isinstance(schema, str) else schema
+                schema = parsed(schema, f"the parameters of the tool {name!r}") if isinstance(schema, str) else schema
                 if not isinstance(schema, dict):
                     raise BadRowError(f"the parameters of the tool {name!r} are no JSON schema; write an object")
                 specs.append(ToolSpec(name, about, schema))
@@ -77,14 +77,12 @@ def tools_of(value: Any) -> tuple[ToolSpec, ...]:
 
 def arguments_of(name: str, value: Any) -> dict[str, Any]:
     """Arguments of a call, as an object or as JSON. Raises BadRowError."""
-    try:
-        found = parsed(value) if isinstance(value, str) else value
-    except BadRowError as error:
-        raise BadRowError(f"the arguments of a call of {name!r} are {error}; write a JSON object") from error
+    what = f"the arguments of a call of {name!r}"
+    found = parsed(value, what) if isinstance(value, str) else value
     if found is None:
         return {}
     if not isinstance(found, dict):
-        raise BadRowError(f"the arguments of a call of {name!r} are {str(value)[:80]!r}; write a JSON object")
+        raise BadRowError(f"{what} are {str(value)[:80]!r}; write a JSON object")
     return found
 
 

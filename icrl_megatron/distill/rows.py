@@ -59,14 +59,16 @@ def rows(file: Path) -> Iterator[Row]:
         raise ConfigError(f"{file}: cannot be read ({error}); give a whole file that you may read") from error
 
 
-def parsed(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises BadRowError, also for NaN and for nesting without end."""
+def parsed(text: str | bytes, what: str = "") -> Any:
+    """The value of a JSON text. Raises BadRowError, which begins with `what`, also for NaN and for nesting without
+    end."""
+    named = f"{what}: " if what else ""
     try:
         return json.loads(text, parse_constant=_refuse)
     except RecursionError as error:
-        raise BadRowError("JSON that is nested too deeply") from error
+        raise BadRowError(f"{named}JSON that is nested too deeply") from error
     except ValueError as error:  # a UnicodeDecodeError too
-        raise BadRowError(f"broken JSON ({error})") from error
+        raise BadRowError(f"{named}broken JSON ({error})") from error
 
 
 def _lines(file: Path) -> Iterator[Row]:

@@ -51,6 +51,6 @@ def read(rows: Sequence[Fields], task_id: str) -> Trajectory:
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:
-    found = parsed(value) if isinstance(value, str) else value
+    found = parsed(value, "a turn from function_call") if isinstance(value, str) else value
     calls = found if isinstance(found, list) else [found]
     return [{"function": call} for call in calls]

@@ -1,6 +1,7 @@
-"""Runs of smolagents and OAgents: the steps of an agent, as JSON.
+"""Runs of smolagents and OAgents: the steps of an agent (`agent.memory.get_full_steps()`), as JSON.
 
-Either one row per run, with its steps in `intermediate_steps`, or one row per step, where `task` begins a run:
+Either one row per run, with its steps in `intermediate_steps` (OAgents) or `steps` (smolagents' RunResult), or one row
+per step, where `task` begins a run:
 
     {"task": "..."}
     {"plan": "..."}
@@ -16,25 +17,26 @@ from contextlib import suppress
 from typing import Any
 
 from icrl_megatron.agents.tools import ToolCall, ToolSpec
-from icrl_megatron.distill.messages import tools_of
+from icrl_megatron.distill.messages import arguments_of, tools_of
 from icrl_megatron.distill.rows import BadRowError, Fields, parsed, text_of
 from icrl_megatron.distill.trajectory import THINK, Segment, Tokens, Trajectory
 
-FINAL = "final_answer"
+FINAL, PROGRAM = "final_answer", "python_interpreter"
+"""Tools of smolagents: what ends a run, and what runs a CodeAgent's programs."""
+STEPS = ("intermediate_steps", "steps")
+"""Columns with all steps of a run."""
 _CODE = re.compile(r"(?:^|\n)\s*(?:Code:|Action:|```|<code>)")
 """Where the part of a reply begins that the call repeats."""
 
 
 def fits(columns: Sequence[str]) -> bool:
-    return "intermediate_steps" in columns or "task" in columns or "system_prompt" in columns
+    return not {*STEPS, "task", "system_prompt"}.isdisjoint(columns)
 
 
 def begins(fields: Fields, before: Fields | None) -> bool:
     """Whether a row begins a run; `before` is the row above it."""
-    return (
-        "intermediate_steps" in fields
-        or "system_prompt" in fields
-        or ("task" in fields and "system_prompt" not in (before or {}))
+    return not {*STEPS, "system_prompt"}.isdisjoint(fields) or (
+        "task" in fields and "system_prompt" not in (before or {})
     )
 
 
@@ -42,15 +44,17 @@ def read(rows: Sequence[Fields], task_id: str) -> Trajectory:
     """Raises BadRowError."""
     first = rows[0]
     steps: Any = list(rows)
-    if "intermediate_steps" in first:
-        steps = first["intermediate_steps"]
-        steps = parsed(steps) if isinstance(steps, str) else steps
+    if column := next((name for name in STEPS if name in first), ""):
+        steps = first[column]
+        steps = parsed(steps, f"`{column}`") if isinstance(steps, str) else steps
     if not isinstance(steps, list):
-        raise BadRowError("`intermediate_steps` is not a list of steps")
+        raise BadRowError(f"`{column}` is {str(steps)[:80]!r}, not a list of steps; log agent.memory.get_full_steps()")
     steps = [step for step in steps if isinstance(step, dict)]  # some logs hold a text for each step too
+    if any("role" in step for step in steps):
+        raise BadRowError(f"`{column}` holds messages, not steps; log agent.memory.get_full_steps()")
     heads = {**first, **{k: s[k] for s in reversed(steps) for k in ("task", "system_prompt") if s.get(k)}}
     problem = next((heads[name] for name in ("question", "task", "augmented_question") if heads.get(name)), "")
-    segments = tuple(_segments(steps, first.get("prediction")))
+    segments = tuple(_segments(steps, first.get("prediction", first.get("output"))))
     correct = next((heads[name] for name in ("correct", "is_correct") if isinstance(heads.get(name), bool)), None)
     given = tools_of(first["tools"]) if first.get("tools") else ()
     return Trajectory(
@@ -71,18 +75,21 @@ def _segments(steps: Sequence[Fields], prediction: Any) -> Iterator[Segment]:
             continue
         calls = [_call(call) for call in step.get("tool_calls") or []]
         final = next((call for call in calls if call.name == FINAL), None)
-        error = step.get("error")
-        if error and not calls:
-            continue  # a reply that could not be read is no demonstration
+        forced = bool(step.get("error")) and not calls  # no reply that could be read, or no step was left
+        if forced and step.get("action_output") is None:
+            continue
         if thought := _thought(step):
             yield Segment(THINK, thought)
-        if final is not None or step.get("is_final_answer"):
+        if final is not None or forced or step.get("is_final_answer"):
             answer = step.get("action_output") if final is None else _one(final)
             if final is None:  # a program that ends with the answer
                 yield from _called(calls, step)
-            yield Segment("answer", str(answer if answer is not None else prediction), "answer")
+            answer = prediction if answer is None else answer
+            yield Segment("answer", text_of(answer, "the answer") if forced else str(answer), "answer")
             return
         yield from _called(calls, step)
+        if not calls and step.get("observations"):
+            raise BadRowError("observations of a step without a call; add its `tool_calls`, or delete the observations")
         if not calls and "output" in step:
             yield Segment("answer", str(step["output"]), "answer")
             return
@@ -94,16 +101,18 @@ def _called(calls: Sequence[ToolCall], step: Fields) -> Iterator[Segment]:
     if not calls:
         return
     yield from (Segment(call.name, "", "call", call=call) for call in calls)
-    seen = step.get("observations")
-    error = step.get("error")
-    if seen is None and error:
-        seen = str(error.get("message", error)) if isinstance(error, dict) else str(error)
-    if seen is None:
+    seen, error = step.get("observations"), step.get("error")
+    if seen is None and not error:
         return  # `check` says which call has no answer
-    each = isinstance(seen, list) and all(isinstance(one, str) for one in seen)
-    texts = seen if each else [text_of(seen, "an observation")]
+    if isinstance(seen, list) and all(isinstance(one, str) for one in seen):
+        texts = list(seen)
+    else:  # smolagents joins the answers of a step to one text: the last call gets it, the others are answered with ""
+        texts = [*[""] * (len(calls) - 1), text_of(seen, "an observation")]
     if len(texts) != len(calls):
         raise BadRowError(f"{len(calls)} calls in a step with {len(texts)} observations; log one for each call")
+    if error:
+        said = str(error.get("message", error)) if isinstance(error, dict) else str(error)
+        texts = [*texts[:-1], "\n".join(filter(None, (texts[-1], said)))]
     for call, text in zip(calls, texts, strict=True):
         yield Segment(call.name, text, "observation", trained=False)
 
@@ -113,12 +122,14 @@ def _call(value: Any) -> ToolCall:
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
         raise BadRowError(f"a call without the name of a tool ({str(value)[:80]!r}); give it one")
     name, given = inner["name"], inner.get("arguments")
-    if isinstance(given, str):
+    if isinstance(given, str) and name != PROGRAM and given.lstrip().startswith("{"):
+        given = arguments_of(name, given)
+    elif isinstance(given, str):
         with suppress(BadRowError):  # a program or a text
             given = parsed(given)
     if not isinstance(given, dict):
         text = inner.get("arguments")
-        given = {} if text is None else {"code" if name == "python_interpreter" else "text": text}
+        given = {} if text is None else {"code" if name == PROGRAM else "text": text}
     return ToolCall(name, given)
 
 

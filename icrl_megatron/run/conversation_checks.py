@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Container
+from pathlib import Path
+
 from icrl_megatron.distill import readers
+from icrl_megatron.distill.rows import SUFFIXES
 from icrl_megatron.settings.schema import ConversationFiles, Settings, WarmStart
 from icrl_megatron.utils.errors import ConfigError
 
 NEED_DATA = ("epochs", "heldout", "max_tokens")
 """Settings that only say something about `warm_start.data`."""
+
+DATA_RECIPE = "sft"
+"""The recipe of `icrl sft DATA`."""
+
+
+def as_recipe(given: str, recipes: Container[str]) -> tuple[str, list[str]]:
+    """The argument of `icrl sft` as a recipe and overrides: a file, folder or pattern becomes the data of DATA_RECIPE,
+    in a run that is named after it; anything else is a recipe."""
+    path = Path(given)
+    if given in recipes or not (path.suffix in SUFFIXES or "*" in given or path.exists()):
+        return given, []
+    words = (re.sub(r"[^\w.-]+", "_", part).strip("_.") for part in (path.stem, path.resolve().parent.name))
+    name = next(filter(None, words), DATA_RECIPE)
+    return DATA_RECIPE, [f"name={name}", f"warm_start.data.0.path={given}"]
 
 
 def check_settings(settings: Settings) -> None:
@@ -19,6 +38,11 @@ def check_settings(settings: Settings) -> None:
                 f"warm_start.{name}={getattr(warm, name)} needs conversations: set "
                 f"warm_start.data=[{{path: FILE}}], or leave warm_start.{name} out"
             )
+    if warm.steps > 0 and warm.epochs is not None:
+        raise ConfigError(
+            f"warm_start.steps={warm.steps} has no effect with warm_start.epochs={warm.epochs:g}: set "
+            "warm_start.epochs=null or warm_start.steps=0 in a new run"
+        )
     if warm.patience is not None and not warm.heldout:
         raise ConfigError(
             f"warm_start.patience={warm.patience} needs a held-out loss: set warm_start.heldout, e.g. to 0.02, or "

@@ -29,7 +29,7 @@ from icrl_megatron.settings.loading import model_folder
 from icrl_megatron.settings.schema import ConversationFiles, Settings
 from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks.datasets import content_hash
-from icrl_megatron.telemetry.metrics import HELDOUT_NLL
+from icrl_megatron.telemetry.metrics import HELDOUT_NLL, HELDOUT_TOKENS
 from icrl_megatron.telemetry.writer import METRICS_FILE, Row, read_rows
 from icrl_megatron.types import Episode, Sample, Split, Task
 from icrl_megatron.utils.errors import ConfigError
@@ -213,41 +213,64 @@ def dry_run(settings: Settings) -> str:
 
 
 class HeldoutLoss:
-    """Measures the held-out loss (`run.evaluator.Evaluator`), and ends the run when it stops falling. All ranks call
-    each method."""
+    """Measures the held-out loss (`run.evaluator.Evaluator`), ends the run when it stops falling, and chooses the step
+    that is exported. All ranks call each method."""
 
-    def __init__(self, parts: Parts, state: RunState, samples: Sequence[Sample]) -> None:
+    def __init__(self, parts: Parts, state: RunState, samples: Sequence[Sample], log: Callable[[str], None]) -> None:
         from icrl_megatron.data.packing import pack
 
-        self._parts, self._state, warm = parts, state, parts.settings.warm_start
+        self._parts, self._state, self._log, warm = parts, state, log, parts.settings.warm_start
         self._interval, self._patience = warm.heldout_interval, warm.patience
         self._plan = pack(samples, parts.settings.algo, prompt="train", **parts.packing())
+        self._tokens = float(self._plan.global_loss_tokens)
         rows = read_rows(state.run_dir / METRICS_FILE) if parts.grid.rank == 0 else []
-        known = [row[HELDOUT_NLL] for row in rows if HELDOUT_NLL in row]
-        self._losses: list[float] = list(gather_objects(parts.grid, known)[0])
-        state.ended_early = self._risen()
+        # Losses on other held-out files, before a resume that changed them, cannot be compared.
+        known = {int(row["step"]): row[HELDOUT_NLL] for row in rows if row.get(HELDOUT_TOKENS) == self._tokens}
+        self._losses: dict[int, float] = gather_objects(parts.grid, known)[0]
+        self._judge()
 
     def due(self) -> bool:
         return self._state.step % self._interval == 0 or self._state.step >= self._parts.settings.steps
 
     def heldout(self) -> Row:
         loss = self._parts.actor.nll(self._plan)
-        self._losses.append(loss)
-        self._state.ended_early = self._risen()
-        return {HELDOUT_NLL: loss, "heldout/tokens": float(self._plan.global_loss_tokens)}
+        self._losses[self._state.step] = loss
+        self._judge()
+        return {HELDOUT_NLL: loss, HELDOUT_TOKENS: self._tokens}
 
     def alone(self) -> None:
-        """Before the first step; the last step measures the loss itself."""
+        """Measures before the first step; the last step measures the loss itself, and here its export is announced."""
         if self._state.step == 0 and not self._state.evaluated():
             self._state.write(self.heldout())
+        best = self._state.saver.best
+        if self._state.finished() and best is not None:
+            before, lowest = self._losses.get(0, math.inf), self._losses[best]
+            rose = f"; before the first step it was {before:.4f}, so training made it worse" if before < lowest else ""
+            self._log(
+                f"the export has the weights of step {best} of {self._state.step}, with the lowest held-out loss "
+                f"({lowest:.4f}){rose}"
+            )
 
     def control(self, when: str) -> None:
         """Does nothing."""
 
+    def _judge(self) -> None:
+        """Decides after each measurement whether the run ends, and which step is the best so far."""
+        state = self._state
+        state.ended_early = self._risen()
+        # Only steps with a checkpoint: the current one gets one if it is the best.
+        found = [
+            (loss, step)
+            for step, loss in self._losses.items()
+            if step > 0 and math.isfinite(loss) and (step == state.step or state.saver.has(step))
+        ]
+        lowest = min(found)[1] if found and self._parts.grid.rank == 0 else None
+        state.saver.best = gather_objects(self._parts.grid, lowest)[0]
+
     def _risen(self) -> bool:
         """Whether none of the last `patience` losses is below all those before them. A loss that is not a number counts
         as one that has not fallen."""
-        known = [loss if math.isfinite(loss) else math.inf for loss in self._losses]
+        known = [loss if math.isfinite(loss) else math.inf for loss in self._losses.values()]
         if self._patience is None or len(known) <= self._patience:
             return False
         return min(known[-self._patience :]) >= min(known[: -self._patience])

@@ -114,7 +114,9 @@ class SupervisedRecorder(Recorder):
             NLL: nll,
             "data/dropped": float(self._dropped),
             "actor/grad_norm": stats.grad_norm,
+            "actor/learning_rate": stats.learning_rate,
             "actor/skipped_updates": float(stats.skipped_updates),
+            "tokens/loss": float(stats.loss_tokens),
         }
 
     def advance(self, row: Row) -> None:

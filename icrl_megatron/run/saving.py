@@ -139,6 +139,8 @@ class Saver:
         self._saved = start.found.progress.step if start.found is not None else None
         self._completed: _Completed | None = None
         self._failed = False
+        self.best: int | None = None
+        """The step that will be exported; its checkpoint is not deleted. None: the last step."""
 
     @property
     def run_dir(self) -> Path:
@@ -165,6 +167,23 @@ class Saver:
         self._log(f"resuming from {found.folder}")
         return progress
 
+    def load_best(self) -> None:
+        """Replaces the weights by those of the step `best`, if that is not the last one. Call it after the last
+        checkpoint is saved. Raises ConfigError as `checkpoint.load`."""
+        if self.best is None or self.best == self._saved:
+            return
+        folder = self._start.run_dir / CHECKPOINTS / step_name(self.best)
+        try:
+            checkpoint.load(folder, self._actor.rows, self._actor.optimizer, self._grid)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}. Or move it away: the same command then exports the step with the next lowest held-out loss"
+            ) from error
+
+    def has(self, step: int) -> bool:
+        """Whether there is a checkpoint of the step."""
+        return (self._start.run_dir / CHECKPOINTS / step_name(step)).is_dir()
+
     def completed(self, progress: checkpoint.SavedProgress, beside: Callable[[], Files] = dict) -> None:
         """Records a completed step and its progress. `beside` is called when it is saved, on all ranks."""
         self._completed = _Completed(progress, beside, self._actor.optimizer.begun)
@@ -185,6 +204,7 @@ class Saver:
             self._keep,
             done.beside(),
             self._start.run,
+            self.best,
         )
         self._saved, self._failed = done.progress.step, False
         run_on_all_ranks(self._grid, self._note_saved)

@@ -147,12 +147,14 @@ class RunState:
         self.saver.save()
 
     def save_if_due(self) -> None:
-        if self.step % self.parts.settings.checkpoint.interval == 0 and not self.finished():
+        due = self.step % self.parts.settings.checkpoint.interval == 0 or self.saver.best == self.step
+        if due and not self.finished():
             self.save()
 
     def conclude(self) -> None:
-        """Saves the last checkpoint and exports the model."""
+        """Saves the last checkpoint and exports the model: the last step, or the best one (`Saver.best`)."""
         self.save()
+        self.saver.load_best()
         actor, grid = self.parts.actor, self.parts.grid
         write_hf(Gatherer(actor.rows, grid), self.saver.model, self.run_dir / EXPORT, grid, remedy=MOVE_AWAY)
 

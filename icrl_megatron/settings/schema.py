@@ -81,12 +81,12 @@ class WarmStart:
     steps: Annotated[int, Range(0)] = 0
     """Number of supervised steps. 0: no warm start, unless `epochs` is given."""
     epochs: Annotated[float | None, Range(1e-6)] = None
-    """Passes over the conversations of `data`, in place of `steps`. Null: `steps`."""
+    """Passes over the conversations of `data`, in place of `steps`, which is then 0. Null: `steps`."""
     data: list[ConversationFiles] = field(default_factory=list)
     """Conversations to train on. Empty: demonstrations of the task sets' teachers."""
     heldout: str = ""
     """Held-out conversations: a path as in `data.0`, or the fraction of all problems of `data` that is held out, such
-    as 0.02. Empty: none."""
+    as 0.02. With them, the weights with the lowest held-out loss are exported. Empty: none."""
     heldout_interval: Annotated[int, Range(1)] = 50
     """Steps between measurements of the loss on held-out conversations; also before the first and after the last."""
     patience: Annotated[int | None, Range(1)] = None
@@ -217,7 +217,7 @@ class CheckpointSettings:
     interval: Annotated[int, Range(1)] = 50
     """Steps between checkpoints. The last step is always saved."""
     keep: Annotated[int, Range(1)] = 2
-    """Number of newest checkpoints that are kept; older ones are deleted."""
+    """Number of newest checkpoints that are kept; older ones are deleted, but not that of the lowest held-out loss."""
 
 
 @dataclass

@@ -23,7 +23,7 @@ HELDOUT = "heldout/critique_free"
 REPLY_ENTROPY = "attempt/entropy"
 """Mean -log pi of the solver's sampled tokens under the prompts it saw: an estimate of its entropy per token."""
 
-NLL, HELDOUT_NLL = "sft/nll", "heldout/nll"
+NLL, HELDOUT_NLL, HELDOUT_TOKENS = "sft/nll", "heldout/nll", "heldout/tokens"
 """Mean -log-prob of a token with loss in supervised training: of the step's batch before its update, and of the
 held-out conversations."""
 

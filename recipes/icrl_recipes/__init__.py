@@ -10,12 +10,17 @@ from icrl_megatron.settings.schema import Settings
 
 
 def registry() -> dict[str, Callable[[], Settings]]:
-    """Name -> function, in the order of the list: the public functions of `tiny`, then the table of `qwen3`.
+    """Name -> function, in the order of the list: the public functions of `tiny` and `files`, then the table of
+    `qwen3`.
 
     Imports neither torch nor NeMo-Run.
     """
-    from icrl_recipes import qwen3, tiny
+    from icrl_recipes import files, qwen3, tiny
 
-    functions = {name: value for name, value in vars(tiny).items() if isfunction(value) and name[0] != "_"}
-    own: dict[str, Any] = {name: value for name, value in functions.items() if value.__module__ == tiny.__name__}
+    functions = {**vars(tiny), **vars(files)}.items()
+    own: dict[str, Any] = {
+        name: value
+        for name, value in functions
+        if isfunction(value) and name[0] != "_" and value.__module__ in (tiny.__name__, files.__name__)
+    }
     return own | {recipe.__name__: recipe for recipe in qwen3.RECIPES}

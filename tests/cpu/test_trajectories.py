@@ -7,7 +7,6 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pytest
 import qwen_tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from trajectory_files import openai, rows_of, write_jsonl
+from trajectory_files import LOGS, action, openai, rows_of, smolagents, write_jsonl
 
 from icrl_megatron.agents.formats import Qwen3, SearchR1, Tags, harmless
 from icrl_megatron.agents.tools import ToolCall, ToolSpec
@@ -125,58 +124,53 @@ def test_every_format_is_told_by_its_columns(tmp_path: Path) -> None:
     assert logged.spent == Tokens(100, 7) and logged.tools[0].name == "search"
 
 
-@pytest.mark.parametrize("format", ["openai", "sharegpt", "alpaca", "afm", "oagents"])
+def test_the_logs_of_smolagents_are_read(tmp_path: Path) -> None:
+    called, coded = of("smolagents", tmp_path)
+    both = [Segment("search", "", "call", call=ToolCall("search", {"query": q})) for q in ("p0", "home of p0")]
+    answers = [Segment("search", text, "observation", trained=False) for text in ("", "in t0\nat t0")]
+    assert called.problem == "where is p0?" and called.segments == (*both, *answers, Segment("answer", "t0", "answer"))
+    assert called.spent == Tokens(200, 14) and called.tools[0].parameters["properties"] == {"query": {"type": "string"}}
+    said = [(s.agent, s.call.arguments["code"] if s.call else s.text) for s in coded.segments]
+    assert said == [
+        ("plan", "look"),
+        ("think", "I look."),
+        ("python_interpreter", "find('p1')"),
+        ("python_interpreter", "Execution logs:\n\nno such name"),
+        ("think", "Again."),
+        ("python_interpreter", "print(search('p1'))"),
+        ("python_interpreter", "Execution logs:\nin t1\nLast output from code snippet:\nNone"),
+        ("think", "Done."),
+        ("python_interpreter", "final_answer('t1')"),
+        ("python_interpreter", ""),
+        ("answer", "t1"),
+    ]
+
+
+def test_results_of_smolagents_are_read(tmp_path: Path) -> None:
+    """One row per run: `RunResult.dict()`, also of a run that had no step left and was asked for its answer."""
+    steps = smolagents(1)
+    last = action(5, error={"type": "AgentMaxStepsError", "message": "Reached max steps."}, action_output="t9")
+    rows = [{"output": "t1", "state": "success", "steps": steps}, {"output": "t9", "steps": [*steps[:-1], last]}]
+    messages = {"question": "a", "prediction": "b", "intermediate_steps": [{"role": "user", "content": "a"}]}
+    path = write_jsonl(tmp_path / "runs.jsonl", [*rows, messages, {"task": "a", "steps": None}])
+    whole, cut, wrong, none = readers.read(str(path))
+    assert whole.trajectory and cut.trajectory and whole.trajectory.segments == of("smolagents", tmp_path)[1].segments
+    assert cut.trajectory.segments == (*whole.trajectory.segments[:-4], Segment("answer", "t9", "answer"))
+    assert all("log agent.memory.get_full_steps()" in one.problem for one in (wrong, none))
+
+
+@pytest.mark.parametrize("format", ["openai", "sharegpt", "alpaca", "afm", "oagents", "smolagents"])
 def test_lists_and_parquet_hold_the_same(format: str, tmp_path: Path) -> None:
     rows = rows_of(format, 2)
     (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
     expected = [one.segments for one in of(format, tmp_path)]
     assert [one.trajectory and one.trajectory.segments for one in readers.read(str(tmp_path / "a.json"))] == expected
-    if format == "oagents":
+    if format in LOGS:
         return  # a log of steps has no common columns
     pytest.importorskip("datasets").Dataset.from_list(rows).save_to_disk(tmp_path / "dataset")
     assert [one.trajectory and one.trajectory.segments for one in readers.read(str(tmp_path / "dataset"))] == expected
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert [one.trajectory and one.trajectory.segments for one in readers.read(str(tmp_path / "a.parquet"))] == expected
-
-
-def changed(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
-    row = openai(1)
-    change(row)
-    return row
-
-
-BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "role": (changed(lambda r: r["messages"][1].pop("role")), "a message with the role None; the roles are system"),
-    "call": (changed(lambda r: r["messages"].pop(3)), "a call without an answer; add the answer"),
-    "last": (changed(lambda r: r.update(messages=r["messages"][:3])), "a call of 'search' without an answer; add"),
-    "answer": (changed(lambda r: r["messages"][2].pop("tool_calls")), "an answer of 'tool' without a call"),
-    "id": (changed(lambda r: r["messages"][3].update(tool_call_id="b")), "no call before it has the id 'b'"),
-    "tool": (changed(lambda r: r.pop("tools")), "a call of the unknown tool 'search' (its tools: none)"),
-    "json": (
-        changed(lambda r: r["messages"][2]["tool_calls"][0]["function"].update(arguments="{")),
-        "the arguments of a call of 'search' are broken JSON",
-    ),
-    "nan": (
-        changed(lambda r: r["messages"][2]["tool_calls"][0]["function"].update(arguments='{"query": NaN}')),
-        "NaN is not JSON",
-    ),
-    "mask": (
-        changed(lambda r: [m.update(weight=0) for m in r["messages"]]),
-        "no token would be trained on; keep at least one reply",
-    ),
-    "parts": (changed(lambda r: r["messages"][1].update(content=[{"type": "image"}])), "not text"),
-    "user": (changed(lambda r: r["messages"].pop(1)), "there is no message of the user"),
-    "surrogate": (changed(lambda r: r["messages"][1].update(content="\ud800")), "half a surrogate pair"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_rows_are_named_with_file_and_line(name: str, tmp_path: Path) -> None:
-    row, said = BAD[name]
-    path = write_jsonl(tmp_path / "rows.jsonl", [openai(0), row])
-    good, bad = readers.read(str(path))
-    assert good.trajectory is not None and bad.trajectory is None
-    assert bad.where == f"{path}, line 2" and said in bad.problem
 
 
 def test_broken_lines_and_unknown_columns(tmp_path: Path) -> None:

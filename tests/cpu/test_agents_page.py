@@ -1,0 +1,126 @@
+"""The commands of docs/AGENTS.md, from a bare model to an agent with its own tool, with a tiny model and few steps."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from importlib.metadata import distribution
+from pathlib import Path
+
+import byte_model
+import pytest
+from aiohttp import web
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from whole_runs import batch, rows
+
+pytest.importorskip("math_verify")
+pytest.importorskip("mcp")
+
+PAGE = Path(__file__).parents[2] / "docs" / "AGENTS.md"
+HEADING = "## From a bare model to an agent with your own tools\n"
+ON_CPU = (
+    "launch.device=cpu", "launch.ranks=1", "actor.tensor_parallel=1", "actor.sequence_parallel=false",
+    "actor.precision=fp32", "rollout.max_turn_tokens=24", "rollout.max_critique_tokens=24",
+)  # fmt: skip
+TINY = {
+    "distill": ("tasks.limit=6", "distill.attempts=1"),
+    "sft": (*ON_CPU[:2], "warm_start.episodes_per_step=2", "warm_start.epochs=1"),
+    "train": (
+        *ON_CPU, "steps=1", "rollout.tasks_per_step=2", "rollout.episodes_per_task=2", "rollout.max_turns=2",
+        "algo.on_no_signal=train", "algo.max_resamples=0", "eval.problems=2", "eval.control_problems=0",
+    ),
+    "eval": ("--problems=2",),
+}  # fmt: skip
+"""Added to the commands of the page, and nothing else is changed."""
+RECORDS = """#!{python}
+import json, sys
+with open({calls!r}, "a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+"""
+
+
+def reply_of(body: dict) -> str:
+    """What a good model would say in its role."""
+    prompt, brief = (message["content"] for message in body["messages"][:2])
+    items = re.search(r"How many (\w+) and (\w+)", brief)
+    assert items is not None
+    if "You plan" in prompt:
+        return "<plan>" + "\n".join(f"worker: count {item}" for item in items.groups()) + "</plan>"
+    if "You do one job" in prompt:
+        item = brief.partition("Your job:\ncount ")[2].partition("\n")[0]
+        seen = re.search(r"observation\]\s*(\d+)", brief)
+        call = json.dumps({"name": "stock", "arguments": {"item": item}})
+        return f"{item}: {seen[1]}" if seen else f"<tool_call>{call}</tool_call>"
+    if "You judge" in prompt:
+        return "enough"
+    if "You answer" in prompt:
+        counted = re.findall(r": (\d+)", brief)
+        return f"<answer>{sum(map(int, counted))}</answer>"
+    return "<double_check>4, both were counted</double_check>"
+
+
+async def complete(request: web.Request) -> web.Response:
+    text = reply_of(await request.json())
+    usage = {"prompt_tokens": 7, "completion_tokens": 3}
+    return web.json_response({"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage})
+
+
+@pytest.fixture
+def endpoint() -> Iterator[str]:
+    """The address of an OpenAI-compatible endpoint, which a thread serves."""
+    loop, app = asyncio.new_event_loop(), web.Application()
+    app.router.add_post("/v1/chat/completions", complete)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    loop.run_until_complete(runner.setup())
+    loop.run_until_complete(web.TCPSite(runner, "127.0.0.1", 0).start())
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(timeout=10)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(timeout=10)
+    loop.close()
+
+
+def commands_of_the_page(folder: Path) -> list[list[str]]:
+    """Runs the page's shell in `folder`, where `icrl` writes down how it is called."""
+    section = PAGE.read_text(encoding="utf-8").split(HEADING)[1].split("\n## ")[0]
+    script = "\n".join(re.findall(r"```bash\n(.*?)```", section, re.DOTALL))
+    program, calls = folder / "bin" / "icrl", folder / "calls.jsonl"
+    program.parent.mkdir()
+    program.write_text(RECORDS.format(python=sys.executable, calls=str(calls)))
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    path = os.pathsep.join([str(program.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path}
+    subprocess.run(["bash", "-euc", script], cwd=folder, env=environment, check=True, timeout=60)
+    return [json.loads(line) for line in calls.read_text().splitlines()]
+
+
+def test_the_page_leads_from_a_bare_model_to_a_trained_agent(
+    tmp_path: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = commands_of_the_page(tmp_path)
+    assert [command[0] for command in commands] == ["distill", "sft", "train", "eval"]
+    model = byte_model.build(tmp_path / "models/Qwen3-4B", positions=16384)
+    template = distribution("trl").locate_file("trl/chat_templates/qwen3.jinja")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = Path(str(template)).read_text(encoding="utf-8")
+    tokenizer.save_pretrained(model)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    TINY["distill"] += (f"distill.endpoint.url={endpoint}",)
+    ended = batch(tmp_path, {command[0]: [*command, *TINY[command[0]]] for command in commands})
+    for name, how in ended.items():
+        assert how.code == 0, f"{name}: {how.error}"
+    traces = [json.loads(line) for line in (tmp_path / "traces.jsonl").read_text().splitlines()]
+    assert 3 <= len(traces) <= 6 and all('"stock"' in row["tools"] for row in traces)
+    assert rows(tmp_path / "runs/traces/warm_start") and rows(tmp_path / "runs/agent")[-1]["step"] == 1
+    AutoModelForCausalLM.from_pretrained(tmp_path / "runs/agent/hf")
+    assert json.loads((tmp_path / "runs/agent/eval/eval.json").read_text())
