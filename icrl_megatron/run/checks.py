@@ -125,6 +125,9 @@ def _check_sources(settings: Settings) -> None:
     for i, source in enumerate(sources):
         if source.name in [other.name for other in sources[:i]]:
             raise ConfigError(f"tasks.sources.{i}.name={source.name}: named twice; name it once and add the weights up")
+    from icrl_megatron.run.time_checks import check_times  # lazy: imports aiohttp
+
+    check_times(settings)
 
 
 def _check_tasks(settings: Settings, before: Sequence[Settings]) -> None:

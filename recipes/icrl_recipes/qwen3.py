@@ -31,6 +31,8 @@ AGENTGYM = "conda run --no-capture-output -n agentenv-{name} {name} --host {{hos
 
 SERVERS = {"alfworld": 32, "webshop": 1, "searchqa": 1}
 """Processes of each: ALFWorld's serialises its games."""
+REQUEST_S, STEP_S = 60.0, 250.0
+"""Limits of a request to them, which share a machine with many episodes, and of a step, which may send one 4 times."""
 
 
 def source(task: str) -> TaskSource:
@@ -40,6 +42,7 @@ def source(task: str) -> TaskSource:
     """
     made = source_of(task)
     if isinstance(made, ServedSource) and task in SERVERS:
+        made.data.request_timeout_s = REQUEST_S
         made.serve = TaskServers(AGENTGYM.format(name=task), count=SERVERS[task])
         if task == "alfworld":
             made.data.train, made.data.heldout = ["0:2420"], ["2420:2620"]
@@ -63,6 +66,7 @@ def icrl(name: str, size: str, task: str, gpus: int) -> Settings:
             max_critique_tokens=1024,
             max_turns=30,
             context_tokens=16384,
+            environment_timeout_s=STEP_S if task in SERVERS else RolloutSettings.environment_timeout_s,
         ),
         engine=EngineSettings(kind="sglang", tensor_parallel=2),
         actor=ActorSettings(
