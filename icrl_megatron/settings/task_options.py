@@ -69,16 +69,17 @@ class ServerData(Problems):
     """Training problems: ranges of task ids, e.g. 0:2420, or JSONL files of rows with a task_id."""
     servers: list[str] = field(default_factory=list)
     """URLs of servers that are already running."""
-    request_timeout_s: Annotated[float, Range(1e-3)] = 60.0
-    """Deadline of one call to a server, retries not counted."""
+    request_timeout_s: Annotated[float, Range(1e-3)] = 14.0
+    """Deadline of one call to a server. Four tries must fit rollout.environment_timeout_s."""
 
 
 @dataclass
 class GameData(ServerData):
     train: list[str] = field(default_factory=list)
     """Training games: folders, or as for other servers ranges of task ids or JSONL files of rows with a task_id."""
-    request_timeout_s: Annotated[float, Range(1e-3)] = 60.0
-    """Deadline of one call to a server or a process with games, retries not counted."""
+    request_timeout_s: Annotated[float, Range(1e-3)] = 14.0
+    """Deadline of one call to a server or a process with games. Four tries at a server must fit
+    rollout.environment_timeout_s."""
     grading_workers: Annotated[int, Range(1, 1e6)] = 2
     """Processes of each rank that play the games of folders; one that hangs is killed."""
 

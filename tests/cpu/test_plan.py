@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from icrl_megatron.plan import command, hardware, memory, nemo_rl, pipeline, planner, timing
+from icrl_megatron.plan import command, hardware, memory, nemo_rl, pipeline, planner, supervised, timing
 from icrl_megatron.plan.layout import Layout, counts, local_parameters
 from icrl_megatron.plan.models import PUBLISHED
 from icrl_megatron.plan.search import search, why_slower
@@ -307,3 +307,46 @@ def test_command(words: list[str], code: int, said: str) -> None:
 def test_wrong_settings_are_not_planned(change: str, said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         command.run(RECIPE, [change], None, "h100", searching=False, scaling=False, image=None)
+
+
+SUPERVISED = ("warm_start.data=[{path: x.jsonl}]", "warm_start.epochs=1", "warm_start.episodes_per_step=64")
+
+
+def stage_of(*overrides: str) -> supervised.SupervisedPlan:
+    settings = load(*SUPERVISED, *overrides)
+    made = planner.plan(settings)
+    found = supervised.supervised(settings, made.shape, made.layout, H100)
+    assert found is not None
+    return found
+
+
+def test_a_supervised_step_is_planned_for_the_longest_conversations() -> None:
+    short, long = (stage_of(f"warm_start.max_tokens={tokens}") for tokens in (16384, 32768))
+    assert (short.longest, short.tokens) == (16384, 16384)
+    assert long.peak > short.peak and 2 < long.seconds / short.seconds < 3  # attention grows with the square
+    assert stage_of().longest == load().rollout.context_tokens
+    twice = stage_of("warm_start.max_tokens=32768", "warm_start.episodes_per_step=128")
+    assert twice.peak == long.peak and 1.8 < twice.seconds / long.seconds <= 2
+    # 6 FLOPs a parameter and token, 8 with recomputation, over half of four GPUs' peak: attention is above that.
+    least = 8 * 6.9e9 * 64 * 32768 / (4 * 0.5 * H100.bf16_flops)
+    assert least < long.seconds < 2 * least
+
+
+def test_a_supervised_stage_that_does_not_fit_names_what_would() -> None:
+    state = ("actor.recompute=none", "warm_start.max_tokens=32768")
+    found = stage_of(*state)
+    with pytest.raises(ConfigError, match=r"warm_start\.max_tokens=32768 does not fit") as refused:
+        found.require_fit()
+    advised = re.search(
+        r"lower warm_start\.max_tokens and actor\.micro_batch_tokens to (\d+) or less", str(refused.value)
+    )
+    assert advised is not None
+    stage_of(state[0], f"warm_start.max_tokens={advised[1]}", f"actor.micro_batch_tokens={advised[1]}").require_fit()
+    with pytest.raises(ConfigError, match=r"raise actor\.tensor_parallel or actor\.pipeline_parallel$"):
+        stage_of("model.path=models/Qwen3-32B", "actor.sequence_parallel=true").require_fit()
+
+
+def test_no_supervised_stage_is_planned_without_files() -> None:
+    made = planner.plan(load())
+    for overrides in ((), ("warm_start.steps=3",), (SUPERVISED[0],)):
+        assert supervised.supervised(load(*overrides), made.shape, made.layout, H100) is None

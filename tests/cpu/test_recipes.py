@@ -12,12 +12,13 @@ from model_folders import write_sparse
 from icrl_megatron import cli
 from icrl_megatron.engines import sglang_kind
 from icrl_megatron.launch import servers
-from icrl_megatron.plan import planner
+from icrl_megatron.plan import hardware, planner
 from icrl_megatron.plan.models import shape_of
+from icrl_megatron.plan.supervised import supervised
 from icrl_megatron.run import checks as validate
 from icrl_megatron.run.conversation_checks import DATA_RECIPE
 from icrl_megatron.settings import loading as settings_module
-from icrl_megatron.settings.schema import EngineSettings, Settings
+from icrl_megatron.settings.schema import EngineSettings, Settings, WarmStart
 from icrl_megatron.settings.task_options import ALFWorldSource, DataSource, ServedSource
 from icrl_megatron.settings.task_schema import TaskSettings, TaskSource
 from icrl_megatron.tasks import registry as task_sets
@@ -35,6 +36,7 @@ ON_GPUS = tuple(name for name in RECIPES if registry()[name]().launch.device == 
 def supplied(settings: Settings) -> list[str]:
     """What whoever runs the recipe brings along: data or servers of its tasks, and an SGLang."""
     found = [f"data of {s.name}" for s in settings.tasks.sources if isinstance(s, DataSource) and not s.data.train]
+    found += ["trajectories"] if settings.warm_start.data else []
     return found + (["SGLang"] if settings.engine.kind == "sglang" else [])
 
 
@@ -43,6 +45,8 @@ def stood_in(settings: Settings) -> Settings:
     brought, changed = supplied(settings), settings
     if any(what.startswith("data of") for what in brought):
         changed = replace(changed, tasks=TaskSettings(sources=[TaskSource("household")]))
+    if "trajectories" in brought:
+        changed = replace(changed, warm_start=WarmStart())
     return replace(changed, engine=EngineSettings()) if "SGLang" in brought else changed
 
 
@@ -157,6 +161,44 @@ def test_chain_of_agents_has_its_published_sizes_and_losses(name: str) -> None:
     assert algo.dynamic_sampling and algo.overlong.max_tokens is not None
     assert source.agent.tools == {"web": ["search", "page"], "code": ["python"], "multihop": []}[task]
     assert source.served == (task != "code")
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("coa_qwen2_5_7b_web_8xh100", (1.4e-5, 4, 32768, 128)),
+        ("coa_qwen2_5_32b_web_4nodes", (1.4e-5, 4, 32768, 128)),
+        ("coa_qwen2_5_7b_code_8xh100", (3e-5, 2, 32768, 32)),
+        ("coa_qwen2_5_32b_code_4nodes", (1.4e-5, 2, 32768, 64)),
+        ("coa_qwen2_5_3b_multihop_8xh100", (1e-5, 4, 5120, 128)),
+        ("coa_qwen2_5_7b_multihop_8xh100", (2e-5, 4, 5120, 32)),
+    ],
+)
+def test_chain_of_agents_is_supervised_as_published(name: str, published: tuple[float, int, int, int]) -> None:
+    warm = settings_module.load(name).warm_start
+    assert (warm.learning_rate, warm.epochs, warm.max_tokens, warm.episodes_per_step) == published
+    assert (warm.schedule, warm.final_factor, warm.weight_decay, warm.too_long) == ("linear", 0, 0, "cut")
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_chain_of_agents_is_supervised_before_rl_unless_told_otherwise(name: str, tmp_path: Path) -> None:
+    settings = settings_module.load(name)
+    stage = supervised(settings, shape_of(settings), planner.plan(settings).layout, hardware.GPUS["h100"])
+    assert stage is not None and stage.peak < stage.available and stage.seconds > 1
+    without = settings_module.load(name, ["warm_start.epochs=null"])
+    assert not without.warm_start.wanted
+    assert supervised(without, shape_of(settings), planner.plan(settings).layout, hardware.GPUS["h100"]) is None
+
+
+def test_chain_of_agents_says_which_trajectories_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(sglang_kind, "installed_version", lambda python: "0.5.23")
+    settings = with_model(settings_module.load("coa_qwen3_8b_code_8xh100"), tmp_path / "model")
+    settings = replace(settings, tasks=TaskSettings(sources=[TaskSource("household")]))
+    with pytest.raises(ConfigError, match=r"^warm_start\.data: sft\.jsonl: no such file"):
+        validate.validate(settings)
+    validate.validate(replace(settings, warm_start=replace(settings.warm_start, epochs=None)))
 
 
 def test_chain_of_agents_has_each_task_for_each_model() -> None:
