@@ -1,4 +1,4 @@
-"""A run that ends with an error has saved its last completed step, and the same command goes on from there."""
+"""A run that fails saves its last completed step, and the same command resumes from there."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FAULTS = {
     "nan@2": "error: step 2: all 8 episodes were lost",
     "score@2": "MemoryError: no memory is left",
 }
-"""Each in the third of three steps, before its update, with the last line that the run must end with."""
+"""Fault in the third of three steps, before its update -> text that the run's error must contain."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Ran:
         return sorted(p.name for p in (self.folder / name / "checkpoints").glob("*"))
 
     def saved(self, name: str, step: int) -> tuple[manifest.SavedProgress, dict[str, manifest.FileRecord]]:
-        """What a checkpoint says and holds, by checksum; everything but which run it is of."""
+        """Progress and file checksums of a checkpoint, without the id of its run."""
         found = manifest.read(self.folder / name / "checkpoints" / step_name(step))
-        # The rows of the step hold wall-clock times.
+        # The rows of the step contain wall-clock times.
         return found.progress, {name: of for name, of in found.files.items() if name != NEWEST_ROWS}
 
     def rows(self, name: str) -> list[Row]:
@@ -75,7 +75,7 @@ def ran(start: list[str], tmp_path_factory: pytest.TempPathFactory) -> Ran:
         "whole": of("whole", ALWAYS, NOT_EVALUATED),
         "evaluated": of("evaluated", ALWAYS, EVALUATED),
         "partial": of("partial", ALWAYS, NOT_EVALUATED, *PARTIAL),
-        # The fault that never comes still makes rewards differ, which those of this model do not.
+        # The fault at step 9 never happens, but it makes rewards differ, unlike those of this model.
         "strict": ["fault=flat@9", *of("strict", ALWAYS, *STRICT)],
         "flat@2": ["fault=flat@2", *of("flat@2", NEVER, *STRICT)],
         "flat@2 again": ["fault=flat@9", *of("flat@2", NEVER, *STRICT)],
@@ -94,8 +94,8 @@ def ran(start: list[str], tmp_path_factory: pytest.TempPathFactory) -> Ran:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_any_error_before_the_update_saves_the_last_completed_step(ran: Ran, name: str) -> None:
-    """What is saved is what saving at every step would have written; the run then ends as if nothing had been."""
+def test_error_before_the_update_saves_the_last_completed_step(ran: Ran, name: str) -> None:
+    """The checkpoint equals one of a run that saves every step; the resumed run ends like an uninterrupted one."""
     ended = ran.ended[name]
     assert ended.code != 0
     assert FAULTS[name] in ended.error
@@ -108,7 +108,7 @@ def test_any_error_before_the_update_saves_the_last_completed_step(ran: Ran, nam
     assert ran.saved(at(name), 3) == ran.saved("whole", 3)
 
 
-def test_a_batch_without_signal_costs_no_step_and_its_tokens_are_counted_once(ran: Ran) -> None:
+def test_batch_without_signal_is_replayed_and_counted_once(ran: Ran) -> None:
     ended = ran.ended["flat@2"]
     assert ended.code == 1
     assert "error: step 2: no reward differed inside any group in 3 batches" in ended.error
@@ -118,7 +118,7 @@ def test_a_batch_without_signal_costs_no_step_and_its_tokens_are_counted_once(ra
     assert ran.rows(at("flat@2")) == ran.rows("strict")
 
 
-def test_what_was_cut_off_is_saved_as_it_was_before_the_failed_step_went_on_with_it(ran: Ran) -> None:
+def test_interrupted_episodes_are_saved_as_before_the_failed_step(ran: Ran) -> None:
     name = at("partial engine@2")
     assert ran.ended["partial engine@2"].code == 1
     assert ran.saved(name, 2) == ran.saved("partial", 2)
@@ -127,7 +127,7 @@ def test_what_was_cut_off_is_saved_as_it_was_before_the_failed_step_went_on_with
     assert ran.rows(name) == ran.rows("partial")
 
 
-def test_a_step_whose_evaluation_failed_is_saved_and_only_evaluated_again(ran: Ran) -> None:
+def test_step_with_a_failed_evaluation_is_saved_and_only_reevaluated(ran: Ran) -> None:
     name = at("heldout@2")
     assert ran.ended["heldout@2"].code == 1
     assert "saved step 2, the last completed one" in " ".join(ran.ended["heldout@2"].error.split())
@@ -140,7 +140,7 @@ def test_a_step_whose_evaluation_failed_is_saved_and_only_evaluated_again(ran: R
 
 
 @pytest.mark.parametrize("name", ["update@2", "dump@2"])
-def test_weights_that_an_update_began_to_change_are_not_saved(ran: Ran, name: str) -> None:
+def test_partially_updated_weights_are_not_saved(ran: Ran, name: str) -> None:
     assert ran.ended[name].code == 1
     said = " ".join(ran.ended[name].error.split())
     assert "an update had begun to change the weights, so nothing was saved; there is no checkpoint yet" in said
@@ -149,15 +149,15 @@ def test_weights_that_an_update_began_to_change_are_not_saved(ran: Ran, name: st
     assert ran.checkpoints(at(name)) == ["step_000003"]
 
 
-def test_an_error_in_the_first_step_saves_nothing_and_says_nothing_of_it(ran: Ran) -> None:
+def test_error_in_the_first_step_saves_nothing(ran: Ran) -> None:
     assert ran.ended["engine@0"].code == 1
     assert "saved" not in ran.ended["engine@0"].error
     assert ran.ended["engine@0 again"].code == 0
     assert ran.rows(at("engine@0")) == ran.rows("whole")
 
 
-def test_the_warm_start_saves_its_last_completed_step(finished_run: Path, tmp_path: Path) -> None:
-    """`finished_run` has the same warm start, undisturbed."""
+def test_warm_start_saves_its_last_completed_step(finished_run: Path, tmp_path: Path) -> None:
+    """`finished_run` has the same warm start without a fault."""
     folder = tmp_path / "run"
     command = train(folder, "warm_start.steps=12", "warm_start.episodes_per_step=32", "launch.device=cpu", NEVER)
     command[0] = "sft"
@@ -171,7 +171,7 @@ def test_the_warm_start_saves_its_last_completed_step(finished_run: Path, tmp_pa
     assert (folder / weights).read_bytes() == (finished_run / weights).read_bytes()
 
 
-GONE = {
+LOST = {
     "records": "all checkpoints are damaged",
     "checkpoints": "step 3 was saved, and no checkpoint is there now",
     "all but metrics": "neither checkpoints nor a readable progress.json",
@@ -192,19 +192,19 @@ def lose(run: Path, what: str) -> None:
         (run / "metrics.jsonl").unlink()
 
 
-def test_a_run_that_lost_its_checkpoints_does_not_begin_again(ran: Ran, start: list[str], tmp_path: Path) -> None:
-    """It stays as it is; with the checkpoints back it goes on. Without metrics it goes on, too."""
+def test_run_that_lost_its_checkpoints_does_not_start_over(ran: Ran, start: list[str], tmp_path: Path) -> None:
+    """It is left unchanged, and resumes once the checkpoints are restored. A run without metrics resumes too."""
     commands = {}
-    for what in (*GONE, "metrics", "newest"):
+    for what in (*LOST, "metrics", "newest"):
         shutil.copytree(ran.folder / "whole", tmp_path / what)
         commands[what] = train(tmp_path / what, *start, ALWAYS, NOT_EVALUATED, "steps=4")
-        if what in GONE:
+        if what in LOST:
             lose(tmp_path / what, what)
     (tmp_path / "metrics" / "metrics.jsonl").unlink()
     shutil.rmtree(tmp_path / "newest" / "checkpoints" / "step_000003")
-    files = {what: sorted(p for p in (tmp_path / what).rglob("*") if p.is_file()) for what in GONE}
+    files = {what: sorted(p for p in (tmp_path / what).rglob("*") if p.is_file()) for what in LOST}
     ended = batch(tmp_path, commands)
-    for what, message in GONE.items():
+    for what, message in LOST.items():
         assert ended[what].code == 2, (what, ended[what].error)
         (line,) = [line for line in ended[what].error.splitlines() if line.startswith("error: ")]
         assert message in line and "begin a new run with another run_dir" in line, line
@@ -214,15 +214,15 @@ def test_a_run_that_lost_its_checkpoints_does_not_begin_again(ran: Ran, start: l
     assert ended["newest"].error.count("resuming from") == 1
     assert "step 3 was saved last and is missing" in " ".join(ended["newest"].error.split())
     assert rows(tmp_path / "metrics")[2:] == rows(tmp_path / "newest")[4:]
-    assert rows(tmp_path / "metrics")[0] == rows(tmp_path / "newest")[3]  # the checkpoint brings its own rows along
+    assert rows(tmp_path / "metrics")[0] == rows(tmp_path / "newest")[3]  # the checkpoint contains the rows of its step
     shutil.copytree(ran.folder / "whole" / "checkpoints", tmp_path / "all but metrics" / "checkpoints")
     back = batch(tmp_path, {"back": commands["all but metrics"]})["back"]
     assert back.code == 0, back.error
     assert rows(tmp_path / "all but metrics")[-2:] == rows(tmp_path / "newest")[-2:]
 
 
-def test_a_run_and_its_checkpoints_need_the_models_folder_no_more(finished_run: Path, tmp_path: Path) -> None:
-    """It goes away after the first step. Only what needs the starting weights again says so."""
+def test_model_folder_is_not_needed_after_the_first_checkpoint(finished_run: Path, tmp_path: Path) -> None:
+    """The folder is deleted after the first step. Only commands that need the initial weights fail, with a message."""
     model = tmp_path / "model"
     shutil.copytree(finished_run / "warm_start" / "hf", model)
     (model / "additional_chat_templates").mkdir()
@@ -261,7 +261,7 @@ def test_a_run_and_its_checkpoints_need_the_models_folder_no_more(finished_run: 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 3 MiB, for two checkpoints of 1.2 MiB."""
+    """A disk of 3 MiB; two checkpoints of 1.2 MiB fit."""
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
@@ -271,7 +271,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_full_disk_costs_no_checkpoint_and_more_space_is_all_it_takes(
+def test_full_disk_keeps_checkpoints_and_the_run_resumes_with_more_space(
     ran: Ran, start: list[str], small_disk: Path, tmp_path: Path
 ) -> None:
     run = small_disk / "run"

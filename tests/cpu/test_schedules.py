@@ -28,21 +28,21 @@ def test_constant_after_a_linear_warm_up() -> None:
     assert rates(5, warmup_steps=3) == [0.5, 1.0, 1.5, 2.0, 2.0]
 
 
-def test_linear_and_cosine_fall_from_the_end_of_the_warm_up() -> None:
+def test_linear_and_cosine_decay_after_the_warm_up() -> None:
     assert rates(4, schedule="linear") == [2.0, 1.5, 1.0, 0.5]
     assert rates(6, schedule="linear", warmup_steps=2, final_factor=0.5)[2:] == pytest.approx([2.0, 1.75, 1.5, 1.25])
     expected = [1.0 + math.cos(math.pi * step / 8) for step in range(8)]
     assert rates(8, schedule="cosine") == pytest.approx(expected)
 
 
-def test_wsd_is_stable_and_then_linear() -> None:
+def test_wsd_is_constant_and_then_linear() -> None:
     assert rates(8, schedule="wsd") == [2.0, 2.0, 2.0, 2.0, 2.0, 1.5, 1.0, 0.5]
     assert rates(8, schedule="wsd", decay_steps=2) == [2.0] * 7 + [1.0]
 
 
 @pytest.mark.parametrize("steps", [7, 60, 120])
-def test_the_warm_starts_rate_is_what_it_always_was(steps: int) -> None:
-    """To the bit: linear to a tenth over the last half."""
+def test_warm_start_rate_has_its_closed_form(steps: int) -> None:
+    """Bit for bit: linear to a tenth over the last half."""
     warm = WarmStart(steps=steps)
     for step in range(steps):
         late = max(0.0, 2.0 * step / steps - 1.0)
@@ -51,13 +51,13 @@ def test_the_warm_starts_rate_is_what_it_always_was(steps: int) -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_no_rate_leaves_its_bounds(schedule: str) -> None:
+def test_rates_stay_within_bounds(schedule: str) -> None:
     for warmup, decay, steps in ((0, None, 1), (10, None, 5), (3, 100, 20), (0, 1, 3)):
         found = rates(steps, schedule=schedule, warmup_steps=warmup, decay_steps=decay, final_factor=0.25)
         assert all(0 < rate <= 2.0 for rate in found)
 
 
-def test_the_documented_schedule_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_schedule_works(monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[2] / "docs" / "EXTENDING.md").read_text()
     section = page.partition("## A schedule")[2].partition("\n## ")[0]
     names: dict[str, Any] = {}
@@ -72,13 +72,13 @@ def test_the_documented_schedule_works(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("optim.schedule=step", "optim.schedule=step: choose one of constant, linear, cosine, wsd"),
         ("optim.decay_steps=5", "optim.decay_steps=5 has no effect with optim.schedule=constant"),
         ("optim.final_factor=2", "optim.final_factor=2"),
     ],
 )
-def test_wrong_settings_are_refused(override: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(said)):
+def test_wrong_settings_are_rejected(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
         validate_settings(load("rulebook_easy", [override]))

@@ -1,4 +1,4 @@
-"""Problems that do not fit the context: all of them are found before the model is loaded, or when they are played."""
+"""Problems that do not fit the context are found before the model is loaded, or when they are played."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def prompters(model: Path) -> dict[str, Prompter]:
     away=st.integers(-3, 3),
     which=st.sampled_from(["attempt", "revision", "critique"]),
 )
-def test_it_is_what_the_prompts_say(
+def test_problem_is_too_long_exactly_if_a_prompt_does_not_fit(
     prompters: dict[str, Prompter], kind: str, pieces: list[str], away: int, which: str
 ) -> None:
-    """Around the limit of each prompt, where a token decides."""
+    """Within three tokens of the limit of each prompt."""
     prompter, text, task = (
         prompters[kind],
         " ".join(pieces).encode(errors="replace").decode(),
@@ -82,7 +82,7 @@ def write(path: Path, count: int, long: int, what: str) -> str:
 
 @pytest.fixture(scope="module")
 def ran(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ended], dict[str, int]]:
-    """Commands on rows of which one is too long, and how often the servers were asked for a problem meanwhile."""
+    """Commands on datasets with one row that is too long, and the number of resets at the servers."""
     folder = tmp_path_factory.mktemp("too_long")
     well = write(folder / "well.jsonl", 8, -1, "plus")
     held = write(folder / "held.jsonl", 4, -1, "times")
@@ -91,10 +91,10 @@ def ran(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
     small += ["rollout.max_critique_tokens=4", "rollout.context_tokens=400", "rollout.tasks_per_step=2"]
     small += ["rollout.episodes_per_task=2", "algo.on_no_signal=skip"]
 
-    broken = folder / "broken"  # loading it would fail first
+    broken = folder / "broken"  # this model cannot be loaded
     shutil.copytree(model, broken)
     tensors = load_file(broken / "model.safetensors")
-    tensors["model.norm.weight"][0] = float("nan")  # its header is whole
+    tensors["model.norm.weight"][0] = float("nan")  # its header is intact
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
 
     def math(train_rows: str, heldout_rows: str) -> str:
@@ -127,7 +127,7 @@ def ran(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
         commands["eval"] = [word for word in commands["eval"] if not word.startswith(("steps", "eval.", "warm"))]
         commands["eval_drop"] = [*commands["eval"], "tasks.too_long=drop", "--out", str(folder / "eval_drop")]
         commands["eval"] += ["--out", str(folder / "eval")]
-        # A run that ended because of it goes on as its message says.
+        # A run that failed because of the row resumes as its message advises.
         commands["fails"] = run("after", math(in_train, held))
         commands["after"] = [*commands["fails"], "tasks.too_long=drop"]
         ended = batch(folder, commands)
@@ -146,7 +146,7 @@ def ran(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
         ("other", "long_row/train/9"),
     ],
 )
-def test_every_row_is_looked_at_before_the_model_is_loaded(
+def test_too_long_row_is_found_before_the_model_is_loaded(
     ran: tuple[Path, dict[str, Ended], dict[str, int]], name: str, row: str
 ) -> None:
     folder, ended, _ = ran
@@ -158,8 +158,10 @@ def test_every_row_is_looked_at_before_the_model_is_loaded(
     assert not (folder / name / "metrics.jsonl").exists() and not (folder / name / "checkpoints").exists()
 
 
-def test_a_context_that_is_enough_is_named(ran: tuple[Path, dict[str, Ended], dict[str, int]], model: Path) -> None:
-    """The limit that a message names is enough, and one less is not."""
+def test_suggested_context_is_the_smallest_that_fits(
+    ran: tuple[Path, dict[str, Ended], dict[str, int]], model: Path
+) -> None:
+    """The suggested number of tokens is enough, and one less is not."""
     prompter = Prompter(tokenizer(model), RolloutSettings(templates="compact"))
     task, text = Task("t/0", "t", "train", ""), "word " * 30
     lengths = RolloutSettings(context_tokens=20, max_critique_tokens=4)
@@ -169,7 +171,7 @@ def test_a_context_that_is_enough_is_named(ran: tuple[Path, dict[str, Ended], di
         assert len(too_long([Statement(task, text, Dialogue())], prompter, at, revised=True)) == count
 
 
-def test_dropped_rows_are_counted_and_named_once(ran: tuple[Path, dict[str, Ended], dict[str, int]]) -> None:
+def test_dropped_rows_are_counted_and_reported_once(ran: tuple[Path, dict[str, Ended], dict[str, int]]) -> None:
     folder, ended, _ = ran
     assert ended["fails"].code == 2
     for name, dropped in (("drop", 2.0), ("after", 1.0)):
@@ -183,23 +185,23 @@ def test_dropped_rows_are_counted_and_named_once(ran: tuple[Path, dict[str, Ende
     assert ended["dry_drop"].code == 0 and "1 of 16 problems" in ended["dry_drop"].error
 
 
-def test_too_few_rows_that_fit_are_an_error(ran: tuple[Path, dict[str, Ended], dict[str, int]]) -> None:
+def test_too_few_remaining_rows_are_an_error(ran: tuple[Path, dict[str, Ended], dict[str, int]]) -> None:
     error = ran[1]["few"].error
     assert ran[1]["few"].code == 2
     assert "11 training problems, and a step draws 12" in error and "lower rollout.tasks_per_step" in error
 
 
-def test_an_evaluation_counts_what_it_leaves_out(ran: tuple[Path, dict[str, Ended], dict[str, int]]) -> None:
+def test_evaluation_counts_dropped_problems(ran: tuple[Path, dict[str, Ended], dict[str, int]]) -> None:
     folder, ended, _ = ran
     assert ended["eval_drop"].code == 0, ended["eval_drop"].error
     result = json.loads((folder / "eval_drop" / "eval.json").read_text())
     assert result["too_long"] == 1 and len(result["successes"]) == 5
 
 
-def test_a_problem_of_another_task_set_is_dropped_when_it_is_played(
+def test_problem_of_a_custom_task_set_is_dropped_when_played(
     ran: tuple[Path, dict[str, Ended], dict[str, int]],
 ) -> None:
-    """Which rows are left out must not depend on a clock, and only `Readable` task sets are read without one."""
+    """Dropping rows in advance must not depend on timing; only `Readable` task sets are read without a time limit."""
     assert RESETS_S > 0
     ended = ran[1]["other_drop"]
     assert ended.code == 0, ended.error
@@ -208,14 +210,14 @@ def test_a_problem_of_another_task_set_is_dropped_when_it_is_played(
     assert all(row["episodes/too_long"] == row["episodes/dropped"] for row in steps)
 
 
-def test_problems_behind_a_server_are_judged_when_they_are_played(
+def test_problems_of_a_server_are_checked_when_played(
     ran: tuple[Path, dict[str, Ended], dict[str, int]],
 ) -> None:
     folder, ended, asked = ran
     assert ended["served"].code == 2
     assert "The attempt prompt of task 'alfworld/heldout/24" in ended["served"].error
     assert "rollout.context_tokens is 200: raise it above the prompt" in ended["served"].error
-    assert asked["served"] < 20, "a server was asked for its 2430 problems"
+    assert asked["served"] < 20, "the server was asked for all of its 2430 problems"
     assert ended["served_drop"].code == 0, ended["served_drop"].error
     steps = [row for row in rows(folder / "served_drop") if "tokens/generated" in row]
     assert sum(row["episodes/too_long"] for row in steps) > 0

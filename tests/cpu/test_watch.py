@@ -1,4 +1,4 @@
-"""An engine that computes something else, and a policy that has collapsed: warned of, and a reason to stop."""
+"""Engine mismatch and policy collapse cause warnings and can end the run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from icrl_megatron.utils.step_names import step_name, steps_in
 BF16 = ["actor.precision=bf16", "steps=5"]
 HUGE = ["optim.learning_rate=30", "steps=6", "checkpoint.keep=9"]
 FREE = ["engine.mismatch_limit.mean=1e9", "engine.mismatch_limit.largest=1e9"]
-"""Such weights amplify rounding so much that the engine would be suspected first."""
+"""Weights of collapsed policies amplify rounding errors, so the mismatch limit would be exceeded first."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         "normal": run("normal", "steps=6", "optim.on_collapse=stop"),
     }
     ended = batch(folder, commands)
-    # As the message says: delete what was saved after the newest good checkpoint, and lower the learning rate.
+    # As the message advises: delete the checkpoints after the newest good one, and lower the learning rate.
     found = re.search(
         r"step_(\d+) is the newest checkpoint from before the collapse; delete those after it", said(ended["error"])
     )
@@ -63,7 +63,7 @@ def said(ended: Ended) -> str:
     return " ".join(ended.error.split())
 
 
-def test_limits_come_from_the_precision_unless_they_are_set() -> None:
+def test_default_limits_depend_on_the_precision() -> None:
     assert mismatch_limits(S.load("quickstart")) == MISMATCH["fp32"] == Limits(1e-5, 1e-3, 1)
     bf16 = ["actor.precision=bf16", "engine.mismatch_limit.largest=5"]
     assert mismatch_limits(S.load("quickstart", bf16)) == Limits(MISMATCH["bf16"].mean, 5, MISMATCH["bf16"].patience)
@@ -73,7 +73,7 @@ def test_limits_come_from_the_precision_unless_they_are_set() -> None:
     assert (quantised.mean, quantised.largest) == (1, 5)
 
 
-def test_a_healthy_run_in_bf16_is_within_its_limits(ran: tuple[Path, dict[str, Ended]]) -> None:
+def test_correct_bf16_run_is_within_the_limits(ran: tuple[Path, dict[str, Ended]]) -> None:
     folder, ended = ran
     assert ended["bf16"].code == 0, ended["bf16"].error
     assert "engine and trainer" not in said(ended["bf16"])
@@ -83,9 +83,7 @@ def test_a_healthy_run_in_bf16_is_within_its_limits(ran: tuple[Path, dict[str, E
 
 
 @pytest.mark.parametrize("fault", ["stale", "warm"])
-def test_an_engine_with_a_fault_is_warned_of_and_then_ends_the_run(
-    ran: tuple[Path, dict[str, Ended]], fault: str
-) -> None:
+def test_faulty_engine_causes_warnings_and_then_ends_the_run(ran: tuple[Path, dict[str, Ended]], fault: str) -> None:
     folder, ended = ran
     assert ended[fault].code == 1
     assert said(ended[fault]).count("; the run stops after 3 such steps in a row") >= 2
@@ -95,17 +93,17 @@ def test_an_engine_with_a_fault_is_warned_of_and_then_ends_the_run(
     for cause in ("weights were not synced", "another temperature than rollout.temperature", "another model"):
         assert cause in said(ended[fault])
     trained = [row for row in rows(folder / fault) if "actor/loss" in row]
-    assert len(trained) in (2, 3)  # a stale engine has its first step right
+    assert len(trained) in (2, 3)  # the first step of a stale engine is correct
 
 
-def test_limits_and_patience_are_settings(ran: tuple[Path, dict[str, Ended]]) -> None:
+def test_limits_and_patience_can_be_set(ran: tuple[Path, dict[str, Ended]]) -> None:
     _, ended = ran
     assert ended["patient"].code == 0 and said(ended["patient"]).count("the run stops after 9 such steps") == 5
     assert ended["accepted"].code == 0 and "engine and trainer" not in said(ended["accepted"])
     assert ended["strict"].code == 1 and "at step 1, 1 in a row" in said(ended["strict"])
 
 
-def test_a_learning_rate_that_destroys_the_policy_is_warned_of(ran: tuple[Path, dict[str, Ended]]) -> None:
+def test_collapse_causes_one_warning(ran: tuple[Path, dict[str, Ended]]) -> None:
     folder, ended = ran
     assert ended["warn"].code == 0, ended["warn"].error
     trained = [row for row in rows(folder / "warn") if "actor/loss" in row]
@@ -117,15 +115,15 @@ def test_a_learning_rate_that_destroys_the_policy_is_warned_of(ran: tuple[Path, 
         assert "optim.learning_rate=30 is the probable cause" in said(ended[name])
 
 
-def test_it_ends_the_run_where_it_should(ran: tuple[Path, dict[str, Ended]]) -> None:
+def test_collapse_ends_the_run_if_configured(ran: tuple[Path, dict[str, Ended]]) -> None:
     folder, ended = ran
     assert ended["stop"].code == 1 and "Traceback" not in ended["stop"].error
     found = re.search(r"error: step (\d): the policy has collapsed", said(ended["stop"]))
-    assert found and 4 <= int(found[1]) <= 5  # one step to destroy it, three to be sure, one with a gradient still
+    assert found and 4 <= int(found[1]) <= 5  # one step destroys it, three confirm it, one may still have a gradient
     assert len([row for row in rows(folder / "stop") if "tokens/generated" in row]) == int(found[1]) - 1
 
 
-def test_a_batch_without_signal_says_that_the_policy_has_collapsed(ran: tuple[Path, dict[str, Ended]]) -> None:
+def test_error_of_a_batch_without_signal_mentions_the_collapse(ran: tuple[Path, dict[str, Ended]]) -> None:
     error = said(ran[1]["error"])
     assert ran[1]["error"].code == 1
     assert "no reward differed" in error and "the policy has collapsed" in error
@@ -133,7 +131,7 @@ def test_a_batch_without_signal_says_that_the_policy_has_collapsed(ran: tuple[Pa
     assert f"start_from={ran[0] / 'error' / 'checkpoints' / 'step_000002'}" in error
 
 
-def test_the_advice_leads_back_to_a_policy_that_lives(ran: tuple[Path, dict[str, Ended]]) -> None:
+def test_advice_after_a_collapse_works(ran: tuple[Path, dict[str, Ended]]) -> None:
     folder, ended = ran
     assert ended["advised"].code == 0, ended["advised"].error
     assert "policy has collapsed" not in said(ended["advised"])
@@ -141,7 +139,7 @@ def test_the_advice_leads_back_to_a_policy_that_lives(ran: tuple[Path, dict[str,
     assert len(entropies) == 4 and min(entropies) > 1e-2
 
 
-def test_a_normal_run_is_never_warned(ran: tuple[Path, dict[str, Ended]], finished_run: Path) -> None:
+def test_normal_run_has_no_warnings(ran: tuple[Path, dict[str, Ended]], finished_run: Path) -> None:
     folder, ended = ran
     assert ended["normal"].code == 0 and "collapsed" not in said(ended["normal"])
     for row in [*rows(folder / "normal"), *rows(finished_run)]:
