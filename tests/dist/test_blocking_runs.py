@@ -1,4 +1,4 @@
-"""Code of a task that blocks, in real runs of the whole program that are asked to stop."""
+"""Real runs whose task code blocks, and that are asked to stop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCKING = Path(__file__).parents[1] / "blocking"
 def test_sigterm_ends_a_run_whose_tasks_hang(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
 ) -> None:
-    """With a limit of ten minutes for a call, and every call of the step hanging."""
+    """Every call hangs, and the limit for a call is ten minutes."""
     monkeypatch.setenv("PYTHONPATH", f"{BLOCKING}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     folder = tmp_path / "run"
     running = start(
