@@ -38,15 +38,7 @@ import head_cuda_peers
 import head_cuda_targets
 import torch
 from head_cuda_given import given_peers
-from head_cuda_peers import (
-    Inputs,
-    Run,
-    Shape,
-    own_pass,
-    score_peers,
-    train_peers,
-    tuning_passes,
-)
+from head_cuda_peers import Inputs, Run, Shape, own_pass, score_peers, train_peers, tuning_passes
 from head_cuda_targets import Row
 from torch import Tensor
 

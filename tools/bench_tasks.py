@@ -101,10 +101,7 @@ def embedded(name: str, reply: str) -> dict[str, float]:
 
     begun = time.perf_counter()
     taken = asyncio.run(alone())
-    return {
-        "episodes_per_s": len(played) / whole,
-        "environment_steps_per_s": taken / (time.perf_counter() - begun),
-    }
+    return {"episodes_per_s": len(played) / whole, "environment_steps_per_s": taken / (time.perf_counter() - begun)}
 
 
 def client() -> dict[str, float]:

@@ -270,10 +270,7 @@ def test_parquet_and_arrow_files_are_read(tmp_path: Path) -> None:
     with pa.OSFile(str(saved / "data-00000-of-00001.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as to:
         to.write_table(pa.table({"question": ["c?"], "answer": [3.0]}))
     data = ToolData(
-        train=[str(tmp_path / "aime.parquet")],
-        heldout=[str(saved)],
-        prompt_column="question",
-        label_column="answer",
+        train=[str(tmp_path / "aime.parquet")], heldout=[str(saved)], prompt_column="question", label_column="answer"
     )
     task_set = Mathematics(ToolsSource("math", data=data))
     assert [json.loads(t.problem)["label"] for t in task_set.problems("train")] == ["1", "2.5"]

@@ -197,17 +197,12 @@ REJECTED: dict[str, tuple[Damage, str]] = {
         "tokenizer.json: damaged",
     ),
     "fewer_rows_than_tokens": (
-        lambda f: [
-            with_fields(f, {"vocab_size": 36}),
-            add(f, "model.embed_tokens.weight", embedding(f)[:36].clone()),
-        ],
+        lambda f: [with_fields(f, {"vocab_size": 36}), add(f, "model.embed_tokens.weight", embedding(f)[:36].clone())],
         "has id 36, but the model has 36 rows (vocab_size)",
     ),
     "token_without_a_row": (
         lambda f: with_config(
-            f,
-            lambda c: c.update(added_tokens_decoder={"90": {"content": "<tool>"}}),
-            "tokenizer_config.json",
+            f, lambda c: c.update(added_tokens_decoder={"90": {"content": "<tool>"}}), "tokenizer_config.json"
         ),
         "tokenizer_config.json: token '<tool>' has id 90",
     ),
@@ -245,10 +240,7 @@ REJECTED_SHARDS: dict[str, tuple[Damage, str]] = {
         lambda f: write_index(f, {n: FIRST if file == SECOND else file for n, file in read_index(f).items()}),
         f"{SECOND}: this file is not part of the model",
     ),
-    "tensor_in_two_shards": (
-        lambda f: shutil.copy(f / FIRST, f / SECOND),
-        f"is in {FIRST} and in {SECOND}",
-    ),
+    "tensor_in_two_shards": (lambda f: shutil.copy(f / FIRST, f / SECOND), f"is in {FIRST} and in {SECOND}"),
     "cut_at_3": (lambda f: truncate(f / FIRST, 3), f"{FIRST}: damaged"),
     "cut_in_the_header": (lambda f: truncate(f / FIRST, 40), f"{FIRST}: damaged (its header is cut off)"),
     "cut_at_the_end": (lambda f: truncate(f / FIRST, -1), "bytes, its header says"),

@@ -77,11 +77,7 @@ def test_megatron_takes_the_fp8_arguments(monkeypatch: pytest.MonkeyPatch, fp8: 
 
 @pytest.mark.parametrize(
     ("fp8", "capability", "needed"),
-    [
-        ("current", (8, 0), "(8, 9)"),
-        ("blockwise", (8, 0), "(9, 0)"),
-        ("blockwise", (8, 9), "(9, 0)"),
-    ],
+    [("current", (8, 0), "(8, 9)"), ("blockwise", (8, 0), "(9, 0)"), ("blockwise", (8, 9), "(9, 0)")],
 )
 def test_hardware_without_fp8_is_rejected(
     monkeypatch: pytest.MonkeyPatch, fp8: str, capability: tuple[int, int], needed: str

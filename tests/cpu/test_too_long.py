@@ -210,9 +210,7 @@ def test_problem_of_a_custom_task_set_is_dropped_when_played(
     assert all(row["episodes/too_long"] == row["episodes/dropped"] for row in steps)
 
 
-def test_problems_of_a_server_are_checked_when_played(
-    ran: tuple[Path, dict[str, Ended], dict[str, int]],
-) -> None:
+def test_problems_of_a_server_are_checked_when_played(ran: tuple[Path, dict[str, Ended], dict[str, int]]) -> None:
     folder, ended, asked = ran
     assert ended["served"].code == 2
     assert "The attempt prompt of task 'alfworld/heldout/24" in ended["served"].error

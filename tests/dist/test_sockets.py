@@ -18,10 +18,7 @@ import torch.distributed as dist
 from sockets import Listener, Watch, listeners
 from whole_runs import end, kill_tree, lines, start, train, when
 
-pytestmark = [
-    pytest.mark.dist,
-    pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs /proc/net/tcp"),
-]
+pytestmark = [pytest.mark.dist, pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs /proc/net/tcp")]
 
 STORE_TIMEOUT = datetime.timedelta(seconds=5)
 
