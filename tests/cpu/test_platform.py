@@ -45,8 +45,14 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> No
     ],
 )
 def test_fp8_recipes_become_megatrons(monkeypatch: pytest.MonkeyPatch, fp8: str, values: dict[str, str]) -> None:
+    """Megatron's own configuration accepts the names and values."""
+    from megatron.core.enums import Fp8Recipe
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
     fake_gpu(monkeypatch, (9, 0))
     assert platform.fp8_config(ActorSettings(fp8=fp8)) == values
+    config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=2, bf16=True, **values)
+    assert config.fp8 == values["fp8"] and config.fp8_recipe in {recipe.value for recipe in Fp8Recipe}
 
 
 @pytest.mark.parametrize("fp8", platform.FP8_RECIPES)
@@ -60,19 +66,6 @@ def test_fp8_micro_batches_have_the_required_multiple(fp8: str) -> None:
         assert share % get_fp8_align_size(platform.FP8_RECIPES[fp8]) == 0
     assert platform.token_multiple(ActorSettings(tensor_parallel=4, sequence_parallel=True)) == 4
     assert platform.token_multiple(ActorSettings(tensor_parallel=4)) == 1
-
-
-@pytest.mark.parametrize("fp8", platform.FP8_RECIPES)
-def test_megatron_takes_the_fp8_arguments(monkeypatch: pytest.MonkeyPatch, fp8: str) -> None:
-    """Megatron's own configuration accepts them: names and values that it knows."""
-    from megatron.core.enums import Fp8Recipe
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    fake_gpu(monkeypatch, (9, 0))
-    arguments = platform.fp8_config(ActorSettings(fp8=fp8))
-    config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=2, bf16=True, **arguments)
-    assert config.fp8_recipe in {recipe.value for recipe in Fp8Recipe}
-    assert config.fp8 == arguments["fp8"]
 
 
 @pytest.mark.parametrize(

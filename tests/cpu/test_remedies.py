@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from begun_run import again, begin
-from whole_runs import Ended, batch, rows, train
+from whole_runs import Batch, batch, from_model, rows, train
 
 import icrl_megatron
 import icrl_recipes
@@ -208,10 +208,10 @@ FAILING = {"no_signal": FLAT, "more_episodes": FLAT}
 
 
 @pytest.fixture(scope="module")
-def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ended]]:
+def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Batch:
     """A run of two steps, and copies of it that fail with one change and resume with another."""
     folder = tmp_path_factory.mktemp("advice")
-    start = [f"model.path={finished_run / 'warm_start' / 'hf'}", "warm_start.steps=0", "eval.interval=0"]
+    start = [*from_model(finished_run), "eval.interval=0"]
     assert batch(folder, {"first": train(folder / "first", *start, "steps=2")})["first"].code == 0
     commands = {}
     for name, advice in ADVICE.items():
@@ -219,24 +219,22 @@ def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         if name in FAILING:
             commands[f"{name}/fails"] = train(folder / name, *start, "steps=4", *FAILING[name])
         commands[name] = train(folder / name, *start, "steps=4", *advice)
-    return folder, batch(folder, commands)
+    return Batch(folder, batch(folder, commands))
 
 
 @pytest.mark.parametrize("name", ADVICE)
-def test_run_resumes_as_advised(ran: tuple[Path, dict[str, Ended]], name: str) -> None:
-    folder, ended = ran
+def test_run_resumes_as_advised(ran: Batch, name: str) -> None:
     if name in FAILING:
-        assert ended[f"{name}/fails"].code != 0
-    assert ended[name].code == 0, ended[name].error
-    steps = [row["step"] for row in rows(folder / name) if "tokens/generated" in row]
-    assert steps == [1, 2, 3, 4]
-    assert rows(folder / name)[:3] == rows(folder / "first")[:3]  # step 0's evaluation and two steps
-    for override in ADVICE[name]:
-        if not override.startswith("tasks.sources"):
-            assert f"resume: {override.partition('=')[0]} changes from" in ended[name].error
-            assert f'"name": "{override.partition("=")[0]}"' in (folder / name / "settings_changes.jsonl").read_text()
+        assert ran.ended[f"{name}/fails"].code != 0
+    error = ran.succeeded(name).error
+    assert [row["step"] for row in ran.trained(name)] == [1, 2, 3, 4]
+    assert rows(ran.folder / name)[:3] == rows(ran.folder / "first")[:3]  # step 0's evaluation and two steps
+    changes = (ran.folder / name / "settings_changes.jsonl").read_text()
+    for setting in (override.partition("=")[0] for override in ADVICE[name]):
+        if not setting.startswith("tasks.sources"):
+            assert f"resume: {setting} changes from" in error and f'"name": "{setting}"' in changes
 
 
-def test_batch_without_signal_names_remedies(ran: tuple[Path, dict[str, Ended]]) -> None:
-    error = ran[1]["no_signal/fails"].error
+def test_batch_without_signal_names_remedies(ran: Batch) -> None:
+    error = ran.ended["no_signal/fails"].error
     assert "raise rollout.episodes_per_task, or set algo.on_no_signal=skip" in error

@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from whole_runs import Ended, batch, rows, train
+from disks import small_disk
+from whole_runs import Batch, batch, from_model, rows, train
 
 from icrl_megatron.actor import manifest
 from icrl_megatron.run.state import NEWEST_ROWS
@@ -37,11 +37,7 @@ FAULTS = {
 """Fault in the third of three steps, before its update -> text that the run's error must contain."""
 
 
-@dataclass(frozen=True)
-class Ran:
-    folder: Path
-    ended: dict[str, Ended]
-
+class Ran(Batch):
     def checkpoints(self, name: str) -> list[str]:
         return sorted(p.name for p in (self.folder / name / "checkpoints").glob("*"))
 
@@ -61,7 +57,7 @@ def at(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def start(finished_run: Path) -> list[str]:
-    return [f"model.path={finished_run / 'warm_start' / 'hf'}", "warm_start.steps=0", *SMALL]
+    return [*from_model(finished_run), *SMALL]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +95,7 @@ def test_error_before_the_update_saves_the_last_completed_step(ran: Ran, name: s
     ended = ran.ended[name]
     assert ended.code != 0
     assert FAULTS[name] in ended.error
-    assert "saved step 2, the last completed one" in " ".join(ended.error.split())
+    assert "saved step 2, the last completed one" in ended.said
     assert ran.saved(at(name), 2) == ran.saved("whole", 2)
     again = ran.ended[f"{name} again"]
     assert again.code == 0, again.error
@@ -112,7 +108,7 @@ def test_batch_without_signal_is_replayed_and_counted_once(ran: Ran) -> None:
     ended = ran.ended["flat@2"]
     assert ended.code == 1
     assert "error: step 2: no reward differed inside any group in 3 batches" in ended.error
-    assert "saved step 2, the last completed one" in " ".join(ended.error.split())
+    assert "saved step 2, the last completed one" in ended.said
     assert ran.saved(at("flat@2"), 2) == ran.saved("strict", 2)
     assert ran.ended["flat@2 again"].code == 0, ran.ended["flat@2 again"].error
     assert ran.rows(at("flat@2")) == ran.rows("strict")
@@ -130,7 +126,7 @@ def test_interrupted_episodes_are_saved_as_before_the_failed_step(ran: Ran) -> N
 def test_step_with_a_failed_evaluation_is_saved_and_only_reevaluated(ran: Ran) -> None:
     name = at("heldout@2")
     assert ran.ended["heldout@2"].code == 1
-    assert "saved step 2, the last completed one" in " ".join(ran.ended["heldout@2"].error.split())
+    assert "saved step 2, the last completed one" in ran.ended["heldout@2"].said
     saved, expected = ran.saved(name, 2), ran.saved("evaluated", 2)
     assert saved[0] == expected[0]
     assert {k: v for k, v in saved[1].items() if k != "row.json"} == expected[1]
@@ -142,7 +138,7 @@ def test_step_with_a_failed_evaluation_is_saved_and_only_reevaluated(ran: Ran) -
 @pytest.mark.parametrize("name", ["update@2", "dump@2"])
 def test_partially_updated_weights_are_not_saved(ran: Ran, name: str) -> None:
     assert ran.ended[name].code == 1
-    said = " ".join(ran.ended[name].error.split())
+    said = ran.ended[name].said
     assert "an update had begun to change the weights, so nothing was saved; there is no checkpoint yet" in said
     assert ran.ended[f"{name} again"].code == 0, ran.ended[f"{name} again"].error
     assert ran.rows(at(name)) == ran.rows("whole")
@@ -163,7 +159,7 @@ def test_warm_start_saves_its_last_completed_step(finished_run: Path, tmp_path: 
     command[0] = "sft"
     ended = batch(tmp_path, {"fails": ["fault=sft@5", *command], "goes on": command})
     assert ended["fails"].code == 1
-    assert "saved step 5, the last completed one" in " ".join(ended["fails"].error.split())
+    assert "saved step 5, the last completed one" in ended["fails"].said
     assert ended["goes on"].code == 0, ended["goes on"].error
     assert f"resuming from {folder}" in "".join(ended["goes on"].error.split("\n"))
     assert rows(folder / "warm_start") == rows(finished_run / "warm_start")
@@ -212,7 +208,7 @@ def test_run_that_lost_its_checkpoints_does_not_start_over(ran: Ran, start: list
         assert not left, left
     assert (ended["metrics"].code, ended["newest"].code) == (0, 0), ended
     assert ended["newest"].error.count("resuming from") == 1
-    assert "step 3 was saved last and is missing" in " ".join(ended["newest"].error.split())
+    assert "step 3 was saved last and is missing" in ended["newest"].said
     assert rows(tmp_path / "metrics")[2:] == rows(tmp_path / "newest")[4:]
     assert rows(tmp_path / "metrics")[0] == rows(tmp_path / "newest")[3]  # the checkpoint contains the rows of its step
     shutil.copytree(ran.folder / "whole" / "checkpoints", tmp_path / "all but metrics" / "checkpoints")
@@ -260,21 +256,16 @@ def test_model_folder_is_not_needed_after_the_first_checkpoint(finished_run: Pat
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 3 MiB; two checkpoints of 1.2 MiB fit."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("cannot mount here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with small_disk(tmp_path / "disk", 3 * 1024) as disk:
+        yield disk
 
 
 def test_full_disk_keeps_checkpoints_and_the_run_resumes_with_more_space(
-    ran: Ran, start: list[str], small_disk: Path, tmp_path: Path
+    ran: Ran, start: list[str], disk: Path, tmp_path: Path
 ) -> None:
-    run = small_disk / "run"
+    run = disk / "run"
     command = train(run, *start, ALWAYS, NOT_EVALUATED, "checkpoint.keep=2")
     full = batch(tmp_path, {"full": command})["full"]
     assert full.code == 2
@@ -283,7 +274,7 @@ def test_full_disk_keeps_checkpoints_and_the_run_resumes_with_more_space(
     assert "it needs" in line and "are free; free some space there" in line
     left = sorted(p.name for p in (run / "checkpoints").iterdir())
     assert left and all(step_of(name) is not None for name in left)
-    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
     again = batch(tmp_path, {"again": command})["again"]
     assert again.code == 0, again.error
     assert f"{left[-1]}" in again.error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -141,18 +142,14 @@ def test_port_in_use_is_rejected(tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("serve.command=alfworld", "write {port} where the port belongs"),
-        ("serve.count=0", "serve.count=0: must be a finite number, at least 1"),
-        ("serve.port=70000", "serve.port=70000: must be a finite number, between 0 and 65535"),
         ("serve={port: 65535, count: 2}", "serve.port=65535: leave room for 2 ports"),
         ("serve.health=health", "must be a path"),
-        ("serve.startup_timeout_s=0", "must be a finite number, at least 0.001"),
         ("name=rulebook_hard", "tasks.sources.0.serve.command: task set 'rulebook_hard' has no options: leave it out"),
     ],
 )
 def test_invalid_server_settings_are_rejected(override: str, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=re.escape(message)):
         validate(settings(COMMAND, f"tasks.sources.0.{override}"))
-    assert message in str(caught.value)
 
 
 @pytest.fixture

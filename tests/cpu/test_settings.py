@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ from icrl_megatron.settings.limits import Choice, Range
 from icrl_megatron.settings.schema import Settings, TinyModel
 from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.utils.errors import ConfigError
-from icrl_recipes import registry
 
 
 @pytest.fixture(autouse=True)
@@ -135,14 +135,6 @@ def test_misspelled_names_are_rejected_by_name(name: str, at: int, letter: str) 
 
 
 # --- files
-
-
-@pytest.mark.parametrize("name", list(registry()))
-def test_saved_settings_come_back_equal(name: str, tmp_path: Path) -> None:
-    resolved = S.load(name, ["rollout.chat_template_args.enable_thinking=false", "optim.eps=1e-12"])
-    S.save(resolved, tmp_path / "deep" / "settings.yaml")
-    assert S.load_saved(tmp_path / "deep" / "settings.yaml") == resolved
-    assert S.changed(resolved, S.load_saved(tmp_path / "deep" / "settings.yaml")) == {}
 
 
 @pytest.mark.parametrize("text", ["steps: [", "- 1\n- 2\n", "stepz: 3\n", "steps: many\n"])
@@ -265,9 +257,8 @@ def test_every_upper_limit_is_checked(name: str) -> None:
     ],
 )
 def test_wrong_settings_are_rejected(overrides: str, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=re.escape(message)):
         validate(S.load("quickstart", overrides.split()))
-    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2, 4])

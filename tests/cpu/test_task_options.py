@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 from pathlib import Path
 
 import pytest
+from documented import code
 from whole_runs import icrl
 
 from icrl_megatron.run.checks import check_values, validate
@@ -146,9 +146,7 @@ def test_rows_of_task_ids_are_not_compared_as_prompts(tmp_path: Path) -> None:
 
 
 def test_documented_options_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "EXTENDING.md").read_text()
-    section = page.partition("## Options of a task set")[2].partition("\n## ")[0]
-    (tmp_path / "documented_riddles.py").write_text(re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0])
+    (tmp_path / "documented_riddles.py").write_text(code("Options of a task set"))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(SOURCES, "riddles", importlib.import_module("documented_riddles").RiddleSource)
     monkeypatch.setitem(registry._WITH_OPTIONS, "riddles", "documented_riddles:Riddles")

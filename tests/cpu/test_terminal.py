@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 from terminals import in_a_terminal
-from whole_runs import SMALL, icrl
+from whole_runs import SMALL, from_model, icrl
 
 from icrl_megatron.telemetry.dumps import dump_path, dumped_steps
 from icrl_megatron.utils.console import PlainConsole
@@ -149,7 +149,7 @@ def test_icrl_show_escapes_a_dump(finished_run: Path, tmp_path: Path) -> None:
 def test_errors_of_an_environment_are_escaped(finished_run: Path, tmp_path: Path) -> None:
     """Both in the check before the run and in the rank's error."""
     state = State("alfworld", "A")
-    model = [f"model.path={finished_run / 'warm_start' / 'hf'}", "warm_start.steps=0", "steps=1", f"run_dir={tmp_path}"]
+    model = [*from_model(finished_run), "steps=1", f"run_dir={tmp_path}"]
     with serving("alfworld", "A", state) as (url, _):
         source = f"tasks.sources=[{{name: alfworld, data: {{train: ['0:8'], heldout: ['8:16'], servers: ['{url}']}}}}]"
         words = ["train", "rulebook_easy", *SMALL, *model, source]

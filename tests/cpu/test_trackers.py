@@ -10,9 +10,9 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from documented import defined
 from whole_runs import SMALL, WARM_START, icrl, rows
 
 from icrl_megatron.run.checks import validate_settings
@@ -155,11 +155,7 @@ def test_hanging_tracker_delays_neither_steps_nor_the_end(tmp_path: Path, monkey
 
 
 def test_documented_tracker_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "EXTENDING.md").read_text()
-    section = page.partition("## A tracker")[2].partition("\n## ")[0]
-    names: dict[str, Any] = {}
-    exec(re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0], names)
-    odd(monkeypatch, names["start"])
+    odd(monkeypatch, defined("A tracker")["start"])
     assert tracked("odd", tmp_path, range(2)) == 0
     assert "1,actor/loss,0.5\n" in (tmp_path / "tiny.csv").read_text()
 

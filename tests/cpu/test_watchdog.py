@@ -19,31 +19,27 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from odd_environments import PROMPTER, Says, Works
 
-from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout import watchdog
 from icrl_megatron.rollout.episode import EpisodeSetup, play
-from icrl_megatron.rollout.prompts import Prompter, template_words
-from icrl_megatron.rollout.speakers import Ask, Seeds, Speakers
+from icrl_megatron.rollout.speakers import Seeds, Speakers
 from icrl_megatron.rollout.watchdog import WATCHDOG
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks.base import Environment, StepResult
-from icrl_megatron.types import Completion, DroppedEpisode, Episode, Task
+from icrl_megatron.types import DroppedEpisode, Episode, Task
 
 LIMIT_S = 0.3
 SETTINGS = RolloutSettings(
     rounds=1, max_turn_tokens=4, max_critique_tokens=4, context_tokens=200, templates="compact",
     environment_timeout_s=LIMIT_S,
 )  # fmt: skip
-PROMPTER = Prompter(build_tokenizer(["go", "up", *template_words("compact")]), SETTINGS)
 FOREVER_S = 3600
 REPEATED = re.compile("(a+)+$")
 
 
-class Plain:
+class Plain(Works):
     """Succeeds after one turn."""
-
-    max_turns = 2
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -54,9 +50,6 @@ class Plain:
     def parse(self, reply: str) -> str | None:
         return reply
 
-    def hint(self) -> str:
-        return "go"
-
     async def step(self, action: str) -> StepResult:
         return StepResult("up", True)
 
@@ -65,15 +58,6 @@ class Plain:
 
     def success(self) -> bool:
         return True
-
-    def summary(self) -> str:
-        return "up"
-
-
-class Says:
-    async def reply(self, ask: Ask) -> Completion:
-        ids = PROMPTER.encode_reply("up")
-        return Completion(ids, (0.0,) * len(ids), "stop", 0)
 
 
 def played(

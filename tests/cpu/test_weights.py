@@ -163,20 +163,6 @@ def test_missing_and_misshapen_tensors_are_rejected(folder: Path, tmp_path: Path
         load_hf(rows, cut, shape)
 
 
-def test_shards_are_read_as_the_index_says(folder: Path, tmp_path: Path) -> None:
-    tensors, shape = load_file(folder / "model.safetensors"), ModelShape.read(folder)
-    where = {}
-    for i, name in enumerate(tensors):
-        where[name] = f"part-{i % 3}.safetensors"
-    for shard in set(where.values()):
-        save_file({n: tensors[n] for n in tensors if where[n] == shard}, tmp_path / shard)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    one, other = (table(shape, 2, 1, 1, 0) for _ in range(2))
-    load_hf(one, folder, shape)
-    load_hf(other, tmp_path, shape)
-    assert all(torch.equal(a.param, b.param) for a, b in zip(one, other, strict=True))
-
-
 def test_values_that_overflow_the_dtype_are_rejected(folder: Path, tmp_path: Path) -> None:
     tensors, name = load_file(folder / "model.safetensors"), "model.layers.3.self_attn.k_proj.weight"
     large = {n: t.double() for n, t in tensors.items()}

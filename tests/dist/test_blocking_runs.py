@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from whole_runs import lines, signalled, start, train, when
+from whole_runs import from_model, lines, signalled, start, train, when
 
 from icrl_megatron.distributed.process import STOPPED
 
@@ -25,7 +25,7 @@ def test_sigterm_ends_a_run_whose_tasks_hang(
     monkeypatch.setenv("PYTHONPATH", f"{BLOCKING}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     folder = tmp_path / "run"
     running = start(
-        *train(folder, f"model.path={finished_run / 'warm_start' / 'hf'}", "warm_start.steps=0"),
+        *train(folder, *from_model(finished_run)),
         *("tasks.sources=[{name: hangs}]", "rollout.environment_timeout_s=600", f"launch.ranks={ranks}"),
     )
     when(running, lambda: lines(folder) > 0)  # the held-out evaluation is done, and the first step begins

@@ -7,17 +7,13 @@ import signal
 from pathlib import Path
 
 import pytest
-from whole_runs import WARM_START, has_child, icrl, kill_tree, lines, rows, signalled, start, train, when
+from whole_runs import WARM_START, from_model, has_child, icrl, kill_tree, lines, rows, signalled, start, train, when
 
 from icrl_megatron.distributed.process import STOPPED
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 WEIGHTS = "model.safetensors"
-
-
-def from_model(finished_run: Path) -> list[str]:
-    return [f"model.path={finished_run / 'warm_start' / 'hf'}", "warm_start.steps=0"]
 
 
 def test_run_killed_three_times_ends_bit_identical(finished_run: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from sockets import Listener, Watch, listeners
-from whole_runs import end, kill_tree, lines, start, train, when
+from whole_runs import end, from_model, kill_tree, lines, start, train, when
 
 pytestmark = [pytest.mark.dist, pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs /proc/net/tcp")]
 
@@ -75,8 +75,7 @@ def test_attack_works_on_torchruns_default_rendezvous(tmp_path: Path) -> None:
 
 def test_run_listens_only_on_loopback_and_unpickles_nothing(finished_run: Path, tmp_path: Path) -> None:
     folder, mark = tmp_path / "run", tmp_path / "mark"
-    model = [f"model.path={finished_run / 'warm_start' / 'hf'}", "warm_start.steps=0"]
-    running = start(*train(folder, *model, "launch.ranks=2", "steps=8"))
+    running = start(*train(folder, *from_model(finished_run), "launch.ranks=2", "steps=8"))
     with Watch(running.pid) as watch:
         when(running, lambda: lines(folder) >= 1)
         stores = 0
