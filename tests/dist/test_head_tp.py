@@ -8,21 +8,34 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from head_cases import TORCH, WIDTH, make_inputs, needs_triton, on_policy, put_streams, run_reference
+from head_cases import needs_triton
 from ranks import run_ranks
 from torch import Tensor
 
-from icrl_kernels import Chunking, Streams, Terms, VocabShard, logprob_head, policy_head, score_head, token_objective
+from icrl_kernels import (
+    Chunking,
+    Streams,
+    Terms,
+    VocabShard,
+    logprob_head,
+    policy_head,
+    reference_head,
+    reference_scores,
+    score_head,
+    token_objective,
+)
 
 WORLD = 4
 Key = tuple[int, str]
 """Degree of tensor parallelism and backend."""
+WIDTH = 16
 TERMS = Terms(temperature=0.8, kl_coef=0.05, entropy_coef=0.02)
 Case = tuple[Tensor, Tensor, Streams, Terms]
 Result = dict[str, Tensor]
@@ -43,9 +56,9 @@ def cases() -> dict[str, tuple[Case, int]]:
     `uncut`, the head chooses the chunk size."""
     edges = build(vocabulary=64, tokens=23, terms=TERMS)
     edges[2].targets_L[:8] = torch.tensor([0, 15, 16, 31, 32, 47, 48, 63])
-    low = build(vocabulary=60, tokens=9, terms=Terms(), old=False)
+    low = on_policy(build(vocabulary=60, tokens=9, terms=Terms()))
     low[0][:, 0], low[1][:, 0] = 1.0, -160.0
-    far = build(vocabulary=64, tokens=8, terms=Terms(temperature=0.8, entropy_coef=0.02), old=False)
+    far = on_policy(build(vocabulary=64, tokens=8, terms=Terms(temperature=0.8, entropy_coef=0.02)))
     far[1][:16, 0], far[1][16:, 0], far[0][:, 0] = -400.0, 400.0, 1.0
     far[2].targets_L[:] = torch.arange(8)  # on a shard whose logits are 1000 below those of the others
     none = build(vocabulary=64, tokens=0, terms=TERMS)
@@ -64,11 +77,27 @@ def cases() -> dict[str, tuple[Case, int]]:
     }
 
 
-def build(vocabulary: int, tokens: int, terms: Terms, old: bool = True) -> Case:
-    """Random float32 inputs. `old`: with old log-probs, for cases that do not change hidden states or weight later."""
-    hidden_LH, weight_VH, streams = make_inputs(tokens, vocabulary, terms, seed=vocabulary + tokens)
-    streams = put_streams(streams if old else on_policy(streams), TORCH)
-    return hidden_LH.float(), weight_VH.float(), streams, terms
+def on_policy(case: Case) -> Case:
+    """The case without old log-probs, for cases that then change hidden states or weight."""
+    streams = replace(case[2], old_logprobs_L=None, behaviour_logprobs_L=None, calibrated_L=None)
+    return case[0], case[1], streams, case[3]
+
+
+def build(vocabulary: int, tokens: int, terms: Terms) -> Case:
+    draw = torch.Generator().manual_seed(vocabulary + tokens)
+    hidden_LH = torch.randn(tokens, WIDTH, generator=draw)
+    weight_VH = torch.randn(vocabulary, WIDTH, generator=draw)
+    targets_L = torch.randint(vocabulary, (tokens,), generator=draw)
+    logprobs_L, _ = reference_scores(hidden_LH, weight_VH, targets_L, terms.temperature, vocabulary)
+
+    def around(spread: float) -> Tensor:
+        return logprobs_L + spread * torch.randn(tokens, generator=draw)
+
+    calibrated_L = torch.rand(tokens, generator=draw) > 0.5
+    coefficients_L, advantages_L = torch.rand(tokens, generator=draw), torch.randn(tokens, generator=draw)
+    reference_L = around(0.3) if terms.kl_coef else None
+    streams = Streams(targets_L, coefficients_L, advantages_L, around(0.3), around(0.7), calibrated_L, reference_L)
+    return hidden_LH, weight_VH, streams, terms
 
 
 def padded(weight_VH: Tensor, rows: int) -> Tensor:
@@ -119,12 +148,23 @@ def sharded(
 
 def reference(case: Case, rows: int) -> Result:
     hidden_LH, weight_VH, streams, terms = case
-    whole_VH = padded(weight_VH, rows).double()
-    output, grad_hidden, grad_weight = run_reference(hidden_LH.double(), whole_VH, streams, terms, weight_VH.shape[0])
-    found = {"loss": output.loss, "grad_hidden": grad_hidden, "grad_weight": grad_weight}
-    scores = {"scores": output.logprobs_L, "score_entropy": output.entropy_L}
-    plain = {f"plain_{name}": value for name, value in found.items()}
-    return {**found, **plain, **scores, "logprobs": output.logprobs_L, "entropy": output.entropy_L}
+    hidden_LH = hidden_LH.double().requires_grad_()
+    whole_VH = padded(weight_VH, rows).double().requires_grad_()
+    output = reference_head(hidden_LH, whole_VH, streams, terms, weight_VH.shape[0])
+    output.loss.backward()
+    assert hidden_LH.grad is not None and whole_VH.grad is not None
+    return {
+        "loss": output.loss.detach(),
+        "logprobs": output.logprobs_L,
+        "entropy": output.entropy_L,
+        "grad_hidden": hidden_LH.grad,
+        "grad_weight": whole_VH.grad,
+        "plain_loss": output.loss.detach(),
+        "plain_grad_hidden": hidden_LH.grad,
+        "plain_grad_weight": whole_VH.grad,
+        "scores": output.logprobs_L,
+        "score_entropy": output.entropy_L,
+    }
 
 
 def rank_main(rank: int, rendezvous: str, folder: Path) -> None:
