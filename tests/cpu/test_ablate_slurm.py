@@ -108,8 +108,7 @@ def test_plans_are_read_as_they_were_written(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
-    [("actor.tensor_parallel=3", "does not divide"), ("model.path=/nowhere", "no such folder")],
+    ("override", "message"), [("actor.tensor_parallel=3", "does not divide"), ("model.path=/nowhere", "no such folder")]
 )
 def test_what_would_end_a_cell_is_said_before_anything_is_queued(
     override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

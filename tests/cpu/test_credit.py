@@ -87,8 +87,7 @@ def test_a_frozen_critic_is_not_trained() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "reward"),
-    [(0.2, 1.0, 1.0), (0.25, 0.75, 0.5), (0.75, 0.25, -0.5), (0.5, 0.5, 0.0)],
+    ("before", "after", "reward"), [(0.2, 1.0, 1.0), (0.25, 0.75, 0.5), (0.75, 0.25, -0.5), (0.5, 0.5, 0.0)]
 )
 def test_critique_reward(before: float, after: float, reward: float) -> None:
     samples = by_id(to_samples(episode(0, [before, after]), AlgoSettings(), True))

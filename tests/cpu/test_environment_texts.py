@@ -13,16 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from odd_environments import (
-    PROMPTER,
-    SETTINGS,
-    TASK,
-    Hostile,
-    Works,
-    play_one,
-    raising,
-    returning,
-)
+from odd_environments import PROMPTER, SETTINGS, TASK, Hostile, Works, play_one, raising, returning
 
 from icrl_megatron.algo.credit import CreditReport
 from icrl_megatron.rollout.checked_environment import CheckedEnvironment

@@ -272,8 +272,7 @@ def test_a_game_in_alfworlds_domain(tmp_path: Path) -> None:
 
         async def episode() -> list[str]:
             return await played(
-                environment,
-                ["fly", "go to desk 1", "take mug 1 from desk 1", "go to shelf 1", "move mug 1 to shelf 1"],
+                environment, ["fly", "go to desk 1", "take mug 1 from desk 1", "go to shelf 1", "move mug 1 to shelf 1"]
             )
 
         seen = asyncio.run(episode())
