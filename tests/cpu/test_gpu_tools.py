@@ -41,9 +41,7 @@ def test_a_stage_names_missing_packages_and_programs(check: ModuleType) -> None:
     assert check.run(stage(check, "", needs=("no_such_module",)), Path(), "full")["result"] == "cannot run here"
 
 
-def test_sanitizers_run_without_a_cache_and_report_unsupported_devices(
-    check: ModuleType, tmp_path: Path
-) -> None:
+def test_sanitizers_run_without_a_cache_and_report_unsupported_devices(check: ModuleType, tmp_path: Path) -> None:
     memcheck, racecheck = (s for s in check.STAGES if s.tool == "compute-sanitizer")
     for sanitizer in (memcheck, racecheck):
         assert check.environment(sanitizer, "full")["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
