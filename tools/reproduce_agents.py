@@ -61,12 +61,16 @@ class Start:
     """It learns from the system's trajectories without these filters. None: from the task's teacher."""
 
 
+LONG = ("warm_start.steps=2000",)
+"""Twice the recipe's steps: after those, a model's success still depends much on its seed."""
 STARTS = {
     "answers": Start(("tasks.sources=[{name: archive_answers}]",)),
     "sft": Start(),
     "distilled": Start(left_out=()),
     "unfiltered": Start(left_out=FILTERS),
     **{f"without_{name}": Start(left_out=(name,)) for name in FILTERS},
+    "unfiltered_long": Start(LONG, left_out=FILTERS),
+    "distilled_long": Start(LONG, left_out=()),
 }
 GRPO = ("rollout.rounds=1",)
 ARMS = (
@@ -79,6 +83,8 @@ ARMS = (
     Arm("distilled, all trajectories", "unfiltered", None),
     Arm("distilled, filtered", "distilled", None),
     *(Arm(f"distilled without {name}", f"without_{name}", None) for name in FILTERS),
+    Arm("distilled, all trajectories, 2000 steps", "unfiltered_long", None),
+    Arm("distilled, filtered, 2000 steps", "distilled_long", None),
     Arm("distilled, filtered, then GRPO", "distilled", GRPO),
 )
 ICRL = ARMS[4]
@@ -166,11 +172,12 @@ def started(runs: Path, name: str, seed: int) -> Path:
 
 
 def learner(runs: Path, name: str, seed: int) -> str:
-    """The start that trains on these trajectories: the first one of STARTS whose file has the same content."""
+    """The start that trains on these trajectories: the first one of STARTS with the same changes and the same file."""
     own = traces(runs, name, seed)
     if STARTS[name].left_out is None or not own.exists():
         return name
-    files = {other: traces(runs, other, seed) for other in STARTS if STARTS[other].left_out is not None}
+    alike = [o for o, start in STARTS.items() if start.left_out is not None and start.changes == STARTS[name].changes]
+    files = {other: traces(runs, other, seed) for other in alike}
     same = (other for other, file in files.items() if file.exists() and filecmp.cmp(file, own, shallow=False))
     return next(same)
 
