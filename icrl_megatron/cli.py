@@ -219,6 +219,28 @@ def eval_(
     raise typer.Exit(evaluate(request))
 
 
+@app.command()
+def select(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run, a checkpoint or a Hugging Face folder.")],
+    out: Annotated[Path, typer.Option(help="The JSONL file of kept rows to write, for data.train.")],
+    overrides: Overrides = None,
+    task: Annotated[str, typer.Option(help="Task set; the run's own by default.")] = "",
+    samples: Annotated[int, typer.Option(help="Attempts per question.")] = 8,
+    at_least: Annotated[float, typer.Option(help="Lowest success of a kept question.")] = 0.0,
+    at_most: Annotated[float, typer.Option(help="Highest success of a kept question.")] = 0.3,
+    problems: Annotated[int | None, typer.Option(help="Only the first questions.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Keep the training questions on which a model's success lies between bounds. The same command resumes a stopped
+    one."""
+    from icrl_megatron.evaluation.select import SelectRequest
+    from icrl_megatron.evaluation.select import select as select_questions
+
+    changed = tuple(overrides or ())
+    request = SelectRequest(model, out, task, samples, at_least, at_most, problems, changed, overwrite)
+    raise typer.Exit(select_questions(request))
+
+
 @app.command("report")
 def report_page(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, shown together.")],
