@@ -97,6 +97,7 @@ def distill(
     recipe: Recipe,
     out: Annotated[Path, typer.Option(help="The JSONL file of trajectories to write.")],
     overrides: Overrides = None,
+    heldout: Annotated[bool, typer.Option(help="Play held-out problems; write FILE.eval.json instead.")] = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -111,9 +112,11 @@ def distill(
         typer.echo(settings.to_yaml(resolved), nl=False)
     checks.validate_tasks(resolved)
     if dry_run:
-        command.prepare(resolved, out, overwrite)
+        command.prepare(resolved, out, overwrite, split="heldout" if heldout else "train")
         return
-    typer.echo(command.run(resolved, out, overwrite))
+    from icrl_megatron.evaluation import system
+
+    typer.echo((system.measure if heldout else command.run)(resolved, out, overwrite))
 
 
 def _resolve(recipe: str, overrides: list[str] | None, show: bool) -> Settings:
