@@ -97,6 +97,7 @@ def distill(
     recipe: Recipe,
     out: Annotated[Path, typer.Option(help="The JSONL file of trajectories to write.")],
     overrides: Overrides = None,
+    heldout: Annotated[bool, typer.Option(help="Play held-out problems; write FILE.eval.json instead.")] = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -111,9 +112,11 @@ def distill(
         typer.echo(settings.to_yaml(resolved), nl=False)
     checks.validate_tasks(resolved)
     if dry_run:
-        command.prepare(resolved, out, overwrite)
+        command.prepare(resolved, out, overwrite, split="heldout" if heldout else "train")
         return
-    typer.echo(command.run(resolved, out, overwrite))
+    from icrl_megatron.evaluation import system
+
+    typer.echo((system.measure if heldout else command.run)(resolved, out, overwrite))
 
 
 def _resolve(recipe: str, overrides: list[str] | None, show: bool) -> Settings:
@@ -217,6 +220,28 @@ def eval_(
         model, named, subsets, rounds, samples, problems, critic, revise_all, against, out, changed, overwrite
     )
     raise typer.Exit(evaluate(request))
+
+
+@app.command()
+def select(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run, a checkpoint or a Hugging Face folder.")],
+    out: Annotated[Path, typer.Option(help="The JSONL file of kept rows to write, for data.train.")],
+    overrides: Overrides = None,
+    task: Annotated[str, typer.Option(help="Task set; the run's own by default.")] = "",
+    samples: Annotated[int, typer.Option(help="Attempts per question.")] = 8,
+    at_least: Annotated[float, typer.Option(help="Lowest success of a kept question.")] = 0.0,
+    at_most: Annotated[float, typer.Option(help="Highest success of a kept question.")] = 0.3,
+    problems: Annotated[int | None, typer.Option(help="Only the first questions.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Keep the training questions on which a model's success lies between bounds. The same command resumes a stopped
+    one."""
+    from icrl_megatron.evaluation.select import SelectRequest
+    from icrl_megatron.evaluation.select import select as select_questions
+
+    changed = tuple(overrides or ())
+    request = SelectRequest(model, out, task, samples, at_least, at_most, problems, changed, overwrite)
+    raise typer.Exit(select_questions(request))
 
 
 @app.command("report")

@@ -134,6 +134,10 @@ class Attempt:
             m for t in self.turns for m in (*[True] * len(t.completion.ids), *[False] * len(t.observation_ids))
         )
 
+    def read_tokens(self) -> int:
+        """Tokens of the prompt and of the observations, each once."""
+        return len(self.prompt_ids) + sum(len(turn.observation_ids) for turn in self.turns)
+
     def rollout_logprobs(self) -> tuple[float, ...]:
         """Engine log-probs, 0 on observation tokens; same length as `response_ids()`."""
         return tuple(p for t in self.turns for p in (*t.completion.logprobs, *[0.0] * len(t.observation_ids)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from icrl_megatron.settings.schema import Settings
 from icrl_megatron.settings.task_options import ServedSource, options
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Readable
-from icrl_megatron.types import Task
+from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError, HopelessError
 from icrl_megatron.utils.files import locked, write_atomically
 from icrl_megatron.utils.progress import Progress
@@ -60,8 +60,11 @@ class Distillation:
         return ((task, attempt) for attempt in range(self.settings.distill.attempts) for task in self.problems)
 
 
-def prepare(settings: Settings, out: Path, overwrite: bool = False, cache: ToolCache | None = None) -> Distillation:
-    """Everything that can be wrong is wrong here, before anything starts: raises ConfigError."""
+def prepare(
+    settings: Settings, out: Path, overwrite: bool = False, cache: ToolCache | None = None, split: Split = "train"
+) -> Distillation:
+    """Everything that can be wrong is wrong here, before anything starts: raises ConfigError. Of held-out problems, the
+    first `eval.problems` of each source are played."""
     if out.suffix != ".jsonl":
         raise ConfigError(f"--out={out}: trajectories are written as JSONL; give a name that ends in .jsonl")
     catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes, cache)
@@ -85,7 +88,8 @@ def prepare(settings: Settings, out: Path, overwrite: bool = False, cache: ToolC
                 "their addresses as data.servers"
             )
         team = scripted.team(source.name) if shared is None else shared
-        tasks = registry.problems(catalogue.get(source.name), "train")[: settings.tasks.limit]
+        tasks = registry.problems(catalogue.get(source.name), split)
+        tasks = tasks[: settings.tasks.limit if split == "train" else settings.eval.problems]
         system = System(team, catalogue.environment, limits, settings.seed)
         for task in tasks[:1]:
             check_tools(system, catalogue.environment(task), task)
@@ -101,14 +105,25 @@ def run(settings: Settings, out: Path, overwrite: bool = False) -> str:
     """Plays what has not been played, filters and writes. Returns a summary in words.
 
     Raises ConfigError, and HopelessError if attempts fail without end or nothing is left."""
+    return played(settings, out, _write, overwrite)
+
+
+def played(
+    settings: Settings,
+    out: Path,
+    conclude: Callable[[Distillation, Sequence[Run]], str],
+    overwrite: bool = False,
+    split: Split = "train",
+) -> str:
+    """Plays what has not been played, and returns what `conclude` makes of all finished attempts. Raises as `run`."""
     cache = ToolCache.of(settings.tasks.tool_cache)
     with closing(cache) if cache else nullcontext():
-        job = prepare(settings, out, overwrite, cache)
+        job = prepare(settings, out, overwrite, cache, split)
         with locked(out.parent, f".{out.name}.lock", f"--out={out}"):
             records = Records(job.runs, identity(settings))
             with closing(records):
                 _play(job, records)
-            return _write(job, [records.runs[t.task_id, a] for t, a in job.jobs() if (t.task_id, a) in records.runs])
+            return conclude(job, [records.runs[t.task_id, a] for t, a in job.jobs() if (t.task_id, a) in records.runs])
 
 
 def _play(job: Distillation, records: Records) -> None:

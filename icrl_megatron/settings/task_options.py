@@ -22,6 +22,10 @@ PORT = "{port}"
 """In `serve.command`: the port that the server has to listen on."""
 
 
+SHAPES = ("gaia", "browsecomp", "hle", "webwalker", "livecodebench")
+"""Functions of tasks/row_shapes.py."""
+
+
 # `data`: where a task set finds its problems and its helpers (docs/TASKS.md)
 
 
@@ -41,6 +45,11 @@ class Rows(Problems):
     """Column of the rows that contains the problem."""
     label_column: str = "label"
     """Column of the rows that contains the correct answer."""
+    shape: Annotated[str, Choice(("", *SHAPES))] = ""
+    """Rows of a published question set, in its own columns. Empty: prompt_column and label_column."""
+    unusable: Annotated[str, Choice(("error", "drop"))] = "error"
+    """With shape: what to do with rows that need an attached file or an image, or whose answer is hidden. error: end
+    with the first of them. drop: leave them out and count them."""
 
 
 @dataclass
