@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from icrl_megatron.agents.cache import ToolCache
-from icrl_megatron.distill import endpoint_agents, scripted, writers
+from icrl_megatron.distill import endpoint_agents, own_server, scripted, writers
 from icrl_megatron.distill.events import Failed, Run
 from icrl_megatron.distill.filters import FilterReport, Rules, filtered
 from icrl_megatron.distill.linear import linear
@@ -26,7 +26,7 @@ from icrl_megatron.tasks.base import Readable
 from icrl_megatron.types import Task
 from icrl_megatron.utils.errors import ConfigError, HopelessError
 from icrl_megatron.utils.files import locked, write_atomically
-from icrl_megatron.utils.progress import Progress
+from icrl_megatron.utils.progress import Phase, Progress
 from icrl_megatron.utils.result_files import begins_with, check_file
 
 FAILURES_IN_A_ROW = 3
@@ -45,6 +45,8 @@ class Distillation:
     problems: Sequence[Task]
     systems: Mapping[str, System]
     """By task set."""
+    own_server: bool = False
+    """Whether the systems' agents ask a server that the command starts."""
     failures: list[Failed] = field(default_factory=list)
 
     @property
@@ -64,6 +66,8 @@ def prepare(settings: Settings, out: Path, overwrite: bool = False, cache: ToolC
     """Everything that can be wrong is wrong here, before anything starts: raises ConfigError."""
     if out.suffix != ".jsonl":
         raise ConfigError(f"--out={out}: trajectories are written as JSONL; give a name that ends in .jsonl")
+    own = own_server.wanted(settings)
+    settings = own_server.planned(settings) if own else settings
     catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes, cache)
     problems, systems = list[Task](), dict[str, System]()
     distill = settings.distill
@@ -91,7 +95,7 @@ def prepare(settings: Settings, out: Path, overwrite: bool = False, cache: ToolC
             check_tools(system, catalogue.environment(task), task)
         problems += tasks
         systems[source.name] = system
-    made = Distillation(settings, out, catalogue, problems, systems)
+    made = Distillation(settings, out, catalogue, problems, systems, own)
     check_file(out, "a file of trajectories", begins_with(b'{"messages"'), overwrite)
     check_file(made.report, "a report", begins_with(f'"{_FIRST_KEY}"'.encode()), overwrite)
     return made
@@ -105,37 +109,56 @@ def run(settings: Settings, out: Path, overwrite: bool = False) -> str:
     with closing(cache) if cache else nullcontext():
         job = prepare(settings, out, overwrite, cache)
         with locked(out.parent, f".{out.name}.lock", f"--out={out}"):
-            records = Records(job.runs, identity(settings))
+            records = Records(job.runs, identity(job.settings))
             with closing(records):
                 _play(job, records)
             return _write(job, [records.runs[t.task_id, a] for t, a in job.jobs() if (t.task_id, a) in records.runs])
 
 
 def _play(job: Distillation, records: Records) -> None:
-    distill, progress, in_a_row = job.settings.distill, Progress(), 0
-    jobs = list(job.jobs())
+    jobs, progress = list(job.jobs()), Progress()
     left = [(task, attempt) for task, attempt in jobs if (task.task_id, attempt) not in records.runs]
-    with progress.phase("attempts", len(jobs)) as bar:
+    if not left:
+        return
+    with _systems(job, progress) as systems, progress.phase("attempts", len(jobs)) as bar:
         bar.advance(len(jobs) - len(left))
-
-        def done(result: Run | Failed) -> None:
-            nonlocal in_a_row
-            if isinstance(result, Run):
-                records.add(result)
-                in_a_row = 0
-            else:
-                job.failures.append(result)
-                in_a_row += 1
-                if in_a_row >= FAILURES_IN_A_ROW * distill.concurrency:
-                    raise HopelessError(
-                        f"{in_a_row} attempts in a row failed, the last one: {result.message}; correct that, and the "
-                        f"same command goes on ({len(records.runs)} attempts are in {job.runs})"
-                    )
-            bar.advance(1, f"{len(job.failures)} failed" if job.failures else None)
-
-        for source, system in job.systems.items():
+        done = _recorder(job, records, bar)
+        for source, system in systems.items():
             mine = ((task, attempt) for task, attempt in left if task.source == source)
-            asyncio.run(play_all(system, mine, distill.concurrency, done))
+            asyncio.run(play_all(system, mine, job.settings.distill.concurrency, done))
+
+
+@contextmanager
+def _systems(job: Distillation, progress: Progress) -> Iterator[Mapping[str, System]]:
+    """The systems, with a server for them while the block runs if they need one of the command's own."""
+    if not job.own_server:
+        yield job.systems
+        return
+    with own_server.serving(job.settings, job.out.with_suffix(".sglang.log"), progress) as settings:
+        team = endpoint_agents.team(settings.distill)
+        yield {source: replace(system, team=team) for source, system in job.systems.items()}
+
+
+def _recorder(job: Distillation, records: Records, bar: Phase) -> Callable[[Run | Failed], None]:
+    """Keeps each result. Raises HopelessError after too many failures in a row."""
+    in_a_row = 0
+
+    def done(result: Run | Failed) -> None:
+        nonlocal in_a_row
+        if isinstance(result, Run):
+            records.add(result)
+            in_a_row = 0
+        else:
+            job.failures.append(result)
+            in_a_row += 1
+            if in_a_row >= FAILURES_IN_A_ROW * job.settings.distill.concurrency:
+                raise HopelessError(
+                    f"{in_a_row} attempts in a row failed, the last one: {result.message}; correct that, and the "
+                    f"same command goes on ({len(records.runs)} attempts are in {job.runs})"
+                )
+        bar.advance(1, f"{len(job.failures)} failed" if job.failures else None)
+
+    return done
 
 
 def _write(job: Distillation, runs: Sequence[Run]) -> str:

@@ -11,7 +11,8 @@ from icrl_megatron.settings.limits import Choice, Range
 
 @dataclass
 class DistillEndpoint(Endpoint):
-    """The endpoint of the system's agents (`distill.system=endpoint`)."""
+    """The endpoint of the system's agents (`distill.system=endpoint`). Without a url, engine.kind=sglang starts a
+    server on model.path for as long as the command runs."""
 
     timeout_s: Annotated[float, Range(1e-3)] = 120.0
     """Time limit of one request, in seconds."""
