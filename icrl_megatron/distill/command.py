@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from icrl_megatron.agents.cache import ToolCache
-from icrl_megatron.distill import endpoint_agents, own_server, scripted, writers
+from icrl_megatron.distill import endpoint_agents, own_server, scripted, self_play, writers
 from icrl_megatron.distill.events import Failed, Run
 from icrl_megatron.distill.filters import FilterReport, Rules, filtered
 from icrl_megatron.distill.linear import linear
 from icrl_megatron.distill.records import Records, identity
-from icrl_megatron.distill.system import System, SystemLimits, check_tools, play_all
+from icrl_megatron.distill.system import System, SystemLimits, check_tools, play_all, with_tools
 from icrl_megatron.distill.trajectory import Tokens
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.settings.task_options import ServedSource, options
@@ -33,6 +33,8 @@ FAILURES_IN_A_ROW = 3
 """Times `distill.concurrency`: after so many, the command stops, because the endpoint is probably gone."""
 _SHOWN_FAILURES = 5
 _FIRST_KEY = "problems"
+Play = Callable[[Sequence[tuple[Task, int]], Callable[[Run | Failed], None]], None]
+"""Plays (task, attempt) pairs and passes each result on as it comes."""
 
 
 @dataclass
@@ -44,9 +46,9 @@ class Distillation:
     catalogue: registry.Catalogue
     problems: Sequence[Task]
     systems: Mapping[str, System]
-    """By task set."""
+    """Teams by task set; none if the model itself plays."""
     own_server: bool = False
-    """Whether the systems' agents ask a server that the command starts."""
+    """Whether the teams' agents ask a server that the command starts."""
     failures: list[Failed] = field(default_factory=list)
 
     @property
@@ -66,39 +68,46 @@ def prepare(settings: Settings, out: Path, overwrite: bool = False, cache: ToolC
     """Everything that can be wrong is wrong here, before anything starts: raises ConfigError."""
     if out.suffix != ".jsonl":
         raise ConfigError(f"--out={out}: trajectories are written as JSONL; give a name that ends in .jsonl")
+    distill = settings.distill
+    if distill.system != "endpoint" and distill.agents:
+        raise ConfigError(f"distill.agents has no effect with distill.system={distill.system}: leave it empty")
+    if distill.system == "model":
+        self_play.check(settings)
     own = own_server.wanted(settings)
     settings = own_server.planned(settings) if own else settings
     catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes, cache)
+    shared = endpoint_agents.team(settings.distill) if distill.system == "endpoint" else None
     problems, systems = list[Task](), dict[str, System]()
-    distill = settings.distill
-    if distill.system == "scripted" and distill.agents:
-        raise ConfigError("distill.agents has no effect with distill.system=scripted: leave it empty")
-    limits = SystemLimits(
-        distill.rounds,
-        distill.job_calls,
-        distill.tries,
-        distill.task_timeout_s,
-        settings.rollout.environment_timeout_s,
-        settings.rollout.max_observation_bytes,
-    )
-    shared = endpoint_agents.team(distill) if distill.system == "endpoint" else None
     for source in settings.tasks.sources:
         if isinstance(source, ServedSource) and source.served:
             raise ConfigError(
                 f"task set {source.name!r}: `icrl distill` starts no servers (serve.command): start them and give "
                 "their addresses as data.servers"
             )
-        team = scripted.team(source.name) if shared is None else shared
         tasks = registry.problems(catalogue.get(source.name), "train")[: settings.tasks.limit]
-        system = System(team, catalogue.environment, limits, settings.seed)
-        for task in tasks[:1]:
-            check_tools(system, catalogue.environment(task), task)
         problems += tasks
-        systems[source.name] = system
+        if distill.system == "model":
+            with_tools(catalogue.environment(tasks[0]), tasks[0])
+            continue
+        team = scripted.team(source.name) if shared is None else shared
+        systems[source.name] = System(team, catalogue.environment, _limits(settings), settings.seed)
+        check_tools(systems[source.name], catalogue.environment(tasks[0]), tasks[0])
     made = Distillation(settings, out, catalogue, problems, systems, own)
     check_file(out, "a file of trajectories", begins_with(b'{"messages"'), overwrite)
     check_file(made.report, "a report", begins_with(f'"{_FIRST_KEY}"'.encode()), overwrite)
     return made
+
+
+def _limits(settings: Settings) -> SystemLimits:
+    distill, rollout = settings.distill, settings.rollout
+    return SystemLimits(
+        distill.rounds,
+        distill.job_calls,
+        distill.tries,
+        distill.task_timeout_s,
+        rollout.environment_timeout_s,
+        rollout.max_observation_bytes,
+    )
 
 
 def run(settings: Settings, out: Path, overwrite: bool = False) -> str:
@@ -120,23 +129,33 @@ def _play(job: Distillation, records: Records) -> None:
     left = [(task, attempt) for task, attempt in jobs if (task.task_id, attempt) not in records.runs]
     if not left:
         return
-    with _systems(job, progress) as systems, progress.phase("attempts", len(jobs)) as bar:
+    with _players(job, progress) as play, progress.phase("attempts", len(jobs)) as bar:
         bar.advance(len(jobs) - len(left))
-        done = _recorder(job, records, bar)
+        play(left, _recorder(job, records, bar))
+
+
+@contextmanager
+def _players(job: Distillation, progress: Progress) -> Iterator[Play]:
+    """What plays attempts. Its engine or server, if the command starts one, ends with the block."""
+    if job.settings.distill.system == "model":
+        logs = job.out.with_suffix(".logs")
+        with self_play.playing(job.settings, job.catalogue.environment, logs, progress) as model:
+            yield model.play
+    elif job.own_server:
+        with own_server.serving(job.settings, job.out.with_suffix(".sglang.log"), progress) as settings:
+            team = endpoint_agents.team(settings.distill)
+            yield _teams(job, {source: replace(system, team=team) for source, system in job.systems.items()})
+    else:
+        yield _teams(job, job.systems)
+
+
+def _teams(job: Distillation, systems: Mapping[str, System]) -> Play:
+    def play(left: Sequence[tuple[Task, int]], done: Callable[[Run | Failed], None]) -> None:
         for source, system in systems.items():
             mine = ((task, attempt) for task, attempt in left if task.source == source)
             asyncio.run(play_all(system, mine, job.settings.distill.concurrency, done))
 
-
-@contextmanager
-def _systems(job: Distillation, progress: Progress) -> Iterator[Mapping[str, System]]:
-    """The systems, with a server for them while the block runs if they need one of the command's own."""
-    if not job.own_server:
-        yield job.systems
-        return
-    with own_server.serving(job.settings, job.out.with_suffix(".sglang.log"), progress) as settings:
-        team = endpoint_agents.team(settings.distill)
-        yield {source: replace(system, team=team) for source, system in job.systems.items()}
+    return play
 
 
 def _recorder(job: Distillation, records: Records, bar: Phase) -> Callable[[Run | Failed], None]:
@@ -181,8 +200,8 @@ def _write(job: Distillation, runs: Sequence[Run]) -> str:
 
 def _heldout(job: Distillation) -> tuple[str, ...]:
     found = []
-    for name in job.systems:
-        task_set = job.catalogue.get(name)
+    for source in job.settings.tasks.sources:
+        task_set = job.catalogue.get(source.name)
         for task in registry.problems(task_set, "heldout"):
             said = task_set.statement(task) if isinstance(task_set, Readable) else None
             found.append(task.problem if said is None else said)

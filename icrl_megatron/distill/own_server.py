@@ -36,19 +36,24 @@ def planned(settings: Settings) -> Settings:
     """The settings with the endpoint that the server will be, without its address.
 
     Raises ConfigError if a server could not be started with these settings."""
-    path, kind, size = settings.model.path, engine_kind(settings.engine.kind), settings.engine.tensor_parallel
-    if not path:
+    if not settings.model.path:
         raise ConfigError(
             "distill.system=endpoint with engine.kind=sglang starts a server, and model.path is empty: set model.path "
             "to the agents' model, or distill.endpoint.url to the address of a running server"
         )
-    shape = check_folder(Path(path))
+    check_engine(settings)
+    name = settings.distill.endpoint.model or settings.model.path
+    return _at(settings, replace(settings.distill.endpoint, url=NOT_STARTED, model=name, api_key_env=KEY_ENV))
+
+
+def check_engine(settings: Settings) -> None:
+    """Raises ConfigError if an engine of this process could not be started on `model.path`."""
+    kind, size = engine_kind(settings.engine.kind), settings.engine.tensor_parallel
+    shape = check_folder(Path(settings.model.path))
     kind.check(settings)
     kind.check_ranks(settings, size, size)
     kind.check_shape(settings.engine, shape)
     kind.check_installed(settings.engine)
-    name = settings.distill.endpoint.model or path
-    return _at(settings, replace(settings.distill.endpoint, url=NOT_STARTED, model=name, api_key_env=KEY_ENV))
 
 
 @contextmanager

@@ -74,8 +74,9 @@ class DistillFilters:
 
 @dataclass
 class DistillSettings:
-    system: Annotated[str, Choice(("scripted", "endpoint"))] = "scripted"
-    """scripted: agents without a model, only for Archive. endpoint: models behind `distill.endpoint`."""
+    system: Annotated[str, Choice(("scripted", "endpoint", "model"))] = "scripted"
+    """scripted: agents without a model, only for Archive. endpoint: models behind `distill.endpoint`. model: only
+    `model.path`, as the solver of `rollout.rounds` attempts and as the critic between them."""
     endpoint: DistillEndpoint = field(default_factory=DistillEndpoint)
     agents: list[SystemAgent] = field(default_factory=list)
     """Agents of an endpoint system that differ from the built-in ones. Without an agent of another name than the four
