@@ -59,6 +59,11 @@ class Distillation:
     def runs(self) -> Path:
         return self.out.with_suffix(".runs.jsonl")
 
+    @property
+    def logs(self) -> Path:
+        """Of servers that the command starts."""
+        return self.out.with_suffix(".logs")
+
     def jobs(self) -> Iterator[tuple[Task, int]]:
         """Every problem once, then every problem again."""
         return ((task, attempt) for attempt in range(self.settings.distill.attempts) for task in self.problems)
@@ -138,11 +143,10 @@ def _play(job: Distillation, records: Records) -> None:
 def _players(job: Distillation, progress: Progress) -> Iterator[Play]:
     """What plays attempts. Its engine or server, if the command starts one, ends with the block."""
     if job.settings.distill.system == "model":
-        logs = job.out.with_suffix(".logs")
-        with self_play.playing(job.settings, job.catalogue.environment, logs, progress) as model:
+        with self_play.playing(job.settings, job.catalogue.environment, job.logs, progress) as model:
             yield model.play
     elif job.own_server:
-        with own_server.serving(job.settings, job.out.with_suffix(".sglang.log"), progress) as settings:
+        with own_server.serving(job.settings, job.logs / "sglang_0.log", progress) as settings:
             team = endpoint_agents.team(settings.distill)
             yield _teams(job, {source: replace(system, team=team) for source, system in job.systems.items()})
     else:
