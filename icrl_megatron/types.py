@@ -97,6 +97,8 @@ class Turn:
     turn."""
     cut_chars: int = 0
     """Characters cut from the answer (rollout.max_observation_bytes and max_observation_tokens)."""
+    answer_chars: tuple[int, ...] = ()
+    """If the reply made several calls: the length of each answer. `observation` is the answers, a line each."""
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ For each seed: a model that learned answers only, RL from random weights, the su
 and from that start GRPO, ICRL, and ICRL with a cost per call. Then distillation: the scripted multi-agent system
 itself, models that learned from all of its trajectories, from the filtered ones, and from those without one of the
 filters, and GRPO from the filtered start. A filter that drops and copies nothing leaves the same file as another start
-has; the table says so, and the model is trained once. ICRL runs a fixed number of steps; every other RL arm stops when
-it has generated as many tokens. Every model is then evaluated on all held-out problems, without critiques. Finished
-runs are skipped, so the same command resumes an interrupted reproduction.
+has; the table says so, and the model is trained once. Then two rounds of self-distillation: the supervised start plays
+with itself as the critic and learns from its filtered trajectories, and its successor does the same. ICRL runs a fixed
+number of steps; every other RL arm stops when it has generated as many tokens. Every model is then evaluated on all
+held-out problems, without critiques. Finished runs are skipped, so the same command resumes an interrupted
+reproduction.
 
     python tools/reproduce_agents.py [--out benchmarks/reproduce_agents] [--runs runs/agents] [--seeds 3] [--jobs 2]
     python tools/reproduce_agents.py --arm system --arm "distilled, filtered"      # some arms
@@ -59,6 +61,9 @@ class Start:
     changes: tuple[str, ...] = ()
     left_out: tuple[str, ...] | None = None
     """It learns from the system's trajectories without these filters. None: from the task's teacher."""
+    plays: str = ""
+    """A start whose model is the system, plays each problem once, and is then trained further. Empty: the scripted
+    system plays, and a model with random weights is trained."""
 
 
 LONG = ("warm_start.steps=2000",)
@@ -71,6 +76,8 @@ STARTS = {
     **{f"without_{name}": Start(left_out=(name,)) for name in FILTERS},
     "unfiltered_long": Start(LONG, left_out=FILTERS),
     "distilled_long": Start(LONG, left_out=()),
+    "self_1": Start(left_out=(), plays="sft"),
+    "self_2": Start(left_out=(), plays="self_1"),
 }
 GRPO = ("rollout.rounds=1",)
 ARMS = (
@@ -86,6 +93,8 @@ ARMS = (
     Arm("distilled, all trajectories, 2000 steps", "unfiltered_long", None),
     Arm("distilled, filtered, 2000 steps", "distilled_long", None),
     Arm("distilled, filtered, then GRPO", "distilled", GRPO),
+    Arm("self-distilled, round 1", "self_1", None),
+    Arm("self-distilled, round 2", "self_2", None),
 )
 ICRL = ARMS[4]
 SYSTEM = "system"
@@ -135,15 +144,18 @@ def main(
     arms = [one for one in ARMS if not arm or one.name in arm]
     # ICRL first: its token count is the budget of the other RL arms.
     first = [ICRL] if any(one.changes is not None for one in arms) else []
-    starts = list(dict.fromkeys(one.start for one in (*first, *arms) if one.start))
-    filtered = [name for name in STARTS if STARTS[name].left_out is not None]
+    starts = list(dict.fromkeys(name for one in (*first, *arms) for name in line(one.start)))
+    filtered = [name for name in STARTS if STARTS[name].left_out is not None and not STARTS[name].plays]
+    later = [name for name in starts if STARTS[name].plays]
     with_system = not arm or SYSTEM in arm or not set(starts).isdisjoint(filtered)
     play(
         jobs,
         [partial(distill, runs, "distilled", seed, more) for seed in range(seeds) if with_system],
         [partial(distill, runs, n, seed, more) for seed in range(seeds) for n in starts if n in filtered[1:]],
     )
-    learned = dict.fromkeys((learner(runs, name, seed), seed) for seed in range(seeds) for name in starts)
+    learned = dict.fromkeys(
+        (learner(runs, name, seed), seed) for seed in range(seeds) for name in starts if name not in later
+    )
     rest: dict[Path, Callable[[], str]] = {}
     for seed in range(seeds):
         for one in arms:
@@ -152,6 +164,7 @@ def main(
     play(
         jobs,
         [partial(supervise, runs, name, seed, more) for name, seed in learned],
+        [partial(go_on, runs, later, seed, more) for seed in range(seeds) if later],
         [partial(finish, runs, one, seed, more) for seed in range(seeds) for one in first],
         list(rest.values()),
     )
@@ -159,6 +172,11 @@ def main(
     results += [read(runs, one, seed) for one in arms for seed in range(seeds)]
     write(results, out, begun)
     Console(stderr=True).print(out.with_suffix(".md").read_text())
+
+
+def line(start: str) -> list[str]:
+    """A start after those that it needs."""
+    return [*line(STARTS[start].plays), start] if start else []
 
 
 def folder(runs: Path, arm: Arm, seed: int) -> Path:
@@ -187,15 +205,31 @@ def traces(runs: Path, name: str, seed: int) -> Path:
 
 
 def distill(runs: Path, name: str, seed: int, more: tuple[str, ...]) -> str:
-    """Writes what the filters of a start keep. `distilled`, the first one, also lets the system play."""
-    out = traces(runs, name, seed)
+    """Writes what the filters of a start keep. `distilled`, the first one, also lets the system play, and a start that
+    plays itself."""
+    out, start = traces(runs, name, seed), STARTS[name]
     if not out.exists():
-        if name != "distilled":  # the same attempts, other filters
+        own = ("distill.system=model", "distill.attempts=1", *model(runs, name, seed)) if start.plays else ()
+        if name != "distilled" and not start.plays:  # the same attempts, other filters
             played = traces(runs, "distilled", seed).with_suffix(".runs.jsonl")
             shutil.copyfile(played, out.with_suffix(".runs.jsonl"))
-        left_out = f"distill.filters.leave_out=[{','.join(STARTS[name].left_out or ())}]"
-        run(["distill", "archive", "--out", str(out), f"seed={seed}", left_out, *more], out.with_suffix(".log"))
+        left_out = f"distill.filters.leave_out=[{','.join(start.left_out or ())}]"
+        run(["distill", "archive", "--out", str(out), f"seed={seed}", left_out, *own, *more], out.with_suffix(".log"))
     return f"trajectories {out.name}"
+
+
+def model(runs: Path, name: str, seed: int) -> tuple[str, ...]:
+    """The model that a start begins with; nothing for random weights."""
+    plays = STARTS[name].plays
+    return (f"model.path={started(runs, plays, seed) / 'hf'}",) if plays else ()
+
+
+def go_on(runs: Path, names: list[str], seed: int, more: tuple[str, ...]) -> str:
+    """Plays and trains rounds of self-distillation, each with the model of the one before."""
+    for name in names:
+        distill(runs, name, seed, more)
+        supervise(runs, name, seed, more)
+    return f"self-distilled {', '.join(names)} of seed {seed}"
 
 
 def supervise(runs: Path, name: str, seed: int, more: tuple[str, ...]) -> str:
@@ -203,6 +237,7 @@ def supervise(runs: Path, name: str, seed: int, more: tuple[str, ...]) -> str:
     if not (where / "warm_start" / "hf").exists():
         data = [f"warm_start.data=[{{path: {traces(runs, name, seed)}, tool_format: tags}}]"]
         own = data if start.left_out is not None else []
+        own += model(runs, name, seed)
         words = ["sft", "archive", f"run_dir={where}", f"seed={seed}", *start.changes, *own, *more]
         run(words, where.with_suffix(".log"))
     return f"supervised start {where.name}"

@@ -19,6 +19,7 @@ _FREE = ("attempts", "concurrency", "task_timeout_s", "filters")
 _OF_SOURCE = ("name", "data.train", "agent.format", "agent.tools")
 """Options of a source that decide what an attempt is."""
 _FREE_ENDPOINT = ("url", "api_key_env", "timeout_s", "concurrency", "requests_per_minute")
+_FREE_ROLLOUT = ("tasks_per_step", "episodes_per_task", "concurrency", "oversample", "partial", "environment_timeout_s")
 
 
 def identity(settings: Settings) -> dict[str, Any]:
@@ -27,7 +28,11 @@ def identity(settings: Settings) -> dict[str, Any]:
     distill["endpoint"] = {k: v for k, v in distill["endpoint"].items() if k not in _FREE_ENDPOINT}
     distill["agents"] = [{k: v for k, v in agent.items() if k != "url"} for agent in distill["agents"]]
     sources = [{k: v for k, v in options(source) if k in _OF_SOURCE} for source in settings.tasks.sources]
-    return {"seed": settings.seed, "distill": distill, "sources": sources}
+    found = {"seed": settings.seed, "distill": distill, "sources": sources}
+    if settings.distill.system != "model":
+        return found
+    rollout = {name: value for name, value in asdict(settings.rollout).items() if name not in _FREE_ROLLOUT}
+    return {**found, "model": settings.model.path, "rollout": rollout}
 
 
 class Records:

@@ -197,6 +197,8 @@ def test_files_of_others_are_left_alone(tmp_path: Path, content: bytes | None, m
         (["distill.filters.leave_out=[beauty]"], "distill.filters.leave_out has beauty"),
         (["distill.filters.duplicate_similarity=0.2"], "between 0.5 and 1"),
         (["distill.system=endpoint"], "set distill.endpoint.url"),
+        (["distill.system=endpoint", "engine.kind=sglang"], "model.path is empty: set model.path"),
+        (["distill.system=endpoint", "engine.kind=sglang", "model.path=/nowhere"], "/nowhere: no such folder"),
         (["distill.agents=[{name: poet}]"], "no effect with distill.system=scripted"),
         (["tasks.sources=[{name: household}]"], "'household' has no scripted team"),
         (
