@@ -14,6 +14,7 @@ import typer
 
 from icrl_megatron.launch import commands
 from icrl_megatron.settings.schema import Settings
+from icrl_megatron.tasks import commands as task_commands
 from icrl_megatron.utils.arguments import DryRun, Overrides, Overwrite, Recipe
 from icrl_megatron.utils.errors import ConfigError, HopelessError
 from icrl_megatron.utils.terminal import guard
@@ -97,6 +98,7 @@ def distill(
     recipe: Recipe,
     out: Annotated[Path, typer.Option(help="The JSONL file of trajectories to write.")],
     overrides: Overrides = None,
+    heldout: Annotated[bool, typer.Option(help="Play held-out problems; write FILE.eval.json instead.")] = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -111,9 +113,11 @@ def distill(
         typer.echo(settings.to_yaml(resolved), nl=False)
     checks.validate_tasks(resolved)
     if dry_run:
-        command.prepare(resolved, out, overwrite)
+        command.prepare(resolved, out, overwrite, split="heldout" if heldout else "train")
         return
-    typer.echo(command.run(resolved, out, overwrite))
+    from icrl_megatron.evaluation import system
+
+    typer.echo((system.measure if heldout else command.run)(resolved, out, overwrite))
 
 
 def _resolve(recipe: str, overrides: list[str] | None, show: bool) -> Settings:
@@ -219,6 +223,28 @@ def eval_(
     raise typer.Exit(evaluate(request))
 
 
+@app.command()
+def select(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run, a checkpoint or a Hugging Face folder.")],
+    out: Annotated[Path, typer.Option(help="The JSONL file of kept rows to write, for data.train.")],
+    overrides: Overrides = None,
+    task: Annotated[str, typer.Option(help="Task set; the run's own by default.")] = "",
+    samples: Annotated[int, typer.Option(help="Attempts per question.")] = 8,
+    at_least: Annotated[float, typer.Option(help="Lowest success of a kept question.")] = 0.0,
+    at_most: Annotated[float, typer.Option(help="Highest success of a kept question.")] = 0.3,
+    problems: Annotated[int | None, typer.Option(help="Only the first questions.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Keep the training questions on which a model's success lies between bounds. The same command resumes a stopped
+    one."""
+    from icrl_megatron.evaluation.select import SelectRequest
+    from icrl_megatron.evaluation.select import select as select_questions
+
+    changed = tuple(overrides or ())
+    request = SelectRequest(model, out, task, samples, at_least, at_most, problems, changed, overwrite)
+    raise typer.Exit(select_questions(request))
+
+
 @app.command("report")
 def report_page(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, shown together.")],
@@ -279,31 +305,8 @@ def env() -> None:
     """Inspect environment servers."""
 
 
-@env_app.command("check")
-def env_check(
-    url: Annotated[str, typer.Argument(metavar="URL", help="Address of an AgentGym server, e.g. http://host:36001.")],
-    kind: Annotated[str, typer.Option(help="The expected environment; detected by default.")] = "",
-    task: Annotated[int, typer.Option(help="Id of the task whose first step is played.")] = 0,
-    timeout: Annotated[float, typer.Option(help="Maximum seconds per call.")] = 30.0,
-) -> None:
-    """Play the beginning of an episode on a server, and print what the server is."""
-    from icrl_megatron.tasks.env_check import check
-
-    raise typer.Exit(check(url, kind, task, timeout))
-
-
-@app.command("serve-search")
-def serve_search(
-    corpus: Annotated[
-        Path, typer.Argument(metavar="CORPUS", help="JSONL of documents, as data.corpus (docs/TASKS.md).")
-    ],
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 8000,
-) -> None:
-    """Serve BM25 searches of a corpus through the API of Search-R1's retriever, for tasks.sources[...].data.servers."""
-    from icrl_megatron.tasks.serve_search import serve
-
-    serve(corpus, host, port)
+env_app.command("check")(task_commands.env_check)
+app.command("serve-search")(task_commands.serve_search)
 
 
 @app.command()

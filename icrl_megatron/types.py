@@ -97,6 +97,8 @@ class Turn:
     turn."""
     cut_chars: int = 0
     """Characters cut from the answer (rollout.max_observation_bytes and max_observation_tokens)."""
+    answer_chars: tuple[int, ...] = ()
+    """If the reply made several calls: the length of each answer. `observation` is the answers, a line each."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,10 @@ class Attempt:
         return tuple(
             m for t in self.turns for m in (*[True] * len(t.completion.ids), *[False] * len(t.observation_ids))
         )
+
+    def read_tokens(self) -> int:
+        """Tokens of the prompt and of the observations, each once."""
+        return len(self.prompt_ids) + sum(len(turn.observation_ids) for turn in self.turns)
 
     def rollout_logprobs(self) -> tuple[float, ...]:
         """Engine log-probs, 0 on observation tokens; same length as `response_ids()`."""

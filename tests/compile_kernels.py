@@ -33,11 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "logit_gradients in place": {"logits_ptr": "*bf16", "gradients_ptr": "*bf16"},
     "logit_gradients of fp32": {"logits_ptr": "*fp32", "gradients_ptr": "*fp32"},
     "logit_gradients without entropy": {"logits_ptr": "*fp32", "gradients_ptr": "*bf16", "HAS_ENTROPY": False},
-    "logit_gradients in place without entropy": {
-        "logits_ptr": "*bf16",
-        "gradients_ptr": "*bf16",
-        "HAS_ENTROPY": False,
-    },
+    "logit_gradients in place without entropy": {"logits_ptr": "*bf16", "gradients_ptr": "*bf16", "HAS_ENTROPY": False},
     "logit_gradients of odd columns": {"logits_ptr": "*fp32", "gradients_ptr": "*bf16", "columns": 50257},
     "merge_statistics": {},
     "score_tokens": {},

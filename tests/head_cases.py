@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from importlib import import_module
+from types import ModuleType
 
 import pytest
 import torch
@@ -154,6 +157,16 @@ def assert_same(head: Result, truth: Result, how: How, gradients: How | None = N
         assert_near(getattr(head[0], name), getattr(truth[0], name), how.tolerance, how.floor)
     assert_near(head[1], truth[1], gradients.tolerance, gradients.floor)
     assert_near(head[2], truth[2], gradients.tolerance, gradients.floor)
+
+
+def tiny_peers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The GPU benchmark's peers with a small model on the CPU, the kernels in Triton's interpreter."""
+    module = import_module("head_cuda_peers")
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "VOCABULARY", 400)
+    monkeypatch.setattr(module, "MODELS", {"tiny": 32})
+    monkeypatch.setattr(module, "Chunking", partial(Chunking, backend="triton"))
+    return module
 
 
 def clipped(output: HeadOutput) -> Tensor:

@@ -45,6 +45,28 @@ class Ended:
     code: int
     error: str
 
+    @property
+    def said(self) -> str:
+        """stderr on one line, since long lines are wrapped."""
+        return " ".join(self.error.split())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Commands that ran one after another in one process, and the folder with their runs."""
+
+    folder: Path
+    ended: dict[str, Ended]
+
+    def succeeded(self, name: str) -> Ended:
+        """The outcome of a command that must have succeeded."""
+        assert self.ended[name].code == 0, self.ended[name].error
+        return self.ended[name]
+
+    def trained(self, run: str) -> list[Row]:
+        """The rows of a run's training steps."""
+        return [row for row in rows(self.folder / run) if "tokens/generated" in row]
+
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     """Starts `icrl ARGUMENTS` as a process; `end` reads its output."""
@@ -69,6 +91,11 @@ def icrl(*arguments: str) -> tuple[int, str, str]:
 def train(folder: Path, *overrides: str) -> list[str]:
     """The arguments of a small training run in `folder`."""
     return ["train", RECIPE, f"run_dir={folder}", f"steps={STEPS}", *SMALL, *overrides]
+
+
+def from_model(run: Path) -> list[str]:
+    """Overrides that start from the trained model of `finished_run`."""
+    return [f"model.path={run / 'warm_start' / 'hf'}", "warm_start.steps=0"]
 
 
 def kill_tree(process: subprocess.Popen[str]) -> None:

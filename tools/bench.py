@@ -113,13 +113,7 @@ BENCHMARKS = (
         ("--rounds", "1", "--steps", "1"),
         lambda options: not_installed("trl", "accelerate", "datasets"),
     ),
-    Benchmark(
-        "tasks",
-        "bench_tasks.py",
-        "tasks_cpu.json",
-        lambda options: [],
-        ("rulebook_easy", "waiting"),
-    ),
+    Benchmark("tasks", "bench_tasks.py", "tasks_cpu.json", lambda options: [], ("rulebook_easy", "waiting")),
     Benchmark(
         "agents",
         "bench_agents.py",

@@ -260,13 +260,7 @@ def main(
         "cache hits_per_s": (HITS_BAR, True),
         "python call_ms": (PYTHON_BAR, False),
     }
-    sizes = {
-        "episodes": episodes,
-        "calls": calls,
-        "tool_ms": tool_ms,
-        "rounds": rounds,
-        "observations": observations,
-    }
+    sizes = {"episodes": episodes, "calls": calls, "tool_ms": tool_ms, "rounds": rounds, "observations": observations}
     bench_parts.measure("agents", every, parts, limits, ("jsonschema", "tenacity"), out, sizes=sizes)
 
 

@@ -9,7 +9,6 @@ which warm up. The prediction is the planner's for the same settings on --gpu; t
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
@@ -91,8 +90,7 @@ def main(
     except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(bench_schema.stamped("e2e", report), indent=1) + "\n")
+    bench_schema.write(out, "e2e", report)
     print(f"written to {out}")
 
 

@@ -238,9 +238,8 @@ def main(
     _print(report)
     about = bench_schema.about(("torch", "liger-kernel", "numpy"))
     about |= {"machine": f"{about['machine']}, {threads} threads used", "shape": asdict(shape)}
-    out.parent.mkdir(parents=True, exist_ok=True)
     everything = {name: [asdict(m) for m in ms] for name, ms in runs.items()}
-    out.write_text(json.dumps(bench_schema.stamped("head", about | report | {"runs": everything}), indent=1) + "\n")
+    bench_schema.write(out, "head", about | report | {"runs": everything})
     print(f"written to {out}")
     if not all(bar.held for bar in report["bars"]):
         raise typer.Exit(1)

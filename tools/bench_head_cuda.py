@@ -19,7 +19,6 @@ its times mean nothing.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -30,7 +29,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import bench_schema
@@ -38,15 +36,7 @@ import head_cuda_peers
 import head_cuda_targets
 import torch
 from head_cuda_given import given_peers
-from head_cuda_peers import (
-    Inputs,
-    Run,
-    Shape,
-    own_pass,
-    score_peers,
-    train_peers,
-    tuning_passes,
-)
+from head_cuda_peers import Inputs, Run, Shape, own_pass, score_peers, train_peers, tuning_passes
 from head_cuda_targets import Row
 from torch import Tensor
 
@@ -132,16 +122,7 @@ def _warm(run: Run) -> int | str:
 def _timed(run: Run, flush: Tensor) -> float:
     getattr(run, "before", lambda: None)()
     flush.zero_()
-    if not _on_gpu():
-        began = time.perf_counter()
-        run()
-        return (time.perf_counter() - began) * 1e3
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
+    return bench_schema.run_ms(run, head_cuda_peers.DEVICE)
 
 
 def bench(shapes: list[Shape], rounds: int, keep: Callable[[list[Row]], None]) -> None:
@@ -235,10 +216,6 @@ def report(rows: list[Row]) -> Row:
     return {"bars": head_cuda_targets.bars(rows), "rows": rows, "medians": head_cuda_targets.medians(rows)}
 
 
-def write(out: Path, result: Row) -> None:
-    out.write_text(json.dumps(bench_schema.stamped("head_cuda", result), indent=1) + "\n")
-
-
 def dry_run() -> None:
     """Our kernels in Triton's interpreter, on a small head. Must precede the first import of the kernels."""
     os.environ["TRITON_INTERPRET"] = "1"
@@ -255,13 +232,10 @@ def shapes_of(size: str) -> list[Shape]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/head_cuda.json"))
+    parser = bench_schema.parser(__doc__, "benchmarks/head_cuda.json", sizes=("tiny", "full"))
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="the 8B head at T 8192, TP 1 and 8, five rounds")
     parser.add_argument("--tune", action="store_true", help="launch parameters instead of peers")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--size", choices=("tiny", "full"), default="full", help="tiny is for --device cpu")
     chosen = parser.parse_args()
     if (chosen.device == "cpu") != (chosen.size == "tiny"):
         parser.error("--device cpu and --size tiny go together")
@@ -272,17 +246,17 @@ def main() -> int:
         return 2
     size = chosen.size if chosen.size == "tiny" else "quick" if chosen.quick else "full"
     rounds = {"tiny": 2, "quick": 5, "full": chosen.rounds}[size]
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
     described = about() | {"quick": chosen.quick}
     if chosen.tune:
         shape = Shape("tiny", 12, 1) if size == "tiny" else Shape("Qwen3-8B", 8192, 1)
         chunks = tune_chunks(shape, min(rounds, 5))
         print(json.dumps(chunks, indent=1), flush=True)
         found = described | {"chunks": chunks, "tuning": [], "medians": {}}
-        write(chosen.out, found)
-        tune(shape, lambda rows: write(chosen.out, found | {"tuning": rows}))
+        bench_schema.write(chosen.out, "head_cuda", found)
+        tune(shape, lambda rows: bench_schema.write(chosen.out, "head_cuda", found | {"tuning": rows}))
     else:
-        bench(shapes_of(size), rounds, lambda rows: write(chosen.out, described | report(rows)))
+        keep = partial(bench_schema.write, chosen.out, "head_cuda")
+        bench(shapes_of(size), rounds, lambda rows: keep(described | report(rows)))
         for bar in bench_schema.bars(bench_schema.read(chosen.out)):
             print(bar.line())
     print(f"written to {chosen.out}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -54,7 +53,6 @@ def measure(
     judged = [Bar(bar, values[bar], *limit) for bar, limit in limits.items() if bar in values]
     if out is not None:
         report = bench_schema.about(tuple(packages)) | more | {"medians": found, "bars": judged}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(bench_schema.stamped(name, report), indent=1) + "\n")
+        bench_schema.write(out, name, report)
     if not all(bar.held for bar in judged):
         raise typer.Exit(1)

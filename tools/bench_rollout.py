@@ -339,7 +339,7 @@ def main(
         kind="sglang", python=python, max_batch=64, startup_timeout_s=900.0, memory_fraction=GPU_FRACTION
     )
     report = bench_schema.about(("torch", "transformers", "aiohttp"))
-    report["card"] = torch.cuda.get_device_name() if device == "cuda" else "none"
+    report["card"] = bench_schema.card(device)
     medians: dict[str, dict[str, float]] = {}
     pushed: dict[str, Any] = {}
     here = torch.device(device, 0) if device == "cuda" else torch.device(device)
@@ -362,11 +362,9 @@ def main(
         "models": [asdict(one) if isinstance(one, TinyModel) else one.name for one in served],
         "bars": bars(over, pushed),
     }
-    result = bench_schema.stamped("rollout", report)
-    Console().print_json(json.dumps(result))
+    Console().print_json(json.dumps(bench_schema.stamped("rollout", report)))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        bench_schema.write(out, "rollout", report)
     if not all(bar.held for bar in report["bars"]):
         raise typer.Exit(1)
 

@@ -16,7 +16,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -125,6 +126,44 @@ def stamped(benchmark: str, report: Mapping[str, Any]) -> dict[str, Any]:
     rows = [asdict(row) for row in measurements(report["medians"])]
     found = {"schema": SCHEMA, "benchmark": benchmark, **report, "measurements": rows}
     return found | ({"bars": [asdict(bar) for bar in report["bars"]]} if "bars" in report else {})
+
+
+def write(out: Path, benchmark: str, report: Mapping[str, Any]) -> None:
+    """Writes a report with the common keys; creates the folder."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(stamped(benchmark, report), indent=1) + "\n")
+
+
+def card(device: str) -> str:
+    """Name of the GPU, or none."""
+    import torch  # not at the top: some benchmarks do not need it
+
+    return torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else "none"
+
+
+def parser(description: str | None, out: str = "", sizes: Sequence[str] = ("tiny", "quick", "full")) -> ArgumentParser:
+    """A parser of --device, --size and, if `out` is its default, --out."""
+    made = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=Path, default=Path(out))
+    made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    made.add_argument("--size", choices=sizes, default="full", help="tiny: a dry run on a CPU")
+    return made
+
+
+def run_ms(run: Callable[[], Any], device: str) -> float:
+    """Milliseconds of one run: by events on a GPU, else by the clock."""
+    if device == "cpu":
+        began = time.perf_counter()
+        run()
+        return (time.perf_counter() - began) * 1e3
+    import torch
+
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
 
 
 def bars(result: Mapping[str, Any]) -> list[Bar]:

@@ -373,9 +373,8 @@ def main(
         "steps_per_turn": steps,
         "trl_micro_batch": TRL_MICRO_BATCH,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     everything = {name: [asdict(t) for t in ts] for name, ts in turns.items()}
-    out.write_text(json.dumps(bench_schema.stamped("step", about | report | {"runs": everything}), indent=1) + "\n")
+    bench_schema.write(out, "step", about | report | {"runs": everything})
     print(f"written to {out}")
     if not all(bar.held for bar in report["bars"]):
         raise typer.Exit(1)

@@ -28,6 +28,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import bench_parts
 from agentgym_server import serving
+from odd_environments import Works
 
 from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.episode import EpisodeSetup, play
@@ -101,10 +102,7 @@ def embedded(name: str, reply: str) -> dict[str, float]:
 
     begun = time.perf_counter()
     taken = asyncio.run(alone())
-    return {
-        "episodes_per_s": len(played) / whole,
-        "environment_steps_per_s": taken / (time.perf_counter() - begun),
-    }
+    return {"episodes_per_s": len(played) / whole, "environment_steps_per_s": taken / (time.perf_counter() - begun)}
 
 
 def client() -> dict[str, float]:
@@ -147,7 +145,7 @@ async def _cpu(call: Callable[[], Awaitable[None]], times: int) -> float:
     return time.thread_time() - begun
 
 
-class Waits:
+class Waits(Works):
     """A slow environment: `WAITS` turns, each of which waits."""
 
     max_turns = WAITS
@@ -155,33 +153,18 @@ class Waits:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
 
-    async def reset(self) -> str:
-        return "what"
-
     def parse(self, reply: str) -> str | None:
         return reply
 
-    def hint(self) -> str:
-        return ""
-
     async def step(self, action: str) -> StepResult:
         await asyncio.sleep(self._seconds)
-        return StepResult("on", done=False)
-
-    def outcome(self) -> float:
-        return 0.0
-
-    def success(self) -> bool:
-        return False
-
-    def summary(self) -> str:
-        return "nothing"
+        return StepResult("down", done=False)
 
 
 def waiting() -> dict[str, float]:
     """Seconds until all but the slow one of 200 episodes have ended, and the time of an episode that runs alone."""
     settings = RolloutSettings(templates="compact", rounds=1, concurrency=200, repeat_limit=WAITS + 1)
-    prompter = Prompter(build_tokenizer(["what", "on", "oak", *template_words("compact")]), settings)
+    prompter = Prompter(build_tokenizer(["go", "down", "oak", *template_words("compact")]), settings)
     tasks = [Task(f"waits/train/{i}", "waits", "train", "") for i in range(200)]
 
     def environment(task: Task) -> Waits:

@@ -10,7 +10,6 @@ and the variant's own |ratio - 1| on the first step, where the ratio must be 1.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import subprocess
@@ -127,10 +126,7 @@ def model_folder(folder: Path, shape: str) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/actor_values.json"))
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--size", choices=("tiny", "quick", "full"), default="full", help="tiny: a smaller model")
+    parser = bench_schema.parser(__doc__, "benchmarks/actor_values.json")
     parser.add_argument("--worker", nargs=2, metavar=("VARIANT", "FOLDER"))
     chosen = parser.parse_args()
     if chosen.worker:
@@ -163,7 +159,7 @@ def main() -> int:
         print(name, rows[name].get("tail") or json.dumps(rows[name], indent=1), flush=True)
     medians = {n: {k: v for k, v in row.items() if isinstance(v, float)} for n, row in rows.items()}
     report = bench_schema.about(("torch", "megatron-core", "transformer-engine")) | {"medians": medians, "rows": rows}
-    chosen.out.write_text(json.dumps(bench_schema.stamped("actor_values", report), indent=1) + "\n")
+    bench_schema.write(chosen.out, "actor_values", report)
     bad = wrong(rows)
     print("wrong or failed:", ", ".join(bad) or "none")
     return int(bool(bad))

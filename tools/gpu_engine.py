@@ -78,7 +78,7 @@ class Record:
             self.medians[name] = found | {"part_seconds": time.perf_counter() - begun}
             print(f"{name}: {json.dumps({k: round(v, 6) for k, v in self.medians[name].items()})}", flush=True)
         report = self.about | {"medians": self.medians, "failures": self.failures}
-        self.path.write_text(json.dumps(bench_schema.stamped("gpu_engine", report), indent=1) + "\n")
+        bench_schema.write(self.path, "gpu_engine", report)
         return name not in self.failures
 
 
@@ -162,9 +162,10 @@ def main(
     if device == "cuda":
         os.environ.update(gpu_server.environment(os.environ))
     model = model if device == "cuda" else "tiny"
-    card = torch.cuda.get_device_name() if device == "cuda" else "none"
     packages = ("torch", "triton", "transformers", "sglang", "sglang-kernel")
-    record = Record(out / "engine.json", bench_schema.about(packages) | {"card": card, "model": model})
+    record = Record(
+        out / "engine.json", bench_schema.about(packages) | {"card": bench_schema.card(device), "model": model}
+    )
     with tempfile.TemporaryDirectory(dir=scratch()) as where:
         made: list[Any] = []
         if record.run("model", PART_LIMIT_S, lambda: parts.build(model, Path(where), torch.device(device), made)):

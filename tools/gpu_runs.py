@@ -20,7 +20,6 @@ from typing import Annotated, Any
 import bench_schema
 import gpu_server
 import limited
-import torch
 import typer
 
 MODELS = {
@@ -104,16 +103,14 @@ def main(
     metrics = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     packages = ("torch", "triton", "megatron-core", "transformer-engine", "sglang")
-    card = torch.cuda.get_device_name() if device == "cuda" else "none"
     report = bench_schema.about(packages) | {
-        "card": card,
+        "card": bench_schema.card(device),
         "run": run,
         "exit_code": code,  # None: killed at the limit
         "model": MODELS[device],
         "medians": medians(rows),
     }
-    target = out / f"{run}.json"
-    target.write_text(json.dumps(bench_schema.stamped("gpu_run", report), indent=1) + "\n")
+    bench_schema.write(out / f"{run}.json", "gpu_run", report)
     print(json.dumps(report["medians"], indent=1))
     raise typer.Exit(124 if code is None else code)
 

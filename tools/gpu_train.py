@@ -14,7 +14,6 @@ of pass and optimizer and 989 TF/s; recomputation is not counted.
 
 from __future__ import annotations
 
-import argparse
 import cProfile
 import json
 import pstats
@@ -127,17 +126,7 @@ def timed(run: Callable[[], Any], device: str, rounds: int = ROUNDS, warm: int =
     """Median, smallest and largest milliseconds."""
     found = []
     for number in range(warm + rounds):
-        if device == "cpu":
-            began = time.perf_counter()
-            run()
-            took = (time.perf_counter() - began) * 1e3
-        else:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            took = begin.elapsed_time(end)
+        took = bench_schema.run_ms(run, device)
         if number >= warm:
             found.append(took)
     return {"ms": statistics.median(found), "ms_min": min(found), "ms_max": max(found)}
@@ -283,10 +272,7 @@ def rates(actor: Any, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/train_step.json"))
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--size", choices=("tiny", "quick", "full"), default="full", help="tiny: a dry run on a CPU")
+    parser = bench_schema.parser(__doc__, "benchmarks/train_step.json")
     parser.add_argument("--only", nargs="*", help=f"some of {', '.join(VARIANTS)}")
     parser.add_argument("--worker")
     chosen = parser.parse_args()
@@ -333,9 +319,7 @@ def write(out: Path, rows: dict[str, Any]) -> None:
     kept = ("tokens_per_s", "mfu", "pass_mfu", "peak_over_planned", "pass_over_planned", "head_forward_ms")
     medians = {name: {key: row[key] for key in kept if row.get(key) is not None} for name, row in rows.items()}
     about = bench_schema.about(("torch", "megatron-core", "transformer-engine"))
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    report = about | {"card": card, "medians": medians, "rows": rows}
-    out.write_text(json.dumps(bench_schema.stamped("train_step", report), indent=1) + "\n")
+    bench_schema.write(out, "train_step", about | {"card": bench_schema.card("cuda"), "medians": medians, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -10,13 +10,11 @@ limit leaves, and the bandwidth of a copy on the device.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import bench_schema
@@ -75,18 +73,11 @@ class Products:
 def timed(run: Callable[[], Any], flush: Tensor) -> float:
     """Median milliseconds, with a cold L2 cache."""
     if flush.device.type == "cpu":
-        began = time.perf_counter()
-        run()
-        return (time.perf_counter() - began) * 1e3
+        return bench_schema.run_ms(run, "cpu")
     found = []
     for _ in range(ROUNDS + WARM):
         flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        found.append(begin.elapsed_time(end))
+        found.append(bench_schema.run_ms(run, "cuda"))
     return statistics.median(found[WARM:])
 
 
@@ -125,11 +116,7 @@ def copy_tb_per_s(flush: Tensor) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/head_products.json"))
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--size", choices=("tiny", "quick", "full"), default="full")
-    chosen = parser.parse_args()
+    chosen = bench_schema.parser(__doc__, "benchmarks/head_products.json").parse_args()
     if chosen.device == "cuda" and not torch.cuda.is_available():
         print("error: no CUDA device here; --device cpu --size tiny is a dry run", file=sys.stderr)
         return 2
@@ -148,10 +135,9 @@ def main() -> int:
     copy = copy_tb_per_s(flush)
     print(f"copy {copy:.2f} TB/s")
     medians = {f"{r['rows']} x {r['hidden']}": {f"{n}_ms": v["ms"] for n, v in r.items() if _ran(v)} for r in rows}
-    card = torch.cuda.get_device_name() if chosen.device == "cuda" else "none"
+    card = bench_schema.card(chosen.device)
     report = bench_schema.about(("torch",)) | {"card": card, "copy_tb_per_s": copy, "medians": medians, "rows": rows}
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps(bench_schema.stamped("head_products", report), indent=1) + "\n")
+    bench_schema.write(chosen.out, "head_products", report)
     return 0
 
 

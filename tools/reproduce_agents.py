@@ -3,9 +3,12 @@
 For each seed: a model that learned answers only, RL from random weights, the supervised start (the task's own teacher),
 and from that start GRPO, ICRL, and ICRL with a cost per call. Then distillation: the scripted multi-agent system
 itself, models that learned from all of its trajectories, from the filtered ones, and from those without one of the
-filters, and GRPO from the filtered start. ICRL runs a fixed number of steps; every other RL arm stops when it has
-generated as many tokens. Every model is then evaluated on all held-out problems, without critiques. Finished runs are
-skipped, so the same command resumes an interrupted reproduction.
+filters, and GRPO from the filtered start. A filter that drops and copies nothing leaves the same file as another start
+has; the table says so, and the model is trained once. Then two rounds of self-distillation: the supervised start plays
+with itself as the critic and learns from its filtered trajectories, and its successor does the same. ICRL runs a fixed
+number of steps; every other RL arm stops when it has generated as many tokens. Every model is then evaluated on all
+held-out problems, without critiques. Finished runs are skipped, so the same command resumes an interrupted
+reproduction.
 
     python tools/reproduce_agents.py [--out benchmarks/reproduce_agents] [--runs runs/agents] [--seeds 3] [--jobs 2]
     python tools/reproduce_agents.py --arm system --arm "distilled, filtered"      # some arms
@@ -13,9 +16,11 @@ skipped, so the same command resumes an interrupted reproduction.
 
 from __future__ import annotations
 
+import filecmp
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +39,8 @@ CALL_COST = 0.05
 """Of the reward of a right answer, which takes five calls."""
 SAMPLES = 4
 """Evaluated attempts at each held-out problem."""
+RL_LIMIT_S = 6 * 3600.0
+"""For one command that trains by RL: from random weights, a step takes longer than after a supervised start."""
 EDGE = 5
 """Steps at either end of a run over which calls and tokens are averaged."""
 
@@ -54,14 +61,23 @@ class Start:
     changes: tuple[str, ...] = ()
     left_out: tuple[str, ...] | None = None
     """It learns from the system's trajectories without these filters. None: from the task's teacher."""
+    plays: str = ""
+    """A start whose model is the system, plays each problem once, and is then trained further. Empty: the scripted
+    system plays, and a model with random weights is trained."""
 
 
+LONG = ("warm_start.steps=2000",)
+"""Twice the recipe's steps: after those, a model's success still depends much on its seed."""
 STARTS = {
     "answers": Start(("tasks.sources=[{name: archive_answers}]",)),
     "sft": Start(),
     "distilled": Start(left_out=()),
     "unfiltered": Start(left_out=FILTERS),
     **{f"without_{name}": Start(left_out=(name,)) for name in FILTERS},
+    "unfiltered_long": Start(LONG, left_out=FILTERS),
+    "distilled_long": Start(LONG, left_out=()),
+    "self_1": Start(left_out=(), plays="sft"),
+    "self_2": Start(left_out=(), plays="self_1"),
 }
 GRPO = ("rollout.rounds=1",)
 ARMS = (
@@ -74,7 +90,11 @@ ARMS = (
     Arm("distilled, all trajectories", "unfiltered", None),
     Arm("distilled, filtered", "distilled", None),
     *(Arm(f"distilled without {name}", f"without_{name}", None) for name in FILTERS),
+    Arm("distilled, all trajectories, 2000 steps", "unfiltered_long", None),
+    Arm("distilled, filtered, 2000 steps", "distilled_long", None),
     Arm("distilled, filtered, then GRPO", "distilled", GRPO),
+    Arm("self-distilled, round 1", "self_1", None),
+    Arm("self-distilled, round 2", "self_2", None),
 )
 ICRL = ARMS[4]
 SYSTEM = "system"
@@ -101,6 +121,8 @@ class Result:
     read: float
     """Tokens read per attempt. A model reads its prompt and the observations once, in one sequence. The system's agents
     read their prompts anew for each reply."""
+    same_as: str = ""
+    """The start with the same trajectories, whose model this is; empty: the arm has its own."""
 
 
 def main(
@@ -122,14 +144,29 @@ def main(
     arms = [one for one in ARMS if not arm or one.name in arm]
     # ICRL first: its token count is the budget of the other RL arms.
     first = [ICRL] if any(one.changes is not None for one in arms) else []
-    starts = list(dict.fromkeys(one.start for one in (*first, *arms) if one.start))
-    with_system = not arm or SYSTEM in arm or any(STARTS[start].left_out is not None for start in starts)
+    starts = list(dict.fromkeys(name for one in (*first, *arms) for name in line(one.start)))
+    filtered = [name for name in STARTS if STARTS[name].left_out is not None and not STARTS[name].plays]
+    later = [name for name in starts if STARTS[name].plays]
+    with_system = not arm or SYSTEM in arm or not set(starts).isdisjoint(filtered)
     play(
         jobs,
-        [partial(distill, runs, seed, more) for seed in range(seeds) if with_system],
-        [partial(supervise, runs, name, seed, more) for seed in range(seeds) for name in starts],
+        [partial(distill, runs, "distilled", seed, more) for seed in range(seeds) if with_system],
+        [partial(distill, runs, n, seed, more) for seed in range(seeds) for n in starts if n in filtered[1:]],
+    )
+    learned = dict.fromkeys(
+        (learner(runs, name, seed), seed) for seed in range(seeds) for name in starts if name not in later
+    )
+    rest: dict[Path, Callable[[], str]] = {}
+    for seed in range(seeds):
+        for one in arms:
+            if one not in first:
+                rest.setdefault(folder(runs, one, seed), partial(finish, runs, one, seed, more))
+    play(
+        jobs,
+        [partial(supervise, runs, name, seed, more) for name, seed in learned],
+        [partial(go_on, runs, later, seed, more) for seed in range(seeds) if later],
         [partial(finish, runs, one, seed, more) for seed in range(seeds) for one in first],
-        [partial(finish, runs, one, seed, more) for seed in range(seeds) for one in arms if one not in first],
+        list(rest.values()),
     )
     results = [of_system(runs, seed) for seed in range(seeds) if with_system]
     results += [read(runs, one, seed) for one in arms for seed in range(seeds)]
@@ -137,36 +174,71 @@ def main(
     Console(stderr=True).print(out.with_suffix(".md").read_text())
 
 
+def line(start: str) -> list[str]:
+    """A start after those that it needs."""
+    return [*line(STARTS[start].plays), start] if start else []
+
+
 def folder(runs: Path, arm: Arm, seed: int) -> Path:
     plain = "".join(c if c.isalnum() else "_" for c in arm.name.lower())
-    return runs / f"{plain}_{seed}" if arm.changes is not None else runs / f"{arm.start}_{seed}" / "warm_start"
+    return runs / f"{plain}_{seed}" if arm.changes is not None else started(runs, arm.start, seed)
+
+
+def started(runs: Path, name: str, seed: int) -> Path:
+    """The supervised run of a start."""
+    return runs / f"{learner(runs, name, seed)}_{seed}" / "warm_start"
+
+
+def learner(runs: Path, name: str, seed: int) -> str:
+    """The start that trains on these trajectories: the first one of STARTS with the same changes and the same file."""
+    own = traces(runs, name, seed)
+    if STARTS[name].left_out is None or not own.exists():
+        return name
+    alike = [o for o, start in STARTS.items() if start.left_out is not None and start.changes == STARTS[name].changes]
+    files = {other: traces(runs, other, seed) for other in alike}
+    same = (other for other, file in files.items() if file.exists() and filecmp.cmp(file, own, shallow=False))
+    return next(same)
 
 
 def traces(runs: Path, name: str, seed: int) -> Path:
     return runs / f"{name}_{seed}.jsonl"
 
 
-def distill(runs: Path, seed: int, more: tuple[str, ...], name: str = "distilled") -> str:
-    """Lets the system play, if it has not, and writes what the filters of a start keep."""
-    out = traces(runs, name, seed)
+def distill(runs: Path, name: str, seed: int, more: tuple[str, ...]) -> str:
+    """Writes what the filters of a start keep. `distilled`, the first one, also lets the system play, and a start that
+    plays itself."""
+    out, start = traces(runs, name, seed), STARTS[name]
     if not out.exists():
-        left_out = f"distill.filters.leave_out=[{','.join(STARTS[name].left_out or ())}]"
-        run(["distill", "archive", "--out", str(out), f"seed={seed}", left_out, *more], out.with_suffix(".log"))
+        own = ("distill.system=model", "distill.attempts=1", *model(runs, name, seed)) if start.plays else ()
+        if name != "distilled" and not start.plays:  # the same attempts, other filters
+            played = traces(runs, "distilled", seed).with_suffix(".runs.jsonl")
+            shutil.copyfile(played, out.with_suffix(".runs.jsonl"))
+        left_out = f"distill.filters.leave_out=[{','.join(start.left_out or ())}]"
+        run(["distill", "archive", "--out", str(out), f"seed={seed}", left_out, *own, *more], out.with_suffix(".log"))
     return f"trajectories {out.name}"
+
+
+def model(runs: Path, name: str, seed: int) -> tuple[str, ...]:
+    """The model that a start begins with; nothing for random weights."""
+    plays = STARTS[name].plays
+    return (f"model.path={started(runs, plays, seed) / 'hf'}",) if plays else ()
+
+
+def go_on(runs: Path, names: list[str], seed: int, more: tuple[str, ...]) -> str:
+    """Plays and trains rounds of self-distillation, each with the model of the one before."""
+    for name in names:
+        distill(runs, name, seed, more)
+        supervise(runs, name, seed, more)
+    return f"self-distilled {', '.join(names)} of seed {seed}"
 
 
 def supervise(runs: Path, name: str, seed: int, more: tuple[str, ...]) -> str:
     where, start = runs / f"{name}_{seed}", STARTS[name]
     if not (where / "warm_start" / "hf").exists():
-        data: list[str] = []
-        if start.left_out is not None:
-            played = traces(runs, "distilled", seed).with_suffix(".runs.jsonl")
-            own = traces(runs, name, seed)
-            if name != "distilled" and not own.exists():
-                shutil.copyfile(played, own.with_suffix(".runs.jsonl"))  # the same attempts, other filters
-            distill(runs, seed, more, name)
-            data = [f"warm_start.data=[{{path: {own}, tool_format: tags}}]"]
-        words = ["sft", "archive", f"run_dir={where}", f"seed={seed}", *start.changes, *data, *more]
+        data = [f"warm_start.data=[{{path: {traces(runs, name, seed)}, tool_format: tags}}]"]
+        own = data if start.left_out is not None else []
+        own += model(runs, name, seed)
+        words = ["sft", "archive", f"run_dir={where}", f"seed={seed}", *start.changes, *own, *more]
         run(words, where.with_suffix(".log"))
     return f"supervised start {where.name}"
 
@@ -175,11 +247,11 @@ def finish(runs: Path, arm: Arm, seed: int, more: tuple[str, ...]) -> str:
     """Trains and evaluates one arm unless it is finished; returns a line to print."""
     where = folder(runs, arm, seed)
     if arm.changes is not None and not (where / "hf").exists():
-        start = (f"model.path={runs / f'{arm.start}_{seed}' / 'warm_start' / 'hf'}",) if arm.start else ()
+        start = (f"model.path={started(runs, arm.start, seed) / 'hf'}",) if arm.start else ()
         own = [*more, "warm_start.steps=0", "eval.interval=0", "eval.control_problems=0", *start, *arm.changes]
         if arm != ICRL:
             own += at_equal_cost(spent(folder(runs, ICRL, seed)), steps=100_000)
-        run(["train", "archive", f"run_dir={where}", f"seed={seed}", *own], where.with_suffix(".log"))
+        run(["train", "archive", f"run_dir={where}", f"seed={seed}", *own], where.with_suffix(".log"), RL_LIMIT_S)
     if not (where / "eval" / "eval.json").exists():
         words = ["eval", str(where / "hf"), "--task", "archive", "--samples", str(SAMPLES)]
         run([*words, "--out", str(where / "eval")], where.parent / f"{where.name}_{seed}_eval.log")
@@ -202,7 +274,8 @@ def read(runs: Path, arm: Arm, seed: int) -> Result:
     score = json.loads((where / "eval" / "eval.json").read_text())["scores"][-1]
     success, cost = score["average"]["mean"], (score["attempt_tokens"], score["read_tokens"])
     if arm.changes is None:
-        return Result(arm.name, seed, success, 0, 0, None, None, None, *cost)
+        of = learner(runs, arm.start, seed)
+        return Result(arm.name, seed, success, 0, 0, None, None, None, *cost, "" if of == arm.start else of)
     rows = [row for row in read_rows(where / METRICS_FILE) if "task/calls" in row]
 
     def ends(value: str, of: str = "") -> tuple[float, float]:
@@ -226,7 +299,9 @@ def write(results: list[Result], out: Path, begun: float) -> None:
         cells += [_change([r.calls for r in own], "{:.1f}"), _change([r.invalid_calls for r in own], "{:.1%}")]
         cells += [_change([r.tokens for r in own], "{:.0f}")]
         cells += [f"{mean(r.written for r in own):.0f}, {mean(r.read for r in own):.0f}"]
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+        same = [f"{r.same_as} for seed {r.seed}" for r in own if r.same_as]
+        note = f" (same trajectories as {', '.join(same)}: trained once)" if same else ""
+        lines.append(f"| {arm}{note} | " + " | ".join(cells) + " |")
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 

@@ -130,12 +130,18 @@ def play(jobs: int, *groups: Sequence[Callable[[], str]]) -> None:
                 console.print(f"{(time.monotonic() - begun) / 60:5.1f} min  {done}", highlight=False)
 
 
-def run(arguments: list[str], log: Path) -> None:
-    """Runs one `icrl` command; if it fails, exits with the end of its log."""
+def run(arguments: list[str], log: Path, limit_s: float = JOB_LIMIT_S) -> None:
+    """Runs one `icrl` command; if it fails, exits with the end of its log. A command that takes too long is ended, and
+    resumes when it is run again."""
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "icrl_megatron.cli", *arguments]
-    with log.open("w") as out:
-        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, timeout=JOB_LIMIT_S).returncode
+    try:
+        with log.open("w") as out:
+            code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, timeout=limit_s).returncode
+    except subprocess.TimeoutExpired as late:
+        raise SystemExit(
+            f"{' '.join(arguments)} took longer than {limit_s:g} s: run this tool again to resume"
+        ) from late
     if code:
         tail = "\n".join(log.read_text().splitlines()[-20:])
         raise SystemExit(f"{' '.join(arguments)} ended with {code}; {log} ends:\n{tail}")

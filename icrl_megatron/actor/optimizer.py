@@ -35,9 +35,7 @@ def wrap(model: PolicyModel) -> DistributedDataParallel:
     config = model.config
     config.finalize_model_grads_func = _finalize
     return DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
-        model,
+        config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True), model
     )
 
 

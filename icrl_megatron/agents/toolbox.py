@@ -37,6 +37,8 @@ class ToolLimits:
     """Seconds after which a call counts as failed infrastructure."""
     tries: int = 2
     """Attempts at a call whose infrastructure failed."""
+    tries_of: Mapping[str, int] = field(default_factory=dict)
+    """Tool -> its own value."""
     pause_s: float = 0.25
     """Seconds before the second attempt; doubles with each further one."""
     repeats: int = 2
@@ -145,6 +147,7 @@ class Toolbox:
     async def _tried(self, call: ToolCall, tool: Tool) -> str:
         """`run` without the cache. A plain loop, because tenacity took more time than the rest of the toolbox."""
         tried, (gates, deadlines) = 0, self._on_loop()
+        tries = self.limits.tries_of.get(call.name, self.limits.tries)
         async with gates[call.name]:
             while True:
                 try:
@@ -155,7 +158,7 @@ class Toolbox:
                 except ToolFailure as error:
                     failure = error
                 tried += 1
-                if tried >= self.limits.tries:
+                if tried >= tries:
                     raise failure
                 await asyncio.sleep(self.limits.pause_s * 2 ** (tried - 1))
 

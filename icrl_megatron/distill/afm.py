@@ -47,7 +47,7 @@ def read(rows: Sequence[Fields], task_id: str) -> Trajectory:
 def segments_of(response: str) -> tuple[Segment, ...]:
     """The segments of a tagged sequence. Raises BadRowError for calls and observations that do not match, and for an
     observation that is not closed."""
-    parts = _parts(response)
+    parts = tagged_parts(response)
     found: list[Segment] = []
     for number, (tag, body) in enumerate(parts):
         following = parts[number + 1][0] if number + 1 < len(parts) else ""
@@ -69,7 +69,7 @@ def segments_of(response: str) -> tuple[Segment, ...]:
     return tuple(found)
 
 
-def _parts(text: str) -> list[tuple[str, str]]:
+def tagged_parts(text: str) -> list[tuple[str, str]]:
     """(tag, what it holds) in order; text between tags has no tag, and white space there is left out. An opening tag
     that nothing closes is text, unless it is that of an observation."""
     found, start, free = list[tuple[str, str]](), 0, ""

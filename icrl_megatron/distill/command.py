@@ -5,34 +5,36 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from icrl_megatron.agents.cache import ToolCache
-from icrl_megatron.distill import endpoint_agents, scripted, writers
+from icrl_megatron.distill import endpoint_agents, own_server, scripted, self_play, writers
 from icrl_megatron.distill.events import Failed, Run
 from icrl_megatron.distill.filters import FilterReport, Rules, filtered
 from icrl_megatron.distill.linear import linear
 from icrl_megatron.distill.records import Records, identity
-from icrl_megatron.distill.system import System, SystemLimits, check_tools, play_all
+from icrl_megatron.distill.system import System, SystemLimits, check_tools, play_all, with_tools
 from icrl_megatron.distill.trajectory import Tokens
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.settings.task_options import ServedSource, options
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Readable
-from icrl_megatron.types import Task
+from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError, HopelessError
 from icrl_megatron.utils.files import locked, write_atomically
-from icrl_megatron.utils.progress import Progress
+from icrl_megatron.utils.progress import Phase, Progress
 from icrl_megatron.utils.result_files import begins_with, check_file
 
 FAILURES_IN_A_ROW = 3
 """Times `distill.concurrency`: after so many, the command stops, because the endpoint is probably gone."""
 _SHOWN_FAILURES = 5
 _FIRST_KEY = "problems"
+Play = Callable[[Sequence[tuple[Task, int]], Callable[[Run | Failed], None]], None]
+"""Plays (task, attempt) pairs and passes each result on as it comes."""
 
 
 @dataclass
@@ -44,7 +46,9 @@ class Distillation:
     catalogue: registry.Catalogue
     problems: Sequence[Task]
     systems: Mapping[str, System]
-    """By task set."""
+    """Teams by task set; none if the model itself plays."""
+    own_server: bool = False
+    """Whether the teams' agents ask a server that the command starts."""
     failures: list[Failed] = field(default_factory=list)
     outdated: int = 0
     """Attempts in the file of runs whose problem has changed since."""
@@ -59,59 +63,90 @@ class Distillation:
     def runs(self) -> Path:
         return self.out.with_suffix(".runs.jsonl")
 
+    @property
+    def logs(self) -> Path:
+        """Of servers that the command starts."""
+        return self.out.with_suffix(".logs")
+
     def jobs(self) -> Iterator[tuple[Task, int]]:
         """Every problem once, then every problem again."""
         return ((task, attempt) for attempt in range(self.settings.distill.attempts) for task in self.problems)
 
 
-def prepare(settings: Settings, out: Path, overwrite: bool = False, cache: ToolCache | None = None) -> Distillation:
-    """Everything that can be wrong is wrong here, before anything starts: raises ConfigError."""
+def prepare(
+    settings: Settings, out: Path, overwrite: bool = False, cache: ToolCache | None = None, split: Split = "train"
+) -> Distillation:
+    """Everything that can be wrong is wrong here, before anything starts: raises ConfigError. Of held-out problems, the
+    first `eval.problems` of each source are played."""
     if out.suffix != ".jsonl":
         raise ConfigError(f"--out={out}: trajectories are written as JSONL; give a name that ends in .jsonl")
-    catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes, cache)
-    problems, systems = list[Task](), dict[str, System]()
     distill = settings.distill
-    if distill.system == "scripted" and distill.agents:
-        raise ConfigError("distill.agents has no effect with distill.system=scripted: leave it empty")
-    limits = SystemLimits(
-        distill.rounds,
-        distill.job_calls,
-        distill.tries,
-        distill.task_timeout_s,
-        settings.rollout.environment_timeout_s,
-        settings.rollout.max_observation_bytes,
-    )
-    shared = endpoint_agents.team(distill) if distill.system == "endpoint" else None
+    if distill.system != "endpoint" and distill.agents:
+        raise ConfigError(f"distill.agents has no effect with distill.system={distill.system}: leave it empty")
+    if distill.system == "model":
+        self_play.check(settings)
+    own = own_server.wanted(settings)
+    settings = own_server.planned(settings) if own else settings
+    catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes, cache)
+    shared = endpoint_agents.team(settings.distill) if distill.system == "endpoint" else None
+    problems, systems = list[Task](), dict[str, System]()
     for source in settings.tasks.sources:
         if isinstance(source, ServedSource) and source.served:
             raise ConfigError(
                 f"task set {source.name!r}: `icrl distill` starts no servers (serve.command): start them and give "
                 "their addresses as data.servers"
             )
-        team = scripted.team(source.name) if shared is None else shared
-        tasks = registry.problems(catalogue.get(source.name), "train")[: settings.tasks.limit]
-        system = System(team, catalogue.environment, limits, settings.seed)
-        for task in tasks[:1]:
-            check_tools(system, catalogue.environment(task), task)
+        tasks = registry.problems(catalogue.get(source.name), split)
+        tasks = tasks[: settings.tasks.limit if split == "train" else settings.eval.problems]
         problems += tasks
-        systems[source.name] = system
-    made = Distillation(settings, out, catalogue, problems, systems)
-    if "leakage" not in distill.filters.leave_out:
+        if distill.system == "model":
+            for task in tasks[:1]:
+                with_tools(catalogue.environment(task), task)
+            continue
+        team = scripted.team(source.name) if shared is None else shared
+        systems[source.name] = System(team, catalogue.environment, _limits(settings), settings.seed)
+        for task in tasks[:1]:
+            check_tools(systems[source.name], catalogue.environment(task), task)
+    made = Distillation(settings, out, catalogue, problems, systems, own)
+    if split == "train" and "leakage" not in distill.filters.leave_out:
         made.heldout = _heldout(made)
     check_file(out, "a file of trajectories", begins_with(b'{"messages"'), overwrite)
     check_file(made.report, "a report", begins_with(f'"{_FIRST_KEY}"'.encode()), overwrite)
     return made
 
 
+def _limits(settings: Settings) -> SystemLimits:
+    distill, rollout = settings.distill, settings.rollout
+    return SystemLimits(
+        distill.rounds,
+        distill.job_calls,
+        distill.tries,
+        distill.task_timeout_s,
+        rollout.environment_timeout_s,
+        rollout.max_observation_bytes,
+    )
+
+
 def run(settings: Settings, out: Path, overwrite: bool = False) -> str:
     """Plays what has not been played, filters and writes. Returns a summary in words.
 
     Raises ConfigError, and HopelessError if attempts fail without end or nothing is left."""
+    return played(settings, out, _write, overwrite)
+
+
+def played(
+    settings: Settings,
+    out: Path,
+    conclude: Callable[[Distillation, Sequence[Run]], str],
+    overwrite: bool = False,
+    split: Split = "train",
+) -> str:
+    """Plays what has not been played, and returns what `conclude` makes of all finished attempts. Raises as `run`."""
     cache = ToolCache.of(settings.tasks.tool_cache)
     with closing(cache) if cache else nullcontext():
-        job = prepare(settings, out, overwrite, cache)
+        job = prepare(settings, out, overwrite, cache, split)
         with locked(out.parent, f".{out.name}.lock", f"--out={out}"):
-            records = Records(job.runs, identity(settings), job.problems)
+            records = Records(job.runs, identity(job.settings), job.problems)
             with closing(records):
                 job.outdated = records.outdated
                 try:
@@ -119,7 +154,7 @@ def run(settings: Settings, out: Path, overwrite: bool = False) -> str:
                 except HopelessError:
                     _report(job, _finished(job, records), [], 0)
                     raise
-            return _write(job, _finished(job, records))
+            return conclude(job, _finished(job, records))
 
 
 def _finished(job: Distillation, records: Records) -> list[Run]:
@@ -127,30 +162,58 @@ def _finished(job: Distillation, records: Records) -> list[Run]:
 
 
 def _play(job: Distillation, records: Records) -> None:
-    distill, progress, in_a_row = job.settings.distill, Progress(), 0
-    jobs = list(job.jobs())
+    jobs, progress = list(job.jobs()), Progress()
     left = [(task, attempt) for task, attempt in jobs if (task.task_id, attempt) not in records.runs]
-    with progress.phase("attempts", len(jobs)) as bar:
+    if not left:
+        return
+    with _players(job, progress) as play, progress.phase("attempts", len(jobs)) as bar:
         bar.advance(len(jobs) - len(left))
+        play(left, _recorder(job, records, bar))
 
-        def done(result: Run | Failed) -> None:
-            nonlocal in_a_row
-            if isinstance(result, Run):
-                records.add(result)
-                in_a_row = 0
-            else:
-                job.failures.append(result)
-                in_a_row += 1
-                if in_a_row >= FAILURES_IN_A_ROW * distill.concurrency:
-                    raise HopelessError(
-                        f"{in_a_row} attempts in a row failed, the last one: {result.message}; correct that, and the "
-                        f"same command goes on ({len(records.runs)} attempts are in {job.runs})"
-                    )
-            bar.advance(1, f"{len(job.failures)} failed" if job.failures else None)
 
-        for source, system in job.systems.items():
+@contextmanager
+def _players(job: Distillation, progress: Progress) -> Iterator[Play]:
+    """What plays attempts. Its engine or server, if the command starts one, ends with the block."""
+    if job.settings.distill.system == "model":
+        with self_play.playing(job.settings, job.catalogue.environment, job.logs, progress) as model:
+            yield model.play
+    elif job.own_server:
+        with own_server.serving(job.settings, job.logs / "sglang_0.log", progress) as settings:
+            team = endpoint_agents.team(settings.distill)
+            yield _teams(job, {source: replace(system, team=team) for source, system in job.systems.items()})
+    else:
+        yield _teams(job, job.systems)
+
+
+def _teams(job: Distillation, systems: Mapping[str, System]) -> Play:
+    def play(left: Sequence[tuple[Task, int]], done: Callable[[Run | Failed], None]) -> None:
+        for source, system in systems.items():
             mine = ((task, attempt) for task, attempt in left if task.source == source)
-            asyncio.run(play_all(system, mine, distill.concurrency, done))
+            asyncio.run(play_all(system, mine, job.settings.distill.concurrency, done))
+
+    return play
+
+
+def _recorder(job: Distillation, records: Records, bar: Phase) -> Callable[[Run | Failed], None]:
+    """Keeps each result. Raises HopelessError after too many failures in a row."""
+    in_a_row = 0
+
+    def done(result: Run | Failed) -> None:
+        nonlocal in_a_row
+        if isinstance(result, Run):
+            records.add(result)
+            in_a_row = 0
+        else:
+            job.failures.append(result)
+            in_a_row += 1
+            if in_a_row >= FAILURES_IN_A_ROW * job.settings.distill.concurrency:
+                raise HopelessError(
+                    f"{in_a_row} attempts in a row failed, the last one: {result.message}; correct that, and the "
+                    f"same command goes on ({len(records.runs)} attempts are in {job.runs})"
+                )
+        bar.advance(1, f"{len(job.failures)} failed" if job.failures else None)
+
+    return done
 
 
 def _write(job: Distillation, runs: Sequence[Run]) -> str:
@@ -178,8 +241,8 @@ def _report(job: Distillation, runs: Sequence[Run], reports: Sequence[FilterRepo
 
 def _heldout(job: Distillation) -> tuple[str, ...]:
     found = []
-    for name in job.systems:
-        task_set = job.catalogue.get(name)
+    for source in job.settings.tasks.sources:
+        task_set = job.catalogue.get(source.name)
         for task in registry.problems(task_set, "heldout"):
             said = task_set.statement(task) if isinstance(task_set, Readable) else None
             found.append(task.problem if said is None else said)

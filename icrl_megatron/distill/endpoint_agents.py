@@ -61,9 +61,12 @@ class EndpointAgent:
 
     async def reply(self, brief: Brief) -> Reply:
         """Raises EndpointError if the endpoint refuses, or still fails after the last retry."""
-        messages = [ChatMessage("system", f"{self.prompt}\n\n{_WARNING}"), ChatMessage("user", written(brief))]
-        said = await self.client.chat(messages, self.max_tokens, self.temperature, brief.seed)
+        said = await self.client.chat(self.messages(brief), self.max_tokens, self.temperature, brief.seed)
         return Reply(said.text, said.read, said.written)
+
+    def messages(self, brief: Brief) -> list[ChatMessage]:
+        """What the model reads."""
+        return [ChatMessage("system", f"{self.prompt}\n\n{_WARNING}"), ChatMessage("user", written(brief))]
 
 
 def written(brief: Brief) -> str:
@@ -112,7 +115,7 @@ def _member(agent: SystemAgent, at: DistillEndpoint, links: dict[str, tuple[Conn
     if not url.startswith(("http://", "https://")) or not model:
         raise ConfigError(
             f"{where}: url={url!r} and model={model!r}; set distill.endpoint.url, e.g. http://host:8000/v1, and "
-            "distill.endpoint.model"
+            "distill.endpoint.model, or model.path and engine.kind=sglang"
         )
     addresses.check_base(url, f"{where}: url")
     if url not in links:

@@ -96,5 +96,5 @@ class Failed:
     task_id: str
     attempt: int
     kind: str
-    """endpoint | environment | time | unreadable."""
+    """endpoint | environment | time | unreadable | too_long."""
     message: str = field(compare=False)

@@ -18,7 +18,8 @@ from functools import partial
 from typing import TypeVar
 
 from icrl_megatron.agents.formats import FinalAnswer, Malformed, Qwen3, ToolCalls, harmless
-from icrl_megatron.agents.tools import Stateful, Tool, ToolCall
+from icrl_megatron.agents.toolbox import Toolbox
+from icrl_megatron.agents.tools import Stateful, ToolCall
 from icrl_megatron.distill import roles
 from icrl_megatron.distill.events import Event, Failed, Run
 from icrl_megatron.distill.roles import Agent, Brief, Job, Note, Reply, Unreadable
@@ -119,7 +120,7 @@ class _Attempt:
         self._events, self._notes = list[Event](), list[Note]()
         self._spent, self._uncounted, self._unreadable, self._threads = dict[str, Tokens](), 0, 0, 0
         self._team = {name: m.about for name, m in system.team.items() if name not in roles.ROLES}
-        self._stateful = tuple(name for name, tool in self._inner.toolbox.tools.items() if _keeps_state(tool))
+        self._stateful = stateful(self._inner.toolbox)
         self._answers, self._one_at_a_time = dict[str, str](), asyncio.Lock()
 
     def _opened(self, task: Task) -> ToolEnvironment:
@@ -322,13 +323,19 @@ class _Attempt:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
 
 
-def check_tools(system: System, environment: Environment, task: Task) -> ToolEnvironment:
-    """The environment of a task, if the system can play it. Raises ConfigError if not."""
+def with_tools(environment: Environment, task: Task) -> ToolEnvironment:
+    """Raises ConfigError if the task set has no tools."""
     if not isinstance(environment, ToolEnvironment):
         raise ConfigError(
             f"task set {task.source!r} has no tools that agents could call: take it out of tasks.sources, or give math "
             "tasks.sources[...].agent.tools"
         )
+    return environment
+
+
+def check_tools(system: System, environment: Environment, task: Task) -> ToolEnvironment:
+    """The environment of a task, if the system can play it. Raises ConfigError if not."""
+    environment = with_tools(environment, task)
     known = environment.toolbox.tools
     unknown = [(name, tool) for name, member in system.team.items() for tool in member.tools if tool not in known]
     if unknown:
@@ -339,8 +346,9 @@ def check_tools(system: System, environment: Environment, task: Task) -> ToolEnv
     return environment
 
 
-def _keeps_state(tool: Tool) -> bool:
-    return isinstance(tool, Stateful) and tool.open() is not tool
+def stateful(toolbox: Toolbox) -> tuple[str, ...]:
+    """The tools whose answer to equal calls may differ within an attempt."""
+    return tuple(n for n, tool in toolbox.tools.items() if isinstance(tool, Stateful) and tool.open() is not tool)
 
 
 def _names(brief: Brief) -> list[str]:

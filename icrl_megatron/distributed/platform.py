@@ -218,10 +218,7 @@ def fp8_config(settings: ActorSettings) -> dict[str, Any]:
     if settings.precision != "bf16":
         raise ConfigError(f"actor.fp8={settings.fp8} needs actor.precision=bf16, got {settings.precision}")
     require_fp8_hardware(settings.fp8)
-    return {
-        "fp8": "hybrid" if settings.fp8 == "current" else "e4m3",
-        "fp8_recipe": FP8_RECIPES[settings.fp8],
-    }
+    return {"fp8": "hybrid" if settings.fp8 == "current" else "e4m3", "fp8_recipe": FP8_RECIPES[settings.fp8]}
 
 
 def require_fp8_hardware(recipe: str) -> None:

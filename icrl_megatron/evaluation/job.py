@@ -1,4 +1,4 @@
-"""The job of an evaluation's ranks: `icrl eval` prepares it once and passes it to every rank as a file."""
+"""The job of the ranks of `icrl eval` and `icrl select`: prepared once and passed to every rank as a file."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ class Job:
     out: Path
     logs: Path
     """Folder for the logs of servers and ranks."""
+    records: Path | None = None
+    """`icrl select`: the file to which ranks append the questions that they have measured."""
 
     def save(self, folder: Path) -> Path:
         """Writes the job into `folder` and returns the file that `load` reads."""
@@ -52,4 +54,5 @@ class Job:
             critic=Path(saved["critic"]) if saved["critic"] is not None else None,
             out=Path(saved["out"]),
             logs=Path(saved["logs"]),
+            records=Path(saved["records"]) if saved["records"] is not None else None,
         )

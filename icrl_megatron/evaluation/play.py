@@ -1,4 +1,5 @@
-"""One rank of `icrl eval`: plays its share of the problems on its engine; rank 0 writes and prints the result.
+"""One rank of `icrl eval` or `icrl select`: plays its share of the problems on its engine. Rank 0 writes and prints the
+result of an evaluation; each rank of `icrl select` records its questions (`measured.py`).
 
 python -m icrl_megatron.evaluation.play JOB.json
 """
@@ -10,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
@@ -28,7 +30,9 @@ from icrl_megatron.engines.kind import EngineRequest
 from icrl_megatron.engines.protocol import EngineError
 from icrl_megatron.engines.rank import Engines
 from icrl_megatron.engines.registry import engine_kind
+from icrl_megatron.evaluation import measured
 from icrl_megatron.evaluation.job import Job
+from icrl_megatron.evaluation.measured import SEEDS, Playing
 from icrl_megatron.evaluation.result import PICTURE, RESULT, Result, read_result
 from icrl_megatron.evaluation.scores import compare, score, successes
 from icrl_megatron.model.gpt import DTYPES
@@ -38,7 +42,8 @@ from icrl_megatron.rollout.episode import EpisodeSetup
 from icrl_megatron.rollout.external import ExternalSpeaker, first_model
 from icrl_megatron.rollout.prompts import Prompter, tokenizer
 from icrl_megatron.rollout.source import EngineSource, Played
-from icrl_megatron.rollout.speakers import EmptyCritic, EngineSpeaker, Seeds, Speaker, SpeakersFor, same_speakers
+from icrl_megatron.rollout.speakers import EmptyCritic, EngineSpeaker, Speaker, SpeakersFor, same_speakers
+from icrl_megatron.run.heldout import unusable
 from icrl_megatron.run.problems import ProblemShare, examine, left_out, refusal
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.datasets import content_hash, subset_of
@@ -50,9 +55,6 @@ from icrl_megatron.utils.errors import ConfigError, HopelessError
 from icrl_megatron.utils.files import write_atomically
 from icrl_megatron.utils.progress import Progress
 
-SEEDS = Seeds(run=0, step=0, purpose="eval")
-"""Fixed, so that two evaluations of the same problems differ only in their models."""
-
 
 def run(job: Job) -> None:
     """Plays the job on all ranks, which must all call this; rank 0 writes and prints the result.
@@ -62,14 +64,19 @@ def run(job: Job) -> None:
     """
     platform.prepare(job.settings.launch.device)
     try:
-        with _joined(job) as grid:
-            played, too_long = _play(job, grid, Progress(enabled=grid.rank == 0))
+        with _joined(job) as grid, _playing(job, grid, Progress(enabled=grid.rank == 0)) as playing:
+            if job.records is not None:
+                measured.record(job.records, job.request.samples, playing, first=grid.rank == 0)
+                return
+            begun = time.perf_counter()
+            played = playing.source.play(playing.tasks, job.request.samples, SEEDS, job.settings.rollout.rounds)
+            seconds = time.perf_counter() - begun
     except EngineError as error:
         raise HopelessError(str(error)) from error
     if grid.rank == 0:
         from icrl_megatron.evaluation.views import show  # imports matplotlib, which other ranks do not need
 
-        result = replace(_result(job, played), too_long=too_long)
+        result = replace(_result(job, played), too_long=len(playing.too_long), seconds=seconds)
         _write(result, job)
         show(result)
         print(f"written to {job.out}: {RESULT}, {PICTURE}")
@@ -88,8 +95,9 @@ def _joined(job: Job) -> Iterator[Grid]:
             dist.destroy_process_group()
 
 
-def _play(job: Job, grid: Grid, progress: Progress) -> tuple[Played, int]:
-    """(the episodes of all ranks in the order of the tasks, the number of problems dropped as too long)."""
+@contextmanager
+def _playing(job: Job, grid: Grid, progress: Progress) -> Iterator[Playing]:
+    """The source and the problems that fit the context; the engines are closed when the block ends."""
 
     def gather(mine: Any) -> list[Any]:
         return [mine] if grid.world == 1 else grids.gather_objects(grid, mine)
@@ -124,7 +132,8 @@ def _play(job: Job, grid: Grid, progress: Progress) -> tuple[Played, int]:
             engines.wait_ready(lambda: bar.advance(0))
             engines.wake()
         source = EngineSource(setup, speakers.on(engines), engines, lambda stale: None, gather, progress)
-        return source.play(tasks, job.request.samples, SEEDS, rollout.rounds), len(job.tasks) - len(tasks)
+        kept = {task.task_id for task in tasks}
+        yield Playing(source, tuple(tasks), tuple(task for task in job.tasks if task.task_id not in kept))
 
 
 class _EvaluationSpeakers:
@@ -192,6 +201,7 @@ def _result(job: Job, played: Played) -> Result:
         successes=successes(episodes, request.samples),
         subsets={e.task.task_id: subset_of(e.task) for e in episodes},
         contents={e.task.task_id: content_hash(e.task.problem) for e in episodes},
+        unusable=unusable(job.settings, "heldout"),
         lost=tuple(dict.fromkeys(d.error for d in played.dropped))[:3],
     )
     if request.against is None:
@@ -219,7 +229,7 @@ def _stop(number: int = 0, frame: FrameType | None = None) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Entry point of one of several ranks that `icrl eval` started."""
+    """Entry point of one of several ranks that a command started."""
     signal.signal(signal.SIGUSR1, _stop)
     if Path(os.environ.get(STOP_ENV, "")).is_file():  # the signal arrived before the handler was installed
         _stop()

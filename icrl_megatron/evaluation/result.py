@@ -73,6 +73,10 @@ class Result:
     """The first few reasons why episodes were dropped."""
     too_long: int = 0
     """Number of problems dropped because they do not fit the context (`tasks.too_long=drop`)."""
+    seconds: float = 0.0
+    """Time in which all episodes were played, tools and grading included, the start of engines not."""
+    unusable: dict[str, int] = field(default_factory=dict)
+    """Reason -> number of held-out rows that `data.unusable=drop` left out."""
 
 
 def read_result(path: Path) -> Result:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -41,25 +41,40 @@ def evaluate(request: EvalRequest) -> int:
     Before playing, raises ConfigError on a wrong model, task set, setting, critic or earlier result, and if the output
     folder must not be replaced.
     """
-    _check(request)
+    check(request)
     out = request.out or default_folder(request.model)
     results.check(out, results.EVALUATION, request.reads(), request.overwrite)
     require_space(out, ROOM_BYTES, "the evaluation")
-    run, before = _run_settings(request.model)
-    settings = _settings(request, run)
+    run, before = run_settings(request.model)
+    settings = settings_of(request, run)
     tool_cache.check(settings.tasks.tool_cache)
     problems = eval_problems.problems(settings, run, request.on, request.problems, before)
     if request.against:
         _check_pairs(request, problems, read_result(request.against))
-    _check_engine(request, settings)
+    check_engine(request, settings)
+    return play(request, settings, out, lambda folder: problems)
+
+
+def play(
+    request: EvalRequest,
+    settings: Settings,
+    out: Path,
+    problems: Callable[[Path], Sequence[Task]],
+    records: Path | None = None,
+) -> int:
+    """Starts what the job needs and plays it. `problems` gets the model's Hugging Face folder and returns what to play;
+    without problems nothing is started. `records`: `Job.records`. Returns the exit code."""
     logs, code = Path(tempfile.mkdtemp(prefix="icrl_eval_logs_")), 1
     try:
         with ExitStack() as held:
-            settings = held.enter_context(serve.beside(settings, logs))
             folder = held.enter_context(_model_folder(request.model))
+            if not (tasks := tuple(problems(folder))):
+                code = 0
+                return code
+            settings = held.enter_context(serve.beside(settings, logs))
             other = request.critic_folder()
             critic = held.enter_context(_model_folder(other)) if other is not None else None
-            code = _played(Job(request, settings, tuple(problems), folder, critic, out, logs))
+            code = _played(Job(request, settings, tasks, folder, critic, out, logs, records))
     finally:
         if code == 0 or not any(logs.iterdir()):  # the logs of a failed evaluation are kept
             shutil.rmtree(logs, ignore_errors=True)
@@ -75,7 +90,7 @@ def _played(job: Job) -> int:
         return 0
     with tempfile.TemporaryDirectory(prefix="icrl_eval_") as folder:
         path = job.save(Path(folder))
-        stopping = "stopping: nothing is written"
+        stopping = "stopping: nothing is written" if job.records is None else "stopping: finished questions are kept"
         code = launch(path, job.settings.launch.ranks, job.logs, "icrl_megatron.evaluation.play", 30.0, stopping)
     return KILLED if code == STOPPED else code
 
@@ -86,7 +101,8 @@ def default_folder(model: Path) -> Path:
     return folder.parent / f"eval_{folder.name}" if results.is_result(folder) else folder / "eval"
 
 
-def _check(request: EvalRequest) -> None:
+def check(request: EvalRequest) -> None:
+    """Raises ConfigError if the request is wrong by itself."""
     for name, value in (("rounds", request.rounds), ("samples", request.samples), ("problems", request.problems)):
         if value is not None and value < 1:
             raise ConfigError(f"--{name}={value}: must be at least 1")
@@ -102,7 +118,7 @@ def _check(request: EvalRequest) -> None:
         )
 
 
-def _check_engine(request: EvalRequest, settings: Settings) -> None:
+def check_engine(request: EvalRequest, settings: Settings) -> None:
     """Raises ConfigError if the engine cannot run this evaluation with these settings."""
     ranks, rollout = settings.launch.ranks, settings.rollout
     greedy = rollout.temperature == 0
@@ -139,7 +155,7 @@ def _check_pairs(request: EvalRequest, problems: Sequence[Task], earlier: Result
             )
 
 
-def _run_settings(model: Path) -> tuple[Settings | None, list[Settings]]:
+def run_settings(model: Path) -> tuple[Settings | None, list[Settings]]:
     """The settings of the run whose folder contains the model, if any, and the run's earlier settings. Settings contain
     commands to execute, so a settings file inside a downloaded model or checkpoint is not read."""
     inside = any((model / name).exists() for name in ("config.json", "icrl.json"))
@@ -149,7 +165,8 @@ def _run_settings(model: Path) -> tuple[Settings | None, list[Settings]]:
     return None, []
 
 
-def _settings(request: EvalRequest, run: Settings | None) -> Settings:
+def settings_of(request: EvalRequest, run: Settings | None) -> Settings:
+    """The settings of the evaluation. `run`: those of the run that the model comes from. Raises ConfigError."""
     settings = run or Settings()
     known = {source.name: source for source in settings.tasks.sources}
     if request.tasks:
@@ -164,7 +181,7 @@ def _for_evaluation(settings: Settings, rounds: int) -> Settings:
     """The settings with training-only parts reset. The ranks run on this machine; a process that is the only rank of
     its job plays alone. Raises ConfigError if this process is one of several ranks."""
     if is_rank() and os.environ["WORLD_SIZE"] != "1":
-        raise ConfigError("`icrl eval` starts its ranks itself: run it once, with launch.ranks=N")
+        raise ConfigError("this command starts its ranks itself: run it once, with launch.ranks=N")
     ranks = 1 if is_rank() else settings.launch.ranks
     return replace(
         settings,

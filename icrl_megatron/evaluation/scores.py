@@ -112,7 +112,7 @@ def _score(subset: str, episodes: Sequence[Episode], dropped: int, rounds: int) 
     flat = [tries for of in by_task.values() for tries in of]
     attempts = [attempt for e in episodes for attempt in e.attempts]
     written = [sum(len(t.completion.ids) for t in a.turns) for a in attempts]
-    read = [len(a.prompt_ids) + sum(len(t.observation_ids) for t in a.turns) for a in attempts]
+    read = [a.read_tokens() for a in attempts]
     measured = sorted({name for a in attempts for name, _ in a.measures})
     critiques = [len(c.completion.ids) for e in episodes for c in e.critiques]
     return Score(

@@ -38,6 +38,9 @@ def show(result: Result, console: Console | None = None) -> None:
         out.print(tools_table(result))
     if result.comparison:
         out.print(comparison_table(result))
+    out.print(f"{result.generated_tokens} tokens generated in {result.seconds:.0f} s")
+    for reason, rows in result.unusable.items():
+        out.print(f"{rows} rows left out: {reason}", style="yellow")
     for reason in result.lost:
         out.print(f"lost episodes: {reason}", style="yellow")
 

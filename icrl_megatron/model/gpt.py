@@ -111,11 +111,7 @@ def build(shape: ModelShape, actor: ActorSettings, grid: Grid) -> PolicyModel:
 def packed_params(cu_seqlens: Tensor, longest: int) -> PackedSeqParams:
     """Megatron's description of a packed micro-batch; `cu_seqlens` is [S + 1] int32, `longest` in tokens."""
     return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest
     )
 
 

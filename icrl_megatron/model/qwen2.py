@@ -12,6 +12,6 @@ FAMILY = Family(
     head_dim=None,
     only={
         # transformers does not read it: the biases always exist.
-        "attention_bias": Only((True, None), "Qwen2 has biases on q, k and v; delete the field"),
+        "attention_bias": Only((True, None), "Qwen2 has biases on q, k and v; delete the field")
     },
 )

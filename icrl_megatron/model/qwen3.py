@@ -10,7 +10,5 @@ FAMILY = Family(
     qk_norm=True,
     qkv_bias=False,
     head_dim=128,
-    only={
-        "attention_bias": Only((False,), "attention biases are not supported; use a folder without them"),
-    },
+    only={"attention_bias": Only((False,), "attention biases are not supported; use a folder without them")},
 )

@@ -9,6 +9,7 @@ from icrl_megatron.plan.models import shape_of
 from icrl_megatron.plan.scaling import picture, require_writable, scale
 from icrl_megatron.plan.search import search
 from icrl_megatron.plan.show import show, show_scaling, show_search
+from icrl_megatron.plan.supervised import supervised
 from icrl_megatron.run import checks as validate
 from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.utils.console import PlainConsole
@@ -46,6 +47,9 @@ def run(
     validate.validate_shape(resolved, shape_of(resolved))
     made = planner.plan(resolved, gpus, gpu)
     show(made, console)
+    stage = supervised(resolved, made.shape, made.layout, gpu)
+    if stage is not None:
+        console.print(stage.line(), soft_wrap=True)
     if scaling or image is not None:
         points = scale(resolved, gpu)
         show_scaling(points, console)

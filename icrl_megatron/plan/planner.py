@@ -11,6 +11,7 @@ from icrl_megatron.plan.changes import KINDS, MOST_GPUS, changes
 from icrl_megatron.plan.hardware import GIB, Gpu
 from icrl_megatron.plan.layout import Layout
 from icrl_megatron.plan.models import shape_of
+from icrl_megatron.plan.supervised import supervised
 from icrl_megatron.plan.workload import Workload, simulate
 from icrl_megatron.run import checks as validate
 from icrl_megatron.settings.schema import Settings
@@ -40,9 +41,7 @@ class Plan:
     @property
     def training_mfu(self) -> float:
         """Model FLOPs of the update over what the GPUs could have done during it."""
-        phases = self.times.phases
-        busy = sum(phases[p] for p in ("training", "tensor collectives", "bubbles", "data collectives", "optimizer"))
-        return self.times.model_flops / busy / (self.layout.gpus * self.gpu.bf16_flops)
+        return self.times.model_flops / self.times.update / (self.layout.gpus * self.gpu.bf16_flops)
 
 
 def ranks(settings: Settings) -> int:
@@ -96,8 +95,12 @@ def timed(
 
 
 def require_fit(found: Plan, settings: Settings) -> None:
-    """Raises ConfigError naming the GPU memory missing, where, and the cheapest change that makes the plan fit."""
+    """Raises ConfigError naming the GPU memory missing, where, and the cheapest change that makes the plan fit. Also
+    raises if supervised training before RL does not fit."""
     if found.fits:
+        stage = supervised(settings, found.shape, found.layout, found.gpu)
+        if stage is not None:
+            stage.require_fit()
         return
     if found.memory.engine.refusal:
         raise ConfigError(found.memory.engine.refusal)

@@ -68,6 +68,12 @@ class Times:
     def total(self) -> float:
         return sum(self.phases.values())
 
+    @property
+    def update(self) -> float:
+        """Seconds of training alone: passes, their collectives, and the optimizer."""
+        parts = ("training", "tensor collectives", "bubbles", "data collectives", "optimizer")
+        return sum(self.phases[part] for part in parts)
+
 
 @dataclass(frozen=True)
 class Rollout:

@@ -214,23 +214,24 @@ class _Conversation:
             action = self._environment.parse(text)
             result = await self._step(action)
             stop = self._stop_reason(action, result, last=number + 1 == limit)
-            observation, between, missing = self._observed(result, completion)
+            observation, between, missing, chars = self._observed(result, completion)
             if stop is None and self._tokens_left() <= len(completion.ids) + len(between):
                 stop = "context"
             if stop is not None:
-                self._end(completion, text, action, observation, missing)
+                self._end(completion, text, action, observation, missing, chars)
                 return stop
-            self.turns.append(Turn(completion, text, action, observation, between, missing))
+            self.turns.append(Turn(completion, text, action, observation, between, missing, chars))
             self._context_ids += [*completion.ids, *between]
         raise AssertionError("the last turn always has a stop reason")
 
-    def _observed(self, result: CheckedStep, completion: Completion) -> tuple[str, Ids, int]:
-        """(what the critic reads, ids between this reply and the next, number of characters cut)."""
+    def _observed(self, result: CheckedStep, completion: Completion) -> tuple[str, Ids, int, tuple[int, ...]]:
+        """(what the critic reads, ids between this reply and the next, number of characters cut, `answer_chars`)."""
         prompter, dialogue = self._setup.prompter, self._environment.dialogue
         shortened = [self._setup.shortened(text) for text in result.observations]
         texts = [text for text, _ in shortened]
         between = prompter.observation_ids(texts, prompter.ended(completion.ids), dialogue)
-        return "\n".join(texts), between, sum(missing for _, missing in shortened)
+        chars = tuple(map(len, texts)) if len(texts) > 1 else ()
+        return "\n".join(texts), between, sum(missing for _, missing in shortened), chars
 
     async def _ask(self, number: int, observation: str) -> Completion:
         max_new_tokens = min(self._setup.settings.max_turn_tokens, self._tokens_left())
@@ -252,8 +253,16 @@ class _Conversation:
             return "repeated"
         return "max_turns" if last else None
 
-    def _end(self, completion: Completion, text: str, action: str | None, observation: str, missing: int = 0) -> None:
-        self.turns.append(Turn(completion, text, action, observation, (), missing))
+    def _end(
+        self,
+        completion: Completion,
+        text: str,
+        action: str | None,
+        observation: str,
+        missing: int = 0,
+        chars: tuple[int, ...] = (),
+    ) -> None:
+        self.turns.append(Turn(completion, text, action, observation, (), missing, chars))
 
     def _tokens_left(self) -> int:
         return self._setup.settings.context_tokens - len(self._context_ids)

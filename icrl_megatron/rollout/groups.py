@@ -10,6 +10,13 @@ from icrl_megatron.rollout.replay import BeforeStop, ReplayLog, ReplayLogs, Stop
 from icrl_megatron.rollout.speakers import Interruptible, Speakers, SpeakersFor
 from icrl_megatron.types import Task, UnplayedEpisode
 
+OnGroup = Callable[[Sequence[Ended]], None]
+"""Gets the episodes of one task once all of them have ended."""
+
+
+def ignored(group: Sequence[Ended]) -> None:
+    """Does nothing with the episodes of a task."""
+
 
 def split_tasks(tasks: Sequence[Task], kept: Sequence[Sequence[Task]]) -> list[list[Task]]:
     """Splits tasks over shares. Each share gets the tasks it has kept first, then its part of the others, round-robin.
@@ -41,14 +48,16 @@ class Groups:
         self._speakers: dict[int, Interruptible] = {}
         """The speakers to interrupt when enough groups are complete, by id()."""
         self._tick: Callable[[], None] = lambda: None
+        self._completed: OnGroup = ignored
         self._interrupting: asyncio.Future[list[None]] | None = None
 
     def pairs(self) -> list[tuple[Task, int]]:
         return [(task, index) for task in self.tasks for index in range(self._episodes)]
 
-    def begin(self, tick: Callable[[], None]) -> None:
-        """Call before episodes are played. `tick` is called at the end of each episode."""
-        self._speakers, self._tick, self._stop = {}, tick, Stop()
+    def begin(self, tick: Callable[[], None], completed: OnGroup = ignored) -> None:
+        """Call before episodes are played. `tick` is called at the end of each episode, `completed` at the end of the
+        last one of a task."""
+        self._speakers, self._tick, self._completed, self._stop = {}, tick, completed, Stop()
 
     def recorded(self, speakers_for: SpeakersFor, before_stop: BeforeStop) -> SpeakersFor:
         """The same speakers, with replay logs if episodes may be or were cut off. When enough groups are complete, all
@@ -72,6 +81,8 @@ class Groups:
             return
         self._done[result.task].append(result)
         self._tick()
+        if self._whole(result.task):
+            self._completed(self._done[result.task])
         if self.enough() and not self._stop.asked and self._needed < len(self.tasks):
             self._stop.asked = True
             self._interrupting = asyncio.gather(*(speaker.interrupt() for speaker in self._speakers.values()))

@@ -15,7 +15,7 @@ from icrl_megatron.distributed.grid import Failure, attempt, raise_failures
 from icrl_megatron.engines.protocol import EngineError, EngineStats
 from icrl_megatron.engines.rank import Engines, Share
 from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play_all
-from icrl_megatron.rollout.groups import Groups, split_tasks
+from icrl_megatron.rollout.groups import Groups, OnGroup, ignored, split_tasks
 from icrl_megatron.rollout.replay import ReplayLogs, copied, tokens
 from icrl_megatron.rollout.speakers import Meter, Seeds, SpeakersFor
 from icrl_megatron.telemetry.dumps import dump_path, dumped_steps, read_episodes
@@ -112,6 +112,8 @@ class EngineSource:
     """Groups that were cut off (`rollout.partial`): the replay logs of their episodes."""
     lost: dict[tuple[int, str], int] = field(default_factory=dict)
     """Number of engines lost, for the step or evaluation that was played last."""
+    on_group: OnGroup = ignored
+    """Called on the rank that plays a task."""
 
     def play(
         self, tasks: Sequence[Task], episodes: int, seeds: Seeds, rounds: int, needed: int | None = None
@@ -127,7 +129,7 @@ class EngineSource:
 
             def play_rest() -> int:
                 nonlocal left
-                groups.begin(lambda: bar.advance(1))
+                groups.begin(lambda: bar.advance(1), self.on_group)
                 speakers_for = groups.recorded(meter.on(self.speakers_for), setup.prompter.before_stop)
                 results = asyncio.run(_round(left, setup, speakers_for, groups, seeds))
                 left = [(r.task, r.index) for r in results if isinstance(r, UnplayedEpisode) and r.error]

@@ -42,8 +42,12 @@ def validate(settings: Settings) -> None:
     validate_settings(settings)
     validate_grid(settings, ranks(settings), ranks_on_node(settings))
     _check_tasks(settings, before)
-    if not (folder / run_files.WARM_START / run_files.EXPORT).exists():  # otherwise nobody reads them again
-        conversations.check_files(settings.warm_start)
+    done = (folder / run_files.WARM_START / run_files.EXPORT).exists()
+    if settings.warm_start.wanted and not done:  # otherwise nobody reads them
+        try:
+            conversations.check_files(settings.warm_start)
+        except ConfigError as error:
+            raise ConfigError(f"warm_start.data: {error}") from error
     engine_kind(settings.engine.kind).check_installed(settings.engine)
     validate_shape(settings, _check_model(settings))
     _check_debug(settings)
@@ -125,6 +129,9 @@ def _check_sources(settings: Settings) -> None:
     for i, source in enumerate(sources):
         if source.name in [other.name for other in sources[:i]]:
             raise ConfigError(f"tasks.sources.{i}.name={source.name}: named twice; name it once and add the weights up")
+    from icrl_megatron.run.time_checks import check_times  # lazy: imports aiohttp
+
+    check_times(settings)
 
 
 def _check_tasks(settings: Settings, before: Sequence[Settings]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from icrl_megatron.settings.schema import Settings
 from icrl_megatron.settings.task_options import DataSource, Problems, Rows
 from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks import registry
-from icrl_megatron.tasks.datasets import SUFFIXES, DataRow, check_no_leak, content_hash, read_rows, subset_of
-from icrl_megatron.types import Task
+from icrl_megatron.tasks.datasets import SUFFIXES, DataRow, check_no_leak, content_hash, left_out, read_rows, subset_of
+from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
 TEST = "test"
@@ -71,7 +72,7 @@ def _trained(source: TaskSource, runs: Sequence[Settings]) -> list[TaskSource]:
 
 def _where(source: TaskSource) -> tuple[str, ...]:
     data = _data(source)
-    return (*([data.prompt_column] if isinstance(data, Rows) else []), *data.train)
+    return (*([data.prompt_column, data.shape] if isinstance(data, Rows) else []), *data.train)
 
 
 def _data(source: TaskSource) -> Problems:
@@ -103,7 +104,13 @@ def _rows(source: TaskSource, names: Iterable[str]) -> Iterable[DataRow]:
         return
     for name in names:
         if _has_rows(Path(name)):
-            yield from read_rows(name, data.prompt_column, data.label_column)
+            yield from read_rows(name, data)
+
+
+def unusable(settings: Settings, split: Split) -> dict[str, int]:
+    """Reason -> number of the rows of a split that `data.unusable=drop` leaves out."""
+    every = [data for source in settings.tasks.sources if isinstance(data := _data(source), Rows)]
+    return dict(sum((left_out(one, one.train if split == "train" else one.heldout) for one in every), Counter[str]()))
 
 
 def _has_rows(path: Path) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from icrl_megatron.rollout.checked_environment import CheckedEnvironment
 from icrl_megatron.rollout.context_budget import Statement, TooLong, TooLongError, too_long
 from icrl_megatron.rollout.prompts import Prompter, tokenizer
 from icrl_megatron.run import start
+from icrl_megatron.run.heldout import unusable
 from icrl_megatron.settings.loading import model_folder
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.tasks import registry
@@ -210,6 +212,8 @@ def chosen(
     """The problems of the run that fit the context of the model in `folder`; every rank examines its share. Raises
     ConfigError as `fitting` does."""
     found = read(settings, catalogue)
+    for why, rows in (Counter(unusable(settings, "train")) + Counter(unusable(settings, "heldout"))).items():
+        progress.log(f"{rows} rows are left out (data.unusable=drop): {why}")
     share = ProblemShare(grid.rank, grid.world, lambda mine: gather_objects(grid, mine))
     positions = ModelShape.read(folder).max_positions
     return fitting(found, settings, catalogue, prompter, positions, share, progress.log)

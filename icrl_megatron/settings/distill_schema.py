@@ -11,7 +11,8 @@ from icrl_megatron.settings.limits import Choice, Range
 
 @dataclass
 class DistillEndpoint(Endpoint):
-    """The endpoint of the system's agents (`distill.system=endpoint`)."""
+    """The endpoint of the system's agents (`distill.system=endpoint`). Without a url, engine.kind=sglang starts a
+    server on model.path for as long as the command runs."""
 
     timeout_s: Annotated[float, Range(1e-3)] = 120.0
     """Time limit of one request, in seconds."""
@@ -73,8 +74,9 @@ class DistillFilters:
 
 @dataclass
 class DistillSettings:
-    system: Annotated[str, Choice(("scripted", "endpoint"))] = "scripted"
-    """scripted: agents without a model, only for Archive. endpoint: models behind `distill.endpoint`."""
+    system: Annotated[str, Choice(("scripted", "endpoint", "model"))] = "scripted"
+    """scripted: agents without a model, only for Archive. endpoint: models behind `distill.endpoint`. model: only
+    `model.path`, as the solver of `rollout.rounds` attempts and as the critic between them."""
     endpoint: DistillEndpoint = field(default_factory=DistillEndpoint)
     agents: list[SystemAgent] = field(default_factory=list)
     """Agents of an endpoint system that differ from the built-in ones. Without an agent of another name than the four

@@ -22,6 +22,10 @@ PORT = "{port}"
 """In `serve.command`: the port that the server has to listen on."""
 
 
+SHAPES = ("gaia", "browsecomp", "hle", "webwalker", "livecodebench")
+"""Functions of tasks/row_shapes.py."""
+
+
 # `data`: where a task set finds its problems and its helpers (docs/TASKS.md)
 
 
@@ -41,6 +45,11 @@ class Rows(Problems):
     """Column of the rows that contains the problem."""
     label_column: str = "label"
     """Column of the rows that contains the correct answer."""
+    shape: Annotated[str, Choice(("", *SHAPES))] = ""
+    """Rows of a published question set, in its own columns. Empty: prompt_column and label_column."""
+    unusable: Annotated[str, Choice(("error", "drop"))] = "error"
+    """With shape: what to do with rows that need an attached file or an image, or whose answer is hidden. error: end
+    with the first of them. drop: leave them out and count them."""
 
 
 @dataclass
@@ -69,16 +78,17 @@ class ServerData(Problems):
     """Training problems: ranges of task ids, e.g. 0:2420, or JSONL files of rows with a task_id."""
     servers: list[str] = field(default_factory=list)
     """URLs of servers that are already running."""
-    request_timeout_s: Annotated[float, Range(1e-3)] = 60.0
-    """Deadline of one call to a server, retries not counted."""
+    request_timeout_s: Annotated[float, Range(1e-3)] = 14.0
+    """Deadline of one call to a server. Four tries must fit rollout.environment_timeout_s."""
 
 
 @dataclass
 class GameData(ServerData):
     train: list[str] = field(default_factory=list)
     """Training games: folders, or as for other servers ranges of task ids or JSONL files of rows with a task_id."""
-    request_timeout_s: Annotated[float, Range(1e-3)] = 60.0
-    """Deadline of one call to a server or a process with games, retries not counted."""
+    request_timeout_s: Annotated[float, Range(1e-3)] = 14.0
+    """Deadline of one call to a server or a process with games. Four tries at a server must fit
+    rollout.environment_timeout_s."""
     grading_workers: Annotated[int, Range(1, 1e6)] = 2
     """Processes of each rank that play the games of folders; one that hangs is killed."""
 

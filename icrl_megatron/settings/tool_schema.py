@@ -42,5 +42,5 @@ class McpTools:
     """Names what answers depend on besides the arguments, so that tasks.tool_cache keeps them. Empty: never kept."""
     start_s: Annotated[float, Range(1e-3)] = 30.0
     """Time limit to start or reach the server and to list its tools, in seconds."""
-    timeout_s: Annotated[float, Range(1e-3)] = 25.0
-    """Time limit of one call, in seconds. Two tries must fit rollout.environment_timeout_s."""
+    timeout_s: Annotated[float, Range(1e-3)] = 14.0
+    """Time limit of one call, in seconds. Two tries and start_s must fit rollout.environment_timeout_s."""

@@ -2,6 +2,7 @@
 
 A row has a prompt and a label. The prompt is text, or a list of chat messages by system and user. The label is text, a
 number, a list (of equally good answers, or of test cases), or an object (of test cases). Lists and objects stay JSON.
+With `data.shape`, rows have the columns of a published question set instead (row_shapes.py).
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from icrl_megatron.settings.task_options import Rows
+from icrl_megatron.tasks.row_shapes import SHAPES, Shaped, Unusable, WrongRow
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
@@ -47,14 +50,29 @@ def read_tasks(name: str, split: Split, data: Rows, problem: Callable[[DataRow],
             f"task set {name!r} has no {split} rows: set tasks.sources[...].data.{split} to a JSONL or Parquet file or "
             "a folder of a Hugging Face dataset"
         )
-    rows = [row for given in names for row in read_rows(given, data.prompt_column, data.label_column)]
-    _check_unique(rows)
-    counts: dict[str, int] = {}
-    tasks = []
-    for row in rows:
-        number = counts[row.subset] = counts.get(row.subset, -1) + 1
-        tasks.append(Task(f"{name}/{split}/{row.subset}/{number}", name, split, problem(row)))
-    return tasks
+    rows = list(_identified(name, split, data))
+    _check_unique([row for _, row, _ in rows])
+    return [Task(task_id, name, split, problem(row)) for task_id, row, _ in rows]
+
+
+def chosen_rows(name: str, data: Rows, task_ids: Collection[str]) -> Iterator[dict[str, Any]]:
+    """The training rows of these tasks, with all of their columns. Raises ConfigError as `read_rows` does."""
+    return (fields for task_id, _, fields in _identified(name, "train", data) if task_id in task_ids)
+
+
+def row_hash(task: Task) -> str:
+    """A hash of a row's problem and label, wherever its file is."""
+    problem = {name: value for name, value in json.loads(task.problem).items() if name != "where"}
+    return content_hash(json.dumps(problem, sort_keys=True))
+
+
+def _identified(name: str, split: Split, data: Rows) -> Iterator[tuple[str, DataRow, dict[str, Any]]]:
+    """(task id, row, columns) of one split, in the order of the files."""
+    counts: Counter[str] = Counter()
+    for given in data.train if split == "train" else data.heldout:
+        for row, fields in _read(given, data):
+            yield f"{name}/{split}/{row.subset}/{counts[row.subset]}", row, fields
+            counts[row.subset] += 1
 
 
 def subset_of(task: Task) -> str:
@@ -62,21 +80,65 @@ def subset_of(task: Task) -> str:
     return task.task_id.rsplit("/", 1)[0].replace(f"/{task.split}", "", 1)
 
 
-def read_rows(given: str, prompt_column: str, label_column: str) -> Iterator[DataRow]:
+def read_rows(given: str, data: Rows) -> Iterator[DataRow]:
     """Rows of one entry of the settings. Raises ConfigError on a missing, empty or unreadable file, a missing column,
-    and an empty prompt or label."""
+    an empty prompt or label, and a row that cannot be asked, unless `data.unusable` drops it."""
+    return (row for row, _ in _read(given, data))
+
+
+def left_out(data: Rows, names: Iterable[str]) -> Counter[str]:
+    """Reason -> number of the rows of these entries that `data.unusable=drop` leaves out."""
+    why: Counter[str] = Counter()
+    if data.shape and data.unusable == "drop":
+        for given in names:
+            for _ in _read(given, data, why):
+                pass
+    return why
+
+
+def _read(given: str, data: Rows, dropped: Counter[str] | None = None) -> Iterator[tuple[DataRow, dict[str, Any]]]:
+    """(row, its columns); counts the rows that are left out in `dropped`."""
+    if data.shape and (data.prompt_column, data.label_column) != (Rows.prompt_column, Rows.label_column):
+        raise ConfigError(
+            f"data.prompt_column and data.label_column have no effect with data.shape={data.shape}: leave them out"
+        )
     files = files_of(given)
     subset = Path(given).stem if "*" not in given else Path(given).parent.name or "rows"
     found = 0
     for file in files:
         for number, fields in _fields(file):
-            found += 1
             where = f"{file}, line {number}"
-            prompt = _text(fields, prompt_column, where, "prompt_column")
-            label = _text(fields, label_column, where, "label_column")
-            yield DataRow(file, number, subset, prompt, label)
+            try:
+                shaped = _shaped(fields, data, where)
+            except Unusable as reason:
+                if data.unusable == "error":
+                    raise ConfigError(
+                        f"{where}: {reason}; delete the row, or set tasks.sources[...].data.unusable=drop"
+                    ) from reason
+                if dropped is not None:
+                    dropped[str(reason)] += 1
+                continue
+            found += 1
+            name = f"{subset}_{shaped.subset}" if shaped.subset else subset
+            yield DataRow(file, number, name, shaped.prompt, shaped.label), fields
     if not found:
         raise ConfigError(f"{given}: no rows in it; give a file with at least one problem")
+
+
+def _shaped(fields: dict[str, Any], data: Rows, where: str) -> Shaped:
+    """Raises Unusable, and ConfigError on another shape."""
+    if not data.shape:
+        prompt = _text(fields, data.prompt_column, where, "prompt_column")
+        return Shaped(prompt, _text(fields, data.label_column, where, "label_column"))
+    try:
+        shaped = SHAPES[data.shape](fields)
+    except WrongRow as error:
+        raise ConfigError(
+            f"{where}: not a row of data.shape={data.shape}: {error}; give another shape, or correct the row"
+        ) from error
+    if not shaped.prompt.strip() or not shaped.label.strip():
+        raise ConfigError(f"{where}: its question or its answer is empty; fix or delete the row")
+    return shaped
 
 
 def content_hash(text: str) -> str:

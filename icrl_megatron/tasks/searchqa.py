@@ -28,6 +28,7 @@ from icrl_megatron.utils.errors import ConfigError
 
 OF_FILES = (
     *("agent", "data.corpus", "data.passages", "data.prompt_column", "data.label_column"),
+    *("data.shape", "data.unusable"),
     *("data.grading_workers", "data.grading_timeout_s", "data.numeric_tolerance", "data.program_memory_mib"),
 )
 """Options for questions from files."""

@@ -69,6 +69,9 @@ class SingleTurnEnvironment:
     def summary(self) -> str:
         return self._form.missing if self._verdict is None else self._verdict.remark
 
+    def measures(self) -> dict[str, float]:
+        return {"answered": float(self._verdict is not None)}
+
 
 class SingleTurnTasks(ABC):
     """A task set (`tasks.base.TaskSet`) of such questions. Its problems are JSON objects, loaded once per split."""

@@ -36,7 +36,7 @@ class ToolEnvironment:
         """`judge` reads the final answer alone: at most `agent.answer_chars` of it, without tags. `whole`: all of it,
         because it is a program."""
         self.max_turns, self.dialogue = max_turns, form.dialogue
-        self._statement, self.form, self.toolbox, self._judge = statement, form, toolbox, judge
+        self.statement, self.form, self.toolbox, self._judge = statement, form, toolbox, judge
         self._agent, self._whole, self._replies = agent, whole, list[str]()
         self._malformed, self._changed_tags = "", 0
         self._most_calls: int | None = None
@@ -50,7 +50,7 @@ class ToolEnvironment:
     async def reset(self) -> str:
         self.answer, self._score, self.session = None, 0.0, self.toolbox.session(self._most_calls)
         self._malformed, self._changed_tags, self._replies = "", 0, []
-        return self._statement
+        return self.statement
 
     def parse(self, reply: str) -> str | None:
         """The calls or answer of a reply, written again: what `step` reads, and what tells repeated actions."""

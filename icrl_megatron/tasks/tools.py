@@ -139,9 +139,8 @@ class SourceTools:
             "mcp": max((one.start_s + one.timeout_s for one in agent.mcp), default=0.0) + SPARE_S,
         }
         call_s = max((needed[name] for name in self.names if name in needed), default=SPARE_S)
-        tries = 1 if self.names == ["search"] else 2
         workers = {"python": data.grading_workers} if "python" in self.names else {}
-        return ToolLimits(call_s=call_s, tries=tries, concurrency_of=workers)
+        return ToolLimits(call_s=call_s, tries_of={"search": 1}, concurrency_of=workers)
 
 
 class OffersTools:

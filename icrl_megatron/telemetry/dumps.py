@@ -122,11 +122,13 @@ def _parse(line: dict[str, Any]) -> DumpRecord:
     return DumpRecord(episode, line["prompts"], credit)
 
 
+def _turn(fields: dict[str, Any]) -> Turn:
+    lists = {name: tuple(fields.get(name, ())) for name in ("observation_ids", "answer_chars")}
+    return Turn(**{**fields, **lists, "completion": Completion.parse(fields["completion"])})
+
+
 def _attempt(fields: dict[str, Any]) -> Attempt:
-    turns = tuple(
-        Turn(**{**t, "completion": Completion.parse(t["completion"]), "observation_ids": tuple(t["observation_ids"])})
-        for t in fields["turns"]
-    )
+    turns = tuple(map(_turn, fields["turns"]))
     ids = {name: tuple(fields[name]) for name in ("prompt_ids", "plain_prompt_ids")}
     measures = tuple((name, value) for name, value in fields.get("measures", ()))
     return Attempt(**{**fields, **ids, "turns": turns, "measures": measures})

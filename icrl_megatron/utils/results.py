@@ -271,7 +271,7 @@ def _stranger(target: Path, kind: Kind, marker: Mapping[str, object]) -> str:
             continue
         if name not in written:
             return f"{name} was added after it was written"
-        if written[name] != _digest(path):
+        if written[name] != digest(path):
             return f"{name} was changed after it was written"
     return ""
 
@@ -290,23 +290,23 @@ def _files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
     """Hashes size, beginning and end: weights are too large to read in full, and further training changes both ends."""
     if path.is_symlink() or not path.is_file():
         return "not a file"
     size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
+    read = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        digest.update(file.read(_DIGEST_BYTES))
+        read.update(file.read(_DIGEST_BYTES))
         if size > _DIGEST_BYTES:
             file.seek(max(_DIGEST_BYTES, size - _DIGEST_BYTES))
-            digest.update(file.read(_DIGEST_BYTES))
-    return digest.hexdigest()
+            read.update(file.read(_DIGEST_BYTES))
+    return read.hexdigest()
 
 
 def _finish(new: Path, kind: Kind) -> None:
     """Writes marker and permissions, and syncs everything to disk before the folder gets its name."""
-    files = {path.relative_to(new).as_posix(): _digest(path) for path in _files(new)}
+    files = {path.relative_to(new).as_posix(): digest(path) for path in _files(new)}
     marker = new / MARKER
     marker.write_text(
         json.dumps({"kind": kind.name, "program": "icrl-megatron", "version": __version__, "files": files}, indent=1)

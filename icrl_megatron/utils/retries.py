@@ -12,6 +12,11 @@ class PassingError(Exception):
     """A failure that another try may not meet again."""
 
 
+def pauses_s(count: int, pause_s: float) -> float:
+    """Seconds of all pauses of `tries`, if each try fails."""
+    return pause_s * (2 ** (count - 1) - 1)
+
+
 def tries(count: int, pause_s: float) -> AsyncRetrying:
     """At most `count` tries. The pause before the second one is `pause_s` seconds, and doubles with each further one.
     Only a PassingError leads to another try; the last one is raised.

@@ -31,6 +31,8 @@ AGENTGYM = "conda run --no-capture-output -n agentenv-{name} {name} --host {{hos
 
 SERVERS = {"alfworld": 32, "webshop": 1, "searchqa": 1}
 """Processes of each: ALFWorld's serialises its games."""
+REQUEST_S, STEP_S = 60.0, 250.0
+"""Limits of a request to them, which share a machine with many episodes, and of a step, which may send one 4 times."""
 
 
 def source(task: str) -> TaskSource:
@@ -40,6 +42,7 @@ def source(task: str) -> TaskSource:
     """
     made = source_of(task)
     if isinstance(made, ServedSource) and task in SERVERS:
+        made.data.request_timeout_s = REQUEST_S
         made.serve = TaskServers(AGENTGYM.format(name=task), count=SERVERS[task])
         if task == "alfworld":
             made.data.train, made.data.heldout = ["0:2420"], ["2420:2620"]
@@ -63,6 +66,7 @@ def icrl(name: str, size: str, task: str, gpus: int) -> Settings:
             max_critique_tokens=1024,
             max_turns=30,
             context_tokens=16384,
+            environment_timeout_s=STEP_S if task in SERVERS else RolloutSettings.environment_timeout_s,
         ),
         engine=EngineSettings(kind="sglang", tensor_parallel=2),
         actor=ActorSettings(
@@ -194,11 +198,36 @@ ABLATIONS = {
 
 SEARCH = "{command: 'icrl serve-search corpus.jsonl --host {host} --port {port}', count: 4}"
 """BM25 over corpus.jsonl in the working directory; tasks.sources.0.serve.command names another file or server."""
+TRAJECTORIES = "sft.jsonl"
+"""In the working directory; warm_start.data names others. With warm_start.epochs=null, only RL runs."""
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """Supervised training on trajectories, before RL. docs/AGENTS.md says which numbers are published."""
+
+    epochs: int
+    longest: int
+    """Tokens of a conversation; what is longer is cut."""
+    warmup: int
+    """Steps."""
+    sizes: dict[str, tuple[float, int]]
+    """Model size -> learning rate and conversations per step. "7B" is for all that are not named."""
+
+    def changes(self, size: str) -> tuple[str, ...]:
+        rate, conversations = self.sizes.get(size, self.sizes["7B"])
+        return (
+            *(f"warm_start.data=[{{path: {TRAJECTORIES}}}]", f"warm_start.epochs={self.epochs}"),
+            *(f"warm_start.max_tokens={self.longest}", "warm_start.too_long=cut"),
+            *(f"warm_start.learning_rate={rate}", f"warm_start.episodes_per_step={conversations}"),
+            *(f"warm_start.warmup_steps={self.warmup}", "warm_start.schedule=linear", "warm_start.final_factor=0"),
+        )
 
 
 @dataclass(frozen=True)
 class AgentTask:
-    """A task of Chain-of-Agents, trained with GRPO. docs/AGENTS.md says which numbers its published scripts have."""
+    """A task of Chain-of-Agents: supervised training, then GRPO. docs/AGENTS.md says which numbers its published
+    scripts have."""
 
     about: str
     source: str
@@ -212,6 +241,7 @@ class AgentTask:
     updates: int
     """Of a step."""
     steps: int
+    supervision: Supervision
 
     def changes(self) -> tuple[str, ...]:
         context = self.prompt + self.response
@@ -242,18 +272,21 @@ AGENT_TASKS = {
         "agent: {format: tags, tools: [search, page], grammar: web, judge: model}, "
         "plan: {prompt_tokens: 700, reply_tokens: 400, observation_tokens: 1200, calls: 12, call_s: 3}}",
         *(64, 2048, 30720, 25, 2, 60),
+        Supervision(4, 32768, 24, {"7B": (1.4e-5, 128)}),
     ),
     "code": AgentTask(
         "mathematics with Python programs",
         "{name: math, data: {grading_workers: 12}, agent: {format: tags, tools: [python], grammar: code}, "
         "plan: {prompt_tokens: 400, reply_tokens: 1200, observation_tokens: 150, calls: 3, call_s: 1}}",
         *(256, 4096, 16384, 8, 8, 100),
+        Supervision(2, 32768, 0, {"7B": (3e-5, 32), "32B": (1.4e-5, 64)}),
     ),
     "multihop": AgentTask(
         "multi-hop questions with search",
         f"{{name: searchqa, serve: {SEARCH}, agent: {{format: tags, grammar: multi_hop}}, "
         "plan: {prompt_tokens: 400, reply_tokens: 200, observation_tokens: 600, calls: 3, call_s: 0.2}}",
         *(512, 2048, 8192, 8, 2, 100),
+        Supervision(4, 5120, 10, {"3B": (1e-5, 128), "7B": (2e-5, 32), "32B": (1.4e-5, 32)}),
     ),
 }
 AGENT_MODELS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -270,9 +303,10 @@ def _agents() -> list[Callable[[], Settings]]:
     for model, (gpus, layout) in AGENT_MODELS.items():
         size = model.removesuffix("-Instruct").lower().replace(".", "_").replace("-", "_")
         for name, task in AGENT_TASKS.items():
-            about = f"GRPO on {task.about} as in Chain-of-Agents, {model}. {gpus} H100."
+            about = f"SFT, then GRPO on {task.about} as in Chain-of-Agents, {model}. {gpus} H100."
             where = f"{gpus}xh100" if gpus <= NODE else f"{gpus // NODE}nodes"
-            changes = (f"model.path=models/{model}", *task.changes(), *layout)
+            supervision = task.supervision.changes(model.split("-")[1])
+            changes = (f"model.path=models/{model}", *task.changes(), *supervision, *layout)
             made.append(_recipe(f"coa_{size}_{name}_{where}", about, ("8B", "math", gpus), *changes))
     return made
 

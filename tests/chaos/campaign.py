@@ -1,4 +1,4 @@
-"""One run folder that is interrupted again and again, and how far the run was each time."""
+"""A run that is interrupted repeatedly, and its progress at each interruption."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ import whole_runs
 from icrl_megatron.utils import processes
 from icrl_megatron.utils.step_names import step_name, step_of, steps_in
 
-Strike = Callable[["Campaign", random.Random], None]
+Apply = Callable[["Campaign", random.Random], None]
 LIMIT_S = 120.0
 STARTUP_S = 9.0
-"""About how long a run takes to its first step here; random moments in the start-up are drawn from it."""
+"""Approximate seconds until a run's first step; random times during the start-up are drawn from this range."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One kind of fault. `needs` says what is missing to play it here; empty: it can be played."""
+    """One kind of fault. `needs` returns what this machine lacks for it; empty: nothing."""
 
     name: str
-    strike: Strike
+    apply: Apply
     needs: Callable[[], str] = lambda: ""
 
 
 @dataclass
 class Record:
-    """What one fault cost."""
+    """The effects of one fault."""
 
     fault: str
     detail: str = ""
     lost: int = 0
-    """Steps that a checkpoint held and that the resumed run did not go on from."""
+    """Steps that were in a checkpoint but not in the one that the run resumed from."""
     doubled: int = 0
-    """Rows that the finished metrics hold twice; counted at the campaign's last fault."""
+    """Duplicate rows in the final metrics; counted at the campaign's last fault."""
     replayed: int = 0
-    """Steps after the newest checkpoint, played again."""
+    """Steps after the newest checkpoint that were run again."""
     survived: bool = True
 
 
@@ -55,16 +55,16 @@ class Campaign:
     steps: int
     program: tuple[str, ...] = tuple(whole_runs.ICRL)
     environment: dict[str, str] = field(default_factory=dict)
-    """More variables for the run."""
+    """Additional environment variables of the run."""
     process: subprocess.Popen[bytes] = field(init=False)
     records: list[Record] = field(default_factory=list)
     starts: int = 0
     listened: bool = False
-    """Whether the launcher had started its ranks, and so listened to signals, when the last moment was reached."""
-    _given_up: set[str] = field(default_factory=set)
+    """Whether the launcher had started its ranks, and so had its signal handlers, at the last random time."""
+    _damaged: set[str] = field(default_factory=set)
 
     def begin(self) -> None:
-        """Starts the command, unless it is still running. Each start writes a log of its own beside the run folder."""
+        """Starts the command unless it is running. Each start writes a separate log beside the run folder."""
         if self.running():
             return
         self.starts += 1
@@ -75,7 +75,7 @@ class Campaign:
 
     @property
     def faults(self) -> Path:
-        """Where `faulty_run.py` looks for what goes wrong next."""
+        """The folder in which `faulty_run.py` finds the next fault."""
         return self.logs / "faults"
 
     @property
@@ -86,18 +86,18 @@ class Campaign:
         return self.starts > 0 and self.process.poll() is None
 
     def end(self) -> tuple[int, str]:
-        """Waits for the end: (exit code, what was printed)."""
+        """Waits for the end; returns (exit code, output)."""
         code = self.process.wait(LIMIT_S)
         return code, self.log.read_text(errors="replace")
 
     def kill(self) -> None:
-        """SIGKILL for the launcher and everything below it, at once."""
+        """Sends SIGKILL to the launcher and all its descendants."""
         tree = self.tree()
         processes.kill_tree(self.process)
         psutil.wait_procs(tree, timeout=30)
 
-    def go_to_random_moment(self, rng: random.Random) -> None:
-        """Waits for a random moment: some in the start-up, most in a random step. Returns early if the run ends."""
+    def wait_for_random_time(self, rng: random.Random) -> None:
+        """Waits for a random time, mostly in a random step, else during the start-up; returns early if the run ends."""
         if rng.random() < 0.3:
             self.wait(lambda: False, rng.uniform(0, STARTUP_S))
         else:
@@ -105,7 +105,7 @@ class Campaign:
             time.sleep(rng.uniform(0, 0.3))
         self.listened = self.running() and len(self.tree()) > 1
 
-    def go_to_step(self, step: int) -> None:
+    def wait_for_step(self, step: int) -> None:
         self.wait(lambda: self.last_step() >= step, LIMIT_S)
 
     def _wait_for_rows(self, row: int) -> None:
@@ -120,14 +120,14 @@ class Campaign:
         return processes.tree(self.process.pid) if self.running() else []
 
     def ranks(self) -> list[psutil.Process]:
-        """The processes that train."""
+        """The training ranks."""
         return whole_runs.ranks_below(self.process.pid) if self.running() else []
 
     def checkpoints(self) -> list[str]:
         """Names of the complete checkpoints, oldest first."""
         root = self.folder / "checkpoints"
         found = (name for name in map(step_name, steps_in(root)) if (root / name / "icrl.json").exists())
-        return [name for name in found if name not in self._given_up]
+        return [name for name in found if name not in self._damaged]
 
     def saved(self) -> int:
         """Step of the newest complete checkpoint; 0 for none."""
@@ -135,8 +135,8 @@ class Campaign:
         return step_of(names[-1]) or 0 if names else 0
 
     def damaged(self, name: str, how: str) -> None:
-        """From now on `name` does not count as a checkpoint."""
-        self._given_up.add(name)
+        """Marks the checkpoint `name` as damaged; from now on it is not counted."""
+        self._damaged.add(name)
         self.records[-1].detail = f"{name}: {how}"
 
     def last_row(self) -> int:
@@ -149,11 +149,11 @@ class Campaign:
         steps = re.findall(rb'^\{"step": (\d+)', path.read_bytes(), re.MULTILINE)
         return int(steps[-1]) if steps else 0
 
-    def strike(self, fault: Fault, rng: random.Random) -> None:
-        """Plays one fault, starts the run again if it ended, and measures what was lost."""
+    def apply(self, fault: Fault, rng: random.Random) -> None:
+        """Applies one fault, restarts the run if it ended, and records what was lost."""
         self.begin()
         self.records.append(Record(fault.name))
-        fault.strike(self, rng)
+        fault.apply(self, rng)
         if self.running():
             return
         saved, reached = self.saved(), self.last_step()
@@ -166,6 +166,6 @@ class Campaign:
             self.records[-1].lost = max(0, saved - resumed)
 
     def resumed_from(self) -> int | None:
-        """Step of the checkpoint that the newest process went on from; None while it has not said so."""
+        """Step of the checkpoint that the newest process resumed from; None until it is printed."""
         said = re.findall(r"resuming from \S*step_(\d+)", self.log.read_text(errors="replace"))
         return int(said[-1]) if said else None

@@ -14,9 +14,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 FAULTS_ENV = "ICRL_CHAOS_FAULTS"
-"""How many faults are played; 60 by default."""
+"""Number of faults; 60 by default."""
 RECORDS_ENV = "ICRL_CHAOS_RECORDS"
-"""Folder that each campaign leaves its records in; xdist's processes share it."""
+"""Folder for the records of all campaigns, shared by the processes of xdist."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """One line for each kind of fault: how many were survived, and what they cost."""
+    """Prints one line per kind of fault: how many the run survived, and their effects."""
     records = [r for path in sorted(Path(os.environ[RECORDS_ENV]).glob("*.json")) for r in json.loads(path.read_text())]
     if not records:
         return

@@ -1,7 +1,7 @@
-"""The faults of the chaos tests: what each does to a running training run, and what it expects of the run.
+"""The faults of the chaos tests, and how a training run must react to each.
 
-A fault takes a `Campaign` (one run folder, interrupted again and again) and a seeded random generator. It leaves the
-run ended or still running, and raises AssertionError when the run did not react as it should.
+A fault takes a `Campaign` (a run that is interrupted repeatedly) and a seeded random generator. Afterwards the run may
+have ended or not. Raises AssertionError if the run reacted incorrectly.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from pathlib import Path
 
 import psutil
 import whole_runs
-from campaign import LIMIT_S, Campaign, Fault, Strike
-from faulty_run import HANGING, LYING
+from campaign import LIMIT_S, Apply, Campaign, Fault
+from faulty_run import HANGING, WRONG_VALUES
 
 
 def kill_everything(run: Campaign, rng: random.Random) -> None:
     """SIGKILL to the launcher and all ranks at once, as an out-of-memory killer or a power cut would."""
-    run.go_to_random_moment(rng)
+    run.wait_for_random_time(rng)
     run.kill()
 
 
 def kill_one_rank(run: Campaign, rng: random.Random) -> None:
-    """SIGKILL to one rank: the launcher ends the others, says so, and returns 1."""
-    run.go_to_random_moment(rng)
+    """SIGKILL to one rank: the launcher ends the others, reports it and returns 1."""
+    run.wait_for_random_time(rng)
     ranks = run.ranks()
     if not ranks:
         return kill_everything(run, rng)
@@ -40,8 +40,8 @@ def kill_one_rank(run: Campaign, rng: random.Random) -> None:
 
 
 def kill_launcher(run: Campaign, rng: random.Random) -> None:
-    """SIGKILL to the launcher alone: its ranks must not outlive it and keep writing."""
-    run.go_to_random_moment(rng)
+    """SIGKILL to the launcher only: its ranks must end with it."""
+    run.wait_for_random_time(rng)
     below = run.tree()[1:]
     run.process.kill()
     run.process.wait(30)
@@ -49,25 +49,25 @@ def kill_launcher(run: Campaign, rng: random.Random) -> None:
     assert not alive, f"outlived the launcher: {alive}"
 
 
-def stop_by(number: signal.Signals) -> Strike:
-    def strike(run: Campaign, rng: random.Random) -> None:
-        """A stop request: the run saves and ends with 3, and no step that was done is played again."""
-        run.go_to_random_moment(rng)
+def stop_by(number: signal.Signals) -> Apply:
+    def apply(run: Campaign, rng: random.Random) -> None:
+        """A stop request: the run saves and ends with 3, and no completed step is repeated."""
+        run.wait_for_random_time(rng)
         saved = run.saved()
         run.process.send_signal(number)
         code, err = run.end()
-        if code == 0 or not run.listened:  # it ended by itself, or had not started to listen yet
+        if code == 0 or not run.listened:  # it ended by itself, or had no signal handlers yet
             return
         assert code == 3, (code, err)
         assert run.saved() >= saved
         assert run.saved() == run.last_step(), f"stopped at {run.last_step()}, saved {run.saved()}"
 
-    return strike
+    return apply
 
 
 def suspend(run: Campaign, rng: random.Random) -> None:
-    """SIGSTOP to one process for a while, as an overloaded node would: the run goes on as if nothing was."""
-    run.go_to_random_moment(rng)
+    """SIGSTOP to one process for a while, like an overloaded node: the run continues normally."""
+    run.wait_for_random_time(rng)
     tree = run.tree()
     if not tree:
         return
@@ -85,8 +85,8 @@ def suspend(run: Campaign, rng: random.Random) -> None:
 
 
 def fill_disk(run: Campaign, rng: random.Random) -> None:
-    """The file system of the run folder is full from a random moment on: one line, code 2; room makes it go on."""
-    run.go_to_random_moment(rng)
+    """The run folder's file system becomes full: one line, exit code 2; with free space, the run resumes."""
+    run.wait_for_random_time(rng)
     ballast = run.folder.parent / "ballast"
     free = shutil.disk_usage(run.folder.parent).free
     try:
@@ -102,8 +102,8 @@ def fill_disk(run: Campaign, rng: random.Random) -> None:
 
 
 def damage_checkpoint(run: Campaign, rng: random.Random) -> None:
-    """The newest checkpoint is damaged while nothing runs: the run falls back to the one before."""
-    run.go_to_step(rng.randint(5, run.steps - 4))
+    """The newest checkpoint is damaged while the run is stopped: it falls back to the previous one."""
+    run.wait_for_step(rng.randint(5, run.steps - 4))
     run.kill()
     steps = run.checkpoints()
     if len(steps) < 2:
@@ -130,8 +130,8 @@ def damage_checkpoint(run: Campaign, rng: random.Random) -> None:
 
 
 def tear_metrics(run: Campaign, rng: random.Random) -> None:
-    """The last line of metrics.jsonl is cut in the middle, as a crash of the machine leaves it."""
-    run.go_to_random_moment(rng)
+    """The last line of metrics.jsonl is truncated, like after a crash of the machine."""
+    run.wait_for_random_time(rng)
     run.kill()
     path = run.folder / "metrics.jsonl"
     if path.exists() and (data := path.read_bytes()):
@@ -141,9 +141,9 @@ def tear_metrics(run: Campaign, rng: random.Random) -> None:
 
 
 def second_run(run: Campaign, rng: random.Random) -> None:
-    """The same command once more, in the same folder, at the same time: it is refused, and the first goes on."""
-    run.go_to_random_moment(rng)
-    time.sleep(0.3)  # the first holds its lock before it starts ranks
+    """The same command is started a second time: it is rejected, and the first run continues."""
+    run.wait_for_random_time(rng)
+    time.sleep(0.3)  # the first run takes its lock before it starts ranks
     while run.process.poll() is None and not (run.folder / ".job.lock").exists():
         time.sleep(0.05)
     time.sleep(0.3)
@@ -156,21 +156,21 @@ def second_run(run: Campaign, rng: random.Random) -> None:
 
 
 def hang_one_rank(run: Campaign, rng: random.Random) -> None:
-    """A rank is suspended for good: nobody notices by itself, so the user kills the run and starts it again."""
-    run.go_to_random_moment(rng)
+    """A rank is suspended permanently; nothing detects it, so the user kills and restarts the run."""
+    run.wait_for_random_time(rng)
     if not (ranks := run.ranks()):
         return kill_everything(run, rng)
     rng.choice(ranks).suspend()
-    run.process.send_signal(signal.SIGTERM)  # asked to stop: the suspended rank cannot
+    run.process.send_signal(signal.SIGTERM)  # the suspended rank cannot react to the stop request
     time.sleep(rng.uniform(0.2, 1.0))
     run.kill()
     return None
 
 
-def misbehave(kinds: tuple[str, ...]) -> Strike:
-    def strike(run: Campaign, rng: random.Random) -> None:
-        """One episode's environment hangs or lies: that costs the episode at most, and the run goes on."""
-        run.go_to_random_moment(rng)
+def misbehave(kinds: tuple[str, ...]) -> Apply:
+    def apply(run: Campaign, rng: random.Random) -> None:
+        """One episode's environment hangs or returns wrong values: at most that episode is lost."""
+        run.wait_for_random_time(rng)
         kind = rng.choice(kinds)
         token = run.faults / f"{kind}.{len(run.records)}"
         token.touch()
@@ -181,7 +181,7 @@ def misbehave(kinds: tuple[str, ...]) -> Strike:
         run.wait(lambda: run.last_row() > row, LIMIT_S)
         assert run.running() or run.end()[0] == 0, run.end()
 
-    return strike
+    return apply
 
 
 def _no_mount() -> str:
@@ -205,12 +205,12 @@ FAULTS = (
 )
 ENVIRONMENT_FAULTS = (
     Fault("hanging environment", misbehave(HANGING)),
-    Fault("lying environment", misbehave(LYING)),
+    Fault("wrong environment", misbehave(WRONG_VALUES)),
 )
 
 
 def mount_small_disk(folder: Path, mib: int) -> bool:
-    """Mounts a tmpfs of `mib` MiB on `folder`; False where that is not possible."""
+    """Mounts a tmpfs of `mib` MiB on `folder`; returns False if that is not possible."""
     folder.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(folder)], capture_output=True, check=False

@@ -1,7 +1,7 @@
-"""`python faulty_run.py FOLDER train RECIPE ...`: `icrl` as one rank whose environments misbehave on demand.
+"""`python faulty_run.py FOLDER train RECIPE ...`: `icrl` as one rank whose environments have faults on demand.
 
-The task set rulebook_easy takes a file of FOLDER, if there is one, before each step of an environment, and does what
-its name begins with. So a test decides when one episode meets a fault.
+Before each step, an environment of rulebook_easy removes a file from FOLDER, if there is one, and injects the fault in
+its name. So a test decides when an episode has a fault.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from icrl_megatron.types import Task
 
 TASK_SET = "rulebook_easy"
 HANGING = ("sleep", "loop", "regex")
-LYING = ("none", "nan", "type", "raise", "huge")
+WRONG_VALUES = ("none", "nan", "type", "raise", "huge")
 DROPPED = (*HANGING, "none", "nan", "type")
-"""Faults that cost their episode: an exception is tried again, and a text that is too long is cut."""
+"""Faults for which the episode is dropped. After an exception it is retried, and a long text is truncated."""
 
 
 class Misbehaving(Rulebook):
-    """Rulebook; `faults` is the folder that says what goes wrong next."""
+    """Rulebook with the faults from the folder `faults`."""
 
     def __init__(self, faults: Path) -> None:
         super().__init__(TASK_SET)

@@ -1,7 +1,7 @@
-"""Seeded faults over a small run: whatever happens, the same command ends where an undisturbed run ends.
+"""Seeded faults in a small run: afterwards, the same command gives the results of an uninterrupted run.
 
-Every campaign is one run folder that is struck by several faults in a row and then left alone until it is done. Its
-metrics and its exported model must equal, bit for bit, those of a run on the same grid that nothing happened to.
+In each campaign, one run has several faults in a row and then runs to its end. Its metrics and its exported model must
+be bit-identical to those of an uninterrupted run on the same grid.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1200)]
 STEPS = 40
 PER_CAMPAIGN = 6
 DISK_MIB = 24
-"""Of the small file system that the run folders are in; a run of this size takes about 4 MiB."""
+"""Size of the file system with the run folder; a run takes about 4 MiB."""
 GRIDS = {1: (), 2: ("launch.ranks=2", "actor.tensor_parallel=2")}
 WEIGHTS = "model.safetensors"
 
@@ -38,13 +38,13 @@ def total() -> int:
 
 
 def of_environments() -> list[Fault]:
-    """The faults of environments among all: as many of each kind as of the others."""
+    """The environment faults: about as many of each kind as of the other kinds."""
     count = round(total() * len(ENVIRONMENT_FAULTS) / (len(FAULTS) + len(ENVIRONMENT_FAULTS)))
     return [ENVIRONMENT_FAULTS[i % len(ENVIRONMENT_FAULTS)] for i in range(count)]
 
 
 def plan() -> list[tuple[int, int, list[Fault]]]:
-    """(campaign, ranks, its faults): every kind about equally often, in a seeded order; every third at TP 2."""
+    """(campaign, ranks, faults): all kinds about equally often, in a seeded order; every third campaign has TP 2."""
     count = total() - len(of_environments())
     playable = [fault for fault in FAULTS if not fault.needs()]
     rng = random.Random(0)
@@ -69,7 +69,7 @@ def model(finished_run: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Path]]:
-    """A finished run that nothing happened to, by number of ranks."""
+    """Number of ranks -> an uninterrupted run."""
     found = {}
     for ranks in {ranks for _, ranks, _ in plan()}:
         found[ranks] = tmp_path_factory.mktemp(f"undisturbed{ranks}") / "run"
@@ -79,7 +79,7 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.mark.parametrize(("number", "ranks", "faults"), plan(), ids=lambda v: str(v) if isinstance(v, int) else "")
-def test_a_run_that_is_struck_again_and_again_ends_bit_for_bit_the_same(
+def test_run_with_repeated_faults_ends_bit_identical(
     number: int, ranks: int, faults: list[Fault], undisturbed: dict[int, Path], model: Path, tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk"
@@ -92,17 +92,17 @@ def test_a_run_that_is_struck_again_and_again_ends_bit_for_bit_the_same(
         rng = random.Random(1000 + number)
         try:
             for fault in faults:
-                run.strike(fault, rng)
+                run.apply(fault, rng)
             finish(run)
             compare(run, undisturbed[ranks])
         except BaseException:
             run.records[-1].survived = False
             raise
         finally:
-            leave(run, number)
+            write_records(run, number)
 
 
-def test_environments_that_hang_or_lie_cost_their_episodes_alone(model: Path, tmp_path: Path) -> None:
+def test_environment_faults_cost_only_their_episodes(model: Path, tmp_path: Path) -> None:
     folder, steps = tmp_path / "run", 30 * len(of_environments())
     one_rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     words = [*command(folder, model, 1), f"steps={steps}", "eval.interval=0", "rollout.environment_timeout_s=1"]
@@ -112,9 +112,9 @@ def test_environments_that_hang_or_lie_cost_their_episodes_alone(model: Path, tm
     rng = random.Random(7)
     try:
         run.begin()
-        run.go_to_step(1)  # the evaluation before the first step counts nothing
+        run.wait_for_step(1)  # episodes of the first evaluation are not counted
         for fault in of_environments():
-            run.strike(fault, rng)
+            run.apply(fault, rng)
         finish(run)
         rows = [row for row in whole_runs.rows(folder) if "tokens/generated" in row]
         places = [row["step"] for row in rows]
@@ -129,11 +129,11 @@ def test_environments_that_hang_or_lie_cost_their_episodes_alone(model: Path, tm
     finally:
         if run.running():
             run.kill()
-        leave(run, 999)
+        write_records(run, 999)
 
 
 def finish(run: Campaign) -> None:
-    """Lets the run go on until it is done, and once more: a run that is done is not done again."""
+    """Runs the command until it succeeds, at most twice."""
     for _ in range(2):
         run.begin()
         code, printed = run.end()
@@ -152,11 +152,11 @@ def compare(run: Campaign, undisturbed: Path) -> None:
     assert sum(r.lost for r in run.records) == 0, run.records
 
 
-def leave(run: Campaign, number: int) -> None:
+def write_records(run: Campaign, number: int) -> None:
     (Path(os.environ[RECORDS_ENV]) / f"{number:03d}.json").write_text(json.dumps([asdict(r) for r in run.records]))
 
 
-def test_the_plan_plays_every_kind_that_this_machine_can() -> None:
+def test_plan_includes_every_possible_kind_of_fault() -> None:
     played = {fault.name for _, _, faults in plan() for fault in faults}
     missing = {fault.name: fault.needs() for fault in FAULTS if fault.name not in played}
     assert all(missing.values()) or total() < len(FAULTS) + 2, missing

@@ -1,4 +1,4 @@
-"""Starts a real Slurm of four virtual nodes of eight GPUs on this machine, with accounting; ends it afterwards."""
+"""Starts a real Slurm with accounting and four virtual nodes of eight GPUs on this machine, and stops it afterwards."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ def cluster() -> Iterator[Cluster]:
     if os.geteuid() != 0:
         pytest.skip("a Slurm of virtual nodes needs root")
     if shutil.which("mariadbd") is None:
-        pytest.skip("no mariadbd, which keeps Slurm's accounts")
+        pytest.skip("no mariadbd, which Slurm's accounting needs")
     if subprocess.run(["unshare", "--mount", "--uts", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("nodes of their own names need mount namespaces, which are not allowed here")
-    root = Path(tempfile.mkdtemp(prefix="icrl-slurm-"))  # short: munge's socket path is limited
+        pytest.skip("virtual nodes need mount namespaces, which are not allowed here")
+    root = Path(
+        tempfile.mkdtemp(prefix="icrl-slurm-")
+    )  # a short path, because the length of munge's socket path is limited
     plugin = pyxis()
     if plugin is not None:
         (root / "pyxis").mkdir(mode=0o755)
@@ -51,7 +53,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def pyxis() -> Path | None:
-    """The plugin, where it and enroot are installed: below the same prefix, or where Debian's packages put it."""
+    """The pyxis plugin under enroot's prefix; None if it or enroot is not installed."""
     enroot = shutil.which("enroot")
     if enroot is None:
         return None
@@ -61,18 +63,18 @@ def pyxis() -> Path | None:
 
 @pytest.fixture(scope="session")
 def image(cluster: Cluster) -> str:
-    """A container image with this project's dependencies as its python3's; building one takes minutes and 2 GB."""
+    """A container image whose python3 has this project's dependencies. Building one takes minutes and 2 GB."""
     if pyxis() is None:
         pytest.skip("pyxis and enroot are not installed")
     named = os.environ.get("ICRL_TEST_IMAGE", "")
     if not named:
-        pytest.skip("ICRL_TEST_IMAGE names no squashfs image with this project in it")
+        pytest.skip("ICRL_TEST_IMAGE is not set to a squashfs image with this project's dependencies")
     return named
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen3 with random weights that speaks Rulebook's words."""
+    """A tiny Qwen3 with random weights and Rulebook's vocabulary."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
     code = (
         "import sys; from pathlib import Path; from icrl_megatron.settings.schema import TinyModel; "
@@ -87,7 +89,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def nemo() -> str:
-    """The Python that has NeMo-Run: `make install-nemo` makes it."""
+    """The Python interpreter with NeMo-Run, which `make install-nemo` creates."""
     python = os.environ.get("ICRL_NEMO_PYTHON", str(ROOT / ".venv-nemo" / "bin" / "python"))
     if not Path(python).exists():
         pytest.skip("NeMo-Run is not installed: make install-nemo")

@@ -1,4 +1,4 @@
-"""`icrl launch` on the small Slurm, for the tests with and without a container."""
+"""`icrl launch` on the test Slurm, for tests with and without containers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SLURM = ("--on", "slurm", "--account", ACCOUNT, "--partition", PARTITION, "--tim
 
 
 class Nemo:
-    """`icrl launch` and its relatives, in the Python that has NeMo-Run."""
+    """Runs `icrl launch`, status, logs and cancel in the Python interpreter with NeMo-Run."""
 
     def __init__(self, cluster: Cluster, python: str, home: Path) -> None:
         self.cluster, self.python, self.home = cluster, python, home
@@ -32,19 +32,19 @@ def arguments(folder: Path, model: Path, *more: str) -> list[str]:
 
 
 def launched(done: Done) -> str:
-    """The experiment that a launch printed."""
+    """The name of the experiment, from a launch's output."""
     return str(re.search(r"experiment (\S+): icrl status", done.stderr)[1])  # type: ignore[index]
 
 
 def job_of(icrl_nemo: Nemo, experiment: str) -> int:
-    """The number of the Slurm job that an experiment is."""
+    """The Slurm job id of an experiment."""
     return int(re.search(r"job (\d+)", icrl_nemo("status", experiment).stdout)[1])  # type: ignore[index]
 
 
 def failed_after_one_retry(icrl_nemo: Nemo, done: Done) -> str:
-    """What the runs of a job said whose rank 0 fails each time at the same place (FAULTY).
+    """Checks a job whose rank 0 always fails at the same point (FAULTY); returns the output of all its runs.
 
-    NeMo-Run would requeue it a hundred times: the step itself says when the same step would crash again."""
+    NeMo-Run would requeue it a hundred times, but the job step stops after the same crash occurred twice."""
     assert done.returncode == 1, done.stdout + done.stderr
     job = job_of(icrl_nemo, launched(done))
     ended = icrl_nemo.cluster.ended(job)

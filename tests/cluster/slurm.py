@@ -1,4 +1,4 @@
-"""Submits to the small Slurm that `conftest.py` starts, waits for what comes of it, and says what must have come."""
+"""Submits jobs to the test Slurm that `conftest.py` starts, waits for them and checks how they ended."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ TINY = (
     "checkpoint.interval=2",
     "launch.device=cpu",
 )
-"""The recipe's program on a model and a task that two cores can carry."""
+"""Overrides that reduce the recipe to a size that two cores can run."""
 SERVER = ROOT / "tests" / "agentgym_server.py"
 AGENTGYM = (
     "tasks.sources=[{name: alfworld, data: {train: ['0:4'], heldout: ['4:8']}}]",
     f"tasks.sources.0.serve.command={sys.executable} {SERVER} alfworld {{port}} {{host}}",
     "rollout.max_turns=2",
 )
-"""A task behind a server that the job starts."""
+"""A task whose environment server is started by the job."""
 
 
 @dataclass(frozen=True)
@@ -64,20 +64,20 @@ class Ended:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The Slurm of this session."""
+    """The Slurm cluster of this test session."""
 
     env: Mapping[str, str]
     folder: Path
 
     def run(self, *command: str, timeout_s: float = 60, **more: str) -> Done:
-        """A command with the cluster's environment, in the checkout."""
+        """Runs a command with the cluster's environment in the repository's root."""
         env = {**self.env, **more}
         return subprocess.run(
             command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=timeout_s
         )
 
     def sbatch(self, file: str, *arguments: str, options: tuple[str, ...] = (), **more: str) -> int:
-        """Submits slurm/FILE over 2 nodes of one rank each; returns the job's number."""
+        """Submits slurm/FILE on 2 nodes with one rank each; returns the job id."""
         command = ["sbatch", "--parsable", f"--account={ACCOUNT}", "--nodes=2", "--gpus-per-node=1"]
         command += [f"--output={self.folder}/%j.log", *options, f"slurm/{file}", *arguments]
         done = self.run(*command, **more)
@@ -85,13 +85,13 @@ class Cluster:
         return int(done.stdout.strip().split(";")[0])
 
     def checked(self, file: str, options: Sequence[str], arguments: Sequence[str], **more: str) -> Done:
-        """What the same words say with bash in the place of sbatch."""
+        """Runs the same command with bash instead of sbatch, which only checks it."""
         here = [f"--account={ACCOUNT}", "--nodes=2", "--gpus-per-node=1", *options]
         return self.run("bash", f"slurm/{file}", *here, *arguments, **more)
 
     @property
     def local(self) -> Path:
-        """A folder that every node has for itself (up.sh)."""
+        """A folder that each node has its own copy of (up.sh)."""
         return self.folder.parent / "local"
 
     @property
@@ -99,7 +99,7 @@ class Cluster:
         return Path(self.env["ICRL_LOGS"])
 
     def path(self, first: Path) -> str:
-        """PYTHONPATH with another folder before the checkout's."""
+        """PYTHONPATH with `first` in front."""
         return os.pathsep.join((str(first), self.env["PYTHONPATH"]))
 
     def log(self, job: int) -> str:
@@ -107,7 +107,7 @@ class Cluster:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def accounted(self, job: int) -> tuple[str, str, int]:
-        """(state, exit code, restarts) of the newest run of a job; the state is empty until there is one."""
+        """(state, exit code, restarts) of the newest run of a job; the state is empty before the first run."""
         asked = ("sacct", "-n", "-D", "-X", "-P", "-j", str(job), "-o", "State,ExitCode")
         runs = self.run(*asked, timeout_s=20).stdout.split("\n")[:-1]
         if not runs:
@@ -116,7 +116,7 @@ class Cluster:
         return state.split()[0], code, len(runs) - 1
 
     def ended(self, job: int, timeout_s: float = JOB_TIMEOUT_S) -> Ended:
-        """Polls until the job ended; `sbatch --wait` would take much longer."""
+        """Polls until the job has ended; `sbatch --wait` would take much longer."""
         until(lambda: self.accounted(job)[0] in ENDED, lambda: self.log(job), timeout_s)
         return Ended(*self.accounted(job), self.log(job))
 
@@ -134,27 +134,27 @@ def arguments(folder: Path, model: Path, *more: str) -> list[str]:
 
 
 def evaluation(run: Path, cluster: Cluster) -> list[str]:
-    """The words of `icrl eval` after its name; it writes to `eval` in the cluster's folder."""
+    """The arguments of an `icrl eval` that writes to `eval` in the cluster's folder."""
     sizes = ["--problems", "3", "--samples", "2", "launch.device=cpu"]
     return [str(run), *sizes, "--out", str(cluster.folder / "eval")]
 
 
 def await_lines(folder: Path, count: int, cluster: Cluster, job: int) -> None:
-    """Until so many lines of metrics are there."""
+    """Waits until metrics.jsonl has `count` lines."""
     metrics = folder / "metrics.jsonl"
     until(lambda: metrics.exists() and metrics.read_text().count("\n") >= count, lambda: cluster.log(job), 150)
 
 
 def stopped_in_the_middle(cluster: Cluster, job: int, folder: Path) -> Ended:
-    """Has a job stop as Slurm does before its time limit; it must save, be requeued, resume and end well."""
+    """Stops a job like Slurm does before its time limit; it must save, be requeued, resume and complete."""
     await_lines(folder, 2, cluster, job)
-    # What Slurm itself does --signal=B:USR1@120 before the time limit.
+    # The same signal that Slurm sends before the time limit (--signal=B:USR1@120).
     assert cluster.run("scancel", "--batch", "--signal=USR1", str(job)).returncode == 0
     return resumed(cluster, job, folder)
 
 
 def preempt(cluster: Cluster, job: int, folder: Path) -> None:
-    """Has Slurm give a job's nodes to one of the urgent partition, in the middle of its run."""
+    """Submits an urgent job that preempts a running job."""
     await_lines(folder, 1, cluster, job)
     command = ("sbatch", "--parsable", f"--account={ACCOUNT}", f"--partition={URGENT}", "--nodes=4", "--exclusive")
     done = cluster.run(*command, f"--output={cluster.folder}/%j.log", "--wrap", "sleep 1")
@@ -163,7 +163,7 @@ def preempt(cluster: Cluster, job: int, folder: Path) -> None:
 
 
 def resumed(cluster: Cluster, job: int, folder: Path) -> Ended:
-    """The end of a job that was stopped once: it must have saved before its last step, been requeued and gone on."""
+    """Waits for a job that was stopped once: it must have saved before its last step, been requeued and resumed."""
     ended = cluster.ended(job)
     assert (ended.state, ended.restarts) == ("COMPLETED", 1), ended.log
     assert ended.log.count("stopped on request at") == 1
@@ -178,7 +178,7 @@ def icrl(python: str = sys.executable) -> list[str]:
 
 
 def job_environment() -> dict[str, str]:
-    """What a job inherits: this checkout's code, this Python, one rank a node on one thread."""
+    """The environment of jobs: this repository's code, this interpreter, one rank per node with one thread."""
     dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME")
     env = {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith("SLURM_")}
     path = os.pathsep.join(str(p) for p in (ROOT, ROOT / "kernels", ROOT / "recipes"))

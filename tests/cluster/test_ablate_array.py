@@ -1,4 +1,4 @@
-"""`icrl ablate --on slurm` on a real Slurm: the shared start, an array with an interrupted cell, the table."""
+"""`icrl ablate --on slurm` on a real Slurm: the shared start, a job array with an interrupted cell, the table."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def command(out: Path, *more: str) -> list[str]:
 
 
 def states(cluster: Cluster, job: str) -> list[str]:
-    """Of every run of a job or task, the requeued ones too."""
+    """States of all runs of a job or array task, including requeued ones."""
     asked = ("sacct", "-n", "-D", "-X", "-P", "-j", job, "-o", "State")
     return [line.split()[0] for line in cluster.run(*asked, timeout_s=20).stdout.splitlines() if line]
 
@@ -45,7 +45,7 @@ def logs(out: Path) -> str:
     return "\n".join(f"== {p.name}\n{p.read_text(errors='replace')}" for p in sorted((out / "jobs").glob("*.log")))
 
 
-def test_an_array_runs_the_cells_and_goes_on_where_one_was_interrupted(cluster: Cluster) -> None:
+def test_array_runs_all_cells_and_resumes_an_interrupted_one(cluster: Cluster) -> None:
     out = cluster.folder / "ablation"
     done = cluster.run(*command(out, *SLURM), timeout_s=120)
     assert done.returncode == 0, done.stderr
@@ -57,7 +57,7 @@ def test_an_array_runs_the_cells_and_goes_on_where_one_was_interrupted(cluster: 
 
     metrics = out / "icrl_0" / "metrics.jsonl"
     until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, lambda: logs(out), TIMEOUT_S)
-    # What Slurm itself does --signal=B:USR1@120 before the time limit; the array's other task must not notice.
+    # The signal that Slurm sends before the time limit. The other array task must not be affected.
     assert cluster.run("scancel", "--batch", "--signal=USR1", f"{queued['cells']}_0").returncode == 0
     until(lambda: states(cluster, queued["table"])[-1:] in [[s] for s in ENDED], lambda: logs(out), TIMEOUT_S)
 
@@ -75,11 +75,11 @@ def test_an_array_runs_the_cells_and_goes_on_where_one_was_interrupted(cluster: 
     assert [row["arm"] for row in rows] == ["icrl", "grpo"] and all(row["tokens"] > 0 for row in rows)
     assert "Held-out success" in (out / "jobs" / f"table-{queued['table']}.log").read_text()
 
-    shown = cluster.run(*command(out, *SLURM), timeout_s=120)  # nothing is left to queue
+    shown = cluster.run(*command(out, *SLURM), timeout_s=120)  # all cells are done
     assert shown.returncode == 0 and "job" not in shown.stdout and "grpo" in shown.stdout
 
 
-def test_what_slurm_refuses_leaves_nothing_in_the_queue(cluster: Cluster) -> None:
+def test_submission_rejected_by_slurm_queues_nothing(cluster: Cluster) -> None:
     out = cluster.folder / "refused"
     done = cluster.run(*command(out, *SLURM, "--account", "nobody"), timeout_s=120)
     assert done.returncode == 2 and "Invalid account" in done.stderr, done.stderr

@@ -1,4 +1,4 @@
-"""slurm/bench_8b.sbatch on a real Slurm: every benchmark that can run here, small, and the report of them all."""
+"""slurm/bench_8b.sbatch on a real Slurm: all benchmarks that can run here, with small sizes, and their report."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ SMALL = {
     "BENCH_ROLLOUT": "--rounds 1 --requests 8 --tasks 1",
     "BENCH_E2E": "--steps 3",
 }
-"""Of these sizes no number means anything: what is under test is that they are measured and reported."""
+"""Sizes so small that the results are meaningless; the test checks that they are measured and reported."""
 ONE_NODE = ("--nodes=1", "--mem=1G", "--overcommit")
 
 
-def test_a_node_is_measured_and_reported(cluster: Cluster, model: Path) -> None:
+def test_benchmarks_of_a_node_are_reported(cluster: Cluster, model: Path) -> None:
     out, python = cluster.folder / "benchmarks", os.environ.get("ICRL_ENGINE_PYTHON", "")
     names = ["e2e"]
     names += ["head"] if importlib.util.find_spec("liger_kernel") else []
@@ -41,7 +41,7 @@ def test_a_node_is_measured_and_reported(cluster: Cluster, model: Path) -> None:
         ICRL_RANKS_PER_NODE="2",
     )
     ended = cluster.ended(job, timeout_s=500)
-    # Head and step end with 1 where these sizes miss a bar; what failed has no numbers.
+    # At these sizes, head and step may miss a bar and exit with 1.
     assert ended.code in ("0:0", "1:0"), ended.log
     found = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
     assert sorted(found) == sorted(names), ended.log
@@ -51,7 +51,7 @@ def test_a_node_is_measured_and_reported(cluster: Cluster, model: Path) -> None:
     assert found["e2e"]["gpus"] == 2 and found["e2e"]["medians"]["icrl"]["train_s"] > 0
 
 
-def test_what_cannot_be_measured_is_named(cluster: Cluster) -> None:
+def test_impossible_benchmarks_are_rejected_by_name(cluster: Cluster) -> None:
     job = cluster.sbatch("bench_8b.sbatch", options=ONE_NODE, BENCHMARKS="speed", OUT=str(cluster.folder / "none"))
     ended = cluster.ended(job)
     assert (ended.state, ended.code) == ("FAILED", "2:0")

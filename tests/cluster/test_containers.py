@@ -1,9 +1,9 @@
-"""Jobs in containers on the small Slurm, with the real pyxis and enroot.
+"""Jobs in containers on the test Slurm, with the real pyxis and enroot.
 
     PATH=PREFIX/bin:$PATH ICRL_TEST_IMAGE=icrl.sqsh pytest tests/cluster/test_containers.py
 
-The image's python3 must have this project's dependencies; the code is the checkout's, which the jobs mount.
-ICRL_TEST_PYXIS are options of pyxis: use_squashfuse=1, for an image that is too large to be unpacked for each step.
+The image's python3 must have this project's dependencies; the jobs mount the repository's code. ICRL_TEST_PYXIS has
+options of pyxis, such as use_squashfuse=1 for an image that is too large to be unpacked for each step.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from slurm import (
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 
-# A step takes a fraction of a second, and the preemption a second or two.
+# A training step takes a fraction of a second, and a preemption one or two seconds.
 LONG = "steps=16"
 SQUASHFUSE = "use_squashfuse=1" in os.environ.get("ICRL_TEST_PYXIS", "")
 INSIDE = ROOT / "tests" / "cluster" / "inside"
@@ -43,11 +43,11 @@ SERVED = (*AGENTGYM, f"tasks.sources.0.serve.command=python3 {SERVER} alfworld {
 
 
 class Contained:
-    """Submits jobs whose steps run in the image."""
+    """Submits jobs whose steps run in the container image."""
 
     def __init__(self, cluster: Cluster, image: str) -> None:
         self.cluster = cluster
-        # The virtual nodes share a disk: each needs a place of its own for what it unpacks, as real ones have.
+        # The virtual nodes share a disk, but each needs its own folders for unpacked images, like real nodes.
         self.env = {"XDG_RUNTIME_DIR": f"{cluster.local}/run", "XDG_DATA_HOME": f"{cluster.local}/data"}
         self.env |= {"ICRL_CONTAINER": image, "ICRL_PYTHON": "python3"}
 
@@ -65,7 +65,7 @@ def contained(cluster: Cluster, image: str) -> Contained:
 
 @pytest.fixture(scope="module")
 def undisturbed(contained: Contained, cluster: Cluster, model: Path) -> Path:
-    """A run over two nodes that nothing interrupts, and which says where it ran."""
+    """An uninterrupted run on two nodes, whose ranks print their root file system."""
     folder = cluster.folder / "contained"
     ended = contained.ended("icrl_8b.sbatch", *arguments(folder, model, LONG), PYTHONPATH=cluster.path(INSIDE))
     assert (ended.state, ended.code) == ("COMPLETED", "0:0"), ended.log
@@ -81,7 +81,7 @@ def test_two_nodes_train_to_the_end(undisturbed: Path) -> None:
     assert (undisturbed / "hf" / "model.safetensors").exists()
 
 
-def test_usr1_saves_requeues_and_goes_on_to_the_same_metrics(
+def test_job_stopped_by_usr1_resumes_with_the_same_metrics(
     undisturbed: Path, contained: Contained, cluster: Cluster, model: Path
 ) -> None:
     folder = cluster.folder / "contained_stopped"
@@ -90,13 +90,13 @@ def test_usr1_saves_requeues_and_goes_on_to_the_same_metrics(
     assert rows(folder) == rows(undisturbed)
 
 
-def test_a_preempted_job_goes_on_to_the_same_metrics(
+def test_preempted_job_resumes_with_the_same_metrics(
     undisturbed: Path, contained: Contained, cluster: Cluster, model: Path
 ) -> None:
     folder = cluster.folder / "contained_preempted"
     job = contained.sbatch("icrl_8b.sbatch", *arguments(folder, model, LONG))
     preempt(cluster, job, folder)
-    if SQUASHFUSE:  # the signal ends it, and it serves the image's files: on from the last checkpoint
+    if SQUASHFUSE:  # the signal also ends squashfuse, so the job resumes from the last checkpoint
         ended = cluster.ended(job)
         assert (ended.state, ended.restarts) == ("COMPLETED", 1), ended.log
         assert re.search(r"ended with \d+ while stopping", ended.log)
@@ -106,7 +106,7 @@ def test_a_preempted_job_goes_on_to_the_same_metrics(
     assert rows(folder) == rows(undisturbed)
 
 
-def test_a_failing_rank_ends_the_job_with_its_traceback(contained: Contained, cluster: Cluster, model: Path) -> None:
+def test_failing_rank_ends_the_job_with_its_traceback(contained: Contained, cluster: Cluster, model: Path) -> None:
     folder = cluster.folder / "contained_failing"
     ended = contained.ended("icrl_8b.sbatch", *arguments(folder, model), PYTHONPATH=cluster.path(FAULTY))
     assert ended.state == "FAILED"
@@ -114,12 +114,12 @@ def test_a_failing_rank_ends_the_job_with_its_traceback(contained: Contained, cl
     assert "error: crashed twice at -/-" in ended.log
 
 
-def test_servers_beside_a_job_and_its_evaluation(contained: Contained, cluster: Cluster, model: Path) -> None:
+def test_job_and_evaluation_with_environment_servers(contained: Contained, cluster: Cluster, model: Path) -> None:
     folder = cluster.folder / "contained_served"
     ended = contained.ended("icrl_8b.sbatch", *arguments(folder, model, *SERVED, "steps=2"))
     assert (ended.state, ended.code) == ("COMPLETED", "0:0"), ended.log
     assert re.search(r"environment servers of alfworld: http://node\d:\d+", ended.log)
-    more = {"ICRL_MOUNTS": f"{model}:{model}"}  # named by the run's own settings only
+    more = {"ICRL_MOUNTS": f"{model}:{model}"}  # the path occurs only in the run's settings
     ended = contained.ended("eval.sbatch", *evaluation(folder, cluster), options=("--nodes=1",), **more)
     assert (ended.state, ended.code) == ("COMPLETED", "0:0"), ended.log
     found = json.loads((cluster.folder / "eval" / "eval.json").read_text())
@@ -127,8 +127,10 @@ def test_servers_beside_a_job_and_its_evaluation(contained: Contained, cluster: 
 
 
 @pytest.mark.parametrize(("name", "message"), [("icrl.sqsh", "no such file"), ("text.sqsh", "no squashfs image")])
-def test_a_wrong_image(name: str, message: str, contained: Contained, cluster: Cluster, model: Path) -> None:
-    """Before it is queued with bash in the place of sbatch; else the job says it at its start."""
+def test_invalid_image_is_rejected(
+    name: str, message: str, contained: Contained, cluster: Cluster, model: Path
+) -> None:
+    """With bash instead of sbatch, it is rejected before it is queued; otherwise the job fails at its start."""
     (cluster.folder / "text.sqsh").write_text("no image")
     wrong = {**contained.env, "ICRL_CONTAINER": str(cluster.folder / name)}
     words = arguments(cluster.folder / "unborn", model)
@@ -142,14 +144,14 @@ def test_a_wrong_image(name: str, message: str, contained: Contained, cluster: C
     assert len(ended.log.splitlines()) == 1
 
 
-def test_a_folder_that_is_not_mounted(contained: Contained, cluster: Cluster) -> None:
+def test_folder_that_is_not_mounted_is_rejected(contained: Contained, cluster: Cluster) -> None:
     ended = contained.ended("eval.sbatch", "/nowhere/run", options=("--nodes=1",))
     assert (ended.state, ended.code) == ("FAILED", "2:0"), ended.log
     assert "error: /nowhere/run: no such folder" in ended.log
 
 
 class ContainedNemo(Nemo):
-    """`icrl launch` with the image."""
+    """`icrl launch` with the container image."""
 
     def __init__(self, contained: Contained, python: str) -> None:
         super().__init__(contained.cluster, python, contained.cluster.folder / "nemo_contained")
@@ -175,7 +177,7 @@ def test_nemo_run_on_two_nodes(icrl_nemo: ContainedNemo, cluster: Cluster, model
 
 
 def test_nemo_run_retries_a_failing_rank_once(icrl_nemo: ContainedNemo, cluster: Cluster, model: Path) -> None:
-    """The step, which has no scontrol in its image, still says when the same step would crash again."""
+    """The job step detects a repeated crash although its image has no scontrol."""
     folder = cluster.folder / "nemo_contained_failing"
     done = icrl_nemo.launch(*nemo_arguments(folder, model), PYTHONPATH=cluster.path(FAULTY))
     failed_after_one_retry(icrl_nemo, done)

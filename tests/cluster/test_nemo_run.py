@@ -1,4 +1,4 @@
-"""NeMo-Run on this machine and on a real Slurm: the same settings as sbatch, honest exit codes, messages, snapshots."""
+"""NeMo-Run on this machine and on a real Slurm: the same settings as sbatch, exit codes, messages, snapshots."""
 
 from __future__ import annotations
 
@@ -59,19 +59,19 @@ def test_local_and_slurm_run_the_same_settings(icrl_nemo: Nemo, cluster: Cluster
 
 @dataclass(frozen=True)
 class LoginNode:
-    """A machine that has Slurm's clients, behind ssh."""
+    """A machine with Slurm's clients that is reached through ssh."""
 
     host: str
     port: int
     key: Path
     home: Path
     path: str
-    """PATH with an ssh that knows the machine; the user's own list of known machines is left alone."""
+    """PATH with an ssh that knows the machine; the user's known_hosts is not changed."""
 
 
 @pytest.fixture
 def login_node(cluster: Cluster) -> Iterator[LoginNode]:
-    """An sshd of this test's own; only what it starts knows the cluster."""
+    """A separate sshd; only the processes that it starts have the cluster's environment."""
     sshd = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin")
     if sshd is None or shutil.which("ssh-keygen") is None or shutil.which("rsync") is None:
         pytest.skip("no openssh-server or rsync: make system-packages")
@@ -141,8 +141,8 @@ def test_environment_servers_on_one_machine(icrl_nemo: Nemo, cluster: Cluster, m
     assert (folder / "hf" / "model.safetensors").exists()
 
 
-def test_a_wrong_model_is_not_exit_code_0(icrl_nemo: Nemo, cluster: Cluster, model: Path) -> None:
-    # Known only to the ranks: the tokenizer's file is there, and is not one.
+def test_broken_model_gives_exit_code_1(icrl_nemo: Nemo, cluster: Cluster, model: Path) -> None:
+    # Only the ranks detect it: the tokenizer file exists but is invalid.
     broken = cluster.folder / "broken"
     cluster.run("cp", "-r", str(model), str(broken))
     (broken / "tokenizer.json").write_text("{}")
@@ -151,13 +151,13 @@ def test_a_wrong_model_is_not_exit_code_0(icrl_nemo: Nemo, cluster: Cluster, mod
     assert "the tokenizer cannot be loaded" in done.stdout + done.stderr
 
 
-def test_a_failing_rank_is_retried_once_with_its_traceback(icrl_nemo: Nemo, cluster: Cluster, model: Path) -> None:
+def test_failing_rank_is_retried_once_with_its_traceback(icrl_nemo: Nemo, cluster: Cluster, model: Path) -> None:
     folder = cluster.folder / "nemo_failing"
     done = icrl_nemo.launch(*arguments(folder, model), *SLURM, PYTHONPATH=cluster.path(FAULTY))
     assert failed_after_one_retry(icrl_nemo, done).count("crash 1 of at most 3") == 1
 
 
-def test_detached_jobs_are_followed_and_cancelled(icrl_nemo: Nemo, cluster: Cluster, model: Path) -> None:
+def test_detached_job_can_be_followed_and_cancelled(icrl_nemo: Nemo, cluster: Cluster, model: Path) -> None:
     folder = cluster.folder / "nemo_cancelled"
     begun = icrl_nemo.launch(*arguments(folder, model, "steps=5000"), *SLURM, "--detach")
     assert begun.returncode == 0, begun.stdout + begun.stderr
@@ -167,7 +167,7 @@ def test_detached_jobs_are_followed_and_cancelled(icrl_nemo: Nemo, cluster: Clus
     assert icrl_nemo("cancel", experiment).returncode == 0
     assert cluster.ended(job).state == "CANCELLED"
     until(lambda: cluster.run("squeue", "-h", "-j", str(job)).stdout.strip() == "", lambda: "", 60)
-    assert cluster.accounted(job)[2] == 0  # nothing brought it back
+    assert cluster.accounted(job)[2] == 0  # it was not requeued
     assert icrl_nemo("status", experiment).returncode == 1
 
 
@@ -182,7 +182,7 @@ def test_detached_jobs_are_followed_and_cancelled(icrl_nemo: Nemo, cluster: Clus
         (["--on", "moon"], "choose local or slurm"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_queued(
+def test_errors_are_reported_before_anything_is_queued(
     more: list[str], message: str, icrl_nemo: Nemo, cluster: Cluster, model: Path
 ) -> None:
     done = icrl_nemo.launch(*arguments(cluster.folder / "nemo_wrong", model), *SLURM, *more)
@@ -192,7 +192,7 @@ def test_what_is_wrong_is_said_before_anything_is_queued(
 
 
 @pytest.mark.parametrize("kind", ["bare", "container"])
-def test_generated_script_is_the_snapshot(kind: str, icrl_nemo: Nemo, cluster: Cluster, model: Path) -> None:
+def test_generated_script_equals_the_snapshot(kind: str, icrl_nemo: Nemo, cluster: Cluster, model: Path) -> None:
     more = ["--container", "registry.example/icrl:1"] if kind == "container" else []
     done = icrl_nemo.launch(*arguments(cluster.folder / "nemo_dry", model), *SLURM, *more, "--dry-run")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -205,7 +205,7 @@ def test_generated_script_is_the_snapshot(kind: str, icrl_nemo: Nemo, cluster: C
 
 
 def normalised(output: str, cluster: Cluster, model: Path) -> str:
-    """The generated script without what differs from machine to machine and run to run."""
+    """The generated script without parts that differ between machines and runs."""
     script = output[output.index("#!/bin/bash") :]
     known = {cluster.env["ICRL_PYTHON"]: "PYTHON", str(cluster.folder): "CLUSTER", str(model): "MODEL"}
     for path, name in {**known, str(ROOT): "CHECKOUT"}.items():
@@ -214,7 +214,7 @@ def normalised(output: str, cluster: Cluster, model: Path) -> str:
     return "\n".join(line.rstrip() for line in script.strip().splitlines()) + "\n"
 
 
-def test_factories_wrap_the_same_settings(nemo: str, cluster: Cluster) -> None:
+def test_factories_have_the_same_settings(nemo: str, cluster: Cluster) -> None:
     code = (
         "from icrl_megatron.launch import nemo; from icrl_recipes import registry; import nemo_run as run; "
         "assert nemo.register_factories() == list(registry()); "

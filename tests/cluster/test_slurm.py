@@ -1,5 +1,5 @@
-"""Real jobs on a real Slurm: training over two nodes, environment servers, stops and requeues, crashes, evaluation, and
-what is refused."""
+"""Real jobs on a real Slurm: training on two nodes, environment servers, stops and requeues, crashes, evaluation, and
+rejected submissions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FILES = sorted(path.name for path in (ROOT / "slurm").glob("*.sbatch"))
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, model: Path) -> Path:
-    """A run over two nodes that nothing interrupts."""
+    """An uninterrupted run on two nodes."""
     folder = cluster.folder / "undisturbed"
     ended = cluster.ended(cluster.sbatch("icrl_8b.sbatch", *arguments(folder, model)))
     assert (ended.state, ended.code) == ("COMPLETED", "0:0"), ended.log
@@ -44,12 +44,12 @@ def test_two_nodes_train_to_the_end(undisturbed: Path) -> None:
     found = rows(undisturbed)
     assert found[-1]["step"] == STEPS
     entropies = {row["actor/entropy"] for row in found if "actor/entropy" in row}
-    assert len(entropies) == STEPS  # something is learned, so that equal metrics mean equal weights
+    assert len(entropies) == STEPS  # the weights change, so equal metrics imply equal weights
     assert (undisturbed / "hf" / "model.safetensors").exists()
     assert "tensor_parallel: 2" in (undisturbed / "settings.yaml").read_text()
 
 
-def test_usr1_saves_requeues_and_goes_on_to_the_same_metrics(undisturbed: Path, cluster: Cluster, model: Path) -> None:
+def test_job_stopped_by_usr1_resumes_with_the_same_metrics(undisturbed: Path, cluster: Cluster, model: Path) -> None:
     folder = cluster.folder / "stopped"
     job = cluster.sbatch("icrl_8b.sbatch", *arguments(folder, model))
     stopped_in_the_middle(cluster, job, folder)
@@ -58,7 +58,7 @@ def test_usr1_saves_requeues_and_goes_on_to_the_same_metrics(undisturbed: Path, 
 
 @pytest.fixture(scope="module")
 def preempted(cluster: Cluster, model: Path) -> tuple[Path, int]:
-    """A run with an environment server beside it, and its job, which was preempted once."""
+    """The folder and job id of a run with an environment server that was preempted once."""
     folder = cluster.folder / "preempted"
     job = cluster.sbatch("icrl_8b.sbatch", *arguments(folder, model, *AGENTGYM))
     preempt(cluster, job, folder)
@@ -67,22 +67,22 @@ def preempted(cluster: Cluster, model: Path) -> tuple[Path, int]:
     return folder, job
 
 
-def test_no_step_is_lost_or_doubled_by_preemption(preempted: tuple[Path, int]) -> None:
+def test_preemption_neither_loses_nor_repeats_steps(preempted: tuple[Path, int]) -> None:
     assert [row["step"] for row in rows(preempted[0]) if "actor/entropy" in row] == [1, 2, 3, 4]
 
 
-def test_servers_run_beside_a_job(preempted: tuple[Path, int], cluster: Cluster) -> None:
+def test_environment_servers_run_during_the_job(preempted: tuple[Path, int], cluster: Cluster) -> None:
     folder, job = preempted
     for restart in (0, 1):
         asked = (cluster.logs / f"job.{job}" / f"servers.{restart}" / "alfworld.0.log").read_text()
-        assert asked.count("POST /create") > 8  # one that looks whether it plays, and the episodes of two nodes
+        assert asked.count("POST /create") > 8  # one for the check, and the episodes of two nodes
     assert "servers: []" in (folder / "settings.yaml").read_text()
     steps = cluster.run("sacct", "-n", "-P", "-j", str(job), "-o", "JobID,State").stdout
-    assert f"{job}.1|" in steps  # the servers, and the ranks
+    assert f"{job}.1|" in steps  # two job steps: servers and ranks
     assert "RUNNING" not in steps  # the servers ended with the job
 
 
-def test_servers_that_do_not_start_end_the_job(cluster: Cluster, model: Path) -> None:
+def test_failed_environment_server_ends_the_job(cluster: Cluster, model: Path) -> None:
     broken = ("tasks.sources.0.serve.command=echo no games here; exit 3 # {port}",)
     job = cluster.sbatch("icrl_8b.sbatch", *arguments(cluster.folder / "unserved", model, *AGENTGYM, *broken))
     ended = cluster.ended(job)
@@ -92,7 +92,7 @@ def test_servers_that_do_not_start_end_the_job(cluster: Cluster, model: Path) ->
     assert "no games here" in ended.log
 
 
-def test_a_failing_rank_ends_the_job_with_its_traceback(cluster: Cluster, model: Path) -> None:
+def test_failing_rank_ends_the_job_with_its_traceback(cluster: Cluster, model: Path) -> None:
     folder = cluster.folder / "failing"
     ended = cluster.ended(cluster.sbatch("icrl_8b.sbatch", *arguments(folder, model), PYTHONPATH=cluster.path(FAULTY)))
     assert ended.state == "FAILED"
@@ -100,10 +100,10 @@ def test_a_failing_rank_ends_the_job_with_its_traceback(cluster: Cluster, model:
     assert "RuntimeError: injected fault of rank 1" in ended.log
     assert "retrying in 0.5 s" in ended.log
     assert ended.log.count("crash 1 of at most 3") == 1
-    assert "error: crashed twice at -/-" in ended.log  # not a third time
+    assert "error: crashed twice at -/-" in ended.log  # and is not tried a third time
 
 
-def test_a_cancelled_job_does_not_come_back(cluster: Cluster, model: Path) -> None:
+def test_cancelled_job_is_not_requeued(cluster: Cluster, model: Path) -> None:
     folder = cluster.folder / "cancelled"
     job = cluster.sbatch("icrl_8b.sbatch", *arguments(folder, model, "steps=5000"))
     await_lines(folder, 1, cluster, job)
@@ -114,7 +114,7 @@ def test_a_cancelled_job_does_not_come_back(cluster: Cluster, model: Path) -> No
 
 
 def test_evaluation(preempted: tuple[Path, int], cluster: Cluster) -> None:
-    """`icrl eval` starts the servers of the run that it evaluates, and a rank for each GPU of the node."""
+    """`icrl eval` starts the environment servers of the evaluated run, and one rank per GPU of the node."""
     job = cluster.sbatch(
         "eval.sbatch", *evaluation(preempted[0], cluster), options=("--nodes=1",), ICRL_RANKS_PER_NODE="2"
     )
@@ -131,13 +131,13 @@ def test_evaluation(preempted: tuple[Path, int], cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_slurm_accepts_every_file(file: str, cluster: Cluster) -> None:
+def test_slurm_accepts_every_batch_file(file: str, cluster: Cluster) -> None:
     done = cluster.run("sbatch", "--test-only", "--account=icrl", f"slurm/{file}")
     assert done.returncode == 0, done.stderr
 
 
-def test_what_is_wrong_ends_the_job_at_once(undisturbed: Path, cluster: Cluster, model: Path) -> None:
-    """One job for each place where it can come out: the settings, the run that is there already, the other nodes."""
+def test_errors_end_the_job_at_once(undisturbed: Path, cluster: Cluster, model: Path) -> None:
+    """One job per place where errors are found: the settings, an existing run, the other nodes."""
     nowhere, other = "model.path=/nowhere/Qwen3-8B", "optim.beta1=0.8"
     wrong = [cluster.sbatch("icrl_8b.sbatch", *arguments(cluster.folder / "wrong", model, nowhere))]
     wrong += [cluster.sbatch("icrl_8b.sbatch", *arguments(undisturbed, model, other))]
@@ -167,9 +167,7 @@ def test_what_is_wrong_ends_the_job_at_once(undisturbed: Path, cluster: Cluster,
         (["run_dir=/proc/run"], "run folder /proc/run cannot be written"),
     ],
 )
-def test_bash_in_the_place_of_sbatch_says_what_is_wrong(
-    words: list[str], message: str, cluster: Cluster, model: Path
-) -> None:
+def test_check_with_bash_reports_errors(words: list[str], message: str, cluster: Cluster, model: Path) -> None:
     options = [word for word in words if word.startswith("--")]
     changes = [word for word in words if word not in options]
     done = cluster.checked("icrl_8b.sbatch", options, arguments(cluster.folder / "unborn", model, *changes))
@@ -178,14 +176,14 @@ def test_bash_in_the_place_of_sbatch_says_what_is_wrong(
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_an_unknown_recipe_is_known_before_it_is_queued(cluster: Cluster, model: Path) -> None:
+def test_check_with_bash_reports_an_unknown_recipe(cluster: Cluster, model: Path) -> None:
     words = arguments(cluster.folder / "unborn", model)
     done = cluster.checked("icrl_8b.sbatch", [], words, RECIPE="qwen3_8b_alfword_4xh100")
     assert done.returncode == 2
     assert "did you mean qwen3_8b_alfworld_4xh100" in done.stderr
 
 
-def test_bash_in_the_place_of_sbatch_queues_nothing(cluster: Cluster, model: Path) -> None:
+def test_check_with_bash_queues_nothing(cluster: Cluster, model: Path) -> None:
     newest = cluster.run("sacct", "-n", "-X", "-P", "-o", "JobID").stdout
     done = cluster.checked("icrl_8b.sbatch", ["--time=01:00:00"], arguments(cluster.folder / "unborn", model))
     assert done.returncode == 0, done.stderr
@@ -195,7 +193,7 @@ def test_bash_in_the_place_of_sbatch_queues_nothing(cluster: Cluster, model: Pat
     assert not (cluster.folder / "unborn").exists()
 
 
-def test_a_multi_node_recipe_is_not_started_on_one_machine(cluster: Cluster, model: Path) -> None:
+def test_multi_node_recipe_is_not_started_on_one_machine(cluster: Cluster, model: Path) -> None:
     command = [*icrl(), "train", "qwen3_8b_2nodes", *arguments(cluster.folder / "alone", model)]
     done = cluster.run(*command, timeout_s=120)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""`icrl ablate`: its plan, its arms as settings, and two arms that are run, interrupted and resumed for real."""
+"""`icrl ablate`: its plan, its arms as settings, and real runs of two arms that are interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from icrl_megatron.utils.intervals import Difference
 OUT = Path("nowhere")
 
 
-def test_every_arm_is_settings_that_every_recipe_takes_and_the_guide_explains() -> None:
+def test_every_arm_is_valid_for_every_recipe_and_listed_in_the_guide() -> None:
     guide = (Path(__file__).parents[2] / "docs" / "BASELINES.md").read_text()
     for name, arm in ARMS.items():
         assert f"| `{name}` |" in guide
@@ -32,7 +32,7 @@ def test_every_arm_is_settings_that_every_recipe_takes_and_the_guide_explains() 
             assert (loaded != settings.load(recipe)) == (name != "icrl")
 
 
-def test_the_baseline_of_a_run_is_the_arm_at_equal_cost(tmp_path: Path) -> None:
+def test_the_baseline_of_a_run_has_the_settings_of_the_arm_at_equal_cost(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 5, "tokens/generated_total": 1234}\n')
     run = settings.load("rulebook_easy", ["baseline=grpo", f"run_dir={tmp_path}", "steps=7"])
     made = phases._baseline(run, tmp_path)
@@ -42,7 +42,7 @@ def test_the_baseline_of_a_run_is_the_arm_at_equal_cost(tmp_path: Path) -> None:
     assert (made.rollout.rounds, made.max_generated_tokens, made.steps) == (1, 1234, 700)
 
 
-def test_cells_begin_with_the_arm_that_sets_the_budget() -> None:
+def test_cells_of_the_arm_that_sets_the_budget_come_first() -> None:
     plan = parse("rulebook_hard", "grpo,icrl", "3,1", OUT, [], "icrl")
     assert plan.cells() == [("icrl", 3), ("icrl", 1), ("grpo", 3), ("grpo", 1)]
     assert parse("rulebook_hard", "all", "0", OUT, [], "").arms == tuple(ARMS)
@@ -58,15 +58,13 @@ def test_cells_begin_with_the_arm_that_sets_the_budget() -> None:
         (("rulebook_hard", "icrl", "0", OUT, ["step=1"], ""), r"unknown setting"),
     ],
 )
-def test_mistakes_are_named_before_anything_runs(
-    arguments: tuple[str, str, str, Path, list[str], str], message: str
-) -> None:
+def test_invalid_arguments_are_refused(arguments: tuple[str, str, str, Path, list[str], str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(*arguments)
 
 
 @pytest.mark.slow
-def test_two_arms_run_stop_and_go_on(tmp_path: Path) -> None:
+def test_two_arms_run_and_finished_cells_are_not_repeated(tmp_path: Path) -> None:
     out = tmp_path / "ablation"
     command = ["ablate", "rulebook_easy", "steps=2", *SMALL, *WARM_START, "--out", str(out)]
     command += ["--arms", "icrl,grpo", "--seeds", "0", "--budget-of", "icrl"]
@@ -90,8 +88,7 @@ def test_two_arms_run_stop_and_go_on(tmp_path: Path) -> None:
     evaluated = [r for r in rows if "heldout/critique_free" in r]
     assert icrl_row["curve"]["x"] == [r["tokens/generated_total"] for r in evaluated]
     assert icrl_row["curve"]["mean"] == pytest.approx([r["heldout/critique_free"] for r in evaluated], abs=1e-6)
-    # What evaluations cost is counted apart from what training cost.
-    (cell,) = icrl_row["cells"]
+    (cell,) = icrl_row["cells"]  # tokens of evaluations are counted separately
     assert cell["generated_tokens"] == sum(r.get("tokens/generated", 0) for r in rows)
     assert cell["evaluation_tokens"] == sum(r["tokens/evaluation"] for r in evaluated) > 0
     code, shown, err = icrl(*command, "--table")
@@ -110,5 +107,4 @@ def test_the_tables_fit_a_terminal_of_80_columns() -> None:
         console.print(one)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert len(shown) == 2 and "…" not in text
-    for cells in ("not_internalised", "100.0 [100.0, 100.0]", "123.46M", "1000000", *tasks):
-        assert cells in text
+    assert all(part in text for part in ("not_internalised", "100.0 [100.0, 100.0]", "123.46M", "1000000", *tasks))

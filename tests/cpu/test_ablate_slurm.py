@@ -1,4 +1,4 @@
-"""What `icrl ablate --on slurm` would queue, and what each task of the array then does; tests/cluster runs it."""
+"""The jobs that `icrl ablate --on slurm` submits, and the command of each array task; tests/cluster runs them."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def plan(folder: Path, budget_of: str = "", *overrides: str) -> AblationPlan:
     return parse("rulebook_easy", "grpo,icrl", "0,1", folder, overrides, budget_of)
 
 
-def end(folder: Path, *cells: str) -> None:
-    """Makes these cells finished ones that generated 1234 tokens."""
+def finish(folder: Path, *cells: str) -> None:
+    """Writes the files of finished cells that generated 1234 tokens."""
     for cell in cells:
         (folder / cell).mkdir(parents=True)
         (folder / cell / "report.json").write_text("{}")
         (folder / cell / "metrics.jsonl").write_text('{"step": 5, "tokens/generated_total": 1234}\n')
 
 
-def warm(folder: Path) -> None:
+def finish_warm_start(folder: Path) -> None:
     (folder / "start" / "warm_start" / "hf").mkdir(parents=True)
 
 
 def arrays(asked: AblationPlan) -> dict[str, tuple[str | None, tuple[str, ...]]]:
-    """Name -> (the array's tasks, what it waits for)."""
+    """Job -> (the array's tasks, the jobs it waits for)."""
     found = {}
     for one in jobs(asked, Path("/plan.json"), QUEUE):
         array = next((w.removeprefix("--array=") for w in one.command if w.startswith("--array=")), None)
@@ -41,21 +41,21 @@ def arrays(asked: AblationPlan) -> dict[str, tuple[str | None, tuple[str, ...]]]
     return found
 
 
-def test_one_array_between_the_shared_start_and_the_table(tmp_path: Path) -> None:
+def test_an_array_of_unfinished_cells_runs_after_the_warm_start_and_before_the_table(tmp_path: Path) -> None:
     assert arrays(plan(tmp_path)) == {
         "start": (None, ()),
         "cells": ("0,1,2,3%2", ("start",)),
         "table": (None, ("start", "cells")),
     }
-    warm(tmp_path)
-    end(tmp_path, "grpo_1")
+    finish_warm_start(tmp_path)
+    finish(tmp_path, "grpo_1")
     assert arrays(plan(tmp_path)) == {"cells": ("0,2,3%2", ()), "table": (None, ("cells",))}
-    end(tmp_path, "grpo_0", "icrl_0", "icrl_1")
+    finish(tmp_path, "grpo_0", "icrl_0", "icrl_1")
     assert arrays(plan(tmp_path)) == {}
 
 
-def test_the_arm_that_sets_the_budget_runs_first(tmp_path: Path) -> None:
-    warm(tmp_path)
+def test_cells_of_the_arm_that_sets_the_budget_run_first(tmp_path: Path) -> None:
+    finish_warm_start(tmp_path)
     assert arrays(plan(tmp_path, "icrl")) == {
         "budget": ("0,1%2", ()),
         "cells": ("2,3%2", ("budget",)),
@@ -63,8 +63,8 @@ def test_the_arm_that_sets_the_budget_runs_first(tmp_path: Path) -> None:
     }
 
 
-def test_a_job_asks_for_what_the_recipe_needs(tmp_path: Path) -> None:
-    warm(tmp_path)
+def test_a_job_requests_the_nodes_and_gpus_of_the_recipe(tmp_path: Path) -> None:
+    finish_warm_start(tmp_path)
     asked = plan(tmp_path, "", "launch.nodes=2", "launch.ranks=8")
     cells, table = jobs(asked, Path("/plan.json"), QUEUE)
     assert {"--account=A", "--partition=P", "--time=04:00:00", "--nodes=2", "--gpus-per-node=8"} < set(cells.command)
@@ -72,13 +72,13 @@ def test_a_job_asks_for_what_the_recipe_needs(tmp_path: Path) -> None:
     assert table.any_end and not cells.any_end
     assert {"--nodes=1", "--time=00:15:00"} < set(table.command) and table.command[-1] == "table"
     names = {w for one in (cells, table) for w in one.command if w.startswith("--job-name=")}
-    assert len(names) == 1  # by which they are found in the queue
+    assert len(names) == 1  # so that all jobs can be found in the queue
 
 
-def test_a_task_is_the_command_of_its_cell(tmp_path: Path) -> None:
+def test_an_array_task_runs_the_command_of_its_cell(tmp_path: Path) -> None:
     asked = plan(tmp_path, "icrl", "steps=2")
     assert words(asked, "start") == ["sft", "rulebook_easy", "steps=2", f"run_dir={tmp_path}/start"]
-    warm(tmp_path)
+    finish_warm_start(tmp_path)
     assert words(asked, "start") == []
     first = words(asked, "1")
     assert first[:3] == ["train", "rulebook_easy", "steps=2"]
@@ -86,20 +86,20 @@ def test_a_task_is_the_command_of_its_cell(tmp_path: Path) -> None:
     assert {f"run_dir={tmp_path}/icrl_1", "seed=1", "warm_start.steps=0", model} < set(first)
     with pytest.raises(ConfigError, match="sets the budget and is not finished"):
         words(asked, "3")
-    end(tmp_path, "icrl_1")
+    finish(tmp_path, "icrl_1")
     assert words(asked, "1") == []
     assert {"max_generated_tokens=1234", "rollout.rounds=1"} < set(words(asked, "3"))
 
 
-def test_plans_are_read_as_they_were_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    warm(tmp_path)
+def test_a_saved_plan_is_loaded_unchanged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finish_warm_start(tmp_path)
     asked = plan(tmp_path, "", "steps=2")
     file = save_plan(asked)
     assert load_plan(file) == asked
-    assert save_plan(plan(tmp_path, "", "steps=3")) != file  # jobs in the queue keep theirs
+    assert save_plan(plan(tmp_path, "", "steps=3")) != file  # submitted jobs still read the earlier plan
     job.main(["cell", str(file), "2"])
     assert capsys.readouterr().out.splitlines() == words(asked, "2")
-    end(tmp_path, "icrl_0")
+    finish(tmp_path, "icrl_0")
     job.main(["cell", str(file), "2"])
     assert capsys.readouterr().out.strip() == ""
     file.write_text(json.dumps({"recipe": "x"}))
@@ -108,10 +108,9 @@ def test_plans_are_read_as_they_were_written(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
-    [("actor.tensor_parallel=3", "does not divide"), ("model.path=/nowhere", "no such folder")],
+    ("override", "message"), [("actor.tensor_parallel=3", "does not divide"), ("model.path=/nowhere", "no such folder")]
 )
-def test_what_would_end_a_cell_is_said_before_anything_is_queued(
+def test_settings_that_would_fail_are_refused_before_a_job_is_submitted(
     override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -121,7 +120,9 @@ def test_what_would_end_a_cell_is_said_before_anything_is_queued(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_slurm_or_the_checkout_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_submitting_without_slurm_or_outside_the_checkout_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="no sbatch here"):
         submit(plan(tmp_path), QUEUE)

@@ -1,4 +1,4 @@
-"""The AgentGym client against real HTTP servers: both dialects of every environment, and every way to fail."""
+"""The AgentGym client against real HTTP servers: both dialects of every environment, and every failure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from icrl_megatron.settings.task_options import ServedSource, ServerData
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks import servers
 from icrl_megatron.tasks.agentgym import AgentGym, AgentGymEnvironment, probe
-from icrl_megatron.tasks.base import EnvironmentFailure, StepResult
+from icrl_megatron.tasks.base import EnvironmentFailure
 from icrl_megatron.tasks.servers import Pool, Refused
 from icrl_megatron.telemetry.metrics import rollout_metrics
 from icrl_megatron.types import Completion
@@ -44,16 +44,21 @@ def gym(name: str, *urls: str, timeout_s: float = 10.0) -> AgentGym:
     return AgentGym(ServedSource(name, data=data))
 
 
+def first(task_set: AgentGym, index: int = 0) -> AgentGymEnvironment:
+    """The environment of a training problem."""
+    return task_set.environment(task_set.problems("train")[index])
+
+
 def reply(name: str, action: str) -> str:
     return f"I think so. {action}" if name == "searchqa" else f"I think <action>no</action> <action> {action} </action>"
 
 
-async def played(environment: AgentGymEnvironment, name: str, actions: list[str]) -> list[str]:
+async def observed(environment: AgentGymEnvironment, name: str, *actions: str) -> list[str]:
+    """The observations of an episode with these actions."""
     seen = [await environment.reset()]
     for action in actions:
-        parsed = environment.parse(reply(name, action))
-        assert parsed == action
-        result: StepResult = await environment.step(parsed)
+        assert environment.parse(reply(name, action)) == action
+        result = await environment.step(action)
         seen.append(result.observation)
         if result.done:
             break
@@ -62,45 +67,39 @@ async def played(environment: AgentGymEnvironment, name: str, actions: list[str]
 
 @pytest.mark.parametrize(("name", "dialect"), BOTH)
 def test_a_recorded_episode_of_every_environment(name: str, dialect: str) -> None:
-    first, steps = TALKS[name]
+    problem, steps = TALKS[name]
     actions = [s[0] for s in steps if s[0] != "<answer>Rome</answer>"]
     with serving(name, dialect) as (url, state):
-        task_set = gym(name, url)
-        environment = task_set.environment(task_set.problems("train")[2])
-        seen = asyncio.run(played(environment, name, actions))
-        assert len(seen) == len(actions) + 1 and first in seen[0]
+        environment = first(gym(name, url), 2)
+        seen = asyncio.run(observed(environment, name, *actions))
+        assert len(seen) == len(actions) + 1 and problem in seen[0]
         assert seen[0].startswith(dialects.ENVIRONMENTS[name].instruction)
         assert [t for t, _ in state.open.values()] == [2]
         assert environment.success() is (name != "webshop")
         assert environment.outcome() == pytest.approx({"webshop": 0.6667, "babyai": 0.86}.get(name, 1.0))
         assert "Boil water." in seen[0] or name != "sciworld" or dialect == "B"
-        # The next round is a reset of the same environment on the same server.
+        # The next round resets the same environment on the same server.
         asyncio.run(environment.reset())
         assert (state.made, environment.outcome(), environment.success()) == (1, 0.0, False)
 
 
-def test_alfworld_lists_what_can_be_done_at_the_start_and_when_nothing_happened() -> None:
+def test_alfworld_lists_the_available_actions_at_the_start_and_after_an_action_without_effect() -> None:
     with serving("alfworld") as (url, _):
-        task_set = gym("alfworld", url)
-        seen = asyncio.run(
-            played(task_set.environment(task_set.problems("train")[0]), "alfworld", ["look", "move mug 1 to desk 1"])
-        )
+        seen = asyncio.run(observed(first(gym("alfworld", url)), "alfworld", "look", "move mug 1 to desk 1"))
     assert seen[0].endswith("\nAVAILABLE ACTIONS: look,move mug 1 to desk 1")
     assert seen[1] == "Nothing happens.\nAVAILABLE ACTIONS: look" and seen[2] == "You move the mug 1."
 
 
 def test_any_answer_ends_a_search_episode() -> None:
     with serving("searchqa") as (url, _):
-        task_set = gym("searchqa", url)
-        environment = task_set.environment(task_set.problems("train")[0])
-        seen = asyncio.run(played(environment, "searchqa", ["<answer>Rome</answer>", "<answer>Paris</answer>"]))
+        environment = first(gym("searchqa", url))
+        seen = asyncio.run(observed(environment, "searchqa", "<answer>Rome</answer>", "<answer>Paris</answer>"))
     assert len(seen) == 2 and not environment.success() and "not solved" in environment.summary()
 
 
-def test_negative_scores_are_zero_and_the_last_reward_counts() -> None:
+def test_a_negative_score_counts_as_0_and_the_last_reward_is_the_outcome() -> None:
     with serving("sciworld") as (url, _):
-        task_set = gym("sciworld", url)
-        environment = task_set.environment(task_set.problems("train")[0])
+        environment = first(gym("sciworld", url))
 
         async def scores() -> list[float]:
             await environment.reset()
@@ -118,7 +117,7 @@ def test_an_environment_is_closed_when_its_episode_is_over() -> None:
         task_set = gym("babyai", url)
 
         async def episode() -> None:
-            environment = task_set.environment(task_set.problems("train")[0])
+            environment = first(task_set)
             await environment.reset()
             assert task_set.pool().servers[0].episodes == 1
             del environment
@@ -141,12 +140,12 @@ def textcraft() -> Iterator[tuple[str, State]]:
         yield pair
 
 
-def fails(url: str, timeout_s: float = 10.0) -> str:
-    """Why an episode of two steps was lost."""
-    task_set = gym("textcraft", url, timeout_s=timeout_s)
-    environment = task_set.environment(task_set.problems("train")[0])
+def failure(url: str, timeout_s: float = 10.0) -> str:
+    """The error of an episode of two steps."""
     with pytest.raises(EnvironmentFailure) as raised:
-        asyncio.run(played(environment, "textcraft", ["inventory", "craft 4 stick"]))
+        asyncio.run(
+            observed(first(gym("textcraft", url, timeout_s=timeout_s)), "textcraft", "inventory", "craft 4 stick")
+        )
     return str(raised.value)
 
 
@@ -168,34 +167,32 @@ def fails(url: str, timeout_s: float = 10.0) -> str:
         ("/reset", [503] * 9, "HTTP 503"),
     ],
 )
-def test_every_error_costs_the_episode_and_pays_nothing(
+def test_an_error_of_the_server_fails_the_episode(
     textcraft: tuple[str, State], path: str, what: list[object], message: str
 ) -> None:
     url, state = textcraft
     state.fail[path] = what * (4 if path == "/create" else 1)
-    assert message in fails(url)
+    assert message in failure(url)
 
 
 @pytest.mark.parametrize("status", [200, 400, 404, 409, 500])
 @pytest.mark.parametrize("name", sorted(TALKS))
-def test_every_error_of_dialect_b_costs_the_episode(name: str, status: int) -> None:
+def test_an_error_of_dialect_b_fails_the_episode_in_every_environment(name: str, status: int) -> None:
     error = {"error": {"code": f"code_{status}", "message": "not so", "retryable": False, "details": {"env_id": 0}}}
     with serving(name, "B") as (url, state):
         state.fail["/step"] = [(status, error)]
-        task_set = gym(name, url)
-        environment = task_set.environment(task_set.problems("train")[0])
+        environment = first(gym(name, url))
         with pytest.raises(EnvironmentFailure, match=f"code_{status}"):
-            asyncio.run(played(environment, name, [TALKS[name][1][0][0]]))
+            asyncio.run(observed(environment, name, TALKS[name][1][0][0]))
         assert state.calls["/step"] == 1 and environment.outcome() == 0.0 and not environment.success()
 
 
 @pytest.mark.parametrize("path", ["/reset", "/step", "/close"])
 @pytest.mark.parametrize("name", sorted(TALKS))
-def test_an_environment_the_server_forgot_is_said_in_each_ones_words(name: str, path: str) -> None:
-    """As each of them does: HTTP 200 with an error, a bare 500, or 404; never a reward, and closing never fails."""
+def test_an_environment_that_the_server_no_longer_has_fails_the_episode(name: str, path: str) -> None:
+    """Depending on the server: HTTP 200 with an error, a bare 500, or 404. Closing never fails."""
     with serving(name) as (url, state):
-        task_set = gym(name, url)
-        environment = task_set.environment(task_set.problems("train")[0])
+        environment = first(gym(name, url))
 
         async def forgotten() -> None:
             await environment.reset()
@@ -211,8 +208,7 @@ def test_an_environment_the_server_forgot_is_said_in_each_ones_words(name: str, 
 
 
 @pytest.mark.parametrize("reward", [7, -3, 1e300, None, "1", True])
-def test_a_reward_out_of_range_costs_its_episode_and_is_counted(textcraft: tuple[str, State], reward: object) -> None:
-    """One of four episodes is lost, and the other three, and with them the run, go on."""
+def test_a_reward_out_of_range_drops_its_episode_only(textcraft: tuple[str, State], reward: object) -> None:
     url, state = textcraft
     state.fail = {"/step": [(200, {"observation": "x", "reward": reward, "done": True})]}
     task_set = gym("textcraft", url)
@@ -234,31 +230,30 @@ def test_a_reward_out_of_range_costs_its_episode_and_is_counted(textcraft: tuple
     assert (row["infrastructure/bad_answers"], row["episodes/dropped"]) == (1, 1)
 
 
-def test_what_may_pass_is_tried_again(textcraft: tuple[str, State]) -> None:
+def test_passing_errors_are_retried(textcraft: tuple[str, State]) -> None:
     url, state = textcraft
     state.fail = {"/create": [503, "drop"], "/reset": ["drop", 502], "/step": [503]}
-    task_set = gym("textcraft", url)
-    environment = task_set.environment(task_set.problems("train")[0])
-    asyncio.run(played(environment, "textcraft", ["craft 4 stick"]))
+    environment = first(gym("textcraft", url))
+    asyncio.run(observed(environment, "textcraft", "craft 4 stick"))
     assert environment.success()
     assert state.calls["/reset"] == 3 and state.calls["/step"] == 2
 
 
-def test_a_step_whose_answer_was_lost_is_not_taken_twice(textcraft: tuple[str, State]) -> None:
+def test_a_step_whose_answer_was_lost_is_not_repeated(textcraft: tuple[str, State]) -> None:
     url, state = textcraft
     state.fail = {"/step": ["drop"]}
-    fails(url)
+    failure(url)
     assert state.calls["/step"] == 1
 
 
-def test_no_call_waits_longer_than_its_deadline(textcraft: tuple[str, State]) -> None:
+def test_a_call_fails_after_its_time_limit(textcraft: tuple[str, State]) -> None:
     url, state = textcraft
     state.fail = {"/step": ["hang"]}
-    assert "did not answer within 0.3 s" in fails(url, timeout_s=0.3)
+    assert "did not answer within 0.3 s" in failure(url, timeout_s=0.3)
 
 
-def test_a_step_is_not_lost_on_a_connection_that_closed_while_nobody_looked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it is while an engine in this process generates, and the server ends idle connections."""
+def test_a_step_does_not_use_a_connection_that_the_server_has_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While an engine generates in this process, the event loop does not notice that a server ends idle connections."""
     monkeypatch.setattr(connections, "KEEP_ALIVE_S", 0.1)
     ready, done = threading.Event(), threading.Event()
     found: list[str] = []
@@ -276,7 +271,7 @@ def test_a_step_is_not_lost_on_a_connection_that_closed_while_nobody_looked(monk
         pool = Pool(found, 5.0)
         for _ in range(2):
             await pool.call(pool.servers[0], "POST", "/step", {}, again=False)
-            time.sleep(1.0)  # as a batch on the CPU does
+            time.sleep(1.0)  # blocks the event loop, as a batch on the CPU does
 
     server = threading.Thread(target=asyncio.run, args=[serve()])
     server.start()
@@ -288,34 +283,31 @@ def test_a_step_is_not_lost_on_a_connection_that_closed_while_nobody_looked(monk
         server.join(30)
 
 
-def test_a_server_that_is_down_is_said_to_be() -> None:
-    assert "cannot be reached" in fails("http://127.0.0.1:9")
+def test_a_server_that_is_down_cannot_be_reached() -> None:
+    assert "cannot be reached" in failure("http://127.0.0.1:9")
 
 
-def test_a_sick_server_gets_no_more_episodes() -> None:
-    with serving("textcraft") as (well, state), serving("textcraft") as (sick, broken):
+def test_a_failing_server_gets_no_more_episodes() -> None:
+    with serving("textcraft") as (good, state), serving("textcraft") as (bad, broken):
         broken.fail = {"/create": [503] * 1000}
-        task_set = gym("textcraft", sick, well)
+        task_set = gym("textcraft", bad, good)
 
         async def many() -> None:
             for _ in range(12):
-                environment = task_set.environment(task_set.problems("train")[0])
-                await environment.reset()
-                del environment
+                await first(task_set).reset()
 
         asyncio.run(many())
         assert state.made == 12
-        assert broken.calls["/create"] <= 2 * servers.TRIES  # and then it rested
-        bad = next(s for s in task_set.pool().servers if s.url == sick)
-        assert bad.paused_until > 0
+        assert broken.calls["/create"] <= 2 * servers.TRIES  # then it is paused
+        assert next(s for s in task_set.pool().servers if s.url == bad).paused_until > 0
 
 
-def test_episodes_go_where_the_fewest_are_and_stay_there() -> None:
-    with serving("babyai") as (a, first), serving("babyai", "B") as (b, second):
+def test_an_episode_stays_on_the_server_that_had_the_fewest() -> None:
+    with serving("babyai") as (a, one), serving("babyai", "B") as (b, other):
         task_set = gym("babyai", a, b)
 
         async def together() -> None:
-            environments = [task_set.environment(task_set.problems("train")[i % 4]) for i in range(8)]
+            environments = [first(task_set, i % 4) for i in range(8)]
             for environment in environments:
                 await environment.reset()
             assert [s.episodes for s in task_set.pool().servers] == [4, 4]
@@ -323,10 +315,10 @@ def test_episodes_go_where_the_fewest_are_and_stay_there() -> None:
             assert all(e.success() for e in environments)
 
         asyncio.run(together())
-        assert (first.made, second.made) == (4, 4)
+        assert (one.made, other.made) == (4, 4)
 
 
-def test_all_sick_is_said(textcraft: tuple[str, State]) -> None:
+def test_if_all_servers_fail_the_error_says_so() -> None:
     pool = Pool(["http://127.0.0.1:9"], 1.0)
     for _ in range(servers.MAX_FAILURES):
         pool.servers[0].failed()
@@ -334,14 +326,14 @@ def test_all_sick_is_said(textcraft: tuple[str, State]) -> None:
         pool.choose()
 
 
-def test_the_probe_tells_the_dialects_apart() -> None:
-    for dialect in "AB":
-        with serving("babyai", dialect) as (url, _):
-            pool = Pool([url], 5.0)
-            assert asyncio.run(probe(pool, pool.servers[0])) == dialect
+@pytest.mark.parametrize("dialect", ["A", "B"])
+def test_the_probe_finds_the_dialect(dialect: str) -> None:
+    with serving("babyai", dialect) as (url, _):
+        pool = Pool([url], 5.0)
+        assert asyncio.run(probe(pool, pool.servers[0])) == dialect
 
 
-def test_refusals_carry_what_was_said(textcraft: tuple[str, State]) -> None:
+def test_a_refusal_has_the_status_and_text_of_the_answer(textcraft: tuple[str, State]) -> None:
     pool = Pool([textcraft[0]], 5.0)
     with pytest.raises(Refused) as raised:
         asyncio.run(pool.call(pool.servers[0], "POST", "/reset", {}))
@@ -349,7 +341,7 @@ def test_refusals_carry_what_was_said(textcraft: tuple[str, State]) -> None:
 
 
 @given(st.text(max_size=200), st.sampled_from(sorted(TALKS)))
-def test_no_reply_breaks_the_parser(text: str, name: str) -> None:
+def test_any_reply_can_be_parsed(text: str, name: str) -> None:
     found = dialects.action_of(name, text)
     assert found is None or found.strip()
     inner = text.replace("<", "").replace(">", "").strip()
@@ -370,7 +362,7 @@ def test_no_reply_breaks_the_parser(text: str, name: str) -> None:
     st.sampled_from(BOTH),
     st.sampled_from(["reset", "step"]),
 )
-def test_no_answer_of_a_server_is_more_than_a_protocol_error(answer: object, which: tuple[str, str], kind: str) -> None:
+def test_a_malformed_answer_is_a_protocol_error(answer: object, which: tuple[str, str], kind: str) -> None:
     name, dialect = which
     dialects.failure(answer)
     try:

@@ -1,4 +1,4 @@
-"""What settings, files of ids and `icrl env check` say about AgentGym servers."""
+"""AgentGym servers: invalid settings, files of ids, and `icrl env check`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def gym(name: str, *urls: str) -> AgentGym:
     ("text", "message"),
     [('{"task_id": "7"}\n{"task_id": "7"}', "line 2: duplicate task_id 7"), ("{}", "line 1"), ("", "no rows")],
 )
-def test_bad_files_of_ids_are_named(tmp_path: Path, text: str, message: str) -> None:
+def test_malformed_files_of_ids_are_refused(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "ids.jsonl"
     file.write_text(text)
     task_set = AgentGym(ServedSource("babyai", data=ServerData(train=[str(file)])))
@@ -38,7 +38,7 @@ def test_bad_files_of_ids_are_named(tmp_path: Path, text: str, message: str) -> 
         task_set.problems("train")
 
 
-def test_ids_from_the_references_file(tmp_path: Path) -> None:
+def test_ids_are_read_from_a_file_in_the_format_of_the_reference(tmp_path: Path) -> None:
     file = tmp_path / "train.jsonl"
     file.write_text(json.dumps({"task_id": "2420", "metadata": {"data_source": "alfworld", "subset": "pick"}}) + "\n")
     task_set = registry.of_source(ALFWorldSource("alfworld", data=GameData(train=[str(file)], heldout=["0:2"])))
@@ -47,20 +47,22 @@ def test_ids_from_the_references_file(tmp_path: Path) -> None:
     assert [t.task_id for t in task_set.problems("heldout")] == ["alfworld/heldout/0", "alfworld/heldout/1"]
 
 
-def test_settings_that_cannot_work() -> None:
-    for data, message in (
-        (ServerData(train=["5:5"]), "empty range"),
-        (ServerData(train=["nowhere.jsonl"]), "neither a range"),
-        (ServerData(), "has no train ids"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            AgentGym(ServedSource("babyai", data=data)).problems("train")
-    for urls, message in (([], "no servers"), (["host:1"], "is not an address")):
-        with pytest.raises(ConfigError, match=message):
-            gym("babyai", *urls).pool()
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [(["5:5"], "empty range"), (["nowhere.jsonl"], "neither a range"), ([], "has no train ids")],
+)
+def test_invalid_ids_are_refused(train: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        AgentGym(ServedSource("babyai", data=ServerData(train=train))).problems("train")
 
 
-def test_check_refuses_a_server_of_another_kind_before_the_run() -> None:
+@pytest.mark.parametrize(("urls", "message"), [([], "no servers"), (["host:1"], "is not an address")])
+def test_invalid_addresses_are_refused(urls: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        gym("babyai", *urls).pool()
+
+
+def test_a_server_of_another_environment_is_refused_before_the_run() -> None:
     with serving("babyai") as (url, _):
         gym("babyai", url).check()
         with pytest.raises(ConfigError, match=r"'webshop'.*icrl env check"):
@@ -70,7 +72,7 @@ def test_check_refuses_a_server_of_another_kind_before_the_run() -> None:
 
 
 @pytest.mark.parametrize(("name", "dialect"), [("alfworld", "A"), ("webshop", "A"), ("searchqa", "A"), ("babyai", "B")])
-def test_env_check_says_what_a_server_is(name: str, dialect: str) -> None:
+def test_env_check_prints_environment_and_dialect(name: str, dialect: str) -> None:
     console = Console(record=True, width=200)
     with serving(name, dialect) as (url, state):
         assert check(url, name, 0, 10.0, console) == 0
@@ -84,7 +86,7 @@ def test_env_check_says_what_a_server_is(name: str, dialect: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(TALKS))
-def test_env_check_finds_out_the_kind(name: str) -> None:
+def test_env_check_recognizes_every_environment(name: str) -> None:
     console = Console(record=True, width=200)
     with serving(name) as (url, _):
         assert check(url, "", 0, 10.0, console) == 0

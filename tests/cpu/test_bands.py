@@ -10,26 +10,26 @@ from hypothesis import strategies as st
 from icrl_megatron.report.bands import arm_band, band, interval
 
 
-def test_seeds_that_measured_at_the_same_places_keep_them() -> None:
+def test_a_band_has_the_x_values_that_all_seeds_share() -> None:
     found = band([([0.0, 10.0, 20.0], [0.0, 0.4, 0.8]), ([0.0, 10.0, 20.0], [0.2, 0.6, 1.0])])
     assert (found.seeds, found.x) == (2, (0.0, 10.0, 20.0))
     assert found.mean == pytest.approx((0.1, 0.5, 0.9))
     assert found.low == pytest.approx((0.0, 0.4, 0.8)) and found.high == pytest.approx((0.2, 0.6, 1.0))
 
 
-def test_no_seed_is_continued_beyond_what_it_measured() -> None:
+def test_no_curve_is_extrapolated() -> None:
     found = band([([0.0, 100.0], [0.0, 1.0]), ([10.0, 60.0], [0.5, 0.5]), ([], [])], points=6)
     assert found.seeds == 2
     assert found.x == pytest.approx((10.0, 20.0, 30.0, 40.0, 50.0, 60.0))
     assert found.mean == pytest.approx([(x / 100 + 0.5) / 2 for x in found.x])
 
 
-def test_small_numbers_keep_their_digits_and_costs_theirs() -> None:
+def test_small_and_large_numbers_keep_their_digits() -> None:
     found = band([([1.0, 12_345_678.0], [2.1417063e-7, 0.5])])
     assert found.x == (1.0, 12_345_678.0) and found.mean == pytest.approx((2.1417063e-7, 0.5), rel=1e-5)
 
 
-def test_one_seed_is_its_own_curve_and_none_is_nothing() -> None:
+def test_the_band_of_one_seed_is_its_curve_and_of_none_is_empty() -> None:
     alone = band([([1.0, 2.0], [0.3, 0.4])])
     assert alone.mean == alone.low == alone.high == (0.3, 0.4)
     assert band([]).seeds == 0 and band([]).x == ()
@@ -37,20 +37,20 @@ def test_one_seed_is_its_own_curve_and_none_is_nothing() -> None:
 
 
 @given(st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=2, max_size=6))
-def test_the_mean_lies_in_its_interval_and_that_among_the_seeds(values: list[list[float]]) -> None:
+def test_the_mean_is_in_its_interval_and_the_interval_in_the_range_of_the_seeds(values: list[list[float]]) -> None:
     low, mean, high = interval(np.asarray(values))
     assert (low <= mean + 1e-9).all() and (mean <= high + 1e-9).all()
     assert (low >= np.min(values, axis=0) - 1e-9).all() and (high <= np.max(values, axis=0) + 1e-9).all()
 
 
-def test_the_interval_of_many_seeds_is_the_normal_one() -> None:
+def test_the_interval_of_many_seeds_is_close_to_the_normal_interval() -> None:
     values = np.random.default_rng(0).normal(0.5, 0.1, size=(400, 1))
     low, mean, high = interval(values)
     half = 1.96 * values.std() / 20
     assert (low[0], high[0]) == pytest.approx((mean[0] - half, mean[0] + half), abs=0.002)
 
 
-def test_evaluations_are_placed_at_the_tokens_generated_by_then() -> None:
+def test_evaluations_are_plotted_over_the_tokens_generated_so_far() -> None:
     rows = [{"step": 0.0, "heldout/critique_free": 0.1, "tokens/generated_total": 0.0}, {"step": 1.0}]
     rows += [{"step": 2.0, "heldout/critique_free": 0.7, "tokens/generated_total": 50.0}]
     assert arm_band([rows]).x == (0.0, 50.0) and arm_band([rows]).mean == (0.1, 0.7)

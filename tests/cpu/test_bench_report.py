@@ -1,13 +1,13 @@
-"""The benchmarks' one schema, and the report made of it; a real run is measured by bench_e2e."""
+"""The schema of all benchmark results, the report of them, and bench_e2e on a real run."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from commands import python
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -32,20 +32,16 @@ def test_every_result_has_the_common_keys(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"schema": 1}'])
-def test_what_is_no_result_is_refused(text: str, tmp_path: Path) -> None:
+def test_files_without_a_result_are_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "odd.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"odd\.json"):
         bench_schema.read(path)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "bench_report.py"), str(path)],
-        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
+    done = python(ROOT / "tools" / "bench_report.py", path, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
 
 
-def test_report_puts_the_prediction_beside_the_measurement(tmp_path: Path) -> None:
+def test_the_report_has_measured_and_predicted_values(tmp_path: Path) -> None:
     predicted = {"gpu": "h100", "train_s": 1.5, "rollout_s": 3.5, "step_s": 5.0, "tokens_per_s_a_gpu": 10.0}
     results = [result(predicted=predicted), result()]
     table = bench_report.rows(results)
@@ -64,11 +60,9 @@ def test_committed_results_follow_the_schema() -> None:
 
 def test_a_real_run_is_measured(finished_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "e2e.json"
-    command = [sys.executable, str(ROOT / "tools" / "bench_e2e.py"), "rulebook_easy", "--run", str(finished_run)]
-    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, check=False, timeout=60)
+    done = python(ROOT / "tools" / "bench_e2e.py", "rulebook_easy", "--run", finished_run, "--out", out)
     assert done.returncode == 0, done.stderr
     medians = bench_schema.read(out)["medians"]["icrl"]
-    assert medians["step_s"] == pytest.approx(
-        sum(medians[f"{n}_s"] for n in ("rollout", "score", "train", "sync", "pack"))
-    )
+    parts = ("rollout", "score", "train", "sync", "pack")
+    assert medians["step_s"] == pytest.approx(sum(medians[f"{n}_s"] for n in parts))
     assert medians["tokens_per_s_a_gpu"] > 0

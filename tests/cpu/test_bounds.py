@@ -1,6 +1,5 @@
-"""Answers that are too long, compressed, endless, slow or nonsense, from real servers and processes: each costs what is
-allowed to be read of it, and its episode.
-"""
+"""Answers of real servers and processes that are too long, compressed, endless, slow or malformed: no more than the
+limit is read, and the request fails."""
 
 from __future__ import annotations
 
@@ -50,14 +49,14 @@ Sends = Callable[["Sender"], None]
 
 
 class Sender(Handler):
-    """Answers every request with what `sends` writes, and counts the bytes that the client took."""
+    """Answers every request with the output of `sends`, and counts the bytes that were sent."""
 
     sends: Sends
     sent: list[int]
 
     def do_GET(self) -> None:
         self.body()
-        with contextlib.suppress(OSError):  # the client has read enough
+        with contextlib.suppress(OSError):  # the client has closed the connection
             type(self).sends(self)
         self.close_connection = True
 
@@ -112,7 +111,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def search(sends: Sends, timeout_s: float = 20.0, limit: int = LIMIT) -> tuple[list[str] | EnvironmentFailure, int]:
-    """(what a retriever's client makes of an answer, the bytes that were sent)."""
+    """(the result of a search with this answer, the number of bytes sent)."""
     with serving(sends) as (url, sent):
         try:
             return asyncio.run(RemoteRetriever([url], timeout_s, limit).search("words", 3)), sent[0]
@@ -142,7 +141,7 @@ def test_no_more_than_the_limit_is_read(sends: Sends) -> None:
     tracemalloc.stop()
     assert isinstance(found, BadAnswer)
     assert f"answered more than rollout.max_observation_bytes = {LIMIT} bytes" in str(found)
-    assert sent < 10 * MIB  # the limit, and what the kernel keeps for both ends
+    assert sent < 10 * MIB  # the limit and the kernel's buffers
     assert peak < 16 * MIB
 
 
@@ -182,7 +181,7 @@ def test_damaged_or_unknown_compression_is_a_failure(content: bytes, encoding: s
     assert isinstance(found, EnvironmentFailure) and "broke off" in str(found)
 
 
-def test_an_answer_that_never_ends_has_its_time() -> None:
+def test_an_answer_that_never_ends_fails_after_the_time_limit() -> None:
     begun = time.monotonic()
     found, _ = search(trickles, timeout_s=0.3)
     assert isinstance(found, EnvironmentFailure) and "did not answer within 0.3 s" in str(found)
@@ -190,21 +189,24 @@ def test_an_answer_that_never_ends_has_its_time() -> None:
 
 
 @pytest.mark.parametrize("content", [DEEP, b"\xff\xfe", b'{"result": 1' + b"0" * 5000 + b"}", b"", b"null", b"NaN"])
-def test_nonsense_is_a_failure(content: bytes) -> None:
+def test_a_malformed_answer_is_a_failure(content: bytes) -> None:
     assert isinstance(search(whole(content), limit=MIB)[0], EnvironmentFailure)
 
 
-def test_an_environment_server_that_says_too_much_is_named() -> None:
+def gym(name: str, url: str, limit: int = LIMIT) -> AgentGym:
+    return AgentGym(ServedSource(name, data=ServerData(train=["0:2"], heldout=["2:3"], servers=[url])), limit)
+
+
+def test_a_long_answer_of_an_environment_server_names_the_setting() -> None:
     with serving(whole(LONG)) as (url, _):
-        source = ServedSource("textcraft", data=ServerData(train=["0:2"], heldout=["2:3"], servers=[url]))
-        task_set = AgentGym(source, LIMIT)
+        task_set = gym("textcraft", url)
         with pytest.raises(BadAnswer, match=rf"max_observation_bytes = {LIMIT}"):
             asyncio.run(task_set.environment(task_set.problems("train")[0]).reset())
         with pytest.raises(ConfigError, match="max_observation_bytes"):
             task_set.check()
 
 
-def test_env_check_of_an_endless_server_ends() -> None:
+def test_env_check_of_an_endless_answer_ends() -> None:
     with serving(endless) as (url, _), pytest.raises(ConfigError, match="answers, but not as textcraft"):
         env_check.check(url, "textcraft", 0, 10.0)
 
@@ -220,23 +222,22 @@ def test_env_check_of_an_endless_server_ends() -> None:
         {"observation": None, "reward": 0, "done": False},
     ],
 )
-def test_answers_of_other_types_do_not_fit_the_protocol(answer: dict[str, Any]) -> None:
+def test_answers_with_wrong_types_are_protocol_errors(answer: dict[str, Any]) -> None:
     with pytest.raises(ProtocolError):
         dialects.reply_of("A", "textcraft", answer, "step")
 
 
 @pytest.mark.parametrize("actions", [3, "look", {"look": 1}, [["look"]], [None]])
-def test_actions_that_are_no_list_of_texts_are_none(actions: object) -> None:
+def test_available_actions_that_are_not_a_list_of_texts_are_ignored(actions: object) -> None:
     answer = {"observation": "x", "reward": 0, "done": False, "available_actions": actions}
     assert dialects.reply_of("A", "alfworld", answer, "step").actions == ()
 
 
 def test_two_episodes_never_share_an_environment() -> None:
-    """A server that answers every /create with one id."""
+    """The server answers every /create with the same id."""
     answer = json.dumps({"id": 0, "observation": "go", "reward": 0, "done": False}).encode()
     with serving(lambda handler: whole(b"{}" if handler.path == "/close" else answer)(handler)) as (url, _):
-        source = ServedSource("babyai", data=ServerData(train=["0:2"], heldout=["2:3"], servers=[url]))
-        task_set = AgentGym(source)
+        task_set = gym("babyai", url)
 
         async def both() -> None:
             first, second = (task_set.environment(task) for task in task_set.problems("train"))
@@ -249,7 +250,7 @@ def test_two_episodes_never_share_an_environment() -> None:
         asyncio.run(both())
 
 
-# Other answers
+# External models, engines and worker processes
 
 
 PROMPTER = Prompter(build_tokenizer(["up", *template_words("compact")]), RolloutSettings(templates="compact"))
@@ -266,12 +267,12 @@ def said(text: str) -> bytes:
 
 
 @pytest.mark.parametrize("sends", [whole(said("up " * (4 * MIB))), endless], ids=["long", "endless"])
-def test_a_critic_that_says_too_much_fails_its_request(sends: Sends) -> None:
+def test_a_critique_that_is_too_long_fails_its_request(sends: Sends) -> None:
     with pytest.raises(RequestFailedError, match="the answer has more than"):
         critic(sends)
 
 
-def test_a_critics_text_is_encoded_as_far_as_it_may_be_used() -> None:
+def test_a_critique_is_cut_at_its_token_limit() -> None:
     completion = critic(whole(said("up " * 300_000)))
     assert (len(completion.ids), completion.finish_reason) == (8, "length")
     assert critic(whole(said("up up"))).finish_reason == "stop"
@@ -283,7 +284,7 @@ def test_an_endless_list_of_models_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("sends", "timeout_s"), [(endless, 60.0), (trickles, 0.3)], ids=["endless", "trickles"])
-def test_a_servers_control_answers_are_bounded(sends: Sends, timeout_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_servers_answers_are_limited(sends: Sends, timeout_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sglang_server, "_ANSWER_BYTES", MIB)
     begun = time.monotonic()
     with serving(sends) as (url, sent), pytest.raises(NoAnswerError):
@@ -293,7 +294,7 @@ def test_a_servers_control_answers_are_bounded(sends: Sends, timeout_s: float, m
 
 @pytest.fixture
 def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Makes a module whose process is ready, and then answers each line with what an expression says."""
+    """Makes a module whose process prints "ready" and then, for each line, the value of an expression."""
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
 
     def make(expression: str) -> str:
@@ -304,7 +305,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], s
     return make
 
 
-def test_a_workers_line_is_bounded(worker: Callable[[str], str]) -> None:
+def test_a_workers_answer_is_limited(worker: Callable[[str], str]) -> None:
     made = Worker(worker("'x' * (2 << 20)"), LIMIT)
     with pytest.raises(ValueError, match=f"more than {LIMIT} bytes"):
         made.ask({}, 20.0)
@@ -312,16 +313,16 @@ def test_a_workers_line_is_bounded(worker: Callable[[str], str]) -> None:
 
 
 @pytest.mark.parametrize("expression", ["'no json'", "'[1]'", "'[' * 100_000", "'1' * 5000"])
-def test_a_worker_that_answers_nonsense_is_dead(worker: Callable[[str], str], expression: str) -> None:
+def test_a_worker_with_a_malformed_answer_is_ended(worker: Callable[[str], str], expression: str) -> None:
     made = Worker(worker(expression), LIMIT)
     with pytest.raises(EOFError):
         made.ask({}, 20.0)
     assert made._process.returncode is not None
 
 
-def test_a_game_that_says_too_much_names_the_setting(worker: Callable[[str], str]) -> None:
-    table = GameProcess(20.0, LIMIT)
-    table._worker = Worker(worker("'x' * (2 << 20)"), LIMIT)
+def test_a_long_answer_of_a_game_names_the_setting(worker: Callable[[str], str]) -> None:
+    process = GameProcess(20.0, LIMIT)
+    process._worker = Worker(worker("'x' * (2 << 20)"), LIMIT)
     with pytest.raises(EnvironmentFailure, match=f"max_observation_bytes = {LIMIT}"):
-        asyncio.run(table.ask({"do": "step"}))
-    table.close()
+        asyncio.run(process.ask({"do": "step"}))
+    process.close()

@@ -1,4 +1,4 @@
-"""Whatever the code of a task returns or raises: an episode, or a dropped one that says why. Never an exception."""
+"""Whatever a task's code returns or raises, the result is an episode or a dropped one with a reason, never an error."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from icrl_megatron.utils.errors import ConfigError
 
 
 class Text(str):
-    """A str whose methods lie."""
+    """A str with broken methods."""
 
     def __len__(self) -> int:
         return 10**9
@@ -86,22 +86,22 @@ ODD: tuple[Callable[[], Any], ...] = tuple(
 ODDER: tuple[Callable[[], Any], ...] = (*ODD, Hostile, a_generator, too_deep, lambda: StepResult("up", Hostile()))  # type: ignore[arg-type]
 PLAIN = st.text() | st.floats() | st.integers() | st.binary() | st.lists(st.text())
 ANY = st.integers(0, len(ODDER) - 1).map(lambda i: ODDER[i]) | PLAIN.map(lambda value: lambda: value)
-"""What makes a value: neither pytest nor hypothesis can look at all of them."""
+"""Functions that make a value, because pytest and hypothesis cannot print every value."""
 
 
 @given(st.sampled_from(METHODS), ANY, st.booleans())
-def test_any_value_of_any_method(method: str, value: Callable[[], Any], wrapped: bool) -> None:
+def test_any_value_may_be_returned_by_any_method(method: str, value: Callable[[], Any], wrapped: bool) -> None:
     check(play_one(returning(method, value(), wrapped)))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_odd_value_of_every_method(method: str) -> None:
+def test_every_odd_value_may_be_returned_by_every_method(method: str) -> None:
     for make in ODDER:
         check(play_one(returning(method, make())))
 
 
 @given(ANY)
-def test_any_max_turns_and_any_environment(value: Callable[[], Any]) -> None:
+def test_any_value_may_be_max_turns_or_the_environment(value: Callable[[], Any]) -> None:
     check(play_one(type("Odd", (Works,), {"max_turns": value()})))
     check(play_one(lambda task: value()))
 
@@ -131,14 +131,14 @@ def test_any_max_turns_and_any_environment(value: Callable[[], Any]) -> None:
         ("measures", {"calls": math.nan}, "its values must be finite numbers"),
     ],
 )
-def test_a_wrong_return_costs_its_episode_and_says_what_is_wrong(method: str, value: object, said: str) -> None:
+def test_a_wrong_return_value_drops_the_episode_with_a_reason(method: str, value: object, said: str) -> None:
     ended = play_one(returning(method, value))
     assert isinstance(ended, DroppedEpisode) and ended.bad_answer
     assert ended.error.startswith(f"{method} of task 'set/train/0' (task set 'set') is ")
     assert said in ended.error
 
 
-def test_what_an_environment_counts_is_kept() -> None:
+def test_measures_of_an_environment_are_recorded() -> None:
     ended = play_one(returning("measures", {"calls": np.int64(3), "answered": True}))
     assert isinstance(ended, Episode) and ended.attempts[0].measures == (("answered", 1.0), ("calls", 3.0))
     plain = play_one(Works)
@@ -146,28 +146,28 @@ def test_what_an_environment_counts_is_kept() -> None:
 
 
 @pytest.mark.parametrize("method", WAITS)
-def test_a_method_that_is_no_coroutine_is_named(method: str) -> None:
+def test_a_method_that_is_not_a_coroutine_is_reported(method: str) -> None:
     value = "go" if method == "reset" else StepResult("down", True)
     ended = play_one(returning(method, value, wrapped=False))
     assert isinstance(ended, DroppedEpisode) and "it must be awaitable; write it as `async def`" in ended.error
 
 
 @pytest.mark.parametrize("turns", [None, 0, -3, True, 2.0, "3", math.nan])
-def test_max_turns_is_a_whole_number(turns: object) -> None:
+def test_max_turns_that_is_not_a_positive_integer_is_reported(turns: object) -> None:
     ended = play_one(type("Odd", (Works,), {"max_turns": turns}))
     assert isinstance(ended, DroppedEpisode)
     assert ended.error.startswith("max_turns of task 'set/train/0'") and "whole number of at least 1" in ended.error
 
 
 @pytest.mark.parametrize("factory", [lambda task: None, lambda task: Works, lambda task: object()])
-def test_what_is_no_environment_is_named(factory: Callable[[Task], Any]) -> None:
+def test_an_object_that_is_not_an_environment_is_reported(factory: Callable[[Task], Any]) -> None:
     ended = play_one(factory)
     assert isinstance(ended, DroppedEpisode) and ended.error.startswith("construction")
 
 
 @pytest.mark.parametrize("outcome", [1, True, np.float32(1), np.float64(1), np.int64(1), Fraction(1)])
 @pytest.mark.parametrize("flag", [True, np.bool_(True)])
-def test_numbers_and_flags_of_libraries_are_taken(outcome: object, flag: object) -> None:
+def test_numbers_and_booleans_of_numpy_are_accepted(outcome: object, flag: object) -> None:
     class Library(Works):
         async def step(self, action: str) -> StepResult:
             return StepResult(np.str_("down"), flag)  # type: ignore[arg-type]
@@ -186,7 +186,7 @@ def test_numbers_and_flags_of_libraries_are_taken(outcome: object, flag: object)
     check(ended)
 
 
-class Unspeakable(Exception):
+class WithoutText(Exception):
     def __str__(self) -> str:
         raise RuntimeError("no words")
 
@@ -199,14 +199,14 @@ class Odd(EnvironmentFailure):
 ERRORS = [
     ValueError("v"), SystemExit(3), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError("c"), StopIteration(7),
     StopAsyncIteration(), RecursionError("r"), MemoryError(), TimeoutError("t"), ExceptionGroup("g", [ValueError("v")]),
-    BaseExceptionGroup("g", [KeyboardInterrupt()]), Unspeakable(), Odd(), OSError(5, "\x1b]0;title\x07\nline"),
+    BaseExceptionGroup("g", [KeyboardInterrupt()]), WithoutText(), Odd(), OSError(5, "\x1b]0;title\x07\nline"),
     UnicodeEncodeError("utf-8", "\ud800", 0, 1, "r"), type("Mine", (BaseException,), {})("m"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", [*METHODS, "__init__"])
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
-def test_any_exception_of_any_method_costs_its_episode(method: str, error: BaseException) -> None:
+def test_any_exception_of_any_method_drops_the_episode(method: str, error: BaseException) -> None:
     ended = play_one(raising(method, error))
     assert isinstance(ended, DroppedEpisode) and not ended.bad_answer and not ended.late
     if not isinstance(error, EnvironmentFailure):
@@ -215,7 +215,7 @@ def test_any_exception_of_any_method_costs_its_episode(method: str, error: BaseE
     check(ended)
 
 
-def test_endless_recursion_costs_its_episode() -> None:
+def test_endless_recursion_drops_the_episode() -> None:
     def deeper(self: Works, *arguments: object) -> Any:
         return deeper(self)
 
@@ -224,12 +224,12 @@ def test_endless_recursion_costs_its_episode() -> None:
         assert isinstance(ended, DroppedEpisode) and "RecursionError" in ended.error
 
 
-def test_a_config_error_is_still_one() -> None:
+def test_a_config_error_is_raised() -> None:
     with pytest.raises(ConfigError, match=r"data\.corpus"):
         play_one(raising("step", ConfigError("data.corpus: no such file")))
 
 
-def test_a_task_of_the_environment_cannot_end_the_run() -> None:
+def test_a_system_exit_in_an_asyncio_task_drops_the_episode() -> None:
     class Starts(Works):
         async def step(self, action: str) -> StepResult:
             async def leaves() -> None:
@@ -242,8 +242,7 @@ def test_a_task_of_the_environment_cannot_end_the_run() -> None:
     assert isinstance(ended, DroppedEpisode) and "raised SystemExit" in ended.error
 
 
-def test_cancelling_an_episode_cancels_it() -> None:
-    """Also where its environment catches what it is told."""
+def test_a_cancelled_episode_ends_even_if_its_environment_catches_the_cancellation() -> None:
 
     class Stubborn(Works):
         async def step(self, action: str) -> StepResult:

@@ -1,4 +1,4 @@
-"""Checkpoints of one process: what outlives a crash, a full disk and damage, and what is refused."""
+"""Checkpoints of one process: saving, resuming, and the files that are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,18 @@ from icrl_megatron.settings.schema import Settings, TinyModel
 from icrl_megatron.utils.errors import ConfigError
 
 
-def test_only_the_newest_checkpoints_stay(make: Callable[..., Actor], folder: Path, tmp_path: Path) -> None:
+def assert_resumes(actor: Actor, resumed: Actor, seed: int) -> None:
+    """Both make the same next step."""
+    for a in (actor, resumed):
+        step(a, seed=seed)
+    assert same(weights(actor), weights(resumed))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_only_the_newest_checkpoints_are_kept(make: Callable[..., Actor], folder: Path, tmp_path: Path) -> None:
     actor = make()
     for number in (8, 9, 10, 999_999, 1_000_000):
         step(actor, seed=number)
@@ -37,10 +48,10 @@ def test_only_the_newest_checkpoints_stay(make: Callable[..., Actor], folder: Pa
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_crash_while_saving_leaves_the_last_good_one(
+def test_after_a_crash_while_saving_the_last_checkpoint_is_used(
     make: Callable[..., Actor], folder: Path, tmp_path: Path
 ) -> None:
-    """What a killed job leaves is a .part folder, which is no checkpoint and makes way for the next one."""
+    """A killed job leaves a .part folder. It is not a checkpoint, and the next save replaces it."""
     actor = make()
     step(actor)
     good = save(actor, folder, tmp_path, 1)
@@ -54,26 +65,22 @@ def test_a_crash_while_saving_leaves_the_last_good_one(
     resumed = make()
     assert load(resumed, good) == checkpoint.SavedProgress(1, 2, 1, 10)
     assert same(saved, weights(resumed))
-    for a in (actor, resumed):
-        step(a, seed=1)
-    assert same(weights(actor), weights(resumed))
+    assert_resumes(actor, resumed, seed=1)
     save(resumed, folder, tmp_path, 2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000001", "step_000002"]
+    assert names(tmp_path) == ["step_000001", "step_000002"]
 
 
-def test_saving_before_the_first_update(make: Callable[..., Actor], folder: Path, tmp_path: Path) -> None:
-    """Moments of zero, and an optimizer that has made no step."""
+def test_a_checkpoint_before_the_first_update_resumes(make: Callable[..., Actor], folder: Path, tmp_path: Path) -> None:
     actor, resumed = make(), make()
     saved = save(actor, folder, tmp_path, 0)
     load(resumed, saved)
     assert resumed.optimizer.steps == 0
-    for a in (actor, resumed):
-        step(a)
-    assert same(weights(actor), weights(resumed))
+    assert_resumes(actor, resumed, seed=0)
 
 
-class CountingInGroups(torch.optim.Optimizer):
-    """Adam as the GPU's fused ones keep it: one count of steps a group, none before the first."""
+class AdamWithGroupSteps(torch.optim.Optimizer):
+    """Adam that counts steps per parameter group, as the fused optimizers for GPUs do. There is no count before the
+    first step."""
 
     def __init__(self, params: Any, lr: float, weight_decay: float, betas: Any, eps: float, adam_w_mode: bool) -> None:
         assert adam_w_mode
@@ -98,28 +105,28 @@ class CountingInGroups(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_an_optimizer_that_counts_in_groups_resumes_at_its_count(
+def test_an_optimizer_with_step_counts_per_group_resumes_at_its_count(
     make: Callable[..., Actor], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    """Transformer Engine's and Apex's, which need a GPU: begun at 1 again, an update would be ten times as long."""
-    torchs = make(precision)
-    step(torchs)
+    """Transformer Engine and Apex have such optimizers, on GPUs only. A count that restarts at 1 would make an update
+    ten times as large."""
+    reference = make(precision)
+    step(reference)
     for module in ("megatron.core.optimizer", "megatron.core.optimizer.distrib_optimizer"):
-        monkeypatch.setattr(f"{module}.Adam", CountingInGroups)
+        monkeypatch.setattr(f"{module}.Adam", AdamWithGroupSteps)
     monkeypatch.setattr("megatron.core.optimizer.USING_PYTORCH_OPTIMIZER", False)
     actor, resumed = make(precision), make(precision)
-    assert isinstance(actor.optimizer.distributed.optimizer, CountingInGroups)
+    assert isinstance(actor.optimizer.distributed.optimizer, AdamWithGroupSteps)
     step(actor)
-    expected, found = weights(torchs), weights(actor)
+    expected, found = weights(reference), weights(actor)
     assert all(torch.allclose(found[n], expected[n], atol=1e-6) for n in expected)
     for seed in (1, 2):
         step(actor, seed)
     saved = save(actor, folder, tmp_path, 3)
     load(resumed, saved)
     assert resumed.optimizer.steps == 3
-    for a in (actor, resumed):
-        step(a, seed=4)
-    assert same(weights(actor), weights(resumed)) and resumed.optimizer.steps == 4
+    assert_resumes(actor, resumed, seed=4)
+    assert resumed.optimizer.steps == 4
 
 
 def test_a_checkpoint_of_another_model_is_refused(
@@ -134,12 +141,9 @@ def test_a_checkpoint_of_another_model_is_refused(
         load(Actor(settings, wider, grid), saved)
 
 
-STATES = ("param", "exp_avg", "exp_avg_sq")
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("state", STATES)
-def test_what_is_not_finite_is_not_saved_and_displaces_nothing(
+@pytest.mark.parametrize("state", ["param", "exp_avg", "exp_avg_sq"])
+def test_a_state_that_is_not_finite_is_not_saved_and_no_checkpoint_is_deleted(
     make: Callable[..., Actor], folder: Path, tmp_path: Path, state: str, value: float
 ) -> None:
     actor = make()
@@ -150,7 +154,7 @@ def test_what_is_not_finite_is_not_saved_and_displaces_nothing(
     actor.optimizer._shards(parameter)[state].data.view(-1)[7] = value
     with pytest.raises(checkpoint.NonFiniteError, match=r"step 2 was not saved: the .* are not all finite"):
         save(actor, folder, tmp_path, 2, keep=1)
-    assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
+    assert names(tmp_path) == ["step_000001"]
     assert {p.name: p.read_bytes() for p in good.iterdir() if p.is_file()} == before
     load(make(), good)
 
@@ -162,74 +166,56 @@ def test_only_old_checkpoints_of_the_same_run_are_deleted(
     for number, run in ((1, "other"), (2, "mine"), (3, "mine"), (4, "")):
         save(actor, folder, tmp_path, number, None, run)
     (tmp_path / "step_000002.damaged").mkdir()
-    (tmp_path / "step_000000").mkdir()  # whose checkpoint that was cannot be known
+    (tmp_path / "step_000000").mkdir()  # its run is unknown
     save(actor, folder, tmp_path, 5, 1, "mine")
     left = ["step_000000", "step_000001", "step_000002.damaged", "step_000004", "step_000005"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == left
+    assert names(tmp_path) == left
 
 
-def test_a_checkpoint_is_never_written_over(make: Callable[..., Actor], folder: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_never_overwritten(make: Callable[..., Actor], folder: Path, tmp_path: Path) -> None:
     actor = make()
     saved = save(actor, folder, tmp_path, 1)
     record = (saved / checkpoint.META).read_text()
     with pytest.raises(ConfigError, match=r"step_000001: a checkpoint of this step already exists"):
         save(actor, folder, tmp_path, 1)
     assert (saved / checkpoint.META).read_text() == record
-    assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
+    assert names(tmp_path) == ["step_000001"]
 
 
-SIDE_FILES = {
-    "tokenizer.model": b"\x00\xff binary",
-    "vocab.json": b"{}",
-    "merges.txt": b"a b",
-    "added_tokens.json": b"{}",
-    "special_tokens_map.json": b"{}",
-    "chat_template.jinja": b"{{ one }}",
-    "additional_chat_templates/tools.jinja": b"{{ two }}",
-    "generation_config.json": b"{}",
-    "vocab.bpe": b"x",
-    "LICENSE": b"yes",
-}
-NOT_SIDE_FILES = {
-    "model.safetensors.index.json": b"{}",
-    "pytorch_model.bin": b"x",
-    "consolidated.00.pth": b"x",
-    "modeling.py": b"raise SystemExit",
-    ".gitattributes": b"x",
-    "original/params.json": b"x",
-    "runs/metrics.jsonl": b"x",
-}
+SIDE_FILES = (
+    *("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "vocab.bpe"),
+    *("chat_template.jinja", "additional_chat_templates/tools.jinja", "generation_config.json", "LICENSE"),
+)
+NOT_SIDE_FILES = (
+    *("model.safetensors.index.json", "pytorch_model.bin", "consolidated.00.pth", "modeling.py", ".gitattributes"),
+    *("original/params.json", "runs/metrics.jsonl"),
+)
 
 
-def test_a_checkpoint_has_what_the_models_folder_has_besides_weights(
+def test_a_checkpoint_has_the_files_of_the_model_folder_besides_weights(
     make: Callable[..., Actor], folder: Path, tmp_path: Path
 ) -> None:
-    like, blobs = tmp_path / "model", tmp_path / "blobs"
-    shutil.copytree(folder, like)
-    blobs.mkdir()
-    for name, data in (SIDE_FILES | NOT_SIDE_FILES).items():
+    like = shutil.copytree(folder, tmp_path / "model")
+    for name in (*SIDE_FILES, *NOT_SIDE_FILES):
         (like / name).parent.mkdir(exist_ok=True)
-        (like / name).write_bytes(data)
-    (blobs / "b").write_bytes(b"by link")  # as a cache of downloads keeps them
-    (like / "linked.json").symlink_to(blobs / "b")
-    (like / "linked.json").chmod(0o400)
+        (like / name).write_bytes(b"\x00\xff" + name.encode())
+    blob = tmp_path / "blob"
+    blob.write_bytes(b"\x00\xfflinked.json")
+    (like / "linked.json").symlink_to(blob)  # as in a download cache
+    blob.chmod(0o400)
     saved = save(make(), like, tmp_path / "checkpoints", 1) / checkpoint.SIDE_FILES
-    for name, data in (SIDE_FILES | {"linked.json": b"by link"}).items():
-        assert (saved / name).read_bytes() == data
+    mask = os.umask(0)
+    os.umask(mask)
+    for name in (*SIDE_FILES, "linked.json"):
+        assert (saved / name).read_bytes() == b"\x00\xff" + name.encode()
         assert not (saved / name).is_symlink()
-        assert (saved / name).stat().st_mode & 0o777 == 0o666 & ~umask()
+        assert (saved / name).stat().st_mode & 0o777 == 0o666 & ~mask
     assert (saved / "config.json").read_bytes() == (folder / "config.json").read_bytes()
     assert not any((saved / name).exists() for name in NOT_SIDE_FILES)
 
 
-def umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 class Payload:
-    """What a pickle can make its reader do."""
+    """Creates a file when its pickle is loaded."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -238,8 +224,8 @@ class Payload:
         return Path.touch, (self.marker,)
 
 
-def test_a_poisoned_checkpoint_runs_nothing(make: Callable[..., Actor], folder: Path, tmp_path: Path) -> None:
-    """Pickles in the places where an earlier format had one, and where torch would look for one, are never read."""
+def test_a_pickle_in_a_checkpoint_is_never_loaded(make: Callable[..., Actor], folder: Path, tmp_path: Path) -> None:
+    """Not under the names of an earlier format, and not where torch would look for one."""
     marker = tmp_path / "ran"
     poison = pickle.dumps(Payload(marker))
     pickle.loads(poison)
@@ -262,7 +248,7 @@ def test_a_poisoned_checkpoint_runs_nothing(make: Callable[..., Actor], folder: 
             load(make(), target)
         with pytest.raises(ConfigError):
             checkpoint.find(target.parent)
-    load(make(), now)  # what the record does not list is not opened
+    load(make(), now)  # files that the record does not list are not opened
     commands = {str(i): ["export", str(path), str(tmp_path / "hf")] for i, path in enumerate((earlier, replaced))}
     for ended in batch(tmp_path, commands).values():
         assert ended.code == 2, ended.error
@@ -272,7 +258,9 @@ def test_a_poisoned_checkpoint_runs_nothing(make: Callable[..., Actor], folder: 
 @pytest.mark.parametrize(
     "named", ["../other.safetensors", "/etc/passwd", "model/config.json", "rank_00007_0000.safetensors"]
 )
-def test_an_index_opens_no_other_files(make: Callable[..., Actor], folder: Path, tmp_path: Path, named: str) -> None:
+def test_an_index_that_names_other_files_is_refused(
+    make: Callable[..., Actor], folder: Path, tmp_path: Path, named: str
+) -> None:
     saved = save(make(), folder, tmp_path, 1)
     (tmp_path / "other.safetensors").write_bytes(next(saved.glob("rank_*")).read_bytes())
     found = manifest.read(saved)

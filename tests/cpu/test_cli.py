@@ -1,14 +1,13 @@
-"""The command line as a user meets it: real processes, real exit codes, and no torch where none is needed."""
+"""The command line in real processes: exit codes, messages, and no import of torch unless it is needed."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from commands import Done, python
 from omegaconf import OmegaConf
 
 from icrl_megatron.settings import loading as S
@@ -16,10 +15,9 @@ from icrl_megatron.settings import loading as S
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def icrl(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def icrl(*arguments: str, cwd: Path, code: str = "from icrl_megatron.cli import main; main()") -> Done:
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    command = [sys.executable, "-c", "from icrl_megatron.cli import main; main()", *arguments]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=120)
+    return python("-c", code, *arguments, cwd=cwd, env=env)
 
 
 def test_dry_run_prints_the_resolved_settings(tmp_path: Path) -> None:
@@ -45,10 +43,8 @@ def test_dry_run_prints_the_resolved_settings(tmp_path: Path) -> None:
 )
 def test_user_errors_are_one_line_and_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:
     done = icrl(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
+    assert done.returncode == 2 and message in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", [["frobnicate"], ["train"], ["show", "run", "--step", "x"]])
@@ -56,35 +52,30 @@ def test_usage_errors_are_code_2(arguments: list[str], tmp_path: Path) -> None:
     assert icrl(*arguments, cwd=tmp_path).returncode == 2
 
 
-def test_help_names_the_commands(tmp_path: Path) -> None:
-    done = icrl("--help", cwd=tmp_path)
-    assert done.returncode == 0
-    for command in ("train", "sft", "import", "export", "show", "doctor", "recipes"):
-        assert command in done.stdout
-
-
-def test_recipes_are_listed(tmp_path: Path) -> None:
-    done = icrl("recipes", cwd=tmp_path)
-    assert done.returncode == 0
-    for name in ("quickstart", "rulebook_hard", "rulebook_easy", "household", "qwen3_4b", "qwen3_8b"):
-        assert name in done.stdout
+@pytest.mark.parametrize(
+    ("argument", "listed"),
+    [
+        ("--help", ("train", "sft", "import", "export", "show", "doctor", "recipes")),
+        ("recipes", ("quickstart", "rulebook_hard", "rulebook_easy", "household", "qwen3_4b", "qwen3_8b")),
+    ],
+)
+def test_help_lists_commands_and_recipes_lists_recipes(argument: str, listed: tuple[str, ...], tmp_path: Path) -> None:
+    done = icrl(argument, cwd=tmp_path)
+    assert done.returncode == 0 and all(name in done.stdout for name in listed)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["recipes"], ["train", "quickstart", "--dry-run"]])
-def test_no_heavy_import_before_it_is_needed(arguments: list[str], tmp_path: Path) -> None:
+def test_commands_without_a_model_import_no_heavy_package(arguments: list[str], tmp_path: Path) -> None:
     code = (
         "import sys\nfrom icrl_megatron.cli import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
         "heavy = {'torch', 'megatron', 'transformers', 'nemo_run', 'sglang'} & set(sys.modules)\n"
         "print('heavy:', sorted(heavy), file=sys.stderr)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
-    )
-    assert done.stderr == "heavy: []\n"
+    assert icrl(*arguments, cwd=tmp_path, code=code).stderr == "heavy: []\n"
 
 
-def test_packaging_names_what_make_and_users_rely_on() -> None:
+def test_packaging_has_the_command_the_folders_and_the_pinned_versions() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["scripts"]["icrl"] == "icrl_megatron.cli:main"
     assert project["tool"]["setuptools"]["packages"]["find"]["where"] == [".", "kernels", "recipes"]

@@ -1,4 +1,4 @@
-"""Episodes -> samples -> advantages, against numbers worked out by hand from the paper's equations."""
+"""Episodes -> samples -> advantages, against values calculated by hand from the paper's equations."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def by_id(samples: tuple[Sample, ...] | list[Sample]) -> dict[str, Sample]:
     return {s.sample_id.rsplit("#", 1)[1]: s for s in samples}
 
 
-def test_samples_of_an_episode() -> None:
+def test_an_episode_gives_samples_with_ids_masks_and_rewards() -> None:
     samples = by_id(to_samples(episode(4, [0.0, 1.0]), AlgoSettings(), train_critic=True))
     assert list(samples) == ["4/0/attempt", "4/0/critique", "4/1/revision"]
 
@@ -55,28 +55,20 @@ def test_samples_of_an_episode() -> None:
     assert first.response_ids == (1, 2, 90, 91, 3)
     assert first.loss_mask == (True, True, False, False, True)
     assert first.rollout_logprobs == pytest.approx((-0.1, -0.2, 0.0, 0.0, -0.3))
-    assert not first.calibrated
-
     assert critique.train_prompt_ids == critique.behaviour_prompt_ids == (60, 61)
-    assert critique.response_ids == (7, 8)
-    assert critique.loss_mask == (True, True)
-    assert critique.reward == 1.0
-    assert not critique.calibrated
-
-    assert revision.behaviour_prompt_ids == (50, 77, 51)
-    assert revision.train_prompt_ids == (50, 51)
-    assert revision.calibrated
-    assert revision.reward == 1.0
+    assert (critique.response_ids, critique.loss_mask) == ((7, 8), (True, True))
+    assert (revision.behaviour_prompt_ids, revision.train_prompt_ids) == ((50, 77, 51), (50, 51))
+    assert critique.reward == revision.reward == 1.0
+    assert [s.calibrated for s in (first, critique, revision)] == [False, False, True]
 
 
-def test_ablations_change_the_revision_alone() -> None:
-    paper = by_id(to_samples(episode(0, [0.0, 0.5]), AlgoSettings(), True))
-    no_weight = by_id(to_samples(episode(0, [0.0, 0.5]), AlgoSettings(calibration=Calibration(enabled=False)), True))
-    no_internalising = by_id(to_samples(episode(0, [0.0, 0.5]), AlgoSettings(internalise=False), True))
-    assert no_weight["0/1/revision"] == replace(paper["0/1/revision"], calibrated=False)
-    assert no_internalising["0/1/revision"] == replace(
-        paper["0/1/revision"], calibrated=False, train_prompt_ids=(50, 77, 51)
-    )
+def test_ablations_change_only_the_revision() -> None:
+    variants = (AlgoSettings(), AlgoSettings(calibration=Calibration(enabled=False)), AlgoSettings(internalise=False))
+    found = [by_id(to_samples(episode(0, [0.0, 0.5]), algo, True)) for algo in variants]
+    paper, no_weight, no_internalising = found
+    revision = replace(paper["0/1/revision"], calibrated=False)
+    assert no_weight["0/1/revision"] == revision
+    assert no_internalising["0/1/revision"] == replace(revision, train_prompt_ids=(50, 77, 51))
     for same in ("0/0/attempt", "0/0/critique"):
         assert paper[same] == no_weight[same] == no_internalising[same]
 
@@ -87,15 +79,14 @@ def test_a_frozen_critic_is_not_trained() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "reward"),
-    [(0.2, 1.0, 1.0), (0.25, 0.75, 0.5), (0.75, 0.25, -0.5), (0.5, 0.5, 0.0)],
+    ("before", "after", "reward"), [(0.2, 1.0, 1.0), (0.25, 0.75, 0.5), (0.75, 0.25, -0.5), (0.5, 0.5, 0.0)]
 )
-def test_critique_reward(before: float, after: float, reward: float) -> None:
+def test_a_critique_is_rewarded_with_the_improvement(before: float, after: float, reward: float) -> None:
     samples = by_id(to_samples(episode(0, [before, after]), AlgoSettings(), True))
     assert samples["0/0/critique"].reward == reward
 
 
-def test_groups() -> None:
+def test_samples_are_grouped_by_the_setting() -> None:
     two_revisions = episode(0, [0.0, 0.0, 1.0])
 
     def groups(group_by: str) -> list[set[str]]:
@@ -110,50 +101,40 @@ def test_groups() -> None:
     assert groups("task_round_role") == [{m} for m in sorted(attempts | critiques)]
 
 
-def test_equation_5_by_hand() -> None:
+def test_advantages_are_those_of_equation_5() -> None:
     # Solver group of the task: 0, 1 (revision), 0, 0.5 (revision), 1. Mean 0.5, squares 0.25 * 4 = 1, std sqrt(1 / 4).
     # Critic group: 1, 0.5. Mean 0.75, squares 2 * 0.0625 = 0.125, std sqrt(0.125).
-    report = credit(
-        [episode(0, [0.0, 1.0]), episode(1, [0.0, 0.5]), episode(2, [1.0])], AlgoSettings(), train_critic=True
-    )
+    report = credit([episode(0, [0.0, 1.0]), episode(1, [0.0, 0.5]), episode(2, [1.0])], AlgoSettings(), True)
     got = {k: s.advantage for k, s in by_id(report.samples).items()}
     solver, critic = 0.5 / (0.5 + 1e-6), 0.25 / (math.sqrt(0.125) + 1e-6)
-    assert got == pytest.approx(
-        {
-            "0/0/attempt": -solver,
-            "0/0/critique": critic,
-            "0/1/revision": solver,
-            "1/0/attempt": -solver,
-            "1/0/critique": -critic,
-            "1/1/revision": 0.0,
-            "2/0/attempt": solver,
-        }
-    )
+    expected = {"0/0/attempt": -solver, "0/0/critique": critic, "0/1/revision": solver, "2/0/attempt": solver}
+    expected |= {"1/0/attempt": -solver, "1/0/critique": -critic, "1/1/revision": 0.0}
+    assert got == pytest.approx(expected)
     assert (report.groups, report.flat_groups, report.dropped_groups) == (2, 0, 0)
     assert report.has_signal
 
 
-def test_pseudo_positive_by_hand() -> None:
+def test_a_pseudo_positive_reward_is_added_if_all_attempts_failed() -> None:
     # 0, 0, 0 and the pseudo reward 1: mean 1/4, sample variance (3 * 1/16 + 9/16) / 3 = 1/4.
     assert advantages([0.0, 0.0, 0.0], pseudo_positive=True) == pytest.approx([-0.25 / 0.500001] * 3)
     assert advantages([1.0, 1.0], pseudo_positive=True) == [0.0, 0.0]
     assert advantages([0.0], pseudo_positive=True) == [0.0]
 
 
-def test_without_deviation() -> None:
+def test_advantages_without_division_by_the_deviation() -> None:
     assert advantages([0.0, 1.0, 0.5], normalise_std=False) == pytest.approx([-0.5, 0.5, 0.0])
 
 
-def test_no_signal() -> None:
+def test_equal_rewards_give_advantages_of_0_and_no_signal() -> None:
     assert advantages([0.7]) == [0.0]
-    assert advantages([0.3 - 0.1, 0.4 - 0.2, 0.5 - 0.3]) == [0.0] * 3  # equal but for rounding
+    assert advantages([0.3 - 0.1, 0.4 - 0.2, 0.5 - 0.3]) == [0.0] * 3  # equal except for rounding
     report = credit([episode(i, [0.0, 0.0]) for i in range(4)], AlgoSettings(), True)
     assert not report.has_signal
     assert report.flat_groups == report.groups == 2
-    assert len(report.samples) == 12  # they stay in the batch and in its normaliser
+    assert len(report.samples) == 12  # they still count in the batch's normaliser
 
 
-def test_the_first_tasks_with_a_signal() -> None:
+def test_first_with_signal_returns_the_first_tasks_that_have_one() -> None:
     outcomes = {"a": (1.0, 1.0), "d": (0.0, 1.0), "c": (0.0, 0.0), "b": (1.0, 0.0)}
     episodes = [episode(i, [o], task_id=task) for task, of in outcomes.items() for i, o in enumerate(of)]
     report = credit(episodes, AlgoSettings(), train_critic=True)
@@ -166,7 +147,7 @@ def test_the_first_tasks_with_a_signal() -> None:
     assert flat.first_with_signal(1, order) == flat and flat.samples  # algo.on_no_signal then decides
 
 
-def test_a_sample_without_loss_tokens_counts_in_its_group_but_is_no_signal() -> None:
+def test_a_sample_without_loss_tokens_counts_in_its_group_but_gives_no_signal() -> None:
     def silent(index: int, outcome: float) -> Episode:
         e = episode(index, [outcome])
         return replace(e, attempts=(replace(e.attempts[0], turns=()),))
@@ -177,7 +158,7 @@ def test_a_sample_without_loss_tokens_counts_in_its_group_but_is_no_signal() -> 
     assert not report.has_signal
 
 
-def test_group_filter_of_the_reference() -> None:
+def test_the_references_group_filter_needs_a_success_and_a_mean_of_0_3() -> None:
     settings = apply_preset(AlgoSettings(), "reference")
     # Revisions 0, 0, 1: mean 1/3 >= 0.3, kept; first attempts all failed and are never filtered.
     lucky = [episode(i, [0.0, r]) for i, r in enumerate([0.0, 0.0, 1.0])]
@@ -192,14 +173,14 @@ def test_group_filter_of_the_reference() -> None:
     assert credit(near, settings, True).dropped_groups == 2
 
 
-def test_the_overlong_penalty_is_taken_off_before_the_baseline() -> None:
+def test_the_overlong_penalty_is_subtracted_before_the_baseline() -> None:
     """Replies of 3, 5 and 10 generated tokens, with the penalty from 4 to 8; observations do not count."""
     replies = (((1, 2), (3,)), ((1, 2), (3, 4, 5)), ((1,) * 6, (2,) * 4))
     episodes = [replace(episode(i, [1.0]), attempts=(attempt(0, 1.0, of),)) for i, of in enumerate(replies)]
     settings = AlgoSettings(normalise_std=False, overlong=Overlong(max_tokens=8, buffer_tokens=4, factor=0.8))
     report = credit(episodes, settings, True)
     assert [s.loss_tokens() for s in report.samples] == [3, 5, 10]
-    assert [s.reward for s in report.samples] == [1.0] * 3  # what is logged stays the environment's
+    assert [s.reward for s in report.samples] == [1.0] * 3  # the logged reward is the environment's
     mean = (0.2 + 0.8) / 3
     assert [s.advantage for s in report.samples] == pytest.approx([mean, mean - 0.2, mean - 0.8])
     assert rollout_metrics(episodes, (), report)["reward/overlong_penalty"] == pytest.approx(mean)
@@ -207,16 +188,12 @@ def test_the_overlong_penalty_is_taken_off_before_the_baseline() -> None:
     assert without.flat_groups == 1 and "reward/overlong_penalty" not in rollout_metrics(episodes, (), without)
 
 
-def test_presets() -> None:
+def test_a_preset_changes_only_the_settings_that_it_names() -> None:
     start = AlgoSettings(clip_high=0.3, group_filter=GroupFilter(enabled=True))
     paper, reference = apply_preset(start, "paper"), apply_preset(start, "reference")
     assert paper == AlgoSettings(clip_high=0.3)
-    assert (reference.group_by, reference.pseudo_positive, reference.group_filter.enabled) == (
-        "task_round_role",
-        True,
-        True,
-    )
-    assert reference.mismatch_correction.enabled
+    assert reference.group_by == "task_round_role" and reference.pseudo_positive
+    assert reference.group_filter.enabled and reference.mismatch_correction.enabled
     assert reference.clip_high == 0.3
     assert apply_preset(reference, "paper") == paper
     with pytest.raises(ConfigError, match="papper"):
@@ -224,12 +201,12 @@ def test_presets() -> None:
 
 
 @pytest.mark.parametrize("outcome", [float("nan"), float("inf"), -0.1, 1.5])
-def test_rewards_outside_the_contract(outcome: float) -> None:
+def test_rewards_outside_0_to_1_are_refused(outcome: float) -> None:
     with pytest.raises(ConfigError, match=r"maze/train/0.*\[0, 1\]"):
         credit([episode(0, [outcome])], AlgoSettings(), True)
 
 
-def test_unknown_grouping_and_doubled_episode() -> None:
+def test_unknown_groupings_and_duplicate_episodes_are_refused() -> None:
     with pytest.raises(ConfigError, match="roles"):
         credit([episode(0, [0.0])], AlgoSettings(group_by="roles"), True)
     with pytest.raises(ValueError, match="maze/train/0#0/0/attempt"):
@@ -260,7 +237,7 @@ def problems(name: str, n: int) -> list[Task]:
     return [Task(f"{name}/train/{i}", name, "train", str(i)) for i in range(n)]
 
 
-def test_sampler_is_a_function_of_its_arguments() -> None:
+def test_a_draw_depends_only_on_seed_step_and_resample() -> None:
     sources = [TaskSource("a", 3.0), TaskSource("b", 1.0)]
     pool = {"a": problems("a", 10), "b": problems("b", 5)}
     forward, late = TaskSampler(sources, pool, seed=1), TaskSampler(sources, pool, seed=1)
@@ -276,7 +253,7 @@ def test_sampler_is_a_function_of_its_arguments() -> None:
     assert {drawn.count(t.task_id) for t in pool["b"]} == {4}
 
 
-def test_the_memory_of_a_sampler_does_not_grow_with_its_steps() -> None:
+def test_a_sampler_uses_no_more_memory_after_many_steps() -> None:
     sampler = TaskSampler([TaskSource("a", 2.0), TaskSource("b")], {s: problems(s, 3) for s in "ab"}, seed=0)
     sizes = []
     for step in (100, 10_000):
@@ -291,7 +268,7 @@ def test_the_memory_of_a_sampler_does_not_grow_with_its_steps() -> None:
     n=st.integers(1, 12),
     resample=st.integers(0, 2),
 )
-def test_a_draw_repeats_only_what_it_must(sizes, weights, n, resample) -> None:
+def test_a_draw_repeats_a_task_only_if_the_source_has_too_few(sizes, weights, n, resample) -> None:
     names = "xyz"[: len(sizes)]
     sources = [TaskSource(name, w) for name, w in zip(names, weights, strict=False)]
     pool = {name: problems(name, size) for name, size in zip(names, sizes, strict=True)}
@@ -304,7 +281,7 @@ def test_a_draw_repeats_only_what_it_must(sizes, weights, n, resample) -> None:
             assert len(set(drawn)) == min(len(drawn), len(pool[name]))
 
 
-def test_sampler_refuses() -> None:
+def test_invalid_sources_are_refused() -> None:
     for sources, message in [
         ([], "empty"),
         ([TaskSource("a")], "'a' has no training problems"),

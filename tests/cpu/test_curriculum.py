@@ -1,4 +1,4 @@
-"""The curriculum: what it draws, that it is a function of what was seen, and a run that is resumed with it."""
+"""The curriculum: its draws, which depend only on observed successes, and a resumed run with it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from icrl_megatron.utils.errors import ConfigError
 TASKS = [Task(f"t/train/{i}", "t", "train", str(i)) for i in range(40)]
 
 
-def test_what_always_or_never_succeeds_is_drawn_less() -> None:
+def test_tasks_that_always_or_never_succeed_are_drawn_less() -> None:
     curriculum = Curriculum(floor=0.1)
     for i, task in enumerate(TASKS):
         curriculum.observe({task.task_id: (0.0, 1.0, 0.5, 0.5)[i % 4]})
@@ -39,7 +39,7 @@ def test_weights_follow_the_recent_visits() -> None:
         assert curriculum.weight("a") == pytest.approx(weight)
 
 
-def test_a_draw_is_a_function_of_what_was_seen() -> None:
+def test_a_draw_depends_only_on_observed_successes() -> None:
     def sampler() -> TaskSampler:
         other = [Task(f"u/train/{i}", "u", "train", str(i)) for i in range(3)]
         sources = [TaskSource("t", 3.0), TaskSource("u", 1.0)]
@@ -51,12 +51,12 @@ def test_a_draw_is_a_function_of_what_was_seen() -> None:
         assert each.curriculum is not None
         each.curriculum.observe(seen)
     assert one.draw(3, 0, 8) == other.draw(3, 0, 8) != one.draw(3, 1, 8)
-    # The mixture holds, and a source with fewer problems than its share gives all of them.
+    # The mixture is kept, and a source with fewer problems than its share provides all of them.
     assert Counter(t.source for t in one.draw(0, 0, 16)) == {"t": 12, "u": 4}
     assert {t.task_id for t in one.draw(0, 0, 16) if t.source == "u"} == {"u/train/0", "u/train/1", "u/train/2"}
 
 
-def test_the_history_is_cut_where_a_run_goes_on(tmp_path: Path) -> None:
+def test_the_history_is_cut_at_the_step_of_a_resumed_run(tmp_path: Path) -> None:
     for step in range(1, 6):
         append_history(tmp_path, step, {"a": step / 10})
     with (tmp_path / "task_success.jsonl").open("a") as file:
@@ -70,12 +70,8 @@ def test_the_history_is_cut_where_a_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_run_with_a_curriculum_resumes_to_the_same_numbers(finished_run: Path, tmp_path: Path) -> None:
-    start = [
-        f"model.path={finished_run / 'warm_start' / 'hf'}",
-        "warm_start.steps=0",
-        "eval.interval=0",
-        "tasks.curriculum=true",
-    ]
+    model = f"model.path={finished_run / 'warm_start' / 'hf'}"
+    start = [model, "warm_start.steps=0", "eval.interval=0", "tasks.curriculum=true"]
     whole, halved = tmp_path / "whole", tmp_path / "halved"
     for folder, steps in ((whole, 4), (halved, 2), (halved, 4)):
         code, _, err = icrl(*train(folder, *start, f"steps={steps}", "tasks.limit=12"))

@@ -1,4 +1,4 @@
-"""`icrl settings` and its page."""
+"""`icrl settings` and docs/SETTINGS.md."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from icrl_megatron.settings.task_options import SOURCES, options, source_of
 from icrl_megatron.settings.task_schema import TaskSource
 
 
-def test_the_page_is_what_the_command_prints() -> None:
+def test_the_page_is_the_output_of_the_command() -> None:
     page = Path(__file__).parents[2] / "docs" / "SETTINGS.md"
-    assert page.read_text() == markdown(), "write it anew: icrl settings --markdown > docs/SETTINGS.md"
+    assert page.read_text() == markdown(), "update it with: icrl settings --markdown > docs/SETTINGS.md"
 
 
-def test_every_setting_is_there_and_can_be_set_to_what_is_printed() -> None:
-    """Defaults are printed as overrides take them."""
+def test_every_setting_is_listed_with_a_default_that_is_a_valid_override() -> None:
     found = described()
     assert len({(one.name, one.task_sets) for one in found}) == len(found)
     assert {re.sub(r"\.0\.", ".", one.name) for one in found} == {
@@ -32,9 +31,9 @@ def test_every_setting_is_there_and_can_be_set_to_what_is_printed() -> None:
 
 
 @pytest.mark.parametrize("task_set", SOURCES)
-def test_every_option_is_there_with_its_task_sets_and_can_be_set(task_set: str) -> None:
+def test_every_option_of_a_task_set_is_listed_with_a_valid_default(task_set: str) -> None:
     own = {one.name: one.default for one in described("tasks.sources.0") if task_set in one.task_sets}
-    own = {name: default for name, default in own.items() if ".mcp.0." not in name}  # of servers, of which it has none
+    own = {name: default for name, default in own.items() if ".mcp.0." not in name}  # there are no servers by default
     names = {f"tasks.sources.0.{name}" for name, _ in options(source_of(task_set)) if name != "agent.mcp"}
     assert names - set(own) == {f"tasks.sources.0.{name}" for name, _ in options(TaskSource())} and set(own) <= names
     overrides = [f"{name}={value}" for name, value in own.items()]
@@ -42,7 +41,7 @@ def test_every_option_is_there_with_its_task_sets_and_can_be_set(task_set: str) 
 
 
 @pytest.mark.parametrize("setting", described(), ids=lambda one: one.name)
-def test_a_field_has_everything_about_its_setting(setting: Setting) -> None:
+def test_every_setting_has_a_range_or_choices_and_help(setting: Setting) -> None:
     """Numbers have a range with the default in it, texts with choices have the default among them, and all have help
     that is a sentence and does not repeat the list of choices."""
     if setting.kind.startswith(("int", "float")):
@@ -53,28 +52,27 @@ def test_a_field_has_everything_about_its_setting(setting: Setting) -> None:
     assert len(setting.help) > 10 and setting.help[-1] in ".)" and " | " not in setting.help
 
 
-def test_texts_that_name_one_of_a_few_things_have_choices() -> None:
-    """A text that means one of a few words explains them as "word: what it does"."""
+def test_settings_whose_help_explains_words_have_choices() -> None:
+    """The help explains each choice as "word: meaning"."""
     for setting in described():
         word = re.search(r"(?:^|[.] )([a-z_0-9]+): ", setting.help)
         if setting.kind == "str" and word and setting.default != "''":
             assert isinstance(setting.limit, Choice) and word[1] in setting.limit.names, setting.name
 
 
+FACTOR = "The full penalty, subtracted from the reward."
+
+
 @pytest.mark.parametrize(
     ("prefix", "code", "said"),
     [
-        (
-            "algo.overlong",
-            0,
-            "algo.overlong.factor=1.0  (float; at least 0)\n    The full penalty, subtracted from the reward.",
-        ),
+        ("algo.overlong", 0, f"algo.overlong.factor=1.0  (float; at least 0)\n    {FACTOR}"),
         ("optim.schedule", 0, "optim.schedule=constant  (str; constant, linear, cosine, wsd)"),
         ("algo.loss", 0, "algo.loss=icrl  (str; icrl, gspo, cispo, package.module:function)"),
         ("trackers.names", 0, "trackers.names=[]  (list[str]; any of wandb, mlflow, trackio)"),
         ("algo.over", 2, "no setting is called algo.over or begins with it"),
     ],
 )
-def test_a_section_a_setting_and_neither(prefix: str, code: int, said: str) -> None:
+def test_a_section_or_a_setting_is_printed_and_another_prefix_refused(prefix: str, code: int, said: str) -> None:
     ended, out, err = icrl("settings", prefix)
     assert ended == code and said in (err if code else out)

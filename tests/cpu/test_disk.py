@@ -1,4 +1,4 @@
-"""Full, read-only and forbidden disks: one line with path, need and remedy, and nothing half written is left behind."""
+"""Full, read-only and forbidden disks: one line with path, size and remedy, and no partly written file is left."""
 
 from __future__ import annotations
 
@@ -84,20 +84,20 @@ def said(write: Callable[[Path], object], disk: Path) -> str:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk(name: str, disk: Path) -> None:
+def test_a_full_disk_is_reported(name: str, disk: Path) -> None:
     fill(disk, leave_kib=0 if name in ("settings", "picture") else 64)
     message = said(WRITERS[name], disk)
     assert "the disk is full" in message and "KiB free" in message and "choose a folder on another disk" in message
-    assert name == "picture" or "iB)" in message  # what it needs
+    assert name == "picture" or "iB)" in message  # the size
     left = [p for p in disk.rglob("*") if p.is_file() and p.name != "filler" and p.stat().st_size]
-    if not name.startswith(("torch", "distributed", "numpy")):  # whose callers write into folders of their own
+    if not name.startswith(("torch", "distributed", "numpy")):  # their callers write into new folders
         assert all(p.name.endswith(".jsonl") or "tfevents" in p.name or p.stat().st_size == 0 for p in left), left
         assert not [p for p in disk.rglob("*") if "tmp" in p.name]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", [*WRITERS, "lock"])
-def test_a_read_only_disk(name: str, disk: Path) -> None:
+def test_a_read_only_disk_is_reported(name: str, disk: Path) -> None:
     read_only(disk)
     assert "the file system is read-only; mount it for writing" in said({**WRITERS, "lock": _lock}[name], disk)
 
@@ -117,7 +117,7 @@ for name, write in {{**test_disk.WRITERS, "lock": test_disk._lock}}.items():
 """
 
 
-def test_a_folder_of_somebody_else(tmp_path: Path) -> None:
+def test_a_folder_without_write_permission_is_reported(tmp_path: Path) -> None:
     for folder in (tmp_path, *tmp_path.parents[:3]):  # pytest's own folders are private
         folder.chmod(0o755)
     here = Path(__file__).parent
@@ -130,7 +130,7 @@ def test_a_folder_of_somebody_else(tmp_path: Path) -> None:
         assert message.startswith(f"{tmp_path}/out")
 
 
-def test_other_errors_pass_through(tmp_path: Path) -> None:
+def test_other_errors_are_not_changed(tmp_path: Path) -> None:
     reset = ConnectionResetError(errno.ECONNRESET, "reset")
     for error in (reset, FileNotFoundError(errno.ENOENT, "gone"), RuntimeError("shape"), KeyboardInterrupt()):
         with pytest.raises(type(error)) as passed, disk_errors(tmp_path, "it"):
@@ -138,14 +138,14 @@ def test_other_errors_pass_through(tmp_path: Path) -> None:
         assert passed.value is error
 
 
-def test_a_quota_is_named(tmp_path: Path) -> None:
-    """No quota can be set up here: the errno alone stands for it."""
+def test_a_full_quota_is_reported(tmp_path: Path) -> None:
+    """Only the errno is tested, because no quota can be set up here."""
     with pytest.raises(ConfigError, match=r"your disk quota is used up \(.* free\); delete files of yours there"):
         with disk_errors(tmp_path, "it"):
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
 
-def test_space_is_asked_for_where_the_folder_will_be(disk: Path) -> None:
+def test_space_is_required_on_the_disk_of_a_folder_that_does_not_exist_yet(disk: Path) -> None:
     fill(disk, leave_kib=256)
     require_space(disk / "not" / "there", 200 << 10, "the checkpoint of step 20")
     with pytest.raises(ConfigError) as refused:
@@ -157,8 +157,8 @@ def test_space_is_asked_for_where_the_folder_will_be(disk: Path) -> None:
     assert (size_text(123), size_text(5 << 20), size_text(1234 << 20)) == ("0.1 KiB", "0.0049 GiB", "1.2 GiB")
 
 
-def test_a_record_is_written_whole_or_not_at_all(disk: Path) -> None:
-    """A disk that is nearly full takes the beginning of a record."""
+def test_a_record_is_written_completely_or_not_at_all(disk: Path) -> None:
+    """A nearly full disk accepts the beginning of a record."""
     file, path = AppendFile(disk / "metrics.jsonl", "the metrics"), disk / "metrics.jsonl"
     with pytest.raises(ConfigError, match=r"the metrics \(1\.0 KiB\): the disk is full"):
         while True:
@@ -180,8 +180,8 @@ cli.main()
 """
 
 
-def test_metrics_end_with_a_whole_row_and_no_noise(disk: Path) -> None:
-    """TensorBoard's own writer would end with the traceback of a thread; a buffered file, with one at its exit."""
+def test_metrics_on_a_full_disk_end_with_a_complete_row_and_one_message(disk: Path) -> None:
+    """TensorBoard's own writer would print the traceback of a thread, and a buffered file one at exit."""
     filler = fill(disk, leave_kib=64)
     code, out, err = python(METRICS, str(disk / "run"))
     assert (code, out) == (2, "")
@@ -197,7 +197,7 @@ def test_metrics_end_with_a_whole_row_and_no_noise(disk: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["full", "read_only"])
-def test_a_run_whose_disk_fails_says_so_in_one_line(fault: str, finished_run: Path, tmp_path: Path) -> None:
+def test_a_run_whose_disk_fails_ends_with_one_line(fault: str, finished_run: Path, tmp_path: Path) -> None:
     model = ("model.init=null", f"model.path={finished_run / 'warm_start' / 'hf'}", "warm_start.steps=0")
     with small_disk(tmp_path / "disk", 4096) as disk:
         process = start(*train(disk / "run", *model, "steps=5000", "checkpoint.interval=100000", "eval.interval=0"))

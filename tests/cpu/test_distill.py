@@ -113,6 +113,46 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_files(tmp_path: Path, w
     assert report(out) == report(whole)
 
 
+def test_the_system_on_heldout_problems_is_compared_with_a_model(tmp_path: Path) -> None:
+    """With runs of training problems in the same file, and a model that answers nothing."""
+    from icrl_megatron.evaluation.result import EvalRequest, read_result
+    from icrl_megatron.evaluation.run import evaluate
+    from icrl_megatron.evaluation.system import measure
+    from icrl_megatron.model.tiny import build_tiny
+    from icrl_megatron.settings.schema import TinyModel
+
+    out, small = tmp_path / "a.jsonl", settings("eval.problems=6", "tasks.limit=4")
+    command.run(small, out)
+    said = measure(small, out)
+    system = read_result(out.with_suffix(".eval.json"))
+    runs = [json.loads(line) for line in out.with_suffix(".runs.jsonl").read_text().splitlines()[1:]]
+    heldout = [run for run in runs if "/heldout/" in run["task_id"]]
+    assert len(heldout) == 12 and len(runs) == 20 and len(system.successes) == 6
+    for run in heldout:
+        assert system.successes[run["task_id"]][run["attempt"]] == [run["correct"]]
+    right = sum(run["correct"] for run in heldout)
+    assert right > 0 and said.startswith(f"{100 * right / 12:.1f} % right, ")
+    build_tiny(tmp_path / "model", TinyModel(hidden=32, heads=2, kv_heads=1, ffn=48, max_positions=512), ["so"], seed=1)
+    short = (
+        "rollout.templates=compact",
+        "rollout.context_tokens=400",
+        "rollout.max_turn_tokens=4",
+        "rollout.max_turns=1",
+    )
+    asked = EvalRequest(
+        tmp_path / "model",
+        ("archive",),
+        samples=2,
+        problems=6,
+        against=out.with_suffix(".eval.json"),
+        out=tmp_path / "eval",
+        overrides=("launch.device=cpu", "rollout.templates=compact", *short),
+    )
+    assert evaluate(asked) == 0
+    (compared,) = json.loads((tmp_path / "eval" / "eval.json").read_text())["comparison"]
+    assert (compared["pairs"], compared["only_first"], compared["only_second"]) == (12, 0, right)
+
+
 def test_finished_attempts_are_not_played_again(tmp_path: Path) -> None:
     """Another choice of filters, and further attempts, use the runs that are there."""
     out = tmp_path / "a.jsonl"
@@ -222,6 +262,8 @@ def test_files_of_others_are_left_alone(tmp_path: Path, content: bytes | dict, m
         (["distill.filters.leave_out=[beauty]"], "distill.filters.leave_out has beauty"),
         (["distill.filters.duplicate_similarity=0.2"], "between 0.5 and 1"),
         (["distill.system=endpoint"], "set distill.endpoint.url"),
+        (["distill.system=endpoint", "engine.kind=sglang"], "model.path is empty: set model.path"),
+        (["distill.system=endpoint", "engine.kind=sglang", "model.path=/nowhere"], "/nowhere: no such folder"),
         (["distill.agents=[{name: poet}]"], "no effect with distill.system=scripted"),
         (["tasks.sources=[{name: household}]"], "'household' has no scripted team"),
         (

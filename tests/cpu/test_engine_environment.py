@@ -1,4 +1,4 @@
-"""Where the engine's environment cannot be made, `make test-engine` says why and skips."""
+"""If the engine's environment cannot be created, `make test-engine` prints the reason and skips the tests."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ SCRIPT = Path(__file__).parents[1] / "engine" / "environment.py"
 @pytest.fixture
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("engine_environment", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setenv("ICRL_ENGINE_CACHE", str(tmp_path))
@@ -27,11 +26,11 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     ("needs", "reason"),
     [
         ({"PYTHON": (2, 7)}, "Python 2.7"),
-        # Whatever Python runs the tests is the right one here: it is checked before the disk.
+        # The Python version is checked before the disk.
         ({"PYTHON": sys.version_info[:2], "NEEDED_GIB": 1e9}, "GiB free"),
     ],
 )
-def test_it_says_why_and_exits_with_3(
+def test_it_prints_the_reason_and_exits_with_3(
     environment: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -45,12 +44,10 @@ def test_it_says_why_and_exits_with_3(
         environment.main()
     assert stopped.value.code == environment.CANNOT == 3
     out, err = capsys.readouterr()
-    assert out == ""
-    assert "the engine's environment cannot be made" in err
-    assert reason in err
+    assert out == "" and "the engine's environment cannot be made" in err and reason in err
 
 
-def test_one_that_is_ready_is_used_again(environment: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_environment_is_reused(environment: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     folder = environment.cache()
     folder.mkdir(parents=True)
     (folder / environment.READY).touch()
@@ -58,7 +55,7 @@ def test_one_that_is_ready_is_used_again(environment: ModuleType, capsys: pytest
     assert capsys.readouterr().out == f"{folder / 'bin' / 'python'}\n"
 
 
-def test_its_name_changes_with_what_it_is_made_from(
+def test_its_folder_depends_on_the_requirements(
     environment: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     before = environment.cache()

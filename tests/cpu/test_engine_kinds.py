@@ -1,4 +1,4 @@
-"""Kinds of engines: their registry, and the documented one in a run, in an evaluation and in the planner."""
+"""Kinds of engines: their registry, and the documented example in a run, in an evaluation and in the planner."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import importlib
 import io
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import python
 from rich.console import Console
 from whole_runs import icrl, rows, train
 
@@ -36,12 +36,12 @@ from icrl_megatron.utils.progress import Progress
 
 NAME = "uniform_engine:KIND"
 LOOSE = ("engine.mismatch_limit.mean=1e9", "engine.mismatch_limit.largest=1e9")
-"""Nothing that the engine of the page says is likely under the model."""
+"""The replies of the documented engine are unlikely under the model."""
 
 
 @pytest.fixture(autouse=True)
 def _documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page's example as a module, here and in programs that a test starts."""
+    """Makes the documented example a module, here and in the programs that a test starts."""
     page = (Path(__file__).parents[2] / "docs" / "EXTENDING.md").read_text()
     section = page.partition("## Add an engine")[2].partition("\n## ")[0]
     (example,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
@@ -62,12 +62,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_kind_is_there_and_none_loads_torch() -> None:
+def test_the_registry_has_two_kinds_and_does_not_import_torch() -> None:
     code = (
         "import sys\nfrom icrl_megatron.engines.registry import KINDS, engine_kind\n"
         "print([engine_kind(name).needs_folder != '' for name in KINDS], 'torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    done = python("-c", code)
     assert done.stdout == "[False, True] False\n", done.stderr
     assert list(KINDS) == ["local", "sglang"]
 
@@ -81,17 +81,17 @@ def test_every_kind_is_there_and_none_loads_torch() -> None:
         ("uniform_engine:Uniform", "this is not an EngineKind"),
     ],
 )
-def test_a_kind_that_is_none_is_refused(name: str, said: str) -> None:
+def test_an_unknown_or_invalid_kind_is_refused(name: str, said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         validate_settings(load("rulebook_easy", [f"engine.kind={name}"]))
 
 
-def test_the_documented_engine_plays_real_tasks_through_a_source(model: Path, tmp_path: Path) -> None:
+def test_the_documented_engine_plays_real_tasks(model: Path, tmp_path: Path) -> None:
     settings = load("household", [f"engine.kind={NAME}", "rollout.rounds=2"])
     grid = Grid(0, 1, 1, 0, 1, 0, 1, 0, None)
     request = EngineRequest(settings, model, grid, torch.float32, torch.device("cpu"), tmp_path / "logs")
     engines = engine_kind(NAME).build(request)
-    assert not isinstance(engines.solver, Served), "it lives in the rank's process"
+    assert not isinstance(engines.solver, Served), "it runs in the rank's process"
     solver: Engine | None = engines.solver
     assert solver is not None
     engines.trained.update_weights([], 7)
@@ -118,7 +118,7 @@ def test_the_documented_engine_trains(model: Path, tmp_path: Path) -> None:
     assert all(row["actor/mismatch_abs"] > 0.01 for row in done), "its log-probs are not the model's"
 
 
-def test_the_documented_engine_is_evaluated_on_two_ranks_as_on_one(model: Path, tmp_path: Path) -> None:
+def test_the_documented_engine_has_equal_evaluations_on_one_and_two_ranks(model: Path, tmp_path: Path) -> None:
     results = []
     for ranks in (1, 2):
         out = tmp_path / f"out{ranks}"
@@ -133,13 +133,13 @@ def test_the_documented_engine_is_evaluated_on_two_ranks_as_on_one(model: Path, 
     assert results[0]["lost"] == [] and len(results[0]["successes"]) == 6
 
 
-def test_the_settings_of_servers_are_not_its(tmp_path: Path) -> None:
+def test_the_documented_engine_refuses_settings_of_servers() -> None:
     settings: Settings = load("rulebook_easy", [f"engine.kind={NAME}", "engine.tensor_parallel=2", "launch.ranks=2"])
     with pytest.raises(ConfigError, match=r"engine\.kind=uniform_engine:KIND has only 1"):
         validate_grid(settings, 2, 2)
 
 
-def test_the_planner_charges_it_as_a_model_in_the_rank() -> None:
+def test_the_planner_counts_the_documented_engine_like_the_local_one() -> None:
     known, ours = (load("qwen3_8b", [f"engine.kind={kind}"]) for kind in ("local", NAME))
     assert planner.plan(ours).memory == planner.plan(known).memory
     served = planner.plan(load("qwen3_8b", ["engine.kind=sglang"])).memory

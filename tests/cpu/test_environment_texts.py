@@ -1,4 +1,4 @@
-"""Long and odd texts of environments, and what teachers and task sets may do: cut, counted, refused by name."""
+"""Long and unusual texts of environments are cut and counted; faulty teachers and task sets are reported by name."""
 
 from __future__ import annotations
 
@@ -13,16 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from odd_environments import (
-    PROMPTER,
-    SETTINGS,
-    TASK,
-    Hostile,
-    Works,
-    play_one,
-    raising,
-    returning,
-)
+from odd_environments import PROMPTER, SETTINGS, TASK, Hostile, Works, play_one, raising, returning
 
 from icrl_megatron.algo.credit import CreditReport
 from icrl_megatron.rollout.checked_environment import CheckedEnvironment
@@ -60,7 +51,7 @@ def test_a_long_observation_is_cut_and_counted(tmp_path: Path) -> None:
     assert read_episodes(tmp_path / "rollouts" / "step_000001.jsonl") == [ended]
 
 
-def test_hints_and_summaries_are_cut_too() -> None:
+def test_long_hints_and_summaries_are_cut() -> None:
     long = "up down " * 500
     ended = play_one(type("Long", (returning("hint", long), returning("summary", long)), {}), max_observation_tokens=40)
     assert isinstance(ended, Episode)
@@ -76,7 +67,7 @@ def test_a_summary_that_does_not_fit_the_critics_prompt_does_not_end_the_run() -
 
 
 @pytest.mark.parametrize("text", ["up " * 10, "\U0001f600" * 25, ""])
-def test_a_text_within_the_limits_is_left_as_it_is(text: str) -> None:
+def test_a_text_within_the_limits_is_not_changed(text: str) -> None:
     ended = play_one(long_step(text), max_observation_tokens=100, max_observation_bytes=100)
     assert isinstance(ended, Episode)
     assert (ended.attempts[0].turns[-1].observation, ended.attempts[0].turns[-1].cut_chars) == (text, 0)
@@ -91,19 +82,15 @@ def test_a_text_of_too_many_bytes_is_cut_between_characters(text: str, limit: in
     assert said.missing == 0 or len(said.text.encode()) > limit - 4
 
 
-def test_a_problem_is_not_cut() -> None:
-    ended = play_one(returning("reset", "up " * 1000), max_observation_bytes=2000)
+@pytest.mark.parametrize("method", ["reset", "parse"])
+def test_problems_and_actions_are_not_cut(method: str) -> None:
+    ended = play_one(returning(method, "up " * 1000), max_observation_bytes=2000)
     assert isinstance(ended, DroppedEpisode) and ended.bad_answer
     assert "rollout.max_observation_bytes = 2000" in ended.error
 
 
-def test_an_action_is_not_cut() -> None:
-    ended = play_one(returning("parse", "up " * 1000), max_observation_bytes=2000)
-    assert isinstance(ended, DroppedEpisode) and "rollout.max_observation_bytes = 2000" in ended.error
-
-
 @pytest.mark.parametrize("text", ["\ud800", "\u2028line\u0085line\x0b\x0c\x1c", "\x1b[2J\x00", "<|im_end|>"])
-def test_texts_of_any_characters_are_written_and_read_again(tmp_path: Path, text: str) -> None:
+def test_dumps_keep_texts_with_any_characters(tmp_path: Path, text: str) -> None:
     odd = [long_step(text), returning("summary", text), returning("parse", text), returning("hint", text)]
     ended = play_one(type("Odd", tuple(odd), {}))
     assert isinstance(ended, Episode)
@@ -115,7 +102,7 @@ def test_texts_of_any_characters_are_written_and_read_again(tmp_path: Path, text
 
 
 class Set:
-    """A task set with a teacher, in which one thing is odd."""
+    """A task set with a teacher and one fault."""
 
     name = "set"
 
@@ -143,7 +130,7 @@ class Set:
 
 @pytest.mark.parametrize("what", ["teacher", "act", "criticise"])
 @pytest.mark.parametrize("value", [None, 3, b"up", Hostile, SystemExit(1), ValueError("no"), "\ud800"])
-def test_a_teacher_that_fails_costs_its_demonstration(what: str, value: Any) -> None:
+def test_a_teacher_that_fails_drops_its_demonstration(what: str, value: Any) -> None:
     def odd() -> Any:
         if isinstance(value, BaseException):
             raise value
@@ -159,7 +146,7 @@ def test_a_teacher_that_fails_costs_its_demonstration(what: str, value: Any) -> 
         assert not episodes and what in dropped[0].error
 
 
-def test_a_warm_start_without_any_demonstration_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_warm_start_without_demonstrations_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Set(act=lambda: None)
     monkeypatch.setitem(registry._TASK_SETS, "set", lambda: made)  # type: ignore[arg-type]
     played = TeacherSource(EpisodeSetup(made.environment, PROMPTER, SETTINGS)).play([TASK], 1, Seeds(0, 0), 2)
@@ -176,12 +163,12 @@ def test_a_warm_start_without_any_demonstration_says_why(monkeypatch: pytest.Mon
         (lambda: [replace(TASK, problem=json.loads("{}"))], r"entry 0 is Task\(.*texts"),
     ],
 )
-def test_a_task_set_that_has_no_problems_to_show_is_named(problems: Callable[[], Any], said: str) -> None:
+def test_a_task_set_without_valid_problems_is_refused(problems: Callable[[], Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         registry.problems(Set(problems=problems), "train")
 
 
-def test_a_task_set_whose_every_episode_is_wrong_is_named() -> None:
+def test_a_task_set_whose_episodes_are_all_dropped_is_refused() -> None:
     good, bad = Task("good/0", "good", "heldout", ""), Task("bad/0", "bad", "heldout", "")
     wrong = DroppedEpisode(bad, 0, "outcome is nan", bad_answer=True)
     played = play_one(Works)
@@ -192,7 +179,7 @@ def test_a_task_set_whose_every_episode_is_wrong_is_named() -> None:
         require_playable(Played((replace(played, task=good),), (wrong, wrong)))
 
 
-def test_failures_keep_their_kind() -> None:
+def test_bad_answers_are_distinguished_from_other_failures() -> None:
     for error, bad in ((EnvironmentFailure("gone"), False), (BadAnswer("nonsense"), True)):
         ended = play_one(raising("step", error))
         assert isinstance(ended, DroppedEpisode)

@@ -1,4 +1,4 @@
-"""Episodes: what the engine saw is what the ladder records; every way an attempt can end; failures cost one episode."""
+"""Episodes: recorded ids are those that the engine saw; every stop reason; a failure drops one episode only."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SEEDS = Seeds(run=0, step=0)
 
 
 class Ladder:
-    """Climb to the height that the problem names, by `up`, `down` or `wait`; a reply without one is not an action."""
+    """Succeeds at the height that the problem names; the actions are `up`, `down` and `wait`."""
 
     max_turns = 8
 
@@ -68,7 +68,7 @@ class Ladder:
 
 @dataclass
 class Script:
-    """Says the given texts in order ("..." for a reply that is cut), and keeps what it was asked."""
+    """Replies with the given texts in order, cut at the limit after "...", and records the requests."""
 
     prompter: Prompter
     texts: list[str]
@@ -78,15 +78,14 @@ class Script:
         self.asked.append(ask)
         text = self.texts[len(self.asked) - 1]
         ids = self.prompter.encode_reply(text.removesuffix("..."))
-        if text.endswith("..."):
-            ids = ids[:-1][: ask.max_new_tokens]
-            return Completion(ids, (-1.0,) * len(ids), "length", 0)
-        return Completion(ids, (-1.0,) * len(ids), "stop", 0)
+        cut = text.endswith("...")
+        ids = ids[:-1][: ask.max_new_tokens] if cut else ids
+        return Completion(ids, (-1.0,) * len(ids), "length" if cut else "stop", 0)
 
 
 @dataclass
 class Recorder:
-    """Passes on to another speaker, and keeps requests and answers."""
+    """Forwards to another speaker, and records requests and replies."""
 
     speaker: Speaker
     seen: list[tuple[Ask, Completion]] = field(default_factory=list)
@@ -132,7 +131,7 @@ def solving(prompter: Prompter, *replies: str) -> Callable[[Task, int], Speakers
     return lambda task, index: Speakers(Script(prompter, list(replies)), EmptyCritic())
 
 
-def test_ids_concatenate_to_exactly_what_the_engine_saw(folder: Path, engine: LocalEngine, prompter: Prompter) -> None:
+def test_recorded_ids_are_those_that_the_engine_saw(folder: Path, engine: LocalEngine, prompter: Prompter) -> None:
     solver = Recorder(EngineSpeaker(engine, 1.0, prompter.stop_ids))
     critic = Recorder(EngineSpeaker(engine, 0.7, prompter.stop_ids))
     speakers_for = same_speakers(solver, critic)
@@ -160,7 +159,7 @@ def test_ids_concatenate_to_exactly_what_the_engine_saw(folder: Path, engine: Lo
 
 
 def check_logprobs(model: torch.nn.Module, attempt: Attempt) -> None:
-    """One forward over the whole attempt gives the engine's log-probs under the mask, and 0 stands elsewhere."""
+    """The recorded log-probs are those of one forward pass over the attempt, and 0 outside of the mask."""
     ids = torch.tensor([attempt.prompt_ids + attempt.response_ids()])
     with torch.no_grad():
         logprobs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
@@ -168,7 +167,7 @@ def check_logprobs(model: torch.nn.Module, attempt: Attempt) -> None:
     torch.testing.assert_close(torch.tensor(attempt.rollout_logprobs()), expected, atol=1e-5, rtol=0)
 
 
-def test_a_run_repeats_bit_for_bit_and_in_order(engine: LocalEngine, prompter: Prompter) -> None:
+def test_episodes_are_repeatable_and_in_the_order_of_the_tasks(engine: LocalEngine, prompter: Prompter) -> None:
     speakers_for = same_speakers(EngineSpeaker(engine, 1.0, prompter.stop_ids))
     tasks = [ladder(name, 2) for name in ("b", "a", "c")]
 
@@ -184,7 +183,7 @@ def test_a_run_repeats_bit_for_bit_and_in_order(engine: LocalEngine, prompter: P
     assert [a.response_ids() for e in once(512, replace(SEEDS, step=1)) for a in e.attempts] != ids
 
 
-def test_rounds_go_on_until_success_with_only_the_latest_critique(prompter: Prompter) -> None:
+def test_rounds_continue_until_success_and_see_only_the_latest_critique(prompter: Prompter) -> None:
     failure, success = ["down", "down", "down"], ["up", "up", "up"]
     episode, solver, critic = scripted(
         prompter, [*failure, *failure, *success], ["<critic> advice1 </critic>", "advice2"]
@@ -224,7 +223,7 @@ def priced_ladder(task: Task) -> Ladder:
         ({"call_cost": 0.02, "token_cost": 0.001}, [0.1 - 0.064, 1.0 - 0.064]),
     ],
 )
-def test_calls_and_tokens_cost_reward_but_no_success(
+def test_calls_and_tokens_reduce_the_reward_but_not_success(
     prompter: Prompter, costs: dict[str, float], outcomes: list[float]
 ) -> None:
     game = {"goal": 2, "environment": priced_ladder, "rounds": 2, "max_turns": 2}
@@ -235,9 +234,8 @@ def test_calls_and_tokens_cost_reward_but_no_success(
     assert [attempt.success for attempt in episode.attempts] == [False, True]
     if not costs:
         answered = replace(episode.attempts[1], measures=(("answered", 1.0),))
-        found = rollout_metrics(
-            [replace(episode, attempts=(episode.attempts[0], answered))], [], CreditReport((), 0, 0, 0, 0)
-        )
+        counted = replace(episode, attempts=(episode.attempts[0], answered))
+        found = rollout_metrics([counted], [], CreditReport((), 0, 0, 0, 0))
         assert found["attempt/tokens_to_answer"] == 4.0 and found["attempt/observation_tokens"] > 0
 
 
@@ -263,7 +261,7 @@ def test_the_critic_reads_the_trajectory_and_its_outcome(prompter: Prompter) -> 
         (["up", "up go go go..."], "context", ["up", None], {"context_tokens": 16}),
     ],
 )
-def test_every_way_an_attempt_ends(
+def test_every_stop_reason_of_an_attempt(
     prompter: Prompter, replies: list[str], reason: str, actions: list[str | None], changes: dict[str, int]
 ) -> None:
     episode, solver, _ = scripted(prompter, replies, [], goal=2, rounds=1, **changes)
@@ -276,12 +274,12 @@ def test_every_way_an_attempt_ends(
     assert all(len(ask.prompt_ids) + ask.max_new_tokens <= budget for ask in solver.asked)
 
 
-def test_a_reply_that_was_cut_does_not_act(prompter: Prompter) -> None:
+def test_a_reply_that_was_cut_is_not_an_action(prompter: Prompter) -> None:
     episode, *_ = scripted(prompter, ["up", "up..."], [], goal=2, rounds=1)
     assert not episode.attempts[0].success and episode.attempts[0].outcome == 0.1
 
 
-def test_a_long_trajectory_loses_its_first_turns_in_the_critics_prompt(prompter: Prompter) -> None:
+def test_the_first_turns_of_a_long_trajectory_are_left_out_of_the_critics_prompt(prompter: Prompter) -> None:
     replies = ["up", "down"] * 4
     episode, _, critic = scripted(
         prompter, [*replies, *["down"] * 3], ["advice1"], rounds=2, goal=8, context_tokens=90, max_critique_tokens=60
@@ -301,7 +299,7 @@ def test_a_prompt_over_the_context_budget_is_an_error(prompter: Prompter) -> Non
 
 
 @pytest.mark.parametrize("method", ["__init__", "reset", "parse", "hint", "step", "outcome", "success", "summary"])
-def test_a_raising_environment_costs_its_episode_only(prompter: Prompter, method: str) -> None:
+def test_an_environment_that_raises_drops_its_episode_only(prompter: Prompter, method: str) -> None:
     def factory(task: Task) -> Ladder:
         if task.task_id != "ladder/bad":
             return Ladder(task)
@@ -322,7 +320,7 @@ def test_a_raising_environment_costs_its_episode_only(prompter: Prompter, method
     assert len(heard) == 6
 
 
-def test_an_episode_whose_environment_failed_is_played_again_in_another(prompter: Prompter) -> None:
+def test_an_episode_whose_environment_failed_is_played_again_in_a_new_one(prompter: Prompter) -> None:
     made: list[Ladder] = []
 
     def factory(task: Task) -> Ladder:
@@ -336,7 +334,7 @@ def test_an_episode_whose_environment_failed_is_played_again_in_another(prompter
 
 @dataclass
 class Counted:
-    """Passes on to another speaker after a moment, and counts the replies that are awaited together."""
+    """Forwards to another speaker after a short wait, and counts the concurrent replies."""
 
     speaker: Speaker
     count: dict[str, int]
@@ -350,7 +348,7 @@ class Counted:
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])
-def test_at_most_so_many_episodes_are_played_at_once(prompter: Prompter, concurrency: int) -> None:
+def test_concurrency_limits_the_episodes_played_at_the_same_time(prompter: Prompter, concurrency: int) -> None:
     count = {"now": 0, "most": 0}
     setup = EpisodeSetup(Ladder, prompter, replace(SETTINGS, concurrency=concurrency))
     speakers_for = lambda task, index: Speakers(Counted(Script(prompter, ["up"] * 3), count), EmptyCritic())  # noqa: E731
@@ -359,7 +357,7 @@ def test_at_most_so_many_episodes_are_played_at_once(prompter: Prompter, concurr
 
 
 class Slow(Ladder):
-    """Its step waits for something that never comes, or fails as a network would."""
+    """Its step never returns, or fails with `error`."""
 
     error: Exception | None = None
 
@@ -376,14 +374,14 @@ class Slow(Ladder):
         (EnvironmentFailure("server gone"), "server gone"),
     ],
 )
-def test_environments_that_wait_have_a_time_limit(prompter: Prompter, error: Exception | None, message: str) -> None:
+def test_asynchronous_methods_have_a_time_limit(prompter: Prompter, error: Exception | None, message: str) -> None:
     kind = type("Slower", (Slow,), {"error": error})
     setup = EpisodeSetup(kind, prompter, replace(SETTINGS, environment_timeout_s=0.05))
     result = asyncio.run(play_episode(ladder("slow", 3), 0, setup, solving(prompter, "up"), SEEDS))
     assert isinstance(result, DroppedEpisode) and result.error == message
 
 
-def test_embedded_environments_never_meet_the_clock(prompter: Prompter) -> None:
+def test_environments_that_do_not_wait_have_no_time_limit(prompter: Prompter) -> None:
     episode, *_ = scripted(prompter, ["up", "up", "up"], [], environment_timeout_s=0.0)
     assert episode.attempts[0].success
 
@@ -396,7 +394,7 @@ def test_an_engine_failure_ends_the_run_and_cancels_the_rest(engine: LocalEngine
         asyncio.run(play([ladder("a", 3), ladder("b", 3)], 4, setup, speakers_for, SEEDS))
 
 
-def test_an_empty_critic_says_nothing(prompter: Prompter) -> None:
+def test_an_empty_critic_writes_empty_critiques(prompter: Prompter) -> None:
     setup = EpisodeSetup(Ladder, prompter, replace(SETTINGS, rounds=2))
     episode = asyncio.run(play_episode(ladder("a", 3), 0, setup, solving(prompter, *["wait"] * 6), SEEDS))
     assert isinstance(episode, Episode)
@@ -404,7 +402,7 @@ def test_an_empty_critic_says_nothing(prompter: Prompter) -> None:
     assert episode.attempts[1].prompt_ids == prompter.revision("start at bottom", "")
 
 
-def test_seeds_are_stable_and_apart() -> None:
+def test_seeds_are_stable_and_all_different() -> None:
     assert SEEDS.of("a", 0, 0, "attempt", 0) == Seeds(0, 0).of("a", 0, 0, "attempt", 0)
     seeds = {
         Seeds(run, step, purpose).of(task, index, round, role, turn)

@@ -303,4 +303,4 @@ def test_settings_inside_a_foreign_model_or_checkpoint_are_not_read(tmp_path: Pa
         evaluate(EvalRequest(model))
     assert not (tmp_path / "ran").exists()
     (tmp_path / "settings.yaml").write_text((model / "settings.yaml").read_text())
-    assert evaluation._run_settings(model) == (settings, [])  # of the run folder that the model lies in
+    assert evaluation.run_settings(model) == (settings, [])  # of the run folder that the model lies in

@@ -1,4 +1,4 @@
-"""Evaluation on episodes whose truth is known, and the statistics against their definitions."""
+"""The control experiment with known success rates, and the statistics against their definitions."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.episode import EpisodeSetup
 from icrl_megatron.rollout.prompts import Prompter, template_words
-from icrl_megatron.rollout.speakers import Ask, EmptyCritic, Seeds, Speaker, Speakers
+from icrl_megatron.rollout.speakers import Ask, EmptyCritic, Seeds, Speaker, same_speakers
 from icrl_megatron.rollout.teacher import teacher_speakers
-from icrl_megatron.run.control import control, paired_difference, proportion
+from icrl_megatron.run.control import ControlResult, control, paired_difference, proportion
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import StepResult
@@ -33,7 +33,7 @@ PROMPTER = Prompter(
 
 
 class Question:
-    """Success is the answer `yes`; a task of source `broken` fails while it is graded."""
+    """Succeeds with the answer `yes`; grading raises for tasks of source `broken`."""
 
     max_turns = 1
 
@@ -67,7 +67,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Coin:
-    """Answers `yes` with a probability that depends only on whether it was told `help`; criticises with `help`."""
+    """Answers `yes` with probability `helped` after the critique `help`, else `alone`; its critiques are `help`."""
 
     alone: float
     helped: float
@@ -86,18 +86,16 @@ def tasks(count: int, source: str = "coin") -> list[Task]:
     return [Task(f"{source}/{i}", source, "heldout", "") for i in range(count)]
 
 
-def setup() -> EpisodeSetup:
-    return EpisodeSetup(Question, PROMPTER, SETTINGS)
+SETUP = EpisodeSetup(Question, PROMPTER, SETTINGS)
 
 
-def one_episode(solver: Speaker, critic: Speaker | None = None) -> Speakers:
-    return Speakers(solver, critic or solver)
+def run_control(problems: list[Task], failures: int, solver: Speaker, critic: Speaker | None = None) -> ControlResult:
+    return asyncio.run(control(problems, failures, SETUP, same_speakers(solver, critic or solver), SEEDS))
 
 
-def test_the_control_sees_what_the_critique_carries() -> None:
-    speakers_for = lambda task, index: one_episode(Coin(0.3, 0.8))  # noqa: E731
+def test_the_control_measures_the_effect_of_the_critique() -> None:
     problems = [*tasks(600), *tasks(3, "broken")]
-    result = asyncio.run(control(problems, 300, setup(), speakers_for, SEEDS))
+    result = run_control(problems, 300, Coin(0.3, 0.8))
     assert result.failures == result.critique.n == result.empty.n == result.plain.n == 300
     assert result.first_attempts == 600 and result.dropped == 3
     for arm, expected in ((result.critique, 0.8), (result.empty, 0.3), (result.plain, 0.3)):
@@ -106,25 +104,23 @@ def test_the_control_sees_what_the_critique_carries() -> None:
         assert 0 < difference.low < difference.mean < difference.high < 1
     assert result.critique_minus_empty.mean == pytest.approx(result.critique.mean - result.empty.mean)
     assert result.empty.successes != result.plain.successes  # independent samples, not one sample twice
-    assert asyncio.run(control(problems, 300, setup(), speakers_for, SEEDS)) == result
+    assert run_control(problems, 300, Coin(0.3, 0.8)) == result
 
 
-def test_the_control_of_an_empty_critic_finds_nothing() -> None:
-    speakers_for = lambda task, index: one_episode(Coin(0.3, 0.8), EmptyCritic())  # noqa: E731
-    result = asyncio.run(control(tasks(500), 300, setup(), speakers_for, SEEDS))
+def test_the_control_of_an_empty_critic_finds_no_effect() -> None:
+    result = run_control(tasks(500), 300, Coin(0.3, 0.8), EmptyCritic())
     assert result.critique_minus_empty.low < 0 < result.critique_minus_empty.high
 
 
-def test_without_failures_the_control_says_that_it_knows_nothing() -> None:
-    result = asyncio.run(control(tasks(5), 10, setup(), lambda task, index: one_episode(Coin(1.0, 1.0)), SEEDS))
+def test_without_failures_the_intervals_of_the_control_are_unbounded() -> None:
+    result = run_control(tasks(5), 10, Coin(1.0, 1.0))
     assert result.failures == 0 and result.first_attempts == 5
     assert (result.critique.low, result.critique.high) == (0.0, 1.0)
     assert (result.critique_minus_plain.low, result.critique_minus_plain.high) == (-1.0, 1.0)
 
 
-def test_results_are_json() -> None:
-    speakers_for = lambda task, index: one_episode(Coin(0.3, 0.8))  # noqa: E731
-    plain = dataclasses.asdict(asyncio.run(control(tasks(10), 5, setup(), speakers_for, SEEDS)))
+def test_results_can_be_written_as_json() -> None:
+    plain = dataclasses.asdict(run_control(tasks(10), 5, Coin(0.3, 0.8)))
     assert json.loads(json.dumps(plain)) == json.loads(json.dumps(plain, allow_nan=False))
 
 
@@ -132,7 +128,7 @@ def test_the_control_plays_the_embedded_tasks() -> None:
     task_set = registry.get("household")
     tokenizer = build_tokenizer([*task_set.vocabulary(), *template_words("compact")])  # type: ignore[attr-defined]
     prompter = Prompter(tokenizer, SETTINGS)
-    played = replace(setup(), environment=registry.environment, prompter=prompter)
+    played = replace(SETUP, environment=registry.environment, prompter=prompter)
     speakers_for = teacher_speakers(registry.get, prompter, SEEDS)
     result = asyncio.run(control(task_set.problems("heldout"), 64, played, speakers_for, SEEDS))
     assert result.first_attempts == 64 and result.failures > 0
@@ -149,7 +145,7 @@ def test_wilson_intervals(successes: int, n: int, low: float, high: float) -> No
 
 
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_wilson_bounds_are_where_the_score_test_turns(case: tuple[int, int]) -> None:
+def test_wilson_bounds_are_the_limits_of_the_score_test(case: tuple[int, int]) -> None:
     successes, n = case
     result = proportion(successes, n)
     assert 0 <= result.low <= result.mean <= result.high <= 1
@@ -159,7 +155,7 @@ def test_wilson_bounds_are_where_the_score_test_turns(case: tuple[int, int]) -> 
             assert z == pytest.approx(1.959964, rel=1e-3) or min(bound, 1 - bound) < 1e-12
 
 
-def test_the_bootstrap_interval_is_close_to_the_normal_one() -> None:
+def test_the_bootstrap_interval_is_close_to_the_normal_interval() -> None:
     differences = np.random.default_rng(0).choice([-1, 0, 1], p=[0.1, 0.5, 0.4], size=400)
     result = paired_difference(differences)
     half = 1.96 * differences.std() / math.sqrt(len(differences))

@@ -1,4 +1,4 @@
-"""Exports, imports, evaluations and a run that goes on, by the real commands: what they replace and what they leave."""
+"""Which files the real commands for export, import, evaluation and resuming replace, and which they keep."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from icrl_megatron.utils import results
 
 UMASK = 0o027
 EVAL = ("--problems", "2")
+Commands = tuple[Path, dict[str, Ended]]
 
 
 @pytest.fixture(scope="module")
-def ended(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ended]]:
+def ended(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Commands:
     folder = tmp_path_factory.mktemp("exports")
     checkpoints, hf, run = str(finished_run / "checkpoints"), str(finished_run / "warm_start" / "hf"), folder / "run"
     shutil.copytree(finished_run, run)
@@ -56,53 +57,53 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_an_export_replaces_its_earlier_self(ended: tuple[Path, dict[str, Ended]], finished_run: Path) -> None:
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+def test_an_export_replaces_an_earlier_export(ended: Commands, finished_run: Path) -> None:
     folder, by_name = ended
     assert (by_name["export"], by_name["again"]) == (Ended(0, ""), Ended(0, "")), by_name
     assert names(folder / "out") == {"hf"}
     assert names(folder / "out" / "hf") == names(finished_run / "hf") >= {results.MARKER, "model.safetensors"}
+    assert same_weights(folder / "out" / "hf", finished_run / "hf")
 
 
-def test_other_models_are_replaced_on_purpose_only(ended: tuple[Path, dict[str, Ended]]) -> None:
+def test_other_files_are_replaced_only_with_overwrite(ended: Commands) -> None:
     folder, by_name = ended
-    said = by_name["other"]
-    assert (
-        said.code == 2
-        and "it holds notes.md, other, and is not known to be an earlier Hugging Face export" in said.error
-    )
+    said = "it holds notes.md, other, and is not known to be an earlier Hugging Face export"
+    assert by_name["other"].code == 2 and said in by_name["other"].error
     assert by_name["other_on_purpose"].code == 0, by_name
     assert names(folder / "models") == names(folder / "out" / "hf")
 
 
-def test_an_import_stays_beside_other_steps(ended: tuple[Path, dict[str, Ended]], finished_run: Path) -> None:
+def test_an_import_keeps_other_steps_and_an_export_returns_its_weights(ended: Commands, finished_run: Path) -> None:
     folder, by_name = ended
     assert [by_name[name].code for name in ("import", "import_again", "back")] == [0, 0, 0], by_name
     assert names(folder / "steps") == {"step_000000", "step_000020", "step_000040"}
-    came = load_file(finished_run / "warm_start" / "hf" / "model.safetensors")
-    went = load_file(folder / "back" / "model.safetensors")
-    assert came.keys() == went.keys() and all(came[name].equal(went[name]) for name in came)
+    assert same_weights(folder / "back", finished_run / "warm_start" / "hf")
 
 
-def test_a_command_that_fails_leaves_nothing(ended: tuple[Path, dict[str, Ended]]) -> None:
+def test_a_failed_command_leaves_no_files(ended: Commands) -> None:
     folder, by_name = ended
     assert by_name["not_a_checkpoint"].code == by_name["bad_model"].code == 2, by_name
     assert not (folder / "nothing").exists()
     assert not [path for path in folder.rglob("*") if results.is_temporary(path)]
 
 
-def test_a_run_goes_on_and_exports_again(ended: tuple[Path, dict[str, Ended]], finished_run: Path) -> None:
+def test_a_resumed_run_replaces_its_export_unless_files_were_added(ended: Commands, finished_run: Path) -> None:
     folder, by_name = ended
     assert by_name["goes_on"].code == 0, by_name["goes_on"].error
-    before, after = (load_file(run / "hf" / "model.safetensors") for run in (finished_run, folder / "run"))
-    assert any(not before[name].equal(after[name]) for name in before)
+    assert not same_weights(folder / "run" / "hf", finished_run / "hf")
     metrics = (folder / "kept" / "metrics.jsonl").read_text()
     assert by_name["kept"].code == 2 and "kept/hf: notes.md was added after it was written" in by_name["kept"].error
     assert "move it away, or choose another run_dir" in by_name["kept"].error
     assert (folder / "kept" / "hf" / "notes.md").read_text() == "mine"
-    assert metrics == (finished_run / "metrics.jsonl").read_text()  # found before a step was played
+    assert metrics == (finished_run / "metrics.jsonl").read_text()  # refused before the first step
 
 
-def test_evaluations_are_not_put_where_they_would_be_deleted(ended: tuple[Path, dict[str, Ended]]) -> None:
+def test_evaluations_are_written_outside_of_exports_and_checkpoints(ended: Commands) -> None:
     folder, by_name = ended
     assert [by_name[name].code for name in ("eval", "eval_again", "eval_export", "eval_step")] == [0, 0, 0, 0], by_name
     assert names(folder / "run" / "eval") == {"eval.json", "eval.png", results.MARKER}
@@ -111,7 +112,7 @@ def test_evaluations_are_not_put_where_they_would_be_deleted(ended: tuple[Path, 
     assert json.loads((of_step / "eval.json").read_text())["scores"]
 
 
-def test_all_files_follow_the_umask(ended: tuple[Path, dict[str, Ended]]) -> None:
+def test_all_files_follow_the_umask(ended: Commands) -> None:
     folder, _ = ended
     of_the_run = (f"run/{name}" for name in ("hf", "eval", "settings.yaml", "metrics.jsonl"))
     for name in ("out", "back", "models", "steps/step_000000", *of_the_run):

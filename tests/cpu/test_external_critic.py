@@ -1,4 +1,4 @@
-"""The external critic against a small endpoint that speaks the protocol, over real HTTP."""
+"""The external critic with a small OpenAI-compatible endpoint over real HTTP."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def ask(prompter: Prompter, handler: Handler, limit: int = 8) -> Completion:
 def ask_often(
     prompter: Prompter, handler: Handler, count: int, limit: int = 8, interrupted_after_s: float | None = None
 ) -> list[Completion]:
-    """Requests at the same time, of which two are in flight."""
+    """Several requests at the same time, of which two are sent at once."""
 
     async def talk() -> list[Completion]:
         async with serving(web.post("/v1/chat/completions", handler)) as url:
@@ -61,7 +61,7 @@ def ask_often(
     return asyncio.run(talk())
 
 
-def test_it_is_asked_in_words_and_its_words_become_ids(prompter: Prompter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_request_is_text_and_the_reply_becomes_ids(prompter: Prompter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEY_OF_TEST", "secret")
     seen = {}
 
@@ -77,7 +77,7 @@ def test_it_is_asked_in_words_and_its_words_become_ids(prompter: Prompter, monke
     assert (seen["model"], seen["max_tokens"], seen["temperature"], seen["key"]) == ("m", 8, 0.5, "Bearer secret")
 
 
-def test_a_long_answer_is_cut_where_the_settings_say(prompter: Prompter) -> None:
+def test_a_long_reply_is_cut_at_the_token_limit(prompter: Prompter) -> None:
     async def answer(request: web.Request) -> web.Response:
         return said("try red again again again")
 
@@ -85,7 +85,7 @@ def test_a_long_answer_is_cut_where_the_settings_say(prompter: Prompter) -> None
     assert (len(completion.ids), completion.finish_reason) == (3, "length")
 
 
-def test_it_is_asked_again_after_a_passing_failure_and_not_after_a_refusal(prompter: Prompter) -> None:
+def test_a_request_is_repeated_after_429_but_not_after_401(prompter: Prompter) -> None:
     calls = []
 
     async def busy_once(request: web.Request) -> web.Response:
@@ -104,26 +104,19 @@ def test_it_is_asked_again_after_a_passing_failure_and_not_after_a_refusal(promp
     assert len(calls) == 1
 
 
-def test_garbage_is_a_failed_request(prompter: Prompter) -> None:
-    async def garbage(request: web.Request) -> web.Response:
+def test_a_malformed_reply_is_a_failed_request(prompter: Prompter) -> None:
+    async def malformed(request: web.Request) -> web.Response:
         return web.json_response({"choices": []})
 
     with pytest.raises(RequestFailedError, match="answered"):
-        ask(prompter, garbage)
-
-
-def test_what_no_tokenizer_takes_is_replaced(prompter: Prompter) -> None:
-    async def half_a_character(request: web.Request) -> web.Response:
-        return said("red \ud800 again")
-
-    ids = ask(prompter, half_a_character).ids
-    assert ids == prompter.encode_reply("red ? again")
+        ask(prompter, malformed)
 
 
 @pytest.mark.parametrize(
     ("content", "text"),
     [
         ([{"type": "text", "text": "try "}, {"type": "text", "text": "red"}], "try red"),
+        ("red \ud800 again", "red ? again"),
         ([], ""),
         (None, ""),
         ([{"type": "image_url", "image_url": {"url": "x"}}], None),
@@ -133,9 +126,7 @@ def test_what_no_tokenizer_takes_is_replaced(prompter: Prompter) -> None:
         (7, None),
     ],
 )
-def test_a_text_in_parts_is_joined_and_what_is_no_text_refused(
-    prompter: Prompter, content: object, text: str | None
-) -> None:
+def test_a_reply_must_be_text_or_parts_of_text(prompter: Prompter, content: object, text: str | None) -> None:
     async def answer(request: web.Request) -> web.Response:
         return said(content)
 
@@ -146,7 +137,7 @@ def test_a_text_in_parts_is_joined_and_what_is_no_text_refused(
         assert ask(prompter, answer).ids == prompter.encode_reply(text)
 
 
-def test_an_interruption_ends_the_requests_in_flight_and_those_that_wait(prompter: Prompter) -> None:
+def test_an_interruption_ends_sent_and_waiting_requests(prompter: Prompter) -> None:
     seen = []
 
     async def slow(request: web.Request) -> web.Response:
@@ -160,7 +151,7 @@ def test_an_interruption_ends_the_requests_in_flight_and_those_that_wait(prompte
     assert len(seen) == 2
 
 
-def test_an_external_critic_needs_an_address() -> None:
+def test_an_external_critic_without_an_address_or_with_a_password_is_refused() -> None:
     at = ("rollout.critic=external", "rollout.external.model=m")
     for overrides in (at[:1], (*at, "rollout.external.url=http://me:pw@h/v1")):
         with pytest.raises(ConfigError, match=r"rollout\.external\.url(?!.*pw)"):

@@ -1,4 +1,4 @@
-"""Every model family from its folder to log-probs, and a whole run on the second one."""
+"""Every model family from its folder to log-probs, and a run with the second family."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from actors import make_actor, plan
-from model_folders import make_folder
+from model_folders import edit_config, make_folder, with_fields
 from transformers import AutoModelForCausalLM, Qwen2Config
 from whole_runs import SMALL, icrl, rows
 
@@ -28,19 +28,13 @@ from icrl_megatron.settings.schema import EngineSettings
 from icrl_megatron.utils.errors import ConfigError
 
 
-def changed(folder: Path, **fields: object) -> Path:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-    return folder
-
-
-def test_a_family_is_called_as_in_config_json() -> None:
+def test_a_familys_name_is_its_model_type_in_config_json() -> None:
     assert all(family.model_type == name for name, family in FAMILIES.items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_tensors_are_those_of_transformers(family: str, tied: bool, tmp_path: Path) -> None:
+def test_tensor_names_and_shapes_are_those_of_transformers(family: str, tied: bool, tmp_path: Path) -> None:
     folder = make_folder(tmp_path, tied=tied, family=family)
     shape = check_folder(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -49,14 +43,13 @@ def test_the_tensors_are_those_of_transformers(family: str, tied: bool, tmp_path
     assert counts(shape).total == sum(p.numel() for p in model.parameters())
 
 
-def test_a_head_is_a_share_of_the_width_where_qwen2_does_not_say(tmp_path: Path) -> None:
+def test_without_head_dim_a_qwen2_head_is_hidden_size_over_heads(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, family="qwen2")
-    fields = json.loads((folder / "config.json").read_text())
-    del fields["head_dim"]
-    (folder / "config.json").write_text(json.dumps(fields))
+    edit_config(folder, lambda config: config.pop("head_dim"))
     assert ModelShape.read(folder).head_dim == 8
+    with_fields(folder, {"hidden_size": 33})
     with pytest.raises(ConfigError, match="hidden_size=33 is not a multiple of num_attention_heads=4"):
-        ModelShape.read(changed(folder, hidden_size=33))
+        ModelShape.read(folder)
 
 
 @pytest.mark.parametrize(
@@ -68,9 +61,10 @@ def test_a_head_is_a_share_of_the_width_where_qwen2_does_not_say(tmp_path: Path)
         ({"architectures": ["Qwen2Model"]}, "use one for Qwen2ForCausalLM"),
     ],
 )
-def test_another_model_is_refused(fields: dict[str, object], said: str, tmp_path: Path) -> None:
+def test_unsupported_configurations_are_refused(fields: dict[str, object], said: str, tmp_path: Path) -> None:
+    with_fields(make_folder(tmp_path, family="qwen2"), fields)
     with pytest.raises(ConfigError, match=said):
-        ModelShape.read(changed(make_folder(tmp_path, family="qwen2"), **fields))
+        ModelShape.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -84,75 +78,38 @@ def test_another_model_is_refused(fields: dict[str, object], said: str, tmp_path
         ("Qwen2.5-32B-Instruct", 32_763_876_352),
     ],
 )
-def test_published_sizes(name: str, parameters: int) -> None:
-    """Those in the metadata of the published safetensors."""
+def test_parameters_are_counted_as_in_the_published_safetensors(name: str, parameters: int) -> None:
     assert counts(PUBLISHED[name]).total == parameters
 
 
 QWEN25_7B: dict[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "hidden_act": "silu",
-    "hidden_size": 3584,
-    "initializer_range": 0.02,
-    "intermediate_size": 18944,
-    "max_position_embeddings": 32768,
-    "max_window_layers": 28,
-    "model_type": "qwen2",
-    "num_attention_heads": 28,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0,
-    "sliding_window": 131072,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.43.1",
-    "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 152064,
-}
+    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645,
+    "hidden_act": "silu", "hidden_size": 3584, "initializer_range": 0.02, "intermediate_size": 18944,
+    "max_position_embeddings": 32768, "max_window_layers": 28, "model_type": "qwen2", "num_attention_heads": 28,
+    "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": 131072, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+    "transformers_version": "4.43.1", "use_sliding_window": False, "vocab_size": 152064,
+}  # fmt: skip
+DISTILLED: dict[str, Any] = {  # as saved by transformers 4.56
+    "dtype": "bfloat16", "layer_types": ["full_attention"] * 28, "sliding_window": None, "pad_token_id": 151643,
+    "rope_scaling": None, "use_mrope": False,
+}  # fmt: skip
+QWEN25_500M: dict[str, Any] = {
+    "hidden_size": 896, "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2,
+    "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True, "max_window_layers": 21,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({}, PUBLISHED["Qwen2.5-7B-Instruct"]),
-        # Saved by transformers 4.56, and what distillations write.
-        (
-            {
-                "dtype": "bfloat16",
-                "layer_types": ["full_attention"] * 28,
-                "sliding_window": None,
-                "pad_token_id": 151643,
-                "rope_scaling": None,
-                "use_mrope": False,
-            },
-            PUBLISHED["Qwen2.5-7B-Instruct"],
-        ),
-        (
-            {
-                "hidden_size": 896,
-                "num_attention_heads": 14,
-                "num_hidden_layers": 24,
-                "num_key_value_heads": 2,
-                "intermediate_size": 4864,
-                "vocab_size": 151936,
-                "tie_word_embeddings": True,
-                "max_window_layers": 21,
-            },
-            PUBLISHED["Qwen2.5-0.5B-Instruct"],
-        ),
-    ],
+    ("fields", "name"),
+    [({}, "Qwen2.5-7B-Instruct"), (DISTILLED, "Qwen2.5-7B-Instruct"), (QWEN25_500M, "Qwen2.5-0.5B-Instruct")],
 )
-def test_published_configurations_are_read(fields: dict[str, Any], expected: ModelShape, tmp_path: Path) -> None:
+def test_published_configurations_are_read(fields: dict[str, Any], name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**QWEN25_7B, **fields}))
-    assert ModelShape.read(tmp_path) == expected
+    assert ModelShape.read(tmp_path) == PUBLISHED[name]
 
 
-def test_absent_fields_are_what_transformers_takes(tmp_path: Path) -> None:
+def test_absent_fields_have_the_defaults_of_transformers(tmp_path: Path) -> None:
     kept = {n: v for n, v in QWEN25_7B.items() if n not in {*DEFAULTS, "rope_theta"}}
     (tmp_path / "config.json").write_text(json.dumps(kept))
     shape, config = ModelShape.read(tmp_path), Qwen2Config()
@@ -171,7 +128,7 @@ def test_absent_fields_are_what_transformers_takes(tmp_path: Path) -> None:
         ("Qwen3-8B", {1, 2, 4, 8}),
     ],
 )
-def test_engines_that_cannot_hold_the_model_are_refused(name: str, sizes: set[int]) -> None:
+def test_tensor_parallel_sizes_that_sglang_cannot_use_are_refused(name: str, sizes: set[int]) -> None:
     shape, accepted = PUBLISHED[name], set()
     assert {n for n in range(1, 9) if Layout(8, engine_tensor=n).refusal(shape, 8) is None} == sizes
     for size in range(1, 9):
@@ -179,14 +136,13 @@ def test_engines_that_cannot_hold_the_model_are_refused(name: str, sizes: set[in
             engine_kind("sglang").check_shape(EngineSettings(kind="sglang", tensor_parallel=size), shape)
             accepted.add(size)
         except ConfigError as error:
-            assert f"engine.tensor_parallel={size}: SGLang cannot split the model's {shape.heads} attention" in str(
-                error
-            )
+            said = f"engine.tensor_parallel={size}: SGLang cannot split the model's {shape.heads} attention"
+            assert said in str(error)
     assert accepted >= sizes and accepted & {1, 2, 4, 8} == sizes
     engine_kind("sglang").check_shape(EngineSettings(kind="sglang", tensor_parallel=5, urls=["http://a:1"]), shape)
 
 
-def test_a_run_on_such_an_engine_stops_before_it_starts() -> None:
+def test_a_run_with_such_a_size_is_refused_before_it_starts() -> None:
     words = ["actor.tensor_parallel=1", "engine.kind=sglang", "engine.tensor_parallel=2", "model.init.family=qwen2"]
     settings = load("quickstart", [*words, "model.init.heads=3", "model.init.kv_heads=1"])
     assert settings.model.init is not None
@@ -194,7 +150,7 @@ def test_a_run_on_such_an_engine_stops_before_it_starts() -> None:
         validate_shape(settings, ModelShape.of_tiny(settings.model.init))
 
 
-def test_engines_hold_copies_of_key_value_heads() -> None:
+def test_each_gpu_of_an_engine_has_at_least_one_key_value_head() -> None:
     shape = PUBLISHED["Qwen2.5-3B-Instruct"]
     one_head = shape.layers * 2 * 128 * (shape.hidden + 1)
     assert engine_parameters(shape, 2) == counts(shape).total // 2
@@ -203,7 +159,7 @@ def test_engines_hold_copies_of_key_value_heads() -> None:
 
 @pytest.mark.dist
 def test_a_run_trains_qwen2(tmp_path: Path) -> None:
-    """Warm start, rollouts on the local engine, updates at tensor parallel 2, and an export that transformers loads."""
+    """With a warm start, the local engine, tensor parallel 2, and an export that transformers loads."""
     run = tmp_path / "run"
     small = [word for word in SMALL if not word.startswith("model.")]
     words = ["train", "rulebook_easy", f"run_dir={run}", "steps=2", "launch.ranks=2", "actor.tensor_parallel=2"]
@@ -240,6 +196,6 @@ def test_the_documented_family_computes_what_transformers_computes(
     assert 0 < worst < 1e-5
 
 
-def test_a_shape_keeps_its_family() -> None:
+def test_a_shape_of_another_family_is_not_equal() -> None:
     shape = PUBLISHED["Qwen3-8B"]
     assert dataclasses.replace(shape, model_type="qwen2") != shape and not shape.family.qkv_bias

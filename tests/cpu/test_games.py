@@ -1,4 +1,4 @@
-"""ALFWorld in process: games that textworld makes here, played in processes of their own; folders that are none."""
+"""ALFWorld without servers: games that textworld generates here, each played in its own process; invalid folders."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import gc
 import importlib.util
 import json
 import os
-import subprocess
-import sys
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from attempts import observed
+from commands import python
 
 from icrl_megatron.settings.task_options import ALFWorldSource, GameData
 from icrl_megatron.tasks import agentgym, games, registry
@@ -38,15 +41,13 @@ print("\\n".join(game.walkthrough))
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]]]:
-    """A folder with two splits of games, and how each is won."""
+    """A folder with two splits of one game each, and the actions that win each game."""
     folder = tmp_path_factory.mktemp("games")
     won = {}
     for split, seed in (("train", 1), ("heldout", 2)):
         (folder / split).mkdir()
         path = folder / split / "game.z8"
-        done = subprocess.run(
-            [sys.executable, "-c", MAKE, str(path), str(seed)], capture_output=True, text=True, timeout=500
-        )
+        done = python("-c", MAKE, path, str(seed), timeout=500)
         assert done.returncode == 0, done.stderr[-2000:]
         won[split] = done.stdout.strip().splitlines()
     return folder, won
@@ -59,23 +60,24 @@ def of_folders(folder: Path, **data: object) -> GameFolders:
     return task_set
 
 
-async def played(environment: AgentGymEnvironment, actions: list[str]) -> list[str]:
-    seen = [await environment.reset()]
-    for action in actions:
-        found = environment.parse(f"I think. <action> {action} </action>")
-        assert found == action
-        result = await environment.step(found)
-        seen.append(result.observation)
-        if result.done:
-            break
-    return seen
+@contextmanager
+def opened(folder: Path, **data: object) -> Iterator[GameFolders]:
+    """The task set of a folder, whose processes are ended afterwards."""
+    task_set = of_folders(folder, **data)
+    try:
+        yield task_set
+    finally:
+        task_set.close()
+
+
+async def play(environment: AgentGymEnvironment, actions: list[str]) -> list[str]:
+    return await observed(environment, *(f"I think. <action> {action} </action>" for action in actions))
 
 
 @textworld_only
-def test_a_game_is_lost_and_then_won(made: tuple[Path, dict[str, list[str]]]) -> None:
+def test_a_game_can_be_lost_and_then_won(made: tuple[Path, dict[str, list[str]]]) -> None:
     folder, won = made
-    task_set = of_folders(folder)
-    try:
+    with opened(folder) as task_set:
         task_set.check()
         (task,) = task_set.problems("train")
         assert task.task_id == "alfworld/train/train/0" and subset_of(task) == "alfworld/train"
@@ -83,99 +85,87 @@ def test_a_game_is_lost_and_then_won(made: tuple[Path, dict[str, list[str]]]) ->
         environment = task_set.environment(task)
 
         async def rounds() -> None:
-            seen = await played(environment, ["look", "dance with the moon"])
+            seen = await play(environment, ["look", "dance with the moon"])
             assert "AVAILABLE ACTIONS: " in seen[0] and won["train"][0] in seen[0]
             assert not environment.success() and environment.outcome() == 0.0
             # The next round is the same game from its beginning.
-            again = await played(environment, won["train"])
+            again = await play(environment, won["train"])
             assert again[0] == seen[0]
             assert environment.success() and environment.outcome() == 1.0 and "solved" in environment.summary()
 
         asyncio.run(rounds())
-    finally:
-        task_set.close()
 
 
 @textworld_only
-def test_episodes_share_processes_and_none_blocks_the_others(made: tuple[Path, dict[str, list[str]]]) -> None:
+def test_episodes_share_processes_without_blocking_each_other(made: tuple[Path, dict[str, list[str]]]) -> None:
     folder, won = made
-    task_set = of_folders(folder, grading_workers=2)
-    tasks = [*task_set.problems("train"), *task_set.problems("heldout")]
+    with opened(folder, grading_workers=2) as task_set:
+        tasks = [*task_set.problems("train"), *task_set.problems("heldout")]
 
-    async def many() -> float:
-        environments = [task_set.environment(tasks[i % 2]) for i in range(6)]
-        late = 0.0
+        async def many() -> float:
+            environments = [task_set.environment(tasks[i % 2]) for i in range(6)]
+            late = 0.0
 
-        async def heartbeat() -> None:
-            nonlocal late
-            while True:
-                begun = time.monotonic()
-                await asyncio.sleep(0.01)
-                late = max(late, time.monotonic() - begun)
+            async def heartbeat() -> None:
+                nonlocal late
+                while True:
+                    begun = time.monotonic()
+                    await asyncio.sleep(0.01)
+                    late = max(late, time.monotonic() - begun)
 
-        beating = asyncio.create_task(heartbeat())
-        await asyncio.gather(
-            *(played(e, won["train" if i % 2 == 0 else "heldout"]) for i, e in enumerate(environments))
-        )
-        beating.cancel()
-        assert all(e.success() for e in environments)
-        assert [t.episodes for t in task_set._processes] == [3, 3]
-        environments.clear()
-        gc.collect()
-        assert [t.episodes for t in task_set._processes] == [0, 0]
-        return late
+            beating = asyncio.create_task(heartbeat())
+            actions = [won["train"], won["heldout"]] * 3
+            await asyncio.gather(*(play(e, a) for e, a in zip(environments, actions, strict=True)))
+            beating.cancel()
+            assert all(e.success() for e in environments)
+            assert [t.episodes for t in task_set._processes] == [3, 3]
+            environments.clear()
+            gc.collect()
+            assert [t.episodes for t in task_set._processes] == [0, 0]
+            return late
 
-    try:
-        # Starting a game takes seconds; the loop is never held up that long.
+        # Starting a game takes seconds; the event loop is never blocked that long.
         assert asyncio.run(many()) < 2.0
-    finally:
-        task_set.close()
 
 
 @textworld_only
-def test_a_process_that_dies_costs_its_episodes_and_no_more(made: tuple[Path, dict[str, list[str]]]) -> None:
+def test_a_process_that_dies_fails_only_its_current_episodes(made: tuple[Path, dict[str, list[str]]]) -> None:
     folder, won = made
-    task_set = of_folders(folder, grading_workers=1)
-    task = task_set.problems("train")[0]
+    with opened(folder, grading_workers=1) as task_set:
+        task = task_set.problems("train")[0]
 
-    async def episode() -> None:
-        first, second = task_set.environment(task), task_set.environment(task)
-        await first.reset()
-        await second.reset()
-        worker = task_set._processes[0]._worker
-        assert worker is not None
-        worker._process.kill()
-        with pytest.raises(EnvironmentFailure, match="killed its process"):
-            await first.step("look")
-        with pytest.raises(EnvironmentFailure, match="was restarted"):
-            await second.step("look")
-        await played(second, won["train"])
-        assert second.success()
+        async def episode() -> None:
+            first, second = task_set.environment(task), task_set.environment(task)
+            await first.reset()
+            await second.reset()
+            worker = task_set._processes[0]._worker
+            assert worker is not None
+            worker._process.kill()
+            with pytest.raises(EnvironmentFailure, match="killed its process"):
+                await first.step("look")
+            with pytest.raises(EnvironmentFailure, match="was restarted"):
+                await second.step("look")
+            await play(second, won["train"])
+            assert second.success()
 
-    try:
         asyncio.run(episode())
-    finally:
-        task_set.close()
 
 
 @textworld_only
-def test_a_step_that_hangs_is_cut_off(made: tuple[Path, dict[str, list[str]]]) -> None:
-    task_set = of_folders(made[0], grading_workers=1)
-    environment = task_set.environment(task_set.problems("train")[0])
+def test_a_step_that_hangs_is_ended(made: tuple[Path, dict[str, list[str]]]) -> None:
+    with opened(made[0], grading_workers=1) as task_set:
+        environment = task_set.environment(task_set.problems("train")[0])
 
-    async def episode() -> None:
-        await environment.reset()
-        table = task_set._processes[0]
-        assert table._worker is not None
-        os.kill(table._worker._process.pid, 19)  # SIGSTOP
-        table._timeout_s = 0.5
-        with pytest.raises(EnvironmentFailure, match=r"took over 0\.5 s"):
-            await environment.step("look")
+        async def episode() -> None:
+            await environment.reset()
+            process = task_set._processes[0]
+            assert process._worker is not None
+            os.kill(process._worker._process.pid, signal.SIGSTOP)
+            process._timeout_s = 0.5
+            with pytest.raises(EnvironmentFailure, match=r"took over 0\.5 s"):
+                await environment.step("look")
 
-    try:
         asyncio.run(episode())
-    finally:
-        task_set.close()
 
 
 def folder_with(tmp_path: Path, name: str, content: str) -> Path:
@@ -194,18 +184,18 @@ def folder_with(tmp_path: Path, name: str, content: str) -> Path:
         ("game.tw-pddl", "[]", "not a game of ALFWorld"),
     ],
 )
-def test_folders_that_are_none(tmp_path: Path, name: str, content: str, part: str) -> None:
+def test_folders_without_a_playable_game_are_refused(tmp_path: Path, name: str, content: str, part: str) -> None:
     with pytest.raises(ConfigError, match=part):
         of_folders(folder_with(tmp_path, name, content)).problems("train")
 
 
-def test_a_game_in_both_splits_is_a_leak(tmp_path: Path) -> None:
+def test_a_game_in_both_splits_is_refused(tmp_path: Path) -> None:
     task_set = of_folders(folder_with(tmp_path, "game.tw-pddl", '{"solvable": true}'))
     with pytest.raises(ConfigError, match="1 held-out problems are training problems too"):
         check_no_leak(task_set.problems("train"), task_set.problems("heldout"))
 
 
-def test_what_cannot_be_played_is_said_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_games_without_textworld_are_refused_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task_set = of_folders(folder_with(tmp_path, "game.z8", "no game"))
     monkeypatch.setattr(games.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs textworld to play .*game\.z8: pip install"):
@@ -213,16 +203,15 @@ def test_what_cannot_be_played_is_said_before_the_run(tmp_path: Path, monkeypatc
 
 
 @textworld_only
-def test_a_damaged_game_is_named_before_the_run(tmp_path: Path) -> None:
-    task_set = of_folders(folder_with(tmp_path, "game.z8", "no game"))
-    try:
-        with pytest.raises(ConfigError, match=r"game\.z8: a reset of a game "):
-            task_set.check()
-    finally:
-        task_set.close()
+def test_a_damaged_game_is_refused_before_the_run(tmp_path: Path) -> None:
+    with (
+        opened(folder_with(tmp_path, "game.z8", "no game")) as task_set,
+        pytest.raises(ConfigError, match=r"game\.z8: a reset of a game "),
+    ):
+        task_set.check()
 
 
-def test_folders_and_servers_do_not_go_together(tmp_path: Path) -> None:
+def test_folders_and_servers_cannot_be_combined(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, "game.z8", "")
     with pytest.raises(ConfigError, match="leave one of them out"):
         of_folders(folder, servers=["http://host:1"])
@@ -256,7 +245,7 @@ KITCHEN = """
 
 
 @pytest.mark.skipif(not HAS_PLANNER, reason="the extra icrl-megatron[alfworld] is not installed")
-def test_a_game_in_alfworlds_domain(tmp_path: Path) -> None:
+def test_a_game_in_alfworlds_domain_can_be_won(tmp_path: Path) -> None:
     package = Path(next(iter(importlib.util.find_spec("alfworld").submodule_search_locations))) / "data"  # type: ignore
     game = {
         "pddl_domain": (package / "alfred.pddl").read_text(),
@@ -265,20 +254,11 @@ def test_a_game_in_alfworlds_domain(tmp_path: Path) -> None:
         "solvable": True,
     }
     folder = folder_with(tmp_path, "game.tw-pddl", json.dumps(game))
-    task_set = of_folders(folder, grading_workers=1)
-    try:
+    actions = ["fly", "go to desk 1", "take mug 1 from desk 1", "go to shelf 1", "move mug 1 to shelf 1"]
+    with opened(folder, grading_workers=1) as task_set:
         task_set.check()
         environment = task_set.environment(task_set.problems("train")[0])
-
-        async def episode() -> list[str]:
-            return await played(
-                environment,
-                ["fly", "go to desk 1", "take mug 1 from desk 1", "go to shelf 1", "move mug 1 to shelf 1"],
-            )
-
-        seen = asyncio.run(episode())
+        seen = asyncio.run(play(environment, actions))
         assert "go to desk 1" in seen[0].split("AVAILABLE ACTIONS: ")[1]
         assert seen[1].startswith("Nothing happens.\nAVAILABLE ACTIONS: ")
         assert "You pick up the mug 1" in seen[3] and environment.success(), seen
-    finally:
-        task_set.close()

@@ -1,17 +1,18 @@
-"""The GPU tools on a CPU, in tiny sizes, and the code that shrinks CUDA libraries for a GPU machine."""
+"""Dry runs of the GPU tools on a CPU with tiny sizes, and the tool that removes unused code from CUDA libraries."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 import struct
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import python, run
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.append(str(TOOLS))
@@ -24,20 +25,19 @@ if torch.cuda.is_available():
 
 
 def dry_run(script: str, out: Path) -> dict[str, object]:
-    command = [sys.executable, str(TOOLS / script), "--device", "cpu", "--size", "tiny", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = python(TOOLS / script, "--device", "cpu", "--size", "tiny", "--out", out)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return bench_schema.read(out)
 
 
-def test_products_of_the_head(tmp_path: Path) -> None:
+def test_matrix_products_of_the_head_are_timed(tmp_path: Path) -> None:
     found = dry_run("head_products.py", tmp_path / "products.json")
     for row in found["rows"]:  # type: ignore[attr-defined]
         for name in ("logits_fp32", "logits_bf16", "d_hidden_strided", "d_hidden_dense_exact_sum", "d_weight_strided"):
             assert row[name]["ms"] > 0, name
 
 
-def test_a_training_step(tmp_path: Path) -> None:
+def test_a_training_step_is_timed(tmp_path: Path) -> None:
     found = dry_run("gpu_train.py", tmp_path / "train.json")
     row = found["rows"]["tiny_fp32"]  # type: ignore[index]
     assert row["first_step"]["ratio_deviation_max"] <= 1e-5
@@ -45,7 +45,7 @@ def test_a_training_step(tmp_path: Path) -> None:
     assert row["tokens_per_s"] > 0 and row["planned"]["pass_ms"] > 0 and "failed" not in row
 
 
-def test_values_of_the_actor(tmp_path: Path) -> None:
+def test_bf16_values_of_the_actor_are_close_to_fp32(tmp_path: Path) -> None:
     found = dry_run("gpu_actor.py", tmp_path / "values.json")
     rows = found["rows"]
     assert set(rows) == {"fp32", "torch_bf16"}  # type: ignore[arg-type]
@@ -64,7 +64,7 @@ def fat_binary(*entries: tuple[int, int, bytes]) -> bytes:
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None or shutil.which("strip") is None, reason="needs gcc and strip")
-def test_only_the_code_of_one_architecture_stays(tmp_path: Path) -> None:
+def test_only_the_code_of_one_architecture_is_kept(tmp_path: Path) -> None:
     """A real shared library whose section holds two fat binaries: one with sm_90 code, one with PTX alone."""
     mixed = fat_binary((2, 80, b"A" * 64), (2, 90, b"H" * 64), (1, 90, b"P" * 64))
     only_ptx = fat_binary((1, 70, b"Q" * 64))
@@ -76,13 +76,11 @@ def test_only_the_code_of_one_architecture_stays(tmp_path: Path) -> None:
         "int answer(void) { return 42; }\n"
     )
     library = tmp_path / "lib.so"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    run("gcc", "-shared", "-fPIC", "-o", library, source, check=True)
     blanked = slim_library.slim(library, 90)
     data = library.read_bytes()
     assert b"H" * 64 in data and b"A" * 64 not in data and b"P" * 64 not in data
     assert blanked == 192 and b"Q" * 64 not in data  # the library has sm_90 code, so it needs no PTX
-    import ctypes
-
     assert ctypes.CDLL(str(library)).answer() == 42
     kinds = [(e.kind, e.architecture) for e in slim_library.code_entries(bytearray(data))]
     assert kinds == [(2, 80), (2, 90), (1, 90), (1, 70)]
@@ -99,20 +97,17 @@ def test_every_variant_of_the_training_step_is_in_one_stage() -> None:
         assert set(command) & set(gpu_train.VARIANTS) and stage.limit_s >= 3 * gpu_train.LIMIT_S
 
 
-def test_every_group_of_the_bundle_is_named(tmp_path: Path) -> None:
+def test_every_group_of_the_bundle_has_pinned_packages() -> None:
     import gpu_bundle
 
     for group in ("trainer", "engine", "cute"):
         assert all("==" in requirement for requirement in gpu_bundle.packages(group))
     with pytest.raises(SystemExit, match="no group 'nothing'"):
         gpu_bundle.packages("nothing")
-    listed = subprocess.run(
-        [sys.executable, str(TOOLS / "gpu_check.py"), "--size", "tiny", "--out", str(tmp_path), "head_small"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+
+
+def test_a_stage_of_the_gpu_check_passes_on_a_cpu(tmp_path: Path) -> None:
+    listed = python(TOOLS / "gpu_check.py", "--size", "tiny", "--out", tmp_path, "head_small")
     assert listed.returncode == 0, listed.stdout + listed.stderr
     assert json.loads((tmp_path / "stages.json").read_text())["head_small"]["result"] == "passed"
 
@@ -121,8 +116,8 @@ MEASURED = Path(__file__).parents[2] / "benchmarks" / "h100-80gb-hbm3-2026-11-26
 
 
 @pytest.mark.parametrize("name", ["1.7b_bf16", "1.7b_fp8_current", "4b_bf16"])
-def test_the_plan_meets_what_an_h100_measured(name: str, tmp_path: Path) -> None:
-    """Three constants were fitted to these nine times. The fit reaches 13 %, and the target was 10 %."""
+def test_the_plan_is_close_to_measurements_on_an_h100(name: str, tmp_path: Path) -> None:
+    """Three constants were fitted to these nine times. The fit is within 13 %; the target was 10 %."""
     import gpu_model
     import gpu_train
 

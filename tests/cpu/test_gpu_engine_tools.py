@@ -1,4 +1,4 @@
-"""The tools that run SGLang on a GPU, as far as they go without one."""
+"""The parts of the tools for SGLang that work without a GPU."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 @pytest.fixture(autouse=True)
 def _tools(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for a script: the tools import each other."""
+    """The tools import each other, as scripts in one folder do."""
     monkeypatch.syspath_prepend(str(TOOLS))
 
 
-def test_a_server_without_flashinfer_gets_what_it_needs(tmp_path: Path) -> None:
+def test_a_server_without_flashinfer_gets_the_needed_environment_and_arguments(tmp_path: Path) -> None:
     server = importlib.import_module("gpu_server")
     env = server.environment({"LD_LIBRARY_PATH": "/here", "CUDA_HOME": str(tmp_path)})
-    assert env["SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK"] == "1"
-    assert env["CUDA_HOME"] == str(tmp_path)
+    assert (env["SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK"], env["CUDA_HOME"]) == ("1", str(tmp_path))
     assert env["LD_LIBRARY_PATH"].split(":") == [*server.cudart_folders(), "/here"]
     words = importlib.import_module("gpu_runs").command("engine_fp8", "cuda", 2, tmp_path, ())
     settings = S.load("rulebook_easy", words[words.index("rulebook_easy") + 1 :])
@@ -35,7 +34,7 @@ def test_a_server_without_flashinfer_gets_what_it_needs(tmp_path: Path) -> None:
     assert settings.engine.quantization == "fp8"
 
 
-def test_a_run_is_killed_with_its_children_at_its_limit(tmp_path: Path) -> None:
+def test_a_run_is_killed_with_its_children_at_its_time_limit(tmp_path: Path) -> None:
     limited, mark = importlib.import_module("limited"), tmp_path / "alive"
     child = f"import time, pathlib\ntime.sleep(4)\npathlib.Path({str(mark)!r}).touch()"
     parent = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}])"

@@ -1,24 +1,21 @@
-"""The tools for GPUs as far as they go without one: their stages, and that benchmarked peers compute the same."""
+"""The parts of the GPU tools that work without a GPU: stages, targets, and the computations of benchmarked peers."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
 import tarfile
 import time
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from head_cases import assert_near, needs_triton
-
-from icrl_kernels import Chunking
+from commands import python
+from head_cases import assert_near, needs_triton, tiny_peers
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.append(str(TOOLS))  # as for a script: the tools import each other
@@ -34,7 +31,7 @@ def stage(check: ModuleType, code: str, name: str = "s", **more: object) -> obje
     return check.Stage(name, lambda out, size: [sys.executable, "-c", code], **({"limit_s": 60} | more))
 
 
-def test_a_stage_says_what_is_missing(check: ModuleType) -> None:
+def test_a_stage_names_missing_packages_and_programs(check: ModuleType) -> None:
     def missing(**more: object) -> str:
         return str(check.missing(stage(check, "", **more)))
 
@@ -44,7 +41,7 @@ def test_a_stage_says_what_is_missing(check: ModuleType) -> None:
     assert check.run(stage(check, "", needs=("no_such_module",)), Path(), "full")["result"] == "cannot run here"
 
 
-def test_sanitizers_see_every_allocation_and_say_where_they_cannot_run(check: ModuleType, tmp_path: Path) -> None:
+def test_sanitizers_run_without_a_cache_and_report_unsupported_devices(check: ModuleType, tmp_path: Path) -> None:
     memcheck, racecheck = (s for s in check.STAGES if s.tool == "compute-sanitizer")
     for sanitizer in (memcheck, racecheck):
         assert check.environment(sanitizer, "full")["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
@@ -66,20 +63,19 @@ def test_sanitizers_see_every_allocation_and_say_where_they_cannot_run(check: Mo
     assert done in (TOOLS / "head_small_case.py").read_text()
 
 
-def test_stages_run_the_kernels_on_the_card(check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_stages_run_the_kernels_on_the_gpu(check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert {check.environment(s, "full")["TRITON_INTERPRET"] for s in check.STAGES} == {"0"}
     assert {check.environment(s, "tiny")["TRITON_INTERPRET"] for s in check.STAGES} == {"1"}
 
 
-def test_the_stages_of_a_slot_fit_into_it(check: ModuleType) -> None:
-    """No single stage may take a whole slot, and every stage belongs to one of the two."""
+def test_every_stage_has_one_of_two_slots_and_takes_at_most_240_s(check: ModuleType) -> None:
     assert {s.slot for s in check.STAGES} == {1, 2}
     assert all(0 < s.limit_s <= 240 for s in check.STAGES)
 
 
 @pytest.mark.parametrize(("devices", "there"), [(["nvidia5", "nvidiactl"], True), (["nvidiactl", "nvidia-uvm"], False)])
-def test_any_gpu_is_one(devices: list[str], there: bool, tmp_path: Path) -> None:
+def test_a_gpu_with_any_number_is_found(devices: list[str], there: bool, tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("house_conftest", Path(__file__).parents[1] / "conftest.py")
     assert spec is not None and spec.loader is not None
     conftest = importlib.util.module_from_spec(spec)
@@ -92,7 +88,7 @@ def test_any_gpu_is_one(devices: list[str], there: bool, tmp_path: Path) -> None
 HERE = ("Some GPU", "1", "2", "3", "3.12", {"torch": "2"})
 
 
-def test_what_was_measured_quickly_is_measured_again(
+def test_a_stage_runs_again_at_a_larger_size_only(
     check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def sized(name: str) -> object:
@@ -105,7 +101,7 @@ def test_what_was_measured_quickly_is_measured_again(
     assert (tmp_path / "bench.txt").read_text() == "tiny.quick.full."
 
 
-def test_stages_pass_fail_and_run_out_of_time(check: ModuleType, tmp_path: Path) -> None:
+def test_stages_pass_or_fail(check: ModuleType, tmp_path: Path) -> None:
     passed = check.run(stage(check, "import icrl_kernels; print('fine')"), tmp_path, "full")
     assert passed["result"] == "passed" and passed["tail"] == "fine\n"
     assert check.run(stage(check, "raise SystemExit(3)"), tmp_path, "full")["result"] == "failed with exit code 3"
@@ -113,35 +109,27 @@ def test_stages_pass_fail_and_run_out_of_time(check: ModuleType, tmp_path: Path)
 
 
 def test_a_stage_over_its_limit_is_killed_with_its_children(check: ModuleType, tmp_path: Path) -> None:
-    """The child ignores SIGTERM and would keep the GPU."""
-    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-    code = (
-        f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); "
-        "print(p.pid, flush=True); p.wait()"
-    )
+    """The child ignores SIGTERM and would still use the GPU."""
+    sleeps = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    start = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {sleeps!r}])"
+    code = f"{start}; print(p.pid, flush=True); p.wait()"
     began = time.monotonic()
     done = check.run(stage(check, code, limit_s=2), tmp_path, "full")
     assert "took over 2 s" in done["result"] and time.monotonic() - began < 20
-    child_pid = int(str(done["tail"]))
+    child = Path(f"/proc/{int(str(done['tail']))}/stat")
     deadline = time.monotonic() + 10
-    while Path(f"/proc/{child_pid}/stat").exists() and time.monotonic() < deadline:
-        if Path(f"/proc/{child_pid}/stat").read_text().split()[2] == "Z":
-            return
+    while child.exists() and child.read_text().split()[2] != "Z" and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not Path(f"/proc/{child_pid}").exists()
+    assert not child.exists() or child.read_text().split()[2] == "Z"
 
 
-def test_a_check_goes_on_where_it_ended_and_packs_what_was_measured(
+def test_a_second_check_repeats_failed_stages_only_and_packs_the_results(
     check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the real stages do, each writes its numbers to a file of its own name."""
+    """Like the real stages, each writes its results to a file with its own name."""
 
     def counting(name: str, end: str = "") -> object:
-        path = str(tmp_path / f"{name}.json")
-        code = (
-            f"from pathlib import Path; p = Path({path!r}); p.write_text((p.read_text() if p.exists() else '') + '1')"
-        )
-        return stage(check, code + end, name)
+        return stage(check, f"open({str(tmp_path / name)!r} + '.json', 'a').write('1')" + end, name)
 
     stages = (counting("good"), counting("bad", "; raise SystemExit(3)"), counting("not_asked_for"))
     monkeypatch.setattr(check, "STAGES", stages)
@@ -149,10 +137,8 @@ def test_a_check_goes_on_where_it_ended_and_packs_what_was_measured(
     asked = check.Wanted(tmp_path, "full", names=("good", "bad"), archive=tmp_path / "there.tgz")
     for _ in range(2):
         results = check.go_on(check.Machine(*HERE), asked)
-    assert {name: done["result"] for name, done in results.items()} == {
-        "good": "passed",
-        "bad": "failed with exit code 3",
-    }
+    ended = {name: done["result"] for name, done in results.items()}
+    assert ended == {"good": "passed", "bad": "failed with exit code 3"}
     assert ((tmp_path / "good.json").read_text(), (tmp_path / "bad.json").read_text()) == ("1", "11")
     with tarfile.open(tmp_path / "there.tgz") as packed:
         names = {Path(name).name for name in packed.getnames()}
@@ -162,10 +148,10 @@ def test_a_check_goes_on_where_it_ended_and_packs_what_was_measured(
     assert (tmp_path / "good.json").read_text() == "11"
 
 
-def test_stages_that_measure_no_time_run_side_by_side(
+def test_stages_that_measure_no_time_run_in_parallel(
     check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two stages wait for each other's file; the first stage of all and every timed stage run alone."""
+    """Two stages wait for each other's file. The first stage and every timed stage run alone."""
 
     def meets(own: str, other: str) -> str:
         return (
@@ -181,15 +167,9 @@ def test_stages_that_measure_no_time_run_side_by_side(
     assert list(results) == ["first", "a", "b", "last"]
 
 
-def test_short_runs_say_what_they_measured(check: ModuleType, tmp_path: Path) -> None:
+def test_a_short_run_reports_times_and_memory(check: ModuleType, tmp_path: Path) -> None:
     options = ["--steps", "3", "--device", "cpu", "--out", str(tmp_path), "rollout.tasks_per_step=1"]
-    done = subprocess.run(
-        [sys.executable, str(TOOLS / "gpu_runs.py"), "actor_bf16", *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    done = python(TOOLS / "gpu_runs.py", "actor_bf16", *options)
     assert done.returncode == 0, done.stderr
     medians = import_module("bench_schema").read(tmp_path / "actor_bf16.json")["medians"]
     assert medians["time"]["train_s"] > 0 and medians["actor"]["ratio_deviation_max"] <= 1e-5
@@ -197,26 +177,19 @@ def test_short_runs_say_what_they_measured(check: ModuleType, tmp_path: Path) ->
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_the_tools_say_so() -> None:
+def test_the_tools_refuse_to_run_without_a_gpu() -> None:
     for name in ("gpu_check.py", "bench_head_cuda.py"):
-        done = subprocess.run([sys.executable, str(TOOLS / name)], capture_output=True, text=True, check=False)
+        done = python(TOOLS / name)
         assert done.returncode == 2 and done.stderr.startswith("error: "), done
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_bare_checkout_with_torch_and_triton_can_measure_on_a_gpu(tmp_path: Path) -> None:
-    """Nothing that is installed with the package is imported, nor the package itself but from the checkout."""
+def test_the_benchmark_of_the_head_needs_only_a_checkout_with_torch_and_triton(tmp_path: Path) -> None:
+    """It imports none of the package's dependencies, and the package itself only from the checkout."""
     for name in ("typer", "rich", "icrl_kernels", "icrl_megatron", "liger_kernel"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('no {name} here')")
-    done = subprocess.run(
-        [sys.executable, str(TOOLS / "bench_head.py"), "--device", "cuda", "--quick"],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    words = (TOOLS / "bench_head.py", "--device", "cuda", "--quick")
+    done = python(*words, env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: no CUDA device here"), done.stderr
 
 
@@ -224,7 +197,7 @@ def measured(ms: float, extra_gb: float = 1.0) -> dict[str, float]:
     return {"ms": ms, "extra_gb": extra_gb}
 
 
-def test_measurements_are_held_against_the_bars() -> None:
+def test_measurements_are_compared_with_the_targets() -> None:
     module = import_module("head_cuda_targets")
     size = {"model": "Qwen3-8B", "tensor_parallel": 1}
     given = {"kernels": measured(3.0), "liger vocab-parallel CE": measured(6.0), "megatron fused CE": {"missing": "no"}}
@@ -254,7 +227,7 @@ def test_measurements_are_held_against_the_bars() -> None:
     assert import_module("bench_schema").unit_of("train extra_gb") == "GB"
 
 
-def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_written_as_soon_as_they_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = import_module("bench_head_cuda")
     monkeypatch.setattr(module, "OPERATIONS", {"given": lambda inputs: {}, "score": lambda inputs: {}})
     monkeypatch.setattr(module, "Inputs", lambda shape: shape)
@@ -270,17 +243,14 @@ def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(module, "measure", measure)
     with pytest.raises(RuntimeError, match="illegal"):
-        module.bench(
-            [module.Shape("Qwen3-8B", 8192, 1)],
-            1,
-            lambda rows: module.write(tmp_path / "a.json", module.about() | module.report(rows)),
-        )
+        shapes = [module.Shape("Qwen3-8B", 8192, 1)]
+        module.bench(shapes, 1, lambda rows: module.write(tmp_path / "a.json", module.about() | module.report(rows)))
     kept = import_module("bench_schema").read(tmp_path / "a.json")
     assert [row["peers"]["kernels"]["ms"] for row in kept["rows"]] == [3.0]
     assert import_module("bench_schema").bars(kept)[0].held is True and kept["measurements"]
 
 
-def test_the_head_is_measured_on_a_gpu_with_all_other_words() -> None:
+def test_on_a_gpu_the_benchmark_of_the_head_passes_its_other_arguments_on() -> None:
     module = import_module("bench_head")
     there = [sys.executable, str(TOOLS / "bench_head_cuda.py"), "--quick", "--out", "head.json"]
     assert module.on_gpu(["--quick", "--device", "cuda", "--out", "head.json"]) == there
@@ -297,13 +267,12 @@ def test_the_head_is_measured_on_a_gpu_with_all_other_words() -> None:
         (["bench_rollout.py", "--python", "/no/python"], "engine.python=/no/python: cannot be run"),
     ],
 )
-def test_benchmarks_refuse_in_one_line(words: list[str], said: str) -> None:
-    command = [sys.executable, str(TOOLS / words[0]), *words[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+def test_benchmarks_refuse_invalid_arguments_in_one_line(words: list[str], said: str) -> None:
+    done = python(TOOLS / words[0], *words[1:])
     assert done.returncode == 2 and done.stderr.startswith(f"error: {said}"), done.stderr
 
 
-def test_a_benchmark_without_its_peers_says_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_benchmark_without_its_peers_prints_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         import_module("bench_schema").require("bench", "json", "no_such_peer")
     assert capsys.readouterr().err == "error: no_such_peer cannot be imported; pip install -e '.[bench]'\n"
@@ -311,15 +280,9 @@ def test_a_benchmark_without_its_peers_says_what_to_install(capsys: pytest.Captu
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The benchmark's peers, on a small model and the CPU, with Triton's interpreter."""
     if torch.cuda.is_available():
         pytest.skip("tools/gpu_check.sh runs the benchmark itself")
-    module = import_module("head_cuda_peers")
-    monkeypatch.setattr(module, "DEVICE", "cpu")
-    monkeypatch.setattr(module, "VOCABULARY", 400)
-    monkeypatch.setattr(module, "MODELS", {"tiny": 32})
-    monkeypatch.setattr(module, "Chunking", partial(Chunking, backend="triton"))
-    return module
+    return tiny_peers(monkeypatch)
 
 
 @needs_triton
@@ -328,26 +291,18 @@ def test_benchmarked_peers_compute_the_same(bench: ModuleType) -> None:
     peers = bench.train_peers(inputs)
     peers["eager"]()
     exact = inputs.hidden_LH.grad.float()
+    scores = {name: run() for name, run in bench.score_peers(inputs).items() if callable(run)}
     for name, tolerance in (("kernels", 0.02), ("kernels, bf16 logits", 0.05)):
         peers[name].before()
         assert inputs.hidden_LH.grad is None and inputs.weight_VH.grad is None
         peers[name]()
         assert_near(inputs.hidden_LH.grad, exact, tolerance)
-    scores = {name: run() for name, run in bench.score_peers(inputs).items() if callable(run)}
-    assert_near(scores["kernels"][0], scores["eager"][:, 0], 0.01)  # eager logits are bf16
-    assert_near(scores["kernels, bf16 logits"][0], scores["eager"][:, 0], 0.01)
+        assert_near(scores[name][0], scores["eager"][:, 0], 0.01)  # eager logits are bf16
 
 
 @needs_triton
-def test_benchmarked_gradients_of_given_logits_are_the_same(bench: ModuleType) -> None:
-    peers = import_module("head_cuda_given").given_peers(bench.Inputs(bench.Shape("tiny", 12, 1)))
-    peers["kernels"].before()
-    assert_near(peers["kernels"](), peers["eager"](), 0.01)
-
-
-@needs_triton
-def test_no_row_that_is_measured_is_skipped(bench: ModuleType) -> None:
-    """The kernels do not read a row whose token is clipped, which no peer can leave out."""
+def test_no_token_of_the_benchmark_is_clipped(bench: ModuleType) -> None:
+    """The kernels do not read the row of a clipped token, and no peer can skip one."""
     inputs = bench.Inputs(bench.Shape("tiny", 200, 1))
     output = bench.policy_head(
         inputs.hidden_LH, inputs.weight_VH, inputs.streams, inputs.terms, inputs.shard, bench.Chunking()
@@ -355,25 +310,19 @@ def test_no_row_that_is_measured_is_skipped(bench: ModuleType) -> None:
     assert not bool((output.clipped_low_L | output.clipped_high_L).any())
     passes, slopes_L = bench.tuning_passes(inputs, 64)
     assert slopes_L.shape == (64,) and bool((slopes_L != 0).all())
-    assert {name: moved for name, (_, moved) in passes.items()} == {
-        "statistics": 4 * 64 * 400,
-        "gradients": 6 * 64 * 400,
-    }
+    moved = {name: bytes_moved for name, (_, bytes_moved) in passes.items()}
+    assert moved == {"statistics": 4 * 64 * 400, "gradients": 6 * 64 * 400}
     assert passes["statistics"][0]().shape[1:] == (4, 64) and passes["gradients"][0]().shape == (64, 400)
 
 
-def test_gradients_that_are_not_finite_are_wrong() -> None:
+def test_gradients_that_are_not_finite_or_too_far_off_are_wrong() -> None:
     rows = {"fp32": 0.0, "te_bf16": float("nan"), "te_fp8_current": 0.1, "torch_bf16": 0.06}
-    found = {name: {"gradient_relative": value} for name, value in rows.items()}
-    assert import_module("gpu_actor").wrong(found | {"te_fp8_blockwise": {"failed": 1}}) == [
-        "te_bf16",
-        "torch_bf16",
-        "te_fp8_blockwise",
-    ]
+    found = {name: {"gradient_relative": value} for name, value in rows.items()} | {"te_fp8_blockwise": {"failed": 1}}
+    assert import_module("gpu_actor").wrong(found) == ["te_bf16", "torch_bf16", "te_fp8_blockwise"]
 
 
 @pytest.mark.parametrize("written", [None, '{"start_s": 1'])
-def test_a_variant_without_a_whole_result_has_failed(tmp_path: Path, written: str | None) -> None:
+def test_a_variant_without_a_complete_result_has_failed(tmp_path: Path, written: str | None) -> None:
     part, log = tmp_path / "part", tmp_path / "log"
     log.write_text("out of memory")
     if written:
@@ -381,12 +330,9 @@ def test_a_variant_without_a_whole_result_has_failed(tmp_path: Path, written: st
     assert import_module("gpu_train").read(part, log) == {"failed": "out of memory"}
 
 
-def test_the_bundle_names_what_its_packages_lack(tmp_path: Path) -> None:
-    """A package that a machine without a network lacks is found while packing, not there."""
-    for name, needs in {
-        "one": ["two>=1", "three; python_version < '3.12'", "four; extra == 'x'"],
-        "two": ["Five"],
-    }.items():
+def test_the_bundle_lists_missing_dependencies(tmp_path: Path) -> None:
+    one = ["two>=1", "three; python_version < '3.12'", "four; extra == 'x'"]
+    for name, needs in {"one": one, "two": ["Five"]}.items():
         folder = tmp_path / f"{name}-1.dist-info"
         folder.mkdir()
         lines = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 1", *(f"Requires-Dist: {need}" for need in needs)]

@@ -1,20 +1,17 @@
-"""The head's benchmark on a CPU: a peer that computes something else is named, not timed, and hides nothing else."""
+"""The head's benchmark on a CPU: a peer with wrong results is reported and not timed, and the others are."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from head_cases import needs_triton
-
-from icrl_kernels import Chunking
+from commands import python
+from head_cases import needs_triton, tiny_peers
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.append(str(TOOLS))  # as for a script: the tools import each other
@@ -23,28 +20,17 @@ if torch.cuda.is_available():
     pytest.skip("there is a GPU here: tools/gpu_check.sh runs the benchmark on it", allow_module_level=True)
 
 
-@pytest.fixture
-def peers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    import head_cuda_peers
-
-    monkeypatch.setattr(head_cuda_peers, "DEVICE", "cpu")
-    monkeypatch.setattr(head_cuda_peers, "VOCABULARY", 400)
-    monkeypatch.setattr(head_cuda_peers, "MODELS", {"tiny": 32})
-    monkeypatch.setattr(head_cuda_peers, "Chunking", partial(Chunking, backend="triton"))
-    return head_cuda_peers
+peers = pytest.fixture(tiny_peers, name="peers")
 
 
 def dry_run(out: Path, *options: str) -> dict[str, object]:
-    command = [sys.executable, str(TOOLS / "bench_head_cuda.py"), "--device", "cpu", "--size", "tiny"]
-    done = subprocess.run(
-        [*command, "--out", str(out), *options], capture_output=True, text=True, check=False, timeout=300
-    )
+    done = python(TOOLS / "bench_head_cuda.py", "--device", "cpu", "--size", "tiny", "--out", out, *options)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return dict(json.loads(out.read_text()))
 
 
 @needs_triton
-def test_dry_run_of_the_benchmark(tmp_path: Path) -> None:
+def test_a_dry_run_times_every_operation(tmp_path: Path) -> None:
     rows = dry_run(tmp_path / "head.json")["rows"]
     assert [(r["operation"], r["tensor_parallel"]) for r in rows] == [  # type: ignore[attr-defined]
         (operation, degree) for degree in (1, 2) for operation in ("given", "train", "score")
@@ -57,7 +43,7 @@ def test_dry_run_of_the_benchmark(tmp_path: Path) -> None:
 
 
 @needs_triton
-def test_dry_run_of_tuning(tmp_path: Path) -> None:
+def test_a_dry_run_of_tuning_times_known_settings(tmp_path: Path) -> None:
     import bench_head_cuda
 
     found = dry_run(tmp_path / "tuning.json", "--tune")
@@ -76,7 +62,7 @@ def test_tuning_starts_with_the_setting_in_use() -> None:
     assert len({(block, warps) for block, warps, _ in settings}) <= 8  # each is compiled twice
 
 
-def test_a_tuning_run_out_of_time_keeps_what_it_has(peers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_that_runs_out_of_time_keeps_its_results(peers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     import bench_head_cuda
 
     monkeypatch.setattr(bench_head_cuda, "Inputs", lambda shape: None)
@@ -108,7 +94,7 @@ def failing() -> float:
         (failing, "not compared with ours: ValueError: it left no gradient"),
     ],
 )
-def test_a_wrong_peer_is_named_and_not_timed(peers: ModuleType, wrong_by: Callable[[], float], said: str) -> None:
+def test_a_wrong_peer_is_reported_and_not_timed(peers: ModuleType, wrong_by: Callable[[], float], said: str) -> None:
     import bench_head_cuda
 
     runs = {"wrong": peers.compared(lambda: None, "gradient", wrong_by), "right": lambda: None}
@@ -118,8 +104,7 @@ def test_a_wrong_peer_is_named_and_not_timed(peers: ModuleType, wrong_by: Callab
 
 
 @needs_triton
-def test_each_check_of_gradients_sees_a_small_fault(peers: ModuleType) -> None:
-    """A tenth more loss is a tenth more gradient."""
+def test_a_loss_that_is_10_percent_too_large_is_10_percent_off(peers: ModuleType) -> None:
     from head_cuda_given import Given
 
     inputs = peers.Inputs(peers.Shape("tiny", 12, 1))
@@ -150,8 +135,8 @@ def test_a_peer_that_scores_other_tokens_is_far_off(peers: ModuleType) -> None:
 
 
 @needs_triton
-def test_no_token_of_grpos_case_is_clipped(peers: ModuleType) -> None:
-    """Its old log-probs belong to the rows of logits that it is given: then all ratios are near 1."""
+def test_no_token_of_the_grpo_benchmark_is_clipped(peers: ModuleType) -> None:
+    """Its old log-probs belong to the given logits, so all ratios are near 1."""
     from head_cuda_given import Given, grpo_streams
 
     inputs = peers.Inputs(peers.Shape("tiny", 200, 1))

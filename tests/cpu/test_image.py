@@ -1,5 +1,5 @@
-"""The image's versions are the tested ones: docker/Dockerfile and docker/constraints.txt agree with the code and with
-pip's own files. No image is built here (docs/LOG.md says how one was)."""
+"""The image has the tested versions: docker/Dockerfile and docker/constraints.txt agree with the code and pip's files.
+No image is built here (docs/LOG.md describes how one was)."""
 
 from __future__ import annotations
 
@@ -27,17 +27,14 @@ def pins(file: str) -> dict[str, str]:
 IMAGE = pins("docker/constraints.txt")
 
 
-def test_sglang_is_the_tested_one() -> None:
+def test_sglang_and_megatron_have_the_tested_versions() -> None:
     engine = [Requirement(r) for r in PROJECT["optional-dependencies"]["engine"]]
     assert TESTED[-1] == ARGS["SGLANG"] == IMAGE["sglang"] == pins("tests/engine/requirements.txt")["sglang"]
     assert [(r.name, str(r.specifier)) for r in engine] == [("sglang", f"=={TESTED[-1]}")]
-
-
-def test_megatron_is_the_tested_one() -> None:
     assert ARGS["MEGATRON_CORE"] == IMAGE["megatron-core"] == pins("constraints.txt")["megatron-core"]
 
 
-def test_what_sglang_pins_is_what_the_engine_tests_run_with() -> None:
+def test_dependencies_of_sglang_have_the_versions_of_the_engine_tests() -> None:
     tested = pins("tests/engine/requirements.txt")
     for name in ("transformers", "tokenizers", "xgrammar", "compressed-tensors", "apache-tvm-ffi"):
         assert IMAGE[name] == tested[name], name
@@ -46,14 +43,13 @@ def test_what_sglang_pins_is_what_the_engine_tests_run_with() -> None:
 def test_the_dockerfile_and_its_constraints_agree() -> None:
     for name in ("transformer-engine", "transformer-engine-torch", "transformer-engine-cu13"):
         assert IMAGE[name] == ARGS["TRANSFORMER_ENGINE"], name
-    # torch comes first, by itself, and what belongs to it may be the base image's.
-    assert not {"torch", "triton", "cuda-toolkit", "nvidia-cublas", "nvidia-cudnn-cu13", "nvidia-nccl-cu13"} & set(
-        IMAGE
-    )
+    # torch is installed first, and its dependencies may come with the base image.
+    unpinned = {"torch", "triton", "cuda-toolkit", "nvidia-cublas", "nvidia-cudnn-cu13", "nvidia-nccl-cu13"}
+    assert not unpinned & set(IMAGE)
 
 
 @pytest.mark.parametrize("line", PROJECT["dependencies"] + PROJECT["optional-dependencies"]["gpu"])
-def test_the_image_has_what_the_project_asks_for(line: str) -> None:
+def test_the_image_meets_the_projects_requirements(line: str) -> None:
     wanted = Requirement(line)
     version = {**IMAGE, "torch": ARGS["TORCH"]}[canonicalize_name(wanted.name)]
     assert version in wanted.specifier

@@ -1,14 +1,13 @@
-"""The folders `kernels/` and `recipes/` are not the packages of these names, wherever Python is started from."""
+"""The folders `kernels/` and `recipes/` are not importable under these names, even from the repository's root."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,29 +34,28 @@ print(json.dumps(seen))
 
 
 def probe(*paths: Path) -> dict[str, object]:
-    """What a fresh interpreter in the repository's root, which comes first on its path, makes of the two names."""
+    """Results of importing the two names in a new interpreter, whose path starts with the repository's root."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PROBE]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = python("-c", PROBE, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("folder", ["kernels", "recipes"])
-def test_the_folders_are_no_packages(folder: str) -> None:
+def test_the_folders_are_not_packages(folder: str) -> None:
     assert (ROOT / folder / f"icrl_{folder}" / "__init__.py").is_file()
     assert not (ROOT / folder / "__init__.py").exists()
 
 
-def test_transformers_does_not_take_our_folder_for_the_hub_package() -> None:
+def test_transformers_does_not_mistake_our_folder_for_the_hub_package() -> None:
     if probe_installed():
         pytest.skip("the hub package is installed here: the next test covers it")
     seen = probe()
     assert seen["available"] is False and seen["package"] is False
-    assert seen["kernels"] is None and seen["recipes"] is None  # namespaces have no file: nothing of ours ran
+    assert seen["kernels"] is None and seen["recipes"] is None  # a namespace package has no file
 
 
-def test_installed_packages_of_these_names_win_over_our_folders(tmp_path: Path) -> None:
+def test_installed_packages_with_these_names_are_imported(tmp_path: Path) -> None:
     for name in ("kernels", "recipes"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(HUB)

@@ -3,85 +3,99 @@
 from __future__ import annotations
 
 import json
-import re
-import subprocess
+import os
 import sys
 from pathlib import Path
 
 import pytest
+from commands import Done, python, run
 
 from icrl_megatron.distributed.process import CONFIG_ERROR, HOPELESS, STOPPED
-from icrl_megatron.engines.sglang_server import TESTED
 from icrl_megatron.launch import job
-from icrl_megatron.launch.job import MAX_CRASHES, MAX_UNSAVED, JobState, Reached, decide, progress
+from icrl_megatron.launch.job import MAX_CRASHES, MAX_UNSAVED, Decision, JobState, Reached, decide, progress
 from icrl_megatron.utils.step_names import step_name
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "slurm").iterdir())
 
 
-def at(text: str, saved: str = "-/-") -> Reached:
-    return Reached(text, saved)
+def job_command(*words: str, **env: str) -> Done:
+    return python("-m", "icrl_megatron.launch.job", *words, cwd=ROOT, env={**os.environ, **env})
 
 
-def test_success_is_done() -> None:
-    assert decide(None, 0, False, at("-/4"), JobState()).action == "done"
-    assert decide(None, 0, True, at("-/4"), JobState()).action == "done"  # it ended by itself before the signal came
+def step_script(folder: Path, *overrides: str, **env: str) -> Done:
+    """slurm/step.sh in a folder that is also its folder for logs and the first on its PATH."""
+    names = {"PATH": f"{folder}:/usr/bin:/bin", "ICRL_LOGS": str(folder), "ICRL_EXIT_STOPPED": "75"} | env
+    return run("bash", ROOT / "slurm" / "step.sh", "train", "quickstart", *overrides, cwd=folder, env=names)
 
 
-def test_a_stop_is_requeued_as_long_as_the_run_gets_on() -> None:
-    first = decide((STOPPED, ""), 0, True, at("-/4"), JobState())
-    assert first.action == "requeue"
-    assert decide((STOPPED, ""), 0, True, at("-/9"), first.state).action == "requeue"
-    stuck = decide((STOPPED, ""), 0, True, at("-/4"), first.state)
-    assert stuck.action == "fail"
-    assert "time limit is too short" in stuck.message
+def program(folder: Path, name: str, body: str) -> Path:
+    """An executable bash script."""
+    path = folder / name
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
+    return path
 
 
-def test_stops_that_cannot_save_are_not_requeued_for_ever() -> None:
-    """Each gets to another step before it is killed, and none keeps anything."""
-    state, actions = JobState(), []
-    for step in range(MAX_UNSAVED):
-        decision = decide(None, 137, True, at(f"-/{step % 2}", "-/step_000004"), state)
-        actions.append(decision.action)
-        state = decision.state
-    assert actions == ["requeue"] * (MAX_UNSAVED - 1) + ["fail"]
-    assert "3 times without a checkpoint after -/step_000004" in decision.message
-    assert state.crashes == 0
+CRASH, TIME_LIMIT = (None, 1, False), (None, 137, True)
+STOP = ((STOPPED, ""), 0, True)
+"""How a step ended: (the ranks' outcome, exit code, whether the job was told to stop)."""
 
 
-def test_stops_that_cannot_save_are_requeued_while_checkpoints_are_written_between() -> None:
-    state = JobState()
-    for step in range(3 * MAX_UNSAVED):
-        decision = decide(None, 137, True, at(f"-/{step}", f"-/step_{step:06d}"), state)
-        assert decision.action == "requeue"
-        state = decision.state
+def decisions(*ends: tuple[tuple[tuple[int, str] | None, int, bool], str, str]) -> list[Decision]:
+    """What is decided after each of these steps: (how it ended, progress, newest checkpoint)."""
+    found, state = [], JobState()
+    for end, text, saved in ends:
+        found.append(decide(*end, Reached(text, saved), state))
+        state = found[-1].state
+    return found
 
 
-def test_crashes_are_retried_with_growing_waits_and_a_bound() -> None:
-    state, waits = JobState(), []
-    for crash in range(MAX_CRASHES):
-        decision = decide(None, 1, False, at(f"-/{crash}"), state)
-        assert decision.action == "retry"
-        waits.append(decision.wait_s)
-        state = decision.state
-    assert waits == [waits[0], 2 * waits[0], 4 * waits[0]]
-    last = decide(None, 1, False, at("-/99"), state)
-    assert last.action == "fail"
-    assert f"crashed {MAX_CRASHES + 1} times" in last.message
+def actions(found: list[Decision]) -> list[str]:
+    return [decision.action for decision in found]
 
 
-def test_the_same_step_is_not_tried_a_third_time() -> None:
-    first = decide(None, 1, False, at("-/7"), JobState())
-    second = decide(None, 1, False, at("-/7"), first.state)
+@pytest.mark.parametrize("told_to_stop", [False, True])
+def test_success_is_done_even_if_a_stop_was_requested(told_to_stop: bool) -> None:
+    assert actions(decisions(((None, 0, told_to_stop), "-/4", "-/-"))) == ["done"]
+
+
+def test_a_stopped_run_is_requeued_while_it_makes_progress() -> None:
+    found = decisions(*((STOP, f"-/{step}", "-/-") for step in (4, 9, 9)))
+    assert actions(found) == ["requeue", "requeue", "fail"]
+    assert "time limit is too short" in found[-1].message
+
+
+def test_a_run_that_is_always_killed_before_it_saves_is_requeued_a_limited_number_of_times() -> None:
+    found = decisions(*((TIME_LIMIT, f"-/{step % 2}", "-/step_000004") for step in range(MAX_UNSAVED)))
+    assert actions(found) == ["requeue"] * (MAX_UNSAVED - 1) + ["fail"]
+    assert "3 times without a checkpoint after -/step_000004" in found[-1].message
+    assert found[-1].state.crashes == 0
+
+
+def test_a_killed_run_is_requeued_without_limit_while_it_writes_checkpoints() -> None:
+    found = decisions(*((TIME_LIMIT, f"-/{step}", f"-/step_{step:06d}") for step in range(3 * MAX_UNSAVED)))
+    assert set(actions(found)) == {"requeue"}
+
+
+def test_crashes_are_retried_with_growing_waits_and_a_limit() -> None:
+    *retried, last = decisions(*((CRASH, f"-/{crash}", "-/-") for crash in range(MAX_CRASHES + 1)))
+    assert actions(retried) == ["retry"] * MAX_CRASHES
+    first = retried[0].wait_s
+    assert [decision.wait_s for decision in retried] == [first, 2 * first, 4 * first]
+    assert last.action == "fail" and f"crashed {MAX_CRASHES + 1} times" in last.message
+
+
+def test_a_step_that_crashed_twice_is_not_retried() -> None:
+    first, second = decisions((CRASH, "-/7", "-/-"), (CRASH, "-/7", "-/-"))
     assert (first.action, second.action) == ("retry", "fail")
     assert "crashed twice at -/7" in second.message
 
 
-def test_what_would_happen_again_is_never_retried() -> None:
-    for code in (CONFIG_ERROR, HOPELESS):
-        decision = decide((code, "actor.x: wrong"), 1, False, at("-/-"), JobState())
-        assert (decision.action, decision.message) == ("fail", "actor.x: wrong")
+@pytest.mark.parametrize("code", [CONFIG_ERROR, HOPELESS])
+def test_an_error_that_would_repeat_is_not_retried(code: int) -> None:
+    (decision,) = decisions((((code, "actor.x: wrong"), 1, False), "-/-", "-/-"))
+    assert (decision.action, decision.message) == ("fail", "actor.x: wrong")
 
 
 def test_progress_is_the_last_whole_line(tmp_path: Path) -> None:
@@ -103,18 +117,15 @@ def test_decisions_are_remembered(tmp_path: Path) -> None:
     words += ["train", "quickstart", f"run_dir={tmp_path}"]
     said = []
     for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-m", "icrl_megatron.launch.job", *words],
-            cwd=ROOT, capture_output=True, text=True, check=True, timeout=60, env={"ICRL_BACK_OFF_S": "2"},
-        )  # fmt: skip
+        done = job_command(*words, ICRL_BACK_OFF_S="2")
+        assert done.returncode == 0
         said.append((done.stdout.strip(), done.stderr))
-    assert said[0][0] == "retry 2"
-    assert said[1][0] == "fail"
+    assert [out for out, _ in said] == ["retry 2", "fail"]
     assert said[1][1].startswith("error: crashed twice")
     assert json.loads((tmp_path / "state" / "state.json").read_text())["crashes"] == 2
 
 
-def test_another_number_of_ranks_than_the_recipe_s_is_said(
+def test_a_job_with_another_number_of_ranks_than_the_recipe_prints_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["check", "train", "quickstart", f"run_dir={tmp_path}", "launch.ranks=4"]
@@ -128,18 +139,13 @@ def test_another_number_of_ranks_than_the_recipe_s_is_said(
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_parse_and_start_ranks_in_one_place(script: Path) -> None:
-    subprocess.run(["bash", "-n", str(script)], check=True, timeout=20)
+    run("bash", "-n", script, check=True)
     assert ("icrl_megatron.launch.agent" in script.read_text()) == (script.name == "step.sh")
 
 
-def test_a_step_without_gpus_says_so(tmp_path: Path) -> None:
-    env = {"PATH": "/usr/bin:/bin", "ICRL_PYTHON": sys.executable, "ICRL_LOGS": str(tmp_path)}
-    done = subprocess.run(
-        ["bash", str(ROOT / "slurm" / "step.sh"), "train", "quickstart"],
-        cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=30,
-    )  # fmt: skip
-    if Path("/dev/nvidia0").exists():
-        pytest.skip("this machine has a GPU")
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
+def test_a_step_without_gpus_names_the_setting_for_ranks(tmp_path: Path) -> None:
+    done = step_script(tmp_path, ICRL_PYTHON=sys.executable)
     assert done.returncode == 2
     assert "set ICRL_RANKS_PER_NODE to the number of ranks" in done.stderr
 
@@ -155,76 +161,53 @@ def test_a_step_without_gpus_says_so(tmp_path: Path) -> None:
         ("", 0, 0, ""),
     ],
 )
-def test_a_step_alone_tells_how_its_ranks_ended(outcome: str, ended: int, code: int, said: str, tmp_path: Path) -> None:
-    """Under NeMo-Run nobody reads what the ranks left but the step itself."""
-    python = tmp_path / "python"
+def test_a_step_reports_how_its_ranks_ended(outcome: str, ended: int, code: int, said: str, tmp_path: Path) -> None:
+    """Under NeMo-Run, only the step itself reads the ranks' outcome file."""
     leave = f"echo '{outcome}' > \"$ICRL_OUTCOME\"" if outcome else "true"
     real = f'[[ "$*" != *"icrl_megatron.launch.job said"* ]] || exec {sys.executable} "$@"'
-    python.write_text(f"#!/bin/bash\n{real}\n{leave}\nexit {ended}\n")
-    python.chmod(0o755)
-    env = {"PATH": "/usr/bin:/bin", "ICRL_PYTHON": str(python), "ICRL_RANKS_PER_NODE": "1", "ICRL_EXIT_STOPPED": "75"}
-    env |= {"ICRL_HOME": str(ROOT), "ICRL_LOGS": str(tmp_path)}
-    done = subprocess.run(
-        ["bash", str(ROOT / "slurm" / "step.sh"), "train", "quickstart"],
-        cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=30,
-    )  # fmt: skip
+    fake = program(tmp_path, "python", f"{real}\n{leave}\nexit {ended}")
+    done = step_script(tmp_path, ICRL_PYTHON=str(fake), ICRL_RANKS_PER_NODE="1", ICRL_HOME=str(ROOT))
     assert done.returncode == code, done.stderr
     assert said in done.stderr
 
 
-def test_the_job_is_told_whether_servers_are_to_be_started(tmp_path: Path) -> None:
-    words = ["check", "train", "rulebook_easy", f"run_dir={tmp_path}"]
+def test_the_check_prints_whether_servers_must_be_started(tmp_path: Path) -> None:
     served = "tasks.sources=[{name: alfworld, data: {train: ['0:4'], heldout: ['4:8']}, serve: {command: 'x {port}'}}]"
     for more, said in (([], f"{tmp_path}\n"), ([served], f"{tmp_path}\nservers\n")):
-        done = subprocess.run(
-            [sys.executable, "-m", "icrl_megatron.launch.job", *words, *more],
-            cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
-        )  # fmt: skip
+        done = job_command("check", "train", "rulebook_easy", f"run_dir={tmp_path}", *more)
         assert (done.returncode, done.stdout) == (0, said), done.stderr
 
 
 class RequeuedStep:
-    """slurm/step.sh as NeMo-Run's script runs it again and again, with ranks that only leave an outcome."""
+    """slurm/step.sh as NeMo-Run's script runs it after each requeue, with ranks that only leave an outcome."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.commands = folder / "scontrol.log"
-        self._program("scontrol", f'echo "$*" >> {self.commands}')
+        self.folder, self.commands = folder, folder / "scontrol.log"
+        program(folder, "scontrol", f'echo "$*" >> {self.commands}')
 
-    def _program(self, name: str, body: str) -> None:
-        path = self.folder / name
-        path.write_text(f"#!/bin/bash\n{body}\n")
-        path.chmod(0o755)
-
-    def run(self, restarts: int, outcome: str, ended: int) -> subprocess.CompletedProcess[str]:
+    def run(self, restarts: int, outcome: str, ended: int) -> Done:
         leave = f"echo '{outcome}' > \"$ICRL_OUTCOME\"" if outcome else "true"
         real = f'[[ "$*" != *icrl_megatron.launch.agent* ]] && exec {sys.executable} "$@"'
-        self._program("python", f"{real}\n{leave}\nexit {ended}")
-        env = {
-            "PATH": f"{self.folder}:/usr/bin:/bin", "ICRL_PYTHON": str(self.folder / "python"), "ICRL_BACK_OFF_S": "0",
-            "ICRL_RANKS_PER_NODE": "1", "ICRL_EXIT_STOPPED": "75", "ICRL_LOGS": str(self.folder / "logs"),
-            "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts), "ICRL_HOME": str(ROOT),
-        }  # fmt: skip
-        return subprocess.run(
-            ["bash", str(ROOT / "slurm" / "step.sh"), "train", "quickstart", f"run_dir={self.folder / 'run'}"],
-            env=env, capture_output=True, text=True, check=False, timeout=60,
-        )  # fmt: skip
+        fake = program(self.folder, "python", f"{real}\n{leave}\nexit {ended}")
+        env = {"ICRL_PYTHON": str(fake), "ICRL_BACK_OFF_S": "0", "ICRL_RANKS_PER_NODE": "1", "ICRL_HOME": str(ROOT)}
+        env |= {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts), "ICRL_LOGS": str(self.folder / "logs")}
+        return step_script(self.folder, f"run_dir={self.folder / 'run'}", **env)
 
 
-def test_a_requeued_step_is_given_up_where_the_same_step_crashed_twice(tmp_path: Path) -> None:
+def test_a_requeued_step_that_crashed_twice_is_not_run_again(tmp_path: Path) -> None:
     step = RequeuedStep(tmp_path)
     assert step.run(0, "", 1).returncode == 1
     again = step.run(1, "", 1)
     assert again.returncode == 1
     assert "crash 1 of at most 3" in again.stderr
     assert not step.commands.exists()
-    last = step.run(2, "", 0)  # it would end well now, and is not tried
+    last = step.run(2, "", 0)  # the ranks would succeed, but are not started
     assert last.returncode == 1
     assert "error: crashed twice at -/-" in last.stderr
     assert step.commands.read_text() == "update JobId=7 Requeue=0\n"
 
 
-def test_a_requeued_step_goes_on_after_a_stop_unless_nothing_was_done_between(tmp_path: Path) -> None:
+def test_a_stopped_step_is_requeued_until_it_makes_no_progress(tmp_path: Path) -> None:
     step, stopped = RequeuedStep(tmp_path), '{"code": 3, "message": "stopped on request"}'
     (tmp_path / "run").mkdir()
     for restarts in range(3):
@@ -238,61 +221,38 @@ def test_a_requeued_step_goes_on_after_a_stop_unless_nothing_was_done_between(tm
     assert step.commands.read_text() == "update JobId=7 Requeue=0\n"
 
 
-def test_a_wrong_setting_takes_the_right_to_be_requeued_away(tmp_path: Path) -> None:
+def test_a_wrong_setting_disables_requeueing(tmp_path: Path) -> None:
     step = RequeuedStep(tmp_path)
     done = step.run(0, '{"code": 2, "message": "actor.x=1: wrong"}', 1)
     assert (done.returncode, done.stderr) == (2, "error: actor.x=1: wrong\n")
     assert step.commands.read_text() == "update JobId=7 Requeue=0\n"
 
 
-def test_the_image_has_the_engine_that_is_accepted() -> None:
-    (pinned,) = re.findall(r"^ARG SGLANG=(\S+)$", (ROOT / "docker" / "Dockerfile").read_text(), re.MULTILINE)
-    assert pinned in TESTED
-
-
-def test_a_step_names_the_first_node_without_slurms_clients(tmp_path: Path) -> None:
+def test_a_step_finds_the_first_node_without_slurms_clients(tmp_path: Path) -> None:
     """No image has scontrol."""
-    python = tmp_path / "python"
-    python.write_text('#!/bin/bash\necho "$@ PYTHONPATH=$PYTHONPATH RANK=${RANK-none}"\n')
-    python.chmod(0o755)
-    env = {"PATH": "/usr/bin:/bin", "ICRL_PYTHON": str(python), "ICRL_RANKS_PER_NODE": "1", "ICRL_SERVERS": "none"}
+    fake = program(tmp_path, "python", 'echo "$@ PYTHONPATH=$PYTHONPATH RANK=${RANK-none}"')
+    env = {"ICRL_PYTHON": str(fake), "ICRL_RANKS_PER_NODE": "1", "ICRL_SERVERS": "none"}
     env |= {"SLURM_NNODES": "4", "RANK": "7", "PYTHONPATH": "/image"}
     lists = {"node[0-3]": "node0", "rack[2-3]n[01,07-09],login": "rack2n01", "a,b,c,d": "a"}
     for nodes, first in lists.items():
-        done = subprocess.run(
-            ["bash", str(ROOT / "slurm" / "step.sh"), "train", "quickstart"],
-            cwd=tmp_path, env={**env, "SLURM_JOB_NODELIST": nodes},
-            capture_output=True, text=True, check=True, timeout=30,
-        )  # fmt: skip
+        done = step_script(tmp_path, SLURM_JOB_NODELIST=nodes, **env)
+        assert done.returncode == 0, done.stderr
         assert f"--master-addr={first} " in done.stdout
         assert f"PYTHONPATH={tmp_path}:{tmp_path}/kernels:{tmp_path}/recipes:/image RANK=none" in done.stdout
 
 
-def test_a_step_that_gives_up_says_so_where_slurms_clients_do_not_work(tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text('#!/bin/bash\n[[ "$*" != *"job decide"* ]] || echo fail\n')
-    (tmp_path / "scontrol").write_text("#!/bin/bash\nexit 127\n")
-    for program in (python, tmp_path / "scontrol"):
-        program.chmod(0o755)
-    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "ICRL_PYTHON": str(python), "ICRL_RANKS_PER_NODE": "1"}
-    env |= {"ICRL_LOGS": str(tmp_path), "SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "1"}
-    done = subprocess.run(
-        ["bash", str(ROOT / "slurm" / "step.sh"), "train", "quickstart"],
-        cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=30,
-    )  # fmt: skip
-    assert done.returncode == 1
+def test_a_step_that_gives_up_without_slurms_clients_leaves_a_file(tmp_path: Path) -> None:
+    fake = program(tmp_path, "python", '[[ "$*" != *"job decide"* ]] || echo fail')
+    program(tmp_path, "scontrol", "exit 127")
+    env = {"ICRL_PYTHON": str(fake), "ICRL_RANKS_PER_NODE": "1", "SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "1"}
+    assert step_script(tmp_path, **env).returncode == 1
     assert (tmp_path / "given_up.12").exists()
 
 
-def test_what_an_older_job_of_the_same_number_left_does_not_count(tmp_path: Path) -> None:
+def test_files_of_an_earlier_job_with_the_same_id_are_removed(tmp_path: Path) -> None:
     left = [tmp_path / name for name in ("given_up.12", "job.12.json", "outcome.12.0.json")]
     for path in left:
         path.write_text('{"code": 3, "message": ""}')
-    env = {"PATH": "/usr/bin:/bin", "ICRL_PYTHON": "true", "ICRL_RANKS_PER_NODE": "1", "ICRL_EXIT_STOPPED": "75"}
-    env |= {"ICRL_LOGS": str(tmp_path), "SLURM_JOB_ID": "12"}
-    done = subprocess.run(
-        ["bash", str(ROOT / "slurm" / "step.sh"), "train", "quickstart"],
-        cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=30,
-    )  # fmt: skip
+    done = step_script(tmp_path, ICRL_PYTHON="true", ICRL_RANKS_PER_NODE="1", SLURM_JOB_ID="12")
     assert done.returncode == 0, done.stderr
     assert not any(path.exists() for path in left)

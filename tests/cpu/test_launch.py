@@ -1,4 +1,4 @@
-"""The launcher and the agent against real signals; the ranks are small modules without collectives."""
+"""The launcher and the agent with real signals; the ranks are small modules without collectives."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from commands import python
 from disks import small_disk
 
 from icrl_megatron.distributed import process
@@ -45,7 +46,7 @@ def rank_module(body: str) -> str:
 
 
 def python_path(folder: Path) -> str:
-    """Modules of this folder too, and those of the checkout that is tested."""
+    """This folder, then the tested checkout."""
     return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH", ""))))
 
 
@@ -108,22 +109,15 @@ def main():
 """
 
 
-def test_ranks_run_and_rank_0_has_the_terminal(start: Start) -> None:
-    launched = start(WORKS, 2)
+@pytest.mark.parametrize("ranks", [2, 11])
+def test_rank_0_prints_to_the_terminal_and_other_ranks_to_logs(start: Start, ranks: int) -> None:
+    launched = start(WORKS, ranks)
     code, out, err = launched.end()
     assert (code, out) == (0, "hello from 0\n"), err
-    threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
-    assert launched.read("seen.0", "seen.1") == [f"settings.yaml 2 {threads}"] * 2
-    (log,) = launched.folder.glob("logs/*/rank_1.log")
-    assert log.read_text() == "hello from 1\n"
-
-
-def test_a_machine_may_have_more_than_ten_ranks(start: Start) -> None:
-    launched = start(WORKS, 11)
-    code, out, err = launched.end()
-    assert (code, out) == (0, "hello from 0\n"), err
-    (log,) = launched.folder.glob("logs/*/rank_10.log")
-    assert log.read_text() == "hello from 10\n"
+    threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
+    assert launched.read("seen.0", "seen.1") == [f"settings.yaml {ranks} {threads}"] * 2
+    (log,) = launched.folder.glob(f"logs/*/rank_{ranks - 1}.log")
+    assert log.read_text() == f"hello from {ranks - 1}\n"
 
 
 ENDS_SLOWLY = """
@@ -140,7 +134,7 @@ def main():
 
 
 def test_a_stop_request_does_not_kill_a_rank_that_ends(start: Start) -> None:
-    """The signal comes while the interpreter ends, after Python gave signals their default action back."""
+    """The signal arrives while the interpreter exits, when Python has restored the default action of signals."""
     code, _, err = start(ENDS_SLOWLY, 1).end()
     assert code == 0, err
 
@@ -151,7 +145,7 @@ def main():
 """
 
 
-def test_config_error_in_the_ranks_is_one_message_and_code_2(start: Start) -> None:
+def test_a_config_error_of_the_ranks_is_one_message_and_code_2(start: Start) -> None:
     code, out, err = start(CONFIG_ERROR_BODY, 2).end()
     assert (code, out, err) == (launch.CONFIG_ERROR, "", "error: steps=-1: must be at least 0\n")
 
@@ -182,8 +176,8 @@ FULL = (
 
 
 @pytest.mark.parametrize("failing", ["0", "1"])
-def test_a_full_disk_is_one_line_and_no_failed_rank(failing: str, tmp_path: Path) -> None:
-    """What the launcher and the ranks tell each other is not on the disk of the run."""
+def test_a_full_disk_is_one_message_without_a_traceback(failing: str, tmp_path: Path) -> None:
+    """The launcher and the ranks do not communicate through the run's disk."""
     with small_disk(tmp_path / "disk", 256) as disk:
         launched = Launched(disk, FILLS_THE_DISK.replace("FAILING", repr(failing)), 2)
         code, out, err = launched.end()
@@ -192,27 +186,22 @@ def test_a_full_disk_is_one_line_and_no_failed_rank(failing: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("failing", ["0", "1"])
-def test_a_rank_that_cannot_leave_its_message_prints_it(failing: str, tmp_path: Path) -> None:
-    """A batch job's outcome file is on the disk of its logs: the agent says nothing more, and ends with the code."""
+def test_a_rank_that_cannot_write_its_outcome_prints_the_message(failing: str, tmp_path: Path) -> None:
+    """A batch job's outcome file is on the disk of its logs. The agent prints nothing else and exits with the code."""
     fills = FILLS_THE_DISK.replace("FAILING", repr(failing)).replace("filler", "disk/filler")
     (tmp_path / "ranks.py").write_text(rank_module(fills))
     with small_disk(tmp_path / "disk", 256) as disk:
         arguments = ["--nproc-per-node=2", f"--log-dir={tmp_path / 'logs'}", "-m", "ranks", "x"]
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
         env |= {launch.OUTCOME_ENV: str(disk / "outcome.json"), "PYTHONPATH": python_path(tmp_path)}
-        done = subprocess.run(
-            [sys.executable, "-m", "icrl_megatron.launch.agent", *arguments],
-            cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=90,
-        )  # fmt: skip
+        done = python("-m", "icrl_megatron.launch.agent", *arguments, cwd=tmp_path, env=env)
     assert (done.returncode, done.stdout, done.stderr) == (launch.CONFIG_ERROR, "", FULL)
 
 
-def test_traceback_of_a_failing_rank_is_shown(start: Start) -> None:
+def test_the_traceback_of_a_failing_rank_is_printed(start: Start) -> None:
     code, _, err = start(FAILS, 2).end()
-    assert code == 1
-    assert "RuntimeError: the flux is out of range" in err
-    assert "error: rank 1 failed with exit code 1" in err
-    assert "ChildFailedError" not in err
+    assert code == 1 and "ChildFailedError" not in err
+    assert "RuntimeError: the flux is out of range" in err and "error: rank 1 failed with exit code 1" in err
 
 
 HOSTILE = r"""
@@ -221,7 +210,7 @@ def main():
     print("the model says: \x1b]0;owned\x07", flush=True)
     note("spoke")
     if rank == "1":
-        while not Path("spoke.0").exists():  # on a busy machine rank 0 would be ended before it speaks
+        while not Path("spoke.0").exists():  # otherwise rank 0 might be stopped before it prints
             time.sleep(0.05)
         raise RuntimeError("the server says: \x1b[2J")
     while not stop:
@@ -230,8 +219,8 @@ def main():
 """
 
 
-def test_control_characters_of_ranks_are_shown(start: Start) -> None:
-    """What the first rank writes to the terminal, and what is shown of another's file."""
+def test_control_characters_of_ranks_are_escaped(start: Start) -> None:
+    """In the output of rank 0, and in what is printed of another rank's log."""
     launched = start(HOSTILE, 2)
     code, out, err = launched.end()
     assert code == 1
@@ -260,7 +249,7 @@ def main():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_stop_reaches_every_rank_once_and_all_save(start: Start, number: signal.Signals) -> None:
+def test_a_stop_signal_reaches_every_rank_once_and_all_save(start: Start, number: signal.Signals) -> None:
     launched = start(WAITS, 2)
     launched.await_files("ready.0", "ready.1")
     launched.process.send_signal(number)
@@ -280,7 +269,7 @@ def main():
 """
 
 
-def test_a_stop_before_the_ranks_listen_is_not_lost(start: Start) -> None:
+def test_a_stop_during_the_imports_of_the_ranks_is_not_lost(start: Start) -> None:
     launched = start(SLOW_TO_LISTEN, 2)
     launched.await_files("started.0", "started.1")
     launched.process.send_signal(signal.SIGTERM)
@@ -298,8 +287,8 @@ def main():
 """
 
 
-def _gone(pids: list[int], timeout_s: float = 10) -> bool:
-    """Whether none of these processes runs any more (a zombie nobody reaps counts as gone)."""
+def _ended(pids: list[int], timeout_s: float = 10) -> bool:
+    """Whether all of these processes end in time; a zombie has ended."""
 
     def runs(pid: int) -> bool:
         try:
@@ -313,16 +302,16 @@ def _gone(pids: list[int], timeout_s: float = 10) -> bool:
     return not any(map(runs, pids))
 
 
-def test_sigkill_of_the_launcher_leaves_no_process(start: Start) -> None:
+def test_sigkill_of_the_launcher_ends_all_of_its_processes(start: Start) -> None:
     launched = start(STUBBORN, 2)
     launched.await_files("ready.0", "ready.1")
     below = [p.pid for p in psutil.Process(launched.process.pid).children(recursive=True)]
     assert len(below) >= 3  # the agent and two ranks
     launched.process.kill()
-    assert _gone(below)
+    assert _ended(below)
 
 
-def test_second_interrupt_kills(start: Start) -> None:
+def test_a_second_interrupt_kills_the_ranks(start: Start) -> None:
     launched = start(STUBBORN, 2)
     ranks = [int(pid) for pid in launched.await_files("ready.0", "ready.1")]
     launched.process.send_signal(signal.SIGINT)
@@ -331,15 +320,15 @@ def test_second_interrupt_kills(start: Start) -> None:
     launched.process.send_signal(signal.SIGINT)
     code, _, _ = launched.end(timeout_s=15)
     assert code == launch.KILLED
-    assert _gone(ranks)
+    assert _ended(ranks)
 
 
-def test_a_rank_whose_parent_is_gone_ends_itself() -> None:
-    """The race at start: the parent died before the child could ask to die with it."""
+def test_a_rank_whose_parent_has_died_exits() -> None:
+    """The parent may die before the child has registered to be ended with it."""
     code = "from icrl_megatron.utils.parent_watch import die_with_parent; die_with_parent(); print('alive')"
     for parent, expected in ((os.getpid(), (0, "alive\n")), (os.getpid() + 1, (1, ""))):
         env = {**os.environ, parent_watch.PARENT_ENV: str(parent)}
-        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+        done = python("-c", code, env=env)
         assert (done.returncode, done.stdout) == expected
 
 
@@ -357,7 +346,7 @@ def main():
 """
 
 
-def test_a_bar_shows_until_the_ranks_have_met(tmp_path: Path) -> None:
+def test_a_progress_bar_is_shown_until_the_ranks_have_started(tmp_path: Path) -> None:
     terminal, theirs = os.openpty()
     launched = Launched(tmp_path, SLOW_START, 1, theirs)
     os.close(theirs)
@@ -366,7 +355,7 @@ def test_a_bar_shows_until_the_ranks_have_met(tmp_path: Path) -> None:
         while True:
             shown += (piece := os.read(terminal, 4096))
             late += piece if (tmp_path / "quiet.0").exists() else b""
-    except OSError:  # the other end was closed: they have ended
+    except OSError:  # the ranks have ended and closed the other end
         assert launched.end()[0] == 0
     finally:
         os.close(terminal)
@@ -374,7 +363,7 @@ def test_a_bar_shows_until_the_ranks_have_met(tmp_path: Path) -> None:
     assert b"starting" not in late
 
 
-def test_a_rank_knows_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_is_a_rank_if_rank_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert not process.is_rank()
@@ -382,8 +371,8 @@ def test_a_rank_knows_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert process.is_rank()
 
 
-def test_a_file_asks_to_stop_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a container it does so alone (slurm/job.sh)."""
+def test_a_stop_can_be_requested_with_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container it is the only way (slurm/job.sh)."""
     before = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)]
     monkeypatch.setenv(launch.STOP_ENV, str(tmp_path / "stop"))
     try:

@@ -1,4 +1,4 @@
-"""Imports between the package's folders go downward only, so that no folder depends on what is built on top of it."""
+"""Imports between the package's folders go downward only: no folder depends on the folders built on it."""
 
 from __future__ import annotations
 
@@ -9,29 +9,8 @@ import icrl_megatron
 
 ROOT = Path(icrl_megatron.__file__).parent
 LAYERS = (
-    "types",
-    "utils",
-    "settings",
-    "distributed",
-    "agents",
-    "tasks",
-    "model",
-    "engines",
-    "algo",
-    "data",
-    "telemetry",
-    "rollout",
-    "distill",
-    "actor",
-    "report",
-    "run",
-    "plan",
-    "launch",
-    "evaluation",
-    "loop",
-    "train",
-    "sft",
-    "cli",
+    *("types", "utils", "settings", "distributed", "agents", "tasks", "model", "engines", "algo", "data", "telemetry"),
+    *("rollout", "distill", "actor", "report", "run", "plan", "launch", "evaluation", "loop", "train", "sft", "cli"),
 )
 """Folders and modules of the package's root, lowest first: each imports only from itself and from those before it."""
 
@@ -81,7 +60,7 @@ def upward(layers: tuple[str, ...]) -> list[str]:
     ]
 
 
-def test_every_folder_has_its_place() -> None:
+def test_every_folder_has_a_layer() -> None:
     assert {layer(module) for module in modules() if module} == set(LAYERS)
 
 
@@ -89,12 +68,12 @@ def test_imports_go_downward_only() -> None:
     assert upward(LAYERS) == []
 
 
-def test_an_upward_import_would_be_seen() -> None:
+def test_an_upward_import_is_found() -> None:
     assert "loop -> run.parts" in upward(tuple(reversed(LAYERS)))
 
 
-def test_no_module_imports_itself_in_a_circle() -> None:
-    """Within a folder too: at import time, a circle works or fails by which module is first."""
+def test_no_modules_import_each_other() -> None:
+    """Within a folder too: whether circular imports work depends on which module is imported first."""
     known = modules()
     below = {module: imported(path, set(known)) - {module} for module, path in known.items()}
     done: set[str] = set()
@@ -110,7 +89,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
         visit(module, ())
 
 
-def test_the_root_holds_the_program_and_nothing_else() -> None:
+def test_the_root_contains_only_the_programs() -> None:
     assert {path.name for path in ROOT.glob("*.py")} == {
         "__init__.py", "cli.py", "loop.py", "sft.py", "train.py", "types.py",
     }  # fmt: skip

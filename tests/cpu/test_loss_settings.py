@@ -1,4 +1,4 @@
-"""Settings of losses: which have no effect, and whether a user's own loss can work, before a model is loaded."""
+"""Settings of losses that have no effect, and a user's own loss, are checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from icrl_megatron.utils.errors import ConfigError
         ),
     ],
 )
-def test_settings_without_effect_are_refused(overrides: list[str], said: str) -> None:
+def test_settings_that_are_invalid_or_have_no_effect_are_refused(overrides: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         validate_settings(load("rulebook_easy", overrides))
 
@@ -88,7 +88,7 @@ def averaged(inputs, algo):
         ("averaged", "metrics['entropy'] must be a tensor with one value per token, got []"),
     ],
 )
-def test_a_loss_of_ones_own_is_tried_before_a_model_is_loaded(
+def test_a_users_loss_is_tried_before_a_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, said: str
 ) -> None:
     (tmp_path / "own.py").write_text(OWN)
@@ -102,7 +102,7 @@ def test_a_loss_of_ones_own_is_tried_before_a_model_is_loaded(
         validate_settings(settings)
 
 
-def test_a_module_that_does_not_import_is_the_users_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_with_a_syntax_error_is_a_config_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "torn.py").write_text("def loss(:")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=re.escape("algo.loss=torn:loss: invalid syntax")):

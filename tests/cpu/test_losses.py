@@ -1,4 +1,4 @@
-"""Losses of `algo.losses` against their papers' formulas in float64, and the log-prob head that carries them."""
+"""Losses of `algo.losses` against their papers' formulas in float64, and the log-prob head that computes them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def token_losses(name: str, algo: AlgoSettings, given: LossInputs) -> list[float
 
 @pytest.mark.parametrize(("name", "algo"), VARIANTS)
 @pytest.mark.parametrize("seed", range(3))
-def test_a_loss_is_its_papers_formula(name: str, algo: AlgoSettings, seed: int) -> None:
+def test_a_loss_equals_the_formula_of_its_paper(name: str, algo: AlgoSettings, seed: int) -> None:
     given = inputs(seed)
     term = losses.named(name)(given, algo)
     assert term.loss_L.tolist() == pytest.approx(token_losses(name, algo, given), rel=1e-12)
@@ -83,8 +83,8 @@ def test_a_loss_is_its_papers_formula(name: str, algo: AlgoSettings, seed: int) 
 
 
 @pytest.mark.parametrize(("name", "algo"), [(name, algo) for name, algo in VARIANTS if name != "cispo"])
-def test_its_gradient_is_the_difference_quotient(name: str, algo: AlgoSettings) -> None:
-    """Not CISPO's: its importance weight is a constant by design."""
+def test_the_gradient_of_a_loss_is_the_difference_quotient(name: str, algo: AlgoSettings) -> None:
+    """Except for CISPO, whose importance weight has no gradient by design."""
     given = inputs()
 
     def total(logprobs_L: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def test_its_gradient_is_the_difference_quotient(name: str, algo: AlgoSettings) 
     assert torch.autograd.gradcheck(total, (given.logprobs_L,), eps=1e-7, atol=1e-6)
 
 
-def test_no_token_of_cispo_loses_its_gradient() -> None:
+def test_clipped_tokens_of_cispo_have_a_gradient() -> None:
     given = inputs()
     term = losses.cispo(given, ALGO)
     (slopes_L,) = torch.autograd.grad(term.loss_L.sum(), given.logprobs_L)
@@ -102,7 +102,7 @@ def test_no_token_of_cispo_loses_its_gradient() -> None:
     assert torch.equal(term.metrics["clipped_weight"], (ratio_L < 0.8) | (ratio_L > 1.3))
 
 
-def test_clipped_tokens_are_counted_where_the_gradient_is_gone() -> None:
+def test_tokens_without_a_gradient_are_counted_as_clipped() -> None:
     for dual_clip in (None, 1.5):
         given = inputs()
         term = losses.icrl(given, replace(ALGO, dual_clip=dual_clip))
@@ -125,8 +125,8 @@ def test_an_overflowing_ratio_that_is_clipped_leaves_no_nan(name: str, algo: Alg
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_kl_estimators(estimator: str) -> None:
-    """In expectation k1 and k3 are the KL, and the gradient of k2 is the KL's; at equality all are 0."""
+def test_kl_estimators_have_the_expected_values_and_gradients(estimator: str) -> None:
+    """In expectation k1 and k3 equal the KL, and k2 has its gradient. All are 0 if the policies are equal."""
     torch.manual_seed(1)
     logits_V, reference_V = (torch.randn(50, dtype=torch.float64) for _ in range(2))
     logits_V.requires_grad_()
@@ -165,12 +165,12 @@ def packed(algo: AlgoSettings, budget: int) -> list[tuple[MicroBatch, tuple[str,
 
 
 def hidden_of(owners: tuple[str, ...]) -> Tensor:
-    """[L, WIDTH] hidden states: small enough that log-probs lie near those of `streams_of`."""
+    """[L, WIDTH] hidden states, so small that log-probs are near those of `streams_of`."""
     return 0.3 * tokens_of(owners, WIDTH, 1)
 
 
 def tokens_of(owners: tuple[str, ...], width: int, seed: int) -> Tensor:
-    """[L, width] numbers that depend on the token alone, whatever batch it is in."""
+    """[L, width] numbers that depend only on the token, not on its batch."""
     rows, seen = [], dict.fromkeys(owners, 0)
     for owner in owners:
         draw = torch.Generator().manual_seed(1000 * seed + 50 * int(owner[2:]) + seen[owner])
@@ -217,7 +217,7 @@ def both_heads(algo: AlgoSettings, chunk: int, scored: bool) -> tuple[tuple[Head
 
 @pytest.mark.parametrize("scored", [True, False])
 @pytest.mark.parametrize("chunk", [3, 100])
-def test_the_fused_head_is_icrl_as_a_plain_function(chunk: int, scored: bool) -> None:
+def test_the_fused_head_equals_icrl_as_a_plain_function(chunk: int, scored: bool) -> None:
     algo = AlgoSettings(kl_coef=0.1, entropy_coef=0.02, calibration=Calibration(w_max=1.2))
     fused, plain = both_heads(algo, chunk, scored)
     for name, value in vars(fused[0]).items():
@@ -230,8 +230,8 @@ def test_the_fused_head_is_icrl_as_a_plain_function(chunk: int, scored: bool) ->
 
 @pytest.mark.parametrize("normalisation", ["sequence_mean", "token_mean", "constant"])
 @pytest.mark.parametrize(("name", "algo"), VARIANTS)
-def test_packing_changes_no_gradient(name: str, algo: AlgoSettings, normalisation: str) -> None:
-    """One micro-batch, several, and one per sequence give full logits' gradients in float64."""
+def test_packing_does_not_change_the_gradient(name: str, algo: AlgoSettings, normalisation: str) -> None:
+    """One micro-batch, several, and one per sequence have the gradient of full logits in float64."""
     algo = replace(algo, loss_normalisation=normalisation, constant_tokens=12, kl_coef=0.1, kl_estimator="k2")
     found = []
     for budget in (1000, 20, 1):
@@ -302,7 +302,7 @@ def test_the_head_has_the_gradients_of_full_logits(chunk: int) -> None:
         assert torch.allclose(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
-def test_a_token_without_a_slope_shields_from_its_logits() -> None:
+def test_a_token_without_loss_may_have_hidden_states_of_nan() -> None:
     hidden_LH = torch.randn(4, 8)
     hidden_LH[2] = math.nan
     hidden_LH.requires_grad_()
@@ -317,7 +317,7 @@ def test_a_token_without_a_slope_shields_from_its_logits() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that any tensor had which was made meanwhile."""
+    """Records the largest number of elements of any tensor that is created."""
 
     elements = 0
 
@@ -331,8 +331,8 @@ class Largest(TorchDispatchMode):
         return found
 
 
-def test_logits_never_exist_as_a_whole() -> None:
-    """Neither forward nor backward makes a tensor larger than a chunk of logits or the weight."""
+def test_the_full_logits_are_never_created() -> None:
+    """No tensor of the forward or backward pass is larger than a chunk of logits or the weight."""
     tokens, columns, chunk = 60, 500, 16
     hidden_LH, weight_VH = torch.randn(tokens, 4, requires_grad=True), torch.randn(columns, 4, requires_grad=True)
     targets_L = torch.randint(columns, (tokens,))
@@ -345,8 +345,8 @@ def test_logits_never_exist_as_a_whole() -> None:
 
 
 @pytest.mark.parametrize(("name", "algo"), VARIANTS)
-def test_the_numbers_of_a_loss_are_the_actors(make: Callable[..., Actor], name: str, algo: AlgoSettings) -> None:
-    """On a step's first update every ratio is 1; on the later ones they differ, and tight bounds clip."""
+def test_the_actor_reports_the_metrics_of_a_loss(make: Callable[..., Actor], name: str, algo: AlgoSettings) -> None:
+    """In a step's first update every ratio is 1. In later ones ratios differ, and tight bounds clip them."""
     given = {"loss": name, "dual_clip": None if algo.dual_clip is None else 1.0, "clip_low": 1e-4, "clip_high": 1e-4}
     actor = make("fp32", updates_per_step=6, **given)
     by_step = [step(actor, seed).metrics for seed in range(6)]
@@ -363,18 +363,19 @@ def test_the_numbers_of_a_loss_are_the_actors(make: Callable[..., Actor], name: 
 
 
 @pytest.mark.parametrize(("tokens", "penalty"), [(0, 0.0), (80, 0.0), (85, 0.125), (90, 0.25), (100, 0.5), (1000, 0.5)])
-def test_the_overlong_penalty(tokens: int, penalty: float) -> None:
+def test_the_overlong_penalty_grows_linearly_up_to_its_maximum(tokens: int, penalty: float) -> None:
     assert overlong_penalty(tokens, Overlong(100, 20, 0.5)) == penalty
     assert overlong_penalty(tokens, Overlong()) == 0.0
 
 
 @pytest.mark.parametrize(("name", "algo"), VARIANTS)
-def test_the_losses_that_come_along_pass_too(name: str, algo: AlgoSettings) -> None:
+def test_every_built_in_loss_passes_the_check(name: str, algo: AlgoSettings) -> None:
     check_loss(name, algo)
 
 
-def test_the_documented_loss_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[..., Actor]) -> None:
-    """It passes the checks, does what its docstring says, and an actor trains with it."""
+def test_the_documented_loss_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[..., Actor]
+) -> None:
     page = (Path(__file__).parents[2] / "docs" / "EXTENDING.md").read_text()
     section = page.partition("## A loss")[2].partition("\n## ")[0]
     code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]

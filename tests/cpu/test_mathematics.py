@@ -1,4 +1,4 @@
-"""Mathematics: the grader against known traps and sympy, the pool against hostile answers, and files on disk."""
+"""Mathematics: the grader on known difficult cases and against sympy, its worker pool, and dataset files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from icrl_megatron.tasks.grader import Grader
 from icrl_megatron.tasks.mathematics import Mathematics
 from icrl_megatron.utils.errors import ConfigError
 
-BOMB = "9^{9^{9^9}}"
+ENDLESS = "9^{9^{9^9}}"
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +39,9 @@ def grader() -> Iterator[Grader]:
     made.close()
 
 
-# What math-verify alone gets wrong, or got wrong where it was called without care
-
-
+# Answers that math-verify alone misgrades, or misgrades when it is called carelessly.
 TRAPS = [
-    # A bare label is read in part; wrapped it is not.
+    # Without delimiters, only part of a label is parsed.
     ("3", r"3\sqrt{13}", False),
     (r"3\sqrt{13}", r"3\sqrt{13}", True),
     (r"\sqrt{117}", r"$3\sqrt{13}$", True),
@@ -53,7 +51,7 @@ TRAPS = [
     ("5", "6 - 5i", False),
     ("6-5i", "6 - 5i", True),
     ("-5i + 6", "6 - 5i", True),
-    # Scientific notation is no product with Euler's number.
+    # Scientific notation is not a product with Euler's number.
     ("4.5e33", "4.5e33", True),
     (r"4.5 \times 10^{33}", "4.5e33", True),
     (r"4.5 \cdot e \cdot 33", "4.5e33", False),
@@ -66,7 +64,7 @@ TRAPS = [
     (r"90^\circ", "90", True),
     (r"5 \text{ cm}", "5", True),
     ("x = 3", "3", True),
-    # Numbers as people write them.
+    # Common spellings of numbers.
     ("1,000", "1000", True),
     ("50\\%", "0.5", True),
     (r"\frac12", "0.5", True),
@@ -83,7 +81,7 @@ TRAPS = [
 
 
 @pytest.mark.parametrize(("answer", "label", "right"), TRAPS)
-def test_known_misgradings(answer: str, label: str, right: bool) -> None:
+def test_difficult_answers_are_graded_correctly(answer: str, label: str, right: bool) -> None:
     assert correct(answer, label, 0.0) is right
 
 
@@ -105,12 +103,12 @@ def test_the_last_complete_box_counts(text: str, box: str | None) -> None:
 
 
 @given(st.text(alphabet="\\boxed{}fa1 ", max_size=60))
-def test_no_text_breaks_the_search_for_a_box(text: str) -> None:
+def test_last_box_handles_any_text(text: str) -> None:
     found = last_box(text)
     assert found is None or found in text
 
 
-def test_tolerance_is_for_plain_numbers_only() -> None:
+def test_tolerance_applies_only_to_plain_numbers() -> None:
     assert not correct("3.14", "3.1416", 0.0)
     assert correct("3.14", "3.1416", 0.01)
     assert correct("1.01e-7", "1.0e-7", 0.02) and not correct("1.2e-7", "1.0e-7", 0.02)
@@ -119,7 +117,7 @@ def test_tolerance_is_for_plain_numbers_only() -> None:
 
 
 @given(st.fractions(max_denominator=50), st.integers(1, 9))
-def test_equal_fractions_are_equal_however_they_are_written(value: Fraction, factor: int) -> None:
+def test_equal_fractions_match_in_any_spelling(value: Fraction, factor: int) -> None:
     sign = "-" if value < 0 else ""
     written = rf"{sign}\frac{{{abs(value.numerator) * factor}}}{{{value.denominator * factor}}}"
     label = str(value.numerator) if value.denominator == 1 else f"{value.numerator}/{value.denominator}"
@@ -136,7 +134,7 @@ def random_expression(rng: random.Random, depth: int) -> sympy.Expr:
 
 
 def test_grader_agrees_with_sympy() -> None:
-    """Over generated expressions: an expanded form is the same answer, and another number is not."""
+    """An expanded form of a generated expression is correct, and an expression with another value is wrong."""
     rng, x, disagreements, cases = random.Random(5), sympy.Symbol("x"), [], 0
     while cases < 60:
         expression = random_expression(rng, 2)
@@ -151,8 +149,8 @@ def test_grader_agrees_with_sympy() -> None:
     assert not disagreements
 
 
-def test_fast_parsing_reads_what_slow_parsing_reads() -> None:
-    """Both of ANTLR's predictions over the answers of this file and generated expressions: the same trees."""
+def test_two_stage_parsing_gives_the_same_trees() -> None:
+    """ANTLR's fast prediction mode (SLL) builds the same trees as its full mode (LL)."""
     from antlr4.atn.PredictionMode import PredictionMode
     from latex2sympy2_extended import latex2sympy2
 
@@ -178,13 +176,13 @@ def test_fast_parsing_reads_what_slow_parsing_reads() -> None:
     read = 0
     for text in texts:
         fast = tree(text, PredictionMode.SLL)
-        if fast is not None:  # where it gives up, the slow one is asked
+        if fast is not None:  # if the fast mode fails, the full mode is used
             assert fast == tree(text, PredictionMode.LL), text
             read += 1
     assert read > 50 and latex2sympy2.latex2sympy("2x") == 2 * sympy.Symbol("x")
 
 
-# The pool
+# The worker pool
 
 
 def grade(grader: Grader, *pairs: tuple[str, str]) -> list[bool]:
@@ -194,19 +192,19 @@ def grade(grader: Grader, *pairs: tuple[str, str]) -> list[bool]:
     return asyncio.run(all_at_once())
 
 
-def test_a_bomb_costs_one_worker_and_no_other_answer() -> None:
+def test_endless_grading_costs_one_worker_and_no_other_answer() -> None:
     pool = Grader(workers=2, timeout_s=1.0)
     try:
-        verdicts = grade(pool, (BOMB, "3"), *[(str(i), str(i % 2)) for i in range(30)])
+        verdicts = grade(pool, (ENDLESS, "3"), *[(str(i), str(i % 2)) for i in range(30)])
         assert verdicts == [False, True, True, *[False] * 28]
         assert pool.killed == 1
-        # The pool is whole again, also on another event loop.
+        # The pool is complete again, and works on another event loop.
         assert grade(pool, (r"\frac{2}{4}", r"\frac{1}{2}")) == [True]
     finally:
         pool.close()
 
 
-def test_a_worker_that_dies_is_replaced(grader: Grader) -> None:
+def test_dead_worker_is_replaced(grader: Grader) -> None:
     assert grade(grader, (r"\frac{3}{6}", r"\frac{1}{2}")) == [True]
     worker = grader._idle.get_nowait()
     worker._process.kill()
@@ -218,13 +216,13 @@ def test_a_worker_that_dies_is_replaced(grader: Grader) -> None:
     "answer",
     ["9" * 5_000_000, "\\frac{" * 300, "{" * 1999, "\x00\x01\x1b[2J", "\ud800", "(" * 1500, "\\text{" * 200, "\n"],
 )
-def test_hostile_answers_are_wrong_and_harmless(grader: Grader, answer: str) -> None:
+def test_malicious_answers_are_wrong_and_harmless(grader: Grader, answer: str) -> None:
     begun = time.monotonic()
     assert grade(grader, (answer, "3"), ("3", "3")) == [False, True]
     assert time.monotonic() - begun < 300
 
 
-def test_environment_plays_one_turn(tmp_path: Path) -> None:
+def test_environment_grades_one_reply(tmp_path: Path) -> None:
     source = dataset(tmp_path, [{"prompt": "2+3?", "label": "5"}])
     task_set = registry.of_source(source)
     environment = task_set.environment(task_set.problems("train")[0])
@@ -245,7 +243,7 @@ def test_environment_plays_one_turn(tmp_path: Path) -> None:
     assert not success and "\\boxed" in summary
 
 
-# Files
+# Dataset files
 
 
 def dataset(folder: Path, train: list[dict], heldout: list[dict] | None = None, **data: object) -> ToolsSource:  # type: ignore[type-arg]
@@ -257,14 +255,14 @@ def dataset(folder: Path, train: list[dict], heldout: list[dict] | None = None, 
     return ToolsSource("math", data=ToolData(**{**names, **data}))  # type: ignore[arg-type]
 
 
-def test_the_reference_format_without_metadata(tmp_path: Path) -> None:
+def test_prompt_may_be_a_list_of_messages(tmp_path: Path) -> None:
     source = dataset(tmp_path, [{"prompt": [{"role": "user", "content": "What is 1+1?"}], "label": "2"}])
     (task,) = Mathematics(source).problems("train")
     assert task.task_id == "math/train/train/0" and subset_of(task) == "math/train"
     assert json.loads(task.problem)["prompt"] == "What is 1+1?"
 
 
-def test_parquet_arrow_and_several_subsets(tmp_path: Path) -> None:
+def test_parquet_and_arrow_files_are_read(tmp_path: Path) -> None:
     table = pa.table({"question": ["a?", "b?"], "answer": [1.0, 2.5]})
     pq.write_table(table, tmp_path / "aime.parquet")
     saved = tmp_path / "minerva"
@@ -272,10 +270,7 @@ def test_parquet_arrow_and_several_subsets(tmp_path: Path) -> None:
     with pa.OSFile(str(saved / "data-00000-of-00001.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as to:
         to.write_table(pa.table({"question": ["c?"], "answer": [3.0]}))
     data = ToolData(
-        train=[str(tmp_path / "aime.parquet")],
-        heldout=[str(saved)],
-        prompt_column="question",
-        label_column="answer",
+        train=[str(tmp_path / "aime.parquet")], heldout=[str(saved)], prompt_column="question", label_column="answer"
     )
     task_set = Mathematics(ToolsSource("math", data=data))
     assert [json.loads(t.problem)["label"] for t in task_set.problems("train")] == ["1", "2.5"]
@@ -300,7 +295,9 @@ GOOD = {"prompt": "q?", "label": "1"}
         ([GOOD, {"prompt": "bad?", "label": "\\begin{cases}"}], ["line 2", "label", "not mathematics"]),
     ],
 )
-def test_bad_rows_are_named(tmp_path: Path, rows: list[dict[str, object]], parts: list[str]) -> None:
+def test_bad_rows_are_reported_with_file_and_line(
+    tmp_path: Path, rows: list[dict[str, object]], parts: list[str]
+) -> None:
     task_set = registry.of_source(dataset(tmp_path, rows))
     assert isinstance(task_set, Checked)
     with pytest.raises(ConfigError) as raised:
@@ -317,7 +314,7 @@ def test_bad_rows_are_named(tmp_path: Path, rows: list[dict[str, object]], parts
         ("[1]", ["object"]),
     ],
 )
-def test_damaged_files_are_named(tmp_path: Path, text: str, parts: list[str]) -> None:
+def test_damaged_files_are_reported_with_file_and_line(tmp_path: Path, text: str, parts: list[str]) -> None:
     source = dataset(tmp_path, [GOOD])
     (tmp_path / "train.jsonl").write_text(text)
     with pytest.raises(ConfigError) as raised:
@@ -325,7 +322,7 @@ def test_damaged_files_are_named(tmp_path: Path, text: str, parts: list[str]) ->
     assert all(part in str(raised.value) for part in parts), raised.value
 
 
-def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
+def test_missing_and_unsupported_files_are_rejected(tmp_path: Path) -> None:
     for name, message in (("gone.jsonl", "no such file"), ("rows.csv", "not .csv")):
         (tmp_path / "rows.csv").write_text("a,b")
         with pytest.raises(ConfigError, match=message):
@@ -337,9 +334,9 @@ def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
         Mathematics(ToolsSource("math", data=ToolData(train=[str(tmp_path / "cut.parquet")]))).problems("train")
 
 
-def test_an_evaluation_on_training_rows_is_refused(tmp_path: Path) -> None:
+def test_heldout_problem_in_the_training_set_is_rejected(tmp_path: Path) -> None:
     rows = [{"prompt": "What is 2 + 2?", "label": "4"}, {"prompt": "And 3?", "label": "3"}]
-    # Another label, other spaces and capitals: the same problem.
+    # A problem with a different label, spacing and capitalization is still the same problem.
     task_set = Mathematics(dataset(tmp_path, rows, [{"prompt": "what  is 2 + 2?", "label": "5"}]))
     with pytest.raises(ConfigError, match=r"1 held-out problems are training problems too.*math/heldout/heldout/0"):
         check_no_leak(task_set.problems("train"), task_set.problems("heldout"))

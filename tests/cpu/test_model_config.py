@@ -1,5 +1,5 @@
-"""config.json: every published Qwen3 is accepted, what would be another model is refused by name, and the rotary
-embedding is the one that transformers makes of the same file."""
+"""config.json: published Qwen3 files are accepted, fields that would change the model are rejected by name, and the
+rotary embedding equals that of transformers for the same file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ QWEN3_06B: dict[str, Any] = {
     "vocab_size": 151936,
 }
 CARD_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-"""What Qwen3's model cards say to write for 131,072 tokens."""
+"""The value that Qwen3's model cards recommend for 131,072 tokens."""
 
 
 def read(folder: Path, *without: str, **fields: Any) -> ModelShape:
@@ -78,14 +78,14 @@ def read(folder: Path, *without: str, **fields: Any) -> ModelShape:
         ({"num_key_value_heads": None}, {"kv_heads": 16}),
     ],
 )
-def test_published_and_fine_tuned_configurations_are_read(
+def test_published_and_fine_tuned_configurations_are_accepted(
     tmp_path: Path, fields: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     shape = read(tmp_path, **fields)
     assert {name: getattr(shape, name) for name in expected} == expected
 
 
-def test_absent_fields_are_what_transformers_takes(tmp_path: Path) -> None:
+def test_missing_fields_get_the_defaults_of_transformers(tmp_path: Path) -> None:
     shape = read(tmp_path, *DEFAULTS, "head_dim", "rope_theta")
     config = Qwen3Config()
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
@@ -94,7 +94,7 @@ def test_absent_fields_are_what_transformers_takes(tmp_path: Path) -> None:
     assert shape.rope_base == config.rope_parameters["rope_theta"]
 
 
-REFUSED: list[tuple[dict[str, Any], str]] = [
+REJECTED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "qwen3_moe"}, 'model_type="qwen3_moe"'),
     ({"model_type": "llama"}, 'model_type="llama"'),
     ({"model_type": "qwen2"}, 'architectures=["Qwen3ForCausalLM"]'),
@@ -179,8 +179,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "message"), REFUSED)
-def test_what_would_be_another_model_is_refused_by_name(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("fields", "message"), REJECTED)
+def test_fields_that_change_the_model_are_rejected_by_name(
+    tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         read(tmp_path, **fields)
     assert message in str(caught.value)
@@ -188,7 +190,7 @@ def test_what_would_be_another_model_is_refused_by_name(tmp_path: Path, fields: 
 
 
 @pytest.mark.parametrize("name", ["hidden_size", "num_key_value_heads", "vocab_size", "model_type"])
-def test_missing_sizes_are_named(tmp_path: Path, name: str) -> None:
+def test_missing_sizes_are_rejected_by_name(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} is missing"):
         read(tmp_path, name)
 
@@ -202,29 +204,29 @@ def test_missing_sizes_are_named(tmp_path: Path, name: str) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 726\n", "Git LFS pointer"),
     ],
 )
-def test_damaged_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_damaged_files_are_rejected_by_name(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ConfigError, match=f"{tmp_path / 'config.json'}: .*{message}"):
         ModelShape.read(tmp_path)
 
 
-def test_the_remedies_for_an_attention_factor_can_be_followed(tmp_path: Path) -> None:
-    """Of DeepSeek-R1-0528-Qwen3-8B: SGLang follows attn_factor, transformers does not know it."""
-    theirs = {**CARD_YARN, "attn_factor": 0.8782488562869419}
-    as_transformers, as_sglang = {**theirs, "attn_factor": 1}, {**theirs, "attention_factor": 1.0}
+def test_both_remedies_for_an_attention_factor_work(tmp_path: Path) -> None:
+    """DeepSeek-R1-0528-Qwen3-8B has attn_factor, which SGLang applies and transformers ignores."""
+    published = {**CARD_YARN, "attn_factor": 0.8782488562869419}
+    as_transformers, as_sglang = {**published, "attn_factor": 1}, {**published, "attention_factor": 1.0}
     first, second = (read(tmp_path, rope_scaling=scaling).yarn for scaling in (as_transformers, as_sglang))
     assert first is not None and first.attention_factor == pytest.approx(0.1 * math.log(4) + 1)
     assert second is not None and second.attention_factor == 1.0
 
 
 @pytest.mark.parametrize("name", WITHOUT_EFFECT)
-def test_fields_without_effect_have_types_that_transformers_takes(name: str) -> None:
+def test_transformers_accepts_the_types_of_fields_without_effect(name: str) -> None:
     examples = {int: 3, float: 0.5, bool: True, list: [1, 2], dict: {}, str: "sdpa", type(None): None}
     for kind in WITHOUT_EFFECT[name]:
         Qwen3Config(**{name: examples[kind]})
 
 
-def test_the_dtype_is_named_in_every_spelling(tmp_path: Path) -> None:
+def test_dtype_is_written_under_both_names(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(QWEN3_06B))
     name_dtype(path, "float32")
@@ -255,8 +257,8 @@ SECTIONS = st.one_of(st.sampled_from([ABSENT, None, {}]), SECTION, SECTION)
 SIZES = {"hidden_size": 32, "head_dim": 16, "num_hidden_layers": 1, "max_position_embeddings": 256}
 
 
-def is_transformers_own(shape: ModelShape, folder: Path) -> None:
-    """YaRN's frequencies to the bit."""
+def assert_same_rotary_embedding(shape: ModelShape, folder: Path) -> None:
+    """The embedding equals that of transformers; for YaRN bit for bit."""
     from icrl_megatron.model.rotary import yarn_frequencies
 
     rotary = Qwen3RotaryEmbedding(Qwen3Config.from_pretrained(folder))
@@ -271,20 +273,20 @@ def is_transformers_own(shape: ModelShape, folder: Path) -> None:
 
 @given(theta=THETAS, scaling=SECTIONS, parameters=SECTIONS, both=st.sampled_from([True, False, False]))
 @settings(max_examples=300)
-def test_rotary_embeddings_are_transformers_own_or_refused(
+def test_rotary_embedding_equals_transformers_or_is_rejected(
     tmp_path_factory: pytest.TempPathFactory, theta: Any, scaling: Any, parameters: Any, both: bool
 ) -> None:
-    """Whatever the file says, and in whatever spelling."""
+    """For random values in both formats of config.json."""
     found = {"rope_theta": theta, "rope_scaling": scaling, "rope_parameters": parameters if both else ABSENT}
     fields = {key: value for key, value in found.items() if value is not ABSENT}
     folder = tmp_path_factory.getbasetemp()
     try:
         shape = read(folder, "rope_theta", "rope_scaling", **SIZES, **fields)
     except ConfigError:
-        event("refused")
+        event("rejected")
         return
     event("yarn" if shape.yarn else "plain")
-    is_transformers_own(shape, folder)
+    assert_same_rotary_embedding(shape, folder)
 
 
 @given(
@@ -297,7 +299,7 @@ def test_rotary_embeddings_are_transformers_own_or_refused(
     spelling=st.sampled_from(["type", "rope_type", "rope_parameters"]),
 )
 @settings(max_examples=150)
-def test_yarn_is_transformers_own(
+def test_yarn_equals_transformers(
     tmp_path_factory: pytest.TempPathFactory,
     factor: float,
     original: int | None,
@@ -323,4 +325,4 @@ def test_yarn_is_transformers_own(
         section[spelling] = "yarn"
     shape = read(folder, "rope_theta", "rope_scaling", **SIZES, **old)
     assert shape.yarn is not None and shape.max_positions == int((original or 256) * factor)
-    is_transformers_own(shape, folder)
+    assert_same_rotary_embedding(shape, folder)

@@ -1,5 +1,5 @@
-"""Folders in every accepted form: actor and local engine give transformers' log-probs, and import and export return
-every tensor."""
+"""Model folders in every accepted format: the actor and the local engine compute the log-probs of transformers, and
+import followed by export returns every tensor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from icrl_megatron.types import Completion, Sample
 from icrl_megatron.utils.errors import ConfigError
 
 if torch.cuda.is_available():
-    pytest.skip("the stand-ins for CUDA would hide the GPU from other tests of this process", allow_module_level=True)
+    pytest.skip("replacing CUDA functions would hide the GPU from other tests in this process", allow_module_level=True)
 platform.prepare("cpu")
 
 from icrl_megatron.actor.actor import Actor  # noqa: E402
@@ -33,7 +33,7 @@ from icrl_megatron.distributed import grid as grids  # noqa: E402
 
 TOLERANCE = 1e-5
 TOKENS, PADDING = 200, 27
-"""37 words of the tokenizer and 27 more rows make 64."""
+"""The tokenizer has 37 words; with 27 padding rows, the vocabulary has 64."""
 
 
 @pytest.fixture(
@@ -54,8 +54,8 @@ def response(vocabulary: int) -> tuple[int, ...]:
     return tuple(torch.randint(vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(3)).tolist())
 
 
-def actors(folder: Path, grid: grids.Grid) -> Tensor:
-    """[TOKENS] log-probs of one long sequence, packed behind a short one."""
+def actor_logprobs(folder: Path, grid: grids.Grid) -> Tensor:
+    """[TOKENS] log-probs of a long sequence that is packed after a short one."""
     actor = Actor(settings(), folder, grid)
     ids = response(actor.shape.vocab)
     samples = [
@@ -69,7 +69,7 @@ def actors(folder: Path, grid: grids.Grid) -> Tensor:
 
 
 @torch.no_grad()
-def of_transformers(folder: Path, ids: tuple[int, ...], prompt: tuple[int, ...] = (5, 6)) -> Tensor:
+def transformers_logprobs(folder: Path, ids: tuple[int, ...], prompt: tuple[int, ...] = (5, 6)) -> Tensor:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
     return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
@@ -87,13 +87,13 @@ def convert_to(dtype: torch.dtype) -> Callable[[Path], object]:
 Change = Callable[[Path], object]
 YARN_PARAMETERS: dict[str, Any] = {**YARN, "rope_theta": 10000.0}
 FIELDS: dict[str, dict[str, Any]] = {
-    "theta_not_an_integer": {"rope_parameters": {"rope_type": "default", "rope_theta": 1234.567}},
-    "theta_at_the_top": {"rope_parameters": None, "rope_theta": 5e6},
+    "fractional_theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 1234.567}},
+    "top_level_theta": {"rope_parameters": None, "rope_theta": 5e6},
     "no_theta": {"rope_parameters": None},
     "yarn": {"rope_parameters": YARN_PARAMETERS},
-    "yarn_of_the_model_card": {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": YARN},
+    "yarn_from_model_card": {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": YARN},
     "yarn_with_type": {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 777.5},
-    "yarn_no_attention_factor": {
+    "yarn_without_attention_factor": {
         "rope_parameters": {**YARN_PARAMETERS, "attention_factor": 1.0, "attn_factor": 0.8782488562869419}
     },
     "yarn_every_field": {
@@ -116,23 +116,23 @@ FILES: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("name", [*FIELDS, *FILES])
-def test_log_probs_are_transformers_own(base: Path, grid: grids.Grid, tmp_path: Path, name: str) -> None:
-    """Of the actor, with all rows in the sum; and of what the engine samples, some of it in rows without a token."""
+def test_log_probs_equal_those_of_transformers(base: Path, grid: grids.Grid, tmp_path: Path, name: str) -> None:
+    """For the actor and for the engine's samples. All rows are in the softmax; some sampled rows have no token."""
     folder = copy(base, tmp_path / "m", FIELDS.get(name))
     FILES.get(name, lambda _: None)(folder)
     ids = response(64)
     assert any(i >= 64 - PADDING for i in ids)
-    want = of_transformers(folder, ids)
+    want = transformers_logprobs(folder, ids)
     if name in FIELDS:
-        assert (want - of_transformers(base, ids)).abs().max() > 1e-2 or name == "no_theta"
-    assert (actors(folder, grid) - want).abs().max() <= TOLERANCE
+        assert (want - transformers_logprobs(base, ids)).abs().max() > 1e-2 or name == "no_theta"
+    assert (actor_logprobs(folder, grid) - want).abs().max() <= TOLERANCE
     done = generated(folder)
-    assert (torch.tensor(done.logprobs) - of_transformers(folder, done.ids)).abs().max() <= TOLERANCE
+    assert (torch.tensor(done.logprobs) - transformers_logprobs(folder, done.ids)).abs().max() <= TOLERANCE
     assert any(i >= 64 - PADDING for i in done.ids)
 
 
 @pytest.mark.parametrize("name", ["one_shard", "backbone_names", "old_spelling", "same_head"])
-def test_other_forms_of_a_folder_are_the_same_model(base: Path, grid: grids.Grid, tmp_path: Path, name: str) -> None:
+def test_equivalent_folders_give_the_same_log_probs(base: Path, grid: grids.Grid, tmp_path: Path, name: str) -> None:
     folder, stored = copy(base, tmp_path / "m", old=name == "old_spelling"), tensors(base)
     if name == "one_shard":
         (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
@@ -141,14 +141,14 @@ def test_other_forms_of_a_folder_are_the_same_model(base: Path, grid: grids.Grid
     elif name == "same_head":
         head = stored.get("lm_head.weight", stored["model.embed_tokens.weight"]).clone()
         save({**stored, "lm_head.weight": head}, folder / "model.safetensors")
-    # Tensors lie elsewhere in the files, so products may be rounded otherwise.
-    torch.testing.assert_close(actors(folder, grid), actors(base, grid), atol=TOLERANCE, rtol=0)
+    # Tensors are at other offsets in the files, so products may be rounded differently.
+    torch.testing.assert_close(actor_logprobs(folder, grid), actor_logprobs(base, grid), atol=TOLERANCE, rtol=0)
     done, want = generated(folder), generated(base)
     assert done.ids == want.ids and done.logprobs == pytest.approx(want.logprobs, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_found_while_loading(
+def test_non_finite_weights_are_rejected_while_loading(
     base: Path, grid: grids.Grid, tmp_path: Path, value: float
 ) -> None:
     folder, values = copy(base, tmp_path / "m"), tensors(base)
@@ -165,7 +165,7 @@ ROUND_TRIPS = ("plain", "qwen2", "yarn", "says_bf16", "shards", "backbone_names"
 
 @pytest.fixture(scope="module")
 def round_trips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """NAME/m, and NAME/hf that `icrl import` and `icrl export` made of it."""
+    """Contains NAME/m, and NAME/hf, the result of `icrl import` and `icrl export`."""
     root = tmp_path_factory.mktemp("round_trips")
     base, second = (make_folder(root / family / "base", rows=PADDING, family=family) for family in ("qwen3", "qwen2"))
     commands = {}
@@ -184,8 +184,8 @@ def round_trips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ROUND_TRIPS)
-def test_import_and_export_return_every_row(round_trips: Path, name: str) -> None:
-    """Bit for bit, padding rows too, and the configuration means the same."""
+def test_import_and_export_preserve_every_tensor(round_trips: Path, name: str) -> None:
+    """Bit for bit, including padding rows; the exported configuration gives the same log-probs."""
     folder, result = round_trips / name / "m", round_trips / name / "hf"
     dtype = torch.bfloat16 if name == "bf16" else torch.float32
     source = round_trips / ("qwen2" if name == "qwen2" else "qwen3") / "base"
@@ -195,4 +195,4 @@ def test_import_and_export_return_every_row(round_trips: Path, name: str) -> Non
     config = json.loads((result / "config.json").read_text())
     assert {config[key] for key in ("dtype", "torch_dtype") if key in config} == {str(dtype).removeprefix("torch.")}
     ids = response(64)
-    assert torch.equal(of_transformers(result, ids), of_transformers(folder, ids))
+    assert torch.equal(transformers_logprobs(result, ids), transformers_logprobs(folder, ids))

@@ -1,4 +1,4 @@
-"""The files of a model's folder: which hold the weights, and what is said of damaged, surplus or missing ones."""
+"""The files of a model folder: which contain the weights, and the errors for damaged, extra or missing files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Damage = Callable[[Path], object]
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run folders are relative; and no test may take itself for a rank."""
+    """Run folders are relative paths; without WORLD_SIZE the test process is not a rank."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
@@ -48,7 +48,7 @@ def sharded(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_whole_folder_is_read_without_torch(base: Path) -> None:
+def test_folder_is_checked_without_importing_torch(base: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
@@ -61,13 +61,13 @@ assert not {{"torch", "transformers", "safetensors", "numpy"}} & set(sys.modules
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_tensors_are_those_that_transformers_saves(tmp_path: Path, tied: bool) -> None:
+def test_expected_tensors_are_those_that_transformers_saves(tmp_path: Path, tied: bool) -> None:
     folder = make_folder(tmp_path / "m", tied)
     stored = {name: tuple(tensor.shape) for name, tensor in tensors(folder).items()}
     assert check_folder(folder).tensors() == stored == tensor_shapes(folder)
 
 
-def test_a_model_of_any_size_is_checked_by_its_headers(base: Path, tmp_path: Path) -> None:
+def test_check_of_a_large_model_reads_only_headers(base: Path, tmp_path: Path) -> None:
     shape = PUBLISHED["Qwen3-8B"]
     folder = copy(base, tmp_path / "m")
     sizes = {"hidden_size": shape.hidden, "intermediate_size": shape.ffn, "vocab_size": shape.vocab, "head_dim": 128}
@@ -105,7 +105,7 @@ def embedding(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_forms_that_say_what_the_model_is(base: Path, tmp_path: Path, name: str) -> None:
+def test_accepted_formats_locate_every_tensor(base: Path, tmp_path: Path, name: str) -> None:
     folder = copy(base, tmp_path / "m")
     ACCEPTED[name](folder)
     found = locate_weights(folder, check_folder(folder))
@@ -126,7 +126,7 @@ def stale_index(folder: Path) -> None:
     save(whole, folder / WEIGHTS)
 
 
-REFUSED: dict[str, tuple[Damage, str]] = {
+REJECTED: dict[str, tuple[Damage, str]] = {
     "no_weights": (lambda f: (f / WEIGHTS).unlink(), f"{WEIGHTS}: the file is missing"),
     "no_tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "the tokenizer is missing (tokenizer.json)"),
     "missing": (lambda f: leave_out(f, "model.norm.weight"), "tensor model.norm.weight is missing"),
@@ -191,23 +191,18 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json: adapters"),
     "weights_are_a_pointer": (lambda f: (f / WEIGHTS).write_text(POINTER), f"{WEIGHTS}: a Git LFS pointer"),
     "tokenizer_is_a_pointer": (lambda f: (f / "tokenizer.json").write_text(POINTER), "run `git lfs pull` in"),
-    "tokenizer_is_no_json": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json: cannot be read as"),
+    "tokenizer_is_not_json": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json: cannot be read as"),
     "tokenizer_is_damaged": (
         lambda f: (f / "tokenizer.json").write_text('{"model": {"vocab": [1]}}'),
         "tokenizer.json: damaged",
     ),
     "fewer_rows_than_tokens": (
-        lambda f: [
-            with_fields(f, {"vocab_size": 36}),
-            add(f, "model.embed_tokens.weight", embedding(f)[:36].clone()),
-        ],
+        lambda f: [with_fields(f, {"vocab_size": 36}), add(f, "model.embed_tokens.weight", embedding(f)[:36].clone())],
         "has id 36, but the model has 36 rows (vocab_size)",
     ),
     "token_without_a_row": (
         lambda f: with_config(
-            f,
-            lambda c: c.update(added_tokens_decoder={"90": {"content": "<tool>"}}),
-            "tokenizer_config.json",
+            f, lambda c: c.update(added_tokens_decoder={"90": {"content": "<tool>"}}), "tokenizer_config.json"
         ),
         "tokenizer_config.json: token '<tool>' has id 90",
     ),
@@ -220,7 +215,7 @@ def with_config(folder: Path, change: Callable[[dict[str, object]], object], nam
     (folder / name).write_text(json.dumps(fields))
 
 
-OF_SHARDS: dict[str, tuple[Damage, str]] = {
+REJECTED_SHARDS: dict[str, tuple[Damage, str]] = {
     "shard_missing": (lambda f: (f / SECOND).unlink(), f"{SECOND}: the file is missing"),
     "index_empty": (lambda f: (f / INDEX).write_text("{}"), f"{INDEX}: damaged (weight_map is missing"),
     "index_of_lists": (lambda f: (f / INDEX).write_text('{"weight_map": []}'), f"{INDEX}: damaged"),
@@ -245,10 +240,7 @@ OF_SHARDS: dict[str, tuple[Damage, str]] = {
         lambda f: write_index(f, {n: FIRST if file == SECOND else file for n, file in read_index(f).items()}),
         f"{SECOND}: this file is not part of the model",
     ),
-    "tensor_in_two_shards": (
-        lambda f: shutil.copy(f / FIRST, f / SECOND),
-        f"is in {FIRST} and in {SECOND}",
-    ),
+    "tensor_in_two_shards": (lambda f: shutil.copy(f / FIRST, f / SECOND), f"is in {FIRST} and in {SECOND}"),
     "cut_at_3": (lambda f: truncate(f / FIRST, 3), f"{FIRST}: damaged"),
     "cut_in_the_header": (lambda f: truncate(f / FIRST, 40), f"{FIRST}: damaged (its header is cut off)"),
     "cut_at_the_end": (lambda f: truncate(f / FIRST, -1), "bytes, its header says"),
@@ -262,7 +254,7 @@ def truncate(path: Path, size: int) -> None:
 
 
 def rewrite_header(path: Path) -> None:
-    """Two tensors of one shape trade places but for the last value."""
+    """Shifts the start of the first tensor's data, so that its offsets no longer match its shape."""
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
@@ -279,27 +271,27 @@ def message_of(folder: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_folders_that_leave_something_open_are_refused(base: Path, tmp_path: Path, name: str) -> None:
-    damage, message = REFUSED[name]
+@pytest.mark.parametrize("name", REJECTED)
+def test_ambiguous_and_damaged_folders_are_rejected(base: Path, tmp_path: Path, name: str) -> None:
+    damage, message = REJECTED[name]
     damage(copy(base, tmp_path / "m"))
     assert message in message_of(tmp_path / "m")
 
 
-@pytest.mark.parametrize("name", OF_SHARDS)
-def test_shards_that_leave_something_open_are_refused(sharded: Path, tmp_path: Path, name: str) -> None:
-    damage, message = OF_SHARDS[name]
+@pytest.mark.parametrize("name", REJECTED_SHARDS)
+def test_ambiguous_and_damaged_shards_are_rejected(sharded: Path, tmp_path: Path, name: str) -> None:
+    damage, message = REJECTED_SHARDS[name]
     shutil.copytree(sharded, tmp_path / "m")
     damage(tmp_path / "m")
     assert message in message_of(tmp_path / "m")
 
 
-def test_missing_model_folders_are_named() -> None:
+def test_missing_model_folder_is_rejected_by_name() -> None:
     with pytest.raises(ConfigError, match=r"model\.path=nowhere: no such folder"):
         validate(S.load("qwen3_4b", ["model.path=nowhere"]))
 
 
-def test_shape_of_the_tiny_model() -> None:
+def test_tiny_model_shape_and_padded_vocabulary() -> None:
     shape = ModelShape.of_tiny(TinyModel(layers=3, heads=8), vocab=101)
     assert (shape.layers, shape.heads, shape.padded_vocab(2)) == (3, 8, 102)
     assert [PUBLISHED["Qwen3-4B"].padded_vocab(tp) for tp in (1, 2, 3, 8)] == [151936, 151936, 151938, 151936]

@@ -1,8 +1,9 @@
-"""What `icrl launch` knows before NeMo-Run is imported; with NeMo-Run itself it is tested in tests/cluster."""
+"""`icrl launch` up to the import of NeMo-Run; tests/cluster tests it with NeMo-Run."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ def in_image(image: str) -> Where:
     return Where(on="slurm", account="a", partition="p", container=image)
 
 
-def test_neither_recipes_nor_ranks_import_nemo_run() -> None:
+def test_recipes_and_ranks_do_not_import_nemo_run() -> None:
     code = (
         "import sys, icrl_megatron.launch.nemo, icrl_recipes; icrl_recipes.registry(); "
         "assert 'nemo_run' not in sys.modules and 'torch' not in sys.modules; "
@@ -49,13 +50,12 @@ def test_neither_recipes_nor_ranks_import_nemo_run() -> None:
         (tunnel(), "qwen3_8b_alfworld_4xh100", ["actor.tensor_parallel=3"], "does not divide the 4 ranks"),
     ],
 )
-def test_what_is_wrong_is_said_at_once(where: Where, recipe: str, overrides: list[str], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_bad_arguments_are_rejected(where: Where, recipe: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
         nemo.resolve(recipe, overrides, where)
-    assert message in str(caught.value)
 
 
-def test_a_tunnel_does_not_look_for_the_model_here() -> None:
+def test_with_a_tunnel_the_model_path_is_not_checked_locally() -> None:
     where = tunnel()
     settings = nemo.resolve("qwen3_8b_alfworld_4xh100", ["model.path=/only/there"], where)
     env = nemo.environment(where, settings)
@@ -64,7 +64,7 @@ def test_a_tunnel_does_not_look_for_the_model_here() -> None:
     assert env["ICRL_RANKS_PER_NODE"] == "4"
 
 
-def test_the_number_of_ranks_does_not_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_resolve_does_not_leave_world_size_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.chdir(tmp_path)
     nemo.resolve("quickstart", [], Where())
@@ -72,7 +72,7 @@ def test_the_number_of_ranks_does_not_stay(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 @pytest.mark.skipif(importlib.util.find_spec("nemo_run") is not None, reason="NeMo-Run is installed here")
-def test_without_nemo_run_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_nemo_run_is_reported_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="make install-nemo"):
         nemo.launch("quickstart", [], Where())

@@ -1,4 +1,4 @@
-"""What packing promises whatever the replicas, the budget, the alignment and the order of arrival."""
+"""Properties of packing for any number of replicas, token budget, alignment and order of samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from icrl_megatron.utils.errors import ConfigError
 
 @st.composite
 def samples(draw: st.DrawFn, min_size: int = 1) -> list[Sample]:
-    """Random samples whose ids, log-probs and prompts are all different, some without any loss token."""
+    """Random samples with distinct ids, log-probs and prompts; some have no loss token."""
     shapes = draw(
         st.lists(
             st.tuples(st.integers(1, 6), st.integers(0, 4), st.lists(st.booleans(), max_size=9)),
@@ -68,7 +68,7 @@ def plans(items: list[Sample], algo: AlgoSettings, layout: dict[str, int], promp
 
 
 def rows(plan: StepPlan, batch: MicroBatch) -> list[tuple[str, int, float, float, float, bool]]:
-    """Every loss token of a micro-batch: id of its sample, target, and what rides on it."""
+    """Every loss token of a micro-batch: sample id, target, rollout log-prob, advantage, coefficient, calibrated."""
     return [
         (plan.samples[i].sample_id, int(t), float(p), float(a), float(c), bool(w))
         for i, t, p, a, c, w in zip(
@@ -84,17 +84,17 @@ def rows(plan: StepPlan, batch: MicroBatch) -> list[tuple[str, int, float, float
 
 
 @given(items=samples(), algo=algos, layout=layouts, random=st.randoms())
-def test_loss_tokens_and_coefficients(items, algo, layout, random) -> None:
-    of_step = plans(items, algo, layout)
+def test_layout_changes_neither_loss_tokens_nor_coefficients(items, algo, layout, random) -> None:
+    replicas = plans(items, algo, layout)
     random.shuffle(items)
-    alone = pack(items, algo, micro_batch_tokens=10_000)
-    assert len({len(p.updates) for p in of_step}) == 1
-    assert {(p.global_samples, p.global_loss_tokens) for p in of_step} == {
+    single = pack(items, algo, micro_batch_tokens=10_000)
+    assert len({len(p.updates) for p in replicas}) == 1
+    assert {(p.global_samples, p.global_loss_tokens) for p in replicas} == {
         (len([s for s in items if s.loss_tokens()]), sum(s.loss_tokens() for s in items))
     }
-    for u, reference in enumerate(alone.updates):
-        got = sorted(row for p in of_step for batch in p.updates[u] for row in rows(p, batch))
-        assert got == sorted(row for batch in reference for row in rows(alone, batch))
+    for u, reference in enumerate(single.updates):
+        got = sorted(row for p in replicas for batch in p.updates[u] for row in rows(p, batch))
+        assert got == sorted(row for batch in reference for row in rows(single, batch))
         if algo.loss_normalisation == "constant":
             members = {row[0] for row in got}
             assert [row[4] for row in got] == pytest.approx([1 / (7 * len(members))] * len(got))
@@ -102,7 +102,7 @@ def test_loss_tokens_and_coefficients(items, algo, layout, random) -> None:
             assert sum(row[4] for row in got) == pytest.approx(1.0, abs=1e-6)
 
     by_id = {s.sample_id: s for s in items}
-    everything = sorted(row[:4] for p in of_step for u in p.updates for b in u for row in rows(p, b))
+    everything = sorted(row[:4] for p in replicas for u in p.updates for b in u for row in rows(p, b))
     expected = [
         (s.sample_id, t, float(np.float32(lp)), s.advantage)
         for s in by_id.values()
@@ -113,7 +113,7 @@ def test_loss_tokens_and_coefficients(items, algo, layout, random) -> None:
 
 
 @given(items=samples(), algo=algos, layout=layouts, prompt=st.sampled_from(["train", "behaviour"]))
-def test_layout_of_micro_batches(items, algo, layout, prompt) -> None:
+def test_micro_batches_are_well_formed(items, algo, layout, prompt) -> None:
     for plan in plans(items, algo, layout, prompt):
         for batch in (b for u in plan.updates for b in u):
             tokens, cu = batch.tokens_T, batch.cu_seqlens
@@ -123,7 +123,7 @@ def test_layout_of_micro_batches(items, algo, layout, prompt) -> None:
             assert (np.diff(cu) > 0).all()
             for start, end in pairwise(cu):
                 assert batch.positions_T[start:end].tolist() == list(range(end - start))
-            # The token after the predicting position, inside the same sequence, is the target.
+            # The target is the token after the predicting position, in the same sequence.
             assert (tokens[batch.loss_index_L + 1] == batch.targets_L).all()
             sequence = np.searchsorted(cu, batch.loss_index_L, side="right")
             assert (sequence == np.searchsorted(cu, batch.loss_index_L + 1, side="right")).all()
@@ -142,7 +142,7 @@ def test_layout_of_micro_batches(items, algo, layout, prompt) -> None:
 
 
 @given(items=samples(), algo=algos, layout=layouts)
-def test_both_prompts_line_up(items, algo, layout) -> None:
+def test_train_and_behaviour_plans_have_the_same_loss_tokens(items, algo, layout) -> None:
     for train, behaviour in zip(plans(items, algo, layout), plans(items, algo, layout, "behaviour"), strict=True):
         assert train.samples == behaviour.samples
         for u, v in zip(train.updates, behaviour.updates, strict=True):
@@ -160,7 +160,7 @@ def test_replicas_are_balanced(items, replicas, random) -> None:
 
 
 @given(items=samples(), updates=st.integers(1, 20), random=st.randoms())
-def test_updates_share_the_samples_out(items, updates, random) -> None:
+def test_updates_split_the_samples_evenly(items, updates, random) -> None:
     parts = split_updates(items, updates)
     sizes = [len(p) for p in parts]
     assert len(parts) == min(updates, len(items))
@@ -178,8 +178,8 @@ def one(sample_id: str, prompt: int, mask: tuple[bool, ...], advantage: float = 
     )
 
 
-def test_by_hand() -> None:
-    """Two sequences of 4 and 3 tokens and one of padding; the observation in the first carries no loss."""
+def test_packed_example() -> None:
+    """Two sequences of 4 and 3 tokens and one padding token; the observation in the first has no loss."""
     plan = pack(
         [one("a", 1, (True, False, True)), one("b", 2, (True,), advantage=-2.0)],
         AlgoSettings(),
@@ -198,7 +198,7 @@ def test_by_hand() -> None:
     assert batch.sample_index_L.tolist() == [0, 0, 1]
 
 
-def test_a_replica_without_samples_still_takes_part() -> None:
+def test_replica_without_samples_gets_a_blank_micro_batch() -> None:
     shares = [
         pack([one("a", 3, (True,))], AlgoSettings(), micro_batch_tokens=8, align=4, replica=r, replicas=2)
         for r in (0, 1)
@@ -211,7 +211,7 @@ def test_a_replica_without_samples_still_takes_part() -> None:
     assert len(shares[0].updates[0][0].targets_L) == 1
 
 
-def test_samples_that_cannot_be_packed() -> None:
+def test_invalid_samples_are_rejected() -> None:
     good = one("a", 2, (True, True))
     for bad, message in [
         (one("b", 0, (True,)), "'b' has an empty prompt"),

@@ -1,4 +1,4 @@
-"""`icrl report` on a real run, opened in a real browser; the weights in the dumps against what the trainer measured."""
+"""`icrl report` of a real run in a real browser, and the calibration weights in its dumps against the metrics."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from icrl_megatron.telemetry.dumps import dump_path, dumped_steps, read_dump
 from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
 from icrl_megatron.utils.errors import ConfigError
 
-HOSTILE = "</script><script>document.title='broken'</script><img src=x onerror=alert(1)><!--"
+INJECTION = "</script><script>document.title='broken'</script><img src=x onerror=alert(1)><!--"
 
 
-def test_every_calibrated_token_has_its_weight_in_the_dump(finished_run: Path) -> None:
+def test_dumps_have_the_weight_of_every_calibrated_token(finished_run: Path) -> None:
     rows = {int(r["step"]): r for r in read_rows(finished_run / METRICS_FILE) if "tokens/generated" in r}
     compared = 0
     for step in dumped_steps(finished_run):
@@ -46,7 +46,7 @@ def test_every_calibrated_token_has_its_weight_in_the_dump(finished_run: Path) -
     assert compared > 0
 
 
-def test_the_page_holds_the_run_and_no_network(finished_run: Path, tmp_path: Path) -> None:
+def test_page_contains_the_run_and_no_links(finished_run: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     code, out, err = icrl("report", str(finished_run), "--out", str(page), "--episodes", "30")
     assert code == 0, err
@@ -71,7 +71,7 @@ def test_the_page_holds_the_run_and_no_network(finished_run: Path, tmp_path: Pat
     assert run["evaluation_tokens"] == sum(r.get("tokens/evaluation", 0) for r in rows) > 0
 
 
-def test_the_pieces_of_a_text_join_to_the_text(finished_run: Path) -> None:
+def test_token_pieces_join_to_the_text(finished_run: Path) -> None:
     speller = Speller.of_run(finished_run, load_saved(finished_run / "settings.yaml"))
     for record in read_dump(dump_path(finished_run, 1))[:20]:
         for attempt in record.episode.attempts:
@@ -81,18 +81,18 @@ def test_the_pieces_of_a_text_join_to_the_text(finished_run: Path) -> None:
                 assert "".join(pieces).strip() == turn.text.strip()
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_folder_without_metrics_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"metrics\.jsonl"):
         write_page([tmp_path], tmp_path / "page.html")
 
 
-def test_the_page_stays_small_whatever_the_run(finished_run: Path) -> None:
+def test_page_size_is_bounded(finished_run: Path) -> None:
     few = choose(finished_run, 2.0, PageSize(episodes=5, steps=3), runs=1)
     assert (len(few.records), few.read, few.dumped) == (5, 3, 6)
     assert len({step for step, _ in few.records}) == 3
     whole = choose(finished_run, 2.0, PageSize(), runs=1)
     assert len(whole.records) == 96 and whole.limit == PageSize().tokens
-    # Texts are cut before episodes are left out, and both to what the page may hold.
+    # Texts are truncated first, then episodes are omitted, until the page is within its limit.
     tokens = sum(r.episode.generated_tokens() for _, r in whole.records)
     assert tokens > 300
     small = choose(finished_run, 2.0, PageSize(total_tokens=300), runs=1)
@@ -110,14 +110,14 @@ def test_the_page_stays_small_whatever_the_run(finished_run: Path) -> None:
 
 
 def copied(run: Path, to: Path, **changes: object) -> Path:
-    """A run folder without what a page does not read, and with other settings."""
+    """A copy with changed settings of the files of a run folder that a page reads."""
     shutil.copytree(run, to, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
     saved = load_saved(to / SAVED_NAME)
     save(replace(saved, **changes), to / SAVED_NAME)  # type: ignore[arg-type]
     return to
 
 
-def test_seeds_of_one_experiment_are_one_curve(finished_run: Path, tmp_path: Path) -> None:
+def test_seeds_of_one_experiment_share_a_curve(finished_run: Path, tmp_path: Path) -> None:
     seeds = [
         copied(finished_run, tmp_path / f"icrl_{n}", seed=n, run_dir=str(tmp_path / f"icrl_{n}")) for n in (0, 1, 2)
     ]
@@ -143,20 +143,20 @@ def test_seeds_of_one_experiment_are_one_curve(finished_run: Path, tmp_path: Pat
 
 @pytest.fixture(scope="module")
 def page(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page of a run and of two seeds of another; the last has an episode that tries to break out of the page."""
+    """A page of one run and of two seeds of another; the last has an episode with text that tries to inject HTML."""
     folder = tmp_path_factory.mktemp("page")
     another = copied(finished_run, folder / "other_0", optim=OptimSettings(learning_rate=1e-5))
     hostile = copied(finished_run, folder / "hostile", optim=OptimSettings(learning_rate=1e-5), seed=7)
     file = dump_path(hostile, 1)
     lines = file.read_text().splitlines()
     first = json.loads(lines[0])
-    first["prompts"]["0/attempt"] = HOSTILE
-    first["episode"]["attempts"][0]["summary"] = HOSTILE
+    first["prompts"]["0/attempt"] = INJECTION
+    first["episode"]["attempts"][0]["summary"] = INJECTION
     file.write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
     return write_page([finished_run, another, hostile], folder / "page.html", PageSize(episodes=200))
 
 
-def test_a_person_clicks_through_to_an_episode(browser: Browser, page: Path) -> None:
+def test_clicks_lead_to_an_episode(browser: Browser, page: Path) -> None:
     browser.open(page)
     charts = browser.evaluate("[...document.querySelectorAll('#learning svg')].length")
     assert charts >= 3
@@ -178,9 +178,9 @@ def test_a_person_clicks_through_to_an_episode(browser: Browser, page: Path) -> 
         ".map(t => [+t.dataset.w, getComputedStyle(t).backgroundColor])"
     )
     assert weights
-    held = {colour for w, colour in weights if w < 0.2}
-    moved = {colour for w, colour in weights if w >= 1.2}
-    assert not held & moved
+    low = {color for w, color in weights if w < 0.2}
+    high = {color for w, color in weights if w >= 1.2}
+    assert not low & high
     assert browser.evaluate("document.querySelectorAll('#chart-free path.band').length") == 1
     assert browser.evaluate("document.querySelector('#tables table').rows.length") == 1 + 2  # head, experiments
     browser.move("document.querySelector('#episode [data-w]')")
@@ -188,7 +188,7 @@ def test_a_person_clicks_through_to_an_episode(browser: Browser, page: Path) -> 
     assert browser.errors == []
 
 
-def test_everything_is_reached_from_the_keyboard(browser: Browser, page: Path) -> None:
+def test_keyboard_reaches_everything(browser: Browser, page: Path) -> None:
     browser.open(page)
     browser.evaluate("document.getElementById('list').focus()")
     assert browser.evaluate("found.length") > 2
@@ -196,7 +196,7 @@ def test_everything_is_reached_from_the_keyboard(browser: Browser, page: Path) -
     browser.press("ArrowDown")
     browser.wait("document.querySelectorAll('#list li')[1].getAttribute('aria-selected') === 'true'")
     assert browser.evaluate("document.getElementById('list').getAttribute('aria-activedescendant')") == "e1"
-    browser.evaluate("changed('sort', 'spread')")  # the first of the list then has a weighted revision
+    browser.evaluate("changed('sort', 'spread')")  # so that the first episode has a revision with weights
     browser.evaluate("document.querySelector('#episode [data-w]').closest('.text').focus()")
     browser.press("ArrowRight")
     browser.wait("!document.getElementById('tip').hidden && /: w \\d/.test(document.getElementById('tip').textContent)")
@@ -207,23 +207,23 @@ def test_everything_is_reached_from_the_keyboard(browser: Browser, page: Path) -
     assert browser.errors == []
 
 
-def test_it_fits_a_telephone_and_both_themes(browser: Browser, page: Path, tmp_path: Path) -> None:
+def test_page_fits_a_phone_and_has_two_themes(browser: Browser, page: Path, tmp_path: Path) -> None:
     browser.open(page)
     browser.screenshot(tmp_path / "narrow.png", 420, 900)
     assert browser.evaluate("document.documentElement.scrollWidth <= 420")
     assert browser.evaluate("+document.querySelector('#chart-free svg').getAttribute('viewBox').split(' ')[2] <= 420")
-    colour = "getComputedStyle(document.body).backgroundColor"
+    color = "getComputedStyle(document.body).backgroundColor"
     found = []
     for theme in ("light", "dark"):
         browser.click("document.getElementById('theme')")
         browser.wait(f"document.documentElement.dataset.theme === '{theme}'")
-        found.append(browser.evaluate(colour))
+        found.append(browser.evaluate(color))
     assert found[0] != found[1]
     assert (tmp_path / "narrow.png").read_bytes().startswith(b"\x89PNG")
     assert browser.errors == []
 
 
-def test_hostile_text_stays_text(browser: Browser, page: Path) -> None:
+def test_injected_html_is_shown_as_text(browser: Browser, page: Path) -> None:
     browser.open(page)
     assert browser.evaluate("document.title") == "ICRL report"
     for field, value, event in (("select", "2", "change"), ("input[type=search]", "onerror", "input")):
@@ -232,6 +232,6 @@ def test_hostile_text_stays_text(browser: Browser, page: Path) -> None:
             f"field.dispatchEvent(new Event('{event}')); }})()"
         )
     browser.wait("document.querySelectorAll('#list li').length === 1")
-    assert HOSTILE in browser.evaluate("document.querySelector('#episode .problem').textContent")
+    assert INJECTION in browser.evaluate("document.querySelector('#episode .problem').textContent")
     assert browser.evaluate("document.images.length") == 0
     assert browser.errors == [] and all(r.startswith("file:") for r in browser.requests)

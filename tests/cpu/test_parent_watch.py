@@ -1,4 +1,4 @@
-"""A server must not outlive the rank that started it, whatever ends the rank."""
+"""A server must not outlive the rank that started it, however the rank ends."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ print(subprocess.Popen(command, start_new_session=True).pid, flush=True)
 sys.stdin.read()
 """
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own signal is Linux's")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent-death signal")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_the_child_dies_with_its_parent(number: signal.Signals) -> None:
+def test_child_ends_with_its_parent(number: signal.Signals) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as parent:
@@ -36,6 +36,6 @@ def test_the_child_dies_with_its_parent(number: signal.Signals) -> None:
         assert psutil.wait_procs([child], timeout=20)[1] == []
 
 
-def test_a_parent_that_is_gone_already_starts_nothing() -> None:
+def test_child_is_not_started_after_its_parent_ended() -> None:
     done = subprocess.run([sys.executable, str(PARENT_WATCH), "1", "echo", "started"], capture_output=True, timeout=20)
     assert (done.returncode, done.stdout) == (1, b"")

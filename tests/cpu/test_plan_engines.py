@@ -1,4 +1,4 @@
-"""What the planner says of engines: the bytes that their commands ask for, and the settings that decide them."""
+"""Engines in plans: the memory that their commands request, and the settings that affect it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RECIPE = "qwen3_8b_alfworld_4xh100"
 H100, B200 = hardware.GPUS["h100"], hardware.GPUS["b200"]
 ON_SGLANG = tuple(name for name, recipe in registry().items() if recipe().engine.kind == "sglang")
 TOKEN_8B = 2 * 36 * 4 * 128 * 2
-"""Bytes of cache of a token of the 8B model at engine TP 2: keys and values, layers, heads, head size, bf16."""
+"""Cache bytes per token of the 8B model at engine TP 2: keys and values, layers, heads, head size, bf16."""
 
 
 def load(*overrides: str, recipe: str = RECIPE) -> Settings:
@@ -37,9 +37,9 @@ def plan(*overrides: str, gpu: hardware.Gpu = H100, gpus: int | None = None) -> 
     return planner.plan(load(*overrides), gpus, gpu)
 
 
-def asked_for(settings: Settings, gpu: hardware.Gpu, folder: Path) -> float:
-    """Bytes of a GPU that the command of a server asks for: weights and cache are --mem-fraction-static of it, or
-    weights and --max-total-tokens where that is less. Of both servers, where the critic has its own."""
+def requested(settings: Settings, gpu: hardware.Gpu, folder: Path) -> float:
+    """Bytes of a GPU that the servers' commands request for weights and cache: --mem-fraction-static of the GPU, or
+    the weights plus --max-total-tokens if that is less. A frozen critic has a second server."""
     two = settings.rollout.critic == "frozen"
     words = server_spec(settings, folder, torch.device("cuda", 0), folder / "log", two).command(port=1)
     given = dict(pairwise(words))
@@ -54,11 +54,11 @@ def asked_for(settings: Settings, gpu: hardware.Gpu, folder: Path) -> float:
 
 
 @pytest.mark.parametrize("name", ON_SGLANG)
-def test_an_engine_is_charged_what_its_command_asks_for(name: str, tmp_path: Path) -> None:
+def test_planned_engine_memory_is_what_its_command_requests(name: str, tmp_path: Path) -> None:
     settings = load(recipe=name)
     held = planner.plan(settings).memory
-    assert held.engine.total == pytest.approx(asked_for(settings, H100, tmp_path))
-    # All of it lies beside what the actor keeps, whatever that is.
+    assert held.engine.total == pytest.approx(requested(settings, H100, tmp_path))
+    # It is in addition to what the actor keeps on the GPU.
     moved = settings.actor.offload == "all"
     beside = held.state.total - (held.state.optimizer + held.state.gradients if moved else 0)
     assert held.phases["rollout"] > held.engine.total + beside
@@ -68,12 +68,12 @@ def test_an_engine_is_charged_what_its_command_asks_for(name: str, tmp_path: Pat
     "overrides",
     [["engine.memory_fraction=0.3"], ["engine.kv_tokens=100000"], ["rollout.critic=frozen", "engine.kv_tokens=50000"]],
 )
-def test_an_engine_takes_what_its_settings_say(overrides: list[str], tmp_path: Path) -> None:
+def test_engine_memory_follows_its_settings(overrides: list[str], tmp_path: Path) -> None:
     held = plan(*overrides, gpu=B200).memory
-    assert held.engine.total == pytest.approx(asked_for(load(*overrides), B200, tmp_path))
+    assert held.engine.total == pytest.approx(requested(load(*overrides), B200, tmp_path))
 
 
-def test_what_is_left_of_a_gpu_does_not_make_an_engine_smaller() -> None:
+def test_engine_does_not_shrink_to_the_remaining_memory() -> None:
     made = plan("actor.offload=none")
     assert not made.fits
     assert made.memory.phases["rollout"] > 101 * GIB
@@ -91,7 +91,7 @@ def test_what_is_left_of_a_gpu_does_not_make_an_engine_smaller() -> None:
         (["engine.kv_tokens=10"], r"engine.kv_tokens=10 does not hold rollout.context_tokens=16384; give at least"),
     ],
 )
-def test_a_cache_below_one_context_is_an_error_of_its_own(overrides: list[str], message: str) -> None:
+def test_cache_smaller_than_one_context_is_rejected(overrides: list[str], message: str) -> None:
     made = plan(*overrides)
     assert not made.fits
     with pytest.raises(ConfigError, match=message):
@@ -99,14 +99,14 @@ def test_a_cache_below_one_context_is_an_error_of_its_own(overrides: list[str], 
 
 
 @pytest.mark.parametrize("critic", ["self", "frozen"])
-def test_the_smallest_fraction_is_the_smallest(critic: str) -> None:
+def test_suggested_memory_fraction_is_the_smallest_that_works(critic: str) -> None:
     refusal = plan("engine.memory_fraction=0.02", f"rollout.critic={critic}").memory.engine.refusal
     least = float(refusal.partition("; ")[2].split()[0])
     assert plan(f"engine.memory_fraction={least}", f"rollout.critic={critic}").fits
     assert plan(f"engine.memory_fraction={least - 0.01}", f"rollout.critic={critic}").memory.engine.refusal
 
 
-def test_changes_know_the_fraction_and_offloading() -> None:
+def test_changes_include_memory_fraction_and_offloading() -> None:
     layout = Layout(4, tensor=2, engine_tensor=2)
     words = dict(changes(layout))
     assert words["engine.memory_fraction=0.6"].memory_fraction == 0.6
@@ -119,7 +119,7 @@ def test_changes_know_the_fraction_and_offloading() -> None:
     assert not any("memory_fraction" in one for one, _ in changes(local))
 
 
-def test_nothing_helps_says_what_was_tried() -> None:
+def test_error_says_which_changes_were_tried() -> None:
     settings = load(
         "model.path=models/Qwen3-32B",
         "rollout.context_tokens=40960",
@@ -135,7 +135,7 @@ def test_nothing_helps_says_what_was_tried() -> None:
         planner.require_fit(made, settings)
 
 
-def test_a_local_engine_sleeps_in_host_memory() -> None:
+def test_local_engine_keeps_weights_in_host_memory() -> None:
     settings = load(recipe="qwen3_8b")
     made = planner.plan(settings).memory
     served = planner.plan(load("engine.kind=sglang", recipe="qwen3_8b")).memory
@@ -147,7 +147,7 @@ def test_a_local_engine_sleeps_in_host_memory() -> None:
     assert planner.plan(load("algo.kl_coef=0.1", recipe="qwen3_8b")).fits
 
 
-def test_fp8_keeps_two_bytes_of_each_matrix() -> None:
+def test_fp8_training_keeps_two_more_bytes_per_parameter() -> None:
     shape = PUBLISHED["Qwen3-8B"]
     plain, quantised = (memory.state(shape, Layout(4, tensor=2, fp8=fp8)) for fp8 in ("off", "blockwise"))
     linear = 36 * (4096 * 2 * (4096 + 1024) + 3 * 4096 * 12288) / 2
@@ -158,7 +158,7 @@ def test_fp8_keeps_two_bytes_of_each_matrix() -> None:
         assert on[phase] - off[phase] == pytest.approx(1.05 * 2 * linear)
 
 
-def test_an_engine_in_fp8_has_smaller_matrices() -> None:
+def test_fp8_engine_has_smaller_weights_and_more_cache() -> None:
     plain, quantised = plan(), plan("engine.quantization=fp8")
     linear = 36 * (4096 * 2 * (4096 + 1024) + 3 * 4096 * 12288) / 2
     assert plain.memory.engine.weights - quantised.memory.engine.weights == pytest.approx(linear)
@@ -166,7 +166,7 @@ def test_an_engine_in_fp8_has_smaller_matrices() -> None:
     assert quantised.times.phases["decode"] < plain.times.phases["decode"]
 
 
-def test_few_running_requests_make_episodes_wait() -> None:
+def test_few_concurrent_requests_slow_decoding() -> None:
     base = plan().times.phases["decode"]
     for setting in ("engine.max_batch=8", "rollout.concurrency=8"):
         assert plan(setting).times.phases["decode"] > 2 * base
@@ -174,18 +174,18 @@ def test_few_running_requests_make_episodes_wait() -> None:
     assert plan("engine.servers=1").times.phases["decode"] > base
 
 
-def test_more_tasks_begun_end_the_long_tail() -> None:
+def test_oversampling_shortens_the_longest_episode() -> None:
     base, over = simulate(load()), simulate(load("rollout.oversample=1.5"))
     assert len(over.generated_E) == 24 * 8
     assert over.generated_E.max() < base.generated_E.max()
     assert over.generated_tokens > base.generated_tokens
-    assert len(over.sequence_S) == pytest.approx(len(base.sequence_S), rel=0.1)  # of 16 tasks still
+    assert len(over.sequence_S) == pytest.approx(len(base.sequence_S), rel=0.1)  # still 16 tasks
     assert plan("rollout.oversample=1.5").times.phases["decode"] < plan().times.phases["decode"]
     longest_T = np.sort(simulate(load("rollout.tasks_per_step=24")).generated_E.reshape(24, 8).max(axis=1))
     assert over.generated_E.max() == longest_T[15]
 
 
-def test_servers_of_somebody_else_take_nothing_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_external_servers_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     remote = ("engine.urls=[http://a:1,http://b:1]", "actor.offload=none")
     held = plan(*remote).memory
     assert held.engine.total == 0
@@ -196,7 +196,7 @@ def test_servers_of_somebody_else_take_nothing_here(monkeypatch: pytest.MonkeyPa
         planner.check(load("actor.offload=none"))
 
 
-def test_training_on_smaller_nodes_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_on_nodes_with_fewer_gpus_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "detect", lambda: H100)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     planner.check(load("launch.nodes=3"))  # of four GPUs each

@@ -1,4 +1,4 @@
-"""Plans for other numbers of GPUs: scaling, its picture, and one rule of which numbers can be."""
+"""Plans for other numbers of GPUs: scaling, its picture, and whole nodes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def load(*overrides: str) -> Settings:
     return settings_module.load(RECIPE, overrides)
 
 
-def test_scaling_from_8_to_1024(tmp_path: Path) -> None:
+def test_scaling_from_8_to_1024_gpus(tmp_path: Path) -> None:
     points = scale(load(), H100)
     assert [point.gpus for point in points] == [8, 16, 32, 64, 128, 256, 512, 1024]
     assert points[-1].same_batch is None  # 512 replicas for 128 episodes
@@ -40,7 +40,7 @@ def test_scaling_from_8_to_1024(tmp_path: Path) -> None:
     assert picture(points, tmp_path / "scaling.png", RECIPE).read_bytes().startswith(b"\x89PNG")
 
 
-def test_search_and_changes_obey_the_plans_own_rules() -> None:
+def test_search_and_suggestions_use_whole_nodes() -> None:
     found = search(load(), 12, H100)
     assert not found.best
     assert "12 GPUs are not whole nodes of 8" in {one.reason for one in found.rejected}
@@ -49,7 +49,7 @@ def test_search_and_changes_obey_the_plans_own_rules() -> None:
     assert "12 GPUs" not in words
 
 
-def test_points_that_do_not_fit_are_marked_and_not_drawn(tmp_path: Path) -> None:
+def test_layouts_that_do_not_fit_are_marked_and_not_drawn(tmp_path: Path) -> None:
     points = scale(load("model.path=models/Qwen3-32B", "actor.tensor_parallel=8"), H100)
     drawn = [points[i].gpus for i, _ in fitting(points, grown_batch=True)]
     assert 8 not in drawn

@@ -1,4 +1,4 @@
-"""Tool time in plans: calls, seconds and queues by arithmetic."""
+"""Tool time in plans: calls, seconds per call, and queues."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def load(recipe: str, *overrides: str) -> Settings:
     return settings_module.load(recipe, overrides)
 
 
-def played(calling: tuple[float, float], queued: float = 0.0, waiting: tuple[float, float] = (0, 0)) -> timing.Rollout:
+def rollout_of(
+    calling: tuple[float, float], queued: float = 0.0, waiting: tuple[float, float] = (0, 0)
+) -> timing.Rollout:
     """A short and a long episode on one engine."""
     zero, one = np.zeros(2), np.ones(2)
     work = Workload(
@@ -34,38 +36,38 @@ def played(calling: tuple[float, float], queued: float = 0.0, waiting: tuple[flo
 
 @pytest.mark.parametrize("calling", [(0, 0), (1, 0), (60, 0), (0, 7), (60, 7), (5, 60)])
 @pytest.mark.parametrize("waiting", [(0, 0), (20, 1)])
-def test_an_episode_ends_after_its_tokens_and_its_calls(calling: tuple[int, int], waiting: tuple[int, int]) -> None:
+def test_episode_time_is_decoding_plus_waiting_plus_calls(calling: tuple[int, int], waiting: tuple[int, int]) -> None:
     both, alone = (timing.decode_step(SHAPE, LAYOUT, running, running * 500, H100) for running in (1.5, 1.0))
     short = 100 * both
     long = short + 900 * alone
-    rollout = played(calling, waiting=waiting)
+    rollout = rollout_of(calling, waiting=waiting)
     assert rollout.decode == pytest.approx(long)
     assert rollout.waiting == pytest.approx(max(short + waiting[0], long + waiting[1]) - long)
     end = max(short + waiting[0] + calling[0], long + waiting[1] + calling[1])
     assert rollout.decode + rollout.waiting + rollout.calling == pytest.approx(end)
 
 
-def test_a_rollout_is_not_shorter_than_its_queue_of_calls() -> None:
-    decode = played((0, 0)).decode
-    assert played((1, 1), queued=1000).calling == pytest.approx(1000 - decode)
-    assert played((1, 1), queued=decode / 2).calling == pytest.approx(1)
+def test_rollout_is_at_least_as_long_as_its_queue_of_calls() -> None:
+    decode = rollout_of((0, 0)).decode
+    assert rollout_of((1, 1), queued=1000).calling == pytest.approx(1000 - decode)
+    assert rollout_of((1, 1), queued=decode / 2).calling == pytest.approx(1)
 
 
 def test_tool_time_is_calls_times_seconds() -> None:
-    # Enough room and turns, so that nothing is cut and the mean is what was asked for.
+    # Enough turns, so that nothing is truncated and the mean number of calls is as specified.
     wide = ("rollout.max_turns=100", "tasks.sources.0.plan.calls=6")
     once = simulate(load(WEB, *wide, "tasks.sources.0.plan.call_s=2"))
     assert once.calling_E.mean() == pytest.approx(6 * 2, rel=0.05)
     assert np.allclose(once.calling_E % 2, 0), "whole calls"
     assert np.allclose(simulate(load(WEB, *wide, "tasks.sources.0.plan.call_s=6")).calling_E, 3 * once.calling_E)
     assert np.allclose(once.queued_E, once.calling_E / 64)
-    assert once.waiting_E.sum() == 0, "the latency that is assumed of SearchQA's turns is for AgentGym's server"
+    assert once.waiting_E.sum() == 0, "the latency of SearchQA's turns applies only to AgentGym's server"
     programs = simulate(load(CODE, "tasks.sources.0.data.grading_workers=5"))
     assert np.allclose(programs.queued_E, programs.calling_E / 5)
     assert simulate(load(WEB, "tasks.sources.0.plan.call_s=0")).calling_E.sum() == 0
 
 
-def test_a_step_grows_with_the_most_calls_of_an_episode_or_with_the_queue() -> None:
+def test_step_time_grows_with_the_longest_episode_or_the_queue() -> None:
     def step(recipe: str, call_s: int, *more: str) -> float:
         return planner.plan(load(recipe, f"tasks.sources.0.plan.call_s={call_s}", *more)).times.total
 
@@ -77,11 +79,11 @@ def test_a_step_grows_with_the_most_calls_of_an_episode_or_with_the_queue() -> N
     longest = max(max(one.max(), one.sum() / 64) for one in calls(WEB, 4))
     assert step(WEB, 3000) - step(WEB, 2000) == pytest.approx(1000 * longest, rel=0.01)
     queue = max(one.sum() / 12 for one in calls(CODE, 4))
-    assert queue > max(one.max() for one in calls(CODE, 4)), "here programs wait for one another"
+    assert queue > max(one.max() for one in calls(CODE, 4)), "programs wait in a queue in this case"
     assert step(CODE, 3000) - step(CODE, 2000) == pytest.approx(1000 * queue, rel=0.01)
 
 
-def test_the_source_says_what_its_attempts_are_like() -> None:
+def test_profile_comes_from_the_source() -> None:
     (source,) = load(WEB).tasks.sources
     plan = source.plan
     found = profile_of(source)
@@ -94,5 +96,5 @@ def test_the_source_says_what_its_attempts_are_like() -> None:
     assert profile_of(replace(source, plan=type(plan)())) == PROFILES["searchqa"]
 
 
-def test_the_planner_knows_how_many_calls_run_at_a_time() -> None:
+def test_planner_and_toolbox_have_the_same_concurrency() -> None:
     assert Profile.calls_at_once == ToolLimits.concurrency

@@ -1,4 +1,4 @@
-"""What the platform promises: FP8 only where the hardware has it, and torch as it was for everyone else."""
+"""The platform module: FP8 only on hardware that supports it, and no side effects on torch elsewhere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from icrl_megatron.settings.schema import ActorSettings
 from icrl_megatron.utils.errors import ConfigError
 
 if torch.cuda.is_available():
-    pytest.skip("the stand-ins for CUDA would hide the GPU from other tests of this process", allow_module_level=True)
+    pytest.skip("replacing CUDA functions would hide the GPU from other tests in this process", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +31,8 @@ def on_cpu() -> None:
     assert platform.prepare("cpu") == platform.device() == torch.device("cpu")
 
 
-def capable(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
-    """No such GPU is at hand: its answer to one question is put in its mouth, and everything after that is real."""
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """Pretends that there is a GPU with this compute capability; nothing else is replaced."""
     monkeypatch.setattr(platform, "device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
 
@@ -45,13 +45,19 @@ def capable(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> Non
     ],
 )
 def test_fp8_recipes_become_megatrons(monkeypatch: pytest.MonkeyPatch, fp8: str, values: dict[str, str]) -> None:
-    capable(monkeypatch, (9, 0))
+    """Megatron's own configuration accepts the names and values."""
+    from megatron.core.enums import Fp8Recipe
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    fake_gpu(monkeypatch, (9, 0))
     assert platform.fp8_config(ActorSettings(fp8=fp8)) == values
+    config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=2, bf16=True, **values)
+    assert config.fp8 == values["fp8"] and config.fp8_recipe in {recipe.value for recipe in Fp8Recipe}
 
 
 @pytest.mark.parametrize("fp8", platform.FP8_RECIPES)
-def test_fp8_micro_batches_are_of_whole_products(fp8: str) -> None:
-    """Megatron's multiple for the recipe, in each rank's share of the tokens too."""
+def test_fp8_micro_batches_have_the_required_multiple(fp8: str) -> None:
+    """Megatron's alignment for the recipe also holds for each rank's share of the tokens."""
     from megatron.core.fp8_utils import get_fp8_align_size
 
     for tensor, sequence in ((1, False), (2, False), (4, True)):
@@ -62,49 +68,32 @@ def test_fp8_micro_batches_are_of_whole_products(fp8: str) -> None:
     assert platform.token_multiple(ActorSettings(tensor_parallel=4)) == 1
 
 
-@pytest.mark.parametrize("fp8", platform.FP8_RECIPES)
-def test_megatron_takes_the_fp8_arguments(monkeypatch: pytest.MonkeyPatch, fp8: str) -> None:
-    """Megatron's own configuration accepts them: names and values that it knows."""
-    from megatron.core.enums import Fp8Recipe
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    capable(monkeypatch, (9, 0))
-    arguments = platform.fp8_config(ActorSettings(fp8=fp8))
-    config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=2, bf16=True, **arguments)
-    assert config.fp8_recipe in {recipe.value for recipe in Fp8Recipe}
-    assert config.fp8 == arguments["fp8"]
-
-
 @pytest.mark.parametrize(
     ("fp8", "capability", "needed"),
-    [
-        ("current", (8, 0), "(8, 9)"),
-        ("blockwise", (8, 0), "(9, 0)"),
-        ("blockwise", (8, 9), "(9, 0)"),
-    ],
+    [("current", (8, 0), "(8, 9)"), ("blockwise", (8, 0), "(9, 0)"), ("blockwise", (8, 9), "(9, 0)")],
 )
-def test_hardware_without_fp8_is_refused(
+def test_hardware_without_fp8_is_rejected(
     monkeypatch: pytest.MonkeyPatch, fp8: str, capability: tuple[int, int], needed: str
 ) -> None:
-    capable(monkeypatch, capability)
+    fake_gpu(monkeypatch, capability)
     with pytest.raises(ConfigError) as error:
         platform.fp8_config(ActorSettings(fp8=fp8))
     assert all(part in str(error.value) for part in (f"actor.fp8={fp8}", needed, str(capability), "actor.fp8=off"))
 
 
-def test_ada_has_fp8_but_not_blockwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    capable(monkeypatch, (8, 9))
+def test_ada_supports_tensorwise_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu(monkeypatch, (8, 9))
     assert platform.fp8_config(ActorSettings(fp8="current"))["fp8_recipe"] == "tensorwise"
 
 
 @pytest.mark.parametrize("fp8", platform.FP8_RECIPES)
-def test_fp8_on_a_cpu_is_refused(fp8: str) -> None:
+def test_fp8_on_a_cpu_is_rejected(fp8: str) -> None:
     with pytest.raises(ConfigError, match=f"actor.fp8={fp8}.*no GPU.*actor.fp8=off"):
         platform.fp8_config(ActorSettings(fp8=fp8))
 
 
-def test_other_fp8_mistakes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    capable(monkeypatch, (9, 0))
+def test_unknown_fp8_recipe_and_fp32_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu(monkeypatch, (9, 0))
     assert platform.fp8_config(ActorSettings(fp8="off", precision="fp32")) == {}
     with pytest.raises(ConfigError, match=r"actor\.fp8=mxfp4: expected off or one of"):
         platform.fp8_config(ActorSettings(fp8="mxfp4"))
@@ -112,14 +101,14 @@ def test_other_fp8_mistakes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         platform.fp8_config(ActorSettings(fp8="current", precision="fp32"))
 
 
-def test_asking_for_a_gpu_that_is_not_there() -> None:
+def test_missing_gpu_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"launch\.device=cuda: torch sees no GPU"):
         platform.prepare("cuda")
     assert platform.device().type == "cpu" and platform.backend() == "gloo"
 
 
-def test_torch_keeps_its_manners() -> None:
-    """Factories honour the default device, conversions convert, and CUDA is still reported as absent."""
+def test_torch_behaves_as_without_the_platform() -> None:
+    """Factories use the default device, conversions work, and CUDA is still reported as missing."""
     with torch.device("meta"):
         assert torch.zeros(2).device.type == torch.tensor([1.0]).device.type == torch.empty(2).device.type == "meta"
     assert torch.zeros(2, device="cpu").device.type == "cpu"
@@ -131,7 +120,7 @@ def test_torch_keeps_its_manners() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_transformers_still_loads_models(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_transformers_loads_and_generates(tmp_path: Path, dtype: torch.dtype) -> None:
     config = Qwen3Config(
         vocab_size=11,
         hidden_size=16,
@@ -152,7 +141,7 @@ def test_transformers_still_loads_models(tmp_path: Path, dtype: torch.dtype) -> 
     assert generated.shape == (1, 8)
 
 
-def test_gpu_layers_come_from_transformer_engine() -> None:
+def test_gpu_layers_are_transformer_engines() -> None:
     script = Path(__file__).parents[1] / "te_spec.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -175,7 +164,7 @@ def test_gpu_layers_come_from_transformer_engine() -> None:
     ("capability", "rank", "given", "expected"),
     [((9, 0), "3", None, "1"), ((9, 0), "3", "0", "0"), ((10, 0), "3", None, None), ((9, 0), "", None, None)],
 )
-def test_fp8_scales_stay_exact_on_hopper_alone(
+def test_exact_fp8_scales_are_set_only_on_hopper_ranks(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], rank: str, given: str | None, expected: str | None
 ) -> None:
     name = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
@@ -192,26 +181,28 @@ def test_fp8_scales_stay_exact_on_hopper_alone(
 FUSIONS = ("apply_rope_fusion", "bias_activation_fusion", "gradient_accumulation_fusion")
 
 
-def test_kernels_are_fused_where_transformer_engine_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fusions_are_enabled_only_with_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(platform.fusions(layers, True)[name] for layers in ("auto", "torch") for name in FUSIONS)
-    capable(monkeypatch, (9, 0))
+    fake_gpu(monkeypatch, (9, 0))
     assert not any(platform.fusions("torch", True).values())
-    assert not any(platform.fusions("auto", False).values())  # fp32: torch's layers
+    assert not any(platform.fusions("auto", False).values())  # fp32 uses torch layers
     layers: Any = importlib.import_module("megatron.core.tensor_parallel.layers")
     monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)  # no Apex
     assert all(platform.fusions("auto", True).values())
     assert layers._grad_accum_fusion_available
 
 
-@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="Transformer Engine is here")
-def test_missing_transformer_engine_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    capable(monkeypatch, (9, 0))
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is not None, reason="Transformer Engine is installed"
+)
+def test_missing_transformer_engine_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu(monkeypatch, (9, 0))
     config: Any = SimpleNamespace(bf16=True)
     with pytest.raises(ConfigError, match=r"Transformer Engine.*not installed"):
         gpt.block_spec(config, "auto")
 
 
-def test_layers_and_heads_that_cannot_be_here_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_layers_and_heads_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     config = SimpleNamespace(fp8=None, bf16=True)
     with pytest.raises(ConfigError, match=r"actor.layers=transformer_engine: Transformer Engine needs a GPU"):
         gpt.block_spec(config, "transformer_engine")  # type: ignore[arg-type]
@@ -225,16 +216,16 @@ def test_layers_and_heads_that_cannot_be_here_are_refused(monkeypatch: pytest.Mo
         platform.head_chunking(ActorSettings(head_backend="triton"))
 
 
-def test_the_head_is_triton_on_a_gpu_and_torch_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_head_is_triton_on_a_gpu_and_torch_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert platform.head_chunking(ActorSettings()) == Chunking(None, "torch", "fp32")
-    capable(monkeypatch, (9, 0))
+    fake_gpu(monkeypatch, (9, 0))
     assert platform.head_chunking(ActorSettings(head_logits="bf16")) == Chunking(None, "auto", "bf16")
 
 
 @pytest.mark.parametrize("name", platform.FOR_GPUS)
-def test_libraries_for_gpus_do_not_reach_megatron_on_a_cpu(tmp_path: Path, name: str) -> None:
-    """The image has them on machines without a GPU too: the real FlashMLA raises this at import there, and the others
-    would give Megatron an optimizer that cannot work."""
+def test_gpu_libraries_are_hidden_from_megatron_on_a_cpu(tmp_path: Path, name: str) -> None:
+    """The image contains them even on machines without a GPU. There, importing FlashMLA raises this error, and with the
+    others Megatron would choose an optimizer that cannot work."""
     (tmp_path / f"{name}.py").write_text("raise OSError('libcuda.so.1: cannot open shared object file')")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     code = "from icrl_megatron.launch import doctor; print(doctor._megatron().state); import icrl_megatron.actor.actor"

@@ -1,4 +1,4 @@
-"""Code: what counts as right, which program of a reply is run, and what a row may hold."""
+"""The task set `code`: verdicts, which program of a reply is run, and dataset rows."""
 
 from __future__ import annotations
 
@@ -60,16 +60,16 @@ def cases(label: object) -> list[Case]:
         ("def add(a, b):\n  while True: pass", TESTS, "Test 1 of 3 failed. The program "),
     ],
 )
-def test_asserts(box: Sandbox, program: str, tests: list[str], part: str | None) -> None:
+def test_assert_statements_are_judged(box: Sandbox, program: str, tests: list[str], part: str | None) -> None:
     verdict = judged(program, cases(tests), box, 0.0)
     assert verdict.right is (part is None) and (part or "passes all") in verdict.remark, verdict
 
 
 @sandboxed
-def test_expected_outputs_are_nowhere_in_the_sandbox(box: Sandbox) -> None:
-    """A program that looks everywhere it can while it is called: frames, garbage, its files and its input."""
+def test_program_cannot_read_the_expected_output(box: Sandbox) -> None:
+    """The program searches stack frames, all live objects, open files and its input while it is called."""
     secret = 918273645
-    looks = (
+    program = (
         "import gc, os, sys\n"
         "def f():\n"
         "  seen = [repr(o)[:100000] for o in gc.get_objects() if isinstance(o, (dict, list, tuple, str))]\n"
@@ -84,20 +84,20 @@ def test_expected_outputs_are_nowhere_in_the_sandbox(box: Sandbox) -> None:
     )
     (case,) = cases([f"assert f() == {secret}"])
     assert str(hex(secret)) in case.expected and str(secret) not in case.value
-    verdict = judged(looks, [case], box, 0.0)
+    verdict = judged(program, [case], box, 0.0)
     assert "The value was '(False, True)'" in verdict.remark
-    # Printing programs get their input alone.
+    # Programs that print get only their input.
     assert judged("import sys\nprint(sys.stdin.read())", [Case(str(secret), stdin="in")], box, 0.0).right is False
 
 
 @sandboxed
-def test_inputs_and_outputs(box: Sandbox) -> None:
+def test_programs_with_input_and_output_are_judged(box: Sandbox) -> None:
     double = "for line in iter(input, 'end'): print(int(line) * 2)"
     label = {"inputs": ["1\n2\nend\n", ["3", "end"]], "outputs": ["2\n4", "6\n"]}
     assert judged(double, cases(label), box, 0.0).right
     wrong = judged(double, cases([{"input": "5\nend", "output": "11"}]), box, 0.0)
     assert wrong.remark == "Test 1 of 1 failed. The program printed '10\\n'. Its input was '5\\nend'."
-    large = "x" * 3_000_000  # more than any pipe holds
+    large = "x" * 3_000_000  # more than a pipe buffers
     assert judged("print(len(input()))", [Case("3000000", stdin=large)], box, 0.0).right
     assert judged("print(input())", [Case("y", stdin=large)], box, 0.0).remark.count("x") < 1000
     assert not judged("#" * (programs.MAX_PROGRAM_CHARS + 1), [Case("")], box, 0.0).right
@@ -118,7 +118,7 @@ def test_inputs_and_outputs(box: Sandbox) -> None:
         ("", "", 0.0, True),
     ],
 )
-def test_outputs_are_compared(given: str, expected: str, tolerance: float, same: bool) -> None:
+def test_output_comparison(given: str, expected: str, tolerance: float, same: bool) -> None:
     assert same_output(given, expected, tolerance) is same
 
 
@@ -135,7 +135,7 @@ VALUES = st.recursive(
 
 
 @given(VALUES, VALUES)
-def test_encodings_are_equal_where_python_says_so(left: object, right: object) -> None:
+def test_encodings_are_equal_exactly_if_values_are_equal(left: object, right: object) -> None:
     assert (encoded(left) == encoded(right)) is (left == right)
 
 
@@ -161,7 +161,7 @@ def test_the_last_program_counts(reply: str, program: str | None) -> None:
 
 
 @given(st.text(alphabet="`python\n \t\rx"))
-def test_no_reply_breaks_the_search(reply: str) -> None:
+def test_last_program_handles_any_text(reply: str) -> None:
     found = last_program(reply)
     assert found is None or (found in reply and found.strip())
 
@@ -177,7 +177,7 @@ def dataset(folder: Path, rows: list[dict[str, object]], **data: object) -> Tool
 
 
 @sandboxed
-def test_many_answers_are_judged_at_once_and_a_bad_one_holds_up_no_other(tmp_path: Path) -> None:
+def test_concurrent_answers_are_judged_independently(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"prompt": "Add.", "label": TESTS}]
     task_set = registry.of_source(dataset(tmp_path, rows, grading_timeout_s=2.0, program_memory_mib=256))
     assert isinstance(task_set, Checked)
@@ -213,20 +213,20 @@ def test_many_answers_are_judged_at_once_and_a_bad_one_holds_up_no_other(tmp_pat
         ("42", "line 1"),
     ],
 )
-def test_labels_without_tests_are_named(tmp_path: Path, label: object, part: str) -> None:
+def test_labels_without_usable_tests_are_rejected(tmp_path: Path, label: object, part: str) -> None:
     rows: list[dict[str, object]] = [{"prompt": "p?", "label": label}]
     with pytest.raises(ConfigError) as raised:
         registry.of_source(dataset(tmp_path, rows)).problems("train")
     assert "train.jsonl, line 1" in str(raised.value) and part in str(raised.value)
 
 
-def test_limits_that_cannot_work(tmp_path: Path) -> None:
+def test_unusable_limits_are_rejected(tmp_path: Path) -> None:
     for name, value in (("program_memory_mib", 1), ("grading_workers", 0), ("grading_timeout_s", float("nan"))):
         with pytest.raises(ConfigError, match=f"data.{name}="):
             registry.of_source(dataset(tmp_path, [], **{name: value}))
 
 
-def test_it_is_refused_where_bubblewrap_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_bubblewrap_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     task_set = registry.of_source(dataset(tmp_path, [{"prompt": "p?", "label": TESTS}]))
     assert isinstance(task_set, Checked)
@@ -234,7 +234,7 @@ def test_it_is_refused_where_bubblewrap_is_missing(tmp_path: Path, monkeypatch: 
         task_set.check()
 
 
-def test_a_run_does_not_start_where_bubblewrap_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_does_not_start_without_bubblewrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = dataset(tmp_path, [{"prompt": "p?", "label": TESTS}])
     monkeypatch.setenv("PATH", str(tmp_path))
     data = f"{{train: {source.data.train}, heldout: {source.data.heldout}}}"

@@ -1,4 +1,4 @@
-"""reasoning-gym's families as tasks: the same problems for the same seed, full scores only, scorers that raise."""
+"""reasoning-gym families as tasks: reproducible problems, success only for full scores, scorers that raise."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def gym(train: list[str], heldout: list[str]) -> ReasoningGym:
     return made
 
 
-def test_problems_are_seeded_unique_and_disjoint() -> None:
+def test_problems_are_reproducible_unique_and_disjoint() -> None:
     one, other = (gym(["chain_sum:40:1", "gcd:20:1"], ["chain_sum:10:2"]) for _ in range(2))
     assert one.problems("train") == other.problems("train")
     train, heldout = one.problems("train"), one.problems("heldout")
@@ -32,13 +32,13 @@ def test_problems_are_seeded_unique_and_disjoint() -> None:
     assert {subset_of(t) for t in train} == {"reasoning_gym/chain_sum", "reasoning_gym/gcd"}
 
 
-def test_what_is_held_out_is_not_trained_on() -> None:
+def test_heldout_problems_are_removed_from_training() -> None:
     same = gym(["chain_sum:30:1"], ["chain_sum:10:1"])
     assert len(same.problems("heldout")) == 10 and len(same.problems("train")) <= 20
     check_no_leak(same.problems("train"), same.problems("heldout"))
 
 
-def test_only_a_full_score_counts() -> None:
+def test_only_a_full_score_is_a_success() -> None:
     task_set = gym(["chain_sum:3:1", "countdown:2:1", "number_sorting:2:1:1"], ["gcd:1:1"])
 
     async def attempt(index: int, answer: str) -> bool:
@@ -69,7 +69,7 @@ def test_only_a_full_score_counts() -> None:
         ("chain_sum:3:1:99", "no such level"),
     ],
 )
-def test_mistakes_are_named(text: str, message: str) -> None:
+def test_invalid_families_are_rejected(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         gym([text], ["gcd:1:1"]).problems("train")
     with pytest.raises(ConfigError, match=r"data\.train"):

@@ -1,6 +1,6 @@
-"""Every remedy that a message names can be followed: the run that said it goes on with the change.
+"""Every remedy in an error message works: the same run resumes with that change.
 
-The messages are collected from the source of the package, so that a new one is held to this too.
+The messages are collected from the package's source, so new messages are tested too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from begun_run import again, begin
-from whole_runs import Ended, batch, rows, train
+from whole_runs import Batch, batch, from_model, rows, train
 
 import icrl_megatron
 import icrl_recipes
@@ -33,9 +33,9 @@ VERBS = "set|raise|lower|use|add|drop|take|leave|give|choose|shorten|change|try|
 REMEDY = re.compile(rf"(?<!task )\b({VERBS})\b(.*?)(?=;|: |\. |$|\b(?:{VERBS})\b)", re.DOTALL | re.IGNORECASE)
 NAME = re.compile(r"(?<![\w./])[a-z_]++(?:\.[a-z0-9_]++)++(?!\.?\{)")
 PRONOUN = re.compile(r" (it|these|at|one of|another|a|\d+)\b")
-"""A remedy without a name is about the first setting that its message names."""
+"""After a verb, these words refer to the first setting in the message."""
 NEW_RUN = "a new run"
-"""A remedy with these words does not speak of the run that goes on."""
+"""A remedy with these words is not about the run that resumes."""
 
 DYNAMIC = {
     "rollout.{setting}": ("rollout.max_turn_tokens", "rollout.max_critique_tokens"),
@@ -45,11 +45,11 @@ DYNAMIC = {
     "{name}": ("tasks.sources.serve.port",),
     "{source}": ("launch.ranks",),
 }
-"""What stands behind a name that is put together at run time."""
+"""Expression in a message -> the setting names that it can produce at run time."""
 
-OF_NEW_RUNS = ("algo.group_by", "algo.loss_normalisation", "model.path")
-"""Settings that cannot change, and whose own wrong value some message is about: nobody meets it in a run that goes on,
-where the value is the one that the run began with (`test_messages_of_new_runs_cannot_appear_later`)."""
+FIXED = ("algo.group_by", "algo.loss_normalisation", "model.path")
+"""Settings that cannot change on resume, and whose invalid values have messages. A resumed run has the value that it
+began with, so it never shows them (`test_messages_about_fixed_settings_appear_only_in_new_runs`)."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Remedy:
 
 
 def texts(folder: Path) -> Iterator[tuple[str, str]]:
-    """(file and line, text) of every string of the package but its documentation; {expression} stands for values."""
+    """(file and line, text) of every string in the package except docstrings; values appear as {expression}."""
     for path in sorted(folder.rglob("*.py")):
         seen: set[int] = set()
         for node in ast.walk(ast.parse(path.read_text())):
@@ -106,19 +106,19 @@ def collected() -> list[Remedy]:
 
 
 REMEDIES = collected()
-NAMED = sorted({name for remedy in REMEDIES for name in remedy.names} - set(OF_NEW_RUNS))
+NAMED = sorted({name for remedy in REMEDIES for name in remedy.names} - set(FIXED))
 
 
-def test_the_messages_are_found() -> None:
+def test_remedies_are_found() -> None:
     assert len(REMEDIES) >= 70 and len(NAMED) >= 40
-    told = {name: remedy.where for remedy in REMEDIES for name in remedy.names}
+    where = {name: remedy.where for remedy in REMEDIES for name in remedy.names}
     for name in (
         "algo.on_no_signal",
         "rollout.episodes_per_task",
         "engine.request_timeout_s",
         "rollout.context_tokens",
     ):
-        assert name in told
+        assert name in where
     assert list(remedies("x.y=1: bad; raise a.b, or set c.d=2 in a new run. Lower it", {"x.y", "a.b", "c.d"})) == [
         ("a.b",),
         ("x.y",),
@@ -126,14 +126,14 @@ def test_the_messages_are_found() -> None:
 
 
 @pytest.mark.parametrize("remedy", REMEDIES, ids=lambda remedy: f"{remedy.where}-{','.join(remedy.names)}")
-def test_what_a_message_advises_may_change(remedy: Remedy) -> None:
+def test_settings_in_remedies_may_change_on_resume(remedy: Remedy) -> None:
     for name in remedy.names:
-        if name not in OF_NEW_RUNS:
+        if name not in FIXED:
             assert not rule_of(name).reason, f"{remedy.where}: {remedy.text!r} names {name}, which cannot change"
 
 
 def other_value(name: str, value: Any) -> str:
-    """Text of a value that the setting may have and has not."""
+    """A valid value other than `value`, as text."""
     plain = re.sub(r"\.\d+(?=\.)", ".0", name)
     limit = next((one.limit for one in described(plain) if one.name == plain), None)
     if isinstance(limit, Choice) and not isinstance(value, list):
@@ -154,7 +154,7 @@ def other_value(name: str, value: Any) -> str:
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_a_run_goes_on_with_what_a_message_advises(tmp_path: Path, name: str) -> None:
+def test_run_resumes_with_a_changed_setting(tmp_path: Path, name: str) -> None:
     task_set = ["tasks.sources.0.name=searchqa"] if name.startswith("tasks.sources.") else []
     begun = begin(tmp_path, *task_set)
     if name == "tasks.sources":
@@ -172,14 +172,14 @@ def test_a_run_goes_on_with_what_a_message_advises(tmp_path: Path, name: str) ->
     assert (tmp_path / "settings_changes.jsonl").read_text().count("\n") == len(lines)
 
 
-@pytest.mark.parametrize("name", OF_NEW_RUNS)
-def test_messages_of_new_runs_cannot_appear_later(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", FIXED)
+def test_messages_about_fixed_settings_appear_only_in_new_runs(tmp_path: Path, name: str) -> None:
     begin(tmp_path)
     with pytest.raises(ConfigError, match=rf"holds a run with other settings: {name} \(was"):
         validate(again(tmp_path, f"{name}=/nowhere"))
 
 
-# --- runs that fail, and go on as the message says
+# --- runs that fail and then follow the advice
 
 
 ADVICE = {
@@ -201,17 +201,17 @@ ADVICE = {
         "launch.timeout_s=600",
     ],
 }
-"""What each run goes on with."""
+"""Run -> the settings with which it resumes."""
 FLAT = ["tasks.sources=[{name: flat}]", "algo.on_no_signal=error"]
 FAILING = {"no_signal": FLAT, "more_episodes": FLAT}
-"""What ends it before that."""
+"""Run -> the settings with which it fails first."""
 
 
 @pytest.fixture(scope="module")
-def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ended]]:
-    """Two steps of a run, and copies of it that fail with one change and go on with another."""
+def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Batch:
+    """A run of two steps, and copies of it that fail with one change and resume with another."""
     folder = tmp_path_factory.mktemp("advice")
-    start = [f"model.path={finished_run / 'warm_start' / 'hf'}", "warm_start.steps=0", "eval.interval=0"]
+    start = [*from_model(finished_run), "eval.interval=0"]
     assert batch(folder, {"first": train(folder / "first", *start, "steps=2")})["first"].code == 0
     commands = {}
     for name, advice in ADVICE.items():
@@ -219,24 +219,22 @@ def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         if name in FAILING:
             commands[f"{name}/fails"] = train(folder / name, *start, "steps=4", *FAILING[name])
         commands[name] = train(folder / name, *start, "steps=4", *advice)
-    return folder, batch(folder, commands)
+    return Batch(folder, batch(folder, commands))
 
 
 @pytest.mark.parametrize("name", ADVICE)
-def test_a_run_follows_the_advice(ran: tuple[Path, dict[str, Ended]], name: str) -> None:
-    folder, ended = ran
+def test_run_resumes_as_advised(ran: Batch, name: str) -> None:
     if name in FAILING:
-        assert ended[f"{name}/fails"].code != 0
-    assert ended[name].code == 0, ended[name].error
-    steps = [row["step"] for row in rows(folder / name) if "tokens/generated" in row]
-    assert steps == [1, 2, 3, 4]
-    assert rows(folder / name)[:3] == rows(folder / "first")[:3]  # step 0's evaluation and two steps
-    for override in ADVICE[name]:
-        if not override.startswith("tasks.sources"):
-            assert f"resume: {override.partition('=')[0]} changes from" in ended[name].error
-            assert f'"name": "{override.partition("=")[0]}"' in (folder / name / "settings_changes.jsonl").read_text()
+        assert ran.ended[f"{name}/fails"].code != 0
+    error = ran.succeeded(name).error
+    assert [row["step"] for row in ran.trained(name)] == [1, 2, 3, 4]
+    assert rows(ran.folder / name)[:3] == rows(ran.folder / "first")[:3]  # step 0's evaluation and two steps
+    changes = (ran.folder / name / "settings_changes.jsonl").read_text()
+    for setting in (override.partition("=")[0] for override in ADVICE[name]):
+        if not setting.startswith("tasks.sources"):
+            assert f"resume: {setting} changes from" in error and f'"name": "{setting}"' in changes
 
 
-def test_a_run_without_signal_names_what_helps(ran: tuple[Path, dict[str, Ended]]) -> None:
-    error = ran[1]["no_signal/fails"].error
+def test_batch_without_signal_names_remedies(ran: Batch) -> None:
+    error = ran.ended["no_signal/fails"].error
     assert "raise rollout.episodes_per_task, or set algo.on_no_signal=skip" in error

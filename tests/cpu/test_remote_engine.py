@@ -1,4 +1,4 @@
-"""Servers that somebody else runs: how many workers they have, where those reach this rank, and what is left alone."""
+"""External SGLang servers: their number of workers, the address they connect to, API keys, and their own memory."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ NO_UPDATE = "no weight-update session is open; call begin_weight_update() first"
 
 
 @dataclass
-class Stand:
-    """Stands in for a server: an answer, and its status, for each path."""
+class FakeServer:
+    """An HTTP server with a fixed status and answer for each path."""
 
     url: str = ""
     asked: list[str] = field(default_factory=list)
     answers: dict[str, tuple[int, object]] = field(default_factory=dict)
     key: str = ""
-    """What a request must carry; empty: nothing."""
+    """The required API key; empty: none."""
 
 
 @pytest.fixture
-def stand() -> Iterator[Stand]:
-    stand = Stand()
+def server() -> Iterator[FakeServer]:
+    fake = FakeServer()
 
     class Answers(Handler):
         def do_POST(self) -> None:
@@ -56,20 +56,20 @@ def stand() -> Iterator[Stand]:
             self.do_GET()
 
         def do_GET(self) -> None:
-            stand.asked.append(self.path)
+            fake.asked.append(self.path)
             given = self.headers.get("Authorization", "")
-            status, answer = stand.answers.get(self.path, (200, {}))
-            if stand.key and given != f"Bearer {stand.key}":
+            status, answer = fake.answers.get(self.path, (200, {}))
+            if fake.key and given != f"Bearer {fake.key}":
                 status, answer = 401, {"error": "Unauthorized"}
-            elif answer == "what it was asked with":
+            elif answer == "echo":
                 answer = {"success": False, "message": given}
-            flushed = self.path.startswith("/flush_cache")  # which SGLang answers in words
+            flushed = self.path.startswith("/flush_cache")  # SGLang answers this with plain text
             self.send(b"Cache flushed." if flushed else json.dumps(answer).encode(), status)
 
-    stand.answers["/server_info"] = 200, {"version": TESTED[-1], "tp_size": WORKERS}
-    stand.answers["/end_weight_update"] = 400, {"success": False, "message": NO_UPDATE}
-    with threaded(Answers) as stand.url:
-        yield stand
+    fake.answers["/server_info"] = 200, {"version": TESTED[-1], "tp_size": WORKERS}
+    fake.answers["/end_weight_update"] = 400, {"success": False, "message": NO_UPDATE}
+    with threaded(Answers) as fake.url:
+        yield fake
 
 
 @pytest.fixture(scope="module")
@@ -79,74 +79,74 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def connect(stand: Stand, model: Path, api_key_env: str = "") -> Engines:
-    """As the only rank of a run, whose engine.tensor_parallel is another server's."""
-    engine = EngineSettings(kind="sglang", urls=[stand.url], tensor_parallel=1, api_key_env=api_key_env)
+def connect(server: FakeServer, model: Path, api_key_env: str = "") -> Engines:
+    """Engines of the only rank of a run. External servers ignore engine.tensor_parallel."""
+    engine = EngineSettings(kind="sglang", urls=[server.url], tensor_parallel=1, api_key_env=api_key_env)
     settings = Settings(engine=engine)
     grid = Grid(0, 1, 1, 0, 1, 0, 1, 0, None)
     return build(EngineRequest(settings, model, grid, torch.float32, torch.device("cpu"), model / "logs"))
 
 
-def test_one_rank_may_use_a_server_of_two_workers(stand: Stand, model: Path) -> None:
-    engine = connect(stand, model).trained
+def test_one_rank_can_use_a_server_with_two_workers(server: FakeServer, model: Path) -> None:
+    engine = connect(server, model).trained
     assert isinstance(engine, SGLangEngine)
     tensors, shape = load_file(model / "model.safetensors"), ModelShape.read(model)
     expected = Checksums(WORKERS, shape)
     for name, tensor in tensors.items():
         expected.add(name, tensor)
     ranks = [{"parallelism_info": {"tp_rank": w}, "checksums": c} for w, c in enumerate(expected.expected)]
-    stand.answers["/weights_checker"] = 200, {"success": True, "ranks": ranks}
+    server.answers["/weights_checker"] = 200, {"success": True, "ranks": ranks}
     assert engine.verify(tensors.items(), shape)
 
 
-def test_an_update_that_was_left_open_is_ended_and_memory_is_left_alone(stand: Stand, model: Path) -> None:
-    engine = connect(stand, model).trained
-    assert stand.asked.count("/end_weight_update") == 1
+def test_open_update_is_ended_and_server_memory_is_kept(server: FakeServer, model: Path) -> None:
+    engine = connect(server, model).trained
+    assert server.asked.count("/end_weight_update") == 1
     engine.sleep()
     engine.wake_weights()
     engine.wake()
-    assert [path for path in stand.asked if "cache" in path or "memory" in path] == ["/flush_cache?timeout=60"]
+    assert [path for path in server.asked if "cache" in path or "memory" in path] == ["/flush_cache?timeout=60"]
 
 
-def test_a_server_that_does_not_end_an_update_is_refused(stand: Stand, model: Path) -> None:
-    stand.answers["/end_weight_update"] = 400, {"success": False, "message": "it is broken"}
+def test_server_that_cannot_end_an_update_is_rejected(server: FakeServer, model: Path) -> None:
+    server.answers["/end_weight_update"] = 400, {"success": False, "message": "it is broken"}
     with pytest.raises(ConfigError, match=r"engine\.urls: .*it is broken"):
-        connect(stand, model)
+        connect(server, model)
 
 
-def test_a_server_with_a_key_gets_it_and_no_message_repeats_it(
-    stand: Stand, model: Path, monkeypatch: pytest.MonkeyPatch
+def test_api_key_is_sent_and_hidden_in_messages(
+    server: FakeServer, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stand.key = "a-secret-of-the-lab"
+    server.key = "a-secret-of-the-lab"
     with pytest.raises(ConfigError, match=r"engine\.urls: .* API key \(401\): .* engine\.api_key_env"):
-        connect(stand, model)
-    monkeypatch.setenv("LAB_KEY", stand.key)
-    engine = connect(stand, model, "LAB_KEY").trained
+        connect(server, model)
+    monkeypatch.setenv("LAB_KEY", server.key)
+    engine = connect(server, model, "LAB_KEY").trained
     assert isinstance(engine, SGLangEngine)
     assert engine.health() == "ok"
-    assert stand.key not in repr(engine.server)
+    assert server.key not in repr(engine.server)
     engine.sleep()
     for status in (200, 400, 500):
-        stand.answers["/weights_checker"] = status, "what it was asked with"
+        server.answers["/weights_checker"] = status, "echo"
         with pytest.raises(EngineError) as error:
             engine.server.post("/weights_checker", {}, 10.0)
-        assert "Bearer ***" in str(error.value) and stand.key not in str(error.value)
+        assert "Bearer ***" in str(error.value) and server.key not in str(error.value)
 
 
-def test_workers_on_this_machine_come_over_the_loopback() -> None:
+def test_local_server_connects_over_loopback() -> None:
     assert _address("http://127.0.0.1:30000") == "127.0.0.1"
     with pytest.raises(ConfigError, match=r"engine\.urls: http://nowhere\.invalid:1 cannot be reached"):
         _address("http://nowhere.invalid:1")
 
 
-def test_workers_elsewhere_come_to_the_address_that_faces_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run on one machine calls itself 127.0.0.1, and so may its host's name."""
+def test_remote_server_connects_to_the_outward_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MASTER_ADDR and the host's name may both be 127.0.0.1, which another machine cannot reach."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.0.1")
     own = [a.address for of in psutil.net_if_addrs().values() for a in of if a.family == socket.AF_INET]
     outer = [address for address in own if not address.startswith("127.")]
     if not outer:
-        pytest.skip("this machine has no address but the loopback's")
+        pytest.skip("this machine has only loopback addresses")
     assert _address(f"http://{outer[0]}:30000") == outer[0]
 
 
@@ -168,13 +168,13 @@ sys.exit("gloo did not read the name")
 """
 
 
-def test_the_group_for_weights_speaks_from_that_address() -> None:
-    """And not from the interface that the launcher gives the ranks of one machine, the loopback."""
+def test_weight_group_uses_that_address() -> None:
+    """It does not use GLOO_SOCKET_IFNAME, which the launcher may have set to loopback."""
     done = subprocess.run([sys.executable, "-c", GLOO], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_interface_of_the_ranks_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interface_variable_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     with _gloo_on("127.0.0.1"):
         assert os.environ["GLOO_SOCKET_IFNAME"].startswith("lo")

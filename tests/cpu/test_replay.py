@@ -1,4 +1,4 @@
-"""Episodes that are cut off and go on later, with a scripted speaker and the real Household."""
+"""Episodes that are interrupted and resumed later, with a scripted speaker and the real Household."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def ask(prompt: Sequence[int], room: int = 10) -> Ask:
 
 @dataclass
 class Scripted:
-    """Says the given replies, one after another, and remembers what it was asked."""
+    """Gives the replies in order and records the requests."""
 
     replies: list[Completion]
     asked: list[Ask] = field(default_factory=list)
@@ -71,13 +71,13 @@ def record(replay_log: ReplayLog, stop: Stop, *replies: Completion) -> tuple[Scr
     return speaker, recorded(Speakers(speaker, speaker), replay_log, stop, lambda ids, stop: ids)
 
 
-def test_a_reply_that_was_cut_off_goes_on_and_keeps_its_old_logprobs() -> None:
+def test_interrupted_reply_resumes_and_keeps_its_logprobs() -> None:
     replay_log, stop = ReplayLog(), Stop()
     _, speakers = record(replay_log, stop, said(1, 2), said(3, reason="abort"))
 
     async def cut() -> None:
         await speakers.solver.reply(ask([9]))
-        stop.asked = True  # while the next reply is being generated, as far as the replay log can tell
+        stop.asked = True  # as if this happened while the next reply is generated
         replay_log.replies.append(((9, 1, 2, 8), said(3, reason="abort")))
 
     asyncio.run(cut())
@@ -92,7 +92,7 @@ def test_a_reply_that_was_cut_off_goes_on_and_keeps_its_old_logprobs() -> None:
     assert [(a.prompt_ids, a.max_new_tokens) for a in speaker.asked] == [((9, 1, 2, 8, 3), 9)]
 
 
-def test_once_there_is_enough_nobody_is_asked_any_more_and_nothing_is_lost() -> None:
+def test_after_a_stop_no_request_is_sent_and_replies_are_kept() -> None:
     replay_log = ReplayLog([((9,), said(1)), ((9, 1), said(2, reason="abort"))])
     speaker, speakers = record(replay_log, Stop(asked=True))
 
@@ -106,7 +106,7 @@ def test_once_there_is_enough_nobody_is_asked_any_more_and_nothing_is_lost() -> 
     assert [c.ids for _, c in replay_log.replies] == [(1,), (2,)]
 
 
-def test_an_environment_that_answers_otherwise_voids_the_rest_of_a_replay_log() -> None:
+def test_different_observation_discards_the_rest_of_a_replay_log() -> None:
     replay_log = ReplayLog([((9,), said(1)), ((9, 1, 7), said(2))])
     _, speakers = record(replay_log, Stop(), said(5))
 
@@ -129,7 +129,7 @@ def setup() -> EpisodeSetup:
 
 @dataclass
 class Slow:
-    """Answers at once, but for the tasks in `slow`: there it is interrupted at its second turn."""
+    """Answers at once; if `slow`, the second reply waits until it is interrupted."""
 
     prompter: Prompter
     stop: asyncio.Event = field(default_factory=asyncio.Event)
@@ -148,7 +148,7 @@ class Slow:
         return Completion(ids, (-1.0,) * len(ids), "stop", 1)
 
 
-def test_a_step_with_enough_groups_keeps_the_slow_ones_for_the_next(setup: EpisodeSetup) -> None:
+def test_step_with_enough_groups_keeps_slow_episodes_for_the_next(setup: EpisodeSetup) -> None:
     tasks = list(registry.get("household").problems("train"))[:3]
     groups = Groups(tasks, 2, needed=2)
 
@@ -191,8 +191,8 @@ def test_a_step_with_enough_groups_keeps_the_slow_ones_for_the_next(setup: Episo
     assert [r.attempts[0].turns[1].completion.older for r in resumed] == [((1, 1),), ((1, 1),)]
 
 
-def test_a_critic_of_its_own_is_interrupted_too(setup: EpisodeSetup) -> None:
-    """A frozen one, or an external one: neither is the engine that is trained."""
+def test_separate_critic_is_interrupted_too(setup: EpisodeSetup) -> None:
+    """A frozen or an external critic is not the trained engine."""
     tasks, waited = list(registry.get("household").problems("train"))[:3], list[float]()
 
     @dataclass
@@ -220,7 +220,7 @@ def test_a_critic_of_its_own_is_interrupted_too(setup: EpisodeSetup) -> None:
     assert len(waited) == 6 and max(waited) < 10
 
 
-def test_replay_logs_survive_being_written_down() -> None:
+def test_replay_logs_round_trip_as_text() -> None:
     task = Task("household/train/1", "household", "train", '{"goal": "ü"}')
     joined = Completion((3, 4), (-0.1, -2.5), "abort", 2, ((1, 1),))
     replay_logs = {task: {0: ReplayLog([((9, 8), said(1, 2)), ((9, 8, 1, 2), joined)]), 3: ReplayLog()}}
@@ -242,7 +242,7 @@ class Engine:
 
 
 @pytest.mark.parametrize("partial", [True, False])
-def test_every_token_is_used_kept_or_thrown_away(setup: EpisodeSetup, partial: bool) -> None:
+def test_every_token_is_used_kept_or_discarded(setup: EpisodeSetup, partial: bool) -> None:
     tasks = list(registry.get("household").problems("train"))[:3]
     engine, slow = Engine(), [tasks[0]]
 
@@ -263,7 +263,7 @@ def test_every_token_is_used_kept_or_thrown_away(setup: EpisodeSetup, partial: b
     assert played.generated_tokens() == played.used_tokens() + 2 * (reply + 1)
     assert (played.kept_tokens, played.discarded_tokens) == ((2 * (reply + 1), 0) if partial else (0, 2 * (reply + 1)))
 
-    # Another process goes on from a checkpoint.
+    # Another process resumes from a checkpoint.
     second = source()
     second.restore_replay_logs(from_lines(to_lines(first.replay_logs())))
     slow.clear()
@@ -276,25 +276,25 @@ def test_every_token_is_used_kept_or_thrown_away(setup: EpisodeSetup, partial: b
 
 @settings(max_examples=200)
 @given(st.data())
-def test_each_share_has_its_number_of_tasks_and_none_comes_twice(data: st.DataObject) -> None:
+def test_each_rank_gets_its_share_of_distinct_tasks(data: st.DataObject) -> None:
     tasks = [Task(f"t/train/{i}", "t", "train", "") for i in range(12)]
     shares = data.draw(st.integers(1, 4))
     drawn = data.draw(st.permutations(tasks))[: data.draw(st.integers(1, 8))]
     kept: list[list[Task]] = [[] for _ in range(shares)]
     for task in data.draw(st.permutations(tasks))[: data.draw(st.integers(0, 6))]:
         kept[data.draw(st.integers(0, shares - 1))].append(task)
-    hands = split_tasks(drawn, kept)
-    assert [len(hand) for hand in hands] == [len(drawn[index::shares]) for index in range(shares)]
-    dealt = [task for hand in hands for task in hand]
-    assert len(set(dealt)) == len(dealt)
-    for hand, mine in zip(hands, kept, strict=True):
-        assert hand[: len(mine)] == mine[: len(hand)], "what was kept goes on, where it was kept"
+    split = split_tasks(drawn, kept)
+    assert [len(share) for share in split] == [len(drawn[index::shares]) for index in range(shares)]
+    given = [task for share in split for task in share]
+    assert len(set(given)) == len(given)
+    for share, mine in zip(split, kept, strict=True):
+        assert share[: len(mine)] == mine[: len(share)], "kept tasks resume on the rank that kept them"
     if not any(kept):
-        assert hands == [drawn[index::shares] for index in range(shares)]
+        assert split == [drawn[index::shares] for index in range(shares)]
 
 
-def test_a_task_that_one_rank_kept_is_not_played_by_another(setup: EpisodeSetup) -> None:
-    """Two ranks with an engine each draw from seven tasks, so that what one kept is soon drawn again."""
+def test_task_kept_by_one_rank_is_not_played_by_another(setup: EpisodeSetup) -> None:
+    """Two ranks with one engine each draw from only seven tasks, so kept tasks are soon drawn again."""
     problems = list(registry.get("household").problems("train"))[:7]
     sampler = TaskSampler([TaskSource("household")], {"household": problems}, 0)
     changed = replace(setup, settings=replace(setup.settings, partial=True, oversample=1.5))
@@ -331,7 +331,7 @@ def test_a_task_that_one_rank_kept_is_not_played_by_another(setup: EpisodeSetup)
     assert all(len(set(places)) == len(places) >= 8 for places in played), played
 
 
-def test_partial_rollouts_need_oversampling_and_the_correction() -> None:
+def test_partial_rollouts_require_oversampling_and_correction() -> None:
     with pytest.raises(ConfigError, match=r"rollout\.oversample above 1"):
         validate(load("rulebook_easy", ["rollout.partial=true"]))
     with pytest.raises(ConfigError, match=r"algo\.mismatch_correction\.enabled=true"):

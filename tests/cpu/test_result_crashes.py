@@ -1,4 +1,4 @@
-"""Result folders whose writers are killed, meet each other, or may not write."""
+"""Result folders whose writers are killed, run concurrently, or lack permission."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from result_folders import write
 
 from icrl_megatron.utils import results
 
-REWRITES = """
+WRITES_REPEATEDLY = """
 import sys
 from pathlib import Path
 from icrl_megatron.utils import results
@@ -33,30 +33,32 @@ for number in range(first, 10**9):
 
 
 @pytest.mark.parametrize("mode", ["exchange", "two renames"])
-def test_killed_at_any_moment_old_or_new_is_there(mode: str, tmp_path: Path) -> None:
+def test_writer_killed_at_any_time_leaves_a_complete_result(mode: str, tmp_path: Path) -> None:
     target, appeared = tmp_path / "out", False
     for killed in range(8):
         process = subprocess.Popen(
-            [sys.executable, "-c", REWRITES, str(target), str(killed + 1), mode], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", WRITES_REPEATEDLY, str(target), str(killed + 1), mode],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         time.sleep(0.03 + 0.023 * killed)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        # Between two renames the old result is in the temporary folder, and the next writer puts it back.
+        # Between the two renames, the old result is in the temporary folder; the next writer restores it.
         aside = [p for p in tmp_path.glob(".out.*") if (p / "replaced").exists() or (p / "out" / "a").exists()]
         assert target.exists() or (mode == "two renames" and aside) or not appeared
         appeared = appeared or target.exists()
         if target.exists():
             assert len({(target / name).read_text() for name in ("a", "b", "c")}) == 1
     assert appeared
-    for left in tmp_path.glob(".out.*"):  # killed before it had locked its folder: only age tells
+    for left in tmp_path.glob(".out.*"):  # a writer that was killed before it took its lock: cleaned up by age
         os.utime(left, (0, 0))
     write(target, results.MODEL, "last")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
-DIES_BETWEEN = """
+EXITS_BETWEEN_RENAMES = """
 import os, sys
 from pathlib import Path
 from icrl_megatron.utils import results
@@ -72,10 +74,10 @@ with results.writing(target, results.MODEL) as folder:
 """
 
 
-def test_the_old_result_comes_back_after_a_crash_between_two_renames(tmp_path: Path) -> None:
+def test_old_result_is_restored_after_a_crash_between_renames(tmp_path: Path) -> None:
     target = tmp_path / "out"
     write(target, results.MODEL, "old")
-    assert python(DIES_BETWEEN, str(target))[0] == 9
+    assert python(EXITS_BETWEEN_RENAMES, str(target))[0] == 9
     assert not target.exists()
     with suppress(ZeroDivisionError), results.writing(target, results.MODEL):
         raise ZeroDivisionError
@@ -85,8 +87,8 @@ def test_the_old_result_comes_back_after_a_crash_between_two_renames(tmp_path: P
 
 @pytest.fixture
 def held(tmp_path: Path) -> Iterator[Path]:
-    """A target that a living process is writing."""
-    program = REWRITES.replace('for name in ("a", "b", "c"):', "sys.stdin.read()\n        for name in ('a',):")
+    """A target that a running process is writing."""
+    program = WRITES_REPEATEDLY.replace('for name in ("a", "b", "c"):', "sys.stdin.read()\n        for name in ('a',):")
     process = subprocess.Popen(
         [sys.executable, "-c", program.replace('print("ready", flush=True)', ""), str(tmp_path / "out"), "1", ""],
         stdin=subprocess.PIPE,
@@ -99,14 +101,14 @@ def held(tmp_path: Path) -> Iterator[Path]:
     process.communicate()
 
 
-def test_what_another_process_is_writing_stays(held: Path) -> None:
-    (theirs,) = held.parent.glob(".out.*")
+def test_folder_of_another_writer_is_kept(held: Path) -> None:
+    (other,) = held.parent.glob(".out.*")
     write(held, results.MODEL, "mine")
-    assert theirs.is_dir() and (held / "a.json").read_text() == "mine"
+    assert other.is_dir() and (held / "a.json").read_text() == "mine"
 
 
-def test_many_writers_of_one_target_leave_one_whole_result(tmp_path: Path) -> None:
-    program = REWRITES.replace("10**9", "first + 20")
+def test_concurrent_writers_leave_one_complete_result(tmp_path: Path) -> None:
+    program = WRITES_REPEATEDLY.replace("10**9", "first + 20")
     started = [
         subprocess.Popen(
             [sys.executable, "-c", program, str(tmp_path / "out"), str(100 * i), ""], stdout=subprocess.PIPE
@@ -166,7 +168,7 @@ except ConfigError as error:
 """
 
 
-def test_permissions_are_found_before_any_work(tmp_path: Path) -> None:
+def test_missing_permissions_are_found_before_any_work(tmp_path: Path) -> None:
     for folder in (tmp_path, *tmp_path.parents[:3]):  # pytest's own folders are private
         folder.chmod(0o755)
     (tmp_path / "shared").mkdir()

@@ -1,4 +1,4 @@
-"""Result folders: whatever is in the place of one stays, unless it is an unchanged earlier result of the same kind."""
+"""Result folders replace only unchanged earlier results of the same kind; anything else at the target is kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib.font_manager  # noqa: F401  (it writes its cache once, and not into a test's home)
+import matplotlib.font_manager  # noqa: F401  (writes its cache once, before tests change HOME)
 import pytest
 from disks import small_disk
 from result_folders import link, put, tree, write
@@ -24,7 +24,7 @@ KINDS = [results.MODEL, results.CHECKPOINT, results.EVALUATION, results.INDEX]
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working directory and a home of the test's own."""
+    """A separate working directory and HOME for each test."""
     for name in ("work", "home"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -32,11 +32,11 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
 
 
-# What a target may be, and what it may not.
+# Allowed and rejected targets.
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_a_result_appears_whole_and_replaces_its_earlier_self(kind: results.Kind, tmp_path: Path) -> None:
+def test_result_is_complete_and_replaces_an_earlier_one(kind: results.Kind, tmp_path: Path) -> None:
     target, sibling = tmp_path / "deep" / "er" / "out", tmp_path / "deep" / "er" / "out.part"
     write(target, kind, "one")
     sibling.write_text("mine")
@@ -49,7 +49,7 @@ def test_a_result_appears_whole_and_replaces_its_earlier_self(kind: results.Kind
     assert results.describe(target) == "2 files, 0.0 KiB"
 
 
-def test_an_empty_folder_is_a_target(tmp_path: Path) -> None:
+def test_empty_folder_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     write(tmp_path / "out", results.MODEL)
     assert (tmp_path / "out" / "a.json").read_text() == "new"
@@ -78,7 +78,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_somebody_put_into_a_result_is_not_deleted_with_it(change: str, tmp_path: Path) -> None:
+def test_changed_result_is_not_replaced(change: str, tmp_path: Path) -> None:
     target = write(tmp_path / "out", results.MODEL, "x" * 5_000_000 if change == "end_of_weights" else "new")
     CHANGES[change](target)
     before = tree(target)
@@ -89,7 +89,7 @@ def test_what_somebody_put_into_a_result_is_not_deleted_with_it(change: str, tmp
     assert (target / "a.json").read_text() == "later" and "notes.md" not in tree(target)
 
 
-def test_a_file_that_is_gone_from_a_result_is_no_loss(tmp_path: Path) -> None:
+def test_result_with_a_deleted_file_is_replaced(tmp_path: Path) -> None:
     write(tmp_path / "out", results.MODEL)
     (tmp_path / "out" / "a.json").unlink()
     write(tmp_path / "out", results.MODEL, "two")
@@ -101,7 +101,7 @@ EVAL = '{"successes": {}, "subsets": {}, "scores": [], "generated_tokens": 0}'
 
 
 @pytest.mark.parametrize(
-    ("kind", "files", "ours"),
+    ("kind", "files", "known"),
     [
         (results.CHECKPOINT, {"icrl.json": RECORD, "rank.safetensors": "", "model/config.json": ""}, True),
         (results.CHECKPOINT, {"icrl.json": RECORD, "rank.safetensors": "", "notes.md": "mine"}, False),
@@ -114,13 +114,13 @@ EVAL = '{"successes": {}, "subsets": {}, "scores": [], "generated_tokens": 0}'
         (results.MODEL, {"config.json": "{}", "model.safetensors": ""}, False),
     ],
 )  # fmt: skip
-def test_results_of_older_versions_have_no_marker(
-    kind: results.Kind, files: dict[str, str], ours: bool, tmp_path: Path
+def test_results_without_a_marker_are_replaced_only_if_recognized(
+    kind: results.Kind, files: dict[str, str], known: bool, tmp_path: Path
 ) -> None:
-    """Those that can be told with certainty are replaced; anybody's model folder looks like an old export."""
+    """Results of older versions have no marker. An old export cannot be told from any other model folder."""
     for name, text in files.items():
         put(tmp_path / "out" / name, text)
-    if ours:
+    if known:
         write(tmp_path / "out", kind)
         assert "a.json" in tree(tmp_path / "out")
     else:
@@ -129,7 +129,7 @@ def test_results_of_older_versions_have_no_marker(
         assert tree(tmp_path / "out").keys() >= files.keys() - {"model/config.json"}
 
 
-def test_a_target_that_changed_while_it_was_written_stays(tmp_path: Path) -> None:
+def test_target_that_appears_while_writing_is_kept(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with pytest.raises(ConfigError, match=r"notes\.md"), results.writing(target, results.MODEL) as folder:
         (folder / "a.json").write_text("new")
@@ -138,7 +138,7 @@ def test_a_target_that_changed_while_it_was_written_stays(tmp_path: Path) -> Non
     assert tree(target) == {"notes.md": "mine"}
 
 
-def test_a_block_that_fails_leaves_the_old_result_and_nothing_else(tmp_path: Path) -> None:
+def test_failed_write_leaves_only_the_old_result(tmp_path: Path) -> None:
     write(tmp_path / "out", results.MODEL, "old")
     before = tree(tmp_path)
     with pytest.raises(ZeroDivisionError), results.writing(tmp_path / "out", results.MODEL) as folder:
@@ -147,11 +147,11 @@ def test_a_block_that_fails_leaves_the_old_result_and_nothing_else(tmp_path: Pat
     assert tree(tmp_path) == before
 
 
-# Every command, against every target that it must refuse.
+# Every command with every target that it must reject.
 
 
 def _source(tmp_path: Path) -> Path:
-    """Reads like a model to `icrl eval`, and holds what an import and an export read."""
+    """A folder that `icrl eval`, import and export accept as their source."""
     return put(tmp_path / "models" / "mine" / "config.json", "{}").parent
 
 
@@ -168,7 +168,7 @@ def _fifo(tmp_path: Path) -> Path:
 
 
 def _the_weights_of_the_source(tmp_path: Path) -> Path:
-    """A model in the cache of its hub is a folder of links."""
+    """A model in the Hugging Face cache is a folder of links."""
     weights = put(tmp_path / "blobs" / "1234")
     link(tmp_path / "models" / "mine" / "model.safetensors", weights)
     return weights.parent
@@ -205,19 +205,19 @@ NEVER: Makes = {
     "a_checkpoint": lambda path: put(path / "step_000004" / "icrl.json", RECORD).parent,
     "inside_a_checkpoint": lambda path: put(path / "step_000004" / "icrl.json", RECORD).with_name("out"),
 }
-ON_PURPOSE: Makes = {
+WITH_OVERWRITE: Makes = {
     "collection": _collection,
     "run": _run,
     "hidden": lambda path: put(path / "target" / ".git").parent,
     "other_result": lambda path: write(path / "target", results.INDEX),
 }
-MAKES = NEVER | ON_PURPOSE
+MAKES = NEVER | WITH_OVERWRITE
 Refused = Callable[..., str]
 
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """What a refused command says; it must be one line, and come before torch."""
+    """Runs a command that must fail and returns its message: one line, before torch is imported."""
     late = ("icrl_megatron.actor.convert", "icrl_megatron.engines.local")
 
     def run(*arguments: str) -> str:
@@ -238,30 +238,32 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize("overwrite", [False, True], ids=["", "overwrite"])
 @pytest.mark.parametrize("made", NEVER)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_refused_always(command: str, made: str, overwrite: bool, tmp_path: Path, refused: Refused) -> None:
+def test_target_is_rejected_even_with_overwrite(
+    command: str, made: str, overwrite: bool, tmp_path: Path, refused: Refused
+) -> None:
     source, target = _source(tmp_path), NEVER[made](tmp_path)
     before = tree(tmp_path) if made != "fifo" else {}
     assert str(target) in refused(*COMMANDS[command](source, target), *(["--overwrite"] if overwrite else []))
     assert made == "fifo" or tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("made", ON_PURPOSE)
+@pytest.mark.parametrize("made", WITH_OVERWRITE)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_refused_without_overwrite(command: str, made: str, tmp_path: Path, refused: Refused) -> None:
-    source, target = _source(tmp_path), ON_PURPOSE[made](tmp_path)
+def test_target_is_rejected_without_overwrite(command: str, made: str, tmp_path: Path, refused: Refused) -> None:
+    source, target = _source(tmp_path), WITH_OVERWRITE[made](tmp_path)
     before = tree(tmp_path)
-    said = refused(*COMMANDS[command](source, target))
-    assert str(target) in said and "choose another folder" in said and "--overwrite" in said
+    message = refused(*COMMANDS[command](source, target))
+    assert str(target) in message and "choose another folder" in message and "--overwrite" in message
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("made", ON_PURPOSE)
-def test_overwrite_is_on_purpose(made: str, tmp_path: Path) -> None:
-    target = write(ON_PURPOSE[made](tmp_path), results.MODEL, overwrite=True)
+@pytest.mark.parametrize("made", WITH_OVERWRITE)
+def test_overwrite_replaces_the_target(made: str, tmp_path: Path) -> None:
+    target = write(WITH_OVERWRITE[made](tmp_path), results.MODEL, overwrite=True)
     assert tree(target).keys() == {".icrl-result", "a.json", "inner", "inner/b.txt"}
 
 
-def test_an_import_stays_beside_other_steps(tmp_path: Path) -> None:
+def test_import_keeps_other_steps(tmp_path: Path) -> None:
     root, source = tmp_path / "checkpoints", _source(tmp_path)
     for step in ("step_000020", "step_000040.part"):
         (root / step).mkdir(parents=True)
@@ -278,7 +280,7 @@ def test_an_import_stays_beside_other_steps(tmp_path: Path) -> None:
         results.check_import(root, source)
 
 
-def test_a_mount_point_is_named(tmp_path: Path) -> None:
+def test_mount_point_is_rejected(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 64) as disk:
         with pytest.raises(ConfigError, match="a mount point, which cannot be replaced; name a folder inside it"):
             write(disk, results.MODEL)
@@ -294,7 +296,7 @@ PICTURE = ["plan", "qwen3_8b_alfworld_4xh100", "--picture"]
     ("made", "never"), [("file", False), ("link_to_nothing", True), ("collection", True), ("fifo", True)]
 )
 @pytest.mark.parametrize("command", ["report", "plan"])
-def test_a_page_or_picture_replaces_no_other_file(
+def test_page_or_picture_does_not_replace_other_files(
     command: str, made: str, never: bool, tmp_path: Path, refused: Refused
 ) -> None:
     target = MAKES[made](tmp_path)
@@ -307,7 +309,7 @@ def test_a_page_or_picture_replaces_no_other_file(
     assert made == "fifo" or tree(tmp_path) == before
 
 
-def test_earlier_pictures_and_pages_are_recognised(tmp_path: Path) -> None:
+def test_earlier_pictures_and_pages_are_recognized(tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 
     from icrl_megatron.plan.scaling import require_writable
@@ -324,23 +326,21 @@ def test_earlier_pictures_and_pages_are_recognised(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["ablation.md", "ablation.png", "ablation.json"])
-def test_a_table_of_arms_replaces_no_other_file(name: str, tmp_path: Path, refused: Refused) -> None:
+def test_table_of_arms_does_not_replace_other_files(name: str, tmp_path: Path, refused: Refused) -> None:
     put(tmp_path / name, "{}")
     arms = ("ablate", "rulebook_easy", "--arms", "icrl", "--table", "--out")
     assert f"no ablation wrote its {name}" in refused(*arms, str(tmp_path))
     assert "a file, and the runs need a folder" in refused(*arms, str(tmp_path / name))
 
 
-# A run's own folder.
+# Run folders.
 
 TRAIN = ["train", "rulebook_easy", "--dry-run"]
 
 
 @pytest.mark.parametrize("where", ["hf", "baseline_grpo/hf"])
-@pytest.mark.parametrize("made", ["file", "link_to_folder", "link_to_nothing", *ON_PURPOSE])
-def test_a_run_finds_at_its_start_what_its_end_would_replace(
-    where: str, made: str, tmp_path: Path, refused: Refused
-) -> None:
+@pytest.mark.parametrize("made", ["file", "link_to_folder", "link_to_nothing", *WITH_OVERWRITE])
+def test_run_checks_its_export_folder_at_the_start(where: str, made: str, tmp_path: Path, refused: Refused) -> None:
     run = tmp_path / "run"
     (run / where).parent.mkdir(parents=True)
     MAKES[made](tmp_path).rename(run / where)
@@ -349,7 +349,7 @@ def test_a_run_finds_at_its_start_what_its_end_would_replace(
     assert tree(tmp_path) == before
 
 
-def test_a_run_goes_on_beside_its_own_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_resumes_with_its_own_export_present(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "run" / "hf", results.MODEL)
     monkeypatch.setattr(sys, "argv", ["icrl", *TRAIN, f"run_dir={tmp_path / 'run'}"])
     with pytest.raises(SystemExit) as ended:
@@ -361,7 +361,7 @@ def test_a_run_goes_on_beside_its_own_export(tmp_path: Path, monkeypatch: pytest
     "name", ["metrics.jsonl", "rollouts", "tensorboard", "report.json", "learning_curve.png", "task_success.jsonl",
              "control_before.json", "control_after.json"]
 )  # fmt: skip
-def test_a_run_begins_in_no_folder_with_files_of_its_names(name: str, tmp_path: Path, refused: Refused) -> None:
+def test_run_rejects_a_folder_with_files_of_its_names(name: str, tmp_path: Path, refused: Refused) -> None:
     run = put(tmp_path / "run" / name).parent
     said = refused(*TRAIN, f"run_dir={run}")
     assert f"it holds {name} but no settings.yaml" in said and "choose another run_dir" in said

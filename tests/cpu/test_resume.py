@@ -1,4 +1,4 @@
-"""What may change in a run that goes on, what may not and why, and what the run folder keeps of it."""
+"""Which settings may change when a run resumes, why others may not, and the record of changes in the run folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from icrl_megatron.utils.errors import ConfigError
 
 
 def leaves() -> list[str]:
-    """Every setting that is no section."""
+    """Every setting that is not a section."""
     known = S.field_types()
     return [name for name in known if not any(other.startswith(f"{name}.") for other in known)]
 
@@ -49,7 +49,7 @@ def test_every_setting_has_a_rule_and_every_rule_a_setting() -> None:
         "steps=999",
     ],
 )
-def test_what_does_not_change_the_checkpoints_may_change(tmp_path: Path, override: str) -> None:
+def test_allowed_changes_are_adopted_and_reported(tmp_path: Path, override: str) -> None:
     begin(tmp_path)
     validate(again(tmp_path, override))
     (line, *_) = adopt(again(tmp_path, override), tmp_path)
@@ -74,7 +74,7 @@ def test_what_does_not_change_the_checkpoints_may_change(tmp_path: Path, overrid
         ("start_from=elsewhere", "resumes from its own checkpoints"),
     ],
 )
-def test_what_cannot_change_says_why_and_what_to_do(tmp_path: Path, override: str, why: str) -> None:
+def test_forbidden_changes_are_rejected_with_reason_and_remedy(tmp_path: Path, override: str, why: str) -> None:
     begin(tmp_path)
     with pytest.raises(ConfigError) as caught:
         validate(again(tmp_path, override, "steps=9"))
@@ -84,14 +84,14 @@ def test_what_cannot_change_says_why_and_what_to_do(tmp_path: Path, override: st
     assert f"begin a new run with another run_dir; start_from={tmp_path / 'checkpoints'}" in message
 
 
-def test_a_refused_setting_is_named_before_a_combination_with_it_is_judged(tmp_path: Path) -> None:
-    """The remedies of combinations can then be followed: all of their settings may change."""
+def test_forbidden_change_is_reported_before_invalid_combinations(tmp_path: Path) -> None:
+    """Otherwise the remedy for a combination could name a setting that cannot change."""
     begin(tmp_path)
     with pytest.raises(ConfigError, match=r"algo\.shaping_gamma \(was 0\.0, now 0\.1\): it is part of the algorithm"):
         validate(again(tmp_path, "algo.shaping_gamma=0.1"))
 
 
-def test_every_change_is_kept_once(tmp_path: Path) -> None:
+def test_every_change_is_recorded_once(tmp_path: Path) -> None:
     begun = begin(tmp_path)
     changed = again(tmp_path, "optim.learning_rate=0.5", "max_generated_tokens=7")
     assert adopt(changed, tmp_path) == [
@@ -113,12 +113,12 @@ def test_every_change_is_kept_once(tmp_path: Path) -> None:
     ]
     assert {"tasks.sources.0.name", "tasks.sources.1.name"} <= {r["name"] for r in rows if r["step"] == 999_999}
     assert all(r["time"].endswith("Z") for r in rows)
-    # What the steps up to a change were made with, whatever was tried in between.
+    # The settings of the steps before each change, without settings that no step used.
     rate = begun.optim.learning_rate
     assert [s.optim.learning_rate for s in earlier(tmp_path)] == [rate, 0.25, rate]
 
 
-def test_everything_may_change_before_anything_was_made(tmp_path: Path) -> None:
+def test_everything_may_change_before_the_first_step(tmp_path: Path) -> None:
     begun = S.load("quickstart", [f"run_dir={tmp_path}"])
     S.save(begun, tmp_path / S.SAVED_NAME)
     (tmp_path / "control_before.json").write_text("{}")
@@ -127,11 +127,11 @@ def test_everything_may_change_before_anything_was_made(tmp_path: Path) -> None:
     validate(other)
     assert adopt(other, tmp_path) == []
     assert not (tmp_path / "settings_changes.jsonl").exists()
-    # The next start must not take what the other settings left for its own.
+    # Files from the earlier settings must not be reused.
     assert not (tmp_path / "control_before.json").exists() and not (tmp_path / "warm_start" / "random").exists()
 
 
-def test_the_warm_start_may_change_until_it_is_over_and_the_algorithm_until_training_began(tmp_path: Path) -> None:
+def test_settings_of_later_phases_may_change(tmp_path: Path) -> None:
     begun = S.load("quickstart", [f"run_dir={tmp_path}"])
     S.save(begun, tmp_path / S.SAVED_NAME)
     (tmp_path / "warm_start" / "checkpoints" / "step_000050").mkdir(parents=True)
@@ -150,7 +150,7 @@ def test_the_warm_start_may_change_until_it_is_over_and_the_algorithm_until_trai
     assert (tmp_path / "warm_start" / "random").exists()
 
 
-def test_steps_without_a_checkpoint_count_as_begun(tmp_path: Path) -> None:
+def test_run_with_steps_but_no_checkpoint_counts_as_begun(tmp_path: Path) -> None:
     begun = S.load("quickstart", [f"run_dir={tmp_path}"])
     S.save(begun, tmp_path / S.SAVED_NAME)
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
@@ -160,7 +160,7 @@ def test_steps_without_a_checkpoint_count_as_begun(tmp_path: Path) -> None:
         check_resume(begun, again(tmp_path, "seed=5"), tmp_path)
 
 
-def test_rows_that_were_trained_on_before_a_change_are_never_held_out(tmp_path: Path) -> None:
+def test_rows_trained_on_before_a_change_cannot_be_held_out(tmp_path: Path) -> None:
     first, second, held = (write_rows(tmp_path / f"{name}.jsonl", start) for name, start in
                            (("first", 0), ("second", 10), ("held", 20)))  # fmt: skip
     run = tmp_path / "run"
@@ -178,5 +178,5 @@ def test_rows_that_were_trained_on_before_a_change_are_never_held_out(tmp_path: 
     asked.tasks.sources = [ToolsSource("math", data=asked.tasks.sources[0].data)]
     with pytest.raises(ConfigError, match="is a training problem too"):
         problems(asked, S.load_saved(run / S.SAVED_NAME), ("test",), None, earlier(run))
-    Path(first).rename(tmp_path / "moved.jsonl")  # rows that are gone cannot be compared
+    Path(first).rename(tmp_path / "moved.jsonl")  # deleted rows cannot be compared
     validate(again(run, sources(second, str(tmp_path / "moved.jsonl"))))

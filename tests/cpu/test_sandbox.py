@@ -1,4 +1,4 @@
-"""The sandbox against programs that mean harm, each really run in it; and where it cannot be made."""
+"""The sandbox: malicious programs that really run in it, and machines where it cannot be created."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def run(box: Sandbox, program: str, stdin: str = "") -> Ran:
     return ran
 
 
-# Hostile programs
+# Malicious programs
 
 
 @sandboxed
-def test_a_program_reads_and_prints(box: Sandbox) -> None:
+def test_program_reads_and_prints(box: Sandbox) -> None:
     ran = run(box, "import sys\nprint(sum(map(int, sys.stdin.read().split())))", "1 2\n3\n")
     assert ran == Ran("done", b"6\n", b"", b"")
     failed = run(box, "print('so far')\n1 / 0")
@@ -53,17 +53,17 @@ def test_a_program_reads_and_prints(box: Sandbox) -> None:
     ],
     ids=["fork bomb", "subprocess", "multiprocessing", "spawn"],
 )
-def test_no_processes(box: Sandbox, program: str) -> None:
+def test_no_process_can_be_started(box: Sandbox, program: str) -> None:
     ran = run(box, program)
     assert ran.end == "failed" and b"Operation not permitted" in ran.errors
 
 
 @sandboxed
-def test_threads_work_and_a_bomb_of_them_ends(box: Sandbox) -> None:
+def test_threads_work_and_endless_threads_are_stopped(box: Sandbox) -> None:
     program = "import threading\nt = threading.Thread(target=print, args=('here',)); t.start(); t.join()"
     assert run(box, program).output == b"here\n"
-    bomb = "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(999,)).start()"
-    ran = run(box, bomb)
+    endless = "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(999,)).start()"
+    ran = run(box, endless)
     assert ran.end in ("failed", "cpu", "clock")
 
 
@@ -72,13 +72,13 @@ def test_threads_work_and_a_bomb_of_them_ends(box: Sandbox) -> None:
     "program",
     ["x = bytearray(1 << 30)", "x = []\nwhile True: x.append(bytes(1 << 20))", "x = 'a' * (1 << 30)\nprint(len(x))"],
 )
-def test_a_gigabyte_is_refused(box: Sandbox, program: str) -> None:
+def test_large_allocations_fail(box: Sandbox, program: str) -> None:
     ran = run(box, program)
     assert ran.end == "failed" and b"MemoryError" in ran.errors
 
 
 @sandboxed
-def test_no_memory_beside_that_which_is_counted(box: Sandbox) -> None:
+def test_files_and_raised_limits_give_no_extra_memory(box: Sandbox) -> None:
     written = (
         "import os\nfor i in range(99):\n  with open(f'/tmp/{i}', 'wb') as f:\n    f.write(bytes(1 << 20))\n  print(i)"
     )
@@ -91,7 +91,7 @@ def test_no_memory_beside_that_which_is_counted(box: Sandbox) -> None:
 
 @sandboxed
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_endless_output_is_cut_off(box: Sandbox, stream: str) -> None:
+def test_endless_output_ends_the_program(box: Sandbox, stream: str) -> None:
     begun = time.monotonic()
     assert run(box, f"import sys\nwhile True: sys.{stream}.write('y' * 65536)").end == "output"
     assert time.monotonic() - begun < LIMITS.clock_s
@@ -107,7 +107,7 @@ def test_the_host_cannot_be_read(box: Sandbox, path: str) -> None:
 
 
 @sandboxed
-def test_what_is_there_is_python_and_nothing_of_this_repository(box: Sandbox) -> None:
+def test_sandbox_contains_python_but_not_this_repository(box: Sandbox) -> None:
     program = "import os\nfor root, _, files in os.walk('/'):\n  for f in files: print(os.path.join(root, f))"
     seen = run(box, program).output.decode().splitlines()
     places = ("/python/", "/usr/lib", "/lib", "/dev/", "/program.py", "/guest.py")
@@ -125,7 +125,7 @@ def test_nothing_outside_can_be_written(box: Sandbox, path: str) -> None:
 
 
 @sandboxed
-def test_what_one_program_writes_no_other_reads(box: Sandbox) -> None:
+def test_files_of_one_program_are_invisible_to_others(box: Sandbox) -> None:
     name = f"mine_{os.getpid()}"
     assert run(box, f"open('/tmp/{name}', 'w').write('x')\nprint(open('{name}').read())").output == b"x\n"
     assert run(box, "import os\nprint(os.listdir('/tmp'))").output == b"[]\n"
@@ -144,7 +144,7 @@ def test_no_network(box: Sandbox) -> None:
 
 
 @sandboxed
-def test_time_on_the_processor_and_on_the_clock(box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_time_and_wall_time_are_limited(box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     spin = "while True: pass"
     assert run(box, spin).end in ("cpu", "clock")
     stubborn = f"import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\n{spin}"
@@ -153,13 +153,13 @@ def test_time_on_the_processor_and_on_the_clock(box: Sandbox, monkeypatch: pytes
     quick = Sandbox(SandboxLimits(1.0, 256 << 20))
     begun = time.monotonic()
     assert run(quick, "import time\ntime.sleep(3600)").end == "clock"
-    # Closed pipes are no end.
+    # Closing the pipes does not end the run.
     assert run(quick, "import os, time\nfor fd in range(64):\n  try: os.close(fd)\n  except OSError: pass\ntime.sleep(99)").end == "clock"  # fmt: skip  # noqa: E501
     assert time.monotonic() - begun < 60
 
 
 @sandboxed
-def test_parents_survive(box: Sandbox) -> None:
+def test_program_cannot_kill_other_processes(box: Sandbox) -> None:
     program = (
         "import os, signal\n"
         "for pid in (os.getppid(), 1, 0, -1):\n"
@@ -175,7 +175,7 @@ def test_parents_survive(box: Sandbox) -> None:
 
 
 @sandboxed
-def test_system_calls_that_are_denied(box: Sandbox) -> None:
+def test_dangerous_system_calls_are_denied(box: Sandbox) -> None:
     numbers = {"unshare": 272, "ptrace": 101, "io_uring_setup": 425, "shmget": 29, "clone3": 435, "x32": 0x40000039}
     if platform.machine() != "x86_64":
         numbers = {"unshare": 97, "ptrace": 117, "io_uring_setup": 425, "shmget": 194, "clone3": 435}
@@ -188,7 +188,7 @@ def test_system_calls_that_are_denied(box: Sandbox) -> None:
 
 
 @sandboxed
-def test_a_killed_trainer_leaves_no_program_behind() -> None:
+def test_program_ends_when_the_trainer_is_killed() -> None:
     mark = f"left_{os.getpid()}"
     script = (
         "from icrl_megatron.utils.sandbox import Sandbox, SandboxLimits\n"
@@ -222,7 +222,7 @@ def test_a_killed_trainer_leaves_no_program_behind() -> None:
     assert not started & set(alive())
 
 
-# Where it cannot be made
+# Machines where it cannot be created
 
 
 def fake(folder: Path, script: str) -> None:
@@ -237,7 +237,7 @@ def fake(folder: Path, script: str) -> None:
         ("exit 0", "user namespaces"),
     ],
 )
-def test_it_is_refused_where_no_namespaces_can_be_made(
+def test_missing_namespaces_are_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, part: str
 ) -> None:
     fake(tmp_path, script)
@@ -245,12 +245,12 @@ def test_it_is_refused_where_no_namespaces_can_be_made(
     box = Sandbox(LIMITS)
     with pytest.raises(ConfigError, match=part):
         box.check()
-    # During a run it costs the episode, and is no verdict.
+    # During a run, this costs the episode; it is not a verdict on the program.
     with pytest.raises(EnvironmentFailure):
         box.run("print(1)")
 
 
-def test_a_missing_libseccomp_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_libseccomp_is_rejected_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyseccomp", None)
     with pytest.raises(ConfigError, match="apt-get install libseccomp2"):
         seccomp_filter()

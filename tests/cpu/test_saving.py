@@ -1,15 +1,15 @@
-"""A run that ends with an error has saved its last completed step, and the same command goes on from there."""
+"""A run that fails saves its last completed step, and the same command resumes from there."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from whole_runs import Ended, batch, rows, train
+from disks import small_disk
+from whole_runs import Batch, batch, from_model, rows, train
 
 from icrl_megatron.actor import manifest
 from icrl_megatron.run.state import NEWEST_ROWS
@@ -34,21 +34,17 @@ FAULTS = {
     "nan@2": "error: step 2: all 8 episodes were lost",
     "score@2": "MemoryError: no memory is left",
 }
-"""Each in the third of three steps, before its update, with the last line that the run must end with."""
+"""Fault in the third of three steps, before its update -> text that the run's error must contain."""
 
 
-@dataclass(frozen=True)
-class Ran:
-    folder: Path
-    ended: dict[str, Ended]
-
+class Ran(Batch):
     def checkpoints(self, name: str) -> list[str]:
         return sorted(p.name for p in (self.folder / name / "checkpoints").glob("*"))
 
     def saved(self, name: str, step: int) -> tuple[manifest.SavedProgress, dict[str, manifest.FileRecord]]:
-        """What a checkpoint says and holds, by checksum; everything but which run it is of."""
+        """Progress and file checksums of a checkpoint, without the id of its run."""
         found = manifest.read(self.folder / name / "checkpoints" / step_name(step))
-        # The rows of the step hold wall-clock times.
+        # The rows of the step contain wall-clock times.
         return found.progress, {name: of for name, of in found.files.items() if name != NEWEST_ROWS}
 
     def rows(self, name: str) -> list[Row]:
@@ -61,7 +57,7 @@ def at(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def start(finished_run: Path) -> list[str]:
-    return [f"model.path={finished_run / 'warm_start' / 'hf'}", "warm_start.steps=0", *SMALL]
+    return [*from_model(finished_run), *SMALL]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +71,7 @@ def ran(start: list[str], tmp_path_factory: pytest.TempPathFactory) -> Ran:
         "whole": of("whole", ALWAYS, NOT_EVALUATED),
         "evaluated": of("evaluated", ALWAYS, EVALUATED),
         "partial": of("partial", ALWAYS, NOT_EVALUATED, *PARTIAL),
-        # The fault that never comes still makes rewards differ, which those of this model do not.
+        # The fault at step 9 never happens, but it makes rewards differ, unlike those of this model.
         "strict": ["fault=flat@9", *of("strict", ALWAYS, *STRICT)],
         "flat@2": ["fault=flat@2", *of("flat@2", NEVER, *STRICT)],
         "flat@2 again": ["fault=flat@9", *of("flat@2", NEVER, *STRICT)],
@@ -94,12 +90,12 @@ def ran(start: list[str], tmp_path_factory: pytest.TempPathFactory) -> Ran:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_any_error_before_the_update_saves_the_last_completed_step(ran: Ran, name: str) -> None:
-    """What is saved is what saving at every step would have written; the run then ends as if nothing had been."""
+def test_error_before_the_update_saves_the_last_completed_step(ran: Ran, name: str) -> None:
+    """The checkpoint equals one of a run that saves every step; the resumed run ends like an uninterrupted one."""
     ended = ran.ended[name]
     assert ended.code != 0
     assert FAULTS[name] in ended.error
-    assert "saved step 2, the last completed one" in " ".join(ended.error.split())
+    assert "saved step 2, the last completed one" in ended.said
     assert ran.saved(at(name), 2) == ran.saved("whole", 2)
     again = ran.ended[f"{name} again"]
     assert again.code == 0, again.error
@@ -108,17 +104,17 @@ def test_any_error_before_the_update_saves_the_last_completed_step(ran: Ran, nam
     assert ran.saved(at(name), 3) == ran.saved("whole", 3)
 
 
-def test_a_batch_without_signal_costs_no_step_and_its_tokens_are_counted_once(ran: Ran) -> None:
+def test_batch_without_signal_is_replayed_and_counted_once(ran: Ran) -> None:
     ended = ran.ended["flat@2"]
     assert ended.code == 1
     assert "error: step 2: no reward differed inside any group in 3 batches" in ended.error
-    assert "saved step 2, the last completed one" in " ".join(ended.error.split())
+    assert "saved step 2, the last completed one" in ended.said
     assert ran.saved(at("flat@2"), 2) == ran.saved("strict", 2)
     assert ran.ended["flat@2 again"].code == 0, ran.ended["flat@2 again"].error
     assert ran.rows(at("flat@2")) == ran.rows("strict")
 
 
-def test_what_was_cut_off_is_saved_as_it_was_before_the_failed_step_went_on_with_it(ran: Ran) -> None:
+def test_interrupted_episodes_are_saved_as_before_the_failed_step(ran: Ran) -> None:
     name = at("partial engine@2")
     assert ran.ended["partial engine@2"].code == 1
     assert ran.saved(name, 2) == ran.saved("partial", 2)
@@ -127,10 +123,10 @@ def test_what_was_cut_off_is_saved_as_it_was_before_the_failed_step_went_on_with
     assert ran.rows(name) == ran.rows("partial")
 
 
-def test_a_step_whose_evaluation_failed_is_saved_and_only_evaluated_again(ran: Ran) -> None:
+def test_step_with_a_failed_evaluation_is_saved_and_only_reevaluated(ran: Ran) -> None:
     name = at("heldout@2")
     assert ran.ended["heldout@2"].code == 1
-    assert "saved step 2, the last completed one" in " ".join(ran.ended["heldout@2"].error.split())
+    assert "saved step 2, the last completed one" in ran.ended["heldout@2"].said
     saved, expected = ran.saved(name, 2), ran.saved("evaluated", 2)
     assert saved[0] == expected[0]
     assert {k: v for k, v in saved[1].items() if k != "row.json"} == expected[1]
@@ -140,30 +136,30 @@ def test_a_step_whose_evaluation_failed_is_saved_and_only_evaluated_again(ran: R
 
 
 @pytest.mark.parametrize("name", ["update@2", "dump@2"])
-def test_weights_that_an_update_began_to_change_are_not_saved(ran: Ran, name: str) -> None:
+def test_partially_updated_weights_are_not_saved(ran: Ran, name: str) -> None:
     assert ran.ended[name].code == 1
-    said = " ".join(ran.ended[name].error.split())
+    said = ran.ended[name].said
     assert "an update had begun to change the weights, so nothing was saved; there is no checkpoint yet" in said
     assert ran.ended[f"{name} again"].code == 0, ran.ended[f"{name} again"].error
     assert ran.rows(at(name)) == ran.rows("whole")
     assert ran.checkpoints(at(name)) == ["step_000003"]
 
 
-def test_an_error_in_the_first_step_saves_nothing_and_says_nothing_of_it(ran: Ran) -> None:
+def test_error_in_the_first_step_saves_nothing(ran: Ran) -> None:
     assert ran.ended["engine@0"].code == 1
     assert "saved" not in ran.ended["engine@0"].error
     assert ran.ended["engine@0 again"].code == 0
     assert ran.rows(at("engine@0")) == ran.rows("whole")
 
 
-def test_the_warm_start_saves_its_last_completed_step(finished_run: Path, tmp_path: Path) -> None:
-    """`finished_run` has the same warm start, undisturbed."""
+def test_warm_start_saves_its_last_completed_step(finished_run: Path, tmp_path: Path) -> None:
+    """`finished_run` has the same warm start without a fault."""
     folder = tmp_path / "run"
     command = train(folder, "warm_start.steps=12", "warm_start.episodes_per_step=32", "launch.device=cpu", NEVER)
     command[0] = "sft"
     ended = batch(tmp_path, {"fails": ["fault=sft@5", *command], "goes on": command})
     assert ended["fails"].code == 1
-    assert "saved step 5, the last completed one" in " ".join(ended["fails"].error.split())
+    assert "saved step 5, the last completed one" in ended["fails"].said
     assert ended["goes on"].code == 0, ended["goes on"].error
     assert f"resuming from {folder}" in "".join(ended["goes on"].error.split("\n"))
     assert rows(folder / "warm_start") == rows(finished_run / "warm_start")
@@ -171,7 +167,7 @@ def test_the_warm_start_saves_its_last_completed_step(finished_run: Path, tmp_pa
     assert (folder / weights).read_bytes() == (finished_run / weights).read_bytes()
 
 
-GONE = {
+LOST = {
     "records": "all checkpoints are damaged",
     "checkpoints": "step 3 was saved, and no checkpoint is there now",
     "all but metrics": "neither checkpoints nor a readable progress.json",
@@ -192,19 +188,19 @@ def lose(run: Path, what: str) -> None:
         (run / "metrics.jsonl").unlink()
 
 
-def test_a_run_that_lost_its_checkpoints_does_not_begin_again(ran: Ran, start: list[str], tmp_path: Path) -> None:
-    """It stays as it is; with the checkpoints back it goes on. Without metrics it goes on, too."""
+def test_run_that_lost_its_checkpoints_does_not_start_over(ran: Ran, start: list[str], tmp_path: Path) -> None:
+    """It is left unchanged, and resumes once the checkpoints are restored. A run without metrics resumes too."""
     commands = {}
-    for what in (*GONE, "metrics", "newest"):
+    for what in (*LOST, "metrics", "newest"):
         shutil.copytree(ran.folder / "whole", tmp_path / what)
         commands[what] = train(tmp_path / what, *start, ALWAYS, NOT_EVALUATED, "steps=4")
-        if what in GONE:
+        if what in LOST:
             lose(tmp_path / what, what)
     (tmp_path / "metrics" / "metrics.jsonl").unlink()
     shutil.rmtree(tmp_path / "newest" / "checkpoints" / "step_000003")
-    files = {what: sorted(p for p in (tmp_path / what).rglob("*") if p.is_file()) for what in GONE}
+    files = {what: sorted(p for p in (tmp_path / what).rglob("*") if p.is_file()) for what in LOST}
     ended = batch(tmp_path, commands)
-    for what, message in GONE.items():
+    for what, message in LOST.items():
         assert ended[what].code == 2, (what, ended[what].error)
         (line,) = [line for line in ended[what].error.splitlines() if line.startswith("error: ")]
         assert message in line and "begin a new run with another run_dir" in line, line
@@ -212,17 +208,17 @@ def test_a_run_that_lost_its_checkpoints_does_not_begin_again(ran: Ran, start: l
         assert not left, left
     assert (ended["metrics"].code, ended["newest"].code) == (0, 0), ended
     assert ended["newest"].error.count("resuming from") == 1
-    assert "step 3 was saved last and is missing" in " ".join(ended["newest"].error.split())
+    assert "step 3 was saved last and is missing" in ended["newest"].said
     assert rows(tmp_path / "metrics")[2:] == rows(tmp_path / "newest")[4:]
-    assert rows(tmp_path / "metrics")[0] == rows(tmp_path / "newest")[3]  # the checkpoint brings its own rows along
+    assert rows(tmp_path / "metrics")[0] == rows(tmp_path / "newest")[3]  # the checkpoint contains the rows of its step
     shutil.copytree(ran.folder / "whole" / "checkpoints", tmp_path / "all but metrics" / "checkpoints")
     back = batch(tmp_path, {"back": commands["all but metrics"]})["back"]
     assert back.code == 0, back.error
     assert rows(tmp_path / "all but metrics")[-2:] == rows(tmp_path / "newest")[-2:]
 
 
-def test_a_run_and_its_checkpoints_need_the_models_folder_no_more(finished_run: Path, tmp_path: Path) -> None:
-    """It goes away after the first step. Only what needs the starting weights again says so."""
+def test_model_folder_is_not_needed_after_the_first_checkpoint(finished_run: Path, tmp_path: Path) -> None:
+    """The folder is deleted after the first step. Only commands that need the initial weights fail, with a message."""
     model = tmp_path / "model"
     shutil.copytree(finished_run / "warm_start" / "hf", model)
     (model / "additional_chat_templates").mkdir()
@@ -260,21 +256,16 @@ def test_a_run_and_its_checkpoints_need_the_models_folder_no_more(finished_run: 
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 3 MiB, for two checkpoints of 1.2 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("cannot mount here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 3 MiB; two checkpoints of 1.2 MiB fit."""
+    with small_disk(tmp_path / "disk", 3 * 1024) as disk:
+        yield disk
 
 
-def test_a_full_disk_costs_no_checkpoint_and_more_space_is_all_it_takes(
-    ran: Ran, start: list[str], small_disk: Path, tmp_path: Path
+def test_full_disk_keeps_checkpoints_and_the_run_resumes_with_more_space(
+    ran: Ran, start: list[str], disk: Path, tmp_path: Path
 ) -> None:
-    run = small_disk / "run"
+    run = disk / "run"
     command = train(run, *start, ALWAYS, NOT_EVALUATED, "checkpoint.keep=2")
     full = batch(tmp_path, {"full": command})["full"]
     assert full.code == 2
@@ -283,7 +274,7 @@ def test_a_full_disk_costs_no_checkpoint_and_more_space_is_all_it_takes(
     assert "it needs" in line and "are free; free some space there" in line
     left = sorted(p.name for p in (run / "checkpoints").iterdir())
     assert left and all(step_of(name) is not None for name in left)
-    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
     again = batch(tmp_path, {"again": command})["again"]
     assert again.code == 0, again.error
     assert f"{left[-1]}" in again.error

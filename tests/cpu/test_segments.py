@@ -1,4 +1,4 @@
-"""Replies split into agents, and the agents' colors: contrast, color blindness and terminals."""
+"""Replies split by agent, and the agents' colors: contrast, color blindness and terminals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def parts(reply: str) -> list[tuple[str, str, str]]:
     return [(s.agent, s.kind, s.text) for s in split(reply, TOOLS)]
 
 
-def test_a_reply_of_several_agents() -> None:
+def test_reply_of_several_agents() -> None:
     assert parts("<plan> home </plan> <search> p 4 </search>") == [
         ("plan", "text", "<plan> home </plan>"),
         ("", "text", " "),
@@ -52,7 +52,7 @@ def test_a_reply_of_several_agents() -> None:
     ("reply", "agents"),
     [
         ("<page> x </page>", ["page call"]),
-        ("<b> x </b>", [" text"]),  # a tag of nobody
+        ("<b> x </b>", [" text"]),  # a tag that belongs to no agent
         ("<think> a <search> q </search> b </think>", ["think text", "search call", "think text"]),
         ("<plan> a <think> b </plan> c", ["plan text", "think text", " text"]),  # an outer tag closes an inner one
         ("<plan> a <answer> 4", ["plan text", "answer answer"]),  # unclosed
@@ -60,8 +60,8 @@ def test_a_reply_of_several_agents() -> None:
         ("<search> a <search> b </search>", ["search call", "search call"]),
         ('<code> print("<answer>") </code>', ["code call"]),  # a closed call holds text
         ("<code> </think> <plan> </code> a", ["code call", " text"]),
-        ("a </plan> b", [" text"]),  # closes nothing
-        ("a </think> b", ["think text", " text"]),  # opened by the template
+        ("a </plan> b", [" text"]),  # nothing to close
+        ("a </think> b", ["think text", " text"]),  # opened by the chat template
         (
             '<think>\na\n</think><tool_call>\n{"name": "page", "arguments": {}}\n</tool_call>',
             ["think text", "page call"],
@@ -80,7 +80,7 @@ def test_unclosed_nested_and_broken_tags(reply: str, agents: list[str]) -> None:
 
 
 @given(st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=5)), max_size=40).map("".join))
-def test_the_segments_join_to_the_reply(reply: str) -> None:
+def test_segments_join_to_the_reply(reply: str) -> None:
     found = split(reply, TOOLS)
     assert "".join(s.text for s in found) == reply
     assert all(s.text for s in found)
@@ -90,22 +90,22 @@ def test_the_segments_join_to_the_reply(reply: str) -> None:
 @pytest.mark.parametrize(
     "piece", ["<think>", "<search>", "<think></plan>", "<think><plan></think>", "<search></page>", "<", "</", "<answer"]
 )
-def test_it_takes_time_linear_in_the_length(piece: str) -> None:
+def test_split_takes_linear_time(piece: str) -> None:
     reply = piece * (500_000 // len(piece)) + "</search>"
     begun = time.process_time()
     found = split(reply, TOOLS)
-    assert time.process_time() - begun < 10  # under a second; a quadratic pass takes minutes
+    assert time.process_time() - begun < 10  # takes under a second; a quadratic algorithm takes minutes
     assert sum(len(s.text) for s in found) == len(reply)
 
 
-def test_the_tools_are_the_tags_of_the_actions_that_an_environment_read() -> None:
+def test_tools_are_the_tags_of_parsed_actions() -> None:
     actions = ["<page>t 1</page>", "<answer>4</answer>", None, "go <north>", "<b>", "<tool_call>{}</tool_call>"]
     turns = tuple(Turn(Completion((), (), "stop", 0), "", action, "", ()) for action in actions)
     attempt = Attempt(0, (), (), turns, 0.0, False, "", "done")
     assert tools_of([Episode(Task("t/0", "t", "train", "?"), 0, (attempt,), ())]) == {"page"}
 
 
-def test_each_agent_has_its_own_color_whatever_the_order() -> None:
+def test_each_agent_has_its_own_color_in_any_order() -> None:
     known = colors(["plan", "search", "page", "answer", "calculator", "check"])
     assert len(set(known.values())) == 6
     more = colors(["zoom", "answer", "search", "", "plan", "lookup", "page", "check", "calculator"])
@@ -139,12 +139,12 @@ DEUTERANOPIA = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
 
 
 @pytest.mark.parametrize("sight", [np.eye(3).tolist(), PROTANOPIA, DEUTERANOPIA], ids=["normal", "protan", "deutan"])
-def test_any_two_colors_differ_for_the_color_blind(sight: list[list[float]]) -> None:
+def test_colors_differ_for_the_color_blind(sight: list[list[float]]) -> None:
     seen = [lab(np.array(sight) @ linear(color)) for color in PALETTE]
     assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) >= 20
 
 
-def test_the_colors_are_readable_in_both_themes_and_in_terminals() -> None:
+def test_colors_are_readable_in_both_themes_and_in_terminals() -> None:
     css = (Path(next(iter(report.__path__))) / "web" / "page.css").read_text()
     card = re.search(r"--card: light-dark\((#\w{6}), (#\w{6})\)", css)
     assert card is not None

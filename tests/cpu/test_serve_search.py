@@ -1,4 +1,4 @@
-"""`icrl serve-search`: the real process, its API against the retriever itself, its limits, and runs that start it."""
+"""`icrl serve-search`: the real process, its API compared with the retriever, its limits, and runs that start it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def started(corpus: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Its address and process."""
+    """Address and process of a server."""
     process = subprocess.Popen(
         [*ICRL, "serve-search", str(corpus), "--port", "0"], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -78,7 +78,7 @@ def post(url: str, body: Any) -> tuple[int, Any]:
         return error.code, text
 
 
-def test_it_answers_as_the_retriever_does(server: tuple[str, subprocess.Popen[str]], corpus: Path) -> None:
+def test_answers_equal_those_of_the_retriever(server: tuple[str, subprocess.Popen[str]], corpus: Path) -> None:
     remote, local = RemoteRetriever([server[0]], 10.0), LocalRetriever(corpus)
     for query in ("capital", "capital of Italy", "Seine", "zzz", "", "x" * 100_000 + " Rome"):
         expected = asyncio.run(local.search(query[: serve_search.QUERY_CHARS], 2))
@@ -86,7 +86,7 @@ def test_it_answers_as_the_retriever_does(server: tuple[str, subprocess.Popen[st
     assert asyncio.run(remote.search("Rome", 1)) == ["Rome\nRome is the capital of Italy."]
 
 
-def test_the_api_of_search_r1(server: tuple[str, subprocess.Popen[str]]) -> None:
+def test_search_r1_api(server: tuple[str, subprocess.Popen[str]]) -> None:
     url = server[0]
     status, found = post(url, {"queries": ["capital Italy", "burrows"], "topk": 2, "return_scores": True})
     assert status == 200
@@ -100,7 +100,7 @@ def test_the_api_of_search_r1(server: tuple[str, subprocess.Popen[str]]) -> None
         assert json.load(reply) == {"documents": 3}
 
 
-def test_only_this_machine_reaches_it_and_sigterm_ends_it(corpus: Path) -> None:
+def test_server_listens_on_loopback_and_ends_on_sigterm(corpus: Path) -> None:
     with started(corpus) as (url, process):
         found = listeners(process.pid)
         assert [one.local for one in found] == [True]
@@ -110,7 +110,7 @@ def test_only_this_machine_reaches_it_and_sigterm_ends_it(corpus: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         (b"{", "not JSON"),
         (b"[" * 100_000, "not JSON"),
@@ -126,19 +126,19 @@ def test_only_this_machine_reaches_it_and_sigterm_ends_it(corpus: Path) -> None:
         ({"queries": ["x"], "return_scores": 1}, "return_scores must be"),
     ],
 )
-def test_bad_requests_are_refused(body: Any, said: str) -> None:
-    with pytest.raises(BadRequest, match=said):
+def test_bad_requests_are_rejected(body: Any, message: str) -> None:
+    with pytest.raises(BadRequest, match=message):
         asked(body if isinstance(body, bytes) else json.dumps(body).encode())
 
 
-def test_a_refusal_says_why_and_the_server_goes_on(server: tuple[str, subprocess.Popen[str]]) -> None:
+def test_server_continues_after_bad_requests(server: tuple[str, subprocess.Popen[str]]) -> None:
     url = server[0]
     assert post(url, {"queries": 3}) == (400, '{"error": "queries must be a list of 1 to 64 texts"}')
     assert post(url, b"x" * (serve_search.BODY_BYTES + 1))[0] == 413
     assert post(url, {"queries": ["Rome"]})[0] == 200
 
 
-def test_requests_beyond_the_limit_are_told_to_try_again(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_beyond_the_limit_get_503(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from aiohttp.test_utils import TestClient, TestServer
 
     monkeypatch.setattr(serve_search, "WAITING", 1)
@@ -157,15 +157,15 @@ def test_requests_beyond_the_limit_are_told_to_try_again(corpus: Path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [(["gone.jsonl"], "gone.jsonl: no such file; give a JSONL of documents"), (["{corpus}", "--port", "1"], "listen")],
 )
-def test_what_it_cannot_serve_is_said(words: list[str], said: str, corpus: Path) -> None:
+def test_unusable_corpus_and_port_are_rejected(words: list[str], message: str, corpus: Path) -> None:
     if "--port" in words and os.geteuid() == 0:
-        words = [*words, "--host", "192.0.2.1"]  # root may listen on port 1, but not on an address of others
+        words = [*words, "--host", "192.0.2.1"]  # root may listen on port 1, but not on a foreign address
     code, _, err = icrl("serve-search", *(word.replace("{corpus}", str(corpus)) for word in words))
     assert code == 2
-    assert said in err
+    assert message in err
 
 
 def served(corpus: Path, count: int = 1) -> Settings:
@@ -174,8 +174,10 @@ def served(corpus: Path, count: int = 1) -> Settings:
     return settings_module.load("rulebook_easy", [f"tasks.sources=[{source}]"])
 
 
-def test_a_run_starts_several_without_an_active_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One builds the index of a new corpus, and the others wait for it."""
+def test_run_starts_several_servers_without_an_activated_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One server builds the index of a new corpus while the others wait."""
     new = tmp_path / "new.jsonl"
     new.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
@@ -188,7 +190,7 @@ def test_a_run_starts_several_without_an_active_environment(tmp_path: Path, monk
             ]
 
 
-def test_a_run_without_the_corpus_says_so(tmp_path: Path) -> None:
+def test_run_with_a_missing_corpus_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'searchqa': the server .*gone\.jsonl: no such file; give a JSONL"):
         with servers.beside(served(tmp_path / "gone.jsonl"), tmp_path / "logs"):
             pass

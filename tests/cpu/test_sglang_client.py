@@ -1,4 +1,4 @@
-"""What the SGLang client makes of a server that misbehaves in ways the real one cannot be made to, over real HTTP."""
+"""The SGLang client with HTTP servers that misbehave in ways that a real server cannot be made to."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def no_transport() -> Transport:
 def talk(
     generate: Handler, count: int = 1, version: int = 0, key: str = "", seen: list[tuple[str, str]] | None = None
 ) -> tuple[list[Completion | BaseException], SGLangEngine]:
-    """`count` requests, one after another, to a server that answers /generate with `generate`; `version` is that of the
-    weights which it was sent last. `seen` gets the path and the key of every other request."""
+    """Sends `count` requests in turn to a server whose /generate is `generate`. `version` is that of the last pushed
+    weights. The path and API key of all other requests are appended to `seen`."""
 
     async def healthy(request: web.Request) -> web.Response:
         if seen is not None:
@@ -70,14 +70,14 @@ def talk(
 KEY = "a-secret-of-this-run"
 
 
-def test_every_request_carries_the_key_and_no_message_repeats_it() -> None:
+def test_api_key_is_sent_and_hidden_in_messages() -> None:
     seen: list[tuple[str, str]] = []
 
-    async def repeats_it(request: web.Request) -> web.Response:
+    async def echo(request: web.Request) -> web.Response:
         seen.append((request.path, request.headers["Authorization"]))
         return web.Response(status=[400, 200, 500][len(seen) % 3], text=str(dict(request.headers)))
 
-    found, _ = talk(repeats_it, 3, key=KEY)
+    found, _ = talk(echo, 3, key=KEY)
     assert {given for _, given in seen} == {f"Bearer {KEY}"}
     assert KEY not in "".join(map(str, found)) and "***" in "".join(map(str, found))
 
@@ -90,7 +90,7 @@ def test_every_request_carries_the_key_and_no_message_repeats_it() -> None:
     assert ("/abort_request", f"Bearer {KEY}") in seen
 
 
-def test_ids_and_logprobs_come_in_pairs() -> None:
+def test_completion_has_ids_and_logprobs() -> None:
     async def good(request: web.Request) -> web.Response:
         body = await request.json()
         assert body["input_ids"] == [1, 2]
@@ -120,24 +120,24 @@ def test_ids_and_logprobs_come_in_pairs() -> None:
         answer(output_token_logprobs=[[-1.0, True, None]]),
     ],
 )
-def test_garbage_fails_its_request_and_the_third_in_a_row_loses_the_engine(body: object) -> None:
-    async def garbage(request: web.Request) -> web.Response:
+def test_invalid_answer_fails_its_request_and_three_lose_the_engine(body: object) -> None:
+    async def invalid(request: web.Request) -> web.Response:
         return web.Response(text=body) if isinstance(body, str) else web.json_response(body)
 
-    found, engine = talk(garbage, 4)
+    found, engine = talk(invalid, 4)
     assert [type(f) for f in found] == [RequestFailedError] * 2 + [EngineLostError] * 2
     assert "3 answers in a row" in engine.lost()
 
 
 def queued(**changes: object) -> dict[str, object]:
-    """What SGLang 0.5.23 answers to a request that it aborted in its queue (_handle_abort_req)."""
+    """The answer of SGLang 0.5.23 to a request that it aborted in its queue (_handle_abort_req)."""
     reason = {"type": "abort", "message": "Abort in waiting queue"}
     meta = {"finish_reason": reason, "weight_version": "9", "e2e_latency": 1.0, "completion_tokens": 0}
     return {"text": "", "output_ids": [], "meta_info": {**meta, "output_token_logprobs": [], **changes}}
 
 
-def test_a_request_aborted_in_sglangs_queue_is_no_garbage_and_proves_no_health() -> None:
-    kept = queued(output_token_logprobs=[[-1.0, 5, None]])  # it ran, was put back, and keeps what was reported
+def test_request_aborted_in_the_queue_is_neither_valid_nor_invalid() -> None:
+    kept = queued(output_token_logprobs=[[-1.0, 5, None]])  # it ran, was requeued, and keeps the tokens reported so far
     no_such = answer(weight_version="9", finish_reason={"type": "what"})
     answers = iter([queued(), kept, no_such, queued(), no_such, queued(), queued(), no_such])
 
@@ -159,7 +159,7 @@ def test_a_request_aborted_in_sglangs_queue_is_no_garbage_and_proves_no_health()
 
 
 @pytest.mark.parametrize(("stamp", "fits"), [("9", True), ("3", False), ("10", False), ("default", False)])
-def test_an_answer_of_other_weights_than_were_pushed_last_is_garbage(stamp: str, fits: bool) -> None:
+def test_answer_from_other_weights_than_the_last_pushed_is_invalid(stamp: str, fits: bool) -> None:
     async def stamped(request: web.Request) -> web.Response:
         return web.json_response(answer(weight_version=stamp))
 
@@ -170,7 +170,7 @@ def test_an_answer_of_other_weights_than_were_pushed_last_is_garbage(stamp: str,
         assert isinstance(found, RequestFailedError) and "version 9 was pushed last" in str(found)
 
 
-def test_a_server_error_is_retried_and_a_refusal_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_error_is_retried_and_rejection_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sglang, "_DEATH_GRACE_S", 0.1)
     calls: list[int] = []
 
@@ -182,18 +182,18 @@ def test_a_server_error_is_retried_and_a_refusal_is_not(monkeypatch: pytest.Monk
     assert isinstance(completion, Completion)
     assert engine.stats.retries == 1
 
-    async def refuses(request: web.Request) -> web.Response:
+    async def rejects(request: web.Request) -> web.Response:
         calls.append(1)
         return web.Response(status=400, text="too long")
 
     calls.clear()
-    (error,), _ = talk(refuses, 1)
+    (error,), _ = talk(rejects, 1)
     assert isinstance(error, RequestFailedError)
     assert "too long" in str(error)
     assert len(calls) == 1
 
 
-def test_a_server_that_answers_nothing_at_all_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_never_answers_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sglang, "ABORT_GRACE_S", 0.3)
 
     async def never(request: web.Request) -> web.Response:
@@ -208,15 +208,15 @@ def test_a_server_that_answers_nothing_at_all_is_lost(monkeypatch: pytest.Monkey
 
 
 class Recorded:
-    """Remembers what it is asked, and copies a bucket only when its answer is waited for: as late as it may."""
+    """Records its calls, and copies a bucket as late as allowed: when the caller waits for the answer."""
 
-    def __init__(self, refuses: str = "") -> None:
+    def __init__(self, error: str = "") -> None:
         self.calls: list[str] = []
         self.seen: dict[str, torch.Tensor] = {}
         self.options: list[dict[str, object]] = []
         self.buckets: list[tuple[list[str], int]] = []
-        """Names in each, and the size of its buffer."""
-        self._refuses = refuses
+        """Names in each bucket, and the size of its buffer."""
+        self._error = error
 
     def begin(self, lost: str) -> Answer:
         self.calls.append("begin")
@@ -230,8 +230,8 @@ class Recorded:
 
         def wait() -> None:
             self.calls.append("answer")
-            if self._refuses:
-                raise EngineError(self._refuses)
+            if self._error:
+                raise EngineError(self._error)
             for p in placed:
                 assert p.name not in self.seen
                 self.seen[p.name] = bucket.buffer[p.start : p.end].view(p.dtype).view(p.shape).clone()
@@ -249,7 +249,7 @@ def tensors_and_sink() -> tuple[list[tuple[str, torch.Tensor]], Sink]:
     return tensors, sink
 
 
-def test_two_buckets_take_turns_and_hold_every_tensor_once() -> None:
+def test_two_alternating_buckets_send_every_tensor_once() -> None:
     tensors, sink = tensors_and_sink()
     transport = Recorded()
     sink.pour(tensors, 7, transport)
@@ -261,7 +261,7 @@ def test_two_buckets_take_turns_and_hold_every_tensor_once() -> None:
     assert [o["weight_version"] for o in transport.options][-2:] == [None, "7"]
 
 
-def test_nothing_is_being_copied_any_more_when_an_update_fails() -> None:
+def test_no_copy_is_pending_after_a_failed_update() -> None:
     tensors, sink = tensors_and_sink()
     transport = Recorded()
     with pytest.raises(EngineError, match="lacks 1 of the model's tensors; first 't5'"):
@@ -269,22 +269,22 @@ def test_nothing_is_being_copied_any_more_when_an_update_fails() -> None:
     assert transport.calls[-1] == "answer"
     assert transport.options[-1]["weight_version"] is None
 
-    refusing = Recorded("no room")
+    failing = Recorded("no room")
     with pytest.raises(EngineError, match="no room"):
-        sink.pour(tensors, 7, refusing)
-    assert refusing.calls.count("send") == 1
+        sink.pour(tensors, 7, failing)
+    assert failing.calls.count("send") == 1
 
 
 @pytest.mark.parametrize(
     ("bucket_mib", "sent", "mib"),
     [
-        (1, [["a"], ["b"], ["c"], ["d"]], 3),  # the largest tensor has to fit all the same
+        (1, [["a"], ["b"], ["c"], ["d"]], 3),  # the largest tensor must fit anyway
         (2, [["a"], ["b"], ["c", "d"]], 3),
         (4, [["a", "b"], ["c", "d"]], 4),
         (512, [["a", "b", "c", "d"]], 6),
     ],
 )
-def test_buckets_are_as_few_as_their_bound_allows(bucket_mib: int, sent: list[list[str]], mib: int) -> None:
+def test_as_few_buckets_as_their_size_allows(bucket_mib: int, sent: list[list[str]], mib: int) -> None:
     tensors = [(name, torch.full((size, 256, 1024), 1.0)) for name, size in zip("abcd", (1, 3, 1, 1), strict=True)]
     shapes = {name: tuple(t.shape) for name, t in tensors}
     sink, transport = Sink(shapes, torch.float32, torch.device("cpu"), bucket_mib), Recorded()
@@ -296,7 +296,7 @@ def test_buckets_are_as_few_as_their_bound_allows(bucket_mib: int, sent: list[li
         assert {size for _, size in transport.buckets} == {mib << 20}
 
 
-def test_checksums_of_two_workers_are_those_of_their_shares() -> None:
+def test_checksums_of_two_workers_cover_their_shards() -> None:
     torch.manual_seed(0)
     prefix = "model.layers.0."
     q, k, v = torch.randn(8, 4), torch.randn(4, 4), torch.randn(4, 4)
@@ -318,8 +318,8 @@ def test_checksums_of_two_workers_are_those_of_their_shares() -> None:
 
 
 @pytest.mark.parametrize(("kv_heads", "held"), [(1, (0, 0, 0, 0)), (2, (0, 0, 1, 1)), (4, (0, 1, 2, 3))])
-def test_four_workers_hold_copies_of_fewer_key_value_heads(kv_heads: int, held: tuple[int, ...]) -> None:
-    """As SGLang's QKVParallelLinear does; heads have three rows."""
+def test_four_workers_replicate_fewer_key_value_heads(kv_heads: int, held: tuple[int, ...]) -> None:
+    """Like SGLang's QKVParallelLinear; heads have three rows."""
     torch.manual_seed(0)
     q, k, v = torch.randn(12), torch.randn(3 * kv_heads), torch.randn(3 * kv_heads)
     shape = ModelShape.of_tiny(TinyModel(kv_heads=kv_heads))
@@ -343,12 +343,12 @@ def test_four_workers_hold_copies_of_fewer_key_value_heads(kv_heads: int, held: 
         (40000, torch.float32, 0x6E19D206290BCA5C),
     ],
 )
-def test_the_hash_of_gpus_is_sglangs(count: int, dtype: torch.dtype, expected: int) -> None:
-    """What the kernel of SGLang 0.5.23 gives in Triton's interpreter."""
+def test_gpu_checksum_equals_sglangs(count: int, dtype: torch.dtype, expected: int) -> None:
+    """Expected values are from the kernel of SGLang 0.5.23 in Triton's interpreter."""
     assert word_hash((torch.arange(count) * 0.37 - count / 5).to(dtype)) == expected
 
 
-def test_a_long_tensor_is_hashed_in_parts() -> None:
-    """As above, of more words than are mixed at once."""
+def test_gpu_checksum_of_a_tensor_hashed_in_parts() -> None:
+    """As above, for more words than are hashed at once."""
     half = (torch.arange(2_200_003) * 2654435761).remainder(65521).to(torch.bfloat16)
     assert word_hash(torch.cat([half, half])) == 0x76CE81E400265105

@@ -1,4 +1,4 @@
-"""What the client makes of a server that hangs, fails or answers nonsense where it is controlled, over real HTTP."""
+"""The SGLang client with HTTP servers whose control requests hang, fail or get invalid answers."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ WEIGHTS = [("model.embed_tokens.weight", torch.ones(16, 2))]
 LIMIT_S = 1.0
 DONE = b'{"success": true, "message": "", "ranks": []}'
 SAYS = {"/flush_cache": b"Cache flushed.\n", "/release_memory_occupation": b"null"}
-"""What SGLang 0.5.23 answers where it did what it was asked; everything else gets DONE."""
+"""Path -> the successful answer of SGLang 0.5.23; all other paths get DONE."""
 
 
 @dataclass
 class Fake:
-    """A server: `answers` says what to give for a path instead of what SGLang does."""
+    """A fake server: `answers` has (status, body) for paths that do not succeed."""
 
     url: str = ""
     answers: dict[str, tuple[int, bytes]] = field(default_factory=dict)
@@ -58,8 +58,8 @@ def fake() -> Iterator[Fake]:
         yield found
 
 
-class Own(Server):
-    """As if this run had started it: its process is a mark."""
+class OwnServer(Server):
+    """A server as if this run had started it, without a process."""
 
     killed = False
 
@@ -73,7 +73,7 @@ class Own(Server):
 def engine_on(fake: Fake, folder: Path, ours: bool = True) -> SGLangEngine:
     settings = EngineSettings(kind="sglang", sync_timeout_s=LIMIT_S)
     spec = ServerSpec(folder, settings, "fp32", 64, folder / "sglang.log", on_cpu=True)
-    server = Own(spec, fake.url) if ours else Server(None, fake.url)
+    server = OwnServer(spec, fake.url) if ours else Server(None, fake.url)
 
     def transport() -> SharedMemory:
         return SharedMemory(server, 1, None, 0, LIMIT_S)
@@ -82,7 +82,7 @@ def engine_on(fake: Fake, folder: Path, ours: bool = True) -> SGLangEngine:
 
 
 @pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sglang, "_CONTROL_TIMEOUT_S", LIMIT_S)
     monkeypatch.setattr(sglang, "_DEATH_GRACE_S", 0.1)
 
@@ -103,37 +103,35 @@ CALLS: dict[str, Callable[[SGLangEngine], None]] = {
     "/release_memory_occupation": SGLangEngine.sleep,
     "/weights_checker": verify,
 }
-NONSENSE = {
+INVALID = {
     "a proxy's page": (200, b"<html>busy</html>"),
-    "an answer that breaks off": (200, b'{"succ'),
-    "an answer of something else": (200, b"{}"),
-    "an inner failure": (500, b"boom"),
+    "a truncated answer": (200, b'{"succ'),
+    "an unrelated answer": (200, b"{}"),
+    "an internal error": (500, b"boom"),
 }
 
 
 @pytest.mark.parametrize("path", CALLS)
-@pytest.mark.parametrize("what", [*NONSENSE, "nothing"])
-def test_a_server_of_ours_that_makes_no_sense_is_lost_and_killed(
-    fake: Fake, tmp_path: Path, path: str, what: str
-) -> None:
-    if what == "nothing":
+@pytest.mark.parametrize("answer", [*INVALID, "none"])
+def test_own_server_with_invalid_answers_is_lost_and_killed(fake: Fake, tmp_path: Path, path: str, answer: str) -> None:
+    if answer == "none":
         fake.hangs_at = path
     else:
-        fake.answers[path] = NONSENSE[what]
+        fake.answers[path] = INVALID[answer]
     engine = engine_on(fake, tmp_path)
     CALLS[path](engine)
     assert path in engine.lost()
     assert not engine.server.alive()
     assert engine._version == 0
     before = len(fake.asked)
-    for call in CALLS.values():  # what a step would do next: nothing fails, and nothing is asked
+    for call in CALLS.values():  # later calls of a step neither fail nor send requests
         if call is not verify:
             call(engine)
     assert len(fake.asked) == before
 
 
 @pytest.mark.parametrize("path", CALLS)
-def test_a_refusal_ends_the_run_and_so_does_nonsense_of_a_server_of_somebody_else(
+def test_rejection_ends_the_run_and_so_do_invalid_answers_of_external_servers(
     fake: Fake, tmp_path: Path, path: str
 ) -> None:
     fake.answers[path] = (400, b'{"success": false, "message": "not in this state"}')
@@ -147,32 +145,32 @@ def test_a_refusal_ends_the_run_and_so_does_nonsense_of_a_server_of_somebody_els
             CALLS[path](engine_on(fake, tmp_path))
 
     fake.answers[path] = (502, b"bad gateway")
-    if path != "/release_memory_occupation":  # a server of somebody else keeps its memory
+    if path != "/release_memory_occupation":  # an external server keeps its memory
         with pytest.raises(NoAnswerError, match=f"{path}.*bad gateway"):
             CALLS[path](engine_on(fake, tmp_path, ours=False))
 
 
-def test_what_sglang_says_when_it_did_what_it_was_asked_is_understood(fake: Fake, tmp_path: Path) -> None:
+def test_successful_answers_are_accepted(fake: Fake, tmp_path: Path) -> None:
     engine = engine_on(fake, tmp_path)
     update(engine)
     engine.sleep()
     assert (engine.lost(), engine._version, len(fake.asked)) == ("", 1, 5)
 
 
-def test_a_checksum_that_differs_ends_the_run(fake: Fake, tmp_path: Path) -> None:
+def test_checksum_mismatch_ends_the_run(fake: Fake, tmp_path: Path) -> None:
     ranks = b'[{"parallelism_info": {"tp_rank": 0}, "checksums": {"model.embed_tokens.weight": "00"}}]'
     fake.answers["/weights_checker"] = (200, b'{"success": true, "message": "", "ranks": ' + ranks + b"}")
     with pytest.raises(EngineError, match=r"other values of 'model\.embed_tokens\.weight'"):
         verify(engine_on(fake, tmp_path))
 
 
-def test_a_cache_smaller_than_a_context_is_refused() -> None:
+def test_cache_smaller_than_a_context_is_rejected() -> None:
     require_cache({"max_total_num_tokens": 520}, 512, "the server", "engine.kv_tokens")
     with pytest.raises(ConfigError, match=r"the server holds 519 tokens.*context_tokens=512 takes 520: raise engine"):
         require_cache({"max_total_num_tokens": 519}, 512, "the server", "engine.kv_tokens")
 
 
-def test_a_server_that_quantizes_can_take_weights_again(tmp_path: Path) -> None:
+def test_quantizing_server_is_started_to_accept_new_weights(tmp_path: Path) -> None:
     settings = EngineSettings(kind="sglang", quantization="fp8", server_args=["--last"])
     words = ServerSpec(tmp_path, settings, "bf16", 64, tmp_path / "log", on_cpu=False).command(1)
     assert words[words.index("--quantization") + 1] == "fp8"

@@ -1,4 +1,4 @@
-"""Requests that are cut off while they run, are on their way or wait for their turn; and how many run at once."""
+"""Requests that are aborted while they run, are being sent or wait, and the limit on concurrent requests."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from icrl_megatron.types import Completion
 
 SAMPLING = Sampling(1.0, 4, 0, ())
 WHOLE_S = 8.0
-"""What a request takes that nobody aborts."""
+"""Seconds of a request that is not aborted."""
 
 
 @dataclass
 class Slow:
-    """Generates for WHOLE_S, or until an abort of what it knows. It knows a request some time after that was sent."""
+    """Generates for WHOLE_S or until an abort. It can abort a request only `known_after_s` after it arrived."""
 
     known_after_s: float = 0.0
-    deaf: bool = False
+    ignores_aborts: bool = False
     running: dict[str, asyncio.Event] = field(default_factory=dict)
     begun: int = 0
     most: int = 0
-    """Requests that were there together."""
+    """Largest number of concurrent requests."""
     _here: int = 0
 
     async def generate(self, request: web.Request) -> web.Response:
@@ -57,7 +57,7 @@ class Slow:
     async def abort(self, request: web.Request) -> web.Response:
         body = await request.json()
         for rid, event in self.running.items():
-            if not self.deaf and (body["abort_all"] or rid == body["rid"]):
+            if not self.ignores_aborts and (body["abort_all"] or rid == body["rid"]):
                 event.set()
         return web.Response()
 
@@ -67,7 +67,7 @@ def no_transport() -> Transport:
 
 
 def on(slow: Slow, use: Callable[[SGLangEngine], Awaitable[None]], **changes: object) -> float:
-    """Seconds that `use` takes with an engine on the server."""
+    """Runs `use` with an engine of the server; returns the seconds that it took."""
 
     async def run() -> float:
         settings = EngineSettings(**{"kind": "sglang", "max_batch": 2, **changes})  # type: ignore[arg-type]
@@ -99,7 +99,7 @@ def test_at_most_max_batch_requests_are_in_flight() -> None:
 
 
 @pytest.mark.parametrize("known_after_s", [0.0, 0.6])
-def test_an_interruption_ends_all_that_runs_and_all_that_would_follow(known_after_s: float) -> None:
+def test_interruption_ends_running_and_waiting_requests(known_after_s: float) -> None:
     slow, found = Slow(known_after_s), list[Completion]()
 
     async def use(engine: SGLangEngine) -> None:
@@ -116,7 +116,7 @@ def test_an_interruption_ends_all_that_runs_and_all_that_would_follow(known_afte
     assert slow.begun == 2
 
 
-def test_the_abort_of_a_late_request_is_repeated_until_the_server_knows_it() -> None:
+def test_abort_is_repeated_until_the_server_knows_the_request() -> None:
     async def use(engine: SGLangEngine) -> None:
         (done,) = await asyncio.gather(*ask(engine, 1))
         assert done.finish_reason == "abort"
@@ -124,7 +124,7 @@ def test_the_abort_of_a_late_request_is_repeated_until_the_server_knows_it() -> 
     assert on(Slow(known_after_s=0.6), use, request_timeout_s=0.1) < WHOLE_S / 2
 
 
-def test_a_server_that_ignores_an_interruption_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_ignores_an_interruption_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sglang, "ABORT_GRACE_S", 0.5)
 
     async def use(engine: SGLangEngine) -> None:
@@ -135,4 +135,4 @@ def test_a_server_that_ignores_an_interruption_is_lost(monkeypatch: pytest.Monke
         assert [type(d) for d in done] == [EngineLostError] * 2
         assert "hangs" in engine.lost()
 
-    assert on(Slow(deaf=True), use) < WHOLE_S / 2
+    assert on(Slow(ignores_aborts=True), use) < WHOLE_S / 2

@@ -1,4 +1,4 @@
-"""What starts a SGLang server hands it its key where nobody else sees it; a stand-in for SGLang says what it got."""
+"""The SGLang launcher passes the API key so that no other process sees it; a fake SGLang reports what it received."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if __name__ == "__main__":
 """
 
 
-def test_the_key_is_in_no_command_line_and_no_log(tmp_path: Path) -> None:
+def test_api_key_is_in_no_command_line_and_no_log(tmp_path: Path) -> None:
     package = tmp_path / "sglang"
     package.mkdir()
     (package / "__init__.py").write_text("")
@@ -45,12 +45,12 @@ def test_the_key_is_in_no_command_line_and_no_log(tmp_path: Path) -> None:
         cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    said = {name: value for line in done.stdout.splitlines() for name, value in json.loads(line).items()}
-    assert said["argv"][1:] == ["--model-path", "here", f"--api-key={KEY}"]
-    # As `python -m` would have it, for the server and for the workers that it starts.
-    assert said["spec"] == said["worker"] == "sglang.launch_server"
-    assert sglang_start.KEY_ENV not in said["environ"]
-    assert KEY not in " ".join(said["cmdline"]) and "here" in said["cmdline"]
-    assert str(Path(sglang_start.__file__).parent) not in said["path"]  # it has a module called sglang
+    reported = {name: value for line in done.stdout.splitlines() for name, value in json.loads(line).items()}
+    assert reported["argv"][1:] == ["--model-path", "here", f"--api-key={KEY}"]
+    # As with `python -m`, for the server and for the workers that it starts.
+    assert reported["spec"] == reported["worker"] == "sglang.launch_server"
+    assert sglang_start.KEY_ENV not in reported["environ"]
+    assert KEY not in " ".join(reported["cmdline"]) and "here" in reported["cmdline"]
+    assert str(Path(sglang_start.__file__).parent) not in reported["path"]  # that folder has a module named sglang
     assert KEY not in done.stderr
     assert "--api-key=***" in done.stderr and "and 3" in done.stderr and "7 alone" in done.stderr

@@ -1,4 +1,4 @@
-"""Critique-GRPO's policy shaping (arXiv 2506.03106): the formula in float64, in every head, as a setting of a run."""
+"""Critique-GRPO's policy shaping (arXiv 2506.03106): the formula in float64, in every head, and as a setting."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def streams(advantages: list[float], shaped: list[bool], old: list[float]) -> St
     )
 
 
-def test_a_shaped_token_counts_p_over_p_plus_gamma() -> None:
+def test_shaped_token_has_weight_p_over_p_plus_gamma() -> None:
     p = np.array([1e-9, 0.01, 0.1, 0.5, 0.999])
     logprobs_L = torch.tensor(np.log(p), requires_grad=True)
     advantages = np.array([1.0, -1.0, 2.0, 1.0, -0.5])
-    given = streams(advantages.tolist(), [True] * 5, [-30.0] * 5)  # ratios that would all be clipped, or overflow
+    given = streams(advantages.tolist(), [True] * 5, [-30.0] * 5)  # ratios that would be clipped or overflow
     found = token_objective(logprobs_L, torch.zeros(5, dtype=torch.float64), given, SHAPED)
     f = p / (p + GAMMA)
     assert found.loss_L.detach().numpy() == pytest.approx(-0.25 * f * advantages, rel=1e-12)
@@ -53,7 +53,7 @@ def test_a_shaped_token_counts_p_over_p_plus_gamma() -> None:
     assert logprobs_L.grad.numpy() == pytest.approx(-0.25 * slope * advantages, rel=1e-9)
 
 
-def test_all_other_tokens_are_what_they_were() -> None:
+def test_other_tokens_are_unchanged() -> None:
     logprobs_L = torch.log(torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64))
     entropy_L = torch.ones(3, dtype=torch.float64)
     given = streams([1.0, -1.0, 1.0], [False] * 3, [-1.7, -0.6, -0.3])
@@ -65,7 +65,7 @@ def test_all_other_tokens_are_what_they_were() -> None:
     "how", [EXACT, TORCH, pytest.param(TRITON, marks=needs_triton)], ids=["float64", "torch", "triton"]
 )
 @pytest.mark.parametrize("terms", [SHAPED, replace(SHAPED, shaping_gamma=0.5, entropy_coef=0.02, kl_coef=0.1)])
-def test_every_head_computes_the_same(how: object, terms: Terms) -> None:
+def test_every_head_computes_the_same_loss(how: object, terms: Terms) -> None:
     hidden_LH, weight_VH, given = make_inputs(23, 60, terms)
     truth = run_reference(hidden_LH, weight_VH, given, terms, 60)
     weights_L = truth[0].calibration_weight_L
@@ -85,7 +85,7 @@ def episode(index: int, outcomes: list[float]) -> Episode:
     return Episode(Task("maze/train/0", "maze", "train", "0"), index, attempts, critiques)
 
 
-def test_revisions_are_shaped_and_share_the_solver_s_group_without_its_deviation() -> None:
+def test_revisions_are_shaped_and_grouped_with_attempts_without_std() -> None:
     algo = settings.load("rulebook_hard", ARMS["critique_grpo"].changes).algo
     assert (algo.shaping_gamma, algo.calibration.enabled, algo.normalise_std) == (0.1, False, False)
     episodes = [episode(0, [0.0, 1.0]), episode(1, [0.5])]
@@ -104,7 +104,7 @@ def test_revisions_are_shaped_and_share_the_solver_s_group_without_its_deviation
     assert not any(s.calibrated for s in to_samples(episodes[0], off, False))
 
 
-def test_the_best_revision_of_a_task_is_trained_beside_all_attempts() -> None:
+def test_best_revision_of_a_task_is_trained_with_all_attempts() -> None:
     episodes = [episode(0, [0.0, 0.2]), episode(1, [0.0, 1.0]), episode(2, [0.5, 1.0]), episode(3, [1.0])]
     algo = settings.load("rulebook_hard", ARMS["critique_grpo"].changes).algo
     report = credit(episodes, algo, train_critic=False)
@@ -119,7 +119,7 @@ def test_the_best_revision_of_a_task_is_trained_beside_all_attempts() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["algo.calibration.enabled=true", "algo.internalise=false"])
-def test_it_takes_the_place_of_the_calibration_weight(wrong: str) -> None:
+def test_shaping_excludes_the_calibration_weight(wrong: str) -> None:
     loaded = settings.load("rulebook_hard", [*ARMS["critique_grpo"].changes, wrong])
     with pytest.raises(ConfigError, match=r"algo\.shaping_gamma=0\.1 replaces the calibration weight"):
         _check_algo(loaded.algo, loaded)

@@ -1,4 +1,4 @@
-"""A rollout whose engine is lost: its episodes are played again, and nothing that was played is played twice."""
+"""Rollouts whose engine is lost: unfinished episodes are replayed, finished ones are kept."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EPISODES = 2
 
 @dataclass
 class Mortal:
-    """One rank's engines, and the speaker behind them: dies at the given requests, counted from 0."""
+    """One rank's engines and their speaker: lost at the given requests, counted from 0."""
 
     prompter: Prompter
     dies_at: frozenset[int] = frozenset()
@@ -83,19 +83,19 @@ def source_on(setup: EpisodeSetup, mortal: Mortal) -> EngineSource:
     return EngineSource(setup, same_speakers(mortal), mortal, lambda stale: None, lambda mine: [mine], progress)  # type: ignore[arg-type]
 
 
-def test_what_is_played_again_is_paid_for_and_told_apart(setup: EpisodeSetup) -> None:
+def test_replayed_tokens_are_counted_as_discarded(setup: EpisodeSetup) -> None:
     whole, _ = play(setup, Mortal(setup.prompter))
     assert (whole.used_tokens(), whole.discarded_tokens, whole.kept_tokens) == (whole.generated_tokens(), 0, 0)
     mortal = Mortal(setup.prompter, dies_at=frozenset({5, 8}))
     played, _ = play(setup, mortal)
     reply = len(setup.prompter.encode_reply("look"))
-    # Two requests died unanswered; the answers of their neighbours in flight were thrown away.
+    # Two requests got no answer; the answers to requests in flight at that time were discarded.
     assert played.generated_tokens() == (mortal.requests - 2) * reply
     assert played.used_tokens() == whole.used_tokens()
     assert played.discarded_tokens == played.generated_tokens() - played.used_tokens()
 
 
-def test_a_control_report_goes_on_when_its_engine_was_lost(setup: EpisodeSetup) -> None:
+def test_control_report_resumes_after_its_engine_is_lost(setup: EpisodeSetup) -> None:
     def report(mortal: Mortal) -> tuple[ControlResult, int]:
         source, state, found = source_on(setup, mortal), ControlState(), list[ControlResult]()
 
@@ -111,12 +111,12 @@ def test_a_control_report_goes_on_when_its_engine_was_lost(setup: EpisodeSetup) 
 
     undisturbed, requests = report(Mortal(setup.prompter))
     assert undisturbed.failures == 3
-    # In the first attempts, and in the retries.
+    # Once in the first attempts and once in the retries.
     died = Mortal(setup.prompter, dies_at=frozenset({2, 11}))
     again, more = report(died)
     assert died.revived == 2
     assert again == undisturbed
-    assert requests < more < 2 * requests, "what was played before the deaths is not played again"
+    assert requests < more < 2 * requests, "episodes finished before an engine was lost are not replayed"
     dropped, _ = report(Mortal(setup.prompter, fails_at=frozenset(range(6, 100))))
     assert (dropped.failures, dropped.dropped) == (0, 3)
 
@@ -125,25 +125,25 @@ def places(played: Played) -> list[tuple[str, int]]:
     return [(e.task.task_id, e.index) for e in played.episodes]
 
 
-def test_episodes_of_a_lost_engine_are_played_again_and_the_others_are_kept(setup: EpisodeSetup) -> None:
+def test_only_unfinished_episodes_of_a_lost_engine_are_replayed(setup: EpisodeSetup) -> None:
     whole, _ = play(setup, Mortal(setup.prompter))
     mortal = Mortal(setup.prompter, dies_at=frozenset({5, 8}))
     played, resent = play(setup, mortal)
     assert places(played) == places(whole) == [(t.task_id, i) for t in TASKS for i in range(EPISODES)]
     assert (played.deaths, mortal.revived, resent) == (2, 2, [True, True])
     assert played.dropped == ()
-    # Twelve turns, and those of the episodes in flight at the deaths once more; not everything again.
+    # Twelve turns plus those of the episodes that were in flight, not all turns again.
     assert 12 < mortal.requests < 12 + 2 * 4
 
 
-def test_the_third_death_in_a_step_ends_the_run(setup: EpisodeSetup) -> None:
+def test_third_lost_engine_in_a_step_ends_the_run(setup: EpisodeSetup) -> None:
     mortal = Mortal(setup.prompter, dies_at=frozenset({1, 3, 5}))
     with pytest.raises(EngineError, match=f"{MAX_DEATHS} engines were lost in one step. died at request 5"):
         play(setup, mortal)
 
 
-def test_deaths_count_over_the_batches_of_a_step_and_not_over_steps(setup: EpisodeSetup) -> None:
-    """Each batch has 12 turns: two engines die in the first, one in its replacement."""
+def test_lost_engines_are_counted_per_step(setup: EpisodeSetup) -> None:
+    """Each batch has 12 turns: two engines are lost in the first batch, one in its replacement."""
     mortal = Mortal(setup.prompter, dies_at=frozenset({1, 4, 25}))
     source = source_on(setup, mortal)
     assert source.play(TASKS, EPISODES, Seeds(0, 3), 1).deaths == 2
@@ -153,7 +153,7 @@ def test_deaths_count_over_the_batches_of_a_step_and_not_over_steps(setup: Episo
     assert [later.play(TASKS, EPISODES, Seeds(0, step), 1).deaths for step in (3, 4)] == [2, 1]
 
 
-def test_a_failed_request_costs_one_more_try_and_then_the_episode(setup: EpisodeSetup) -> None:
+def test_failed_request_is_retried_once_before_the_episode_is_dropped(setup: EpisodeSetup) -> None:
     once, _ = play(setup, Mortal(setup.prompter, fails_at=frozenset({0})))
     assert (len(once.episodes), len(once.dropped)) == (6, 0)
     always, _ = play(setup, Mortal(setup.prompter, fails_at=frozenset(range(100))))
@@ -161,6 +161,6 @@ def test_a_failed_request_costs_one_more_try_and_then_the_episode(setup: Episode
     assert "failed" in always.dropped[0].error
 
 
-def test_the_first_rank_of_each_group_leads() -> None:
+def test_first_rank_of_each_group_leads() -> None:
     assert [lead_rank(rank, 8, 4) for rank in range(8)] == [0, 0, 2, 2, 4, 4, 6, 6]
     assert [lead_rank(rank, 2, 1) for rank in range(2)] == [0, 0]

@@ -1,4 +1,4 @@
-"""Another run that begins from a checkpoint: with the same weights, bit for bit, and with or without its moments."""
+"""Runs that start from another run's checkpoint: bit-identical weights, with or without optimizer moments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from begun_run import write_rows
 from safetensors.torch import load_file
-from whole_runs import Ended, batch, rows, train
+from whole_runs import Batch, batch, from_model, rows, train
 
 from icrl_megatron.run import start
 from icrl_megatron.run.checks import validate
@@ -22,10 +22,10 @@ ACTOR = ("actor/loss", "actor/grad_norm", "actor/entropy", "actor/nll")
 
 
 @pytest.fixture(scope="module")
-def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ended]]:
-    """A run of three steps from a dump; runs that start from its second, and are given the third's episodes."""
+def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Batch:
+    """A run of three steps from a dump, and runs that start from its second step with the third step's episodes."""
     folder = tmp_path_factory.mktemp("start")
-    model = [f"model.path={finished_run / 'warm_start' / 'hf'}", "warm_start.steps=0"]
+    model = from_model(finished_run)
     rest = ["eval.interval=0", "checkpoint.interval=1", "checkpoint.keep=9", "optim.learning_rate=1e-3"]
     third = folder / "third" / "rollouts"
     third.mkdir(parents=True)
@@ -58,76 +58,69 @@ def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     ended = batch(folder, commands)
     shutil.rmtree(folder / "gone")
     own = folder / "half" / "checkpoints"
-    shutil.rmtree(own)  # as if it had been killed before its own first checkpoint
+    shutil.rmtree(own)  # as if it had been killed before its first own checkpoint
     for left in ("metrics.jsonl", "progress.json"):
         (folder / "half" / left).unlink(missing_ok=True)
     half = train(folder / "half", *rest, gone, "steps=1", "checkpoint.interval=50")
-    # What has no moments is what training from the exported weights is: fp32 loses nothing in the export.
+    # Without moments, a run equals one from the exported weights: the export of fp32 is exact.
     exported = [f"model.path={folder / 'zero' / 'hf'}", "warm_start.steps=0", "steps=1", "actor.precision=fp32"]
     ended |= batch(folder, {"half_again": half, "fresh": dumped("fresh", folder / "third", *exported)})
-    return folder, ended
+    return Batch(folder, ended)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("moments", ["with", "without"])
-def test_training_goes_on_bit_for_bit_if_it_has_the_moments(
-    ran: tuple[Path, dict[str, Ended]], moments: str, precision: str
-) -> None:
-    folder, ended = ran
+def test_training_continues_bit_for_bit_only_with_the_moments(ran: Batch, moments: str, precision: str) -> None:
     first, second = f"first_{precision}", f"{moments}_{precision}"
-    assert ended[second].code == 0, ended[second].error
-    there = [row for row in rows(folder / first) if "actor/loss" in row][2]
-    here = next(row for row in rows(folder / second) if "actor/loss" in row)
+    ran.succeeded(second)
+    there = [row for row in rows(ran.folder / first) if "actor/loss" in row][2]
+    here = next(row for row in rows(ran.folder / second) if "actor/loss" in row)
     assert here["step"] == 1 and there["step"] == 3
     assert [here[name] for name in ACTOR] == [there[name] for name in ACTOR]  # measured before the update
-    exports = [load_file(folder / run / "hf" / WEIGHTS) for run in (first, second)]
+    exports = [load_file(ran.folder / run / "hf" / WEIGHTS) for run in (first, second)]
     same = all(torch.equal(tensor, exports[1][name]) for name, tensor in exports[0].items())
     assert same is (moments == "with")
     if moments == "without":
-        assert here["actor/ratio_deviation_max"] <= 2e-2  # its first update proves the scoring pass again
+        assert here["actor/ratio_deviation_max"] <= 2e-2  # the first update checks the scoring pass again
 
 
-def test_without_moments_is_a_fresh_optimizer(ran: tuple[Path, dict[str, Ended]]) -> None:
-    folder, ended = ran
-    assert ended["fresh"].code == 0, ended["fresh"].error
-    exports = [load_file(folder / run / "hf" / WEIGHTS) for run in ("fresh", "without_fp32")]
+def test_start_without_moments_equals_a_fresh_optimizer(ran: Batch) -> None:
+    ran.succeeded("fresh")
+    exports = [load_file(ran.folder / run / "hf" / WEIGHTS) for run in ("fresh", "without_fp32")]
     assert all(torch.equal(tensor, exports[1][name]) for name, tensor in exports[0].items())
 
 
-def test_steps_and_tokens_count_from_zero(ran: tuple[Path, dict[str, Ended]]) -> None:
-    folder, ended = ran
-    assert ended["zero"].code == 0, ended["zero"].error
-    assert [row["step"] for row in rows(folder / "zero")] == [0]
-    kept = json.loads((folder / "zero" / "checkpoints" / "step_000000" / "icrl.json").read_text())
+def test_steps_and_tokens_count_from_zero(ran: Batch) -> None:
+    ran.succeeded("zero")
+    assert [row["step"] for row in rows(ran.folder / "zero")] == [0]
+    kept = json.loads((ran.folder / "zero" / "checkpoints" / "step_000000" / "icrl.json").read_text())
     progress = kept.get("progress", kept)
     assert (progress["step"], progress["generated_tokens"], progress["optimizer_steps"]) == (0, 0, 0)
 
 
-def test_other_data_another_algorithm_and_frozen_models_begin_from_it(ran: tuple[Path, dict[str, Ended]]) -> None:
-    folder, ended = ran
-    assert ended["plain"].code == 0, ended["plain"].error
-    assert "without its optimizer moments" in " ".join(ended["plain"].error.split())
-    assert not (folder / "plain" / "warm_start").exists()
-    first = next(row for row in rows(folder / "plain") if "actor/loss" in row)
-    assert abs(first["actor/kl_reference"]) <= 1e-8  # the reference is the start
-    baseline = rows(folder / "plain" / "baseline_grpo")
+def test_tasks_and_algorithm_may_differ_from_the_first_run(ran: Batch) -> None:
+    ran.succeeded("plain")
+    assert "without its optimizer moments" in ran.ended["plain"].said
+    assert not (ran.folder / "plain" / "warm_start").exists()
+    first = next(row for row in rows(ran.folder / "plain") if "actor/loss" in row)
+    assert abs(first["actor/kl_reference"]) <= 1e-8  # the reference model is the starting point
+    baseline = rows(ran.folder / "plain" / "baseline_grpo")
     assert [row["heldout/critique_free"] for row in baseline[:1]] == [
-        row["heldout/critique_free"] for row in rows(folder / "plain")[:1]
+        row["heldout/critique_free"] for row in rows(ran.folder / "plain")[:1]
     ]
 
 
-def test_the_original_may_be_deleted(ran: tuple[Path, dict[str, Ended]]) -> None:
-    folder, ended = ran
-    assert ended["half"].code == 0, ended["half"].error
-    assert ended["half_again"].code == 0, ended["half_again"].error[-3000:]
-    assert max(row["step"] for row in rows(folder / "half")) == 1
+def test_first_run_may_be_deleted_later(ran: Batch) -> None:
+    ran.succeeded("half")
+    ran.succeeded("half_again")
+    assert max(row["step"] for row in rows(ran.folder / "half")) == 1
 
 
-# --- what is refused before anything starts
+# --- rejected before anything starts
 
 
 def run_with_checkpoint(folder: Path, *overrides: str) -> Path:
-    """As much of a run as is read before torch is: settings, and configurations of models."""
+    """The parts of a run folder that are read before torch is imported: settings and model configurations."""
     S.save(S.load("rulebook_easy", [f"run_dir={folder}", *overrides]), folder / S.SAVED_NAME)
     for step in (1, 2, 10):
         model = folder / "checkpoints" / f"step_{step:06d}" / "model"
@@ -142,7 +135,7 @@ def config(layers: int) -> dict[str, object]:
     return {"model_type": "qwen3", "rms_norm_eps": 1e-6, "rope_theta": 1e4, **sizes, **more}
 
 
-def test_a_run_a_folder_of_checkpoints_and_a_checkpoint_are_all_taken(tmp_path: Path) -> None:
+def test_start_from_accepts_a_run_its_checkpoints_or_one_checkpoint(tmp_path: Path) -> None:
     run = run_with_checkpoint(tmp_path / "a")
     for given in (run, run / "checkpoints", run / "checkpoints" / "step_000010"):
         assert start.source(str(given)) == run / "checkpoints" / "step_000010"
@@ -174,7 +167,7 @@ def test_a_run_a_folder_of_checkpoints_and_a_checkpoint_are_all_taken(tmp_path: 
         (["start_from=A", "actor.tensor_parallel=2", "launch.ranks=2"], "key-value heads"),
     ],
 )
-def test_contradictions_are_refused(
+def test_contradictory_settings_are_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -187,7 +180,7 @@ def test_contradictions_are_refused(
         validate(S.load("rulebook_easy", ["run_dir=B", *overrides]))
 
 
-def test_a_model_path_of_the_same_model_is_no_contradiction(tmp_path: Path) -> None:
+def test_model_path_of_the_same_model_is_accepted(tmp_path: Path) -> None:
     run = run_with_checkpoint(tmp_path / "a")
     (tmp_path / "same").mkdir()
     (tmp_path / "same" / "config.json").write_text(json.dumps(config(2)))
@@ -196,7 +189,7 @@ def test_a_model_path_of_the_same_model_is_no_contradiction(tmp_path: Path) -> N
         validate(S.load("rulebook_easy", [*paths, f"model.path={model}"]))
 
 
-def test_what_the_first_run_trained_on_is_not_held_out_by_the_second(tmp_path: Path) -> None:
+def test_rows_that_the_first_run_trained_on_cannot_be_held_out(tmp_path: Path) -> None:
     rows_of = {name: write_rows(tmp_path / f"{name}.jsonl", at) for name, at in (("a", 0), ("b", 10), ("c", 20))}
 
     def sources(trained: str, held: str) -> str:

@@ -1,13 +1,13 @@
-"""Each task set has its own options: what it does not have is refused by name, wherever the setting comes from."""
+"""Each task set has its own options; others are rejected by name, wherever the setting comes from."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import re
 from pathlib import Path
 
 import pytest
+from documented import code
 from whole_runs import icrl
 
 from icrl_megatron.run.checks import check_values, validate
@@ -64,26 +64,26 @@ ARCHIVE = "task set 'archive' has no such option; it has agent.answer_chars, age
         (["tasks.sources=[{name: code, data: {train: a}}]"], "expected a list"),
     ],
 )
-def test_what_a_task_set_does_not_have_is_refused(overrides: list[str], message: str) -> None:
+def test_options_of_other_task_sets_are_rejected(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         S.load("quickstart", overrides)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_command_ends_before_a_model_is_loaded(tmp_path: Path) -> None:
+def test_wrong_option_is_rejected_before_a_model_is_loaded(tmp_path: Path) -> None:
     words = ["tasks.sources.0.name=reasoning_gym", "tasks.sources.0.data.corpus=x", "model.path=/nowhere", "--dry-run"]
     code, _, error = icrl("train", "quickstart", f"run_dir={tmp_path}", *words)
     assert code == 2 and PUZZLES in error and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("step", [1, -1])
-def test_options_are_those_of_the_final_task_set(step: int) -> None:
+def test_options_are_checked_for_the_final_task_set(step: int) -> None:
     words = ["tasks.sources.0.name=searchqa", "tasks.sources.0.data.corpus=c.jsonl"]
     (first, *_) = S.load("quickstart", words[::step]).tasks.sources
     assert first == SearchQASource("searchqa", data=SearchData(corpus="c.jsonl"))
 
 
-def test_another_task_set_has_its_own_defaults_and_the_same_weight() -> None:
+def test_changed_task_set_has_its_own_defaults_and_keeps_the_weight() -> None:
     recipe = "qwen3_8b_alfworld_4xh100"
     (source,) = S.load(recipe, ["tasks.sources.0.weight=2", "tasks.sources.0.name=webshop"]).tasks.sources
     assert source == ServedSource("webshop", 2.0)
@@ -95,20 +95,20 @@ def test_another_task_set_has_its_own_defaults_and_the_same_weight() -> None:
 
 
 @pytest.mark.parametrize("task_set", SOURCES)
-def test_saved_options_come_back(task_set: str, tmp_path: Path) -> None:
+def test_options_round_trip_through_files(task_set: str, tmp_path: Path) -> None:
     settings = S.load("quickstart", [f"tasks.sources.1={{name: {task_set}, weight: 3}}"])
     S.save(settings, tmp_path / "settings.yaml")
     assert S.load_saved(tmp_path / "settings.yaml") == settings
     assert type(settings.tasks.sources[1]) is SOURCES[task_set]
 
 
-def test_saved_options_of_another_task_set_are_refused(tmp_path: Path) -> None:
+def test_saved_options_of_another_task_set_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text("tasks: {sources: [{name: reasoning_gym, data: {corpus: x}}]}")
     with pytest.raises(ConfigError, match=r"settings\.yaml: .*'reasoning_gym' has no such option"):
         S.load_saved(tmp_path / "settings.yaml")
 
 
-def test_every_task_set_with_options_is_registered_and_gets_entries_of_its_class() -> None:
+def test_task_sets_with_options_require_entries_of_their_class() -> None:
     assert set(SOURCES) == set(registry._WITH_OPTIONS)
     with pytest.raises(ConfigError, match=r"its entry is a TaskSource; make it with .*\.ToolsSource"):
         registry.of_source(TaskSource("math"))
@@ -128,27 +128,25 @@ def test_every_task_set_with_options_is_registered_and_gets_entries_of_its_class
         (ALFWorldSource("alfworld", data=GameData(["0:2"], ["2:3"], grading_workers=4)), "no effect without folders"),
     ],
 )
-def test_options_without_effect_are_refused(source: TaskSource, message: str) -> None:
+def test_options_without_effect_are_rejected(source: TaskSource, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         registry.of_source(source)
 
 
-def test_servers_without_a_command_are_refused() -> None:
+def test_serve_options_without_a_command_are_rejected() -> None:
     settings = S.load("quickstart", ["tasks.sources=[{name: alfworld, serve: {count: 3}}]"])
     with pytest.raises(ConfigError, match=r"serve\.count=3 has no effect without serve\.command; leave it out"):
         validate(settings)
 
 
-def test_rows_of_task_ids_have_no_prompts_to_compare(tmp_path: Path) -> None:
+def test_rows_of_task_ids_are_not_compared_as_prompts(tmp_path: Path) -> None:
     (tmp_path / "ids.jsonl").write_text(json.dumps({"task_id": "babyai_1"}) + "\n")
     source = ServedSource("babyai", data=ServerData([str(tmp_path / "ids.jsonl")], [str(tmp_path / "ids.jsonl")]))
     check_rows(source, source)
 
 
-def test_the_documented_options_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "EXTENDING.md").read_text()
-    section = page.partition("## Options of a task set")[2].partition("\n## ")[0]
-    (tmp_path / "documented_riddles.py").write_text(re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0])
+def test_documented_options_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "documented_riddles.py").write_text(code("Options of a task set"))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(SOURCES, "riddles", importlib.import_module("documented_riddles").RiddleSource)
     monkeypatch.setitem(registry._WITH_OPTIONS, "riddles", "documented_riddles:Riddles")

@@ -1,4 +1,4 @@
-"""Rulebook, Household and the registry: splits, verifiers against independent oracles, parsing, teachers."""
+"""Rulebook, Household and the registry: splits, verifiers compared with independent oracles, parsing, teachers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from icrl_megatron.types import Task
 from icrl_megatron.utils.errors import ConfigError
 
 RUNNER = asyncio.Runner()
-"""One event loop for all: starting one costs more than playing an attempt."""
+"""One event loop for all tests: starting one takes longer than playing an attempt."""
 CODED = ("rulebook_hard", "rulebook_easy", "household")
-"""Their summaries are in a code that only the critic reads; tests/cpu/test_archive.py has the others' own tests."""
+"""Task sets whose summaries use a code that only the critic sees. tests/cpu/test_archive.py tests the others."""
 NAMES = (*CODED, "archive", "archive_easy")
 
 
@@ -30,7 +30,7 @@ def teachable(name: str) -> Teachable:
 
 
 def play(environment: Environment, actions: list[str]) -> list[str]:
-    """Observations, the first one included; stops when the environment is done."""
+    """All observations including the first; stops when the environment is done."""
 
     async def run() -> list[str]:
         seen = [await environment.reset()]
@@ -52,7 +52,7 @@ def critique_text(reply: str) -> str:
 def teacher_attempt(
     task_set: TaskSet, task: Task, teacher: Teacher, critique: str | None
 ) -> tuple[Environment, list[str]]:
-    """One attempt by a teacher; returns the environment at its end and every text it showed or was sent."""
+    """Plays one attempt with a teacher; returns the environment and all observations and replies."""
     environment = task_set.environment(task)
 
     async def run() -> list[str]:
@@ -61,7 +61,9 @@ def teacher_attempt(
         for _ in range(environment.max_turns):
             reply = teacher.act(observation, critique)
             action = environment.parse(reply)
-            assert action is not None and environment.parse(action) == action, "a teacher's format is always right"
+            assert action is not None and environment.parse(action) == action, (
+                "a teacher's replies are always well-formed"
+            )
             result = await environment.step(action)
             observation = result.observation
             texts += [reply, observation]
@@ -75,7 +77,7 @@ def teacher_attempt(
 # Registry
 
 
-def test_registry_gives_every_named_set_and_plays_its_tasks() -> None:
+def test_registry_has_every_task_set_and_its_environments() -> None:
     assert registry.names() == (*NAMES, "archive_answers")
     for name in registry.names():
         task_set = registry.get(name)
@@ -84,7 +86,7 @@ def test_registry_gives_every_named_set_and_plays_its_tasks() -> None:
         assert RUNNER.run(registry.environment(task).reset()) == task.problem
 
 
-def test_unknown_name_names_the_nearest() -> None:
+def test_unknown_name_gets_a_suggestion() -> None:
     with pytest.raises(ConfigError, match=r"'rulebok_hard'.*rulebook_hard"):
         registry.get("rulebok_hard")
     with pytest.raises(ConfigError, match="household"):
@@ -92,20 +94,20 @@ def test_unknown_name_names_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_splits_are_disjoint_fixed_and_unique(name: str) -> None:
+def test_splits_are_disjoint_reproducible_and_unique(name: str) -> None:
     train, heldout = (registry.get(name).problems(split) for split in ("train", "heldout"))
     everything = [*train, *heldout]
     assert train and heldout
     assert len({t.problem for t in everything}) == len({t.task_id for t in everything}) == len(everything)
     assert {t.split for t in train} == {"train"} and {t.split for t in heldout} == {"heldout"}
     assert registry.get(name).problems("train") == train and registry.get(name).problems("heldout") == heldout
-    # What is held out is a combination: each of its words has been seen in training.
+    # Held-out problems are new combinations: each word occurs in training.
     assert {w for t in heldout for w in t.problem.split()} <= {w for t in train for w in t.problem.split()}
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("problem", ["", "crimson", "take apple put desk", "a b c d e f"])
-def test_foreign_problem_is_a_config_error(name: str, problem: str) -> None:
+def test_invalid_problem_is_a_config_error(name: str, problem: str) -> None:
     with pytest.raises(ConfigError, match="problem"):
         registry.get(name).environment(Task("x", name, "train", problem))
 
@@ -114,12 +116,12 @@ def test_foreign_problem_is_a_config_error(name: str, problem: str) -> None:
 
 
 def decode_rule(name: str) -> list[dict[str, str]]:
-    """The rule as its own summaries reveal it: an oracle that never reads the rule itself."""
+    """An oracle that reconstructs the rule from summaries, without reading the rule itself."""
     task_set = registry.get(name)
     tables: list[dict[str, str]] = []
     for task in [*task_set.problems("train"), *task_set.problems("heldout")]:
         environment = task_set.environment(task)
-        RUNNER.run(environment.reset())  # no answer at all: every slot is wrong, so every code is shown
+        RUNNER.run(environment.reset())  # without an answer every slot is wrong, so the summary has every code
         verdict, *codes = environment.summary().split()
         assert verdict == "wrong" and len(codes) == len(task.problem.split())
         tables = tables or [{} for _ in codes]
@@ -130,7 +132,7 @@ def decode_rule(name: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("name", ["rulebook_hard", "rulebook_easy"])
-def test_rulebook_rewards_the_whole_answer_only(name: str) -> None:
+def test_rulebook_rewards_only_the_complete_answer(name: str) -> None:
     task_set, rule = registry.get(name), decode_rule(name)
     shape = rulebook.SHAPES[name]
     assert [len(table) for table in rule] == [shape.values] * shape.slots
@@ -156,7 +158,7 @@ def test_rulebook_parses_strictly() -> None:
         assert environment.parse(reply) is None
 
 
-def test_easy_rulebook_refuses_answer_words_it_does_not_use() -> None:
+def test_easy_rulebook_rejects_unused_answer_words() -> None:
     task_set = registry.get("rulebook_easy")
     environment = task_set.environment(task_set.problems("train")[0])
     assert environment.parse("oak elm bay") == "oak elm bay" and environment.parse("oak elm cedar") is None
@@ -166,7 +168,7 @@ def test_easy_rulebook_refuses_answer_words_it_does_not_use() -> None:
 
 
 def shortest(task: Task) -> list[str]:
-    """Breadth-first search over the real environment, replayed from its start: no knowledge of homes or rooms."""
+    """Breadth-first search in the real environment, without knowledge of homes or rooms."""
     environment = registry.environment(task)
     words = task.problem.split()
     moves = [
@@ -194,14 +196,14 @@ def shortest(task: Task) -> list[str]:
 
 
 def oracle(problem: str) -> list[str]:
-    """The shortest plan, from the hidden homes."""
+    """The shortest plan, given the hidden homes."""
     _, thing, _, surface, _, room = problem.split()
     home = household.HOMES[thing]
     walk = [] if household.ROOM_OF[home] == room else [f"go {household.ROOM_OF[home]}"]
     return [*walk, f"open {home}", f"take {thing}", f"put {surface}"]
 
 
-def test_every_household_problem_is_solvable_within_its_turns() -> None:
+def test_every_household_problem_can_be_solved_within_its_turns() -> None:
     task_set = registry.get("household")
     for task in [*task_set.problems("train"), *task_set.problems("heldout")]:
         environment, plan = task_set.environment(task), oracle(task.problem)
@@ -211,15 +213,15 @@ def test_every_household_problem_is_solvable_within_its_turns() -> None:
         assert max(len(text.split()) for text in seen) <= 15
         for cut in range(len(plan)):
             play(environment, plan[:cut] + plan[cut + 1 :])
-            assert not environment.success(), "no step of the plan can be left out"
+            assert not environment.success(), "every step of the plan is necessary"
 
 
-def test_household_oracle_agrees_with_a_search_that_knows_nothing() -> None:
+def test_household_oracle_agrees_with_an_uninformed_search() -> None:
     for task in random.Random(1).sample(list(registry.get("household").problems("heldout")), 4):
         assert len(shortest(task)) == len(oracle(task.problem))
 
 
-def test_household_invalid_actions_cost_their_turn_and_change_nothing() -> None:
+def test_household_invalid_actions_only_cost_a_turn() -> None:
     thing = next(t for t in household.OBJECTS if household.ROOM_OF[household.HOMES[t]] == "kitchen")
     problem = household.Goal(thing, "desk", "office").text()
     environment, plan = registry.environment(Task("t", "household", "train", problem)), oracle(problem)
@@ -227,12 +229,12 @@ def test_household_invalid_actions_cost_their_turn_and_change_nothing() -> None:
     seen = play(environment, [*invalid, *plan])
     assert all(text.startswith("invalid") for text in seen[1 : len(invalid) + 1])
     assert environment.success() and len(seen) == 1 + len(invalid) + len(plan)
-    # Within the turn limit there is no room for even one.
+    # The turn limit allows no invalid action.
     play(environment, [invalid[0], *plan][: environment.max_turns])
     assert not environment.success()
 
 
-def test_household_put_on_the_wrong_surface_does_not_win_and_can_be_undone() -> None:
+def test_household_wrong_surface_fails_and_can_be_corrected() -> None:
     problem = household.Goal("apple", "desk", "office").text()
     environment = registry.environment(Task("t", "household", "train", problem))
     wrong = [*oracle(problem)[:-1], "put bed"]
@@ -242,7 +244,7 @@ def test_household_put_on_the_wrong_surface_does_not_win_and_can_be_undone() -> 
     assert environment.success()
 
 
-def test_household_carries_one_thing_at_a_time_and_any_other_does_not_win() -> None:
+def test_household_holds_one_object_and_the_wrong_object_fails() -> None:
     home = household.HOMES["apple"]
     other = next(t for t in household.OBJECTS if t != "apple" and household.HOMES[t] == home)
     problem = household.Goal("apple", "desk", household.ROOM_OF[home]).text()
@@ -257,11 +259,11 @@ def test_every_container_is_a_home_and_every_object_has_one() -> None:
     assert all(list(household.HOMES.values()).count(place) == 2 for place in household.PLACES)
 
 
-# Both
+# All task sets
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_environments_start_afresh_and_are_deterministic(name: str) -> None:
+def test_environments_reset_completely_and_are_deterministic(name: str) -> None:
     task_set = teachable(name)
     for task in task_set.problems("heldout")[:10]:
         replays = []
@@ -274,7 +276,7 @@ def test_environments_start_afresh_and_are_deterministic(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CODED)
-def test_codes_are_for_the_critic_only(name: str) -> None:
+def test_only_the_critic_sees_codes(name: str) -> None:
     task_set = teachable(name)
     codes = {*rulebook.HINTS, *household.HINTS}
     for index, task in enumerate(task_set.problems("train")[:60]):
@@ -288,7 +290,7 @@ def test_codes_are_for_the_critic_only(name: str) -> None:
 
 @pytest.mark.parametrize("name", CODED)
 def test_teacher_is_imperfect_by_design(name: str) -> None:
-    """Alone it mostly fails, with advice it does what the advice says, and 40 % of its critiques are right."""
+    """Alone it mostly fails; with a critique it follows the critique; 40 % of its critiques are correct."""
     task_set = teachable(name)
     tasks = list(task_set.problems("train"))
     solved = failed = advised = 0
@@ -317,7 +319,7 @@ def test_teacher_is_imperfect_by_design(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_vocabulary_lists_every_word(name: str) -> None:
+def test_vocabulary_contains_every_word(name: str) -> None:
     task_set = teachable(name)
     words = set(task_set.vocabulary())
     assert all(word.split() == [word] for word in words)
@@ -360,7 +362,7 @@ def test_no_reply_breaks_an_environment(name: str, reply: str) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(name=st.sampled_from(NAMES), critique=st.one_of(st.none(), st.text(max_size=40)))
-def test_teachers_act_whatever_the_critique_says(name: str, critique: str | None) -> None:
+def test_teachers_act_on_any_critique(name: str, critique: str | None) -> None:
     task_set = teachable(name)
     task = task_set.problems("train")[0]
     teacher_attempt(task_set, task, task_set.teacher(task, random.Random(0)), critique)

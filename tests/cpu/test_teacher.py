@@ -1,4 +1,4 @@
-"""Teachers' demonstrations: ordinary episodes, as good and as bad as the task sets want them."""
+"""Teachers' demonstrations are ordinary episodes with the success rates that the task sets intend."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_teachers_play_ordinary_episodes(name: str) -> None:
     episodes = demonstrate(0)
     assert demonstrate(0) == episodes != demonstrate(1)
     revisions = [e.attempts[1] for e in episodes if len(e.attempts) == 2]
-    # A right critique is followed to success; the teacher's critic is right about 40 % of the time.
+    # A correct critique leads to success, and about 40 % of the teacher's critiques are correct.
     assert 0.15 < sum(r.success for r in revisions) / len(revisions) < 0.75
     for episode in episodes:
         ids = [i for a in episode.attempts for i in (*a.prompt_ids, *a.response_ids())]
@@ -53,7 +53,7 @@ def test_teachers_play_ordinary_episodes(name: str) -> None:
             assert not any(attempt.rollout_logprobs())
 
 
-def test_a_demonstration_longer_than_a_reply_may_be_is_an_error() -> None:
+def test_demonstration_longer_than_the_reply_limit_is_an_error() -> None:
     task_set = registry.get("rulebook_hard")
     prompter = Prompter(build_tokenizer(["a"]), SETTINGS)
     setup = EpisodeSetup(registry.environment, prompter, SETTINGS)
@@ -62,7 +62,7 @@ def test_a_demonstration_longer_than_a_reply_may_be_is_an_error() -> None:
         asyncio.run(play(task_set.problems("train")[:1], 1, setup, speakers_for, SEEDS))
 
 
-def test_a_task_set_without_a_teacher_cannot_demonstrate() -> None:
+def test_task_set_without_a_teacher_is_rejected() -> None:
     class Bare:
         name = "bare"
 
@@ -79,7 +79,7 @@ def test_a_task_set_without_a_teacher_cannot_demonstrate() -> None:
         teacher_speakers(lambda name: Bare(), prompter, SEEDS)(task, 0)
 
 
-def test_calls_and_tokens_cost_reward_and_calls_are_limited() -> None:
+def test_calls_and_tokens_reduce_the_reward_and_calls_are_limited() -> None:
     task_set: Any = registry.get("archive")
     prompter = Prompter(
         build_tokenizer([*task_set.vocabulary(), *template_words("compact")]),

@@ -1,4 +1,4 @@
-"""Metrics, their files across a resume, dumps, and what people see of them."""
+"""Metrics, their files across a resume, dumps, and their display."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def decode(ids: Ids) -> str:
 PLAYED = [episode(0, [0.0, 1.0]), episode(1, [0.5, 0.25]), episode(2, [1.0]), episode(0, [0.0, 0.0], "house")]
 
 
-def test_rollout_metrics_by_hand() -> None:
+def test_rollout_metrics() -> None:
     report = credit(PLAYED, AlgoSettings(), train_critic=True)
     got = rollout_metrics(PLAYED, [DroppedEpisode(PLAYED[0].task, 9, "boom")], report)
     expected = {
@@ -83,7 +83,7 @@ def test_rollout_metrics_by_hand() -> None:
         "episodes/dropped": 1.0,
         "infrastructure/bad_answers": 0.0,
         "groups/count": 4.0,
-        "groups/flat_share": 0.5,  # both of the house: two equal attempts, one critique
+        "groups/flat_share": 0.5,  # both groups of `house`: two equal attempts, one critique
         "samples/count": 10.0,
         "samples/flat_share": 0.3,
     }
@@ -101,14 +101,14 @@ def test_rollout_metrics_by_hand() -> None:
     )
 
 
-def test_nothing_measured_means_no_name() -> None:
+def test_unmeasured_metrics_are_omitted() -> None:
     alone = [episode(0, [1.0])]
     got = rollout_metrics(alone, [], credit(alone, AlgoSettings(), True))
     assert not [name for name in got if "critique/" in name or "revision" in name]
     assert all(math.isfinite(v) for v in got.values())
 
 
-def test_resume_cuts_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+def test_resume_removes_rows_after_the_checkpoint(tmp_path: Path) -> None:
     def run(folder: Path, steps: range, resume: int | None) -> None:
         with MetricsWriter(folder, resume) as writer:
             for step in steps:
@@ -128,8 +128,8 @@ def test_resume_cuts_what_came_after_the_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
-def test_a_checkpoint_brings_back_the_rows_of_its_step_that_the_file_lost(lost: int, tmp_path: Path) -> None:
-    """A crash of the machine, or damage, may cut the end of the file that a checkpoint still counts on."""
+def test_checkpoint_restores_lost_rows_of_its_step(lost: int, tmp_path: Path) -> None:
+    """A machine crash can truncate the metrics file after the checkpoint was saved."""
     with MetricsWriter(tmp_path, None) as writer:
         for step, value in [(1, 1.0), (2, 2.0), (2, math.nan)]:  # the second row of a step is its evaluation
             writer.write(step, {"loss": value})
@@ -154,7 +154,7 @@ def test_tensorboard_shows_the_same_numbers_after_a_resume(tmp_path: Path) -> No
     assert [(e.step, e.value) for e in board.Scalars("loss")] == [(0, 1), (1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
 
 
-def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
+def test_non_finite_numbers_are_written_as_valid_json(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, None) as writer:
         writer.write(0, {"loss": float("nan"), "ratio": 0.1 + 0.2})
     (line,) = (tmp_path / METRICS_FILE).read_text().splitlines()
@@ -162,7 +162,7 @@ def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
     assert math.isnan(read_rows(tmp_path / METRICS_FILE)[0]["loss"])
 
 
-def test_files_that_cannot_be_used(tmp_path: Path) -> None:
+def test_unusable_files_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="run_dir"):
         MetricsWriter(tmp_path / "file" / "run", None)
@@ -182,7 +182,7 @@ def test_dump_round_trip(tmp_path: Path) -> None:
     assert path == tmp_path / "rollouts" / "step_000012.jsonl"
     assert list(path.parent.iterdir()) == [path]
     assert read_episodes(path) == sorted(PLAYED, key=lambda e: (e.task.task_id, e.index))
-    assert hash(read_episodes(path)[0]) == hash(PLAYED[3])  # tuples all the way down, not lists
+    assert hash(read_episodes(path)[0]) == hash(PLAYED[3])  # contains tuples at every level, not lists
     assert "Go “south” instead." in path.read_text(encoding="utf-8")
 
     records = read_dump(path)
@@ -216,7 +216,7 @@ def test_show(tmp_path: Path) -> None:
     places = [text.index(piece) for piece in order]
     assert places == sorted(places)
     assert "reward 0, advantage -" in text
-    assert shown(tmp_path, index=0).count("not trained") == 2  # the filter took that group's critique and revision
+    assert shown(tmp_path, index=0).count("not trained") == 2  # the filter removed that group's critique and revision
     assert "step 2," in shown(tmp_path, step=2)
 
     for which, message in [({"step": 3}, "Step 3 .* 2 to 10"), ({"index": 4}, "0 to 3")]:
@@ -253,7 +253,7 @@ def test_progress_in_a_terminal_and_without_one(monkeypatch: pytest.MonkeyPatch)
     assert lines[-2:] == ["Training  2/2  0 s", "done [1/2]"]
 
 
-def test_a_phase_that_fails_gives_the_terminal_back() -> None:
+def test_failed_phase_restores_the_terminal() -> None:
     progress = Progress(console=Console(file=io.StringIO(), force_terminal=True))
     with pytest.raises(RuntimeError, match="boom"), progress.phase("Rollouts"):
         raise RuntimeError("boom")

@@ -1,4 +1,4 @@
-"""The embedded model: an ordinary Hugging Face folder, one token per word, reproducible."""
+"""The built-in tiny model: an ordinary Hugging Face folder, one token per word, reproducible."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_folder_is_an_ordinary_qwen3(tmp_path: Path, tied: bool) -> None:
     assert tokenizer.pad_token_id == config.pad_token_id == tokenizer.convert_tokens_to_ids(PAD)
 
 
-def test_seed_makes_the_weights_and_leaves_the_global_generator_alone(tmp_path: Path) -> None:
+def test_seed_determines_the_weights_without_changing_global_state(tmp_path: Path) -> None:
     torch.manual_seed(7)
     state = torch.get_rng_state()
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -52,7 +52,7 @@ def test_seed_makes_the_weights_and_leaves_the_global_generator_alone(tmp_path: 
     assert a == b != c
 
 
-def test_every_word_is_one_token_and_decoding_gives_the_text_back(tmp_path: Path) -> None:
+def test_every_word_is_one_token_and_text_round_trips(tmp_path: Path) -> None:
     words = all_words()
     build_tiny(tmp_path, TinyModel(layers=1), words, seed=0)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
@@ -68,7 +68,7 @@ def test_every_word_is_one_token_and_decoding_gives_the_text_back(tmp_path: Path
     assert tokenizer.encode("hovercraft", add_special_tokens=False) == [tokenizer.unk_token_id]
 
 
-def test_chat_template_spends_one_token_on_a_header_and_one_on_an_end() -> None:
+def test_chat_template_adds_one_token_before_and_after_a_message() -> None:
     tokenizer = build_tokenizer(WORDS)
     messages = [
         {"role": "user", "content": " go kitchen "},
@@ -80,7 +80,7 @@ def test_chat_template_spends_one_token_on_a_header_and_one_on_an_end() -> None:
     assert text.split() == [*expected.split(), "<|assistant|>"]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert tokenizer.convert_ids_to_tokens(ids) == text.split()
-    # What a parser reads keeps the critic's tags and loses the control tokens.
+    # Decoded text keeps the critic's tags but not the control tokens.
     assert tokenizer.decode(ids, skip_special_tokens=True) == "go kitchen <critic> oak </critic> elm"
 
 
@@ -92,7 +92,7 @@ def test_tags_are_tokens_without_spaces_around_them() -> None:
     assert tokenizer.decode(ids, skip_special_tokens=True) == "<plan> go </plan> a<b"
 
 
-def test_text_cannot_carry_unsplittable_words() -> None:
+def test_words_must_be_single_tokens() -> None:
     for word in ("two words", ""):
         with pytest.raises(ValueError, match="one token"):
             build_tokenizer([word])

@@ -1,9 +1,10 @@
-"""Problems that do not fit the context: all of them are found before the model is loaded, or when they are played."""
+"""Problems that do not fit the context are found before the model is loaded, or when they are played."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import byte_model
@@ -12,7 +13,7 @@ from agentgym_server import serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from whole_runs import Ended, batch, rows, train
+from whole_runs import Batch, batch, train
 
 from icrl_megatron.agents.dialogue import Dialogue
 from icrl_megatron.model.tiny import build_tokenizer
@@ -47,10 +48,10 @@ def prompters(model: Path) -> dict[str, Prompter]:
     away=st.integers(-3, 3),
     which=st.sampled_from(["attempt", "revision", "critique"]),
 )
-def test_it_is_what_the_prompts_say(
+def test_problem_is_too_long_exactly_if_a_prompt_does_not_fit(
     prompters: dict[str, Prompter], kind: str, pieces: list[str], away: int, which: str
 ) -> None:
-    """Around the limit of each prompt, where a token decides."""
+    """Within three tokens of the limit of each prompt."""
     prompter, text, task = (
         prompters[kind],
         " ".join(pieces).encode(errors="replace").decode(),
@@ -80,9 +81,15 @@ def write(path: Path, count: int, long: int, what: str) -> str:
     return str(path)
 
 
+@dataclass(frozen=True)
+class Resets(Batch):
+    resets: dict[str, int]
+    """Run -> number of resets at its environment server."""
+
+
 @pytest.fixture(scope="module")
-def ran(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ended], dict[str, int]]:
-    """Commands on rows of which one is too long, and how often the servers were asked for a problem meanwhile."""
+def ran(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Resets:
+    """Commands on datasets with one row that is too long, and the number of resets at the servers."""
     folder = tmp_path_factory.mktemp("too_long")
     well = write(folder / "well.jsonl", 8, -1, "plus")
     held = write(folder / "held.jsonl", 4, -1, "times")
@@ -91,10 +98,10 @@ def ran(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
     small += ["rollout.max_critique_tokens=4", "rollout.context_tokens=400", "rollout.tasks_per_step=2"]
     small += ["rollout.episodes_per_task=2", "algo.on_no_signal=skip"]
 
-    broken = folder / "broken"  # loading it would fail first
+    broken = folder / "broken"  # this model cannot be loaded
     shutil.copytree(model, broken)
     tensors = load_file(broken / "model.safetensors")
-    tensors["model.norm.weight"][0] = float("nan")  # its header is whole
+    tensors["model.norm.weight"][0] = float("nan")  # its header is intact
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
 
     def math(train_rows: str, heldout_rows: str) -> str:
@@ -127,12 +134,12 @@ def ran(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
         commands["eval"] = [word for word in commands["eval"] if not word.startswith(("steps", "eval.", "warm"))]
         commands["eval_drop"] = [*commands["eval"], "tasks.too_long=drop", "--out", str(folder / "eval_drop")]
         commands["eval"] += ["--out", str(folder / "eval")]
-        # A run that ended because of it goes on as its message says.
+        # A run that failed because of the row resumes as its message advises.
         commands["fails"] = run("after", math(in_train, held))
         commands["after"] = [*commands["fails"], "tasks.too_long=drop"]
         ended = batch(folder, commands)
         asked = {"served": state.calls["/reset"], "served_drop": dropping.calls["/reset"]}
-    return folder, ended, asked
+    return Resets(folder, ended, asked)
 
 
 @pytest.mark.parametrize(
@@ -146,20 +153,17 @@ def ran(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
         ("other", "long_row/train/9"),
     ],
 )
-def test_every_row_is_looked_at_before_the_model_is_loaded(
-    ran: tuple[Path, dict[str, Ended], dict[str, int]], name: str, row: str
-) -> None:
-    folder, ended, _ = ran
-    assert ended[name].code == 2, ended[name].error
-    (message,) = [line for line in ended[name].error.splitlines() if line.startswith("error: ")]
-    assert row.replace("ROWS", str(folder)) in message
+def test_too_long_row_is_found_before_the_model_is_loaded(ran: Resets, name: str, row: str) -> None:
+    assert ran.ended[name].code == 2, ran.ended[name].error
+    (message,) = [line for line in ran.ended[name].error.splitlines() if line.startswith("error: ")]
+    assert row.replace("ROWS", str(ran.folder)) in message
     assert "rollout.context_tokens is 400 (the model has 1024 positions): shorten the problems" in message
     assert "set tasks.too_long=drop" in message
-    assert not (folder / name / "metrics.jsonl").exists() and not (folder / name / "checkpoints").exists()
+    assert not (ran.folder / name / "metrics.jsonl").exists() and not (ran.folder / name / "checkpoints").exists()
 
 
-def test_a_context_that_is_enough_is_named(ran: tuple[Path, dict[str, Ended], dict[str, int]], model: Path) -> None:
-    """The limit that a message names is enough, and one less is not."""
+def test_suggested_context_is_the_smallest_that_fits(ran: Resets, model: Path) -> None:
+    """The suggested number of tokens is enough, and one less is not."""
     prompter = Prompter(tokenizer(model), RolloutSettings(templates="compact"))
     task, text = Task("t/0", "t", "train", ""), "word " * 30
     lengths = RolloutSettings(context_tokens=20, max_critique_tokens=4)
@@ -169,58 +173,50 @@ def test_a_context_that_is_enough_is_named(ran: tuple[Path, dict[str, Ended], di
         assert len(too_long([Statement(task, text, Dialogue())], prompter, at, revised=True)) == count
 
 
-def test_dropped_rows_are_counted_and_named_once(ran: tuple[Path, dict[str, Ended], dict[str, int]]) -> None:
-    folder, ended, _ = ran
-    assert ended["fails"].code == 2
+def test_dropped_rows_are_counted_and_reported_once(ran: Resets) -> None:
+    assert ran.ended["fails"].code == 2
     for name, dropped in (("drop", 2.0), ("after", 1.0)):
-        assert ended[name].code == 0, ended[name].error
-        said = " ".join(ended[name].error.split())
+        ran.succeeded(name)
+        said = ran.ended[name].said
         assert said.count("do not fit rollout.context_tokens=400 and are left out") == 1
         assert "math/train/rows/9" in said
-        steps = [row for row in rows(folder / name) if "tokens/generated" in row]
+        steps = ran.trained(name)
         assert [row["data/dropped_too_long"] for row in steps] == [dropped, dropped]
         assert all(row["episodes/too_long"] == row["episodes/dropped"] == 0 for row in steps)
-    assert ended["dry_drop"].code == 0 and "1 of 16 problems" in ended["dry_drop"].error
+    assert ran.ended["dry_drop"].code == 0 and "1 of 16 problems" in ran.ended["dry_drop"].error
 
 
-def test_too_few_rows_that_fit_are_an_error(ran: tuple[Path, dict[str, Ended], dict[str, int]]) -> None:
-    error = ran[1]["few"].error
-    assert ran[1]["few"].code == 2
+def test_too_few_remaining_rows_are_an_error(ran: Resets) -> None:
+    error = ran.ended["few"].error
+    assert ran.ended["few"].code == 2
     assert "11 training problems, and a step draws 12" in error and "lower rollout.tasks_per_step" in error
 
 
-def test_an_evaluation_counts_what_it_leaves_out(ran: tuple[Path, dict[str, Ended], dict[str, int]]) -> None:
-    folder, ended, _ = ran
-    assert ended["eval_drop"].code == 0, ended["eval_drop"].error
-    result = json.loads((folder / "eval_drop" / "eval.json").read_text())
+def test_evaluation_counts_dropped_problems(ran: Resets) -> None:
+    ran.succeeded("eval_drop")
+    result = json.loads((ran.folder / "eval_drop" / "eval.json").read_text())
     assert result["too_long"] == 1 and len(result["successes"]) == 5
 
 
-def test_a_problem_of_another_task_set_is_dropped_when_it_is_played(
-    ran: tuple[Path, dict[str, Ended], dict[str, int]],
-) -> None:
-    """Which rows are left out must not depend on a clock, and only `Readable` task sets are read without one."""
+def test_problem_of_a_custom_task_set_is_dropped_when_played(ran: Resets) -> None:
+    """Dropping rows in advance must not depend on timing; only `Readable` task sets are read without a time limit."""
     assert RESETS_S > 0
-    ended = ran[1]["other_drop"]
-    assert ended.code == 0, ended.error
-    steps = [row for row in rows(ran[0] / "other_drop") if "tokens/generated" in row]
+    ran.succeeded("other_drop")
+    steps = ran.trained("other_drop")
     assert all(row["data/dropped_too_long"] == 0 for row in steps)
     assert all(row["episodes/too_long"] == row["episodes/dropped"] for row in steps)
 
 
-def test_problems_behind_a_server_are_judged_when_they_are_played(
-    ran: tuple[Path, dict[str, Ended], dict[str, int]],
-) -> None:
-    folder, ended, asked = ran
-    assert ended["served"].code == 2
-    assert "The attempt prompt of task 'alfworld/heldout/24" in ended["served"].error
-    assert "rollout.context_tokens is 200: raise it above the prompt" in ended["served"].error
-    assert asked["served"] < 20, "a server was asked for its 2430 problems"
-    assert ended["served_drop"].code == 0, ended["served_drop"].error
-    steps = [row for row in rows(folder / "served_drop") if "tokens/generated" in row]
+def test_problems_of_a_server_are_checked_when_played(ran: Resets) -> None:
+    assert ran.ended["served"].code == 2
+    assert "The attempt prompt of task 'alfworld/heldout/24" in ran.ended["served"].error
+    assert "rollout.context_tokens is 200: raise it above the prompt" in ran.ended["served"].error
+    assert ran.resets["served"] < 20, "the server was asked for all of its 2430 problems"
+    ran.succeeded("served_drop")
+    steps = ran.trained("served_drop")
     assert sum(row["episodes/too_long"] for row in steps) > 0
     for row in steps:
         assert row["episodes/too_long"] == row["episodes/dropped"]
         assert row["episodes/played"] + row["episodes/dropped"] == 4
         assert row["data/dropped_too_long"] == 0
-    assert asked["served_drop"] < 40
+    assert ran.resets["served_drop"] < 40

@@ -1,4 +1,4 @@
-"""Trackers offline, with the real packages, and what happens when one of them fails."""
+"""Trackers offline with the real packages, and trackers that fail."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from documented import defined
 from whole_runs import SMALL, WARM_START, icrl, rows
 
 from icrl_megatron.run.checks import validate_settings
@@ -74,7 +74,7 @@ def wandb_records(path: Path) -> Iterator[bytes]:
         length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
         record += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
+        if kind in (1, 4):  # a complete record, or its last fragment
             yield record
             record = b""
 
@@ -99,23 +99,23 @@ READ = {"wandb": from_wandb, "mlflow": from_mlflow, "trackio": from_trackio}
 
 
 @pytest.mark.parametrize("name", TRACKERS)
-def test_a_resumed_run_goes_on_and_repeats_no_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_run_continues_and_repeats_no_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(name)
-    if name == "trackio":  # it reads its folder once, when it is imported
+    if name == "trackio":  # trackio reads its folder only when it is imported
         monkeypatch.setattr("trackio.utils.TRACKIO_DIR", tmp_path / "trackio")
         monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio")
     assert tracked(name, tmp_path, range(3)) == 0
     first = state(tmp_path)[name]
-    time.sleep(1.1)  # wandb names its folders by the second, and no run resumes within one
+    time.sleep(1.1)  # wandb's folder names have a resolution of one second
     assert tracked(name, tmp_path, range(1, 5)) == 0  # resumed from step 1
     assert state(tmp_path)[name] == {"run_id": first["run_id"], "last_step": 4}
     history, texts = READ[name](tmp_path)
     deadline = time.monotonic() + 30
-    while len(history) < 5 and time.monotonic() < deadline:  # wandb's service writes after the run has finished
+    while len(history) < 5 and time.monotonic() < deadline:  # wandb's service may write after the run has finished
         time.sleep(0.2)
         history, texts = READ[name](tmp_path)
     assert history == [(step, 0.5 * step) for step in range(5)]
-    assert texts == ["nonononono"]  # one row of at most ten characters
+    assert texts == ["nonononono"]  # one row, truncated to ten characters
 
 
 def module(start: Callable[[object], object]) -> types.ModuleType:
@@ -130,41 +130,37 @@ def odd(monkeypatch: pytest.MonkeyPatch, start: Callable[[object], object]) -> N
 
 
 @pytest.mark.parametrize("error", [OSError("no route to host"), SystemExit(3)])
-def test_a_tracker_that_fails_is_given_up_with_one_message(
+def test_failed_tracker_is_disabled_with_one_message(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start(identity: object) -> object:
         raise error
 
-    said: list[str] = []
+    messages: list[str] = []
     odd(monkeypatch, start)
-    assert tracked("odd", tmp_path, range(5), said.append) == 1
-    assert len(said) == 1 and said[0].startswith("odd gets no more metrics (")
+    assert tracked("odd", tmp_path, range(5), messages.append) == 1
+    assert len(messages) == 1 and messages[0].startswith("odd gets no more metrics (")
 
 
-def test_a_tracker_that_hangs_delays_neither_steps_nor_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_tracker_delays_neither_steps_nor_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "CLOSE_TIMEOUT_S", 0.2)
     monkeypatch.setattr(trackers, "QUEUE_ITEMS", 4)
     odd(monkeypatch, lambda identity: time.sleep(3600))
-    said: list[str] = []
+    messages: list[str] = []
     begun = time.monotonic()
-    assert tracked("odd", tmp_path, range(50), said.append) == 1
-    assert time.monotonic() - begun < 5 and said == [
+    assert tracked("odd", tmp_path, range(50), messages.append) == 1
+    assert time.monotonic() - begun < 5 and messages == [
         "odd gets no more metrics (it is 4 steps behind); metrics.jsonl has all of them"
     ]
 
 
-def test_the_documented_tracker_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "EXTENDING.md").read_text()
-    section = page.partition("## A tracker")[2].partition("\n## ")[0]
-    names: dict[str, Any] = {}
-    exec(re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0], names)
-    odd(monkeypatch, names["start"])
+def test_documented_tracker_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd(monkeypatch, defined("A tracker")["start"])
     assert tracked("odd", tmp_path, range(2)) == 0
     assert "1,actor/loss,0.5\n" in (tmp_path / "tiny.csv").read_text()
 
 
-def test_wrong_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_and_missing_trackers_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"trackers.names has comet: choose from wandb, mlflow, trackio"):
         validate_settings(load("rulebook_easy", ["trackers.names=[comet]"]))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -177,7 +173,7 @@ def test_every_tracker_has_a_module() -> None:
 
 
 @pytest.mark.dist
-def test_a_run_is_tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_is_tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow")
     words = ["train", "rulebook_easy", f"run_dir={tmp_path / 'run'}", "steps=2", *SMALL, *WARM_START]
     code, _, err = icrl(*words, "trackers.names=[mlflow]", "trackers.offline=true", "trackers.project=tests")

@@ -1,4 +1,4 @@
-"""Evaluation during training: at its interval, on the newest weights, and in none of training's counts."""
+"""Evaluation during training: at its interval, with the newest weights, and excluded from training's counts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def rows(finished_run: Path) -> list[Row]:
     return read_rows(finished_run / METRICS_FILE)
 
 
-def test_it_happens_at_its_interval_before_and_after(rows: list[Row]) -> None:
+def test_evaluation_runs_at_its_interval_and_at_both_ends(rows: list[Row]) -> None:
     assert [row["step"] for row in rows if HELDOUT in row] == [0, 2, 4, STEPS]
     assert all((HELDOUT in row) == ("tokens/evaluation" in row) for row in rows)
 
 
-def test_its_tokens_and_its_time_are_counted_apart(rows: list[Row]) -> None:
+def test_evaluation_tokens_and_time_are_counted_separately(rows: list[Row]) -> None:
     evaluated = [row for row in rows if HELDOUT in row]
     assert all(row["tokens/evaluation"] > 0 and row["time/evaluation_s"] > 0 for row in evaluated)
     generated = 0.0
@@ -38,8 +38,8 @@ def test_its_tokens_and_its_time_are_counted_apart(rows: list[Row]) -> None:
             assert row["time/generated_tokens_per_s"] * training_s == pytest.approx(row["tokens/generated"], rel=1e-6)
 
 
-def test_it_sees_the_newest_weights(rows: list[Row], finished_run: Path, tmp_path: Path) -> None:
-    """What the training's own engine measured last is what the exported model does with the same seeds."""
+def test_evaluation_uses_the_newest_weights(rows: list[Row], finished_run: Path, tmp_path: Path) -> None:
+    """The last evaluation equals one of the exported model with the same seeds."""
     code = (
         "import sys; from pathlib import Path; from icrl_megatron.evaluation import play, run as evaluation\n"
         "from icrl_megatron.rollout.speakers import Seeds\n"

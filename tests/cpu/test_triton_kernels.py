@@ -1,4 +1,4 @@
-"""The kernels on their own: what the interpreter cannot see is asked of the compiler, which needs no GPU."""
+"""The Triton kernels: in the interpreter, and as compiled for an H100, which needs no GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMPILE = Path(__file__).parents[1] / "compile_kernels.py"
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, Any]]:
-    """What `compile_kernels.py` reports of each kernel, compiled for an H100."""
+    """The report of `compile_kernels.py` for each kernel."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, str(COMPILE)], env=environment, capture_output=True, text=True, check=False, timeout=300
@@ -40,48 +40,48 @@ def test_every_kernel_compiles_for_hopper_without_spilling(compiled: dict[str, d
     for name, report in compiled.items():
         assert report["cubin_bytes"], name
         assert report["stack_bytes"] == 0, (name, report)
-        # A multiprocessor has 65536 registers: the programs that are launched for each must fit on it together.
+        # A multiprocessor has 65536 registers; all programs launched on it must fit together.
         assert 0 < report["registers"] * report["threads"] * triton_chunks.TUNING[9].programs <= 65536, (name, report)
         assert report["shared_bytes"] <= 48 * 1024, (name, report)
 
 
-def test_logits_are_read_and_written_as_vectors(compiled: dict[str, dict[str, Any]]) -> None:
-    """Where columns are a multiple of 16, as in every model: a mask of unknown alignment makes 16-bit accesses."""
+def test_logits_are_accessed_as_vectors(compiled: dict[str, dict[str, Any]]) -> None:
+    """If columns are a multiple of 16, as in every model; otherwise the mask causes 16-bit accesses."""
     for name, report in compiled.items():
         if name.startswith(("split_statistics", "logit_gradients")):
             whole = "odd" not in name
             assert (report["vector_loads"] > 0) == whole, (name, report)
             assert (report["vector_stores"] > 0) == (whole and name.startswith("logit_gradients")), (name, report)
-            # What triton 3.7.1 and 3.8.0 need is in docs/KERNEL.md; this notices when it becomes far more.
+            # docs/KERNEL.md has the values of triton 3.7.1 and 3.8.0; this detects a large increase.
             assert report["instructions_an_element"] <= (22 if whole else 32), (name, report)
 
 
-def test_rows_are_addressed_with_64_bits(compiled: dict[str, dict[str, Any]]) -> None:
-    """rows * stride passes 2^31 with 16384 tokens of 151936 columns."""
+def test_row_addresses_are_64_bit(compiled: dict[str, dict[str, Any]]) -> None:
+    """rows * stride exceeds 2^31 with 16384 tokens of 151936 columns."""
     for name in ("split_statistics", "logit_gradients"):
         assert compiled[name]["row_multiplications"] == ["i64"] * len(compiled[name]["row_multiplications"])
         assert compiled[name]["row_multiplications"]
 
 
-def test_lengths_temperature_and_bounds_are_runtime_values(compiled: dict[str, dict[str, Any]]) -> None:
-    """Block sizes and which streams exist are compiled in; specialised are only a model's own numbers."""
+def test_lengths_temperature_and_bounds_are_not_compiled_in(compiled: dict[str, dict[str, Any]]) -> None:
+    """Only block sizes and the set of streams are constants, and only a model's dimensions are specialized."""
     constant = {"BLOCK", "ROWS", "HAS_OLD", "HAS_BEHAVIOUR", "HAS_REFERENCE", "HAS_ENTROPY"}
     for name, report in compiled.items():
         assert set(report["constants"]) <= constant, name
         assert set(report["specialised"]) <= {"columns", "stride", "gradient_stride"}, name
 
 
-def test_scalars_are_launched_as_floats(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton compiles anew for integers, and once more for the integer 1."""
+def test_scalars_are_passed_as_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton would compile another kernel for integers, and a third one for the integer 1."""
     from icrl_kernels import triton_kernels
 
     kernel, launched = triton_kernels.token_objective, []
 
-    class Watched:
+    class Recorder:
         def __getitem__(self, grid: object) -> Any:
             return lambda *args, **options: (launched.append(args), kernel[grid](*args, **options))
 
-    monkeypatch.setattr(triton_kernels, "token_objective", Watched())
+    monkeypatch.setattr(triton_kernels, "token_objective", Recorder())
     whole = Terms(temperature=1, clip_low=0, clip_high=1, w_max=2, kl_coef=1, entropy_coef=1, shaping_gamma=1)
     hidden_LH, weight_VH, streams = make_inputs(3, 20, whole)
     run_head(hidden_LH, weight_VH, streams, whole, 20, None, TRITON)
@@ -91,7 +91,7 @@ def test_scalars_are_launched_as_floats(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("logits", ["fp32", "bf16"])
-def test_a_whole_vocabulary_of_qwen3(logits: str) -> None:
+def test_full_vocabulary_of_qwen3(logits: str) -> None:
     vocabulary = 151936
     hidden_LH, weight_VH, streams = make_inputs(3, vocabulary, Terms(), scale=0.5)
     streams.targets_L[:] = torch.tensor([0, 77777, vocabulary - 1])
@@ -105,7 +105,7 @@ def test_a_whole_vocabulary_of_qwen3(logits: str) -> None:
     assert_near(head[1], truth[1], 0.005 if logits == "fp32" else 0.02)
 
 
-def test_targets_on_the_edges_of_splits_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_targets_at_the_edges_of_splits_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from icrl_kernels import triton_chunks
 
     monkeypatch.setattr(triton_chunks, "_tuning", lambda device: triton_chunks.Tuning(16, 4, 8))
@@ -122,8 +122,8 @@ def test_targets_on_the_edges_of_splits_and_blocks(monkeypatch: pytest.MonkeyPat
         assert_near(head[2], truth[2])
 
 
-def test_bf16_gradients_fit_into_the_memory_of_fp32_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They overwrite the front of each row while its back is still read, over many blocks."""
+def test_bf16_gradients_may_overwrite_fp32_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients overwrite the front of each row while the rest is still read, over many blocks."""
     from icrl_kernels import triton_chunks
 
     monkeypatch.setattr(triton_chunks, "_tuning", lambda device: triton_chunks.Tuning(16, 4, 8))
@@ -136,17 +136,17 @@ def test_bf16_gradients_fit_into_the_memory_of_fp32_logits(monkeypatch: pytest.M
     assert_near(head[2], truth[2], 0.005)
 
 
-def test_a_low_temperature_keeps_its_precision() -> None:
+def test_low_temperature_is_precise() -> None:
     hidden_LH, weight_VH, streams = make_inputs(8, 200, Terms(temperature=0.05))
     truth = run_reference(hidden_LH, weight_VH, on_policy(streams), Terms(temperature=0.05), 200)
     logprobs_L, entropy_L = run_scores(hidden_LH, weight_VH, streams.targets_L, 0.05, 200, 8, TRITON)
-    # Products of float32 rounded at 1e-6 and divided by 0.05.
+    # float32 products have rounding errors of 1e-6, which are divided by 0.05.
     assert_near(logprobs_L, truth[0].logprobs_L, 1e-5, 1e-4)
     assert_near(entropy_L, truth[0].entropy_L, 1e-5, 1e-4)
 
 
-def test_eight_shards_of_a_vocabulary_give_what_one_gives() -> None:
-    """The statistics of eight ranks, merged as after their all-gather; targets on the shards' edges."""
+def test_eight_vocabulary_shards_give_the_same_result_as_one() -> None:
+    """Statistics of eight ranks are merged as after an all-gather; targets are at the edges of shards."""
     from icrl_kernels.triton_chunks import TritonChunks
     from icrl_kernels.triton_kernels import score_tokens
 
@@ -173,10 +173,10 @@ def test_eight_shards_of_a_vocabulary_give_what_one_gives() -> None:
 @pytest.mark.parametrize("tokens", [8192, 16384])
 @pytest.mark.parametrize("logit_bytes", [4, 2])
 @pytest.mark.parametrize("tensor_parallel", [1, 2, 4, 8])
-def test_chunks_never_lose_more_waves_than_even_ones(
+def test_chunk_plan_needs_no_more_waves_than_even_chunks(
     width: int, tokens: int, logit_bytes: int, tensor_parallel: int
 ) -> None:
-    """d(hidden) of Qwen3-8B and 4B on an H100's 132 multiprocessors; the buffer of logits keeps its bound."""
+    """For d(hidden) of Qwen3-8B and 4B on an H100's 132 multiprocessors; the logit buffer stays within its limit."""
     from icrl_kernels.triton_chunks import CHUNK_ALIGN, CHUNK_BYTES, chunk_rows, waves
 
     per_token = 151936 // tensor_parallel * logit_bytes

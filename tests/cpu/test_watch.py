@@ -1,4 +1,4 @@
-"""An engine that computes something else, and a policy that has collapsed: warned of, and a reason to stop."""
+"""Engine mismatch and policy collapse cause warnings and can end the run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from whole_runs import Ended, batch, rows, train
+from whole_runs import Batch, batch, from_model, rows, train
 
 from icrl_megatron.run.watch import MISMATCH, Limits, mismatch_limits
 from icrl_megatron.settings import loading as S
@@ -16,14 +16,13 @@ from icrl_megatron.utils.step_names import step_name, steps_in
 BF16 = ["actor.precision=bf16", "steps=5"]
 HUGE = ["optim.learning_rate=30", "steps=6", "checkpoint.keep=9"]
 FREE = ["engine.mismatch_limit.mean=1e9", "engine.mismatch_limit.largest=1e9"]
-"""Such weights amplify rounding so much that the engine would be suspected first."""
+"""Weights of collapsed policies amplify rounding errors, so the mismatch limit would be exceeded first."""
 
 
 @pytest.fixture(scope="module")
-def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ended]]:
+def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Batch:
     folder = tmp_path_factory.mktemp("watch")
-    start = [f"model.path={finished_run / 'warm_start' / 'hf'}", "warm_start.steps=0", "eval.interval=0"]
-    start += ["checkpoint.interval=1"]
+    start = [*from_model(finished_run), "eval.interval=0", "checkpoint.interval=1"]
 
     def run(name: str, *more: str) -> list[str]:
         return train(folder / name, *start, *more)
@@ -46,9 +45,9 @@ def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         "normal": run("normal", "steps=6", "optim.on_collapse=stop"),
     }
     ended = batch(folder, commands)
-    # As the message says: delete what was saved after the newest good checkpoint, and lower the learning rate.
+    # As the message advises: delete the checkpoints after the newest good one, and lower the learning rate.
     found = re.search(
-        r"step_(\d+) is the newest checkpoint from before the collapse; delete those after it", said(ended["error"])
+        r"step_(\d+) is the newest checkpoint from before the collapse; delete those after it", ended["error"].said
     )
     root = folder / "error" / "checkpoints"
     for step in steps_in(root) if found else ():
@@ -56,14 +55,10 @@ def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
             shutil.rmtree(root / step_name(step))
     advised = [*commands["error"], "optim.learning_rate=1e-4", "steps=4", "algo.on_no_signal=train"]
     ended |= batch(folder, {"advised": advised})
-    return folder, ended
+    return Batch(folder, ended)
 
 
-def said(ended: Ended) -> str:
-    return " ".join(ended.error.split())
-
-
-def test_limits_come_from_the_precision_unless_they_are_set() -> None:
+def test_default_limits_depend_on_the_precision() -> None:
     assert mismatch_limits(S.load("quickstart")) == MISMATCH["fp32"] == Limits(1e-5, 1e-3, 1)
     bf16 = ["actor.precision=bf16", "engine.mismatch_limit.largest=5"]
     assert mismatch_limits(S.load("quickstart", bf16)) == Limits(MISMATCH["bf16"].mean, 5, MISMATCH["bf16"].patience)
@@ -73,76 +68,66 @@ def test_limits_come_from_the_precision_unless_they_are_set() -> None:
     assert (quantised.mean, quantised.largest) == (1, 5)
 
 
-def test_a_healthy_run_in_bf16_is_within_its_limits(ran: tuple[Path, dict[str, Ended]]) -> None:
-    folder, ended = ran
-    assert ended["bf16"].code == 0, ended["bf16"].error
-    assert "engine and trainer" not in said(ended["bf16"])
-    trained = [row for row in rows(folder / "bf16") if "actor/loss" in row]
+def test_correct_bf16_run_is_within_the_limits(ran: Batch) -> None:
+    ran.succeeded("bf16")
+    assert "engine and trainer" not in ran.ended["bf16"].said
+    trained = ran.trained("bf16")
     assert len(trained) == 5
     assert all(0 < row["actor/mismatch_abs"] < MISMATCH["bf16"].mean for row in trained)
 
 
 @pytest.mark.parametrize("fault", ["stale", "warm"])
-def test_an_engine_with_a_fault_is_warned_of_and_then_ends_the_run(
-    ran: tuple[Path, dict[str, Ended]], fault: str
-) -> None:
-    folder, ended = ran
-    assert ended[fault].code == 1
-    assert said(ended[fault]).count("; the run stops after 3 such steps in a row") >= 2
-    assert "InvariantError: engine and trainer differ" in said(ended[fault]) and "3 in a row. Probable causes" in said(
-        ended[fault]
-    )
+def test_faulty_engine_causes_warnings_and_then_ends_the_run(ran: Batch, fault: str) -> None:
+    said = ran.ended[fault].said
+    assert ran.ended[fault].code == 1
+    assert said.count("; the run stops after 3 such steps in a row") >= 2
+    assert "InvariantError: engine and trainer differ" in said and "3 in a row. Probable causes" in said
     for cause in ("weights were not synced", "another temperature than rollout.temperature", "another model"):
-        assert cause in said(ended[fault])
-    trained = [row for row in rows(folder / fault) if "actor/loss" in row]
-    assert len(trained) in (2, 3)  # a stale engine has its first step right
+        assert cause in said
+    trained = ran.trained(fault)
+    assert len(trained) in (2, 3)  # the first step of a stale engine is correct
 
 
-def test_limits_and_patience_are_settings(ran: tuple[Path, dict[str, Ended]]) -> None:
-    _, ended = ran
-    assert ended["patient"].code == 0 and said(ended["patient"]).count("the run stops after 9 such steps") == 5
-    assert ended["accepted"].code == 0 and "engine and trainer" not in said(ended["accepted"])
-    assert ended["strict"].code == 1 and "at step 1, 1 in a row" in said(ended["strict"])
+def test_limits_and_patience_can_be_set(ran: Batch) -> None:
+    assert ran.ended["patient"].code == 0 and ran.ended["patient"].said.count("the run stops after 9 such steps") == 5
+    assert ran.ended["accepted"].code == 0 and "engine and trainer" not in ran.ended["accepted"].said
+    assert ran.ended["strict"].code == 1 and "at step 1, 1 in a row" in ran.ended["strict"].said
 
 
-def test_a_learning_rate_that_destroys_the_policy_is_warned_of(ran: tuple[Path, dict[str, Ended]]) -> None:
-    folder, ended = ran
-    assert ended["warn"].code == 0, ended["warn"].error
-    trained = [row for row in rows(folder / "warn") if "actor/loss" in row]
+def test_collapse_causes_one_warning(ran: Batch) -> None:
+    ran.succeeded("warn")
+    trained = ran.trained("warn")
     assert len(trained) == 6
     assert trained[0]["actor/grad_norm"] > 1e-3 > 1e-6 > trained[-1]["actor/grad_norm"]
     assert trained[-1]["attempt/entropy"] < 1e-2 < trained[0]["attempt/entropy"]
     for name in ("warn", "skip"):
-        assert said(ended[name]).count("the policy has collapsed") == 1
-        assert "optim.learning_rate=30 is the probable cause" in said(ended[name])
+        assert ran.ended[name].said.count("the policy has collapsed") == 1
+        assert "optim.learning_rate=30 is the probable cause" in ran.ended[name].said
 
 
-def test_it_ends_the_run_where_it_should(ran: tuple[Path, dict[str, Ended]]) -> None:
-    folder, ended = ran
-    assert ended["stop"].code == 1 and "Traceback" not in ended["stop"].error
-    found = re.search(r"error: step (\d): the policy has collapsed", said(ended["stop"]))
-    assert found and 4 <= int(found[1]) <= 5  # one step to destroy it, three to be sure, one with a gradient still
-    assert len([row for row in rows(folder / "stop") if "tokens/generated" in row]) == int(found[1]) - 1
+def test_collapse_ends_the_run_if_configured(ran: Batch) -> None:
+    assert ran.ended["stop"].code == 1 and "Traceback" not in ran.ended["stop"].error
+    found = re.search(r"error: step (\d): the policy has collapsed", ran.ended["stop"].said)
+    assert found and 4 <= int(found[1]) <= 5  # one step destroys it, three confirm it, one may still have a gradient
+    assert len(ran.trained("stop")) == int(found[1]) - 1
 
 
-def test_a_batch_without_signal_says_that_the_policy_has_collapsed(ran: tuple[Path, dict[str, Ended]]) -> None:
-    error = said(ran[1]["error"])
-    assert ran[1]["error"].code == 1
+def test_error_of_a_batch_without_signal_mentions_the_collapse(ran: Batch) -> None:
+    error = ran.ended["error"].said
+    assert ran.ended["error"].code == 1
     assert "no reward differed" in error and "the policy has collapsed" in error
     assert "step_000002 is the newest checkpoint from before the collapse; delete those after it" in error
-    assert f"start_from={ran[0] / 'error' / 'checkpoints' / 'step_000002'}" in error
+    assert f"start_from={ran.folder / 'error' / 'checkpoints' / 'step_000002'}" in error
 
 
-def test_the_advice_leads_back_to_a_policy_that_lives(ran: tuple[Path, dict[str, Ended]]) -> None:
-    folder, ended = ran
-    assert ended["advised"].code == 0, ended["advised"].error
-    assert "policy has collapsed" not in said(ended["advised"])
-    entropies = [row["attempt/entropy"] for row in rows(folder / "error") if "attempt/entropy" in row]
+def test_advice_after_a_collapse_works(ran: Batch) -> None:
+    ran.succeeded("advised")
+    assert "policy has collapsed" not in ran.ended["advised"].said
+    entropies = [row["attempt/entropy"] for row in rows(ran.folder / "error") if "attempt/entropy" in row]
     assert len(entropies) == 4 and min(entropies) > 1e-2
 
 
-def test_a_normal_run_is_never_warned(ran: tuple[Path, dict[str, Ended]], finished_run: Path) -> None:
-    folder, ended = ran
-    assert ended["normal"].code == 0 and "collapsed" not in said(ended["normal"])
-    for row in [*rows(folder / "normal"), *rows(finished_run)]:
+def test_normal_run_has_no_warnings(ran: Batch, finished_run: Path) -> None:
+    assert ran.ended["normal"].code == 0 and "collapsed" not in ran.ended["normal"].said
+    for row in [*rows(ran.folder / "normal"), *rows(finished_run)]:
         assert row.get("attempt/entropy", 1.0) > 0.1

@@ -1,6 +1,6 @@
-"""Code of an environment that blocks: it costs its episode within the time limit, and nothing else.
+"""Environment code that blocks costs only its own episode, within the time limit.
 
-The environments really sleep, loop and wait; the clock is the real one, so limits are short.
+The environments really sleep, loop and wait, so the limits are short.
 """
 
 from __future__ import annotations
@@ -19,31 +19,27 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from odd_environments import PROMPTER, Says, Works
 
-from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout import watchdog
 from icrl_megatron.rollout.episode import EpisodeSetup, play
-from icrl_megatron.rollout.prompts import Prompter, template_words
-from icrl_megatron.rollout.speakers import Ask, Seeds, Speakers
+from icrl_megatron.rollout.speakers import Seeds, Speakers
 from icrl_megatron.rollout.watchdog import WATCHDOG
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks.base import Environment, StepResult
-from icrl_megatron.types import Completion, DroppedEpisode, Episode, Task
+from icrl_megatron.types import DroppedEpisode, Episode, Task
 
 LIMIT_S = 0.3
 SETTINGS = RolloutSettings(
     rounds=1, max_turn_tokens=4, max_critique_tokens=4, context_tokens=200, templates="compact",
     environment_timeout_s=LIMIT_S,
 )  # fmt: skip
-PROMPTER = Prompter(build_tokenizer(["go", "up", *template_words("compact")]), SETTINGS)
 FOREVER_S = 3600
 REPEATED = re.compile("(a+)+$")
 
 
-class Plain:
-    """One turn, and success."""
-
-    max_turns = 2
+class Plain(Works):
+    """Succeeds after one turn."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -54,9 +50,6 @@ class Plain:
     def parse(self, reply: str) -> str | None:
         return reply
 
-    def hint(self) -> str:
-        return "go"
-
     async def step(self, action: str) -> StepResult:
         return StepResult("up", True)
 
@@ -66,20 +59,11 @@ class Plain:
     def success(self) -> bool:
         return True
 
-    def summary(self) -> str:
-        return "up"
-
-
-class Says:
-    async def reply(self, ask: Ask) -> Completion:
-        ids = PROMPTER.encode_reply("up")
-        return Completion(ids, (0.0,) * len(ids), "stop", 0)
-
 
 def played(
     bad: Callable[[Task], Environment], tasks: int = 2, **changes: Any
 ) -> tuple[list[Episode], list[DroppedEpisode], float]:
-    """(episodes, dropped ones, seconds) of the tasks good/0, bad/1, good/2, ..."""
+    """Plays the tasks good/0, bad/1, good/2, ...; returns episodes, dropped episodes and seconds."""
     names = [Task(f"{('good', 'bad')[i % 2]}/{i}", "set", "train", "") for i in range(tasks)]
     setup = EpisodeSetup(
         lambda task: bad(task) if task.task_id.startswith("bad") else Plain(task),
@@ -128,7 +112,7 @@ def catches_everything() -> None:
 
 
 def sleeps_past_a_signal() -> None:
-    """As code does that enters a system call right after the signal came, and before Python has handled it."""
+    """Like code that enters a system call after the signal arrived but before Python handled it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [watchdog._TICK])
     signal.sigwait([watchdog._TICK])
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [watchdog._TICK])
@@ -149,7 +133,7 @@ def locks() -> None:
 
 
 def has_an_alarm() -> None:
-    """As libraries that limit their own calls do: it must not switch the watchdog off."""
+    """Like libraries that limit their own calls with an alarm; this must not disable the watchdog."""
     before = signal.signal(signal.SIGALRM, lambda number, frame: None)
     signal.alarm(1)
     signal.alarm(0)
@@ -176,7 +160,7 @@ BLOCKING: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("kind", BLOCKING)
-def test_code_that_blocks_costs_its_episode(kind: str) -> None:
+def test_blocking_code_costs_only_its_episode(kind: str) -> None:
     episodes, dropped, seconds = played(blocks(BLOCKING[kind]))
     assert [e.task.task_id for e in episodes] == ["good/0"]
     assert [(d.task.task_id, d.late) for d in dropped] == [("bad/1", True)]
@@ -232,7 +216,7 @@ WAITING = [waits_forever, cleans_up_forever, gathers, waits_in_a_task, sleeps_in
 
 
 @pytest.mark.parametrize("code", WAITING)
-def test_code_that_waits_or_starts_what_blocks_costs_its_episode(code: Callable[[], Any]) -> None:
+def test_coroutines_that_wait_or_block_cost_only_their_episode(code: Callable[[], Any]) -> None:
     async def step(self: Plain, action: str) -> StepResult:
         await code()
         return StepResult("", True)
@@ -243,7 +227,7 @@ def test_code_that_waits_or_starts_what_blocks_costs_its_episode(code: Callable[
     assert seconds < LIMIT_S + watchdog.GRACE_S + 1
 
 
-def test_a_task_that_an_environment_leaves_running_does_not_hold_up_the_end() -> None:
+def test_background_task_of_an_environment_does_not_delay_the_end() -> None:
     class Leaves(Plain):
         async def step(self, action: str) -> StepResult:
             self.left = asyncio.create_task(waits_forever())
@@ -254,8 +238,8 @@ def test_a_task_that_an_environment_leaves_running_does_not_hold_up_the_end() ->
     assert seconds < watchdog.GRACE_S + 1
 
 
-def test_threads_that_loop_are_ended() -> None:
-    """The thread of an episode that was dropped would else take a share of the interpreter's time for ever."""
+def test_looping_threads_are_ended() -> None:
+    """Otherwise the thread of a dropped episode would slow the interpreter down forever."""
 
     class Loops(Plain):
         async def step(self, action: str) -> StepResult:
@@ -282,8 +266,8 @@ def test_calls_in_threads_return_their_results_and_errors() -> None:
     assert episodes[1].attempts[0].turns[0].observation == str(2**50 - 1)
 
 
-def test_who_waits_meanwhile_does_not_lose_his_time() -> None:
-    """An episode whose server answers within its limit is not dropped because another one blocked for that long."""
+def test_time_blocked_by_another_episode_does_not_count() -> None:
+    """An episode whose server answers in time is not dropped because another episode blocked the event loop."""
 
     class Slow(Plain):
         async def step(self, action: str) -> StepResult:
@@ -299,16 +283,16 @@ def test_who_waits_meanwhile_does_not_lose_his_time() -> None:
     assert [d.task.task_id for d in dropped] == ["bad/3"]
 
 
-def test_what_blocks_is_the_same_every_time() -> None:
+def test_results_arrive_in_a_reproducible_order() -> None:
     def order(kind: type[Plain]) -> list[str]:
-        heard: list[str] = []
+        ids: list[str] = []
         names = [Task(f"{('good', 'bad')[i % 3 == 1]}/{i}", "set", "train", "") for i in range(6)]
         setup = EpisodeSetup(lambda t: kind(t) if "bad" in t.task_id else Plain(t), PROMPTER, SETTINGS)
         speakers = Speakers(Says(), Says())
         asyncio.run(
-            play(names, 1, setup, lambda t, i: speakers, Seeds(0, 0), lambda ended: heard.append(ended.task.task_id))
+            play(names, 1, setup, lambda t, i: speakers, Seeds(0, 0), lambda ended: ids.append(ended.task.task_id))
         )
-        return heard
+        return ids
 
     kind = blocks(lambda: time.sleep(FOREVER_S))
     assert order(kind) == order(kind)
@@ -316,25 +300,25 @@ def test_what_blocks_is_the_same_every_time() -> None:
 
 @pytest.fixture
 def stop() -> Iterator[list[bool]]:
-    """A stop request: it holds once something is in the list."""
+    """A stop request, which is active once the list has an element."""
     asked: list[bool] = []
     WATCHDOG.obey(asked)
     yield asked
     WATCHDOG.obey(False)
 
 
-def test_after_a_stop_request_blocking_code_gets_little_time(stop: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocking_code_ends_soon_after_a_stop_request(stop: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchdog, "STOP_GRACE_S", 1.0)
     timer = threading.Timer(0.5, stop.append, [True])
     timer.start()
     episodes, dropped, seconds = played(blocks(lambda: time.sleep(FOREVER_S)), 8, environment_timeout_s=600.0)
     assert (len(episodes), len(dropped)) == (4, 4)
     assert dropped[0].error == "step blocked a run that was asked to stop"
-    # Up to a tick until it is seen, a second for the first call, and a tick for each of the others.
+    # Up to one tick until it is noticed, one second for the first call, and one tick for each other call.
     assert seconds < 0.5 + 1 + 1 + 3 * watchdog.TICK_S + 1
 
 
-def test_code_in_time_is_left_alone_after_a_stop_request(stop: list[bool]) -> None:
+def test_fast_code_is_not_interrupted_after_a_stop_request(stop: list[bool]) -> None:
     stop.append(True)
     episodes, _, _ = played(blocks(lambda: time.sleep(0.1), "parse"), environment_timeout_s=600.0)
     assert len(episodes) == 2
@@ -353,7 +337,7 @@ finally:
 """
 
 
-def test_c_code_that_never_returns_ends_the_process_and_is_named() -> None:
+def test_c_code_that_never_returns_ends_the_process_with_its_name() -> None:
     done = subprocess.run([sys.executable, "-c", UNINTERRUPTIBLE], capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGVTALRM, done
     assert "in endless_c_code" in done.stderr
@@ -364,7 +348,7 @@ CTRL_C = """
 import asyncio, os, signal, threading, time
 from icrl_megatron.rollout.watchdog import WATCHDOG, Watched
 def blocks():
-    for seconds in (0.2, 0.6, 5.0, 10.0):  # asyncio only notes the first one, and a busy machine merges two
+    for seconds in (0.2, 0.6, 5.0, 10.0):  # asyncio only records the first; a busy machine may merge two
         sender = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
         sender.daemon = True
         sender.start()
@@ -376,13 +360,13 @@ asyncio.run(main())
 """
 
 
-def test_ctrl_c_ends_code_that_blocks_and_the_program() -> None:
+def test_ctrl_c_ends_blocking_code_and_the_program() -> None:
     done = subprocess.run([sys.executable, "-c", CTRL_C], capture_output=True, text=True, timeout=60)
     assert done.returncode != 0 and done.stderr.endswith("KeyboardInterrupt\n")
 
 
-def test_the_timer_does_not_outlive_its_calls() -> None:
-    """After the last call, its signal would kill a process that is about to exit."""
+def test_timer_stops_after_the_last_call() -> None:
+    """Otherwise its signal would kill a process that is about to exit."""
     code = "from icrl_megatron.rollout.watchdog import WATCHDOG, Watched\n"
     code += "for _ in range(3): WATCHDOG.run(lambda: 1, Watched(60))\n"
     code += "import threading, time\nthreading.Thread(target=time.sleep, args=(2,)).start()\n"

@@ -1,4 +1,4 @@
-"""The weight table without ranks: every layout's slices tile every tensor, join undoes split, bad folders are named."""
+"""The weight table without ranks: slices of every layout cover every tensor, join undoes split, bad folders fail."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.utils.errors import ConfigError
 
 if torch.cuda.is_available():
-    pytest.skip("the stand-ins for CUDA would hide the GPU from other tests of this process", allow_module_level=True)
+    pytest.skip("replacing CUDA functions would hide the GPU from other tests in this process", allow_module_level=True)
 platform.prepare("cpu")
 
 from icrl_megatron.model.weights import Slice, WeightRow, _Table, load_hf  # noqa: E402
 
-# By its metadata: the library itself is hidden on a CPU (distributed/platform.py).
+# Found by its metadata, because the module is hidden on a CPU (distributed/platform.py).
 HAS_TRANSFORMER_ENGINE = bool(list(importlib.metadata.distributions(name="transformer_engine")))
 
 
@@ -51,13 +51,13 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config(*request.param))
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)  # biases too, which else are all zeros
+        torch.nn.init.normal_(parameter)  # also biases, which are initialized to zero
     model.save_pretrained(out)
     return out
 
 
 def table(shape: ModelShape, tensor: int, pipeline: int, tensor_rank: int, stage: int) -> list[WeightRow]:
-    """The rows of one rank, for parameters of the shapes that Megatron gives them there."""
+    """The rows of one rank, for parameters with the shapes that Megatron gives them."""
     h, d, per = shape.hidden, shape.head_dim, shape.layers // pipeline
     vocab = (shape.padded_vocab(tensor) // tensor, h)
     layer = {
@@ -85,8 +85,8 @@ def table(shape: ModelShape, tensor: int, pipeline: int, tensor_rank: int, stage
 
 @pytest.mark.parametrize("pipeline", [1, 2, 4])
 @pytest.mark.parametrize("tensor", [1, 2, 4])
-def test_slices_tile_every_tensor(folder: Path, tensor: int, pipeline: int) -> None:
-    """Loaded rank by rank and put back by the slices' own offsets, every element returns to its place, once."""
+def test_slices_cover_every_tensor_once(folder: Path, tensor: int, pipeline: int) -> None:
+    """Loading rank by rank and writing back at the slices' offsets restores every element exactly once."""
     shape, want = ModelShape.read(folder), load_file(folder / "model.safetensors")
     back = {n: torch.full_like(t, torch.nan) for n, t in want.items()}
     seen: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(()))
@@ -110,12 +110,12 @@ def test_slices_tile_every_tensor(folder: Path, tensor: int, pipeline: int) -> N
     assert all(torch.equal(back[n], want[n]) for n in want)
     assert seen.keys() == want.keys()
     for name, count in seen.items():
-        # Norms are whole on every tensor-parallel rank; everything else is held once.
+        # Every tensor-parallel rank has all norms; everything else exists once.
         assert (count == (tensor if "norm" in name else 1)).all(), name
 
 
 def test_qkv_is_interleaved_by_group(folder: Path) -> None:
-    """Query heads 2g and 2g + 1, then key head g, then value head g: what Megatron's attention splits apart."""
+    """Query heads 2g and 2g + 1, then key head g, then value head g, as Megatron's attention expects."""
     shape, source = ModelShape.read(folder), load_file(folder / "model.safetensors")
     rows = {r.name: r for r in table(shape, 2, 1, 1, 0)}
     for kind in ("weight", "bias") if shape.family.qkv_bias else ("weight",):
@@ -128,7 +128,7 @@ def test_qkv_is_interleaved_by_group(folder: Path) -> None:
 
 
 def test_padding_rows_are_zero(folder: Path) -> None:
-    """50 words over 4 ranks: 13 rows each, of which the last rank has 11."""
+    """50 words over 4 ranks: 13 rows each, 11 of which are real on the last rank."""
     shape = ModelShape.read(folder)
     rows = {r.name: r for r in table(shape, 4, 1, 3, 0)}
     row = rows["embedding.word_embeddings.weight"]
@@ -137,7 +137,7 @@ def test_padding_rows_are_zero(folder: Path) -> None:
     assert not row.param[11:].any() and row.param[:11].all(dim=1).all()
 
 
-def test_unknown_parameters_are_refused(folder: Path) -> None:
+def test_unknown_parameters_are_rejected(folder: Path) -> None:
     rules = _Table(ModelShape.read(folder), 1, 0, 0)
     for name in ("decoder.layers.0.mlp.router.weight", "vision.weight"):
         with pytest.raises(RuntimeError, match=name.rpartition("layers")[0] or name):
@@ -151,7 +151,7 @@ def rewritten(folder: Path, out: Path, tensors: dict[str, torch.Tensor]) -> Path
     return out
 
 
-def test_missing_and_misshapen_tensors_are_named(folder: Path, tmp_path: Path) -> None:
+def test_missing_and_misshapen_tensors_are_rejected(folder: Path, tmp_path: Path) -> None:
     tensors, name = load_file(folder / "model.safetensors"), "model.layers.2.mlp.up_proj.weight"
     shape = ModelShape.read(folder)
     rows = table(shape, 2, 2, 1, 1)
@@ -163,21 +163,7 @@ def test_missing_and_misshapen_tensors_are_named(folder: Path, tmp_path: Path) -
         load_hf(rows, cut, shape)
 
 
-def test_shards_are_read_where_the_index_says(folder: Path, tmp_path: Path) -> None:
-    tensors, shape = load_file(folder / "model.safetensors"), ModelShape.read(folder)
-    where = {}
-    for i, name in enumerate(tensors):
-        where[name] = f"part-{i % 3}.safetensors"
-    for shard in set(where.values()):
-        save_file({n: tensors[n] for n in tensors if where[n] == shard}, tmp_path / shard)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    one, other = (table(shape, 2, 1, 1, 0) for _ in range(2))
-    load_hf(one, folder, shape)
-    load_hf(other, tmp_path, shape)
-    assert all(torch.equal(a.param, b.param) for a, b in zip(one, other, strict=True))
-
-
-def test_values_that_the_dtype_cannot_hold_are_named(folder: Path, tmp_path: Path) -> None:
+def test_values_that_overflow_the_dtype_are_rejected(folder: Path, tmp_path: Path) -> None:
     tensors, name = load_file(folder / "model.safetensors"), "model.layers.3.self_attn.k_proj.weight"
     large = {n: t.double() for n, t in tensors.items()}
     large[name][0, 0] = 1e39
@@ -188,11 +174,11 @@ def test_values_that_the_dtype_cannot_hold_are_named(folder: Path, tmp_path: Pat
 
 @pytest.mark.skipif(not HAS_TRANSFORMER_ENGINE, reason="needs Transformer Engine")
 @pytest.mark.parametrize("fp8", ["off", "current", "blockwise"])
-def test_transformer_engines_parameters_are_all_known(folder: Path, tmp_path: Path, fp8: str) -> None:
-    """Built by Transformer Engine itself: its names are in the table, and weights come out as they went in."""
+def test_transformer_engine_parameters_are_all_known(folder: Path, tmp_path: Path, fp8: str) -> None:
+    """The table has all parameters of a model built by Transformer Engine, and weights survive a round trip."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)  # norms too, which else are all ones
+        torch.nn.init.normal_(parameter)  # also norms, which are initialized to one
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     command = [sys.executable, "-W", "ignore", str(Path(__file__).parents[1] / "te_model.py"), str(tmp_path), fp8]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)

@@ -1,4 +1,4 @@
-"""`torchrun allocation_worker.py FOLDER SETTINGS.yaml OUT`: bytes that a rank's actor holds after an update."""
+"""`torchrun allocation_worker.py FOLDER SETTINGS.yaml OUT`: writes the bytes that each rank holds after an update."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from icrl_megatron.settings.loading import load_saved
 
 
 def allocated(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
-    """Address -> bytes of the distinct storages behind the tensors: a view is not counted twice."""
+    """Address -> bytes of the distinct storages of the tensors, so that views are not counted twice."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
 

@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import the modules that they share with the rank programs they start."""
+"""Makes the modules of this folder importable, which the tests share with the programs that they start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the grids are asked to train: models, samples, settings and layouts, the same in the tests and on every rank."""
+"""Models, samples, settings and layouts of the grid tests, shared by the tests and all ranks."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from icrl_megatron.types import Sample
 LEARNING_RATE = 1e-2
 STEPS = 2
 VOCAB = {"tied": 101, "untied": 99, "qwen2": 97}
-"""Odd, so that no TP size divides it: the last ranks hold padding."""
+"""Odd, so that no TP size divides it and the last ranks have padding rows."""
 MODELS = {
     "tied": TinyModel(max_positions=128),
     "untied": TinyModel(layers=4, hidden=48, heads=8, kv_heads=4, head_dim=12, ffn=80, tie_embeddings=False),
     "qwen2": TinyModel(family="qwen2", max_positions=128, tie_embeddings=False),
 }
-"""Two K/V groups, one to a rank at TP 2, and four; the second family has biases and no norms of heads."""
+"""Two K/V groups (one per rank at TP 2) and four. qwen2 has biases and no norms of query and key heads."""
 ROPE = {
     "tied": {"rope_type": "default", "rope_theta": 10_000.0},
     "qwen2": {"rope_type": "default", "rope_theta": 1_000_000.0},
     "untied": {"rope_type": "yarn", "rope_theta": 500.5, "factor": 4.0, "original_max_position_embeddings": 16},
 }
-"""The samples are longer than what YaRN starts from."""
+"""The samples are longer than YaRN's original_max_position_embeddings."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a case is spread over ranks and micro-batches; none of it may change a result."""
+    """How a case is distributed over ranks and micro-batches; this must not change the results."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -43,7 +43,7 @@ class Layout:
     shuffle: bool = False
     head: str = "torch"
     multiple: int = 1
-    """Tokens of a micro-batch come in multiples of this, as FP8 products want them."""
+    """Tokens of a micro-batch are padded to a multiple of this, as FP8 requires."""
 
     @property
     def world(self) -> int:
@@ -71,11 +71,11 @@ LAYOUTS = {
     "tp2pp2sp-kernels": Layout(tensor=2, pipeline=2, sequence=True, head="triton"),
 }
 GRIDS = ("one", "tp2", "tp2sp", "pp2", "dp2", "tp2pp2sp", "tp2dp2sp", "pp2dp2")
-"""Layouts that differ in their ranks: what weights and checkpoints have to survive."""
+"""Layouts with different grids, between which weights and checkpoints must be transferable."""
 SAVERS = ("tp2pp2sp", "pp2dp2", "dp2", "tp2", "one")
-"""Layouts whose checkpoints all layouts that run after them load; wide ones run first."""
+"""Layouts whose checkpoints are loaded by all later layouts; those with the most ranks run first."""
 SHARD_BYTES = 40_000
-"""For exports in several files."""
+"""Shard size for exports to several files."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Case:
         settings.actor.sequence_parallel, settings.actor.recompute = layout.sequence, layout.recompute
         settings.actor.micro_batch_tokens, settings.actor.head_chunk_tokens = layout.budget, 16
         settings.actor.head_backend = layout.head
-        # A large eps keeps Adam smooth where a gradient is nearly 0, so that rounding stays rounding.
+        # With a large eps, Adam does not amplify rounding errors of gradients near 0.
         settings.optim.learning_rate, settings.optim.eps = LEARNING_RATE, 1e-3
         settings.optim.clip_grad = 0.05
         settings.launch.timeout_s = 120.0
@@ -101,7 +101,7 @@ class Case:
         return settings
 
     def draw(self, layout: Layout) -> list[Sample]:
-        """Attempts, critiques and revisions with random tokens; masked observations inside their responses."""
+        """Attempts and revisions with random tokens, and masked observations in their responses."""
         samples = draw_samples(self.samples, VOCAB[self.model])
         if layout.shuffle:
             random.Random(7).shuffle(samples)
@@ -110,17 +110,17 @@ class Case:
 
 @dataclass
 class Trained:
-    """What a run of STEPS steps left behind; lists are in order of steps, or of updates."""
+    """The results of a run of STEPS steps; lists are ordered by step or by update."""
 
     logprobs: dict[str, Tensor]
-    """Of each sample's loss tokens before the first step."""
+    """Sample id -> log-probs of its loss tokens before the first step."""
     losses: list[float]
     """By step."""
     norms: list[float]
-    """By step: the largest of its updates."""
+    """By step: the largest norm of its updates."""
     metrics: list[dict[str, float]]
     gradients: list[dict[str, Tensor]]
-    """By update, in Hugging Face's names, before clipping."""
+    """By update, with Hugging Face names, before clipping."""
     weights: dict[str, Tensor]
 
 
@@ -163,7 +163,7 @@ def _everything(settings: Settings) -> None:
     algo.mismatch_correction.enabled = True
     algo.kl_coef, algo.entropy_coef = 0.1, 0.02
     algo.loss_normalisation, algo.updates_per_step = "token_mean", 2
-    # Narrow enough that the second update of a step meets the bounds.
+    # So narrow that the second update of a step is clipped.
     algo.clip_low = algo.clip_high = 0.02
     settings.rollout.temperature = 0.8
 
@@ -175,7 +175,7 @@ def _sparse(settings: Settings) -> None:
 
 
 def _plain(settings: Settings) -> None:
-    """As `everything`, over the log-prob head that recomputes instead of the fused one."""
+    """Like `everything`, with the log-prob head that recomputes logits instead of the fused head."""
     _everything(settings)
     settings.algo.loss = "icrl_megatron.algo.losses:icrl"
 
@@ -208,7 +208,7 @@ def _sparse_gspo(settings: Settings) -> None:
 CASES = {
     "paper": Case("tied", 13, _paper),
     "everything": Case("untied", 14, _everything),
-    # One sample an update: of two replicas one has nothing to do.
+    # One sample per update, so one of two replicas has none.
     "sparse": Case("tied", 3, _sparse),
     "plain": Case("untied", 14, _plain),
     "qwen2": Case("qwen2", 9, _everything),
@@ -224,7 +224,7 @@ SAVED = {
     "bf16": (CASES["paper"], "bf16"),
     "qwen2": (replace(CASES["paper"], model="qwen2"), "fp32"),
 }
-"""What is saved in checkpoints, with its precision. The second family's optimizer has moments of biases."""
+"""Name -> case and precision of the saved checkpoints. With qwen2, the optimizer also has moments of biases."""
 
 
 def model_folder(root: Path, name: str, dtype: str = "float32") -> Path:

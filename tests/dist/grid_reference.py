@@ -1,6 +1,6 @@
-"""The same training by other means: Hugging Face's model, one sequence at a time, full logits, autograd, AdamW.
+"""A reference trainer: Hugging Face's model, one sequence at a time, full logits, autograd, AdamW.
 
-Shares with the trainer only the per-token formula (`token_objective`) and which samples form an update.
+It shares only the per-token formula (`token_objective`) and the split into updates with the trainer.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Reference:
     def _other(
         self, logprobs_L: Tensor, entropy_L: Tensor, streams: Streams, metrics: dict[str, float]
     ) -> TokenObjective:
-        """The other losses, written for one sequence at a time."""
+        """The other losses, for one sequence."""
         algo, advantage_L = self.settings.algo, streams.advantages_L
         assert streams.old_logprobs_L is not None and streams.behaviour_logprobs_L is not None
         log_ratio_L = logprobs_L - streams.old_logprobs_L

@@ -1,6 +1,6 @@
-"""One rank of a grid test: `torchrun grid_worker.py FOLDER` goes through all layouts of as many ranks as the job.
+"""One rank of a grid test: `torchrun grid_worker.py FOLDER` runs all layouts whose number of ranks is the job's.
 
-What is measured lands in FOLDER, written by rank 0; the tests judge it.
+Rank 0 writes the results to FOLDER, where the tests read them.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ from icrl_megatron.types import StepPlan, StepStats  # noqa: E402
 Weights = dict[str, Tensor]
 
 
-class Bench:
-    """An actor on the current grid, with the plans of a case."""
+class Trainer:
+    """An actor on the current grid and the plans of a case."""
 
     def __init__(self, case: Case, layout: Layout, grid: grids.Grid, root: Path, precision: str = "fp32") -> None:
         self.settings: Settings = case.settings(layout)
@@ -80,7 +80,7 @@ class Bench:
         return {n: t.clone() for n, t in Gatherer(self.actor.rows, self.grid).stream()}
 
     def gradients(self) -> Weights:
-        """The reduced gradients in Hugging Face's names: after the reduce-scatter each replica holds its shard."""
+        """The reduced gradients with Hugging Face names. After the reduce-scatter, each replica holds a shard."""
         optimizer = self.actor.optimizer.distributed
         table = []
         for row in self.actor.rows:
@@ -93,7 +93,7 @@ class Bench:
         return {n: t.clone() for n, t in Gatherer(table, self.grid).stream()}
 
     def keep_gradients(self, into: list[Weights]) -> None:
-        """Reads the gradients of every update right before the optimizer applies them."""
+        """From now on, appends the gradients of every update before the optimizer applies them."""
         apply = self.actor.optimizer.step
 
         def step(learning_rate: float, healthy: bool) -> Applied:
@@ -103,7 +103,7 @@ class Bench:
         self.actor.optimizer.step = step  # type: ignore[method-assign]
 
     def logprobs(self, scored: ScoredPlan) -> Weights:
-        """sample_id -> [L] log-probs, from the last stages of all replicas."""
+        """sample_id -> [L] log-probs, gathered from the last pipeline stages of all replicas."""
         mine: dict[str, list[Tensor]] = {}
         for update, frozen in zip(self.plan.updates, scored, strict=True):
             for batch, of_batch in zip(update, frozen, strict=True):
@@ -115,23 +115,23 @@ class Bench:
 
 
 def train(case: Case, layout: Layout, grid: grids.Grid, root: Path) -> Trained:
-    bench, found = Bench(case, layout, grid, root), Trained({}, [], [], [], [], {})
-    bench.keep_gradients(found.gradients)
+    trainer, found = Trainer(case, layout, grid, root), Trained({}, [], [], [], [], {})
+    trainer.keep_gradients(found.gradients)
     for number in range(STEPS):
-        scored = bench.score()
+        scored = trainer.score()
         if number == 0:
-            found.logprobs = bench.logprobs(scored)
-        stats = bench.actor.train(bench.plan, scored, LEARNING_RATE)
+            found.logprobs = trainer.logprobs(scored)
+        stats = trainer.actor.train(trainer.plan, scored, LEARNING_RATE)
         assert stats.skipped_updates == 0
         found.losses.append(stats.loss)
         found.norms.append(stats.grad_norm)
         found.metrics.append(stats.metrics)
-    found.weights = bench.weights()
+    found.weights = trainer.weights()
     return found
 
 
 def round_trip(layout: Layout, grid: grids.Grid, root: Path, out: Path) -> None:
-    """Import and export of every model in both precisions, in one file and in shards, and the shards once more."""
+    """Imports and exports every model in both precisions: to one file, to shards, and from those shards again."""
     for case in (CASES["paper"], CASES["everything"], CASES["qwen2"]):
         for precision, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
             settings = case.settings(layout)
@@ -145,66 +145,66 @@ def round_trip(layout: Layout, grid: grids.Grid, root: Path, out: Path) -> None:
 
 
 def save_checkpoints(name: str, layout: Layout, grid: grids.Grid, root: Path) -> None:
-    """After one step. The weights after that step and after the next one lie beside the checkpoint."""
+    """Saves checkpoints after one step, together with the weights after that step and after the next one."""
     for kind, (case, precision) in SAVED.items():
-        bench, folder = Bench(case, layout, grid, root, precision), root / "saved" / f"{name}-{kind}"
-        bench.step()
+        trainer, folder = Trainer(case, layout, grid, root, precision), root / "saved" / f"{name}-{kind}"
+        trainer.step()
         like = model_folder(root, case.model)
-        progress = checkpoint.SavedProgress(1, 3, bench.actor.optimizer.steps, 77)
-        checkpoint.save(folder, bench.actor.rows, bench.actor.optimizer, grid, progress, like, keep=1)
-        before = bench.weights()
-        bench.step()
+        progress = checkpoint.SavedProgress(1, 3, trainer.actor.optimizer.steps, 77)
+        checkpoint.save(folder, trainer.actor.rows, trainer.actor.optimizer, grid, progress, like, keep=1)
+        before = trainer.weights()
+        trainer.step()
         if grid.rank == 0:
-            torch.save((before, bench.weights()), folder / "next.pt")
+            torch.save((before, trainer.weights()), folder / "next.pt")
         else:
-            bench.weights()
+            trainer.weights()
         dist.barrier(group=grid.host_group)
 
 
 def load_checkpoints(name: str, layout: Layout, grid: grids.Grid, root: Path, out: Path) -> None:
-    """Every checkpoint there is so far, and the step after it; in bf16 only this layout's own."""
+    """Loads every checkpoint saved so far (in bf16 only this layout's own) and trains one step."""
     folders = sorted(p for p in (root / "saved").glob("*") if not p.name.endswith("-bf16") or p.name == f"{name}-bf16")
     for folder in folders:
         case, precision = SAVED[folder.name.rpartition("-")[2]]
-        bench = Bench(case, layout, grid, root, precision)
-        optimizer = bench.actor.optimizer
-        progress = checkpoint.load(checkpoint.complete(folder)[-1], bench.actor.rows, optimizer, grid)
+        trainer = Trainer(case, layout, grid, root, precision)
+        optimizer = trainer.actor.optimizer
+        progress = checkpoint.load(checkpoint.complete(folder)[-1], trainer.actor.rows, optimizer, grid)
         assert progress == checkpoint.SavedProgress(1, 3, 1, 77) and optimizer.steps == 1
-        before = bench.weights()
-        bench.step()
-        after = bench.weights()
+        before = trainer.weights()
+        trainer.step()
+        after = trainer.weights()
         if grid.rank == 0:
             torch.save((before, after), out / f"{folder.name}.pt")
 
 
 def refuse(layout: Layout, grid: grids.Grid, root: Path) -> dict[str, bool]:
-    """What must stop or skip on all ranks when the fault is on one of them (the last)."""
+    """Faults on the last rank, which must stop training or skip an update on all ranks."""
     found: dict[str, bool] = {}
-    bench = Bench(CASES["paper"], layout, grid, root)
-    scored = bench.score()
-    weight = bench.actor.rows[-1].param.data
+    trainer = Trainer(CASES["paper"], layout, grid, root)
+    scored = trainer.score()
+    weight = trainer.actor.rows[-1].param.data
     if grid.rank == grid.world - 1:
         weight[0] += 1.0
     try:
-        bench.actor.train(bench.plan, scored, LEARNING_RATE)
+        trainer.actor.train(trainer.plan, scored, LEARNING_RATE)
         found["invariant"] = False
     except InvariantError:
         found["invariant"] = True
 
-    bench = Bench(CASES["paper"], layout, grid, root)
-    bench.step()
-    weight = bench.actor.rows[-1].param.data
+    trainer = Trainer(CASES["paper"], layout, grid, root)
+    trainer.step()
+    weight = trainer.actor.rows[-1].param.data
     intact = weight.flatten()[0].item()
-    before = {row.name: row.param.detach().clone() for row in bench.actor.rows}
+    before = {row.name: row.param.detach().clone() for row in trainer.actor.rows}
     if grid.rank == grid.world - 1:
         weight.flatten()[0] = float("nan")
-    stats = bench.step()
+    stats = trainer.step()
     weight.flatten()[0] = intact
     found["skipped"] = stats.skipped_updates == 1
-    found["unchanged"] = all(torch.equal(before[row.name], row.param) for row in bench.actor.rows)
-    found["uncounted"] = bench.actor.optimizer.steps == 1
-    stats = bench.step()
-    found["goes on"] = stats.skipped_updates == 0 and bench.actor.optimizer.steps == 2
+    found["unchanged"] = all(torch.equal(before[row.name], row.param) for row in trainer.actor.rows)
+    found["uncounted"] = trainer.actor.optimizer.steps == 1
+    stats = trainer.step()
+    found["goes on"] = stats.skipped_updates == 0 and trainer.actor.optimizer.steps == 2
     return found
 
 

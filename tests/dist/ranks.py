@@ -1,4 +1,4 @@
-"""Starts a file of this folder as gloo ranks of its own: FILE RANK RENDEZVOUS FOLDER."""
+"""Starts a file of this folder as several gloo ranks: FILE RANK RENDEZVOUS FOLDER."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def run_ranks(file: str, world: int, folder: Path, timeout_s: float, **environment: str) -> None:
-    """Until every rank has ended with 0; each has one thread, `timeout_s`, and finds what the tests find."""
+    """Waits until all ranks have exited with 0. Each has one thread, `timeout_s` seconds, and the tests' sys.path."""
     path = os.pathsep.join(filter(None, sys.path))
     inherited = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment}
     ranks = [

@@ -1,6 +1,6 @@
-"""One of two ranks, tensor-parallel, that goes through runs in which one rank alone fails: RANK RENDEZVOUS FOLDER.
+"""One of two tensor-parallel ranks that execute runs in which only one rank fails: RANK RENDEZVOUS FOLDER.
 
-How each run ended on each rank lands in FOLDER/ended_RANK.json; the tests judge it.
+FOLDER/ended_RANK.json records how each run ended; the tests read it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NEVER, ALWAYS = "checkpoint.interval=1000", "checkpoint.interval=1"
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """The third update leaves a NaN in a moment on the last rank, as an operation that overflowed would."""
+    """The third update leaves a NaN in an optimizer moment on the last rank, like an overflow."""
     update = Optimizer.step
 
     def updating(self: Optimizer, *how: Any, **named: Any) -> Any:
@@ -51,7 +51,7 @@ def poisoned() -> Iterator[None]:
 
 @contextmanager
 def no_large_files() -> Iterator[None]:
-    """The kernel refuses this rank's shards of the third checkpoint, as a full disk would."""
+    """The kernel rejects this rank's shards of the third checkpoint, like a full disk."""
     write = checkpoint._write
 
     def writing(part: Path, *what: Any) -> Any:
@@ -66,7 +66,7 @@ def no_large_files() -> Iterator[None]:
 
 @contextmanager
 def blind() -> Iterator[None]:
-    """This rank's machine does not see a file that is there."""
+    """This rank does not see a file that exists."""
 
     def checking(folder: Path, name: str, record: Any) -> None:
         raise manifest.DamagedError(name, "is missing")
@@ -80,7 +80,7 @@ def only_rank_1(context: Any) -> Any:
 
 
 def free_port(file: Path) -> str:
-    """Rank 0 chooses it when it is needed, so that nobody else takes it meanwhile."""
+    """Rank 0 chooses the port only when it is needed, so that no other process takes it in between."""
     if RANK == 0:
         part = file.with_suffix(".part")
         part.write_text(str(net.free_port()))

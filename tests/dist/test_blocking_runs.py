@@ -1,4 +1,4 @@
-"""Code of a task that blocks, in real runs of the whole program that are asked to stop."""
+"""Real runs whose task code blocks, and that are asked to stop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from whole_runs import lines, signalled, start, train, when
+from whole_runs import from_model, lines, signalled, start, train, when
 
 from icrl_megatron.distributed.process import STOPPED
 
@@ -21,11 +21,11 @@ BLOCKING = Path(__file__).parents[1] / "blocking"
 def test_sigterm_ends_a_run_whose_tasks_hang(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
 ) -> None:
-    """With a limit of ten minutes for a call, and every call of the step hanging."""
+    """Every call hangs, and the limit for a call is ten minutes."""
     monkeypatch.setenv("PYTHONPATH", f"{BLOCKING}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     folder = tmp_path / "run"
     running = start(
-        *train(folder, f"model.path={finished_run / 'warm_start' / 'hf'}", "warm_start.steps=0"),
+        *train(folder, *from_model(finished_run)),
         *("tasks.sources=[{name: hangs}]", "rollout.environment_timeout_s=600", f"launch.ranks={ranks}"),
     )
     when(running, lambda: lines(folder) > 0)  # the held-out evaluation is done, and the first step begins

@@ -1,4 +1,4 @@
-"""`icrl eval` on several ranks: the numbers of one rank, one message for an error, and an end when it is stopped."""
+"""`icrl eval` on several ranks: the results of one rank, one message per error, and a clean stop."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_sampling_on_one_and_on_two_ranks_gives_the_same_numbers(model: Path, tm
     assert greedy["generated_tokens"] != found[0]["generated_tokens"]
 
 
-def test_another_critic_and_environment_servers_beside_two_ranks(model: Path, tmp_path: Path) -> None:
+def test_other_critic_and_environment_servers_on_two_ranks(model: Path, tmp_path: Path) -> None:
     words = ("--problems", "4", "--rounds", "2", "--critic", str(model.parent / "warm_start" / "hf"))
     source = "tasks.sources=[{name: alfworld, data: {train: ['0:4'], heldout: ['4:8']}}]"
     serve = f"tasks.sources.0.serve.command={sys.executable} {SERVER} alfworld {{port}} {{host}}"
@@ -56,7 +56,7 @@ def test_another_critic_and_environment_servers_beside_two_ranks(model: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["engine.tensor_parallel=2"], "engine.tensor_parallel=2: engine.kind=local has only 1"),
         (["engine.kind=sglang", "engine.tensor_parallel=3"], "engine.tensor_parallel=3 does not divide the 2 ranks"),
@@ -66,15 +66,15 @@ def test_another_critic_and_environment_servers_beside_two_ranks(model: Path, tm
         (["rollout.context_tokens=8", "--rounds", "2"], "problems are too long"),
     ],
 )
-def test_what_is_wrong_is_one_message_and_code_2(model: Path, tmp_path: Path, words: list[str], said: str) -> None:
+def test_errors_are_one_message_and_exit_code_2(model: Path, tmp_path: Path, words: list[str], message: str) -> None:
     code, _, err = icrl("eval", str(model), "--problems", "4", "launch.ranks=2", "--out", str(tmp_path / "out"), *words)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2, err
-    assert len(errors) == 1 and said in errors[0] and "Traceback" not in err
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_stop_ends_the_ranks_at_once_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
+def test_stop_ends_all_ranks_and_writes_nothing(model: Path, tmp_path: Path) -> None:
     words = ("--samples", "2000", "--rounds", "2", "launch.ranks=2", "--out", str(tmp_path / "out"))
     running = start("eval", str(model), *words)
     tree: list[psutil.Process] = []

@@ -1,6 +1,6 @@
-"""Parallel layouts change nothing: real gloo ranks against one process with Hugging Face's model and torch's AdamW.
+"""Parallel layouts do not change results: real gloo ranks against one process with Hugging Face's model and AdamW.
 
-Three torchrun jobs, of 4, 2 and 1 ranks, go through all layouts (`grid_worker.py`); the tests read what they left.
+Three torchrun jobs with 4, 2 and 1 ranks run all layouts (`grid_worker.py`); the tests read their results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(1000)]
 
 
 def make_model(folder: Path, name: str, dtype: torch.dtype) -> None:
-    """Weights large enough that no layer is close to the identity, norms and biases included."""
+    """Saves a model with weights so large that no layer, norm or bias is close to the identity."""
     tiny = MODELS[name]
     config = AutoConfig.for_model(
         tiny.family,
@@ -46,19 +46,19 @@ def make_model(folder: Path, name: str, dtype: torch.dtype) -> None:
     with torch.no_grad():
         for param in model.parameters():
             if param.ndim == 1:
-                param.add_(torch.empty_like(param).uniform_(-0.5, 0.5))  # biases are 0
+                param.add_(torch.empty_like(param).uniform_(-0.5, 0.5))  # biases are initialized to 0
     model.to(dtype).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All jobs' results, and the models they started from."""
+    """The results of all jobs, and their initial models."""
     root = tmp_path_factory.mktemp("grids")
     for name in MODELS:
         for dtype in (torch.float32, torch.bfloat16):
             make_model(model_folder(root, name, str(dtype).removeprefix("torch.")), name, dtype)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    environment["TRITON_INTERPRET"] = "1"  # the kernels of layouts that ask for them, on tensors of the CPU
+    environment["TRITON_INTERPRET"] = "1"  # for layouts with the Triton kernels, on CPU tensors
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     for world in (4, 2, 1):
@@ -81,7 +81,7 @@ def references(root: Path) -> dict[str, Trained]:
 
 
 def apart(got: Tensor, want: Tensor) -> float:
-    """Distance relative to the norm of what is wanted."""
+    """Norm of the difference, relative to the norm of `want`."""
     assert got.shape == want.shape
     return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
 
@@ -94,8 +94,8 @@ def result(root: Path, layout: str, case: str) -> Trained:
 
 @pytest.mark.parametrize("case", list(CASES))
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_training_is_hugging_faces(root: Path, references: dict[str, Trained], layout: str, case: str) -> None:
-    """Log-probs, losses, norms, every gradient of every update, and the weights after two steps."""
+def test_training_equals_the_reference(root: Path, references: dict[str, Trained], layout: str, case: str) -> None:
+    """Compares log-probs, losses, norms, all gradients of all updates, and the weights after two steps."""
     got, want = result(root, layout, case), references[case]
     assert got.logprobs.keys() == want.logprobs.keys()
     for name in want.logprobs:
@@ -115,8 +115,8 @@ def test_training_is_hugging_faces(root: Path, references: dict[str, Trained], l
         assert apart(got.weights[name], want.weights[name]) <= TOLERANCE, name
 
 
-def test_the_cases_reach_every_branch(references: dict[str, Trained]) -> None:
-    """Clipping both ways and truncated calibration happen, gradients were clipped, all tensors have gradients."""
+def test_cases_reach_every_branch(references: dict[str, Trained]) -> None:
+    """Ratios are clipped in both directions, calibration is truncated, gradients are clipped and nowhere all zero."""
     for name in ("everything", "plain", "gspo", "dual_clip"):
         last = references[name].metrics[-1]
         assert last["clip_low"] > 0 and last["clip_high"] > 0, name
@@ -131,8 +131,8 @@ def test_the_cases_reach_every_branch(references: dict[str, Trained]) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model", list(MODELS))
 @pytest.mark.parametrize("layout", GRIDS)
-def test_export_returns_the_import(root: Path, layout: str, model: str, dtype: str, name: str) -> None:
-    """Bit for bit, in one file or several, and the exported folder is a Hugging Face model with the same logits."""
+def test_export_equals_the_imported_model(root: Path, layout: str, model: str, dtype: str, name: str) -> None:
+    """Bit for bit, in one or several files; the exported folder loads in transformers with the same logits."""
     folder, source = root / layout / f"{model}-{dtype}-{name}", model_folder(root, model, dtype)
     want = load_file(source / "model.safetensors")
     files = sorted(folder.glob("*.safetensors"))
@@ -149,7 +149,7 @@ def test_export_returns_the_import(root: Path, layout: str, model: str, dtype: s
         assert max(f.stat().st_size for f in files) < max(SHARD_BYTES, largest) + 4096
     assert not folder.with_name(folder.name + ".part").exists()
     if name != "whole":
-        return  # the same tensors as those of the single file
+        return  # same tensors as in the single file
     ids = torch.arange(20)[None]
     with torch.no_grad():
         logits = [AutoModelForCausalLM.from_pretrained(p, dtype="auto")(ids).logits for p in (folder, source)]
@@ -157,15 +157,15 @@ def test_export_returns_the_import(root: Path, layout: str, model: str, dtype: s
 
 
 def loads() -> list[tuple[str, str]]:
-    """(layout that saved, layout that loads), where the loading one runs later."""
+    """(saving layout, loading layout), where the loading layout runs later."""
     runs_at = {name: (-LAYOUTS[name].world, name not in SAVERS, list(LAYOUTS).index(name)) for name in GRIDS}
     return [(saver, loader) for saver in SAVERS for loader in GRIDS if runs_at[saver] <= runs_at[loader]]
 
 
 @pytest.mark.parametrize("kind", ["fp32", "qwen2"])
 @pytest.mark.parametrize(("saver", "loader"), loads())
-def test_checkpoint_survives_a_change_of_grid(root: Path, saver: str, loader: str, kind: str) -> None:
-    """The weights are bit-equal after loading, and the next update is the one of the run that was not interrupted."""
+def test_checkpoint_loads_on_another_grid(root: Path, saver: str, loader: str, kind: str) -> None:
+    """Loaded weights are bit-identical, and the next update equals that of the uninterrupted run."""
     saved, following = torch.load(root / "saved" / f"{saver}-{kind}" / "next.pt")
     loaded, resumed = torch.load(root / loader / f"{saver}-{kind}.pt")
     assert saved.keys() == loaded.keys() == resumed.keys()
@@ -179,7 +179,7 @@ def test_checkpoint_survives_a_change_of_grid(root: Path, saver: str, loader: st
 
 @pytest.mark.parametrize("layout", SAVERS)
 def test_bf16_checkpoint_keeps_the_fp32_weights(root: Path, layout: str) -> None:
-    """Steps far below bf16's resolution accumulate in the fp32 copy, so the next update is equal to the bit."""
+    """Updates below bf16's resolution accumulate in the fp32 copy, so the next update is bit-identical."""
     saved, following = torch.load(root / "saved" / f"{layout}-bf16" / "next.pt")
     loaded, resumed = torch.load(root / layout / f"{layout}-bf16.pt")
     assert all(torch.equal(saved[n], loaded[n]) for n in saved)
@@ -188,8 +188,8 @@ def test_bf16_checkpoint_keeps_the_fp32_weights(root: Path, layout: str) -> None
 
 
 @pytest.mark.parametrize("layout", GRIDS)
-def test_a_fault_on_one_rank_is_every_ranks(root: Path, layout: str) -> None:
-    """A weight that changed between scoring and training ends the run; a NaN costs one update and changes nothing."""
+def test_fault_on_one_rank_affects_all_ranks(root: Path, layout: str) -> None:
+    """A weight that changes between scoring and training ends the run; a NaN skips one update without other effects."""
     by_rank = torch.load(root / layout / "refused.pt")
     assert len(by_rank) == LAYOUTS[layout].world
     for rank, found in enumerate(by_rank):

@@ -1,6 +1,6 @@
-"""Both heads over 1, 2 and 4 real gloo ranks give what the eager head gives in one process in float64.
+"""Both heads on 1, 2 and 4 real gloo ranks equal the eager head in float64 in one process.
 
-Run as a program, with rank, rendezvous file and output folder, this file is one of the ranks.
+This file is also the program of a rank; its arguments are rank, rendezvous file and output folder.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TERMS = Terms(temperature=0.8, kl_coef=0.05, entropy_coef=0.02)
 Case = tuple[Tensor, Tensor, Streams, Terms]
 Result = dict[str, Tensor]
 GATHERS: list[torch.Size] = []
-"""What this rank has all-gathered of the head, in order."""
+"""Shapes that this rank has all-gathered, in order."""
 BACKENDS = ["torch"] + ["triton"] * (importlib.util.find_spec("triton") is not None)
 
 
@@ -48,19 +48,19 @@ SMALL_CHUNKS = {
     "torch_chunks": {"CHUNK_ELEMENTS": 96},
     "triton_chunks": {"CHUNK_BYTES": 384, "CHUNK_ALIGN": 1, "ROW_ALIGN": 2},
 }
-"""Six tokens a chunk where a rank has 16 columns, for who leaves the number to the head."""
+"""Chunks of six tokens if a rank has 16 columns, for cases that let the head choose the chunk size."""
 
 
 def cases() -> dict[str, tuple[Case, int]]:
-    """Name -> inputs of the whole vocabulary, and the rows that its weight is padded to. The head chooses the chunks of
-    `uncut` ones."""
+    """Name -> inputs for the whole vocabulary, and the number of rows that its weight is padded to. In cases named
+    `uncut`, the head chooses the chunk size."""
     edges = build(vocabulary=64, tokens=23, terms=TERMS)
     edges[2].targets_L[:8] = torch.tensor([0, 15, 16, 31, 32, 47, 48, 63])
     low = on_policy(build(vocabulary=60, tokens=9, terms=Terms()))
     low[0][:, 0], low[1][:, 0] = 1.0, -160.0
     far = on_policy(build(vocabulary=64, tokens=8, terms=Terms(temperature=0.8, entropy_coef=0.02)))
     far[1][:16, 0], far[1][16:, 0], far[0][:, 0] = -400.0, 400.0, 1.0
-    far[2].targets_L[:] = torch.arange(8)  # on a shard whose logits are 1000 below the others'
+    far[2].targets_L[:] = torch.arange(8)  # on a shard whose logits are 1000 below those of the others
     none = build(vocabulary=64, tokens=0, terms=TERMS)
     silent = build(vocabulary=64, tokens=7, terms=TERMS)
     silent[2].coefficients_L[:] = 0
@@ -78,7 +78,7 @@ def cases() -> dict[str, tuple[Case, int]]:
 
 
 def on_policy(case: Case) -> Case:
-    """Without old log-probs, which those who change hidden states or weight afterwards would make wrong."""
+    """The case without old log-probs, for cases that then change hidden states or weight."""
     streams = replace(case[2], old_logprobs_L=None, behaviour_logprobs_L=None, calibrated_L=None)
     return case[0], case[1], streams, case[3]
 
@@ -101,14 +101,14 @@ def build(vocabulary: int, tokens: int, terms: Terms) -> Case:
 
 
 def padded(weight_VH: Tensor, rows: int) -> Tensor:
-    """Padding rows are large, so that counting one would be seen."""
+    """Appends padding rows with large values, so that including one in a sum changes the result."""
     return torch.cat([weight_VH, torch.full((rows - weight_VH.shape[0], WIDTH), 9.0)])
 
 
 def sharded(
     case: Case, rows: int, degree: int, group: dist.ProcessGroup, backend: str, chunk: tuple[int | None, int | None]
 ) -> Result:
-    """What the ranks of `group` compute together: partial hidden gradients summed, weight gradients joined."""
+    """The results of the ranks of `group`, with summed hidden gradients and concatenated weight gradients."""
     hidden_LH, weight_VH, streams, terms = case
     before = len(GATHERS)
     columns = rows // degree
@@ -198,7 +198,7 @@ def rank_main(rank: int, rendezvous: str, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Key, dict[str, Result]]]:
     folder = tmp_path_factory.mktemp("head")
-    run_ranks(__file__, WORLD, folder, timeout_s=240, TRITON_INTERPRET="1")  # their tensors are the CPU's
+    run_ranks(__file__, WORLD, folder, timeout_s=240, TRITON_INTERPRET="1")  # tensors are on the CPU
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
@@ -206,7 +206,7 @@ def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Key, dict[str
 @pytest.mark.parametrize("degree", [1, 2, 4])
 @pytest.mark.parametrize("name", list(cases()))
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
-def test_ranks_agree_with_one_process(
+def test_ranks_equal_one_process(
     by_rank: list[dict[Key, dict[str, Result]]], name: str, degree: int, backend: str
 ) -> None:
     case, rows = cases()[name]
@@ -221,18 +221,16 @@ def test_ranks_agree_with_one_process(
 
 @pytest.mark.dist
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
-def test_ranks_cut_tokens_alike_whatever_padding_they_hold(
-    by_rank: list[dict[Key, dict[str, Result]]], backend: str
-) -> None:
-    """Else their all-gathers would not match: with 50 of 64 columns the last of four ranks has 2 and the others 16."""
+def test_chunks_do_not_depend_on_a_ranks_padding(by_rank: list[dict[Key, dict[str, Result]]], backend: str) -> None:
+    """Otherwise all-gathers would not match. With 50 of 64 columns, the last of four ranks has 2 and the others 16."""
     for name, chunks in (("uncut", 4), ("uncut_empty_shards", 2)):
-        # Loss and scores each gather once a chunk.
+        # Loss and scores each gather once per chunk.
         assert [int(results[4, backend][name]["gathers"]) for results in by_rank] == [2 * chunks] * WORLD
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
-def test_every_rank_has_the_same_bits(by_rank: list[dict[Key, dict[str, Result]]], backend: str) -> None:
+def test_outputs_are_bit_identical_on_all_ranks(by_rank: list[dict[Key, dict[str, Result]]], backend: str) -> None:
     for degree in (1, 2, 4):
         for name in cases():
             for key in ("loss", "logprobs", "entropy"):

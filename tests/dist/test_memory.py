@@ -15,8 +15,8 @@ from whole_runs import RECIPE, end, ranks_below, start
 
 MOST_MIB = 5.0
 EARLY, LATE, WINDOW = 350, 600, 31
-"""First and last step whose memory is compared, and over how many steps it is taken. Rank 0 of two settles in about 350
-steps: of 700 steps, those from 75 to 325 added 13 MiB, and the last 350 less than 1 MiB."""
+"""First and last compared step, and the number of steps per measurement. The memory of rank 0 of two stabilizes after
+about 350 steps: of 700 steps, those from 75 to 325 added 13 MiB, and the last 350 less than 1 MiB."""
 SMALL = (
     "warm_start.steps=0",
     "model.init=null",
@@ -24,15 +24,15 @@ SMALL = (
     "rollout.episodes_per_task=4",
     "eval.problems=8",
     "eval.control_problems=0",
-    "checkpoint.interval=20",  # the recipe's own; the first one takes memory once
+    "checkpoint.interval=20",  # as in the recipe; the first checkpoint allocates memory once
     "algo.on_no_signal=train",
     "algo.max_resamples=0",
-    "optim.learning_rate=0",  # a policy that learns writes longer replies, and larger batches take more memory
+    "optim.learning_rate=0",  # learning would lengthen replies, and so increase memory
 )
 
 
 def resident_by_step(folder: Path, steps: int, ranks: int, *overrides: str) -> dict[int, dict[int, list[float]]]:
-    """MiB of each rank, by process and step, sampled many times a step while a run of so many steps goes on."""
+    """Starts a run; returns each rank's resident MiB by process and step, sampled many times per step."""
     process = start("train", RECIPE, f"run_dir={folder}", f"steps={steps}", f"launch.ranks={ranks}", *SMALL, *overrides)
     path, step, seen = folder / "metrics.jsonl", 0, defaultdict(lambda: defaultdict(list))
     while not path.exists():
@@ -55,28 +55,28 @@ def resident_by_step(folder: Path, steps: int, ranks: int, *overrides: str) -> d
 
 
 def low(by_step: dict[int, list[float]], steps: range) -> float:
-    """The lower quartile over some steps of their medians. A batch with long replies leaves free pages at the end of
-    the heap, which a later step returns: the upper values say what the largest batch was."""
+    """Lower quartile of the steps' medians. After a batch with long replies, freed pages stay in the heap until a later
+    step returns them, so higher values only show the largest batch."""
     return statistics.quantiles([statistics.median(by_step[step]) for step in steps if step in by_step], n=4)[0]
 
 
 def leaks(levels: Sequence[float]) -> bool:
-    """Whether a rank's memory at the beginning of each third and at the end shows a leak of MOST_MIB in all, which adds
-    its share in every third. One large batch adds once, and a heap that settles adds less and less."""
+    """Whether memory, measured at the start of each third and at the end, leaks MOST_MIB in total: a leak adds in every
+    third, whereas a large batch adds once and a stabilizing heap adds less and less."""
     return all(after - before > MOST_MIB / 3 for before, after in itertools.pairwise(levels))
 
 
 @pytest.mark.parametrize(
     ("levels", "leak"),
     [
-        ((570.0, 574.5, 580.1, 585.8), True),  # with torch's flight recorder
-        ((549.6, 557.0, 565.3, 578.8), True),  # with glibc's own limits
-        ((569.0, 574.9, 576.5, 577.9), False),  # a heap that settles
-        ((564.6, 562.9, 572.3, 568.9), False),  # a policy that learned longer replies
+        ((570.0, 574.5, 580.1, 585.8), True),  # measured with torch's flight recorder enabled
+        ((549.6, 557.0, 565.3, 578.8), True),  # measured with glibc's default limits
+        ((569.0, 574.9, 576.5, 577.9), False),  # a stabilizing heap
+        ((564.6, 562.9, 572.3, 568.9), False),  # a policy that learned to give longer replies
         ((541.0, 538.9, 539.3, 544.2), False),
     ],
 )
-def test_a_leak_adds_in_every_third(levels: tuple[float, ...], leak: bool) -> None:
+def test_leak_criterion_on_measured_curves(levels: tuple[float, ...], leak: bool) -> None:
     assert leaks(levels) is leak
 
 

@@ -1,4 +1,4 @@
-"""Runs from a folder with more rows than its tokenizer has words, as published Qwen3 folders are."""
+"""Runs from a model with more vocabulary rows than its tokenizer has tokens, like the published Qwen3 models."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from icrl_megatron.telemetry.dumps import read_episodes
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 ROWS = 63
-"""More than the words, and odd: at TP 2 there is a padding row of the grid's own too."""
+"""More than the tokenizer's words. It is odd, so TP 2 adds another padding row."""
 
 
 @pytest.fixture(scope="module")
 def padded(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained model with rows near the mean of the others, which so have real mass."""
+    """The trained model with additional rows near the mean of the others, so that they have real probability."""
     source, folder = finished_run / "warm_start" / "hf", tmp_path_factory.mktemp("padded") / "model"
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.random.fork_rng(devices=[]):
@@ -35,8 +35,8 @@ def padded(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_engine_trainer_and_export_have_all_rows(padded: Path, tmp_path: Path, tensor_parallel: int) -> None:
-    """The log-probs of engine and trainer agree as of fp32, some tokens have no word, and no row is lost."""
+def test_engine_trainer_and_export_use_all_rows(padded: Path, tmp_path: Path, tensor_parallel: int) -> None:
+    """Log-probs of engine and trainer agree within fp32, sampled ids include padding rows, and the export has them."""
     run, grid = tmp_path / "run", [f"launch.ranks={tensor_parallel}", f"actor.tensor_parallel={tensor_parallel}"]
     code, _, err = icrl(*train(run, f"model.path={padded}", "warm_start.steps=0", "steps=2", *grid))
     assert code == 0, err
@@ -49,7 +49,7 @@ def test_engine_trainer_and_export_have_all_rows(padded: Path, tmp_path: Path, t
     trained, before = (load_file(folder / "model.safetensors") for folder in (run / "hf", padded))
     assert {n: t.shape for n, t in trained.items()} == {n: t.shape for n, t in before.items()}
     assert json.loads((run / "hf" / "config.json").read_text())["vocab_size"] == ROWS
-    # Every row is in every token's sum, so every row of the tied embedding has been trained.
+    # Every row is in the softmax of every token, so every row of the tied embedding has been updated.
     changed = (trained["model.embed_tokens.weight"] != before["model.embed_tokens.weight"]).any(dim=1)
     assert bool(changed.all())
 

@@ -1,4 +1,4 @@
-"""The planner's memory of a small model against what real Megatron ranks on a CPU hold."""
+"""The planner's memory estimate for a small model against real Megatron ranks on a CPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GRIDS = {
 
 
 @pytest.mark.parametrize(("ranks", "tensor", "pipeline", "precision", "family"), GRIDS.values(), ids=list(GRIDS))
-def test_planned_state_is_what_ranks_hold(
+def test_planned_state_equals_what_ranks_hold(
     ranks: int, tensor: int, pipeline: int, precision: str, family: str, tmp_path: Path
 ) -> None:
     tiny = TinyModel(family, layers=4, hidden=64, heads=4, kv_heads=2, ffn=192, tie_embeddings=False)

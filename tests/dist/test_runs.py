@@ -1,4 +1,4 @@
-"""Whole runs that are interrupted: whatever happens to them, the same command ends where an undisturbed run ends."""
+"""Interrupted runs: after any interruption, the same command gives the results of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from whole_runs import WARM_START, has_child, icrl, kill_tree, lines, rows, signalled, start, train, when
+from whole_runs import WARM_START, from_model, has_child, icrl, kill_tree, lines, rows, signalled, start, train, when
 
 from icrl_megatron.distributed.process import STOPPED
 
@@ -16,11 +16,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 WEIGHTS = "model.safetensors"
 
 
-def from_model(finished_run: Path) -> list[str]:
-    return [f"model.path={finished_run / 'warm_start' / 'hf'}", "warm_start.steps=0"]
-
-
-def test_a_run_killed_three_times_ends_bit_for_bit_the_same(finished_run: Path, tmp_path: Path) -> None:
+def test_run_killed_three_times_ends_bit_identical(finished_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     warm, command = folder / "warm_start", train(folder, *WARM_START)
 
@@ -48,7 +44,7 @@ def test_a_run_killed_three_times_ends_bit_for_bit_the_same(finished_run: Path, 
     assert [p.name for p in (folder / "checkpoints").iterdir()].count("step_000006") == 1
 
 
-def test_a_finished_run_is_not_done_again(finished_run: Path, tmp_path: Path) -> None:
+def test_finished_run_is_not_repeated(finished_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished_run, folder)
     code, out, err = icrl(*train(folder, *WARM_START))
@@ -58,7 +54,7 @@ def test_a_finished_run_is_not_done_again(finished_run: Path, tmp_path: Path) ->
     assert "Held-out success" in out
 
 
-def test_signals_save_and_stop_and_the_same_command_goes_on(finished_run: Path, tmp_path: Path) -> None:
+def test_signals_stop_with_a_checkpoint_and_the_run_resumes(finished_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
     command = train(folder, *from_model(finished_run))
     done = []
@@ -77,7 +73,7 @@ def test_signals_save_and_stop_and_the_same_command_goes_on(finished_run: Path, 
     assert rows(folder) == rows(finished_run)
 
 
-def test_signals_in_the_warm_start(finished_run: Path, tmp_path: Path) -> None:
+def test_signals_in_the_warm_start_stop_with_a_checkpoint(finished_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
     warm, command = folder / "warm_start", train(folder, *WARM_START)
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -96,7 +92,7 @@ def test_signals_in_the_warm_start(finished_run: Path, tmp_path: Path) -> None:
     assert (warm / "hf" / WEIGHTS).read_bytes() == (finished_run / "warm_start" / "hf" / WEIGHTS).read_bytes()
 
 
-def test_a_killed_run_at_tensor_parallel_2_ends_bit_for_bit_the_same(finished_run: Path, tmp_path: Path) -> None:
+def test_killed_run_at_tensor_parallel_2_ends_bit_identical(finished_run: Path, tmp_path: Path) -> None:
     def at_two(folder: Path) -> list[str]:
         return train(folder, *from_model(finished_run), "launch.ranks=2", "actor.tensor_parallel=2", "steps=4")
 
@@ -113,7 +109,7 @@ def test_a_killed_run_at_tensor_parallel_2_ends_bit_for_bit_the_same(finished_ru
     assert (killed / "hf" / WEIGHTS).read_bytes() == (whole / "hf" / WEIGHTS).read_bytes()
 
 
-def test_a_second_job_in_a_run_folder_is_refused_and_leaves_the_first_alone(finished_run: Path, tmp_path: Path) -> None:
+def test_second_job_in_a_run_folder_is_rejected(finished_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "shared"
     command = train(folder, *from_model(finished_run), "steps=5000", "eval.interval=0", "checkpoint.interval=1000")
     first = start(*command)
@@ -127,7 +123,7 @@ def test_a_second_job_in_a_run_folder_is_refused_and_leaves_the_first_alone(fini
     assert code == STOPPED, err
 
 
-def test_a_run_starts_from_a_checkpoint_of_another_grid(finished_run: Path, tmp_path: Path) -> None:
+def test_run_starts_from_a_checkpoint_of_another_grid(finished_run: Path, tmp_path: Path) -> None:
     folder, grid = tmp_path / "tp2", ["launch.ranks=2", "actor.tensor_parallel=2"]
     given = [f"start_from={finished_run}", "start_with_moments=true", "steps=0", "eval.problems=2"]
     code, _, err = icrl(*train(folder, *given, *grid))
@@ -138,7 +134,7 @@ def test_a_run_starts_from_a_checkpoint_of_another_grid(finished_run: Path, tmp_
     assert [row["step"] for row in rows(folder)] == [0]
 
 
-def test_a_run_goes_on_under_another_grid(finished_run: Path, tmp_path: Path) -> None:
+def test_run_resumes_on_another_grid(finished_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tp2"
     shutil.copytree(finished_run, folder)
     shutil.rmtree(folder / "checkpoints" / "step_000006")
@@ -148,6 +144,6 @@ def test_a_run_goes_on_under_another_grid(finished_run: Path, tmp_path: Path) ->
     assert [row["step"] for row in here] == [row["step"] for row in there]
     assert here[:5] == there[:5]
     next_step = next(i for i, row in enumerate(here) if row["step"] == 5)
-    # The engines' batches are cut otherwise, so sums are rounded otherwise; tokens and rewards must not change.
+    # Engines have other batches, so sums are rounded differently, but tokens and rewards must not change.
     assert here[next_step] == pytest.approx(there[next_step], rel=1e-3, abs=1e-5)
     assert here[next_step]["tokens/generated"] == there[next_step]["tokens/generated"]

@@ -1,4 +1,4 @@
-"""A run on two ranks that fails on one of them: all ranks end, and the last completed step is saved where it can be."""
+"""A run on two ranks that fails on one: all ranks end, and the last completed step is saved if possible."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Ranks:
         return manifest.read(self.folder / run / "checkpoints" / step_name(step))
 
     def files(self, name: str, step: int) -> dict[str, manifest.FileRecord]:
-        """By checksum, without the rows of the step, which hold wall-clock times."""
+        """File checksums, without the rows of the step, which contain wall-clock times."""
         return {file: of for file, of in self.saved(name, step).files.items() if file != NEWEST_ROWS}
 
     def checkpoints(self, run: str) -> list[str]:
@@ -51,7 +51,7 @@ def ranks(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks
     return Ranks(folder, [json.loads((folder / f"ended_{rank}.json").read_text()) for rank in range(2)])
 
 
-def test_an_engine_that_fails_on_one_rank_ends_all_and_the_step_is_saved(ranks: Ranks) -> None:
+def test_failed_engine_on_one_rank_ends_all_after_saving(ranks: Ranks) -> None:
     other, own = ranks.how("engine")
     assert own == "EngineError: the engine failed"
     assert other.startswith("OtherRankError: rank 1 failed: Traceback")
@@ -63,8 +63,8 @@ def test_an_engine_that_fails_on_one_rank_ends_all_and_the_step_is_saved(ranks: 
     assert rows(ranks.folder / "engine") == rows(ranks.folder / "whole")
 
 
-def test_a_rank_that_fails_while_the_others_wait_for_it_gives_up_in_time(ranks: Ranks) -> None:
-    """It is inside the step's collectives: the other rank cannot be reached, so nothing is saved, and that is said."""
+def test_failed_rank_that_cannot_reach_the_others_gives_up_in_time(ranks: Ranks) -> None:
+    """It fails between collectives, so the other rank cannot be reached and nothing is saved, as the message says."""
     other, own = ranks.how("alone")
     assert own == "MemoryError: no memory is left"
     assert other.startswith("RuntimeError: ")
@@ -72,7 +72,7 @@ def test_a_rank_that_fails_while_the_others_wait_for_it_gives_up_in_time(ranks: 
     assert ranks.checkpoints("alone") == []
 
 
-def test_a_value_that_is_not_finite_on_one_rank_is_saved_by_none(ranks: Ranks) -> None:
+def test_non_finite_value_on_one_rank_prevents_saving_on_all(ranks: Ranks) -> None:
     for how in ranks.how("poisoned"):
         assert how.startswith("NonFiniteError: step 3 was not saved: the first moments of ")
     assert ranks.how("poisoned again") == ["done", "done"]
@@ -81,7 +81,7 @@ def test_a_value_that_is_not_finite_on_one_rank_is_saved_by_none(ranks: Ranks) -
     assert ranks.checkpoints("poisoned") == ["step_000004"]
 
 
-def test_a_disk_that_refuses_one_rank_ends_all_with_the_same_line(ranks: Ranks) -> None:
+def test_full_disk_on_one_rank_ends_all_with_the_same_message(ranks: Ranks) -> None:
     first, second = ranks.how("full")
     assert first == second
     assert first.startswith(f"ConfigError: {ranks.folder}/full/checkpoints: cannot write the checkpoint of step 3: ")
@@ -91,7 +91,7 @@ def test_a_disk_that_refuses_one_rank_ends_all_with_the_same_line(ranks: Ranks) 
     assert f"resumingfrom{ranks.folder}/full/checkpoints/step_000002" in ranks.said("full again")[0].replace(" ", "")
 
 
-def test_damage_that_only_one_rank_sees_is_no_proof(ranks: Ranks) -> None:
+def test_damage_seen_by_only_one_rank_is_an_error(ranks: Ranks) -> None:
     for how in ranks.how("blind"):
         assert how.startswith("ConfigError: ")
         assert "is missing when rank 1 reads it, but not when rank 0 does" in how

@@ -1,7 +1,7 @@
-"""Two real gloo ranks that share one server, as two GPUs share one of TP 2: both know what the leader learns of it.
+"""Two real gloo ranks that share one server, like two GPUs with a server of TP 2: both get what the leader learns.
 
-The server is a stand-in, for the real one takes one rank's buffers only on a CPU. Run as a program, with rank,
-rendezvous file and output folder, this file is one of the ranks.
+The server is a fake, because on a CPU the real one accepts buffers of only one rank. This file is also the program of
+a rank; its arguments are rank, rendezvous file and output folder.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from icrl_megatron.settings.schema import EngineSettings, Settings, TinyModel
 
 WORLD = 2
 LIMIT_S = 20.0
-"""No wait of the ranks for each other is longer."""
+"""Limit of all waits between ranks."""
 SLOW_S = 1.0
 UNTIED = ModelShape.of_tiny(TinyModel(tie_embeddings=False))
 SHAPES = {"model.embed_tokens.weight": (64, 2), "model.norm.weight": (4,)}
@@ -49,7 +49,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 @dataclass
 class Server:
-    """Records what it is asked; dies of, or takes its time with, the requests of the given path."""
+    """Records requests; ends at requests of the path `dies_of`, and delays those of `slow_at`."""
 
     events: Path
     spec: object = field(default_factory=object)
@@ -99,7 +99,7 @@ def note(events: Path, what: str) -> None:
 
 @dataclass
 class Rank:
-    """What one of the ranks has, as `engines.build` and `wiring.weight_sync` make it on GPUs."""
+    """One rank's engines and weight sync, as `engines.build` and `wiring.weight_sync` create them on GPUs."""
 
     number: int
     grid: Any
@@ -139,36 +139,36 @@ class Rank:
         sync = wiring.weight_sync(Settings(engine=settings), gatherer, engines, UNTIED)
         return Rank(number, grid, events, server, engines, sync)
 
-    def survive(self) -> bool:
-        """As `EngineSource.play_with_recovery` does: whether the engine of any rank was lost."""
+    def recover(self) -> bool:
+        """Like `EngineSource.play_with_recovery`; returns whether the engine of any rank was lost."""
         lost = any_rank(self.grid, bool(self.engines.lost()))
         if lost:
             self.sync.resend(self.engines.revive())
         return lost
 
 
-def dies_in_a_rollout(rank: Rank) -> bool:
+def lost_in_a_rollout(rank: Rank) -> bool:
     rank.sync.push()
     any_rank(rank.grid, False)
     note(rank.events, f"rank {rank.number}")
     rank.server.up = False
-    return rank.survive()
+    return rank.recover()
 
 
 def cannot_be_revived(rank: Rank) -> bool:
     rank.server.up = rank.server.starts = False
-    return rank.survive()
+    return rank.recover()
 
 
-def dies_in_the_first_push(rank: Rank) -> bool:
+def lost_in_the_first_push(rank: Rank) -> bool:
     rank.server.dies_of = "/update_weights_from_tensor"
     rank.sync.push()
     note(rank.events, f"rank {rank.number}")
     any_rank(rank.grid, False)
-    return rank.survive() and not rank.survive() and rank.sync.push() == 2
+    return rank.recover() and not rank.recover() and rank.sync.push() == 2
 
 
-def is_slow_to_sleep(rank: Rank) -> bool:
+def sleeps_slowly(rank: Rank) -> bool:
     rank.sync.push()
     rank.server.slow_at = RELEASE
     rank.sync.sleep()
@@ -176,7 +176,7 @@ def is_slow_to_sleep(rank: Rank) -> bool:
     return True
 
 
-def wakes_for_a_slow_rank(rank: Rank) -> bool:
+def wakes_with_a_slow_rank(rank: Rank) -> bool:
     rank.sync.push()
     rank.sync.sleep()
     if rank.number == 1:
@@ -186,7 +186,7 @@ def wakes_for_a_slow_rank(rank: Rank) -> bool:
     return True
 
 
-CASES = (dies_in_a_rollout, cannot_be_revived, dies_in_the_first_push, is_slow_to_sleep, wakes_for_a_slow_rank)
+CASES = (lost_in_a_rollout, cannot_be_revived, lost_in_the_first_push, sleeps_slowly, wakes_with_a_slow_rank)
 
 
 def rank_main(number: int, rendezvous: str, folder: Path) -> None:
@@ -225,36 +225,36 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
 pytestmark = pytest.mark.dist
 
 
-def test_both_ranks_send_weights_to_a_server_that_was_restarted(ran: Ran) -> None:
-    assert ran.results(dies_in_a_rollout) == ["True", "True"]
+def test_both_ranks_send_weights_to_a_restarted_server(ran: Ran) -> None:
+    assert ran.results(lost_in_a_rollout) == ["True", "True"]
     update = ["/begin_weight_update", f"/update_weights_from_tensor of {WORLD}", "/end_weight_update"]
-    events = ran.events(dies_in_a_rollout)
+    events = ran.events(lost_in_a_rollout)
     assert events[:3] == events[-3:] == update
 
 
-def test_a_server_that_cannot_be_restarted_ends_both_ranks(ran: Ran) -> None:
+def test_server_that_cannot_be_restarted_ends_both_ranks(ran: Ran) -> None:
     assert ran.results(cannot_be_revived) == ["EngineError: the server was not ready in time"] * 2
 
 
-def test_checksums_wait_for_the_first_sync_that_arrives(ran: Ran) -> None:
-    """The server died in the first; the second, after its restart, is compared, and no later one."""
-    assert ran.results(dies_in_the_first_push) == ["True", "True"]
-    events = ran.events(dies_in_the_first_push)
+def test_checksums_are_compared_after_the_first_complete_sync(ran: Ran) -> None:
+    """The server was lost in the first sync. Only the second, after its restart, is compared."""
+    assert ran.results(lost_in_the_first_push) == ["True", "True"]
+    events = ran.events(lost_in_the_first_push)
     assert events.count(CHECK) == 1
     assert CHECK not in events[: events.index("rank 0")]
     assert events.index(CHECK) < len(events) - 1 - events[::-1].index("/begin_weight_update")
 
 
-def test_no_rank_takes_memory_before_the_server_has_given_it_back(ran: Ran) -> None:
-    assert ran.results(is_slow_to_sleep) == ["True", "True"]
-    events = ran.events(is_slow_to_sleep)
+def test_ranks_allocate_memory_only_after_the_server_released_it(ran: Ran) -> None:
+    assert ran.results(sleeps_slowly) == ["True", "True"]
+    events = ran.events(sleeps_slowly)
     assert sorted(events[-2:]) == ["rank 0 restores", "rank 1 restores"]
     assert RELEASE in events[:-2]
 
 
-def test_the_server_takes_no_memory_before_every_rank_has_given_it_back(ran: Ran) -> None:
-    assert ran.results(wakes_for_a_slow_rank) == ["True", "True"]
-    events = ran.events(wakes_for_a_slow_rank)
+def test_server_allocates_memory_only_after_all_ranks_released_it(ran: Ran) -> None:
+    assert ran.results(wakes_with_a_slow_rank) == ["True", "True"]
+    events = ran.events(wakes_with_a_slow_rank)
     assert max(events.index(f"rank {n} has released") for n in range(WORLD)) < events.index(RESUME)
 
 

@@ -20,6 +20,7 @@ TOOLS = {"web": "search", "code": "python", "multihop": "search"}
 TINY = (
     *("launch.device=cpu", "launch.ranks=1", "actor.precision=fp32", "actor.offload=none"),
     *("actor.tensor_parallel=1", "actor.sequence_parallel=false", "engine.tensor_parallel=1"),
+    "warm_start.epochs=null",
     *("steps=1", "rollout.tasks_per_step=4", "rollout.episodes_per_task=4", "optim.warmup_steps=0"),
     *("rollout.context_tokens=512", "rollout.max_turn_tokens=64", "rollout.max_critique_tokens=64"),
     # Answers are never right, so rewards differ by the penalty on length alone.

@@ -1,6 +1,6 @@
-"""What only a GPU shows of the head: long inputs, large buffers, compilation, bf16 on its own hardware.
+"""Tests of the head that need a GPU: long inputs, large buffers, compilation, bf16 hardware.
 
-The cases of tests/cpu/test_head*.py and test_triton_kernels.py run on a GPU too, where there is one.
+The tests of tests/cpu/test_head*.py and test_triton_kernels.py run on the GPU too, if there is one.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def test_a_buffer_of_more_than_2_to_the_31_logits() -> None:
     assert_near(large[1], small[1])
 
 
-def test_a_change_of_lengths_and_bounds_compiles_nothing() -> None:
+def test_changed_lengths_and_bounds_cause_no_compilation() -> None:
     from icrl_kernels import triton_kernels
 
     kernels = [getattr(triton_kernels, n) for n in ("split_statistics", "token_objective", "logit_gradients")]
@@ -74,7 +74,7 @@ def test_a_change_of_lengths_and_bounds_compiles_nothing() -> None:
 
 
 @pytest.mark.parametrize("logits", ["fp32", "bf16"])
-def test_bf16_heads_are_as_near_to_float64_as_torchs(logits: str) -> None:
+def test_bf16_heads_are_as_precise_as_torchs(logits: str) -> None:
     hidden_LH, weight_VH, streams = inputs(512, 1024, 32_003, torch.bfloat16)
     shard, terms = VocabShard.whole(32_003), Terms()
     output = policy_head(hidden_LH, weight_VH, streams, terms, shard, Chunking(logits=logits))
@@ -104,9 +104,9 @@ def test_main_grad_gets_fp32_sums_of_bf16_products() -> None:
 
 
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
-def test_gradients_written_over_their_own_logits(entropy_coef: float) -> None:
-    """bf16 gradients lie in the front half of the fp32 row that other warps may still be reading. Racecheck sees shared
-    memory only, so this compares every element of many rows, several times, with a copy of the logits."""
+def test_gradients_may_overwrite_their_logits(entropy_coef: float) -> None:
+    """bf16 gradients overwrite the front half of an fp32 row that other warps may still read. Racecheck covers only
+    shared memory, so this test recomputes every element of many rows several times from a copy of the logits."""
     from icrl_kernels.triton_chunks import TritonChunks
 
     rows, columns = 3000, 151_936
@@ -115,7 +115,7 @@ def test_gradients_written_over_their_own_logits(entropy_coef: float) -> None:
     outputs, terms = TokenOutputs.empty(streams.targets_L, torch.float32), Terms(0.9, entropy_coef=entropy_coef)
     for turn in range(4):
         draw = torch.Generator("cuda").manual_seed(turn)
-        chunks.buffer_CV.fill_(float("nan"))  # poison: padding columns and stale rows must not matter
+        chunks.buffer_CV.fill_(float("nan"))  # padding columns and stale rows must not be used
         chunks.buffer_CV[:, :columns].normal_(0.0, 3.0, generator=draw)
         logits_CV = chunks.buffer_CV[:, :columns].clone()
         slopes_4C = chunks.objective(slice(0, rows), streams, terms, outputs)
@@ -131,7 +131,7 @@ def test_gradients_written_over_their_own_logits(entropy_coef: float) -> None:
 def exact_gradients(
     logits_CV: torch.Tensor, targets_C: torch.Tensor, slopes_2C: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """In float64, from the derivatives of the loss with respect to log-prob and entropy."""
+    """Float64 gradients from the derivatives of the loss with respect to log-prob and entropy."""
     logprobs_CV = (logits_CV.double() / temperature).log_softmax(-1)
     p_CV = logprobs_CV.exp()
     entropy_C1 = -(p_CV * logprobs_CV).sum(-1, keepdim=True)
