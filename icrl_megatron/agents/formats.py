@@ -6,6 +6,7 @@ A task set chooses its format by name (`agent.format`); another format is a clas
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -183,7 +184,11 @@ def harmless(text: str, tags: Sequence[str]) -> tuple[str, int]:
 def _json_call(text: str) -> ToolCall:
     """Raises ValueError, worded for the model."""
     try:
-        found = json.loads(text, parse_constant=_refuse)
+        found = json.loads(text, parse_constant=_refuse, parse_float=finite)
+        if "\\u" in text:
+            json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("it has half a surrogate pair, which is no character") from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     except json.JSONDecodeError as error:
@@ -196,6 +201,14 @@ def _json_call(text: str) -> ToolCall:
 
 def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
+
+
+def finite(number: str) -> float:
+    """A number of JSON with a fraction or an exponent. Raises ValueError for one that would be infinite."""
+    found = float(number)
+    if math.isinf(found):
+        raise ValueError(f"{number[:80]} is too large a number")
+    return found
 
 
 def _only_text(spec: ToolSpec) -> str:

@@ -20,8 +20,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from icrl_megatron.agents import schemas
 from icrl_megatron.agents.text import head, plain
 from icrl_megatron.agents.tools import Arguments, ToolFailure, ToolSpec, ToolUseError
+from icrl_megatron.utils import addresses
 from icrl_megatron.utils.errors import ConfigError
 
 NO_TEXT = "The tool answered no text."
@@ -98,7 +100,13 @@ class McpServer:
         atexit.register(self.close)
 
     def _named(self, problem: str) -> str:
-        return f"MCP server {self._server if isinstance(self._server, str) else ' '.join(self._server)!r}: {problem}"
+        """A message about the server, without the keys that it was given."""
+        if isinstance(self._server, str):
+            shown = addresses.shown(self._server)
+            problem, keys = problem.replace(self._server, shown), addresses.secrets(self._server)
+        else:
+            shown, keys = repr(" ".join(self._server)), tuple(self._environment.values())
+        return f"MCP server {shown}: {addresses.hidden(problem, *keys)}"
 
     def tools(self) -> list[McpTool]:
         """The server's tools. Raises ConfigError if it cannot be started or reached, or lists no valid tools."""
@@ -107,9 +115,13 @@ class McpServer:
                 McpTool(self, spec.name, replace(spec, name=self._prefix + spec.name, version=self._version))
                 for spec in self._submit(self._listed()).result()
             ]
+        except ConfigError:
+            self.close()
+            raise
         except ToolFailure as error:
             self.close()
-            said = plain(self._errors.decode(errors="replace")).strip()
+            wrote = self._errors.decode(errors="replace")
+            said = plain(addresses.hidden(wrote, *self._environment.values())).strip()
             raise ConfigError(
                 f"{error}{f'; it wrote: {said[-500:]}' if said else ''}. Check that it can be started or reached from "
                 "this machine and speaks MCP"
@@ -229,7 +241,9 @@ class McpServer:
         except TimeoutError as error:
             raise ToolFailure(self._named(f"it did not list its tools within {self._limits.start_s:g} s")) from error
         except _BadToolError as error:
-            raise ToolFailure(self._named(str(error))) from error
+            raise ConfigError(
+                f"{self._named(str(error))}; correct the tool in the server, or take the server out of agent.mcp"
+            ) from error
         except Exception as error:
             raise ToolFailure(self._named(f"it did not list its tools ({_reason(error)})")) from error
         if cursor is not None:
@@ -271,25 +285,12 @@ def _spec(tool: Any) -> ToolSpec:
         raise _BadToolError(
             f"its tool {tool.name[:100]!r} has a name with other characters than letters, digits and _.-"
         )
-    remote = next((ref for ref in _references(tool.input_schema) if not ref.startswith("#")), None)
-    if remote is not None:
-        raise _BadToolError(
-            f"the schema of its tool {tool.name!r} refers to {remote[:100]!r}, which is not a part of it"
-        )
-    return ToolSpec(tool.name, plain(tool.description or ""), tool.input_schema)
-
-
-def _references(schema: Any) -> list[str]:
-    """Every `$ref` in a schema."""
-    found, waiting = [], [schema]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, Mapping):
-            found += [str(part[key]) for key in ("$ref", "$dynamicRef") if isinstance(part.get(key), str)]
-            waiting += part.values()
-        elif isinstance(part, list):
-            waiting += part
-    return found
+    spec = ToolSpec(tool.name, plain(tool.description or ""), tool.input_schema, by_server=True)
+    try:
+        schemas.validator(spec)
+    except schemas.BadSchemaError as error:
+        raise _BadToolError(f"the schema of its tool {tool.name!r} {error}") from error
+    return spec
 
 
 def _text(result: Any) -> str:

@@ -22,6 +22,8 @@ from icrl_megatron.utils.errors import ConfigError
 
 NO_TEXT = "The page has no text."
 SHOWN_CHARS = 200
+MOST_LINE_BYTES = 64 << 20
+"""Of a file of stored pages."""
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _TEXT_TYPES = ("text/", "application/json", "application/xml", "application/xhtml+xml")
 _PLAIN = ("text/plain", "application/json", "text/csv", "text/markdown")
@@ -74,7 +76,8 @@ def _extracted(html: str) -> str:
 
 class StoredPages:
     """Pages of a JSONL file ({"id" or "url": ..., "html" or "text": ...} a line), or of a folder of .html, .md and
-    .txt files, whose ids are their paths below it. A file is read once, for the offsets of its lines.
+    .txt files, whose ids are their paths below it; links out of the folder are no pages. A file is read once, for the
+    offsets of its lines.
 
     Raises ConfigError naming the file, the line and the remedy.
     """
@@ -82,7 +85,8 @@ class StoredPages:
     def __init__(self, path: Path, page_bytes: int = 8 << 20) -> None:
         self._path, self._page_bytes = path, page_bytes
         if path.is_dir():
-            found = (p for p in sorted(path.rglob("*")) if p.suffix in (".html", ".htm", ".md", ".txt") and p.is_file())
+            found = (p for p in sorted(path.rglob("*")) if p.suffix in (".html", ".htm", ".md", ".txt"))
+            found = (p for p in found if p.is_file() and p.resolve().is_relative_to(path.resolve()))
             self._files = {p.relative_to(path).as_posix(): p for p in found}
             self._offsets: dict[str, int] = {}
         elif path.is_file():
@@ -100,7 +104,7 @@ class StoredPages:
             raise ToolUseError(f"There is no page {page[:SHOWN_CHARS]!r}.")
         try:
             return await asyncio.to_thread(self._read, page)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ToolFailure(f"stored pages: {self._path}, page {page[:SHOWN_CHARS]!r}: {error!r}") from error
 
     def _read(self, page: str) -> Document:
@@ -112,14 +116,20 @@ class StoredPages:
                 )
         with self._path.open("rb") as lines:
             lines.seek(self._offsets[page])
-            return _row(json.loads(lines.readline()), self._page_bytes)[1]
+            return _row(json.loads(lines.readline(MOST_LINE_BYTES)), self._page_bytes)[1]
 
 
 def _offsets(path: Path) -> dict[str, int]:
     found: dict[str, int] = {}
     offset = 0
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+        number = 0
+        while line := lines.readline(MOST_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MOST_LINE_BYTES:
+                raise ConfigError(
+                    f"stored pages: {path}, line {number}: longer than {MOST_LINE_BYTES >> 20} MiB; delete the line"
+                )
             try:
                 page, _ = _row(json.loads(line), 1)
             except (ValueError, KeyError, TypeError, RecursionError) as error:

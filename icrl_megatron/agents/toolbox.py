@@ -9,9 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import SchemaError, best_match
-
+from icrl_megatron.agents import schemas
 from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.agents.deadlines import Deadlines
 from icrl_megatron.agents.tools import (
@@ -26,8 +24,6 @@ from icrl_megatron.agents.tools import (
 )
 from icrl_megatron.utils.errors import ConfigError
 
-SHOWN_CHARS = 300
-"""Of an error that the model observes."""
 _PLAIN = {"type", "properties", "required", "additionalProperties"}
 _NEVER = (1, 0)
 """Lengths that no text has."""
@@ -104,10 +100,9 @@ class Toolbox:
         self._validators, self._texts = {}, {}
         for name, tool in self.tools.items():
             try:
-                Draft202012Validator.check_schema(tool.spec.parameters)
-            except SchemaError as error:
-                raise ConfigError(f"tool {name!r}: its parameters are not a JSON schema ({error.message})") from error
-            self._validators[name] = Draft202012Validator(tool.spec.parameters)
+                self._validators[name] = schemas.validator(tool.spec)
+            except schemas.BadSchemaError as error:
+                raise ConfigError(f"tool {name!r}: the schema of its parameters {error}; correct it") from error
             self._texts[name] = _Texts.of(tool.spec.parameters)
         self._loops: dict[asyncio.AbstractEventLoop, tuple[dict[str, asyncio.Semaphore], Deadlines]] = {}
 
@@ -121,11 +116,8 @@ class Toolbox:
         texts = self._texts[call.name]
         if texts is not None and texts.fit(call.arguments):
             return ""
-        error = best_match(self._validators[call.name].iter_errors(dict(call.arguments)))
-        if error is None:
-            return ""
-        where = ".".join(map(str, error.absolute_path))
-        return f"{call.name}: {f'{where}: ' if where else ''}{error.message[:SHOWN_CHARS]}"
+        wrong = schemas.mistake(self._validators[call.name], call.arguments)
+        return f"{call.name}: {wrong}" if wrong else ""
 
     async def run(self, call: ToolCall, tool: Tool) -> tuple[str, bool]:
         """The answer to a call without mistakes, and whether it is the cache's. Else it is that of `tool`, which is the
@@ -234,7 +226,7 @@ class ToolSession:
             self.cached += cached
             result = ToolResult(text, "answer")
         except ToolUseError as error:
-            result = ToolResult(str(error)[:SHOWN_CHARS], "invalid")
+            result = ToolResult(str(error)[: schemas.SHOWN_CHARS], "invalid")
         self._answers[key] = result
         return result
 

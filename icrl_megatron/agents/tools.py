@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 Arguments = Mapping[str, Any]
@@ -26,6 +26,8 @@ class ToolSpec:
     version: str = ""
     """Names what answers depend on besides the arguments, such as the collection that is searched: equal versions and
     arguments have equal answers, so `tasks.tool_cache` may keep them. Empty: never kept, as for tools with state."""
+    by_server: bool = field(default=False, compare=False)
+    """Whether the schema comes from a server, so that it is not trusted, and the server checks arguments again."""
 
     @staticmethod
     def of_text(name: str, description: str, argument: str, **limits: int) -> ToolSpec:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from icrl_megatron.distill.messages import of_messages
-from icrl_megatron.distill.rows import BadRowError, Fields, text_of
+from icrl_megatron.distill.rows import BadRowError, Fields, list_of, text_of
 from icrl_megatron.distill.trajectory import Trajectory
 
 OBSERVATION = "<observation>"
@@ -25,7 +25,7 @@ def read(rows: Sequence[Fields], task_id: str) -> Trajectory:
     messages: list[dict[str, Any]] = []
     if fields.get("system"):
         messages.append({"role": "system", "content": fields["system"]})
-    for pair in fields.get("history") or []:
+    for pair in list_of(fields.get("history"), "`history`"):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadRowError("`history` is not a list of [message, reply]; correct it, or delete the column")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from icrl_megatron.agents.tools import ToolCall
 from icrl_megatron.distill.rows import MOST_ROW_BYTES, BadRowError
 from icrl_megatron.distill.trajectory import USER, Segment, Trajectory
+
+_HOLDERS = (Mapping, list, tuple)
+MOST_DEPTH = 100
+"""Levels of the JSON of calls and tools."""
 
 
 @dataclass
@@ -76,11 +81,28 @@ def check(trajectory: Trajectory) -> None:
                 raise BadRowError(f"a call of the unknown tool {call.name!r} (its tools: {has}); add it to `tools`")
     if not any(segment.trained for segment in trajectory.segments):
         raise BadRowError("no token would be trained on; keep at least one reply with a weight other than 0")
+    calls = [(s.call.name, dict(s.call.arguments)) for s in trajectory.segments if s.call]
+    tools = [(spec.name, spec.description, dict(spec.parameters)) for spec in trajectory.tools]
+    if _depth((calls, tools)) > MOST_DEPTH:
+        raise BadRowError(
+            f"arguments of a call, or a tool, nested too deeply (more than {MOST_DEPTH} levels); flatten them"
+        )
     try:
         for text in (trajectory.problem, trajectory.system, *(s.text for s in trajectory.segments)):
             text.encode()
-        json.dumps([dict(s.call.arguments) for s in trajectory.segments if s.call], allow_nan=False)
+        json.dumps((calls, tools), allow_nan=False, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise BadRowError("a text with half a surrogate pair, which is no character; delete it") from error
     except ValueError as error:
-        raise BadRowError(f"arguments of a call that JSON cannot hold ({error}); write numbers or texts") from error
+        raise BadRowError(
+            f"arguments of a call, or a tool, that JSON cannot hold ({error}); write numbers or texts"
+        ) from error
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        inside = (one.values() if isinstance(one, Mapping) else one for one in level if isinstance(one, _HOLDERS))
+        level = [inner for one in inside for inner in one]
+    return depth

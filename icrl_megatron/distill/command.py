@@ -50,6 +50,10 @@ class Distillation:
     own_server: bool = False
     """Whether the teams' agents ask a server that the command starts."""
     failures: list[Failed] = field(default_factory=list)
+    outdated: int = 0
+    """Attempts in the file of runs whose problem has changed since."""
+    heldout: tuple[str, ...] = ()
+    """Held-out problems, which no trajectory may repeat."""
 
     @property
     def report(self) -> Path:
@@ -104,6 +108,8 @@ def prepare(
         for task in tasks[:1]:
             check_tools(systems[source.name], catalogue.environment(task), task)
     made = Distillation(settings, out, catalogue, problems, systems, own)
+    if split == "train" and "leakage" not in distill.filters.leave_out:
+        made.heldout = _heldout(made)
     check_file(out, "a file of trajectories", begins_with(b'{"messages"'), overwrite)
     check_file(made.report, "a report", begins_with(f'"{_FIRST_KEY}"'.encode()), overwrite)
     return made
@@ -140,10 +146,19 @@ def played(
     with closing(cache) if cache else nullcontext():
         job = prepare(settings, out, overwrite, cache, split)
         with locked(out.parent, f".{out.name}.lock", f"--out={out}"):
-            records = Records(job.runs, identity(job.settings))
+            records = Records(job.runs, identity(job.settings), job.problems)
             with closing(records):
-                _play(job, records)
-            return conclude(job, [records.runs[t.task_id, a] for t, a in job.jobs() if (t.task_id, a) in records.runs])
+                job.outdated = records.outdated
+                try:
+                    _play(job, records)
+                except HopelessError:
+                    _report(job, _finished(job, records), [], 0)
+                    raise
+            return conclude(job, _finished(job, records))
+
+
+def _finished(job: Distillation, records: Records) -> list[Run]:
+    return [records.runs[task.task_id, a] for task, a in job.jobs() if (task.task_id, a) in records.runs]
 
 
 def _play(job: Distillation, records: Records) -> None:
@@ -205,18 +220,23 @@ def _write(job: Distillation, runs: Sequence[Run]) -> str:
     grammars = {
         source.name: dict(options(source)).get("agent.grammar", "calls") for source in job.settings.tasks.sources
     }
-    rules = Rules(job.settings.distill.filters, job.settings.seed, _heldout(job), grammars)
+    rules = Rules(job.settings.distill.filters, job.settings.seed, job.heldout, grammars)
     kept, reports = filtered([linear(run) for run in runs], rules)
-    counted = _counts(job, runs)
-    filters = [report.to_json() for report in reports]
-    whole = json.dumps({**counted, "filters": filters, "written": len(kept)}, indent=1)
-    write_atomically(job.report, [whole], "the report")
+    counted = _report(job, runs, reports, len(kept))
     if not kept:
         raise HopelessError(
             f"no trajectory is left of {len(runs)} attempts ({len(job.failures)} failed): {job.report} says why"
         )
     writers.write(job.out, kept)
     return _summary(job, counted, reports, len(kept))
+
+
+def _report(job: Distillation, runs: Sequence[Run], reports: Sequence[FilterReport], written: int) -> dict[str, Any]:
+    """Writes the report. Returns its counts without the filters'."""
+    counted = _counts(job, runs)
+    whole = json.dumps({**counted, "filters": [one.to_json() for one in reports], "written": written}, indent=1)
+    write_atomically(job.report, [whole], "the report")
+    return counted
 
 
 def _heldout(job: Distillation) -> tuple[str, ...]:
@@ -241,6 +261,7 @@ def _counts(job: Distillation, runs: Sequence[Run]) -> dict[str, Any]:
         "finished": len(runs),
         "right": sum(one.correct for one in runs),
         "problems_solved": len({one.task_id for one in runs if one.correct}),
+        "of_changed_problems": job.outdated,
         "failed": dict(sorted(Counter(one.kind for one in job.failures).items())),
         "failures": [f"{one.task_id}: {one.kind}: {one.message}"[:300] for one in job.failures[:_SHOWN_FAILURES]],
         "tokens": {agent: {"read": t.read, "written": t.written} for agent, t in sorted(spent.items())},
@@ -255,6 +276,8 @@ def _summary(job: Distillation, counted: Mapping[str, Any], reports: Sequence[Fi
     ]
     if job.failures:
         lines.append(f"{len(job.failures)} attempts failed; the same command tries them again")
+    if job.outdated:
+        lines.append(f"{job.outdated} attempts in {job.runs} are not used, because their problems have changed since")
     for one in reports:
         why = "; ".join(f"{count} {reason}" for reason, count in one.why.items())
         lines.append(f"{one.name:12} {one.read:7} -> {one.kept + one.added:7}  {why}".rstrip())

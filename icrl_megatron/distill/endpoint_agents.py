@@ -11,6 +11,7 @@ from icrl_megatron.distill import roles
 from icrl_megatron.distill.roles import Brief, Reply
 from icrl_megatron.distill.system import Member
 from icrl_megatron.settings.distill_schema import DistillEndpoint, DistillSettings, SystemAgent
+from icrl_megatron.utils import addresses
 from icrl_megatron.utils.connections import Connections
 from icrl_megatron.utils.endpoint import ChatMessage, EndpointClient, Pace
 from icrl_megatron.utils.errors import ConfigError
@@ -116,6 +117,7 @@ def _member(agent: SystemAgent, at: DistillEndpoint, links: dict[str, tuple[Conn
             f"{where}: url={url!r} and model={model!r}; set distill.endpoint.url, e.g. http://host:8000/v1, and "
             "distill.endpoint.model, or model.path and engine.kind=sglang"
         )
+    addresses.check_base(url, f"{where}: url")
     if url not in links:
         pace = Pace(math.inf if at.requests_per_minute is None else at.requests_per_minute)
         links[url] = (Connections(at.concurrency), pace)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from icrl_megatron.agents.tools import ToolCall, ToolSpec
 from icrl_megatron.distill.trajectory import Kind, Tokens
@@ -32,6 +32,11 @@ class Event:
     """One job of one agent, such as one line of a plan. Threads are numbered in the order in which they were given,
     which does not depend on which of them was faster."""
     call: ToolCall | None = None
+
+    def __post_init__(self) -> None:
+        texts = (self.agent, self.tag, self.text)
+        if not all(isinstance(one, str) for one in texts) or self.kind not in get_args(Kind):
+            raise ValueError(f"an event of {self.agent!r} with the tag {self.tag!r} and the kind {self.kind!r}")
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,11 @@ class Run:
 
     @staticmethod
     def of_json(fields: Mapping[str, Any]) -> Run:
-        """Inverse of `to_json`, after a round trip through JSON. Raises LookupError, TypeError or ValueError."""
+        """Inverse of `to_json`, after a round trip through JSON. Raises LookupError, TypeError, ValueError or
+        AttributeError."""
+        known = {"task_id": str, "attempt": int, "problem": str, "correct": bool, "uncounted": int, "unreadable": int}
+        if wrong := [name for name, kind in known.items() if type(fields[name]) is not kind]:
+            raise ValueError(f"{wrong[0]} is {str(fields[wrong[0]])[:80]!r}")
         events = tuple(
             Event(
                 **{

@@ -16,6 +16,8 @@ from typing import Any
 
 from icrl_megatron.agents.grammar import GRAMMARS, format_score
 from icrl_megatron.distill import roles
+from icrl_megatron.distill.check import check
+from icrl_megatron.distill.rows import BadRowError
 from icrl_megatron.distill.similarity import Index, Shingles, shingles
 from icrl_megatron.distill.trajectory import Segment, Trajectory
 from icrl_megatron.settings.distill_schema import DistillFilters
@@ -78,13 +80,26 @@ class FilterReport:
 def filtered(
     trajectories: Sequence[Trajectory], rules: Rules
 ) -> tuple[tuple[Trajectory, ...], tuple[FilterReport, ...]]:
-    """Applies the filters in the order of the table, but for those that `settings.leave_out` names."""
+    """Applies the filters in the order of the table, but for those that `settings.leave_out` names. Last, it drops what
+    cannot be written, with a report if there is any."""
     reports = []
     for name, filter_ in FILTERS.items():
         if name not in rules.settings.leave_out:
             trajectories, report = applied(name, filter_, trajectories, rules)
             reports.append(report)
-    return tuple(trajectories), tuple(reports)
+    trajectories, report = applied("writing", _writable, trajectories, rules)
+    return tuple(trajectories), (*reports, report) if report.dropped else tuple(reports)
+
+
+def _writable(trajectories: Sequence[Trajectory], rules: Rules) -> list[Verdict]:
+    def judge(one: Trajectory) -> Verdict:
+        try:
+            check(one)
+        except BadRowError as error:
+            return Verdict(0, "cannot be written", str(error))
+        return KEPT
+
+    return [judge(one) for one in trajectories]
 
 
 def applied(

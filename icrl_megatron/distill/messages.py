@@ -42,6 +42,8 @@ def of_messages(messages: Any, tools: Any, task_id: str) -> Trajectory:
     for role in ("system", "user"):
         if rest and rest[0]["role"] == role:
             heads[role] = text_of(rest.pop(0).get("content"), f"the content of the {role} message")
+    if "user" not in heads and rest and rest[0]["role"] == "system":
+        raise BadRowError("several messages of system or developer at the beginning; join them, or delete all but one")
     return Trajectory(
         task_id,
         heads.get("user", ""),
@@ -88,7 +90,7 @@ def arguments_of(name: str, value: Any) -> dict[str, Any]:
 
 def _with_role(message: Any) -> Message:
     role = message.get("role") if isinstance(message, dict) else None
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise BadRowError(f"a message with the role {role!r}; the roles are {', '.join(ROLES)}")
     same = {"developer": "system", "function": "tool"}
     return {**message, "role": same.get(role, role)}
@@ -116,7 +118,10 @@ def _segments(messages: Sequence[Message]) -> Iterator[Segment]:
 
 def _reply(message: Message) -> tuple[list[Segment], list[tuple[str, str]]]:
     """(segments of a message of the assistant, (id, tool) of its calls)."""
-    trained = message.get("weight") is None or bool(message["weight"])
+    weight = message.get("weight")
+    if weight is not None and (not isinstance(weight, int | float) or weight not in (0, 1)):
+        raise BadRowError(f"a message with the weight {weight!r}; write 0 or 1, without quotes")
+    trained = weight is None or bool(weight)
     found = plain_segments(text_of(message.get("content"), "a message of the assistant"), trained)
     if thought := text_of(message.get("reasoning_content"), "`reasoning_content`").strip():
         found.insert(0, Segment(THINK, thought, "text", trained))
@@ -138,13 +143,16 @@ def _reply(message: Message) -> tuple[list[Segment], list[tuple[str, str]]]:
 
 
 def _answers(messages: Sequence[Message], calls: Sequence[tuple[str, str]]) -> Iterator[Segment]:
-    """Answers in the order of their calls, which ids name if both sides have them."""
+    """Answers in the order of their calls: by their ids, or by place if calls lack ids or share them, or no answer has
+    one."""
     named = [str(message.get("tool_call_id") or "") for message in messages]
     ids = [key for key, _ in calls]
-    if len(set(named)) == len(named) and set(named) == set(ids):
+    if ids and all(ids) and len(set(ids)) == len(ids) and any(named):
+        if wrong := [key for key in named if key and key not in ids]:
+            raise BadRowError(f"an answer without a call: no call before it has the id {wrong[0]!r}; correct the id")
+        if sorted(named) != sorted(ids):
+            raise BadRowError(f"calls with the ids {ids} and answers to {named}; give each call one answer with its id")
         messages = [messages[named.index(key)] for key in ids]
-    elif wrong := [key for key in named if ids and all(ids) and key and key not in ids]:
-        raise BadRowError(f"an answer without a call: no call before it has the id {wrong[0]!r}; correct the id")
     for number, message in enumerate(messages):
         name = calls[number][1] if number < len(calls) else str(message.get("name") or "tool")
         yield Segment(name, text_of(message.get("content"), "a message of a tool"), "observation", trained=False)

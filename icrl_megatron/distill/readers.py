@@ -64,29 +64,38 @@ def detect(pattern: str, format: str = "") -> None:
 def _of_file(file: Path, name: str) -> Iterator[Read]:
     form: FileFormat | None = None
     held: list[Row] = []
+    broken = ""  # the place of a line that may have been a row of `held`
     for row in rows(file):
         if row.problem:
             yield Read(row.where, None, row.problem)
+            if form is not None and held and not form.begins({}, held[-1].fields):
+                broken = broken or row.where
             continue
         form = form or _format(file, row, name)
         if held and form.begins(row.fields, held[-1].fields):
-            yield _read(form, held)
-            held = []
+            yield _read(form, held, broken)
+            held, broken = [], ""
         held.append(row)
     if form is not None and held:
-        yield _read(form, held)
+        yield _read(form, held, broken)
 
 
-def _read(form: FileFormat, held: Sequence[Row]) -> Read:
+def _read(form: FileFormat, held: Sequence[Row], broken: str) -> Read:
     where = held[0].where
+    if broken:
+        return Read(where, None, f"a step of this run may be missing, because {broken} is broken; correct that line")
     try:
         found = form.read([row.fields for row in held], f"{held[0].file.stem}/{held[0].number}")
         check(found)
         return Read(where, found)
     except BadRowError as error:
         return Read(where, None, str(error))
-    except (KeyError, RecursionError) as error:
+    except KeyError as error:
         return Read(where, None, f"no column {error}; add it, or name the format of the file")
+    except RecursionError:
+        return Read(where, None, "values that are nested too deeply; flatten them")
+    except (TypeError, ValueError, AttributeError) as error:  # a value of a type that no reader expects
+        return Read(where, None, f"a value that does not fit the format ({error}); correct it")
 
 
 def _format(file: Path, row: Row, name: str) -> FileFormat:

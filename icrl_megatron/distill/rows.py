@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from icrl_megatron.agents.formats import finite
 from icrl_megatron.tasks.datasets import arrow_rows, files_of
 from icrl_megatron.utils.errors import ConfigError
 
@@ -60,11 +62,11 @@ def rows(file: Path) -> Iterator[Row]:
 
 
 def parsed(text: str | bytes, what: str = "") -> Any:
-    """The value of a JSON text. Raises BadRowError, which begins with `what`, also for NaN and for nesting without
-    end."""
+    """The value of a JSON text. Raises BadRowError, which begins with `what`, also for NaN, a number that is too
+    large, a name that an object has twice, and nesting without end."""
     named = f"{what}: " if what else ""
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return json.loads(text, parse_constant=_refuse, parse_float=finite, object_pairs_hook=_unique)
     except RecursionError as error:
         raise BadRowError(f"{named}JSON that is nested too deeply") from error
     except ValueError as error:  # a UnicodeDecodeError too
@@ -109,6 +111,14 @@ def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"an object has {twice[:80]!r} twice; delete one")
+    return found
+
+
 def without_nulls(value: Any) -> Any:
     """Arrow gives every object all fields of its column, with nulls for those that it lacks."""
     if isinstance(value, dict):
@@ -125,3 +135,10 @@ def text_of(value: Any, what: str) -> str:
     if isinstance(value, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in value):
         return "".join(part["text"] for part in value)
     raise BadRowError(f"{what} is {str(value)[:80]!r}, not text")
+
+
+def list_of(value: Any, what: str) -> list[Any]:
+    """A list; None is empty. Raises BadRowError for anything else."""
+    if value is None or isinstance(value, list):
+        return value or []
+    raise BadRowError(f"{what} is {str(value)[:80]!r}, not a list")

@@ -39,7 +39,7 @@ def read(rows: Sequence[Fields], task_id: str) -> Trajectory:
     messages: list[dict[str, Any]] = []
     for turn in turns:
         said = turn.get("from") if isinstance(turn, dict) else None
-        if said not in ROLES:
+        if not isinstance(said, str) or said not in ROLES:
             raise BadRowError(f"a turn from {said!r}; the roles are {', '.join(ROLES)}")
         if ROLES[said] == "call":
             messages.append({"role": "assistant", "tool_calls": _calls(turn.get("value"))})

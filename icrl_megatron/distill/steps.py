@@ -18,7 +18,7 @@ from typing import Any
 
 from icrl_megatron.agents.tools import ToolCall, ToolSpec
 from icrl_megatron.distill.messages import arguments_of, tools_of
-from icrl_megatron.distill.rows import BadRowError, Fields, parsed, text_of
+from icrl_megatron.distill.rows import BadRowError, Fields, list_of, parsed, text_of
 from icrl_megatron.distill.trajectory import THINK, Segment, Tokens, Trajectory
 
 FINAL, PROGRAM = "final_answer", "python_interpreter"
@@ -35,8 +35,10 @@ def fits(columns: Sequence[str]) -> bool:
 
 def begins(fields: Fields, before: Fields | None) -> bool:
     """Whether a row begins a run; `before` is the row above it."""
-    return not {*STEPS, "system_prompt"}.isdisjoint(fields) or (
-        "task" in fields and "system_prompt" not in (before or {})
+    above = before or {}
+    whole = not {*STEPS}.isdisjoint(above)
+    return (
+        whole or not {*STEPS, "system_prompt"}.isdisjoint(fields) or ("task" in fields and "system_prompt" not in above)
     )
 
 
@@ -73,7 +75,7 @@ def _segments(steps: Sequence[Fields], prediction: Any) -> Iterator[Segment]:
         if step.get("plan"):
             yield Segment("plan", text_of(step["plan"], "`plan`").strip())
             continue
-        calls = [_call(call) for call in step.get("tool_calls") or []]
+        calls = [_call(call) for call in list_of(step.get("tool_calls"), "`tool_calls`")]
         final = next((call for call in calls if call.name == FINAL), None)
         forced = bool(step.get("error")) and not calls  # no reply that could be read, or no step was left
         if forced and step.get("action_output") is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from icrl_megatron.settings.schema import RolloutSettings, Settings
+from icrl_megatron.utils import addresses
 from icrl_megatron.utils.errors import ConfigError
 
 
@@ -37,3 +38,4 @@ def _check_external(rollout: RolloutSettings) -> None:
             f"rollout.critic=external needs rollout.external.url and .model (url={external.url!r}, "
             f"model={external.model!r}), e.g. rollout.external.url=http://host:8000/v1"
         )
+    addresses.check_base(external.url, "rollout.external.url")

@@ -21,6 +21,7 @@ from icrl_megatron.tasks.programs import ANSWER, ProgramTests, program_problem
 from icrl_megatron.tasks.tool_use import MAX_TURNS, CheckedAnswer, ToolEnvironment
 from icrl_megatron.tasks.tools import OffersTools, SourceTools
 from icrl_megatron.types import Split, Task
+from icrl_megatron.utils import addresses
 from icrl_megatron.utils.connections import Connections
 from icrl_megatron.utils.endpoint import EndpointClient
 from icrl_megatron.utils.errors import ConfigError
@@ -119,11 +120,13 @@ def _check_judge(source: SearchQASource) -> None:
         check_unused(source, ["data.program_memory_mib"], f"with agent.judge={judge} and without python in agent.tools")
     if judge != "model":
         check_unused(source, ["agent.endpoint"], f"with agent.judge={judge}")
-    elif not (at.url.startswith(("http://", "https://")) and at.model):
+        return
+    if not (at.url.startswith(("http://", "https://")) and at.model):
         raise ConfigError(
             f"task set {source.name!r}: agent.judge=model needs agent.endpoint.url and .model (url={at.url!r}, "
             f"model={at.model!r}), e.g. {{url: 'http://host:8000/v1', model: NAME}}"
         )
+    addresses.check_base(at.url, f"task set {source.name!r}: agent.endpoint.url")
 
 
 def SearchQA(source: SearchQASource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> TaskSet:

@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 
-from icrl_megatron.utils import connections
+from icrl_megatron.utils import addresses, connections
 from icrl_megatron.utils.connections import Connections, Link
 from icrl_megatron.utils.retries import PassingError, tries
 
@@ -22,8 +22,8 @@ _PASSING = (408, 409, 429, 500, 502, 503, 504)
 _ANSWER_BYTES = 1 << 20
 _BYTES_A_TOKEN = 256
 """The longest answer that is read: this many bytes, plus this many for each requested token."""
-
-
+_SHOWN_CHARS = 300
+"""Of an answer that is not one."""
 _LONGEST_PAUSE_S = 60.0
 """The longest Retry-After that is obeyed."""
 
@@ -108,7 +108,7 @@ class EndpointClient:
                     with attempt:
                         return await self._try(link, body, longest)
             except PassingError as error:
-                raise EndpointError(f"at {self.url} failed: {error}") from error
+                raise self._failed(error) from error
         raise AssertionError("the last try returns or raises")
 
     async def _try(self, link: Link, body: str, longest: int) -> ChatAnswer:
@@ -116,13 +116,26 @@ class EndpointClient:
         try:
             status, answer = await self._post(link.session, body, longest)
         except connections.TooLongError as error:
-            raise EndpointError(f"at {self.url} failed: {error}") from error
+            raise self._failed(error) from error
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise PassingError(f"{type(error).__name__}: {error}") from error
         if status == 200:
-            return _answer(answer)
-        said = f"status {status}: {answer[:300]!r}"
-        raise (PassingError(said) if status in _PASSING else EndpointError(f"at {self.url} failed: {said}"))
+            try:
+                return _answer(answer)
+            except (ValueError, RecursionError, LookupError, TypeError) as error:
+                raise self._failed(f"it answered {self._shown(answer)!r}") from error
+        said = f"status {status}: {self._shown(answer)!r}"
+        raise PassingError(said) if status in _PASSING else self._failed(said)
+
+    def _failed(self, why: object) -> EndpointError:
+        return EndpointError(f"at {addresses.shown(self.url)} failed: {addresses.hidden(str(why), self._key())}")
+
+    def _shown(self, answer: bytes) -> str:
+        """The beginning of an answer. It may repeat the key, which must not be cut before it is hidden."""
+        return addresses.hidden(answer.decode(errors="replace"), self._key())[:_SHOWN_CHARS]
+
+    def _key(self) -> str:
+        return os.environ.get(self.api_key_env, "")
 
     async def _post(self, session: aiohttp.ClientSession, body: str, longest: int) -> tuple[int, bytes]:
         limit = aiohttp.ClientTimeout(total=self.timeout_s)
@@ -144,18 +157,16 @@ def _seconds(retry_after: str) -> float:
 
 
 def _answer(answer: bytes) -> ChatAnswer:
-    """The text of an answer is a string, or a list of parts that are joined. Raises EndpointError for anything else."""
-    try:
-        found: Any = json.loads(answer)
-        text: Any = found["choices"][0]["message"]["content"]
-        if isinstance(text, list):
-            text = "".join(_text(part["text"]) for part in text)
-        usage = found.get("usage")
-        usage = usage if isinstance(usage, dict) else {}
-        counts = (_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
-        return ChatAnswer("" if text is None else _text(text), *counts)
-    except (ValueError, RecursionError, LookupError, TypeError) as error:
-        raise EndpointError(f"answered {answer[:200]!r}.") from error
+    """The text of an answer is a string, or a list of parts that are joined. Raises ValueError, RecursionError,
+    LookupError or TypeError for anything else."""
+    found: Any = json.loads(answer)
+    text: Any = found["choices"][0]["message"]["content"]
+    if isinstance(text, list):
+        text = "".join(_text(part["text"]) for part in text)
+    usage = found.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    counts = (_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
+    return ChatAnswer("" if text is None else _text(text), *counts)
 
 
 def _count(number: object) -> int | None:

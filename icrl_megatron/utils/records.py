@@ -6,7 +6,7 @@ The first line is {head: identity}: what decides the records. Each other line is
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,7 @@ class RecordFile:
             raise self._other() from error
         expected = json.loads(head)[self._head]
         if found != expected:
-            changed = sorted(
-                name for name in expected if not isinstance(found, dict) or found.get(name) != expected[name]
-            )
+            changed = sorted(_different(found, expected))
             raise ConfigError(
                 f"{self.path}: {self._changed} other settings ({', '.join(changed)}): give another --out, or delete "
                 "that file to play everything again"
@@ -81,3 +79,16 @@ class RecordFile:
 
     def _other(self) -> ConfigError:
         return ConfigError(f"{self.path}: not a file of {self._one}s; give another --out")
+
+
+def _different(found: Any, expected: Any, name: str = "") -> Iterator[str]:
+    """Dotted names of what differs."""
+    if found == expected:
+        return
+    if isinstance(expected, list) and isinstance(found, list) and len(found) == len(expected):
+        found, expected = ({str(i): one for i, one in enumerate(side)} for side in (found, expected))
+    if not isinstance(expected, dict) or not isinstance(found, dict):
+        yield name or "all"
+        return
+    for key in sorted({*found, *expected}):
+        yield from _different(found.get(key), expected.get(key), f"{name}.{key}" if name else key)

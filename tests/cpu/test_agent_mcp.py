@@ -169,12 +169,12 @@ def test_a_list_of_several_pages_is_read_whole() -> None:
     [
         ([sys.executable, SCRIPT, "endless"], "more than 5 pages"),
         ([sys.executable, SCRIPT, "empty"], "offers no tools"),
-        ([sys.executable, SCRIPT, "remote"], "refers to 'http://127.0.0.1:1/a.json'"),
+        ([sys.executable, SCRIPT, "remote"], "tool 'tool_0' refers to 'http://127.0.0.1:1/a.json'"),
         (["/no/such/server"], "No such file"),
         ([sys.executable, "-c", "import sys; sys.exit('no key is set')"], "it wrote: no key is set"),
         (["sleep", "100"], "no answer within"),
         (["yes"], "cannot be reached"),
-        ("http://127.0.0.1:1/mcp", "cannot be reached"),
+        ("http://me:secret-78@127.0.0.1:1/mcp?key=secret-78", "server http://127.0.0.1:1/mcp: it cannot be reached"),
     ],
 )
 def test_a_server_that_cannot_be_used_is_refused(
@@ -183,9 +183,10 @@ def test_a_server_that_cannot_be_used_is_refused(
     monkeypatch.setattr(mcp, "MOST_PAGES", 5)
     monkeypatch.setattr(mcp_transports, "GRACE_S", 0.2)
     start_s = 30.0 if "-c" in command or SCRIPT in command else 1.0
-    with pytest.raises(ConfigError, match="Check that it can be started") as error:
+    remedy = "take the server out of agent.mcp" if "remote" in command else "Check that it can be started"
+    with pytest.raises(ConfigError, match=remedy) as error:
         McpServer(command, McpLimits(start_s=start_s), environment=ENVIRONMENT).tools()
-    assert words in str(error.value)
+    assert words in str(error.value) and "secret" not in str(error.value)
 
 
 def test_a_server_ends_with_the_process_that_started_it() -> None:

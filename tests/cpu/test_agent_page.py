@@ -58,21 +58,28 @@ def test_a_folder_of_pages(tmp_path: Path, extracts: None) -> None:
     (tmp_path / "pages" / "note.txt").write_bytes(b"plain \xff")
     (tmp_path / "pages" / "empty.html").write_text("")
     (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "pages" / "link.txt").symlink_to(tmp_path / "secret.txt")
+    (tmp_path / "pages" / "same.txt").symlink_to(tmp_path / "pages" / "note.txt")
     tool = Page(StoredPages(tmp_path / "pages"))
     assert "4120" in asyncio.run(tool.call({"page": "towns/ardea.html"}))
-    assert asyncio.run(tool.call({"page": "note.txt"})) == "plain \ufffd"
+    for name in ("note.txt", "same.txt"):
+        assert asyncio.run(tool.call({"page": name})) == "plain \ufffd"
     assert asyncio.run(tool.call({"page": "empty.html"})) == NO_TEXT
-    for outside in ("../secret.txt", str(tmp_path / "secret.txt"), "towns"):
+    for outside in ("../secret.txt", "link.txt", str(tmp_path / "secret.txt"), "towns"):
         with pytest.raises(ToolUseError):
             asyncio.run(tool.call({"page": outside}))
 
 
-def test_bad_stored_pages_are_refused_and_lost_ones_are_no_answer(tmp_path: Path) -> None:
+def test_bad_stored_pages_are_refused_and_lost_ones_are_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "MOST_LINE_BYTES", 1 << 20)
     good = {"id": "a", "text": "A"}
     for rows, words in (
         ([good, {"id": "b"}], "line 2: not an object"),
         ([good, good], "line 2: a second page 'a'"),
         ([{"id": [], "text": ""}], "line 1"),
+        ([good, {"id": "b", "text": "x" * (1 << 20)}], "line 2: longer than 1 MiB; delete the line"),
         ([], "holds no pages"),
     ):
         with pytest.raises(ConfigError, match=words):

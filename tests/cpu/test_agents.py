@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import math
+import re
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -14,10 +17,10 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from icrl_megatron.agents.calculator import Calculator
-from icrl_megatron.agents.formats import FinalAnswer, Malformed, Tags, ToolCalls
+from icrl_megatron.agents.formats import FinalAnswer, Malformed, Qwen3, Tags, ToolCalls
 from icrl_megatron.agents.search import NOTHING, Search
 from icrl_megatron.agents.toolbox import Toolbox, ToolLimits, ToolSession
-from icrl_megatron.agents.tools import ToolCall, ToolFailure, ToolSpec, ToolUseError
+from icrl_megatron.agents.tools import Tool, ToolCall, ToolFailure, ToolSpec, ToolUseError
 from icrl_megatron.utils.errors import ConfigError
 
 NUMBER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
@@ -203,10 +206,59 @@ def test_arguments_are_accepted_exactly_if_they_satisfy_the_schema(schema: Any, 
 def test_a_toolbox_that_cannot_work_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"\['double'\] are named twice"):
         Toolbox([Doubler(), Doubler()], limits())
-    broken = Doubler()
-    broken.spec = ToolSpec("double", "", {"type": "no such type"})
-    with pytest.raises(ConfigError, match="'double': its parameters are not a JSON schema"):
-        Toolbox([broken], limits())
+
+
+def doubler(schema: Any, by_server: bool = True) -> Tool:
+    tool = Doubler()
+    tool.spec = ToolSpec("double", "", schema, by_server=by_server)
+    return tool
+
+
+@pytest.mark.parametrize("by_server", [False, True])
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ({"type": "no such type"}, "is not a JSON schema"),
+        ({"$ref": "#"}, "refers to itself without end"),
+        ({"properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {"anyOf": [{"$ref": "#/$defs/b"}]}}}, "itself"),
+        ({"properties": {"a": {"$ref": "#/nope"}}}, "refers to '#/nope', which it does not have"),
+        ({"properties": {"a": {"$ref": "#/title"}}, "title": "b"}, "which is no schema"),
+        ({"items": {"$ref": "http://127.0.0.1:1/a.json"}}, "which is not a part of it"),
+        ({"items": {"$id": "http://h/a", "$ref": "#/b"}}, "has an `$id` inside"),
+        ({"description": "\ud800"}, "half a surrogate pair"),
+        (functools.reduce(lambda inner, _: {"items": inner}, range(3000), {}), "nested too deeply"),
+    ],
+)
+def test_a_schema_that_cannot_be_used_is_refused(schema: Any, said: str, by_server: bool) -> None:
+    with pytest.raises(ConfigError, match=f"'double': the schema of its parameters .*{re.escape(said)}.*; correct it"):
+        Toolbox([doubler(schema, by_server)], limits())
+
+
+LIST = {"type": "array", "anyOf": [{"items": {"$ref": "#/$defs/list"}}, {"items": {"$ref": "#/$defs/list"}}]}
+NESTED = functools.reduce(lambda inner, _: [inner], range(40), 1)
+SLOW = {"type": "string", "pattern": "^(a+)+$"}
+OTHER = "http://json-schema.org/draft-07/schema#"
+
+
+@pytest.mark.parametrize(
+    ("schema", "value", "said"),
+    [
+        ({"properties": {"a": SLOW}}, "a" * 40 + "b", ""),
+        ({"properties": {"a": {"$schema": OTHER, **SLOW}}}, "a" * 40 + "b", ""),
+        ({"properties": {"pattern": {}}, "patternProperties": {"": SLOW}, "additionalProperties": False}, "a" * 40, ""),
+        ({"properties": {"a": {"not": SLOW}}}, 1, ""),
+        ({"properties": {"a": SLOW}}, 1, "a: 1 is not of type 'string'"),
+        ({"properties": {"a": {"oneOf": [SLOW, {"type": "null"}]}}}, 1, "a: 1 is not"),
+        ({"properties": {"a": {"$ref": "#/$defs/list"}}, "$defs": {"list": LIST}}, NESTED, "too large"),
+        ({"properties": {"a": {"multipleOf": 0.01}}}, 10**400, "cannot be checked"),
+        ({"properties": {"a": {"multipleOf": 3}}}, math.inf, "not a multiple of 3"),
+        ({"properties": {"a": {"items": {"$ref": "#"}}}}, [{"a": []}], ""),
+    ],
+)  # fmt: skip
+def test_the_schema_of_a_server_cannot_stop_a_rollout(schema: Any, value: Any, said: str) -> None:
+    began = time.monotonic()
+    found = Toolbox([doubler({"type": "object", **schema})], limits()).mistake(ToolCall("double", {"a": value}))
+    assert (said in found if said else not found) and time.monotonic() - began < 5
 
 
 async def places(query: str, count: int) -> list[str]:
@@ -301,6 +353,16 @@ def test_the_last_tag_counts(reply: str, parsed: object) -> None:
     assert form.parse(reply) == parsed
     if isinstance(parsed, ToolCalls | FinalAnswer):
         assert form.parse(form.render(parsed)) == parsed
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("1e999", "1e999 is too large a number"), ("NaN", "NaN is not JSON"), ('"\\ud800"', "half a surrogate pair")],
+)
+def test_arguments_that_no_tool_takes_are_malformed(value: str, said: str) -> None:
+    call = f'{{"name": "search", "arguments": {{"query": {value}}}}}'
+    found = Qwen3([Search.spec]).parse(f"<tool_call>{call}</tool_call>")
+    assert isinstance(found, Malformed) and said in found.problem
 
 
 def test_reading_a_reply_takes_linear_time() -> None:

@@ -36,6 +36,10 @@ def called(message: dict[str, Any]) -> Any:
     return message["tool_calls"][0]["function"]
 
 
+def arguments(text: str) -> Callable[[Rows], object]:
+    return lambda rows: called(rows[0]["messages"][2]).update(arguments=text)
+
+
 def turn(number: int, value: str) -> Callable[[Rows], object]:
     return lambda rows: rows[0]["conversations"][number].update(value=value)
 
@@ -44,6 +48,7 @@ def response(text: str) -> Callable[[Rows], object]:
     return lambda rows: rows[0].update(response=text)
 
 
+DEEP = functools.reduce(lambda inner, _: {"a": inner}, range(400), {})
 LONG = "word " * 2000
 ANSWERED = "a call without an answer; add the answer, or delete the call"
 TOO_LONG = "longer than rollout.context_tokens=400, the longest is FILE, line LINE with"
@@ -54,14 +59,25 @@ BAD: list[tuple[str, str, Callable[[Rows], object], str]] = [
     ("openai", "answer", lambda r: r[0]["messages"][2].pop("tool_calls"), "an answer of 'tool' without a call; delete"),
     ("openai", "id", lambda r: r[0]["messages"][3].update(tool_call_id="b"), "the id 'b'; correct the id"),
     ("openai", "tool", lambda r: r[0].pop("tools"), "the unknown tool 'search' (its tools: none); add it to `tools`"),
-    ("openai", "json", lambda r: called(r[0]["messages"][2]).update(arguments="{"), "'search': broken JSON"),
-    ("openai", "list", lambda r: called(r[0]["messages"][2]).update(arguments="[1]"), "'search' are '[1]'; write"),
-    ("openai", "nan", lambda r: called(r[0]["messages"][2]).update(arguments='{"query": NaN}'), "NaN is not JSON"),
+    ("openai", "json", arguments("{"), "'search': broken JSON"),
+    ("openai", "list", arguments("[1]"), "'search' are '[1]'; write"),
+    ("openai", "nan", arguments('{"query": NaN}'), "NaN is not JSON"),
     ("openai", "mask", lambda r: [m.update(weight=0) for m in r[0]["messages"]], "no token would be trained on; keep"),
     ("openai", "long", lambda r: r[0]["messages"][4].update(content=LONG), TOO_LONG),
     ("openai", "parts", lambda r: r[0]["messages"][1].update(content=[{"type": "image"}]), "not text"),
     ("openai", "user", lambda r: r[0]["messages"].pop(1), "there is no message of the user; add the problem"),
     ("openai", "surrogate", lambda r: r[0]["messages"][1].update(content="\ud800"), "half a surrogate pair"),
+    ("openai", "escaped", arguments('{"query": "\\ud800"}'), "half a surrogate pair, which"),
+    ("openai", "described", lambda r: r[0]["tools"][0]["function"].update(description="\ud800"), "half a"),
+    ("openai", "large", arguments('{"query": 1e999}'), "too large a number"),
+    ("openai", "twice", arguments('{"a": 1, "a": 2}'), "'a' twice; delete"),
+    ("openai", "weight", lambda r: r[0]["messages"][-1].update(weight="0"), "the weight '0'; write 0 or 1"),
+    ("openai", "heads", lambda r: r[0]["messages"].insert(1, {"role": "developer"}), "several messages of system"),
+    ("openai", "deep", arguments("[" * 200_000), "JSON that is nested too deeply"),
+    ("openai", "deeper", lambda r: r[0]["tools"][0]["function"].update(parameters=DEEP), "nested too deeply"),
+    ("sharegpt", "list", lambda r: r[0]["conversations"][0].update({"from": ["x"]}), "a turn from ['x']"),
+    ("alpaca", "list", lambda r: r[0].update(history=5), "`history` is '5', not a list"),
+    ("oagents", "list", lambda r: r[2].update(tool_calls=5), "`tool_calls` is '5', not a list"),
     ("sharegpt", "role", lambda r: r[0]["conversations"][1].pop("from"), "a turn from None; the roles are system"),
     ("sharegpt", "call", lambda r: r[0]["conversations"].pop(2), ANSWERED),
     ("sharegpt", "answer", lambda r: r[0]["conversations"].pop(1), "an answer of 'tool' without a call; delete"),

@@ -20,10 +20,12 @@ from aiohttp import web
 
 pytest.importorskip("bm25s")
 
-from icrl_megatron.distill import command, writers
+from icrl_megatron.distill import command, records, writers
+from icrl_megatron.distill.events import Event, Run
 from icrl_megatron.distill.trajectory import Segment, Trajectory
 from icrl_megatron.settings.loading import load
 from icrl_megatron.settings.schema import Settings
+from icrl_megatron.types import Task
 from icrl_megatron.utils.errors import ConfigError, HopelessError
 from icrl_megatron.utils.files import locked
 
@@ -164,21 +166,84 @@ def test_finished_attempts_are_not_played_again(tmp_path: Path) -> None:
     assert after.startswith(before) and after.count(b"\n") == before.count(b"\n") + 20
 
 
+SEARCHQA = "data: {train: [a.jsonl], corpus: c.jsonl}, agent: {tools: [search, page, mcp], mcp: [{command: [a]}]}"
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        *((f"tasks.sources.0.{one}", False) for one in (
+            "data.train=[b.jsonl]", "data.corpus=d.jsonl", "data.passages=4", "data.servers=[http://h]",
+            "data.prompt_column=q", "serve.command=x", "agent.tools=[search]", "agent.page.path=/p",
+            "agent.page.chars=10", "agent.python_state=true", "agent.grammar=web", "agent.mcp.0.command=[b]",
+            "agent.judge=f1",
+        )),
+        *((f"tasks.sources.0.{one}", True) for one in (
+            "weight=2", "plan.calls=3", "data.heldout=[h.jsonl]", "data.request_timeout_s=9", "data.grading_workers=4",
+            "serve.startup_timeout_s=9", "agent.page.timeout_s=9", "agent.mcp.0.timeout_s=9",
+            "agent.endpoint.timeout_s=9",
+        )),
+        ("rollout.max_observation_bytes=2048", False),
+        ("rollout.environment_timeout_s=70", True),
+        ("distill.rounds=2", False),
+        ("distill.endpoint.temperature=0.5", False),
+        ("distill.agents=[{name: planner, prompt: b.txt}]", False),
+        ("distill.agents=[{name: planner, prompt: same.txt, url: 'http://x'}]", True),
+        ("distill.attempts=9", True),
+        ("tasks.limit=3", True),
+    ],
+)  # fmt: skip
+def test_what_may_change_between_two_calls(
+    override: str, same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("a.txt", "plan"), ("b.txt", "plan well"), ("same.txt", "plan")):
+        Path(name).write_text(text)
+    before = [f"tasks.sources=[{{name: searchqa, {SEARCHQA}}}]", "distill.agents=[{name: planner, prompt: a.txt}]"]
+    first, second = (records.identity(settings(*before, *more)) for more in ([], [override]))
+    assert (first == second) is same
+    records.Records(tmp_path / "r", first, []).close()
+    if not same:
+        with pytest.raises(ConfigError, match=r"other settings \([a-z_.0-9, ]+\): give another --out"):
+            records.Records(tmp_path / "r", second, [])
+
+
+def test_runs_of_a_problem_that_has_changed_are_kept_and_not_used(tmp_path: Path) -> None:
+    old, new = (Task("t/train/0", "t", "train", problem) for problem in ("1 + 1", "1 + 2"))
+    event = Event("answerer", "answer", "answer", "2", (), 0)
+    path, run = tmp_path / "r", Run(old.task_id, 0, "1 + 1", (event,), True, {})
+    for task, found, outdated in (
+        (old, [], 0),
+        (new, [], 1),
+        (old, [(old.task_id, 0)], 1),
+        (new, [(new.task_id, 0)], 1),
+    ):
+        kept = records.Records(path, {}, [task])
+        assert (list(kept.runs), kept.outdated) == (found, outdated)
+        if not found:
+            kept.add(run)
+        kept.close()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"my notes\n", "not a file of runs"),
         (b"my notes", "not a file of runs"),
         (b'{"icrl_distill": {"seed": 1}}\n', r"made with other settings \(distill, seed, sources\)"),
-        (None, r"line 2: not a run"),
+        ({"events": None}, r"line 2: not a run"),
+        ({"task_id": 5}, r"line 2: not a run \(task_id is '5'\)"),
+        ({"problem": 7}, r"line 2: not a run \(problem is '7'\)"),
+        ({"events": [{**vars(Event("a", "b", "text", "", (), 0)), "kind": "bogus"}]}, "not a run .*'bogus'"),
     ],
 )
-def test_files_of_others_are_left_alone(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_files_of_others_are_left_alone(tmp_path: Path, content: bytes | dict, message: str) -> None:
     out = tmp_path / "a.jsonl"
     runs = out.with_suffix(".runs.jsonl")
-    if content is None:
+    if isinstance(content, dict):
         head = json.dumps({"icrl_distill": command.identity(settings())})
-        content = f'{head}\n{{"task_id": 3}}\n'.encode()
+        run = {**Run("a/1", 0, "q", (), True, {}).to_json(), **content}
+        content = f"{head}\n{json.dumps({'task': '', **run})}\n".encode()
     runs.write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         command.run(settings(), out)
@@ -346,5 +411,27 @@ def test_an_endpoint_that_is_gone_stops_the_command(tmp_path: Path) -> None:
     with endpoint(refuse) as url:
         given = settings("distill.system=endpoint", "distill.endpoint.model=m", f"distill.endpoint.url={url}")
         given.distill.concurrency = 2
+        out = tmp_path / "a.jsonl"
         with pytest.raises(HopelessError, match=r"6 attempts in a row failed.*go away"):
-            command.run(given, tmp_path / "a.jsonl")
+            command.run(given, out)
+    assert report(out)["failed"] == {"endpoint": 6} and not out.exists()
+
+
+@pytest.mark.parametrize("answered", [401, 200])
+def test_an_endpoint_that_refuses_or_answers_other_json_ends_the_command_at_once(answered: int, tmp_path: Path) -> None:
+    async def other(request: web.Request) -> web.Response:
+        return web.json_response([], status=answered)
+
+    with endpoint(other) as url:
+        process = started(tmp_path / "a.jsonl", *ENDPOINT, f"distill.endpoint.url={url}")
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and errors.count("\n") == 1 and "48 attempts in a row failed" in errors, errors
+
+
+def test_heldout_problems_are_read_before_anything_is_played(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1 + 1", "label": "2"}\n')
+    source = f"{{name: math, data: {{train: [{tmp_path}/train.jsonl], heldout: [{tmp_path}/no.jsonl]}}, "
+    given = [*ENDPOINT, f"tasks.sources=[{source}agent: {{tools: [calculator]}}}}]"]
+    with pytest.raises(ConfigError, match=r"no\.jsonl"):
+        command.prepare(settings(*given), tmp_path / "a.jsonl")
+    command.prepare(settings(*given, "distill.filters.leave_out=[leakage]"), tmp_path / "a.jsonl")

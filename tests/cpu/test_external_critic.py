@@ -151,7 +151,8 @@ def test_an_interruption_ends_sent_and_waiting_requests(prompter: Prompter) -> N
     assert len(seen) == 2
 
 
-def test_an_external_critic_without_an_address_is_refused() -> None:
-    settings = load("rulebook_easy", ["rollout.critic=external"])
-    with pytest.raises(ConfigError, match=r"rollout\.external\.url"):
-        validate(settings)
+def test_an_external_critic_without_an_address_or_with_a_password_is_refused() -> None:
+    at = ("rollout.critic=external", "rollout.external.model=m")
+    for overrides in (at[:1], (*at, "rollout.external.url=http://me:pw@h/v1")):
+        with pytest.raises(ConfigError, match=r"rollout\.external\.url(?!.*pw)"):
+            validate(load("rulebook_easy", overrides))

@@ -185,6 +185,12 @@ def test_all_filters_in_order_and_any_left_out() -> None:
         assert name not in [report.name for report in reports] and len(reports) == len(FILTERS) - 1
 
 
+def test_what_cannot_be_written_is_dropped_and_counted() -> None:
+    rules = with_settings(leave_out=list(FILTERS))
+    kept, reports = filtered([GOOD, replace(GOOD, system="\ud800")], rules)
+    assert len(kept) == 1 and reports[-1].why == {"cannot be written": 1} and "surrogate" in reports[-1].examples[0]
+
+
 def test_nothing_in_nothing_out() -> None:
     kept, reports = filtered([], Rules(heldout=("x",)))
     assert kept == () and all(report.read == 0 for report in reports)

@@ -242,6 +242,10 @@ def test_archive_takes_the_same_settings() -> None:
     ("agent", "message"),
     [
         ({"judge": "bleu"}, r"'searchqa': agent\.judge=bleu: choose one of exact, f1, math, model"),
+        (
+            {"judge": "model", "endpoint": Endpoint("http://me:pw@h/v1", "m", timeout_s=12.0)},
+            "url=http://h/v1: has a user",
+        ),
         ({"judge": "model"}, r"judge=model needs agent\.endpoint\.url and \.model"),
         ({"endpoint": Endpoint(model="m", timeout_s=12.0)}, r"endpoint\.model=m has no effect with agent\.judge=exact"),
     ],

@@ -101,7 +101,8 @@ def test_endpoint_agents_solve_a_task_and_their_tokens_are_the_endpoints() -> No
     assert run.uncounted == 0
 
 
-def test_failures_that_pass_are_retried_and_others_cost_the_attempt() -> None:
+def test_failures_that_pass_are_retried_and_others_cost_the_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY_OF_TEST", "sk-12345678")
     calls = Counter[str]()
 
     async def moody(request: web.Request) -> web.StreamResponse:
@@ -119,10 +120,11 @@ def test_failures_that_pass_are_retried_and_others_cost_the_attempt() -> None:
     assert isinstance(run, Run) and run.correct and time.monotonic() - begun > 1.9
 
     async def refuses(request: web.Request) -> web.Response:
-        return web.Response(status=401, text="no key")
+        return web.Response(status=401, text="x" * 280 + f" no key: {request.headers['Authorization']}")
 
     (failed,) = served(refuses)
     assert isinstance(failed, Failed) and failed.kind == "endpoint" and "no key" in failed.message
+    assert "sk-1" not in failed.message and "Bearer" in failed.message
 
 
 def test_slow_and_malformed_endpoints_cost_the_attempt() -> None:
@@ -226,6 +228,14 @@ def test_requests_keep_to_the_rate() -> None:
     assert len(times) == 16 and times[-1] - times[0] > 15 * 0.05 - 0.1
 
 
+BAD_URLS = {
+    "http://me:pw12345678@host/v1": "url=http://host/v1: has a user name or password; leave it out",
+    "http://host:port/v1": "not an address",
+    "http://": "not an address",
+    "http://host/v1?key=pw12345678": "url=http://host/v1: has a query",
+}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -233,11 +243,16 @@ def test_requests_keep_to_the_rate() -> None:
         (DistillSettings(agents=[SystemAgent("planner", tools=["page"])]), "gets no jobs"),
         (DistillSettings(agents=[SystemAgent("a b")]), "letters, digits"),
         (DistillSettings(agents=[SystemAgent("a"), SystemAgent("a")]), "the same name"),
+        *(
+            (DistillSettings(endpoint=DistillEndpoint(url=url, model="m")), message)
+            for url, message in BAD_URLS.items()
+        ),
     ],
 )
 def test_teams_that_cannot_work(settings: DistillSettings, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as refused:
         endpoint_agents.team(settings)
+    assert "pw12345678" not in str(refused.value)
 
 
 def test_a_missing_prompt_and_an_unknown_tool(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import qwen_tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from trajectory_files import LOGS, action, openai, rows_of, smolagents, write_jsonl
+from trajectory_files import LOGS, action, oagents, openai, rows_of, smolagents, write_jsonl
 
 from icrl_megatron.agents.formats import Qwen3, SearchR1, Tags, harmless
 from icrl_megatron.agents.tools import ToolCall, ToolSpec
@@ -188,6 +188,55 @@ def test_broken_lines_and_unknown_columns(tmp_path: Path) -> None:
         tmp_path / "e.jsonl", [{"prompt": "a", "response": "<web_search>b</web_search><answer>c</answer>"}]
     )
     assert "a call of 'web_search' without an answer" in next(readers.read(str(half))).problem
+
+
+@pytest.mark.parametrize(
+    ("place", "bad"),
+    [(0, ["line 1"]), (1, ["line 2", "line 1"]), (4, ["line 5", "line 1"]), (8, ["line 9", "line 5"])],
+)
+def test_a_broken_line_costs_the_run_that_it_may_belong_to(place: int, bad: list[str], tmp_path: Path) -> None:
+    lines = [json.dumps(row) for n in (1, 2) for row in oagents(n)]
+    lines.insert(place, '{"broken')
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    found = list(readers.read(str(path)))
+    assert [one.where.rpartition(", ")[2] for one in found if one.trajectory is None] == bad
+    assert len(found) - len(bad) == (2 if place == 0 else 1) and all("broken" in one.problem for one in found[:1])
+    whole = write_jsonl(
+        tmp_path / "b.jsonl", [{"task": "q", "steps": [action(1, action_output="x", is_final_answer=True)]}]
+    )
+    whole.write_text(whole.read_text() + '{"broken\n' + whole.read_text())
+    assert [one.trajectory is None for one in readers.read(str(whole))] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("ids", "answered", "found"),
+    [
+        ("ab", "ba", "21"),
+        ("ab", "ab", "12"),
+        ("ab", "..", "12"),
+        ("aa", "aa", "12"),
+        ("..", "ba", "12"),
+        ("ab", "bb", "calls with the ids"),
+        ("ab", "b.", "calls with the ids"),
+        ("ab", ".a", "calls with the ids"),
+        ("ab", "a", "calls with the ids"),
+        ("ab", "ac", "no call before it has the id 'c'"),
+    ],
+)
+def test_answers_belong_to_the_calls_with_their_ids(ids: str, answered: str, found: str, tmp_path: Path) -> None:
+    row = openai(1)
+    (call,) = row["messages"][2]["tool_calls"]
+    row["messages"][2]["tool_calls"] = [{**call, "id": one.strip(".")} for one in ids]
+    answers = [
+        {"role": "tool", "tool_call_id": one.strip("."), "content": str(n)} for n, one in enumerate(answered, start=1)
+    ]
+    row["messages"][3:4] = answers
+    (one,) = readers.read(str(write_jsonl(tmp_path / "a.jsonl", [row])))
+    seen = (
+        "".join(s.text for s in one.trajectory.segments if s.kind == "observation") if one.trajectory else one.problem
+    )
+    assert found in seen
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
