@@ -77,8 +77,8 @@ def check(settings: Settings) -> None:
         raise ConfigError("distill.system=model: model.path is empty; set it to the folder of the model that plays")
     if settings.rollout.critic != "self":
         raise ConfigError(
-            f"rollout.critic={settings.rollout.critic} with distill.system=model, where the model is its own critic: only "
-            "rollout.critic=self works"
+            f"rollout.critic={settings.rollout.critic} with distill.system=model, where the model is its own critic: "
+            "only rollout.critic=self works"
         )
     if settings.engine.urls:
         raise ConfigError("distill.system=model starts its own engine, and engine.urls is set: leave it empty")
