@@ -238,6 +238,7 @@ def supervise(runs: Path, name: str, seed: int, more: tuple[str, ...]) -> str:
         data = [f"warm_start.data=[{{path: {traces(runs, name, seed)}, tool_format: tags}}]"]
         own = data if start.left_out is not None else []
         own += model(runs, name, seed)
+        own += ["warm_start.bad_rows=drop"] if start.plays else []  # a model also writes the unknown word
         words = ["sft", "archive", f"run_dir={where}", f"seed={seed}", *start.changes, *own, *more]
         run(words, where.with_suffix(".log"))
     return f"supervised start {where.name}"
