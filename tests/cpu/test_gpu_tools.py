@@ -8,6 +8,7 @@ import sys
 import tarfile
 import time
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -228,7 +229,7 @@ def test_measurements_are_compared_with_the_targets() -> None:
 
 
 def test_rows_are_written_as_soon_as_they_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = import_module("bench_head_cuda")
+    module, schema = import_module("bench_head_cuda"), import_module("bench_schema")
     monkeypatch.setattr(module, "OPERATIONS", {"given": lambda inputs: {}, "score": lambda inputs: {}})
     monkeypatch.setattr(module, "Inputs", lambda shape: shape)
     monkeypatch.setattr(module, "about", lambda: dict.fromkeys(("command", "date", "machine", "versions"), ""))
@@ -244,10 +245,11 @@ def test_rows_are_written_as_soon_as_they_are_measured(tmp_path: Path, monkeypat
     monkeypatch.setattr(module, "measure", measure)
     with pytest.raises(RuntimeError, match="illegal"):
         shapes = [module.Shape("Qwen3-8B", 8192, 1)]
-        module.bench(shapes, 1, lambda rows: module.write(tmp_path / "a.json", module.about() | module.report(rows)))
-    kept = import_module("bench_schema").read(tmp_path / "a.json")
+        write = partial(schema.write, tmp_path / "a.json", "head_cuda")
+        module.bench(shapes, 1, lambda rows: write(module.about() | module.report(rows)))
+    kept = schema.read(tmp_path / "a.json")
     assert [row["peers"]["kernels"]["ms"] for row in kept["rows"]] == [3.0]
-    assert import_module("bench_schema").bars(kept)[0].held is True and kept["measurements"]
+    assert schema.bars(kept)[0].held is True and kept["measurements"]
 
 
 def test_on_a_gpu_the_benchmark_of_the_head_passes_its_other_arguments_on() -> None:

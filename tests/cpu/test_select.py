@@ -198,8 +198,8 @@ def test_other_measurements_are_not_mixed(model: Path, whole: Path, tmp_path: Pa
     for wrong, changed in (
         (replace(request(model, tmp_path), model=other), "model"),
         (request(model, tmp_path, samples=5), "samples"),
-        (request(model, tmp_path, "rollout.temperature=0.7"), "sampling"),
-        (request(model, tmp_path, "tasks.sources.0.agent.judge=f1"), "task"),
+        (request(model, tmp_path, "rollout.temperature=0.7"), r"sampling\.temperature"),
+        (request(model, tmp_path, "tasks.sources.0.agent.judge=f1"), r"task\.agent\.judge"),
     ):
         with pytest.raises(ConfigError, match=rf"measured with other settings \({changed}\): {remedy}"):
             select(wrong)

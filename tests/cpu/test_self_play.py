@@ -134,7 +134,7 @@ def test_several_calls_in_one_reply_keep_their_own_answers() -> None:
     [
         ((), "model.path is empty"),
         (("model.path=/nowhere",), "/nowhere: no such folder"),
-        (("model.path=/nowhere", "rollout.critic=empty"), "set rollout.critic=self"),
+        (("model.path=/nowhere", "rollout.critic=empty"), "only rollout.critic=self works"),
         (("model.path=/nowhere", "engine.urls=['http://h']"), "engine.urls is set"),
         (("model.path=/nowhere", "distill.agents=[{name: poet}]"), "no effect with distill.system=model"),
     ],
