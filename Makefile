@@ -92,7 +92,7 @@ test-engine: $(VENV)/.installed-dev ## Run the tests against a real SGLang serve
 	@$(BIN)/python tests/engine/environment.py > $(VENV)/.engine-python || { echo "skipped: make test-engine"; \
 	rm -f $(VENV)/.engine-python; }
 	@test ! -s $(VENV)/.engine-python || ICRL_ENGINE_PYTHON="$$(cat $(VENV)/.engine-python)" \
-	$(BIN)/python -m pytest -q tests/engine -n $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -q tests/engine
 
 lint: $(VENV)/.installed-dev ## Check style and types
 	$(BIN)/ruff check .

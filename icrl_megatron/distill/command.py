@@ -76,7 +76,7 @@ class Distillation:
 def prepare(
     settings: Settings, out: Path, overwrite: bool = False, cache: ToolCache | None = None, split: Split = "train"
 ) -> Distillation:
-    """Everything that can be wrong is wrong here, before anything starts: raises ConfigError. Of held-out problems, the
+    """Checks all settings and input before anything starts. Raises ConfigError. Of held-out problems, the
     first `eval.problems` of each source are played."""
     if out.suffix != ".jsonl":
         raise ConfigError(f"--out={out}: trajectories are written as JSONL; give a name that ends in .jsonl")

@@ -40,7 +40,7 @@ _OF_ROLLOUT = (
 """Settings of `rollout` that decide whether an attempt succeeds."""
 _FREE_SOURCE = (
     *("weight", "plan", "serve", "data.train", "data.heldout", "data.servers", "data.request_timeout_s"),
-    *("data.grading_workers", "agent.endpoint"),
+    *("data.grading_workers", "agent.endpoint.api_key_env", "agent.endpoint.timeout_s", "agent.endpoint.concurrency"),
 )
 """Options of a source, or sections of them, that may change: rows are compared themselves."""
 

@@ -34,7 +34,7 @@ class SupervisedPlan:
     available: float
     seconds: float
     remedy: str
-    """What would fit, as words that can be typed; empty if this does."""
+    """The change of settings that would make it fit; empty if this does."""
 
     def line(self) -> str:
         fits = " (does not fit)" if self.remedy else ""

@@ -326,7 +326,7 @@ def _check_context(settings: Settings, shape: ModelShape) -> None:
             "most that many, or extend the model with YaRN (docs/MODELS.md)"
         )
     longest = settings.warm_start.max_tokens
-    if longest is not None and longest > shape.max_positions:
+    if settings.warm_start.wanted and longest is not None and longest > shape.max_positions:
         raise ConfigError(
             f"warm_start.max_tokens={longest}: the model has {shape.max_positions} positions; use at most that many"
         )

@@ -1,4 +1,4 @@
-"""Checks that a call of a tool, server or judge ends by its own limit before `rollout.environment_timeout_s` does it.
+"""Checks that each call of a tool, server or judge ends by its own limit before `rollout.environment_timeout_s`.
 
 Then a failure is reported as the tool's, a server that hangs is paused, and a program that takes too long is observed.
 Imports no torch.
@@ -58,7 +58,7 @@ def check_times(settings: Settings) -> None:
 
 
 def call_times(source: TaskSource) -> Iterator[CallTime]:
-    """Of everything that a step of an entry's environments waits for and that has a limit of its own."""
+    """Yields the longest time of every call that an environment step waits for and that has its own limit."""
     if isinstance(source, ToolsSource):
         yield from _of_tools(source)
     elif isinstance(source, ServedSource):
