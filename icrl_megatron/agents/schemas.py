@@ -48,6 +48,10 @@ def validator(spec: ToolSpec) -> Validator:
         raise BadSchemaError("is nested too deeply") from error
     except UnicodeEncodeError as error:
         raise BadSchemaError("has a text with half a surrogate pair") from error
+    except BadSchemaError:
+        raise
+    except ValueError as error:
+        raise BadSchemaError("has a number that JSON cannot hold") from error
     if not spec.by_server:
         return Draft202012Validator(schema)
     # Another `$schema` would bring back the keywords that are left out.

@@ -146,13 +146,15 @@ def played(
     with closing(cache) if cache else nullcontext():
         job = prepare(settings, out, overwrite, cache, split)
         with locked(out.parent, f".{out.name}.lock", f"--out={out}"):
-            records = Records(job.runs, identity(job.settings), job.problems)
+            plays_model = job.own_server or settings.distill.system == "model"
+            records = Records(job.runs, identity(job.settings, plays_model), job.problems)
             with closing(records):
                 job.outdated = records.outdated
                 try:
                     _play(job, records)
                 except HopelessError:
-                    _report(job, _finished(job, records), [], 0)
+                    if not job.out.exists():  # otherwise the report is that of its trajectories
+                        _report(job, _finished(job, records), [], 0)
                     raise
             return conclude(job, _finished(job, records))
 
@@ -205,7 +207,7 @@ def _recorder(job: Distillation, records: Records, bar: Phase) -> Callable[[Run 
             in_a_row = 0
         else:
             job.failures.append(result)
-            in_a_row += 1
+            in_a_row += result.kind != "too_long"  # these fail again at each call
             if in_a_row >= FAILURES_IN_A_ROW * job.settings.distill.concurrency:
                 raise HopelessError(
                     f"{in_a_row} attempts in a row failed, the last one: {result.message}; correct that, and the "

@@ -114,8 +114,8 @@ def _member(agent: SystemAgent, at: DistillEndpoint, links: dict[str, tuple[Conn
     url, model = agent.url or at.url, agent.model or at.model
     if not url.startswith(("http://", "https://")) or not model:
         raise ConfigError(
-            f"{where}: url={url!r} and model={model!r}; set distill.endpoint.url, e.g. http://host:8000/v1, and "
-            "distill.endpoint.model, or model.path and engine.kind=sglang"
+            f"{where}: url={addresses.shown(url)!r} and model={model!r}; set distill.endpoint.url, e.g. "
+            "http://host:8000/v1, and distill.endpoint.model, or model.path and engine.kind=sglang"
         )
     addresses.check_base(url, f"{where}: url")
     if url not in links:

@@ -16,7 +16,9 @@ from icrl_megatron.settings.schema import Settings
 from icrl_megatron.settings.task_options import options
 from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.types import Task
+from icrl_megatron.utils import addresses
 from icrl_megatron.utils.records import RecordFile
+from icrl_megatron.utils.results import folder_digest
 
 _HEAD = "icrl_distill"
 _FREE = ("attempts", "concurrency", "task_timeout_s", "filters")
@@ -32,18 +34,21 @@ _FREE_ENDPOINT = ("url", "api_key_env", "timeout_s", "concurrency", "requests_pe
 _FREE_ROLLOUT = ("tasks_per_step", "episodes_per_task", "concurrency", "oversample", "partial", "environment_timeout_s")
 
 
-def identity(settings: Settings) -> dict[str, Any]:
-    """What decides the runs: attempts with another identity must not be mixed."""
+def identity(settings: Settings, plays_model: bool = False) -> dict[str, Any]:
+    """What decides the runs: attempts with another identity must not be mixed. `plays_model`: model.path plays, itself
+    or on the command's own server."""
     distill = {name: value for name, value in asdict(settings.distill).items() if name not in _FREE}
     distill["endpoint"] = {k: v for k, v in distill["endpoint"].items() if k not in _FREE_ENDPOINT}
     distill["agents"] = [_agent(agent) for agent in settings.distill.agents]
     distill["max_observation_bytes"] = settings.rollout.max_observation_bytes
     sources = [dict(_of_source(source)) for source in settings.tasks.sources]
-    found = {"seed": settings.seed, "distill": distill, "sources": sources}
+    found: dict[str, Any] = {"seed": settings.seed, "distill": distill, "sources": sources}
+    if plays_model:
+        found["model"] = folder_digest(Path(settings.model.path))
     if settings.distill.system != "model":
         return found
     rollout = {name: value for name, value in asdict(settings.rollout).items() if name not in _FREE_ROLLOUT}
-    return {**found, "model": settings.model.path, "rollout": rollout}
+    return {**found, "rollout": rollout}
 
 
 def _agent(agent: SystemAgent) -> dict[str, Any]:
@@ -54,9 +59,14 @@ def _agent(agent: SystemAgent) -> dict[str, Any]:
 def _of_source(source: TaskSource) -> Iterator[tuple[str, Any]]:
     for name, value in options(source):
         if name == "agent.mcp":
-            yield name, [{k: v for k, v in asdict(one).items() if k not in _FREE_OF_MCP} for one in value]
+            yield name, [_server(asdict(one)) for one in value]
         elif name not in _FREE_OF_SOURCE and not name.startswith("plan."):
             yield name, value
+
+
+def _server(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """An MCP server, without the keys in its address."""
+    return {k: v for k, v in fields.items() if k not in _FREE_OF_MCP} | {"url": addresses.shown(fields["url"])}
 
 
 def of_task(task: Task) -> str:

@@ -26,7 +26,7 @@ from icrl_megatron.utils.errors import ConfigError, HopelessError
 from icrl_megatron.utils.files import locked, write_atomically
 from icrl_megatron.utils.records import RecordFile
 from icrl_megatron.utils.result_files import begins_with, check_file
-from icrl_megatron.utils.results import digest
+from icrl_megatron.utils.results import folder_digest
 
 _HEAD = "icrl_select"
 _FIRST_KEY = "questions"
@@ -157,15 +157,13 @@ def _sha256(path: Path) -> str:
 
 def _identity(folder: Path, settings: Settings, source: DataSource, samples: int) -> dict[str, Any]:
     """What decides the measurements: records with another identity must not be mixed."""
-    names = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja"))
-    model = hashlib.sha256("".join(f"{path.name} {digest(path.resolve())}\n" for path in names).encode()).hexdigest()
     sampling = {name: getattr(settings.rollout, name) for name in _OF_ROLLOUT}
     task = {
         name: value
         for name, value in options(source)
         if not any(f"{name}.".startswith(f"{free}.") for free in _FREE_SOURCE)
     }
-    whole = {"model": model, "samples": samples, "sampling": sampling, "task": task}
+    whole = {"model": folder_digest(folder), "samples": samples, "sampling": sampling, "task": task}
     return dict(json.loads(json.dumps(whole, default=vars)))
 
 

@@ -17,7 +17,7 @@ from icrl_megatron.evaluation.result import Result
 from icrl_megatron.evaluation.scores import ALL, Score, Successes, estimate, transitions
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.tasks.datasets import content_hash, subset_of
-from icrl_megatron.utils.errors import HopelessError
+from icrl_megatron.utils.errors import ConfigError, HopelessError
 from icrl_megatron.utils.files import write_atomically
 from icrl_megatron.utils.intervals import proportion
 from icrl_megatron.utils.result_files import begins_with, check_file
@@ -26,7 +26,12 @@ from icrl_megatron.utils.result_files import begins_with, check_file
 def measure(settings: Settings, out: Path, overwrite: bool = False) -> str:
     """Plays the first `eval.problems` held-out problems of each source, `distill.attempts` times each, and writes the
     result beside `out`. Returns a summary. Raises as `icrl_megatron.distill.command.run` does."""
-    path = out.with_suffix(".eval.json")
+    path, rounds = out.with_suffix(".eval.json"), settings.rollout.rounds
+    if settings.distill.system == "model" and rounds > 1:
+        raise ConfigError(
+            f"rollout.rounds={rounds} with --heldout and distill.system=model: the grader decides which attempts are "
+            "tried again, so the result cannot be compared; use `icrl eval` with --rounds"
+        )
     check_file(path, "an evaluation", begins_with(b'"model"', b'"samples"'), overwrite)
 
     def conclude(job: Distillation, runs: Sequence[Run]) -> str:

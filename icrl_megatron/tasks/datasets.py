@@ -50,9 +50,9 @@ def read_tasks(name: str, split: Split, data: Rows, problem: Callable[[DataRow],
             f"task set {name!r} has no {split} rows: set tasks.sources[...].data.{split} to a JSONL or Parquet file or "
             "a folder of a Hugging Face dataset"
         )
-    rows = list(_identified(name, split, data))
-    _check_unique([row for _, row, _ in rows])
-    return [Task(task_id, name, split, problem(row)) for task_id, row, _ in rows]
+    rows = [(task_id, row) for task_id, row, _ in _identified(name, split, data)]  # other columns may be large
+    _check_unique([row for _, row in rows])
+    return [Task(task_id, name, split, problem(row)) for task_id, row in rows]
 
 
 def chosen_rows(name: str, data: Rows, task_ids: Collection[str]) -> Iterator[dict[str, Any]]:

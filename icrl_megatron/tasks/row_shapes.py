@@ -93,7 +93,9 @@ def livecodebench(row: Fields) -> Shaped:
             if not name.isidentifier():
                 raise WrongRow(f"func_name {name!r:.50} is not the name of a function")
             label = [_assert(name, test["input"], test["output"]) for test in tests]
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
+    except WrongRow:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise WrongRow(f"its tests or metadata cannot be read ({error!r:.200})") from error
     return Shaped(prompt, json.dumps(label, ensure_ascii=False), str(row.get("difficulty") or ""))
 

@@ -33,10 +33,9 @@ def check_base(url: str, setting: str) -> None:
 
 def shown(url: str) -> str:
     """An address for messages: without user name, password, query and fragment."""
-    bare = url.partition("?")[0].partition("#")[0]
-    scheme, between, rest = bare.rpartition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{between}{host.rpartition('@')[2]}{slash}{path}"
+    scheme, between, rest = url.partition("://") if "://" in url else ("", "", url)
+    # A password may contain any character, so the last @ ends it.
+    return f"{scheme}{between}{rest.rpartition('@')[2].partition('?')[0].partition('#')[0]}"
 
 
 def secrets(url: str) -> tuple[str, ...]:

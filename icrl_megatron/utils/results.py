@@ -304,6 +304,13 @@ def digest(path: Path) -> str:
     return read.hexdigest()
 
 
+def folder_digest(folder: Path) -> str:
+    """Hashes the files of a model's folder that decide what it replies."""
+    names = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja"))
+    lines = "".join(f"{path.name} {digest(path.resolve())}\n" for path in names)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
 def _finish(new: Path, kind: Kind) -> None:
     """Writes marker and permissions, and syncs everything to disk before the folder gets its name."""
     files = {path.relative_to(new).as_posix(): digest(path) for path in _files(new)}
