@@ -23,6 +23,7 @@ from icrl_megatron.settings.loading import load
 from icrl_megatron.settings.rollout_schema import RolloutSettings
 from icrl_megatron.settings.schema import TinyModel
 from icrl_megatron.types import Completion
+from icrl_megatron.utils import addresses
 from icrl_megatron.utils.connections import Connections
 from icrl_megatron.utils.errors import ConfigError
 
@@ -156,3 +157,11 @@ def test_an_external_critic_without_an_address_or_with_a_password_is_refused() -
     for overrides in (at[:1], (*at, "rollout.external.url=http://me:pw@h/v1")):
         with pytest.raises(ConfigError, match=r"rollout\.external\.url(?!.*pw)"):
             validate(load("rulebook_easy", overrides))
+
+
+@pytest.mark.parametrize("password", ["hunter2", "pa/ss", "p#w?x", "a@b", "a://b"])
+def test_addresses_are_shown_without_passwords(password: str) -> None:
+    assert addresses.shown(f"http://user:{password}@host:1/v1?key=secret") == "http://host:1/v1"
+    with pytest.raises(ConfigError) as refused:
+        addresses.check_base(f"http://user:{password}@host:1/v1", "critic.url")
+    assert password not in str(refused.value) and "host:1/v1" in str(refused.value)

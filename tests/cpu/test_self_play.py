@@ -13,14 +13,16 @@ pytest.importorskip("bm25s")
 from whole_runs import icrl
 
 from icrl_megatron.agents.formats import Qwen3
-from icrl_megatron.distill import command
+from icrl_megatron.distill import command, records
 from icrl_megatron.distill.events import Run
 from icrl_megatron.distill.linear import linear
 from icrl_megatron.distill.self_play import CRITIC, SOLVER, run_of
 from icrl_megatron.distill.trajectory import Tokens
+from icrl_megatron.evaluation import system
 from icrl_megatron.settings.loading import load
 from icrl_megatron.tasks.tool_use import ToolEnvironment
 from icrl_megatron.types import Attempt, Completion, Critique, Episode, Turn
+from icrl_megatron.utils.errors import ConfigError
 
 TASK = archive().problems("train")[0]
 LONG = Completion((1, 2, 3), (0.0, 0.0, 0.0), "stop", 0)
@@ -142,8 +144,6 @@ def test_several_calls_in_one_reply_keep_their_own_answers() -> None:
 def test_wrong_settings_are_found_before_anything_starts(
     tmp_path: Path, overrides: tuple[str, ...], message: str
 ) -> None:
-    from icrl_megatron.utils.errors import ConfigError
-
     with pytest.raises(ConfigError, match=message):
         command.prepare(load("archive", ["distill.system=model", *overrides]), tmp_path / "a.jsonl")
 
@@ -167,3 +167,17 @@ def test_a_model_plays_with_itself_as_the_critic_and_learns_from_it(tmp_path: Pa
     code, _, err = icrl("distill", *words, *more, "rollout.concurrency=3")
     assert code == 0, err
     assert out.with_suffix(".runs.jsonl").read_bytes() == runs and out.read_text() == written
+
+
+def test_held_out_problems_are_not_tried_again_after_the_grader_refused_an_answer(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.rounds=2 with --heldout"):
+        system.measure(load("archive", ["distill.system=model", "rollout.rounds=2"]), tmp_path / "a.jsonl")
+
+
+def test_another_model_at_the_same_path_is_another_system(tmp_path: Path) -> None:
+    settings = load("archive", ["distill.system=model", f"model.path={tmp_path}"])
+    found = []
+    for text in ("one", "two", "two"):
+        (tmp_path / "model.safetensors").write_text(text)
+        found.append(records.identity(settings, plays_model=True))
+    assert found[0] != found[1] == found[2]
