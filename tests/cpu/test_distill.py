@@ -414,7 +414,8 @@ def test_an_endpoint_that_is_gone_stops_the_command(tmp_path: Path) -> None:
         out = tmp_path / "a.jsonl"
         with pytest.raises(HopelessError, match=r"6 attempts in a row failed.*go away"):
             command.run(given, out)
-    assert report(out)["failed"] == {"endpoint": 6} and not out.exists()
+    # The other attempt at that time may end before it is canceled.
+    assert report(out)["failed"] in ({"endpoint": 6}, {"endpoint": 7}) and not out.exists()
 
 
 @pytest.mark.parametrize("answered", [401, 200])
