@@ -34,7 +34,7 @@ _FREE_ENDPOINT = ("url", "api_key_env", "timeout_s", "concurrency", "requests_pe
 _FREE_ROLLOUT = ("tasks_per_step", "episodes_per_task", "concurrency", "oversample", "partial", "environment_timeout_s")
 
 
-def identity(settings: Settings, plays_model: bool = False) -> dict[str, Any]:
+def identity(settings: Settings, plays_model: bool) -> dict[str, Any]:
     """What decides the runs: attempts with another identity must not be mixed. `plays_model`: model.path plays, itself
     or on the command's own server."""
     distill = {name: value for name, value in asdict(settings.distill).items() if name not in _FREE}

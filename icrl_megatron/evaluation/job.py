@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ class Job:
     out: Path
     logs: Path
     """Folder for the logs of servers and ranks."""
+    unusable: Mapping[str, int] = field(default_factory=dict)
+    """Reason -> number of held-out rows that are left out; counted before playing."""
     records: Path | None = None
     """`icrl select`: the file to which ranks append the questions that they have measured."""
 
@@ -54,5 +57,6 @@ class Job:
             critic=Path(saved["critic"]) if saved["critic"] is not None else None,
             out=Path(saved["out"]),
             logs=Path(saved["logs"]),
+            unusable=saved["unusable"],
             records=Path(saved["records"]) if saved["records"] is not None else None,
         )

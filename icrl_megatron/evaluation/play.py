@@ -43,7 +43,6 @@ from icrl_megatron.rollout.external import ExternalSpeaker, first_model
 from icrl_megatron.rollout.prompts import Prompter, tokenizer
 from icrl_megatron.rollout.source import EngineSource, Played
 from icrl_megatron.rollout.speakers import EmptyCritic, EngineSpeaker, Speaker, SpeakersFor, same_speakers
-from icrl_megatron.run.heldout import unusable
 from icrl_megatron.run.problems import ProblemShare, examine, left_out, refusal
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.datasets import content_hash, subset_of
@@ -201,7 +200,7 @@ def _result(job: Job, played: Played) -> Result:
         successes=successes(episodes, request.samples),
         subsets={e.task.task_id: subset_of(e.task) for e in episodes},
         contents={e.task.task_id: content_hash(e.task.problem) for e in episodes},
-        unusable=unusable(job.settings, "heldout"),
+        unusable=dict(job.unusable),
         lost=tuple(dict.fromkeys(d.error for d in played.dropped))[:3],
     )
     if request.against is None:

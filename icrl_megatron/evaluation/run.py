@@ -74,7 +74,8 @@ def play(
             settings = held.enter_context(serve.beside(settings, logs))
             other = request.critic_folder()
             critic = held.enter_context(_model_folder(other)) if other is not None else None
-            code = _played(Job(request, settings, tasks, folder, critic, out, logs, records))
+            unusable = eval_problems.unusable(settings, "heldout") if records is None else {}
+            code = _played(Job(request, settings, tasks, folder, critic, out, logs, unusable, records))
     finally:
         if code == 0 or not any(logs.iterdir()):  # the logs of a failed evaluation are kept
             shutil.rmtree(logs, ignore_errors=True)

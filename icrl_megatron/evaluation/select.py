@@ -97,7 +97,11 @@ def select(request: SelectRequest) -> int:
     check_engine(evaluation, settings)
     require_space(request.out, ROOM_BYTES, "the questions")
     task_set = registry.of_source(source, settings.rollout.max_observation_bytes)
-    tasks = registry.problems(task_set, "train")[: settings.tasks.limit][: request.problems]
+
+    def questions() -> list[Task]:
+        return registry.problems(task_set, "train")[: settings.tasks.limit][: request.problems]
+
+    tasks, left_out = questions(), unusable(settings, "train")
     with locked(request.out.parent, f".{request.out.name}.lock", f"--out={request.out}"):
         identities: list[Mapping[str, Any]] = []
 
@@ -108,9 +112,10 @@ def select(request: SelectRequest) -> int:
 
         if code := play(evaluation, settings, request.out, left, request.records):
             return code
-        known = _recorded(request, identities[0], tasks)
+        # Read again, because rows are kept by their place, and the files may have changed while questions were played.
+        known = _recorded(request, identities[0], questions())
         found = [known[task.task_id] for task in tasks if task.task_id in known]
-        counted = _counts(request, found, tasks) | {"unusable": unusable(settings, "train")}
+        counted = _counts(request, found, tasks) | {"unusable": left_out}
         print(_write(request, counted, partial(chosen_rows, source.name, data), _kept(request, found)))
     return 0
 

@@ -200,7 +200,7 @@ def test_what_may_change_between_two_calls(
     for name, text in (("a.txt", "plan"), ("b.txt", "plan well"), ("same.txt", "plan")):
         Path(name).write_text(text)
     before = [f"tasks.sources=[{{name: searchqa, {SEARCHQA}}}]", "distill.agents=[{name: planner, prompt: a.txt}]"]
-    first, second = (records.identity(settings(*before, *more)) for more in ([], [override]))
+    first, second = (records.identity(settings(*before, *more), plays_model=False) for more in ([], [override]))
     assert (first == second) is same
     records.Records(tmp_path / "r", first, []).close()
     if not same:
@@ -241,7 +241,7 @@ def test_files_of_others_are_left_alone(tmp_path: Path, content: bytes | dict, m
     out = tmp_path / "a.jsonl"
     runs = out.with_suffix(".runs.jsonl")
     if isinstance(content, dict):
-        head = json.dumps({"icrl_distill": command.identity(settings())})
+        head = json.dumps({"icrl_distill": command.identity(settings(), plays_model=False)})
         run = {**Run("a/1", 0, "q", (), True, {}).to_json(), **content}
         content = f"{head}\n{json.dumps({'task': '', **run})}\n".encode()
     runs.write_bytes(content)
