@@ -9,6 +9,8 @@ fields of requests, so a client that omits one gets the same error as from the r
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import json
 import os
 import sys
@@ -71,6 +73,9 @@ class State:
     open: dict[int, tuple[int, int]] = field(default_factory=dict)
     """environment -> (task, steps taken)"""
     made: int = 0
+    first_id: int = field(default_factory=functools.partial(next, itertools.count(0, 1000)))
+    """The first environment's id. No two servers share ids: an environment of an earlier test that is collected late is
+    closed at its address, which may be the address of this server by then."""
     release: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -142,7 +147,7 @@ class Handler(BaseHTTPRequestHandler):
         needs = {"searchqa": {"id"}, "textcraft": set()}.get(state.name)
         if state.dialect == "A" and needs is not None and (not isinstance(body, dict) or not needs <= set(body)):
             return 422, {"detail": "field required"}
-        env = state.made
+        env = state.first_id + state.made
         state.made += 1
         state.open[env] = (0, 0)
         if state.dialect == "B":
