@@ -82,6 +82,7 @@ test-cluster: $(VENV)/.installed-dev $(NEMO)/.installed ## Start a small Slurm o
 	bash tests/debian.sh "the cluster tests" \
 	"slurmctld slurmd slurmdbd sbatch munged mariadbd curl" \
 	"slurm-wlm slurm-client slurmdbd mariadb-server munge curl"
+	test ! -s $(VENV)/.engine-python || export ICRL_ENGINE_PYTHON="$$(cat $(VENV)/.engine-python)"; \
 	timeout --signal=INT --kill-after=60 1500 $(BIN)/python -m pytest -q tests/cluster
 
 system-packages: ## Install what some tests need of Debian, as root: bubblewrap, Chromium, an SSH server

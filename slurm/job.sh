@@ -4,10 +4,19 @@
 # ICRL_CONTAINER        image for pyxis/enroot, ICRL_MOUNTS more mounts (container.sh); unset: bare metal
 # ICRL_RANKS_PER_NODE   ranks per node (default: the number of GPUs that Slurm allocated)
 # ICRL_BACK_OFF_S       wait before the first retry of a crash (30); doubles with each
+# ICRL_PROLOGUE         a script to source first, such as one that loads modules; not in containers
 # ICRL_SEEN_TIMEOUT_S   maximum delay until one node sees a file that another wrote (60; icrl_megatron/train.py)
 set -uo pipefail
-# In a batch job $0 is a copy in Slurm's spool folder.
-cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
+script=$(realpath "$0")  # in a batch job, a copy in Slurm's spool folder
+if [ -n "${ICRL_PROLOGUE:-}" ]; then
+  ICRL_PROLOGUE=$(realpath "$ICRL_PROLOGUE")
+  set +u  # modules use unset variables
+  # shellcheck disable=SC1090
+  source "$ICRL_PROLOGUE" || { echo "error: ICRL_PROLOGUE=$ICRL_PROLOGUE failed: correct it, or unset it" >&2; exit 2; }
+  set -u
+fi
+# The checkout: relative paths of settings are below it, from wherever the job is submitted.
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 source slurm/container.sh
 python=${ICRL_PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
@@ -46,7 +55,7 @@ forward_stop() {  # USR1 comes from --signal before the time limit, TERM from pr
 trap forward_stop USR1 TERM
 
 ask() {  # icrl_megatron.launch.job with these arguments in one process, in the container if there is one
-  alone env ${WORLD_SIZE:+WORLD_SIZE="$WORLD_SIZE" LOCAL_WORLD_SIZE="$ICRL_RANKS_PER_NODE"} "$python" -m icrl_megatron.launch.job "$@"
+  alone env ${ICRL_WORLD_SIZE:+ICRL_WORLD_SIZE="$ICRL_WORLD_SIZE"} "$python" -m icrl_megatron.launch.job "$@"
 }
 alone() {  # a command: runs it once, in the container if there is one
   if [ ${#container[@]} -gt 0 ]; then srun --nodes=1 --ntasks=1 --overlap "${container[@]}" "$@"; else "$@"; fi
@@ -107,7 +116,7 @@ preempted() {  # on preemption only the step gets TERM; it kills pyxis's use_squ
 run_job() {
   local checked folder code decision
   contain "$@"
-  export WORLD_SIZE=$((SLURM_NNODES * ICRL_RANKS_PER_NODE))
+  export ICRL_WORLD_SIZE=$((SLURM_NNODES * ICRL_RANKS_PER_NODE))
   if ! checked=$(ask check "$@"); then
     [ ${#container[@]} -eq 0 ] || echo "the message above is from the container $ICRL_CONTAINER, with the Python $python and" \
       "the mounts ${mounts[*]}; ICRL_PYTHON and ICRL_MOUNTS change these" >&2
@@ -115,7 +124,7 @@ run_job() {
   fi
   counted
   folder=${checked%%$'\n'*}
-  unset WORLD_SIZE  # the agent sets it
+  unset ICRL_WORLD_SIZE  # the agent sets WORLD_SIZE
   [ "$checked" = "$folder" ] || start_servers "$@"
   while :; do
     [ -z "$servers" ] || kill -0 "$servers" 2> /dev/null || start_servers "$@"  # before a retry

@@ -3,6 +3,8 @@
 #   slurm/step.sh train RECIPE [KEY=VALUE]...
 # ICRL_PYTHON            the Python to use (default: .venv/bin/python if it exists, else python3)
 # ICRL_RANKS_PER_NODE    ranks on this node (default: the number of its GPUs)
+# Outside of Slurm (kubernetes/): ICRL_NODES, this node's number in JOB_COMPLETION_INDEX, MASTER_ADDR, and for files that
+# nodes and restarts share, the job's name ICRL_JOB and the number of restarts ICRL_RESTART
 set -euo pipefail
 
 # A signal to the step reaches all of its processes: this shell and the agent ignore USR1 (time limit) and TERM
@@ -21,7 +23,10 @@ if [ "$ranks" -lt 1 ]; then
   echo "error: no GPU on $(hostname): set ICRL_RANKS_PER_NODE to the number of ranks" >&2
   exit 2
 fi
-nodes=${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}
+nodes=${ICRL_NODES:-${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}}
+node=${SLURM_NODEID:-${JOB_COMPLETION_INDEX:-0}}
+job=${ICRL_JOB:-${SLURM_JOB_ID:-}}
+restart=${ICRL_RESTART:-${SLURM_RESTART_COUNT:-0}}
 if [ "$nodes" -gt 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
   # The first host of e.g. rack[2-3]n[01,07-09],login; images have no scontrol.
   MASTER_ADDR=$(sed -E 's/\[([^],-]*)[^]]*\]/\1/g; s/,.*//' <<< "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}")
@@ -53,11 +58,11 @@ export TOKENIZERS_PARALLELISM=false
 # Ranks write their outcome here, because the agent maps all failure codes to 1. job.sh sets its own file.
 logs=${ICRL_LOGS:-runs/jobs}
 mkdir -p "$logs"
-outcome=${ICRL_OUTCOME:-$logs/outcome.${SLURM_JOB_ID:-$$}.${SLURM_RESTART_COUNT:-0}.json}
+outcome=${ICRL_OUTCOME:-$logs/outcome.${job:-$$}.$restart.json}
 
 # Left by an earlier job, or a job of another cluster, with the same number.
-if [ -z "${ICRL_OUTCOME:-}" ] && [ -n "${SLURM_JOB_ID:-}" ] && [ "${SLURM_NODEID:-0}" -eq 0 ]; then
-  [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || rm -f "$logs/job.$SLURM_JOB_ID.json" "$logs/given_up.$SLURM_JOB_ID"
+if [ -z "${ICRL_OUTCOME:-}" ] && [ -n "$job" ] && [ "$node" -eq 0 ]; then
+  [ "$restart" -gt 0 ] || rm -f "$logs/job.$job.json" "$logs/given_up.$job"
   rm -f "$outcome"
 fi
 
@@ -68,10 +73,10 @@ give_up() {  # prevents further requeues, whatever the caller of this step does
   fi
   exit "$1"
 }
-# Under NeMo-Run no script decides between the runs of a job: a requeued run first checks how the previous one ended.
-if [ -z "${ICRL_OUTCOME:-}" ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "${SLURM_NODEID:-0}" -eq 0 ]; then
-  before=$logs/outcome.$SLURM_JOB_ID.$((SLURM_RESTART_COUNT - 1)).json
-  decision=$("$python" -m icrl_megatron.launch.job decide "$before" "$logs/job.$SLURM_JOB_ID.json" 1 0 "$@") || decision=fail
+# Under NeMo-Run and Kubernetes no script decides between the runs of a job: a requeued run first checks how the previous one ended.
+if [ -z "${ICRL_OUTCOME:-}" ] && [ "$restart" -gt 0 ] && [ "$node" -eq 0 ]; then
+  before=$logs/outcome.$job.$((restart - 1)).json
+  decision=$("$python" -m icrl_megatron.launch.job decide "$before" "$logs/job.$job.json" 1 0 "$@") || decision=fail
   case $decision in
     retry*) sleep "${decision#retry }" ;;
     fail) give_up 1 ;;
@@ -81,8 +86,8 @@ fi
 # If the job has not started the recipe's environment servers, the first node starts them beside its ranks.
 servers=''
 if [ -z "${ICRL_SERVERS:-}" ]; then
-  export ICRL_SERVERS=$logs/servers.${SLURM_JOB_ID:-$$}.${SLURM_RESTART_COUNT:-0}
-  if [ "${SLURM_NODEID:-0}" -eq 0 ]; then
+  export ICRL_SERVERS=$logs/servers.${job:-$$}.$restart
+  if [ "$node" -eq 0 ]; then
     rm -f "$ICRL_SERVERS/addresses.json"  # of earlier servers; their logs are kept
     ICRL_PARENT=$$ "$python" -m icrl_megatron.launch.servers "$ICRL_SERVERS" "$@" &
     servers=$!
@@ -91,14 +96,14 @@ fi
 
 code=0
 ICRL_OUTCOME=$outcome "$python" -m icrl_megatron.launch.agent \
-  --nnodes="$nodes" --node-rank="${SLURM_NODEID:-0}" --nproc-per-node="$ranks" "${meet[@]}" \
+  --nnodes="$nodes" --node-rank="$node" --nproc-per-node="$ranks" "${meet[@]}" \
   -m icrl_megatron.launch.rank "$@" || code=$?
 [ -z "$servers" ] || { kill "$servers" 2> /dev/null; wait "$servers"; } || true
 
 if [ -z "${ICRL_OUTCOME:-}" ] && [ -f "$outcome" ]; then  # no caller reads it
   case $(cat "$outcome") in
     *'"code": 1'* | *'"code": 2'*)
-      [ "${SLURM_NODEID:-0}" -ne 0 ] || "$python" -m icrl_megatron.launch.job said "$outcome"
+      [ "$node" -ne 0 ] || "$python" -m icrl_megatron.launch.job said "$outcome"
       case $(cat "$outcome") in *'"code": 2'*) give_up 2 ;; *) give_up 1 ;; esac ;;
     *'"code": 3'*) code=${ICRL_EXIT_STOPPED:-0} ;;  # stopped on request: the caller decides about a requeue
   esac

@@ -2,6 +2,8 @@
 
 python -m icrl_megatron.launch.job check train RECIPE [KEY=VALUE]...    prints the run folder, and "servers" if it
                                                                       starts some; or exits with 2
+python -m icrl_megatron.launch.job check-for-image train RECIPE [KEY=VALUE]...    the same for a job in a container,
+                                                                      whatever this Python has installed
 python -m icrl_megatron.launch.job cell PLAN CELL    prints the words of an ablation's cell, one per line
 python -m icrl_megatron.launch.job table PLAN    writes and prints an ablation's table
 python -m icrl_megatron.launch.job said FILE    prints the error that ranks or servers left there
@@ -123,18 +125,18 @@ def _killed_while_stopping(returncode: int, run: Reached, state: JobState) -> De
     return Decision("requeue", after, f"{said}; resumes from its last checkpoint")
 
 
-def check(arguments: list[str]) -> tuple[Path, bool]:
+def check(arguments: list[str], installed: bool = True) -> tuple[Path, bool]:
     """The run folder of `train|sft RECIPE [KEY=VALUE]...`, and whether the job must start environment servers.
 
-    Raises ConfigError on all errors that can be found before the run; the number of ranks is WORLD_SIZE, which the job
-    sets to nodes x ranks per node."""
+    Raises ConfigError on all errors that can be found before the run, without those about installed packages if the run
+    will use another Python; the number of ranks is ICRL_WORLD_SIZE, which the job sets to nodes x ranks per node."""
     from icrl_megatron.launch import servers as serve
     from icrl_megatron.plan import planner
     from icrl_megatron.run import checks as validate
     from icrl_megatron.settings import loading as settings
 
     resolved = settings.load(arguments[1], arguments[2:])
-    validate.validate(resolved)
+    validate.validate(resolved, installed)
     planner.check(resolved)
     world, planned = validate.ranks(resolved), planner.ranks(resolved)
     if world != planned:
@@ -169,8 +171,8 @@ def main(arguments: list[str]) -> None:
     guard()
     try:
         verb, *rest = arguments
-        if verb == "check":
-            folder, servers = check(rest)
+        if verb in ("check", "check-for-image"):
+            folder, servers = check(rest, installed=verb == "check")
             print(folder, *(["servers"] if servers else []), sep="\n")
         elif verb == "said":
             left = json.loads(Path(rest[0]).read_text(encoding="utf-8"))

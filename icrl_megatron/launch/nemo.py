@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -36,6 +37,8 @@ TITLE = "icrl-{}"
 LAUNCHED = "runs/launched"
 """Where scripts and logs go behind a tunnel. Not called nemo_run: NeMo-Run replaces that in every path."""
 SUCCEEDED = "SUCCEEDED"
+CHECK_TIMEOUT_S = 600.0
+"""For the job's check, which reads all problems."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,20 @@ class Where:
     """0: the recipe's launch.ranks."""
     env: dict[str, str] = field(default_factory=dict)
     """More environment variables of the step."""
+    site: dict[str, str] = field(default_factory=dict)
+    """More of sbatch's options, such as {"qos": "high"}."""
+    prologue: str = ""
+    """A script that the batch job sources first, such as one that loads modules."""
 
 
 def resolve(recipe: str, overrides: Sequence[str], where: Where) -> Settings:
     """The settings, checked as far as this machine can know. Raises ConfigError."""
     if where.on not in ("local", "slurm"):
         raise ConfigError(f"--on {where.on}: choose local or slurm")
-    if where.on == "slurm" and not (where.account and where.partition):
-        raise ConfigError("--on slurm needs --account and --partition (`sacctmgr show assoc user=$USER`, `sinfo`)")
+    if where.on == "local" and (given := [*where.site, *(["prologue"] if where.prologue else [])]):
+        raise ConfigError(f"--{given[0]}: --on local submits no job; leave it out, or use --on slurm")
+    if where.prologue and not where.host and not Path(where.prologue).is_file():
+        raise ConfigError(f"--prologue {where.prologue}: no such file; give a script that the batch job can source")
     if where.host and not where.remote_home:
         raise ConfigError("--host needs --remote-home, the checkout on the cluster")
     if where.container and where.on == "local":
@@ -92,17 +101,47 @@ def resolve(recipe: str, overrides: Sequence[str], where: Where) -> Settings:
         validate.validate_settings(resolved)
         validate.validate_grid(resolved, world, _per_node(resolved, where))
         return resolved
-    with _ranks(world, _per_node(resolved, where)):
-        validate.validate(resolved)
+    job = {validate.JOB_RANKS: str(world), "ICRL_RANKS_PER_NODE": str(_per_node(resolved, where))}
+    python = environment(where, resolved)["ICRL_PYTHON"]
+    found = None if where.container else shutil.which(python)  # None: it is in the image, or only on the nodes
+    if found and Path(found) != Path(sys.executable):
+        _check_with(found, ["train", recipe, *overrides], job)
+    else:  # the first step checks what its own Python has installed
+        with _variables(job):
+            validate.validate(resolved, installed=bool(found))
     return resolved
 
 
+def _check_with(python: str, words: list[str], job: dict[str, str]) -> None:
+    """Runs the job's own check with the step's Python. Raises ConfigError with its message."""
+    home = HOME.resolve()
+    path = os.pathsep.join(str(folder) for folder in (home, home / "kernels", home / "recipes"))
+    command = [python, "-m", "icrl_megatron.launch.job", "check", *words]
+    try:
+        done = subprocess.run(
+            command,
+            env={**os.environ, **job, "PYTHONPATH": path},
+            cwd=home,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            timeout=CHECK_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(f"{' '.join(command)} took more than {CHECK_TIMEOUT_S:g} s; run it to see where") from error
+    said = done.stderr.strip()
+    if done.returncode:
+        raise ConfigError(re.split(r"^error: ", said, maxsplit=1, flags=re.M)[-1] or f"{command} ended silently")
+    if said:
+        print(said, file=sys.stderr)
+
+
 @contextmanager
-def _ranks(count: int, on_node: int) -> Iterator[None]:
-    """The numbers of ranks as the agent will set them."""
-    told = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(on_node)}
-    before = {name: os.environ.get(name) for name in told}
-    os.environ.update(told)
+def _variables(job: dict[str, str]) -> Iterator[None]:
+    """Sets environment variables for a while."""
+    before = {name: os.environ.get(name) for name in job}
+    os.environ.update(job)
     try:
         yield
     finally:
@@ -159,18 +198,21 @@ def executor(where: Where, settings: Settings) -> Any:
         )
     else:
         tunnel = run.LocalTunnel(job_dir="")  # below NEMORUN_HOME, where NeMo-Run writes its script
+    account: dict[str, Any] = {"account": where.account}
+    if not where.account:  # the user's default; NeMo-Run makes the job's name of it
+        account = {"account": None, "job_name_prefix": "icrl."}
     return run.SlurmExecutor(
-        account=where.account,
-        partition=where.partition,
+        **account,
+        partition=where.partition or None,
         time=where.time,
         nodes=settings.launch.nodes,
         ntasks_per_node=1,  # the agent starts the ranks
-        gpus_per_node=_per_node(settings, where),
+        gpus_per_node=None if "gres" in where.site else _per_node(settings, where),
         exclusive=True,
         mem="0",
         signal=SIGNAL,
         retries=where.retries,
-        additional_parameters={"requeue": True},
+        additional_parameters={"requeue": True, **where.site},
         **_contained(where, settings),
         tunnel=tunnel,
         packager=run.Packager(),  # the code is in the checkout already
@@ -180,9 +222,10 @@ def executor(where: Where, settings: Settings) -> Any:
 
 
 def _contained(where: Where, settings: Settings) -> dict[str, Any]:
-    """The executor's options for a container."""
+    """The executor's options for a prologue and a container."""
+    prologue = f"source {shlex.quote(where.prologue)}" if where.prologue else ""
     if not where.container:
-        return {}
+        return {"setup_lines": prologue} if prologue else {}
     home = _home(where)
     found = [f"{home}:{home}", *where.mounts] if where.host else container.mounts(home, where.mounts, settings)
     return {
@@ -190,7 +233,7 @@ def _contained(where: Where, settings: Settings) -> dict[str, Any]:
         "container_mounts": found,
         "container_env": list(environment(where, settings)),  # else an image's own value wins
         "srun_args": container.SRUN_ARGS,
-        "setup_lines": container.SETUP,
+        "setup_lines": f"{prologue}\n{container.SETUP}" if prologue else container.SETUP,
     }
 
 
@@ -281,17 +324,19 @@ def require_accepted(where: Where, settings: Settings) -> None:
     if shutil.which("sbatch") is None:
         raise ConfigError("--on slurm: no sbatch here; run it on a login node, or give --host for an SSH tunnel")
     asked = f"{settings.launch.nodes} nodes of {_per_node(settings, where)} GPUs"
-    command = ["sbatch", "--test-only", f"--account={where.account}", f"--partition={where.partition}"]
-    command += [f"--nodes={settings.launch.nodes}", f"--gpus-per-node={_per_node(settings, where)}"]
-    command += [f"--time={where.time}", "--exclusive"]
+    command = ["sbatch", "--test-only", f"--nodes={settings.launch.nodes}", f"--time={where.time}", "--exclusive"]
+    site = {"account": where.account, "partition": where.partition, **where.site}
+    if "gres" not in site:
+        site["gpus-per-node"] = str(_per_node(settings, where))
+    named = [f"--{name}={value}" for name, value in site.items() if value]
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write("#!/bin/bash\ntrue\n")
         file.flush()
-        done = subprocess.run([*command, file.name], capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run([*command, *named, file.name], capture_output=True, text=True, check=False, timeout=60)
     if done.returncode:
         said = " ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
         raise ConfigError(
-            f"Slurm would not take {asked} with --account={where.account} --partition={where.partition}: {said}; "
+            f"Slurm would not take {asked} with {' '.join(named)}: {said}; "
             "`sinfo -o '%P %D %G'` lists partitions, `sacctmgr show assoc user=$USER` accounts"
         )
 

@@ -21,7 +21,7 @@ from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.settings.algo_schema import LOSSES, AlgoSettings, Overlong
 from icrl_megatron.settings.limits import check_limits
 from icrl_megatron.settings.rollout_schema import TEMPLATES, RolloutSettings
-from icrl_megatron.settings.schema import ActorSettings, Settings, TrackerSettings
+from icrl_megatron.settings.schema import ActorSettings, Settings
 from icrl_megatron.settings.task_options import PORT, ServedSource, check_unused
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked
@@ -30,11 +30,16 @@ from icrl_megatron.telemetry.dumps import dumped_steps
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
+JOB_RANKS = "ICRL_WORLD_SIZE"
+"""Environment variable with the number of ranks of the job that a launcher checks; its ranks per node are in
+ICRL_RANKS_PER_NODE."""
 
-def validate(settings: Settings) -> None:
+
+def validate(settings: Settings, installed: bool = True) -> None:
     """Raises ConfigError naming the first wrong setting, file or combination, its value and the remedy.
 
     Accesses the file system: reads the headers of the model folder, and checks that the run folder can be written.
+    `installed`: whether the run will use this Python. Otherwise packages that the run needs are not looked for.
     """
     folder = settings_module.run_folder(settings)
     before = _check_resume(settings, folder)
@@ -48,11 +53,23 @@ def validate(settings: Settings) -> None:
             conversations.check_files(settings.warm_start)
         except ConfigError as error:
             raise ConfigError(f"warm_start.data: {error}") from error
-    engine_kind(settings.engine.kind).check_installed(settings.engine)
+    if installed:
+        check_installed(settings)
     validate_shape(settings, _check_model(settings))
     _check_debug(settings)
     _check_writable(folder)
     run_files.check(settings, folder)
+
+
+def check_installed(settings: Settings) -> None:
+    """Raises ConfigError on a package that the settings need and this Python lacks."""
+    engine_kind(settings.engine.kind).check_installed(settings.engine)
+    for name in settings.trackers.names:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"trackers.names has {name}, which is not installed: pip install 'icrl-megatron[{name}]', or take "
+                f"{name} out of trackers.names"
+            )
 
 
 def validate_tasks(settings: Settings) -> None:
@@ -78,7 +95,6 @@ def validate_settings(settings: Settings) -> None:
     check_values(settings)
     _check_sources(settings)
     _check_servers(settings)
-    _check_trackers(settings.trackers)
     conversations.check_settings(settings)
     _check_algo(settings.algo, settings)
     check_rollout(settings)
@@ -93,15 +109,18 @@ def validate_shape(settings: Settings, shape: ModelShape) -> None:
 
 
 def ranks(settings: Settings) -> int:
-    """Number of ranks: WORLD_SIZE inside a rank, otherwise `launch.ranks` x `launch.nodes`."""
-    world = os.environ.get("WORLD_SIZE", "")
+    """Number of ranks: WORLD_SIZE inside a rank, the job's where a launcher checks one, otherwise `launch.ranks` x
+    `launch.nodes`. A WORLD_SIZE without RANK, which an earlier program may have left, has no effect."""
+    world = os.environ.get("WORLD_SIZE" if "RANK" in os.environ else JOB_RANKS, "")
     asked = settings.launch.ranks * settings.launch.nodes
     return int(world) if world.isdecimal() and int(world) > 0 else asked
 
 
 def ranks_on_node(settings: Settings) -> int:
-    """Ranks per node: LOCAL_WORLD_SIZE inside a rank, otherwise an equal share."""
-    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    """Ranks per node: LOCAL_WORLD_SIZE inside a rank, the job's where a launcher checks one, otherwise an equal
+    share."""
+    given = "LOCAL_WORLD_SIZE" if "RANK" in os.environ else "ICRL_RANKS_PER_NODE" if JOB_RANKS in os.environ else ""
+    told = os.environ.get(given, "")
     return int(told) if told.isdecimal() and int(told) > 0 else max(1, ranks(settings) // settings.launch.nodes)
 
 
@@ -111,15 +130,6 @@ def check_values(settings: Settings) -> None:
     check_limits(settings)
     if not settings.name or "/" in settings.name:
         raise ConfigError(f"name={settings.name!r}: must be a plain name, it becomes a folder; run_dir sets a path")
-
-
-def _check_trackers(trackers: TrackerSettings) -> None:
-    for name in trackers.names:
-        if importlib.util.find_spec(name) is None:
-            raise ConfigError(
-                f"trackers.names has {name}, which is not installed: pip install 'icrl-megatron[{name}]', or take "
-                f"{name} out of trackers.names"
-            )
 
 
 def _check_sources(settings: Settings) -> None:
@@ -261,7 +271,9 @@ def validate_grid(settings: Settings, world: int, on_node: int) -> None:
     """Checks that the settings fit `world` ranks with `on_node` ranks per node. Raises ConfigError."""
     actor = settings.actor
     cell = actor.tensor_parallel * actor.pipeline_parallel
-    source = "WORLD_SIZE" if os.environ.get("WORLD_SIZE") else "launch.ranks"
+    source = "launch.ranks"
+    if "RANK" in os.environ or JOB_RANKS in os.environ:
+        source = "WORLD_SIZE" if "RANK" in os.environ else "nodes x ICRL_RANKS_PER_NODE"
     if world % cell:
         raise ConfigError(
             f"actor.tensor_parallel={actor.tensor_parallel} x actor.pipeline_parallel={actor.pipeline_parallel} "

@@ -69,18 +69,16 @@ class Cluster:
     env: Mapping[str, str]
     folder: Path
 
-    def run(self, *command: str, timeout_s: float = 60, **more: str) -> Done:
-        """Runs a command with the cluster's environment in the repository's root."""
+    def run(self, *command: str, timeout_s: float = 60, cwd: Path = ROOT, **more: str) -> Done:
+        """Runs a command with the cluster's environment, by default in the repository's root."""
         env = {**self.env, **more}
-        return subprocess.run(
-            command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=timeout_s
-        )
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=timeout_s)
 
-    def sbatch(self, file: str, *arguments: str, options: tuple[str, ...] = (), **more: str) -> int:
-        """Submits slurm/FILE on 2 nodes with one rank each; returns the job id."""
-        command = ["sbatch", "--parsable", f"--account={ACCOUNT}", "--nodes=2", "--gpus-per-node=1"]
-        command += [f"--output={self.folder}/%j.log", *options, f"slurm/{file}", *arguments]
-        done = self.run(*command, **more)
+    def sbatch(self, file: str, *arguments: str, options: tuple[str, ...] = (), cwd: Path = ROOT, **more: str) -> int:
+        """Submits slurm/FILE from the folder `cwd`, on 2 nodes with one rank each; returns the job id."""
+        command = ["sbatch", "--parsable", "--nodes=2", "--gpus-per-node=1"]
+        command += [f"--output={self.folder}/%j.log", *options, os.path.relpath(ROOT / "slurm" / file, cwd), *arguments]
+        done = self.run(*command, cwd=cwd, **more)
         assert done.returncode == 0, done.stderr
         return int(done.stdout.strip().split(";")[0])
 

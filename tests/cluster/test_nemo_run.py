@@ -191,9 +191,14 @@ def test_errors_are_reported_before_anything_is_queued(
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("kind", ["bare", "container"])
+@pytest.mark.parametrize("kind", ["bare", "container", "site"])
 def test_generated_script_equals_the_snapshot(kind: str, icrl_nemo: Nemo, cluster: Cluster, model: Path) -> None:
-    more = ["--container", "registry.example/icrl:1"] if kind == "container" else []
+    (cluster.folder / "modules.sh").touch()
+    site = ["--qos", "normal", "--gres", "gpu:1", "--constraint", "a&b", "--reservation", "r", "--cpus-per-task", "2"]
+    more = {
+        "container": ["--container", "registry.example/icrl:1"],
+        "site": [*site, "--env", "NAME=a b", "--prologue", str(cluster.folder / "modules.sh")],
+    }.get(kind, [])
     done = icrl_nemo.launch(*arguments(cluster.folder / "nemo_dry", model), *SLURM, *more, "--dry-run")
     assert done.returncode == 0, done.stdout + done.stderr
     script = normalised(done.stdout, cluster, model)

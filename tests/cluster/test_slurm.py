@@ -33,10 +33,16 @@ FILES = sorted(path.name for path in (ROOT / "slurm").glob("*.sbatch"))
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, model: Path) -> Path:
-    """An uninterrupted run on two nodes."""
+    """An uninterrupted run on two nodes, submitted from another folder, with a prologue and a WORLD_SIZE of another
+    program."""
     folder = cluster.folder / "undisturbed"
-    ended = cluster.ended(cluster.sbatch("icrl_8b.sbatch", *arguments(folder, model)))
+    prologue = cluster.folder / "modules.sh"
+    prologue.write_text('echo "loaded $NO_SUCH_VARIABLE modules in $PWD"\n')
+    elsewhere = {"ICRL_PROLOGUE": "modules.sh", "WORLD_SIZE": "7", "LOCAL_WORLD_SIZE": "7"}
+    job = cluster.sbatch("icrl_8b.sbatch", *arguments(folder, model), cwd=cluster.folder, **elsewhere)
+    ended = cluster.ended(job)
     assert (ended.state, ended.code) == ("COMPLETED", "0:0"), ended.log
+    assert f"loaded  modules in {cluster.folder}" in ended.log
     return folder
 
 

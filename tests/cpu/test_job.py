@@ -129,10 +129,10 @@ def test_a_job_with_another_number_of_ranks_than_the_recipe_prints_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["check", "train", "quickstart", f"run_dir={tmp_path}", "launch.ranks=4"]
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("ICRL_WORLD_SIZE", "4")
     job.main(words)
     assert capsys.readouterr().err == ""
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ICRL_WORLD_SIZE", "2")
     job.main(words)
     assert "note: quickstart is for 4 ranks (launch.ranks x launch.nodes), this job has 2" in capsys.readouterr().err
 
@@ -176,6 +176,12 @@ def test_the_check_prints_whether_servers_must_be_started(tmp_path: Path) -> Non
     for more, said in (([], f"{tmp_path}\n"), ([served], f"{tmp_path}\nservers\n")):
         done = job_command("check", "train", "rulebook_easy", f"run_dir={tmp_path}", *more)
         assert (done.returncode, done.stdout) == (0, said), done.stderr
+
+
+def test_the_check_for_a_container_does_not_look_for_sglang_here(tmp_path: Path) -> None:
+    for verb, code in (("check", 2), ("check-for-image", 0)):
+        done = job_command(verb, "train", "rulebook_easy", "engine.kind=sglang", f"run_dir={tmp_path}")
+        assert (done.returncode, "has no SGLang" in done.stderr) == (code, code == 2), done.stderr
 
 
 class RequeuedStep:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 from icrl_megatron.launch import nemo
 from icrl_megatron.launch.nemo import Where
 from icrl_megatron.utils.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
 
 
 def tunnel() -> Where:
@@ -36,7 +39,9 @@ def test_recipes_and_ranks_do_not_import_nemo_run() -> None:
     ("where", "recipe", "overrides", "message"),
     [
         (Where(on="moon"), "quickstart", [], "--on moon: choose local or slurm"),
-        (Where(on="slurm"), "quickstart", [], "needs --account and --partition"),
+        (Where(site={"qos": "high"}), "quickstart", [], "--qos: --on local submits no job"),
+        (Where(prologue="modules.sh"), "quickstart", [], "--prologue: --on local submits no job"),
+        (Where(on="slurm", prologue="gone.sh"), "quickstart", [], "--prologue gone.sh: no such file"),
         (Where(on="slurm", account="a", partition="p", host="login"), "quickstart", [], "needs --remote-home"),
         (Where(), "quickstar", [], "did you mean quickstart"),
         (Where(), "qwen3_8b_2nodes", [], "launch.nodes=2: --on local has one machine"),
@@ -64,11 +69,26 @@ def test_with_a_tunnel_the_model_path_is_not_checked_locally() -> None:
     assert env["ICRL_RANKS_PER_NODE"] == "4"
 
 
-def test_resolve_does_not_leave_world_size_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+def test_resolve_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
+    before = dict(os.environ)
     nemo.resolve("quickstart", [], Where())
-    assert "WORLD_SIZE" not in nemo.os.environ
+    assert dict(os.environ) == before
+
+
+def test_sglang_is_looked_for_only_where_the_run_will_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["engine.kind=sglang", f"run_dir={tmp_path / 'run'}"]
+    image = tmp_path / "image.sqsh"
+    image.write_bytes(b"hsqs")
+    for where in (in_image(str(image)), Where(on="slurm", python="/only/on/the/nodes/python")):
+        assert nemo.resolve("rulebook_easy", words, where).engine.kind == "sglang"
+    other = tmp_path / "python"
+    other.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    other.chmod(0o755)
+    monkeypatch.setattr(nemo, "HOME", ROOT)
+    for python in (sys.executable, str(other)):
+        with pytest.raises(ConfigError, match=r"^engine\.kind=sglang: engine\.python=.* has no SGLang"):
+            nemo.resolve("rulebook_easy", words, Where(on="slurm", python=python))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("nemo_run") is not None, reason="NeMo-Run is installed here")

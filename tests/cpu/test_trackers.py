@@ -15,7 +15,7 @@ import pytest
 from documented import defined
 from whole_runs import SMALL, WARM_START, icrl, rows
 
-from icrl_megatron.run.checks import validate_settings
+from icrl_megatron.run.checks import check_installed, validate_settings
 from icrl_megatron.settings.loading import load
 from icrl_megatron.settings.schema import TRACKERS, Settings, TrackerSettings
 from icrl_megatron.telemetry import trackers
@@ -165,7 +165,7 @@ def test_unknown_and_missing_trackers_are_rejected(monkeypatch: pytest.MonkeyPat
         validate_settings(load("rulebook_easy", ["trackers.names=[comet]"]))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=re.escape("pip install 'icrl-megatron[wandb]'")):
-        validate_settings(load("rulebook_easy", ["trackers.names=[wandb]"]))
+        check_installed(load("rulebook_easy", ["trackers.names=[wandb]"]))
 
 
 def test_every_tracker_has_a_module() -> None:
