@@ -12,9 +12,10 @@ from typing import Any
 
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.settings.task_options import ToolData, ToolsSource, check_unused
+from icrl_megatron.tasks.answers import last_box
 from icrl_megatron.tasks.datasets import DataRow, read_tasks
-from icrl_megatron.tasks.grade_worker import last_box, normalised, plain_number
 from icrl_megatron.tasks.grader import Grader
+from icrl_megatron.tasks.grading import is_number
 from icrl_megatron.tasks.single_turn import AnswerCheck, Form, Verdict, of_answer
 from icrl_megatron.tasks.tool_use import ToolTasks
 from icrl_megatron.types import Split, Task
@@ -47,7 +48,7 @@ class Mathematics(ToolTasks):
         prompt, label = problem["prompt"], problem["label"]
 
         async def check(answer: str) -> Verdict:
-            return of_answer(await self.grader.correct(last_box(answer) or answer, label), answer, "final answer")
+            return of_answer(await self.grader.correct(answer, label), answer, "final answer")
 
         if self.tools.names:
             return f"{prompt}\n\n{self.tools.form.instructions()}", check
@@ -59,13 +60,13 @@ class Mathematics(ToolTasks):
         splits: tuple[Split, Split] = ("train", "heldout")
         tasks = [task for split in splits for task in self.problems(split)]
         labels = {str(json.loads(task.problem)["label"]): task for task in tasks}
-        hard = [label for label in labels if plain_number(normalised(label)) is None]
+        hard = [label for label in labels if not is_number(label)]
         bad = [label for label, ok in zip(hard, self.grader.readable(hard), strict=True) if not ok]
         if bad:
             task = labels[bad[0]]
             raise ConfigError(
-                f"{json.loads(task.problem)['where']}: the label {bad[0][:80]!r} is not mathematics, so no answer "
-                f"could be right; fix or delete the row ({len(bad)} such labels)"
+                f"{json.loads(task.problem)['where']}: the label {bad[0][:80]!r} is not an answer, so no reply could "
+                f"be right; fix or delete the row ({len(bad)} such labels)"
             )
 
     @cached_property

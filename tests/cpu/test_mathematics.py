@@ -22,14 +22,16 @@ from hypothesis import strategies as st
 
 from icrl_megatron.settings.task_options import ToolData, ToolsSource
 from icrl_megatron.tasks import registry
+from icrl_megatron.tasks.answers import last_box
 from icrl_megatron.tasks.base import Checked
 from icrl_megatron.tasks.datasets import check_no_leak, subset_of
-from icrl_megatron.tasks.grade_worker import correct, last_box, parse_in_two_stages, plain_number
+from icrl_megatron.tasks.formulas import parse_in_two_stages
 from icrl_megatron.tasks.grader import Grader
+from icrl_megatron.tasks.grading import correct
 from icrl_megatron.tasks.mathematics import Mathematics
 from icrl_megatron.utils.errors import ConfigError
 
-ENDLESS = "9^{9^{9^9}}"
+ENDLESS = r"\sin 9^{9^{9^9}}"
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +294,7 @@ GOOD = {"prompt": "q?", "label": "1"}
             ["line 1", "assistant", "remove the others"],
         ),
         ([], ["no rows"]),
-        ([GOOD, {"prompt": "bad?", "label": "\\begin{cases}"}], ["line 2", "label", "not mathematics"]),
+        ([GOOD, {"prompt": "bad?", "label": "\\begin{cases}"}], ["line 2", "label", "not an answer"]),
     ],
 )
 def test_bad_rows_are_reported_with_file_and_line(
@@ -340,11 +342,3 @@ def test_heldout_problem_in_the_training_set_is_rejected(tmp_path: Path) -> None
     task_set = Mathematics(dataset(tmp_path, rows, [{"prompt": "what  is 2 + 2?", "label": "5"}]))
     with pytest.raises(ConfigError, match=r"1 held-out problems are training problems too.*math/heldout/heldout/0"):
         check_no_leak(task_set.problems("train"), task_set.problems("heldout"))
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("12", 12.0), ("-1.5", -1.5), ("3,141", 3141.0), ("25\\%", 0.25), ("1/2", None), ("", None), (".", None)],
-)
-def test_plain_numbers(text: str, value: float | None) -> None:
-    assert plain_number(text) == value

@@ -1,0 +1,130 @@
+"""Whether an answer is right: exact rules for numbers, units, words and lists, then math-verify (formulas.py)."""
+
+from __future__ import annotations
+
+import functools
+from fractions import Fraction
+
+from icrl_megatron.tasks import answers, exact_numbers, formulas
+
+MAX_ANSWER_CHARS = 2000
+"""Answers of real problems are shorter; a longer one is wrong."""
+MAX_ELEMENTS = 50
+"""Parts of a list that are compared in any order."""
+
+
+@functools.lru_cache(maxsize=4096)
+def correct(answer: str, label: str, tolerance: float) -> bool:
+    """Whether an answer equals a label, or one of those in a list of good answers. `tolerance` is relative, and applies
+    if both are plain numbers."""
+    # Cached, because the episodes of a group often end in the same answer.
+    if len(answer) > MAX_ANSWER_CHARS:
+        return False
+    given = answers.cleaned(answer)
+    return any(_equal(given, answers.cleaned(one), tolerance) for one in answers.good_answers(label))
+
+
+def readable(label: str) -> bool:
+    """Whether the grader can judge answers by a label: each of its good answers means something."""
+    return all(_readable(one) for one in answers.good_answers(label))
+
+
+def is_number(label: str) -> bool:
+    """Whether a label is one number, which takes no parsing of formulas to see."""
+    try:
+        return not answers.meaningless(label) and answers.quantity(answers.cleaned(label)) is not None
+    except exact_numbers.TooLarge:
+        return True
+
+
+def _readable(label: str) -> bool:
+    gold = answers.cleaned(label)
+    if answers.meaningless(label) or not gold:
+        return False
+    if is_number(label) or answers.plain(gold).replace(" ", "").isalnum():
+        return True
+    return any(not isinstance(part, str) for part in formulas.parsed(gold))
+
+
+def _equal(given: str, gold: str, tolerance: float) -> bool:
+    """Whether two cleaned texts are equal."""
+    if not given or not gold:
+        return False
+    if given == gold or answers.plain(given) == answers.plain(gold):
+        return True
+    left, right = answers.unnamed(given), answers.unnamed(gold)
+    one_name = given.removesuffix(left).replace(" ", "") == gold.removesuffix(right).replace(" ", "")
+    if (left, right) != (given, gold) and (one_name or ("=" in given) != ("=" in gold)):
+        return _equal(left, right, tolerance)
+    try:
+        decided = _as_text(given, gold)
+        if decided is None:
+            decided = _as_quantities(given, gold, tolerance)
+    except exact_numbers.TooLarge:  # only the same text is surely the same number
+        return given.replace(" ", "") == gold.replace(" ", "")
+    if decided is None:
+        decided = _as_lists(given, gold, tolerance)
+    return formulas.equal(given, gold) if decided is None else decided
+
+
+def _as_text(given: str, gold: str) -> bool | None:
+    """Times, numbers with a base, letters of a choice, and words."""
+    times = answers.time_of_day(given), answers.time_of_day(gold)
+    if any(times):
+        return times[0] == times[1]
+    with_base = answers.based(given), answers.based(gold)
+    if any(with_base):
+        return with_base[0] == with_base[1]
+    letters = answers.choice(given), answers.choice(gold)
+    if all(letters):
+        return letters[0] == letters[1]
+    left, right = answers.words(given), answers.words(gold)
+    if left is not None and right is not None:
+        return left == right
+    return None
+
+
+def _as_quantities(given: str, gold: str, tolerance: float) -> bool | None:
+    """Numbers, exactly or within the tolerance. 50, 0.5 and 1/2 all equal 50 %."""
+    left, right = answers.quantity(given), answers.quantity(gold)
+    if left is None or right is None:
+        other = given if left is None else gold
+        return False if (left or right) and answers.words(other) is not None else None
+    if "%" in (left.unit, right.unit) and left.unit != right.unit:
+        share, other_number = (left, right) if left.unit == "%" else (right, left)
+        readings = (share.number, share.number / 100)
+        return not other_number.unit and any(_close(one, other_number.number, tolerance) for one in readings)
+    return answers.same_unit(left.unit, right.unit) and _close(left.number, right.number, tolerance)
+
+
+def _close(left: Fraction, right: Fraction, tolerance: float) -> bool:
+    return abs(left - right) <= Fraction(tolerance) * max(abs(left), abs(right))
+
+
+def _as_lists(given: str, gold: str, tolerance: float) -> bool | None:
+    """Lists without brackets, or in braces. Numbers and formulas may come in any order, words and letters in one."""
+    left, right = answers.elements(given), answers.elements(gold)
+    if left is None or right is None:
+        listed, single = (left, gold) if right is None else (right, given)
+        if listed is None or len(listed) < 2 or single.startswith(("(", "[")):
+            return None
+        return False if "=" not in single and not any(sign in single for sign in "<>{\\") else None
+    if len(left) != len(right) or len(left) > MAX_ELEMENTS:
+        return False
+    if all(_ordered(one) for one in (*left, *right)) and " and " not in given + gold:
+        return all(_equal(one, other, tolerance) for one, other in zip(left, right, strict=True))
+    rest = list(right)
+    for one in left:
+        found = next((k for k, other in enumerate(rest) if _element(one, other, tolerance)), None)
+        if found is None:
+            return False
+        del rest[found]
+    return True
+
+
+def _ordered(text: str) -> bool:
+    return answers.words(text) is not None or answers.choice(text) is not None
+
+
+def _element(given: str, gold: str, tolerance: float) -> bool:
+    return _equal(answers.unnamed(given), answers.unnamed(gold), tolerance)
