@@ -1,6 +1,8 @@
-"""Import this before Megatron: it silences Megatron's startup notices, and keeps torch's compiler and GPU libraries
-out of processes without a GPU."""
+"""Import this before Megatron: it silences Megatron's startup notices, keeps torch's compiler and GPU libraries out of
+processes without a GPU, and has Python's garbage collector visit Megatron's modules less often."""
 
+import atexit
+import gc
 import logging
 import warnings
 
@@ -15,3 +17,9 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it war
 platform.spare_the_compiler()
 platform.hide_gpu_libraries()
 platform.keep_fp8_scales_exact()
+
+# Megatron's modules live as long as the process. With Python's usual thresholds the collector visits their objects many
+# times during the imports, and once more at exit, where frozen objects are left out: to import train.py and exit takes
+# 4.0 s of CPU time instead of 5.9 s.
+gc.set_threshold(50_000, 20, 100)
+atexit.register(gc.freeze)
