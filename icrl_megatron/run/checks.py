@@ -23,6 +23,7 @@ from icrl_megatron.settings.limits import check_limits
 from icrl_megatron.settings.rollout_schema import TEMPLATES, RolloutSettings
 from icrl_megatron.settings.schema import ActorSettings, Settings, TrackerSettings
 from icrl_megatron.settings.task_options import PORT, ServedSource, check_unused
+from icrl_megatron.settings.values import pasted
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked
 from icrl_megatron.tasks.datasets import check_no_leak
@@ -109,8 +110,22 @@ def check_values(settings: Settings) -> None:
     """Raises ConfigError if a setting has a value outside of its choices or range."""
     engine_kind(settings.engine.kind)
     check_limits(settings)
-    if not settings.name or "/" in settings.name:
-        raise ConfigError(f"name={settings.name!r}: must be a plain name, it becomes a folder; run_dir sets a path")
+    if settings.name in ("", ".", "..") or "/" in settings.name or not settings.name.isprintable():
+        raise ConfigError(
+            f"name={settings.name!r}: must be a plain name, it becomes a folder; run_dir sets a path; e.g. name=run"
+        )
+    _check_expanded("run_dir", settings.run_dir)
+    _check_expanded("tasks.tool_cache.path", settings.tasks.tool_cache.path)
+
+
+def _check_expanded(name: str, path: str) -> None:
+    """Raises ConfigError for a path that would be written, and that a shell was meant to expand."""
+    if path.startswith("$") or path.split("/")[0] == "~":
+        meant = os.path.expandvars(path.replace("~", "$HOME", 1) if path[0] == "~" else path)
+        remedy = f"write {pasted(name, meant)}" if meant[:1] != "$" else f"that variable is not set; leave {name} out"
+        raise ConfigError(
+            f"{name}={path}: the shell did not replace {path[0]}, so a folder would get that name; {remedy}"
+        )
 
 
 def _check_trackers(trackers: TrackerSettings) -> None:
