@@ -29,7 +29,7 @@ from icrl_megatron.tasks.base import Checked
 from icrl_megatron.tasks.datasets import check_no_leak
 from icrl_megatron.telemetry.dumps import dumped_steps
 from icrl_megatron.types import Split, Task
-from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.errors import ConfigError, own_entry
 
 
 def validate(settings: Settings) -> None:
@@ -153,17 +153,18 @@ def _check_tasks(settings: Settings, before: Sequence[Settings]) -> None:
     problems: dict[Split, list[Task]] = {"train": [], "heldout": []}
     splits: tuple[Split, Split] = ("train", "heldout")
     for i, source in enumerate(settings.tasks.sources):
-        task_set = registry.of_source(source)
-        for split in splits:
-            found = registry.problems(task_set, split)
-            problems[split] += found
-            if not found:
-                raise ConfigError(f"tasks.sources.{i}.name={source.name}: this task set has no {split} problems")
-        check_rows(source, source)
-        check_earlier_rows(source, before, problems["heldout"])
-        served = isinstance(source, ServedSource) and source.served  # checked once the servers run
-        if isinstance(task_set, Checked) and not served:
-            task_set.check()
+        with own_entry(i):
+            task_set = registry.of_source(source)
+            for split in splits:
+                found = registry.problems(task_set, split)
+                problems[split] += found
+                if not found:
+                    raise ConfigError(f"tasks.sources.{i}.name={source.name}: this task set has no {split} problems")
+            check_rows(source, source)
+            check_earlier_rows(source, before, problems["heldout"])
+            served = isinstance(source, ServedSource) and source.served  # checked once the servers run
+            if isinstance(task_set, Checked) and not served:
+                task_set.check()
     tool_cache.check(settings.tasks.tool_cache)
     check_no_leak(problems["train"], problems["heldout"])
     templates = settings.rollout.templates
