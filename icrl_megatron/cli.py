@@ -15,7 +15,7 @@ import typer
 from icrl_megatron.launch import commands
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.tasks import commands as task_commands
-from icrl_megatron.utils.arguments import DryRun, Overrides, Overwrite, Recipe
+from icrl_megatron.utils.arguments import DryRun, Overrides, Overwrite, Recipe, SettingsCommand
 from icrl_megatron.utils.errors import ConfigError, HopelessError
 from icrl_megatron.utils.terminal import guard
 
@@ -26,7 +26,7 @@ class Guarded(typer.Typer):
     """Escapes control characters in the output of commands (`utils/terminal.py`), but not in typer's colored help."""
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[Body], Body]:
-        register = super().command(name, **options)
+        register = super().command(name, **{"cls": SettingsCommand, **options})
 
         def add(body: Body) -> Body:
             @functools.wraps(body)
@@ -40,11 +40,27 @@ class Guarded(typer.Typer):
 
 
 app = Guarded(
-    help="Trains a model with ICRL on Megatron-Core.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from icrl_megatron import __version__
+
+        typer.echo(f"icrl-megatron {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def icrl(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version, and stop.")
+    ] = False,
+) -> None:
+    """Trains a model with ICRL on Megatron-Core."""
 
 
 @app.command()

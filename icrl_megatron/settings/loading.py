@@ -130,6 +130,17 @@ def field_types(task_set: str = "") -> Mapping[str, Any]:
     return types.MappingProxyType(found)
 
 
+def named_like(name: str) -> tuple[str, ...]:
+    """The settings that `name` may mean: the one of that dotted name, or all with that last part or its initials."""
+    known = {n: hint for n, hint in field_types().items() if not dataclasses.is_dataclass(hint)}
+    if re.sub(r"\.\d+(?=\.|$)", "", name) in known:
+        return (name if re.search(r"\.\d", name) else _indexed(name, field_types()),)
+    leaves = {n: n.rpartition(".")[2] for n in known}
+    found = [n for n, leaf in leaves.items() if leaf == name]
+    found = found or [n for n, leaf in leaves.items() if "_" in leaf and _initials(leaf) == name]
+    return tuple(_indexed(n, field_types()) for n in found)
+
+
 def changed(one: Settings, other: Settings) -> dict[str, tuple[object, object]]:
     """Dotted name -> (value in `one`, value in `other`) of every setting in which the two differ."""
     left, right = _flat(dataclasses.asdict(one)), _flat(dataclasses.asdict(other))
@@ -269,7 +280,7 @@ def _nearest(key: str, section: str, leaf: str, known: Mapping[str, Any]) -> str
     """The nearest valid name: a similar one in the section, else one of which `leaf` has the initials, else the same
     last part elsewhere, else a similar name anywhere. Empty if there is none."""
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
-    initials = [name for name in siblings if "".join(word[0] for word in name.split("_") if word) == leaf]
+    initials = [name for name in siblings if _initials(name) == leaf]
     if similar := difflib.get_close_matches(leaf, siblings, n=1) or initials:
         return ".".join([*key.split(".")[:-1], similar[0]])
     dotted = f"{section}.{leaf}" if section else leaf
@@ -277,6 +288,10 @@ def _nearest(key: str, section: str, leaf: str, known: Mapping[str, Any]) -> str
     near = difflib.get_close_matches(dotted, same_leaf, n=1, cutoff=0.0)
     near = near or ([] if section in known and siblings else difflib.get_close_matches(dotted, known, n=1, cutoff=0.5))
     return _indexed(near[0], known) if near else ""
+
+
+def _initials(name: str) -> str:
+    return "".join(word[0] for word in name.split("_") if word)
 
 
 def _indexed(name: str, known: Mapping[str, Any]) -> str:
