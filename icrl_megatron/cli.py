@@ -177,9 +177,13 @@ def import_(
 
     written = results.check_import(target, source, overwrite)
     from icrl_megatron.actor.convert import import_hf
+    from icrl_megatron.model.shape import ModelShape
+    from icrl_megatron.settings.values import pasted
 
     import_hf(source, target, overwrite)
-    typer.echo(f"written to {written}: a checkpoint, {results.describe(written)}")
+    parameters = ModelShape.read(written / "model").parameters()
+    typer.echo(f"written to {written}: a checkpoint, {parameters:,} parameters, {results.describe(written)}")
+    typer.echo(f"train from it: icrl train RECIPE {pasted('start_from', str(target))}")
 
 
 @app.command()
@@ -193,9 +197,11 @@ def export(
 
     results.check(target, results.MODEL, [source], overwrite)
     from icrl_megatron.actor.convert import export_hf
+    from icrl_megatron.model.shape import ModelShape
 
     export_hf(source, target, overwrite)
-    typer.echo(f"written to {target}: a Hugging Face folder, {results.describe(target)}")
+    parameters = ModelShape.read(target).parameters()
+    typer.echo(f"written to {target}: a Hugging Face folder, {parameters:,} parameters, {results.describe(target)}")
 
 
 @app.command()
