@@ -86,6 +86,29 @@ def test_folder_without_metrics_is_rejected(tmp_path: Path) -> None:
         write_page([tmp_path], tmp_path / "page.html")
 
 
+def test_every_run_folder_can_be_reported_on(finished_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
+    baseline = run / "baseline_grpo"  # as `baseline=grpo` leaves it: like a run, without settings
+    shutil.copytree(finished_run, baseline, ignore=shutil.ignore_patterns("checkpoints", SAVED_NAME, "warm_start"))
+    kept = [run / "settings.yaml", run / "warm_start" / "hf", baseline / "hf"]
+    for folder, label, losses in (
+        (baseline, "rulebook_easy_grpo", 0),
+        (run / "warm_start", "rulebook_easy_warm_start", 1),
+    ):
+        code, out, err = icrl("report", str(folder))
+        assert code == 0, err
+        assert str(folder / "report.html") in "".join(out.split("\n"))
+        data = json.loads(re.search(r'id="data">(.*?)</script>', (folder / "report.html").read_text(), re.S)[1])  # type: ignore[index]
+        (shown,) = data["runs"]
+        assert shown["label"] == label
+        assert bool(data["groups"][0]["supervised"]["training"]["x"]) == bool(losses)
+        assert (shown["setup"]["rounds"] == "1") == (folder == baseline)
+    assert all(path.exists() for path in kept)
+    code, _, err = icrl("report", str(run / "rollouts"))
+    assert code == 2 and "give the folder of a run" in err
+
+
 def test_page_size_is_bounded(finished_run: Path) -> None:
     few = choose(finished_run, 2.0, PageSize(episodes=5, steps=3), runs=1)
     assert (len(few.records), few.read, few.dumped) == (5, 3, 6)
