@@ -35,8 +35,8 @@ ROOM_BYTES = 1 << 20
 
 
 def evaluate(request: EvalRequest) -> int:
-    """Plays the held-out problems, writes a folder with eval.json and eval.png, and prints the result. Returns 0, or
-    the exit code of failed ranks, whose message has been printed.
+    """Plays the held-out problems, writes a folder with eval.json, eval.png and the episodes, and prints the result.
+    Returns 0, or the exit code of failed ranks, whose message has been printed.
 
     Before playing, raises ConfigError on a wrong model, task set, setting, critic or earlier result, and if the output
     folder must not be replaced.
