@@ -137,12 +137,15 @@ def distill(
 
 
 def _resolve(recipe: str, overrides: list[str] | None, show: bool) -> Settings:
+    from icrl_megatron.distributed.process import require_gpu
     from icrl_megatron.run import checks as validate
     from icrl_megatron.settings import loading as settings
 
     resolved = settings.load(recipe, overrides or [])
     if show:
         typer.echo(settings.to_yaml(resolved), nl=False)
+    else:
+        require_gpu(resolved.launch.device)
     validate.validate(resolved)
     if show and (resolved.model.path or resolved.start_from):  # a model from model.init has no tokenizer yet
         from icrl_megatron.run import conversations, problems
