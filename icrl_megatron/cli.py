@@ -13,9 +13,9 @@ from typing import Annotated, Any, NoReturn, TypeVar, cast
 import typer
 
 from icrl_megatron.launch import commands
+from icrl_megatron.launch.arguments import DryRun, Overrides, Overwrite, Recipe, SettingsCommand
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.tasks import commands as task_commands
-from icrl_megatron.utils.arguments import DryRun, Overrides, Overwrite, Recipe, SettingsCommand
 from icrl_megatron.utils.errors import ConfigError, HopelessError
 from icrl_megatron.utils.terminal import guard
 

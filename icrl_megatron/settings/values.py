@@ -65,10 +65,13 @@ def parse(name: str, raw: str, hint: Any, current: Any = _NO_DEFAULT) -> Any:
     try:
         return _read(name, raw, hint, current)
     except yaml.YAMLError as error:
-        raise ConfigError(
-            f"{name}={raw}: cannot be read ({str(error).splitlines()[0]}); expected {describe(hint)}; put quotation "
-            "marks around text with special characters, and close all brackets"
-        ) from error
+        remedy = "put quotation marks around text with special characters, and close all brackets"
+        if plain := re.fullmatch(r"\[([^][{}\"']*)\]", raw):  # such as [*.jsonl]
+            quoted = [json.dumps(word.strip(), ensure_ascii=False) for word in plain[1].split(",")]
+            if right := _corrected(name, f"[{', '.join(quoted)}]", hint, current):
+                remedy = f"write {pasted(name, right)}"
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{name}={raw}: cannot be read ({reason}); expected {describe(hint)}; {remedy}") from error
     except _Mistake as mistake:
         fixed = None if mistake.fixed is None else raw[: mistake.start] + mistake.fixed + raw[mistake.end :]
         right = None if fixed is None else _corrected(name, fixed, hint, current)
