@@ -263,7 +263,10 @@ def _shown(default: Any) -> str | None:
 
 
 def _as_list(text: str, element: Any) -> str:
-    """The list with this one element. An element that is a section gets it as the first of its settings."""
+    """The list with this one element, or without any if it is empty. An element that is a section gets it as the first
+    of its settings."""
+    if text in ("", "''"):
+        return "[]"
     if dataclasses.is_dataclass(element):
         return f"[{{{dataclasses.fields(element)[0].name}: {text}}}]"
     return f"[{text}]" if re.fullmatch(r"[\w./:@%+=~-]+", text) else f"[{json.dumps(text, ensure_ascii=False)}]"

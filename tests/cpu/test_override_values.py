@@ -108,6 +108,7 @@ def test_ranges_of_task_ids_stay_text(override: str) -> None:
         ("rollout.chat_template_args.day=2024-01-02", 'rollout.chat_template_args.day="2024-01-02"'),
         ("rollout.chat_template_args=enable_thinking=false", "rollout.chat_template_args={enable_thinking: false}"),
         ("engine.server_args=--a", "engine.server_args=[--a]"),
+        ("engine.server_args=", "engine.server_args=[]"),
         ("engine.server_args=[*.jsonl, @b]", 'engine.server_args=["*.jsonl", "@b"]'),
         ("engine.server_args=a b's", 'engine.server_args=["a b\'s"]'),
         ('engine.server_args=[--x, {"a": 1}]', r'engine.server_args=[--x, "{\"a\": 1}"]'),
