@@ -13,9 +13,9 @@ from typing import Annotated, Any, NoReturn, TypeVar, cast
 import typer
 
 from icrl_megatron.launch import commands
+from icrl_megatron.launch.arguments import DryRun, Overrides, Overwrite, Recipe, SettingsCommand
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.tasks import commands as task_commands
-from icrl_megatron.utils.arguments import DryRun, Overrides, Overwrite, Recipe
 from icrl_megatron.utils.errors import ConfigError, HopelessError
 from icrl_megatron.utils.terminal import guard
 
@@ -26,7 +26,7 @@ class Guarded(typer.Typer):
     """Escapes control characters in the output of commands (`utils/terminal.py`), but not in typer's colored help."""
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[Body], Body]:
-        register = super().command(name, **options)
+        register = super().command(name, **{"cls": SettingsCommand, **options})
 
         def add(body: Body) -> Body:
             @functools.wraps(body)
@@ -40,11 +40,27 @@ class Guarded(typer.Typer):
 
 
 app = Guarded(
-    help="Trains a model with ICRL on Megatron-Core.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from icrl_megatron import __version__
+
+        typer.echo(f"icrl-megatron {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def icrl(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version, and stop.")
+    ] = False,
+) -> None:
+    """Trains a model with ICRL on Megatron-Core."""
 
 
 @app.command()
@@ -121,12 +137,15 @@ def distill(
 
 
 def _resolve(recipe: str, overrides: list[str] | None, show: bool) -> Settings:
+    from icrl_megatron.distributed.process import require_gpu
     from icrl_megatron.run import checks as validate
     from icrl_megatron.settings import loading as settings
 
     resolved = settings.load(recipe, overrides or [])
     if show:
         typer.echo(settings.to_yaml(resolved), nl=False)
+    else:
+        require_gpu(resolved.launch.device)
     validate.validate(resolved)
     if show and (resolved.model.path or resolved.start_from):  # a model from model.init has no tokenizer yet
         from icrl_megatron.run import conversations, problems
@@ -161,9 +180,13 @@ def import_(
 
     written = results.check_import(target, source, overwrite)
     from icrl_megatron.actor.convert import import_hf
+    from icrl_megatron.model.shape import ModelShape
+    from icrl_megatron.settings.values import pasted
 
     import_hf(source, target, overwrite)
-    typer.echo(f"written to {written}: a checkpoint, {results.describe(written)}")
+    parameters = ModelShape.read(written / "model").parameters()
+    typer.echo(f"written to {written}: a checkpoint, {parameters:,} parameters, {results.describe(written)}")
+    typer.echo(f"train from it: icrl train RECIPE {pasted('start_from', str(target))}")
 
 
 @app.command()
@@ -177,9 +200,11 @@ def export(
 
     results.check(target, results.MODEL, [source], overwrite)
     from icrl_megatron.actor.convert import export_hf
+    from icrl_megatron.model.shape import ModelShape
 
     export_hf(source, target, overwrite)
-    typer.echo(f"written to {target}: a Hugging Face folder, {results.describe(target)}")
+    parameters = ModelShape.read(target).parameters()
+    typer.echo(f"written to {target}: a Hugging Face folder, {parameters:,} parameters, {results.describe(target)}")
 
 
 @app.command()

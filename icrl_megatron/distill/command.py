@@ -24,7 +24,7 @@ from icrl_megatron.settings.task_options import ServedSource, options
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Readable
 from icrl_megatron.types import Split, Task
-from icrl_megatron.utils.errors import ConfigError, HopelessError
+from icrl_megatron.utils.errors import ConfigError, HopelessError, own_entry
 from icrl_megatron.utils.files import locked, write_atomically
 from icrl_megatron.utils.progress import Phase, Progress
 from icrl_megatron.utils.result_files import begins_with, check_file
@@ -90,23 +90,25 @@ def prepare(
     catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes, cache)
     shared = endpoint_agents.team(settings.distill) if distill.system == "endpoint" else None
     problems, systems = list[Task](), dict[str, System]()
-    for source in settings.tasks.sources:
+    for i, source in enumerate(settings.tasks.sources):
         if isinstance(source, ServedSource) and source.served:
             raise ConfigError(
                 f"task set {source.name!r}: `icrl distill` starts no servers (serve.command): start them and give "
-                "their addresses as data.servers"
+                f"their addresses, e.g. 'tasks.sources.{i}.data.servers=[http://host:36001]'"
             )
-        tasks = registry.problems(catalogue.get(source.name), split)
+        tasks = catalogue.problems(source.name, split)
         tasks = tasks[: settings.tasks.limit if split == "train" else settings.eval.problems]
         problems += tasks
         if distill.system == "model":
             for task in tasks[:1]:
-                with_tools(catalogue.environment(task), task)
+                with own_entry(i):
+                    with_tools(catalogue.environment(task), task)
             continue
         team = scripted.team(source.name) if shared is None else shared
         systems[source.name] = System(team, catalogue.environment, _limits(settings), settings.seed)
         for task in tasks[:1]:
-            check_tools(systems[source.name], catalogue.environment(task), task)
+            with own_entry(i):
+                check_tools(systems[source.name], catalogue.environment(task), task)
     made = Distillation(settings, out, catalogue, problems, systems, own)
     if split == "train" and "leakage" not in distill.filters.leave_out:
         made.heldout = _heldout(made)
@@ -245,7 +247,7 @@ def _heldout(job: Distillation) -> tuple[str, ...]:
     found = []
     for source in job.settings.tasks.sources:
         task_set = job.catalogue.get(source.name)
-        for task in registry.problems(task_set, "heldout"):
+        for task in job.catalogue.problems(source.name, "heldout"):
             said = task_set.statement(task) if isinstance(task_set, Readable) else None
             found.append(task.problem if said is None else said)
     return tuple(found)

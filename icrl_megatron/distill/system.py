@@ -328,7 +328,7 @@ def with_tools(environment: Environment, task: Task) -> ToolEnvironment:
     if not isinstance(environment, ToolEnvironment):
         raise ConfigError(
             f"task set {task.source!r} has no tools that agents could call: take it out of tasks.sources, or give math "
-            "tasks.sources[...].agent.tools"
+            "tools: 'tasks.sources[...].agent.tools=[python]'"
         )
     return environment
 

@@ -40,6 +40,21 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def require_gpu(device: str) -> None:
+    """Raises ConfigError if `launch.device` is cuda and this machine has no GPU that the process may use. Looks for
+    device files only, and so takes no time; `platform.prepare` asks torch."""
+    if device != "cuda":
+        return
+    names = ("nvidia[0-9]*", "kfd", "dxg")  # NVIDIA, AMD, Windows' Linux
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+    if hidden or not any(path for name in names for path in Path("/dev").glob(name)):
+        found = "CUDA_VISIBLE_DEVICES hides all GPUs" if hidden else "this machine has no GPU"
+        raise ConfigError(
+            f"launch.device=cuda: {found}; run this where there is one (docs/CLUSTER.md), check the settings here with "
+            "--dry-run, or try a recipe for CPUs: icrl train quickstart"
+        )
+
+
 def run_rank(main: Callable[[], int]) -> NoReturn:
     """Runs a rank's `main`: the process dies with its parent, and writes its outcome for the launcher.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -46,7 +47,8 @@ from icrl_megatron.rollout.speakers import EmptyCritic, EngineSpeaker, Speaker, 
 from icrl_megatron.run.problems import ProblemShare, examine, left_out, refusal
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.datasets import content_hash, subset_of
-from icrl_megatron.types import Task
+from icrl_megatron.telemetry.dumps import ROLLOUTS_FOLDER, write_dump
+from icrl_megatron.types import Episode, Task
 from icrl_megatron.utils import results
 from icrl_megatron.utils.connections import Connections
 from icrl_megatron.utils.disk import disk_errors
@@ -76,9 +78,9 @@ def run(job: Job) -> None:
         from icrl_megatron.evaluation.views import show  # imports matplotlib, which other ranks do not need
 
         result = replace(_result(job, played), too_long=len(playing.too_long), seconds=seconds)
-        _write(result, job)
+        _write(result, job, played.episodes)
         show(result)
-        print(f"written to {job.out}: {RESULT}, {PICTURE}")
+        print(f"written to {job.out}: {RESULT}, {PICTURE}, {ROLLOUTS_FOLDER}/ (icrl show {shlex.quote(str(job.out))})")
 
 
 @contextmanager
@@ -210,12 +212,17 @@ def _result(job: Job, played: Played) -> Result:
     return replace(result, comparison=found, against=earlier.model)
 
 
-def _write(result: Result, job: Job) -> None:
+def _write(result: Result, job: Job, episodes: Sequence[Episode]) -> None:
     from icrl_megatron.evaluation.views import picture  # imports matplotlib, which other ranks do not need
 
     with results.writing(job.out, results.EVALUATION, job.request.reads(), job.request.overwrite) as folder:
         write_atomically(folder / RESULT, [json.dumps(asdict(result), indent=1)], "the evaluation")
         picture(result, folder / PICTURE)
+        decode = Prompter(tokenizer(job.folder), job.settings.rollout).decode
+        try:
+            write_dump(folder, 0, episodes, (), decode)
+        except ConfigError as error:  # a full disk must not cost the scores
+            print(f"warning: the episodes are not saved: {error}", file=sys.stderr)
         if any(job.logs.iterdir()):
             with disk_errors(job.out, "the logs of servers and ranks"):
                 shutil.copytree(job.logs, folder / "logs")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from icrl_megatron.agents import cache as tool_cache
-from icrl_megatron.distributed.process import KILLED, STOPPED, is_rank
+from icrl_megatron.distributed.process import KILLED, STOPPED, is_rank, require_gpu
 from icrl_megatron.engines.registry import engine_kind
 from icrl_megatron.evaluation.job import Job
 from icrl_megatron.evaluation.result import EvalRequest, Result, read_result
@@ -35,8 +35,8 @@ ROOM_BYTES = 1 << 20
 
 
 def evaluate(request: EvalRequest) -> int:
-    """Plays the held-out problems, writes a folder with eval.json and eval.png, and prints the result. Returns 0, or
-    the exit code of failed ranks, whose message has been printed.
+    """Plays the held-out problems, writes a folder with eval.json, eval.png and the episodes, and prints the result.
+    Returns 0, or the exit code of failed ranks, whose message has been printed.
 
     Before playing, raises ConfigError on a wrong model, task set, setting, critic or earlier result, and if the output
     folder must not be replaced.
@@ -180,9 +180,11 @@ def settings_of(request: EvalRequest, run: Settings | None) -> Settings:
 
 def _for_evaluation(settings: Settings, rounds: int) -> Settings:
     """The settings with training-only parts reset. The ranks run on this machine; a process that is the only rank of
-    its job plays alone. Raises ConfigError if this process is one of several ranks."""
+    its job plays alone. Raises ConfigError if this process is one of several ranks, and if the settings need a GPU that
+    this machine lacks."""
     if is_rank() and os.environ["WORLD_SIZE"] != "1":
         raise ConfigError("this command starts its ranks itself: run it once, with launch.ranks=N")
+    require_gpu(settings.launch.device)
     ranks = 1 if is_rank() else settings.launch.ranks
     return replace(
         settings,

@@ -14,7 +14,7 @@ import numpy as np
 
 from icrl_megatron.tasks.datasets import subset_of
 from icrl_megatron.types import DroppedEpisode, Episode
-from icrl_megatron.utils.intervals import Difference, Proportion, mcnemar, paired_difference, proportion
+from icrl_megatron.utils.intervals import Difference, mcnemar, wilson, wilson_difference
 
 ALL = "all"
 Successes = dict[str, list[list[bool]]]
@@ -23,7 +23,8 @@ Successes = dict[str, list[list[bool]]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems with a 95 % percentile bootstrap interval, resampled over problems."""
+    """A share of successes: a mean over a problem's samples and then over problems, with Wilson's 95 % interval for the
+    number of problems. The samples of one problem are not independent, so they do not narrow it."""
 
     mean: float
     low: float
@@ -50,8 +51,8 @@ class Score:
     """avg@N: critique-free success, the mean over a problem's samples and then over problems."""
     passed: Estimate
     """pass@N: share of problems that any of their samples solved without a critique."""
-    rounds: tuple[Proportion, ...]
-    """rounds[r]: share of episodes that succeeded in round r or before."""
+    rounds: tuple[Estimate, ...]
+    """rounds[r]: share of episodes that succeeded in round r or before; rounds[0] is the average."""
     transitions: Transitions
     attempt_tokens: float
     """Mean over all attempts; 0 if there were none."""
@@ -71,7 +72,7 @@ class Comparison:
     subset: str
     pairs: int
     difference: Difference
-    """Mean of the per-problem differences, bootstrapped over problems."""
+    """Mean of the per-problem differences, with an interval from the two Wilson intervals (`wilson_difference`)."""
     only_first: int
     """Number of pairs in which the first sample succeeded and the second failed."""
     only_second: int
@@ -110,6 +111,7 @@ def _score(subset: str, episodes: Sequence[Episode], dropped: int, rounds: int) 
     average = [float(np.mean([tries[0] for tries in of])) for of in by_task.values()]
     passed = [float(any(tries[0] for tries in of)) for of in by_task.values()]
     flat = [tries for of in by_task.values() for tries in of]
+    by_round = [[float(np.mean([any(t[: r + 1]) for t in of])) for of in by_task.values()] for r in range(rounds)]
     attempts = [attempt for e in episodes for attempt in e.attempts]
     written = [sum(len(t.completion.ids) for t in a.turns) for a in attempts]
     read = [a.read_tokens() for a in attempts]
@@ -119,7 +121,7 @@ def _score(subset: str, episodes: Sequence[Episode], dropped: int, rounds: int) 
         subset=subset,
         average=estimate(average),
         passed=estimate(passed),
-        rounds=tuple(proportion(sum(any(tries[: r + 1]) for tries in flat), len(flat)) for r in range(rounds)),
+        rounds=tuple(map(estimate, by_round)),
         transitions=transitions(flat),
         attempt_tokens=float(np.mean(written)) if written else 0.0,
         read_tokens=float(np.mean(read)) if read else 0.0,
@@ -136,11 +138,9 @@ def transitions(tries: Sequence[Sequence[bool]]) -> Transitions:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Without values, mean 0 and interval [0, 1]."""
-    if not values:
-        return Estimate(0.0, 0.0, 1.0, 0)
-    found = paired_difference(np.asarray(values, dtype=np.float64))
-    return Estimate(found.mean, found.low, found.high, len(values))
+    """Of one value in [0, 1] per problem. Without values, mean 0 and interval [0, 1]."""
+    mean = float(np.mean(values)) if values else 0.0
+    return Estimate(mean, *wilson(mean, len(values)), len(values))
 
 
 def compare(first: Successes, second: Successes, subset_by_task: Mapping[str, str]) -> tuple[Comparison, ...]:
@@ -153,13 +153,13 @@ def compare(first: Successes, second: Successes, subset_by_task: Mapping[str, st
 def _compare(subset: str, first: Successes, second: Successes, tasks: set[str]) -> Comparison:
     both = [(a, b) for t in sorted(tasks) if t in second for a, b in [(first[t], second[t])]]
     outcomes = [[(x[0], y[0]) for x, y in zip(a, b, strict=False) if x and y] for a, b in both]
-    differences = [float(np.mean([x - y for x, y in of])) for of in outcomes if of]
+    means = np.asarray([np.mean(of, axis=0) for of in outcomes if of], dtype=np.float64).reshape(-1, 2)
     flat = [pair for of in outcomes for pair in of]
     only_first, only_second = flat.count((True, False)), flat.count((False, True))
     return Comparison(
         subset=subset,
         pairs=len(flat),
-        difference=paired_difference(np.asarray(differences, dtype=np.float64)),
+        difference=wilson_difference(means[:, 0], means[:, 1]),
         only_first=only_first,
         only_second=only_second,
         mcnemar_p=mcnemar(only_first, only_second),

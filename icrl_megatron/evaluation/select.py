@@ -96,10 +96,10 @@ def select(request: SelectRequest) -> int:
     tool_cache.check(settings.tasks.tool_cache)
     check_engine(evaluation, settings)
     require_space(request.out, ROOM_BYTES, "the questions")
-    task_set = registry.of_source(source, settings.rollout.max_observation_bytes)
+    catalogue = registry.Catalogue([source], settings.rollout.max_observation_bytes)
 
     def questions() -> list[Task]:
-        return registry.problems(task_set, "train")[: settings.tasks.limit][: request.problems]
+        return catalogue.problems(source.name, "train")[: settings.tasks.limit][: request.problems]
 
     tasks, left_out = questions(), unusable(settings, "train")
     with locked(request.out.parent, f".{request.out.name}.lock", f"--out={request.out}"):

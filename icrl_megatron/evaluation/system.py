@@ -19,7 +19,6 @@ from icrl_megatron.settings.schema import Settings
 from icrl_megatron.tasks.datasets import content_hash, subset_of
 from icrl_megatron.utils.errors import ConfigError, HopelessError
 from icrl_megatron.utils.files import write_atomically
-from icrl_megatron.utils.intervals import proportion
 from icrl_megatron.utils.result_files import begins_with, check_file
 
 
@@ -77,7 +76,7 @@ def _score(runs: Sequence[Run], found: Successes, failed: int) -> Score:
         subset=ALL,
         average=estimate([float(np.mean(of)) for of in tries]),
         passed=estimate([float(any(of)) for of in tries]),
-        rounds=(proportion(sum(run.correct for run in runs), len(runs)),),
+        rounds=(estimate([float(np.mean(of)) for of in tries]),),
         transitions=transitions([]),
         attempt_tokens=sum(run.total().written for run in runs) / len(runs),
         read_tokens=sum(run.total().read for run in runs) / len(runs),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from icrl_megatron.utils.arguments import DryRun, Overrides, Recipe
+from icrl_megatron.launch.arguments import DryRun, Overrides, Recipe
 from icrl_megatron.utils.errors import ConfigError
 
 

@@ -18,9 +18,9 @@ from icrl_megatron.distributed.process import is_rank
 from icrl_megatron.launch import servers as serve
 from icrl_megatron.launch.torchrun import launch
 from icrl_megatron.run import resume, start
-from icrl_megatron.run.files import BASELINE, EXPORT, WARM_START
+from icrl_megatron.run.files import EXPORT, WARM_START
 from icrl_megatron.settings import loading as settings_module
-from icrl_megatron.settings.arms import ARMS, at_equal_cost
+from icrl_megatron.settings.arms import ARMS, BASELINE, at_equal_cost
 from icrl_megatron.settings.loading import run_folder
 from icrl_megatron.settings.schema import ModelSettings, Settings
 from icrl_megatron.utils.errors import ConfigError

@@ -39,7 +39,7 @@ from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked
 from icrl_megatron.utils import processes
 from icrl_megatron.utils.disk import disk_errors
-from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.errors import ConfigError, own_entry
 from icrl_megatron.utils.files import write_atomically
 from icrl_megatron.utils.parent_watch import PARENT_ENV, die_with_parent
 from icrl_megatron.utils.progress import Progress
@@ -138,9 +138,9 @@ def _named() -> str:
     name = os.environ.get(SERVERS_ENV, "")
     if not name:
         raise ConfigError(
-            "tasks.sources[...].serve.command: the servers were not started; use slurm/step.sh, sbatch, `icrl launch` "
+            "serve.command of tasks.sources: the servers were not started; use slurm/step.sh, sbatch, `icrl launch` "
             "or `icrl train` instead of a bare torchrun, or name running servers with "
-            "tasks.sources.0.data.servers=[...]"
+            "'tasks.sources.0.data.servers=[http://host:36001]'"
         )
     return name
 
@@ -180,17 +180,19 @@ def run(settings: Settings, folder: Path) -> None:
     try:
         try:
             for source in wanted(settings):
-                servers += [_start(source, i, folder) for i in range(source.serve.count)]
+                with own_entry(settings.tasks.sources.index(source)):
+                    servers += [_start(source, i, folder) for i in range(source.serve.count)]
             for source in wanted(settings):
                 _await_answers([s for s in servers if s.source == source.name], source.serve.startup_timeout_s)
             for source in wanted(settings):
                 _tell_of_open([s for s in servers if s.source == source.name])
             addresses = {s.source: [o.url for o in servers if o.source == s.source] for s in servers}
-            for one in with_servers(settings, addresses).tasks.sources:
+            for i, one in enumerate(with_servers(settings, addresses).tasks.sources):
                 limit = settings.rollout.max_observation_bytes
-                task_set = registry.of_source(one, limit) if one.name in addresses else None
-                if isinstance(task_set, Checked):
-                    task_set.check()
+                with own_entry(i):
+                    task_set = registry.of_source(one, limit) if one.name in addresses else None
+                    if isinstance(task_set, Checked):
+                        task_set.check()
         except ConfigError as error:
             write_atomically(folder / ADDRESSES, [json.dumps({"error": str(error)})])
             raise
@@ -249,7 +251,7 @@ def _tell_of_open(servers: list[Running]) -> None:
             if beyond := sorted(ip for ip in found if not net.is_loopback(ip)):
                 print(
                     f"warning: the server of {server.source!r} listens on {beyond[0]}, which other machines can reach; "
-                    f"write {HOST} for its address, e.g. --host {HOST}, in tasks.sources[...].serve.command",
+                    f"write {HOST} for its address, e.g. --host {HOST}, in its serve.command",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
 

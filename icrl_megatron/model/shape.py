@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,10 @@ class ModelShape:
             found |= {f"model.layers.{i}.{name}": size for name, size in sizes.items()}
         found["model.norm.weight"] = (hidden,)
         return found if self.tied else {**found, HEAD: (self.vocab, hidden)}
+
+    def parameters(self) -> int:
+        """How many there are; a tied embedding counts once."""
+        return sum(map(prod, self.tensors().values()))
 
 
 def check_folder(folder: Path) -> ModelShape:

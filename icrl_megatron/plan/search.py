@@ -72,6 +72,23 @@ def _variants(layout: Layout, settings: Settings) -> Iterator[Layout]:
         yield layout.but(micro_batch_tokens=tokens, recompute=mode)
 
 
+def overrides(layout: Layout) -> tuple[str, ...]:
+    """The settings that make a layout, as a recipe's overrides."""
+    on_node = min(layout.gpus, layout.node)
+    found = {
+        "launch.ranks": on_node,
+        "launch.nodes": layout.gpus // on_node,
+        "actor.tensor_parallel": layout.tensor,
+        "actor.pipeline_parallel": layout.pipeline,
+        "actor.sequence_parallel": str(layout.sequence_parallel).lower(),
+        "actor.micro_batch_tokens": layout.micro_batch_tokens,
+        "actor.recompute": layout.recompute,
+    }
+    if layout.serving.tensor_parallel:
+        found["engine.tensor_parallel"] = layout.engine_tensor
+    return tuple(f"{name}={value}" for name, value in found.items())
+
+
 def why_slower(plan: Plan, best: Plan) -> str:
     """The phase in which a plan that fits loses most against the best one."""
     lost = {name: seconds - best.times.phases[name] for name, seconds in plan.times.phases.items()}

@@ -10,7 +10,7 @@ from rich.table import Table
 from icrl_megatron.plan.hardware import GIB
 from icrl_megatron.plan.planner import Plan
 from icrl_megatron.plan.scaling import Point, efficiency
-from icrl_megatron.plan.search import Found, why_slower
+from icrl_megatron.plan.search import Found, overrides, why_slower
 
 ROWS = 12
 
@@ -113,3 +113,6 @@ def show_search(found: Found, console: Console) -> None:
     for reason, layouts in fallen.items():
         reasons.add_row(" ".join(layouts), reason)
     console.print(reasons)
+    if found.best:
+        console.print("the settings of the fastest, to paste after the recipe's name:")
+        console.print(" ".join(overrides(found.best[0].layout)), soft_wrap=True)

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from icrl_megatron.settings.arms import BASELINE
 from icrl_megatron.settings.loading import run_folder
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.telemetry.metrics import HELDOUT, HELDOUT_ATTEMPTS
@@ -48,7 +49,7 @@ def outcome(label: str, folder: Path, settings: Settings) -> Outcome:
         return [proportion(round(mean * trials), trials) for mean, trials in means]
 
     found = {name: measured(name) for name in names}
-    spent = int(rows[-1]["tokens/generated_total"]) if rows else 0
+    spent = int(rows[-1].get("tokens/generated_total", 0)) if rows else 0  # supervised training generates none
     before, after = ({name: of[i] for name, of in found.items() if of} for i in (0, -1))
     return Outcome(label, rows, spent, before, after)
 
@@ -60,7 +61,7 @@ def report(settings: Settings, console: Console | None = None) -> None:
     console, folder = console or PlainConsole(), run_folder(settings)
     outcomes = [outcome("ICRL" if settings.rollout.rounds > 1 else "GRPO", folder, settings)]
     if settings.baseline:
-        outcomes.append(outcome(settings.baseline.upper(), folder / f"baseline_{settings.baseline}", settings))
+        outcomes.append(outcome(settings.baseline.upper(), folder / BASELINE.format(settings.baseline), settings))
     console.print(success_table(outcomes))
     controls = {when: _read(folder / f"control_{when}.json") for when in ("before", "after")}
     if any(controls.values()):

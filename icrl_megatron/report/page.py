@@ -18,6 +18,7 @@ from icrl_megatron.report.page_episodes import Speller, agents, episode
 from icrl_megatron.report.page_static import static_episodes
 from icrl_megatron.report.segments import colors, tools_of
 from icrl_megatron.settings import loading as settings_module
+from icrl_megatron.settings.arms import ARMS, BASELINE
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.telemetry.metrics import EVALUATION_TOKENS
 from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
@@ -59,10 +60,27 @@ def write_page(runs: Sequence[Path], out: Path, size: PageSize = DEFAULT_SIZE, o
 def _measured(run: Path) -> Measured:
     rows = read_rows(run / METRICS_FILE)
     supervised = read_rows(run / WARM_START / METRICS_FILE)
-    if not (rows or supervised) or not (run / settings_module.SAVED_NAME).exists():
+    settings = _settings(run)
+    if settings is None:
         raise ConfigError(f"{run}: no {METRICS_FILE} or {settings_module.SAVED_NAME} in it; give the folder of a run")
-    settings = settings_module.load_saved(run / settings_module.SAVED_NAME)
+    if not (rows or supervised):
+        raise ConfigError(f"{run}: no {METRICS_FILE} in it yet; wait until its first step, or give another run")
+    if run.resolve().name == WARM_START:
+        rows, supervised = [], rows
     return Measured(settings.name, settings, rows, supervised)
+
+
+def _settings(run: Path) -> Settings | None:
+    """The settings of a run, or of a baseline or warm start inside its folder. None if there are none."""
+    folder = run.resolve()
+    if (folder / settings_module.SAVED_NAME).exists():
+        return settings_module.load_saved(folder / settings_module.SAVED_NAME)
+    arm = next((name for name in ARMS if folder.name == BASELINE.format(name)), "")
+    if not (arm or folder.name == WARM_START) or not (folder.parent / settings_module.SAVED_NAME).exists():
+        return None
+    above = settings_module.load_saved(folder.parent / settings_module.SAVED_NAME)
+    settings = settings_module.apply_overrides(above, ARMS[arm].changes) if arm else above
+    return replace(settings, name=f"{above.name}_{arm or WARM_START}", run_dir=str(run))
 
 
 def _labelled(folders: Sequence[Path], runs: Sequence[Measured]) -> list[Measured]:

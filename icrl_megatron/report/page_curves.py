@@ -16,17 +16,19 @@ import numpy as np
 from icrl_megatron.report.bands import Curve, band, interval, smoothed
 from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.settings.schema import Settings
-from icrl_megatron.telemetry.metrics import CRITIQUE_FREE, GENERATED, HELDOUT, HELDOUT_ATTEMPTS, HELDOUT_NLL, NLL
+from icrl_megatron.telemetry.metrics import GENERATED, HELDOUT, HELDOUT_ATTEMPTS, HELDOUT_NLL, NLL
 from icrl_megatron.telemetry.writer import TIME_PREFIX, Row
 from icrl_megatron.utils.intervals import proportion
 
 POINTS = 160
 ROUND = "success/round_"
+OF_TASK = "success/source/{}"
+"""Success without a critique on one task set's training problems (`rollout_metrics`)."""
 COUNTED = "task/"
 """Prefix of what environments counted (`rollout_metrics`)."""
 MOST_COUNTED = 60
 CURVES = (
-    *(CRITIQUE_FREE, "reward/attempt", "reward/revision", "reward/critique", "critique/tokens", "attempt/tokens"),
+    *("reward/attempt", "reward/revision", "reward/critique", "critique/tokens", "attempt/tokens"),
     *("actor/entropy", "actor/mismatch_abs", "actor/grad_norm", "groups/flat_share"),
 )
 SUPERVISED = {"training": NLL, "held-out": HELDOUT_NLL}
@@ -70,7 +72,8 @@ def groups(runs: Sequence[Measured]) -> list[list[int]]:
 
 
 def group_data(runs: Sequence[Measured], members: Sequence[int]) -> dict[str, Any]:
-    """One experiment as JSON: its curves over steps and over generated tokens, and its held-out evaluations."""
+    """One experiment as JSON: its curves over steps and over generated tokens, and for each task set its success
+    without a critique, in training and held out. A mean over task sets would say little: one may hide the other."""
     of_group = [runs[m] for m in members]
     names = [name for name in CURVES if any(name in row for run in of_group for row in run.steps())]
     rounds = sorted({name for run in of_group for row in run.steps() for name in row if name.startswith(ROUND)})
@@ -90,8 +93,16 @@ def group_data(runs: Sequence[Measured], members: Sequence[int]) -> dict[str, An
         "curves": {axis: bands(names, places) for axis, places in by_axis.items()},
         "rounds": {axis: bands(rounds, places) for axis, places in by_axis.items()},
         "counted": {axis: bands(counted[:MOST_COUNTED], places) for axis, places in by_axis.items()},
-        "raw": {axis: _raw(of_group, places) for axis, places in by_axis.items()},
-        "heldout": heldout(of_group),
+        "tasks": [
+            {
+                "name": source.name,
+                "curve": {axis: bands([task], places)[task] for axis, places in by_axis.items()},
+                "raw": {axis: _raw(of_group, task, places) for axis, places in by_axis.items()},
+                "heldout": heldout(of_group, source.name),
+            }
+            for source in of_group[0].settings.tasks.sources
+            for task in [OF_TASK.format(source.name)]
+        ],
         "supervised": {label: asdict(band(_losses(of_group, name), POINTS)) for label, name in SUPERVISED.items()},
     }
 
@@ -107,28 +118,25 @@ def _curve(run: Measured, name: str, places: Callable[[Measured], list[float]]) 
     return [x for x, _ in known], smoothed([y for _, y in known])
 
 
-def _raw(runs: Sequence[Measured], places: Callable[[Measured], list[float]]) -> list[list[float]]:
-    """The unsmoothed critique-free success of a single run; empty for several, where only the band is readable."""
+def _raw(runs: Sequence[Measured], name: str, places: Callable[[Measured], list[float]]) -> list[list[float]]:
+    """An unsmoothed metric of a single run; empty for several, where only the band is readable."""
     if len(runs) > 1:
         return []
     steps, x = runs[0].steps(), places(runs[0])
-    known = [i for i, row in enumerate(steps) if _is_known(row, CRITIQUE_FREE)]
+    known = [i for i, row in enumerate(steps) if _is_known(row, name)]
     means = [
-        (np.mean([x[i] for i in part]), np.mean([steps[i][CRITIQUE_FREE] for i in part]))
-        for part in buckets(known, 2 * POINTS)
+        (np.mean([x[i] for i in part]), np.mean([steps[i][name] for i in part])) for part in buckets(known, 2 * POINTS)
     ]
     return [[round(float(cost), 2), round(float(share), 4)] for cost, share in means]
 
 
-def heldout(runs: Sequence[Measured]) -> list[dict[str, Any]]:
-    """Evaluations over all task sets together, with Wilson's interval for one seed, or an interval over the seeds."""
+def heldout(runs: Sequence[Measured], task_set: str) -> list[dict[str, Any]]:
+    """Evaluations on one task set, with Wilson's interval for one seed, or an interval over the seeds."""
     found: list[tuple[float, float, float, float]] = []  # step, tokens, share, trials
+    name = f"{HELDOUT}/{task_set}"
     for run in runs:
-        sources = [s.name for s in run.settings.tasks.sources]
-        for row in run.rows:
-            trials = sum(row.get(f"{HELDOUT_ATTEMPTS}/{name}", 0.0) for name in sources)
-            if HELDOUT in row and trials:
-                found.append((row["step"], row.get("tokens/generated_total", 0.0), row[HELDOUT], trials))
+        measured = [(row, row.get(f"{HELDOUT_ATTEMPTS}/{task_set}", 0.0)) for row in run.rows]
+        found += [(row["step"], row.get("tokens/generated_total", 0.0), row[name], n) for row, n in measured if n]
     rings = []
     for step, at in groupby(sorted(found), key=lambda one: one[0]):
         evaluated = list(at)

@@ -23,12 +23,13 @@ from icrl_megatron.settings.limits import check_limits
 from icrl_megatron.settings.rollout_schema import TEMPLATES, RolloutSettings
 from icrl_megatron.settings.schema import ActorSettings, Settings
 from icrl_megatron.settings.task_options import PORT, ServedSource, check_unused
+from icrl_megatron.settings.values import pasted
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked
 from icrl_megatron.tasks.datasets import check_no_leak
 from icrl_megatron.telemetry.dumps import dumped_steps
 from icrl_megatron.types import Split, Task
-from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.errors import ConfigError, own_entry
 
 JOB_RANKS = "ICRL_WORLD_SIZE"
 """Environment variable with the number of ranks of the job that a launcher checks; its ranks per node are in
@@ -128,8 +129,22 @@ def check_values(settings: Settings) -> None:
     """Raises ConfigError if a setting has a value outside of its choices or range."""
     engine_kind(settings.engine.kind)
     check_limits(settings)
-    if not settings.name or "/" in settings.name:
-        raise ConfigError(f"name={settings.name!r}: must be a plain name, it becomes a folder; run_dir sets a path")
+    if settings.name in ("", ".", "..") or "/" in settings.name or not settings.name.isprintable():
+        raise ConfigError(
+            f"name={settings.name!r}: must be a plain name, it becomes a folder; run_dir sets a path; e.g. name=run"
+        )
+    _check_expanded("run_dir", settings.run_dir)
+    _check_expanded("tasks.tool_cache.path", settings.tasks.tool_cache.path)
+
+
+def _check_expanded(name: str, path: str) -> None:
+    """Raises ConfigError for a path that would be written, and that a shell was meant to expand."""
+    if path.startswith("$") or path.split("/")[0] == "~":
+        meant = os.path.expandvars(path.replace("~", "$HOME", 1) if path[0] == "~" else path)
+        remedy = f"write {pasted(name, meant)}" if meant[:1] != "$" else f"that variable is not set; leave {name} out"
+        raise ConfigError(
+            f"{name}={path}: the shell did not replace {path[0]}, so a folder would get that name; {remedy}"
+        )
 
 
 def _check_sources(settings: Settings) -> None:
@@ -148,17 +163,18 @@ def _check_tasks(settings: Settings, before: Sequence[Settings]) -> None:
     problems: dict[Split, list[Task]] = {"train": [], "heldout": []}
     splits: tuple[Split, Split] = ("train", "heldout")
     for i, source in enumerate(settings.tasks.sources):
-        task_set = registry.of_source(source)
-        for split in splits:
-            found = registry.problems(task_set, split)
-            problems[split] += found
-            if not found:
-                raise ConfigError(f"tasks.sources.{i}.name={source.name}: this task set has no {split} problems")
-        check_rows(source, source)
-        check_earlier_rows(source, before, problems["heldout"])
-        served = isinstance(source, ServedSource) and source.served  # checked once the servers run
-        if isinstance(task_set, Checked) and not served:
-            task_set.check()
+        with own_entry(i):
+            task_set = registry.of_source(source)
+            for split in splits:
+                found = registry.problems(task_set, split)
+                problems[split] += found
+                if not found:
+                    raise ConfigError(f"tasks.sources.{i}.name={source.name}: this task set has no {split} problems")
+            check_rows(source, source)
+            check_earlier_rows(source, before, problems["heldout"])
+            served = isinstance(source, ServedSource) and source.served  # checked once the servers run
+            if isinstance(task_set, Checked) and not served:
+                task_set.check()
     tool_cache.check(settings.tasks.tool_cache)
     check_no_leak(problems["train"], problems["heldout"])
     templates = settings.rollout.templates

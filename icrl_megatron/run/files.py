@@ -8,6 +8,7 @@ from pathlib import Path
 from icrl_megatron.data.curriculum import HISTORY
 from icrl_megatron.report.final import CURVE, REPORT
 from icrl_megatron.settings import loading as settings_module
+from icrl_megatron.settings.arms import BASELINE
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.telemetry.dumps import ROLLOUTS_FOLDER
 from icrl_megatron.telemetry.writer import METRICS_FILE, TENSORBOARD_FOLDER
@@ -16,7 +17,6 @@ from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.step_names import step_of
 
 WARM_START = "warm_start"
-BASELINE = "baseline_{}"
 EXPORT = "hf"
 CONTROL = "control_{}.json"
 START = "start"

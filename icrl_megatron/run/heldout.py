@@ -13,7 +13,7 @@ from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.datasets import SUFFIXES, DataRow, check_no_leak, content_hash, left_out, read_rows, subset_of
 from icrl_megatron.types import Split, Task
-from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.errors import ConfigError, own_entry
 
 TEST = "test"
 """All held-out problems."""
@@ -31,18 +31,18 @@ def problems(
     if "train" in on:
         raise ConfigError(
             "--on train: an evaluation on training rows measures memory; leave --on out for the held-out problems, or "
-            "name rows that were not trained on with tasks.sources.0.data.heldout=[FILE]"
+            "name rows that were not trained on with 'tasks.sources.0.data.heldout=[FILE]'"
         )
     found: list[Task] = []
     known: set[str] = set()
     catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes)
-    for source in settings.tasks.sources:
-        task_set = catalogue.get(source.name)
-        heldout = registry.problems(task_set, "heldout")
-        _check_trained(source, source, heldout)
-        for trained in _trained(source, [run] if run else []):
-            _check_trained(trained, source, heldout)
-        check_earlier_rows(source, before, heldout)
+    for i, source in enumerate(settings.tasks.sources):
+        heldout = catalogue.problems(source.name, "heldout")
+        with own_entry(i):
+            _check_trained(source, source, heldout)
+            for trained in _trained(source, [run] if run else []):
+                _check_trained(trained, source, heldout)
+            check_earlier_rows(source, before, heldout)
         if not heldout:
             raise ConfigError(f"task set {source.name!r} has no held-out problems to evaluate on")
         known |= {name for task in heldout for name in _names(subset_of(task))}
@@ -94,7 +94,7 @@ def check_rows(trained: TaskSource, tested: TaskSource) -> None:
             raise ConfigError(
                 f"{row.where}: this held-out problem is a training problem too ({twin.where}), and an evaluation on "
                 f"training rows measures memory; delete it from one of the files, or give other held-out rows of "
-                f"{tested.name} with tasks.sources[...].data.heldout=[FILE]"
+                f"{tested.name} with 'tasks.sources[...].data.heldout=[FILE]'"
             )
 
 

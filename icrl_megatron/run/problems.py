@@ -75,8 +75,7 @@ def read(settings: Settings, catalogue: registry.Catalogue) -> Problems:
     """
     splits: tuple[Split, Split] = ("train", "heldout")
     found: dict[Split, dict[str, list[Task]]] = {
-        split: {s.name: registry.problems(catalogue.get(s.name), split) for s in settings.tasks.sources}
-        for split in splits
+        split: {s.name: catalogue.problems(s.name, split) for s in settings.tasks.sources} for split in splits
     }
     for split, by_source in found.items():
         _require_some(by_source, split)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+BASELINE = "baseline_{}"
+"""In a run's folder: the folder of the arm that `baseline` names."""
+
 
 @dataclass(frozen=True)
 class Arm:

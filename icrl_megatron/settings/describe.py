@@ -22,6 +22,13 @@ INTRODUCTION = """# Settings
 Written by `icrl settings --markdown`; a test compares this page with it. Any setting can be given on the command line
 as `NAME=VALUE`, for example `icrl train quickstart steps=10`. Elements of lists have a number:
 `tasks.sources.0.weight=2`. Options of task sets begin with the names of those that have them.
+
+The type of a setting decides what its value means, on the command line and in a saved `settings.yaml`. Integers and
+numbers are decimal: `seed=010` is 10, and `0x10`, `1_000` and `1:30` are refused. Text is what you type, so
+`name=010`, `name=no` and the range in `[1:20]` stay as they are; quote text in a list that has `,`, `[`, `{`, `: ` or
+`#` in it. `null` is null where the type allows it. Put single quotes around an override with brackets or spaces:
+`'tasks.sources.0.data.train=[a.jsonl, b.jsonl]'`. A refusal ends with an override that you can paste.
+`icrl --install-completion` makes your shell complete the names of recipes and settings.
 """
 HEADER = "| setting | type | default | allowed | meaning |\n| --- | --- | --- | --- | --- |\n"
 

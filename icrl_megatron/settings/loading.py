@@ -24,6 +24,7 @@ from icrl_megatron.settings.presets import apply_preset
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.settings.task_options import SOURCES, no_option, source_class, source_of
 from icrl_megatron.settings.task_schema import TaskSource
+from icrl_megatron.settings.values import describe, parse, parse_file, pasted
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.files import write_atomically
 
@@ -100,12 +101,9 @@ def save(settings: Settings, path: Path) -> None:
 def load_saved(path: Path) -> Settings:
     """Reads what `save` wrote. Raises ConfigError when the file is missing, unreadable or of another version."""
     try:
-        saved = OmegaConf.load(path)
-        if not isinstance(saved, DictConfig):
-            raise ConfigError("not a mapping of settings")
-        given = _with_sources(typing.cast(dict[str, Any], OmegaConf.to_container(saved)))
+        given = _with_sources(parse_file(path.read_text(encoding="utf-8"), Settings))
         return _to_settings(OmegaConf.merge(OmegaConf.structured(Settings), given), "the file")
-    except (OSError, yaml.YAMLError, OmegaConfBaseException, ConfigError) as error:
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, ConfigError) as error:
         raise ConfigError(
             f"{path}: not the saved settings of a run of this version ({_first_line(error)}); restore the file, or "
             "choose another run_dir"
@@ -132,6 +130,17 @@ def field_types(task_set: str = "") -> Mapping[str, Any]:
     return types.MappingProxyType(found)
 
 
+def named_like(name: str) -> tuple[str, ...]:
+    """The settings that `name` may mean: the one of that dotted name, or all with that last part or its initials."""
+    known = {n: hint for n, hint in field_types().items() if not dataclasses.is_dataclass(hint)}
+    if re.sub(r"\.\d+(?=\.|$)", "", name) in known:
+        return (name if re.search(r"\.\d", name) else _indexed(name, field_types()),)
+    leaves = {n: n.rpartition(".")[2] for n in known}
+    found = [n for n, leaf in leaves.items() if leaf == name]
+    found = found or [n for n, leaf in leaves.items() if "_" in leaf and _initials(leaf) == name]
+    return tuple(_indexed(n, field_types()) for n in found)
+
+
 def changed(one: Settings, other: Settings) -> dict[str, tuple[object, object]]:
     """Dotted name -> (value in `one`, value in `other`) of every setting in which the two differ."""
     left, right = _flat(dataclasses.asdict(one)), _flat(dataclasses.asdict(other))
@@ -144,18 +153,24 @@ def _split(override: str) -> tuple[str, str]:
     key, equals, raw = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"{override!r} is not an override: write name=value, e.g. steps=100")
-    return re.sub(r"\[(\d+)\]", r".\1", key.strip()), raw.strip()
+    name = re.sub(r"\[(-?\d+)\]", r".\1", key.strip())
+    if name[0] == "+" or re.search(r"\.-\d+", name):
+        right = re.sub(r"\.-\d+", ".0", name.lstrip("+"))
+        raise ConfigError(
+            f"{override}: settings are changed without +, and elements are counted from 0; write "
+            f"{pasted(right, raw.strip())}"
+        )
+    return name, raw.strip()
 
 
 def _merge(config: DictConfig, key: str, raw: str) -> DictConfig:
     source = _entry(config, key)
-    hint = _type_of(key, source)
-    value = _parse(key, raw, hint)
+    hint = _type_of(key, source, raw)
+    value = parse(key, raw, hint, OmegaConf.select(config, key))
     try:
         if re.search(r"\.\d+(\.|$)", key):  # merging cannot reach into a list
             _begin_list(config, key, source)
-            if OmegaConf.select(config, key) is None:
-                raise ConfigError(f"{key}={raw}: there is no such element; set the whole list instead")
+            _check_index(config, key, raw)
             if source is not None:
                 _fit(config, key, value, source)
             OmegaConf.update(config, key, value)
@@ -165,8 +180,7 @@ def _merge(config: DictConfig, key: str, raw: str) -> DictConfig:
             nested = {part: nested}
         return typing.cast(DictConfig, OmegaConf.merge(config, _with_sources(nested)))
     except (OmegaConfBaseException, TypeError) as error:
-        detail = "" if dataclasses.is_dataclass(hint) or isinstance(value, str | int | float) else _first_line(error)
-        raise ConfigError(f"{key}={raw}: expected {_describe(hint)}" + (f" ({detail})" if detail else "")) from error
+        raise ConfigError(f"{key}={raw}: expected {describe(hint)} ({_first_line(error)})") from error
 
 
 def _entry(config: DictConfig, key: str) -> TaskSource | None:
@@ -216,13 +230,30 @@ def _begin_list(config: DictConfig, key: str, source: TaskSource | None) -> None
         OmegaConf.update(config, name, [typing.cast(type, kinds[0])()])
 
 
-def _type_of(key: str, source: TaskSource | None) -> Any:
+def _check_index(config: DictConfig, key: str, raw: str) -> None:
+    """Raises ConfigError if `key` has an index that its list does not have."""
+    for at in re.finditer(r"\.(\d+)(?=\.|$)", key):
+        name, elements = key[: at.start()], OmegaConf.select(config, key[: at.start()])
+        if int(at[1]) < len(elements):
+            continue
+        last = f"{name}.{max(len(elements) - 1, 0)}{key[at.end() :]}"
+        whole = at.end() == len(key) and not elements
+        remedy = pasted(name, f"[{raw}]") if whole else pasted(last, raw)
+        raise ConfigError(
+            f"{key}={raw}: there is no such element, {name} has {len(elements)}; set the whole list, or write {remedy}"
+        )
+
+
+def _type_of(key: str, source: TaskSource | None, raw: str = "") -> Any:
     """The declared type of a setting; `source` is the entry of `tasks.sources` that it belongs to, if any. Raises
-    ConfigError with the nearest valid name when there is none, and for an option of another task set."""
+    ConfigError with the nearest valid name when there is none, and for an option of another task set. `raw`: the value
+    for the remedy."""
     known = field_types(source.name if source else "")
     dotted = re.sub(r"\.\d+(?=\.|$)", "", key)
     if dotted in known:
-        return known[dotted]
+        hint = known[dotted]
+        element = typing.get_args(hint) if re.search(r"\.\d+$", key) and typing.get_origin(hint) is list else ()
+        return (type(source) if source and element[0] is TaskSource else element[0]) if element else hint
     if source and dotted in field_types():
         raise no_option(key, source)
     section, _, _ = dotted.rpartition(".")
@@ -233,36 +264,43 @@ def _type_of(key: str, source: TaskSource | None) -> Any:
         )
     if typing.get_origin(known.get(section)) is dict:
         return typing.get_args(known[section])[1]
-    leaf = dotted.rpartition(".")[2]
-    raise ConfigError(f"unknown setting {key!r}: {_hint(key, section, leaf, known)}")
+    near = _nearest(key, section, dotted.rpartition(".")[2], known)
+    name = key.rpartition(".")[2]
+    if near and raw:
+        raise ConfigError(f"unknown setting {key!r}: did you mean {near}? Write {pasted(near, raw)}")
+    if near:
+        raise ConfigError(f"unknown setting {key!r}: did you mean {near}?")
+    siblings = [one.rpartition(".")[2] for one in known if one.rpartition(".")[0] == section]
+    if section in known and siblings:
+        raise ConfigError(f"unknown setting {key!r}: {section} has {', '.join(siblings)}; leave {name} out")
+    raise ConfigError(f"unknown setting {key!r}: leave it out; `icrl settings` lists all settings")
 
 
-def _hint(key: str, section: str, leaf: str, known: Mapping[str, Any]) -> str:
-    """The nearest valid name: the same last part elsewhere, else a similar one in the section, else anywhere."""
-    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
-    if similar := difflib.get_close_matches(leaf, siblings, n=1):
-        with_index = ".".join([*key.split(".")[:-1], similar[0]])
-        return f"did you mean {with_index}?"
+def _nearest(key: str, section: str, leaf: str, known: Mapping[str, Any]) -> str:
+    """The nearest valid name: a similar one in the section, else one of which `leaf` has the initials, else the same
+    last part elsewhere, else a similar name anywhere. Empty if there is none."""
+    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
+    initials = [name for name in siblings if _initials(name) == leaf]
+    if similar := difflib.get_close_matches(leaf, siblings, n=1) or initials:
+        return ".".join([*key.split(".")[:-1], similar[0]])
     dotted = f"{section}.{leaf}" if section else leaf
     same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
-    if near := difflib.get_close_matches(dotted, same_leaf, n=1, cutoff=0.0):
-        return f"did you mean {near[0]}?"
-    if section in known and siblings:
-        return f"{section} has {', '.join(siblings)}"
-    near = difflib.get_close_matches(dotted, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else "`icrl train RECIPE --dry-run` shows all settings"
+    near = difflib.get_close_matches(dotted, same_leaf, n=1, cutoff=0.0)
+    near = near or ([] if section in known and siblings else difflib.get_close_matches(dotted, known, n=1, cutoff=0.5))
+    return _indexed(near[0], known) if near else ""
 
 
-def _parse(key: str, raw: str, hint: Any) -> Any:
-    """Text -> value. What a text setting gets is kept as typed, unless quoted: a run called 1e3 keeps its name."""
-    if "${" in raw or raw == "???":
-        raise ConfigError(f"{key}={raw}: ${{...}} and ??? mean something to OmegaConf and are not values")
-    if hint is str and raw[:1] not in ("'", '"'):
-        return raw
-    try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]), resolve=False)["value"]  # type: ignore[index,call-overload]
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{key}={raw}: cannot be read ({_first_line(error)}); expected {_describe(hint)}") from error
+def _initials(name: str) -> str:
+    return "".join(word[0] for word in name.split("_") if word)
+
+
+def _indexed(name: str, known: Mapping[str, Any]) -> str:
+    """`name` with index 0 after every list of sections: tasks.sources.weight -> tasks.sources.0.weight."""
+    parts = name.split(".")
+    for i in reversed(range(1, len(parts))):
+        if typing.get_origin(known[".".join(parts[:i])]) is list:
+            parts.insert(i, "0")
+    return ".".join(parts)
 
 
 def _to_settings(config: Any, where: str) -> Settings:
@@ -284,21 +322,7 @@ def _check_elements(section: Any, prefix: str) -> None:
             if dataclasses.is_dataclass(element):
                 _check_elements(element, f"{prefix}{name}.")
             elif isinstance(element, list | dict):
-                raise ConfigError(f"{prefix}{name}: expected {_describe(hint)}, and {element!r} is in it: quote it")
-
-
-def _describe(hint: Any) -> str:
-    plain = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
-    if hint in plain:
-        return plain[hint]
-    if dataclasses.is_dataclass(hint):
-        return "values for " + ", ".join(field.name for field in dataclasses.fields(hint))
-    arguments = typing.get_args(hint)
-    if typing.get_origin(hint) is list:
-        return f"a list, each element with {_describe(arguments[0])}"
-    if typing.get_origin(hint) is dict:
-        return "a mapping {name: value}"
-    return " or ".join(_describe(argument) for argument in arguments) if arguments else str(hint)
+                raise ConfigError(f"{prefix}{name}: expected {describe(hint)}, and {element!r} is in it: quote it")
 
 
 def _first_line(error: Exception) -> str:

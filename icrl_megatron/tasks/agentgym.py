@@ -189,8 +189,8 @@ class AgentGym:
         given = self._data.train if split == "train" else self._data.heldout
         if not given:
             raise ConfigError(
-                f"task set {self.name!r} has no {split} ids: set tasks.sources[...].data.{split} to a range, e.g. "
-                "[0:2420], or to a JSONL file with task_id"
+                f"task set {self.name!r} has no {split} ids: give a range of ids or a JSONL file with "
+                f"task_id, e.g. 'tasks.sources[...].data.{split}=[0:2420]'"
             )
         return [
             Task(f"{self.name}/{split}{subset}/{i}", self.name, split, json.dumps({"task": i, "prompt": i}))

@@ -27,7 +27,7 @@ def serve_search(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 8000,
 ) -> None:
-    """Serve BM25 searches of a corpus through the API of Search-R1's retriever, for tasks.sources[...].data.servers."""
+    """Serve BM25 searches of a corpus through the API of Search-R1's retriever, for data.servers of an entry."""
     from icrl_megatron.tasks.serve_search import serve
 
     serve(corpus, host, port)

@@ -47,8 +47,8 @@ def read_tasks(name: str, split: Split, data: Rows, problem: Callable[[DataRow],
     names = data.train if split == "train" else data.heldout
     if not names:
         raise ConfigError(
-            f"task set {name!r} has no {split} rows: set tasks.sources[...].data.{split} to a JSONL or Parquet file or "
-            "a folder of a Hugging Face dataset"
+            f"task set {name!r} has no {split} rows: name a JSONL or Parquet file or a folder of a "
+            f"Hugging Face dataset, e.g. 'tasks.sources[...].data.{split}=[FILE]'"
         )
     rows = [(task_id, row) for task_id, row, _ in _identified(name, split, data)]  # other columns may be large
     _check_unique([row for _, row in rows])
@@ -255,8 +255,8 @@ def arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
 def _text(fields: dict[str, Any], column: str, where: str, setting: str) -> str:
     if column not in fields:
         raise ConfigError(
-            f"{where}: no column {column!r}, there are {', '.join(fields) or 'none'}; set "
-            f"tasks.sources[...].data.{setting} to one of them"
+            f"{where}: no column {column!r}, there are {', '.join(fields) or 'none'}; give "
+            f"tasks.sources[...].data.{setting}=COLUMN with one of them"
         )
     value = fields[column]
     if isinstance(value, dict) and setting == "prompt_column":

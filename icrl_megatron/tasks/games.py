@@ -115,7 +115,8 @@ class GameFolders:
             given = self._data.train if split == "train" else self._data.heldout
             if not given:
                 raise ConfigError(
-                    f"task set {self.name!r} has no {split} games: set tasks.sources[...].data.{split} to a folder"
+                    f"task set {self.name!r} has no {split} games: name folders of games, "
+                    f"e.g. 'tasks.sources[...].data.{split}=[FOLDER]'"
                 )
             self._found[split] = [task for name in given for task in self._games(split, Path(name))]
         return self._found[split]
@@ -160,7 +161,9 @@ class GameFolders:
 
     def _games(self, split: Split, folder: Path) -> Iterator[Task]:
         if not folder.is_dir():
-            raise ConfigError(f"data.{split}: {folder} is not a folder of games")
+            raise ConfigError(
+                f"data.{split}: {folder} is not a folder of games; e.g. 'tasks.sources[...].data.{split}=[FOLDER]'"
+            )
         found = 0
         for path in sorted(p for p in folder.rglob("*") if p.name.endswith((PDDL, TEXTWORLD))):
             content = path.read_bytes()

@@ -59,8 +59,8 @@ class ReasoningGym(SingleTurnTasks):
         given = self.data.train if split == "train" else self.data.heldout
         if not given:
             raise ConfigError(
-                f"task set {self.name!r} has no {split} families: set tasks.sources[...].data.{split}, e.g. "
-                "[chain_sum:1000:1]"
+                f"task set {self.name!r} has no {split} families: name some, e.g. "
+                f"'tasks.sources[...].data.{split}=[chain_sum:1000:1]'"
             )
         tasks: list[Task] = []
         for text in given:

@@ -16,7 +16,7 @@ from icrl_megatron.tasks.base import Cacheable, Environment, TaskSet, escaped, s
 from icrl_megatron.tasks.household import Household
 from icrl_megatron.tasks.rulebook import Rulebook
 from icrl_megatron.types import Split, Task
-from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.errors import ConfigError, own_entry
 
 _TASK_SETS: dict[str, Callable[[], TaskSet]] = {
     "rulebook_hard": lambda: Rulebook("rulebook_hard"),
@@ -111,18 +111,27 @@ class Catalogue:
         tool_cache: ToolCache | None = None,
     ) -> None:
         """`answer_bytes`: `rollout.max_observation_bytes`. `tool_cache` is for task sets with tools."""
-        self._sources, self._answer_bytes = {source.name: source for source in sources}, answer_bytes
+        self._sources = {source.name: (index, source) for index, source in enumerate(sources)}
+        self._answer_bytes = answer_bytes
         self._made: dict[str, TaskSet] = {}
         self._tool_cache = tool_cache
 
     def get(self, name: str) -> TaskSet:
         """Raises ConfigError as `of_source` does."""
         if name not in self._made:
-            made = of_source(self._sources.get(name, source_of(name)), self._answer_bytes)
+            index, source = self._sources.get(name, (0, source_of(name)))
+            with own_entry(index):
+                made = of_source(source, self._answer_bytes)
             if isinstance(made, Cacheable):
                 made.tool_cache = self._tool_cache
             self._made[name] = made
         return self._made[name]
+
+    def problems(self, name: str, split: Split) -> list[Task]:
+        """The function `problems` for the task set of that name."""
+        task_set = self.get(name)
+        with own_entry(self._sources[name][0] if name in self._sources else 0):
+            return problems(task_set, split)
 
     def environment(self, task: Task) -> Environment:
         return self.get(task.source).environment(task)

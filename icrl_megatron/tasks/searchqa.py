@@ -124,7 +124,8 @@ def _check_judge(source: SearchQASource) -> None:
     if not (at.url.startswith(("http://", "https://")) and at.model):
         raise ConfigError(
             f"task set {source.name!r}: agent.judge=model needs agent.endpoint.url and .model (url={at.url!r}, "
-            f"model={at.model!r}), e.g. {{url: 'http://host:8000/v1', model: NAME}}"
+            f"model={at.model!r}), e.g. "
+            "'tasks.sources[...].agent.endpoint={url: http://host:8000/v1, model: NAME}'"
         )
     addresses.check_base(at.url, f"task set {source.name!r}: agent.endpoint.url")
 

@@ -70,11 +70,14 @@ class Pool:
         """`answer_bytes`: `rollout.max_observation_bytes`, the longest answer that is read."""
         if not urls:
             raise ConfigError(
-                "no servers: set tasks.sources[...].data.servers to their addresses, e.g. [http://host:36001]"
+                "no servers: give their addresses, e.g. 'tasks.sources[...].data.servers=[http://host:36001]'"
             )
         for url in urls:
             if not url.startswith(("http://", "https://")):
-                raise ConfigError(f"data.servers: {url!r} is not an address; write http://host:port")
+                raise ConfigError(
+                    f"data.servers: {url!r} is not an address; write http://host:port, e.g. "
+                    "'tasks.sources[...].data.servers=[http://host:36001]'"
+                )
         self.servers = [EnvironmentServer(url.rstrip("/")) for url in dict.fromkeys(urls)]
         self._timeout_s, self._answer_bytes = timeout_s, answer_bytes
         self._connections = connections.Connections(CONNECTIONS)

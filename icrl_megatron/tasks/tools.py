@@ -170,16 +170,16 @@ def check_tools(source: ToolsSource, names: list[str]) -> None:
             check_unused(source, settings, f"without {tool} in agent.tools")
     if "search" in names and bool(data.corpus) == (bool(data.servers) or source.served):
         raise ConfigError(
-            f"{where} needs one place to search: set exactly one of data.corpus, data.servers and serve.command of its "
-            "entry in tasks.sources, or take search out of agent.tools"
+            f"{where} needs one place to search: set exactly one of data.corpus, data.servers and serve.command, e.g. "
+            "tasks.sources[...].data.corpus=FILE.jsonl, or take search out of agent.tools"
         )
     if data.corpus:
         check_unused(source, ["data.request_timeout_s"], "with data.corpus")
     if "mcp" in names and not agent.mcp:
         raise ConfigError(
             f"{where}: agent.tools has mcp, but agent.mcp names no server: add one, e.g. "
-            "agent.mcp=[{command: [mcp-server-time]}] or [{url: 'http://host:8000/mcp'}], or take mcp out of "
-            "agent.tools"
+            "'tasks.sources[...].agent.mcp=[{command: [mcp-server-time]}]' or "
+            "'tasks.sources[...].agent.mcp=[{url: http://host:8000/mcp}]', or take mcp out of agent.tools"
         )
     for i, server in enumerate(agent.mcp):
         _check_server(server, f"{where}: agent.mcp.{i}")

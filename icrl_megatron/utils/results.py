@@ -57,7 +57,7 @@ class Kind:
 
 
 def _is_evaluation(folder: Path) -> bool:
-    if {path.name for path in folder.iterdir()} - {"eval.json", "eval.png", "logs"}:
+    if {path.name for path in folder.iterdir()} - {"eval.json", "eval.png", "logs", "rollouts"}:
         return False
     return {"successes", "subsets", "scores", "generated_tokens"} <= read_json(folder / "eval.json").keys()
 

@@ -36,7 +36,7 @@ def test_dry_run_prints_the_resolved_settings(tmp_path: Path) -> None:
         (["train", "quikstart"], "error: unknown recipe 'quikstart': did you mean quickstart?"),
         (["train", "quickstart", "rollout.round=3"], "did you mean rollout.rounds?"),
         (["train", "quickstart", "actor.tensor_parallel=3", "--dry-run"], "does not divide the 2 ranks"),
-        (["train", "qwen3_4b", "model.path=nowhere"], "model.path=nowhere: no such folder"),
+        (["train", "qwen3_4b", "model.path=nowhere", "launch.device=auto"], "model.path=nowhere: no such folder"),
         (["train", "quickstart", "run_dir=/proc/icrl"], "run folder /proc/icrl cannot be written"),
         (["sft", "quickstart", "warm_start.steps=0"], "warm_start.steps=0: nothing to do"),
     ],
@@ -45,6 +45,21 @@ def test_user_errors_are_one_line_and_code_2(arguments: list[str], message: str,
     done = icrl(*arguments, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["train", "qwen3_8b"], ["sft", "qwen3_4b"], ["eval", "model", "--task", "math"]])
+def test_a_recipe_for_gpus_without_a_gpu_says_so_before_anything_else(command: list[str], tmp_path: Path) -> None:
+    """The model and the data do not exist either, which would be the next message."""
+    (tmp_path / "model").mkdir()
+    more = ["launch.device=cuda", "tasks.sources.0.data.train=[gone.jsonl]"] if command[0] == "eval" else []
+    code = (
+        "import os, sys\nos.environ['CUDA_VISIBLE_DEVICES'] = ''\nfrom icrl_megatron.cli import main\n"
+        "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules\n"
+    )
+    done = icrl(*command, *more, cwd=tmp_path, code=code)
+    assert done.returncode == 2 and done.stderr.startswith("error: launch.device=cuda: ")
+    assert "icrl train quickstart" in done.stderr and done.stderr.count("\n") == 1
+    assert "model.path" in icrl(*command[:2], "--dry-run", cwd=tmp_path, code=code).stderr or command[0] == "eval"
 
 
 @pytest.mark.parametrize("arguments", [["frobnicate"], ["train"], ["show", "run", "--step", "x"]])

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from local_servers import Handler, threaded
 from rich.console import Console
+from scipy.stats import binomtest
 from whole_runs import Ended, batch
 
 from icrl_megatron.evaluation import run as evaluation
@@ -27,12 +29,14 @@ from icrl_megatron.evaluation.views import (
     tools_table,
     transitions_table,
 )
+from icrl_megatron.report.show import show as show_episode
 from icrl_megatron.settings.loading import save
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.settings.task_options import ServedSource, TaskServers
+from icrl_megatron.telemetry.dumps import dump_path, read_episodes
 from icrl_megatron.types import Attempt, Completion, Critique, DroppedEpisode, Episode, Task, Turn
 from icrl_megatron.utils.errors import ConfigError
-from icrl_megatron.utils.intervals import mcnemar
+from icrl_megatron.utils.intervals import mcnemar, proportion, wilson_difference
 
 
 def episode(task_id: str, index: int, outcomes: list[bool]) -> Episode:
@@ -63,7 +67,7 @@ def test_scores_by_subset_with_rounds_and_transitions() -> None:
     assert (aime.subset, minerva.subset, everything.subset) == ("t/aime", "t/minerva", "all")
     assert (aime.average.mean, aime.passed.mean) == (0.5, 1.0)
     assert (minerva.average.mean, minerva.passed.mean, minerva.dropped) == (0.0, 0.0, 1)
-    assert [p.successes for p in everything.rounds] == [1, 3]
+    assert [p.mean for p in everything.rounds] == [0.25, 0.75]
     moved = everything.transitions
     assert (moved.wrong_to_right, moved.right_to_wrong, moved.stayed_wrong, moved.stayed_right) == (2, 0, 1, 0)
     assert everything.critique_tokens == 5.0 and everything.attempt_tokens == 2.0
@@ -75,7 +79,7 @@ def test_scores_by_subset_with_rounds_and_transitions() -> None:
 def test_the_average_is_over_problems_not_over_samples() -> None:
     played = [episode("t/heldout/0", 0, [True]), *(episode("t/heldout/1", i, [False]) for i in range(9))]
     (found,) = score(played, [], rounds=1)
-    assert found.average.mean == 0.5 and found.rounds[0].mean == 0.1
+    assert found.average.mean == 0.5 and found.rounds[0] == found.average
 
 
 @pytest.mark.parametrize(("b", "c"), [(0, 0), (1, 0), (3, 9), (10, 10), (2, 30)])
@@ -91,6 +95,35 @@ def test_mcnemar_survives_many_pairs() -> None:
 
 def test_estimates_without_values_say_that_nothing_is_known() -> None:
     assert (estimate([]).low, estimate([]).high) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 4), (4, 4), (7, 20), (1, 1000)])
+def test_every_share_has_the_same_interval(hits: int, n: int) -> None:
+    """avg@1, pass@1, round 1 and the shares that training reports are one number with one interval: Wilson's."""
+    (found,) = score([episode(f"t/heldout/{i}", 0, [i < hits]) for i in range(n)], [], rounds=1)
+    assert found.average == found.passed == found.rounds[0]
+    expected, share = binomtest(hits, n).proportion_ci(method="wilson"), proportion(hits, n)
+    for low, high in ((found.average.low, found.average.high), (share.low, share.high)):
+        assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_samples_of_a_problem_do_not_narrow_the_interval() -> None:
+    one = score([episode(f"t/heldout/{i}", 0, [i < 5]) for i in range(20)], [], rounds=1)[0].average
+    many = score([episode(f"t/heldout/{i}", s, [i < 5]) for i in range(20) for s in range(8)], [], rounds=1)[0].average
+    assert one == many
+
+
+def test_the_interval_of_a_difference_is_newcombes() -> None:
+    # Newcombe 1998 (Stat. Med. 17:2635), table II, method 10: pairs with both, only first, only second, neither.
+    for counts, expected in (((36, 12, 2, 0), (0.0569, 0.3404)), ((0, 0, 0, 10), (-0.2775, 0.2775))):
+        both, first, second, neither = counts
+        a = np.asarray([1.0] * both + [1.0] * first + [0.0] * second + [0.0] * neither)
+        b = np.asarray([1.0] * both + [0.0] * first + [1.0] * second + [0.0] * neither)
+        found = wilson_difference(a, b)
+        assert found.mean == pytest.approx((first - second) / sum(counts))
+        assert (found.low, found.high) == pytest.approx(expected, abs=2e-4)
+        mirrored = wilson_difference(b, a)
+        assert (mirrored.low, mirrored.high) == pytest.approx((-found.high, -found.low))
 
 
 def test_comparison_is_paired() -> None:
@@ -222,6 +255,12 @@ def test_two_models_on_the_same_problems(ended: tuple[Path, dict[str, Ended]]) -
         )
     )
     assert compared["only_first"] == sum(a[0] and not b[0] for a, b in pairs)
+    episodes = read_episodes(dump_path(folder / "after", 0))
+    assert successes(episodes, 2) == after["successes"]
+    assert all(turn.text for one in episodes for attempt in one.attempts for turn in attempt.turns)
+    shown = io.StringIO()
+    show_episode(folder / "after", index=3, console=Console(file=shown, width=100))
+    assert episodes[3].task.task_id in shown.getvalue()
     assert (folder / "after" / "eval.png").read_bytes().startswith(b"\x89PNG")
     assert len(after["scores"][0]["rounds"]) == 2
 
@@ -258,7 +297,7 @@ def test_subsets_rounds_and_a_critic_from_a_checkpoint(ended: tuple[Path, dict[s
     }
     assert by_name["critic_checkpoint"].code == 0, by_name["critic_checkpoint"].error
     (scored,) = json.loads((folder / "cc" / "eval.json").read_text())["scores"]
-    rounds = [r["successes"] for r in scored["rounds"]]
+    rounds = [round(12 * r["mean"]) for r in scored["rounds"]]
     assert len(rounds) == 3 and rounds == sorted(rounds)
     failed_first = 12 - rounds[0]
     critiques = sum(scored["transitions"].values())

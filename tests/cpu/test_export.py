@@ -106,7 +106,7 @@ def test_a_resumed_run_replaces_its_export_unless_files_were_added(ended: Comman
 def test_evaluations_are_written_outside_of_exports_and_checkpoints(ended: Commands) -> None:
     folder, by_name = ended
     assert [by_name[name].code for name in ("eval", "eval_again", "eval_export", "eval_step")] == [0, 0, 0, 0], by_name
-    assert names(folder / "run" / "eval") == {"eval.json", "eval.png", results.MARKER}
+    assert names(folder / "run" / "eval") == {"eval.json", "eval.png", "rollouts", results.MARKER}
     assert "eval.json" in names(folder / "run" / "eval_hf") and "eval" not in names(folder / "run" / "hf")
     (of_step,) = (folder / "run" / "checkpoints").glob("eval_step_*")
     assert json.loads((of_step / "eval.json").read_text())["scores"]

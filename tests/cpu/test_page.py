@@ -18,6 +18,7 @@ from icrl_megatron.report.page_curves import POINTS, Measured, group_data, times
 from icrl_megatron.report.page_episodes import Speller
 from icrl_megatron.settings.loading import SAVED_NAME, load_saved, save
 from icrl_megatron.settings.schema import OptimSettings, Settings
+from icrl_megatron.settings.task_schema import TaskSettings, TaskSource
 from icrl_megatron.telemetry.dumps import dump_path, dumped_steps, read_dump
 from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
 from icrl_megatron.utils.errors import ConfigError
@@ -65,7 +66,9 @@ def test_page_contains_the_run_and_no_links(finished_run: Path, tmp_path: Path) 
     rows = read_rows(finished_run / METRICS_FILE)
     measured = {int(r["step"]): r["actor/calibration_weight"] for r in rows if r.get("actor/calibrated")}
     assert group["transfer"]["mean"]["mean"] == pytest.approx([measured[s] for s in weights["steps"]], abs=1e-3)
-    assert [h["mean"] for h in group["heldout"]] == [
+    (task,) = group["tasks"]
+    assert task["name"] == "rulebook_easy"
+    assert [h["mean"] for h in task["heldout"]] == [
         r["heldout/critique_free"] for r in rows if "tokens/evaluation" in r
     ]
     assert run["evaluation_tokens"] == sum(r.get("tokens/evaluation", 0) for r in rows) > 0
@@ -84,6 +87,29 @@ def test_token_pieces_join_to_the_text(finished_run: Path) -> None:
 def test_folder_without_metrics_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"metrics\.jsonl"):
         write_page([tmp_path], tmp_path / "page.html")
+
+
+def test_every_run_folder_can_be_reported_on(finished_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
+    baseline = run / "baseline_grpo"  # as `baseline=grpo` leaves it: like a run, without settings
+    shutil.copytree(finished_run, baseline, ignore=shutil.ignore_patterns("checkpoints", SAVED_NAME, "warm_start"))
+    kept = [run / "settings.yaml", run / "warm_start" / "hf", baseline / "hf"]
+    for folder, label, losses in (
+        (baseline, "rulebook_easy_grpo", 0),
+        (run / "warm_start", "rulebook_easy_warm_start", 1),
+    ):
+        code, out, err = icrl("report", str(folder))
+        assert code == 0, err
+        assert str(folder / "report.html") in "".join(out.split("\n"))
+        data = json.loads(re.search(r'id="data">(.*?)</script>', (folder / "report.html").read_text(), re.S)[1])  # type: ignore[index]
+        (shown,) = data["runs"]
+        assert shown["label"] == label
+        assert bool(data["groups"][0]["supervised"]["training"]["x"]) == bool(losses)
+        assert (shown["setup"]["rounds"] == "1") == (folder == baseline)
+    assert all(path.exists() for path in kept)
+    code, _, err = icrl("report", str(run / "rollouts"))
+    assert code == 2 and "give the folder of a run" in err
 
 
 def test_page_size_is_bounded(finished_run: Path) -> None:
@@ -125,7 +151,7 @@ def test_seeds_of_one_experiment_share_a_curve(finished_run: Path, tmp_path: Pat
     rows = (
         (seeds[1] / METRICS_FILE)
         .read_text()
-        .replace('"success/critique_free": ', '"success/critique_free": 1e-9, "x": ')
+        .replace('"success/source/rulebook_easy": ', '"success/source/rulebook_easy": 1e-9, "x": ')
     )
     (seeds[1] / METRICS_FILE).write_text(rows)
     out = write_page([*seeds, other], tmp_path / "page.html", PageSize(episodes=4))
@@ -134,7 +160,7 @@ def test_seeds_of_one_experiment_share_a_curve(finished_run: Path, tmp_path: Pat
         ("icrl", [0, 1, 2], [0, 1, 2]),
         ("again", [load_saved(finished_run / SAVED_NAME).seed], [3]),
     ]
-    seeded, alone = (g["curves"]["step"]["success/critique_free"] for g in data["groups"])
+    seeded, alone = (g["tasks"][0]["curve"]["step"] for g in data["groups"])
     assert seeded["seeds"] == 3 and alone["seeds"] == 1
     assert seeded["mean"] == pytest.approx([2 / 3 * y for y in alone["mean"]], abs=1e-5)
     assert seeded["low"] == pytest.approx([0.0] * 6, abs=1e-5)
@@ -220,6 +246,59 @@ def test_page_fits_a_phone_and_has_two_themes(browser: Browser, page: Path, tmp_
         found.append(browser.evaluate(color))
     assert found[0] != found[1]
     assert (tmp_path / "narrow.png").read_bytes().startswith(b"\x89PNG")
+    assert browser.errors == []
+
+
+@pytest.fixture(scope="module")
+def two_tasks(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of a run on two task sets, of which one is solved and the other is not, with long ids of problems."""
+    sources = [TaskSource("rulebook_easy"), TaskSource("household")]
+    folder = tmp_path_factory.mktemp("two")
+    run = copied(finished_run, folder / "run", tasks=TaskSettings(sources))
+    lines = []
+    for line in (run / METRICS_FILE).read_text().splitlines():
+        row = json.loads(line)
+        if "heldout/critique_free" in row:
+            row |= {"heldout/critique_free/rulebook_easy": 1.0, "heldout/critique_free/household": 0.0}
+            row |= {"heldout/critique_free": 0.5, "heldout/attempts/household": 8.0}
+        if "success/source/rulebook_easy" in row:
+            row["success/source/household"] = 0.0
+        lines.append(json.dumps(row))
+    (run / METRICS_FILE).write_text("\n".join(lines) + "\n")
+    for file in (run / "rollouts").iterdir():
+        file.write_text(file.read_text().replace('"rulebook_easy/train/', '"rulebook_easy/train/long_name_of_a_file/'))
+    return write_page([run], folder / "page.html", PageSize(episodes=60))
+
+
+def test_task_sets_are_shown_separately(browser: Browser, two_tasks: Path) -> None:
+    browser.open(two_tasks)
+    tiles = browser.evaluate("[...document.querySelectorAll('.tile')].map(t => t.textContent)")
+    assert any(tile.startswith("100 % → 100 %") and "rulebook_easy" in tile for tile in tiles)
+    assert any(tile.startswith("0 % → 0 %") and "household" in tile for tile in tiles)
+    captions = browser.evaluate("[...document.querySelectorAll('#chart-free figcaption')].map(c => c.textContent)")
+    assert [caption.rpartition(": ")[2] for caption in captions] == ["rulebook_easy", "household"]
+    assert not any("50 %" in tile for tile in tiles)
+    rings = "document.querySelectorAll('#chart-free figure')[{}].querySelectorAll('circle').length"
+    assert browser.evaluate(rings.format(0)) == browser.evaluate(rings.format(1)) > 0
+    assert browser.errors == []
+
+
+@pytest.mark.parametrize("width", [360, 768, 1280, 1800])
+def test_ids_are_whole_and_no_row_is_half_empty(browser: Browser, two_tasks: Path, tmp_path: Path, width: int) -> None:
+    browser.open(two_tasks)
+    browser.screenshot(tmp_path / "page.png", width, 900)
+    assert browser.evaluate(f"document.documentElement.scrollWidth <= {width}")
+    ids = browser.evaluate(
+        "[...document.querySelectorAll('#list em')].map(e => [e.textContent, e.scrollWidth <= e.clientWidth + 1,"
+        "getComputedStyle(e).textOverflow])"
+    )
+    assert len(ids) > 20 and all(whole and overflow == "clip" for _, whole, overflow in ids)
+    gaps = browser.evaluate(
+        "[...document.querySelectorAll('.grid, .tiles')].filter(g => g.children.length && g.offsetWidth).map(g => {"
+        "const s = getComputedStyle(g), inner = g.getBoundingClientRect().right - parseFloat(s.paddingRight);"
+        "return Math.round(inner - g.lastElementChild.getBoundingClientRect().right); })"
+    )
+    assert len(gaps) >= 5 and all(abs(gap) <= 2 for gap in gaps), gaps
     assert browser.errors == []
 
 

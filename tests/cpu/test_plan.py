@@ -212,6 +212,18 @@ def test_search_ranks_layouts_that_fit_and_explains_the_others() -> None:
     assert "the step" in why_slower(found.best[-1], found.best[0])
 
 
+@pytest.mark.parametrize(("recipe", "gpus"), [(RECIPE, 4), ("qwen3_8b", 16), ("qwen3_8b", 8)])
+def test_search_ends_with_settings_that_make_its_best_plan(recipe: str, gpus: int) -> None:
+    words = ["plan", recipe, "--gpus", str(gpus), "--search"]
+    started = [sys.executable, "-c", "from icrl_megatron.cli import main; main()", *words]
+    done = subprocess.run(started, capture_output=True, text=True, check=True, timeout=120)
+    settings = settings_module.load(recipe, done.stdout.splitlines()[-1].split())
+    best = search(settings_module.load(recipe), gpus, H100).best[0]
+    assert planner.ranks(settings) == gpus
+    assert planner.plan(settings).layout == best.layout
+    assert planner.plan(settings).times.total == pytest.approx(best.times.total)
+
+
 @pytest.mark.parametrize(
     ("overrides", "gpus", "message"),
     [

@@ -212,8 +212,8 @@ def test_chain_of_agents_recipes_cover_each_task_and_model() -> None:
     ("task", "message"),
     [
         ("web", r"agent\.judge=model needs agent\.endpoint\.url"),
-        ("code", r"task set 'math' has no train rows: set tasks\.sources\[\.\.\.\]\.data\.train"),
-        ("multihop", r"task set 'searchqa' has no train rows: set tasks\.sources\[\.\.\.\]\.data\.train"),
+        ("code", r"task set 'math' has no train rows: .* 'tasks\.sources\.0\.data\.train=\[FILE\]'"),
+        ("multihop", r"task set 'searchqa' has no train rows: .* 'tasks\.sources\.0\.data\.train=\[FILE\]'"),
     ],
 )
 def test_chain_of_agents_recipes_name_what_the_user_must_provide(

@@ -39,6 +39,7 @@ def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Batch:
         {p: dumped(f"first_{p}", finished_run, *model, "steps=3", f"actor.precision={p}") for p in ("fp32", "bf16")},
     )
     assert all(ended.code == 0 for ended in first.values()), first
+    imported = batch(folder, {"import": ["import", str(finished_run / "hf"), str(folder / "imported")]})
     second = folder / "first_fp32" / "checkpoints" / "step_000002"
     shutil.copytree(folder / "first_fp32", folder / "gone")  # a run that is deleted later
     gone, live = f"start_from={folder / 'gone'}", f"start_from={finished_run}"
@@ -52,6 +53,7 @@ def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Batch:
     plain += ["rollout.critic=frozen", "algo.kl_coef=0.1", "baseline=grpo", "optim.learning_rate=1e-6"]
     commands |= {
         "zero": dumped("zero", folder / "third", f"start_from={second}", "steps=0", "model.init=null"),
+        "from_import": dumped("from_import", folder / "third", f"start_from={folder / 'imported'}", "steps=1"),
         "plain": plain,
         "half": train(folder / "half", *rest, gone, "steps=0", "checkpoint.interval=50"),
     }
@@ -65,7 +67,7 @@ def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Batch:
     # Without moments, a run equals one from the exported weights: the export of fp32 is exact.
     exported = [f"model.path={folder / 'zero' / 'hf'}", "warm_start.steps=0", "steps=1", "actor.precision=fp32"]
     ended |= batch(folder, {"half_again": half, "fresh": dumped("fresh", folder / "third", *exported)})
-    return Batch(folder, ended)
+    return Batch(folder, imported | ended)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -88,6 +90,14 @@ def test_start_without_moments_equals_a_fresh_optimizer(ran: Batch) -> None:
     ran.succeeded("fresh")
     exports = [load_file(ran.folder / run / "hf" / WEIGHTS) for run in ("fresh", "without_fp32")]
     assert all(torch.equal(tensor, exports[1][name]) for name, tensor in exports[0].items())
+
+
+def test_an_imported_checkpoint_can_be_trained_from(ran: Batch, finished_run: Path) -> None:
+    ran.succeeded("import")
+    ran.succeeded("from_import")
+    there, here = (load_file(folder / WEIGHTS) for folder in (finished_run / "hf", ran.folder / "from_import/start/hf"))
+    assert there.keys() == here.keys() and all(torch.equal(tensor, here[name]) for name, tensor in there.items())
+    assert any("actor/loss" in row for row in rows(ran.folder / "from_import"))
 
 
 def test_steps_and_tokens_count_from_zero(ran: Batch) -> None:

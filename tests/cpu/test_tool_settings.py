@@ -154,7 +154,7 @@ def test_the_tests_of_a_label_judge_the_last_answer(tmp_path: Path, name: str, a
         ("math", "tools: [calculator], python_state: true", "agent.python_state=True has no effect without python in"),
         ("math", "page: {chars: 5}", "agent.page.chars=5 has no effect without agent.tools"),
         ("math", f"tools: [calculator], mcp: [{CLOCK}]", "has no effect without mcp in agent.tools; leave it out"),
-        ("searchqa", "tools: [mcp]", "agent.tools has mcp, but agent.mcp names no server: add one, e.g. agent.mcp=[{"),
+        ("searchqa", "tools: [mcp]", "agent.tools has mcp, but agent.mcp names no server: add one, e.g. "),
         ("searchqa", "tools: [mcp], mcp: [{tools: [a]}]", "agent.mcp.0 needs one server: set either command, e.g."),
         ("math", "tools: [mcp], mcp: [{command: [a], url: 'http://h'}]", "agent.mcp.0 needs one server"),
         ("math", "tools: [mcp], mcp: [{url: 'h:80'}]", "agent.mcp.0.url=h:80: must be an address such as http://"),

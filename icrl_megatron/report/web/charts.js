@@ -1,6 +1,6 @@
 // A series: {name, colour, dash, band: {x, mean, low, high}, raw: [[x, y]], rings: [{x, mean, low, high, n}]}.
 function frame(host, xs, low, high, { format = short, label = "", title = "" } = {}) {
-  const W = Math.max(280, Math.min(640, host.clientWidth || 560)), H = Math.round(Math.max(200, W * .45)), box = { left: 46, right: 12, top: 8, bottom: 36 };
+  const W = Math.max(280, Math.min(1360, host.clientWidth || 560)), H = Math.round(Math.max(200, Math.min(290, W * .45))), box = { left: 46, right: 12, top: 8, bottom: 36 };
   const left = Math.min(...xs), right = Math.max(...xs, left + 1e-9);
   const x = v => box.left + (v - left) / (right - left) * (W - box.left - box.right);
   const y = v => H - box.bottom - (v - low) / (high - low || 1) * (H - box.top - box.bottom);
@@ -21,7 +21,7 @@ function legend(series) {
 const axisName = () => state.axis === "step" ? "step" : "generated tokens";
 
 function lines(host, series, options = {}) {
-  series = series.filter(s => s.band.x.length);
+  series = series.filter(s => s.band.x.length || (s.rings || []).length);
   const rings = series.flatMap(s => s.rings || []);
   host.replaceChildren();
   if (!series.length) { host.append(el("p", { class: "note" }, "Nothing of this was measured.")); return; }
@@ -29,7 +29,8 @@ function lines(host, series, options = {}) {
   const ys = [...series.flatMap(s => [...s.band.low, ...s.band.high]), ...rings.flatMap(r => [r.low, r.high])];
   const low = options.unit ? 0 : Math.min(0, ...ys), high = options.unit ? 1 : Math.max(...ys, low + 1e-9);
   const value = options.unit ? percent : short;
-  const ends = series.map(s => `${s.name} from ${value(s.band.mean[0])} to ${value(last(s.band.mean))}`).join("; ");
+  const curves = series.filter(s => s.band.x.length);
+  const ends = curves.map(s => `${s.name} from ${value(s.band.mean[0])} to ${value(last(s.band.mean))}`).join("; ");
   const f = frame(host, xs, low, high, { format: value, label: options.label || axisName(), title: `${options.title || ""}: ${ends}` });
   for (const s of series) {
     const b = s.band;
@@ -42,7 +43,7 @@ function lines(host, series, options = {}) {
         `${s.name}: held-out ${percent(r.mean)} [${percent(r.low)}, ${percent(r.high)}], ${r.n} attempts`));
     }
   }
-  readable(f, series, value, options.label || (state.axis === "step" ? "step" : "tokens"));
+  readable(f, curves, value, options.label || (state.axis === "step" ? "step" : "tokens"));
   host.append(f.root, legend(series));
 }
 

@@ -8,49 +8,59 @@ const curve = (group, name) => group.curves[state.axis][name] || nothing;
 function drawCurves() {
   const single = groups.length === 1, dashes = ["none", "7 4", "2 4"];
   const style = (i, k, colour) => ({ colour: single ? colour : colourOf(i), dash: single ? "none" : dashes[k % 3] });
-  lines($("chart-free"), groups.map((g, i) => ({ name: labelOf(g), colour: colourOf(i), band: curve(g, "success/critique_free"), raw: g.raw[state.axis],
-    rings: g.heldout.map(h => ({ ...h, x: h[state.axis] })) })), { unit: true, title: "success without a critique" });
   lines($("chart-roles"), groups.flatMap((g, i) => Object.keys(roleColours).map((role, k) => ({ name: named(g, role), ...style(i, k, roleColours[role]), band: curve(g, `reward/${role}`) }))), { title: "reward by role" });
   lines($("chart-rounds"), groups.flatMap((g, i) => Object.entries(g.rounds[state.axis]).map(([name, band], k) => ({ name: named(g, `round ${+name.split("_").pop() + 1}`), ...style(i, k, colourOf(k + 1)), band }))), { unit: true, title: "success by round" });
   lines($("chart-lengths"), groups.flatMap((g, i) => ["critique", "attempt"].map((what, k) => ({ name: named(g, what), ...style(i, k, roleColours[what]), band: curve(g, `${what}/tokens`) }))), { title: "tokens" });
+}
+// One chart for each task set: a mean over them would let one hide the other.
+const taskNames = [...new Set(groups.flatMap(g => g.tasks.map(t => t.name)))];
+const ofTask = (group, name) => group.tasks.find(t => t.name === name);
+function drawSuccess() {
+  const note = (groups.some(h => h.seeds.length > 1) ? "Band: 95 % interval over the seeds. " : "") + (groups.some(h => h.seeds.length === 1) ? "Thin: each step's training tasks. " : "") + "Thick: running mean. Rings: held-out problems, 95 % interval.";
+  for (const name of taskNames) {
+    const host = el("div"), caption = `Success without a critique: ${name}`;
+    $("chart-free").append(chart(caption, host, note));
+    drawn(() => lines(host, groups.flatMap((g, i) => ofTask(g, name) ? [{ name: labelOf(g), colour: colourOf(i), band: ofTask(g, name).curve[state.axis], raw: ofTask(g, name).raw[state.axis],
+      rings: ofTask(g, name).heldout.map(h => ({ ...h, x: h[state.axis] })) }] : []), { unit: true, title: caption }));
+  }
 }
 function drawSupervised() {
   const dashes = ["none", "7 4"], single = groups.length === 1, host = el("div");
   const curves = groups.flatMap((g, i) => Object.entries(g.supervised).map(([what, band], k) => ({ name: named(g, what), colour: single ? colourOf(k) : colourOf(i), dash: single ? "none" : dashes[k], band })));
   if (!curves.some(c => c.band.x.length)) return;
-  $("supervised").append(chart("Loss of supervised training", host, "Mean -log p of a token, in nats."));
+  $("curves").append(chart("Loss of supervised training", host, "Mean -log p of a token, in nats."));
   drawn(() => lines(host, curves, { label: "step", title: "loss of supervised training" }));
 }
 function drawTiles() {
-  const g = groups[0], run = runs[0], before = g.heldout[0], after = last(g.heldout), weight = g.transfer.mean;
+  const g = groups[0], run = runs[0], weight = g.transfer.mean;
   const tile = (value, text) => el("div", { class: "tile" }, el("b", {}, value), el("span", {}, text));
   const tiles = [];
-  if (after) tiles.push(tile(`${percent(before.mean)} → ${percent(after.mean)}`, `held-out success of ${labelOf(g)}, without a critique`));
+  for (const { name, heldout } of g.tasks) if (heldout.length) tiles.push(tile(`${percent(heldout[0].mean)} → ${percent(last(heldout).mean)}`, `held-out success on ${name} of ${labelOf(g)}, without a critique`));
   if (weight.x.length) tiles.push(tile(`${weight.mean[0].toFixed(2)} → ${last(weight.mean).toFixed(2)}`, `mean ${run.weight_name.toLowerCase()} of a revision's tokens`));
   tiles.push(tile(short(run.tokens), `generated tokens${g.seeds.length > 1 ? " a seed" : ""}${run.evaluation_tokens ? `; ${short(run.evaluation_tokens)} more in evaluations` : ""}`));
   const { counts, phases } = run.times, seconds = sum(Object.entries(phases).filter(([n]) => n !== "evaluation").map(([, v]) => sum(v.map((s, i) => s * counts[i]))));
   tiles.push(tile(seconds > 3600 ? `${(seconds / 3600).toFixed(1)} h` : `${(seconds / 60).toFixed(1)} min`, `of training over ${run.steps} steps`));
   $("tiles").append(...tiles);
   $("subtitle").textContent = groups.map(labelOf).join(", ");
-  $("note-free").textContent = (groups.some(h => h.seeds.length > 1) ? "Band: 95 % interval over the seeds. " : "") + (groups.some(h => h.seeds.length === 1) ? "Thin: each step's training tasks. " : "") + "Thick: running mean. Rings: held-out problems, 95 % interval.";
 }
 const share = p => [percent(p.mean), el("span", { class: "ci" }, ` [${percent(p.low)}, ${percent(p.high)}]`)];
 function drawTables() {
   const head = (...names) => el("tr", {}, ...names.map(n => el("th", { scope: "col" }, n)));
   const table = (names, rows) => $("tables").append(el("div", { class: "scroll", tabindex: 0 }, el("table", names[0] === "setting" ? { class: "setup" } : {}, head(...names), ...rows)));
   const mean = values => sum(values) / values.length, length = g => last((g.curves.step["critique/tokens"] || nothing).mean);
-  if (runs.length > 1) table(["experiment", "seeds", "before", "after", "generated tokens", "steps", "tokens a critique"], groups.map(g => {
-    const of = g.runs.map(r => runs[r]), ends = g.heldout.length ? [g.heldout[0], last(g.heldout)] : [];
-    return el("tr", {}, el("td", {}, g.label), el("td", {}, g.seeds.join(", ")), ...[0, 1].map(i => el("td", {}, ...(ends[i] ? share(ends[i]) : ["-"]))),
+  if (runs.length > 1) table(["experiment", "task", "seeds", "before", "after", "generated tokens", "steps", "tokens a critique"], groups.flatMap(g => g.tasks.map(task => {
+    const of = g.runs.map(r => runs[r]), ends = task.heldout.length ? [task.heldout[0], last(task.heldout)] : [];
+    return el("tr", {}, el("td", {}, g.label), el("td", {}, task.name), el("td", {}, g.seeds.join(", ")), ...[0, 1].map(i => el("td", {}, ...(ends[i] ? share(ends[i]) : ["-"]))),
       el("td", {}, whole(mean(of.map(r => r.tokens)))), el("td", {}, whole(mean(of.map(r => r.steps)))), el("td", {}, length(g) === undefined ? "-" : short(length(g))));
-  }));
+  })));
   table(["run", "task", "before", "after", "generated tokens", "in evaluations"], runs.flatMap(run => run.table.map(t => el("tr", {}, el("td", {}, seeded(run)), el("td", {}, t.task),
     el("td", {}, ...share(t.before)), el("td", {}, ...share(t.after)), el("td", {}, whole(run.tokens)), el("td", {}, whole(run.evaluation_tokens))))));
   const controls = runs.flatMap(run => Object.entries(run.control).flatMap(([when, by]) => Object.entries(by).filter(([, c]) => c.failures).map(([task, c]) =>
     el("tr", {}, el("td", {}, `${seeded(run)}, ${when}`), el("td", {}, task), el("td", {}, `${c.failures}`), ...["critique", "empty", "plain"].map(a => el("td", {}, ...share(c[a])))))));
   if (controls.length) table(["retries of failed attempts", "task", "failed", "with the critique", "with an empty one", "another attempt"], controls);
   const first = groups.map(g => runs[g.runs[0]]), rows = [...new Set(first.flatMap(r => Object.keys(r.setup)))];
-  table(["setting", ...groups.map(labelOf)], rows.map(k => el("tr", {}, el("td", {}, k), ...first.map((r, i) => el("td", {}, k === "seed" ? groups[i].seeds.join(", ") : r.setup[k])))));
+  if (first.length === 1) $("tables").append(el("dl", { class: "grid setup" }, ...rows.map(k => el("div", {}, el("dt", {}, k), el("dd", {}, first[0].setup[k])))));
+  else table(["setting", ...groups.map(labelOf)], rows.map(k => el("tr", {}, el("td", {}, k), ...first.map((r, i) => el("td", {}, k === "seed" ? groups[i].seeds.join(", ") : r.setup[k])))));
 }
 function drawWeights() {
   groups.forEach(g => {
@@ -115,7 +125,7 @@ $("theme").addEventListener("click", () => {
   document.documentElement.dataset.theme = next;
   $("theme").textContent = `theme: ${next || "system"}`;
 });
-drawTiles(); drawHero(); drawn(drawCurves); drawSupervised(); drawTables(); drawWeights(); drawCounted(); drawTimes(); drawFilters(); drawList();
+drawTiles(); drawHero(); drawSuccess(); drawn(drawCurves); drawSupervised(); drawTables(); drawWeights(); drawCounted(); drawTimes(); drawFilters(); drawList();
 $("list").children[state.chosen]?.scrollIntoView({ block: "nearest" });
 scrollTo(0, 0);
 document.body.dataset.ready = "yes";
