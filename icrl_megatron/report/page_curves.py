@@ -124,9 +124,8 @@ def heldout(runs: Sequence[Measured]) -> list[dict[str, Any]]:
     """Evaluations over all task sets together, with Wilson's interval for one seed, or an interval over the seeds."""
     found: list[tuple[float, float, float, float]] = []  # step, tokens, share, trials
     for run in runs:
-        sources = [s.name for s in run.settings.tasks.sources]
         for row in run.rows:
-            trials = sum(row.get(f"{HELDOUT_ATTEMPTS}/{name}", 0.0) for name in sources)
+            trials = sum(value for name, value in row.items() if name.startswith(f"{HELDOUT_ATTEMPTS}/"))
             if HELDOUT in row and trials:
                 found.append((row["step"], row.get("tokens/generated_total", 0.0), row[HELDOUT], trials))
     rings = []

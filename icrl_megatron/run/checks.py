@@ -24,7 +24,7 @@ from icrl_megatron.settings.rollout_schema import TEMPLATES, RolloutSettings
 from icrl_megatron.settings.schema import ActorSettings, Settings, TrackerSettings
 from icrl_megatron.settings.task_options import PORT, ServedSource, check_unused
 from icrl_megatron.tasks import registry
-from icrl_megatron.tasks.base import Checked
+from icrl_megatron.tasks.base import Checked, TaskSet, Teachable
 from icrl_megatron.tasks.datasets import check_no_leak
 from icrl_megatron.telemetry.dumps import dumped_steps
 from icrl_megatron.types import Split, Task
@@ -137,8 +137,11 @@ def _check_sources(settings: Settings) -> None:
 def _check_tasks(settings: Settings, before: Sequence[Settings]) -> None:
     problems: dict[Split, list[Task]] = {"train": [], "heldout": []}
     splits: tuple[Split, Split] = ("train", "heldout")
+    names: list[str] = []
     for i, source in enumerate(settings.tasks.sources):
         task_set = registry.of_source(source)
+        _check_own_name(f"tasks.sources.{i}.name={source.name}", task_set, names)
+        _check_teachable(settings, task_set)
         for split in splits:
             found = registry.problems(task_set, split)
             problems[split] += found
@@ -159,6 +162,30 @@ def _check_tasks(settings: Settings, before: Sequence[Settings]) -> None:
                 f"rollout.templates={templates}: not standard, compact or a folder with "
                 f"{', '.join(f'{n}.jinja' for n in missing)}"
             )
+
+
+def _check_own_name(given: str, task_set: TaskSet, earlier: list[str]) -> None:
+    """Problems, metrics and files have the name of their task set, so two must not have the same."""
+    if task_set.name in earlier:
+        raise ConfigError(f"{given}: it is called {task_set.name!r}, as another task set of this run is; rename it")
+    earlier.append(task_set.name)
+
+
+def _check_teachable(settings: Settings, task_set: TaskSet) -> None:
+    """Raises ConfigError if a task set without words or teacher is to be played by a tokenizer of words, or taught."""
+    init, warm = settings.model.init, settings.warm_start
+    if settings.start_from or isinstance(task_set, Teachable):
+        return
+    if not settings.model.path and init is not None and init.tokenizer == "words":
+        raise ConfigError(
+            f"task set {task_set.name!r} has no vocabulary, so a tokenizer of words cannot be made for it: use the "
+            "recipe any_text, or begin a new run with model.init.tokenizer=bytes warm_start.steps=0, or with model.path"
+        )
+    if warm.wanted and not warm.data:
+        raise ConfigError(
+            f"task set {task_set.name!r} has no teacher for the warm start: begin a new run with warm_start.steps=0, "
+            "or with conversations in warm_start.data, or give the task set teacher() and vocabulary()"
+        )
 
 
 def _check_algo(algo: AlgoSettings, settings: Settings) -> None:

@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-Recipe = Annotated[str, typer.Argument(help="A name that `icrl recipes` lists.", show_default=False)]
+Recipe = Annotated[
+    str, typer.Argument(help="A name of `icrl recipes`, my_recipe.py:run or settings.yaml.", show_default=False)
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, e.g. optim.learning_rate=1e-5 steps=50."),
