@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from icrl_megatron.run.conversation_checks import as_recipe
+from icrl_megatron.run.heldout import problems
 from icrl_megatron.settings.loading import apply_overrides, load, to_yaml
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.settings.task_options import OwnSource, source_of
@@ -77,6 +78,13 @@ def test_tasks_find_their_task_set_by_its_own_name(folder: Path) -> None:
     assert catalogue.get("household").name == "household"
     with pytest.raises(ConfigError, match="unknown task set 'plane'"):
         catalogue.get("plane")
+
+
+def test_an_evaluation_has_the_held_out_problems_of_an_own_task_set(folder: Path) -> None:
+    write(folder / "held.py", TASK_SET)
+    settings = apply_overrides(Settings(), ["tasks.sources.0.name=./held.py:Plain"])
+    (task,) = problems(settings, settings, ["plain"], None)
+    assert task.task_id == "plain/heldout/0"
 
 
 @pytest.mark.parametrize(

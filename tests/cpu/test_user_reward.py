@@ -194,7 +194,7 @@ def test_the_check_before_a_run_names_row_and_line(folder: Path) -> None:
     registry.of_source(source(folder, "score")).check()  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match=r"train.jsonl, line 1 .*ZeroDivisionError.*reward.py, line 20"):
         registry.of_source(source(folder, "picky")).check()  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match="reward.low=1 is not below reward.high=1"):
+    with pytest.raises(ConfigError, match=r"reward\.low=1 is not below reward.high=1"):
         registry.of_source(source(folder, "score", low=1.0))
     settings = Settings()
     settings.tasks.sources = [source(folder, "score", timeout_s=100.0)]
