@@ -80,7 +80,7 @@ def any_text() -> Settings:
     settings.model = ModelSettings(init=TinyModel(tokenizer="bytes", max_positions=4096))
     settings.warm_start = WarmStart(steps=0)
     settings.rollout.context_tokens = 2048
-    settings.steps, settings.optim.learning_rate = 40, 4e-3
+    settings.steps, settings.optim.learning_rate = 40, 1e-2
     settings.rollout.tasks_per_step, settings.rollout.episodes_per_task = 4, 16
     settings.algo.entropy_coef = 0.0
     settings.algo.on_no_signal = "skip"  # random bytes often earn nothing at first

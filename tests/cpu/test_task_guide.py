@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import re
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -100,7 +101,7 @@ def guided(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("heading", ["Your own reward", "Your own task set"])
 def test_the_guides_commands_pass_the_checks_before_a_run(guided: Path, heading: str) -> None:
-    command = example(heading).replace("\\\n", " ").split()
+    command = shlex.split(example(heading))
     assert command[0] == "icrl"
     done = python("-m", "icrl_megatron.cli", *command[1:], "--dry-run", cwd=guided)
     assert done.returncode == 0, done.stderr
