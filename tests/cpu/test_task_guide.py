@@ -101,7 +101,7 @@ def guided(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("heading", ["Your own reward", "Your own task set"])
 def test_the_guides_commands_pass_the_checks_before_a_run(guided: Path, heading: str) -> None:
-    command = shlex.split(example(heading))
+    command = shlex.split(example(heading).replace("\\\n", ""))
     assert command[0] == "icrl"
     done = python("-m", "icrl_megatron.cli", *command[1:], "--dry-run", cwd=guided)
     assert done.returncode == 0, done.stderr
