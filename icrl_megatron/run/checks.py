@@ -141,7 +141,6 @@ def _check_tasks(settings: Settings, before: Sequence[Settings]) -> None:
     for i, source in enumerate(settings.tasks.sources):
         task_set = registry.of_source(source)
         _check_own_name(f"tasks.sources.{i}.name={source.name}", task_set, names)
-        _check_teachable(settings, task_set)
         for split in splits:
             found = registry.problems(task_set, split)
             problems[split] += found
@@ -164,28 +163,28 @@ def _check_tasks(settings: Settings, before: Sequence[Settings]) -> None:
             )
 
 
+def check_teachable(settings: Settings) -> None:
+    """Raises ConfigError if a task set without words or teacher is to be played by a tokenizer of words, or taught."""
+    init, warm = settings.model.init, settings.warm_start
+    others = [registry.of_source(source) for source in settings.tasks.sources]
+    names = ", ".join(repr(one.name) for one in others if not isinstance(one, Teachable))
+    if names and not settings.model.path and init is not None and init.tokenizer == "words":
+        raise ConfigError(
+            f"task set {names} has no vocabulary, so a tokenizer of words cannot be made for it: use the recipe "
+            "any_text, or begin a new run with model.init.tokenizer=bytes warm_start.steps=0, or with model.path"
+        )
+    if names and warm.wanted and not warm.data:
+        raise ConfigError(
+            f"task set {names} has no teacher for the warm start: begin a new run with warm_start.steps=0, or with "
+            "conversations in warm_start.data, or give the task set teacher() and vocabulary()"
+        )
+
+
 def _check_own_name(given: str, task_set: TaskSet, earlier: list[str]) -> None:
     """Problems, metrics and files have the name of their task set, so two must not have the same."""
     if task_set.name in earlier:
         raise ConfigError(f"{given}: it is called {task_set.name!r}, as another task set of this run is; rename it")
     earlier.append(task_set.name)
-
-
-def _check_teachable(settings: Settings, task_set: TaskSet) -> None:
-    """Raises ConfigError if a task set without words or teacher is to be played by a tokenizer of words, or taught."""
-    init, warm = settings.model.init, settings.warm_start
-    if settings.start_from or isinstance(task_set, Teachable):
-        return
-    if not settings.model.path and init is not None and init.tokenizer == "words":
-        raise ConfigError(
-            f"task set {task_set.name!r} has no vocabulary, so a tokenizer of words cannot be made for it: use the "
-            "recipe any_text, or begin a new run with model.init.tokenizer=bytes warm_start.steps=0, or with model.path"
-        )
-    if warm.wanted and not warm.data:
-        raise ConfigError(
-            f"task set {task_set.name!r} has no teacher for the warm start: begin a new run with warm_start.steps=0, "
-            "or with conversations in warm_start.data, or give the task set teacher() and vocabulary()"
-        )
 
 
 def _check_algo(algo: AlgoSettings, settings: Settings) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from icrl_megatron.run.checks import check_teachable
 from icrl_megatron.run.conversation_checks import as_recipe
 from icrl_megatron.run.heldout import problems
 from icrl_megatron.settings.loading import apply_overrides, load, to_yaml
@@ -180,3 +181,14 @@ def test_recipes_that_are_none_are_refused(folder: Path, recipe: str, message: s
     (folder / "list.yaml").write_text("[1]\n")
     with pytest.raises(ConfigError, match=message):
         load(recipe)
+
+
+def test_a_task_set_without_words_needs_a_tokenizer_of_bytes(folder: Path) -> None:
+    write(folder / "wordless.py", TASK_SET)
+    name = "tasks.sources.0.name=./wordless.py:Plain"
+    with pytest.raises(ConfigError, match="'plain' has no vocabulary"):
+        check_teachable(load("rulebook_easy", [name]))
+    with pytest.raises(ConfigError, match="'plain' has no teacher"):
+        check_teachable(load("rulebook_easy", [name, "model.init.tokenizer=bytes"]))
+    check_teachable(load("rulebook_easy", [name, "model.init.tokenizer=bytes", "warm_start.steps=0"]))
+    check_teachable(load("rulebook_easy"))
