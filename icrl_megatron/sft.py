@@ -196,7 +196,7 @@ def _start_folder(settings: Settings, grid: grids.Grid) -> Path:
 
 
 def _words(settings: Settings) -> set[str]:
-    """Every word of the tasks and templates. `run/checks.py` has checked that the task sets list theirs."""
+    """Every word of the tasks and templates. `run/teach_checks.py` has checked that the task sets list theirs."""
     catalogue = registry.Catalogue(settings.tasks.sources)
     task_sets = [catalogue.get(source.name) for source in settings.tasks.sources]
     words = (set(one.vocabulary()) for one in task_sets if isinstance(one, Teachable))

@@ -24,7 +24,7 @@ from icrl_megatron.settings.rollout_schema import TEMPLATES, RolloutSettings
 from icrl_megatron.settings.schema import ActorSettings, Settings, TrackerSettings
 from icrl_megatron.settings.task_options import PORT, ServedSource, check_unused
 from icrl_megatron.tasks import registry
-from icrl_megatron.tasks.base import Checked, TaskSet, Teachable
+from icrl_megatron.tasks.base import Checked, TaskSet
 from icrl_megatron.tasks.datasets import check_no_leak
 from icrl_megatron.telemetry.dumps import dumped_steps
 from icrl_megatron.types import Split, Task
@@ -161,23 +161,6 @@ def _check_tasks(settings: Settings, before: Sequence[Settings]) -> None:
                 f"rollout.templates={templates}: not standard, compact or a folder with "
                 f"{', '.join(f'{n}.jinja' for n in missing)}"
             )
-
-
-def check_teachable(settings: Settings) -> None:
-    """Raises ConfigError if a task set without words or teacher is to be played by a tokenizer of words, or taught."""
-    init, warm = settings.model.init, settings.warm_start
-    others = [registry.of_source(source) for source in settings.tasks.sources]
-    names = ", ".join(repr(one.name) for one in others if not isinstance(one, Teachable))
-    if names and not settings.model.path and init is not None and init.tokenizer == "words":
-        raise ConfigError(
-            f"task set {names} has no vocabulary, so a tokenizer of words cannot be made for it: use the recipe "
-            "any_text, or begin a new run with model.init.tokenizer=bytes warm_start.steps=0, or with model.path"
-        )
-    if names and warm.wanted and not warm.data:
-        raise ConfigError(
-            f"task set {names} has no teacher for the warm start: begin a new run with warm_start.steps=0, or with "
-            "conversations in warm_start.data, or give the task set teacher() and vocabulary()"
-        )
 
 
 def _check_own_name(given: str, task_set: TaskSet, earlier: list[str]) -> None:

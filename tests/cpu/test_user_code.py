@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from icrl_megatron.run.checks import check_teachable
 from icrl_megatron.run.conversation_checks import as_recipe
 from icrl_megatron.run.heldout import problems
+from icrl_megatron.run.teach_checks import check_teachable
 from icrl_megatron.settings.loading import apply_overrides, load, to_yaml
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.settings.task_options import OwnSource, source_of
