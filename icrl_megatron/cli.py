@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -305,7 +306,7 @@ def ablate(
 
     if on not in ("local", "slurm"):
         raise ConfigError(f"--on={on}: choose local or slurm")
-    where = out or Path("runs") / f"ablate_{recipe}"
+    where = out or Path("runs") / f"ablate_{re.sub(r'[^A-Za-z0-9_-]+', '_', recipe).strip('_')}"
     plan = ablation.parse(recipe, arms, seeds, where, overrides or [], budget_of)
     if on == "slurm" and not table:
         from icrl_megatron.launch import ablate_array as ablate_slurm

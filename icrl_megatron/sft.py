@@ -82,7 +82,8 @@ def supervised(settings: Settings) -> Settings:
             settings.rollout,
             temperature=1.0,
             rounds=2,
-            tasks_per_step=warm.episodes_per_step,
+            # Without a step, the stage only makes the model and checks the problems for the run.
+            tasks_per_step=warm.episodes_per_step if warm.wanted else settings.rollout.tasks_per_step,
             episodes_per_task=1,
             oversample=1.0,
             partial=False,
@@ -178,7 +179,7 @@ def _from_files(settings: Settings, prompter: Prompter, model: Path, grid: grids
 
 
 def _start_folder(settings: Settings, grid: grids.Grid) -> Path:
-    """The model to start from: `model.path`, or `model.init` built with every word of the tasks and templates."""
+    """The model to start from: `model.path`, or the one that `model.init` describes."""
     if settings.model.path:
         return Path(settings.model.path)
     if settings.model.init is None:
@@ -187,19 +188,19 @@ def _start_folder(settings: Settings, grid: grids.Grid) -> Path:
     if grid.rank == 0 and not (folder / "config.json").exists():
         from icrl_megatron.model.tiny import build_tiny
 
-        words = template_words(settings.rollout.templates)
-        for source in settings.tasks.sources:
-            task_set = registry.get(source.name)
-            if not isinstance(task_set, Teachable):
-                raise ConfigError(
-                    f"task set {source.name!r} has no vocabulary, so a model that model.init makes cannot play it; "
-                    "take it out of tasks.sources, or begin a new run with model.path"
-                )
-            words |= set(task_set.vocabulary())
+        words = _words(settings) if settings.model.init.tokenizer == "words" else set()
         with results.writing(folder, results.MODEL, remedy=results.MOVE_AWAY) as new, disk_errors(folder, "the model"):
             build_tiny(new, settings.model.init, sorted(words), settings.seed)
     dist.barrier(group=grid.host_group)
     return folder
+
+
+def _words(settings: Settings) -> set[str]:
+    """Every word of the tasks and templates. `run/teach_checks.py` has checked that the task sets list theirs."""
+    catalogue = registry.Catalogue(settings.tasks.sources)
+    task_sets = [catalogue.get(source.name) for source in settings.tasks.sources]
+    words = (set(one.vocabulary()) for one in task_sets if isinstance(one, Teachable))
+    return template_words(settings.rollout.templates).union(*words)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,12 @@ def _refuse_setting(word: str, following: str) -> None:
 
 
 Recipe = Annotated[
-    str, typer.Argument(help="A name that `icrl recipes` lists.", show_default=False, autocompletion=recipe_names)
+    str,
+    typer.Argument(
+        help="A name of `icrl recipes`, my_recipe.py:run or settings.yaml.",
+        show_default=False,
+        autocompletion=recipe_names,
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,

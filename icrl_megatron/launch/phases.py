@@ -17,7 +17,7 @@ from pathlib import Path
 from icrl_megatron.distributed.process import is_rank
 from icrl_megatron.launch import servers as serve
 from icrl_megatron.launch.torchrun import launch
-from icrl_megatron.run import resume, start
+from icrl_megatron.run import resume, start, teach_checks
 from icrl_megatron.run.files import EXPORT, WARM_START
 from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.settings.arms import ARMS, BASELINE, at_equal_cost
@@ -83,6 +83,7 @@ def _warm_start(settings: Settings) -> int:
     folder = run_folder(settings) / WARM_START
     if (folder / EXPORT).exists():
         return 0
+    teach_checks.check_teachable(settings)
     return _phase("icrl_megatron.sft", replace(settings, run_dir=str(folder)), folder)
 
 

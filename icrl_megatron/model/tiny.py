@@ -1,4 +1,4 @@
-"""The embedded model: random weights and a word tokenizer, written as a Hugging Face folder."""
+"""The embedded model: random weights and a tokenizer of words or bytes, written as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -27,6 +27,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
 """One header token per message; every role except assistant is written as the user."""
+
+BYTE_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("|> '", "|>'").replace("|> {%", "|>{%").replace(" <|im_end|>", "<|im_end|>")
+"""The same without spaces, each of which would be a token."""
 
 _INITIALIZER_RANGE = 0.05
 """Qwen3's 0.02 is meant for widths in the thousands; with a width of 64, learning is several times slower."""
@@ -52,23 +55,38 @@ def build_tokenizer(vocabulary: Iterable[str]) -> PreTrainedTokenizerFast:
     # where no space separates them from other words, as in trajectories that are read from files.
     tags = (*CRITIC_TAGS, *(word for word in words if re.fullmatch(r"</?\w+>", word)))
     core.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in tags])
+    return _finished(core, CHAT_TEMPLATE, unk_token=UNKNOWN)
+
+
+def build_byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per byte of UTF-8, which knows any text, and the tokens of `build_tokenizer`."""
+    names = (PAD, END, *HEADERS, *CRITIC_TAGS, *sorted(pre_tokenizers.ByteLevel.alphabet()))
+    core = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in CRITIC_TAGS])
+    return _finished(core, BYTE_CHAT_TEMPLATE)
+
+
+def _finished(core: Tokenizer, chat_template: str, **tokens: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=PAD,
         eos_token=END,
-        unk_token=UNKNOWN,
         additional_special_tokens=list(HEADERS),
         clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
+        **tokens,
     )
 
 
 def build_tiny(folder: Path, init: TinyModel, vocabulary: Iterable[str], seed: int) -> None:
-    """Writes model and tokenizer to `folder` (created if missing), fp32, reproducible from `seed`.
+    """Writes model and tokenizer to `folder` (created if missing), fp32, reproducible from `seed`. `vocabulary`: the
+    words of `init.tokenizer=words`.
 
     The folder loads with AutoTokenizer and AutoModelForCausalLM; model and tokenizer have the same vocabulary.
     """
-    tokenizer = build_tokenizer(vocabulary)
+    tokenizer = build_byte_tokenizer() if init.tokenizer == "bytes" else build_tokenizer(vocabulary)
     family = FAMILIES[init.family]
     config = getattr(transformers, family.architecture.replace("ForCausalLM", "Config"))(
         vocab_size=len(tokenizer),

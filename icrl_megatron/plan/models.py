@@ -43,6 +43,7 @@ PUBLISHED: dict[str, ModelShape] = {
 """Published models by the name of their folder (their own config.json)."""
 
 _TEMPLATES = Path(__file__).parents[1] / "rollout" / "templates"
+_BYTES = 256
 _SPECIAL_TOKENS = 16
 """Upper bound of what the embedded tokenizer adds to the words."""
 
@@ -68,9 +69,11 @@ def shape_of(settings: Settings) -> ModelShape:
 
 
 def _tiny_vocabulary(settings: Settings) -> int:
+    if settings.model.init is not None and settings.model.init.tokenizer == "bytes":
+        return _BYTES + _SPECIAL_TOKENS
     words = _template_words(settings.rollout.templates)
     for source in settings.tasks.sources:
-        task_set = registry.get(source.name)
+        task_set = registry.of_source(source)
         if isinstance(task_set, Teachable):
             words |= set(task_set.vocabulary())
     return len(words) + _SPECIAL_TOKENS

@@ -22,6 +22,7 @@ from icrl_megatron.utils.intervals import Proportion, proportion
 
 CURVE = "learning_curve.png"
 REPORT = "report.json"
+_OF_TASKS = f"{HELDOUT}/"
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,19 @@ class Outcome:
 def outcome(label: str, folder: Path, settings: Settings) -> Outcome:
     """Reads a finished run's metrics."""
     rows = read_rows(folder / METRICS_FILE)
-    names = [source.name for source in settings.tasks.sources]
+    given = [source.name for source in settings.tasks.sources]
+    # A user's own task set has a name of its own.
+    names = [*given, *(k.removeprefix(_OF_TASKS) for row in rows for k in row if k.startswith(_OF_TASKS))]
 
     def measured(name: str) -> list[Proportion]:
         means = [
-            (row[f"{HELDOUT}/{name}"], int(row[f"{HELDOUT_ATTEMPTS}/{name}"]))
+            (row[f"{_OF_TASKS}{name}"], int(row[f"{HELDOUT_ATTEMPTS}/{name}"]))
             for row in rows
-            if f"{HELDOUT}/{name}" in row
+            if f"{_OF_TASKS}{name}" in row
         ]
         return [proportion(round(mean * trials), trials) for mean, trials in means]
 
-    found = {name: measured(name) for name in names}
+    found = {name: measured(name) for name in dict.fromkeys(names)}
     spent = int(rows[-1].get("tokens/generated_total", 0)) if rows else 0  # supervised training generates none
     before, after = ({name: of[i] for name, of in found.items() if of} for i in (0, -1))
     return Outcome(label, rows, spent, before, after)

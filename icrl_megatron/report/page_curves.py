@@ -19,6 +19,7 @@ from icrl_megatron.settings.schema import Settings
 from icrl_megatron.telemetry.metrics import GENERATED, HELDOUT, HELDOUT_ATTEMPTS, HELDOUT_NLL, NLL
 from icrl_megatron.telemetry.writer import TIME_PREFIX, Row
 from icrl_megatron.utils.intervals import proportion
+from icrl_megatron.utils.user_code import is_own
 
 POINTS = 160
 ROUND = "success/round_"
@@ -95,16 +96,26 @@ def group_data(runs: Sequence[Measured], members: Sequence[int]) -> dict[str, An
         "counted": {axis: bands(counted[:MOST_COUNTED], places) for axis, places in by_axis.items()},
         "tasks": [
             {
-                "name": source.name,
+                "name": name,
                 "curve": {axis: bands([task], places)[task] for axis, places in by_axis.items()},
                 "raw": {axis: _raw(of_group, task, places) for axis, places in by_axis.items()},
-                "heldout": heldout(of_group, source.name),
+                "heldout": heldout(of_group, name),
             }
-            for source in of_group[0].settings.tasks.sources
-            for task in [OF_TASK.format(source.name)]
+            for name in _task_sets(of_group)
+            for task in [OF_TASK.format(name)]
         ],
         "supervised": {label: asdict(band(_losses(of_group, name), POINTS)) for label, name in SUPERVISED.items()},
     }
+
+
+def _task_sets(runs: Sequence[Measured]) -> list[str]:
+    """Names of the task sets; a user's own has another name in the metrics than in the settings."""
+    given = [source.name for source in runs[0].settings.tasks.sources if not is_own(source.name)]
+    prefix = f"{HELDOUT}/"
+    measured = [
+        name.removeprefix(prefix) for run in runs for row in run.rows for name in row if name.startswith(prefix)
+    ]
+    return list(dict.fromkeys([*given, *measured]))
 
 
 def _losses(runs: Sequence[Measured], name: str) -> list[Curve]:

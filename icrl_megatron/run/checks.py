@@ -25,7 +25,7 @@ from icrl_megatron.settings.schema import ActorSettings, Settings
 from icrl_megatron.settings.task_options import PORT, ServedSource, check_unused
 from icrl_megatron.settings.values import pasted
 from icrl_megatron.tasks import registry
-from icrl_megatron.tasks.base import Checked
+from icrl_megatron.tasks.base import Checked, TaskSet
 from icrl_megatron.tasks.datasets import check_no_leak
 from icrl_megatron.telemetry.dumps import dumped_steps
 from icrl_megatron.types import Split, Task
@@ -162,9 +162,11 @@ def _check_sources(settings: Settings) -> None:
 def _check_tasks(settings: Settings, before: Sequence[Settings]) -> None:
     problems: dict[Split, list[Task]] = {"train": [], "heldout": []}
     splits: tuple[Split, Split] = ("train", "heldout")
+    names: list[str] = []
     for i, source in enumerate(settings.tasks.sources):
         with own_entry(i):
             task_set = registry.of_source(source)
+            _check_own_name(f"tasks.sources.{i}.name={source.name}", task_set, names)
             for split in splits:
                 found = registry.problems(task_set, split)
                 problems[split] += found
@@ -185,6 +187,13 @@ def _check_tasks(settings: Settings, before: Sequence[Settings]) -> None:
                 f"rollout.templates={templates}: not standard, compact or a folder with "
                 f"{', '.join(f'{n}.jinja' for n in missing)}"
             )
+
+
+def _check_own_name(given: str, task_set: TaskSet, earlier: list[str]) -> None:
+    """Problems, metrics and files have the name of their task set, so two must not have the same."""
+    if task_set.name in earlier:
+        raise ConfigError(f"{given}: it is called {task_set.name!r}, as another task set of this run is; rename it")
+    earlier.append(task_set.name)
 
 
 def _check_algo(algo: AlgoSettings, settings: Settings) -> None:

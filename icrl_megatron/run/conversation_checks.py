@@ -8,6 +8,7 @@ from pathlib import Path
 
 from icrl_megatron.distill import readers
 from icrl_megatron.distill.rows import SUFFIXES
+from icrl_megatron.settings.loading import YAML
 from icrl_megatron.settings.schema import ConversationFiles, Settings, WarmStart
 from icrl_megatron.utils.errors import ConfigError
 
@@ -22,7 +23,7 @@ def as_recipe(given: str, recipes: Container[str]) -> tuple[str, list[str]]:
     """The argument of `icrl sft` as a recipe and overrides: a file, folder or pattern becomes the data of DATA_RECIPE,
     in a run that is named after it; anything else is a recipe."""
     path = Path(given)
-    if given in recipes or not (path.suffix in SUFFIXES or "*" in given or path.exists()):
+    if given in recipes or path.suffix in YAML or not (path.suffix in SUFFIXES or "*" in given or path.exists()):
         return given, []
     words = (re.sub(r"[^\w.-]+", "_", part).strip("_.") for part in (path.stem, path.resolve().parent.name))
     name = next(filter(None, words), DATA_RECIPE)

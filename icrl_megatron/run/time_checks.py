@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from icrl_megatron.agents.toolbox import ToolLimits
 from icrl_megatron.settings.schema import Settings
-from icrl_megatron.settings.task_options import SearchQASource, ServedSource, ToolsSource
+from icrl_megatron.settings.task_options import OwnSource, SearchQASource, ServedSource, ToolsSource
 from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks.servers import BACKOFF_S, TRIES
 from icrl_megatron.utils.endpoint import RETRIES, EndpointClient
@@ -59,7 +59,9 @@ def check_times(settings: Settings) -> None:
 
 def call_times(source: TaskSource) -> Iterator[CallTime]:
     """Yields the longest time of every call that an environment step waits for and that has its own limit."""
-    if isinstance(source, ToolsSource):
+    if isinstance(source, OwnSource):
+        yield CallTime("reward.timeout_s", source.reward.timeout_s, "the reward of a reply", 1, 0.0)
+    elif isinstance(source, ToolsSource):
         yield from _of_tools(source)
     elif isinstance(source, ServedSource):
         of_folders = not source.served and not source.data.servers  # games in processes, which are asked once

@@ -25,13 +25,18 @@ from icrl_megatron.settings.schema import Settings
 from icrl_megatron.settings.task_options import SOURCES, no_option, source_class, source_of
 from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.settings.values import describe, parse, parse_file, pasted
+from icrl_megatron.utils import user_code
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.files import write_atomically
+from icrl_megatron.utils.user_code import is_own
 
 SAVED_NAME = "settings.yaml"
 """File in a run folder that holds its resolved settings."""
 KEPT_MODEL = "model_files"
 """Folder in a run folder with what the model's folder has besides weights."""
+
+YAML = (".yaml", ".yml")
+"""Endings of files of settings, which `icrl train` takes in place of a recipe's name."""
 
 _REFUSED = ("top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 """What other trainers let one set, and what would make the engine sample from another distribution."""
@@ -50,15 +55,46 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Settings:
 
 
 def from_recipe(recipe: str) -> Settings:
-    """What the recipe's function returns. Raises ConfigError on an unknown name."""
+    """What a recipe's function returns: one of `icrl_recipes`, or a user's own (my_recipe.py:run). Or the settings of a
+    YAML file, with defaults for what it does not set. Raises ConfigError on an unknown name and an invalid file."""
     from icrl_recipes import registry
 
+    if is_own(recipe):
+        return _own_recipe(recipe)
+    if recipe.endswith(YAML):
+        return _from_yaml(Path(recipe))
     recipes = registry()
     if recipe in recipes:
         return recipes[recipe]()
     near = difflib.get_close_matches(recipe, recipes, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(recipes)}"
-    raise ConfigError(f"unknown recipe {recipe!r}: {hint} (`icrl recipes` lists them)")
+    raise ConfigError(
+        f"unknown recipe {recipe!r}: {hint} (`icrl recipes` lists them; your own: my_recipe.py:run or settings.yaml)"
+    )
+
+
+def _own_recipe(recipe: str) -> Settings:
+    function = user_code.load(recipe, "recipe")
+    try:
+        settings = function()
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"recipe {recipe} raises {user_code.raised_at(error)}; correct the function") from error
+    if not isinstance(settings, Settings):
+        raise ConfigError(
+            f"recipe {recipe} returns {type(settings).__name__}; return icrl_megatron.settings.schema.Settings"
+        )
+    return settings
+
+
+def _from_yaml(path: Path) -> Settings:
+    try:
+        return _read(path)
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, ConfigError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read as settings ({_first_line(error)}); `icrl settings` lists all settings"
+        ) from error
 
 
 def apply_overrides(settings: Settings, overrides: Sequence[str]) -> Settings:
@@ -101,13 +137,17 @@ def save(settings: Settings, path: Path) -> None:
 def load_saved(path: Path) -> Settings:
     """Reads what `save` wrote. Raises ConfigError when the file is missing, unreadable or of another version."""
     try:
-        given = _with_sources(parse_file(path.read_text(encoding="utf-8"), Settings))
-        return _to_settings(OmegaConf.merge(OmegaConf.structured(Settings), given), "the file")
+        return _read(path)
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, ConfigError) as error:
         raise ConfigError(
             f"{path}: not the saved settings of a run of this version ({_first_line(error)}); restore the file, or "
             "choose another run_dir"
         ) from error
+
+
+def _read(path: Path) -> Settings:
+    given = _with_sources(parse_file(path.read_text(encoding="utf-8"), Settings))
+    return _to_settings(OmegaConf.merge(OmegaConf.structured(Settings), given), "the file")
 
 
 @functools.cache

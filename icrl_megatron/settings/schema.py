@@ -29,8 +29,11 @@ _SEED = Range(0, 2**31 - 1)
 
 @dataclass
 class TinyModel:
-    """A small model with random weights and its own word tokenizer, for machines without a GPU and for tests."""
+    """A small model with random weights and a tokenizer of its own, for machines without a GPU and for tests."""
 
+    tokenizer: Annotated[str, Choice(("words", "bytes"))] = "words"
+    """words: one token per word of the task sets, which must list their words. bytes: one token per byte, for any
+    text."""
     family: Annotated[str, Choice(FAMILIES)] = "qwen3"
     """Architecture (docs/MODELS.md)."""
     layers: Annotated[int, Range(1)] = 2

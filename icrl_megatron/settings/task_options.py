@@ -17,6 +17,7 @@ from icrl_megatron.settings.limits import Choice, Range
 from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.settings.tool_schema import TOOLS, McpTools, PageTool
 from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.user_code import is_own
 
 PORT = "{port}"
 """In `serve.command`: the port that the server has to listen on."""
@@ -174,6 +175,33 @@ class SearchAgent(ToolAgent):
     endpoint: Endpoint = field(default_factory=lambda: Endpoint(timeout_s=12.0))
 
 
+# `reward` and `options`: a user's own reward or task set (docs/TASKS.md)
+
+
+@dataclass
+class MoreReward:
+    name: str = ""
+    """Another reward function, FILE.py:NAME or package.module:NAME."""
+    weight: Annotated[float, Range(1e-6)] = 1.0
+    """Its weight; that of the function that names the task set is 1."""
+
+
+@dataclass
+class OwnReward:
+    more: list[MoreReward] = field(default_factory=list)
+    """More reward functions. The reward is the weighted mean of all."""
+    low: Annotated[float, Range(-1e9, 1e9)] = 0.0
+    """Lowest reward that a function returns; it becomes 0."""
+    high: Annotated[float, Range(-1e9, 1e9)] = 1.0
+    """Highest reward that a function returns; it becomes 1. Any other reward costs its episode."""
+    success: Annotated[float, Range(0, 1)] = 1.0
+    """An attempt with at least this reward, on the scale from 0 to 1, is a success."""
+    workers: Annotated[int, Range(1, 1e6)] = 2
+    """Processes of each rank that call the functions; one that hangs is killed."""
+    timeout_s: Annotated[float, Range(0.01, 1e6)] = 30.0
+    """Seconds that all functions together may take for one reply; after that, its episode is dropped."""
+
+
 # The classes of entries
 
 
@@ -234,6 +262,19 @@ class ALFWorldSource(ServedSource):
     data: GameData = field(default_factory=GameData)
 
 
+@dataclass
+class OwnSource(DataSource):
+    """Of a user's own reward function or task set."""
+
+    data: Rows = field(default_factory=Rows)
+    reward: OwnReward = field(default_factory=OwnReward)
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of an own task set, {name: value}. It reads them from its entry, the argument of its class."""
+
+
+OWN = "FILE.py:NAME"
+"""Stands for every name with a colon in `SOURCES`: a user's own code."""
+
 SOURCES: dict[str, type[TaskSource]] = {
     "math": ToolsSource,
     "searchqa": SearchQASource,
@@ -242,12 +283,13 @@ SOURCES: dict[str, type[TaskSource]] = {
     "alfworld": ALFWorldSource,
     **dict.fromkeys(("webshop", "sciworld", "babyai", "textcraft"), ServedSource),
     **dict.fromkeys(("archive", "archive_easy", "archive_answers"), ArchiveSource),
+    OWN: OwnSource,
 }
 """Task set -> the class of its entries in `tasks.sources`. A task set without options is not listed."""
 
 
 def source_class(name: str) -> type[TaskSource]:
-    return SOURCES.get(name, TaskSource)
+    return SOURCES.get(OWN if is_own(name) else name, TaskSource)
 
 
 def source_of(name: str) -> TaskSource:
@@ -261,7 +303,7 @@ def no_option(setting: str, source: TaskSource) -> ConfigError:
     own = [name for name, _ in options(source) if name not in common]
     if own:
         return ConfigError(f"{setting}: task set {source.name!r} has no such option; it has {', '.join(own)}")
-    near = difflib.get_close_matches(source.name, SOURCES, n=1)
+    near = difflib.get_close_matches(source.name, [name for name in SOURCES if name != OWN], n=1)
     remedy = f"did you mean {near[0]}?" if near else f"leave it out; {', '.join(SOURCES)} have options"
     return ConfigError(f"{setting}: task set {source.name!r} has no options: {remedy}")
 

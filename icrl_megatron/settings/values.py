@@ -84,8 +84,11 @@ def parse(name: str, raw: str, hint: Any, current: Any = _NO_DEFAULT) -> Any:
 
 def parse_file(text: str, hint: type) -> Any:
     """The same for a whole YAML file of a section such as `Settings`. Raises ConfigError, and yaml.YAMLError."""
+    node = _compose(text)
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError("not a mapping of settings")
     try:
-        return _from_node(_compose(text), hint, "", text, _NO_DEFAULT)
+        return _from_node(node, hint, "", text, _NO_DEFAULT)
     except _Mistake as mistake:
         raise ConfigError(f"{mistake.name}={mistake.text}: expected {mistake.expected}") from mistake
 
@@ -139,6 +142,8 @@ def _corrected(name: str, raw: str, hint: Any, current: Any) -> str | None:
 
 def _from_node(node: Any, hint: Any, name: str, raw: str, default: Any) -> Any:
     options = _options(hint)
+    if Any in options:
+        return _untyped(node)
     start, end = node.start_mark.index, min(node.end_mark.index, len(raw))
     text = raw[start:end].strip()
 
@@ -172,6 +177,20 @@ def _from_node(node: Any, hint: Any, name: str, raw: str, default: Any) -> Any:
         raise wrong(_as_list(text, typing.get_args(lists)[0]))
     named = re.fullmatch(r"([A-Za-z_]\w*)[=:]\s*(\S.*)", text)
     raise wrong(f"{{{named[1]}: {named[2]}}}" if dicts is not None and named else None)
+
+
+def _untyped(node: Any) -> Any:
+    """A value whose type only a user's own class knows: numbers, truth values and null where they are not quoted."""
+    if isinstance(node, yaml.SequenceNode):
+        return [_untyped(one) for one in node.value]
+    if isinstance(node, yaml.MappingNode):
+        return {key: _untyped(value) for key, value in _items(node, "")}
+    text = node.value
+    if node.style in ("'", '"'):
+        return text
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    return float(text) if _NUMBER.fullmatch(text) else {"true": True, "false": False, "null": None}.get(text, text)
 
 
 def _section(node: Any, section: type, name: str, raw: str) -> dict[str, Any]:

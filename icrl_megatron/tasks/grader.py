@@ -25,10 +25,15 @@ LINE_BYTES = 1 << 20
 class Worker:
     """A process that answers a line of JSON with a line of JSON. If `ask` raises, the process is dead."""
 
-    def __init__(self, module: str = "icrl_megatron.tasks.grade_worker", line_bytes: int = LINE_BYTES) -> None:
-        """`line_bytes`: the longest answer that is read."""
+    def __init__(
+        self,
+        module: str = "icrl_megatron.tasks.grade_worker",
+        line_bytes: int = LINE_BYTES,
+        arguments: tuple[str, ...] = (),
+    ) -> None:
+        """`line_bytes`: the longest answer that is read. `arguments`: of the module's command line."""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            [sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

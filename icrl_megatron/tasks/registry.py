@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterable
 from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.settings.limits import check_limits
 from icrl_megatron.settings.schema import RolloutSettings
-from icrl_megatron.settings.task_options import ServedSource, source_class, source_of
+from icrl_megatron.settings.task_options import OwnSource, ServedSource, source_class, source_of
 from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks.base import Cacheable, Environment, TaskSet, escaped, shown
 from icrl_megatron.tasks.household import Household
 from icrl_megatron.tasks.rulebook import Rulebook
+from icrl_megatron.tasks.user_tasks import of_own
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError, own_entry
+from icrl_megatron.utils.user_code import is_own
 
 _TASK_SETS: dict[str, Callable[[], TaskSet]] = {
     "rulebook_hard": lambda: Rulebook("rulebook_hard"),
@@ -62,6 +64,8 @@ def of_source(source: TaskSource, answer_bytes: int = RolloutSettings.max_observ
             f"settings.task_options.{needed.__name__}"
         )
     check_limits(source, f"task set {source.name!r}: ")
+    if isinstance(source, OwnSource):
+        return of_own(source)
     if source.name in _TASK_SETS:
         return _TASK_SETS[source.name]()
     if source.name in _WITH_OPTIONS:
@@ -117,11 +121,15 @@ class Catalogue:
         self._tool_cache = tool_cache
 
     def get(self, name: str) -> TaskSet:
-        """Raises ConfigError as `of_source` does."""
+        """The task set of that name: a name of `tasks.sources`, or that of a user's own task set, which its tasks have.
+        Raises ConfigError as `of_source` does."""
         if name not in self._made:
-            index, source = self._sources.get(name, (0, source_of(name)))
-            with own_entry(index):
-                made = of_source(source, self._answer_bytes)
+            own = [self.get(given) for given in self._sources if is_own(given)] if not is_own(name) else []
+            made = next((one for one in own if one.name == name), None)
+            if made is None:
+                index, source = self._sources.get(name, (0, source_of(name)))
+                with own_entry(index):
+                    made = of_source(source, self._answer_bytes)
             if isinstance(made, Cacheable):
                 made.tool_cache = self._tool_cache
             self._made[name] = made

@@ -74,6 +74,20 @@ def household() -> Settings:
     return settings
 
 
+def any_text() -> Settings:
+    """A tiny model that reads bytes, for your own data, reward or task set without a GPU (docs/TASKS.md)."""
+    settings = _tiny("any_text", "rulebook_easy")
+    settings.model = ModelSettings(init=TinyModel(tokenizer="bytes", max_positions=4096))
+    settings.warm_start = WarmStart(steps=0)
+    settings.rollout.context_tokens = 2048
+    settings.steps, settings.optim.learning_rate = 40, 1e-2
+    settings.rollout.tasks_per_step, settings.rollout.episodes_per_task = 4, 16
+    settings.algo.entropy_coef = 0.0
+    settings.algo.on_no_signal = "skip"  # random bytes often earn nothing at first
+    settings.eval = EvalSettings(interval=10, problems=32, samples=4, control_problems=0)
+    return settings
+
+
 def _archive(name: str) -> Settings:
     """Questions that only tools can answer: several turns of calls, then a number."""
     settings = _tiny(name, name)

@@ -33,8 +33,9 @@ def test_every_setting_is_listed_with_a_default_that_is_a_valid_override() -> No
 @pytest.mark.parametrize("task_set", SOURCES)
 def test_every_option_of_a_task_set_is_listed_with_a_valid_default(task_set: str) -> None:
     own = {one.name: one.default for one in described("tasks.sources.0") if task_set in one.task_sets}
-    own = {name: default for name, default in own.items() if ".mcp.0." not in name}  # there are no servers by default
-    names = {f"tasks.sources.0.{name}" for name, _ in options(source_of(task_set)) if name != "agent.mcp"}
+    own = {name: default for name, default in own.items() if ".0." not in name.partition(".0.")[2]}
+    lists = ("agent.mcp", "reward.more")
+    names = {f"tasks.sources.0.{name}" for name, _ in options(source_of(task_set)) if name not in lists}
     assert names - set(own) == {f"tasks.sources.0.{name}" for name, _ in options(TaskSource())} and set(own) <= names
     overrides = [f"{name}={value}" for name, value in own.items()]
     assert load("archive", [*overrides, f"tasks.sources.0.name={task_set}"]).tasks.sources == [source_of(task_set)]

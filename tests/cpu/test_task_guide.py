@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import re
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from agentgym_server import State, serving
+from commands import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sandboxes import sandboxed
@@ -66,9 +68,16 @@ def play(task: Task, environment: Callable[[Task], Environment], line: Callable[
     return played
 
 
+def example(heading: str, language: str = "") -> str:
+    """The first block of a language below a heading of the guide."""
+    section = GUIDE.read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```(.*?)\n(.*?)```", section, re.DOTALL)
+    return next(str(text) for of, text in blocks if of == language)
+
+
 @pytest.fixture(scope="module")
 def anagrams() -> TaskSet:
-    (code,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    code = example("Your own task set", "python")
     names: dict[str, Any] = {}
     exec(compile(code, str(GUIDE), "exec"), names)
     lines = [line for line in code.splitlines() if line.strip()]
@@ -77,14 +86,45 @@ def anagrams() -> TaskSet:
     return made
 
 
-def test_the_guides_task_set_is_played(anagrams: TaskSet, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def guided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files of the guide."""
+    folder = tmp_path_factory.mktemp("guide")
+    (folder / "reward.py").write_text(example("Your own reward", "python"))
+    (folder / "tasks.py").write_text(example("Your own task set", "python"))
+    (folder / "my_recipe.py").write_text(example("Your own recipe", "python"))
+    for name, words in (("train", ("red", "blue", "green", "gold")), ("heldout", ("gray", "pink"))):
+        rows = [json.dumps({"prompt": f"Say {word}.", "label": word}) for word in words]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.mark.parametrize("heading", ["Your own reward", "Your own task set"])
+def test_the_guides_commands_pass_the_checks_before_a_run(guided: Path, heading: str) -> None:
+    command = shlex.split(example(heading).replace("\\\n", ""))
+    assert command[0] == "icrl"
+    done = python("-m", "icrl_megatron.cli", *command[1:], "--dry-run", cwd=guided)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_guides_task_set_and_recipe_train_and_resume(guided: Path) -> None:
+    icrl = ("-m", "icrl_megatron.cli", "train")
+    done = python(*icrl, "my_recipe.py:run", "steps=1", "eval.interval=0", "rollout.episodes_per_task=2", cwd=guided)
+    assert done.returncode == 0 and "anagrams" in done.stdout, done.stderr
+    steps = (guided / "runs" / "anagrams" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in steps][-1] == 1
+    # A resumed run begins with these checks of the saved settings.
+    again = python(*icrl, "runs/anagrams/settings.yaml", "steps=3", "--dry-run", cwd=guided)
+    assert again.returncode == 0 and "name: ./tasks.py:Anagrams" in again.stdout, again.stderr
+
+
+def test_the_guides_task_set_is_played(anagrams: TaskSet) -> None:
     assert isinstance(anagrams, TaskSet)
-    monkeypatch.setitem(registry._TASK_SETS, "anagrams", lambda: anagrams)
-    task = registry.get("anagrams").problems("train")[0]
-    won = play(task, registry.environment, lambda ask: "it is planet")
+    task = anagrams.problems("train")[0]
+    won = play(task, anagrams.environment, lambda ask: "it is planet")
     assert len(won.attempts) == 1 and won.attempts[0].success and won.attempts[0].outcome == 1.0
     lost = play(
-        task, registry.environment, lambda ask: "market" if ask.role != "critique" else "<critic> forest </critic>"
+        task, anagrams.environment, lambda ask: "market" if ask.role != "critique" else "<critic> forest </critic>"
     )
     assert [a.success for a in lost.attempts] == [False, False] and lost.critiques[0].text == "forest"
     assert lost.attempts[0].stop_reason in ("repeated", "max_turns")

@@ -15,6 +15,7 @@ from icrl_megatron.run.heldout import check_rows
 from icrl_megatron.settings import loading as S
 from icrl_megatron.settings.describe import described
 from icrl_megatron.settings.task_options import (
+    OWN,
     SOURCES,
     ALFWorldSource,
     ArchiveSource,
@@ -109,7 +110,7 @@ def test_saved_options_of_another_task_set_are_rejected(tmp_path: Path) -> None:
 
 
 def test_task_sets_with_options_require_entries_of_their_class() -> None:
-    assert set(SOURCES) == set(registry._WITH_OPTIONS)
+    assert set(SOURCES) == {*registry._WITH_OPTIONS, OWN}
     with pytest.raises(ConfigError, match=r"its entry is a TaskSource; make it with .*\.ToolsSource"):
         registry.of_source(TaskSource("math"))
     with pytest.raises(ConfigError, match="its entry is a ToolsSource"):
