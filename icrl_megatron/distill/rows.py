@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from icrl_megatron.agents.formats import finite
-from icrl_megatron.tasks.datasets import arrow_rows, files_of
+from icrl_megatron.tasks.dataset_files import arrow_rows, files_of
 from icrl_megatron.utils.errors import ConfigError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")

@@ -19,7 +19,8 @@ from icrl_megatron.run.heldout import unusable
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.settings.task_options import DataSource, Rows, options
 from icrl_megatron.tasks import registry
-from icrl_megatron.tasks.datasets import chosen_rows, files_of, id_range, row_hash
+from icrl_megatron.tasks.dataset_files import files_of
+from icrl_megatron.tasks.datasets import chosen_rows, id_range, row_hash
 from icrl_megatron.types import Task
 from icrl_megatron.utils.disk import require_space
 from icrl_megatron.utils.errors import ConfigError, HopelessError

@@ -14,7 +14,7 @@ from icrl_megatron.model.shape import ModelShape, check_folder
 from icrl_megatron.run import conversation_checks as conversations
 from icrl_megatron.run import files as run_files
 from icrl_megatron.run import start
-from icrl_megatron.run.heldout import check_earlier_rows, check_rows
+from icrl_megatron.run.heldout import check_earlier_rows, check_rows, say_columns
 from icrl_megatron.run.resume import check_resume, earlier
 from icrl_megatron.run.rollout_checks import check_rollout
 from icrl_megatron.settings import loading as settings_module
@@ -172,6 +172,7 @@ def _check_tasks(settings: Settings, before: Sequence[Settings]) -> None:
                 problems[split] += found
                 if not found:
                     raise ConfigError(f"tasks.sources.{i}.name={source.name}: this task set has no {split} problems")
+            say_columns(i, source)
             check_rows(source, source)
             check_earlier_rows(source, before, problems["heldout"])
             served = isinstance(source, ServedSource) and source.served  # checked once the servers run

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,7 +13,16 @@ from icrl_megatron.settings.schema import Settings
 from icrl_megatron.settings.task_options import DataSource, Problems, Rows
 from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks import registry
-from icrl_megatron.tasks.datasets import SUFFIXES, DataRow, check_no_leak, content_hash, left_out, read_rows, subset_of
+from icrl_megatron.tasks.dataset_files import SUFFIXES
+from icrl_megatron.tasks.datasets import (
+    DataRow,
+    check_no_leak,
+    content_hash,
+    left_out,
+    read_rows,
+    recognized,
+    subset_of,
+)
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError, own_entry
 
@@ -87,8 +98,8 @@ def _check_trained(trained: TaskSource, source: TaskSource, heldout: Sequence[Ta
 
 def check_rows(trained: TaskSource, tested: TaskSource) -> None:
     """Raises ConfigError, naming file and line of both, if a held-out row has the prompt of a training row."""
-    of_training = {content_hash(row.prompt): row for row in _rows(trained, _data(trained).train)}
-    for row in _rows(tested, _data(tested).heldout) if of_training else ():
+    of_training = {content_hash(row.prompt): row for row in _rows(trained, "train")}
+    for row in _rows(tested, "heldout") if of_training else ():
         twin = of_training.get(content_hash(row.prompt))
         if twin is not None:
             raise ConfigError(
@@ -98,19 +109,32 @@ def check_rows(trained: TaskSource, tested: TaskSource) -> None:
             )
 
 
-def _rows(source: TaskSource, names: Iterable[str]) -> Iterable[DataRow]:
+def _rows(source: TaskSource, split: Split) -> Iterable[DataRow]:
     data = _data(source)
-    if not isinstance(data, Rows):
-        return
-    for name in names:
-        if _has_rows(Path(name)):
-            yield from read_rows(name, data)
+    if isinstance(data, Rows):
+        names = data.train if split == "train" else data.heldout
+        for name in names:
+            if _has_rows(Path(name)):
+                yield from read_rows(name, data, split)
 
 
 def unusable(settings: Settings, split: Split) -> dict[str, int]:
-    """Reason -> number of the rows of a split that `data.unusable=drop` leaves out."""
+    """Reason -> number of the rows of a split that `data.unusable=drop` and `data.duplicates=drop` leave out."""
     every = [data for source in settings.tasks.sources if isinstance(data := _data(source), Rows)]
-    return dict(sum((left_out(one, one.train if split == "train" else one.heldout) for one in every), Counter[str]()))
+    return dict(sum((left_out(split, one) for one in every), Counter[str]()))
+
+
+def say_columns(index: int, source: TaskSource) -> None:
+    """Prints which columns of the rows were recognized. Ranks do not repeat what their launcher printed."""
+    data = _data(source)
+    if not isinstance(data, Rows) or "RANK" in os.environ:
+        return
+    splits: tuple[Split, Split] = ("train", "heldout")
+    for split in splits:
+        prefix = "heldout_" if split == "heldout" else ""
+        for line in recognized(split, data):
+            option = f"tasks.sources.{index}.data.{prefix}"
+            print(f"note: {line}; {option}prompt_column and {option}label_column change that", file=sys.stderr)
 
 
 def _has_rows(path: Path) -> bool:

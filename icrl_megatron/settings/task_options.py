@@ -43,9 +43,19 @@ class Rows(Problems):
     train: list[str] = field(default_factory=list)
     """Files of training rows: JSONL, Parquet, or a folder of a Hugging Face dataset; a pattern names several."""
     prompt_column: str = "prompt"
-    """Column of the rows that contains the problem."""
+    """Column of the rows that contains the problem, as a dotted path. Where neither column is set and the rows lack
+    these two, common columns are recognized (docs/TASKS.md)."""
     label_column: str = "label"
-    """Column of the rows that contains the correct answer."""
+    """Column of the rows that contains the correct answer, such as reward_model.ground_truth."""
+    heldout_prompt_column: str = ""
+    """The same for held-out rows. Empty: prompt_column."""
+    heldout_label_column: str = ""
+    """The same for held-out rows. Empty: label_column."""
+    subset_column: str = ""
+    """Column by which results are reported, within each file. Empty: by file."""
+    duplicates: Annotated[str, Choice(("error", "drop"))] = "error"
+    """What to do with rows that repeat the prompt of an earlier row of their split. error: end with their number. drop:
+    leave them out and count them."""
     shape: Annotated[str, Choice(("", *SHAPES))] = ""
     """Rows of a published question set, in its own columns. Empty: prompt_column and label_column."""
     unusable: Annotated[str, Choice(("error", "drop"))] = "error"

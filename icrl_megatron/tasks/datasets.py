@@ -1,4 +1,4 @@
-"""Reads problems from disk: JSONL, Parquet and folders of Hugging Face datasets. Every error names file and line.
+"""Problems from rows of files (dataset_files.py, columns.py). Every error names file and line.
 
 A row has a prompt and a label. The prompt is text, or a list of chat messages by system and user. The label is text, a
 number, a list (of equally good answers, or of test cases), or an object (of test cases). Lists and objects stay JSON.
@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from icrl_megatron.settings.task_options import Rows
+from icrl_megatron.tasks import columns
+from icrl_megatron.tasks.dataset_files import files_of, rows_of, subset_names
 from icrl_megatron.tasks.row_shapes import SHAPES, Shaped, Unusable, WrongRow
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
-SUFFIXES = (".jsonl", ".parquet", ".arrow")
+REPEATED = "it repeats the prompt of an earlier row"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def read_tasks(name: str, split: Split, data: Rows, problem: Callable[[DataRow],
             f"Hugging Face dataset, e.g. 'tasks.sources[...].data.{split}=[FILE]'"
         )
     rows = [(task_id, row) for task_id, row, _ in _identified(name, split, data)]  # other columns may be large
-    _check_unique([row for _, row in rows])
+    if data.duplicates == "error":
+        _check_unique([row for _, row in rows])
     return [Task(task_id, name, split, problem(row)) for task_id, row in rows]
 
 
@@ -69,10 +72,13 @@ def row_hash(task: Task) -> str:
 def _identified(name: str, split: Split, data: Rows) -> Iterator[tuple[str, DataRow, dict[str, Any]]]:
     """(task id, row, columns) of one split, in the order of the files."""
     counts: Counter[str] = Counter()
-    for given in data.train if split == "train" else data.heldout:
-        for row, fields in _read(given, data):
-            yield f"{name}/{split}/{row.subset}/{counts[row.subset]}", row, fields
-            counts[row.subset] += 1
+    for row, fields in _read(split, data, _names(split, data)):
+        yield f"{name}/{split}/{row.subset}/{counts[row.subset]}", row, fields
+        counts[row.subset] += 1
+
+
+def _names(split: Split, data: Rows) -> Sequence[str]:
+    return data.train if split == "train" else data.heldout
 
 
 def subset_of(task: Task) -> str:
@@ -80,56 +86,89 @@ def subset_of(task: Task) -> str:
     return task.task_id.rsplit("/", 1)[0].replace(f"/{task.split}", "", 1)
 
 
-def read_rows(given: str, data: Rows) -> Iterator[DataRow]:
-    """Rows of one entry of the settings. Raises ConfigError on a missing, empty or unreadable file, a missing column,
-    an empty prompt or label, and a row that cannot be asked, unless `data.unusable` drops it."""
-    return (row for row, _ in _read(given, data))
+def read_rows(given: str, data: Rows, split: Split = "train") -> Iterator[DataRow]:
+    """Rows of one entry of the settings. Raises ConfigError on a missing, empty or unreadable file, a missing
+    column, an empty prompt or label, and a row that cannot be asked, unless `data.unusable` drops it."""
+    return (row for row, _ in _read(split, data, [given]))
 
 
-def left_out(data: Rows, names: Iterable[str]) -> Counter[str]:
-    """Reason -> number of the rows of these entries that `data.unusable=drop` leaves out."""
+def left_out(split: Split, data: Rows) -> Counter[str]:
+    """Reason -> number of the rows that `data.unusable=drop` and `data.duplicates=drop` leave out."""
     why: Counter[str] = Counter()
-    if data.shape and data.unusable == "drop":
-        for given in names:
-            for _ in _read(given, data, why):
-                pass
+    if (data.shape and data.unusable == "drop") or data.duplicates == "drop":
+        for _ in _read(split, data, _names(split, data), why):
+            pass
     return why
 
 
-def _read(given: str, data: Rows, dropped: Counter[str] | None = None) -> Iterator[tuple[DataRow, dict[str, Any]]]:
+def recognized(split: Split, data: Rows) -> list[str]:
+    """A line for each file whose columns were not set, and are not the defaults."""
+    lines = []
+    for given in _names(split, data) if not data.shape else ():
+        for file in files_of(given, split=split) if id_range(given) is None else ():
+            number, fields = next(rows_of(file), (0, {}))
+            found = columns.columns_of(fields, data, split, f"{file}, line {number}")
+            if found.recognized:
+                lines.append(f"{file}: {found.described()}")
+    return lines
+
+
+def _read(
+    split: Split, data: Rows, names: Sequence[str], dropped: Counter[str] | None = None
+) -> Iterator[tuple[DataRow, dict[str, Any]]]:
     """(row, its columns); counts the rows that are left out in `dropped`."""
-    if data.shape and (data.prompt_column, data.label_column) != (Rows.prompt_column, Rows.label_column):
+    set_columns = (data.prompt_column, data.label_column) != (Rows.prompt_column, Rows.label_column)
+    if data.shape and (set_columns or data.heldout_prompt_column or data.heldout_label_column):
         raise ConfigError(
-            f"data.prompt_column and data.label_column have no effect with data.shape={data.shape}: leave them out"
+            f"data.prompt_column, data.label_column and those of held-out rows have no effect with "
+            f"data.shape={data.shape}: leave them out"
         )
-    files = files_of(given)
-    subset = Path(given).stem if "*" not in given else Path(given).parent.name or "rows"
-    found = 0
-    for file in files:
-        for number, fields in _fields(file):
-            where = f"{file}, line {number}"
-            try:
-                shaped = _shaped(fields, data, where)
-            except Unusable as reason:
-                if data.unusable == "error":
-                    raise ConfigError(
-                        f"{where}: {reason}; delete the row, or set tasks.sources[...].data.unusable=drop"
-                    ) from reason
-                if dropped is not None:
-                    dropped[str(reason)] += 1
-                continue
-            found += 1
-            name = f"{subset}_{shaped.subset}" if shaped.subset else subset
-            yield DataRow(file, number, name, shaped.prompt, shaped.label), fields
-    if not found:
-        raise ConfigError(f"{given}: no rows in it; give a file with at least one problem")
+    seen: set[str] = set()
+    for given, subset in zip(names, subset_names(names), strict=True):
+        found = 0
+        for file in files_of(given, split=split):
+            for row, fields in _rows_of_file(file, split, data, subset, dropped):
+                found += 1
+                if data.duplicates == "drop":
+                    key = content_hash(row.prompt)
+                    if key in seen:
+                        if dropped is not None:
+                            dropped[REPEATED] += 1
+                        continue
+                    seen.add(key)
+                yield row, fields
+        if not found:
+            raise ConfigError(f"{given}: no rows in it; give a file with at least one problem")
 
 
-def _shaped(fields: dict[str, Any], data: Rows, where: str) -> Shaped:
+def _rows_of_file(
+    file: Path, split: Split, data: Rows, subset: str, dropped: Counter[str] | None
+) -> Iterator[tuple[DataRow, dict[str, Any]]]:
+    of_file: columns.Columns | None = None
+    for number, fields in rows_of(file):
+        where = f"{file}, line {number}"
+        if of_file is None and not data.shape:
+            of_file = columns.columns_of(fields, data, split, where)
+        try:
+            shaped = _shaped(fields, data, split, of_file, where)
+        except Unusable as reason:
+            if data.unusable == "error":
+                raise ConfigError(
+                    f"{where}: {reason}; delete the row, or give 'tasks.sources[...].data.unusable=drop'"
+                ) from reason
+            if dropped is not None:
+                dropped[str(reason)] += 1
+            continue
+        parts = [subset, shaped.subset]
+        if data.subset_column:
+            parts.append(columns.subset(fields, data.subset_column, where))
+        yield DataRow(file, number, "_".join(part for part in parts if part), shaped.prompt, shaped.label), fields
+
+
+def _shaped(fields: dict[str, Any], data: Rows, split: Split, of_file: columns.Columns | None, where: str) -> Shaped:
     """Raises Unusable, and ConfigError on another shape."""
-    if not data.shape:
-        prompt = _text(fields, data.prompt_column, where, "prompt_column")
-        return Shaped(prompt, _text(fields, data.label_column, where, "label_column"))
+    if of_file is not None:
+        return Shaped(*columns.texts(fields, of_file, where, split))
     try:
         shaped = SHAPES[data.shape](fields)
     except WrongRow as error:
@@ -171,126 +210,13 @@ def asked(task: Task) -> str:
 
 def _check_unique(rows: Sequence[DataRow]) -> None:
     first: dict[str, DataRow] = {}
-    for row in rows:
-        twin = first.setdefault(content_hash(row.prompt), row)
-        if twin is not row:
-            raise ConfigError(
-                f"{row.where}: the same prompt as {twin.where}; delete one, because a duplicate problem counts twice"
-            )
-
-
-def files_of(given: str, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
-    """The files that an entry of the settings names: one, those of a folder, or those of a pattern. Raises ConfigError
-    if there is none."""
-    path = Path(given)
-    if "*" in given:
-        found = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor)) if path.anchor else given))
-    elif path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in suffixes and not p.name.startswith("cache-"))
-        if (path / "dataset_dict.json").exists():
-            splits = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir()))
-            raise ConfigError(
-                f"{given}: a dataset with several splits ({splits}); name one of them, e.g. {given}/train"
-            )
-    else:
-        found = [path] if path.exists() else []
-    if not found:
+    repeated = [(row, twin) for row in rows if (twin := first.setdefault(content_hash(row.prompt), row)) is not row]
+    if repeated:
+        row, twin = repeated[0]
         raise ConfigError(
-            f"{given}: no such file, or no {', '.join(suffixes)} in it; give the path of a dataset on disk"
+            f"{row.where}: the same prompt as {twin.where}, and {len(repeated)} rows in all repeat an earlier one; a "
+            "duplicate counts twice: delete them, or give 'tasks.sources[...].data.duplicates=drop'"
         )
-    for file in found:
-        if file.suffix not in suffixes:
-            raise ConfigError(
-                f"{file}: a dataset is {', '.join(suffixes)}, not {file.suffix or 'a file without suffix'}"
-            )
-    return found
-
-
-def _fields(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        if file.suffix == ".jsonl":
-            yield from _json_lines(file)
-        else:
-            yield from enumerate(arrow_rows(file), start=1)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read ({error}); give a whole dataset file") from error
-
-
-def _json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                raise ConfigError(f"{file}, line {number}: an empty line; delete it")
-            try:
-                fields = json.loads(line)
-            except ValueError as error:
-                raise ConfigError(f"{file}, line {number}: not JSON ({error}); fix or delete it") from error
-            if not isinstance(fields, dict):
-                raise ConfigError(f"{file}, line {number}: not a JSON object with columns; fix or delete it")
-            yield number, fields
-
-
-def arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a Parquet or Arrow file. Raises ConfigError if it is damaged."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        if file.suffix == ".parquet":
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=256):
-                yield from batch.to_pylist()
-            return
-        with pa.memory_map(str(file)) as source:
-            try:
-                for batch in pa.ipc.open_stream(source):
-                    yield from batch.to_pylist()
-            except pa.ArrowInvalid:
-                reader = pa.ipc.open_file(source)
-                for index in range(reader.num_record_batches):
-                    yield from reader.get_batch(index).to_pylist()
-    except pa.ArrowException as error:
-        raise ConfigError(f"{file}: damaged ({str(error).splitlines()[0]}); copy the file again") from error
-
-
-def _text(fields: dict[str, Any], column: str, where: str, setting: str) -> str:
-    if column not in fields:
-        raise ConfigError(
-            f"{where}: no column {column!r}, there are {', '.join(fields) or 'none'}; give "
-            f"tasks.sources[...].data.{setting}=COLUMN with one of them"
-        )
-    value = fields[column]
-    if isinstance(value, dict) and setting == "prompt_column":
-        raise ConfigError(f"{where}: column {column!r} is an object; a prompt is text or a list of chat messages")
-    text = _spoken(value, where) if _is_messages(value) else _plain(value)
-    if not text.strip():
-        raise ConfigError(f"{where}: column {column!r} is empty ({value!r}); fix or delete the row")
-    return text
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return json.dumps(value, ensure_ascii=False) if value else ""
-    if isinstance(value, list | tuple):
-        return json.dumps([v if isinstance(v, dict) else str(v) for v in value], ensure_ascii=False) if value else ""
-    if value is None:
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
-
-
-def _is_messages(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "content" in m for m in value)
-
-
-def _spoken(messages: list[dict[str, Any]], where: str) -> str:
-    roles = [m.get("role", "user") for m in messages]
-    if unknown := set(roles) - {"system", "user"}:
-        raise ConfigError(
-            f"{where}: a prompt with messages of {', '.join(sorted(map(str, unknown)))}; only system and user messages "
-            "are allowed; remove the others"
-        )
-    return "\n\n".join(str(m["content"] or "") for m in messages)
 
 
 def id_range(text: str) -> range | None:

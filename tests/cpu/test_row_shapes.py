@@ -155,12 +155,12 @@ def test_decompressed_tests_are_bounded(tmp_path: Path, monkeypatch: pytest.Monk
 def test_rows_with_files_and_images_are_refused_or_counted(tmp_path: Path) -> None:
     rows = [gaia(1), gaia(2, file_name="x.png"), gaia(3, **{"Final answer": "?"}), gaia(4, file_name="y.pdf"), gaia(5)]
     path = write(tmp_path / "metadata.jsonl", *rows)
-    remedy = r"delete the row, or set tasks.sources\[...\].data.unusable=drop"
+    remedy = r"delete the row, or give 'tasks.sources\[...\].data.unusable=drop'"
     with pytest.raises(ConfigError, match=f"metadata.jsonl, line 2: it needs an attached file; {remedy}"):
         list(read_rows(path, Rows(shape="gaia")))
     data = SearchData(shape="gaia", unusable="drop", heldout=[path], corpus="none.jsonl")
     assert [row.number for row in read_rows(path, data)] == [1, 5]
-    assert left_out(data, data.heldout) == {"it needs an attached file": 2, "its answer is hidden": 1}
+    assert left_out("heldout", data) == {"it needs an attached file": 2, "its answer is hidden": 1}
     tasks = of_source(SearchQASource("searchqa", data=data)).problems("heldout")
     assert [task.task_id for task in tasks] == [f"searchqa/heldout/metadata_level2/{i}" for i in range(2)]
     image = write(tmp_path / "hle.jsonl", {"question": "Q?", "image": "data:image/png;base64,AA", "answer": "B"})
