@@ -27,7 +27,7 @@ _SOLUTIONS = ("solution", "target", "output", "response", "completion")
 """Columns that are labels only where a row has none of the others."""
 _CONVERSATIONS = ("messages", "conversations")
 _SPEAKERS = {"human": "user", "user": "user", "system": "system", "gpt": "assistant", "assistant": "assistant"}
-_MISSING = object()
+MISSING = object()
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ def _paths(fields: Fields) -> list[str]:
 
 
 def _found(fields: Fields, column: str) -> bool:
-    return _value(fields, column) is not _MISSING
+    return at_path(fields, column) is not MISSING
 
 
-def _value(fields: Fields, column: str) -> Any:
-    """What is at a dotted path; _MISSING if nothing is. A column whose own name has dots comes first."""
+def at_path(fields: Fields, column: str) -> Any:
+    """What is at a dotted path; MISSING if nothing is. A column whose own name has dots comes first."""
     if column in fields:
         return fields[column]
     value: Any = fields
@@ -90,7 +90,7 @@ def _value(fields: Fields, column: str) -> Any:
         if isinstance(value, str):
             value = _json(value)
         if not isinstance(value, Mapping) or name not in value:
-            return _MISSING
+            return MISSING
         value = value[name]
     return value
 
@@ -121,8 +121,8 @@ def texts(fields: Fields, columns: Columns, where: str, split: Split) -> tuple[s
 
 def subset(fields: Fields, column: str, where: str) -> str:
     """The value of `data.subset_column`, as a part of a name. Raises ConfigError if it is missing or empty."""
-    value = _value(fields, column)
-    name = "" if value is _MISSING or isinstance(value, list | dict) else _scalar(value, where).strip()
+    value = at_path(fields, column)
+    name = "" if value is MISSING or isinstance(value, list | dict) else _scalar(value, where).strip()
     if not name:
         raise ConfigError(
             f"{where}: no text in column {column!r} of data.subset_column; there are {', '.join(_paths(fields))}"
@@ -131,8 +131,8 @@ def subset(fields: Fields, column: str, where: str) -> str:
 
 
 def _named(fields: Fields, column: str, where: str, split: Split, setting: str) -> Any:
-    value = _value(fields, column)
-    if value is _MISSING:
+    value = at_path(fields, column)
+    if value is MISSING:
         prefix = "heldout_" if split == "heldout" else ""
         raise ConfigError(
             f"{where}: no column {column!r}, there are {', '.join(_paths(fields)) or 'none'}; give "

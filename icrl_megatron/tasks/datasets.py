@@ -58,9 +58,9 @@ def read_tasks(name: str, split: Split, data: Rows, problem: Callable[[DataRow],
     return [Task(task_id, name, split, problem(row)) for task_id, row in rows]
 
 
-def chosen_rows(name: str, data: Rows, task_ids: Collection[str]) -> Iterator[dict[str, Any]]:
-    """The training rows of these tasks, with all of their columns. Raises ConfigError as `read_rows` does."""
-    return (fields for task_id, _, fields in _identified(name, "train", data) if task_id in task_ids)
+def chosen_rows(name: str, data: Rows, task_ids: Collection[str], split: Split = "train") -> Iterator[dict[str, Any]]:
+    """The rows of these tasks of a split, with all of their columns. Raises ConfigError as `read_rows` does."""
+    return (fields for task_id, _, fields in _identified(name, split, data) if task_id in task_ids)
 
 
 def row_hash(task: Task) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from icrl_megatron.settings.task_options import OwnSource, check_unused
 from icrl_megatron.tasks.base import BadAnswer, Environment, EnvironmentFailure, StepResult, own_problem
+from icrl_megatron.tasks.columns import Columns, at_path, columns_of
 from icrl_megatron.tasks.datasets import DataRow, chosen_rows, read_tasks
 from icrl_megatron.tasks.grader import START_TIMEOUT_S, Worker
 from icrl_megatron.tasks.reward_call import Reward
@@ -176,16 +177,17 @@ class RewardTasks:
     def _load(self, split: Split) -> Iterator[Task]:
         """Two passes over the files: the second one has all columns."""
         data = self._source.data
-        files = data.train if split == "train" else data.heldout
         tasks = read_tasks(self.name, split, data, _problem)
-        as_training = replace(data, train=files)
-        ids = {task.task_id.replace(f"{self.name}/{split}/", f"{self.name}/train/", 1) for task in tasks}
-        for task, fields in zip(tasks, chosen_rows(self.name, as_training, ids), strict=True):
-            more = {"given_prompt": _messages(fields.get(data.prompt_column)), "label_column": data.label_column}
+        ids = {task.task_id for task in tasks}
+        for task, fields in zip(tasks, chosen_rows(self.name, data, ids, split), strict=True):
             problem = json.loads(task.problem)
-            columns = _columns(fields, (data.prompt_column, data.label_column))
-            more["given_prompt"] = more["given_prompt"] or problem["prompt"]
-            yield replace(task, problem=json.dumps(problem | more | {"columns": columns}, ensure_ascii=False))
+            used = Columns("", "label") if data.shape else columns_of(fields, data, split, problem["where"])
+            more = {
+                "given_prompt": _messages(at_path(fields, used.prompt)) or problem["prompt"],
+                "label_column": used.label.rpartition(".")[2] or "label",
+                "columns": _columns(fields, (used.prompt, used.label)),
+            }
+            yield replace(task, problem=json.dumps(problem | more, ensure_ascii=False))
 
 
 def _problem(row: DataRow) -> str:
