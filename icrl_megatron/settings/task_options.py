@@ -23,8 +23,8 @@ PORT = "{port}"
 """In `serve.command`: the port that the server has to listen on."""
 
 
-SHAPES = ("gaia", "browsecomp", "hle", "webwalker", "livecodebench")
-"""Functions of tasks/row_shapes.py."""
+SHAPES = ("gaia", "browsecomp", "hle", "webwalker", "livecodebench", "humaneval", "mbpp", "apps", "kodcode")
+"""Functions of tasks/row_shapes.py and tasks/program_rows.py."""
 
 
 # `data`: where a task set finds its problems and its helpers (docs/TASKS.md)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from icrl_megatron.settings.task_options import Rows
-from icrl_megatron.tasks import columns
+from icrl_megatron.tasks import columns, program_rows
 from icrl_megatron.tasks.dataset_files import files_of, rows_of, subset_names
-from icrl_megatron.tasks.row_shapes import SHAPES, Shaped, Unusable, WrongRow
+from icrl_megatron.tasks.row_shapes import Shaped, Unusable, WrongRow
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
@@ -107,9 +107,9 @@ def recognized(split: Split, data: Rows) -> list[str]:
     for given in _names(split, data) if not data.shape else ():
         for file in files_of(given, split=split) if id_range(given) is None else ():
             number, fields = next(rows_of(file), (0, {}))
-            found = columns.columns_of(fields, data, split, f"{file}, line {number}")
-            if found.recognized:
-                lines.append(f"{file}: {found.described()}")
+            found = _recognized(fields, data, split, f"{file}, line {number}")
+            if isinstance(found, str) or found.recognized:
+                lines.append(f"{file}: {f'rows of {found}' if isinstance(found, str) else found.described()}")
     return lines
 
 
@@ -144,13 +144,12 @@ def _read(
 def _rows_of_file(
     file: Path, split: Split, data: Rows, subset: str, dropped: Counter[str] | None
 ) -> Iterator[tuple[DataRow, dict[str, Any]]]:
-    of_file: columns.Columns | None = None
+    of_file: columns.Columns | str = data.shape
     for number, fields in rows_of(file):
         where = f"{file}, line {number}"
-        if of_file is None and not data.shape:
-            of_file = columns.columns_of(fields, data, split, where)
+        of_file = of_file or _recognized(fields, data, split, where)
         try:
-            shaped = _shaped(fields, data, split, of_file, where)
+            shaped = _shaped(fields, split, of_file, where)
         except Unusable as reason:
             if data.unusable == "error":
                 raise ConfigError(
@@ -165,15 +164,23 @@ def _rows_of_file(
         yield DataRow(file, number, "_".join(part for part in parts if part), shaped.prompt, shaped.label), fields
 
 
-def _shaped(fields: dict[str, Any], data: Rows, split: Split, of_file: columns.Columns | None, where: str) -> Shaped:
+def _recognized(fields: dict[str, Any], data: Rows, split: Split, where: str) -> columns.Columns | str:
+    """The columns of a file without data.shape, or the shape that its columns show."""
+    set_columns = (data.prompt_column, data.label_column) != (Rows.prompt_column, Rows.label_column)
+    if not set_columns and Rows.label_column not in fields and (shape := program_rows.recognized(fields)):
+        return shape
+    return columns.columns_of(fields, data, split, where)
+
+
+def _shaped(fields: dict[str, Any], split: Split, of_file: columns.Columns | str, where: str) -> Shaped:
     """Raises Unusable, and ConfigError on another shape."""
-    if of_file is not None:
+    if isinstance(of_file, columns.Columns):
         return Shaped(*columns.texts(fields, of_file, where, split))
     try:
-        shaped = SHAPES[data.shape](fields)
+        shaped = program_rows.SHAPES[of_file](fields)
     except WrongRow as error:
         raise ConfigError(
-            f"{where}: not a row of data.shape={data.shape}: {error}; give another shape, or correct the row"
+            f"{where}: not a row of data.shape={of_file}: {error}; give another shape, or correct the row"
         ) from error
     if not shaped.prompt.strip() or not shaped.label.strip():
         raise ConfigError(f"{where}: its question or its answer is empty; fix or delete the row")

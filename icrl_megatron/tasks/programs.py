@@ -1,36 +1,31 @@
 """Code: answers are Python programs that run in a sandbox against test cases.
 
     reply    any reasoning, its last fenced block (```python ... ```)
-    label    {"inputs": [...], "outputs": [...]}, or [{"input": ..., "output": ...}, ...]: programs that read and print
-             ["assert f(1) == 2", ...], or such lines as text: programs that are called
+    label    test cases (program_labels.py): of programs that read and print, or of functions that are called
 
-The reward is 1 if every case passes. Expected values stay outside the sandbox, except for asserts of another form than
-`assert CALL == LITERAL`: those are evaluated in the program's process, which could read them.
+The reward is 1 if every case passes.
 """
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import json
 import math
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import repeat
 from typing import Any
 
 from icrl_megatron.settings.task_options import ToolData
-from icrl_megatron.tasks.datasets import DataRow, read_tasks
+from icrl_megatron.tasks.datasets import read_tasks
+from icrl_megatron.tasks.program_labels import Case, program_problem
 from icrl_megatron.tasks.single_turn import AnswerCheck, Form, Verdict
 from icrl_megatron.tasks.tool_use import ToolTasks
 from icrl_megatron.types import Split, Task
-from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.sandbox import OUTPUT_BYTES, Ran, Sandbox, SandboxLimits
-from icrl_megatron.utils.sandbox_guest import encoded
 
 INSTRUCTION = (
     "Write a Python program, standard library only and in one process. Reason first, then give the whole program in "
@@ -62,19 +57,6 @@ FORM = Form(
     hint="There is no program between ```python and ```.",
     missing="There is no program in a fenced block.",
 )
-
-
-@dataclass(frozen=True)
-class Case:
-    """One test. With `value`, the program is imported and that expression is evaluated; otherwise the program is
-    run."""
-
-    expected: str
-    """The expected output, or the encoded value of the expression."""
-    stdin: str = ""
-    setup: str = ""
-    """Statements before the expression."""
-    value: str = ""
 
 
 class ProgramTests:
@@ -154,7 +136,8 @@ def _called(program: str, case: Case, sandbox: Sandbox) -> str | None:
     if head != nonce:
         return f"The program ended before it could be called.{given}"
     value, _, shown = rest.partition("\n")
-    return None if value == case.expected else f"The value was {_cut(shown)}.{given}"
+    right = value in (case.expected, case.or_expected)
+    return None if right else f"The value was {_cut(shown)}.{given}"
 
 
 def _ended(ran: Ran, sandbox: Sandbox) -> str | None:
@@ -191,78 +174,3 @@ def _close(left: str, right: str, tolerance: float) -> bool:
 
 def _cut(text: str) -> str:
     return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
-
-
-# Labels
-
-
-def program_problem(row: DataRow) -> str:
-    try:
-        cases = list(_cases(row.label))
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
-        raise ConfigError(f"{row.where}: the label holds no test cases ({error}); fix or delete the row") from error
-    if any(len(case.expected) > OUTPUT_BYTES // 2 for case in cases):
-        raise ConfigError(f"{row.where}: a test expects over {OUTPUT_BYTES >> 21} MiB; delete it from the row")
-    made = [{name: text for name, text in asdict(case).items() if text or name == "expected"} for case in cases]
-    return json.dumps({"prompt": row.prompt, "cases": made, "where": row.where}, ensure_ascii=False)
-
-
-def _cases(label: str) -> Iterator[Case]:
-    try:
-        given = json.loads(label)
-    except ValueError:
-        given = [label]
-    if isinstance(given, dict):
-        if given.get("fn_name"):
-            raise ValueError("tests with fn_name are not supported; write them as asserts")
-        inputs, outputs = given.get("inputs"), given.get("outputs")
-        if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs):
-            raise ValueError("inputs and outputs must be lists of the same length")
-        given = [{"input": i, "output": o} for i, o in zip(inputs, outputs, strict=True)]
-    if not isinstance(given, list) or not given:
-        raise ValueError("an empty list, or neither pairs of input and output nor asserts")
-    for test in given:
-        if isinstance(test, dict):
-            yield Case(_lines(test.get("output"), "output"), stdin=_lines(test.get("input"), "input"))
-        else:
-            yield from _asserts(str(test))
-
-
-def _lines(value: Any, what: str) -> str:
-    """Text unchanged; the elements of a list become lines, a form that some datasets use."""
-    if isinstance(value, list) and all(isinstance(line, str) for line in value):
-        return "\n".join(value)
-    if not isinstance(value, str):
-        raise ValueError(f"{what} is {value!r:.60}, which is not text")
-    return value
-
-
-def _asserts(source: str) -> Iterator[Case]:
-    setup: list[str] = []
-    found = False
-    for statement in ast.parse(source).body:
-        if isinstance(statement, ast.Assert):
-            found = True
-            value, expected = _split(statement.test)
-            yield Case(encoded(expected), setup="\n".join(setup), value=value)
-        else:
-            setup.append(ast.unparse(statement))
-    if not found:
-        raise ValueError(f"no assert in {source[:60]!r}")
-
-
-def _split(test: ast.expr) -> tuple[str, Any]:
-    """(expression, expected value). A literal that the expression is compared with is split off."""
-    if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.Eq | ast.Is):
-        for value, literal in ((test.left, test.comparators[0]), (test.comparators[0], test.left)):
-            if _is_literal(literal):
-                return ast.unparse(value), ast.literal_eval(literal)
-    return f"bool({ast.unparse(test)})", True
-
-
-def _is_literal(node: ast.expr) -> bool:
-    try:
-        ast.literal_eval(node)
-    except (ValueError, TypeError, RecursionError, MemoryError):
-        return False
-    return True

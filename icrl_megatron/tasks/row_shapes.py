@@ -11,7 +11,7 @@ import hashlib
 import json
 import pickletools
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -98,15 +98,6 @@ def livecodebench(row: Fields) -> Shaped:
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise WrongRow(f"its tests or metadata cannot be read ({error!r:.200})") from error
     return Shaped(prompt, json.dumps(label, ensure_ascii=False), str(row.get("difficulty") or ""))
-
-
-SHAPES: dict[str, Callable[[Fields], Shaped]] = {
-    "gaia": gaia,
-    "browsecomp": browsecomp,
-    "hle": hle,
-    "webwalker": webwalker,
-    "livecodebench": livecodebench,
-}
 
 
 def _text(row: Fields, column: str) -> str:

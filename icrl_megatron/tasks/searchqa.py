@@ -17,7 +17,8 @@ from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.base import TaskSet, own_problem
 from icrl_megatron.tasks.datasets import DataRow, id_range, read_tasks
 from icrl_megatron.tasks.grader import Grader
-from icrl_megatron.tasks.programs import ANSWER, ProgramTests, program_problem
+from icrl_megatron.tasks.program_labels import program_problem
+from icrl_megatron.tasks.programs import ANSWER, ProgramTests
 from icrl_megatron.tasks.tool_use import MAX_TURNS, CheckedAnswer, ToolEnvironment
 from icrl_megatron.tasks.tools import OffersTools, SourceTools
 from icrl_megatron.types import Split, Task

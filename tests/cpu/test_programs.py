@@ -15,7 +15,8 @@ from whole_runs import icrl
 from icrl_megatron.settings.task_options import ToolData, ToolsSource
 from icrl_megatron.tasks import programs, registry
 from icrl_megatron.tasks.base import Checked
-from icrl_megatron.tasks.programs import Case, judged, last_program, same_output
+from icrl_megatron.tasks.program_labels import Case, cases_of
+from icrl_megatron.tasks.programs import judged, last_program, same_output
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.sandbox import Sandbox
 from icrl_megatron.utils.sandbox_guest import encoded
@@ -33,7 +34,7 @@ TESTS = ["assert add(1, 2) == 3", "assert add('a', 'b') == 'ab'", "assert [1, 2]
 
 
 def cases(label: object) -> list[Case]:
-    return list(programs._cases(label if isinstance(label, str) else json.dumps(label)))
+    return list(cases_of(label if isinstance(label, str) else json.dumps(label)))
 
 
 @sandboxed
@@ -205,8 +206,8 @@ def test_concurrent_answers_are_judged_independently(tmp_path: Path) -> None:
     [
         ([], "label' is empty"),
         ({"inputs": ["1"], "outputs": []}, "same length"),
-        ({"inputs": ["1"], "outputs": [1]}, "output is 1, which is not text"),
-        ({"fn_name": "f", "inputs": ["1"], "outputs": ["1"]}, "fn_name"),
+        ({"inputs": ["1"], "outputs": [True]}, "output is True, which is not text"),
+        ({"fn_name": "f(", "inputs": ["1"], "outputs": ["1"]}, "'f(' is not the name of a function"),
         ([{"input": "1"}], "output is None"),
         ("assert f(", "line 1"),
         (["x = 1"], "no assert"),

@@ -16,7 +16,7 @@ import pytest
 from sandboxes import sandboxed
 
 from icrl_megatron.settings.task_options import SHAPES, Rows, SearchData, SearchQASource, ToolData, ToolsSource
-from icrl_megatron.tasks import row_shapes
+from icrl_megatron.tasks import program_rows, row_shapes
 from icrl_megatron.tasks.datasets import left_out, read_rows
 from icrl_megatron.tasks.registry import of_source
 from icrl_megatron.utils.errors import ConfigError
@@ -57,7 +57,7 @@ def code(tests: list[dict[str, str]], private: str, **other: Any) -> dict[str, A
 
 
 def test_every_shape_of_the_settings_has_a_function() -> None:
-    assert tuple(row_shapes.SHAPES) == SHAPES
+    assert tuple(program_rows.SHAPES) == SHAPES
 
 
 def test_questions_and_answers_of_each_shape(tmp_path: Path) -> None:
