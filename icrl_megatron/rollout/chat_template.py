@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from dataclasses import dataclass
 from typing import Any, cast
 
 import jinja2
+from jinja2 import meta
+from jinja2.ext import loopcontrols
 from transformers import PreTrainedTokenizerBase
 
+from icrl_megatron.settings.rollout_schema import RolloutSettings
 from icrl_megatron.utils.errors import ConfigError
 
 FIRST, REPLY, SECOND, THIRD = "firstmessage", "thereply", "secondmessage", "thirdmessage"
@@ -27,6 +31,41 @@ class MessageParts:
 
 Arguments = dict[str, bool | str]
 """`rollout.chat_template_args`."""
+
+
+THINKING = "enable_thinking"
+"""The argument of Qwen3's template that `rollout.thinking` sets."""
+
+
+def template_arguments(tokenizer: PreTrainedTokenizerBase, settings: RolloutSettings) -> Arguments:
+    """The arguments for the chat template. Raises ConfigError on one that the template does not use, or of a wrong
+    type."""
+    given = dict(settings.chat_template_args)
+    if THINKING in given:
+        raise ConfigError(
+            f"rollout.chat_template_args.{THINKING}={given[THINKING]}: give "
+            f"rollout.thinking={'on' if given[THINKING] in (True, 'true', 'on') else 'off'} instead"
+        )
+    if settings.thinking != "auto":
+        given[THINKING] = settings.thinking == "on"
+    known = _variables(tokenizer.chat_template)
+    for name in sorted(set(given) - known) if known else ():
+        setting = f"rollout.thinking={settings.thinking}" if name == THINKING else f"rollout.chat_template_args.{name}"
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it uses {', '.join(sorted(known)) or 'none'}"
+        raise ConfigError(
+            f"{setting}: the chat template of {tokenizer.name_or_path!r} does not use {name}, so this has no effect; "
+            f"{hint}"
+        )
+    return given
+
+
+def _variables(template: object) -> set[str]:
+    """The names that a template reads and does not define; none if it has tags that only transformers knows."""
+    try:
+        return meta.find_undeclared_variables(jinja2.Environment(extensions=[loopcontrols]).parse(str(template)))
+    except jinja2.TemplateError:
+        return set()
 
 
 def message_parts(tokenizer: PreTrainedTokenizerBase, arguments: Arguments, tools: str = "") -> MessageParts:

@@ -18,7 +18,7 @@ from typing import Literal, TypeVar
 from icrl_megatron.engines.protocol import EngineLostError, RequestFailedError
 from icrl_megatron.rollout.checked_environment import CheckedEnvironment, CheckedStep, ClippedText, LateFailure
 from icrl_megatron.rollout.context_budget import TooLongError, require_fits
-from icrl_megatron.rollout.prompts import Prompter, parse_critique
+from icrl_megatron.rollout.prompts import PLAIN, Prompter, parse_critique
 from icrl_megatron.rollout.replay import InterruptedEpisodeError
 from icrl_megatron.rollout.speakers import Ask, Seeds, Speaker, SpeakersFor
 from icrl_megatron.rollout.watchdog import WATCHDOG
@@ -176,7 +176,7 @@ async def play_critique(
     message = setup.prompter.critique_text(problem, turns[omitted:], summary, omitted)
     ask = Ask("critique", prompt, max_new_tokens, seed, attempt.summary, None, message)
     completion = _require_tokens(await critic.reply(ask))
-    text = parse_critique(setup.prompter.decode(completion.ids))
+    text = parse_critique(setup.prompter.said(setup.prompter.decode(completion.ids)))
     return Critique(attempt.round, prompt, completion, text)
 
 
@@ -211,7 +211,8 @@ class _Conversation:
                 if completion.finish_reason == "abort":  # the attempt keeps what was generated so far and ends here
                     return "deadline"
                 return "context" if len(completion.ids) >= self._tokens_left() else "length"
-            action = self._environment.parse(text)
+            inline = self._environment.dialogue != PLAIN  # a format of tool calls reads thoughts itself
+            action = self._environment.parse(text if inline else self._setup.prompter.said(text))
             result = await self._step(action)
             stop = self._stop_reason(action, result, last=number + 1 == limit)
             observation, between, missing, chars = self._observed(result, completion)

@@ -18,7 +18,14 @@ from jinja2.sandbox import SandboxedEnvironment
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from icrl_megatron.agents.dialogue import Dialogue
-from icrl_megatron.rollout.chat_template import MessageParts, last_opening, message_parts, system_parts, tool_parts
+from icrl_megatron.rollout.chat_template import (
+    MessageParts,
+    last_opening,
+    message_parts,
+    system_parts,
+    template_arguments,
+    tool_parts,
+)
 from icrl_megatron.settings.rollout_schema import TEMPLATES, RolloutSettings
 from icrl_megatron.types import Ids
 from icrl_megatron.utils.errors import ConfigError
@@ -121,11 +128,13 @@ class Prompter:
         # Episodes of a task share their prompts, and environments repeat their observations.
         self._remembered = functools.lru_cache(maxsize=REMEMBERED_TEXTS)(self._encode)
         self._added_tokens = _added_tokens(tokenizer)
-        self._arguments = settings.chat_template_args
+        self._arguments = template_arguments(tokenizer, settings)
         self._parts = functools.lru_cache(maxsize=REMEMBERED_DIALOGUES)(self._encoded_parts)
         self._system = functools.lru_cache(maxsize=REMEMBERED_DIALOGUES)(self._system_parts)
         self._opening = functools.lru_cache(maxsize=REMEMBERED_DIALOGUES)(self._encoded_opening)
         self._end_id = self._parts(PLAIN).next_user[0]
+        opening = str(tokenizer.decode(self._parts(PLAIN).tail)).rstrip()
+        self._opens_thought = opening.endswith("<think>")
         eos = tokenizer.eos_token_id
         self.stop_ids: Ids = (self._end_id,) if eos is None or eos == self._end_id else (self._end_id, int(eos))
         """Ids that end a reply: the template's end of turn, then the tokenizer's end of text if it is different."""
@@ -145,6 +154,13 @@ class Prompter:
     def last_opening(self, dialogue: Dialogue) -> Ids:
         """What the chat template puts in front of the last reply if it has no thinking: Qwen3's empty block."""
         return () if dialogue.observation == "inline" else self._opening(dialogue.tools)
+
+    def said(self, reply: str) -> str:
+        """A reply without its thoughts, which never count as an action, an answer or advice; empty if a thought is not
+        closed. The chat template may have opened the first one in the prompt."""
+        rest = reply.rpartition("</think>")[2]
+        open_thought = "<think>" in rest or (self._opens_thought and "</think>" not in reply)
+        return "" if open_thought else rest
 
     def has_control(self, text: str) -> bool:
         """Whether the text would become a control token if it were encoded as a part of the template."""

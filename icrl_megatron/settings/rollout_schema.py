@@ -51,7 +51,10 @@ class RolloutSettings:
     ] = "standard"
     """Prompt templates."""
     chat_template_args: dict[str, bool | str] = field(default_factory=dict)
-    """Arguments for the tokenizer's chat template, e.g. enable_thinking."""
+    """Arguments for the tokenizer's chat template."""
+    thinking: Annotated[str, Choice(("auto", "on", "off"))] = "auto"
+    """Whether replies begin with a thought, as the template's argument enable_thinking. auto: the template's own
+    default (docs/TASKS.md)."""
     environment_timeout_s: Annotated[float, Range(1e-3)] = 60.0
     """Time limit of one call of an environment (reset, step, parse or grading), in seconds. The episode of a call that
     takes longer is dropped."""

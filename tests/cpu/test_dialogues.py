@@ -44,10 +44,7 @@ from icrl_megatron.utils.errors import ConfigError
 ADD = ToolSpec("add", "Adds.", {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}})
 SPECS = [Search.spec, ADD]
 TEMPLATES = tuple(qwen_tokenizers.TEXT_OF)
-MODES: tuple[tuple[str, dict[str, bool | str]], ...] = (
-    *((template, {}) for template in TEMPLATES),
-    ("qwen3", {"enable_thinking": False}),
-)
+MODES: tuple[tuple[str, str], ...] = (*((template, "auto") for template in TEMPLATES), ("qwen3", "off"))
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=40) | st.sampled_from(
     ["A mug.", "1.\n\n2", "}", "a\r\n", "<", "東京。", "e\u0301!", "x </b>\n<b>", "\t-\t", "'s"]
 )
@@ -59,8 +56,8 @@ CALLS = st.builds(
 
 
 @functools.cache
-def prompter(template: str, **arguments: bool | str) -> Prompter:
-    return Prompter(qwen_tokenizers.build(template), RolloutSettings(chat_template_args=arguments))
+def prompter(template: str, thinking: str = "auto") -> Prompter:
+    return Prompter(qwen_tokenizers.build(template), RolloutSettings(thinking=thinking))
 
 
 def plain(text: str) -> bool:
@@ -68,7 +65,7 @@ def plain(text: str) -> bool:
     return bool(text.strip()) and "<|" not in text and harmless(text, Qwen3.tags)[1] == 0
 
 
-@pytest.mark.parametrize(("template", "arguments"), MODES)
+@pytest.mark.parametrize(("template", "thinking"), MODES)
 @given(
     problem=TEXTS.filter(plain),
     thoughts=st.lists(TEXTS.filter(plain), min_size=3, max_size=3),
@@ -77,14 +74,17 @@ def plain(text: str) -> bool:
 @settings(max_examples=25, deadline=None)
 def test_ids_of_an_episode_are_those_of_the_published_template(
     template: str,
-    arguments: dict[str, bool | str],
+    thinking: str,
     problem: str,
     thoughts: list[str],
     called: list[list[tuple[ToolCall, str]]],
 ) -> None:
     """With thinking where the template keeps it, with several calls in a turn and consecutive tool messages."""
-    form, ours = Qwen3(SPECS), prompter(template, **arguments)
-    thinks = template == "qwen3" and not arguments
+    form, ours = Qwen3(SPECS), prompter(template, thinking)
+    thinks, arguments = (
+        template == "qwen3" and thinking == "auto",
+        {"enable_thinking": False} if thinking == "off" else {},
+    )
     ids = list(ours.attempt(problem, form.dialogue))
     messages: list[dict[str, Any]] = [{"role": "user", "content": ours.text("attempt", observation=problem)}]
     for thought, turn in zip(thoughts, called, strict=False):

@@ -144,11 +144,53 @@ def test_compact_templates_use_few_known_words() -> None:
     assert words < template_words("standard") | words and len(template_words("standard")) > 50
 
 
-def test_chat_template_arguments_reach_the_template() -> None:
-    quiet = Prompter(byte_level(), RolloutSettings(chat_template_args={"enable_thinking": False}))
+def test_thinking_is_an_argument_of_the_template() -> None:
+    quiet = Prompter(byte_level(), RolloutSettings(thinking="off"))
     assert "</think>" in quiet.decode(quiet.attempt("cup"))
     assert "</think>" in quiet.decode(quiet.observation_ids(["cup"], ended=True))
     assert "</think>" not in PROMPTERS["bytes"].decode(PROMPTERS["bytes"].attempt("cup"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            RolloutSettings(chat_template_args={"enable_thinkin": False}),
+            "chat_template_args.enable_thinkin: .*did you mean en",
+        ),
+        (RolloutSettings(chat_template_args={"budget": "9"}), "does not use budget.*it uses add_generation_prompt"),
+        (RolloutSettings(chat_template_args={"enable_thinking": False}), "give rollout.thinking=off instead"),
+        (RolloutSettings(chat_template_args={"enable_thinking": "true"}), "give rollout.thinking=on instead"),
+    ],
+)
+def test_arguments_without_effect_are_refused(settings: RolloutSettings, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Prompter(byte_level(), settings)
+
+
+def test_thinking_needs_a_template_that_has_it() -> None:
+    for thinking in ("on", "off"):
+        with pytest.raises(ConfigError, match=f"rollout.thinking={thinking}: .*does not use enable_thinking"):
+            Prompter(word_level(), RolloutSettings(thinking=thinking, templates="compact"))
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        ("4", "4"), ("<think>3</think>4", "4"), ("<think>3", ""), ("4 <think> 5", ""),
+        ("<think>a</think><think>b</think>c", "c"),
+        ("3</think>4", "4"), ("<think>a</think>b<think>c", ""), ("", ""),
+    ],
+)  # fmt: skip
+def test_thoughts_are_no_part_of_what_a_reply_says(reply: str, said: str) -> None:
+    assert PROMPTERS["bytes"].said(reply) == said
+
+
+def test_a_thought_that_the_template_opened_must_be_closed() -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+    opened = Prompter(tokenizer, RolloutSettings())
+    assert (opened.said("3, so 4"), opened.said("3</think>4")) == ("", "4")
 
 
 def test_invalid_templates_are_rejected_by_name(tmp_path: Path) -> None:
