@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import math
+import random
 import sys
 import time
 import traceback
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from icrl_megatron import cli
 from icrl_megatron.tasks import registry
-from icrl_megatron.tasks.base import Environment
+from icrl_megatron.tasks.base import Environment, Teacher
 from icrl_megatron.tasks.rulebook import Rulebook
 from icrl_megatron.types import Split, Task
 
@@ -52,6 +53,12 @@ class Faulty:
 
             environment.reset = reset  # type: ignore[method-assign]
         return environment
+
+    def teacher(self, task: Task, rng: random.Random) -> Teacher:
+        return self.inner.teacher(replace(task, source=INNER), rng)
+
+    def vocabulary(self) -> Iterator[str]:
+        return self.inner.vocabulary()
 
     def _numbered(self, split: Split) -> list[tuple[int, Task]]:
         return list(enumerate(self.inner.problems(split)))
