@@ -13,7 +13,7 @@ from icrl_kernels import Streams, Terms
 from icrl_kernels.objective import token_objective
 from icrl_megatron.algo.credit import credit
 from icrl_megatron.algo.samples import to_samples
-from icrl_megatron.run.checks import _check_algo
+from icrl_megatron.run.algo_checks import check_algo
 from icrl_megatron.settings import loading as settings
 from icrl_megatron.settings.algo_schema import AlgoSettings, Calibration
 from icrl_megatron.settings.arms import ARMS
@@ -122,4 +122,4 @@ def test_best_revision_of_a_task_is_trained_with_all_attempts() -> None:
 def test_shaping_excludes_the_calibration_weight(wrong: str) -> None:
     loaded = settings.load("rulebook_hard", [*ARMS["critique_grpo"].changes, wrong])
     with pytest.raises(ConfigError, match=r"algo\.shaping_gamma=0\.1 replaces the calibration weight"):
-        _check_algo(loaded.algo, loaded)
+        check_algo(loaded.algo, loaded)
