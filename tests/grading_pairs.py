@@ -82,6 +82,14 @@ EQUAL: dict[str, list[tuple[str, str]]] = {
         ("yes", r'["\\text{Yes}"]'), ("1500", '["1,500"]'), ("42", "Half of 84 is 42.\n#### 42"),
         ("1300", "x\n#### 1,300"),
     ],
+    "names and words": [
+        ("x=3, y=5", "y=5, x=3"), ("x = 2y", "y = x/2"), ("18 dollars and 50 cents", "18 dollars and 50 cents"),
+        ("5 square feet", "5"), (r"5 \text{ ft}^2", "5"), ("60 miles per hour", "60"), ("60 km/h", "60"),
+        ("5 out of 8", "5 out of 8"), ("x=3", "x = 3.0"), (r"x=5 \text{ or } x=-5", r"\pm 5"),
+        ("x_1=2, x_2=3", "2,3"), ("3 m", "3 meters"), ("3 minutes", "3 min"), (r"\frac{1}{2}x", "x/2"),
+        ("10 students", "10"), ("Monday, Tuesday", "Monday, Tuesday"), ("{1, 2}", "1,2"),
+        (r"\left\{1,2\right\}", "2,1"), (r"\$3.50", "3.5"), ("3.50 USD", "3.5"),
+    ],
 }  # fmt: skip
 
 DIFFERENT: dict[str, list[tuple[str, str]]] = {
@@ -144,6 +152,23 @@ DIFFERENT: dict[str, list[tuple[str, str]]] = {
         ("increasing", "decreasing"), ("Nadia and Omar", "Nadia"), ("7", "seven o'clock"), ("A", "AB"),
     ],
     "labels that list good answers": [("6", '["5", "-5"]'), ("2", '["2,3"]'), ("84", "Half of 84 is 42.\n#### 42")],
+    "names and words": [
+        ("x=3, y=5", "x=5, y=3"), ("x=5", "y=5"), ("3 or more", "3"), ("at least 3", "3"), ("less than 5", "5"),
+        ("5 less than x", "5"), ("more than 3", "3"), ("about 5", "5"), ("5 percent of x", "5"),
+        ("a=2,b=3", "a=3,b=2"), ("2 remainder 3", "2"), ("5 of 8", "5"), ("3 out of 4", "3"), ("7 mod 12", "7"),
+        ("x=1 or y=2", "x=2 or y=1"), ("12 squared", "12"), ("12 cubed", "12"), ("3 halves", "3"), ("3 tenths", "3"),
+        ("2 thirds", "2"), ("5 times x", "5"), ("5 more", "5"), ("10 choose 3", "10"), ("10 to 3", "10"),
+        ("log 5", "5"), ("5 dozen", "5"), ("5 hundred", "5"), ("5 degrees C", "5 degrees F"),
+        ("3 feet 2 inches", "3"), ("1 hour", "1 minute"), ("half of 6", "6"), ("not 5", "5"), ("5 or 6", "5"),
+        ("5i", "5"), ("5e", "5"), ("5 a", "5"), ("0.5 percent", "50"), ("-5 cm", "5 cm"), ("5^2 cm", "5 cm"),
+        ("x^2=4", "4"), ("x>5", "5"), ("x=5", "x>5"), ("5!", "5"), ("n(n+1)", "n(n-1)"), ("f(x)=2x", "f(x)=3x"),
+        ("(1,2)", "[1,2]"), ("1,2", "(2,1)"), (r"\{1,2\}", "(2,1)"), ("A and B", "A"), ("A", "A and B"),
+        ("1/2 x", "1/2"), ("3 and 5", "8"), ("2:3", "3:2"), ("2:3", "2:4"), ("1:30", "90"), ("10:00", "10"),
+        ("$5", "5 cents"), ("5 cents", "5 dollars"), ("1.5 million", "1.5"), ("1e3", "13"), ("1000", "1,00"),
+        ("100,0", "1000"), ("12,34", "1234"), ("1 000 00", "100000"), ("0.9999999999999999", "1"),
+        (r"\sqrt{4}", "-2"), ("|x|", "x"), (r"\frac{a}{b}", r"\frac{b}{a}"), ("a^b", "b^a"), (r"\infty", "1000"),
+        ("undefined", "0"), ("none", "0"), ("no", "0"), ("yes", "1"), ("true", "1"), ("zero", "0.1"),
+    ],
 }  # fmt: skip
 
 MEANINGLESS = (

@@ -36,6 +36,8 @@ _NAMED = re.compile(r"^[A-Za-z](?:_\{?\w+\}?)?\s*=\s*")
 _QUALIFIER = re.compile(
     r"[,;(]?\s*(?:where|for|with)?\s*[a-z]\s*(?:\\in|is an)\s*(?:\\(?:mathbb|mathbf)\{?\s*[ZN]\}?|integer)\)?$"
 )
+_DOLLARS = re.compile(r"(-?)\\?\$(\d[\d,]*(?:\.\d+)?)")
+"""A price; the dollar signs around a formula come in pairs."""
 _TIME = re.compile(r"\d{1,2}:\d{2}(?: ?[ap]\.?m\.?)?", re.I)
 _BASED = re.compile(r"\(?([0-9A-Fa-f]+)\)?_\{?(\d{1,2})\}?")
 _CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:)])(?:\s.*)?|([A-J])")
@@ -43,34 +45,13 @@ _WORDS = re.compile(r"[A-Za-z][A-Za-z' .()-]*")
 _VARIABLES = re.compile(r"[xyz]{2,3}")
 _QUANTITY = re.compile(r"(.*?[\d})!])\s*((?:\\text\{)?\s*[A-Za-z][A-Za-z /-]*\}?(?:\^\{?[23]\}?|[23])?)")
 _MULTIPLIERS = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_NOT_UNITS = frozenset(
-    [
-        "pi",
-        "sqrt",
-        "log",
-        "ln",
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "exp",
-        "mod",
-        "or",
-        "and",
-        "to",
-        "infinity",
-        "inf",
-        "choose",
-        "over",
-        "times",
-        "plus",
-        "minus",
-        "ab",
-        "xy",
-    ]
-)
+_NOT_UNITS = {
+    "pi", "sqrt", "log", "ln", "sin", "cos", "tan", "cot", "sec", "csc", "exp", "mod", "infinity", "inf",
+    "choose", "or", "and", "to", "over", "times", "plus", "minus", "more", "less", "than", "remainder", "squared",
+    "cubed", "half", "halves", "third", "thirds", "quarter", "quarters", "fourths", "fifths", "sixths", "eighths",
+    "tenths", "hundredths", "thousandths", "ab", "xy",
+}  # fmt: skip
+"""Words after a number that change it, or may be variables."""
 _UNITS = {
     **dict.fromkeys(("m", "meter", "metre"), "m"), **dict.fromkeys(("cm", "centimeter", "centimetre"), "cm"),
     **dict.fromkeys(("mm", "millimeter", "millimetre"), "mm"),
@@ -151,6 +132,8 @@ def cleaned(text: str) -> str:
     if (inner := last_box(text)) is not None:
         text = inner
     text = text.translate(_TRANSLATED)
+    if (price := _DOLLARS.fullmatch(text)) is not None:
+        text = f"{price[1]}{price[2]} dollars"
     text = _ROOT.sub(lambda m: f"\\sqrt{{{m[2] or m[1]}}}", text)
     text = _RAISED.sub(lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text)
     text = _FRACTIONS.sub(lambda m: _fraction(m[0]), text)
@@ -187,7 +170,7 @@ def plain(text: str) -> str:
     """A cleaned text as words: without \\text, in one case unless letters may be variables."""
     bare = re.sub(r"\s+", " ", re.sub(r"\\(?=[ ,;:])", "", _TEXT.sub(r"\1", text))).strip()
     bare = _ENDS.sub("", bare)
-    return bare.casefold() if re.search(r"[A-Za-z]{2}", bare) and "\\" not in bare else bare
+    return bare.casefold() if re.search(r"[A-Za-z]{3}", bare) and "\\" not in bare else bare
 
 
 def quantity(text: str) -> Quantity | None:
@@ -213,7 +196,8 @@ def _unit(text: str, number: str, whole: str) -> str | None:
     """The unit in a text, or None if it may be variables or a function."""
     words = re.sub(r"[{}^]", "", text).casefold().split()
     first = words[0].rstrip("23")
-    if any(word in _NOT_UNITS for word in words) or (len(first) < 3 and first not in _SHORT):
+    short = [word for word in words if len(word.rstrip("23")) < 3 and word.rstrip("23") not in _SHORT]
+    if short or any(word in _NOT_UNITS for word in words):
         return None
     if len(first) < 3 and number == whole[: len(number)] and not whole[len(number) :].startswith(" "):
         return None  # 5m may be five times m
@@ -248,6 +232,23 @@ def _signs(text: str) -> list[str]:
     if text.count("\\pm") != 1:
         return [text]
     return [re.sub(r"\\pm\s*", sign, text).removeprefix("+") for sign in "+-"]
+
+
+def has_words(text: str) -> bool:
+    """Whether a text has words that are no commands, such as `at least`; math-verify would read past them."""
+    return re.search(r"(?<![\\a-zA-Z])[A-Za-z]{4,}", _TEXT.sub(r" \1 ", text)) is not None
+
+
+def is_equation(text: str) -> bool:
+    """Whether a text with `=` says more than the value of a name, such as x^2 = 4."""
+    left = re.sub(r"\([^()]*\)", "", text.partition("=")[0]).strip()
+    return "=" in text and re.search(r"[+*/^]|.-|\\(?:frac|sqrt|cdot|times)", left) is not None
+
+
+def name(text: str) -> str:
+    """The variable in front of `=`, such as x in `x = 5`; empty if there is none."""
+    found = _NAMED.match(text)
+    return found[0].replace(" ", "") if found else ""
 
 
 def unnamed(text: str) -> str:

@@ -10,7 +10,10 @@ from typing import Any
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z\\])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![A-Za-z\d.])")
 DIGITS = 50
 """Digits to which two irrational numbers must agree."""
-_POINTS = (("3/7", "5/11", "13/17"), ("19/23", "29/31", "37/41"))
+_POINTS = (
+    ("3/7", "5/11", "13/17", "43/47", "53/59", "61/67"),
+    ("19/23", "29/31", "37/41", "71/73", "79/83", "89/97"),
+)
 """Values of variables at which two formulas that differ are told apart."""
 
 
@@ -89,7 +92,7 @@ def _decided(left: Any, right: Any) -> bool | None:
     names = sorted({symbol for side in (left, right) for symbol in side.free_symbols}, key=str)
     if not names:
         return _same_number(left, right)
-    if left.free_symbols == right.free_symbols and len(names) <= len(_POINTS[0]):
+    if len(names) <= len(_POINTS[0]):
         for point in _POINTS:
             values = {name: Rational(part) for name, part in zip(names, point, strict=False)}
             if _same_number(left, right, values) is False:

@@ -52,10 +52,12 @@ def _equal(given: str, gold: str, tolerance: float) -> bool:
         return False
     if given == gold or answers.plain(given) == answers.plain(gold):
         return True
-    left, right = answers.unnamed(given), answers.unnamed(gold)
-    one_name = given.removesuffix(left).replace(" ", "") == gold.removesuffix(right).replace(" ", "")
-    if (left, right) != (given, gold) and (one_name or ("=" in given) != ("=" in gold)):
-        return _equal(left, right, tolerance)
+    counts = given.count("="), gold.count("=")
+    if 0 in counts and (answers.is_equation(given) or answers.is_equation(gold)):
+        return False
+    names = answers.name(given), answers.name(gold)
+    if any(names) and max(counts) == 1 and (names[0] == names[1] or 0 in counts):
+        return _equal(answers.unnamed(given), answers.unnamed(gold), tolerance)
     try:
         decided = _as_text(given, gold)
         if decided is None:
@@ -64,6 +66,8 @@ def _equal(given: str, gold: str, tolerance: float) -> bool:
         return given.replace(" ", "") == gold.replace(" ", "")
     if decided is None:
         decided = _as_lists(given, gold, tolerance)
+    if decided is None and not any(counts) and answers.has_words(given) != answers.has_words(gold):
+        return False
     return formulas.equal(given, gold) if decided is None else decided
 
 
@@ -111,8 +115,10 @@ def _as_lists(given: str, gold: str, tolerance: float) -> bool | None:
         return False if "=" not in single and not any(sign in single for sign in "<>{\\") else None
     if len(left) != len(right) or len(left) > MAX_ELEMENTS:
         return False
-    if all(_ordered(one) for one in (*left, *right)) and " and " not in given + gold:
-        return all(_equal(one, other, tolerance) for one, other in zip(left, right, strict=True))
+    names = [{answers.name(one) for one in side} for side in (left, right)]
+    of_names = any(len(of) > 1 for of in names) and {""} in names  # values of x and y, without their names
+    if of_names or (all(_ordered(one) for one in (*left, *right)) and " and " not in given + gold):
+        return all(_element(one, other, tolerance) for one, other in zip(left, right, strict=True))
     rest = list(right)
     for one in left:
         found = next((k for k, other in enumerate(rest) if _element(one, other, tolerance)), None)
@@ -127,4 +133,8 @@ def _ordered(text: str) -> bool:
 
 
 def _element(given: str, gold: str, tolerance: float) -> bool:
+    """Whether two parts of lists are equal; `x=3` also equals 3, but not `y=3`."""
+    names = answers.name(given), answers.name(gold)
+    if all(names) and names[0] != names[1]:
+        return False
     return _equal(answers.unnamed(given), answers.unnamed(gold), tolerance)
