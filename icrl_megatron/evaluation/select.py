@@ -198,7 +198,7 @@ def _kept(request: SelectRequest, found: Iterable[Question]) -> set[str]:
 def _write(
     request: SelectRequest,
     counted: dict[str, Any],
-    rows_of: Callable[[set[str]], Iterable[dict[str, Any]]],
+    rows_of: Callable[[set[str]], Iterable[Mapping[str, Any]]],
     kept: set[str],
 ) -> str:
     """Writes rows and report; returns the summary. Raises HopelessError if there is no row."""

@@ -58,6 +58,11 @@ def _of_split(folder: Path, files: list[Path], split: Split) -> list[Path]:
     named = {file: _split_name(file.relative_to(folder)) for file in files}
     if not any(named.values()):
         return files
+    if unnamed := [str(file) for file, name in named.items() if not name]:
+        raise ConfigError(
+            f"{folder}: some files are named by split and {len(unnamed)} are not, the first {unnamed[0]}; name the "
+            f"files, e.g. 'tasks.sources[...].data.{split}=[{folder}/NAME-*.parquet]'"
+        )
     for names in _OF_SPLIT[split]:
         chosen = [file for file in files if named[file] in names]
         if chosen:

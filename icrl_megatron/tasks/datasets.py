@@ -11,8 +11,8 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,10 @@ class DataRow:
     """The name under which results are reported: that of the file or folder in the settings."""
     prompt: str
     label: str
+    columns: columns.Columns | None = None
+    """Where prompt and label come from; None for rows with a shape."""
+    fields: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """All of its columns."""
 
     @property
     def where(self) -> str:
@@ -52,15 +56,24 @@ def read_tasks(name: str, split: Split, data: Rows, problem: Callable[[DataRow],
             f"task set {name!r} has no {split} rows: name a JSONL or Parquet file or a folder of a "
             f"Hugging Face dataset, e.g. 'tasks.sources[...].data.{split}=[FILE]'"
         )
-    rows = [(task_id, row) for task_id, row, _ in _identified(name, split, data)]  # other columns may be large
-    if data.duplicates == "error":
-        _check_unique([row for _, row in rows])
-    return [Task(task_id, name, split, problem(row)) for task_id, row in rows]
+    tasks: list[Task] = []
+    first: dict[str, str] = {}
+    repeated: list[str] = []
+    for task_id, row in _identified(name, split, data):  # one at a time, because other columns may be large
+        tasks.append(Task(task_id, name, split, problem(row)))
+        if (twin := first.setdefault(content_hash(row.prompt), row.where)) != row.where:
+            repeated.append(f"{row.where}: the same prompt as {twin}")
+    if repeated:
+        raise ConfigError(
+            f"{repeated[0]}, and {len(repeated)} rows in all repeat an earlier one; a duplicate counts twice: delete "
+            "them, or give 'tasks.sources[...].data.duplicates=drop'"
+        )
+    return tasks
 
 
-def chosen_rows(name: str, data: Rows, task_ids: Collection[str], split: Split = "train") -> Iterator[dict[str, Any]]:
-    """The rows of these tasks of a split, with all of their columns. Raises ConfigError as `read_rows` does."""
-    return (fields for task_id, _, fields in _identified(name, split, data) if task_id in task_ids)
+def chosen_rows(name: str, data: Rows, task_ids: Collection[str]) -> Iterator[Mapping[str, Any]]:
+    """The training rows of these tasks, with all of their columns. Raises ConfigError as `read_rows` does."""
+    return (row.fields for task_id, row in _identified(name, "train", data) if task_id in task_ids)
 
 
 def row_hash(task: Task) -> str:
@@ -69,11 +82,11 @@ def row_hash(task: Task) -> str:
     return content_hash(json.dumps(problem, sort_keys=True))
 
 
-def _identified(name: str, split: Split, data: Rows) -> Iterator[tuple[str, DataRow, dict[str, Any]]]:
-    """(task id, row, columns) of one split, in the order of the files."""
+def _identified(name: str, split: Split, data: Rows) -> Iterator[tuple[str, DataRow]]:
+    """(task id, row) of one split, in the order of the files."""
     counts: Counter[str] = Counter()
-    for row, fields in _read(split, data, _names(split, data)):
-        yield f"{name}/{split}/{row.subset}/{counts[row.subset]}", row, fields
+    for row in _read(split, data, _names(split, data)):
+        yield f"{name}/{split}/{row.subset}/{counts[row.subset]}", row
         counts[row.subset] += 1
 
 
@@ -89,7 +102,7 @@ def subset_of(task: Task) -> str:
 def read_rows(given: str, data: Rows, split: Split = "train") -> Iterator[DataRow]:
     """Rows of one entry of the settings. Raises ConfigError on a missing, empty or unreadable file, a missing
     column, an empty prompt or label, and a row that cannot be asked, unless `data.unusable` drops it."""
-    return (row for row, _ in _read(split, data, [given]))
+    return _read(split, data, [given])
 
 
 def left_out(split: Split, data: Rows) -> Counter[str]:
@@ -113,10 +126,8 @@ def recognized(split: Split, data: Rows) -> list[str]:
     return lines
 
 
-def _read(
-    split: Split, data: Rows, names: Sequence[str], dropped: Counter[str] | None = None
-) -> Iterator[tuple[DataRow, dict[str, Any]]]:
-    """(row, its columns); counts the rows that are left out in `dropped`."""
+def _read(split: Split, data: Rows, names: Sequence[str], dropped: Counter[str] | None = None) -> Iterator[DataRow]:
+    """Counts the rows that are left out in `dropped`."""
     set_columns = (data.prompt_column, data.label_column) != (Rows.prompt_column, Rows.label_column)
     if data.shape and (set_columns or data.heldout_prompt_column or data.heldout_label_column):
         raise ConfigError(
@@ -127,7 +138,7 @@ def _read(
     for given, subset in zip(names, subset_names(names), strict=True):
         found = 0
         for file in files_of(given, split=split):
-            for row, fields in _rows_of_file(file, split, data, subset, dropped):
+            for row in _rows_of_file(file, split, data, subset, dropped):
                 found += 1
                 if data.duplicates == "drop":
                     key = content_hash(row.prompt)
@@ -136,14 +147,12 @@ def _read(
                             dropped[REPEATED] += 1
                         continue
                     seen.add(key)
-                yield row, fields
+                yield row
         if not found:
             raise ConfigError(f"{given}: no rows in it; give a file with at least one problem")
 
 
-def _rows_of_file(
-    file: Path, split: Split, data: Rows, subset: str, dropped: Counter[str] | None
-) -> Iterator[tuple[DataRow, dict[str, Any]]]:
+def _rows_of_file(file: Path, split: Split, data: Rows, subset: str, dropped: Counter[str] | None) -> Iterator[DataRow]:
     of_file: columns.Columns | str = data.shape
     for number, fields in rows_of(file):
         where = f"{file}, line {number}"
@@ -161,7 +170,9 @@ def _rows_of_file(
         parts = [subset, shaped.subset]
         if data.subset_column:
             parts.append(columns.subset(fields, data.subset_column, where))
-        yield DataRow(file, number, "_".join(part for part in parts if part), shaped.prompt, shaped.label), fields
+        name = "_".join(part for part in parts if part)
+        used = of_file if isinstance(of_file, columns.Columns) else None
+        yield DataRow(file, number, name, shaped.prompt, shaped.label, used, fields)
 
 
 def _recognized(fields: dict[str, Any], data: Rows, split: Split, where: str) -> columns.Columns | str:
@@ -213,17 +224,6 @@ def asked(task: Task) -> str:
         except (ValueError, KeyError, TypeError):
             pass
     return f"{task.source}:{task.problem}"
-
-
-def _check_unique(rows: Sequence[DataRow]) -> None:
-    first: dict[str, DataRow] = {}
-    repeated = [(row, twin) for row in rows if (twin := first.setdefault(content_hash(row.prompt), row)) is not row]
-    if repeated:
-        row, twin = repeated[0]
-        raise ConfigError(
-            f"{row.where}: the same prompt as {twin.where}, and {len(repeated)} rows in all repeat an earlier one; a "
-            "duplicate counts twice: delete them, or give 'tasks.sources[...].data.duplicates=drop'"
-        )
 
 
 def id_range(text: str) -> range | None:

@@ -92,21 +92,21 @@ def _of_pair(test: Mapping[str, Any], name: str) -> Case:
     kind = str(test.get("testtype") or test.get("type") or "")
     name = str(test.get("fn_name") or name)
     if name:
-        return _of_function(name, test.get("input"), test.get("output"))
+        return _of_function(name, test.get("input"), test.get("output"), wrapped=not kind)
     if kind in ("functional", "function_call"):
         raise ValueError("tests of a function without its name; data.shape=livecodebench reads it from metadata")
     return Case(_lines(test.get("output"), "output"), stdin=_lines(test.get("input"), "input"))
 
 
-def _of_function(name: str, given: Any, output: Any) -> Case:
-    """A call of a function, or of a method of the class Solution. Arguments are a list, or lines of JSON. An expected
-    list of one value may stand for that value, as in APPS."""
+def _of_function(name: str, given: Any, output: Any, wrapped: bool) -> Case:
+    """A call of a function, or of a method of the class Solution. Arguments are a list, or lines of JSON. `wrapped`: an
+    expected list of one value may also stand for that value, as in APPS."""
     if not name.isidentifier():
         raise ValueError(f"{name!r:.50} is not the name of a function")
     arguments = given if isinstance(given, list) else [_literal(line) for line in str(given).splitlines()]
     expected = _literal(output) if isinstance(output, str) and not isinstance(given, list) else output
     called = f"getattr(globals().get('Solution', object)(), {name!r}, globals().get({name!r}))"
-    single = expected[0] if isinstance(expected, list) and len(expected) == 1 else expected
+    single = expected[0] if wrapped and isinstance(expected, list) and len(expected) == 1 else expected
     return Case(
         encoded(expected),
         setup=_LISTED,

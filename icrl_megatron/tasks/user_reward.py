@@ -9,16 +9,15 @@ from __future__ import annotations
 import asyncio
 import json
 import queue
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from icrl_megatron.settings.task_options import OwnSource, check_unused
 from icrl_megatron.tasks.base import BadAnswer, Environment, EnvironmentFailure, StepResult, own_problem
-from icrl_megatron.tasks.columns import Columns, at_path, columns_of
-from icrl_megatron.tasks.datasets import DataRow, chosen_rows, read_tasks
+from icrl_megatron.tasks.columns import Columns, at_path
+from icrl_megatron.tasks.datasets import DataRow, read_tasks
 from icrl_megatron.tasks.grader import START_TIMEOUT_S, Worker
 from icrl_megatron.tasks.reward_call import Reward
 from icrl_megatron.tasks.reward_worker import IMPORT
@@ -142,7 +141,7 @@ class RewardTasks:
 
     def problems(self, split: Split) -> Sequence[Task]:
         if split not in self._problems:
-            self._problems[split] = list(self._load(split))
+            self._problems[split] = read_tasks(self.name, split, self._source.data, _problem)
         return self._problems[split]
 
     def environment(self, task: Task) -> Environment:
@@ -174,24 +173,18 @@ class RewardTasks:
     def pool(self) -> RewardPool:
         return RewardPool(self._source)
 
-    def _load(self, split: Split) -> Iterator[Task]:
-        """Two passes over the files: the second one has all columns."""
-        data = self._source.data
-        tasks = read_tasks(self.name, split, data, _problem)
-        ids = {task.task_id for task in tasks}
-        for task, fields in zip(tasks, chosen_rows(self.name, data, ids, split), strict=True):
-            problem = json.loads(task.problem)
-            used = Columns("", "label") if data.shape else columns_of(fields, data, split, problem["where"])
-            more = {
-                "given_prompt": _messages(at_path(fields, used.prompt)) or problem["prompt"],
-                "label_column": used.label.rpartition(".")[2] or "label",
-                "columns": _columns(fields, (used.prompt, used.label)),
-            }
-            yield replace(task, problem=json.dumps(problem | more, ensure_ascii=False))
-
 
 def _problem(row: DataRow) -> str:
-    return json.dumps({"prompt": row.prompt, "label": row.label, "where": row.where}, ensure_ascii=False)
+    used = row.columns or Columns("", "label")
+    problem = {
+        "prompt": row.prompt,
+        "label": row.label,
+        "given_prompt": _messages(at_path(row.fields, used.prompt)) or row.prompt,
+        "label_column": used.label.rpartition(".")[2] or "label",
+        "columns": _columns(row.fields, (used.prompt, used.label)),
+        "where": row.where,
+    }
+    return json.dumps(problem, ensure_ascii=False)
 
 
 def _messages(value: Any) -> list[Any] | None:

@@ -42,8 +42,9 @@ def proportion(successes: int, n: int) -> Proportion:
 
 
 def wilson(mean: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a mean of n independent values in [0, 1]. It is wider than needed for
-    values between 0 and 1, whose variance is smaller. Without values it is [0, 1]."""
+    """Wilson's 95 % score interval of a mean of n independent values in [0, 1]; scipy's takes only whole numbers of
+    successes. It is wider than needed for values between 0 and 1, whose variance is smaller. Without values it is
+    [0, 1]."""
     if n == 0:
         return 0.0, 1.0
     center = (mean + _Z**2 / (2 * n)) / (1 + _Z**2 / n)

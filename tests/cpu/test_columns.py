@@ -181,6 +181,7 @@ ROW = {"prompt": "q?", "label": "1"}
         (["train/a.jsonl", "train/b.jsonl", "test/a.jsonl"], "train", 2), (["a.jsonl", "b.jsonl"], "train", 2),
         (["a.jsonl", "b.jsonl"], "heldout", 2), (["trainer.jsonl", "testing.jsonl"], "train", 2),
         (["test.jsonl"], "train", "no files of the train split, only test"), (["train.jsonl"], "heldout", "only train"),
+        (["train.jsonl", "more.jsonl"], "train", "1 are not, the first .*more"),
         (["main/train-0.parquet", "socratic/train-0.parquet"], "train", "several folders; name one of .*main, "),
     ],
 )  # fmt: skip
