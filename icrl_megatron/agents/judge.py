@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from icrl_megatron.agents.tools import ToolFailure
+from icrl_megatron.settings.endpoint import Endpoint
+from icrl_megatron.utils import addresses
+from icrl_megatron.utils.connections import Connections
 from icrl_megatron.utils.endpoint import EndpointClient, EndpointError
+from icrl_megatron.utils.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -107,6 +111,21 @@ class Asker(Protocol):
     async def ask(self, message: str, max_tokens: int, temperature: float, seed: int) -> str:
         """The reply to one user message. Raises EndpointError."""
         ...
+
+
+def judge_client(at: Endpoint) -> EndpointClient:
+    return EndpointClient(at.url, at.model, at.api_key_env, at.timeout_s, Connections(at.concurrency))
+
+
+def check_endpoint(at: Endpoint, setting: str, judge: str, instead: str = "") -> None:
+    """Raises ConfigError if `setting` of an entry does not say which model answers. `judge`: what needs it. `instead`:
+    another remedy."""
+    if not (at.url.startswith(("http://", "https://")) and at.model):
+        raise ConfigError(
+            f"{judge} needs {setting}.url and .model (url={addresses.shown(at.url)!r}, model={at.model!r}), e.g. "
+            f"'tasks.sources[...].{setting}={{url: http://host:8000/v1, model: NAME}}'{instead}"
+        )
+    addresses.check_base(at.url, f"{judge}: {setting}.url")
 
 
 class NoVerdict(ToolFailure):

@@ -18,14 +18,11 @@ from jinja2 import meta
 from jinja2.sandbox import SandboxedEnvironment
 
 from icrl_megatron.agents.cache import Entry, ToolCache
-from icrl_megatron.agents.judge import Asker, NoVerdict, ask_until_read, score_of
+from icrl_megatron.agents.judge import Asker, NoVerdict, ask_until_read, check_endpoint, score_of
 from icrl_megatron.agents.tools import ToolFailure
 from icrl_megatron.settings.task_options import OwnSource, check_unused
 from icrl_megatron.settings.task_sections import RewardJudge
 from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure, sendable
-from icrl_megatron.utils import addresses
-from icrl_megatron.utils.connections import Connections
-from icrl_megatron.utils.endpoint import EndpointClient
 from icrl_megatron.utils.errors import ConfigError
 
 SUFFIX = ".jinja"
@@ -146,16 +143,5 @@ def check_judge(source: OwnSource) -> None:
     if judge.engine != "endpoint":
         check_unused(source, ["judge.endpoint"], f"with judge.engine={judge.engine}")
         return
-    at = judge.endpoint
-    if not (at.url.startswith(("http://", "https://")) and at.model):
-        raise ConfigError(
-            f"task set {source.name!r}: its judge needs judge.endpoint.url and .model (url={at.url!r}, "
-            f"model={at.model!r}), e.g. 'tasks.sources[...].judge.endpoint={{url: http://host:8000/v1, model: NAME}}', "
-            "or 'tasks.sources[...].judge.engine=solver'"
-        )
-    addresses.check_base(at.url, f"task set {source.name!r}: judge.endpoint.url")
-
-
-def endpoint_of(judge: RewardJudge) -> Asker:
-    at = judge.endpoint
-    return EndpointClient(at.url, at.model, at.api_key_env, at.timeout_s, Connections(at.concurrency))
+    instead = ", or 'tasks.sources[...].judge.engine=solver'"
+    check_endpoint(judge.endpoint, "judge.endpoint", f"task set {source.name!r}: its judge", instead)

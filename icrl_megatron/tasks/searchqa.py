@@ -10,7 +10,16 @@ import json
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 
-from icrl_megatron.agents.judge import Judge, ModelJudge, by_rule, exact_match, f1, normalised
+from icrl_megatron.agents.judge import (
+    Judge,
+    ModelJudge,
+    by_rule,
+    check_endpoint,
+    exact_match,
+    f1,
+    judge_client,
+    normalised,
+)
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.settings.task_options import SearchQASource, check_unused
 from icrl_megatron.tasks.agentgym import AgentGym
@@ -22,8 +31,6 @@ from icrl_megatron.tasks.programs import ANSWER, ProgramTests
 from icrl_megatron.tasks.tool_use import MAX_TURNS, CheckedAnswer, ToolEnvironment
 from icrl_megatron.tasks.tools import OffersTools, SourceTools
 from icrl_megatron.types import Split, Task
-from icrl_megatron.utils import addresses
-from icrl_megatron.utils.connections import Connections
 from icrl_megatron.utils.endpoint import EndpointClient
 from icrl_megatron.utils.errors import ConfigError
 
@@ -89,8 +96,7 @@ class RetrievalQA(OffersTools):
 
     @cached_property
     def _client(self) -> EndpointClient:
-        at = self._agent.endpoint
-        return EndpointClient(at.url, at.model, at.api_key_env, at.timeout_s, Connections(at.concurrency))
+        return judge_client(self._agent.endpoint)
 
     def statement(self, task: Task) -> str | Opening:
         fields = json.loads(task.problem)
@@ -116,7 +122,7 @@ class RetrievalQA(OffersTools):
 
 def _check_judge(source: SearchQASource) -> None:
     """Raises ConfigError if the judge lacks a setting, or for an option of another judge."""
-    judge, at, python = source.agent.judge, source.agent.endpoint, "python" in source.agent.tools
+    judge, python = source.agent.judge, "python" in source.agent.tools
     if judge not in ("math", "tests"):
         limits = [] if python else ["data.grading_workers", "data.grading_timeout_s"]
         check_unused(source, [*limits, "data.numeric_tolerance"], f"with agent.judge={judge}")
@@ -125,13 +131,7 @@ def _check_judge(source: SearchQASource) -> None:
     if judge != "model":
         check_unused(source, ["agent.endpoint"], f"with agent.judge={judge}")
         return
-    if not (at.url.startswith(("http://", "https://")) and at.model):
-        raise ConfigError(
-            f"task set {source.name!r}: agent.judge=model needs agent.endpoint.url and .model (url={at.url!r}, "
-            f"model={at.model!r}), e.g. "
-            "'tasks.sources[...].agent.endpoint={url: http://host:8000/v1, model: NAME}'"
-        )
-    addresses.check_base(at.url, f"task set {source.name!r}: agent.endpoint.url")
+    check_endpoint(source.agent.endpoint, "agent.endpoint", f"task set {source.name!r}: agent.judge=model")
 
 
 def SearchQA(source: SearchQASource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> TaskSet:

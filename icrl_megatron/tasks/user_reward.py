@@ -16,14 +16,14 @@ from functools import cached_property
 from typing import Any
 
 from icrl_megatron.agents.cache import ToolCache
-from icrl_megatron.agents.judge import Asker
+from icrl_megatron.agents.judge import Asker, judge_client
 from icrl_megatron.settings.task_options import OwnSource, check_unused
 from icrl_megatron.tasks.base import BadAnswer, Environment, EnvironmentFailure, Opening, StepResult, own_problem
 from icrl_megatron.tasks.columns import Columns, at_path
 from icrl_megatron.tasks.datasets import DataRow, read_tasks
 from icrl_megatron.tasks.grader import START_TIMEOUT_S, Worker
 from icrl_megatron.tasks.reward_call import Reward, measure_of
-from icrl_megatron.tasks.reward_judge import RewardPrompt, ScoreJudge, check_judge, endpoint_of, is_judge
+from icrl_megatron.tasks.reward_judge import RewardPrompt, ScoreJudge, check_judge, is_judge
 from icrl_megatron.tasks.reward_worker import IMPORT
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
@@ -255,7 +255,7 @@ class RewardTasks:
 
     @cached_property
     def _endpoint(self) -> Asker:
-        return endpoint_of(self._source.judge)
+        return judge_client(self._source.judge.endpoint)
 
     def _judge(self) -> Asker:
         """Raises ConfigError if the run has no such engine."""
