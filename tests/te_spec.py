@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from icrl_megatron.distributed import before_megatron, platform  # noqa: F401
+from icrl_megatron.distributed import platform
 
 PACKAGE, VERSION = "transformer_engine", "2.8.0"
 
@@ -56,10 +56,11 @@ def submodules(spec: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    platform.show_gpu_library(PACKAGE)
     if importlib.util.find_spec(PACKAGE) is None:
         sys.meta_path.insert(0, Finder())
-    platform.device = lambda: torch.device("cuda", 0)  # pretends that there is a GPU; none is used
+    # Pretends that there is a GPU; none is used.
+    platform.device = lambda: torch.device("cuda", 0)
+    platform.hide_gpu_libraries = lambda: None
     from icrl_megatron.model import gpt  # imported late because it imports Megatron
 
     for qk_norm in (True, False):

@@ -7,12 +7,14 @@ it replaces those calls with their CPU equivalents, and on a GPU it only selects
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
@@ -60,6 +62,17 @@ def hide_gpu_libraries() -> None:
     if not torch.cuda.is_available():
         for name in FOR_GPUS:
             sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # None makes the import fail
+
+
+@contextlib.contextmanager
+def hidden(name: str) -> Iterator[None]:
+    """Makes `import name` fail inside the block, as if the module were not installed, unless it is already imported."""
+    was_imported = sys.modules.setdefault(name, None) is not None  # type: ignore[arg-type]  # None makes the import fail
+    try:
+        yield
+    finally:
+        if not was_imported:
+            del sys.modules[name]
 
 
 def keep_no_record_of_collectives() -> None:

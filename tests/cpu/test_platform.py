@@ -232,3 +232,18 @@ def test_gpu_libraries_are_hidden_from_megatron_on_a_cpu(tmp_path: Path, name: s
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0 and done.stdout.split() == ["ok"], done.stderr
+
+
+def test_hidden_module_cannot_be_imported_until_the_block_ends() -> None:
+    assert "wave" not in sys.modules
+    with platform.hidden("wave"), pytest.raises(ImportError):
+        importlib.import_module("wave")
+    wave = importlib.import_module("wave")
+    with platform.hidden("wave"):
+        assert importlib.import_module("wave") is wave  # it was imported before
+    assert sys.modules["wave"] is wave
+
+
+def test_importing_the_actor_imports_no_tracker() -> None:
+    code = "import sys, icrl_megatron.actor.actor; sys.exit('wandb' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
