@@ -127,6 +127,7 @@ def estimate(
         / gpu.memory_bandwidth,
         "sync": sync(shape, layout, gpu, constants),
         "offload": 2.0 * moved_bytes / (gpu.host_bandwidth * constants.link_efficiency),
+        "host": constants.host_sample_s * len(work.sequence_S),
         "other": constants.step_fixed_s,
     }
     return Times(phases, 3.0 * (layers + head), len(tokens_M), rollout.tail)

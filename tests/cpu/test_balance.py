@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import sys
 from collections.abc import Callable
 from itertools import chain
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -202,3 +204,16 @@ def test_twice_the_samples_take_little_more_than_twice_the_time() -> None:
     ):
         once, twice = lines(lambda: work(small, 1)), lines(lambda: work(large, 2))  # noqa: B023
         assert once > 2000 and twice <= 2.5 * once
+
+
+def test_the_benchmark_measures_a_small_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
+    bench = importlib.import_module("bench_balance")
+    bench.main(tokens=4e5, mean=1000.0, replicas=[1, 8], updates=2, rounds=1)
+    assert "samples of 200 episodes" in (said := capsys.readouterr().out) and "bars held" in said
+    monkeypatch.setattr(bench, "IMBALANCE_BAR", 1.0)
+    with pytest.raises(bench.typer.Exit):
+        bench.main(tokens=2e5, mean=5000.0, replicas=[16], rounds=1)
+    assert "MISSED" in capsys.readouterr().out
