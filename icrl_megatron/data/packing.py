@@ -11,22 +11,25 @@ Invariants (tests/cpu/test_packing.py):
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from operator import attrgetter
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from icrl_megatron.data.balance import assign, train_tokens
+from icrl_megatron.data.balance import Sizes, place
+from icrl_megatron.model.flops import SampleFlops
 from icrl_megatron.settings.schema import AlgoSettings
-from icrl_megatron.types import Ids, MicroBatch, Sample, StepPlan
+from icrl_megatron.types import Ids, IntArray, MicroBatch, Sample, StepPlan
 from icrl_megatron.utils.errors import ConfigError
 
 Prompt = Literal["train", "behaviour"]
 NORMALISATIONS = ("sequence_mean", "token_mean", "constant")
 BLANK_TOKENS = 2
+BY_TOKENS = SampleFlops(train=(1, 0), behaviour=(0, 0), loss_token=0)
+"""Costs a sample as many FLOPs as it has tokens. On one replica all costs give the same plan."""
 
 
 def pack(
@@ -39,6 +42,7 @@ def pack(
     replicas: int = 1,
     prompt: Prompt = "train",
     counted: int = 0,
+    flops: SampleFlops = BY_TOKENS,
 ) -> StepPlan:
     """The plan of one data-parallel replica, from the samples of the *whole* step (the same on every rank).
 
@@ -46,7 +50,8 @@ def pack(
     micro-batch. `align`: every micro-batch is padded to a multiple of it by one sequence without loss tokens. Samples
     without loss tokens are left out, also from the normalizer. A replica with no samples in an update gets one blank
     micro-batch, so that every rank takes part in the collectives. There are never more updates than samples. `counted`:
-    samples without loss that count in the normalizer all the same; updates share them evenly.
+    samples without loss that count in the normalizer all the same; updates share them evenly. `flops`: what the
+    replicas' shares are balanced by.
 
     Raises ConfigError on an unknown normalization, ValueError on samples that cannot be packed (an empty prompt,
     streams of unequal length, a duplicate sample_id, or no loss token in the whole step).
@@ -55,86 +60,94 @@ def pack(
         raise ConfigError(
             f"algo.loss_normalisation is {settings.loss_normalisation!r}: choose one of {', '.join(NORMALISATIONS)}."
         )
-    trained = [s for s in samples if True in s.loss_mask]
+    trained = sorted((s for s in samples if True in s.loss_mask), key=attrgetter("sample_id"))
     if not trained:
         raise ValueError("No sample of this step has a loss token: nothing can be packed.")
     for sample in trained:
         _check(sample)
-    if len({s.sample_id for s in trained}) < len(trained):
-        raise ValueError("Two samples of this step have the same sample_id: normalizers and order depend on it.")
+    sizes = Sizes.of(trained)
+    placement = place(sizes, settings.updates_per_step, flops, replicas)
+    lengths_S = _packed_lengths(sizes, settings)
 
     own: list[Sample] = []
     updates = []
-    parts = split_updates(trained, settings.updates_per_step)
-    for number, members in enumerate(parts):
-        silent = counted * (number + 1) // len(parts) - counted * number // len(parts)
-        coefficients = _coefficients(members, silent, settings)
-        bins = _fill(assign(members, replicas)[replica], micro_batch_tokens, settings)
+    for number in range(placement.updates):
+        silent = counted * (number + 1) // placement.updates - counted * number // placement.updates
+        of_token_S = np.zeros(len(trained))
+        in_update_S = placement.update_S == number
+        of_token_S[in_update_S] = _coefficients(sizes.loss_S[in_update_S], silent, settings)
+        members = placement.members(number, replica)
         micro_batches = []
-        for bin_samples in bins:
-            micro_batches.append(_micro_batch(bin_samples, len(own), coefficients, align, prompt))
-            own += bin_samples
-        updates.append(tuple(micro_batches) or (_micro_batch([], 0, {}, align, prompt),))
+        for places in first_fit(lengths_S[members], micro_batch_tokens):
+            chosen = members[places]
+            batch = [trained[i] for i in chosen.tolist()]
+            micro_batches.append(_micro_batch(batch, len(own), of_token_S[chosen], align, prompt))
+            own += batch
+        updates.append(tuple(micro_batches) or (_micro_batch([], 0, np.zeros(0), align, prompt),))
     return StepPlan(
         samples=tuple(own),
         updates=tuple(updates),
         global_samples=len(trained) + counted,
-        global_loss_tokens=sum(s.loss_tokens() for s in trained),
+        global_loss_tokens=int(sizes.loss_S.sum()),
     )
 
 
-def split_updates(samples: Sequence[Sample], updates_per_step: int) -> list[list[Sample]]:
-    """Distributes a step's samples over its optimizer updates, at most one update per sample, with sizes that differ by
-    at most one.
-
-    The order is a hash of the ids: it mixes tasks and roles, and is the same on every rank and for any order of
-    arrival.
-    """
-    mixed = sorted(samples, key=lambda s: (zlib.crc32(s.sample_id.encode()), s.sample_id))
-    count = min(updates_per_step, len(mixed))
-    return [mixed[len(mixed) * u // count : len(mixed) * (u + 1) // count] for u in range(count)]
-
-
-def _coefficients(members: Sequence[Sample], silent: int, settings: AlgoSettings) -> dict[str, float]:
-    """sample_id -> c_t of its loss tokens; `members` are an update's samples over all replicas, and `silent` is the
-    number of those that are only counted.
+def _coefficients(loss_S: IntArray, silent: int, settings: AlgoSettings) -> npt.NDArray[np.float64]:
+    """c_t [S] of the tokens of all samples of an update, over all replicas, from the samples' loss tokens. `silent` is
+    the number of samples that are only counted.
 
     sequence_mean: 1 / (samples * loss tokens of the sample). token_mean: 1 / loss tokens of the update. constant:
     1 / (samples * algo.constant_tokens), which weighs tokens of short and long replies equally (Dr. GRPO,
     arXiv 2503.20783).
     """
-    samples = len(members) + silent
-    counts = {s.sample_id: s.loss_tokens() for s in members}
+    samples = len(loss_S) + silent
     if settings.loss_normalisation == "token_mean":
-        return dict.fromkeys(counts, 1.0 / sum(counts.values()))
+        return np.full(len(loss_S), 1.0 / int(loss_S.sum()))
     if settings.loss_normalisation == "constant":
         assert settings.constant_tokens is not None  # checked in run/checks.py
-        return dict.fromkeys(counts, 1.0 / (samples * settings.constant_tokens))
-    return {sample_id: 1.0 / (samples * count) for sample_id, count in counts.items()}
+        return np.full(len(loss_S), 1.0 / (samples * settings.constant_tokens))
+    return 1.0 / (samples * loss_S)
 
 
-def _fill(samples: Sequence[Sample], budget: int, settings: AlgoSettings) -> list[list[Sample]]:
-    """First fit, longest first, into micro-batches of at most `budget` tokens (or of one sequence)."""
-    lengths = {s.sample_id: train_tokens(s) for s in samples}
+def _packed_lengths(sizes: Sizes, settings: AlgoSettings) -> IntArray:
+    """Tokens [S] that a sample takes in a micro-batch."""
     if settings.calibration.enabled and settings.calibration.denominator == "recomputed":
         # The trainer then reads both prompts, and the same split into micro-batches must fit both.
-        for s in samples:
-            lengths[s.sample_id] = max(lengths[s.sample_id], len(s.behaviour_prompt_ids) + len(s.response_ids))
-    bins: list[list[Sample]] = []
-    free: list[int] = []
-    for sample in sorted(samples, key=lambda s: (-lengths[s.sample_id], s.sample_id)):
-        need = lengths[sample.sample_id]
-        slot = next((i for i, left in enumerate(free) if need <= left), len(bins))
-        if slot == len(bins):
-            bins.append([])
-            free.append(budget)
-        bins[slot].append(sample)
-        free[slot] -= need
-    return bins
+        return np.maximum(sizes.train_S, sizes.behaviour_S)
+    return sizes.train_S
+
+
+def first_fit(lengths_S: IntArray, budget: int) -> list[list[int]]:
+    """First fit, longest first (ties: in their order): each sequence goes into the first micro-batch with room for it,
+    of at most `budget` tokens or of one longer sequence. Returns indices into `lengths_S`, micro-batch by micro-batch.
+
+    Time is O(S log S): a tree over the micro-batches, whose inner nodes hold the most room below them, finds the first
+    one with enough. It has a leaf for each that can be needed. All but one of them are more than half full at the end,
+    so 2 x tokens / budget + 1 are enough.
+    """
+    order = np.argsort(-lengths_S, kind="stable")
+    needs = np.minimum(lengths_S[order], budget)  # a longer one needs an empty micro-batch, and leaves no room in it
+    leaves = 1 << max(0, min(len(needs), 2 * int(needs.sum()) // budget + 1) - 1).bit_length()
+    room = [budget] * (2 * leaves)  # node n has the children 2n and 2n + 1
+    batches: list[list[int]] = [[] for _ in range(leaves)]
+    for index, need in zip(order.tolist(), needs.tolist(), strict=True):
+        node = 1
+        while node < leaves:
+            node *= 2
+            node += room[node] < need
+        batches[node - leaves].append(index)
+        room[node] -= need
+        while node := node // 2:
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return [batch for batch in batches if batch]
 
 
 def _micro_batch(
-    samples: Sequence[Sample], first_index: int, coefficients: dict[str, float], align: int, prompt: Prompt
+    samples: Sequence[Sample],
+    first_index: int,
+    coefficients_S: npt.NDArray[np.float64],
+    align: int,
+    prompt: Prompt,
 ) -> MicroBatch:
     """Packs the sequences end to end. The token at response position j is predicted at prompt_len + j - 1."""
     prompts: list[Ids] = [s.train_prompt_ids if prompt == "train" else s.behaviour_prompt_ids for s in samples]
@@ -165,7 +178,7 @@ def _micro_batch(
         targets_L=tokens_T[targets_at],
         rollout_logprobs_L=_joined(np.float32, (s.rollout_logprobs for s in samples))[mask_R],
         advantages_L=np.array([s.advantage for s in samples], dtype=np.float32)[sample_L],
-        coefficients_L=np.array([coefficients[s.sample_id] for s in samples], dtype=np.float32)[sample_L],
+        coefficients_L=coefficients_S.astype(np.float32)[sample_L],
         calibrated_L=np.array([s.calibrated for s in samples], dtype=np.bool_)[sample_L],
         same_prompt_L=np.array([s.train_prompt_ids == s.behaviour_prompt_ids for s in samples], dtype=np.bool_)[
             sample_L

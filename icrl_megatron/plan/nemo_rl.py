@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from icrl_megatron.model.flops import Passes
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.plan import timing
 from icrl_megatron.plan.calibration import CONSTANTS, Constants
@@ -73,8 +74,9 @@ class Reproduced:
         return self.tokens_a_second_a_gpu / self.row.tokens_a_second_a_gpu - 1
 
 
-NEMO_RL = replace(CONSTANTS, training_efficiency=0.27, layer_launch_s=0.0, optimizer_bytes=40.0)
-"""Of NeMo-RL, whose micro-batches are small: the efficiency is fitted to the first row, and covers its launches too."""
+NEMO_RL = replace(CONSTANTS, training_efficiency=0.27, layer_launch_s=0.0, optimizer_bytes=40.0, host_sample_s=0.0)
+"""Of NeMo-RL, whose micro-batches are small: the efficiency is fitted to the first row, and covers its launches and
+its host's work too."""
 
 
 def reproduce(row: Published, constants: Constants = NEMO_RL) -> Reproduced:
@@ -83,6 +85,6 @@ def reproduce(row: Published, constants: Constants = NEMO_RL) -> Reproduced:
     work = single_turn(PROMPTS, ANSWERS, row.prompt_tokens, row.answer_tokens, SPREAD, most)
     weights = engine_parameters(row.shape, row.layout.engine_tensor) * row.layout.item
     cache = ENGINE_MEMORY * gpu.memory_bytes - weights - constants.engine_workspace_bytes
-    passes = timing.Passes(updates=UPDATES, scored=1, head_everywhere=True)
+    passes = Passes(updates=UPDATES, scored=1, head_everywhere=True)
     times = timing.estimate(row.shape, row.layout, work, passes, gpu, cache, constants)
     return Reproduced(row, times, work.trained_tokens / times.total / row.layout.gpus)

@@ -21,7 +21,7 @@ GROUPS = {
     "scoring": ("scoring",),
     "training": ("training", "optimizer"),
     "collectives, bubbles": ("tensor collectives", "data collectives", "bubbles"),
-    "sync, other": ("sync", "offload", "other"),
+    "sync, other": ("sync", "offload", "host", "other"),
 }
 
 

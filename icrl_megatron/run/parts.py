@@ -12,6 +12,7 @@ from icrl_megatron.data.packing import Prompt, pack
 from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.distributed.grid import Grid
 from icrl_megatron.distributed.platform import token_multiple
+from icrl_megatron.model.flops import SampleFlops
 from icrl_megatron.rollout.source import EpisodeSource
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.run.watch import NoWatch, Watch
@@ -68,15 +69,17 @@ class Parts:
 
     def pack(self, samples: Sequence[Sample], prompt: Prompt = "train", counted: int = 0) -> StepPlan:
         """The plan of this rank's replica (`data.packing.pack`)."""
+        settings, actor = self.settings, self.settings.actor
         return pack(
             samples,
-            self.settings.algo,
-            micro_batch_tokens=self.settings.actor.micro_batch_tokens,
-            align=token_multiple(self.settings.actor),
+            settings.algo,
+            micro_batch_tokens=actor.micro_batch_tokens,
+            align=token_multiple(actor),
             replica=self.grid.data_rank,
             replicas=self.grid.data,
             prompt=prompt,
             counted=counted,
+            flops=SampleFlops.of(self.actor.shape, settings),
         )
 
     def seeds(self, step: int, resample: int = 0, purpose: str = "") -> Seeds:

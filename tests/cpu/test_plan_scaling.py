@@ -40,6 +40,17 @@ def test_scaling_from_8_to_1024_gpus(tmp_path: Path) -> None:
     assert picture(points, tmp_path / "scaling.png", RECIPE).read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_host_plans_every_sample_of_the_step() -> None:
+    """Credit, balance and packing are not shared out, so their seconds grow with the batch, not with the GPUs."""
+    points = scale(load(), H100)
+    first, last = points[0].grown_batch, points[-1].grown_batch
+    assert first is not None and last is not None
+    samples = len(last.work.sequence_S)
+    assert last.times.phases["host"] == pytest.approx(1.3e-5 * samples)
+    assert samples / len(first.work.sequence_S) == pytest.approx(1024 / 8, rel=0.05)
+    assert last.times.total > last.times.phases["host"] + last.times.phases["decode"]
+
+
 def test_search_and_suggestions_use_whole_nodes() -> None:
     found = search(load(), 12, H100)
     assert not found.best
