@@ -2,13 +2,14 @@
 
     Task -> Completion -> Turn -> Attempt / Critique -> Episode -> Sample -> StepPlan(MicroBatch) -> StepStats
 
-From `Sample` on, no code knows what a critic is. Token sequences are tuples or NumPy arrays on the host; the actor
-turns them into tensors on its own device. This module does not import torch.
+From `Sample` on, no code knows what a critic is. Prompts are tuples while they are encoded and sent to an engine; what
+an engine answered and what is kept are NumPy arrays on the host (4 bytes per id and per log-prob), and the actor turns
+them into tensors on its own device. This module does not import torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 Ids = tuple[int, ...]
+IdArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -23,6 +25,47 @@ BoolArray = npt.NDArray[np.bool_]
 Split = Literal["train", "heldout"]
 Role = Literal["attempt", "critique", "revision"]
 FinishReason = Literal["stop", "length", "abort"]
+
+
+def id_array(ids: Sequence[int] | IdArray) -> IdArray:
+    """Token ids as a read-only array. Raises OverflowError on an id that has more than 32 bits."""
+    return _read_only(np.asarray(ids, dtype=np.int32))
+
+
+def logprob_array(logprobs: Sequence[float] | FloatArray) -> FloatArray:
+    """Log-probs as a read-only array: engines compute them in fp32 or less."""
+    return _read_only(np.asarray(logprobs, dtype=np.float32))
+
+
+def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    if not array.flags.writeable:
+        return array
+    kept = array.view()
+    kept.flags.writeable = False
+    return kept
+
+
+def joined(parts: Sequence[npt.NDArray[Any]], dtype: type[Any]) -> npt.NDArray[Any]:
+    """The arrays end to end; an empty array without parts."""
+    return np.concatenate(parts, dtype=dtype) if parts else np.zeros(0, dtype=dtype)
+
+
+def as_json(value: Any) -> Any:
+    """`default` of `json.dumps`: arrays become lists, dataclasses objects of their fields, at any depth."""
+    return value.tolist() if isinstance(value, np.ndarray) else vars(value)
+
+
+class ByValue:
+    """Equality and hash of a frozen dataclass (eq=False) with arrays, which have neither as a value of their own."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(v.tobytes() if isinstance(v, np.ndarray) else v for v in vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -41,22 +84,26 @@ class Task:
     """What the task set needs to rebuild the problem, in its own encoding (JSON if it is structured)."""
 
 
-@dataclass(frozen=True)
-class Completion:
+@dataclass(frozen=True, eq=False)
+class Completion(ByValue):
     """What an engine returned for one request: token ids in, token ids out.
 
-    Example: Completion((412, 9, 1), (-0.3, -1.2, -0.0), "stop", weight_version=3)
+    Example: Completion(id_array((412, 9, 1)), logprob_array((-0.3, -1.2, -0.0)), "stop", weight_version=3)
     """
 
-    ids: Ids
+    ids: IdArray
     """Generated ids, the end token included when `finish_reason` is "stop"."""
-    logprobs: tuple[float, ...]
+    logprobs: FloatArray
     """Log-probability of each id under the distribution it was sampled from (temperature applied), same length."""
     finish_reason: FinishReason
     weight_version: int
     """Version of the weights that generated the newest token."""
     older: tuple[tuple[int, int], ...] = ()
     """(version, tokens) of the leading tokens, if an interrupted reply started under older weights."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", id_array(self.ids))
+        object.__setattr__(self, "logprobs", logprob_array(self.logprobs))
 
     def first(self, count: int) -> Completion:
         """The first `count` tokens, and the versions that generated them."""
@@ -72,17 +119,16 @@ class Completion:
 
     @staticmethod
     def parse(fields: Mapping[str, Any]) -> Completion:
-        """Inverse of `vars`, after a round trip through JSON."""
+        """Inverse of `as_json`, after a round trip through JSON."""
         older = tuple((version, tokens) for version, tokens in fields.get("older", ()))
-        kept = {"ids": tuple(fields["ids"]), "logprobs": tuple(fields["logprobs"]), "older": older}
-        return Completion(**{**fields, **kept})
+        return Completion(**{**fields, "older": older})
 
 
-@dataclass(frozen=True)
-class Turn:
+@dataclass(frozen=True, eq=False)
+class Turn(ByValue):
     """One reply of the solver and the environment's observation.
 
-    Example: Turn(completion, "go to shelf 2", "go to shelf 2", "On shelf 2 you see a mug.", (27, 4, 980, 5))
+    Example: Turn(completion, "go to shelf 2", "go to shelf 2", "On shelf 2 you see a mug.", ids)
     """
 
     completion: Completion
@@ -92,7 +138,7 @@ class Turn:
     """The action parsed from the reply; None if there is none."""
     observation: str
     """The environment's answer. Only the critic reads the last turn's."""
-    observation_ids: Ids
+    observation_ids: IdArray
     """Ids in the context between this reply and the next (end of turn, observation, next header); empty after the last
     turn."""
     cut_chars: int = 0
@@ -100,9 +146,12 @@ class Turn:
     answer_chars: tuple[int, ...] = ()
     """If the reply made several calls: the length of each answer. `observation` is the answers, a line each."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "observation_ids", id_array(self.observation_ids))
 
-@dataclass(frozen=True)
-class Attempt:
+
+@dataclass(frozen=True, eq=False)
+class Attempt(ByValue):
     """One attempt of the solver at a task: round 0 without a critique, later rounds after one (revisions).
 
     Token layout: prompt_ids, then for each turn completion.ids and observation_ids.
@@ -111,9 +160,9 @@ class Attempt:
     """
 
     round: int
-    prompt_ids: Ids
+    prompt_ids: IdArray
     """The prompt given to the engine, including the critique if there was one."""
-    plain_prompt_ids: Ids
+    plain_prompt_ids: IdArray
     """The critique-free prompt of the same task; equal to `prompt_ids` in round 0."""
     turns: tuple[Turn, ...]
     outcome: float
@@ -127,36 +176,51 @@ class Attempt:
     measures: tuple[tuple[str, float], ...] = ()
     """(name, value) pairs that the environment counted, e.g. ("calls", 3.0)."""
 
-    def response_ids(self) -> Ids:
-        return tuple(i for turn in self.turns for i in (*turn.completion.ids, *turn.observation_ids))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_ids", id_array(self.prompt_ids))
+        object.__setattr__(self, "plain_prompt_ids", id_array(self.plain_prompt_ids))
 
-    def loss_mask(self) -> tuple[bool, ...]:
+    def response_ids(self) -> IdArray:
+        return joined([part for t in self.turns for part in (t.completion.ids, t.observation_ids)], np.int32)
+
+    def loss_mask(self) -> BoolArray:
         """True on generated tokens, False on observations; same length as `response_ids()`."""
-        return tuple(
-            m for t in self.turns for m in (*[True] * len(t.completion.ids), *[False] * len(t.observation_ids))
-        )
+        lengths = [n for t in self.turns for n in (len(t.completion.ids), len(t.observation_ids))]
+        return np.repeat(np.arange(len(lengths)) % 2 == 0, lengths)
+
+    def generated_tokens(self) -> int:
+        return sum(len(turn.completion.ids) for turn in self.turns)
+
+    def observation_tokens(self) -> int:
+        return sum(len(turn.observation_ids) for turn in self.turns)
 
     def read_tokens(self) -> int:
         """Tokens of the prompt and of the observations, each once."""
-        return len(self.prompt_ids) + sum(len(turn.observation_ids) for turn in self.turns)
+        return len(self.prompt_ids) + self.observation_tokens()
 
-    def rollout_logprobs(self) -> tuple[float, ...]:
+    def rollout_logprobs(self) -> FloatArray:
         """Engine log-probs, 0 on observation tokens; same length as `response_ids()`."""
-        return tuple(p for t in self.turns for p in (*t.completion.logprobs, *[0.0] * len(t.observation_ids)))
+        none = [np.zeros(len(t.observation_ids), dtype=np.float32) for t in self.turns]
+        return joined(
+            [p for t, z in zip(self.turns, none, strict=True) for p in (t.completion.logprobs, z)], np.float32
+        )
 
 
-@dataclass(frozen=True)
-class Critique:
+@dataclass(frozen=True, eq=False)
+class Critique(ByValue):
     """What the critic wrote about the attempt of the same round. Its reward is the improvement of the next attempt.
 
     Example: Critique(0, prompt, completion, "You did not heat the mug. Use the microwave first.")
     """
 
     round: int
-    prompt_ids: Ids
+    prompt_ids: IdArray
     completion: Completion
     text: str
     """What the solver reads: the text between <critic> tags, or the whole reply."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_ids", id_array(self.prompt_ids))
 
 
 @dataclass(frozen=True)
@@ -173,8 +237,7 @@ class Episode:
     critiques: tuple[Critique, ...]
 
     def generated_tokens(self) -> int:
-        turns = sum(len(t.completion.ids) for a in self.attempts for t in a.turns)
-        return turns + sum(len(c.completion.ids) for c in self.critiques)
+        return sum(a.generated_tokens() for a in self.attempts) + sum(len(c.completion.ids) for c in self.critiques)
 
 
 @dataclass(frozen=True)
@@ -209,8 +272,8 @@ class UnplayedEpisode:
     error: str
 
 
-@dataclass(frozen=True)
-class Sample:
+@dataclass(frozen=True, eq=False)
+class Sample(ByValue):
     """One trainable sequence. The two prompts differ only for internalized revisions.
 
     Example: the revision of episode 3, trained without the critique that it was generated with:
@@ -226,21 +289,27 @@ class Sample:
     role: Role
     """For metrics only: nothing after credit branches on it."""
     round: int
-    behaviour_prompt_ids: Ids
-    train_prompt_ids: Ids
-    response_ids: Ids
-    loss_mask: tuple[bool, ...]
-    rollout_logprobs: tuple[float, ...]
+    behaviour_prompt_ids: IdArray
+    train_prompt_ids: IdArray
+    response_ids: IdArray
+    loss_mask: BoolArray
+    rollout_logprobs: FloatArray
     calibrated: bool
     """True if w_t, or the shaping function instead of it, applies (internalized revisions with calibration on)."""
     reward: float
     advantage: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("behaviour_prompt_ids", "train_prompt_ids", "response_ids"):
+            object.__setattr__(self, name, id_array(getattr(self, name)))
+        object.__setattr__(self, "loss_mask", np.asarray(self.loss_mask, dtype=np.bool_))
+        object.__setattr__(self, "rollout_logprobs", logprob_array(self.rollout_logprobs))
+
     def task_id(self) -> str:
         return self.sample_id.rsplit("#", 1)[0]
 
     def loss_tokens(self) -> int:
-        return sum(self.loss_mask)
+        return int(self.loss_mask.sum())
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class CreditReport:
 
     def tasks_with_signal(self) -> set[str]:
         """Ids of the tasks with a token whose advantage is not zero."""
-        return {s.task_id() for s in self.samples if s.advantage != 0.0 and any(s.loss_mask)}
+        return {s.task_id() for s in self.samples if s.advantage != 0.0 and s.loss_mask.any()}
 
     @property
     def has_signal(self) -> bool:
@@ -85,7 +85,7 @@ def credit(episodes: Iterable[Episode], settings: AlgoSettings, train_critic: bo
         if settings.group_filter.enabled and _filtered_out(members, settings.group_filter):
             dropped += 1
             dropped_samples += len(members)
-            counted += [m for m in members if any(m.loss_mask)] if settings.group_filter.counted else []
+            counted += [m for m in members if m.loss_mask.any()] if settings.group_filter.counted else []
             continue
         off = [overlong_penalty(m.loss_tokens(), settings.overlong) for m in members]
         rewards = [m.reward - penalty for m, penalty in zip(members, off, strict=True)]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from icrl_megatron.settings.schema import AlgoSettings
-from icrl_megatron.types import Attempt, Critique, Episode, Ids, Role, Sample, Task
+from icrl_megatron.types import Attempt, BoolArray, Critique, Episode, FloatArray, IdArray, Role, Sample, Task
 from icrl_megatron.utils.errors import ConfigError
 
 GROUPINGS = ("task_role", "task_round_role", "task")
@@ -64,7 +66,7 @@ def _critic_sample(episode: Episode, critique: Critique, settings: AlgoSettings)
         behaviour_prompt_ids=critique.prompt_ids,
         train_prompt_ids=critique.prompt_ids,
         response_ids=completion.ids,
-        loss_mask=(True,) * len(completion.ids),
+        loss_mask=np.ones(len(completion.ids), dtype=np.bool_),
         rollout_logprobs=completion.logprobs,
         calibrated=False,
         reward=critique_reward(episode.attempts[critique.round], episode.attempts[critique.round + 1]),
@@ -77,11 +79,11 @@ def _sample(
     *,
     role: Role,
     round: int,
-    behaviour_prompt_ids: Ids,
-    train_prompt_ids: Ids,
-    response_ids: Ids,
-    loss_mask: tuple[bool, ...],
-    rollout_logprobs: tuple[float, ...],
+    behaviour_prompt_ids: IdArray,
+    train_prompt_ids: IdArray,
+    response_ids: IdArray,
+    loss_mask: BoolArray,
+    rollout_logprobs: FloatArray,
     calibrated: bool,
     reward: float,
 ) -> Sample:

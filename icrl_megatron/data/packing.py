@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Sequence
-from itertools import chain
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from icrl_megatron.data.balance import assign, train_tokens
 from icrl_megatron.settings.schema import AlgoSettings
-from icrl_megatron.types import Ids, MicroBatch, Sample, StepPlan
+from icrl_megatron.types import IdArray, MicroBatch, Sample, StepPlan, joined
 from icrl_megatron.utils.errors import ConfigError
 
 Prompt = Literal["train", "behaviour"]
@@ -55,7 +53,7 @@ def pack(
         raise ConfigError(
             f"algo.loss_normalisation is {settings.loss_normalisation!r}: choose one of {', '.join(NORMALISATIONS)}."
         )
-    trained = [s for s in samples if True in s.loss_mask]
+    trained = [s for s in samples if s.loss_mask.any()]
     if not trained:
         raise ValueError("No sample of this step has a loss token: nothing can be packed.")
     for sample in trained:
@@ -137,7 +135,7 @@ def _micro_batch(
     samples: Sequence[Sample], first_index: int, coefficients: dict[str, float], align: int, prompt: Prompt
 ) -> MicroBatch:
     """Packs the sequences end to end. The token at response position j is predicted at prompt_len + j - 1."""
-    prompts: list[Ids] = [s.train_prompt_ids if prompt == "train" else s.behaviour_prompt_ids for s in samples]
+    prompts: list[IdArray] = [s.train_prompt_ids if prompt == "train" else s.behaviour_prompt_ids for s in samples]
     prompt_S = np.fromiter(map(len, prompts), dtype=np.int64, count=len(samples))
     response_S = np.fromiter((len(s.response_ids) for s in samples), dtype=np.int64, count=len(samples))
     lengths = (prompt_S + response_S) if samples else np.array([BLANK_TOKENS])
@@ -147,12 +145,13 @@ def _micro_batch(
     starts = ends - lengths
 
     tokens_T = np.zeros(int(ends[-1]), dtype=np.int64)
-    ids = chain.from_iterable((*p, *s.response_ids) for p, s in zip(prompts, samples, strict=True))
     filled = int((prompt_S + response_S).sum())
-    tokens_T[:filled] = np.fromiter(ids, dtype=np.int64, count=filled)
+    tokens_T[:filled] = joined(
+        [i for p, s in zip(prompts, samples, strict=True) for i in (p, s.response_ids)], np.int64
+    )
 
     # First over the R response tokens, then only those with loss.
-    mask_R = _joined(np.bool_, (s.loss_mask for s in samples))
+    mask_R = joined([s.loss_mask for s in samples], np.bool_)
     sample_L = np.repeat(np.arange(len(samples)), response_S)[mask_R]
     response_starts = np.cumsum(response_S) - response_S
     shift_S = starts[: len(samples)] + prompt_S - response_starts
@@ -163,24 +162,19 @@ def _micro_batch(
         cu_seqlens=np.append(starts, len(tokens_T)).astype(np.int32),
         loss_index_L=targets_at - 1,
         targets_L=tokens_T[targets_at],
-        rollout_logprobs_L=_joined(np.float32, (s.rollout_logprobs for s in samples))[mask_R],
+        rollout_logprobs_L=joined([s.rollout_logprobs for s in samples], np.float32)[mask_R],
         advantages_L=np.array([s.advantage for s in samples], dtype=np.float32)[sample_L],
         coefficients_L=np.array([coefficients[s.sample_id] for s in samples], dtype=np.float32)[sample_L],
         calibrated_L=np.array([s.calibrated for s in samples], dtype=np.bool_)[sample_L],
-        same_prompt_L=np.array([s.train_prompt_ids == s.behaviour_prompt_ids for s in samples], dtype=np.bool_)[
-            sample_L
-        ],
+        same_prompt_L=np.array(
+            [np.array_equal(s.train_prompt_ids, s.behaviour_prompt_ids) for s in samples], dtype=np.bool_
+        )[sample_L],
         sample_index_L=sample_L + first_index,
     )
 
 
-def _joined(dtype: type[Any], parts: Iterable[Sequence[float]]) -> npt.NDArray[Any]:
-    joined: npt.NDArray[Any] = np.fromiter(chain.from_iterable(parts), dtype=dtype)
-    return joined
-
-
 def _check(sample: Sample) -> None:
-    if not sample.train_prompt_ids or not sample.behaviour_prompt_ids:
+    if not len(sample.train_prompt_ids) or not len(sample.behaviour_prompt_ids):
         raise ValueError(f"Sample {sample.sample_id!r} has an empty prompt: nothing predicts its first token.")
     if not len(sample.response_ids) == len(sample.loss_mask) == len(sample.rollout_logprobs):
         raise ValueError(

@@ -19,7 +19,19 @@ from icrl_megatron.rollout.groups import Groups, OnGroup, ignored, split_tasks
 from icrl_megatron.rollout.replay import ReplayLogs, copied, tokens
 from icrl_megatron.rollout.speakers import Meter, Seeds, SpeakersFor
 from icrl_megatron.telemetry.dumps import dump_path, dumped_steps, read_episodes
-from icrl_megatron.types import Attempt, Completion, Critique, DroppedEpisode, Episode, Ids, Task, Turn, UnplayedEpisode
+from icrl_megatron.types import (
+    Attempt,
+    Completion,
+    Critique,
+    DroppedEpisode,
+    Episode,
+    Ids,
+    Task,
+    Turn,
+    UnplayedEpisode,
+    id_array,
+    logprob_array,
+)
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.progress import Progress
 
@@ -295,18 +307,20 @@ class FakeSource(NoPartialRollouts):
         attempts: list[Attempt] = []
         critiques: list[Critique] = []
         for round in range(rounds):
-            advice = critiques[-1].completion.ids if critiques else ()
-            turn = Turn(self._completion(rng, self.turn_tokens), "", None, "", ())
+            advice = tuple(critiques[-1].completion.ids.tolist()) if critiques else ()
+            turn = Turn(self._completion(rng, self.turn_tokens), "", None, "", id_array(()))
             success = rng.random() < 0.5
-            attempts.append(Attempt(round, plain + advice, plain, (turn,), float(success), success, "", "done"))
+            attempts.append(
+                Attempt(round, id_array(plain + advice), id_array(plain), (turn,), float(success), success, "", "done")
+            )
             if success or round + 1 == rounds:
                 break
-            critiques.append(Critique(round, (*plain, 1), self._completion(rng, self.critique_tokens), ""))
+            critiques.append(Critique(round, id_array((*plain, 1)), self._completion(rng, self.critique_tokens), ""))
         return Episode(task, index, tuple(attempts), tuple(critiques))
 
     def _completion(self, rng: random.Random, longest: int) -> Completion:
         ids = self._ids(rng, rng.randint(1, longest))
-        return Completion(ids, tuple(-3.0 * rng.random() for _ in ids), "stop", 0)
+        return Completion(id_array(ids), logprob_array([-3.0 * rng.random() for _ in ids]), "stop", 0)
 
     def _ids(self, rng: random.Random, count: int) -> Ids:
         return tuple(rng.randrange(self.vocabulary) for _ in range(count))

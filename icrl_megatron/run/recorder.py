@@ -16,7 +16,7 @@ from icrl_megatron.run.state import RunState
 from icrl_megatron.telemetry.dumps import write_dump
 from icrl_megatron.telemetry.metrics import GENERATED, HELDOUT_NLL, NLL, USED, rollout_metrics
 from icrl_megatron.telemetry.writer import TIME_PREFIX, Row
-from icrl_megatron.types import Episode, Ids, StepStats
+from icrl_megatron.types import Episode, IdArray, StepStats
 from icrl_megatron.utils.progress import Phase, Progress
 
 
@@ -28,7 +28,7 @@ class Recorder:
         state: RunState,
         progress: Progress,
         bar: Phase,
-        decode: Callable[[Ids], str],
+        decode: Callable[[IdArray], str],
         dropped: int = 0,
     ) -> None:
         """`decode` turns token ids into text; `dropped` counts problems that do not fit the context, or conversations

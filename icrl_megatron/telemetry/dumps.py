@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from icrl_megatron.types import Attempt, Completion, Critique, Episode, Ids, Sample, Task, Turn
+from icrl_megatron.types import Attempt, Completion, Critique, Episode, IdArray, Sample, Task, Turn, as_json
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.files import write_atomically
 from icrl_megatron.utils.step_names import step_name, steps_in
@@ -55,7 +55,7 @@ def write_dump(
     step: int,
     episodes: Iterable[Episode],
     samples: Sequence[Sample],
-    decode: Callable[[Ids], str],
+    decode: Callable[[IdArray], str],
     weights: Mapping[str, tuple[float, ...]] = MappingProxyType({}),
 ) -> Path:
     """Writes rollouts/step_<step>.jsonl atomically, the episodes sorted by task and index; returns its path.
@@ -95,7 +95,7 @@ def read_episodes(path: str | Path) -> list[Episode]:
     return [record.episode for record in read_dump(path)]
 
 
-def _record(episode: Episode, credited: dict[str, Credited], decode: Callable[[Ids], str]) -> DumpRecord:
+def _record(episode: Episode, credited: dict[str, Credited], decode: Callable[[IdArray], str]) -> DumpRecord:
     prompts = {f"{a.round}/{'revision' if a.round else 'attempt'}": decode(a.prompt_ids) for a in episode.attempts}
     prompts |= {f"{c.round}/critique": decode(c.prompt_ids) for c in episode.critiques}
     stem = f"{episode.task.task_id}#{episode.index}"
@@ -103,8 +103,9 @@ def _record(episode: Episode, credited: dict[str, Credited], decode: Callable[[I
 
 
 def _line(record: DumpRecord) -> str:
-    # Dataclasses become objects of their fields, at any depth.
-    return json.dumps({k: vars(record)[k] for k in ("prompts", "credit", "episode")}, default=vars, ensure_ascii=False)
+    return json.dumps(
+        {k: vars(record)[k] for k in ("prompts", "credit", "episode")}, default=as_json, ensure_ascii=False
+    )
 
 
 def _parse(line: dict[str, Any]) -> DumpRecord:
@@ -113,22 +114,18 @@ def _parse(line: dict[str, Any]) -> DumpRecord:
         task=Task(**e["task"]),
         index=e["index"],
         attempts=tuple(map(_attempt, e["attempts"])),
-        critiques=tuple(
-            Critique(**{**c, "prompt_ids": tuple(c["prompt_ids"]), "completion": Completion.parse(c["completion"])})
-            for c in e["critiques"]
-        ),
+        critiques=tuple(Critique(**{**c, "completion": Completion.parse(c["completion"])}) for c in e["critiques"]),
     )
     credit = {k: Credited(c["reward"], c["advantage"], tuple(c.get("weights", ()))) for k, c in line["credit"].items()}
     return DumpRecord(episode, line["prompts"], credit)
 
 
 def _turn(fields: dict[str, Any]) -> Turn:
-    lists = {name: tuple(fields.get(name, ())) for name in ("observation_ids", "answer_chars")}
-    return Turn(**{**fields, **lists, "completion": Completion.parse(fields["completion"])})
+    kept = {"completion": Completion.parse(fields["completion"]), "answer_chars": tuple(fields.get("answer_chars", ()))}
+    return Turn(**{**fields, **kept})
 
 
 def _attempt(fields: dict[str, Any]) -> Attempt:
     turns = tuple(map(_turn, fields["turns"]))
-    ids = {name: tuple(fields[name]) for name in ("prompt_ids", "plain_prompt_ids")}
     measures = tuple((name, value) for name, value in fields.get("measures", ()))
-    return Attempt(**{**fields, **ids, "turns": turns, "measures": measures})
+    return Attempt(**{**fields, "turns": turns, "measures": measures})

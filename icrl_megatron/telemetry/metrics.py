@@ -90,7 +90,7 @@ def _cut_texts(attempt: Attempt) -> int:
 def reply_entropy(episodes: Iterable[Episode]) -> float | None:
     """Mean -log pi of the solver's tokens, in nats; None without tokens."""
     turns = [turn for episode in episodes for attempt in episode.attempts for turn in attempt.turns]
-    logprobs = [logprob for turn in turns for logprob in turn.completion.logprobs]
+    logprobs = [logprob for turn in turns for logprob in turn.completion.logprobs.tolist()]
     return abs(sum(logprobs)) / len(logprobs) if logprobs else None  # no log-prob is above 0
 
 

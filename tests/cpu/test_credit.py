@@ -52,13 +52,13 @@ def test_an_episode_gives_samples_with_ids_masks_and_rewards() -> None:
     assert list(samples) == ["4/0/attempt", "4/0/critique", "4/1/revision"]
 
     first, critique, revision = samples.values()
-    assert first.train_prompt_ids == first.behaviour_prompt_ids == (50, 51)
-    assert first.response_ids == (1, 2, 90, 91, 3)
-    assert first.loss_mask == (True, True, False, False, True)
-    assert first.rollout_logprobs == pytest.approx((-0.1, -0.2, 0.0, 0.0, -0.3))
-    assert critique.train_prompt_ids == critique.behaviour_prompt_ids == (60, 61)
-    assert (critique.response_ids, critique.loss_mask) == ((7, 8), (True, True))
-    assert (revision.behaviour_prompt_ids, revision.train_prompt_ids) == ((50, 77, 51), (50, 51))
+    assert first.train_prompt_ids.tolist() == first.behaviour_prompt_ids.tolist() == [50, 51]
+    assert first.response_ids.tolist() == [1, 2, 90, 91, 3]
+    assert first.loss_mask.tolist() == [True, True, False, False, True]
+    assert first.rollout_logprobs.tolist() == pytest.approx((-0.1, -0.2, 0.0, 0.0, -0.3))
+    assert critique.train_prompt_ids.tolist() == critique.behaviour_prompt_ids.tolist() == [60, 61]
+    assert (critique.response_ids.tolist(), critique.loss_mask.tolist()) == ([7, 8], [True, True])
+    assert [list(i) for i in (revision.behaviour_prompt_ids, revision.train_prompt_ids)] == [[50, 77, 51], [50, 51]]
     assert critique.reward == revision.reward == 1.0
     assert [s.calibrated for s in (first, critique, revision)] == [False, False, True]
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from model_folders import YARN, copy, make_folder, save, shard, tensors, with_fields
@@ -144,7 +145,7 @@ def test_equivalent_folders_give_the_same_log_probs(base: Path, grid: grids.Grid
     # Tensors are at other offsets in the files, so products may be rounded differently.
     torch.testing.assert_close(actor_logprobs(folder, grid), actor_logprobs(base, grid), atol=TOLERANCE, rtol=0)
     done, want = generated(folder), generated(base)
-    assert done.ids == want.ids and done.logprobs == pytest.approx(want.logprobs, abs=TOLERANCE)
+    assert np.array_equal(done.ids, want.ids) and done.logprobs == pytest.approx(want.logprobs, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -142,7 +142,7 @@ def test_micro_batches_are_well_formed(items, algo, layout, prompt) -> None:
             members = dict.fromkeys(batch.sample_index_L.tolist())
             for k, index in enumerate(members):
                 s = plan.samples[index]
-                ids = (s.train_prompt_ids if prompt == "train" else s.behaviour_prompt_ids) + s.response_ids
+                ids = [*(s.train_prompt_ids if prompt == "train" else s.behaviour_prompt_ids), *s.response_ids]
                 assert tokens[cu[k] : cu[k + 1]].tolist() == list(ids)
             real = len(members) or 1  # a blank micro-batch holds one sequence without loss
             assert len(cu) - 1 - real in (0, 1)

@@ -99,7 +99,7 @@ def test_revisions_are_shaped_and_grouped_with_attempts_without_std() -> None:
         {"0/0/attempt": -0.5, "0/1/revision": 0.5, "1/0/attempt": 0.0}
     )
     revision = samples["0/1/revision"]
-    assert revision.train_prompt_ids != revision.behaviour_prompt_ids
+    assert not np.array_equal(revision.train_prompt_ids, revision.behaviour_prompt_ids)
     off = AlgoSettings(calibration=Calibration(enabled=False))
     assert not any(s.calibrated for s in to_samples(episodes[0], off, False))
 
