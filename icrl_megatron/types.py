@@ -2,6 +2,9 @@
 
     Task -> Completion -> Turn -> Attempt / Critique -> Episode -> Sample -> StepPlan(MicroBatch) -> StepStats
 
+Token sequences stay on the rank that played them. All ranks exchange headers (`headers.py`), and the sequences of a
+sample (`SampleTokens`) go once to the replica that trains on it (`data/delivery.py`).
+
 From `Sample` on, no code knows what a critic is. Prompts are tuples while they are encoded and sent to an engine; what
 an engine answered and what is kept are NumPy arrays on the host (4 bytes per id and per log-prob), and the actor turns
 them into tensors on its own device. This module does not import torch.
@@ -25,6 +28,8 @@ BoolArray = npt.NDArray[np.bool_]
 Split = Literal["train", "heldout"]
 Role = Literal["attempt", "critique", "revision"]
 FinishReason = Literal["stop", "length", "abort"]
+StopReason = Literal["done", "max_turns", "repeated", "context", "length", "deadline"]
+"""Why an attempt ended."""
 
 
 def id_array(ids: Sequence[int] | IdArray) -> IdArray:
@@ -38,11 +43,8 @@ def logprob_array(logprobs: Sequence[float] | FloatArray) -> FloatArray:
 
 
 def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    if not array.flags.writeable:
-        return array
-    kept = array.view()
-    kept.flags.writeable = False
-    return kept
+    array.flags.writeable = False  # whoever made it has handed it over
+    return array
 
 
 def joined(parts: Sequence[npt.NDArray[Any]], dtype: type[Any]) -> npt.NDArray[Any]:
@@ -170,7 +172,7 @@ class Attempt(ByValue):
     success: bool
     summary: str
     """The environment's description of the outcome, for the critic."""
-    stop_reason: Literal["done", "max_turns", "repeated", "context", "length", "deadline"]
+    stop_reason: StopReason
     summary_cut_chars: int = 0
     """Characters cut from the summary, by the same limits as observations."""
     measures: tuple[tuple[str, float], ...] = ()
@@ -193,10 +195,6 @@ class Attempt(ByValue):
 
     def observation_tokens(self) -> int:
         return sum(len(turn.observation_ids) for turn in self.turns)
-
-    def read_tokens(self) -> int:
-        """Tokens of the prompt and of the observations, each once."""
-        return len(self.prompt_ids) + self.observation_tokens()
 
     def rollout_logprobs(self) -> FloatArray:
         """Engine log-probs, 0 on observation tokens; same length as `response_ids()`."""
@@ -272,13 +270,14 @@ class UnplayedEpisode:
     error: str
 
 
-@dataclass(frozen=True, eq=False)
-class Sample(ByValue):
-    """One trainable sequence. The two prompts differ only for internalized revisions.
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The header of one trainable sequence: what credit, balance and packing plans are computed from, on every rank.
+    The two prompts differ only for internalized revisions.
 
     Example: the revision of episode 3, trained without the critique that it was generated with:
-    Sample("set/17#3/1/revision", "set/17/solver", "revision", 1, (*plain, *critique), plain, response, mask,
-    logprobs, calibrated=True, reward=1.0, advantage=0.7)
+    Sample("set/17#3/1/revision", "set/17/solver", "revision", 1, behaviour_prompt_tokens=90, train_prompt_tokens=40,
+    response_tokens=25, loss_tokens=20, same_prompt=False, calibrated=True, reward=1.0, advantage=0.7)
     """
 
     sample_id: str
@@ -289,27 +288,38 @@ class Sample(ByValue):
     role: Role
     """For metrics only: nothing after credit branches on it."""
     round: int
+    behaviour_prompt_tokens: int
+    train_prompt_tokens: int
+    response_tokens: int
+    loss_tokens: int
+    same_prompt: bool
+    """The sample is trained under the prompt that the engine saw."""
+    calibrated: bool
+    """True if w_t, or the shaping function instead of it, applies (internalized revisions with calibration on)."""
+    reward: float
+    advantage: float = 0.0
+    rank: int = 0
+    """The rank that has the tokens."""
+
+    def task_id(self) -> str:
+        return self.sample_id.rsplit("#", 1)[0]
+
+    def episode_id(self) -> str:
+        """<task_id>#<episode>"""
+        return self.sample_id.rsplit("/", 2)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class SampleTokens(ByValue):
+    """The token sequences of a sample. Only the rank that played it and the ranks of the replica that trains on it have
+    them."""
+
     behaviour_prompt_ids: IdArray
     train_prompt_ids: IdArray
     response_ids: IdArray
     loss_mask: BoolArray
     rollout_logprobs: FloatArray
-    calibrated: bool
-    """True if w_t, or the shaping function instead of it, applies (internalized revisions with calibration on)."""
-    reward: float
-    advantage: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("behaviour_prompt_ids", "train_prompt_ids", "response_ids"):
-            object.__setattr__(self, name, id_array(getattr(self, name)))
-        object.__setattr__(self, "loss_mask", np.asarray(self.loss_mask, dtype=np.bool_))
-        object.__setattr__(self, "rollout_logprobs", logprob_array(self.rollout_logprobs))
-
-    def task_id(self) -> str:
-        return self.sample_id.rsplit("#", 1)[0]
-
-    def loss_tokens(self) -> int:
-        return int(self.loss_mask.sum())
+    """Of every response token; 0 outside of the mask."""
 
 
 @dataclass(frozen=True)
@@ -346,7 +356,7 @@ class StepPlan:
     """
 
     samples: tuple[Sample, ...]
-    """The samples of this replica, in packing order."""
+    """The headers of this replica's samples, in packing order."""
     updates: tuple[tuple[MicroBatch, ...], ...]
     global_samples: int
     global_loss_tokens: int
@@ -368,6 +378,7 @@ class StepStats:
     loss_tokens: int
     tokens: int
     calibration_weights: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    """sample_id -> w_t of each loss token of the calibrated samples, of all replicas; the same on every rank."""
+    """sample_id -> w_t of each loss token of calibrated samples: from the actor, those that this rank measured; in the
+    loop, those of the episodes that this rank has."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Token means, maxima and counts by name, from `actor/measure.py`."""

@@ -10,8 +10,9 @@ from itertools import pairwise
 import numpy as np
 
 from icrl_megatron.algo.samples import to_samples
+from icrl_megatron.headers import EpisodeHeader
 from icrl_megatron.settings.algo_schema import AlgoSettings, GroupFilter, Overlong
-from icrl_megatron.types import Episode, Sample, Task
+from icrl_megatron.types import Sample, Task
 
 STD_FLOOR = 1e-6
 """Added to a group's standard deviation (Eq. 5)."""
@@ -43,7 +44,7 @@ class CreditReport:
 
     def tasks_with_signal(self) -> set[str]:
         """Ids of the tasks with a token whose advantage is not zero."""
-        return {s.task_id() for s in self.samples if s.advantage != 0.0 and s.loss_mask.any()}
+        return {s.task_id() for s in self.samples if s.advantage != 0.0 and s.loss_tokens}
 
     @property
     def has_signal(self) -> bool:
@@ -63,7 +64,7 @@ def _of_tasks(samples: Iterable[Sample], tasks: set[str]) -> tuple[Sample, ...]:
     return tuple(s for s in samples if s.task_id() in tasks)
 
 
-def credit(episodes: Iterable[Episode], settings: AlgoSettings, train_critic: bool) -> CreditReport:
+def credit(episodes: Iterable[EpisodeHeader], settings: AlgoSettings, train_critic: bool) -> CreditReport:
     """Samples of all episodes of a step with normalized advantages. The order of the episodes does not matter.
 
     Raises ConfigError on an outcome outside [0, 1], and ValueError on two episodes of a task with the same index.
@@ -85,9 +86,9 @@ def credit(episodes: Iterable[Episode], settings: AlgoSettings, train_critic: bo
         if settings.group_filter.enabled and _filtered_out(members, settings.group_filter):
             dropped += 1
             dropped_samples += len(members)
-            counted += [m for m in members if m.loss_mask.any()] if settings.group_filter.counted else []
+            counted += [m for m in members if m.loss_tokens] if settings.group_filter.counted else []
             continue
-        off = [overlong_penalty(m.loss_tokens(), settings.overlong) for m in members]
+        off = [overlong_penalty(m.loss_tokens, settings.overlong) for m in members]
         rewards = [m.reward - penalty for m, penalty in zip(members, off, strict=True)]
         values = advantages(rewards, settings.normalise_std, settings.pseudo_positive, settings.pseudo_positive_alone)
         penalties += off

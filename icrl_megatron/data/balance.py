@@ -9,7 +9,7 @@ from icrl_megatron.types import Sample
 
 def train_tokens(sample: Sample) -> int:
     """Tokens the trainer reads for this sample: its train prompt and its response."""
-    return len(sample.train_prompt_ids) + len(sample.response_ids)
+    return sample.train_prompt_tokens + sample.response_tokens
 
 
 def assign(samples: Iterable[Sample], replicas: int) -> list[list[Sample]]:

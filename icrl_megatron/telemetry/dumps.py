@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from icrl_megatron.headers import EpisodeHeader
 from icrl_megatron.types import Attempt, Completion, Critique, Episode, IdArray, Sample, Task, Turn, as_json
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.files import write_atomically
@@ -61,12 +63,53 @@ def write_dump(
     """Writes rollouts/step_<step>.jsonl atomically, the episodes sorted by task and index; returns its path.
 
     `weights` is `StepStats.calibration_weights`."""
-    credited = {s.sample_id: Credited(s.reward, s.advantage, weights.get(s.sample_id, ())) for s in samples}
-    ordered = sorted(episodes, key=lambda e: (e.task.task_id, e.index))
-    path = dump_path(run_dir, step)
-    lines = (_line(_record(e, credited, decode)) for e in ordered)
+    credited, path = _credited(samples, weights), dump_path(run_dir, step)
+    lines = (_line(_record(e, credited, decode)) for e in sorted(episodes, key=_order))
     write_atomically(path, lines, f"the rollouts of step {step}")
     return path
+
+
+def write_part(
+    run_dir: str | Path,
+    step: int,
+    rank: int,
+    episodes: Iterable[Episode],
+    samples: Sequence[Sample],
+    decode: Callable[[IdArray], str],
+    weights: Mapping[str, tuple[float, ...]] = MappingProxyType({}),
+) -> None:
+    """Writes the episodes of one rank, as `write_dump` does; `join_parts` makes one dump of the parts of all ranks."""
+    mine = sorted(episodes, key=_order)
+    own = {f"{e.task.task_id}#{e.index}" for e in mine}
+    credited = _credited((s for s in samples if s.episode_id() in own), weights)
+    lines = (_line(_record(e, credited, decode)) for e in mine)
+    write_atomically(_part(run_dir, step, rank), lines, f"the rollouts of step {step}")
+
+
+def join_parts(run_dir: str | Path, step: int, headers: Iterable[EpisodeHeader], world: int) -> Path:
+    """Joins the parts of all ranks into the dump of a step, the episodes sorted by task and index, and removes them.
+    One line is in memory at a time."""
+    path, parts = dump_path(run_dir, step), [_part(run_dir, step, rank) for rank in range(world)]
+    with ExitStack() as opened:
+        files = [opened.enter_context(part.open(encoding="utf-8", newline="\n")) for part in parts]
+        lines = (files[header.rank].readline()[:-1] for header in sorted(headers, key=_order))
+        write_atomically(path, lines, f"the rollouts of step {step}")
+    for part in parts:
+        part.unlink()
+    return path
+
+
+def _part(run_dir: str | Path, step: int, rank: int) -> Path:
+    path = dump_path(run_dir, step)
+    return path.with_name(f".{path.name}.{rank}")
+
+
+def _order(of: Episode | EpisodeHeader) -> tuple[str, int]:
+    return of.task.task_id, of.index
+
+
+def _credited(samples: Iterable[Sample], weights: Mapping[str, tuple[float, ...]]) -> dict[str, Credited]:
+    return {s.sample_id: Credited(s.reward, s.advantage, weights.get(s.sample_id, ())) for s in samples}
 
 
 def read_dump(path: str | Path) -> list[DumpRecord]:

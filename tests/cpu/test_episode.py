@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from icrl_megatron.algo.credit import CreditReport
 from icrl_megatron.engines.local import LocalEngine
 from icrl_megatron.engines.protocol import EngineError
+from icrl_megatron.headers import headers_of
 from icrl_megatron.model.tiny import build_tiny
 from icrl_megatron.rollout.episode import EpisodeSetup, play, play_episode
 from icrl_megatron.rollout.prompts import Prompter
@@ -151,7 +152,7 @@ def test_calls_and_tokens_reduce_the_reward_but_not_success(
     if not costs:
         answered = replace(episode.attempts[1], measures=(("answered", 1.0),))
         counted = replace(episode, attempts=(episode.attempts[0], answered))
-        found = rollout_metrics([counted], [], CreditReport((), 0, 0, 0, 0))
+        found = rollout_metrics(headers_of([counted]), [], CreditReport((), 0, 0, 0, 0))
         assert found["attempt/tokens_to_answer"] == 4.0 and found["attempt/observation_tokens"] > 0
 
 
