@@ -35,7 +35,6 @@ import torch.distributed as dist  # noqa: E402
 
 from icrl_megatron.algo.credit import CreditReport, credit  # noqa: E402
 from icrl_megatron.algo.samples import tokens_of  # noqa: E402
-from icrl_megatron.data import delivery  # noqa: E402
 from icrl_megatron.data.delivery import deliver, readers, sizes_of  # noqa: E402
 from icrl_megatron.data.packing import Layout, lay_out  # noqa: E402
 from icrl_megatron.distributed import exchange  # noqa: E402
@@ -57,6 +56,8 @@ MICRO_BATCH_TOKENS = 32_768
 TOLERANCE, SHARES, SPARE = 0.10, 1.25, 64 << 20
 PER_TOKEN = 8
 """Bytes that a rank keeps of a token of its own episodes: id and log-prob."""
+OBJECTS = 2_400
+"""Bytes of the Python objects around the arrays of an attempt of two turns and its critique."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,8 @@ def _bytes_played(header: EpisodeHeader) -> int:
     prompts = sum(a.prompt_tokens + (a.plain_prompt_tokens if a.round == 0 else 0) for a in header.attempts) - PROMPT
     observed = sum(a.observation_tokens for a in header.attempts)
     critics = sum(c.prompt_tokens for c in header.critiques)
-    return 4 * (prompts + observed + critics) + PER_TOKEN * header.generated_tokens()
+    tokens = 4 * (prompts + observed + critics) + PER_TOKEN * header.generated_tokens()
+    return tokens + OBJECTS * len(header.attempts)
 
 
 def model(options: argparse.Namespace) -> dict[str, Any]:
@@ -270,7 +272,8 @@ def _rank(rank: int, options: argparse.Namespace, step: Step, folder: Path) -> N
     blobs = gather_objects(grid, encode(mine, step.tasks))
     found.headers_s = time.perf_counter() - begun
     before = tracemalloc.get_traced_memory()[0]
-    report, layout = planned(grid, blobs, step.tasks, found)
+    # The report is kept for the step's metrics.
+    kept_report, layout = planned(grid, blobs, step.tasks, found)
     del blobs
     gc.collect()
     found.headers_held = tracemalloc.get_traced_memory()[0] - before
@@ -287,20 +290,17 @@ def _rank(rank: int, options: argparse.Namespace, step: Step, folder: Path) -> N
     found.held = found.headers_held + found.played + found.trained
     found.peak = tracemalloc.get_traced_memory()[1] - begin + found.trained
     predict(grid, step, layout, wanted)
-    for header in mine:  # every sequence arrived on every rank of its replica, as it was played
-        _check(grid, layout, delivered, report)
-        break
+    assert kept_report.samples
+    _check(grid, layout, delivered)
     (folder / f"{rank}.json").write_text(json.dumps([asdict(found), asdict(wanted)]))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _check(grid: Grid, layout: Layout, delivered: dict[str, SampleTokens], report: CreditReport) -> None:
+def _check(grid: Grid, layout: Layout, delivered: dict[str, SampleTokens]) -> None:
     own = [s for s, r in zip(layout.samples, layout.replica_S.tolist(), strict=True) if r == grid.data_rank]
     assert {s.sample_id for s in own} == set(delivered), "other samples arrived than the layout says"
     for sample in own:
-        task, _, index = sample.episode_id().rpartition("#")
-        del task, index
         of = delivered[sample.sample_id]
         assert (len(of.response_ids), int(of.loss_mask.sum())) == (sample.response_tokens, sample.loss_tokens)
 

@@ -224,6 +224,7 @@ def measure_offload(actor: Any, device: str, keep: Callable[..., None]) -> None:
 
 def planned(actor: Any, variant: Variant) -> dict[str, Any]:
     """What `icrl plan` predicts for this layout and these sequences."""
+    from icrl_megatron.model.flops import Passes
     from icrl_megatron.plan import memory as planning
     from icrl_megatron.plan import timing
     from icrl_megatron.plan.hardware import GPUS
@@ -237,7 +238,7 @@ def planned(actor: Any, variant: Variant) -> dict[str, Any]:
     none = np.zeros(SEQUENCES)
     sizes = np.full(SEQUENCES, float(PROMPT + RESPONSE)), np.full(SEQUENCES, float(RESPONSE))
     load = Workload(1, none + 1, none, none + 1, none, none, none, *sizes)
-    passes = timing.Passes(1, 1)
+    passes = Passes(1, 1)
     times = timing.estimate(shape, layout, load, passes, GPUS["h100"], 1e9).phases
     held = state.total if variant.optimizer else state.total - state.optimizer * 2 / 3  # Adam's moments do not exist
     return {

@@ -12,15 +12,16 @@ Invariants (tests/cpu/test_packing.py):
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from icrl_megatron.data.balance import assign, train_tokens
+from icrl_megatron.data.balance import Sizes, place
+from icrl_megatron.model.flops import SampleFlops
 from icrl_megatron.settings.schema import AlgoSettings
 from icrl_megatron.types import IdArray, IntArray, MicroBatch, Sample, SampleTokens, StepPlan, joined
 from icrl_megatron.utils.errors import ConfigError
@@ -28,23 +29,25 @@ from icrl_megatron.utils.errors import ConfigError
 Prompt = Literal["train", "behaviour"]
 NORMALISATIONS = ("sequence_mean", "token_mean", "constant")
 BLANK_TOKENS = 2
+BY_TOKENS = SampleFlops(train=(1, 0), behaviour=(0, 0), loss_token=0)
+"""Costs a sample as many FLOPs as it has tokens. On one replica all costs give the same plan."""
 
 
 @dataclass(frozen=True)
 class Layout:
     """Which replica trains on which sample of a step, and the micro-batches of one replica, from headers alone.
 
-    Example: Layout(samples, replica_S=[0, 1], updates=(((samples[0],),),), coefficients={"t#0": 0.5}, 2, 40)
+    Example: Layout(samples, replica_S=[0, 1], updates=(([0],),), coefficients_S=[0.5, 0.5], 2, 40)
     """
 
     samples: tuple[Sample, ...]
     """All samples with loss tokens, in ascending order of sample_id: the same on every rank."""
     replica_S: IntArray
     """The replica that trains on each of them."""
-    updates: tuple[tuple[tuple[Sample, ...], ...], ...]
-    """This replica's samples by update and micro-batch."""
-    coefficients: dict[str, float]
-    """sample_id -> c_t of its loss tokens, of this replica's samples."""
+    updates: tuple[tuple[IntArray, ...], ...]
+    """This replica's micro-batches by update: indices into `samples`."""
+    coefficients_S: npt.NDArray[np.float64]
+    """c_t of the loss tokens of each sample."""
     global_samples: int
     global_loss_tokens: int
 
@@ -57,12 +60,14 @@ def lay_out(
     replica: int = 0,
     replicas: int = 1,
     counted: int = 0,
+    flops: SampleFlops = BY_TOKENS,
 ) -> Layout:
     """The layout of one data-parallel replica, from the headers of the *whole* step (the same on every rank).
 
     `micro_batch_tokens` is the budget of a micro-batch, without alignment padding; a longer sequence gets its own
     micro-batch. Samples without loss tokens are left out, also from the normalizer. There are never more updates than
     samples. `counted`: samples without loss that count in the normalizer all the same; updates share them evenly.
+    `flops`: what the replicas' shares are balanced by.
 
     Raises ConfigError on an unknown normalization, ValueError on samples that cannot be packed (an empty prompt, a
     duplicate sample_id, or no loss token in the whole step).
@@ -76,27 +81,25 @@ def lay_out(
         raise ValueError("No sample of this step has a loss token: nothing can be packed.")
     for sample in trained:
         _check(sample)
-    if len({s.sample_id for s in trained}) < len(trained):
-        raise ValueError("Two samples of this step have the same sample_id: normalizers and order depend on it.")
+    sizes = Sizes.of(trained)
+    placement = place(sizes, settings.updates_per_step, flops, replicas)
+    lengths_S = _packed_lengths(sizes, settings)
 
-    replica_of: dict[str, int] = {}
-    own: dict[str, float] = {}
+    coefficients_S = np.zeros(len(trained))
     updates = []
-    parts = split_updates(trained, settings.updates_per_step)
-    for number, members in enumerate(parts):
-        silent = counted * (number + 1) // len(parts) - counted * number // len(parts)
-        coefficients = _coefficients(members, silent, settings)
-        shares = assign(members, replicas)
-        replica_of |= {s.sample_id: r for r, share in enumerate(shares) for s in share}
-        own |= {s.sample_id: coefficients[s.sample_id] for s in shares[replica]}
-        updates.append(tuple(map(tuple, _fill(shares[replica], micro_batch_tokens, settings))))
+    for number in range(placement.updates):
+        silent = counted * (number + 1) // placement.updates - counted * number // placement.updates
+        in_update_S = placement.update_S == number
+        coefficients_S[in_update_S] = _coefficients(sizes.loss_S[in_update_S], silent, settings)
+        members = placement.members(number, replica)
+        updates.append(tuple(members[places] for places in first_fit(lengths_S[members], micro_batch_tokens)))
     return Layout(
         samples=tuple(trained),
-        replica_S=np.array([replica_of[s.sample_id] for s in trained], dtype=np.int64),
+        replica_S=placement.replica_S,
         updates=tuple(updates),
-        coefficients=own,
+        coefficients_S=coefficients_S,
         global_samples=len(trained) + counted,
-        global_loss_tokens=sum(s.loss_tokens for s in trained),
+        global_loss_tokens=int(sizes.loss_S.sum()),
     )
 
 
@@ -111,12 +114,13 @@ def pack(layout: Layout, tokens: Mapping[str, SampleTokens], *, align: int = 1, 
     updates = []
     for bins in layout.updates:
         micro_batches = []
-        for bin_samples in bins:
-            for sample in bin_samples:
+        for chosen in bins:
+            batch = [layout.samples[i] for i in chosen.tolist()]
+            for sample in batch:
                 _check_lengths(sample, tokens[sample.sample_id])
-            micro_batches.append(_micro_batch(bin_samples, tokens, len(own), layout.coefficients, align, prompt))
-            own += bin_samples
-        updates.append(tuple(micro_batches) or (_micro_batch([], {}, 0, {}, align, prompt),))
+            micro_batches.append(_micro_batch(batch, tokens, len(own), layout.coefficients_S[chosen], align, prompt))
+            own += batch
+        updates.append(tuple(micro_batches) or (_micro_batch([], {}, 0, np.zeros(0), align, prompt),))
     return StepPlan(
         samples=tuple(own),
         updates=tuple(updates),
@@ -125,61 +129,61 @@ def pack(layout: Layout, tokens: Mapping[str, SampleTokens], *, align: int = 1, 
     )
 
 
-def split_updates(samples: Sequence[Sample], updates_per_step: int) -> list[list[Sample]]:
-    """Distributes a step's samples over its optimizer updates, at most one update per sample, with sizes that differ by
-    at most one.
-
-    The order is a hash of the ids: it mixes tasks and roles, and is the same on every rank and for any order of
-    arrival.
-    """
-    mixed = sorted(samples, key=lambda s: (zlib.crc32(s.sample_id.encode()), s.sample_id))
-    count = min(updates_per_step, len(mixed))
-    return [mixed[len(mixed) * u // count : len(mixed) * (u + 1) // count] for u in range(count)]
-
-
-def _coefficients(members: Sequence[Sample], silent: int, settings: AlgoSettings) -> dict[str, float]:
-    """sample_id -> c_t of its loss tokens; `members` are an update's samples over all replicas, and `silent` is the
-    number of those that are only counted.
+def _coefficients(loss_S: IntArray, silent: int, settings: AlgoSettings) -> npt.NDArray[np.float64]:
+    """c_t [S] of the tokens of all samples of an update, over all replicas, from the samples' loss tokens. `silent` is
+    the number of samples that are only counted.
 
     sequence_mean: 1 / (samples * loss tokens of the sample). token_mean: 1 / loss tokens of the update. constant:
     1 / (samples * algo.constant_tokens), which weighs tokens of short and long replies equally (Dr. GRPO,
     arXiv 2503.20783).
     """
-    samples = len(members) + silent
-    counts = {s.sample_id: s.loss_tokens for s in members}
+    samples = len(loss_S) + silent
     if settings.loss_normalisation == "token_mean":
-        return dict.fromkeys(counts, 1.0 / sum(counts.values()))
+        return np.full(len(loss_S), 1.0 / int(loss_S.sum()))
     if settings.loss_normalisation == "constant":
         assert settings.constant_tokens is not None  # checked in run/checks.py
-        return dict.fromkeys(counts, 1.0 / (samples * settings.constant_tokens))
-    return {sample_id: 1.0 / (samples * count) for sample_id, count in counts.items()}
+        return np.full(len(loss_S), 1.0 / (samples * settings.constant_tokens))
+    return 1.0 / (samples * loss_S)
 
 
-def _fill(samples: Sequence[Sample], budget: int, settings: AlgoSettings) -> list[list[Sample]]:
-    """First fit, longest first, into micro-batches of at most `budget` tokens (or of one sequence)."""
-    lengths = {s.sample_id: train_tokens(s) for s in samples}
+def _packed_lengths(sizes: Sizes, settings: AlgoSettings) -> IntArray:
+    """Tokens [S] that a sample takes in a micro-batch."""
     if settings.calibration.enabled and settings.calibration.denominator == "recomputed":
         # The trainer then reads both prompts, and the same split into micro-batches must fit both.
-        for s in samples:
-            lengths[s.sample_id] = max(lengths[s.sample_id], s.behaviour_prompt_tokens + s.response_tokens)
-    bins: list[list[Sample]] = []
-    free: list[int] = []
-    for sample in sorted(samples, key=lambda s: (-lengths[s.sample_id], s.sample_id)):
-        need = lengths[sample.sample_id]
-        slot = next((i for i, left in enumerate(free) if need <= left), len(bins))
-        if slot == len(bins):
-            bins.append([])
-            free.append(budget)
-        bins[slot].append(sample)
-        free[slot] -= need
-    return bins
+        return np.maximum(sizes.train_S, sizes.behaviour_S)
+    return sizes.train_S
+
+
+def first_fit(lengths_S: IntArray, budget: int) -> list[list[int]]:
+    """First fit, longest first (ties: in their order): each sequence goes into the first micro-batch with room for it,
+    of at most `budget` tokens or of one longer sequence. Returns indices into `lengths_S`, micro-batch by micro-batch.
+
+    Time is O(S log S): a tree over the micro-batches, whose inner nodes hold the most room below them, finds the first
+    one with enough. It has a leaf for each that can be needed. All but one of them are more than half full at the end,
+    so 2 x tokens / budget + 1 are enough.
+    """
+    order = np.argsort(-lengths_S, kind="stable")
+    needs = np.minimum(lengths_S[order], budget)  # a longer one needs an empty micro-batch, and leaves no room in it
+    leaves = 1 << max(0, min(len(needs), 2 * int(needs.sum()) // budget + 1) - 1).bit_length()
+    room = [budget] * (2 * leaves)  # node n has the children 2n and 2n + 1
+    batches: list[list[int]] = [[] for _ in range(leaves)]
+    for index, need in zip(order.tolist(), needs.tolist(), strict=True):
+        node = 1
+        while node < leaves:
+            node *= 2
+            node += room[node] < need
+        batches[node - leaves].append(index)
+        room[node] -= need
+        while node := node // 2:
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return [batch for batch in batches if batch]
 
 
 def _micro_batch(
     samples: Sequence[Sample],
     tokens: Mapping[str, SampleTokens],
     first_index: int,
-    coefficients: dict[str, float],
+    coefficients_S: npt.NDArray[np.float64],
     align: int,
     prompt: Prompt,
 ) -> MicroBatch:
@@ -212,7 +216,7 @@ def _micro_batch(
         targets_L=tokens_T[targets_at],
         rollout_logprobs_L=joined([t.rollout_logprobs for t in parts], np.float32)[mask_R],
         advantages_L=np.array([s.advantage for s in samples], dtype=np.float32)[sample_L],
-        coefficients_L=np.array([coefficients[s.sample_id] for s in samples], dtype=np.float32)[sample_L],
+        coefficients_L=coefficients_S.astype(np.float32)[sample_L],
         calibrated_L=np.array([s.calibrated for s in samples], dtype=np.bool_)[sample_L],
         same_prompt_L=np.array([s.same_prompt for s in samples], dtype=np.bool_)[sample_L],
         sample_index_L=sample_L + first_index,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from icrl_megatron.engines.registry import engine_kind
+from icrl_megatron.model.flops import counts
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.plan.hardware import GPUS_A_NODE
 from icrl_megatron.settings.schema import Settings
@@ -174,33 +175,6 @@ class Layout:
 
     def but(self, **changes: object) -> Layout:
         return replace(self, **changes)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Parameters, by where they lie."""
-
-    layer: int
-    linear: int
-    """Of a layer's matrices, without norms and biases."""
-    norms: int
-    """Of a layer's norms, which every tensor-parallel rank holds whole."""
-    embedding: int
-    """Of one of the two embeddings; the output one is the same tensor where the model ties them."""
-    total: int
-
-
-def counts(shape: ModelShape) -> Counts:
-    """Parameters of the whole model. A layer has matrices q, k, v, o, gate, up and down, two norms, and the head norms
-    and biases of its family."""
-    query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    attention = shape.hidden * (2 * query + 2 * key_value)
-    linear = attention + 3 * shape.hidden * shape.ffn
-    norms = 2 * shape.hidden + 2 * shape.head_dim * shape.family.qk_norm
-    layer = linear + norms + (query + 2 * key_value) * shape.family.qkv_bias
-    embedding = shape.vocab * shape.hidden
-    total = shape.layers * layer + embedding * (1 if shape.tied else 2) + shape.hidden
-    return Counts(layer, linear, norms, embedding, total)
 
 
 def local_parameters(shape: ModelShape, layout: Layout) -> int:

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from icrl_megatron.model.flops import counts
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.plan.calibration import CONSTANTS, Constants
 from icrl_megatron.plan.hardware import Gpu
-from icrl_megatron.plan.layout import Layout, counts, engine_bytes, kv_bytes_a_token, local_parameters
+from icrl_megatron.plan.layout import Layout, engine_bytes, kv_bytes_a_token, local_parameters
 from icrl_megatron.settings.schema import Settings
 
 HEAD_CHUNK_BYTES = 2_100_000_000

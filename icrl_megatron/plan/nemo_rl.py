@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from icrl_megatron.model.flops import Passes
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.plan import timing
 from icrl_megatron.plan.calibration import CONSTANTS, Constants
@@ -83,6 +84,6 @@ def reproduce(row: Published, constants: Constants = NEMO_RL) -> Reproduced:
     work = single_turn(PROMPTS, ANSWERS, row.prompt_tokens, row.answer_tokens, SPREAD, most)
     weights = engine_parameters(row.shape, row.layout.engine_tensor) * row.layout.item
     cache = ENGINE_MEMORY * gpu.memory_bytes - weights - constants.engine_workspace_bytes
-    passes = timing.Passes(updates=UPDATES, scored=1, head_everywhere=True)
+    passes = Passes(updates=UPDATES, scored=1, head_everywhere=True)
     times = timing.estimate(row.shape, row.layout, work, passes, gpu, cache, constants)
     return Reproduced(row, times, work.trained_tokens / times.total / row.layout.gpus)

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from icrl_megatron.data.packing import first_fit
 from icrl_megatron.plan.workload import Floats
 
 BACKWARD = 2.0
@@ -15,19 +16,12 @@ BACKWARD = 2.0
 def packed(sequence_S: Floats, replicas: int, updates: int, budget: int) -> tuple[float, ...]:
     """Tokens of the micro-batches of one update on one replica: sequences dealt longest first, then first fit."""
     share = np.sort(sequence_S)[::-1][::replicas][::updates]
-    return _first_fit(tuple(share.tolist()), budget)
+    return _packed(tuple(np.rint(share).astype(int).tolist()), budget)
 
 
 @lru_cache(maxsize=256)
-def _first_fit(lengths: tuple[float, ...], budget: int) -> tuple[float, ...]:
-    batches: list[float] = []
-    for length in lengths:
-        fits = next((i for i, tokens in enumerate(batches) if tokens + length <= budget), None)
-        if fits is None:
-            batches.append(length)
-        else:
-            batches[fits] += length
-    return tuple(batches)
+def _packed(lengths: tuple[int, ...], budget: int) -> tuple[float, ...]:
+    return tuple(float(sum(lengths[i] for i in batch)) for batch in first_fit(np.array(lengths), budget))
 
 
 def waiting_forward(tokens_M: tuple[float, ...], stages: int) -> float:

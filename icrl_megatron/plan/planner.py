@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from icrl_megatron.model.flops import Passes
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.plan import hardware, memory, timing
 from icrl_megatron.plan.calibration import CONSTANTS, Constants
@@ -75,7 +76,7 @@ def memory_of(
     if layout.fp8 != "off" and gpu.fp8_flops == 0.0:
         raise ConfigError(f"actor.fp8={layout.fp8}: {gpu.name} has no FP8; use actor.fp8=off or another --gpu")
     tokens = simulate(settings).trained_tokens
-    updates = timing.Passes.of(settings).updates
+    updates = Passes.of(settings.algo).updates
     in_flight = round(tokens / updates / layout.data / layout.micro_batch_tokens + 0.5)
     return memory.estimate(shape, layout, settings, gpu, in_flight, constants)
 
@@ -89,7 +90,7 @@ def timed(
     constants: Constants = CONSTANTS,
 ) -> Plan:
     """The plan of a layout whose memory is known."""
-    work, passes, moved = simulate(settings), timing.Passes.of(settings), held.state.moved(layout.offload)
+    work, passes, moved = simulate(settings), Passes.of(settings.algo), held.state.moved(layout.offload)
     times = timing.estimate(shape, layout, work, passes, gpu, held.engine.cache, constants, moved)
     return Plan(shape, gpu, layout, work, held, times)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from icrl_megatron.model.flops import Passes
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.plan import memory, timing
 from icrl_megatron.plan.calibration import CONSTANTS, Constants
@@ -64,7 +65,7 @@ def supervised(
     lengths_S = np.full(warm.episodes_per_step, float(longest))
     zero_S = np.zeros_like(lengths_S)
     work = Workload(1, zero_S, zero_S, zero_S, zero_S, zero_S, zero_S, lengths_S, lengths_S)
-    times = timing.estimate(shape, layout, work, timing.Passes(1, 0), gpu, float(gpu.memory_bytes), constants)
+    times = timing.estimate(shape, layout, work, Passes(1, 0), gpu, float(gpu.memory_bytes), constants)
     tokens = max(layout.micro_batch_tokens, longest)
     peak = _peak(settings, shape, layout, tokens, constants)
     remedy = "" if peak <= gpu.memory_bytes else _remedy(settings, shape, layout, gpu, tokens, constants)

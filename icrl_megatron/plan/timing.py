@@ -9,47 +9,25 @@ from itertools import pairwise
 
 import numpy as np
 
+from icrl_megatron.data.balance import assign, imbalance
+from icrl_megatron.model.flops import Forward, Passes, SampleFlops, counts, layer_passes
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.plan import pipeline
 from icrl_megatron.plan.calibration import CONSTANTS, Constants
 from icrl_megatron.plan.hardware import Gpu
 from icrl_megatron.plan.layout import (
     Layout,
-    counts,
     engine_bytes,
     engine_parameters,
     kv_bytes_a_token,
     local_parameters,
 )
 from icrl_megatron.plan.workload import Floats, Workload
-from icrl_megatron.settings.schema import Settings
 
 FP32_FLOPS = 60e12
 """Per second and GPU, without tensor cores: data sheets say 19.5 to 80 TFLOP/s, and nothing is planned around it."""
 SEGMENTS = 48
 """Pieces that the decreasing number of running episodes is cut into."""
-
-
-@dataclass(frozen=True)
-class Passes:
-    """What of the actor's work a step asks for."""
-
-    updates: int
-    scored: int
-    """Forward passes over every sequence besides training: old policy, behaviour prompts, reference model."""
-    head_everywhere: bool = False
-    """Whether the head runs over prompts too (ours does not; other trainers' do)."""
-    head_products: int = 3
-    """Matrix products of the head in a training pass: 4 where its backward pass recomputes the logits."""
-
-    @staticmethod
-    def of(settings: Settings) -> Passes:
-        """Ours: with one update the training pass is the old policy itself."""
-        algo = settings.algo
-        old = algo.updates_per_step > 1 or algo.mismatch_correction.enabled
-        behaviour = algo.calibration.enabled and algo.calibration.denominator == "recomputed"
-        scored = int(old) + int(behaviour) + int(algo.kl_coef > 0)
-        return Passes(algo.updates_per_step, scored, head_products=3 if algo.fused() else 4)
 
 
 @dataclass(frozen=True)
@@ -89,15 +67,15 @@ class Rollout:
 
 
 def forward_flops(shape: ModelShape, work: Workload, everywhere: bool = False) -> tuple[float, float]:
-    """FLOPs of one forward pass over the step's sequences: layers, and the head over its loss tokens.
-
-    Two a parameter and token; causal attention adds 2 x heads x head size x length^2 a layer (half of both products).
-    """
-    count = counts(shape)
-    attention = 2.0 * shape.heads * shape.head_dim * shape.layers * float((work.sequence_S**2).sum())
-    layers = 2.0 * shape.layers * count.layer * work.trained_tokens + attention
+    """FLOPs of one forward pass over the step's sequences: layers, and the head over its loss tokens."""
+    forward = Forward.of(shape)
     tokens = work.trained_tokens if everywhere else float(work.loss_S.sum())
-    return layers, 2.0 * count.embedding * tokens
+    return forward.token * work.trained_tokens + _attention_flops(shape, work), float(forward.loss_token) * tokens
+
+
+def _attention_flops(shape: ModelShape, work: Workload) -> float:
+    """Of them, those of attention itself."""
+    return Forward.of(shape).square * float((work.sequence_S**2).sum())
 
 
 def estimate(
@@ -115,18 +93,21 @@ def estimate(
     layers, head = forward_flops(shape, work, passes.head_everywhere)
     rate = constants.training_efficiency * layout.gpus * (gpu.bf16_flops if layout.precision == "bf16" else FP32_FLOPS)
     layer_rate = rate * (constants.fp8_gain if layout.fp8 != "off" else 1.0)
-    recomputed = 1.0 if layout.recompute == "full" else 0.0
+    recomputed = float(layout.recompute == "full")
+    matrices_passes, attention_passes = layer_passes(layout.recompute)
+    attention = _attention_flops(shape, work)
     # The last stage has the head besides its layers, and every other stage waits for it.
     of_head = head * layout.pipeline / rate
     tokens_M = pipeline.packed(work.sequence_S, layout.data, passes.updates, layout.micro_batch_tokens)
     launches = passes.updates * len(tokens_M) * shape.layers / layout.pipeline * constants.layer_launch_s
-    trained = (3.0 + recomputed) * layers / layer_rate + passes.head_products * of_head
+    trained = (matrices_passes * (layers - attention) + attention_passes * attention) / layer_rate
+    trained += passes.head_products * of_head
     trained = max(trained, (2.0 + recomputed) * launches)
     scored = passes.scored * max(layers / layer_rate + of_head, launches)
     bubbles = trained * pipeline.waiting_1f1b(tokens_M, layout.pipeline)
     bubbles += scored * pipeline.waiting_forward(tokens_M, layout.pipeline)
     # A replica that has less than one micro-batch of work is not faster for it, nor is one with an uneven share.
-    uneven = _imbalance(work, layout)
+    uneven = _imbalance(shape, layout, work, passes)
     forward_moves, backward_moves = _tensor_traffic(shape, layout, work, gpu, constants)
     rollout = play(shape, layout, work, gpu, cache_bytes, constants)
     phases = {
@@ -151,12 +132,16 @@ def estimate(
     return Times(phases, 3.0 * (layers + head), len(tokens_M), rollout.tail)
 
 
-def _imbalance(work: Workload, layout: Layout) -> float:
-    """The heaviest replica over the mean, when sequences are dealt longest first to the least loaded one."""
+def _imbalance(shape: ModelShape, layout: Layout, work: Workload, passes: Passes) -> float:
+    """FLOPs of the heaviest replica over the mean in one update, as `data.balance` distributes the samples."""
     if layout.data == 1:
         return 1.0
-    mean = work.trained_tokens / layout.data
-    return max(1.0, float(work.sequence_S.max()) / mean)
+    flops = SampleFlops.of_passes(shape, passes, layout.recompute, layout.pipeline)
+    loss_tokens_S = work.sequence_S if passes.head_everywhere else work.loss_S
+    columns = (column[:: passes.updates] for column in (work.sequence_S, loss_tokens_S))
+    tokens_S, loss_S = (np.rint(column).astype(np.int64) for column in columns)
+    flops_S = flops.each(tokens_S, tokens_S, loss_S)
+    return imbalance(flops_S, assign(flops_S, layout.data), layout.data)
 
 
 def _tensor_traffic(

@@ -15,6 +15,7 @@ from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.distributed.grid import Grid
 from icrl_megatron.distributed.platform import token_multiple
 from icrl_megatron.headers import EpisodeHeader
+from icrl_megatron.model.flops import SampleFlops
 from icrl_megatron.rollout.source import EpisodeSource
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.run.watch import NoWatch, Watch
@@ -92,6 +93,7 @@ class Parts:
             replica=self.grid.data_rank,
             replicas=self.grid.data,
             counted=counted,
+            flops=SampleFlops.of(self.actor.shape, self.settings),
         )
         own = {f"{episode.task.task_id}#{episode.index}": episode for episode in episodes}
 

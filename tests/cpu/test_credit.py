@@ -6,6 +6,7 @@ import math
 import pickle
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -125,26 +126,29 @@ def test_advantages_are_those_of_equation_5() -> None:
     assert report.has_signal
 
 
+def alone(rewards: list[float], **settings: bool) -> list[float]:
+    """Advantages of one group."""
+    return advantages(np.array([rewards]), AlgoSettings(**settings))[0].tolist()
+
+
 def test_a_pseudo_positive_reward_is_added_if_all_attempts_failed() -> None:
     # 0, 0, 0 and the pseudo reward 1: mean 1/4, sample variance (3 * 1/16 + 9/16) / 3 = 1/4.
-    assert advantages([0.0, 0.0, 0.0], pseudo_positive=True) == pytest.approx([-0.25 / 0.500001] * 3)
-    assert advantages([1.0, 1.0], pseudo_positive=True) == [0.0, 0.0]
-    assert advantages([0.0], pseudo_positive=True) == [0.0]
+    assert alone([0.0, 0.0, 0.0], pseudo_positive=True) == pytest.approx([-0.25 / 0.500001] * 3)
+    assert alone([1.0, 1.0], pseudo_positive=True) == [0.0, 0.0]
+    assert alone([0.0], pseudo_positive=True) == [0.0]
     # Alone, 0 and the pseudo reward: mean 1/2, sample variance 1/2.
-    assert advantages([0.0], pseudo_positive=True, pseudo_positive_alone=True) == pytest.approx(
-        [-0.5 / (0.5**0.5 + 1e-6)]
-    )
-    assert advantages([1.0], pseudo_positive=True, pseudo_positive_alone=True) == [0.0]
-    assert advantages([0.0], pseudo_positive_alone=True) == [0.0]  # there is no pseudo reward
+    assert alone([0.0], pseudo_positive=True, pseudo_positive_alone=True) == pytest.approx([-0.5 / (0.5**0.5 + 1e-6)])
+    assert alone([1.0], pseudo_positive=True, pseudo_positive_alone=True) == [0.0]
+    assert alone([0.0], pseudo_positive_alone=True) == [0.0]  # there is no pseudo reward
 
 
 def test_advantages_without_division_by_the_deviation() -> None:
-    assert advantages([0.0, 1.0, 0.5], normalise_std=False) == pytest.approx([-0.5, 0.5, 0.0])
+    assert alone([0.0, 1.0, 0.5], normalise_std=False) == pytest.approx([-0.5, 0.5, 0.0])
 
 
 def test_equal_rewards_give_advantages_of_0_and_no_signal() -> None:
-    assert advantages([0.7]) == [0.0]
-    assert advantages([0.3 - 0.1, 0.4 - 0.2, 0.5 - 0.3]) == [0.0] * 3  # equal except for rounding
+    assert alone([0.7]) == [0.0]
+    assert alone([0.3 - 0.1, 0.4 - 0.2, 0.5 - 0.3]) == [0.0] * 3  # equal except for rounding
     report = credit(headers_of([episode(i, [0.0, 0.0]) for i in range(4)]), AlgoSettings(), True)
     assert not report.has_signal
     assert report.flat_groups == report.groups == 2
@@ -269,6 +273,34 @@ def test_every_group_has_mean_0_and_deviation_1_in_any_order(plays, tasks, seed)
         assert sum(values) == pytest.approx(0.0, abs=1e-6)
         if any(values):
             assert sum(v * v for v in values) / (len(values) - 1) == pytest.approx(1.0, rel=1e-3)
+
+
+rewards = st.sampled_from([0.0, 0.1, 0.1 + 2e-9, 1 / 3, 0.7, 1.0]) | st.floats(0.0, 1.0)
+variants = st.fixed_dictionaries(
+    {name: st.booleans() for name in ("normalise_std", "pseudo_positive", "pseudo_positive_alone")}
+)
+
+
+@given(groups=st.lists(st.lists(rewards, min_size=1, max_size=20), min_size=1, max_size=8), variant=variants)
+def test_advantages_are_those_of_each_group_alone_to_the_last_bit(groups, variant) -> None:
+    """Groups of one size are computed together; the result may not depend on the other groups of the step."""
+    episodes = [
+        episode(100 + i, [reward], f"maze/train/{100 + g}")
+        for g, of in enumerate(groups)
+        for i, reward in enumerate(of)
+    ]
+    found = credit(headers_of(episodes), AlgoSettings(**variant), True)
+    by_hand: list[float] = []
+    for group in groups:
+        values = np.array([*group, 1.0] if variant["pseudo_positive"] else group)
+        few = len(values if variant["pseudo_positive_alone"] else group) < 2
+        if few or values.max() - values.min() < 1e-8:
+            by_hand += [0.0] * len(group)
+            continue
+        divisor = np.std(values, ddof=1) + 1e-6 if variant["normalise_std"] else 1.0
+        by_hand += [float((reward - np.mean(values)) / divisor) for reward in group]
+    assert [s.advantage for s in found.samples] == by_hand
+    assert found.flat_groups == sum(not any(alone(group, **variant)) for group in groups)
 
 
 def problems(name: str, n: int) -> list[Task]:

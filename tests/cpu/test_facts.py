@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from icrl_megatron.algo.credit import advantages
@@ -16,6 +17,7 @@ from icrl_megatron.algo.samples import critique_reward
 from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.prompts import Prompter, parse_critique
 from icrl_megatron.settings import loading
+from icrl_megatron.settings.algo_schema import AlgoSettings
 from icrl_megatron.settings.arms import ARMS
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.tasks.agentgym_dialects import outcome_of
@@ -143,9 +145,9 @@ def test_rewards_are_the_stated_ones() -> None:
 def test_advantages_are_divided_by_the_deviation_and_its_floor() -> None:
     assert "(r - mean) / (deviation + 1e-6)" in PAGE
     deviation = 0.5**0.5  # of 0 and 1, with n - 1
-    assert advantages([0.0, 1.0]) == pytest.approx([-0.5 / (deviation + 1e-6), 0.5 / (deviation + 1e-6)], rel=1e-12)
-    # where the floor matters: rewards whose deviation is as small as it
-    near = advantages([0.0, 2e-6])
+    # in the second group, the floor matters: the deviation of the rewards is as small as it
+    apart, near = advantages(np.array([[0.0, 1.0], [0.0, 2e-6]]), AlgoSettings())
+    assert apart == pytest.approx([-0.5 / (deviation + 1e-6), 0.5 / (deviation + 1e-6)], rel=1e-12)
     assert near[1] == pytest.approx(1e-6 / (2e-6 * deviation + 1e-6), rel=1e-9)
 
 

@@ -19,8 +19,9 @@ from icrl_megatron.distributed.grid import Grid
 from icrl_megatron.engines.registry import engine_kind
 from icrl_megatron.model.config import DEFAULTS
 from icrl_megatron.model.families import FAMILIES
+from icrl_megatron.model.flops import counts
 from icrl_megatron.model.shape import ModelShape, check_folder
-from icrl_megatron.plan.layout import Layout, counts, engine_parameters
+from icrl_megatron.plan.layout import Layout, engine_parameters
 from icrl_megatron.plan.models import PUBLISHED
 from icrl_megatron.run.checks import validate_shape
 from icrl_megatron.settings.loading import load

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from whole_samples import Whole, packed
 
-from icrl_megatron.data.balance import assign, train_tokens
-from icrl_megatron.data.packing import split_updates
+from icrl_megatron.model.flops import SampleFlops
 from icrl_megatron.settings.algo_schema import AlgoSettings, Calibration
 from icrl_megatron.types import MicroBatch, StepPlan
 from icrl_megatron.utils.errors import ConfigError
@@ -53,7 +53,17 @@ def samples(draw: st.DrawFn, min_size: int = 1) -> list[Whole]:
 
 
 layouts = st.fixed_dictionaries(
-    {"micro_batch_tokens": st.integers(1, 60), "align": st.sampled_from([1, 2, 4, 16]), "replicas": st.integers(1, 4)}
+    {
+        "micro_batch_tokens": st.integers(1, 60),
+        "align": st.sampled_from([1, 2, 4, 16]),
+        "replicas": st.integers(1, 4),
+        "flops": st.builds(
+            SampleFlops,
+            train=st.tuples(st.integers(1, 9), st.integers(0, 9)),
+            behaviour=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+            loss_token=st.integers(0, 9),
+        ),
+    }
 )
 algos = st.builds(
     AlgoSettings,
@@ -64,7 +74,7 @@ algos = st.builds(
 )
 
 
-def plans(items: list[Whole], algo: AlgoSettings, layout: dict[str, int], prompt: str = "train") -> list[StepPlan]:
+def plans(items: list[Whole], algo: AlgoSettings, layout: dict[str, Any], prompt: str = "train") -> list[StepPlan]:
     return [packed(items, algo, replica=r, prompt=prompt, **layout) for r in range(layout["replicas"])]
 
 
@@ -162,28 +172,6 @@ def test_train_and_behaviour_plans_have_the_same_loss_tokens(items, algo, layout
             assert [rows(train, b) for b in u] == [rows(behaviour, b) for b in v]
 
 
-@given(items=samples(min_size=2), replicas=st.integers(1, 5), random=st.randoms())
-def test_replicas_are_balanced(items, replicas, random) -> None:
-    items = [item.header for item in items]
-    shares = assign(items, replicas)
-    assert sorted(s.sample_id for share in shares for s in share) == sorted(s.sample_id for s in items)
-    loads = [sum(map(train_tokens, share)) for share in shares]
-    assert max(loads) - min(loads) <= max(map(train_tokens, items))
-    random.shuffle(items)
-    assert assign(items, replicas) == shares
-
-
-@given(items=samples(), updates=st.integers(1, 20), random=st.randoms())
-def test_updates_split_the_samples_evenly(items, updates, random) -> None:
-    parts = split_updates(items, updates)
-    sizes = [len(p) for p in parts]
-    assert len(parts) == min(updates, len(items))
-    assert max(sizes) - min(sizes) <= 1
-    assert sorted(s.sample_id for p in parts for s in p) == sorted(s.sample_id for s in items)
-    random.shuffle(items)
-    assert split_updates(items, updates) == parts
-
-
 def one(sample_id: str, prompt: int, mask: tuple[bool, ...], advantage: float = 1.0) -> Whole:
     n = len(mask)
     ids = tuple(range(10, 10 + n))
@@ -233,7 +221,7 @@ def test_invalid_samples_are_rejected() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             packed([good, bad], AlgoSettings(), micro_batch_tokens=8)
-    with pytest.raises(ValueError, match="same sample_id"):
+    with pytest.raises(ValueError, match="each id once"):
         packed([good, replace(good, advantage=2.0)], AlgoSettings(), micro_batch_tokens=8)
     with pytest.raises(ValueError, match="loss token"):
         packed([one("d", 2, (False,))], AlgoSettings(), micro_batch_tokens=8)

@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import pytest
 
+from icrl_megatron.model.flops import Passes, counts
 from icrl_megatron.plan import command, hardware, memory, nemo_rl, pipeline, planner, supervised, timing
-from icrl_megatron.plan.layout import Layout, counts, local_parameters
+from icrl_megatron.plan.layout import Layout, local_parameters
 from icrl_megatron.plan.models import PUBLISHED
 from icrl_megatron.plan.search import search, why_slower
 from icrl_megatron.plan.workload import PROFILES, simulate, single_turn
@@ -115,24 +116,25 @@ def test_pipeline_waits_for_its_ends_and_its_longest_micro_batch() -> None:
 
 def test_head_is_only_on_the_last_stage() -> None:
     work, shape = simulate(load()), PUBLISHED["Qwen3-8B"]
-    passes = timing.Passes(updates=1, scored=0, head_everywhere=True)
+    passes = Passes(updates=1, scored=0, head_everywhere=True)
     one, two = (
         timing.estimate(shape, Layout(4, pipeline=stages), work, passes, H100, 20e9).phases["training"]
         for stages in (1, 2)
     )
     layers, head = timing.forward_flops(shape, work, everywhere=True)
-    assert two / one == pytest.approx((4 * layers + 6 * head) / (4 * layers + 3 * head))
+    # Replicas are balanced by FLOPs, to less than 0.1 %.
+    assert two / one == pytest.approx((4 * layers + 6 * head) / (4 * layers + 3 * head), rel=1e-3)
 
 
 def test_loss_outside_the_fused_head_costs_one_more_product() -> None:
-    fused, plain = (timing.Passes.of(load("algo.updates_per_step=2", *words)) for words in ((), ("algo.loss=gspo",)))
+    fused, plain = (Passes.of(load("algo.updates_per_step=2", *words).algo) for words in ((), ("algo.loss=gspo",)))
     assert (fused.head_products, plain.head_products) == (3, 4)
     times = [
         timing.estimate(PUBLISHED["Qwen3-8B"], Layout(4), simulate(load()), of, H100, 20e9) for of in (fused, plain)
     ]
     layers, head = timing.forward_flops(PUBLISHED["Qwen3-8B"], simulate(load()), everywhere=False)
     ratio = times[1].phases["training"] / times[0].phases["training"]
-    assert ratio == pytest.approx((4 * layers + 4 * head) / (4 * layers + 3 * head))
+    assert ratio == pytest.approx((4 * layers + 4 * head) / (4 * layers + 3 * head), rel=1e-3)
 
 
 def test_offloading_frees_memory_and_costs_transfers() -> None:

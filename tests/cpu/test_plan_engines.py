@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from icrl_megatron.engines.sglang_build import server_spec
+from icrl_megatron.model.flops import counts
 from icrl_megatron.plan import hardware, memory, planner
 from icrl_megatron.plan.changes import KINDS, changes
 from icrl_megatron.plan.hardware import GIB
-from icrl_megatron.plan.layout import Layout, Serving, counts
+from icrl_megatron.plan.layout import Layout, Serving
 from icrl_megatron.plan.models import PUBLISHED, shape_of
 from icrl_megatron.plan.planner import Plan
 from icrl_megatron.plan.workload import simulate

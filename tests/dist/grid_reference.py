@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from whole_samples import Whole
 
 from icrl_kernels import Streams, Terms, TokenObjective, token_objective
-from icrl_megatron.data.packing import split_updates
+from icrl_megatron.data.balance import split_updates
 from icrl_megatron.settings.schema import Settings
 
 OTHERS = ("gspo", "cispo")
@@ -23,7 +23,7 @@ OTHERS = ("gspo", "cispo")
 class Reference:
     def __init__(self, case: Case, folder: Path) -> None:
         self.settings: Settings = case.settings(Layout())
-        self.samples = case.draw(Layout())
+        self.samples = sorted(case.draw(Layout()), key=lambda s: s.sample_id)
         self.model, self.start = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
         algo, optim = self.settings.algo, self.settings.optim
         self.terms = Terms(
@@ -60,7 +60,8 @@ class Reference:
         metrics = {"clip_low": 0.0, "clip_high": 0.0, "calibration_at_max": 0.0, "tokens": 0.0, "calibrated": 0.0}
         if self.settings.algo.dual_clip is not None:
             metrics["loss_dual_clip"] = 0.0
-        for update in split_updates(self.samples, self.settings.algo.updates_per_step):
+        for places in split_updates([s.sample_id for s in self.samples], self.settings.algo.updates_per_step):
+            update = [self.samples[i] for i in places]
             self.model.zero_grad()
             losses.append(sum(self._backward(s, update, frozen[s.sample_id], metrics) for s in update))
             found.gradients.append({n: _grad(p).clone() for n, p in self.model.named_parameters()})

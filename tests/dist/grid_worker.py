@@ -40,6 +40,7 @@ from icrl_megatron.actor.actor import Actor, InvariantError, ScoredPlan  # noqa:
 from icrl_megatron.actor.optimizer import Applied  # noqa: E402
 from icrl_megatron.distributed import grid as grids  # noqa: E402
 from icrl_megatron.distributed.platform import token_multiple  # noqa: E402
+from icrl_megatron.model.flops import SampleFlops  # noqa: E402
 from icrl_megatron.model.weights import Gatherer  # noqa: E402
 from icrl_megatron.settings.schema import Settings  # noqa: E402
 from icrl_megatron.types import StepPlan, StepStats  # noqa: E402
@@ -68,6 +69,7 @@ class Trainer:
             replica=self.grid.data_rank,
             replicas=self.grid.data,
             prompt="train" if prompt == "train" else "behaviour",
+            flops=SampleFlops.of(self.actor.shape, self.settings),
         )
 
     def score(self) -> ScoredPlan:
