@@ -70,7 +70,7 @@ class Step:
 
 @dataclass
 class Measured:
-    """Of one rank. Bytes, seconds and counts."""
+    """Of one rank. Bytes, counts, and seconds of the processor: a shared machine makes others meaningless."""
 
     ranks: int
     samples: int = 0
@@ -156,13 +156,13 @@ def grid_of(rank: int, world: int, tensor: int, pipeline: int, group: Any = None
 
 def planned(grid: Grid, blobs: list[bytes], tasks: tuple[Task, ...], found: Measured) -> tuple[CreditReport, Layout]:
     """What every rank computes from the headers of all ranks: the code of a step, with its times."""
-    begun = time.perf_counter()
+    begun = time.process_time()
     headers = [header for rank, blob in enumerate(blobs) for header in decode(blob, tasks, rank)]
-    found.headers_s += time.perf_counter() - begun
-    begun = time.perf_counter()
+    found.headers_s += time.process_time() - begun
+    begun = time.process_time()
     report = credit(headers, AlgoSettings(), True)
-    found.credit_s = time.perf_counter() - begun
-    begun = time.perf_counter()
+    found.credit_s = time.process_time() - begun
+    begun = time.process_time()
     layout = lay_out(
         report.samples,
         AlgoSettings(),
@@ -170,7 +170,7 @@ def planned(grid: Grid, blobs: list[bytes], tasks: tuple[Task, ...], found: Meas
         replica=grid.data_rank,
         replicas=grid.data,
     )
-    found.layout_s = time.perf_counter() - begun
+    found.layout_s = time.process_time() - begun
     found.samples, found.headers = len(layout.samples), sum(map(len, blobs))
     found.tokens = sum(s.train_prompt_tokens + s.response_tokens for s in layout.samples)
     return report, layout
@@ -204,9 +204,9 @@ def model(options: argparse.Namespace) -> dict[str, Any]:
     for header in step.headers:
         by_rank[header.rank].append(header)
     grid, found = grid_of(options.ranks // 2, options.ranks, options.tensor, options.pipeline), Measured(options.ranks)
-    begun = time.perf_counter()
+    begun = time.process_time()
     encode(by_rank[grid.rank], step.tasks)
-    found.headers_s = time.perf_counter() - begun
+    found.headers_s = time.process_time() - begun
     blobs = [encode(by_rank[rank], step.tasks) for rank in range(options.ranks)]
     _, layout = planned(grid, blobs, step.tasks, found)  # timed without tracemalloc
     del layout
@@ -268,9 +268,9 @@ def _rank(rank: int, options: argparse.Namespace, step: Step, folder: Path) -> N
     mine = [header for header in step.headers if header.rank == rank]
     episodes = {f"{h.task.task_id}#{h.index}": episode_of(h) for h in mine}
     found.played = tracemalloc.get_traced_memory()[0] - begin
-    begun = time.perf_counter()
+    begun = time.process_time()
     blobs = gather_objects(grid, encode(mine, step.tasks))
-    found.headers_s = time.perf_counter() - begun
+    found.headers_s = time.process_time() - begun
     before = tracemalloc.get_traced_memory()[0]
     # The report is kept for the step's metrics.
     kept_report, layout = planned(grid, blobs, step.tasks, found)
@@ -281,9 +281,9 @@ def _rank(rank: int, options: argparse.Namespace, step: Step, folder: Path) -> N
     def tokens(sample: Sample) -> SampleTokens:
         return tokens_of(episodes[sample.episode_id()], sample.role, sample.round, AlgoSettings())
 
-    before, begun = tracemalloc.get_traced_memory()[0], time.perf_counter()
+    before, begun = tracemalloc.get_traced_memory()[0], time.process_time()
     delivered = deliver(grid, layout, tokens)
-    found.delivery_s = time.perf_counter() - begun
+    found.delivery_s = time.process_time() - begun
     # Arrived bytes are torch's, which tracemalloc does not see: the arrays say how many there are.
     found.trained = sum(map(_held_by, delivered.values()))
     found.sent = sum(handed)

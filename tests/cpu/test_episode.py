@@ -97,7 +97,7 @@ def test_episodes_are_repeatable_and_in_the_order_of_the_tasks(engine: LocalEngi
     assert once(512) == first
     ids = [a.response_ids().tolist() for e in first for a in e.attempts]
     assert [a.response_ids().tolist() for e in once(2) for a in e.attempts] == ids
-    assert [a.response_ids() for e in once(512, replace(SEEDS, step=1)) for a in e.attempts] != ids
+    assert [a.response_ids().tolist() for e in once(512, replace(SEEDS, step=1)) for a in e.attempts] != ids
 
 
 def test_rounds_continue_until_success_and_see_only_the_latest_critique(prompter: Prompter) -> None:
@@ -111,7 +111,7 @@ def test_rounds_continue_until_success_and_see_only_the_latest_critique(prompter
     plain = prompter.attempt("start at bottom")
     revisions = [prompter.revision("start at bottom", advice) for advice in ("advice1", "advice2")]
     assert [tuple(a.prompt_ids) for a in episode.attempts] == [plain, *revisions]
-    assert {a.plain_prompt_ids for a in episode.attempts} == {plain}
+    assert {tuple(a.plain_prompt_ids) for a in episode.attempts} == {plain}
     assert [a.role for a in critic.asked] == ["critique", "critique"]
     assert [a.critique for a in solver.asked] == [None] * 3 + ["advice1"] * 3 + ["advice2"] * 3
     assert len({a.seed for a in (*solver.asked, *critic.asked)}) == 11
@@ -275,7 +275,7 @@ def test_an_empty_critic_writes_empty_critiques(prompter: Prompter) -> None:
     episode = asyncio.run(play_episode(ladder("a", 3), 0, setup, solving(prompter, *["wait"] * 6), SEEDS))
     assert isinstance(episode, Episode)
     assert episode.critiques[0].text == "" and len(episode.critiques[0].completion.ids) == 0
-    assert episode.attempts[1].prompt_ids == prompter.revision("start at bottom", "")
+    assert tuple(episode.attempts[1].prompt_ids) == prompter.revision("start at bottom", "")
 
 
 def test_seeds_are_stable_and_all_different() -> None:
