@@ -35,7 +35,7 @@ import torch.distributed as dist  # noqa: E402
 
 from icrl_megatron.algo.credit import CreditReport, credit  # noqa: E402
 from icrl_megatron.algo.samples import tokens_of  # noqa: E402
-from icrl_megatron.data.delivery import deliver, readers, sizes_of  # noqa: E402
+from icrl_megatron.data.delivery import deliver, readers, send_back, sizes_of  # noqa: E402
 from icrl_megatron.data.packing import Layout, lay_out  # noqa: E402
 from icrl_megatron.distributed import exchange  # noqa: E402
 from icrl_megatron.distributed.grid import Grid, gather_objects  # noqa: E402
@@ -93,6 +93,15 @@ class Measured:
     credit_s: float = 0.0
     layout_s: float = 0.0
     delivery_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a rank keeps of the headers during a step."""
+
+    headers: list[EpisodeHeader]
+    report: CreditReport
+    layout: Layout
 
 
 def step_of(ranks: int, tokens: int, seed: int = 0) -> Step:
@@ -154,7 +163,7 @@ def grid_of(rank: int, world: int, tensor: int, pipeline: int, group: Any = None
     )
 
 
-def planned(grid: Grid, blobs: list[bytes], tasks: tuple[Task, ...], found: Measured) -> tuple[CreditReport, Layout]:
+def planned(grid: Grid, blobs: list[bytes], tasks: tuple[Task, ...], found: Measured) -> Planned:
     """What every rank computes from the headers of all ranks: the code of a step, with its times."""
     begun = time.process_time()
     headers = [header for rank, blob in enumerate(blobs) for header in decode(blob, tasks, rank)]
@@ -173,7 +182,7 @@ def planned(grid: Grid, blobs: list[bytes], tasks: tuple[Task, ...], found: Meas
     found.layout_s = time.process_time() - begun
     found.samples, found.headers = len(layout.samples), sum(map(len, blobs))
     found.tokens = sum(s.train_prompt_tokens + s.response_tokens for s in layout.samples)
-    return report, layout
+    return Planned(headers, report, layout)
 
 
 def predict(grid: Grid, step: Step, layout: Layout, found: Measured) -> None:
@@ -208,19 +217,22 @@ def model(options: argparse.Namespace) -> dict[str, Any]:
     encode(by_rank[grid.rank], step.tasks)
     found.headers_s = time.process_time() - begun
     blobs = [encode(by_rank[rank], step.tasks) for rank in range(options.ranks)]
-    _, layout = planned(grid, blobs, step.tasks, found)  # timed without tracemalloc
-    del layout
+    planned(grid, blobs, step.tasks, found)  # timed without tracemalloc
     gc.collect()
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     kept = planned(grid, blobs, step.tasks, Measured(options.ranks))
-    after, peak = tracemalloc.get_traced_memory()
+    after, planning = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    samples = kept.layout.samples
+    source = np.array([s.rank for s in samples], dtype=np.int64)
+    exchange.Parcels(source, readers(grid, source, kept.layout.replica_S), sizes_of(samples)).rounds()
+    moving = tracemalloc.get_traced_memory()[1] + exchange.PIECE_BYTES * (2 + grid.tensor * grid.pipeline)
     tracemalloc.stop()
-    found.headers_held, largest = after - before, peak - before
-    predict(grid, step, kept[1], found)
+    found.headers_held = after - before
+    predict(grid, step, kept.layout, found)
     found.held = found.headers_held + found.played + found.trained
-    buffers = exchange.PIECE_BYTES * (2 + grid.tensor * grid.pipeline)
-    found.peak = max(largest + found.headers, found.headers_held + buffers) + found.played + found.trained
+    found.peak = max(planning, moving) - before + found.played + found.trained
     return asdict(found)
 
 
@@ -272,8 +284,8 @@ def _rank(rank: int, options: argparse.Namespace, step: Step, folder: Path) -> N
     blobs = gather_objects(grid, encode(mine, step.tasks))
     found.headers_s = time.process_time() - begun
     before = tracemalloc.get_traced_memory()[0]
-    # The report is kept for the step's metrics.
-    kept_report, layout = planned(grid, blobs, step.tasks, found)
+    kept = planned(grid, blobs, step.tasks, found)
+    layout = kept.layout
     del blobs
     gc.collect()
     found.headers_held = tracemalloc.get_traced_memory()[0] - before
@@ -290,19 +302,27 @@ def _rank(rank: int, options: argparse.Namespace, step: Step, folder: Path) -> N
     found.held = found.headers_held + found.played + found.trained
     found.peak = tracemalloc.get_traced_memory()[1] - begin + found.trained
     predict(grid, step, layout, wanted)
-    assert kept_report.samples
-    _check(grid, layout, delivered)
+    _check(grid, step, layout, delivered)
     (folder / f"{rank}.json").write_text(json.dumps([asdict(found), asdict(wanted)]))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _check(grid: Grid, layout: Layout, delivered: dict[str, SampleTokens]) -> None:
+def _check(grid: Grid, step: Step, layout: Layout, delivered: dict[str, SampleTokens]) -> None:
+    """Every sequence has arrived on every rank of its replica as it was played, and weights return to the player."""
     own = [s for s, r in zip(layout.samples, layout.replica_S.tolist(), strict=True) if r == grid.data_rank]
     assert {s.sample_id for s in own} == set(delivered), "other samples arrived than the layout says"
+    headers = {f"{header.task.task_id}#{header.index}": header for header in step.headers}
     for sample in own:
-        of = delivered[sample.sample_id]
-        assert (len(of.response_ids), int(of.loss_mask.sum())) == (sample.response_tokens, sample.loss_tokens)
+        played = episode_of(headers[sample.episode_id()])
+        assert delivered[sample.sample_id] == tokens_of(played, sample.role, sample.round, AlgoSettings())
+    reports = grid.rank == grid.scoring_rank(grid.data_rank)
+    found = send_back(grid, layout, {s.sample_id: _weights(s) for s in own if s.calibrated and reports})
+    assert found == {s.sample_id: _weights(s) for s in layout.samples if s.calibrated and s.rank == grid.rank}
+
+
+def _weights(sample: Sample) -> tuple[float, ...]:
+    return tuple(round(i % 97 / 97, 4) for i in range(sample.loss_tokens))
 
 
 def _held_by(tokens: SampleTokens) -> int:

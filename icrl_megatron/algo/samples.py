@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 
@@ -94,12 +95,13 @@ def _critic_sample(episode: EpisodeHeader, critique: CritiqueHeader, settings: A
 
 
 def group_key(task: Task, role: Role, round: int, group_by: str) -> str:
-    """The group that shares a baseline. `task_role` is Eq. 5: the solver's group (with revisions) and the critic's."""
+    """The group that shares a baseline, one string for all of its samples. `task_role` is Eq. 5: the solver's group
+    (with revisions) and the critic's."""
     if group_by == "task":
         return task.task_id
     if group_by == "task_round_role":
-        return f"{task.task_id}/{role}/{round}"
-    return f"{task.task_id}/{'critic' if role == 'critique' else 'solver'}"
+        return sys.intern(f"{task.task_id}/{role}/{round}")
+    return sys.intern(f"{task.task_id}/{'critic' if role == 'critique' else 'solver'}")
 
 
 def _check_outcome(task: Task, attempt: AttemptHeader) -> None:

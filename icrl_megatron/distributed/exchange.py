@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from icrl_megatron.distributed.grid import Grid
 
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = 2 << 20
 """Most bytes that one rank sends, and that one receives, in a round; a larger parcel has its own round."""
 Bytes = npt.NDArray[np.uint8]
 Numbers = npt.NDArray[np.int64]
