@@ -30,10 +30,10 @@ def run(parts: Parts, state: RunState, recorder: Recorder, evaluator: Evaluator)
         if trouble := nothing_to_learn(settings, state.step, played, report):
             if state.stop_requested():
                 break  # preemption also kills environment servers: the step is played again after a resume
-            raise NoSignalError(trouble + parts.watch.hint(state.step + 1, played.episodes))
+            raise NoSignalError(trouble + parts.watch.hint(state.step + 1, played.headers))
         idle = settings.debug.mode == "rollout_only" or (not report.has_signal and settings.algo.on_no_signal == "skip")
-        stats = None if idle else update(parts, state, recorder, report)
-        parts.watch.policy(state.step + 1, played.episodes, stats)
+        stats = None if idle else update(parts, state, recorder, played, report)
+        parts.watch.policy(state.step + 1, played.headers, stats)
         state.step += 1
         end_step(state, recorder, evaluator, recorder.row(played, report, stats), stats)
         if state.stop_requested():
@@ -70,28 +70,29 @@ def play_and_credit(parts: Parts, state: RunState, recorder: Recorder) -> tuple[
         recorder.count(played, resample)
         if algo.dynamic_sampling:
             played = kept = kept.and_more(played)
-        report = parts.credit(played.episodes)
+        report = parts.credit(played.headers)
         if algo.dynamic_sampling:
-            report = report.first_with_signal(needed, (e.task for e in played.episodes))
+            report = report.first_with_signal(needed, (e.task for e in played.headers))
         if len(report.tasks_with_signal()) >= enough:
             break
     return played, report
 
 
-def update(parts: Parts, state: RunState, recorder: Recorder, report: CreditReport) -> StepStats:
-    """Packs the samples, scores them with frozen weights, trains, and sends the new weights to the engines."""
+def update(parts: Parts, state: RunState, recorder: Recorder, played: Played, report: CreditReport) -> StepStats:
+    """Moves and packs the samples, scores them with frozen weights, trains, and sends the weights to the engines."""
     calibration = parts.settings.algo.calibration
     recompute = calibration.enabled and calibration.denominator == "recomputed"
     with recorder.phase("sleep"):
         parts.sync.sleep()
         parts.actor.offload.restore()
     with recorder.phase("pack"):
-        plan = parts.pack(report.samples, "train", len(report.counted))
-        behaviour = parts.pack(report.samples, "behaviour", len(report.counted)) if recompute else None
+        delivered = parts.deliver(report.samples, played.episodes, len(report.counted))
+        plan = delivered.plan("train")
+        behaviour = delivered.plan("behaviour") if recompute else None
     with recorder.phase("score"):
         scored = parts.actor.score(plan, behaviour)
     with recorder.phase("train"):
-        stats = parts.actor.train(plan, scored, parts.rate(state.step))
+        stats = parts.send_back(delivered, parts.actor.train(plan, scored, parts.rate(state.step)))
     parts.watch.engine(state.step + 1, stats)
     with recorder.phase("sync"):
         push(parts)
@@ -105,7 +106,7 @@ def end_step(state: RunState, recorder: Recorder, evaluator: Evaluator, row: Row
         with recorder.phase("evaluation"):
             row = row | evaluator.heldout()
     row = row | recorder.timings(row, stats)
-    state.write(row, recorder.episodes)
+    state.write(row, recorder.table)
     state.completed(None)
     recorder.advance(row)
     state.save_if_due()

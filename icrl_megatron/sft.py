@@ -12,7 +12,7 @@ import asyncio
 import sys
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -26,15 +26,16 @@ from icrl_megatron.algo.schedules import learning_rate
 from icrl_megatron.data.sampler import TaskSampler, order_seed
 from icrl_megatron.distributed import grid as grids
 from icrl_megatron.distributed.process import StopRequest, run_rank
+from icrl_megatron.headers import EpisodeHeader
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.rollout.episode import EpisodeSetup, play
 from icrl_megatron.rollout.prompts import Prompter, template_words, tokenizer
-from icrl_megatron.rollout.source import EpisodeSource, NoPartialRollouts, Played, RolloutRequest
+from icrl_megatron.rollout.source import EpisodeSource, NoPartialRollouts, Played, RolloutRequest, Seat
 from icrl_megatron.rollout.teacher import teacher_speakers
 from icrl_megatron.rollout.watchdog import WATCHDOG
 from icrl_megatron.run import conversations, saving
 from icrl_megatron.run.conversations import HeldoutLoss
-from icrl_megatron.run.evaluator import NoEvaluator
+from icrl_megatron.run.evaluator import Evaluator, NoEvaluator
 from icrl_megatron.run.joining import joined
 from icrl_megatron.run.parts import NoEngines, Parts
 from icrl_megatron.run.problems import ProblemShare, chosen
@@ -46,7 +47,6 @@ from icrl_megatron.settings.loading import load_saved, run_folder
 from icrl_megatron.settings.schema import DebugSettings, Settings
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Teachable
-from icrl_megatron.types import Episode
 from icrl_megatron.utils import results
 from icrl_megatron.utils.disk import disk_errors
 from icrl_megatron.utils.errors import ConfigError
@@ -93,7 +93,7 @@ def supervised(settings: Settings) -> Settings:
     )
 
 
-def constant_credit(episodes: Iterable[Episode]) -> CreditReport:
+def constant_credit(episodes: Iterable[EpisodeHeader]) -> CreditReport:
     """Credit with advantage 1 for every sample of a demonstration: the policy gradient under the demonstrator's
     policy."""
     samples = [replace(s, advantage=1.0) for e in episodes for s in to_samples(e, PLAIN, train_critic=True)]
@@ -105,6 +105,7 @@ class TeacherSource(NoPartialRollouts):
     """Episodes that the task sets' teachers play; every rank plays all of them and gets the same ones."""
 
     setup: EpisodeSetup
+    seat: Seat
 
     def play(self, request: RolloutRequest) -> Played:
         speakers_for = teacher_speakers(
@@ -112,7 +113,7 @@ class TeacherSource(NoPartialRollouts):
         )
         playing = play(request.tasks, request.episodes, self.setup, speakers_for, request.seeds)
         played, dropped = asyncio.run(playing)
-        return Played(tuple(played), tuple(dropped), generated=0)
+        return self.seat.share(played, dropped, generated=0)
 
 
 def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
@@ -138,8 +139,10 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     state = RunState(parts, saver, stop, progress.log)
     with closing(state), progress.phase("warm start", settings.steps) as bar, saver.on_error():
         bar.advance(state.step)
-        samples = constant_credit(lessons.heldout).samples
-        evaluator = HeldoutLoss(parts, state, samples, progress.log) if samples else NoEvaluator()
+        evaluator: Evaluator = NoEvaluator()
+        if lessons.heldout.headers:
+            heldout = parts.deliver(constant_credit(lessons.heldout.headers).samples, lessons.heldout.episodes)
+            evaluator = HeldoutLoss(parts, state, heldout, progress.log)
         recorder = SupervisedRecorder(state, progress, bar, prompter.decode, lessons.dropped)
         return loop.run(parts, state, recorder, evaluator)
 
@@ -153,7 +156,7 @@ class Lessons:
     steps: int
     dropped: int = 0
     """Problems or rows that are left out."""
-    heldout: tuple[Episode, ...] = ()
+    heldout: Played = field(default_factory=lambda: Played((), ()))
     """Conversations whose loss is measured."""
 
 
@@ -163,7 +166,7 @@ def _from_teachers(
     tool_cache = ToolCache.of(settings.tasks.tool_cache)
     catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes, tool_cache)
     found = chosen(settings, catalogue, prompter, model, grid, progress)
-    source = TeacherSource(EpisodeSetup(catalogue.environment, prompter, settings.rollout))
+    source = TeacherSource(EpisodeSetup(catalogue.environment, prompter, settings.rollout), Seat(grid.rank, grid.world))
     sampler = TaskSampler(settings.tasks.sources, found.train, order_seed(settings))
     return Lessons(source, sampler, settings.steps, found.dropped)
 
@@ -172,7 +175,7 @@ def _from_files(settings: Settings, prompter: Prompter, model: Path, grid: grids
     share = ProblemShare(grid.rank, grid.world, lambda mine: grids.gather_objects(grid, mine))
     found = conversations.load(settings, prompter, ModelShape.read(model).max_positions, share, progress.log)
     sampler = TaskSampler(found.sources, found.train, order_seed(settings))
-    heldout = tuple(found.episodes(found.heldout))
+    heldout = found.seat.share(found.episodes(found.heldout))
     return Lessons(found, sampler, found.steps(settings), found.dropped, heldout)
 
 

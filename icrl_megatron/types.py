@@ -2,13 +2,17 @@
 
     Task -> Completion -> Turn -> Attempt / Critique -> Episode -> Sample -> StepPlan(MicroBatch) -> StepStats
 
-From `Sample` on, no code knows what a critic is. Token sequences are tuples or NumPy arrays on the host; the actor
-turns them into tensors on its own device. This module does not import torch.
+Token sequences stay on the rank that played them. All ranks exchange headers (`headers.py`), and the sequences of a
+sample (`SampleTokens`) go once to the replica that trains on it (`data/delivery.py`).
+
+From `Sample` on, no code knows what a critic is. Prompts are tuples while they are encoded and sent to an engine; what
+an engine answered and what is kept are NumPy arrays on the host (4 bytes per id and per log-prob), and the actor turns
+them into tensors on its own device. This module does not import torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 Ids = tuple[int, ...]
+IdArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -23,6 +28,46 @@ BoolArray = npt.NDArray[np.bool_]
 Split = Literal["train", "heldout"]
 Role = Literal["attempt", "critique", "revision"]
 FinishReason = Literal["stop", "length", "abort"]
+StopReason = Literal["done", "max_turns", "repeated", "context", "length", "deadline"]
+"""Why an attempt ended."""
+
+
+def id_array(ids: Sequence[int] | IdArray) -> IdArray:
+    """Token ids as a read-only array. Raises OverflowError on an id that has more than 32 bits."""
+    return _read_only(np.asarray(ids, dtype=np.int32))
+
+
+def logprob_array(logprobs: Sequence[float] | FloatArray) -> FloatArray:
+    """Log-probs as a read-only array: engines compute them in fp32 or less."""
+    return _read_only(np.asarray(logprobs, dtype=np.float32))
+
+
+def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    array.flags.writeable = False  # whoever made it has handed it over
+    return array
+
+
+def joined(parts: Sequence[npt.NDArray[Any]], dtype: type[Any]) -> npt.NDArray[Any]:
+    """The arrays end to end; an empty array without parts."""
+    return np.concatenate(parts, dtype=dtype) if parts else np.zeros(0, dtype=dtype)
+
+
+def as_json(value: Any) -> Any:
+    """`default` of `json.dumps`: arrays become lists, dataclasses objects of their fields, at any depth."""
+    return value.tolist() if isinstance(value, np.ndarray) else vars(value)
+
+
+class ByValue:
+    """Equality and hash of a frozen dataclass (eq=False) with arrays, which have neither as a value of their own."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(v.tobytes() if isinstance(v, np.ndarray) else v for v in vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -41,22 +86,26 @@ class Task:
     """What the task set needs to rebuild the problem, in its own encoding (JSON if it is structured)."""
 
 
-@dataclass(frozen=True)
-class Completion:
+@dataclass(frozen=True, eq=False)
+class Completion(ByValue):
     """What an engine returned for one request: token ids in, token ids out.
 
-    Example: Completion((412, 9, 1), (-0.3, -1.2, -0.0), "stop", weight_version=3)
+    Example: Completion(id_array((412, 9, 1)), logprob_array((-0.3, -1.2, -0.0)), "stop", weight_version=3)
     """
 
-    ids: Ids
+    ids: IdArray
     """Generated ids, the end token included when `finish_reason` is "stop"."""
-    logprobs: tuple[float, ...]
+    logprobs: FloatArray
     """Log-probability of each id under the distribution it was sampled from (temperature applied), same length."""
     finish_reason: FinishReason
     weight_version: int
     """Version of the weights that generated the newest token."""
     older: tuple[tuple[int, int], ...] = ()
     """(version, tokens) of the leading tokens, if an interrupted reply started under older weights."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", id_array(self.ids))
+        object.__setattr__(self, "logprobs", logprob_array(self.logprobs))
 
     def first(self, count: int) -> Completion:
         """The first `count` tokens, and the versions that generated them."""
@@ -72,17 +121,16 @@ class Completion:
 
     @staticmethod
     def parse(fields: Mapping[str, Any]) -> Completion:
-        """Inverse of `vars`, after a round trip through JSON."""
+        """Inverse of `as_json`, after a round trip through JSON."""
         older = tuple((version, tokens) for version, tokens in fields.get("older", ()))
-        kept = {"ids": tuple(fields["ids"]), "logprobs": tuple(fields["logprobs"]), "older": older}
-        return Completion(**{**fields, **kept})
+        return Completion(**{**fields, "older": older})
 
 
-@dataclass(frozen=True)
-class Turn:
+@dataclass(frozen=True, eq=False)
+class Turn(ByValue):
     """One reply of the solver and the environment's observation.
 
-    Example: Turn(completion, "go to shelf 2", "go to shelf 2", "On shelf 2 you see a mug.", (27, 4, 980, 5))
+    Example: Turn(completion, "go to shelf 2", "go to shelf 2", "On shelf 2 you see a mug.", ids)
     """
 
     completion: Completion
@@ -92,7 +140,7 @@ class Turn:
     """The action parsed from the reply; None if there is none."""
     observation: str
     """The environment's answer. Only the critic reads the last turn's."""
-    observation_ids: Ids
+    observation_ids: IdArray
     """Ids in the context between this reply and the next (end of turn, observation, next header); empty after the last
     turn."""
     cut_chars: int = 0
@@ -100,9 +148,12 @@ class Turn:
     answer_chars: tuple[int, ...] = ()
     """If the reply made several calls: the length of each answer. `observation` is the answers, a line each."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "observation_ids", id_array(self.observation_ids))
 
-@dataclass(frozen=True)
-class Attempt:
+
+@dataclass(frozen=True, eq=False)
+class Attempt(ByValue):
     """One attempt of the solver at a task: round 0 without a critique, later rounds after one (revisions).
 
     Token layout: prompt_ids, then for each turn completion.ids and observation_ids.
@@ -111,9 +162,9 @@ class Attempt:
     """
 
     round: int
-    prompt_ids: Ids
+    prompt_ids: IdArray
     """The prompt given to the engine, including the critique if there was one."""
-    plain_prompt_ids: Ids
+    plain_prompt_ids: IdArray
     """The critique-free prompt of the same task; equal to `prompt_ids` in round 0."""
     turns: tuple[Turn, ...]
     outcome: float
@@ -121,42 +172,53 @@ class Attempt:
     success: bool
     summary: str
     """The environment's description of the outcome, for the critic."""
-    stop_reason: Literal["done", "max_turns", "repeated", "context", "length", "deadline"]
+    stop_reason: StopReason
     summary_cut_chars: int = 0
     """Characters cut from the summary, by the same limits as observations."""
     measures: tuple[tuple[str, float], ...] = ()
     """(name, value) pairs that the environment counted, e.g. ("calls", 3.0)."""
 
-    def response_ids(self) -> Ids:
-        return tuple(i for turn in self.turns for i in (*turn.completion.ids, *turn.observation_ids))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_ids", id_array(self.prompt_ids))
+        object.__setattr__(self, "plain_prompt_ids", id_array(self.plain_prompt_ids))
 
-    def loss_mask(self) -> tuple[bool, ...]:
+    def response_ids(self) -> IdArray:
+        return joined([part for t in self.turns for part in (t.completion.ids, t.observation_ids)], np.int32)
+
+    def loss_mask(self) -> BoolArray:
         """True on generated tokens, False on observations; same length as `response_ids()`."""
-        return tuple(
-            m for t in self.turns for m in (*[True] * len(t.completion.ids), *[False] * len(t.observation_ids))
+        lengths = [n for t in self.turns for n in (len(t.completion.ids), len(t.observation_ids))]
+        return np.repeat(np.arange(len(lengths)) % 2 == 0, lengths)
+
+    def generated_tokens(self) -> int:
+        return sum(len(turn.completion.ids) for turn in self.turns)
+
+    def observation_tokens(self) -> int:
+        return sum(len(turn.observation_ids) for turn in self.turns)
+
+    def rollout_logprobs(self) -> FloatArray:
+        """Engine log-probs, 0 on observation tokens; same length as `response_ids()`."""
+        none = [np.zeros(len(t.observation_ids), dtype=np.float32) for t in self.turns]
+        return joined(
+            [p for t, z in zip(self.turns, none, strict=True) for p in (t.completion.logprobs, z)], np.float32
         )
 
-    def read_tokens(self) -> int:
-        """Tokens of the prompt and of the observations, each once."""
-        return len(self.prompt_ids) + sum(len(turn.observation_ids) for turn in self.turns)
 
-    def rollout_logprobs(self) -> tuple[float, ...]:
-        """Engine log-probs, 0 on observation tokens; same length as `response_ids()`."""
-        return tuple(p for t in self.turns for p in (*t.completion.logprobs, *[0.0] * len(t.observation_ids)))
-
-
-@dataclass(frozen=True)
-class Critique:
+@dataclass(frozen=True, eq=False)
+class Critique(ByValue):
     """What the critic wrote about the attempt of the same round. Its reward is the improvement of the next attempt.
 
     Example: Critique(0, prompt, completion, "You did not heat the mug. Use the microwave first.")
     """
 
     round: int
-    prompt_ids: Ids
+    prompt_ids: IdArray
     completion: Completion
     text: str
     """What the solver reads: the text between <critic> tags, or the whole reply."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_ids", id_array(self.prompt_ids))
 
 
 @dataclass(frozen=True)
@@ -173,8 +235,7 @@ class Episode:
     critiques: tuple[Critique, ...]
 
     def generated_tokens(self) -> int:
-        turns = sum(len(t.completion.ids) for a in self.attempts for t in a.turns)
-        return turns + sum(len(c.completion.ids) for c in self.critiques)
+        return sum(a.generated_tokens() for a in self.attempts) + sum(len(c.completion.ids) for c in self.critiques)
 
 
 @dataclass(frozen=True)
@@ -209,13 +270,14 @@ class UnplayedEpisode:
     error: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
-    """One trainable sequence. The two prompts differ only for internalized revisions.
+    """The header of one trainable sequence: what credit, balance and packing plans are computed from, on every rank.
+    The two prompts differ only for internalized revisions.
 
     Example: the revision of episode 3, trained without the critique that it was generated with:
-    Sample("set/17#3/1/revision", "set/17/solver", "revision", 1, (*plain, *critique), plain, response, mask,
-    logprobs, calibrated=True, reward=1.0, advantage=0.7)
+    Sample("set/17#3/1/revision", "set/17/solver", "revision", 1, behaviour_prompt_tokens=90, train_prompt_tokens=40,
+    response_tokens=25, loss_tokens=20, same_prompt=False, calibrated=True, reward=1.0, advantage=0.7)
     """
 
     sample_id: str
@@ -226,21 +288,38 @@ class Sample:
     role: Role
     """For metrics only: nothing after credit branches on it."""
     round: int
-    behaviour_prompt_ids: Ids
-    train_prompt_ids: Ids
-    response_ids: Ids
-    loss_mask: tuple[bool, ...]
-    rollout_logprobs: tuple[float, ...]
+    behaviour_prompt_tokens: int
+    train_prompt_tokens: int
+    response_tokens: int
+    loss_tokens: int
+    same_prompt: bool
+    """The sample is trained under the prompt that the engine saw."""
     calibrated: bool
     """True if w_t, or the shaping function instead of it, applies (internalized revisions with calibration on)."""
     reward: float
     advantage: float = 0.0
+    rank: int = 0
+    """The rank that has the tokens."""
 
     def task_id(self) -> str:
         return self.sample_id.rsplit("#", 1)[0]
 
-    def loss_tokens(self) -> int:
-        return sum(self.loss_mask)
+    def episode_id(self) -> str:
+        """<task_id>#<episode>"""
+        return self.sample_id.rsplit("/", 2)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class SampleTokens(ByValue):
+    """The token sequences of a sample. Only the rank that played it and the ranks of the replica that trains on it have
+    them."""
+
+    behaviour_prompt_ids: IdArray
+    train_prompt_ids: IdArray
+    response_ids: IdArray
+    loss_mask: BoolArray
+    rollout_logprobs: FloatArray
+    """Of every response token; 0 outside of the mask."""
 
 
 @dataclass(frozen=True)
@@ -277,7 +356,7 @@ class StepPlan:
     """
 
     samples: tuple[Sample, ...]
-    """The samples of this replica, in packing order."""
+    """The headers of this replica's samples, in packing order."""
     updates: tuple[tuple[MicroBatch, ...], ...]
     global_samples: int
     global_loss_tokens: int
@@ -299,6 +378,7 @@ class StepStats:
     loss_tokens: int
     tokens: int
     calibration_weights: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    """sample_id -> w_t of each loss token of the calibrated samples, of all replicas; the same on every rank."""
+    """sample_id -> w_t of each loss token of calibrated samples: from the actor, those that this rank measured; in the
+    loop, those of the episodes that this rank has."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Token means, maxima and counts by name, from `actor/measure.py`."""

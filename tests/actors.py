@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from whole_samples import Whole, packed
 
-from icrl_megatron.data.packing import pack
 from icrl_megatron.distributed import platform
 from icrl_megatron.distributed.grid import Grid
 from icrl_megatron.settings.schema import Settings
-from icrl_megatron.types import Sample, StepPlan, StepStats
+from icrl_megatron.types import StepPlan, StepStats
 
 platform.prepare("cpu")
 
@@ -40,9 +40,9 @@ def plan(actor: Actor, seed: int = 0) -> StepPlan:
         logprobs = tuple(-r.uniform(2.0, 5.0) for _ in response)
         mask = (True,) * len(response)
         samples.append(
-            Sample(f"t#{i}", "t", "attempt", 0, prompt, prompt, response, mask, logprobs, False, 1.0, r.uniform(-1, 1))
+            Whole(f"t#{i}", "t", "attempt", 0, prompt, prompt, response, mask, logprobs, False, 1.0, r.uniform(-1, 1))
         )
-    return pack(samples, actor.settings.algo, micro_batch_tokens=40)
+    return packed(samples, actor.settings.algo, micro_batch_tokens=40)
 
 
 def step(actor: Actor, seed: int = 0) -> StepStats:

@@ -109,7 +109,7 @@ def fault(text: str, model_path: str = "") -> Iterator[None]:
 
         return spy
 
-    dump = recorder.write_dump
+    dump = recorder.write_part
     with ExitStack() as installed:
         for where, name, spy in (
             (EngineSource, "play", playing),
@@ -117,7 +117,7 @@ def fault(text: str, model_path: str = "") -> Iterator[None]:
             (Rulebook, "environment", rewarding),
             (Actor, "score", scoring),
             (Optimizer, "step", updating),
-            (recorder, "write_dump", dumping),
+            (recorder, "write_part", dumping),
             *((source, "play", demonstrating(source.play)) for source in (sft.TeacherSource, Conversations)),
         ):
             installed.enter_context(patch.object(where, name, spy))

@@ -134,8 +134,10 @@ def run_ours(folder: Path, data: Canned) -> None:
     device.prepare("cpu")
     from icrl_megatron.actor.actor import Actor
     from icrl_megatron.algo.credit import credit
-    from icrl_megatron.data.packing import pack
+    from icrl_megatron.algo.samples import tokens_of
+    from icrl_megatron.data.packing import lay_out, pack
     from icrl_megatron.engines.sync import WeightSync
+    from icrl_megatron.headers import headers_of
     from icrl_megatron.model.weights import Gatherer
     from icrl_megatron.rollout.source import NoEngine
 
@@ -146,10 +148,13 @@ def run_ours(folder: Path, data: Canned) -> None:
     actor = Actor(settings, folder, grid)
     sync = WeightSync(Gatherer(actor.rows, grid), NoEngine())
     episodes = _episodes(data)
+    by_id = {f"{e.task.task_id}#{e.index}": e for e in episodes}
     turns, more = Turns(), True
     while more:
-        samples = credit(episodes, settings.algo, train_critic=True).samples
-        plan = pack(samples, settings.algo, micro_batch_tokens=settings.actor.micro_batch_tokens)
+        samples = credit(headers_of(episodes), settings.algo, train_critic=True).samples
+        layout = lay_out(samples, settings.algo, micro_batch_tokens=settings.actor.micro_batch_tokens)
+        whole = {s.sample_id: tokens_of(by_id[s.episode_id()], s.role, s.round, settings.algo) for s in samples}
+        plan = pack(layout, whole)
         stats = actor.train(plan, actor.score(plan), LEARNING_RATE)
         sync.push()
         turns.first_step = turns.first_step or {"grad_norm": stats.grad_norm, "entropy": stats.metrics["entropy"]}

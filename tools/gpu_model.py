@@ -12,15 +12,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 os.environ.setdefault("LOCAL_RANK", "0")  # of a rank, the platform asks for the GPU's FP8 before Megatron is imported
 for _part in (".", "kernels", "recipes"):  # without an installation too
     sys.path.insert(0, str(Path(__file__).parents[1] / _part))
 
 from icrl_megatron.distributed import before_megatron  # noqa: E402, F401, I001  # first of all
-from icrl_megatron.data.packing import pack  # noqa: E402
+from icrl_megatron.data.packing import lay_out, pack  # noqa: E402
 from icrl_megatron.distributed import platform  # noqa: E402
 from icrl_megatron.settings.schema import Settings  # noqa: E402
-from icrl_megatron.types import Sample, StepPlan  # noqa: E402
+from icrl_megatron.types import Sample, SampleTokens, StepPlan, id_array, logprob_array  # noqa: E402
 
 VOCABULARY = 151936
 
@@ -93,12 +95,14 @@ def settings(precision: str, layers: str, fp8: str = "off", recompute: str = "no
 def plan(of: Settings, vocab: int, lengths: list[tuple[int, int]], seed: int = 0) -> StepPlan:
     """One update of packed sequences: (prompt tokens, response tokens) each, with random ids and advantages."""
     draw = random.Random(seed)
-    samples = []
+    samples, tokens = [], {}
     for number, (prompt, response) in enumerate(lengths):
         ids, reply = (tuple(draw.randrange(2, vocab) for _ in range(n)) for n in (prompt, response))
         logprobs = tuple(-draw.uniform(2.0, 5.0) for _ in reply)
         advantage = draw.uniform(-1.0, 1.0)
-        mask = (True,) * response
-        samples.append(Sample(f"t#{number}", "t", "attempt", 0, ids, ids, reply, mask, logprobs, False, 1.0, advantage))
-    align = platform.token_multiple(of.actor)
-    return pack(samples, of.algo, micro_batch_tokens=of.actor.micro_batch_tokens, align=align)
+        lengths = prompt, prompt, response, response
+        samples.append(Sample(f"t#{number}", "t", "attempt", 0, *lengths, True, False, 1.0, advantage))
+        prompt_ids, mask = id_array(ids), np.ones(response, dtype=np.bool_)
+        tokens[f"t#{number}"] = SampleTokens(prompt_ids, prompt_ids, id_array(reply), mask, logprob_array(logprobs))
+    layout = lay_out(samples, of.algo, micro_batch_tokens=of.actor.micro_batch_tokens)
+    return pack(layout, tokens, align=platform.token_multiple(of.actor))

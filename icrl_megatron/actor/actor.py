@@ -17,7 +17,7 @@ from icrl_megatron.actor.passes import Frozen, HeadPlan, head_shard, score_pass,
 from icrl_megatron.actor.plain_loss import PlainLoss
 from icrl_megatron.algo import losses
 from icrl_megatron.distributed import platform
-from icrl_megatron.distributed.grid import Grid, gather_objects
+from icrl_megatron.distributed.grid import Grid
 from icrl_megatron.model.gpt import build
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.model.weights import load_hf, rows
@@ -129,14 +129,9 @@ class Actor:
             skipped_updates=skipped,
             loss_tokens=plan.global_loss_tokens,
             tokens=tokens * self.grid.data,
-            calibration_weights=self._everyones(weights),
+            calibration_weights=weights,
             metrics=totals.means(),
         )
-
-    def _everyones(self, weights: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
-        # All ranks of a tensor-parallel group computed the same weights.
-        mine = weights if self.grid.tensor_rank == 0 else {}
-        return {name: of for one in gather_objects(self.grid, mine) for name, of in one.items()}
 
     def _score(self, model: Any, plan: StepPlan) -> list[list[Tensor]]:
         return [score_pass(model, self.head, list(update)) for update in plan.updates]

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from icrl_kernels import HeadOutput
 from icrl_megatron.actor.passes import Frozen
-from icrl_megatron.distributed.grid import Grid
+from icrl_megatron.distributed.grid import Grid, gather_objects
 from icrl_megatron.types import MicroBatch, Sample
 
 MAXIMUM = "max/"
@@ -106,8 +105,7 @@ class Totals:
     def reduce(self, grid: Grid) -> None:
         """Reduces over all ranks. Only last stages have numbers, and only the first rank of each tensor-parallel group
         may have added its numbers, because all ranks of the group measured the same tokens."""
-        everyone: list[tuple[dict[str, float], dict[str, float]]] = [({}, {})] * grid.world
-        dist.all_gather_object(everyone, (dict(self.sums), self.maxima), group=grid.host_group)
+        everyone = gather_objects(grid, (dict(self.sums), self.maxima))
         self.sums, self.maxima = defaultdict(float), {}
         for sums, maxima in everyone:
             for name, value in sums.items():

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from icrl_megatron.algo.samples import to_samples
+from icrl_megatron.headers import EpisodeHeader
 from icrl_megatron.settings.algo_schema import AlgoSettings, GroupFilter, Overlong
-from icrl_megatron.types import Episode, Sample, Task
+from icrl_megatron.types import Sample, Task
 
 Floats = npt.NDArray[np.float64]
 
@@ -47,7 +48,7 @@ class CreditReport:
 
     def tasks_with_signal(self) -> set[str]:
         """Ids of the tasks with a token whose advantage is not zero."""
-        return {s.task_id() for s in self.samples if s.advantage != 0.0 and any(s.loss_mask)}
+        return {s.task_id() for s in self.samples if s.advantage != 0.0 and s.loss_tokens}
 
     @property
     def has_signal(self) -> bool:
@@ -67,7 +68,7 @@ def _of_tasks(samples: Iterable[Sample], tasks: set[str]) -> tuple[Sample, ...]:
     return tuple(s for s in samples if s.task_id() in tasks)
 
 
-def credit(episodes: Iterable[Episode], settings: AlgoSettings, train_critic: bool) -> CreditReport:
+def credit(episodes: Iterable[EpisodeHeader], settings: AlgoSettings, train_critic: bool) -> CreditReport:
     """Samples of all episodes of a step with normalized advantages. The order of the episodes does not matter. Time is
     O(S log S) in the samples, for sorting.
 
@@ -103,7 +104,7 @@ def credit(episodes: Iterable[Episode], settings: AlgoSettings, train_critic: bo
         dropped_groups=len(groups) - len(kept),
         dropped_samples=len(surplus) + len(dropped),
         overlong_penalty=sum(penalties) / len(penalties) if penalized else None,
-        counted=tuple(samples[i] for i in dropped if settings.group_filter.counted and samples[i].loss_tokens() > 0),
+        counted=tuple(samples[i] for i in dropped if settings.group_filter.counted and samples[i].loss_tokens > 0),
     )
 
 
@@ -153,7 +154,7 @@ def overlong_penalty(tokens: int, overlong: Overlong) -> float:
 def _penalties(samples: Sequence[Sample], overlong: Overlong) -> list[float]:
     if overlong.max_tokens is None:
         return [0.0] * len(samples)
-    return [overlong_penalty(s.loss_tokens(), overlong) for s in samples]
+    return [overlong_penalty(s.loss_tokens, overlong) for s in samples]
 
 
 def _surplus_revisions(samples: Sequence[Sample], limit: int | None) -> set[int]:

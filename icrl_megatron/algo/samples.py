@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import sys
 
+import numpy as np
+
+from icrl_megatron.headers import AttemptHeader, CritiqueHeader, EpisodeHeader
 from icrl_megatron.settings.schema import AlgoSettings
-from icrl_megatron.types import Attempt, Critique, Episode, Ids, Role, Sample, Task
+from icrl_megatron.types import Episode, Role, Sample, SampleTokens, Task
 from icrl_megatron.utils.errors import ConfigError
 
 GROUPINGS = ("task_role", "task_round_role", "task")
 
 
-def to_samples(episode: Episode, settings: AlgoSettings, train_critic: bool) -> list[Sample]:
+def to_samples(episode: EpisodeHeader, settings: AlgoSettings, train_critic: bool) -> list[Sample]:
     """The trainable sequences of one episode, in playing order, without advantages.
 
     With `train_critic` False (a frozen critic, or none), critiques are left out; the revisions that follow them stay.
@@ -30,86 +34,77 @@ def to_samples(episode: Episode, settings: AlgoSettings, train_critic: bool) -> 
     return samples
 
 
-def critique_reward(this: Attempt, following: Attempt) -> float:
+def tokens_of(episode: Episode, role: Role, round: int, settings: AlgoSettings) -> SampleTokens:
+    """The token sequences of one of the samples of `to_samples`."""
+    if role == "critique":
+        critique = episode.critiques[round]
+        ids, logprobs = critique.completion.ids, critique.completion.logprobs
+        mask = np.ones(len(ids), dtype=np.bool_)
+        return SampleTokens(critique.prompt_ids, critique.prompt_ids, ids, mask, logprobs)
+    attempt = episode.attempts[round]
+    # Eq. 6: the ratio of a revision uses the prompt without the critique.
+    plain = attempt.plain_prompt_ids if _internalised(round, settings) else attempt.prompt_ids
+    return SampleTokens(
+        attempt.prompt_ids, plain, attempt.response_ids(), attempt.loss_mask(), attempt.rollout_logprobs()
+    )
+
+
+def critique_reward(this: AttemptHeader, following: AttemptHeader) -> float:
     """A critique's reward: 1 if the next attempt succeeded, else the change in outcome (negative if it got worse)."""
     return 1.0 if following.success else following.outcome - this.outcome
 
 
-def _solver_sample(episode: Episode, attempt: Attempt, settings: AlgoSettings) -> Sample:
-    revision = attempt.round > 0
-    internalised = revision and settings.internalise
-    return _sample(
-        episode,
-        settings,
-        role="revision" if revision else "attempt",
+def _internalised(round: int, settings: AlgoSettings) -> bool:
+    return round > 0 and settings.internalise
+
+
+def _solver_sample(episode: EpisodeHeader, attempt: AttemptHeader, settings: AlgoSettings) -> Sample:
+    role: Role = "revision" if attempt.round else "attempt"
+    internalised = _internalised(attempt.round, settings)
+    return Sample(
+        sample_id=f"{episode.task.task_id}#{episode.index}/{attempt.round}/{role}",
+        group=group_key(episode.task, role, attempt.round, settings.group_by),
+        role=role,
         round=attempt.round,
-        behaviour_prompt_ids=attempt.prompt_ids,
-        # Eq. 6: the ratio of a revision uses the prompt without the critique.
-        train_prompt_ids=attempt.plain_prompt_ids if internalised else attempt.prompt_ids,
-        response_ids=attempt.response_ids(),
-        loss_mask=attempt.loss_mask(),
-        rollout_logprobs=attempt.rollout_logprobs(),
+        behaviour_prompt_tokens=attempt.prompt_tokens,
+        train_prompt_tokens=attempt.plain_prompt_tokens if internalised else attempt.prompt_tokens,
+        response_tokens=attempt.response_tokens,
+        loss_tokens=attempt.generated_tokens,
+        same_prompt=attempt.same_prompt or not internalised,
         calibrated=internalised and (settings.calibration.enabled or settings.shaping_gamma > 0),
         reward=attempt.outcome,
+        rank=episode.rank,
     )
 
 
-def _critic_sample(episode: Episode, critique: Critique, settings: AlgoSettings) -> Sample:
-    completion = critique.completion
-    return _sample(
-        episode,
-        settings,
+def _critic_sample(episode: EpisodeHeader, critique: CritiqueHeader, settings: AlgoSettings) -> Sample:
+    return Sample(
+        sample_id=f"{episode.task.task_id}#{episode.index}/{critique.round}/critique",
+        group=group_key(episode.task, "critique", critique.round, settings.group_by),
         role="critique",
         round=critique.round,
-        behaviour_prompt_ids=critique.prompt_ids,
-        train_prompt_ids=critique.prompt_ids,
-        response_ids=completion.ids,
-        loss_mask=(True,) * len(completion.ids),
-        rollout_logprobs=completion.logprobs,
+        behaviour_prompt_tokens=critique.prompt_tokens,
+        train_prompt_tokens=critique.prompt_tokens,
+        response_tokens=critique.generated_tokens,
+        loss_tokens=critique.generated_tokens,
+        same_prompt=True,
         calibrated=False,
         reward=critique_reward(episode.attempts[critique.round], episode.attempts[critique.round + 1]),
-    )
-
-
-def _sample(
-    episode: Episode,
-    settings: AlgoSettings,
-    *,
-    role: Role,
-    round: int,
-    behaviour_prompt_ids: Ids,
-    train_prompt_ids: Ids,
-    response_ids: Ids,
-    loss_mask: tuple[bool, ...],
-    rollout_logprobs: tuple[float, ...],
-    calibrated: bool,
-    reward: float,
-) -> Sample:
-    return Sample(
-        sample_id=f"{episode.task.task_id}#{episode.index}/{round}/{role}",
-        group=group_key(episode.task, role, round, settings.group_by),
-        role=role,
-        round=round,
-        behaviour_prompt_ids=behaviour_prompt_ids,
-        train_prompt_ids=train_prompt_ids,
-        response_ids=response_ids,
-        loss_mask=loss_mask,
-        rollout_logprobs=rollout_logprobs,
-        calibrated=calibrated,
-        reward=reward,
+        rank=episode.rank,
     )
 
 
 def group_key(task: Task, role: Role, round: int, group_by: str) -> str:
-    """The group that shares a baseline. `task_role` is Eq. 5: the solver's group (with revisions) and the critic's."""
+    """The group that shares a baseline, one string for all of its samples. `task_role` is Eq. 5: the solver's group
+    (with revisions) and the critic's."""
     if group_by == "task":
         return task.task_id
     if group_by == "task_round_role":
-        return f"{task.task_id}/{role}/{round}"
-    return f"{task.task_id}/{'critic' if role == 'critique' else 'solver'}"
+        return sys.intern(f"{task.task_id}/{role}/{round}")
+    return sys.intern(f"{task.task_id}/{'critic' if role == 'critique' else 'solver'}")
 
 
-def _check_outcome(task: Task, attempt: Attempt) -> None:
+def _check_outcome(task: Task, attempt: AttemptHeader) -> None:
     if not (math.isfinite(attempt.outcome) and 0.0 <= attempt.outcome <= 1.0):
         raise ConfigError(
             f"The reward of task {task.task_id!r} (task set {task.source!r}, round {attempt.round}) is "

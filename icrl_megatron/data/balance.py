@@ -43,10 +43,10 @@ class Sizes:
                 raise ValueError(
                     f"Sample {second!r} follows {first!r}: placement needs ascending order of sample_id, each id once."
                 )
-        response_S = _column([len(s.response_ids) for s in samples])
-        train_S = _column([len(s.train_prompt_ids) for s in samples]) + response_S
-        behaviour_S = _column([len(s.behaviour_prompt_ids) for s in samples]) + response_S
-        loss_S = _column([s.loss_tokens() for s in samples])
+        response_S = _column([s.response_tokens for s in samples])
+        train_S = _column([s.train_prompt_tokens for s in samples]) + response_S
+        behaviour_S = _column([s.behaviour_prompt_tokens for s in samples]) + response_S
+        loss_S = _column([s.loss_tokens for s in samples])
         if len(ids) and not loss_S.all():
             raise ValueError("samples without loss tokens cannot be placed: they have no work.")
         return Sizes(ids, train_S, behaviour_S, loss_S)

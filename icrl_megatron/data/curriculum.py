@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from icrl_megatron.headers import EpisodeHeader
 from icrl_megatron.tasks.datasets import asked, content_hash
-from icrl_megatron.types import Episode, Task
+from icrl_megatron.types import Task
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.files import AppendFile, write_atomically
 
@@ -52,7 +53,7 @@ class Curriculum:
         return [*problems] * rounds + [problems[i] for _, i in times[:rest]]
 
 
-def success_shares(episodes: Iterable[Episode]) -> dict[str, float]:
+def success_shares(episodes: Iterable[EpisodeHeader]) -> dict[str, float]:
     """Task id -> share of its first attempts that succeeded."""
     seen: dict[str, list[bool]] = defaultdict(list)
     for episode in episodes:

@@ -1,4 +1,5 @@
-"""Samples -> StepPlan: optimizer updates, replicas, packed micro-batches, and global coefficients of loss tokens.
+"""Samples -> Layout -> StepPlan: optimizer updates, replicas, packed micro-batches, and global coefficients of loss
+tokens. The layout needs only headers; the plan, the tokens of one replica's samples.
 
 Invariants (tests/cpu/test_packing.py):
 - an update's samples depend only on the step's samples, not on the replicas, the budget or the order of arrival;
@@ -11,10 +12,10 @@ Invariants (tests/cpu/test_packing.py):
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from icrl_megatron.data.balance import Sizes, place
 from icrl_megatron.model.flops import SampleFlops
 from icrl_megatron.settings.schema import AlgoSettings
-from icrl_megatron.types import Ids, IntArray, MicroBatch, Sample, StepPlan
+from icrl_megatron.types import IdArray, IntArray, MicroBatch, Sample, SampleTokens, StepPlan, joined
 from icrl_megatron.utils.errors import ConfigError
 
 Prompt = Literal["train", "behaviour"]
@@ -32,35 +33,50 @@ BY_TOKENS = SampleFlops(train=(1, 0), behaviour=(0, 0), loss_token=0)
 """Costs a sample as many FLOPs as it has tokens. On one replica all costs give the same plan."""
 
 
-def pack(
+@dataclass(frozen=True)
+class Layout:
+    """Which replica trains on which sample of a step, and the micro-batches of one replica, from headers alone.
+
+    Example: Layout(samples, replica_S=[0, 1], updates=(([0],),), coefficients_S=[0.5, 0.5], 2, 40)
+    """
+
+    samples: tuple[Sample, ...]
+    """All samples with loss tokens, in ascending order of sample_id: the same on every rank."""
+    replica_S: IntArray
+    """The replica that trains on each of them."""
+    updates: tuple[tuple[IntArray, ...], ...]
+    """This replica's micro-batches by update: indices into `samples`."""
+    coefficients_S: npt.NDArray[np.float64]
+    """c_t of the loss tokens of each sample."""
+    global_samples: int
+    global_loss_tokens: int
+
+
+def lay_out(
     samples: Iterable[Sample],
     settings: AlgoSettings,
     *,
     micro_batch_tokens: int,
-    align: int = 1,
     replica: int = 0,
     replicas: int = 1,
-    prompt: Prompt = "train",
     counted: int = 0,
     flops: SampleFlops = BY_TOKENS,
-) -> StepPlan:
-    """The plan of one data-parallel replica, from the samples of the *whole* step (the same on every rank).
+) -> Layout:
+    """The layout of one data-parallel replica, from the headers of the *whole* step (the same on every rank).
 
     `micro_batch_tokens` is the budget of a micro-batch, without alignment padding; a longer sequence gets its own
-    micro-batch. `align`: every micro-batch is padded to a multiple of it by one sequence without loss tokens. Samples
-    without loss tokens are left out, also from the normalizer. A replica with no samples in an update gets one blank
-    micro-batch, so that every rank takes part in the collectives. There are never more updates than samples. `counted`:
-    samples without loss that count in the normalizer all the same; updates share them evenly. `flops`: what the
-    replicas' shares are balanced by.
+    micro-batch. Samples without loss tokens are left out, also from the normalizer. There are never more updates than
+    samples. `counted`: samples without loss that count in the normalizer all the same; updates share them evenly.
+    `flops`: what the replicas' shares are balanced by.
 
-    Raises ConfigError on an unknown normalization, ValueError on samples that cannot be packed (an empty prompt,
-    streams of unequal length, a duplicate sample_id, or no loss token in the whole step).
+    Raises ConfigError on an unknown normalization, ValueError on samples that cannot be packed (an empty prompt, a
+    duplicate sample_id, or no loss token in the whole step).
     """
     if settings.loss_normalisation not in NORMALISATIONS:
         raise ConfigError(
             f"algo.loss_normalisation is {settings.loss_normalisation!r}: choose one of {', '.join(NORMALISATIONS)}."
         )
-    trained = sorted((s for s in samples if True in s.loss_mask), key=attrgetter("sample_id"))
+    trained = sorted((s for s in samples if s.loss_tokens), key=attrgetter("sample_id"))
     if not trained:
         raise ValueError("No sample of this step has a loss token: nothing can be packed.")
     for sample in trained:
@@ -69,26 +85,47 @@ def pack(
     placement = place(sizes, settings.updates_per_step, flops, replicas)
     lengths_S = _packed_lengths(sizes, settings)
 
-    own: list[Sample] = []
+    coefficients_S = np.zeros(len(trained))
     updates = []
     for number in range(placement.updates):
         silent = counted * (number + 1) // placement.updates - counted * number // placement.updates
-        of_token_S = np.zeros(len(trained))
         in_update_S = placement.update_S == number
-        of_token_S[in_update_S] = _coefficients(sizes.loss_S[in_update_S], silent, settings)
+        coefficients_S[in_update_S] = _coefficients(sizes.loss_S[in_update_S], silent, settings)
         members = placement.members(number, replica)
+        updates.append(tuple(members[places] for places in first_fit(lengths_S[members], micro_batch_tokens)))
+    return Layout(
+        samples=tuple(trained),
+        replica_S=placement.replica_S,
+        updates=tuple(updates),
+        coefficients_S=coefficients_S,
+        global_samples=len(trained) + counted,
+        global_loss_tokens=int(sizes.loss_S.sum()),
+    )
+
+
+def pack(layout: Layout, tokens: Mapping[str, SampleTokens], *, align: int = 1, prompt: Prompt = "train") -> StepPlan:
+    """The plan of the replica of a layout, with the tokens of its samples by sample_id.
+
+    `align`: every micro-batch is padded to a multiple of it by one sequence without loss tokens. A replica with no
+    samples in an update gets one blank micro-batch, so that every rank takes part in the collectives. Raises ValueError
+    if tokens do not have the lengths of their header.
+    """
+    own: list[Sample] = []
+    updates = []
+    for bins in layout.updates:
         micro_batches = []
-        for places in first_fit(lengths_S[members], micro_batch_tokens):
-            chosen = members[places]
-            batch = [trained[i] for i in chosen.tolist()]
-            micro_batches.append(_micro_batch(batch, len(own), of_token_S[chosen], align, prompt))
+        for chosen in bins:
+            batch = [layout.samples[i] for i in chosen.tolist()]
+            for sample in batch:
+                _check_lengths(sample, tokens[sample.sample_id])
+            micro_batches.append(_micro_batch(batch, tokens, len(own), layout.coefficients_S[chosen], align, prompt))
             own += batch
-        updates.append(tuple(micro_batches) or (_micro_batch([], 0, np.zeros(0), align, prompt),))
+        updates.append(tuple(micro_batches) or (_micro_batch([], {}, 0, np.zeros(0), align, prompt),))
     return StepPlan(
         samples=tuple(own),
         updates=tuple(updates),
-        global_samples=len(trained) + counted,
-        global_loss_tokens=int(sizes.loss_S.sum()),
+        global_samples=layout.global_samples,
+        global_loss_tokens=layout.global_loss_tokens,
     )
 
 
@@ -144,15 +181,17 @@ def first_fit(lengths_S: IntArray, budget: int) -> list[list[int]]:
 
 def _micro_batch(
     samples: Sequence[Sample],
+    tokens: Mapping[str, SampleTokens],
     first_index: int,
     coefficients_S: npt.NDArray[np.float64],
     align: int,
     prompt: Prompt,
 ) -> MicroBatch:
     """Packs the sequences end to end. The token at response position j is predicted at prompt_len + j - 1."""
-    prompts: list[Ids] = [s.train_prompt_ids if prompt == "train" else s.behaviour_prompt_ids for s in samples]
+    parts = [tokens[s.sample_id] for s in samples]
+    prompts: list[IdArray] = [t.train_prompt_ids if prompt == "train" else t.behaviour_prompt_ids for t in parts]
     prompt_S = np.fromiter(map(len, prompts), dtype=np.int64, count=len(samples))
-    response_S = np.fromiter((len(s.response_ids) for s in samples), dtype=np.int64, count=len(samples))
+    response_S = np.fromiter((s.response_tokens for s in samples), dtype=np.int64, count=len(samples))
     lengths = (prompt_S + response_S) if samples else np.array([BLANK_TOKENS])
     if padding := -int(lengths.sum()) % align:
         lengths = np.append(lengths, padding)
@@ -160,12 +199,11 @@ def _micro_batch(
     starts = ends - lengths
 
     tokens_T = np.zeros(int(ends[-1]), dtype=np.int64)
-    ids = chain.from_iterable((*p, *s.response_ids) for p, s in zip(prompts, samples, strict=True))
     filled = int((prompt_S + response_S).sum())
-    tokens_T[:filled] = np.fromiter(ids, dtype=np.int64, count=filled)
+    tokens_T[:filled] = joined([i for p, t in zip(prompts, parts, strict=True) for i in (p, t.response_ids)], np.int64)
 
     # First over the R response tokens, then only those with loss.
-    mask_R = _joined(np.bool_, (s.loss_mask for s in samples))
+    mask_R = joined([t.loss_mask for t in parts], np.bool_)
     sample_L = np.repeat(np.arange(len(samples)), response_S)[mask_R]
     response_starts = np.cumsum(response_S) - response_S
     shift_S = starts[: len(samples)] + prompt_S - response_starts
@@ -176,27 +214,26 @@ def _micro_batch(
         cu_seqlens=np.append(starts, len(tokens_T)).astype(np.int32),
         loss_index_L=targets_at - 1,
         targets_L=tokens_T[targets_at],
-        rollout_logprobs_L=_joined(np.float32, (s.rollout_logprobs for s in samples))[mask_R],
+        rollout_logprobs_L=joined([t.rollout_logprobs for t in parts], np.float32)[mask_R],
         advantages_L=np.array([s.advantage for s in samples], dtype=np.float32)[sample_L],
         coefficients_L=coefficients_S.astype(np.float32)[sample_L],
         calibrated_L=np.array([s.calibrated for s in samples], dtype=np.bool_)[sample_L],
-        same_prompt_L=np.array([s.train_prompt_ids == s.behaviour_prompt_ids for s in samples], dtype=np.bool_)[
-            sample_L
-        ],
+        same_prompt_L=np.array([s.same_prompt for s in samples], dtype=np.bool_)[sample_L],
         sample_index_L=sample_L + first_index,
     )
 
 
-def _joined(dtype: type[Any], parts: Iterable[Sequence[float]]) -> npt.NDArray[Any]:
-    joined: npt.NDArray[Any] = np.fromiter(chain.from_iterable(parts), dtype=dtype)
-    return joined
-
-
 def _check(sample: Sample) -> None:
-    if not sample.train_prompt_ids or not sample.behaviour_prompt_ids:
+    if not sample.train_prompt_tokens or not sample.behaviour_prompt_tokens:
         raise ValueError(f"Sample {sample.sample_id!r} has an empty prompt: nothing predicts its first token.")
-    if not len(sample.response_ids) == len(sample.loss_mask) == len(sample.rollout_logprobs):
+
+
+def _check_lengths(sample: Sample, tokens: SampleTokens) -> None:
+    said = sample.behaviour_prompt_tokens, sample.train_prompt_tokens, *[sample.response_tokens] * 3, sample.loss_tokens
+    prompts, streams = [tokens.behaviour_prompt_ids, tokens.train_prompt_ids], [tokens.response_ids, tokens.loss_mask]
+    found = *map(len, [*prompts, *streams, tokens.rollout_logprobs]), int(tokens.loss_mask.sum())
+    if said != found:
         raise ValueError(
-            f"Sample {sample.sample_id!r}: {len(sample.response_ids)} response ids, {len(sample.loss_mask)} mask "
-            f"values and {len(sample.rollout_logprobs)} log-probs must be equally many."
+            f"Sample {sample.sample_id!r}: the lengths of its prompts, response ids, mask and log-probs, and its loss "
+            f"tokens, are {found}, and must be {said}, as in its header."
         )

@@ -50,10 +50,10 @@ class Encoded:
 
     def episode(self, task: Task, index: int) -> Episode:
         """The trajectory as an episode of one attempt: tokens with loss are completions, all others context."""
-        ids, turns = tuple(self.ids_T.tolist()), list[Turn]()
+        ids, turns = self.ids_T, list[Turn]()
         edges = [0, *(np.flatnonzero(np.diff(self.trained_T)) + 1).tolist(), len(ids)]
         for begin, middle, end in zip(edges[1::2], edges[2::2], [*edges[3::2], len(ids)], strict=False):
-            completion = Completion(ids[begin:middle], (0.0,) * (middle - begin), "stop", 0)
+            completion = Completion(ids[begin:middle], np.zeros(middle - begin, dtype=np.float32), "stop", 0)
             turns.append(Turn(completion, "", None, "", ids[middle:end]))
         prompt = ids[: edges[1]]
         attempt = Attempt(0, prompt, prompt, tuple(turns), 1.0, True, "", "done")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import datetime
 import os
+import pickle
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
@@ -22,6 +24,8 @@ T = TypeVar("T")
 
 SHARE_TIMEOUT_S = 86400.0
 """Minimum timeout of collectives between ranks without a model."""
+GATHER_BYTES = 64 << 20
+"""Most bytes of all ranks together in a round of `gather_bytes`."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Grid:
     data: int
     data_rank: int
     host_group: Any
-    """A gloo group of all ranks, for Python objects."""
+    """A gloo group of all ranks, for Python objects and token sequences."""
 
     @property
     def first_stage(self) -> bool:
@@ -46,6 +50,16 @@ class Grid:
     @property
     def last_stage(self) -> bool:
         return self.pipeline_rank == self.pipeline - 1
+
+    def replica_ranks(self, replica: int) -> tuple[int, ...]:
+        """The ranks of a data-parallel replica in ascending order, stage by stage (Megatron's order: tensor-parallel
+        ranks are consecutive)."""
+        stages = range(self.pipeline)
+        return tuple(t + self.tensor * (replica + self.data * p) for p in stages for t in range(self.tensor))
+
+    def scoring_rank(self, replica: int) -> int:
+        """The rank of a replica that reports what its last stage measured."""
+        return self.replica_ranks(replica)[-self.tensor]
 
 
 def build(settings: Settings) -> Grid:
@@ -114,11 +128,27 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+def gather_bytes(grid: Grid, mine: bytes) -> list[bytes]:
+    """All ranks' bytes, in rank order, on every rank. A round moves at most GATHER_BYTES to each rank."""
+    sizes = torch.zeros(grid.world, dtype=torch.int64)
+    dist.all_gather([*sizes.split(1)], torch.tensor([len(mine)]), group=grid.host_group)
+    piece, longest = max(1, GATHER_BYTES // grid.world), int(sizes.max())
+    parts: list[list[bytes]] = [[] for _ in range(grid.world)]
+    for begin in range(0, longest, piece):
+        width = min(piece, longest - begin)
+        padded = np.zeros(width, dtype=np.uint8)
+        chunk = mine[begin : begin + width]
+        padded[: len(chunk)] = np.frombuffer(chunk, dtype=np.uint8)
+        everyone = torch.empty(grid.world * width, dtype=torch.uint8)
+        dist.all_gather([*everyone.split(width)], torch.from_numpy(padded), group=grid.host_group)
+        for rank, of in enumerate(everyone.numpy().reshape(grid.world, width)):
+            parts[rank].append(of[: max(0, int(sizes[rank]) - begin)].tobytes())
+    return [b"".join(of) for of in parts]
+
+
 def gather_objects(grid: Grid, mine: Any) -> list[Any]:
-    """All ranks' objects, in rank order, on every rank."""
-    out: list[Any] = [None] * grid.world
-    dist.all_gather_object(out, mine, group=grid.host_group)
-    return out
+    """All ranks' objects, in rank order, on every rank. For small objects: every rank gets all of them."""
+    return [pickle.loads(of) for of in gather_bytes(grid, pickle.dumps(mine))]
 
 
 class OtherRankError(RuntimeError):

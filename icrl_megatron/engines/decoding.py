@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from icrl_megatron.engines.protocol import EngineError, Sampling
 from icrl_megatron.engines.stop_texts import StopRows, StopTexts
-from icrl_megatron.types import FinishReason, Ids
+from icrl_megatron.types import FinishReason, FloatArray, IdArray, Ids
 
 PREFILL_TOKENS = 16384
 """Padded prompt tokens in one prefill forward; bounds its memory."""
@@ -39,8 +39,8 @@ class Finished:
     """`index` is the position of the request in the batch."""
 
     index: int
-    ids: Ids
-    logprobs: tuple[float, ...]
+    ids: IdArray
+    logprobs: FloatArray
     finish_reason: FinishReason
 
 
@@ -216,7 +216,7 @@ class Decoding:
 
     def _finish(self, ended: list[int], ended_R: torch.Tensor, stopped_R: torch.Tensor) -> list[Finished]:
         rows = torch.tensor(ended, device=ended_R.device)
-        ids = self._ids_NR[: self._done].index_select(1, rows).T.tolist()
+        ids = self._ids_NR[: self._done].index_select(1, rows).T.to("cpu", torch.int32).numpy()
         logprobs_RN = self._logprobs_NR[: self._done].index_select(1, rows).T
         if not bool(torch.isfinite(logprobs_RN).all()):
             raise EngineError("The model returned log-probs that are not finite: check the last weight update.")
@@ -227,10 +227,9 @@ class Decoding:
         # Finished rows stay until they are a quarter of the batch, because compaction copies the cache.
         if 0 < self._alive <= 0.75 * self._alive_R.numel():
             self._compact(self._alive_R.nonzero().flatten())
-        return [
-            Finished(*row)
-            for row in zip(indices, map(tuple, ids), map(tuple, logprobs_RN.tolist()), reasons, strict=True)
-        ]
+        # Copies: a row of the batch would keep the whole batch in memory.
+        rows_of = zip(indices, map(np.copy, ids), map(np.copy, logprobs_RN.float().cpu().numpy()), reasons, strict=True)
+        return [Finished(*row) for row in rows_of]
 
     def _compact(self, keep: torch.Tensor) -> None:
         for layer in self._layers:

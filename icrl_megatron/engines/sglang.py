@@ -32,7 +32,7 @@ from icrl_megatron.engines.sglang_checks import Checksums
 from icrl_megatron.engines.sglang_server import Server
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.settings.schema import EngineSettings
-from icrl_megatron.types import Completion, Ids
+from icrl_megatron.types import Completion, Ids, id_array, logprob_array
 from icrl_megatron.utils import connections
 from icrl_megatron.utils.connections import Connections, Link
 
@@ -99,7 +99,7 @@ class SGLangEngine:
         async with link.gate:
             for retry in range(RETRIES + 1):
                 if link.interrupted.is_set():
-                    return Completion((), (), "abort", self._version)
+                    return Completion(id_array(()), logprob_array(()), "abort", self._version)
                 if self._lost:
                     raise EngineLostError(self._lost)
                 self.stats.requests += retry == 0
@@ -360,7 +360,7 @@ class SGLangEngine:
                 raise RequestFailedError(why) from error
             self._lose(f"{self._garbled} answers in a row could not be used. {why}")
             raise EngineLostError(self._lost) from error
-        if reply.completion.ids:
+        if len(reply.completion.ids):
             self._garbled = 0
         self.stats.prompt_tokens += reply.prompt_tokens
         self.stats.cached_tokens += reply.cached_tokens

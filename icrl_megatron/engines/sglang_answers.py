@@ -9,7 +9,7 @@ import json
 import math
 from dataclasses import dataclass
 
-from icrl_megatron.types import Completion, FinishReason
+from icrl_megatron.types import Completion, FinishReason, id_array, logprob_array
 
 _ANSWER_BYTES, _BYTES_A_TOKEN = 1 << 20, 256
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
@@ -65,4 +65,4 @@ def read(text: bytes, longest: int, vocabulary: int, version: int) -> Reply:
         raise GarbageError("SGLang gave invalid log-probs (NaN, infinite or positive): check the last weight update.")
     if str(stamp) != str(version):
         raise GarbageError(f"SGLang answered with weights of version {stamp!r}: version {version} was pushed last.")
-    return Reply(Completion(ids, logprobs, kind, version), *counted)
+    return Reply(Completion(id_array(ids), logprob_array(logprobs), kind, version), *counted)

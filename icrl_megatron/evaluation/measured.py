@@ -91,7 +91,7 @@ def record(path: Path, samples: int, playing: Playing, first: bool) -> None:
         for begin in range(0, len(playing.tasks), size):
             played = source.play(RolloutRequest(playing.tasks[begin : begin + size], samples, SEEDS, rounds=1))
             require_playable(played)
-            if not played.episodes:
+            if not played.headers:
                 return
             source.progress.log(f"{min(begin + size, len(playing.tasks))} of {len(playing.tasks)} questions played")
 
@@ -111,5 +111,5 @@ def measured(group: Sequence[Ended]) -> Question:
         tuple(attempt.success for attempt in attempts),
         None if None in answered else sum(map(bool, answered)),
         sum(episode.generated_tokens() for episode in episodes),
-        sum(attempt.read_tokens() for attempt in attempts),
+        sum(len(a.prompt_ids) + a.observation_tokens() for a in attempts),
     )

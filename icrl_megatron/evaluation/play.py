@@ -75,13 +75,15 @@ def run(job: Job) -> None:
                 RolloutRequest(playing.tasks, job.request.samples, SEEDS, job.settings.rollout.rounds)
             )
             seconds = time.perf_counter() - begun
+            # Only the first rank writes; the dump has every episode.
+            everyone = [e for part in playing.source.gather(played.episodes) for e in part] if grid.world > 1 else []
     except EngineError as error:
         raise HopelessError(str(error)) from error
     if grid.rank == 0:
         from icrl_megatron.evaluation.views import show  # imports matplotlib, which other ranks do not need
 
         result = replace(_result(job, played), too_long=len(playing.too_long), seconds=seconds)
-        _write(result, job, played.episodes)
+        _write(result, job, everyone or played.episodes)
         show(result)
         print(f"written to {job.out}: {RESULT}, {PICTURE}, {ROLLOUTS_FOLDER}/ (icrl show {shlex.quote(str(job.out))})")
 
@@ -195,7 +197,7 @@ def _fitting(
 
 
 def _result(job: Job, played: Played) -> Result:
-    request, rounds, episodes = job.request, job.settings.rollout.rounds, played.episodes
+    request, rounds, episodes = job.request, job.settings.rollout.rounds, played.headers
     result = Result(
         model=str(request.model),
         critic=request.critic or "itself",

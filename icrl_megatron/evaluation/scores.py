@@ -12,8 +12,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from icrl_megatron.headers import EpisodeHeader
 from icrl_megatron.tasks.datasets import subset_of
-from icrl_megatron.types import DroppedEpisode, Episode
+from icrl_megatron.types import DroppedEpisode
 from icrl_megatron.utils.intervals import Difference, mcnemar, wilson, wilson_difference
 
 ALL = "all"
@@ -80,7 +81,7 @@ class Comparison:
     """Exact two-sided McNemar test on those two counts."""
 
 
-def successes(episodes: Sequence[Episode], samples: int) -> Successes:
+def successes(episodes: Sequence[EpisodeHeader], samples: int) -> Successes:
     """`samples` lists per problem with an episode, so that sample i has the same seed in two evaluations."""
     found: Successes = {}
     for episode in episodes:
@@ -89,7 +90,7 @@ def successes(episodes: Sequence[Episode], samples: int) -> Successes:
     return found
 
 
-def score(episodes: Sequence[Episode], dropped: Sequence[DroppedEpisode], rounds: int) -> tuple[Score, ...]:
+def score(episodes: Sequence[EpisodeHeader], dropped: Sequence[DroppedEpisode], rounds: int) -> tuple[Score, ...]:
     """One score per subset in alphabetical order, and "all" at the end if there are several."""
     subsets = sorted({subset_of(e.task) for e in episodes} | {subset_of(d.task) for d in dropped})
     found = [
@@ -104,7 +105,7 @@ def score(episodes: Sequence[Episode], dropped: Sequence[DroppedEpisode], rounds
     return tuple(found if len(found) == 1 else [*found, _score(ALL, episodes, len(dropped), rounds)])
 
 
-def _score(subset: str, episodes: Sequence[Episode], dropped: int, rounds: int) -> Score:
+def _score(subset: str, episodes: Sequence[EpisodeHeader], dropped: int, rounds: int) -> Score:
     by_task: Successes = {}
     for e in episodes:
         by_task.setdefault(e.task.task_id, []).append([a.success for a in e.attempts])
@@ -113,10 +114,10 @@ def _score(subset: str, episodes: Sequence[Episode], dropped: int, rounds: int) 
     flat = [tries for of in by_task.values() for tries in of]
     by_round = [[float(np.mean([any(t[: r + 1]) for t in of])) for of in by_task.values()] for r in range(rounds)]
     attempts = [attempt for e in episodes for attempt in e.attempts]
-    written = [sum(len(t.completion.ids) for t in a.turns) for a in attempts]
-    read = [a.read_tokens() for a in attempts]
+    written = [a.generated_tokens for a in attempts]
+    read = [a.read_tokens for a in attempts]
     measured = sorted({name for a in attempts for name, _ in a.measures})
-    critiques = [len(c.completion.ids) for e in episodes for c in e.critiques]
+    critiques = [c.generated_tokens for e in episodes for c in e.critiques]
     return Score(
         subset=subset,
         average=estimate(average),

@@ -13,7 +13,7 @@ from icrl_megatron.report.segments import Segment, split
 from icrl_megatron.settings.loading import KEPT_MODEL
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.telemetry.dumps import Credited, DumpRecord
-from icrl_megatron.types import Attempt, Completion, Critique, Ids
+from icrl_megatron.types import Attempt, Completion, Critique
 
 WINDOW = 6
 """Tokens decoded before each token, so that spaces and characters that span several tokens are decoded correctly."""
@@ -37,7 +37,7 @@ class Speller:
 
         return Speller(AutoTokenizer.from_pretrained(folder))
 
-    def pieces(self, ids: Ids) -> list[str] | None:
+    def pieces(self, ids: Sequence[int]) -> list[str] | None:
         """One text per token; joined, they are the whole text. Special tokens, such as the end of a turn, are empty."""
         if self.tokenizer is None:
             return None
@@ -51,7 +51,7 @@ class Speller:
             found.append(self._text(ids[max(0, i - WINDOW) : i + 1])[len(before) :])
         return found
 
-    def _text(self, ids: Ids) -> str:
+    def _text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)) if ids else ""
 
 
@@ -129,14 +129,13 @@ def _parts(
 ) -> list[dict[str, Any]]:
     """The agents of a reply as JSON, each with its tokens: [text, weight or null, log-prob under the prompt that it was
     sampled with]. A token at a boundary, such as "><", belongs to the agent of its first character, spaces aside."""
-    ids = completion.ids
+    ids, logprobs = completion.ids.tolist(), completion.logprobs.tolist()
     pieces = speller.pieces(ids[:limit])
     if pieces is None:
         mean = sum(weights) / len(weights) if weights else None
         return _grouped([[s.text, mean, None] for s in split(text[: 4 * limit], tools)], tools)
     tokens = [
-        [piece, weights[i] if i < len(weights) else None, round(completion.logprobs[i], 3)]
-        for i, piece in enumerate(pieces)
+        [piece, weights[i] if i < len(weights) else None, round(logprobs[i], 3)] for i, piece in enumerate(pieces)
     ]
     rest = {"agent": "", "kind": "text", "tokens": [[f" ... ({len(ids) - limit} tokens more)", None, None]]}
     return [*_grouped(tokens, tools), *([rest] if len(ids) > limit else [])]

@@ -35,6 +35,7 @@ from icrl_megatron.types import (
     Task,
     Turn,
     UnplayedEpisode,
+    id_array,
 )
 
 T = TypeVar("T")
@@ -144,7 +145,9 @@ async def play_attempt(
     summary, missing = setup.shortened(environment.summary())
     turns, measures = tuple(conversation.turns), environment.measures()
     outcome = _reward(environment.outcome(), turns, measures, setup.settings)
-    return opening, Attempt(round, prompt, plain, turns, outcome, success, summary, stop_reason, missing, measures)
+    return opening, Attempt(
+        round, id_array(prompt), id_array(plain), turns, outcome, success, summary, stop_reason, missing, measures
+    )
 
 
 def _reward(
@@ -182,7 +185,7 @@ async def play_critique(
     ask = Ask("critique", prompt, max_new_tokens, seed, attempt.summary, None, message)
     completion = _require_tokens(await critic.reply(ask))
     text = parse_critique(setup.prompter.said(setup.prompter.decode(completion.ids)))
-    return Critique(attempt.round, prompt, completion, text)
+    return Critique(attempt.round, id_array(prompt), completion, text)
 
 
 class _Conversation:
@@ -225,8 +228,8 @@ class _Conversation:
             if stop is not None:
                 self._end(completion, text, action, observation, missing, chars)
                 return stop
-            self.turns.append(Turn(completion, text, action, observation, between, missing, chars))
-            self._context_ids += [*completion.ids, *between]
+            self.turns.append(Turn(completion, text, action, observation, id_array(between), missing, chars))
+            self._context_ids += [*completion.ids.tolist(), *between]
         raise AssertionError("the last turn always has a stop reason")
 
     def _cut_short(self, completion: Completion) -> StopReason | None:
@@ -278,7 +281,7 @@ class _Conversation:
         missing: int = 0,
         chars: tuple[int, ...] = (),
     ) -> None:
-        self.turns.append(Turn(completion, text, action, observation, (), missing, chars))
+        self.turns.append(Turn(completion, text, action, observation, id_array(()), missing, chars))
 
     def _tokens_left(self) -> int:
         return self._setup.settings.context_tokens - len(self._context_ids)
@@ -287,7 +290,7 @@ class _Conversation:
 def _require_tokens(completion: Completion) -> Completion:
     """Raises RequestFailedError if the reply was cut off before its first token, because then there is nothing to
     use."""
-    if completion.finish_reason == "abort" and not completion.ids:
+    if completion.finish_reason == "abort" and not len(completion.ids):
         raise RequestFailedError("A request was cut off before its first token: raise engine.request_timeout_s.")
     return completion
 

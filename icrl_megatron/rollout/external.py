@@ -13,7 +13,7 @@ from icrl_megatron.rollout.prompts import CHARS_A_TOKEN, Prompter
 from icrl_megatron.rollout.speakers import Ask
 from icrl_megatron.settings.endpoint import Endpoint
 from icrl_megatron.tasks.base import sendable
-from icrl_megatron.types import Completion
+from icrl_megatron.types import Completion, id_array, logprob_array
 from icrl_megatron.utils import connections
 from icrl_megatron.utils.connections import Connections
 from icrl_megatron.utils.endpoint import EndpointClient, EndpointError, authorization
@@ -47,7 +47,7 @@ class ExternalSpeaker:
         try:
             await asyncio.wait({asked, interrupted}, return_when=asyncio.FIRST_COMPLETED)
             if not asked.done():
-                return Completion((), (), "abort", 0)
+                return Completion(id_array(()), logprob_array(()), "abort", 0)
             text = sendable(asked.result())
         except EndpointError as error:
             raise RequestFailedError(f"The external critic {error}") from error
@@ -59,7 +59,7 @@ class ExternalSpeaker:
         ids = self.prompter.encode_reply(begin)
         cut = ids[: ask.max_new_tokens]
         whole = len(begin) == len(text) and len(cut) == len(ids)
-        return Completion(cut, (0.0,) * len(cut), "stop" if whole else "length", 0)
+        return Completion(id_array(cut), logprob_array([0.0] * len(cut)), "stop" if whole else "length", 0)
 
     async def interrupt(self) -> None:
         self.connections.here().interrupted.set()

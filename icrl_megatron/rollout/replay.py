@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from icrl_megatron.rollout.speakers import Ask, Speaker, Speakers
-from icrl_megatron.types import Completion, Ids, Task
+from icrl_megatron.types import ByValue, Completion, IdArray, Task, as_json, id_array, joined
 from icrl_megatron.utils.errors import ConfigError
 
 
@@ -29,11 +31,22 @@ class Stop:
     asked: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Logged(ByValue):
+    """One reply with the prompt that it answered."""
+
+    prompt_ids: IdArray
+    completion: Completion
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_ids", id_array(self.prompt_ids))
+
+
 @dataclass
 class ReplayLog:
-    """The replies of one episode in order, each with the prompt that it answered."""
+    """The replies of one episode in order."""
 
-    replies: list[tuple[Ids, Completion]] = field(default_factory=list)
+    replies: list[Logged] = field(default_factory=list)
 
 
 ReplayLogs = dict[Task, dict[int, ReplayLog]]
@@ -42,7 +55,7 @@ ReplayLogs = dict[Task, dict[int, ReplayLog]]
 
 def tokens(logs: ReplayLogs) -> int:
     """Generated tokens in replay logs."""
-    return sum(len(c.ids) for group in logs.values() for log in group.values() for _, c in log.replies)
+    return sum(len(r.completion.ids) for group in logs.values() for log in group.values() for r in log.replies)
 
 
 def copied(logs: ReplayLogs) -> ReplayLogs:
@@ -53,7 +66,13 @@ def copied(logs: ReplayLogs) -> ReplayLogs:
 def to_lines(logs: ReplayLogs) -> list[str]:
     """One JSON object for each group; `from_lines` reads them."""
     return [
-        json.dumps({"task": task, "episodes": {i: log.replies for i, log in group.items()}}, default=vars)
+        json.dumps(
+            {
+                "task": task,
+                "episodes": {i: [[r.prompt_ids, r.completion] for r in log.replies] for i, log in group.items()},
+            },
+            default=as_json,
+        )
         for task, group in logs.items()
     ]
 
@@ -76,13 +95,13 @@ def from_lines(lines: Iterable[str]) -> ReplayLogs:
     found: ReplayLogs = {}
     for line in map(json.loads, lines):
         found[Task(**line["task"])] = {
-            int(index): ReplayLog([(tuple(prompt), Completion.parse(reply)) for prompt, reply in replies])
+            int(index): ReplayLog([Logged(prompt, Completion.parse(reply)) for prompt, reply in replies])
             for index, replies in line["episodes"].items()
         }
     return found
 
 
-BeforeStop = Callable[[Ids, Sequence[str]], Ids]
+BeforeStop = Callable[[IdArray, Sequence[str]], IdArray]
 """(ids of a reply that was cut off, its stop strings) -> its beginning without a stop string that has begun."""
 
 
@@ -111,8 +130,9 @@ class _Recorded:
         cursor, log = self.cursor, self.cursor.log
         begun: Completion | None = None
         if cursor.played < len(log.replies):
-            prompt, completion = log.replies[cursor.played]
-            if prompt != ask.prompt_ids:  # the environment answered differently this time, so the rest is invalid
+            prompt, completion = log.replies[cursor.played].prompt_ids, log.replies[cursor.played].completion
+            if not np.array_equal(prompt, ask.prompt_ids):
+                # The environment answered differently this time, so the rest is invalid.
                 del log.replies[cursor.played :]
             elif completion.finish_reason == "abort":
                 begun = completion
@@ -122,10 +142,10 @@ class _Recorded:
                 return completion
         if cursor.stop.asked:
             if begun is not None:
-                log.replies.append((ask.prompt_ids, begun))
+                log.replies.append(Logged(id_array(ask.prompt_ids), begun))
             raise InterruptedEpisodeError
         reply = await self._fresh(ask, begun)
-        log.replies.append((ask.prompt_ids, reply))
+        log.replies.append(Logged(id_array(ask.prompt_ids), reply))
         if reply.finish_reason == "abort" and cursor.stop.asked:
             raise InterruptedEpisodeError
         cursor.played += 1
@@ -134,16 +154,15 @@ class _Recorded:
     async def _fresh(self, ask: Ask, begun: Completion | None) -> Completion:
         if begun is not None:
             begun = begun.first(len(self.cursor.before_stop(begun.ids, ask.stop)))
-        if begun is None or not begun.ids:
+        if begun is None or not len(begun.ids):
             return await self.speaker.reply(ask)
         remaining = ask.max_new_tokens - len(begun.ids)
         if remaining < 1:
             return replace(begun, finish_reason="length")
         rest = await self.speaker.reply(
-            replace(ask, prompt_ids=(*ask.prompt_ids, *begun.ids), max_new_tokens=remaining)
+            replace(ask, prompt_ids=(*ask.prompt_ids, *begun.ids.tolist()), max_new_tokens=remaining)
         )
         ended = len(begun.ids) - sum(tokens for _, tokens in begun.older)
         older = (*begun.older, (begun.weight_version, ended))
-        return Completion(
-            (*begun.ids, *rest.ids), (*begun.logprobs, *rest.logprobs), rest.finish_reason, rest.weight_version, older
-        )
+        ids, logprobs = joined([begun.ids, rest.ids], np.int32), joined([begun.logprobs, rest.logprobs], np.float32)
+        return Completion(ids, logprobs, rest.finish_reason, rest.weight_version, older)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,12 +14,25 @@ import numpy as np
 from icrl_megatron.distributed.grid import Failure, attempt, raise_failures
 from icrl_megatron.engines.protocol import EngineError, EngineStats
 from icrl_megatron.engines.rank import Engines, Share
+from icrl_megatron.headers import EpisodeHeader, decode, encode, headers_of
 from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play_all
 from icrl_megatron.rollout.groups import Groups, OnGroup, ignored, split_tasks
 from icrl_megatron.rollout.replay import ReplayLogs, copied, tokens
 from icrl_megatron.rollout.speakers import Meter, Seeds, SpeakersFor
 from icrl_megatron.telemetry.dumps import dump_path, dumped_steps, read_episodes
-from icrl_megatron.types import Attempt, Completion, Critique, DroppedEpisode, Episode, Ids, Task, Turn, UnplayedEpisode
+from icrl_megatron.types import (
+    Attempt,
+    Completion,
+    Critique,
+    DroppedEpisode,
+    Episode,
+    Ids,
+    Task,
+    Turn,
+    UnplayedEpisode,
+    id_array,
+    logprob_array,
+)
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.progress import Progress
 
@@ -32,10 +45,13 @@ Gather = Callable[[Any], list[Any]]
 
 @dataclass(frozen=True)
 class Played:
-    """The episodes of all ranks, in the order of the tasks: the same on every rank."""
+    """What all ranks played. All but `episodes` is the same on every rank."""
 
-    episodes: tuple[Episode, ...]
+    headers: tuple[EpisodeHeader, ...]
+    """The headers of the episodes of all ranks, in the order of the tasks."""
     dropped: tuple[DroppedEpisode, ...]
+    episodes: tuple[Episode, ...] = ()
+    """Those that this rank has (`EpisodeHeader.rank`), in the same order."""
     engine: EngineStats = field(default_factory=EngineStats)
     deaths: int = 0
     """Engines that were restarted since the step began, including during a batch that was later redrawn."""
@@ -51,12 +67,13 @@ class Played:
 
     def and_more(self, later: Played) -> Played:
         """Two batches of a step as one. A task that both played counts once."""
-        known = {episode.task.task_id for episode in self.episodes}
-        more = tuple(episode for episode in later.episodes if episode.task.task_id not in known)
-        unused = later.used_tokens() - sum(episode.generated_tokens() for episode in more)
+        known = {header.task.task_id for header in self.headers}
+        more = tuple(header for header in later.headers if header.task.task_id not in known)
+        unused = later.used_tokens() - sum(header.generated_tokens() for header in more)
         return replace(
             later,
-            episodes=self.episodes + more,
+            headers=self.headers + more,
+            episodes=self.episodes + tuple(one for one in later.episodes if one.task.task_id not in known),
             dropped=self.dropped + later.dropped,
             cut_off=self.cut_off + later.cut_off,
             discarded_tokens=self.discarded_tokens + later.discarded_tokens + unused,
@@ -65,7 +82,7 @@ class Played:
 
     def used_tokens(self) -> int:
         """Tokens of the episodes, some of which may have been generated in the previous step."""
-        return sum(e.generated_tokens() for e in self.episodes)
+        return sum(header.generated_tokens() for header in self.headers)
 
     def generated_tokens(self) -> int:
         return self.used_tokens() if self.generated is None else self.generated
@@ -73,7 +90,7 @@ class Played:
 
 def require_playable(played: Played) -> None:
     """Raises ConfigError if every episode of a task set ended with an invalid answer."""
-    working = {episode.task.source for episode in played.episodes}
+    working = {header.task.source for header in played.headers}
     working |= {dropped.task.source for dropped in played.dropped if not dropped.bad_answer}
     for dropped in played.dropped:
         if dropped.task.source not in working:
@@ -219,21 +236,24 @@ class EngineSource:
         self, tasks: Sequence[Task], groups: Groups, deaths: int, generated: int, begun: int, kept: int
     ) -> Played:
         """`begun` and `kept`: tokens in the replay logs before and after the step."""
-        mine = groups.complete()
-        used = sum(e.generated_tokens() for e in mine if isinstance(e, Episode))
+        complete = groups.complete()
+        mine = [e for e in complete if isinstance(e, Episode)]
+        headers = headers_of(mine)
+        used = sum(header.generated_tokens() for header in headers)
         counts = np.array([groups.discarded(), begun + generated - used - kept, kept, generated])
-        everyone = self.gather((mine, counts, self.engines.take_stats()))
-        cut_off, discarded, kept_by_all, generated_by_all = map(int, sum(of for _, of, _ in everyone))
+        lost = [e for e in complete if isinstance(e, DroppedEpisode)]
+        everyone = self.gather((encode(headers, tasks), lost, counts, self.engines.take_stats()))
+        cut_off, discarded, kept_by_all, generated_by_all = map(int, sum(of for _, _, of, _ in everyone))
         order = {task.task_id: i for i, task in enumerate(tasks)}  # kept tasks that were not drawn come last, by id
 
-        def order_key(result: Episode | DroppedEpisode) -> tuple[int, str, int]:
+        def order_key(result: EpisodeHeader | Episode | DroppedEpisode) -> tuple[int, str, int]:
             return order.get(result.task.task_id, len(order)), result.task.task_id, result.index
 
-        whole = sorted((r for part, _, _ in everyone for r in part), key=order_key)
         return Played(
-            tuple(e for e in whole if isinstance(e, Episode)),
-            tuple(e for e in whole if isinstance(e, DroppedEpisode)),
-            sum((stats for _, _, stats in everyone), EngineStats()),
+            tuple(sorted((h for r, (of, *_) in enumerate(everyone) for h in decode(of, tasks, r)), key=order_key)),
+            tuple(sorted((dropped for _, of, _, _ in everyone for dropped in of), key=order_key)),
+            tuple(sorted(mine, key=order_key)),
+            sum((stats for _, _, _, stats in everyone), EngineStats()),
             deaths,
             cut_off,
             discarded,
@@ -254,6 +274,24 @@ def _part(needed: int, share: Share) -> int:
     return 0 if share.index is None else len(range(needed)[share.index :: share.count])
 
 
+@dataclass(frozen=True)
+class Seat:
+    """Where a rank is among all ranks, for sources that make the same episodes on each of them."""
+
+    rank: int = 0
+    world: int = 1
+
+    def share(self, episodes: Iterable[Episode], dropped: Sequence[DroppedEpisode] = (), **of: Any) -> Played:
+        """Each rank keeps some of the episodes, in turn, and the headers of all. `of`: other fields of `Played`."""
+        headers: list[EpisodeHeader] = []
+        mine: list[Episode] = []
+        for number, episode in enumerate(episodes):
+            headers.append(EpisodeHeader.of(episode, number % self.world))
+            if number % self.world == self.rank:
+                mine.append(episode)
+        return Played(tuple(headers), tuple(dropped), tuple(mine), **of)
+
+
 class NoPartialRollouts:
     """Methods of a source that never cuts an episode off."""
 
@@ -269,10 +307,11 @@ class DumpSource(NoPartialRollouts):
     """The episodes that another run dumped, step by step and then from the start again: trains without an engine."""
 
     run_dir: Path
+    seat: Seat = field(default_factory=Seat)
 
     def play(self, request: RolloutRequest) -> Played:
         steps = dumped_steps(self.run_dir)
-        return Played(tuple(read_episodes(dump_path(self.run_dir, steps[request.seeds.step % len(steps)]))), ())
+        return self.seat.share(read_episodes(dump_path(self.run_dir, steps[request.seeds.step % len(steps)])))
 
 
 @dataclass(frozen=True)
@@ -284,10 +323,11 @@ class FakeSource(NoPartialRollouts):
     prompt_tokens: int
     turn_tokens: int
     critique_tokens: int
+    seat: Seat = field(default_factory=Seat)
 
     def play(self, request: RolloutRequest) -> Played:
         tasks = request.tasks[: request.needed]
-        return Played(tuple(self._episode(t, i, request) for t in tasks for i in range(request.episodes)), ())
+        return self.seat.share(self._episode(t, i, request) for t in tasks for i in range(request.episodes))
 
     def _episode(self, task: Task, index: int, request: RolloutRequest) -> Episode:
         rng, rounds = random.Random(request.seeds.of(task.task_id, index, 0, "fake", 0)), request.rounds
@@ -295,18 +335,20 @@ class FakeSource(NoPartialRollouts):
         attempts: list[Attempt] = []
         critiques: list[Critique] = []
         for round in range(rounds):
-            advice = critiques[-1].completion.ids if critiques else ()
-            turn = Turn(self._completion(rng, self.turn_tokens), "", None, "", ())
+            advice = tuple(critiques[-1].completion.ids.tolist()) if critiques else ()
+            turn = Turn(self._completion(rng, self.turn_tokens), "", None, "", id_array(()))
             success = rng.random() < 0.5
-            attempts.append(Attempt(round, plain + advice, plain, (turn,), float(success), success, "", "done"))
+            attempts.append(
+                Attempt(round, id_array(plain + advice), id_array(plain), (turn,), float(success), success, "", "done")
+            )
             if success or round + 1 == rounds:
                 break
-            critiques.append(Critique(round, (*plain, 1), self._completion(rng, self.critique_tokens), ""))
+            critiques.append(Critique(round, id_array((*plain, 1)), self._completion(rng, self.critique_tokens), ""))
         return Episode(task, index, tuple(attempts), tuple(critiques))
 
     def _completion(self, rng: random.Random, longest: int) -> Completion:
         ids = self._ids(rng, rng.randint(1, longest))
-        return Completion(ids, tuple(-3.0 * rng.random() for _ in ids), "stop", 0)
+        return Completion(id_array(ids), logprob_array([-3.0 * rng.random() for _ in ids]), "stop", 0)
 
     def _ids(self, rng: random.Random, count: int) -> Ids:
         return tuple(rng.randrange(self.vocabulary) for _ in range(count))

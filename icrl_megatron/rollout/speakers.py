@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from icrl_megatron.engines.protocol import Engine, Sampling
-from icrl_megatron.types import Completion, Ids, Role, Task
+from icrl_megatron.types import Completion, Ids, Role, Task, id_array, logprob_array
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class EmptyCritic:
     """A control: a critic that generates no tokens."""
 
     async def reply(self, ask: Ask) -> Completion:
-        return Completion((), (), "stop", 0)
+        return Completion(id_array(()), logprob_array(()), "stop", 0)
 
 
 def same_speakers(solver: Speaker, critic: Speaker | None = None) -> SpeakersFor:

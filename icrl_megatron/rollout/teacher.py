@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from icrl_megatron.rollout.checked_environment import Caller, WrongReturnError, text_of
 from icrl_megatron.rollout.prompts import CHARS_A_TOKEN, Prompter
 from icrl_megatron.rollout.speakers import Ask, Seeds, Speakers, SpeakersFor
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks.base import TaskSet, Teachable, Teacher, sendable
-from icrl_megatron.types import Completion, Task
+from icrl_megatron.types import Completion, Task, id_array
 from icrl_megatron.utils.errors import ConfigError
 
 
@@ -40,7 +42,7 @@ class TeacherSpeaker:
                 f"A demonstration has {more}{len(ids)} tokens, and the limit is {ask.max_new_tokens}: raise "
                 f"rollout.{setting}{unless} or rollout.context_tokens. It reads {text[:80]!r}."
             )
-        return Completion(ids, (0.0,) * len(ids), "stop", 0)
+        return Completion(id_array(ids), np.zeros(len(ids), dtype=np.float32), "stop", 0)
 
 
 def teacher_speakers(

@@ -18,10 +18,10 @@ from icrl_megatron.distill.trajectory import USER
 from icrl_megatron.distributed.grid import gather_objects
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.rollout.prompts import Prompter, tokenizer
-from icrl_megatron.rollout.source import NoPartialRollouts, Played, RolloutRequest
+from icrl_megatron.rollout.source import NoPartialRollouts, Played, RolloutRequest, Seat
 from icrl_megatron.run import start
 from icrl_megatron.run.conversation_checks import fraction, tool_format
-from icrl_megatron.run.parts import Parts
+from icrl_megatron.run.parts import Delivered, Parts
 from icrl_megatron.run.problems import NAMED, ProblemShare
 from icrl_megatron.run.state import RunState
 from icrl_megatron.settings.loading import model_folder
@@ -30,7 +30,7 @@ from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks.datasets import content_hash
 from icrl_megatron.telemetry.metrics import HELDOUT_NLL, HELDOUT_TOKENS
 from icrl_megatron.telemetry.writer import METRICS_FILE, Row, read_rows
-from icrl_megatron.types import Episode, Sample, Split, Task
+from icrl_megatron.types import Episode, Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
 
@@ -62,9 +62,10 @@ class Conversations(NoPartialRollouts):
     """Rows left out: those that cannot be trained on, and those that are too long."""
     sources: Sequence[TaskSource] = field(default_factory=list)
     """Names and weights of the entries, for the sampler."""
+    seat: Seat = field(default_factory=Seat)
 
     def play(self, request: RolloutRequest) -> Played:
-        return Played(tuple(self.episodes(request.tasks)), (), generated=0)
+        return self.seat.share(self.episodes(request.tasks), generated=0)
 
     def episodes(self, tasks: Sequence[Task]) -> Iterator[Episode]:
         """A task that is drawn twice gives two episodes with different indices."""
@@ -118,7 +119,7 @@ def load(
             f"warm_start.heldout={warm.heldout}: no conversation is held out; give a file with usable rows"
         )
     sources = [TaskSource(name=f"data/{i}", weight=entry.weight) for i, entry in enumerate(warm.data)]
-    return Conversations(train, tuple(heldout), encoded, dropped, sources)
+    return Conversations(train, tuple(heldout), encoded, dropped, sources, Seat(share.index, share.count))
 
 
 def _read(entry: ConversationFiles, settings: Settings, prompter: Prompter, share: ProblemShare) -> list[Conversation]:
@@ -213,10 +214,10 @@ class HeldoutLoss:
     """Measures the held-out loss (`run.evaluator.Evaluator`), ends the run when it stops falling, and chooses the step
     that is exported. All ranks call each method."""
 
-    def __init__(self, parts: Parts, state: RunState, samples: Sequence[Sample], log: Callable[[str], None]) -> None:
+    def __init__(self, parts: Parts, state: RunState, heldout: Delivered, log: Callable[[str], None]) -> None:
         self._parts, self._state, self._log, warm = parts, state, log, parts.settings.warm_start
         self._interval, self._patience = warm.heldout_interval, warm.patience
-        self._plan = parts.pack(samples)
+        self._plan = heldout.plan()
         self._tokens = float(self._plan.global_loss_tokens)
         rows = read_rows(state.run_dir / METRICS_FILE) if parts.grid.rank == 0 else []
         # Losses on other held-out files, before a resume that changed them, cannot be compared.

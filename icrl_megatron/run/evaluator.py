@@ -77,7 +77,7 @@ class HeldoutEvaluator:
         played = self._parts.source.play(request)
         if self._state.step == 0:
             require_playable(played)
-        return heldout_metrics(played.episodes, settings.eval.rounds)
+        return heldout_metrics(played.headers, settings.eval.rounds)
 
     def alone(self) -> None:
         if self._state.evaluated():

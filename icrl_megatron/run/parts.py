@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from icrl_megatron.actor.actor import Actor
 from icrl_megatron.algo.credit import CreditReport
-from icrl_megatron.data.packing import Prompt, pack
+from icrl_megatron.algo.samples import tokens_of
+from icrl_megatron.data.delivery import deliver, send_back
+from icrl_megatron.data.packing import Layout, Prompt, lay_out, pack
 from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.distributed.grid import Grid
 from icrl_megatron.distributed.platform import token_multiple
+from icrl_megatron.headers import EpisodeHeader
 from icrl_megatron.model.flops import SampleFlops
 from icrl_megatron.rollout.source import EpisodeSource
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.run.watch import NoWatch, Watch
 from icrl_megatron.settings.schema import Settings
-from icrl_megatron.types import Episode, Sample, StepPlan
+from icrl_megatron.types import Episode, Sample, SampleTokens, StepPlan, StepStats
 
 
 class Weights(Protocol):
@@ -50,6 +53,19 @@ class NoEngines:
 
 
 @dataclass(frozen=True)
+class Delivered:
+    """The layout of a step and the tokens of this rank's replica."""
+
+    layout: Layout
+    tokens: Mapping[str, SampleTokens]
+    align: int
+
+    def plan(self, prompt: Prompt = "train") -> StepPlan:
+        """The plan of this rank's replica (`data.packing.pack`)."""
+        return pack(self.layout, self.tokens, align=self.align, prompt=prompt)
+
+
+@dataclass(frozen=True)
 class Parts:
     """One rank's components."""
 
@@ -59,7 +75,7 @@ class Parts:
     sync: Weights
     source: EpisodeSource
     sampler: TaskSampler
-    credit: Callable[[Sequence[Episode]], CreditReport]
+    credit: Callable[[Sequence[EpisodeHeader]], CreditReport]
     """Computes the credit of each token of the episodes: `algo.credit`, or a constant for demonstrations."""
     rate: Callable[[int], float]
     """Learning rate of a step, counted from 0."""
@@ -67,20 +83,28 @@ class Parts:
     purpose: str = "train"
     """Part of every seed of training episodes."""
 
-    def pack(self, samples: Sequence[Sample], prompt: Prompt = "train", counted: int = 0) -> StepPlan:
-        """The plan of this rank's replica (`data.packing.pack`)."""
-        settings, actor = self.settings, self.settings.actor
-        return pack(
+    def deliver(self, samples: Sequence[Sample], episodes: Sequence[Episode], counted: int = 0) -> Delivered:
+        """Lays out the samples of all ranks and moves their tokens to the replicas that train on them. `episodes`:
+        those of this rank. All ranks call it together, with the same samples."""
+        layout = lay_out(
             samples,
-            settings.algo,
-            micro_batch_tokens=actor.micro_batch_tokens,
-            align=token_multiple(actor),
+            self.settings.algo,
+            micro_batch_tokens=self.settings.actor.micro_batch_tokens,
             replica=self.grid.data_rank,
             replicas=self.grid.data,
-            prompt=prompt,
             counted=counted,
-            flops=SampleFlops.of(self.actor.shape, settings),
+            flops=SampleFlops.of(self.actor.shape, self.settings),
         )
+        own = {f"{episode.task.task_id}#{episode.index}": episode for episode in episodes}
+
+        def tokens(sample: Sample) -> SampleTokens:
+            return tokens_of(own[sample.episode_id()], sample.role, sample.round, self.settings.algo)
+
+        return Delivered(layout, deliver(self.grid, layout, tokens), token_multiple(self.settings.actor))
+
+    def send_back(self, delivered: Delivered, stats: StepStats) -> StepStats:
+        """The statistics with the calibration weights of this rank's episodes, instead of those measured here."""
+        return replace(stats, calibration_weights=send_back(self.grid, delivered.layout, stats.calibration_weights))
 
     def seeds(self, step: int, resample: int = 0, purpose: str = "") -> Seeds:
         purpose = purpose or self.purpose

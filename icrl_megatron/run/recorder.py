@@ -7,16 +7,19 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 
 from icrl_megatron.algo.credit import CreditReport
 from icrl_megatron.data.curriculum import append_history, success_shares
 from icrl_megatron.distributed import platform
+from icrl_megatron.distributed.grid import gather_objects, run_on_all_ranks
 from icrl_megatron.rollout.source import Played
 from icrl_megatron.run.state import RunState
-from icrl_megatron.telemetry.dumps import write_dump
+from icrl_megatron.telemetry.dumps import join_parts, write_part
 from icrl_megatron.telemetry.metrics import GENERATED, HELDOUT_NLL, NLL, USED, rollout_metrics
+from icrl_megatron.telemetry.trackers import TableRow, table_rows
 from icrl_megatron.telemetry.writer import TIME_PREFIX, Row
-from icrl_megatron.types import Episode, Ids, StepStats
+from icrl_megatron.types import IdArray, StepStats
 from icrl_megatron.utils.progress import Phase, Progress
 
 
@@ -28,7 +31,7 @@ class Recorder:
         state: RunState,
         progress: Progress,
         bar: Phase,
-        decode: Callable[[Ids], str],
+        decode: Callable[[IdArray], str],
         dropped: int = 0,
     ) -> None:
         """`decode` turns token ids into text; `dropped` counts problems that do not fit the context, or conversations
@@ -37,8 +40,8 @@ class Recorder:
         self._decode, self._dropped = decode, dropped
         self._times: dict[str, float] = defaultdict(float)
         self._resampled = 0
-        self.episodes: tuple[Episode, ...] = ()
-        """Episodes of the last step; trackers show a few."""
+        self.table: list[TableRow] = []
+        """A few episodes of the last step, for trackers."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -56,9 +59,9 @@ class Recorder:
     def row(self, played: Played, report: CreditReport, stats: StepStats | None) -> Row:
         """The metrics of the last step (`stats` is None without an update). Writes its rollouts."""
         state, sync = self.state, self.state.parts.sync
-        self.episodes = played.episodes
+        self.table = self._table(played)
         self._observe(played)
-        row = rollout_metrics(played.episodes, played.dropped, report)
+        row = rollout_metrics(played.headers, played.dropped, report)
         row |= _cost(played)
         row |= {"tokens/generated_total": state.generated, "steps/resampled": self._resampled}
         row |= {"data/dropped_too_long": float(self._dropped)}
@@ -76,9 +79,14 @@ class Recorder:
                 f"step {state.step}: {len(played.dropped)} episodes lost, {lost.task.task_id}: {lost.error}"
             )
         weights = stats.calibration_weights if stats is not None else {}
-        state.by_first_rank(
-            lambda: write_dump(state.run_dir, state.step, played.episodes, report.samples, self._decode, weights)
+        grid = state.parts.grid
+        run_on_all_ranks(
+            grid,
+            lambda: write_part(
+                state.run_dir, state.step, grid.rank, played.episodes, report.samples, self._decode, weights
+            ),
         )
+        state.by_first_rank(lambda: join_parts(state.run_dir, state.step, played.headers, grid.world))
         return row
 
     def timings(self, row: Row, stats: StepStats | None) -> Row:
@@ -98,12 +106,25 @@ class Recorder:
         with_critique = row.get("success/with_critique", free)
         self.bar.advance(1, f"step {self.state.step}  critique-free {free:.0%}  with critique {with_critique:.0%}")
 
+    def _table(self, played: Played) -> list[TableRow]:
+        """The rows of the first episodes, from the ranks that have them."""
+        parts = self.state.parts
+        limit, longest = parts.settings.trackers.episodes, parts.settings.trackers.max_chars
+        if not parts.settings.trackers.names or not limit:
+            return []
+        rows = (len(header.attempts) + len(header.critiques) for header in played.headers)
+        count = sum(before < limit for before in accumulate(rows, initial=0))
+        shown = [(header.task.task_id, header.index) for header in played.headers[:count]]
+        mine = {(e.task.task_id, e.index): table_rows([e], limit, longest) for e in played.episodes[:count]}
+        everyones = {key: of for one in gather_objects(parts.grid, mine) for key, of in one.items()}
+        return [row for key in shown for row in everyones[key]][:limit]
+
     def _observe(self, played: Played) -> None:
         state = self.state
         if (curriculum := state.parts.sampler.curriculum) is not None:
-            shares = success_shares(played.episodes)
+            shares = success_shares(played.headers)
             curriculum.observe(shares)
-            asked = [e.task for e in played.episodes]
+            asked = [header.task for header in played.headers]
             state.by_first_rank(lambda: append_history(state.run_dir, state.step, shares, asked))
 
 

@@ -18,9 +18,8 @@ from icrl_megatron.run.files import EXPORT
 from icrl_megatron.run.parts import Parts
 from icrl_megatron.run.saving import Files, Saver
 from icrl_megatron.telemetry.metrics import GENERATED
-from icrl_megatron.telemetry.trackers import Trackers, flat, table_rows
+from icrl_megatron.telemetry.trackers import TableRow, Trackers, flat
 from icrl_megatron.telemetry.writer import METRICS_FILE, MetricsWriter, Row, read_rows
-from icrl_megatron.types import Episode
 from icrl_megatron.utils.results import MOVE_AWAY
 
 REPLAY = "replay.jsonl"
@@ -127,14 +126,14 @@ class RunState:
         """Writes files on rank 0; if that fails, all ranks raise."""
         run_on_all_ranks(self.parts.grid, lambda: write() if self._writer is not None else None)
 
-    def write(self, row: Row, episodes: Sequence[Episode] = ()) -> None:
+    def write(self, row: Row, table: Sequence[TableRow] = ()) -> None:
         """Appends one row of this step to metrics.jsonl, TensorBoard and the trackers, which get a few episodes too."""
-        self.by_first_rank(lambda: self._write(row, episodes))
+        self.by_first_rank(lambda: self._write(row, table))
 
-    def _write(self, row: Row, episodes: Sequence[Episode]) -> None:
+    def _write(self, row: Row, table: Sequence[TableRow]) -> None:
         assert self._writer is not None and self._trackers is not None
         self._writer.write(self.step, row)
-        self._trackers.write(self.step, row, table_rows(episodes, self.parts.settings.trackers.episodes))
+        self._trackers.write(self.step, row, table)
 
     def evaluated(self) -> bool:
         """Whether the last row of the metrics is an evaluation at this step; the same result on every rank."""

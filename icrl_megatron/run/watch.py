@@ -9,11 +9,12 @@ from pathlib import Path
 
 from icrl_megatron.actor.actor import InvariantError
 from icrl_megatron.algo.credit import CreditReport
+from icrl_megatron.headers import EpisodeHeader
 from icrl_megatron.rollout.source import Played
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.telemetry.metrics import REPLY_ENTROPY, reply_entropy
 from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
-from icrl_megatron.types import Episode, StepStats
+from icrl_megatron.types import StepStats
 from icrl_megatron.utils.errors import HopelessError
 from icrl_megatron.utils.step_names import step_name, steps_in
 
@@ -103,7 +104,7 @@ class Watch:
             "engine.mismatch_limit.largest"
         )
 
-    def policy(self, step: int, episodes: Sequence[Episode], stats: StepStats | None) -> None:
+    def policy(self, step: int, episodes: Sequence[EpisodeHeader], stats: StepStats | None) -> None:
         """Checks whether the policy has collapsed: its replies are almost certain, do not solve the tasks, and there is
         no gradient (`stats` is None for a step without an update).
 
@@ -121,11 +122,11 @@ class Watch:
         if late >= 0 and late % REMIND_EVERY == 0:
             self._log(f"step {step}: {self.described(episodes)}")
 
-    def hint(self, step: int, episodes: Sequence[Episode]) -> str:
+    def hint(self, step: int, episodes: Sequence[EpisodeHeader]) -> str:
         """Addition to the message of a step without a learning signal; empty unless the replies are almost certain."""
         return f"; {self.described(episodes)}" if self._certain(step, episodes) else ""
 
-    def described(self, episodes: Sequence[Episode]) -> str:
+    def described(self, episodes: Sequence[EpisodeHeader]) -> str:
         entropy, first = reply_entropy(episodes), self._first
         return (
             f"the policy has collapsed: its replies have an entropy of {entropy:.1e} a token ({first:.1e} at first) "
@@ -133,7 +134,7 @@ class Watch:
             f"{self._settings.optim.learning_rate:g} is the probable cause: {self._remedy()}"
         )
 
-    def _certain(self, step: int, episodes: Sequence[Episode]) -> bool:
+    def _certain(self, step: int, episodes: Sequence[EpisodeHeader]) -> bool:
         entropy = reply_entropy(episodes)
         rewards = [attempt.outcome for episode in episodes for attempt in episode.attempts[:1]]
         return entropy is not None and self._low(step, entropy) and sum(rewards) / len(rewards) < SOLVED
@@ -166,10 +167,10 @@ class NoWatch:
     def engine(self, step: int, stats: StepStats) -> None:
         """Does nothing."""
 
-    def policy(self, step: int, episodes: Sequence[Episode], stats: StepStats | None) -> None:
+    def policy(self, step: int, episodes: Sequence[EpisodeHeader], stats: StepStats | None) -> None:
         """Does nothing."""
 
-    def hint(self, step: int, episodes: Sequence[Episode]) -> str:
+    def hint(self, step: int, episodes: Sequence[EpisodeHeader]) -> str:
         return ""
 
 
@@ -179,12 +180,12 @@ class NoSignalError(HopelessError):
 
 def nothing_to_learn(settings: Settings, step: int, played: Played, report: CreditReport) -> str:
     """Why the run cannot train on this batch; empty if it can."""
-    if not played.episodes:
+    if not played.headers:
         lost = played.dropped[0]
         return f"step {step}: all {len(played.dropped)} episodes were lost; {lost.task.task_id}: {lost.error}"
     if report.has_signal or (settings.algo.on_no_signal != "error" and report.samples):
         return ""
-    tasks = dict.fromkeys(episode.task.task_id for episode in played.episodes)
+    tasks = dict.fromkeys(episode.task.task_id for episode in played.headers)
     return (
         f"step {step}: no reward differed inside any group in {settings.algo.max_resamples + 1} batches, the last of "
         f"{', '.join(tasks)}; make them easier or harder, raise rollout.episodes_per_task, or set "

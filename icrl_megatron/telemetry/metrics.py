@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from icrl_megatron.algo.credit import CreditReport
 from icrl_megatron.algo.samples import critique_reward
-from icrl_megatron.types import Attempt, DroppedEpisode, Episode
+from icrl_megatron.headers import AttemptHeader, EpisodeHeader
+from icrl_megatron.types import DroppedEpisode
 
 CRITIQUE_FREE = "success/critique_free"
 """Share of first attempts that succeeded, without any critique: the metric that counts."""
@@ -41,7 +43,7 @@ Values = dict[str, list[float]]
 
 
 def rollout_metrics(
-    episodes: Sequence[Episode], dropped: Sequence[DroppedEpisode], report: CreditReport
+    episodes: Sequence[EpisodeHeader], dropped: Sequence[DroppedEpisode], report: CreditReport
 ) -> dict[str, float]:
     """Means over the episodes of one step; shares are in [0, 1], lengths in tokens.
 
@@ -65,7 +67,7 @@ def rollout_metrics(
         "episodes/played": len(episodes),
         "episodes/dropped": len(dropped),
         "episodes/late": sum(d.late for d in dropped),
-        "episodes/texts_cut": sum(_cut_texts(attempt) for e in episodes for attempt in e.attempts),
+        "episodes/texts_cut": sum(attempt.cut_texts for e in episodes for attempt in e.attempts),
         "episodes/too_long": sum(d.too_long for d in dropped),
         "infrastructure/bad_answers": sum(d.bad_answer for d in dropped),
         "groups/count": report.groups,
@@ -83,18 +85,16 @@ def rollout_metrics(
     return dict(sorted((means | {name: float(n) for name, n in counts.items()}).items()))
 
 
-def _cut_texts(attempt: Attempt) -> int:
-    return (attempt.summary_cut_chars > 0) + sum(turn.cut_chars > 0 for turn in attempt.turns)
+def reply_entropy(episodes: Iterable[EpisodeHeader]) -> float | None:
+    """Mean -log pi of the solver's tokens, in nats; None without tokens. The sum is rounded once, so it is the same on
+    every grid."""
+    attempts = [attempt for episode in episodes for attempt in episode.attempts]
+    tokens = sum(attempt.generated_tokens for attempt in attempts)
+    total = math.fsum(part for attempt in attempts for part in attempt.logprobs)
+    return abs(total) / tokens if tokens else None  # no log-prob is above 0
 
 
-def reply_entropy(episodes: Iterable[Episode]) -> float | None:
-    """Mean -log pi of the solver's tokens, in nats; None without tokens."""
-    turns = [turn for episode in episodes for attempt in episode.attempts for turn in attempt.turns]
-    logprobs = [logprob for turn in turns for logprob in turn.completion.logprobs]
-    return abs(sum(logprobs)) / len(logprobs) if logprobs else None  # no log-prob is above 0
-
-
-def heldout_metrics(episodes: Sequence[Episode], rounds: int = 1) -> dict[str, float]:
+def heldout_metrics(episodes: Sequence[EpisodeHeader], rounds: int = 1) -> dict[str, float]:
     """From first attempts on held-out problems: critique-free success over all and by task set, the mean outcome, the
     number of attempts of each task set, and the tokens generated. With more than one round, also `_heldout_rounds`."""
     values: Values = defaultdict(list)
@@ -115,7 +115,7 @@ def heldout_metrics(episodes: Sequence[Episode], rounds: int = 1) -> dict[str, f
     return found | {name: float(size) for name, size in sorted(sizes.items())} | cost | later
 
 
-def _heldout_rounds(episodes: Sequence[Episode], rounds: int) -> dict[str, float]:
+def _heldout_rounds(episodes: Sequence[EpisodeHeader], rounds: int) -> dict[str, float]:
     """Success by the end of each later round, over all and by task set; how many revisions of a failed attempt
     succeeded (heldout/wrong_to_right) and failed (heldout/stayed_wrong); the mean tokens of a critique. An episode ends
     with a success, so no success is revised."""
@@ -129,11 +129,11 @@ def _heldout_rounds(episodes: Sequence[Episode], rounds: int) -> dict[str, float
         for revision in episode.attempts[1:]:
             turned["heldout/wrong_to_right" if revision.success else "heldout/stayed_wrong"] += 1
         for critique in episode.critiques:
-            values["heldout/critique_tokens"].append(len(critique.completion.ids))
+            values["heldout/critique_tokens"].append(critique.generated_tokens)
     return {name: sum(of) / len(of) for name, of in sorted(values.items())} | (turned if episodes else {})
 
 
-def _episode(episode: Episode, values: Values) -> None:
+def _episode(episode: EpisodeHeader, values: Values) -> None:
     values[CRITIQUE_FREE].append(episode.attempts[0].success)
     values[f"success/source/{episode.task.source}"].append(episode.attempts[0].success)
     values[WITH_CRITIQUE].append(any(a.success for a in episode.attempts))
@@ -143,20 +143,20 @@ def _episode(episode: Episode, values: Values) -> None:
         this, following = episode.attempts[critique.round : critique.round + 2]
         values["reward/critique"].append(critique_reward(this, following))
         values["revision/gain"].append(following.outcome - this.outcome)
-        values["critique/tokens"].append(len(critique.completion.ids))
+        values["critique/tokens"].append(critique.generated_tokens)
 
 
-def _attempt(attempt: Attempt, values: Values) -> None:
+def _attempt(attempt: AttemptHeader, values: Values) -> None:
     role = "revision" if attempt.round else "attempt"
     values[f"reward/{role}"].append(attempt.outcome)
     values[f"reward/round_{attempt.round}"].append(attempt.outcome)
     values[f"success/round_{attempt.round}"].append(attempt.success)
-    values["attempt/tokens"].append(sum(len(t.completion.ids) for t in attempt.turns))
-    values["attempt/observation_tokens"].append(sum(len(t.observation_ids) for t in attempt.turns))
+    values["attempt/tokens"].append(attempt.generated_tokens)
+    values["attempt/observation_tokens"].append(attempt.observation_tokens)
     if dict(attempt.measures).get("answered"):
-        values["attempt/tokens_to_answer"].append(sum(len(t.completion.ids) for t in attempt.turns))
-    values["attempt/turns"].append(len(attempt.turns))
-    values["attempt/lost_turns"].append(sum(t.action is None for t in attempt.turns))
+        values["attempt/tokens_to_answer"].append(attempt.generated_tokens)
+    values["attempt/turns"].append(attempt.turns)
+    values["attempt/lost_turns"].append(attempt.lost_turns)
     for reason in ("done", "max_turns", "repeated", "context", "length", "deadline"):
         values[f"attempt/stop_{reason}"].append(attempt.stop_reason == reason)
     for name, value in attempt.measures:

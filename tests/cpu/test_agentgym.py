@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icrl_megatron.algo.credit import CreditReport
+from icrl_megatron.headers import headers_of
 from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.episode import EpisodeSetup, play
 from icrl_megatron.rollout.prompts import Prompter, template_words
@@ -227,7 +228,7 @@ def test_a_reward_out_of_range_drops_its_episode_only(textcraft: tuple[str, Stat
     )
     assert [e.attempts[0].outcome for e in played] == [1.0] * 3
     assert len(dropped) == 1 and dropped[0].bad_answer and "reward" in dropped[0].error
-    row = rollout_metrics(played, dropped, CreditReport((), 0, 0, 0, 0))
+    row = rollout_metrics(headers_of(played), dropped, CreditReport((), 0, 0, 0, 0))
     assert (row["infrastructure/bad_answers"], row["episodes/dropped"]) == (1, 1)
 
 

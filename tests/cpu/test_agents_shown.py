@@ -18,6 +18,7 @@ from browser import Browser
 from terminals import in_a_terminal
 
 from icrl_megatron.algo.credit import credit
+from icrl_megatron.headers import headers_of
 from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.report.page import PageSize, write_page
 from icrl_megatron.report.page_episodes import Speller, episode
@@ -81,12 +82,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(settings, folder / SAVED_NAME)
     build_tokenizer(task_set.vocabulary()).save_pretrained(folder / "hf")
     episodes = [played(task_set, task, i) for i, task in enumerate(task_set.problems("train")[:8])]
-    report = credit(episodes, settings.algo, True)
+    report = credit(headers_of(episodes), settings.algo, True)
     rows = []
     for step in (1, 2):
         write_dump(folder, step, episodes, report.samples, lambda ids: "sum size home ?")
         cost = {"step": step, "tokens/generated": 100.0, "tokens/generated_total": 100.0 * step}
-        rows.append(rollout_metrics(episodes, [], report) | cost)
+        rows.append(rollout_metrics(headers_of(episodes), [], report) | cost)
     (folder / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     lines = dump_path(folder, 2).read_text().splitlines()

@@ -104,10 +104,8 @@ def test_every_sample_is_placed_once(count, updates, replicas, seed) -> None:
 
 
 def sample(sample_id: str, prompt: int, critique: int, mask: tuple[bool, ...]) -> Sample:
-    plain, ids = (1,) * prompt, (5,) * len(mask)
-    return Sample(
-        sample_id, "g", "attempt", 0, plain + (2,) * critique, plain, ids, mask, (-1.0,) * len(mask), False, 0.5
-    )
+    lengths = prompt + critique, prompt, len(mask), sum(mask)
+    return Sample(sample_id, "g", "attempt", 0, *lengths, critique == 0, False, 0.5)
 
 
 def test_sizes_are_those_of_the_samples() -> None:

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icrl_megatron.algo.credit import advantages, credit
-from icrl_megatron.algo.samples import to_samples
+from icrl_megatron.algo.samples import to_samples, tokens_of
 from icrl_megatron.data.sampler import TaskSampler
+from icrl_megatron.headers import EpisodeHeader, headers_of
 from icrl_megatron.settings.algo_schema import AlgoSettings, Calibration, GroupFilter, Overlong
 from icrl_megatron.settings.presets import apply_preset
 from icrl_megatron.settings.schema import RolloutSettings, Settings
@@ -49,34 +50,41 @@ def by_id(samples: tuple[Sample, ...] | list[Sample]) -> dict[str, Sample]:
 
 
 def test_an_episode_gives_samples_with_ids_masks_and_rewards() -> None:
-    samples = by_id(to_samples(episode(4, [0.0, 1.0]), AlgoSettings(), train_critic=True))
+    played = episode(4, [0.0, 1.0])
+    samples = by_id(to_samples(EpisodeHeader.of(played), AlgoSettings(), train_critic=True))
     assert list(samples) == ["4/0/attempt", "4/0/critique", "4/1/revision"]
 
-    first, critique, revision = samples.values()
-    assert first.train_prompt_ids == first.behaviour_prompt_ids == (50, 51)
-    assert first.response_ids == (1, 2, 90, 91, 3)
-    assert first.loss_mask == (True, True, False, False, True)
-    assert first.rollout_logprobs == pytest.approx((-0.1, -0.2, 0.0, 0.0, -0.3))
-    assert critique.train_prompt_ids == critique.behaviour_prompt_ids == (60, 61)
-    assert (critique.response_ids, critique.loss_mask) == ((7, 8), (True, True))
-    assert (revision.behaviour_prompt_ids, revision.train_prompt_ids) == ((50, 77, 51), (50, 51))
-    assert critique.reward == revision.reward == 1.0
-    assert [s.calibrated for s in (first, critique, revision)] == [False, False, True]
+    for s in samples.values():
+        of = tokens_of(played, s.role, s.round, AlgoSettings())
+        prompts = s.behaviour_prompt_tokens, s.train_prompt_tokens
+        assert prompts == (len(of.behaviour_prompt_ids), len(of.train_prompt_ids))
+        assert (s.response_tokens, s.loss_tokens) == (len(of.response_ids), sum(of.loss_mask))
+        assert s.same_prompt == (of.train_prompt_ids.tolist() == of.behaviour_prompt_ids.tolist())
+    first, critique, revision = (tokens_of(played, s.role, s.round, AlgoSettings()) for s in samples.values())
+    assert first.train_prompt_ids.tolist() == first.behaviour_prompt_ids.tolist() == [50, 51]
+    assert first.response_ids.tolist() == [1, 2, 90, 91, 3]
+    assert first.loss_mask.tolist() == [True, True, False, False, True]
+    assert first.rollout_logprobs.tolist() == pytest.approx((-0.1, -0.2, 0.0, 0.0, -0.3))
+    assert critique.train_prompt_ids.tolist() == critique.behaviour_prompt_ids.tolist() == [60, 61]
+    assert (critique.response_ids.tolist(), critique.loss_mask.tolist()) == ([7, 8], [True, True])
+    assert [list(i) for i in (revision.behaviour_prompt_ids, revision.train_prompt_ids)] == [[50, 77, 51], [50, 51]]
+    assert samples["4/0/critique"].reward == samples["4/1/revision"].reward == 1.0
+    assert [s.calibrated for s in samples.values()] == [False, False, True]
 
 
 def test_ablations_change_only_the_revision() -> None:
     variants = (AlgoSettings(), AlgoSettings(calibration=Calibration(enabled=False)), AlgoSettings(internalise=False))
-    found = [by_id(to_samples(episode(0, [0.0, 0.5]), algo, True)) for algo in variants]
+    found = [by_id(to_samples(EpisodeHeader.of(episode(0, [0.0, 0.5])), algo, True)) for algo in variants]
     paper, no_weight, no_internalising = found
     revision = replace(paper["0/1/revision"], calibrated=False)
     assert no_weight["0/1/revision"] == revision
-    assert no_internalising["0/1/revision"] == replace(revision, train_prompt_ids=(50, 77, 51))
+    assert no_internalising["0/1/revision"] == replace(revision, train_prompt_tokens=3, same_prompt=True)
     for same in ("0/0/attempt", "0/0/critique"):
         assert paper[same] == no_weight[same] == no_internalising[same]
 
 
 def test_a_frozen_critic_is_not_trained() -> None:
-    samples = by_id(to_samples(episode(0, [0.0, 0.0, 1.0]), AlgoSettings(), train_critic=False))
+    samples = by_id(to_samples(EpisodeHeader.of(episode(0, [0.0, 0.0, 1.0])), AlgoSettings(), train_critic=False))
     assert list(samples) == ["0/0/attempt", "0/1/revision", "0/2/revision"]
 
 
@@ -84,7 +92,7 @@ def test_a_frozen_critic_is_not_trained() -> None:
     ("before", "after", "reward"), [(0.2, 1.0, 1.0), (0.25, 0.75, 0.5), (0.75, 0.25, -0.5), (0.5, 0.5, 0.0)]
 )
 def test_a_critique_is_rewarded_with_the_improvement(before: float, after: float, reward: float) -> None:
-    samples = by_id(to_samples(episode(0, [before, after]), AlgoSettings(), True))
+    samples = by_id(to_samples(EpisodeHeader.of(episode(0, [before, after])), AlgoSettings(), True))
     assert samples["0/0/critique"].reward == reward
 
 
@@ -93,7 +101,7 @@ def test_samples_are_grouped_by_the_setting() -> None:
 
     def groups(group_by: str) -> list[set[str]]:
         members: dict[str, set[str]] = {}
-        for s in to_samples(two_revisions, AlgoSettings(group_by=group_by), True):
+        for s in to_samples(EpisodeHeader.of(two_revisions), AlgoSettings(group_by=group_by), True):
             members.setdefault(s.group, set()).add(s.sample_id.split("/", 3)[-1])
         return sorted(members.values(), key=sorted)
 
@@ -106,7 +114,9 @@ def test_samples_are_grouped_by_the_setting() -> None:
 def test_advantages_are_those_of_equation_5() -> None:
     # Solver group of the task: 0, 1 (revision), 0, 0.5 (revision), 1. Mean 0.5, squares 0.25 * 4 = 1, std sqrt(1 / 4).
     # Critic group: 1, 0.5. Mean 0.75, squares 2 * 0.0625 = 0.125, std sqrt(0.125).
-    report = credit([episode(0, [0.0, 1.0]), episode(1, [0.0, 0.5]), episode(2, [1.0])], AlgoSettings(), True)
+    report = credit(
+        headers_of([episode(0, [0.0, 1.0]), episode(1, [0.0, 0.5]), episode(2, [1.0])]), AlgoSettings(), True
+    )
     got = {k: s.advantage for k, s in by_id(report.samples).items()}
     solver, critic = 0.5 / (0.5 + 1e-6), 0.25 / (math.sqrt(0.125) + 1e-6)
     expected = {"0/0/attempt": -solver, "0/0/critique": critic, "0/1/revision": solver, "2/0/attempt": solver}
@@ -139,7 +149,7 @@ def test_advantages_without_division_by_the_deviation() -> None:
 def test_equal_rewards_give_advantages_of_0_and_no_signal() -> None:
     assert alone([0.7]) == [0.0]
     assert alone([0.3 - 0.1, 0.4 - 0.2, 0.5 - 0.3]) == [0.0] * 3  # equal except for rounding
-    report = credit([episode(i, [0.0, 0.0]) for i in range(4)], AlgoSettings(), True)
+    report = credit(headers_of([episode(i, [0.0, 0.0]) for i in range(4)]), AlgoSettings(), True)
     assert not report.has_signal
     assert report.flat_groups == report.groups == 2
     assert len(report.samples) == 12  # they still count in the batch's normaliser
@@ -148,13 +158,13 @@ def test_equal_rewards_give_advantages_of_0_and_no_signal() -> None:
 def test_first_with_signal_returns_the_first_tasks_that_have_one() -> None:
     outcomes = {"a": (1.0, 1.0), "d": (0.0, 1.0), "c": (0.0, 0.0), "b": (1.0, 0.0)}
     episodes = [episode(i, [o], task_id=task) for task, of in outcomes.items() for i, o in enumerate(of)]
-    report = credit(episodes, AlgoSettings(), train_critic=True)
+    report = credit(headers_of(episodes), AlgoSettings(), train_critic=True)
     order = [e.task for e in episodes]
     for count, tasks in ((1, {"d"}), (2, {"d", "b"}), (3, {"d", "b"})):
         first = report.first_with_signal(count, order)
         assert {s.task_id() for s in first.samples} == first.tasks_with_signal() == tasks
         assert all(s in report.samples for s in first.samples) and first.groups == report.groups
-    flat = credit(episodes[4:6], AlgoSettings(), train_critic=True)
+    flat = credit(headers_of(episodes[4:6]), AlgoSettings(), train_critic=True)
     assert flat.first_with_signal(1, order) == flat and flat.samples  # algo.on_no_signal then decides
 
 
@@ -162,12 +172,16 @@ def test_counted_samples_are_those_of_the_chosen_tasks_with_generated_tokens() -
     settings = apply_preset(Settings(), "reference").algo
     episodes = [episode(i, [0.0, 0.0], task) for task in "ab" for i in range(2)]
     silent = replace(episodes[0].attempts[1], turns=())
-    report = credit([replace(episodes[0], attempts=(episodes[0].attempts[0], silent)), *episodes[1:]], settings, True)
+    report = credit(
+        headers_of([replace(episodes[0], attempts=(episodes[0].attempts[0], silent)), *episodes[1:]]), settings, True
+    )
     assert report.dropped_samples == 8 and len(report.counted) == 7
     first = report.first_with_signal(1, [episodes[2].task])
     assert {s.task_id() for s in (*first.samples, *first.counted)} == {"b"} and len(first.counted) == 4
     removed = replace(settings, group_filter=replace(settings.group_filter, counted=False))
-    assert credit(episodes, removed, True) == replace(credit(episodes, settings, True), counted=())
+    assert credit(headers_of(episodes), removed, True) == replace(
+        credit(headers_of(episodes), settings, True), counted=()
+    )
 
 
 def test_a_sample_without_loss_tokens_counts_in_its_group_but_gives_no_signal() -> None:
@@ -175,8 +189,8 @@ def test_a_sample_without_loss_tokens_counts_in_its_group_but_gives_no_signal() 
         e = episode(index, [outcome])
         return replace(e, attempts=(replace(e.attempts[0], turns=()),))
 
-    report = credit([silent(0, 0.0), silent(1, 1.0)], AlgoSettings(), True)
-    assert [s.loss_tokens() for s in report.samples] == [0, 0]
+    report = credit(headers_of([silent(0, 0.0), silent(1, 1.0)]), AlgoSettings(), True)
+    assert [s.loss_tokens for s in report.samples] == [0, 0]
     assert all(s.advantage != 0.0 for s in report.samples)
     assert not report.has_signal
 
@@ -185,16 +199,16 @@ def test_the_references_group_filter_needs_a_success_and_a_mean_of_0_3() -> None
     settings = apply_preset(Settings(), "reference").algo
     # Revisions 0, 0, 1: mean 1/3 >= 0.3, kept; first attempts all failed and are never filtered.
     lucky = [episode(i, [0.0, r]) for i, r in enumerate([0.0, 0.0, 1.0])]
-    assert credit(lucky, settings, True).dropped_groups == 0
+    assert credit(headers_of(lucky), settings, True).dropped_groups == 0
     # 0, 0, 0, 1: a success, but the mean is 0.25; both the critics' and the revisions' group go.
     poor = [episode(i, [0.0, r]) for i, r in enumerate([0.0, 0.0, 0.0, 1.0])]
-    report = credit(poor, settings, True)
+    report = credit(headers_of(poor), settings, True)
     assert (report.groups, report.dropped_groups, report.dropped_samples) == (3, 2, 8)
     assert {s.role for s in report.samples} == {"attempt"}
     assert len(report.counted) == 8 and not {s.role for s in report.counted} & {"attempt"}
     # 0.9, 0.9: a high mean without a success.
     near = [episode(i, [0.0, 0.9]) for i in range(2)]
-    assert credit(near, settings, True).dropped_groups == 2
+    assert credit(headers_of(near), settings, True).dropped_groups == 2
 
 
 def test_the_overlong_penalty_is_subtracted_before_the_baseline() -> None:
@@ -202,14 +216,16 @@ def test_the_overlong_penalty_is_subtracted_before_the_baseline() -> None:
     replies = (((1, 2), (3,)), ((1, 2), (3, 4, 5)), ((1,) * 6, (2,) * 4))
     episodes = [replace(episode(i, [1.0]), attempts=(attempt(0, 1.0, of),)) for i, of in enumerate(replies)]
     settings = AlgoSettings(normalise_std=False, overlong=Overlong(max_tokens=8, buffer_tokens=4, factor=0.8))
-    report = credit(episodes, settings, True)
-    assert [s.loss_tokens() for s in report.samples] == [3, 5, 10]
+    report = credit(headers_of(episodes), settings, True)
+    assert [s.loss_tokens for s in report.samples] == [3, 5, 10]
     assert [s.reward for s in report.samples] == [1.0] * 3  # the logged reward is the environment's
     mean = (0.2 + 0.8) / 3
     assert [s.advantage for s in report.samples] == pytest.approx([mean, mean - 0.2, mean - 0.8])
-    assert rollout_metrics(episodes, (), report)["reward/overlong_penalty"] == pytest.approx(mean)
-    without = credit(episodes, AlgoSettings(), True)
-    assert without.flat_groups == 1 and "reward/overlong_penalty" not in rollout_metrics(episodes, (), without)
+    assert rollout_metrics(headers_of(episodes), (), report)["reward/overlong_penalty"] == pytest.approx(mean)
+    without = credit(headers_of(episodes), AlgoSettings(), True)
+    assert without.flat_groups == 1 and "reward/overlong_penalty" not in rollout_metrics(
+        headers_of(episodes), (), without
+    )
 
 
 def test_a_preset_changes_only_the_settings_that_it_names() -> None:
@@ -229,14 +245,14 @@ def test_a_preset_changes_only_the_settings_that_it_names() -> None:
 @pytest.mark.parametrize("outcome", [float("nan"), float("inf"), -0.1, 1.5])
 def test_rewards_outside_0_to_1_are_refused(outcome: float) -> None:
     with pytest.raises(ConfigError, match=r"maze/train/0.*\[0, 1\]"):
-        credit([episode(0, [outcome])], AlgoSettings(), True)
+        credit(headers_of([episode(0, [outcome])]), AlgoSettings(), True)
 
 
 def test_unknown_groupings_and_duplicate_episodes_are_refused() -> None:
     with pytest.raises(ConfigError, match="roles"):
-        credit([episode(0, [0.0])], AlgoSettings(group_by="roles"), True)
+        credit(headers_of([episode(0, [0.0])]), AlgoSettings(group_by="roles"), True)
     with pytest.raises(ValueError, match="maze/train/0#0/0/attempt"):
-        credit([episode(0, [0.0]), episode(0, [1.0])], AlgoSettings(), True)
+        credit(headers_of([episode(0, [0.0]), episode(0, [1.0])]), AlgoSettings(), True)
 
 
 outcomes = st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]), min_size=1, max_size=3)
@@ -245,10 +261,10 @@ outcomes = st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]), min_size=1, max
 @given(plays=st.lists(outcomes, min_size=1, max_size=8), tasks=st.integers(1, 3), seed=st.randoms())
 def test_every_group_has_mean_0_and_deviation_1_in_any_order(plays, tasks, seed) -> None:
     episodes = [episode(i, r, f"maze/train/{t}") for t in range(tasks) for i, r in enumerate(plays)]
-    report = credit(episodes, AlgoSettings(), True)
+    report = credit(headers_of(episodes), AlgoSettings(), True)
     shuffled = list(episodes)
     seed.shuffle(shuffled)
-    assert credit(shuffled, AlgoSettings(), True) == report
+    assert credit(headers_of(shuffled), AlgoSettings(), True) == report
 
     groups: dict[str, list[float]] = {}
     for s in report.samples:
@@ -273,7 +289,7 @@ def test_advantages_are_those_of_each_group_alone_to_the_last_bit(groups, varian
         for g, of in enumerate(groups)
         for i, reward in enumerate(of)
     ]
-    found = credit(episodes, AlgoSettings(**variant), True)
+    found = credit(headers_of(episodes), AlgoSettings(**variant), True)
     by_hand: list[float] = []
     for group in groups:
         values = np.array([*group, 1.0] if variant["pseudo_positive"] else group)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import byte_model
+import numpy as np
 import pytest
 import qwen_tokenizers
 import torch
@@ -252,7 +253,9 @@ def test_a_reply_ends_with_the_token_that_completes_a_stop_string(bytes_folder: 
     stops = [(next(p for p in found if p.isascii()) if i % 4 else "\0never", "\0no") for i, found in enumerate(pairs)]
     for reply, stopped, stop in zip(free, sample(bytes_folder, stops), stops, strict=True):
         count = next((n for n in range(1, 49) if stop[0] in decode(list(reply.ids[:n]))), 48)
-        assert stopped.ids == reply.ids[:count] and stopped.finish_reason == ("stop" if count < 48 else "length")
+        assert np.array_equal(stopped.ids, reply.ids[:count]) and stopped.finish_reason == (
+            "stop" if count < 48 else "length"
+        )
         torch.testing.assert_close(torch.tensor(stopped.logprobs), torch.tensor(reply.logprobs[:count]))
     word = next(i for i in range(len(tokenizer(bytes_folder))) if len(decode([i])) > 2 and decode([i]).isalpha())
     assert StopTexts(tokenizer(bytes_folder), (decode([word])[:2],), 400).completed([5, word])  # inside a token
@@ -289,4 +292,8 @@ def test_the_first_tokens_keep_their_versions(older: tuple[tuple[int, int], ...]
     first = reply.first(count)
     kept = [version for version, tokens in first.older for _ in range(tokens)]
     kept += [first.weight_version] * (len(first.ids) - len(kept))
-    assert first.ids == reply.ids[:count] and len(first.logprobs) == len(first.ids) and kept == versions[:count]
+    assert (
+        np.array_equal(first.ids, reply.ids[:count])
+        and len(first.logprobs) == len(first.ids)
+        and kept == versions[:count]
+    )

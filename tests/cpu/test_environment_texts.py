@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from odd_environments import PROMPTER, SETTINGS, TASK, Hostile, Works, play_one, raising, returning
 
 from icrl_megatron.algo.credit import CreditReport
+from icrl_megatron.headers import headers_of
 from icrl_megatron.rollout.checked_environment import CheckedEnvironment
 from icrl_megatron.rollout.episode import EpisodeSetup, play
 from icrl_megatron.rollout.source import Played, RolloutRequest, require_playable
@@ -45,7 +46,7 @@ def test_a_long_observation_is_cut_and_counted(tmp_path: Path) -> None:
     assert turn.observation.endswith(f"[... {turn.cut_chars} characters cut]") and text.startswith(kept)
     assert len(kept) + turn.cut_chars == len(text)
     assert 20 <= len(PROMPTER.encode_reply(turn.observation)) - 1 <= 40
-    cut = rollout_metrics([ended], [], CreditReport((), 0, 0, 0, 0))["episodes/texts_cut"]
+    cut = rollout_metrics(headers_of([ended]), [], CreditReport((), 0, 0, 0, 0))["episodes/texts_cut"]
     assert cut == len(ended.attempts)
     write_dump(tmp_path, 1, [ended], [], PROMPTER.decode)
     assert read_episodes(tmp_path / "rollouts" / "step_000001.jsonl") == [ended]
@@ -151,7 +152,7 @@ def test_the_error_of_a_warm_start_without_demonstrations_has_a_reason(monkeypat
     monkeypatch.setitem(registry._TASK_SETS, "set", lambda: made)  # type: ignore[arg-type]
     source = TeacherSource(EpisodeSetup(made.environment, PROMPTER, SETTINGS))
     played = source.play(RolloutRequest([TASK], 1, Seeds(0, 0), 2))
-    said = nothing_to_learn(Settings(), 0, played, constant_credit(played.episodes))
+    said = nothing_to_learn(Settings(), 0, played, constant_credit(played.headers))
     assert said.startswith("step 0: all 1 episodes were lost; set/train/0: the teacher's act of task")
 
 
@@ -174,10 +175,10 @@ def test_a_task_set_whose_episodes_are_all_dropped_is_refused() -> None:
     wrong = DroppedEpisode(bad, 0, "outcome is nan", bad_answer=True)
     played = play_one(Works)
     assert isinstance(played, Episode)
-    require_playable(Played((replace(played, task=good), replace(played, task=bad)), (wrong,)))
+    require_playable(Played(headers_of([replace(played, task=good), replace(played, task=bad)]), (wrong,)))
     require_playable(Played((), (replace(wrong, bad_answer=False), wrong)))
     with pytest.raises(ConfigError, match="no episode of task set 'bad' can be played: outcome is nan"):
-        require_playable(Played((replace(played, task=good),), (wrong, wrong)))
+        require_playable(Played(headers_of([replace(played, task=good)]), (wrong, wrong)))
 
 
 def test_bad_answers_are_distinguished_from_other_failures() -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from icrl_megatron.algo.credit import CreditReport
 from icrl_megatron.engines.local import LocalEngine
 from icrl_megatron.engines.protocol import EngineError
+from icrl_megatron.headers import headers_of
 from icrl_megatron.model.tiny import build_tiny
 from icrl_megatron.rollout.episode import EpisodeSetup, play, play_episode
 from icrl_megatron.rollout.prompts import Prompter
@@ -61,22 +62,22 @@ def test_recorded_ids_are_those_that_the_engine_saw(
     for episode in episodes:
         assert len(episode.critiques) == len(episode.attempts) - 1
         for attempt in episode.attempts:
-            context = attempt.prompt_ids
+            context = tuple(attempt.prompt_ids.tolist())
             for turn in attempt.turns:
                 assert (context, turn.completion) in seen
-                context += turn.completion.ids + turn.observation_ids
+                context += (*turn.completion.ids.tolist(), *turn.observation_ids.tolist())
                 turns += 1
-            assert context == attempt.prompt_ids + attempt.response_ids()
+            assert context == (*attempt.prompt_ids, *attempt.response_ids())
             assert len(attempt.response_ids()) == len(attempt.loss_mask()) == len(attempt.rollout_logprobs())
             check_logprobs(model, attempt)
     assert turns == len(solver.seen) > 24
     written = [c.completion for e in episodes for c in e.critiques]
-    assert sorted(c.ids for c in written) == sorted(completion.ids for _, completion in critic.seen)
+    assert sorted(c.ids.tolist() for c in written) == sorted(completion.ids.tolist() for _, completion in critic.seen)
 
 
 def check_logprobs(model: torch.nn.Module, attempt: Attempt) -> None:
     """The recorded log-probs are those of one forward pass over the attempt, and 0 outside of the mask."""
-    ids = torch.tensor([attempt.prompt_ids + attempt.response_ids()])
+    ids = torch.tensor([[*attempt.prompt_ids, *attempt.response_ids()]])
     with torch.no_grad():
         logprobs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
     expected = logprobs[len(attempt.prompt_ids) - 1 :] * torch.tensor(attempt.loss_mask())
@@ -94,9 +95,9 @@ def test_episodes_are_repeatable_and_in_the_order_of_the_tasks(engine: LocalEngi
     first = once(512)
     assert [(e.task.task_id, e.index) for e in first] == [(t.task_id, i) for t in tasks for i in range(3)]
     assert once(512) == first
-    ids = [a.response_ids() for e in first for a in e.attempts]
-    assert [a.response_ids() for e in once(2) for a in e.attempts] == ids
-    assert [a.response_ids() for e in once(512, replace(SEEDS, step=1)) for a in e.attempts] != ids
+    ids = [a.response_ids().tolist() for e in first for a in e.attempts]
+    assert [a.response_ids().tolist() for e in once(2) for a in e.attempts] == ids
+    assert [a.response_ids().tolist() for e in once(512, replace(SEEDS, step=1)) for a in e.attempts] != ids
 
 
 def test_rounds_continue_until_success_and_see_only_the_latest_critique(prompter: Prompter) -> None:
@@ -109,8 +110,8 @@ def test_rounds_continue_until_success_and_see_only_the_latest_critique(prompter
     assert [a.round for a in episode.attempts] == [0, 1, 2] and [c.round for c in episode.critiques] == [0, 1]
     plain = prompter.attempt("start at bottom")
     revisions = [prompter.revision("start at bottom", advice) for advice in ("advice1", "advice2")]
-    assert [a.prompt_ids for a in episode.attempts] == [plain, *revisions]
-    assert {a.plain_prompt_ids for a in episode.attempts} == {plain}
+    assert [tuple(a.prompt_ids) for a in episode.attempts] == [plain, *revisions]
+    assert {tuple(a.plain_prompt_ids) for a in episode.attempts} == {plain}
     assert [a.role for a in critic.asked] == ["critique", "critique"]
     assert [a.critique for a in solver.asked] == [None] * 3 + ["advice1"] * 3 + ["advice2"] * 3
     assert len({a.seed for a in (*solver.asked, *critic.asked)}) == 11
@@ -151,7 +152,7 @@ def test_calls_and_tokens_reduce_the_reward_but_not_success(
     if not costs:
         answered = replace(episode.attempts[1], measures=(("answered", 1.0),))
         counted = replace(episode, attempts=(episode.attempts[0], answered))
-        found = rollout_metrics([counted], [], CreditReport((), 0, 0, 0, 0))
+        found = rollout_metrics(headers_of([counted]), [], CreditReport((), 0, 0, 0, 0))
         assert found["attempt/tokens_to_answer"] == 4.0 and found["attempt/observation_tokens"] > 0
 
 
@@ -203,7 +204,7 @@ def test_every_stop_reason_of_an_attempt(
     (attempt,) = episode.attempts
     assert attempt.stop_reason == reason
     assert [turn.action for turn in attempt.turns] == actions
-    assert attempt.turns[-1].observation_ids == () and all(turn.observation_ids for turn in attempt.turns[:-1])
+    assert [bool(len(turn.observation_ids)) for turn in attempt.turns] == [True] * (len(actions) - 1) + [False]
     budget = {**SETTINGS.__dict__, **changes}["context_tokens"]
     assert len(attempt.prompt_ids) + len(attempt.response_ids()) <= budget
     assert all(len(ask.prompt_ids) + ask.max_new_tokens <= budget for ask in solver.asked)
@@ -224,7 +225,8 @@ def test_the_turn_after_a_reply_that_was_cut_is_a_new_message(prompter: Prompter
     cut, whole, _ = episode.attempts[0].turns
     assert cut.completion.finish_reason == "length" and cut.action == whole.action == "up"
     end = whole.completion.ids[-1:]
-    assert (cut.completion.ids + end, cut.observation_ids) == (whole.completion.ids, end + whole.observation_ids)
+    assert (*cut.completion.ids, *end) == tuple(whole.completion.ids)
+    assert tuple(cut.observation_ids) == (*end, *whole.observation_ids)
 
 
 @pytest.mark.parametrize("parsed", [True, False])
@@ -272,8 +274,8 @@ def test_an_empty_critic_writes_empty_critiques(prompter: Prompter) -> None:
     setup = EpisodeSetup(Ladder, prompter, replace(SETTINGS, rounds=2))
     episode = asyncio.run(play_episode(ladder("a", 3), 0, setup, solving(prompter, *["wait"] * 6), SEEDS))
     assert isinstance(episode, Episode)
-    assert episode.critiques[0].text == "" and episode.critiques[0].completion.ids == ()
-    assert episode.attempts[1].prompt_ids == prompter.revision("start at bottom", "")
+    assert episode.critiques[0].text == "" and len(episode.critiques[0].completion.ids) == 0
+    assert tuple(episode.attempts[1].prompt_ids) == prompter.revision("start at bottom", "")
 
 
 def test_seeds_are_stable_and_all_different() -> None:

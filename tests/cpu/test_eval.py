@@ -29,6 +29,7 @@ from icrl_megatron.evaluation.views import (
     tools_table,
     transitions_table,
 )
+from icrl_megatron.headers import headers_of
 from icrl_megatron.report.show import show as show_episode
 from icrl_megatron.settings.loading import save
 from icrl_megatron.settings.schema import Settings
@@ -64,7 +65,7 @@ def test_scores_by_subset_with_rounds_and_transitions() -> None:
         episode(b, 1, [False, True]),
     ]
     lost = [DroppedEpisode(Task(b, "t", "heldout", ""), 2, "gone")]
-    aime, minerva, everything = score(played, lost, rounds=2)
+    aime, minerva, everything = score(headers_of(played), lost, rounds=2)
     assert (aime.subset, minerva.subset, everything.subset) == ("t/aime", "t/minerva", "all")
     assert (aime.average.mean, aime.passed.mean) == (0.5, 1.0)
     assert (minerva.average.mean, minerva.passed.mean, minerva.dropped) == (0.0, 0.0, 1)
@@ -79,7 +80,7 @@ def test_scores_by_subset_with_rounds_and_transitions() -> None:
 
 def test_the_average_is_over_problems_not_over_samples() -> None:
     played = [episode("t/heldout/0", 0, [True]), *(episode("t/heldout/1", i, [False]) for i in range(9))]
-    (found,) = score(played, [], rounds=1)
+    (found,) = score(headers_of(played), [], rounds=1)
     assert found.average.mean == 0.5 and found.rounds[0] == found.average
 
 
@@ -101,7 +102,7 @@ def test_estimates_without_values_say_that_nothing_is_known() -> None:
 @pytest.mark.parametrize(("hits", "n"), [(0, 4), (4, 4), (7, 20), (1, 1000)])
 def test_every_share_has_the_same_interval(hits: int, n: int) -> None:
     """avg@1, pass@1, round 1 and the shares that training reports are one number with one interval: Wilson's."""
-    (found,) = score([episode(f"t/heldout/{i}", 0, [i < hits]) for i in range(n)], [], rounds=1)
+    (found,) = score(headers_of([episode(f"t/heldout/{i}", 0, [i < hits]) for i in range(n)]), [], rounds=1)
     assert found.average == found.passed == found.rounds[0]
     expected, share = binomtest(hits, n).proportion_ci(method="wilson"), proportion(hits, n)
     for low, high in ((found.average.low, found.average.high), (share.low, share.high)):
@@ -109,8 +110,10 @@ def test_every_share_has_the_same_interval(hits: int, n: int) -> None:
 
 
 def test_samples_of_a_problem_do_not_narrow_the_interval() -> None:
-    one = score([episode(f"t/heldout/{i}", 0, [i < 5]) for i in range(20)], [], rounds=1)[0].average
-    many = score([episode(f"t/heldout/{i}", s, [i < 5]) for i in range(20) for s in range(8)], [], rounds=1)[0].average
+    one = score(headers_of([episode(f"t/heldout/{i}", 0, [i < 5]) for i in range(20)]), [], rounds=1)[0].average
+    many = score(
+        headers_of([episode(f"t/heldout/{i}", s, [i < 5]) for i in range(20) for s in range(8)]), [], rounds=1
+    )[0].average
     assert one == many
 
 
@@ -140,8 +143,8 @@ def test_comparison_is_paired() -> None:
 
 
 def test_samples_are_paired_by_their_seed_even_where_episodes_were_lost() -> None:
-    whole = successes([episode("t/0", i, [i == 1]) for i in range(3)], samples=3)
-    lost = successes([episode("t/0", i, [i == 1]) for i in (2, 1)], samples=3)
+    whole = successes(headers_of([episode("t/0", i, [i == 1]) for i in range(3)]), samples=3)
+    lost = successes(headers_of([episode("t/0", i, [i == 1]) for i in (2, 1)]), samples=3)
     assert whole == {"t/0": [[False], [True], [False]]} and lost == {"t/0": [[], [True], [False]]}
     (found,) = compare(whole, lost, {"t/0": "t"})
     assert found.pairs == 2 and (found.only_first, found.only_second) == (0, 0)
@@ -150,13 +153,13 @@ def test_samples_are_paired_by_their_seed_even_where_episodes_were_lost() -> Non
 def test_the_tables_fit_a_terminal_of_80_columns() -> None:
     names = ("t/heldout/olympiadbench/0", "t/heldout/aime24/0")
     played = [episode(name, i, [False] * 6) for name in names for i in range(8)]
-    found = successes(played, 8)
+    found = successes(headers_of(played), 8)
     result = Result(
         model="runs/qwen3_8b_math_4xh100",
         critic="http://critic:30000/v1",
         rounds=6,
         samples=8,
-        scores=score(played, [], rounds=6),
+        scores=score(headers_of(played), [], rounds=6),
         generated_tokens=1,
         successes=found,
         subsets={},
@@ -257,7 +260,7 @@ def test_two_models_on_the_same_problems(ended: tuple[Path, dict[str, Ended]]) -
     )
     assert compared["only_first"] == sum(a[0] and not b[0] for a, b in pairs)
     episodes = read_episodes(dump_path(folder / "after", 0))
-    assert successes(episodes, 2) == after["successes"]
+    assert successes(headers_of(episodes), 2) == after["successes"]
     assert all(turn.text for one in episodes for attempt in one.attempts for turn in attempt.turns)
     shown = io.StringIO()
     show_episode(folder / "after", index=3, console=Console(file=shown, width=100))

@@ -14,6 +14,8 @@ import torch
 from actors import step
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from whole_samples import Whole
+from whole_samples import packed as whole_plan
 
 from icrl_kernels import Chunking, HeadOutput, Streams, Terms, VocabShard, logprob_head, policy_head
 from icrl_megatron.actor.actor import Actor
@@ -22,11 +24,10 @@ from icrl_megatron.algo import losses
 from icrl_megatron.algo.credit import overlong_penalty
 from icrl_megatron.algo.loss_check import check_loss
 from icrl_megatron.algo.losses import LossInputs
-from icrl_megatron.data.packing import pack
 from icrl_megatron.run.checks import validate_settings
 from icrl_megatron.settings.algo_schema import LOSSES, AlgoSettings, Calibration, Overlong
 from icrl_megatron.settings.loading import load
-from icrl_megatron.types import MicroBatch, Sample
+from icrl_megatron.types import MicroBatch
 
 LENGTHS = (3, 1, 5)
 ALGO = AlgoSettings(clip_low=0.2, clip_high=0.3)
@@ -143,7 +144,7 @@ def test_kl_estimators_have_the_expected_values_and_gradients(estimator: str) ->
     assert losses.kl_L(estimator, policy_V, policy_V).abs().max() == 0
 
 
-def samples() -> list[Sample]:
+def samples() -> list[Whole]:
     """Attempts and calibrated revisions of 1 to 9 tokens with masked observations."""
     draw = torch.Generator().manual_seed(3)
     found = []
@@ -153,13 +154,13 @@ def samples() -> list[Sample]:
         mask = tuple(j % 3 != 1 for j in range(length))
         prompt, seen = (1, 2, 3), (1, 2, 3, 4) if i % 2 else (1, 2, 3)
         advantage = (1.0, -1.5, -0.5, 0.75, 2.0)[i]  # exact in float32
-        found.append(Sample(f"t#{i}", "t", "attempt", 0, seen, prompt, ids, mask, logprobs, i % 2 == 1, 1.0, advantage))
+        found.append(Whole(f"t#{i}", "t", "attempt", 0, seen, prompt, ids, mask, logprobs, i % 2 == 1, 1.0, advantage))
     return found
 
 
 def packed(algo: AlgoSettings, budget: int) -> list[tuple[MicroBatch, tuple[str, ...]]]:
     """Micro-batches of one update, and the samples that their loss tokens belong to."""
-    plan = pack(samples(), algo, micro_batch_tokens=budget)
+    plan = whole_plan(samples(), algo, micro_batch_tokens=budget)
     ids = [s.sample_id for s in plan.samples]
     return [(batch, tuple(ids[i] for i in batch.sample_index_L)) for batch in plan.updates[0]]
 

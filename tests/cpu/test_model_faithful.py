@@ -9,19 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from model_folders import YARN, copy, make_folder, save, shard, tensors, with_fields
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from whole_runs import batch
+from whole_samples import Whole, packed
 
-from icrl_megatron.data.packing import pack
 from icrl_megatron.distributed import platform
 from icrl_megatron.engines.local import LocalEngine
 from icrl_megatron.engines.protocol import Sampling
 from icrl_megatron.settings.schema import EngineSettings, Settings
-from icrl_megatron.types import Completion, Sample
+from icrl_megatron.types import Completion
 from icrl_megatron.utils.errors import ConfigError
 
 if torch.cuda.is_available():
@@ -59,10 +60,10 @@ def actor_logprobs(folder: Path, grid: grids.Grid) -> Tensor:
     actor = Actor(settings(), folder, grid)
     ids = response(actor.shape.vocab)
     samples = [
-        Sample(f"t#{i}", "t", "attempt", 0, (5, 6), (5, 6), part, (True,) * len(part), (0.0,) * len(part), False, 1, 1)
+        Whole(f"t#{i}", "t", "attempt", 0, (5, 6), (5, 6), part, (True,) * len(part), (0.0,) * len(part), False, 1, 1)
         for i, part in enumerate((ids[:9], ids))
     ]
-    plan = pack(samples, actor.settings.algo, micro_batch_tokens=4096)
+    plan = packed(samples, actor.settings.algo, micro_batch_tokens=4096)
     (batch,) = plan.updates[0]
     logprobs = actor._score(actor.wrapped, plan)[0][0]
     return logprobs[torch.from_numpy(batch.sample_index_L) == plan.samples.index(samples[1])]
@@ -144,7 +145,7 @@ def test_equivalent_folders_give_the_same_log_probs(base: Path, grid: grids.Grid
     # Tensors are at other offsets in the files, so products may be rounded differently.
     torch.testing.assert_close(actor_logprobs(folder, grid), actor_logprobs(base, grid), atol=TOLERANCE, rtol=0)
     done, want = generated(folder), generated(base)
-    assert done.ids == want.ids and done.logprobs == pytest.approx(want.logprobs, abs=TOLERANCE)
+    assert np.array_equal(done.ids, want.ids) and done.logprobs == pytest.approx(want.logprobs, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

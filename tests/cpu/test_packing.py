@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from whole_samples import Whole, packed
 
-from icrl_megatron.data.packing import pack
 from icrl_megatron.model.flops import SampleFlops
 from icrl_megatron.settings.algo_schema import AlgoSettings, Calibration
-from icrl_megatron.types import MicroBatch, Sample, StepPlan
+from icrl_megatron.types import MicroBatch, StepPlan
 from icrl_megatron.utils.errors import ConfigError
 
 
 @st.composite
-def samples(draw: st.DrawFn, min_size: int = 1) -> list[Sample]:
+def samples(draw: st.DrawFn, min_size: int = 1) -> list[Whole]:
     """Random samples with distinct ids, log-probs and prompts; some have no loss token."""
     shapes = draw(
         st.lists(
@@ -34,7 +34,7 @@ def samples(draw: st.DrawFn, min_size: int = 1) -> list[Sample]:
             mask = [*mask, True]
         base = 1000 * (i + 1)
         made.append(
-            Sample(
+            Whole(
                 sample_id=f"t/{i % 3}#{i}/0/attempt",
                 group="g",
                 role="attempt",
@@ -74,8 +74,8 @@ algos = st.builds(
 )
 
 
-def plans(items: list[Sample], algo: AlgoSettings, layout: dict[str, Any], prompt: str = "train") -> list[StepPlan]:
-    return [pack(items, algo, replica=r, prompt=prompt, **layout) for r in range(layout["replicas"])]
+def plans(items: list[Whole], algo: AlgoSettings, layout: dict[str, Any], prompt: str = "train") -> list[StepPlan]:
+    return [packed(items, algo, replica=r, prompt=prompt, **layout) for r in range(layout["replicas"])]
 
 
 def rows(plan: StepPlan, batch: MicroBatch) -> list[tuple[str, int, float, float, float, bool]]:
@@ -98,10 +98,10 @@ def rows(plan: StepPlan, batch: MicroBatch) -> list[tuple[str, int, float, float
 def test_layout_changes_neither_loss_tokens_nor_coefficients(items, algo, layout, random, counted) -> None:
     replicas = plans(items, algo, layout | {"counted": counted})
     random.shuffle(items)
-    single = pack(items, algo, micro_batch_tokens=10_000, counted=counted)
+    single = packed(items, algo, micro_batch_tokens=10_000, counted=counted)
     assert len({len(p.updates) for p in replicas}) == 1
     assert {(p.global_samples, p.global_loss_tokens) for p in replicas} == {
-        (len([s for s in items if s.loss_tokens()]) + counted, sum(s.loss_tokens() for s in items))
+        (len([s for s in items if s.loss_tokens]) + counted, sum(s.loss_tokens for s in items))
     }
     shared = 0
     for u, reference in enumerate(single.updates):
@@ -136,6 +136,7 @@ def test_layout_changes_neither_loss_tokens_nor_coefficients(items, algo, layout
 
 @given(items=samples(), algo=algos, layout=layouts, prompt=st.sampled_from(["train", "behaviour"]))
 def test_micro_batches_are_well_formed(items, algo, layout, prompt) -> None:
+    by_id = {s.sample_id: s for s in items}
     for plan in plans(items, algo, layout, prompt):
         for batch in (b for u in plan.updates for b in u):
             tokens, cu = batch.tokens_T, batch.cu_seqlens
@@ -152,8 +153,8 @@ def test_micro_batches_are_well_formed(items, algo, layout, prompt) -> None:
 
             members = dict.fromkeys(batch.sample_index_L.tolist())
             for k, index in enumerate(members):
-                s = plan.samples[index]
-                ids = (s.train_prompt_ids if prompt == "train" else s.behaviour_prompt_ids) + s.response_ids
+                s = by_id[plan.samples[index].sample_id]
+                ids = [*(s.train_prompt_ids if prompt == "train" else s.behaviour_prompt_ids), *s.response_ids]
                 assert tokens[cu[k] : cu[k + 1]].tolist() == list(ids)
             real = len(members) or 1  # a blank micro-batch holds one sequence without loss
             assert len(cu) - 1 - real in (0, 1)
@@ -171,17 +172,17 @@ def test_train_and_behaviour_plans_have_the_same_loss_tokens(items, algo, layout
             assert [rows(train, b) for b in u] == [rows(behaviour, b) for b in v]
 
 
-def one(sample_id: str, prompt: int, mask: tuple[bool, ...], advantage: float = 1.0) -> Sample:
+def one(sample_id: str, prompt: int, mask: tuple[bool, ...], advantage: float = 1.0) -> Whole:
     n = len(mask)
     ids = tuple(range(10, 10 + n))
-    return Sample(
+    return Whole(
         sample_id, "g", "attempt", 0, (1,) * prompt, (1,) * prompt, ids, mask, (0.0,) * n, False, 1.0, advantage
     )
 
 
 def test_packed_example() -> None:
     """Two sequences of 4 and 3 tokens and one padding token; the observation in the first has no loss."""
-    plan = pack(
+    plan = packed(
         [one("a", 1, (True, False, True)), one("b", 2, (True,), advantage=-2.0)],
         AlgoSettings(),
         micro_batch_tokens=100,
@@ -201,7 +202,7 @@ def test_packed_example() -> None:
 
 def test_replica_without_samples_gets_a_blank_micro_batch() -> None:
     shares = [
-        pack([one("a", 3, (True,))], AlgoSettings(), micro_batch_tokens=8, align=4, replica=r, replicas=2)
+        packed([one("a", 3, (True,))], AlgoSettings(), micro_batch_tokens=8, align=4, replica=r, replicas=2)
         for r in (0, 1)
     ]
     blank = shares[1].updates[0][0]
@@ -216,13 +217,13 @@ def test_invalid_samples_are_rejected() -> None:
     good = one("a", 2, (True, True))
     for bad, message in [
         (one("b", 0, (True,)), "'b' has an empty prompt"),
-        (replace(good, sample_id="c", rollout_logprobs=(0.0,)), "'c'.*1 log-probs"),
+        (replace(good, sample_id="c", rollout_logprobs=(0.0,)), "'c'.*2, 2, 2, 2, 1, 2"),
     ]:
         with pytest.raises(ValueError, match=message):
-            pack([good, bad], AlgoSettings(), micro_batch_tokens=8)
+            packed([good, bad], AlgoSettings(), micro_batch_tokens=8)
     with pytest.raises(ValueError, match="each id once"):
-        pack([good, replace(good, advantage=2.0)], AlgoSettings(), micro_batch_tokens=8)
+        packed([good, replace(good, advantage=2.0)], AlgoSettings(), micro_batch_tokens=8)
     with pytest.raises(ValueError, match="loss token"):
-        pack([one("d", 2, (False,))], AlgoSettings(), micro_batch_tokens=8)
+        packed([one("d", 2, (False,))], AlgoSettings(), micro_batch_tokens=8)
     with pytest.raises(ConfigError, match="batch_mean"):
-        pack([good], AlgoSettings(loss_normalisation="batch_mean"), micro_batch_tokens=8)
+        packed([good], AlgoSettings(loss_normalisation="batch_mean"), micro_batch_tokens=8)

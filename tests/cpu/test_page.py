@@ -79,7 +79,7 @@ def test_token_pieces_join_to_the_text(finished_run: Path) -> None:
     for record in read_dump(dump_path(finished_run, 1))[:20]:
         for attempt in record.episode.attempts:
             for turn in attempt.turns:
-                pieces = speller.pieces(turn.completion.ids)
+                pieces = speller.pieces(turn.completion.ids.tolist())
                 assert pieces is not None and len(pieces) == len(turn.completion.ids)
                 assert "".join(pieces).strip() == turn.text.strip()
 

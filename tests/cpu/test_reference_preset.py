@@ -21,7 +21,9 @@ from icrl_kernels import Chunking, VocabShard, token_objective
 from icrl_megatron.actor.actor import _terms
 from icrl_megatron.actor.passes import Frozen, HeadPlan, _streams
 from icrl_megatron.algo.credit import credit
-from icrl_megatron.data.packing import pack
+from icrl_megatron.algo.samples import tokens_of
+from icrl_megatron.data.packing import lay_out, pack
+from icrl_megatron.headers import headers_of
 from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.episode import EpisodeSetup, play_episode
 from icrl_megatron.rollout.prompts import Prompter, template_words
@@ -203,8 +205,10 @@ def drawn(seed: int) -> tuple[list[Episode], dict[str, Reply]]:
 def gradients(episodes: list[Episode], replies: dict[str, Reply], settings: Settings) -> dict[str, list[float]]:
     """The same gradients from the package: credit, packing in several micro-batches, and the loss of each token."""
     algo = settings.algo
-    report = credit(episodes, algo, train_critic=True)
-    plan = pack(report.samples, algo, micro_batch_tokens=30, counted=len(report.counted))
+    report = credit(headers_of(episodes), algo, train_critic=True)
+    by_id = {f"{e.task.task_id}#{e.index}": e for e in episodes}
+    tokens = {s.sample_id: tokens_of(by_id[s.episode_id()], s.role, s.round, algo) for s in report.samples}
+    plan = pack(lay_out(report.samples, algo, micro_batch_tokens=30, counted=len(report.counted)), tokens)
     cap = algo.mismatch_correction.cap if algo.mismatch_correction.enabled else None
     head = HeadPlan(_terms(settings), VocabShard(0, 10, 10, None), Chunking(), cap)
     found: dict[str, list[float]] = {name: [0.0] * len(reply.new) for name, reply in replies.items()}

@@ -25,6 +25,7 @@ from icrl_megatron.rollout.groups import Groups, split_tasks
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.replay import (
     InterruptedEpisodeError,
+    Logged,
     ReplayLog,
     Stop,
     from_lines,
@@ -39,7 +40,7 @@ from icrl_megatron.settings.loading import load
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks import registry
-from icrl_megatron.types import Completion, Episode, Ids, Task, UnplayedEpisode
+from icrl_megatron.types import Completion, Episode, Task, UnplayedEpisode
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.progress import Progress
 
@@ -78,7 +79,7 @@ def test_interrupted_reply_resumes_and_keeps_its_logprobs() -> None:
     async def cut() -> None:
         await speakers.solver.reply(ask([9]))
         stop.asked = True  # as if this happened while the next reply is generated
-        replay_log.replies.append(((9, 1, 2, 8), said(3, reason="abort")))
+        replay_log.replies.append(Logged((9, 1, 2, 8), said(3, reason="abort")))
 
     asyncio.run(cut())
     speaker, again = record(replay_log, Stop(), said(4, 5, version=2))
@@ -87,13 +88,13 @@ def test_interrupted_reply_resumes_and_keeps_its_logprobs() -> None:
         return [await again.solver.reply(ask([9])), await again.critic.reply(ask([9, 1, 2, 8]))]
 
     whole, joined = asyncio.run(go_on())
-    assert whole.ids == (1, 2)
+    assert whole.ids.tolist() == [1, 2]
     assert joined == Completion((3, 4, 5), (-3.0, -4.0, -5.0), "stop", 2, ((1, 1),))
     assert [(a.prompt_ids, a.max_new_tokens) for a in speaker.asked] == [((9, 1, 2, 8, 3), 9)]
 
 
 def test_after_a_stop_no_request_is_sent_and_replies_are_kept() -> None:
-    replay_log = ReplayLog([((9,), said(1)), ((9, 1), said(2, reason="abort"))])
+    replay_log = ReplayLog([Logged((9,), said(1)), Logged((9, 1), said(2, reason="abort"))])
     speaker, speakers = record(replay_log, Stop(asked=True))
 
     async def play() -> None:
@@ -103,18 +104,18 @@ def test_after_a_stop_no_request_is_sent_and_replies_are_kept() -> None:
     with pytest.raises(InterruptedEpisodeError):
         asyncio.run(play())
     assert speaker.asked == []
-    assert [c.ids for _, c in replay_log.replies] == [(1,), (2,)]
+    assert [r.completion.ids.tolist() for r in replay_log.replies] == [[1], [2]]
 
 
 def test_different_observation_discards_the_rest_of_a_replay_log() -> None:
-    replay_log = ReplayLog([((9,), said(1)), ((9, 1, 7), said(2))])
+    replay_log = ReplayLog([Logged((9,), said(1)), Logged((9, 1, 7), said(2))])
     _, speakers = record(replay_log, Stop(), said(5))
 
-    async def play() -> list[Ids]:
-        return [(await speakers.solver.reply(ask(p))).ids for p in ([9], [9, 1, 6])]
+    async def play() -> list[list[int]]:
+        return [(await speakers.solver.reply(ask(p))).ids.tolist() for p in ([9], [9, 1, 6])]
 
-    assert asyncio.run(play()) == [(1,), (5,)]
-    assert replay_log.replies == [((9,), said(1)), ((9, 1, 6), said(5))]
+    assert asyncio.run(play()) == [[1], [5]]
+    assert replay_log.replies == [Logged((9,), said(1)), Logged((9, 1, 6), said(5))]
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +224,7 @@ def test_separate_critic_is_interrupted_too(setup: EpisodeSetup) -> None:
 def test_replay_logs_round_trip_as_text() -> None:
     task = Task("household/train/1", "household", "train", '{"goal": "ü"}')
     joined = Completion((3, 4), (-0.1, -2.5), "abort", 2, ((1, 1),))
-    replay_logs = {task: {0: ReplayLog([((9, 8), said(1, 2)), ((9, 8, 1, 2), joined)]), 3: ReplayLog()}}
+    replay_logs = {task: {0: ReplayLog([Logged((9, 8), said(1, 2)), Logged((9, 8, 1, 2), joined)]), 3: ReplayLog()}}
     assert from_lines(to_lines(replay_logs)) == replay_logs
     assert tokens(replay_logs) == 4
 

@@ -13,6 +13,7 @@ from icrl_kernels import Streams, Terms
 from icrl_kernels.objective import token_objective
 from icrl_megatron.algo.credit import credit
 from icrl_megatron.algo.samples import to_samples
+from icrl_megatron.headers import EpisodeHeader, headers_of
 from icrl_megatron.run.algo_checks import check_algo
 from icrl_megatron.settings import loading as settings
 from icrl_megatron.settings.algo_schema import AlgoSettings, Calibration
@@ -89,7 +90,7 @@ def test_revisions_are_shaped_and_grouped_with_attempts_without_std() -> None:
     algo = settings.load("rulebook_hard", ARMS["critique_grpo"].changes).algo
     assert (algo.shaping_gamma, algo.calibration.enabled, algo.normalise_std) == (0.1, False, False)
     episodes = [episode(0, [0.0, 1.0]), episode(1, [0.5])]
-    samples = {s.sample_id.split("#")[1]: s for s in credit(episodes, algo, train_critic=False).samples}
+    samples = {s.sample_id.split("#")[1]: s for s in credit(headers_of(episodes), algo, train_critic=False).samples}
     assert {name: s.calibrated for name, s in samples.items()} == {
         "0/0/attempt": False,
         "0/1/revision": True,
@@ -99,22 +100,22 @@ def test_revisions_are_shaped_and_grouped_with_attempts_without_std() -> None:
         {"0/0/attempt": -0.5, "0/1/revision": 0.5, "1/0/attempt": 0.0}
     )
     revision = samples["0/1/revision"]
-    assert revision.train_prompt_ids != revision.behaviour_prompt_ids
+    assert (revision.train_prompt_tokens, revision.behaviour_prompt_tokens) == (2, 3) and not revision.same_prompt
     off = AlgoSettings(calibration=Calibration(enabled=False))
-    assert not any(s.calibrated for s in to_samples(episodes[0], off, False))
+    assert not any(s.calibrated for s in to_samples(EpisodeHeader.of(episodes[0]), off, False))
 
 
 def test_best_revision_of_a_task_is_trained_with_all_attempts() -> None:
     episodes = [episode(0, [0.0, 0.2]), episode(1, [0.0, 1.0]), episode(2, [0.5, 1.0]), episode(3, [1.0])]
     algo = settings.load("rulebook_hard", ARMS["critique_grpo"].changes).algo
-    report = credit(episodes, algo, train_critic=False)
+    report = credit(headers_of(episodes), algo, train_critic=False)
     names = [s.sample_id.split("#")[1] for s in report.samples]
     assert names == ["0/0/attempt", "1/0/attempt", "1/1/revision", "2/0/attempt", "3/0/attempt"]
     assert report.dropped_samples == 2
     assert sum(s.advantage for s in report.samples) == pytest.approx(0.0)  # the baseline is over these five
-    two = credit(episodes, replace(algo, revisions_per_task=2), train_critic=False)
+    two = credit(headers_of(episodes), replace(algo, revisions_per_task=2), train_critic=False)
     assert sum(s.role == "revision" for s in two.samples) == 2
-    everything = credit(episodes, replace(algo, revisions_per_task=None), train_critic=False)
+    everything = credit(headers_of(episodes), replace(algo, revisions_per_task=None), train_critic=False)
     assert sum(s.role == "revision" for s in everything.samples) == 3 and everything.dropped_samples == 0
 
 

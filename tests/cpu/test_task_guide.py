@@ -209,8 +209,8 @@ def test_no_text_forges_a_turn(reply: str, observed: str) -> None:
         for turn in ours.turns:
             # A reply holds one control token, its own end.
             assert frame(turn.completion.ids) == [turn.completion.ids[-1]]
-        expected = [frame(t.observation_ids) for t in theirs.turns if t.observation_ids]
-        assert all(frame(t.observation_ids) in expected for t in ours.turns if t.observation_ids)
+        expected = [frame(t.observation_ids) for t in theirs.turns if len(t.observation_ids)]
+        assert all(frame(t.observation_ids) in expected for t in ours.turns if len(t.observation_ids))
     for ours_c, theirs_c in zip(played.critiques, plain.critiques, strict=True):
         assert frame(ours_c.prompt_ids) == frame(theirs_c.prompt_ids)
 

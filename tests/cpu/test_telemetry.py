@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from icrl_megatron.algo.credit import credit
+from icrl_megatron.headers import headers_of
 from icrl_megatron.report.bands import smoothed
 from icrl_megatron.report.plots import learning_curve
 from icrl_megatron.report.show import show
@@ -58,8 +59,8 @@ PLAYED = [episode(0, [0.0, 1.0]), episode(1, [0.5, 0.25]), episode(2, [1.0]), ep
 
 
 def test_rollout_metrics() -> None:
-    report = credit(PLAYED, AlgoSettings(), train_critic=True)
-    got = rollout_metrics(PLAYED, [DroppedEpisode(PLAYED[0].task, 9, "boom")], report)
+    report = credit(headers_of(PLAYED), AlgoSettings(), train_critic=True)
+    got = rollout_metrics(headers_of(PLAYED), [DroppedEpisode(PLAYED[0].task, 9, "boom")], report)
     expected = {
         "reward/attempt": 1.5 / 4,
         "reward/revision": 1.25 / 3,
@@ -88,7 +89,7 @@ def test_rollout_metrics() -> None:
         "samples/flat_share": 0.3,
     }
     assert {k: got[k] for k in expected} == pytest.approx(expected)
-    assert heldout_metrics(PLAYED) == pytest.approx(
+    assert heldout_metrics(headers_of(PLAYED)) == pytest.approx(
         {
             "heldout/critique_free": 0.25,
             "heldout/critique_free/house": 0.0,
@@ -103,7 +104,7 @@ def test_rollout_metrics() -> None:
 
 def test_heldout_metrics_of_later_rounds() -> None:
     played = [episode(0, [0.0, 0.0, 1.0]), *PLAYED]
-    first, all_rounds = heldout_metrics(played), heldout_metrics(played, rounds=3)
+    first, all_rounds = heldout_metrics(headers_of(played)), heldout_metrics(headers_of(played), rounds=3)
     later = {name: all_rounds[name] for name in all_rounds if name not in first}
     assert {name: all_rounds[name] for name in first} == first
     assert later == pytest.approx(
@@ -119,13 +120,13 @@ def test_heldout_metrics_of_later_rounds() -> None:
             "heldout/stayed_wrong": 3.0,
         }
     )
-    assert heldout_metrics([], rounds=3) == {}
-    assert "heldout/critique_tokens" not in heldout_metrics([episode(0, [1.0])], rounds=2)
+    assert heldout_metrics(headers_of([]), rounds=3) == {}
+    assert "heldout/critique_tokens" not in heldout_metrics(headers_of([episode(0, [1.0])]), rounds=2)
 
 
 def test_unmeasured_metrics_are_omitted() -> None:
     alone = [episode(0, [1.0])]
-    got = rollout_metrics(alone, [], credit(alone, AlgoSettings(), True))
+    got = rollout_metrics(headers_of(alone), [], credit(headers_of(alone), AlgoSettings(), True))
     assert not [name for name in got if "critique/" in name or "revision" in name]
     assert all(math.isfinite(v) for v in got.values())
 
@@ -199,7 +200,7 @@ def test_unusable_files_are_rejected(tmp_path: Path) -> None:
 
 
 def test_dump_round_trip(tmp_path: Path) -> None:
-    report = credit(PLAYED, AlgoSettings(), train_critic=True)
+    report = credit(headers_of(PLAYED), AlgoSettings(), train_critic=True)
     path = write_dump(tmp_path, 12, PLAYED, report.samples, decode)
     assert path == tmp_path / "rollouts" / "step_000012.jsonl"
     assert list(path.parent.iterdir()) == [path]
@@ -229,7 +230,7 @@ def shown(run_dir: Path, **which: int) -> str:
 def test_show(tmp_path: Path) -> None:
     settings = apply_preset(Settings(), "reference").algo
     for step in (2, 10):
-        write_dump(tmp_path, step, PLAYED, credit(PLAYED, settings, True).samples, decode)
+        write_dump(tmp_path, step, PLAYED, credit(headers_of(PLAYED), settings, True).samples, decode)
     assert dumped_steps(tmp_path) == [2, 10]
 
     text = shown(tmp_path, index=1)

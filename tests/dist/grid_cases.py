@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
+from whole_samples import Whole
 
 from icrl_megatron.settings.schema import Settings, TinyModel
-from icrl_megatron.types import Sample
 
 LEARNING_RATE = 1e-2
 STEPS = 2
@@ -100,7 +100,7 @@ class Case:
         self.adjust(settings)
         return settings
 
-    def draw(self, layout: Layout) -> list[Sample]:
+    def draw(self, layout: Layout) -> list[Whole]:
         """Attempts and revisions with random tokens, and masked observations in their responses."""
         samples = draw_samples(self.samples, VOCAB[self.model])
         if layout.shuffle:
@@ -113,7 +113,7 @@ class Trained:
     """The results of a run of STEPS steps; lists are ordered by step or by update."""
 
     logprobs: dict[str, Tensor]
-    """Sample id -> log-probs of its loss tokens before the first step."""
+    """Whole id -> log-probs of its loss tokens before the first step."""
     losses: list[float]
     """By step."""
     norms: list[float]
@@ -124,7 +124,7 @@ class Trained:
     weights: dict[str, Tensor]
 
 
-def draw_samples(count: int, vocabulary: int) -> list[Sample]:
+def draw_samples(count: int, vocabulary: int) -> list[Whole]:
     r = random.Random(count)
 
     def ids(low: int, high: int) -> tuple[int, ...]:
@@ -135,7 +135,7 @@ def draw_samples(count: int, vocabulary: int) -> list[Sample]:
         revision = i % 3 == 0
         prompt, response = ids(2, 20), ids(1, 14)
         found.append(
-            Sample(
+            Whole(
                 sample_id=f"t{i // 3}#{i}",
                 group=f"t{i // 3}",
                 role="revision" if revision else "attempt",

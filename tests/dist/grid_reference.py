@@ -11,11 +11,11 @@ import torch
 from grid_cases import LEARNING_RATE, STEPS, Case, Layout, Trained
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from whole_samples import Whole
 
 from icrl_kernels import Streams, Terms, TokenObjective, token_objective
 from icrl_megatron.data.balance import split_updates
 from icrl_megatron.settings.schema import Settings
-from icrl_megatron.types import Sample
 
 OTHERS = ("gspo", "cispo")
 
@@ -74,7 +74,7 @@ class Reference:
         found.norms.append(max(norms))
         found.metrics.append(metrics)
 
-    def _backward(self, s: Sample, update: list[Sample], streams: Streams, metrics: dict[str, float]) -> float:
+    def _backward(self, s: Whole, update: list[Whole], streams: Streams, metrics: dict[str, float]) -> float:
         if self.settings.algo.loss_normalisation == "token_mean":
             coefficient = 1.0 / sum(sum(other.loss_mask) for other in update)
         else:
@@ -121,16 +121,16 @@ class Reference:
         loss_L = streams.coefficients_L * loss_L
         return TokenObjective(loss_L, ratio_L.detach(), weight_L, clipped_low_L, clipped_high_L)
 
-    def policy(self, model: PreTrainedModel, s: Sample, behaviour: bool = False) -> tuple[Tensor, Tensor]:
+    def policy(self, model: PreTrainedModel, s: Whole, behaviour: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies, [L] each, of the sample's loss tokens after one of its prompts."""
         prompt = s.behaviour_prompt_ids if behaviour else s.train_prompt_ids
-        logits_TV = model(torch.tensor([prompt + s.response_ids])).logits[0] / self.terms.temperature
+        logits_TV = model(torch.tensor([[*prompt, *s.response_ids]])).logits[0] / self.terms.temperature
         mask_R = torch.tensor(s.loss_mask)
         logprobs_LV = logits_TV[len(prompt) - 1 : -1][mask_R].log_softmax(-1)
         targets_L = torch.tensor(s.response_ids)[mask_R]
         return logprobs_LV.gather(1, targets_L[:, None])[:, 0], -(logprobs_LV.exp() * logprobs_LV).sum(-1)
 
-    def _streams(self, s: Sample) -> Streams:
+    def _streams(self, s: Whole) -> Streams:
         algo, mask_R = self.settings.algo, torch.tensor(s.loss_mask)
         old_L = self.policy(self.model, s)[0]
         rollout_L = torch.tensor(s.rollout_logprobs)[mask_R]

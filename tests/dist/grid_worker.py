@@ -33,11 +33,11 @@ from grid_cases import (  # noqa: E402
 )
 from megatron.core import parallel_state  # noqa: E402
 from torch import Tensor  # noqa: E402
+from whole_samples import packed  # noqa: E402
 
 from icrl_megatron.actor import checkpoint, export  # noqa: E402
 from icrl_megatron.actor.actor import Actor, InvariantError, ScoredPlan  # noqa: E402
 from icrl_megatron.actor.optimizer import Applied  # noqa: E402
-from icrl_megatron.data.packing import pack  # noqa: E402
 from icrl_megatron.distributed import grid as grids  # noqa: E402
 from icrl_megatron.distributed.platform import token_multiple  # noqa: E402
 from icrl_megatron.model.flops import SampleFlops  # noqa: E402
@@ -61,7 +61,7 @@ class Trainer:
         self.behaviour = self._pack("behaviour") if recompute else None
 
     def _pack(self, prompt: str) -> StepPlan:
-        return pack(
+        return packed(
             self.case.draw(self.layout),
             self.settings.algo,
             micro_batch_tokens=self.layout.budget,

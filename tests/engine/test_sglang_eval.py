@@ -70,11 +70,13 @@ def test_greedy_replies_are_the_local_engines_token_by_token(
         with play._playing(job, without_model(settings), Progress(enabled=False)) as playing:
             found.append(playing.source.play(RolloutRequest(playing.tasks, 1, play.SEEDS, settings.rollout.rounds)))
     local, sglang = map(replies, found)
-    assert [(t, i, [c.ids for c in of]) for t, i, of in sglang] == [(t, i, [c.ids for c in of]) for t, i, of in local]
-    assert len(local) == 20 and len({c.ids for _, _, of in local for c in of}) > 10, "replies that differ"
+    assert [(t, i, [c.ids.tolist() for c in of]) for t, i, of in sglang] == [
+        (t, i, [c.ids.tolist() for c in of]) for t, i, of in local
+    ]
+    assert len(local) == 20 and len({c.ids.tobytes() for _, _, of in local for c in of}) > 10, "replies that differ"
     for (_, _, theirs), (_, _, ours) in zip(sglang, local, strict=True):
         for one, two in zip(theirs, ours, strict=True):
-            assert one.logprobs == pytest.approx(two.logprobs, abs=1e-4)
+            assert one.logprobs.tolist() == pytest.approx(two.logprobs.tolist(), abs=1e-4)
     assert {c.weight_version for _, _, of in sglang for c in of} == {1}
 
 
