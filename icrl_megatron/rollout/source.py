@@ -6,7 +6,6 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +17,7 @@ from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play_all
 from icrl_megatron.rollout.groups import Groups, OnGroup, ignored, split_tasks
 from icrl_megatron.rollout.replay import ReplayLogs, copied, tokens
 from icrl_megatron.rollout.speakers import Meter, Seeds, SpeakersFor
-from icrl_megatron.telemetry.dumps import dump_path, dumped_steps, read_episodes
+from icrl_megatron.telemetry.dumps import Rollouts
 from icrl_megatron.types import Attempt, Completion, Critique, DroppedEpisode, Episode, Ids, Task, Turn, UnplayedEpisode
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.progress import Progress
@@ -48,11 +47,14 @@ class Played:
     """Tokens in the replay logs that continue in the next step."""
     generated: int | None = None
     """Tokens generated in this step, used or not; None: the tokens of the episodes."""
+    own: tuple[Episode, ...] = ()
+    """Those of the episodes that this rank played, each on one rank: the only field that differs between ranks."""
 
     def and_more(self, later: Played) -> Played:
         """Two batches of a step as one. A task that both played counts once."""
         known = {episode.task.task_id for episode in self.episodes}
         more = tuple(episode for episode in later.episodes if episode.task.task_id not in known)
+        own = tuple(episode for episode in later.own if episode.task.task_id not in known)
         unused = later.used_tokens() - sum(episode.generated_tokens() for episode in more)
         return replace(
             later,
@@ -61,6 +63,7 @@ class Played:
             cut_off=self.cut_off + later.cut_off,
             discarded_tokens=self.discarded_tokens + later.discarded_tokens + unused,
             generated=self.generated_tokens() + later.generated_tokens(),
+            own=self.own + own,
         )
 
     def used_tokens(self) -> int:
@@ -220,7 +223,8 @@ class EngineSource:
     ) -> Played:
         """`begun` and `kept`: tokens in the replay logs before and after the step."""
         mine = groups.complete()
-        used = sum(e.generated_tokens() for e in mine if isinstance(e, Episode))
+        own = tuple(e for e in mine if isinstance(e, Episode))
+        used = sum(e.generated_tokens() for e in own)
         counts = np.array([groups.discarded(), begun + generated - used - kept, kept, generated])
         everyone = self.gather((mine, counts, self.engines.take_stats()))
         cut_off, discarded, kept_by_all, generated_by_all = map(int, sum(of for _, of, _ in everyone))
@@ -239,6 +243,7 @@ class EngineSource:
             discarded,
             kept_by_all,
             generated_by_all,
+            own,
         )
 
 
@@ -264,15 +269,21 @@ class NoPartialRollouts:
         """Nothing to restore."""
 
 
+def _everywhere(episodes: Sequence[Episode], share: Share) -> Played:
+    """Episodes that every rank has without playing them."""
+    return Played(tuple(episodes), (), own=tuple(episodes[share.index :: share.count]))
+
+
 @dataclass(frozen=True)
 class DumpSource(NoPartialRollouts):
     """The episodes that another run dumped, step by step and then from the start again: trains without an engine."""
 
-    run_dir: Path
+    rollouts: Rollouts
+    share: Share
 
     def play(self, request: RolloutRequest) -> Played:
-        steps = dumped_steps(self.run_dir)
-        return Played(tuple(read_episodes(dump_path(self.run_dir, steps[request.seeds.step % len(steps)]))), ())
+        steps = self.rollouts.steps
+        return _everywhere(self.rollouts.episodes(steps[request.seeds.step % len(steps)]), self.share)
 
 
 @dataclass(frozen=True)
@@ -284,10 +295,11 @@ class FakeSource(NoPartialRollouts):
     prompt_tokens: int
     turn_tokens: int
     critique_tokens: int
+    share: Share
 
     def play(self, request: RolloutRequest) -> Played:
         tasks = request.tasks[: request.needed]
-        return Played(tuple(self._episode(t, i, request) for t in tasks for i in range(request.episodes)), ())
+        return _everywhere([self._episode(t, i, request) for t in tasks for i in range(request.episodes)], self.share)
 
     def _episode(self, task: Task, index: int, request: RolloutRequest) -> Episode:
         rng, rounds = random.Random(request.seeds.of(task.task_id, index, 0, "fake", 0)), request.rounds

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from icrl_megatron.distributed import grid as grids
 from icrl_megatron.distributed import platform
 from icrl_megatron.distributed.grid import any_rank
 from icrl_megatron.engines.kind import EngineRequest
 from icrl_megatron.engines.protocol import Verifiable
-from icrl_megatron.engines.rank import Engines
+from icrl_megatron.engines.rank import Engines, Share
 from icrl_megatron.engines.registry import engine_kind
 from icrl_megatron.engines.sync import WeightSync
 from icrl_megatron.model.gpt import DTYPES
@@ -25,6 +23,7 @@ from icrl_megatron.run.saving import Start
 from icrl_megatron.settings.loading import model_folder, run_folder
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.tasks import registry
+from icrl_megatron.telemetry.dumps import Rollouts
 from icrl_megatron.utils.connections import Connections
 from icrl_megatron.utils.progress import Progress
 
@@ -77,13 +76,14 @@ def episode_source(
     """The source of episodes for the debug mode."""
     rollout = settings.rollout
     if settings.debug.mode == "from_dump":
-        return DumpSource(Path(settings.debug.dump))
+        return DumpSource(Rollouts(settings.debug.dump), Share(grid.rank, grid.world))
     if engines is None:
         shared = rollout.context_tokens - rollout.max_critique_tokens
         # Without a limit on turns, a quarter stays for the rest of the prompt.
         turn = max(1, 3 * shared // 4) if rollout.max_turn_tokens is None else rollout.max_turn_tokens
         vocabulary = ModelShape.read(model_folder(settings)).vocab
-        return FakeSource(vocabulary, max(1, shared - turn) // 2, turn, rollout.max_critique_tokens)
+        prompt, share = max(1, shared - turn) // 2, Share(grid.rank, grid.world)
+        return FakeSource(vocabulary, prompt, turn, rollout.max_critique_tokens, share)
 
     def gather(mine: object) -> list[object]:
         return grids.gather_objects(grid, mine)

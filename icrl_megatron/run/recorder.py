@@ -13,7 +13,8 @@ from icrl_megatron.data.curriculum import append_history, success_shares
 from icrl_megatron.distributed import platform
 from icrl_megatron.rollout.source import Played
 from icrl_megatron.run.state import RunState
-from icrl_megatron.telemetry.dumps import write_dump
+from icrl_megatron.telemetry.dump_writer import StepDump, chosen
+from icrl_megatron.telemetry.dumps import credit_of
 from icrl_megatron.telemetry.metrics import GENERATED, HELDOUT_NLL, NLL, USED, rollout_metrics
 from icrl_megatron.telemetry.writer import TIME_PREFIX, Row
 from icrl_megatron.types import Episode, Ids, StepStats
@@ -54,7 +55,7 @@ class Recorder:
         self._resampled = resample
 
     def row(self, played: Played, report: CreditReport, stats: StepStats | None) -> Row:
-        """The metrics of the last step (`stats` is None without an update). Writes its rollouts."""
+        """The metrics of the last step (`stats` is None without an update). Dumps its rollouts."""
         state, sync = self.state, self.state.parts.sync
         self.episodes = played.episodes
         self._observe(played)
@@ -75,11 +76,17 @@ class Recorder:
             self.progress.log(
                 f"step {state.step}: {len(played.dropped)} episodes lost, {lost.task.task_id}: {lost.error}"
             )
+        self._dump(played, report, stats)
+        return row | {"episodes/not_dumped": float(state.not_dumped())}
+
+    def _dump(self, played: Played, report: CreditReport, stats: StepStats | None) -> None:
+        """Dumps this rank's part of the step's sample: the rank that played an episode has its tokens."""
+        state, settings = self.state, self.state.parts.settings
+        everyone = ((e.task.task_id, e.index) for e in played.episodes)
+        sample = chosen(everyone, settings.telemetry.episodes(), settings.seed, state.step)
+        own = [e for e in played.own if (e.task.task_id, e.index) in sample]
         weights = stats.calibration_weights if stats is not None else {}
-        state.by_first_rank(
-            lambda: write_dump(state.run_dir, state.step, played.episodes, report.samples, self._decode, weights)
-        )
-        return row
+        state.dumps.submit(StepDump(state.step, credit_of(own, report.samples, weights), self._decode))
 
     def timings(self, row: Row, stats: StepStats | None) -> Row:
         """Seconds per phase and tokens per second of the step; resets the timers."""

@@ -213,7 +213,9 @@ def test_a_run_whose_disk_fails_ends_with_one_line(fault: str, finished_run: Pat
         except BaseException:
             kill_tree(process)
             raise
+        # The dump may fail before the metrics do; that does not end the run.
         errors = [line for line in err.splitlines() if not line.startswith(("starting", "rulebook_easy"))]
+        errors = [line for line in errors if "episodes are not dumped, training goes on" not in line]
         assert process.returncode == 2, err
         assert len(errors) == 1 and errors[0].startswith(f"error: {disk}/run"), err
         assert ("the disk is full" if fault == "full" else "read-only") in errors[0]
