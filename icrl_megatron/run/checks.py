@@ -289,7 +289,8 @@ def _check_context(settings: Settings, shape: ModelShape) -> None:
 
 
 def _check_debug(settings: Settings) -> None:
-    debug, _ = settings.debug, settings.telemetry.episodes()
+    settings.telemetry.episodes()  # raises ConfigError if it is invalid
+    debug = settings.debug
     if debug.mode == "from_dump":
         if not debug.dump:
             raise ConfigError("debug.mode=from_dump needs debug.dump=RUN, the folder of a run whose rollouts are read")
