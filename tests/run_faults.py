@@ -22,9 +22,9 @@ from icrl_megatron.actor.optimizer import Optimizer
 from icrl_megatron.engines.local import LocalEngine
 from icrl_megatron.engines.protocol import EngineError
 from icrl_megatron.rollout.source import EngineSource
-from icrl_megatron.run import recorder
 from icrl_megatron.run.conversations import Conversations
 from icrl_megatron.tasks.rulebook import Rulebook
+from icrl_megatron.telemetry import dump_writer
 from icrl_megatron.types import Task
 
 IN_ENGINE: dict[str, BaseException] = {
@@ -96,10 +96,10 @@ def fault(text: str, model_path: str = "") -> Iterator[None]:
             raise MemoryError("no memory is left")
         return done
 
-    def dumping(*what: Any) -> Any:
-        if kind == "dump" and state.step == state.number:
+    def encoding(step: int, *what: Any) -> Any:
+        if kind == "dump" and step == state.number + 1:
             raise OSError(5, "Input/output error")
-        return dump(*what)
+        return encoded(step, *what)
 
     def demonstrating(demonstrate: Any) -> Any:
         def spy(self: Any, request: Any) -> Any:
@@ -109,7 +109,7 @@ def fault(text: str, model_path: str = "") -> Iterator[None]:
 
         return spy
 
-    dump = recorder.write_part
+    encoded = dump_writer.encoded
     with ExitStack() as installed:
         for where, name, spy in (
             (EngineSource, "play", playing),
@@ -117,7 +117,7 @@ def fault(text: str, model_path: str = "") -> Iterator[None]:
             (Rulebook, "environment", rewarding),
             (Actor, "score", scoring),
             (Optimizer, "step", updating),
-            (recorder, "write_part", dumping),
+            (dump_writer, "encoded", encoding),
             *((source, "play", demonstrating(source.play)) for source in (sft.TeacherSource, Conversations)),
         ):
             installed.enter_context(patch.object(where, name, spy))

@@ -48,7 +48,8 @@ from icrl_megatron.rollout.speakers import EmptyCritic, EngineSpeaker, Speaker, 
 from icrl_megatron.run.problems import ProblemShare, examine, left_out, refusal
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.datasets import content_hash, subset_of
-from icrl_megatron.telemetry.dumps import ROLLOUTS_FOLDER, write_dump
+from icrl_megatron.telemetry.dump_shards import ROLLOUTS_FOLDER
+from icrl_megatron.telemetry.dumps import write_dump
 from icrl_megatron.types import Episode, Task
 from icrl_megatron.utils import results
 from icrl_megatron.utils.connections import Connections

@@ -122,7 +122,7 @@ def run_data(run: Path, measured: Measured, size: PageSize, runs: int = 1) -> di
         "weights": choice.weights,
         "episodes": {
             "shown": [episode(step, record, speller, choice.limit, tools) for step, record in choice.records],
-            "played": choice.played,
+            "kept": choice.kept,
             "read": choice.read,
             "dumped": choice.dumped,
             "limit": choice.limit,

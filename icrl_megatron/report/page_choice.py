@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from icrl_megatron.report.page_episodes import outcome
-from icrl_megatron.telemetry.dumps import DumpRecord, dump_path, dumped_steps, read_dump
+from icrl_megatron.telemetry.dumps import DumpRecord, Rollouts
 
 BINS = 24
 """Histogram bins of the calibration weight, from 0 to w_max."""
@@ -46,8 +46,8 @@ class Choice:
     weights: dict[str, Any]
     """Per step read, over the calibrated tokens: the share in each of `BINS` weight bins, the mean weight, the share
     held back (w < 0.5), the share transferred (w >= 1), and their number."""
-    played: int
-    """Episodes in the steps that were read."""
+    kept: int
+    """Dumped episodes in the steps that were read."""
     read: int
     """Steps that were read."""
     dumped: int
@@ -56,16 +56,16 @@ class Choice:
 
 def choose(run: Path, w_max: float, size: PageSize, runs: int) -> Choice:
     """`runs` is how many runs share the page's total size. Raises ConfigError on a damaged dump."""
-    dumped = dumped_steps(run)
-    steps = spread(dumped, size.steps)
+    rollouts = Rollouts(run)
+    steps = spread(rollouts.steps, size.steps)
     quota = -(-size.episodes // max(1, min(len(steps), size.episodes)))
     showing = set(spread(steps, size.episodes))
     chosen: list[tuple[int, DumpRecord]] = []
     found: dict[str, Any] = {name: [] for name in ("steps", "shares", "mean", "held", "moved", "counts")}
-    played = 0
+    kept = 0
     for step in steps:
-        records = read_dump(dump_path(run, step))
-        played += len(records)
+        records = rollouts.read(step)
+        kept += len(records)
         weights = [w for record in records for credited in record.credit.values() for w in credited.weights]
         if weights:
             for name, value in _of_weights(step, np.asarray(weights), w_max).items():
@@ -74,7 +74,7 @@ def choose(run: Path, w_max: float, size: PageSize, runs: int) -> Choice:
             chosen += [(step, record) for record in _of_step(step, records, quota)]
     chosen = spread(chosen, size.episodes)
     chosen, limit = _fitting(chosen, size.tokens, size.total_tokens // max(1, runs))
-    return Choice(chosen, limit, found, played, len(steps), len(dumped))
+    return Choice(chosen, limit, found, kept, len(steps), len(rollouts.steps))
 
 
 def _of_weights(step: int, weights: np.ndarray, w_max: float) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def _cost(record: DumpRecord, limit: int) -> int:
     texts = [len(t.completion.ids) for a in episode.attempts for t in a.turns]
     texts += [len(c.completion.ids) for c in episode.critiques]
     texts += [len(t.observation) // 4 for a in episode.attempts for t in a.turns]
-    texts += [len(record.prompts.get("0/attempt", "")) // 8]
+    texts += [len(record.prompt) // 8]
     return sum(min(limit, length) for length in texts)
 
 

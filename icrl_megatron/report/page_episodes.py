@@ -73,7 +73,7 @@ def episode(step: int, record: DumpRecord, speller: Speller, limit: int, tools: 
         "source": played.task.source,
         "index": played.index,
         "outcome": outcome(played.attempts),
-        "problem": record.prompts.get("0/attempt", "").strip()[: 8 * limit],
+        "problem": record.prompt.strip()[: 8 * limit],
         "rounds": rounds,
     }
 

@@ -13,7 +13,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from icrl_megatron.report.segments import Segment, colors, split, tools_of
-from icrl_megatron.telemetry.dumps import DumpRecord, dump_path, dumped_steps, read_dump
+from icrl_megatron.telemetry.dumps import DumpRecord, Rollouts
 from icrl_megatron.types import Attempt, Critique
 from icrl_megatron.utils.console import PlainConsole, text
 from icrl_megatron.utils.errors import ConfigError
@@ -57,15 +57,17 @@ def show(
 
     Raises ConfigError if the run has no such step or the step no such episode.
     """
-    steps = dumped_steps(run_dir)
+    rollouts = Rollouts(run_dir)
+    steps = rollouts.steps
     if not steps:
-        raise ConfigError(f"{run_dir} holds no rollouts: give the folder of a run that has trained at least one step.")
+        raise ConfigError(
+            f"{run_dir} holds no rollouts: give the folder of a run that has trained at least one step, not with "
+            "telemetry.dump=none."
+        )
     step = steps[-1] if step is None else step
     if step not in steps:
         raise ConfigError(f"Step {step} was not dumped in {run_dir}: choose one of {steps[0]} to {steps[-1]}.")
-    records = read_dump(dump_path(run_dir, step))
-    if not records:
-        raise ConfigError(f"Step {step} of {run_dir} has no episodes: choose another step.")
+    records = rollouts.read(step)
     if index is None:
         index = next((i for i, r in enumerate(records) if r.episode.critiques), 0)
     if not 0 <= index < len(records):
@@ -86,7 +88,7 @@ def render(record: DumpRecord, look: Look) -> RenderableType:
     )
     parts: list[RenderableType] = [
         title,
-        Panel(text(record.prompts["0/attempt"].strip()), title="problem", title_align="left", border_style="blue"),
+        Panel(text(record.prompt.strip()), title="problem", title_align="left", border_style="blue"),
     ]
     for attempt in episode.attempts:
         parts += _attempt(record, attempt, look)

@@ -6,7 +6,6 @@ import asyncio
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +18,7 @@ from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play_all
 from icrl_megatron.rollout.groups import Groups, OnGroup, ignored, split_tasks
 from icrl_megatron.rollout.replay import ReplayLogs, copied, tokens
 from icrl_megatron.rollout.speakers import Meter, Seeds, SpeakersFor
-from icrl_megatron.telemetry.dumps import dump_path, dumped_steps, read_episodes
+from icrl_megatron.telemetry.dumps import Rollouts
 from icrl_megatron.types import (
     Attempt,
     Completion,
@@ -306,12 +305,12 @@ class NoPartialRollouts:
 class DumpSource(NoPartialRollouts):
     """The episodes that another run dumped, step by step and then from the start again: trains without an engine."""
 
-    run_dir: Path
+    rollouts: Rollouts
     seat: Seat = field(default_factory=Seat)
 
     def play(self, request: RolloutRequest) -> Played:
-        steps = dumped_steps(self.run_dir)
-        return self.seat.share(read_episodes(dump_path(self.run_dir, steps[request.seeds.step % len(steps)])))
+        steps = self.rollouts.steps
+        return self.seat.share(self.rollouts.episodes(steps[request.seeds.step % len(steps)]))
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from icrl_megatron.distributed import grid as grids
 from icrl_megatron.distributed import platform
 from icrl_megatron.distributed.grid import any_rank
 from icrl_megatron.engines.kind import EngineRequest
 from icrl_megatron.engines.protocol import Verifiable
-from icrl_megatron.engines.rank import Engines
+from icrl_megatron.engines.rank import Engines, Share
 from icrl_megatron.engines.registry import engine_kind
 from icrl_megatron.engines.sync import WeightSync
 from icrl_megatron.model.gpt import DTYPES
@@ -25,6 +23,7 @@ from icrl_megatron.run.saving import Start
 from icrl_megatron.settings.loading import model_folder, run_folder
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.tasks import registry
+from icrl_megatron.telemetry.dumps import Rollouts
 from icrl_megatron.utils.connections import Connections
 from icrl_megatron.utils.progress import Progress
 
@@ -77,7 +76,7 @@ def episode_source(
     """The source of episodes for the debug mode."""
     rollout, seat = settings.rollout, Seat(grid.rank, grid.world)
     if settings.debug.mode == "from_dump":
-        return DumpSource(Path(settings.debug.dump), seat)
+        return DumpSource(Rollouts(settings.debug.dump), seat)
     if engines is None:
         shared = rollout.context_tokens - rollout.max_critique_tokens
         # Without a limit on turns, a quarter stays for the rest of the prompt.

@@ -28,7 +28,7 @@ from icrl_megatron.settings.values import pasted
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked, TaskSet
 from icrl_megatron.tasks.datasets import check_no_leak
-from icrl_megatron.telemetry.dumps import dumped_steps
+from icrl_megatron.telemetry.dumps import Rollouts
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError, own_entry
 
@@ -289,12 +289,13 @@ def _check_context(settings: Settings, shape: ModelShape) -> None:
 
 
 def _check_debug(settings: Settings) -> None:
+    settings.telemetry.episodes()  # raises ConfigError if it is invalid
     debug = settings.debug
     if debug.mode == "from_dump":
         if not debug.dump:
             raise ConfigError("debug.mode=from_dump needs debug.dump=RUN, the folder of a run whose rollouts are read")
-        if not dumped_steps(debug.dump):
-            raise ConfigError(f"debug.dump={debug.dump}: no rollouts/step_*.jsonl there; give the folder of a run")
+        if not Rollouts(debug.dump).steps:
+            raise ConfigError(f"debug.dump={debug.dump}: no rollouts/rank_*.jsonl there; give the folder of a run")
     elif debug.dump:
         raise ConfigError(f"debug.dump={debug.dump} needs debug.mode=from_dump; leave debug.dump empty")
 

@@ -10,7 +10,7 @@ from icrl_megatron.report.final import CURVE, REPORT
 from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.settings.arms import BASELINE
 from icrl_megatron.settings.schema import Settings
-from icrl_megatron.telemetry.dumps import ROLLOUTS_FOLDER
+from icrl_megatron.telemetry.dump_shards import ROLLOUTS_FOLDER
 from icrl_megatron.telemetry.writer import METRICS_FILE, TENSORBOARD_FOLDER
 from icrl_megatron.utils import results
 from icrl_megatron.utils.errors import ConfigError

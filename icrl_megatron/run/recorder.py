@@ -15,7 +15,8 @@ from icrl_megatron.distributed import platform
 from icrl_megatron.distributed.grid import gather_objects, run_on_all_ranks
 from icrl_megatron.rollout.source import Played
 from icrl_megatron.run.state import RunState
-from icrl_megatron.telemetry.dumps import join_parts, write_part
+from icrl_megatron.telemetry.dump_writer import StepDump, chosen
+from icrl_megatron.telemetry.dumps import credit_of
 from icrl_megatron.telemetry.metrics import GENERATED, HELDOUT_NLL, NLL, USED, rollout_metrics
 from icrl_megatron.telemetry.trackers import TableRow, table_rows
 from icrl_megatron.telemetry.writer import TIME_PREFIX, Row
@@ -57,7 +58,7 @@ class Recorder:
         self._resampled = resample
 
     def row(self, played: Played, report: CreditReport, stats: StepStats | None) -> Row:
-        """The metrics of the last step (`stats` is None without an update). Writes its rollouts."""
+        """The metrics of the last step (`stats` is None without an update). Dumps its rollouts."""
         state, sync = self.state, self.state.parts.sync
         self.table = self._table(played)
         self._observe(played)
@@ -78,16 +79,17 @@ class Recorder:
             self.progress.log(
                 f"step {state.step}: {len(played.dropped)} episodes lost, {lost.task.task_id}: {lost.error}"
             )
+        self._dump(played, report, stats)
+        return row | {"episodes/not_dumped": float(state.not_dumped())}
+
+    def _dump(self, played: Played, report: CreditReport, stats: StepStats | None) -> None:
+        """Dumps this rank's part of the step's sample: the rank that played an episode has its tokens."""
+        state, settings = self.state, self.state.parts.settings
+        everyone = ((header.task.task_id, header.index) for header in played.headers)
+        sample = chosen(everyone, settings.telemetry.episodes(), settings.seed, state.step)
+        own = [e for e in played.episodes if (e.task.task_id, e.index) in sample]
         weights = stats.calibration_weights if stats is not None else {}
-        grid = state.parts.grid
-        run_on_all_ranks(
-            grid,
-            lambda: write_part(
-                state.run_dir, state.step, grid.rank, played.episodes, report.samples, self._decode, weights
-            ),
-        )
-        state.by_first_rank(lambda: join_parts(state.run_dir, state.step, played.headers, grid.world))
-        return row
+        state.dumps.submit(StepDump(state.step, credit_of(own, report.samples, weights), self._decode))
 
     def timings(self, row: Row, stats: StepStats | None) -> Row:
         """Seconds per phase and tokens per second of the step; resets the timers."""

@@ -91,6 +91,7 @@ RULES: dict[str, Rule] = {
     "eval": FREE,
     "checkpoint": FREE,
     "trackers": FREE,
+    "telemetry": FREE,
     "distill": FREE,
     "debug.mode": _MODE,
     "debug.dump": FREE,

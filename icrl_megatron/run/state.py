@@ -17,6 +17,7 @@ from icrl_megatron.rollout.replay import ReplayLogs
 from icrl_megatron.run.files import EXPORT
 from icrl_megatron.run.parts import Parts
 from icrl_megatron.run.saving import Files, Saver
+from icrl_megatron.telemetry.dump_writer import DumpWriter
 from icrl_megatron.telemetry.metrics import GENERATED
 from icrl_megatron.telemetry.trackers import TableRow, Trackers, flat
 from icrl_megatron.telemetry.writer import METRICS_FILE, MetricsWriter, Row, read_rows
@@ -58,6 +59,10 @@ class RunState:
         self._writer = run_on_all_ranks(
             parts.grid, lambda: MetricsWriter(self.run_dir, written, newest) if main else None
         )
+        self.dumps = run_on_all_ranks(
+            parts.grid, lambda: DumpWriter(self.run_dir, parts.grid.rank, parts.grid.world, self.step)
+        )
+        self._losses, self._dump_failed = 0, False
         self._trackers = run_on_all_ranks(parts.grid, lambda: self._start_trackers() if main else None)
         self.completed(self.pending)
 
@@ -113,6 +118,8 @@ class RunState:
 
         def beside() -> Files:
             everyones = {task: of for mine in gather_objects(self.parts.grid, kept) for task, of in mine.items()}
+            self.dumps.flush()  # no step of a checkpoint is played again
+            self._count_losses()
             found = {REPLAY: replay.to_lines(everyones)} if everyones else {}
             rows = run_on_all_ranks(self.parts.grid, lambda: self._writer.saved() if self._writer is not None else [])
             found |= {NEWEST_ROWS: rows or []}
@@ -121,6 +128,20 @@ class RunState:
         self.pending = pending
         progress = checkpoint.SavedProgress(self.step, self.parts.sync.version, optimizer.steps, self.generated)
         self.saver.completed(progress, beside)
+
+    def not_dumped(self) -> int:
+        """Episodes of all ranks whose dump failed since the last call. Logs the reason of the first failure."""
+        self._count_losses()
+        taken, self._losses = self._losses, 0
+        return taken
+
+    def _count_losses(self) -> None:
+        everyone = gather_objects(self.parts.grid, self.dumps.take_losses())
+        reason = next((losses.reason for losses in everyone if losses.reason), "")
+        if reason and not self._dump_failed:
+            self._dump_failed = True
+            self._log(f"step {self.step}: episodes are not dumped, training goes on (episodes/not_dumped): {reason}")
+        self._losses += sum(losses.episodes for losses in everyone)
 
     def by_first_rank(self, write: Callable[[], object]) -> None:
         """Writes files on rank 0; if that fails, all ranks raise."""
@@ -158,7 +179,8 @@ class RunState:
         write_hf(Gatherer(actor.rows, grid), self.saver.model, self.run_dir / EXPORT, grid, remedy=MOVE_AWAY)
 
     def close(self) -> None:
-        """Closes the metrics and the trackers, however the run ends."""
+        """Closes the metrics, the trackers and the dumps, however the run ends."""
+        self.dumps.close()
         if self._writer is not None:
             self._writer.close()
         if self._trackers is not None:

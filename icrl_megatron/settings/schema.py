@@ -15,6 +15,7 @@ from icrl_megatron.settings.distill_schema import DistillSettings
 from icrl_megatron.settings.limits import Choice, Range
 from icrl_megatron.settings.rollout_schema import EngineSettings, RolloutSettings
 from icrl_megatron.settings.task_schema import TaskSettings
+from icrl_megatron.utils.errors import ConfigError
 
 FAMILIES = ("qwen3", "qwen2")
 """Modules of model/, named like `model_type` in config.json."""
@@ -230,6 +231,25 @@ class CheckpointSettings:
 
 
 @dataclass
+class TelemetrySettings:
+    dump: Annotated[str, Choice(("all", "none"), other="a number of at least 1")] = "128"
+    """Episodes of each training step that are dumped: for `icrl show`, `icrl report` and debug.mode=from_dump. A number
+    means at most that many over all ranks: problems are drawn by lot, each with its whole group. The default keeps all
+    episodes of a batch of the default size, 16 x 8, and a sample of larger ones (docs/EVALUATION.md)."""
+
+    def episodes(self) -> int | None:
+        """Largest number of dumped episodes of a step; None: all. Raises ConfigError for any other text."""
+        named = {"all": None, "none": 0}
+        if self.dump in named:
+            return named[self.dump]
+        if not (self.dump.isascii() and self.dump.isdecimal() and 0 < int(self.dump[:10]) < 10**9):
+            raise ConfigError(
+                f"telemetry.dump={self.dump}: must be all, none, or a number of episodes of at least 1, such as 128"
+            )
+        return int(self.dump)
+
+
+@dataclass
 class DebugSettings:
     mode: Annotated[str, Choice(("train", "rollout_only", "from_dump", "fake_data"))] = "train"
     """train: normal. rollout_only: no updates. from_dump: train on the episodes of an earlier run. fake_data: train on
@@ -290,6 +310,7 @@ class Settings:
     eval: EvalSettings = field(default_factory=EvalSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     trackers: TrackerSettings = field(default_factory=TrackerSettings)
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     distill: DistillSettings = field(default_factory=DistillSettings)
     debug: DebugSettings = field(default_factory=DebugSettings)
     launch: LaunchSettings = field(default_factory=LaunchSettings)

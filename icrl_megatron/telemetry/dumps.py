@@ -1,25 +1,35 @@
-"""Rollout dumps: one JSON object per line and episode, from which the episodes can be restored exactly.
+"""Dumped episodes: one JSON object per line, from which an episode can be restored exactly.
 
-A line holds the episode, the decoded prompts, and the credit of each of its samples.
+A line holds the step, the decoded prompt of the first attempt, the credit of each sample, and the episode. Prompts of
+critiques and revisions are there as token ids only: their text is that of the parts before. Texts are plain; sequences
+of numbers are packed ("i4:", "f4:" or "f8:", then little-endian values in base64): smaller and faster than lists.
+Every rank appends the episodes that it played to a file of its own (`dump_shards.py`, `dump_writer.py`).
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from icrl_megatron.headers import EpisodeHeader
-from icrl_megatron.types import Attempt, Completion, Critique, Episode, IdArray, Sample, Task, Turn, as_json
-from icrl_megatron.utils.errors import ConfigError
-from icrl_megatron.utils.files import write_atomically
-from icrl_megatron.utils.step_names import step_name, steps_in
+import numpy as np
 
-ROLLOUTS_FOLDER = "rollouts"
+from icrl_megatron.telemetry.dump_shards import Shards, line_of, shard_path
+from icrl_megatron.types import Attempt, Completion, Critique, Episode, IdArray, Sample, Task, Turn
+from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.files import AppendFile
+
+IDS = frozenset(("ids", "prompt_ids", "plain_prompt_ids", "observation_ids"))
+FLOATS = frozenset(("logprobs", "weights"))
+"""Fields that are packed."""
+_TYPES = {"i4": "<i4", "f4": "<f4", "f8": "<f8"}
+
+Decode = Callable[[IdArray], str]
 
 
 @dataclass(frozen=True)
@@ -32,143 +42,141 @@ class Credited:
     """Calibration weight of each generated token of an internalised revision that was trained; else empty."""
 
 
+Credit = dict[str, Credited]
+"""By "<round>/<role>"; a sample that was not trained (frozen critic, filtered group) has no entry."""
+
+
 @dataclass(frozen=True)
 class DumpRecord:
-    """One line of a dump."""
+    """One dumped episode."""
 
     episode: Episode
-    prompts: dict[str, str]
-    """Decoded prompts by "<round>/<role>", as the engine saw them."""
-    credit: dict[str, Credited]
-    """By "<round>/<role>"; a sample that was not trained (frozen critic, filtered group) has no entry."""
+    prompt: str
+    """Decoded prompt of the first attempt, as the engine saw it."""
+    credit: Credit
 
 
-def dump_path(run_dir: str | Path, step: int) -> Path:
-    return Path(run_dir) / ROLLOUTS_FOLDER / f"{step_name(step)}.jsonl"
+class Rollouts:
+    """The dumped episodes of a run, from the shards of all its ranks.
+
+    Example: Rollouts("runs/quickstart").read(40)
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        """Looks for the steps; reads no episode. Raises ConfigError on a file that is no shard."""
+        self._shards = Shards(Path(run_dir))
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps with dumped episodes, ascending."""
+        return self._shards.steps
+
+    def read(self, step: int) -> list[DumpRecord]:
+        """The episodes of a step, by task and index; none if it was not dumped. Raises ConfigError on a damaged
+        shard."""
+        records = []
+        for path, offset, line in self._shards.lines(step):
+            try:
+                records.append(parse(line))
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                raise ConfigError(
+                    f"{path}, byte {offset}: not a dumped episode ({error!r}); move that file away"
+                ) from error
+        return sorted(records, key=lambda record: (record.episode.task.task_id, record.episode.index))
+
+    def episodes(self, step: int) -> list[Episode]:
+        """The same without prompt and credit."""
+        return [record.episode for record in self.read(step)]
 
 
-def dumped_steps(run_dir: str | Path) -> list[int]:
-    """Steps whose rollouts are in this run folder, in ascending order."""
-    return steps_in(Path(run_dir) / ROLLOUTS_FOLDER, ".jsonl")
+def credit_of(
+    episodes: Sequence[Episode],
+    samples: Iterable[Sample],
+    weights: Mapping[str, tuple[float, ...]] = MappingProxyType({}),
+) -> list[tuple[Episode, Credit]]:
+    """The credit of each episode. `weights` is `StepStats.calibration_weights`."""
+    found: dict[str, Credit] = {f"{e.task.task_id}#{e.index}": {} for e in episodes}
+    for sample in samples:
+        stem, round, role = sample.sample_id.rsplit("/", 2)
+        if stem in found:
+            of_tokens = weights.get(sample.sample_id, ())
+            found[stem][f"{round}/{role}"] = Credited(sample.reward, sample.advantage, of_tokens)
+    return list(zip(episodes, found.values(), strict=True))
 
 
 def write_dump(
-    run_dir: str | Path,
-    step: int,
-    episodes: Iterable[Episode],
-    samples: Sequence[Sample],
-    decode: Callable[[IdArray], str],
-    weights: Mapping[str, tuple[float, ...]] = MappingProxyType({}),
+    run_dir: str | Path, step: int, episodes: Sequence[Episode], samples: Sequence[Sample], decode: Decode
 ) -> Path:
-    """Writes rollouts/step_<step>.jsonl atomically, the episodes sorted by task and index; returns its path.
-
-    `weights` is `StepStats.calibration_weights`."""
-    credited, path = _credited(samples, weights), dump_path(run_dir, step)
-    lines = (_line(_record(e, credited, decode)) for e in sorted(episodes, key=_order))
-    write_atomically(path, lines, f"the rollouts of step {step}")
-    return path
-
-
-def write_part(
-    run_dir: str | Path,
-    step: int,
-    rank: int,
-    episodes: Iterable[Episode],
-    samples: Sequence[Sample],
-    decode: Callable[[IdArray], str],
-    weights: Mapping[str, tuple[float, ...]] = MappingProxyType({}),
-) -> None:
-    """Writes the episodes of one rank, as `write_dump` does; `join_parts` makes one dump of the parts of all ranks."""
-    mine = sorted(episodes, key=_order)
-    own = {f"{e.task.task_id}#{e.index}" for e in mine}
-    credited = _credited((s for s in samples if s.episode_id() in own), weights)
-    lines = (_line(_record(e, credited, decode)) for e in mine)
-    write_atomically(_part(run_dir, step, rank), lines, f"the rollouts of step {step}")
+    """Appends all episodes to the first rank's shard and returns its path: for commands that end afterwards. A run has
+    a `DumpWriter`. Raises ConfigError on disk errors."""
+    file = AppendFile(shard_path(Path(run_dir), 0), f"the rollouts of step {step}")
+    for episode, credit in credit_of(episodes, samples):
+        file.write(encoded(step, episode, credit, decode))
+    file.close()
+    return file.path
 
 
-def join_parts(run_dir: str | Path, step: int, headers: Iterable[EpisodeHeader], world: int) -> Path:
-    """Joins the parts of all ranks into the dump of a step, the episodes sorted by task and index, and removes them.
-    One line is in memory at a time."""
-    path, parts = dump_path(run_dir, step), [_part(run_dir, step, rank) for rank in range(world)]
-    with ExitStack() as opened:
-        files = [opened.enter_context(part.open(encoding="utf-8", newline="\n")) for part in parts]
-        lines = (files[header.rank].readline()[:-1] for header in sorted(headers, key=_order))
-        write_atomically(path, lines, f"the rollouts of step {step}")
-    for part in parts:
-        part.unlink()
-    return path
+def encoded(step: int, episode: Episode, credit: Credit, decode: Decode) -> bytes:
+    """The line of an episode."""
+    fields = {"prompt": decode(episode.attempts[0].prompt_ids), "credit": credit, "episode": episode}
+    # Dataclasses become objects of their fields, at any depth.
+    return line_of(step, json.dumps(fields, default=_fields, ensure_ascii=False))
 
 
-def _part(run_dir: str | Path, step: int, rank: int) -> Path:
-    path = dump_path(run_dir, step)
-    return path.with_name(f".{path.name}.{rank}")
-
-
-def _order(of: Episode | EpisodeHeader) -> tuple[str, int]:
-    return of.task.task_id, of.index
-
-
-def _credited(samples: Iterable[Sample], weights: Mapping[str, tuple[float, ...]]) -> dict[str, Credited]:
-    return {s.sample_id: Credited(s.reward, s.advantage, weights.get(s.sample_id, ())) for s in samples}
-
-
-def read_dump(path: str | Path) -> list[DumpRecord]:
-    """Raises ConfigError on a missing or damaged file."""
-    path = Path(path)
-    try:
-        # Not splitlines(), which also splits at other characters that an environment's texts may contain.
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    except OSError as error:
-        raise ConfigError(
-            f"No rollouts at {path}: {error.strerror}. Give the folder of a run that has dumped some."
-        ) from error
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(_parse(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{path}, line {number} is not a dumped episode ({error!r}): take a whole dump."
-            ) from error
-    return records
-
-
-def read_episodes(path: str | Path) -> list[Episode]:
-    """The episodes of a dump, as they were written. Raises ConfigError on a missing or damaged file."""
-    return [record.episode for record in read_dump(path)]
-
-
-def _record(episode: Episode, credited: dict[str, Credited], decode: Callable[[IdArray], str]) -> DumpRecord:
-    prompts = {f"{a.round}/{'revision' if a.round else 'attempt'}": decode(a.prompt_ids) for a in episode.attempts}
-    prompts |= {f"{c.round}/critique": decode(c.prompt_ids) for c in episode.critiques}
-    stem = f"{episode.task.task_id}#{episode.index}"
-    return DumpRecord(episode, prompts, {k: credited[f"{stem}/{k}"] for k in prompts if f"{stem}/{k}" in credited})
-
-
-def _line(record: DumpRecord) -> str:
-    return json.dumps(
-        {k: vars(record)[k] for k in ("prompts", "credit", "episode")}, default=as_json, ensure_ascii=False
-    )
-
-
-def _parse(line: dict[str, Any]) -> DumpRecord:
-    e = line["episode"]
+def parse(line: bytes) -> DumpRecord:
+    """Inverse of `encoded`. Raises ValueError, LookupError, TypeError, AttributeError or RecursionError for any other
+    line."""
+    found = json.loads(line)
+    e = found["episode"]
     episode = Episode(
         task=Task(**e["task"]),
         index=e["index"],
         attempts=tuple(map(_attempt, e["attempts"])),
-        critiques=tuple(Critique(**{**c, "completion": Completion.parse(c["completion"])}) for c in e["critiques"]),
+        critiques=tuple(
+            Critique(**_unpacked(c) | {"completion": _completion(c["completion"])}) for c in e["critiques"]
+        ),
     )
-    credit = {k: Credited(c["reward"], c["advantage"], tuple(c.get("weights", ()))) for k, c in line["credit"].items()}
-    return DumpRecord(episode, line["prompts"], credit)
+    credit = {role: Credited(**_unpacked(of)) for role, of in found["credit"].items()}
+    return DumpRecord(episode, str(found["prompt"]), credit)
+
+
+def _fields(value: object) -> dict[str, Any]:
+    return {name: _packed(name, of) for name, of in vars(value).items()}
+
+
+def _packed(name: str, value: Any) -> Any:
+    if name in IDS:
+        return _text("i4", np.asarray(value, _TYPES["i4"]))
+    if name in FLOATS:  # most engines compute in fp32
+        wide = np.asarray(value, _TYPES["f8"])
+        narrow = wide.astype(_TYPES["f4"])
+        return _text("f4", narrow) if (narrow == wide).all() else _text("f8", wide)
+    return value
+
+
+def _text(kind: str, values: np.ndarray) -> str:
+    return f"{kind}:{binascii.b2a_base64(values.tobytes(), newline=False).decode('ascii')}"
+
+
+def _unpacked(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: _numbers(of) if name in IDS | FLOATS else of for name, of in fields.items()}
+
+
+def _numbers(text: str) -> tuple[Any, ...]:
+    kind, _, packed = text.partition(":")
+    return tuple(np.frombuffer(base64.b64decode(packed, validate=True), _TYPES[kind]).tolist())
+
+
+def _completion(fields: dict[str, Any]) -> Completion:
+    return Completion.parse(_unpacked(fields))
 
 
 def _turn(fields: dict[str, Any]) -> Turn:
-    kept = {"completion": Completion.parse(fields["completion"]), "answer_chars": tuple(fields.get("answer_chars", ()))}
-    return Turn(**{**fields, **kept})
+    chars = tuple(fields["answer_chars"])
+    return Turn(**_unpacked(fields) | {"completion": _completion(fields["completion"]), "answer_chars": chars})
 
 
 def _attempt(fields: dict[str, Any]) -> Attempt:
     turns = tuple(map(_turn, fields["turns"]))
-    measures = tuple((name, value) for name, value in fields.get("measures", ()))
-    return Attempt(**{**fields, "turns": turns, "measures": measures})
+    measures = tuple((name, value) for name, value in fields["measures"])
+    return Attempt(**_unpacked(fields) | {"turns": turns, "measures": measures})

@@ -27,7 +27,8 @@ from icrl_megatron.report.show import show
 from icrl_megatron.settings.loading import SAVED_NAME, save
 from icrl_megatron.settings.task_options import ArchiveSource
 from icrl_megatron.tasks.archive import Archive
-from icrl_megatron.telemetry.dumps import DumpRecord, dump_path, read_dump, write_dump
+from icrl_megatron.telemetry.dump_shards import shard_path
+from icrl_megatron.telemetry.dumps import DumpRecord, Rollouts, write_dump
 from icrl_megatron.telemetry.metrics import rollout_metrics
 from icrl_megatron.telemetry.writer import METRICS_FILE
 from icrl_megatron.types import Attempt, Completion, Critique, Episode, Task, Turn
@@ -90,12 +91,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append(rollout_metrics(headers_of(episodes), [], report) | cost)
     (folder / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    lines = dump_path(folder, 2).read_text().splitlines()
-    first = json.loads(lines[0])
+    file = shard_path(folder, 0)
+    lines = file.read_text().split("\n")
+    number = next(i for i, line in enumerate(lines) if '"step": 2,' in line)
+    first = json.loads(lines[number])
     turns = first["episode"]["attempts"][0]["turns"]
     turns[0]["observation"], turns[1]["observation"] = HOSTILE, LONG
-    first["episode"]["attempts"][0]["summary"] = first["prompts"]["0/attempt"] = HOSTILE
-    dump_path(folder, 2).write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
+    first["episode"]["attempts"][0]["summary"] = first["prompt"] = HOSTILE
+    lines[number] = json.dumps(first)
+    file.write_text("\n".join(lines))
     return folder
 
 
@@ -132,7 +136,7 @@ def test_show_colors_each_agent_and_cuts_calls_and_observations(run: Path) -> No
 
 
 def test_show_of_a_long_call(run: Path, tmp_path: Path) -> None:
-    record = read_dump(dump_path(run, 2))[1]
+    record = Rollouts(run).read(2)[1]
     attempt = record.episode.attempts[0]
     call = Turn(attempt.turns[0].completion, f"<plan> a </plan>\n<page>\n{LONG}\n</page>", "<page>x</page>", "", ())
     changed = replace(record.episode, attempts=(replace(attempt, turns=(call,)),), critiques=())
@@ -155,7 +159,7 @@ def test_show_writes_no_colors_to_a_file_or_where_they_are_unwanted(run: Path) -
 
 def test_the_parts_on_the_page_hold_every_token_once(run: Path) -> None:
     spellers = [Speller.of_run(run, archive_recipe()), Speller(None)]
-    for record in read_dump(dump_path(run, 1)):
+    for record in Rollouts(run).read(1):
         for speller in spellers:
             for attempt, of_round in zip(record.episode.attempts, rounds(record, speller), strict=True):
                 for turn, on_page in zip(attempt.turns, of_round["turns"], strict=True):
@@ -173,8 +177,8 @@ def rounds(record: DumpRecord, speller: Speller) -> list[dict[str, Any]]:
 
 
 def test_a_long_text_keeps_its_agents(run: Path) -> None:
-    (first, *_) = rounds(read_dump(dump_path(run, 1))[0], Speller.of_run(run, archive_recipe()))
-    cut = episode(1, read_dump(dump_path(run, 1))[0], Speller.of_run(run, archive_recipe()), 3, ())["rounds"][0]
+    (first, *_) = rounds(Rollouts(run).read(1)[0], Speller.of_run(run, archive_recipe()))
+    cut = episode(1, Rollouts(run).read(1)[0], Speller.of_run(run, archive_recipe()), 3, ())["rounds"][0]
     assert [part["agent"] for part in first["turns"][0]["parts"]] == ["plan", "search"]
     assert [part["agent"] for part in cut["turns"][0]["parts"]] == ["plan", ""]
     assert "tokens more" in cut["turns"][0]["parts"][1]["tokens"][0][0]

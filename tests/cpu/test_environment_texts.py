@@ -27,7 +27,7 @@ from icrl_megatron.settings.schema import Settings
 from icrl_megatron.sft import TeacherSource, constant_credit
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure, StepResult
-from icrl_megatron.telemetry.dumps import read_episodes, write_dump
+from icrl_megatron.telemetry.dumps import Rollouts, write_dump
 from icrl_megatron.telemetry.metrics import rollout_metrics
 from icrl_megatron.types import DroppedEpisode, Episode, Split, Task
 from icrl_megatron.utils.errors import ConfigError
@@ -49,7 +49,7 @@ def test_a_long_observation_is_cut_and_counted(tmp_path: Path) -> None:
     cut = rollout_metrics(headers_of([ended]), [], CreditReport((), 0, 0, 0, 0))["episodes/texts_cut"]
     assert cut == len(ended.attempts)
     write_dump(tmp_path, 1, [ended], [], PROMPTER.decode)
-    assert read_episodes(tmp_path / "rollouts" / "step_000001.jsonl") == [ended]
+    assert Rollouts(tmp_path).episodes(1) == [ended]
 
 
 def test_long_hints_and_summaries_are_cut() -> None:
@@ -96,7 +96,7 @@ def test_dumps_keep_texts_with_any_characters(tmp_path: Path, text: str) -> None
     ended = play_one(type("Odd", tuple(odd), {}))
     assert isinstance(ended, Episode)
     write_dump(tmp_path, 1, [ended], [], PROMPTER.decode)
-    assert read_episodes(tmp_path / "rollouts" / "step_000001.jsonl") == [ended]
+    assert Rollouts(tmp_path).episodes(1) == [ended]
 
 
 # Teachers and task sets

@@ -35,7 +35,7 @@ from icrl_megatron.settings.loading import save
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.settings.task_options import ServedSource
 from icrl_megatron.settings.task_sections import TaskServers
-from icrl_megatron.telemetry.dumps import dump_path, read_episodes
+from icrl_megatron.telemetry.dumps import Rollouts
 from icrl_megatron.types import Attempt, Completion, Critique, DroppedEpisode, Episode, Task, Turn
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.intervals import mcnemar, proportion, wilson_difference
@@ -259,7 +259,7 @@ def test_two_models_on_the_same_problems(ended: tuple[Path, dict[str, Ended]]) -
         )
     )
     assert compared["only_first"] == sum(a[0] and not b[0] for a, b in pairs)
-    episodes = read_episodes(dump_path(folder / "after", 0))
+    episodes = Rollouts(folder / "after").episodes(0)
     assert successes(headers_of(episodes), 2) == after["successes"]
     assert all(turn.text for one in episodes for attempt in one.attempts for turn in attempt.turns)
     shown = io.StringIO()

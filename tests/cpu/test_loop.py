@@ -19,7 +19,7 @@ from icrl_megatron.run import state as state_module
 from icrl_megatron.run.evaluator import NoEvaluator
 from icrl_megatron.settings.arms import ARMS
 from icrl_megatron.settings.schema import Settings
-from icrl_megatron.telemetry.dumps import dump_path, read_episodes
+from icrl_megatron.telemetry.dumps import Rollouts
 from icrl_megatron.telemetry.writer import Row, read_rows
 from icrl_megatron.utils.progress import Progress
 
@@ -138,7 +138,7 @@ def test_recomputed_calibration_weights_equal_those_of_the_engine(ran: Ran) -> N
 
 @pytest.mark.parametrize(("name", "trained"), [("paper", True), ("frozen_critic", False), ("empty_critic", False)])
 def test_the_critic_is_trained_only_if_it_is_the_solver(ran: Ran, name: str, trained: bool) -> None:
-    episodes, row = read_episodes(dump_path(ran.folder / name, 1)), ran.steps(name)[0]
+    episodes, row = Rollouts(ran.folder / name).episodes(1), ran.steps(name)[0]
     attempts, critiques = (sum(len(getattr(e, of)) for e in episodes) for of in ("attempts", "critiques"))
     assert critiques > 0 and row["samples/count"] == attempts + critiques * trained
     assert (row["critique/tokens"] == 0) == (name == "empty_critic")
@@ -272,7 +272,7 @@ def test_on_resume_the_actor_releases_memory_before_the_engine_gets_weights(
             offload=SimpleNamespace(release=lambda: order.append("release")), optimizer=SimpleNamespace(steps=3)
         ),
         sync=sync,
-        grid=SimpleNamespace(rank=1),
+        grid=SimpleNamespace(rank=1, world=2),
         source=SimpleNamespace(restore_replay_logs=lambda kept: None, replay_logs=dict),
         sampler=SimpleNamespace(curriculum=None),
         settings=Settings(steps=3),

@@ -19,7 +19,8 @@ from icrl_megatron.report.page_episodes import Speller
 from icrl_megatron.settings.loading import SAVED_NAME, load_saved, save
 from icrl_megatron.settings.schema import OptimSettings, Settings
 from icrl_megatron.settings.task_schema import TaskSettings, TaskSource
-from icrl_megatron.telemetry.dumps import dump_path, dumped_steps, read_dump
+from icrl_megatron.telemetry.dump_shards import shard_path
+from icrl_megatron.telemetry.dumps import Rollouts
 from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
 from icrl_megatron.utils.errors import ConfigError
 
@@ -29,9 +30,10 @@ INJECTION = "</script><script>document.title='broken'</script><img src=x onerror
 def test_dumps_have_the_weight_of_every_calibrated_token(finished_run: Path) -> None:
     rows = {int(r["step"]): r for r in read_rows(finished_run / METRICS_FILE) if "tokens/generated" in r}
     compared = 0
-    for step in dumped_steps(finished_run):
+    rollouts = Rollouts(finished_run)
+    for step in rollouts.steps:
         weights: list[float] = []
-        for record in read_dump(dump_path(finished_run, step)):
+        for record in rollouts.read(step):
             for attempt in record.episode.attempts:
                 credited = record.credit.get(f"{attempt.round}/{'revision' if attempt.round else 'attempt'}")
                 if attempt.round == 0:
@@ -58,7 +60,7 @@ def test_page_contains_the_run_and_no_links(finished_run: Path, tmp_path: Path) 
     data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])  # type: ignore[index]
     (run,) = data["runs"]
     episodes, weights = run["episodes"], run["weights"]
-    assert (len(episodes["shown"]), episodes["played"], episodes["read"], episodes["dumped"]) == (30, 6 * 16, 6, 6)
+    assert (len(episodes["shown"]), episodes["kept"], episodes["read"], episodes["dumped"]) == (30, 6 * 16, 6, 6)
     assert run["steps"] == 6 and len(weights["steps"]) > 0
     assert all(sum(shares) == pytest.approx(1.0, abs=0.01) for shares in weights["shares"])
     assert {"rollout", "train"} <= set(run["times"]["phases"])
@@ -76,7 +78,7 @@ def test_page_contains_the_run_and_no_links(finished_run: Path, tmp_path: Path) 
 
 def test_token_pieces_join_to_the_text(finished_run: Path) -> None:
     speller = Speller.of_run(finished_run, load_saved(finished_run / "settings.yaml"))
-    for record in read_dump(dump_path(finished_run, 1))[:20]:
+    for record in Rollouts(finished_run).read(1)[:20]:
         for attempt in record.episode.attempts:
             for turn in attempt.turns:
                 pieces = speller.pieces(turn.completion.ids.tolist())
@@ -173,10 +175,10 @@ def page(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     another = copied(finished_run, folder / "other_0", optim=OptimSettings(learning_rate=1e-5))
     hostile = copied(finished_run, folder / "hostile", optim=OptimSettings(learning_rate=1e-5), seed=7)
-    file = dump_path(hostile, 1)
+    file = shard_path(hostile, 0)
     lines = file.read_text().splitlines()
     first = json.loads(lines[0])
-    first["prompts"]["0/attempt"] = INJECTION
+    first["prompt"] = INJECTION
     first["episode"]["attempts"][0]["summary"] = INJECTION
     file.write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
     return write_page([finished_run, another, hostile], folder / "page.html", PageSize(episodes=200))

@@ -30,7 +30,7 @@ from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.base import Opening, StepResult
 from icrl_megatron.tasks.manuals import MANUALS
 from icrl_megatron.tasks.mathematics import MANUAL
-from icrl_megatron.telemetry.dumps import dump_path, read_dump
+from icrl_megatron.telemetry.dumps import Rollouts
 from icrl_megatron.types import Completion, DroppedEpisode, Episode, Task
 from icrl_megatron.utils.errors import ConfigError
 
@@ -234,7 +234,7 @@ def test_two_steps_of_the_byte_model(tmp_path: Path) -> None:
     ended = batch(tmp_path, {"run": words})["run"]
     assert ended.code == 0, ended.error
     for step in (1, 2):
-        episodes = [record.episode for record in read_dump(dump_path(tmp_path / "run", step))]
+        episodes = [record.episode for record in Rollouts(tmp_path / "run").read(step)]
         assert len(episodes) == 4
         for episode in episodes:
             first, second = episode.attempts

@@ -13,6 +13,7 @@ from whole_runs import Batch, batch, from_model, rows, train
 
 from icrl_megatron.actor import manifest
 from icrl_megatron.run.state import NEWEST_ROWS
+from icrl_megatron.telemetry.dumps import Rollouts
 from icrl_megatron.telemetry.writer import Row
 from icrl_megatron.utils.step_names import step_name, step_of
 
@@ -68,6 +69,7 @@ def ran(start: list[str], tmp_path_factory: pytest.TempPathFactory) -> Ran:
         return train(folder / at(name), *start, *more)
 
     commands = {
+        "dump@1": ["fault=dump@1", *of("dump@1", ALWAYS, NOT_EVALUATED)],
         "whole": of("whole", ALWAYS, NOT_EVALUATED),
         "evaluated": of("evaluated", ALWAYS, EVALUATED),
         "partial": of("partial", ALWAYS, NOT_EVALUATED, *PARTIAL),
@@ -81,7 +83,6 @@ def ran(start: list[str], tmp_path_factory: pytest.TempPathFactory) -> Ran:
         "heldout@2": [EVALUATED],
         "partial engine@2": [NOT_EVALUATED, *PARTIAL],
         "update@2": [NOT_EVALUATED],
-        "dump@2": [NOT_EVALUATED],
         "engine@0": [NOT_EVALUATED],
     }.items():
         commands[name] = [f"fault={name.split()[-1]}", *of(name, NEVER, *more)]
@@ -135,14 +136,27 @@ def test_step_with_a_failed_evaluation_is_saved_and_only_reevaluated(ran: Ran) -
     assert ran.rows(name) == ran.rows("evaluated")
 
 
-@pytest.mark.parametrize("name", ["update@2", "dump@2"])
-def test_partially_updated_weights_are_not_saved(ran: Ran, name: str) -> None:
+def test_partially_updated_weights_are_not_saved(ran: Ran) -> None:
+    name = "update@2"
     assert ran.ended[name].code == 1
     said = ran.ended[name].said
     assert "an update had begun to change the weights, so nothing was saved; there is no checkpoint yet" in said
     assert ran.ended[f"{name} again"].code == 0, ran.ended[f"{name} again"].error
     assert ran.rows(at(name)) == ran.rows("whole")
     assert ran.checkpoints(at(name)) == ["step_000003"]
+
+
+def test_episodes_that_cannot_be_dumped_are_counted_and_training_goes_on(ran: Ran) -> None:
+    ended, lost = ran.ended["dump@1"], "episodes/not_dumped"
+    assert ended.code == 0, ended.error
+    assert ended.said.count("episodes are not dumped") == ended.said.count("Input/output error") == 1
+    rows, expected = ran.rows(at("dump@1")), ran.rows("whole")
+    assert sum(row.get(lost, 0.0) for row in rows) == 8
+    assert [row | {lost: 0.0} for row in rows] == [row | {lost: 0.0} for row in expected]
+    assert ran.saved(at("dump@1"), 3) == ran.saved("whole", 3)
+    assert Rollouts(ran.folder / at("dump@1")).steps == [1, 3]
+    assert Rollouts(ran.folder / "whole").steps == [1, 2, 3]
+    assert {row.get(lost, 0.0) for row in expected} == {0.0}
 
 
 def test_error_in_the_first_step_saves_nothing(ran: Ran) -> None:

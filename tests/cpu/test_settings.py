@@ -295,8 +295,12 @@ def test_every_upper_limit_is_checked(name: str) -> None:
         ("rollout.context_tokens=5000", "the model has 1024 positions"),
         ("rollout.max_turn_tokens=512", "leaves no room for a prompt"),
         ("rollout.max_critique_tokens=600", "leaves no room for a prompt"),
+        ("telemetry.dump=some", "telemetry.dump=some: must be all, none, or a number of episodes of at least 1"),
+        ("telemetry.dump=0", "telemetry.dump=0: must be all, none, or a number"),
+        ("telemetry.dump=1.5", "telemetry.dump=1.5: must be all, none, or a number"),
+        ("telemetry.dump=-1", "telemetry.dump=-1: must be all, none, or a number"),
         ("debug.mode=from_dump", "debug.mode=from_dump needs debug.dump"),
-        ("debug.mode=from_dump debug.dump=nothing_here", "no rollouts/step_"),
+        ("debug.mode=from_dump debug.dump=nothing_here", "no rollouts/rank_"),
         ("debug.dump=x", "needs debug.mode=from_dump"),
     ],
 )

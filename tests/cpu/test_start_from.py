@@ -29,7 +29,9 @@ def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Batch:
     rest = ["eval.interval=0", "checkpoint.interval=1", "checkpoint.keep=9", "optim.learning_rate=1e-3"]
     third = folder / "third" / "rollouts"
     third.mkdir(parents=True)
-    shutil.copyfile(finished_run / "rollouts" / "step_000003.jsonl", third / "step_000001.jsonl")
+    lines = (finished_run / "rollouts" / "rank_00000.jsonl").read_text().split("\n")
+    of_third = [line.replace('"step": 3,', '"step": 1,', 1) for line in lines if '"step": 3,' in line]
+    (third / "rank_00000.jsonl").write_text("\n".join([*of_third, ""]))
 
     def dumped(name: str, of: Path, *more: str) -> list[str]:
         return train(folder / name, *rest, "debug.mode=from_dump", f"debug.dump={of}", *more)

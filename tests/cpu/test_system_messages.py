@@ -26,7 +26,7 @@ from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.settings.task_options import ToolsSource, source_of
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Opening
-from icrl_megatron.telemetry.dumps import dump_path, read_dump
+from icrl_megatron.telemetry.dumps import Rollouts
 from icrl_megatron.types import Completion, DroppedEpisode, Episode, Task
 
 TEMPLATES = tuple(qwen_tokenizers.TEXT_OF)
@@ -200,7 +200,7 @@ def test_runs_with_and_without_a_system_role_in_the_template(tmp_path: Path) -> 
     for name, text in opened.items():
         assert ended[name].code == 0, ended[name].error
         shown = tokenizer(model)
-        for record in read_dump(dump_path(tmp_path / name, 1)):
+        for record in Rollouts(tmp_path / name).read(1):
             first, second = record.episode.attempts
             for ids in (first.prompt_ids, second.prompt_ids, second.plain_prompt_ids):
                 assert text in shown.decode(ids)

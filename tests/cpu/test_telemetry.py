@@ -17,7 +17,7 @@ from icrl_megatron.report.plots import learning_curve
 from icrl_megatron.report.show import show
 from icrl_megatron.settings.presets import apply_preset
 from icrl_megatron.settings.schema import AlgoSettings, Settings
-from icrl_megatron.telemetry.dumps import dump_path, dumped_steps, read_dump, read_episodes, write_dump
+from icrl_megatron.telemetry.dumps import Rollouts, write_dump
 from icrl_megatron.telemetry.metrics import heldout_metrics, rollout_metrics
 from icrl_megatron.telemetry.writer import METRICS_FILE, TENSORBOARD_FOLDER, MetricsWriter, read_rows
 from icrl_megatron.types import Attempt, Completion, Critique, DroppedEpisode, Episode, Ids, Task, Turn
@@ -192,24 +192,20 @@ def test_unusable_files_are_rejected(tmp_path: Path) -> None:
     (tmp_path / METRICS_FILE).write_text('{"step": 1}\n[]\n{"step": 2}\n')
     with pytest.raises(ConfigError, match="line 2"):
         read_rows(tmp_path / METRICS_FILE)
-    with pytest.raises(ConfigError, match="No rollouts"):
-        read_episodes(tmp_path / "none.jsonl")
-    (tmp_path / "bad.jsonl").write_text('{"prompts": {}, "credit": {}, "episode": {"index": 0}}\n')
-    with pytest.raises(ConfigError, match=r"bad.jsonl, line 1 .*'task'"):
-        read_episodes(tmp_path / "bad.jsonl")
 
 
 def test_dump_round_trip(tmp_path: Path) -> None:
     report = credit(headers_of(PLAYED), AlgoSettings(), train_critic=True)
     path = write_dump(tmp_path, 12, PLAYED, report.samples, decode)
-    assert path == tmp_path / "rollouts" / "step_000012.jsonl"
+    assert path == tmp_path / "rollouts" / "rank_00000.jsonl"
     assert list(path.parent.iterdir()) == [path]
-    assert read_episodes(path) == sorted(PLAYED, key=lambda e: (e.task.task_id, e.index))
-    assert hash(read_episodes(path)[0]) == hash(PLAYED[3])  # contains tuples at every level, not lists
+    episodes = Rollouts(tmp_path).episodes(12)
+    assert episodes == sorted(PLAYED, key=lambda e: (e.task.task_id, e.index))
+    assert hash(episodes[0]) == hash(PLAYED[3])  # contains tuples at every level, not lists
     assert "Go “south” instead." in path.read_text(encoding="utf-8")
 
-    records = read_dump(path)
-    assert records[1].prompts == {"0/attempt": "<1> <2> <3>", "1/revision": "<1> <2> <4>", "0/critique": "<5> <6>"}
+    records = Rollouts(tmp_path).read(12)
+    assert records[1].prompt == "<1> <2> <3>"
     credited = {s.sample_id: (s.reward, s.advantage) for s in report.samples}
     read = {
         f"{r.episode.task.task_id}#{r.episode.index}/{k}": (c.reward, c.advantage)
@@ -231,7 +227,7 @@ def test_show(tmp_path: Path) -> None:
     settings = apply_preset(Settings(), "reference").algo
     for step in (2, 10):
         write_dump(tmp_path, step, PLAYED, credit(headers_of(PLAYED), settings, True).samples, decode)
-    assert dumped_steps(tmp_path) == [2, 10]
+    assert Rollouts(tmp_path).steps == [2, 10]
 
     text = shown(tmp_path, index=1)
     order = ["step 10", "maze/train/0", "<1> <2> <3>", "attempt", "go north 0", "[red]", "failed", "critique, 4 tokens"]
@@ -247,9 +243,6 @@ def test_show(tmp_path: Path) -> None:
             shown(tmp_path, **which)
     with pytest.raises(ConfigError, match="holds no rollouts"):
         shown(tmp_path / "rollouts")
-    dump_path(tmp_path, 10).write_text("")
-    with pytest.raises(ConfigError, match="no episodes"):
-        shown(tmp_path)
 
 
 def test_progress_in_a_terminal_and_without_one(monkeypatch: pytest.MonkeyPatch) -> None:

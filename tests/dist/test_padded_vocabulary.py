@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from whole_runs import icrl, rows, train
 
-from icrl_megatron.telemetry.dumps import read_episodes
+from icrl_megatron.telemetry.dumps import Rollouts
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -44,7 +44,7 @@ def test_engine_trainer_and_export_use_all_rows(padded: Path, tmp_path: Path, te
     assert len(steps) == 2
     assert all(row["actor/mismatch_abs"] <= 1e-5 and row["actor/mismatch_max"] <= 1e-3 for row in steps)
     words = len(AutoTokenizer.from_pretrained(padded))
-    ids = [i for path in (run / "rollouts").glob("*.jsonl") for i in generated_ids(path)]
+    ids = generated_ids(Rollouts(run))
     assert any(words <= i < ROWS for i in ids)
     trained, before = (load_file(folder / "model.safetensors") for folder in (run / "hf", padded))
     assert {n: t.shape for n, t in trained.items()} == {n: t.shape for n, t in before.items()}
@@ -54,6 +54,7 @@ def test_engine_trainer_and_export_use_all_rows(padded: Path, tmp_path: Path, te
     assert bool(changed.all())
 
 
-def generated_ids(path: Path) -> list[int]:
-    attempts = [attempt for episode in read_episodes(path) for attempt in episode.attempts]
+def generated_ids(rollouts: Rollouts) -> list[int]:
+    episodes = [episode for step in rollouts.steps for episode in rollouts.episodes(step)]
+    attempts = [attempt for episode in episodes for attempt in episode.attempts]
     return [i for attempt in attempts for turn in attempt.turns for i in turn.completion.ids]

@@ -10,10 +10,15 @@ import pytest
 from whole_runs import WARM_START, from_model, has_child, icrl, kill_tree, lines, rows, signalled, start, train, when
 
 from icrl_megatron.distributed.process import STOPPED
+from icrl_megatron.telemetry.dump_shards import shard_path
+from icrl_megatron.telemetry.dump_writer import chosen
+from icrl_megatron.telemetry.dumps import Rollouts
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 WEIGHTS = "model.safetensors"
+DUMPED = 6
+"""Episodes of a step that the resumed run dumps: one group and half of another."""
 
 
 def test_run_killed_three_times_ends_bit_identical(finished_run: Path, tmp_path: Path) -> None:
@@ -138,7 +143,8 @@ def test_run_resumes_on_another_grid(finished_run: Path, tmp_path: Path) -> None
     folder = tmp_path / "tp2"
     shutil.copytree(finished_run, folder)
     shutil.rmtree(folder / "checkpoints" / "step_000006")
-    code, _, err = icrl(*train(folder, *WARM_START, "launch.ranks=2", "actor.tensor_parallel=2"))
+    grid = ("launch.ranks=2", "actor.tensor_parallel=2")
+    code, _, err = icrl(*train(folder, *WARM_START, *grid, f"telemetry.dump={DUMPED}"))
     assert code == 0, err
     there, here = rows(finished_run), rows(folder)
     assert [row["step"] for row in here] == [row["step"] for row in there]
@@ -147,3 +153,12 @@ def test_run_resumes_on_another_grid(finished_run: Path, tmp_path: Path) -> None
     # Engines have other batches, so sums are rounded differently, but tokens and rewards must not change.
     assert here[next_step] == pytest.approx(there[next_step], rel=1e-3, abs=1e-5)
     assert here[next_step]["tokens/generated"] == there[next_step]["tokens/generated"]
+    # Each rank dumps its part of the episodes that one rank would dump, and no step is there twice.
+    before, after = Rollouts(finished_run), Rollouts(folder)
+    assert after.steps == before.steps == [1, 2, 3, 4, 5, 6]
+    assert after.read(4) == before.read(4)
+    for step in (5, 6):
+        everyone, dumped = ([(e.task.task_id, e.index) for e in of.episodes(step)] for of in (before, after))
+        assert len(dumped) == DUMPED < len(everyone)
+        assert set(dumped) == chosen(everyone, DUMPED, 0, step)
+    assert all(b'"step": 5,' in shard_path(folder, rank).read_bytes() for rank in (0, 1))

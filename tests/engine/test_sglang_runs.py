@@ -18,7 +18,7 @@ from whole_runs import end, icrl, rows, start, when
 
 from icrl_megatron.engines.protocol import Sampling
 from icrl_megatron.engines.sglang_server import Server
-from icrl_megatron.telemetry.dumps import dump_path, read_episodes
+from icrl_megatron.telemetry.dumps import Rollouts
 
 pytestmark = [pytest.mark.engine, pytest.mark.dist, pytest.mark.slow]
 
@@ -142,7 +142,7 @@ def test_a_frozen_critic_and_a_server_killed_twice_outside_of_steps(model: Path,
     (report,) = json.loads((folder / "control_before.json").read_text()).values()
     assert report["failures"] == report["critique"]["n"] == 16
     assert report["dropped"] == 0
-    episodes = read_episodes(dump_path(folder, 1))
+    episodes = Rollouts(folder).episodes(1)
     assert {t.completion.weight_version for e in episodes for a in e.attempts for t in a.turns} == {1}
     assert {c.completion.weight_version for e in episodes for c in e.critiques} == {0}, "the critic has other weights"
 
@@ -193,7 +193,7 @@ def test_oversampled_steps_cut_off_the_slow_and_go_on_with_them(
     replies = [
         (step, turn.completion)
         for step in range(1, STEPS + 1)
-        for episode in read_episodes(dump_path(folder, step))
+        for episode in Rollouts(folder).episodes(step)
         for attempt in episode.attempts
         for turn in attempt.turns
     ]

@@ -138,8 +138,8 @@ function drawFilters() {
 }
 function drawList() {
   search();
-  const { played, read, dumped, shown } = runs[state.run].episodes, single = new Set(shown.map(e => e.source)).size === 1;
-  $("count").textContent = `${found.length} of ${whole(played)} played in ${read < dumped ? `${read} of ${dumped}` : dumped} steps; arrow keys move`;
+  const { kept, read, dumped, shown } = runs[state.run].episodes, single = new Set(shown.map(e => e.source)).size === 1;
+  $("count").textContent = `${found.length} of ${whole(kept)} dumped in ${read < dumped ? `${read} of ${dumped}` : dumped} steps; arrow keys move`;
   $("list").replaceChildren(...found.map((e, i) => el("li", { id: `e${i}`, role: "option", "aria-selected": i === state.chosen, class: i === state.chosen ? "on" : "", onclick: () => choose(i) },
     el("i", { class: `dot ${e.outcome}`, title: words[e.outcome] }, marks[e.outcome]), el("em", {}, `${e.task.startsWith(`${e.source}/`) && single ? e.task.slice(e.source.length + 1) : e.task} #${e.index}`), el("span", {}, `step ${e.step}`))));
   drawEpisode();
