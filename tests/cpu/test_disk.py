@@ -200,8 +200,11 @@ def test_metrics_on_a_full_disk_end_with_a_complete_row_and_one_message(disk: Pa
 @pytest.mark.parametrize("fault", ["full", "read_only"])
 def test_a_run_whose_disk_fails_ends_with_one_line(fault: str, finished_run: Path, tmp_path: Path) -> None:
     model = ("model.init=null", f"model.path={finished_run / 'warm_start' / 'hf'}", "warm_start.steps=0")
-    with small_disk(tmp_path / "disk", 4096) as disk:
-        process = start(*train(disk / "run", *model, "steps=5000", "checkpoint.interval=100000", "eval.interval=0"))
+    # Files that are open stay writable on the read-only disk, so there the next checkpoint fails.
+    interval = 10 if fault == "read_only" else 100_000
+    with small_disk(tmp_path / "disk", 65_536) as disk:
+        settings = ("steps=5000", f"checkpoint.interval={interval}", "eval.interval=0")
+        process = start(*train(disk / "run", *model, *settings))
         try:
             while len(read_rows(disk / "run" / "metrics.jsonl")) < 2:
                 assert process.poll() is None, process.communicate()
