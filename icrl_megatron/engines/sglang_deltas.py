@@ -90,10 +90,11 @@ class DeltaEngine(SGLangEngine):
 
     def _update(self, tensors: Iterable[tuple[str, Tensor]], version: int, pour: Any = None) -> None:
         known, self._known = self._known, False
+        whole = weights.checked(tensors, self._sink.shapes, self._sink.dtype, version)
         doubt = self._doubt() if known else ""
         if known and not doubt:
             expected = Checksums(self._settings.tensor_parallel, self._model)
-            super()._update(self._copy.differences(tensors, expected), version, self._pour_differences)
+            super()._update(self._copy.differences(whole, expected), version, self._pour_differences)
             doubt = self._differs(expected)
             if doubt:
                 self._push_all(self._copy, version)
@@ -101,7 +102,7 @@ class DeltaEngine(SGLangEngine):
             if self._transport is not None:  # its group may have ended with the server
                 self._transport.close()
                 self._transport = None
-            self._push_all(self._copy.keeping(tensors), version)
+            self._push_all(self._copy.keeping(whole), version)
         if doubt:
             _log.warning("%s was sent all weights of version %d: %s", self.server.url, version, doubt)
             self.verify(self._copy, self._model)

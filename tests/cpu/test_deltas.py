@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from argparse import Namespace
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,9 @@ from torch import Tensor, nn
 from icrl_megatron.engines.on_server import icrl_deltas
 from icrl_megatron.engines.on_server.icrl_deltas import Piece, decode, encode
 from icrl_megatron.engines.sglang_deltas import Load, loads
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import bench_deltas
 
 CPU = torch.device("cpu")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -68,6 +74,14 @@ def test_distances_around_255(dtype: str, places: tuple[int, ...]) -> None:
     sizes, data = encode(old, new)
     assert len(sizes) == (3 if places else 0)
     assert torch.equal(bits(added(old, decode(Piece("w", (1000,), dtype, sizes), data, CPU))), bits(new))
+
+
+def test_the_benchmark_compares_bits_and_bytes() -> None:
+    """At the 8B recipe's learning rate, on a small model."""
+    model = Namespace(hidden=64, layers=1, vocabulary=256, std=0.02, steps=2, recipe="qwen3_8b")
+    found = bench_deltas.measure(model, bench_deltas.bound)
+    assert all(0.01 < share < bench_deltas.TARGET for share in found["each"])
+    assert found["across"] < sum(found["each"])
 
 
 def test_weights_that_moved_by_one_step_in_a_hundred_take_a_hundredth() -> None:

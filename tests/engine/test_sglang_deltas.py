@@ -20,6 +20,7 @@ from icrl_megatron.engines.sglang import SGLangEngine
 from icrl_megatron.engines.sglang_deltas import DeltaEngine
 from icrl_megatron.engines.sglang_group import OverGroup
 from icrl_megatron.engines.sglang_server import Server, ServerSpec
+from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.types import Completion
 
 pytestmark = [pytest.mark.engine, pytest.mark.dist, pytest.mark.slow]
@@ -48,16 +49,17 @@ def started(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         server.kill()
 
 
-def remote(started: Server, deltas: bool) -> SGLangEngine:
+def remote(started: Server, model: Path, deltas: bool) -> SGLangEngine:
     """An engine that knows the server only by its address."""
+    shape = ModelShape.read(model)
     server, settings = Server(None, started.url, started.key), engine_settings(sync_timeout_s=60.0)
 
     def transport() -> OverGroup:
         return OverGroup(server, 1, "127.0.0.1", CPU, settings.sync_timeout_s)
 
     if deltas:
-        return DeltaEngine(server, settings, transport, UNTIED, torch.bfloat16, CPU)
-    return SGLangEngine(server, settings, transport, UNTIED.tensors(), torch.bfloat16, CPU)
+        return DeltaEngine(server, settings, transport, shape, torch.bfloat16, CPU)
+    return SGLangEngine(server, settings, transport, shape.tensors(), torch.bfloat16, CPU)
 
 
 class Masters:
@@ -84,7 +86,7 @@ def test_ten_deltas_and_a_full_push_in_every_doubt(
     started: Server, model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    masters, engine, other = Masters(model), remote(started, deltas=True), remote(started, deltas=False)
+    masters, engine, other = Masters(model), remote(started, model, True), remote(started, model, False)
     whole = sum(t.nbytes for _, t in masters.step())
     for version in range(1, 12):
         tensors = masters.step()
