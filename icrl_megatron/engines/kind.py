@@ -58,6 +58,8 @@ class EngineKind:
     """Whether one engine may use several GPUs (`engine.tensor_parallel`)."""
     quantizes = False
     """Whether `engine.quantization` applies."""
+    deltas = False
+    """Whether `engine.sync=delta` applies."""
     spare_tokens = 0
     """KV cache tokens that the engine reserves for itself, beyond `rollout.context_tokens`."""
 
@@ -77,6 +79,7 @@ class EngineKind:
         """Raises ConfigError if the engines do not fit `world` ranks with `on_node` ranks per node."""
         engine = settings.engine
         server_checks.check_key(engine)
+        server_checks.check_sync(engine, self.deltas)
         if engine.tensor_parallel > 1:
             raise ConfigError(f"engine.tensor_parallel={engine.tensor_parallel}: engine.kind={engine.kind} has only 1")
         if engine.urls or engine.servers:
@@ -112,6 +115,7 @@ class ServerKind(EngineKind):
 
     def check_ranks(self, settings: Settings, world: int, on_node: int) -> None:
         server_checks.check_key(settings.engine)
+        server_checks.check_sync(settings.engine, self.deltas)
         if settings.engine.urls:  # external servers have their own GPUs
             server_checks.check_urls(settings, world)
         else:

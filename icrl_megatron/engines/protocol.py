@@ -80,6 +80,10 @@ class EngineStats:
     retries: int = 0
     aborted: int = 0
     """Requests aborted at their deadline."""
+    full_pushes: int = 0
+    """Times that `engine.sync=delta` sent all weights: at first, and whenever the server might have had others."""
+    sync_bytes: int = 0
+    """Bytes of weights and differences that `engine.sync=delta` sent."""
 
     def __add__(self, other: EngineStats) -> EngineStats:
         return EngineStats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))

@@ -41,6 +41,26 @@ def check_key(engine: EngineSettings) -> None:
         )
 
 
+def check_sync(engine: EngineSettings, deltas: bool) -> None:
+    """Raises ConfigError if deltas cannot be sent. `deltas`: whether the kind of engine can take them."""
+    if engine.sync != "delta":
+        return
+    if not deltas:
+        raise ConfigError(
+            f"engine.sync=delta: engine.kind={engine.kind} takes only whole weights; use engine.sync=full"
+        )
+    if not engine.urls:
+        raise ConfigError(
+            "engine.sync=delta is for servers of engine.urls: servers that the run starts read the weights from memory "
+            "of this machine; use engine.sync=full, or name servers in engine.urls"
+        )
+    if engine.quantization:
+        raise ConfigError(
+            f"engine.sync=delta: with engine.quantization={engine.quantization} the server's weights are not those "
+            "that were sent, and differences cannot be added to them; use engine.sync=full"
+        )
+
+
 def check_groups(engine: EngineSettings, world: int, on_node: int) -> None:
     """Raises ConfigError if the servers that the run starts cannot be divided among the ranks. Each server uses the
     GPUs of a group of consecutive ranks on one node."""

@@ -127,12 +127,12 @@ class SGLangEngine:
         for _ in stream:  # gathering is collective; a dead server gets its weights after a restart
             pass
 
-    def _update(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    def _update(self, tensors: Iterable[Any], version: int, pour: Callable[..., None] | None = None) -> None:
         if self._transport is None:
             self._transport = self._make_transport()
         self._half = f"The engine has only a part of the weights of version {version}: send a complete update."
         try:
-            self._sink.pour(tensors, version, self._transport, self.lost())
+            (pour or self._sink.pour)(tensors, version, self._transport, self.lost())
         except EngineError as error:
             if not self._died(error):
                 with suppress(EngineError):  # report the first error; an update left open would block later ones

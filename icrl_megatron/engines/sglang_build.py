@@ -27,8 +27,10 @@ from icrl_megatron.engines.rank import Engines, Share, lead_rank
 from icrl_megatron.engines.server_group import ServerGroup
 from icrl_megatron.engines.sglang import Follower, SGLangEngine
 from icrl_megatron.engines.sglang_checks import require_context
+from icrl_megatron.engines.sglang_deltas import DeltaEngine, require_loader
+from icrl_megatron.engines.sglang_group import OverGroup
 from icrl_megatron.engines.sglang_server import Server, ServerSpec, check_version
-from icrl_megatron.engines.sglang_weights import OverGroup, Shapes, SharedMemory, Sink, Transport
+from icrl_megatron.engines.sglang_weights import Shapes, SharedMemory, Sink, Transport
 from icrl_megatron.model.shape import ModelShape, locate_weights
 from icrl_megatron.settings.schema import EngineSettings, Settings
 from icrl_megatron.utils.errors import ConfigError
@@ -95,12 +97,14 @@ def _own_engine(request: EngineRequest, number: int, group: Any, lead: int) -> S
 def _remote_engine(request: EngineRequest, number: int) -> SGLangEngine:
     """Creates an engine on a server of `engine.urls`. If no weights are pushed later, sends those of the folder now,
     because it is not known which weights the server has."""
-    server, engine = _remote(request.settings, request.settings.engine.urls[number])
+    server, engine = _remote(request, request.settings.engine.urls[number])
     host, device = _address(server.url), request.device
 
-    def transport() -> Transport:
+    def transport() -> OverGroup:
         return OverGroup(server, engine.tensor_parallel, host, device, engine.sync_timeout_s)
 
+    if request.synced and engine.sync == "delta":
+        return DeltaEngine(server, engine, transport, ModelShape.read(request.folder), request.dtype, device)
     solver = SGLangEngine(server, engine, transport, tensor_shapes(request.folder), request.dtype, device)
     if not request.synced:
         solver.update_weights(folder_tensors(request.folder, request.dtype, device), version=1)
@@ -144,8 +148,9 @@ def server_spec(settings: Settings, folder: Path, device: torch.device, log: Pat
     )
 
 
-def _remote(settings: Settings, url: str) -> tuple[Server, EngineSettings]:
+def _remote(request: EngineRequest, url: str) -> tuple[Server, EngineSettings]:
     """Checks a server of `engine.urls`; returns it and the settings with its number of workers."""
+    settings = request.settings
     named = settings.engine.api_key_env
     server = Server(None, url.rstrip("/"), os.environ.get(named, ""))
     try:
@@ -159,6 +164,8 @@ def _remote(settings: Settings, url: str) -> tuple[Server, EngineSettings]:
             f"{url} has --preferred-sampling-params {info['preferred_sampling_params']}: log-probs would not be those "
             "of the policy; start it without this option"
         )
+    if request.synced and settings.engine.sync == "delta":
+        require_loader(url, info)
     _close_update(server, settings.engine.sync_timeout_s)
     return server, replace(settings.engine, tensor_parallel=int(info.get("tp_size") or 1))
 

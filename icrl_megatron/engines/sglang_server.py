@@ -287,6 +287,14 @@ class Server:
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             raise EngineError(f"{self.url}/server_info does not answer ({error}): is this an SGLang server?") from error
 
+    def weight_version(self) -> str:
+        """The version of the weights that the server reports. Raises NoAnswerError."""
+        try:
+            with self._open("/model_info", None, timeout=60.0) as reply:
+                return str(json.loads(_body(reply, 60.0))["weight_version"])
+        except (OSError, http.client.HTTPException, ValueError, RecursionError, LookupError, TypeError) as error:
+            raise NoAnswerError(f"{self.url}/model_info does not answer ({error!r}). {self.log_end()}") from error
+
     def tail(self) -> str:
         if self.spec is None or not self.spec.log.exists():
             return ""

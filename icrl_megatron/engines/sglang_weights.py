@@ -1,18 +1,16 @@
-"""Transfers weights to an SGLang server in flat buckets of bounded size, by shared memory or over a process group.
+"""Transfers weights to an SGLang server in flat buckets of bounded size, by shared memory.
 
 A bucket is one buffer of bytes that holds several tensors end to end, with the position of each. A server on the
 trainer's machine maps the buffer: shared memory on a CPU, CUDA IPC on a GPU (SGLang's update_weights_from_tensor). For
-other servers the tensors are broadcast over a group of trainer and server (update_weights_from_distributed). If one
-bucket does not hold all weights, one is filled while the server copies the other. Facts are from SGLang 0.5.23:
+other servers the tensors are broadcast (`sglang_group.py`). If one bucket does not hold all weights, one is filled
+while the server copies the other. Facts are from SGLang 0.5.23:
 managers/scheduler_components/weight_updater.py, weight_sync/tensor_bucket.py, and SafeUnpickler in utils/common.py.
 """
 
 from __future__ import annotations
 
 import base64
-import datetime
 import io
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -20,21 +18,20 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from icrl_megatron.distributed import net
 from icrl_megatron.engines.protocol import EngineError
 from icrl_megatron.engines.sglang_server import Server
 
 _ALIGN = 16
 """Alignment of tensors in bytes; any dtype can be viewed at such an offset."""
 Shapes = Mapping[str, tuple[int, ...]]
+B = TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,7 @@ class SharedMemory:
     def _ask(self, path: str, body: dict[str, Any], lost: str = "") -> Answer:
         answer: Answer | None = None
         if self._server is not None:
-            answer = partial(_refuse, lost) if lost else asked(self._threads, self._server, path, body, self._timeout_s)
+            answer = partial(refuse, lost) if lost else asked(self._threads, self._server, path, body, self._timeout_s)
         return answer if answer is not None and self._group is None else partial(self._agree, answer)
 
     def _agree(self, answer: Answer | None) -> None:
@@ -166,116 +163,13 @@ class SharedMemory:
         self._threads.shutdown(wait=False)
 
 
-class OverGroup:
-    """For a server on any machine: gloo between CPUs, NCCL between GPUs (which must not be shared with the server)."""
-
-    def __init__(self, server: Server, workers: int, host: str, device: torch.device, timeout_s: float) -> None:
-        """`host` is the address at which the server's workers reach this rank."""
-        self._server, self._timeout_s = server, timeout_s
-        self._workers, self._host, self._on_cpu = workers, host, device.type == "cpu"
-        self._threads = ThreadPoolExecutor(1)
-        self._group: Any = None
-        self._name = ""
-
-    def begin(self, lost: str) -> Answer:
-        """Forms the group at first use. Raises EngineError."""
-        if lost:
-            return partial(_refuse, lost)
-        if self._group is None:
-            self._form()
-        return asked(self._threads, self._server, "/begin_weight_update", {}, self._timeout_s)
-
-    def _form(self) -> None:
-        """This rank is rank 0 of the group; the server's workers are 1 and up."""
-        from torch.distributed import distributed_c10d as c10d
-
-        listener = net.bound(self._host)  # only on the address at which the server's workers reach this rank
-        port = listener.getsockname()[1]
-        size, backend = self._workers + 1, "gloo" if self._on_cpu else "nccl"
-        self._name = f"icrl_weights_{port}"
-        body = {
-            "master_address": self._host,
-            "master_port": port,
-            "rank_offset": 1,
-            "world_size": size,
-            "group_name": self._name,
-            "backend": backend,
-        }
-        limit = datetime.timedelta(seconds=self._timeout_s)
-        answer = asked(self._threads, self._server, "/init_weights_update_group", body, self._timeout_s)
-        try:
-            store = dist.TCPStore(
-                self._host,
-                port,
-                size,
-                is_master=True,
-                timeout=limit,
-                wait_for_workers=False,
-                master_listen_fd=listener.detach(),
-            )
-            with _gloo_on(self._host):
-                # torch has no public API for a group with processes outside its own world; the server does the same.
-                group, _ = c10d._new_process_group_helper(
-                    size,
-                    0,
-                    [],
-                    dist.Backend(backend),
-                    dist.PrefixStore(self._name, store),
-                    group_name=c10d.GroupName(self._name),
-                    timeout=limit,
-                )
-        except (RuntimeError, ValueError) as error:
-            raise EngineError(
-                f"No group for weights could be formed with {self._server.url} from {self._host}:{port} ({error}). "
-                "Each must reach the other at any port: open all ports between them, and if the server's host has "
-                "several networks, start it with GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME naming the one between them. "
-                f"{self._server.log_end()}"
-            ) from error
-        c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
-        answer()
-        self._group = group
-
-    def send(self, bucket: Bucket, options: dict[str, Any]) -> Answer:
-        body = {
-            "names": [p.name for p in bucket.placed],
-            "dtypes": [str(p.dtype).removeprefix("torch.") for p in bucket.placed],
-            "shapes": [list(p.shape) for p in bucket.placed],
-            "group_name": self._name,
-            **options,
-        }
-        answer = asked(self._threads, self._server, "/update_weights_from_distributed", body, self._timeout_s)
-        works = [self._broadcast(bucket, place) for place in bucket.placed]
-
-        def wait() -> None:
-            try:
-                for work in works:
-                    work.wait()
-            except RuntimeError as error:
-                raise EngineError(f"Weights could not be sent to {self._server.url}: {error}") from error
-            answer()
-
-        return wait
-
-    def _broadcast(self, bucket: Bucket, place: Placed) -> Any:
-        tensor = bucket.buffer[place.start : place.end].view(place.dtype).view(place.shape)
-        options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor = 0, 0
-        return self._group.broadcast([tensor], options)
-
-    def close(self) -> None:
-        if self._group is not None:
-            with suppress(EngineError):  # the server and the group may be gone
-                self._server.post("/destroy_weights_update_group", {"group_name": self._name}, 30.0)
-        self._threads.shutdown(wait=False)
-
-
 class Sink:
     """Checks tensors, fills buckets with them and sends these over a transport. The buffers are allocated at first use,
     and kept only on a CPU."""
 
     def __init__(self, shapes: Shapes, dtype: torch.dtype, device: torch.device, bucket_mib: int) -> None:
         """`shapes` has every Hugging Face tensor of the model."""
-        self._shapes, self._dtype, self._device = shapes, dtype, device
+        self.shapes, self.dtype, self.device = shapes, dtype, device
         # As few requests as possible: one costs as much as copying tens of MiB (docs/LOG.md).
         self.limit = bucket_mib << 20
         self._pair: tuple[Bucket, Bucket] | None = None
@@ -284,28 +178,39 @@ class Sink:
         """Sends a complete update. With the last bucket the server takes the new version and flushes its prefix cache.
         Raises EngineError after all copies have ended."""
         pair = self._pair or self._buckets()
-        answer = transport.begin(lost)
-        try:
-            for bucket, last in filled(checked(tensors, self._shapes, self._dtype, version), pair, self.limit):
-                answer()  # the server has copied the other bucket
-                options = {"abort_all_requests": False, "flush_cache": last}
-                answer = transport.send(bucket, {**options, "weight_version": str(version) if last else None})
-        except EngineError:
-            with suppress(EngineError):  # report the first error
-                answer()
-            raise
-        answer()
-        if self._device.type == "cpu":
+        each = filled(checked(tensors, self.shapes, self.dtype, version), pair, self.limit)
+        deliver(each, transport.send, transport.begin(lost), version)
+        if self.device.type == "cpu":
             self._pair = pair
         else:
-            del bucket, pair
+            del each, pair
             torch.cuda.ipc_collect()  # frees shared memory that the server has released
 
     def _buckets(self) -> tuple[Bucket, Bucket]:
         """Two buckets that alternate; the same one twice if all weights fit into it."""
-        largest, total = sizes(self._shapes, self._dtype.itemsize)
-        first = Bucket(max(largest, min(self.limit, total)), self._device)
-        return first, first if total <= self.limit else Bucket(len(first.buffer), self._device)
+        largest, total = sizes(self.shapes, self.dtype.itemsize)
+        first = Bucket(max(largest, min(self.limit, total)), self.device)
+        return first, first if total <= self.limit else Bucket(len(first.buffer), self.device)
+
+
+def deliver(
+    buckets: Iterable[tuple[B, bool]], send: Callable[[B, dict[str, Any]], Answer], answer: Answer, version: int
+) -> None:
+    """Sends a complete update, of which `answer` is that of the beginning. `buckets` are pairs (bucket, whether it is
+    the last); each is sent when the one before was answered.
+
+    Raises EngineError after all copies have ended.
+    """
+    try:
+        for bucket, last in buckets:
+            answer()  # the server has copied the other bucket
+            options = {"abort_all_requests": False, "flush_cache": last}
+            answer = send(bucket, {**options, "weight_version": str(version) if last else None})
+    except EngineError:
+        with suppress(EngineError):  # report the first error
+            answer()
+        raise
+    answer()
 
 
 def filled(
@@ -368,24 +273,8 @@ def asked(threads: ThreadPoolExecutor, server: Server, path: str, body: dict[str
     return wait
 
 
-def _refuse(why: str) -> None:
+def refuse(why: str) -> None:
     raise EngineError(why)
-
-
-@contextmanager
-def _gloo_on(address: str) -> Iterator[None]:
-    """A gloo group formed in this context uses the interface of this address. Otherwise it would use the interface that
-    the ranks share, which is the loopback in a run on one machine."""
-    before = os.environ.get("GLOO_SOCKET_IFNAME")
-    named = [name for name, has in psutil.net_if_addrs().items() if any(a.address == address for a in has)]
-    if named:
-        os.environ["GLOO_SOCKET_IFNAME"] = named[0]
-    try:
-        yield
-    finally:
-        os.environ.pop("GLOO_SOCKET_IFNAME", None)
-        if before is not None:
-            os.environ["GLOO_SOCKET_IFNAME"] = before
 
 
 @contextmanager

@@ -164,6 +164,7 @@ def _engine_metrics(played: Played) -> Row:
     engine = played.engine
     if engine.requests == 0:
         return {}
+    deltas = {"engine/sync_mib": engine.sync_bytes / 2**20, "engine/full_pushes": float(engine.full_pushes)}
     return {
         "engine/requests": float(engine.requests),
         "engine/retries": float(engine.retries),
@@ -171,6 +172,7 @@ def _engine_metrics(played: Played) -> Row:
         "engine/deaths": float(played.deaths),
         "episodes/cut_off": float(played.cut_off),
         "engine/cache_hit_rate": engine.cached_tokens / max(1, engine.prompt_tokens),
+        **(deltas if engine.sync_bytes or engine.full_pushes else {}),
     }
 
 

@@ -141,6 +141,9 @@ class EngineSettings:
     it."""
     kv_tokens: Annotated[int | None, Range(1)] = None
     """Capacity of the KV cache in tokens. Null: as many as fit on a GPU, or 65536 on CPUs."""
+    sync: Annotated[str, Choice(("full", "delta"))] = "full"
+    """What the servers of `urls` are sent after each step. full: all weights. delta: the bits that changed, which the
+    server must be able to add (docs/ENGINES.md)."""
     bucket_mib: Annotated[int, Range(1)] = 512
     """Size in MiB of the buffer through which weights are sent; it is larger if one tensor needs more. There are two
     buffers if all weights do not fit into one."""

@@ -19,13 +19,14 @@ from safetensors.torch import load_file
 
 from icrl_megatron.distributed.grid import Grid
 from icrl_megatron.engines.kind import EngineRequest
-from icrl_megatron.engines.protocol import EngineError
+from icrl_megatron.engines.protocol import EngineError, NoAnswerError
 from icrl_megatron.engines.rank import Engines
 from icrl_megatron.engines.sglang import SGLangEngine
 from icrl_megatron.engines.sglang_build import _address, build
 from icrl_megatron.engines.sglang_checks import Checksums
-from icrl_megatron.engines.sglang_server import TESTED
-from icrl_megatron.engines.sglang_weights import _gloo_on
+from icrl_megatron.engines.sglang_deltas import DeltaEngine
+from icrl_megatron.engines.sglang_group import gloo_on
+from icrl_megatron.engines.sglang_server import TESTED, Server
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.model.tiny import build_tiny
 from icrl_megatron.settings.schema import EngineSettings, Settings, TinyModel
@@ -79,9 +80,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def connect(server: FakeServer, model: Path, api_key_env: str = "") -> Engines:
+def connect(server: FakeServer, model: Path, api_key_env: str = "", sync: str = "full") -> Engines:
     """Engines of the only rank of a run. External servers ignore engine.tensor_parallel."""
-    engine = EngineSettings(kind="sglang", urls=[server.url], tensor_parallel=1, api_key_env=api_key_env)
+    engine = EngineSettings(kind="sglang", urls=[server.url], tensor_parallel=1, api_key_env=api_key_env, sync=sync)
     settings = Settings(engine=engine)
     grid = Grid(0, 1, 1, 0, 1, 0, 1, 0, None)
     return build(EngineRequest(settings, model, grid, torch.float32, torch.device("cpu"), model / "logs"))
@@ -133,6 +134,43 @@ def test_api_key_is_sent_and_hidden_in_messages(
         assert "Bearer ***" in str(error.value) and server.key not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        ({}, r"without the loader of deltas; copy .*icrl_deltas\.py .*--custom-weight-loader icrl_deltas\.load_1"),
+        ({"custom_weight_loader": ["icrl_deltas.load_0"]}, "without the loader of deltas"),
+        ({"custom_weight_loader": ["icrl_deltas.load_1"], "dp_size": 2}, "--dp-size 2"),
+        ({"custom_weight_loader": ["icrl_deltas.load_1"], "quantization": "fp8"}, "--quantization fp8"),
+    ],
+)
+def test_server_that_cannot_add_deltas_is_rejected(
+    server: FakeServer, model: Path, info: dict[str, object], message: str
+) -> None:
+    server.answers["/server_info"] = 200, {"version": TESTED[-1], "tp_size": WORKERS, **info}
+    with pytest.raises(ConfigError, match=rf"engine\.sync=delta: .*{message}.* engine\.sync=full"):
+        connect(server, model, sync="delta")
+    connect(server, model)
+
+
+def test_server_with_the_loader_of_deltas_is_accepted(server: FakeServer, model: Path) -> None:
+    info = {"version": TESTED[-1], "tp_size": WORKERS, "custom_weight_loader": ["icrl_deltas.load_1"], "dp_size": 1}
+    server.answers["/server_info"] = 200, info
+    assert isinstance(connect(server, model, sync="delta").trained, DeltaEngine)
+
+
+@pytest.mark.parametrize("answer", [(500, {}), (200, {}), (200, []), (200, {"weight_version": None})])
+def test_version_that_the_server_does_not_report_is_no_version_of_ours(
+    server: FakeServer, answer: tuple[int, object]
+) -> None:
+    server.answers["/model_info"] = answer
+    known = Server(None, server.url)
+    if answer == (200, {"weight_version": None}):
+        assert known.weight_version() == "None"
+    else:
+        with pytest.raises(NoAnswerError, match="/model_info does not answer"):
+            known.weight_version()
+
+
 def test_local_server_connects_over_loopback() -> None:
     assert _address("http://127.0.0.1:30000") == "127.0.0.1"
     with pytest.raises(ConfigError, match=r"engine\.urls: http://nowhere\.invalid:1 cannot be reached"):
@@ -152,12 +190,12 @@ def test_remote_server_connects_to_the_outward_address(monkeypatch: pytest.Monke
 
 GLOO = """
 import os, sys
-from icrl_megatron.engines.sglang_weights import _gloo_on
+from icrl_megatron.engines.sglang_group import gloo_on
 from datetime import timedelta
 import torch.distributed as dist
 os.environ["GLOO_SOCKET_IFNAME"] = "none_has_this_name"
 store = dist.HashStore()
-with _gloo_on("127.0.0.1"):
+with gloo_on("127.0.0.1"):
     dist.ProcessGroupGloo(store, 0, 1, timedelta(seconds=20))
 assert os.environ["GLOO_SOCKET_IFNAME"] == "none_has_this_name"
 try:
@@ -176,6 +214,6 @@ def test_weight_group_uses_that_address() -> None:
 
 def test_interface_variable_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    with _gloo_on("127.0.0.1"):
+    with gloo_on("127.0.0.1"):
         assert os.environ["GLOO_SOCKET_IFNAME"].startswith("lo")
     assert "GLOO_SOCKET_IFNAME" not in os.environ

@@ -286,6 +286,12 @@ def test_every_upper_limit_is_checked(name: str) -> None:
             "is not the name of an environment",
         ),
         ("engine.kind=sglang engine.server_args=[--preferred-sampling-params]", "those of the policy"),
+        ("engine.sync=delta", "engine.sync=delta: engine.kind=local takes only whole weights; use engine.sync=full"),
+        ("engine.kind=sglang engine.sync=delta", "engine.sync=delta is for servers of engine.urls"),
+        (
+            "engine.kind=sglang engine.urls=[http://a:1] engine.sync=delta engine.quantization=fp8",
+            "engine.sync=delta: with engine.quantization=fp8 the server's weights are not those that were sent",
+        ),
         ("engine.kind=sglang engine.kv_tokens=300 rollout.context_tokens=301", "engine.kv_tokens=300 holds less than"),
         ("engine.kind=sglang engine.python=/nowhere/python", "engine.python=/nowhere/python: cannot be run"),
         ("engine.quantization=int3", "choose one of '', fp8"),
