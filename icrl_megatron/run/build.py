@@ -7,7 +7,7 @@ from icrl_megatron.distributed import platform
 from icrl_megatron.distributed.grid import any_rank
 from icrl_megatron.engines.kind import EngineRequest
 from icrl_megatron.engines.protocol import Verifiable
-from icrl_megatron.engines.rank import Engines, Share
+from icrl_megatron.engines.rank import Engines
 from icrl_megatron.engines.registry import engine_kind
 from icrl_megatron.engines.sync import WeightSync
 from icrl_megatron.model.gpt import DTYPES

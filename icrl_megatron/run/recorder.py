@@ -12,7 +12,7 @@ from itertools import accumulate
 from icrl_megatron.algo.credit import CreditReport
 from icrl_megatron.data.curriculum import append_history, success_shares
 from icrl_megatron.distributed import platform
-from icrl_megatron.distributed.grid import gather_objects, run_on_all_ranks
+from icrl_megatron.distributed.grid import gather_objects
 from icrl_megatron.rollout.source import Played
 from icrl_megatron.run.state import RunState
 from icrl_megatron.telemetry.dump_writer import StepDump, chosen

@@ -14,9 +14,9 @@ import pytest
 from disks import fill, small_disk
 
 from icrl_megatron.algo.credit import credit
-from icrl_megatron.engines.rank import Share
+from icrl_megatron.headers import headers_of
 from icrl_megatron.report.show import show
-from icrl_megatron.rollout.source import DumpSource, RolloutRequest
+from icrl_megatron.rollout.source import DumpSource, RolloutRequest, Seat
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.settings.loading import load
 from icrl_megatron.settings.schema import AlgoSettings
@@ -104,12 +104,14 @@ def test_shards_of_two_ranks_give_the_samples_of_one(finished_run: Path, tmp_pat
     assert one.steps == two.steps == [1, 2, 3, 4, 5, 6]
     assert all(one.read(step) == two.read(step) for step in one.steps)
     request = RolloutRequest((), 4, Seeds(run=0, step=8), 2)  # the third step again
-    sources = [DumpSource(two, Share(rank, 2)) for rank in (0, 1)]
+    sources = [DumpSource(two, Seat(rank, 2)) for rank in (0, 1)]
     first, second = (source.play(request) for source in sources)
-    assert first.episodes == second.episodes == tuple(one.episodes(3))
-    assert set(first.own) | set(second.own) == set(first.episodes) and not set(first.own) & set(second.own)
-    samples = credit(first.episodes, AlgoSettings(), True).samples
-    assert samples == credit(one.episodes(3), AlgoSettings(), True).samples and len(samples) >= 16
+    whole = one.episodes(3)
+    assert first.headers == second.headers and len(first.headers) == len(whole)
+    assert sorted((*first.episodes, *second.episodes), key=whole.index) == whole
+    samples = credit(first.headers, AlgoSettings(), True).samples
+    assert [replace(s, rank=0) for s in samples] == list(credit(headers_of(whole), AlgoSettings(), True).samples)
+    assert len(samples) >= 16
     recorded = {
         f"{r.episode.task.task_id}#{r.episode.index}/{role}": (c.reward, c.advantage)
         for r in two.read(3)
