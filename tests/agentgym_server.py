@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-# name: (observation of reset, [(action, observation, reward, done, extra fields)])
+# name: (observation of reset, [(action, observation, reward, done)]); of SciWorld, the score instead of the reward
 TALKS: dict[str, tuple[str, list[tuple[str, str, float, bool]]]] = {
     "alfworld": (
         "You are in a room. Your task is to: put a mug in desk.",
@@ -35,9 +35,10 @@ TALKS: dict[str, tuple[str, list[tuple[str, str, float, bool]]]] = {
     "sciworld": (
         "This room is called the kitchen.",
         [
-            ("look around", "A kitchen.", -100.0, False),
+            ("look around", "A kitchen.", 0.0, False),
             ("focus on stove", "Done.", 75.0, False),
             ("wait", "Won.", 100.0, True),
+            ("focus on sink", "Done.", -100.0, True),
         ],
     ),
     "babyai": (
@@ -72,6 +73,8 @@ class State:
     calls: Counter[str] = field(default_factory=Counter)
     open: dict[int, tuple[int, int]] = field(default_factory=dict)
     """environment -> (task, steps taken)"""
+    scores: dict[int, float] = field(default_factory=dict)
+    """environment -> SciWorld's score so far"""
     made: int = 0
     first_id: int = field(default_factory=functools.partial(next, itertools.count(0, 1000)))
     """The first environment's id. No two servers share ids: an environment of an earlier test that is collected late is
@@ -138,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
             task_key = "task_id" if b else TASK_KEY.get(name, "data_idx")
             if task_key not in body or (name == "alfworld" and body.get("world_type") != "Text"):
                 return 422, {"detail": "field required"}
-            state.open[env] = (body[task_key], 0)
+            state.open[env], state.scores[env] = (body[task_key], 0), 0.0
             return 200, self._reset(env)
         return 200, self._step(env, body["action"])
 
@@ -188,6 +191,9 @@ class Handler(BaseHTTPRequestHandler):
         extra = {"available_actions": ["look"]} if name == "alfworld" else {}
         if self.state.dialect == "B":
             return {"observation": observation, "reward": reward, "done": done, "info": extra}
+        if name == "sciworld":  # its reward is what the action added to the score
+            before, self.state.scores[env] = self.state.scores[env], reward
+            return {"observation": observation, "reward": reward - before, "score": reward, "done": done}
         if name == "webshop":
             return {"state": observation, "reward": reward, "done": done, "info": None}
         return {"observation": observation, "reward": reward, "done": done} | extra

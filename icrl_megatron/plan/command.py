@@ -10,6 +10,7 @@ from icrl_megatron.plan.scaling import picture, require_writable, scale
 from icrl_megatron.plan.search import search
 from icrl_megatron.plan.show import show, show_scaling, show_search
 from icrl_megatron.plan.supervised import supervised
+from icrl_megatron.plan.workload import assumptions
 from icrl_megatron.run import checks as validate
 from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.utils.console import PlainConsole
@@ -47,6 +48,8 @@ def run(
     validate.validate_shape(resolved, shape_of(resolved))
     made = planner.plan(resolved, gpus, gpu)
     show(made, console)
+    for line in assumptions(resolved):
+        console.print(line, soft_wrap=True)
     stage = supervised(resolved, made.shape, made.layout, gpu)
     if stage is not None:
         console.print(stage.line(), soft_wrap=True)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icrl_megatron.settings.schema import Settings
-from icrl_megatron.settings.task_options import ToolsSource
+from icrl_megatron.settings.task_options import MathSource, ToolsSource
 from icrl_megatron.settings.task_schema import TaskSource
 
 Floats = npt.NDArray[np.float64]
@@ -64,6 +64,26 @@ def profile_of(source: TaskSource) -> Profile:
     if asked.calls:
         profile = replace(profile, turns=asked.calls + 1)
     return replace(profile, call_s=asked.call_s, latency_s=0.0) if asked.calls or asked.call_s else profile
+
+
+def assumptions(settings: Settings) -> list[str]:
+    """A line for each source whose turns or replies are assumed: what is assumed, what the settings allow, and the
+    settings that replace it."""
+    rollout, lines = settings.rollout, []
+    for number, source in enumerate(settings.tasks.sources):
+        profile, most = profile_of(source), rollout.max_turns
+        if isinstance(source, MathSource) and not source.agent.tools:
+            most = min(most, source.answer_turns)
+        given = {"reply_tokens": source.plan.reply_tokens, "calls": source.plan.calls}
+        missing = [f"tasks.sources.{number}.plan.{name}" for name, value in given.items() if not value]
+        if missing:
+            turns = "1 turn" if profile.turns == 1 else f"{profile.turns:g} turns"
+            lines.append(
+                f"assumed, not measured, of an attempt at {source.name}: {turns} of {profile.reply_tokens:,.0f} tokens "
+                f"on average; the settings allow {most} of up to {rollout.longest_turn():,}. If yours differ, set "
+                f"{' and '.join(missing)}" + (" (turns - 1)" if not source.plan.calls else "")
+            )
+    return lines
 
 
 @dataclass(frozen=True)

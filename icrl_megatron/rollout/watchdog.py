@@ -172,13 +172,14 @@ class Watchdog:
         """Continues a coroutine that waits for `yielded`, and runs each stretch between two waits like `run`, with the
         same exceptions. Without `call.own`, the time limit applies to each stretch.
 
-        A cancelled coroutine that keeps waiting for more than GRACE_S is abandoned.
+        A cancelled coroutine that keeps waiting for more than GRACE_S is abandoned, unless it cancelled itself, as a
+        time limit of its own does.
         """
         grace, returned = _CancelGrace(), False
         self._waiting.add(call)
         try:
             while True:
-                grace.begin()
+                grace.begin(late=call.own is not None and call.own.expired())
                 try:
                     given = yield yielded
                     send: Callable[[Any], Any] = code.send
@@ -308,17 +309,21 @@ class Watchdog:
 
 
 class _CancelGrace:
-    """The time that a cancelled coroutine has to end."""
+    """The time that a cancelled coroutine of the current task has to end."""
 
     def __init__(self) -> None:
-        self.cancelled = False
+        task = asyncio.current_task()
+        assert task is not None
+        self.cancelled, self._cancelling = False, task.cancelling()
         self._timer: asyncio.TimerHandle | None = None
 
-    def begin(self) -> None:
-        """Call before the coroutine waits again."""
+    def begin(self, late: bool) -> None:
+        """Call before the coroutine waits again. `late`: the time of the call is up."""
+        task = asyncio.current_task()
+        assert task is not None
+        if task.cancelling() <= self._cancelling and not late:
+            self.cancelled = False  # a time limit of the code's own cancelled the task, and took that back
         if self.cancelled and self._timer is None:
-            task = asyncio.current_task()
-            assert task is not None
             self._timer = asyncio.get_running_loop().call_later(GRACE_S, task.cancel)
 
     def is_over(self) -> bool:

@@ -42,6 +42,8 @@ class Environment:
     """Name of the environment's id in later bodies."""
     reset_body: Callable[[Json, int], dict[str, Json]]
     observation_key: str = "observation"
+    reward_key: str = "reward"
+    """The field of an answer to /step that holds the outcome so far."""
     closes: bool = True
     """Upstream ALFWorld answers 404 to /close."""
     scale: float = 1.0
@@ -82,8 +84,16 @@ ENVIRONMENTS: Mapping[str, Environment] = {
             observation_key="state",
             instruction=f"You shop on a web site with search[words] and click[element]. {FORMAT}",
         ),
+        # Its `reward` is what the last action added to the score.
         Environment(
-            "sciworld", None, "id", _data, scale=100.0, least=-100.0, instruction=f"You work in a laboratory. {FORMAT}"
+            "sciworld",
+            None,
+            "id",
+            _data,
+            reward_key="score",
+            scale=100.0,
+            least=-100.0,
+            instruction=f"You work in a laboratory. {FORMAT}",
         ),
         # The reward of a solved level is 1 minus a share of the steps it took, never 1 itself.
         Environment("babyai", None, "id", _data, success_at=1e-6, instruction=f"You move on a grid. {FORMAT}"),
@@ -168,7 +178,7 @@ def reply_of(dialect: Dialect, name: str, answer: Json, kind: str) -> Reply:
         if not isinstance(answer.get("task_description"), str):
             raise ProtocolError(f"POST /reset answered no task_description but {_cut(answer)}; is this sciworld?")
         observation = f"{answer['task_description']}\n\n{observation}"
-    return Reply(observation, _reward(answer, kind), _done(answer, kind), _actions(answer))
+    return Reply(observation, _reward(answer, environment, kind), _done(answer, kind), _actions(answer))
 
 
 def _actions(answer: dict[str, Json]) -> tuple[str, ...]:
@@ -187,8 +197,10 @@ def _done(answer: dict[str, Json], kind: str) -> bool:
     return bool(done)
 
 
-def _reward(answer: dict[str, Json], kind: str) -> float:
-    reward = answer.get("reward", 0.0 if kind == "reset" else None)
+def _reward(answer: dict[str, Json], environment: Environment, kind: str) -> float:
+    info, key = answer.get("info"), environment.reward_key
+    places = (answer, info) if isinstance(info, dict) else (answer,)
+    reward = next((place[key] for place in places if key in place), answer.get("reward"))
     try:
         if isinstance(reward, int | float) and not isinstance(reward, bool) and math.isfinite(reward):
             return float(reward)

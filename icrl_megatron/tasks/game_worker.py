@@ -28,11 +28,12 @@ class Games:
             if number not in self._open:
                 return {"error": "this process was restarted and lost its games"}
             state, _, done = self._open[number].step(job["action"])
-            return _answer(state, bool(done))
+            return _answer(state, _feedback(state), bool(done))
         if self._paths.get(number) != job["game"]:
             self._close(number)
             self._open[number], self._paths[number] = started(job["game"]), job["game"]
-        return _answer(self._open[number].reset(), False)
+        state = self._open[number].reset()
+        return _answer(state, _opening(job["game"], _feedback(state)), False)
 
     def _close(self, number: int) -> None:
         self._paths.pop(number, None)
@@ -53,9 +54,18 @@ def started(path: str) -> Any:
     return textworld.start(path, wanted, wrappers)
 
 
-def _answer(state: Any, done: bool) -> dict[str, Any]:
+def _feedback(state: Any) -> str:
+    return str(state["feedback"]).strip()
+
+
+def _opening(path: str, feedback: str) -> str:
+    """ALFWorld's first observation without TextWorld's banner, in single lines: what AgentGym's server answers."""
+    return "\n".join(feedback.split("\n\n")[1:]) if path.endswith(".tw-pddl") else feedback
+
+
+def _answer(state: Any, observation: str, done: bool) -> dict[str, Any]:
     return {
-        "observation": str(state["feedback"]).strip(),
+        "observation": observation,
         "reward": 1.0 if state["won"] else 0.0,
         "done": done,
         "available_actions": list(state["admissible_commands"] or ()),

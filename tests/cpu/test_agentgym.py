@@ -70,7 +70,7 @@ async def observed(environment: AgentGymEnvironment, name: str, *actions: str) -
 @pytest.mark.parametrize(("name", "dialect"), BOTH)
 def test_a_recorded_episode_of_every_environment(name: str, dialect: str) -> None:
     problem, steps = TALKS[name]
-    actions = [s[0] for s in steps if s[0] != "<answer>Rome</answer>"]
+    actions = [s[0] for s in steps if s[0] not in ("<answer>Rome</answer>", "focus on sink")]
     with serving(name, dialect) as (url, state):
         environment = first(gym(name, url), 2)
         seen = asyncio.run(observed(environment, name, *actions))
@@ -99,19 +99,28 @@ def test_any_answer_ends_a_search_episode() -> None:
     assert len(seen) == 2 and not environment.success() and "not solved" in environment.summary()
 
 
-def test_a_negative_score_counts_as_0_and_the_last_reward_is_the_outcome() -> None:
+@pytest.mark.parametrize(
+    ("actions", "outcomes"),
+    [
+        (("focus on stove", "look around", "focus on stove", "wait"), [0.75, 0.0, 0.75, 1.0]),
+        (("focus on stove", "focus on sink"), [0.75, 0.0]),  # the last step's reward is -175
+    ],
+)
+def test_the_outcome_in_sciworld_is_its_score_and_a_negative_one_counts_as_0(
+    actions: tuple[str, ...], outcomes: list[float]
+) -> None:
     with serving("sciworld") as (url, _):
         environment = first(gym("sciworld", url))
 
         async def scores() -> list[float]:
             await environment.reset()
             found = []
-            for action in ("look around", "focus on stove", "wait"):
+            for action in actions:
                 await environment.step(action)
                 found.append(environment.outcome())
             return found
 
-        assert asyncio.run(scores()) == [0.0, 0.75, 1.0]
+        assert asyncio.run(scores()) == outcomes
 
 
 def test_an_environment_is_closed_when_its_episode_is_over() -> None:

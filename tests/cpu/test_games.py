@@ -261,5 +261,7 @@ def test_a_game_in_alfworlds_domain_can_be_won(tmp_path: Path) -> None:
         environment = task_set.environment(task_set.problems("train")[0])
         seen = asyncio.run(play(environment, actions))
         assert "go to desk 1" in seen[0].split("AVAILABLE ACTIONS: ")[1]
+        # As AgentGym's server: without TextWorld's banner, in single lines.
+        assert "Welcome" not in seen[0] and ".\nYour task is to: put a mug in shelf.\nAVAILABLE" in seen[0], seen[0]
         assert seen[1].startswith("Nothing happens.\nAVAILABLE ACTIONS: ")
         assert "You pick up the mug 1" in seen[3] and environment.success(), seen

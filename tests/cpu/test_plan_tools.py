@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from icrl_megatron.agents.toolbox import ToolLimits
-from icrl_megatron.plan import hardware, planner, timing
+from icrl_megatron.plan import command, hardware, planner, timing
 from icrl_megatron.plan.layout import Layout
 from icrl_megatron.plan.models import PUBLISHED
 from icrl_megatron.plan.workload import PROFILES, Profile, Workload, profile_of, simulate
@@ -17,6 +17,7 @@ from icrl_megatron.settings.schema import Settings
 
 H100, SHAPE, LAYOUT = hardware.GPUS["h100"], PUBLISHED["Qwen3-8B"], Layout(1)
 WEB, CODE = "coa_qwen3_8b_web_8xh100", "coa_qwen3_8b_code_8xh100"
+MATH = "qwen3_8b_math_4xh100"
 
 
 def load(recipe: str, *overrides: str) -> Settings:
@@ -98,3 +99,17 @@ def test_profile_comes_from_the_source() -> None:
 
 def test_planner_and_toolbox_have_the_same_concurrency() -> None:
     assert Profile.calls_at_once == ToolLimits.concurrency
+
+
+def test_plan_names_what_it_assumes_of_attempts(capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*overrides: str) -> str:
+        command.run(MATH, list(overrides), None, "h100", False, False, None)
+        return capsys.readouterr().out
+
+    assumed = said()
+    assert "an attempt at math: 1 turn of 1,100 tokens on average; the settings allow 30 of up to 16,384" in assumed
+    assert "set tasks.sources.0.plan.reply_tokens and tasks.sources.0.plan.calls (turns - 1)" in assumed
+    assert "allow 1 of up to 2,048" in said("tasks.sources.0.answer_turns=1", "rollout.max_turn_tokens=2048")
+    assert "allow 8 of up to" in said("rollout.max_turns=8")
+    measured = said("tasks.sources.0.plan.reply_tokens=5000", "tasks.sources.0.plan.calls=2")
+    assert "assumed, not measured" not in measured and "everything below is predicted" in measured

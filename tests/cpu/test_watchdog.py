@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import aiohttp
 import pytest
 from odd_environments import PROMPTER, Says, Works
 
@@ -212,7 +213,24 @@ async def loops_in_a_thread() -> None:
     await asyncio.to_thread(loops)
 
 
-WAITING = [waits_forever, cleans_up_forever, gathers, waits_in_a_task, sleeps_in_a_thread, loops_in_a_thread]
+async def undoes_its_cancellation() -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    while True:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(FOREVER_S)
+        task.uncancel()
+
+
+WAITING = [
+    waits_forever,
+    undoes_its_cancellation,
+    cleans_up_forever,
+    gathers,
+    waits_in_a_task,
+    sleeps_in_a_thread,
+    loops_in_a_thread,
+]
 
 
 @pytest.mark.parametrize("code", WAITING)
@@ -225,6 +243,42 @@ def test_coroutines_that_wait_or_block_cost_only_their_episode(code: Callable[[]
     assert (len(episodes), len(dropped)) == (1, 1)
     assert dropped[0].late and "step took longer than" in dropped[0].error
     assert seconds < LIMIT_S + watchdog.GRACE_S + 1
+
+
+SHORT_GRACE_S = 0.02
+
+
+async def tries_again(limited: Callable[[], Any]) -> None:
+    """A call with a time limit of its own, and then work that takes longer than GRACE_S."""
+    with contextlib.suppress(TimeoutError):
+        await limited()
+    await asyncio.sleep(10 * SHORT_GRACE_S)
+
+
+async def timeout() -> None:
+    async with asyncio.timeout(0.01):
+        await asyncio.sleep(FOREVER_S)
+
+
+async def http_timeout() -> None:
+    silent = socket.create_server(("127.0.0.1", 0))
+    with contextlib.closing(silent):
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=0.05)) as session:
+            await session.get(f"http://127.0.0.1:{silent.getsockname()[1]}/")
+
+
+@pytest.mark.parametrize("limited", [timeout, http_timeout])
+def test_code_may_go_on_after_a_time_limit_of_its_own(
+    limited: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "GRACE_S", SHORT_GRACE_S)
+
+    async def step(self: Plain, action: str) -> StepResult:
+        await tries_again(limited)
+        return StepResult("", True)
+
+    episodes, dropped, _ = played(type("TriesAgain", (Plain,), {"step": step}), environment_timeout_s=30.0)
+    assert (len(episodes), len(dropped)) == (2, 0)
 
 
 def test_background_task_of_an_environment_does_not_delay_the_end() -> None:
