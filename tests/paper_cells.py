@@ -40,7 +40,8 @@ SMALL = (
 LOCAL = ("engine.kind=local",)
 CHOICE = "ICRL_CELLS"
 """Environment variable: patterns of cells to start, separated by commas; * for all."""
-WORDS = ("\\boxed{7}", "\\boxed{8}", "<answer>Paris</answer>", "Action:", "look", "search[red]", "click[back]", "wait")
+WORDS = ("\\boxed{7}", "\\boxed{8}", "<answer>Rome</answer>", "Action:", "look", "search[red]", "click[back]", "wait")
+"""Of the model. It never solves an evaluated problem, so that every evaluation with several rounds has critiques."""
 AT_ONCE = 7
 """Runs that are trained and evaluated in one process."""
 BATCH_S, LIMIT_S = 1800, 4 * 3600
@@ -81,12 +82,16 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
-def served(recipe: str, addresses: dict[str, str]) -> list[str]:
-    """Overrides: the recipe's servers are those that run already."""
-    (source,) = load(recipe).tasks.sources
-    if source.name not in addresses:
-        return []
-    return ["tasks.sources.0.serve.command=", f"tasks.sources.0.data.servers=[{addresses[source.name]}]"]
+def of_recipe(recipe: str, addresses: dict[str, str]) -> list[str]:
+    """Overrides: the recipe's servers are those that run already, and its horizon has its stages in the few steps."""
+    settings, found = load(recipe), []
+    (source,) = settings.tasks.sources
+    if source.name in addresses:
+        found += ["tasks.sources.0.serve.command=", "tasks.sources.0.serve.count=1"]
+        found.append(f"tasks.sources.0.data.servers=[{addresses[source.name]}]")
+    if settings.rollout.turn_stages:
+        found.append("rollout.turn_stages=[{until_step: 1, turns: 1}, {until_step: 2, turns: 2}]")
+    return found
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class World:
 
     def words(self, phase: Phase) -> list[str]:
         few = [] if phase.evaluation is None else ["--problems=4"]
-        return [*phase.words, *few, *served(phase.recipe, self.addresses)]
+        return [*phase.words, *few, *of_recipe(phase.recipe, self.addresses)]
 
 
 @contextmanager

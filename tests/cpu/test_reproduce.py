@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from model_folders import with_model
 from paper_cells import write_data
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from icrl_megatron import cli
@@ -308,3 +310,15 @@ def test_submitting_without_slurm_or_outside_the_checkout_is_refused(
 def test_an_evaluation_is_named_by_what_makes_it() -> None:
     assert Evaluation().name == "rounds1"
     assert Evaluation(3, 32, ("aime24", "amc23"), Critic.START).name == "rounds3_aime24_amc23_samples32_critic_start"
+
+
+def test_the_commands_and_counts_of_the_guide_are_right() -> None:
+    page = (ROOT / "docs" / "REPRODUCE.md").read_text()
+    commands = re.findall(r"^icrl reproduce .+$", page, re.MULTILINE)
+    assert len(commands) == 6
+    for command in commands:
+        words = shlex.split(command, comments=True)[2:]
+        given = get_command(cli.app).commands["reproduce"].make_context("reproduce", words).params  # type: ignore[attr-defined]
+        assert given["on"] in ("local", "slurm")
+        assert chosen([word for word in given["words"] or ["*"] if "=" not in word])
+    assert f"has {len(CELLS)} of them, which need {len(RECIPES)} training runs" in " ".join(page.split())
