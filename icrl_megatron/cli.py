@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar, cast
 
 import typer
 
+from icrl_megatron.evaluation import commands as evaluation_commands
 from icrl_megatron.launch import commands
 from icrl_megatron.launch.arguments import DryRun, Overrides, Overwrite, Recipe, SettingsCommand
 from icrl_megatron.settings.schema import Settings
@@ -277,6 +278,7 @@ def report_page(
 
 
 app.command()(commands.ablate)
+app.command()(evaluation_commands.reproduce)
 
 
 env_app = Guarded(help="Inspect environment servers.", no_args_is_help=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.model.weight_files import INDEX, shard_name
+from icrl_megatron.plan.models import shape_of
+from icrl_megatron.settings.schema import Settings
 
 WORDS = [f"w{i}" for i in range(30)]
 YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -132,3 +135,27 @@ def write_sparse(path: Path, shape: ModelShape, dtype: str = "BF16") -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
+
+
+def with_model(settings: Settings, folder: Path) -> Settings:
+    """The settings with a model folder that passes all checks: configuration, tokenizer, and weights that are zero."""
+    shape = shape_of(settings)
+    config = {
+        "model_type": shape.model_type,
+        "num_hidden_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "intermediate_size": shape.ffn,
+        "vocab_size": shape.vocab,
+        "tie_word_embeddings": shape.tied,
+        "rope_theta": shape.rope_base,
+        "rms_norm_eps": shape.norm_eps,
+        "max_position_embeddings": shape.max_positions,
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    write_sparse(folder / "model.safetensors", shape)
+    return replace(settings, model=replace(settings.model, path=str(folder)))

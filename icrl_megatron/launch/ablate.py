@@ -127,12 +127,12 @@ def run(plan: AblationPlan, cell: int | None = None) -> int:
     if cell is not None and not 0 <= cell < len(cells):
         raise ConfigError(f"--cell={cell}: there are cells 0 to {len(cells) - 1}")
     words = start_words(plan)
-    if words and (code := _icrl(words)):
+    if words and (code := run_icrl(words)):
         return code
     for arm, seed in cells if cell is None else [cells[cell]]:
         if finished(plan.folder(arm, seed)):
             continue
-        if code := _icrl(cell_words(plan, arm, seed)):
+        if code := run_icrl(cell_words(plan, arm, seed)):
             return code
     return 0
 
@@ -174,7 +174,7 @@ def _shared_start(plan: AblationPlan) -> Path | None:
     return None if given else plan.out / START
 
 
-def _icrl(arguments: list[str]) -> int:
+def run_icrl(arguments: list[str]) -> int:
     """One `icrl` command with our terminal; a signal to us reaches it too. It has time limits of its own."""
     return subprocess.run([sys.executable, "-m", "icrl_megatron.cli", *arguments], check=False).returncode
 

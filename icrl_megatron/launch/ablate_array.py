@@ -7,49 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from icrl_megatron.launch import slurm_queue
 from icrl_megatron.launch.ablate import START, AblationPlan, cell_words, finished, start_words
+from icrl_megatron.launch.slurm_queue import Job, Queue
 from icrl_megatron.run import checks as validate
 from icrl_megatron.settings import loading as settings_module
-from icrl_megatron.utils.disk import disk_errors
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.files import write_atomically
 
 SCRIPT = Path("slurm") / "ablate.sbatch"
-SLURM_TIMEOUT_S = 60
-"""Of one question to Slurm."""
 START_CELL, TABLE_CELL = "start", "table"
-
-
-@dataclass(frozen=True)
-class Queue:
-    """Where and how the jobs run; empty: Slurm's own default, or the script's."""
-
-    account: str = ""
-    partition: str = ""
-    time: str = ""
-    """Time limit of a cell."""
-    at_once: int = 0
-    """Cells that run at the same time; 0: as many as fit."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One submission."""
-
-    name: str
-    command: tuple[str, ...]
-    after: tuple[str, ...] = ()
-    """Names of the jobs that it waits for."""
-    any_end: bool = False
-    """Runs after these however they ended; else only after success."""
 
 
 def save_plan(plan: AblationPlan) -> Path:
@@ -102,23 +72,21 @@ def _job(
     plan: AblationPlan, plan_file: Path, queue: Queue, name: str, array: tuple[str, ...], after: tuple[str, ...]
 ) -> Job:
     launch = settings_module.load(plan.recipe, plan.overrides).launch
-    given = [f"--{key}={value}" for key in ("account", "partition", "time") if (value := getattr(queue, key))]
     size = [f"--nodes={1 if name == TABLE_CELL else launch.nodes}", f"--gpus-per-node={launch.ranks}"]
     log = f"--output={plan.out}/jobs/{name}-{'%A_%a' if array else '%j'}.log"
-    options = [*given, *size, f"--job-name={job_name(plan)}", log, *array]
+    options = [*queue.options(), *size, f"--job-name={job_name(plan)}", log, *array]
     told = [str(plan_file)] if array else [str(plan_file), name]
     return Job(name, ("sbatch", "--parsable", *options, str(SCRIPT), *told), after, any_end=name == TABLE_CELL)
 
 
 def job_name(plan: AblationPlan) -> str:
     """One name for all jobs of an ablation folder, by which they are found again."""
-    return f"icrl-ablate-{hashlib.blake2b(str(plan.out).encode(), digest_size=4).hexdigest()}"
+    return slurm_queue.job_name("ablate", plan.out)
 
 
 def check(plan: AblationPlan) -> None:
     """Raises ConfigError on what would end a cell at once: settings, model and folder of each arm, a missing script."""
-    if not SCRIPT.exists():
-        raise ConfigError(f"--on slurm: no {SCRIPT} here; run it in the folder of the checkout")
+    slurm_queue.require_script(SCRIPT)
     # Before the shared start there is no model of the cells yet: the recipe's own stands for it.
     late = ("warm_start.steps=0", f"model.path={plan.out / START}/") if start_words(plan) else ()
     for arm in plan.arms:
@@ -130,46 +98,7 @@ def submit(plan: AblationPlan, queue: Queue) -> list[tuple[str, str]]:
     """Queues what is missing; (name, job id) of each submission.
 
     Raises ConfigError where Slurm refuses, with its words; what was queued by then is cancelled."""
-    if shutil.which("sbatch") is None:
-        raise ConfigError("--on slurm: no sbatch here; run it on a login node of the cluster")
+    slurm_queue.require_slurm()
     check(plan)
-    waiting = _ask(["squeue", "--noheader", "--format=%i", f"--name={job_name(plan)}"]).split()
-    if waiting:
-        raise ConfigError(
-            f"{plan.out}: jobs {', '.join(waiting)} of this ablation are still queued; wait for them, or "
-            f"scancel --name={job_name(plan)}"
-        )
-    queued: dict[str, str] = {}
-    with disk_errors(plan.out, "the logs of the jobs"):
-        (plan.out / "jobs").mkdir(parents=True, exist_ok=True)
-    for job in jobs(plan, save_plan(plan), queue):
-        how = "afterany" if job.any_end else "afterok"
-        after = [f"--dependency={how}:{':'.join(queued[name] for name in job.after)}"] if job.after else []
-        try:
-            # A job whose condition can no longer be met would wait for ever.
-            options = [*after, "--kill-on-invalid-dep=yes"] if after else []
-            queued[job.name] = _ask([*job.command[:2], *options, *job.command[2:]]).strip().split(";")[0]
-        except ConfigError:
-            if queued:
-                _ask(["scancel", *queued.values()])
-            raise
-    return list(queued.items())
-
-
-def _ask(command: Sequence[str]) -> str:
-    """Raises ConfigError with Slurm's own words."""
-    # Jobs take the Python of this command unless they are told another, or run in an image that has its own.
-    env = dict(os.environ) if "ICRL_CONTAINER" in os.environ else {"ICRL_PYTHON": sys.executable, **os.environ}
-    try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=SLURM_TIMEOUT_S)
-    except subprocess.TimeoutExpired as error:
-        raise ConfigError(
-            f"{command[0]}: Slurm did not answer within {SLURM_TIMEOUT_S} s; is its controller up (`scontrol ping`)?"
-        ) from error
-    if done.returncode:
-        said = " ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
-        raise ConfigError(
-            f"{' '.join(command)}: {said}; `sinfo -o '%P %D %G'` lists partitions, "
-            "`sacctmgr show assoc user=$USER` accounts"
-        )
-    return done.stdout
+    slurm_queue.require_none_queued(job_name(plan), plan.out)
+    return slurm_queue.submit(jobs(plan, save_plan(plan), queue), plan.out)

@@ -121,8 +121,9 @@ def ablate(
     plan = ablation.parse(recipe, arms, seeds, where, overrides or [], budget_of)
     if on == "slurm" and not table:
         from icrl_megatron.launch import ablate_array as ablate_slurm
+        from icrl_megatron.launch.slurm_queue import Queue
 
-        if queued := ablate_slurm.submit(plan, ablate_slurm.Queue(account, partition, time, at_once)):
+        if queued := ablate_slurm.submit(plan, Queue(account, partition, time, at_once)):
             for name, job in queued:
                 typer.echo(f"{name:8} job {job}")
             typer.echo(f"logs in {where / 'jobs'}; the same command with --table shows the finished cells")

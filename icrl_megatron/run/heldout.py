@@ -19,6 +19,7 @@ from icrl_megatron.tasks.datasets import (
     DataRow,
     check_no_leak,
     content_hash,
+    id_range,
     left_out,
     read_rows,
     recognized,
@@ -97,6 +98,15 @@ def _check_trained(trained: TaskSource, source: TaskSource, heldout: Sequence[Ta
         check_no_leak(registry.of_source(trained).problems("train"), heldout)
 
 
+def _row_data(source: TaskSource) -> Rows | None:
+    """The options of a task set whose entries are files of problems; None if they are something else, such as task ids
+    of a server, which SearchQA takes too."""
+    data = _data(source)
+    if not isinstance(data, Rows) or any(id_range(entry) is not None for entry in (*data.train, *data.heldout)):
+        return None
+    return data
+
+
 def check_rows(trained: TaskSource, tested: TaskSource) -> None:
     """Raises ConfigError, naming file and line of both, if a held-out row has the prompt of a training row."""
     of_training = {content_hash(row.content()): row.where for row in _rows(trained, "train")}
@@ -111,8 +121,8 @@ def check_rows(trained: TaskSource, tested: TaskSource) -> None:
 
 
 def _rows(source: TaskSource, split: Split) -> Iterable[DataRow]:
-    data = _data(source)
-    if isinstance(data, Rows):
+    data = _row_data(source)
+    if data is not None:
         names = data.train if split == "train" else data.heldout
         for name in names:
             if _has_rows(Path(name)):
@@ -121,14 +131,14 @@ def _rows(source: TaskSource, split: Split) -> Iterable[DataRow]:
 
 def unusable(settings: Settings, split: Split) -> dict[str, int]:
     """Reason -> number of the rows of a split that `data.unusable=drop` and `data.duplicates=drop` leave out."""
-    every = [data for source in settings.tasks.sources if isinstance(data := _data(source), Rows)]
+    every = filter(None, map(_row_data, settings.tasks.sources))
     return dict(sum((left_out(split, one) for one in every), Counter[str]()))
 
 
 def say_columns(index: int, source: TaskSource) -> None:
     """Prints which columns of the rows were recognized. Ranks do not repeat what their launcher printed."""
-    data = _data(source)
-    if not isinstance(data, Rows) or "RANK" in os.environ:
+    data = _row_data(source)
+    if data is None or "RANK" in os.environ:
         return
     splits: tuple[Split, Split] = ("train", "heldout")
     for split in splits:

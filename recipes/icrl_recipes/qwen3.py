@@ -115,12 +115,23 @@ CODE_RUNS: tuple[Run, ...] = tuple(("4B-Instruct-2507", task, gpus) for size, ta
 TITLES = {"alfworld": "ALFWorld", "webshop": "WebShop", "searchqa": "SearchQA", "math": "mathematics"}
 
 
+def size_name(size: str) -> str:
+    """A model's size as names of recipes have it."""
+    return size.lower().replace("-", "_")
+
+
+def name_of(method: str, run: Run) -> str:
+    """The recipe of a method of the tables."""
+    size, task, gpus = run
+    return f"{method}_{size_name(size)}_{task}_{gpus}xh100"
+
+
 @dataclass(frozen=True)
 class Method:
     """A method of the paper's result tables."""
 
     name: str
-    """Its recipes are called <name>_<size>_<task>_<GPUs>xh100."""
+    """What the names of its recipes begin with."""
     arm: str
     title: str
     averages: dict[str, float]
@@ -133,8 +144,8 @@ class Method:
         for run in (*PAPER_RUNS, *CODE_RUNS):
             size, task, gpus = run
             about = f"{self.mathematics if task == 'math' else self._agentic(size, task)} {gpus} H100."
-            name = f"{self.name}_{size.lower().replace('-', '_')}_{task}_{gpus}xh100"
-            made.append(_recipe(name, about, run, *ARMS[self.arm].changes, *EVALUATED_AS_PUBLISHED))
+            changes = (*ARMS[self.arm].changes, *EVALUATED_AS_PUBLISHED)
+            made.append(_recipe(name_of(self.name, run), about, run, *changes))
         return made
 
     def _agentic(self, size: str, task: str) -> str:
@@ -166,6 +177,7 @@ CRITIQUE_GRPO = Method(
     {"4B": 55.9, "8B": 56.6},
     "Critique-GRPO with Qwen3-8B on mathematics: 73.3 on average over five sets in the paper.",
 )
+METHODS = (ICRL, GRPO, CRITIQUE_GRPO)
 
 SHORT_TURNS = ("rollout.max_turn_tokens=2048", "rollout.parse_truncated=false")
 # The local engine leaves the actor's state enough memory, so nothing is offloaded. It ends the run if a batch takes
@@ -224,6 +236,11 @@ RUNS_8B = {task: gpus for size, task, gpus in PAPER_RUNS if size == "8B"}
 """Task -> H100s."""
 
 
+def ablation_name(name: str, task: str) -> str:
+    """The recipe of an ablation on a task."""
+    return name if task == "alfworld" else f"{name}_{task}_{RUNS_8B[task]}xh100"
+
+
 def _of_arm(name: str, arm: str, task: str) -> Callable[[], Settings]:
     gpus = RUNS_8B[task]
     about = f"{ARMS[arm].about} Qwen3-8B on {TITLES[task]}. {gpus} H100."
@@ -234,13 +251,13 @@ def _ablations() -> list[Callable[[], Settings]]:
     made = [_of_arm(name, arm, "alfworld") for name, arm in ABLATIONS.items()]
     for name in PUBLISHED_ABLATIONS:
         others = (task for task in RUNS_8B if task != "alfworld")
-        made += [_of_arm(f"{name}_{task}_{RUNS_8B[task]}xh100", ABLATIONS[name], task) for task in others]
+        made += [_of_arm(ablation_name(name, task), ABLATIONS[name], task) for task in others]
     return made
 
 
 def _further_baselines() -> list[Callable[[], Settings]]:
     pairs = [(arm, task) for arm, tasks in FURTHER_BASELINES.items() for task in tasks]
-    return [_of_arm(f"{arm}_8b_{task}_{RUNS_8B[task]}xh100", arm, task) for arm, task in pairs]
+    return [_of_arm(name_of(arm, ("8B", task, RUNS_8B[task])), arm, task) for arm, task in pairs]
 
 
 SEARCH = "{command: 'icrl serve-search corpus.jsonl --host {host} --port {port}', count: 4}"

@@ -9,7 +9,8 @@ import pytest
 
 from icrl_megatron.launch import job
 from icrl_megatron.launch.ablate import AblationPlan, parse
-from icrl_megatron.launch.ablate_array import Queue, check, jobs, load_plan, save_plan, submit, words
+from icrl_megatron.launch.ablate_array import check, jobs, load_plan, save_plan, submit, words
+from icrl_megatron.launch.slurm_queue import Queue
 from icrl_megatron.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,6 +9,8 @@ import pytest
 from agentgym_server import TALKS, serving
 from rich.console import Console
 
+from icrl_megatron.run import checks, heldout
+from icrl_megatron.settings.loading import load
 from icrl_megatron.settings.task_options import ALFWorldSource, ServedSource
 from icrl_megatron.settings.task_sections import GameData, ServerData
 from icrl_megatron.tasks import registry, servers
@@ -92,3 +94,19 @@ def test_env_check_recognizes_every_environment(name: str) -> None:
     with serving(name) as (url, _):
         assert check(url, "", 0, 10.0, console) == 0
     assert f"is a server of {name}, dialect A" in console.export_text()
+
+
+def test_searchqa_takes_a_file_of_ids_beside_a_range(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As its recipes: the rows of the file have no prompt, whose column would be looked for."""
+    monkeypatch.delenv("RANK", raising=False)
+    file = tmp_path / "searchqa_test.jsonl"
+    file.write_text(json.dumps({"task_id": 51588, "metadata": {"subset": "bamboogle"}}) + "\n")
+    data = [f"tasks.sources.0.data.{split}=[{entry}]" for split, entry in (("train", "51713:51715"), ("heldout", file))]
+    settings = load("qwen3_8b_searchqa_8xh100", [*data, "launch.device=cpu", "engine.kind=local"])
+    checks.validate_tasks(settings)
+    (source,) = settings.tasks.sources
+    (task,) = registry.of_source(source).problems("heldout")
+    assert task.task_id == "searchqa/heldout/searchqa_test_bamboogle/51588"
+    assert heldout.unusable(settings, "heldout") == {} and capsys.readouterr().err == ""

@@ -25,6 +25,7 @@ from icrl_megatron.tasks.base import Opening
 from icrl_megatron.tasks.published import SETS
 from icrl_megatron.types import Attempt
 from icrl_recipes import registry
+from icrl_recipes.cells import CELLS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "FACTS.md").read_text()
 METHODS = {"qwen3": "ICRL", "grpo": "GRPO", "critique_grpo": "Critique-GRPO"}
@@ -190,6 +191,14 @@ def test_published_results_stand_in_the_description_of_their_runs() -> None:
         arm = row["in"].removeprefix("arm ")
         described = [ARMS[arm].about] if arm in ARMS else [str(registry()[n].__doc__) for n in chosen(row["in"])]
         assert all(row["value"] in text for text in described), row["result"]
+
+
+def test_published_results_are_those_of_the_cells() -> None:
+    """Both ways: a cell has no figure that the page does not have."""
+    rows = [*table("Published results"), *table("Further published results")]
+    stated = {row["cell"]: float(row["value"]) for row in rows}
+    assert len(stated) == len(rows) == 17
+    assert {name: cell.published for name, cell in CELLS.items() if cell.published is not None} == stated
 
 
 def test_what_is_not_compared_says_why() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from model_folders import write_sparse
+from model_folders import with_model
 
 from icrl_megatron import cli
 from icrl_megatron.engines import sglang_kind
@@ -55,30 +55,6 @@ def without_supplied(settings: Settings) -> Settings:
     if "trajectories" in missing:
         changed = replace(changed, warm_start=WarmStart())
     return replace(changed, engine=EngineSettings()) if "SGLang" in missing else changed
-
-
-def with_model(settings: Settings, folder: Path) -> Settings:
-    """The settings with a model folder that passes all checks: configuration, tokenizer, and weights that are zero."""
-    shape = shape_of(settings)
-    config = {
-        "model_type": shape.model_type,
-        "num_hidden_layers": shape.layers,
-        "hidden_size": shape.hidden,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "intermediate_size": shape.ffn,
-        "vocab_size": shape.vocab,
-        "tie_word_embeddings": shape.tied,
-        "rope_theta": shape.rope_base,
-        "rms_norm_eps": shape.norm_eps,
-        "max_position_embeddings": shape.max_positions,
-    }
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text("{}")
-    write_sparse(folder / "model.safetensors", shape)
-    return replace(settings, model=replace(settings.model, path=str(folder)))
 
 
 @pytest.mark.parametrize("name", RECIPES)
