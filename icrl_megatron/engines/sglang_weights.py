@@ -269,7 +269,7 @@ class OverGroup:
         self._threads.shutdown(wait=False)
 
 
-class Sink:
+class WeightSender:
     """Checks tensors, fills buckets with them and sends these over a transport. The buffers are allocated at first use,
     and kept only on a CPU."""
 

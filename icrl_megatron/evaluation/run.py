@@ -13,7 +13,7 @@ from pathlib import Path
 from icrl_megatron.agents import cache as tool_cache
 from icrl_megatron.distributed.process import KILLED, STOPPED, is_rank, require_gpu
 from icrl_megatron.engines.registry import engine_kind
-from icrl_megatron.evaluation.job import Job
+from icrl_megatron.evaluation.job import EvalJob
 from icrl_megatron.evaluation.result import EvalRequest, Result, read_result
 from icrl_megatron.launch import servers as serve
 from icrl_megatron.launch.torchrun import launch
@@ -75,14 +75,14 @@ def play(
             other = request.critic_folder()
             critic = held.enter_context(_model_folder(other)) if other is not None else None
             unusable = eval_problems.unusable(settings, "heldout") if records is None else {}
-            code = _played(Job(request, settings, tasks, folder, critic, out, logs, unusable, records))
+            code = _played(EvalJob(request, settings, tasks, folder, critic, out, logs, unusable, records))
     finally:
         if code == 0 or not any(logs.iterdir()):  # the logs of a failed evaluation are kept
             shutil.rmtree(logs, ignore_errors=True)
     return code
 
 
-def _played(job: Job) -> int:
+def _played(job: EvalJob) -> int:
     """Plays the job in this process if there is one rank, or starts the ranks."""
     if job.settings.launch.ranks == 1:
         from icrl_megatron.evaluation.play import run
