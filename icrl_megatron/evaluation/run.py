@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -77,9 +78,16 @@ def play(
             unusable = eval_problems.unusable(settings, "heldout") if records is None else {}
             code = _played(EvalJob(request, settings, tasks, folder, critic, out, logs, unusable, records))
     finally:
-        if code == 0 or not any(logs.iterdir()):  # the logs of a failed evaluation are kept
-            shutil.rmtree(logs, ignore_errors=True)
+        _conclude(logs, failed=code not in (0, KILLED))
     return code
+
+
+def _conclude(logs: Path, failed: bool) -> None:
+    """Deletes the folder, unless the evaluation has failed and its servers or ranks wrote something there."""
+    if failed and any(file.is_file() and file.stat().st_size for file in logs.rglob("*")):
+        print(f"the logs of the failed evaluation are in {logs}", file=sys.stderr)
+    else:
+        shutil.rmtree(logs, ignore_errors=True)
 
 
 def _played(job: EvalJob) -> int:
