@@ -132,7 +132,7 @@ def _limits(settings: Settings) -> SystemLimits:
 def run(settings: Settings, out: Path, overwrite: bool = False) -> str:
     """Plays what has not been played, filters and writes. Returns a summary in words.
 
-    Raises ConfigError, and HopelessError if attempts fail without end or nothing is left."""
+    Raises ConfigError, and HopelessError if too many attempts fail in a row or nothing is left."""
     return played(settings, out, _write, overwrite)
 
 
@@ -213,7 +213,7 @@ def _recorder(job: Distillation, records: Records, bar: Phase) -> Callable[[Run 
             if in_a_row >= FAILURES_IN_A_ROW * job.settings.distill.concurrency:
                 raise HopelessError(
                     f"{in_a_row} attempts in a row failed, the last one: {result.message}; correct that, and the "
-                    f"same command goes on ({len(records.runs)} attempts are in {job.runs})"
+                    f"same command continues ({len(records.runs)} attempts are in {job.runs})"
                 )
         bar.advance(1, f"{len(job.failures)} failed" if job.failures else None)
 

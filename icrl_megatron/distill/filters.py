@@ -124,13 +124,13 @@ def applied(
 
 
 def correctness(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdict]:
-    """Drops wrong answers, and those that nobody judged."""
+    """Drops wrong answers, and those that were not judged."""
 
     def judge(one: Trajectory) -> FilterVerdict:
         if one.correct:
             return KEPT
         return FilterVerdict(
-            0, "nobody judged the answer" if one.correct is None else "wrong answer", f"{_answer(one)!r}"
+            0, "the answer was not judged" if one.correct is None else "wrong answer", f"{_answer(one)!r}"
         )
 
     return [judge(one) for one in trajectories]
@@ -209,7 +209,7 @@ def duplicates(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterV
 
 
 def reflection(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdict]:
-    """Keeps a share of the trajectories in which nobody reflects or checks; all of mathematics and code."""
+    """Keeps a share of the trajectories without a reflection or check; all of mathematics and code."""
 
     def judge(one: Trajectory) -> FilterVerdict:
         thinks = any(segment.agent in (roles.REFLECTION, roles.CHECK) for segment in one.segments)
@@ -276,7 +276,7 @@ def _broken(segments: Sequence[Segment], tools: set[str]) -> str:
                 return f"segment {number} is an observation without its call"
             continue
         if waiting and (segment.kind != "call" or segments[number - 1].kind == "observation"):
-            return f"segment {number} stands between a call and its observation"
+            return f"segment {number} is between a call and its observation"
         if segment.call:
             waiting.append(segment.agent)
             if segment.call.name not in tools or segment.agent != segment.call.name:

@@ -74,7 +74,7 @@ class Brief:
 class AgentReply:
     text: str
     read: int | None
-    """Tokens of the prompt; None if nobody counted them."""
+    """Tokens of the prompt; None if the endpoint did not count them."""
     written: int | None
 
 

@@ -50,7 +50,7 @@ class Member:
 @dataclass(frozen=True)
 class SystemLimits:
     rounds: int = 3
-    """Plans for one task. After the last one, nobody reflects or checks, because nothing could follow."""
+    """Plans for one task. No reflection or check follows the last one, because no plan could follow it."""
     job_calls: int = 8
     """Calls in one job."""
     tries: int = 3

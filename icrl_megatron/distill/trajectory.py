@@ -60,7 +60,7 @@ class Trajectory:
     """The user's message."""
     segments: tuple[Segment, ...]
     correct: bool | None = None
-    """None: nobody judged it."""
+    """None: it was not judged."""
     spent: Tokens = Tokens()
     system: str = ""
     """The system message; empty: none."""

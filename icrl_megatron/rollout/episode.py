@@ -230,7 +230,7 @@ class _Conversation:
         raise AssertionError("the last turn always has a stop reason")
 
     def _cut_short(self, completion: Completion) -> StopReason | None:
-        """Why the attempt ends with this reply before anything is read from it; None if it goes on."""
+        """Why the attempt ends with this reply before anything is read from it; None if it continues."""
         if completion.finish_reason == "abort":  # the attempt keeps what was generated so far
             return "deadline"
         if completion.finish_reason == "stop" or self._setup.settings.parse_truncated:

@@ -81,7 +81,7 @@ class ToolsSource(ServedSource):
 @dataclass
 class MathSource(ToolsSource):
     answer_turns: Annotated[int, Range(1)] = 30
-    """Without tools: an attempt goes on until a reply has a boxed answer, at most this many turns and
+    """Without tools: an attempt continues until a reply has a boxed answer, at most this many turns and
     rollout.max_turns. 1: only the first reply counts."""
 
 

@@ -267,7 +267,7 @@ class RewardJudge:
     low: Annotated[float, Range(-1e9, 1e9)] = 0.0
     """Lowest score that the prompts ask for; it becomes 0."""
     high: Annotated[float, Range(-1e9, 1e9)] = 10.0
-    """Highest score; it becomes 1. Any other score is none."""
+    """Highest score; it becomes 1. Any other number is not a score."""
     tries: Annotated[int, Range(1, 100)] = 2
     """Replies without a score until the episode is dropped."""
     max_tokens: Annotated[int, Range(1)] = 1024
