@@ -24,6 +24,10 @@ class DistillEndpoint(Endpoint):
     """Sampling temperature."""
     max_tokens: Annotated[int, Range(1)] = 2048
     """Largest number of tokens of one reply."""
+    read_price: Annotated[float, Range(0)] = 0.0
+    """Price of a million tokens of prompts, in any currency. With a price, the report has the cost of the attempts."""
+    written_price: Annotated[float, Range(0)] = 0.0
+    """Price of a million tokens of replies."""
 
 
 @dataclass
@@ -42,6 +46,10 @@ class SystemAgent:
     """Name of its model. Empty: distill.endpoint.model."""
     url: str = ""
     """Address of its server. Empty: distill.endpoint.url."""
+    read_price: Annotated[float | None, Range(0)] = None
+    """Price of a million tokens that its model reads. Null: distill.endpoint.read_price."""
+    written_price: Annotated[float | None, Range(0)] = None
+    """Price of a million tokens that its model writes. Null: distill.endpoint.written_price."""
 
 
 FILTERS = (
