@@ -12,7 +12,7 @@ from icrl_megatron.run.parts import Parts
 from icrl_megatron.run.recorder import Recorder
 from icrl_megatron.run.state import RunState
 from icrl_megatron.run.watch import NoSignalError, nothing_to_learn
-from icrl_megatron.telemetry.writer import Row
+from icrl_megatron.telemetry.writer import MetricsRow
 from icrl_megatron.types import StepStats
 
 
@@ -99,7 +99,9 @@ def update(parts: Parts, state: RunState, recorder: Recorder, played: Played, re
     return stats
 
 
-def end_step(state: RunState, recorder: Recorder, evaluator: Evaluator, row: Row, stats: StepStats | None) -> None:
+def end_step(
+    state: RunState, recorder: Recorder, evaluator: Evaluator, row: MetricsRow, stats: StepStats | None
+) -> None:
     """Evaluates and saves if due, and writes the metrics. The step is already completed: an error here saves it."""
     state.completed(row)
     if evaluator.due():

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from icrl_megatron.distributed import net
-from icrl_megatron.telemetry.writer import TIME_PREFIX, Row, read_rows
+from icrl_megatron.telemetry.writer import TIME_PREFIX, MetricsRow, read_rows
 from icrl_megatron.utils import processes
 
 TIMEOUT_S = 300
@@ -63,7 +63,7 @@ class Batch:
         assert self.ended[name].code == 0, self.ended[name].error
         return self.ended[name]
 
-    def trained(self, run: str) -> list[Row]:
+    def trained(self, run: str) -> list[MetricsRow]:
         """The rows of a run's training steps."""
         return [row for row in rows(self.folder / run) if "tokens/generated" in row]
 
@@ -136,7 +136,7 @@ def signalled(process: subprocess.Popen[str], number: signal.Signals) -> tuple[i
     return end(process)
 
 
-def rows(folder: Path) -> list[Row]:
+def rows(folder: Path) -> list[MetricsRow]:
     """metrics.jsonl without the metrics that depend on the clock or on the process's other memory."""
     return [
         {k: v for k, v in row.items() if not k.startswith((TIME_PREFIX, "memory/"))}

@@ -22,7 +22,7 @@ from torch import Tensor
 from icrl_megatron.actor import manifest as manifests
 from icrl_megatron.actor.manifest import META, PART, DamagedError, Manifest, SavedProgress, complete
 from icrl_megatron.actor.optimizer import STATES, Optimizer
-from icrl_megatron.actor.shards import INDEX, ShardReader, ShardWriter, Written, write_index
+from icrl_megatron.actor.shards import INDEX, ShardReader, ShardWriter, WrittenShards, write_index
 from icrl_megatron.actor.side_files import read_side_files
 from icrl_megatron.distributed.grid import (
     Failure,
@@ -308,7 +308,7 @@ def _bytes_to_write(rows: list[WeightRow], grid: Grid) -> int:
     return sum(_BYTES * math.prod([*p.size]) for _, parts in _to_write(rows, grid) for _, p in parts)
 
 
-def _write(part: Path, rows: list[WeightRow], optimizer: Optimizer, grid: Grid, what: str) -> list[Written]:
+def _write(part: Path, rows: list[WeightRow], optimizer: Optimizer, grid: Grid, what: str) -> list[WrittenShards]:
     """Writes this rank's rectangles; returns what each rank has written. A rank that fails still takes part in the
     collectives, so that the others do not hang; then all ranks raise."""
     writer = ShardWriter(part, grid.rank)
@@ -320,7 +320,7 @@ def _write(part: Path, rows: list[WeightRow], optimizer: Optimizer, grid: Grid, 
             for index, rectangle in parts:
                 writer.add(f"{state}/{rectangle.name}", pieces[index], rectangle)
 
-    def close() -> Written:
+    def close() -> WrittenShards:
         with disk_errors(part.parent, what):
             return writer.close()
 
@@ -336,7 +336,7 @@ def _write(part: Path, rows: list[WeightRow], optimizer: Optimizer, grid: Grid, 
 
 
 def _finish(
-    part: Path, final: Path, manifest: Manifest, files: Mapping[str, bytes], written: Sequence[Written]
+    part: Path, final: Path, manifest: Manifest, files: Mapping[str, bytes], written: Sequence[WrittenShards]
 ) -> None:
     """Writes everything but the shards, the record last, and then renames the folder. Only on rank 0."""
     records = {name: record for of in written for name, record in of.files.items()}

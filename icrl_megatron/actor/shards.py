@@ -41,7 +41,7 @@ class Piece:
 
 
 @dataclass
-class Written:
+class WrittenShards:
     """The pieces and files that one rank has written."""
 
     pieces: list[Piece] = field(default_factory=list)
@@ -58,7 +58,7 @@ class ShardWriter:
         self._pool = ThreadPoolExecutor(_WRITERS)
         self._running: list[Future[None]] = []
         self._files = 0
-        self._written = Written()
+        self._written = WrittenShards()
 
     def add(self, name: str, tensor: Tensor, part: Slice) -> None:
         """Copies `tensor` (float32, shape part.size, any device). Raises errors from writing earlier files."""
@@ -69,7 +69,7 @@ class ShardWriter:
         self._bytes += size
         self._written.pieces.append(Piece(name, part.full, self._file, part.offset, part.size))
 
-    def close(self) -> Written:
+    def close(self) -> WrittenShards:
         """Waits until the files are written. Raises the first error."""
         try:
             if self._held:

@@ -161,7 +161,7 @@ class McpServer:
                 result = await link.client.call_tool(name, arguments)
             link.answered_at = self._loop.time()
         except (TimeoutError, asyncio.CancelledError) as error:
-            if link.answered_at < begun:  # it answers nobody
+            if link.answered_at < begun:  # it has answered no call since this one began
                 link.retire()
             if isinstance(error, asyncio.CancelledError):
                 raise

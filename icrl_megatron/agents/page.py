@@ -30,7 +30,7 @@ _PLAIN = ("text/plain", "application/json", "text/csv", "text/markdown")
 _HEADERS = {"Accept": "text/html, text/*;q=0.9", "Accept-Encoding": "gzip, deflate"}
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
-Source = Callable[[str], Awaitable["Document"]]
+PageSource = Callable[[str], Awaitable["Document"]]
 """An address -> its document. Raises ToolUseError for what does not exist, ToolFailure if the infrastructure failed."""
 
 
@@ -44,7 +44,7 @@ class Document:
 class Page:
     """Answers `page`, an id or an address, with the text of that page."""
 
-    def __init__(self, source: Source, chars: int = 8000, version: str = "") -> None:
+    def __init__(self, source: PageSource, chars: int = 8000, version: str = "") -> None:
         """`chars`: the length of an answer, after which it is cut. `version` names the pages, for the cache of answers;
         empty: they are not cached. Raises ConfigError if trafilatura is missing."""
         try:
@@ -179,7 +179,7 @@ class FetchedPages:
                     if isinstance(found, Document):
                         return found
                     url = found
-        except connections.TooLongError as error:
+        except connections.ResponseTooLongError as error:
             raise ToolUseError(f"The page is longer than {limits.page_bytes >> 10} KiB.") from error
         except _NameError as error:
             raise ToolUseError(str(error)) from error

@@ -17,7 +17,7 @@ MOST_DEPTH = 100
 
 
 @dataclass
-class Reply:
+class ReplySegments:
     """One reply: texts, then calls, then what the model reads next."""
 
     texts: list[Segment] = field(default_factory=list)
@@ -29,16 +29,16 @@ class Reply:
         return tuple(segment.call for segment in self.calls if segment.call is not None)
 
 
-def replies(segments: Sequence[Segment]) -> list[Reply]:
+def replies(segments: Sequence[Segment]) -> list[ReplySegments]:
     """The replies in order. Raises BadRowError for calls and answers that do not match."""
-    found = [Reply()]
+    found = [ReplySegments()]
     for segment in segments:
         reply = found[-1]
         if segment.kind == "observation":
             _observe(reply, segment)
             continue
         if reply.observations and len(reply.observations) >= len(reply.calls):
-            reply = Reply()
+            reply = ReplySegments()
             found.append(reply)
         if segment.kind == "call":
             reply.calls.append(segment)
@@ -51,7 +51,7 @@ def replies(segments: Sequence[Segment]) -> list[Reply]:
     return [reply for reply in found if reply.texts or reply.calls]
 
 
-def _observe(reply: Reply, segment: Segment) -> None:
+def _observe(reply: ReplySegments, segment: Segment) -> None:
     if segment.agent == USER:
         if len(reply.observations) < len(reply.calls):
             raise _unanswered(reply)
@@ -62,7 +62,7 @@ def _observe(reply: Reply, segment: Segment) -> None:
     reply.observations.append(segment)
 
 
-def _unanswered(reply: Reply) -> BadRowError:
+def _unanswered(reply: ReplySegments) -> BadRowError:
     call = reply.called()[len(reply.observations)]
     return BadRowError(f"a call of {call.name!r} without an answer; add the answer, or delete the call")
 

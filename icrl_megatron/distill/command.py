@@ -19,6 +19,7 @@ from icrl_megatron.distill.linear import linear
 from icrl_megatron.distill.records import Records, identity
 from icrl_megatron.distill.system import System, SystemLimits, check_tools, play_all, with_tools
 from icrl_megatron.distill.trajectory import Tokens
+from icrl_megatron.settings.distill_schema import DistillSettings, SystemAgent
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.settings.task_options import ServedSource, options
 from icrl_megatron.tasks import registry
@@ -132,7 +133,7 @@ def _limits(settings: Settings) -> SystemLimits:
 def run(settings: Settings, out: Path, overwrite: bool = False) -> str:
     """Plays what has not been played, filters and writes. Returns a summary in words.
 
-    Raises ConfigError, and HopelessError if attempts fail without end or nothing is left."""
+    Raises ConfigError, and HopelessError if too many attempts fail in a row or nothing is left."""
     return played(settings, out, _write, overwrite)
 
 
@@ -213,7 +214,7 @@ def _recorder(job: Distillation, records: Records, bar: Phase) -> Callable[[Run 
             if in_a_row >= FAILURES_IN_A_ROW * job.settings.distill.concurrency:
                 raise HopelessError(
                     f"{in_a_row} attempts in a row failed, the last one: {result.message}; correct that, and the "
-                    f"same command goes on ({len(records.runs)} attempts are in {job.runs})"
+                    f"same command continues ({len(records.runs)} attempts are in {job.runs})"
                 )
         bar.advance(1, f"{len(job.failures)} failed" if job.failures else None)
 
@@ -269,9 +270,22 @@ def _counts(job: Distillation, runs: Sequence[Run]) -> dict[str, Any]:
         "failed": dict(sorted(Counter(one.kind for one in job.failures).items())),
         "failures": [f"{one.task_id}: {one.kind}: {one.message}"[:300] for one in job.failures[:_SHOWN_FAILURES]],
         "tokens": {agent: {"read": t.read, "written": t.written} for agent, t in sorted(spent.items())},
+        "cost": _cost(job.settings.distill, spent),
         "replies_without_token_counts": sum(one.uncounted for one in runs),
         "unreadable_replies": sum(one.unreadable for one in runs),
     }
+
+
+def _cost(distill: DistillSettings, spent: Mapping[str, Tokens]) -> dict[str, float]:
+    """Agent -> price of its tokens; empty if the settings have no price, or no endpoint answers."""
+    endpoint, own = distill.endpoint, {agent.name: agent for agent in distill.agents}
+    found = {}
+    for name, tokens in sorted(spent.items()):
+        agent = own.get(name, SystemAgent())
+        read = endpoint.read_price if agent.read_price is None else agent.read_price
+        written = endpoint.written_price if agent.written_price is None else agent.written_price
+        found[name] = (tokens.read * read + tokens.written * written) / 1e6
+    return found if distill.system == "endpoint" and any(found.values()) else {}
 
 
 def _summary(job: Distillation, counted: Mapping[str, Any], reports: Sequence[FilterReport], written: int) -> str:
@@ -280,6 +294,8 @@ def _summary(job: Distillation, counted: Mapping[str, Any], reports: Sequence[Fi
     ]
     if job.failures:
         lines.append(f"{len(job.failures)} attempts failed; the same command tries them again")
+    if counted["cost"]:
+        lines.append(f"cost of the finished attempts: {sum(counted['cost'].values()):.4g}")
     if job.outdated:
         lines.append(f"{job.outdated} attempts in {job.runs} are not used, because their problems have changed since")
     for one in reports:

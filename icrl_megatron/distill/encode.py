@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icrl_megatron.agents.formats import FORMATS, MOST_CALLS, Malformed, ToolCalls, ToolFormat, harmless
-from icrl_megatron.distill.check import Reply, replies
+from icrl_megatron.distill.check import ReplySegments, replies
 from icrl_megatron.distill.rows import BadRowError
 from icrl_megatron.distill.trajectory import THINK, USER, Trajectory
 from icrl_megatron.distill.written import around, separator
@@ -23,7 +23,7 @@ from icrl_megatron.tasks.base import Opening
 from icrl_megatron.types import Attempt, BoolArray, Completion, Episode, Ids, Task, Turn
 from icrl_megatron.utils.errors import ConfigError
 
-Piece = tuple[Ids, bool]
+EncodedText = tuple[Ids, bool]
 """Ids, and whether they carry loss."""
 
 
@@ -36,7 +36,7 @@ class Encoded:
     """True where the token carries loss."""
 
     @staticmethod
-    def of(pieces: Sequence[Piece]) -> Encoded:
+    def of(pieces: Sequence[EncodedText]) -> Encoded:
         """Without what follows the last token with loss."""
         ids = np.fromiter((i for part, _ in pieces for i in part), dtype=np.int32)
         trained = np.fromiter((trained for part, trained in pieces for _ in part), dtype=np.bool_)
@@ -70,7 +70,7 @@ def encode(trajectory: Trajectory, format: str, prompter: Prompter) -> Encoded:
     if prompter.has_control(dialogue.tools):
         raise BadRowError("a tool whose description holds a control token of the model's tokenizer; change it")
     opening = prompter.templates.opening(Opening(trajectory.problem, trajectory.system))
-    found: list[Piece] = [(prompter.attempt(opening.text, dialogue, opening.system), False)]
+    found: list[EncodedText] = [(prompter.attempt(opening.text, dialogue, opening.system), False)]
     inline = dialogue.observation == "inline"
     said = [part for reply in replies(trajectory.segments) for part in (_single(reply) if inline else [reply])]
     for reply in said:
@@ -100,14 +100,14 @@ def _form(trajectory: Trajectory, format: str) -> ToolFormat | None:
         raise BadRowError(f"the format {format} cannot write its calls: {error}") from error
 
 
-def _single(reply: Reply) -> Iterator[Reply]:
+def _single(reply: ReplySegments) -> Iterator[ReplySegments]:
     """A reply with several calls as several replies: inline, a reply stops at its first call."""
     yield replace(reply, calls=reply.calls[:1], observations=reply.observations[:1])
     for call, observation in zip(reply.calls[1:], reply.observations[1:], strict=True):
-        yield Reply([], [call], [observation])
+        yield ReplySegments([], [call], [observation])
 
 
-def _texts(reply: Reply, form: ToolFormat | None, inline: bool) -> Iterator[tuple[str, bool]]:
+def _texts(reply: ReplySegments, form: ToolFormat | None, inline: bool) -> Iterator[tuple[str, bool]]:
     """The text of a reply in the fewest parts that are trained or not as a whole. Raises BadRowError if the format
     would read other calls from it."""
     parts: list[tuple[str, bool]] = []
@@ -127,7 +127,7 @@ def _texts(reply: Reply, form: ToolFormat | None, inline: bool) -> Iterator[tupl
         yield "".join(text for text, _ in same), trained
 
 
-def _rendered(reply: Reply, form: ToolFormat) -> str:
+def _rendered(reply: ReplySegments, form: ToolFormat) -> str:
     if len(reply.calls) > MOST_CALLS:
         raise BadRowError(f"{len(reply.calls)} calls in one reply; write at most {MOST_CALLS}")
     try:
@@ -137,7 +137,7 @@ def _rendered(reply: Reply, form: ToolFormat) -> str:
         raise BadRowError(f"a call of {name!r} lacks the argument {error} of its tool; correct it") from error
 
 
-def _check_read_back(text: str, reply: Reply, form: ToolFormat) -> None:
+def _check_read_back(text: str, reply: ReplySegments, form: ToolFormat) -> None:
     found = form.parse(text)
     if isinstance(found, Malformed):
         raise BadRowError(f"a reply whose calls cannot be read back ({found.problem}); correct it")
@@ -147,7 +147,7 @@ def _check_read_back(text: str, reply: Reply, form: ToolFormat) -> None:
         raise BadRowError(f"a reply from which other calls would be read ({text.strip()[:80]!r}); correct it")
 
 
-def _observed(reply: Reply, form: ToolFormat | None, prompter: Prompter, ended: bool) -> Ids:
+def _observed(reply: ReplySegments, form: ToolFormat | None, prompter: Prompter, ended: bool) -> Ids:
     """What follows a reply, as in a rollout: tags of the format in a tool's answer are changed."""
     dialogue = PLAIN if form is None else form.dialogue
     if not reply.observations:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icrl_megatron.distill import roles
-from icrl_megatron.distill.roles import Brief, Reply
+from icrl_megatron.distill.roles import AgentReply, Brief
 from icrl_megatron.distill.system import Member
 from icrl_megatron.settings.distill_schema import DistillEndpoint, DistillSettings, SystemAgent
 from icrl_megatron.utils import addresses
@@ -59,10 +59,10 @@ class EndpointAgent:
     temperature: float = 1.0
     max_tokens: int = 2048
 
-    async def reply(self, brief: Brief) -> Reply:
+    async def reply(self, brief: Brief) -> AgentReply:
         """Raises EndpointError if the endpoint refuses, or still fails after the last retry."""
         said = await self.client.chat(self.messages(brief), self.max_tokens, self.temperature, brief.seed)
-        return Reply(said.text, said.read, said.written)
+        return AgentReply(said.text, said.read, said.written)
 
     def messages(self, brief: Brief) -> list[ChatMessage]:
         """What the model reads."""

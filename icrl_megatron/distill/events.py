@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
 from icrl_megatron.agents.tools import ToolCall, ToolSpec
-from icrl_megatron.distill.trajectory import Kind, Tokens
+from icrl_megatron.distill.trajectory import SegmentKind, Tokens
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Event:
     tag: str
     """The segment's agent: `plan`, `think`, `reflection`, `suggested_answer`, `double_check` or `answer`; of a call and
     an observation the tool."""
-    kind: Kind
+    kind: SegmentKind
     text: str
     """Empty for a call."""
     knows: tuple[int, ...]
@@ -35,7 +35,7 @@ class Event:
 
     def __post_init__(self) -> None:
         texts = (self.agent, self.tag, self.text)
-        if not all(isinstance(one, str) for one in texts) or self.kind not in get_args(Kind):
+        if not all(isinstance(one, str) for one in texts) or self.kind not in get_args(SegmentKind):
             raise ValueError(f"an event of {self.agent!r} with the tag {self.tag!r} and the kind {self.kind!r}")
 
 

@@ -43,7 +43,7 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class FilterVerdict:
     """What becomes of a trajectory."""
 
     copies: int = 1
@@ -53,8 +53,8 @@ class Verdict:
     """Of this trajectory."""
 
 
-KEPT = Verdict()
-Filter = Callable[[Sequence[Trajectory], Rules], list[Verdict]]
+KEPT = FilterVerdict()
+Filter = Callable[[Sequence[Trajectory], Rules], list[FilterVerdict]]
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,12 @@ def filtered(
     return tuple(trajectories), (*reports, report) if report.dropped else tuple(reports)
 
 
-def _writable(trajectories: Sequence[Trajectory], rules: Rules) -> list[Verdict]:
-    def judge(one: Trajectory) -> Verdict:
+def _writable(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdict]:
+    def judge(one: Trajectory) -> FilterVerdict:
         try:
             check(one)
         except BadRowError as error:
-            return Verdict(0, "cannot be written", str(error))
+            return FilterVerdict(0, "cannot be written", str(error))
         return KEPT
 
     return [judge(one) for one in trajectories]
@@ -123,62 +123,64 @@ def applied(
     return tuple(one for one, verdict in both for _ in range(verdict.copies)), report
 
 
-def correctness(trajectories: Sequence[Trajectory], rules: Rules) -> list[Verdict]:
-    """Drops wrong answers, and those that nobody judged."""
+def correctness(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdict]:
+    """Drops wrong answers, and those that were not judged."""
 
-    def judge(one: Trajectory) -> Verdict:
+    def judge(one: Trajectory) -> FilterVerdict:
         if one.correct:
             return KEPT
-        return Verdict(0, "nobody judged the answer" if one.correct is None else "wrong answer", f"{_answer(one)!r}")
+        return FilterVerdict(
+            0, "the answer was not judged" if one.correct is None else "wrong answer", f"{_answer(one)!r}"
+        )
 
     return [judge(one) for one in trajectories]
 
 
-def complexity(trajectories: Sequence[Trajectory], rules: Rules) -> list[Verdict]:
+def complexity(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdict]:
     """Drops trajectories with few interactions: what agents said, called and answered; observations do not count."""
     least = rules.settings.min_interactions
     counts = [sum(s.kind != "observation" for s in one.segments) for one in trajectories]
-    return [KEPT if n >= least else Verdict(0, "too few interactions", f"({n})") for n in counts]
+    return [KEPT if n >= least else FilterVerdict(0, "too few interactions", f"({n})") for n in counts]
 
 
-def form(trajectories: Sequence[Trajectory], rules: Rules) -> list[Verdict]:
+def form(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdict]:
     """Drops broken sequences, and those that the grammar of their task set does not allow."""
 
-    def judge(one: Trajectory) -> Verdict:
+    def judge(one: Trajectory) -> FilterVerdict:
         problem = _broken(one.segments, {spec.name for spec in one.tools})
         if problem:
-            return Verdict(0, "broken sequence", f"({problem})")
+            return FilterVerdict(0, "broken sequence", f"({problem})")
         grammar = rules.grammars.get(source_of(one), "calls")
         if format_score(_replies(one.segments), GRAMMARS[grammar], [spec.name for spec in one.tools]) < 1:
-            return Verdict(0, f"against the grammar {grammar}", " ".join(s.agent for s in one.segments))
+            return FilterVerdict(0, f"against the grammar {grammar}", " ".join(s.agent for s in one.segments))
         return KEPT
 
     return [judge(one) for one in trajectories]
 
 
-def length(trajectories: Sequence[Trajectory], rules: Rules) -> list[Verdict]:
+def length(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdict]:
     """Drops trajectories with too many characters, the problem and observations included."""
     counts = [len(one.system) + len(one.problem) + len(_text(one)) for one in trajectories]
     return [
-        KEPT if count <= rules.settings.max_chars else Verdict(0, "too long", f"({count} characters)")
+        KEPT if count <= rules.settings.max_chars else FilterVerdict(0, "too long", f"({count} characters)")
         for count in counts
     ]
 
 
-def redundancy(trajectories: Sequence[Trajectory], rules: Rules) -> list[Verdict]:
+def redundancy(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdict]:
     """Drops trajectories that make the same call again more often than `max_repeats`."""
 
-    def judge(one: Trajectory) -> Verdict:
+    def judge(one: Trajectory) -> FilterVerdict:
         calls = Counter(segment.call.key() for segment in one.segments if segment.call)
         repeats = calls.total() - len(calls)
         if repeats <= rules.settings.max_repeats:
             return KEPT
-        return Verdict(0, "redundant calls", f"({repeats}, such as {calls.most_common(1)[0][0]})")
+        return FilterVerdict(0, "redundant calls", f"({repeats}, such as {calls.most_common(1)[0][0]})")
 
     return [judge(one) for one in trajectories]
 
 
-def leakage(trajectories: Sequence[Trajectory], rules: Rules) -> list[Verdict]:
+def leakage(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdict]:
     """Drops trajectories whose problem is nearly a held-out one. Instructions that most problems share do not count."""
     problems = {text: shingles(text) for text in [*rules.heldout, *(one.problem for one in trajectories)]}
     common = _common(problems.values())
@@ -187,42 +189,46 @@ def leakage(trajectories: Sequence[Trajectory], rules: Rules) -> list[Verdict]:
         index.add(text, problems[text] - common)
     found = {one.problem: index.find(problems[one.problem] - common) for one in trajectories}
 
-    def judge(one: Trajectory) -> Verdict:
+    def judge(one: Trajectory) -> FilterVerdict:
         like = one.problem if _plain(one.problem) in same else found[one.problem]
-        return KEPT if like is None else Verdict(0, "nearly a held-out problem", f"({like!r})")
+        return KEPT if like is None else FilterVerdict(0, "nearly a held-out problem", f"({like!r})")
 
     return [judge(one) for one in trajectories]
 
 
-def duplicates(trajectories: Sequence[Trajectory], rules: Rules) -> list[Verdict]:
+def duplicates(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdict]:
     """Drops trajectories whose segments are nearly those of one before."""
     index, verdicts = Index(rules.settings.duplicate_similarity), []
     for one in trajectories:
         text = shingles(_text(one))
         like = index.find(text)
-        verdicts.append(KEPT if like is None else Verdict(0, "near-duplicate", f"(of {like})"))
+        verdicts.append(KEPT if like is None else FilterVerdict(0, "near-duplicate", f"(of {like})"))
         if like is None:
             index.add(one.task_id, text)
     return verdicts
 
 
-def reflection(trajectories: Sequence[Trajectory], rules: Rules) -> list[Verdict]:
-    """Keeps a share of the trajectories in which nobody reflects or checks; all of mathematics and code."""
+def reflection(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdict]:
+    """Keeps a share of the trajectories without a reflection or check; all of mathematics and code."""
 
-    def judge(one: Trajectory) -> Verdict:
+    def judge(one: Trajectory) -> FilterVerdict:
         thinks = any(segment.agent in (roles.REFLECTION, roles.CHECK) for segment in one.segments)
         if thinks or source_of(one) in NEED_NO_REFLECTION:
             return KEPT
         drawn = _draw(rules.seed, "reflection", one)
-        return KEPT if drawn < rules.settings.keep_without_reflection else Verdict(0, "without reflection, not drawn")
+        return (
+            KEPT
+            if drawn < rules.settings.keep_without_reflection
+            else FilterVerdict(0, "without reflection, not drawn")
+        )
 
     return [judge(one) for one in trajectories]
 
 
-def correction(trajectories: Sequence[Trajectory], rules: Rules) -> list[Verdict]:
+def correction(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdict]:
     """Copies trajectories in which a low check led to another answer that is right."""
     copies = rules.settings.correction_copies
-    corrected = Verdict(copies, "corrected an error after a low check") if copies > 1 else KEPT
+    corrected = FilterVerdict(copies, "corrected an error after a low check") if copies > 1 else KEPT
     return [corrected if one.correct and _corrected(one) else KEPT for one in trajectories]
 
 
@@ -270,7 +276,7 @@ def _broken(segments: Sequence[Segment], tools: set[str]) -> str:
                 return f"segment {number} is an observation without its call"
             continue
         if waiting and (segment.kind != "call" or segments[number - 1].kind == "observation"):
-            return f"segment {number} stands between a call and its observation"
+            return f"segment {number} is between a call and its observation"
         if segment.call:
             waiting.append(segment.agent)
             if segment.call.name not in tools or segment.agent != segment.call.name:

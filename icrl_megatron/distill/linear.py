@@ -1,7 +1,7 @@
 """From a run of a multi-agent system to one sequence that a single model can write (Chain-of-Agents).
 
-Agents work at the same time and see different things, but a sequence has one order, and its author sees all that
-stands before. So an event may move, but never ahead of anything that its author had read.
+Agents work at the same time and see different things, but a sequence has one order, and its author sees
+everything before. So an event may move, but never ahead of anything that its author had read.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Unit:
 
 
 def _units(run: Run) -> list[_Unit]:
-    """A call of a tool with a state needs all calls of that tool before it, whoever made them: they made its answer.
+    """A call of a tool with a state needs all calls of that tool before it, of every agent: its answer depends on them.
 
     Raises ValueError unless every call has one observation, and every event knows only earlier ones."""
     events = run.events
@@ -71,9 +71,9 @@ def _units(run: Run) -> list[_Unit]:
 
 
 def _ordered(units: Sequence[_Unit]) -> Iterator[_Unit]:
-    """Each unit after those that it needs. Among the others, the thread of the unit before goes on; else the thread
-    that was given first. So a job stays in one piece wherever it can, whatever ran at the same time. The answer is
-    last."""
+    """Each unit after those that it needs. Of the units that could be next, one of the same thread as the unit before
+    is taken, or else one of the thread with the lowest number. So a job stays in one piece where possible, even if
+    other jobs ran at the same time. The answer is last."""
     left, done, thread = list(units), set[int](), -1
     while left:
         ready = [unit for unit in left if unit.needs <= done]
@@ -85,7 +85,7 @@ def _ordered(units: Sequence[_Unit]) -> Iterator[_Unit]:
 
 
 def _merged(run: Run, units: Sequence[_Unit]) -> Iterator[Event]:
-    """Leaves out what stands in the sequence already: a report or thought that repeats an earlier message, a message
+    """Leaves out what the sequence has already: a report or thought that repeats an earlier message, a message
     that its role says twice in a row, and a call whose author could not know that another agent had made it."""
     numbers = {id(event): number for number, event in enumerate(run.events)}
     said = set[str]()

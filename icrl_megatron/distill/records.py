@@ -30,7 +30,8 @@ _FREE_OF_SOURCE = (
 )  # fmt: skip
 """Options of a source, besides `plan`, that may change in the same way."""
 _FREE_OF_MCP = ("start_s", "timeout_s")
-_FREE_ENDPOINT = ("url", "api_key_env", "timeout_s", "concurrency", "requests_per_minute")
+_PRICES = ("read_price", "written_price")
+_FREE_ENDPOINT = ("url", "api_key_env", "timeout_s", "concurrency", "requests_per_minute", *_PRICES)
 _FREE_ROLLOUT = ("tasks_per_step", "episodes_per_task", "concurrency", "oversample", "partial", "environment_timeout_s")
 
 
@@ -52,7 +53,7 @@ def identity(settings: Settings, plays_model: bool) -> dict[str, Any]:
 
 
 def _agent(agent: SystemAgent) -> dict[str, Any]:
-    found = {name: value for name, value in asdict(agent).items() if name != "url"}
+    found = {name: value for name, value in asdict(agent).items() if name not in ("url", *_PRICES)}
     return {**found, "prompt": _digest(Path(agent.prompt).read_text(encoding="utf-8")) if agent.prompt else ""}
 
 

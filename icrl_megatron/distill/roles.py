@@ -71,31 +71,31 @@ class Brief:
 
 
 @dataclass(frozen=True)
-class Reply:
+class AgentReply:
     text: str
     read: int | None
-    """Tokens of the prompt; None if nobody counted them."""
+    """Tokens of the prompt; None if the endpoint did not count them."""
     written: int | None
 
 
 class Agent(Protocol):
     """One agent. It keeps no state: all that it knows is in the brief."""
 
-    async def reply(self, brief: Brief) -> Reply:
+    async def reply(self, brief: Brief) -> AgentReply:
         """Raises EndpointError if the infrastructure failed."""
         ...
 
 
 @dataclass(frozen=True)
-class Job:
+class AgentJob:
     agent: str
     text: str
 
 
 @dataclass(frozen=True)
-class Plan:
+class TeamPlan:
     text: str
-    stages: tuple[tuple[Job, ...], ...]
+    stages: tuple[tuple[AgentJob, ...], ...]
     """Jobs of a stage run at the same time, after those of the stages before."""
 
 
@@ -129,9 +129,9 @@ def required(text: str, tag: str) -> str:
     return found
 
 
-def read_plan(text: str, team: Collection[str]) -> Plan:
+def read_plan(text: str, team: Collection[str]) -> TeamPlan:
     """Raises Unreadable."""
-    plan, stages = required(text, PLAN), [list[Job]()]
+    plan, stages = required(text, PLAN), [list[AgentJob]()]
     for line in filter(None, map(str.strip, plan.splitlines())):
         if line.casefold() == _THEN:
             stages.append([])
@@ -139,10 +139,10 @@ def read_plan(text: str, team: Collection[str]) -> Plan:
         agent, colon, job = (part.strip() for part in line.partition(":"))
         if not colon or agent not in team or not job:
             raise Unreadable(f"a line of the plan is {line[:80]!r}: write AGENT: JOB, with one of {', '.join(team)}")
-        stages[-1].append(Job(agent, job))
+        stages[-1].append(AgentJob(agent, job))
     if not 1 <= sum(map(len, stages)) <= MOST_JOBS:
         raise Unreadable(f"the plan has {sum(map(len, stages))} jobs: give 1 to {MOST_JOBS}")
-    return Plan(plan, tuple(tuple(stage) for stage in stages if stage))
+    return TeamPlan(plan, tuple(tuple(stage) for stage in stages if stage))
 
 
 def read_reflection(text: str) -> str:

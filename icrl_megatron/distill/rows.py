@@ -63,7 +63,7 @@ def rows(file: Path) -> Iterator[Row]:
 
 def parsed(text: str | bytes, what: str = "") -> Any:
     """The value of a JSON text. Raises BadRowError, which begins with `what`, also for NaN, a number that is too
-    large, a name that an object has twice, and nesting without end."""
+    large, a name that an object has twice, and nesting that is too deep."""
     named = f"{what}: " if what else ""
     try:
         return json.loads(text, parse_constant=_refuse, parse_float=finite, object_pairs_hook=_unique)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from icrl_megatron.agents.formats import Qwen3, ToolCalls
 from icrl_megatron.agents.tools import ToolCall
 from icrl_megatron.distill import roles
-from icrl_megatron.distill.roles import Brief, Note, Reply
+from icrl_megatron.distill.roles import AgentReply, Brief, Note
 from icrl_megatron.distill.system import REPORT, Member
 from icrl_megatron.tasks.archive import DOUBLE_CHECKS, MISCALCULATES, TRUSTS_SEARCH, asked, joined, spelled
 from icrl_megatron.utils.errors import ConfigError
@@ -39,12 +39,12 @@ class _Scripted:
     prompt: str
     script: Callable[[Brief, random.Random], str]
 
-    async def reply(self, brief: Brief) -> Reply:
+    async def reply(self, brief: Brief) -> AgentReply:
         text = self.script(brief, random.Random(brief.seed))
         specs = [f"{s.name} {s.description} {json.dumps(dict(s.parameters))}" for s in brief.tools]
         notes = [note.text for note in (*brief.notes, *brief.own)]
         read = " ".join([self.prompt, brief.question, brief.job, *specs, *notes, *brief.team.values(), brief.problem])
-        return Reply(text, len(read.split()), len(text.split()))
+        return AgentReply(text, len(read.split()), len(text.split()))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from icrl_megatron.distill.events import Event, Failed, Run
 from icrl_megatron.distill.own_server import check_engine
 from icrl_megatron.distill.rows import BadRowError
 from icrl_megatron.distill.system import stateful
-from icrl_megatron.distill.trajectory import ASSISTANT, Kind, Tokens
+from icrl_megatron.distill.trajectory import ASSISTANT, SegmentKind, Tokens
 from icrl_megatron.engines.kind import EngineRequest
 from icrl_megatron.engines.protocol import EngineError
 from icrl_megatron.engines.registry import engine_kind
@@ -198,7 +198,7 @@ class _Writer:
             return None
         return texts, found
 
-    def _say(self, agent: str, tag: str, kind: Kind, text: str, call: ToolCall | None = None) -> int:
+    def _say(self, agent: str, tag: str, kind: SegmentKind, text: str, call: ToolCall | None = None) -> int:
         self.events.append(Event(agent, tag, kind, text, tuple(self._read), self._thread, call))
         self._read.append(len(self.events) - 1)
         return len(self.events) - 1

@@ -22,8 +22,8 @@ from icrl_megatron.agents.toolbox import Toolbox
 from icrl_megatron.agents.tools import Stateful, ToolCall
 from icrl_megatron.distill import roles
 from icrl_megatron.distill.events import Event, Failed, Run
-from icrl_megatron.distill.roles import Agent, Brief, Job, Note, Reply, Unreadable
-from icrl_megatron.distill.trajectory import Kind, Tokens
+from icrl_megatron.distill.roles import Agent, AgentJob, AgentReply, Brief, Note, Unreadable
+from icrl_megatron.distill.trajectory import SegmentKind, Tokens
 from icrl_megatron.rollout.checked_environment import CheckedEnvironment
 from icrl_megatron.settings.rollout_schema import RolloutSettings
 from icrl_megatron.tasks.base import Environment, Opening, sendable
@@ -50,7 +50,7 @@ class Member:
 @dataclass(frozen=True)
 class SystemLimits:
     rounds: int = 3
-    """Plans for one task. After the last one, nobody reflects or checks, because nothing could follow."""
+    """Plans for one task. No reflection or check follows the last one, because no plan could follow it."""
     job_calls: int = 8
     """Calls in one job."""
     tries: int = 3
@@ -142,13 +142,13 @@ class _Attempt:
                 break
         return await self._finish(suggestion)
 
-    async def _plan(self) -> roles.Plan:
+    async def _plan(self) -> roles.TeamPlan:
         brief = self._brief(roles.PLANNER, notes=tuple(self._notes), team=self._team)
         plan, thread = await self._ask(brief, lambda text: roles.read_plan(text, self._team))
         self._note(roles.PLANNER, roles.PLAN, self._say(brief, roles.PLAN, "text", plan.text, thread))
         return plan
 
-    async def _stage(self, jobs: tuple[Job, ...]) -> None:
+    async def _stage(self, jobs: tuple[AgentJob, ...]) -> None:
         """Runs jobs at the same time. Their reports become known to the others together, in the plan's order."""
         threads = [self._thread() for _ in jobs]
         reports = tuple(note for note in self._notes if note.tag == REPORT)
@@ -294,7 +294,7 @@ class _Attempt:
         self,
         brief: Brief,
         tag: str,
-        kind: Kind,
+        kind: SegmentKind,
         text: str,
         thread: int,
         plan: int | None = None,
@@ -309,7 +309,7 @@ class _Attempt:
     def _note(self, agent: str, tag: str, event: int) -> None:
         self._notes.append(Note(event, agent, tag, self._events[event].text))
 
-    def _account(self, agent: str, reply: Reply) -> None:
+    def _account(self, agent: str, reply: AgentReply) -> None:
         if reply.read is None or reply.written is None:
             self._uncounted += 1
         before = self._spent.get(agent, Tokens())

@@ -7,7 +7,7 @@ from typing import Literal
 
 from icrl_megatron.agents.tools import ToolCall, ToolSpec
 
-Kind = Literal["text", "call", "observation", "answer"]
+SegmentKind = Literal["text", "call", "observation", "answer"]
 ASSISTANT, THINK, USER = "assistant", "think", "user"
 """Agents with a meaning of their own: free text, the model's thinking, and later messages of the user."""
 
@@ -26,7 +26,7 @@ class Segment:
     observation of `user` is a later message of the user."""
     text: str
     """Empty for a call, which `call` holds."""
-    kind: Kind = "text"
+    kind: SegmentKind = "text"
     trained: bool = True
     """Whether its tokens carry loss."""
     call: ToolCall | None = None
@@ -60,7 +60,7 @@ class Trajectory:
     """The user's message."""
     segments: tuple[Segment, ...]
     correct: bool | None = None
-    """None: nobody judged it."""
+    """None: it was not judged."""
     spent: Tokens = Tokens()
     system: str = ""
     """The system message; empty: none."""

@@ -70,7 +70,7 @@ class SGLangEngine:
         request."""
         self.server, self.stats = server, EngineStats()
         self._settings, self._make_transport = settings, transport
-        self._sink = weights.Sink(shapes, dtype, device, settings.bucket_mib)
+        self._sink = weights.WeightSender(shapes, dtype, device, settings.bucket_mib)
         self._transport: weights.Transport | None = None
         self._version = 0
         self._asleep = False
@@ -319,7 +319,7 @@ class SGLangEngine:
         async with self._asked_for(link, "/generate", body) as reply:
             try:
                 text = await connections.body(reply, longest)
-            except connections.TooLongError as error:
+            except connections.ResponseTooLongError as error:
                 text = str(error).encode()  # counted as garbage
             if reply.status >= 500 or reply.status == 429:
                 raise aiohttp.ClientPayloadError(f"status {reply.status}: {self.server.quoted(text)}")
@@ -337,7 +337,7 @@ class SGLangEngine:
             body = {"rid": rid, "abort_all": everything}
             async with self._asked_for(link, "/abort_request", body, timeout=limit) as reply:
                 await connections.body(reply, sglang_answers.answer_bytes(0))
-        except (aiohttp.ClientError, OSError, TimeoutError, RuntimeError, connections.TooLongError):
+        except (aiohttp.ClientError, OSError, TimeoutError, RuntimeError, connections.ResponseTooLongError):
             pass  # a dead server, or a loop that ends (its session is closed): the next request will report it
 
     async def _after_error(self, error: Exception, last: bool) -> None:
@@ -375,7 +375,7 @@ class Follower:
     """The engine of a rank that shares a server without leading it: it sends its share of the weights and generates
     nothing."""
 
-    def __init__(self, sink: weights.Sink, transport: weights.Transport | None) -> None:
+    def __init__(self, sink: weights.WeightSender, transport: weights.Transport | None) -> None:
         """`transport` is None if the leader's buffer is enough."""
         self._sink, self._transport = sink, transport
 

@@ -20,7 +20,7 @@ class GarbageError(ValueError):
 
 
 @dataclass(frozen=True)
-class Reply:
+class UsableAnswer:
     """An answer that can be used."""
 
     completion: Completion
@@ -35,7 +35,7 @@ def answer_bytes(tokens: int) -> int:
     return _ANSWER_BYTES + _BYTES_A_TOKEN * tokens
 
 
-def read(text: bytes, longest: int, vocabulary: int, version: int) -> Reply:
+def read(text: bytes, longest: int, vocabulary: int, version: int) -> UsableAnswer:
     """`version` is the version of the last weight push; 0 if there was none. A whole reply is generated with it,
     because no request is running when weights change. Raises GarbageError.
 
@@ -65,4 +65,4 @@ def read(text: bytes, longest: int, vocabulary: int, version: int) -> Reply:
         raise GarbageError("SGLang gave invalid log-probs (NaN, infinite or positive): check the last weight update.")
     if str(stamp) != str(version):
         raise GarbageError(f"SGLang answered with weights of version {stamp!r}: version {version} was pushed last.")
-    return Reply(Completion(id_array(ids), logprob_array(logprobs), kind, version), *counted)
+    return UsableAnswer(Completion(id_array(ids), logprob_array(logprobs), kind, version), *counted)

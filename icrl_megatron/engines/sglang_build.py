@@ -30,7 +30,7 @@ from icrl_megatron.engines.sglang_checks import require_context
 from icrl_megatron.engines.sglang_deltas import DeltaEngine, require_loader
 from icrl_megatron.engines.sglang_group import OverGroup
 from icrl_megatron.engines.sglang_server import Server, ServerSpec, check_version
-from icrl_megatron.engines.sglang_weights import Shapes, SharedMemory, Sink, Transport
+from icrl_megatron.engines.sglang_weights import Shapes, SharedMemory, Transport, WeightSender
 from icrl_megatron.model.shape import ModelShape, locate_weights
 from icrl_megatron.settings.schema import EngineSettings, Settings
 from icrl_megatron.utils.errors import ConfigError
@@ -52,7 +52,7 @@ def build(request: EngineRequest) -> Engines:
     if grid.rank != lead:
         tensor, sync_s = settings.engine.tensor_parallel, settings.engine.sync_timeout_s
         offers = SharedMemory(None, tensor, group, lead, sync_s) if group else None
-        sink = Sink(tensor_shapes(request.folder), request.dtype, device, settings.engine.bucket_mib)
+        sink = WeightSender(tensor_shapes(request.folder), request.dtype, device, settings.engine.bucket_mib)
         return Engines(Follower(sink, offers), None, None, Share(None, servers), in_turn, server_group)
     solver = _remote_engine(request, number) if settings.engine.urls else _own_engine(request, number, group, lead)
     critic = None

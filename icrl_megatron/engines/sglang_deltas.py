@@ -129,7 +129,7 @@ class DeltaEngine(SGLangEngine):
     def _pour_differences(
         self, pieces: Iterable[tuple[Piece, bytes]], version: int, transport: Any, lost: str = ""
     ) -> None:
-        """Like `Sink.pour`, for differences."""
+        """Like `WeightSender.pour`, for differences."""
 
         def send(load: Load, options: dict[str, Any]) -> weights.Answer:
             data = torch.frombuffer(load.data, dtype=torch.uint8) if load.data else torch.empty(0, dtype=torch.uint8)

@@ -163,7 +163,7 @@ class SharedMemory:
         self._threads.shutdown(wait=False)
 
 
-class Sink:
+class WeightSender:
     """Checks tensors, fills buckets with them and sends these over a transport. The buffers are allocated at first use,
     and kept only on a CPU."""
 

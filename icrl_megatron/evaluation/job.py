@@ -19,7 +19,7 @@ _PATHS = ("model", "against", "out")
 
 
 @dataclass(frozen=True)
-class Job:
+class EvalJob:
     request: EvalRequest
     settings: Settings
     """Includes the requested `rollout.rounds` and the addresses of environment servers."""
@@ -45,11 +45,11 @@ class Job:
         return folder / "job.json"
 
     @staticmethod
-    def load(path: Path) -> Job:
+    def load(path: Path) -> EvalJob:
         saved = json.loads(path.read_text(encoding="utf-8"))
         given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in saved["request"].items()}
         given |= {name: Path(given[name]) for name in _PATHS if given[name] is not None}
-        return Job(
+        return EvalJob(
             request=EvalRequest(**given),
             settings=load_saved(path.with_name("settings.yaml")),
             tasks=tuple(Task(**task) for task in saved["tasks"]),

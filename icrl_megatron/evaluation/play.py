@@ -32,7 +32,7 @@ from icrl_megatron.engines.protocol import EngineError
 from icrl_megatron.engines.rank import Engines
 from icrl_megatron.engines.registry import engine_kind
 from icrl_megatron.evaluation import measured
-from icrl_megatron.evaluation.job import Job
+from icrl_megatron.evaluation.job import EvalJob
 from icrl_megatron.evaluation.measured import SEEDS, Playing
 from icrl_megatron.evaluation.result import PICTURE, RESULT, Result, read_result
 from icrl_megatron.evaluation.scores import compare, score, successes
@@ -59,7 +59,7 @@ from icrl_megatron.utils.files import write_atomically
 from icrl_megatron.utils.progress import Progress
 
 
-def run(job: Job) -> None:
+def run(job: EvalJob) -> None:
     """Plays the job on all ranks, which must all call this; rank 0 writes and prints the result.
 
     Raises ConfigError if problems are too long or the engine does not support the settings, and HopelessError if an
@@ -90,7 +90,7 @@ def run(job: Job) -> None:
 
 
 @contextmanager
-def _joined(job: Job) -> Iterator[Grid]:
+def _joined(job: EvalJob) -> Iterator[Grid]:
     """The grid of the evaluation's ranks; the process group is destroyed when the block ends."""
     grid = grids.without_model(job.settings)
     try:
@@ -103,7 +103,7 @@ def _joined(job: Job) -> Iterator[Grid]:
 
 
 @contextmanager
-def _playing(job: Job, grid: Grid, progress: Progress) -> Iterator[Playing]:
+def _playing(job: EvalJob, grid: Grid, progress: Progress) -> Iterator[Playing]:
     """The source and the problems that fit the context; the engines are closed when the block ends."""
 
     def gather(mine: Any) -> list[Any]:
@@ -147,7 +147,7 @@ def _playing(job: Job, grid: Grid, progress: Progress) -> Iterator[Playing]:
 class _EvaluationSpeakers:
     """Who speaks in the episodes of an evaluation."""
 
-    def __init__(self, job: Job, prompter: Prompter) -> None:
+    def __init__(self, job: EvalJob, prompter: Prompter) -> None:
         """Raises ConfigError if the critic's endpoint does not answer."""
         rollout, address = job.settings.rollout, job.request.critic_address()
         self._temperature, self._stops = rollout.temperature, prompter.stop_ids
@@ -168,7 +168,7 @@ class _EvaluationSpeakers:
         return same_speakers(EngineSpeaker(engines.solver, self._temperature, self._stops), critic)
 
 
-def _check_critic(job: Job) -> None:
+def _check_critic(job: EvalJob) -> None:
     if job.critic is not None and tokenizer(job.critic).get_vocab() != tokenizer(job.folder).get_vocab():
         raise ConfigError(
             f"--critic={job.request.critic} has another tokenizer than {job.request.model}: serve it behind an "
@@ -177,7 +177,7 @@ def _check_critic(job: Job) -> None:
 
 
 def _fitting(
-    job: Job,
+    job: EvalJob,
     catalogue: registry.Catalogue,
     prompter: Prompter,
     share: ProblemShare,
@@ -197,7 +197,7 @@ def _fitting(
     return [task for task in job.tasks if task.task_id not in ids]
 
 
-def _result(job: Job, played: Played) -> Result:
+def _result(job: EvalJob, played: Played) -> Result:
     request, rounds, episodes = job.request, job.settings.rollout.rounds, played.headers
     result = Result(
         model=str(request.model),
@@ -219,7 +219,7 @@ def _result(job: Job, played: Played) -> Result:
     return replace(result, comparison=found, against=earlier.model)
 
 
-def _write(result: Result, job: Job, episodes: Sequence[Episode]) -> None:
+def _write(result: Result, job: EvalJob, episodes: Sequence[Episode]) -> None:
     from icrl_megatron.evaluation.views import picture  # imports matplotlib, which other ranks do not need
 
     with results.writing(job.out, results.EVALUATION, job.request.reads(), job.request.overwrite) as folder:
@@ -246,7 +246,7 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGUSR1, _stop)
     if Path(os.environ.get(STOP_ENV, "")).is_file():  # the signal arrived before the handler was installed
         _stop()
-    run(Job.load(Path(arguments[0])))
+    run(EvalJob.load(Path(arguments[0])))
     return 0
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from icrl_megatron.evaluation.reproduce import Phase, Reproduction, check
 from icrl_megatron.launch import slurm_queue
-from icrl_megatron.launch.slurm_queue import Job, Queue
+from icrl_megatron.launch.slurm_queue import Queue, SlurmJob
 from icrl_megatron.settings import loading as settings_module
 
 TRAIN, EVALUATE = Path("slurm") / "icrl_8b.sbatch", Path("slurm") / "eval.sbatch"
 
 
-def jobs(asked: Reproduction, queue: Queue) -> list[Job]:
+def jobs(asked: Reproduction, queue: Queue) -> list[SlurmJob]:
     """The submissions of what is not finished: each run, and its evaluations, which wait for it."""
     found = []
     for recipe, seed in asked.runs():
@@ -41,10 +41,10 @@ def _job(
     script: Path,
     words: tuple[str, ...],
     after: tuple[str, ...],
-) -> Job:
+) -> SlurmJob:
     name, log = f"--job-name={job_name(asked)}", f"--output={asked.out}/jobs/{phase.name}-%j.log"
     options = (*queue.options(), *size, name, log)
-    return Job(phase.name, ("sbatch", "--parsable", *options, str(script), *words), after)
+    return SlurmJob(phase.name, ("sbatch", "--parsable", *options, str(script), *words), after)
 
 
 def job_name(asked: Reproduction) -> str:

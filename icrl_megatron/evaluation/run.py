@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,7 @@ from pathlib import Path
 from icrl_megatron.agents import cache as tool_cache
 from icrl_megatron.distributed.process import KILLED, STOPPED, is_rank, require_gpu
 from icrl_megatron.engines.registry import engine_kind
-from icrl_megatron.evaluation.job import Job
+from icrl_megatron.evaluation.job import EvalJob
 from icrl_megatron.evaluation.result import EvalRequest, Result, read_result
 from icrl_megatron.launch import servers as serve
 from icrl_megatron.launch.torchrun import launch
@@ -63,7 +64,7 @@ def play(
     records: Path | None = None,
 ) -> int:
     """Starts what the job needs and plays it. `problems` gets the model's Hugging Face folder and returns what to play;
-    without problems nothing is started. `records`: `Job.records`. Returns the exit code."""
+    without problems nothing is started. `records`: `EvalJob.records`. Returns the exit code."""
     logs, code = Path(tempfile.mkdtemp(prefix="icrl_eval_logs_")), 1
     try:
         with ExitStack() as held:
@@ -75,14 +76,21 @@ def play(
             other = request.critic_folder()
             critic = held.enter_context(_model_folder(other)) if other is not None else None
             unusable = eval_problems.unusable(settings, "heldout") if records is None else {}
-            code = _played(Job(request, settings, tasks, folder, critic, out, logs, unusable, records))
+            code = _played(EvalJob(request, settings, tasks, folder, critic, out, logs, unusable, records))
     finally:
-        if code == 0 or not any(logs.iterdir()):  # the logs of a failed evaluation are kept
-            shutil.rmtree(logs, ignore_errors=True)
+        _conclude(logs, failed=code not in (0, KILLED))
     return code
 
 
-def _played(job: Job) -> int:
+def _conclude(logs: Path, failed: bool) -> None:
+    """Deletes the folder, unless the evaluation has failed and its servers or ranks wrote something there."""
+    if failed and any(file.is_file() and file.stat().st_size for file in logs.rglob("*")):
+        print(f"the logs of the failed evaluation are in {logs}", file=sys.stderr)
+    else:
+        shutil.rmtree(logs, ignore_errors=True)
+
+
+def _played(job: EvalJob) -> int:
     """Plays the job in this process if there is one rank, or starts the ranks."""
     if job.settings.launch.ranks == 1:
         from icrl_megatron.evaluation.play import run

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from icrl_megatron.launch import slurm_queue
 from icrl_megatron.launch.ablate import START, AblationPlan, cell_words, finished, start_words
-from icrl_megatron.launch.slurm_queue import Job, Queue
+from icrl_megatron.launch.slurm_queue import Queue, SlurmJob
 from icrl_megatron.run import checks as validate
 from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.utils.errors import ConfigError
@@ -48,14 +48,14 @@ def words(plan: AblationPlan, cell: str) -> list[str]:
     return [] if finished(plan.folder(arm, seed)) else cell_words(plan, arm, seed)
 
 
-def jobs(plan: AblationPlan, plan_file: Path, queue: Queue) -> list[Job]:
+def jobs(plan: AblationPlan, plan_file: Path, queue: Queue) -> list[SlurmJob]:
     """The submissions of a plan in their order: the shared warm start where one is missing, the arm that sets the
     budget, all other cells, and the table. Empty where everything is finished."""
     missing = [i for i, (arm, seed) in enumerate(plan.cells()) if not finished(plan.folder(arm, seed))]
     if not missing:
         return []
     first = [i for i in missing if plan.cells()[i][0] == plan.budget_of]
-    found: list[Job] = []
+    found: list[SlurmJob] = []
     if start_words(plan):
         found.append(_job(plan, plan_file, queue, START_CELL, (), ()))
     for name, cells in (("budget", first), ("cells", [i for i in missing if i not in first])):
@@ -70,13 +70,13 @@ def jobs(plan: AblationPlan, plan_file: Path, queue: Queue) -> list[Job]:
 
 def _job(
     plan: AblationPlan, plan_file: Path, queue: Queue, name: str, array: tuple[str, ...], after: tuple[str, ...]
-) -> Job:
+) -> SlurmJob:
     launch = settings_module.load(plan.recipe, plan.overrides).launch
     size = [f"--nodes={1 if name == TABLE_CELL else launch.nodes}", f"--gpus-per-node={launch.ranks}"]
     log = f"--output={plan.out}/jobs/{name}-{'%A_%a' if array else '%j'}.log"
     options = [*queue.options(), *size, f"--job-name={job_name(plan)}", log, *array]
     told = [str(plan_file)] if array else [str(plan_file), name]
-    return Job(name, ("sbatch", "--parsable", *options, str(SCRIPT), *told), after, any_end=name == TABLE_CELL)
+    return SlurmJob(name, ("sbatch", "--parsable", *options, str(SCRIPT), *told), after, any_end=name == TABLE_CELL)
 
 
 def job_name(plan: AblationPlan) -> str:

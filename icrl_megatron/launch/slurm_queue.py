@@ -34,7 +34,7 @@ class Queue:
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """One submission."""
 
     name: str
@@ -71,7 +71,7 @@ def require_none_queued(name: str, out: Path) -> None:
         )
 
 
-def submit(jobs: Sequence[Job], out: Path) -> list[tuple[str, str]]:
+def submit(jobs: Sequence[SlurmJob], out: Path) -> list[tuple[str, str]]:
     """Queues the jobs in their order, with logs in `out`/jobs; (name, job id) of each.
 
     Raises ConfigError where Slurm refuses, with its words; what was queued by then is cancelled."""

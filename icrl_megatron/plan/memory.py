@@ -50,7 +50,7 @@ class StateMemory:
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineBytes:
     """What the engines take of one GPU while episodes are played, bytes."""
 
     weights: float
@@ -74,7 +74,7 @@ class Memory:
     state: StateMemory
     activations: float
     head: float
-    engine: Engine
+    engine: EngineBytes
     phases: Mapping[str, float]
     """Peak of each phase and transition, reserve and fragmentation included."""
     available: float
@@ -156,7 +156,7 @@ def head(shape: ModelShape, layout: Layout, settings: Settings, tokens: int) -> 
     return buffer + 3.0 * tokens / layout.context * shape.hidden * layout.item
 
 
-def engine(shape: ModelShape, layout: Layout, settings: Settings, gpu: Gpu, left: float) -> Engine:
+def engine(shape: ModelShape, layout: Layout, settings: Settings, gpu: Gpu, left: float) -> EngineBytes:
     """What the engines take; `left` is what the rest leaves free, which only a local engine looks at.
 
     A server takes memory_fraction of the GPU for weights and cache together, whatever lies beside it: it is started on
@@ -168,13 +168,13 @@ def engine(shape: ModelShape, layout: Layout, settings: Settings, gpu: Gpu, left
     least = (settings.rollout.context_tokens + spare) * token
     if layout.serving.local:  # its cache grows with what it decodes
         cache = max(least, left / engines - of_weights)
-        return Engine(engines * of_weights, cache, engines * cache)
+        return EngineBytes(engines * of_weights, cache, engines * cache)
     share = layout.memory_fraction / engines * gpu.memory_bytes - of_weights
     cache = max(least, min(share, ((settings.engine.kv_tokens or math.inf) + spare) * token))
     if layout.serving.remote:  # on its owner's GPUs, which are taken to be like ours
-        return Engine(0.0, cache, 0.0)
+        return EngineBytes(0.0, cache, 0.0)
     smallest = (of_weights + least) * engines / gpu.memory_bytes
-    return Engine(engines * of_weights, cache, engines * cache, _too_small(layout, settings, smallest))
+    return EngineBytes(engines * of_weights, cache, engines * cache, _too_small(layout, settings, smallest))
 
 
 def _too_small(layout: Layout, settings: Settings, smallest: float) -> str:

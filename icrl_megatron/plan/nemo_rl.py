@@ -30,7 +30,7 @@ SPREAD = 0.7
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedRun:
     """A row of the tables."""
 
     name: str
@@ -51,9 +51,9 @@ class Published:
 _LLAMA = Layout(16, pipeline=2, micro_batch_tokens=WINDOW)
 _QWEN = Layout(32, 4, 4, sequence_parallel=True, recompute="none", micro_batch_tokens=WINDOW, engine_tensor=4)
 ROWS = (
-    Published("Llama-3.1-8B, 16 H100, v0.5", LLAMA_8B, _LLAMA, 1019, 1581, 92.8, fitted=True),
-    Published("Llama-3.1-8B, 16 H100, v0.4", LLAMA_8B, _LLAMA, 1060, 1562, 97.7, fitted=False),
-    Published("Qwen3-32B, 32 H100, v0.4", PUBLISHED["Qwen3-32B"], _QWEN, 3206, 540, 393.0, fitted=False),
+    PublishedRun("Llama-3.1-8B, 16 H100, v0.5", LLAMA_8B, _LLAMA, 1019, 1581, 92.8, fitted=True),
+    PublishedRun("Llama-3.1-8B, 16 H100, v0.4", LLAMA_8B, _LLAMA, 1060, 1562, 97.7, fitted=False),
+    PublishedRun("Qwen3-32B, 32 H100, v0.4", PUBLISHED["Qwen3-32B"], _QWEN, 3206, 540, 393.0, fitted=False),
 )
 
 
@@ -61,7 +61,7 @@ ROWS = (
 class Reproduced:
     """What the planner makes of a row."""
 
-    row: Published
+    row: PublishedRun
     times: timing.Times
     tokens_a_second_a_gpu: float
 
@@ -79,7 +79,7 @@ NEMO_RL = replace(CONSTANTS, training_efficiency=0.27, layer_launch_s=0.0, optim
 its host's work too."""
 
 
-def reproduce(row: Published, constants: Constants = NEMO_RL) -> Reproduced:
+def reproduce(row: PublishedRun, constants: Constants = NEMO_RL) -> Reproduced:
     """The planner's step for a published row, from its published inputs."""
     gpu, most = GPUS["h100"], WINDOW - row.prompt_tokens
     work = single_turn(PROMPTS, ANSWERS, row.prompt_tokens, row.answer_tokens, SPREAD, most)

@@ -33,14 +33,14 @@ class Rejected:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """`best` has the fastest plan of each combination that fits, fastest first; may be empty."""
 
     best: tuple[Plan, ...]
     rejected: tuple[Rejected, ...]
 
 
-def search(settings: Settings, gpus: int, gpu: Gpu) -> Found:
+def search(settings: Settings, gpus: int, gpu: Gpu) -> SearchResult:
     """Tries TP x PP x CP x engine TP, each with every micro-batch budget and recompute mode; DP is what remains.
     Offloading and the engine's share of a GPU stay what the settings say."""
     shape = shape_of(settings)
@@ -63,7 +63,7 @@ def search(settings: Settings, gpus: int, gpu: Gpu) -> Found:
             reason = least.engine.refusal or f"{least.peak[0]}: {least.missing / GIB:.1f} GiB missing"
         rejected.append(Rejected(tensor, pipeline, context, engine, reason))
     best.sort(key=lambda plan: plan.times.total)
-    return Found(tuple(best), tuple(rejected))
+    return SearchResult(tuple(best), tuple(rejected))
 
 
 def _variants(layout: Layout, settings: Settings) -> Iterator[Layout]:

@@ -10,7 +10,7 @@ from rich.table import Table
 from icrl_megatron.plan.hardware import GIB
 from icrl_megatron.plan.planner import Plan
 from icrl_megatron.plan.scaling import Point, efficiency
-from icrl_megatron.plan.search import Found, overrides, why_slower
+from icrl_megatron.plan.search import SearchResult, overrides, why_slower
 
 ROWS = 12
 
@@ -94,7 +94,7 @@ def _seconds(plan: Plan | None, refusal: str) -> str:
     return f"{plan.times.total:.1f} s{missing}"
 
 
-def show_search(found: Found, console: Console) -> None:
+def show_search(found: SearchResult, console: Console) -> None:
     """The layouts that fit, fastest first, and the others by reason."""
     table = Table("step", "tokens/s/GPU", "peak GiB", "layout", "against the best", box=None, pad_edge=False)
     for plan in found.best[:ROWS]:

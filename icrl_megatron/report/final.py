@@ -15,7 +15,7 @@ from icrl_megatron.settings.arms import BASELINE
 from icrl_megatron.settings.loading import run_folder
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.telemetry.metrics import HELDOUT, HELDOUT_ATTEMPTS
-from icrl_megatron.telemetry.writer import METRICS_FILE, TENSORBOARD_FOLDER, Row, read_rows
+from icrl_megatron.telemetry.writer import METRICS_FILE, TENSORBOARD_FOLDER, MetricsRow, read_rows
 from icrl_megatron.utils.console import PlainConsole
 from icrl_megatron.utils.files import write_atomically
 from icrl_megatron.utils.intervals import Proportion, proportion
@@ -26,17 +26,17 @@ _OF_TASKS = f"{HELDOUT}/"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """Held-out critique-free success of one run before and after training, by task source."""
 
     label: str
-    rows: list[Row]
+    rows: list[MetricsRow]
     generated_tokens: int
     before: dict[str, Proportion]
     after: dict[str, Proportion]
 
 
-def outcome(label: str, folder: Path, settings: Settings) -> Outcome:
+def outcome(label: str, folder: Path, settings: Settings) -> RunOutcome:
     """Reads a finished run's metrics."""
     rows = read_rows(folder / METRICS_FILE)
     given = [source.name for source in settings.tasks.sources]
@@ -54,7 +54,7 @@ def outcome(label: str, folder: Path, settings: Settings) -> Outcome:
     found = {name: measured(name) for name in dict.fromkeys(names)}
     spent = int(rows[-1].get("tokens/generated_total", 0)) if rows else 0  # supervised training generates none
     before, after = ({name: of[i] for name, of in found.items() if of} for i in (0, -1))
-    return Outcome(label, rows, spent, before, after)
+    return RunOutcome(label, rows, spent, before, after)
 
 
 def report(settings: Settings, console: Console | None = None) -> None:
@@ -74,7 +74,7 @@ def report(settings: Settings, console: Console | None = None) -> None:
     console.print(_where(folder, curve))
 
 
-def success_table(outcomes: list[Outcome]) -> Table:
+def success_table(outcomes: list[RunOutcome]) -> Table:
     table = Table(title="Held-out success without a critique (95 % interval)", title_justify="left")
     for column in ("", "task", "before", "after", "generated tokens"):
         table.add_column(column, justify="left" if column in ("", "task") else "right")
@@ -110,7 +110,7 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _as_json(outcomes: list[Outcome], controls: dict[str, Any]) -> dict[str, Any]:
+def _as_json(outcomes: list[RunOutcome], controls: dict[str, Any]) -> dict[str, Any]:
     runs = [
         {
             "label": o.label,

@@ -36,7 +36,7 @@ class PageSize:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ShownRollouts:
     """The part of a run's rollouts that a page shows."""
 
     records: list[tuple[int, DumpRecord]]
@@ -54,7 +54,7 @@ class Choice:
     """Steps that have a dump."""
 
 
-def choose(run: Path, w_max: float, size: PageSize, runs: int) -> Choice:
+def choose(run: Path, w_max: float, size: PageSize, runs: int) -> ShownRollouts:
     """`runs` is how many runs share the page's total size. Raises ConfigError on a damaged dump."""
     rollouts = Rollouts(run)
     steps = spread(rollouts.steps, size.steps)
@@ -74,7 +74,7 @@ def choose(run: Path, w_max: float, size: PageSize, runs: int) -> Choice:
             chosen += [(step, record) for record in _of_step(step, records, quota)]
     chosen = spread(chosen, size.episodes)
     chosen, limit = _fitting(chosen, size.tokens, size.total_tokens // max(1, runs))
-    return Choice(chosen, limit, found, kept, len(steps), len(rollouts.steps))
+    return ShownRollouts(chosen, limit, found, kept, len(steps), len(rollouts.steps))
 
 
 def _of_weights(step: int, weights: np.ndarray, w_max: float) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from icrl_megatron.report.bands import Curve, band, interval, smoothed
 from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.telemetry.metrics import GENERATED, HELDOUT, HELDOUT_ATTEMPTS, HELDOUT_NLL, NLL
-from icrl_megatron.telemetry.writer import TIME_PREFIX, Row
+from icrl_megatron.telemetry.writer import TIME_PREFIX, MetricsRow
 from icrl_megatron.utils.intervals import proportion
 from icrl_megatron.utils.user_code import is_own
 
@@ -44,11 +44,11 @@ class Measured:
 
     label: str
     settings: Settings
-    rows: list[Row]
-    supervised: list[Row] = field(default_factory=list)
+    rows: list[MetricsRow]
+    supervised: list[MetricsRow] = field(default_factory=list)
     """Those of its supervised training."""
 
-    def steps(self) -> list[Row]:
+    def steps(self) -> list[MetricsRow]:
         """Rows of training steps."""
         return [row for row in self.rows if GENERATED in row]
 
@@ -184,5 +184,5 @@ def buckets(items: Sequence[int], count: int) -> list[list[int]]:
     return [list(items[i : i + size]) for i in range(0, len(items), size)]
 
 
-def _is_known(row: Row, name: str) -> bool:
+def _is_known(row: MetricsRow, name: str) -> bool:
     return math.isfinite(row.get(name, math.nan))

@@ -9,7 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from icrl_megatron.report.segments import Segment, split
+from icrl_megatron.report.segments import TaggedText, split
 from icrl_megatron.settings.loading import KEPT_MODEL
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.telemetry.dumps import Credited, DumpRecord
@@ -142,7 +142,7 @@ def _parts(
 
 
 def _grouped(tokens: list[list[Any]], tools: Collection[str]) -> list[dict[str, Any]]:
-    segments = split("".join(token[0] for token in tokens), tools) or (Segment("", "", "text"),)
+    segments = split("".join(token[0] for token in tokens), tools) or (TaggedText("", "", "text"),)
     starts = list(accumulate((len(s.text) for s in segments[:-1]), initial=0))
     parts: list[dict[str, Any]] = []
     at, last = 0, -1

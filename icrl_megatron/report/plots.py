@@ -18,12 +18,12 @@ from icrl_megatron.telemetry.metrics import CRITIQUE_FREE, GENERATED, HELDOUT
 from icrl_megatron.utils.files import save_picture
 
 if TYPE_CHECKING:
-    from icrl_megatron.telemetry.writer import Row
+    from icrl_megatron.telemetry.writer import MetricsRow
 
 COLOURS = ("#d1495b", "#30638e", "#edae49", "#00798c", "#7d5ba6", "#6b705c")
 
 
-def learning_curve(runs: Sequence[tuple[str, Sequence[Row]]], path: str | Path, title: str = "") -> Path:
+def learning_curve(runs: Sequence[tuple[str, Sequence[MetricsRow]]], path: str | Path, title: str = "") -> Path:
     """Draws critique-free success over generated tokens (left) and steps (right), one color per run, as a PNG.
 
     Thin lines are each step's training success, thick lines their running mean, circles held-out evaluations.
@@ -51,7 +51,7 @@ def learning_curve(runs: Sequence[tuple[str, Sequence[Row]]], path: str | Path, 
     return Path(path)
 
 
-def _draw(axes: Axes, costs: Sequence[float], rows: Sequence[Row], label: str, colour: str) -> None:
+def _draw(axes: Axes, costs: Sequence[float], rows: Sequence[MetricsRow], label: str, colour: str) -> None:
     trained = _points(costs, rows, CRITIQUE_FREE)
     if trained:
         x, y = zip(*trained, strict=True)
@@ -65,11 +65,11 @@ def _draw(axes: Axes, costs: Sequence[float], rows: Sequence[Row], label: str, c
         )
 
 
-def _points(costs: Sequence[float], rows: Sequence[Row], name: str) -> list[tuple[float, float]]:
+def _points(costs: Sequence[float], rows: Sequence[MetricsRow], name: str) -> list[tuple[float, float]]:
     return [(c, row[name]) for c, row in zip(costs, rows, strict=True) if math.isfinite(row.get(name, math.nan))]
 
 
-def arms_picture(curves: Mapping[str, Mapping[str, Sequence[Sequence[Row]]]], path: str | Path) -> Path:
+def arms_picture(curves: Mapping[str, Mapping[str, Sequence[Sequence[MetricsRow]]]], path: str | Path) -> Path:
     """Draws held-out critique-free success over generated tokens: one panel per task, one color per arm, a thin line
     per seed, a thick one for their mean at common costs and a band for its 95 % interval over the seeds.
     `curves[task][arm]` holds the rows of each seed's metrics."""
@@ -89,7 +89,7 @@ def arms_picture(curves: Mapping[str, Mapping[str, Sequence[Sequence[Row]]]], pa
     return Path(path)
 
 
-def _draw_arm(axes: Axes, seeds: Sequence[Sequence[Row]], label: str, colour: str) -> None:
+def _draw_arm(axes: Axes, seeds: Sequence[Sequence[MetricsRow]], label: str, colour: str) -> None:
     whole = arm_band(seeds)
     if not whole.seeds:
         return

@@ -16,7 +16,7 @@ from zlib import crc32
 
 from icrl_megatron.types import Episode
 
-Kind = Literal["text", "call", "answer"]
+TaggedKind = Literal["text", "call", "answer"]
 
 ROLES = ("think", "plan", "reflection", "suggested_answer", "double_check", "check")
 ANSWER = "answer"
@@ -42,16 +42,16 @@ _NAME_CHARS = 64
 
 
 @dataclass(frozen=True)
-class Segment:
+class TaggedText:
     """A part of a reply that one agent wrote, with its tags.
 
-    Example: Segment("search", "<search> p 4 8 3 </search>", "call")
+    Example: TaggedText("search", "<search> p 4 8 3 </search>", "call")
     """
 
     agent: str
     """The tag, or the tool that a <tool_call> names; empty for text outside of tags."""
     text: str
-    kind: Kind
+    kind: TaggedKind
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class _Tag:
     end: int
 
 
-def split(reply: str, tools: Collection[str] = ()) -> tuple[Segment, ...]:
+def split(reply: str, tools: Collection[str] = ()) -> tuple[TaggedText, ...]:
     """The segments of a reply, in order; joined, their texts are the reply. Takes time linear in its length.
 
     Tags: `ROLES`, `ANSWER`, `TOOL_CALL`, `SEARCHES` and `tools`. Where tags are nested, the inner one counts. A closed
@@ -74,7 +74,7 @@ def split(reply: str, tools: Collection[str] = ()) -> tuple[Segment, ...]:
     # A chat template may have opened <think> in the prompt.
     stack = ["think"] if tags and tags[0].name == "think" and tags[0].closes else []
     depth = Counter(stack)
-    found: list[Segment] = []
+    found: list[TaggedText] = []
     begun, inside = 0, ""
 
     def end(place: int) -> None:
@@ -115,12 +115,12 @@ def _closed(tags: list[_Tag]) -> set[int]:
     return found
 
 
-def _segment(name: str, text: str) -> Segment:
+def _segment(name: str, text: str) -> TaggedText:
     if name == TOOL_CALL:
-        return Segment(_called(text), text, "call")
+        return TaggedText(_called(text), text, "call")
     if name == ANSWER:
-        return Segment(name, text, "answer")
-    return Segment(name, text, "text" if name in ROLES or not name else "call")
+        return TaggedText(name, text, "answer")
+    return TaggedText(name, text, "text" if name in ROLES or not name else "call")
 
 
 def _called(text: str) -> str:

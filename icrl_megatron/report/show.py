@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.rule import Rule
 from rich.text import Text
 
-from icrl_megatron.report.segments import Segment, colors, split, tools_of
+from icrl_megatron.report.segments import TaggedText, colors, split, tools_of
 from icrl_megatron.telemetry.dumps import DumpRecord, Rollouts
 from icrl_megatron.types import Attempt, Critique
 from icrl_megatron.utils.console import PlainConsole, text
@@ -103,7 +103,7 @@ def _said(reply: str, look: Look) -> list[RenderableType]:
     return [_segment(segment, look) for segment in segments]
 
 
-def _segment(segment: Segment, look: Look) -> RenderableType:
+def _segment(segment: TaggedText, look: Look) -> RenderableType:
     style = look.colors.get(segment.agent, "")
     if segment.kind == "call" and not look.full:
         return _line(segment.text, style)

@@ -29,7 +29,7 @@ class MessageParts:
     """Includes the header of the next reply."""
 
 
-Arguments = dict[str, bool | str]
+TemplateArguments = dict[str, bool | str]
 """`rollout.chat_template_args`."""
 
 
@@ -37,7 +37,7 @@ THINKING = "enable_thinking"
 """The argument of Qwen3's template that `rollout.thinking` sets."""
 
 
-def template_arguments(tokenizer: PreTrainedTokenizerBase, settings: RolloutSettings) -> Arguments:
+def template_arguments(tokenizer: PreTrainedTokenizerBase, settings: RolloutSettings) -> TemplateArguments:
     """The arguments for the chat template. Raises ConfigError on one that the template does not use, or of a wrong
     type."""
     given = dict(settings.chat_template_args)
@@ -68,7 +68,7 @@ def _variables(template: object) -> set[str]:
         return set()
 
 
-def message_parts(tokenizer: PreTrainedTokenizerBase, arguments: Arguments, tools: str = "") -> MessageParts:
+def message_parts(tokenizer: PreTrainedTokenizerBase, arguments: TemplateArguments, tools: str = "") -> MessageParts:
     """(before the first user message, end of a reply up to the next user message, after a user message). `tools`: as in
     `Dialogue.tools`. Raises ConfigError if the template is missing, fails, changes messages, or leaves out a tool."""
     where = f"The chat template of {tokenizer.name_or_path!r}"
@@ -90,7 +90,7 @@ def message_parts(tokenizer: PreTrainedTokenizerBase, arguments: Arguments, tool
     return MessageParts(head, text[text.index(REPLY) + len(REPLY) : text.index(SECOND)], tail)
 
 
-def tool_parts(tokenizer: PreTrainedTokenizerBase, arguments: Arguments, tools: str) -> MessageParts:
+def tool_parts(tokenizer: PreTrainedTokenizerBase, arguments: TemplateArguments, tools: str) -> MessageParts:
     """(end of a reply up to the first tool message, between two tool messages, after the last one). Raises ConfigError
     if the template has no tool messages."""
     messages = (("user", FIRST), ("assistant", REPLY), ("tool", SECOND), ("tool", THIRD))
@@ -106,7 +106,7 @@ def tool_parts(tokenizer: PreTrainedTokenizerBase, arguments: Arguments, tools: 
     return MessageParts(head, *rest.split(THIRD))
 
 
-def system_parts(tokenizer: PreTrainedTokenizerBase, arguments: Arguments, tools: str) -> tuple[str, str]:
+def system_parts(tokenizer: PreTrainedTokenizerBase, arguments: TemplateArguments, tools: str) -> tuple[str, str]:
     """(before a system message, from there to the first user message). Raises ConfigError if the template changes it or
     leaves it out."""
     options = {**arguments, **({"tools": json.loads(tools)} if tools else {})}
@@ -125,7 +125,7 @@ def system_parts(tokenizer: PreTrainedTokenizerBase, arguments: Arguments, tools
     return before, after.split(FIRST)[0]
 
 
-def last_opening(tokenizer: PreTrainedTokenizerBase, arguments: Arguments, tools: str) -> str:
+def last_opening(tokenizer: PreTrainedTokenizerBase, arguments: TemplateArguments, tools: str) -> str:
     """What the template writes between the header and the text of a last reply without thinking: an empty thinking
     block, or nothing."""
     options = {**arguments, **({"tools": json.loads(tools)} if tools else {})}

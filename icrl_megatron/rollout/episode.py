@@ -203,7 +203,7 @@ class _Conversation:
         prompt: Ids,
     ) -> None:
         self.turns: list[Turn] = []
-        self._place, self._round, self._role, self._critique = key, round, role, critique
+        self._key, self._round, self._role, self._critique = key, round, role, critique
         self._environment, self._setup, self._solver = environment, setup, solver
         self._context_ids = list(prompt)
         self._latest: str | None = None
@@ -233,7 +233,7 @@ class _Conversation:
         raise AssertionError("the last turn always has a stop reason")
 
     def _cut_short(self, completion: Completion) -> StopReason | None:
-        """Why the attempt ends with this reply before anything is read from it; None if it goes on."""
+        """Why the attempt ends with this reply before anything is read from it; None if it continues."""
         if completion.finish_reason == "abort":  # the attempt keeps what was generated so far
             return "deadline"
         if completion.finish_reason == "stop" or self._setup.settings.parse_truncated:
@@ -253,7 +253,7 @@ class _Conversation:
 
     async def _ask(self, number: int, observation: str) -> Completion:
         max_new_tokens = min(self._setup.settings.longest_turn(), self._tokens_left())
-        seed, stop = self._place.seed(self._round, self._role, number), self._environment.dialogue.stop
+        seed, stop = self._key.seed(self._round, self._role, number), self._environment.dialogue.stop
         ask = Ask(self._role, tuple(self._context_ids), max_new_tokens, seed, observation, self._critique, stop=stop)
         return _require_tokens(await self._solver.reply(ask))
 

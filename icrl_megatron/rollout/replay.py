@@ -86,7 +86,7 @@ def read(path: Path) -> ReplayLogs:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}: not written by this version of the program ({error!r}); use the version that began the run, or "
-            "set rollout.partial=false to go on without the episodes in it"
+            "set rollout.partial=false to continue without the episodes in it"
         ) from error
 
 

@@ -129,10 +129,10 @@ class EpisodeSource(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class EngineSource:
     """Each rank that leads an engine plays its share of the tasks on it. All episodes of a task, and all turns of an
-    episode, stay on one engine, so that the engine's prefix cache is used."""
+    episode, stay on one engine, so that the engine's prefix cache is used. `kept` and `lost` change between steps."""
 
     setup: EpisodeSetup
     speakers_for: SpeakersFor

@@ -50,7 +50,7 @@ def validate(settings: Settings, installed: bool = True) -> None:
     validate_grid(settings, ranks(settings), ranks_on_node(settings))
     _check_tasks(settings, before)
     done = (folder / run_files.WARM_START / run_files.EXPORT).exists()
-    if settings.warm_start.wanted and not done:  # otherwise nobody reads them
+    if settings.warm_start.wanted and not done:  # otherwise they are not read
         try:
             conversations.check_files(settings.warm_start)
         except ConfigError as error:

@@ -29,7 +29,7 @@ from icrl_megatron.settings.schema import ConversationFiles, Settings
 from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.tasks.datasets import content_hash
 from icrl_megatron.telemetry.metrics import HELDOUT_NLL, HELDOUT_TOKENS
-from icrl_megatron.telemetry.writer import METRICS_FILE, Row, read_rows
+from icrl_megatron.telemetry.writer import METRICS_FILE, MetricsRow, read_rows
 from icrl_megatron.types import Episode, Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
@@ -228,7 +228,7 @@ class HeldoutLoss:
     def due(self) -> bool:
         return self._state.step % self._interval == 0 or self._state.step >= self._parts.settings.steps
 
-    def heldout(self) -> Row:
+    def heldout(self) -> MetricsRow:
         loss = self._parts.actor.nll(self._plan)
         self._losses[self._state.step] = loss
         self._judge()

@@ -16,7 +16,7 @@ from icrl_megatron.run.parts import Parts
 from icrl_megatron.run.problems import Problems
 from icrl_megatron.run.state import RunState
 from icrl_megatron.telemetry.metrics import EVALUATION_TIME, heldout_metrics
-from icrl_megatron.telemetry.writer import Row
+from icrl_megatron.telemetry.writer import MetricsRow
 from icrl_megatron.utils.files import write_atomically
 from icrl_megatron.utils.progress import Progress
 
@@ -28,7 +28,7 @@ class Evaluator(Protocol):
         """Whether to evaluate after the current step, before its metrics are written."""
         ...
 
-    def heldout(self) -> Row:
+    def heldout(self) -> MetricsRow:
         """Success on held-out problems with the current weights: critique-free, and by round if `eval.rounds` > 1."""
         ...
 
@@ -46,7 +46,7 @@ class NoEvaluator:
     def due(self) -> bool:
         return False
 
-    def heldout(self) -> Row:
+    def heldout(self) -> MetricsRow:
         return {}
 
     def alone(self) -> None:
@@ -67,7 +67,7 @@ class HeldoutEvaluator:
         interval = self._parts.settings.eval.interval
         return bool(interval) and self._state.step % interval == 0 and not self._state.finished()
 
-    def heldout(self) -> Row:
+    def heldout(self) -> MetricsRow:
         settings = self._parts.settings
         if not self._evaluated or settings.debug.mode in ("from_dump", "fake_data"):
             return {}

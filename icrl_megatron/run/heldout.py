@@ -12,7 +12,7 @@ from pathlib import Path
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.settings.task_options import DataSource
 from icrl_megatron.settings.task_schema import TaskSource
-from icrl_megatron.settings.task_sections import Problems, Rows
+from icrl_megatron.settings.task_sections import Rows, TrainAndHeldout
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.dataset_files import SUFFIXES
 from icrl_megatron.tasks.datasets import (
@@ -88,8 +88,8 @@ def _where(source: TaskSource) -> tuple[str, ...]:
     return (*([data.prompt_column, data.shape] if isinstance(data, Rows) else []), *data.train)
 
 
-def _data(source: TaskSource) -> Problems:
-    return source.data if isinstance(source, DataSource) else Problems()
+def _data(source: TaskSource) -> TrainAndHeldout:
+    return source.data if isinstance(source, DataSource) else TrainAndHeldout()
 
 
 def _check_trained(trained: TaskSource, source: TaskSource, heldout: Sequence[Task]) -> None:

@@ -19,7 +19,7 @@ from icrl_megatron.telemetry.dump_writer import StepDump, chosen
 from icrl_megatron.telemetry.dumps import credit_of
 from icrl_megatron.telemetry.metrics import GENERATED, HELDOUT_NLL, NLL, USED, rollout_metrics
 from icrl_megatron.telemetry.trackers import TableRow, table_rows
-from icrl_megatron.telemetry.writer import TIME_PREFIX, Row
+from icrl_megatron.telemetry.writer import TIME_PREFIX, MetricsRow
 from icrl_megatron.types import IdArray, StepStats
 from icrl_megatron.utils.progress import Phase, Progress
 
@@ -57,7 +57,7 @@ class Recorder:
         self.state.generated += played.generated_tokens()
         self._resampled = resample
 
-    def row(self, played: Played, report: CreditReport, stats: StepStats | None) -> Row:
+    def row(self, played: Played, report: CreditReport, stats: StepStats | None) -> MetricsRow:
         """The metrics of the last step (`stats` is None without an update). Dumps its rollouts."""
         state, sync = self.state, self.state.parts.sync
         self.table = self._table(played)
@@ -91,7 +91,7 @@ class Recorder:
         weights = stats.calibration_weights if stats is not None else {}
         state.dumps.submit(StepDump(state.step, credit_of(own, report.samples, weights), self._decode))
 
-    def timings(self, row: Row, stats: StepStats | None) -> Row:
+    def timings(self, row: MetricsRow, stats: StepStats | None) -> MetricsRow:
         """Seconds per phase and tokens per second of the step; resets the timers."""
         found = {f"{TIME_PREFIX}{name}_s": seconds for name, seconds in self._times.items()}
         step_s = sum(self._times.values()) - self._times.get("evaluation", 0.0)
@@ -102,7 +102,7 @@ class Recorder:
         self._times.clear()
         return found
 
-    def advance(self, row: Row) -> None:
+    def advance(self, row: MetricsRow) -> None:
         """Moves the progress bar by one step."""
         free = row.get("success/critique_free", 0.0)
         with_critique = row.get("success/with_critique", free)
@@ -133,7 +133,7 @@ class Recorder:
 class SupervisedRecorder(Recorder):
     """The metrics of supervised training: all tokens come from demonstrations, so rewards and costs mean nothing."""
 
-    def row(self, played: Played, report: CreditReport, stats: StepStats | None) -> Row:
+    def row(self, played: Played, report: CreditReport, stats: StepStats | None) -> MetricsRow:
         assert stats is not None  # demonstrations always have a signal
         nll = stats.metrics.get("nll", math.nan)  # missing after a skipped update
         return {
@@ -145,12 +145,12 @@ class SupervisedRecorder(Recorder):
             "tokens/loss": float(stats.loss_tokens),
         }
 
-    def advance(self, row: Row) -> None:
+    def advance(self, row: MetricsRow) -> None:
         heldout = f"  held-out nll {row[HELDOUT_NLL]:.3f}" if HELDOUT_NLL in row else ""
         self.bar.advance(1, f"nll {row[NLL]:.3f}{heldout}")
 
 
-def _cost(played: Played) -> Row:
+def _cost(played: Played) -> MetricsRow:
     """Token counts of the step's batch: generated + kept before = used + discarded + kept now."""
     return {
         GENERATED: float(played.generated_tokens()),
@@ -159,7 +159,7 @@ def _cost(played: Played) -> Row:
     }
 
 
-def _engine_metrics(played: Played) -> Row:
+def _engine_metrics(played: Played) -> MetricsRow:
     """The engines' counters; empty for the local engine, which has none."""
     engine = played.engine
     if engine.requests == 0:
@@ -176,7 +176,7 @@ def _engine_metrics(played: Played) -> Row:
     }
 
 
-def _actor_metrics(stats: StepStats) -> Row:
+def _actor_metrics(stats: StepStats) -> MetricsRow:
     row = {f"actor/{name}": value for name, value in stats.metrics.items()}
     return row | {
         "actor/loss": stats.loss,

@@ -67,7 +67,7 @@ RULES: dict[str, Rule] = {
     "tasks": FREE,
     "data.seed": _RANDOM,
     "warm_start": _WARM_START,
-    # Which rows are used may be corrected; after the warm start, nobody reads them.
+    # Which rows are used may be corrected; after the warm start, they are not read.
     **{
         f"warm_start.{name}": FREE
         for name in ("data", "heldout", "heldout_interval", "patience", "max_tokens", "too_long", "bad_rows")

@@ -20,7 +20,7 @@ from icrl_megatron.run.saving import Files, Saver
 from icrl_megatron.telemetry.dump_writer import DumpWriter
 from icrl_megatron.telemetry.metrics import GENERATED
 from icrl_megatron.telemetry.trackers import TableRow, Trackers, flat
-from icrl_megatron.telemetry.writer import METRICS_FILE, MetricsWriter, Row, read_rows
+from icrl_megatron.telemetry.writer import METRICS_FILE, MetricsRow, MetricsWriter, read_rows
 from icrl_megatron.utils.results import MOVE_AWAY
 
 REPLAY = "replay.jsonl"
@@ -38,12 +38,12 @@ class RunState:
         """Loads the checkpoint that the run resumes from, or `start_from`; does not send its weights to the engines."""
         self.parts, self.saver, self.run_dir = parts, saver, saver.run_dir
         self.step = self.generated = 0
-        self.pending: Row | None = None
+        self.pending: MetricsRow | None = None
         """The metrics of the last step until they are written."""
         self.ended_early = False
         """Whether the held-out loss of supervised training has stopped falling (`warm_start.patience`)."""
         self._stop, self._log = stop, log
-        newest: list[Row] = []
+        newest: list[MetricsRow] = []
         resumed = saver.restore()
         if resumed is not None:
             if parts.settings.rollout.partial:
@@ -112,7 +112,7 @@ class RunState:
         """The same result on every rank, so that all stop at the same step."""
         return any_rank(self.parts.grid, bool(self._stop))
 
-    def completed(self, pending: Row | None) -> None:
+    def completed(self, pending: MetricsRow | None) -> None:
         """Marks the step as done: from now on it is saved after an error, with its metrics if they are `pending`."""
         optimizer, kept = self.parts.actor.optimizer, self.parts.source.replay_logs()
 
@@ -147,11 +147,11 @@ class RunState:
         """Writes files on rank 0; if that fails, all ranks raise."""
         run_on_all_ranks(self.parts.grid, lambda: write() if self._writer is not None else None)
 
-    def write(self, row: Row, table: Sequence[TableRow] = ()) -> None:
+    def write(self, row: MetricsRow, table: Sequence[TableRow] = ()) -> None:
         """Appends one row of this step to metrics.jsonl, TensorBoard and the trackers, which get a few episodes too."""
         self.by_first_rank(lambda: self._write(row, table))
 
-    def _write(self, row: Row, table: Sequence[TableRow]) -> None:
+    def _write(self, row: MetricsRow, table: Sequence[TableRow]) -> None:
         assert self._writer is not None and self._trackers is not None
         self._writer.write(self.step, row)
         self._trackers.write(self.step, row, table)
@@ -187,7 +187,7 @@ class RunState:
             self._trackers.close()
 
 
-def _read_pending(path: Path) -> Row | None:
+def _read_pending(path: Path) -> MetricsRow | None:
     """The row that a checkpoint was saved with if its evaluation had failed; the file was verified before."""
-    row: Row | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    row: MetricsRow | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     return row

@@ -24,6 +24,10 @@ class DistillEndpoint(Endpoint):
     """Sampling temperature."""
     max_tokens: Annotated[int, Range(1)] = 2048
     """Largest number of tokens of one reply."""
+    read_price: Annotated[float, Range(0)] = 0.0
+    """Price of a million tokens of prompts, in any currency. With a price, the report has the cost of the attempts."""
+    written_price: Annotated[float, Range(0)] = 0.0
+    """Price of a million tokens of replies."""
 
 
 @dataclass
@@ -42,6 +46,10 @@ class SystemAgent:
     """Name of its model. Empty: distill.endpoint.model."""
     url: str = ""
     """Address of its server. Empty: distill.endpoint.url."""
+    read_price: Annotated[float | None, Range(0)] = None
+    """Price of a million tokens that its model reads. Null: distill.endpoint.read_price."""
+    written_price: Annotated[float | None, Range(0)] = None
+    """Price of a million tokens that its model writes. Null: distill.endpoint.written_price."""
 
 
 FILTERS = (
@@ -67,7 +75,7 @@ class DistillFilters:
     duplicate_similarity: Annotated[float, Range(0.5, 1)] = 0.9
     """duplicates: the same for two trajectories, of which the later one is dropped."""
     keep_without_reflection: Annotated[float, Range(0, 1)] = 0.5
-    """reflection: share that is kept of the trajectories in which nobody reflects or checks."""
+    """reflection: share that is kept of the trajectories without a reflection or check."""
     correction_copies: Annotated[int, Range(1, 100)] = 2
     """correction: how often a trajectory appears in which a low check led to another, right answer."""
 
@@ -84,7 +92,7 @@ class DistillSettings:
     attempts: Annotated[int, Range(1)] = 4
     """Attempts of the system at each training problem."""
     rounds: Annotated[int, Range(1, 16)] = 3
-    """Largest number of plans for one problem. After the last one, nobody reflects or checks."""
+    """Largest number of plans for one problem. No reflection or check follows the last one."""
     job_calls: Annotated[int, Range(1)] = 8
     """Largest number of tool calls in one job of a plan."""
     tries: Annotated[int, Range(1, 16)] = 3

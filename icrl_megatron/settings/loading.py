@@ -120,7 +120,7 @@ def run_folder(settings: Settings) -> Path:
 
 def model_folder(settings: Settings) -> Path:
     """`model.path`. Where that folder is gone, the copy of it without weights that the run folder holds: a run that has
-    a checkpoint can go on with that."""
+    a checkpoint can continue with that."""
     folder = Path(settings.model.path)
     kept = (run_folder(settings) / KEPT_MODEL, run_folder(settings) / "warm_start" / KEPT_MODEL)
     return folder if folder.is_dir() else next((k for k in kept if (k / "config.json").is_file()), folder)

@@ -35,7 +35,7 @@ class RolloutSettings:
     """Attempts per episode (K). With 1, the algorithm is plain GRPO."""
     critic: Annotated[str, Choice(("self", "frozen", "external", "empty"))] = "self"
     """Who writes critiques. self: the trained model. frozen: the starting weights, never trained. external:
-    `rollout.external`. empty: nobody, the critique is empty text (a control)."""
+    `rollout.external`. empty: no critic; the critique is empty text (a control)."""
     external: Endpoint = field(default_factory=Endpoint)
     temperature: Annotated[float, Range(1e-3)] = 1.0
     """Sampling temperature. `icrl eval` also accepts 0, greedy decoding."""

@@ -20,7 +20,6 @@ from icrl_megatron.settings.task_sections import (
     GameData,
     OpenEnvData,
     OwnReward,
-    Problems,
     RewardJudge,
     RewardRange,
     Rows,
@@ -31,6 +30,7 @@ from icrl_megatron.settings.task_sections import (
     TaskServers,
     ToolAgent,
     ToolData,
+    TrainAndHeldout,
     VerifiersData,
 )
 from icrl_megatron.utils.errors import ConfigError
@@ -41,7 +41,7 @@ from icrl_megatron.utils.user_code import is_own
 class DataSource(TaskSource):
     """Of a task set that needs data."""
 
-    data: Problems = field(default_factory=Problems)
+    data: TrainAndHeldout = field(default_factory=TrainAndHeldout)
 
 
 @dataclass
@@ -81,7 +81,7 @@ class ToolsSource(ServedSource):
 @dataclass
 class MathSource(ToolsSource):
     answer_turns: Annotated[int, Range(1)] = 30
-    """Without tools: an attempt goes on until a reply has a boxed answer, at most this many turns and
+    """Without tools: an attempt continues until a reply has a boxed answer, at most this many turns and
     rollout.max_turns. 1: only the first reply counts."""
 
 

@@ -25,7 +25,7 @@ SHAPES = ("gaia", "browsecomp", "hle", "webwalker", "livecodebench", "humaneval"
 
 
 @dataclass
-class Problems:
+class TrainAndHeldout:
     train: list[str] = field(default_factory=list)
     """Where the training problems are."""
     heldout: list[str] = field(default_factory=list)
@@ -33,7 +33,7 @@ class Problems:
 
 
 @dataclass
-class Rows(Problems):
+class Rows(TrainAndHeldout):
     train: list[str] = field(default_factory=list)
     """Files of training rows: JSONL, Parquet, or a folder of a Hugging Face dataset; a pattern names several."""
     prompt_column: str = "prompt"
@@ -75,13 +75,13 @@ class NumberGrading(Grading):
 
 
 @dataclass
-class FamilyData(Grading, Problems):
+class FamilyData(Grading, TrainAndHeldout):
     train: list[str] = field(default_factory=list)
     """Families of training problems, family:problems:seed or family:problems:seed:level."""
 
 
 @dataclass
-class ServerData(Problems):
+class ServerData(TrainAndHeldout):
     train: list[str] = field(default_factory=list)
     """Training problems: ranges of task ids, e.g. 0:2420, or JSONL files of rows with a task_id."""
     servers: list[str] = field(default_factory=list)
@@ -102,7 +102,7 @@ class GameData(ServerData):
 
 
 @dataclass
-class VerifiersData(Problems):
+class VerifiersData(TrainAndHeldout):
     train: list[str] = field(default_factory=list)
     """Training problems: ranges of rows of the environment's dataset, e.g. 0:900. Empty: all."""
     heldout: list[str] = field(default_factory=list)
@@ -267,7 +267,7 @@ class RewardJudge:
     low: Annotated[float, Range(-1e9, 1e9)] = 0.0
     """Lowest score that the prompts ask for; it becomes 0."""
     high: Annotated[float, Range(-1e9, 1e9)] = 10.0
-    """Highest score; it becomes 1. Any other score is none."""
+    """Highest score; it becomes 1. Any other number is not a score."""
     tries: Annotated[int, Range(1, 100)] = 2
     """Replies without a score until the episode is dropped."""
     max_tokens: Annotated[int, Range(1)] = 1024

@@ -20,7 +20,7 @@ from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.settings.task_options import ServedSource
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks import columns, published
-from icrl_megatron.tasks.agentgym_dialects import Dialect, ProtocolError, Reply
+from icrl_megatron.tasks.agentgym_dialects import Dialect, ProtocolError, ServerReply
 from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure, StepResult, own_problem, sendable
 from icrl_megatron.tasks.datasets import id_range
 from icrl_megatron.tasks.manuals import MANUALS
@@ -31,7 +31,7 @@ from icrl_megatron.utils.errors import ConfigError
 MAX_TURNS = 30
 
 
-class Session:
+class AgentGymSession:
     """One environment on one server: create, reset, step, close, in the server's dialect."""
 
     def __init__(self, name: str, pool: Pool, server: EnvironmentServer, dialect: Dialect) -> None:
@@ -51,7 +51,7 @@ class Session:
         self.server.environments.add(made)
         self._env = made
 
-    async def reset(self, task: int) -> Reply:
+    async def reset(self, task: int) -> ServerReply:
         if self.dialect == "B":
             body: dict[str, Any] = {"env_id": self._env, "task_id": task}
             if self.name == "alfworld":
@@ -61,7 +61,7 @@ class Session:
         answer = await self._call("/reset", body)
         return dialects.reply_of(self.dialect, self.name, answer, "reset")
 
-    async def step(self, action: str) -> Reply:
+    async def step(self, action: str) -> ServerReply:
         key = "env_id" if self.dialect == "B" else self._protocol.id_key
         # A step whose answer was lost may have been executed, so it is not sent again.
         answer = await self._call("/step", {key: self._env, "action": action}, again=False)
@@ -100,14 +100,14 @@ async def probe(pool: Pool, server: EnvironmentServer) -> Dialect:
 
 
 class OpenEnvironment(Protocol):
-    """An open environment: a `Session`, or one in a local process."""
+    """An open environment: an `AgentGymSession`, or one in a local process."""
 
     where: str
     """Its name in error messages."""
 
-    async def reset(self, task: Any) -> Reply: ...
+    async def reset(self, task: Any) -> ServerReply: ...
 
-    async def step(self, action: str) -> Reply: ...
+    async def step(self, action: str) -> ServerReply: ...
 
 
 class SessionProvider(Protocol):
@@ -173,7 +173,7 @@ class AgentGymEnvironment:
         if self._session is not None:
             self._provider.release(self._session)
 
-    def _shown(self, reply: Reply, first: bool) -> str:
+    def _shown(self, reply: ServerReply, first: bool) -> str:
         name = self._provider.name
         return dialects.shown(name, reply) if dialects.lists_actions(name, reply, first) else reply.observation
 
@@ -226,7 +226,7 @@ class AgentGym:
             self._pool = Pool(self._data.servers, self._data.request_timeout_s, self._answer_bytes)
         return self._pool
 
-    async def open_session(self) -> Session:
+    async def open_session(self) -> AgentGymSession:
         """A new environment on the least-loaded server that can create one."""
         failure: EnvironmentFailure | None = None
         for _ in range(min(3, len(self.pool().servers) + 1)):
@@ -235,7 +235,7 @@ class AgentGym:
             try:
                 if server.url not in self._dialects:
                     self._dialects[server.url] = await probe(self.pool(), server)
-                session = Session(self.name, self.pool(), server, self._dialects[server.url])
+                session = AgentGymSession(self.name, self.pool(), server, self._dialects[server.url])
                 with _protocol_failures(session):
                     await session.create()
                 return session
@@ -247,7 +247,7 @@ class AgentGym:
         assert failure is not None
         raise failure
 
-    def release(self, session: Session) -> None:
+    def release(self, session: AgentGymSession) -> None:
         session.server.episodes -= 1
         session.forget()
         with contextlib.suppress(RuntimeError):  # no event loop is running; the server drops the environment itself
@@ -296,10 +296,10 @@ def _ids(given: str) -> list[tuple[str, int]]:
     return tasks
 
 
-async def examine(name: str, url: str, task: int, timeout_s: float) -> tuple[Dialect, str, Reply]:
+async def examine(name: str, url: str, task: int, timeout_s: float) -> tuple[Dialect, str, ServerReply]:
     """Runs create, reset, one step and close on one server: (dialect, first observation, answer to the step)."""
     pool = Pool([url], timeout_s)
-    session = Session(name, pool, pool.servers[0], await probe(pool, pool.servers[0]))
+    session = AgentGymSession(name, pool, pool.servers[0], await probe(pool, pool.servers[0]))
     with _protocol_failures(session):
         await session.create()
         try:

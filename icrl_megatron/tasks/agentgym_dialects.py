@@ -21,7 +21,7 @@ class ProtocolError(ValueError):
 
 
 @dataclass(frozen=True)
-class Reply:
+class ServerReply:
     """A server's answer, in one form for all environments."""
 
     observation: str
@@ -32,7 +32,7 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Environment:
+class EnvironmentProtocol:
     """The protocol of one environment in dialect A, and its scoring in both dialects."""
 
     name: str
@@ -72,11 +72,13 @@ def _data(env: Json, task: int) -> dict[str, Json]:
 
 
 FORMAT = "Think first, then give one action a turn, in exactly this form: <action>your action</action>"
-ENVIRONMENTS: Mapping[str, Environment] = {
+ENVIRONMENTS: Mapping[str, EnvironmentProtocol] = {
     e.name: e
     for e in (
-        Environment("alfworld", None, "id", _game, closes=False, instruction=f"You act in a household. {FORMAT}"),
-        Environment(
+        EnvironmentProtocol(
+            "alfworld", None, "id", _game, closes=False, instruction=f"You act in a household. {FORMAT}"
+        ),
+        EnvironmentProtocol(
             "webshop",
             None,
             "env_idx",
@@ -85,7 +87,7 @@ ENVIRONMENTS: Mapping[str, Environment] = {
             instruction=f"You shop on a web site with search[words] and click[element]. {FORMAT}",
         ),
         # Its `reward` is what the last action added to the score.
-        Environment(
+        EnvironmentProtocol(
             "sciworld",
             None,
             "id",
@@ -96,9 +98,9 @@ ENVIRONMENTS: Mapping[str, Environment] = {
             instruction=f"You work in a laboratory. {FORMAT}",
         ),
         # The reward of a solved level is 1 minus a share of the steps it took, never 1 itself.
-        Environment("babyai", None, "id", _data, success_at=1e-6, instruction=f"You move on a grid. {FORMAT}"),
-        Environment("textcraft", {}, "id", _data, instruction=f"You craft items from recipes. {FORMAT}"),
-        Environment(
+        EnvironmentProtocol("babyai", None, "id", _data, success_at=1e-6, instruction=f"You move on a grid. {FORMAT}"),
+        EnvironmentProtocol("textcraft", {}, "id", _data, instruction=f"You craft items from recipes. {FORMAT}"),
+        EnvironmentProtocol(
             "searchqa",
             {"id": 0},
             "env_idx",
@@ -157,17 +159,17 @@ def failure(answer: Json) -> tuple[str, bool] | None:
     return str(error), False
 
 
-def reply_of(dialect: Dialect, name: str, answer: Json, kind: str) -> Reply:
+def reply_of(dialect: Dialect, name: str, answer: Json, kind: str) -> ServerReply:
     """Parses an answer to /reset or /step (`kind`). Raises ProtocolError if it does not fit."""
     environment = ENVIRONMENTS[name]
     if dialect == "A" and kind == "reset" and name == "searchqa" and isinstance(answer, str):
-        return Reply(answer, 0.0, False)
+        return ServerReply(answer, 0.0, False)
     if dialect == "A" and kind == "reset" and name == "webshop" and isinstance(answer, list) and answer:
         if not isinstance(answer[0], str):
             raise ProtocolError(
                 f"POST /reset answered a list that does not begin with text: {_cut(answer)}; is it webshop?"
             )
-        return Reply(answer[0], 0.0, False)
+        return ServerReply(answer[0], 0.0, False)
     if not isinstance(answer, dict):
         raise ProtocolError(f"POST /{kind} answered {_cut(answer)}; is this a server of {name}?")
     key = environment.observation_key if dialect == "A" and kind == "step" else "observation"
@@ -178,7 +180,7 @@ def reply_of(dialect: Dialect, name: str, answer: Json, kind: str) -> Reply:
         if not isinstance(answer.get("task_description"), str):
             raise ProtocolError(f"POST /reset answered no task_description but {_cut(answer)}; is this sciworld?")
         observation = f"{answer['task_description']}\n\n{observation}"
-    return Reply(observation, _reward(answer, environment, kind), _done(answer, kind), _actions(answer))
+    return ServerReply(observation, _reward(answer, environment, kind), _done(answer, kind), _actions(answer))
 
 
 def _actions(answer: dict[str, Json]) -> tuple[str, ...]:
@@ -197,7 +199,7 @@ def _done(answer: dict[str, Json], kind: str) -> bool:
     return bool(done)
 
 
-def _reward(answer: dict[str, Json], environment: Environment, kind: str) -> float:
+def _reward(answer: dict[str, Json], environment: EnvironmentProtocol, kind: str) -> float:
     info, key = answer.get("info"), environment.reward_key
     places = (answer, info) if isinstance(info, dict) else (answer,)
     reward = next((place[key] for place in places if key in place), answer.get("reward"))
@@ -211,14 +213,14 @@ def _reward(answer: dict[str, Json], environment: Environment, kind: str) -> flo
     raise ProtocolError(f"POST /step answered the reward {_cut(reward)}, which is not a finite number")
 
 
-def shown(name: str, reply: Reply) -> str:
+def shown(name: str, reply: ServerReply) -> str:
     """The solver's observation, for ALFWorld with the available actions."""
     if name == "alfworld" and reply.actions:
         return f"{reply.observation}\nAVAILABLE ACTIONS: {','.join(reply.actions)}"
     return reply.observation
 
 
-def lists_actions(name: str, reply: Reply, first: bool) -> bool:
+def lists_actions(name: str, reply: ServerReply, first: bool) -> bool:
     return name == "alfworld" and (first or "Nothing happens" in reply.observation)
 
 
@@ -231,7 +233,7 @@ def outcome_of(name: str, reward: float) -> float:
     return min(1.0, max(0.0, reward / most))
 
 
-def ends_episode(name: str, action: str, reply: Reply) -> bool:
+def ends_episode(name: str, action: str, reply: ServerReply) -> bool:
     """SearchQA's server leaves `done` false after a wrong answer, but any answer ends the episode."""
     return reply.done or (name == "searchqa" and action.startswith("<answer>"))
 

@@ -87,7 +87,7 @@ def joined(text: str) -> str:
     return re.sub(r"(?<=[pt\d]) (?=\d)", "", " ".join(text.split()))
 
 
-class Page:
+class TownPage:
     """A town's own page, which is right."""
 
     spec = replace(ToolSpec.of_text("page", "Opens the page of a town.", "town"), version=VERSION)
@@ -134,7 +134,7 @@ async def find(query: str, count: int) -> list[str]:
 
 @cache
 def toolbox(tool_cache: ToolCache | None = None) -> Toolbox:
-    tools: list[Tool] = [Search(find, passages=1, version=VERSION), Page(), WordCalculator()]
+    tools: list[Tool] = [Search(find, passages=1, version=VERSION), TownPage(), WordCalculator()]
     return Toolbox(tools, ToolLimits(call_s=10.0, tries=1), tool_cache)
 
 

@@ -18,13 +18,13 @@ from icrl_megatron.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Found:
+class ServerAnswer:
     """What a server answered when it was tried as one kind of environment."""
 
     kind: str
     dialect: str
     first: str
-    then: dialects.Reply
+    then: dialects.ServerReply
 
 
 def check(url: str, kind: str, task: int, timeout_s: float, console: Console | None = None) -> int:
@@ -40,7 +40,7 @@ def check(url: str, kind: str, task: int, timeout_s: float, console: Console | N
             dialect, first, then = asyncio.run(examine(name, url, task, timeout_s))
             # Dialect B has the same fields for all environments.
             known = name if kind or dialect == "A" else "an environment that does not say which it is"
-            _print(out, url, Found(known, dialect, first, then), time.perf_counter() - begun)
+            _print(out, url, ServerAnswer(known, dialect, first, then), time.perf_counter() - begun)
             return 0
         except EnvironmentFailure as error:
             tried[name] = str(error)
@@ -63,7 +63,7 @@ def _require_up(url: str, timeout_s: float) -> None:
         raise ConfigError(f"{error} Start it, or correct the address") from error
 
 
-def _print(out: Console, url: str, found: Found, seconds: float) -> None:
+def _print(out: Console, url: str, found: ServerAnswer, seconds: float) -> None:
     out.print(Text.assemble(text(f"{url} is a server of "), (found.kind, "bold"), f", dialect {found.dialect}"))
     out.print(f"  first observation  {_cut(found.first)!r}")
     out.print(f"  after one action   {_cut(found.then.observation)!r}")

@@ -124,7 +124,7 @@ def _same_number(left: Any, right: Any, at: dict[Any, Any] | None = None) -> boo
 
 
 def complex_parts(number: Any) -> tuple[Any, Any] | None:
-    """(real part, imaginary part) of a computed number; None if it is none, such as infinity or a function."""
+    """(real part, imaginary part) of a computed number; None if they are not finite numbers."""
     parts = number.as_real_imag()
     return parts if all(part.is_Number and part.is_finite for part in parts) else None
 

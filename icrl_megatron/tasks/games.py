@@ -21,7 +21,7 @@ from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.settings.task_options import ALFWorldSource, check_unused
 from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks.agentgym import AgentGym, AgentGymEnvironment
-from icrl_megatron.tasks.agentgym_dialects import Reply
+from icrl_megatron.tasks.agentgym_dialects import ServerReply
 from icrl_megatron.tasks.base import EnvironmentFailure, TaskSet, own_problem
 from icrl_megatron.tasks.datasets import id_range
 from icrl_megatron.tasks.episode_process import EpisodeProcess
@@ -42,14 +42,14 @@ class GameSession:
         self.process, self.where, self.env = process, "a game", next(self._numbers)
         process.episodes += 1
 
-    async def reset(self, task: str) -> Reply:
+    async def reset(self, task: str) -> ServerReply:
         self.where = task
         return await self._reply({"do": "reset", "env": self.env, "game": task}, "reset")
 
-    async def step(self, action: str) -> Reply:
+    async def step(self, action: str) -> ServerReply:
         return await self._reply({"do": "step", "env": self.env, "action": action}, "step")
 
-    async def _reply(self, job: dict[str, Any], kind: str) -> Reply:
+    async def _reply(self, job: dict[str, Any], kind: str) -> ServerReply:
         return dialects.reply_of("A", "alfworld", await self.process.ask(job), kind)
 
 

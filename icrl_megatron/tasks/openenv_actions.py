@@ -83,7 +83,7 @@ class ActionForm:
 
 
 async def action_form(schemas: Any, call: Callable[[str, Json], Awaitable[Json]]) -> ActionForm:
-    """The form that a server's answer to GET /schema says. Raises BadAnswer if it is none."""
+    """The form of actions that a server's answer to GET /schema describes. Raises BadAnswer if it describes none."""
     schema = schemas.get("action") if isinstance(schemas, dict) else None
     if not isinstance(schema, dict) or not isinstance(schema.get("properties"), dict):
         raise BadAnswer(f"GET /schema answered {shown(schemas)}, which has no schema of actions; is it OpenEnv?")

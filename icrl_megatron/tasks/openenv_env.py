@@ -22,7 +22,7 @@ from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.settings.task_options import OpenEnvSource
 from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure, StepResult, own_problem, sendable, shown
 from icrl_megatron.tasks.openenv_actions import ActionForm, action_form, observation_text, reset_arguments
-from icrl_megatron.tasks.openenv_session import Session
+from icrl_megatron.tasks.openenv_session import OpenEnvSession
 from icrl_megatron.tasks.package_environment import Rewarded, check_range
 from icrl_megatron.tasks.servers import BACKOFF_S, TRIES, Pool
 from icrl_megatron.types import Split, Task
@@ -37,7 +37,7 @@ class OpenEnvEnvironment(Rewarded):
     def __init__(self, arguments: dict[str, Any], tasks: OpenEnvTasks, source: OpenEnvSource) -> None:
         super().__init__(source.reward, source.data.max_turns)
         self._arguments, self._tasks, self._source = arguments, tasks, source
-        self._session: Session | None = None
+        self._session: OpenEnvSession | None = None
         self._form, self._problem, self._rewards = ActionForm(), "", list[float]()
 
     async def reset(self) -> str:
@@ -155,7 +155,7 @@ class OpenEnvTasks:
         """Raises ConfigError without the address of a server."""
         return Pool(self._source.data.servers, self._source.data.request_timeout_s, self._answer_bytes)
 
-    async def open_session(self, arguments: dict[str, Any]) -> tuple[Session, dict[str, Any], ActionForm]:
+    async def open_session(self, arguments: dict[str, Any]) -> tuple[OpenEnvSession, dict[str, Any], ActionForm]:
         """(a session of the least-loaded server with a free one, what its reset answered, the form of its actions)."""
         try:
             async for attempt in tries(TRIES, BACKOFF_S):
@@ -168,7 +168,7 @@ class OpenEnvTasks:
             ) from error
         raise AssertionError("tries() returns or raises")
 
-    async def _open(self, arguments: dict[str, Any]) -> tuple[Session, dict[str, Any], ActionForm]:
+    async def _open(self, arguments: dict[str, Any]) -> tuple[OpenEnvSession, dict[str, Any], ActionForm]:
         server = self.pool.choose()
         server.episodes += 1
         session = None
@@ -176,7 +176,7 @@ class OpenEnvTasks:
             timeout_s, url = self._source.data.request_timeout_s, f"ws{server.url.removeprefix('http')}/ws"
             async with asyncio.timeout(timeout_s):
                 socket = await self._connections.here().session.ws_connect(url, max_msg_size=self._answer_bytes)
-            session = Session(server, socket, timeout_s)
+            session = OpenEnvSession(server, socket, timeout_s)
             answer = await session.done("reset", arguments)
             if server.url not in self._forms:
                 schemas = await self.pool.call(server, "GET", "/schema")
@@ -192,7 +192,7 @@ class OpenEnvTasks:
                 ) from error
             raise
 
-    def release(self, session: Session) -> None:
+    def release(self, session: OpenEnvSession) -> None:
         session.server.episodes -= 1
         with contextlib.suppress(RuntimeError):  # no event loop is running, and the connection has ended with its loop
             task = asyncio.get_running_loop().create_task(session.close())

@@ -17,7 +17,7 @@ _FULL = "CAPACITY_REACHED"
 """The error of a server whose sessions are all in use."""
 
 
-class Session:
+class OpenEnvSession:
     """One WebSocket, whose environment the server keeps until it is closed."""
 
     def __init__(self, server: EnvironmentServer, socket: aiohttp.ClientWebSocketResponse, timeout_s: float) -> None:

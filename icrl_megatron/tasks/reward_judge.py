@@ -96,7 +96,8 @@ class ScoreJudge:
     cache: ToolCache | None = None
 
     async def score(self, message: str) -> Judged:
-        """Raises EnvironmentFailure if nobody answers, and BadAnswer if no reply has a score: never a score of 0."""
+        """Raises EnvironmentFailure if the judge does not answer, and BadAnswer if no reply has a score: neither
+        becomes a score of 0."""
         low, high, asker = self.settings.low, self.settings.high, self.who()
         entry: Entry = ("judge", self._version(asker), json.dumps(message))
         cache = self.cache if asker.constant else None

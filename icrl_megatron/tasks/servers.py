@@ -115,7 +115,7 @@ class Pool:
             status, answer = await self._once(method, server.url + path, body)
             if status in RETRYABLE:
                 raise PassingError(f"answered HTTP {status}")
-        except connections.TooLongError as error:
+        except connections.ResponseTooLongError as error:
             raise BadAnswer(
                 f"{server.url}{path} answered more than rollout.max_observation_bytes = {self._answer_bytes} "
                 "bytes: raise that, or make the server's answers shorter"

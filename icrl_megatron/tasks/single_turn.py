@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from icrl_megatron.settings.task_options import DataSource
-from icrl_megatron.settings.task_sections import Problems
+from icrl_megatron.settings.task_sections import TrainAndHeldout
 from icrl_megatron.tasks.base import Environment, Opening, StepResult, own_problem
 from icrl_megatron.types import Split, Task
 
@@ -82,7 +82,7 @@ class SingleTurnTasks(ABC):
     """A task set (`tasks.base.TaskSet`) of such questions. Its problems are JSON objects, loaded once per split."""
 
     form: ClassVar[Form]
-    data: Problems
+    data: TrainAndHeldout
     turns = 1
     """Replies in which the answer may appear."""
 

@@ -53,7 +53,7 @@ class Waiting:
         return types.Response(id="reply", created=0, model=model, message=said)
 
 
-class Conversation:
+class VerifiersEpisode:
     """An episode between the environment's rollout and our steps."""
 
     def __init__(self, environment: Any, row: Json) -> None:
@@ -112,7 +112,7 @@ class Episodes:
 
     def __init__(self) -> None:
         self._environment: Any = None
-        self._open: dict[int, Conversation] = {}
+        self._open: dict[int, VerifiersEpisode] = {}
         self._data: dict[str, Any] = {}
 
     async def answer(self, job: Json) -> Json:
@@ -127,7 +127,7 @@ class Episodes:
             row = self._data[job["split"]][job["row"]]
             if digest(row) != job["digest"]:
                 return {"error": f"row {job['row']} of its dataset has changed; give the environment's args a seed"}
-            self._open[job["env"]] = Conversation(self._environment, row)
+            self._open[job["env"]] = VerifiersEpisode(self._environment, row)
         elif job["env"] not in self._open:
             return {"error": "this process was restarted and lost its episodes"}
         else:

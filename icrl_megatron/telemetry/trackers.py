@@ -94,7 +94,7 @@ class Sink(Protocol):
         ...
 
 
-Start = Callable[[Identity], Sink]
+OpenTracker = Callable[[Identity], Sink]
 
 
 class Trackers:
@@ -170,7 +170,7 @@ class _Thread:
 
     def _run(self, identity: Identity) -> None:
         try:
-            start: Start = importlib.import_module(MODULES[self.name]).start
+            start: OpenTracker = importlib.import_module(MODULES[self.name]).start
             sink = start(identity)
             while (item := self._queue.get()) is not None:
                 step, metrics, rows = item

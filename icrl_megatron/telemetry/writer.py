@@ -20,7 +20,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 TIME_PREFIX = "time/"
 """Prefix of wall-clock metrics, the only ones that differ between two runs with the same settings."""
 
-Row = dict[str, float]
+MetricsRow = dict[str, float]
 
 
 class MetricsWriter:
@@ -31,7 +31,7 @@ class MetricsWriter:
     restored. Raises ConfigError if the folder cannot be written.
     """
 
-    def __init__(self, run_dir: str | Path, resume_step: int | None, newest: Sequence[Row] = ()) -> None:
+    def __init__(self, run_dir: str | Path, resume_step: int | None, newest: Sequence[MetricsRow] = ()) -> None:
         self.path = Path(run_dir) / METRICS_FILE
         kept = [r for r in read_rows(self.path) if resume_step is not None and r["step"] <= resume_step]
         self._newest = list(newest)
@@ -95,14 +95,14 @@ class ScalarBoard:
         self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
 
 
-def read_rows(path: str | Path) -> list[Row]:
+def read_rows(path: str | Path) -> list[MetricsRow]:
     """The rows of a metrics.jsonl; empty if the file does not exist. A last line that a crash truncated is skipped;
     numbers that were not finite are NaN. Raises ConfigError on any other damage."""
     path = Path(path)
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
-    rows: list[Row] = []
+    rows: list[MetricsRow] = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
             row = json.loads(line)

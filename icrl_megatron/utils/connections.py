@@ -21,7 +21,7 @@ _WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate
 """Content-Encoding -> zlib's `wbits`."""
 
 
-class TooLongError(ValueError):
+class ResponseTooLongError(ValueError):
     """A response is longer than the caller allows; the rest of it was not read."""
 
 
@@ -84,7 +84,7 @@ async def body(reply: aiohttp.ClientResponse, limit: int) -> bytes:
         found += decoded(chunk, limit + 1 - len(found))
         if len(found) > limit:
             reply.close()
-            raise TooLongError(f"the answer has more than {limit} bytes")
+            raise ResponseTooLongError(f"the answer has more than {limit} bytes")
     if inflate is not None and found and not inflate.ended:
         raise aiohttp.ClientPayloadError(f"the answer's {encoding} data ends early")
     return bytes(found)

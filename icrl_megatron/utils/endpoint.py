@@ -117,7 +117,7 @@ class EndpointClient:
         await self.pace.wait()
         try:
             status, answer = await self._post(link.session, body, longest)
-        except connections.TooLongError as error:
+        except connections.ResponseTooLongError as error:
             raise self._failed(error) from error
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise PassingError(f"{type(error).__name__}: {error}") from error

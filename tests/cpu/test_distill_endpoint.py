@@ -66,20 +66,23 @@ class Refusing(Handler):
 def test_attempts_that_fail_are_counted_never_written_and_tried_again(tmp_path: Path) -> None:
     out, broken = tmp_path / "a.jsonl", [True]
     with threaded(Model, broken=broken) as url:
-        given = settings(
-            url, "tasks.limit=4", "distill.attempts=1", "distill.filters.leave_out=[correctness,duplicates,reflection]"
-        )
+        words = (url, "tasks.limit=4", "distill.attempts=1", "distill.agents=[{name: verifier, written_price: 0}]")
+        kept = "distill.filters.leave_out=[correctness,duplicates,reflection]"
+        given = settings(*words, kept)
         command.run(given, out)
         counts = report(out)
         failed = counts["failed"]
         assert counts["finished"] == 4 - sum(failed.values()) and set(failed) == {"endpoint", "unreadable"}
         assert counts["written"] == counts["finished"] < 4
-        assert all("archive/train/" in line for line in counts["failures"])
+        assert all("archive/train/" in line for line in counts["failures"]) and counts["cost"] == {}
         broken.clear()
-        command.run(given, out)
+        priced = settings(*words, kept, "distill.endpoint.read_price=1", "distill.endpoint.written_price=10")
+        assert "cost of the finished attempts: " in command.run(priced, out)
     counts = report(out)
     assert (counts["finished"], counts["failed"], counts["written"], counts["right"]) == (4, {}, 4, 0)
     assert counts["tokens"]["planner"] == {"read": 20, "written": 8}
+    assert counts["cost"]["planner"] == pytest.approx((20 * 1 + 8 * 10) / 1e6)
+    assert counts["cost"]["verifier"] == pytest.approx(counts["tokens"]["verifier"]["read"] / 1e6)
 
 
 def test_an_endpoint_that_is_gone_stops_the_command(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_correctness() -> None:
     copies, report = keep("correctness", GOOD, replace(GOOD, correct=False), replace(GOOD, correct=None))
     assert copies == [1, 0, 0]
     assert (report.read, report.kept, report.dropped, report.added) == (3, 1, 2, 0)
-    assert report.why == {"nobody judged the answer": 1, "wrong answer": 1}
+    assert report.why == {"the answer was not judged": 1, "wrong answer": 1}
     assert report.examples[0] == "archive/train/0: wrong answer '42'"
 
 

@@ -1,4 +1,5 @@
-"""Imports between the package's folders go downward only: no folder depends on the folders built on it."""
+"""Imports between the package's folders go downward only: no folder depends on the folders built on it. No name of a
+class has two meanings."""
 
 from __future__ import annotations
 
@@ -26,6 +27,9 @@ LAYERS = (
     *("rollout", "distill", "actor", "report", "run", "plan", "launch", "evaluation", "loop", "train", "sft", "cli"),
 )
 """Folders and modules of the package's root, lowest first: each imports only from itself and from those before it."""
+
+SAME_SENSE = {"Fields"}
+"""The columns of a row: some readers may change them and others may not."""
 
 
 def modules() -> dict[str, Path]:
@@ -106,3 +110,24 @@ def test_the_root_contains_only_the_programs() -> None:
     assert {path.name for path in ROOT.glob("*.py")} == {
         "__init__.py", "cli.py", "headers.py", "loop.py", "sft.py", "train.py", "types.py",
     }  # fmt: skip
+
+
+def definitions() -> dict[str, set[str]]:
+    """Name -> its definitions, over all classes and type aliases of the package: a class is named by its module, and an
+    alias by its type."""
+    found: dict[str, set[str]] = {}
+    for module, path in modules().items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            match node:
+                case ast.ClassDef(name=name):
+                    found.setdefault(name, set()).add(f"class in {module}")
+                case ast.Assign(targets=[ast.Name(id=name)], value=ast.Subscript() | ast.BinOp() as value):
+                    if name[0].isupper() and not name.isupper():
+                        found.setdefault(name, set()).add(ast.unparse(value))
+    return found
+
+
+def test_no_name_has_two_meanings() -> None:
+    names = definitions()
+    assert {"Episode", "StopReason", "Ended"} <= set(names)
+    assert {name: of for name, of in names.items() if len(of) > 1 and name not in SAME_SENSE} == {}

@@ -20,7 +20,7 @@ from icrl_megatron.run.evaluator import NoEvaluator
 from icrl_megatron.settings.arms import ARMS
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.telemetry.dumps import Rollouts
-from icrl_megatron.telemetry.writer import Row, read_rows
+from icrl_megatron.telemetry.writer import MetricsRow, read_rows
 from icrl_megatron.utils.progress import Progress
 
 TRAINED = ("actor/loss", "actor/grad_norm", "actor/entropy", "actor/mismatch_max", "tokens/loss")
@@ -67,7 +67,7 @@ class Ran:
     folder: Path
     ended: dict[str, Ended]
 
-    def steps(self, name: str) -> list[Row]:
+    def steps(self, name: str) -> list[MetricsRow]:
         """The rows of the training steps of a run that succeeded."""
         assert self.ended[name].code == 0, self.ended[name].error
         found = [row for row in rows(self.folder / name) if "tokens/generated" in row]

@@ -36,7 +36,7 @@ def test_parameter_counts_match_published_models(name: str, billions: float) -> 
 
 
 @pytest.mark.parametrize("row", nemo_rl.ROWS, ids=lambda row: row.name)
-def test_published_steps_are_reproduced(row: nemo_rl.Published) -> None:
+def test_published_steps_are_reproduced(row: nemo_rl.PublishedRun) -> None:
     made = nemo_rl.reproduce(row)
     # A constant was fitted to the first row only; the estimate for the large model is known to be too fast.
     bound = 0.04 if row.shape is nemo_rl.LLAMA_8B else 0.15

@@ -14,7 +14,7 @@ from whole_runs import Batch, batch, from_model, rows, train
 from icrl_megatron.actor import manifest
 from icrl_megatron.run.state import NEWEST_ROWS
 from icrl_megatron.telemetry.dumps import Rollouts
-from icrl_megatron.telemetry.writer import Row
+from icrl_megatron.telemetry.writer import MetricsRow
 from icrl_megatron.utils.step_names import step_name, step_of
 
 SMALL = ("steps=3", "eval.problems=2", "rollout.tasks_per_step=2", "checkpoint.keep=9", "launch.device=cpu")
@@ -48,7 +48,7 @@ class Ran(Batch):
         # The rows of the step contain wall-clock times.
         return found.progress, {name: of for name, of in found.files.items() if name != NEWEST_ROWS}
 
-    def rows(self, name: str) -> list[Row]:
+    def rows(self, name: str) -> list[MetricsRow]:
         return rows(self.folder / name)
 
 

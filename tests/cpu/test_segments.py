@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rich.color import Color, ColorSystem
 
 from icrl_megatron import report
-from icrl_megatron.report.segments import PALETTE, ROLES, Segment, colors, split, tools_of
+from icrl_megatron.report.segments import PALETTE, ROLES, TaggedText, colors, split, tools_of
 from icrl_megatron.types import Attempt, Completion, Episode, Task, Turn
 
 TOOLS = ("page", "code")
@@ -44,7 +44,7 @@ def test_reply_of_several_agents() -> None:
         ("", "text", " "),
         ("search", "call", "<search> p 4 </search>"),
     ]
-    assert split("north") == (Segment("", "north", "text"),)
+    assert split("north") == (TaggedText("", "north", "text"),)
     assert split("") == ()
 
 

@@ -15,7 +15,7 @@ from icrl_megatron.engines.protocol import EngineError, EngineLostError, Request
 from icrl_megatron.engines.sglang import SGLangEngine
 from icrl_megatron.engines.sglang_checks import Checksums, word_hash
 from icrl_megatron.engines.sglang_server import Server
-from icrl_megatron.engines.sglang_weights import Answer, Bucket, Sink, Transport
+from icrl_megatron.engines.sglang_weights import Answer, Bucket, Transport, WeightSender
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.settings.schema import EngineSettings, TinyModel
 from icrl_megatron.types import Completion
@@ -242,9 +242,9 @@ class Recorded:
         pass
 
 
-def tensors_and_sink() -> tuple[list[tuple[str, torch.Tensor]], Sink]:
+def tensors_and_sink() -> tuple[list[tuple[str, torch.Tensor]], WeightSender]:
     tensors = [(f"t{i}", torch.full((i + 1, 3), float(i))) for i in range(6)]
-    sink = Sink({name: tuple(t.shape) for name, t in tensors}, torch.float32, torch.device("cpu"), 512)
+    sink = WeightSender({name: tuple(t.shape) for name, t in tensors}, torch.float32, torch.device("cpu"), 512)
     sink.limit = 100
     return tensors, sink
 
@@ -287,7 +287,7 @@ def test_no_copy_is_pending_after_a_failed_update() -> None:
 def test_as_few_buckets_as_their_size_allows(bucket_mib: int, sent: list[list[str]], mib: int) -> None:
     tensors = [(name, torch.full((size, 256, 1024), 1.0)) for name, size in zip("abcd", (1, 3, 1, 1), strict=True)]
     shapes = {name: tuple(t.shape) for name, t in tensors}
-    sink, transport = Sink(shapes, torch.float32, torch.device("cpu"), bucket_mib), Recorded()
+    sink, transport = WeightSender(shapes, torch.float32, torch.device("cpu"), bucket_mib), Recorded()
     for version in (1, 2):
         transport.buckets.clear()
         transport.seen.clear()

@@ -109,7 +109,7 @@ def test_no_more_attempts_than_allowed_run_at_a_time() -> None:
     planner = team[roles.PLANNER]
 
     class Slow:
-        async def reply(self, brief: roles.Brief) -> roles.Reply:
+        async def reply(self, brief: roles.Brief) -> roles.AgentReply:
             nonlocal now, most
             now, most = now + 1, max(most, now + 1)
             await asyncio.sleep(0.01)
@@ -123,7 +123,7 @@ def test_no_more_attempts_than_allowed_run_at_a_time() -> None:
 
 def test_an_attempt_that_takes_too_long_has_failed() -> None:
     class Asleep:
-        async def reply(self, brief: roles.Brief) -> roles.Reply:
+        async def reply(self, brief: roles.Brief) -> roles.AgentReply:
             await asyncio.sleep(60)
             raise AssertionError
 
@@ -158,10 +158,10 @@ class Counting:
     def __init__(self, text: str = "") -> None:
         self.text = text
 
-    async def reply(self, brief: roles.Brief) -> roles.Reply:
+    async def reply(self, brief: roles.Brief) -> roles.AgentReply:
         await asyncio.sleep(0.01 / (1 + len(brief.job)))
         call = f'<tool_call>{{"name": "count", "arguments": {{"why": "{brief.job} {len(brief.own)}"}}}}</tool_call>'
-        return roles.Reply(self.text or (call if len(brief.own) < 4 else "done"), 1, 1)
+        return roles.AgentReply(self.text or (call if len(brief.own) < 4 else "done"), 1, 1)
 
 
 def test_answers_of_a_tool_with_a_state_stand_in_the_order_in_which_they_were_given() -> None:

@@ -12,22 +12,22 @@ from whole_runs import RECIPE, STEPS, batch, from_model, train
 
 from icrl_megatron.settings.loading import load
 from icrl_megatron.tasks import registry as task_sets
-from icrl_megatron.telemetry.writer import METRICS_FILE, TIME_PREFIX, Row, read_rows
+from icrl_megatron.telemetry.writer import METRICS_FILE, TIME_PREFIX, MetricsRow, read_rows
 
 HELDOUT = "heldout/critique_free"
 
 
 @pytest.fixture(scope="module")
-def rows(finished_run: Path) -> list[Row]:
+def rows(finished_run: Path) -> list[MetricsRow]:
     return read_rows(finished_run / METRICS_FILE)
 
 
-def test_evaluation_runs_at_its_interval_and_at_both_ends(rows: list[Row]) -> None:
+def test_evaluation_runs_at_its_interval_and_at_both_ends(rows: list[MetricsRow]) -> None:
     assert [row["step"] for row in rows if HELDOUT in row] == [0, 2, 4, STEPS]
     assert all((HELDOUT in row) == ("tokens/evaluation" in row) for row in rows)
 
 
-def test_evaluation_tokens_and_time_are_counted_separately(rows: list[Row]) -> None:
+def test_evaluation_tokens_and_time_are_counted_separately(rows: list[MetricsRow]) -> None:
     evaluated = [row for row in rows if HELDOUT in row]
     assert all(row["tokens/evaluation"] > 0 and row["time/evaluation_s"] > 0 for row in evaluated)
     generated = 0.0
@@ -40,7 +40,7 @@ def test_evaluation_tokens_and_time_are_counted_separately(rows: list[Row]) -> N
             assert row["time/generated_tokens_per_s"] * training_s == pytest.approx(row["tokens/generated"], rel=1e-6)
 
 
-def test_evaluation_uses_the_newest_weights(rows: list[Row], finished_run: Path, tmp_path: Path) -> None:
+def test_evaluation_uses_the_newest_weights(rows: list[MetricsRow], finished_run: Path, tmp_path: Path) -> None:
     """The last evaluation equals one of the exported model with the same seeds."""
     code = (
         "import sys; from pathlib import Path; from icrl_megatron.evaluation import play, run as evaluation\n"
@@ -57,7 +57,9 @@ def test_evaluation_uses_the_newest_weights(rows: list[Row], finished_run: Path,
     assert result["generated_tokens"] == last["tokens/evaluation"]
 
 
-def test_later_rounds_change_nothing_about_the_first(rows: list[Row], finished_run: Path, tmp_path: Path) -> None:
+def test_later_rounds_change_nothing_about_the_first(
+    rows: list[MetricsRow], finished_run: Path, tmp_path: Path
+) -> None:
     start = [*from_model(finished_run), "steps=1"]
     commands = {
         "two_rounds": train(tmp_path / "two_rounds", *start, "eval.rounds=2"),

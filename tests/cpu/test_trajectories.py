@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import qwen_tokenizers
+from documented import defined
 from hypothesis import given
 from hypothesis import strategies as st
 from trajectory_files import LOGS, action, oagents, openai, rows_of, smolagents, write_jsonl
@@ -122,6 +123,21 @@ def test_every_format_is_told_by_its_columns(tmp_path: Path) -> None:
     thought = (Segment("plan", "search, then answer"), Segment("think", "I look."))
     assert logged.segments == (*thought, call, SEEN, Segment("answer", "t1", "answer"))
     assert logged.spent == Tokens(100, 7) and logged.tools[0].name == "search"
+
+
+def test_the_documented_format_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = defined("A format of conversation files")
+    monkeypatch.setitem(readers.FORMATS, "solutions", readers.FileFormat(example["fits"], example["read"]))
+    rows = [
+        {"question": "1 + 2?", "reasoning": "count", "solution": "3"},
+        {"question": "2 + 2?", "solution": "4"},
+        {"question": "3 + 2?", "solution": " "},
+    ]
+    both, short, bad = readers.read(str(write_jsonl(tmp_path / "a.jsonl", rows)))
+    answers = (Segment("answer", "3", "answer"), Segment("answer", "4", "answer"))
+    assert both.trajectory == Trajectory("a/1", "1 + 2?", (Segment("think", "count"), answers[0]))
+    assert short.trajectory == Trajectory("a/2", "2 + 2?", (answers[1],))
+    assert bad.trajectory is None and "`solution` is empty" in bad.problem and bad.where.endswith("a.jsonl, line 3")
 
 
 def test_the_logs_of_smolagents_are_read(tmp_path: Path) -> None:

@@ -27,6 +27,14 @@ def evaluated(model: Path, out: Path, *words: str) -> dict[str, object]:
     return found
 
 
+def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Commands of this test put their temporary files into the folder that is returned."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def model(finished_run: Path) -> Path:
     return finished_run / "hf"
@@ -67,15 +75,21 @@ def test_other_critic_and_environment_servers_on_two_ranks(model: Path, tmp_path
         (["rollout.context_tokens=8", "--rounds", "2"], "problems are too long"),
     ],
 )
-def test_errors_are_one_message_and_exit_code_2(model: Path, tmp_path: Path, words: list[str], message: str) -> None:
+def test_errors_are_one_message_and_exit_code_2(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    temporary = own_temporary_folder(tmp_path, monkeypatch)
     code, _, err = icrl("eval", str(model), "--problems", "4", "launch.ranks=2", "--out", str(tmp_path / "out"), *words)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2, err
     assert len(errors) == 1 and message in errors[0] and "Traceback" not in err
     assert not (tmp_path / "out").exists()
+    kept = {path for path in temporary.glob("icrl_*") if str(path) not in err}
+    assert not kept
 
 
-def test_stop_ends_all_ranks_and_writes_nothing(model: Path, tmp_path: Path) -> None:
+def test_stop_ends_all_ranks_and_writes_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    temporary = own_temporary_folder(tmp_path, monkeypatch)
     words = ("--samples", "2000", "--rounds", "2", "launch.ranks=2", "--out", str(tmp_path / "out"))
     running = start("eval", str(model), *words)
     tree: list[psutil.Process] = []
@@ -90,3 +104,4 @@ def test_stop_ends_all_ranks_and_writes_nothing(model: Path, tmp_path: Path) -> 
     assert "stopping: nothing is written" in err and "Traceback" not in err
     assert not (tmp_path / "out").exists()
     assert not psutil.wait_procs(tree, timeout=10)[1]
+    assert not list(temporary.glob("icrl_*"))

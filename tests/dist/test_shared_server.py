@@ -28,7 +28,7 @@ from icrl_megatron.engines.rank import Engines, Share
 from icrl_megatron.engines.server_group import ServerGroup
 from icrl_megatron.engines.sglang import Follower, SGLangEngine
 from icrl_megatron.engines.sglang_checks import Checksums
-from icrl_megatron.engines.sglang_weights import SharedMemory, Sink
+from icrl_megatron.engines.sglang_weights import SharedMemory, WeightSender
 from icrl_megatron.engines.sync import WeightSync
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.run import build as wiring
@@ -127,7 +127,7 @@ class Rank:
             lead = SGLangEngine(server, settings, lambda: memory(server), SHAPES, torch.float32, device)  # type: ignore[arg-type]
             engines = Engines(lead, lead, None, Share(0, 1), True, group)
         else:
-            follower = Follower(Sink(SHAPES, torch.float32, device, 1), memory(None))
+            follower = Follower(WeightSender(SHAPES, torch.float32, device, 1), memory(None))
             engines = Engines(follower, None, None, Share(None, 1), True, group)
 
         def stream() -> Iterator[tuple[str, torch.Tensor]]:

@@ -20,7 +20,7 @@ from whole_runs import icrl, rows
 from icrl_megatron.distill import endpoint_agents, scripted
 from icrl_megatron.distill.endpoint_agents import EndpointAgent
 from icrl_megatron.distill.events import Run
-from icrl_megatron.distill.roles import Agent, Brief, Reply
+from icrl_megatron.distill.roles import Agent, AgentReply, Brief
 from icrl_megatron.distill.system import System
 from icrl_megatron.model.tiny import build_tiny
 from icrl_megatron.rollout.prompts import template_words
@@ -42,7 +42,7 @@ class Lesson:
     pupil: EndpointAgent
     written: list[list[ChatMessage]]
 
-    async def reply(self, brief: Brief) -> Reply:
+    async def reply(self, brief: Brief) -> AgentReply:
         reply = await self.scripted.reply(brief)
         self.written.append([*self.pupil.messages(brief), ChatMessage("assistant", reply.text)])
         return reply

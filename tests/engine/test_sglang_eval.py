@@ -16,7 +16,7 @@ from icrl_megatron.distributed import platform
 from icrl_megatron.distributed.grid import without_model
 from icrl_megatron.engines.sglang_server import Server
 from icrl_megatron.evaluation import play
-from icrl_megatron.evaluation.job import Job
+from icrl_megatron.evaluation.job import EvalJob
 from icrl_megatron.evaluation.result import EvalRequest
 from icrl_megatron.rollout.source import Played, RolloutRequest
 from icrl_megatron.settings import loading
@@ -66,7 +66,9 @@ def test_greedy_replies_are_the_local_engines_token_by_token(
     tasks = tuple(registry.get("rulebook_easy").problems("heldout"))[:20]
     found = []
     for kind in (EngineSettings(), remote):
-        job = Job(EvalRequest(model), replace(settings, engine=kind), tasks, model, None, tmp_path / "out", tmp_path)
+        job = EvalJob(
+            EvalRequest(model), replace(settings, engine=kind), tasks, model, None, tmp_path / "out", tmp_path
+        )
         with play._playing(job, without_model(settings), Progress(enabled=False)) as playing:
             found.append(playing.source.play(RolloutRequest(playing.tasks, 1, play.SEEDS, settings.rollout.rounds)))
     local, sglang = map(replies, found)
