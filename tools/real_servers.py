@@ -29,7 +29,7 @@ from real_players import PLANS_ENV
 from rich.console import Console
 from rich.table import Table
 
-from icrl_megatron.telemetry.dumps import dump_path, read_episodes
+from icrl_megatron.telemetry.dumps import Rollouts
 from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
 from icrl_megatron.types import Episode
 
@@ -131,7 +131,7 @@ def _log(path: Path) -> Iterator[int]:
 def measured(row: Row, run: Path, why_dropped: str) -> Row:
     """The row of a run of one step, from its metrics and its episodes."""
     (metrics,) = [found for found in read_rows(run / METRICS_FILE) if "episodes/played" in found]
-    episodes = read_episodes(dump_path(run, 1))
+    episodes = Rollouts(run).episodes(1)
     attempts = [attempt for episode in episodes for attempt in episode.attempts]
     turns = [turn for attempt in attempts for turn in attempt.turns]
     return Row(

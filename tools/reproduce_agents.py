@@ -39,8 +39,8 @@ CALL_COST = 0.05
 """Of the reward of a right answer, which takes five calls."""
 SAMPLES = 4
 """Evaluated attempts at each held-out problem."""
-RL_LIMIT_S = 6 * 3600.0
-"""For one command that trains by RL: from random weights, a step takes longer than after a supervised start."""
+TRAINING_LIMIT_S = 6 * 3600.0
+"""For one command that trains. By RL from random weights, a step takes longer than after a supervised start."""
 EDGE = 5
 """Steps at either end of a run over which calls and tokens are averaged."""
 
@@ -244,7 +244,7 @@ def supervise(runs: Path, name: str, seed: int, more: tuple[str, ...]) -> str:
         own += model(runs, name, seed)
         own += ["warm_start.bad_rows=drop"] if start.plays else []  # a model also writes the unknown word
         words = ["sft", "archive", f"run_dir={where}", f"seed={seed}", *start.changes, *own, *more]
-        run(words, where.with_suffix(".log"))
+        run(words, where.with_suffix(".log"), TRAINING_LIMIT_S)
     return f"supervised start {where.name}"
 
 
@@ -256,7 +256,7 @@ def finish(runs: Path, arm: Arm, seed: int, more: tuple[str, ...]) -> str:
         own = [*more, "warm_start.steps=0", "eval.interval=0", "eval.control_problems=0", *start, *arm.changes]
         if arm != ICRL:
             own += at_equal_cost(spent(folder(runs, ICRL, seed)), steps=100_000)
-        run(["train", "archive", f"run_dir={where}", f"seed={seed}", *own], where.with_suffix(".log"), RL_LIMIT_S)
+        run(["train", "archive", f"run_dir={where}", f"seed={seed}", *own], where.with_suffix(".log"), TRAINING_LIMIT_S)
     if not (where / "eval" / "eval.json").exists():
         words = ["eval", str(where / "hf"), "--task", "archive", "--samples", str(SAMPLES)]
         run([*words, "--out", str(where / "eval")], where.parent / f"{where.name}_{seed}_eval.log")
