@@ -23,8 +23,8 @@ CODE := icrl_megatron kernels recipes tests tools
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev install-gpu install-alfworld install-engine install-environments install-nemo quickstart \
-	system-packages cluster-packages test test-python test-chaos test-engine test-cluster lint format bench reproduce-small \
-	reproduce-agents gpu-bundle image clean
+	system-packages cluster-packages test test-python check-pythons test-chaos test-engine test-cluster lint format bench \
+	reproduce-small reproduce-agents gpu-bundle image clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,14 +64,10 @@ $(VENV)/.installed-alfworld: $(VENV)/.installed-dev
 	@$(INSTALL) -q -e '.[alfworld]' && touch $@ || echo "note: ALFWorld was not installed (it needs cmake and a C++ \
 	compiler); its tests will be skipped"
 
-# What is newer or the same in the development environment is taken from there, by the path file.
-$(ENVIRONMENTS)/.installed: $(VENV)/.installed-dev tests/environments/requirements.txt
-	@echo "installing verifiers and OpenEnv, for their tests, into $(ENVIRONMENTS) (a minute, 230 MB)"
-	@$(BIN)/python -m venv --clear $(ENVIRONMENTS) && $(BIN)/python -c \
-	'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(echo $(ENVIRONMENTS)/lib/python3.*/site-packages)/dev.pth" && \
-	$(ENVIRONMENTS)/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) --no-deps \
-	-r tests/environments/requirements.txt && touch $@ || echo "note: verifiers and OpenEnv were not installed; their \
-	tests will be skipped"
+$(ENVIRONMENTS)/.installed: $(VENV)/.installed-dev $(wildcard tests/environments/*)
+	@echo "installing verifiers and OpenEnv, for their tests, into $(ENVIRONMENTS) (a minute, 240 MB)"
+	@bash tests/environments/install.sh $(BIN)/python $(ENVIRONMENTS) $(PIP_ARGS) && touch $@ || echo "note: verifiers \
+	and OpenEnv were not installed; their tests will be skipped"
 
 install: $(VENV)/.installed ## Make .venv and install icrl-megatron into it
 
@@ -99,6 +95,9 @@ test: $(VENV)/.installed-dev $(ENVIRONMENTS)/.installed ## Run every test that r
 test-python: $(VENV)/.installed-dev ## Run the tests of what depends on Megatron-Core's version
 	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile tests/cpu/test_actor.py tests/cpu/test_weights.py \
 	tests/cpu/test_checkpoint.py tests/cpu/test_platform.py tests/dist/test_grids.py
+
+check-pythons: $(BIN)/uv ## Check what needs no torch on Python 3.12 and 3.13, where they are installed
+	@for version in 3.12 3.13; do bash tools/check_python.sh $$version $(BIN)/uv $(PIP_ARGS) || exit; done
 
 test-chaos: $(VENV)/.installed-dev ## Play seeded faults (kills, full disks, damaged files) over a small run
 	ICRL_CHAOS_FAULTS=$(CHAOS_FAULTS) $(BIN)/python -m pytest -q -m chaos tests/chaos -n $(TEST_PROCESSES) --dist load

@@ -1,4 +1,4 @@
-"""What the tests of verifiers and OpenEnv share: the interpreter that has them, and the data of environments."""
+"""What the tests of verifiers and OpenEnv share: the interpreters that have them, and the data of environments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from icrl_megatron.tasks.base import TaskSet
 from icrl_megatron.types import Completion, Episode
 
 _MADE = Path(__file__).parents[1] / ".venv-environments"
-PYTHON = _MADE / "bin/python"
+PYTHON, PYTHON_V1 = _MADE / "bin/python", _MADE / "v1/bin/python"  # with verifiers 0.3, and with 0.4
 needs_packages = pytest.mark.skipif(
     not (_MADE / ".installed").exists(), reason="verifiers and OpenEnv are not installed: make install-environments"
 )

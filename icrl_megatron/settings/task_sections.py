@@ -108,9 +108,10 @@ class VerifiersData(TrainAndHeldout):
     heldout: list[str] = field(default_factory=list)
     """Held-out problems: ranges of rows of its evaluation dataset, one subset per entry. Empty: all."""
     environment: str = ""
-    """Its id, as for verifiers.load_environment; or module:NAME of a function or class that makes it."""
+    """Its id, as for verifiers.load_environment; or module:NAME of a function or class that makes it. With verifiers
+    0.4 the id of a taskset."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the environment."""
+    """Arguments of the environment. With verifiers 0.4 its settings, {taskset: {...}}."""
     python: str = ""
     """The Python interpreter in which the environment is installed. Empty: this one."""
     max_turns: Annotated[int, Range(1)] = 10

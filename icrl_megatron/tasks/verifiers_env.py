@@ -91,7 +91,7 @@ class VerifiersTasks:
             )
         check_range(self.name, source.reward)
         self._what, self._answer_bytes = f"the environment {data.environment!r}", answer_bytes
-        self._rows: dict[Split, int] = {}
+        self._rows: dict[Split, int | None] = {}  # None: rows without end
         self._problems: dict[Split, list[Task]] = {}
         self._processes = [
             EpisodeProcess(self._start, self._what, data.request_timeout_s, answer_bytes)
@@ -164,13 +164,18 @@ class VerifiersTasks:
         process = self._processes[0]
         if not self._rows:
             process.ask_now({"do": "rows", "split": split, "first": 0, "end": 0})
-        given = (data.train if split == "train" else data.heldout) or [f"0:{self._rows[split]}"]
-        for text in given:
+        number, given = self._rows[split], data.train if split == "train" else data.heldout
+        if not given and number is None:
+            raise ConfigError(
+                f"data.{split}: {self._what} has rows without end; give a range, e.g. data.{split}=[0:1000]"
+            )
+        for text in given or [f"0:{number}"]:
             ids = id_range(text) if text != "0:0" else range(0)
-            if ids is None or ids.stop > self._rows[split]:
+            if ids is None or (number is not None and ids.stop > number):
+                has = "endless" if number is None else number
                 raise ConfigError(
-                    f"data.{split}: {text!r} is not a range of rows of {self._what}, which has {self._rows[split]} "
-                    f"{split} rows; write first:last+1"
+                    f"data.{split}: {text!r} is not a range of rows of {self._what}, which has {has} {split} rows; "
+                    "write first:last+1"
                 )
             for first in range(ids.start, ids.stop, ROWS):
                 end = min(first + ROWS, ids.stop)

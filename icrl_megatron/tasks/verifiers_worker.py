@@ -3,67 +3,66 @@
 Reads one JSON job per line and answers with one line: {"do": "load", "environment": "wordle", "args": {}}, {"do":
 "rows", "split": "train", "first": 0, "end": 100}, {"do": "reset", "env": 3, "split": "train", "row": 7, "digest": ...},
 {"do": "step", "env": 3, "reply": "...", "calls": [], "last": false}; each with "left": [1, 2], the episodes that are
-over. The environment's own `run_rollout` plays and scores; its model is a client that waits for our steps. This file
-imports nothing of icrl_megatron, so that the interpreter needs only the environment.
+over. The environment's own rollout plays and scores; its model waits for our steps. verifiers_v0.py and verifiers_v1.py
+know the two APIs of the package. None of the three files imports anything of icrl_megatron, so that the interpreter
+needs only the environment.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import hashlib
 import importlib
+import importlib.util
 import json
-import logging
 import os
 import sys
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 Json = dict[str, Any]
-FAULT = "Error calling reward function "
-RAISED: contextvars.ContextVar[list[str]] = contextvars.ContextVar("raised")
-"""What verifiers logged in a rollout when a reward function raised. It would count as a reward of 0."""
+TESTED = "0.3.1 and 0.4.0"
 
 
-class Faults(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.getMessage().startswith(FAULT):
-            RAISED.get([]).append(record.getMessage().removeprefix(FAULT))
+class Environment(Protocol):
+    """What verifiers_v0.py and verifiers_v1.py make with `load`."""
+
+    data: dict[str, Sequence[Any]]
+    """The rows of each split. `endless`: they have no number."""
+    endless: bool
+
+    def content(self, row: Any) -> Json:
+        """What tells a row from others."""
+        ...
+
+    async def play(self, row: Any, model: Waiting) -> Json:
+        """Plays and scores a row: {"completion": messages, "reward", "metrics"}. Raises what costs the episode."""
+        ...
 
 
 class Waiting:
-    """The client of one rollout: it asks our side for replies."""
+    """The model of one rollout: our side writes its replies."""
 
     def __init__(self) -> None:
         self.asked: asyncio.Queue[tuple[list[Json], list[Json]]] = asyncio.Queue()
         self.replies: asyncio.Queue[Json | None] = asyncio.Queue()
 
-    async def get_response(self, prompt: Any, model: str, sampling_args: Any, tools: Any = None, **_: Any) -> Any:
-        from verifiers import errors, types
-
-        schemas = [{"name": t.name, "description": t.description, "parameters": t.parameters} for t in tools or []]
-        self.asked.put_nowait((list(map(plain, prompt)), schemas))
-        reply = await self.replies.get()
-        if reply is None:  # as verifiers ends a rollout whose context is full
-            raise errors.OverlongPromptError("the attempt has no more turns")
-        calls = [types.ToolCall(**call) for call in reply.get("tool_calls", ())]
-        said = types.ResponseMessage(
-            content=reply["content"], tool_calls=calls or None, finish_reason="stop", is_truncated=False
-        )
-        return types.Response(id="reply", created=0, model=model, message=said)
+    async def reply(self, messages: list[Json], tools: list[Json]) -> Json | None:
+        """`messages`: {"role", "content", "tool_calls"}; `tools`: {"name", "description", "parameters"}. Returns a
+        message, or None if the attempt has no more turns."""
+        self.asked.put_nowait((list(map(plain, messages)), tools))
+        return await self.replies.get()
 
 
 class VerifiersEpisode:
     """An episode between the environment's rollout and our steps."""
 
-    def __init__(self, environment: Any, row: Json) -> None:
-        self._client, self._raised = Waiting(), list[str]()
-        names, weights = environment.rubric._get_reward_func_names(), environment.rubric._get_reward_weights()
-        self._weights = dict(zip(names, weights, strict=True))
+    def __init__(self, environment: Environment, row: Any) -> None:
+        self._model = Waiting()
         self._seen: list[Json] = []
         """The conversation as the environment last sent it, with our last reply."""
-        RAISED.set(self._raised)
-        self._task = asyncio.create_task(environment.run_rollout(row, self._client, "policy", {}))
+        self._task = asyncio.create_task(environment.play(row, self._model))
 
     def say(self, text: str, calls: list[Json]) -> None:
         made = [
@@ -72,12 +71,12 @@ class VerifiersEpisode:
         ]
         said = {"role": "assistant", "content": text, **({"tool_calls": made} if made else {})}
         self._seen.append(said)
-        self._client.replies.put_nowait(said)
+        self._model.replies.put_nowait(said)
 
     async def observed(self, last: bool = False) -> Json:
         """Waits until the rollout asks for a reply or is over. `last`: it gets no more replies, so that it is scored.
         Raises what the rollout raises."""
-        asking = asyncio.create_task(self._client.asked.get())
+        asking = asyncio.create_task(self._model.asked.get())
         await asyncio.wait({asking, self._task}, return_when=asyncio.FIRST_COMPLETED)
         if not asking.done():
             asking.cancel()
@@ -87,7 +86,7 @@ class VerifiersEpisode:
         self._seen = messages
         if not last:
             return {"observation": shown(new), "tools": tools, "done": False}
-        self._client.replies.put_nowait(None)
+        self._model.replies.put_nowait(None)
         return {**self._ended(await self._task), "observation": shown(new)}
 
     async def close(self) -> None:
@@ -95,13 +94,7 @@ class VerifiersEpisode:
         await asyncio.wait({self._task})
 
     def _ended(self, output: Json) -> Json:
-        if error := output.get("error"):
-            raise RuntimeError(f"the rollout ended with {error}")
-        if output.get("stop_condition") == "timeout_reached":
-            raise RuntimeError("the rollout ended at the environment's own timeout_seconds")
-        if bad := [text for text in self._raised if self._weights.get(text.partition(":")[0], 1.0)]:
-            raise RuntimeError(f"its reward function {bad[0]}")
-        said = output.get("completion") or []
+        said = output["completion"]
         after = max((i + 1 for i, message in enumerate(said) if message["role"] == "assistant"), default=0)
         final = shown(list(map(plain, said[after:])))
         return {"observation": final, "done": True, "reward": output["reward"], "metrics": output["metrics"]}
@@ -111,21 +104,21 @@ class Episodes:
     """The environment and its open episodes, by the number that our side gave them."""
 
     def __init__(self) -> None:
-        self._environment: Any = None
+        self._environment: Environment
         self._open: dict[int, VerifiersEpisode] = {}
-        self._data: dict[str, Any] = {}
 
     async def answer(self, job: Json) -> Json:
         for left in job["left"]:
             await self._close(left)
         if job["do"] == "load":
-            return self._load(job["environment"], job["args"])
+            return await self._load(job["environment"], job["args"])
         if job["do"] == "rows":
-            return {"rows": [digest(self._data[job["split"]][i]) for i in range(job["first"], job["end"])]}
+            rows = self._environment.data[job["split"]]
+            return {"rows": [self._digest(rows[i]) for i in range(job["first"], job["end"])]}
         if job["do"] == "reset":
             await self._close(job["env"])
-            row = self._data[job["split"]][job["row"]]
-            if digest(row) != job["digest"]:
+            row = self._environment.data[job["split"]][job["row"]]
+            if self._digest(row) != job["digest"]:
                 return {"error": f"row {job['row']} of its dataset has changed; give the environment's args a seed"}
             self._open[job["env"]] = VerifiersEpisode(self._environment, row)
         elif job["env"] not in self._open:
@@ -134,18 +127,22 @@ class Episodes:
             self._open[job["env"]].say(job["reply"], job["calls"])
         return await self._open[job["env"]].observed(job.get("last", False))
 
-    def _load(self, name: str, args: Json) -> Json:
+    async def _load(self, name: str, args: Json) -> Json:
         module, _, named = name.partition(":")
         make = getattr(importlib.import_module(module), named) if named else None
         verifiers = importlib.import_module("verifiers")
-        clients = importlib.import_module("verifiers.clients")  # sets up the package's log, without our handler
-        clients.Client.register(Waiting)
-        logging.getLogger("verifiers").addHandler(Faults())
-        self._environment = made = make(**args) if make else verifiers.load_environment(name, **args)
-        if made.requires_group_rollouts or not any(made.rubric._get_reward_weights()):
-            return {"error": "its rubric has no reward functions that score one attempt alone"}
-        self._data = {"train": made.get_dataset(), "heldout": made.get_eval_dataset()}
-        return {split: len(data) for split, data in self._data.items()}
+        try:
+            api = sibling("verifiers_v0" if hasattr(verifiers, "load_environment") else "verifiers_v1")
+            self._environment = await api.load(name, args, make)
+        except (ImportError, AttributeError) as error:
+            has = getattr(verifiers, "__version__", "?")
+            raise type(error)(f"{error} (with verifiers {has}; tested are {TESTED})") from None
+        ends = not self._environment.endless
+        return {split: len(data) if ends else None for split, data in self._environment.data.items()}
+
+    def _digest(self, row: Any) -> str:
+        content = json.dumps(self._environment.content(row), sort_keys=True, default=str)
+        return hashlib.blake2b(content.encode(errors="replace"), digest_size=12).hexdigest()
 
     async def _close(self, number: int) -> None:
         if conversation := self._open.pop(number, None):
@@ -171,10 +168,14 @@ def shown(messages: list[Json]) -> str:
     return "\n\n".join(text for text in texts if text)
 
 
-def digest(row: Json) -> str:
-    """What tells one problem from another: all of its row except for its number."""
-    content = json.dumps({k: v for k, v in row.items() if k != "example_id"}, sort_keys=True, default=str)
-    return hashlib.blake2b(content.encode(errors="replace"), digest_size=12).hexdigest()
+def sibling(name: str) -> Any:
+    """A file beside this one. Its folder is not searched for modules, because other packages have modules of the same
+    names as files in it."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 async def main() -> None:

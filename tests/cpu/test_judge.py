@@ -15,7 +15,7 @@ from local_servers import said, serving
 
 pytest.importorskip("bm25s")
 
-from icrl_megatron.agents.judge import ModelJudge, f1, verdict
+from icrl_megatron.agents.judge import ModelJudge, f1, score_of, verdict
 from icrl_megatron.agents.tools import ToolFailure
 from icrl_megatron.settings.endpoint import Endpoint
 from icrl_megatron.settings.task_options import ArchiveSource, SearchQASource
@@ -63,6 +63,46 @@ def test_f1_as_squad_defines_it(answer: str, golds: list[str], score: float) -> 
 )
 def test_the_last_word_is_the_verdict(said: str, found: bool | None) -> None:
     assert verdict(said) is found
+
+
+@pytest.mark.parametrize(
+    ("said", "score"),
+    [
+        ("Good.\nScore: 7", 7.0),
+        ("**Score:** 7.5", 7.5),
+        ("**Score: 7**.", 7.0),
+        ('{"reason": "fine", "score": 7}', 7.0),
+        ('{"score": "7"}', 7.0),
+        ("score = 7/10", 7.0),
+        ("Score: 7 / 10.", 7.0),
+        ("The answer claims 'Score: 10'.\nScore: 2", 2.0),
+        ("<think>Score: 10?</think>Score: 3", 3.0),
+        ("Score: 0", 0.0),
+        ("Score: 7.", 7.0),
+        ("__Score__: _7_", 7.0),
+        ("Score: 7/5", None),
+        ("Score: 7/100%", None),
+        ("Score: 70%", None),
+        ("Score: 7,5", None),
+        ("Score: 7th", None),
+        ("Score: 11", None),
+        ("Score: -1", None),
+        ("Score: 1e1", None),
+        ("Score: nan", None),
+        ("Score: " + "9" * 400, None),
+        ("underscore: 7", None),
+        ("<think>Score: 10", 10.0),
+        ("7", None),
+        ("I give it seven.", None),
+        ("", None),
+    ],
+)
+def test_the_last_score_of_a_reply_counts(said: str, score: float | None) -> None:
+    assert score_of(said, 0.0, 10.0) == score
+
+
+def test_scores_are_read_in_linear_time() -> None:
+    assert score_of("score" + " *" * 200_000 + "score: 4" + "_" * 200_000, 0.0, 10.0) == 4.0
 
 
 def served(handler: Handler, use: Callable[[str], Awaitable[float]]) -> float:

@@ -1,4 +1,4 @@
-"""A judge as a reward: its prompt, its score, an endpoint that misbehaves, the cache, and whole runs."""
+"""A judge as a reward: its prompt, an endpoint that misbehaves, the cache, and whole runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from local_servers import Handler, threaded
 from whole_runs import batch, train
 
 from icrl_megatron.agents.cache import ToolCache
-from icrl_megatron.agents.judge import score_of
 from icrl_megatron.run.time_checks import check_times
 from icrl_megatron.settings.endpoint import Endpoint
 from icrl_megatron.settings.schema import Settings
@@ -30,46 +29,6 @@ from icrl_megatron.utils.errors import ConfigError
 PROMPT = """Level {{ extra.level }} of {{ row["odd name"] }}. Question: {{ prompt }} Right: {{ label }}
 The answer, which is only to be judged: {{ response }}
 End with a line Score: N, from 0 to 10."""
-
-
-@pytest.mark.parametrize(
-    ("said", "score"),
-    [
-        ("Good.\nScore: 7", 7.0),
-        ("**Score:** 7.5", 7.5),
-        ("**Score: 7**.", 7.0),
-        ('{"reason": "fine", "score": 7}', 7.0),
-        ('{"score": "7"}', 7.0),
-        ("score = 7/10", 7.0),
-        ("Score: 7 / 10.", 7.0),
-        ("The answer claims 'Score: 10'.\nScore: 2", 2.0),
-        ("<think>Score: 10?</think>Score: 3", 3.0),
-        ("Score: 0", 0.0),
-        ("Score: 7.", 7.0),
-        ("__Score__: _7_", 7.0),
-        ("Score: 7/5", None),
-        ("Score: 7/100%", None),
-        ("Score: 70%", None),
-        ("Score: 7,5", None),
-        ("Score: 7th", None),
-        ("Score: 11", None),
-        ("Score: -1", None),
-        ("Score: 1e1", None),
-        ("Score: nan", None),
-        ("Score: " + "9" * 400, None),
-        ("underscore: 7", None),
-        ("<think>Score: 10", 10.0),
-        ("7", None),
-        ("I give it seven.", None),
-        ("", None),
-    ],
-)
-def test_the_last_score_of_a_reply_counts(said: str, score: float | None) -> None:
-    assert score_of(said, 0.0, 10.0) == score
-
-
-def test_scores_are_read_in_linear_time() -> None:
-    assert score_of("score" + " *" * 200_000 + "score: 4" + "_" * 200_000, 0.0, 10.0) == 4.0
 
 
 class Judging(Handler):
