@@ -111,13 +111,14 @@ class Recorder:
     def _table(self, played: Played) -> list[TableRow]:
         """The rows of the first episodes, from the ranks that have them."""
         parts = self.state.parts
-        limit, longest = parts.settings.trackers.episodes, parts.settings.trackers.max_chars
+        limit = parts.settings.trackers.episodes
         if not parts.settings.trackers.names or not limit:
             return []
         rows = (len(header.attempts) + len(header.critiques) for header in played.headers)
         count = sum(before < limit for before in accumulate(rows, initial=0))
         shown = [(header.task.task_id, header.index) for header in played.headers[:count]]
-        mine = {(e.task.task_id, e.index): table_rows([e], limit, longest) for e in played.episodes[:count]}
+        own = {(e.task.task_id, e.index): e for e in played.episodes[:count]}
+        mine = {key: table_rows([own[key]], limit) for key in shown if key in own}
         everyones = {key: of for one in gather_objects(parts.grid, mine) for key, of in one.items()}
         return [row for key in shown for row in everyones[key]][:limit]
 

@@ -50,18 +50,17 @@ TableRow = tuple[str, int, int, str, float, str]
 """One attempt or critique, in the order of `COLUMNS`."""
 
 
-def table_rows(episodes: Iterable[Episode], limit: int, longest: int) -> list[TableRow]:
-    """The first `limit` attempts and critiques of the episodes, in the order they were written, with at most `longest`
-    characters each."""
+def table_rows(episodes: Iterable[Episode], limit: int) -> list[TableRow]:
+    """The first `limit` attempts and critiques of the episodes, in the order they were written."""
     rows: list[TableRow] = []
     for episode in episodes:
         task, index = episode.task.task_id, episode.index
         for attempt in episode.attempts:
             said = "\n\n".join(turn.text for turn in attempt.turns)
             role = "revision" if attempt.round else "attempt"
-            rows.append((task, index, attempt.round, role, attempt.outcome, said[:longest]))
+            rows.append((task, index, attempt.round, role, attempt.outcome, said))
             critiques = [c for c in episode.critiques if c.round == attempt.round]
-            rows += [(task, index, c.round, "critique", attempt.outcome, c.text[:longest]) for c in critiques]
+            rows += [(task, index, c.round, "critique", attempt.outcome, c.text) for c in critiques]
         if len(rows) >= limit:
             break
     return rows[:limit]
@@ -127,8 +126,10 @@ class Trackers:
 
     def write(self, step: int, metrics: Mapping[str, float], rows: Sequence[TableRow] = ()) -> None:
         """Queues one step and returns at once. A tracker that got this step before a resume does not get it again."""
+        longest, most = self._settings.max_chars, self._settings.episodes
+        short = [(*row[:5], row[5][:longest]) for row in rows[:most]]
         for thread in self._threads:
-            if thread.put(step, metrics, rows):
+            if thread.put(step, metrics, short):
                 self._state[thread.name]["last_step"] = step
         self._save()
 

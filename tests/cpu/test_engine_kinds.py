@@ -106,7 +106,7 @@ def test_the_documented_engine_plays_real_tasks(model: Path, tmp_path: Path) -> 
     assert source.play(RolloutRequest(tasks, 2, Seeds(0, 0), 2)).episodes == played.episodes
     replies = [turn.completion for e in played.episodes for attempt in e.attempts for turn in attempt.turns]
     assert {reply.weight_version for reply in replies} == {7}
-    assert len({reply.ids for reply in replies}) > len(replies) // 2
+    assert len({reply.ids.tobytes() for reply in replies}) > len(replies) // 2
 
 
 def test_the_documented_engine_trains(model: Path, tmp_path: Path) -> None:

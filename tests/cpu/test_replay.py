@@ -324,7 +324,7 @@ def test_task_kept_by_one_rank_is_not_played_by_another(setup: EpisodeSetup) -> 
             slow.update(task for task in tasks[(step + index) % 2 :: 2][:1] if task not in source.kept)
             found = source.play(RolloutRequest(tasks, 2, Seeds(0, step), 1, 4))
             if index == 0:
-                played.append([(e.task.task_id, e.index) for e in found.episodes])
+                played.append([(e.task.task_id, e.index) for e in found.headers])
 
     with ThreadPoolExecutor(2) as ranks:
         list(ranks.map(rank, range(2)))
