@@ -21,12 +21,12 @@ from icrl_megatron import loop
 from icrl_megatron.actor.actor import Actor
 from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.algo.credit import CreditReport
+from icrl_megatron.algo.headers import EpisodeHeader
 from icrl_megatron.algo.samples import to_samples
 from icrl_megatron.algo.schedules import learning_rate
 from icrl_megatron.data.sampler import TaskSampler, order_seed
 from icrl_megatron.distributed import grid as grids
 from icrl_megatron.distributed.process import StopRequest, run_rank
-from icrl_megatron.headers import EpisodeHeader
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.rollout.episode import EpisodeSetup, play
 from icrl_megatron.rollout.prompts import Prompter, template_words, tokenizer

@@ -2,8 +2,8 @@
 
     Task -> Completion -> Turn -> Attempt / Critique -> Episode -> Sample -> StepPlan(MicroBatch) -> StepStats
 
-Token sequences stay on the rank that played them. All ranks exchange headers (`headers.py`), and the sequences of a
-sample (`SampleTokens`) go once to the replica that trains on it (`data/delivery.py`).
+Token sequences stay on the rank that played them. All ranks exchange headers (`algo/headers.py`), and the sequences of
+a sample (`SampleTokens`) go once to the replica that trains on it (`data/delivery.py`).
 
 From `Sample` on, no code knows what a critic is. Prompts are tuples while they are encoded and sent to an engine; what
 an engine answered and what is kept are NumPy arrays on the host (4 bytes per id and per log-prob), and the actor turns

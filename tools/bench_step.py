@@ -134,10 +134,10 @@ def run_ours(folder: Path, data: Canned) -> None:
     device.prepare("cpu")
     from icrl_megatron.actor.actor import Actor
     from icrl_megatron.algo.credit import credit
+    from icrl_megatron.algo.headers import headers_of
     from icrl_megatron.algo.samples import tokens_of
     from icrl_megatron.data.packing import lay_out, pack
     from icrl_megatron.engines.sync import WeightSync
-    from icrl_megatron.headers import headers_of
     from icrl_megatron.model.weights import Gatherer
     from icrl_megatron.rollout.source import NoEngine
 

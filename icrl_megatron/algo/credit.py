@@ -11,8 +11,8 @@ from operator import attrgetter
 import numpy as np
 import numpy.typing as npt
 
+from icrl_megatron.algo.headers import EpisodeHeader
 from icrl_megatron.algo.samples import to_samples
-from icrl_megatron.headers import EpisodeHeader
 from icrl_megatron.settings.algo_schema import AlgoSettings, GroupFilter, Overlong
 from icrl_megatron.types import Sample, Task
 

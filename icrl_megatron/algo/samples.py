@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 
-from icrl_megatron.headers import AttemptHeader, CritiqueHeader, EpisodeHeader
+from icrl_megatron.algo.headers import AttemptHeader, CritiqueHeader, EpisodeHeader
 from icrl_megatron.settings.schema import AlgoSettings
 from icrl_megatron.types import Episode, Role, Sample, SampleTokens, Task
 from icrl_megatron.utils.errors import ConfigError

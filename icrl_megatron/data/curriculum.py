@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from icrl_megatron.headers import EpisodeHeader
+from icrl_megatron.algo.headers import EpisodeHeader
 from icrl_megatron.tasks.datasets import asked, content_hash
 from icrl_megatron.types import Task
 from icrl_megatron.utils.errors import ConfigError

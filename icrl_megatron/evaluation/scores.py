@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from icrl_megatron.headers import EpisodeHeader
+from icrl_megatron.algo.headers import EpisodeHeader
 from icrl_megatron.tasks.datasets import subset_of
 from icrl_megatron.types import DroppedEpisode
 from icrl_megatron.utils.intervals import Difference, mcnemar, wilson, wilson_difference

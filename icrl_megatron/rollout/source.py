@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from icrl_megatron.algo.headers import EpisodeHeader, decode, encode, headers_of
 from icrl_megatron.distributed.grid import Failure, attempt, raise_failures
 from icrl_megatron.engines.protocol import EngineError, EngineStats
 from icrl_megatron.engines.rank import Engines, Share
-from icrl_megatron.headers import EpisodeHeader, decode, encode, headers_of
 from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play_all
 from icrl_megatron.rollout.groups import Groups, OnGroup, ignored, split_tasks
 from icrl_megatron.rollout.replay import ReplayLogs, copied, tokens

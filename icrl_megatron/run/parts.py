@@ -8,13 +8,13 @@ from typing import Protocol
 
 from icrl_megatron.actor.actor import Actor
 from icrl_megatron.algo.credit import CreditReport
+from icrl_megatron.algo.headers import EpisodeHeader
 from icrl_megatron.algo.samples import tokens_of
 from icrl_megatron.data.delivery import deliver, send_back
 from icrl_megatron.data.packing import Layout, Prompt, lay_out, pack
 from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.distributed.grid import Grid
 from icrl_megatron.distributed.platform import token_multiple
-from icrl_megatron.headers import EpisodeHeader
 from icrl_megatron.model.flops import SampleFlops
 from icrl_megatron.rollout.source import EpisodeSource
 from icrl_megatron.rollout.speakers import Seeds

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from icrl_megatron.algo.credit import CreditReport
+from icrl_megatron.algo.headers import AttemptHeader, EpisodeHeader
 from icrl_megatron.algo.samples import critique_reward
-from icrl_megatron.headers import AttemptHeader, EpisodeHeader
 from icrl_megatron.types import DroppedEpisode
 
 CRITIQUE_FREE = "success/critique_free"

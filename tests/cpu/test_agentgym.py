@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icrl_megatron.algo.credit import CreditReport
-from icrl_megatron.headers import headers_of
+from icrl_megatron.algo.headers import headers_of
 from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.episode import EpisodeSetup, play
 from icrl_megatron.rollout.prompts import Prompter, template_words

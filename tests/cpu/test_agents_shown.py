@@ -18,7 +18,7 @@ from browser import Browser
 from terminals import in_a_terminal
 
 from icrl_megatron.algo.credit import credit
-from icrl_megatron.headers import headers_of
+from icrl_megatron.algo.headers import headers_of
 from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.report.page import PageSize, write_page
 from icrl_megatron.report.page_episodes import Speller, episode

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icrl_megatron.algo.credit import advantages, credit
+from icrl_megatron.algo.headers import EpisodeHeader, headers_of
 from icrl_megatron.algo.samples import to_samples, tokens_of
 from icrl_megatron.data.sampler import TaskSampler
-from icrl_megatron.headers import EpisodeHeader, headers_of
 from icrl_megatron.settings.algo_schema import AlgoSettings, Calibration, GroupFilter, Overlong
 from icrl_megatron.settings.presets import apply_preset
 from icrl_megatron.settings.schema import RolloutSettings, Settings

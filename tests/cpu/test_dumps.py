@@ -14,7 +14,7 @@ import pytest
 from disks import fill, small_disk
 
 from icrl_megatron.algo.credit import credit
-from icrl_megatron.headers import headers_of
+from icrl_megatron.algo.headers import headers_of
 from icrl_megatron.report.show import show
 from icrl_megatron.rollout.source import DumpSource, RolloutRequest, Seat
 from icrl_megatron.rollout.speakers import Seeds

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from odd_environments import PROMPTER, SETTINGS, TASK, Hostile, Works, play_one, raising, returning
 
 from icrl_megatron.algo.credit import CreditReport
-from icrl_megatron.headers import headers_of
+from icrl_megatron.algo.headers import headers_of
 from icrl_megatron.rollout.checked_environment import CheckedEnvironment
 from icrl_megatron.rollout.episode import EpisodeSetup, play
 from icrl_megatron.rollout.source import Played, RolloutRequest, Seat, require_playable

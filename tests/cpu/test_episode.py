@@ -13,9 +13,9 @@ from ladder import SEEDS, SETTINGS, VOCABULARY, Ladder, Recorder, Script, ladder
 from transformers import AutoModelForCausalLM
 
 from icrl_megatron.algo.credit import CreditReport
+from icrl_megatron.algo.headers import headers_of
 from icrl_megatron.engines.local import LocalEngine
 from icrl_megatron.engines.protocol import EngineError
-from icrl_megatron.headers import headers_of
 from icrl_megatron.model.tiny import build_tiny
 from icrl_megatron.rollout.episode import EpisodeSetup, play, play_episode
 from icrl_megatron.rollout.prompts import Prompter

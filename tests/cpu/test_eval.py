@@ -17,6 +17,7 @@ from rich.console import Console
 from scipy.stats import binomtest
 from whole_runs import Ended, batch
 
+from icrl_megatron.algo.headers import headers_of
 from icrl_megatron.evaluation import run as evaluation
 from icrl_megatron.evaluation.result import EvalRequest, Result, read_result
 from icrl_megatron.evaluation.run import evaluate
@@ -29,7 +30,6 @@ from icrl_megatron.evaluation.views import (
     tools_table,
     transitions_table,
 )
-from icrl_megatron.headers import headers_of
 from icrl_megatron.report.show import show as show_episode
 from icrl_megatron.settings.loading import save
 from icrl_megatron.settings.schema import Settings

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from icrl_megatron.algo.headers import AttemptHeader, EpisodeHeader, decode, encode, headers_of
 from icrl_megatron.data.delivery import packed, readers, sizes_of, unpacked
 from icrl_megatron.distributed.exchange import Parcels
 from icrl_megatron.distributed.grid import Grid
-from icrl_megatron.headers import AttemptHeader, EpisodeHeader, decode, encode, headers_of
 from icrl_megatron.telemetry.metrics import reply_entropy
 from icrl_megatron.types import Attempt, Completion, Critique, Episode, Sample, SampleTokens, Task, Turn
 

@@ -10,20 +10,7 @@ import icrl_megatron
 
 ROOT = Path(icrl_megatron.__file__).parent
 LAYERS = (
-    *(
-        "types",
-        "headers",
-        "utils",
-        "settings",
-        "distributed",
-        "agents",
-        "tasks",
-        "model",
-        "engines",
-        "algo",
-        "data",
-        "telemetry",
-    ),
+    *("types", "utils", "settings", "distributed", "agents", "tasks", "model", "engines", "algo", "data", "telemetry"),
     *("rollout", "distill", "actor", "report", "run", "plan", "launch", "evaluation", "loop", "train", "sft", "cli"),
 )
 """Folders and modules of the package's root, lowest first: each imports only from itself and from those before it."""
@@ -108,7 +95,7 @@ def test_no_modules_import_each_other() -> None:
 
 def test_the_root_contains_only_the_programs() -> None:
     assert {path.name for path in ROOT.glob("*.py")} == {
-        "__init__.py", "cli.py", "headers.py", "loop.py", "sft.py", "train.py", "types.py",
+        "__init__.py", "cli.py", "loop.py", "sft.py", "train.py", "types.py",
     }  # fmt: skip
 
 

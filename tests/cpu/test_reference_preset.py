@@ -21,9 +21,9 @@ from icrl_kernels import Chunking, VocabShard, token_objective
 from icrl_megatron.actor.actor import _terms
 from icrl_megatron.actor.passes import Frozen, HeadPlan, _streams
 from icrl_megatron.algo.credit import credit
+from icrl_megatron.algo.headers import headers_of
 from icrl_megatron.algo.samples import tokens_of
 from icrl_megatron.data.packing import lay_out, pack
-from icrl_megatron.headers import headers_of
 from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.episode import EpisodeSetup, play_episode
 from icrl_megatron.rollout.prompts import Prompter, template_words

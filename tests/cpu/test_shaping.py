@@ -12,8 +12,8 @@ from head_cases import EXACT, TORCH, TRITON, assert_same, make_inputs, needs_tri
 from icrl_kernels import Streams, Terms
 from icrl_kernels.objective import token_objective
 from icrl_megatron.algo.credit import credit
+from icrl_megatron.algo.headers import EpisodeHeader, headers_of
 from icrl_megatron.algo.samples import to_samples
-from icrl_megatron.headers import EpisodeHeader, headers_of
 from icrl_megatron.run.algo_checks import check_algo
 from icrl_megatron.settings import loading as settings
 from icrl_megatron.settings.algo_schema import AlgoSettings, Calibration

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from icrl_megatron.algo.credit import credit
-from icrl_megatron.headers import headers_of
+from icrl_megatron.algo.headers import headers_of
 from icrl_megatron.report.bands import smoothed
 from icrl_megatron.report.plots import learning_curve
 from icrl_megatron.report.show import show
