@@ -38,7 +38,7 @@ def test_a_cell_is_trained_once_evaluated_and_listed(tmp_path: Path, monkeypatch
     assert re.search(rf"{CELL} +1 +50 +\d+\.\d \*", shown) and "steps=3" in shown
 
 
-@pytest.mark.skipif(not os.environ.get(CHOICE), reason=f"{CHOICE} names no cells; * for all takes an hour and more")
+@pytest.mark.skipif(not os.environ.get(CHOICE), reason=f"{CHOICE} names no cells; * for all takes long")
 @pytest.mark.timeout(LIMIT_S)
 def test_cells_are_trained_evaluated_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
