@@ -17,7 +17,7 @@ from local_servers import Handler, threaded
 from whole_runs import Ended, batch, rows
 
 from icrl_megatron.evaluation.cell_values import Results
-from icrl_megatron.evaluation.reproduce import Phase, Reproduction, chosen, run_folder
+from icrl_megatron.evaluation.reproduce import CellPhase, Reproduction, chosen, run_folder
 from icrl_megatron.model.tiny import build_tiny
 from icrl_megatron.settings.loading import load
 from icrl_megatron.settings.schema import TinyModel
@@ -107,7 +107,7 @@ class World:
         given = (*SMALL, f"model.path={self.model}", *words)
         return Reproduction(tuple(cells), (0,), out, given, self.critic)
 
-    def words(self, phase: Phase) -> list[str]:
+    def words(self, phase: CellPhase) -> list[str]:
         few = [] if phase.evaluation is None else ["--problems=4"]
         return [*phase.words, *few, *of_recipe(phase.recipe, self.addresses)]
 

@@ -43,7 +43,7 @@ from icrl_megatron.algo.headers import (  # noqa: E402
 )
 from icrl_megatron.algo.samples import tokens_of  # noqa: E402
 from icrl_megatron.data.delivery import deliver, readers, send_back, sizes_of  # noqa: E402
-from icrl_megatron.data.packing import Layout, lay_out  # noqa: E402
+from icrl_megatron.data.packing import SampleLayout, lay_out  # noqa: E402
 from icrl_megatron.distributed import exchange  # noqa: E402
 from icrl_megatron.distributed.grid import Grid, gather_objects  # noqa: E402
 from icrl_megatron.settings.schema import AlgoSettings  # noqa: E402
@@ -101,7 +101,7 @@ class Planned:
 
     headers: list[EpisodeHeader]
     report: CreditReport
-    layout: Layout
+    layout: SampleLayout
 
 
 def step_of(ranks: int, tokens: int, seed: int = 0) -> Step:
@@ -185,7 +185,7 @@ def planned(grid: Grid, blobs: list[bytes], tasks: tuple[Task, ...], found: Meas
     return Planned(headers, report, layout)
 
 
-def predict(grid: Grid, step: Step, layout: Layout, found: Measured) -> None:
+def predict(grid: Grid, step: Step, layout: SampleLayout, found: Measured) -> None:
     """The bytes of this rank's tokens, from the headers."""
     mine = [header for header in step.headers if header.rank == grid.rank]
     found.played = sum(map(_bytes_played, mine))
@@ -308,7 +308,7 @@ def _rank(rank: int, options: argparse.Namespace, step: Step, folder: Path) -> N
     dist.destroy_process_group()
 
 
-def _check(grid: Grid, step: Step, layout: Layout, delivered: dict[str, SampleTokens]) -> None:
+def _check(grid: Grid, step: Step, layout: SampleLayout, delivered: dict[str, SampleTokens]) -> None:
     """Every sequence has arrived on every rank of its replica as it was played, and weights return to the player."""
     own = [s for s, r in zip(layout.samples, layout.replica_S.tolist(), strict=True) if r == grid.data_rank]
     assert {s.sample_id for s in own} == set(delivered), "other samples arrived than the layout says"

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from icrl_megatron.engines.on_server.icrl_deltas import Piece, decode, encode
+from icrl_megatron.engines.on_server.icrl_deltas import DeltaPiece, decode, encode
 from icrl_megatron.settings.loading import load
 from icrl_megatron.settings.schema import OptimSettings
 
@@ -124,7 +124,7 @@ def compare(old: Weights, new: Weights) -> dict[str, float]:
         begun = time.process_time()
         sizes, data = encode(old[name], tensor)
         encoded = time.process_time()
-        differences = decode(Piece(name, tuple(tensor.shape), "bfloat16", sizes), data, tensor.device)
+        differences = decode(DeltaPiece(name, tuple(tensor.shape), "bfloat16", sizes), data, tensor.device)
         added = (old[name].view(torch.int16) + differences.view(torch.int16)).view(torch.bfloat16)
         spent = {"encode_cpu_s": encoded - begun, "decode_cpu_s": time.process_time() - encoded}
         if not torch.equal(added.view(torch.int16), tensor.view(torch.int16)):

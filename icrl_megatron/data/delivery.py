@@ -14,17 +14,17 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from icrl_megatron.data.packing import Layout
+from icrl_megatron.data.packing import SampleLayout
 from icrl_megatron.distributed.exchange import Bytes, Numbers, Parcels, cut, send, share
 from icrl_megatron.distributed.grid import Grid
 from icrl_megatron.types import Sample, SampleTokens
 
-Weights = Mapping[str, tuple[float, ...]]
+TokenWeights = Mapping[str, tuple[float, ...]]
 """sample_id -> calibration weight of each loss token."""
 _NO_WEIGHT = -1.0
 
 
-def deliver(grid: Grid, layout: Layout, tokens_of: Callable[[Sample], SampleTokens]) -> dict[str, SampleTokens]:
+def deliver(grid: Grid, layout: SampleLayout, tokens_of: Callable[[Sample], SampleTokens]) -> dict[str, SampleTokens]:
     """The tokens of this replica's samples, by sample_id. `tokens_of` is called for the samples of this rank
     (`Sample.rank`). All ranks call it together."""
     samples = layout.samples
@@ -43,7 +43,7 @@ def deliver(grid: Grid, layout: Layout, tokens_of: Callable[[Sample], SampleToke
     return {samples[i].sample_id: unpacked(samples[i], data) for i, data in found.items()}
 
 
-def send_back(grid: Grid, layout: Layout, weights: Weights) -> dict[str, tuple[float, ...]]:
+def send_back(grid: Grid, layout: SampleLayout, weights: TokenWeights) -> dict[str, tuple[float, ...]]:
     """The calibration weights of this rank's episodes, from the replicas that measured them. `weights`: those measured
     here. All ranks call it together. A sample that was not measured, because its update was skipped, is left out."""
     chosen = np.array([i for i, s in enumerate(layout.samples) if s.calibrated], dtype=np.int64)

@@ -1,5 +1,5 @@
-"""Samples -> Layout -> StepPlan: optimizer updates, replicas, packed micro-batches, and global coefficients of loss
-tokens. The layout needs only headers; the plan, the tokens of one replica's samples.
+"""Samples -> SampleLayout -> StepPlan: optimizer updates, replicas, packed micro-batches, and global coefficients of
+loss tokens. The layout needs only headers; the plan, the tokens of one replica's samples.
 
 Invariants (tests/cpu/test_packing.py):
 - an update's samples depend only on the step's samples, not on the replicas, the budget or the order of arrival;
@@ -34,10 +34,10 @@ BY_TOKENS = SampleFlops(train=(1, 0), behaviour=(0, 0), loss_token=0)
 
 
 @dataclass(frozen=True)
-class Layout:
+class SampleLayout:
     """Which replica trains on which sample of a step, and the micro-batches of one replica, from headers alone.
 
-    Example: Layout(samples, replica_S=[0, 1], updates=(([0],),), coefficients_S=[0.5, 0.5], 2, 40)
+    Example: SampleLayout(samples, replica_S=[0, 1], updates=(([0],),), coefficients_S=[0.5, 0.5], 2, 40)
     """
 
     samples: tuple[Sample, ...]
@@ -61,7 +61,7 @@ def lay_out(
     replicas: int = 1,
     counted: int = 0,
     flops: SampleFlops = BY_TOKENS,
-) -> Layout:
+) -> SampleLayout:
     """The layout of one data-parallel replica, from the headers of the *whole* step (the same on every rank).
 
     `micro_batch_tokens` is the budget of a micro-batch, without alignment padding; a longer sequence gets its own
@@ -93,7 +93,7 @@ def lay_out(
         coefficients_S[in_update_S] = _coefficients(sizes.loss_S[in_update_S], silent, settings)
         members = placement.members(number, replica)
         updates.append(tuple(members[places] for places in first_fit(lengths_S[members], micro_batch_tokens)))
-    return Layout(
+    return SampleLayout(
         samples=tuple(trained),
         replica_S=placement.replica_S,
         updates=tuple(updates),
@@ -103,7 +103,9 @@ def lay_out(
     )
 
 
-def pack(layout: Layout, tokens: Mapping[str, SampleTokens], *, align: int = 1, prompt: Prompt = "train") -> StepPlan:
+def pack(
+    layout: SampleLayout, tokens: Mapping[str, SampleTokens], *, align: int = 1, prompt: Prompt = "train"
+) -> StepPlan:
     """The plan of the replica of a layout, with the tokens of its samples by sample_id.
 
     `align`: every micro-batch is padded to a multiple of it by one sequence without loss tokens. A replica with no

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from icrl_megatron.engines import sglang_weights as weights
 from icrl_megatron.engines.on_server import icrl_deltas
-from icrl_megatron.engines.on_server.icrl_deltas import Piece
+from icrl_megatron.engines.on_server.icrl_deltas import DeltaPiece
 from icrl_megatron.engines.protocol import EngineError
 from icrl_megatron.engines.sglang import SGLangEngine
 from icrl_megatron.engines.sglang_checks import Checksums
@@ -51,21 +51,23 @@ class Copy:
         """Each tensor on the device."""
         return ((name, tensor.to(self._device)) for name, tensor in self._tensors.items())
 
-    def differences(self, tensors: Iterable[tuple[str, Tensor]], expected: Checksums) -> Iterator[tuple[Piece, bytes]]:
+    def differences(
+        self, tensors: Iterable[tuple[str, Tensor]], expected: Checksums
+    ) -> Iterator[tuple[DeltaPiece, bytes]]:
         """Encodes the differences from the kept tensors, keeps the new ones, and adds them to `expected`."""
         for name, tensor in tensors:
             sizes, data = icrl_deltas.encode(self._tensors[name].to(self._device), tensor)
             if sizes:
                 self._tensors[name].copy_(tensor)
             expected.add(name, tensor)
-            yield Piece(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), sizes), data
+            yield DeltaPiece(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), sizes), data
 
 
 @dataclass
 class Load:
     """The pieces of one request, and their bytes."""
 
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[DeltaPiece] = field(default_factory=list)
     data: bytearray = field(default_factory=bytearray)
 
 
@@ -127,7 +129,7 @@ class DeltaEngine(SGLangEngine):
         return ""
 
     def _pour_differences(
-        self, pieces: Iterable[tuple[Piece, bytes]], version: int, transport: Any, lost: str = ""
+        self, pieces: Iterable[tuple[DeltaPiece, bytes]], version: int, transport: Any, lost: str = ""
     ) -> None:
         """Like `WeightSender.pour`, for differences."""
 
@@ -140,7 +142,7 @@ class DeltaEngine(SGLangEngine):
         weights.deliver(loads(pieces, self._sink.limit), send, transport.begin(lost), version)
 
 
-def loads(pieces: Iterable[tuple[Piece, bytes]], limit: int) -> Iterator[tuple[Load, bool]]:
+def loads(pieces: Iterable[tuple[DeltaPiece, bytes]], limit: int) -> Iterator[tuple[Load, bool]]:
     """Collects pieces up to `limit` bytes, or one larger piece. Yields pairs (load, whether it is the last), at least
     one."""
     load = Load()

@@ -109,7 +109,7 @@ class OverGroup:
         answer = asked(self._threads, self._server, "/update_weights_from_distributed", body, self._timeout_s)
         return self._with(answer, [bucket.buffer[p.start : p.end].view(p.dtype).view(p.shape) for p in bucket.placed])
 
-    def send_pieces(self, pieces: Sequence[icrl_deltas.Piece], data: Tensor, options: dict[str, Any]) -> Answer:
+    def send_pieces(self, pieces: Sequence[icrl_deltas.DeltaPiece], data: Tensor, options: dict[str, Any]) -> Answer:
         """Sends differences of weights to a server that was started with the loader. `data` has the bytes of the
         pieces, on the device of the group."""
         # SGLang wants tensors with the names; the message is the name of an empty one.

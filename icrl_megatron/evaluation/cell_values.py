@@ -37,7 +37,7 @@ class DataFile:
 
 
 @dataclass(frozen=True)
-class Run:
+class CellRun:
     """What a recipe needs."""
 
     recipe: str
@@ -75,14 +75,14 @@ def _recipe(name: str) -> Settings:
     return settings_module.load(name)
 
 
-def described(recipe: str, digests: dict[Path, str] | None = None) -> Run:
+def described(recipe: str, digests: dict[Path, str] | None = None) -> CellRun:
     """Reads the recipe's data files. `digests` keeps the SHA-256 of files for the next call. Raises ConfigError for a
     model of unknown shape."""
     settings = _recipe(recipe)
     plan = planner.plan(settings)
     hours = plan.times.total * settings.steps * plan.layout.gpus / 3600
     found = tuple(_data(settings, {} if digests is None else digests))
-    return Run(recipe, settings.model.path, plan.layout.gpus, plan.memory.peak[1] / GIB, hours, found)
+    return CellRun(recipe, settings.model.path, plan.layout.gpus, plan.memory.peak[1] / GIB, hours, found)
 
 
 def _data(settings: Settings, digests: dict[Path, str]) -> Iterator[DataFile]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from icrl_megatron.evaluation.cell_values import Ours, Results, Run, described
+from icrl_megatron.evaluation.cell_values import CellRun, Ours, Results, described
 from icrl_megatron.utils.console import PlainConsole
 from icrl_recipes.cells import PUBLISHED_IN, Cell, about
 
@@ -19,7 +19,7 @@ NOT_RUN = "not run"
 SHA_SHOWN = len("sha256 ") + 12
 
 
-def known(cells: Sequence[Cell]) -> dict[str, Run]:
+def known(cells: Sequence[Cell]) -> dict[str, CellRun]:
     """What each recipe of the cells needs."""
     digests: dict[Path, str] = {}
     return {name: described(name, digests) for name in dict.fromkeys(r for cell in cells for r in cell.recipes)}
@@ -69,7 +69,7 @@ def _shown(one: Ours) -> str:
     return f"{one.value:.1f}{seeds}{' *' if one.changed or one.lost else ''}"
 
 
-def runs_table(runs: Mapping[str, Run], seeds: Sequence[int]) -> Table:
+def runs_table(runs: Mapping[str, CellRun], seeds: Sequence[int]) -> Table:
     """Memory and GPU-hours are planned: `icrl plan`."""
     title = f"Runs, seeds {', '.join(map(str, seeds))}; planned: GiB of a GPU, GPU-hours of training for one seed"
     table = _table(title, ["", "recipe", "H100", "GiB", "GPU-hours", "data"], ["", "H100", "GiB", "GPU-hours"])
@@ -79,7 +79,7 @@ def runs_table(runs: Mapping[str, Run], seeds: Sequence[int]) -> Table:
     return table
 
 
-def data_table(runs: Mapping[str, Run]) -> Table:
+def data_table(runs: Mapping[str, CellRun]) -> Table:
     table = _table("Data", ["entry", "state"])
     states = {one.entry: one.state for run in runs.values() for one in run.data}
     for entry, state in states.items():
@@ -93,7 +93,7 @@ def as_json(cells: Sequence[Cell], seeds: Sequence[int], out: Path) -> str:
     return json.dumps([_object(cell, seeds, runs, results.of(cell)) for cell in cells], indent=1)
 
 
-def _object(cell: Cell, seeds: Sequence[int], runs: Mapping[str, Run], one: Ours) -> dict[str, object]:
+def _object(cell: Cell, seeds: Sequence[int], runs: Mapping[str, CellRun], one: Ours) -> dict[str, object]:
     return {
         "cell": cell.name,
         "table": cell.table,

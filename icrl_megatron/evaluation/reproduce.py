@@ -32,7 +32,7 @@ _OF_THE_MACHINE = re.compile(r"serve\.|servers|timeout|concurrency|_workers|tool
 
 
 @dataclass(frozen=True)
-class Phase:
+class CellPhase:
     """One command: the training of a run, or an evaluation of it."""
 
     recipe: str
@@ -71,16 +71,16 @@ class Reproduction:
         recipes = dict.fromkeys(recipe for cell in self.cells for recipe in cell.recipes)
         return [(recipe, seed) for recipe in recipes for seed in self.seeds]
 
-    def training(self, recipe: str, seed: int) -> Phase:
+    def training(self, recipe: str, seed: int) -> CellPhase:
         folder = run_folder(self.out, recipe, seed)
         words = ("train", recipe, *self.overrides, f"run_dir={folder}", f"seed={seed}")
-        return Phase(recipe, seed, folder, words)
+        return CellPhase(recipe, seed, folder, words)
 
-    def evaluations(self, recipe: str, seed: int) -> list[Phase]:
+    def evaluations(self, recipe: str, seed: int) -> list[CellPhase]:
         readings = (reading for cell in self.cells for reading in cell.readings if reading.recipe == recipe)
         return [self._evaluated(recipe, seed, one) for one in dict.fromkeys(r.evaluation for r in readings)]
 
-    def _evaluated(self, recipe: str, seed: int, evaluation: Evaluation) -> Phase:
+    def _evaluated(self, recipe: str, seed: int, evaluation: Evaluation) -> CellPhase:
         run = run_folder(self.out, recipe, seed)
         folder = evaluation_folder(run, evaluation)
         words = ["eval", str(run), f"--rounds={evaluation.rounds}", f"--samples={evaluation.samples}"]
@@ -89,9 +89,9 @@ class Reproduction:
             words.append(f"--critic={self.critic}")
         elif evaluation.critic is Critic.START:
             words.append(f"--critic={settings_module.load(recipe, self.overrides).model.path}")
-        return Phase(recipe, seed, folder, (*words, f"--out={folder}", *self.overrides), evaluation)
+        return CellPhase(recipe, seed, folder, (*words, f"--out={folder}", *self.overrides), evaluation)
 
-    def phases(self) -> list[Phase]:
+    def phases(self) -> list[CellPhase]:
         """All commands in an order in which they can run."""
         return [one for run in self.runs() for one in (self.training(*run), *self.evaluations(*run))]
 
@@ -160,7 +160,7 @@ def check(asked: Reproduction, installed: bool = True) -> list[Settings]:
     return every
 
 
-def _check_finished(phase: Phase, settings: Settings) -> None:
+def _check_finished(phase: CellPhase, settings: Settings) -> None:
     saved = settings_module.load_saved(phase.folder / SAVED_NAME)
     if differ := differing(settings, saved):
         name, (wanted, had) = next(iter(differ.items()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from icrl_megatron.evaluation.reproduce import Phase, Reproduction, check
+from icrl_megatron.evaluation.reproduce import CellPhase, Reproduction, check
 from icrl_megatron.launch import slurm_queue
 from icrl_megatron.launch.slurm_queue import Queue, SlurmJob
 from icrl_megatron.settings import loading as settings_module
@@ -36,7 +36,7 @@ def jobs(asked: Reproduction, queue: Queue) -> list[SlurmJob]:
 def _job(
     asked: Reproduction,
     queue: Queue,
-    phase: Phase,
+    phase: CellPhase,
     size: tuple[str, ...],
     script: Path,
     words: tuple[str, ...],

@@ -11,7 +11,7 @@ from icrl_megatron.algo.credit import CreditReport
 from icrl_megatron.algo.headers import EpisodeHeader
 from icrl_megatron.algo.samples import tokens_of
 from icrl_megatron.data.delivery import deliver, send_back
-from icrl_megatron.data.packing import Layout, Prompt, lay_out, pack
+from icrl_megatron.data.packing import Prompt, SampleLayout, lay_out, pack
 from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.distributed.grid import Grid
 from icrl_megatron.distributed.platform import token_multiple
@@ -56,7 +56,7 @@ class NoEngines:
 class Delivered:
     """The layout of a step and the tokens of this rank's replica."""
 
-    layout: Layout
+    layout: SampleLayout
     tokens: Mapping[str, SampleTokens]
     align: int
 

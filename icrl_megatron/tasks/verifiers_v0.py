@@ -39,7 +39,7 @@ class Client:
         return types.Response(id="reply", created=0, model=model, message=said)
 
 
-class Environment:
+class LoadedV0:
     endless = False
 
     def __init__(self, made: Any) -> None:
@@ -65,10 +65,10 @@ class Environment:
         return {"completion": output.get("completion") or [], "reward": output["reward"], "metrics": output["metrics"]}
 
 
-async def load(name: str, args: Json, make: Any) -> Environment:
+async def load(name: str, args: Json, make: Any) -> LoadedV0:
     """`name`: the id of an environment. `make`: called instead, where its function was named."""
     verifiers = importlib.import_module("verifiers")
     clients = importlib.import_module("verifiers.clients")  # sets up the package's log, without our handler
     clients.Client.register(Client)
     logging.getLogger("verifiers").addHandler(Faults())
-    return Environment(make(**args) if make else verifiers.load_environment(name, **args))
+    return LoadedV0(make(**args) if make else verifiers.load_environment(name, **args))

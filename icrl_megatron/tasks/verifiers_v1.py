@@ -1,7 +1,7 @@
 """Environments of verifiers 0.4, whose API is `verifiers.v1`; verifiers_worker.py loads this file.
 
 There an agent is a program that asks an endpoint for replies. Ours is `Talk`, a chat in this process: the task's
-prompt, our side's replies, and the tools of its MCP servers. `Endpoint`, on loopback, gives the replies.
+prompt, our side's replies, and the tools of its MCP servers. `ReplyEndpoint`, on loopback, gives the replies.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LARGEST = 2**28
 """Bytes of a request: a whole conversation."""
 
 
-class Endpoint:
+class ReplyEndpoint:
     """An OpenAI-compatible endpoint: for each rollout, by its id, the `Waiting` of verifiers_worker.py."""
 
     def __init__(self) -> None:
@@ -123,8 +123,8 @@ class Endless(Sequence[Any]):
         return self._made[i]
 
 
-class Environment:
-    def __init__(self, made: Any, url: str, endpoint: Endpoint, serving: AsyncExitStack) -> None:
+class LoadedV1:
+    def __init__(self, made: Any, url: str, endpoint: ReplyEndpoint, serving: AsyncExitStack) -> None:
         self._made, self._endpoint, self._serving = made, endpoint, serving  # its servers live as long as this
         self._context = vf.ModelContext("policy", vf.EvalClientConfig(base_url=url, api_key_var=KEY))
         self.endless = not made.taskset.bounded
@@ -169,7 +169,7 @@ def flat(message: Json) -> Json:
     return {"role": message["role"], "content": message.get("content"), "tool_calls": calls}
 
 
-async def load(name: str, args: Json, make: Any) -> Environment:
+async def load(name: str, args: Json, make: Any) -> LoadedV1:
     """`name`: the id of a taskset. `args`: the settings of its environment, as in the `env` block of verifiers."""
     if make:
         raise ValueError("verifiers.v1 has no functions that make environments; give the id of a taskset")
@@ -191,7 +191,7 @@ async def load(name: str, args: Json, make: Any) -> Environment:
     ours = {"harness": {"id": HARNESS}, "runtime": {"type": "subprocess"}}
     settings = {**args, "taskset": {**args.get("taskset", {}), "id": name}, agent: {**args.get(agent, {}), **ours}}
     settings.setdefault("interception", {"type": "server"})
-    endpoint = Endpoint()
+    endpoint = ReplyEndpoint()
     made = loaders.load_environment(loaders.resolve_env_config(settings))
     await (serving := AsyncExitStack()).enter_async_context(made.serving())
-    return Environment(made, await endpoint.start(), endpoint, serving)
+    return LoadedV1(made, await endpoint.start(), endpoint, serving)

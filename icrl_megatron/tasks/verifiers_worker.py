@@ -25,7 +25,7 @@ Json = dict[str, Any]
 TESTED = "0.3.1 and 0.4.0"
 
 
-class Environment(Protocol):
+class LoadedEnvironment(Protocol):
     """What verifiers_v0.py and verifiers_v1.py make with `load`."""
 
     data: dict[str, Sequence[Any]]
@@ -58,7 +58,7 @@ class Waiting:
 class VerifiersEpisode:
     """An episode between the environment's rollout and our steps."""
 
-    def __init__(self, environment: Environment, row: Any) -> None:
+    def __init__(self, environment: LoadedEnvironment, row: Any) -> None:
         self._model = Waiting()
         self._seen: list[Json] = []
         """The conversation as the environment last sent it, with our last reply."""
@@ -104,7 +104,7 @@ class Episodes:
     """The environment and its open episodes, by the number that our side gave them."""
 
     def __init__(self) -> None:
-        self._environment: Environment
+        self._environment: LoadedEnvironment
         self._open: dict[int, VerifiersEpisode] = {}
 
     async def answer(self, job: Json) -> Json:

@@ -13,7 +13,7 @@ import torch
 from local_servers import Handler, threaded
 from torch import Tensor
 
-from icrl_megatron.engines.on_server.icrl_deltas import Piece, decode
+from icrl_megatron.engines.on_server.icrl_deltas import DeltaPiece, decode
 from icrl_megatron.engines.protocol import EngineError
 from icrl_megatron.engines.sglang_checks import Checksums
 from icrl_megatron.engines.sglang_deltas import DeltaEngine
@@ -46,7 +46,7 @@ class Held:
         whole = {p.name: bucket.buffer[p.start : p.end].view(p.dtype).view(p.shape).clone() for p in bucket.placed}
         return self._take("full", whole, options)
 
-    def send_pieces(self, pieces: Sequence[Piece], data: Tensor, options: dict[str, Any]) -> Answer:
+    def send_pieces(self, pieces: Sequence[DeltaPiece], data: Tensor, options: dict[str, Any]) -> Answer:
         changed, start, raw = {}, 0, data.numpy().tobytes()
         for piece in pieces:
             end = start + sum(piece.sizes)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from icrl_megatron.engines.on_server import icrl_deltas
-from icrl_megatron.engines.on_server.icrl_deltas import Piece, decode, encode
+from icrl_megatron.engines.on_server.icrl_deltas import DeltaPiece, decode, encode
 from icrl_megatron.engines.sglang_deltas import Load, loads
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -61,7 +61,7 @@ def test_old_bits_plus_difference_are_new_bits(dtype: str, rows: int, share: flo
     new = moved(old, share, far, seed)
     sizes, data = encode(old, new)
     assert sum(sizes) == len(data) <= new.nbytes
-    piece = Piece("w", (rows, 61), dtype, sizes)
+    piece = DeltaPiece("w", (rows, 61), dtype, sizes)
     assert torch.equal(bits(added(old, decode(piece, data, CPU))), bits(new))
 
 
@@ -73,7 +73,7 @@ def test_distances_around_255(dtype: str, places: tuple[int, ...]) -> None:
     bits(new)[list(places)] += 1
     sizes, data = encode(old, new)
     assert len(sizes) == (3 if places else 0)
-    assert torch.equal(bits(added(old, decode(Piece("w", (1000,), dtype, sizes), data, CPU))), bits(new))
+    assert torch.equal(bits(added(old, decode(DeltaPiece("w", (1000,), dtype, sizes), data, CPU))), bits(new))
 
 
 def test_the_benchmark_compares_bits_and_bytes() -> None:
@@ -100,7 +100,7 @@ def test_damaged_bytes_are_refused_or_have_the_shape(flip: int, cut: int, dtype:
     if damaged:
         damaged[flip % len(damaged)] ^= 1 << flip % 8
     try:
-        found = decode(Piece("w", (5000,), dtype, sizes), bytes(damaged), CPU)
+        found = decode(DeltaPiece("w", (5000,), dtype, sizes), bytes(damaged), CPU)
     except ValueError:
         return
     assert found.shape == (5000,) and found.dtype == DTYPES[dtype]
@@ -112,13 +112,13 @@ def test_damaged_bytes_are_refused_or_have_the_shape(flip: int, cut: int, dtype:
 )
 def test_pieces_of_another_shape_are_refused(sizes: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        decode(Piece("w", (8,), "bfloat16", sizes), bytes([255]) * sum(sizes), CPU)
+        decode(DeltaPiece("w", (8,), "bfloat16", sizes), bytes([255]) * sum(sizes), CPU)
 
 
 def test_a_bomb_is_not_inflated() -> None:
     bomb = icrl_deltas._deflated(torch.full((10_000_000,), 255, dtype=torch.uint8))
     with pytest.raises(ValueError, match="more than 16 bytes"):
-        decode(Piece("w", (8,), "bfloat16", (len(bomb), 2, 0)), bomb + b"\x03\x00", CPU)
+        decode(DeltaPiece("w", (8,), "bfloat16", (len(bomb), 2, 0)), bomb + b"\x03\x00", CPU)
 
 
 SHAPES = {"q": (8, 6), "k": (4, 6), "v": (4, 6), "o": (6, 8), "norm": (6,), "vocabulary": (10, 6)}
@@ -152,11 +152,11 @@ class Worker(nn.Module):
                 parameters[name].data.copy_(tensor)
 
 
-def pieces_of(old: dict[str, Tensor], new: dict[str, Tensor], dtype: str) -> tuple[list[Piece], bytes]:
+def pieces_of(old: dict[str, Tensor], new: dict[str, Tensor], dtype: str) -> tuple[list[DeltaPiece], bytes]:
     pieces, data = [], b""
     for name, tensor in new.items():
         sizes, added_bytes = encode(old[name], tensor)
-        pieces.append(Piece(name, tuple(tensor.shape), dtype, sizes))
+        pieces.append(DeltaPiece(name, tuple(tensor.shape), dtype, sizes))
         data += added_bytes
     return pieces, data
 
@@ -190,7 +190,11 @@ def test_parameters_of_another_dtype_are_not_touched() -> None:
 
 def test_a_message_that_cannot_be_used_ends_no_server(caplog: pytest.LogCaptureFixture) -> None:
     worker = Worker(0, torch.bfloat16)
-    for text in ("not JSON", "{}", icrl_deltas.message("no_such_group", [Piece("q", (8, 6), "bfloat16", (2, 2, 0))])):
+    for text in (
+        "not JSON",
+        "{}",
+        icrl_deltas.message("no_such_group", [DeltaPiece("q", (8, 6), "bfloat16", (2, 2, 0))]),
+    ):
         icrl_deltas.load_1(worker, [(text, torch.empty(0))])
     assert len(caplog.records) == 3
     assert "the trainer will send all weights" in caplog.text
@@ -199,7 +203,7 @@ def test_a_message_that_cannot_be_used_ends_no_server(caplog: pytest.LogCaptureF
 @pytest.mark.parametrize(("limit", "expected"), [(10, ["ab", "c", "de"]), (99, ["abcde"])])
 def test_requests_hold_up_to_the_limit_or_one_piece(limit: int, expected: list[str]) -> None:
     each = [
-        (Piece(name, (1,), "bfloat16", (size,)), bytes(size))
+        (DeltaPiece(name, (1,), "bfloat16", (size,)), bytes(size))
         for name, size in zip("abcde", (0, 4, 30, 3, 7), strict=True)
     ]
     found = list(loads(each, limit))

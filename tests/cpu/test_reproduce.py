@@ -18,7 +18,7 @@ from icrl_megatron import cli
 from icrl_megatron.engines import sglang_kind
 from icrl_megatron.evaluation import cell_values, cell_views, reproduce, reproduce_slurm
 from icrl_megatron.evaluation.cell_values import Results, described
-from icrl_megatron.evaluation.reproduce import Phase, Reproduction, chosen, differing, parse
+from icrl_megatron.evaluation.reproduce import CellPhase, Reproduction, chosen, differing, parse
 from icrl_megatron.launch.slurm_queue import Queue
 from icrl_megatron.plan import planner
 from icrl_megatron.settings import loading
@@ -47,7 +47,7 @@ def score(subset: str, success: Sequence[float], tokens: float = 0.0, lost: int 
     }
 
 
-def finish(phase: Phase, *scores: dict[str, object], overrides: Sequence[str] = ()) -> None:
+def finish(phase: CellPhase, *scores: dict[str, object], overrides: Sequence[str] = ()) -> None:
     """Writes what a finished phase leaves that this command reads."""
     phase.folder.mkdir(parents=True, exist_ok=True)
     if phase.evaluation is not None:

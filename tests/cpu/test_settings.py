@@ -220,7 +220,8 @@ def given_to(name: str, value: str) -> Settings:
 
 @pytest.mark.parametrize("name", sorted(set(TEXTS) - {"algo.preset"}))  # apply_preset rejects it earlier
 def test_every_choice_is_checked(name: str) -> None:
-    expected = "not standard, compact, paper or a folder" if name == "rollout.templates" else "choose one of"
+    own = {"rollout.templates": "not standard, compact, paper or a folder", "telemetry.dump": "must be all, none, or a"}
+    expected = own.get(name, "choose one of")
     with pytest.raises(ConfigError, match=f"{name}=nonsense: {expected}"):
         validate(given_to(name, "nonsense"))
 

@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Piece:
+class DeltaPiece:
     """The differences of one tensor. `sizes` are the bytes of the deflated distances, of the deflated differences, and
     of the differences that do not fit into a byte; or those of all differences, of a tensor that changed nearly
     everywhere; or nothing."""
@@ -52,8 +52,8 @@ class Piece:
 
 
 def encode(old: Tensor, new: Tensor) -> tuple[tuple[int, ...], bytes]:
-    """The sizes of a Piece and its bytes, with which `decode` computes `_words(new) - _words(old)`. Both tensors have
-    the same shape, device, and dtype of 2 or 4 bytes."""
+    """The sizes of a DeltaPiece and its bytes, with which `decode` computes `_words(new) - _words(old)`. Both tensors
+    have the same shape, device, and dtype of 2 or 4 bytes."""
     differences = _words(new) - _words(old)
     where = differences.nonzero().reshape(-1)
     if len(where) == 0:
@@ -68,7 +68,7 @@ def encode(old: Tensor, new: Tensor) -> tuple[tuple[int, ...], bytes]:
     return (differences.nbytes,), _bytes(differences)
 
 
-def decode(piece: Piece, data: bytes, device: torch.device) -> Tensor:
+def decode(piece: DeltaPiece, data: bytes, device: torch.device) -> Tensor:
     """A tensor of the piece's shape and dtype whose bits are the differences. Raises ValueError unless the bytes are
     those of a piece of this shape."""
     dtype = getattr(torch, piece.dtype)
@@ -105,14 +105,14 @@ def load_1(model: Any, named: Sequence[tuple[str, Tensor]]) -> None:
             _log.exception("differences of weights could not be added; the trainer will send all weights")
 
 
-def message(group: str, pieces: Sequence[Piece]) -> str:
+def message(group: str, pieces: Sequence[DeltaPiece]) -> str:
     """Announces the bytes of the pieces, end to end, as the next broadcast over the process group of this name."""
     entries = [[p.name, p.shape, p.dtype, p.sizes] for p in pieces]
     return json.dumps({"group": group, "pieces": entries}, separators=(",", ":"))
 
 
 @torch.no_grad()
-def add(model: Any, pieces: Sequence[Piece], data: bytes) -> None:
+def add(model: Any, pieces: Sequence[DeltaPiece], data: bytes) -> None:
     """Adds the differences to the parameters of a worker's model. `data` has the bytes of the pieces, end to end."""
     for batch in _batches(pieces, data, _device(model)):
         with _Adding():
@@ -120,7 +120,7 @@ def add(model: Any, pieces: Sequence[Piece], data: bytes) -> None:
 
 
 def _load(model: Any, announced: dict[str, Any]) -> None:
-    pieces = [Piece(name, tuple(shape), dtype, tuple(sizes)) for name, shape, dtype, sizes in announced["pieces"]]
+    pieces = [DeltaPiece(name, tuple(shape), dtype, tuple(sizes)) for name, shape, dtype, sizes in announced["pieces"]]
     size = sum(sum(p.sizes) for p in pieces)
     if size:
         received = torch.empty(size, dtype=torch.uint8, device=_device(model))
@@ -133,7 +133,7 @@ def _device(model: Any) -> torch.device:
     return found
 
 
-def _batches(pieces: Sequence[Piece], data: bytes, device: torch.device) -> Iterator[list[tuple[str, Tensor]]]:
+def _batches(pieces: Sequence[DeltaPiece], data: bytes, device: torch.device) -> Iterator[list[tuple[str, Tensor]]]:
     batch: list[tuple[str, Tensor]] = []
     held = start = 0
     for piece in pieces:
