@@ -34,6 +34,11 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from icrl_megatron.algo.credit import CreditReport, credit  # noqa: E402
+from icrl_megatron.algo.samples import tokens_of  # noqa: E402
+from icrl_megatron.data.delivery import deliver, readers, send_back, sizes_of  # noqa: E402
+from icrl_megatron.data.packing import SampleLayout, lay_out, pack  # noqa: E402
+from icrl_megatron.distributed import exchange  # noqa: E402
+from icrl_megatron.distributed.grid import Grid, gather_objects  # noqa: E402
 from icrl_megatron.algo.headers import (  # noqa: E402
     AttemptHeader,
     CritiqueHeader,
@@ -41,11 +46,6 @@ from icrl_megatron.algo.headers import (  # noqa: E402
     decode,
     encode,
 )
-from icrl_megatron.algo.samples import tokens_of  # noqa: E402
-from icrl_megatron.data.delivery import deliver, readers, send_back, sizes_of  # noqa: E402
-from icrl_megatron.data.packing import SampleLayout, lay_out  # noqa: E402
-from icrl_megatron.distributed import exchange  # noqa: E402
-from icrl_megatron.distributed.grid import Grid, gather_objects  # noqa: E402
 from icrl_megatron.settings.schema import AlgoSettings  # noqa: E402
 from icrl_megatron.types import Attempt, Completion, Critique, Episode, Sample, SampleTokens, Task, Turn  # noqa: E402
 
@@ -56,6 +56,8 @@ MICRO_BATCH_TOKENS = 32_768
 TOLERANCE, SHARES, SPARE = 0.10, 1.25, 64 << 20
 PER_TOKEN = 8
 """Bytes that a rank keeps of a token of its own episodes: id and log-prob."""
+PER_PACKED, PER_LOSS = 16, 38
+"""Bytes of a token and, in addition, of a loss token in a micro-batch."""
 OBJECTS = 2_400
 """Bytes of the Python objects around the arrays of an attempt of two turns and its critique."""
 
@@ -81,14 +83,16 @@ class Measured:
     """Sequences of its own episodes."""
     trained: int = 0
     """Sequences of its replica's samples."""
+    packed: int = 0
+    """Micro-batches of one plan of its replica."""
     sent: int = 0
     """Handed to collectives that move tokens."""
     headers_held: int = 0
     """Decoded headers and credited samples of all ranks, as Python objects."""
     held: int = 0
-    """All of these at once."""
+    """Headers, sequences and micro-batches at once."""
     peak: int = 0
-    """The largest at any time, with the buffers of the exchange."""
+    """The largest at any time, with what credit needs meanwhile and the buffers of the exchange."""
     headers_s: float = 0.0
     credit_s: float = 0.0
     layout_s: float = 0.0
@@ -192,6 +196,9 @@ def predict(grid: Grid, step: Step, layout: SampleLayout, found: Measured) -> No
     sizes = sizes_of(layout.samples)
     own = layout.replica_S == grid.data_rank
     found.trained = int(sizes[own].sum())
+    trained = [s for s, ours in zip(layout.samples, own.tolist(), strict=True) if ours]
+    read = sum(s.train_prompt_tokens + s.response_tokens for s in trained)
+    found.packed = PER_PACKED * read + PER_LOSS * sum(s.loss_tokens for s in trained)
     source = np.array([s.rank for s in layout.samples])
     target = readers(grid, source, layout.replica_S)
     moved = int(sizes[(source == grid.rank) & (target != grid.rank)].sum())
@@ -231,8 +238,9 @@ def model(options: argparse.Namespace) -> dict[str, Any]:
     tracemalloc.stop()
     found.headers_held = after - before
     predict(grid, step, kept.layout, found)
-    found.held = found.headers_held + found.played + found.trained
-    found.peak = max(planning, moving) - before + found.played + found.trained
+    sequences = found.played + found.trained
+    found.held = found.headers_held + sequences + found.packed
+    found.peak = max(max(planning, moving) - before + sequences, found.held)
     return asdict(found)
 
 
@@ -253,7 +261,7 @@ def ranks(options: argparse.Namespace) -> dict[str, Any]:
                 process.kill()
             raise SystemExit(f"ranks ended with {[process.exitcode for process in started]}")
         pairs = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(options.ranks)]
-    names = ("played", "trained", "sent")
+    names = ("played", "trained", "packed", "sent")
     errors = {n: max(abs(m[n] - p[n]) / max(1, p[n]) for m, p in pairs) for n in names}
     largest = {n: max(m[n] for m, _ in pairs) for n in (*names, "headers_held", "held", "peak", "delivery_s")}
     share = max(m["played"] + m["trained"] for m, _ in pairs)
@@ -299,7 +307,10 @@ def _rank(rank: int, options: argparse.Namespace, step: Step, folder: Path) -> N
     # Arrived bytes are torch's, which tracemalloc does not see: the arrays say how many there are.
     found.trained = sum(map(_held_by, delivered.values()))
     found.sent = sum(handed)
-    found.held = found.headers_held + found.played + found.trained
+    plan = pack(layout, delivered)
+    batches = [batch for update in plan.updates for batch in update]
+    found.packed = sum(array.nbytes for batch in batches for array in vars(batch).values())
+    found.held = found.headers_held + found.played + found.trained + found.packed
     found.peak = tracemalloc.get_traced_memory()[1] - begin + found.trained
     predict(grid, step, layout, wanted)
     _check(grid, step, layout, delivered)
