@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -32,7 +32,8 @@ def small_disk(folder: Path, kib: int) -> Iterator[Path]:
 def fill(disk: Path, leave_kib: int = 0) -> Path:
     """Fills a small disk with one file, except for `leave_kib` KiB; returns the file."""
     found, file = os.statvfs(disk), disk / "filler"
-    file.write_bytes(bytes(max(0, found.f_bavail * found.f_frsize - leave_kib * 1024)))
+    with suppress(OSError):  # a running process may have filled it meanwhile
+        file.write_bytes(bytes(max(0, found.f_bavail * found.f_frsize - leave_kib * 1024)))
     return file
 
 

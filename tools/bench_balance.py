@@ -2,7 +2,7 @@
 
     python tools/bench_balance.py [--tokens 2e8] [--mean 2000] [--replicas 256 --replicas 1024] [--updates 1]
 
-    samples     episodes to samples, groups, advantages (`algo.credit`)
+    samples     headers to samples, groups, advantages (`algo.credit`)
     sizes       the columns that balance reads (`Sizes.of`)
     placement   update and replica of every sample (`place`)
     packing     micro-batches of one replica (`first_fit`); the median of 16 replicas
@@ -10,7 +10,7 @@
     batches     micro-batches of a replica: the fewest and the most of all replicas, and tokens / budget
 
 Lengths are log-normal, with a standard deviation equal to the mean, and cut at --longest. Credit, and the reading of
-sizes from samples, never look at a token, so their episodes have replies of two tokens. Prints a table; exits with 1 if
+sizes from samples, see headers only, so their episodes have replies of two tokens. Prints a table; exits with 1 if
 the stages together take more than 2 s or the imbalance is above 1.02. CPU time depends less on other load on the
 machine than time does; each is the median of --rounds.
 """
@@ -31,12 +31,13 @@ from rich.console import Console
 from rich.table import Table
 
 from icrl_megatron.algo.credit import credit
+from icrl_megatron.algo.headers import EpisodeHeader, headers_of
 from icrl_megatron.data.balance import Placement, Sizes, imbalance, place
 from icrl_megatron.data.packing import BY_TOKENS, first_fit
 from icrl_megatron.model.flops import Passes, SampleFlops
 from icrl_megatron.plan.models import PUBLISHED
 from icrl_megatron.settings.algo_schema import AlgoSettings
-from icrl_megatron.types import Attempt, Completion, Critique, Episode, Task, Turn
+from icrl_megatron.types import Attempt, Completion, Critique, Episode, Task, Turn, id_array, logprob_array
 
 SECONDS_BAR = 2.0
 """Most CPU seconds of all stages at 1,024 replicas and 200M tokens."""
@@ -55,9 +56,9 @@ class Load:
     least_batches: float
 
 
-def episodes(samples: int) -> list[Episode]:
+def headers(samples: int) -> tuple[EpisodeHeader, ...]:
     """Half of the first attempts fail, and get a critique and a revision: two samples an episode."""
-    draw, reply = random.Random(0), Completion((5, 6), (-0.5, -0.5), "stop", 0)
+    draw, reply = random.Random(0), Completion(id_array((5, 6)), logprob_array((-0.5, -0.5)), "stop", 0)
     turn, found = Turn(reply, "", None, "", ()), list[Episode]()
 
     def attempt(number: int, outcome: float) -> Attempt:
@@ -71,7 +72,7 @@ def episodes(samples: int) -> list[Episode]:
         else:
             critique = Critique(0, (1, 2), reply, "")
             found.append(Episode(task, index, (attempt(0, 0.0), attempt(1, draw.choice((0.0, 1.0)))), (critique,)))
-    return found
+    return headers_of(found)
 
 
 def sizes_of(sample_ids: tuple[str, ...], mean: float, longest: int) -> Sizes:
@@ -116,7 +117,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 5,
 ) -> None:
     gc.set_threshold(50_000, 20, 100)  # as in every rank (distributed/before_megatron.py)
-    played = episodes(round(tokens / mean))
+    played = headers(round(tokens / mean))
     credit_s, report = seconds(rounds, lambda: credit(played, AlgoSettings(), True))
     sizes_s, read = seconds(rounds, lambda: Sizes.of(report.samples))
     sizes = sizes_of(read.sample_ids, mean, longest)

@@ -34,11 +34,6 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from icrl_megatron.algo.credit import CreditReport, credit  # noqa: E402
-from icrl_megatron.algo.samples import tokens_of  # noqa: E402
-from icrl_megatron.data.delivery import deliver, readers, send_back, sizes_of  # noqa: E402
-from icrl_megatron.data.packing import SampleLayout, lay_out, pack  # noqa: E402
-from icrl_megatron.distributed import exchange  # noqa: E402
-from icrl_megatron.distributed.grid import Grid, gather_objects  # noqa: E402
 from icrl_megatron.algo.headers import (  # noqa: E402
     AttemptHeader,
     CritiqueHeader,
@@ -46,6 +41,11 @@ from icrl_megatron.algo.headers import (  # noqa: E402
     decode,
     encode,
 )
+from icrl_megatron.algo.samples import tokens_of  # noqa: E402
+from icrl_megatron.data.delivery import deliver, readers, send_back, sizes_of  # noqa: E402
+from icrl_megatron.data.packing import SampleLayout, lay_out, pack  # noqa: E402
+from icrl_megatron.distributed import exchange  # noqa: E402
+from icrl_megatron.distributed.grid import Grid, gather_objects  # noqa: E402
 from icrl_megatron.settings.schema import AlgoSettings  # noqa: E402
 from icrl_megatron.types import Attempt, Completion, Critique, Episode, Sample, SampleTokens, Task, Turn  # noqa: E402
 

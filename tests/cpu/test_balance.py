@@ -129,16 +129,22 @@ def test_ranks_that_saw_the_episodes_in_any_order_plan_the_same_step(order, repl
     draw = random.Random(3)
     made = [sample(f"t#{i:02}", draw.randint(1, 9), i % 3, (True,) * draw.randint(1, 9)) for i in range(24)]
     algo = AlgoSettings(updates_per_step=updates)
-    layout: dict[str, Any] = {"micro_batch_tokens": 30, "replicas": replicas, "flops": SampleFlops((3, 1), (0, 0), 2)}
-    placed = []
+    given_to_all: dict[str, Any] = {
+        "micro_batch_tokens": 30,
+        "replicas": replicas,
+        "flops": SampleFlops((3, 1), (0, 0), 2),
+    }
+    placed: list[int] = []
     for r in range(replicas):
-        mine = packing.pack(made, algo, replica=r, **layout)
-        theirs = packing.pack([made[i] for i in order], algo, replica=r, **layout)
-        assert mine.samples == theirs.samples
-        for a, b in zip(chain.from_iterable(mine.updates), chain.from_iterable(theirs.updates), strict=True):
-            assert all(np.array_equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
-        placed += [s.sample_id for s in mine.samples]
-    assert sorted(placed) == [s.sample_id for s in made]
+        mine = packing.lay_out(made, algo, replica=r, **given_to_all)
+        theirs = packing.lay_out([made[i] for i in order], algo, replica=r, **given_to_all)
+        assert mine.samples == theirs.samples == tuple(made)
+        for name in ("replica_S", "coefficients_S"):
+            assert np.array_equal(getattr(mine, name), getattr(theirs, name))
+        bins, same = ([batch.tolist() for batch in chain.from_iterable(of.updates)] for of in (mine, theirs))
+        assert bins == same
+        placed += chain.from_iterable(bins)
+    assert sorted(placed) == list(range(24))
 
 
 @pytest.mark.parametrize(("replicas", "updates"), [(256, 1), (1024, 1), (1024, 2)])
