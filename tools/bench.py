@@ -142,6 +142,27 @@ BENCHMARKS = (
         _rollout_lacks,
     ),
     Benchmark(
+        "balance",
+        "bench_balance.py",
+        "balance_cpu.json",
+        lambda options: [],
+        ("--tokens=4e5", "--mean=1000", "--replicas=8", "--rounds=1"),
+    ),
+    Benchmark(
+        "data plane",
+        "bench_data_plane.py",
+        "data_plane_cpu.json",
+        lambda options: ["model"],
+        ("--ranks=8", "--tokens=200000"),
+    ),
+    Benchmark(
+        "deltas",
+        "bench_deltas.py",
+        "deltas_cpu.json",
+        lambda options: [],
+        ("--steps=2", "--hidden=64", "--layers=1", "--vocabulary=512"),
+    ),
+    Benchmark(
         "e2e",
         "bench_e2e.py",
         "e2e_{device}.json",

@@ -23,10 +23,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
+import bench_schema
 import numpy as np
 import typer
+from bench_schema import Bar
 from rich.console import Console
 from rich.table import Table
 
@@ -115,6 +118,7 @@ def main(
     updates: Annotated[int, typer.Option(min=1)] = 1,
     model: str = "Qwen3-8B",
     rounds: Annotated[int, typer.Option(min=1)] = 5,
+    out: Annotated[Path | None, typer.Option(help="JSON file of the results")] = None,
 ) -> None:
     gc.set_threshold(50_000, 20, 100)  # as in every rank (distributed/before_megatron.py)
     played = headers(round(tokens / mean))
@@ -125,7 +129,7 @@ def main(
     table = Table("replicas", "samples s", "sizes s", "placement s", "packing s", "total s", "imbalance", "by tokens")
     for name in ("batches", "at least"):
         table.add_column(name)
-    held = True
+    bars, medians = list[Bar](), dict[str, dict[str, float]]()
     for count in replicas or [1, 256, 1024]:
         place_s, placement = seconds(rounds, lambda: place(sizes, updates, flops, count))  # noqa: B023
         packed = []
@@ -141,13 +145,18 @@ def main(
             *(f"{value:.4f}" for value in (found.by_flops, found.by_tokens)),
             *(batches, f"{found.least_batches:.1f}"),
         )
-        held = held and sum(stages) <= SECONDS_BAR and found.by_flops <= IMBALANCE_BAR
-    console = Console(width=160)
+        bars.append(Bar(f"{count} replicas: all stages, CPU s", sum(stages), SECONDS_BAR))
+        bars.append(Bar(f"{count} replicas: imbalance", found.by_flops, IMBALANCE_BAR))
+        names = ("samples_s", "sizes_s", "placement_s", "packing_s")
+        medians[f"{count}_replicas"] = dict(zip(names, stages, strict=True)) | {"imbalance": found.by_flops}
+    console, held = Console(width=160), all(bar.held for bar in bars)
     console.print(table)
     console.print(
         f"{len(sizes.sample_ids):,} samples of {len(played):,} episodes, {int(sizes.train_S.sum()):,} tokens, "
         f"{updates} updates; bars {'held' if held else 'MISSED'}: {SECONDS_BAR:g} s, imbalance {IMBALANCE_BAR:g}"
     )
+    if out is not None:
+        bench_schema.write(out, "balance", bench_schema.about() | {"medians": medians, "bars": bars})
     if not held:
         raise typer.Exit(1)
 

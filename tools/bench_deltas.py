@@ -20,14 +20,16 @@ last step's differences are measured beside it. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import bench_schema
 import torch
+from bench_schema import Bar
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -177,13 +179,19 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--vocabulary", type=int, default=32768)
     parser.add_argument("--std", type=float, default=0.02, help="standard deviation of the weights")
+    parser.add_argument("--out", type=Path, help="JSON file of the results")
     arguments = parser.parse_args()
     found = {}
     for name in arguments.case or sorted(CASES):
         print(f"{name}:")
         found[name] = measure(arguments, CASES[name])
-    print(json.dumps(found))
-    return int(any(max(case["each"]) > TARGET for case in found.values()))
+    bars = [Bar(f"{name}: largest delta, share of a full push", max(of["each"]), TARGET) for name, of in found.items()]
+    if arguments.out:
+        medians = {name: {"largest_share": max(of.pop("each")), **of} for name, of in found.items()}
+        bench_schema.write(arguments.out, "deltas", bench_schema.about() | {"medians": medians, "bars": bars})
+    for bar in bars:
+        print(bar.line())
+    return int(not all(bar.held for bar in bars))
 
 
 if __name__ == "__main__":

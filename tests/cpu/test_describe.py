@@ -43,13 +43,14 @@ def test_every_option_of_a_task_set_is_listed_with_a_valid_default(task_set: str
 
 @pytest.mark.parametrize("setting", described(), ids=lambda one: one.name)
 def test_every_setting_has_a_range_or_choices_and_help(setting: Setting) -> None:
-    """Numbers have a range with the default in it, texts with choices have the default among them, and all have help
-    that is a sentence and does not repeat the list of choices."""
+    """Numbers have a range with the default in it, texts with choices have the default among them unless others are
+    allowed, and all have help that is a sentence and does not repeat the list of choices."""
     if setting.kind.startswith(("int", "float")):
         assert isinstance(setting.limit, Range)
         assert setting.default == "null" or setting.limit.low <= float(setting.default) <= setting.limit.high
     elif setting.kind == "str" and setting.limit:
-        assert isinstance(setting.limit, Choice) and setting.default.strip("'") in setting.limit.names
+        assert isinstance(setting.limit, Choice)
+        assert setting.default.strip("'") in setting.limit.names or setting.limit.other
     assert len(setting.help) > 10 and setting.help[-1] in ".)" and " | " not in setting.help
 
 

@@ -66,7 +66,7 @@ def actor_logprobs(folder: Path, grid: grids.Grid) -> Tensor:
     plan = packed(samples, actor.settings.algo, micro_batch_tokens=4096)
     (batch,) = plan.updates[0]
     logprobs = actor._score(actor.wrapped, plan)[0][0]
-    return logprobs[torch.from_numpy(batch.sample_index_L) == plan.samples.index(samples[1])]
+    return logprobs[torch.from_numpy(batch.sample_index_L) == plan.samples.index(samples[1].header)]
 
 
 @torch.no_grad()
