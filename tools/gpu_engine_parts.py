@@ -186,7 +186,7 @@ def scored(bench: Bench, replies: list[tuple[list[int], Completion]]) -> torch.T
     for prompt, reply in replies:
         ids_1T = torch.tensor([[*prompt, *reply.ids]], device=bench.device)
         logits_RV = bench.model(ids_1T, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-        said_R1 = torch.tensor(reply.ids, device=bench.device)[:, None]
+        said_R1 = torch.tensor(reply.ids, dtype=torch.int64, device=bench.device)[:, None]
         found.append(torch.log_softmax(logits_RV, -1).gather(1, said_R1)[:, 0].cpu())
     return torch.cat(found)
 
@@ -269,7 +269,7 @@ def deadline(bench: Bench) -> dict[str, float]:
     replies = ask(hurried, asked, Sampling(1.0, room, 0, ()))
     seconds = time.perf_counter() - begun
     cut = [reply for reply in replies if reply.finish_reason == "abort"]
-    if not cut or not any(reply.ids for reply in cut):
+    if not cut or not any(len(reply.ids) for reply in cut):
         raise RuntimeError(f"{len(cut)} of {len(replies)} requests were aborted, and none has tokens")
     after = ask(bench.engine, asked[:4], Sampling(1.0, 8, 0, ()))
     return {
@@ -277,5 +277,5 @@ def deadline(bench: Bench) -> dict[str, float]:
         "deadline_s": DEADLINE_S,
         "aborted": float(len(cut)),
         "kept_tokens": float(sum(len(reply.ids) for reply in cut)),
-        "answered_after": float(sum(bool(reply.ids) for reply in after)),
+        "answered_after": float(sum(bool(len(reply.ids)) for reply in after)),
     }

@@ -98,7 +98,8 @@ def test_ten_deltas_and_a_full_push_in_every_doubt(
     assert checksums(started) != expected
     other.update_weights(tensors, 11)
     assert checksums(started) == expected
-    assert [(c.ids, c.logprobs) for c in said(other)] == [(c.ids, c.logprobs) for c in answers]
+    assert [c.ids.tolist() for c in said(other)] == [c.ids.tolist() for c in answers]
+    assert [c.logprobs.tolist() for c in said(other)] == [c.logprobs.tolist() for c in answers]
 
     other.update_weights(masters.step(), 11)  # other weights of the version that the engine sent
     engine.update_weights(tensors := masters.step(), 12)

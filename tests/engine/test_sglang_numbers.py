@@ -81,7 +81,7 @@ def test_new_weights_are_live_stamped_and_checksummed(engine: SGLangEngine, mode
     reference.load_state_dict(dict(new))
     end = reference.config.eos_token_id
     after = generate(engine, [(p, greedily) for p in PROMPTS[:8]])
-    assert [c.ids for c in after] == [greedy(reference, p, 24, end) for p in PROMPTS[:8]]
+    assert [tuple(c.ids.tolist()) for c in after] == [greedy(reference, p, 24, end) for p in PROMPTS[:8]]
     assert before.weight_version == 1
     assert {c.weight_version for c in after} == {2}
     assert before.ids.tolist() != after[0].ids.tolist()
@@ -97,12 +97,12 @@ def test_stop_strings_end_replies_as_in_the_local_engine(engine: SGLangEngine, m
     engine.update_weights(weights(reference), 1)
     everything = zip(PROMPTS, generate(engine, [(p, Sampling(0.0, 24, 0, ())) for p in PROMPTS]), strict=True)
     prompts, free = zip(*[(p, reply) for p, reply in everything if len(reply.ids) > 9], strict=True)
-    stops = [(decode([reply.ids[6 + i % 3]]).strip()[: 2 + i % 2], "never") for i, reply in enumerate(free)]
+    stops = [(decode([int(reply.ids[6 + i % 3])]).strip()[: 2 + i % 2], "never") for i, reply in enumerate(free)]
     asked = [(p, Sampling(0.0, 24, 0, (), stop)) for p, stop in zip(prompts, stops, strict=True)]
     stopped = generate(engine, asked)
     local = LocalEngine(model, EngineSettings(), torch.float32, "cpu")
     for reply, ours, whole, stop in zip(stopped, generate(local, asked), free, stops, strict=True):
-        count = next(n for n in range(1, 25) if stop[0] in decode(list(whole.ids[:n])))
+        count = next(n for n in range(1, 25) if stop[0] in decode(whole.ids[:n].tolist()))
         assert (
             reply.ids.tolist() == ours.ids.tolist() == whole.ids[:count].tolist()
             and reply.finish_reason == ours.finish_reason == "stop"
@@ -110,7 +110,7 @@ def test_stop_strings_end_replies_as_in_the_local_engine(engine: SGLangEngine, m
         torch.testing.assert_close(
             torch.tensor(reply.logprobs), torch.tensor(whole.logprobs[:count]), atol=1e-5, rtol=0
         )
-    assert any(not decode(list(reply.ids)).endswith(stop[0]) for reply, stop in zip(stopped, stops, strict=True))
+    assert any(not decode(reply.ids.tolist()).endswith(stop[0]) for reply, stop in zip(stopped, stops, strict=True))
 
 
 def test_qwen2_on_two_workers_is_synced_and_checksummed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,7 @@ def test_qwen2_on_two_workers_is_synced_and_checksummed(tmp_path: Path, monkeypa
         reference.load_state_dict(dict(new))
         replies = generate(engine, [(p, Sampling(0.0, 24, 0, ())) for p in PROMPTS[:8]])
         end = reference.config.eos_token_id
-        assert [c.ids for c in replies] == [greedy(reference, p, 24, end) for p in PROMPTS[:8]]
+        assert [tuple(c.ids.tolist()) for c in replies] == [greedy(reference, p, 24, end) for p in PROMPTS[:8]]
         for prompt, reply in zip(PROMPTS, replies, strict=False):
             expected = reference_logprobs(reference, prompt, reply.ids, 1.0)
             assert float((expected - torch.tensor(reply.logprobs)).abs().max()) < TOLERANCE
@@ -298,9 +298,10 @@ def test_servers_started_in_turn_sleep_until_weights_are_pushed(model: Path, tmp
         sync.sleep()
         sync.push()
         said = {name: generate(engine, request)[0] for name, engine in (("critic", critic), ("trained", trained))}
-        assert said["critic"].ids.tolist() == greedy(reference, PROMPTS[0], 8, end=end)
+        assert tuple(said["critic"].ids.tolist()) == greedy(reference, PROMPTS[0], 8, end=end)
         reference.load_state_dict(dict(later))
-        assert said["trained"].ids.tolist() == greedy(reference, PROMPTS[0], 8, end=end) != said["critic"].ids.tolist()
+        trained_ids, critic_ids = (tuple(said[name].ids.tolist()) for name in ("trained", "critic"))
+        assert trained_ids == greedy(reference, PROMPTS[0], 8, end=end) != critic_ids
     finally:
         engines.close()
 
