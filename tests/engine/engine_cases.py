@@ -108,7 +108,7 @@ def reference_logprobs(
 ) -> torch.Tensor:
     logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].float()
     logprobs: torch.Tensor = torch.log_softmax(logits / temperature, -1)
-    return logprobs.gather(1, torch.tensor(ids)[:, None])[:, 0]
+    return logprobs.gather(1, torch.tensor(ids, dtype=torch.int64)[:, None])[:, 0]
 
 
 @torch.no_grad()
