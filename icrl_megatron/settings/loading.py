@@ -51,7 +51,8 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Settings:
 
     Raises ConfigError on an unknown recipe or setting (with the nearest valid name) and on a value of a wrong type.
     """
-    return apply_overrides(from_recipe(recipe), overrides)
+    settings = from_recipe(recipe)
+    return apply_overrides(settings, overrides) if overrides or is_own(recipe) else settings
 
 
 def from_recipe(recipe: str) -> Settings:
@@ -220,7 +221,8 @@ def _merge(config: DictConfig, key: str, raw: str) -> DictConfig:
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        return typing.cast(DictConfig, OmegaConf.merge(config, _with_sources(nested)))
+        config.merge_with(_with_sources(nested))  # in place: OmegaConf.merge would copy all settings first
+        return config
     except (OmegaConfBaseException, TypeError) as error:
         raise ConfigError(f"{key}={raw}: expected {describe(hint)} ({_first_line(error)})") from error
 
