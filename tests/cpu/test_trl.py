@@ -29,7 +29,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_trl_trains_on_the_same_tokens(suffix: str, model: Path, tmp_path: Path) -> None:
+def test_trl_trains_on_the_same_tokens(
+    suffix: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # set by tests that make this process a rank
+        monkeypatch.delenv(name, raising=False)
     rows = write_jsonl(tmp_path / "rows.jsonl", [openai(n) for n in range(3)])
     written = tmp_path / f"written.{suffix}"
     trajectories = [read.trajectory for read in readers.read(str(rows)) if read.trajectory is not None]
