@@ -18,7 +18,7 @@ from icrl_recipes.cells import Critic
 
 pytestmark = [pytest.mark.engine, pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(LIMIT_S)]
 
-FEW = ("math-icrl-8b-aime24", "agentic-grpo-4b-alfworld")
+FEW = ("math-icrl-8b-aime24",)
 """Without ICRL_CELLS."""
 START_S = 1500
 """For a server, also on a machine that is busy with others."""
