@@ -132,7 +132,7 @@ class EpisodeSource(Protocol):
 @dataclass
 class EngineSource:
     """Each rank that leads an engine plays its share of the tasks on it. All episodes of a task, and all turns of an
-    episode, stay on one engine, so that the engine's prefix cache is used. `kept` and `lost` change between steps."""
+    episode, stay on one engine, so that the engine's prefix cache is used. `kept`, `lost` and `sent` change between steps."""
 
     setup: EpisodeSetup
     speakers_for: SpeakersFor
@@ -147,6 +147,8 @@ class EngineSource:
     """Number of engines lost, for the step or evaluation that was played last."""
     on_group: OnGroup = ignored
     """Called on the rank that plays a task."""
+    sent: EngineStats = field(default_factory=EngineStats)
+    """Weights that were sent before an evaluation; the next training step reports them."""
 
     def play(self, request: RolloutRequest) -> Played:
         """Raises what `episode.play_all` raises, and EngineError once MAX_DEATHS engines were lost."""
@@ -176,7 +178,8 @@ class EngineSource:
             self.lost[step] = deaths
         if needed is not None and self.setup.settings.partial:
             self.kept.update(groups.cut_off())
-        return self._together(request.tasks, groups, deaths, meter.tokens, begun, tokens(self.kept) if needed else 0)
+        kept_tokens, stats = tokens(self.kept) if needed else 0, self._take_stats(training=needed is not None)
+        return self._together(request.tasks, groups, deaths, meter.tokens, begun, kept_tokens, stats)
 
     def play_with_recovery(self, left: int, play_rest: Callable[[], int], deaths: int = 0) -> int:
         """Calls `play_rest` on this rank until no rank has anything left, and restarts engines that are lost meanwhile.
@@ -231,8 +234,23 @@ class EngineSource:
         self.resend(bool(stale))
         return len(reasons)
 
+    def _take_stats(self, training: bool) -> EngineStats:
+        taken = self.engines.take_stats() + self.sent
+        self.sent = EngineStats()
+        if training:
+            return taken
+        self.sent = EngineStats(full_pushes=taken.full_pushes, sync_bytes=taken.sync_bytes)
+        return replace(taken, full_pushes=0, sync_bytes=0)
+
     def _together(
-        self, tasks: Sequence[Task], groups: Groups, deaths: int, generated: int, begun: int, kept: int
+        self,
+        tasks: Sequence[Task],
+        groups: Groups,
+        deaths: int,
+        generated: int,
+        begun: int,
+        kept: int,
+        stats: EngineStats,
     ) -> Played:
         """`begun` and `kept`: tokens in the replay logs before and after the step."""
         complete = groups.complete()
@@ -241,7 +259,7 @@ class EngineSource:
         used = sum(header.generated_tokens() for header in headers)
         counts = np.array([groups.discarded(), begun + generated - used - kept, kept, generated])
         lost = [e for e in complete if isinstance(e, DroppedEpisode)]
-        everyone = self.gather((encode(headers, tasks), lost, counts, self.engines.take_stats()))
+        everyone = self.gather((encode(headers, tasks), lost, counts, stats))
         cut_off, discarded, kept_by_all, generated_by_all = map(int, sum(of for _, _, of, _ in everyone))
         order = {task.task_id: i for i, task in enumerate(tasks)}  # kept tasks that were not drawn come last, by id
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from engine_cases import CONTEXT, UNTIED, Tensors, engine_settings, generate, load, weights
+from test_sglang_runs import command, steps
+from whole_runs import icrl
 
 from icrl_megatron.distributed import net
 from icrl_megatron.engines.on_server import icrl_deltas
@@ -128,3 +130,15 @@ def test_ten_deltas_and_a_full_push_in_every_doubt(
     assert "than it was sent" in reasons[0]
     assert "it has version '20' instead of 12" in reasons[1]
     assert "it has version 'default' instead of 13" in reasons[2]
+
+
+def test_a_run_with_deltas(started: Server, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    monkeypatch.setenv("SERVER_KEY", started.key)
+    given = (f"engine.urls=[{started.url}]", "engine.api_key_env=SERVER_KEY", "engine.sync=delta", "steps=2")
+    code, _, err = icrl(*command(folder, model, *given, "actor.precision=bf16", "optim.learning_rate=1e-6"))
+    assert code == 0, err
+    first, second = steps(folder)
+    assert (first["engine/full_pushes"], second["engine/full_pushes"]) == (1, 0)
+    assert 0 < second["engine/sync_mib"] < 0.1 * first["engine/sync_mib"]
+    assert started.weight_version() == "3"
