@@ -132,7 +132,7 @@ class EpisodeSource(Protocol):
 @dataclass
 class EngineSource:
     """Each rank that leads an engine plays its share of the tasks on it. All episodes of a task, and all turns of an
-    episode, stay on one engine, so that the engine's prefix cache is used. `kept`, `lost` and `sent` change between steps."""
+    episode, stay on one engine, so that its prefix cache is used. `kept`, `lost` and `sent` change between steps."""
 
     setup: EpisodeSetup
     speakers_for: SpeakersFor
