@@ -97,7 +97,7 @@ def _own_engine(request: EngineRequest, number: int, group: Any, lead: int) -> S
 def _remote_engine(request: EngineRequest, number: int) -> SGLangEngine:
     """Creates an engine on a server of `engine.urls`. If no weights are pushed later, sends those of the folder now,
     because it is not known which weights the server has."""
-    server, engine = _remote(request, request.settings.engine.urls[number])
+    server, engine = _remote(request.settings, request.settings.engine.urls[number], request.synced)
     host, device = _address(server.url), request.device
 
     def transport() -> OverGroup:
@@ -148,9 +148,9 @@ def server_spec(settings: Settings, folder: Path, device: torch.device, log: Pat
     )
 
 
-def _remote(request: EngineRequest, url: str) -> tuple[Server, EngineSettings]:
-    """Checks a server of `engine.urls`; returns it and the settings with its number of workers."""
-    settings = request.settings
+def _remote(settings: Settings, url: str, synced: bool = True) -> tuple[Server, EngineSettings]:
+    """Checks a server of `engine.urls`; returns it and the settings with its number of workers. `synced`:
+    `EngineRequest.synced`."""
     named = settings.engine.api_key_env
     server = Server(None, url.rstrip("/"), os.environ.get(named, ""))
     try:
@@ -164,7 +164,7 @@ def _remote(request: EngineRequest, url: str) -> tuple[Server, EngineSettings]:
             f"{url} has --preferred-sampling-params {info['preferred_sampling_params']}: log-probs would not be those "
             "of the policy; start it without this option"
         )
-    if request.synced and settings.engine.sync == "delta":
+    if synced and settings.engine.sync == "delta":
         require_loader(url, info)
     _close_update(server, settings.engine.sync_timeout_s)
     return server, replace(settings.engine, tensor_parallel=int(info.get("tp_size") or 1))
