@@ -149,7 +149,7 @@ BENCHMARKS = (
         ("--tokens=4e5", "--mean=1000", "--replicas=8", "--rounds=1"),
     ),
     Benchmark(
-        "data plane",
+        "data_plane",
         "bench_data_plane.py",
         "data_plane_cpu.json",
         lambda options: ["model"],
