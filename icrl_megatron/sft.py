@@ -27,10 +27,11 @@ from icrl_megatron.algo.schedules import learning_rate
 from icrl_megatron.data.sampler import TaskSampler, order_seed
 from icrl_megatron.distributed import grid as grids
 from icrl_megatron.distributed.process import StopRequest, run_rank
+from icrl_megatron.engines.rank import Share
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.rollout.episode import EpisodeSetup, play
 from icrl_megatron.rollout.prompts import Prompter, template_words, tokenizer
-from icrl_megatron.rollout.source import EpisodeSource, NoPartialRollouts, Played, RolloutRequest, Seat
+from icrl_megatron.rollout.source import EpisodeSource, NoPartialRollouts, Played, RolloutRequest, shared
 from icrl_megatron.rollout.teacher import teacher_speakers
 from icrl_megatron.rollout.watchdog import WATCHDOG
 from icrl_megatron.run import conversations, saving
@@ -105,7 +106,7 @@ class TeacherSource(NoPartialRollouts):
     """Episodes that the task sets' teachers play; every rank plays all of them and gets the same ones."""
 
     setup: EpisodeSetup
-    seat: Seat
+    share: Share
 
     def play(self, request: RolloutRequest) -> Played:
         speakers_for = teacher_speakers(
@@ -113,7 +114,7 @@ class TeacherSource(NoPartialRollouts):
         )
         playing = play(request.tasks, request.episodes, self.setup, speakers_for, request.seeds)
         played, dropped = asyncio.run(playing)
-        return self.seat.share(played, dropped, generated=0)
+        return shared(played, self.share, dropped, generated=0)
 
 
 def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
@@ -166,7 +167,9 @@ def _from_teachers(
     tool_cache = ToolCache.of(settings.tasks.tool_cache)
     catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes, tool_cache)
     found = chosen(settings, catalogue, prompter, model, grid, progress)
-    source = TeacherSource(EpisodeSetup(catalogue.environment, prompter, settings.rollout), Seat(grid.rank, grid.world))
+    source = TeacherSource(
+        EpisodeSetup(catalogue.environment, prompter, settings.rollout), Share(grid.rank, grid.world)
+    )
     sampler = TaskSampler(settings.tasks.sources, found.train, order_seed(settings))
     return Lessons(source, sampler, settings.steps, found.dropped)
 
@@ -175,7 +178,7 @@ def _from_files(settings: Settings, prompter: Prompter, model: Path, grid: grids
     share = ProblemShare(grid.rank, grid.world, lambda mine: grids.gather_objects(grid, mine))
     found = conversations.load(settings, prompter, ModelShape.read(model).max_positions, share, progress.log)
     sampler = TaskSampler(found.sources, found.train, order_seed(settings))
-    heldout = found.seat.share(found.episodes(found.heldout))
+    heldout = shared(found.episodes(found.heldout), found.share)
     return Lessons(found, sampler, found.steps(settings), found.dropped, heldout)
 
 

@@ -43,7 +43,7 @@ def logprob_array(logprobs: Sequence[float] | FloatArray) -> FloatArray:
 
 
 def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    array.flags.writeable = False  # whoever made it has handed it over
+    array.flags.writeable = False  # frozen dataclasses share it
     return array
 
 
@@ -319,7 +319,7 @@ class SampleTokens(ByValue):
     response_ids: IdArray
     loss_mask: BoolArray
     rollout_logprobs: FloatArray
-    """Of every response token; 0 outside of the mask."""
+    """Log-prob of every response token; 0 outside of the mask."""
 
 
 @dataclass(frozen=True)

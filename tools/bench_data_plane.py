@@ -235,7 +235,7 @@ def model(options: argparse.Namespace) -> dict[str, Any]:
     tracemalloc.reset_peak()
     samples = kept.layout.samples
     source = np.array([s.rank for s in samples], dtype=np.int64)
-    exchange.Parcels(source, readers(grid, source, kept.layout.replica_S), sizes_of(samples)).rounds()
+    exchange.Transfers(source, readers(grid, source, kept.layout.replica_S), sizes_of(samples)).rounds()
     moving = tracemalloc.get_traced_memory()[1] + exchange.PIECE_BYTES * (2 + grid.tensor * grid.pipeline)
     tracemalloc.stop()
     found.headers_held = after - before

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from icrl_megatron.data.packing import SampleLayout
-from icrl_megatron.distributed.exchange import Bytes, Numbers, Parcels, cut, send, share
+from icrl_megatron.distributed.exchange import Bytes, Numbers, Transfers, cut, send, share
 from icrl_megatron.distributed.grid import Grid
 from icrl_megatron.types import Sample, SampleTokens
 
@@ -31,7 +31,7 @@ def deliver(grid: Grid, layout: SampleLayout, tokens_of: Callable[[Sample], Samp
     sizes = sizes_of(samples)
     source = np.array([s.rank for s in samples], dtype=np.int64)
     target = readers(grid, source, layout.replica_S)
-    read = send(grid, Parcels(source, target, sizes), lambda i: packed(samples[i], tokens_of(samples[i])))
+    read = send(grid, Transfers(source, target, sizes), lambda i: packed(samples[i], tokens_of(samples[i])))
     own = np.flatnonzero(layout.replica_S == grid.data_rank)
     found = {int(i): read[int(i)] for i in own if int(i) in read}
     members = grid.replica_ranks(grid.data_rank)
@@ -56,7 +56,7 @@ def send_back(grid: Grid, layout: SampleLayout, weights: TokenWeights) -> dict[s
         of = weights.get(samples[i].sample_id, (_NO_WEIGHT,) * samples[i].loss_tokens)
         return np.array(of, dtype=np.float32).view(np.uint8)
 
-    arrived = send(grid, Parcels(source, target, sizes), content)
+    arrived = send(grid, Transfers(source, target, sizes), content)
     values = {samples[i].sample_id: data.copy().view(np.float32).tolist() for i, data in arrived.items()}
     return {i: tuple(round(v, 4) for v in of) for i, of in values.items() if of and of[0] != _NO_WEIGHT}
 
@@ -72,7 +72,7 @@ def readers(grid: Grid, source: Numbers, replica: Numbers) -> Numbers:
 
 
 def sizes_of(samples: Iterable[Sample]) -> Numbers:
-    """Bytes of each sample on its way, and where it arrives."""
+    """Bytes of each sample when it is sent and received."""
     return np.array([sum(_sizes(s)) for s in samples], dtype=np.int64)
 
 

@@ -13,14 +13,14 @@ import torch.distributed as dist
 from icrl_megatron.distributed.grid import Grid
 
 PIECE_BYTES = 2 << 20
-"""Most bytes that one rank sends, and that one receives, in a round; a larger parcel has its own round."""
+"""Most bytes that one rank sends, and that one receives, in a round; a larger transfer has its own round."""
 Bytes = npt.NDArray[np.uint8]
 Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Parcels:
-    """What moves in a step, by parcel: the same on all ranks, because it is computed from headers."""
+class Transfers:
+    """The transfers of a step, one entry each: the same on all ranks, because they are computed from headers."""
 
     source: Numbers
     """The rank that has it."""
@@ -30,8 +30,8 @@ class Parcels:
     """Bytes."""
 
     def rounds(self, limit: int = PIECE_BYTES) -> Numbers:
-        """The round of each parcel: in a round, no rank sends or receives more than `limit` bytes, but at least a
-        parcel. Rounds of one pair of ranks do not decrease, so parcels keep their order."""
+        """The round of each transfer: in a round, no rank sends or receives more than `limit` bytes, unless one
+        transfer is larger. Rounds of one pair of ranks do not decrease, so transfers keep their order."""
         sending: dict[int, tuple[int, int]] = {}
         receiving: dict[int, tuple[int, int]] = {}
         found = []
@@ -46,39 +46,39 @@ class Parcels:
         return np.array(found, dtype=np.int64)
 
 
-def send(grid: Grid, parcels: Parcels, content: Callable[[int], Bytes]) -> dict[int, Bytes]:
-    """Each parcel goes from its source to its target, once. Returns this rank's parcels by number.
+def send(grid: Grid, transfers: Transfers, content: Callable[[int], Bytes]) -> dict[int, Bytes]:
+    """Each transfer goes from its source to its target, once. Returns this rank's transfers by number.
 
-    `content(number)` is called on the source. A parcel whose target is its source is not copied. All ranks call it
-    together, with the same parcels. Holds at most two rounds' bytes besides what it returns."""
-    kept = np.flatnonzero((parcels.source == grid.rank) & (parcels.target == grid.rank))
+    `content(number)` is called on the source. A transfer whose target is its source is not copied. All ranks call it
+    together, with the same transfers. Holds at most two rounds' bytes besides what it returns."""
+    kept = np.flatnonzero((transfers.source == grid.rank) & (transfers.target == grid.rank))
     found = {int(number): content(int(number)) for number in kept}
-    moving = np.flatnonzero(parcels.source != parcels.target)
+    moving = np.flatnonzero(transfers.source != transfers.target)
     if len(moving) == 0:
         return found
-    rounds = Parcels(parcels.source[moving], parcels.target[moving], parcels.size[moving]).rounds()
+    rounds = Transfers(transfers.source[moving], transfers.target[moving], transfers.size[moving]).rounds()
     for number in range(int(rounds.max()) + 1):
         now = moving[rounds == number]
-        outgoing = now[parcels.source[now] == grid.rank]
-        outgoing = outgoing[np.argsort(parcels.target[outgoing], kind="stable")]
-        incoming = now[parcels.target[now] == grid.rank]
-        incoming = incoming[np.argsort(parcels.source[incoming], kind="stable")]
+        outgoing = now[transfers.source[now] == grid.rank]
+        outgoing = outgoing[np.argsort(transfers.target[outgoing], kind="stable")]
+        incoming = now[transfers.target[now] == grid.rank]
+        incoming = incoming[np.argsort(transfers.source[incoming], kind="stable")]
         arrived = _all_to_all(
             grid,
             [content(int(one)) for one in outgoing],
-            _by_rank(grid, parcels.target[outgoing], parcels.size[outgoing]),
-            _by_rank(grid, parcels.source[incoming], parcels.size[incoming]),
+            _by_rank(grid, transfers.target[outgoing], transfers.size[outgoing]),
+            _by_rank(grid, transfers.source[incoming], transfers.size[incoming]),
         )
-        found |= zip(incoming.tolist(), cut(arrived, parcels.size[incoming]), strict=True)
+        found |= zip(incoming.tolist(), cut(arrived, transfers.size[incoming]), strict=True)
     return found
 
 
 def share(
     grid: Grid, members: Sequence[int], owner: Numbers, size: Numbers, mine: dict[int, Bytes]
 ) -> dict[int, Bytes]:
-    """All parcels of a group of ranks on each of its ranks. `owner`: the rank of the group that has each parcel;
+    """All transfers of a group of ranks on each of its ranks. `owner`: the rank of the group that has each transfer;
     `mine`: those of this rank. All ranks of the grid call it together, each with its own group, and all groups are of
-    one size. In a round, a group shares at most `PIECE_BYTES`, but at least a parcel."""
+    one size. In a round, a group shares at most `PIECE_BYTES`, or one larger transfer."""
     rounds = _running(size)
     count = torch.tensor(int(rounds[-1]) + 1 if len(rounds) else 0)
     dist.all_reduce(count, op=dist.ReduceOp.MAX, group=grid.host_group)
@@ -119,7 +119,7 @@ def _by_rank(grid: Grid, ranks: Numbers, sizes: Numbers) -> Numbers:
 
 
 def _running(sizes: Numbers) -> Numbers:
-    """The round of each parcel of a group, in order: whole rounds of at most PIECE_BYTES, or of one parcel."""
+    """The round of each transfer of a group, in order. A round has at most PIECE_BYTES, or one larger transfer."""
     found, number, load = [], 0, 0
     for size in sizes.tolist():
         if load and load + size > PIECE_BYTES:

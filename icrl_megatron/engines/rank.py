@@ -18,6 +18,10 @@ class Share:
     count: int
 
 
+ONE_RANK = Share(0, 1)
+"""All tasks."""
+
+
 @dataclass(frozen=True)
 class Engines:
     """The engines of one rank."""

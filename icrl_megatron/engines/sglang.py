@@ -70,7 +70,7 @@ class SGLangEngine:
         request."""
         self.server, self.stats = server, EngineStats()
         self._settings, self._make_transport = settings, transport
-        self._sink = weights.WeightSender(shapes, dtype, device, settings.bucket_mib)
+        self._sender = weights.WeightSender(shapes, dtype, device, settings.bucket_mib)
         self._transport: weights.Transport | None = None
         self._version = 0
         self._asleep = False
@@ -127,12 +127,12 @@ class SGLangEngine:
         for _ in stream:  # gathering is collective; a dead server gets its weights after a restart
             pass
 
-    def _update(self, tensors: Iterable[Any], version: int, pour: Callable[..., None] | None = None) -> None:
+    def _update(self, tensors: Iterable[Any], version: int, send: Callable[..., None] | None = None) -> None:
         if self._transport is None:
             self._transport = self._make_transport()
         self._half = f"The engine has only a part of the weights of version {version}: send a complete update."
         try:
-            (pour or self._sink.pour)(tensors, version, self._transport, self.lost())
+            (send or self._sender.send_all)(tensors, version, self._transport, self.lost())
         except EngineError as error:
             if not self._died(error):
                 with suppress(EngineError):  # report the first error; an update left open would block later ones
@@ -377,13 +377,13 @@ class Follower:
 
     def __init__(self, sink: weights.WeightSender, transport: weights.Transport | None) -> None:
         """`transport` is None if the leader's buffer is enough."""
-        self._sink, self._transport = sink, transport
+        self._sender, self._transport = sink, transport
 
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         stream = iter(tensors)
         if self._transport is not None:
             with suppress(EngineError):  # the leader reports it once it knows whether the server is dead
-                self._sink.pour(stream, version, self._transport)
+                self._sender.send_all(stream, version, self._transport)
         for _ in stream:
             pass
 

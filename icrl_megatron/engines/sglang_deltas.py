@@ -64,7 +64,7 @@ class Copy:
 
 
 @dataclass
-class Load:
+class DeltaRequest:
     """The pieces of one request, and their bytes."""
 
     pieces: list[DeltaPiece] = field(default_factory=list)
@@ -90,13 +90,13 @@ class DeltaEngine(SGLangEngine):
         self._known = False
         """Whether the server got the weights of the copy."""
 
-    def _update(self, tensors: Iterable[tuple[str, Tensor]], version: int, pour: Any = None) -> None:
+    def _update(self, tensors: Iterable[tuple[str, Tensor]], version: int, send: Any = None) -> None:
         known, self._known = self._known, False
-        whole = weights.checked(tensors, self._sink.shapes, self._sink.dtype, version)
+        whole = weights.checked(tensors, self._sender.shapes, self._sender.dtype, version)
         doubt = self._doubt() if known else ""
         if known and not doubt:
             expected = Checksums(self._settings.tensor_parallel, self._model)
-            super()._update(self._copy.differences(whole, expected), version, self._pour_differences)
+            super()._update(self._copy.differences(whole, expected), version, self._send_differences)
             doubt = self._differs(expected)
             if doubt:
                 self._push_all(self._copy, version)
@@ -113,7 +113,7 @@ class DeltaEngine(SGLangEngine):
     def _push_all(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         super()._update(tensors, version)
         self.stats.full_pushes += 1
-        self.stats.sync_bytes += weights.sizes(self._sink.shapes, self._sink.dtype.itemsize)[1]
+        self.stats.sync_bytes += weights.sizes(self._sender.shapes, self._sender.dtype.itemsize)[1]
 
     def _doubt(self) -> str:
         """Why a delta must not be sent; empty if the server has the version that was sent last."""
@@ -128,31 +128,33 @@ class DeltaEngine(SGLangEngine):
             return str(error)
         return ""
 
-    def _pour_differences(
+    def _send_differences(
         self, pieces: Iterable[tuple[DeltaPiece, bytes]], version: int, transport: Any, lost: str = ""
     ) -> None:
-        """Like `WeightSender.pour`, for differences."""
+        """Like `WeightSender.send_all`, for differences."""
 
-        def send(load: Load, options: dict[str, Any]) -> weights.Answer:
-            data = torch.frombuffer(load.data, dtype=torch.uint8) if load.data else torch.empty(0, dtype=torch.uint8)
-            self.stats.sync_bytes += len(load.data)
-            answer: weights.Answer = transport.send_pieces(load.pieces, data.to(self._device), options)
+        def send(request: DeltaRequest, options: dict[str, Any]) -> weights.Answer:
+            data = (
+                torch.frombuffer(request.data, dtype=torch.uint8) if request.data else torch.empty(0, dtype=torch.uint8)
+            )
+            self.stats.sync_bytes += len(request.data)
+            answer: weights.Answer = transport.send_pieces(request.pieces, data.to(self._device), options)
             return answer
 
-        weights.deliver(loads(pieces, self._sink.limit), send, transport.begin(lost), version)
+        weights.deliver(requests(pieces, self._sender.limit), send, transport.begin(lost), version)
 
 
-def loads(pieces: Iterable[tuple[DeltaPiece, bytes]], limit: int) -> Iterator[tuple[Load, bool]]:
-    """Collects pieces up to `limit` bytes, or one larger piece. Yields pairs (load, whether it is the last), at least
-    one."""
-    load = Load()
+def requests(pieces: Iterable[tuple[DeltaPiece, bytes]], limit: int) -> Iterator[tuple[DeltaRequest, bool]]:
+    """Collects pieces up to `limit` bytes, or one larger piece. Yields (request, whether it is the last) at least
+    once."""
+    request = DeltaRequest()
     for piece, data in pieces:
-        if load.data and len(load.data) + len(data) > limit:
-            yield load, False
-            load = Load()
-        load.pieces.append(piece)
-        load.data += data
-    yield load, True
+        if request.data and len(request.data) + len(data) > limit:
+            yield request, False
+            request = DeltaRequest()
+        request.pieces.append(piece)
+        request.data += data
+    yield request, True
 
 
 def require_loader(url: str, info: dict[str, Any]) -> None:

@@ -174,7 +174,9 @@ class WeightSender:
         self.limit = bucket_mib << 20
         self._pair: tuple[Bucket, Bucket] | None = None
 
-    def pour(self, tensors: Iterable[tuple[str, Tensor]], version: int, transport: Transport, lost: str = "") -> None:
+    def send_all(
+        self, tensors: Iterable[tuple[str, Tensor]], version: int, transport: Transport, lost: str = ""
+    ) -> None:
         """Sends a complete update. With the last bucket the server takes the new version and flushes its prefix cache.
         Raises EngineError after all copies have ended."""
         pair = self._pair or self._buckets()

@@ -44,9 +44,9 @@ class CellRun:
     model: str
     gpus: int
     peak_gib: float
-    """Planned, of the fullest H100."""
+    """Planned peak memory of the H100 that needs most."""
     gpu_hours: float
-    """Planned, of all training steps of one seed. Evaluations are not part of the plan."""
+    """Planned for all training steps of one seed. Evaluations are not part of the plan."""
     data: tuple[DataFile, ...]
 
 
@@ -55,7 +55,7 @@ class Ours:
     """Our number of a cell."""
 
     by_seed: dict[int, float]
-    """Of the seeds whose runs are trained and evaluated."""
+    """Seed -> number, for the seeds whose runs are trained and evaluated."""
     begun: bool
     """Whether any of its runs has been started."""
     changed: tuple[str, ...] = ()
@@ -71,7 +71,7 @@ class Ours:
 
 @cache
 def _recipe(name: str) -> Settings:
-    """To read only: a recipe serves many cells."""
+    """Cached, so callers must not change it: many cells share a recipe."""
     return settings_module.load(name)
 
 
@@ -165,7 +165,7 @@ class Results:
 
 
 def _of_subset(scores: Iterable[dict[str, Any]], subset: str) -> dict[str, Any] | None:
-    """Of all subsets together, or of the named one; None if there is no such subset."""
+    """The score of the named subset, or of all subsets together; None if there is no such subset."""
     every = list(scores)
     if not subset:
         return every[-1]

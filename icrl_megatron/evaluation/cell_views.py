@@ -51,7 +51,7 @@ def _table(title: str, columns: Sequence[str], right: Sequence[str] = ()) -> Tab
 
 
 def cells_table(cells: Sequence[Cell], found: Mapping[str, Ours], recipes: Sequence[str]) -> Table:
-    """Of cells with the same number. Names stay on one line, so that they can be pasted."""
+    """A table of cells with the same kind of number. Names stay on one line, so that they can be pasted."""
     table = _table(f"{cells[0].table}: {cells[0].figure.value}", ["cell", "runs", "paper", "ours"], ["paper", "ours"])
     for column in (0, 2, 3):
         table.columns[column].no_wrap = True

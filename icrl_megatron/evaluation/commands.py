@@ -32,7 +32,7 @@ def reproduce(
     json_: Annotated[bool, typer.Option("--json", help="With --list: print JSON.")] = False,
     on: Annotated[str, typer.Option(help="local: one after another; slurm: as jobs.")] = "local",
     seeds: Annotated[str, typer.Option(help="Comma-separated integers.")] = "0",
-    out: Annotated[Path, typer.Option(help="Folder for the runs and their evaluations.")] = Path("runs/reproduce"),
+    out: Annotated[Path, typer.Option(help="Folder for the runs and their evaluations.")] = Path("runs/cells"),
     critic: Annotated[str, typer.Option(help="Address of the external critic, for the critic swap.")] = "",
     account: Annotated[str, typer.Option(help="Slurm account.")] = "",
     partition: Annotated[str, typer.Option(help="Slurm partition.")] = "",

@@ -60,7 +60,7 @@ class Reproduction:
     cells: tuple[Cell, ...]
     seeds: tuple[int, ...]
     out: Path
-    """Absolute: a run that goes on must not find itself in another place than where a job began it."""
+    """An absolute path, so that a run resumes in the folder where a job began it."""
     overrides: tuple[str, ...] = ()
     """Settings of every run."""
     critic: str = ""
@@ -120,7 +120,7 @@ def chosen(words: Sequence[str]) -> tuple[Cell, ...]:
 
 def parse(words: Sequence[str], seeds: str, out: Path, critic: str = "") -> Reproduction:
     """`words`: cells, and settings as KEY=VALUE. Raises ConfigError on an unknown cell, invalid seeds, a setting that
-    this command sets itself, and an address that is none."""
+    this command sets itself, and an invalid address."""
     overrides = tuple(word for word in words if "=" in word)
     for name in (word.partition("=")[0] for word in overrides):
         if name in OURS:

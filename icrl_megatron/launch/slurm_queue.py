@@ -15,7 +15,7 @@ from icrl_megatron.utils.disk import disk_errors
 from icrl_megatron.utils.errors import ConfigError
 
 SLURM_TIMEOUT_S = 60
-"""Of one question to Slurm."""
+"""Time limit of one Slurm command."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def submit(jobs: Sequence[SlurmJob], out: Path) -> list[tuple[str, str]]:
         how = "afterany" if job.any_end else "afterok"
         after = [f"--dependency={how}:{':'.join(queued[name] for name in job.after)}"] if job.after else []
         try:
-            # A job whose condition can no longer be met would wait for ever.
+            # Without this, a job whose condition can no longer be met would stay in the queue.
             options = [*after, "--kill-on-invalid-dep=yes"] if after else []
             queued[job.name] = ask([*job.command[:2], *options, *job.command[2:]]).strip().split(";")[0]
         except ConfigError:

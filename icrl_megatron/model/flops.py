@@ -15,15 +15,15 @@ from icrl_megatron.settings.schema import Settings
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters, by where they lie."""
+    """Numbers of parameters, by part of the model."""
 
     layer: int
     linear: int
-    """Of a layer's matrices, without norms and biases."""
+    """Parameters of a layer's matrices, without norms and biases."""
     norms: int
-    """Of a layer's norms, which every tensor-parallel rank holds whole."""
+    """Parameters of a layer's norms, which every tensor-parallel rank holds whole."""
     embedding: int
-    """Of one of the two embeddings; the output one is the same tensor where the model ties them."""
+    """Parameters of one of the two embeddings; the output one is the same tensor where the model ties them."""
     total: int
 
 
@@ -69,11 +69,11 @@ class Forward:
     layer (half of both products)."""
 
     token: int
-    """Of all layers, for one token."""
+    """FLOPs of all layers, for one token."""
     square: int
-    """Of attention, for a sequence of one token; a sequence of n tokens has n^2 times as many."""
+    """FLOPs of attention, for a sequence of one token; a sequence of n tokens has n^2 times as many."""
     loss_token: int
-    """Of the head, for one token."""
+    """FLOPs of the head, for one token."""
 
     @staticmethod
     def of(shape: ModelShape) -> Forward:

@@ -20,7 +20,7 @@ FP8_COPIES = 2.0
 """Bytes a parameter of the layers' matrices with actor.fp8: Transformer Engine keeps them row-wise and transposed."""
 
 MOST_FRACTION = 0.95
-"""Of a GPU that a remedy proposes for the engine."""
+"""Largest share of a GPU that a remedy proposes for the engine."""
 
 ROUNDING_BYTES = 2.0**20
 
@@ -33,7 +33,7 @@ class StateMemory:
     gradients: float
     optimizer: float
     fp8_copies: float = 0.0
-    """Of the layers' matrices, kept by Transformer Engine beside the bf16 weights."""
+    """Copies of the layers' matrices, kept by Transformer Engine beside the bf16 weights."""
 
     @property
     def total(self) -> float:
@@ -54,11 +54,11 @@ class EngineBytes:
     """What the engines take of one GPU while episodes are played, bytes."""
 
     weights: float
-    """Of all engines that share the GPU."""
+    """Weights of all engines that share the GPU."""
     cache: float
-    """Of one engine: where there are two, the solver's."""
+    """Cache of one engine: where there are two, the solver's."""
     caches: float
-    """Of all engines that share the GPU."""
+    """Caches of all engines that share the GPU."""
     refusal: str = ""
     """Why the cache does not hold one whole context, and the smallest setting that would; empty where it does."""
 

@@ -75,8 +75,8 @@ class Reproduced:
 
 
 NEMO_RL = replace(CONSTANTS, training_efficiency=0.27, layer_launch_s=0.0, optimizer_bytes=40.0, host_sample_s=0.0)
-"""Of NeMo-RL, whose micro-batches are small: the efficiency is fitted to the first row, and covers its launches and
-its host's work too."""
+"""Constants of NeMo-RL, whose micro-batches are small: the efficiency is fitted to the first row, and
+covers its launches and its host's work too."""
 
 
 def reproduce(row: PublishedRun, constants: Constants = NEMO_RL) -> Reproduced:

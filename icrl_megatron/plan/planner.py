@@ -160,7 +160,7 @@ def one_line(found: Plan) -> str:
 
 
 def episodes(settings: Settings) -> int:
-    """Of a step, as they are trained on."""
+    """Number of episodes that a step trains on."""
     return settings.rollout.tasks_per_step * settings.rollout.episodes_per_task
 
 

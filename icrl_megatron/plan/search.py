@@ -13,7 +13,7 @@ from icrl_megatron.plan.planner import Plan, episodes, memory_of, timed
 from icrl_megatron.settings.schema import Settings
 
 SIZES = (1, 2, 4, 8)
-"""Of TP and engine TP."""
+"""Sizes of TP and engine TP that are tried."""
 MOST_STAGES = 16
 """Every PP up to this is tried that divides the layers."""
 CONTEXT = (1, 2)

@@ -29,7 +29,7 @@ class SupervisedPlan:
     longest: int
     """Tokens of a conversation."""
     tokens: int
-    """Of the longest micro-batch."""
+    """Tokens of the longest micro-batch."""
     peak: float
     """Bytes on the fullest GPU."""
     available: float

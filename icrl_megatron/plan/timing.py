@@ -36,9 +36,9 @@ class Times:
 
     phases: Mapping[str, float]
     model_flops: float
-    """Of training, without what is recomputed: what MFU counts."""
+    """FLOPs of training without recomputation, which MFU counts."""
     micro_batches: int
-    """Of one update, on one replica."""
+    """Micro-batches of one update on one replica."""
     tail: float
     """Share of the rollout during which fewer than half of the episodes still ran."""
 
@@ -74,7 +74,7 @@ def forward_flops(shape: ModelShape, work: Workload, everywhere: bool = False) -
 
 
 def _attention_flops(shape: ModelShape, work: Workload) -> float:
-    """Of them, those of attention itself."""
+    """FLOPs of attention alone, without the projections."""
     return Forward.of(shape).square * float((work.sequence_S**2).sum())
 
 

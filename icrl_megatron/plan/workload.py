@@ -34,11 +34,11 @@ class Profile:
     observation_tokens: float
     critique_tokens: float
     latency_s: float
-    """Of the environment, per turn."""
+    """Seconds that the environment takes per turn."""
     success: float
     """Share of first attempts that succeed: the others get a critique and another attempt."""
     call_s: float = 0.0
-    """Of a tool call. Every turn but the last makes one."""
+    """Seconds of a tool call. Every turn but the last makes one."""
     calls_at_once: int = 64
     """Calls that run at a time in the process that plays an engine's episodes; the others wait."""
 
@@ -107,7 +107,7 @@ class Workload:
     sequence_S: Floats
     """Tokens of each trained sequence, prompt included."""
     loss_S: Floats
-    """Of them, those that carry loss."""
+    """Loss tokens of each trained sequence."""
 
     @property
     def trained_tokens(self) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 from icrl_megatron.algo.headers import EpisodeHeader, decode, encode, headers_of
 from icrl_megatron.distributed.grid import Failure, attempt, raise_failures
 from icrl_megatron.engines.protocol import EngineError, EngineStats
-from icrl_megatron.engines.rank import Engines, Share
+from icrl_megatron.engines.rank import ONE_RANK, Engines, Share
 from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play_all
 from icrl_megatron.rollout.groups import Groups, OnGroup, ignored, split_tasks
 from icrl_megatron.rollout.replay import ReplayLogs, copied, tokens
@@ -291,22 +291,17 @@ def _part(needed: int, share: Share) -> int:
     return 0 if share.index is None else len(range(needed)[share.index :: share.count])
 
 
-@dataclass(frozen=True)
-class Seat:
-    """Where a rank is among all ranks, for sources that make the same episodes on each of them."""
-
-    rank: int = 0
-    world: int = 1
-
-    def share(self, episodes: Iterable[Episode], dropped: Sequence[DroppedEpisode] = (), **of: Any) -> Played:
-        """Each rank keeps some of the episodes, in turn, and the headers of all. `of`: other fields of `Played`."""
-        headers: list[EpisodeHeader] = []
-        mine: list[Episode] = []
-        for number, episode in enumerate(episodes):
-            headers.append(EpisodeHeader.of(episode, number % self.world))
-            if number % self.world == self.rank:
-                mine.append(episode)
-        return Played(tuple(headers), tuple(dropped), tuple(mine), **of)
+def shared(
+    episodes: Iterable[Episode], share: Share, dropped: Sequence[DroppedEpisode] = (), generated: int | None = None
+) -> Played:
+    """Episodes that every rank has: each rank keeps its share of them, and the headers of all. `generated`: as of
+    `Played`."""
+    headers, mine = list[EpisodeHeader](), list[Episode]()
+    for number, episode in enumerate(episodes):  # may be a generator, so that only the share is in memory
+        headers.append(EpisodeHeader.of(episode, number % share.count))
+        if number % share.count == share.index:
+            mine.append(episode)
+    return Played(tuple(headers), tuple(dropped), tuple(mine), generated=generated)
 
 
 class NoPartialRollouts:
@@ -324,11 +319,11 @@ class DumpSource(NoPartialRollouts):
     """The episodes that another run dumped, step by step and then from the start again: trains without an engine."""
 
     rollouts: Rollouts
-    seat: Seat = field(default_factory=Seat)
+    share: Share = ONE_RANK
 
     def play(self, request: RolloutRequest) -> Played:
         steps = self.rollouts.steps
-        return self.seat.share(self.rollouts.episodes(steps[request.seeds.step % len(steps)]))
+        return shared(self.rollouts.episodes(steps[request.seeds.step % len(steps)]), self.share)
 
 
 @dataclass(frozen=True)
@@ -340,11 +335,11 @@ class FakeSource(NoPartialRollouts):
     prompt_tokens: int
     turn_tokens: int
     critique_tokens: int
-    seat: Seat = field(default_factory=Seat)
+    share: Share = ONE_RANK
 
     def play(self, request: RolloutRequest) -> Played:
         tasks = request.tasks[: request.needed]
-        return self.seat.share(self._episode(t, i, request) for t in tasks for i in range(request.episodes))
+        return shared((self._episode(t, i, request) for t in tasks for i in range(request.episodes)), self.share)
 
     def _episode(self, task: Task, index: int, request: RolloutRequest) -> Episode:
         rng, rounds = random.Random(request.seeds.of(task.task_id, index, 0, "fake", 0)), request.rounds

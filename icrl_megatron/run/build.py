@@ -7,7 +7,7 @@ from icrl_megatron.distributed import platform
 from icrl_megatron.distributed.grid import any_rank
 from icrl_megatron.engines.kind import EngineRequest
 from icrl_megatron.engines.protocol import Verifiable
-from icrl_megatron.engines.rank import Engines
+from icrl_megatron.engines.rank import Engines, Share
 from icrl_megatron.engines.registry import engine_kind
 from icrl_megatron.engines.sync import WeightSync
 from icrl_megatron.model.gpt import DTYPES
@@ -17,7 +17,7 @@ from icrl_megatron.rollout.episode import EpisodeSetup
 from icrl_megatron.rollout.external import ExternalSpeaker
 from icrl_megatron.rollout.own_model import own_models
 from icrl_megatron.rollout.prompts import Prompter
-from icrl_megatron.rollout.source import DumpSource, EngineSource, EpisodeSource, FakeSource, NoEngine, Seat
+from icrl_megatron.rollout.source import DumpSource, EngineSource, EpisodeSource, FakeSource, NoEngine
 from icrl_megatron.rollout.speakers import EmptyCritic, EngineSpeaker, Speaker, SpeakersFor, same_speakers
 from icrl_megatron.run.saving import Start
 from icrl_megatron.settings.loading import model_folder, run_folder
@@ -74,15 +74,15 @@ def episode_source(
     sync: WeightSync,
 ) -> EpisodeSource:
     """The source of episodes for the debug mode."""
-    rollout, seat = settings.rollout, Seat(grid.rank, grid.world)
+    rollout, share = settings.rollout, Share(grid.rank, grid.world)
     if settings.debug.mode == "from_dump":
-        return DumpSource(Rollouts(settings.debug.dump), seat)
+        return DumpSource(Rollouts(settings.debug.dump), share)
     if engines is None:
-        shared = rollout.context_tokens - rollout.max_critique_tokens
+        room = rollout.context_tokens - rollout.max_critique_tokens
         # Without a limit on turns, a quarter stays for the rest of the prompt.
-        turn = max(1, 3 * shared // 4) if rollout.max_turn_tokens is None else rollout.max_turn_tokens
+        turn = max(1, 3 * room // 4) if rollout.max_turn_tokens is None else rollout.max_turn_tokens
         vocabulary = ModelShape.read(model_folder(settings)).vocab
-        return FakeSource(vocabulary, max(1, shared - turn) // 2, turn, rollout.max_critique_tokens, seat)
+        return FakeSource(vocabulary, max(1, room - turn) // 2, turn, rollout.max_critique_tokens, share)
 
     def gather(mine: object) -> list[object]:
         return grids.gather_objects(grid, mine)

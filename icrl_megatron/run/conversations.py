@@ -16,9 +16,10 @@ from icrl_megatron.distill.encode import Encoded, encode
 from icrl_megatron.distill.rows import BadRowError
 from icrl_megatron.distill.trajectory import USER
 from icrl_megatron.distributed.grid import gather_objects
+from icrl_megatron.engines.rank import ONE_RANK, Share
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.rollout.prompts import Prompter, tokenizer
-from icrl_megatron.rollout.source import NoPartialRollouts, Played, RolloutRequest, Seat
+from icrl_megatron.rollout.source import NoPartialRollouts, Played, RolloutRequest, shared
 from icrl_megatron.run import start
 from icrl_megatron.run.conversation_checks import fraction, tool_format
 from icrl_megatron.run.parts import Delivered, Parts
@@ -62,10 +63,10 @@ class Conversations(NoPartialRollouts):
     """Rows left out: those that cannot be trained on, and those that are too long."""
     sources: Sequence[TaskSource] = field(default_factory=list)
     """Names and weights of the entries, for the sampler."""
-    seat: Seat = field(default_factory=Seat)
+    share: Share = ONE_RANK
 
     def play(self, request: RolloutRequest) -> Played:
-        return self.seat.share(self.episodes(request.tasks), generated=0)
+        return shared(self.episodes(request.tasks), self.share, generated=0)
 
     def episodes(self, tasks: Sequence[Task]) -> Iterator[Episode]:
         """A task that is drawn twice gives two episodes with different indices."""
@@ -119,7 +120,7 @@ def load(
             f"warm_start.heldout={warm.heldout}: no conversation is held out; give a file with usable rows"
         )
     sources = [TaskSource(name=f"data/{i}", weight=entry.weight) for i, entry in enumerate(warm.data)]
-    return Conversations(train, tuple(heldout), encoded, dropped, sources, Seat(share.index, share.count))
+    return Conversations(train, tuple(heldout), encoded, dropped, sources, Share(share.index, share.count))
 
 
 def _read(entry: ConversationFiles, settings: Settings, prompter: Prompter, share: ProblemShare) -> list[Conversation]:

@@ -234,8 +234,8 @@ class CheckpointSettings:
 class TelemetrySettings:
     dump: Annotated[str, Choice(("all", "none"), other="a number of at least 1")] = "128"
     """Episodes of each training step that are dumped: for `icrl show`, `icrl report` and debug.mode=from_dump. A number
-    means at most that many over all ranks: problems are drawn by lot, each with its whole group. The default keeps all
-    episodes of a batch of the default size, 16 x 8, and a sample of larger ones (docs/EVALUATION.md)."""
+    means at most that many over all ranks: problems are chosen by a hash, each with its whole group. The default keeps
+    all episodes of a batch of the default size, 16 x 8, and a sample of larger ones (docs/EVALUATION.md)."""
 
     def episodes(self) -> int | None:
         """Largest number of dumped episodes of a step; None: all. Raises ConfigError for any other text."""

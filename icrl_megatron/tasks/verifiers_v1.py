@@ -1,7 +1,8 @@
 """Environments of verifiers 0.4, whose API is `verifiers.v1`; verifiers_worker.py loads this file.
 
-There an agent is a program that asks an endpoint for replies. Ours is `Talk`, a chat in this process: the task's
-prompt, our side's replies, and the tools of its MCP servers. `ReplyEndpoint`, on loopback, gives the replies.
+In that API, an agent is a program that requests replies from an endpoint. Ours is `PolicyHarness`, a chat in this
+process: the task's prompt, the policy's replies, and the tools of the task's MCP servers. `ReplyEndpoint` listens on
+loopback and returns the replies.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from verifiers.v1.harnesses.utils.mcp import call_mcp, connect_mcp
 from verifiers.v1.utils import loaders
 
 Json = dict[str, Any]
-HARNESS = "icrl_megatron_talk"
+HARNESS = "icrl_megatron_policy"
 KEY = "ICRL_MEGATRON_API_KEY"  # verifiers hides variables with API_KEY in their names from tools
 NO_TURNS = "context_length_exceeded: the attempt has no more turns"
 LARGEST = 2**28
@@ -70,7 +71,7 @@ class ReplyEndpoint:
         return web.json_response({**made, "choices": [choice]})
 
 
-class Talk(vf.Harness[vf.HarnessConfig]):
+class PolicyHarness(vf.Harness[vf.HarnessConfig]):
     APPENDS_SYSTEM_PROMPT = SUPPORTS_MCP = SUPPORTS_RESUME = True
     EXECUTES_CODE = NEEDS_CONTAINER = False
 
@@ -107,7 +108,7 @@ class Talk(vf.Harness[vf.HarnessConfig]):
                     messages.append(bound_tool_message(result))
 
 
-class Endless(Sequence[Any]):
+class UnboundedTasks(Sequence[Any]):
     """Tasks that are generated without end, as far as they were asked for."""
 
     def __init__(self, taskset: Any) -> None:
@@ -128,7 +129,7 @@ class LoadedV1:
         self._made, self._endpoint, self._serving = made, endpoint, serving  # its servers live as long as this
         self._context = vf.ModelContext("policy", vf.EvalClientConfig(base_url=url, api_key_var=KEY))
         self.endless = not made.taskset.bounded
-        tasks = Endless(made.taskset) if self.endless else list(made.taskset)
+        tasks = UnboundedTasks(made.taskset) if self.endless else list(made.taskset)
         self.data = {"train": tasks, "heldout": tasks}  # a taskset has no splits
 
     def content(self, task: Any) -> Json:
@@ -175,7 +176,7 @@ async def load(name: str, args: Json, make: Any) -> LoadedV1:
         raise ValueError("verifiers.v1 has no functions that make environments; give the id of a taskset")
     module = types.ModuleType(HARNESS)
     module.__spec__ = importlib.machinery.ModuleSpec(HARNESS, None)
-    module.__dict__.update(Talk=Talk, __all__=["Talk"])
+    module.__dict__.update(PolicyHarness=PolicyHarness, __all__=["PolicyHarness"])
     sys.modules[HARNESS] = module  # where verifiers looks a harness up by its id
     if loaders.default_harness_id(name) == name:
         raise ValueError("it has an agent of its own (a harness), which no model can play in its place")

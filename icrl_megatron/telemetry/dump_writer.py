@@ -27,15 +27,15 @@ FLUSH_S = 60.0
 def chosen(episodes: Iterable[tuple[str, int]], limit: int | None, seed: int, step: int) -> set[tuple[str, int]]:
     """The (task id, index) of the episodes that are dumped, out of those of all ranks; the same on every rank.
 
-    At most `limit`, or all if that is None. Tasks are drawn by lot, and each with all of its episodes, because credit
-    compares these; only the last task may be cut. The lot depends on `seed`, `step` and the task's id, so the choice
-    does not depend on the ranks.
+    At most `limit`, or all if that is None. A hash of `seed`, `step` and the task's id chooses the tasks, so that the
+    choice does not depend on the ranks. Each task is dumped with all of its episodes, because credit compares these; only the
+    last task may be cut.
     """
     everyone = set(episodes)
     if limit is None or len(everyone) <= limit:
         return everyone
-    lots = {task: hashlib.blake2b(f"{seed}/{step}/{task}".encode(), digest_size=8).digest() for task, _ in everyone}
-    return set(sorted(everyone, key=lambda one: (lots[one[0]], *one))[:limit])
+    hashes = {task: hashlib.blake2b(f"{seed}/{step}/{task}".encode(), digest_size=8).digest() for task, _ in everyone}
+    return set(sorted(everyone, key=lambda one: (hashes[one[0]], *one))[:limit])
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Losses:
     """Episodes that were not written."""
 
     episodes: int = 0
-    """Also 0 if they were written and only their way to the disk failed."""
+    """0 if all were written, but syncing them to the disk failed."""
     reason: str = ""
-    """Of the first; empty if nothing failed."""
+    """Reason of the first loss; empty if nothing failed."""
 
 
 class DumpWriter:

@@ -43,7 +43,7 @@ class Credited:
 
 
 Credit = dict[str, Credited]
-"""By "<round>/<role>"; a sample that was not trained (frozen critic, filtered group) has no entry."""
+""""<round>/<role>" -> credit; a sample that was not trained (frozen critic, filtered group) has no entry."""
 
 
 @dataclass(frozen=True)

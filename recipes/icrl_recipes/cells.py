@@ -29,11 +29,11 @@ from icrl_recipes.qwen3 import (
 PUBLISHED_IN = "arXiv 2605.15224 (docs/FACTS.md)"
 AGENTIC = ("alfworld", "webshop", "searchqa")
 SUBSETS = ("hotpotqa", "2wikimultihopqa", "bamboogle", "musique")
-"""Of SearchQA, those that ICRL names."""
+"""The subsets of SearchQA that ICRL names."""
 FEW = ("aime24", "amc23")
 """Sets with so few problems that one sample of each says little."""
 SAMPLES = 32
-"""Of each problem of such a set. The paper's number is not known to us."""
+"""Samples of each problem of such a set. We do not know the paper's number."""
 ROUNDS = 3
 """The paper reports success after up to three rounds at test time."""
 SWAPPED_ON = ("alfworld", "webshop")
@@ -69,7 +69,7 @@ class Evaluation:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         parts = [f"rounds{self.rounds}", *self.on]
         parts += [f"samples{self.samples}"] if self.samples > 1 else []
         parts += [f"critic_{self.critic.value}"] if self.critic is not Critic.ITSELF else []
@@ -98,7 +98,7 @@ class Reading:
     evaluation: Evaluation
     figure: Figure
     subset: str = ""
-    """Of the held-out problems, as `--on` names it; empty: all of them."""
+    """A subset of the held-out problems, as `--on` names it; empty: all of them."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Cell:
     figure: Figure
     readings: tuple[Reading, ...]
     published: float | None = None
-    """The paper's; None if no source of ours states it."""
+    """The paper's number; None if our sources do not state it."""
     note: str = ""
 
     @property
@@ -131,7 +131,7 @@ class _Row:
     recipes: Mapping[str, str]
     """Task -> recipe."""
     rounds: int = 1
-    """Of its evaluations. A first attempt does not depend on it."""
+    """Rounds of its evaluations. A first attempt does not depend on it."""
 
     def name(self, table: str, what: str) -> str:
         return f"{table}-{self.method}-{size_name(self.size)}-{what}"
@@ -190,9 +190,7 @@ FIGURES: dict[str, float] = {
     "critic-itself-8b-webshop-tokens": 94.0,
 }
 """Cell -> the paper's number, beside the agentic averages of `METHODS`."""
-_WEIGHTS = (
-    "ours weighs three agentic tasks and five sets of mathematics equally; the paper's weights are not known to us"
-)
+_WEIGHTS = "ours weighs three agentic tasks and five sets of mathematics equally; we do not know the paper's weights"
 _TABLES_4B = "the paper's tables name Qwen3-4B, the authors' code this model; the average is given at Qwen3-4B only"
 NOTES = {
     "rounds-icrl-8b-alfworld-third": "the size of the model behind this number is not stated in our sources",
@@ -268,7 +266,7 @@ def _table() -> Iterator[Cell]:
 
 
 CELLS: dict[str, Cell] = {cell.name: cell for cell in _table()}
-"""By name, in the order of the tables."""
+"""Name -> cell, in the order of the tables."""
 
 
 def about(cell: Cell) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from icrl_megatron.engines.on_server import icrl_deltas
 from icrl_megatron.engines.on_server.icrl_deltas import DeltaPiece, decode, encode
-from icrl_megatron.engines.sglang_deltas import Load, loads
+from icrl_megatron.engines.sglang_deltas import DeltaRequest, requests
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import bench_deltas
@@ -206,7 +206,7 @@ def test_requests_hold_up_to_the_limit_or_one_piece(limit: int, expected: list[s
         (DeltaPiece(name, (1,), "bfloat16", (size,)), bytes(size))
         for name, size in zip("abcde", (0, 4, 30, 3, 7), strict=True)
     ]
-    found = list(loads(each, limit))
+    found = list(requests(each, limit))
     assert ["".join(p.name for p in load.pieces) for load, _ in found] == expected
     assert [last for _, last in found] == [False] * (len(found) - 1) + [True]
-    assert list(loads([], limit)) == [(Load(), True)]
+    assert list(requests([], limit)) == [(DeltaRequest(), True)]

@@ -15,8 +15,9 @@ from disks import fill, small_disk
 
 from icrl_megatron.algo.credit import credit
 from icrl_megatron.algo.headers import headers_of
+from icrl_megatron.engines.rank import Share
 from icrl_megatron.report.show import show
-from icrl_megatron.rollout.source import DumpSource, RolloutRequest, Seat
+from icrl_megatron.rollout.source import DumpSource, RolloutRequest
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.settings.loading import load
 from icrl_megatron.settings.schema import AlgoSettings
@@ -104,7 +105,7 @@ def test_shards_of_two_ranks_give_the_samples_of_one(finished_run: Path, tmp_pat
     assert one.steps == two.steps == [1, 2, 3, 4, 5, 6]
     assert all(one.read(step) == two.read(step) for step in one.steps)
     request = RolloutRequest((), 4, Seeds(run=0, step=8), 2)  # the third step again
-    sources = [DumpSource(two, Seat(rank, 2)) for rank in (0, 1)]
+    sources = [DumpSource(two, Share(rank, 2)) for rank in (0, 1)]
     first, second = (source.play(request) for source in sources)
     whole = one.episodes(3)
     assert first.headers == second.headers and len(first.headers) == len(whole)

@@ -17,9 +17,10 @@ from odd_environments import PROMPTER, SETTINGS, TASK, Hostile, Works, play_one,
 
 from icrl_megatron.algo.credit import CreditReport
 from icrl_megatron.algo.headers import headers_of
+from icrl_megatron.engines.rank import Share
 from icrl_megatron.rollout.checked_environment import CheckedEnvironment
 from icrl_megatron.rollout.episode import EpisodeSetup, play
-from icrl_megatron.rollout.source import Played, RolloutRequest, Seat, require_playable
+from icrl_megatron.rollout.source import Played, RolloutRequest, require_playable
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.rollout.teacher import teacher_speakers
 from icrl_megatron.run.watch import nothing_to_learn
@@ -150,7 +151,7 @@ def test_a_teacher_that_fails_drops_its_demonstration(what: str, value: Any) -> 
 def test_the_error_of_a_warm_start_without_demonstrations_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Set(act=lambda: None)
     monkeypatch.setitem(registry._TASK_SETS, "set", lambda: made)  # type: ignore[arg-type]
-    source = TeacherSource(EpisodeSetup(made.environment, PROMPTER, SETTINGS), Seat())
+    source = TeacherSource(EpisodeSetup(made.environment, PROMPTER, SETTINGS), Share(0, 1))
     played = source.play(RolloutRequest([TASK], 1, Seeds(0, 0), 2))
     said = nothing_to_learn(Settings(), 0, played, constant_credit(played.headers))
     assert said.startswith("step 0: all 1 episodes were lost; set/train/0: the teacher's act of task")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from icrl_megatron.algo.headers import AttemptHeader, EpisodeHeader, decode, encode, headers_of
 from icrl_megatron.data.delivery import packed, readers, sizes_of, unpacked
-from icrl_megatron.distributed.exchange import Parcels
+from icrl_megatron.distributed.exchange import Transfers
 from icrl_megatron.distributed.grid import Grid
 from icrl_megatron.telemetry.metrics import reply_entropy
 from icrl_megatron.types import Attempt, Completion, Critique, Episode, Sample, SampleTokens, Task, Turn
@@ -58,20 +58,20 @@ def test_the_mean_log_prob_does_not_depend_on_how_the_tokens_are_split(logprobs:
     assert entropy(parts) == entropy([logprobs]) == entropy([[value] for value in reversed(logprobs)])
 
 
-parcels = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 15)), min_size=1, max_size=60)
+transfers = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 15)), min_size=1, max_size=60)
 
 
-@given(moves=parcels, limit=st.integers(1, 20))
+@given(moves=transfers, limit=st.integers(1, 20))
 def test_no_rank_moves_more_than_the_limit_in_a_round(moves: list[tuple[int, int, int]], limit: int) -> None:
     source, target, size = np.array(moves, dtype=np.int64).T
-    rounds = Parcels(source, target, size).rounds(limit)
+    rounds = Transfers(source, target, size).rounds(limit)
     for ranks in (source, target):
         for number, rank in {*zip(rounds.tolist(), ranks.tolist(), strict=True)}:
             together = size[(rounds == number) & (ranks == rank)]
             assert together.sum() <= limit or np.count_nonzero(together) == 1
     for pair in {*zip(source.tolist(), target.tolist(), strict=True)}:
         of_pair = rounds[(source == pair[0]) & (target == pair[1])]
-        assert (np.diff(of_pair) >= 0).all(), "parcels of a pair of ranks keep their order"
+        assert (np.diff(of_pair) >= 0).all(), "transfers of a pair of ranks keep their order"
     if size.sum() <= limit:
         assert not rounds.any(), "one round is enough"
 

@@ -252,7 +252,7 @@ def tensors_and_sink() -> tuple[list[tuple[str, torch.Tensor]], WeightSender]:
 def test_two_alternating_buckets_send_every_tensor_once() -> None:
     tensors, sink = tensors_and_sink()
     transport = Recorded()
-    sink.pour(tensors, 7, transport)
+    sink.send_all(tensors, 7, transport)
     assert list(transport.seen) == [name for name, _ in tensors]
     assert all(torch.equal(transport.seen[name], tensor) for name, tensor in tensors)
     assert transport.calls == ["begin", *["send", "answer"] * (len(transport.calls) // 2)]
@@ -265,13 +265,13 @@ def test_no_copy_is_pending_after_a_failed_update() -> None:
     tensors, sink = tensors_and_sink()
     transport = Recorded()
     with pytest.raises(EngineError, match="lacks 1 of the model's tensors; first 't5'"):
-        sink.pour(tensors[:-1], 7, transport)
+        sink.send_all(tensors[:-1], 7, transport)
     assert transport.calls[-1] == "answer"
     assert transport.options[-1]["weight_version"] is None
 
     failing = Recorded("no room")
     with pytest.raises(EngineError, match="no room"):
-        sink.pour(tensors, 7, failing)
+        sink.send_all(tensors, 7, failing)
     assert failing.calls.count("send") == 1
 
 
@@ -291,7 +291,7 @@ def test_as_few_buckets_as_their_size_allows(bucket_mib: int, sent: list[list[st
     for version in (1, 2):
         transport.buckets.clear()
         transport.seen.clear()
-        sink.pour(tensors, version, transport)
+        sink.send_all(tensors, version, transport)
         assert [names for names, _ in transport.buckets] == sent
         assert {size for _, size in transport.buckets} == {mib << 20}
 

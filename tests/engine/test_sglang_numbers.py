@@ -181,7 +181,7 @@ def test_four_workers_load_fewer_key_value_heads_as_expected(tmp_path: Path) -> 
 @pytest.mark.parametrize("bucket_mib", [1, 512])
 def test_small_buckets_give_the_same_weights(server: Server, model: Path, bucket_mib: int) -> None:
     engine = engine_on(server, model, engine_settings(bucket_mib=bucket_mib))
-    engine._sink.limit = 60_000 if bucket_mib == 1 else engine._sink.limit  # a tiny model fits in one
+    engine._sender.limit = 60_000 if bucket_mib == 1 else engine._sender.limit  # a tiny model fits in one
     new = changed(load(model), 3)
     engine.update_weights(new, 5)
     engine.verify(new, UNTIED)

@@ -47,7 +47,7 @@ class DeltaPiece:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    """Without "torch."."""
+    """The name of the torch dtype, such as "bfloat16"."""
     sizes: tuple[int, ...]
 
 
@@ -151,7 +151,7 @@ def _batches(pieces: Sequence[DeltaPiece], data: bytes, device: torch.device) ->
 
 
 class _Adding(TorchDispatchMode):
-    """In this context, copying a tensor of differences adds it."""
+    """While this mode is active, `copy_` of a tensor of differences adds it to the target."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
