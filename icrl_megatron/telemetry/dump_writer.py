@@ -28,8 +28,8 @@ def chosen(episodes: Iterable[tuple[str, int]], limit: int | None, seed: int, st
     """The (task id, index) of the episodes that are dumped, out of those of all ranks; the same on every rank.
 
     At most `limit`, or all if that is None. A hash of `seed`, `step` and the task's id chooses the tasks, so that the
-    choice does not depend on the ranks. Each task is dumped with all of its episodes, because credit compares these; only the
-    last task may be cut.
+    choice does not depend on the ranks. Each task is dumped with all of its episodes, because credit
+    compares these; only the last task may be cut.
     """
     everyone = set(episodes)
     if limit is None or len(everyone) <= limit:
