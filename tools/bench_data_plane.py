@@ -388,7 +388,7 @@ def main() -> int:
         report = bench_schema.about() | {"medians": {options.what: numbers}, "bars": bars}
         bench_schema.write(options.out, "data_plane", report)
     for bar in bars:
-        print(bar.line())
+        print(bar.line(), file=sys.stderr)
     return int(not all(bar.held for bar in bars))
 
 
