@@ -196,7 +196,7 @@ def test_the_list_has_every_cell_with_what_it_needs(
     other = listed["critic-start-8b-webshop-tokens"]
     assert (other["published"], other["source"], other["ours"]) == (None, "not stated in our sources", "not run")
     whole = listed["ablation-icrl-8b-all"]
-    assert len(whole["runs"]) == 4 and "weights are" in whole["note"] and len(whole["evaluations"]) == 3
+    assert len(whole["runs"]) == 4 and "paper's weights" in whole["note"] and len(whole["evaluations"]) == 3
 
 
 def test_the_list_is_printed_in_80_columns(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
