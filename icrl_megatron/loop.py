@@ -6,7 +6,7 @@ import math
 
 from icrl_megatron.algo.credit import CreditReport
 from icrl_megatron.distributed.process import STOPPED
-from icrl_megatron.rollout.source import Played, RolloutRequest
+from icrl_megatron.rollout.played import Played, RolloutRequest
 from icrl_megatron.run.evaluator import Evaluator
 from icrl_megatron.run.parts import Parts
 from icrl_megatron.run.recorder import Recorder
@@ -86,7 +86,7 @@ def update(parts: Parts, state: RunState, recorder: Recorder, played: Played, re
         parts.sync.sleep()
         parts.actor.offload.restore()
     with recorder.phase("pack"):
-        delivered = parts.deliver(report.samples, played.episodes, len(report.counted))
+        delivered = parts.deliver(report.samples, played, len(report.counted))
         plan = delivered.plan("train")
         behaviour = delivered.plan("behaviour") if recompute else None
     with recorder.phase("score"):

@@ -30,8 +30,8 @@ from icrl_megatron.distributed.process import StopRequest, run_rank
 from icrl_megatron.engines.rank import Share
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.rollout.episode import EpisodeSetup, play
+from icrl_megatron.rollout.played import EpisodeSource, NothingUnfinished, Played, RolloutRequest, shared
 from icrl_megatron.rollout.prompts import Prompter, template_words, tokenizer
-from icrl_megatron.rollout.source import EpisodeSource, NoPartialRollouts, Played, RolloutRequest, shared
 from icrl_megatron.rollout.teacher import teacher_speakers
 from icrl_megatron.rollout.watchdog import WATCHDOG
 from icrl_megatron.run import conversations, saving
@@ -102,7 +102,7 @@ def constant_credit(episodes: Iterable[EpisodeHeader]) -> CreditReport:
 
 
 @dataclass(frozen=True)
-class TeacherSource(NoPartialRollouts):
+class TeacherSource(NothingUnfinished):
     """Episodes that the task sets' teachers play; every rank plays all of them and gets the same ones."""
 
     setup: EpisodeSetup
@@ -142,7 +142,7 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
         bar.advance(state.step)
         evaluator: Evaluator = NoEvaluator()
         if lessons.heldout.headers:
-            heldout = parts.deliver(constant_credit(lessons.heldout.headers).samples, lessons.heldout.episodes)
+            heldout = parts.deliver(constant_credit(lessons.heldout.headers).samples, lessons.heldout)
             evaluator = HeldoutLoss(parts, state, heldout, progress.log)
         recorder = SupervisedRecorder(state, progress, bar, prompter.decode, lessons.dropped)
         return loop.run(parts, state, recorder, evaluator)

@@ -22,6 +22,7 @@ from icrl_megatron.model.weights import Gatherer
 from icrl_megatron.rollout.prompts import Prompter, tokenizer
 from icrl_megatron.rollout.watchdog import WATCHDOG
 from icrl_megatron.run import build, saving
+from icrl_megatron.run.build import Players
 from icrl_megatron.run.evaluator import HeldoutEvaluator
 from icrl_megatron.run.joining import joined
 from icrl_megatron.run.parts import Parts
@@ -51,17 +52,17 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     catalogue = registry.Catalogue(settings.tasks.sources, settings.rollout.max_observation_bytes, tool_cache)
     prompter = Prompter(tokenizer(start.tokenizer), settings.rollout)
     found = chosen(settings, catalogue, prompter, start.model, grid, progress)
-    early = engine_kind(settings.engine.kind).before_actor
-    engines = build.build_engines(settings, start, grid) if early else None
+    early = engine_kind(settings.engine.kind).before_actor or settings.rollout.staleness > 0
+    players = build.build_players(settings, start, grid, progress) if early else None
     try:
-        first = engines is not None and engines.in_turn
+        first = isinstance(players, Engines) and players.in_turn
         if first:
-            _wait_ready(engines, grid, progress)
+            _wait_ready(players, grid, progress)
         actor = Actor(settings, start.folder, grid, weights=start.found is None)
-        engines = engines if early else build.build_engines(settings, start, grid)
+        players = players if early else build.build_players(settings, start, grid, progress)
         if not first:
-            _wait_ready(engines, grid, progress)
-        parts = _parts(settings, grid, actor, catalogue, prompter, engines, found, progress)
+            _wait_ready(players, grid, progress)
+        parts = _parts(settings, grid, actor, catalogue, prompter, players, found, progress, stop)
         saver = saving.Saver(start, actor, settings.checkpoint.keep, progress.log, lambda: bool(stop))
         state = RunState(parts, saver, stop, progress.log)
         evaluator = HeldoutEvaluator(parts, state, found, progress)
@@ -70,14 +71,14 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
             recorder = Recorder(state, progress, bar, prompter.decode, found.dropped)
             return loop.run(parts, state, recorder, evaluator)
     finally:
-        if engines is not None:
-            engines.close()
+        if players is not None:
+            players.close()
 
 
-def _wait_ready(engines: Engines | None, grid: grids.Grid, progress: Progress) -> None:
-    if engines is not None:
+def _wait_ready(players: Players | None, grid: grids.Grid, progress: Progress) -> None:
+    if players is not None:
         with progress.phase("engine") as bar:
-            engines.wait_ready(lambda: bar.advance(0))
+            players.wait_ready(lambda: bar.advance(0))
         any_rank(grid, False)  # a barrier: a server also uses the GPUs of ranks that do not lead it
 
 
@@ -87,19 +88,24 @@ def _parts(
     actor: Actor,
     catalogue: registry.Catalogue,
     prompter: Prompter,
-    engines: Engines | None,
+    players: Players | None,
     found: Problems,
     progress: Progress,
+    stop: StopRequest,
 ) -> Parts:
-    sync = build.weight_sync(settings, Gatherer(actor.rows, grid), engines, actor.shape)
+    sync = build.weight_sync(settings, Gatherer(actor.rows, grid), players, actor.shape)
     curriculum = Curriculum(settings.tasks.curriculum_floor) if settings.tasks.curriculum else None
+    sampler = TaskSampler(settings.tasks.sources, found.train, order_seed(settings), curriculum)
+    source = build.episode_source(
+        settings, grid, catalogue, prompter, progress, players, sync, sampler, lambda: bool(stop)
+    )
     return Parts(
         settings=settings,
         grid=grid,
         actor=actor,
         sync=sync,
-        source=build.episode_source(settings, grid, catalogue, prompter, progress, engines, sync),
-        sampler=TaskSampler(settings.tasks.sources, found.train, order_seed(settings), curriculum),
+        source=source,
+        sampler=sampler,
         credit=lambda episodes: credit(episodes, settings.algo, train_critic=settings.rollout.critic == "self"),
         rate=lambda step: learning_rate(step, settings.steps, settings.optim),
         watch=Watch(settings, run_folder(settings), progress.log),

@@ -119,6 +119,18 @@ class Completion(ByValue):
         ids, logprobs = self.ids[:count], self.logprobs[:count]
         return Completion(ids, logprobs, self.finish_reason, newest, tuple(older))
 
+    def stale(self, version: int | None) -> BoolArray:
+        """True on tokens that weights before `version` generated; all False for None. Same length as `ids`."""
+        found = np.zeros(len(self.ids), dtype=np.bool_)
+        if version is None or self.weight_version < version:
+            found[:] = version is not None
+            return found
+        begin = 0
+        for older, tokens in self.older:
+            found[begin : begin + tokens] = older < version
+            begin += tokens
+        return found
+
     @staticmethod
     def parse(fields: Mapping[str, Any]) -> Completion:
         """Inverse of `as_json`, after a round trip through JSON."""
@@ -189,6 +201,13 @@ class Attempt(ByValue):
         """True on generated tokens, False on observations; same length as `response_ids()`."""
         lengths = [n for t in self.turns for n in (len(t.completion.ids), len(t.observation_ids))]
         return np.repeat(np.arange(len(lengths)) % 2 == 0, lengths)
+
+    def stale(self, version: int | None) -> BoolArray:
+        """True on tokens that weights before `version` generated; same length as `response_ids()`."""
+        none = [np.zeros(len(t.observation_ids), dtype=np.bool_) for t in self.turns]
+        return joined(
+            [part for t, z in zip(self.turns, none, strict=True) for part in (t.completion.stale(version), z)], np.bool_
+        )
 
     def generated_tokens(self) -> int:
         return sum(len(turn.completion.ids) for turn in self.turns)
@@ -320,6 +339,8 @@ class SampleTokens(ByValue):
     loss_mask: BoolArray
     rollout_logprobs: FloatArray
     """Log-prob of every response token; 0 outside of the mask."""
+    stale: BoolArray
+    """True on tokens that older weights generated than those that are trained (`rollout.staleness`)."""
 
 
 @dataclass(frozen=True)
@@ -344,6 +365,8 @@ class MicroBatch:
     calibrated_L: BoolArray
     same_prompt_L: BoolArray
     """True if the sample is trained under the prompt that the engine saw, so that both log-probs are comparable."""
+    stale_L: BoolArray
+    """True on tokens that older weights generated: their log-probs do not measure the engine."""
     sample_index_L: IntArray
     """Index of the sample in `StepPlan.samples`, used to return per-token results to samples."""
 

@@ -45,7 +45,8 @@ class Whole:
     def tokens(self) -> SampleTokens:
         prompts = (np.array(ids, dtype=np.int32) for ids in (self.behaviour_prompt_ids, self.train_prompt_ids))
         response, mask = np.array(self.response_ids, dtype=np.int32), np.array(self.loss_mask, dtype=np.bool_)
-        return SampleTokens(*prompts, response, mask, np.array(self.rollout_logprobs, dtype=np.float32))
+        logprobs = np.array(self.rollout_logprobs, dtype=np.float32)
+        return SampleTokens(*prompts, response, mask, logprobs, np.zeros(len(mask), dtype=np.bool_))
 
 
 def packed(

@@ -139,7 +139,7 @@ def run_ours(folder: Path, data: Canned) -> None:
     from icrl_megatron.data.packing import lay_out, pack
     from icrl_megatron.engines.sync import WeightSync
     from icrl_megatron.model.weights import Gatherer
-    from icrl_megatron.rollout.source import NoEngine
+    from icrl_megatron.rollout.fixed_sources import NoEngine
 
     settings = Settings()
     settings.actor.precision = "fp32"

@@ -103,6 +103,7 @@ def plan(of: Settings, vocab: int, lengths: list[tuple[int, int]], seed: int = 0
         lengths = prompt, prompt, response, response
         samples.append(Sample(f"t#{number}", "t", "attempt", 0, *lengths, True, False, 1.0, advantage))
         prompt_ids, mask = id_array(ids), np.ones(response, dtype=np.bool_)
-        tokens[f"t#{number}"] = SampleTokens(prompt_ids, prompt_ids, id_array(reply), mask, logprob_array(logprobs))
+        streams = id_array(reply), mask, logprob_array(logprobs), np.zeros(response, dtype=np.bool_)
+        tokens[f"t#{number}"] = SampleTokens(prompt_ids, prompt_ids, *streams)
     layout = lay_out(samples, of.algo, micro_batch_tokens=of.actor.micro_batch_tokens)
     return pack(layout, tokens, align=platform.token_multiple(of.actor))

@@ -20,8 +20,9 @@ from transformers import AutoTokenizer
 from icrl_megatron.engines.rank import Engines, Share
 from icrl_megatron.engines.sglang import SGLangEngine
 from icrl_megatron.rollout.episode import EpisodeSetup
+from icrl_megatron.rollout.played import RolloutRequest
 from icrl_megatron.rollout.prompts import Prompter
-from icrl_megatron.rollout.source import EngineSource, RolloutRequest
+from icrl_megatron.rollout.source import EngineSource
 from icrl_megatron.rollout.speakers import Ask, EngineSpeaker, Seeds, Speakers
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks import registry

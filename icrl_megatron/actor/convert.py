@@ -14,8 +14,8 @@ from icrl_megatron.actor.export import write_hf
 from icrl_megatron.actor.side_files import read_side_files, write_side_files
 from icrl_megatron.distributed import grid as grids
 from icrl_megatron.distributed import platform
+from icrl_megatron.distributed.platform import DTYPES
 from icrl_megatron.model.config import name_dtype, read_config
-from icrl_megatron.model.gpt import DTYPES
 from icrl_megatron.model.shape import check_folder, locate_weights
 from icrl_megatron.model.weights import Gatherer
 from icrl_megatron.settings.schema import ActorSettings, Settings

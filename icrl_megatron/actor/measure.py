@@ -20,9 +20,10 @@ _PER = {
     "calibration_under_half": "calibrated",
     "mismatch_abs": "mismatched",
     "mismatch_ratio": "mismatched",
+    "drift_abs": "drifted",
 }
 """Sums whose mean is over some of the tokens; all others are divided by `tokens`."""
-_PLAIN = ("loss", "non_finite", "calibrated", "mismatched", "tokens")
+_PLAIN = ("loss", "non_finite", "calibrated", "mismatched", "drifted", "tokens")
 
 
 def measure(w_max: float, batch: MicroBatch, frozen: Frozen, out: HeadOutput) -> dict[str, float]:
@@ -37,7 +38,9 @@ def measure(w_max: float, batch: MicroBatch, frozen: Frozen, out: HeadOutput) ->
     if frozen.behaviour_L is not None:
         trainer_L = torch.where(same_prompt_L, trainer_L, frozen.behaviour_L)
         same_prompt_L = torch.ones_like(same_prompt_L)
-    mismatch_M = (trainer_L - rollout_L)[same_prompt_L]
+    # Tokens of older weights do not measure the engine: their difference is what training changed since.
+    stale_L = torch.from_numpy(batch.stale_L).to(device)
+    mismatch_M = (trainer_L - rollout_L)[same_prompt_L & ~stale_L]
     numbers: dict[str, torch.Tensor | float] = {
         "loss": out.loss.detach(),
         "tokens": len(batch.targets_L),
@@ -58,6 +61,9 @@ def measure(w_max: float, batch: MicroBatch, frozen: Frozen, out: HeadOutput) ->
         "max/ratio_deviation": (out.ratio_L - 1.0).abs().amax() if len(out.ratio_L) else 0.0,
         "max/mismatch": mismatch_M.abs().amax() if len(mismatch_M) else 0.0,
     }
+    if batch.stale_L.any():
+        drift_D = (trainer_L - rollout_L)[same_prompt_L & stale_L]
+        numbers |= {"stale": stale_L.sum(), "drifted": len(drift_D), "drift_abs": drift_D.abs().sum()}
     numbers["kl_reference"] = 0.0
     if frozen.reference_L is not None:
         gap_L = frozen.reference_L - out.logprobs_L

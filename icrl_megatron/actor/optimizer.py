@@ -14,7 +14,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
 
-from icrl_megatron.model.gpt import DTYPES, PolicyModel
+from icrl_megatron.distributed.platform import DTYPES
+from icrl_megatron.model.gpt import PolicyModel
 from icrl_megatron.settings.schema import ActorSettings, OptimSettings
 
 STATES = ("param", "exp_avg", "exp_avg_sq")

@@ -34,19 +34,22 @@ def to_samples(episode: EpisodeHeader, settings: AlgoSettings, train_critic: boo
     return samples
 
 
-def tokens_of(episode: Episode, role: Role, round: int, settings: AlgoSettings) -> SampleTokens:
-    """The token sequences of one of the samples of `to_samples`."""
+def tokens_of(
+    episode: Episode, role: Role, round: int, settings: AlgoSettings, version: int | None = None
+) -> SampleTokens:
+    """The token sequences of one of the samples of `to_samples`. `version`: that of the weights that are trained; None
+    if they generated every token."""
     if role == "critique":
         critique = episode.critiques[round]
         ids, logprobs = critique.completion.ids, critique.completion.logprobs
         mask = np.ones(len(ids), dtype=np.bool_)
-        return SampleTokens(critique.prompt_ids, critique.prompt_ids, ids, mask, logprobs)
+        stale = critique.completion.stale(version)
+        return SampleTokens(critique.prompt_ids, critique.prompt_ids, ids, mask, logprobs, stale)
     attempt = episode.attempts[round]
     # Eq. 6: the ratio of a revision uses the prompt without the critique.
     plain = attempt.plain_prompt_ids if _internalised(round, settings) else attempt.prompt_ids
-    return SampleTokens(
-        attempt.prompt_ids, plain, attempt.response_ids(), attempt.loss_mask(), attempt.rollout_logprobs()
-    )
+    response = attempt.response_ids(), attempt.loss_mask(), attempt.rollout_logprobs(), attempt.stale(version)
+    return SampleTokens(attempt.prompt_ids, plain, *response)
 
 
 def critique_reward(this: AttemptHeader, following: AttemptHeader) -> float:

@@ -22,6 +22,8 @@ from icrl_megatron.types import Sample, SampleTokens
 TokenWeights = Mapping[str, tuple[float, ...]]
 """sample_id -> calibration weight of each loss token."""
 _NO_WEIGHT = -1.0
+_LOSS, _STALE = np.uint8(1), np.uint8(2)
+"""Bits of a response token's mark."""
 
 
 def deliver(grid: Grid, layout: SampleLayout, tokens_of: Callable[[Sample], SampleTokens]) -> dict[str, SampleTokens]:
@@ -77,7 +79,7 @@ def sizes_of(samples: Iterable[Sample]) -> Numbers:
 
 
 def _sizes(sample: Sample) -> tuple[int, ...]:
-    """Bytes of the behaviour prompt, the train prompt, the response's ids, log-probs and mask: multiples of 4."""
+    """Bytes of the behaviour prompt, the train prompt, the response's ids, log-probs and marks: multiples of 4."""
     train = 0 if sample.same_prompt else 4 * sample.train_prompt_tokens
     response = 4 * sample.response_tokens
     return 4 * sample.behaviour_prompt_tokens, train, response, response, -(-sample.response_tokens // 4) * 4
@@ -86,19 +88,21 @@ def _sizes(sample: Sample) -> tuple[int, ...]:
 def packed(sample: Sample, tokens: SampleTokens) -> Bytes:
     """The sequences end to end; the train prompt only if it is another one."""
     prompts = [tokens.behaviour_prompt_ids] + ([] if sample.same_prompt else [tokens.train_prompt_ids])
-    mask = np.pad(tokens.loss_mask, (0, -sample.response_tokens % 4))
-    parts = [*prompts, tokens.response_ids, tokens.rollout_logprobs, mask]
+    marks = tokens.loss_mask.view(np.uint8) * _LOSS + tokens.stale.view(np.uint8) * _STALE
+    parts = [*prompts, tokens.response_ids, tokens.rollout_logprobs, np.pad(marks, (0, -sample.response_tokens % 4))]
     return np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in parts])
 
 
 def unpacked(sample: Sample, data: Bytes) -> SampleTokens:
-    """Inverse of `packed`. The sequences are views of `data`."""
-    prompt, plain, ids, logprobs, mask = cut(data, _sizes(sample))
+    """Inverse of `packed`. Ids and log-probs are views of `data`."""
+    prompt, plain, ids, logprobs, marks = cut(data, _sizes(sample))
+    marks = marks[: sample.response_tokens]
     prompt_ids = prompt.view(np.int32)
     return SampleTokens(
         prompt_ids,
         prompt_ids if sample.same_prompt else plain.view(np.int32),
         ids.view(np.int32),
-        mask.view(np.bool_)[: sample.response_tokens],
+        marks & _LOSS != 0,
         logprobs.view(np.float32),
+        marks & _STALE != 0,
     )

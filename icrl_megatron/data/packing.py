@@ -221,6 +221,7 @@ def _micro_batch(
         coefficients_L=coefficients_S.astype(np.float32)[sample_L],
         calibrated_L=np.array([s.calibrated for s in samples], dtype=np.bool_)[sample_L],
         same_prompt_L=np.array([s.same_prompt for s in samples], dtype=np.bool_)[sample_L],
+        stale_L=joined([t.stale for t in parts], np.bool_)[mask_R],
         sample_index_L=sample_L + first_index,
     )
 
@@ -231,11 +232,12 @@ def _check(sample: Sample) -> None:
 
 
 def _check_lengths(sample: Sample, tokens: SampleTokens) -> None:
-    said = sample.behaviour_prompt_tokens, sample.train_prompt_tokens, *[sample.response_tokens] * 3, sample.loss_tokens
-    prompts, streams = [tokens.behaviour_prompt_ids, tokens.train_prompt_ids], [tokens.response_ids, tokens.loss_mask]
-    found = *map(len, [*prompts, *streams, tokens.rollout_logprobs]), int(tokens.loss_mask.sum())
+    said = sample.behaviour_prompt_tokens, sample.train_prompt_tokens, *[sample.response_tokens] * 4, sample.loss_tokens
+    prompts = tokens.behaviour_prompt_ids, tokens.train_prompt_ids
+    streams = tokens.response_ids, tokens.loss_mask, tokens.rollout_logprobs, tokens.stale
+    found = *map(len, (*prompts, *streams)), int(tokens.loss_mask.sum())
     if said != found:
         raise ValueError(
-            f"Sample {sample.sample_id!r}: the lengths of its prompts, response ids, mask and log-probs, and its loss "
-            f"tokens, are {found}, and must be {said}, as in its header."
+            f"Sample {sample.sample_id!r}: the lengths of its prompts, response ids, mask, log-probs and stale "
+            f"marks, and its loss tokens, are {found}, and must be {said}, as in its header."
         )

@@ -91,7 +91,7 @@ def playing(
 ) -> Iterator[SelfPlay]:
     """Starts the engine with `model.path`. Raises ConfigError, and HopelessError if it does not start."""
     from icrl_megatron.distributed import grid, platform  # lazy: import torch
-    from icrl_megatron.model.gpt import DTYPES
+    from icrl_megatron.distributed.platform import DTYPES
 
     device, folder = platform.prepare(settings.launch.device), Path(settings.model.path)
     prompter = Prompter(tokenizer(folder), settings.rollout)

@@ -44,6 +44,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt(3)."""
 _LARGEST_MMAP_THRESHOLD, _KEPT_FREE_BYTES = 32 << 20, 1 << 20
 _device: torch.device | None = None
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""By `actor.precision`."""
 
 
 def spare_the_compiler() -> None:

@@ -9,7 +9,7 @@ masks only the padding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from icrl_megatron.engines.protocol import EngineError, Sampling
 from icrl_megatron.engines.stop_texts import StopRows, StopTexts
-from icrl_megatron.types import FinishReason, FloatArray, IdArray, Ids
+from icrl_megatron.types import FinishReason, FloatArray, IdArray, Ids, id_array, logprob_array
 
 PREFILL_TOKENS = 16384
 """Padded prompt tokens in one prefill forward; bounds its memory."""
@@ -147,6 +147,15 @@ class Decoding:
         ended_R = (stopped_R | (self._limit_R <= self._done)) & self._alive_R
         ended = ended_R.nonzero().flatten().tolist()
         return self._finish(ended, ended_R, stopped_R) if ended else []
+
+    @torch.inference_mode()
+    def abort(self) -> list[Finished]:
+        """Ends all rows that have not finished, with the tokens that they have."""
+        if self._done == 0:
+            return [Finished(i, id_array(()), logprob_array(()), "abort") for i in range(self._alive)]
+        rows, ended_R = self._alive_R.nonzero().flatten().tolist(), self._alive_R
+        left = self._finish(rows, ended_R, torch.zeros_like(ended_R)) if rows else []
+        return [replace(one, finish_reason="abort") for one in left]
 
     def _prefill(self) -> torch.Tensor:
         """Returns logits_RV of the first new token. A prompt shared by several requests is prefilled once."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from icrl_megatron.engines import server_checks
+from icrl_megatron.engines.rank import Share, lead_rank
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.settings.schema import EngineSettings, Settings
 from icrl_megatron.utils.errors import ConfigError
@@ -58,10 +59,16 @@ class EngineKind:
     """Whether one engine may use several GPUs (`engine.tensor_parallel`)."""
     quantizes = False
     """Whether `engine.quantization` applies."""
+    pausable = False
+    """Whether the weights of an engine can change while its requests are unfinished (`engines.protocol.Pausable`)."""
     deltas = False
     """Whether `engine.sync=delta` applies."""
     spare_tokens = 0
     """KV cache tokens that the engine reserves for itself, beyond `rollout.context_tokens`."""
+
+    def share(self, settings: Settings, rank: int, world: int) -> Share:
+        """The part of the tasks that a rank plays."""
+        return Share(rank, world)
 
     def verifies(self, engine: EngineSettings) -> bool:
         """Whether the engine's weights can be compared with those it was sent. If so, the receivers of all ranks that
@@ -99,6 +106,12 @@ class EngineKind:
         raise NotImplementedError
 
 
+def server_count(settings: Settings, world: int) -> int:
+    """The number of servers for `world` ranks."""
+    engine = settings.engine
+    return len(engine.urls) or engine.servers or max(1, world // engine.tensor_parallel)
+
+
 class ServerKind(EngineKind):
     """An engine that is a server: either on the GPUs of its ranks, started by the first rank of a group, or external
     (`engine.urls`)."""
@@ -106,6 +119,11 @@ class ServerKind(EngineKind):
     before_actor = True
     needs_folder = "its servers load the model's folder when they start"
     tensor_parallel = True
+
+    def share(self, settings: Settings, rank: int, world: int) -> Share:
+        servers = server_count(settings, world)
+        leads = rank == lead_rank(rank, world, servers)
+        return Share(rank // (world // servers) if leads else None, servers)
 
     def gpu_memory(self, engine: EngineSettings) -> GpuMemory:
         return "none" if engine.urls else "a fraction"

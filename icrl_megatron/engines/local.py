@@ -17,7 +17,7 @@ from icrl_megatron.engines.protocol import EngineError, Sampling
 from icrl_megatron.engines.stop_texts import StopTexts
 from icrl_megatron.model.shape import ModelShape, locate_weights
 from icrl_megatron.settings.schema import EngineSettings
-from icrl_megatron.types import Completion, Ids
+from icrl_megatron.types import Completion, Ids, id_array, logprob_array
 from icrl_megatron.utils.errors import ConfigError
 
 _IDLE_PASSES = 4
@@ -64,6 +64,7 @@ class LocalEngine:
         self._pending: list[_Pending] = []
         self._running: list[_Pending] = []
         self._driver: asyncio.Task[None] | None = None
+        self._paused = False
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         """Raises EngineError when the engine sleeps, is closed or holds a partial update, when the prompt does not fit
@@ -111,6 +112,15 @@ class LocalEngine:
 
     async def interrupt(self) -> None:
         """Does nothing: its batches finish, because one more token costs less than restarting an aborted batch."""
+
+    async def pause(self) -> None:
+        """Ends the running batch at its next token, and the requests that wait for a batch without any."""
+        self._paused = True
+        if self._driver is not None:
+            await asyncio.wait({self._driver})
+
+    def resume(self) -> None:
+        self._paused = False
 
     def sleep(self) -> None:
         if any(not p.future.done() for p in (*self._pending, *self._running)):
@@ -160,7 +170,8 @@ class LocalEngine:
         """Runs waves until no request is pending. The next request starts it again, in that request's event loop."""
         try:
             while self._pending:
-                await self._quiescence()
+                if not self._paused:
+                    await self._quiescence()
                 wave, self._pending = sorted(self._pending, key=lambda p: len(p.request.prompt)), []
                 self._running = wave
                 batches = -(-len(wave) // self._settings.max_batch)
@@ -181,9 +192,15 @@ class LocalEngine:
     async def _run(self, batch: list[_Pending]) -> None:
         """Runs one batch; its requests finish one at a time. A failure fails all requests that have not finished."""
         try:
+            if self._paused:
+                return self._abort(batch)
             decoding = Decoding(self._model, [p.request for p in batch])
             deadline = min(p.deadline for p in batch)
             while decoding.rows:
+                if self._paused:
+                    for left in decoding.abort():
+                        self._answer(batch[left.index], left)
+                    break
                 for finished in decoding.step():
                     self._answer(batch[finished.index], finished)
                 if time.monotonic() > deadline and decoding.rows:
@@ -198,6 +215,10 @@ class LocalEngine:
             for waiting in batch:
                 if not waiting.future.done():
                     waiting.future.set_exception(reason)
+
+    def _abort(self, batch: Sequence[_Pending]) -> None:
+        for index, waiting in enumerate(batch):
+            self._answer(waiting, Finished(index, id_array(()), logprob_array(()), "abort"))
 
     def _answer(self, waiting: _Pending, finished: Finished) -> None:
         if not waiting.future.done():  # its episode may have been canceled

@@ -7,6 +7,8 @@ from icrl_megatron.engines.rank import Engines, Share
 
 
 class Local(EngineKind):
+    pausable = True
+
     def build(self, request: EngineRequest) -> Engines:
         from icrl_megatron.engines.local import LocalEngine  # lazy: imports torch and transformers
 

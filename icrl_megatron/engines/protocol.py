@@ -108,6 +108,19 @@ class Engine(WeightReceiver, Protocol):
 
 
 @runtime_checkable
+class Pausable(Protocol):
+    """An engine whose weights can change while episodes are played (`rollout.staleness`)."""
+
+    async def pause(self) -> None:
+        """Ends the running requests at their next token: each returns what it has, with finish reason "abort"."""
+        ...
+
+    def resume(self) -> None:
+        """Ends a pause, in the same event loop. No request was running any more."""
+        ...
+
+
+@runtime_checkable
 class Served(Protocol):
     """An engine outside of this process. It can be lost and restarted. An `Engine` that is not `Served` is ready once
     it is built, and ends with the rank."""

@@ -70,7 +70,7 @@ class SGLangEngine:
         request."""
         self.server, self.stats = server, EngineStats()
         self._settings, self._make_transport = settings, transport
-        self._sender = weights.WeightSender(shapes, dtype, device, settings.bucket_mib)
+        self._sender = weights.WeightSender(shapes, dtype, device, settings.bucket_mib, settings.keep_cache)
         self._transport: weights.Transport | None = None
         self._version = 0
         self._asleep = False
@@ -190,6 +190,12 @@ class SGLangEngine:
             await self._abort(link, "", everything=True)
             if self._asked:
                 await asyncio.wait(set(self._asked), timeout=_ABORT_AGAIN_S)
+
+    async def pause(self) -> None:
+        await self.interrupt()
+
+    def resume(self) -> None:
+        self._connections.here().interrupted.clear()
 
     def health(self) -> str:
         if self._lost:

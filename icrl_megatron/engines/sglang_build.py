@@ -21,7 +21,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from icrl_megatron.distributed.grid import Grid
-from icrl_megatron.engines.kind import EngineRequest
+from icrl_megatron.engines.kind import EngineRequest, server_count
 from icrl_megatron.engines.protocol import EngineError, NoAnswerError
 from icrl_megatron.engines.rank import Engines, Share, lead_rank
 from icrl_megatron.engines.server_group import ServerGroup
@@ -119,12 +119,6 @@ def folder_tensors(folder: Path, dtype: torch.dtype, device: torch.device) -> It
     for name, stored in locate_weights(folder, ModelShape.read(folder)).items():
         with safe_open(stored.file, framework="pt", device=str(device)) as file:
             yield name, file.get_tensor(stored.name).to(dtype)
-
-
-def server_count(settings: Settings, world: int) -> int:
-    """The number of servers for `world` ranks."""
-    engine = settings.engine
-    return len(engine.urls) or engine.servers or max(1, world // engine.tensor_parallel)
 
 
 def tensor_shapes(folder: Path) -> Shapes:

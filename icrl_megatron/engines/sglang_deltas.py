@@ -141,7 +141,8 @@ class DeltaEngine(SGLangEngine):
             answer: weights.Answer = transport.send_pieces(request.pieces, data.to(self._device), options)
             return answer
 
-        weights.deliver(requests(pieces, self._sender.limit), send, transport.begin(lost), version)
+        each, flush = requests(pieces, self._sender.limit), not self._sender.keep_cache
+        weights.deliver(each, send, transport.begin(lost), version, flush)
 
 
 def requests(pieces: Iterable[tuple[DeltaPiece, bytes]], limit: int) -> Iterator[tuple[DeltaRequest, bool]]:

@@ -20,6 +20,7 @@ _OURS = ("--host", "--port", "--api-key", "--admin-api-key", "--config", "--dist
 
 class SGLang(ServerKind):
     quantizes = True
+    pausable = True
     deltas = True
     spare_tokens = CONTEXT_SPARE
 

@@ -167,9 +167,11 @@ class WeightSender:
     """Checks tensors, fills buckets with them and sends these over a transport. The buffers are allocated at first use,
     and kept only on a CPU."""
 
-    def __init__(self, shapes: Shapes, dtype: torch.dtype, device: torch.device, bucket_mib: int) -> None:
-        """`shapes` has every Hugging Face tensor of the model."""
-        self.shapes, self.dtype, self.device = shapes, dtype, device
+    def __init__(
+        self, shapes: Shapes, dtype: torch.dtype, device: torch.device, bucket_mib: int, keep_cache: bool = False
+    ) -> None:
+        """`shapes` has every Hugging Face tensor of the model. `keep_cache`: the server keeps its prefix cache."""
+        self.shapes, self.dtype, self.device, self.keep_cache = shapes, dtype, device, keep_cache
         # As few requests as possible: one costs as much as copying tens of MiB (docs/LOG.md).
         self.limit = bucket_mib << 20
         self._pair: tuple[Bucket, Bucket] | None = None
@@ -177,11 +179,11 @@ class WeightSender:
     def send_all(
         self, tensors: Iterable[tuple[str, Tensor]], version: int, transport: Transport, lost: str = ""
     ) -> None:
-        """Sends a complete update. With the last bucket the server takes the new version and flushes its prefix cache.
-        Raises EngineError after all copies have ended."""
+        """Sends a complete update. With the last bucket the server takes the new version and flushes its prefix cache,
+        unless it is kept. Raises EngineError after all copies have ended."""
         pair = self._pair or self._buckets()
         each = filled(checked(tensors, self.shapes, self.dtype, version), pair, self.limit)
-        deliver(each, transport.send, transport.begin(lost), version)
+        deliver(each, transport.send, transport.begin(lost), version, not self.keep_cache)
         if self.device.type == "cpu":
             self._pair = pair
         else:
@@ -196,17 +198,21 @@ class WeightSender:
 
 
 def deliver(
-    buckets: Iterable[tuple[B, bool]], send: Callable[[B, dict[str, Any]], Answer], answer: Answer, version: int
+    buckets: Iterable[tuple[B, bool]],
+    send: Callable[[B, dict[str, Any]], Answer],
+    answer: Answer,
+    version: int,
+    flush: bool = True,
 ) -> None:
     """Sends a complete update, of which `answer` is that of the beginning. `buckets` are pairs (bucket, whether it is
-    the last); each is sent when the one before was answered.
+    the last); each is sent when the one before was answered. `flush`: the last one flushes the prefix cache.
 
     Raises EngineError after all copies have ended.
     """
     try:
         for bucket, last in buckets:
             answer()  # the server has copied the other bucket
-            options = {"abort_all_requests": False, "flush_cache": last}
+            options = {"abort_all_requests": False, "flush_cache": last and flush}
             answer = send(bucket, {**options, "weight_version": str(version) if last else None})
     except EngineError:
         with suppress(EngineError):  # report the first error

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from icrl_megatron.rollout.episode import Ended
-from icrl_megatron.rollout.source import EngineSource, RolloutRequest, require_playable
+from icrl_megatron.rollout.played import RolloutRequest, require_playable
+from icrl_megatron.rollout.source import EngineSource
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.tasks.datasets import row_hash
 from icrl_megatron.types import DroppedEpisode, Episode, Task

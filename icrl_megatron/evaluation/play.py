@@ -26,6 +26,7 @@ from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.distributed import grid as grids
 from icrl_megatron.distributed import platform
 from icrl_megatron.distributed.grid import Grid
+from icrl_megatron.distributed.platform import DTYPES
 from icrl_megatron.distributed.process import STOP_ENV, STOPPED, leave_outcome, report_started, run_rank
 from icrl_megatron.engines.kind import EngineRequest
 from icrl_megatron.engines.protocol import EngineError
@@ -36,14 +37,14 @@ from icrl_megatron.evaluation.job import EvalJob
 from icrl_megatron.evaluation.measured import SEEDS, Playing
 from icrl_megatron.evaluation.result import PICTURE, RESULT, Result, read_result
 from icrl_megatron.evaluation.scores import compare, score, successes
-from icrl_megatron.model.gpt import DTYPES
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.rollout.context_budget import TooLongError
 from icrl_megatron.rollout.episode import EpisodeSetup
 from icrl_megatron.rollout.external import ExternalSpeaker, first_model
 from icrl_megatron.rollout.own_model import own_models
+from icrl_megatron.rollout.played import Played, RolloutRequest
 from icrl_megatron.rollout.prompts import Prompter, tokenizer
-from icrl_megatron.rollout.source import EngineSource, Played, RolloutRequest
+from icrl_megatron.rollout.source import EngineSource
 from icrl_megatron.rollout.speakers import EmptyCritic, EngineSpeaker, Speaker, SpeakersFor, same_speakers
 from icrl_megatron.run.problems import ProblemShare, examine, left_out, refusal
 from icrl_megatron.tasks import registry

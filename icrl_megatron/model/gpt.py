@@ -18,12 +18,11 @@ from torch import Tensor
 
 from icrl_megatron.distributed import platform
 from icrl_megatron.distributed.grid import Grid
+from icrl_megatron.distributed.platform import DTYPES
 from icrl_megatron.model.rotary import softmax_scale, yarn_frequencies
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.settings.schema import ActorSettings
 from icrl_megatron.utils.errors import ConfigError
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class PolicyModel(GPTModel):

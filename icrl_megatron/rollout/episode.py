@@ -328,7 +328,7 @@ async def play_all(
 
     async def one(task: Task, index: int) -> Ended:
         async with gate:
-            result = await _play_twice(task, index, setup, speakers_for, seeds)
+            result = await play_twice(task, index, setup, speakers_for, seeds)
         if on_end is not None:
             on_end(result)
         return result
@@ -336,7 +336,7 @@ async def play_all(
     return await gather([one(task, index) for task, index in pairs])
 
 
-async def _play_twice(task: Task, index: int, setup: EpisodeSetup, speakers_for: SpeakersFor, seeds: Seeds) -> Ended:
+async def play_twice(task: Task, index: int, setup: EpisodeSetup, speakers_for: SpeakersFor, seeds: Seeds) -> Ended:
     """Plays an episode. If its request or environment failed, plays it once more from the beginning in a new
     environment, then drops it. The comment below says which episodes are dropped at once."""
     for last in (False, True):

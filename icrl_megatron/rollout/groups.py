@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+from icrl_megatron.engines.continuing import BeforeStop
 from icrl_megatron.rollout.episode import Ended
-from icrl_megatron.rollout.replay import BeforeStop, ReplayLog, ReplayLogs, Stop, recorded
+from icrl_megatron.rollout.replay import ReplayLog, ReplayLogs, Stop, recorded
 from icrl_megatron.rollout.speakers import Interruptible, Speakers, SpeakersFor
 from icrl_megatron.types import Task, UnplayedEpisode
 

@@ -9,14 +9,15 @@ that was cut off continues where it ended; its older tokens keep the log-probs t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from icrl_megatron.engines.continuing import BeforeStop, continued, rest_seed
 from icrl_megatron.rollout.speakers import Ask, Speaker, Speakers
-from icrl_megatron.types import ByValue, Completion, IdArray, Task, as_json, id_array, joined
+from icrl_megatron.types import ByValue, Completion, IdArray, Task, as_json, id_array
 from icrl_megatron.utils.errors import ConfigError
 
 
@@ -101,10 +102,6 @@ def from_lines(lines: Iterable[str]) -> ReplayLogs:
     return found
 
 
-BeforeStop = Callable[[IdArray, Sequence[str]], IdArray]
-"""(ids of a reply that was cut off, its stop strings) -> its beginning without a stop string that has begun."""
-
-
 def recorded(speakers: Speakers, log: ReplayLog, stop: Stop, before_stop: BeforeStop) -> Speakers:
     """The same speakers with a replay log. Solver and critic share one log because they take turns."""
     cursor = _Cursor(log, stop, before_stop)
@@ -159,10 +156,6 @@ class _Recorded:
         remaining = ask.max_new_tokens - len(begun.ids)
         if remaining < 1:
             return replace(begun, finish_reason="length")
-        rest = await self.speaker.reply(
-            replace(ask, prompt_ids=(*ask.prompt_ids, *begun.ids.tolist()), max_new_tokens=remaining)
-        )
-        ended = len(begun.ids) - sum(tokens for _, tokens in begun.older)
-        older = (*begun.older, (begun.weight_version, ended))
-        ids, logprobs = joined([begun.ids, rest.ids], np.int32), joined([begun.logprobs, rest.logprobs], np.float32)
-        return Completion(ids, logprobs, rest.finish_reason, rest.weight_version, older)
+        prompt, seed = (*ask.prompt_ids, *begun.ids.tolist()), rest_seed(ask.seed, len(begun.ids))
+        rest = await self.speaker.reply(replace(ask, prompt_ids=prompt, max_new_tokens=remaining, seed=seed))
+        return continued(begun, rest)

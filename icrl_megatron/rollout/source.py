@@ -1,132 +1,29 @@
-"""Sources of a step's episodes: engines, a dump of an earlier run, or generated fake data."""
+"""The source of a synchronous run: a step's episodes are played on the ranks' engines before it is trained on."""
 
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from pathlib import Path
 
 import numpy as np
 
-from icrl_megatron.algo.headers import EpisodeHeader, decode, encode, headers_of
 from icrl_megatron.distributed.grid import Failure, attempt, raise_failures
-from icrl_megatron.engines.protocol import EngineError, EngineStats
-from icrl_megatron.engines.rank import ONE_RANK, Engines, Share
+from icrl_megatron.engines.protocol import EngineError, EngineLostError, EngineStats
+from icrl_megatron.engines.rank import Engines, Share
+from icrl_megatron.rollout import replay
 from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play_all
 from icrl_megatron.rollout.groups import Groups, OnGroup, ignored, split_tasks
-from icrl_megatron.rollout.replay import ReplayLogs, copied, tokens
+from icrl_megatron.rollout.played import Gather, Job, Played, RolloutRequest, T, together
+from icrl_megatron.rollout.replay import ReplayLogs, tokens
 from icrl_megatron.rollout.speakers import Meter, Seeds, SpeakersFor
-from icrl_megatron.telemetry.dumps import Rollouts
-from icrl_megatron.types import (
-    Attempt,
-    Completion,
-    Critique,
-    DroppedEpisode,
-    Episode,
-    Ids,
-    Task,
-    Turn,
-    UnplayedEpisode,
-    id_array,
-    logprob_array,
-)
-from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.types import Episode, Task, UnplayedEpisode
 from icrl_megatron.utils.progress import Progress
 
 MAX_DEATHS = 3
 """Number of engine losses in one step that ends the run."""
-
-Gather = Callable[[Any], list[Any]]
-"""An object of this rank -> the objects of all ranks, in rank order."""
-
-
-@dataclass(frozen=True)
-class Played:
-    """What all ranks played. All but `episodes` is the same on every rank."""
-
-    headers: tuple[EpisodeHeader, ...]
-    """The headers of the episodes of all ranks, in the order of the tasks."""
-    dropped: tuple[DroppedEpisode, ...]
-    episodes: tuple[Episode, ...] = ()
-    """Those that this rank has (`EpisodeHeader.rank`), in the same order."""
-    engine: EngineStats = field(default_factory=EngineStats)
-    deaths: int = 0
-    """Engines that were restarted since the step began, including during a batch that was later redrawn."""
-    cut_off: int = 0
-    """Episodes that were interrupted because enough groups were complete without them."""
-    discarded_tokens: int = 0
-    """Tokens generated so far that are not used: those of episodes that were cut off, dropped, or had to be played
-    again."""
-    kept_tokens: int = 0
-    """Tokens in the replay logs that continue in the next step."""
-    generated: int | None = None
-    """Tokens generated in this step, used or not; None: the tokens of the episodes."""
-
-    def and_more(self, later: Played) -> Played:
-        """Two batches of a step as one. A task that both played counts once."""
-        known = {header.task.task_id for header in self.headers}
-        more = tuple(header for header in later.headers if header.task.task_id not in known)
-        unused = later.used_tokens() - sum(header.generated_tokens() for header in more)
-        return replace(
-            later,
-            headers=self.headers + more,
-            episodes=self.episodes + tuple(one for one in later.episodes if one.task.task_id not in known),
-            dropped=self.dropped + later.dropped,
-            cut_off=self.cut_off + later.cut_off,
-            discarded_tokens=self.discarded_tokens + later.discarded_tokens + unused,
-            generated=self.generated_tokens() + later.generated_tokens(),
-        )
-
-    def used_tokens(self) -> int:
-        """Tokens of the episodes, some of which may have been generated in the previous step."""
-        return sum(header.generated_tokens() for header in self.headers)
-
-    def generated_tokens(self) -> int:
-        return self.used_tokens() if self.generated is None else self.generated
-
-
-def require_playable(played: Played) -> None:
-    """Raises ConfigError if every episode of a task set ended with an invalid answer."""
-    working = {header.task.source for header in played.headers}
-    working |= {dropped.task.source for dropped in played.dropped if not dropped.bad_answer}
-    for dropped in played.dropped:
-        if dropped.task.source not in working:
-            raise ConfigError(f"no episode of task set {dropped.task.source!r} can be played: {dropped.error}")
-
-
-@dataclass(frozen=True)
-class RolloutRequest:
-    """The episodes that a source plays.
-
-    Example: RolloutRequest(tasks, episodes=8, seeds=Seeds(run=0, step=3), rounds=2)
-    """
-
-    tasks: Sequence[Task]
-    episodes: int
-    """Of each task: one group."""
-    seeds: Seeds
-    rounds: int
-    """Attempts of an episode, at most."""
-    needed: int | None = None
-    """How many complete groups are enough, if more tasks are given; None: all of them."""
-    turns: int | None = None
-    """Largest number of turns of an attempt; None: `rollout.max_turns`."""
-
-
-class EpisodeSource(Protocol):
-    def play(self, request: RolloutRequest) -> Played:
-        """Plays episodes. All ranks call it together, with the same request."""
-        ...
-
-    def replay_logs(self) -> ReplayLogs:
-        """A copy of the replay logs of this rank's groups that were cut off and continue in the next step."""
-        ...
-
-    def restore_replay_logs(self, replay_logs: ReplayLogs) -> None:
-        """Restores this rank's part of the replay logs of all ranks from a checkpoint, perhaps of another grid."""
-        ...
 
 
 @dataclass
@@ -215,13 +112,34 @@ class EngineSource:
                     by_share[index] = theirs
         return [] if share.index is None else split_tasks(tasks, by_share)[share.index]
 
-    def replay_logs(self) -> ReplayLogs:
-        return copied(self.kept)
+    def unfinished(self) -> Callable[[], list[str]]:
+        """The groups that were cut off and continue in the next step."""
+        kept = replay.copied(self.kept)
+        return lambda: replay.to_lines(kept)
 
-    def restore_replay_logs(self, replay_logs: ReplayLogs) -> None:
-        if self.engines.share.index is not None and self.setup.settings.partial:
-            mine = list(replay_logs)[self.engines.share.index :: self.engines.share.count]
-            self.kept.update({task: replay_logs[task] for task in mine})
+    def restore(self, path: Path, known: Collection[Task]) -> int:
+        share = self.engines.share
+        if not self.setup.settings.partial:
+            return 0
+        saved = replay.read(path)
+        kept = [task for task in saved if task in known]
+        if share.index is not None:
+            self.kept.update({task: saved[task] for task in kept[share.index :: share.count]})
+        return len(saved) - len(kept)
+
+    def run(self, job: Job[T] | None) -> T | None:
+        """Runs a job on this rank's engine; None: this rank has none. It is run again after an engine was lost. All
+        ranks call it together."""
+        found: list[T] = []
+
+        def play_rest() -> int:
+            if job is not None and not found:
+                with suppress(EngineLostError):
+                    found.append(asyncio.run(_awaited(job(self.setup, self.speakers_for))))
+            return int(job is not None and not found)
+
+        self.play_with_recovery(int(job is not None), play_rest)
+        return found[0] if found else None
 
     def _revive(self, reasons: list[str], before: int) -> int:
         """Restarts lost engines with the current weights and returns how many there were."""
@@ -254,29 +172,23 @@ class EngineSource:
     ) -> Played:
         """`begun` and `kept`: tokens in the replay logs before and after the step."""
         complete = groups.complete()
-        mine = [e for e in complete if isinstance(e, Episode)]
-        headers = headers_of(mine)
-        used = sum(header.generated_tokens() for header in headers)
+        used = sum(e.generated_tokens() for e in complete if isinstance(e, Episode))
         counts = np.array([groups.discarded(), begun + generated - used - kept, kept, generated])
-        lost = [e for e in complete if isinstance(e, DroppedEpisode)]
-        everyone = self.gather((encode(headers, tasks), lost, counts, stats))
-        cut_off, discarded, kept_by_all, generated_by_all = map(int, sum(of for _, _, of, _ in everyone))
-        order = {task.task_id: i for i, task in enumerate(tasks)}  # kept tasks that were not drawn come last, by id
-
-        def order_key(result: EpisodeHeader | Episode | DroppedEpisode) -> tuple[int, str, int]:
-            return order.get(result.task.task_id, len(order)), result.task.task_id, result.index
-
-        return Played(
-            tuple(sorted((h for r, (of, *_) in enumerate(everyone) for h in decode(of, tasks, r)), key=order_key)),
-            tuple(sorted((dropped for _, of, _, _ in everyone for dropped in of), key=order_key)),
-            tuple(sorted(mine, key=order_key)),
-            sum((stats for _, _, _, stats in everyone), EngineStats()),
-            deaths,
-            cut_off,
-            discarded,
-            kept_by_all,
-            generated_by_all,
+        played, everyone = together(self.gather, tasks, complete, (counts, stats))
+        cut_off, discarded, kept_by_all, generated_by_all = np.sum([of for of, _ in everyone], axis=0).tolist()
+        return replace(
+            played,
+            engine=sum((of for _, of in everyone), EngineStats()),
+            deaths=deaths,
+            cut_off=cut_off,
+            discarded_tokens=discarded,
+            kept_tokens=kept_by_all,
+            generated=generated_by_all,
         )
+
+
+async def _awaited(job: Awaitable[T]) -> T:
+    return await job
 
 
 async def _round(
@@ -289,95 +201,3 @@ async def _round(
 
 def _part(needed: int, share: Share) -> int:
     return 0 if share.index is None else len(range(needed)[share.index :: share.count])
-
-
-def shared(
-    episodes: Iterable[Episode], share: Share, dropped: Sequence[DroppedEpisode] = (), generated: int | None = None
-) -> Played:
-    """Episodes that every rank has: each rank keeps its share of them, and the headers of all. `generated`: as of
-    `Played`."""
-    headers, mine = list[EpisodeHeader](), list[Episode]()
-    for number, episode in enumerate(episodes):  # may be a generator, so that only the share is in memory
-        headers.append(EpisodeHeader.of(episode, number % share.count))
-        if number % share.count == share.index:
-            mine.append(episode)
-    return Played(tuple(headers), tuple(dropped), tuple(mine), generated=generated)
-
-
-class NoPartialRollouts:
-    """Methods of a source that never cuts an episode off."""
-
-    def replay_logs(self) -> ReplayLogs:
-        return {}
-
-    def restore_replay_logs(self, replay_logs: ReplayLogs) -> None:
-        """Nothing to restore."""
-
-
-@dataclass(frozen=True)
-class DumpSource(NoPartialRollouts):
-    """The episodes that another run dumped, step by step and then from the start again: trains without an engine."""
-
-    rollouts: Rollouts
-    share: Share = ONE_RANK
-
-    def play(self, request: RolloutRequest) -> Played:
-        steps = self.rollouts.steps
-        return shared(self.rollouts.episodes(steps[request.seeds.step % len(steps)]), self.share)
-
-
-@dataclass(frozen=True)
-class FakeSource(NoPartialRollouts):
-    """Random tokens with random rewards, with lengths that the settings allow: for testing shapes and speed, not
-    learning."""
-
-    vocabulary: int
-    prompt_tokens: int
-    turn_tokens: int
-    critique_tokens: int
-    share: Share = ONE_RANK
-
-    def play(self, request: RolloutRequest) -> Played:
-        tasks = request.tasks[: request.needed]
-        return shared((self._episode(t, i, request) for t in tasks for i in range(request.episodes)), self.share)
-
-    def _episode(self, task: Task, index: int, request: RolloutRequest) -> Episode:
-        rng, rounds = random.Random(request.seeds.of(task.task_id, index, 0, "fake", 0)), request.rounds
-        plain = self._ids(rng, self.prompt_tokens)
-        attempts: list[Attempt] = []
-        critiques: list[Critique] = []
-        for round in range(rounds):
-            advice = tuple(critiques[-1].completion.ids.tolist()) if critiques else ()
-            turn = Turn(self._completion(rng, self.turn_tokens), "", None, "", id_array(()))
-            success = rng.random() < 0.5
-            attempts.append(
-                Attempt(round, id_array(plain + advice), id_array(plain), (turn,), float(success), success, "", "done")
-            )
-            if success or round + 1 == rounds:
-                break
-            critiques.append(Critique(round, id_array((*plain, 1)), self._completion(rng, self.critique_tokens), ""))
-        return Episode(task, index, tuple(attempts), tuple(critiques))
-
-    def _completion(self, rng: random.Random, longest: int) -> Completion:
-        ids = self._ids(rng, rng.randint(1, longest))
-        return Completion(id_array(ids), logprob_array([-3.0 * rng.random() for _ in ids]), "stop", 0)
-
-    def _ids(self, rng: random.Random, count: int) -> Ids:
-        return tuple(rng.randrange(self.vocabulary) for _ in range(count))
-
-
-class NoEngine:
-    """The engine of sources that generate nothing. It accepts weights, so that weight sync still runs."""
-
-    def update_weights(self, tensors: Any, version: int) -> None:
-        for _ in tensors:
-            pass
-
-    def sleep(self) -> None:
-        """Nothing to release or restore."""
-
-    def wake_weights(self) -> None:
-        """Nothing to release or restore."""
-
-    def wake(self) -> None:
-        """Nothing to release or restore."""

@@ -55,17 +55,16 @@ class ControlState:
 async def control(
     problems: Sequence[Task],
     limit: int,
+    seeds: Seeds,
+    state: ControlState,
     setup: EpisodeSetup,
     speakers_for: SpeakersFor,
-    seeds: Seeds,
-    state: ControlState | None = None,
 ) -> ControlResult:
     """Plays first attempts, and retries each failed one with its critique, with an empty one, and from scratch.
 
     At most `limit` failures are retried, the first ones in the order of `problems`; each problem is tried once. The
     three arms draw independent samples. Results in `state` are not played again. Raises what `episode.play` raises.
     """
-    state = state or ControlState()
     one_round = replace(setup, settings=replace(setup.settings, rounds=1))
     first = replace(seeds, purpose=f"{seeds.purpose}/first")
     await play([t for t in problems if t not in state.first], 1, one_round, speakers_for, first, state.heard)

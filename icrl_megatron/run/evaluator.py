@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, Protocol
 
-from icrl_megatron.engines.protocol import EngineLostError
-from icrl_megatron.rollout.source import EngineSource, RolloutRequest, require_playable
+from icrl_megatron.rollout.played import RolloutRequest, require_playable
+from icrl_megatron.rollout.source import EngineSource
 from icrl_megatron.run.control import ControlState, control
 from icrl_megatron.run.files import CONTROL
 from icrl_megatron.run.parts import Parts
@@ -92,23 +92,13 @@ class HeldoutEvaluator:
         parts, path = self._parts, self._state.run_dir / CONTROL.format(when)
         if parts.settings.eval.control_problems == 0 or not isinstance(parts.source, EngineSource):
             return
-        source, seeds = parts.source, parts.seeds(0, purpose=f"control/{when}")
+        seeds, limit = parts.seeds(0, purpose=f"control/{when}"), parts.settings.eval.control_problems
         mine = parts.grid.rank == 0 and not path.exists()
-        todo = self._heldout if mine else {}
-        states = {name: ControlState() for name in todo}
         results: dict[str, Any] = {}
-
-        def play_rest() -> int:
-            for name in (n for n in todo if n not in results):
-                limit = parts.settings.eval.control_problems
-                played = control(todo[name][: 2 * limit], limit, source.setup, source.speakers_for, seeds, states[name])
-                try:
-                    results[name] = asdict(asyncio.run(played))
-                except EngineLostError:
-                    break
-            return len(todo) - len(results)
-
         with self._progress.phase("control"):
-            source.play_with_recovery(len(todo), play_rest)
+            for name, problems in self._heldout.items():
+                job = partial(control, problems[: 2 * limit], limit, seeds, ControlState())
+                result = parts.source.run(job if mine else None)
+                results |= {} if result is None else {name: asdict(result)}
         if mine:
             write_atomically(path, [json.dumps(results, indent=2)], "the control")

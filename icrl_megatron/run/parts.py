@@ -16,11 +16,11 @@ from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.distributed.grid import Grid
 from icrl_megatron.distributed.platform import token_multiple
 from icrl_megatron.model.flops import SampleFlops
-from icrl_megatron.rollout.source import EpisodeSource
+from icrl_megatron.rollout.played import EpisodeSource, Played
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.run.watch import NoWatch, Watch
 from icrl_megatron.settings.schema import Settings
-from icrl_megatron.types import Episode, Sample, SampleTokens, StepPlan, StepStats
+from icrl_megatron.types import Sample, SampleTokens, StepPlan, StepStats
 
 
 class Weights(Protocol):
@@ -83,9 +83,9 @@ class Parts:
     purpose: str = "train"
     """Part of every seed of training episodes."""
 
-    def deliver(self, samples: Sequence[Sample], episodes: Sequence[Episode], counted: int = 0) -> Delivered:
-        """Lays out the samples of all ranks and moves their tokens to the replicas that train on them. `episodes`:
-        those of this rank. All ranks call it together, with the same samples."""
+    def deliver(self, samples: Sequence[Sample], played: Played, counted: int = 0) -> Delivered:
+        """Lays out the samples of all ranks and moves their tokens to the replicas that train on them. All ranks call
+        it together, with the same samples."""
         layout = lay_out(
             samples,
             self.settings.algo,
@@ -95,10 +95,11 @@ class Parts:
             counted=counted,
             flops=SampleFlops.of(self.actor.shape, self.settings),
         )
-        own = {f"{episode.task.task_id}#{episode.index}": episode for episode in episodes}
+        own = {f"{episode.task.task_id}#{episode.index}": episode for episode in played.episodes}
 
         def tokens(sample: Sample) -> SampleTokens:
-            return tokens_of(own[sample.episode_id()], sample.role, sample.round, self.settings.algo)
+            episode = own[sample.episode_id()]
+            return tokens_of(episode, sample.role, sample.round, self.settings.algo, played.version)
 
         return Delivered(layout, deliver(self.grid, layout, tokens), token_multiple(self.settings.actor))
 

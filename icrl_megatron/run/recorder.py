@@ -13,7 +13,7 @@ from icrl_megatron.algo.credit import CreditReport
 from icrl_megatron.data.curriculum import append_history, success_shares
 from icrl_megatron.distributed import platform
 from icrl_megatron.distributed.grid import gather_objects
-from icrl_megatron.rollout.source import Played
+from icrl_megatron.rollout.played import Played
 from icrl_megatron.run.state import RunState
 from icrl_megatron.telemetry.dump_writer import StepDump, chosen
 from icrl_megatron.telemetry.dumps import credit_of
@@ -67,7 +67,7 @@ class Recorder:
         row |= {"tokens/generated_total": state.generated, "steps/resampled": self._resampled}
         row |= {"data/dropped_too_long": float(self._dropped)}
         row |= {"weights/version": sync.version, "steps/without_signal": float(not report.has_signal)}
-        row |= _engine_metrics(played)
+        row |= _engine_metrics(played) | _staleness(played)
         rollout = state.parts.settings.rollout
         if rollout.turn_stages:
             row["attempt/turn_limit"] = float(rollout.turns_at(state.step - 1))
@@ -157,6 +157,18 @@ def _cost(played: Played) -> MetricsRow:
         GENERATED: float(played.generated_tokens()),
         "tokens/discarded": float(played.discarded_tokens),
         "tokens/kept": float(played.kept_tokens),
+    }
+
+
+def _staleness(played: Played) -> MetricsRow:
+    """How old the groups of an asynchronous step are; empty for a synchronous one."""
+    if not played.behind:
+        return {}
+    return {
+        "staleness/mean": sum(played.behind) / len(played.behind),
+        "staleness/max": float(max(played.behind)),
+        "staleness/dropped_groups": float(played.too_old),
+        "staleness/lost_engines": float(played.deaths),
     }
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from icrl_megatron.engines.registry import engine_kind
 from icrl_megatron.settings.schema import RolloutSettings, Settings
 from icrl_megatron.utils import addresses
 from icrl_megatron.utils.errors import ConfigError
 
 
 def check_rollout(settings: Settings) -> None:
-    """Raises ConfigError if partial rollouts or an external critic lack required settings, and if the stages of the
-    turn limit are not in order or have no effect."""
+    """Raises ConfigError if partial or asynchronous rollouts or an external critic lack required settings, and if the
+    stages of the turn limit are not in order or have no effect."""
     _check_partial(settings)
+    _check_staleness(settings)
     _check_turn_stages(settings.rollout)
     _check_external(settings.rollout)
 
@@ -30,6 +32,40 @@ def _check_partial(settings: Settings) -> None:
         raise ConfigError(
             "rollout.partial=true trains on tokens of older weights: set algo.mismatch_correction.enabled=true, which "
             "weights them by the log-probs they were sampled with"
+        )
+
+
+def _check_staleness(settings: Settings) -> None:
+    rollout, engine, debug = settings.rollout, settings.engine, settings.debug.mode
+    if not rollout.staleness:
+        if engine.keep_cache:
+            raise ConfigError(
+                "engine.keep_cache=true has no effect with rollout.staleness=0: the cache is flushed while the actor "
+                "trains; set it to false"
+            )
+        return
+    given = f"rollout.staleness={rollout.staleness}"
+    if rollout.oversample > 1.0:
+        raise ConfigError(
+            f"{given} with rollout.oversample={rollout.oversample:g}: slow episodes already run beside the next steps; "
+            "set rollout.oversample=1, or rollout.staleness=0"
+        )
+    if not settings.algo.mismatch_correction.enabled:
+        raise ConfigError(
+            f"{given} trains on tokens of older weights: set algo.mismatch_correction.enabled=true, which weights them "
+            "by the log-probs they were sampled with"
+        )
+    if debug in ("from_dump", "fake_data"):
+        raise ConfigError(f"{given} has no effect with debug.mode={debug}, which plays nothing; set it to 0")
+    if not engine_kind(engine.kind).pausable:
+        raise ConfigError(
+            f"{given}: the weights of engine.kind={engine.kind} cannot change while its requests are unfinished; use "
+            "engine.kind=sglang, or set rollout.staleness=0"
+        )
+    if settings.launch.device == "cuda" and not engine.urls:
+        raise ConfigError(
+            f"{given}: the engine would need the GPUs that the actor trains on; name SGLang servers on other GPUs in "
+            "engine.urls, or set rollout.staleness=0"
         )
 
 

@@ -12,8 +12,6 @@ from icrl_megatron.data.curriculum import cut_history, read_history
 from icrl_megatron.distributed.grid import any_rank, gather_objects, run_on_all_ranks
 from icrl_megatron.distributed.process import StopRequest
 from icrl_megatron.model.weights import Gatherer
-from icrl_megatron.rollout import replay
-from icrl_megatron.rollout.replay import ReplayLogs
 from icrl_megatron.run.files import EXPORT
 from icrl_megatron.run.parts import Parts
 from icrl_megatron.run.saving import Files, Saver
@@ -24,7 +22,7 @@ from icrl_megatron.telemetry.writer import METRICS_FILE, MetricsRow, MetricsWrit
 from icrl_megatron.utils.results import MOVE_AWAY
 
 REPLAY = "replay.jsonl"
-"""In a checkpoint: unfinished episodes (`rollout.partial`)."""
+"""In a checkpoint: unfinished episodes (`rollout.partial`, `rollout.staleness`)."""
 NEWEST_ROWS = "metrics.jsonl"
 """In a checkpoint: the rows of its step."""
 PENDING = "row.json"
@@ -46,8 +44,7 @@ class RunState:
         newest: list[MetricsRow] = []
         resumed = saver.restore()
         if resumed is not None:
-            if parts.settings.rollout.partial:
-                self._take_back(replay.read(saver.folder / REPLAY))
+            self._take_back(saver.folder / REPLAY)
             self.step, self.generated = resumed.step, resumed.generated_tokens
             parts.sync.version = max(0, resumed.weight_version - 1)  # the first push has that version again
             self.pending, newest = _read_pending(saver.folder / PENDING), read_rows(saver.folder / NEWEST_ROWS)
@@ -79,14 +76,10 @@ class RunState:
             actor.optimizer.forget()
         self._log(f"starting from {folder} {'with' if moments else 'without'} its optimizer moments")
 
-    def _take_back(self, kept: ReplayLogs) -> None:
-        """Resumes unfinished episodes whose problems are still training problems: the data may have changed."""
-        known = {task: group for task, group in kept.items() if task in self.parts.sampler.known}
-        if len(known) < len(kept):
-            self._log(
-                f"{len(kept) - len(known)} unfinished groups are dropped: their problems are no longer trained on"
-            )
-        self.parts.source.restore_replay_logs(known)
+    def _take_back(self, path: Path) -> None:
+        """Resumes the groups that were begun and not trained on, if their problems are still training problems."""
+        if dropped := self.parts.source.restore(path, self.parts.sampler.known):
+            self._log(f"{dropped} unfinished groups are dropped: their problems are no longer trained on")
 
     def _resume_curriculum(self, main: bool) -> None:
         """Replays the success shares of the steps before the checkpoint. Every rank reads the file, then rank 0 removes
@@ -114,13 +107,13 @@ class RunState:
 
     def completed(self, pending: MetricsRow | None) -> None:
         """Marks the step as done: from now on it is saved after an error, with its metrics if they are `pending`."""
-        optimizer, kept = self.parts.actor.optimizer, self.parts.source.replay_logs()
+        optimizer, unfinished = self.parts.actor.optimizer, self.parts.source.unfinished()
 
         def beside() -> Files:
-            everyones = {task: of for mine in gather_objects(self.parts.grid, kept) for task, of in mine.items()}
+            lines = [line for of in gather_objects(self.parts.grid, unfinished()) for line in of]
             self.dumps.flush()  # no step of a checkpoint is played again
             self._count_losses()
-            found = {REPLAY: replay.to_lines(everyones)} if everyones else {}
+            found = {REPLAY: lines} if lines else {}
             rows = run_on_all_ranks(self.parts.grid, lambda: self._writer.saved() if self._writer is not None else [])
             found |= {NEWEST_ROWS: rows or []}
             return found | ({PENDING: [json.dumps(pending)]} if pending is not None else {})

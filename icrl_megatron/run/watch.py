@@ -10,7 +10,7 @@ from pathlib import Path
 from icrl_megatron.actor.actor import InvariantError
 from icrl_megatron.algo.credit import CreditReport
 from icrl_megatron.algo.headers import EpisodeHeader
-from icrl_megatron.rollout.source import Played
+from icrl_megatron.rollout.played import Played
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.telemetry.metrics import REPLY_ENTROPY, reply_entropy
 from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows

@@ -17,7 +17,8 @@ from icrl_megatron.algo.credit import credit
 from icrl_megatron.algo.headers import headers_of
 from icrl_megatron.engines.rank import Share
 from icrl_megatron.report.show import show
-from icrl_megatron.rollout.source import DumpSource, RolloutRequest
+from icrl_megatron.rollout.fixed_sources import DumpSource
+from icrl_megatron.rollout.played import RolloutRequest
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.settings.loading import load
 from icrl_megatron.settings.schema import AlgoSettings

@@ -24,8 +24,9 @@ from icrl_megatron.plan import planner
 from icrl_megatron.plan.hardware import GPUS
 from icrl_megatron.plan.search import search
 from icrl_megatron.rollout.episode import EpisodeSetup
+from icrl_megatron.rollout.played import RolloutRequest
 from icrl_megatron.rollout.prompts import Prompter, template_words, tokenizer
-from icrl_megatron.rollout.source import EngineSource, RolloutRequest
+from icrl_megatron.rollout.source import EngineSource
 from icrl_megatron.rollout.speakers import EngineSpeaker, Seeds, same_speakers
 from icrl_megatron.run.checks import validate_grid, validate_settings
 from icrl_megatron.settings.loading import load

@@ -20,7 +20,7 @@ from icrl_megatron.algo.headers import headers_of
 from icrl_megatron.engines.rank import Share
 from icrl_megatron.rollout.checked_environment import CheckedEnvironment
 from icrl_megatron.rollout.episode import EpisodeSetup, play
-from icrl_megatron.rollout.source import Played, RolloutRequest, require_playable
+from icrl_megatron.rollout.played import Played, RolloutRequest, require_playable
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.rollout.teacher import teacher_speakers
 from icrl_megatron.run.watch import nothing_to_learn

@@ -19,7 +19,7 @@ from icrl_megatron.rollout.episode import EpisodeSetup
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.speakers import Ask, EmptyCritic, Seeds, Speaker, same_speakers
 from icrl_megatron.rollout.teacher import teacher_speakers
-from icrl_megatron.run.control import ControlResult, control, paired_difference, proportion
+from icrl_megatron.run.control import ControlResult, ControlState, control, paired_difference, proportion
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import StepResult
@@ -90,7 +90,9 @@ SETUP = EpisodeSetup(Question, PROMPTER, SETTINGS)
 
 
 def run_control(problems: list[Task], failures: int, solver: Speaker, critic: Speaker | None = None) -> ControlResult:
-    return asyncio.run(control(problems, failures, SETUP, same_speakers(solver, critic or solver), SEEDS))
+    return asyncio.run(
+        control(problems, failures, SEEDS, ControlState(), SETUP, same_speakers(solver, critic or solver))
+    )
 
 
 def test_the_control_measures_the_effect_of_the_critique() -> None:
@@ -130,7 +132,7 @@ def test_the_control_plays_the_embedded_tasks() -> None:
     prompter = Prompter(tokenizer, SETTINGS)
     played = replace(SETUP, environment=registry.environment, prompter=prompter)
     speakers_for = teacher_speakers(registry.get, prompter, SEEDS)
-    result = asyncio.run(control(task_set.problems("heldout"), 64, played, speakers_for, SEEDS))
+    result = asyncio.run(control(task_set.problems("heldout"), 64, SEEDS, ControlState(), played, speakers_for))
     assert result.first_attempts == 64 and result.failures > 0
     assert result.critique.successes > result.empty.successes
 

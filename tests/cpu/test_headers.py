@@ -81,7 +81,8 @@ def test_a_sample_is_its_sequences_end_to_end(same: bool, response: int) -> None
     ids, plain = np.arange(3, dtype=np.int32), np.arange(3 if same else 2, dtype=np.int32)
     mask = np.arange(response) % 3 == 0
     logprobs = np.linspace(-2, 0, response, dtype=np.float32)
-    tokens = SampleTokens(ids, plain, np.arange(response, dtype=np.int32), mask, logprobs)
+    stale = np.arange(response) % 2 == 1
+    tokens = SampleTokens(ids, plain, np.arange(response, dtype=np.int32), mask, logprobs, stale)
     sample = Sample("t#0/0/attempt", "t", "attempt", 0, 3, len(plain), response, int(mask.sum()), same, False, 1.0)
     data = packed(sample, tokens)
     assert len(data) == sizes_of([sample])[0] and len(data) % 4 == 0

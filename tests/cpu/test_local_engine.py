@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,25 +12,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from local_engines import STOP, WORDS, make_engine, make_model, prompts, sampling, teacher_forced
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from icrl_megatron.engines import decoding
 from icrl_megatron.engines.local import LocalEngine
 from icrl_megatron.engines.protocol import EngineError, Sampling
-from icrl_megatron.model.tiny import build_tiny, build_tokenizer
+from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.prompts import Prompter
-from icrl_megatron.settings.schema import EngineSettings, RolloutSettings, TinyModel
+from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.types import Completion
 from icrl_megatron.utils.errors import ConfigError
-
-WORDS = [f"w{i}" for i in range(60)]
-STOP = 1
-
-
-def make_model(folder: Path, tied: bool = True, seed: int = 0) -> Path:
-    build_tiny(folder, TinyModel(hidden=32, ffn=64, head_dim=8, tie_embeddings=tied, max_positions=96), WORDS, seed)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -39,22 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"))
 
 
-def make_engine(folder: Path, **settings: float) -> LocalEngine:
-    return LocalEngine(folder, EngineSettings(**settings), torch.float32, "cpu")  # type: ignore[arg-type]
-
-
 @pytest.fixture
 def engine(folder: Path) -> LocalEngine:
     return make_engine(folder)
-
-
-def prompts(count: int, seed: int = 0) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [[rng.randrange(5, 60) for _ in range(rng.randrange(1, 40))] for _ in range(count)]
-
-
-def sampling(seed: int, temperature: float = 1.0, new: int = 12, stop: tuple[int, ...] = (STOP,)) -> Sampling:
-    return Sampling(temperature, new, seed, stop)
 
 
 Requests = Sequence[tuple[list[int], Sampling]]
@@ -65,14 +44,6 @@ def run(engine: LocalEngine, requests: Requests) -> list[Completion]:
         return await asyncio.gather(*[engine.generate(p, s) for p, s in requests])
 
     return asyncio.run(together())
-
-
-def teacher_forced(folder: Path, prompt: list[int], ids: Sequence[int], temperature: float) -> torch.Tensor:
-    """[len(ids)] log-probs of one forward pass without a cache."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    with torch.no_grad():
-        logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
-    return torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(ids)[:, None])[:, 0]
 
 
 def assert_plain_logprobs(folder: Path, requests: Requests, completions: list[Completion]) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -22,6 +23,7 @@ from icrl_megatron.engines.rank import Share
 from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play_all
 from icrl_megatron.rollout.groups import Groups, split_tasks
+from icrl_megatron.rollout.played import RolloutRequest
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.replay import (
     InterruptedEpisodeError,
@@ -33,7 +35,7 @@ from icrl_megatron.rollout.replay import (
     to_lines,
     tokens,
 )
-from icrl_megatron.rollout.source import EngineSource, RolloutRequest
+from icrl_megatron.rollout.source import EngineSource
 from icrl_megatron.rollout.speakers import Ask, Seeds, Speakers
 from icrl_megatron.run.checks import validate
 from icrl_megatron.settings.loading import load
@@ -243,7 +245,7 @@ class Engine:
 
 
 @pytest.mark.parametrize("partial", [True, False])
-def test_every_token_is_used_kept_or_discarded(setup: EpisodeSetup, partial: bool) -> None:
+def test_every_token_is_used_kept_or_discarded(setup: EpisodeSetup, partial: bool, tmp_path: Path) -> None:
     tasks = list(registry.get("household").problems("train"))[:3]
     engine, slow = Engine(), [tasks[0]]
 
@@ -266,7 +268,8 @@ def test_every_token_is_used_kept_or_discarded(setup: EpisodeSetup, partial: boo
 
     # Another process resumes from a checkpoint.
     second = source()
-    second.restore_replay_logs(from_lines(to_lines(first.replay_logs())))
+    (tmp_path / "replay.jsonl").write_text("".join(f"{line}\n" for line in first.unfinished()()))
+    assert second.restore(tmp_path / "replay.jsonl", tasks) == 0
     slow.clear()
     later = second.play(RolloutRequest(tasks[1:], 2, SEEDS, 1, 2))
     assert (later.kept_tokens, later.discarded_tokens) == (0, 0)

@@ -13,8 +13,9 @@ from icrl_megatron.engines.protocol import EngineError, EngineLostError, EngineS
 from icrl_megatron.engines.rank import Share, lead_rank
 from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.episode import EpisodeSetup
+from icrl_megatron.rollout.played import Played, RolloutRequest
 from icrl_megatron.rollout.prompts import Prompter, template_words
-from icrl_megatron.rollout.source import MAX_DEATHS, EngineSource, Played, RolloutRequest
+from icrl_megatron.rollout.source import MAX_DEATHS, EngineSource
 from icrl_megatron.rollout.speakers import Ask, Seeds, same_speakers
 from icrl_megatron.run.control import ControlResult, ControlState, control
 from icrl_megatron.settings.schema import RolloutSettings
@@ -109,7 +110,7 @@ def test_control_report_resumes_after_its_engine_is_lost(setup: EpisodeSetup) ->
         source, state, found = source_on(setup, mortal), ControlState(), list[ControlResult]()
 
         def play_rest() -> int:
-            played = control(TASKS, 3, setup, source.speakers_for, Seeds(0, 0), state)
+            played = control(TASKS, 3, Seeds(0, 0), state, setup, source.speakers_for)
             try:
                 found.append(asyncio.run(played))
             except EngineLostError:

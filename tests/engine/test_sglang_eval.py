@@ -18,7 +18,7 @@ from icrl_megatron.engines.sglang_server import Server
 from icrl_megatron.evaluation import play
 from icrl_megatron.evaluation.job import EvalJob
 from icrl_megatron.evaluation.result import EvalRequest
-from icrl_megatron.rollout.source import Played, RolloutRequest
+from icrl_megatron.rollout.played import Played, RolloutRequest
 from icrl_megatron.settings import loading
 from icrl_megatron.settings.schema import EngineSettings
 from icrl_megatron.tasks import registry

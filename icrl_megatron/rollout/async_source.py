@@ -1,0 +1,348 @@
+"""The source of an asynchronous run: groups are played ahead, in rollout processes, while earlier ones are trained on.
+
+Groups are numbered in the run's order of tasks. At most (staleness + 1) steps' groups are begun and not trained on.
+Each step takes the oldest groups that are complete, on whatever ranks they are; a group that began more than
+`rollout.staleness` versions ago is dropped and counted, and another one begun in its place. docs/ASYNC.md derives the
+objective.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from icrl_megatron.distributed.grid import Failure, attempt, raise_failures
+from icrl_megatron.engines.protocol import EngineError, EngineLostError, EngineStats
+from icrl_megatron.engines.rank import Share
+from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play_all
+from icrl_megatron.rollout.messages import Abandoned, Begin, Forget, GroupEnded, Groups, Result, Run, Save, Stop
+from icrl_megatron.rollout.open_group import OpenGroup, begun_line, group_lines, read, share_of
+from icrl_megatron.rollout.played import Gather, Job, Played, RolloutRequest, T, together
+from icrl_megatron.rollout.replay import tokens
+from icrl_megatron.rollout.service_process import RolloutProcess
+from icrl_megatron.rollout.source import MAX_DEATHS
+from icrl_megatron.rollout.speakers import SpeakersFor
+from icrl_megatron.types import Episode, Task, UnplayedEpisode
+from icrl_megatron.utils.progress import Progress
+
+SHORTEST_S, LONGEST_S = 0.005, 0.2
+"""Pause between two looks at what is complete: short at first, longer the longer the ranks wait."""
+SAVE_TIMEOUT_S = 120.0
+"""A rollout process that has not sent its unfinished groups by then is treated as lost."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """The run's order of groups; the same on every rank."""
+
+    task: Callable[[int], Task]
+    """The task of a group by its number."""
+    per_step: int
+    """Groups of a step."""
+    steps: int
+    """Training steps of the run."""
+    staleness: int
+    turns: Callable[[int], int]
+    """Largest number of turns in a step, counted from 0."""
+
+    def limit(self, gone: int, step: int) -> int:
+        """How many groups may have been begun when `gone` ones are trained on or dropped, for a step counted from
+        0."""
+        return gone + min(self.staleness + 1, self.steps - step) * self.per_step
+
+
+@dataclass
+class _Account:
+    """This rank's counts since the last step; tokens: generated + kept before = used + discarded + kept now."""
+
+    generated: int = 0
+    discarded: int = 0
+    cut_off: int = 0
+    too_old: int = 0
+    deaths: int = 0
+    stats: EngineStats = field(default_factory=EngineStats)
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a rank tells the others while they wait for a step's groups."""
+
+    complete: tuple[tuple[int, str, int], ...]
+    """(number, task id, version) of its complete groups."""
+    gone: int
+    """Groups that were dropped since the last report."""
+
+
+class AsyncSource:
+    """All ranks make the same calls. A rank that leads no engine has no process."""
+
+    def __init__(
+        self,
+        process: RolloutProcess | None,
+        share: Share,
+        order: Order,
+        episodes: int,
+        version: Callable[[], int],
+        resend: Callable[[bool], None],
+        gather: Gather,
+        progress: Progress,
+        stopping: Callable[[], bool],
+    ) -> None:
+        """`episodes`: of each group. `version` returns that of the weights that were pushed last; `resend` pushes them
+        again to the ranks that pass True; `stopping`: whether this rank was asked to stop."""
+        self._process, self._share, self._order, self._episodes = process, share, order, episodes
+        self._version, self._resend, self._gather = version, resend, gather
+        self._progress, self._stopping = progress, stopping
+        self._begun: int | None = None
+        """Number of the next group; None until the first step, if no checkpoint has it."""
+        self._gone = 0
+        """Groups that all ranks trained on or dropped."""
+        self._open: dict[int, OpenGroup] = {}
+        """This rank's groups that are played."""
+        self._complete: dict[int, GroupEnded] = {}
+        self._taken: dict[int, OpenGroup] = {}
+        """Groups of the current step, until it is complete."""
+        self._groups: dict[int, OpenGroup] = {}
+        """This rank's groups that are not forgotten, as they were begun."""
+        self._account, self._kept = _Account(), 0
+        self._lost_at: list[int] = []
+        """The versions at which processes were lost."""
+        self._told_stop = False
+        self._abandoned = 0
+        """Groups that the process abandoned since the last report."""
+
+    def play(self, request: RolloutRequest) -> Played:
+        """A step's groups are the oldest complete ones: of the request, only their number and the step are used. An
+        evaluation's are those of the request. Raises what playing raises, and EngineError once MAX_DEATHS processes
+        were lost."""
+        if request.needed is None:
+            return self._evaluate(request)
+        if self._begun is None:
+            self._begun = self._gone = request.seeds.step * self._order.per_step
+        self._start_restored()
+        with self._progress.phase("rollout", request.needed) as bar:
+            wait = SHORTEST_S
+            while True:
+                self._begin(self._order.limit(self._gone, request.seeds.step))
+                reports: list[_Report] = self._meet(self._report)
+                self._gone += sum(report.gone for report in reports)
+                complete = sorted(group for report in reports for group in report.complete)
+                bar.advance(min(len(complete), request.needed) - bar.done)
+                if len(complete) >= request.needed:
+                    return self._take(complete[: request.needed])
+                time.sleep(wait)
+                wait = min(1.5 * wait, LONGEST_S)
+
+    def run(self, job: Job[T] | None) -> T | None:
+        """Runs a job on this rank's engine, beside the groups; None: this rank has none. All ranks call it together."""
+        found: list[T] = []
+
+        def ended() -> bool:
+            found.extend(message.value for message in self._receive() if isinstance(message, Result))
+            return job is None or bool(found)
+
+        assert job is None or self._process is not None
+        if self._process is not None and job is not None:
+            self._process.send(Run(job))
+        while not all(self._meet(ended, job)):
+            time.sleep(LONGEST_S / 4)
+        return found[0] if found else None
+
+    def unfinished(self) -> Callable[[], list[str]]:
+        taken = tuple(self._taken)
+        self._taken = {}
+        for number in taken:
+            del self._groups[number]
+        if self._process is not None and taken:
+            self._process.send(Forget(taken))
+        return self._lines
+
+    def restore(self, path: Path, known: Collection[Task]) -> int:
+        saved = read(path)
+        if saved is None:
+            return 0
+        kept = [group for group in saved.groups if group.task in known]
+        self._begun, self._gone = saved.begun, saved.begun - len(kept)
+        self._groups = {group.number: group for group in share_of(kept, self._share.index, self._share.count)}
+        self._kept = sum(tokens({group.task: group.logs}) for group in self._groups.values())
+        return len(saved.groups) - len(kept)
+
+    def _start_restored(self) -> None:
+        """Begins the groups of a checkpoint: not before the engine has the weights of that step."""
+        waiting = [g for n, g in self._groups.items() if not (n in self._open or n in self._complete)]
+        waiting = [group for group in waiting if group.number not in self._taken]
+        if self._process is not None and waiting:
+            self._open.update({group.number: group for group in waiting})
+            self._process.send(Begin(tuple(waiting)))
+
+    def _begin(self, limit: int) -> None:
+        """Begins this rank's part of the groups below `limit`."""
+        assert self._begun is not None
+        mine = [n for n in range(self._begun, limit) if n % self._share.count == self._share.index]
+        self._begun = max(self._begun, limit)
+        if not mine or self._process is None:
+            return
+        order = self._order
+        groups = [OpenGroup(n, order.task(n), order.turns(n // order.per_step)) for n in mine]
+        for group in groups:
+            self._open[group.number] = self._groups[group.number] = group
+        self._process.send(Begin(tuple(groups)))
+
+    def _report(self) -> _Report:
+        """Drops what is too old, and tells what is complete."""
+        for message in self._receive():
+            raise RuntimeError(f"unexpected {type(message).__name__}")
+        oldest = self._version() - self._order.staleness
+        old = [number for number, group in self._complete.items() if group.version < oldest]
+        for number in old:
+            group = self._complete.pop(number)
+            self._account.discarded += group.tokens
+            del self._groups[number]
+        if old and self._process is not None:
+            self._process.send(Forget(tuple(old)))
+        dropped, self._account.too_old = len(old), self._account.too_old + len(old)
+        dropped, self._abandoned = dropped + self._abandoned, 0
+        return _Report(tuple((g.number, g.task_id, g.version) for g in self._complete.values()), dropped)
+
+    def _receive(self) -> list[Any]:
+        """Takes the process's messages into account; returns the others."""
+        if self._process is None:
+            return []
+        others = list[Any]()
+        account = self._account
+        for message in self._process.take():
+            if isinstance(message, GroupEnded):
+                self._complete[message.number] = message
+                self._open.pop(message.number, None)
+            elif isinstance(message, Abandoned):
+                for number in message.numbers:
+                    self._open.pop(number, None)
+                    self._groups.pop(number, None)
+                self._abandoned += len(message.numbers)
+                account.too_old += len(message.numbers)
+                account.cut_off += message.episodes
+                account.discarded += message.tokens
+            else:
+                others.append(message)
+        beat = self._process.take_counters()
+        account.generated += beat.generated
+        account.stats += beat.stats
+        account.deaths += beat.deaths
+        return others
+
+    def _take(self, chosen: Sequence[tuple[int, str, int]]) -> Played:
+        """The groups of a step, given as (number, task id, version). A second group of the same task gets other
+        episode indices: both share one baseline."""
+        assert self._begun is not None
+        before = Counter[str]()
+        offsets: dict[int, int] = {}
+        for number, task_id, _ in chosen:
+            offsets[number] = before[task_id] * self._episodes
+            before[task_id] += 1
+        ended, used = list[Ended](), 0
+        for number in [n for n, *_ in chosen if n in self._complete]:
+            group = self._complete.pop(number)
+            self._taken[number] = self._groups[number]
+            mine = [replace(one, index=one.index + offsets[number]) for one in group.results]
+            spent = sum(one.generated_tokens() for one in mine if isinstance(one, Episode))
+            self._account.discarded += group.tokens - spent
+            ended, used = ended + mine, used + spent
+        self._gone += len(chosen)
+        account, self._account = self._account, _Account()
+        self._kept += account.generated - used - account.discarded
+        counts = account.generated, account.discarded, account.cut_off, account.too_old, account.deaths, self._kept
+        tasks = [self._order.task(number) for number, *_ in chosen]
+        played, everyone = together(self._gather, tasks, ended, (counts, account.stats))
+        generated, discarded, cut_off, too_old, deaths, kept = map(sum, zip(*(of for of, _ in everyone), strict=True))
+        version = self._version()
+        return replace(
+            played,
+            engine=sum((stats for _, stats in everyone), EngineStats()),
+            deaths=deaths,
+            cut_off=cut_off,
+            discarded_tokens=discarded,
+            kept_tokens=kept,
+            generated=generated,
+            version=version,
+            behind=tuple(version - begun for *_, begun in chosen),
+            too_old=too_old,
+        )
+
+    def _evaluate(self, request: RolloutRequest) -> Played:
+        share = self._share
+        mine = [] if share.index is None else request.tasks[share.index :: share.count]
+        pairs = [(task, index) for task in mine for index in range(request.episodes)]
+        with self._progress.phase("rollout", len(request.tasks) * request.episodes):
+            ended = self.run(partial(play_request, pairs, request) if pairs else None)
+        return together(self._gather, request.tasks, ended or [], None)[0]
+
+    def _meet(self, mine: Callable[[], Any], job: Job[Any] | None = None) -> list[Any]:
+        """What `mine` returns on all ranks. Lost processes are restarted meanwhile, and sent the weights. All ranks
+        call it together."""
+        if self._stopping() and not self._told_stop and self._process is not None:
+            self._process.send(Stop())
+            self._told_stop = True
+        found, failed = attempt(lambda: (self._keep_alive(job), mine()))
+        needs = found is not None and found[0]
+        everyone = self._gather((found, None if failed is None else Failure.of(failed)))
+        raise_failures(failed, [failure for _, failure in everyone])
+        if any(other[0] for other, _ in everyone):
+            self._resend(bool(needs))
+        return [other[1] for other, _ in everyone]
+
+    def _keep_alive(self, job: Job[Any] | None) -> bool:
+        """Restarts a lost process. Returns whether its engine needs the current weights."""
+        process = self._process
+        if process is None:
+            return False
+        if why := process.lost():
+            self._restart(why, job)
+            return True
+        return process.needs_weights()
+
+    def _restart(self, why: str, job: Job[Any] | None) -> None:
+        assert self._process is not None
+        self._receive()
+        version = self._version()
+        self._lost_at.append(version)
+        if self._lost_at.count(version) >= MAX_DEATHS:
+            raise EngineError(f"{self._lost_at.count(version)} rollout processes were lost in one step. {why}")
+        self._progress.log(f"rollout process lost, restarting it: {why}")
+        self._account.deaths += 1
+        held = sum(group.tokens for group in self._complete.values())
+        self._account.discarded += max(0, self._kept + self._account.generated - self._account.discarded - held)
+        self._process.restart()
+        self._process.wait_ready()
+        again = [replace(group, ended=number not in self._open) for number, group in self._groups.items()]
+        self._process.send(Begin(tuple(again)))
+        if job is not None:
+            self._process.send(Run(job))
+
+    def _lines(self) -> list[str]:
+        """The lines of this rank's groups, with what their episodes have said. After a loss of the process, without."""
+        found = list(self._groups.values())
+        if self._process is not None and found:
+            self._process.send(Save())
+            answer = self._process.wait_for(Groups, SAVE_TIMEOUT_S)
+            if isinstance(answer, Groups):
+                known = {group.number: group for group in answer.groups}
+                found = [known.get(group.number, group) for group in found]
+        begun = [] if self._begun is None or self._share.index != 0 else [begun_line(self._begun)]
+        return begun + group_lines(found)
+
+
+async def play_request(
+    pairs: Sequence[tuple[Task, int]], request: RolloutRequest, setup: EpisodeSetup, speakers_for: SpeakersFor
+) -> list[Ended]:
+    """Plays (task, episode index) pairs of a request. Raises EngineLostError if the engine was lost."""
+    turns = setup.settings.max_turns if request.turns is None else request.turns
+    changed = replace(setup, settings=replace(setup.settings, rounds=request.rounds, max_turns=turns))
+    results = await play_all(pairs, changed, speakers_for, request.seeds)
+    for lost in (one for one in results if isinstance(one, UnplayedEpisode)):
+        raise EngineLostError(lost.error)
+    return results

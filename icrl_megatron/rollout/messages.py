@@ -1,0 +1,146 @@
+"""What a rank and its rollout process tell each other: pickles over a socket pair that only the two have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from icrl_megatron.distributed.grid import Failure
+from icrl_megatron.engines.protocol import EngineStats
+from icrl_megatron.rollout.episode import Ended
+from icrl_megatron.rollout.open_group import OpenGroup
+from icrl_megatron.rollout.played import Job
+from icrl_megatron.settings.schema import Settings
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The first message to a rollout process."""
+
+    settings: Settings
+    model: Path
+    """Hugging Face folder that the engine is built from."""
+    has_weights: bool
+    tokenizer: Path
+    rank: int
+    world: int
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Play these groups. Those that have `ended` are only kept for the next checkpoint."""
+
+    groups: tuple[OpenGroup, ...]
+
+
+@dataclass(frozen=True)
+class Forget:
+    """These groups were trained on, or are too old."""
+
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Position of a tensor in the shared memory, in bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    begin: int
+
+
+@dataclass(frozen=True)
+class Update:
+    """Pause the requests, take these weights, and go on."""
+
+    version: int
+    tensors: tuple[Stored, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Play a job with the current weights, beside the groups."""
+
+    job: Job[Any]
+
+
+@dataclass(frozen=True)
+class Save:
+    """Send the groups that are not forgotten."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The run was asked to stop: calls of environments may block only for a short time."""
+
+
+ToService = Begin | Forget | Update | Run | Save | Stop
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The engine accepts requests."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """The process is alive. Sent every second, and before other messages about tokens."""
+
+    generated: int = 0
+    """Tokens generated for groups since the last beat."""
+    stats: EngineStats = field(default_factory=EngineStats)
+    deaths: int = 0
+    """Engines that were lost since the last beat."""
+    needs_weights: bool = False
+    """The engine was restarted, and waits for the current weights."""
+
+
+@dataclass(frozen=True)
+class GroupEnded:
+    number: int
+    task_id: str
+    version: int
+    """Version of the weights when it began."""
+    results: tuple[Ended, ...]
+    tokens: int
+    """Generated tokens, including those of dropped episodes."""
+
+
+@dataclass(frozen=True)
+class Abandoned:
+    """Groups that will be too old by the time they end, and the generated tokens and the episodes that are lost."""
+
+    numbers: tuple[int, ...]
+    tokens: int
+    episodes: int
+
+
+@dataclass(frozen=True)
+class Updated:
+    version: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of a job."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The answer to `Save`."""
+
+    groups: tuple[OpenGroup, ...]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The process ends because of this."""
+
+    failure: Failure
+
+
+FromService = Ready | Beat | GroupEnded | Abandoned | Updated | Result | Groups | Failed

@@ -1,0 +1,271 @@
+"""Plays groups for the whole run beside the trainer (`rollout.staleness`), in a process of its own.
+
+Groups are begun when the trainer says so and reported when all of their episodes have ended. New weights arrive in
+between: requests are cut off at their next token, and go on under the new weights (`engines.continuing`). Every token
+keeps the version that generated it. The rollout process is not the rank's own, because environments are interrupted in
+a main thread only (`watchdog.py`), and because an engine in the trainer's process would wait for the trainer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from icrl_megatron.engines.continuing import ContinuingEngine
+from icrl_megatron.engines.protocol import EngineError, EngineLostError
+from icrl_megatron.engines.rank import Engines
+from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play_twice
+from icrl_megatron.rollout.messages import (
+    Abandoned,
+    Beat,
+    Begin,
+    Forget,
+    FromService,
+    GroupEnded,
+    Groups,
+    Ready,
+    Result,
+    Run,
+    Save,
+    Stop,
+    ToService,
+    Update,
+    Updated,
+)
+from icrl_megatron.rollout.open_group import OpenGroup
+from icrl_megatron.rollout.played import Job
+from icrl_megatron.rollout.replay import ReplayLog, recorded, tokens
+from icrl_megatron.rollout.replay import Stop as NeverStopped
+from icrl_megatron.rollout.source import MAX_DEATHS
+from icrl_megatron.rollout.speakers import Meter, Seeds, Speakers, SpeakersFor
+from icrl_megatron.types import Task, UnplayedEpisode
+
+BEAT_S = 1.0
+"""Interval of the messages that say that the process is alive."""
+
+
+class StopFlag(Protocol):
+    """Whether the run was asked to stop, for the watchdog."""
+
+    asked: bool
+
+
+@dataclass(frozen=True)
+class Playing:
+    """What the groups of a run have in common."""
+
+    setup: EpisodeSetup
+    speakers_for: SpeakersFor
+    seed: int
+    episodes: int
+    """Of each group."""
+    staleness: int
+    """A group that began more versions ago is abandoned."""
+
+
+@dataclass
+class _Held:
+    """A group that the trainer has not trained on yet."""
+
+    group: OpenGroup
+    version: int
+    playing: asyncio.Task[None] | None = None
+    logs: dict[int, ReplayLog] = field(default_factory=dict)
+
+    def tokens(self) -> int:
+        return tokens({self.group.task: self.logs})
+
+
+class RolloutService:
+    """Serves the messages of one rank, in one event loop."""
+
+    def __init__(
+        self,
+        engines: Engines,
+        engine: ContinuingEngine,
+        playing: Playing,
+        install: Callable[[Update], None],
+        send: Callable[[FromService], None],
+        stop: StopFlag,
+    ) -> None:
+        """`engine` is the solver of `engines`, as the episodes of `playing` use it. `install` gives weights
+        to the engine, and `send` answers the trainer without waiting."""
+        self._engines, self._engine, self._playing = engines, engine, playing
+        self._install, self._send, self._stop = install, send, stop
+        self._inbox: asyncio.Queue[ToService | BaseException | None] = asyncio.Queue()
+        self._gate = asyncio.Semaphore(playing.setup.settings.concurrency)
+        self._threads = ThreadPoolExecutor(1)
+        self._held: dict[int, _Held] = {}
+        self._jobs: set[asyncio.Task[None]] = set()
+        self._meter, self._counted = Meter(), 0
+        self._version = self._deaths = 0
+        """`_deaths`: engines that were lost since the last new version."""
+        self._beat = Beat()
+        self._recovery: asyncio.Task[None] | None = None
+        self._weights = asyncio.Event()
+        """Set while the engine has the current weights."""
+        engine.hold()
+
+    def hear(self, message: ToService | None) -> None:
+        """Adds a message; None ends the service."""
+        self._inbox.put_nowait(message)
+
+    async def serve(self) -> None:
+        """Returns after the message None. Raises what playing raises, except for errors that cost one episode."""
+        beating = asyncio.ensure_future(self._go_on_beating())
+        self._send(Ready())
+        try:
+            while (message := await self._inbox.get()) is not None:
+                if isinstance(message, BaseException):
+                    raise message
+                await self._handle(message)
+        finally:
+            tasks = [beating, *self._jobs, *(held.playing for held in self._held.values() if held.playing)]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _handle(self, message: ToService) -> None:
+        if isinstance(message, Begin):
+            for group in message.groups:
+                self._begin(group)
+        elif isinstance(message, Forget):
+            for number in message.numbers:
+                if (held := self._held.pop(number, None)) and held.playing:
+                    held.playing.cancel()
+        elif isinstance(message, Update):
+            await self._update(message)
+        elif isinstance(message, Run):
+            self._job(self._run(message.job))
+        elif isinstance(message, Save):
+            found = (replace(of.group, version=of.version, logs=of.logs) for of in self._held.values())
+            self._send(Groups(tuple(found)))
+        elif isinstance(message, Stop):
+            self._stop.asked = True
+
+    def _begin(self, group: OpenGroup) -> None:
+        version = self._version if group.version is None else group.version
+        logs = {index: ReplayLog([*log.replies]) for index, log in group.logs.items()}
+        held = self._held[group.number] = _Held(group, version, logs=logs)
+        if not group.ended:
+            held.playing = self._job(self._play(held))
+
+    async def _play(self, held: _Held) -> None:
+        group = held.group
+        indices = range(self._playing.episodes)
+        playing = [asyncio.ensure_future(self._episode(held, index)) for index in indices]
+        try:
+            results = await asyncio.gather(*playing)
+        finally:
+            for episode in playing:
+                episode.cancel()
+            await asyncio.gather(*playing, return_exceptions=True)
+        self._tell_counters()
+        self._send(GroupEnded(group.number, group.task.task_id, held.version, tuple(results), held.tokens()))
+
+    async def _episode(self, held: _Held, index: int) -> Ended:
+        playing, group = self._playing, held.group
+        setup = replace(playing.setup, settings=replace(playing.setup.settings, max_turns=group.turns))
+        log = held.logs.setdefault(index, ReplayLog())
+        metered = self._meter.on(playing.speakers_for)
+
+        def speakers_for(task: Task, index: int) -> Speakers:
+            return recorded(metered(task, index), log, NeverStopped(), setup.prompter.before_stop)
+
+        while True:
+            async with self._gate:
+                ended = await play_twice(group.task, index, setup, speakers_for, Seeds(playing.seed, group.number))
+            if not isinstance(ended, UnplayedEpisode):
+                return ended
+            await self._recovered()
+
+    async def _run(self, job: Job[Any]) -> None:
+        while True:
+            await self._weights.wait()
+            try:
+                value = await job(self._playing.setup, self._playing.speakers_for)
+            except EngineLostError:
+                await self._recovered()
+                continue
+            self._send(Result(value))
+            return
+
+    async def _update(self, message: Update) -> None:
+        await self._engine.pause()
+        await self._in_thread(lambda: self._install(message))
+        if message.version != self._version:
+            self._version, self._deaths = message.version, 0
+        self._beat = replace(self._beat, needs_weights=False)
+        self._weights.set()
+        self._engine.resume()
+        self._send(Updated(message.version))
+        self._abandon([n for n, of in self._held.items() if of.version < self._version - self._playing.staleness])
+
+    def _abandon(self, numbers: list[int]) -> None:
+        """Ends groups that are too old. Those that have ended already are the trainer's to drop."""
+        running = {n: of for n in numbers if (of := self._held[n]).playing is not None and not of.playing.done()}
+        if not running:
+            return
+        for number, held in running.items():
+            held.playing.cancel()  # type: ignore[union-attr]
+            del self._held[number]
+        self._tell_counters()
+        lost = sum(held.tokens() for held in running.values())
+        self._send(Abandoned(tuple(running), lost, len(running) * self._playing.episodes))
+
+    async def _recovered(self) -> None:
+        """Returns once the lost engine was restarted and has the current weights. Raises EngineError."""
+        if self._recovery is None:
+            self._recovery = asyncio.ensure_future(self._recover())
+        recovery = self._recovery
+        await asyncio.shield(recovery)
+
+    async def _recover(self) -> None:
+        try:
+            why = self._engines.lost()
+            if not why:  # another episode's request has failed later than the restart
+                return
+            self._deaths += 1
+            self._beat = replace(self._beat, deaths=self._beat.deaths + 1)
+            if self._deaths >= MAX_DEATHS:
+                raise EngineError(f"{self._deaths} engines were lost in one step. {why}")
+            self._engine.hold()
+            if await self._in_thread(self._engines.revive):
+                self._weights.clear()
+                self._beat = replace(self._beat, needs_weights=True)
+                await self._weights.wait()
+            else:
+                self._engine.resume()
+        finally:
+            self._recovery = None
+
+    async def _in_thread(self, work: Callable[[], Any]) -> Any:
+        """One at a time: an update waits for a restart. Episodes go on meanwhile where they do not need the engine."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def _job(self, work: Awaitable[None]) -> asyncio.Task[None]:
+        """Runs something in the background; its failure ends the service."""
+
+        async def run() -> None:
+            try:
+                await work
+            except Exception as error:
+                self._inbox.put_nowait(error)
+
+        task = asyncio.ensure_future(run())
+        self._jobs.add(task)
+        task.add_done_callback(self._jobs.discard)
+        return task
+
+    async def _go_on_beating(self) -> None:
+        while True:
+            self._tell_counters()
+            await asyncio.sleep(BEAT_S)
+
+    def _tell_counters(self) -> None:
+        generated, self._counted = self._meter.tokens - self._counted, self._meter.tokens
+        stats, beat, self._beat = self._engines.take_stats(), self._beat, Beat(needs_weights=self._beat.needs_weights)
+        self._send(replace(beat, generated=generated, stats=beat.stats + stats))

@@ -1,0 +1,309 @@
+"""The rollout process of a rank, seen from the rank: starts it, talks to it, and hands it weights.
+
+Messages are pickles over a socket pair that both processes inherit. Weights lie in one file in memory that has no name
+and that both map: the trainer writes the whole model, and the engine reads it when its requests have paused.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from icrl_megatron.engines.protocol import EngineError
+from icrl_megatron.rollout.messages import (
+    Beat,
+    Failed,
+    FromService,
+    Ready,
+    Setup,
+    Stored,
+    ToService,
+    Update,
+    Updated,
+)
+from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.parent_watch import PARENT_ENV
+from icrl_megatron.utils.processes import kill_tree
+
+_ALIGN = 16
+_POLL_S = 0.02
+_GRACE_S = 30.0
+"""Time that the process has to end when its rank has closed the connection."""
+
+
+class SharedWeights:
+    """A file in memory for all tensors of a model, written by one process and read by another."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._map: mmap.mmap | None = None
+
+    @staticmethod
+    def create(size: int) -> tuple[SharedWeights, int]:
+        """Memory for `size` bytes, and the descriptor that the other process inherits. Raises EngineError if there is
+        not that much."""
+        folder = Path("/dev/shm")
+        with tempfile.TemporaryFile(dir=folder if folder.is_dir() else None) as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                raise EngineError(
+                    f"No {size / 2**30:.2f} GiB of shared memory for the rollout process's weights ({error.strerror}): "
+                    f"make {folder} larger, or set rollout.staleness=0."
+                ) from error
+            descriptor = os.dup(file.fileno())
+        return SharedWeights(descriptor), descriptor
+
+    def write(self, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> tuple[Stored, ...]:
+        """Copies the tensors end to end, converted to `dtype`."""
+        stored, begin = list[Stored](), 0
+        for name, tensor in tensors:
+            place = Stored(name, tuple(tensor.shape), str(dtype).removeprefix("torch."), begin)
+            self._view(place).copy_(tensor)
+            stored.append(place)
+            begin += _padded(tensor.numel() * dtype.itemsize)
+        return tuple(stored)
+
+    def read(self, stored: Iterable[Stored]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Views of the memory, which must not change while they are used."""
+        for place in stored:
+            yield place.name, self._view(place)
+
+    def _view(self, place: Stored) -> torch.Tensor:
+        if self._map is None:
+            self._map = mmap.mmap(self._descriptor, os.fstat(self._descriptor).st_size)
+        dtype, count = getattr(torch, place.dtype), torch.Size(place.shape).numel()
+        return torch.frombuffer(self._map, dtype=dtype, offset=place.begin, count=count).view(place.shape)
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
+
+
+class RolloutProcess:
+    """Starts and watches the process. Its messages wait until `take` returns them; nothing here waits for it without a
+    limit."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        module: str,
+        shapes: Iterable[Sequence[int]],
+        dtype: torch.dtype,
+        hang_s: float,
+        log: Callable[[str], None],
+    ) -> None:
+        """`module` is run with the descriptors of its socket and of the weights. `shapes` has those of all tensors,
+        which are sent as `dtype`. A process that says nothing for `hang_s` seconds is killed. Raises EngineError if
+        there is no memory for the weights."""
+        self._setup, self._module, self._dtype, self._hang_s, self._log = setup, module, dtype, hang_s, log
+        weight_bytes = sum(_padded(torch.Size(shape).numel() * dtype.itemsize) for shape in shapes)
+        self._weights, self._descriptor = SharedWeights.create(weight_bytes)
+        self.ready = False
+        self._counters = Beat()
+        """Sums since they were taken."""
+        self._messages: list[FromService] = []
+        self._updates: list[int] = []
+        """Versions that were sent and not confirmed."""
+        self.start()
+
+    def start(self) -> None:
+        """Starts the process without waiting for it."""
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", self._module, str(theirs.fileno()), str(self._descriptor)]
+        environment = os.environ | {PARENT_ENV: str(os.getpid())}
+        with theirs:
+            descriptors = (theirs.fileno(), self._descriptor)
+            self._process = subprocess.Popen(command, env=environment, pass_fds=descriptors, stdin=subprocess.DEVNULL)
+        self._connection = Connection(ours.detach())
+        self._inbox: queue.SimpleQueue[FromService] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[Setup | ToService | None] = queue.SimpleQueue()
+        self._heard = time.monotonic()
+        self.ready, self._updates, self._closed = False, [], threading.Event()
+        self._counters = replace(self._counters, needs_weights=False)
+        for work in (self._read, self._write):
+            threading.Thread(target=work, args=(self._connection,), daemon=True, name="rollout process").start()
+        self._outbox.put(self._setup)
+
+    def restart(self) -> None:
+        """Kills the process and starts another. Messages that have arrived stay."""
+        self.kill()
+        self.start()
+
+    def send(self, message: ToService) -> None:
+        self._outbox.put(message)
+
+    def take(self) -> list[FromService]:
+        """The messages since the last call, except those that only this class needs. Raises what ended the process if
+        it was an error of its own."""
+        while True:
+            try:
+                message = self._inbox.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(message, Failed):
+                raise message.failure.kind(message.failure.message)
+            if isinstance(message, Ready):
+                self.ready = True
+            elif isinstance(message, Updated):
+                self._updates.remove(message.version)
+            elif isinstance(message, Beat):
+                self._counters = _sum(self._counters, message)
+            else:
+                self._messages.append(message)
+        taken, self._messages = self._messages, []
+        return taken
+
+    def take_counters(self) -> Beat:
+        """The counters since the last call."""
+        taken, self._counters = self._counters, Beat(needs_weights=self._counters.needs_weights)
+        return taken
+
+    def needs_weights(self) -> bool:
+        """Whether its engine was restarted, and was not sent weights since."""
+        return self._counters.needs_weights and not self._updates
+
+    def lost(self) -> str:
+        """Why the process must be restarted; empty while it works."""
+        if self._closed.is_set() or self._process.poll() is not None:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(1.0)
+            if self._inbox.empty():
+                return f"The rollout process ended with exit code {self._process.returncode}."
+        silent = time.monotonic() - self._heard
+        if self.ready and silent > self._hang_s:
+            return f"The rollout process said nothing for {silent:.0f} s."
+        return ""
+
+    def wait_ready(self, tick: Callable[[], None] = lambda: None) -> None:
+        """Returns when its engine accepts requests. Raises what the process raised while it started, and EngineError if
+        it does not start in time."""
+        deadline = time.monotonic() + self._setup.settings.engine.startup_timeout_s
+        while not self._ready():
+            if why := self.lost():
+                raise EngineError(f"{why} Its messages are above.")
+            if time.monotonic() > deadline:
+                limit = self._setup.settings.engine.startup_timeout_s
+                raise EngineError(f"The rollout process was not ready after engine.startup_timeout_s={limit:g}.")
+            tick()
+            time.sleep(_POLL_S)
+
+    def _ready(self) -> bool:
+        self._messages = self.take()
+        return self.ready
+
+    def wait_for(self, kind: type[FromService], timeout_s: float) -> FromService | None:
+        """The first message of this kind; the others stay. None if the process is lost or does not answer in time."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._messages = self.take()
+            for message in self._messages:
+                if isinstance(message, kind):
+                    self._messages.remove(message)
+                    return message
+            if self.lost() or time.monotonic() > deadline:
+                return None
+            time.sleep(_POLL_S)
+
+    def kill(self) -> None:
+        self._outbox.put(None)
+        kill_tree(self._process)
+        self._connection.close()
+
+    def close(self) -> None:
+        """Ends the process with its engine; kills it if that takes too long."""
+        self._outbox.put(None)
+        try:
+            self._process.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            self._log(f"the rollout process did not end within {_GRACE_S:g} s; it is killed")
+        self.kill()
+
+    # As an `engines.protocol.WeightReceiver`: its engine never sleeps.
+
+    def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Returns when the weights are in memory; the engine takes them soon. A lost process gets none. Raises
+        EngineError if the process has not taken the previous weights in time."""
+        stream = iter(tensors)
+        if self._previous_taken() and not self.lost():
+            stored = self._weights.write(stream, self._dtype)
+            self._updates.append(version)
+            self.send(Update(version, stored))
+        for _ in stream:  # gathering is collective
+            pass
+
+    def _previous_taken(self) -> bool:
+        limit = self._setup.settings.engine.sync_timeout_s
+        deadline = time.monotonic() + limit
+        while True:
+            self._messages = self.take()
+            if not self._updates:
+                return True
+            if self.lost():
+                return False
+            if time.monotonic() > deadline:
+                raise EngineError(f"The engine did not take its weights within engine.sync_timeout_s={limit:g} s.")
+            time.sleep(_POLL_S)
+
+    def sleep(self) -> None:
+        """Does nothing."""
+
+    def wake_weights(self) -> None:
+        """Does nothing."""
+
+    def wake(self) -> None:
+        """Does nothing."""
+
+    def _read(self, connection: Connection) -> None:
+        inbox, closed = self._inbox, self._closed
+        with suppress(EOFError, OSError):
+            while True:
+                inbox.put(connection.recv())
+                self._heard = time.monotonic()
+        closed.set()
+
+    def _write(self, connection: Connection) -> None:
+        outbox = self._outbox
+        with suppress(OSError):
+            while (message := outbox.get()) is not None:
+                connection.send(message)
+            with socket.fromfd(connection.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as end:
+                end.shutdown(socket.SHUT_WR)
+
+
+def _sum(one: Beat, later: Beat) -> Beat:
+    return replace(
+        later,
+        generated=one.generated + later.generated,
+        stats=one.stats + later.stats,
+        deaths=one.deaths + later.deaths,
+    )
+
+
+def channel(descriptor: int) -> Connection:
+    """The connection that a process inherited from its rank."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the rank, which ends this process
+    return Connection(descriptor)
+
+
+def first_message(connection: Connection) -> Setup:
+    """Raises ConfigError if this process was not started by a rank."""
+    message = connection.recv()
+    if not isinstance(message, Setup):
+        raise ConfigError("a rollout process is started by a rank of `icrl train`, not by hand")
+    return message

@@ -1,0 +1,90 @@
+"""Asynchronous runs (`rollout.staleness`): real ranks, rollout processes and faults."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+from whole_runs import end, from_model, icrl, kill_tree, lines, rows, start, train, when
+
+from icrl_megatron.data.sampler import TaskSampler, order_seed
+from icrl_megatron.settings.loading import SAVED_NAME, load_saved
+from icrl_megatron.tasks import registry
+from icrl_megatron.telemetry.dumps import Rollouts
+from icrl_megatron.telemetry.writer import MetricsRow
+
+pytestmark = pytest.mark.dist
+
+ASYNC = ("rollout.staleness=2", "algo.mismatch_correction.enabled=true", "telemetry.dump=all", "eval.problems=4")
+PER_STEP = 4
+
+
+def trained(folder: Path) -> list[MetricsRow]:
+    return [row for row in rows(folder) if "tokens/generated" in row]
+
+
+def check(folder: Path, steps: int) -> None:
+    """Every step is there once and trained on groups of the run's order, each at most once; every token is accounted
+    for; the engine's log-probs are the trainer's wherever they are comparable."""
+    found = trained(folder)
+    assert [row["step"] for row in found] == list(range(1, steps + 1))
+    settings = load_saved(folder / SAVED_NAME)
+    problems = {one.name: registry.get(one.name).problems("train") for one in settings.tasks.sources}
+    sampler = TaskSampler(settings.tasks.sources, problems, order_seed(settings))
+    dropped = int(sum(row["staleness/dropped_groups"] for row in found))
+    order = [task.task_id for step in range(steps + dropped) for task in sampler.draw(step, 0, PER_STEP)]
+    dumps = Rollouts(folder)
+    played = [sorted({e.task.task_id for e in dumps.episodes(step)}) for step in dumps.steps]
+    assert [len(tasks) for tasks in played] == [PER_STEP] * steps
+    assert max(Counter(task for tasks in played for task in tasks).values()) == 1, "no group is trained on twice"
+    begun = order[: steps * PER_STEP + dropped]
+    assert {task for tasks in played for task in tasks} <= set(begun)
+    for row in found:
+        assert 0 <= row["staleness/mean"] <= row["staleness/max"] <= 2
+        assert row.get("actor/mismatch_max", 0.0) < 1e-4
+    assert any(row["staleness/max"] > 0 and row["actor/drift_abs"] > 0 for row in found)
+    assert any(row.get("actor/mismatched", 0) > 0 for row in found)
+
+
+def test_two_ranks_train_on_groups_of_the_last_versions(finished_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    code, _, err = icrl(*train(folder, *from_model(finished_run), *ASYNC, "launch.ranks=2", "steps=7"))
+    assert code == 0, err
+    check(folder, 7)
+    kept = 0.0
+    dumps = Rollouts(folder)
+    for step, row in zip(dumps.steps, trained(folder), strict=True):
+        used = sum(episode.generated_tokens() for episode in dumps.episodes(step))
+        assert kept + row["tokens/generated"] == used + row["tokens/discarded"] + row["tokens/kept"]
+        kept = row["tokens/kept"]
+
+
+def test_faults_neither_lose_nor_repeat_a_group(finished_run: Path, tmp_path: Path) -> None:
+    """The rollout process is killed, then everything, then the run is asked to stop, and then it ends."""
+    folder = tmp_path / "run"
+    command = train(folder, *from_model(finished_run), *ASYNC, "steps=10", "checkpoint.interval=1")
+    running = start(*command)
+    try:
+        when(running, lambda: lines(folder) >= 2)
+        (rollouts,) = [p for p in psutil.Process(running.pid).children(recursive=True) if _plays(p)]
+        os.kill(rollouts.pid, signal.SIGKILL)
+        when(running, lambda: any(row.get("staleness/lost_engines", 0) for row in rows(folder)))
+        when(running, lambda: trained(folder)[-1]["step"] >= 5)
+    finally:
+        kill_tree(running)
+    running = start(*command)
+    when(running, lambda: trained(folder)[-1]["step"] >= 7)
+    running.send_signal(signal.SIGTERM)
+    code, _, err = end(running)
+    assert code == 3, err
+    code, _, err = icrl(*command)
+    assert code == 0, err
+    check(folder, 10)
+
+
+def _plays(process: psutil.Process) -> bool:
+    return any("rollout_process" in word for word in process.cmdline())

@@ -1,0 +1,59 @@
+"""Rulebook problems whose environment waits before it answers, for `tools/bench_async.py`.
+
+    icrl train any_text tasks.sources.0.name=tools/waiting_tasks.py:WaitingRulebook \
+        tasks.sources.0.options='{median_s: 0.4, sigma: 1.0}'
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+from collections.abc import Sequence
+
+from icrl_megatron.settings.task_options import OwnSource
+from icrl_megatron.tasks import registry
+from icrl_megatron.tasks.base import Environment, StepResult
+from icrl_megatron.types import Split, Task
+
+LONGEST_S = 30.0
+
+
+class WaitingEnvironment:
+    """An environment of rulebook_easy. The wait of a call has a lognormal distribution and is a function of the problem
+    and of the calls before, so all arms of a comparison wait for the same."""
+
+    def __init__(self, inner: Environment, problem: str, median_s: float, sigma: float) -> None:
+        self._inner, self._problem, self._median_s, self._sigma = inner, problem, median_s, sigma
+        self.max_turns, self._calls = inner.max_turns, 0
+        self.parse, self.hint, self.outcome = inner.parse, inner.hint, inner.outcome
+        self.success, self.summary = inner.success, inner.summary
+
+    async def reset(self) -> str:
+        return str(await self._inner.reset())
+
+    async def step(self, action: str) -> StepResult:
+        self._calls += 1
+        key = hashlib.blake2b(f"{self._problem}/{action}/{self._calls}".encode()).digest()
+        wait = self._median_s * random.Random(key).lognormvariate(0.0, self._sigma)
+        if wait > 0:
+            await asyncio.sleep(min(wait, LONGEST_S))
+        return await self._inner.step(action)
+
+
+class WaitingRulebook:
+    name = "waiting_rulebook"
+
+    def __init__(self, entry: OwnSource) -> None:
+        self._median_s, self._sigma = float(entry.options["median_s"]), float(entry.options["sigma"])
+        self._rulebook = registry.get("rulebook_easy")
+
+    def problems(self, split: Split) -> Sequence[Task]:
+        return [
+            Task(f"{self.name}/{split}/{i}", self.name, split, one.problem)
+            for i, one in enumerate(self._rulebook.problems(split))
+        ]
+
+    def environment(self, task: Task) -> WaitingEnvironment:
+        inner = self._rulebook.environment(Task(task.task_id, "rulebook_easy", task.split, task.problem))
+        return WaitingEnvironment(inner, task.problem, self._median_s, self._sigma)
