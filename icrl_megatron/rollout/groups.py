@@ -9,7 +9,7 @@ from icrl_megatron.engines.continuing import BeforeStop
 from icrl_megatron.rollout.episode import Ended
 from icrl_megatron.rollout.replay import ReplayLog, ReplayLogs, Stop, recorded
 from icrl_megatron.rollout.speakers import Interruptible, Speakers, SpeakersFor
-from icrl_megatron.types import Task, UnplayedEpisode
+from icrl_megatron.types import Episode, Task, UnplayedEpisode
 
 OnGroup = Callable[[Sequence[Ended]], None]
 """Gets the episodes of one task once all of them have ended."""
@@ -60,10 +60,10 @@ class Groups:
         last one of a task."""
         self._speakers, self._tick, self._completed, self._stop = {}, tick, completed, Stop()
 
-    def recorded(self, speakers_for: SpeakersFor, before_stop: BeforeStop) -> SpeakersFor:
-        """The same speakers, with replay logs if episodes may be or were cut off. When enough groups are complete, all
-        of them are interrupted: the solver, and the critic if it is another engine or not an engine."""
-        if self._needed == len(self.tasks) and not any(self._replay_logs.values()):
+    def recorded(self, speakers_for: SpeakersFor, before_stop: BeforeStop, always: bool = False) -> SpeakersFor:
+        """The same speakers, with replay logs if episodes may be or were cut off, or `always`. When enough groups are
+        complete, all of them are interrupted: the solver, and the critic if it is another engine or not an engine."""
+        if self._needed == len(self.tasks) and not any(self._replay_logs.values()) and not always:
             return speakers_for
         stop = self._stop
 
@@ -73,6 +73,10 @@ class Groups:
             return recorded(found, self._replay_logs[task].setdefault(index, ReplayLog()), stop, before_stop)
 
         return speakers_of
+
+    def log_of(self, result: Episode) -> ReplayLog:
+        """The replies of an episode that was `recorded`."""
+        return self._replay_logs[result.task][result.index]
 
     def ended(self, result: Ended) -> None:
         """Call with the result of every episode. Interrupts the speakers once, when the last needed group is

@@ -8,16 +8,19 @@ that was cut off continues where it ended; its older tokens keep the log-probs t
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from icrl_megatron.engines.continuing import BeforeStop, continued, rest_seed
 from icrl_megatron.rollout.speakers import Ask, Speaker, Speakers
-from icrl_megatron.types import ByValue, Completion, IdArray, Task, as_json, id_array
+from icrl_megatron.types import Completion, IdArray, Task, as_json, id_array
 from icrl_megatron.utils.errors import ConfigError
 
 
@@ -32,15 +35,25 @@ class Stop:
     asked: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class Logged(ByValue):
-    """One reply with the prompt that it answered."""
+@dataclass(frozen=True)
+class Logged:
+    """One reply, and a digest of the prompt that it answered: the prompts of an episode grow with the square of its
+    turns.
 
-    prompt_ids: IdArray
+    Example: Logged.of((412, 9), completion)
+    """
+
+    prompt: str
     completion: Completion
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "prompt_ids", id_array(self.prompt_ids))
+    @staticmethod
+    def of(prompt_ids: Sequence[int] | IdArray, completion: Completion) -> Logged:
+        return Logged(digest(prompt_ids), completion)
+
+
+def digest(ids: Sequence[int] | IdArray) -> str:
+    """Identifies a prompt among those of an episode."""
+    return hashlib.blake2b(id_array(ids).tobytes(), digest_size=16).hexdigest()
 
 
 @dataclass
@@ -70,12 +83,42 @@ def to_lines(logs: ReplayLogs) -> list[str]:
         json.dumps(
             {
                 "task": task,
-                "episodes": {i: [[r.prompt_ids, r.completion] for r in log.replies] for i, log in group.items()},
+                "episodes": {i: log_fields(log) for i, log in group.items()},
             },
             default=as_json,
         )
         for task, group in logs.items()
     ]
+
+
+def log_fields(log: ReplayLog) -> list[dict[str, Any]]:
+    """An episode's replies as JSON values. Arrays are base64: as numbers they would take ten times as long."""
+    return [
+        {
+            "prompt": reply.prompt,
+            "ids": base64.b64encode(reply.completion.ids.tobytes()).decode(),
+            "logprobs": base64.b64encode(reply.completion.logprobs.tobytes()).decode(),
+            "finish_reason": reply.completion.finish_reason,
+            "weight_version": reply.completion.weight_version,
+            "older": reply.completion.older,
+        }
+        for reply in log.replies
+    ]
+
+
+def log_of(fields: Iterable[dict[str, Any]]) -> ReplayLog:
+    """Inverse of `log_fields`. Raises ValueError, KeyError or TypeError on other values."""
+    replies = []
+    for one in fields:
+        arrays = {
+            name: np.frombuffer(base64.b64decode(one[name], validate=True), dtype=kind)
+            for name, kind in (("ids", np.int32), ("logprobs", np.float32))
+        }
+        if len(arrays["ids"]) != len(arrays["logprobs"]):
+            raise ValueError(f"{len(arrays['ids'])} ids and {len(arrays['logprobs'])} log-probs")
+        rest = {name: one[name] for name in ("finish_reason", "weight_version", "older")}
+        replies.append(Logged(str(one["prompt"]), Completion.parse(arrays | rest)))
+    return ReplayLog(replies)
 
 
 def read(path: Path) -> ReplayLogs:
@@ -95,10 +138,7 @@ def from_lines(lines: Iterable[str]) -> ReplayLogs:
     """Raises ValueError, KeyError or TypeError on lines that `to_lines` did not write."""
     found: ReplayLogs = {}
     for line in map(json.loads, lines):
-        found[Task(**line["task"])] = {
-            int(index): ReplayLog([Logged(prompt, Completion.parse(reply)) for prompt, reply in replies])
-            for index, replies in line["episodes"].items()
-        }
+        found[Task(**line["task"])] = {int(index): log_of(replies) for index, replies in line["episodes"].items()}
     return found
 
 
@@ -124,11 +164,11 @@ class _Recorded:
 
     async def reply(self, ask: Ask) -> Completion:
         """Raises InterruptedEpisodeError once the step has enough groups."""
-        cursor, log = self.cursor, self.cursor.log
+        cursor, log, prompt = self.cursor, self.cursor.log, digest(ask.prompt_ids)
         begun: Completion | None = None
         if cursor.played < len(log.replies):
-            prompt, completion = log.replies[cursor.played].prompt_ids, log.replies[cursor.played].completion
-            if not np.array_equal(prompt, ask.prompt_ids):
+            completion = log.replies[cursor.played].completion
+            if log.replies[cursor.played].prompt != prompt:
                 # The environment answered differently this time, so the rest is invalid.
                 del log.replies[cursor.played :]
             elif completion.finish_reason == "abort":
@@ -139,10 +179,10 @@ class _Recorded:
                 return completion
         if cursor.stop.asked:
             if begun is not None:
-                log.replies.append(Logged(id_array(ask.prompt_ids), begun))
+                log.replies.append(Logged(prompt, begun))
             raise InterruptedEpisodeError
         reply = await self._fresh(ask, begun)
-        log.replies.append(Logged(id_array(ask.prompt_ids), reply))
+        log.replies.append(Logged(prompt, reply))
         if reply.finish_reason == "abort" and cursor.stop.asked:
             raise InterruptedEpisodeError
         cursor.played += 1

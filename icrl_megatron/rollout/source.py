@@ -16,9 +16,10 @@ from icrl_megatron.engines.rank import Engines, Share
 from icrl_megatron.rollout import replay
 from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play_all
 from icrl_megatron.rollout.groups import Groups, OnGroup, ignored, split_tasks
+from icrl_megatron.rollout.journal import Journal, Logs
 from icrl_megatron.rollout.played import Gather, Job, Played, RolloutRequest, T, together
 from icrl_megatron.rollout.replay import ReplayLogs, tokens
-from icrl_megatron.rollout.speakers import Meter, Seeds, SpeakersFor
+from icrl_megatron.rollout.speakers import Meter, SpeakersFor
 from icrl_megatron.types import Episode, Task, UnplayedEpisode
 from icrl_megatron.utils.progress import Progress
 
@@ -44,6 +45,8 @@ class EngineSource:
     """Number of engines lost, for the step or evaluation that was played last."""
     on_group: OnGroup = ignored
     """Called on the rank that plays a task."""
+    journal: Journal | None = None
+    """Where the episodes of training steps are written when they end (`checkpoint.episodes`)."""
     sent: EngineStats = field(default_factory=EngineStats)
     """Weights that were sent before an evaluation; the next training step reports them."""
 
@@ -55,16 +58,25 @@ class EngineSource:
         kept = self._take_kept() if needed is not None else {}
         mine = self._mine(request.tasks, kept)
         enough = len(mine) if needed is None else _part(needed, self.engines.share)
-        groups = Groups(mine, request.episodes, enough, kept)
-        meter, begun = Meter(), tokens(kept)
+        journal = self.journal if needed is not None else None
+        written = _of_tasks(mine, journal.begin(seeds) if journal is not None else {}, kept)
+        groups = Groups(mine, request.episodes, enough, written | kept)
+        meter, begun = Meter(tokens(written)), tokens(kept)
         left = groups.pairs()
+
+        def on_end(result: Ended) -> None:
+            if journal is not None and isinstance(result, Episode):
+                journal.add(result.task, result.index, groups.log_of(result))
+            groups.ended(result)
+
         with self.progress.phase("rollout", len(left)) as bar:
 
             def play_rest() -> int:
                 nonlocal left
                 groups.begin(lambda: bar.advance(1), self.on_group)
-                speakers_for = groups.recorded(meter.on(self.speakers_for), setup.prompter.before_stop)
-                results = asyncio.run(_round(left, setup, speakers_for, groups, seeds))
+                speakers = meter.on(self.speakers_for)
+                speakers_for = groups.recorded(speakers, setup.prompter.before_stop, journal is not None)
+                results = asyncio.run(_round(play_all(left, setup, speakers_for, seeds, on_end), groups))
                 left = [(r.task, r.index) for r in results if isinstance(r, UnplayedEpisode) and r.error]
                 left = [] if groups.enough() else left
                 return len(left)
@@ -115,7 +127,13 @@ class EngineSource:
     def unfinished(self) -> Callable[[], list[str]]:
         """The groups that were cut off and continue in the next step."""
         kept = replay.copied(self.kept)
-        return lambda: replay.to_lines(kept)
+
+        def lines() -> list[str]:
+            if self.journal is not None:
+                self.journal.saved()
+            return replay.to_lines(kept)
+
+        return lines
 
     def restore(self, path: Path, known: Collection[Task]) -> int:
         share = self.engines.share
@@ -191,12 +209,20 @@ async def _awaited(job: Awaitable[T]) -> T:
     return await job
 
 
-async def _round(
-    pairs: Sequence[tuple[Task, int]], setup: EpisodeSetup, speakers_for: SpeakersFor, groups: Groups, seeds: Seeds
-) -> list[Ended]:
-    results = await play_all(pairs, setup, speakers_for, seeds, on_end=groups.ended)
+async def _round(playing: Awaitable[list[Ended]], groups: Groups) -> list[Ended]:
+    results = await playing
     await groups.wait_for_interruption()
     return results
+
+
+def _of_tasks(tasks: Sequence[Task], written: Logs, kept: ReplayLogs) -> ReplayLogs:
+    """The episodes of a journal by task, without those of groups that were `kept`, which have later replies."""
+    by_id = {task.task_id: task for task in tasks if task not in kept}
+    found: ReplayLogs = {}
+    for (task_id, index), log in written.items():
+        if task_id in by_id:
+            found.setdefault(by_id[task_id], {})[index] = log
+    return found
 
 
 def _part(needed: int, share: Share) -> int:

@@ -19,6 +19,7 @@ from icrl_megatron.model.weights import Gatherer
 from icrl_megatron.rollout.async_source import AsyncSource, Order
 from icrl_megatron.rollout.episode import EpisodeSetup
 from icrl_megatron.rollout.fixed_sources import DumpSource, FakeSource, NoEngine
+from icrl_megatron.rollout.journal import Journal
 from icrl_megatron.rollout.messages import Setup
 from icrl_megatron.rollout.own_model import own_models
 from icrl_megatron.rollout.played import EpisodeSource
@@ -27,7 +28,7 @@ from icrl_megatron.rollout.service_process import RolloutProcess
 from icrl_megatron.rollout.source import EngineSource
 from icrl_megatron.run.engines import build_engines, speakers_for
 from icrl_megatron.run.saving import Start
-from icrl_megatron.settings.loading import model_folder
+from icrl_megatron.settings.loading import model_folder, run_folder
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.tasks import registry
 from icrl_megatron.telemetry.dumps import Rollouts
@@ -115,7 +116,10 @@ def episode_source(
     assert isinstance(players, Engines)
     catalogue.lend(own_models(players, prompter, rollout.context_tokens))
     setup = EpisodeSetup(catalogue.environment, prompter, rollout, drop_too_long=settings.tasks.too_long == "drop")
-    return EngineSource(setup, speakers_for(settings, prompter, players), players, sync.resend, gather, progress)
+    source = EngineSource(setup, speakers_for(settings, prompter, players), players, sync.resend, gather, progress)
+    if settings.checkpoint.episodes and players.share.index is not None:
+        source.journal = Journal(run_folder(settings), grid.rank, grid.world)
+    return source
 
 
 def _order(settings: Settings, sampler: TaskSampler) -> Order:

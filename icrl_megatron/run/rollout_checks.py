@@ -45,6 +45,10 @@ def _check_staleness(settings: Settings) -> None:
             )
         return
     given = f"rollout.staleness={rollout.staleness}"
+    if settings.checkpoint.episodes:
+        raise ConfigError(
+            f"{given}: checkpoints have the replies of unfinished groups already; set checkpoint.episodes=false"
+        )
     if rollout.oversample > 1.0:
         raise ConfigError(
             f"{given} with rollout.oversample={rollout.oversample:g}: slow episodes already run beside the next steps; "

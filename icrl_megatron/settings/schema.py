@@ -228,6 +228,9 @@ class CheckpointSettings:
     """Steps between checkpoints. The last step is always saved."""
     keep: Annotated[int, Range(1)] = 2
     """Number of newest checkpoints that are kept; older ones are deleted, but not that of the lowest held-out loss."""
+    episodes: bool = False
+    """Write every episode of a step when it ends, until a checkpoint has the step. A run that is killed then continues
+    its rollouts from these episodes, and does not play them again (docs/RELIABILITY.md)."""
 
 
 @dataclass

@@ -54,7 +54,7 @@ def test_an_asynchronous_run_is_accepted() -> None:
 
 def group(number: int) -> OpenGroup:
     reply = Completion((3, 4), (-0.1, -2.5), "stop", 2, ((1, 1),))  # type: ignore[arg-type]
-    log = {0: ReplayLog([Logged((9, 8), reply)]), 3: ReplayLog()}  # type: ignore[arg-type]
+    log = {0: ReplayLog([Logged.of((9, 8), reply)]), 3: ReplayLog()}  # type: ignore[arg-type]
     return OpenGroup(number, Task(f"t/train/{number % 3}", "t", "train", "ü"), 30, version=number, logs=log)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import threading
 import time
@@ -23,6 +24,7 @@ from icrl_megatron.engines.rank import Share
 from icrl_megatron.model.tiny import build_tokenizer
 from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play_all
 from icrl_megatron.rollout.groups import Groups, split_tasks
+from icrl_megatron.rollout.journal import Journal
 from icrl_megatron.rollout.played import RolloutRequest
 from icrl_megatron.rollout.prompts import Prompter, template_words
 from icrl_megatron.rollout.replay import (
@@ -36,7 +38,7 @@ from icrl_megatron.rollout.replay import (
     tokens,
 )
 from icrl_megatron.rollout.source import EngineSource
-from icrl_megatron.rollout.speakers import Ask, Seeds, Speakers
+from icrl_megatron.rollout.speakers import Ask, Seeds, Speakers, SpeakersFor
 from icrl_megatron.run.checks import validate
 from icrl_megatron.settings.loading import load
 from icrl_megatron.settings.schema import RolloutSettings
@@ -81,7 +83,7 @@ def test_interrupted_reply_resumes_and_keeps_its_logprobs() -> None:
     async def cut() -> None:
         await speakers.solver.reply(ask([9]))
         stop.asked = True  # as if this happened while the next reply is generated
-        replay_log.replies.append(Logged((9, 1, 2, 8), said(3, reason="abort")))
+        replay_log.replies.append(Logged.of((9, 1, 2, 8), said(3, reason="abort")))
 
     asyncio.run(cut())
     speaker, again = record(replay_log, Stop(), said(4, 5, version=2))
@@ -96,7 +98,7 @@ def test_interrupted_reply_resumes_and_keeps_its_logprobs() -> None:
 
 
 def test_after_a_stop_no_request_is_sent_and_replies_are_kept() -> None:
-    replay_log = ReplayLog([Logged((9,), said(1)), Logged((9, 1), said(2, reason="abort"))])
+    replay_log = ReplayLog([Logged.of((9,), said(1)), Logged.of((9, 1), said(2, reason="abort"))])
     speaker, speakers = record(replay_log, Stop(asked=True))
 
     async def play() -> None:
@@ -110,14 +112,14 @@ def test_after_a_stop_no_request_is_sent_and_replies_are_kept() -> None:
 
 
 def test_different_observation_discards_the_rest_of_a_replay_log() -> None:
-    replay_log = ReplayLog([Logged((9,), said(1)), Logged((9, 1, 7), said(2))])
+    replay_log = ReplayLog([Logged.of((9,), said(1)), Logged.of((9, 1, 7), said(2))])
     _, speakers = record(replay_log, Stop(), said(5))
 
     async def play() -> list[list[int]]:
         return [(await speakers.solver.reply(ask(p))).ids.tolist() for p in ([9], [9, 1, 6])]
 
     assert asyncio.run(play()) == [[1], [5]]
-    assert replay_log.replies == [Logged((9,), said(1)), Logged((9, 1, 6), said(5))]
+    assert replay_log.replies == [Logged.of((9,), said(1)), Logged.of((9, 1, 6), said(5))]
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +228,9 @@ def test_separate_critic_is_interrupted_too(setup: EpisodeSetup) -> None:
 def test_replay_logs_round_trip_as_text() -> None:
     task = Task("household/train/1", "household", "train", '{"goal": "ü"}')
     joined = Completion((3, 4), (-0.1, -2.5), "abort", 2, ((1, 1),))
-    replay_logs = {task: {0: ReplayLog([Logged((9, 8), said(1, 2)), Logged((9, 8, 1, 2), joined)]), 3: ReplayLog()}}
+    replay_logs = {
+        task: {0: ReplayLog([Logged.of((9, 8), said(1, 2)), Logged.of((9, 8, 1, 2), joined)]), 3: ReplayLog()}
+    }
     assert from_lines(to_lines(replay_logs)) == replay_logs
     assert tokens(replay_logs) == 4
 
@@ -340,3 +344,51 @@ def test_partial_rollouts_require_oversampling_and_correction() -> None:
         validate(load("rulebook_easy", ["rollout.partial=true"]))
     with pytest.raises(ConfigError, match=r"algo\.mismatch_correction\.enabled=true"):
         validate(load("rulebook_easy", ["rollout.partial=true", "rollout.oversample=1.5"]))
+
+
+@pytest.mark.parametrize("cut", [0, 7, 40])
+def test_a_step_that_was_killed_goes_on_from_its_ended_episodes(setup: EpisodeSetup, tmp_path: Path, cut: int) -> None:
+    """`cut` bytes of the last line were not written."""
+    tasks, asked = list(registry.get("household").problems("train"))[:4], list[tuple[str, int]]()
+    quiet = Progress(console=Console(file=io.StringIO()))
+
+    class Killed(Exception):
+        """As if the process ended here."""
+
+    def speakers_for(dies_at: int) -> SpeakersFor:
+        def speakers_of(task: Task, index: int) -> Speakers:
+            asked.append((task.task_id, index))
+            if len(asked) > dies_at:
+                raise Killed
+            speaker = Slow(setup.prompter)
+            return Speakers(speaker, speaker)
+
+        return speakers_of
+
+    def source(dies_at: int = 100) -> EngineSource:
+        one = replace(setup, settings=replace(setup.settings, concurrency=1))
+        made = EngineSource(one, speakers_for(dies_at), Engine(), lambda stale: None, lambda mine: [mine], quiet)  # type: ignore[arg-type]
+        made.journal = Journal(tmp_path, 0, 1)
+        return made
+
+    request = RolloutRequest(tasks, 2, SEEDS, 1, 4)
+    with contextlib.suppress(Exception):
+        source(dies_at=5).play(request)
+    (path,) = (tmp_path / "unfinished_steps").iterdir()
+    text = path.read_text()
+    ended = text.count('"purpose"')
+    assert 1 <= ended <= 5
+    path.write_text(text[: len(text) - cut])
+    asked.clear()
+    again = source()
+    played = again.play(request)
+    replayed = ended - (cut > 0)
+    reply = len(setup.prompter.encode_reply("look"))
+    assert len(played.episodes) == 8 and played.generated_tokens() == played.used_tokens() == 8 * 3 * reply
+    assert again.journal is not None
+    assert path.read_text().count('"purpose"') >= 8, "each episode is there, and replayed ones are not written again"
+    assert len(path.read_text().splitlines()) <= ended + 8 - replayed + 3
+    assert played.episodes == source().play(request).episodes, "all are replayed"
+    again.unfinished()()  # a checkpoint has this step
+    again.play(replace(request, seeds=replace(SEEDS, step=SEEDS.step + 1)))
+    assert not path.exists() and len(list((tmp_path / "unfinished_steps").iterdir())) == 1
