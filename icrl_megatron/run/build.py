@@ -27,6 +27,7 @@ from icrl_megatron.rollout.prompts import Prompter
 from icrl_megatron.rollout.service_process import RolloutProcess
 from icrl_megatron.rollout.source import EngineSource
 from icrl_megatron.run.engines import build_engines, speakers_for
+from icrl_megatron.run.rollout_checks import check_own_gpus
 from icrl_megatron.run.saving import Start
 from icrl_megatron.settings.loading import model_folder, run_folder
 from icrl_megatron.settings.schema import Settings
@@ -43,9 +44,11 @@ HANG_S = 120.0
 
 def build_players(settings: Settings, start: Start, grid: grids.Grid, progress: Progress) -> Players | None:
     """What plays this rank's episodes, not ready yet. None in the debug modes that generate nothing, and on a rank of
-    an asynchronous run that leads no engine."""
+    an asynchronous run that leads no engine. Raises ConfigError if the engine would share GPUs with an actor that it
+    cannot wait for."""
     if settings.debug.mode in ("from_dump", "fake_data"):
         return None
+    check_own_gpus(settings, platform.device().type)
     setup = Setup(settings, start.folder, start.has_weights, start.tokenizer, grid.rank, grid.world)
     if not settings.rollout.staleness:
         return build_engines(setup, grid, platform.device())

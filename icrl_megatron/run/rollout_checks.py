@@ -45,10 +45,6 @@ def _check_staleness(settings: Settings) -> None:
             )
         return
     given = f"rollout.staleness={rollout.staleness}"
-    if settings.checkpoint.episodes:
-        raise ConfigError(
-            f"{given}: checkpoints have the replies of unfinished groups already; set checkpoint.episodes=false"
-        )
     if rollout.oversample > 1.0:
         raise ConfigError(
             f"{given} with rollout.oversample={rollout.oversample:g}: slow episodes already run beside the next steps; "
@@ -66,10 +62,16 @@ def _check_staleness(settings: Settings) -> None:
             f"{given}: the weights of engine.kind={engine.kind} cannot change while its requests are unfinished; use "
             "engine.kind=sglang, or set rollout.staleness=0"
         )
-    if settings.launch.device == "cuda" and not engine.urls:
+    check_own_gpus(settings, settings.launch.device)
+
+
+def check_own_gpus(settings: Settings, device: str) -> None:
+    """Raises ConfigError if an asynchronous run on this device ("cpu", "cuda" or "auto") would share its GPUs with the
+    engine."""
+    if settings.rollout.staleness and device == "cuda" and not settings.engine.urls:
         raise ConfigError(
-            f"{given}: the engine would need the GPUs that the actor trains on; name SGLang servers on other GPUs in "
-            "engine.urls, or set rollout.staleness=0"
+            f"rollout.staleness={settings.rollout.staleness}: the engine would need the GPUs that the actor trains on; "
+            "name SGLang servers on other GPUs in engine.urls, or set rollout.staleness=0"
         )
 
 

@@ -230,7 +230,8 @@ class CheckpointSettings:
     """Number of newest checkpoints that are kept; older ones are deleted, but not that of the lowest held-out loss."""
     episodes: bool = False
     """Write every episode of a step when it ends, until a checkpoint has the step. A run that is killed then continues
-    its rollouts from these episodes, and does not play them again (docs/RELIABILITY.md)."""
+    its rollouts from these episodes, and does not play them again (docs/RELIABILITY.md). With `rollout.staleness`,
+    checkpoints have the replies of unfinished groups instead."""
 
 
 @dataclass

@@ -14,6 +14,7 @@ from icrl_megatron.settings.arms import ARMS
 from icrl_megatron.settings.loading import apply_overrides
 from icrl_megatron.settings.schema import (
     ActorSettings,
+    CheckpointSettings,
     EngineSettings,
     LaunchSettings,
     ModelSettings,
@@ -85,6 +86,7 @@ def icrl(name: str, size: str, task: str, gpus: int) -> Settings:
             micro_batch_tokens=16384,
         ),
         optim=OptimSettings(learning_rate=1e-6, beta1=0.9, beta2=0.98, weight_decay=0.1, clip_grad=1.0),
+        checkpoint=CheckpointSettings(episodes=True),
         launch=LaunchSettings(ranks=gpus // nodes, nodes=nodes, device="cuda"),
     )
 
