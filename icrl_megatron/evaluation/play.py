@@ -77,15 +77,16 @@ def run(job: EvalJob) -> None:
                 RolloutRequest(playing.tasks, job.request.samples, SEEDS, job.settings.rollout.rounds)
             )
             seconds = time.perf_counter() - begun
-            # Only the first rank writes; the dump has every episode.
-            everyone = [e for part in playing.source.gather(played.episodes) for e in part] if grid.world > 1 else []
+            unsaved = [why for why in playing.source.gather(_dump(job, played.episodes, grid.rank)) if why]
     except EngineError as error:
         raise HopelessError(str(error)) from error
     if grid.rank == 0:
         from icrl_megatron.evaluation.views import show  # imports matplotlib, which other ranks do not need
 
         result = replace(_result(job, played), too_long=len(playing.too_long), seconds=seconds)
-        _write(result, job, everyone or played.episodes)
+        _write(result, job)
+        for why in unsaved[:1]:
+            print(f"warning: not all episodes are saved: {why}", file=sys.stderr)
         show(result)
         print(f"written to {job.out}: {RESULT}, {PICTURE}, {ROLLOUTS_FOLDER}/ (icrl show {shlex.quote(str(job.out))})")
 
@@ -220,19 +221,26 @@ def _result(job: EvalJob, played: Played) -> Result:
     return replace(result, comparison=found, against=earlier.model)
 
 
-def _write(result: Result, job: EvalJob, episodes: Sequence[Episode]) -> None:
+def _dump(job: EvalJob, episodes: Sequence[Episode], rank: int) -> str:
+    """Writes the episodes that this rank played, for `_write` to move. Returns why they are not saved, or nothing: a
+    full disk must not cost the scores."""
+    try:
+        write_dump(job.logs, 0, episodes, (), Prompter(tokenizer(job.folder), job.settings.rollout).decode, rank)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _write(result: Result, job: EvalJob) -> None:
     from icrl_megatron.evaluation.views import picture  # imports matplotlib, which other ranks do not need
 
     with results.writing(job.out, results.EVALUATION, job.request.reads(), job.request.overwrite) as folder:
         write_atomically(folder / RESULT, [json.dumps(asdict(result), indent=1)], "the evaluation")
         picture(result, folder / PICTURE)
-        decode = Prompter(tokenizer(job.folder), job.settings.rollout).decode
-        try:
-            write_dump(folder, 0, episodes, (), decode)
-        except ConfigError as error:  # a full disk must not cost the scores
-            print(f"warning: the episodes are not saved: {error}", file=sys.stderr)
-        if any(job.logs.iterdir()):
-            with disk_errors(job.out, "the logs of servers and ranks"):
+        with disk_errors(job.out, "the episodes, and the logs of servers and ranks"):
+            if (job.logs / ROLLOUTS_FOLDER).exists():
+                shutil.move(job.logs / ROLLOUTS_FOLDER, folder / ROLLOUTS_FOLDER)
+            if any(job.logs.iterdir()):
                 shutil.copytree(job.logs, folder / "logs")
 
 

@@ -105,11 +105,16 @@ def credit_of(
 
 
 def write_dump(
-    run_dir: str | Path, step: int, episodes: Sequence[Episode], samples: Sequence[Sample], decode: Decode
+    run_dir: str | Path,
+    step: int,
+    episodes: Sequence[Episode],
+    samples: Sequence[Sample],
+    decode: Decode,
+    rank: int = 0,
 ) -> Path:
-    """Appends all episodes to the first rank's shard and returns its path: for commands that end afterwards. A run has
+    """Appends all episodes to the shard of a rank and returns its path: for commands that end afterwards. A run has
     a `DumpWriter`. Raises ConfigError on disk errors."""
-    file = AppendFile(shard_path(Path(run_dir), 0), f"the rollouts of step {step}")
+    file = AppendFile(shard_path(Path(run_dir), rank), f"the rollouts of step {step}")
     for episode, credit in credit_of(episodes, samples):
         file.write(encoded(step, episode, credit, decode))
     file.close()
