@@ -21,7 +21,8 @@ from icrl_megatron.distributed import net
 from icrl_megatron.distributed.process import STORE_FD_ENV
 
 RANKS = 8
-TRAINED = ("everything", "gspo", "sparse_gspo")
+TRAINED = {"cp2": ("everything", "sparse_gspo"), "tp2cp2sp": ("gspo",), "tp2cp2pp2sp": ("everything",)}
+"""Cases of each layout."""
 SAVER, LOADER = "tp2cp2pp2sp", "cp2"
 REFUSING = "tp2cp2sp"
 
@@ -32,7 +33,7 @@ def run(root: Path) -> None:
         layout, out = CONTEXT_LAYOUTS[name], root / name
         out.mkdir(exist_ok=True)
         grid = grids.build(CASES["paper"].settings(layout))
-        for case in TRAINED:
+        for case in TRAINED[name]:
             found = train(CASES[case], layout, grid, root)
             if grid.rank == 0:
                 torch.save(found, out / f"{case}.pt")

@@ -22,7 +22,7 @@ TOLERANCE = 1e-5
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("context")
-    for name in {CASES[case].model for case in TRAINED}:
+    for name in {CASES[case].model for cases in TRAINED.values() for case in cases}:
         make_model(model_folder(root, name), name, torch.float32)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     job = subprocess.run(
@@ -39,11 +39,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def references(root: Path) -> dict[str, Trained]:
-    return {name: Reference(CASES[name], model_folder(root, CASES[name].model)).run() for name in TRAINED}
+    names = {case for cases in TRAINED.values() for case in cases}
+    return {name: Reference(CASES[name], model_folder(root, CASES[name].model)).run() for name in names}
 
 
-@pytest.mark.parametrize("case", TRAINED)
-@pytest.mark.parametrize("layout", list(CONTEXT_LAYOUTS))
+@pytest.mark.parametrize(("layout", "case"), [(layout, case) for layout in TRAINED for case in TRAINED[layout]])
 def test_training_equals_the_reference(root: Path, references: dict[str, Trained], layout: str, case: str) -> None:
     """Compares log-probs, losses, norms, all gradients of all updates, and the weights after two steps. Ranks stop by
     themselves if the ratio of the first step is not 1."""
