@@ -185,6 +185,21 @@ SHORT_TURNS = ("rollout.max_turn_tokens=2048", "rollout.parse_truncated=false")
 ON_LOCAL_ENGINE = ("engine.kind=local", "engine.tensor_parallel=1", "actor.offload=none", *SHORT_TURNS)
 LARGER_AND_FIRST_RUNS = (
     _recipe(
+        "qwen3_8b_alfworld_4xh100_cp2",
+        "ICRL with Qwen3-8B on ALFWorld in the layout of the authors' code, TP 2 x CP 2; the loss is that of "
+        "qwen3_8b_alfworld_4xh100. 4 H100.",
+        ("8B", "alfworld", 4),
+        *("actor.context_parallel=2", *EVALUATED_AS_PUBLISHED),
+    ),
+    _recipe(
+        "qwen3_8b_math_131k_2nodes",
+        "Qwen3-8B on mathematics with YaRN and contexts of 131,072 tokens, TP 2 x CP 4 (docs/MODELS.md has the "
+        "folder); reproduces nothing. 16 H100.",
+        ("8B", "math", 16),
+        *("model.path=models/Qwen3-8B-131k", "rollout.context_tokens=131072", "actor.micro_batch_tokens=131072"),
+        *("actor.context_parallel=4", "tasks.sources.0.plan={prompt_tokens: 200, reply_tokens: 12000}"),
+    ),
+    _recipe(
         "qwen3_8b_math_8xh100_fp8",
         "The mathematics run on a whole node with FP8 products (blockwise scaling); reproduces nothing yet. 8 H100.",
         ("8B", "math", 8),
