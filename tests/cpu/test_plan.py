@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from icrl_megatron.model.flops import Passes, counts
+from icrl_megatron.model.rope import Yarn
 from icrl_megatron.plan import command, hardware, memory, nemo_rl, pipeline, planner, supervised, timing
 from icrl_megatron.plan.layout import Layout, local_parameters
 from icrl_megatron.plan.models import PUBLISHED
@@ -198,6 +199,27 @@ def test_plan_that_does_not_fit_suggests_a_change_that_fits() -> None:
         change = str(error.value).partition("that fits: ")[2].partition(" (")[0]
         assert "GPUs" not in change
         assert planner.plan(load(tight, *change.split())).fits
+
+
+def test_context_parallelism_divides_the_tokens_and_costs_an_exchange() -> None:
+    shape, plans = PUBLISHED["Qwen3-8B"], [planner.plan(load(f"actor.context_parallel={n}"), gpus=8) for n in (1, 2)]
+    one, two = plans
+    assert (one.layout.data, two.layout.data) == (4, 2)
+    whole, half = (memory.layer_activations(shape, plan.layout, 16384, "none") for plan in plans)
+    assert half == pytest.approx(whole / 2)
+    assert half * 36 < memory.activations(shape, two.layout.but(recompute="none"), 16384, 4) < whole * 36
+    assert one.memory.state == two.memory.state
+    assert one.times.phases["context exchange"] == 0 < two.times.phases["context exchange"] < two.times.total / 100
+    with pytest.raises(ConfigError, match=r"TP x PP x CP = 6 does not divide 8 GPUs; change .*actor\.context_parallel"):
+        planner.plan(load("actor.context_parallel=3"), gpus=8)
+
+
+def test_131072_tokens_fit_with_yarn() -> None:
+    settings = settings_module.load("qwen3_8b_math_131k_2nodes")
+    found = planner.plan(settings)
+    assert found.fits and found.layout.context == 4
+    assert found.shape.max_positions == settings.rollout.context_tokens == 131072
+    assert found.shape.yarn == replace(Yarn(4.0, 32768, 0.0), attention_factor=pytest.approx(1.1386294))
 
 
 def test_search_ranks_layouts_that_fit_and_explains_the_others() -> None:
