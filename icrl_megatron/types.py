@@ -334,8 +334,8 @@ class MicroBatch:
     tokens_T: IntArray
     positions_T: IntArray
     cu_seqlens: npt.NDArray[np.int32]
-    """[S + 1]; the last sequence may be padding without loss tokens. Under context parallelism each sequence may end in
-    padding, which no other token sees."""
+    """[S + 1]; the last sequence may be padding without loss tokens. Under context parallelism each may end in padding,
+    which no other token sees."""
     loss_index_L: IntArray
     targets_L: IntArray
     rollout_logprobs_L: FloatArray
@@ -347,33 +347,6 @@ class MicroBatch:
     """True if the sample is trained under the prompt that the engine saw, so that both log-probs are comparable."""
     sample_index_L: IntArray
     """Index of the sample in `StepPlan.samples`, used to return per-token results to samples."""
-    share: ContextShare | None = None
-    """Given if this is one context-parallel rank's share of a micro-batch (`data/context.py`). T and L are then its own
-    tokens, and `loss_index_L` points into them; `cu_seqlens` is still the whole micro-batch's."""
-
-
-@dataclass(frozen=True)
-class Portion:
-    """The elements of an array that one of several ranks has, and where the others are.
-
-    Example: rank 1 of 2 has the middle of [a b c d]: Portion(own=[1, 2], places=[0, 2, 3, 1], longest=2)
-    """
-
-    own: IntArray
-    """Indices into the whole array, ascending."""
-    places: IntArray
-    """Place of each element of the whole array in all ranks' portions end to end, each padded to `longest`."""
-    longest: int
-    """Elements of the largest portion."""
-
-
-@dataclass(frozen=True)
-class ContextShare:
-    """The micro-batch that a context-parallel rank has a share of, and which of its tokens and loss tokens."""
-
-    whole: MicroBatch
-    tokens: Portion
-    loss: Portion
 
 
 @dataclass(frozen=True)

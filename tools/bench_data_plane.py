@@ -311,7 +311,7 @@ def _rank(rank: int, options: argparse.Namespace, step: Step, folder: Path) -> N
     found.sent = sum(handed)
     plan = pack(layout, delivered)
     batches = [batch for update in plan.updates for batch in update]
-    found.packed = sum(array.nbytes for batch in batches for array in vars(batch).values() if array is not None)
+    found.packed = sum(array.nbytes for batch in batches for array in vars(batch).values())
     found.held = found.headers_held + found.played + found.trained + found.packed
     found.peak = tracemalloc.get_traced_memory()[1] - begin + found.trained
     predict(grid, step, layout, wanted)

@@ -10,6 +10,7 @@ import torch
 
 from icrl_kernels import HeadOutput
 from icrl_megatron.actor.passes import Frozen
+from icrl_megatron.data.context import BatchShare
 from icrl_megatron.distributed.grid import Grid, gather_objects
 from icrl_megatron.model.context import gather_whole
 from icrl_megatron.types import MicroBatch, Sample
@@ -74,8 +75,8 @@ def token_weights(samples: Sequence[Sample], batch: MicroBatch, out: HeadOutput)
     """sample_id -> calibration weight of each loss token, for the calibrated samples of one micro-batch. Collective
     over the context-parallel ranks."""
     weight_L = out.calibration_weight_L.detach()
-    if batch.share is not None:
-        weight_L, batch = gather_whole(weight_L, batch.share.loss), batch.share.whole
+    if isinstance(batch, BatchShare):
+        weight_L, batch = gather_whole(weight_L, batch.loss), batch.whole
     chosen_L = np.flatnonzero(batch.calibrated_L)
     if len(chosen_L) == 0:
         return {}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from icrl_kernels import Chunking, HeadOutput, MainGrad, Streams, Terms, VocabShard, policy_head, score_head
 from icrl_megatron.actor.plain_loss import PlainLoss
+from icrl_megatron.data.context import BatchShare
 from icrl_megatron.distributed import platform
 from icrl_megatron.distributed.grid import Grid
 from icrl_megatron.model.context import gather_whole
@@ -35,9 +36,9 @@ class Frozen:
 
     def of(self, batch: MicroBatch) -> Frozen:
         """Those of the loss tokens of a context-parallel rank's share of the micro-batch."""
-        if batch.share is None:
+        if not isinstance(batch, BatchShare):
             return self
-        own = torch.from_numpy(batch.share.loss.own)
+        own = torch.from_numpy(batch.loss.own)
         streams = (self.old_L, self.behaviour_L, self.reference_L)
         return Frozen(*[None if of_L is None else of_L.index_select(0, own.to(of_L.device)) for of_L in streams])
 
@@ -118,7 +119,7 @@ def _hidden(module: Any, batch: MicroBatch) -> Tensor:
         torch.from_numpy(batch.tokens_T).to(device)[None],
         torch.from_numpy(batch.positions_T).to(device)[None],
         None,
-        packed_seq_params=packed_params(cu_seqlens, longest, None if batch.share is None else batch.share.tokens),
+        packed_seq_params=packed_params(cu_seqlens, longest, batch.tokens if isinstance(batch, BatchShare) else None),
     )
 
 
@@ -190,6 +191,6 @@ def _scores(batch: MicroBatch, plan: HeadPlan, model: PolicyModel, hidden_T1H: T
     logprobs_L, _ = score_head(
         hidden_LH, model.head_weight_VH(), targets_L, plan.terms.temperature, plan.shard, plan.chunking
     )
-    if batch.share is not None:
-        logprobs_L = gather_whole(logprobs_L, batch.share.loss)
+    if isinstance(batch, BatchShare):
+        logprobs_L = gather_whole(logprobs_L, batch.loss)
     return hidden_LH.new_zeros(()), torch.tensor(0, dtype=torch.int, device=hidden_LH.device), logprobs_L

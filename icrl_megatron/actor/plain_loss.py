@@ -11,6 +11,7 @@ from torch import Tensor
 
 from icrl_kernels import Chunking, HeadOutput, MainGrad, Streams, VocabShard, logprob_head
 from icrl_megatron.algo.losses import Loss, LossInputs, PolicyTerm, kl_L
+from icrl_megatron.data.context import BatchShare
 from icrl_megatron.model.context import gather_whole
 from icrl_megatron.settings.schema import AlgoSettings
 from icrl_megatron.types import MicroBatch
@@ -60,16 +61,16 @@ class PlainLoss:
     def _term(self, inputs: LossInputs, batch: MicroBatch) -> PolicyTerm:
         """The loss function's result for these tokens. Under context parallelism it gets all of the micro-batch, so
         that it sees whole sequences; what it returns for other ranks' tokens counts there."""
-        if batch.share is None:
+        if not isinstance(batch, BatchShare):
             return self.function(inputs, self.algo)
         names = [f.name for f in fields(inputs) if f.name.endswith("_L") and f.name != "sequence_L"]
         columns = torch.stack([getattr(inputs, name).to(inputs.logprobs_L.dtype) for name in names], dim=1)
-        whole = dict(zip(names, gather_whole(columns, batch.share.loss).unbind(1), strict=True))
-        sequence_L, sequences = _sequences(batch.share.whole)
+        whole = dict(zip(names, gather_whole(columns, batch.loss).unbind(1), strict=True))
+        sequence_L, sequences = _sequences(batch.whole)
         whole |= {"mask_L": whole["mask_L"] != 0, "sequence_L": sequence_L.to(columns.device)}
         frozen = {n: v if n in ("logprobs_L", "entropy_L") else v.detach() for n, v in whole.items()}
         term = self.function(LossInputs(**frozen, sequences=sequences), self.algo)
-        own = torch.from_numpy(batch.share.loss.own).to(columns.device)
+        own = torch.from_numpy(batch.loss.own).to(columns.device)
         flags = (term.loss_L[own], term.clipped_low_L[own], term.clipped_high_L[own])
         return PolicyTerm(*flags, {name: values_L[own] for name, values_L in term.metrics.items()})
 

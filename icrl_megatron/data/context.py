@@ -8,12 +8,23 @@ position that predicts it. Its target was read from the whole micro-batch, so it
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from icrl_megatron.types import ContextShare, IntArray, MicroBatch, Portion
+from icrl_megatron.types import IntArray, MicroBatch
+from icrl_megatron.utils.portions import Portion
+
+
+@dataclass(frozen=True)
+class BatchShare(MicroBatch):
+    """What a context-parallel rank has of a micro-batch. T and L are its own tokens, and `loss_index_L` points into
+    them; `cu_seqlens` is still that of the whole."""
+
+    whole: MicroBatch
+    tokens: Portion
+    loss: Portion
 
 
 def owners(cu_seqlens: npt.NDArray[np.int32], ranks: int) -> IntArray:
@@ -28,27 +39,17 @@ def owners(cu_seqlens: npt.NDArray[np.int32], ranks: int) -> IntArray:
     return found
 
 
-def portion(owner_N: IntArray, ranks: int, rank: int) -> Portion:
-    """The portion of `rank` of an array whose elements belong to `owner_N`."""
-    counts = np.bincount(owner_N, minlength=ranks)
-    order = np.argsort(owner_N, kind="stable")
-    sorted_N = owner_N[order]
-    places = np.empty(len(owner_N), dtype=np.int64)
-    places[order] = np.arange(len(owner_N)) - (np.cumsum(counts) - counts)[sorted_N] + sorted_N * counts.max()
-    return Portion(np.flatnonzero(owner_N == rank), places, int(counts.max()))
-
-
 def share(batch: MicroBatch, ranks: int, rank: int) -> MicroBatch:
-    """The share of `rank` of a micro-batch; itself if there is one rank. Raises ValueError as `owners`."""
+    """The `BatchShare` of `rank`, or the micro-batch itself if there is one rank. Raises ValueError as `owners`."""
     if ranks == 1:
         return batch
     owner_T = owners(batch.cu_seqlens, ranks)
-    tokens = portion(owner_T, ranks, rank)
-    loss = portion(owner_T[batch.loss_index_L], ranks, rank)
-    return replace(
-        batch,
+    tokens = Portion.of(owner_T, ranks, rank)
+    loss = Portion.of(owner_T[batch.loss_index_L], ranks, rank)
+    return BatchShare(
         tokens_T=batch.tokens_T[tokens.own],
         positions_T=batch.positions_T[tokens.own],
+        cu_seqlens=batch.cu_seqlens,
         loss_index_L=tokens.places[batch.loss_index_L[loss.own]] - rank * tokens.longest,
         targets_L=batch.targets_L[loss.own],
         rollout_logprobs_L=batch.rollout_logprobs_L[loss.own],
@@ -57,5 +58,7 @@ def share(batch: MicroBatch, ranks: int, rank: int) -> MicroBatch:
         calibrated_L=batch.calibrated_L[loss.own],
         same_prompt_L=batch.same_prompt_L[loss.own],
         sample_index_L=batch.sample_index_L[loss.own],
-        share=ContextShare(batch, tokens, loss),
+        whole=batch,
+        tokens=tokens,
+        loss=loss,
     )

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from icrl_megatron.types import Portion
+from icrl_megatron.utils.portions import Portion
 
 
 def gather_whole(own_N: Tensor, portion: Portion) -> Tensor:

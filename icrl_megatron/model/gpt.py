@@ -21,8 +21,8 @@ from icrl_megatron.distributed.grid import Grid
 from icrl_megatron.model.rotary import softmax_scale, yarn_frequencies
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.settings.schema import ActorSettings
-from icrl_megatron.types import Portion
 from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.portions import Portion
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

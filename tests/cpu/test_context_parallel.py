@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from whole_samples import Whole, packed
 
-from icrl_megatron.data.context import owners, portion, share
+from icrl_megatron.data.context import BatchShare, owners, share
 from icrl_megatron.settings.algo_schema import AlgoSettings
 from icrl_megatron.types import MicroBatch
+from icrl_megatron.utils.portions import Portion
 
 OF_LOSS_TOKENS = (
     *("targets_L", "rollout_logprobs_L", "advantages_L", "coefficients_L", "calibrated_L", "same_prompt_L"),
@@ -41,7 +42,7 @@ def test_a_rank_has_an_early_and_a_late_chunk_of_each_sequence() -> None:
 @given(st.integers(1, 4), st.lists(st.integers(0, 99), max_size=20))
 def test_portions_put_together_are_the_whole(ranks: int, drawn: list[int]) -> None:
     owner_N = np.array(drawn, dtype=np.int64) % ranks
-    portions = [portion(owner_N, ranks, rank) for rank in range(ranks)]
+    portions = [Portion.of(owner_N, ranks, rank) for rank in range(ranks)]
     values_N, longest = np.arange(len(drawn)), portions[0].longest
     padded = [np.pad(values_N[p.own], (0, longest - len(p.own)), constant_values=-1) for p in portions]
     for one in portions:
@@ -64,7 +65,7 @@ def test_shares_have_every_token_once_with_its_position_and_label(masks, ranks: 
             assert _together(shares, batch, name, "loss") == getattr(batch, name).tolist()
         for one in shares:
             # The position that predicts a loss token is on the same rank; the target need not be.
-            at = batch.loss_index_L[one.share.loss.own]
+            at = batch.loss_index_L[one.loss.own]
             assert one.tokens_T[one.loss_index_L].tolist() == batch.tokens_T[at].tolist()
             assert one.positions_T[one.loss_index_L].tolist() == batch.positions_T[at].tolist()
             assert one.targets_L.tolist() == batch.tokens_T[at + 1].tolist()
@@ -74,6 +75,6 @@ def test_shares_have_every_token_once_with_its_position_and_label(masks, ranks: 
 def _together(shares: list[MicroBatch], batch: MicroBatch, name: str, of: str) -> list[float]:
     whole = np.full(len(getattr(batch, name)), -1.0)
     for one in shares:
-        assert one.share is not None and one.share.whole is batch
-        whole[getattr(one.share, of).own] = getattr(one, name)
+        assert isinstance(one, BatchShare) and one.whole is batch
+        whole[getattr(one, of).own] = getattr(one, name)
     return whole.astype(getattr(batch, name).dtype).tolist()
