@@ -355,7 +355,8 @@ class MicroBatch:
     tokens_T: IntArray
     positions_T: IntArray
     cu_seqlens: npt.NDArray[np.int32]
-    """[S + 1]; the last sequence may be padding without loss tokens."""
+    """[S + 1]; the last sequence may be padding without loss tokens. Under context parallelism each may end in padding,
+    which no other token sees."""
     loss_index_L: IntArray
     targets_L: IntArray
     rollout_logprobs_L: FloatArray

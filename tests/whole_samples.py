@@ -50,9 +50,15 @@ class Whole:
 
 
 def packed(
-    samples: Iterable[Whole], settings: AlgoSettings, *, align: int = 1, prompt: Any = "train", **layout: Any
+    samples: Iterable[Whole],
+    settings: AlgoSettings,
+    *,
+    align: int = 1,
+    each: int = 1,
+    prompt: Any = "train",
+    **layout: Any,
 ) -> StepPlan:
     """The plan of one replica; `layout` as in `lay_out`."""
     every = list(samples)
     laid_out = lay_out([s.header for s in every], settings, **layout)
-    return pack(laid_out, {s.sample_id: s.tokens for s in every}, align=align, prompt=prompt)
+    return pack(laid_out, {s.sample_id: s.tokens for s in every}, align=align, each=each, prompt=prompt)

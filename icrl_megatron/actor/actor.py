@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from icrl_megatron.actor.optimizer import Optimizer, wrap
 from icrl_megatron.actor.passes import Frozen, HeadPlan, head_shard, score_pass, train_pass
 from icrl_megatron.actor.plain_loss import PlainLoss
 from icrl_megatron.algo import losses
+from icrl_megatron.data.context import share
 from icrl_megatron.distributed import platform
 from icrl_megatron.distributed.grid import Grid
 from icrl_megatron.model.gpt import build
@@ -27,7 +29,7 @@ from icrl_megatron.types import MicroBatch, StepPlan, StepStats
 RATIO_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 """Allowed |ratio - 1| between a scoring and a training pass with the same weights, by precision."""
 ScoredPlan = tuple[tuple[Frozen, ...], ...]
-"""[update][micro-batch], parallel to `StepPlan.updates`."""
+"""[update][micro-batch], parallel to `StepPlan.updates`; of whole micro-batches on every context-parallel rank."""
 
 
 class InvariantError(RuntimeError):
@@ -85,7 +87,7 @@ class Actor:
         rank."""
         totals = Totals()
         for scores in self._score(self.wrapped, plan):
-            for logprobs_L in scores if self.grid.tensor_rank == 0 else ():  # only the last stage has any
+            for logprobs_L in scores if self.grid.reports else ():  # only the last stage has any
                 totals.add({"nll": -float(logprobs_L.double().sum()), "tokens": len(logprobs_L)})
         totals.reduce(self.grid)
         return totals.sums["nll"] / totals.sums["tokens"]
@@ -105,14 +107,16 @@ class Actor:
             self.wrapped.zero_grad_buffer()
             self.optimizer.zero_grad()
             of_scoring, of_update = Totals(), Totals()
-            of_scoring.add({"non_finite": _non_finite(frozen)} if self.grid.tensor_rank == 0 else {})
+            of_scoring.add({"non_finite": _non_finite(frozen)} if self.grid.reports else {})
             of_scoring.reduce(self.grid)
             if of_scoring.sums["non_finite"] > 0:
                 # The scored policy is already broken: its training pass would be refused.
                 totals.merge(of_scoring)
                 skipped += 1
                 continue
-            for measured in train_pass(self.wrapped, self.head, list(zip(update, frozen, strict=True)), measuring):
+            shares = self._shares(update)
+            of_shares = [(batch, of.of(batch)) for batch, of in zip(shares, frozen, strict=True)]
+            for measured in train_pass(self.wrapped, self.head, of_shares, measuring):
                 of_update.add(measured if self.grid.tensor_rank == 0 else {})
             of_update.reduce(self.grid)
             if number == 0:
@@ -134,7 +138,11 @@ class Actor:
         )
 
     def _score(self, model: Any, plan: StepPlan) -> list[list[Tensor]]:
-        return [score_pass(model, self.head, list(update)) for update in plan.updates]
+        return [score_pass(model, self.head, self._shares(update)) for update in plan.updates]
+
+    def _shares(self, update: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """What this rank computes of each micro-batch of its replica."""
+        return [share(batch, self.grid.context, self.grid.context_rank) for batch in update]
 
     def _frozen_copy(self, folder: Path) -> Any:
         model = build(self.shape, self.settings.actor, self.grid).requires_grad_(False)

@@ -296,10 +296,12 @@ _STATE_NAMES = dict(zip(STATES, ("weights", "first moments", "second moments"), 
 
 
 def _to_write(rows: list[WeightRow], grid: Grid) -> Iterator[tuple[WeightRow, list[tuple[int, Slice]]]]:
-    """Each row with the (index, rectangle)s of it that this rank writes. Data-parallel replicas alternate; a tensor
-    that is not sharded is written by the first rank of its tensor-parallel group."""
+    """Each row with the (index, rectangle)s of it that this rank writes. Data-parallel and
+    context-parallel ranks, which have the same weights, alternate; a tensor that is not sharded is written by the first
+    rank of its tensor-parallel group."""
+    copies, own = grid.data * grid.context, grid.data_rank * grid.context + grid.context_rank
     for number, row in enumerate(rows):
-        mine = not row.duplicate and number % grid.data == grid.data_rank
+        mine = not row.duplicate and number % copies == own
         parts = [(i, p) for i, p in enumerate(row.slices) if p.size != p.full or grid.tensor_rank == 0]
         yield row, [(i, p) for i, p in parts if mine and 0 not in p.size]
 

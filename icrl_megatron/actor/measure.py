@@ -10,7 +10,9 @@ import torch
 
 from icrl_kernels import HeadOutput
 from icrl_megatron.actor.passes import Frozen
+from icrl_megatron.data.context import BatchShare
 from icrl_megatron.distributed.grid import Grid, gather_objects
+from icrl_megatron.model.context import gather_whole
 from icrl_megatron.types import MicroBatch, Sample
 
 MAXIMUM = "max/"
@@ -76,11 +78,15 @@ def measure(w_max: float, batch: MicroBatch, frozen: Frozen, out: HeadOutput) ->
 
 
 def token_weights(samples: Sequence[Sample], batch: MicroBatch, out: HeadOutput) -> dict[str, tuple[float, ...]]:
-    """sample_id -> calibration weight of each loss token, for the calibrated samples of one micro-batch."""
+    """sample_id -> calibration weight of each loss token, for the calibrated samples of one micro-batch. Collective
+    over the context-parallel ranks."""
+    weight_L = out.calibration_weight_L.detach()
+    if isinstance(batch, BatchShare):
+        weight_L, batch = gather_whole(weight_L, batch.loss), batch.whole
     chosen_L = np.flatnonzero(batch.calibrated_L)
     if len(chosen_L) == 0:
         return {}
-    weights_L = out.calibration_weight_L.detach().float().cpu().numpy()
+    weights_L = weight_L.float().cpu().numpy()
     found: dict[str, list[float]] = defaultdict(list)
     for position in chosen_L:
         # Loss tokens of a sample are in their original order.
@@ -109,8 +115,8 @@ class Totals:
             self._raise(name, value)
 
     def reduce(self, grid: Grid) -> None:
-        """Reduces over all ranks. Only last stages have numbers, and only the first rank of each tensor-parallel group
-        may have added its numbers, because all ranks of the group measured the same tokens."""
+        """Reduces over all ranks. Only last stages have numbers, and of ranks that measured the same tokens only one
+        may have added its numbers."""
         everyone = gather_objects(grid, (dict(self.sums), self.maxima))
         self.sums, self.maxima = defaultdict(float), {}
         for sums, maxima in everyone:

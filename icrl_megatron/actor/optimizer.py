@@ -32,7 +32,8 @@ class Applied:
 
 
 def wrap(model: PolicyModel) -> DistributedDataParallel:
-    """Wraps the model with a flat fp32 gradient buffer that is reduce-scattered over the data-parallel ranks."""
+    """Wraps the model with a flat fp32 gradient buffer that is reduce-scattered over the data-parallel and the
+    context-parallel ranks."""
     config = model.config
     config.finalize_model_grads_func = _finalize
     return DistributedDataParallel(
@@ -90,7 +91,7 @@ class Optimizer:
     @torch.no_grad()
     def read(self, param: torch.nn.Parameter) -> Iterator[tuple[str, Tensor]]:
         """(state name, fp32 tensor in the parameter's shape) for each of STATES. Collective over data-parallel
-        ranks."""
+        and context-parallel ranks."""
         shards = self._shards(param)
         span = self.distributed._get_model_param_range_map(param)["param"] if shards else None
         for name in STATES:
@@ -98,7 +99,7 @@ class Optimizer:
             if span is not None:
                 flat[span.start : span.end] = shards[name].flatten()
             # Shards do not overlap, so the sum is their concatenation, however buckets divide a parameter.
-            dist.all_reduce(flat, group=parallel_state.get_data_parallel_group())
+            dist.all_reduce(flat, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
             yield name, flat.view(param.shape)
 
     @torch.no_grad()

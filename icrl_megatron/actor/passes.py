@@ -15,8 +15,10 @@ from torch import Tensor
 
 from icrl_kernels import Chunking, HeadOutput, MainGrad, Streams, Terms, VocabShard, policy_head, score_head
 from icrl_megatron.actor.plain_loss import PlainLoss
+from icrl_megatron.data.context import BatchShare
 from icrl_megatron.distributed import platform
 from icrl_megatron.distributed.grid import Grid
+from icrl_megatron.model.context import gather_whole
 from icrl_megatron.model.gpt import PolicyModel, packed_params
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.types import MicroBatch
@@ -31,6 +33,14 @@ class Frozen:
     behaviour_L: Tensor | None = None
     """log pi(y|q,c) by the trainer (`calibration.denominator=recomputed`); None: the engine's log-probs are used."""
     reference_L: Tensor | None = None
+
+    def of(self, batch: MicroBatch) -> Frozen:
+        """Those of the loss tokens of a context-parallel rank's share of the micro-batch."""
+        if not isinstance(batch, BatchShare):
+            return self
+        own = torch.from_numpy(batch.loss.own)
+        streams = (self.old_L, self.behaviour_L, self.reference_L)
+        return Frozen(*[None if of_L is None else of_L.index_select(0, own.to(of_L.device)) for of_L in streams])
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,8 @@ def head_shard(shape: ModelShape, grid: Grid) -> VocabShard:
 
 
 def train_pass(model: Any, plan: HeadPlan, batches: list[tuple[MicroBatch, Frozen]], measure: Measure) -> list[Any]:
-    """Forward and backward over all micro-batches; reduces the gradients into the model's buffer.
+    """Forward and backward over all micro-batches, or this rank's shares of them; reduces the gradients into the
+    model's buffer.
 
     Returns the result of `measure` for each micro-batch on the last stage; an empty list elsewhere.
     """
@@ -71,7 +82,8 @@ def train_pass(model: Any, plan: HeadPlan, batches: list[tuple[MicroBatch, Froze
 
 
 def score_pass(model: Any, plan: HeadPlan, batches: list[MicroBatch]) -> list[Tensor]:
-    """Log-probs [L] of each micro-batch's loss tokens, on the last stage; an empty list elsewhere."""
+    """Log-probs [L] of each micro-batch's loss tokens, on the last stage; an empty list elsewhere. Given this rank's
+    shares of micro-batches, they are of the whole ones: under another prompt the tokens are shared out differently."""
 
     def step(batches_left: Iterator[MicroBatch], module: Any) -> tuple[Tensor, Any]:
         batch = next(batches_left)
@@ -82,7 +94,7 @@ def score_pass(model: Any, plan: HeadPlan, batches: list[MicroBatch]) -> list[Te
 
 
 def _run(step: Callable[..., Any], model: Any, batches: list[Any], forward_only: bool) -> list[Any]:
-    longest = max(len(b.tokens_T if isinstance(b, MicroBatch) else b[0].tokens_T) for b in batches)
+    longest = max(int((b if isinstance(b, MicroBatch) else b[0]).cu_seqlens[-1]) for b in batches)
     return get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=iter(batches),
@@ -99,7 +111,7 @@ def _inner(module: Any) -> PolicyModel:
 
 
 def _hidden(module: Any, batch: MicroBatch) -> Tensor:
-    """[T, 1, H] final hidden states on the last stage (this rank's share of T under sequence parallelism)."""
+    """[T, 1, H] final hidden states on the last stage (this rank's part of T under sequence parallelism)."""
     device = platform.device()
     cu_seqlens = torch.from_numpy(batch.cu_seqlens).to(device)
     longest = int((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).max())
@@ -107,7 +119,7 @@ def _hidden(module: Any, batch: MicroBatch) -> Tensor:
         torch.from_numpy(batch.tokens_T).to(device)[None],
         torch.from_numpy(batch.positions_T).to(device)[None],
         None,
-        packed_seq_params=packed_params(cu_seqlens, longest),
+        packed_seq_params=packed_params(cu_seqlens, longest, batch.tokens if isinstance(batch, BatchShare) else None),
     )
 
 
@@ -179,4 +191,6 @@ def _scores(batch: MicroBatch, plan: HeadPlan, model: PolicyModel, hidden_T1H: T
     logprobs_L, _ = score_head(
         hidden_LH, model.head_weight_VH(), targets_L, plan.terms.temperature, plan.shard, plan.chunking
     )
+    if isinstance(batch, BatchShare):
+        logprobs_L = gather_whole(logprobs_L, batch.loss)
     return hidden_LH.new_zeros(()), torch.tensor(0, dtype=torch.int, device=hidden_LH.device), logprobs_L

@@ -2,8 +2,9 @@
 
 A loss gets the loss tokens of one packed micro-batch and returns the policy term of each token. The caller multiplies
 it by the calibration weight w_t, adds the KL and entropy terms, and sums over tokens with the normalizer c_t of the
-whole step. A sequence is never split over micro-batches or ranks, so a loss that reads only a token's own sequence
-gives the same gradient on every grid; `loss_check.py` tests that property of a user's loss before the run starts.
+whole step. A sequence is never split over micro-batches, and context-parallel ranks gather the values of whole ones, so
+a loss that reads only a token's own sequence gives the same gradient on every grid; `loss_check.py` tests that property
+of a user's loss before the run starts.
 
 To add one: write a function with the signature of `Loss`, and add its name to `LOSSES` (settings/algo_schema.py).
 """

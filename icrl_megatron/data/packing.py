@@ -104,13 +104,19 @@ def lay_out(
 
 
 def pack(
-    layout: SampleLayout, tokens: Mapping[str, SampleTokens], *, align: int = 1, prompt: Prompt = "train"
+    layout: SampleLayout,
+    tokens: Mapping[str, SampleTokens],
+    *,
+    align: int = 1,
+    each: int = 1,
+    prompt: Prompt = "train",
 ) -> StepPlan:
     """The plan of the replica of a layout, with the tokens of its samples by sample_id.
 
-    `align`: every micro-batch is padded to a multiple of it by one sequence without loss tokens. A replica with no
-    samples in an update gets one blank micro-batch, so that every rank takes part in the collectives. Raises ValueError
-    if tokens do not have the lengths of their header.
+    `each`: every sequence is padded to a multiple of it at its end. `align`, a multiple of `each`: every micro-batch is
+    padded to a multiple of it by one sequence without loss tokens. A replica with no samples in an update gets one
+    blank micro-batch, so that every rank takes part in the collectives. Raises ValueError if tokens do not have the
+    lengths of their header.
     """
     own: list[Sample] = []
     updates = []
@@ -120,9 +126,10 @@ def pack(
             batch = [layout.samples[i] for i in chosen.tolist()]
             for sample in batch:
                 _check_lengths(sample, tokens[sample.sample_id])
-            micro_batches.append(_micro_batch(batch, tokens, len(own), layout.coefficients_S[chosen], align, prompt))
+            coefficients_S, multiples = layout.coefficients_S[chosen], (each, align)
+            micro_batches.append(_micro_batch(batch, tokens, len(own), coefficients_S, multiples, prompt))
             own += batch
-        updates.append(tuple(micro_batches) or (_micro_batch([], {}, 0, np.zeros(0), align, prompt),))
+        updates.append(tuple(micro_batches) or (_micro_batch([], {}, 0, np.zeros(0), (each, align), prompt),))
     return StepPlan(
         samples=tuple(own),
         updates=tuple(updates),
@@ -186,23 +193,28 @@ def _micro_batch(
     tokens: Mapping[str, SampleTokens],
     first_index: int,
     coefficients_S: npt.NDArray[np.float64],
-    align: int,
+    multiples: tuple[int, int],
     prompt: Prompt,
 ) -> MicroBatch:
-    """Packs the sequences end to end. The token at response position j is predicted at prompt_len + j - 1."""
+    """Packs the sequences end to end, padded to `multiples` of a sequence and of the micro-batch. The token at response
+    position j is predicted at prompt_len + j - 1."""
+    each, align = multiples
     parts = [tokens[s.sample_id] for s in samples]
     prompts: list[IdArray] = [t.train_prompt_ids if prompt == "train" else t.behaviour_prompt_ids for t in parts]
     prompt_S = np.fromiter(map(len, prompts), dtype=np.int64, count=len(samples))
     response_S = np.fromiter((s.response_tokens for s in samples), dtype=np.int64, count=len(samples))
-    lengths = (prompt_S + response_S) if samples else np.array([BLANK_TOKENS])
+    given_S = prompt_S + response_S
+    lengths = given_S if samples else np.array([BLANK_TOKENS])
+    lengths = lengths + -lengths % each
     if padding := -int(lengths.sum()) % align:
         lengths = np.append(lengths, padding)
     ends = np.cumsum(lengths)
     starts = ends - lengths
 
     tokens_T = np.zeros(int(ends[-1]), dtype=np.int64)
-    filled = int((prompt_S + response_S).sum())
-    tokens_T[:filled] = joined([i for p, t in zip(prompts, parts, strict=True) for i in (p, t.response_ids)], np.int64)
+    before_S = starts[: len(samples)] - (np.cumsum(given_S) - given_S)  # padding before each sequence
+    filled = np.arange(int(given_S.sum())) + np.repeat(before_S, given_S)
+    tokens_T[filled] = joined([i for p, t in zip(prompts, parts, strict=True) for i in (p, t.response_ids)], np.int64)
 
     # First over the R response tokens, then only those with loss.
     mask_R = joined([t.loss_mask for t in parts], np.bool_)

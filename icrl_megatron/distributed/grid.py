@@ -1,4 +1,4 @@
-"""The TP x PP x DP grid of ranks, and the trainer's collectives on host objects."""
+"""The TP x CP x PP x DP grid of ranks, and the trainer's collectives on host objects."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ GATHER_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Grid:
-    """This rank's position. Ranks of a tensor-parallel group are consecutive; pipeline stages are furthest apart."""
+    """This rank's position. Ranks of a tensor-parallel group are consecutive, then come context-parallel ranks;
+    pipeline stages are furthest apart."""
 
     rank: int
     world: int
@@ -42,6 +43,8 @@ class Grid:
     data_rank: int
     host_group: Any
     """A gloo group of all ranks, for Python objects and token sequences."""
+    context: int = 1
+    context_rank: int = 0
 
     @property
     def first_stage(self) -> bool:
@@ -52,14 +55,19 @@ class Grid:
         return self.pipeline_rank == self.pipeline - 1
 
     def replica_ranks(self, replica: int) -> tuple[int, ...]:
-        """The ranks of a data-parallel replica in ascending order, stage by stage (Megatron's order: tensor-parallel
-        ranks are consecutive)."""
-        stages = range(self.pipeline)
-        return tuple(t + self.tensor * (replica + self.data * p) for p in stages for t in range(self.tensor))
+        """The ranks of a data-parallel replica in ascending order, stage by stage (Megatron's order: those of a stage
+        are consecutive)."""
+        stage = self.tensor * self.context
+        return tuple(r + stage * (replica + self.data * p) for p in range(self.pipeline) for r in range(stage))
 
     def scoring_rank(self, replica: int) -> int:
         """The rank of a replica that reports what its last stage measured."""
-        return self.replica_ranks(replica)[-self.tensor]
+        return self.replica_ranks(replica)[-self.tensor * self.context]
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank speaks for those of its replica and stage: all of them have the same samples."""
+        return self.tensor_rank == 0 and self.context_rank == 0
 
 
 def build(settings: Settings) -> Grid:
@@ -71,6 +79,7 @@ def build(settings: Settings) -> Grid:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=settings.actor.tensor_parallel,
         pipeline_model_parallel_size=settings.actor.pipeline_parallel,
+        context_parallel_size=settings.actor.context_parallel,
         distributed_timeout_minutes=max(1, round(settings.launch.timeout_s / 60)),
         create_gloo_process_groups=False,
     )
@@ -85,6 +94,8 @@ def build(settings: Settings) -> Grid:
         data=parallel_state.get_data_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
         host_group=dist.new_group(backend="gloo", timeout=timeout),
+        context=parallel_state.get_context_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
     )
 
 

@@ -182,9 +182,16 @@ def head_chunking(actor: ActorSettings) -> Chunking:
     return Chunking(actor.head_chunk_tokens, backend, actor.head_logits)
 
 
+def sequence_multiple(actor: ActorSettings) -> int:
+    """The required multiple of a sequence's tokens: a context-parallel rank has two chunks of it (data/context.py)."""
+    return 1 if actor.context_parallel == 1 else 2 * actor.context_parallel
+
+
 def token_multiple(actor: ActorSettings) -> int:
-    """The required multiple of a micro-batch's tokens: each rank of a sequence-parallel group has an equal share."""
-    return _FP8_TOKENS[actor.fp8] * (actor.tensor_parallel if actor.sequence_parallel else 1)
+    """The required multiple of a micro-batch's tokens, and of `sequence_multiple`: each rank of a context-parallel and
+    of a sequence-parallel group has an equal share."""
+    shares = (actor.tensor_parallel if actor.sequence_parallel else 1) * sequence_multiple(actor)
+    return _FP8_TOKENS[actor.fp8] * shares
 
 
 def transformer_engine_layers(layers: str, bf16: bool) -> bool:

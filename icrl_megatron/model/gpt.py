@@ -23,6 +23,7 @@ from icrl_megatron.model.rotary import softmax_scale, yarn_frequencies
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.settings.schema import ActorSettings
 from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.portions import Portion
 
 
 class PolicyModel(GPTModel):
@@ -68,6 +69,7 @@ def transformer_config(shape: ModelShape, actor: ActorSettings) -> TransformerCo
         masked_softmax_fusion=False,
         tensor_model_parallel_size=actor.tensor_parallel,
         pipeline_model_parallel_size=actor.pipeline_parallel,
+        context_parallel_size=actor.context_parallel,
         sequence_parallel=actor.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -107,11 +109,25 @@ def build(shape: ModelShape, actor: ActorSettings, grid: Grid) -> PolicyModel:
     return model.to(platform.device())
 
 
-def packed_params(cu_seqlens: Tensor, longest: int) -> PackedSeqParams:
-    """Megatron's description of a packed micro-batch; `cu_seqlens` is [S + 1] int32, `longest` in tokens."""
-    return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest
+def packed_params(cu_seqlens: Tensor, longest: int, portion: Portion | None = None) -> PackedSeqParams:
+    """Megatron's description of a packed micro-batch; `cu_seqlens` is [S + 1] int32, `longest` in tokens.
+
+    Under context parallelism both are those of the whole micro-batch, as Megatron's rotary embedding and Transformer
+    Engine expect, and torch's layers read `portion`. Padding at the end of a sequence is part of it. Transformer Engine
+    then also needs the padded lengths, which are the same.
+    """
+    padded = None if portion is None else cu_seqlens
+    params = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
     )
+    params.icrl_portion = portion
+    return params
 
 
 def block_spec(config: TransformerConfig, layers: str) -> ModuleSpec | TransformerBlockSubmodules:

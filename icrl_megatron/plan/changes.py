@@ -10,7 +10,7 @@ MOST_GPUS = 8
 """Up to this many times the GPUs are looked at."""
 KINDS = (
     "actor.recompute, actor.offload, actor.micro_batch_tokens, actor.tensor_parallel, actor.pipeline_parallel, "
-    "engine.tensor_parallel and engine.memory_fraction"
+    "actor.context_parallel, engine.tensor_parallel and engine.memory_fraction"
 )
 """What the changes below are of."""
 _FRACTION_STEP = 0.1
@@ -69,3 +69,5 @@ def _single(layout: Layout) -> Iterator[tuple[str, Layout]]:
             yield words, layout.but(tensor=size, sequence_parallel=True)
         if size > layout.pipeline:
             yield f"actor.pipeline_parallel={size}", layout.but(pipeline=size)
+        if size > layout.context:
+            yield f"actor.context_parallel={size}", layout.but(context=size)

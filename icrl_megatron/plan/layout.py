@@ -61,7 +61,6 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
-    """Context parallel size: planned for, and not offered by the actor yet."""
     sequence_parallel: bool = False
     recompute: str = "full"
     micro_batch_tokens: int = 16384
@@ -110,6 +109,7 @@ class Layout:
             gpus=gpus,
             tensor=actor.tensor_parallel,
             pipeline=actor.pipeline_parallel,
+            context=actor.context_parallel,
             sequence_parallel=actor.sequence_parallel,
             recompute=actor.recompute,
             micro_batch_tokens=actor.micro_batch_tokens,
@@ -168,8 +168,8 @@ class Layout:
         refusal = self.refusal(shape, episodes)
         if refusal:
             raise ConfigError(
-                f"{refusal}; change actor.tensor_parallel, actor.pipeline_parallel, engine.tensor_parallel or "
-                "engine.servers, or plan for another number with --gpus"
+                f"{refusal}; change actor.tensor_parallel, actor.pipeline_parallel, actor.context_parallel, "
+                "engine.tensor_parallel or engine.servers, or plan for another number with --gpus"
             )
         return self
 

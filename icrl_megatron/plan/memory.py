@@ -137,23 +137,35 @@ def activations(shape: ModelShape, layout: Layout, tokens: int, micro_batches: i
     working = layer_activations(shape, layout, tokens, "none") if layout.recompute == "full" else 0.0
     gathered = 2 * tokens * shape.hidden * layout.item / layout.context if layout.sequence_parallel else 0.0
     ends = 2 * tokens * shape.hidden * layout.item * layout.sequence_share
-    return kept + working + gathered + ends
+    # Gradients of keys and values go around with them.
+    return kept + working + gathered + ends + 2 * exchanged(shape, layout, tokens)
+
+
+def exchanged(shape: ModelShape, layout: Layout, tokens: int) -> float:
+    """Bytes of one layer's keys and values of all context-parallel ranks, which each of them receives in turn and which
+    Transformer Engine keeps until the layer's attention has ended."""
+    if layout.context == 1:
+        return 0.0
+    return 2.0 * tokens * shape.kv_heads * shape.head_dim / layout.tensor * layout.item
 
 
 def forward_only(shape: ModelShape, layout: Layout, tokens: int) -> float:
     """Bytes of a pass without gradients: one layer's activations, and its input."""
-    return layer_activations(shape, layout, tokens, "none") + 2 * tokens * shape.hidden * layout.item
+    ends = 2 * tokens * shape.hidden * layout.item / layout.context
+    return layer_activations(shape, layout, tokens, "none") + ends + exchanged(shape, layout, tokens)
 
 
 def head(shape: ModelShape, layout: Layout, settings: Settings, tokens: int) -> float:
-    """Bytes of the chunked head for at most `tokens` loss tokens: a buffer of logits, hidden states and gradients."""
+    """Bytes of the chunked head for at most `tokens` loss tokens of a micro-batch, a context-parallel rank's share of
+    them: a buffer of logits, hidden states and gradients."""
+    own = math.ceil(tokens / layout.context)
     columns = shape.padded_vocab(layout.tensor) // layout.tensor
     stored = 2 if settings.actor.head_logits == "bf16" else 4
     chunk = settings.actor.head_chunk_tokens
-    buffer = min(float(HEAD_CHUNK_BYTES), float(tokens) * columns * stored)
+    buffer = min(float(HEAD_CHUNK_BYTES), float(own) * columns * stored)
     if chunk is not None:
-        buffer = float(min(chunk, tokens)) * columns * stored
-    return buffer + 3.0 * tokens / layout.context * shape.hidden * layout.item
+        buffer = float(min(chunk, own)) * columns * stored
+    return buffer + 3.0 * own * shape.hidden * layout.item
 
 
 def engine(shape: ModelShape, layout: Layout, settings: Settings, gpu: Gpu, left: float) -> EngineBytes:

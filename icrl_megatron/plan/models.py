@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
 
+from icrl_megatron.model.rope import Yarn
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.run import start
 from icrl_megatron.settings.loading import model_folder
@@ -27,6 +29,12 @@ def _2507(shape: ModelShape) -> ModelShape:
     return replace(shape, rope_base=5e6, max_positions=262_144)
 
 
+def _extended(shape: ModelShape, factor: float = 4.0, original: int = 32_768) -> ModelShape:
+    """The same model with the YaRN of its card in config.json (docs/MODELS.md)."""
+    yarn = Yarn(factor, original, attention_factor=0.1 * math.log(factor) + 1.0)
+    return replace(shape, yarn=yarn, max_positions=yarn.positions)
+
+
 def _qwen2(layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab: int, tied: bool) -> ModelShape:
     head = hidden // heads
     return ModelShape(layers, hidden, heads, kv_heads, head, ffn, vocab, tied, 1e6, 1e-6, 32_768, None, "qwen2")
@@ -38,6 +46,7 @@ PUBLISHED: dict[str, ModelShape] = {
     "Qwen3-4B": _qwen3(36, 2560, 32, 9728, tied=True),
     "Qwen3-4B-Instruct-2507": _2507(_qwen3(36, 2560, 32, 9728, tied=True)),
     "Qwen3-8B": _qwen3(36, 4096, 32, 12288, tied=False),
+    "Qwen3-8B-131k": _extended(_qwen3(36, 4096, 32, 12288, tied=False)),
     "Qwen3-14B": _qwen3(40, 5120, 40, 17408, tied=False),
     "Qwen3-32B": _qwen3(64, 5120, 64, 25600, tied=False),
     "Qwen2.5-0.5B-Instruct": _qwen2(24, 896, 14, 2, 4864, 151_936, tied=True),
@@ -47,7 +56,7 @@ PUBLISHED: dict[str, ModelShape] = {
     "Qwen2.5-14B-Instruct": _qwen2(48, 5120, 40, 8, 13_824, 152_064, tied=False),
     "Qwen2.5-32B-Instruct": _qwen2(64, 5120, 40, 8, 27_648, 152_064, tied=False),
 }
-"""Published models by the name of their folder (their own config.json)."""
+"""Published models by the name of their folder: their own config.json, or, for 131k, with the YaRN of their card."""
 
 _TEMPLATES = Path(__file__).parents[1] / "rollout" / "templates"
 _BYTES = 256

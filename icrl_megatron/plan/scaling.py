@@ -20,7 +20,7 @@ GROUPS = {
     "rollout": ("prefill", "decode", "environments", "tools"),
     "scoring": ("scoring",),
     "training": ("training", "optimizer"),
-    "collectives, bubbles": ("tensor collectives", "data collectives", "bubbles"),
+    "collectives, bubbles": ("tensor collectives", "context exchange", "data collectives", "bubbles"),
     "sync, other": ("sync", "offload", "host", "other"),
 }
 

@@ -13,10 +13,9 @@ from icrl_megatron.plan.planner import Plan, episodes, memory_of, timed
 from icrl_megatron.settings.schema import Settings
 
 SIZES = (1, 2, 4, 8)
-"""Sizes of TP and engine TP that are tried."""
+"""Sizes of TP, CP and engine TP that are tried."""
 MOST_STAGES = 16
 """Every PP up to this is tried that divides the layers."""
-CONTEXT = (1, 2)
 MICRO_BATCHES = (8192, 16384, 32768)
 MODES = ("none", "selective", "full")
 
@@ -49,10 +48,10 @@ def search(settings: Settings, gpus: int, gpu: Gpu) -> SearchResult:
     base = Layout.of(settings, gpus)
     engines = SIZES if base.serving.tensor_parallel else (1,)
     stages = [size for size in range(1, MOST_STAGES + 1) if shape.layers % size == 0]
-    for tensor, pipeline, context, engine in product(SIZES, stages, CONTEXT, engines):
+    for tensor, pipeline, context, engine in product(SIZES, stages, SIZES, engines):
         sizes = {"tensor": tensor, "pipeline": pipeline, "context": context, "engine_tensor": engine}
         layout = base.but(**sizes, sequence_parallel=tensor > 1)
-        reason = "the actor has no context parallelism" if context > 1 else layout.refusal(shape, episodes(settings))
+        reason = layout.refusal(shape, episodes(settings))
         if reason is None:
             held = [(one, memory_of(settings, shape, one, gpu)) for one in _variants(layout, settings)]
             fitting = [timed(settings, shape, one, gpu, memory) for one, memory in held if memory.fits]
@@ -80,6 +79,7 @@ def overrides(layout: Layout) -> tuple[str, ...]:
         "launch.nodes": layout.gpus // on_node,
         "actor.tensor_parallel": layout.tensor,
         "actor.pipeline_parallel": layout.pipeline,
+        "actor.context_parallel": layout.context,
         "actor.sequence_parallel": str(layout.sequence_parallel).lower(),
         "actor.micro_batch_tokens": layout.micro_batch_tokens,
         "actor.recompute": layout.recompute,

@@ -85,4 +85,4 @@ def _remedy(settings: Settings, shape: ModelShape, layout: Layout, gpu: Gpu, tok
     for most in range(tokens // TOKENS_STEP * TOKENS_STEP, 0, -TOKENS_STEP):
         if _peak(settings, shape, layout, most, constants) <= gpu.memory_bytes:
             return f"lower warm_start.max_tokens and actor.micro_batch_tokens to {most} or less"
-    return "raise actor.tensor_parallel or actor.pipeline_parallel"
+    return "raise actor.tensor_parallel, actor.pipeline_parallel or actor.context_parallel"

@@ -49,7 +49,7 @@ class Times:
     @property
     def update(self) -> float:
         """Seconds of training alone: passes, their collectives, and the optimizer."""
-        parts = ("training", "tensor collectives", "bubbles", "data collectives", "optimizer")
+        parts = ("training", "tensor collectives", "context exchange", "bubbles", "data collectives", "optimizer")
         return sum(self.phases[part] for part in parts)
 
 
@@ -109,21 +109,23 @@ def estimate(
     # A replica that has less than one micro-batch of work is not faster for it, nor is one with an uneven share.
     uneven = _imbalance(shape, layout, work, passes)
     forward_moves, backward_moves = _tensor_traffic(shape, layout, work, gpu, constants)
+    exchange = _context_exchange(shape, layout, work, gpu, constants)
     rollout = play(shape, layout, work, gpu, cache_bytes, constants)
     phases = {
         "prefill": rollout.prefill,
         "decode": rollout.decode,
         "environments": rollout.waiting,
         "tools": rollout.calling,
-        "scoring": scored * uneven + passes.scored * forward_moves,
+        "scoring": scored * uneven + passes.scored * (forward_moves + exchange),
         "training": trained * uneven,
         "tensor collectives": forward_moves * (1 + recomputed) + backward_moves,
+        "context exchange": attention_passes * exchange,
         "bubbles": bubbles * uneven,
         "data collectives": passes.updates * _reduction(shape, layout, gpu, constants),
         "optimizer": passes.updates
         * constants.optimizer_bytes
         * local_parameters(shape, layout)
-        / layout.data
+        / (layout.data * layout.context)
         / gpu.memory_bandwidth,
         "sync": sync(shape, layout, gpu, constants),
         "offload": 2.0 * moved_bytes / (gpu.host_bandwidth * constants.link_efficiency),
@@ -158,6 +160,19 @@ def _tensor_traffic(
     tokens = work.trained_tokens / layout.data / layout.context
     once = tokens * shape.hidden * layout.item * share / bandwidth * shape.layers / layout.pipeline
     return 4.0 * once, 6.0 * once
+
+
+def _context_exchange(shape: ModelShape, layout: Layout, work: Workload, gpu: Gpu, constants: Constants) -> float:
+    """Seconds in which keys and values go around the context-parallel ranks in a forward pass over the step: each layer
+    moves (c - 1) / c of them through every GPU. In the backward pass their gradients go around with them. Transformer
+    Engine hides this behind attention where that takes longer; here none of it is assumed to be hidden."""
+    if layout.context == 1:
+        return 0.0
+    far = layout.spans_nodes(layout.tensor * layout.context)
+    bandwidth = (gpu.network_bandwidth if far else gpu.nvlink_bandwidth) * constants.link_efficiency
+    share = (layout.context - 1) / layout.context
+    key_value = 2 * shape.kv_heads * shape.head_dim / layout.tensor * layout.item
+    return work.trained_tokens / layout.data * key_value * share / bandwidth * shape.layers / layout.pipeline
 
 
 def _reduction(shape: ModelShape, layout: Layout, gpu: Gpu, constants: Constants) -> float:

@@ -207,14 +207,15 @@ def _check_own_name(given: str, task_set: TaskSet, earlier: list[str]) -> None:
 def validate_grid(settings: Settings, world: int, on_node: int) -> None:
     """Checks that the settings fit `world` ranks with `on_node` ranks per node. Raises ConfigError."""
     actor = settings.actor
-    cell = actor.tensor_parallel * actor.pipeline_parallel
+    cell = actor.tensor_parallel * actor.context_parallel * actor.pipeline_parallel
     source = "launch.ranks"
     if "RANK" in os.environ or JOB_RANKS in os.environ:
         source = "WORLD_SIZE" if "RANK" in os.environ else "nodes x ICRL_RANKS_PER_NODE"
     if world % cell:
         raise ConfigError(
             f"actor.tensor_parallel={actor.tensor_parallel} x actor.pipeline_parallel={actor.pipeline_parallel} "
-            f"= {cell} does not divide the {world} ranks ({source}); use {source}={cell} or a multiple of it"
+            + f"x actor.context_parallel={actor.context_parallel} " * (actor.context_parallel > 1)
+            + f"= {cell} does not divide the {world} ranks ({source}); use {source}={cell} or a multiple of it"
         )
     if actor.sequence_parallel and actor.tensor_parallel == 1:
         raise ConfigError("actor.sequence_parallel=true needs actor.tensor_parallel > 1; set it to false")

@@ -14,7 +14,7 @@ from icrl_megatron.data.delivery import deliver, send_back
 from icrl_megatron.data.packing import Prompt, SampleLayout, lay_out, pack
 from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.distributed.grid import Grid
-from icrl_megatron.distributed.platform import token_multiple
+from icrl_megatron.distributed.platform import sequence_multiple, token_multiple
 from icrl_megatron.model.flops import SampleFlops
 from icrl_megatron.rollout.played import EpisodeSource, Played
 from icrl_megatron.rollout.speakers import Seeds
@@ -59,10 +59,11 @@ class Delivered:
     layout: SampleLayout
     tokens: Mapping[str, SampleTokens]
     align: int
+    each: int
 
     def plan(self, prompt: Prompt = "train") -> StepPlan:
         """The plan of this rank's replica (`data.packing.pack`)."""
-        return pack(self.layout, self.tokens, align=self.align, prompt=prompt)
+        return pack(self.layout, self.tokens, align=self.align, each=self.each, prompt=prompt)
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ class Parts:
             episode = own[sample.episode_id()]
             return tokens_of(episode, sample.role, sample.round, self.settings.algo, played.version)
 
-        return Delivered(layout, deliver(self.grid, layout, tokens), token_multiple(self.settings.actor))
+        actor = self.settings.actor
+        return Delivered(layout, deliver(self.grid, layout, tokens), token_multiple(actor), sequence_multiple(actor))
 
     def send_back(self, delivered: Delivered, stats: StepStats) -> StepStats:
         """The statistics with the calibration weights of this rank's episodes, instead of those measured here."""

@@ -129,6 +129,8 @@ class ActorSettings:
     """Number of ranks that share each layer."""
     pipeline_parallel: Annotated[int, Range(1)] = 1
     """Number of pipeline stages; each has an equal part of the layers."""
+    context_parallel: Annotated[int, Range(1)] = 1
+    """Number of ranks that share the tokens of each sequence, for long contexts."""
     sequence_parallel: bool = False
     """Also split activations along the sequence over the tensor-parallel ranks."""
     precision: Annotated[str, Choice(("bf16", "fp32"))] = "bf16"

@@ -182,10 +182,22 @@ CRITIQUE_GRPO = Method(
 METHODS = (ICRL, GRPO, CRITIQUE_GRPO)
 
 SHORT_TURNS = ("rollout.max_turn_tokens=2048", "rollout.parse_truncated=false")
-# The local engine leaves the actor's state enough memory, so nothing is offloaded. It ends the run if a batch takes
-# longer than engine.request_timeout_s, so turns are short.
+# Nothing is offloaded, as memory suffices. Turns are short, because a batch must end within engine.request_timeout_s.
 ON_LOCAL_ENGINE = ("engine.kind=local", "engine.tensor_parallel=1", "actor.offload=none", *SHORT_TURNS)
 LARGER_AND_FIRST_RUNS = (
+    _recipe(
+        "qwen3_8b_alfworld_4xh100_cp2",
+        "qwen3_8b_alfworld_4xh100 in the layout of the authors' code, TP 2 x CP 2; the loss is the same. 4 H100.",
+        ("8B", "alfworld", 4),
+        *("actor.context_parallel=2", *EVALUATED_AS_PUBLISHED),
+    ),
+    _recipe(
+        "qwen3_8b_math_131k_2nodes",
+        "Qwen3-8B on mathematics with 131,072 tokens of context by YaRN (docs/MODELS.md); reproduces nothing. 16 H100.",
+        ("8B", "math", 16),
+        *("model.path=models/Qwen3-8B-131k", "rollout.context_tokens=131072", "actor.micro_batch_tokens=131072"),
+        *("actor.context_parallel=4", "tasks.sources.0.plan={prompt_tokens: 200, reply_tokens: 12000}"),
+    ),
     _recipe(
         "qwen3_8b_math_8xh100_fp8",
         "The mathematics run on a whole node with FP8 products (blockwise scaling); reproduces nothing yet. 8 H100.",

@@ -36,6 +36,7 @@ def test_dry_run_prints_the_resolved_settings(tmp_path: Path) -> None:
         (["train", "quikstart"], "error: unknown recipe 'quikstart': did you mean quickstart?"),
         (["train", "quickstart", "rollout.round=3"], "did you mean rollout.rounds?"),
         (["train", "quickstart", "actor.tensor_parallel=3", "--dry-run"], "does not divide the 2 ranks"),
+        (["train", "quickstart", "actor.context_parallel=3", "--dry-run"], "use launch.ranks=6 or a multiple of it"),
         (["train", "qwen3_4b", "model.path=nowhere", "launch.device=auto"], "model.path=nowhere: no such folder"),
         (["train", "quickstart", "run_dir=/proc/icrl"], "run folder /proc/icrl cannot be written"),
         (["sft", "quickstart", "warm_start.steps=0"], "warm_start.steps=0: nothing to do"),

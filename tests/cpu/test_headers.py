@@ -93,6 +93,9 @@ def test_a_replica_reads_what_it_played_and_its_ranks_take_turns_for_the_rest() 
     grid = Grid(0, 8, 2, 0, 2, 0, 2, 0, None)
     assert [grid.replica_ranks(r) for r in (0, 1)] == [(0, 1, 4, 5), (2, 3, 6, 7)]
     assert [grid.scoring_rank(r) for r in (0, 1)] == [4, 6]
+    of_context = Grid(0, 16, 2, 0, 2, 0, 2, 0, None, context=2)
+    assert [of_context.replica_ranks(r) for r in (0, 1)] == [(0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15)]
+    assert [of_context.scoring_rank(r) for r in (0, 1)] == [8, 12]
     source, replica = np.array([5, 0, 0, 0, 0, 7]), np.array([0, 1, 1, 1, 1, 0])
     assert readers(grid, source, replica).tolist() == [5, 3, 6, 7, 2, 1]
 

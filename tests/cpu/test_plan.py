@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from icrl_megatron.model.flops import Passes, counts
+from icrl_megatron.model.rope import Yarn
 from icrl_megatron.plan import command, hardware, memory, nemo_rl, pipeline, planner, supervised, timing
 from icrl_megatron.plan.layout import Layout, local_parameters
 from icrl_megatron.plan.models import PUBLISHED
@@ -200,6 +201,27 @@ def test_plan_that_does_not_fit_suggests_a_change_that_fits() -> None:
         assert planner.plan(load(tight, *change.split())).fits
 
 
+def test_context_parallelism_divides_the_tokens_and_costs_an_exchange() -> None:
+    shape, plans = PUBLISHED["Qwen3-8B"], [planner.plan(load(f"actor.context_parallel={n}"), gpus=8) for n in (1, 2)]
+    one, two = plans
+    assert (one.layout.data, two.layout.data) == (4, 2)
+    whole, half = (memory.layer_activations(shape, plan.layout, 16384, "none") for plan in plans)
+    assert half == pytest.approx(whole / 2)
+    assert half * 36 < memory.activations(shape, two.layout.but(recompute="none"), 16384, 4) < whole * 36
+    assert one.memory.state == two.memory.state
+    assert one.times.phases["context exchange"] == 0 < two.times.phases["context exchange"] < two.times.total / 100
+    with pytest.raises(ConfigError, match=r"TP x PP x CP = 6 does not divide 8 GPUs; change .*actor\.context_parallel"):
+        planner.plan(load("actor.context_parallel=3"), gpus=8)
+
+
+def test_131072_tokens_fit_with_yarn() -> None:
+    settings = settings_module.load("qwen3_8b_math_131k_2nodes")
+    found = planner.plan(settings)
+    assert found.fits and found.layout.context == 4
+    assert found.shape.max_positions == settings.rollout.context_tokens == 131072
+    assert found.shape.yarn == replace(Yarn(4.0, 32768, 0.0), attention_factor=pytest.approx(1.1386294))
+
+
 def test_search_ranks_layouts_that_fit_and_explains_the_others() -> None:
     found = search(load(), 8, H100)
     times = [plan.times.total for plan in found.best]
@@ -210,10 +232,10 @@ def test_search_ranks_layouts_that_fit_and_explains_the_others() -> None:
     offloading = {one.reason for one in search(load("actor.offload=optimizer"), 8, H100).rejected}
     assert any("GiB missing" in reason for reason in offloading - reasons)
     assert any("does not divide 8 GPUs" in reason for reason in reasons)
-    assert {one.reason for one in found.rejected if one.context > 1} == {"the actor has no context parallelism"}
+    assert {1, 2} <= {plan.layout.context for plan in found.best}
     stages = {plan.layout.pipeline for plan in found.best} | {one.pipeline for one in found.rejected}
     assert stages == {1, 2, 3, 4, 6, 9, 12}  # of 36 layers
-    assert len(found.best) + len(found.rejected) == 4 * len(stages) * 2 * 4
+    assert len(found.best) + len(found.rejected) == 4 * len(stages) * 4 * 4
     assert "the step" in why_slower(found.best[-1], found.best[0])
 
 
@@ -357,7 +379,9 @@ def test_a_supervised_stage_that_does_not_fit_names_what_would() -> None:
     )
     assert advised is not None
     stage_of(state[0], f"warm_start.max_tokens={advised[1]}", f"actor.micro_batch_tokens={advised[1]}").require_fit()
-    with pytest.raises(ConfigError, match=r"raise actor\.tensor_parallel or actor\.pipeline_parallel$"):
+    with pytest.raises(
+        ConfigError, match=r"raise actor\.tensor_parallel, actor\.pipeline_parallel or actor\.context_parallel$"
+    ):
         stage_of("model.path=models/Qwen3-32B", "actor.sequence_parallel=true").require_fit()
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,6 +65,10 @@ def test_fp8_micro_batches_have_the_required_multiple(fp8: str) -> None:
         settings = ActorSettings(fp8=fp8, tensor_parallel=tensor, sequence_parallel=sequence)
         share = platform.token_multiple(settings) // (tensor if sequence else 1)
         assert share % get_fp8_align_size(platform.FP8_RECIPES[fp8]) == 0
+        split = replace(settings, context_parallel=2)
+        share = platform.token_multiple(split) // (2 * tensor if sequence else 2)
+        assert share % get_fp8_align_size(platform.FP8_RECIPES[fp8]) == 0
+        assert platform.token_multiple(split) % platform.sequence_multiple(split) == 0
     assert platform.token_multiple(ActorSettings(tensor_parallel=4, sequence_parallel=True)) == 4
     assert platform.token_multiple(ActorSettings(tensor_parallel=4)) == 1
 

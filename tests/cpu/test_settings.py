@@ -254,6 +254,12 @@ def test_every_upper_limit_is_checked(name: str) -> None:
         ("rollout.episodes_per_task=1 rollout.rounds=1", "rollout.episodes_per_task=1"),
         ("algo.updates_per_step=100000", "algo.updates_per_step=100000"),
         ("actor.tensor_parallel=4", "does not divide the 2 ranks (launch.ranks)"),
+        (
+            "actor.context_parallel=3 launch.ranks=4",
+            "actor.tensor_parallel=2 x actor.pipeline_parallel=1 x actor.context_parallel=3 = 6 does not divide the 4 "
+            "ranks (launch.ranks); use launch.ranks=6 or a multiple of it",
+        ),
+        ("actor.context_parallel=0", "actor.context_parallel=0: must be a finite number, at least 1"),
         ("actor.tensor_parallel=3 launch.ranks=3", "attention heads (4); 1 or 2 would do"),
         ("actor.tensor_parallel=4 launch.ranks=4", "key-value heads (2)"),
         ("model.init.ffn=63", "MLP width (63)"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -37,6 +37,7 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
+    context: int = 1
     sequence: bool = False
     budget: int = 64
     recompute: str = "none"
@@ -47,7 +48,7 @@ class Layout:
 
     @property
     def world(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.data * self.context
 
 
 LAYOUTS = {
@@ -70,6 +71,12 @@ LAYOUTS = {
     "kernels": Layout(head="triton"),
     "tp2pp2sp-kernels": Layout(tensor=2, pipeline=2, sequence=True, head="triton"),
 }
+CONTEXT_LAYOUTS = {
+    "cp2": Layout(context=2, data=4, budget=48),
+    "tp2cp2sp": Layout(tensor=2, context=2, data=2, sequence=True, recompute="selective"),
+    "tp2cp2pp2sp": Layout(tensor=2, context=2, pipeline=2, sequence=True),
+}
+"""Of eight ranks (`test_context_parallel.py`)."""
 GRIDS = ("one", "tp2", "tp2sp", "pp2", "dp2", "tp2pp2sp", "tp2dp2sp", "pp2dp2")
 """Layouts with different grids, between which weights and checkpoints must be transferable."""
 SAVERS = ("tp2pp2sp", "pp2dp2", "dp2", "tp2", "one")
@@ -90,6 +97,7 @@ class Case:
         settings = Settings()
         settings.actor.precision = "fp32"
         settings.actor.tensor_parallel, settings.actor.pipeline_parallel = layout.tensor, layout.pipeline
+        settings.actor.context_parallel = layout.context
         settings.actor.sequence_parallel, settings.actor.recompute = layout.sequence, layout.recompute
         settings.actor.micro_batch_tokens, settings.actor.head_chunk_tokens = layout.budget, 16
         settings.actor.head_backend = layout.head
@@ -122,6 +130,8 @@ class Trained:
     gradients: list[dict[str, Tensor]]
     """By update, with Hugging Face names, before clipping."""
     weights: dict[str, Tensor]
+    token_weights: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """Whole id -> calibration weights in the first step, where it is calibrated."""
 
 
 def draw_samples(count: int, vocabulary: int) -> list[Whole]:

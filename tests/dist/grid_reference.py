@@ -26,6 +26,7 @@ class Reference:
         self.samples = sorted(case.draw(Layout()), key=lambda s: s.sample_id)
         self.model, self.start = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
         algo, optim = self.settings.algo, self.settings.optim
+        self.weights_L: dict[str, Tensor] = {}
         self.terms = Terms(
             self.settings.rollout.temperature,
             algo.clip_low,
@@ -48,8 +49,10 @@ class Reference:
         found = Trained({}, [], [], [], [], {})
         with torch.no_grad():
             found.logprobs = {s.sample_id: self.policy(self.model, s)[0] for s in self.samples}
-        for _ in range(STEPS):
+        for number in range(STEPS):
             self._step(found)
+            if number == 0:
+                found.token_weights = {name: tuple(of_L.tolist()) for name, of_L in self.weights_L.items()}
         found.weights = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         return found
 
@@ -86,6 +89,8 @@ class Reference:
         else:
             out = token_objective(logprobs_L, entropy_L, streams, self.terms)
         out.loss_L.sum().backward()
+        if s.calibrated:
+            self.weights_L[s.sample_id] = out.calibration_weight_L
         metrics["tokens"] += len(logprobs_L)
         metrics["clip_low"] += float(out.clipped_low_L.sum())
         metrics["clip_high"] += float(out.clipped_high_L.sum())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from icrl_megatron.actor import checkpoint, export  # noqa: E402
 from icrl_megatron.actor.actor import Actor, InvariantError, ScoredPlan  # noqa: E402
 from icrl_megatron.actor.optimizer import Applied  # noqa: E402
 from icrl_megatron.distributed import grid as grids  # noqa: E402
-from icrl_megatron.distributed.platform import token_multiple  # noqa: E402
+from icrl_megatron.distributed.platform import sequence_multiple, token_multiple  # noqa: E402
 from icrl_megatron.model.flops import SampleFlops  # noqa: E402
 from icrl_megatron.model.weights import Gatherer  # noqa: E402
 from icrl_megatron.settings.schema import Settings  # noqa: E402
@@ -66,6 +67,7 @@ class Trainer:
             self.settings.algo,
             micro_batch_tokens=self.layout.budget,
             align=self.layout.multiple * token_multiple(self.settings.actor),
+            each=sequence_multiple(self.settings.actor),
             replica=self.grid.data_rank,
             replicas=self.grid.data,
             prompt="train" if prompt == "train" else "behaviour",
@@ -82,7 +84,8 @@ class Trainer:
         return {n: t.clone() for n, t in Gatherer(self.actor.rows, self.grid).stream()}
 
     def gradients(self) -> Weights:
-        """The reduced gradients with Hugging Face names. After the reduce-scatter, each replica holds a shard."""
+        """The reduced gradients with Hugging Face names. After the reduce-scatter, each rank with the same
+        parameters holds a shard."""
         optimizer = self.actor.optimizer.distributed
         table = []
         for row in self.actor.rows:
@@ -90,7 +93,7 @@ class Trainer:
             if row.param in optimizer.model_param_group_index_map:
                 span = optimizer._get_model_param_range_map(row.param)["param"]
                 flat[span.start : span.end] = row.param.main_grad.flatten()[span.start : span.end]
-            dist.all_reduce(flat, group=parallel_state.get_data_parallel_group())
+            dist.all_reduce(flat, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
             table.append(replace(row, param=torch.nn.Parameter(flat.view(row.param.shape))))
         return {n: t.clone() for n, t in Gatherer(table, self.grid).stream()}
 
@@ -124,6 +127,10 @@ def train(case: Case, layout: Layout, grid: grids.Grid, root: Path) -> Trained:
         if number == 0:
             found.logprobs = trainer.logprobs(scored)
         stats = trainer.actor.train(trainer.plan, scored, LEARNING_RATE)
+        if number == 0:
+            reports = grid.rank == grid.scoring_rank(grid.data_rank)
+            for of_rank in grids.gather_objects(grid, stats.calibration_weights if reports else {}):
+                found.token_weights |= of_rank
         assert stats.skipped_updates == 0
         found.losses.append(stats.loss)
         found.norms.append(stats.grad_norm)
@@ -146,9 +153,10 @@ def round_trip(layout: Layout, grid: grids.Grid, root: Path, out: Path) -> None:
                 export.write_hf(Gatherer(actor.rows, grid), model_folder(root, case.model), source, grid)
 
 
-def save_checkpoints(name: str, layout: Layout, grid: grids.Grid, root: Path) -> None:
+def save_checkpoints(name: str, layout: Layout, grid: grids.Grid, root: Path, kinds: Iterable[str] = SAVED) -> None:
     """Saves checkpoints after one step, together with the weights after that step and after the next one."""
-    for kind, (case, precision) in SAVED.items():
+    for kind in kinds:
+        case, precision = SAVED[kind]
         trainer, folder = Trainer(case, layout, grid, root, precision), root / "saved" / f"{name}-{kind}"
         trainer.step()
         like = model_folder(root, case.model)

@@ -108,6 +108,9 @@ def test_training_equals_the_reference(root: Path, references: dict[str, Trained
             assert apart(mine[name], theirs[name]) <= TOLERANCE, (update, name)
     assert got.losses == pytest.approx(want.losses, rel=TOLERANCE, abs=1e-6)
     assert got.norms == pytest.approx(want.norms, rel=TOLERANCE)
+    assert got.token_weights.keys() == want.token_weights.keys()
+    for name, weights in want.token_weights.items():
+        assert got.token_weights[name] == pytest.approx(weights, abs=1e-4), name
     for mine_m, theirs_m in zip(got.metrics, want.metrics, strict=True):
         assert {n: mine_m[n] for n in theirs_m} == pytest.approx(theirs_m, abs=1e-9)
     assert got.weights.keys() == want.weights.keys()
