@@ -13,7 +13,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -371,11 +370,7 @@ class SGLangEngine:
             self._garbled = 0
         self.stats.prompt_tokens += reply.prompt_tokens
         self.stats.cached_tokens += reply.cached_tokens
-        found = reply.completion
-        if found.finish_reason == "abort" and len(found.ids) and int(found.ids[-1]) in sampling.stop_ids:
-            # SGLang looks for an abort before it looks for the end. Such a reply must not be continued.
-            return replace(found, finish_reason="stop")
-        return found
+        return sglang_answers.ended(reply.completion, sampling.stop_ids)
 
     def _lose(self, why: str) -> None:
         if not self._lost:
