@@ -17,6 +17,9 @@ from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.types import Task
 from icrl_megatron.utils.errors import ConfigError
 
+RANGES = 128
+"""More than `rollout.staleness` may be: an asynchronous run draws that many steps ahead."""
+
 
 def order_seed(settings: Settings) -> int:
     """The seed of `TaskSampler`: data.seed, or the run's seed."""
@@ -51,10 +54,9 @@ class TaskSampler:
             random.Random(f"{seed}/order/{source.name}").shuffle(order)
             self._orders.append(order)
         self._seed = seed
-        self._passed = 0
-        """Number of slots before the last requested range. Only counts per source are kept, so memory does not grow
-        with the number of steps."""
-        self._taken = [0] * len(sources)
+        self._taken = {0: [0] * len(sources)}
+        """Number of slots -> how many of them each source has, for the last RANGES requested ranges. So neither memory
+        nor time grows with the number of steps."""
 
     @cached_property
     def known(self) -> frozenset[Task]:
@@ -87,12 +89,13 @@ class TaskSampler:
     def _slots(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Slots `start` to `stop` as (source, number of earlier slots of that source). Ranges may be requested in any
         order."""
-        if start < self._passed:
-            self._passed, self._taken = 0, [0] * len(self._taken)
-        while self._passed < start:
-            self._passed += 1
-            self._slot(self._passed, self._taken)
-        taken = list(self._taken)  # the same range may be requested again
+        passed = max(number for number in self._taken if number <= start)
+        taken = list(self._taken[passed])
+        for number in range(passed + 1, start + 1):
+            self._slot(number, taken)
+        self._taken[start] = list(taken)
+        if len(self._taken) > RANGES:
+            del self._taken[sorted(self._taken)[1]]  # not that of 0, from which all others follow
         return [self._slot(number, taken) for number in range(start + 1, stop + 1)]
 
     def _slot(self, number: int, taken: list[int]) -> tuple[int, int]:

@@ -58,7 +58,8 @@ class ContinuingEngine:
         begun: Completion | None = None
         prompt = tuple(prompt_ids)
         while True:
-            await self._open.wait()
+            while not self._open.is_set():  # it may be paused again before a request that waited runs
+                await self._open.wait()
             reply = await self._counted((*prompt, *(begun.ids.tolist() if begun else ())), sampling, begun)
             begun = reply if begun is None else continued(begun, reply)
             if reply.finish_reason != "abort" or self._open.is_set():

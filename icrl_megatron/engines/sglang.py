@@ -370,7 +370,7 @@ class SGLangEngine:
             self._garbled = 0
         self.stats.prompt_tokens += reply.prompt_tokens
         self.stats.cached_tokens += reply.cached_tokens
-        return reply.completion
+        return sglang_answers.ended(reply.completion, sampling.stop_ids)
 
     def _lose(self, why: str) -> None:
         if not self._lost:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from icrl_megatron.types import Completion, FinishReason, id_array, logprob_array
+from icrl_megatron.types import Completion, FinishReason, Ids, id_array, logprob_array
 
 _ANSWER_BYTES, _BYTES_A_TOKEN = 1 << 20, 256
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
@@ -66,3 +66,10 @@ def read(text: bytes, longest: int, vocabulary: int, version: int) -> UsableAnsw
     if str(stamp) != str(version):
         raise GarbageError(f"SGLang answered with weights of version {stamp!r}: version {version} was pushed last.")
     return UsableAnswer(Completion(id_array(ids), logprob_array(logprobs), kind, version), *counted)
+
+
+def ended(reply: Completion, stop_ids: Ids) -> Completion:
+    """SGLang looks for an abort before it looks for an end token. A reply with both has ended: it must not go on."""
+    if reply.finish_reason == "abort" and len(reply.ids) and int(reply.ids[-1]) in stop_ids:
+        return replace(reply, finish_reason="stop")
+    return reply

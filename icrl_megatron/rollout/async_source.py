@@ -149,7 +149,7 @@ class AsyncSource:
         assert job is None or self._process is not None
         if self._process is not None and job is not None:
             self._process.send(Run(job))
-        while not all(self._meet(ended, job)):
+        while not all(self._meet(ended, None if found else job)):
             time.sleep(LONGEST_S / 4)
         return found[0] if found else None
 
@@ -183,12 +183,14 @@ class AsyncSource:
     def _begin(self, limit: int) -> None:
         """Begins this rank's part of the groups below `limit`."""
         assert self._begun is not None
-        mine = [n for n in range(self._begun, limit) if n % self._share.count == self._share.index]
+        order, share = self._order, self._share
+        # Every rank draws all of them: with a curriculum, a later draw would give other tasks.
+        tasks = [(n, order.task(n)) for n in range(self._begun, limit)]
         self._begun = max(self._begun, limit)
+        mine = [(n, task) for n, task in tasks if n % share.count == share.index]
         if not mine or self._process is None:
             return
-        order = self._order
-        groups = [OpenGroup(n, order.task(n), order.turns(n // order.per_step)) for n in mine]
+        groups = [OpenGroup(n, task, order.turns(n // order.per_step)) for n, task in mine]
         for group in groups:
             self._open[group.number] = self._groups[group.number] = group
         self._process.send(Begin(tuple(groups)))
@@ -227,7 +229,7 @@ class AsyncSource:
                 account.too_old += len(message.numbers)
                 account.cut_off += message.episodes
                 account.discarded += message.tokens
-            else:
+            elif not isinstance(message, Groups):  # one that came too late for its checkpoint
                 others.append(message)
         beat = self._process.take_counters()
         account.generated += beat.generated
@@ -315,10 +317,14 @@ class AsyncSource:
         self._progress.log(f"rollout process lost, restarting it: {why}")
         self._account.deaths += 1
         held = sum(group.tokens for group in self._complete.values())
+        held += sum(tokens({group.task: group.logs}) for group in self._open.values())
         self._account.discarded += max(0, self._kept + self._account.generated - self._account.discarded - held)
         self._process.restart()
         self._process.wait_ready()
-        again = [replace(group, ended=number not in self._open) for number, group in self._groups.items()]
+        self._told_stop = False
+        # The new process has no weights yet, and would say that they begin with version 0.
+        begun = ((n, group, version if group.version is None else group.version) for n, group in self._groups.items())
+        again = [replace(group, version=of, ended=number not in self._open) for number, group, of in begun]
         self._process.send(Begin(tuple(again)))
         if job is not None:
             self._process.send(Run(job))

@@ -9,8 +9,9 @@ a main thread only (`watchdog.py`), and because an engine in the trainer's proce
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -37,7 +38,7 @@ from icrl_megatron.rollout.messages import (
 )
 from icrl_megatron.rollout.open_group import OpenGroup
 from icrl_megatron.rollout.played import Job
-from icrl_megatron.rollout.replay import ReplayLog, recorded, tokens
+from icrl_megatron.rollout.replay import ReplayLog, copied, recorded, tokens
 from icrl_megatron.rollout.replay import Stop as NeverStopped
 from icrl_megatron.rollout.source import MAX_DEATHS
 from icrl_megatron.rollout.speakers import Meter, Seeds, Speakers, SpeakersFor
@@ -74,9 +75,8 @@ class _Held:
     version: int
     playing: asyncio.Task[None] | None = None
     logs: dict[int, ReplayLog] = field(default_factory=dict)
-
-    def tokens(self) -> int:
-        return tokens({self.group.task: self.logs})
+    spent: Meter = field(default_factory=Meter)
+    """Counts its tokens. Its logs do not: they lose replies when an environment answers differently."""
 
 
 class RolloutService:
@@ -107,6 +107,8 @@ class RolloutService:
         self._recovery: asyncio.Task[None] | None = None
         self._weights = asyncio.Event()
         """Set while the engine has the current weights."""
+        self._changing = 0
+        """Updates and restarts that have not ended. Requests that one of them let pass would disturb the other."""
         engine.hold()
 
     def hear(self, message: ToService | None) -> None:
@@ -141,15 +143,17 @@ class RolloutService:
         elif isinstance(message, Run):
             self._job(self._run(message.job))
         elif isinstance(message, Save):
-            found = (replace(of.group, version=of.version, logs=of.logs) for of in self._held.values())
-            self._send(Groups(tuple(found)))
+            # Copies: another thread pickles them while the episodes go on.
+            found = [(of, copied({of.group.task: of.logs})[of.group.task]) for of in self._held.values()]
+            self._send(Groups(tuple(replace(of.group, version=of.version, logs=logs) for of, logs in found)))
         elif isinstance(message, Stop):
             self._stop.asked = True
 
     def _begin(self, group: OpenGroup) -> None:
         version = self._version if group.version is None else group.version
         logs = {index: ReplayLog([*log.replies]) for index, log in group.logs.items()}
-        held = self._held[group.number] = _Held(group, version, logs=logs)
+        spent = Meter(tokens({group.task: logs}))
+        held = self._held[group.number] = _Held(group, version, logs=logs, spent=spent)
         if not group.ended:
             held.playing = self._job(self._play(held))
 
@@ -164,13 +168,13 @@ class RolloutService:
                 episode.cancel()
             await asyncio.gather(*playing, return_exceptions=True)
         self._tell_counters()
-        self._send(GroupEnded(group.number, group.task.task_id, held.version, tuple(results), held.tokens()))
+        self._send(GroupEnded(group.number, group.task.task_id, held.version, tuple(results), held.spent.tokens))
 
     async def _episode(self, held: _Held, index: int) -> Ended:
         playing, group = self._playing, held.group
         setup = replace(playing.setup, settings=replace(playing.setup.settings, max_turns=group.turns))
         log = held.logs.setdefault(index, ReplayLog())
-        metered = self._meter.on(playing.speakers_for)
+        metered = self._meter.on(held.spent.on(playing.speakers_for))
 
         def speakers_for(task: Task, index: int) -> Speakers:
             return recorded(metered(task, index), log, NeverStopped(), setup.prompter.before_stop)
@@ -194,13 +198,14 @@ class RolloutService:
             return
 
     async def _update(self, message: Update) -> None:
-        await self._engine.pause()
-        await self._in_thread(lambda: self._install(message))
-        if message.version != self._version:
-            self._version, self._deaths = message.version, 0
-        self._beat = replace(self._beat, needs_weights=False)
-        self._weights.set()
-        self._engine.resume()
+        with self._change():
+            await self._engine.pause()
+            await self._in_thread(lambda: self._install(message))
+            if message.version != self._version:
+                self._version, self._deaths = message.version, 0
+            self._beat = replace(self._beat, needs_weights=False)
+            self._weights.set()
+        self._tell_counters()  # first, so that the trainer does not send the weights again
         self._send(Updated(message.version))
         self._abandon([n for n, of in self._held.items() if of.version < self._version - self._playing.staleness])
 
@@ -213,7 +218,7 @@ class RolloutService:
             held.playing.cancel()  # type: ignore[union-attr]
             del self._held[number]
         self._tell_counters()
-        lost = sum(held.tokens() for held in running.values())
+        lost = sum(held.spent.tokens for held in running.values())
         self._send(Abandoned(tuple(running), lost, len(running) * self._playing.episodes))
 
     async def _recovered(self) -> None:
@@ -233,14 +238,24 @@ class RolloutService:
             if self._deaths >= MAX_DEATHS:
                 raise EngineError(f"{self._deaths} engines were lost in one step. {why}")
             self._engine.hold()
-            if await self._in_thread(self._engines.revive):
-                self._weights.clear()
-                self._beat = replace(self._beat, needs_weights=True)
-                await self._weights.wait()
-            else:
-                self._engine.resume()
+            with self._change():
+                if await self._in_thread(self._engines.revive):
+                    self._weights.clear()
+                    self._beat = replace(self._beat, needs_weights=True)
+            await self._weights.wait()
         finally:
             self._recovery = None
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Afterwards requests go on, unless the engine has not the current weights or another change is under way."""
+        self._changing += 1
+        try:
+            yield
+        finally:
+            self._changing -= 1
+        if not self._changing and self._weights.is_set():
+            self._engine.resume()
 
     async def _in_thread(self, work: Callable[[], Any]) -> Any:
         """One at a time: an update waits for a restart. Episodes go on meanwhile where they do not need the engine."""
@@ -254,6 +269,12 @@ class RolloutService:
                 await work
             except Exception as error:
                 self._inbox.put_nowait(error)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():  # the service has canceled it
+                    raise
+                # Otherwise the group would never end, and the trainer would wait for it.
+                self._inbox.put_nowait(EngineError("The engine canceled a request: its messages are above."))
 
         task = asyncio.ensure_future(run())
         self._jobs.add(task)

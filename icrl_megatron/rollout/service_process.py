@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from icrl_megatron.distributed.grid import Failure
 from icrl_megatron.engines.protocol import EngineError
 from icrl_megatron.rollout.messages import (
     Beat,
@@ -120,6 +121,8 @@ class RolloutProcess:
         self._messages: list[FromService] = []
         self._updates: list[int] = []
         """Versions that were sent and not confirmed."""
+        self._failure: Failure | None = None
+        """What ended the process, if it was an error of its own."""
         self.start()
 
     def start(self) -> None:
@@ -134,7 +137,7 @@ class RolloutProcess:
         self._inbox: queue.SimpleQueue[FromService] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[Setup | ToService | None] = queue.SimpleQueue()
         self._heard = time.monotonic()
-        self.ready, self._updates, self._closed = False, [], threading.Event()
+        self.ready, self._updates, self._closed, self._failure = False, [], threading.Event(), None
         self._counters = replace(self._counters, needs_weights=False)
         for work in (self._read, self._write):
             threading.Thread(target=work, args=(self._connection,), daemon=True, name="rollout process").start()
@@ -151,14 +154,22 @@ class RolloutProcess:
     def take(self) -> list[FromService]:
         """The messages since the last call, except those that only this class needs. Raises what ended the process if
         it was an error of its own."""
+        self._sort()
+        if self._failure is not None:
+            raise self._failure.kind(self._failure.message)
+        taken, self._messages = self._messages, []
+        return taken
+
+    def _sort(self) -> None:
+        """Takes messages from the inbox. Raises nothing: where only one rank looks, the others would wait for it."""
         while True:
             try:
                 message = self._inbox.get_nowait()
             except queue.Empty:
-                break
+                return
             if isinstance(message, Failed):
-                raise message.failure.kind(message.failure.message)
-            if isinstance(message, Ready):
+                self._failure = message.failure
+            elif isinstance(message, Ready):
                 self.ready = True
             elif isinstance(message, Updated):
                 self._updates.remove(message.version)
@@ -166,8 +177,6 @@ class RolloutProcess:
                 self._counters = _sum(self._counters, message)
             else:
                 self._messages.append(message)
-        taken, self._messages = self._messages, []
-        return taken
 
     def take_counters(self) -> Beat:
         """The counters since the last call."""
@@ -179,7 +188,9 @@ class RolloutProcess:
         return self._counters.needs_weights and not self._updates
 
     def lost(self) -> str:
-        """Why the process must be restarted; empty while it works."""
+        """Why the process must be restarted; empty while it works, and if `take` raises what ended it."""
+        if self._failure is not None:
+            return ""
         if self._closed.is_set() or self._process.poll() is not None:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(1.0)
@@ -193,13 +204,17 @@ class RolloutProcess:
     def wait_ready(self, tick: Callable[[], None] = lambda: None) -> None:
         """Returns when its engine accepts requests. Raises what the process raised while it started, and EngineError if
         it does not start in time."""
-        deadline = time.monotonic() + self._setup.settings.engine.startup_timeout_s
+        # The process has the same limit for its engine; its message says more.
+        deadline = time.monotonic() + self._setup.settings.engine.startup_timeout_s + _GRACE_S
         while not self._ready():
             if why := self.lost():
                 raise EngineError(f"{why} Its messages are above.")
             if time.monotonic() > deadline:
                 limit = self._setup.settings.engine.startup_timeout_s
-                raise EngineError(f"The rollout process was not ready after engine.startup_timeout_s={limit:g}.")
+                raise EngineError(
+                    f"The rollout process was not ready after engine.startup_timeout_s={limit:g} s; raise it if its "
+                    "engine needs longer."
+                )
             tick()
             time.sleep(_POLL_S)
 
@@ -208,15 +223,16 @@ class RolloutProcess:
         return self.ready
 
     def wait_for(self, kind: type[FromService], timeout_s: float) -> FromService | None:
-        """The first message of this kind; the others stay. None if the process is lost or does not answer in time."""
+        """The first message of this kind; the others stay. None if the process is lost, has failed, or does not answer
+        in time."""
         deadline = time.monotonic() + timeout_s
         while True:
-            self._messages = self.take()
+            self._sort()
             for message in self._messages:
                 if isinstance(message, kind):
                     self._messages.remove(message)
                     return message
-            if self.lost() or time.monotonic() > deadline:
+            if self._failure is not None or self.lost() or time.monotonic() > deadline:
                 return None
             time.sleep(_POLL_S)
 
@@ -237,10 +253,10 @@ class RolloutProcess:
     # As an `engines.protocol.WeightReceiver`: its engine never sleeps.
 
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Returns when the weights are in memory; the engine takes them soon. A lost process gets none. Raises
-        EngineError if the process has not taken the previous weights in time."""
+        """Returns when the weights are in memory; the engine takes them soon. A process that is lost or has failed gets
+        none. Raises EngineError if the process has not taken the previous weights in time."""
         stream = iter(tensors)
-        if self._previous_taken() and not self.lost():
+        if self._previous_taken():
             stored = self._weights.write(stream, self._dtype)
             self._updates.append(version)
             self.send(Update(version, stored))
@@ -251,13 +267,16 @@ class RolloutProcess:
         limit = self._setup.settings.engine.sync_timeout_s
         deadline = time.monotonic() + limit
         while True:
-            self._messages = self.take()
+            self._sort()
+            if self._failure is not None or self.lost():
+                return False
             if not self._updates:
                 return True
-            if self.lost():
-                return False
             if time.monotonic() > deadline:
-                raise EngineError(f"The engine did not take its weights within engine.sync_timeout_s={limit:g} s.")
+                raise EngineError(
+                    f"The engine did not take its weights within engine.sync_timeout_s={limit:g} s; raise it, or look "
+                    "for the reason in the logs of the engine."
+                )
             time.sleep(_POLL_S)
 
     def sleep(self) -> None:

@@ -84,6 +84,8 @@ class Watch:
         """
         if self._settings.debug.mode != "train" or self._settings.rollout.partial:
             return
+        if "mismatch_abs" not in stats.metrics:  # older weights generated every token: such a step says nothing
+            return
         mean, most = (stats.metrics.get(f"mismatch_{what}", 0.0) for what in ("abs", "max"))
         limits = self._limits
         if mean <= limits.mean and most <= limits.largest:

@@ -22,7 +22,8 @@ from icrl_megatron.types import Completion
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 SHAPES = {"model.embed_tokens.weight": (16, 2)}
-SAMPLING = Sampling(1.0, 4, 0, ())
+STOP = 7
+SAMPLING = Sampling(1.0, 4, 0, (STOP,))
 GOOD = {"type": "length", "length": 2}
 
 
@@ -134,6 +135,16 @@ def queued(**changes: object) -> dict[str, object]:
     reason = {"type": "abort", "message": "Abort in waiting queue"}
     meta = {"finish_reason": reason, "weight_version": "9", "e2e_latency": 1.0, "completion_tokens": 0}
     return {"text": "", "output_ids": [], "meta_info": {**meta, "output_token_logprobs": [], **changes}}
+
+
+def test_a_reply_that_ended_as_it_was_aborted_is_not_continued() -> None:
+    """SGLang looks for an abort before it looks for an end token."""
+
+    async def aborts(request: web.Request) -> web.Response:
+        return web.json_response(queued(output_token_logprobs=[[-1.0, 5, None], [-0.5, STOP, None]]))
+
+    found, _ = talk(aborts, 1, version=9)
+    assert found == [Completion((5, STOP), (-1.0, -0.5), "stop", 9)]
 
 
 def test_request_aborted_in_the_queue_is_neither_valid_nor_invalid() -> None:

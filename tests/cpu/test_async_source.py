@@ -1,0 +1,153 @@
+"""The trainer's side of an asynchronous run: what it tells a rollout process that was restarted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ladder import ladder
+
+from icrl_megatron.data.curriculum import Curriculum
+from icrl_megatron.data.sampler import TaskSampler
+from icrl_megatron.engines.rank import ONE_RANK, Share
+from icrl_megatron.rollout.async_source import AsyncSource, Order
+from icrl_megatron.rollout.messages import Beat, Begin, FromService, GroupEnded, Groups, Result, Run, Save, ToService
+from icrl_megatron.rollout.open_group import OpenGroup
+from icrl_megatron.rollout.played import Gather, RolloutRequest
+from icrl_megatron.rollout.speakers import Seeds
+from icrl_megatron.settings.task_schema import TaskSource
+from icrl_megatron.types import Episode, Task
+from icrl_megatron.utils.progress import Progress
+
+
+class Process:
+    """Ends groups at once, except the `slow` ones until it is restarted."""
+
+    def __init__(self, slow: frozenset[int] = frozenset()) -> None:
+        self.slow, self.said = slow, list[ToService]()
+        self.messages, self.died, self.restarts = list[FromService](), "", 0
+        self.dies_after_job = False
+
+    def send(self, message: ToService) -> None:
+        self.said.append(message)
+        if isinstance(message, Begin):
+            self.messages += [self.ended(of) for of in message.groups if not of.ended and of.number not in self.slow]
+        elif isinstance(message, Run):
+            self.messages.append(Result(len(self.of(Run))))
+            self.died = "It died." if self.dies_after_job and not self.restarts else ""
+
+    def ended(self, of: OpenGroup) -> GroupEnded:
+        episodes = (Episode(of.task, 0, (), ()),)
+        return GroupEnded(of.number, of.task.task_id, of.version if of.version is not None else 9, episodes, 0)
+
+    def of(self, kind: type[ToService]) -> list[ToService]:
+        return [one for one in self.said if isinstance(one, kind)]
+
+    def take(self) -> list[FromService]:
+        taken, self.messages = self.messages, []
+        return taken
+
+    def take_counters(self) -> Beat:
+        return Beat()
+
+    def lost(self) -> str:
+        return "" if self.messages else self.died
+
+    def needs_weights(self) -> bool:
+        return False
+
+    def restart(self) -> None:
+        self.died, self.restarts, self.slow = "", self.restarts + 1, frozenset()
+
+    def wait_ready(self) -> None: ...
+
+    def wait_for(self, kind: type[FromService], timeout_s: float) -> FromService | None:
+        return None
+
+
+def source(
+    process: Process | None,
+    task: Callable[[int], Task] = lambda n: ladder(str(n), 3),
+    share: Share = ONE_RANK,
+    gather: Gather = lambda mine: [mine],
+) -> AsyncSource:
+    order = Order(task, 2, 100, 1, lambda step: 20)
+    quiet = Progress(enabled=False)
+    return AsyncSource(process, share, order, 1, lambda: 9, lambda stale: None, gather, quiet, lambda: False)  # type: ignore[arg-type]
+
+
+def request(step: int) -> RolloutRequest:
+    return RolloutRequest([], 1, Seeds(0, step), 1, needed=2)
+
+
+def test_a_restarted_process_begins_groups_with_the_current_version_and_not_with_its_first_one() -> None:
+    """It would report version 0 for them, and drop them all when the weights arrive."""
+    process = Process(slow=frozenset((0, 2, 4, 5)))
+    playing = source(process)
+    assert playing.play(request(0)).behind == (0, 0)
+    process.died = "It died."
+    assert [header.task.task_id for header in playing.play(request(1)).headers] == ["ladder/0", "ladder/2"]
+    again = {of.number: of for of in process.of(Begin)[-1].groups}  # type: ignore[union-attr]
+    assert {n: (of.version, of.ended) for n, of in again.items()} == {
+        0: (9, False), 1: (9, True), 2: (9, False), 3: (9, True), 4: (9, False), 5: (9, False),
+    }  # fmt: skip
+
+
+def test_a_job_that_has_its_result_is_not_run_again() -> None:
+    """Its second result would be an answer that nobody waits for."""
+    process, others = Process(), iter([False, True])
+    process.dies_after_job = True
+
+    def gather(mine: object) -> list[object]:
+        found, failed = mine  # type: ignore[misc]
+        return [mine, ((found[0], next(others)), failed)]  # another rank's job takes longer
+
+    playing = source(process, share=Share(0, 2), gather=gather)
+    assert playing.run(lambda setup, speakers_for: None) == 1  # type: ignore[arg-type, return-value]
+    assert (process.restarts, len(process.of(Run))) == (1, 1)
+
+
+def test_a_late_answer_to_a_checkpoint_is_ignored() -> None:
+    process = Process()
+    playing = source(process)
+    lines = playing.unfinished()
+    assert lines() == []
+    playing.play(request(0))
+    assert len(lines()) == 1 + 4 and process.of(Save)
+    process.messages.append(Groups(()))
+    assert len(playing.play(request(1)).headers) == 2
+
+
+def test_ranks_draw_the_same_tasks_while_a_curriculum_changes() -> None:
+    tasks = [ladder(str(n), 3) for n in range(40)]
+    drawn = []
+    for process in (Process(), None):
+        curriculum = Curriculum(0.1)
+        sampler = TaskSampler([TaskSource("ladder")], {"ladder": tasks}, 0, curriculum)
+        steps = dict[int, list[Task]]()
+
+        def task(n: int, sampler: TaskSampler = sampler, steps: dict[int, list[Task]] = steps) -> Task:
+            return steps.setdefault(n // 2, sampler.draw(n // 2, 0, 2))[n % 2]
+
+        playing = source(process, task, Share(None if process is None else 0, 1))
+        playing._begun = 0
+        playing._begin(4)
+        curriculum.observe({one.task_id: 1.0 for one in tasks[:20]})
+        drawn.append([task(n) for n in range(4)])
+    assert drawn[0] == drawn[1]
+
+
+def test_drawing_ahead_does_not_begin_again_at_the_first_slot() -> None:
+    tasks = [ladder(str(n), 3) for n in range(7)]
+    sampler = TaskSampler([TaskSource("ladder")], {"ladder": tasks}, 0)
+    counted, slot = 0, sampler._slot
+
+    def counting(number: int, taken: list[int]) -> tuple[int, int]:
+        nonlocal counted
+        counted += 1
+        return slot(number, taken)
+
+    sampler._slot = counting  # type: ignore[method-assign]
+    ahead = {step + 4: sampler.draw(step + 4, 0, 3) for step in range(100) if sampler.draw(step, 0, 3)}
+    assert counted < 100 * 3 * 6
+    fresh = TaskSampler([TaskSource("ladder")], {"ladder": tasks}, 0)
+    assert all(fresh.draw(step, 0, 3) == of for step, of in reversed(ahead.items()))
