@@ -195,7 +195,8 @@ class RolloutProcess:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(1.0)
             if self._inbox.empty():
-                return f"The rollout process ended with exit code {self._process.returncode}."
+                code = self._process.returncode
+                return f"The rollout process {'cannot be reached' if code is None else f'ended with exit code {code}'}."
         silent = time.monotonic() - self._heard
         if self.ready and silent > self._hang_s:
             return f"The rollout process said nothing for {silent:.0f} s."
@@ -297,10 +298,14 @@ class RolloutProcess:
         closed.set()
 
     def _write(self, connection: Connection) -> None:
-        outbox = self._outbox
+        outbox, closed = self._outbox, self._closed
         with suppress(OSError):
-            while (message := outbox.get()) is not None:
-                connection.send(message)
+            try:
+                while (message := outbox.get()) is not None:
+                    connection.send(message)
+            except Exception:
+                closed.set()  # what could not be sent is lost: the process is started again
+                raise
             with socket.fromfd(connection.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as end:
                 end.shutdown(socket.SHUT_WR)
 
