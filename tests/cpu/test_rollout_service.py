@@ -91,6 +91,7 @@ class Talk:
     engine: Mortal
     heard: list[FromService] = field(default_factory=list)
     installing: Callable[[], None] = lambda: None
+    serving: asyncio.Future[None] | None = None
 
     def say(self, message: ToService) -> None:
         self.service.hear(message)
@@ -126,7 +127,7 @@ async def talking(folders: list[Path], frozen: Mortal | None = None, staleness: 
 
     heard: list[FromService] = []
     talk = Talk(RolloutService(engines, solver, playing, install, heard.append, Stop()), engine, heard)
-    serving = asyncio.ensure_future(talk.service.serve())
+    serving = talk.serving = asyncio.ensure_future(talk.service.serve())
     try:
         yield talk
         talk.say(None)  # type: ignore[arg-type]
@@ -274,6 +275,7 @@ def test_a_request_that_the_engine_cancels_ends_the_service(folders: list[Path])
                 await talk.until(lambda: talk.engine._running)
                 for pending in talk.engine._running:
                     pending.future.cancel()
-                await asyncio.sleep(0.5)
+                serving = talk.serving
+                await talk.until(lambda: serving is not None and serving.done())
 
     run(test())
