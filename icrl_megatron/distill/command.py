@@ -55,6 +55,9 @@ class Distillation:
     """Attempts in the file of runs whose problem has changed since."""
     heldout: tuple[str, ...] = ()
     """Held-out problems, which no trajectory may repeat."""
+    measures: bool = False
+    """Whether the system itself is measured: an attempt that an agent's form failed is then a wrong answer, and not
+    tried again. Otherwise it is no data."""
 
     @property
     def report(self) -> Path:
@@ -110,7 +113,7 @@ def prepare(
         for task in tasks[:1]:
             with own_entry(i):
                 check_tools(systems[source.name], catalogue.environment(task), task)
-    made = Distillation(settings, out, catalogue, problems, systems, own)
+    made = Distillation(settings, out, catalogue, problems, systems, own, measures=split == "heldout")
     if split == "train" and "leakage" not in distill.filters.leave_out:
         made.heldout = _heldout(made)
     check_file(out, "a file of trajectories", begins_with(b'{"messages"'), overwrite)
@@ -205,7 +208,9 @@ def _recorder(job: Distillation, records: Records, bar: Phase) -> Callable[[Run 
 
     def done(result: Run | Failed) -> None:
         nonlocal in_a_row
-        if isinstance(result, Run):
+        if job.measures and isinstance(result, Failed) and result.unanswered is not None:
+            records.add(result.unanswered)
+        elif isinstance(result, Run):
             records.add(result)
             in_a_row = 0
         else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from icrl_megatron.agents.formats import FinalAnswer, Malformed, ToolCalls, harmless
@@ -21,17 +21,18 @@ from icrl_megatron.distill.events import Event, Failed, Run
 from icrl_megatron.distill.own_server import check_engine
 from icrl_megatron.distill.rows import BadRowError
 from icrl_megatron.distill.system import stateful
+from icrl_megatron.distill.timing import AttemptClock
 from icrl_megatron.distill.trajectory import ASSISTANT, SegmentKind, Tokens
 from icrl_megatron.engines.kind import EngineRequest
 from icrl_megatron.engines.protocol import EngineError
 from icrl_megatron.engines.registry import engine_kind
 from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play_all
 from icrl_megatron.rollout.prompts import Prompter, tokenizer
-from icrl_megatron.rollout.speakers import EngineSpeaker, Seeds, SpeakersFor, same_speakers
+from icrl_megatron.rollout.speakers import Ask, EngineSpeaker, Seeds, Speaker, Speakers, SpeakersFor, same_speakers
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.tasks.base import Environment, Opening
 from icrl_megatron.tasks.tool_use import ToolEnvironment
-from icrl_megatron.types import Attempt, DroppedEpisode, Episode, Task, Turn, UnplayedEpisode
+from icrl_megatron.types import Attempt, Completion, DroppedEpisode, Episode, Task, Turn, UnplayedEpisode
 from icrl_megatron.utils.errors import ConfigError, HopelessError
 from icrl_megatron.utils.progress import Progress
 
@@ -52,13 +53,21 @@ class SelfPlay:
         """Plays (task, attempt) pairs, at most `rollout.concurrency` at a time, and passes each result to `done` as it
         comes. Raises HopelessError if the engine fails, and what `done` raises."""
 
+        clocks = dict[tuple[str, int], AttemptClock]()
+
+        def speakers_for(task: Task, index: int) -> Speakers:
+            clock = clocks[task.task_id, index] = AttemptClock()  # an episode that failed is played again
+            speakers = self.speakers_for(task, index)
+            return Speakers(_Timed(speakers.solver, SOLVER, clock), _Timed(speakers.critic, CRITIC, clock))
+
         def ended(result: Ended) -> None:
             if isinstance(result, UnplayedEpisode):
                 raise EngineError(result.error)
-            done(self._result(result))
+            found, timing = self._result(result), clocks.pop((result.task.task_id, result.index)).read()
+            done(replace(found, timing=timing) if isinstance(found, Run) else found)
 
         try:
-            asyncio.run(play_all(list(jobs), self.setup, self.speakers_for, self.seeds, ended))
+            asyncio.run(play_all(list(jobs), self.setup, speakers_for, self.seeds, ended))
         except EngineError as error:
             raise HopelessError(str(error)) from error
 
@@ -69,6 +78,17 @@ class SelfPlay:
         environment = self.setup.environment(ended.task)
         assert isinstance(environment, ToolEnvironment)  # `check_tools` has seen the task set
         return run_of(ended, environment)
+
+
+@dataclass(frozen=True)
+class _Timed:
+    speaker: Speaker
+    agent: str
+    clock: AttemptClock
+
+    async def reply(self, ask: Ask) -> Completion:
+        with self.clock.waiting(self.agent):
+            return await self.speaker.reply(ask)
 
 
 def check(settings: Settings) -> None:

@@ -23,6 +23,7 @@ from icrl_megatron.agents.tools import Stateful, ToolCall
 from icrl_megatron.distill import roles
 from icrl_megatron.distill.events import Event, Failed, Run
 from icrl_megatron.distill.roles import Agent, AgentJob, AgentReply, Brief, Note, Unreadable
+from icrl_megatron.distill.timing import AttemptClock
 from icrl_megatron.distill.trajectory import SegmentKind, Tokens
 from icrl_megatron.rollout.checked_environment import CheckedEnvironment
 from icrl_megatron.settings.rollout_schema import RolloutSettings
@@ -76,8 +77,9 @@ class System:
     async def play(self, task: Task, attempt: int) -> Run | Failed:
         """One attempt. Raises ConfigError for a task without tools, and for tools that nobody has."""
         try:
+            playing = _Attempt(self, task, attempt)
             async with asyncio.timeout(self.limits.task_s):
-                return await _Attempt(self, task, attempt).play()
+                return await playing.play()
         except TimeoutError:
             return Failed(task.task_id, attempt, "time", f"not finished within {self.limits.task_s:g} s")
         except EndpointError as error:
@@ -85,7 +87,7 @@ class System:
         except EnvironmentFailure as error:
             return Failed(task.task_id, attempt, "environment", str(error))
         except Unreadable as error:
-            return Failed(task.task_id, attempt, "unreadable", str(error))
+            return Failed(task.task_id, attempt, "unreadable", str(error), playing.unanswered())
 
 
 async def play_all(
@@ -122,6 +124,7 @@ class _Attempt:
         self._team = {name: m.about for name, m in system.team.items() if name not in roles.ROLES}
         self._stateful = stateful(self._inner.toolbox)
         self._answers, self._one_at_a_time = dict[str, str](), asyncio.Lock()
+        self._clock = AttemptClock()
 
     def _opened(self, task: Task) -> ToolEnvironment:
         self._inner = check_tools(self._system, self._system.environment(task), task)
@@ -218,19 +221,31 @@ class _Attempt:
         known = tuple(n.event for n in self._notes if n.event >= said.event)
         self._events.append(Event(roles.ANSWERER, roles.ANSWER, "answer", answer, known, self._thread()))
         await self._environment.step(self._inner.form.render(FinalAnswer(answer)))
+        return self._run(self._environment.success())
+
+    def unanswered(self) -> Run:
+        """The attempt as it is, without an answer. Calls that were under way have an empty answer."""
+        answered = {event.knows[0] for event in self._events if event.kind == "observation"}
+        for number, event in enumerate(tuple(self._events)):
+            if event.kind == "call" and number not in answered:
+                self._events.append(Event(event.agent, event.tag, "observation", "", (number,), event.thread))
+        return self._run(correct=False)
+
+    def _run(self, correct: bool) -> Run:
         tools = self._inner.toolbox.tools
         return Run(
             self._task.task_id,
             self._attempt,
             self._opening.text,
             tuple(self._events),
-            self._environment.success(),
+            correct,
             {name: self._spent[name] for name in sorted(self._spent)},
             tuple(tool.spec for tool in tools.values()),
             self._stateful,
             self._uncounted,
             self._unreadable,
             self._opening.system,
+            self._clock.read(),
         )
 
     async def _ask(
@@ -242,7 +257,8 @@ class _Attempt:
         thread = self._thread() if thread is None else thread
         for number in range(self._limits.tries):
             seed = self._seed(thread, len(brief.own), number)
-            reply = await self._system.team[brief.agent].agent.reply(replace(brief, seed=seed))
+            with self._clock.waiting(brief.agent):
+                reply = await self._system.team[brief.agent].agent.reply(replace(brief, seed=seed))
             self._account(brief.agent, reply)
             try:
                 thinking, rest = roles.thought(sendable(reply.text))
