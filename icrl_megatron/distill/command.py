@@ -13,11 +13,12 @@ from typing import Any
 
 from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.distill import endpoint_agents, own_server, scripted, self_play, writers
+from icrl_megatron.distill.environments import check_one_attempt, check_tools, with_tools
 from icrl_megatron.distill.events import Failed, Run
 from icrl_megatron.distill.filters import FilterReport, Rules, filtered
 from icrl_megatron.distill.linear import linear
 from icrl_megatron.distill.records import Records, identity
-from icrl_megatron.distill.system import System, SystemLimits, check_tools, play_all, with_tools
+from icrl_megatron.distill.system import System, SystemLimits, play_all
 from icrl_megatron.distill.trajectory import Tokens
 from icrl_megatron.settings.distill_schema import DistillSettings, SystemAgent
 from icrl_megatron.settings.schema import Settings
@@ -106,13 +107,14 @@ def prepare(
         if distill.system == "model":
             for task in tasks[:1]:
                 with own_entry(i):
-                    with_tools(catalogue.environment(task), task)
+                    found = with_tools(catalogue.environment(task), task)
+                    check_one_attempt(found, task, settings.rollout.rounds)
             continue
         team = scripted.team(source.name) if shared is None else shared
-        systems[source.name] = System(team, catalogue.environment, _limits(settings), settings.seed)
-        for task in tasks[:1]:
-            with own_entry(i):
-                check_tools(systems[source.name], catalogue.environment(task), task)
+        name = catalogue.get(source.name).name  # that of a user's own class is another one
+        systems[name] = System(team, catalogue.environment, _limits(settings), settings.seed)
+        with own_entry(i):
+            check_tools(team, catalogue.environment, tasks)
     made = Distillation(settings, out, catalogue, problems, systems, own, measures=split == "heldout")
     if split == "train" and "leakage" not in distill.filters.leave_out:
         made.heldout = _heldout(made)
@@ -228,7 +230,8 @@ def _recorder(job: Distillation, records: Records, bar: Phase) -> Callable[[Run 
 
 def _write(job: Distillation, runs: Sequence[Run]) -> str:
     grammars = {
-        source.name: dict(options(source)).get("agent.grammar", "calls") for source in job.settings.tasks.sources
+        job.catalogue.get(source.name).name: dict(options(source)).get("agent.grammar", "calls")
+        for source in job.settings.tasks.sources
     }
     rules = Rules(job.settings.distill.filters, job.settings.seed, job.heldout, grammars)
     kept, reports = filtered([linear(run) for run in runs], rules)
