@@ -56,6 +56,8 @@ class Distillation:
     """Attempts in the file of runs whose problem has changed since."""
     heldout: tuple[str, ...] = ()
     """Held-out problems, which no trajectory may repeat."""
+    sharegpt: Path | None = None
+    """Where the trajectories are also written for other trainers."""
     measures: bool = False
     """Whether the system itself is measured: an attempt that an agent's form failed is then a wrong answer, and not
     tried again. Otherwise it is no data."""
@@ -79,12 +81,19 @@ class Distillation:
 
 
 def prepare(
-    settings: Settings, out: Path, overwrite: bool = False, cache: ToolCache | None = None, split: Split = "train"
+    settings: Settings,
+    out: Path,
+    overwrite: bool = False,
+    cache: ToolCache | None = None,
+    split: Split = "train",
+    sharegpt: Path | None = None,
 ) -> Distillation:
     """Checks all settings and input before anything starts. Raises ConfigError. Of held-out problems, the
     first `eval.problems` of each source are played."""
     if out.suffix != ".jsonl":
         raise ConfigError(f"--out={out}: trajectories are written as JSONL; give a name that ends in .jsonl")
+    if sharegpt is not None and (sharegpt.suffix != ".jsonl" or sharegpt.resolve() == out.resolve()):
+        raise ConfigError(f"--sharegpt={sharegpt}: give another name than --out, which ends in .jsonl")
     distill = settings.distill
     if distill.system != "endpoint" and distill.agents:
         raise ConfigError(f"distill.agents has no effect with distill.system={distill.system}: leave it empty")
@@ -115,10 +124,14 @@ def prepare(
         systems[name] = System(team, catalogue.environment, _limits(settings), settings.seed)
         with own_entry(i):
             check_tools(team, catalogue.environment, tasks)
-    made = Distillation(settings, out, catalogue, problems, systems, own, measures=split == "heldout")
+    made = Distillation(
+        settings, out, catalogue, problems, systems, own, sharegpt=sharegpt, measures=split == "heldout"
+    )
     if split == "train" and "leakage" not in distill.filters.leave_out:
         made.heldout = _heldout(made)
     check_file(out, "a file of trajectories", begins_with(b'{"messages"'), overwrite)
+    if sharegpt is not None:
+        check_file(sharegpt, "a file of conversations", begins_with(b'{"conversations"'), overwrite)
     check_file(made.report, "a report", begins_with(f'"{_FIRST_KEY}"'.encode()), overwrite)
     return made
 
@@ -135,11 +148,12 @@ def _limits(settings: Settings) -> SystemLimits:
     )
 
 
-def run(settings: Settings, out: Path, overwrite: bool = False) -> str:
-    """Plays what has not been played, filters and writes. Returns a summary in words.
+def run(settings: Settings, out: Path, overwrite: bool = False, sharegpt: Path | None = None) -> str:
+    """Plays what has not been played, filters and writes: to `out`, and to `sharegpt` for other trainers. Returns a
+    summary in words.
 
     Raises ConfigError, and HopelessError if too many attempts fail in a row or nothing is left."""
-    return played(settings, out, _write, overwrite)
+    return played(settings, out, _write, overwrite, sharegpt=sharegpt)
 
 
 def played(
@@ -148,11 +162,12 @@ def played(
     conclude: Callable[[Distillation, Sequence[Run]], str],
     overwrite: bool = False,
     split: Split = "train",
+    sharegpt: Path | None = None,
 ) -> str:
     """Plays what has not been played, and returns what `conclude` makes of all finished attempts. Raises as `run`."""
     cache = ToolCache.of(settings.tasks.tool_cache)
     with closing(cache) if cache else nullcontext():
-        job = prepare(settings, out, overwrite, cache, split)
+        job = prepare(settings, out, overwrite, cache, split, sharegpt)
         with locked(out.parent, f".{out.name}.lock", f"--out={out}"):
             plays_model = job.own_server or settings.distill.system == "model"
             records = Records(job.runs, identity(job.settings, plays_model), job.problems)
@@ -241,6 +256,8 @@ def _write(job: Distillation, runs: Sequence[Run]) -> str:
             f"no trajectory is left of {len(runs)} attempts ({len(job.failures)} failed): {job.report} says why"
         )
     writers.write(job.out, kept)
+    if job.sharegpt is not None:
+        writers.write_sharegpt(job.sharegpt, kept)
     return _summary(job, counted, reports, len(kept))
 
 

@@ -12,9 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import qwen_tokenizers
 
 pytest.importorskip("bm25s")
 
+from icrl_megatron.agents.tools import ToolCall, ToolSpec
 from icrl_megatron.distill import command, records, writers
 from icrl_megatron.distill.events import Event, Run
 from icrl_megatron.distill.timing import Timing, busy_seconds
@@ -51,7 +53,7 @@ def rows(out: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "archive.jsonl"
-    said = command.run(settings(), out)
+    said = command.run(settings(), out, sharegpt=out.with_name("plain.jsonl"))
     assert "40 of 40 attempts finished" in said and said.endswith(f"counts in {out.with_suffix('.report.json')}")
     return out
 
@@ -72,6 +74,40 @@ def test_the_file_holds_what_the_report_counts(whole: Path) -> None:
         assert {call["function"]["name"] for call in made} <= tools == {"search", "page", "calculator"}
         answered = [message["tool_call_id"] for message in row["messages"] if message["role"] == "tool"]
         assert answered == [call["id"] for call in made]
+
+
+def test_other_trainers_read_the_same_text(whole: Path) -> None:
+    """Qwen's chat template renders both files alike, where a trainer puts tags around answers and nothing else."""
+    vocabulary = qwen_tokenizers.build("qwen2_5")
+    plain = rows(whole.with_name("plain.jsonl"))
+    assert len(plain) == len(rows(whole))
+    for row, other in zip(rows(whole), plain, strict=True):
+        tools = [{"type": "function", "function": one} for one in json.loads(other["tools"])]
+        assert tools == json.loads(row["tools"]) and other["system"] == ""
+        said = [(turn["from"], turn["value"]) for turn in other["conversations"]]
+        assert [who for who, _ in said[:3]] == ["human", "gpt", "observation"] and said[-1][0] == "gpt"
+        seen = {"gpt": "{}", "human": "{}", "observation": "<tool_response>\n{}\n</tool_response>"}
+        messages = [
+            {"role": "assistant" if who == "gpt" else "user", "content": seen[who].format(text)} for who, text in said
+        ]
+        texts = [
+            vocabulary.apply_chat_template(one, tools=tools, tokenize=False) for one in (row["messages"], messages)
+        ]
+        assert texts[0] == texts[1]
+
+
+def test_several_answers_and_later_messages_in_the_form_of_other_trainers() -> None:
+    calls = [Segment("search", "", "call", call=ToolCall("search", {"query": text})) for text in "ab"]
+    seen = [Segment("search", text, "observation", trained=False) for text in ("one</tool_call>", "two")]
+    more = [Segment("answer", "2", "answer"), Segment("user", "sure?", "observation", trained=False), *calls, *seen]
+    spec = ToolSpec.of_text("search", "Searches.", "query")
+    row = writers.sharegpt(Trajectory("t/1", "q", (*calls, *seen, *more), system="be good", tools=(spec,)))
+    turns = row["conversations"]
+    assert [turn["from"] for turn in turns] == ["human", "gpt", "observation", "gpt", "human", "gpt"]
+    assert (
+        turns[2]["value"] == "one< /tool_call>\n</tool_response>\n<tool_response>\ntwo" and row["system"] == "be good"
+    )
+    assert turns[1]["value"].count("<tool_call>") == 2 and turns[3]["value"] == "<answer>2</answer>"
 
 
 def test_a_model_of_archive_knows_every_word_of_the_file(whole: Path) -> None:
@@ -303,6 +339,8 @@ def test_files_of_others_are_left_alone(tmp_path: Path, content: bytes | dict, m
         (["distill.system=endpoint"], "set distill.endpoint.url"),
         (["distill.system=endpoint", "engine.kind=sglang"], "model.path is empty: set model.path"),
         (["distill.system=endpoint", "engine.kind=sglang", "model.path=/nowhere"], "/nowhere: no such folder"),
+        (["--heldout", "--sharegpt", "b.jsonl"], "leave one of them out"),
+        (["--sharegpt", "b.json"], "--sharegpt=b.json: give another name"),
         (["distill.agents=[{name: poet}]"], "no effect with distill.system=scripted"),
         (["tasks.sources=[{name: household}]"], "'household' has no scripted team"),
         (
