@@ -113,7 +113,7 @@ def sft(
 @app.command()
 def distill(
     recipe: Recipe,
-    out: Annotated[Path, typer.Option(help="The JSONL file of trajectories to write.")],
+    out: Annotated[Path, typer.Option(help="The JSONL or Parquet file of trajectories to write.")],
     overrides: Overrides = None,
     heldout: Annotated[bool, typer.Option(help="Play held-out problems; write FILE.eval.json instead.")] = False,
     sharegpt: Annotated[Path | None, typer.Option(help="Also write JSONL with calls as text (LLaMA-Factory).")] = None,

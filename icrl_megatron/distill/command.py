@@ -90,8 +90,11 @@ def prepare(
 ) -> Distillation:
     """Checks all settings and input before anything starts. Raises ConfigError. Of held-out problems, the
     first `eval.problems` of each source are played."""
-    if out.suffix != ".jsonl":
-        raise ConfigError(f"--out={out}: trajectories are written as JSONL; give a name that ends in .jsonl")
+    if out.suffix not in writers.SUFFIXES:
+        known = " or ".join(writers.SUFFIXES)
+        raise ConfigError(
+            f"--out={out}: trajectories are written as JSONL or Parquet; give a name that ends in {known}"
+        )
     if sharegpt is not None and (sharegpt.suffix != ".jsonl" or sharegpt.resolve() == out.resolve()):
         raise ConfigError(f"--sharegpt={sharegpt}: give another name than --out, which ends in .jsonl")
     distill = settings.distill
@@ -129,7 +132,7 @@ def prepare(
     )
     if split == "train" and "leakage" not in distill.filters.leave_out:
         made.heldout = _heldout(made)
-    check_file(out, "a file of trajectories", begins_with(b'{"messages"'), overwrite)
+    check_file(out, "a file of trajectories", writers.written_here, overwrite)
     if sharegpt is not None:
         check_file(sharegpt, "a file of conversations", begins_with(b'{"conversations"'), overwrite)
     check_file(made.report, "a report", begins_with(f'"{_FIRST_KEY}"'.encode()), overwrite)

@@ -21,7 +21,9 @@ from icrl_megatron.distill.written import content, separator
 from icrl_megatron.utils.disk import disk_errors
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.files import replaced, write_atomically
+from icrl_megatron.utils.result_files import begins_with
 
+SUFFIXES = (".jsonl", ".parquet")
 _BETWEEN_ANSWERS = "\n</tool_response>\n<tool_response>\n"
 """As Qwen's chat templates separate the answers to the calls of one message."""
 
@@ -37,6 +39,19 @@ def write(path: Path, trajectories: Iterable[Trajectory]) -> None:
         _write_parquet(path, [row(one) for one in trajectories])
     else:
         raise ConfigError(f"{path}: trajectories are written as .jsonl or .parquet; use one of these suffixes")
+
+
+def written_here(path: Path) -> bool:
+    """Whether a file looks like one of `write`."""
+    if path.suffix == ".jsonl":
+        return begins_with(b'{"messages"')(path)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return {"messages", "tools", EXTRA} == set(pq.read_schema(path).names)
+    except (pa.ArrowInvalid, OSError):
+        return False
 
 
 def row(trajectory: Trajectory) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import qwen_tokenizers
 pytest.importorskip("bm25s")
 
 from icrl_megatron.agents.tools import ToolCall, ToolSpec
-from icrl_megatron.distill import command, records, writers
+from icrl_megatron.distill import command, readers, records, writers
 from icrl_megatron.distill.events import Event, Run
 from icrl_megatron.distill.timing import Timing, busy_seconds
 from icrl_megatron.distill.trajectory import Segment, Trajectory
@@ -94,6 +94,24 @@ def test_other_trainers_read_the_same_text(whole: Path) -> None:
             vocabulary.apply_chat_template(one, tools=tools, tokenize=False) for one in (row["messages"], messages)
         ]
         assert texts[0] == texts[1]
+
+
+def test_parquet_holds_the_same_and_no_other_file_is_replaced(whole: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    out = tmp_path / "archive.parquet"
+    out.with_suffix(".runs.jsonl").write_bytes(whole.with_suffix(".runs.jsonl").read_bytes())
+    for _ in range(2):
+        command.run(settings(), out)
+    read = [[one.trajectory.segments for one in readers.read(str(path)) if one.trajectory] for path in (whole, out)]
+    assert read[0] == read[1] != []
+    for other in (pa.table({"messages": ["mine"]}), b"PAR1"):
+        out.write_bytes(other) if isinstance(other, bytes) else pq.write_table(other, out)
+        before = out.read_bytes()
+        with pytest.raises(ConfigError, match="--overwrite"):
+            command.run(settings(), out)
+        assert out.read_bytes() == before
 
 
 def test_several_answers_and_later_messages_in_the_form_of_other_trainers() -> None:
@@ -372,8 +390,8 @@ def test_wrong_settings_are_found_before_anything_starts(
 
 
 def test_another_suffix_and_nothing_left(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"ends in \.jsonl"):
-        command.run(settings(), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"ends in \.jsonl or \.parquet"):
+        command.run(settings(), tmp_path / "a.csv")
     out = tmp_path / "a.jsonl"
     with pytest.raises(HopelessError, match="no trajectory is left of 40 attempts"):
         command.run(settings("distill.filters.min_interactions=1000"), out)
