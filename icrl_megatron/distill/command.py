@@ -321,7 +321,11 @@ def _summary(job: Distillation, counted: Mapping[str, Any], reports: Sequence[Fi
         f"{counted['finished']} of {counted['attempts']} attempts finished, {counted['right']} with a right answer"
     ]
     if job.failures:
-        lines.append(f"{len(job.failures)} attempts failed; the same command tries them again")
+        first = job.failures[0]
+        lines.append(
+            f"{len(job.failures)} attempts failed, the first one ({first.task_id}): {first.message}; the same command "
+            "tries them again"
+        )
     if counted["cost"]:
         lines.append(f"cost of the finished attempts: {sum(counted['cost'].values()):.4g}")
     if job.outdated:

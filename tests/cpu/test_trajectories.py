@@ -413,3 +413,13 @@ def test_what_a_format_cannot_write_is_refused() -> None:
     with pytest.raises(BadRowError, match="other calls would be read"):
         encode(Trajectory("t", "a", other, tools=(SEARCH,)), "tags", ours)
     encode(Trajectory("t", "a", forged, tools=(SEARCH,)), "qwen3", ours)
+
+
+def test_a_file_of_which_no_row_can_be_read_is_named(tmp_path: Path) -> None:
+    """Otherwise the message would ask for a format that helps nothing. One good row is enough to tell the format."""
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(bytes(range(256)))
+    with pytest.raises(ConfigError, match=r"no row can be read \(.*line 1: broken JSON"):
+        readers.detect(str(file))
+    file.write_text("{\n" + json.dumps(openai(1)) + "\n")
+    readers.detect(str(file))
