@@ -113,9 +113,10 @@ def sft(
 @app.command()
 def distill(
     recipe: Recipe,
-    out: Annotated[Path, typer.Option(help="The JSONL file of trajectories to write.")],
+    out: Annotated[Path, typer.Option(help="The JSONL or Parquet file of trajectories to write.")],
     overrides: Overrides = None,
     heldout: Annotated[bool, typer.Option(help="Play held-out problems; write FILE.eval.json instead.")] = False,
+    sharegpt: Annotated[Path | None, typer.Option(help="Also write JSONL with calls as text (LLaMA-Factory).")] = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -125,16 +126,19 @@ def distill(
     from icrl_megatron.run import checks
     from icrl_megatron.settings import loading as settings
 
+    if heldout and sharegpt is not None:
+        raise ConfigError(f"--sharegpt={sharegpt} with --heldout, which writes no trajectories: leave one of them out")
     resolved = settings.load(recipe, overrides or [])
     if dry_run:
         typer.echo(settings.to_yaml(resolved), nl=False)
     checks.validate_tasks(resolved)
     if dry_run:
-        command.prepare(resolved, out, overwrite, split="heldout" if heldout else "train")
+        command.prepare(resolved, out, overwrite, split="heldout" if heldout else "train", sharegpt=sharegpt)
         return
     from icrl_megatron.evaluation import system
 
-    typer.echo((system.measure if heldout else command.run)(resolved, out, overwrite))
+    said = system.measure(resolved, out, overwrite) if heldout else command.run(resolved, out, overwrite, sharegpt)
+    typer.echo(said)
 
 
 def _resolve(recipe: str, overrides: list[str] | None, show: bool) -> Settings:

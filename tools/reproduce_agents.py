@@ -8,7 +8,7 @@ has; the table says so, and the model is trained once. Then two rounds of self-d
 with itself as the critic and learns from its filtered trajectories, and its successor does the same. ICRL runs a fixed
 number of steps; every other RL arm stops when it has generated as many tokens. Every model is then evaluated on all
 held-out problems, without critiques. Finished runs are skipped, so the same command resumes an interrupted
-reproduction.
+reproduction. Results of other arms stay in the file that is written, with the command that measured them in `earlier`.
 
     python tools/reproduce_agents.py [--out benchmarks/reproduce_agents] [--runs runs/agents] [--seeds 3] [--jobs 2]
     python tools/reproduce_agents.py --arm system --arm "distilled, filtered"      # some arms
@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from reproduce_small import interval, play, record, run
@@ -292,7 +292,10 @@ def read(runs: Path, arm: Arm, seed: int) -> Result:
 
 
 def write(results: list[Result], out: Path, begun: float) -> None:
-    record(out, begun, results=[asdict(result) for result in results])
+    others, earlier = kept(out.with_suffix(".json"), {result.arm for result in results})
+    order = {name: place for place, name in enumerate((SYSTEM, *(arm.name for arm in ARMS)))}
+    results = sorted([*results, *others], key=lambda result: order[result.arm])
+    record(out, begun, earlier=earlier, results=[asdict(result) for result in results])
     lines = [
         "| arm | held-out success: mean [95 %] (seeds) | calls, first and last steps | invalid | tokens | "
         "tokens written, read |",
@@ -308,6 +311,18 @@ def write(results: list[Result], out: Path, begun: float) -> None:
         note = f" (same trajectories as {', '.join(same)}: trained once)" if same else ""
         lines.append(f"| {arm}{note} | " + " | ".join(cells) + " |")
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def kept(file: Path, measured: set[str]) -> tuple[list[Result], list[dict[str, Any]]]:
+    """(results of an earlier call for arms that this one did not measure, what they were made with)."""
+    if not file.exists():
+        return [], []
+    saved = json.loads(file.read_text())
+    pairs = ("calls", "invalid_calls", "tokens")
+    found = [Result(**{k: tuple(v) if k in pairs and v else v for k, v in one.items()}) for one in saved["results"]]
+    found = [one for one in found if one.arm not in measured]
+    made = {name: saved[name] for name in ("command", "machine", "versions")}
+    return found, [*saved.get("earlier", []), made] if found else []
 
 
 def _change(pairs: list[tuple[float, float] | None], form: str) -> str:

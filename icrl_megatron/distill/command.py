@@ -13,11 +13,12 @@ from typing import Any
 
 from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.distill import endpoint_agents, own_server, scripted, self_play, writers
+from icrl_megatron.distill.environments import check_one_attempt, check_tools, with_tools
 from icrl_megatron.distill.events import Failed, Run
 from icrl_megatron.distill.filters import FilterReport, Rules, filtered
 from icrl_megatron.distill.linear import linear
 from icrl_megatron.distill.records import Records, identity
-from icrl_megatron.distill.system import System, SystemLimits, check_tools, play_all, with_tools
+from icrl_megatron.distill.system import System, SystemLimits, play_all
 from icrl_megatron.distill.trajectory import Tokens
 from icrl_megatron.settings.distill_schema import DistillSettings, SystemAgent
 from icrl_megatron.settings.schema import Settings
@@ -55,6 +56,11 @@ class Distillation:
     """Attempts in the file of runs whose problem has changed since."""
     heldout: tuple[str, ...] = ()
     """Held-out problems, which no trajectory may repeat."""
+    sharegpt: Path | None = None
+    """Where the trajectories are also written for other trainers."""
+    measures: bool = False
+    """Whether the system itself is measured: an attempt that an agent's form failed is then a wrong answer, and not
+    tried again. Otherwise it is no data."""
 
     @property
     def report(self) -> Path:
@@ -75,12 +81,22 @@ class Distillation:
 
 
 def prepare(
-    settings: Settings, out: Path, overwrite: bool = False, cache: ToolCache | None = None, split: Split = "train"
+    settings: Settings,
+    out: Path,
+    overwrite: bool = False,
+    cache: ToolCache | None = None,
+    split: Split = "train",
+    sharegpt: Path | None = None,
 ) -> Distillation:
     """Checks all settings and input before anything starts. Raises ConfigError. Of held-out problems, the
     first `eval.problems` of each source are played."""
-    if out.suffix != ".jsonl":
-        raise ConfigError(f"--out={out}: trajectories are written as JSONL; give a name that ends in .jsonl")
+    if out.suffix not in writers.SUFFIXES:
+        known = " or ".join(writers.SUFFIXES)
+        raise ConfigError(
+            f"--out={out}: trajectories are written as JSONL or Parquet; give a name that ends in {known}"
+        )
+    if sharegpt is not None and (sharegpt.suffix != ".jsonl" or sharegpt.resolve() == out.resolve()):
+        raise ConfigError(f"--sharegpt={sharegpt}: give another name than --out, which ends in .jsonl")
     distill = settings.distill
     if distill.system != "endpoint" and distill.agents:
         raise ConfigError(f"distill.agents has no effect with distill.system={distill.system}: leave it empty")
@@ -103,17 +119,22 @@ def prepare(
         if distill.system == "model":
             for task in tasks[:1]:
                 with own_entry(i):
-                    with_tools(catalogue.environment(task), task)
+                    found = with_tools(catalogue.environment(task), task)
+                    check_one_attempt(found, task, settings.rollout.rounds)
             continue
         team = scripted.team(source.name) if shared is None else shared
-        systems[source.name] = System(team, catalogue.environment, _limits(settings), settings.seed)
-        for task in tasks[:1]:
-            with own_entry(i):
-                check_tools(systems[source.name], catalogue.environment(task), task)
-    made = Distillation(settings, out, catalogue, problems, systems, own)
+        name = catalogue.get(source.name).name  # that of a user's own class is another one
+        systems[name] = System(team, catalogue.environment, _limits(settings), settings.seed)
+        with own_entry(i):
+            check_tools(team, catalogue.environment, tasks)
+    made = Distillation(
+        settings, out, catalogue, problems, systems, own, sharegpt=sharegpt, measures=split == "heldout"
+    )
     if split == "train" and "leakage" not in distill.filters.leave_out:
         made.heldout = _heldout(made)
-    check_file(out, "a file of trajectories", begins_with(b'{"messages"'), overwrite)
+    check_file(out, "a file of trajectories", writers.written_here, overwrite)
+    if sharegpt is not None:
+        check_file(sharegpt, "a file of conversations", begins_with(b'{"conversations"'), overwrite)
     check_file(made.report, "a report", begins_with(f'"{_FIRST_KEY}"'.encode()), overwrite)
     return made
 
@@ -130,11 +151,12 @@ def _limits(settings: Settings) -> SystemLimits:
     )
 
 
-def run(settings: Settings, out: Path, overwrite: bool = False) -> str:
-    """Plays what has not been played, filters and writes. Returns a summary in words.
+def run(settings: Settings, out: Path, overwrite: bool = False, sharegpt: Path | None = None) -> str:
+    """Plays what has not been played, filters and writes: to `out`, and to `sharegpt` for other trainers. Returns a
+    summary in words.
 
     Raises ConfigError, and HopelessError if too many attempts fail in a row or nothing is left."""
-    return played(settings, out, _write, overwrite)
+    return played(settings, out, _write, overwrite, sharegpt=sharegpt)
 
 
 def played(
@@ -143,11 +165,12 @@ def played(
     conclude: Callable[[Distillation, Sequence[Run]], str],
     overwrite: bool = False,
     split: Split = "train",
+    sharegpt: Path | None = None,
 ) -> str:
     """Plays what has not been played, and returns what `conclude` makes of all finished attempts. Raises as `run`."""
     cache = ToolCache.of(settings.tasks.tool_cache)
     with closing(cache) if cache else nullcontext():
-        job = prepare(settings, out, overwrite, cache, split)
+        job = prepare(settings, out, overwrite, cache, split, sharegpt)
         with locked(out.parent, f".{out.name}.lock", f"--out={out}"):
             plays_model = job.own_server or settings.distill.system == "model"
             records = Records(job.runs, identity(job.settings, plays_model), job.problems)
@@ -205,7 +228,9 @@ def _recorder(job: Distillation, records: Records, bar: Phase) -> Callable[[Run 
 
     def done(result: Run | Failed) -> None:
         nonlocal in_a_row
-        if isinstance(result, Run):
+        if job.measures and isinstance(result, Failed) and result.unanswered is not None:
+            records.add(result.unanswered)
+        elif isinstance(result, Run):
             records.add(result)
             in_a_row = 0
         else:
@@ -223,7 +248,8 @@ def _recorder(job: Distillation, records: Records, bar: Phase) -> Callable[[Run 
 
 def _write(job: Distillation, runs: Sequence[Run]) -> str:
     grammars = {
-        source.name: dict(options(source)).get("agent.grammar", "calls") for source in job.settings.tasks.sources
+        job.catalogue.get(source.name).name: dict(options(source)).get("agent.grammar", "calls")
+        for source in job.settings.tasks.sources
     }
     rules = Rules(job.settings.distill.filters, job.settings.seed, job.heldout, grammars)
     kept, reports = filtered([linear(run) for run in runs], rules)
@@ -233,6 +259,8 @@ def _write(job: Distillation, runs: Sequence[Run]) -> str:
             f"no trajectory is left of {len(runs)} attempts ({len(job.failures)} failed): {job.report} says why"
         )
     writers.write(job.out, kept)
+    if job.sharegpt is not None:
+        writers.write_sharegpt(job.sharegpt, kept)
     return _summary(job, counted, reports, len(kept))
 
 
@@ -293,7 +321,11 @@ def _summary(job: Distillation, counted: Mapping[str, Any], reports: Sequence[Fi
         f"{counted['finished']} of {counted['attempts']} attempts finished, {counted['right']} with a right answer"
     ]
     if job.failures:
-        lines.append(f"{len(job.failures)} attempts failed; the same command tries them again")
+        first = job.failures[0]
+        lines.append(
+            f"{len(job.failures)} attempts failed, the first one ({first.task_id}): {first.message}; the same command "
+            "tries them again"
+        )
     if counted["cost"]:
         lines.append(f"cost of the finished attempts: {sum(counted['cost'].values()):.4g}")
     if job.outdated:

@@ -153,6 +153,7 @@ def _observed(reply: ReplySegments, form: ToolFormat | None, prompter: Prompter,
     if not reply.observations:
         return ()
     if reply.observations[0].agent == USER:
-        return prompter.observation_ids([reply.observations[0].text], ended, replace(dialogue, observation="user"))
+        user = replace(dialogue, observation="user") if dialogue.observation == "tool" else dialogue
+        return prompter.observation_ids([reply.observations[0].text], ended, user)
     tags = () if form is None else form.tags
     return prompter.observation_ids([harmless(one.text, tags)[0] for one in reply.observations], ended, dialogue)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icrl_megatron.distill import roles
-from icrl_megatron.distill.roles import AgentReply, Brief
-from icrl_megatron.distill.system import Member
+from icrl_megatron.distill.roles import AgentReply, Brief, Member
 from icrl_megatron.settings.distill_schema import DistillEndpoint, DistillSettings, SystemAgent
 from icrl_megatron.utils import addresses
 from icrl_megatron.utils.connections import Connections

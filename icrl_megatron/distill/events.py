@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
 from icrl_megatron.agents.tools import ToolCall, ToolSpec
+from icrl_megatron.distill.timing import Timing
 from icrl_megatron.distill.trajectory import SegmentKind, Tokens
 
 
@@ -59,6 +60,8 @@ class Run:
     """Replies that could not be read, after which the agent was asked again. They are no events."""
     system: str = ""
     """The system message of the problem; empty: none."""
+    timing: Timing | None = field(default=None, compare=False)
+    """None: unknown, in runs of earlier versions."""
 
     def total(self) -> Tokens:
         """Tokens of all agents."""
@@ -72,7 +75,7 @@ class Run:
         """Inverse of `to_json`, after a round trip through JSON. Raises LookupError, TypeError, ValueError or
         AttributeError."""
         known = {"task_id": str, "attempt": int, "problem": str, "correct": bool, "uncounted": int, "unreadable": int}
-        fields = {"system": "", **fields}  # runs of earlier versions have none
+        fields = {"system": "", "timing": None, **fields}  # runs of earlier versions have none
         known["system"] = str
         if wrong := [name for name, kind in known.items() if type(fields[name]) is not kind]:
             raise ValueError(f"{wrong[0]} is {str(fields[wrong[0]])[:80]!r}")
@@ -88,9 +91,9 @@ class Run:
         )
         spent = {agent: Tokens(**tokens) for agent, tokens in fields["spent"].items()}
         tools = tuple(ToolSpec(**tool) for tool in fields["tools"])
-        return Run(
-            **{**fields, "events": events, "spent": spent, "tools": tools, "stateful": tuple(fields["stateful"])}
-        )
+        timing = None if fields["timing"] is None else Timing.of_json(fields["timing"])
+        made = {"events": events, "spent": spent, "tools": tools, "stateful": tuple(fields["stateful"])}
+        return Run(**{**fields, **made, "timing": timing})
 
 
 @dataclass(frozen=True)
@@ -102,3 +105,5 @@ class Failed:
     kind: str
     """endpoint | environment | time | unreadable | too_long."""
     message: str = field(compare=False)
+    unanswered: Run | None = field(default=None, compare=False)
+    """The attempt up to a reply that could not be read: a wrong answer where the system itself is measured."""

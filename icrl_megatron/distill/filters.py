@@ -19,7 +19,7 @@ from icrl_megatron.distill import roles
 from icrl_megatron.distill.check import check
 from icrl_megatron.distill.rows import BadRowError
 from icrl_megatron.distill.similarity import Index, Shingles, shingles
-from icrl_megatron.distill.trajectory import Segment, Trajectory
+from icrl_megatron.distill.trajectory import USER, Segment, Trajectory
 from icrl_megatron.settings.distill_schema import DistillFilters
 
 EXAMPLES, SHOWN_CHARS = 3, 300
@@ -147,11 +147,11 @@ def form(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdict
     """Drops broken sequences, and those that the grammar of their task set does not allow."""
 
     def judge(one: Trajectory) -> FilterVerdict:
-        problem = _broken(one.segments, {spec.name for spec in one.tools})
-        if problem:
+        turns, tools = _turns(one), [spec.name for spec in one.tools]
+        if problem := next(filter(None, (_broken(turn, set(tools)) for turn in turns)), ""):
             return FilterVerdict(0, "broken sequence", f"({problem})")
         grammar = rules.grammars.get(source_of(one), "calls")
-        if format_score(_replies(one.segments), GRAMMARS[grammar], [spec.name for spec in one.tools]) < 1:
+        if any(format_score(_replies(turn), GRAMMARS[grammar], tools) < 1 for turn in turns):
             return FilterVerdict(0, f"against the grammar {grammar}", " ".join(s.agent for s in one.segments))
         return KEPT
 
@@ -168,14 +168,17 @@ def length(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdi
 
 
 def redundancy(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdict]:
-    """Drops trajectories that make the same call again more often than `max_repeats`."""
+    """Drops trajectories that repeat calls with the same answer more often than `max_repeats`. With another answer, the
+    repeated call changed something, or something had changed."""
 
     def judge(one: Trajectory) -> FilterVerdict:
-        calls = Counter(segment.call.key() for segment in one.segments if segment.call)
+        made = (segment.call.key() for segment in one.segments if segment.call)
+        seen = (s.text for s in one.segments if s.kind == "observation" and s.agent != USER)
+        calls = Counter(zip(made, seen, strict=False))
         repeats = calls.total() - len(calls)
         if repeats <= rules.settings.max_repeats:
             return KEPT
-        return FilterVerdict(0, "redundant calls", f"({repeats}, such as {calls.most_common(1)[0][0]})")
+        return FilterVerdict(0, "redundant calls", f"({repeats}, such as {calls.most_common(1)[0][0][0]})")
 
     return [judge(one) for one in trajectories]
 
@@ -265,6 +268,20 @@ def _text(one: Trajectory) -> str:
 
 def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
+
+
+def _turns(one: Trajectory) -> list[list[Segment]]:
+    """What stands before each message of the user, and after the last one; each should end with an answer. An
+    environment may end with a call: a last part that was judged right counts as answered."""
+    turns = [list[Segment]()]
+    for segment in one.segments:
+        if segment.agent == USER and segment.kind == "observation":
+            turns.append([])
+        else:
+            turns[-1].append(segment)
+    if one.correct and turns[-1] and turns[-1][-1].kind == "observation":
+        turns[-1].append(Segment(roles.ANSWER, "-", "answer"))
+    return turns
 
 
 def _broken(segments: Sequence[Segment], tools: set[str]) -> str:

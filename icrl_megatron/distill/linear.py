@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from icrl_megatron.distill import roles
 from icrl_megatron.distill.events import Event, Run
@@ -20,15 +21,19 @@ def linear(run: Run) -> Trajectory:
         Segment(event.tag, event.text, event.kind, event.kind != "observation", event.call)
         for event in _merged(run, list(_ordered(_units(run))))
     ]
-    if [s.agent for s in segments[-2:]] == [roles.SUGGESTION, roles.ANSWER] and segments[-2].text == segments[-1].text:
-        del segments[-2]  # nobody checked it, so it was the answer
+    unchecked = {  # suggestions that were the answer
+        number
+        for number, (first, second) in enumerate(pairwise(segments))
+        if [first.agent, second.agent] == [roles.SUGGESTION, roles.ANSWER] and first.text == second.text
+    }
+    segments = [segment for number, segment in enumerate(segments) if number not in unchecked]
     spent, tools, system = run.total(), run.tools, run.system
     return Trajectory(run.task_id, run.problem, tuple(segments), run.correct, spent, tools=tools, system=system)
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """A text, or a call with its observation: what stays together."""
+    """A text, or a call or answer with its observation: what stays together."""
 
     number: int
     """Of its first event."""
@@ -63,7 +68,7 @@ def _units(run: Run) -> list[_Unit]:
             if event.tag in state:
                 needs.add(state[event.tag])
             state[event.tag] = number
-        both = (event, events[observed[number]]) if event.kind == "call" and number in observed else (event,)
+        both = (event, events[observed[number]]) if number in observed else (event,)
         if event.kind == "call" and len(both) == 1:
             raise ValueError(f"event {number}: a call without an observation")
         units.append(_Unit(number, both, frozenset(needs)))

@@ -53,12 +53,17 @@ def read(pattern: str, format: str = "") -> Iterator[Read]:
 
 
 def detect(pattern: str, format: str = "") -> None:
-    """Reads the first row of each file. Raises ConfigError as `read` does."""
+    """Reads each file up to the first row that can be read. Raises ConfigError as `read` does."""
     for file in files(pattern):
-        first = next(rows(file), None)
-        if first is None:
-            raise ConfigError(f"{file}: no rows in it; give a file with at least one conversation")
-        _format(file, first, format)
+        broken = None
+        for row in rows(file):
+            if not row.problem:
+                _format(file, row, format)
+                break
+            broken = broken or row
+        else:
+            why = f"no row can be read ({broken.where}: {broken.problem})" if broken else "no rows in it"
+            raise ConfigError(f"{file}: {why}; give a file with at least one conversation")
 
 
 def _of_file(file: Path, name: str) -> Iterator[Read]:

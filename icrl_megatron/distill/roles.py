@@ -87,6 +87,17 @@ class Agent(Protocol):
 
 
 @dataclass(frozen=True)
+class Member:
+    """An agent of a team."""
+
+    agent: Agent
+    tools: tuple[str, ...] = ()
+    """Tools that it may call, if it gets jobs; of those, an episode may have fewer. Empty: all of the episode."""
+    about: str = ""
+    """What the planner is told about it."""
+
+
+@dataclass(frozen=True)
 class AgentJob:
     agent: str
     text: str

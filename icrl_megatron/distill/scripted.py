@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from icrl_megatron.agents.formats import Qwen3, ToolCalls
 from icrl_megatron.agents.tools import ToolCall
 from icrl_megatron.distill import roles
-from icrl_megatron.distill.roles import AgentReply, Brief, Note
-from icrl_megatron.distill.system import REPORT, Member
+from icrl_megatron.distill.roles import AgentReply, Brief, Member, Note
+from icrl_megatron.distill.system import REPORT
 from icrl_megatron.tasks.archive import DOUBLE_CHECKS, MISCALCULATES, TRUSTS_SEARCH, asked, joined, spelled
 from icrl_megatron.utils.errors import ConfigError
 

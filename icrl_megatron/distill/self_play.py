@@ -10,28 +10,29 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from icrl_megatron.agents.formats import FinalAnswer, Malformed, ToolCalls, harmless
 from icrl_megatron.agents.tools import ToolCall
 from icrl_megatron.distill import roles
 from icrl_megatron.distill.afm import tagged_parts
+from icrl_megatron.distill.environments import with_tools
 from icrl_megatron.distill.events import Event, Failed, Run
 from icrl_megatron.distill.own_server import check_engine
 from icrl_megatron.distill.rows import BadRowError
-from icrl_megatron.distill.system import stateful
-from icrl_megatron.distill.trajectory import ASSISTANT, SegmentKind, Tokens
+from icrl_megatron.distill.timing import AttemptClock
+from icrl_megatron.distill.trajectory import ASSISTANT, USER, SegmentKind, Tokens
 from icrl_megatron.engines.kind import EngineRequest
 from icrl_megatron.engines.protocol import EngineError
 from icrl_megatron.engines.registry import engine_kind
 from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play_all
 from icrl_megatron.rollout.prompts import Prompter, tokenizer
-from icrl_megatron.rollout.speakers import EngineSpeaker, Seeds, SpeakersFor, same_speakers
+from icrl_megatron.rollout.speakers import Ask, EngineSpeaker, Seeds, Speaker, Speakers, SpeakersFor, same_speakers
 from icrl_megatron.settings.schema import Settings
-from icrl_megatron.tasks.base import Environment, Opening
-from icrl_megatron.tasks.tool_use import ToolEnvironment
-from icrl_megatron.types import Attempt, DroppedEpisode, Episode, Task, Turn, UnplayedEpisode
+from icrl_megatron.tasks.base import Environment, ReadsCalls
+from icrl_megatron.types import Attempt, Completion, DroppedEpisode, Episode, Task, Turn, UnplayedEpisode
 from icrl_megatron.utils.errors import ConfigError, HopelessError
 from icrl_megatron.utils.progress import Progress
 
@@ -52,23 +53,49 @@ class SelfPlay:
         """Plays (task, attempt) pairs, at most `rollout.concurrency` at a time, and passes each result to `done` as it
         comes. Raises HopelessError if the engine fails, and what `done` raises."""
 
+        clocks = dict[tuple[str, int], AttemptClock]()
+        opened = dict[asyncio.Task[Any] | None, Environment]()  # each episode is played in a task of its own
+
+        def environment(task: Task) -> Environment:
+            opened[asyncio.current_task()] = made = self.setup.environment(task)
+            return made
+
+        def speakers_for(task: Task, index: int) -> Speakers:
+            clock = clocks[task.task_id, index] = AttemptClock()  # an episode that failed is played again
+            speakers = self.speakers_for(task, index)
+            return Speakers(_Timed(speakers.solver, SOLVER, clock), _Timed(speakers.critic, CRITIC, clock))
+
         def ended(result: Ended) -> None:
             if isinstance(result, UnplayedEpisode):
                 raise EngineError(result.error)
-            done(self._result(result))
+            timing = clocks.pop((result.task.task_id, result.index)).read()
+            found = _result(result, opened.pop(asyncio.current_task(), None))
+            done(replace(found, timing=timing) if isinstance(found, Run) else found)
 
         try:
-            asyncio.run(play_all(list(jobs), self.setup, self.speakers_for, self.seeds, ended))
+            setup = replace(self.setup, environment=environment)
+            asyncio.run(play_all(list(jobs), setup, speakers_for, self.seeds, ended))
         except EngineError as error:
             raise HopelessError(str(error)) from error
 
-    def _result(self, ended: Episode | DroppedEpisode) -> Run | Failed:
-        if isinstance(ended, DroppedEpisode):
-            kind = "too_long" if ended.too_long else "environment"
-            return Failed(ended.task.task_id, ended.index, kind, ended.error)
-        environment = self.setup.environment(ended.task)
-        assert isinstance(environment, ToolEnvironment)  # `check_tools` has seen the task set
-        return run_of(ended, environment)
+
+def _result(ended: Episode | DroppedEpisode, environment: Environment | None) -> Run | Failed:
+    if isinstance(ended, DroppedEpisode):
+        kind = "too_long" if ended.too_long else "environment"
+        return Failed(ended.task.task_id, ended.index, kind, ended.error)
+    assert environment is not None
+    return run_of(ended, with_tools(environment, ended.task))
+
+
+@dataclass(frozen=True)
+class _Timed:
+    speaker: Speaker
+    agent: str
+    clock: AttemptClock
+
+    async def reply(self, ask: Ask) -> Completion:
+        with self.clock.waiting(self.agent):
+            return await self.speaker.reply(ask)
 
 
 def check(settings: Settings) -> None:
@@ -111,8 +138,8 @@ def playing(
         raise HopelessError(str(error)) from error
 
 
-def run_of(episode: Episode, environment: ToolEnvironment) -> Run:
-    """The run of an episode. `environment` is one of its task; it is only read."""
+def run_of(episode: Episode, environment: ReadsCalls) -> Run:
+    """The run of an episode. `environment` is the one in which it was played; it is only read."""
     writer = _Writer(environment)
     for number, attempt in enumerate(episode.attempts):
         last = number == len(episode.attempts) - 1
@@ -120,7 +147,7 @@ def run_of(episode: Episode, environment: ToolEnvironment) -> Run:
         if not last:
             critique = episode.critiques[number]
             writer.critique(critique.text, len(critique.prompt_ids), len(critique.completion.ids))
-    tools, opening = environment.toolbox.tools, Opening.of(environment.statement)
+    opening = environment.opening
     return Run(
         episode.task.task_id,
         episode.index,
@@ -128,8 +155,8 @@ def run_of(episode: Episode, environment: ToolEnvironment) -> Run:
         tuple(writer.events),
         episode.attempts[-1].success,
         writer.spent,
-        tuple(tool.spec for tool in tools.values()),
-        stateful(environment.toolbox),
+        tuple(environment.specs),
+        environment.stateful,
         unreadable=writer.unreadable,
         system=opening.system,
     )
@@ -138,18 +165,18 @@ def run_of(episode: Episode, environment: ToolEnvironment) -> Run:
 class _Writer:
     """Collects the events of an episode. Each attempt and each critique is a thread."""
 
-    def __init__(self, environment: ToolEnvironment) -> None:
+    def __init__(self, environment: ReadsCalls) -> None:
         self.events, self.spent, self.unreadable = list[Event](), dict[str, Tokens](), 0
-        self._form, self._tools = environment.form, environment.toolbox.tools
+        self._form, self._tools = environment.form, [spec.name for spec in environment.specs]
         self._thread, self._read = 0, list[int]()
 
     def attempt(self, attempt: Attempt, last: bool) -> None:
         context = len(attempt.prompt_ids)
-        for turn in attempt.turns:
+        for number, turn in enumerate(attempt.turns):
             written = len(turn.completion.ids)
             self._spend(SOLVER, context, written)
             context += written + len(turn.observation_ids)
-            self._turn(turn, last)
+            self._turn(turn, last, ends=number == len(attempt.turns) - 1)
         self._thread += 1
 
     def critique(self, text: str, read: int, written: int) -> None:
@@ -161,7 +188,7 @@ class _Writer:
         self._read = [self._say(CRITIC, tag, "text", text)] if text else []
         self._thread += 1
 
-    def _turn(self, turn: Turn, last: bool) -> None:
+    def _turn(self, turn: Turn, last: bool, ends: bool) -> None:
         said = self._said(turn)
         if said is None:
             self.unreadable += 1
@@ -170,15 +197,20 @@ class _Writer:
         for tag, text in texts:
             self._say(SOLVER, tag, "text", text)
         if isinstance(action, FinalAnswer):
-            if last:
-                self._say(SOLVER, roles.ANSWER, "answer", action.text)
+            if last or not ends:
+                said_at = self._say(SOLVER, roles.ANSWER, "answer", action.text)
+                if not ends:  # a user said more
+                    self._observe(USER, USER, turn.observation, said_at)
             else:
                 self._say(SOLVER, roles.SUGGESTION, "text", action.text)
             return
         called = [self._say(SOLVER, call.name, "call", "", call) for call in action.calls]
         for call, asked, answer in zip(action.calls, called, _answers(turn), strict=True):
-            self.events.append(Event(SOLVER, call.name, "observation", answer, (asked,), self._thread))
-            self._read.append(len(self.events) - 1)
+            self._observe(SOLVER, call.name, answer, asked)
+
+    def _observe(self, agent: str, tag: str, text: str, asked: int) -> None:
+        self.events.append(Event(agent, tag, "observation", text, (asked,), self._thread))
+        self._read.append(len(self.events) - 1)
 
     def _said(self, turn: Turn) -> tuple[list[tuple[str, str]], ToolCalls | FinalAnswer] | None:
         """(tag and text of what stands beside the calls or the answer, those); None for a reply that holds neither, or

@@ -25,6 +25,8 @@ FINAL, PROGRAM = "final_answer", "python_interpreter"
 """Tools of smolagents: what ends a run, and what runs a CodeAgent's programs."""
 STEPS = ("intermediate_steps", "steps")
 """Columns with all steps of a run."""
+_END_OF_PLAN = "<end_plan>"
+"""smolagents' stop text."""
 _CODE = re.compile(r"(?:^|\n)\s*(?:Code:|Action:|```|<code>)")
 """Where the part of a reply begins that the call repeats."""
 
@@ -73,7 +75,7 @@ def read(rows: Sequence[Fields], task_id: str) -> Trajectory:
 def _segments(steps: Sequence[Fields], prediction: Any) -> Iterator[Segment]:
     for step in steps:
         if step.get("plan"):
-            yield Segment("plan", text_of(step["plan"], "`plan`").strip())
+            yield Segment("plan", _plan(step))
             continue
         calls = [_call(call) for call in list_of(step.get("tool_calls"), "`tool_calls`")]
         final = next((call for call in calls if call.name == FINAL), None)
@@ -137,6 +139,14 @@ def _call(value: Any) -> ToolCall:
 
 def _one(call: ToolCall) -> Any:
     return next(iter(call.arguments.values()), "")
+
+
+def _plan(step: Fields) -> str:
+    """What the model wrote, if the step has it: `plan` of smolagents puts a sentence and a fence around it."""
+    said = step.get("model_output_message")
+    content = said.get("content") if isinstance(said, dict) else None
+    whole = text_of(content or step["plan"], "`plan`")
+    return whole.strip().removesuffix(_END_OF_PLAN).strip()
 
 
 def _thought(step: Fields) -> str:

@@ -3,6 +3,9 @@ answerer suggests an answer, a verifier checks it, and either starts another pla
 
     plan -> jobs (calls and observations, then a report) -> reflection? -> suggested answer -> check? -> answer
 
+If the environment is a user who says more after the answer, the same begins again. If it ends with a call, there is no
+answer.
+
 Calls and the answer go to the task set's own environment and tools. Every agent sees only its brief; what it has seen
 is recorded with each event (`events.py`), so that `linear.py` can order the events without inventing knowledge.
 """
@@ -18,33 +21,24 @@ from functools import partial
 from typing import TypeVar
 
 from icrl_megatron.agents.formats import FinalAnswer, Malformed, Qwen3, ToolCalls, harmless
-from icrl_megatron.agents.toolbox import Toolbox
-from icrl_megatron.agents.tools import Stateful, ToolCall
+from icrl_megatron.agents.tools import ToolCall
 from icrl_megatron.distill import roles
+from icrl_megatron.distill.environments import with_tools
 from icrl_megatron.distill.events import Event, Failed, Run
-from icrl_megatron.distill.roles import Agent, AgentJob, AgentReply, Brief, Note, Unreadable
-from icrl_megatron.distill.trajectory import SegmentKind, Tokens
+from icrl_megatron.distill.roles import AgentJob, AgentReply, Brief, Member, Note, Unreadable
+from icrl_megatron.distill.timing import AttemptClock
+from icrl_megatron.distill.trajectory import USER, SegmentKind, Tokens
 from icrl_megatron.rollout.checked_environment import CheckedEnvironment
 from icrl_megatron.settings.rollout_schema import RolloutSettings
-from icrl_megatron.tasks.base import Environment, Opening, sendable
-from icrl_megatron.tasks.tool_use import ToolEnvironment
+from icrl_megatron.tasks.base import Environment, Opening, ReadsCalls, sendable
 from icrl_megatron.types import Task
 from icrl_megatron.utils.endpoint import EndpointError
-from icrl_megatron.utils.errors import ConfigError, EnvironmentFailure
+from icrl_megatron.utils.errors import EnvironmentFailure
 
 T = TypeVar("T")
 REPORT = "report"
-
-
-@dataclass(frozen=True)
-class Member:
-    """An agent of a team."""
-
-    agent: Agent
-    tools: tuple[str, ...] = ()
-    """Tools that it may call, if it gets jobs. Empty: all of the task set."""
-    about: str = ""
-    """What the planner is told about it."""
+_SAID = (roles.ANSWER, USER)
+"""Tags of a conversation with the user, which every agent reads."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +68,11 @@ class System:
     seed: int = 0
 
     async def play(self, task: Task, attempt: int) -> Run | Failed:
-        """One attempt. Raises ConfigError for a task without tools, and for tools that nobody has."""
+        """One attempt. Raises ConfigError for a task without tools."""
         try:
+            playing = _Attempt(self, task, attempt)
             async with asyncio.timeout(self.limits.task_s):
-                return await _Attempt(self, task, attempt).play()
+                return await playing.play()
         except TimeoutError:
             return Failed(task.task_id, attempt, "time", f"not finished within {self.limits.task_s:g} s")
         except EndpointError as error:
@@ -85,7 +80,7 @@ class System:
         except EnvironmentFailure as error:
             return Failed(task.task_id, attempt, "environment", str(error))
         except Unreadable as error:
-            return Failed(task.task_id, attempt, "unreadable", str(error))
+            return Failed(task.task_id, attempt, "unreadable", str(error), playing.unanswered())
 
 
 async def play_all(
@@ -107,6 +102,10 @@ async def play_all(
         raise errors.exceptions[0] from None
 
 
+class _OverError(Exception):
+    """The environment ended with a call."""
+
+
 class _Attempt:
     """The state of one attempt."""
 
@@ -120,15 +119,25 @@ class _Attempt:
         self._events, self._notes = list[Event](), list[Note]()
         self._spent, self._uncounted, self._unreadable, self._threads = dict[str, Tokens](), 0, 0, 0
         self._team = {name: m.about for name, m in system.team.items() if name not in roles.ROLES}
-        self._stateful = stateful(self._inner.toolbox)
+        self._over = False
         self._answers, self._one_at_a_time = dict[str, str](), asyncio.Lock()
+        self._clock = AttemptClock()
 
-    def _opened(self, task: Task) -> ToolEnvironment:
-        self._inner = check_tools(self._system, self._system.environment(task), task)
+    def _opened(self, task: Task) -> ReadsCalls:
+        self._inner = with_tools(self._system.environment(task), task)
         return self._inner
 
     async def play(self) -> Run:
         self._opening = await self._environment.reset()
+        try:
+            while not await self._told(await self._suggested()):
+                pass
+        except _OverError:
+            pass
+        return self._run(self._environment.success())
+
+    async def _suggested(self) -> str:
+        """What the team answers to all that the user has said."""
         for number in range(1, self._limits.rounds + 1):
             last = number == self._limits.rounds
             plan = await self._plan()
@@ -140,7 +149,7 @@ class _Attempt:
             check = "" if last else await self._said(roles.VERIFIER, roles.CHECK, roles.read_check)
             if not check or (roles.score_of(check) or 0) >= roles.GOOD_SCORE:
                 break
-        return await self._finish(suggestion)
+        return suggestion
 
     async def _plan(self) -> roles.TeamPlan:
         brief = self._brief(roles.PLANNER, notes=tuple(self._notes), team=self._team)
@@ -151,7 +160,7 @@ class _Attempt:
     async def _stage(self, jobs: tuple[AgentJob, ...]) -> None:
         """Runs jobs at the same time. Their reports become known to the others together, in the plan's order."""
         threads = [self._thread() for _ in jobs]
-        reports = tuple(note for note in self._notes if note.tag == REPORT)
+        reports = tuple(note for note in self._notes if note.tag in (REPORT, *_SAID))
         plan = next(note for note in reversed(self._notes) if note.tag == roles.PLAN)
         briefs = [self._brief(job.agent, job=job.text, notes=reports) for job in jobs]
         try:
@@ -167,8 +176,8 @@ class _Attempt:
 
     async def _job(self, brief: Brief, plan: int, thread: int) -> int:
         """Returns the event of the report."""
-        tools = self._system.team[brief.agent].tools or tuple(self._inner.toolbox.tools)
-        brief = replace(brief, tools=tuple(self._inner.toolbox.tools[name].spec for name in tools))
+        own, specs = self._system.team[brief.agent].tools, self._inner.specs
+        brief = replace(brief, tools=tuple(spec for spec in specs if not own or spec.name in own))
         made = 0
         while True:
             brief = replace(brief, may_call=made < self._limits.job_calls and self._calls_left > 0)
@@ -181,13 +190,16 @@ class _Attempt:
 
     async def _call(self, brief: Brief, call: ToolCall, thread: int, plan: int) -> Brief:
         """Makes a call. Returns the brief with its answer. A tool with a state answers one call after the other, in the
-        order of their events, because each answer depends on the calls before."""
+        order of their events, because each answer depends on the calls before. Raises _OverError if the environment
+        ended with it."""
         self._calls_left -= 1
-        async with self._one_at_a_time if call.name in self._stateful else nullcontext():
+        async with self._one_at_a_time if call.name in self._inner.stateful else nullcontext():
             asked = self._say(brief, call.name, "call", "", thread, plan, call)
             text = await self._observed(brief, call)
             self._events.append(Event(brief.agent, call.name, "observation", text, (asked,), thread))
         written = Note(asked, brief.agent, "call", call.key())
+        if self._over:
+            raise _OverError
         observed = Note(len(self._events) - 1, brief.agent, "observation", text)
         return replace(brief, own=(*brief.own, written, observed))
 
@@ -196,41 +208,60 @@ class _Attempt:
         that repeats calls to stop, and this one does not repeat its own."""
         key = call.key()
         own = any(note.text == key for note in brief.own)
-        if key in self._answers and call.name not in self._stateful and not own:
+        if key in self._answers and call.name not in self._inner.stateful and not own:
             return self._answers[key]
         step = await self._environment.step(self._inner.form.render(ToolCalls((call,))))
-        text = step.observations[0].text
+        text, self._over = step.observations[0].text, step.done
         self._answers.setdefault(key, text)
         return text
 
     async def _said(self, agent: str, tag: str, read: Callable[[str], str]) -> str:
         """What a role says; empty text is nothing, and no event."""
         tags = {roles.REFLECTOR: (roles.PLAN, REPORT), roles.ANSWERER: (REPORT, roles.CHECK)}
-        notes = tuple(n for n in self._notes if n.tag in tags.get(agent, (REPORT, roles.SUGGESTION)))
+        notes = tuple(n for n in self._notes if n.tag in (*_SAID, *tags.get(agent, (REPORT, roles.SUGGESTION))))
         brief = self._brief(agent, notes=notes)
         text, thread = await self._ask(brief, read)
         if text:
             self._note(agent, tag, self._say(brief, tag, "text", text, thread))
         return text
 
-    async def _finish(self, answer: str) -> Run:
+    async def _told(self, answer: str) -> bool:
+        """Gives the answer to the environment. Returns whether that ends the attempt; if not, a user has said more."""
         said = next(n for n in reversed(self._notes) if n.tag == roles.SUGGESTION)
-        known = tuple(n.event for n in self._notes if n.event >= said.event)
-        self._events.append(Event(roles.ANSWERER, roles.ANSWER, "answer", answer, known, self._thread()))
-        await self._environment.step(self._inner.form.render(FinalAnswer(answer)))
-        tools = self._inner.toolbox.tools
+        known, thread = tuple(n.event for n in self._notes if n.event >= said.event), self._thread()
+        self._events.append(Event(roles.ANSWERER, roles.ANSWER, "answer", answer, known, thread))
+        self._note(roles.ANSWERER, roles.ANSWER, len(self._events) - 1)
+        step = await self._environment.step(self._inner.form.render(FinalAnswer(answer)))
+        self._calls_left -= 1
+        if step.done or self._calls_left < 0:
+            return True
+        more = Event(USER, USER, "observation", step.observations[0].text, (len(self._events) - 1,), thread)
+        self._events.append(more)
+        self._note(USER, USER, len(self._events) - 1)
+        return False
+
+    def unanswered(self) -> Run:
+        """The attempt as it is, without an answer. Calls that were under way have an empty answer."""
+        answered = {event.knows[0] for event in self._events if event.kind == "observation"}
+        for number, event in enumerate(tuple(self._events)):
+            if event.kind == "call" and number not in answered:
+                self._events.append(Event(event.agent, event.tag, "observation", "", (number,), event.thread))
+        return self._run(correct=False)
+
+    def _run(self, correct: bool) -> Run:
         return Run(
             self._task.task_id,
             self._attempt,
             self._opening.text,
             tuple(self._events),
-            self._environment.success(),
+            correct,
             {name: self._spent[name] for name in sorted(self._spent)},
-            tuple(tool.spec for tool in tools.values()),
-            self._stateful,
+            tuple(self._inner.specs),
+            self._inner.stateful,
             self._uncounted,
             self._unreadable,
             self._opening.system,
+            self._clock.read(),
         )
 
     async def _ask(
@@ -242,7 +273,8 @@ class _Attempt:
         thread = self._thread() if thread is None else thread
         for number in range(self._limits.tries):
             seed = self._seed(thread, len(brief.own), number)
-            reply = await self._system.team[brief.agent].agent.reply(replace(brief, seed=seed))
+            with self._clock.waiting(brief.agent):
+                reply = await self._system.team[brief.agent].agent.reply(replace(brief, seed=seed))
             self._account(brief.agent, reply)
             try:
                 thinking, rest = roles.thought(sendable(reply.text))
@@ -268,7 +300,7 @@ class _Attempt:
         for call in found.calls:
             if call.name not in _names(brief):
                 raise Unreadable(f"there is no tool {call.name[:50]!r}; your tools are {', '.join(_names(brief))}")
-            if mistake := self._inner.toolbox.mistake(call):
+            if mistake := self._inner.mistake(call):
                 raise Unreadable(mistake)
             if not self._renders(ToolCalls((call,)), call.written_arguments()):
                 raise Unreadable(f"the arguments of {call.name} contain tags, or white space around them")
@@ -322,34 +354,6 @@ class _Attempt:
     def _seed(self, *place: int) -> int:
         text = f"{self._system.seed} {self._task.task_id} {self._attempt} {place}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
-
-
-def with_tools(environment: Environment, task: Task) -> ToolEnvironment:
-    """Raises ConfigError if the task set has no tools."""
-    if not isinstance(environment, ToolEnvironment):
-        raise ConfigError(
-            f"task set {task.source!r} has no tools that agents could call: take it out of tasks.sources, or give math "
-            "tools: 'tasks.sources[...].agent.tools=[python]'"
-        )
-    return environment
-
-
-def check_tools(system: System, environment: Environment, task: Task) -> ToolEnvironment:
-    """The environment of a task, if the system can play it. Raises ConfigError if not."""
-    environment = with_tools(environment, task)
-    known = environment.toolbox.tools
-    unknown = [(name, tool) for name, member in system.team.items() for tool in member.tools if tool not in known]
-    if unknown:
-        raise ConfigError(
-            f"distill.agents: agent {unknown[0][0]!r} has the tool {unknown[0][1]!r}, and task set {task.source!r} has "
-            f"{', '.join(known)}: correct its tools"
-        )
-    return environment
-
-
-def stateful(toolbox: Toolbox) -> tuple[str, ...]:
-    """The tools whose answer to equal calls may differ within an attempt."""
-    return tuple(n for n, tool in toolbox.tools.items() if isinstance(tool, Stateful) and tool.open() is not tool)
 
 
 def _names(brief: Brief) -> list[str]:

@@ -12,13 +12,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from icrl_megatron.agents.formats import Qwen3, ToolCalls, harmless
+from icrl_megatron.agents.tools import ToolSpec
 from icrl_megatron.distill.check import check, replies
 from icrl_megatron.distill.messages import EXTRA
 from icrl_megatron.distill.trajectory import USER, Trajectory
-from icrl_megatron.distill.written import content
+from icrl_megatron.distill.written import content, separator
 from icrl_megatron.utils.disk import disk_errors
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.files import replaced, write_atomically
+from icrl_megatron.utils.result_files import begins_with
+
+SUFFIXES = (".jsonl", ".parquet")
+_BETWEEN_ANSWERS = "\n</tool_response>\n<tool_response>\n"
+"""As Qwen's chat templates separate the answers to the calls of one message."""
 
 
 def write(path: Path, trajectories: Iterable[Trajectory]) -> None:
@@ -34,13 +41,22 @@ def write(path: Path, trajectories: Iterable[Trajectory]) -> None:
         raise ConfigError(f"{path}: trajectories are written as .jsonl or .parquet; use one of these suffixes")
 
 
+def written_here(path: Path) -> bool:
+    """Whether a file looks like one of `write`."""
+    if path.suffix == ".jsonl":
+        return begins_with(b'{"messages"')(path)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return {"messages", "tools", EXTRA} == set(pq.read_schema(path).names)
+    except (pa.ArrowInvalid, OSError):
+        return False
+
+
 def row(trajectory: Trajectory) -> dict[str, Any]:
     """One row of a JSONL file."""
     check(trajectory)
-    functions = [
-        {"name": spec.name, "description": spec.description, "parameters": dict(spec.parameters)}
-        for spec in trajectory.tools
-    ]
     known = {
         "task_id": trajectory.task_id,
         "correct": trajectory.correct,
@@ -50,7 +66,7 @@ def row(trajectory: Trajectory) -> dict[str, Any]:
     }
     return {
         "messages": messages(trajectory),
-        "tools": json.dumps([{"type": "function", "function": function} for function in functions]),
+        "tools": json.dumps([{"type": "function", "function": _function(spec)} for spec in trajectory.tools]),
         EXTRA: json.dumps(known),
     }
 
@@ -78,6 +94,38 @@ def messages(trajectory: Trajectory) -> list[dict[str, Any]]:
                 answered = {"tool_call_id": f"call_{first + number}", "name": calls[number].name}
                 found.append({"role": "tool", "content": seen.text, **answered})
     return found
+
+
+def write_sharegpt(path: Path, trajectories: Iterable[Trajectory]) -> None:
+    """Writes a .jsonl file of `sharegpt` rows, whole or not at all. Raises as `write`."""
+    write_atomically(path, [json.dumps(sharegpt(one)) for one in trajectories], "the conversations")
+
+
+def sharegpt(trajectory: Trajectory) -> dict[str, Any]:
+    """A row for trainers that keep only the calls of a message with calls: here calls are a part of its text, as Qwen's
+    chat templates write them, and the answers to calls are one text. `icrl sft` does not read it."""
+    check(trajectory)
+    form = Qwen3(trajectory.tools)
+    turns = [{"from": "human", "value": trajectory.problem}]
+    for reply in replies(trajectory.segments):
+        said = content(reply.texts)
+        if reply.calls:
+            said += separator(said) + form.render(ToolCalls(reply.called()))
+        turns.append({"from": "gpt", "value": said})
+        seen = reply.observations
+        if seen and seen[0].agent == USER:
+            turns.append({"from": "human", "value": seen[0].text})
+        elif seen:
+            texts = [harmless(one.text, form.tags)[0] for one in seen]
+            turns.append({"from": "observation", "value": _BETWEEN_ANSWERS.join(texts)})
+    if turns[-1]["from"] != "gpt":
+        turns.pop()
+    functions = [_function(spec) for spec in trajectory.tools]
+    return {"conversations": turns, "system": trajectory.system, "tools": json.dumps(functions) if functions else ""}
+
+
+def _function(spec: ToolSpec) -> dict[str, Any]:
+    return {"name": spec.name, "description": spec.description, "parameters": dict(spec.parameters)}
 
 
 def _write_parquet(path: Path, found: list[dict[str, Any]]) -> None:

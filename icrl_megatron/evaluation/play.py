@@ -216,9 +216,9 @@ def _result(job: EvalJob, played: Played) -> Result:
     )
     if request.against is None:
         return result
-    earlier = read_result(request.against)
+    earlier, costs = read_result(request.against)
     found = compare(result.successes, earlier.successes, result.subsets)
-    return replace(result, comparison=found, against=earlier.model)
+    return replace(result, comparison=found, against=earlier.model, costs_against=costs)
 
 
 def _dump(job: EvalJob, episodes: Sequence[Episode], rank: int) -> str:

@@ -53,6 +53,20 @@ class EvalRequest:
 
 
 @dataclass(frozen=True)
+class Costs:
+    """What an evaluation cost, over all its own problems."""
+
+    attempts: int
+    """Episodes that were not lost."""
+    attempt_tokens: float
+    read_tokens: float
+    """Per attempt; both as in `Score`."""
+    seconds: float | None
+    measures: dict[str, float]
+    """As in `Score`."""
+
+
+@dataclass(frozen=True)
 class Result:
     """The saved and printed result."""
 
@@ -69,25 +83,49 @@ class Result:
     """task id -> hash of its problem: two results can be compared only if these agree."""
     comparison: tuple[Comparison, ...] = ()
     against: str = ""
+    costs_against: Costs | None = None
+    """Of the other evaluation; None without one, or if its file lacks them."""
     lost: tuple[str, ...] = field(default=())
     """The first few reasons why episodes were dropped."""
     too_long: int = 0
     """Number of problems dropped because they do not fit the context (`tasks.too_long=drop`)."""
-    seconds: float = 0.0
-    """Time in which all episodes were played, tools and grading included, the start of engines not."""
+    seconds: float | None = None
+    """Time in which all episodes were played, tools and grading included, the start of engines not. None: unknown."""
     unusable: dict[str, int] = field(default_factory=dict)
     """Reason -> number of held-out rows that `data.unusable=drop` left out."""
 
+    def costs(self) -> Costs:
+        """Those of this evaluation."""
+        every = self.scores[-1]
+        return Costs(_attempts(self.successes), every.attempt_tokens, every.read_tokens, self.seconds, every.measures)
 
-def read_result(path: Path) -> Result:
-    """The result that `evaluate` wrote, without its scores; `path` is the file or its folder. Raises ConfigError if it
-    is not such a file."""
+
+def _attempts(successes: Successes) -> int:
+    return sum(bool(tries) for of in successes.values() for tries in of)
+
+
+def read_result(path: Path) -> tuple[Result, Costs | None]:
+    """The result that `evaluate` wrote, without its scores, and its costs, if it has them; `path` is the file or its
+    folder. Raises ConfigError if it is not such a file."""
     file = path / RESULT if path.is_dir() else path
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
         kept: dict[str, Any] = {
             name: saved[name] for name in ("model", "critic", "rounds", "samples", "successes", "subsets", "contents")
         }
-        return Result(scores=(), generated_tokens=int(saved["generated_tokens"]), **kept)
+        found = Result(scores=(), generated_tokens=int(saved["generated_tokens"]), **kept)
+        return found, _costs(saved, found.successes)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--against={path}: not the result of an `icrl eval` ({error}); give its {RESULT}") from error
+
+
+def _costs(saved: dict[str, Any], successes: Successes) -> Costs | None:
+    """None for a file of an earlier version, which lacks a part of them. Raises ValueError and TypeError."""
+    every = (saved.get("scores") or [{}])[-1]
+    if not {"attempt_tokens", "read_tokens", "measures"} <= every.keys():
+        return None
+    seconds = saved.get("seconds")
+    measures = {str(name): float(value) for name, value in every["measures"].items()}
+    written, read = float(every["attempt_tokens"]), float(every["read_tokens"])
+    # Earlier versions wrote 0 for a system, whose time they did not measure.
+    return Costs(_attempts(successes), written, read, float(seconds) if seconds else None, measures)

@@ -51,7 +51,7 @@ def evaluate(request: EvalRequest) -> int:
     tool_cache.check(settings.tasks.tool_cache)
     problems = eval_problems.problems(settings, run, request.on, request.problems, before)
     if request.against:
-        _check_pairs(request, problems, read_result(request.against))
+        _check_pairs(request, problems, read_result(request.against)[0])
     check_engine(request, settings)
     return play(request, settings, out, lambda folder: problems)
 

@@ -13,6 +13,7 @@ import numpy as np
 from icrl_megatron.distill import command
 from icrl_megatron.distill.command import Distillation
 from icrl_megatron.distill.events import Run
+from icrl_megatron.distill.timing import busy_seconds
 from icrl_megatron.evaluation.result import Result
 from icrl_megatron.evaluation.scores import ALL, Score, Successes, estimate, transitions
 from icrl_megatron.settings.schema import Settings
@@ -49,7 +50,7 @@ def measure(settings: Settings, out: Path, overwrite: bool = False) -> str:
 
 
 def _result(job: Distillation, runs: Sequence[Run]) -> Result:
-    samples = job.settings.distill.attempts
+    samples, lost = job.settings.distill.attempts, [one for one in job.failures if one.unanswered is None]
     found: Successes = {run.task_id: [[] for _ in range(samples)] for run in runs}
     for run in runs:
         found[run.task_id][run.attempt] = [run.correct]
@@ -59,12 +60,13 @@ def _result(job: Distillation, runs: Sequence[Run]) -> Result:
         critic="itself",
         rounds=1,
         samples=samples,
-        scores=(_score(runs, found, len(job.failures)),),
+        scores=(_score(runs, found, len(lost)),),
         generated_tokens=sum(run.total().written for run in runs),
         successes=found,
         subsets={task.task_id: subset_of(task) for task in tasks},
         contents={task.task_id: content_hash(task.problem) for task in tasks},
-        lost=tuple(dict.fromkeys(failed.message for failed in job.failures))[:3],
+        lost=tuple(dict.fromkeys(failed.message for failed in lost))[:3],
+        seconds=busy_seconds(run.timing for run in runs),
     )
 
 
@@ -80,7 +82,22 @@ def _score(runs: Sequence[Run], found: Successes, failed: int) -> Score:
         transitions=transitions([]),
         attempt_tokens=sum(run.total().written for run in runs) / len(runs),
         read_tokens=sum(run.total().read for run in runs) / len(runs),
-        measures={f"calls_{name}": count / len(runs) for name, count in sorted(calls.items())},
+        measures={
+            "answered": sum(any(event.kind == "answer" for event in run.events) for run in runs) / len(runs),
+            "calls": calls.total() / len(runs),
+            **{f"calls_{name}": count / len(runs) for name, count in sorted(calls.items())},
+            **_waits(runs),
+        },
         critique_tokens=0.0,
         dropped=failed,
     )
+
+
+def _waits(runs: Sequence[Run]) -> dict[str, float]:
+    """Seconds of an attempt, and those in which each agent waited for replies; nothing if a run's time is unknown."""
+    known = [run.timing for run in runs if run.timing is not None]
+    if len(known) < len(runs):
+        return {}
+    agents = sorted({agent for timing in known for agent in timing.agents})
+    waits = {f"seconds_{name}": sum(t.agents.get(name, 0.0) for t in known) / len(known) for name in agents}
+    return {"seconds": sum(timing.seconds for timing in known) / len(known), **waits}

@@ -38,7 +38,8 @@ def show(result: Result, console: Console | None = None) -> None:
         out.print(tools_table(result))
     if result.comparison:
         out.print(comparison_table(result))
-    out.print(f"{result.generated_tokens} tokens generated in {result.seconds:.0f} s")
+        out.print(costs_table(result))
+    out.print(f"{result.generated_tokens} tokens generated in {_seconds(result.seconds)}")
     for reason, rows in result.unusable.items():
         out.print(f"{rows} rows left out: {reason}", style="yellow")
     for reason in result.lost:
@@ -99,6 +100,27 @@ def comparison_table(result: Result) -> Table:
         difference = _share(c.difference.mean, c.difference.low, c.difference.high)
         table.add_row(c.subset, str(c.pairs), difference, str(c.only_first), str(c.only_second), f"{c.mcnemar_p:.3g}")
     return table
+
+
+def costs_table(result: Result) -> Table:
+    """What the two evaluations cost, each over all its own attempts, revisions included."""
+    table, costs = _table("Costs", ["this", "the other"]), (result.costs(), result.costs_against)
+    both = [one for one in costs if one is not None]
+
+    def row(name: str, values: Sequence[str]) -> None:
+        table.add_row(name, *values, *(["unknown"] if len(both) == 1 else []))
+
+    row("attempts", [str(one.attempts) for one in both])
+    row("tokens written per attempt", [f"{one.attempt_tokens:.0f}" for one in both])
+    row("tokens read per attempt", [f"{one.read_tokens:.0f}" for one in both])
+    row("time of all attempts together", [_seconds(one.seconds) for one in both])
+    for name in sorted({name for one in both for name in one.measures}):
+        row(name, [f"{one.measures[name]:.2f}" if name in one.measures else "-" for one in both])
+    return table
+
+
+def _seconds(value: float | None) -> str:
+    return "unknown time" if value is None else f"{value:.1f} s"
 
 
 def picture(result: Result, path: Path) -> Path:

@@ -69,7 +69,7 @@ class DistillFilters:
     max_chars: Annotated[int, Range(1)] = 60000
     """length: longer trajectories are dropped; problem and observations count."""
     max_repeats: Annotated[int, Range(0)] = 0
-    """redundancy: trajectories that repeat more calls are dropped."""
+    """redundancy: trajectories that repeat more calls with the same answer are dropped."""
     leakage_similarity: Annotated[float, Range(0.5, 1)] = 0.7
     """leakage: a problem is nearly a held-out one from this share of common runs of three words."""
     duplicate_similarity: Annotated[float, Range(0.5, 1)] = 0.9

@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 
 from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.agents.dialogue import Dialogue
+from icrl_megatron.agents.formats import ToolFormat
 from icrl_megatron.agents.judge import Asker
 from icrl_megatron.agents.tools import ToolCall, ToolSpec
 from icrl_megatron.types import Split, Task
@@ -145,6 +146,26 @@ class CallsTools(Protocol):
     def success(self) -> bool: ...
 
     def summary(self) -> str: ...
+
+
+@runtime_checkable
+class ReadsCalls(Environment, Protocol):
+    """An environment whose actions are calls and answers in a format. A team of agents can play it too
+    (`icrl distill`)."""
+
+    form: ToolFormat
+    opening: Opening
+    """The problem, as the last `reset` returned it."""
+    specs: Sequence[ToolSpec]
+    """The tools of this episode."""
+    stateful: tuple[str, ...]
+    """Those whose answer to equal calls may differ within an attempt."""
+    shares_answers: bool
+    """Whether the answers of one attempt hold in the next one. Not if calls change the environment itself."""
+
+    def mistake(self, call: ToolCall) -> str:
+        """Why a call cannot be made, in words for the model; empty if it can."""
+        ...
 
 
 class Teacher(Protocol):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from icrl_megatron.agents.formats import FinalAnswer, Malformed, ToolCalls, ToolFormat, harmless, make_format
@@ -32,6 +31,8 @@ def declares(environment: object) -> bool:
 class DeclaredTools:
     """Such an environment as an `Environment`: its actions are calls or answers, written again by the format."""
 
+    shares_answers = False
+
     def __init__(self, inner: CallsTools, format: str) -> None:
         """Raises ConfigError for tools that are no `ToolSpec`s, that have an invalid schema or one name, or that the
         format cannot write; BadAnswer if a method is missing."""
@@ -39,8 +40,10 @@ class DeclaredTools:
         if missing:
             raise BadAnswer(f"an environment with tools needs {', '.join(_METHODS)}; {missing[0]} is missing")
         self._inner = inner
-        self._form, self._checks = _prepared(format, _written(inner.tools))
-        self.dialogue, self.max_turns = self._form.dialogue, inner.max_turns
+        self.form, self._checks, self.specs = _prepared(format, _written(inner.tools))
+        self.stateful = tuple(spec.name for spec in self.specs)  # it does not say which calls change it
+        self.opening = Opening("")
+        self.dialogue, self.max_turns = self.form.dialogue, inner.max_turns
         self.manual = getattr(inner, "manual", "")
         self._most_calls: int | None = None
         self._calls, self._invalid, self._changed_tags, self._malformed = 0, 0, 0, ""
@@ -51,23 +54,27 @@ class DeclaredTools:
     async def reset(self) -> str | Opening:
         self._calls, self._invalid, self._changed_tags, self._malformed = 0, 0, 0, ""
         given = await self._inner.reset()
-        if self.dialogue.observation != "inline" or not isinstance(given, str | Opening):
+        if not isinstance(given, str | Opening):
+            return given  # refused by the caller
+        self.opening = Opening.of(given)
+        if self.dialogue.observation != "inline":
             return given
-        opening = Opening.of(given)  # no chat template describes the tools
-        return Opening.plain(f"{opening.text}\n\n{self._form.instructions()}", opening.system)
+        # No chat template describes the tools.
+        self.opening = Opening(f"{self.opening.text}\n\n{self.form.instructions()}", self.opening.system)
+        return Opening.plain(self.opening.text, self.opening.system)
 
     def parse(self, reply: str) -> str | None:
-        found = self._form.parse(reply)
+        found = self.form.parse(reply)
         self._malformed = found.problem if isinstance(found, Malformed) else ""
-        return self._form.render(found) if isinstance(found, ToolCalls | FinalAnswer) else None
+        return self.form.render(found) if isinstance(found, ToolCalls | FinalAnswer) else None
 
     def hint(self) -> str:
-        return self._malformed or f"No action could be read. {self._form.instructions()}"
+        return self._malformed or f"No action could be read. {self.form.instructions()}"
 
     async def step(self, action: str) -> StepResult:
         """Calls with mistakes in them are answered here; the environment gets the others together. Raises BadAnswer if
         it does not return one observation for each."""
-        asked = self._form.parse(action)
+        asked = self.form.parse(action)
         if isinstance(asked, FinalAnswer):
             result = await self._inner.step(asked.text)
             return StepResult(result.observation, result.done, user=True) if isinstance(result, StepResult) else result
@@ -90,6 +97,9 @@ class DeclaredTools:
             answers = [answer or self._harmless(next(found)) for answer in answers]
         return StepResult(tuple(answers) if len(answers) > 1 else answers[0], done)
 
+    def mistake(self, call: ToolCall) -> str:
+        return self._checks.mistake(call)
+
     def _refused(self, call: ToolCall) -> str:
         """Why a call is not made, in words for the model; empty if it is made."""
         self._calls += 1
@@ -102,7 +112,7 @@ class DeclaredTools:
     def _harmless(self, text: Any) -> Any:
         if not isinstance(text, str):
             return text  # refused by the caller
-        text, changed = harmless(text, self._form.tags)
+        text, changed = harmless(text, self.form.tags)
         self._changed_tags += changed
         return text
 
@@ -142,6 +152,6 @@ def _written(tools: Any) -> str:
 
 
 @functools.lru_cache(maxsize=REMEMBERED)
-def _prepared(format: str, written: str) -> tuple[ToolFormat, ArgumentChecks]:
-    specs: Sequence[ToolSpec] = [ToolSpec(*fields) for fields in json.loads(written)]
-    return make_format(format, specs), ArgumentChecks(specs)
+def _prepared(format: str, written: str) -> tuple[ToolFormat, ArgumentChecks, tuple[ToolSpec, ...]]:
+    specs = tuple(ToolSpec(*fields) for fields in json.loads(written))
+    return make_format(format, specs), ArgumentChecks(specs), specs

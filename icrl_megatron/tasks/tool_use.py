@@ -9,7 +9,7 @@ from icrl_megatron.agents.formats import FinalAnswer, Malformed, ToolCalls, Tool
 from icrl_megatron.agents.grammar import GRAMMARS, format_score, without_tags
 from icrl_megatron.agents.judge import Judge
 from icrl_megatron.agents.toolbox import Toolbox
-from icrl_megatron.agents.tools import ToolFailure
+from icrl_megatron.agents.tools import ToolCall, ToolFailure, ToolSpec
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.settings.task_options import ToolsSource
 from icrl_megatron.settings.task_sections import Answers
@@ -23,6 +23,8 @@ SHOWN_CHARS, MAX_TURNS = 200, 30
 
 class ToolEnvironment:
     """One problem. The judge of its answer may wait, so it is asked in the step that ends the attempt."""
+
+    shares_answers = True
 
     def __init__(
         self,
@@ -44,6 +46,21 @@ class ToolEnvironment:
         self.answer: str | None = None
         self._score = 0.0
         self.session = toolbox.session()
+
+    @property
+    def opening(self) -> Opening:
+        return Opening.of(self.statement)
+
+    @property
+    def specs(self) -> tuple[ToolSpec, ...]:
+        return tuple(tool.spec for tool in self.toolbox.tools.values())
+
+    @property
+    def stateful(self) -> tuple[str, ...]:
+        return tuple(name for name, tool in self.toolbox.stateful.items() if tool.open() is not tool)
+
+    def mistake(self, call: ToolCall) -> str:
+        return self.toolbox.mistake(call)
 
     def limit_calls(self, most: int) -> None:
         self._most_calls = most

@@ -125,7 +125,8 @@ class EndpointClient:
             try:
                 return _answer(answer)
             except (ValueError, RecursionError, LookupError, TypeError) as error:
-                raise self._failed(f"it answered {self._shown(answer)!r}") from error
+                wanted = "which is no chat completion of OpenAI's form: correct the address or the server"
+                raise self._failed(f"it answered {self._shown(answer)!r}, {wanted}") from error
         said = f"status {status}: {self._shown(answer)!r}"
         raise PassingError(said) if status in _PASSING else self._failed(said)
 

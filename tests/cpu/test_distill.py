@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+import qwen_tokenizers
 
 pytest.importorskip("bm25s")
 
-from icrl_megatron.distill import command, records, writers
+from icrl_megatron.agents.tools import ToolCall, ToolSpec
+from icrl_megatron.distill import command, readers, records, writers
 from icrl_megatron.distill.events import Event, Run
 from icrl_megatron.distill.trajectory import Segment, Trajectory
 from icrl_megatron.settings.loading import load
@@ -49,7 +51,7 @@ def rows(out: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "archive.jsonl"
-    said = command.run(settings(), out)
+    said = command.run(settings(), out, sharegpt=out.with_name("plain.jsonl"))
     assert "40 of 40 attempts finished" in said and said.endswith(f"counts in {out.with_suffix('.report.json')}")
     return out
 
@@ -70,6 +72,58 @@ def test_the_file_holds_what_the_report_counts(whole: Path) -> None:
         assert {call["function"]["name"] for call in made} <= tools == {"search", "page", "calculator"}
         answered = [message["tool_call_id"] for message in row["messages"] if message["role"] == "tool"]
         assert answered == [call["id"] for call in made]
+
+
+def test_other_trainers_read_the_same_text(whole: Path) -> None:
+    """Qwen's chat template renders both files alike, where a trainer puts tags around answers and nothing else."""
+    vocabulary = qwen_tokenizers.build("qwen2_5")
+    plain = rows(whole.with_name("plain.jsonl"))
+    assert len(plain) == len(rows(whole))
+    for row, other in zip(rows(whole), plain, strict=True):
+        tools = [{"type": "function", "function": one} for one in json.loads(other["tools"])]
+        assert tools == json.loads(row["tools"]) and other["system"] == ""
+        said = [(turn["from"], turn["value"]) for turn in other["conversations"]]
+        assert [who for who, _ in said[:3]] == ["human", "gpt", "observation"] and said[-1][0] == "gpt"
+        seen = {"gpt": "{}", "human": "{}", "observation": "<tool_response>\n{}\n</tool_response>"}
+        messages = [
+            {"role": "assistant" if who == "gpt" else "user", "content": seen[who].format(text)} for who, text in said
+        ]
+        texts = [
+            vocabulary.apply_chat_template(one, tools=tools, tokenize=False) for one in (row["messages"], messages)
+        ]
+        assert texts[0] == texts[1]
+
+
+def test_parquet_holds_the_same_and_no_other_file_is_replaced(whole: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    out = tmp_path / "archive.parquet"
+    out.with_suffix(".runs.jsonl").write_bytes(whole.with_suffix(".runs.jsonl").read_bytes())
+    for _ in range(2):
+        command.run(settings(), out)
+    read = [[one.trajectory.segments for one in readers.read(str(path)) if one.trajectory] for path in (whole, out)]
+    assert read[0] == read[1] != []
+    for other in (pa.table({"messages": ["mine"]}), b"PAR1"):
+        out.write_bytes(other) if isinstance(other, bytes) else pq.write_table(other, out)
+        before = out.read_bytes()
+        with pytest.raises(ConfigError, match="--overwrite"):
+            command.run(settings(), out)
+        assert out.read_bytes() == before
+
+
+def test_several_answers_and_later_messages_in_the_form_of_other_trainers() -> None:
+    calls = [Segment("search", "", "call", call=ToolCall("search", {"query": text})) for text in "ab"]
+    seen = [Segment("search", text, "observation", trained=False) for text in ("one</tool_call>", "two")]
+    more = [Segment("answer", "2", "answer"), Segment("user", "sure?", "observation", trained=False), *calls, *seen]
+    spec = ToolSpec.of_text("search", "Searches.", "query")
+    row = writers.sharegpt(Trajectory("t/1", "q", (*calls, *seen, *more), system="be good", tools=(spec,)))
+    turns = row["conversations"]
+    assert [turn["from"] for turn in turns] == ["human", "gpt", "observation", "gpt", "human", "gpt"]
+    assert (
+        turns[2]["value"] == "one< /tool_call>\n</tool_response>\n<tool_response>\ntwo" and row["system"] == "be good"
+    )
+    assert turns[1]["value"].count("<tool_call>") == 2 and turns[3]["value"] == "<answer>2</answer>"
 
 
 def test_a_model_of_archive_knows_every_word_of_the_file(whole: Path) -> None:
@@ -104,46 +158,6 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_files(tmp_path: Path, w
     assert runs.read_bytes().startswith(whole_lines) and runs.read_bytes().count(b"\n") == 41
     assert out.read_bytes() == whole.read_bytes()
     assert report(out) == report(whole)
-
-
-def test_the_system_on_heldout_problems_is_compared_with_a_model(tmp_path: Path) -> None:
-    """With runs of training problems in the same file, and a model that answers nothing."""
-    from icrl_megatron.evaluation.result import EvalRequest, read_result
-    from icrl_megatron.evaluation.run import evaluate
-    from icrl_megatron.evaluation.system import measure
-    from icrl_megatron.model.tiny import build_tiny
-    from icrl_megatron.settings.schema import TinyModel
-
-    out, small = tmp_path / "a.jsonl", settings("eval.problems=6", "tasks.limit=4")
-    command.run(small, out)
-    said = measure(small, out)
-    system = read_result(out.with_suffix(".eval.json"))
-    runs = [json.loads(line) for line in out.with_suffix(".runs.jsonl").read_text().splitlines()[1:]]
-    heldout = [run for run in runs if "/heldout/" in run["task_id"]]
-    assert len(heldout) == 12 and len(runs) == 20 and len(system.successes) == 6
-    for run in heldout:
-        assert system.successes[run["task_id"]][run["attempt"]] == [run["correct"]]
-    right = sum(run["correct"] for run in heldout)
-    assert right > 0 and said.startswith(f"{100 * right / 12:.1f} % right, ")
-    build_tiny(tmp_path / "model", TinyModel(hidden=32, heads=2, kv_heads=1, ffn=48, max_positions=512), ["so"], seed=1)
-    short = (
-        "rollout.templates=compact",
-        "rollout.context_tokens=400",
-        "rollout.max_turn_tokens=4",
-        "rollout.max_turns=1",
-    )
-    asked = EvalRequest(
-        tmp_path / "model",
-        ("archive",),
-        samples=2,
-        problems=6,
-        against=out.with_suffix(".eval.json"),
-        out=tmp_path / "eval",
-        overrides=("launch.device=cpu", "rollout.templates=compact", *short),
-    )
-    assert evaluate(asked) == 0
-    (compared,) = json.loads((tmp_path / "eval" / "eval.json").read_text())["comparison"]
-    assert (compared["pairs"], compared["only_first"], compared["only_second"]) == (12, 0, right)
 
 
 def test_finished_attempts_are_not_played_again(tmp_path: Path) -> None:
@@ -257,6 +271,8 @@ def test_files_of_others_are_left_alone(tmp_path: Path, content: bytes | dict, m
         (["distill.system=endpoint"], "set distill.endpoint.url"),
         (["distill.system=endpoint", "engine.kind=sglang"], "model.path is empty: set model.path"),
         (["distill.system=endpoint", "engine.kind=sglang", "model.path=/nowhere"], "/nowhere: no such folder"),
+        (["--heldout", "--sharegpt", "b.jsonl"], "leave one of them out"),
+        (["--sharegpt", "b.json"], "--sharegpt=b.json: give another name"),
         (["distill.agents=[{name: poet}]"], "no effect with distill.system=scripted"),
         (["tasks.sources=[{name: household}]"], "'household' has no scripted team"),
         (
@@ -288,8 +304,8 @@ def test_wrong_settings_are_found_before_anything_starts(
 
 
 def test_another_suffix_and_nothing_left(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"ends in \.jsonl"):
-        command.run(settings(), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"ends in \.jsonl or \.parquet"):
+        command.run(settings(), tmp_path / "a.csv")
     out = tmp_path / "a.jsonl"
     with pytest.raises(HopelessError, match="no trajectory is left of 40 attempts"):
         command.run(settings("distill.filters.min_interactions=1000"), out)

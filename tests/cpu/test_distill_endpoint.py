@@ -14,6 +14,7 @@ from local_servers import Handler, threaded
 pytest.importorskip("bm25s")
 
 from icrl_megatron.distill import command
+from icrl_megatron.evaluation.system import measure
 from icrl_megatron.settings.loading import load
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.utils.errors import HopelessError
@@ -83,6 +84,29 @@ def test_attempts_that_fail_are_counted_never_written_and_tried_again(tmp_path: 
     assert counts["tokens"]["planner"] == {"read": 20, "written": 8}
     assert counts["cost"]["planner"] == pytest.approx((20 * 1 + 8 * 10) / 1e6)
     assert counts["cost"]["verifier"] == pytest.approx(counts["tokens"]["verifier"]["read"] / 1e6)
+
+
+def test_a_measured_system_that_writes_no_answer_is_wrong_and_is_not_asked_again(tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+
+    class Vague(Model):
+        def do_POST(self) -> None:
+            prompt, brief = (message["content"] for message in json.loads(self.body())["messages"][:2])
+            asked.append(prompt)
+            text = "I would say 7" if "You answer" in prompt else reply(prompt, brief)
+            self.send_json({"choices": [{"message": {"content": text}}]})
+
+    asked: list[str] = []
+    with threaded(Vague, broken=[]) as url:
+        given = settings(url, "eval.problems=2", "distill.attempts=1")
+        said = measure(given, out)
+        requests = len(asked)
+        assert measure(given, out) == said and len(asked) == requests > 0
+        assert said.startswith("0.0 % right, ") and "0 attempts failed" in said
+        saved = json.loads(out.with_suffix(".eval.json").read_text())
+        assert list(saved["successes"].values()) == [[[False]], [[False]]]
+        measures = saved["scores"][0]["measures"]
+        assert measures["answered"] == 0.0 and measures["calls_search"] == 1.0 and measures["seconds_worker"] > 0
 
 
 def test_an_endpoint_that_is_gone_stops_the_command(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_complexity_counts_what_agents_do_and_not_what_they_observe() -> None:
 @pytest.mark.parametrize(
     ("segments", "said"),
     [
-        ([*call("a")], "not one answer"),
+        ([answer(), *call("a")], "not one answer"),
         ([answer(), answer()], "not one answer"),
         ([answer(), say("plan", "x")], "not one answer"),
         ([call("a")[0], answer()], "between a call"),

@@ -164,6 +164,9 @@ def test_a_model_plays_with_itself_as_the_critic_and_learns_from_it(tmp_path: Pa
     written = out.read_text()
     assert "double_check" in written and "suggested_answer" in written
     runs = out.with_suffix(".runs.jsonl").read_bytes()
+    for run in map(json.loads, runs.splitlines()[1:]):
+        assert 0 < run["timing"]["agents"][SOLVER] < run["timing"]["seconds"]
+        assert (CRITIC in run["timing"]["agents"]) is (CRITIC in run["spent"])
     code, _, err = icrl("distill", *words, *more, "rollout.concurrency=3")
     assert code == 0, err
     assert out.with_suffix(".runs.jsonl").read_bytes() == runs and out.read_text() == written

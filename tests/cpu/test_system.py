@@ -20,8 +20,8 @@ from icrl_megatron.agents.tools import Arguments, ToolSpec
 from icrl_megatron.distill import roles, scripted
 from icrl_megatron.distill.events import Failed, Run
 from icrl_megatron.distill.linear import linear
-from icrl_megatron.distill.roles import Unreadable
-from icrl_megatron.distill.system import Member, System, SystemLimits
+from icrl_megatron.distill.roles import Member, Unreadable
+from icrl_megatron.distill.system import System, SystemLimits
 from icrl_megatron.settings.task_sections import Answers
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.tool_use import ToolEnvironment

@@ -13,9 +13,10 @@ from aiohttp import web
 
 pytest.importorskip("bm25s")
 
-from agent_systems import archive, play
+from agent_systems import archive
 
 from icrl_megatron.distill import endpoint_agents
+from icrl_megatron.distill.environments import check_tools
 from icrl_megatron.distill.events import Failed, Run
 from icrl_megatron.distill.system import System, SystemLimits, play_all
 from icrl_megatron.settings.distill_schema import DistillEndpoint, DistillSettings, SystemAgent
@@ -261,4 +262,4 @@ def test_a_missing_prompt_and_an_unknown_tool(tmp_path: Path) -> None:
         endpoint_agents.team(DistillSettings(endpoint=at, agents=[SystemAgent("planner", prompt=str(tmp_path / "no"))]))
     team = endpoint_agents.team(DistillSettings(endpoint=at, agents=[SystemAgent("poet", tools=["rhyme"])]))
     with pytest.raises(ConfigError, match="has the tool 'rhyme'"):
-        play(System(team, archive().environment), list(archive().problems("train")[:1]))
+        check_tools(team, archive().environment, archive().problems("train"))

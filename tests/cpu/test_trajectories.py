@@ -162,6 +162,34 @@ def test_the_logs_of_smolagents_are_read(tmp_path: Path) -> None:
     ]
 
 
+def test_a_log_that_smolagents_itself_wrote_is_read() -> None:
+    """`tools/record_smolagents.py` made it."""
+    recorded = Path(__file__).parents[1] / "recorded" / "smolagents_1_26.jsonl"
+    called, coded = (one.trajectory for one in readers.read(str(recorded)))
+    assert called is not None and coded is not None
+    assert (called.problem, called.spent) == ("How many nails and saws are there?", Tokens(50, 25))
+    assert [(s.kind, s.agent, dict(s.call.arguments) if s.call else s.text) for s in called.segments] == [
+        ("text", "plan", "1. Look up both.\n2. Add."),
+        ("text", "think", "I look up both."),
+        ("call", "stock", {"item": "nails"}),
+        ("call", "stock", {"item": "saws"}),
+        ("observation", "stock", ""),
+        ("observation", "stock", "870\n12"),
+        ("call", "add", {"a": 870, "b": 12}),
+        ("observation", "add", "882"),
+        ("text", "think", "The sum is known."),
+        ("answer", "answer", "882"),
+    ]
+    programs = [s.call.arguments["code"] for s in coded.segments if s.call]
+    seen = [s.text for s in coded.segments if s.kind == "observation"]
+    assert programs == ["print(stock('nails'))", "open('stock')"] and "870" in seen[0] and "open" in seen[1]
+    assert [s.text for s in coded.segments if s.kind != "observation" and not s.call] == [
+        "I look.",
+        "I open a file.",
+        "870",
+    ]
+
+
 def test_results_of_smolagents_are_read(tmp_path: Path) -> None:
     """One row per run: `RunResult.dict()`, also of a run that had no step left and was asked for its answer."""
     steps = smolagents(1)
@@ -385,3 +413,13 @@ def test_what_a_format_cannot_write_is_refused() -> None:
     with pytest.raises(BadRowError, match="other calls would be read"):
         encode(Trajectory("t", "a", other, tools=(SEARCH,)), "tags", ours)
     encode(Trajectory("t", "a", forged, tools=(SEARCH,)), "qwen3", ours)
+
+
+def test_a_file_of_which_no_row_can_be_read_is_named(tmp_path: Path) -> None:
+    """Otherwise the message would ask for a format that helps nothing. One good row is enough to tell the format."""
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(bytes(range(256)))
+    with pytest.raises(ConfigError, match=r"no row can be read \(.*line 1: broken JSON"):
+        readers.detect(str(file))
+    file.write_text("{\n" + json.dumps(openai(1)) + "\n")
+    readers.detect(str(file))
