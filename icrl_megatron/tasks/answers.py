@@ -139,6 +139,8 @@ def cleaned(text: str) -> str:
     text = text.strip()
     if (inner := last_box(text)) is not None:
         text = inner
+    if text.startswith("\\[") and text.endswith("\\]"):
+        text = text[2:-2].strip()
     if (marked := _MARKED.fullmatch(text)) is not None:
         text = marked[2]
     text = text.translate(_TRANSLATED)

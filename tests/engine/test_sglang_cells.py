@@ -46,6 +46,7 @@ def test_cells_are_trained_evaluated_and_read(
     remote = (f"engine.urls=[{server.url}]", "engine.api_key_env=SERVER_KEY")
     asked = here.asked(asked_for(FEW), tmp_path / "out", *remote)
     # A second model needs a server of its own.
-    own = ("engine.urls=[]", f"engine.python={os.environ['ICRL_ENGINE_PYTHON']}", f"engine.startup_timeout_s={START_S}")
+    python = f"engine.python={os.environ['ICRL_ENGINE_PYTHON']}"
+    own = ("engine.urls=[]", "engine.api_key_env=", python, f"engine.startup_timeout_s={START_S}")
     check_started(asked, start(asked, here, tmp_path, own))
     assert "Prefill batch" in (tmp_path / "sglang.log").read_text()
