@@ -125,16 +125,20 @@ def asked_for(default: Sequence[str]) -> tuple[Cell, ...]:
     return chosen(os.environ[CHOICE].split(",") if os.environ.get(CHOICE) else default)
 
 
-def start(asked: Reproduction, here: World, folder: Path, extra: dict[Critic, Sequence[str]]) -> dict[str, Ended]:
-    """Runs all phases, in processes of a few runs each. `extra`: overrides of evaluations with a critic."""
+def start(asked: Reproduction, here: World, folder: Path, two_models: Sequence[str] = ()) -> dict[str, Ended]:
+    """Runs all phases, in processes of a few runs each. `two_models`: overrides of phases in which a second model
+    plays, the critic before training."""
     runs, ended = asked.runs(), dict[str, Ended]()
     whole_runs.TIMEOUT_S = BATCH_S
     for first in range(0, len(runs), AT_ONCE):
         commands: dict[str, Sequence[str]] = {}
         for run in runs[first : first + AT_ONCE]:
             for phase in (asked.training(*run), *asked.evaluations(*run)):
-                more = extra.get(phase.evaluation.critic, ()) if phase.evaluation else ()
-                commands[phase.name] = [*here.words(phase), *more]
+                if phase.evaluation is None:
+                    two = load(phase.recipe).rollout.critic == "frozen"
+                else:
+                    two = phase.evaluation.critic == Critic.START
+                commands[phase.name] = [*here.words(phase), *(two_models if two else ())]
         ended |= batch(folder, commands)
     return ended
 

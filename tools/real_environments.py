@@ -19,6 +19,8 @@ from icrl_recipes.qwen3 import REQUEST_S
 HELDOUT = 2
 """Held-out problems of each, evaluated before and after."""
 TIMEOUT_S = 1800.0
+JAVA_S = 300.0
+"""For SciWorld's server to start a Java process, also on a machine that is busy with other programs."""
 ALFWORLD, SEARCHQA, MULTIHOP = "qwen3_4b_alfworld_2xh100", "qwen3_4b_searchqa_4xh100", "coa_qwen3_8b_multihop_8xh100"
 AGENTGYM = "git clone https://github.com/WooooDyy/AgentGym, and name it with --agentgym"
 SEARCH_R1 = "git clone https://github.com/PeterGriffinJin/Search-R1, and name it with --search-r1"
@@ -113,7 +115,13 @@ def sciworld(machine: Machine) -> Prepared:
         capture_output=True,
         text=True,
     ).stdout.strip()
-    changes = (*_other("sciworld", command), *_ids(ids, machine), "rollout.concurrency=4")  # a Java process each
+    changes = (
+        *_other("sciworld", command),
+        *_ids(ids, machine),
+        "rollout.concurrency=4",  # a Java process each
+        f"tasks.sources.0.data.request_timeout_s={JAVA_S:g}",
+        f"rollout.environment_timeout_s={4 * JAVA_S + 50:g}",
+    )
     return Prepared(ALFWORLD, changes, f"{_revision(checkout)}, scienceworld {version}", plans)
 
 

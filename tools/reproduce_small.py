@@ -1,11 +1,14 @@
-"""The paper's comparison on two CPU cores: `make reproduce-small`, at most an hour.
+"""The paper's comparison on two CPU cores: `make reproduce-small`, about an hour.
 
-Three task settings (Rulebook hard and easy, Household), six arms, three seeds. All arms and seeds of a task share one
+Three task settings (Rulebook hard and easy, Household), six arms, five seeds. All arms and seeds of a task share one
 warm start; the seed determines the drawn problems and every sampled token. ICRL runs a fixed number of steps; every
 other arm of the same task and seed stops when it has generated as many tokens as ICRL. Finished runs are skipped, so
 the same command resumes an interrupted reproduction.
 
-    python tools/reproduce_small.py [--out benchmarks/reproduce_small] [--runs runs/reproduce] [--seeds 3] [--jobs 2]
+    python tools/reproduce_small.py [--out benchmarks/reproduce_small] [--runs runs/reproduce] [--seeds 5] [--jobs 2]
+
+`--first-seed 3` runs seeds 3 and 4 only. The table then also has the results that OUT.json records of other seeds, and
+the picture, which needs every run's metrics, is left as it was.
 """
 
 from __future__ import annotations
@@ -60,17 +63,18 @@ def main(
         "benchmarks/reproduce_small"
     ),
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/reproduce"),
-    seeds: int = 3,
+    seeds: int = 5,
+    first_seed: Annotated[int, typer.Option(help="The earlier seeds are taken from OUT.json.")] = 0,
     jobs: Annotated[int, typer.Option(help="Runs at a time, one core each.")] = 2,
     tasks: Annotated[str, typer.Option(help="Comma-separated task settings.")] = ",".join(TASKS),
     only_report: Annotated[bool, typer.Option("--only-report", help="Only report the existing runs.")] = False,
 ) -> None:
     """Runs the missing runs, then writes the table and the picture."""
-    begun, chosen = time.monotonic(), tasks.split(",")
+    begun, chosen, played = time.monotonic(), tasks.split(","), range(first_seed, seeds)
     if not only_report:
 
         def trainings(names: Iterable[str]) -> list[Callable[[], str]]:
-            return [partial(train, runs, task, arm, seed) for arm in names for seed in range(seeds) for task in chosen]
+            return [partial(train, runs, task, arm, seed) for arm in names for seed in played for task in chosen]
 
         # ICRL first: its token count is the budget of the other arms.
         warm_starts = [partial(warm_start, runs, task) for task in chosen]
@@ -79,10 +83,12 @@ def main(
         read(runs, task, arm, seed)
         for task in chosen
         for arm in ARMS
-        for seed in range(seeds)
+        for seed in played
         if finished(folder(runs, task, arm, seed))
     ]
-    write(results, runs, out, begun)
+    earlier = recorded(out, first_seed)
+    results = earlier + results
+    write(results, runs, out, begun, curves=not earlier)
     Console().print(table(results))
     Console(stderr=True).print(f"{out}.json  {out}.md  {out}.png")
 
@@ -164,6 +170,13 @@ def read(runs: Path, task: str, arm: str, seed: int) -> Result:
     )
 
 
+def recorded(out: Path, below: int) -> list[Result]:
+    """The results of seeds smaller than `below` that an earlier call recorded."""
+    if not below:
+        return []
+    return [Result(**one) for one in json.loads(out.with_suffix(".json").read_text())["results"] if one["seed"] < below]
+
+
 def summary(results: list[Result], task: str, arm: str) -> str:
     return interval([r.after for r in results if (r.task, r.arm) == (task, arm)])
 
@@ -197,8 +210,8 @@ def record(out: Path, begun: float, **content: object) -> None:
     out.with_suffix(".json").write_text(json.dumps(made | content, indent=1) + "\n")
 
 
-def write(results: list[Result], runs: Path, out: Path, begun: float) -> None:
-    """Writes JSON with all results, a Markdown table, and the learning curves of all arms."""
+def write(results: list[Result], runs: Path, out: Path, begun: float, curves: bool) -> None:
+    """Writes JSON with all results, a Markdown table and, with `curves`, the learning curves of all arms."""
     arms_changes = {arm: list(changes) for arm, changes in ARMS.items()}
     record(out, begun, arms=arms_changes, results=[asdict(r) for r in results])
     lines = ["| arm | " + " | ".join(TASKS) + " |", "| --- " * (len(TASKS) + 1) + "|"]
@@ -207,11 +220,12 @@ def write(results: list[Result], runs: Path, out: Path, begun: float) -> None:
     lines.insert(2, "| before | " + " | ".join(before) + " |")
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
-    def curves(task: str, arm: str) -> list[list[dict[str, float]]]:
+    def measured(task: str, arm: str) -> list[list[dict[str, float]]]:
         done = [r.seed for r in results if (r.task, r.arm) == (task, arm)]
         return [read_rows(folder(runs, task, arm, seed) / METRICS_FILE) for seed in done]
 
-    arms_picture({task: {arm: curves(task, arm) for arm in ARMS} for task in TASKS}, out.with_suffix(".png"))
+    if curves:
+        arms_picture({task: {arm: measured(task, arm) for arm in ARMS} for task in TASKS}, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import io
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -50,9 +51,9 @@ class Bucket:
     the buffer before it answers, and torch waits for the copies of a stream that used one.)"""
 
     def __init__(self, capacity: int, device: torch.device) -> None:
-        with _by_name():
-            self.buffer = torch.empty(capacity, dtype=torch.uint8, device=device)
-            if device.type == "cpu":
+        self.buffer = torch.empty(capacity, dtype=torch.uint8, device=device)
+        if device.type == "cpu":
+            with _by_name(), _without_signals():
                 self.buffer.share_memory_()
         self.placed: list[Placed] = []
         self.used = 0
@@ -294,3 +295,15 @@ def _by_name() -> Iterator[None]:
         yield
     finally:
         mp.set_sharing_strategy(before)
+
+
+@contextmanager
+def _without_signals() -> Iterator[None]:
+    """Holds signals back from this thread. The first shared buffer of a process makes torch start its
+    `torch_shm_manager`, and torch 2.13 loops forever if a signal arrives while it waits for that program's first line:
+    it repeats the test for EINTR, but not the read."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from icrl_megatron.settings.presets import apply_preset, paper_evaluation
 from icrl_megatron.settings.schema import Settings
-from icrl_megatron.settings.task_options import SOURCES, no_option, source_class, source_of
+from icrl_megatron.settings.task_options import SOURCES, no_option, options, source_class, source_of
 from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.settings.values import describe, parse, parse_file, pasted
 from icrl_megatron.utils import user_code
@@ -208,7 +208,7 @@ def _split(override: str) -> tuple[str, str]:
 
 def _merge(config: DictConfig, key: str, raw: str) -> DictConfig:
     source = _entry(config, key)
-    hint = _type_of(key, source, raw)
+    hint = _type_of(key, source, raw, config)
     value = parse(key, raw, hint, OmegaConf.select(config, key))
     try:
         if re.search(r"\.\d+(\.|$)", key):  # merging cannot reach into a list
@@ -250,7 +250,10 @@ def _fit(config: DictConfig, key: str, value: Any, source: TaskSource) -> None:
 
 def _with_sources(given: dict[str, Any]) -> dict[str, Any]:
     """Settings as mappings, where each entry of `tasks.sources` has the class of its task set. Raises ConfigError for
-    an entry with an unknown option."""
+    an unknown setting, and for an option that the entry's task set does not have."""
+    for name in _flat(given):
+        if not _ENTRY.fullmatch(name):
+            _type_of(name, None)
     tasks = given.get("tasks")
     if not isinstance(tasks, dict) or not isinstance(tasks.get("sources"), list):
         return given
@@ -288,10 +291,10 @@ def _check_index(config: DictConfig, key: str, raw: str) -> None:
         )
 
 
-def _type_of(key: str, source: TaskSource | None, raw: str = "") -> Any:
+def _type_of(key: str, source: TaskSource | None, raw: str = "", config: DictConfig | None = None) -> Any:
     """The declared type of a setting; `source` is the entry of `tasks.sources` that it belongs to, if any. Raises
-    ConfigError with the nearest valid name when there is none, and for an option of another task set. `raw`: the value
-    for the remedy."""
+    ConfigError with the nearest valid name when there is none, and for an option of another task set. For the remedy,
+    `raw` is the value and `config` has the entries of `tasks.sources`."""
     known = field_types(source.name if source else "")
     dotted = re.sub(r"\.\d+(?=\.|$)", "", key)
     if dotted in known:
@@ -310,14 +313,27 @@ def _type_of(key: str, source: TaskSource | None, raw: str = "") -> Any:
         return typing.get_args(known[section])[1]
     near = _nearest(key, section, dotted.rpartition(".")[2], known)
     name = key.rpartition(".")[2]
-    if near and raw:
-        raise ConfigError(f"unknown setting {key!r}: did you mean {near}? Write {pasted(near, raw)}")
     if near:
-        raise ConfigError(f"unknown setting {key!r}: did you mean {near}?")
+        written = f" {_instead(key, near, raw, config)}" if raw else ""
+        raise ConfigError(f"unknown setting {key!r}: did you mean {near}?{written}")
     siblings = [one.rpartition(".")[2] for one in known if one.rpartition(".")[0] == section]
     if section in known and siblings:
         raise ConfigError(f"unknown setting {key!r}: {section} has {', '.join(siblings)}; leave {name} out")
     raise ConfigError(f"unknown setting {key!r}: leave it out; `icrl settings` lists all settings")
+
+
+def _instead(key: str, near: str, raw: str, config: DictConfig | None) -> str:
+    """What to write: the setting `near`, or, if that is an option of a task set, all entries of `tasks.sources` with
+    that option."""
+    at = _ENTRY.fullmatch(near)
+    if config is None or at is None or at[2] is None or _ENTRY.fullmatch(key):
+        return f"Write {pasted(near, raw)}"
+    entries = typing.cast(list[TaskSource], OmegaConf.to_object(config.tasks.sources))
+    having = [i for i, entry in enumerate(entries) if at[2][1:] in dict(options(entry))]
+    if not having:
+        names = ", ".join(dict.fromkeys(entry.name for entry in entries))
+        return f"It is an option of other task sets than {names}: leave it out"
+    return f"Write {' '.join(pasted(f'tasks.sources.{i}{at[2]}', raw) for i in having)}"
 
 
 def _nearest(key: str, section: str, leaf: str, known: Mapping[str, Any]) -> str:
@@ -331,6 +347,8 @@ def _nearest(key: str, section: str, leaf: str, known: Mapping[str, Any]) -> str
     same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
     near = difflib.get_close_matches(dotted, same_leaf, n=1, cutoff=0.0)
     near = near or ([] if section in known and siblings else difflib.get_close_matches(dotted, known, n=1, cutoff=0.5))
+    if near and (at := _ENTRY.match(key)) and near[0].startswith("tasks.sources."):
+        return f"tasks.sources.{at[1]}.{_indexed(near[0], known).removeprefix('tasks.sources.0.')}"
     return _indexed(near[0], known) if near else ""
 
 

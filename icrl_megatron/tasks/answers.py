@@ -29,6 +29,9 @@ _SUPERSCRIPTS = str.maketrans(
 _RAISED = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u207b]+")
 _FRACTIONS = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 _ROOT = re.compile("\u221a\\s*(\\d+|[a-z]|\\(([^()]*)\\))")
+_MARKED = re.compile(r"(\*{1,3}|_{1,3}|`{1,3})([^\s*_`](?:[^*_`]*[^\s*_`])?)\1([.,;]?)")
+"""Markdown's emphasis of a whole answer. `2 *3* 4` is a product."""
+_STRONG = re.compile(r"(?<![\w)}\]])\*\*([^\s*](?:[^*]*[^\s*])?)\*\*(?![\w({\\])")
 _EMPHASIS = re.compile(r"\\(?:text(?:bf|it|rm|sf|sc)|mathbf|mathit|boldsymbol|emph|bm|underline)\s*\{([^{}]*)\}")
 _TEXT = re.compile(r"\\(?:text|mathrm|mbox|operatorname)\s*\{([^{}]*)\}")
 _ENDS = re.compile(r"[\s.,;]+$")
@@ -38,9 +41,14 @@ _QUALIFIER = re.compile(
 )
 _DOLLARS = re.compile(r"(-?)\\?\$(\d[\d,]*(?:\.\d+)?)")
 """A price; the dollar signs around a formula come in pairs."""
+_ANGLE = re.compile(
+    r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{?\d\}?)?)\s*(\(?)\s*(\d+(?:\.\d+)?)\s*\^\s*\{?\s*\\(?:circ|degree)\s*\}?\s*(\)?)"
+)
+"""The sine of a number of degrees."""
+_TUPLE = re.compile(r"\(\s*([a-z](?:\s*,\s*[a-z])+)\s*\)\s*=\s*(?=\()")
 _TIME = re.compile(r"\d{1,2}:\d{2}(?: ?[ap]\.?m\.?)?", re.I)
 _BASED = re.compile(r"\(?([0-9A-Fa-f]+)\)?_\{?(\d{1,2})\}?")
-_CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:)])(?:\s.*)?|([A-J])")
+_CHOICE = re.compile(r"(?:(?i:option|choice) )?(?:\(?([A-J])(?:\)|[.:)])(?:\s.*)?|([A-J]))")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' .()-]*")
 _VARIABLES = re.compile(r"[xyz]{2,3}")
 _QUANTITY = re.compile(r"(.*?[\d})!])\s*((?:\\text\{)?\s*[A-Za-z][A-Za-z /-]*\}?(?:\^\{?[23]\}?|[23])?)")
@@ -131,13 +139,17 @@ def cleaned(text: str) -> str:
     text = text.strip()
     if (inner := last_box(text)) is not None:
         text = inner
+    if text.startswith("\\[") and text.endswith("\\]"):
+        text = text[2:-2].strip()
+    if (marked := _MARKED.fullmatch(text)) is not None:
+        text = marked[2]
     text = text.translate(_TRANSLATED)
     if (price := _DOLLARS.fullmatch(text)) is not None:
         text = f"{price[1]}{price[2]} dollars"
     text = _ROOT.sub(lambda m: f"\\sqrt{{{m[2] or m[1]}}}", text)
     text = _RAISED.sub(lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text)
     text = _FRACTIONS.sub(lambda m: _fraction(m[0]), text)
-    text = re.sub(r"\*\*([^*]+)\*\*", r"\1", text).replace("\\$", "").replace("$", "")
+    text = _STRONG.sub(r"\1", text).replace("**", "^").replace("\\$", "").replace("$", "")
     for _ in range(3):  # emphasis in emphasis
         text = _EMPHASIS.sub(r"\\text{\1}", text)
     text = re.sub(r"\\([dtc])frac(?![a-z])", r"\\frac", text)
@@ -145,6 +157,7 @@ def cleaned(text: str) -> str:
     text = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{", text)
     text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}", text)
+    text = _ANGLE.sub(_radians, text)
     text = re.sub(r"\{?\^\s*\{?\s*\\(?:circ|degree)\s*\}?\}?", " degrees", text)
     text = (
         text.replace("\\degree", " degrees")
@@ -156,6 +169,8 @@ def cleaned(text: str) -> str:
     text = re.sub(r"\\choose(?![a-z])", "\\\\choose ", text)
     text = re.sub(r"\{\s*(\w+)\s*\\choose\s*(\w+)\s*\}", r"\\binom{\1}{\2}", text)
     text = re.sub(r"^(?:\\approx|\\sim|=|~)\s*", "", text.strip())
+    if (named := _TUPLE.match(text)) is not None and (letters := re.findall("[a-z]", named[1])) == sorted(letters):
+        text = text[named.end() :]
     text = re.sub(r"^[A-Za-z]\s*\\in\s*(?=[\[(]|\\\{)", "", _QUALIFIER.sub("", text))
     dots = text.endswith(("...", "\\ldots", "\\dots", "\\cdots"))
     return re.sub(r"\s+", " ", text if dots else _ENDS.sub("", text)).strip()
@@ -164,6 +179,13 @@ def cleaned(text: str) -> str:
 def _fraction(character: str) -> str:
     over, _, under = unicodedata.normalize("NFKC", character).partition("\u2044")
     return f"\\frac{{{over}}}{{{under}}}"
+
+
+def _radians(found: re.Match[str]) -> str:
+    function, opened, degrees, closed = found.groups()
+    if bool(opened) != bool(closed):
+        return found[0]
+    return f"{function}(\\frac{{{degrees}\\pi}}{{180}})"
 
 
 def plain(text: str) -> str:

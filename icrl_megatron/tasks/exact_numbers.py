@@ -10,7 +10,7 @@ from fractions import Fraction
 
 MAX_BITS = 1 << 20
 """Size of the largest numerator or denominator that is computed."""
-_GROUPED = re.compile(r"[1-9]\d{0,2}(?:(?:,| |\\,|\{,\}|\\ )\d{3})+(?!\d)")
+_GROUPED = re.compile(r"[1-9]\d{0,2}(?:(?:,| |\\,|\{,\}|\\ )\d{3})+(?:\.\d+|(?!\d))")
 _DECIMAL = re.compile(r"\d+(?:\.\d*)?|\.\d+")
 _REPEATING = re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\{(\d+)\}|\((\d+)\))")
 _DOTS = re.compile(r"(\d*)\.(\d*?)(\d{1,8}?)\3+(?:\.\.\.|\\l?dots|\\cdots)")

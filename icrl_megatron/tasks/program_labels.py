@@ -215,7 +215,10 @@ def _split(test: ast.expr) -> tuple[str, Any]:
     if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.Eq | ast.Is):
         for value, literal in ((test.left, test.comparators[0]), (test.comparators[0], test.left)):
             if _is_literal(literal):
-                return ast.unparse(value), ast.literal_eval(literal)
+                asked, expected = ast.unparse(value), ast.literal_eval(literal)
+                if isinstance(test.ops[0], ast.Is):  # 1 equals True, but is not it
+                    return f"(lambda v: (type(v).__name__, v))({asked})", (type(expected).__name__, expected)
+                return asked, expected
     return f"bool({ast.unparse(test)})", True
 
 

@@ -14,6 +14,7 @@ import os
 import resource
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 READY = b"ready\n"
@@ -33,6 +34,8 @@ def canonical(value: Any) -> Any:
         return ["str", str(value)]
     if isinstance(value, bytes):
         return ["bytes", value.hex()]
+    if callable(ratio := getattr(value, "as_integer_ratio", None)) and not isinstance(value, type):
+        return _rational(value, ratio)
     for kind in (list, tuple):
         if isinstance(value, kind):
             return [kind.__name__, [canonical(part) for part in value]]
@@ -42,6 +45,21 @@ def canonical(value: Any) -> Any:
         pairs = ([canonical(key), canonical(part)] for key, part in value.items())
         return ["dict", sorted(pairs, key=json.dumps)]
     return ["nothing"] if value is None else ["other", type(value).__name__]
+
+
+def _rational(value: Any, ratio: Callable[[], tuple[int, int]]) -> Any:
+    """A Fraction or a Decimal: the JSON of the equal int or float, if there is one."""
+    try:
+        above, below = ratio()
+    except (ValueError, OverflowError):  # Decimal's infinity and NaN
+        return canonical(float(value))
+    if below == 1:
+        return ["number", hex(above)]
+    try:
+        near = above / below
+    except OverflowError:
+        return ["number", f"{above}/{below}"]
+    return ["number", repr(near) if near.as_integer_ratio() == (above, below) else f"{above}/{below}"]
 
 
 def encoded(value: Any) -> str:

@@ -27,6 +27,8 @@ HTML = (
     "<p>Its river is the Lume, which is short and wide.</p></article></body></html>"
 )
 LIMITS = FetchLimits(total_s=1.0, page_bytes=50_000, redirects=2)
+PACKED = gzip.compress(b"<p>" * 10_000_000)
+"""Made before a request whose time is limited."""
 
 
 @pytest.fixture
@@ -110,9 +112,7 @@ async def answer(request: web.Request) -> web.StreamResponse:
     if kind == "html":
         return web.Response(text=HTML, content_type="text/html")
     if kind == "gzip":
-        return web.Response(
-            body=gzip.compress(b"<p>" * 10_000_000), headers={"Content-Encoding": "gzip"}, content_type="text/html"
-        )
+        return web.Response(body=PACKED, headers={"Content-Encoding": "gzip"}, content_type="text/html")
     if kind == "long":
         return web.Response(text="x" * 60_000)
     if kind == "latin":

@@ -77,3 +77,29 @@ def test_evaluation_and_distillation_name_the_entry_too() -> None:
     with pytest.raises(ConfigError) as caught:
         distill.prepare(settings, Path("out.jsonl"), False, split="heldout")
     assert pasted(str(caught.value)) == ["tasks.sources.1.data.heldout=[FILE]"]
+
+
+TWO_WITH_FILES = f"tasks.sources=[{{name: math}}, {FIRST}, {{name: code}}]"
+
+
+def test_an_option_of_task_sets_is_pasted_for_every_entry_that_has_it() -> None:
+    settings = S.load("any_text", [TWO_WITH_FILES])
+    for name in ("tasks.duplicates", "duplicates"):
+        with pytest.raises(ConfigError) as caught:
+            S.apply_overrides(settings, [f"{name}=drop"])
+        changed = S.apply_overrides(settings, pasted(str(caught.value).partition("Write ")[2]))
+        first, middle, last = changed.tasks.sources
+        assert first.data.duplicates == last.data.duplicates == "drop"  # type: ignore[attr-defined]
+        assert middle == settings.tasks.sources[1]
+    with pytest.raises(ConfigError, match=r"Write tasks\.sources\.2\.data\.duplicates=drop$"):
+        S.apply_overrides(settings, ["tasks.sources.2.duplicates=drop"])
+    with pytest.raises(ConfigError, match="other task sets than rulebook_hard, household: leave it out"):
+        S.load("quickstart", ["tasks.duplicates=drop"])
+
+
+def test_an_unknown_setting_in_a_file_or_a_mapping_names_the_right_one(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("tasks: {duplicates: drop, sources: [{name: math}]}\n")
+    with pytest.raises(ConfigError, match=r"did you mean tasks\.sources\.0\.data\.duplicates\?"):
+        S.load(str(tmp_path / "run.yaml"))
+    with pytest.raises(ConfigError, match=r"'optim\.learning_rat': did you mean optim\.learning_rate\?"):
+        S.load("any_text", ["optim={learning_rat: 1e-4}"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,9 @@ def cases(label: object) -> list[Case]:
         (ADD, ["import math\nassert math.isclose(add(0.1, 0.2), 0.3)", "assert add(1, 1)"], None),
         (ADD, ["assert add(1, 1) < 2"], "Test 1 of 1"),
         (ADD, ["assert add((), ()) is None"], "Test 1 of 1"),
+        (ADD, ["assert add(0, 1) is True"], "The value was \"('int', 1)\""),
+        ("def same(a, b): return a == b", ["assert same(1, 1) is True", "assert same(1, 2) is False"], None),
+        ("from fractions import Fraction\ndef half(n): return Fraction(n, 2)", ["assert half(4) == 2"], None),
         (f"{ADD}\nif __name__ == '__main__': 1 / 0", TESTS, None),
         ("import os\ndef add(a, b): os._exit(0)", TESTS, "ended before it could be called"),
         ("import sys\nsys.exit(0)", TESTS, "ended before it could be called"),
@@ -124,8 +129,16 @@ def test_output_comparison(given: str, expected: str, tolerance: float, same: bo
     assert same_output(given, expected, tolerance) is same
 
 
+NUMBERS = st.builds(Fraction, st.integers(-4, 4), st.sampled_from([1, 2, 3])) | st.sampled_from(
+    [Decimal(text) for text in ("1", "0.5", "2.50", "1e400", "1e-400", "Infinity")] + [float("inf"), 10**400]
+)
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 3) | st.floats(-3, 3).map(lambda x: round(x * 2) / 2) | st.text("ab"),
+    NUMBERS
+    | st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.floats(-3, 3).map(lambda x: round(x * 2) / 2)
+    | st.text("ab"),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.tuples(inner, inner)

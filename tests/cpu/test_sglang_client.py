@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -363,3 +365,19 @@ def test_gpu_checksum_of_a_tensor_hashed_in_parts() -> None:
     """As above, for more words than are hashed at once."""
     half = (torch.arange(2_200_003) * 2654435761).remainder(65521).to(torch.bfloat16)
     assert word_hash(torch.cat([half, half])) == 0x76CE81E400265105
+
+
+def test_signals_do_not_stop_the_first_shared_buffer_of_a_process() -> None:
+    # The ticks of the watchdog, a thousand times as often.
+    code = (
+        "import signal, torch\n"
+        "from icrl_megatron.engines.sglang_weights import Bucket\n"
+        "from icrl_megatron.rollout.timer import KernelTimer\n"
+        "signal.signal(signal.SIGRTMAX - 5, lambda *_: None)\n"
+        "timer = KernelTimer(signal.SIGRTMAX - 5)\n"
+        "timer.set(1e-3, 1e-3)\n"
+        "assert Bucket(1 << 10, torch.device('cpu')).buffer.is_shared()\n"
+        "timer.set(0.0)\n"
+        "assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=200)

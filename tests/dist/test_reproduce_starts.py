@@ -44,4 +44,4 @@ def test_cells_are_trained_evaluated_and_read(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     with world(tmp_path) as here:
         asked = here.asked(asked_for(()), tmp_path / "out", *LOCAL)
-        check_started(asked, start(asked, here, tmp_path, {}))
+        check_started(asked, start(asked, here, tmp_path))

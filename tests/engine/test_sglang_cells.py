@@ -14,7 +14,6 @@ from engine_cases import engine_settings
 from paper_cells import LIMIT_S, POSITIONS, World, asked_for, check_started, start, world
 
 from icrl_megatron.engines.sglang_server import Server, ServerSpec
-from icrl_recipes.cells import Critic
 
 pytestmark = [pytest.mark.engine, pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(LIMIT_S)]
 
@@ -47,6 +46,7 @@ def test_cells_are_trained_evaluated_and_read(
     remote = (f"engine.urls=[{server.url}]", "engine.api_key_env=SERVER_KEY")
     asked = here.asked(asked_for(FEW), tmp_path / "out", *remote)
     # A second model needs a server of its own.
-    own = ("engine.urls=[]", f"engine.python={os.environ['ICRL_ENGINE_PYTHON']}", f"engine.startup_timeout_s={START_S}")
-    check_started(asked, start(asked, here, tmp_path, {Critic.START: own}))
+    python = f"engine.python={os.environ['ICRL_ENGINE_PYTHON']}"
+    own = ("engine.urls=[]", "engine.api_key_env=", python, f"engine.startup_timeout_s={START_S}")
+    check_started(asked, start(asked, here, tmp_path, own))
     assert "Prefill batch" in (tmp_path / "sglang.log").read_text()
