@@ -81,7 +81,14 @@ def predict(result: Mapping[str, Any], failed: float) -> list[Arm]:
         seconds = simulate(engines, trainer, Rule(steps, staleness), group).step_s(skip)
         predicted[name] = seconds / (TASKS * EPISODES)
     return [
-        Arm(case, k, *(of[f"{case}, 0"] / of[name] for of in (measured, predicted)), measured[name], predicted[name])
+        Arm(
+            case=case,
+            staleness=k,
+            measured=measured[f"{case}, 0"] / measured[name],
+            predicted=predicted[f"{case}, 0"] / predicted[name],
+            measured_s=measured[name],
+            predicted_s=predicted[name],
+        )
         for name, (case, k) in names.items()
     ]
 

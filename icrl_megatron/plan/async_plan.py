@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from rich.console import Console
@@ -116,19 +116,19 @@ def _run(
     return Prediction(gpus, staleness, engine_gpus, out.step_s(skip), out.waited_s(skip), idle, out.dropped / out.begun)
 
 
-def _predict(settings: Settings, plan: Plan, staleness: int, engine_gpus: int) -> Prediction:
+def _synchronous(settings: Settings, plan: Plan) -> Prediction:
+    engines = engines_of(plan.shape, plan.layout, plan.gpu, _kv_tokens(plan), settings.rollout.concurrency)
+    return _run(settings, plan, 0, plan.layout.gpus, plan.times, engines)
+
+
+def _asynchronous(settings: Settings, plan: Plan, staleness: tuple[int, ...], engine_gpus: int) -> list[Prediction]:
     """`plan` is that of all GPUs."""
-    shape, gpu = plan.shape, plan.gpu
-    if staleness == 0:
-        engines = engines_of(shape, plan.layout, gpu, _kv_tokens(plan), settings.rollout.concurrency)
-        return _run(settings, plan, 0, plan.layout.gpus, plan.times, engines)
-    playing = plan.layout.but(gpus=engine_gpus, serving=replace(plan.layout.serving, servers=None))
-    training = plan.layout.but(gpus=plan.layout.gpus - engine_gpus)
-    times = timing.estimate(
-        shape, training, plan.work, Passes.of(settings.algo), gpu, plan.memory.engine.cache, CONSTANTS
-    )
-    engines = engines_of(shape, playing, gpu, _kv_tokens(plan), settings.rollout.concurrency)
-    return _run(settings, plan, staleness, engine_gpus, times, engines)
+    shape, gpu, passes = plan.shape, plan.gpu, Passes.of(settings.algo)
+    actor = plan.layout.but(gpus=plan.layout.gpus - engine_gpus)
+    times = timing.estimate(shape, actor, plan.work, passes, gpu, plan.memory.engine.cache)
+    layout = plan.layout.but(gpus=engine_gpus)
+    engines = engines_of(shape, layout, gpu, _kv_tokens(plan), settings.rollout.concurrency)
+    return [_run(settings, plan, k, engine_gpus, times, engines) for k in staleness]
 
 
 def splits(gpus: int, layout: Layout) -> list[int]:
@@ -161,13 +161,13 @@ def predict(
             "--async: engine.urls, engine.servers and rollout.critic=frozen are not simulated; leave them out"
         )
     bigger, plan = _at(settings, split_on, gpu)
-    tried = [_predict(bigger, plan, STALENESS[-1], e) for e in splits(split_on, plan.layout)]
+    tried = [_asynchronous(bigger, plan, STALENESS[-1:], e)[0] for e in splits(split_on, plan.layout)]
     share = min(tried, key=lambda one: one.step_s).engine_gpus / split_on
-    found = []
+    found: list[Prediction] = []
     for gpus in counts_of_gpus:
         bigger, plan = _at(settings, gpus, gpu)
         engine_gpus = min(splits(gpus, plan.layout), key=lambda e: abs(e / gpus - share))
-        found += [_predict(bigger, plan, k, engine_gpus if k else gpus) for k in STALENESS]
+        found += [_synchronous(bigger, plan), *_asynchronous(bigger, plan, STALENESS[1:], engine_gpus)]
     return found
 
 
