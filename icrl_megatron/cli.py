@@ -345,11 +345,14 @@ def plan(
     scaling: Annotated[bool, typer.Option("--scaling", help="Also print a table of 8 to 1024 GPUs.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Write a PNG of that table, and print the table.")] = None,
     overwrite: Overwrite = False,
+    asynchronous: Annotated[
+        bool, typer.Option("--async", help="Also simulate idle GPUs of rollout.staleness 0 to 4 on 8 to 1024 GPUs.")
+    ] = False,
 ) -> None:
     """Predict memory and time of a step from the settings alone, before any GPU is used."""
     from icrl_megatron.plan import command
 
-    command.run(recipe, overrides or [], gpus, gpu, search, scaling, picture, overwrite)
+    command.run(recipe, overrides or [], gpus, gpu, search, scaling, picture, overwrite, asynchronous)
 
 
 @app.command()

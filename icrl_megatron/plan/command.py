@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from icrl_megatron.plan import hardware, planner
+from icrl_megatron.plan import async_plan, hardware, planner
 from icrl_megatron.plan.models import shape_of
 from icrl_megatron.plan.scaling import picture, require_writable, scale
 from icrl_megatron.plan.search import search
@@ -26,6 +26,7 @@ def run(
     scaling: bool,
     image: Path | None,
     overwrite: bool = False,
+    asynchronous: bool = False,
 ) -> None:
     """Prints the plan, its scaling or a search. Raises ConfigError for a plan that does not fit."""
     resolved, gpu = settings_module.load(recipe, overrides), hardware.get(gpu_name)
@@ -58,4 +59,6 @@ def run(
         show_scaling(points, console)
         if image is not None:
             console.print(f"picture: {picture(points, image, f'{recipe} on {gpu.name}')}")
+    if asynchronous:
+        async_plan.show(async_plan.predict(resolved, gpu), console)
     planner.require_fit(made, resolved)
