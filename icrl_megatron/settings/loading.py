@@ -150,7 +150,14 @@ def load_saved(path: Path) -> Settings:
 
 def _read(path: Path) -> Settings:
     given = _with_sources(parse_file(path.read_text(encoding="utf-8"), Settings))
-    return _to_settings(OmegaConf.merge(OmegaConf.structured(Settings), given), "the file")
+    return _to_settings(OmegaConf.merge(_defaults(), given), "the file")
+
+
+@functools.cache
+def _defaults() -> DictConfig:
+    """All settings. It takes long to build, and `OmegaConf.merge` copies it."""
+    config: DictConfig = OmegaConf.structured(Settings)
+    return config
 
 
 @functools.cache

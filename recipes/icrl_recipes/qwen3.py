@@ -7,6 +7,8 @@ in Hugging Face's layout: models/Qwen3-8B under the working directory, or `model
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -98,8 +100,12 @@ Run = tuple[str, str, int]
 def _recipe(name: str, about: str, run: Run, *changes: str) -> Callable[[], Settings]:
     """A row of the table: a function of this name with a docstring."""
 
-    def make() -> Settings:
+    @functools.cache  # merging takes long, and commands and tests ask for the same recipe several times
+    def merged() -> Settings:
         return apply_overrides(icrl(name, *run), changes)
+
+    def make() -> Settings:
+        return copy.deepcopy(merged())
 
     make.__name__, make.__doc__ = name, about
     return make

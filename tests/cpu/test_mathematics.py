@@ -26,7 +26,7 @@ ENDLESS = r"\sin 9^{9^{9^9}}"
 
 @pytest.fixture(scope="module")
 def grader() -> Iterator[Grader]:
-    made = Grader(workers=2, timeout_s=5.0)
+    made = Grader(workers=2, timeout_s=2.0)
     yield made
     made.close()
 

@@ -1,4 +1,5 @@
-"""`torchrun allocation_worker.py FOLDER SETTINGS.yaml OUT`: writes the bytes that each rank holds after an update."""
+"""`torchrun allocation_worker.py FOLDER...` writes to each folder the bytes that every rank holds after an update with
+its settings.yaml."""
 
 from __future__ import annotations
 
@@ -20,14 +21,15 @@ def allocated(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
 
 
-def main(folder: Path, settings_path: Path, out: Path) -> None:
-    settings = load_saved(settings_path)
-    platform.prepare("cpu")
+def measure(folder: Path) -> None:
+    from megatron.core import parallel_state
+
     from icrl_megatron.actor.actor import Actor
     from icrl_megatron.distributed import grid as grids
 
+    settings = load_saved(folder / "settings.yaml")
     grid = grids.build(settings)
-    actor = Actor(settings, folder, grid)
+    actor = Actor(settings, Path(settings.model.path), grid)
     for param in actor.wrapped.parameters():
         param.main_grad.fill_(1e-3)
     assert actor.optimizer.step(1e-6, healthy=True).applied
@@ -41,9 +43,16 @@ def main(folder: Path, settings_path: Path, out: Path) -> None:
     found = {name: sum(of.values()) for name, of in (("weights", weights), ("gradients", gradients))}
     found["parameters"] = sum(param.numel() for param in actor.wrapped.parameters())
     found["optimizer"] = sum(optimizer.values())
-    (out / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
-    grids.shutdown()
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+    parallel_state.destroy_model_parallel()
+
+
+def main(folders: list[Path]) -> None:
+    platform.prepare("cpu")
+    for folder in folders:
+        measure(folder)
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]))
+    main([Path(name) for name in sys.argv[1:]])

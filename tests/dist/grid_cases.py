@@ -228,6 +228,22 @@ CASES = {
     "sparse_gspo": Case("tied", 3, _sparse_gspo),
 }
 
+_HEADS = ("paper", "everything", "plain")
+"""Tied and own output weights; both heads with all terms of the loss."""
+_MODELS = (*_HEADS, "sparse", "qwen2")
+_FEWER = {
+    # The kernels change only the head, and tests of the head cover its other inputs.
+    "kernels": ("everything",),
+    "tp2pp2sp-kernels": _HEADS,
+    # How layers are computed cannot change a loss, which sees log-probs.
+    **dict.fromkeys(("tp2sp", "tp2sp-padded", "tp2sp-full", "pp2-selective"), _MODELS),
+}
+
+
+def cases_of(layout: str) -> tuple[str, ...]:
+    """The cases that a layout trains."""
+    return _FEWER.get(layout, tuple(CASES))
+
 
 SAVED = {
     "fp32": (CASES["paper"], "fp32"),

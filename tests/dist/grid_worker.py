@@ -30,6 +30,7 @@ from grid_cases import (  # noqa: E402
     Case,
     Layout,
     Trained,
+    cases_of,
     model_folder,
 )
 from megatron.core import parallel_state  # noqa: E402
@@ -227,8 +228,8 @@ def main(root: Path) -> None:
         layout, out = layouts[name], root / name
         out.mkdir(exist_ok=True)
         grid = grids.build(CASES["paper"].settings(layout))
-        for case_name, case in CASES.items():
-            found = train(case, layout, grid, root)
+        for case_name in cases_of(name):
+            found = train(CASES[case_name], layout, grid, root)
             if grid.rank == 0:
                 torch.save(found, out / f"{case_name}.pt")
         if name in GRIDS:

@@ -13,7 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from grid_cases import CASES, GRIDS, LAYOUTS, MODELS, ROPE, SAVERS, SHARD_BYTES, STEPS, VOCAB, Trained, model_folder
+from grid_cases import (
+    CASES,
+    GRIDS,
+    LAYOUTS,
+    MODELS,
+    ROPE,
+    SAVERS,
+    SHARD_BYTES,
+    STEPS,
+    VOCAB,
+    Trained,
+    cases_of,
+    model_folder,
+)
 from grid_reference import Reference
 from safetensors.torch import load_file
 from torch import Tensor
@@ -92,8 +105,7 @@ def result(root: Path, layout: str, case: str) -> Trained:
     return found
 
 
-@pytest.mark.parametrize("case", list(CASES))
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize(("layout", "case"), [(layout, case) for layout in LAYOUTS for case in cases_of(layout)])
 def test_training_equals_the_reference(root: Path, references: dict[str, Trained], layout: str, case: str) -> None:
     """Compares log-probs, losses, norms, all gradients of all updates, and the weights after two steps."""
     got, want = result(root, layout, case), references[case]
