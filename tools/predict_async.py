@@ -24,7 +24,15 @@ import numpy as np
 from bench_async import ARMS
 from waiting_tasks import LONGEST_S
 
-from icrl_megatron.plan.async_simulation import Decode, Engines, Group, Rule, Trainer, Turn, simulate
+from icrl_megatron.plan.async_simulation import (
+    DecodeSpeed,
+    EnginePool,
+    Group,
+    LeadRule,
+    SimulatedTurn,
+    Trainer,
+    simulate,
+)
 
 TASKS, EPISODES = 8, 4
 """Of a step of the benchmark."""
@@ -52,7 +60,9 @@ def groups(median_s: float, sigma: float, failed: float, seed: int = 0) -> Calla
         waits = np.minimum(median_s * rng.lognormal(0.0, sigma, (EPISODES, 2)), LONGEST_S)
         again = rng.random(EPISODES) < failed
         return tuple(
-            (Turn(1, wait_s=first), Turn(1), Turn(1, wait_s=second)) if more else (Turn(1, wait_s=first),)
+            (SimulatedTurn(1, wait_s=first), SimulatedTurn(1), SimulatedTurn(1, wait_s=second))
+            if more
+            else (SimulatedTurn(1, wait_s=first),)
             for (first, second), more in zip(waits.tolist(), again, strict=True)
         )
 
@@ -73,12 +83,12 @@ def predict(result: Mapping[str, Any], failed: float) -> list[Arm]:
     if not (0 < share < 1 and all(math.isfinite(s) and s > 0 for s in measured.values()) and 0 <= wait[1] < 5):
         raise ValueError("seconds_per_episode and waited_share must be above 0, waited_share below 1, sigma below 5")
     step_s = measured["no waits, 0"] * TASKS * EPISODES
-    engines = Engines(1, Decode(fixed_s=share * step_s / (REQUESTS if failed > 0 else 1)))
+    engines = EnginePool(1, DecodeSpeed(fixed_s=share * step_s / (REQUESTS if failed > 0 else 1)))
     trainer = Trainer(TASKS, fixed_s=(1.0 - share) * step_s)
     predicted = {}
     for name, (case, staleness) in names.items():
         group = groups(*(wait if case == CASES[0] else (0.0, 0.0)), failed)
-        seconds = simulate(engines, trainer, Rule(steps, staleness), group).step_s(skip)
+        seconds = simulate(engines, trainer, LeadRule(steps, staleness), group).step_s(skip)
         predicted[name] = seconds / (TASKS * EPISODES)
     return [
         Arm(

@@ -12,7 +12,16 @@ from rich.table import Table
 from icrl_megatron.model.flops import Passes, counts
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.plan import timing, workload
-from icrl_megatron.plan.async_simulation import Decode, Engines, Group, Outcome, Rule, Trainer, Turn, simulate
+from icrl_megatron.plan.async_simulation import (
+    DecodeSpeed,
+    EnginePool,
+    Group,
+    LeadRule,
+    SimulatedOutcome,
+    SimulatedTurn,
+    Trainer,
+    simulate,
+)
 from icrl_megatron.plan.calibration import CONSTANTS
 from icrl_megatron.plan.hardware import GPUS_A_NODE, Gpu
 from icrl_megatron.plan.layout import Layout, kv_bytes_a_token
@@ -53,7 +62,7 @@ class Prediction:
     """Share of the begun groups."""
 
 
-def decode_of(shape: ModelShape, layout: Layout, gpu: Gpu) -> Decode:
+def decode_of(shape: ModelShape, layout: Layout, gpu: Gpu) -> DecodeSpeed:
     """`timing.decode_step`, which is piecewise linear, as its coefficients."""
 
     def step(running: float, cached: float) -> float:
@@ -62,14 +71,14 @@ def decode_of(shape: ModelShape, layout: Layout, gpu: Gpu) -> Decode:
     running_s = (step(2e9, 0.0) - step(1e9, 0.0)) / 1e9
     fixed_s = CONSTANTS.decode_overhead_s
     fixed_s += 2.0 * shape.layers * CONSTANTS.all_reduce_latency_s if layout.engine_tensor > 1 else 0.0
-    return Decode(step(0.0, 0.0) - fixed_s, (step(0.0, 1e9) - step(0.0, 0.0)) / 1e9, running_s, fixed_s)
+    return DecodeSpeed(step(0.0, 0.0) - fixed_s, (step(0.0, 1e9) - step(0.0, 0.0)) / 1e9, running_s, fixed_s)
 
 
-def engines_of(shape: ModelShape, layout: Layout, gpu: Gpu, cache_tokens: float, episodes: int) -> Engines:
+def engines_of(shape: ModelShape, layout: Layout, gpu: Gpu, cache_tokens: float, episodes: int) -> EnginePool:
     flops = 2.0 * shape.layers * counts(shape).layer
     prefill = flops / (layout.engine_tensor * gpu.bf16_flops * CONSTANTS.prefill_efficiency)
     running = layout.serving.most_running
-    return Engines(layout.engines, decode_of(shape, layout, gpu), prefill, running, episodes, cache_tokens)
+    return EnginePool(layout.engines, decode_of(shape, layout, gpu), prefill, running, episodes, cache_tokens)
 
 
 def groups_of(settings: Settings) -> Callable[[int], Group]:
@@ -85,7 +94,7 @@ def groups_of(settings: Settings) -> Callable[[int], Group]:
     def group(number: int) -> Group:
         rows = zip(*(column[number % tasks].tolist() for column in step(number // tasks)), strict=True)
         return tuple(
-            (Turn(max(1.0, tokens / PIECES), context, read / PIECES, wait / PIECES),) * PIECES
+            (SimulatedTurn(max(1.0, tokens / PIECES), context, read / PIECES, wait / PIECES),) * PIECES
             for tokens, context, read, wait in rows
         )
 
@@ -103,14 +112,14 @@ def _kv_tokens(plan: Plan) -> float:
 
 
 def _run(
-    settings: Settings, plan: Plan, staleness: int, engine_gpus: int, times: timing.Times, engines: Engines
+    settings: Settings, plan: Plan, staleness: int, engine_gpus: int, times: timing.Times, engines: EnginePool
 ) -> Prediction:
     gpus, colocated = plan.layout.gpus, staleness == 0
     training = sum(s for name, s in times.phases.items() if name not in (*ROLLOUT, "sync", "offload"))
     between = times.phases["sync"] + times.phases["offload"]
     steps, skip = steps_of(staleness)
     trainer = Trainer(settings.rollout.tasks_per_step, fixed_s=training, sync_s=between)
-    out: Outcome = simulate(engines, trainer, Rule(steps, staleness), groups_of(settings))
+    out: SimulatedOutcome = simulate(engines, trainer, LeadRule(steps, staleness), groups_of(settings))
     trained_on = gpus if colocated else gpus - engine_gpus
     idle = out.idle(skip, engines.count, engine_gpus // engines.count, trained_on, colocated)
     return Prediction(gpus, staleness, engine_gpus, out.step_s(skip), out.waited_s(skip), idle, out.dropped / out.begun)

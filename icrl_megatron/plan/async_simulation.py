@@ -17,7 +17,7 @@ from heapq import heapify, heappop, heappush
 
 
 @dataclass(frozen=True)
-class Decode:
+class DecodeSpeed:
     """Seconds of one iteration: the roofline of reading weights and cache against the products, and a fixed part."""
 
     weights_s: float = 0.0
@@ -32,11 +32,11 @@ class Decode:
 
 
 @dataclass(frozen=True)
-class Engines:
+class EnginePool:
     """Equal engines. An episode stays on its engine."""
 
     count: int
-    decode: Decode
+    decode: DecodeSpeed
     prefill_token_s: float = 0.0
     most_running: int = 1_000_000
     """Requests that an engine decodes at once; the others wait in order."""
@@ -48,7 +48,7 @@ class Engines:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class SimulatedTurn:
     """A request, and the seconds that the environment takes after it."""
 
     tokens: float
@@ -60,8 +60,8 @@ class Turn:
     wait_s: float = 0.0
 
 
-Episode = tuple[Turn, ...]
-Group = tuple[Episode, ...]
+SimulatedEpisode = tuple[SimulatedTurn, ...]
+Group = tuple[SimulatedEpisode, ...]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Trainer:
 
 
 @dataclass(frozen=True)
-class Rule:
+class LeadRule:
     steps: int
     staleness: float = 0.0
     """Steps' worth of groups that may be ahead. A fraction is allowed where nothing is dropped."""
@@ -104,7 +104,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SimulatedOutcome:
     steps: tuple[Step, ...]
     begun: int
     trained: int
@@ -152,7 +152,7 @@ class _Open:
 class _Playing:
     """An episode. Its engine is -1 until it has a place."""
 
-    turns: Episode
+    turns: SimulatedEpisode
     group: _Open
     engine: int = -1
     turn: int = 0
@@ -163,7 +163,7 @@ class _Playing:
 class _Engine:
     """`clock` counts iterations; it stands still until `since` where that is in the future (prefill, pauses)."""
 
-    def __init__(self, decode: Decode) -> None:
+    def __init__(self, decode: DecodeSpeed) -> None:
         self.decode, self.clock, self.since, self.busy = decode, 0.0, 0.0, 0.0
         self.running, self.cached, self.episodes, self.generation = 0, 0.0, 0, 0
         self.ends: list[tuple[float, int, _Playing]] = []
@@ -191,7 +191,7 @@ class _Engine:
 
 
 class _Simulation:
-    def __init__(self, engines: Engines, trainer: Trainer, rule: Rule, group: Callable[[int], Group]) -> None:
+    def __init__(self, engines: EnginePool, trainer: Trainer, rule: LeadRule, group: Callable[[int], Group]) -> None:
         self._setup, self._trainer, self._rule, self._group = engines, trainer, rule, group
         self._engines = [_Engine(engines.decode) for _ in range(engines.count)]
         self._queues = [deque[_Playing]() for _ in range(1 if engines.shared_queue else engines.count)]
@@ -207,7 +207,7 @@ class _Simulation:
         self._spent = self._waited = 0.0
         self._steps: list[Step] = []
 
-    def run(self) -> Outcome:
+    def run(self) -> SimulatedOutcome:
         self._begin_step(0.0)
         while len(self._steps) < self._rule.steps:
             if not self._events:
@@ -215,7 +215,7 @@ class _Simulation:
             now, _, act = heappop(self._events)
             act(now)
         open_ = len(self._open)
-        return Outcome(tuple(self._steps), self._begun, self._trained, self._dropped, open_, self._pushed)
+        return SimulatedOutcome(tuple(self._steps), self._begun, self._trained, self._dropped, open_, self._pushed)
 
     def _push(self, at: float, act: Callable[[float], None]) -> None:
         self._pushed += 1
@@ -372,7 +372,7 @@ class _Simulation:
             self._begin_step(now)
 
 
-def simulate(engines: Engines, trainer: Trainer, rule: Rule, group: Callable[[int], Group]) -> Outcome:
+def simulate(engines: EnginePool, trainer: Trainer, rule: LeadRule, group: Callable[[int], Group]) -> SimulatedOutcome:
     """Plays a run. `group` returns the group of a number and must return the same for the same number.
 
     Raises ValueError for settings that could not end.

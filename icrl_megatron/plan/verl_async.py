@@ -16,7 +16,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from icrl_megatron.plan.async_plan import engines_of
-from icrl_megatron.plan.async_simulation import Engines, Group, Outcome, Rule, Trainer, Turn, simulate
+from icrl_megatron.plan.async_simulation import (
+    EnginePool,
+    Group,
+    LeadRule,
+    SimulatedOutcome,
+    SimulatedTurn,
+    Trainer,
+    simulate,
+)
 from icrl_megatron.plan.hardware import Gpu
 from icrl_megatron.plan.layout import Layout, Serving, engine_bytes, kv_bytes_a_token
 from icrl_megatron.plan.models import PUBLISHED
@@ -37,7 +45,7 @@ STEPS, SKIP = 14, 4
 
 
 @dataclass(frozen=True)
-class PublishedRun:
+class PublishedAsyncRun:
     """Half of the GPUs train, and half play."""
 
     gpus: int
@@ -56,20 +64,20 @@ class PublishedRun:
 
 
 ROWS = (
-    PublishedRun(128, 0.0, 231.34, 128.47, 98.77, 356.30, fitted=True),
-    PublishedRun(128, 0.1, 171.30, 58.17, 109.12, 356.30),
-    PublishedRun(128, 0.3, 146.11, 38.88, 103.22, 356.30),
-    PublishedRun(128, 0.5, 150.63, 33.14, 113.16, 356.30),
-    PublishedRun(64, 0.5, 189.26, 28.46, 156.98, 365.28),
-    PublishedRun(32, 0.5, 294.77, 21.26, 313.81, 790.10),
+    PublishedAsyncRun(128, 0.0, 231.34, 128.47, 98.77, 356.30, fitted=True),
+    PublishedAsyncRun(128, 0.1, 171.30, 58.17, 109.12, 356.30),
+    PublishedAsyncRun(128, 0.3, 146.11, 38.88, 103.22, 356.30),
+    PublishedAsyncRun(128, 0.5, 150.63, 33.14, 113.16, 356.30),
+    PublishedAsyncRun(64, 0.5, 189.26, 28.46, 156.98, 365.28),
+    PublishedAsyncRun(32, 0.5, 294.77, 21.26, 313.81, 790.10),
 )
 COLOCATED_ROLLOUTS = {32: 357.41, 64: 150.72, 128: 177.85}
 """GPUs -> published seconds of the rollouts ("gen") of a colocated synchronous step."""
 
 
 @dataclass(frozen=True)
-class Reproduced:
-    row: PublishedRun
+class ReproducedAsyncRun:
+    row: PublishedAsyncRun
     step_s: float
     waiting_s: float
 
@@ -87,32 +95,34 @@ def answers(mean: float, seed: int = 0) -> Callable[[int], Group]:
         drawn = rng.lognormal(math.log(mean) - variance / 2, math.sqrt(variance), ANSWERS)
         lengths = np.clip(np.rint(drawn), 1, LONGEST).tolist()
         reads = [PROMPT_TOKENS, *([0.0] * (ANSWERS - 1))]  # a prompt's answers share it
-        return tuple((Turn(n, PROMPT_TOKENS + n / 2, r),) for n, r in zip(lengths, reads, strict=True))
+        return tuple((SimulatedTurn(n, PROMPT_TOKENS + n / 2, r),) for n, r in zip(lengths, reads, strict=True))
 
     return group
 
 
-def engines(gpus: int, answers_at_once: int) -> Engines:
+def engines(gpus: int, answers_at_once: int) -> EnginePool:
     layout = Layout(gpus, engine_tensor=ENGINE_TENSOR, serving=Serving(most_running=answers_at_once))
     cache = ENGINE_MEMORY * H20.memory_bytes - engine_bytes(SHAPE, layout)
     tokens = cache / kv_bytes_a_token(SHAPE, ENGINE_TENSOR, layout.item)
     made = engines_of(SHAPE, layout, H20, tokens, answers_at_once)
-    return Engines(**{**made.__dict__, "shared_queue": True})
+    return EnginePool(**{**made.__dict__, "shared_queue": True})
 
 
-def reproduce(row: PublishedRun, mean_tokens: float | None = None, steps: int = STEPS, skip: int = SKIP) -> Reproduced:
+def reproduce(
+    row: PublishedAsyncRun, mean_tokens: float | None = None, steps: int = STEPS, skip: int = SKIP
+) -> ReproducedAsyncRun:
     """The simulated step; `mean_tokens` replaces the lengths that the row's training time stands for."""
     trainer = Trainer(PROMPTS, fixed_s=row.update_s, parts=PARTS)
     group = answers(row.mean_tokens if mean_tokens is None else mean_tokens)
-    rule = Rule(steps, row.staleness, drop=False)
-    out: Outcome = simulate(engines(row.gpus // 2, ANSWERS_AT_ONCE), trainer, rule, group)
-    return Reproduced(row, out.step_s(skip), out.waited_s(skip))
+    rule = LeadRule(steps, row.staleness, drop=False)
+    out: SimulatedOutcome = simulate(engines(row.gpus // 2, ANSWERS_AT_ONCE), trainer, rule, group)
+    return ReproducedAsyncRun(row, out.step_s(skip), out.waited_s(skip))
 
 
 def colocated_rollout_s(gpus: int, mean_tokens: float) -> float:
     """Seconds of the rollouts of a synchronous step on all GPUs."""
     made = engines(gpus, PROMPTS * ANSWERS)
-    return simulate(made, Trainer(PROMPTS, fixed_s=1.0), Rule(3, drop=False), answers(mean_tokens)).waited_s(1)
+    return simulate(made, Trainer(PROMPTS, fixed_s=1.0), LeadRule(3, drop=False), answers(mean_tokens)).waited_s(1)
 
 
 def main() -> None:

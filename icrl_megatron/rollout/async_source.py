@@ -20,7 +20,17 @@ from icrl_megatron.distributed.grid import Failure, attempt, raise_failures
 from icrl_megatron.engines.protocol import EngineError, EngineLostError, EngineStats
 from icrl_megatron.engines.rank import Share
 from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play_all
-from icrl_megatron.rollout.messages import Abandoned, Begin, Forget, GroupEnded, Groups, Result, Run, Save, Stop
+from icrl_megatron.rollout.messages import (
+    Abandoned,
+    Begin,
+    Forget,
+    GroupEnded,
+    JobResult,
+    RunJob,
+    Save,
+    SavedGroups,
+    StopRollouts,
+)
 from icrl_megatron.rollout.open_group import OpenGroup, begun_line, group_lines, read, share_of
 from icrl_megatron.rollout.played import Gather, Job, Played, RolloutRequest, T, together
 from icrl_megatron.rollout.replay import tokens
@@ -143,12 +153,12 @@ class AsyncSource:
         found: list[T] = []
 
         def ended() -> bool:
-            found.extend(message.value for message in self._receive() if isinstance(message, Result))
+            found.extend(message.value for message in self._receive() if isinstance(message, JobResult))
             return job is None or bool(found)
 
         assert job is None or self._process is not None
         if self._process is not None and job is not None:
-            self._process.send(Run(job))
+            self._process.send(RunJob(job))
         while not all(self._meet(ended, None if found else job)):
             time.sleep(LONGEST_S / 4)
         return found[0] if found else None
@@ -229,7 +239,7 @@ class AsyncSource:
                 account.too_old += len(message.numbers)
                 account.cut_off += message.episodes
                 account.discarded += message.tokens
-            elif not isinstance(message, Groups):  # one that came too late for its checkpoint
+            elif not isinstance(message, SavedGroups):  # one that came too late for its checkpoint
                 others.append(message)
         beat = self._process.take_counters()
         account.generated += beat.generated
@@ -287,7 +297,7 @@ class AsyncSource:
         """What `mine` returns on all ranks. Lost processes are restarted meanwhile, and sent the weights. All ranks
         call it together."""
         if self._stopping() and not self._told_stop and self._process is not None:
-            self._process.send(Stop())
+            self._process.send(StopRollouts())
             self._told_stop = True
         found, failed = attempt(lambda: (self._keep_alive(job), mine()))
         needs = found is not None and found[0]
@@ -327,15 +337,15 @@ class AsyncSource:
         again = [replace(group, version=of, ended=number not in self._open) for number, group, of in begun]
         self._process.send(Begin(tuple(again)))
         if job is not None:
-            self._process.send(Run(job))
+            self._process.send(RunJob(job))
 
     def _lines(self) -> list[str]:
         """The lines of this rank's groups, with what their episodes have said. After a loss of the process, without."""
         found = list(self._groups.values())
         if self._process is not None and found:
             self._process.send(Save())
-            answer = self._process.wait_for(Groups, SAVE_TIMEOUT_S)
-            if isinstance(answer, Groups):
+            answer = self._process.wait_for(SavedGroups, SAVE_TIMEOUT_S)
+            if isinstance(answer, SavedGroups):
                 known = {group.number: group for group in answer.groups}
                 found = [known.get(group.number, group) for group in found]
         begun = [] if self._begun is None or self._share.index != 0 else [begun_line(self._begun)]

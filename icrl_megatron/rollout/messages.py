@@ -42,7 +42,7 @@ class Forget:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """Position of a tensor in the shared memory, in bytes."""
 
     name: str
@@ -56,11 +56,11 @@ class Update:
     """Pause the requests, take these weights, and go on."""
 
     version: int
-    tensors: tuple[Stored, ...]
+    tensors: tuple[StoredTensor, ...]
 
 
 @dataclass(frozen=True)
-class Run:
+class RunJob:
     """Play a job with the current weights, beside the groups."""
 
     job: Job[Any]
@@ -72,11 +72,11 @@ class Save:
 
 
 @dataclass(frozen=True)
-class Stop:
+class StopRollouts:
     """The run was asked to stop: calls of environments may block only for a short time."""
 
 
-ToService = Begin | Forget | Update | Run | Save | Stop
+ToService = Begin | Forget | Update | RunJob | Save | StopRollouts
 
 
 @dataclass(frozen=True)
@@ -123,24 +123,24 @@ class Updated:
 
 
 @dataclass(frozen=True)
-class Result:
+class JobResult:
     """The result of a job."""
 
     value: Any
 
 
 @dataclass(frozen=True)
-class Groups:
+class SavedGroups:
     """The answer to `Save`."""
 
     groups: tuple[OpenGroup, ...]
 
 
 @dataclass(frozen=True)
-class Failed:
+class ServiceFailed:
     """The process ends because of this."""
 
     failure: Failure
 
 
-FromService = Ready | Beat | GroupEnded | Abandoned | Updated | Result | Groups | Failed
+FromService = Ready | Beat | GroupEnded | Abandoned | Updated | JobResult | SavedGroups | ServiceFailed

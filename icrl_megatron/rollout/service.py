@@ -26,12 +26,12 @@ from icrl_megatron.rollout.messages import (
     Forget,
     FromService,
     GroupEnded,
-    Groups,
+    JobResult,
     Ready,
-    Result,
-    Run,
+    RunJob,
     Save,
-    Stop,
+    SavedGroups,
+    StopRollouts,
     ToService,
     Update,
     Updated,
@@ -55,7 +55,7 @@ class StopFlag(Protocol):
 
 
 @dataclass(frozen=True)
-class Playing:
+class GroupSetup:
     """What the groups of a run have in common."""
 
     setup: EpisodeSetup
@@ -86,7 +86,7 @@ class RolloutService:
         self,
         engines: Engines,
         engine: ContinuingEngine,
-        playing: Playing,
+        playing: GroupSetup,
         install: Callable[[Update], None],
         send: Callable[[FromService], None],
         stop: StopFlag,
@@ -140,13 +140,13 @@ class RolloutService:
                     held.playing.cancel()
         elif isinstance(message, Update):
             await self._update(message)
-        elif isinstance(message, Run):
+        elif isinstance(message, RunJob):
             self._job(self._run(message.job))
         elif isinstance(message, Save):
             # Copies: another thread pickles them while the episodes go on.
             found = [(of, copied({of.group.task: of.logs})[of.group.task]) for of in self._held.values()]
-            self._send(Groups(tuple(replace(of.group, version=of.version, logs=logs) for of, logs in found)))
-        elif isinstance(message, Stop):
+            self._send(SavedGroups(tuple(replace(of.group, version=of.version, logs=logs) for of, logs in found)))
+        elif isinstance(message, StopRollouts):
             self._stop.asked = True
 
     def _begin(self, group: OpenGroup) -> None:
@@ -194,7 +194,7 @@ class RolloutService:
             except EngineLostError:
                 await self._recovered()
                 continue
-            self._send(Result(value))
+            self._send(JobResult(value))
             return
 
     async def _update(self, message: Update) -> None:

@@ -28,11 +28,11 @@ from icrl_megatron.distributed.grid import Failure
 from icrl_megatron.engines.protocol import EngineError
 from icrl_megatron.rollout.messages import (
     Beat,
-    Failed,
     FromService,
     Ready,
+    ServiceFailed,
     Setup,
-    Stored,
+    StoredTensor,
     ToService,
     Update,
     Updated,
@@ -70,22 +70,22 @@ class SharedWeights:
             descriptor = os.dup(file.fileno())
         return SharedWeights(descriptor), descriptor
 
-    def write(self, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> tuple[Stored, ...]:
+    def write(self, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> tuple[StoredTensor, ...]:
         """Copies the tensors end to end, converted to `dtype`."""
-        stored, begin = list[Stored](), 0
+        stored, begin = list[StoredTensor](), 0
         for name, tensor in tensors:
-            place = Stored(name, tuple(tensor.shape), str(dtype).removeprefix("torch."), begin)
+            place = StoredTensor(name, tuple(tensor.shape), str(dtype).removeprefix("torch."), begin)
             self._view(place).copy_(tensor)
             stored.append(place)
             begin += _padded(tensor.numel() * dtype.itemsize)
         return tuple(stored)
 
-    def read(self, stored: Iterable[Stored]) -> Iterator[tuple[str, torch.Tensor]]:
+    def read(self, stored: Iterable[StoredTensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """Views of the memory, which must not change while they are used."""
         for place in stored:
             yield place.name, self._view(place)
 
-    def _view(self, place: Stored) -> torch.Tensor:
+    def _view(self, place: StoredTensor) -> torch.Tensor:
         if self._map is None:
             self._map = mmap.mmap(self._descriptor, os.fstat(self._descriptor).st_size)
         dtype, count = getattr(torch, place.dtype), torch.Size(place.shape).numel()
@@ -167,7 +167,7 @@ class RolloutProcess:
                 message = self._inbox.get_nowait()
             except queue.Empty:
                 return
-            if isinstance(message, Failed):
+            if isinstance(message, ServiceFailed):
                 self._failure = message.failure
             elif isinstance(message, Ready):
                 self.ready = True

@@ -25,10 +25,10 @@ from icrl_megatron.engines.rank import Engines
 from icrl_megatron.engines.registry import engine_kind
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.rollout.episode import EpisodeSetup
-from icrl_megatron.rollout.messages import Failed, FromService, Setup, ToService, Update
+from icrl_megatron.rollout.messages import FromService, ServiceFailed, Setup, ToService, Update
 from icrl_megatron.rollout.own_model import own_models
 from icrl_megatron.rollout.prompts import Prompter, tokenizer
-from icrl_megatron.rollout.service import Playing, RolloutService
+from icrl_megatron.rollout.service import GroupSetup, RolloutService
 from icrl_megatron.rollout.service_process import SharedWeights, channel, first_message
 from icrl_megatron.rollout.watchdog import WATCHDOG
 from icrl_megatron.run.engines import build_engines, speakers_for
@@ -60,7 +60,7 @@ def main(socket_fd: int, weights_fd: int) -> None:
         asyncio.run(_serve(setup, connection, SharedWeights(weights_fd), stop))
     except Exception as error:
         with suppress(OSError):  # the rank is gone
-            connection.send(Failed(Failure.of(error)))
+            connection.send(ServiceFailed(Failure.of(error)))
     connection.close()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -82,7 +82,7 @@ async def _serve(of: Setup, connection: Connection, weights: SharedWeights, stop
         playing_on = replace(engines, solver=solver)
         catalogue.lend(own_models(playing_on, prompter, settings.rollout.context_tokens))
         drop = settings.tasks.too_long == "drop"
-        playing = Playing(
+        playing = GroupSetup(
             setup=EpisodeSetup(catalogue.environment, prompter, settings.rollout, drop_too_long=drop),
             speakers_for=speakers_for(settings, prompter, playing_on),
             seed=settings.seed,

@@ -14,7 +14,16 @@ import pytest
 from rich.console import Console
 
 from icrl_megatron.plan import async_plan, hardware, timing, verl_async
-from icrl_megatron.plan.async_simulation import Decode, Engines, Group, Outcome, Rule, Trainer, Turn, simulate
+from icrl_megatron.plan.async_simulation import (
+    DecodeSpeed,
+    EnginePool,
+    Group,
+    LeadRule,
+    SimulatedOutcome,
+    SimulatedTurn,
+    Trainer,
+    simulate,
+)
 from icrl_megatron.plan.layout import Layout
 from icrl_megatron.plan.models import PUBLISHED
 from icrl_megatron.settings import loading as settings_module
@@ -24,11 +33,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import predict_async
 
 H100 = hardware.GPUS["h100"]
-ONE = Engines(1, Decode(fixed_s=0.01))
+ONE = EnginePool(1, DecodeSpeed(fixed_s=0.01))
 
 
 def constant(tokens: float, episodes: int = 4, wait_s: float = 0.0) -> Callable[[int], Group]:
-    return lambda number: ((Turn(tokens, wait_s=wait_s),),) * episodes
+    return lambda number: ((SimulatedTurn(tokens, wait_s=wait_s),),) * episodes
 
 
 def long_tailed(seed: int = 0) -> Callable[[int], Group]:
@@ -36,22 +45,24 @@ def long_tailed(seed: int = 0) -> Callable[[int], Group]:
         rng = np.random.default_rng((seed, number))
         lengths, waits = rng.lognormal(4.0, 1.0, (2, 4, 2)) + 1.0
         return tuple(
-            tuple(Turn(float(n), 50.0, 10.0, float(w) / 50) for n, w in zip(*one, strict=True))
+            tuple(SimulatedTurn(float(n), 50.0, 10.0, float(w) / 50) for n, w in zip(*one, strict=True))
             for one in zip(lengths, waits, strict=True)
         )
 
     return group
 
 
-def tailed(staleness: float, engines: int = 3, steps: int = 20, seed: int = 0) -> Outcome:
-    setup = Engines(engines, Decode(0.002, 1e-6, 1e-4, 0.005), 1e-4, most_running=8, most_episodes=12, cache_tokens=500)
-    return simulate(setup, Trainer(6, 1.0, 1e-4, 0.2), Rule(steps, staleness), long_tailed(seed))
+def tailed(staleness: float, engines: int = 3, steps: int = 20, seed: int = 0) -> SimulatedOutcome:
+    setup = EnginePool(
+        engines, DecodeSpeed(0.002, 1e-6, 1e-4, 0.005), 1e-4, most_running=8, most_episodes=12, cache_tokens=500
+    )
+    return simulate(setup, Trainer(6, 1.0, 1e-4, 0.2), LeadRule(steps, staleness), long_tailed(seed))
 
 
 def test_synchronous_step_is_rollout_plus_training_plus_sync() -> None:
     """100 iterations of 10 ms, then 3 s of training and 0.5 s of sync: the engine is idle outside its 1 s, and where
     both share the GPU it is idle during the sync alone."""
-    out = simulate(ONE, Trainer(2, fixed_s=3.0, sync_s=0.5), Rule(6), constant(100))
+    out = simulate(ONE, Trainer(2, fixed_s=3.0, sync_s=0.5), LeadRule(6), constant(100))
     assert out.step_s(1) == pytest.approx(4.5)
     assert out.waited_s(1) == pytest.approx(1.0)
     assert out.idle(1, 1, 1, 1, colocated=True) == pytest.approx(0.5 / 4.5)
@@ -61,15 +72,15 @@ def test_synchronous_step_is_rollout_plus_training_plus_sync() -> None:
 @pytest.mark.parametrize(("rollout_s", "step_s"), [(1.0, 3.0), (5.0, 5.0)])
 def test_asynchronous_step_is_the_slower_of_both(rollout_s: float, step_s: float) -> None:
     """One group a step, one engine that runs one at a time: a pipeline of two stages."""
-    setup = Engines(1, Decode(fixed_s=0.01), most_running=1, most_episodes=1)
-    out = simulate(setup, Trainer(1, fixed_s=3.0), Rule(20, 1), constant(100 * rollout_s, episodes=1))
+    setup = EnginePool(1, DecodeSpeed(fixed_s=0.01), most_running=1, most_episodes=1)
+    out = simulate(setup, Trainer(1, fixed_s=3.0), LeadRule(20, 1), constant(100 * rollout_s, episodes=1))
     assert out.step_s(4) == pytest.approx(step_s)
     assert out.idle(4, 1, 1, 1, colocated=False) == pytest.approx(1 - (rollout_s + 3.0) / (2 * step_s))
 
 
 def test_synchronous_step_waits_for_the_longest_episode() -> None:
     group = long_tailed()
-    out = simulate(Engines(2, Decode(fixed_s=0.01)), Trainer(5, fixed_s=1.0), Rule(3), group)
+    out = simulate(EnginePool(2, DecodeSpeed(fixed_s=0.01)), Trainer(5, fixed_s=1.0), LeadRule(3), group)
     for step, end in enumerate(out.steps):
         begun = out.steps[step - 1].end_s if step else 0.0
         longest = max(
@@ -83,30 +94,32 @@ def test_synchronous_step_waits_for_the_longest_episode() -> None:
 def test_requests_share_an_engine_and_wait_for_a_place() -> None:
     """Four requests of 100 iterations; an iteration takes 1 ms a request. Two at a time take the same 400 ms."""
     for most in (1, 2, 4):
-        setup = Engines(1, Decode(running_s=1e-3), most_running=most)
-        out = simulate(setup, Trainer(1, fixed_s=1.0), Rule(3), constant(100))
+        setup = EnginePool(1, DecodeSpeed(running_s=1e-3), most_running=most)
+        out = simulate(setup, Trainer(1, fixed_s=1.0), LeadRule(3), constant(100))
         assert out.waited_s(1) == pytest.approx(0.4)
-    small_cache = Engines(1, Decode(fixed_s=0.01), cache_tokens=25.0)
-    out = simulate(small_cache, Trainer(1, fixed_s=1.0), Rule(3), lambda n: ((Turn(100, context=10.0),),) * 4)
+    small_cache = EnginePool(1, DecodeSpeed(fixed_s=0.01), cache_tokens=25.0)
+    out = simulate(
+        small_cache, Trainer(1, fixed_s=1.0), LeadRule(3), lambda n: ((SimulatedTurn(100, context=10.0),),) * 4
+    )
     assert out.waited_s(1) == pytest.approx(2.0)  # two at a time
 
 
 def test_prefill_stops_decoding_and_a_flushed_cache_is_prefilled_again() -> None:
-    setup = Engines(1, Decode(fixed_s=0.01), prefill_token_s=1e-3)
-    out = simulate(setup, Trainer(1, fixed_s=1.0), Rule(3), lambda n: ((Turn(100, read=500.0),),))
+    setup = EnginePool(1, DecodeSpeed(fixed_s=0.01), prefill_token_s=1e-3)
+    out = simulate(setup, Trainer(1, fixed_s=1.0), LeadRule(3), lambda n: ((SimulatedTurn(100, read=500.0),),))
     assert out.waited_s(1) == pytest.approx(1.5)
     # The second group runs during the step and is paused 0.5 s by the sync, then reads its 200 tokens again.
-    group = [((Turn(100, 200.0),),), ((Turn(300, 200.0),),)]
-    out = simulate(setup, Trainer(1, fixed_s=1.0, sync_s=0.5), Rule(2, 1), lambda n: group[n])
+    group = [((SimulatedTurn(100, 200.0),),), ((SimulatedTurn(300, 200.0),),)]
+    out = simulate(setup, Trainer(1, fixed_s=1.0, sync_s=0.5), LeadRule(2, 1), lambda n: group[n])
     assert out.steps[0].end_s == pytest.approx(2.5)
     assert out.steps[1].end_s == pytest.approx(3.0 + 0.5 + 0.2 + 1.0 + 0.5)
 
 
 def test_parts_of_a_step_are_trained_on_as_soon_as_they_are_complete() -> None:
     """Groups end after 1 and 4 s; the first update overlaps the wait for the second."""
-    group: Callable[[int], Group] = lambda n: ((Turn(100 if n % 2 == 0 else 400),),)  # noqa: E731
-    whole = simulate(ONE, Trainer(2, fixed_s=4.0), Rule(4), group)
-    halves = simulate(ONE, Trainer(2, fixed_s=4.0, parts=2), Rule(4), group)
+    group: Callable[[int], Group] = lambda n: ((SimulatedTurn(100 if n % 2 == 0 else 400),),)  # noqa: E731
+    whole = simulate(ONE, Trainer(2, fixed_s=4.0), LeadRule(4), group)
+    halves = simulate(ONE, Trainer(2, fixed_s=4.0, parts=2), LeadRule(4), group)
     assert whole.step_s(1) == pytest.approx(8.0)
     assert halves.step_s(1) == pytest.approx(4.0 + 2.0)
 
@@ -152,19 +165,25 @@ def test_events_grow_with_the_episodes_not_faster() -> None:
 
 def test_a_shared_queue_keeps_engines_equally_full() -> None:
     """Groups of long and of short episodes in turn: dealt out, one of two engines has all long ones."""
-    group: Callable[[int], Group] = lambda n: ((Turn(100 + 300 * (n % 2)),),) * 4  # noqa: E731
-    decode = Decode(running_s=1e-3)
-    dealt = simulate(Engines(2, decode), Trainer(8, fixed_s=1.0), Rule(3), group)
-    shared = simulate(Engines(2, decode, most_episodes=4, shared_queue=True), Trainer(8, fixed_s=1.0), Rule(3), group)
+    group: Callable[[int], Group] = lambda n: ((SimulatedTurn(100 + 300 * (n % 2)),),) * 4  # noqa: E731
+    decode = DecodeSpeed(running_s=1e-3)
+    dealt = simulate(EnginePool(2, decode), Trainer(8, fixed_s=1.0), LeadRule(3), group)
+    shared = simulate(
+        EnginePool(2, decode, most_episodes=4, shared_queue=True), Trainer(8, fixed_s=1.0), LeadRule(3), group
+    )
     assert dealt.waited_s(1) == pytest.approx(16 * 0.4)
     assert shared.waited_s(1) < 0.8 * dealt.waited_s(1)
 
 
 @pytest.mark.parametrize(
     ("setup", "trainer", "rule"),
-    [(ONE, Trainer(4, parts=3), Rule(3)), (ONE, Trainer(4), Rule(0)), (Engines(1, Decode()), Trainer(4), Rule(3))],
+    [
+        (ONE, Trainer(4, parts=3), LeadRule(3)),
+        (ONE, Trainer(4), LeadRule(0)),
+        (EnginePool(1, DecodeSpeed()), Trainer(4), LeadRule(3)),
+    ],
 )
-def test_settings_that_could_not_end_are_refused(setup: Engines, trainer: Trainer, rule: Rule) -> None:
+def test_settings_that_could_not_end_are_refused(setup: EnginePool, trainer: Trainer, rule: LeadRule) -> None:
     with pytest.raises(ValueError, match=r"steps=|groups=|positive time"):
         simulate(setup, trainer, rule, constant(10))
 

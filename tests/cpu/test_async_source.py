@@ -10,7 +10,17 @@ from icrl_megatron.data.curriculum import Curriculum
 from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.engines.rank import ONE_RANK, Share
 from icrl_megatron.rollout.async_source import AsyncSource, Order
-from icrl_megatron.rollout.messages import Beat, Begin, FromService, GroupEnded, Groups, Result, Run, Save, ToService
+from icrl_megatron.rollout.messages import (
+    Beat,
+    Begin,
+    FromService,
+    GroupEnded,
+    JobResult,
+    RunJob,
+    Save,
+    SavedGroups,
+    ToService,
+)
 from icrl_megatron.rollout.open_group import OpenGroup
 from icrl_megatron.rollout.played import Gather, RolloutRequest
 from icrl_megatron.rollout.speakers import Seeds
@@ -31,8 +41,8 @@ class Process:
         self.said.append(message)
         if isinstance(message, Begin):
             self.messages += [self.ended(of) for of in message.groups if not of.ended and of.number not in self.slow]
-        elif isinstance(message, Run):
-            self.messages.append(Result(len(self.of(Run))))
+        elif isinstance(message, RunJob):
+            self.messages.append(JobResult(len(self.of(RunJob))))
             self.died = "It died." if self.dies_after_job and not self.restarts else ""
 
     def ended(self, of: OpenGroup) -> GroupEnded:
@@ -103,7 +113,7 @@ def test_a_job_that_has_its_result_is_not_run_again() -> None:
 
     playing = source(process, share=Share(0, 2), gather=gather)
     assert playing.run(lambda setup, speakers_for: None) == 1  # type: ignore[arg-type, return-value]
-    assert (process.restarts, len(process.of(Run))) == (1, 1)
+    assert (process.restarts, len(process.of(RunJob))) == (1, 1)
 
 
 def test_a_late_answer_to_a_checkpoint_is_ignored() -> None:
@@ -113,7 +123,7 @@ def test_a_late_answer_to_a_checkpoint_is_ignored() -> None:
     assert lines() == []
     playing.play(request(0))
     assert len(lines()) == 1 + 4 and process.of(Save)
-    process.messages.append(Groups(()))
+    process.messages.append(SavedGroups(()))
     assert len(playing.play(request(1)).headers) == 2
 
 

@@ -26,15 +26,15 @@ from icrl_megatron.rollout.messages import (
     Begin,
     FromService,
     GroupEnded,
-    Groups,
     Save,
+    SavedGroups,
     ToService,
     Update,
     Updated,
 )
 from icrl_megatron.rollout.open_group import OpenGroup
 from icrl_megatron.rollout.replay import tokens
-from icrl_megatron.rollout.service import Playing, RolloutService
+from icrl_megatron.rollout.service import GroupSetup, RolloutService
 from icrl_megatron.rollout.speakers import EngineSpeaker, same_speakers
 from icrl_megatron.settings.schema import EngineSettings, TinyModel
 from icrl_megatron.types import Completion, Episode
@@ -118,7 +118,7 @@ async def talking(folders: list[Path], frozen: Mortal | None = None, staleness: 
     speaker = EngineSpeaker(solver, 1.0, prompter.stop_ids)
     critic = None if frozen is None else EngineSpeaker(frozen, 1.0, prompter.stop_ids)
     setup = EpisodeSetup(Ladder, prompter, SETTINGS)
-    playing = Playing(setup, same_speakers(speaker, critic), 0, 2, staleness)
+    playing = GroupSetup(setup, same_speakers(speaker, critic), 0, 2, staleness)
 
     def install(update: Update) -> None:
         talk.installing()
@@ -245,8 +245,8 @@ def test_what_is_saved_does_not_change_while_it_is_sent_and_begins_again_elsewhe
             talk.say(begin(0, 1))
             await talk.until(lambda: talk.service._meter.tokens > 4)
             talk.say(Save())
-            await talk.until(lambda: talk.of(Groups))
-            (saved,) = talk.of(Groups)
+            await talk.until(lambda: talk.of(SavedGroups))
+            (saved,) = talk.of(SavedGroups)
             sent = pickle.dumps(saved)
             await talk.until(lambda: len(talk.ended()) == 2)
             again = pickle.loads(sent)
