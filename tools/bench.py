@@ -163,6 +163,13 @@ BENCHMARKS = (
         ("--steps=2", "--hidden=64", "--layers=1", "--vocabulary=512"),
     ),
     Benchmark(
+        "async",
+        "bench_async.py",
+        "async_cpu.json",
+        lambda options: [],
+        ("--rounds=1", "--staleness=4", "--steps=4", "--skip=1", "--median-s=0.05"),
+    ),
+    Benchmark(
         "e2e",
         "bench_e2e.py",
         "e2e_{device}.json",

@@ -56,7 +56,7 @@ def _check_staleness(settings: Settings) -> None:
             "by the log-probs they were sampled with"
         )
     if debug in ("from_dump", "fake_data"):
-        raise ConfigError(f"{given} has no effect with debug.mode={debug}, which plays nothing; set it to 0")
+        raise ConfigError(f"{given}: debug.mode={debug} plays nothing; use rollout.staleness=0")
     if not engine_kind(engine.kind).pausable:
         raise ConfigError(
             f"{given}: the weights of engine.kind={engine.kind} cannot change while its requests are unfinished; use "

@@ -141,7 +141,7 @@ def test_the_toolbox_benchmark_runs_and_writes_its_bars(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["speed"], "error: speed: one of head, step, tasks, agents, rollout, balance, data_plane, deltas, e2e"),
+        (["speed"], "error: speed: one of head, step, tasks, agents, rollout, balance, data_plane, deltas, async, e2e"),
         (["--device", "tpu"], "error: --device tpu: one of cpu, cuda"),
         (["--bar", "speed"], "error: --bar 'speed': expected NAME=LIMIT"),
         (["--bar", "speed=fast"], "error: --bar 'speed=fast': expected NAME=LIMIT"),

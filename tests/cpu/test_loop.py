@@ -273,8 +273,8 @@ def test_on_resume_the_actor_releases_memory_before_the_engine_gets_weights(
         ),
         sync=sync,
         grid=SimpleNamespace(rank=1, world=2),
-        source=SimpleNamespace(restore_replay_logs=lambda kept: None, replay_logs=dict),
-        sampler=SimpleNamespace(curriculum=None),
+        source=SimpleNamespace(restore=lambda path, known: 0, unfinished=lambda: list),
+        sampler=SimpleNamespace(curriculum=None, known=()),
         settings=Settings(steps=3),
     )
     state = state_module.RunState(parts, saver, StopRequest.__new__(StopRequest), order.append)  # type: ignore[arg-type]
