@@ -6,6 +6,7 @@ have ended or not. Raises AssertionError if the run reacted incorrectly.
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -84,14 +85,26 @@ def suspend(run: Campaign, rng: random.Random) -> None:
         assert code == 0, (code, err)
 
 
+def _take_all(descriptor: int, disk: Path, spare: int) -> None:
+    """Leaves `spare` bytes of the disk. The run goes on writing, so what was free may be gone a moment later."""
+    for _ in range(100):
+        try:
+            os.posix_fallocate(descriptor, 0, max(1, shutil.disk_usage(disk).free - spare))
+            return
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+    raise AssertionError("the disk's free space changed a hundred times")
+
+
 def fill_disk(run: Campaign, rng: random.Random) -> None:
     """The run folder's file system becomes full: one line, exit code 2; with free space, the run resumes."""
     run.wait_for_random_time(rng)
     ballast = run.folder.parent / "ballast"
-    free = shutil.disk_usage(run.folder.parent).free
+    spare = rng.choice([0, 4096, 65536])
     try:
         with ballast.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, free - rng.choice([0, 4096, 65536])))
+            _take_all(file.fileno(), run.folder.parent, spare)
         code, err = run.end()
         if code != 0:
             assert code == 2, (code, err[-1500:])
