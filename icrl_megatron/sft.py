@@ -30,7 +30,7 @@ from icrl_megatron.distributed.process import StopRequest, run_rank
 from icrl_megatron.engines.rank import Share
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.rollout.episode import EpisodeSetup, play
-from icrl_megatron.rollout.played import EpisodeSource, NothingUnfinished, Played, RolloutRequest, shared
+from icrl_megatron.rollout.played import EpisodeSource, Played, RolloutRequest, WithoutEngine, shared
 from icrl_megatron.rollout.prompts import Prompter, template_words, tokenizer
 from icrl_megatron.rollout.teacher import teacher_speakers
 from icrl_megatron.rollout.watchdog import WATCHDOG
@@ -102,7 +102,7 @@ def constant_credit(episodes: Iterable[EpisodeHeader]) -> CreditReport:
 
 
 @dataclass(frozen=True)
-class TeacherSource(NothingUnfinished):
+class TeacherSource(WithoutEngine):
     """Episodes that the task sets' teachers play; every rank plays all of them and gets the same ones."""
 
     setup: EpisodeSetup

@@ -202,6 +202,16 @@ def run_on_all_ranks(grid: Grid, work: Callable[[], T]) -> T:
     return done  # type: ignore[return-value]  # raise_failures raises if there is no result
 
 
+def gather_results(gather: Callable[[Any], list[Any]], work: Callable[[], T]) -> tuple[T, list[T]]:
+    """The result of `work` on this rank, and those of all ranks. Raises on all ranks if it fails on one, as
+    `run_on_all_ranks`."""
+    done, failed = attempt(work)
+    everyone = gather((done, None if failed is None else Failure.of(failed)))
+    raise_failures(failed, [failure for _, failure in everyone])
+    results: list[T] = [result for result, _ in everyone]
+    return done, results  # type: ignore[return-value]  # raise_failures raises if there is no result
+
+
 def attempt(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
     """The result of `work`, or the exception that it raised."""
     try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from icrl_megatron.engines.rank import ONE_RANK, Share
-from icrl_megatron.rollout.played import NothingUnfinished, Played, RolloutRequest, shared
+from icrl_megatron.rollout.played import Played, RolloutRequest, WithoutEngine, shared
 from icrl_megatron.telemetry.dumps import Rollouts
 from icrl_megatron.types import (
     Attempt,
@@ -23,7 +23,7 @@ from icrl_megatron.types import (
 
 
 @dataclass(frozen=True)
-class DumpSource(NothingUnfinished):
+class DumpSource(WithoutEngine):
     """The episodes that another run dumped, step by step and then from the start again: trains without an engine."""
 
     rollouts: Rollouts
@@ -35,7 +35,7 @@ class DumpSource(NothingUnfinished):
 
 
 @dataclass(frozen=True)
-class FakeSource(NothingUnfinished):
+class FakeSource(WithoutEngine):
     """Random tokens with random rewards, with lengths that the settings allow: for testing shapes and speed, not
     learning."""
 

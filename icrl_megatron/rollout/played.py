@@ -103,10 +103,20 @@ class RolloutRequest:
     turns: int | None = None
     """Largest number of turns of an attempt; None: `rollout.max_turns`."""
 
+    def on(self, setup: EpisodeSetup) -> EpisodeSetup:
+        """The setup with this request's attempts and turns."""
+        turns = setup.settings.max_turns if self.turns is None else self.turns
+        return replace(setup, settings=replace(setup.settings, rounds=self.rounds, max_turns=turns))
+
 
 class EpisodeSource(Protocol):
     def play(self, request: RolloutRequest) -> Played:
         """Plays episodes. All ranks call it together, with the same request."""
+        ...
+
+    def run(self, job: Job[T] | None) -> T | None:
+        """Runs a job on this rank's engine, again if the engine is lost meanwhile; None: this rank has no job. All
+        ranks call it together. Sources without an engine refuse jobs."""
         ...
 
     def unfinished(self) -> Callable[[], list[str]]:
@@ -150,8 +160,11 @@ def shared(
     return Played(tuple(headers), tuple(dropped), tuple(mine), generated=generated)
 
 
-class NothingUnfinished:
-    """Methods of a source that ends all episodes that it begins."""
+class WithoutEngine:
+    """Methods of a source that has no engine, and ends all episodes that it begins."""
+
+    def run(self, job: Job[T] | None) -> T | None:
+        raise NotImplementedError("there is no engine to run a job on")
 
     def unfinished(self) -> Callable[[], list[str]]:
         return list

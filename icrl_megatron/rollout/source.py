@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from icrl_megatron.distributed.grid import Failure, attempt, raise_failures
+from icrl_megatron.distributed.grid import Failure, attempt, gather_results, raise_failures
 from icrl_megatron.engines.protocol import EngineError, EngineLostError, EngineStats
 from icrl_megatron.engines.rank import Engines, Share
 from icrl_megatron.rollout import replay
@@ -52,9 +52,7 @@ class EngineSource:
 
     def play(self, request: RolloutRequest) -> Played:
         """Raises what `episode.play_all` raises, and EngineError once MAX_DEATHS engines were lost."""
-        settings, needed, seeds = self.setup.settings, request.needed, request.seeds
-        most_turns = settings.max_turns if request.turns is None else request.turns
-        setup = replace(self.setup, settings=replace(settings, rounds=request.rounds, max_turns=most_turns))
+        setup, needed, seeds = request.on(self.setup), request.needed, request.seeds
         kept = self._take_kept() if needed is not None else {}
         mine = self._mine(request.tasks, kept)
         enough = len(mine) if needed is None else _part(needed, self.engines.share)
@@ -146,8 +144,6 @@ class EngineSource:
         return len(saved) - len(kept)
 
     def run(self, job: Job[T] | None) -> T | None:
-        """Runs a job on this rank's engine; None: this rank has none. It is run again after an engine was lost. All
-        ranks call it together."""
         found: list[T] = []
 
         def play_rest() -> int:
@@ -164,10 +160,8 @@ class EngineSource:
         if before + len(reasons) >= MAX_DEATHS:
             raise EngineError(f"{before + len(reasons)} engines were lost in one step. {reasons[-1]}")
         self.progress.log(f"engine lost, restarting it: {reasons[0].splitlines()[0]}")
-        stale, failed = attempt(self.engines.revive)
-        everyone = self.gather(None if failed is None else Failure.of(failed))
-        raise_failures(failed, everyone)
-        self.resend(bool(stale))
+        stale, _ = gather_results(self.gather, self.engines.revive)
+        self.resend(stale)
         return len(reasons)
 
     def _take_stats(self, training: bool) -> EngineStats:

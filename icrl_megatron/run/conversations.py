@@ -18,7 +18,7 @@ from icrl_megatron.distill.trajectory import USER
 from icrl_megatron.distributed.grid import gather_objects
 from icrl_megatron.engines.rank import ONE_RANK, Share
 from icrl_megatron.model.shape import ModelShape
-from icrl_megatron.rollout.played import NothingUnfinished, Played, RolloutRequest, shared
+from icrl_megatron.rollout.played import Played, RolloutRequest, WithoutEngine, shared
 from icrl_megatron.rollout.prompts import Prompter, tokenizer
 from icrl_megatron.run import start
 from icrl_megatron.run.conversation_checks import fraction, tool_format
@@ -51,7 +51,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Conversations(NothingUnfinished):
+class Conversations(WithoutEngine):
     """The conversations of a run, as a source of episodes; the same on every rank."""
 
     train: dict[str, list[Task]]

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, Protocol
 
 from icrl_megatron.rollout.played import RolloutRequest, require_playable
-from icrl_megatron.rollout.source import EngineSource
 from icrl_megatron.run.control import ControlState, control
 from icrl_megatron.run.files import CONTROL
 from icrl_megatron.run.parts import Parts
@@ -69,7 +68,7 @@ class HeldoutEvaluator:
 
     def heldout(self) -> MetricsRow:
         settings = self._parts.settings
-        if not self._evaluated or settings.debug.mode in ("from_dump", "fake_data"):
+        if not self._evaluated or not settings.debug.generates():
             return {}
         # The same seeds at every step and in every run: two evaluations differ only by their weights.
         seeds = replace(self._parts.seeds(0, purpose="heldout"), run=0)
@@ -90,7 +89,7 @@ class HeldoutEvaluator:
 
     def control(self, when: str) -> None:
         parts, path = self._parts, self._state.run_dir / CONTROL.format(when)
-        if parts.settings.eval.control_problems == 0 or not isinstance(parts.source, EngineSource):
+        if parts.settings.eval.control_problems == 0 or not parts.settings.debug.generates():
             return
         seeds, limit = parts.seeds(0, purpose=f"control/{when}"), parts.settings.eval.control_problems
         mine = parts.grid.rank == 0 and not path.exists()

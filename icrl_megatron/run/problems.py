@@ -98,7 +98,7 @@ def fitting(
     processes of `share`.
     """
     tasks = [task for of in (found.train, found.heldout) for tasks in of.values() for task in tasks]
-    prompted = settings.debug.mode not in ("from_dump", "fake_data")
+    prompted = settings.debug.generates()
     lost = examine(tasks, settings, catalogue, prompter, share or ProblemShare()) if prompted else []
     if lost:
         if settings.tasks.too_long == "error":

@@ -36,7 +36,7 @@ def _check_partial(settings: Settings) -> None:
 
 
 def _check_staleness(settings: Settings) -> None:
-    rollout, engine, debug = settings.rollout, settings.engine, settings.debug.mode
+    rollout, engine = settings.rollout, settings.engine
     if not rollout.staleness:
         if engine.keep_cache:
             raise ConfigError(
@@ -55,8 +55,8 @@ def _check_staleness(settings: Settings) -> None:
             f"{given} trains on tokens of older weights: set algo.mismatch_correction.enabled=true, which weights them "
             "by the log-probs they were sampled with"
         )
-    if debug in ("from_dump", "fake_data"):
-        raise ConfigError(f"{given}: debug.mode={debug} plays nothing; use rollout.staleness=0")
+    if not settings.debug.generates():
+        raise ConfigError(f"{given}: debug.mode={settings.debug.mode} plays nothing; use rollout.staleness=0")
     if not engine_kind(engine.kind).pausable:
         raise ConfigError(
             f"{given}: the weights of engine.kind={engine.kind} cannot change while its requests are unfinished; use "

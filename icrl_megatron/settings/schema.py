@@ -263,6 +263,10 @@ class DebugSettings:
     dump: str = ""
     """Folder of the run whose rollouts `from_dump` reads."""
 
+    def generates(self) -> bool:
+        """Whether an engine plays episodes."""
+        return self.mode not in ("from_dump", "fake_data")
+
 
 @dataclass
 class LaunchSettings:

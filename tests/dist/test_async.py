@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections import Counter
@@ -52,9 +53,13 @@ def check(folder: Path, steps: int) -> None:
 
 def test_two_ranks_train_on_groups_of_the_last_versions(finished_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, _, err = icrl(*train(folder, *from_model(finished_run), *ASYNC, "launch.ranks=2", "steps=7"))
+    command = train(folder, *from_model(finished_run), *ASYNC, "launch.ranks=2", "steps=7", "eval.control_problems=2")
+    code, _, err = icrl(*command)
     assert code == 0, err
     check(folder, 7)
+    for moment in ("before", "after"):
+        (control,) = json.loads((folder / f"control_{moment}.json").read_text()).values()
+        assert control["first_attempts"] == 4 and control["failures"] == control["critique"]["n"]
     kept = 0.0
     dumps = Rollouts(folder)
     for step, row in zip(dumps.steps, trained(folder), strict=True):
