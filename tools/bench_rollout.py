@@ -35,11 +35,12 @@ from rich.console import Console
 from rollout_steps import Step, setup_of, step
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from icrl_megatron.engines.flat_buffer import sizes
 from icrl_megatron.engines.protocol import Sampling
 from icrl_megatron.engines.sglang import SGLangEngine
 from icrl_megatron.engines.sglang_build import tensor_shapes
 from icrl_megatron.engines.sglang_server import Server, ServerSpec, check_version, installed_version
-from icrl_megatron.engines.sglang_weights import Bucket, SharedMemory, filled, sizes
+from icrl_megatron.engines.sglang_weights import Bucket, SharedMemory, filled
 from icrl_megatron.model.tiny import build_tiny
 from icrl_megatron.rollout.prompts import template_words
 from icrl_megatron.settings.schema import EngineSettings, TinyModel

@@ -16,10 +16,11 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from icrl_megatron.engines.flat_buffer import Shapes
 from icrl_megatron.engines.protocol import Sampling
 from icrl_megatron.engines.sglang import SGLangEngine
 from icrl_megatron.engines.sglang_server import Server
-from icrl_megatron.engines.sglang_weights import Shapes, Transport
+from icrl_megatron.engines.sglang_weights import Transport
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.settings.schema import EngineSettings
 from icrl_megatron.types import Completion

@@ -112,6 +112,13 @@ def server_count(settings: Settings, world: int) -> int:
     return len(engine.urls) or engine.servers or max(1, world // engine.tensor_parallel)
 
 
+def server_share(settings: Settings, rank: int, world: int) -> Share:
+    """The tasks of the server that `rank` leads; none for a rank that leads no server."""
+    servers = server_count(settings, world)
+    leads = rank == lead_rank(rank, world, servers)
+    return Share(rank // (world // servers) if leads else None, servers)
+
+
 class ServerKind(EngineKind):
     """An engine that is a server: either on the GPUs of its ranks, started by the first rank of a group, or external
     (`engine.urls`)."""
@@ -121,9 +128,7 @@ class ServerKind(EngineKind):
     tensor_parallel = True
 
     def share(self, settings: Settings, rank: int, world: int) -> Share:
-        servers = server_count(settings, world)
-        leads = rank == lead_rank(rank, world, servers)
-        return Share(rank // (world // servers) if leads else None, servers)
+        return server_share(settings, rank, world)
 
     def gpu_memory(self, engine: EngineSettings) -> GpuMemory:
         return "none" if engine.urls else "a fraction"

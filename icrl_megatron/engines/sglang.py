@@ -20,6 +20,7 @@ import torch
 
 from icrl_megatron.engines import sglang_answers
 from icrl_megatron.engines import sglang_weights as weights
+from icrl_megatron.engines.flat_buffer import Shapes
 from icrl_megatron.engines.protocol import (
     EngineError,
     EngineLostError,
@@ -62,7 +63,7 @@ class SGLangEngine:
         server: Server,
         settings: EngineSettings,
         transport: Callable[[], weights.Transport],
-        shapes: weights.Shapes,
+        shapes: Shapes,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:

@@ -21,16 +21,17 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from icrl_megatron.distributed.grid import Grid
-from icrl_megatron.engines.kind import EngineRequest, server_count
+from icrl_megatron.engines.flat_buffer import Shapes
+from icrl_megatron.engines.kind import EngineRequest, server_share
 from icrl_megatron.engines.protocol import EngineError, NoAnswerError
-from icrl_megatron.engines.rank import Engines, Share, lead_rank
+from icrl_megatron.engines.rank import Engines, lead_rank
 from icrl_megatron.engines.server_group import ServerGroup
 from icrl_megatron.engines.sglang import Follower, SGLangEngine
 from icrl_megatron.engines.sglang_checks import require_context
 from icrl_megatron.engines.sglang_deltas import DeltaEngine, require_loader
 from icrl_megatron.engines.sglang_group import OverGroup
 from icrl_megatron.engines.sglang_server import Server, ServerSpec, check_version
-from icrl_megatron.engines.sglang_weights import Shapes, SharedMemory, Transport, WeightSender
+from icrl_megatron.engines.sglang_weights import SharedMemory, Transport, WeightSender
 from icrl_megatron.model.shape import ModelShape, locate_weights
 from icrl_megatron.settings.schema import EngineSettings, Settings
 from icrl_megatron.utils.errors import ConfigError
@@ -44,16 +45,15 @@ def build(request: EngineRequest) -> Engines:
     """
     settings, grid, device = request.settings, request.grid, request.device
     in_turn = _in_turn(request)
-    servers = server_count(settings, grid.world)
-    number, limit_s = grid.rank // (grid.world // servers), settings.launch.timeout_s
-    lead = lead_rank(grid.rank, grid.world, servers)
-    group = _group(grid, servers, limit_s) if in_turn else None
+    share, limit_s = server_share(settings, grid.rank, grid.world), settings.launch.timeout_s
+    lead = lead_rank(grid.rank, grid.world, share.count)
+    group = _group(grid, share.count, limit_s) if in_turn else None
     server_group = ServerGroup(group, lead, limit_s)
-    if grid.rank != lead:
+    if (number := share.index) is None:
         tensor, sync_s = settings.engine.tensor_parallel, settings.engine.sync_timeout_s
         offers = SharedMemory(None, tensor, group, lead, sync_s) if group else None
         sink = WeightSender(tensor_shapes(request.folder), request.dtype, device, settings.engine.bucket_mib)
-        return Engines(Follower(sink, offers), None, None, Share(None, servers), in_turn, server_group)
+        return Engines(Follower(sink, offers), None, None, share, in_turn, server_group)
     solver = _remote_engine(request, number) if settings.engine.urls else _own_engine(request, number, group, lead)
     critic = None
     if request.critic is not None:
@@ -61,7 +61,7 @@ def build(request: EngineRequest) -> Engines:
         spec = replace(server_spec(settings, request.critic, device, log, two=True), keeps_weights=True)
         shapes = tensor_shapes(request.critic)
         critic = SGLangEngine(Server(spec), settings.engine, _no_transport, shapes, request.dtype, device)
-    engines = Engines(solver, solver, critic, Share(number, servers), in_turn, server_group)
+    engines = Engines(solver, solver, critic, share, in_turn, server_group)
     if not in_turn:
         engines.start()
     return engines

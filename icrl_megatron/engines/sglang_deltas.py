@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from icrl_megatron.engines import sglang_weights as weights
+from icrl_megatron.engines.flat_buffer import sizes
 from icrl_megatron.engines.on_server import icrl_deltas
 from icrl_megatron.engines.on_server.icrl_deltas import DeltaPiece
 from icrl_megatron.engines.protocol import EngineError
@@ -113,7 +114,7 @@ class DeltaEngine(SGLangEngine):
     def _push_all(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         super()._update(tensors, version)
         self.stats.full_pushes += 1
-        self.stats.sync_bytes += weights.sizes(self._sender.shapes, self._sender.dtype.itemsize)[1]
+        self.stats.sync_bytes += sizes(self._sender.shapes, self._sender.dtype.itemsize)[1]
 
     def _doubt(self) -> str:
         """Why a delta must not be sent; empty if the server has the version that was sent last."""

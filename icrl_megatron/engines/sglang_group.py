@@ -107,7 +107,7 @@ class OverGroup:
             **options,
         }
         answer = asked(self._threads, self._server, "/update_weights_from_distributed", body, self._timeout_s)
-        return self._with(answer, [bucket.buffer[p.start : p.end].view(p.dtype).view(p.shape) for p in bucket.placed])
+        return self._with(answer, [tensor for _, tensor in bucket.tensors(bucket.placed)])
 
     def send_pieces(self, pieces: Sequence[icrl_deltas.DeltaPiece], data: Tensor, options: dict[str, Any]) -> Answer:
         """Sends differences of weights to a server that was started with the loader. `data` has the bytes of the

@@ -12,10 +12,9 @@ from __future__ import annotations
 import base64
 import io
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
@@ -26,51 +25,22 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from icrl_megatron.engines.flat_buffer import FlatBuffer, Shapes, sizes
 from icrl_megatron.engines.protocol import EngineError
 from icrl_megatron.engines.sglang_server import Server
 
-_ALIGN = 16
-"""Alignment of tensors in bytes; any dtype can be viewed at such an offset."""
-Shapes = Mapping[str, tuple[int, ...]]
 B = TypeVar("B")
 
 
-@dataclass(frozen=True)
-class Placed:
-    """Position of a tensor in a bucket, in bytes."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    start: int
-    end: int
-
-
-class Bucket:
+class Bucket(FlatBuffer):
     """A reusable buffer: the receiver has copied its contents before it answers. (A server on a GPU drops its view of
     the buffer before it answers, and torch waits for the copies of a stream that used one.)"""
 
     def __init__(self, capacity: int, device: torch.device) -> None:
-        self.buffer = torch.empty(capacity, dtype=torch.uint8, device=device)
+        super().__init__(torch.empty(capacity, dtype=torch.uint8, device=device))
         if device.type == "cpu":
             with _by_name(), _without_signals():
                 self.buffer.share_memory_()
-        self.placed: list[Placed] = []
-        self.used = 0
-
-    def start(self) -> int:
-        """Offset of the next tensor."""
-        return -(-self.used // _ALIGN) * _ALIGN
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Copies the tensor into the buffer, which must have room for it."""
-        start, end = self.start(), self.start() + tensor.nbytes
-        self.buffer[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        self.placed.append(Placed(name, tuple(tensor.shape), tensor.dtype, start, end))
-        self.used = end
-
-    def clear(self) -> None:
-        self.placed, self.used = [], 0
 
     def handle(self) -> bytes:
         """What SGLang unpickles: a handle to the buffer (not its bytes) and the positions."""
@@ -238,12 +208,6 @@ def filled(
         bucket.add(name, tensor)
     if bucket.placed:
         yield bucket, True
-
-
-def sizes(shapes: Shapes, itemsize: int) -> tuple[int, int]:
-    """Bytes of the largest tensor, and of all tensors end to end in one bucket."""
-    each = [torch.Size(shape).numel() * itemsize for shape in shapes.values()]
-    return max(each), sum(-(-size // _ALIGN) * _ALIGN for size in each)
 
 
 def checked(

@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from icrl_megatron.distributed.grid import Failure, attempt, raise_failures
-from icrl_megatron.engines.protocol import EngineError, EngineLostError, EngineStats
+from icrl_megatron.distributed.grid import gather_results
+from icrl_megatron.engines.protocol import EngineError, EngineStats
 from icrl_megatron.engines.rank import Share
-from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play_all
+from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play
 from icrl_megatron.rollout.messages import (
     Abandoned,
     Begin,
@@ -37,7 +37,7 @@ from icrl_megatron.rollout.replay import tokens
 from icrl_megatron.rollout.service_process import RolloutProcess
 from icrl_megatron.rollout.source import MAX_DEATHS
 from icrl_megatron.rollout.speakers import SpeakersFor
-from icrl_megatron.types import Episode, Task, UnplayedEpisode
+from icrl_megatron.types import Episode, Task
 from icrl_megatron.utils.progress import Progress
 
 SHORTEST_S, LONGEST_S = 0.005, 0.2
@@ -118,11 +118,13 @@ class AsyncSource:
         self._taken: dict[int, OpenGroup] = {}
         """Groups of the current step, until it is complete."""
         self._groups: dict[int, OpenGroup] = {}
-        """This rank's groups that are not forgotten, as they were begun."""
+        """This rank's groups that are not trained on or dropped, as they were begun."""
+        self._restored: tuple[OpenGroup, ...] = ()
+        """Those of a checkpoint, until they begin."""
         self._account, self._kept = _Account(), 0
         self._lost_at: list[int] = []
         """The versions at which processes were lost."""
-        self._told_stop = False
+        self._stop_sent = False
         self._abandoned = 0
         """Groups that the process abandoned since the last report."""
 
@@ -134,7 +136,7 @@ class AsyncSource:
             return self._evaluate(request)
         if self._begun is None:
             self._begun = self._gone = request.seeds.step * self._order.per_step
-        self._start_restored()
+        self._begin_restored()
         with self._progress.phase("rollout", request.needed) as bar:
             wait = SHORTEST_S
             while True:
@@ -149,7 +151,7 @@ class AsyncSource:
                 wait = min(1.5 * wait, LONGEST_S)
 
     def run(self, job: Job[T] | None) -> T | None:
-        """Runs a job on this rank's engine, beside the groups; None: this rank has none. All ranks call it together."""
+        """The job runs beside the groups."""
         found: list[T] = []
 
         def ended() -> bool:
@@ -178,17 +180,17 @@ class AsyncSource:
             return 0
         kept = [group for group in saved.groups if group.task in known]
         self._begun, self._gone = saved.begun, saved.begun - len(kept)
-        self._groups = {group.number: group for group in share_of(kept, self._share.index, self._share.count)}
-        self._kept = sum(tokens({group.task: group.logs}) for group in self._groups.values())
+        self._restored = tuple(share_of(kept, self._share.index, self._share.count))
+        self._groups = {group.number: group for group in self._restored}
+        self._kept = sum(tokens({group.task: group.logs}) for group in self._restored)
         return len(saved.groups) - len(kept)
 
-    def _start_restored(self) -> None:
+    def _begin_restored(self) -> None:
         """Begins the groups of a checkpoint: not before the engine has the weights of that step."""
-        waiting = [g for n, g in self._groups.items() if not (n in self._open or n in self._complete)]
-        waiting = [group for group in waiting if group.number not in self._taken]
-        if self._process is not None and waiting:
-            self._open.update({group.number: group for group in waiting})
-            self._process.send(Begin(tuple(waiting)))
+        groups, self._restored = self._restored, ()
+        self._open.update({group.number: group for group in groups})
+        if self._process is not None and groups:
+            self._process.send(Begin(groups))
 
     def _begin(self, limit: int) -> None:
         """Begins this rank's part of the groups below `limit`."""
@@ -288,24 +290,20 @@ class AsyncSource:
     def _evaluate(self, request: RolloutRequest) -> Played:
         share = self._share
         mine = [] if share.index is None else request.tasks[share.index :: share.count]
-        pairs = [(task, index) for task in mine for index in range(request.episodes)]
         with self._progress.phase("rollout", len(request.tasks) * request.episodes):
-            ended = self.run(partial(play_request, pairs, request) if pairs else None)
+            ended = self.run(partial(play_request, mine, request) if mine else None)
         return together(self._gather, request.tasks, ended or [], None)[0]
 
     def _meet(self, mine: Callable[[], Any], job: Job[Any] | None = None) -> list[Any]:
         """What `mine` returns on all ranks. Lost processes are restarted meanwhile, and sent the weights. All ranks
         call it together."""
-        if self._stopping() and not self._told_stop and self._process is not None:
+        if self._stopping() and not self._stop_sent and self._process is not None:
             self._process.send(StopRollouts())
-            self._told_stop = True
-        found, failed = attempt(lambda: (self._keep_alive(job), mine()))
-        needs = found is not None and found[0]
-        everyone = self._gather((found, None if failed is None else Failure.of(failed)))
-        raise_failures(failed, [failure for _, failure in everyone])
-        if any(other[0] for other, _ in everyone):
-            self._resend(bool(needs))
-        return [other[1] for other, _ in everyone]
+            self._stop_sent = True
+        (needs, _), everyone = gather_results(self._gather, lambda: (self._keep_alive(job), mine()))
+        if any(needed for needed, _ in everyone):
+            self._resend(needs)
+        return [found for _, found in everyone]
 
     def _keep_alive(self, job: Job[Any] | None) -> bool:
         """Restarts a lost process. Returns whether its engine needs the current weights."""
@@ -331,7 +329,7 @@ class AsyncSource:
         self._account.discarded += max(0, self._kept + self._account.generated - self._account.discarded - held)
         self._process.restart()
         self._process.wait_ready()
-        self._told_stop = False
+        self._stop_sent = False
         # The new process has no weights yet, and would say that they begin with version 0.
         begun = ((n, group, version if group.version is None else group.version) for n, group in self._groups.items())
         again = [replace(group, version=of, ended=number not in self._open) for number, group, of in begun]
@@ -353,12 +351,8 @@ class AsyncSource:
 
 
 async def play_request(
-    pairs: Sequence[tuple[Task, int]], request: RolloutRequest, setup: EpisodeSetup, speakers_for: SpeakersFor
+    tasks: Sequence[Task], request: RolloutRequest, setup: EpisodeSetup, speakers_for: SpeakersFor
 ) -> list[Ended]:
-    """Plays (task, episode index) pairs of a request. Raises EngineLostError if the engine was lost."""
-    turns = setup.settings.max_turns if request.turns is None else request.turns
-    changed = replace(setup, settings=replace(setup.settings, rounds=request.rounds, max_turns=turns))
-    results = await play_all(pairs, changed, speakers_for, request.seeds)
-    for lost in (one for one in results if isinstance(one, UnplayedEpisode)):
-        raise EngineLostError(lost.error)
-    return results
+    """Plays some of a request's tasks. Raises EngineLostError if the engine was lost."""
+    played, dropped = await play(tasks, request.episodes, request.on(setup), speakers_for, request.seeds)
+    return [*played, *dropped]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from icrl_megatron.distributed.grid import Failure
+from icrl_megatron.engines.flat_buffer import Placed
 from icrl_megatron.engines.protocol import EngineStats
 from icrl_megatron.rollout.episode import Ended
 from icrl_megatron.rollout.open_group import OpenGroup
@@ -42,21 +43,11 @@ class Forget:
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """Position of a tensor in the shared memory, in bytes."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    begin: int
-
-
-@dataclass(frozen=True)
 class Update:
     """Pause the requests, take these weights, and go on."""
 
     version: int
-    tensors: tuple[StoredTensor, ...]
+    tensors: tuple[Placed, ...]
 
 
 @dataclass(frozen=True)
@@ -85,7 +76,7 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """The process is alive. Sent every second, and before other messages about tokens."""
 
     generated: int = 0
@@ -143,4 +134,4 @@ class ServiceFailed:
     failure: Failure
 
 
-FromService = Ready | Beat | GroupEnded | Abandoned | Updated | JobResult | SavedGroups | ServiceFailed
+FromService = Ready | Heartbeat | GroupEnded | Abandoned | Updated | JobResult | SavedGroups | ServiceFailed

@@ -21,11 +21,11 @@ from icrl_megatron.engines.rank import Engines
 from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play_twice
 from icrl_megatron.rollout.messages import (
     Abandoned,
-    Beat,
     Begin,
     Forget,
     FromService,
     GroupEnded,
+    Heartbeat,
     JobResult,
     Ready,
     RunJob,
@@ -38,13 +38,12 @@ from icrl_megatron.rollout.messages import (
 )
 from icrl_megatron.rollout.open_group import OpenGroup
 from icrl_megatron.rollout.played import Job
-from icrl_megatron.rollout.replay import ReplayLog, copied, recorded, tokens
-from icrl_megatron.rollout.replay import Stop as NeverStopped
+from icrl_megatron.rollout.replay import ReplayLog, Stop, copied, recorded, tokens
 from icrl_megatron.rollout.source import MAX_DEATHS
 from icrl_megatron.rollout.speakers import Meter, Seeds, Speakers, SpeakersFor
 from icrl_megatron.types import Task, UnplayedEpisode
 
-BEAT_S = 1.0
+HEARTBEAT_S = 1.0
 """Interval of the messages that say that the process is alive."""
 
 
@@ -88,13 +87,13 @@ class RolloutService:
         engine: ContinuingEngine,
         playing: GroupSetup,
         install: Callable[[Update], None],
-        send: Callable[[FromService], None],
         stop: StopFlag,
     ) -> None:
-        """`engine` is the solver of `engines`, as the episodes of `playing` use it. `install` gives weights
-        to the engine, and `send` answers the trainer without waiting."""
+        """`engine` is the solver of `engines`, as the episodes of `playing` use it. `install` gives weights to the
+        engine."""
         self._engines, self._engine, self._playing = engines, engine, playing
-        self._install, self._send, self._stop = install, send, stop
+        self._install, self._stop = install, stop
+        self._send: Callable[[FromService], None] = lambda message: None
         self._inbox: asyncio.Queue[ToService | BaseException | None] = asyncio.Queue()
         self._gate = asyncio.Semaphore(playing.setup.settings.concurrency)
         self._threads = ThreadPoolExecutor(1)
@@ -103,7 +102,7 @@ class RolloutService:
         self._meter, self._counted = Meter(), 0
         self._version = self._deaths = 0
         """`_deaths`: engines that were lost since the last new version."""
-        self._beat = Beat()
+        self._heartbeat = Heartbeat()
         self._recovery: asyncio.Task[None] | None = None
         self._weights = asyncio.Event()
         """Set while the engine has the current weights."""
@@ -111,13 +110,15 @@ class RolloutService:
         """Updates and restarts that have not ended. Requests that one of them let pass would disturb the other."""
         engine.hold()
 
-    def hear(self, message: ToService | None) -> None:
+    def receive(self, message: ToService | None) -> None:
         """Adds a message; None ends the service."""
         self._inbox.put_nowait(message)
 
-    async def serve(self) -> None:
-        """Returns after the message None. Raises what playing raises, except for errors that cost one episode."""
-        beating = asyncio.ensure_future(self._go_on_beating())
+    async def serve(self, send: Callable[[FromService], None]) -> None:
+        """Returns after the message None. `send` answers the trainer without waiting. Raises what playing raises,
+        except for errors that cost one episode."""
+        self._send = send
+        heartbeats = asyncio.ensure_future(self._send_heartbeats())
         self._send(Ready())
         try:
             while (message := await self._inbox.get()) is not None:
@@ -125,7 +126,7 @@ class RolloutService:
                     raise message
                 await self._handle(message)
         finally:
-            tasks = [beating, *self._jobs, *(held.playing for held in self._held.values() if held.playing)]
+            tasks = [heartbeats, *self._jobs, *(held.playing for held in self._held.values() if held.playing)]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -167,7 +168,7 @@ class RolloutService:
             for episode in playing:
                 episode.cancel()
             await asyncio.gather(*playing, return_exceptions=True)
-        self._tell_counters()
+        self._send_counters()
         self._send(GroupEnded(group.number, group.task.task_id, held.version, tuple(results), held.spent.tokens))
 
     async def _episode(self, held: _Held, index: int) -> Ended:
@@ -177,7 +178,7 @@ class RolloutService:
         metered = self._meter.on(held.spent.on(playing.speakers_for))
 
         def speakers_for(task: Task, index: int) -> Speakers:
-            return recorded(metered(task, index), log, NeverStopped(), setup.prompter.before_stop)
+            return recorded(metered(task, index), log, Stop(), setup.prompter.before_stop)
 
         while True:
             async with self._gate:
@@ -203,9 +204,9 @@ class RolloutService:
             await self._in_thread(lambda: self._install(message))
             if message.version != self._version:
                 self._version, self._deaths = message.version, 0
-            self._beat = replace(self._beat, needs_weights=False)
+            self._heartbeat = replace(self._heartbeat, needs_weights=False)
             self._weights.set()
-        self._tell_counters()  # first, so that the trainer does not send the weights again
+        self._send_counters()  # first, so that the trainer does not send the weights again
         self._send(Updated(message.version))
         self._abandon([n for n, of in self._held.items() if of.version < self._version - self._playing.staleness])
 
@@ -217,7 +218,7 @@ class RolloutService:
         for number, held in running.items():
             held.playing.cancel()  # type: ignore[union-attr]
             del self._held[number]
-        self._tell_counters()
+        self._send_counters()
         lost = sum(held.spent.tokens for held in running.values())
         self._send(Abandoned(tuple(running), lost, len(running) * self._playing.episodes))
 
@@ -234,14 +235,14 @@ class RolloutService:
             if not why:  # another episode's request has failed later than the restart
                 return
             self._deaths += 1
-            self._beat = replace(self._beat, deaths=self._beat.deaths + 1)
+            self._heartbeat = replace(self._heartbeat, deaths=self._heartbeat.deaths + 1)
             if self._deaths >= MAX_DEATHS:
                 raise EngineError(f"{self._deaths} engines were lost in one step. {why}")
             self._engine.hold()
             with self._change():
                 if await self._in_thread(self._engines.revive):
                     self._weights.clear()
-                    self._beat = replace(self._beat, needs_weights=True)
+                    self._heartbeat = replace(self._heartbeat, needs_weights=True)
             await self._weights.wait()
         finally:
             self._recovery = None
@@ -281,12 +282,13 @@ class RolloutService:
         task.add_done_callback(self._jobs.discard)
         return task
 
-    async def _go_on_beating(self) -> None:
+    async def _send_heartbeats(self) -> None:
         while True:
-            self._tell_counters()
-            await asyncio.sleep(BEAT_S)
+            self._send_counters()
+            await asyncio.sleep(HEARTBEAT_S)
 
-    def _tell_counters(self) -> None:
+    def _send_counters(self) -> None:
         generated, self._counted = self._meter.tokens - self._counted, self._meter.tokens
-        stats, beat, self._beat = self._engines.take_stats(), self._beat, Beat(needs_weights=self._beat.needs_weights)
-        self._send(replace(beat, generated=generated, stats=beat.stats + stats))
+        stats, counted = self._engines.take_stats(), self._heartbeat
+        self._heartbeat = Heartbeat(needs_weights=counted.needs_weights)
+        self._send(replace(counted, generated=generated, stats=counted.stats + stats))

@@ -1,6 +1,6 @@
 """The rollout process of a rank, seen from the rank: starts it, talks to it, and hands it weights.
 
-Messages are pickles over a socket pair that both processes inherit. Weights lie in one file in memory that has no name
+Weights lie in one file in memory that has no name
 and that both map: the trainer writes the whole model, and the engine reads it when its requests have paused.
 """
 
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -25,14 +25,15 @@ from pathlib import Path
 import torch
 
 from icrl_megatron.distributed.grid import Failure
+from icrl_megatron.engines.flat_buffer import FlatBuffer, Placed, Shapes, sizes
 from icrl_megatron.engines.protocol import EngineError
+from icrl_megatron.rollout.channel import Channel
 from icrl_megatron.rollout.messages import (
-    Beat,
     FromService,
+    Heartbeat,
     Ready,
     ServiceFailed,
     Setup,
-    StoredTensor,
     ToService,
     Update,
     Updated,
@@ -41,18 +42,17 @@ from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.parent_watch import PARENT_ENV
 from icrl_megatron.utils.processes import kill_tree
 
-_ALIGN = 16
 _POLL_S = 0.02
 _GRACE_S = 30.0
-"""Time that the process has to end when its rank has closed the connection."""
+"""Time that the process has to end when its rank has closed the channel."""
 
 
 class SharedWeights:
     """A file in memory for all tensors of a model, written by one process and read by another."""
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._map: mmap.mmap | None = None
+        memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
+        self._flat = FlatBuffer(torch.frombuffer(memory, dtype=torch.uint8))
 
     @staticmethod
     def create(size: int) -> tuple[SharedWeights, int]:
@@ -70,30 +70,16 @@ class SharedWeights:
             descriptor = os.dup(file.fileno())
         return SharedWeights(descriptor), descriptor
 
-    def write(self, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> tuple[StoredTensor, ...]:
-        """Copies the tensors end to end, converted to `dtype`."""
-        stored, begin = list[StoredTensor](), 0
+    def write(self, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> tuple[Placed, ...]:
+        """Replaces what is there by these tensors, converted to `dtype`."""
+        self._flat.clear()
         for name, tensor in tensors:
-            place = StoredTensor(name, tuple(tensor.shape), str(dtype).removeprefix("torch."), begin)
-            self._view(place).copy_(tensor)
-            stored.append(place)
-            begin += _padded(tensor.numel() * dtype.itemsize)
-        return tuple(stored)
+            self._flat.add(name, tensor, dtype)
+        return tuple(self._flat.placed)
 
-    def read(self, stored: Iterable[StoredTensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    def read(self, placed: Iterable[Placed]) -> Iterator[tuple[str, torch.Tensor]]:
         """Views of the memory, which must not change while they are used."""
-        for place in stored:
-            yield place.name, self._view(place)
-
-    def _view(self, place: StoredTensor) -> torch.Tensor:
-        if self._map is None:
-            self._map = mmap.mmap(self._descriptor, os.fstat(self._descriptor).st_size)
-        dtype, count = getattr(torch, place.dtype), torch.Size(place.shape).numel()
-        return torch.frombuffer(self._map, dtype=dtype, offset=place.begin, count=count).view(place.shape)
-
-
-def _padded(size: int) -> int:
-    return -(-size // _ALIGN) * _ALIGN
+        return self._flat.tensors(placed)
 
 
 class RolloutProcess:
@@ -104,7 +90,7 @@ class RolloutProcess:
         self,
         setup: Setup,
         module: str,
-        shapes: Iterable[Sequence[int]],
+        shapes: Shapes,
         dtype: torch.dtype,
         hang_s: float,
         log: Callable[[str], None],
@@ -113,10 +99,9 @@ class RolloutProcess:
         which are sent as `dtype`. A process that says nothing for `hang_s` seconds is killed. Raises EngineError if
         there is no memory for the weights."""
         self._setup, self._module, self._dtype, self._hang_s, self._log = setup, module, dtype, hang_s, log
-        weight_bytes = sum(_padded(torch.Size(shape).numel() * dtype.itemsize) for shape in shapes)
-        self._weights, self._descriptor = SharedWeights.create(weight_bytes)
+        self._weights, self._descriptor = SharedWeights.create(sizes(shapes, dtype.itemsize)[1])
         self.ready = False
-        self._counters = Beat()
+        self._counters = Heartbeat()
         """Sums since they were taken."""
         self._messages: list[FromService] = []
         self._updates: list[int] = []
@@ -133,15 +118,18 @@ class RolloutProcess:
         with theirs:
             descriptors = (theirs.fileno(), self._descriptor)
             self._process = subprocess.Popen(command, env=environment, pass_fds=descriptors, stdin=subprocess.DEVNULL)
-        self._connection = Connection(ours.detach())
         self._inbox: queue.SimpleQueue[FromService] = queue.SimpleQueue()
-        self._outbox: queue.SimpleQueue[Setup | ToService | None] = queue.SimpleQueue()
-        self._heard = time.monotonic()
-        self.ready, self._updates, self._closed, self._failure = False, [], threading.Event(), None
+        self._heard_at = time.monotonic()
+        self._closed, self._failure, self.ready, self._updates = threading.Event(), None, False, []
         self._counters = replace(self._counters, needs_weights=False)
-        for work in (self._read, self._write):
-            threading.Thread(target=work, args=(self._connection,), daemon=True, name="rollout process").start()
-        self._outbox.put(self._setup)
+        inbox = self._inbox  # a thread of the channel before must not reach the new one
+
+        def on_message(message: FromService) -> None:
+            inbox.put(message)
+            self._heard_at = time.monotonic()
+
+        self._channel = Channel(Connection(ours.detach()), on_message, self._closed.set)
+        self._channel.send(self._setup)
 
     def restart(self) -> None:
         """Kills the process and starts another. Messages that have arrived stay."""
@@ -149,7 +137,7 @@ class RolloutProcess:
         self.start()
 
     def send(self, message: ToService) -> None:
-        self._outbox.put(message)
+        self._channel.send(message)
 
     def take(self) -> list[FromService]:
         """The messages since the last call, except those that only this class needs. Raises what ended the process if
@@ -173,14 +161,14 @@ class RolloutProcess:
                 self.ready = True
             elif isinstance(message, Updated):
                 self._updates.remove(message.version)
-            elif isinstance(message, Beat):
+            elif isinstance(message, Heartbeat):
                 self._counters = _sum(self._counters, message)
             else:
                 self._messages.append(message)
 
-    def take_counters(self) -> Beat:
+    def take_counters(self) -> Heartbeat:
         """The counters since the last call."""
-        taken, self._counters = self._counters, Beat(needs_weights=self._counters.needs_weights)
+        taken, self._counters = self._counters, Heartbeat(needs_weights=self._counters.needs_weights)
         return taken
 
     def needs_weights(self) -> bool:
@@ -197,7 +185,7 @@ class RolloutProcess:
             if self._inbox.empty():
                 code = self._process.returncode
                 return f"The rollout process {'cannot be reached' if code is None else f'ended with exit code {code}'}."
-        silent = time.monotonic() - self._heard
+        silent = time.monotonic() - self._heard_at
         if self.ready and silent > self._hang_s:
             return f"The rollout process said nothing for {silent:.0f} s."
         return ""
@@ -238,13 +226,12 @@ class RolloutProcess:
             time.sleep(_POLL_S)
 
     def kill(self) -> None:
-        self._outbox.put(None)
         kill_tree(self._process)
-        self._connection.close()
+        self._channel.close()
 
     def close(self) -> None:
         """Ends the process with its engine; kills it if that takes too long."""
-        self._outbox.put(None)
+        self._channel.finish()
         try:
             self._process.wait(_GRACE_S)
         except subprocess.TimeoutExpired:
@@ -289,28 +276,8 @@ class RolloutProcess:
     def wake(self) -> None:
         """Does nothing."""
 
-    def _read(self, connection: Connection) -> None:
-        inbox, closed = self._inbox, self._closed
-        with suppress(EOFError, OSError):
-            while True:
-                inbox.put(connection.recv())
-                self._heard = time.monotonic()
-        closed.set()
 
-    def _write(self, connection: Connection) -> None:
-        outbox, closed = self._outbox, self._closed
-        with suppress(OSError):
-            try:
-                while (message := outbox.get()) is not None:
-                    connection.send(message)
-            except Exception:
-                closed.set()  # what could not be sent is lost: the process is started again
-                raise
-            with socket.fromfd(connection.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as end:
-                end.shutdown(socket.SHUT_WR)
-
-
-def _sum(one: Beat, later: Beat) -> Beat:
+def _sum(one: Heartbeat, later: Heartbeat) -> Heartbeat:
     return replace(
         later,
         generated=one.generated + later.generated,

@@ -46,7 +46,7 @@ def build_players(settings: Settings, start: Start, grid: grids.Grid, progress: 
     """What plays this rank's episodes, not ready yet. None in the debug modes that generate nothing, and on a rank of
     an asynchronous run that leads no engine. Raises ConfigError if the engine would share GPUs with an actor that it
     cannot wait for."""
-    if settings.debug.mode in ("from_dump", "fake_data"):
+    if not settings.debug.generates():
         return None
     check_own_gpus(settings, platform.device().type)
     setup = Setup(settings, start.folder, start.has_weights, start.tokenizer, grid.rank, grid.world)
@@ -57,7 +57,7 @@ def build_players(settings: Settings, start: Start, grid: grids.Grid, progress: 
     return RolloutProcess(
         setup,
         "icrl_megatron.run.rollout_process",
-        ModelShape.read(start.folder).tensors().values(),
+        ModelShape.read(start.folder).tensors(),
         DTYPES[settings.actor.precision],
         HANG_S + settings.rollout.environment_timeout_s,
         progress.log,

@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import queue
 import sys
-import threading
-from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -24,8 +21,9 @@ from icrl_megatron.engines.protocol import Verifiable
 from icrl_megatron.engines.rank import Engines
 from icrl_megatron.engines.registry import engine_kind
 from icrl_megatron.model.shape import ModelShape
+from icrl_megatron.rollout.channel import Channel
 from icrl_megatron.rollout.episode import EpisodeSetup
-from icrl_megatron.rollout.messages import FromService, ServiceFailed, Setup, ToService, Update
+from icrl_megatron.rollout.messages import ServiceFailed, Setup, ToService, Update
 from icrl_megatron.rollout.own_model import own_models
 from icrl_megatron.rollout.prompts import Prompter, tokenizer
 from icrl_megatron.rollout.service import GroupSetup, RolloutService
@@ -37,8 +35,11 @@ from icrl_megatron.tasks import registry
 from icrl_megatron.utils.parent_watch import die_with_parent
 from icrl_megatron.utils.terminal import guard
 
+_LAST_MESSAGES_S = 10.0
+"""Longest time to send what was not sent yet when the service ends."""
 
-class StopWish:
+
+class StopState:
     """Whether the run was asked to stop: by a signal to this process, or by a message of its rank."""
 
     def __init__(self) -> None:
@@ -52,7 +53,7 @@ def main(socket_fd: int, weights_fd: int) -> None:
     """Serves one rank. A failure is sent to the rank, which raises it."""
     guard()
     die_with_parent()
-    stop = StopWish()
+    stop = StopState()
     WATCHDOG.obey(stop)
     connection = channel(socket_fd)
     setup = first_message(connection)
@@ -67,7 +68,7 @@ def main(socket_fd: int, weights_fd: int) -> None:
     os._exit(0)  # threads of environments may still run
 
 
-async def _serve(of: Setup, connection: Connection, weights: SharedWeights, stop: StopWish) -> None:
+async def _serve(of: Setup, connection: Connection, weights: SharedWeights, stop: StopState) -> None:
     settings = of.settings
     platform.return_freed_memory()
     prompter = Prompter(tokenizer(of.tokenizer), settings.rollout)
@@ -89,28 +90,19 @@ async def _serve(of: Setup, connection: Connection, weights: SharedWeights, stop
             episodes=settings.rollout.episodes_per_task,
             staleness=settings.rollout.staleness,
         )
-        outgoing = _Outgoing(connection)
         installing = _Installing(settings, engines, weights, ModelShape.read(of.model))
-        service = RolloutService(engines, solver, playing, installing.install, outgoing.send, stop)
-        _listen(connection, asyncio.get_running_loop(), service.hear)
+        service = RolloutService(engines, solver, playing, installing.install, stop)
+        loop = asyncio.get_running_loop()
+
+        def receive(message: ToService | None) -> None:
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(service.receive, message)
+
+        channel = Channel(connection, receive, lambda: receive(None))
         try:
-            await service.serve()
+            await service.serve(channel.send)
         finally:
-            outgoing.end()
-
-
-def _listen(connection: Connection, loop: asyncio.AbstractEventLoop, hear: Callable[[ToService | None], None]) -> None:
-    """Hands the rank's messages to the service, in a thread."""
-
-    def listen() -> None:
-        with suppress(EOFError, OSError):
-            while True:
-                message = connection.recv()
-                loop.call_soon_threadsafe(hear, message)
-        with suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(hear, None)
-
-    threading.Thread(target=listen, daemon=True, name="messages of the rank").start()
+            channel.finish(_LAST_MESSAGES_S)
 
 
 class _Installing:
@@ -126,29 +118,6 @@ class _Installing:
         trained.update_weights(self._weights.read(update.tensors), update.version)
         if not self._verified and isinstance(trained, Verifiable):
             self._verified = trained.verify(self._weights.read(update.tensors), self._shape)
-
-
-class _Outgoing:
-    """Sends messages in a thread: the rank may read late, and episodes must not wait for that."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._queue: queue.SimpleQueue[FromService | None] = queue.SimpleQueue()
-        self._connection = connection
-        self._thread = threading.Thread(target=self._run, daemon=True, name="messages to the rank")
-        self._thread.start()
-
-    def send(self, message: FromService) -> None:
-        self._queue.put(message)
-
-    def end(self) -> None:
-        """Returns when everything was sent, or after ten seconds."""
-        self._queue.put(None)
-        self._thread.join(10.0)
-
-    def _run(self) -> None:
-        with suppress(OSError):
-            while (message := self._queue.get()) is not None:
-                self._connection.send(message)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.engines.rank import ONE_RANK, Share
 from icrl_megatron.rollout.async_source import AsyncSource, Order
 from icrl_megatron.rollout.messages import (
-    Beat,
     Begin,
     FromService,
     GroupEnded,
+    Heartbeat,
     JobResult,
     RunJob,
     Save,
@@ -56,8 +56,8 @@ class Process:
         taken, self.messages = self.messages, []
         return taken
 
-    def take_counters(self) -> Beat:
-        return Beat()
+    def take_counters(self) -> Heartbeat:
+        return Heartbeat()
 
     def lost(self) -> str:
         return "" if self.messages else self.died

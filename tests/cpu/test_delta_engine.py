@@ -43,7 +43,7 @@ class Held:
         return lambda: None
 
     def send(self, bucket: Bucket, options: dict[str, Any]) -> Answer:
-        whole = {p.name: bucket.buffer[p.start : p.end].view(p.dtype).view(p.shape).clone() for p in bucket.placed}
+        whole = {name: tensor.clone() for name, tensor in bucket.tensors(bucket.placed)}
         return self._take("full", whole, options)
 
     def send_pieces(self, pieces: Sequence[DeltaPiece], data: Tensor, options: dict[str, Any]) -> Answer:

@@ -22,10 +22,10 @@ from icrl_megatron.engines.rank import ONE_RANK, Engines
 from icrl_megatron.model.tiny import build_tiny
 from icrl_megatron.rollout.episode import EpisodeSetup
 from icrl_megatron.rollout.messages import (
-    Beat,
     Begin,
     FromService,
     GroupEnded,
+    Heartbeat,
     Save,
     SavedGroups,
     ToService,
@@ -97,7 +97,7 @@ class Talk:
     serving: asyncio.Future[None] | None = None
 
     def say(self, message: ToService) -> None:
-        self.service.hear(message)
+        self.service.receive(message)
 
     def of(self, kind: type[FromService]) -> list[FromService]:
         return [message for message in self.heard if isinstance(message, kind)]
@@ -129,8 +129,8 @@ async def talking(folders: list[Path], frozen: Mortal | None = None, staleness: 
         engine.update_weights(weights.items(), update.version)
 
     heard: list[FromService] = []
-    talk = Talk(RolloutService(engines, solver, playing, install, heard.append, Stop()), engine, heard)
-    serving = talk.serving = asyncio.ensure_future(talk.service.serve())
+    talk = Talk(RolloutService(engines, solver, playing, install, Stop()), engine, heard)
+    serving = talk.serving = asyncio.ensure_future(talk.service.serve(heard.append))
     try:
         yield talk
         talk.say(None)  # type: ignore[arg-type]
@@ -175,7 +175,7 @@ def test_groups_are_played_over_updates_and_every_token_is_accounted_for(folders
             found = talk.ended()
             assert {n: of.version for n, of in found.items()} == {0: 0, 1: 0}, "they began before the first weights"
             assert set.union(*map(versions, found.values())) == {1, 2}
-            generated = sum(beat.generated for beat in talk.heard if isinstance(beat, Beat))
+            generated = sum(beat.generated for beat in talk.heard if isinstance(beat, Heartbeat))
             assert generated == sum(of.tokens for of in found.values())
 
     run(test())
@@ -189,15 +189,15 @@ def test_a_lost_engine_serves_only_with_the_current_weights_and_is_sent_them_onc
             talk.say(begin(0, 1, 2))
             await talk.until(lambda: talk.service._meter.tokens > 4)
             talk.engine.died = "It died."
-            await talk.until(lambda: isinstance(last := talk.of(Beat)[-1], Beat) and last.needs_weights)
+            await talk.until(lambda: isinstance(last := talk.of(Heartbeat)[-1], Heartbeat) and last.needs_weights)
             talk.say(Update(1, ()))
             await talk.until(lambda: len(talk.of(Updated)) == 2)
             last = talk.heard[talk.heard.index(talk.of(Updated)[0]) + 1 :]
-            before = [m for m in last[: last.index(Updated(1))] if isinstance(m, Beat)][-1]
+            before = [m for m in last[: last.index(Updated(1))] if isinstance(m, Heartbeat)][-1]
             assert not before.needs_weights, "otherwise the trainer would send all weights again"
             await talk.until(lambda: len(talk.ended()) == 3)
             assert set.union(*map(versions, talk.ended().values())) == {1}
-            assert sum(beat.deaths for beat in talk.heard if isinstance(beat, Beat)) == 1
+            assert sum(beat.deaths for beat in talk.heard if isinstance(beat, Heartbeat)) == 1
 
     run(test())
 
@@ -226,7 +226,7 @@ def test_an_update_and_a_restart_that_cross_each_other(folders: list[Path], whic
             await talk.until(lambda: dies.revivals == 1)
             await talk.until(lambda: not talk.service._changing)
             if first == "update" and which == "trained":
-                await talk.until(lambda: isinstance(last := talk.of(Beat)[-1], Beat) and last.needs_weights)
+                await talk.until(lambda: isinstance(last := talk.of(Heartbeat)[-1], Heartbeat) and last.needs_weights)
                 talk.say(Update(2, ()))
             await talk.until(lambda: len(talk.ended()) == 3)
             solver = {
@@ -261,7 +261,7 @@ def test_what_is_saved_does_not_change_while_it_is_sent_and_begins_again_elsewhe
             await talk.until(lambda: len(talk.ended()) == 2)
             found = talk.ended()
             assert {of.version for of in found.values()} == {1}
-            generated = sum(beat.generated for beat in talk.heard if isinstance(beat, Beat))
+            generated = sum(beat.generated for beat in talk.heard if isinstance(beat, Heartbeat))
             assert kept > 0 and generated == sum(of.tokens for of in found.values()) - kept
 
     run(test())
