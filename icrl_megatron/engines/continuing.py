@@ -1,4 +1,4 @@
-"""Replies that are cut off and go on later: under the weights of that time, with a seed of their own."""
+"""Replies that are cut off and continue later: under the weights of that time, with another seed."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class PausableEngine(Engine, Pausable, Protocol):
 
 
 class ContinuingEngine:
-    """Solves requests on an engine whose weights change meanwhile. When it is paused, running requests end; once it
-    resumes, they go on from where they were, and later ones begin."""
+    """Answers requests on an engine whose weights may change before a request has finished. A pause cuts running
+    requests off; after `resume` they continue with the tokens that they have, and new ones begin."""
 
     def __init__(self, engine: PausableEngine, before_stop: BeforeStop) -> None:
         self._engine, self._before_stop = engine, before_stop
@@ -103,13 +103,13 @@ class ContinuingEngine:
         """Does nothing: no episode is cut off for others (`rollout.oversample`)."""
 
     async def pause(self) -> None:
-        """Returns when no request is running. Those that ended go on after `resume`."""
+        """Returns when no request is running. Those that were cut off continue after `resume`."""
         self._open.clear()
         await self._engine.pause()
         await self._idle.wait()
 
     def hold(self) -> None:
-        """Requests wait until `resume`, or until a pause has ended: the engine has not the right weights."""
+        """Requests wait until `resume`, or until a pause has ended: the engine does not have the current weights."""
         self._open.clear()
 
     def resume(self) -> None:

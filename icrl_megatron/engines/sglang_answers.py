@@ -69,7 +69,8 @@ def read(text: bytes, longest: int, vocabulary: int, version: int) -> UsableAnsw
 
 
 def ended(reply: Completion, stop_ids: Ids) -> Completion:
-    """SGLang looks for an abort before it looks for an end token. A reply with both has ended: it must not go on."""
+    """A reply that was aborted right after its end token has ended and must not continue: SGLang checks for an abort
+    first (0.5.23, `Req.update_finish_state`)."""
     if reply.finish_reason == "abort" and len(reply.ids) and int(reply.ids[-1]) in stop_ids:
         return replace(reply, finish_reason="stop")
     return reply

@@ -1,7 +1,7 @@
 """The source of an asynchronous run: groups are played ahead, in rollout processes, while earlier ones are trained on.
 
 Groups are numbered in the run's order of tasks. At most (staleness + 1) steps' groups are begun and not trained on.
-Each step takes the oldest groups that are complete, on whatever ranks they are; a group that began more than
+Each step takes the oldest complete groups of all ranks; a group that began more than
 `rollout.staleness` versions ago is dropped and counted, and another one begun in its place. docs/ASYNC.md derives the
 objective.
 """
@@ -43,7 +43,7 @@ from icrl_megatron.utils.progress import Progress
 SHORTEST_S, LONGEST_S = 0.005, 0.2
 """Pause between two looks at what is complete: short at first, longer the longer the ranks wait."""
 SAVE_TIMEOUT_S = 120.0
-"""A rollout process that has not sent its unfinished groups by then is treated as lost."""
+"""Longest wait for the replies of unfinished groups when a checkpoint is saved."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class _Account:
 
 @dataclass(frozen=True)
 class _Report:
-    """What a rank tells the others while they wait for a step's groups."""
+    """What a rank reports to the others while they wait for a step's groups."""
 
     complete: tuple[tuple[int, str, int], ...]
     """(number, task id, version) of its complete groups."""
@@ -208,7 +208,7 @@ class AsyncSource:
         self._process.send(Begin(tuple(groups)))
 
     def _report(self) -> _Report:
-        """Drops what is too old, and tells what is complete."""
+        """Drops groups that are too old, and reports those that are complete."""
         for message in self._receive():
             raise RuntimeError(f"unexpected {type(message).__name__}")
         oldest = self._version() - self._order.staleness
@@ -295,8 +295,8 @@ class AsyncSource:
         return together(self._gather, request.tasks, ended or [], None)[0]
 
     def _meet(self, mine: Callable[[], Any], job: Job[Any] | None = None) -> list[Any]:
-        """What `mine` returns on all ranks. Lost processes are restarted meanwhile, and sent the weights. All ranks
-        call it together."""
+        """What `mine` returns on all ranks. Restarts lost processes, and sends them the weights. All ranks call it
+        together."""
         if self._stopping() and not self._stop_sent and self._process is not None:
             self._process.send(StopRollouts())
             self._stop_sent = True
@@ -338,7 +338,7 @@ class AsyncSource:
             self._process.send(RunJob(job))
 
     def _lines(self) -> list[str]:
-        """The lines of this rank's groups, with what their episodes have said. After a loss of the process, without."""
+        """The lines of this rank's groups, with the replies of their episodes if the process can send them."""
         found = list(self._groups.values())
         if self._process is not None and found:
             self._process.send(Save())
@@ -346,6 +346,11 @@ class AsyncSource:
             if isinstance(answer, SavedGroups):
                 known = {group.number: group for group in answer.groups}
                 found = [known.get(group.number, group) for group in found]
+            else:
+                self._progress.log(
+                    f"the checkpoint has {len(found)} unfinished groups without their replies: the rollout process is "
+                    f"lost, or did not send them within {SAVE_TIMEOUT_S:g} s"
+                )
         begun = [] if self._begun is None or self._share.index != 0 else [begun_line(self._begun)]
         return begun + group_lines(found)
 

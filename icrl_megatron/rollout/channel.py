@@ -15,7 +15,7 @@ _END_S = 1.0
 
 
 class Channel:
-    """One end. It reads and writes in threads of its own, so that neither side ever waits for the other to read."""
+    """One end. Threads read and write, so that neither side waits until the other reads."""
 
     def __init__(self, connection: Connection, on_message: Callable[[Any], None], on_end: Callable[[], None]) -> None:
         """`on_message` gets each message. `on_end` is called when no more messages come, or when one could not be sent.

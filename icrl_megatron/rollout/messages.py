@@ -1,4 +1,4 @@
-"""What a rank and its rollout process tell each other: pickles over a socket pair that only the two have."""
+"""The messages between a rank and its rollout process (`channel.py`)."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class OpenGroup:
     turns: int
     """Largest number of turns of an attempt."""
     version: int | None = None
-    """Version of the weights when it began; None: it begins now."""
+    """Version of the weights when its first episode began; None: no episode has begun."""
     logs: dict[int, ReplayLog] = field(default_factory=dict)
     """By episode index: the replies so far."""
     ended: bool = False

@@ -1,9 +1,9 @@
-"""Plays groups for the whole run beside the trainer (`rollout.staleness`), in a process of its own.
+"""Plays groups for the whole run, in a process next to the trainer's (`rollout.staleness`).
 
-Groups are begun when the trainer says so and reported when all of their episodes have ended. New weights arrive in
-between: requests are cut off at their next token, and go on under the new weights (`engines.continuing`). Every token
-keeps the version that generated it. The rollout process is not the rank's own, because environments are interrupted in
-a main thread only (`watchdog.py`), and because an engine in the trainer's process would wait for the trainer.
+The trainer says which groups to begin, and gets each group when all of its episodes have ended. New weights arrive in
+between: requests are cut off at their next token, and continue under the new weights (`engines.continuing`). Every
+token keeps the version that generated it. This is a separate process because environments can be interrupted only in
+a main thread (`watchdog.py`), and because an engine in the trainer's process would wait for the trainer.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class _Held:
     """A group that the trainer has not trained on yet."""
 
     group: OpenGroup
-    version: int
+    version: int | None
+    """That of the weights when its first episode began; None: none has, because of `rollout.concurrency`."""
     playing: asyncio.Task[None] | None = None
     logs: dict[int, ReplayLog] = field(default_factory=dict)
     spent: Meter = field(default_factory=Meter)
@@ -107,7 +108,7 @@ class RolloutService:
         self._weights = asyncio.Event()
         """Set while the engine has the current weights."""
         self._changing = 0
-        """Updates and restarts that have not ended. Requests that one of them let pass would disturb the other."""
+        """Updates and restarts that have not ended. None of them may let requests through while another is running."""
         engine.hold()
 
     def receive(self, message: ToService | None) -> None:
@@ -151,10 +152,9 @@ class RolloutService:
             self._stop.asked = True
 
     def _begin(self, group: OpenGroup) -> None:
-        version = self._version if group.version is None else group.version
         logs = {index: ReplayLog([*log.replies]) for index, log in group.logs.items()}
         spent = Meter(tokens({group.task: logs}))
-        held = self._held[group.number] = _Held(group, version, logs=logs, spent=spent)
+        held = self._held[group.number] = _Held(group, group.version, logs=logs, spent=spent)
         if not group.ended:
             held.playing = self._job(self._play(held))
 
@@ -169,6 +169,7 @@ class RolloutService:
                 episode.cancel()
             await asyncio.gather(*playing, return_exceptions=True)
         self._send_counters()
+        assert held.version is not None
         self._send(GroupEnded(group.number, group.task.task_id, held.version, tuple(results), held.spent.tokens))
 
     async def _episode(self, held: _Held, index: int) -> Ended:
@@ -182,6 +183,7 @@ class RolloutService:
 
         while True:
             async with self._gate:
+                held.version = self._version if held.version is None else held.version
                 ended = await play_twice(group.task, index, setup, speakers_for, Seeds(playing.seed, group.number))
             if not isinstance(ended, UnplayedEpisode):
                 return ended
@@ -208,7 +210,8 @@ class RolloutService:
             self._weights.set()
         self._send_counters()  # first, so that the trainer does not send the weights again
         self._send(Updated(message.version))
-        self._abandon([n for n, of in self._held.items() if of.version < self._version - self._playing.staleness])
+        oldest = self._version - self._playing.staleness
+        self._abandon([n for n, of in self._held.items() if of.version is not None and of.version < oldest])
 
     def _abandon(self, numbers: list[int]) -> None:
         """Ends groups that are too old. Those that have ended already are the trainer's to drop."""
@@ -249,7 +252,8 @@ class RolloutService:
 
     @contextmanager
     def _change(self) -> Iterator[None]:
-        """Afterwards requests go on, unless the engine has not the current weights or another change is under way."""
+        """Lets requests continue at the end, unless the engine lacks the current weights or another change is still
+        running."""
         self._changing += 1
         try:
             yield
@@ -259,7 +263,7 @@ class RolloutService:
             self._engine.resume()
 
     async def _in_thread(self, work: Callable[[], Any]) -> Any:
-        """One at a time: an update waits for a restart. Episodes go on meanwhile where they do not need the engine."""
+        """One at a time: an update waits for a restart. Episodes that do not need the engine continue."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def _job(self, work: Awaitable[None]) -> asyncio.Task[None]:

@@ -1,4 +1,4 @@
-"""The rollout process of a rank, seen from the rank: starts it, talks to it, and hands it weights.
+"""The rank's side of its rollout process: starts it, exchanges messages, and shares weights with it.
 
 Weights lie in one file in memory that has no name
 and that both map: the trainer writes the whole model, and the engine reads it when its requests have paused.
@@ -242,7 +242,8 @@ class RolloutProcess:
 
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Returns when the weights are in memory; the engine takes them soon. A process that is lost or has failed gets
-        none. Raises EngineError if the process has not taken the previous weights in time."""
+        none. If the process has not taken the previous weights in time, `take` raises that on all ranks later: here the
+        other ranks are in the same collective."""
         stream = iter(tensors)
         if self._previous_taken():
             stored = self._weights.write(stream, self._dtype)
@@ -261,10 +262,12 @@ class RolloutProcess:
             if not self._updates:
                 return True
             if time.monotonic() > deadline:
-                raise EngineError(
+                late = EngineError(
                     f"The engine did not take its weights within engine.sync_timeout_s={limit:g} s; raise it, or look "
                     "for the reason in the logs of the engine."
                 )
+                self._failure = Failure.of(late)
+                return False
             time.sleep(_POLL_S)
 
     def sleep(self) -> None:
