@@ -135,7 +135,7 @@ install-engine: $(VENV)/.installed-dev ## Make the environment that runs the rea
 
 test-engine: install-engine ## Run the tests against a real SGLang server, in an environment of its own
 	@test ! -s $(VENV)/.engine-python || ICRL_ENGINE_PYTHON="$$(cat $(VENV)/.engine-python)" \
-	$(BIN)/python -m pytest -q tests/engine
+	$(BIN)/python -m pytest -q tests/engine -n $(TEST_PROCESSES) --dist loadfile
 
 lint: $(VENV)/.installed-dev ## Check style and types
 	$(BIN)/ruff check .
