@@ -25,7 +25,6 @@ from bench_async import ARMS
 from waiting_tasks import LONGEST_S
 
 from icrl_megatron.plan.async_simulation import (
-    DecodeSpeed,
     EnginePool,
     Group,
     LeadRule,
@@ -33,6 +32,7 @@ from icrl_megatron.plan.async_simulation import (
     Trainer,
     simulate,
 )
+from icrl_megatron.plan.engine_speed import DecodeSpeed
 
 TASKS, EPISODES = 8, 4
 """Of a step of the benchmark."""

@@ -15,20 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
-
-@dataclass(frozen=True)
-class DecodeSpeed:
-    """Seconds of one iteration: the roofline of reading weights and cache against the products, and a fixed part."""
-
-    weights_s: float = 0.0
-    cached_s: float = 0.0
-    """For each token in the cache."""
-    running_s: float = 0.0
-    """For each running request."""
-    fixed_s: float = 0.0
-
-    def step(self, running: int, cached: float) -> float:
-        return max(self.weights_s + cached * self.cached_s, running * self.running_s) + self.fixed_s
+from icrl_megatron.plan.engine_speed import DecodeSpeed
 
 
 @dataclass(frozen=True)
@@ -196,7 +183,7 @@ class _Simulation:
         self._engines = [_Engine(engines.decode) for _ in range(engines.count)]
         self._queues = [deque[_Playing]() for _ in range(1 if engines.shared_queue else engines.count)]
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
-        self._pushed = self._begun = self._gone = self._trained = self._dropped = self._version = 0
+        self._pushed = self._begun = self._trained = self._dropped = self._version = 0
         self._open: dict[int, _Open] = {}
         self._complete: list[int] = []
         """Numbers of complete groups that wait, a heap."""
@@ -227,7 +214,7 @@ class _Simulation:
             self._drop(now)
         self._part, self._behind, self._idle_since = 0, 0, now
         ahead = min(rule.staleness + 1, rule.steps - self._version)
-        limit = self._gone + math.floor(ahead * self._trainer.groups + 1e-9)
+        limit = self._trained + self._dropped + math.floor(ahead * self._trainer.groups + 1e-9)
         touched = set[int]()
         for number in range(self._begun, limit):
             episodes = self._group(number)
@@ -255,7 +242,6 @@ class _Simulation:
                     if playing.running:
                         engine.running -= 1
                         engine.cached -= playing.turns[playing.turn].context
-            self._gone += 1
             self._dropped += 1
         self._complete = [n for n in self._complete if n in self._open]
         heapify(self._complete)
@@ -344,7 +330,6 @@ class _Simulation:
         self._behind += sum(self._version - group.version for group in groups)
         seconds = trainer.fixed_s / trainer.parts + trainer.token_s * sum(group.tokens for group in groups)
         self._spent += seconds
-        self._gone += needed
         self._trained += needed
         self._push(now + seconds, self._updated)
 

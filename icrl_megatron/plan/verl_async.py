@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -104,8 +104,7 @@ def engines(gpus: int, answers_at_once: int) -> EnginePool:
     layout = Layout(gpus, engine_tensor=ENGINE_TENSOR, serving=Serving(most_running=answers_at_once))
     cache = ENGINE_MEMORY * H20.memory_bytes - engine_bytes(SHAPE, layout)
     tokens = cache / kv_bytes_a_token(SHAPE, ENGINE_TENSOR, layout.item)
-    made = engines_of(SHAPE, layout, H20, tokens, answers_at_once)
-    return EnginePool(**{**made.__dict__, "shared_queue": True})
+    return replace(engines_of(SHAPE, layout, H20, tokens, answers_at_once), shared_queue=True)
 
 
 def reproduce(
