@@ -35,7 +35,7 @@ from icrl_megatron.plan.async_simulation import (
 from icrl_megatron.plan.engine_speed import DecodeSpeed
 
 TASKS, EPISODES = 8, 4
-"""Of a step of the benchmark."""
+"""Tasks of a step of the benchmark, and episodes of a task."""
 REQUESTS = 3
 CASES = ("waiting", "no waits")
 

@@ -1,4 +1,4 @@
-"""Lets real smolagents agents with scripted models play, and saves their memory as a user would: the file that
+"""Runs real smolagents agents with scripted models, and saves their memory as a user would: the file that
 tests/cpu/test_trajectories.py reads. Needs smolagents, which is not among this package's dependencies.
 
     python -m venv /tmp/smolagents && /tmp/smolagents/bin/pip install smolagents==1.26.0

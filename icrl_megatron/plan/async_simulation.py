@@ -28,10 +28,10 @@ class EnginePool:
     most_running: int = 1_000_000
     """Requests that an engine decodes at once; the others wait in order."""
     most_episodes: int = 1_000_000
-    """Episodes of an engine that have begun, those that wait for their environment included."""
+    """Episodes that an engine plays at a time, including those that wait for their environment."""
     cache_tokens: float = math.inf
     shared_queue: bool = False
-    """Whether any engine with a free place takes the next episode. False: whole groups are dealt out in turn."""
+    """Whether any engine with a free place takes the next episode. False: engines get whole groups in turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Trainer:
     the weights are sent."""
 
     groups: int
-    """Of a step; a multiple of `parts`."""
+    """Groups of a step; a multiple of `parts`."""
     fixed_s: float = 0.0
     """Seconds of a step that do not depend on its episodes."""
     token_s: float = 0.0
@@ -70,7 +70,7 @@ class Trainer:
 class LeadRule:
     steps: int
     staleness: float = 0.0
-    """Steps' worth of groups that may be ahead. A fraction is allowed where nothing is dropped."""
+    """How many steps' groups may be ahead. A fraction is allowed where nothing is dropped."""
     drop: bool = True
     """Whether groups that began more than `staleness` versions ago are dropped."""
 

@@ -40,7 +40,7 @@ SPREAD = 1.0
 """Assumed: standard deviation of an answer's length over its mean, before the cut."""
 TOKENS_A_TRAINED_GPU_SECOND = 0.3955
 """FITTED to the row with staleness 0 alone: mean tokens of an answer, before the cut, for each GPU second of a step's
-training. Training time stands for the lengths, which differ between the runs."""
+training. The lengths differ between the runs and are not published, so they are derived from it."""
 STEPS, SKIP = 14, 4
 
 
@@ -110,7 +110,7 @@ def engines(gpus: int, answers_at_once: int) -> EnginePool:
 def reproduce(
     row: PublishedAsyncRun, mean_tokens: float | None = None, steps: int = STEPS, skip: int = SKIP
 ) -> ReproducedAsyncRun:
-    """The simulated step; `mean_tokens` replaces the lengths that the row's training time stands for."""
+    """The simulated step; `mean_tokens` replaces the lengths that are derived from the row's training time."""
     trainer = Trainer(PROMPTS, fixed_s=row.update_s, parts=PARTS)
     group = answers(row.mean_tokens if mean_tokens is None else mean_tokens)
     rule = LeadRule(steps, row.staleness, drop=False)
