@@ -339,7 +339,7 @@ def _instead(key: str, near: str, raw: str, config: DictConfig | None) -> str:
     having = [i for i, entry in enumerate(entries) if at[2][1:] in dict(options(entry))]
     if not having:
         names = ", ".join(dict.fromkeys(entry.name for entry in entries))
-        return f"It is an option of other task sets than {names}: leave it out"
+        return f"No task set of this run ({names}) has that option: leave it out"
     return f"Write {' '.join(pasted(f'tasks.sources.{i}{at[2]}', raw) for i in having)}"
 
 
