@@ -149,7 +149,7 @@ format: $(VENV)/.installed-dev ## Put the code into the house's format
 bench: $(VENV)/.installed-bench ## Run every benchmark that can run here, and say which bars are missed
 	$(BIN)/python tools/bench.py
 
-reproduce-small: $(VENV)/.installed ## ICRL, its ablations and GRPO over five seeds (about an hour on 2 cores)
+reproduce-small: $(VENV)/.installed ## ICRL, its ablations and GRPO over five seeds (three took 34 minutes on 2 cores)
 	$(BIN)/python tools/reproduce_small.py
 
 reproduce-agents: $(VENV)/.installed ## What tools, distillation and RL contribute on Archive, over three seeds

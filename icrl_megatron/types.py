@@ -12,7 +12,7 @@ them into tensors on its own device. This module does not import torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -121,15 +121,11 @@ class Completion(ByValue):
 
     def stale(self, version: int | None) -> BoolArray:
         """True on tokens that weights before `version` generated; all False for None. Same length as `ids`."""
-        found = np.zeros(len(self.ids), dtype=np.bool_)
-        if version is None or self.weight_version < version:
-            found[:] = version is not None
-            return found
-        begin = 0
-        for older, tokens in self.older:
-            found[begin : begin + tokens] = older < version
-            begin += tokens
-        return found
+        if version is None:
+            return np.zeros(len(self.ids), dtype=np.bool_)
+        newest = len(self.ids) - sum(tokens for _, tokens in self.older)
+        versions, tokens = zip(*self.older, (self.weight_version, newest), strict=True)
+        return np.repeat(np.array(versions) < version, tokens)
 
     @staticmethod
     def parse(fields: Mapping[str, Any]) -> Completion:
@@ -204,10 +200,7 @@ class Attempt(ByValue):
 
     def stale(self, version: int | None) -> BoolArray:
         """True on tokens that weights before `version` generated; same length as `response_ids()`."""
-        none = [np.zeros(len(t.observation_ids), dtype=np.bool_) for t in self.turns]
-        return joined(
-            [part for t, z in zip(self.turns, none, strict=True) for part in (t.completion.stale(version), z)], np.bool_
-        )
+        return self._of_generated((t.completion.stale(version) for t in self.turns), np.bool_)
 
     def generated_tokens(self) -> int:
         return sum(len(turn.completion.ids) for turn in self.turns)
@@ -217,10 +210,12 @@ class Attempt(ByValue):
 
     def rollout_logprobs(self) -> FloatArray:
         """Engine log-probs, 0 on observation tokens; same length as `response_ids()`."""
-        none = [np.zeros(len(t.observation_ids), dtype=np.float32) for t in self.turns]
-        return joined(
-            [p for t, z in zip(self.turns, none, strict=True) for p in (t.completion.logprobs, z)], np.float32
-        )
+        return self._of_generated((t.completion.logprobs for t in self.turns), np.float32)
+
+    def _of_generated(self, values: Iterable[npt.NDArray[Any]], dtype: type[Any]) -> npt.NDArray[Any]:
+        """The values of each turn's generated tokens, and 0 on observation tokens."""
+        zeros = (np.zeros(len(t.observation_ids), dtype=dtype) for t in self.turns)
+        return joined([part for both in zip(values, zeros, strict=True) for part in both], dtype)
 
 
 @dataclass(frozen=True, eq=False)

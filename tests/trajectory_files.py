@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from icrl_megatron.distill import readers
+from icrl_megatron.distill.trajectory import Trajectory
+
 TOOLS = [
     {
         "type": "function",
@@ -145,3 +148,10 @@ def rows_of(format: str, count: int) -> list[dict[str, Any]]:
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     return path
+
+
+def read_format(format: str, tmp_path: Path, count: int = 2) -> list[Trajectory]:
+    """The trajectories of a file in this format, which has no broken rows."""
+    read = list(readers.read(str(write_jsonl(tmp_path / f"{format}.jsonl", rows_of(format, count)))))
+    assert [one.problem for one in read] == [""] * count
+    return [one.trajectory for one in read if one.trajectory is not None]

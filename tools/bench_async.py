@@ -29,6 +29,7 @@ from rich.table import Table
 
 TASKS = Path(__file__).with_name("waiting_tasks.py")
 ARMS = (0, 1, 2, 4)
+TASKS_PER_STEP, EPISODES_PER_TASK = 8, 4
 TARGET, NEVER_SLOWER = 1.7, 0.95
 POLL_S = 0.01
 LIMIT_S = 1800.0
@@ -55,11 +56,14 @@ def train(folder: Path, *overrides: str) -> list[float]:
     return ends
 
 
-def arm(folder: Path, model: Path, staleness: int, wait: tuple[float, float], arguments: argparse.Namespace) -> Any:
+def arm(
+    folder: Path, model: Path, staleness: int, wait: tuple[float, float], arguments: argparse.Namespace
+) -> dict[str, float]:
     """One run: seconds per sample in the measured steps, and its counters."""
     overrides = [
         *(f"model.path={model}", "warm_start.steps=0", f"steps={arguments.steps}", "checkpoint.interval=1000"),
-        *("rollout.tasks_per_step=8", "rollout.episodes_per_task=4", "algo.on_no_signal=train", "algo.max_resamples=0"),
+        *(f"rollout.tasks_per_step={TASKS_PER_STEP}", f"rollout.episodes_per_task={EPISODES_PER_TASK}"),
+        *("algo.on_no_signal=train", "algo.max_resamples=0"),
         *("algo.mismatch_correction.enabled=true", f"rollout.staleness={staleness}", "telemetry.dump=none"),
         f"tasks.sources=[{{name: '{TASKS}:WaitingRulebook', options: {{median_s: {wait[0]}, sigma: {wait[1]}}}}}]",
     ]

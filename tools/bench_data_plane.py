@@ -74,7 +74,7 @@ class Step:
 
 @dataclass
 class Measured:
-    """Of one rank. Bytes, counts, and seconds of the processor: a shared machine makes others meaningless."""
+    """Bytes, counts and CPU seconds of one rank. On a shared machine, wall-clock seconds would say nothing."""
 
     ranks: int
     samples: int = 0

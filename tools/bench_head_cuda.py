@@ -45,7 +45,7 @@ OPERATIONS = {"given": given_peers, "train": train_peers, "score": score_peers}
 
 
 MOST_ERROR = 0.05
-"""Of a peer's output, relative to ours: bf16 rounding is below 0.02. What computes something else is not timed."""
+"""Largest error of a peer's output, relative to ours: bf16 rounding is below 0.02. A peer above it is not timed."""
 FLUSHED_BYTES = 256 * 2**20
 """More than any L2 cache holds."""
 TUNE_S = 30.0

@@ -21,11 +21,10 @@ from typing import Any
 
 import bench_schema
 import numpy as np
-from bench_async import ARMS
+from bench_async import ARMS, EPISODES_PER_TASK, TASKS_PER_STEP
 from waiting_tasks import LONGEST_S
 
 from icrl_megatron.plan.async_simulation import (
-    DecodeSpeed,
     EnginePool,
     Group,
     LeadRule,
@@ -33,9 +32,8 @@ from icrl_megatron.plan.async_simulation import (
     Trainer,
     simulate,
 )
+from icrl_megatron.plan.engine_speed import DecodeSpeed
 
-TASKS, EPISODES = 8, 4
-"""Of a step of the benchmark."""
 REQUESTS = 3
 CASES = ("waiting", "no waits")
 
@@ -57,8 +55,8 @@ def groups(median_s: float, sigma: float, failed: float, seed: int = 0) -> Calla
 
     def group(number: int) -> Group:
         rng = np.random.default_rng((seed, number))
-        waits = np.minimum(median_s * rng.lognormal(0.0, sigma, (EPISODES, 2)), LONGEST_S)
-        again = rng.random(EPISODES) < failed
+        waits = np.minimum(median_s * rng.lognormal(0.0, sigma, (EPISODES_PER_TASK, 2)), LONGEST_S)
+        again = rng.random(EPISODES_PER_TASK) < failed
         return tuple(
             (SimulatedTurn(1, wait_s=first), SimulatedTurn(1), SimulatedTurn(1, wait_s=second))
             if more
@@ -82,14 +80,14 @@ def predict(result: Mapping[str, Any], failed: float) -> list[Arm]:
         raise ValueError(f"not a result of tools/bench_async.py ({error!r} is missing or no number)") from error
     if not (0 < share < 1 and all(math.isfinite(s) and s > 0 for s in measured.values()) and 0 <= wait[1] < 5):
         raise ValueError("seconds_per_episode and waited_share must be above 0, waited_share below 1, sigma below 5")
-    step_s = measured["no waits, 0"] * TASKS * EPISODES
+    step_s = measured["no waits, 0"] * TASKS_PER_STEP * EPISODES_PER_TASK
     engines = EnginePool(1, DecodeSpeed(fixed_s=share * step_s / (REQUESTS if failed > 0 else 1)))
-    trainer = Trainer(TASKS, fixed_s=(1.0 - share) * step_s)
+    trainer = Trainer(TASKS_PER_STEP, fixed_s=(1.0 - share) * step_s)
     predicted = {}
     for name, (case, staleness) in names.items():
         group = groups(*(wait if case == CASES[0] else (0.0, 0.0)), failed)
         seconds = simulate(engines, trainer, LeadRule(steps, staleness), group).step_s(skip)
-        predicted[name] = seconds / (TASKS * EPISODES)
+        predicted[name] = seconds / (TASKS_PER_STEP * EPISODES_PER_TASK)
     return [
         Arm(
             case=case,

@@ -31,7 +31,7 @@ class Machine:
     """What the programs are run with."""
 
     folder: Path
-    """Of everything that is written."""
+    """Where everything is written."""
     python: str
     """The interpreter that has the servers' packages."""
     agentgym: Path | None

@@ -1,5 +1,5 @@
-"""Lets real smolagents agents with scripted models play, and saves their memory as a user would: the file that
-tests/cpu/test_trajectories.py reads. Needs smolagents, which is not among this package's dependencies.
+"""Runs real smolagents agents with scripted models, and saves their memory as a user would: the file that
+tests/cpu/test_step_logs.py reads. Needs smolagents, which is not among this package's dependencies.
 
     python -m venv /tmp/smolagents && /tmp/smolagents/bin/pip install smolagents==1.26.0
     /tmp/smolagents/bin/python tools/record_smolagents.py tests/recorded/smolagents_1_26.jsonl

@@ -36,7 +36,7 @@ from icrl_megatron.settings.distill_schema import FILTERS
 from icrl_megatron.telemetry.writer import METRICS_FILE, read_rows
 
 CALL_COST = 0.05
-"""Of the reward of a right answer, which takes five calls."""
+"""Share of the reward of a right answer that each call costs. A right answer takes five calls."""
 SAMPLES = 4
 """Evaluated attempts at each held-out problem."""
 TRAINING_LIMIT_S = 6 * 3600.0
@@ -118,7 +118,7 @@ class Result:
     calls: tuple[float, float] | None
     """Over the first and the last steps of RL; None without RL."""
     invalid_calls: tuple[float, float] | None
-    """Of 1: calls that could not be made."""
+    """Share of calls that could not be made, in [0, 1]."""
     tokens: tuple[float, float] | None
     written: float
     """Tokens written per attempt: by a model on the held-out problems; by the system in words, over all its agents."""

@@ -20,8 +20,8 @@ LONGEST_S = 30.0
 
 
 class WaitingEnvironment:
-    """An environment of rulebook_easy. The wait of a call has a lognormal distribution and is a function of the problem
-    and of the calls before, so all arms of a comparison wait for the same."""
+    """An environment of rulebook_easy. The wait of a call has a lognormal distribution. It depends on the problem, the
+    action and the number of the call only, so the same episode waits equally long in all arms of a comparison."""
 
     def __init__(self, inner: Environment, problem: str, median_s: float, sigma: float) -> None:
         self._inner, self._problem, self._median_s, self._sigma = inner, problem, median_s, sigma

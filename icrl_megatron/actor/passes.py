@@ -35,7 +35,7 @@ class Frozen:
     reference_L: Tensor | None = None
 
     def of(self, batch: MicroBatch) -> Frozen:
-        """Those of the loss tokens of a context-parallel rank's share of the micro-batch."""
+        """The log-probs of the loss tokens in a context-parallel rank's share of the micro-batch."""
         if not isinstance(batch, BatchShare):
             return self
         own = torch.from_numpy(batch.loss.own)
@@ -83,7 +83,7 @@ def train_pass(model: Any, plan: HeadPlan, batches: list[tuple[MicroBatch, Froze
 
 def score_pass(model: Any, plan: HeadPlan, batches: list[MicroBatch]) -> list[Tensor]:
     """Log-probs [L] of each micro-batch's loss tokens, on the last stage; an empty list elsewhere. Given this rank's
-    shares of micro-batches, they are of the whole ones: under another prompt the tokens are shared out differently."""
+    shares, it gathers the log-probs of whole micro-batches, because another prompt divides the tokens differently."""
 
     def step(batches_left: Iterator[MicroBatch], module: Any) -> tuple[Tensor, Any]:
         batch = next(batches_left)

@@ -1,4 +1,4 @@
-"""Shares out a packed micro-batch over context-parallel ranks.
+"""Divides a packed micro-batch among context-parallel ranks.
 
 Each sequence is cut into 2 x CP chunks of equal length, and rank c has chunks c and 2 CP - 1 - c (zigzag, as in
 Megatron-Core and Transformer Engine). Under causal attention an early chunk has little work and a late one much, so all

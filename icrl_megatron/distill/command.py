@@ -72,7 +72,7 @@ class Distillation:
 
     @property
     def logs(self) -> Path:
-        """Of servers that the command starts."""
+        """Folder of the logs of servers that the command starts."""
         return self.out.with_suffix(".logs")
 
     def jobs(self) -> Iterator[tuple[Task, int]]:

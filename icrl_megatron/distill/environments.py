@@ -42,10 +42,10 @@ def check_tools(team: Mapping[str, Member], opened: Callable[[Task], Environment
 
 def check_one_attempt(environment: ReadsCalls, task: Task, rounds: int) -> None:
     """Raises ConfigError if several attempts of a model cannot become one sequence. An environment that runs the calls
-    itself may begin anew with each attempt, and the model that learns the sequence plays on in the same one."""
+    itself may start over with each attempt, but a model that learns the sequence continues in the same one."""
     if rounds > 1 and not environment.shares_answers:
         raise ConfigError(
             f"rollout.rounds={rounds} with distill.system=model: the environments of task set {task.source!r} run "
-            "their calls themselves and begin anew with each attempt, so two attempts are not one sequence; play "
-            "one (rollout.rounds=1)"
+            "their calls themselves and start over with each attempt, so two attempts are not one sequence; set "
+            "rollout.rounds=1"
         )

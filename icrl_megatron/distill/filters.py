@@ -50,7 +50,7 @@ class FilterVerdict:
     why: str = ""
     """The same words for the same reason; empty if nothing changes."""
     detail: str = ""
-    """Of this trajectory."""
+    """What is particular to this trajectory."""
 
 
 KEPT = FilterVerdict()
@@ -64,7 +64,7 @@ class FilterReport:
     name: str
     read: int
     kept: int
-    """Of those read."""
+    """How many of the trajectories that were read."""
     dropped: int
     added: int
     """Further copies."""
@@ -271,8 +271,8 @@ def _plain(text: str) -> str:
 
 
 def _turns(one: Trajectory) -> list[list[Segment]]:
-    """What stands before each message of the user, and after the last one; each should end with an answer. An
-    environment may end with a call: a last part that was judged right counts as answered."""
+    """The segments before each message of the user, and those after the last one. Each part should end with an answer.
+    An environment may end with a call: a last part that was judged right counts as answered."""
     turns = [list[Segment]()]
     for segment in one.segments:
         if segment.agent == USER and segment.kind == "observation":

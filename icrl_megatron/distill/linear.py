@@ -36,7 +36,7 @@ class _Unit:
     """A text, or a call or answer with its observation: what stays together."""
 
     number: int
-    """Of its first event."""
+    """Number of its first event."""
     events: tuple[Event, ...]
     needs: frozenset[int]
     """Units before which it must not stand."""

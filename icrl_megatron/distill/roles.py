@@ -54,7 +54,7 @@ class Brief:
     agent: str
     question: str
     seed: int
-    """Of this reply: a function of the run's seed, the task, the attempt and the place in it."""
+    """Seed of this reply: a function of the run's seed, the task, the attempt and the place in it."""
     job: str = ""
     """For an agent with tools: its line of the plan."""
     notes: tuple[Note, ...] = ()

@@ -54,7 +54,7 @@ class SystemLimits:
     environment_s: float = 60.0
     """Seconds for one call of the environment."""
     observation_bytes: int = RolloutSettings.max_observation_bytes
-    """Of one answer of a tool; the rest is cut."""
+    """Most bytes of one answer of a tool; the rest is cut."""
 
 
 @dataclass(frozen=True)

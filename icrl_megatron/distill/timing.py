@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Timing:
-    """When an attempt ran, on the clock on the wall. Other attempts ran at the same time."""
+    """When an attempt ran, in wall-clock time. Other attempts may have run at the same time."""
 
     began: float
     """Seconds since 1970."""

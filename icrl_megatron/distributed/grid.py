@@ -66,7 +66,7 @@ class Grid:
 
     @property
     def reports(self) -> bool:
-        """Whether this rank speaks for those of its replica and stage: all of them have the same samples."""
+        """Whether this rank alone counts the samples of its replica and stage: all ranks there have the same ones."""
         return self.tensor_rank == 0 and self.context_rank == 0
 
 

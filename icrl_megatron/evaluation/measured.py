@@ -26,12 +26,12 @@ engine waits for the last episodes of each batch."""
 
 @dataclass(frozen=True)
 class Playing:
-    """An evaluation of which the engines are ready."""
+    """An evaluation whose engines are ready."""
 
     source: EngineSource
     tasks: tuple[Task, ...]
     too_long: tuple[Task, ...]
-    """Those that do not fit the context and are left out."""
+    """Tasks that do not fit the context and are left out."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Question:
     content: str
     """Hash of the problem, without its place in a file."""
     successes: tuple[bool, ...] = ()
-    """Of each sample; empty if it was not measured."""
+    """Success of each sample; empty if the question was not measured."""
     answered: int | None = None
     """Samples with an answer; None if the task set does not count them. The others are wrong."""
     generated: int = 0

@@ -161,7 +161,7 @@ class _EvaluationSpeakers:
             self._external = ExternalSpeaker(external, rollout.temperature, prompter, connections)
 
     def on(self, engines: Engines) -> SpeakersFor:
-        """With a rank's engines; a rank without one plays no episode."""
+        """The speakers with a rank's engines; a rank without an engine plays no episode."""
         if engines.solver is None:
             return same_speakers(EmptyCritic())
         critic = self._external

@@ -84,7 +84,7 @@ class Result:
     comparison: tuple[Comparison, ...] = ()
     against: str = ""
     costs_against: Costs | None = None
-    """Of the other evaluation; None without one, or if its file lacks them."""
+    """Costs of the other evaluation; None without one, or if its file lacks them."""
     lost: tuple[str, ...] = field(default=())
     """The first few reasons why episodes were dropped."""
     too_long: int = 0
@@ -95,7 +95,7 @@ class Result:
     """Reason -> number of held-out rows that `data.unusable=drop` left out."""
 
     def costs(self) -> Costs:
-        """Those of this evaluation."""
+        """The costs of this evaluation."""
         every = self.scores[-1]
         return Costs(_attempts(self.successes), every.attempt_tokens, every.read_tokens, self.seconds, every.measures)
 

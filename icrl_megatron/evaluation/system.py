@@ -71,7 +71,7 @@ def _result(job: Distillation, runs: Sequence[Run]) -> Result:
 
 
 def _score(runs: Sequence[Run], found: Successes, failed: int) -> Score:
-    """Of all problems together. Tokens are those of all requests: a prompt that is sent again counts again."""
+    """The score of all problems together. A prompt that is sent again counts again."""
     tries = [[one[0] for one in of if one] for of in found.values()]
     calls = Counter(event.call.name for run in runs for event in run.events if event.call is not None)
     return Score(
@@ -94,7 +94,7 @@ def _score(runs: Sequence[Run], found: Successes, failed: int) -> Score:
 
 
 def _waits(runs: Sequence[Run]) -> dict[str, float]:
-    """Seconds of an attempt, and those in which each agent waited for replies; nothing if a run's time is unknown."""
+    """Mean seconds of an attempt, and of each agent's waits for replies; empty if a run's time is unknown."""
     known = [run.timing for run in runs if run.timing is not None]
     if len(known) < len(runs):
         return {}

@@ -52,7 +52,7 @@ class Passes:
     head_products: int = 3
     """Matrix products of the head in a training pass: 4 where its backward pass recomputes the logits."""
     behaviour: int = 0
-    """Those of `scored` that read the behaviour prompts."""
+    """How many of the `scored` passes read the behaviour prompts."""
 
     @staticmethod
     def of(algo: AlgoSettings) -> Passes:

@@ -9,11 +9,10 @@ from functools import lru_cache
 from rich.console import Console
 from rich.table import Table
 
-from icrl_megatron.model.flops import Passes, counts
+from icrl_megatron.model.flops import Passes
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.plan import timing, workload
 from icrl_megatron.plan.async_simulation import (
-    DecodeSpeed,
     EnginePool,
     Group,
     LeadRule,
@@ -22,12 +21,12 @@ from icrl_megatron.plan.async_simulation import (
     Trainer,
     simulate,
 )
-from icrl_megatron.plan.calibration import CONSTANTS
+from icrl_megatron.plan.engine_speed import decode_speed, prefill_token_s
 from icrl_megatron.plan.hardware import GPUS_A_NODE, Gpu
 from icrl_megatron.plan.layout import Layout, kv_bytes_a_token
 from icrl_megatron.plan.models import shape_of
 from icrl_megatron.plan.planner import Plan, grown, of_layout, ranks
-from icrl_megatron.plan.scaling import GPU_COUNTS
+from icrl_megatron.plan.scaling import GPU_COUNTS, GROUPS
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.utils.errors import ConfigError
 
@@ -36,7 +35,6 @@ PIECES = 2
 """Requests that an episode's tokens and waits are cut into, equally: the planner's workload does not keep its turns."""
 SPLIT_ON = 64
 """GPUs on which the split between engines and trainer is chosen."""
-ROLLOUT = ("prefill", "decode", "environments", "tools")
 ASSUMED = (
     "simulated, not measured. Workload, decoding, training and weight sync are the planner's (docs/PLANNER.md); the "
     "batch grows with the GPUs. Staleness 0: all GPUs play, then all train. Above 0: actor and engines have GPUs of "
@@ -56,29 +54,23 @@ class Prediction:
     engine_gpus: int
     step_s: float
     waited_s: float
-    """Of a step, by the trainer."""
+    """Seconds of a step in which the trainer waits for groups."""
     idle: float
+    """Share of all GPU seconds, in [0, 1]."""
     dropped: float
-    """Share of the begun groups."""
-
-
-def decode_of(shape: ModelShape, layout: Layout, gpu: Gpu) -> DecodeSpeed:
-    """`timing.decode_step`, which is piecewise linear, as its coefficients."""
-
-    def step(running: float, cached: float) -> float:
-        return timing.decode_step(shape, layout, running, cached, gpu)
-
-    running_s = (step(2e9, 0.0) - step(1e9, 0.0)) / 1e9
-    fixed_s = CONSTANTS.decode_overhead_s
-    fixed_s += 2.0 * shape.layers * CONSTANTS.all_reduce_latency_s if layout.engine_tensor > 1 else 0.0
-    return DecodeSpeed(step(0.0, 0.0) - fixed_s, (step(0.0, 1e9) - step(0.0, 0.0)) / 1e9, running_s, fixed_s)
+    """Share of the groups that were begun."""
 
 
 def engines_of(shape: ModelShape, layout: Layout, gpu: Gpu, cache_tokens: float, episodes: int) -> EnginePool:
-    flops = 2.0 * shape.layers * counts(shape).layer
-    prefill = flops / (layout.engine_tensor * gpu.bf16_flops * CONSTANTS.prefill_efficiency)
-    running = layout.serving.most_running
-    return EnginePool(layout.engines, decode_of(shape, layout, gpu), prefill, running, episodes, cache_tokens)
+    """`episodes`: how many of an engine are played at a time."""
+    return EnginePool(
+        layout.engines,
+        decode_speed(shape, layout, gpu),
+        prefill_token_s(shape, layout, gpu),
+        layout.serving.most_running,
+        episodes,
+        cache_tokens,
+    )
 
 
 def groups_of(settings: Settings) -> Callable[[int], Group]:
@@ -115,7 +107,7 @@ def _run(
     settings: Settings, plan: Plan, staleness: int, engine_gpus: int, times: timing.Times, engines: EnginePool
 ) -> Prediction:
     gpus, colocated = plan.layout.gpus, staleness == 0
-    training = sum(s for name, s in times.phases.items() if name not in (*ROLLOUT, "sync", "offload"))
+    training = sum(s for name, s in times.phases.items() if name not in (*GROUPS["rollout"], "sync", "offload"))
     between = times.phases["sync"] + times.phases["offload"]
     steps, skip = steps_of(staleness)
     trainer = Trainer(settings.rollout.tasks_per_step, fixed_s=training, sync_s=between)
@@ -163,7 +155,7 @@ def predict(
 ) -> list[Prediction]:
     """All modes on each number of GPUs, with the split that is fastest on `split_on`.
 
-    Raises ConfigError for a grid or settings that cannot be.
+    Raises ConfigError for settings that are not simulated, and for numbers of GPUs that the grid cannot use.
     """
     if settings.engine.urls or settings.engine.servers or settings.rollout.critic == "frozen":
         raise ConfigError(

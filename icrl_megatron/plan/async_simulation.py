@@ -15,20 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
-
-@dataclass(frozen=True)
-class DecodeSpeed:
-    """Seconds of one iteration: the roofline of reading weights and cache against the products, and a fixed part."""
-
-    weights_s: float = 0.0
-    cached_s: float = 0.0
-    """For each token in the cache."""
-    running_s: float = 0.0
-    """For each running request."""
-    fixed_s: float = 0.0
-
-    def step(self, running: int, cached: float) -> float:
-        return max(self.weights_s + cached * self.cached_s, running * self.running_s) + self.fixed_s
+from icrl_megatron.plan.engine_speed import DecodeSpeed
 
 
 @dataclass(frozen=True)
@@ -41,10 +28,10 @@ class EnginePool:
     most_running: int = 1_000_000
     """Requests that an engine decodes at once; the others wait in order."""
     most_episodes: int = 1_000_000
-    """Episodes of an engine that have begun, those that wait for their environment included."""
+    """Episodes that an engine plays at a time, including those that wait for their environment."""
     cache_tokens: float = math.inf
     shared_queue: bool = False
-    """Whether any engine with a free place takes the next episode. False: whole groups are dealt out in turn."""
+    """Whether any engine with a free place takes the next episode. False: engines get whole groups in turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +57,7 @@ class Trainer:
     the weights are sent."""
 
     groups: int
-    """Of a step; a multiple of `parts`."""
+    """Groups of a step; a multiple of `parts`."""
     fixed_s: float = 0.0
     """Seconds of a step that do not depend on its episodes."""
     token_s: float = 0.0
@@ -83,7 +70,7 @@ class Trainer:
 class LeadRule:
     steps: int
     staleness: float = 0.0
-    """Steps' worth of groups that may be ahead. A fraction is allowed where nothing is dropped."""
+    """How many steps' groups may be ahead. A fraction is allowed where nothing is dropped."""
     drop: bool = True
     """Whether groups that began more than `staleness` versions ago are dropped."""
 
@@ -196,7 +183,7 @@ class _Simulation:
         self._engines = [_Engine(engines.decode) for _ in range(engines.count)]
         self._queues = [deque[_Playing]() for _ in range(1 if engines.shared_queue else engines.count)]
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
-        self._pushed = self._begun = self._gone = self._trained = self._dropped = self._version = 0
+        self._pushed = self._begun = self._trained = self._dropped = self._version = 0
         self._open: dict[int, _Open] = {}
         self._complete: list[int] = []
         """Numbers of complete groups that wait, a heap."""
@@ -227,7 +214,7 @@ class _Simulation:
             self._drop(now)
         self._part, self._behind, self._idle_since = 0, 0, now
         ahead = min(rule.staleness + 1, rule.steps - self._version)
-        limit = self._gone + math.floor(ahead * self._trainer.groups + 1e-9)
+        limit = self._trained + self._dropped + math.floor(ahead * self._trainer.groups + 1e-9)
         touched = set[int]()
         for number in range(self._begun, limit):
             episodes = self._group(number)
@@ -255,7 +242,6 @@ class _Simulation:
                     if playing.running:
                         engine.running -= 1
                         engine.cached -= playing.turns[playing.turn].context
-            self._gone += 1
             self._dropped += 1
         self._complete = [n for n in self._complete if n in self._open]
         heapify(self._complete)
@@ -344,7 +330,6 @@ class _Simulation:
         self._behind += sum(self._version - group.version for group in groups)
         seconds = trainer.fixed_s / trainer.parts + trainer.token_s * sum(group.tokens for group in groups)
         self._spent += seconds
-        self._gone += needed
         self._trained += needed
         self._push(now + seconds, self._updated)
 

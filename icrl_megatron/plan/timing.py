@@ -14,11 +14,11 @@ from icrl_megatron.model.flops import Forward, Passes, SampleFlops, counts, laye
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.plan import pipeline
 from icrl_megatron.plan.calibration import CONSTANTS, Constants
+from icrl_megatron.plan.engine_speed import decode_speed, prefill_token_s
 from icrl_megatron.plan.hardware import Gpu
 from icrl_megatron.plan.layout import (
     Layout,
     engine_bytes,
-    engine_parameters,
     kv_bytes_a_token,
     local_parameters,
 )
@@ -239,10 +239,9 @@ def _engine(
     An episode ends when its tokens would be decoded if nothing waited, plus its own waiting and calls. Decoding does
     not get faster meanwhile, so this is an upper bound where calls are long.
     """
-    tensor, count = layout.engine_tensor, counts(shape)
-    flops = 2.0 * (shape.layers * count.layer) * float(share[2].sum())
-    prefill = flops / (tensor * gpu.bf16_flops * constants.prefill_efficiency)
-    capacity = cache_bytes / kv_bytes_a_token(shape, tensor, layout.item)
+    speed = decode_speed(shape, layout, gpu, constants)
+    prefill = prefill_token_s(shape, layout, gpu, constants) * float(share[2].sum())
+    capacity = cache_bytes / kv_bytes_a_token(shape, layout.engine_tensor, layout.item)
     order = np.argsort(share[0])
     lengths, contexts, _, waiting, calling, queued = (column[order] for column in share)
     edges = np.unique(np.linspace(0, len(lengths), SEGMENTS + 1).astype(int))
@@ -254,23 +253,10 @@ def _engine(
         cached = running * float(contexts[low:].mean())
         # Those that do not fit the cache, or are more than may run, wait for their turn.
         crowded = max(1.0, cached / capacity, running / layout.serving.most_running)
-        step = decode_step(shape, layout, running / crowded, cached / crowded, gpu, constants)
+        step = speed.step(running / crowded, cached / crowded)
         seconds += iterations * step * crowded
         half += iterations * step * crowded if running < len(lengths) / 2 else 0.0
         environments_end = max(environments_end, seconds + float(waiting[low:high].max()))
         end = max(end, seconds + float((waiting + calling)[low:high].max()))
     tail = half / max(seconds, 1e-9)
     return Rollout(prefill, float(seconds), environments_end - seconds, end - environments_end, tail)
-
-
-def decode_step(
-    shape: ModelShape, layout: Layout, running: float, cached: float, gpu: Gpu, constants: Constants = CONSTANTS
-) -> float:
-    """Seconds of one iteration of an engine with `running` sequences and `cached` tokens: the roofline of reading the
-    weights and the cache against the products, then tensor-parallel latency and the scheduler."""
-    tensor = layout.engine_tensor
-    read = engine_bytes(shape, layout) + cached * kv_bytes_a_token(shape, tensor, layout.item)
-    moving = read / (gpu.memory_bandwidth * constants.bandwidth_efficiency)
-    products = 2.0 * running * engine_parameters(shape, tensor) / (gpu.bf16_flops * constants.prefill_efficiency)
-    latency = 2.0 * shape.layers * constants.all_reduce_latency_s if tensor > 1 else 0.0
-    return max(moving, products) + latency + constants.decode_overhead_s

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -40,7 +40,7 @@ SPREAD = 1.0
 """Assumed: standard deviation of an answer's length over its mean, before the cut."""
 TOKENS_A_TRAINED_GPU_SECOND = 0.3955
 """FITTED to the row with staleness 0 alone: mean tokens of an answer, before the cut, for each GPU second of a step's
-training. Training time stands for the lengths, which differ between the runs."""
+training. The lengths differ between the runs and are not published, so they are derived from it."""
 STEPS, SKIP = 14, 4
 
 
@@ -104,14 +104,13 @@ def engines(gpus: int, answers_at_once: int) -> EnginePool:
     layout = Layout(gpus, engine_tensor=ENGINE_TENSOR, serving=Serving(most_running=answers_at_once))
     cache = ENGINE_MEMORY * H20.memory_bytes - engine_bytes(SHAPE, layout)
     tokens = cache / kv_bytes_a_token(SHAPE, ENGINE_TENSOR, layout.item)
-    made = engines_of(SHAPE, layout, H20, tokens, answers_at_once)
-    return EnginePool(**{**made.__dict__, "shared_queue": True})
+    return replace(engines_of(SHAPE, layout, H20, tokens, answers_at_once), shared_queue=True)
 
 
 def reproduce(
     row: PublishedAsyncRun, mean_tokens: float | None = None, steps: int = STEPS, skip: int = SKIP
 ) -> ReproducedAsyncRun:
-    """The simulated step; `mean_tokens` replaces the lengths that the row's training time stands for."""
+    """The simulated step; `mean_tokens` replaces the lengths that are derived from the row's training time."""
     trainer = Trainer(PROMPTS, fixed_s=row.update_s, parts=PARTS)
     group = answers(row.mean_tokens if mean_tokens is None else mean_tokens)
     rule = LeadRule(steps, row.staleness, drop=False)

@@ -20,6 +20,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from icrl_megatron.settings.names import ENTRY, indexed, initials_of, nearest
 from icrl_megatron.settings.presets import apply_preset, paper_evaluation
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.settings.task_options import SOURCES, no_option, options, source_class, source_of
@@ -43,7 +44,6 @@ _REFUSED = ("top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty"
 
 _TASK_SETS = re.compile(r"tasks|tasks\.sources(\.\d+(\.name)?)?")
 """Settings that say which task sets there are."""
-_ENTRY = re.compile(r"tasks\.sources\.(\d+)(\..+)?")
 
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> Settings:
@@ -184,11 +184,11 @@ def named_like(name: str) -> tuple[str, ...]:
     """The settings that `name` may mean: the one of that dotted name, or all with that last part or its initials."""
     known = {n: hint for n, hint in field_types().items() if not dataclasses.is_dataclass(hint)}
     if re.sub(r"\.\d+(?=\.|$)", "", name) in known:
-        return (name if re.search(r"\.\d", name) else _indexed(name, field_types()),)
+        return (name if re.search(r"\.\d", name) else indexed(name, field_types()),)
     leaves = {n: n.rpartition(".")[2] for n in known}
     found = [n for n, leaf in leaves.items() if leaf == name]
-    found = found or [n for n, leaf in leaves.items() if "_" in leaf and _initials(leaf) == name]
-    return tuple(_indexed(n, field_types()) for n in found)
+    found = found or [n for n, leaf in leaves.items() if "_" in leaf and initials_of(leaf) == name]
+    return tuple(indexed(n, field_types()) for n in found)
 
 
 def changed(one: Settings, other: Settings) -> dict[str, tuple[object, object]]:
@@ -236,7 +236,7 @@ def _merge(config: DictConfig, key: str, raw: str) -> DictConfig:
 
 def _entry(config: DictConfig, key: str) -> TaskSource | None:
     """The entry of `tasks.sources` that `key` names, or is an option of."""
-    at, sources = _ENTRY.fullmatch(key), config.tasks.sources
+    at, sources = ENTRY.fullmatch(key), config.tasks.sources
     if not at or int(at[1]) >= len(sources):
         return None
     return typing.cast(TaskSource, OmegaConf.to_object(sources[int(at[1])]))
@@ -245,7 +245,7 @@ def _entry(config: DictConfig, key: str) -> TaskSource | None:
 def _fit(config: DictConfig, key: str, value: Any, source: TaskSource) -> None:
     """Gives the entry the class of its new task set, if `value` names one, with that task set's defaults. Raises
     ConfigError if `value` is a mapping with an option that the task set does not have."""
-    at, given = _ENTRY.fullmatch(key), value if isinstance(value, dict) else {}
+    at, given = ENTRY.fullmatch(key), value if isinstance(value, dict) else {}
     assert at is not None
     name = {".name": value, None: given.get("name")}.get(at[2])
     if name is not None and source_class(name) is not type(source):
@@ -259,7 +259,7 @@ def _with_sources(given: dict[str, Any]) -> dict[str, Any]:
     """Settings as mappings, where each entry of `tasks.sources` has the class of its task set. Raises ConfigError for
     an unknown setting, and for an option that the entry's task set does not have."""
     for name in _flat(given):
-        if not _ENTRY.fullmatch(name):
+        if not ENTRY.fullmatch(name):
             _type_of(name, None)
     tasks = given.get("tasks")
     if not isinstance(tasks, dict) or not isinstance(tasks.get("sources"), list):
@@ -318,7 +318,7 @@ def _type_of(key: str, source: TaskSource | None, raw: str = "", config: DictCon
         )
     if typing.get_origin(known.get(section)) is dict:
         return typing.get_args(known[section])[1]
-    near = _nearest(key, section, dotted.rpartition(".")[2], known)
+    near = nearest(key, section, dotted.rpartition(".")[2], known)
     name = key.rpartition(".")[2]
     if near:
         written = f" {_instead(key, near, raw, config)}" if raw else ""
@@ -332,44 +332,15 @@ def _type_of(key: str, source: TaskSource | None, raw: str = "", config: DictCon
 def _instead(key: str, near: str, raw: str, config: DictConfig | None) -> str:
     """What to write: the setting `near`, or, if that is an option of a task set, all entries of `tasks.sources` with
     that option."""
-    at = _ENTRY.fullmatch(near)
-    if config is None or at is None or at[2] is None or _ENTRY.fullmatch(key):
+    at = ENTRY.fullmatch(near)
+    if config is None or at is None or at[2] is None or ENTRY.fullmatch(key):
         return f"Write {pasted(near, raw)}"
     entries = typing.cast(list[TaskSource], OmegaConf.to_object(config.tasks.sources))
     having = [i for i, entry in enumerate(entries) if at[2][1:] in dict(options(entry))]
     if not having:
         names = ", ".join(dict.fromkeys(entry.name for entry in entries))
-        return f"It is an option of other task sets than {names}: leave it out"
+        return f"No task set of this run ({names}) has that option: leave it out"
     return f"Write {' '.join(pasted(f'tasks.sources.{i}{at[2]}', raw) for i in having)}"
-
-
-def _nearest(key: str, section: str, leaf: str, known: Mapping[str, Any]) -> str:
-    """The nearest valid name: a similar one in the section, else one of which `leaf` has the initials, else the same
-    last part elsewhere, else a similar name anywhere. Empty if there is none."""
-    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
-    initials = [name for name in siblings if _initials(name) == leaf]
-    if similar := difflib.get_close_matches(leaf, siblings, n=1) or initials:
-        return ".".join([*key.split(".")[:-1], similar[0]])
-    dotted = f"{section}.{leaf}" if section else leaf
-    same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
-    near = difflib.get_close_matches(dotted, same_leaf, n=1, cutoff=0.0)
-    near = near or ([] if section in known and siblings else difflib.get_close_matches(dotted, known, n=1, cutoff=0.5))
-    if near and (at := _ENTRY.match(key)) and near[0].startswith("tasks.sources."):
-        return f"tasks.sources.{at[1]}.{_indexed(near[0], known).removeprefix('tasks.sources.0.')}"
-    return _indexed(near[0], known) if near else ""
-
-
-def _initials(name: str) -> str:
-    return "".join(word[0] for word in name.split("_") if word)
-
-
-def _indexed(name: str, known: Mapping[str, Any]) -> str:
-    """`name` with index 0 after every list of sections: tasks.sources.weight -> tasks.sources.0.weight."""
-    parts = name.split(".")
-    for i in reversed(range(1, len(parts))):
-        if typing.get_origin(known[".".join(parts[:i])]) is list:
-            parts.insert(i, "0")
-    return ".".join(parts)
 
 
 def _to_settings(config: Any, where: str) -> Settings:

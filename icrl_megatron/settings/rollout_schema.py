@@ -88,8 +88,9 @@ class RolloutSettings:
     """Continue interrupted episodes in the next step. Their earlier tokens keep the log-probs they were sampled with,
     and algo.mismatch_correction weights them. Checkpoints include interrupted episodes."""
     staleness: Annotated[int, Range(0, 64)] = 0
-    """Rollouts run beside training, and a group may have begun this many updates before the one that it is trained in
-    (docs/ASYNC.md). Needs `algo.mismatch_correction`. 0: a step's episodes are played before it is trained."""
+    """Rollouts run at the same time as training, and a group may have begun up to this many steps before the step that
+    trains on it (docs/ASYNC.md). Needs `algo.mismatch_correction`. 0: a step's episodes are played before it is
+    trained."""
     turn_stages: list[TurnStage] = field(default_factory=list)
     """Lower limits than `max_turns` for the first steps of training, in order, e.g. [{until_step: 100, turns: 10},
     {until_step: 200, turns: 20}] (ScalingInter-RL, docs/BASELINES.md). Evaluations use `max_turns`. Empty: none."""
@@ -148,8 +149,8 @@ class EngineSettings:
     """What the servers of `urls` are sent after each step. full: all weights. delta: the bits that changed, which the
     server must be able to add (docs/ENGINES.md)."""
     keep_cache: bool = False
-    """With `rollout.staleness`: SGLang keeps its prefix cache when the weights change. An interrupted request goes on
-    without reading its tokens again, but from keys and values of older weights (docs/ASYNC.md)."""
+    """With `rollout.staleness`: SGLang keeps its prefix cache when the weights change. An interrupted request
+    continues without reading its tokens again, but from keys and values of older weights (docs/ASYNC.md)."""
     bucket_mib: Annotated[int, Range(1)] = 512
     """Size in MiB of the buffer through which weights are sent; it is larger if one tensor needs more. There are two
     buffers if all weights do not fit into one."""

@@ -159,9 +159,9 @@ class ReadsCalls(Environment, Protocol):
     specs: Sequence[ToolSpec]
     """The tools of this episode."""
     stateful: tuple[str, ...]
-    """Those whose answer to equal calls may differ within an attempt."""
+    """Tools whose answers to equal calls may differ within an attempt."""
     shares_answers: bool
-    """Whether the answers of one attempt hold in the next one. Not if calls change the environment itself."""
+    """Whether answers of one attempt are also true in the next one. False if calls change the environment itself."""
 
     def mistake(self, call: ToolCall) -> str:
         """Why a call cannot be made, in words for the model; empty if it can."""

@@ -34,8 +34,8 @@ class DeclaredTools:
     shares_answers = False
 
     def __init__(self, inner: CallsTools, format: str) -> None:
-        """Raises ConfigError for tools that are no `ToolSpec`s, that have an invalid schema or one name, or that the
-        format cannot write; BadAnswer if a method is missing."""
+        """Raises ConfigError for tools that are not `ToolSpec`s, have an invalid schema or the same name, or cannot be
+        written in the format; BadAnswer if a method is missing."""
         missing = [name for name in _METHODS if not callable(getattr(inner, name, None))]
         if missing:
             raise BadAnswer(f"an environment with tools needs {', '.join(_METHODS)}; {missing[0]} is missing")

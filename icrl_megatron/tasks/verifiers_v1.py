@@ -109,7 +109,7 @@ class PolicyHarness(vf.Harness[vf.HarnessConfig]):
 
 
 class UnboundedTasks(Sequence[Any]):
-    """Tasks that are generated without end, as far as they were asked for."""
+    """Tasks that a taskset generates without end; holds those that were requested."""
 
     def __init__(self, taskset: Any) -> None:
         self._more: Iterator[Any] = iter(taskset)
@@ -179,7 +179,7 @@ async def load(name: str, args: Json, make: Any) -> LoadedV1:
     module.__dict__.update(PolicyHarness=PolicyHarness, __all__=["PolicyHarness"])
     sys.modules[HARNESS] = module  # where verifiers looks a harness up by its id
     if loaders.default_harness_id(name) == name:
-        raise ValueError("it has an agent of its own (a harness), which no model can play in its place")
+        raise ValueError("it has its own agent (a harness), so the model cannot play it")
     kind = loaders.env_config_type(name, args.get("id", ""))
     agents = agent_config_fields(kind(taskset={**args.get("taskset", {}), "id": name}))
     if len(agents) != 1:

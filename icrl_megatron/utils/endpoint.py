@@ -23,7 +23,7 @@ _ANSWER_BYTES = 1 << 20
 _BYTES_A_TOKEN = 256
 """The longest answer that is read: this many bytes, plus this many for each requested token."""
 _SHOWN_CHARS = 300
-"""Of an answer that is not one."""
+"""Characters of an invalid answer that an error message shows."""
 _LONGEST_PAUSE_S = 60.0
 """The longest Retry-After that is obeyed."""
 
@@ -80,7 +80,7 @@ class EndpointClient:
     api_key_env: str
     """Environment variable with the key."""
     timeout_s: float
-    """Of one request."""
+    """Time limit of one request."""
     connections: Connections
     first_pause_s: float = 1.0
     """Before the first retry; doubles with each further one."""

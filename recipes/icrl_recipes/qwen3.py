@@ -246,7 +246,7 @@ ABLATIONS = {
 }
 """Recipe -> its arm, on the 8B ALFWorld run."""
 PUBLISHED_ABLATIONS = ("ablation_no_role_groups", "ablation_no_calibration")
-"""Those with an average over all tasks in the paper: they also have recipes on the other tasks."""
+"""Ablations with an average over all tasks in the paper: they also have recipes on the other tasks."""
 FURTHER_BASELINES = {
     "gspo": ("alfworld", "webshop", "searchqa", "math"),
     "scaling_inter": ("alfworld", "webshop", "searchqa"),
@@ -317,13 +317,13 @@ class AgentTask:
     source: str
     """The entry of `tasks.sources`. What `plan` says is assumed."""
     tasks: int
-    """Of a step, attempted 8 times each."""
+    """Tasks of a step, attempted 8 times each."""
     prompt: int
     response: int
     """Tokens of the context. Observations count as part of the response."""
     turns: int
     updates: int
-    """Of a step."""
+    """Updates of a step."""
     steps: int
     supervision: Supervision
 

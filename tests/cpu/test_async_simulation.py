@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from icrl_megatron.plan import async_plan, hardware, timing, verl_async
+from icrl_megatron.plan import async_plan, hardware, verl_async
 from icrl_megatron.plan.async_simulation import (
-    DecodeSpeed,
     EnginePool,
     Group,
     LeadRule,
@@ -24,8 +23,7 @@ from icrl_megatron.plan.async_simulation import (
     Trainer,
     simulate,
 )
-from icrl_megatron.plan.layout import Layout
-from icrl_megatron.plan.models import PUBLISHED
+from icrl_megatron.plan.engine_speed import DecodeSpeed
 from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.utils.errors import ConfigError
 
@@ -186,16 +184,6 @@ def test_a_shared_queue_keeps_engines_equally_full() -> None:
 def test_settings_that_could_not_end_are_refused(setup: EnginePool, trainer: Trainer, rule: LeadRule) -> None:
     with pytest.raises(ValueError, match=r"steps=|groups=|positive time"):
         simulate(setup, trainer, rule, constant(10))
-
-
-def test_decoding_is_the_planners() -> None:
-    shape = PUBLISHED["Qwen3-8B"]
-    for tensor in (1, 2):
-        layout = Layout(8, engine_tensor=tensor)
-        decode = async_plan.decode_of(shape, layout, H100)
-        for running, cached in ((1, 0.0), (64, 1e5), (256, 4e5), (2000, 1e4)):
-            expected = timing.decode_step(shape, layout, running, cached, H100)
-            assert decode.step(running, cached) == pytest.approx(expected)
 
 
 def test_the_8b_recipe_waits_less_with_more_staleness() -> None:

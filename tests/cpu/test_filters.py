@@ -106,6 +106,12 @@ def test_format_follows_the_grammar_of_the_task_set() -> None:
     assert keep("format", inside, rules=rules)[0] == [0]
 
 
+def test_a_sequence_may_end_with_a_call_only_if_that_was_right() -> None:
+    ended = trajectory(say("plan", "x"), *call("a"))
+    copies, report = keep("format", ended, replace(ended, correct=False))
+    assert copies == [1, 0] and "not one answer" in report.examples[0]
+
+
 def test_length_and_redundancy() -> None:
     assert keep("length", GOOD, trajectory(say("plan", "x" * 60000), answer()))[0] == [1, 0]
     again = trajectory(*call("a"), *call("b"), *call("a"), answer())

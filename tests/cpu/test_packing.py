@@ -52,11 +52,10 @@ def samples(draw: st.DrawFn, min_size: int = 1) -> list[Whole]:
     return made
 
 
+MULTIPLES = [{"each": each, "align": align} for each, align in ((1, 1), (1, 2), (1, 4), (1, 16), (4, 4), (4, 16))]
 layouts = st.fixed_dictionaries(
     {
         "micro_batch_tokens": st.integers(1, 60),
-        "align": st.sampled_from([4, 16]),
-        "each": st.sampled_from([1, 1, 4]),
         "replicas": st.integers(1, 4),
         "flops": st.builds(
             SampleFlops,
@@ -65,7 +64,7 @@ layouts = st.fixed_dictionaries(
             loss_token=st.integers(0, 9),
         ),
     }
-)
+).flatmap(lambda layout: st.sampled_from(MULTIPLES).map(lambda multiples: layout | multiples))
 algos = st.builds(
     AlgoSettings,
     loss_normalisation=st.sampled_from(["sequence_mean", "token_mean", "constant"]),

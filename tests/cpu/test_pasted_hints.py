@@ -93,7 +93,7 @@ def test_an_option_of_task_sets_is_pasted_for_every_entry_that_has_it() -> None:
         assert middle == settings.tasks.sources[1]
     with pytest.raises(ConfigError, match=r"Write tasks\.sources\.2\.data\.duplicates=drop$"):
         S.apply_overrides(settings, ["tasks.sources.2.duplicates=drop"])
-    with pytest.raises(ConfigError, match="other task sets than rulebook_hard, household: leave it out"):
+    with pytest.raises(ConfigError, match=r"this run \(rulebook_hard, household\) has that option: leave it out"):
         S.load("quickstart", ["tasks.duplicates=drop"])
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from icrl_megatron.agents.toolbox import ToolLimits
 from icrl_megatron.plan import command, hardware, planner, timing
+from icrl_megatron.plan.engine_speed import decode_speed
 from icrl_megatron.plan.layout import Layout
 from icrl_megatron.plan.models import PUBLISHED
 from icrl_megatron.plan.workload import PROFILES, Profile, Workload, profile_of, simulate
@@ -38,7 +39,8 @@ def rollout_of(
 @pytest.mark.parametrize("calling", [(0, 0), (1, 0), (60, 0), (0, 7), (60, 7), (5, 60)])
 @pytest.mark.parametrize("waiting", [(0, 0), (20, 1)])
 def test_episode_time_is_decoding_plus_waiting_plus_calls(calling: tuple[int, int], waiting: tuple[int, int]) -> None:
-    both, alone = (timing.decode_step(SHAPE, LAYOUT, running, running * 500, H100) for running in (1.5, 1.0))
+    speed = decode_speed(SHAPE, LAYOUT, H100)
+    both, alone = (speed.step(running, running * 500) for running in (1.5, 1.0))
     short = 100 * both
     long = short + 900 * alone
     rollout = rollout_of(calling, waiting=waiting)

@@ -17,7 +17,7 @@ import qwen_tokenizers
 from documented import defined
 from hypothesis import given
 from hypothesis import strategies as st
-from trajectory_files import LOGS, action, oagents, openai, rows_of, smolagents, write_jsonl
+from trajectory_files import LOGS, openai, read_format, rows_of, write_jsonl
 
 from icrl_megatron.agents.formats import Qwen3, SearchR1, Tags, harmless
 from icrl_megatron.agents.tools import ToolCall, ToolSpec
@@ -89,37 +89,31 @@ def test_what_is_written_is_read_back_exactly(
         assert [one.trajectory or one.problem for one in readers.read(str(folder / name))] == found
 
 
-def of(format: str, tmp_path: Path, count: int = 2) -> list[Trajectory]:
-    read = list(readers.read(str(write_jsonl(tmp_path / f"{format}.jsonl", rows_of(format, count)))))
-    assert [one.problem for one in read] == [""] * count
-    return [one.trajectory for one in read if one.trajectory is not None]
-
-
 CALL, SEEN = ToolCall("search", {"query": "p1"}), Segment("search", "in t1", "observation", trained=False)
 
 
 def test_every_format_is_told_by_its_columns(tmp_path: Path) -> None:
     call = Segment("search", "", "call", call=CALL)
-    assert of("openai", tmp_path)[1] == Trajectory(
+    assert read_format("openai", tmp_path)[1] == Trajectory(
         "openai/2", "where is p1?", (Segment("assistant", "I look."), call, SEEN, Segment("assistant", "t1")),
         system="Be brief.", tools=(ToolSpec("search", "Searches.", openai(0)["tools"][0]["function"]["parameters"]),),
     )  # fmt: skip
-    sharegpt = of("sharegpt", tmp_path)[1]
+    sharegpt = read_format("sharegpt", tmp_path)[1]
     sure = Segment("user", "sure?", "observation", trained=False)
     assert sharegpt.segments == (call, SEEN, Segment("assistant", "t1"), sure, Segment("assistant", "yes"))
-    assert sharegpt.tools == of("openai", tmp_path)[1].tools and sharegpt.system == "Be brief."
-    alpaca = of("alpaca", tmp_path)[1]
+    assert sharegpt.tools == read_format("openai", tmp_path)[1].tools and sharegpt.system == "Be brief."
+    alpaca = read_format("alpaca", tmp_path)[1]
     again = Segment("user", "Double it.\n1", "observation", trained=False)
     assert (alpaca.problem, alpaca.segments) == (
         "hi",
         (Segment("assistant", "hello"), again, Segment("assistant", "2")),
     )
-    afm = of("afm", tmp_path)[1]
+    afm = read_format("afm", tmp_path)[1]
     web = Segment("web_search", "", "call", call=ToolCall("web_search", {"query": "p1"}))
     seen = Segment("web_search", "in t1", "observation", trained=False)
     before, after = (Segment("think", "first"), Segment("plan", "look")), (Segment("reflection", "fine"),)
     assert afm.segments == (*before, web, seen, *after, Segment("answer", "t1", "answer"))
-    logged = of("oagents", tmp_path)[1]
+    logged = read_format("oagents", tmp_path)[1]
     thought = (Segment("plan", "search, then answer"), Segment("think", "I look."))
     assert logged.segments == (*thought, call, SEEN, Segment("answer", "t1", "answer"))
     assert logged.spent == Tokens(100, 7) and logged.tools[0].name == "search"
@@ -140,74 +134,11 @@ def test_the_documented_format_is_read(tmp_path: Path, monkeypatch: pytest.Monke
     assert bad.trajectory is None and "`solution` is empty" in bad.problem and bad.where.endswith("a.jsonl, line 3")
 
 
-def test_the_logs_of_smolagents_are_read(tmp_path: Path) -> None:
-    called, coded = of("smolagents", tmp_path)
-    both = [Segment("search", "", "call", call=ToolCall("search", {"query": q})) for q in ("p0", "home of p0")]
-    answers = [Segment("search", text, "observation", trained=False) for text in ("", "in t0\nat t0")]
-    assert called.problem == "where is p0?" and called.segments == (*both, *answers, Segment("answer", "t0", "answer"))
-    assert called.spent == Tokens(200, 14) and called.tools[0].parameters["properties"] == {"query": {"type": "string"}}
-    said = [(s.agent, s.call.arguments["code"] if s.call else s.text) for s in coded.segments]
-    assert said == [
-        ("plan", "look"),
-        ("think", "I look."),
-        ("python_interpreter", "find('p1')"),
-        ("python_interpreter", "Execution logs:\n\nno such name"),
-        ("think", "Again."),
-        ("python_interpreter", "print(search('p1'))"),
-        ("python_interpreter", "Execution logs:\nin t1\nLast output from code snippet:\nNone"),
-        ("think", "Done."),
-        ("python_interpreter", "final_answer('t1')"),
-        ("python_interpreter", ""),
-        ("answer", "t1"),
-    ]
-
-
-def test_a_log_that_smolagents_itself_wrote_is_read() -> None:
-    """`tools/record_smolagents.py` made it."""
-    recorded = Path(__file__).parents[1] / "recorded" / "smolagents_1_26.jsonl"
-    called, coded = (one.trajectory for one in readers.read(str(recorded)))
-    assert called is not None and coded is not None
-    assert (called.problem, called.spent) == ("How many nails and saws are there?", Tokens(50, 25))
-    assert [(s.kind, s.agent, dict(s.call.arguments) if s.call else s.text) for s in called.segments] == [
-        ("text", "plan", "1. Look up both.\n2. Add."),
-        ("text", "think", "I look up both."),
-        ("call", "stock", {"item": "nails"}),
-        ("call", "stock", {"item": "saws"}),
-        ("observation", "stock", ""),
-        ("observation", "stock", "870\n12"),
-        ("call", "add", {"a": 870, "b": 12}),
-        ("observation", "add", "882"),
-        ("text", "think", "The sum is known."),
-        ("answer", "answer", "882"),
-    ]
-    programs = [s.call.arguments["code"] for s in coded.segments if s.call]
-    seen = [s.text for s in coded.segments if s.kind == "observation"]
-    assert programs == ["print(stock('nails'))", "open('stock')"] and "870" in seen[0] and "open" in seen[1]
-    assert [s.text for s in coded.segments if s.kind != "observation" and not s.call] == [
-        "I look.",
-        "I open a file.",
-        "870",
-    ]
-
-
-def test_results_of_smolagents_are_read(tmp_path: Path) -> None:
-    """One row per run: `RunResult.dict()`, also of a run that had no step left and was asked for its answer."""
-    steps = smolagents(1)
-    last = action(5, error={"type": "AgentMaxStepsError", "message": "Reached max steps."}, action_output="t9")
-    rows = [{"output": "t1", "state": "success", "steps": steps}, {"output": "t9", "steps": [*steps[:-1], last]}]
-    messages = {"question": "a", "prediction": "b", "intermediate_steps": [{"role": "user", "content": "a"}]}
-    path = write_jsonl(tmp_path / "runs.jsonl", [*rows, messages, {"task": "a", "steps": None}])
-    whole, cut, wrong, none = readers.read(str(path))
-    assert whole.trajectory and cut.trajectory and whole.trajectory.segments == of("smolagents", tmp_path)[1].segments
-    assert cut.trajectory.segments == (*whole.trajectory.segments[:-4], Segment("answer", "t9", "answer"))
-    assert all("log agent.memory.get_full_steps()" in one.problem for one in (wrong, none))
-
-
 @pytest.mark.parametrize("format", ["openai", "sharegpt", "alpaca", "afm", "oagents", "smolagents"])
 def test_lists_and_parquet_hold_the_same(format: str, tmp_path: Path) -> None:
     rows = rows_of(format, 2)
     (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
-    expected = [one.segments for one in of(format, tmp_path)]
+    expected = [one.segments for one in read_format(format, tmp_path)]
     assert [one.trajectory and one.trajectory.segments for one in readers.read(str(tmp_path / "a.json"))] == expected
     if format in LOGS:
         return  # a log of steps has no common columns
@@ -232,27 +163,6 @@ def test_broken_lines_and_unknown_columns(tmp_path: Path) -> None:
         tmp_path / "e.jsonl", [{"prompt": "a", "response": "<web_search>b</web_search><answer>c</answer>"}]
     )
     assert "a call of 'web_search' without an answer" in next(readers.read(str(half))).problem
-
-
-@pytest.mark.parametrize(
-    ("place", "bad"),
-    [(0, ["line 1"]), (1, ["line 2", "line 1"]), (4, ["line 5", "line 1"]), (8, ["line 9", "line 5"])],
-)
-def test_a_broken_line_costs_the_run_that_it_may_belong_to(place: int, bad: list[str], tmp_path: Path) -> None:
-    lines = [json.dumps(row) for n in (1, 2) for row in oagents(n)]
-    lines.insert(place, '{"broken')
-    path = tmp_path / "a.jsonl"
-    path.write_text("\n".join(lines), encoding="utf-8")
-    found = list(readers.read(str(path)))
-    assert [one.where.rpartition(", ")[2] for one in found if one.trajectory is None] == bad
-    assert len(found) - len(bad) == (2 if place == 0 else 1) and all(
-        "broken" in one.problem for one in found if one.trajectory is None
-    )
-    whole = write_jsonl(
-        tmp_path / "b.jsonl", [{"task": "q", "steps": [action(1, action_output="x", is_final_answer=True)]}]
-    )
-    whole.write_text(whole.read_text() + '{"broken\n' + whole.read_text())
-    assert [one.trajectory is None for one in readers.read(str(whole))] == [True, False, False]
 
 
 @pytest.mark.parametrize(

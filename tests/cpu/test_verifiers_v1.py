@@ -213,7 +213,7 @@ def test_environments_that_cannot_be_played_are_refused(folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=True)
     for said in (
         "two_v1: it has the agents buyer, seller; only environments with one agent can be played",
-        "agent_v1: it has an agent of its own (a harness), which no model can play in its place",
+        "agent_v1: it has its own agent (a harness), so the model cannot play it",
         "shop_v1: args.agent.harness has no effect: the model that is trained is the agent; leave it out",
         "shop_v1:Shop: verifiers.v1 has no functions that make environments; give the id of a taskset",
     ):

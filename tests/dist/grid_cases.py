@@ -76,7 +76,7 @@ CONTEXT_LAYOUTS = {
     "tp2cp2sp": Layout(tensor=2, context=2, data=2, sequence=True, recompute="selective"),
     "tp2cp2pp2sp": Layout(tensor=2, context=2, pipeline=2, sequence=True),
 }
-"""Of eight ranks (`test_context_parallel.py`)."""
+"""Layouts of eight ranks (`test_context_parallel.py`)."""
 GRIDS = ("one", "tp2", "tp2sp", "pp2", "dp2", "tp2pp2sp", "tp2dp2sp", "pp2dp2")
 """Layouts with different grids, between which weights and checkpoints must be transferable."""
 SAVERS = ("tp2pp2sp", "pp2dp2", "dp2", "tp2", "one")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from grid_cases import LEARNING_RATE, STEPS, Case, Layout, Trained
 from torch import Tensor
@@ -18,6 +19,8 @@ from icrl_megatron.data.balance import split_updates
 from icrl_megatron.settings.schema import Settings
 
 OTHERS = ("gspo", "cispo")
+TOLERANCE = 1e-5
+"""Largest difference from the reference, relative to its norm."""
 
 
 class Reference:
@@ -159,3 +162,32 @@ class Reference:
 def _grad(param: Tensor) -> Tensor:
     assert param.grad is not None
     return param.grad
+
+
+def apart(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference, relative to the norm of `want`."""
+    assert got.shape == want.shape
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
+
+
+def check_training(got: Trained, want: Trained, updates_per_step: int) -> None:
+    """Compares log-probs, losses, norms, calibration weights, all gradients of all updates, and the weights after the
+    last step."""
+    assert got.logprobs.keys() == want.logprobs.keys()
+    for name in want.logprobs:
+        assert apart(got.logprobs[name], want.logprobs[name]) <= TOLERANCE, name
+    assert len(got.gradients) == len(want.gradients) == STEPS * updates_per_step
+    for update, (mine, theirs) in enumerate(zip(got.gradients, want.gradients, strict=True)):
+        assert mine.keys() == theirs.keys()
+        for name in theirs:
+            assert apart(mine[name], theirs[name]) <= TOLERANCE, (update, name)
+    assert got.losses == pytest.approx(want.losses, rel=TOLERANCE, abs=1e-6)
+    assert got.norms == pytest.approx(want.norms, rel=TOLERANCE)
+    assert got.token_weights.keys() == want.token_weights.keys()
+    for name, weights in want.token_weights.items():
+        assert got.token_weights[name] == pytest.approx(weights, abs=1e-4), name
+    for mine_m, theirs_m in zip(got.metrics, want.metrics, strict=True):
+        assert {n: mine_m[n] for n in theirs_m} == pytest.approx(theirs_m, abs=1e-9)
+    assert got.weights.keys() == want.weights.keys()
+    for name in want.weights:
+        assert apart(got.weights[name], want.weights[name]) <= TOLERANCE, name

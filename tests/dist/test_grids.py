@@ -21,19 +21,16 @@ from grid_cases import (
     ROPE,
     SAVERS,
     SHARD_BYTES,
-    STEPS,
     VOCAB,
     Trained,
     cases_of,
     model_folder,
 )
-from grid_reference import Reference
+from grid_reference import Reference, apart, check_training
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 WORKER = Path(__file__).parent / "grid_worker.py"
-TOLERANCE = 1e-5
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(1000)]
 
 
@@ -93,12 +90,6 @@ def references(root: Path) -> dict[str, Trained]:
     return {name: Reference(case, model_folder(root, case.model)).run() for name, case in CASES.items()}
 
 
-def apart(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference, relative to the norm of `want`."""
-    assert got.shape == want.shape
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
-
-
 def result(root: Path, layout: str, case: str) -> Trained:
     found = torch.load(root / layout / f"{case}.pt", weights_only=False)
     assert isinstance(found, Trained)
@@ -108,26 +99,8 @@ def result(root: Path, layout: str, case: str) -> Trained:
 @pytest.mark.parametrize(("layout", "case"), [(layout, case) for layout in LAYOUTS for case in cases_of(layout)])
 def test_training_equals_the_reference(root: Path, references: dict[str, Trained], layout: str, case: str) -> None:
     """Compares log-probs, losses, norms, all gradients of all updates, and the weights after two steps."""
-    got, want = result(root, layout, case), references[case]
-    assert got.logprobs.keys() == want.logprobs.keys()
-    for name in want.logprobs:
-        assert apart(got.logprobs[name], want.logprobs[name]) <= TOLERANCE, name
     updates = CASES[case].settings(LAYOUTS[layout]).algo.updates_per_step
-    assert len(got.gradients) == len(want.gradients) == STEPS * updates
-    for update, (mine, theirs) in enumerate(zip(got.gradients, want.gradients, strict=True)):
-        assert mine.keys() == theirs.keys()
-        for name in theirs:
-            assert apart(mine[name], theirs[name]) <= TOLERANCE, (update, name)
-    assert got.losses == pytest.approx(want.losses, rel=TOLERANCE, abs=1e-6)
-    assert got.norms == pytest.approx(want.norms, rel=TOLERANCE)
-    assert got.token_weights.keys() == want.token_weights.keys()
-    for name, weights in want.token_weights.items():
-        assert got.token_weights[name] == pytest.approx(weights, abs=1e-4), name
-    for mine_m, theirs_m in zip(got.metrics, want.metrics, strict=True):
-        assert {n: mine_m[n] for n in theirs_m} == pytest.approx(theirs_m, abs=1e-9)
-    assert got.weights.keys() == want.weights.keys()
-    for name in want.weights:
-        assert apart(got.weights[name], want.weights[name]) <= TOLERANCE, name
+    check_training(result(root, layout, case), references[case], updates)
 
 
 def test_cases_reach_every_branch(references: dict[str, Trained]) -> None:

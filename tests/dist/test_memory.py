@@ -16,8 +16,8 @@ from whole_runs import RECIPE, end, ranks_below, start
 RANKS = 2
 MOST_MIB = 5.0
 EARLY, LATE, WINDOW = 200, 450, 31
-"""First and last compared step, and the number of steps per measurement. In a run like this, rank 0 held 532, 535, 537
-and 537 MiB at the four compared steps. With 32 KiB lost in every step it held 539, 543, 549 and 552."""
+"""First and last compared step, and the number of steps per measurement. docs/LOG.md compares
+the memory of such a run with one that keeps 32 KiB in every step."""
 SMALL = (
     "warm_start.steps=0",
     "model.init=null",
