@@ -128,10 +128,11 @@ class _Open:
     """A group that is neither trained on nor dropped."""
 
     number: int
-    version: int
     left: int
     """Episodes that have not ended."""
     tokens: float
+    version: int | None = None
+    """That of the weights when its first episode got a place on an engine."""
     members: list[_Playing] = field(default_factory=list)
 
 
@@ -219,7 +220,7 @@ class _Simulation:
         for number in range(self._begun, limit):
             episodes = self._group(number)
             tokens = sum(turn.tokens for episode in episodes for turn in episode)
-            group = self._open[number] = _Open(number, self._version, len(episodes), tokens)
+            group = self._open[number] = _Open(number, len(episodes), tokens)
             group.members = [_Playing(episode, group) for episode in episodes]
             queue = number % len(self._queues)
             self._queues[queue].extend(group.members)
@@ -231,8 +232,8 @@ class _Simulation:
 
     def _drop(self, now: float) -> None:
         oldest = self._version - self._rule.staleness
-        for number in [n for n, group in self._open.items() if group.version < oldest]:
-            group = self._open.pop(number)
+        old = [n for n, group in self._open.items() if group.version is not None and group.version < oldest]
+        for group in map(self._open.pop, old):
             for playing in group.members:
                 playing.dead = True
                 if playing.engine >= 0 and playing.turn < len(playing.turns):
@@ -259,7 +260,8 @@ class _Simulation:
         while queue and (queue[0].dead or engine.episodes < share):
             playing = queue.popleft()
             if not playing.dead:
-                playing.engine = index
+                playing.engine, group = index, playing.group
+                group.version = self._version if group.version is None else group.version
                 engine.episodes += 1
                 engine.requests.append(playing)
         while engine.requests:
@@ -327,7 +329,7 @@ class _Simulation:
             return
         self._waited, self._idle_since = self._waited + now - self._idle_since, None
         groups = [self._open.pop(heappop(self._complete)) for _ in range(needed)]
-        self._behind += sum(self._version - group.version for group in groups)
+        self._behind += sum(self._version - (group.version or 0) for group in groups)
         seconds = trainer.fixed_s / trainer.parts + trainer.token_s * sum(group.tokens for group in groups)
         self._spent += seconds
         self._trained += needed

@@ -174,6 +174,9 @@ class AsyncSource:
             self._process.send(Forget(taken))
         return self._lines
 
+    def saved(self, step: int) -> None:
+        """Does nothing: the rollout process has forgotten the groups of complete steps."""
+
     def restore(self, path: Path, known: Collection[Task]) -> int:
         saved = read(path)
         if saved is None:

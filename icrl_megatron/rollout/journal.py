@@ -32,15 +32,12 @@ class Journal:
         self._known: dict[tuple[str, int], list[str]] = {}
         """The digests of the episodes of this batch that are in the file."""
         self._file: IO[str] | None = None
-        self._saved = False
 
     def begin(self, seeds: Seeds) -> Logs:
         """The episodes of this batch that an earlier process has written. Later `add`s belong to the batch."""
         found: Logs = {}
         path = self._folder / f"step_{seeds.step:06d}.rank_{self._rank:05d}_of_{self._world:05d}.jsonl"
         with disk_errors(path, "the episodes of a step"):
-            if self._saved:
-                self._drop_before(seeds.step)
             if path.exists():
                 found = _read(path, seeds.purpose)
             if self._step != seeds.step:
@@ -62,21 +59,20 @@ class Journal:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
 
-    def saved(self) -> None:
-        """Call when the last complete step is saved: the steps before the next one are dropped when that begins."""
-        self._saved = True
+    def drop_before(self, step: int) -> None:
+        """Removes the files of steps that a checkpoint has: this rank's part of them, whatever grid wrote them."""
+        if self._step < step:
+            self.close()
+        for path in self._folder.glob("step_*.rank_*.jsonl"):
+            found = re.fullmatch(r"step_(\d+)\.rank_(\d+)_of_\d+\.jsonl", path.name)
+            if found is not None and int(found[1]) < step and int(found[2]) % self._world == self._rank:
+                path.unlink(missing_ok=True)
 
     def close(self) -> None:
+        self._step = -1
         if self._file is not None:
             self._file.close()
             self._file = None
-
-    def _drop_before(self, step: int) -> None:
-        for path in self._folder.glob(f"step_*.rank_{self._rank:05d}_of_*.jsonl"):
-            number = re.match(r"step_(\d+)\.", path.name)
-            if number is not None and int(number[1]) < step:
-                path.unlink(missing_ok=True)
-        self._saved = False
 
 
 def _digests(log: ReplayLog) -> list[str]:

@@ -124,6 +124,10 @@ class EpisodeSource(Protocol):
         groups that were begun and not trained on."""
         ...
 
+    def saved(self, step: int) -> None:
+        """Call it when a checkpoint has all steps before `step`, counted from 0."""
+        ...
+
     def restore(self, path: Path, known: Collection[Task]) -> int:
         """Restores this rank's part of the lines of all ranks, perhaps of another grid, if the file exists. Returns how
         many groups were left out because their task is not in `known`: the data may have changed. Raises
@@ -168,6 +172,9 @@ class WithoutEngine:
 
     def unfinished(self) -> Callable[[], list[str]]:
         return list
+
+    def saved(self, step: int) -> None:
+        """Nothing is kept for a resume."""
 
     def restore(self, path: Path, known: Collection[Task]) -> int:
         return 0

@@ -125,13 +125,11 @@ class EngineSource:
     def unfinished(self) -> Callable[[], list[str]]:
         """The groups that were cut off and continue in the next step."""
         kept = replay.copied(self.kept)
+        return lambda: replay.to_lines(kept)
 
-        def lines() -> list[str]:
-            if self.journal is not None:
-                self.journal.saved()
-            return replay.to_lines(kept)
-
-        return lines
+    def saved(self, step: int) -> None:
+        if self.journal is not None:
+            self.journal.drop_before(step)
 
     def restore(self, path: Path, known: Collection[Task]) -> int:
         share = self.engines.share

@@ -158,6 +158,7 @@ class RunState:
     def save(self) -> None:
         """Saves the last completed step, once."""
         self.saver.save()
+        self.parts.source.saved(self.step)
 
     def save_if_due(self) -> None:
         due = self.step % self.parts.settings.checkpoint.interval == 0 or self.saver.best == self.step
