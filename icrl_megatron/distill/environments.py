@@ -46,6 +46,6 @@ def check_one_attempt(environment: ReadsCalls, task: Task, rounds: int) -> None:
     if rounds > 1 and not environment.shares_answers:
         raise ConfigError(
             f"rollout.rounds={rounds} with distill.system=model: the environments of task set {task.source!r} run "
-            "their calls themselves and start over with each attempt, so two attempts are not one sequence; set "
-            "rollout.rounds=1"
+            "their calls themselves and start over with each attempt, so two attempts are not one sequence; use "
+            "rollout.rounds=1 in a new run"
         )
