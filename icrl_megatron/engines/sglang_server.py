@@ -63,6 +63,10 @@ class ServerSpec:
     first_gpu: int = 0
     keeps_weights: bool = False
     """No weights are sent: the server keeps those it started with in host memory while it sleeps."""
+    apart: bool = False
+    """It runs on engine ranks (`launch.engine_ranks`), which nothing else uses: it never sleeps."""
+    loader: str = ""
+    """A function of a module in on_server/ that loads weights (--custom-weight-loader); empty: only SGLang's own."""
 
     @property
     def python(self) -> str:
@@ -85,7 +89,8 @@ class ServerSpec:
             command += ["--grammar-backend", "none", "--disable-cuda-graph"]
             command += ["--sleep-on-idle"]  # otherwise its loop keeps a core busy while the actor trains
         else:
-            command += ["--base-gpu-id", str(self.first_gpu), "--enable-memory-saver"]
+            command += ["--base-gpu-id", str(self.first_gpu)]
+            command += [] if self.apart else ["--enable-memory-saver"]
             command += ["--mem-fraction-static", str(settings.memory_fraction)]
             command += ["--enable-weights-cpu-backup"] if self.keeps_weights else []
         if kv_tokens:
@@ -95,6 +100,8 @@ class ServerSpec:
             # This loader can quantize weights that are sent later. With the default loader SGLang forgets how to load a
             # parameter once it is quantized, and the first update crashes the server.
             command += ["--load-format", "flash_rl"]
+        if self.loader:
+            command += ["--custom-weight-loader", self.loader]
         return [*command, *settings.server_args]
 
     def environment(self, port: int, key: str, meeting: Path) -> dict[str, str]:
@@ -103,6 +110,9 @@ class ServerSpec:
         env = {k: v for k, v in os.environ.items() if not k.startswith(_TORCHRUN)}
         if self.settings.python:
             env.pop("PYTHONPATH", None)  # the other interpreter has its own packages
+        if self.loader:
+            folder = str(Path(__file__).resolve().with_name("on_server"))
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, env.get("PYTHONPATH"))))
         if self.on_cpu:
             env["SGLANG_USE_CPU_ENGINE"] = "1"
         # The spare tokens may exceed the model's positions; no request is that long.
