@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,11 @@ _ANSWER_BYTES = 64 << 20
 """Maximum size of the answer to a control request; the longest one has a checksum of every tensor."""
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_ASYNC", "ICRL_")
 """Prefixes of a rank's environment variables that would make a server consider itself a rank."""
+
+
+_STARTER = ThreadPoolExecutor(1, thread_name_prefix="server-starter")
+"""Starts servers. A server ends with the thread that started it (`parent_watch`), so this one lasts as long as the
+process: a thread of `asyncio.to_thread` may not."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +146,8 @@ class Server:
     """Size of the log in bytes before the current start."""
 
     def start(self) -> None:
-        """Starts the process on a free port, without waiting for it. Call it in the main thread (see parent_watch.py).
-        Raises EngineError if the model's folder is gone."""
+        """Starts the process on a free port, without waiting for it. Raises EngineError if the model's folder is
+        gone."""
         assert self.spec is not None
         if not self.spec.model.is_dir():
             raise EngineError(
@@ -161,7 +167,8 @@ class Server:
             log.flush()
             # A separate session, so that it can be killed as a group. Its working directory must not contain folders
             # that Python would import (a checkout of this project has one called kernels).
-            self._process = subprocess.Popen(
+            self._process = _STARTER.submit(
+                subprocess.Popen,
                 [*watched, *self.spec.command(port)],
                 env=self.spec.environment(port, self.key, Path(self._folder.name) / "meeting"),
                 cwd=self.spec.log.parent,
@@ -169,7 +176,7 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-            )
+            ).result()
 
     def wait_ready(self, tick: Callable[[], None] = lambda: None) -> None:
         """Returns when it answers. Raises EngineError with the end of the log if it dies or after
