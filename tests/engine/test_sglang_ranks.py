@@ -3,6 +3,7 @@ is killed, and nothing of it is left at the end."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -30,10 +31,13 @@ def command(folder: Path, model: Path) -> list[str]:
 
 
 def servers(launcher: int) -> list[psutil.Process]:
-    """The main processes of the servers below a launcher, oldest first."""
-    found = [p for p in processes.tree(launcher) if any(word.endswith("sglang_start.py") for word in p.cmdline())]
-    heads = [p for p in found if p.ppid() not in {other.pid for other in found}]
-    return sorted(heads, key=lambda p: p.create_time())
+    """The main processes of the servers below a launcher."""
+    found = []
+    for process in processes.tree(launcher):
+        with contextlib.suppress(psutil.Error):  # it ends meanwhile
+            if any(word.endswith("sglang_start.py") for word in process.cmdline()):
+                found.append(process)
+    return found
 
 
 def test_an_engine_on_its_own_rank_is_sent_deltas_and_restarted(model: Path, tmp_path: Path) -> None:
@@ -53,7 +57,7 @@ def test_an_engine_on_its_own_rank_is_sent_deltas_and_restarted(model: Path, tmp
     assert [row["step"] for row in done] == list(range(1, STEPS + 1))
     assert [row["weights/version"] for row in done] == list(range(2, STEPS + 2))
     assert sum(row["staleness/lost_engines"] for row in done) == 1
-    assert sum(row["engine/full_pushes"] for row in done) == 2, "at first, and after the restart"
+    assert sum(row.get("engine/full_pushes", 0) for row in done) == 2, "at first, and after the restart"
     measured = [row["actor/mismatch_max"] for row in done if row.get("actor/mismatched", 0)]
     assert measured and max(measured) < 1e-4, "fresh tokens have the trainer's log-probs"
     assert all(row["episodes/dropped"] == 0 for row in done)
