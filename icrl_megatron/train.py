@@ -76,10 +76,10 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
 
 
 def _wait_ready(players: Players | None, grid: grids.Grid, progress: Progress) -> None:
-    if players is not None:
+    if players is not None:  # None on a rank that leads no engine, among others that do
         with progress.phase("engine") as bar:
             players.wait_ready(lambda: bar.advance(0))
-        any_rank(grid, False)  # a barrier: a server also uses the GPUs of ranks that do not lead it
+    any_rank(grid, False)  # a barrier: a server also uses the GPUs of ranks that do not lead it
 
 
 def _parts(

@@ -2,7 +2,7 @@
 # One node's part of a job, with the only line that starts ranks. srun and NeMo-Run run it once per node; it also runs alone.
 #   slurm/step.sh train RECIPE [KEY=VALUE]...
 # ICRL_PYTHON            the Python to use (default: .venv/bin/python if it exists, else python3)
-# ICRL_RANKS_PER_NODE    ranks on this node (default: the number of its GPUs)
+# ICRL_RANKS_PER_NODE    ranks on this node (default: the number of its GPUs), those that serve engines (launch.engine_ranks) included
 # ICRL_EXIT_STOPPED      exit code if the ranks stopped on request and saved (0); job.sh, NeMo-Run and Kubernetes use 75
 # Outside of Slurm (kubernetes/): ICRL_NODES, this node's number in JOB_COMPLETION_INDEX, MASTER_ADDR, and for files that
 # nodes and restarts share, the job's name ICRL_JOB and the number of restarts ICRL_RESTART

@@ -109,6 +109,11 @@ def check(settings: Settings) -> None:
         )
     if settings.engine.urls:
         raise ConfigError("distill.system=model starts its own engine, and engine.urls is set: leave it empty")
+    if settings.launch.engine_ranks:
+        raise ConfigError(
+            f"launch.engine_ranks={settings.launch.engine_ranks} with distill.system=model, which trains nothing: set "
+            "launch.engine_ranks=0"
+        )
     check_engine(settings)
 
 

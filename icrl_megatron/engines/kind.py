@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from icrl_megatron.distributed import job_size
 from icrl_megatron.engines import server_checks
+from icrl_megatron.engines.engine_ranks import EngineRanks
 from icrl_megatron.engines.rank import Share, lead_rank
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.settings.schema import EngineSettings, Settings
@@ -45,6 +47,9 @@ class EngineRequest:
     """Folder of a second model, whose weights never change."""
     synced: bool = True
     """Whether the trainer pushes weights before the first request. If not, the engine uses the weights in `folder`."""
+    server_device: torch.device | None = None
+    """With `launch.engine_ranks`: where the server of this rank's group runs; its other GPUs follow. None: on
+    `device`."""
 
 
 class EngineKind:
@@ -61,6 +66,8 @@ class EngineKind:
     """Whether `engine.quantization` applies."""
     pausable = False
     """Whether the weights of an engine can change while its requests are unfinished (`engines.protocol.Pausable`)."""
+    own_ranks = False
+    """Whether engines may have ranks of their own (`launch.engine_ranks`)."""
     deltas = False
     """Whether `engine.sync=delta` applies."""
     spare_tokens = 0
@@ -83,10 +90,10 @@ class EngineKind:
         """Raises ConfigError for settings that this kind does not support, on any number of ranks."""
 
     def check_ranks(self, settings: Settings, world: int, on_node: int) -> None:
-        """Raises ConfigError if the engines do not fit `world` ranks with `on_node` ranks per node."""
+        """Raises ConfigError if the engines do not fit `world` ranks that train, `on_node` of them per node."""
         engine = settings.engine
         server_checks.check_key(engine)
-        server_checks.check_sync(engine, self.deltas)
+        server_checks.check_sync(settings, self.deltas)
         if engine.tensor_parallel > 1:
             raise ConfigError(f"engine.tensor_parallel={engine.tensor_parallel}: engine.kind={engine.kind} has only 1")
         if engine.urls or engine.servers:
@@ -107,8 +114,11 @@ class EngineKind:
 
 
 def server_count(settings: Settings, world: int) -> int:
-    """The number of servers for `world` ranks."""
+    """The number of servers for `world` ranks that train."""
     engine = settings.engine
+    if settings.launch.engine_ranks:
+        on_node = job_size.ranks_on_node(settings)
+        return world // on_node * EngineRanks.of(settings, on_node).servers
     return len(engine.urls) or engine.servers or max(1, world // engine.tensor_parallel)
 
 
@@ -120,8 +130,8 @@ def server_share(settings: Settings, rank: int, world: int) -> Share:
 
 
 class ServerKind(EngineKind):
-    """An engine that is a server: either on the GPUs of its ranks, started by the first rank of a group, or external
-    (`engine.urls`)."""
+    """An engine that is a server: started by the first rank of a group, on the GPUs of the group or on others
+    (`launch.engine_ranks`), or external (`engine.urls`)."""
 
     before_actor = True
     needs_folder = "its servers load the model's folder when they start"
@@ -138,8 +148,8 @@ class ServerKind(EngineKind):
 
     def check_ranks(self, settings: Settings, world: int, on_node: int) -> None:
         server_checks.check_key(settings.engine)
-        server_checks.check_sync(settings.engine, self.deltas)
+        server_checks.check_sync(settings, self.deltas)
         if settings.engine.urls:  # external servers have their own GPUs
             server_checks.check_urls(settings, world)
-        else:
+        elif not settings.launch.engine_ranks:
             server_checks.check_groups(settings.engine, world, on_node)

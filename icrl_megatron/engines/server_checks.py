@@ -41,18 +41,19 @@ def check_key(engine: EngineSettings) -> None:
         )
 
 
-def check_sync(engine: EngineSettings, deltas: bool) -> None:
+def check_sync(settings: Settings, deltas: bool) -> None:
     """Raises ConfigError if deltas cannot be sent. `deltas`: whether the kind of engine can take them."""
+    engine = settings.engine
     if engine.sync != "delta":
         return
     if not deltas:
         raise ConfigError(
             f"engine.sync=delta: engine.kind={engine.kind} takes only whole weights; use engine.sync=full"
         )
-    if not engine.urls:
+    if not engine.urls and not settings.launch.engine_ranks:
         raise ConfigError(
-            "engine.sync=delta is for servers of engine.urls: servers that the run starts read the weights from memory "
-            "of this machine; use engine.sync=full, or name servers in engine.urls"
+            "engine.sync=delta is for servers of engine.urls or launch.engine_ranks: servers on the trainer's GPUs "
+            "read the weights from memory of this machine; use engine.sync=full, or name servers in engine.urls"
         )
     if engine.quantization:
         raise ConfigError(

@@ -160,8 +160,8 @@ class SGLangEngine:
         return True
 
     def sleep(self) -> None:
-        """Releases the memory of weights and KV cache. An external server keeps its memory: it is on other GPUs, and if
-        the run were killed the next run could not know that the memory is released."""
+        """Releases the memory of weights and KV cache. A server on other GPUs keeps its memory: nothing else uses it,
+        and if an external server's run were killed the next run could not know that the memory is released."""
         if not self._asleep:
             self._tell(_FLUSH, {})  # waits until the server is idle: SGLang crashes if it releases memory while busy
             self._tell_own("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
@@ -241,7 +241,7 @@ class SGLangEngine:
         self.server.kill()
 
     def _tell_own(self, path: str, body: dict[str, Any]) -> None:
-        if self.server.spec is not None:
+        if self.server.spec is not None and not self.server.spec.apart:
             self._tell(path, body)
 
     def _tell(self, path: str, body: dict[str, Any]) -> None:

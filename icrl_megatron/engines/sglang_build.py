@@ -2,7 +2,8 @@
 leads.
 
 Ranks are split into one group of consecutive ranks per server. The first rank of a group leads: it starts and watches
-the server, plays the group's share of the tasks, and sends the weights.
+the server, plays the group's share of the tasks, and sends the weights. With `launch.engine_ranks` the server's GPUs
+are not those of its group.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from safetensors import safe_open
 from icrl_megatron.distributed.grid import Grid
 from icrl_megatron.engines.flat_buffer import Shapes
 from icrl_megatron.engines.kind import EngineRequest, server_share
+from icrl_megatron.engines.on_server import icrl_deltas
 from icrl_megatron.engines.protocol import EngineError, NoAnswerError
 from icrl_megatron.engines.rank import Engines, lead_rank
 from icrl_megatron.engines.server_group import ServerGroup
@@ -35,6 +37,8 @@ from icrl_megatron.engines.sglang_weights import SharedMemory, Transport, Weight
 from icrl_megatron.model.shape import ModelShape, locate_weights
 from icrl_megatron.settings.schema import EngineSettings, Settings
 from icrl_megatron.utils.errors import ConfigError
+
+LOOPBACK = "127.0.0.1"
 
 
 def build(request: EngineRequest) -> Engines:
@@ -54,7 +58,12 @@ def build(request: EngineRequest) -> Engines:
         offers = SharedMemory(None, tensor, group, lead, sync_s) if group else None
         sink = WeightSender(tensor_shapes(request.folder), request.dtype, device, settings.engine.bucket_mib)
         return Engines(Follower(sink, offers), None, None, share, in_turn, server_group)
-    solver = _remote_engine(request, number) if settings.engine.urls else _own_engine(request, number, group, lead)
+    if settings.engine.urls:
+        solver = _remote_engine(request, number)
+    elif request.server_device is not None:
+        solver = _engine_apart(request, number, request.server_device)
+    else:
+        solver = _own_engine(request, number, group, lead)
     critic = None
     if request.critic is not None:
         log = request.logs / f"sglang_critic_{number}.log"
@@ -69,7 +78,7 @@ def build(request: EngineRequest) -> Engines:
 
 def _in_turn(request: EngineRequest) -> bool:
     """Whether servers have to start one after another because they share GPUs with the actor or with each other."""
-    if request.device.type != "cuda" or request.settings.engine.urls:
+    if request.device.type != "cuda" or request.settings.engine.urls or request.server_device is not None:
         return False
     shared = request.synced or request.critic is not None
     if shared and "expandable_segments:True" in _allocator_settings():
@@ -98,19 +107,33 @@ def _remote_engine(request: EngineRequest, number: int) -> SGLangEngine:
     """Creates an engine on a server of `engine.urls`. If no weights are pushed later, sends those of the folder now,
     because it is not known which weights the server has."""
     server, engine = _remote(request.settings, request.settings.engine.urls[number], request.synced)
-    host, device = _address(server.url), request.device
+    solver = _engine_over_group(request, server, engine, _address(server.url))
+    if not request.synced:
+        solver.update_weights(folder_tensors(request.folder, request.dtype, request.device), version=1)
+        if why := solver.lost():
+            raise EngineError(why)
+    return solver
+
+
+def _engine_apart(request: EngineRequest, number: int, device: torch.device) -> SGLangEngine:
+    """Creates an engine on a server that this rank starts on engine ranks of its machine, from GPU `device` on. It gets
+    weights as an external server does."""
+    engine, log = request.settings.engine, request.logs / f"sglang_{number}.log"
+    spec = server_spec(request.settings, request.folder, device, log, two=False)
+    spec = replace(spec, apart=True, loader=icrl_deltas.LOADER if engine.sync == "delta" else "")
+    return _engine_over_group(request, Server(spec), engine, LOOPBACK)
+
+
+def _engine_over_group(request: EngineRequest, server: Server, engine: EngineSettings, host: str) -> SGLangEngine:
+    """The engine of a server on other GPUs than those of this rank. `host`: this rank's address toward its workers."""
+    device = request.device
 
     def transport() -> OverGroup:
         return OverGroup(server, engine.tensor_parallel, host, device, engine.sync_timeout_s)
 
     if request.synced and engine.sync == "delta":
         return DeltaEngine(server, engine, transport, ModelShape.read(request.folder), request.dtype, device)
-    solver = SGLangEngine(server, engine, transport, tensor_shapes(request.folder), request.dtype, device)
-    if not request.synced:
-        solver.update_weights(folder_tensors(request.folder, request.dtype, device), version=1)
-        if why := solver.lost():
-            raise EngineError(why)
-    return solver
+    return SGLangEngine(server, engine, transport, tensor_shapes(request.folder), request.dtype, device)
 
 
 def folder_tensors(folder: Path, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""An engine that sends an external server only what changed since the last push (`engine.sync=delta`).
+"""An engine that sends a server on other GPUs only what changed since the last push (`engine.sync=delta`).
 
 The leading rank keeps the weights that it sent last in host memory. `on_server/icrl_deltas.py` explains how a
 difference is written and added. After every delta a checksum of each of the server's parameters is compared. In case of
@@ -73,8 +73,7 @@ class DeltaRequest:
 
 
 class DeltaEngine(SGLangEngine):
-    """Implements `engines.protocol.Engine` for an external server that was started with the loader
-    (`require_loader`)."""
+    """Implements `engines.protocol.Engine` for a server that was started with the loader (`require_loader`)."""
 
     def __init__(
         self,

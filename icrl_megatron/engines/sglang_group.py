@@ -24,7 +24,7 @@ from torch import Tensor
 
 from icrl_megatron.distributed import net
 from icrl_megatron.engines.on_server import icrl_deltas
-from icrl_megatron.engines.protocol import EngineError
+from icrl_megatron.engines.protocol import EngineError, NoAnswerError
 from icrl_megatron.engines.sglang_server import Server
 from icrl_megatron.engines.sglang_weights import Answer, Bucket, asked, refuse
 
@@ -133,7 +133,7 @@ class OverGroup:
                 for work in works:
                     work.wait()
             except RuntimeError as error:
-                raise EngineError(f"Weights could not be sent to {self._server.url}: {error}") from error
+                raise NoAnswerError(f"Weights could not be sent to {self._server.url}: {error}") from error
             answer()
 
         return wait

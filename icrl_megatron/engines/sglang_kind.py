@@ -21,6 +21,7 @@ _OURS = ("--host", "--port", "--api-key", "--admin-api-key", "--config", "--dist
 class SGLang(ServerKind):
     quantizes = True
     pausable = True
+    own_ranks = True
     deltas = True
     spare_tokens = CONTEXT_SPARE
 

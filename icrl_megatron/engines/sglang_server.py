@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,11 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORC
 """Prefixes of a rank's environment variables that would make a server consider itself a rank."""
 
 
+_STARTER = ThreadPoolExecutor(1, thread_name_prefix="server-starter")
+"""Starts servers. A server ends with the thread that started it (`parent_watch`), so this one lasts as long as the
+process: a thread of `asyncio.to_thread` may not."""
+
+
 @dataclass(frozen=True)
 class ServerSpec:
     """The configuration that a server is started with."""
@@ -63,6 +69,10 @@ class ServerSpec:
     first_gpu: int = 0
     keeps_weights: bool = False
     """No weights are sent: the server keeps those it started with in host memory while it sleeps."""
+    apart: bool = False
+    """It runs on engine ranks (`launch.engine_ranks`), which nothing else uses: it never sleeps."""
+    loader: str = ""
+    """A function of a module in on_server/ that loads weights (--custom-weight-loader); empty: only SGLang's own."""
 
     @property
     def python(self) -> str:
@@ -85,7 +95,8 @@ class ServerSpec:
             command += ["--grammar-backend", "none", "--disable-cuda-graph"]
             command += ["--sleep-on-idle"]  # otherwise its loop keeps a core busy while the actor trains
         else:
-            command += ["--base-gpu-id", str(self.first_gpu), "--enable-memory-saver"]
+            command += ["--base-gpu-id", str(self.first_gpu)]
+            command += [] if self.apart else ["--enable-memory-saver"]
             command += ["--mem-fraction-static", str(settings.memory_fraction)]
             command += ["--enable-weights-cpu-backup"] if self.keeps_weights else []
         if kv_tokens:
@@ -95,6 +106,8 @@ class ServerSpec:
             # This loader can quantize weights that are sent later. With the default loader SGLang forgets how to load a
             # parameter once it is quantized, and the first update crashes the server.
             command += ["--load-format", "flash_rl"]
+        if self.loader:
+            command += ["--custom-weight-loader", self.loader]
         return [*command, *settings.server_args]
 
     def environment(self, port: int, key: str, meeting: Path) -> dict[str, str]:
@@ -103,6 +116,9 @@ class ServerSpec:
         env = {k: v for k, v in os.environ.items() if not k.startswith(_TORCHRUN)}
         if self.settings.python:
             env.pop("PYTHONPATH", None)  # the other interpreter has its own packages
+        if self.loader:
+            folder = str(Path(__file__).resolve().with_name("on_server"))
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, env.get("PYTHONPATH"))))
         if self.on_cpu:
             env["SGLANG_USE_CPU_ENGINE"] = "1"
         # The spare tokens may exceed the model's positions; no request is that long.
@@ -130,8 +146,8 @@ class Server:
     """Size of the log in bytes before the current start."""
 
     def start(self) -> None:
-        """Starts the process on a free port, without waiting for it. Call it in the main thread (see parent_watch.py).
-        Raises EngineError if the model's folder is gone."""
+        """Starts the process on a free port, without waiting for it. Raises EngineError if the model's folder is
+        gone."""
         assert self.spec is not None
         if not self.spec.model.is_dir():
             raise EngineError(
@@ -151,7 +167,8 @@ class Server:
             log.flush()
             # A separate session, so that it can be killed as a group. Its working directory must not contain folders
             # that Python would import (a checkout of this project has one called kernels).
-            self._process = subprocess.Popen(
+            self._process = _STARTER.submit(
+                subprocess.Popen,
                 [*watched, *self.spec.command(port)],
                 env=self.spec.environment(port, self.key, Path(self._folder.name) / "meeting"),
                 cwd=self.spec.log.parent,
@@ -159,7 +176,7 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-            )
+            ).result()
 
     def wait_ready(self, tick: Callable[[], None] = lambda: None) -> None:
         """Returns when it answers. Raises EngineError with the end of the log if it dies or after

@@ -80,9 +80,9 @@ def described(recipe: str, digests: dict[Path, str] | None = None) -> CellRun:
     model of unknown shape."""
     settings = _recipe(recipe)
     plan = planner.plan(settings)
-    hours = plan.times.total * settings.steps * plan.layout.gpus / 3600
+    hours = plan.times.total * settings.steps * plan.layout.all_gpus / 3600
     found = tuple(_data(settings, {} if digests is None else digests))
-    return CellRun(recipe, settings.model.path, plan.layout.gpus, plan.memory.peak[1] / GIB, hours, found)
+    return CellRun(recipe, settings.model.path, plan.layout.all_gpus, plan.memory.peak[1] / GIB, hours, found)
 
 
 def _data(settings: Settings, digests: dict[Path, str]) -> Iterator[DataFile]:

@@ -187,18 +187,21 @@ def settings_of(request: EvalRequest, run: Settings | None) -> Settings:
 
 
 def _for_evaluation(settings: Settings, rounds: int) -> Settings:
-    """The settings with training-only parts reset. The ranks run on this machine; a process that is the only rank of
-    its job plays alone. Raises ConfigError if this process is one of several ranks, and if the settings need a GPU that
-    this machine lacks."""
+    """The settings with training-only parts reset. The ranks run on this machine, and all of them play; a process that
+    is the only rank of its job plays alone. Raises ConfigError if this process is one of several ranks, and if the
+    settings need a GPU that this machine lacks."""
     if is_rank() and os.environ["WORLD_SIZE"] != "1":
         raise ConfigError("this command starts its ranks itself: run it once, with launch.ranks=N")
     require_gpu(settings.launch.device)
     ranks = 1 if is_rank() else settings.launch.ranks
+    # Engines start with the weights that they keep; servers on the ranks' own GPUs take no deltas.
+    sync = "full" if settings.launch.engine_ranks else settings.engine.sync
     return replace(
         settings,
+        engine=replace(settings.engine, sync=sync),
         rollout=replace(settings.rollout, rounds=rounds, critic="self", oversample=1.0, partial=False),
         actor=replace(settings.actor, tensor_parallel=1, pipeline_parallel=1, sequence_parallel=False),
-        launch=replace(settings.launch, ranks=ranks, nodes=1),
+        launch=replace(settings.launch, ranks=ranks, nodes=1, engine_ranks=0),
     )
 
 

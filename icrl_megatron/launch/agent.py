@@ -22,10 +22,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from icrl_megatron.distributed import net
+from icrl_megatron.distributed import job_size, net
 from icrl_megatron.distributed.process import (
     CONFIG_ERROR,
     HOPELESS,
@@ -40,6 +40,7 @@ from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.parent_watch import PARENT_ENV, die_with_parent
 from icrl_megatron.utils.terminal import guard
 
+JOB_PROGRAM = "icrl_megatron.launch.rank"
 TAIL_LINES = 40
 END_TIMEOUT_S = 30.0
 """Between SIGTERM and SIGKILL, for the remaining ranks after one has failed."""
@@ -112,7 +113,11 @@ def main(arguments: Sequence[str]) -> int:
     # Ranks inherit this until they install their own handler, so that an early signal does not kill them.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     die_with_parent()
-    share = AgentShare.parse(arguments)
+    try:
+        share = without_engine_ranks(AgentShare.parse(arguments))
+    except ConfigError as error:
+        leave_outcome(CONFIG_ERROR, str(error))
+        return CONFIG_ERROR
     received: list[int] = []
     for number in _STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # slurm/step.sh ignores the signal on which ranks save
@@ -135,6 +140,17 @@ def main(arguments: Sequence[str]) -> int:
     if failed is None:
         return 0
     return _explain(failed)
+
+
+def without_engine_ranks(share: AgentShare) -> AgentShare:
+    """The share with the ranks that train: in a job (`launch.rank`), --nproc-per-node counts those that the settings
+    give to engines too (`launch.engine_ranks`), because a job knows only its GPUs. Raises ConfigError."""
+    if share.module != JOB_PROGRAM or len(share.words) < 2:  # a job without a recipe: its ranks report that
+        return share
+    from icrl_megatron.settings import loading
+
+    settings = loading.load(share.words[1], share.words[2:])
+    return replace(share, ranks=job_size.training_of(settings, share.ranks))
 
 
 def _explain(failed: Rank) -> int:

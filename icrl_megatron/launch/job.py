@@ -19,6 +19,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from icrl_megatron.distributed import job_size
 from icrl_megatron.distributed.process import CONFIG_ERROR, HOPELESS, STOPPED, read_outcome
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.files import write_atomically
@@ -138,10 +139,12 @@ def check(arguments: list[str], installed: bool = True) -> Path:
     resolved = settings.load(arguments[1], arguments[2:])
     validate.validate(resolved, installed)
     planner.check(resolved)
-    world, planned = validate.ranks(resolved), planner.ranks(resolved)
+    serving, machines = resolved.launch.engine_ranks, resolved.launch.nodes
+    world, planned = job_size.ranks(resolved), planner.ranks(resolved) - serving * machines
     if world != planned:
-        print(f"note: {arguments[1]} is for {planned} ranks (launch.ranks x launch.nodes), this job has {world}",
-              file=sys.stderr)  # fmt: skip
+        without = " without launch.engine_ranks" if serving else ""
+        print(f"note: {arguments[1]} is for {planned} ranks (launch.ranks x launch.nodes{without}), this job has "
+              f"{world}", file=sys.stderr)  # fmt: skip
     return settings.run_folder(resolved)
 
 

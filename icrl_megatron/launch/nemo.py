@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from icrl_megatron.distributed import job_size
 from icrl_megatron.launch import container
 from icrl_megatron.run import checks as validate
 from icrl_megatron.settings import loading as settings_module
@@ -96,12 +97,13 @@ def resolve(recipe: str, overrides: Sequence[str], where: Where) -> Settings:
         raise ConfigError(f"launch.nodes={resolved.launch.nodes}: --on local has one machine; use --on slurm")
     if where.ranks_per_node < 0:
         raise ConfigError(f"--ranks-per-node {where.ranks_per_node}: must be at least 1, or 0 for the recipe's")
-    world = _per_node(resolved, where) * resolved.launch.nodes
     if where.host:  # the model and the run folder are on the other side of the tunnel
         validate.validate_settings(resolved)
-        validate.validate_grid(resolved, world, _per_node(resolved, where))
+        training = job_size.training_of(resolved, _per_node(resolved, where))
+        validate.validate_grid(resolved, training * resolved.launch.nodes, training)
         return resolved
-    job = {validate.JOB_RANKS: str(world), "ICRL_RANKS_PER_NODE": str(_per_node(resolved, where))}
+    world = _per_node(resolved, where) * resolved.launch.nodes
+    job = {job_size.JOB_RANKS: str(world), "ICRL_RANKS_PER_NODE": str(_per_node(resolved, where))}
     python = environment(where, resolved)["ICRL_PYTHON"]
     found = None if where.container else shutil.which(python)  # None: it is in the image, or only on the nodes
     if found and Path(found) != Path(sys.executable):

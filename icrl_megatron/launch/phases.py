@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from icrl_megatron.distributed import job_size
 from icrl_megatron.distributed.process import is_rank
 from icrl_megatron.launch import servers as serve
 from icrl_megatron.launch.torchrun import launch
@@ -128,7 +129,8 @@ def _phase(module: str, settings: Settings, folder: Path) -> int:
     handed_over = logs / f"settings.{os.getpid()}.yaml"
     settings_module.save(settings, handed_over)
     try:
-        return launch(handed_over, settings.launch.ranks, logs, module=module)
+        ranks = job_size.training_of(settings, settings.launch.ranks)
+        return launch(handed_over, ranks, logs, module=module)
     finally:
         with suppress(OSError):  # the disk may have become read-only
             handed_over.unlink()

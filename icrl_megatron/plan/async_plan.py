@@ -157,6 +157,11 @@ def predict(
 
     Raises ConfigError for settings that are not simulated, and for numbers of GPUs that the grid cannot use.
     """
+    if settings.launch.engine_ranks:
+        raise ConfigError(
+            f"--async: launch.engine_ranks={settings.launch.engine_ranks}: the simulation chooses the GPUs of engines "
+            "itself; set launch.engine_ranks=0"
+        )
     if settings.engine.urls or settings.engine.servers or settings.rollout.critic == "frozen":
         raise ConfigError(
             "--async: engine.urls, engine.servers and rollout.critic=frozen are not simulated; leave them out"

@@ -30,7 +30,7 @@ def _all(layout: Layout) -> Iterator[tuple[str, Layout]]:
     factor = 2
     while factor <= MOST_GPUS:
         more = layout.but(gpus=layout.gpus * factor)
-        words = f"{more.gpus} GPUs"
+        words = f"{more.all_gpus} GPUs"
         yield words, more
         yield from ((f"{words} with {what}", changed) for what, changed in _upto_two(more))
         factor *= 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from icrl_megatron.plan import async_plan, hardware, planner
+from icrl_megatron.plan.layout import Layout
 from icrl_megatron.plan.models import shape_of
 from icrl_megatron.plan.scaling import picture, require_writable, scale
 from icrl_megatron.plan.search import search
@@ -44,8 +45,8 @@ def run(
                 f"no layout of {gpus or planner.ranks(resolved)} x {gpu.name} fits; see the reasons above"
             )
         return
-    count = gpus or planner.ranks(resolved)
-    validate.validate_grid(resolved, count, min(count, hardware.GPUS_A_NODE))
+    layout = Layout.of(resolved, gpus or planner.ranks(resolved))
+    validate.validate_grid(resolved, layout.gpus, min(layout.gpus, layout.node))
     validate.validate_shape(resolved, shape_of(resolved))
     made = planner.plan(resolved, gpus, gpu)
     show(made, console)

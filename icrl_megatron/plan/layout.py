@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
+from icrl_megatron.distributed.job_size import training_of
 from icrl_megatron.engines.registry import engine_kind
 from icrl_megatron.model.flops import counts
 from icrl_megatron.model.shape import ModelShape
@@ -24,6 +26,8 @@ class Serving:
     """External servers, on other GPUs (engine.urls)."""
     servers: int | None = None
     """How many there are (engine.servers, or those of engine.urls); None: one per engine TP ranks."""
+    own_ranks: int = 0
+    """GPUs of each machine that only serve engines (launch.engine_ranks)."""
     fp8: bool = False
     """engine.quantization=fp8: the layers' matrices take one byte a parameter."""
     most_running: int = 256
@@ -45,6 +49,7 @@ class Serving:
             local=taken == "what is left",
             remote=taken == "none",
             servers=len(engine.urls) or engine.servers,
+            own_ranks=settings.launch.engine_ranks,
             fp8=engine.quantization == "fp8" and kind.quantizes,
             most_running=min(engine.max_batch, settings.rollout.concurrency),
             on_a_gpu=2 if settings.rollout.critic == "frozen" else 1,
@@ -58,6 +63,7 @@ class Layout:
     """The part of the settings that a search may move, on a number of GPUs."""
 
     gpus: int
+    """Those that train. Engines are on the same ones, or on others (`engine_gpus`)."""
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
@@ -73,7 +79,7 @@ class Layout:
     """Share of a GPU that SGLang's weights and cache take."""
     serving: Serving = Serving()
     node: int = GPUS_A_NODE
-    """GPUs of a machine."""
+    """GPUs of a machine that train."""
 
     @property
     def cell(self) -> int:
@@ -85,8 +91,17 @@ class Layout:
         return self.gpus // self.cell
 
     @property
+    def engine_gpus(self) -> int:
+        """GPUs that only serve engines."""
+        return self.serving.own_ranks * math.ceil(self.gpus / self.node)
+
+    @property
+    def all_gpus(self) -> int:
+        return self.gpus + self.engine_gpus
+
+    @property
     def engines(self) -> int:
-        return self.serving.servers or max(1, self.gpus // self.engine_tensor)
+        return self.serving.servers or max(1, (self.engine_gpus or self.gpus) // self.engine_tensor)
 
     @property
     def item(self) -> int:
@@ -103,10 +118,15 @@ class Layout:
         return ranks > self.node
 
     @staticmethod
-    def of(settings: Settings, gpus: int) -> Layout:
-        actor = settings.actor
+    def of(settings: Settings, gpus: int, machine: int = 0) -> Layout:
+        """On `gpus` GPUs, engine ranks included, of which a machine has `machine`; 0: GPUS_A_NODE, or `launch.ranks` if
+        engines have some of these. Raises ConfigError if engines leave none of a machine."""
+        actor, serving = settings.actor, Serving.of(settings)
+        machine = machine or (settings.launch.ranks if serving.own_ranks else GPUS_A_NODE)
+        training = training_of(settings, machine)
         return Layout(
-            gpus=gpus,
+            gpus=max(1, gpus - serving.own_ranks * math.ceil(gpus / machine)),
+            node=training,
             tensor=actor.tensor_parallel,
             pipeline=actor.pipeline_parallel,
             context=actor.context_parallel,
@@ -118,13 +138,13 @@ class Layout:
             fp8=actor.fp8,
             offload=actor.offload,
             memory_fraction=settings.engine.memory_fraction,
-            serving=Serving.of(settings),
+            serving=serving,
         )
 
     def refusal(self, shape: ModelShape, episodes: int) -> str | None:
         """Why this layout cannot be run at all, or None. `episodes` are those of a step."""
-        if self.gpus > self.node and self.gpus % self.node:
-            return f"{self.gpus} GPUs are not whole nodes of {self.node}"
+        if self.gpus % self.node and (self.gpus > self.node or self.serving.own_ranks):
+            return f"{self.all_gpus} GPUs are not whole nodes of {self.node + self.serving.own_ranks}"
         if self.gpus % self.cell:
             return f"TP x PP x CP = {self.cell} does not divide {self.gpus} GPUs"
         return self._engines_refusal(shape) or self._split_refusal(shape, episodes)
@@ -138,12 +158,27 @@ class Layout:
             return f"engine.servers and engine.urls are for servers, not for engine.kind={self.serving.kind}"
         if self.serving.remote and self.serving.on_a_gpu > 1:
             return "engine.urls starts no server for a frozen critic"
+        if self.serving.own_ranks:
+            return self._own_ranks_refusal() or self._engine_split_refusal(shape)
         if self.gpus % tensor:
             return f"engine TP {tensor} does not divide {self.gpus} GPUs"
         if tensor > GPUS_A_NODE:
             return f"engine TP {tensor} is beyond the {GPUS_A_NODE} GPUs of a node"
         if servers and (self.gpus % servers or (self.gpus // servers < tensor and not self.serving.remote)):
             return f"{servers} servers of engine TP {tensor} do not share {self.gpus} GPUs evenly"
+        return self._engine_split_refusal(shape)
+
+    def _own_ranks_refusal(self) -> str | None:
+        """As `engine_ranks.check` and `check_machine`."""
+        serving, tensor = self.serving.own_ranks, self.engine_tensor
+        if serving % tensor:
+            return f"engine TP {tensor} does not divide the {serving} engine ranks of a node"
+        if self.node % (serving // tensor):
+            return f"{self.node} training ranks of a node do not share its {serving // tensor} engines evenly"
+        return None
+
+    def _engine_split_refusal(self, shape: ModelShape) -> str | None:
+        tensor = self.engine_tensor
         if not shape.splits_over(tensor):
             return (
                 f"engine TP {tensor} does not fit {shape.heads} attention heads, {shape.kv_heads} key-value heads and "
@@ -169,7 +204,7 @@ class Layout:
         if refusal:
             raise ConfigError(
                 f"{refusal}; change actor.tensor_parallel, actor.pipeline_parallel, actor.context_parallel, "
-                "engine.tensor_parallel or engine.servers, or plan for another number with --gpus"
+                "engine.tensor_parallel, engine.servers or launch.engine_ranks, or plan for another number with --gpus"
             )
         return self
 

@@ -76,7 +76,8 @@ class Memory:
     head: float
     engine: EngineBytes
     phases: Mapping[str, float]
-    """Peak of each phase and transition, reserve and fragmentation included."""
+    """Peak of each phase and transition, reserve and fragmentation included. With `launch.engine_ranks`, "rollout on
+    engine ranks" is that of a GPU that only serves, and the others are those of a GPU that only trains."""
     available: float
 
     @property
@@ -223,11 +224,12 @@ def estimate(
     trained = activations(shape, layout, tokens, micro_batches)
     loss = 1 + constants.fragmentation
     engines = engine(shape, layout, settings, gpu, (gpu.memory_bytes - constants.reserved_bytes) / loss - beside)
-    # A local engine sleeps in host memory, and an external server is on another machine.
-    servers = 0 if serving.local or serving.remote else serving.on_a_gpu
+    # A local engine sleeps in host memory, and other engines may have GPUs of their own.
+    apart = serving.remote or serving.own_ranks > 0
+    servers = 0 if serving.local or apart else serving.on_a_gpu
     asleep = servers * constants.engine_asleep_bytes
     # A server's share is measured by what the driver has free, so what is lost between its blocks is inside of it.
-    own, served = (engines.total, 0.0) if serving.local else (0.0, engines.total)
+    own, served = (engines.total, 0.0) if serving.local else (0.0, 0.0 if apart else engines.total)
     pushed = engines.weights if servers else 0.0
     phases = {
         "rollout": (beside + servers * constants.engine_workspace_bytes + own) * loss + served,
@@ -235,5 +237,7 @@ def estimate(
         "train": (resident + asleep + trained + of_head) * loss,
         "sync (train to rollout)": (beside + pushed + 2 * constants.sync_bucket_bytes) * loss,
     }
+    if serving.own_ranks:
+        phases["rollout on engine ranks"] = constants.engine_workspace_bytes * loss + engines.total
     total = {name: size + constants.reserved_bytes for name, size in phases.items()}
     return Memory(held, trained, of_head, engines, total, gpu.memory_bytes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from icrl_megatron.distributed import job_size
 from icrl_megatron.model.flops import Passes
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.plan import hardware, memory, timing
@@ -14,7 +15,6 @@ from icrl_megatron.plan.layout import Layout
 from icrl_megatron.plan.models import shape_of
 from icrl_megatron.plan.supervised import supervised
 from icrl_megatron.plan.workload import Workload, simulate
-from icrl_megatron.run import checks as validate
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.utils.errors import ConfigError
 
@@ -37,7 +37,7 @@ class Plan:
     @property
     def tokens_a_second_a_gpu(self) -> float:
         """Trained tokens, prompts included, over the whole step."""
-        return self.work.trained_tokens / self.times.total / self.layout.gpus
+        return self.work.trained_tokens / self.times.total / self.layout.all_gpus
 
     @property
     def training_mfu(self) -> float:
@@ -46,7 +46,7 @@ class Plan:
 
 
 def ranks(settings: Settings) -> int:
-    """GPUs that the settings ask for."""
+    """GPUs that the settings ask for, those of engine ranks included."""
     return settings.launch.ranks * settings.launch.nodes
 
 
@@ -107,7 +107,7 @@ def require_fit(found: Plan, settings: Settings) -> None:
         raise ConfigError(found.memory.engine.refusal)
     phase, peak = found.memory.peak
     raise ConfigError(
-        f"this does not fit {found.layout.gpus} x {found.gpu.name}: {phase} needs {peak / GIB:.1f} GiB of a GPU's "
+        f"this does not fit {found.layout.all_gpus} x {found.gpu.name}: {phase} needs {peak / GIB:.1f} GiB of a GPU's "
         f"{found.memory.available / GIB:.1f}, {found.memory.missing / GIB:.1f} GiB are missing; "
         f"{cheapest_change(found, settings)}"
     )
@@ -122,11 +122,10 @@ def check(settings: Settings) -> None:
     if gpu is None:
         return
     shape = shape_of(settings)
-    layout = (
-        Layout.of(settings, validate.ranks(settings))
-        .but(node=validate.ranks_on_node(settings))
-        .checked(shape, episodes(settings))
-    )
+    training, on_node = job_size.ranks(settings), job_size.ranks_on_node(settings)
+    serving = settings.launch.engine_ranks
+    total = training + serving * (training // on_node)
+    layout = Layout.of(settings, total, on_node + serving).checked(shape, episodes(settings))
     require_fit(of_layout(settings, shape, layout, gpu), settings)
 
 
@@ -135,7 +134,7 @@ def cheapest_change(found: Plan, settings: Settings) -> str:
     settings, then the shortest step, as words that can be typed."""
     best: tuple[int, int, float, str] | None = None
     for words, layout in changes(found.layout):
-        cost = (layout.gpus, words.count("="))
+        cost = (layout.all_gpus, words.count("="))
         if (best is not None and cost > best[:2]) or layout.refusal(found.shape, episodes(settings)) is not None:
             continue
         held = memory_of(settings, found.shape, layout, found.gpu)

@@ -75,7 +75,7 @@ def overrides(layout: Layout) -> tuple[str, ...]:
     """The settings that make a layout, as a recipe's overrides."""
     on_node = min(layout.gpus, layout.node)
     found = {
-        "launch.ranks": on_node,
+        "launch.ranks": on_node + layout.serving.own_ranks,
         "launch.nodes": layout.gpus // on_node,
         "actor.tensor_parallel": layout.tensor,
         "actor.pipeline_parallel": layout.pipeline,
@@ -84,6 +84,8 @@ def overrides(layout: Layout) -> tuple[str, ...]:
         "actor.micro_batch_tokens": layout.micro_batch_tokens,
         "actor.recompute": layout.recompute,
     }
+    if layout.serving.own_ranks:
+        found["launch.engine_ranks"] = layout.serving.own_ranks
     if layout.serving.tensor_parallel:
         found["engine.tensor_parallel"] = layout.engine_tensor
     return tuple(f"{name}={value}" for name, value in found.items())

@@ -17,9 +17,10 @@ ROWS = 12
 
 def layout_words(plan: Plan) -> str:
     layout = plan.layout
+    apart = f" on {layout.engine_gpus} GPUs of their own" if layout.engine_gpus else ""
     words = (
         f"TP {layout.tensor} x PP {layout.pipeline} x CP {layout.context} x DP {layout.data}, engines of "
-        f"{layout.engine_tensor}, {layout.micro_batch_tokens} tokens a micro-batch, recompute {layout.recompute}"
+        f"{layout.engine_tensor}{apart}, {layout.micro_batch_tokens} tokens a micro-batch, recompute {layout.recompute}"
     )
     words += f", offload {layout.offload}" if layout.offload != "none" else ""
     return words + ("" if layout.serving.local else f", engine's share of a GPU {layout.memory_fraction:g}")
@@ -27,7 +28,7 @@ def layout_words(plan: Plan) -> str:
 
 def show(plan: Plan, console: Console) -> None:
     """Memory and time of one plan."""
-    console.print(f"{plan.layout.gpus} x {plan.gpu.name}: {layout_words(plan)}", soft_wrap=True)
+    console.print(f"{plan.layout.all_gpus} x {plan.gpu.name}: {layout_words(plan)}", soft_wrap=True)
     console.print("everything below is predicted (docs/PLANNER.md), nothing is measured")
     console.print(_memory(plan))
     console.print(_times(plan))
@@ -43,14 +44,15 @@ def show(plan: Plan, console: Console) -> None:
 def _memory(plan: Plan) -> Table:
     held = plan.memory
     table = Table("memory of the fullest GPU", "GiB", box=None, pad_edge=False)
+    where = ", on engine ranks" if plan.layout.engine_gpus else ""
     parts = {
         "weights": held.state.weights,
         "gradients (fp32)": held.state.gradients,
         "optimizer (this replica's share)": held.state.optimizer,
         f"activations, recompute {plan.layout.recompute}": held.activations,
         "head": held.head,
-        "engine weights": held.engine.weights,
-        "key-value cache": held.engine.caches,
+        f"engine weights{where}": held.engine.weights,
+        f"key-value cache{where}": held.engine.caches,
     }
     if held.state.fp8_copies:
         parts["FP8 copies of the layers' matrices"] = held.state.fp8_copies

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from icrl_megatron.distributed.grid import Failure
 from icrl_megatron.engines.flat_buffer import Placed
 from icrl_megatron.engines.protocol import EngineStats
@@ -26,6 +28,8 @@ class Setup:
     tokenizer: Path
     rank: int
     world: int
+    server_device: torch.device | None = None
+    """`EngineRequest.server_device`."""
 
 
 @dataclass(frozen=True)

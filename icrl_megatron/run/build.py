@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 
+import torch
+
 from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.distributed import grid as grids
-from icrl_megatron.distributed import platform
+from icrl_megatron.distributed import job_size, platform
 from icrl_megatron.distributed.grid import any_rank
 from icrl_megatron.distributed.platform import DTYPES
+from icrl_megatron.engines.engine_ranks import EngineRanks
 from icrl_megatron.engines.protocol import Verifiable
 from icrl_megatron.engines.rank import Engines, Share
 from icrl_megatron.engines.registry import engine_kind
@@ -49,7 +52,8 @@ def build_players(settings: Settings, start: Start, grid: grids.Grid, progress: 
     if not settings.debug.generates():
         return None
     check_own_gpus(settings, platform.device().type)
-    setup = Setup(settings, start.folder, start.has_weights, start.tokenizer, grid.rank, grid.world)
+    server_device = _server_device(settings)
+    setup = Setup(settings, start.folder, start.has_weights, start.tokenizer, grid.rank, grid.world, server_device)
     if not settings.rollout.staleness:
         return build_engines(setup, grid, platform.device())
     if engine_kind(settings.engine.kind).share(settings, grid.rank, grid.world).index is None:
@@ -62,6 +66,19 @@ def build_players(settings: Settings, start: Start, grid: grids.Grid, progress: 
         HANG_S + settings.rollout.environment_timeout_s,
         progress.log,
     )
+
+
+def _server_device(settings: Settings) -> torch.device | None:
+    """Where the server of this rank's group runs, if it has ranks of its own. Raises ConfigError if this machine has
+    too few GPUs."""
+    if not settings.launch.engine_ranks or settings.engine.urls:
+        return None
+    device = platform.device()
+    if device.type == "cpu":
+        return device
+    ranks = EngineRanks.of(settings, job_size.ranks_on_node(settings))
+    ranks.require_gpus(torch.cuda.device_count())
+    return torch.device("cuda", ranks.first_gpu(device.index or 0))
 
 
 def weight_sync(settings: Settings, gatherer: Gatherer, engines: Players | None, shape: ModelShape) -> WeightSync:

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from icrl_megatron.agents import cache as tool_cache
+from icrl_megatron.distributed.job_size import JOB_RANKS, ranks, ranks_on_node
+from icrl_megatron.engines import engine_ranks
+from icrl_megatron.engines.engine_ranks import EngineRanks
 from icrl_megatron.engines.registry import engine_kind
 from icrl_megatron.model.shape import ModelShape, check_folder
 from icrl_megatron.run import conversation_checks as conversations
@@ -31,10 +34,6 @@ from icrl_megatron.tasks.datasets import check_no_leak
 from icrl_megatron.telemetry.dumps import Rollouts
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError, own_entry
-
-JOB_RANKS = "ICRL_WORLD_SIZE"
-"""Environment variable with the number of ranks of the job that a launcher checks; its ranks per node are in
-ICRL_RANKS_PER_NODE."""
 
 
 def validate(settings: Settings, installed: bool = True) -> None:
@@ -100,7 +99,9 @@ def validate_settings(settings: Settings) -> None:
     conversations.check_settings(settings)
     check_algo(settings.algo, settings)
     check_rollout(settings)
-    engine_kind(settings.engine.kind).check(settings)
+    kind = engine_kind(settings.engine.kind)
+    engine_ranks.check(settings, kind.own_ranks)
+    kind.check(settings)
 
 
 def validate_shape(settings: Settings, shape: ModelShape) -> None:
@@ -108,22 +109,6 @@ def validate_shape(settings: Settings, shape: ModelShape) -> None:
     _check_split(settings.actor, shape)
     engine_kind(settings.engine.kind).check_shape(settings.engine, shape)
     _check_context(settings, shape)
-
-
-def ranks(settings: Settings) -> int:
-    """Number of ranks: WORLD_SIZE inside a rank, the job's where a launcher checks one, otherwise `launch.ranks` x
-    `launch.nodes`. A WORLD_SIZE without RANK, which an earlier program may have left, has no effect."""
-    world = os.environ.get("WORLD_SIZE" if "RANK" in os.environ else JOB_RANKS, "")
-    asked = settings.launch.ranks * settings.launch.nodes
-    return int(world) if world.isdecimal() and int(world) > 0 else asked
-
-
-def ranks_on_node(settings: Settings) -> int:
-    """Ranks per node: LOCAL_WORLD_SIZE inside a rank, the job's where a launcher checks one, otherwise an equal
-    share."""
-    given = "LOCAL_WORLD_SIZE" if "RANK" in os.environ else "ICRL_RANKS_PER_NODE" if JOB_RANKS in os.environ else ""
-    told = os.environ.get(given, "")
-    return int(told) if told.isdecimal() and int(told) > 0 else max(1, ranks(settings) // settings.launch.nodes)
 
 
 def check_values(settings: Settings) -> None:
@@ -205,23 +190,28 @@ def _check_own_name(given: str, task_set: TaskSet, earlier: list[str]) -> None:
 
 
 def validate_grid(settings: Settings, world: int, on_node: int) -> None:
-    """Checks that the settings fit `world` ranks with `on_node` ranks per node. Raises ConfigError."""
+    """Checks that the settings fit `world` ranks that train, `on_node` of them per node. Raises ConfigError."""
     actor = settings.actor
     cell = actor.tensor_parallel * actor.context_parallel * actor.pipeline_parallel
     source = "launch.ranks"
     if "RANK" in os.environ or JOB_RANKS in os.environ:
         source = "WORLD_SIZE" if "RANK" in os.environ else "nodes x ICRL_RANKS_PER_NODE"
+    remedy = f"use {source}={cell} or a multiple of it"
+    if settings.launch.engine_ranks:
+        source += " without launch.engine_ranks"
+        remedy = f"change launch.engine_ranks so that a multiple of {cell} ranks trains"
     if world % cell:
         raise ConfigError(
             f"actor.tensor_parallel={actor.tensor_parallel} x actor.pipeline_parallel={actor.pipeline_parallel} "
             + f"x actor.context_parallel={actor.context_parallel} " * (actor.context_parallel > 1)
-            + f"= {cell} does not divide the {world} ranks ({source}); use {source}={cell} or a multiple of it"
+            + f"= {cell} does not divide the {world} ranks ({source}); {remedy}"
         )
     if actor.sequence_parallel and actor.tensor_parallel == 1:
         raise ConfigError("actor.sequence_parallel=true needs actor.tensor_parallel > 1; set it to false")
     replicas, tasks = world // cell, settings.rollout.tasks_per_step * settings.rollout.episodes_per_task
     if replicas > tasks:
         raise ConfigError(f"{replicas} replicas share {tasks} episodes a step: raise rollout.tasks_per_step")
+    engine_ranks.check_machine(EngineRanks.of(settings, on_node))
     engine_kind(settings.engine.kind).check_ranks(settings, world, on_node)
     if actor.fp8 != "off" and (settings.launch.device == "cpu" or actor.precision != "bf16"):
         raise ConfigError(

@@ -30,6 +30,7 @@ def build_engines(of: Setup, grid: Grid, device: torch.device) -> Engines:
         logs=run_folder(settings) / "logs",
         weights=of.has_weights,
         critic=of.model if settings.rollout.critic == "frozen" else None,
+        server_device=of.server_device,
     )
     return engine_kind(settings.engine.kind).build(request)
 

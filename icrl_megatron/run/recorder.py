@@ -175,9 +175,10 @@ def _staleness(played: Played) -> MetricsRow:
 def _engine_metrics(played: Played) -> MetricsRow:
     """The engines' counters; empty for the local engine, which has none."""
     engine = played.engine
-    if engine.requests == 0:
-        return {}
     deltas = {"engine/sync_mib": engine.sync_bytes / 2**20, "engine/full_pushes": float(engine.full_pushes)}
+    deltas = deltas if engine.sync_bytes or engine.full_pushes else {}
+    if engine.requests == 0:  # an asynchronous step may have none, and weights were sent all the same
+        return deltas
     return {
         "engine/requests": float(engine.requests),
         "engine/retries": float(engine.retries),
@@ -185,7 +186,7 @@ def _engine_metrics(played: Played) -> MetricsRow:
         "engine/deaths": float(played.deaths),
         "episodes/cut_off": float(played.cut_off),
         "engine/cache_hit_rate": engine.cached_tokens / max(1, engine.prompt_tokens),
-        **(deltas if engine.sync_bytes or engine.full_pushes else {}),
+        **deltas,
     }
 
 

@@ -68,10 +68,12 @@ def _check_staleness(settings: Settings) -> None:
 def check_own_gpus(settings: Settings, device: str) -> None:
     """Raises ConfigError if an asynchronous run on this device ("cpu", "cuda" or "auto") would share its GPUs with the
     engine."""
-    if settings.rollout.staleness and device == "cuda" and not settings.engine.urls:
+    apart = settings.engine.urls or settings.launch.engine_ranks
+    if settings.rollout.staleness and device == "cuda" and not apart:
         raise ConfigError(
             f"rollout.staleness={settings.rollout.staleness}: the engine would need the GPUs that the actor trains on; "
-            "name SGLang servers on other GPUs in engine.urls, or set rollout.staleness=0"
+            "give SGLang some of the GPUs with launch.engine_ranks, name servers on others in engine.urls, or set "
+            "rollout.staleness=0"
         )
 
 

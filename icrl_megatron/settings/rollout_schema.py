@@ -146,8 +146,8 @@ class EngineSettings:
     kv_tokens: Annotated[int | None, Range(1)] = None
     """Capacity of the KV cache in tokens. Null: as many as fit on a GPU, or 65536 on CPUs."""
     sync: Annotated[str, Choice(("full", "delta"))] = "full"
-    """What the servers of `urls` are sent after each step. full: all weights. delta: the bits that changed, which the
-    server must be able to add (docs/ENGINES.md)."""
+    """What the servers of `urls` and `launch.engine_ranks` are sent after each step. full: all weights. delta: the bits
+    that changed, which a server of `urls` must be able to add (docs/ENGINES.md)."""
     keep_cache: bool = False
     """With `rollout.staleness`: SGLang keeps its prefix cache when the weights change. An interrupted request
     continues without reading its tokens again, but from keys and values of older weights (docs/ASYNC.md)."""

@@ -272,6 +272,9 @@ class DebugSettings:
 class LaunchSettings:
     ranks: Annotated[int, Range(1)] = 1
     """Processes on each machine. `icrl train` starts them on this machine, unless it already runs as a rank."""
+    engine_ranks: Annotated[int, Range(0)] = 0
+    """How many of the `ranks` of each machine, the last ones, serve SGLang engines and do not train; each engine has
+    `engine.tensor_parallel` of them (docs/ENGINES.md). 0: none."""
     nodes: Annotated[int, Range(1)] = 1
     """Number of machines. If more than one, start the job with slurm/ or `icrl launch`."""
     device: Annotated[str, Choice(("auto", "cpu", "cuda"))] = "auto"

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icrl_megatron.data.sampler import order_seed
-from icrl_megatron.run.checks import ranks, validate
+from icrl_megatron.distributed.job_size import ranks
+from icrl_megatron.run.checks import validate
 from icrl_megatron.settings import loading as S
 from icrl_megatron.settings.describe import described
 from icrl_megatron.settings.limits import Choice, Range

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
-from icrl_megatron.engines import sglang_start
+import pytest
 
+from icrl_megatron.engines import sglang_start
+from icrl_megatron.engines.sglang_server import Server, ServerSpec
+from icrl_megatron.settings.schema import EngineSettings
+
+SLEEPING = """
+import time
+
+if __name__ == "__main__":
+    print("it runs", flush=True)
+    time.sleep(60)
+"""
 KEY = "-a-key-that-begins-with-a-dash"
 LAUNCH_SERVER = """
 import json, logging, os, sys
@@ -34,11 +48,38 @@ if __name__ == "__main__":
 """
 
 
-def test_api_key_is_in_no_command_line_and_no_log(tmp_path: Path) -> None:
-    package = tmp_path / "sglang"
+def fake_sglang(folder: Path, launch_server: str) -> None:
+    package = folder / "sglang"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    (package / "launch_server.py").write_text(LAUNCH_SERVER)
+    (package / "launch_server.py").write_text(launch_server)
+
+
+def test_a_server_outlives_the_thread_that_asked_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rollout process restarts a server in a thread that may end (`asyncio.to_thread`)."""
+    fake_sglang(tmp_path, SLEEPING)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", ""))))
+    log = tmp_path / "logs" / "sglang.log"
+    server = Server(ServerSpec(tmp_path, EngineSettings(kind="sglang"), "fp32", 64, log, on_cpu=True))
+
+    def start() -> None:
+        server.start()
+        deadline = time.monotonic() + 60
+        while "it runs" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    asking = threading.Thread(target=start)
+    asking.start()
+    asking.join()
+    assert "it runs" in log.read_text()
+    time.sleep(0.5)
+    assert server.alive()
+    server.kill()
+    assert not server.alive()
+
+
+def test_api_key_is_in_no_command_line_and_no_log(tmp_path: Path) -> None:
+    fake_sglang(tmp_path, LAUNCH_SERVER)
     done = subprocess.run(
         [sys.executable, sglang_start.__file__, "--model-path", "here"],
         env={"PYTHONPATH": str(tmp_path), sglang_start.KEY_ENV: KEY, "PATH": "/usr/bin:/bin"},
