@@ -25,7 +25,7 @@ from icrl_megatron.tasks.datasets import (
     recognized,
     subset_of,
 )
-from icrl_megatron.types import Split, Task
+from icrl_megatron.types import SPLITS, Split, Task
 from icrl_megatron.utils.errors import ConfigError, own_entry
 
 TEST = "test"
@@ -123,8 +123,7 @@ def check_rows(trained: TaskSource, tested: TaskSource) -> None:
 def _rows(source: TaskSource, split: Split) -> Iterable[DataRow]:
     data = _row_data(source)
     if data is not None:
-        names = data.train if split == "train" else data.heldout
-        for name in names:
+        for name in data.of(split):
             if _has_rows(Path(name)):
                 yield from read_rows(name, data, split)
 
@@ -140,8 +139,7 @@ def say_columns(index: int, source: TaskSource) -> None:
     data = _row_data(source)
     if data is None or "RANK" in os.environ:
         return
-    splits: tuple[Split, Split] = ("train", "heldout")
-    for split in splits:
+    for split in SPLITS:
         prefix = "heldout_" if split == "heldout" else ""
         for line in recognized(split, data):
             option = f"tasks.sources.{index}.data.{prefix}"

@@ -22,7 +22,7 @@ from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks import columns, published
 from icrl_megatron.tasks.agentgym_dialects import Dialect, ProtocolError, ServerReply
 from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure, StepResult, own_problem, sendable
-from icrl_megatron.tasks.datasets import id_range
+from icrl_megatron.tasks.datasets import given, id_range
 from icrl_megatron.tasks.manuals import MANUALS
 from icrl_megatron.tasks.servers import EnvironmentServer, Pool, Refused
 from icrl_megatron.types import Split, Task
@@ -186,19 +186,13 @@ class AgentGym:
         self.name, self._data, self._answer_bytes = source.name, source.data, answer_bytes
         self._pool: Pool | None = None
         self._dialects: dict[str, Dialect] = {}
-        self._closing: set[asyncio.Task[None]] = set()
 
     def problems(self, split: Split) -> Sequence[Task]:
         """Raises ConfigError if the settings name no task ids, or a file without any."""
-        given = self._data.train if split == "train" else self._data.heldout
-        if not given:
-            raise ConfigError(
-                f"task set {self.name!r} has no {split} ids: give a range of ids or a JSONL file with "
-                f"task_id, e.g. 'tasks.sources[...].data.{split}=[0:2420]'"
-            )
+        remedy = "give a range of ids or a JSONL file with task_id"
         return [
             Task(f"{self.name}/{split}{subset}/{i}", self.name, split, json.dumps({"task": i, "prompt": i}))
-            for name in given
+            for name in given(self.name, self._data, split, "ids", remedy, "0:2420")
             for subset, i in _ids(name)
         ]
 
@@ -250,10 +244,7 @@ class AgentGym:
     def release(self, session: AgentGymSession) -> None:
         session.server.episodes -= 1
         session.forget()
-        with contextlib.suppress(RuntimeError):  # no event loop is running; the server drops the environment itself
-            task = asyncio.get_running_loop().create_task(session.close())
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+        self.pool().close_soon(session.close)
 
 
 @contextlib.contextmanager
@@ -265,17 +256,17 @@ def _protocol_failures(session: OpenEnvironment) -> Iterator[None]:
         raise BadAnswer(f"{session.where}: {error}") from error
 
 
-def _ids(given: str) -> list[tuple[str, int]]:
+def _ids(entry: str) -> list[tuple[str, int]]:
     """("/<subset>" or "", task id) of every task of one entry of the settings. A subset is named by the file, and by a
     row's metadata.subset."""
-    if (found := id_range(given)) is not None:
+    if (found := id_range(entry)) is not None:
         return [("", i) for i in found]
-    path, tasks = Path(given), []
+    path, tasks = Path(entry), []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ConfigError(
-            f"{given}: neither a range of task ids like 0:2420 nor a file ({error.strerror}){published.hint(given)}"
+            f"{entry}: neither a range of task ids like 0:2420 nor a file ({error.strerror}){published.hint(entry)}"
         ) from error
     for number, line in enumerate(lines, start=1):
         try:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from icrl_megatron.agents.formats import last_tagged
+
 Json = Any
 Dialect = Literal["A", "B"]
 NAMES = ("alfworld", "webshop", "sciworld", "babyai", "textcraft", "searchqa")
@@ -131,13 +133,6 @@ def action_of(name: str, reply: str) -> str | None:
         return None
     (_, text), tag = max(tagged)
     return f"<{tag}>{text.strip()}</{tag}>"
-
-
-def last_tagged(text: str, tag: str) -> tuple[int, str] | None:
-    """(end, content) of the last complete <tag>...</tag>, found in one pass, however many tags are open."""
-    end = text.rfind(f"</{tag}>")
-    start = text.rfind(f"<{tag}>", 0, max(end, 0))
-    return (end, text[start + len(tag) + 2 : end]) if start >= 0 else None
 
 
 def env_id(dialect: Dialect, name: str, answer: Json) -> Json:

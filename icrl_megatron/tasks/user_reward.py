@@ -22,13 +22,13 @@ from icrl_megatron.tasks.base import BadAnswer, Environment, EnvironmentFailure,
 from icrl_megatron.tasks.columns import Columns, at_path
 from icrl_megatron.tasks.datasets import DataRow, read_tasks
 from icrl_megatron.tasks.grader import START_TIMEOUT_S, Worker
+from icrl_megatron.tasks.package_environment import check_range
 from icrl_megatron.tasks.reward_call import Reward, measure_of
 from icrl_megatron.tasks.reward_judge import RewardPrompt, ScoreJudge, check_judge, is_judge
 from icrl_megatron.tasks.reward_worker import IMPORT
-from icrl_megatron.types import Split, Task
+from icrl_megatron.types import SPLITS, Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
-Rewarder = Callable[[str], Reward]
 _SAMPLE = "This is a test reply, which the check before a run makes. The answer is 1."
 _SAME = 1e-9
 """A weighted mean of ones may miss 1 by rounding."""
@@ -207,11 +207,7 @@ class RewardTasks:
         if all(judges):
             unused = [f"reward.{name}" for name in ("low", "high", "workers", "timeout_s")]
             check_unused(source, unused, "with judges only, whose scale is judge.low to judge.high")
-        if source.reward.low >= source.reward.high:
-            raise ConfigError(
-                f"task set {source.name!r}: reward.low={source.reward.low:g} is not below reward.high="
-                f"{source.reward.high:g}; give the range of the function's rewards, e.g. reward.low=-1 reward.high=1"
-            )
+        check_range(source.name, source.reward, "the function's")
         self._source, self.name = source, source.name.rpartition(":")[2]
         self._problems: dict[Split, list[Task]] = {}
         self.tool_cache: ToolCache | None = None
@@ -234,9 +230,8 @@ class RewardTasks:
     def check(self) -> None:
         """Calls the functions on a reply to the first row of each split, and renders the prompts of judges with it.
         Raises ConfigError if one fails."""
-        splits: tuple[Split, Split] = ("train", "heldout")
         try:
-            for problem in [json.loads(self.problems(split)[0].problem) for split in splits]:
+            for problem in [json.loads(self.problems(split)[0].problem) for split in SPLITS]:
                 try:
                     self.rewards.check(problem, _SAMPLE)
                 except EnvironmentFailure as error:
