@@ -69,6 +69,19 @@ class WeightReceiver(Protocol):
         ...
 
 
+class NeverSleeps:
+    """The part of a `WeightReceiver` that has no memory to release and restore here."""
+
+    def sleep(self) -> None:
+        """Does nothing."""
+
+    def wake_weights(self) -> None:
+        """Does nothing."""
+
+    def wake(self) -> None:
+        """Does nothing."""
+
+
 @dataclass
 class EngineStats:
     """Counters since the last call of `take_stats`."""

@@ -25,6 +25,7 @@ from icrl_megatron.engines.protocol import (
     EngineError,
     EngineLostError,
     EngineStats,
+    NeverSleeps,
     NoAnswerError,
     RequestFailedError,
     Sampling,
@@ -378,9 +379,9 @@ class SGLangEngine:
             self._lost = f"{why} {self.server.log_end()}"
 
 
-class Follower:
+class Follower(NeverSleeps):
     """The engine of a rank that shares a server without leading it: it sends its share of the weights and generates
-    nothing."""
+    nothing. The leader puts the server to sleep."""
 
     def __init__(self, sink: weights.WeightSender, transport: weights.Transport | None) -> None:
         """`transport` is None if the leader's buffer is enough."""
@@ -393,12 +394,3 @@ class Follower:
                 self._sender.send_all(stream, version, self._transport)
         for _ in stream:
             pass
-
-    def sleep(self) -> None:
-        """Done by the leader."""
-
-    def wake_weights(self) -> None:
-        """Done by the leader."""
-
-    def wake(self) -> None:
-        """Done by the leader."""

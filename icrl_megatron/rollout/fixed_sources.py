@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from icrl_megatron.engines.protocol import NeverSleeps
 from icrl_megatron.engines.rank import ONE_RANK, Share
 from icrl_megatron.rollout.played import Played, RolloutRequest, WithoutEngine, shared
 from icrl_megatron.telemetry.dumps import Rollouts
@@ -74,18 +75,9 @@ class FakeSource(WithoutEngine):
         return tuple(rng.randrange(self.vocabulary) for _ in range(count))
 
 
-class NoEngine:
+class NoEngine(NeverSleeps):
     """The engine of sources that generate nothing. It accepts weights, so that weight sync still runs."""
 
     def update_weights(self, tensors: Any, version: int) -> None:
         for _ in tensors:
             pass
-
-    def sleep(self) -> None:
-        """Nothing to release or restore."""
-
-    def wake_weights(self) -> None:
-        """Nothing to release or restore."""
-
-    def wake(self) -> None:
-        """Nothing to release or restore."""
