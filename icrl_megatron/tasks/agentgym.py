@@ -40,6 +40,7 @@ class AgentGymSession:
         self._pool = pool
         self._env: int | str | None = None
         self._protocol = dialects.ENVIRONMENTS[name]
+        self._id_key = "env_id" if dialect == "B" else self._protocol.id_key
 
     async def create(self) -> None:
         body = {} if self.dialect == "B" else self._protocol.create_body
@@ -52,28 +53,24 @@ class AgentGymSession:
         self._env = made
 
     async def reset(self, task: int) -> ServerReply:
-        if self.dialect == "B":
-            body: dict[str, Any] = {"env_id": self._env, "task_id": task}
-            if self.name == "alfworld":
-                body["world_type"] = "Text"
-        else:
-            body = self._protocol.reset_body(self._env, task)
+        task_key = "task_id" if self.dialect == "B" else self._protocol.task_key
+        body = {self._id_key: self._env, task_key: task}
+        if self.name == "alfworld":
+            body["world_type"] = "Text"
         answer = await self._call("/reset", body)
         return dialects.reply_of(self.dialect, self.name, answer, "reset")
 
     async def step(self, action: str) -> ServerReply:
-        key = "env_id" if self.dialect == "B" else self._protocol.id_key
         # A step whose answer was lost may have been executed, so it is not sent again.
-        answer = await self._call("/step", {key: self._env, "action": action}, again=False)
+        answer = await self._call("/step", {self._id_key: self._env, "action": action}, again=False)
         return dialects.reply_of(self.dialect, self.name, answer, "step")
 
     async def close(self) -> None:
         """Best effort: upstream ALFWorld has no /close."""
         if self._env is None or (self.dialect == "A" and not self._protocol.closes):
             return
-        key = "env_id" if self.dialect == "B" else self._protocol.id_key
         with contextlib.suppress(EnvironmentFailure):
-            await self._pool.call(self.server, "POST", "/close", {key: self._env}, again=False)
+            await self._pool.call(self.server, "POST", "/close", {self._id_key: self._env}, again=False)
         self._env = None
 
     def forget(self) -> None:
