@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +267,7 @@ def _write(job: Distillation, runs: Sequence[Run]) -> str:
 def _report(job: Distillation, runs: Sequence[Run], reports: Sequence[FilterReport], written: int) -> dict[str, Any]:
     """Writes the report. Returns its counts without the filters'."""
     counted = _counts(job, runs)
-    whole = json.dumps({**counted, "filters": [one.to_json() for one in reports], "written": written}, indent=1)
+    whole = json.dumps({**counted, "filters": [asdict(one) for one in reports], "written": written}, indent=1)
     write_atomically(job.report, [whole], "the report")
     return counted
 

@@ -77,6 +77,14 @@ def tools_of(value: Any) -> tuple[ToolSpec, ...]:
     return tuple(specs)
 
 
+def named_call(call: Any) -> tuple[str, Any]:
+    """(tool, arguments as they are written) of a call, with or without "function" around it. Raises BadRowError."""
+    inner = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+        raise BadRowError(f"a call without the name of a tool ({str(call)[:80]!r}); give it one")
+    return inner["name"], inner.get("arguments")
+
+
 def arguments_of(name: str, value: Any) -> dict[str, Any]:
     """Arguments of a call, as an object or as JSON. Raises BadRowError."""
     what = f"the arguments of a call of {name!r}"
@@ -132,11 +140,8 @@ def _reply(message: Message) -> tuple[list[Segment], list[tuple[str, str]]]:
         raise BadRowError(f"`tool_calls` is {str(calls)[:80]!r}, not a list of calls")
     ids = []
     for call in calls:
-        inner = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-            raise BadRowError(f"a call without the name of a tool ({str(call)[:80]!r}); give it one")
-        name = inner["name"]
-        arguments = arguments_of(name, inner.get("arguments"))
+        name, given = named_call(call)
+        arguments = arguments_of(name, given)
         found.append(Segment(name, "", "call", trained, ToolCall(name, arguments)))
         ids.append((str(call.get("id") or ""), name))
     return found, ids

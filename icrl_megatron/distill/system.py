@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -57,6 +57,16 @@ class SystemLimits:
     """Most bytes of one answer of a tool; the rest is cut."""
 
 
+@asynccontextmanager
+async def together() -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group that raises the first error itself; the other tasks are then cancelled."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            yield group
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
 @dataclass(frozen=True)
 class System:
     """A team with its limits. Plays any number of attempts at the same time."""
@@ -94,12 +104,9 @@ async def play_all(
         for task, attempt in left:
             done(await system.play(task, attempt))
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(concurrency):
-                group.create_task(work())
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
+    async with together() as group:
+        for _ in range(concurrency):
+            group.create_task(work())
 
 
 class _OverError(Exception):
@@ -163,14 +170,9 @@ class _Attempt:
         reports = tuple(note for note in self._notes if note.tag in (REPORT, *_SAID))
         plan = next(note for note in reversed(self._notes) if note.tag == roles.PLAN)
         briefs = [self._brief(job.agent, job=job.text, notes=reports) for job in jobs]
-        try:
-            async with asyncio.TaskGroup() as group:
-                running = [
-                    group.create_task(self._job(brief, plan.event, thread))
-                    for brief, thread in zip(briefs, threads, strict=True)
-                ]
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+        async with together() as group:
+            asked = zip(briefs, threads, strict=True)
+            running = [group.create_task(self._job(brief, plan.event, thread)) for brief, thread in asked]
         for job, task in zip(jobs, running, strict=True):
             self._note(job.agent, REPORT, task.result())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -91,7 +91,7 @@ def test_the_seed_and_nothing_else_decides() -> None:
 
 
 def test_a_run_comes_back_from_json(runs: list[Run]) -> None:
-    assert all(Run.of_json(json.loads(json.dumps(run.to_json()))) == run for run in runs[:20])
+    assert all(Run.of_json(json.loads(json.dumps(asdict(run)))) == run for run in runs[:20])
 
 
 def test_one_town_and_task_sets_without_a_team_or_tools() -> None:
