@@ -104,12 +104,7 @@ def lay_out(
 
 
 def pack(
-    layout: SampleLayout,
-    tokens: Mapping[str, SampleTokens],
-    *,
-    align: int = 1,
-    each: int = 1,
-    prompt: Prompt = "train",
+    layout: SampleLayout, tokens: Mapping[str, SampleTokens], *, align: int = 1, each: int = 1, prompt: Prompt = "train"
 ) -> StepPlan:
     """The plan of the replica of a layout, with the tokens of its samples by sample_id.
 

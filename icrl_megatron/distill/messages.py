@@ -45,11 +45,7 @@ def of_messages(messages: Any, tools: Any, task_id: str) -> Trajectory:
     if "user" not in heads and rest and rest[0]["role"] == "system":
         raise BadRowError("several messages of system or developer at the beginning; join them, or delete all but one")
     return Trajectory(
-        task_id,
-        heads.get("user", ""),
-        tuple(_segments(rest)),
-        system=heads.get("system", ""),
-        tools=tools_of(tools),
+        task_id, heads.get("user", ""), tuple(_segments(rest)), system=heads.get("system", ""), tools=tools_of(tools)
     )
 
 

@@ -10,17 +10,7 @@ from icrl_megatron.engines.protocol import NeverSleeps
 from icrl_megatron.engines.rank import ONE_RANK, Share
 from icrl_megatron.rollout.played import Played, RolloutRequest, WithoutEngine, shared
 from icrl_megatron.telemetry.dumps import Rollouts
-from icrl_megatron.types import (
-    Attempt,
-    Completion,
-    Critique,
-    Episode,
-    Ids,
-    Task,
-    Turn,
-    id_array,
-    logprob_array,
-)
+from icrl_megatron.types import Attempt, Completion, Critique, Episode, Ids, Task, Turn, id_array, logprob_array
 
 
 @dataclass(frozen=True)

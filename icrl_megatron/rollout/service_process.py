@@ -87,13 +87,7 @@ class RolloutProcess(NeverSleeps):
     limit."""
 
     def __init__(
-        self,
-        setup: Setup,
-        module: str,
-        shapes: Shapes,
-        dtype: torch.dtype,
-        hang_s: float,
-        log: Callable[[str], None],
+        self, setup: Setup, module: str, shapes: Shapes, dtype: torch.dtype, hang_s: float, log: Callable[[str], None]
     ) -> None:
         """`module` is run with the descriptors of its socket and of the weights. `shapes` has those of all tensors,
         which are sent as `dtype`. A process that says nothing for `hang_s` seconds is killed. Raises EngineError if

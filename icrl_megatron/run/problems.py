@@ -108,11 +108,7 @@ def fitting(
 
 
 def examine(
-    tasks: Sequence[Task],
-    settings: Settings,
-    catalogue: registry.Catalogue,
-    prompter: Prompter,
-    share: ProblemShare,
+    tasks: Sequence[Task], settings: Settings, catalogue: registry.Catalogue, prompter: Prompter, share: ProblemShare
 ) -> list[TooLong]:
     """The tasks with a prompt that does not fit, in their order."""
     revised = max(settings.rollout.rounds, settings.eval.rounds) > 1 or settings.eval.control_problems > 0
@@ -204,12 +200,7 @@ def require_enough(found: Problems, settings: Settings) -> None:
 
 
 def chosen(
-    settings: Settings,
-    catalogue: registry.Catalogue,
-    prompter: Prompter,
-    folder: Path,
-    grid: Grid,
-    progress: Progress,
+    settings: Settings, catalogue: registry.Catalogue, prompter: Prompter, folder: Path, grid: Grid, progress: Progress
 ) -> Problems:
     """The problems of the run that fit the context of the model in `folder`; every rank examines its share. Raises
     ConfigError as `fitting` does."""

@@ -38,11 +38,7 @@ class Worker:
         whole command, in place of a module."""
         run = command or (sys.executable, "-m", module, *arguments)
         self._process = subprocess.Popen(
-            run,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
+            run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
         )
         self._rest, self._line_bytes = b"", line_bytes
         try:
