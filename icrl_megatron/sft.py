@@ -36,7 +36,7 @@ from icrl_megatron.rollout.teacher import teacher_speakers
 from icrl_megatron.rollout.watchdog import WATCHDOG
 from icrl_megatron.run import conversations, saving
 from icrl_megatron.run.conversations import HeldoutLoss
-from icrl_megatron.run.evaluator import Evaluator, NoEvaluator
+from icrl_megatron.run.evaluator import Evaluator
 from icrl_megatron.run.joining import joined
 from icrl_megatron.run.parts import NoEngines, Parts
 from icrl_megatron.run.problems import ProblemShare, chosen
@@ -140,7 +140,7 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     state = RunState(parts, saver, stop, progress.log)
     with closing(state), progress.phase("warm start", settings.steps) as bar, saver.on_error():
         bar.advance(state.step)
-        evaluator: Evaluator = NoEvaluator()
+        evaluator = Evaluator()
         if lessons.heldout.headers:
             heldout = parts.deliver(constant_credit(lessons.heldout.headers).samples, lessons.heldout)
             evaluator = HeldoutLoss(parts, state, heldout, progress.log)
