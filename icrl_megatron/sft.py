@@ -50,7 +50,6 @@ from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Teachable
 from icrl_megatron.utils import results
 from icrl_megatron.utils.disk import disk_errors
-from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.progress import Progress
 
 SEED_FOLDER = "random"
@@ -186,8 +185,7 @@ def _start_folder(settings: Settings, grid: grids.Grid) -> Path:
     """The model to start from: `model.path`, or the one that `model.init` describes."""
     if settings.model.path:
         return Path(settings.model.path)
-    if settings.model.init is None:
-        raise ConfigError("model.path is empty and model.init is not set: name a Hugging Face folder, or init a model")
+    assert settings.model.init is not None  # checked in run/checks.py
     folder = run_folder(settings) / SEED_FOLDER
     if grid.rank == 0 and not (folder / "config.json").exists():
         from icrl_megatron.model.tiny import build_tiny
