@@ -113,10 +113,6 @@ class Engine(WeightReceiver, Protocol):
         requests in the same event loop return nothing with "abort"."""
         ...
 
-    def health(self) -> str:
-        """Returns "ok", or the problem."""
-        ...
-
     def close(self) -> None: ...
 
 

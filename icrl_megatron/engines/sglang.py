@@ -199,11 +199,6 @@ class SGLangEngine:
     def resume(self) -> None:
         self._connections.here().interrupted.clear()
 
-    def health(self) -> str:
-        if self._lost:
-            return self._lost
-        return "ok" if self.server.answers() else f"{self.server.url} does not answer"
-
     def lost(self) -> str:
         """Why the server has to be restarted; empty while it is alive."""
         if self.server.spec is not None and not self.server.alive():
