@@ -46,7 +46,6 @@ class SystemLimits:
     rounds: int = 3
     """Plans for one task. No reflection or check follows the last one, because no plan could follow it."""
     job_calls: int = 8
-    """Calls in one job."""
     tries: int = 3
     """Replies of an agent until one can be read."""
     task_s: float = 600.0

@@ -30,8 +30,6 @@ REPEATED = "it repeats the prompt of an earlier row"
 
 @dataclass(frozen=True)
 class DataRow:
-    """One row of a file."""
-
     file: Path
     number: int
     """Line of a JSONL file, or row of another file; counted from 1."""
