@@ -36,7 +36,7 @@ from icrl_megatron.rollout.teacher import teacher_speakers
 from icrl_megatron.rollout.watchdog import WATCHDOG
 from icrl_megatron.run import conversations, saving
 from icrl_megatron.run.conversations import HeldoutLoss
-from icrl_megatron.run.evaluator import Evaluator, NoEvaluator
+from icrl_megatron.run.evaluator import Evaluator
 from icrl_megatron.run.joining import joined
 from icrl_megatron.run.parts import NoEngines, Parts
 from icrl_megatron.run.problems import ProblemShare, chosen
@@ -50,7 +50,6 @@ from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Teachable
 from icrl_megatron.utils import results
 from icrl_megatron.utils.disk import disk_errors
-from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.progress import Progress
 
 SEED_FOLDER = "random"
@@ -140,7 +139,7 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     state = RunState(parts, saver, stop, progress.log)
     with closing(state), progress.phase("warm start", settings.steps) as bar, saver.on_error():
         bar.advance(state.step)
-        evaluator: Evaluator = NoEvaluator()
+        evaluator = Evaluator()
         if lessons.heldout.headers:
             heldout = parts.deliver(constant_credit(lessons.heldout.headers).samples, lessons.heldout)
             evaluator = HeldoutLoss(parts, state, heldout, progress.log)
@@ -186,8 +185,7 @@ def _start_folder(settings: Settings, grid: grids.Grid) -> Path:
     """The model to start from: `model.path`, or the one that `model.init` describes."""
     if settings.model.path:
         return Path(settings.model.path)
-    if settings.model.init is None:
-        raise ConfigError("model.path is empty and model.init is not set: name a Hugging Face folder, or init a model")
+    assert settings.model.init is not None  # checked in run/checks.py
     folder = run_folder(settings) / SEED_FOLDER
     if grid.rank == 0 and not (folder / "config.json").exists():
         from icrl_megatron.model.tiny import build_tiny

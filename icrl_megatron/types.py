@@ -26,6 +26,7 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 Split = Literal["train", "heldout"]
+SPLITS: tuple[Split, Split] = ("train", "heldout")
 Role = Literal["attempt", "critique", "revision"]
 FinishReason = Literal["stop", "length", "abort"]
 StopReason = Literal["done", "max_turns", "repeated", "context", "length", "deadline"]

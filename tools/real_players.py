@@ -190,9 +190,6 @@ class ScriptedEngine:
 
     def close(self) -> None: ...
 
-    def health(self) -> str:
-        return "ok"
-
 
 class Scripted(EngineKind):
     def build(self, request: EngineRequest) -> Engines:

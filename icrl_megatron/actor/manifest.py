@@ -173,7 +173,9 @@ def reading(folder: Path, name: str) -> Iterator[None]:
             raise ConfigError(f"{folder}: no such folder; give a checkpoint (step_NNNNNN)") from error
         raise DamagedError(name, "is missing") from error
     except Exception as error:
-        if isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM or is_out_of_memory(error):
+        # Python, the system, torch and safetensors each have their own error for this.
+        no_memory = isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM
+        if no_memory or _NO_MEMORY.search(str(error)):
             raise ConfigError(
                 f"{folder / name}: not enough memory to read the checkpoint, which is not damaged ({_line(error)}); "
                 "use a machine with more memory, or more ranks"
@@ -184,11 +186,6 @@ def reading(folder: Path, name: str) -> Iterator[None]:
                 "checkpoint is damaged: nothing was changed; make the file readable and run the same command again"
             ) from error
         raise
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch, safetensors or Python report that memory ran out."""
-    return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
 
 
 def _check_version(folder: Path, content: Mapping[str, Any]) -> None:

@@ -117,13 +117,10 @@ class Totals:
     def reduce(self, grid: Grid) -> None:
         """Reduces over all ranks. Only last stages have numbers, and of ranks that measured the same tokens only one
         may have added its numbers."""
-        everyone = gather_objects(grid, (dict(self.sums), self.maxima))
+        everyone: list[Totals] = gather_objects(grid, self)
         self.sums, self.maxima = defaultdict(float), {}
-        for sums, maxima in everyone:
-            for name, value in sums.items():
-                self.sums[name] += value
-            for name, value in maxima.items():
-                self._raise(name, value)
+        for other in everyone:
+            self.merge(other)
 
     def means(self) -> dict[str, float]:
         """Token means, maxima as `<name>_max`, and counts; a mean over no tokens is left out."""

@@ -90,8 +90,8 @@ class Qwen3:
         if len(written) > MOST_CALLS:
             return Malformed(f"There are {len(written)} calls in one reply; make at most {MOST_CALLS}.")
         if not written:
-            answer = _last(said, "answer")
-            text = said.replace("<answer>", "").replace("</answer>", "") if answer is None else answer
+            answer = last_tagged(said, "answer")
+            text = answer[1] if answer else said.replace("<answer>", "").replace("</answer>", "")
             return FinalAnswer(text.strip()) if text.strip() else None
         try:
             return ToolCalls(tuple(map(_json_call, written)))
@@ -140,12 +140,13 @@ class Tags:
         )
 
     def parse(self, reply: str) -> Parsed:
-        ends = {tag: reply.rfind(f"</{tag}>") for tag in (*self._arguments, "answer") if _last(reply, tag) is not None}
-        if not ends:
-            opened = next((tag for tag in (*self._arguments, "answer") if f"<{tag}>" in reply), None)
+        tags = (*self._arguments, "answer")
+        closed = {tag: found for tag in tags if (found := last_tagged(reply, tag))}
+        if not closed:
+            opened = next((tag for tag in tags if f"<{tag}>" in reply), None)
             return Malformed(f"The tag <{opened}> is not closed: end it with </{opened}>.") if opened else None
-        tag = max(ends, key=lambda name: ends[name])
-        text = (_last(reply, tag) or "").strip()
+        tag = max(closed, key=lambda name: closed[name][0])
+        text = closed[tag][1].strip()
         return FinalAnswer(text) if tag == "answer" else ToolCalls((ToolCall(tag, {self._arguments[tag]: text}),))
 
     def render(self, action: ToolCalls | FinalAnswer) -> str:
@@ -232,8 +233,8 @@ def _between(text: str, opening: str, closing: str) -> Iterator[str]:
         start = text.find(opening, end)
 
 
-def _last(text: str, tag: str) -> str | None:
-    """What the last complete <tag>...</tag> holds, in one pass however many tags are open."""
+def last_tagged(text: str, tag: str) -> tuple[int, str] | None:
+    """(end, content) of the last complete <tag>...</tag>, found in one pass, however many tags are open."""
     end = text.rfind(f"</{tag}>")
     start = text.rfind(f"<{tag}>", 0, max(end, 0))
-    return text[start + len(tag) + 2 : end] if start >= 0 else None
+    return (end, text[start + len(tag) + 2 : end]) if start >= 0 else None

@@ -265,8 +265,6 @@ class McpServer:
 
 
 class McpTool:
-    """One tool of a server."""
-
     def __init__(self, server: McpServer, name: str, spec: ToolSpec) -> None:
         """`name`: the server's own name of the tool."""
         self.spec, self.name, self._server = spec, name, server

@@ -28,8 +28,6 @@ _CELLS = Path(__file__).with_name("python_cells.py")
 
 @dataclass(frozen=True)
 class PythonLimits:
-    """Bounds of a call."""
-
     cpu_s: float = 5.0
     """CPU seconds. It sets the wall-clock limit (`SandboxLimits.clock_s`): keep `ToolLimits.call_s` above that."""
     memory_bytes: int = 512 << 20

@@ -32,8 +32,6 @@ _NEVER = (1, 0)
 
 @dataclass(frozen=True)
 class ToolLimits:
-    """Bounds of every call."""
-
     call_s: float = 60.0
     """Seconds after which a call counts as failed infrastructure."""
     tries: int = 2

@@ -86,8 +86,6 @@ class AttemptHeader:
 
 @dataclass(frozen=True, slots=True)
 class CritiqueHeader:
-    """One critique."""
-
     round: int
     prompt_tokens: int
     generated_tokens: int

@@ -12,17 +12,13 @@ from icrl_megatron.settings.schema import AlgoSettings
 from icrl_megatron.types import Episode, Role, Sample, SampleTokens, Task
 from icrl_megatron.utils.errors import ConfigError
 
-GROUPINGS = ("task_role", "task_round_role", "task")
-
 
 def to_samples(episode: EpisodeHeader, settings: AlgoSettings, train_critic: bool) -> list[Sample]:
     """The trainable sequences of one episode, in playing order, without advantages.
 
     With `train_critic` False (a frozen critic, or none), critiques are left out; the revisions that follow them stay.
-    Raises ConfigError on an outcome that is not a number in [0, 1] and on an unknown `group_by`.
+    Raises ConfigError on an outcome that is not a number in [0, 1].
     """
-    if settings.group_by not in GROUPINGS:
-        raise ConfigError(f"algo.group_by is {settings.group_by!r}: choose one of {', '.join(GROUPINGS)}.")
     for attempt in episode.attempts:
         _check_outcome(episode.task, attempt)
     samples = []

@@ -24,10 +24,8 @@ from icrl_megatron.data.balance import Sizes, place
 from icrl_megatron.model.flops import SampleFlops
 from icrl_megatron.settings.schema import AlgoSettings
 from icrl_megatron.types import IdArray, IntArray, MicroBatch, Sample, SampleTokens, StepPlan, joined
-from icrl_megatron.utils.errors import ConfigError
 
 Prompt = Literal["train", "behaviour"]
-NORMALISATIONS = ("sequence_mean", "token_mean", "constant")
 BLANK_TOKENS = 2
 BY_TOKENS = SampleFlops(train=(1, 0), behaviour=(0, 0), loss_token=0)
 """Costs a sample as many FLOPs as it has tokens. On one replica all costs give the same plan."""
@@ -69,13 +67,9 @@ def lay_out(
     samples. `counted`: samples without loss that count in the normalizer all the same; updates share them evenly.
     `flops`: what the replicas' shares are balanced by.
 
-    Raises ConfigError on an unknown normalization, ValueError on samples that cannot be packed (an empty prompt, a
-    duplicate sample_id, or no loss token in the whole step).
+    Raises ValueError on samples that cannot be packed (an empty prompt, a duplicate sample_id, or no loss token in the
+    whole step).
     """
-    if settings.loss_normalisation not in NORMALISATIONS:
-        raise ConfigError(
-            f"algo.loss_normalisation is {settings.loss_normalisation!r}: choose one of {', '.join(NORMALISATIONS)}."
-        )
     trained = sorted((s for s in samples if s.loss_tokens), key=attrgetter("sample_id"))
     if not trained:
         raise ValueError("No sample of this step has a loss token: nothing can be packed.")
@@ -104,12 +98,7 @@ def lay_out(
 
 
 def pack(
-    layout: SampleLayout,
-    tokens: Mapping[str, SampleTokens],
-    *,
-    align: int = 1,
-    each: int = 1,
-    prompt: Prompt = "train",
+    layout: SampleLayout, tokens: Mapping[str, SampleTokens], *, align: int = 1, each: int = 1, prompt: Prompt = "train"
 ) -> StepPlan:
     """The plan of the replica of a layout, with the tokens of its samples by sample_id.
 

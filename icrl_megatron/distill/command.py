@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from icrl_megatron.distill.events import Failed, Run
 from icrl_megatron.distill.filters import FilterReport, Rules, filtered
 from icrl_megatron.distill.linear import linear
 from icrl_megatron.distill.records import Records, identity
-from icrl_megatron.distill.system import System, SystemLimits, play_all
+from icrl_megatron.distill.system import System, play_all
 from icrl_megatron.distill.trajectory import Tokens
 from icrl_megatron.settings.distill_schema import DistillSettings, SystemAgent
 from icrl_megatron.settings.schema import Settings
@@ -124,7 +124,7 @@ def prepare(
             continue
         team = scripted.team(source.name) if shared is None else shared
         name = catalogue.get(source.name).name  # that of a user's own class is another one
-        systems[name] = System(team, catalogue.environment, _limits(settings), settings.seed)
+        systems[name] = System(team, catalogue.environment, settings.distill, settings.rollout, settings.seed)
         with own_entry(i):
             check_tools(team, catalogue.environment, tasks)
     made = Distillation(
@@ -137,18 +137,6 @@ def prepare(
         check_file(sharegpt, "a file of conversations", begins_with(b'{"conversations"'), overwrite)
     check_file(made.report, "a report", begins_with(f'"{_FIRST_KEY}"'.encode()), overwrite)
     return made
-
-
-def _limits(settings: Settings) -> SystemLimits:
-    distill, rollout = settings.distill, settings.rollout
-    return SystemLimits(
-        distill.rounds,
-        distill.job_calls,
-        distill.tries,
-        distill.task_timeout_s,
-        rollout.environment_timeout_s,
-        rollout.max_observation_bytes,
-    )
 
 
 def run(settings: Settings, out: Path, overwrite: bool = False, sharegpt: Path | None = None) -> str:
@@ -267,7 +255,7 @@ def _write(job: Distillation, runs: Sequence[Run]) -> str:
 def _report(job: Distillation, runs: Sequence[Run], reports: Sequence[FilterReport], written: int) -> dict[str, Any]:
     """Writes the report. Returns its counts without the filters'."""
     counted = _counts(job, runs)
-    whole = json.dumps({**counted, "filters": [one.to_json() for one in reports], "written": written}, indent=1)
+    whole = json.dumps({**counted, "filters": [asdict(one) for one in reports], "written": written}, indent=1)
     write_atomically(job.report, [whole], "the report")
     return counted
 

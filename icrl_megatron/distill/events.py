@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from icrl_megatron.agents.tools import ToolCall, ToolSpec
@@ -67,28 +67,21 @@ class Run:
         """Tokens of all agents."""
         return Tokens(sum(t.read for t in self.spent.values()), sum(t.written for t in self.spent.values()))
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     @staticmethod
     def of_json(fields: Mapping[str, Any]) -> Run:
-        """Inverse of `to_json`, after a round trip through JSON. Raises LookupError, TypeError, ValueError or
+        """Inverse of `asdict`, after a round trip through JSON. Raises LookupError, TypeError, ValueError or
         AttributeError."""
         known = {"task_id": str, "attempt": int, "problem": str, "correct": bool, "uncounted": int, "unreadable": int}
         fields = {"system": "", "timing": None, **fields}  # runs of earlier versions have none
         known["system"] = str
         if wrong := [name for name, kind in known.items() if type(fields[name]) is not kind]:
             raise ValueError(f"{wrong[0]} is {str(fields[wrong[0]])[:80]!r}")
-        events = tuple(
-            Event(
-                **{
-                    **event,
-                    "knows": tuple(event["knows"]),
-                    "call": ToolCall(**event["call"]) if event["call"] else None,
-                }
-            )
-            for event in fields["events"]
-        )
+
+        def event(given: Mapping[str, Any]) -> Event:
+            call = ToolCall(**given["call"]) if given["call"] else None
+            return Event(**{**given, "knows": tuple(given["knows"]), "call": call})
+
+        events = tuple(map(event, fields["events"]))
         spent = {agent: Tokens(**tokens) for agent, tokens in fields["spent"].items()}
         tools = tuple(ToolSpec(**tool) for tool in fields["tools"])
         timing = None if fields["timing"] is None else Timing.of_json(fields["timing"])

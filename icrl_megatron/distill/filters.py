@@ -8,11 +8,11 @@ name in settings/distill_schema.py.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from icrl_megatron.agents.grammar import GRAMMARS, format_score
 from icrl_megatron.distill import roles
@@ -57,6 +57,16 @@ KEPT = FilterVerdict()
 Filter = Callable[[Sequence[Trajectory], Rules], list[FilterVerdict]]
 
 
+def each(judge: Callable[[Trajectory, Rules], FilterVerdict]) -> Filter:
+    """A filter that judges each trajectory without the others."""
+
+    @functools.wraps(judge)
+    def filter_(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdict]:
+        return [judge(one, rules) for one in trajectories]
+
+    return filter_
+
+
 @dataclass(frozen=True)
 class FilterReport:
     """What one filter did."""
@@ -73,9 +83,6 @@ class FilterReport:
     examples: tuple[str, ...]
     """The first few, each with its task and what was found."""
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def filtered(
     trajectories: Sequence[Trajectory], rules: Rules
@@ -91,15 +98,13 @@ def filtered(
     return tuple(trajectories), (*reports, report) if report.dropped else tuple(reports)
 
 
-def _writable(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdict]:
-    def judge(one: Trajectory) -> FilterVerdict:
-        try:
-            check(one)
-        except BadRowError as error:
-            return FilterVerdict(0, "cannot be written", str(error))
-        return KEPT
-
-    return [judge(one) for one in trajectories]
+@each
+def _writable(one: Trajectory, rules: Rules) -> FilterVerdict:
+    try:
+        check(one)
+    except BadRowError as error:
+        return FilterVerdict(0, "cannot be written", str(error))
+    return KEPT
 
 
 def applied(
@@ -123,64 +128,51 @@ def applied(
     return tuple(one for one, verdict in both for _ in range(verdict.copies)), report
 
 
-def correctness(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdict]:
+@each
+def correctness(one: Trajectory, rules: Rules) -> FilterVerdict:
     """Drops wrong answers, and those that were not judged."""
-
-    def judge(one: Trajectory) -> FilterVerdict:
-        if one.correct:
-            return KEPT
-        return FilterVerdict(
-            0, "the answer was not judged" if one.correct is None else "wrong answer", f"{_answer(one)!r}"
-        )
-
-    return [judge(one) for one in trajectories]
+    why = "the answer was not judged" if one.correct is None else "wrong answer"
+    return KEPT if one.correct else FilterVerdict(0, why, f"{_answer(one)!r}")
 
 
-def complexity(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdict]:
+@each
+def complexity(one: Trajectory, rules: Rules) -> FilterVerdict:
     """Drops trajectories with few interactions: what agents said, called and answered; observations do not count."""
-    least = rules.settings.min_interactions
-    counts = [sum(s.kind != "observation" for s in one.segments) for one in trajectories]
-    return [KEPT if n >= least else FilterVerdict(0, "too few interactions", f"({n})") for n in counts]
+    count = sum(segment.kind != "observation" for segment in one.segments)
+    enough = count >= rules.settings.min_interactions
+    return KEPT if enough else FilterVerdict(0, "too few interactions", f"({count})")
 
 
-def form(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdict]:
+@each
+def form(one: Trajectory, rules: Rules) -> FilterVerdict:
     """Drops broken sequences, and those that the grammar of their task set does not allow."""
-
-    def judge(one: Trajectory) -> FilterVerdict:
-        turns, tools = _turns(one), [spec.name for spec in one.tools]
-        if problem := next(filter(None, (_broken(turn, set(tools)) for turn in turns)), ""):
-            return FilterVerdict(0, "broken sequence", f"({problem})")
-        grammar = rules.grammars.get(source_of(one), "calls")
-        if any(format_score(_replies(turn), GRAMMARS[grammar], tools) < 1 for turn in turns):
-            return FilterVerdict(0, f"against the grammar {grammar}", " ".join(s.agent for s in one.segments))
-        return KEPT
-
-    return [judge(one) for one in trajectories]
+    turns, tools = _turns(one), [spec.name for spec in one.tools]
+    if problem := next(filter(None, (_broken(turn, set(tools)) for turn in turns)), ""):
+        return FilterVerdict(0, "broken sequence", f"({problem})")
+    grammar = rules.grammars.get(source_of(one), "calls")
+    if any(format_score(_replies(turn), GRAMMARS[grammar], tools) < 1 for turn in turns):
+        return FilterVerdict(0, f"against the grammar {grammar}", " ".join(s.agent for s in one.segments))
+    return KEPT
 
 
-def length(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdict]:
+@each
+def length(one: Trajectory, rules: Rules) -> FilterVerdict:
     """Drops trajectories with too many characters, the problem and observations included."""
-    counts = [len(one.system) + len(one.problem) + len(_text(one)) for one in trajectories]
-    return [
-        KEPT if count <= rules.settings.max_chars else FilterVerdict(0, "too long", f"({count} characters)")
-        for count in counts
-    ]
+    count = len(one.system) + len(one.problem) + len(_text(one))
+    return KEPT if count <= rules.settings.max_chars else FilterVerdict(0, "too long", f"({count} characters)")
 
 
-def redundancy(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdict]:
+@each
+def redundancy(one: Trajectory, rules: Rules) -> FilterVerdict:
     """Drops trajectories that repeat calls with the same answer more often than `max_repeats`. With another answer, the
     repeated call changed something, or something had changed."""
-
-    def judge(one: Trajectory) -> FilterVerdict:
-        made = (segment.call.key() for segment in one.segments if segment.call)
-        seen = (s.text for s in one.segments if s.kind == "observation" and s.agent != USER)
-        calls = Counter(zip(made, seen, strict=False))
-        repeats = calls.total() - len(calls)
-        if repeats <= rules.settings.max_repeats:
-            return KEPT
-        return FilterVerdict(0, "redundant calls", f"({repeats}, such as {calls.most_common(1)[0][0][0]})")
-
-    return [judge(one) for one in trajectories]
+    made = (segment.call.key() for segment in one.segments if segment.call)
+    seen = (s.text for s in one.segments if s.kind == "observation" and s.agent != USER)
+    calls = Counter(zip(made, seen, strict=False))
+    repeats = calls.total() - len(calls)
+    if repeats <= rules.settings.max_repeats:
+        return KEPT
+    return FilterVerdict(0, "redundant calls", f"({repeats}, such as {calls.most_common(1)[0][0][0]})")
 
 
 def leakage(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdict]:
@@ -211,28 +203,22 @@ def duplicates(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterV
     return verdicts
 
 
-def reflection(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdict]:
+@each
+def reflection(one: Trajectory, rules: Rules) -> FilterVerdict:
     """Keeps a share of the trajectories without a reflection or check; all of mathematics and code."""
-
-    def judge(one: Trajectory) -> FilterVerdict:
-        thinks = any(segment.agent in (roles.REFLECTION, roles.CHECK) for segment in one.segments)
-        if thinks or source_of(one) in NEED_NO_REFLECTION:
-            return KEPT
-        drawn = _draw(rules.seed, "reflection", one)
-        return (
-            KEPT
-            if drawn < rules.settings.keep_without_reflection
-            else FilterVerdict(0, "without reflection, not drawn")
-        )
-
-    return [judge(one) for one in trajectories]
+    thinks = any(segment.agent in (roles.REFLECTION, roles.CHECK) for segment in one.segments)
+    if thinks or source_of(one) in NEED_NO_REFLECTION:
+        return KEPT
+    drawn = _draw(rules.seed, "reflection", one) < rules.settings.keep_without_reflection
+    return KEPT if drawn else FilterVerdict(0, "without reflection, not drawn")
 
 
-def correction(trajectories: Sequence[Trajectory], rules: Rules) -> list[FilterVerdict]:
+@each
+def correction(one: Trajectory, rules: Rules) -> FilterVerdict:
     """Copies trajectories in which a low check led to another answer that is right."""
     copies = rules.settings.correction_copies
-    corrected = FilterVerdict(copies, "corrected an error after a low check") if copies > 1 else KEPT
-    return [corrected if one.correct and _corrected(one) else KEPT for one in trajectories]
+    copied = copies > 1 and one.correct and _corrected(one)
+    return FilterVerdict(copies, "corrected an error after a low check") if copied else KEPT
 
 
 FILTERS: dict[str, Filter] = {

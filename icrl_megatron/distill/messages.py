@@ -45,11 +45,7 @@ def of_messages(messages: Any, tools: Any, task_id: str) -> Trajectory:
     if "user" not in heads and rest and rest[0]["role"] == "system":
         raise BadRowError("several messages of system or developer at the beginning; join them, or delete all but one")
     return Trajectory(
-        task_id,
-        heads.get("user", ""),
-        tuple(_segments(rest)),
-        system=heads.get("system", ""),
-        tools=tools_of(tools),
+        task_id, heads.get("user", ""), tuple(_segments(rest)), system=heads.get("system", ""), tools=tools_of(tools)
     )
 
 
@@ -75,6 +71,14 @@ def tools_of(value: Any) -> tuple[ToolSpec, ...]:
     if len({spec.name for spec in specs}) < len(specs):
         raise BadRowError("two tools of one name; rename one")
     return tuple(specs)
+
+
+def named_call(call: Any) -> tuple[str, Any]:
+    """(tool, arguments as they are written) of a call, with or without "function" around it. Raises BadRowError."""
+    inner = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+        raise BadRowError(f"a call without the name of a tool ({str(call)[:80]!r}); give it one")
+    return inner["name"], inner.get("arguments")
 
 
 def arguments_of(name: str, value: Any) -> dict[str, Any]:
@@ -132,11 +136,8 @@ def _reply(message: Message) -> tuple[list[Segment], list[tuple[str, str]]]:
         raise BadRowError(f"`tool_calls` is {str(calls)[:80]!r}, not a list of calls")
     ids = []
     for call in calls:
-        inner = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-            raise BadRowError(f"a call without the name of a tool ({str(call)[:80]!r}); give it one")
-        name = inner["name"]
-        arguments = arguments_of(name, inner.get("arguments"))
+        name, given = named_call(call)
+        arguments = arguments_of(name, given)
         found.append(Segment(name, "", "call", trained, ToolCall(name, arguments)))
         ids.append((str(call.get("id") or ""), name))
     return found, ids

@@ -90,7 +90,7 @@ class Records:
         self._file = RecordFile(path, _HEAD, identity, self._read, "run", "its runs were made with")
 
     def add(self, run: Run) -> None:
-        self._file.write({"task": self._tasks[run.task_id], **run.to_json()})
+        self._file.write({"task": self._tasks[run.task_id], **asdict(run)})
         self.runs[run.task_id, run.attempt] = run
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from icrl_megatron.agents.formats import last_tagged
 from icrl_megatron.agents.tools import ToolSpec
 
 PLANNER, REFLECTOR, VERIFIER, ANSWERER = "planner", "reflector", "verifier", "answerer"
@@ -122,14 +123,10 @@ def thought(reply: str) -> tuple[str, str]:
 
 def tagged(text: str, tag: str) -> str | None:
     """What the last complete <tag>...</tag> holds; None without one. Raises Unreadable if it is empty."""
-    end = text.rfind(f"</{tag}>")
-    start = text.rfind(f"<{tag}>", 0, max(end, 0))
-    if start < 0:
-        return None
-    found = text[start + len(tag) + 2 : end].strip()
-    if not found:
+    found = last_tagged(text, tag)
+    if found is not None and not found[1].strip():
         raise Unreadable(f"<{tag}> is empty")
-    return found
+    return found[1].strip() if found else None
 
 
 def required(text: str, tag: str) -> str:

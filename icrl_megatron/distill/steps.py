@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from icrl_megatron.agents.tools import ToolCall, ToolSpec
-from icrl_megatron.distill.messages import arguments_of, tools_of
+from icrl_megatron.distill.messages import arguments_of, named_call, tools_of
 from icrl_megatron.distill.rows import BadRowError, Fields, list_of, parsed, text_of
 from icrl_megatron.distill.trajectory import THINK, Segment, Tokens, Trajectory
 
@@ -122,18 +122,15 @@ def _called(calls: Sequence[ToolCall], step: Fields) -> Iterator[Segment]:
 
 
 def _call(value: Any) -> ToolCall:
-    inner = value.get("function", value) if isinstance(value, dict) else None
-    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-        raise BadRowError(f"a call without the name of a tool ({str(value)[:80]!r}); give it one")
-    name, given = inner["name"], inner.get("arguments")
+    name, written = named_call(value)
+    given = written
     if isinstance(given, str) and name != PROGRAM and given.lstrip().startswith("{"):
         given = arguments_of(name, given)
     elif isinstance(given, str):
         with suppress(BadRowError):  # a program or a text
             given = parsed(given)
     if not isinstance(given, dict):
-        text = inner.get("arguments")
-        given = {} if text is None else {"code" if name == PROGRAM else "text": text}
+        given = {} if written is None else {"code" if name == PROGRAM else "text": written}
     return ToolCall(name, given)
 
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -29,6 +29,7 @@ from icrl_megatron.distill.roles import AgentJob, AgentReply, Brief, Member, Not
 from icrl_megatron.distill.timing import AttemptClock
 from icrl_megatron.distill.trajectory import USER, SegmentKind, Tokens
 from icrl_megatron.rollout.checked_environment import CheckedEnvironment
+from icrl_megatron.settings.distill_schema import DistillSettings
 from icrl_megatron.settings.rollout_schema import RolloutSettings
 from icrl_megatron.tasks.base import Environment, Opening, ReadsCalls, sendable
 from icrl_megatron.types import Task
@@ -41,40 +42,35 @@ _SAID = (roles.ANSWER, USER)
 """Tags of a conversation with the user, which every agent reads."""
 
 
-@dataclass(frozen=True)
-class SystemLimits:
-    rounds: int = 3
-    """Plans for one task. No reflection or check follows the last one, because no plan could follow it."""
-    job_calls: int = 8
-    """Calls in one job."""
-    tries: int = 3
-    """Replies of an agent until one can be read."""
-    task_s: float = 600.0
-    """Seconds for one attempt at a task."""
-    environment_s: float = 60.0
-    """Seconds for one call of the environment."""
-    observation_bytes: int = RolloutSettings.max_observation_bytes
-    """Most bytes of one answer of a tool; the rest is cut."""
+@asynccontextmanager
+async def together() -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group that raises the first error itself; the other tasks are then cancelled."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            yield group
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 @dataclass(frozen=True)
 class System:
-    """A team with its limits. Plays any number of attempts at the same time."""
+    """A team with its settings. Plays any number of attempts at the same time."""
 
     team: Mapping[str, Member]
     """By name: the four of `roles.ROLES`, and agents with tools."""
     environment: Callable[[Task], Environment]
-    limits: SystemLimits = SystemLimits()
+    settings: DistillSettings = field(default_factory=DistillSettings)
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
     seed: int = 0
 
     async def play(self, task: Task, attempt: int) -> Run | Failed:
         """One attempt. Raises ConfigError for a task without tools."""
         try:
             playing = _Attempt(self, task, attempt)
-            async with asyncio.timeout(self.limits.task_s):
+            async with asyncio.timeout(self.settings.task_timeout_s):
                 return await playing.play()
         except TimeoutError:
-            return Failed(task.task_id, attempt, "time", f"not finished within {self.limits.task_s:g} s")
+            return Failed(task.task_id, attempt, "time", f"not finished within {self.settings.task_timeout_s:g} s")
         except EndpointError as error:
             return Failed(task.task_id, attempt, "endpoint", f"An agent {error}")
         except EnvironmentFailure as error:
@@ -94,12 +90,9 @@ async def play_all(
         for task, attempt in left:
             done(await system.play(task, attempt))
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(concurrency):
-                group.create_task(work())
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
+    async with together() as group:
+        for _ in range(concurrency):
+            group.create_task(work())
 
 
 class _OverError(Exception):
@@ -110,9 +103,9 @@ class _Attempt:
     """The state of one attempt."""
 
     def __init__(self, system: System, task: Task, attempt: int) -> None:
-        self._system, self._limits, self._task, self._attempt = system, system.limits, task, attempt
+        self._system, self._settings, self._task, self._attempt = system, system.settings, task, attempt
         self._environment = CheckedEnvironment(
-            task, self._opened, self._limits.environment_s, self._limits.observation_bytes
+            task, self._opened, system.rollout.environment_timeout_s, system.rollout.max_observation_bytes
         )
         self._calls_left = self._environment.max_turns - 1  # one turn is the answer's
         self._opening = Opening("")
@@ -138,8 +131,8 @@ class _Attempt:
 
     async def _suggested(self) -> str:
         """What the team answers to all that the user has said."""
-        for number in range(1, self._limits.rounds + 1):
-            last = number == self._limits.rounds
+        for number in range(1, self._settings.rounds + 1):
+            last = number == self._settings.rounds
             plan = await self._plan()
             for stage in plan.stages:
                 await self._stage(stage)
@@ -163,14 +156,9 @@ class _Attempt:
         reports = tuple(note for note in self._notes if note.tag in (REPORT, *_SAID))
         plan = next(note for note in reversed(self._notes) if note.tag == roles.PLAN)
         briefs = [self._brief(job.agent, job=job.text, notes=reports) for job in jobs]
-        try:
-            async with asyncio.TaskGroup() as group:
-                running = [
-                    group.create_task(self._job(brief, plan.event, thread))
-                    for brief, thread in zip(briefs, threads, strict=True)
-                ]
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+        async with together() as group:
+            asked = zip(briefs, threads, strict=True)
+            running = [group.create_task(self._job(brief, plan.event, thread)) for brief, thread in asked]
         for job, task in zip(jobs, running, strict=True):
             self._note(job.agent, REPORT, task.result())
 
@@ -180,12 +168,12 @@ class _Attempt:
         brief = replace(brief, tools=tuple(spec for spec in specs if not own or spec.name in own))
         made = 0
         while True:
-            brief = replace(brief, may_call=made < self._limits.job_calls and self._calls_left > 0)
+            brief = replace(brief, may_call=made < self._settings.job_calls and self._calls_left > 0)
             found, _ = await self._ask(brief, partial(self._action, brief), thread, plan)
             if isinstance(found, str):
                 return self._say(brief, roles.THINK, "text", found, thread, plan)
             for call in found.calls:
-                if made < self._limits.job_calls and self._calls_left > 0:
+                if made < self._settings.job_calls and self._calls_left > 0:
                     brief, made = await self._call(brief, call, thread, plan), made + 1
 
     async def _call(self, brief: Brief, call: ToolCall, thread: int, plan: int) -> Brief:
@@ -271,7 +259,7 @@ class _Attempt:
 
         Raises Unreadable after the last try, and EndpointError."""
         thread = self._thread() if thread is None else thread
-        for number in range(self._limits.tries):
+        for number in range(self._settings.tries):
             seed = self._seed(thread, len(brief.own), number)
             with self._clock.waiting(brief.agent):
                 reply = await self._system.team[brief.agent].agent.reply(replace(brief, seed=seed))
@@ -286,7 +274,7 @@ class _Attempt:
             if thinking:
                 self._say(brief, roles.THINK, "text", thinking, thread, plan)
             return found, thread
-        raise Unreadable(f"the {brief.agent}'s reply could not be read {self._limits.tries} times: {brief.problem}")
+        raise Unreadable(f"the {brief.agent}'s reply could not be read {self._settings.tries} times: {brief.problem}")
 
     def _action(self, brief: Brief, text: str) -> ToolCalls | str:
         """Calls that can be made as the model would make them, or a report. Raises Unreadable."""

@@ -93,9 +93,6 @@ class ContinuingEngine:
     def wake(self) -> None:
         self._engine.wake()
 
-    def health(self) -> str:
-        return self._engine.health()
-
     def close(self) -> None:
         self._engine.close()
 

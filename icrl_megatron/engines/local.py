@@ -137,9 +137,6 @@ class LocalEngine:
         if self._unfit == _ASLEEP:
             self._unfit = ""
 
-    def health(self) -> str:
-        return self._unfit or "ok"
-
     def close(self) -> None:
         self._unfit = _CLOSED
         self._model.to("meta")

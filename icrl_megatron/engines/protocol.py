@@ -69,6 +69,19 @@ class WeightReceiver(Protocol):
         ...
 
 
+class NeverSleeps:
+    """The part of a `WeightReceiver` that has no memory to release and restore here."""
+
+    def sleep(self) -> None:
+        """Does nothing."""
+
+    def wake_weights(self) -> None:
+        """Does nothing."""
+
+    def wake(self) -> None:
+        """Does nothing."""
+
+
 @dataclass
 class EngineStats:
     """Counters since the last call of `take_stats`."""
@@ -98,10 +111,6 @@ class Engine(WeightReceiver, Protocol):
     async def interrupt(self) -> None:
         """Aborts running requests, if the engine can: they return what they have with finish reason "abort", and later
         requests in the same event loop return nothing with "abort"."""
-        ...
-
-    def health(self) -> str:
-        """Returns "ok", or the problem."""
         ...
 
     def close(self) -> None: ...

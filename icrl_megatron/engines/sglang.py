@@ -25,6 +25,7 @@ from icrl_megatron.engines.protocol import (
     EngineError,
     EngineLostError,
     EngineStats,
+    NeverSleeps,
     NoAnswerError,
     RequestFailedError,
     Sampling,
@@ -197,11 +198,6 @@ class SGLangEngine:
 
     def resume(self) -> None:
         self._connections.here().interrupted.clear()
-
-    def health(self) -> str:
-        if self._lost:
-            return self._lost
-        return "ok" if self.server.answers() else f"{self.server.url} does not answer"
 
     def lost(self) -> str:
         """Why the server has to be restarted; empty while it is alive."""
@@ -378,9 +374,9 @@ class SGLangEngine:
             self._lost = f"{why} {self.server.log_end()}"
 
 
-class Follower:
+class Follower(NeverSleeps):
     """The engine of a rank that shares a server without leading it: it sends its share of the weights and generates
-    nothing."""
+    nothing. The leader puts the server to sleep."""
 
     def __init__(self, sink: weights.WeightSender, transport: weights.Transport | None) -> None:
         """`transport` is None if the leader's buffer is enough."""
@@ -393,12 +389,3 @@ class Follower:
                 self._sender.send_all(stream, version, self._transport)
         for _ in stream:
             pass
-
-    def sleep(self) -> None:
-        """Done by the leader."""
-
-    def wake_weights(self) -> None:
-        """Done by the leader."""
-
-    def wake(self) -> None:
-        """Done by the leader."""

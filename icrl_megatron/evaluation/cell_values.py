@@ -182,14 +182,10 @@ def _rescued(score: dict[str, Any]) -> float | None:
     return 100 * right / (right + wrong) if right + wrong else None
 
 
-def _tokens(score: dict[str, Any]) -> float | None:
-    return float(score["critique_tokens"]) or None  # 0: no critique was written
-
-
 _FIGURES: dict[Figure, Callable[[dict[str, Any]], float | None]] = {
     Figure.SUCCESS: _by_round(1),
     Figure.SECOND: _by_round(2),
     Figure.THIRD: _by_round(3),
     Figure.RESCUED: _rescued,
-    Figure.TOKENS: _tokens,
+    Figure.TOKENS: lambda score: float(score["critique_tokens"]) or None,  # 0: no critique was written
 }

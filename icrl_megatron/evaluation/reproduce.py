@@ -6,7 +6,6 @@ within; both serve every cell that reads from them. What is finished is not repe
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from icrl_megatron.settings import loading as settings_module
 from icrl_megatron.settings.loading import SAVED_NAME
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.settings.values import pasted
-from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.errors import ConfigError, did_you_mean
 from icrl_recipes.cells import CELLS, Cell, Critic, Evaluation
 
 OURS = ("run_dir", "seed", "name")
@@ -111,8 +110,7 @@ def chosen(words: Sequence[str]) -> tuple[Cell, ...]:
     for word in words:
         matching = {name: cell for name, cell in CELLS.items() if fnmatchcase(name, word)}
         if not matching:
-            near = difflib.get_close_matches(word, CELLS, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"the first is {next(iter(CELLS))}"
+            hint = did_you_mean(word, CELLS, f"the first is {next(iter(CELLS))}", cutoff=0.5, most=3)
             raise ConfigError(f"{word}: no such cell; {hint} (`icrl reproduce --list` lists all {len(CELLS)})")
         found |= matching
     return tuple(found.values())

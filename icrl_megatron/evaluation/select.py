@@ -221,7 +221,7 @@ def _counts(request: SelectRequest, found: Sequence[Question], tasks: Sequence[T
     by_count = Counter(sum(question.successes) for question in measured)
     attempts = len(measured) * request.samples
     answers = [question.answered for question in measured]
-    text = {task.task_id: _prompt(task) for task in tasks}
+    text = {task.task_id: str(json.loads(task.problem)["prompt"])[:200] for task in tasks}
 
     def examples(questions: Iterable[Question]) -> list[dict[str, Any]]:
         shown = list(questions)[:_SHOWN]
@@ -249,10 +249,6 @@ def _counts(request: SelectRequest, found: Sequence[Question], tasks: Sequence[T
         },
         "failures": [f"{question.task_id}: {question.failure}" for question in failed[:_SHOWN]],
     }
-
-
-def _prompt(task: Task) -> str:
-    return str(json.loads(task.problem)["prompt"])[:200]
 
 
 def _summary(request: SelectRequest, counted: Mapping[str, Any]) -> str:

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib as mpl
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from icrl_megatron.evaluation.result import Result
-from icrl_megatron.report.plots import COLOURS
+from icrl_megatron.report.plots import COLOURS, drawing
 from icrl_megatron.utils.console import PlainConsole
-from icrl_megatron.utils.files import save_picture
 
 
 def _share(mean: float, low: float, high: float) -> str:
@@ -125,9 +121,7 @@ def _seconds(value: float | None) -> str:
 
 def picture(result: Result, path: Path) -> Path:
     """Success after each round by subset, with intervals, as a PNG."""
-    with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(max(5.0, 1.6 + 1.1 * len(result.scores)), 4.0), layout="constrained")
-        FigureCanvasAgg(figure)
+    with drawing(path, max(5.0, 1.6 + 1.1 * len(result.scores)), 4.0, font_size=10) as figure:
         axes = figure.subplots()
         width = 0.8 / result.rounds
         for r in range(result.rounds):
@@ -140,5 +134,4 @@ def picture(result: Result, path: Path) -> Path:
         axes.set_xticks(range(len(result.scores)), [s.subset for s in result.scores], rotation=20, ha="right")
         axes.set(ylabel="success", ylim=(0, 1.02))
         figure.legend(loc="outside upper center", ncols=result.rounds, frameon=False)
-        save_picture(figure, path)
     return path

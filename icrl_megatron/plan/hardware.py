@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.errors import ConfigError, did_you_mean
 
 GIB = 2**30
 GPUS_A_NODE = 8
@@ -51,8 +50,7 @@ def get(name: str) -> Gpu:
     """The GPU of that name. Raises ConfigError with the nearest ones."""
     if name.lower() in GPUS:
         return GPUS[name.lower()]
-    near = difflib.get_close_matches(name.lower(), GPUS, n=1, cutoff=0.4)
-    remedy = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(GPUS)}"
+    remedy = did_you_mean(name.lower(), GPUS, f"choose one of {', '.join(GPUS)}", cutoff=0.4)
     raise ConfigError(f"--gpu {name}: not a GPU that the planner knows; {remedy}")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from icrl_megatron.model.flops import counts
 from icrl_megatron.model.shape import ModelShape
-from icrl_megatron.plan.calibration import CONSTANTS, Constants
+from icrl_megatron.plan.calibration import CONSTANTS
 from icrl_megatron.plan.hardware import Gpu
 from icrl_megatron.plan.layout import Layout, engine_bytes, kv_bytes_a_token, local_parameters
 from icrl_megatron.settings.schema import Settings
@@ -207,14 +207,7 @@ def _too_small(layout: Layout, settings: Settings, smallest: float) -> str:
     return ""
 
 
-def estimate(
-    shape: ModelShape,
-    layout: Layout,
-    settings: Settings,
-    gpu: Gpu,
-    micro_batches: int,
-    constants: Constants = CONSTANTS,
-) -> Memory:
+def estimate(shape: ModelShape, layout: Layout, settings: Settings, gpu: Gpu, micro_batches: int) -> Memory:
     """Memory of a step on this layout; the longest sequence may exceed the token budget and then rules."""
     tokens = max(layout.micro_batch_tokens, settings.rollout.context_tokens)
     held, serving = state(shape, layout), layout.serving
@@ -222,22 +215,22 @@ def estimate(
     resident, beside = held.total + reference, held.stays(layout.offload) + reference
     of_head = head(shape, layout, settings, tokens)
     trained = activations(shape, layout, tokens, micro_batches)
-    loss = 1 + constants.fragmentation
-    engines = engine(shape, layout, settings, gpu, (gpu.memory_bytes - constants.reserved_bytes) / loss - beside)
+    loss = 1 + CONSTANTS.fragmentation
+    engines = engine(shape, layout, settings, gpu, (gpu.memory_bytes - CONSTANTS.reserved_bytes) / loss - beside)
     # A local engine sleeps in host memory, and other engines may have GPUs of their own.
     apart = serving.remote or serving.own_ranks > 0
     servers = 0 if serving.local or apart else serving.on_a_gpu
-    asleep = servers * constants.engine_asleep_bytes
+    asleep = servers * CONSTANTS.engine_asleep_bytes
     # A server's share is measured by what the driver has free, so what is lost between its blocks is inside of it.
     own, served = (engines.total, 0.0) if serving.local else (0.0, 0.0 if apart else engines.total)
     pushed = engines.weights if servers else 0.0
     phases = {
-        "rollout": (beside + servers * constants.engine_workspace_bytes + own) * loss + served,
+        "rollout": (beside + servers * CONSTANTS.engine_workspace_bytes + own) * loss + served,
         "score": (resident + asleep + forward_only(shape, layout, tokens) + of_head) * loss,
         "train": (resident + asleep + trained + of_head) * loss,
-        "sync (train to rollout)": (beside + pushed + 2 * constants.sync_bucket_bytes) * loss,
+        "sync (train to rollout)": (beside + pushed + 2 * CONSTANTS.sync_bucket_bytes) * loss,
     }
     if serving.own_ranks:
-        phases["rollout on engine ranks"] = constants.engine_workspace_bytes * loss + engines.total
-    total = {name: size + constants.reserved_bytes for name, size in phases.items()}
+        phases["rollout on engine ranks"] = CONSTANTS.engine_workspace_bytes * loss + engines.total
+    total = {name: size + CONSTANTS.reserved_bytes for name, size in phases.items()}
     return Memory(held, trained, of_head, engines, total, gpu.memory_bytes)

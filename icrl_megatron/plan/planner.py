@@ -8,7 +8,6 @@ from icrl_megatron.distributed import job_size
 from icrl_megatron.model.flops import Passes
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.plan import hardware, memory, timing
-from icrl_megatron.plan.calibration import CONSTANTS, Constants
 from icrl_megatron.plan.changes import KINDS, MOST_GPUS, changes
 from icrl_megatron.plan.hardware import GIB, Gpu
 from icrl_megatron.plan.layout import Layout
@@ -50,7 +49,7 @@ def ranks(settings: Settings) -> int:
     return settings.launch.ranks * settings.launch.nodes
 
 
-def plan(settings: Settings, gpus: int | None = None, gpu: Gpu | None = None, constants: Constants = CONSTANTS) -> Plan:
+def plan(settings: Settings, gpus: int | None = None, gpu: Gpu | None = None) -> Plan:
     """The plan of the settings on `gpus` GPUs (as many as they ask for, by default), fitting or not.
 
     Raises ConfigError for a model of unknown shape and for a grid that cannot be run.
@@ -58,40 +57,28 @@ def plan(settings: Settings, gpus: int | None = None, gpu: Gpu | None = None, co
     shape = shape_of(settings)
     count = gpus if gpus is not None else ranks(settings)
     layout = Layout.of(settings, count).checked(shape, episodes(settings))
-    return of_layout(settings, shape, layout, gpu or hardware.GPUS["h100"], constants)
+    return of_layout(settings, shape, layout, gpu or hardware.GPUS["h100"])
 
 
-def of_layout(
-    settings: Settings, shape: ModelShape, layout: Layout, gpu: Gpu, constants: Constants = CONSTANTS
-) -> Plan:
+def of_layout(settings: Settings, shape: ModelShape, layout: Layout, gpu: Gpu) -> Plan:
     """The plan of a layout that `Layout.refusal` has nothing against."""
-    held = memory_of(settings, shape, layout, gpu, constants)
-    return timed(settings, shape, layout, gpu, held, constants)
+    return timed(settings, shape, layout, gpu, memory_of(settings, shape, layout, gpu))
 
 
-def memory_of(
-    settings: Settings, shape: ModelShape, layout: Layout, gpu: Gpu, constants: Constants = CONSTANTS
-) -> memory.Memory:
+def memory_of(settings: Settings, shape: ModelShape, layout: Layout, gpu: Gpu) -> memory.Memory:
     """The memory alone, which most of the layouts that are tried fall by, and which costs no time to work out."""
     if layout.fp8 != "off" and gpu.fp8_flops == 0.0:
         raise ConfigError(f"actor.fp8={layout.fp8}: {gpu.name} has no FP8; use actor.fp8=off or another --gpu")
     tokens = simulate(settings).trained_tokens
     updates = Passes.of(settings.algo).updates
     in_flight = round(tokens / updates / layout.data / layout.micro_batch_tokens + 0.5)
-    return memory.estimate(shape, layout, settings, gpu, in_flight, constants)
+    return memory.estimate(shape, layout, settings, gpu, in_flight)
 
 
-def timed(
-    settings: Settings,
-    shape: ModelShape,
-    layout: Layout,
-    gpu: Gpu,
-    held: memory.Memory,
-    constants: Constants = CONSTANTS,
-) -> Plan:
+def timed(settings: Settings, shape: ModelShape, layout: Layout, gpu: Gpu, held: memory.Memory) -> Plan:
     """The plan of a layout whose memory is known."""
     work, passes, moved = simulate(settings), Passes.of(settings.algo), held.state.moved(layout.offload)
-    times = timing.estimate(shape, layout, work, passes, gpu, held.engine.cache, constants, moved)
+    times = timing.estimate(shape, layout, work, passes, gpu, held.engine.cache, moved_bytes=moved)
     return Plan(shape, gpu, layout, work, held, times)
 
 

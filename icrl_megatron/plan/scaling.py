@@ -12,7 +12,7 @@ from icrl_megatron.plan.models import shape_of
 from icrl_megatron.plan.planner import Plan, episodes, grown, of_layout, ranks
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.utils.errors import ConfigError
-from icrl_megatron.utils.files import PICTURE_MARK, save_picture
+from icrl_megatron.utils.files import PICTURE_MARK
 from icrl_megatron.utils.result_files import begins_with, check_file
 
 GPU_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -76,15 +76,11 @@ def require_writable(path: Path, overwrite: bool = False) -> None:
 def picture(points: list[Point], path: Path, title: str) -> Path:
     """Step time by phase and efficiency over the number of GPUs, as a PNG that says that it is predicted. What does not
     fit is left out. Raises ConfigError where nothing fits, or the file cannot be written."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from icrl_megatron.report.plots import drawing
 
     if not fitting(points, grown_batch=True):
         raise ConfigError(f"--picture {path}: nothing to draw, the run fits none of {', '.join(map(str, GPU_COUNTS))}")
-    with mpl.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(12, 5.2), layout="constrained")
-        FigureCanvasAgg(figure)
+    with drawing(path, 12, 5.2, font_size=11) as figure:
         left, right = figure.subplots(1, 2)
         _draw_steps(left, points)
         _draw_efficiency(right, points)
@@ -92,7 +88,6 @@ def picture(points: list[Point], path: Path, title: str) -> Path:
             axes.set_xticks(range(len(points)), [str(p.gpus) for p in points])
             axes.grid(alpha=0.25, linewidth=0.7, axis="y")
         figure.suptitle(f"{title}: PREDICTED by icrl plan, not measured")
-        save_picture(figure, path)
     return path
 
 

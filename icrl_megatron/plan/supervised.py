@@ -10,7 +10,7 @@ import numpy as np
 from icrl_megatron.model.flops import Passes
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.plan import memory, timing
-from icrl_megatron.plan.calibration import CONSTANTS, Constants
+from icrl_megatron.plan.calibration import CONSTANTS
 from icrl_megatron.plan.hardware import GIB, Gpu
 from icrl_megatron.plan.layout import Layout
 from icrl_megatron.plan.workload import Workload
@@ -54,9 +54,7 @@ class SupervisedPlan:
             )
 
 
-def supervised(
-    settings: Settings, shape: ModelShape, layout: Layout, gpu: Gpu, constants: Constants = CONSTANTS
-) -> SupervisedPlan | None:
+def supervised(settings: Settings, shape: ModelShape, layout: Layout, gpu: Gpu) -> SupervisedPlan | None:
     """None if the run trains on no files. There are no engines in this stage, and nothing is offloaded."""
     warm = settings.warm_start
     if settings.start_from or not (warm.wanted and warm.data):
@@ -65,24 +63,24 @@ def supervised(
     lengths_S = np.full(warm.episodes_per_step, float(longest))
     zero_S = np.zeros_like(lengths_S)
     work = Workload(1, zero_S, zero_S, zero_S, zero_S, zero_S, zero_S, lengths_S, lengths_S)
-    times = timing.estimate(shape, layout, work, Passes(1, 0), gpu, float(gpu.memory_bytes), constants)
+    times = timing.estimate(shape, layout, work, Passes(1, 0), gpu, float(gpu.memory_bytes))
     tokens = max(layout.micro_batch_tokens, longest)
-    peak = _peak(settings, shape, layout, tokens, constants)
-    remedy = "" if peak <= gpu.memory_bytes else _remedy(settings, shape, layout, gpu, tokens, constants)
+    peak = _peak(settings, shape, layout, tokens)
+    remedy = "" if peak <= gpu.memory_bytes else _remedy(settings, shape, layout, gpu, tokens)
     return SupervisedPlan(
-        len(lengths_S), longest, tokens, peak, float(gpu.memory_bytes), times.update + constants.step_fixed_s, remedy
+        len(lengths_S), longest, tokens, peak, float(gpu.memory_bytes), times.update + CONSTANTS.step_fixed_s, remedy
     )
 
 
-def _peak(settings: Settings, shape: ModelShape, layout: Layout, tokens: int, constants: Constants) -> float:
+def _peak(settings: Settings, shape: ModelShape, layout: Layout, tokens: int) -> float:
     micro_batches = math.ceil(settings.warm_start.episodes_per_step / layout.data)
     held = memory.state(shape, layout).total + memory.activations(shape, layout, tokens, micro_batches)
     held += memory.head(shape, layout, settings, tokens)
-    return held * (1 + constants.fragmentation) + constants.reserved_bytes
+    return held * (1 + CONSTANTS.fragmentation) + CONSTANTS.reserved_bytes
 
 
-def _remedy(settings: Settings, shape: ModelShape, layout: Layout, gpu: Gpu, tokens: int, constants: Constants) -> str:
+def _remedy(settings: Settings, shape: ModelShape, layout: Layout, gpu: Gpu, tokens: int) -> str:
     for most in range(tokens // TOKENS_STEP * TOKENS_STEP, 0, -TOKENS_STEP):
-        if _peak(settings, shape, layout, most, constants) <= gpu.memory_bytes:
+        if _peak(settings, shape, layout, most) <= gpu.memory_bytes:
             return f"lower warm_start.max_tokens and actor.micro_batch_tokens to {most} or less"
     return "raise actor.tensor_parallel, actor.pipeline_parallel or actor.context_parallel"

@@ -16,12 +16,7 @@ from icrl_megatron.plan import pipeline
 from icrl_megatron.plan.calibration import CONSTANTS, Constants
 from icrl_megatron.plan.engine_speed import decode_speed, prefill_token_s
 from icrl_megatron.plan.hardware import Gpu
-from icrl_megatron.plan.layout import (
-    Layout,
-    engine_bytes,
-    kv_bytes_a_token,
-    local_parameters,
-)
+from icrl_megatron.plan.layout import Layout, engine_bytes, kv_bytes_a_token, local_parameters
 from icrl_megatron.plan.workload import Floats, Workload
 
 FP32_FLOPS = 60e12
@@ -37,8 +32,6 @@ class Times:
     phases: Mapping[str, float]
     model_flops: float
     """FLOPs of training without recomputation, which MFU counts."""
-    micro_batches: int
-    """Micro-batches of one update on one replica."""
     tail: float
     """Share of the rollout during which fewer than half of the episodes still ran."""
 
@@ -111,6 +104,8 @@ def estimate(
     forward_moves, backward_moves = _tensor_traffic(shape, layout, work, gpu, constants)
     exchange = _context_exchange(shape, layout, work, gpu, constants)
     rollout = play(shape, layout, work, gpu, cache_bytes, constants)
+    optimizer = passes.updates * constants.optimizer_bytes * local_parameters(shape, layout)
+    optimizer = optimizer / (layout.data * layout.context) / gpu.memory_bandwidth
     phases = {
         "prefill": rollout.prefill,
         "decode": rollout.decode,
@@ -122,17 +117,13 @@ def estimate(
         "context exchange": attention_passes * exchange,
         "bubbles": bubbles * uneven,
         "data collectives": passes.updates * _reduction(shape, layout, gpu, constants),
-        "optimizer": passes.updates
-        * constants.optimizer_bytes
-        * local_parameters(shape, layout)
-        / (layout.data * layout.context)
-        / gpu.memory_bandwidth,
+        "optimizer": optimizer,
         "sync": sync(shape, layout, gpu, constants),
         "offload": 2.0 * moved_bytes / (gpu.host_bandwidth * constants.link_efficiency),
         "host": constants.host_sample_s * len(work.sequence_S),
         "other": constants.step_fixed_s,
     }
-    return Times(phases, 3.0 * (layers + head), len(tokens_M), rollout.tail)
+    return Times(phases, 3.0 * (layers + head), rollout.tail)
 
 
 def _imbalance(shape: ModelShape, layout: Layout, work: Workload, passes: Passes) -> float:
@@ -194,12 +185,8 @@ def sync(shape: ModelShape, layout: Layout, gpu: Gpu, constants: Constants = CON
     link = gpu.nvlink_bandwidth * constants.link_efficiency
     gathered = whole * (layout.tensor - 1) / layout.tensor / link
     far = layout.spans_nodes(layout.cell)
-    sent = (
-        whole
-        * (layout.pipeline - 1)
-        / layout.pipeline
-        / ((gpu.network_bandwidth if far else gpu.nvlink_bandwidth) * constants.link_efficiency)
-    )
+    link = (gpu.network_bandwidth if far else gpu.nvlink_bandwidth) * constants.link_efficiency
+    sent = whole * (layout.pipeline - 1) / layout.pipeline / link
     copied = 2.0 * engine_bytes(shape, layout) / gpu.memory_bandwidth
     return gathered + sent + copied + constants.sync_fixed_s
 
@@ -227,12 +214,7 @@ def _seconds(rollout: Rollout) -> float:
 
 
 def _engine(
-    shape: ModelShape,
-    layout: Layout,
-    share: list[Floats],
-    gpu: Gpu,
-    cache_bytes: float,
-    constants: Constants,
+    shape: ModelShape, layout: Layout, share: list[Floats], gpu: Gpu, cache_bytes: float, constants: Constants
 ) -> Rollout:
     """`share`: generated, context, read, waiting, calling and queued of the engine's episodes, as in `Workload`.
 

@@ -66,11 +66,11 @@ def report(settings: Settings, console: Console | None = None) -> None:
     if settings.baseline:
         outcomes.append(outcome(settings.baseline.upper(), folder / BASELINE.format(settings.baseline), settings))
     console.print(success_table(outcomes))
-    controls = {when: _read(folder / f"control_{when}.json") for when in ("before", "after")}
-    if any(controls.values()):
-        console.print(control_table(controls))
+    control = controls(folder)
+    if any(control.values()):
+        console.print(control_table(control))
     curve = learning_curve([(o.label, o.rows) for o in outcomes], folder / CURVE, settings.name)
-    write_atomically(folder / REPORT, [json.dumps(_as_json(outcomes, controls), indent=2)], "the report")
+    write_atomically(folder / REPORT, [json.dumps(_as_json(outcomes, control), indent=2)], "the report")
     console.print(_where(folder, curve))
 
 
@@ -106,8 +106,10 @@ def _short(p: Proportion) -> str:
     return f"{100 * p.mean:.0f} [{100 * p.low:.0f}, {100 * p.high:.0f}]"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+def controls(run: Path) -> dict[str, dict[str, Any]]:
+    """The run's control reports before and after training; empty for one that it lacks."""
+    files = {when: run / f"control_{when}.json" for when in ("before", "after")}
+    return {when: json.loads(file.read_text(encoding="utf-8")) if file.exists() else {} for when, file in files.items()}
 
 
 def _as_json(outcomes: list[RunOutcome], controls: dict[str, Any]) -> dict[str, Any]:

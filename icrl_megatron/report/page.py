@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from icrl_megatron.report.bands import band
-from icrl_megatron.report.final import outcome
+from icrl_megatron.report.final import controls, outcome
 from icrl_megatron.report.page_choice import PageSize, choose
 from icrl_megatron.report.page_curves import Measured, group_data, groups, times
 from icrl_megatron.report.page_episodes import Speller, agents, episode
@@ -115,7 +115,7 @@ def run_data(run: Path, measured: Measured, size: PageSize, runs: int = 1) -> di
         "evaluation_tokens": sum(row.get(EVALUATION_TOKENS, 0.0) for row in measured.rows),
         "times": times(measured),
         "table": _table(run, settings),
-        "control": {when: _read(run / f"control_{when}.json") for when in ("before", "after")},
+        "control": controls(run),
         "setup": _setup(settings),
         "w_max": calibration.w_max,
         "weight_name": "Shaping f(p), in w's place," if settings.algo.shaping_gamma > 0 else "Calibration weight",
@@ -155,11 +155,6 @@ def _setup(settings: Settings) -> dict[str, str]:
         "learning rate": f"{settings.optim.learning_rate:g}",
         "seed": str(settings.seed),
     }
-
-
-def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
 
 
 def _finite(value: Any) -> Any:

@@ -115,12 +115,7 @@ def _critique(
 ) -> dict[str, Any]:
     completion = critique.completion
     turns = [{"parts": _parts(completion, critique.text, (), speller, limit, tools), "observation": "", "lost": False}]
-    found: dict[str, Any] = {
-        "role": "critique",
-        "round": critique.round,
-        "turns": turns,
-        "generated": len(completion.ids),
-    }
+    found = {"role": "critique", "round": critique.round, "turns": turns, "generated": len(completion.ids)}
     return found | _earned(credited)
 
 
@@ -159,8 +154,4 @@ def _grouped(tokens: list[list[Any]], tools: Collection[str]) -> list[dict[str, 
 
 
 def _earned(credited: Credited | None) -> dict[str, Any]:
-    return (
-        {"reward": credited.reward, "advantage": credited.advantage}
-        if credited
-        else {"reward": None, "advantage": None}
-    )
+    return {name: getattr(credited, name) if credited else None for name in ("reward", "advantage")}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,15 +24,24 @@ if TYPE_CHECKING:
 COLOURS = ("#d1495b", "#30638e", "#edae49", "#00798c", "#7d5ba6", "#6b705c")
 
 
+@contextmanager
+def drawing(path: Path, width: float, height: float, font_size: int) -> Iterator[Figure]:
+    """A figure of this size in inches, which is written as a PNG when the block ends. Raises ConfigError on disk
+    errors."""
+    with mpl.rc_context({"font.size": font_size, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+        save_picture(figure, path)
+
+
 def learning_curve(runs: Sequence[tuple[str, Sequence[MetricsRow]]], path: str | Path, title: str = "") -> Path:
     """Draws critique-free success over generated tokens (left) and steps (right), one color per run, as a PNG.
 
     Thin lines are each step's training success, thick lines their running mean, circles held-out evaluations.
     `runs` are (label, rows of metrics.jsonl); rows may lack any of the metrics.
     """
-    with mpl.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(11, 4.4), layout="constrained")
-        FigureCanvasAgg(figure)
+    with drawing(Path(path), 11, 4.4, font_size=11) as figure:
         by_tokens, by_steps = figure.subplots(1, 2, sharey=True)
         for number, (label, rows) in enumerate(runs):
             colour = COLOURS[number % len(COLOURS)]
@@ -47,7 +57,6 @@ def learning_curve(runs: Sequence[tuple[str, Sequence[MetricsRow]]], path: str |
             figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)
         if title:
             figure.suptitle(title)
-        save_picture(figure, Path(path))
     return Path(path)
 
 
@@ -73,9 +82,7 @@ def arms_picture(curves: Mapping[str, Mapping[str, Sequence[Sequence[MetricsRow]
     """Draws held-out critique-free success over generated tokens: one panel per task, one color per arm, a thin line
     per seed, a thick one for their mean at common costs and a band for its 95 % interval over the seeds.
     `curves[task][arm]` holds the rows of each seed's metrics."""
-    with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(4.2 * len(curves), 4.2), layout="constrained")
-        FigureCanvasAgg(figure)
+    with drawing(Path(path), 4.2 * len(curves), 4.2, font_size=10) as figure:
         panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
         for axes, (task, arms) in zip(panels, curves.items(), strict=True):
             for number, (arm, seeds) in enumerate(arms.items()):
@@ -85,7 +92,6 @@ def arms_picture(curves: Mapping[str, Mapping[str, Sequence[Sequence[MetricsRow]
         panels[0].set_ylabel("held-out success without critique")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)
-        save_picture(figure, Path(path))
     return Path(path)
 
 

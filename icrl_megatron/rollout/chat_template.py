@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,7 +12,7 @@ from jinja2.ext import loopcontrols
 from transformers import PreTrainedTokenizerBase
 
 from icrl_megatron.settings.rollout_schema import RolloutSettings
-from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.errors import ConfigError, did_you_mean
 
 FIRST, REPLY, SECOND, THIRD = "firstmessage", "thereply", "secondmessage", "thirdmessage"
 SYSTEM = "systemmessage"
@@ -51,8 +50,7 @@ def template_arguments(tokenizer: PreTrainedTokenizerBase, settings: RolloutSett
     known = _variables(tokenizer.chat_template)
     for name in sorted(set(given) - known) if known else ():
         setting = f"rollout.thinking={settings.thinking}" if name == THINKING else f"rollout.chat_template_args.{name}"
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it uses {', '.join(sorted(known)) or 'none'}"
+        hint = did_you_mean(name, known, f"it uses {', '.join(sorted(known)) or 'none'}")
         raise ConfigError(
             f"{setting}: the chat template of {tokenizer.name_or_path!r} does not use {name}, so this has no effect; "
             f"{hint}"

@@ -167,11 +167,11 @@ class CheckedEnvironment:
         self._environment = self._caller.call("construction", lambda: factory(task), _environment)
         self.dialogue: Dialogue = self._caller.call("dialogue", lambda: self._environment, _dialogue)
         self.manual = self._caller.call("manual", lambda: getattr(self._environment, "manual", ""), self._whole)
-        """Of a `Described` environment; empty for any other one."""
+        """Empty for an environment without one."""
         self.max_turns = self._caller.call("max_turns", lambda: self._environment.max_turns, _turns)
 
     def limit_calls(self, most: int | None) -> None:
-        """Sets `rollout.max_calls` of a `Conversing` environment; others make no calls."""
+        """Sets `rollout.max_calls`; an environment without `limit_calls` makes no calls."""
         limit = getattr(self._environment, "limit_calls", None)
         if most is not None and limit is not None:
             self._caller.call("limit_calls", lambda: limit(most), lambda value: None)
@@ -205,7 +205,7 @@ class CheckedEnvironment:
         return self._caller.call("outcome", lambda: self._environment.outcome(), _reward)
 
     def measures(self) -> tuple[tuple[str, float], ...]:
-        """What a `Measuring` environment counted, sorted by name; nothing from any other environment."""
+        """What the environment counted, sorted by name; nothing from one without `measures`."""
         return self._caller.call("measures", lambda: getattr(self._environment, "measures", dict)(), _measures)
 
     def _text(self, value: object, name: str = "it") -> ClippedText:
@@ -264,7 +264,7 @@ MOST_OBSERVATIONS = 32
 
 
 def _dialogue(value: Any) -> Dialogue:
-    """The `dialogue` of a `Conversing` environment; the default for any other one."""
+    """The environment's `dialogue`; the default for one without it."""
     found = getattr(value, "dialogue", Dialogue())
     if not isinstance(found, Dialogue):
         raise WrongReturnError("its dialogue must be an icrl_megatron.agents.dialogue.Dialogue")

@@ -43,7 +43,7 @@ class Statement:
     system: str = ""
     """The problem's own system message; empty: none."""
     manual: str = ""
-    """As in `tasks.base.Described`."""
+    """As in `tasks.base.Environment`."""
 
 
 def require_fits(task: Task, role: Role, length: int, settings: RolloutSettings) -> None:

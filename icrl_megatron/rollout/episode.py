@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from icrl_megatron.engines.protocol import EngineLostError, RequestFailedError
 from icrl_megatron.rollout.checked_environment import CheckedEnvironment, CheckedStep, ClippedText, LateFailure
@@ -32,6 +32,7 @@ from icrl_megatron.types import (
     Episode,
     Ids,
     Role,
+    StopReason,
     Task,
     Turn,
     UnplayedEpisode,
@@ -39,9 +40,6 @@ from icrl_megatron.types import (
 )
 
 T = TypeVar("T")
-StopReason = Literal["done", "max_turns", "repeated", "context", "length", "deadline"]
-
-
 Ended = Episode | DroppedEpisode | UnplayedEpisode
 
 

@@ -6,20 +6,11 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from icrl_megatron.engines.protocol import NeverSleeps
 from icrl_megatron.engines.rank import ONE_RANK, Share
 from icrl_megatron.rollout.played import Played, RolloutRequest, WithoutEngine, shared
 from icrl_megatron.telemetry.dumps import Rollouts
-from icrl_megatron.types import (
-    Attempt,
-    Completion,
-    Critique,
-    Episode,
-    Ids,
-    Task,
-    Turn,
-    id_array,
-    logprob_array,
-)
+from icrl_megatron.types import Attempt, Completion, Critique, Episode, Ids, Task, Turn, id_array, logprob_array
 
 
 @dataclass(frozen=True)
@@ -74,18 +65,9 @@ class FakeSource(WithoutEngine):
         return tuple(rng.randrange(self.vocabulary) for _ in range(count))
 
 
-class NoEngine:
+class NoEngine(NeverSleeps):
     """The engine of sources that generate nothing. It accepts weights, so that weight sync still runs."""
 
     def update_weights(self, tensors: Any, version: int) -> None:
         for _ in tensors:
             pass
-
-    def sleep(self) -> None:
-        """Nothing to release or restore."""
-
-    def wake_weights(self) -> None:
-        """Nothing to release or restore."""
-
-    def wake(self) -> None:
-        """Nothing to release or restore."""

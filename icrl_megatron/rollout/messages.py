@@ -119,8 +119,6 @@ class Updated:
 
 @dataclass(frozen=True)
 class JobResult:
-    """The result of a job."""
-
     value: Any
 
 

@@ -82,7 +82,7 @@ class PromptTemplates:
 
     def opening(self, opening: Opening, manual: str = "") -> Opening:
         """A problem as the solver first reads it: with the system message of these templates, if they have one.
-        `manual`: as in `tasks.base.Described`."""
+        `manual`: as in `tasks.base.Environment`."""
         if not self.has_system:
             return opening
         return Opening(opening.text, self.text(SYSTEM, manual=manual, system=opening.system))

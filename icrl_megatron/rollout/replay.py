@@ -80,13 +80,7 @@ def copied(logs: ReplayLogs) -> ReplayLogs:
 def to_lines(logs: ReplayLogs) -> list[str]:
     """One JSON object for each group; `from_lines` reads them."""
     return [
-        json.dumps(
-            {
-                "task": task,
-                "episodes": {i: log_fields(log) for i, log in group.items()},
-            },
-            default=as_json,
-        )
+        json.dumps({"task": task, "episodes": {i: log_fields(log) for i, log in group.items()}}, default=as_json)
         for task, group in logs.items()
     ]
 

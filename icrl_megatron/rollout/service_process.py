@@ -26,7 +26,7 @@ import torch
 
 from icrl_megatron.distributed.grid import Failure
 from icrl_megatron.engines.flat_buffer import FlatBuffer, Placed, Shapes, sizes
-from icrl_megatron.engines.protocol import EngineError
+from icrl_megatron.engines.protocol import EngineError, NeverSleeps
 from icrl_megatron.rollout.channel import Channel
 from icrl_megatron.rollout.messages import (
     FromService,
@@ -82,18 +82,12 @@ class SharedWeights:
         return self._flat.tensors(placed)
 
 
-class RolloutProcess:
+class RolloutProcess(NeverSleeps):
     """Starts and watches the process. Its messages wait until `take` returns them; nothing here waits for it without a
     limit."""
 
     def __init__(
-        self,
-        setup: Setup,
-        module: str,
-        shapes: Shapes,
-        dtype: torch.dtype,
-        hang_s: float,
-        log: Callable[[str], None],
+        self, setup: Setup, module: str, shapes: Shapes, dtype: torch.dtype, hang_s: float, log: Callable[[str], None]
     ) -> None:
         """`module` is run with the descriptors of its socket and of the weights. `shapes` has those of all tensors,
         which are sent as `dtype`. A process that says nothing for `hang_s` seconds is killed. Raises EngineError if
@@ -238,8 +232,6 @@ class RolloutProcess:
             self._log(f"the rollout process did not end within {_GRACE_S:g} s; it is killed")
         self.kill()
 
-    # As an `engines.protocol.WeightReceiver`: its engine never sleeps.
-
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Returns when the weights are in memory; the engine takes them soon. A process that is lost or has failed gets
         none. If the process has not taken the previous weights in time, `take` raises that on all ranks later: here the
@@ -269,15 +261,6 @@ class RolloutProcess:
                 self._failure = Failure.of(late)
                 return False
             time.sleep(_POLL_S)
-
-    def sleep(self) -> None:
-        """Does nothing."""
-
-    def wake_weights(self) -> None:
-        """Does nothing."""
-
-    def wake(self) -> None:
-        """Does nothing."""
 
 
 def _sum(one: Heartbeat, later: Heartbeat) -> Heartbeat:

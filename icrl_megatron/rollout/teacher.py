@@ -54,17 +54,12 @@ def teacher_speakers(
     """One teacher per episode, each with its own random generator. `task_set` finds a task set by name
     (`registry.get`). Each call of a teacher may take `timeout_s`.
 
-    The returned function raises ConfigError for a task set that has no teacher, and EnvironmentFailure if creating one
-    fails.
+    The returned function raises EnvironmentFailure if creating one fails.
     """
 
     def speakers_of(task: Task, index: int) -> Speakers:
         teachable = task_set(task.source)
-        if not isinstance(teachable, Teachable):
-            raise ConfigError(
-                f"Task set {task.source!r} has no teacher for the warm start: take it out of tasks.sources, or give it "
-                "teacher() and vocabulary()."
-            )
+        assert isinstance(teachable, Teachable)  # checked in run/teach_checks.py
         rng = random.Random(seeds.of(task.task_id, index, 0, "teacher", 0))
         caller = Caller(task, timeout_s)
         teacher = caller.call("teacher", lambda: teachable.teacher(task, rng), _teacher)

@@ -32,7 +32,7 @@ from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import Checked, TaskSet
 from icrl_megatron.tasks.datasets import check_no_leak
 from icrl_megatron.telemetry.dumps import Rollouts
-from icrl_megatron.types import Split, Task
+from icrl_megatron.types import SPLITS, Split, Task
 from icrl_megatron.utils.errors import ConfigError, own_entry
 
 
@@ -153,13 +153,12 @@ def _check_sources(settings: Settings) -> None:
 
 def _check_tasks(settings: Settings, before: Sequence[Settings]) -> None:
     problems: dict[Split, list[Task]] = {"train": [], "heldout": []}
-    splits: tuple[Split, Split] = ("train", "heldout")
     names: list[str] = []
     for i, source in enumerate(settings.tasks.sources):
         with own_entry(i):
             task_set = registry.of_source(source)
             _check_own_name(f"tasks.sources.{i}.name={source.name}", task_set, names)
-            for split in splits:
+            for split in SPLITS:
                 found = registry.problems(task_set, split)
                 problems[split] += found
                 if not found:

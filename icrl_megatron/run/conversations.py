@@ -22,6 +22,7 @@ from icrl_megatron.rollout.played import Played, RolloutRequest, WithoutEngine, 
 from icrl_megatron.rollout.prompts import Prompter, tokenizer
 from icrl_megatron.run import start
 from icrl_megatron.run.conversation_checks import fraction, tool_format
+from icrl_megatron.run.evaluator import Evaluator
 from icrl_megatron.run.parts import Delivered, Parts
 from icrl_megatron.run.problems import NAMED, ProblemShare
 from icrl_megatron.run.state import RunState
@@ -211,8 +212,8 @@ def dry_run(settings: Settings) -> str:
     return "\n".join(said)
 
 
-class HeldoutLoss:
-    """Measures the held-out loss (`run.evaluator.Evaluator`), ends the run when it stops falling, and chooses the step
+class HeldoutLoss(Evaluator):
+    """Measures the held-out loss, ends the run when it stops falling, and chooses the step
     that is exported. All ranks call each method."""
 
     def __init__(self, parts: Parts, state: RunState, heldout: Delivered, log: Callable[[str], None]) -> None:
@@ -247,9 +248,6 @@ class HeldoutLoss:
                 f"the export has the weights of step {best} of {self._state.step}, with the lowest held-out loss "
                 f"({lowest:.4f}){rose}"
             )
-
-    def control(self, when: str) -> None:
-        """Does nothing."""
 
     def _judge(self) -> None:
         """Decides after each measurement whether the run ends, and which step is the best so far."""

@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from icrl_megatron.rollout.played import RolloutRequest, require_playable
 from icrl_megatron.run.control import ControlState, control
@@ -20,42 +20,26 @@ from icrl_megatron.utils.files import write_atomically
 from icrl_megatron.utils.progress import Progress
 
 
-class Evaluator(Protocol):
-    """The loop's interface to evaluation; `NoEvaluator` is for runs without held-out problems."""
+class Evaluator:
+    """The loop's interface to evaluation. This one is for runs without held-out problems."""
 
     def due(self) -> bool:
         """Whether to evaluate after the current step, before its metrics are written."""
-        ...
+        return False
 
     def heldout(self) -> MetricsRow:
         """Success on held-out problems with the current weights: critique-free, and by round if `eval.rounds` > 1."""
-        ...
+        return {}
 
     def alone(self) -> None:
         """Evaluates outside a step, before the first or after the last one, and writes a separate row, unless an
         earlier process of the run has done so."""
-        ...
 
     def control(self, when: str) -> None:
         """Writes control_<when>.json: whether second attempts succeed because of the critique."""
-        ...
 
 
-class NoEvaluator:
-    def due(self) -> bool:
-        return False
-
-    def heldout(self) -> MetricsRow:
-        return {}
-
-    def alone(self) -> None:
-        """Does nothing."""
-
-    def control(self, when: str) -> None:
-        """Does nothing."""
-
-
-class HeldoutEvaluator:
+class HeldoutEvaluator(Evaluator):
     """Plays held-out problems on the run's own engines. All ranks call each method."""
 
     def __init__(self, parts: Parts, state: RunState, problems: Problems, progress: Progress) -> None:

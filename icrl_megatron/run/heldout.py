@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections import Counter
@@ -25,8 +24,8 @@ from icrl_megatron.tasks.datasets import (
     recognized,
     subset_of,
 )
-from icrl_megatron.types import Split, Task
-from icrl_megatron.utils.errors import ConfigError, own_entry
+from icrl_megatron.types import SPLITS, Split, Task
+from icrl_megatron.utils.errors import ConfigError, did_you_mean, own_entry
 
 TEST = "test"
 """All held-out problems."""
@@ -62,7 +61,8 @@ def problems(
         chosen = heldout if TEST in on else [task for task in heldout if _names(subset_of(task)) & set(on)]
         found += chosen[:limit]
     for name in set(on) - known - {TEST}:
-        raise _unknown(name, known)
+        hint = did_you_mean(name, known, f"there are {', '.join(sorted(known))}")
+        raise ConfigError(f"--on {name}: no such subset of the held-out problems; {hint} ({TEST}: all of them)")
     return found
 
 
@@ -123,8 +123,7 @@ def check_rows(trained: TaskSource, tested: TaskSource) -> None:
 def _rows(source: TaskSource, split: Split) -> Iterable[DataRow]:
     data = _row_data(source)
     if data is not None:
-        names = data.train if split == "train" else data.heldout
-        for name in names:
+        for name in data.of(split):
             if _has_rows(Path(name)):
                 yield from read_rows(name, data, split)
 
@@ -140,8 +139,7 @@ def say_columns(index: int, source: TaskSource) -> None:
     data = _row_data(source)
     if data is None or "RANK" in os.environ:
         return
-    splits: tuple[Split, Split] = ("train", "heldout")
-    for split in splits:
+    for split in SPLITS:
         prefix = "heldout_" if split == "heldout" else ""
         for line in recognized(split, data):
             option = f"tasks.sources.{index}.data.{prefix}"
@@ -156,9 +154,3 @@ def _has_rows(path: Path) -> bool:
 def _names(subset: str) -> set[str]:
     """Names of a subset: its full name, e.g. math/aime24, and its last part."""
     return {subset, subset.rsplit("/", 1)[-1]}
-
-
-def _unknown(name: str, known: set[str]) -> ConfigError:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
-    return ConfigError(f"--on {name}: no such subset of the held-out problems; {hint} ({TEST}: all of them)")

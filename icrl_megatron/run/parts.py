@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from icrl_megatron.actor.actor import Actor
 from icrl_megatron.algo.credit import CreditReport
@@ -15,6 +14,7 @@ from icrl_megatron.data.packing import Prompt, SampleLayout, lay_out, pack
 from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.distributed.grid import Grid
 from icrl_megatron.distributed.platform import sequence_multiple, token_multiple
+from icrl_megatron.engines.sync import WeightSync
 from icrl_megatron.model.flops import SampleFlops
 from icrl_megatron.rollout.played import EpisodeSource, Played
 from icrl_megatron.rollout.speakers import Seeds
@@ -23,23 +23,8 @@ from icrl_megatron.settings.schema import Settings
 from icrl_megatron.types import Sample, SampleTokens, StepPlan, StepStats
 
 
-class Weights(Protocol):
-    """Sends the actor's weights to the engines: `engines.sync.WeightSync`, or `NoEngines`."""
-
-    version: int
-    memory_gib: dict[str, float]
-
-    def sleep(self) -> None:
-        """The engines release their memory for the actor until the next push."""
-        ...
-
-    def push(self) -> int:
-        """Sends the current weights, wakes the engines and returns the new version."""
-        ...
-
-
 class NoEngines:
-    """For supervised training, which has no engines."""
+    """In place of a `WeightSync`, for supervised training, which has no engines."""
 
     def __init__(self) -> None:
         self.version = 0
@@ -73,7 +58,7 @@ class Parts:
     settings: Settings
     grid: Grid
     actor: Actor
-    sync: Weights
+    sync: WeightSync | NoEngines
     source: EpisodeSource
     sampler: TaskSampler
     credit: Callable[[Sequence[EpisodeHeader]], CreditReport]

@@ -24,7 +24,7 @@ from icrl_megatron.settings.loading import model_folder
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.base import EnvironmentFailure, Opening, Readable, sendable
-from icrl_megatron.types import Split, Task
+from icrl_megatron.types import SPLITS, Split, Task
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.progress import Progress
 
@@ -73,14 +73,10 @@ def read(settings: Settings, catalogue: registry.Catalogue) -> Problems:
 
     Raises ConfigError if a source has none.
     """
-    splits: tuple[Split, Split] = ("train", "heldout")
-    found: dict[Split, dict[str, list[Task]]] = {
-        split: {s.name: catalogue.problems(s.name, split) for s in settings.tasks.sources} for split in splits
-    }
-    for split, by_source in found.items():
-        _require_some(by_source, split)
-    limited = {name: tasks[: settings.tasks.limit] for name, tasks in found["train"].items()}
-    return Problems(limited, found["heldout"])
+    train, heldout = ({s.name: catalogue.problems(s.name, split) for s in settings.tasks.sources} for split in SPLITS)
+    _require_some(train, "train")
+    _require_some(heldout, "heldout")
+    return Problems({name: tasks[: settings.tasks.limit] for name, tasks in train.items()}, heldout)
 
 
 def fitting(
@@ -112,11 +108,7 @@ def fitting(
 
 
 def examine(
-    tasks: Sequence[Task],
-    settings: Settings,
-    catalogue: registry.Catalogue,
-    prompter: Prompter,
-    share: ProblemShare,
+    tasks: Sequence[Task], settings: Settings, catalogue: registry.Catalogue, prompter: Prompter, share: ProblemShare
 ) -> list[TooLong]:
     """The tasks with a prompt that does not fit, in their order."""
     revised = max(settings.rollout.rounds, settings.eval.rounds) > 1 or settings.eval.control_problems > 0
@@ -208,12 +200,7 @@ def require_enough(found: Problems, settings: Settings) -> None:
 
 
 def chosen(
-    settings: Settings,
-    catalogue: registry.Catalogue,
-    prompter: Prompter,
-    folder: Path,
-    grid: Grid,
-    progress: Progress,
+    settings: Settings, catalogue: registry.Catalogue, prompter: Prompter, folder: Path, grid: Grid, progress: Progress
 ) -> Problems:
     """The problems of the run that fit the context of the model in `folder`; every rank examines its share. Raises
     ConfigError as `fitting` does."""

@@ -28,12 +28,7 @@ class Recorder:
     """Times the phases of a step and computes its metrics. All ranks call each method."""
 
     def __init__(
-        self,
-        state: RunState,
-        progress: Progress,
-        bar: Phase,
-        decode: Callable[[IdArray], str],
-        dropped: int = 0,
+        self, state: RunState, progress: Progress, bar: Phase, decode: Callable[[IdArray], str], dropped: int = 0
     ) -> None:
         """`decode` turns token ids into text; `dropped` counts problems that do not fit the context, or conversations
         that cannot be trained on."""

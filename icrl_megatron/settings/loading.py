@@ -7,7 +7,6 @@ setting, the value and what was expected. Imports no torch.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import re
 import types
@@ -27,7 +26,7 @@ from icrl_megatron.settings.task_options import SOURCES, no_option, options, sou
 from icrl_megatron.settings.task_schema import TaskSource
 from icrl_megatron.settings.values import describe, parse, parse_file, pasted
 from icrl_megatron.utils import user_code
-from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.errors import ConfigError, did_you_mean
 from icrl_megatron.utils.files import write_atomically
 from icrl_megatron.utils.user_code import is_own
 
@@ -67,8 +66,7 @@ def from_recipe(recipe: str) -> Settings:
     recipes = registry()
     if recipe in recipes:
         return recipes[recipe]()
-    near = difflib.get_close_matches(recipe, recipes, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(recipes)}"
+    hint = did_you_mean(recipe, recipes, f"there are {', '.join(recipes)}", cutoff=0.4, most=3)
     raise ConfigError(
         f"unknown recipe {recipe!r}: {hint} (`icrl recipes` lists them; your own: my_recipe.py:run or settings.yaml)"
     )

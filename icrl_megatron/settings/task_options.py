@@ -6,7 +6,6 @@ An entry has the options of its task set and no others; `task_sections.py` has t
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -33,7 +32,7 @@ from icrl_megatron.settings.task_sections import (
     TrainAndHeldout,
     VerifiersData,
 )
-from icrl_megatron.utils.errors import ConfigError
+from icrl_megatron.utils.errors import ConfigError, did_you_mean
 from icrl_megatron.utils.user_code import is_own
 
 
@@ -162,8 +161,8 @@ def no_option(setting: str, source: TaskSource) -> ConfigError:
     own = [name for name, _ in options(source) if name not in common]
     if own:
         return ConfigError(f"{setting}: task set {source.name!r} has no such option; it has {', '.join(own)}")
-    near = difflib.get_close_matches(source.name, [name for name in SOURCES if name != OWN], n=1)
-    remedy = f"did you mean {near[0]}?" if near else f"leave it out; {', '.join(SOURCES)} have options"
+    having = [name for name in SOURCES if name != OWN]
+    remedy = did_you_mean(source.name, having, f"leave it out; {', '.join(SOURCES)} have options")
     return ConfigError(f"{setting}: task set {source.name!r} has no options: {remedy}")
 
 

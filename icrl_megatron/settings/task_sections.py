@@ -31,6 +31,9 @@ class TrainAndHeldout:
     heldout: list[str] = field(default_factory=list)
     """The same for held-out problems, one subset per entry; none may also be a training problem."""
 
+    def of(self, split: str) -> list[str]:
+        return self.train if split == "train" else self.heldout
+
 
 @dataclass
 class Rows(TrainAndHeldout):

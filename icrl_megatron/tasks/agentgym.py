@@ -22,7 +22,7 @@ from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks import columns, published
 from icrl_megatron.tasks.agentgym_dialects import Dialect, ProtocolError, ServerReply
 from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure, StepResult, own_problem, sendable
-from icrl_megatron.tasks.datasets import id_range
+from icrl_megatron.tasks.datasets import given, id_range
 from icrl_megatron.tasks.manuals import MANUALS
 from icrl_megatron.tasks.servers import EnvironmentServer, Pool, Refused
 from icrl_megatron.types import Split, Task
@@ -40,6 +40,7 @@ class AgentGymSession:
         self._pool = pool
         self._env: int | str | None = None
         self._protocol = dialects.ENVIRONMENTS[name]
+        self._id_key = "env_id" if dialect == "B" else self._protocol.id_key
 
     async def create(self) -> None:
         body = {} if self.dialect == "B" else self._protocol.create_body
@@ -52,28 +53,24 @@ class AgentGymSession:
         self._env = made
 
     async def reset(self, task: int) -> ServerReply:
-        if self.dialect == "B":
-            body: dict[str, Any] = {"env_id": self._env, "task_id": task}
-            if self.name == "alfworld":
-                body["world_type"] = "Text"
-        else:
-            body = self._protocol.reset_body(self._env, task)
+        task_key = "task_id" if self.dialect == "B" else self._protocol.task_key
+        body = {self._id_key: self._env, task_key: task}
+        if self.name == "alfworld":
+            body["world_type"] = "Text"
         answer = await self._call("/reset", body)
         return dialects.reply_of(self.dialect, self.name, answer, "reset")
 
     async def step(self, action: str) -> ServerReply:
-        key = "env_id" if self.dialect == "B" else self._protocol.id_key
         # A step whose answer was lost may have been executed, so it is not sent again.
-        answer = await self._call("/step", {key: self._env, "action": action}, again=False)
+        answer = await self._call("/step", {self._id_key: self._env, "action": action}, again=False)
         return dialects.reply_of(self.dialect, self.name, answer, "step")
 
     async def close(self) -> None:
         """Best effort: upstream ALFWorld has no /close."""
         if self._env is None or (self.dialect == "A" and not self._protocol.closes):
             return
-        key = "env_id" if self.dialect == "B" else self._protocol.id_key
         with contextlib.suppress(EnvironmentFailure):
-            await self._pool.call(self.server, "POST", "/close", {key: self._env}, again=False)
+            await self._pool.call(self.server, "POST", "/close", {self._id_key: self._env}, again=False)
         self._env = None
 
     def forget(self) -> None:
@@ -186,19 +183,13 @@ class AgentGym:
         self.name, self._data, self._answer_bytes = source.name, source.data, answer_bytes
         self._pool: Pool | None = None
         self._dialects: dict[str, Dialect] = {}
-        self._closing: set[asyncio.Task[None]] = set()
 
     def problems(self, split: Split) -> Sequence[Task]:
         """Raises ConfigError if the settings name no task ids, or a file without any."""
-        given = self._data.train if split == "train" else self._data.heldout
-        if not given:
-            raise ConfigError(
-                f"task set {self.name!r} has no {split} ids: give a range of ids or a JSONL file with "
-                f"task_id, e.g. 'tasks.sources[...].data.{split}=[0:2420]'"
-            )
+        remedy = "give a range of ids or a JSONL file with task_id"
         return [
             Task(f"{self.name}/{split}{subset}/{i}", self.name, split, json.dumps({"task": i, "prompt": i}))
-            for name in given
+            for name in given(self.name, self._data, split, "ids", remedy, "0:2420")
             for subset, i in _ids(name)
         ]
 
@@ -250,10 +241,7 @@ class AgentGym:
     def release(self, session: AgentGymSession) -> None:
         session.server.episodes -= 1
         session.forget()
-        with contextlib.suppress(RuntimeError):  # no event loop is running; the server drops the environment itself
-            task = asyncio.get_running_loop().create_task(session.close())
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+        self.pool().close_soon(session.close)
 
 
 @contextlib.contextmanager
@@ -265,17 +253,17 @@ def _protocol_failures(session: OpenEnvironment) -> Iterator[None]:
         raise BadAnswer(f"{session.where}: {error}") from error
 
 
-def _ids(given: str) -> list[tuple[str, int]]:
+def _ids(entry: str) -> list[tuple[str, int]]:
     """("/<subset>" or "", task id) of every task of one entry of the settings. A subset is named by the file, and by a
     row's metadata.subset."""
-    if (found := id_range(given)) is not None:
+    if (found := id_range(entry)) is not None:
         return [("", i) for i in found]
-    path, tasks = Path(given), []
+    path, tasks = Path(entry), []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ConfigError(
-            f"{given}: neither a range of task ids like 0:2420 nor a file ({error.strerror}){published.hint(given)}"
+            f"{entry}: neither a range of task ids like 0:2420 nor a file ({error.strerror}){published.hint(entry)}"
         ) from error
     for number, line in enumerate(lines, start=1):
         try:

@@ -7,9 +7,11 @@ for all.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from icrl_megatron.agents.formats import last_tagged
 
 Json = Any
 Dialect = Literal["A", "B"]
@@ -40,7 +42,8 @@ class EnvironmentProtocol:
     """Body of POST /create; None: no body."""
     id_key: str
     """Name of the environment's id in later bodies."""
-    reset_body: Callable[[Json, int], dict[str, Json]]
+    task_key: str
+    """Name of the task's id in a body of POST /reset."""
     observation_key: str = "observation"
     reward_key: str = "reward"
     """The field of an answer to /step that holds the outcome so far."""
@@ -55,34 +58,18 @@ class EnvironmentProtocol:
     instruction: str = ""
 
 
-def _game(env: Json, task: int) -> dict[str, Json]:
-    return {"id": env, "game": task, "world_type": "Text"}
-
-
-def _session(env: Json, task: int) -> dict[str, Json]:
-    return {"env_idx": env, "session_id": task}
-
-
-def _item(env: Json, task: int) -> dict[str, Json]:
-    return {"env_idx": env, "id": task}
-
-
-def _data(env: Json, task: int) -> dict[str, Json]:
-    return {"id": env, "data_idx": task}
-
-
 FORMAT = "Think first, then give one action a turn, in exactly this form: <action>your action</action>"
 ENVIRONMENTS: Mapping[str, EnvironmentProtocol] = {
     e.name: e
     for e in (
         EnvironmentProtocol(
-            "alfworld", None, "id", _game, closes=False, instruction=f"You act in a household. {FORMAT}"
+            "alfworld", None, "id", "game", closes=False, instruction=f"You act in a household. {FORMAT}"
         ),
         EnvironmentProtocol(
             "webshop",
             None,
             "env_idx",
-            _session,
+            "session_id",
             observation_key="state",
             instruction=f"You shop on a web site with search[words] and click[element]. {FORMAT}",
         ),
@@ -91,20 +78,22 @@ ENVIRONMENTS: Mapping[str, EnvironmentProtocol] = {
             "sciworld",
             None,
             "id",
-            _data,
+            "data_idx",
             reward_key="score",
             scale=100.0,
             least=-100.0,
             instruction=f"You work in a laboratory. {FORMAT}",
         ),
         # The reward of a solved level is 1 minus a share of the steps it took, never 1 itself.
-        EnvironmentProtocol("babyai", None, "id", _data, success_at=1e-6, instruction=f"You move on a grid. {FORMAT}"),
-        EnvironmentProtocol("textcraft", {}, "id", _data, instruction=f"You craft items from recipes. {FORMAT}"),
+        EnvironmentProtocol(
+            "babyai", None, "id", "data_idx", success_at=1e-6, instruction=f"You move on a grid. {FORMAT}"
+        ),
+        EnvironmentProtocol("textcraft", {}, "id", "data_idx", instruction=f"You craft items from recipes. {FORMAT}"),
         EnvironmentProtocol(
             "searchqa",
             {"id": 0},
             "env_idx",
-            _item,
+            "id",
             instruction="Search with <search>words</search>; when you know, reply <answer>the answer</answer>.",
         ),
     )
@@ -131,13 +120,6 @@ def action_of(name: str, reply: str) -> str | None:
         return None
     (_, text), tag = max(tagged)
     return f"<{tag}>{text.strip()}</{tag}>"
-
-
-def last_tagged(text: str, tag: str) -> tuple[int, str] | None:
-    """(end, content) of the last complete <tag>...</tag>, found in one pass, however many tags are open."""
-    end = text.rfind(f"</{tag}>")
-    start = text.rfind(f"<{tag}>", 0, max(end, 0))
-    return (end, text[start + len(tag) + 2 : end]) if start >= 0 else None
 
 
 def env_id(dialect: Dialect, name: str, answer: Json) -> Json:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from icrl_megatron.agents.cache import ToolCache
-from icrl_megatron.agents.dialogue import Dialogue
 from icrl_megatron.agents.formats import ToolFormat
 from icrl_megatron.agents.judge import Asker
 from icrl_megatron.agents.tools import ToolCall, ToolSpec
@@ -68,6 +67,16 @@ class Environment(Protocol):
     Infrastructure failures raise `EnvironmentFailure`: they cost the episode and never become a reward of 0. The same
     applies to any other exception of a method, a return value of another type, and a call that takes too long
     (`rollout/checked_environment.py`).
+
+    An environment may also have:
+
+    measures()          finite numbers by name, of the attempt so far. Their means are logged as task/<name>
+    manual              a text: what the environment is, and all actions in the form in which a reply must have them,
+                        for templates with a system message (`rollout.templates=paper`). The same for every problem of a
+                        task set. Other templates do not show it, so the problem must still say what is needed
+    dialogue            a `Dialogue`: how turns become tokens, for example because the model calls tools. The same for
+                        every problem of a task set, unless its environments declare their tools (`CallsTools`)
+    limit_calls(most)   sets `rollout.max_calls`, before the first reset
     """
 
     max_turns: int
@@ -94,34 +103,6 @@ class Environment(Protocol):
 
     def summary(self) -> str:
         """The outcome in words, for the critic's prompt only."""
-        ...
-
-
-class Measuring(Environment, Protocol):
-    """An environment that counts things during an attempt."""
-
-    def measures(self) -> Mapping[str, float]:
-        """Finite numbers by name, of the attempt so far. Their means are logged as task/<name>."""
-        ...
-
-
-class Described(Environment, Protocol):
-    """An environment that describes itself for prompt templates with a system message (`rollout.templates=paper`).
-    Others do not show it, so the problem must still say what is needed to solve it."""
-
-    manual: str
-    """What the environment is, and all actions in the form in which a reply must have them. The same for every problem
-    of a task set."""
-
-
-class Conversing(Environment, Protocol):
-    """An environment that says how its turns become tokens, for example because the model calls tools."""
-
-    dialogue: Dialogue
-    """The same for every problem of a task set, unless its environments declare their tools (`CallsTools`)."""
-
-    def limit_calls(self, most: int) -> None:
-        """Sets `rollout.max_calls`, before the first reset."""
         ...
 
 

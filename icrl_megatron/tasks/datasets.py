@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from icrl_megatron.settings.task_sections import Rows
+from icrl_megatron.settings.task_sections import Rows, TrainAndHeldout
 from icrl_megatron.tasks import columns, program_rows
 from icrl_megatron.tasks.base import Opening
 from icrl_megatron.tasks.dataset_files import files_of, rows_of, subset_names
@@ -30,8 +30,6 @@ REPEATED = "it repeats the prompt of an earlier row"
 
 @dataclass(frozen=True)
 class DataRow:
-    """One row of a file."""
-
     file: Path
     number: int
     """Line of a JSONL file, or row of another file; counted from 1."""
@@ -60,15 +58,20 @@ class DataRow:
         return f"{self.file}, line {self.number}"
 
 
+def given(name: str, data: TrainAndHeldout, split: Split, what: str, remedy: str, example: str) -> list[str]:
+    """The entries of `data.train` or `data.heldout`. Raises ConfigError if there are none. The message says `what` they
+    name, a `remedy` and an `example`."""
+    if not data.of(split):
+        raise ConfigError(
+            f"task set {name!r} has no {split} {what}: {remedy}, e.g. 'tasks.sources[...].data.{split}=[{example}]'"
+        )
+    return data.of(split)
+
+
 def read_tasks(name: str, split: Split, data: Rows, problem: Callable[[DataRow], str]) -> list[Task]:
     """The tasks of one split, in the order of the files. `problem` turns a row into `Task.problem`, and raises
     ConfigError on an invalid row. Raises ConfigError if the settings name no file for the split."""
-    names = data.train if split == "train" else data.heldout
-    if not names:
-        raise ConfigError(
-            f"task set {name!r} has no {split} rows: name a JSONL or Parquet file or a folder of a "
-            f"Hugging Face dataset, e.g. 'tasks.sources[...].data.{split}=[FILE]'"
-        )
+    given(name, data, split, "rows", "name a JSONL or Parquet file or a folder of a Hugging Face dataset", "FILE")
     tasks: list[Task] = []
     first: dict[str, str] = {}
     repeated: list[str] = []
@@ -99,13 +102,9 @@ def row_hash(task: Task) -> str:
 def _placed(split: Split, data: Rows) -> Iterator[tuple[str, DataRow]]:
     """(task id without the name of the task set, row) of one split, in the order of the files."""
     counts: Counter[str] = Counter()
-    for row in _read(split, data, _names(split, data)):
+    for row in _read(split, data, data.of(split)):
         yield f"{split}/{row.subset}/{counts[row.subset]}", row
         counts[row.subset] += 1
-
-
-def _names(split: Split, data: Rows) -> Sequence[str]:
-    return data.train if split == "train" else data.heldout
 
 
 def subset_of(task: Task) -> str:
@@ -113,17 +112,17 @@ def subset_of(task: Task) -> str:
     return task.task_id.rsplit("/", 1)[0].replace(f"/{task.split}", "", 1)
 
 
-def read_rows(given: str, data: Rows, split: Split = "train") -> Iterator[DataRow]:
+def read_rows(entry: str, data: Rows, split: Split = "train") -> Iterator[DataRow]:
     """Rows of one entry of the settings. Raises ConfigError on a missing, empty or unreadable file, a missing
     column, an empty prompt or label, and a row that cannot be asked, unless `data.unusable` drops it."""
-    return _read(split, data, [given])
+    return _read(split, data, [entry])
 
 
 def left_out(split: Split, data: Rows) -> Counter[str]:
     """Reason -> number of the rows that `data.unusable=drop` and `data.duplicates=drop` leave out."""
     why: Counter[str] = Counter()
     if (data.shape and data.unusable == "drop") or data.duplicates == "drop":
-        for _ in _read(split, data, _names(split, data), why):
+        for _ in _read(split, data, data.of(split), why):
             pass
     return why
 
@@ -131,8 +130,8 @@ def left_out(split: Split, data: Rows) -> Counter[str]:
 def recognized(split: Split, data: Rows) -> list[str]:
     """A line for each file whose columns were not set, and are not the defaults."""
     lines = []
-    for given in _names(split, data) if not data.shape else ():
-        for file in files_of(given, split=split) if id_range(given) is None else ():
+    for entry in data.of(split) if not data.shape else ():
+        for file in files_of(entry, split=split) if id_range(entry) is None else ():
             number, fields = next(rows_of(file), (0, {}))
             found = _recognized(fields, data, split, f"{file}, line {number}")
             if isinstance(found, str) or found.recognized:
@@ -149,9 +148,9 @@ def _read(split: Split, data: Rows, names: Sequence[str], dropped: Counter[str] 
             f"data.shape={data.shape}: leave them out"
         )
     seen: set[str] = set()
-    for given, subset in zip(names, subset_names(names), strict=True):
+    for entry, subset in zip(names, subset_names(names), strict=True):
         found = 0
-        for file in files_of(given, split=split):
+        for file in files_of(entry, split=split):
             for row in _rows_of_file(file, split, data, subset, dropped):
                 found += 1
                 if data.duplicates == "drop":
@@ -163,7 +162,7 @@ def _read(split: Split, data: Rows, names: Sequence[str], dropped: Counter[str] 
                     seen.add(key)
                 yield row
         if not found:
-            raise ConfigError(f"{given}: no rows in it; give a file with at least one problem")
+            raise ConfigError(f"{entry}: no rows in it; give a file with at least one problem")
 
 
 def _rows_of_file(file: Path, split: Split, data: Rows, subset: str, dropped: Counter[str] | None) -> Iterator[DataRow]:

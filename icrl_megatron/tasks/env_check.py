@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
 
 from rich.console import Console
 from rich.text import Text
@@ -15,16 +14,6 @@ from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure
 from icrl_megatron.tasks.servers import Pool, Refused
 from icrl_megatron.utils.console import PlainConsole, text
 from icrl_megatron.utils.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class ServerAnswer:
-    """What a server answered when it was tried as one kind of environment."""
-
-    kind: str
-    dialect: str
-    first: str
-    then: dialects.ServerReply
 
 
 def check(url: str, kind: str, task: int, timeout_s: float, console: Console | None = None) -> int:
@@ -40,10 +29,14 @@ def check(url: str, kind: str, task: int, timeout_s: float, console: Console | N
             dialect, first, then = asyncio.run(examine(name, url, task, timeout_s))
             # Dialect B has the same fields for all environments.
             known = name if kind or dialect == "A" else "an environment that does not say which it is"
-            _print(out, url, ServerAnswer(known, dialect, first, then), time.perf_counter() - begun)
-            return 0
         except EnvironmentFailure as error:
             tried[name] = str(error)
+            continue
+        out.print(Text.assemble(text(f"{url} is a server of "), (known, "bold"), f", dialect {dialect}"))
+        out.print(f"  first observation  {_cut(first)!r}")
+        out.print(f"  after one action   {_cut(then.observation)!r}")
+        out.print(f"  reward {then.reward:g}, done {then.done}, {time.perf_counter() - begun:.2f} s in all")
+        return 0
     listed = "\n  ".join(f"{name}: {error}" for name, error in tried.items())
     raise ConfigError(f"{url} answers, but not as {kind or 'any environment that is known'}:\n  {listed}")
 
@@ -61,13 +54,6 @@ def _require_up(url: str, timeout_s: float) -> None:
         asyncio.run(ask())
     except EnvironmentFailure as error:
         raise ConfigError(f"{error} Start it, or correct the address") from error
-
-
-def _print(out: Console, url: str, found: ServerAnswer, seconds: float) -> None:
-    out.print(Text.assemble(text(f"{url} is a server of "), (found.kind, "bold"), f", dialect {found.dialect}"))
-    out.print(f"  first observation  {_cut(found.first)!r}")
-    out.print(f"  after one action   {_cut(found.then.observation)!r}")
-    out.print(f"  reward {found.then.reward:g}, done {found.then.done}, {seconds:.2f} s in all")
 
 
 def _cut(text: str) -> str:

@@ -23,7 +23,7 @@ from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks.agentgym import AgentGym, AgentGymEnvironment
 from icrl_megatron.tasks.agentgym_dialects import ServerReply
 from icrl_megatron.tasks.base import EnvironmentFailure, TaskSet, own_problem
-from icrl_megatron.tasks.datasets import id_range
+from icrl_megatron.tasks.datasets import given, id_range
 from icrl_megatron.tasks.episode_process import EpisodeProcess
 from icrl_megatron.tasks.grader import Worker
 from icrl_megatron.types import Split, Task
@@ -70,13 +70,8 @@ class GameFolders:
     def problems(self, split: Split) -> Sequence[Task]:
         """Raises ConfigError if the folder does not exist or has no game that can be solved."""
         if split not in self._found:
-            given = self._data.train if split == "train" else self._data.heldout
-            if not given:
-                raise ConfigError(
-                    f"task set {self.name!r} has no {split} games: name folders of games, "
-                    f"e.g. 'tasks.sources[...].data.{split}=[FOLDER]'"
-                )
-            self._found[split] = [task for name in given for task in self._games(split, Path(name))]
+            folders = given(self.name, self._data, split, "games", "name folders of games", "FOLDER")
+            self._found[split] = [task for name in folders for task in self._games(split, Path(name))]
         return self._found[split]
 
     def environment(self, task: Task) -> AgentGymEnvironment:
@@ -137,8 +132,8 @@ class GameFolders:
 
 def ALFWorld(source: ALFWorldSource, answer_bytes: int = RolloutSettings.max_observation_bytes) -> TaskSet:
     """The task set of a source: ids are games of AgentGym's server, folders are played locally."""
-    given = (*source.data.train, *source.data.heldout)
-    folders = [name for name in given if id_range(name) is None and Path(name).is_dir()]
+    entries = (*source.data.train, *source.data.heldout)
+    folders = [name for name in entries if id_range(name) is None and Path(name).is_dir()]
     if folders and (source.data.servers or source.served):
         raise ConfigError(
             f"task set {source.name!r}: {folders[0]} is a folder of games, which are played here, and data.servers or "

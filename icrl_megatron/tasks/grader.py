@@ -38,11 +38,7 @@ class Worker:
         whole command, in place of a module."""
         run = command or (sys.executable, "-m", module, *arguments)
         self._process = subprocess.Popen(
-            run,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
+            run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
         )
         self._rest, self._line_bytes = b"", line_bytes
         try:
@@ -99,8 +95,31 @@ def _answer(line: bytes) -> dict[str, Any]:
     return found
 
 
-class Grader:
-    """Grades for many coroutines at once, on `workers` processes that are started when first needed.
+class WorkerPool:
+    """Processes that are started when first needed, and a thread for each to wait for its answers."""
+
+    def __init__(self, workers: int, name: str) -> None:
+        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix=name)
+
+    def close(self) -> None:
+        """Ends the processes; the pool must not be used afterwards."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        while not self._idle.empty():
+            self._idle.get_nowait().close()
+
+    def _worker(self) -> Worker:
+        try:
+            return self._idle.get_nowait()
+        except queue.Empty:
+            return self._started()
+
+    def _started(self) -> Worker:
+        return Worker()
+
+
+class Grader(WorkerPool):
+    """Grades for many coroutines at once, on `workers` processes.
 
     If a process hangs or dies on an answer, the answer is tried once more on a new process, in case the machine caused
     it; if that fails too, the answer is wrong and counted in `killed`. If processes do not start, EnvironmentFailure is
@@ -108,9 +127,8 @@ class Grader:
     """
 
     def __init__(self, workers: int, timeout_s: float, tolerance: float = 0.0) -> None:
+        super().__init__(workers, "grader")
         self._timeout_s, self._tolerance = timeout_s, tolerance
-        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="grader")
         self._lock = threading.Lock()
         self.killed = 0
         """Answers on which both processes hung or died."""
@@ -131,12 +149,6 @@ class Grader:
         hard = [label for label in dict.fromkeys(labels) if not is_number(label)]
         return [label for label, ok in zip(hard, self.readable(hard), strict=True) if not ok]
 
-    def close(self) -> None:
-        """Ends the processes; the grader must not be used afterwards."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        while not self._idle.empty():
-            self._idle.get_nowait().close()
-
     def _run(self, job: dict[str, Any]) -> bool:
         for _ in range(2):
             worker = self._worker()
@@ -149,9 +161,3 @@ class Grader:
         with self._lock:
             self.killed += 1
         return False
-
-    def _worker(self) -> Worker:
-        try:
-            return self._idle.get_nowait()
-        except queue.Empty:
-            return Worker()

@@ -1,4 +1,4 @@
-"""The manuals (`base.Described`) of AgentGym's environments: what each is, and all its actions.
+"""The manuals (`base.Environment`) of AgentGym's environments: what each is, and all its actions.
 
 Capital words stand for what the model puts there.
 """

@@ -15,11 +15,11 @@ from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.settings.task_options import MathSource, check_unused
 from icrl_megatron.settings.task_sections import ToolData
 from icrl_megatron.tasks.answers import last_box
-from icrl_megatron.tasks.datasets import DataRow, read_tasks
+from icrl_megatron.tasks.datasets import read_tasks
 from icrl_megatron.tasks.grader import Grader
 from icrl_megatron.tasks.single_turn import AnswerCheck, Form, Verdict, of_answer
 from icrl_megatron.tasks.tool_use import ToolTasks
-from icrl_megatron.types import Split, Task
+from icrl_megatron.types import SPLITS, Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
 INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
@@ -53,7 +53,7 @@ class Mathematics(ToolTasks):
         self.turns = source.answer_turns
 
     def load(self, split: Split) -> list[Task]:
-        return read_tasks(self.name, split, self.data, _problem)
+        return read_tasks(self.name, split, self.data, lambda row: row.problem(label=row.label))
 
     def question(self, problem: dict[str, Any]) -> tuple[str, AnswerCheck]:
         prompt, label = problem["prompt"], problem["label"]
@@ -69,8 +69,7 @@ class Mathematics(ToolTasks):
     def check(self) -> None:
         """Also raises ConfigError on a label that the grader cannot parse, because no answer could be right."""
         super().check()
-        splits: tuple[Split, Split] = ("train", "heldout")
-        tasks = [task for split in splits for task in self.problems(split)]
+        tasks = [task for split in SPLITS for task in self.problems(split)]
         labels = {str(json.loads(task.problem)["label"]): task for task in tasks}
         if bad := self.grader.unreadable(labels):
             task = labels[bad[0]]
@@ -82,7 +81,3 @@ class Mathematics(ToolTasks):
     @cached_property
     def grader(self) -> Grader:
         return Grader(self.data.grading_workers, self.data.grading_timeout_s, self.data.numeric_tolerance)
-
-
-def _problem(row: DataRow) -> str:
-    return row.problem(label=row.label)

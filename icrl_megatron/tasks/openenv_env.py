@@ -9,7 +9,6 @@ The schema of actions is the server's. `data.servers` names servers, or `serve.c
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -21,6 +20,7 @@ import aiohttp
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.settings.task_options import OpenEnvSource
 from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure, StepResult, own_problem, sendable, shown
+from icrl_megatron.tasks.datasets import given
 from icrl_megatron.tasks.openenv_actions import ActionForm, action_form, observation_text, reset_arguments
 from icrl_megatron.tasks.openenv_session import OpenEnvSession
 from icrl_megatron.tasks.package_environment import Rewarded, check_range
@@ -104,16 +104,10 @@ class OpenEnvTasks:
         self.name, self._source, self._answer_bytes = source.name, source, answer_bytes
         self._forms: dict[str, ActionForm] = {}
         self._connections = connections.Connections(1)
-        self._closing: set[asyncio.Task[None]] = set()
 
     def problems(self, split: Split) -> Sequence[Task]:
         """Raises ConfigError if the settings name no problems, or a file without any."""
-        given = self._source.data.train if split == "train" else self._source.data.heldout
-        if not given:
-            raise ConfigError(
-                f"task set {self.name!r} has no {split} problems: give a range of seeds or a JSONL file of arguments "
-                f"of reset, e.g. 'tasks.sources[...].data.{split}=[0:900]'"
-            )
+        remedy = "give a range of seeds or a JSONL file of arguments of reset"
         return [
             Task(
                 f"{self.name}/{split}/{Path(text).stem}/{i}",
@@ -121,7 +115,7 @@ class OpenEnvTasks:
                 split,
                 json.dumps({"prompt": row, "reset": row}),
             )
-            for text in given
+            for text in given(self.name, self._source.data, split, "problems", remedy, "0:900")
             for i, row in enumerate(reset_arguments(text))
         ]
 
@@ -194,7 +188,4 @@ class OpenEnvTasks:
 
     def release(self, session: OpenEnvSession) -> None:
         session.server.episodes -= 1
-        with contextlib.suppress(RuntimeError):  # no event loop is running, and the connection has ended with its loop
-            task = asyncio.get_running_loop().create_task(session.close())
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+        self.pool.close_soon(session.close)

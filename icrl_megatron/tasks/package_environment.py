@@ -61,12 +61,12 @@ class Rewarded:
         return self._measures
 
 
-def check_range(name: str, scale: RewardRange) -> None:
+def check_range(name: str, scale: RewardRange, whose: str = "its") -> None:
     """Raises ConfigError if the range of rewards is empty."""
     if scale.low >= scale.high:
         raise ConfigError(
             f"task set {name!r}: reward.low={scale.low:g} is not below reward.high={scale.high:g}; give the range of "
-            "its rewards, e.g. reward.low=-1 reward.high=1"
+            f"{whose} rewards, e.g. reward.low=-1 reward.high=1"
         )
 
 

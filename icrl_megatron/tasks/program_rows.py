@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from icrl_megatron.tasks import row_shapes
-from icrl_megatron.tasks.row_shapes import Shaped, WrongRow
-
-Fields = Mapping[str, Any]
+from icrl_megatron.tasks.row_shapes import Fields, Shaped, WrongRow, begun, required
 
 
 def humaneval(row: Fields) -> Shaped:
@@ -22,8 +19,7 @@ def humaneval(row: Fields) -> Shaped:
 def mbpp(row: Fields) -> Shaped:
     """MBPP: text or prompt, test_list, test_setup_code or test_imports. The first test shows the function's name, as
     usual for this set."""
-    _require(row, "test_list")
-    tests = row["test_list"]
+    tests = required(row, "test_list")
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         raise WrongRow("column 'test_list' is not a list of asserts")
     imports = row.get("test_imports") or []
@@ -35,17 +31,14 @@ def mbpp(row: Fields) -> Shaped:
 
 def apps(row: Fields) -> Shaped:
     """APPS and TACO: question, starter_code, input_output (JSON text), difficulty."""
-    _require(row, "input_output")
-    tests = row["input_output"]
+    tests = required(row, "input_output")
     try:
         label = json.loads(tests) if isinstance(tests, str) else tests
     except (ValueError, RecursionError) as error:
         raise WrongRow(f"column 'input_output' is not JSON ({error})") from error
     if not isinstance(label, Mapping):
         raise WrongRow("column 'input_output' holds no object with inputs and outputs")
-    prompt, starter = _text(row, "question"), row.get("starter_code") or ""
-    if starter:
-        prompt += f"\n\nBegin with this code:\n```python\n{starter}\n```"
+    prompt = begun(_text(row, "question"), row.get("starter_code"))
     return Shaped(prompt, json.dumps(label, ensure_ascii=False), str(row.get("difficulty") or ""))
 
 
@@ -84,12 +77,7 @@ def recognized(row: Fields) -> str:
 
 
 def _text(row: Fields, column: str) -> str:
-    _require(row, column)
-    if not isinstance(row[column], str):
+    found = required(row, column)
+    if not isinstance(found, str):
         raise WrongRow(f"column {column!r} is not text")
-    return str(row[column])
-
-
-def _require(row: Fields, column: str) -> None:
-    if row.get(column) is None:
-        raise WrongRow(f"no column {column!r}, there are {', '.join(row) or 'none'}")
+    return found

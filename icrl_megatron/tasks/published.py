@@ -74,8 +74,6 @@ class Source:
 
 @dataclass(frozen=True)
 class Published:
-    """One set."""
-
     about: str
     task: str
     """Task set."""

@@ -12,9 +12,9 @@ import json
 from functools import cached_property
 from typing import Any
 
+from icrl_megatron.agents.formats import last_tagged
 from icrl_megatron.settings.task_sections import FamilyData
-from icrl_megatron.tasks.agentgym_dialects import last_tagged
-from icrl_megatron.tasks.datasets import content_hash
+from icrl_megatron.tasks.datasets import content_hash, given
 from icrl_megatron.tasks.grader import Grader
 from icrl_megatron.tasks.single_turn import AnswerCheck, Form, SingleTurnTasks, Verdict, of_answer
 from icrl_megatron.types import Split, Task
@@ -56,14 +56,8 @@ class ReasoningGym(SingleTurnTasks):
         return Grader(self.data.grading_workers, self.data.grading_timeout_s)
 
     def _generate(self, split: Split, seen: set[str]) -> list[Task]:
-        given = self.data.train if split == "train" else self.data.heldout
-        if not given:
-            raise ConfigError(
-                f"task set {self.name!r} has no {split} families: name some, e.g. "
-                f"'tasks.sources[...].data.{split}=[chain_sum:1000:1]'"
-            )
         tasks: list[Task] = []
-        for text in given:
+        for text in given(self.name, self.data, split, "families", "name some", "chain_sum:1000:1"):
             spec = parse(text)
             found = dataset(spec["family"], spec["count"], spec["seed"], spec["level"])
             for index in range(spec["count"]):

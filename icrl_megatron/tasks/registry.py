@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 
@@ -19,7 +18,7 @@ from icrl_megatron.tasks.household import Household
 from icrl_megatron.tasks.rulebook import Rulebook
 from icrl_megatron.tasks.user_tasks import of_own
 from icrl_megatron.types import Split, Task
-from icrl_megatron.utils.errors import ConfigError, own_entry
+from icrl_megatron.utils.errors import ConfigError, did_you_mean, own_entry
 from icrl_megatron.utils.user_code import is_own
 
 _TASK_SETS: dict[str, Callable[[], TaskSet]] = {
@@ -77,8 +76,7 @@ def of_source(source: TaskSource, answer_bytes: int = RolloutSettings.max_observ
         limits = (answer_bytes,) if isinstance(source, ServedSource | VerifiersSource) else ()
         task_set: TaskSet = getattr(importlib.import_module(module), made)(source, *limits)
         return task_set
-    near = difflib.get_close_matches(source.name, known, n=1, cutoff=0.4)
-    remedy = f"did you mean {near[0]}?" if near else f"the names are {', '.join(known)}"
+    remedy = did_you_mean(source.name, known, f"the names are {', '.join(known)}", cutoff=0.4)
     raise ConfigError(f"unknown task set {source.name!r}: {remedy}")
 
 

@@ -15,7 +15,6 @@ from icrl_megatron.utils.user_code import raised_at
 SCORES = ("score", "reward")
 """Keys of a returned dict that contain the reward; its other numbers are measures."""
 _TRL = "completions"
-_RESERVED = ("prompt", "response", "label")
 
 
 class WrongReward(ValueError):

@@ -84,9 +84,7 @@ def livecodebench(row: Fields) -> Shaped:
 
     Tests of a function become asserts about a method of `Solution`, whose arguments are lines of JSON."""
     tests = _tests(row, "public_test_cases") + _tests(row, "private_test_cases")
-    prompt, starter = _text(row, "question_content"), row.get("starter_code") or ""
-    if starter:
-        prompt += f"\n\nBegin with this code:\n```python\n{starter}\n```"
+    prompt = begun(_text(row, "question_content"), row.get("starter_code"))
     try:
         if not any(test["testtype"] == "functional" for test in tests):
             label: list[Any] = [{"input": test["input"], "output": test["output"]} for test in tests]
@@ -102,10 +100,20 @@ def livecodebench(row: Fields) -> Shaped:
     return Shaped(prompt, json.dumps(label, ensure_ascii=False), str(row.get("difficulty") or ""))
 
 
-def _text(row: Fields, column: str) -> str:
+def required(row: Fields, column: str) -> Any:
+    """The value in a column. Raises WrongRow if the row lacks it."""
     if row.get(column) is None:
         raise WrongRow(f"no column {column!r}, there are {', '.join(row) or 'none'}")
-    return str(row[column])
+    return row[column]
+
+
+def begun(prompt: str, starter: str | None) -> str:
+    """A problem whose solution begins with `starter`, if there is one."""
+    return f"{prompt}\n\nBegin with this code:\n```python\n{starter}\n```" if starter else prompt
+
+
+def _text(row: Fields, column: str) -> str:
+    return str(required(row, column))
 
 
 def _assert(name: str, arguments: str, expected: str) -> str:

@@ -5,9 +5,11 @@ It does not know the requests. Every error ends in EnvironmentFailure, never in 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +83,16 @@ class Pool:
         self.servers = [EnvironmentServer(url.rstrip("/")) for url in dict.fromkeys(urls)]
         self._timeout_s, self._answer_bytes = timeout_s, answer_bytes
         self._connections = connections.Connections(CONNECTIONS)
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def close_soon(self, close: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Calls `close` without waiting for it. Without a running event loop it does nothing: connections have ended
+        with their loop, and a server drops what nobody uses."""
+        with contextlib.suppress(RuntimeError):
+            loop = asyncio.get_running_loop()
+            task = loop.create_task(close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
 
     def choose(self) -> EnvironmentServer:
         """The server with the fewest episodes, of those that are not paused. Raises EnvironmentFailure if all are."""

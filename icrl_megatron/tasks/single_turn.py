@@ -36,7 +36,7 @@ class Form:
     missing: str
     """The summary of an attempt without an answer."""
     manual: str = ""
-    """As in `tasks.base.Described`."""
+    """As in `tasks.base.Environment`."""
 
 
 AnswerCheck = Callable[[str], Awaitable[Verdict]]

@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import queue
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
@@ -21,29 +19,28 @@ from icrl_megatron.settings.task_options import OwnSource, check_unused
 from icrl_megatron.tasks.base import BadAnswer, Environment, EnvironmentFailure, Opening, StepResult, own_problem
 from icrl_megatron.tasks.columns import Columns, at_path
 from icrl_megatron.tasks.datasets import DataRow, read_tasks
-from icrl_megatron.tasks.grader import START_TIMEOUT_S, Worker
+from icrl_megatron.tasks.grader import START_TIMEOUT_S, Worker, WorkerPool
+from icrl_megatron.tasks.package_environment import check_range
 from icrl_megatron.tasks.reward_call import Reward, measure_of
 from icrl_megatron.tasks.reward_judge import RewardPrompt, ScoreJudge, check_judge, is_judge
 from icrl_megatron.tasks.reward_worker import IMPORT
-from icrl_megatron.types import Split, Task
+from icrl_megatron.types import SPLITS, Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
-Rewarder = Callable[[str], Reward]
 _SAMPLE = "This is a test reply, which the check before a run makes. The answer is 1."
 _SAME = 1e-9
 """A weighted mean of ones may miss 1 by rounding."""
 
 
-class RewardPool:
-    """Calls reward functions for many coroutines at once, on processes that are started when first needed."""
+class RewardPool(WorkerPool):
+    """Calls reward functions for many coroutines at once."""
 
     def __init__(self, source: OwnSource, rewards: Sequence[tuple[str, float]], several: bool) -> None:
         """`rewards`: (name, weight). `several`: whether there are other rewards, so that each is a measure."""
         reward = source.reward
+        super().__init__(reward.workers, "reward")
         self._argument = json.dumps({"rewards": rewards, "low": reward.low, "high": reward.high, "several": several})
         self._names, self._timeout_s = ", ".join(name for name, _ in rewards), reward.timeout_s
-        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        self._threads = ThreadPoolExecutor(reward.workers, thread_name_prefix="reward")
 
     async def reward(self, problem: Mapping[str, Any], response: str) -> Reward:
         """Raises as `reward_now`."""
@@ -53,12 +50,6 @@ class RewardPool:
         """The reward of a reply. Raises EnvironmentFailure if a function raises or takes too long, or its process dies;
         BadAnswer if a function returns something that is not a reward."""
         return self._threads.submit(self._run, problem, response).result()
-
-    def close(self) -> None:
-        """Ends the processes; the pool must not be used afterwards."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        while not self._idle.empty():
-            self._idle.get_nowait().close()
 
     def _run(self, problem: Mapping[str, Any], response: str) -> Reward:
         job = {name: value for name, value in problem.items() if name not in ("where", "system")}
@@ -70,13 +61,10 @@ class RewardPool:
             raise BadAnswer(verdict["wrong"])
         return Reward(verdict["reward"], verdict["measures"])
 
-    def _worker(self) -> Worker:
-        try:
-            return self._idle.get_nowait()
-        except queue.Empty:
-            worker = Worker("icrl_megatron.tasks.reward_worker", arguments=(self._argument,))
-            self._asked(worker, IMPORT, START_TIMEOUT_S, "the time to import them")
-            return worker
+    def _started(self) -> Worker:
+        worker = Worker("icrl_megatron.tasks.reward_worker", arguments=(self._argument,))
+        self._asked(worker, IMPORT, START_TIMEOUT_S, "the time to import them")
+        return worker
 
     def _asked(self, worker: Worker, job: dict[str, Any], wait_s: float, limit: str) -> dict[str, Any]:
         try:
@@ -207,11 +195,7 @@ class RewardTasks:
         if all(judges):
             unused = [f"reward.{name}" for name in ("low", "high", "workers", "timeout_s")]
             check_unused(source, unused, "with judges only, whose scale is judge.low to judge.high")
-        if source.reward.low >= source.reward.high:
-            raise ConfigError(
-                f"task set {source.name!r}: reward.low={source.reward.low:g} is not below reward.high="
-                f"{source.reward.high:g}; give the range of the function's rewards, e.g. reward.low=-1 reward.high=1"
-            )
+        check_range(source.name, source.reward, "the function's")
         self._source, self.name = source, source.name.rpartition(":")[2]
         self._problems: dict[Split, list[Task]] = {}
         self.tool_cache: ToolCache | None = None
@@ -234,9 +218,8 @@ class RewardTasks:
     def check(self) -> None:
         """Calls the functions on a reply to the first row of each split, and renders the prompts of judges with it.
         Raises ConfigError if one fails."""
-        splits: tuple[Split, Split] = ("train", "heldout")
         try:
-            for problem in [json.loads(self.problems(split)[0].problem) for split in splits]:
+            for problem in [json.loads(self.problems(split)[0].problem) for split in SPLITS]:
                 try:
                     self.rewards.check(problem, _SAMPLE)
                 except EnvironmentFailure as error:

@@ -26,7 +26,7 @@ from icrl_megatron.tasks.datasets import id_range
 from icrl_megatron.tasks.episode_process import EpisodeProcess
 from icrl_megatron.tasks.grader import START_TIMEOUT_S, Worker
 from icrl_megatron.tasks.package_environment import Rewarded, calls_of, check_range, offered
-from icrl_megatron.types import Split, Task
+from icrl_megatron.types import SPLITS, Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
 ROWS = 10_000
@@ -126,8 +126,7 @@ class VerifiersTasks:
 
     def check(self) -> None:
         """Resets the first row of each split. Raises ConfigError if the environment cannot."""
-        splits: tuple[Split, Split] = ("train", "heldout")
-        for task in [self.problems(split)[0] for split in splits if self.problems(split)]:
+        for task in [self.problems(split)[0] for split in SPLITS if self.problems(split)]:
             environment = VerifiersEnvironment(json.loads(task.problem), self._source, self._processes[0])
             try:
                 asyncio.run(environment.reset())
@@ -164,7 +163,7 @@ class VerifiersTasks:
         process = self._processes[0]
         if not self._rows:
             process.ask_now({"do": "rows", "split": split, "first": 0, "end": 0})
-        number, given = self._rows[split], data.train if split == "train" else data.heldout
+        number, given = self._rows[split], data.of(split)
         if not given and number is None:
             raise ConfigError(
                 f"data.{split}: {self._what} has rows without end; give a range, e.g. data.{split}=[0:1000]"

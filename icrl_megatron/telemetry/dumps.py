@@ -48,8 +48,6 @@ Credit = dict[str, Credited]
 
 @dataclass(frozen=True)
 class DumpRecord:
-    """One dumped episode."""
-
     episode: Episode
     prompt: str
     """Decoded prompt of the first attempt, as the engine saw it."""
@@ -122,7 +120,6 @@ def write_dump(
 
 
 def encoded(step: int, episode: Episode, credit: Credit, decode: Decode) -> bytes:
-    """The line of an episode."""
     fields = {"prompt": decode(episode.attempts[0].prompt_ids), "credit": credit, "episode": episode}
     # Dataclasses become objects of their fields, at any depth.
     return line_of(step, json.dumps(fields, default=_fields, ensure_ascii=False))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 OWN_ENTRY = "tasks.sources[...]"
@@ -19,6 +20,12 @@ class HopelessError(RuntimeError):
 
 class EnvironmentFailure(RuntimeError):
     """The infrastructure behind an environment failed, not the model: the episode is dropped and counted."""
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str, cutoff: float = 0.6, most: int = 1) -> str:
+    """A remedy for an unknown name: the nearest of the known ones (at most `most`), or `otherwise` if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=most, cutoff=cutoff)
+    return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -359,7 +360,7 @@ def _exchanged(one: Path, other: Path) -> bool:
 def _remove_stale(target: Path) -> None:
     """Removes temporary folders of this target whose process has ended, and restores an old result if that process was
     killed between two renames."""
-    for holder in target.parent.glob(f".{_escaped(target.name)}.*{_TEMPORARY}"):
+    for holder in target.parent.glob(f".{glob.escape(target.name)}.*{_TEMPORARY}"):
         with suppress(ConfigError, OSError):  # a live process has locked it, or another user owns it
             begun = {path.name for path in holder.iterdir()} - {_LOCK}
             if not begun and time.time() - holder.stat().st_mtime < _YOUNG_S:
@@ -377,7 +378,3 @@ def _remove(holder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
         (holder / _LOCK).unlink(missing_ok=True)
         holder.rmdir()
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -50,8 +50,6 @@ NOBODY = "65534"
 
 @dataclass(frozen=True)
 class SandboxLimits:
-    """Limits of one run."""
-
     cpu_s: float
     memory_bytes: int
 

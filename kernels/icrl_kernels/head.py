@@ -117,7 +117,11 @@ def score_head(
     """
     check_products(hidden_LH, weight_VH, targets_L, temperature, shard, chunking)
     check_targets(targets_L, shard)
-    chunks = chunks_of(hidden_LH, weight_VH, temperature, shard, chunking)
+    return scored(chunks_of(hidden_LH, weight_VH, temperature, shard, chunking), targets_L)
+
+
+def scored(chunks: Chunks, targets_L: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies, [L] each, chunk by chunk."""
     logprobs_L, entropy_L = (torch.empty_like(targets_L, dtype=chunks.dtype) for _ in range(2))
     for span in spans(targets_L.shape[0], chunks.tokens):
         chunks.score(span, targets_L[span], logprobs_L[span], entropy_L[span])

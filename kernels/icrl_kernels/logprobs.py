@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from icrl_kernels.checks import check_products, check_targets
 from icrl_kernels.chunking import Chunking, Chunks, Slopes, spans
-from icrl_kernels.head import MainGrad, chunks_of, gradients_of
+from icrl_kernels.head import MainGrad, chunks_of, gradients_of, scored
 from icrl_kernels.vocabulary import VocabShard
 
 
@@ -49,13 +49,10 @@ class _LogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_LH: Tensor, weight_VH: Tensor, targets_L: Tensor, chunks: Chunks, main_grad: MainGrad | None
     ) -> tuple[Tensor, Tensor]:
-        logprobs_L, entropy_L = (torch.empty_like(targets_L, dtype=chunks.dtype) for _ in range(2))
-        for span in spans(targets_L.shape[0], chunks.tokens):
-            chunks.score(span, targets_L[span], logprobs_L[span], entropy_L[span])
         ctx.save_for_backward(hidden_LH, weight_VH, targets_L)
         ctx.chunks, ctx.main_grad = chunks, main_grad
         ctx.set_materialize_grads(False)
-        return logprobs_L, entropy_L
+        return scored(chunks, targets_L)
 
     @staticmethod
     @once_differentiable

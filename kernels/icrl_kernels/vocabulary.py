@@ -38,12 +38,6 @@ class VocabShard:
         """The whole vocabulary on one rank."""
         return cls(0, vocabulary, vocabulary)
 
-    @classmethod
-    def of_rank(cls, vocabulary: int, columns: int, group: dist.ProcessGroup) -> VocabShard:
-        """This rank's shard of a vocabulary padded to `columns` (real or padding) on every rank of `group`."""
-        start = dist.get_rank(group) * columns
-        return cls(start, max(0, min(columns, vocabulary - start)), vocabulary, group)
-
     def ranks(self) -> int:
         return 1 if self.group is None else dist.get_world_size(self.group)
 

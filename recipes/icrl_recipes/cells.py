@@ -85,10 +85,6 @@ class Figure(Enum):
     RESCUED = "failed attempts whose revision succeeds, %"
     TOKENS = "tokens per critique"
 
-    @property
-    def percent(self) -> bool:
-        return self is not Figure.TOKENS
-
 
 @dataclass(frozen=True)
 class Reading:

@@ -27,12 +27,7 @@ def _tiny(name: str, *sources: str) -> Settings:
         model=ModelSettings(init=TinyModel()),
         tasks=TaskSettings(sources=[source_of(source) for source in sources]),
         warm_start=WarmStart(steps=300),
-        rollout=RolloutSettings(
-            max_turn_tokens=24,
-            max_critique_tokens=24,
-            context_tokens=512,
-            templates="compact",
-        ),
+        rollout=RolloutSettings(max_turn_tokens=24, max_critique_tokens=24, context_tokens=512, templates="compact"),
         algo=AlgoSettings(entropy_coef=0.03),
         actor=ActorSettings(precision="fp32", micro_batch_tokens=8192),
         optim=OptimSettings(learning_rate=6e-4, weight_decay=0.0),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -249,7 +250,7 @@ def test_files_of_others_are_left_alone(tmp_path: Path, content: bytes | dict, m
     runs = out.with_suffix(".runs.jsonl")
     if isinstance(content, dict):
         head = json.dumps({"icrl_distill": command.identity(settings(), plays_model=False)})
-        run = {**Run("a/1", 0, "q", (), True, {}).to_json(), **content}
+        run = {**asdict(Run("a/1", 0, "q", (), True, {})), **content}
         content = f"{head}\n{json.dumps({'task': '', **run})}\n".encode()
     runs.write_bytes(content)
     with pytest.raises(ConfigError, match=message):

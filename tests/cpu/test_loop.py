@@ -16,7 +16,7 @@ from whole_runs import Ended, batch, icrl, rows, train
 from icrl_megatron import loop
 from icrl_megatron.distributed.process import StopRequest
 from icrl_megatron.run import state as state_module
-from icrl_megatron.run.evaluator import NoEvaluator
+from icrl_megatron.run.evaluator import Evaluator
 from icrl_megatron.settings.arms import ARMS
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.telemetry.dumps import Rollouts
@@ -281,7 +281,7 @@ def test_on_resume_the_actor_releases_memory_before_the_engine_gets_weights(
     monkeypatch.setattr(state, "conclude", lambda: order.append("conclude"))
     quiet = Progress(console=Console(file=io.StringIO()))
     recorder = SimpleNamespace(progress=quiet)
-    assert loop.run(parts, state, recorder, NoEvaluator()) == 0  # type: ignore[arg-type]
+    assert loop.run(parts, state, recorder, Evaluator()) == 0  # type: ignore[arg-type]
     assert order == ["load", "release", "push after 3", "conclude"]
     assert (state.step, state.generated) == (3, 5)
 

@@ -15,7 +15,6 @@ from whole_samples import Whole, packed
 from icrl_megatron.model.flops import SampleFlops
 from icrl_megatron.settings.algo_schema import AlgoSettings, Calibration
 from icrl_megatron.types import MicroBatch, StepPlan
-from icrl_megatron.utils.errors import ConfigError
 
 
 @st.composite
@@ -226,5 +225,3 @@ def test_invalid_samples_are_rejected() -> None:
         packed([good, replace(good, advantage=2.0)], AlgoSettings(), micro_batch_tokens=8)
     with pytest.raises(ValueError, match="loss token"):
         packed([one("d", 2, (False,))], AlgoSettings(), micro_batch_tokens=8)
-    with pytest.raises(ConfigError, match="batch_mean"):
-        packed([good], AlgoSettings(loss_normalisation="batch_mean"), micro_batch_tokens=8)

@@ -97,15 +97,6 @@ def test_fp8_on_a_cpu_is_rejected(fp8: str) -> None:
         platform.fp8_config(ActorSettings(fp8=fp8))
 
 
-def test_unknown_fp8_recipe_and_fp32_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_gpu(monkeypatch, (9, 0))
-    assert platform.fp8_config(ActorSettings(fp8="off", precision="fp32")) == {}
-    with pytest.raises(ConfigError, match=r"actor\.fp8=mxfp4: expected off or one of"):
-        platform.fp8_config(ActorSettings(fp8="mxfp4"))
-    with pytest.raises(ConfigError, match=r"needs actor\.precision=bf16, got fp32"):
-        platform.fp8_config(ActorSettings(fp8="current", precision="fp32"))
-
-
 def test_missing_gpu_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"launch\.device=cuda: torch sees no GPU"):
         platform.prepare("cuda")

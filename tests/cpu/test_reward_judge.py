@@ -308,9 +308,6 @@ class Talks:
 
     wake_weights = wake = close = sleep
 
-    def health(self):
-        return "ok"
-
 
 class Kind(EngineKind):
     def build(self, request):

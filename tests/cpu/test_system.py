@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -21,7 +21,8 @@ from icrl_megatron.distill import roles, scripted
 from icrl_megatron.distill.events import Failed, Run
 from icrl_megatron.distill.linear import linear
 from icrl_megatron.distill.roles import Member, Unreadable
-from icrl_megatron.distill.system import System, SystemLimits
+from icrl_megatron.distill.system import System
+from icrl_megatron.settings.distill_schema import DistillSettings
 from icrl_megatron.settings.task_sections import Answers
 from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.tool_use import ToolEnvironment
@@ -91,7 +92,7 @@ def test_the_seed_and_nothing_else_decides() -> None:
 
 
 def test_a_run_comes_back_from_json(runs: list[Run]) -> None:
-    assert all(Run.of_json(json.loads(json.dumps(run.to_json()))) == run for run in runs[:20])
+    assert all(Run.of_json(json.loads(json.dumps(asdict(run)))) == run for run in runs[:20])
 
 
 def test_one_town_and_task_sets_without_a_team_or_tools() -> None:
@@ -129,7 +130,7 @@ def test_an_attempt_that_takes_too_long_has_failed() -> None:
 
     team = dict(scripted.team("archive"))
     team[roles.PLANNER] = replace(team[roles.PLANNER], agent=Asleep())
-    system = System(team, archive().environment, SystemLimits(task_s=0.05))
+    system = System(team, archive().environment, DistillSettings(task_timeout_s=0.05))
     (failed,) = play(system, list(archive().problems("train")[:1]))
     assert isinstance(failed, Failed) and failed.kind == "time"
 

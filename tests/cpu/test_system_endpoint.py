@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -18,7 +19,7 @@ from agent_systems import archive
 from icrl_megatron.distill import endpoint_agents
 from icrl_megatron.distill.environments import check_tools
 from icrl_megatron.distill.events import Failed, Run
-from icrl_megatron.distill.system import System, SystemLimits, play_all
+from icrl_megatron.distill.system import System, play_all
 from icrl_megatron.settings.distill_schema import DistillEndpoint, DistillSettings, SystemAgent
 from icrl_megatron.tasks.archive import asked, spelled, truth
 from icrl_megatron.types import Task
@@ -54,14 +55,14 @@ def said(text: str) -> web.Response:
     return web.json_response({"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage})
 
 
-async def _served(handler: Handler, settings: DistillSettings, tasks: list[Task], limits: SystemLimits) -> list:
+async def _served(handler: Handler, settings: DistillSettings, tasks: list[Task]) -> list:
     app = web.Application()
     app.router.add_post("/v1/chat/completions", handler)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     settings.endpoint.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
-    system = System(endpoint_agents.team(settings), archive().environment, limits)
+    system = System(endpoint_agents.team(settings), archive().environment, settings)
     found: list[Run | Failed] = []
     try:
         await play_all(system, [(task, 0) for task in tasks], 8, found.append)
@@ -73,15 +74,15 @@ async def _served(handler: Handler, settings: DistillSettings, tasks: list[Task]
 def served(
     handler: Handler,
     count: int = 1,
-    limits: SystemLimits | None = None,
+    bounds: dict[str, Any] | None = None,
     agents: list[SystemAgent] | None = None,
     **at: float,
 ) -> list[Run | Failed]:
     settings = DistillSettings(
-        endpoint=DistillEndpoint(model="m", api_key_env="KEY_OF_TEST", **at), agents=agents or []
+        endpoint=DistillEndpoint(model="m", api_key_env="KEY_OF_TEST", **at), agents=agents or [], **(bounds or {})
     )
     tasks = list(archive().problems("train")[:count])
-    return asyncio.run(_served(handler, settings, tasks, limits or SystemLimits()))
+    return asyncio.run(_served(handler, settings, tasks))
 
 
 def test_endpoint_agents_solve_a_task_and_their_tokens_are_the_endpoints() -> None:
@@ -133,7 +134,7 @@ def test_slow_and_malformed_endpoints_cost_the_attempt() -> None:
         await asyncio.sleep(20)
         return said("late")
 
-    (failed,) = served(slow, limits=SystemLimits(task_s=0.5))
+    (failed,) = served(slow, bounds={"task_timeout_s": 0.5})
     assert isinstance(failed, Failed) and failed.kind == "time"
 
     async def garbage(request: web.Request) -> web.Response:
@@ -152,7 +153,7 @@ def test_a_reply_of_a_wrong_form_is_asked_for_again_then_costs_the_attempt() -> 
         seen.append(again)
         return said(reply_of(body) if again else "well, " + "\ud800" * 3)
 
-    (failed,) = served(confused_once, limits=SystemLimits(tries=1))
+    (failed,) = served(confused_once, bounds={"tries": 1})
     assert isinstance(failed, Failed) and failed.kind == "unreadable" and "the planner's reply" in failed.message
     (run,) = served(confused_once)
     # The worker may say anything in its report, so only the other agents were asked again.
@@ -204,7 +205,7 @@ def test_calls_are_limited_by_job() -> None:
         number = brief.count("observation]")
         return said(f'<tool_call>{{"name": "search", "arguments": {{"query": "p 0 0 {number}"}}}}</tool_call>')
 
-    (run,) = served(endless, limits=SystemLimits(job_calls=3))
+    (run,) = served(endless, bounds={"job_calls": 3})
     assert isinstance(run, Run) and run.correct
     assert sum(e.kind == "call" for e in run.events) == 6
 

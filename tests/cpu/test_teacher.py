@@ -16,8 +16,7 @@ from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.rollout.teacher import teacher_speakers
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.tasks import registry
-from icrl_megatron.tasks.base import Environment
-from icrl_megatron.types import Episode, Task
+from icrl_megatron.types import Episode
 from icrl_megatron.utils.errors import ConfigError
 
 SETTINGS = RolloutSettings(max_turn_tokens=4, context_tokens=200, templates="compact")
@@ -66,23 +65,6 @@ def test_demonstration_longer_than_the_reply_limit_is_an_error(limits: dict[str,
     remedy = r"raise rollout\.max_turn_tokens \(unless it is null\) or rollout\.context_tokens"
     with pytest.raises(ConfigError, match=rf"has 5 tokens, and the limit is 4: {remedy}"):
         asyncio.run(play([task], 1, setup, speakers_for, SEEDS))
-
-
-def test_task_set_without_a_teacher_is_rejected() -> None:
-    class Bare:
-        name = "bare"
-
-        def problems(self, split: str) -> list[Task]:
-            return []
-
-        def environment(self, task: Task) -> Environment:
-            raise NotImplementedError
-
-    task = Task("bare/0", "bare", "train", "")
-    prompter = Prompter(build_tokenizer(["a"]), SETTINGS)
-
-    with pytest.raises(ConfigError, match="Task set 'bare' has no teacher"):
-        teacher_speakers(lambda name: Bare(), prompter, SEEDS)(task, 0)
 
 
 def test_calls_and_tokens_reduce_the_reward_and_calls_are_limited() -> None:

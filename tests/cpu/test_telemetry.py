@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -133,7 +134,7 @@ def test_unmeasured_metrics_are_omitted() -> None:
 
 def test_resume_removes_rows_after_the_checkpoint(tmp_path: Path) -> None:
     def run(folder: Path, steps: range, resume: int | None) -> None:
-        with MetricsWriter(folder, resume) as writer:
+        with closing(MetricsWriter(folder, resume)) as writer:
             for step in steps:
                 writer.write(step, {"reward/attempt": 1.0 / (step + 3), "time/train": 0.0})
 
@@ -153,7 +154,7 @@ def test_resume_removes_rows_after_the_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lost", [0, 1, 2])
 def test_checkpoint_restores_lost_rows_of_its_step(lost: int, tmp_path: Path) -> None:
     """A machine crash can truncate the metrics file after the checkpoint was saved."""
-    with MetricsWriter(tmp_path, None) as writer:
+    with closing(MetricsWriter(tmp_path, None)) as writer:
         for step, value in [(1, 1.0), (2, 2.0), (2, math.nan)]:  # the second row of a step is its evaluation
             writer.write(step, {"loss": value})
         saved = writer.saved()
@@ -170,7 +171,7 @@ def test_tensorboard_shows_the_same_numbers_after_a_resume(tmp_path: Path) -> No
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for steps, resume, value in [(range(5), None, 1.0), (range(3, 6), 2, 2.0)]:
-        with MetricsWriter(tmp_path, resume) as writer:
+        with closing(MetricsWriter(tmp_path, resume)) as writer:
             for step in steps:
                 writer.write(step, {"loss": value})
     board = EventAccumulator(str(tmp_path / TENSORBOARD_FOLDER)).Reload()
@@ -178,7 +179,7 @@ def test_tensorboard_shows_the_same_numbers_after_a_resume(tmp_path: Path) -> No
 
 
 def test_non_finite_numbers_are_written_as_valid_json(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, None) as writer:
+    with closing(MetricsWriter(tmp_path, None)) as writer:
         writer.write(0, {"loss": float("nan"), "ratio": 0.1 + 0.2})
     (line,) = (tmp_path / METRICS_FILE).read_text().splitlines()
     assert json.loads(line, parse_constant=pytest.fail) == {"step": 0, "loss": None, "ratio": 0.1 + 0.2}

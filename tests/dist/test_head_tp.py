@@ -112,8 +112,8 @@ def sharded(
     hidden_LH, weight_VH, streams, terms = case
     before = len(GATHERS)
     columns = rows // degree
-    shard = VocabShard.of_rank(weight_VH.shape[0], columns, group)
-    place = dist.get_rank(group) * columns
+    vocabulary, place = weight_VH.shape[0], dist.get_rank(group) * columns
+    shard = VocabShard(place, max(0, min(columns, vocabulary - place)), vocabulary, group)
     hidden_LH = hidden_LH.clone().requires_grad_()
     own_VH = padded(weight_VH, rows)[place : place + columns].clone().requires_grad_()
 
