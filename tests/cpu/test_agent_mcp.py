@@ -177,9 +177,7 @@ def test_a_list_of_several_pages_is_read_whole() -> None:
         ("http://me:secret-78@127.0.0.1:1/mcp?key=secret-78", "server http://127.0.0.1:1/mcp: it cannot be reached"),
     ],
 )
-def test_a_server_that_cannot_be_used_is_refused(
-    command: list[str] | str, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unusable_server_is_refused(command: list[str] | str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mcp, "MOST_PAGES", 5)
     monkeypatch.setattr(mcp_transports, "GRACE_S", 0.2)
     start_s = 30.0 if "-c" in command or SCRIPT in command else 1.0

@@ -106,9 +106,7 @@ def test_any_answer_ends_a_search_episode() -> None:
         (("focus on stove", "focus on sink"), [0.75, 0.0]),  # the last step's reward is -175
     ],
 )
-def test_the_outcome_in_sciworld_is_its_score_and_a_negative_one_counts_as_0(
-    actions: tuple[str, ...], outcomes: list[float]
-) -> None:
+def test_the_outcome_in_sciworld_is_its_score_but_at_least_0(actions: tuple[str, ...], outcomes: list[float]) -> None:
     with serving("sciworld") as (url, _):
         environment = first(gym("sciworld", url))
 
@@ -178,7 +176,7 @@ def failure(url: str, timeout_s: float = 10.0) -> str:
         ("/reset", [503] * 9, "HTTP 503"),
     ],
 )
-def test_an_error_of_the_server_fails_the_episode(
+def test_a_server_error_fails_the_episode(
     textcraft: tuple[str, State], path: str, what: list[object], message: str
 ) -> None:
     url, state = textcraft

@@ -51,8 +51,7 @@ def test_ids_are_read_from_a_file_in_the_format_of_the_reference(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("train", "message"),
-    [(["5:5"], "empty range"), (["nowhere.jsonl"], "neither a range"), ([], "has no train ids")],
+    ("train", "message"), [(["5:5"], "empty range"), (["nowhere.jsonl"], "neither a range"), ([], "has no train ids")]
 )
 def test_invalid_ids_are_refused(train: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -96,7 +95,7 @@ def test_env_check_recognizes_every_environment(name: str) -> None:
     assert f"is a server of {name}, dialect A" in console.export_text()
 
 
-def test_searchqa_takes_a_file_of_ids_beside_a_range(
+def test_searchqa_takes_files_and_ranges(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As its recipes: the rows of the file have no prompt, whose column would be looked for."""

@@ -103,9 +103,7 @@ def commands_of_the_page(folder: Path) -> list[list[str]]:
     return [json.loads(line) for line in calls.read_text().splitlines()]
 
 
-def test_the_page_leads_from_a_bare_model_to_a_trained_agent(
-    tmp_path: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_page_leads_from_model_to_agent(tmp_path: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = commands_of_the_page(tmp_path)
     assert [command[0] for command in commands] == ["distill", "sft", "train", "eval"]
     model = byte_model.build(tmp_path / "models/Qwen3-4B", positions=16384)

@@ -210,9 +210,7 @@ def test_twice_the_samples_take_little_more_than_twice_the_time() -> None:
         assert once > 2000 and twice <= 2.5 * once
 
 
-def test_the_benchmark_measures_a_small_step(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_benchmark_measures_a_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
     bench = importlib.import_module("bench_balance")
     bench.main(tokens=4e5, mean=1000.0, replicas=[1, 8], updates=2, rounds=1)

@@ -238,9 +238,7 @@ ROW = {"prompt": "q?", "label": "1"}
         (["main/train-0.parquet", "socratic/train-0.parquet"], "train", "several folders; name one of .*main, "),
     ],
 )  # fmt: skip
-def test_folders_of_published_datasets_keep_their_splits(
-    files: list[str], split: Any, expected: int | str, tmp_path: Path
-) -> None:
+def test_published_folders_keep_their_splits(files: list[str], split: Any, expected: int | str, tmp_path: Path) -> None:
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()

@@ -74,11 +74,7 @@ def plain(text: str) -> bool:
 )
 @settings(max_examples=25, deadline=None)
 def test_ids_of_an_episode_are_those_of_the_published_template(
-    template: str,
-    thinking: str,
-    problem: str,
-    thoughts: list[str],
-    called: list[list[tuple[ToolCall, str]]],
+    template: str, thinking: str, problem: str, thoughts: list[str], called: list[list[tuple[ToolCall, str]]]
 ) -> None:
     """With thinking where the template keeps it, with several calls in a turn and consecutive tool messages."""
     form, ours = Qwen3(SPECS), prompter(template, thinking)

@@ -200,9 +200,7 @@ SEARCHQA = "data: {train: [a.jsonl], corpus: c.jsonl}, agent: {tools: [search, p
         ("tasks.limit=3", True),
     ],
 )  # fmt: skip
-def test_what_may_change_between_two_calls(
-    override: str, same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_may_change_later(override: str, same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, text in (("a.txt", "plan"), ("b.txt", "plan well"), ("same.txt", "plan")):
         Path(name).write_text(text)
@@ -285,7 +283,7 @@ def test_files_of_others_are_left_alone(tmp_path: Path, content: bytes | dict, m
         ),
     ],
 )  # fmt: skip
-def test_wrong_settings_are_found_before_anything_starts(
+def test_wrong_settings_are_found_at_the_start(
     tmp_path: Path,
     overrides: list[str],
     message: str,

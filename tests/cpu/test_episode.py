@@ -140,7 +140,7 @@ def priced_ladder(task: Task) -> Ladder:
         ({"call_cost": 0.02, "token_cost": 0.001}, [0.1 - 0.064, 1.0 - 0.064]),
     ],
 )
-def test_calls_and_tokens_reduce_the_reward_but_not_success(
+def test_costs_reduce_the_reward_but_not_success(
     prompter: Prompter, costs: dict[str, float], outcomes: list[float]
 ) -> None:
     game = {"goal": 2, "environment": priced_ladder, "rounds": 2, "max_turns": 2}
@@ -173,12 +173,7 @@ def test_the_critic_reads_the_trajectory_and_its_outcome(prompter: Prompter) -> 
         (["wait", "wait", "wait"], "repeated", ["wait"] * 3, {}),
         (["wait", "nonsense"] * 2, "max_turns", ["wait", None] * 2, {"max_turns": 4, "repeat_limit": 2}),
         (["nonsense"] * 8, "max_turns", [None] * 8, {}),
-        (
-            ["wait", "nonsense"] * 2 + ["wait"],
-            "repeated",
-            ["wait", None] * 2 + ["wait"],
-            SKIPPED,
-        ),
+        (["wait", "nonsense"] * 2 + ["wait"], "repeated", ["wait", None] * 2 + ["wait"], SKIPPED),
         (["nonsense"] * 8, "max_turns", [None] * 8, SKIPPED),
         (
             ["wait", "wait", "up", "nonsense", "wait", "up", "up"],

@@ -89,9 +89,7 @@ def test_a_gpu_with_any_number_is_found(devices: list[str], there: bool, tmp_pat
 HERE = ("Some GPU", "1", "2", "3", "3.12", {"torch": "2"})
 
 
-def test_a_stage_runs_again_at_a_larger_size_only(
-    check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stage_runs_again_only_if_larger(check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def sized(name: str) -> object:
         code = "import sys; open(sys.argv[1], 'a').write(sys.argv[2] + '.')"
         return check.Stage(name, lambda out, size: [sys.executable, "-c", code, str(out / f"{name}.txt"), size], 60)
@@ -124,7 +122,7 @@ def test_a_stage_over_its_limit_is_killed_with_its_children(check: ModuleType, t
     assert not child.exists() or child.read_text().split()[2] == "Z"
 
 
-def test_a_second_check_repeats_failed_stages_only_and_packs_the_results(
+def test_a_second_check_repeats_failed_stages_only(
     check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Like the real stages, each writes its results to a file with its own name."""
@@ -149,9 +147,7 @@ def test_a_second_check_repeats_failed_stages_only_and_packs_the_results(
     assert (tmp_path / "good.json").read_text() == "11"
 
 
-def test_stages_that_measure_no_time_run_in_parallel(
-    check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_untimed_stages_run_in_parallel(check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two stages wait for each other's file. The first stage and every timed stage run alone."""
 
     def meets(own: str, other: str) -> str:

@@ -158,10 +158,7 @@ def test_values_of_tokens_without_loss_are_not_read(how: How) -> None:
     [
         (torch.zeros(9, 16, dtype=torch.float64), "main_grad: expected the weight's shape"),
         (torch.zeros(10, 16, dtype=torch.float32), "main_grad: expected torch.float64"),
-        (
-            torch.zeros(10, 16, dtype=torch.float64, device="meta"),
-            "main_grad: expected the device of weight_VH, cpu",
-        ),
+        (torch.zeros(10, 16, dtype=torch.float64, device="meta"), "main_grad: expected the device of weight_VH, cpu"),
     ],
 )
 def test_a_main_grad_that_does_not_fit_is_refused(buffer: Tensor, message: str) -> None:

@@ -182,10 +182,7 @@ def test_after_a_malformed_update_the_engine_needs_a_complete_one(folder: Path, 
         ([*good.items(), (norm, good[norm])], r"'model\.norm\.weight' was sent twice"),
         ([(norm, torch.zeros(3))], r"'model\.norm\.weight' has shape \(3,\), the model's is \(32,\)"),
         ([(norm, good[norm].to(torch.int64))], r"'model\.norm\.weight' is torch\.int64"),
-        (
-            [(n, t) for n, t in good.items() if n != norm],
-            r"lacks 1 of the model's tensors.*'model\.norm\.weight'",
-        ),
+        ([(n, t) for n, t in good.items() if n != norm], r"lacks 1 of the model's tensors.*'model\.norm\.weight'"),
         ([*good.items(), ("lm_head.weight", good[embedding] + 1)], r"'lm_head\.weight' differs from"),
     ]
     for tensors, message in bad:

@@ -255,7 +255,7 @@ def test_an_engine_with_other_weights_ends_the_run(ran: Ran) -> None:
     assert "weights were not synced completely" in ended.error
 
 
-def test_on_resume_the_actor_releases_memory_before_the_engine_gets_weights(
+def test_on_resume_memory_is_released_before_the_engine_gets_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []

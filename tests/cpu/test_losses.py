@@ -374,9 +374,7 @@ def test_every_built_in_loss_passes_the_check(name: str, algo: AlgoSettings) -> 
     check_loss(name, algo)
 
 
-def test_the_documented_loss_trains(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[..., Actor]
-) -> None:
+def test_a_documented_loss_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[..., Actor]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "EXTENDING.md").read_text()
     section = page.partition("## A loss")[2].partition("\n## ")[0]
     code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]

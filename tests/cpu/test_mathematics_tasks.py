@@ -89,7 +89,7 @@ NO_BOX = "There is no answer in \\boxed{}."
         (["5"] * 30, {"max_turns": 50}, "max_turns", False),
     ],
 )
-def test_an_attempt_goes_on_until_a_reply_has_a_box(
+def test_an_attempt_ends_with_a_box(
     tmp_path: Path, replies: list[str], changes: dict[str, int], stop: str, right: bool
 ) -> None:
     attempt = played(tmp_path, replies, **changes)
@@ -166,9 +166,7 @@ GOOD = {"prompt": "q?", "label": "1"}
         ([GOOD, {"prompt": "bad?", "label": "\\begin{cases}"}], ["line 2", "label", "not an answer"]),
     ],
 )
-def test_bad_rows_are_reported_with_file_and_line(
-    tmp_path: Path, rows: list[dict[str, object]], parts: list[str]
-) -> None:
+def test_bad_rows_are_named_by_file_and_line(tmp_path: Path, rows: list[dict[str, object]], parts: list[str]) -> None:
     task_set = registry.of_source(dataset(tmp_path, rows))
     assert isinstance(task_set, Checked)
     with pytest.raises(ConfigError) as raised:

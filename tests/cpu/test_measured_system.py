@@ -25,9 +25,7 @@ def settings(*overrides: str) -> Settings:
     return load("archive", ["tasks.limit=20", "distill.attempts=2", *overrides])
 
 
-def test_the_system_on_heldout_problems_is_compared_with_a_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_system_on_heldout_problems_against_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With runs of training problems in the same file, and a model that answers nothing."""
     out, small = tmp_path / "a.jsonl", settings("eval.problems=6", "tasks.limit=4")
     command.run(small, out)

@@ -181,9 +181,7 @@ def test_a_wrong_id_is_refused(row: dict[str, Any], message: str, monkeypatch: p
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_mathematics_is_written_as_prompts_and_labels_that_can_be_graded(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mathematics_is_written_as_prompts_and_gradable_labels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file = copy(name, ROWS[name])
     of_size(monkeypatch, name, 1, blob=published_files._git_blob(file) if SETS[name].blob else "")
     written = write(name)

@@ -114,7 +114,7 @@ EVAL = '{"successes": {}, "subsets": {}, "scores": [], "generated_tokens": 0}'
         (results.MODEL, {"config.json": "{}", "model.safetensors": ""}, False),
     ],
 )  # fmt: skip
-def test_results_without_a_marker_are_replaced_only_if_recognized(
+def test_unmarked_results_are_replaced_only_if_known(
     kind: results.Kind, files: dict[str, str], known: bool, tmp_path: Path
 ) -> None:
     """Results of older versions have no marker. An old export cannot be told from any other model folder."""
@@ -238,9 +238,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize("overwrite", [False, True], ids=["", "overwrite"])
 @pytest.mark.parametrize("made", NEVER)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_target_is_rejected_even_with_overwrite(
-    command: str, made: str, overwrite: bool, tmp_path: Path, refused: Refused
-) -> None:
+def test_target_is_always_rejected(command: str, made: str, overwrite: bool, tmp_path: Path, refused: Refused) -> None:
     source, target = _source(tmp_path), NEVER[made](tmp_path)
     before = tree(tmp_path) if made != "fifo" else {}
     assert str(target) in refused(*COMMANDS[command](source, target), *(["--overwrite"] if overwrite else []))
@@ -296,7 +294,7 @@ PICTURE = ["plan", "qwen3_8b_alfworld_4xh100", "--picture"]
     ("made", "never"), [("file", False), ("link_to_nothing", True), ("collection", True), ("fifo", True)]
 )
 @pytest.mark.parametrize("command", ["report", "plan"])
-def test_page_or_picture_does_not_replace_other_files(
+def test_page_or_picture_replaces_only_its_own(
     command: str, made: str, never: bool, tmp_path: Path, refused: Refused
 ) -> None:
     target = MAKES[made](tmp_path)

@@ -149,7 +149,7 @@ def test_judges_answer_at_the_same_time(folder: Path) -> None:
         ([None, ""], BadAnswer, "without a score", 2),
     ],
 )
-def test_a_failing_judge_is_never_a_reward(
+def test_failures_are_not_rewards(
     answers: list[Any], kind: type[Exception], message: str, requests: int, folder: Path
 ) -> None:
     asked: list[dict[str, Any]] = []

@@ -276,9 +276,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield disk
 
 
-def test_full_disk_keeps_checkpoints_and_the_run_resumes_with_more_space(
-    ran: Ran, start: list[str], disk: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_keeps_checkpoints_and_runs_resume(ran: Ran, start: list[str], disk: Path, tmp_path: Path) -> None:
     run = disk / "run"
     command = train(run, *start, ALWAYS, NOT_EVALUATED, "checkpoint.keep=2")
     full = batch(tmp_path, {"full": command})["full"]

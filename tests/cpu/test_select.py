@@ -179,9 +179,7 @@ def judge() -> Iterator[str]:
         yield f"{url}/v1"
 
 
-def test_failures_are_not_wrong_answers_and_are_played_again(
-    model: Path, judge: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failures_are_played_again(model: Path, judge: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     at = f"tasks.sources.0.agent.endpoint={{url: '{judge}', model: judge}}"
     asked = request(model, tmp_path, "tasks.sources.0.agent.judge=model", at, at_least=0.0, samples=4, problems=6)
     assert select(asked) == 0

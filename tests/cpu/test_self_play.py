@@ -141,9 +141,7 @@ def test_several_calls_in_one_reply_keep_their_own_answers() -> None:
         (("model.path=/nowhere", "distill.agents=[{name: poet}]"), "no effect with distill.system=model"),
     ],
 )  # fmt: skip
-def test_wrong_settings_are_found_before_anything_starts(
-    tmp_path: Path, overrides: tuple[str, ...], message: str
-) -> None:
+def test_wrong_settings_are_found_at_the_start(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         command.prepare(load("archive", ["distill.system=model", *overrides]), tmp_path / "a.jsonl")
 

@@ -120,9 +120,7 @@ def test_running_servers_are_used_instead(tmp_path: Path) -> None:
         (COMMAND.replace("alfworld", "webshop"), [], ["'alfworld'", "icrl env check"]),
     ],
 )
-def test_failed_servers_are_reported_with_their_last_output(
-    command: str, more: list[str], parts: list[str], tmp_path: Path
-) -> None:
+def test_failed_servers_show_their_last_output(command: str, more: list[str], parts: list[str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught, serve.beside(settings(command, *more), tmp_path):
         pass
     assert all(part in str(caught.value) for part in parts), caught.value
@@ -197,7 +195,7 @@ def test_servers_ignore_usr1_and_end_with_their_launcher(started: tuple[subproce
     assert not answers(url_of(folder))
 
 
-def test_ranks_use_the_servers_of_their_job(
+def test_ranks_use_their_servers(
     started: tuple[subprocess.Popen[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     _, folder = started

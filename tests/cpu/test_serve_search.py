@@ -174,9 +174,7 @@ def served(corpus: Path, count: int = 1) -> Settings:
     return settings_module.load("rulebook_easy", [f"tasks.sources=[{source}]"])
 
 
-def test_run_starts_several_servers_without_an_activated_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_starts_servers_without_an_activated_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One server builds the index of a new corpus while the others wait."""
     new = tmp_path / "new.jsonl"
     new.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))

@@ -111,10 +111,7 @@ def test_later_overrides_win_and_presets_apply_first() -> None:
         ("engine.server_args=[{a: b}]", "engine.server_args.0={a: b}: expected text; write"),
         ("engine.server_args=[[a]]", "engine.server_args.0=[a]: expected text; write"),
         ("engine.server_args={a: b}", "engine.server_args={a: b}: expected a list, each element with text"),
-        (
-            "rollout.chat_template_args={a: {b: c}}",
-            "rollout.chat_template_args.a={b: c}: expected true or false",
-        ),
+        ("rollout.chat_template_args={a: {b: c}}", "rollout.chat_template_args.a={b: c}: expected true or false"),
         ("tasks.sources=[{name: math, data: {train: [{0: 9}]}}]", "tasks.sources.0.data.train.0={0: 9}: expected text"),
         ("tasks=3", "tasks=3: expected values for sources, limit"),
         ("steps", "'steps' is not an override: write name=value"),

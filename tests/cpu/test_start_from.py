@@ -179,7 +179,7 @@ def test_start_from_accepts_a_run_its_checkpoints_or_one_checkpoint(tmp_path: Pa
         (["start_from=A", "actor.tensor_parallel=2", "launch.ranks=2"], "key-value heads"),
     ],
 )
-def test_contradictory_settings_are_rejected(
+def test_contradictions_are_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -81,8 +81,7 @@ def test_results_of_smolagents_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "bad"),
-    [(0, ["line 1"]), (1, ["line 2", "line 1"]), (4, ["line 5", "line 1"]), (8, ["line 9", "line 5"])],
+    ("place", "bad"), [(0, ["line 1"]), (1, ["line 2", "line 1"]), (4, ["line 5", "line 1"]), (8, ["line 9", "line 5"])]
 )
 def test_a_broken_line_costs_the_run_that_it_may_belong_to(place: int, bad: list[str], tmp_path: Path) -> None:
     lines = [json.dumps(row) for n in (1, 2) for row in oagents(n)]

@@ -130,9 +130,7 @@ def odd(monkeypatch: pytest.MonkeyPatch, start: Callable[[object], object]) -> N
 
 
 @pytest.mark.parametrize("error", [OSError("no route to host"), SystemExit(3)])
-def test_failed_tracker_is_disabled_with_one_message(
-    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_tracker_is_disabled_once(error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def start(identity: object) -> object:
         raise error
 

@@ -80,9 +80,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
 
 
 @given(found=st.lists(trajectories(), min_size=1, max_size=3))
-def test_what_is_written_is_read_back_exactly(
-    tmp_path_factory: pytest.TempPathFactory, found: list[Trajectory]
-) -> None:
+def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, found: list[Trajectory]) -> None:
     folder = tmp_path_factory.mktemp("written")
     for name in ("rows.jsonl", "rows.parquet"):
         writers.write(folder / name, found)

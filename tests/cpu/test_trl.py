@@ -29,9 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_trl_trains_on_the_same_tokens(
-    suffix: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trl_trains_the_same_tokens(suffix: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # set by tests that make this process a rank
         monkeypatch.delenv(name, raising=False)
     rows = write_jsonl(tmp_path / "rows.jsonl", [openai(n) for n in range(3)])

@@ -267,9 +267,7 @@ async def http_timeout() -> None:
 
 
 @pytest.mark.parametrize("limited", [timeout, http_timeout])
-def test_code_may_go_on_after_a_time_limit_of_its_own(
-    limited: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_may_have_a_time_limit_of_its_own(limited: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchdog, "GRACE_S", SHORT_GRACE_S)
 
     async def step(self: Plain, action: str) -> StepResult:

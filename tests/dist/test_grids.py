@@ -13,19 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from grid_cases import (
-    CASES,
-    GRIDS,
-    LAYOUTS,
-    MODELS,
-    ROPE,
-    SAVERS,
-    SHARD_BYTES,
-    VOCAB,
-    Trained,
-    cases_of,
-    model_folder,
-)
+from grid_cases import CASES, GRIDS, LAYOUTS, MODELS, ROPE, SAVERS, SHARD_BYTES, VOCAB, Trained, cases_of, model_folder
 from grid_reference import Reference, apart, check_training
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
