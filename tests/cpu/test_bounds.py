@@ -234,21 +234,17 @@ def test_available_actions_that_are_not_a_list_of_texts_are_ignored(actions: obj
     assert dialects.reply_of("A", "alfworld", answer, "step").actions == ()
 
 
-def test_two_episodes_never_share_an_environment() -> None:
+async def test_two_episodes_never_share_an_environment() -> None:
     """The server answers every /create with the same id."""
     answer = json.dumps({"id": 0, "observation": "go", "reward": 0, "done": False}).encode()
     with serving(lambda handler: whole(b"{}" if handler.path == "/close" else answer)(handler)) as (url, _):
         task_set = gym("babyai", url)
-
-        async def both() -> None:
-            first, second = (task_set.environment(task) for task in task_set.problems("train"))
-            await first.reset()
-            with pytest.raises(EnvironmentFailure, match="another episode still plays there"):
-                await second.reset()
-            del first
+        first, second = (task_set.environment(task) for task in task_set.problems("train"))
+        await first.reset()
+        with pytest.raises(EnvironmentFailure, match="another episode still plays there"):
             await second.reset()
-
-        asyncio.run(both())
+        del first
+        await second.reset()
 
 
 # External models, engines and worker processes
@@ -306,17 +302,10 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], s
     return make
 
 
-def test_a_workers_answer_is_limited(worker: Callable[[str], str]) -> None:
-    made = Worker(worker("'x' * (2 << 20)"), LIMIT)
-    with pytest.raises(ValueError, match=f"more than {LIMIT} bytes"):
-        made.ask({}, 20.0)
-    assert made._process.returncode is not None
-
-
-@pytest.mark.parametrize("expression", ["'no json'", "'[1]'", "'[' * 100_000", "'1' * 5000"])
-def test_a_worker_with_a_malformed_answer_is_ended(worker: Callable[[str], str], expression: str) -> None:
-    made = Worker(worker(expression), LIMIT)
-    with pytest.raises(EOFError):
+@pytest.mark.parametrize("expression", ["'x' * (2 << 20)", "'no json'", "'[1]'", "'[' * 100_000", "'1' * 5000"])
+def test_a_worker_with_a_long_or_malformed_answer_is_ended(worker: Callable[[str], str], expression: str) -> None:
+    made, long = Worker(worker(expression), LIMIT), "<<" in expression
+    with pytest.raises(ValueError if long else EOFError, match=f"more than {LIMIT} bytes" if long else ""):
         made.ask({}, 20.0)
     assert made._process.returncode is not None
 

@@ -30,7 +30,7 @@ from icrl_megatron.types import Attempt, Completion, Episode
 from icrl_megatron.utils.errors import ConfigError
 
 
-def test_environment_grades_one_reply(tmp_path: Path) -> None:
+async def test_environment_grades_one_reply(tmp_path: Path) -> None:
     source = dataset(tmp_path, [{"prompt": "2+3?", "label": "5"}])
     task_set = registry.of_source(source)
     environment = task_set.environment(task_set.problems("train")[0])
@@ -42,12 +42,12 @@ def test_environment_grades_one_reply(tmp_path: Path) -> None:
             assert (await environment.step(action)).done
         return problem, environment.success(), environment.outcome(), environment.summary()
 
-    problem, success, outcome, summary = asyncio.run(attempt(r"so \boxed{4}, no, \boxed{5}"))
+    problem, success, outcome, summary = await attempt(r"so \boxed{4}, no, \boxed{5}")
     assert (success, outcome) == (True, 1.0) and problem.startswith("2+3?") and "\\boxed" in problem
     assert "right" in summary
-    _, success, outcome, summary = asyncio.run(attempt(r"\boxed{6}"))
+    _, success, outcome, summary = await attempt(r"\boxed{6}")
     assert (success, outcome) == (False, 0.0) and "6 is wrong" in summary and "5" not in summary
-    _, success, _, summary = asyncio.run(attempt("5"))
+    _, success, _, summary = await attempt("5")
     assert not success and "\\boxed" in summary
 
 

@@ -249,21 +249,17 @@ def test_an_environment_that_ignores_the_seed_is_refused(servers: Servers) -> No
 
 
 @needs_packages
-def test_a_session_is_free_when_its_episode_is_over(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_session_is_free_when_its_episode_is_over(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openenv_env, "BACKOFF_S", 0.05)
     task_set = tasks(servers["dice"])
-
-    async def episodes() -> None:
-        environment = first(task_set)
-        await environment.reset()
-        with pytest.raises(EnvironmentFailure, match=r"CAPACITY_REACHED.*raise the server's max_concurrent_envs"):
-            await first(task_set).reset()
-        del environment
-        gc.collect()
-        await asyncio.sleep(0)
+    environment = first(task_set)
+    await environment.reset()
+    with pytest.raises(EnvironmentFailure, match=r"CAPACITY_REACHED.*raise the server's max_concurrent_envs"):
         await first(task_set).reset()
-
-    asyncio.run(episodes())
+    del environment
+    gc.collect()
+    await asyncio.sleep(0)
+    await first(task_set).reset()
 
 
 @needs_packages
@@ -277,7 +273,7 @@ def test_a_server_that_dies_fails_its_episodes_and_the_check(servers: Servers) -
         with pytest.raises(EnvironmentFailure, match=r"closed the connection during a step|broke off"):
             await environment.step("roll")
 
-    asyncio.run(episode())
+    asyncio.run(episode())  # check() has an event loop of its own
     with pytest.raises(ConfigError, match="/ws cannot be opened"):
         task_set.check()
 
@@ -304,7 +300,7 @@ def answer(value: object) -> str:
         ("", r"did not answer a step within 0\.5 s"),
     ],
 )
-def test_answers_of_broken_servers_fail_the_episode(said: str, message: str) -> None:
+async def test_answers_of_broken_servers_fail_the_episode(said: str, message: str) -> None:
     async def socket(request: web.Request) -> web.WebSocketResponse:
         reply = web.WebSocketResponse()
         await reply.prepare(request)
@@ -319,17 +315,14 @@ def test_answers_of_broken_servers_fail_the_episode(said: str, message: str) -> 
     async def schema(request: web.Request) -> web.Response:
         return web.json_response(SCHEMA)
 
-    async def episode() -> None:
-        async with serving(web.get("/ws", socket), web.get("/schema", schema)) as url:
-            source = tasks(url, request_timeout_s=0.5)._source
-            environment = first(OpenEnvTasks(source, 4096))
-            assert await environment.reset() == "ready"
-            with pytest.raises(EnvironmentFailure, match=message):
-                await environment.step("roll")
-            assert environment.outcome() == 0.0
-            await environment._session.close()  # type: ignore[union-attr]
-
-    asyncio.run(episode())
+    async with serving(web.get("/ws", socket), web.get("/schema", schema)) as url:
+        source = tasks(url, request_timeout_s=0.5)._source
+        environment = first(OpenEnvTasks(source, 4096))
+        assert await environment.reset() == "ready"
+        with pytest.raises(EnvironmentFailure, match=message):
+            await environment.step("roll")
+        assert environment.outcome() == 0.0
+        await environment._session.close()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
