@@ -36,9 +36,7 @@ from icrl_megatron.utils import connections
 BOTH = [(name, dialect) for name in TALKS for dialect in "AB"]
 
 
-@pytest.fixture(autouse=True)
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "BACKOFF_S", 0.001)
+pytestmark = pytest.mark.usefixtures("fast")
 
 
 def gym(name: str, *urls: str, timeout_s: float = 10.0) -> AgentGym:
@@ -246,9 +244,7 @@ def test_a_step_does_not_use_a_connection_that_the_server_has_closed(monkeypatch
     found: list[str] = []
 
     async def serve() -> None:
-        async def answer(request: web.Request) -> web.Response:
-            return web.json_response({"observation": "x"})
-
+        answer = local_servers.Replies({"observation": "x"}).answer
         async with local_servers.serving(web.post("/step", answer), keepalive_timeout=0.3) as url:
             found.append(url)
             ready.set()

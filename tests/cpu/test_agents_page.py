@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
 import stat
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from importlib.metadata import distribution
 from pathlib import Path
 
 import byte_model
 import pytest
-from aiohttp import web
+from local_servers import Handler, threaded
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from whole_runs import batch, rows
 
@@ -66,27 +64,19 @@ def reply_of(body: dict) -> str:
     return "<double_check>4, both were counted</double_check>"
 
 
-async def complete(request: web.Request) -> web.Response:
-    text = reply_of(await request.json())
-    usage = {"prompt_tokens": 7, "completion_tokens": 3}
-    return web.json_response({"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage})
+class Model(Handler):
+    """An OpenAI-compatible endpoint."""
+
+    def do_POST(self) -> None:
+        text = reply_of(json.loads(self.body()))
+        usage = {"prompt_tokens": 7, "completion_tokens": 3}
+        self.send_json({"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage})
 
 
 @pytest.fixture
 def endpoint() -> Iterator[str]:
-    """The address of an OpenAI-compatible endpoint, which a thread serves."""
-    loop, app = asyncio.new_event_loop(), web.Application()
-    app.router.add_post("/v1/chat/completions", complete)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    loop.run_until_complete(runner.setup())
-    loop.run_until_complete(web.TCPSite(runner, "127.0.0.1", 0).start())
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
-    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(timeout=10)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(timeout=10)
-    loop.close()
+    with threaded(Model) as url:
+        yield f"{url}/v1"
 
 
 def commands_of_the_page(folder: Path) -> list[list[str]]:

@@ -106,9 +106,7 @@ def serving(sends: Sends) -> Iterator[tuple[str, list[int]]]:
         yield url, sent
 
 
-@pytest.fixture(autouse=True)
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "BACKOFF_S", 0.001)
+pytestmark = pytest.mark.usefixtures("fast")
 
 
 def search(sends: Sends, timeout_s: float = 20.0, limit: int = LIMIT) -> tuple[list[str] | EnvironmentFailure, int]:
@@ -207,9 +205,12 @@ def test_a_long_answer_of_an_environment_server_names_the_setting() -> None:
             task_set.check()
 
 
-def test_env_check_of_an_endless_answer_ends() -> None:
-    with serving(endless) as (url, _), pytest.raises(ConfigError, match="answers, but not as textcraft"):
-        env_check.check(url, "textcraft", 0, 10.0)
+def test_endless_answers_to_the_checks_of_servers_are_refused() -> None:
+    with serving(endless) as (url, _):
+        with pytest.raises(ConfigError, match="answers, but not as textcraft"):
+            env_check.check(url, "textcraft", 0, 10.0)
+        with pytest.raises(ConfigError, match="no OpenAI-compatible endpoint there"):
+            first_model(Endpoint(url=url))
 
 
 @pytest.mark.parametrize(
@@ -263,21 +264,13 @@ def said(text: str) -> bytes:
     return json.dumps({"choices": [{"message": {"content": text}}]}).encode()
 
 
-@pytest.mark.parametrize("sends", [whole(said("up " * (4 * MIB))), endless], ids=["long", "endless"])
-def test_a_critique_that_is_too_long_fails_its_request(sends: Sends) -> None:
-    with pytest.raises(RequestFailedError, match="the answer has more than"):
-        critic(sends)
-
-
-def test_a_critique_is_cut_at_its_token_limit() -> None:
+def test_a_long_critique_is_cut_at_its_token_limit_and_a_longer_one_fails_its_request() -> None:
     completion = critic(whole(said("up " * 300_000)))
     assert (len(completion.ids), completion.finish_reason) == (8, "length")
     assert critic(whole(said("up up"))).finish_reason == "stop"
-
-
-def test_an_endless_list_of_models_is_refused() -> None:
-    with serving(endless) as (url, _), pytest.raises(ConfigError, match="no OpenAI-compatible endpoint there"):
-        first_model(Endpoint(url=url))
+    for sends in (whole(said("up " * (4 * MIB))), endless):
+        with pytest.raises(RequestFailedError, match="the answer has more than"):
+            critic(sends)
 
 
 @pytest.mark.parametrize(("sends", "timeout_s"), [(endless, 60.0), (trickles, 0.3)], ids=["endless", "trickles"])

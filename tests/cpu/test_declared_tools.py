@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import byte_model
 import pytest
 import qwen_tokenizers
-from whole_runs import batch, train
+from whole_runs import Batch, batch, train
 
 from icrl_megatron.agents.tools import ToolCall, ToolSpec
 from icrl_megatron.rollout.episode import EpisodeSetup, play_episode
@@ -258,20 +257,17 @@ def test_wrong_answers_cost_the_episode(result: Any, message: str, shop: Path) -
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("tools", "message"),
     [
-        (
-            lambda one: setattr(one, "tools", [{"name": "look"}]),
-            "declare a list of icrl_megatron.agents.tools.ToolSpec",
-        ),
-        (lambda one: setattr(one, "tools", [*Fails.tools] * 2), r"\['look'\] are named twice"),
-        (lambda one: setattr(one, "tools", [ToolSpec("a", "", {"type": "x"})]), "is not a JSON schema"),
-        (lambda one: setattr(one, "tools", [ToolSpec("a", "", {"x": {1}})]), "cannot be written as JSON"),
+        ([{"name": "look"}], "declare a list of icrl_megatron.agents.tools.ToolSpec"),
+        ([*Fails.tools] * 2, r"\['look'\] are named twice"),
+        ([ToolSpec("a", "", {"type": "x"})], "is not a JSON schema"),
+        ([ToolSpec("a", "", {"x": {1}})], "cannot be written as JSON"),
     ],
 )
-def test_tools_that_cannot_be_declared_end_the_run(change: Callable[[Any], None], message: str) -> None:
+def test_tools_that_cannot_be_declared_end_the_run(tools: list[Any], message: str) -> None:
     environment = Fails(None)
-    change(environment)
+    environment.tools = tools
     with pytest.raises(ConfigError, match=message):
         DeclaredTools(environment, "qwen3")
 
@@ -280,22 +276,16 @@ def test_runs_with_and_without_tools_in_the_template(shop: Path, tmp_path: Path)
     """A template without tools is refused before the model is loaded, and the format in its message works."""
     model = byte_model.build(tmp_path / "model")
     small = [f"model.path={model}", "steps=1", "warm_start.steps=0", "eval.interval=0", "rollout.max_turn_tokens=8"]
-    small += [
-        "rollout.max_critique_tokens=8",
-        "rollout.context_tokens=1000",
-        "rollout.tasks_per_step=2",
-        "eval.problems=2",
-    ]
-    small += ["rollout.episodes_per_task=2"]
+    small += ["rollout.max_critique_tokens=8", "rollout.context_tokens=1000", "rollout.tasks_per_step=2"]
+    small += ["eval.problems=2", "rollout.episodes_per_task=2"]
     plain = shop.with_name("plain.py")
     plain.write_text(SHOP.replace("[LOOK, ORDER]", "[LOOK]"))
     commands = {
         name: train(tmp_path / name, *small, f"tasks.sources=[{{name: '{file}:Shop'{more}}}]")
         for name, file, more in (("refused", shop, ""), ("tags", plain, ", agent: {format: tags}"))
     }
-    ended = batch(tmp_path, commands)
-    assert ended["refused"].code == 2 and "agent.format=tags" in ended["refused"].said
-    assert ended["tags"].code == 0, ended["tags"].error
-    rows = [json.loads(line) for line in (tmp_path / "tags" / "metrics.jsonl").read_text().splitlines()]
-    (step,) = [row for row in rows if "tokens/generated" in row]
+    ran = Batch(tmp_path, batch(tmp_path, commands))
+    assert ran.ended["refused"].code == 2 and "agent.format=tags" in ran.ended["refused"].said
+    ran.succeeded("tags")
+    (step,) = ran.trained("tags")
     assert step["task/calls"] >= 0 and step["task/ordered"] == 0

@@ -217,12 +217,8 @@ def test_runs_of_a_problem_that_has_changed_are_kept_and_not_used(tmp_path: Path
     old, new = (Task("t/train/0", "t", "train", problem) for problem in ("1 + 1", "1 + 2"))
     event = Event("answerer", "answer", "answer", "2", (), 0)
     path, run = tmp_path / "r", Run(old.task_id, 0, "1 + 1", (event,), True, {})
-    for task, found, outdated in (
-        (old, [], 0),
-        (new, [], 1),
-        (old, [(old.task_id, 0)], 1),
-        (new, [(new.task_id, 0)], 1),
-    ):
+    of_old, of_new = [(old.task_id, 0)], [(new.task_id, 0)]
+    for task, found, outdated in ((old, [], 0), (new, [], 1), (old, of_old, 1), (new, of_new, 1)):
         kept = records.Records(path, {}, [task])
         assert (list(kept.runs), kept.outdated) == (found, outdated)
         if not found:
@@ -273,16 +269,10 @@ def test_files_of_others_are_left_alone(tmp_path: Path, content: bytes | dict, m
         (["--sharegpt", "b.json"], "--sharegpt=b.json: give another name"),
         (["distill.agents=[{name: poet}]"], "no effect with distill.system=scripted"),
         (["tasks.sources=[{name: household}]"], "'household' has no scripted team"),
-        (
-            [*ENDPOINT, "tasks.sources=[{name: household}]"],
-            "'household' has no tools",
-        ),
-        (
-            [*ENDPOINT, "distill.agents=[{name: poet, tools: [rhyme]}]"],
-            "has the tool 'rhyme'",
-        ),
+        ([*ENDPOINT, "tasks.sources=[{name: household}]"], "'household' has no tools"),
+        ([*ENDPOINT, "distill.agents=[{name: poet, tools: [rhyme]}]"], "has the tool 'rhyme'"),
     ],
-)  # fmt: skip
+)
 def test_wrong_settings_are_found_at_the_start(
     tmp_path: Path,
     overrides: list[str],

@@ -152,26 +152,23 @@ def test_thinking_is_an_argument_of_the_template() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("arguments", "message"),
     [
-        (
-            RolloutSettings(chat_template_args={"enable_thinkin": False}),
-            "chat_template_args.enable_thinkin: .*did you mean en",
-        ),
-        (RolloutSettings(chat_template_args={"budget": "9"}), "does not use budget.*it uses add_generation_prompt"),
-        (RolloutSettings(chat_template_args={"enable_thinking": False}), "give rollout.thinking=off instead"),
-        (RolloutSettings(chat_template_args={"enable_thinking": "true"}), "give rollout.thinking=on instead"),
+        ({"enable_thinkin": False}, "chat_template_args.enable_thinkin: .*did you mean en"),
+        ({"budget": "9"}, "does not use budget.*it uses add_generation_prompt"),
+        ({"enable_thinking": False}, "give rollout.thinking=off instead"),
+        ({"enable_thinking": "true"}, "give rollout.thinking=on instead"),
     ],
 )
-def test_arguments_without_effect_are_refused(settings: RolloutSettings, message: str) -> None:
+def test_arguments_without_effect_are_refused(arguments: dict[str, bool | str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Prompter(byte_level(), settings)
+        Prompter(byte_level(), RolloutSettings(chat_template_args=arguments))
 
 
-def test_thinking_needs_a_template_that_has_it() -> None:
-    for thinking in ("on", "off"):
-        with pytest.raises(ConfigError, match=f"rollout.thinking={thinking}: .*does not use enable_thinking"):
-            Prompter(word_level(), RolloutSettings(thinking=thinking, templates="compact"))
+@pytest.mark.parametrize("thinking", ["on", "off"])
+def test_thinking_needs_a_template_that_has_it(thinking: str) -> None:
+    with pytest.raises(ConfigError, match=f"rollout.thinking={thinking}: .*does not use enable_thinking"):
+        Prompter(word_level(), RolloutSettings(thinking=thinking, templates="compact"))
 
 
 @pytest.mark.parametrize(
