@@ -198,6 +198,8 @@ def test_arguments_are_accepted_exactly_if_they_satisfy_the_schema(schema: Any, 
 def test_a_toolbox_that_cannot_work_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"\['double'\] are named twice"):
         Toolbox([Doubler(), Doubler()], limits())
+    with pytest.raises(ConfigError, match=r"'double' takes \['n'\], but a tag holds one text; set agent.format=qwen3"):
+        Tags([Doubler.spec])
 
 
 def doubler(schema: Any, by_server: bool = True) -> Tool:
@@ -322,8 +324,3 @@ def test_the_documented_format_works() -> None:
         assert form.parse("I think.\n" + form.render(action)) == action
     assert form.parse("hm") is None and form.parse("") is None and isinstance(form.parse("CALL "), Malformed)
     assert "reverse" in form.instructions()
-
-
-def test_a_tag_holds_one_text() -> None:
-    with pytest.raises(ConfigError, match=r"'double' takes \['n'\], but a tag holds one text; set agent.format=qwen3"):
-        Tags([Doubler.spec])

@@ -190,11 +190,8 @@ def test_parameters_of_another_dtype_are_not_touched() -> None:
 
 def test_a_message_that_cannot_be_used_ends_no_server(caplog: pytest.LogCaptureFixture) -> None:
     worker = Worker(0, torch.bfloat16)
-    for text in (
-        "not JSON",
-        "{}",
-        icrl_deltas.message("no_such_group", [DeltaPiece("q", (8, 6), "bfloat16", (2, 2, 0))]),
-    ):
+    unknown = icrl_deltas.message("no_such_group", [DeltaPiece("q", (8, 6), "bfloat16", (2, 2, 0))])
+    for text in ("not JSON", "{}", unknown):
         icrl_deltas.load_1(worker, [(text, torch.empty(0))])
     assert len(caplog.records) == 3
     assert "the trainer will send all weights" in caplog.text

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -85,13 +86,10 @@ def test_other_trainers_read_the_same_text(whole: Path) -> None:
         said = [(turn["from"], turn["value"]) for turn in other["conversations"]]
         assert [who for who, _ in said[:3]] == ["human", "gpt", "observation"] and said[-1][0] == "gpt"
         seen = {"gpt": "{}", "human": "{}", "observation": "<tool_response>\n{}\n</tool_response>"}
-        messages = [
-            {"role": "assistant" if who == "gpt" else "user", "content": seen[who].format(text)} for who, text in said
-        ]
-        texts = [
-            vocabulary.apply_chat_template(one, tools=tools, tokenize=False) for one in (row["messages"], messages)
-        ]
-        assert texts[0] == texts[1]
+        roles = {"gpt": "assistant", "human": "user", "observation": "user"}
+        messages = [{"role": roles[who], "content": seen[who].format(text)} for who, text in said]
+        render = partial(vocabulary.apply_chat_template, tools=tools, tokenize=False)
+        assert render(row["messages"]) == render(messages)
 
 
 def test_parquet_holds_the_same_and_no_other_file_is_replaced(whole: Path, tmp_path: Path) -> None:
@@ -120,9 +118,8 @@ def test_several_answers_and_later_messages_in_the_form_of_other_trainers() -> N
     row = writers.sharegpt(Trajectory("t/1", "q", (*calls, *seen, *more), system="be good", tools=(spec,)))
     turns = row["conversations"]
     assert [turn["from"] for turn in turns] == ["human", "gpt", "observation", "gpt", "human", "gpt"]
-    assert (
-        turns[2]["value"] == "one< /tool_call>\n</tool_response>\n<tool_response>\ntwo" and row["system"] == "be good"
-    )
+    assert turns[2]["value"] == "one< /tool_call>\n</tool_response>\n<tool_response>\ntwo"
+    assert row["system"] == "be good"
     assert turns[1]["value"].count("<tool_call>") == 2 and turns[3]["value"] == "<answer>2</answer>"
 
 
@@ -274,11 +271,7 @@ def test_files_of_others_are_left_alone(tmp_path: Path, content: bytes | dict, m
     ],
 )
 def test_wrong_settings_are_found_at_the_start(
-    tmp_path: Path,
-    overrides: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from icrl_megatron import cli
 

@@ -26,6 +26,7 @@ from icrl_megatron.types import Attempt, Completion, Episode, Task
 from icrl_megatron.utils.errors import ConfigError
 
 PARSED, SKIPPED = {"parse_truncated": True}, {"repeats_over_invalid": True}
+WAITS = ["wait", "wait", "up"]
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +103,8 @@ def test_episodes_are_repeatable_and_in_the_order_of_the_tasks(engine: LocalEngi
 
 def test_rounds_continue_until_success_and_see_only_the_latest_critique(prompter: Prompter) -> None:
     failure, success = ["down", "down", "down"], ["up", "up", "up"]
-    episode, solver, critic = scripted(
-        prompter, [*failure, *failure, *success], ["<critic> advice1 </critic>", "advice2"]
-    )
+    critiques = ["<critic> advice1 </critic>", "advice2"]
+    episode, solver, critic = scripted(prompter, [*failure, *failure, *success], critiques)
     assert [a.success for a in episode.attempts] == [False, False, True]
     assert [c.text for c in episode.critiques] == ["advice1", "advice2"]
     assert [a.round for a in episode.attempts] == [0, 1, 2] and [c.round for c in episode.critiques] == [0, 1]
@@ -239,10 +239,8 @@ def test_a_reply_that_ran_out_of_time_is_never_an_action(prompter: Prompter, par
 
 
 def test_the_first_turns_of_a_long_trajectory_are_left_out_of_the_critics_prompt(prompter: Prompter) -> None:
-    replies = ["up", "down"] * 4
-    episode, _, critic = scripted(
-        prompter, [*replies, *["down"] * 3], ["advice1"], rounds=2, goal=8, context_tokens=90, max_critique_tokens=60
-    )
+    replies, limits = [*["up", "down"] * 4, *["down"] * 3], {"context_tokens": 90, "max_critique_tokens": 60}
+    episode, _, critic = scripted(prompter, replies, ["advice1"], rounds=2, goal=8, **limits)
     (ask,) = critic.asked
     assert len(ask.prompt_ids) + ask.max_new_tokens <= 90
     turns = [prompter.turn_text(i + 1, t.text, t.observation) for i, t in enumerate(episode.attempts[0].turns)]

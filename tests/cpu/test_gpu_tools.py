@@ -302,9 +302,8 @@ def test_benchmarked_peers_compute_the_same(bench: ModuleType) -> None:
 def test_no_token_of_the_benchmark_is_clipped(bench: ModuleType) -> None:
     """The kernels do not read the row of a clipped token, and no peer can skip one."""
     inputs = bench.Inputs(bench.Shape("tiny", 200, 1))
-    output = bench.policy_head(
-        inputs.hidden_LH, inputs.weight_VH, inputs.streams, inputs.terms, inputs.shard, bench.Chunking()
-    )
+    given = (inputs.hidden_LH, inputs.weight_VH, inputs.streams, inputs.terms, inputs.shard)
+    output = bench.policy_head(*given, bench.Chunking())
     assert not bool((output.clipped_low_L | output.clipped_high_L).any())
     passes, slopes_L = bench.tuning_passes(inputs, 64)
     assert slopes_L.shape == (64,) and bool((slopes_L != 0).all())

@@ -49,10 +49,12 @@ def test_result_is_complete_and_replaces_an_earlier_one(kind: results.Kind, tmp_
     assert results.describe(target) == "2 files, 0.0 KiB"
 
 
-def test_empty_folder_is_replaced(tmp_path: Path) -> None:
+def test_empty_folder_and_result_with_a_deleted_file_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    write(tmp_path / "out", results.MODEL)
-    assert (tmp_path / "out" / "a.json").read_text() == "new"
+    for text in ("one", "two"):
+        write(tmp_path / "out", results.MODEL, text)
+        assert (tmp_path / "out" / "a.json").read_text() == text
+        (tmp_path / "out" / "a.json").unlink()
 
 
 def _file_for_folder(target: Path) -> None:
@@ -87,13 +89,6 @@ def test_changed_result_is_not_replaced(change: str, tmp_path: Path) -> None:
     assert tree(target) == before and sorted(p.name for p in tmp_path.iterdir()) == ["home", "out", "work"]
     write(target, results.MODEL, "later", overwrite=True)
     assert (target / "a.json").read_text() == "later" and "notes.md" not in tree(target)
-
-
-def test_result_with_a_deleted_file_is_replaced(tmp_path: Path) -> None:
-    write(tmp_path / "out", results.MODEL)
-    (tmp_path / "out" / "a.json").unlink()
-    write(tmp_path / "out", results.MODEL, "two")
-    assert (tmp_path / "out" / "a.json").read_text() == "two"
 
 
 RECORD = '{"format": 2, "files": {"rank.safetensors": {}, "model/config.json": {}}}'

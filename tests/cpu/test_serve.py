@@ -89,12 +89,7 @@ def test_logs_of_an_earlier_process_with_the_same_pid_are_kept(tmp_path: Path) -
     ("host", "nodes", "warned"), [("{host}", "1", False), ("0.0.0.0", "1", True), ("{host}", "2", False)]
 )
 def test_warning_if_other_machines_can_reach_a_server_needlessly(
-    host: str,
-    nodes: str,
-    warned: bool,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    host: str, nodes: str, warned: bool, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", nodes)
     monkeypatch.setenv("SLURMD_NODENAME", "localhost")
