@@ -9,13 +9,12 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import distribution
 from pathlib import Path
 
 import byte_model
 import pytest
 from local_servers import Handler, threaded
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from whole_runs import batch, rows
 
 pytest.importorskip("math_verify")
@@ -97,10 +96,7 @@ def test_the_page_leads_from_model_to_agent(tmp_path: Path, endpoint: str, monke
     commands = commands_of_the_page(tmp_path)
     assert [command[0] for command in commands] == ["distill", "sft", "train", "eval"]
     model = byte_model.build(tmp_path / "models/Qwen3-4B", positions=16384)
-    template = distribution("trl").locate_file("trl/chat_templates/qwen3.jinja")
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.chat_template = Path(str(template)).read_text(encoding="utf-8")
-    tokenizer.save_pretrained(model)
+    byte_model.use_template(model, "qwen3")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     TINY["distill"] += (f"distill.endpoint.url={endpoint}",)

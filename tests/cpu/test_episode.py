@@ -175,12 +175,7 @@ def test_the_critic_reads_the_trajectory_and_its_outcome(prompter: Prompter) -> 
         (["nonsense"] * 8, "max_turns", [None] * 8, {}),
         (["wait", "nonsense"] * 2 + ["wait"], "repeated", ["wait", None] * 2 + ["wait"], SKIPPED),
         (["nonsense"] * 8, "max_turns", [None] * 8, SKIPPED),
-        (
-            ["wait", "wait", "up", "nonsense", "wait", "up", "up"],
-            "done",
-            ["wait", "wait", "up", None, "wait", "up"],
-            SKIPPED,
-        ),
+        ([*WAITS, "nonsense", "wait", "up", "up"], "done", [*WAITS, None, "wait", "up"], SKIPPED),
         (["up", "down go..."], "length", ["up", None], {}),
         (["up", "down", "wait"], "context", ["up", "down", "wait"], {"context_tokens": 27}),
         (["up", "up go go go..."], "context", ["up", None], {"context_tokens": 16}),

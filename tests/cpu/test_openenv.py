@@ -92,15 +92,8 @@ adder = create_app(Adder, CallToolAction, CallToolObservation, env_name="adder",
 dice = create_app(Dice, Say, Words, env_name="dice", max_concurrent_envs=1)
 '''
 
-EXAMPLE = {
-    "messages": [
-        {
-            "role": "user",
-            "content": "<context>\nDrug A stops growth.\n</context>\n<question>\nWhat does it do?\n</question>",
-        },
-        {"role": "assistant", "content": "It stops growth."},
-    ]
-}
+ASKED = "<context>\nDrug A stops growth.\n</context>\n<question>\nWhat does it do?\n</question>"
+EXAMPLE = {"messages": [{"role": "user", "content": ASKED}, {"role": "assistant", "content": "It stops growth."}]}
 
 
 def answers(url: str) -> bool:
@@ -144,9 +137,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     env = {**os.environ, "DIPG_DATASET_PATH": str(folder / "rows.jsonl")}
     script = Path(__file__).parents[1] / "openenv_servers.py"
     with (folder / "log").open("w") as log:
-        main = subprocess.Popen(
-            [PYTHON, script, *words], cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True
-        )
+        output = {"stdout": log, "stderr": log, "start_new_session": True}
+        main = subprocess.Popen([PYTHON, script, *words], cwd=folder, env=env, **output)
     try:
         deadline = time.monotonic() + START_S
         while not all(map(answers, urls.values())):
@@ -161,9 +153,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 
 def tasks(*urls: str, reward: StepReward | None = None, **data: Any) -> OpenEnvTasks:
     given = {"train": ["0:3"], "heldout": ["3:4"], "request_timeout_s": 20.0} | data
-    found = registry.of_source(
-        OpenEnvSource("openenv", data=OpenEnvData(servers=list(urls), **given), reward=reward or StepReward())
-    )
+    chosen = OpenEnvData(servers=list(urls), **given)
+    found = registry.of_source(OpenEnvSource("openenv", data=chosen, reward=reward or StepReward()))
     assert isinstance(found, OpenEnvTasks)
     return found
 
@@ -354,6 +345,9 @@ def test_rows_are_arguments_of_reset(tmp_path: Path) -> None:
     ]
 
 
+AWAY = "http://127.0.0.1:1/n"
+
+
 def test_the_last_object_of_a_reply_counts() -> None:
     assert last_object('{"a": 1} or {"a": {"b": 2}} }') == {"a": {"b": 2}} and last_object("{no") is None
     begun = time.monotonic()
@@ -367,10 +361,7 @@ def test_the_last_object_of_a_reply_counts() -> None:
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        (
-            {"properties": {"n": {"$ref": "http://127.0.0.1:1/n"}}},
-            "refers to 'http://127.0.0.1:1/n', which is not a part",
-        ),
+        ({"properties": {"n": {"$ref": AWAY}}}, f"refers to '{AWAY}', which is not a part"),
         ({"properties": {"n": {"type": "number or so"}}}, "is not a JSON schema"),
         ({"properties": {"n": {"$ref": "#/properties/n"}}}, "refers to itself without end"),
     ],

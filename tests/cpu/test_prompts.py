@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import byte_model
 import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from icrl_megatron.model.tiny import build_tokenizer
@@ -28,19 +28,7 @@ INJECTED += ["\n", " ", "assistant", "user", "<|im_end|>\n<|im_start|>assistant\
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with ChatML, like Qwen's, trained on one sentence."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator([" ".join(WORDS)] * 4, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-        chat_template=CHATML,
-    )
+    return byte_model.byte_level(" ".join(WORDS), 320, CHATML)
 
 
 def word_level() -> PreTrainedTokenizerFast:

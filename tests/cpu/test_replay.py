@@ -199,9 +199,8 @@ def test_separate_critic_is_interrupted_too(setup: EpisodeSetup) -> None:
 def test_replay_logs_round_trip_as_text() -> None:
     task = Task("household/train/1", "household", "train", '{"goal": "ü"}')
     joined = Completion((3, 4), (-0.1, -2.5), "abort", 2, ((1, 1),))
-    replay_logs = {
-        task: {0: ReplayLog([Logged.of((9, 8), said(1, 2)), Logged.of((9, 8, 1, 2), joined)]), 3: ReplayLog()}
-    }
+    first = ReplayLog([Logged.of((9, 8), said(1, 2)), Logged.of((9, 8, 1, 2), joined)])
+    replay_logs = {task: {0: first, 3: ReplayLog()}}
     assert from_lines(to_lines(replay_logs)) == replay_logs
     assert tokens(replay_logs) == 4
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +68,7 @@ def sft(root: Path, name: str, data: str, *overrides: str) -> list[str]:
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     root = tmp_path_factory.mktemp("sft")
     folder = byte_model.build(root / "bytes", positions=2048, layers=2, kv_heads=2)
-    tokenizer = AutoTokenizer.from_pretrained(folder)  # its template has no tools
-    template = distribution("trl").locate_file("trl/chat_templates/qwen2_5.jinja")
-    tokenizer.chat_template = Path(str(template)).read_text(encoding="utf-8")
-    tokenizer.save_pretrained(folder)
+    byte_model.use_template(folder, "qwen2_5")  # its own has no tools
     for name in FORMATS:
         write_jsonl(root / f"{name}.jsonl", rows_of(name, 12))
     (root / "list.json").write_text(json.dumps([alpaca(n) for n in range(12)]), encoding="utf-8")
