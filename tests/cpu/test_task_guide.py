@@ -19,6 +19,7 @@ from attempts import observed
 from commands import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from odd_environments import Works
 from sandboxes import sandboxed
 
 from icrl_megatron.model.tiny import build_tokenizer
@@ -161,10 +162,8 @@ HOSTILE = st.one_of(
 SAID = st.one_of(HOSTILE, st.text(st.characters(), max_size=50))
 
 
-class Echo:
+class Echo(Works):
     """Says back whatever it is told: the worst an environment can do with a hostile reply."""
-
-    max_turns = 3
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -183,9 +182,6 @@ class Echo:
 
     def outcome(self) -> float:
         return 0.0
-
-    def success(self) -> bool:
-        return False
 
     def summary(self) -> str:
         return self._text
