@@ -159,9 +159,8 @@ def test_an_episode_is_the_published_templates_rendering(template: str, shop: Pa
     theirs, ours = vocabulary(text, add_special_tokens=False).input_ids, list(prompts[-1])
     # The customer's <|im_end|> is text; the template's rendering of it would end the turn.
     assert vocabulary.decode(ours).replace("<|im_end|></tool_call>", "</tool_call>") == vocabulary.decode(theirs)
-    assert ours.count(vocabulary.convert_tokens_to_ids("<|im_end|>")) == theirs.count(
-        vocabulary.convert_tokens_to_ids("<|im_end|>")
-    )
+    end = vocabulary.convert_tokens_to_ids("<|im_end|>")
+    assert ours.count(end) == theirs.count(end)
 
 
 def test_the_environment_gets_calls_as_objects_and_only_good_ones(shop: Path) -> None:
@@ -181,9 +180,8 @@ def test_the_environment_gets_calls_as_objects_and_only_good_ones(shop: Path) ->
 
 def test_each_episode_declares_its_own_tools(shop: Path) -> None:
     made = catalogue(shop)
-    found = {
-        one.task.problem: one.dialogue.tools for one in statements(made.get("shop").problems("train"), Settings(), made)
-    }
+    stated = statements(made.get("shop").problems("train"), Settings(), made)
+    found = {one.task.problem: one.dialogue.tools for one in stated}
     assert "order" in found["saws"] and "order" not in found["nails"]
     prompter = Prompter(qwen_tokenizers.build("qwen3"), RolloutSettings())
     episode, prompts = play(made, prompter, (called("order", item="nails", count=3), *["No."] * 5), "nails")
@@ -206,10 +204,8 @@ def test_inline_formats_describe_the_tools_in_the_prompt(shop: Path) -> None:
     episode, prompts = play(made, prompter, replies, "nails")
     assert isinstance(episode, Episode)
     assert "I need 3 nails.\n\nWrite <look>item</look> to use a tool" in prompter.decode(prompts[0])
-    assert [turn.observation for turn in episode.attempts[0].turns[:2]] == [
-        "look: ok</tool_response>",
-        "And? <|im_end|></tool_call>",
-    ]
+    seen = [turn.observation for turn in episode.attempts[0].turns[:2]]
+    assert seen == ["look: ok</tool_response>", "And? <|im_end|></tool_call>"]
     with pytest.raises(ConfigError, match=r"tool 'order' takes \['item', 'count'\], but a tag holds one text"):
         play(made, prompter, replies, "saws")
 

@@ -199,10 +199,8 @@ def test_a_message_that_cannot_be_used_ends_no_server(caplog: pytest.LogCaptureF
 
 @pytest.mark.parametrize(("limit", "expected"), [(10, ["ab", "c", "de"]), (99, ["abcde"])])
 def test_requests_hold_up_to_the_limit_or_one_piece(limit: int, expected: list[str]) -> None:
-    each = [
-        (DeltaPiece(name, (1,), "bfloat16", (size,)), bytes(size))
-        for name, size in zip("abcde", (0, 4, 30, 3, 7), strict=True)
-    ]
+    sizes = zip("abcde", (0, 4, 30, 3, 7), strict=True)
+    each = [(DeltaPiece(name, (1,), "bfloat16", (size,)), bytes(size)) for name, size in sizes]
     found = list(requests(each, limit))
     assert ["".join(p.name for p in load.pieces) for load, _ in found] == expected
     assert [last for _, last in found] == [False] * (len(found) - 1) + [True]

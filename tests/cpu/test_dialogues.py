@@ -78,10 +78,8 @@ def test_ids_of_an_episode_are_those_of_the_published_template(
 ) -> None:
     """With thinking where the template keeps it, with several calls in a turn and consecutive tool messages."""
     form, ours = Qwen3(SPECS), prompter(template, thinking)
-    thinks, arguments = (
-        thinking == "auto" and template == "qwen3",
-        {"enable_thinking": False} if thinking == "off" else {},
-    )
+    thinks = thinking == "auto" and template == "qwen3"
+    arguments = {"enable_thinking": False} if thinking == "off" else {}
     ids = list(ours.attempt(problem, form.dialogue))
     messages: list[dict[str, Any]] = [{"role": "user", "content": ours.text("attempt", observation=problem)}]
     for thought, turn in zip(thoughts, called, strict=False):

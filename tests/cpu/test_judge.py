@@ -180,9 +180,8 @@ def searchqa(folder: Path, gold: str = "Paris", **agent: object) -> RetrievalQA:
         (folder / f"{split}.jsonl").write_text(json.dumps({"q": f"Of France, {split}?", "a": gold}) + "\n")
     files = {split: [str(folder / f"{split}.jsonl")] for split in ("train", "heldout")}
     data = SearchData(prompt_column="q", label_column="a", corpus=str(folder / "corpus.jsonl"), **files)
-    made = registry.of_source(
-        SearchQASource("searchqa", data=data, agent=SearchAgent(**{"format": "tags"} | agent))  # type: ignore[arg-type]
-    )
+    searcher = SearchAgent(**{"format": "tags"} | agent)  # type: ignore[arg-type]
+    made = registry.of_source(SearchQASource("searchqa", data=data, agent=searcher))
     assert isinstance(made, RetrievalQA)
     return made
 

@@ -66,9 +66,8 @@ def played(tmp_path: Path, replies: list[str], **changes: int) -> Attempt:
 
     setup = EpisodeSetup(task_set.environment, prompter, settings)
     (task,) = task_set.problems("train")
-    episode = asyncio.run(
-        play_episode(task, 0, setup, lambda task, index: Speakers(Solver(), EmptyCritic()), Seeds(0, 0))
-    )
+    speakers = Speakers(Solver(), EmptyCritic())
+    episode = asyncio.run(play_episode(task, 0, setup, lambda task, index: speakers, Seeds(0, 0)))
     assert isinstance(episode, Episode), episode
     assert not list(said)  # every reply was asked for
     return episode.attempts[0]
@@ -94,9 +93,8 @@ def test_an_attempt_ends_with_a_box(
 ) -> None:
     attempt = played(tmp_path, replies, **changes)
     assert (attempt.stop_reason, attempt.success, attempt.outcome) == (stop, right, float(right))
-    assert [turn.observation for turn in attempt.turns] == [NO_BOX] * (len(replies) - (stop == "done")) + (
-        [""] if stop == "done" else []
-    )
+    ends = [""] if stop == "done" else []
+    assert [turn.observation for turn in attempt.turns] == [NO_BOX] * (len(replies) - len(ends)) + ends
 
 
 def test_turns_of_answers_are_an_option_of_mathematics_without_tools(tmp_path: Path) -> None:
@@ -140,9 +138,8 @@ def test_parquet_and_arrow_files_are_read(tmp_path: Path) -> None:
     saved.mkdir()
     with pa.OSFile(str(saved / "data-00000-of-00001.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as to:
         to.write_table(pa.table({"question": ["c?"], "answer": [3.0]}))
-    data = ToolData(
-        train=[str(tmp_path / "aime.parquet")], heldout=[str(saved)], prompt_column="question", label_column="answer"
-    )
+    train, heldout = [str(tmp_path / "aime.parquet")], [str(saved)]
+    data = ToolData(train=train, heldout=heldout, prompt_column="question", label_column="answer")
     task_set = Mathematics(MathSource("math", data=data))
     assert [json.loads(t.problem)["label"] for t in task_set.problems("train")] == ["1", "2.5"]
     assert [t.task_id for t in task_set.problems("heldout")] == ["math/heldout/minerva/0"]

@@ -39,12 +39,8 @@ def test_the_system_on_heldout_problems_against_a_model(tmp_path: Path, capsys: 
     right = sum(run["correct"] for run in heldout)
     assert right > 0 and said.startswith(f"{100 * right / 12:.1f} % right, ")
     build_tiny(tmp_path / "model", TinyModel(hidden=32, heads=2, kv_heads=1, ffn=48, max_positions=512), ["so"], seed=1)
-    short = (
-        "rollout.templates=compact",
-        "rollout.context_tokens=400",
-        "rollout.max_turn_tokens=4",
-        "rollout.max_turns=1",
-    )
+    lengths = ("rollout.context_tokens=400", "rollout.max_turn_tokens=4", "rollout.max_turns=1")
+    short = ("rollout.templates=compact", *lengths)
     asked = EvalRequest(
         tmp_path / "model",
         ("archive",),

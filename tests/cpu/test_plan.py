@@ -89,9 +89,8 @@ def test_settings_change_the_plan() -> None:
     assert planner.plan(load("algo.kl_coef=0.1")).times.phases["scoring"] > base.times.phases["scoring"] == 0
     assert planner.plan(load("rollout.rounds=1")).times.total < base.times.total
     assert planner.plan(load("rollout.critic=frozen")).memory.engine.weights == 2 * base.memory.engine.weights
-    whole, recomputed = (
-        planner.plan(load(*words), gpu=hardware.GPUS["b200"]) for words in (["actor.recompute=none"], [])
-    )
+    b200 = hardware.GPUS["b200"]
+    whole, recomputed = planner.plan(load("actor.recompute=none"), gpu=b200), planner.plan(load(), gpu=b200)
     assert whole.times.phases["training"] < recomputed.times.phases["training"]
     faster = planner.plan(load("actor.fp8=blockwise"))
     assert faster.times.phases["training"] < base.times.phases["training"]
@@ -130,10 +129,9 @@ def test_head_is_only_on_the_last_stage() -> None:
 def test_loss_outside_the_fused_head_costs_one_more_product() -> None:
     fused, plain = (Passes.of(load("algo.updates_per_step=2", *words).algo) for words in ((), ("algo.loss=gspo",)))
     assert (fused.head_products, plain.head_products) == (3, 4)
-    times = [
-        timing.estimate(PUBLISHED["Qwen3-8B"], Layout(4), simulate(load()), of, H100, 20e9) for of in (fused, plain)
-    ]
-    layers, head = timing.forward_flops(PUBLISHED["Qwen3-8B"], simulate(load()), everywhere=False)
+    shape, work = PUBLISHED["Qwen3-8B"], simulate(load())
+    times = [timing.estimate(shape, Layout(4), work, of, H100, 20e9) for of in (fused, plain)]
+    layers, head = timing.forward_flops(shape, work, everywhere=False)
     ratio = times[1].phases["training"] / times[0].phases["training"]
     assert ratio == pytest.approx((4 * layers + 4 * head) / (4 * layers + 3 * head), rel=1e-3)
 

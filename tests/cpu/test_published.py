@@ -183,9 +183,8 @@ def test_mathematics_is_written_as_prompts_and_gradable_labels(name: str, monkey
     file = copy(name, ROWS[name])
     of_size(monkeypatch, name, 1, blob=published_files._git_blob(file) if SETS[name].blob else "")
     written = write(name)
-    assert [json.loads(line) for line in written.file.read_text().splitlines()] == [
-        dict(zip(("prompt", "label"), WRITTEN[name], strict=True))
-    ]
+    row = dict(zip(("prompt", "label"), WRITTEN[name], strict=True))
+    assert [json.loads(line) for line in written.file.read_text().splitlines()] == [row]
     Path("other.jsonl").write_text('{"prompt": "What is 1 + 1?", "label": "2"}\n')
     data = ToolData(train=[str(written.file)], heldout=["other.jsonl"])
     Mathematics(MathSource("math", data=data)).check()
@@ -302,9 +301,8 @@ def test_recipes_name_what_the_command_writes_and_say_so_when_it_is_missing() ->
             if isinstance(source, DataSource):
                 entries = [*source.data.train, *source.data.heldout]
                 named |= {one for one in entries if one.startswith("data/")}
-    assert named == {published.entry(name) for name in ("webshop_train", "webshop_test", "searchqa_test")} | {
-        published.entry(name) for name in ("openr1_math_4k", *MATH_TESTS)
-    }
+    expected = ("webshop_train", "webshop_test", "searchqa_test", "openr1_math_4k", *MATH_TESTS)
+    assert named == {published.entry(name) for name in expected}
     math, webshop = [published.entry(one) for one in ("aime24", "webshop_test")]
     for task_set, name in (
         (Mathematics(MathSource("math", data=ToolData(train=[math]))), "aime24"),

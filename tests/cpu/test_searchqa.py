@@ -144,9 +144,8 @@ def test_settings_that_cannot_work(tmp_path: Path) -> None:
         registry.of_source(source(tmp_path))
     with pytest.raises(ConfigError, match="passages"):
         registry.of_source(source(tmp_path, corpus="c", passages=0))
-    assert isinstance(
-        registry.of_source(SearchQASource("searchqa", data=SearchData(train=["0:4"], heldout=["4:5"]))), AgentGym
-    )
+    served = SearchQASource("searchqa", data=SearchData(train=["0:4"], heldout=["4:5"]))
+    assert isinstance(registry.of_source(served), AgentGym)
 
 
 class Retrieves(Handler):

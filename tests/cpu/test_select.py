@@ -36,17 +36,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     words = ["<answer>yes</answer>", "<answer>no</answer>", "<search>rivers</search>", "well", "so"]
     build_tiny(folder, TINY, words, seed=1)
-    (folder.parent / "corpus.jsonl").write_text(
-        json.dumps({"contents": "Seine\nThe Seine is one of the rivers."}) + "\n"
-    )
+    passage = {"contents": "Seine\nThe Seine is one of the rivers."}
+    (folder.parent / "corpus.jsonl").write_text(json.dumps(passage) + "\n")
     return folder
 
 
 def rows(path: Path, first: int = 0) -> list[dict[str, Any]]:
-    made = [
-        {"prompt": f"Question {i}?", "label": LABELS[i % 3], "from": {"page": i}}
-        for i in range(first, first + QUESTIONS)
-    ]
+    each = range(first, first + QUESTIONS)
+    made = [{"prompt": f"Question {i}?", "label": LABELS[i % 3], "from": {"page": i}} for i in each]
     path.write_text("".join(json.dumps(row) + "\n" for row in made))
     return made
 

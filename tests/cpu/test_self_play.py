@@ -112,9 +112,8 @@ def test_replies_that_hold_nothing_or_too_much_are_counted_and_are_no_events(tex
 def test_several_calls_in_one_reply_keep_their_own_answers() -> None:
     environment = archive().environment(TASK)
     environment.form = form = Qwen3([tool.spec for tool in environment.toolbox.tools.values()])  # type: ignore[assignment]
-    calls = [
-        json.dumps({"name": name, "arguments": {key: "t 1"}}) for name, key in (("search", "query"), ("page", "town"))
-    ]
+    asked = (("search", "query"), ("page", "town"))
+    calls = [json.dumps({"name": name, "arguments": {key: "t 1"}}) for name, key in asked]
     text = "I look. " + "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
     assert form.parse(text)
     first, second = "two\nlines", "one"

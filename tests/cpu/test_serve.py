@@ -149,11 +149,8 @@ def test_invalid_server_settings_are_rejected(override: str, message: str) -> No
 def started(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """`python -m icrl_megatron.launch.servers`, started as by a job, and its folder."""
     words = ["train", "rulebook_easy", SOURCE, f"tasks.sources.0.serve.command={COMMAND}"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "icrl_megatron.launch.servers", str(tmp_path / "served"), *words],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-m", "icrl_megatron.launch.servers", str(tmp_path / "served"), *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     until(lambda: (tmp_path / "served" / serve.ADDRESSES).exists() or process.poll() is not None)
     yield process, tmp_path / "served"
     process.terminate()

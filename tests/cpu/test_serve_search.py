@@ -47,9 +47,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def started(corpus: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Address and process of a server."""
-    process = subprocess.Popen(
-        [*ICRL, "serve-search", str(corpus), "--port", "0"], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    command = [*ICRL, "serve-search", str(corpus), "--port", "0"]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
         line = process.stderr.readline()

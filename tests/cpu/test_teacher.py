@@ -87,10 +87,8 @@ def test_task_set_without_a_teacher_is_rejected() -> None:
 
 def test_calls_and_tokens_reduce_the_reward_and_calls_are_limited() -> None:
     task_set: Any = registry.get("archive")
-    prompter = Prompter(
-        build_tokenizer([*task_set.vocabulary(), *template_words("compact")]),
-        RolloutSettings(templates="compact", context_tokens=512),
-    )
+    tokenizer = build_tokenizer([*task_set.vocabulary(), *template_words("compact")])
+    prompter = Prompter(tokenizer, RolloutSettings(templates="compact", context_tokens=512))
     tasks = list(task_set.problems("train")[:40])
 
     def played(**changes: Any) -> list[Episode]:
