@@ -79,7 +79,7 @@ async def play(environment: AgentGymEnvironment, actions: list[str]) -> list[str
 async def test_a_game_can_be_lost_and_then_won(made: tuple[Path, dict[str, list[str]]]) -> None:
     folder, won = made
     with opened(folder) as task_set:
-        task_set.check()
+        await asyncio.to_thread(task_set.check)  # it runs an event loop of its own
         (task,) = task_set.problems("train")
         assert task.task_id == "alfworld/train/train/0" and subset_of(task) == "alfworld/train"
         check_no_leak(task_set.problems("train"), task_set.problems("heldout"))
