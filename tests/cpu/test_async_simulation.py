@@ -80,11 +80,8 @@ def test_synchronous_step_waits_for_the_longest_episode() -> None:
     out = simulate(EnginePool(2, DecodeSpeed(fixed_s=0.01)), Trainer(5, fixed_s=1.0), LeadRule(3), group)
     for step, end in enumerate(out.steps):
         begun = out.steps[step - 1].end_s if step else 0.0
-        longest = max(
-            sum(turn.tokens * 0.01 + turn.wait_s for turn in episode)
-            for n in range(5 * step, 5 * step + 5)
-            for episode in group(n)
-        )
+        episodes = [episode for n in range(5 * step, 5 * step + 5) for episode in group(n)]
+        longest = max(sum(turn.tokens * 0.01 + turn.wait_s for turn in episode) for episode in episodes)
         assert end.end_s - begun == pytest.approx(longest + 1.0)
 
 

@@ -225,9 +225,8 @@ def test_the_overlong_penalty_is_subtracted_before_the_baseline() -> None:
 
 
 def test_a_preset_changes_only_the_settings_that_it_names() -> None:
-    start = Settings(
-        algo=AlgoSettings(clip_high=0.3, group_filter=GroupFilter(enabled=True)), rollout=RolloutSettings(max_turns=7)
-    )
+    algo = AlgoSettings(clip_high=0.3, group_filter=GroupFilter(enabled=True))
+    start = Settings(algo=algo, rollout=RolloutSettings(max_turns=7))
     paper, reference = apply_preset(start, "paper"), apply_preset(start, "reference")
     assert paper == replace(start, algo=AlgoSettings(clip_high=0.3))
     assert reference.algo.group_by == "task_round_role" and reference.algo.pseudo_positive

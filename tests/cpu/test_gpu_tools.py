@@ -199,10 +199,8 @@ def test_measurements_are_compared_with_the_targets() -> None:
     size = {"model": "Qwen3-8B", "tensor_parallel": 1}
     given = {"kernels": measured(3.0), "liger vocab-parallel CE": measured(6.0), "megatron fused CE": {"missing": "no"}}
     train = {"kernels": measured(40.0, 2.4), "kernels, bf16 logits": measured(50.0, 1.2), "eager": measured(99.0, 23.9)}
-    rows = [
-        {"operation": operation, "tokens": tokens, **size, "peers": peers}
-        for operation, tokens, peers in (("given", 8192, given), ("train", 16384, train))
-    ]
+    cases = (("given", 8192, given), ("train", 16384, train))
+    rows = [{"operation": operation, "tokens": tokens, **size, "peers": peers} for operation, tokens, peers in cases]
     for row in rows:
         shape = (row["operation"], row["tokens"], 151936, 4096)
         row["peers"] = {name: module.with_rates(values, *shape) for name, values in row["peers"].items()}

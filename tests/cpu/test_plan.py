@@ -118,10 +118,8 @@ def test_pipeline_waits_for_its_ends_and_its_longest_micro_batch() -> None:
 def test_head_is_only_on_the_last_stage() -> None:
     work, shape = simulate(load()), PUBLISHED["Qwen3-8B"]
     passes = Passes(updates=1, scored=0, head_everywhere=True)
-    one, two = (  # one replica each, which has no imbalance
-        timing.estimate(shape, Layout(stages, pipeline=stages), work, passes, H100, 20e9).phases["training"]
-        for stages in (1, 2)
-    )
+    grids = Layout(1, pipeline=1), Layout(2, pipeline=2)  # one replica each, which has no imbalance
+    one, two = (timing.estimate(shape, grid, work, passes, H100, 20e9).phases["training"] for grid in grids)
     layers, head = timing.forward_flops(shape, work, everywhere=True)
     assert 2 * two / one == pytest.approx((4 * layers + 6 * head) / (4 * layers + 3 * head))
 

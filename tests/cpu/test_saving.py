@@ -20,12 +20,8 @@ from icrl_megatron.utils.step_names import step_name, step_of
 SMALL = ("steps=3", "eval.problems=2", "rollout.tasks_per_step=2", "checkpoint.keep=9", "launch.device=cpu")
 NEVER, ALWAYS = "checkpoint.interval=1000", "checkpoint.interval=1"
 EVALUATED, NOT_EVALUATED = "eval.interval=1", "eval.interval=0"
-PARTIAL = (
-    "rollout.partial=true",
-    "rollout.oversample=2",
-    "rollout.concurrency=3",
-    "algo.mismatch_correction.enabled=true",
-)
+OVERSAMPLED = ("rollout.oversample=2", "rollout.concurrency=3")
+PARTIAL = ("rollout.partial=true", *OVERSAMPLED, "algo.mismatch_correction.enabled=true")
 STRICT = (NOT_EVALUATED, "algo.on_no_signal=error", "algo.max_resamples=2")
 
 FAULTS = {

@@ -117,12 +117,8 @@ def test_several_calls_in_one_reply_keep_their_own_answers() -> None:
     text = "I look. " + "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
     assert form.parse(text)
     first, second = "two\nlines", "one"
-    run = played(
-        attempt(
-            0, turn(text, f"{first}\n{second}", chars=(9, 3)), turn("The answer is <answer>5</answer>"), success=True
-        ),
-        environment=environment,
-    )
+    turns = turn(text, f"{first}\n{second}", chars=(9, 3)), turn("The answer is <answer>5</answer>")
+    run = played(attempt(0, *turns, success=True), environment=environment)
     kinds = [(event.kind, event.tag, event.text) for event in run.events]
     assert kinds == [
         *[("text", "assistant", "I look."), ("call", "search", ""), ("call", "page", "")],
