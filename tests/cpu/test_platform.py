@@ -77,7 +77,7 @@ def test_fp8_micro_batches_have_the_required_multiple(fp8: str) -> None:
     ("fp8", "capability", "needed"),
     [("current", (8, 0), "(8, 9)"), ("blockwise", (8, 0), "(9, 0)"), ("blockwise", (8, 9), "(9, 0)")],
 )
-def test_fp8_needs_hardware(
+def test_hardware_without_fp8_is_rejected(
     monkeypatch: pytest.MonkeyPatch, fp8: str, capability: tuple[int, int], needed: str
 ) -> None:
     fake_gpu(monkeypatch, capability)
